@@ -1,0 +1,183 @@
+"""The calibration set: blocks of token ids per domain, some to measure on and a tenth held out, with a content hash.
+
+In: the recipe's `Calibration`, a tokenizer, a seed. Out: a `CalibrationSet`. Documents are tokenised with no special
+tokens added and packed with the tokenizer's end-of-text token between them; blocks are cut without padding.
+
+Many documents tell more of a domain than one long one, so documents take turns: each gives about one block's worth of
+text, from a random line on, before any gives a second. No more is read than the blocks need.
+
+The held-out blocks are filled first. The documents that fed them stand behind all others: what is left of them feeds
+calibration only if the domain has no other text. So no document feeds both parts while there is enough text, a source
+of one document is split in two, and no token is ever in both.
+
+N: blocks, M: held-out blocks, T: tokens per block.
+"""
+
+import hashlib
+import json
+import math
+import random
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from secateur.errors import CalibrationError
+from secateur.progress import Progress, silent
+from secateur.recipe import Calibration
+from secateur.sources import documents
+
+CALIBRATION_BLOCKS_PER_HELD_OUT = 9
+# As many characters as a token has in English code and prose, or a little more.
+CHARACTERS_PER_TOKEN = 5
+
+# The token ids of one document, turn by turn.
+_Turns = Iterator[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class DomainBlocks:
+    """One domain's token blocks. `share`: of the calibration tokens, summing to 1 over the domains."""
+
+    name: str
+    share: float
+    calibration_NT: Int64[Tensor, "N T"]
+    held_out_NT: Int64[Tensor, "M T"]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSet:
+    """All domains' blocks. `content_hash`: SHA-256 over names, shares, shapes and token ids, in order."""
+
+    domains: tuple[DomainBlocks, ...]
+    sequence_length: int
+    content_hash: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Calibration tokens, without the held-out ones."""
+        return sum(domain.calibration_NT.numel() for domain in self.domains)
+
+    @property
+    def num_held_out_tokens(self) -> int:
+        return sum(domain.held_out_NT.numel() for domain in self.domains)
+
+
+def build_calibration(
+    calibration: Calibration,
+    num_tokens: int,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    progress: Progress = silent,
+) -> CalibrationSet:
+    """Read, tokenise and pack every domain.
+
+    A domain gets round(share x num_tokens / sequence_length) blocks, at least one, and a ninth as many held-out blocks,
+    rounded up. Equal documents within a domain are used once.
+
+    Raises CalibrationError for text that is unreadable, or too short for the blocks.
+    """
+    length = calibration.sequence_length
+    total_share = sum(domain.share for domain in calibration.domains.values())
+    shares = {name: domain.share / total_share for name, domain in calibration.domains.items()}
+    num_blocks = {name: max(1, round(share * num_tokens / length)) for name, share in shares.items()}
+    num_total = sum(count + _num_held_out(count) for count in num_blocks.values())
+    eos = tokenizer.eos_token_id
+    assert eos is None or isinstance(eos, int)
+    blocks, num_done = [], 0
+    progress("calibration", 0, num_total)
+    for name, domain in calibration.domains.items():
+        texts = _once(documents(name, domain, tokenizer, seed))
+        order = random.Random(f"{seed}:{name}:lines")
+        turns = (_turns(text, tokenizer, length, order) for text in texts)
+        parts = _two_parts(turns, name, num_blocks[name], length, eos)
+        blocks.append(DomainBlocks(name, shares[name], *parts))
+        num_done += num_blocks[name] + _num_held_out(num_blocks[name])
+        progress("calibration", num_done, num_total)
+    return CalibrationSet(tuple(blocks), length, _content_hash(blocks))
+
+
+def _num_held_out(num_blocks: int) -> int:
+    return math.ceil(num_blocks / CALIBRATION_BLOCKS_PER_HELD_OUT)
+
+
+def _once(texts: Iterator[str]) -> Iterator[str]:
+    seen: set[bytes] = set()
+    for text in texts:
+        digest = hashlib.sha256(text.encode()).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield text
+
+
+def _turns(text: str, tokenizer: PreTrainedTokenizerBase, length: int, order: random.Random) -> _Turns:
+    """Yield the ids of pieces of about `length` tokens; a long document begins at a random line and wraps around."""
+    size = length * CHARACTERS_PER_TOKEN
+    if len(text) > 2 * size:
+        start = text.rfind("\n", 0, order.randrange(len(text))) + 1
+        text = text[start:] + text[:start]
+    position = 0
+    while position < len(text):
+        limit = position + size
+        end = limit if limit >= len(text) else text.rfind("\n", position, limit) + 1 or limit
+        # verbose=False: no warning that the text is longer than the model's context.
+        yield tokenizer(text[position:end], add_special_tokens=False, verbose=False)["input_ids"]
+        position = end
+
+
+def _two_parts(
+    documents: Iterator[_Turns], name: str, num_blocks: int, length: int, eos: int | None
+) -> tuple[Int64[Tensor, "N T"], Int64[Tensor, "M T"]]:
+    """Return the calibration and the held-out blocks of one domain."""
+    num_held_out, num_tokens = _num_held_out(num_blocks), num_blocks * length
+    held_out, used = _pack(documents, deque(), num_held_out * length, eos)
+    ids, _ = _pack(documents, used, num_tokens, eos)
+    if len(ids) < num_tokens:
+        raise CalibrationError(
+            f"domain '{name}': {len(held_out) + len(ids):,} tokens of text after packing, but {num_blocks} calibration "
+            f"and {num_held_out} held-out blocks of {length} tokens need {(num_blocks + num_held_out) * length:,}; "
+            "lower calibration.num_tokens or calibration.sequence_length, lower the domain's share, or add text."
+        )
+    return torch.tensor(ids).view(num_blocks, length), torch.tensor(held_out).view(num_held_out, length)
+
+
+def _pack(
+    documents: Iterator[_Turns], late: deque[_Turns], num_tokens: int, eos: int | None
+) -> tuple[list[int], deque[_Turns]]:
+    """Return the first `num_tokens` ids of the documents in turn, and what is left of those that gave some.
+
+    The `late` documents come when all others are used up; fewer ids are returned if they too run out.
+    """
+    packed: list[int] = []
+    waiting: deque[_Turns] = deque()
+    last: _Turns | None = None
+    while len(packed) < num_tokens:
+        document = next(documents, None)
+        if document is None and not (waiting or late):
+            break
+        document = document or (waiting or late).popleft()
+        ids = next(document, None)
+        if ids is None:
+            continue
+        if eos is not None and packed and document is not last:
+            packed.append(eos)
+        packed += ids
+        last = document
+        surplus = packed[num_tokens:]
+        waiting.append(chain([surplus], document) if surplus else document)
+    return packed[:num_tokens], waiting
+
+
+def _content_hash(blocks: list[DomainBlocks]) -> str:
+    digest = hashlib.sha256()
+    for domain in blocks:
+        parts = (domain.calibration_NT, domain.held_out_NT)
+        digest.update(json.dumps([domain.name, domain.share, *(list(part.shape) for part in parts)]).encode())
+        for part in parts:
+            digest.update(part.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

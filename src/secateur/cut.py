@@ -1,0 +1,76 @@
+"""The only place where shapes change: remove units from a group's writers and reader.
+
+In: a decoder layer, a group, the sorted indices of the units to keep. Out: the same layer with smaller linears.
+"""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from secateur.arch import Group, Segments, linear
+
+
+def rows_of(keep: Int64[Tensor, " K"], segments: Segments, num_units: int) -> Int64[Tensor, " R"]:
+    """Return the rows that the kept units own, segment by segment.
+
+    Segment k begins where the ones before it end and gives unit i the `segments[k]` rows from `i * segments[k]` on.
+    """
+    parts, start = [], 0
+    for width in segments:
+        first = start + keep * width
+        parts.append((first[:, None] + torch.arange(width, device=keep.device)).flatten())
+        start += width * num_units
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def cut(
+    layer: nn.Module,
+    group: Group,
+    keep: Int64[Tensor, " K"],
+    num_units: int,
+    reader_weight: Float[Tensor, "H R"] | None = None,
+    reader_bias: Float[Tensor, " H"] | None = None,
+) -> None:
+    """Keep only the units `keep` (sorted, of the `num_units` that the layer has now).
+
+    `reader_weight` replaces the reader's remaining columns (compensation); without it they stay as they were, bit for
+    bit. `reader_bias` is added to the reader's bias; the caller has made sure that the family can store one.
+    """
+    for axis in group.writers:
+        _cut_rows(linear(layer, axis.module), rows_of(keep, axis.segments, num_units))
+    reader = linear(layer, group.reader.module)
+    columns = rows_of(keep, group.reader.segments, num_units)
+    kept = reader.weight[:, columns] if reader_weight is None else reader_weight.to(reader.weight)
+    reader.weight = _parameter(kept, reader.weight)
+    reader.in_features = len(columns)
+    if reader_bias is not None:
+        assert reader.bias is not None
+        reader.bias.add_(reader_bias.to(reader.bias))
+
+
+@torch.no_grad()
+def zero_units(layer: nn.Module, group: Group, removed: Int64[Tensor, " R"]) -> None:
+    """Mask instead of cutting: set the removed units' reader columns to zero. The exactness tests compare with this."""
+    reader = linear(layer, group.reader.module)
+    reader.weight[:, rows_of(removed, group.reader.segments, group.num_units)] = 0
+
+
+def add_zero_biases(layer: nn.Module, group: Group) -> None:
+    """Give every linear of the group's bias switch a bias of zeros, where it has none; outputs do not change."""
+    assert group.bias_switch is not None
+    for name in group.bias_switch.modules:
+        module = linear(layer, name)
+        if module.bias is None:
+            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features), requires_grad=False)
+
+
+def _cut_rows(module: nn.Linear, rows: Int64[Tensor, " R"]) -> None:
+    module.weight = _parameter(module.weight[rows], module.weight)
+    if module.bias is not None:
+        module.bias = _parameter(module.bias[rows], module.bias)
+    module.out_features = len(rows)
+
+
+def _parameter(value: Tensor, old: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)

@@ -1,0 +1,43 @@
+"""Every error that a user's own input can cause. The sentence says what, where, got, allowed, and what to do.
+
+SecateurError (a ValueError)
+ |- RecipeError       the recipe or a command-line option
+ |- ArchError         the model's family or structure
+ |- CheckpointError   reading or writing a checkpoint
+ |- CalibrationError  calibration text
+ `- NumericsError     a non-finite or unsolvable number, with layer, module and domain
+
+The command line prints the sentence and exits with status 2; anything else is a bug and shows its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SecateurError(ValueError):
+    """Base of all errors that a user can cause and correct."""
+
+
+class RecipeError(SecateurError):
+    """The recipe, or an option that overrides it, is wrong."""
+
+
+class ArchError(SecateurError):
+    """The model's family is not supported, or its modules disagree with the architecture spec."""
+
+
+class CheckpointError(SecateurError):
+    """A checkpoint cannot be read or written."""
+
+
+class CalibrationError(SecateurError):
+    """Calibration text is missing, unreadable or too short."""
+
+
+class NumericsError(SecateurError):
+    """A number that must be finite is not, or a system cannot be solved."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return the allowed name most like `name`, for "did you mean"; an empty string if nothing is allowed."""
+    return next(iter(difflib.get_close_matches(name, sorted(allowed), n=1, cutoff=0.0)), "")

@@ -1,0 +1,150 @@
+"""One group's step: measure, select, compensate, cut.
+
+In: the walk standing before the group's layer, how many units to keep. Out: the layer with smaller linears, the kept
+indices, and the line of the run log that says what was lost and given back.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from secateur.arch import Group, linear
+from secateur.compensate import Guard, guard, least_squares, mean_shift
+from secateur.cut import cut, rows_of
+from secateur.measure import Measurement, measure
+from secateur.obs import greedy_obs
+from secateur.original_readers import OriginalReaders
+from secateur.recipe import Recipe
+from secateur.score import NEED_GRAM, SCORES, ScoreInputs, damped_gram, keep_highest
+from secateur.walk import Walk
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """`keep`: sorted indices among the units the group has now. `values`: scores, or the OBS error curve."""
+
+    keep: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What compensation does to a reader: new weights for its remaining columns, a bias, and how it was reached."""
+
+    weight_HS: Tensor | None = None
+    bias_H: Tensor | None = None
+    guard: Guard | None = None
+    damping: float | None = None
+    condition: float | None = None
+
+
+@torch.no_grad()
+def prune_group(
+    walk: Walk,
+    group: Group,
+    num_keep: int,
+    recipe: Recipe,
+    shares: dict[str, float],
+    seed: int,
+    originals: OriginalReaders | None,
+) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
+    """Measure, select, compensate and cut one group; return the kept indices and the log line."""
+    layer = walk.layers[group.layer]
+    reader = linear(layer, group.reader.module)
+    num_units = reader.in_features // sum(group.reader.segments)
+    gram = recipe.score in NEED_GRAM or recipe.compensate == "least_squares"
+    measured = measure(walk, group, recipe.domain_weighting, shares, gram=gram)
+    selection = _select(layer, group, measured, num_keep, recipe, seed)
+    repair = _repair(reader, measured, selection.keep, recipe)
+    if originals is not None:
+        originals.narrow(layer, group, rows_of(selection.keep, group.reader.segments, num_units))
+    cut(layer, group, selection.keep, num_units, repair.weight_HS, repair.bias_H)
+    return selection.keep, _log_line(group, num_units, measured, selection, repair)
+
+
+def _select(
+    layer: nn.Module, group: Group, measured: Measurement, num_keep: int, recipe: Recipe, seed: int
+) -> Selection:
+    reader_HF = linear(layer, group.reader.module).weight.float()
+    if num_keep == reader_HF.shape[1]:
+        return Selection(torch.arange(num_keep, device=reader_HF.device), reader_HF.new_zeros(0))
+    if recipe.score == "obs":
+        hessian = damped_gram(measured.pooled.full_gram(), recipe.damping)
+        found = greedy_obs(reader_HF, hessian, num_keep, recipe.obs_batch)
+        return Selection(found.keep, found.error_curve)
+    inputs = ScoreInputs(reader_HF, _writer_squares(layer, group), measured.pooled, recipe.damping, seed)
+    scores = SCORES[recipe.score](inputs)
+    return Selection(keep_highest(scores, num_keep), scores)
+
+
+def _repair(reader: nn.Linear, measured: Measurement, keep: Int64[Tensor, " S"], recipe: Recipe) -> Repair:
+    if len(keep) == reader.in_features:
+        return Repair()
+    weight_HF, dtype = reader.weight.float(), reader.weight.dtype
+    old_HS = weight_HF[:, keep]
+    if recipe.compensate == "bias":
+        shift_H = mean_shift(weight_HF, measured.pooled.mean_F, keep).to(dtype).float()
+        judged = _judge(weight_HF, keep, measured.held_out_TF, old_HS, old_HS, shift_H)
+        return Repair(bias_H=judged.step * shift_H, guard=judged)
+    if recipe.compensate == "none":
+        return Repair(guard=_judge(weight_HF, keep, measured.held_out_TF, old_HS, old_HS, None))
+    fit = least_squares(weight_HF, measured.pooled.full_gram(), keep, recipe.damping)
+    # The guard judges what will be stored, rounding included.
+    new_HS = fit.weight_HS.to(dtype).float()
+    judged = _judge(weight_HF, keep, measured.held_out_TF, old_HS, new_HS, None)
+    if judged.step == 0:
+        return Repair(guard=judged, damping=fit.damping, condition=fit.condition)
+    stored_HS = new_HS if judged.step == 1 else old_HS + judged.step * (new_HS - old_HS)
+    return Repair(stored_HS, None, judged, fit.damping, fit.condition)
+
+
+def _judge(
+    weight_HF: Float[Tensor, "H F"],
+    keep: Int64[Tensor, " S"],
+    held_out_TF: dict[str, Tensor],
+    old_HS: Float[Tensor, "H S"],
+    new_HS: Float[Tensor, "H S"],
+    shift_H: Float[Tensor, " H"] | None,
+) -> Guard:
+    gone_HF = weight_HF.clone()
+    gone_HF[:, keep] = 0
+    lost, correction, energy = {}, {}, {}
+    for name, x_TF in held_out_TF.items():
+        x_TF = x_TF.float()
+        lost[name] = x_TF @ gone_HF.T
+        given_TH = x_TF[:, keep] @ (new_HS - old_HS).T
+        correction[name] = given_TH if shift_H is None else given_TH + shift_H
+        energy[name] = float((x_TF @ weight_HF.T).square().sum())
+    return guard(lost, correction, energy)
+
+
+def _writer_squares(layer: nn.Module, group: Group) -> Float[Tensor, " F"]:
+    squares = [linear(layer, axis.module).weight.float().square().sum(dim=1) for axis in group.writers]
+    return torch.stack(squares).sum(dim=0)
+
+
+def _log_line(
+    group: Group, num_units: int, measured: Measurement, selection: Selection, repair: Repair
+) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "layer": group.layer,
+        "group": group.name,
+        "kept": len(selection.keep),
+        "total": num_units,
+        "output_energy": measured.energy,
+        "score_quantiles": _quantiles(selection.values),
+    }
+    if repair.guard is not None:
+        line |= dataclasses.asdict(repair.guard) | {"damping": repair.damping, "condition": repair.condition}
+    return line
+
+
+def _quantiles(values: Tensor) -> list[float]:
+    if not len(values):
+        return []
+    ordered = values.float().sort().values
+    return [float(ordered[round(q * (len(ordered) - 1))]) for q in (0.0, 0.25, 0.5, 0.75, 1.0)]

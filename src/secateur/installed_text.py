@@ -1,0 +1,177 @@
+"""Calibration text that installed Python packages carry, so that a run needs neither the network nor files.
+
+In: the name of an installed text and a random order. Out: its documents, one by one; a file is read and parsed only
+when its document is asked for. Files are found through `importlib.metadata` and `sysconfig`, read as text and never
+imported. Which text there is depends on what is installed; the calibration hash tells two environments apart.
+"""
+
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import Distribution, PackageNotFoundError, PackagePath
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from secateur.errors import CalibrationError
+
+MIN_SOURCE_BYTES = 2000
+MIN_DOCSTRING_CHARACTERS = 200
+
+# Not code as people write it: character tables, documentation and build settings in the shape of Python.
+_SKIPPED_LIBRARY = {"test", "tests", "idlelib", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+_LICENCE_NAME = re.compile(r"licen[cs]e|copying|notice", re.IGNORECASE)
+
+# A document, or what reads it when it is needed.
+_Document = str | Callable[[], str]
+
+
+def installed_documents(kind: str, order: Random) -> Iterator[str]:
+    """Yield the documents of an installed text (a name of `recipe.INSTALLED_DOMAINS`), shuffled by `order`.
+
+    Raises CalibrationError if nothing that carries the text is installed.
+    """
+    find, carriers = _KINDS[kind]
+    documents = find()
+    if not documents:
+        raise CalibrationError(
+            f"calibration text '{kind}': it comes from {carriers}, not found in this Python environment; "
+            "install it, or leave the domain out."
+        )
+    order.shuffle(documents)
+    for document in documents:
+        text = document if isinstance(document, str) else document()
+        if text.strip():
+            yield text
+
+
+def _code() -> list[_Document]:
+    library, paths = Path(sysconfig.get_path("stdlib")), list[Path]()
+    for directory, subdirectories, names in os.walk(library):
+        subdirectories[:] = [name for name in subdirectories if name not in _SKIPPED_LIBRARY]
+        paths += [Path(directory, name) for name in names if name.endswith(".py") and "_sysconfigdata" not in name]
+    paths = [path for path in paths if path.stat().st_size >= MIN_SOURCE_BYTES]
+    return [partial(_source, path) for path in sorted(paths)]
+
+
+def _technical() -> list[_Document]:
+    path = Path(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py")
+    topics = _topics(path) if path.is_file() else {}
+    texts: list[_Document] = [topics[name] for name in sorted(topics) if len(topics[name]) >= MIN_DOCSTRING_CHARACTERS]
+    return texts + _docstring_files({"numpy": "numpy"})
+
+
+def _topics(path: Path) -> dict[str, str]:
+    values = [node.value for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.Assign)]
+    return next((ast.literal_eval(value) for value in values if isinstance(value, ast.Dict)), {})
+
+
+def _readme() -> list[_Document]:
+    # Our own page is left out: an edit of it would change every calibration set.
+    others = [found for found in _distributions() if _name(found) != "secateur"]
+    return list(dict.fromkeys(_field(found, "description") for found in others))
+
+
+def _legal() -> list[_Document]:
+    by_content: dict[str, str] = {}
+    for found in _distributions():
+        for file in sorted(found.files or []):
+            in_metadata = any(part.endswith(".dist-info") for part in file.parts)
+            if in_metadata and _LICENCE_NAME.search(file.name) and Path(str(file.locate())).is_file():
+                text = Path(str(file.locate())).read_text(encoding="utf-8", errors="replace")
+                by_content.setdefault(_without_copyright(text), text)
+    return list(by_content.values())
+
+
+def _without_copyright(text: str) -> str:
+    lines = [line for line in text.lower().splitlines() if "copyright (c)" not in line and "copyright ©" not in line]
+    return " ".join(re.findall(r"\w+", " ".join(lines)))
+
+
+def _dialogue() -> list[_Document]:
+    files = [file for file in _package_files("chitchat-dataset") if file.name == "dataset.json"]
+    if not files:
+        return []
+    conversations = json.loads(Path(str(files[0].locate())).read_bytes())
+    return [_conversation(conversations[key]["messages"]) for key in sorted(conversations)]
+
+
+def _conversation(turns: list[list[dict[str, Any]]]) -> str:
+    messages = [message for turn in turns for message in turn]
+    senders = list(dict.fromkeys(message["sender"] for message in messages))
+    return "\n".join(f"{chr(ord('A') + senders.index(message['sender']))}: {message['text']}" for message in messages)
+
+
+def _docstring_files(folders: dict[str, str]) -> list[_Document]:
+    """`folders`: distribution name to the folder its package is installed in. Those not installed give nothing."""
+    files = [file for name, folder in folders.items() for file in _package_files(name) if file.parts[0] == folder]
+    sources = [file for file in files if file.suffix == ".py" and not {"test", "tests"} & set(file.parts)]
+    return [partial(_docstrings, file) for file in sorted(sources)]
+
+
+def _docstrings(file: PackagePath) -> str:
+    """Return the longer docstrings of a file, each under its qualified name; empty if the file is not parsable."""
+    parts = file.with_suffix("").parts
+    module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # on escapes in other people's strings
+            tree = ast.parse(Path(str(file.locate())).read_bytes())
+    except SyntaxError:  # packages ship templates and files for other Python versions
+        return ""
+    return "\n\n".join(_node_docstrings(tree, module))
+
+
+def _node_docstrings(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
+) -> Iterator[str]:
+    text = ast.get_docstring(node)
+    if text and len(text) >= MIN_DOCSTRING_CHARACTERS:
+        yield f"{name}\n\n{text}"
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _node_docstrings(child, f"{name}.{child.name}")
+
+
+def _source(path: Path) -> str:
+    with tokenize.open(path) as file:  # honours a coding line
+        return file.read()
+
+
+def _package_files(name: str) -> list[PackagePath]:
+    try:
+        return importlib.metadata.distribution(name).files or []
+    except PackageNotFoundError:
+        return []
+
+
+def _distributions() -> list[Distribution]:
+    return sorted(importlib.metadata.distributions(), key=_name)
+
+
+def _name(distribution: Distribution) -> str:
+    return _field(distribution, "name").lower()
+
+
+def _field(distribution: Distribution, name: str) -> str:
+    return str(distribution.metadata.json.get(name, ""))
+
+
+_KINDS: dict[str, tuple[Callable[[], list[_Document]], str]] = {
+    "code": (_code, "the .py files of the standard library"),
+    "technical": (_technical, "the package numpy and the standard library's pydoc topics"),
+    "mathematics": (partial(_docstring_files, {"sympy": "sympy", "mpmath": "mpmath"}), "the packages sympy and mpmath"),
+    "science": (
+        partial(_docstring_files, {"networkx": "networkx", "scipy": "scipy", "scikit-learn": "sklearn"}),
+        "the packages networkx, scipy and scikit-learn",
+    ),
+    "readme": (_readme, "the descriptions of installed packages"),
+    "legal": (_legal, "the licence files of installed packages"),
+    "dialogue": (_dialogue, "the package chitchat-dataset"),
+}

@@ -1,0 +1,89 @@
+"""The loop: rounds over layers over groups, on the pruned stream.
+
+In: a model, its bound architecture, a run in concrete numbers and the calibration set. Out: the same model with smaller
+linears and a config that says so, and which units stayed. Every step is one line of the run log.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.arch import Arch, decoder_layers, linear
+from secateur.budget import GroupKey, Plan
+from secateur.calibration import CalibrationSet
+from secateur.cut import add_zero_biases
+from secateur.group_step import prune_group
+from secateur.memory import peak_bytes
+from secateur.original_readers import OriginalReaders
+from secateur.progress import Progress, silent
+from secateur.resolve import Resolved
+from secateur.walk import Batch, Walk, make_batches
+
+Keeps = dict[GroupKey, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything the loop works on. `originals` keeps uncompensated readers, where they are to be compared with."""
+
+    model: nn.Module
+    arch: Arch
+    resolved: Resolved
+    calibration: CalibrationSet
+    originals: OriginalReaders | None = None
+    log: Callable[[dict[str, Any]], None] = lambda line: None
+    progress: Progress = silent
+
+
+def prune_in_place(run: Run) -> Keeps:
+    """Prune the model, all rounds, and return each group's kept units by their original indices."""
+    keeps = {(group.layer, group.name): torch.arange(group.num_units) for group in run.resolved.groups}
+    if run.resolved.recipe.compensate == "bias":
+        layers = decoder_layers(run.model, run.arch)
+        for group in run.resolved.groups:
+            add_zero_biases(layers[group.layer], group)
+    for number, plan in enumerate(run.resolved.plans, start=1):
+        _one_round(run, plan, number, keeps)
+    _update_config(run)
+    return keeps
+
+
+def _one_round(run: Run, plan: Plan, number: int, keeps: Keeps) -> None:
+    stage = f"prune, round {number} of {len(run.resolved.plans)}"
+    run.progress(stage, 0, run.arch.num_layers)
+    recipe = run.resolved.recipe
+    walk = Walk(run.model, run.arch, _batches(run))
+    shares = {domain.name: domain.share for domain in run.calibration.domains}
+    for index in range(run.arch.num_layers):
+        for group in (group for group in run.resolved.groups if group.layer == index):
+            start, key = time.perf_counter(), (group.layer, group.name)
+            seed = (recipe.seed * 1_000_003 + number) * 1_000_003 + index
+            keep, line = prune_group(walk, group, plan.num_keep[key], recipe, shares, seed, run.originals)
+            keeps[key] = keeps[key][keep.cpu()]
+            seconds = round(time.perf_counter() - start, 3)
+            run.log({"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()})
+        walk.advance(index)
+        run.progress(stage, index + 1, run.arch.num_layers)
+
+
+def _batches(run: Run) -> list[Batch]:
+    device = next(run.model.parameters()).device
+    batches: list[Batch] = []
+    for domain in run.calibration.domains:
+        batches += make_batches(domain.name, domain.calibration_NT.to(device), held_out=False)
+        batches += make_batches(domain.name, domain.held_out_NT.to(device), held_out=True)
+    return batches
+
+
+def _update_config(run: Run) -> None:
+    """Derive the config from the tensors, never from the intent."""
+    layers = decoder_layers(run.model, run.arch)
+    for group in run.resolved.groups:
+        width = linear(layers[group.layer], group.reader.module).in_features // sum(group.reader.segments)
+        setattr(run.model.config, group.config_key, width)
+        if run.resolved.recipe.compensate == "bias" and group.bias_switch is not None:
+            setattr(run.model.config, group.bias_switch.config_key, True)

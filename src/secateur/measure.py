@@ -1,0 +1,86 @@
+"""Measure one group: run its layer over all batches and gather the reader's input statistics, domain by domain.
+
+In: the walk standing before the layer. Out: statistics pooled over domains, and the held-out inputs themselves, which
+are fewer numbers than their Gram matrices would be and give exact held-out errors.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.arch import Group, linear
+from secateur.errors import NumericsError
+from secateur.stats import Statistics, domain_weight
+from secateur.walk import Batch, Walk
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """`pooled`: statistics weighted over domains. `energy`: sum |y|^2 by domain. `held_out_TF`: inputs by domain."""
+
+    pooled: Statistics
+    energy: dict[str, float]
+    held_out_TF: dict[str, Tensor]
+
+
+class _Gatherer:
+    """Takes reader inputs batch by batch; folds a domain into the pooled statistics as soon as the next one begins."""
+
+    def __init__(self, group: Group, reader: nn.Linear, weighting: str, shares: dict[str, float], gram: bool) -> None:
+        self.group, self.reader, self.weighting, self.shares = group, reader, weighting, shares
+        size, device = reader.in_features, reader.weight.device
+        self.pooled = Statistics.empty(size, device, gram=gram)
+        self.current = Statistics.empty(size, device, gram=gram)
+        self.domain = ""
+        self.energy: dict[str, float] = {}
+        self.held_out: dict[str, list[Tensor]] = {}
+
+    def add(self, batch: Batch, x: Tensor, y: Tensor) -> None:
+        x_TF, y_TH = x.flatten(0, -2), y.flatten(0, -2)
+        if batch.held_out:
+            self.held_out.setdefault(batch.domain, []).append(x_TF)
+            return
+        if batch.domain != self.domain:
+            self.fold()
+            self.domain = batch.domain
+        self.current.update(x_TF, y_TH if self.reader.bias is None else y_TH - self.reader.bias)
+
+    def fold(self) -> None:
+        if self.domain:
+            if not self.current.is_finite():
+                raise NumericsError(
+                    f"layer {self.group.layer}, {self.group.reader.module}, domain {self.domain}: the input holds NaN "
+                    f"or infinite numbers; use the model in bfloat16 or float32 and check its weights."
+                )
+            weight = domain_weight(self.weighting, self.shares[self.domain], self.current)
+            self.energy[self.domain] = float(self.current.energy)
+            self.pooled.merge(self.current, weight)
+            self.current.clear()
+
+    def finish(self) -> Measurement:
+        self.fold()
+        held_out = {name: torch.cat(parts) for name, parts in self.held_out.items()}
+        return Measurement(self.pooled, self.energy, held_out)
+
+
+@torch.no_grad()
+def measure(walk: Walk, group: Group, weighting: str, shares: dict[str, float], *, gram: bool) -> Measurement:
+    """Return the group's statistics on the pruned stream. The walk must stand before the group's layer.
+
+    Raises NumericsError naming layer, module and domain if an input is not finite.
+    """
+    reader = linear(walk.layers[group.layer], group.reader.module)
+    gatherer = _Gatherer(group, reader, weighting, shares, gram)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((inputs[0], output))
+
+    handle = reader.register_forward_hook(note)
+    try:
+        for batch, _ in walk.run(group.layer):
+            gatherer.add(batch, *seen.pop())
+    finally:
+        handle.remove()
+    return gatherer.finish()

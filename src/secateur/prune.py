@@ -1,0 +1,242 @@
+"""`secateur.prune`: checkpoint in, smaller checkpoint out.
+
+In: a model (reference or in memory) and a recipe. Out: a `Result`, and, where `out` is given, a directory that stands
+on its own. Everything checkable without weights is checked before a weight is read.
+"""
+
+import dataclasses
+import json
+import tempfile
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.arch import Arch, bind, decoder_layers
+from secateur.bench import Speed, bench
+from secateur.budget import GroupKey
+from secateur.calibration import CalibrationSet, build_calibration
+from secateur.card import model_card
+from secateur.checkpoint import (
+    Checkpoint,
+    check_finite,
+    check_weights,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    open_checkpoint,
+)
+from secateur.errors import CheckpointError
+from secateur.evaluate import evaluate
+from secateur.loop import Keeps, Run, prune_in_place
+from secateur.memory import peak_bytes
+from secateur.original_readers import OriginalReaders
+from secateur.output import check_free_space, parse_shard_size, save_checkpoint, staging
+from secateur.progress import Progress, silent
+from secateur.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
+from secateur.resolve import Resolved, resolve
+from secateur.runlog import RunLog
+from secateur.summary import CalibrationFacts, Losses, Size, Summary, versions
+from secateur.verify import Verification, verify_reload
+
+VERIFY_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A pruned model. `keeps`: by (layer, group), the original indices of the units that stayed, sorted."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    keeps: dict[GroupKey, Tensor]
+    summary: Summary
+    out: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A run with everything at hand: the dense model loaded, the text packed, the numbers resolved."""
+
+    name: str
+    command: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    arch: Arch
+    resolved: Resolved
+    calibration: CalibrationSet
+    log: RunLog
+    progress: Progress
+
+
+def prune(
+    model: PreTrainedModel | str | Path,
+    recipe: Recipe | dict[str, Any] | Path | str | None = None,
+    *,
+    out: Path | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+    command: str = "",
+    progress: Progress = silent,
+) -> Result:
+    """Prune a causal LM by a recipe and return it with what it cost and kept.
+
+    `model`: a model in memory (pruned in place; it needs `tokenizer`), a local directory, a hub id, a `.gguf` file or
+    `smollm2-135m`. `recipe`: a Recipe, a mapping, a YAML file, or None for the defaults. `out`: where to write the
+    checkpoint; it appears complete or not at all. `command`: how to repeat the run, for the model card.
+
+    Raises a SecateurError, one sentence, for everything that a user can correct.
+    """
+    parsed = _parse(recipe)
+    parse_shard_size(parsed.max_shard_size)
+    checkpoint = None if isinstance(model, PreTrainedModel) else open_checkpoint(model)
+    if checkpoint is None and tokenizer is None:
+        raise CheckpointError("tokenizer: a model in memory comes without one; pass tokenizer=.")
+    shape = model if isinstance(model, PreTrainedModel) else meta_model(_opened(checkpoint).config)
+    arch, size = bind(shape), Size.of(shape)
+    resolved = resolve(parsed, arch, shape.config, size.num_params)
+    if checkpoint is not None:
+        check_weights(checkpoint, shape)
+    protected = None if checkpoint is None else checkpoint.directory
+    target = nullcontext() if out is None else staging(Path(out), overwrite=overwrite, protected=protected)
+    with target as directory:
+        if directory is not None:
+            check_free_space(directory, size.num_bytes)
+        log = RunLog(directory)
+        with log.time("calibration"):
+            tokenizer = tokenizer or load_tokenizer(_opened(checkpoint))
+            calibration = _calibrate(resolved.recipe, tokenizer, progress)
+        with log.time("load"):
+            loaded = model if isinstance(model, PreTrainedModel) else load_model(_opened(checkpoint))
+            if checkpoint is None:
+                check_finite(loaded)
+        name = loaded.config._name_or_path or type(loaded).__name__ if checkpoint is None else checkpoint.reference
+        job = _Job(str(name), command, loaded, tokenizer, arch, resolved, calibration, log, progress)
+        keeps, summary = _run(job, directory, protected)
+    return Result(loaded, tokenizer, resolved.recipe, keeps, summary, None if out is None else Path(out))
+
+
+def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[Keeps, Summary]:
+    recipe, log = job.resolved.recipe, job.log
+    dense_size = Size.of(job.model)
+    dense_losses = _evaluate(job, "dense")
+    dense_speed = _bench(job, "dense")
+    with tempfile.TemporaryDirectory(dir=directory, prefix="originals-") as scratch:
+        compare = recipe.evaluate and recipe.compensate != "none"
+        originals = OriginalReaders(Path(scratch)) if compare else None
+        run = Run(job.model, job.arch, job.resolved, job.calibration, originals, log.write, job.progress)
+        with log.time("prune"):
+            keeps = prune_in_place(run)
+        peak = peak_bytes()
+        pruned_losses = _evaluate(job, "pruned")
+        uncompensated_losses: Losses = {}
+        if originals is not None:
+            layers = decoder_layers(job.model, job.arch)
+            originals.exchange(layers, job.resolved.groups)
+            uncompensated_losses = _evaluate(job, "uncompensated")
+            originals.exchange(layers, job.resolved.groups)
+    pruned_speed = _bench(job, "pruned")
+    proof = _save(job, directory, carry_from, keeps)
+    summary = Summary(
+        model=job.name,
+        family=job.arch.family,
+        command=job.command,
+        remove_asked=recipe.remove,
+        remove_reached=1 - Size.of(job.model).num_params / dense_size.num_params,
+        dense_size=dense_size,
+        pruned_size=Size.of(job.model),
+        widths=_widths(job.resolved),
+        calibration=_facts(job.calibration),
+        dense_losses=dense_losses,
+        pruned_losses=pruned_losses,
+        uncompensated_losses=uncompensated_losses,
+        dense_speed=dense_speed,
+        pruned_speed=pruned_speed,
+        guard_refusals=sum(line.get("step", 1) == 0 for line in log.lines),
+        seconds={name: round(seconds, 2) for name, seconds in log.seconds.items()},
+        peak_bytes=peak,
+        reload_max_abs_difference=proof.max_abs_difference if proof else None,
+        sample_text=proof.generated_text if proof else None,
+        warnings=job.resolved.warnings,
+        versions=versions(),
+    )
+    if directory is not None:
+        log.write({"event": "seconds", **summary.seconds})
+        (directory / "result.json").write_text(summary.to_json(), encoding="utf-8")
+        (directory / "README.md").write_text(model_card(summary), encoding="utf-8")
+    return keeps, summary
+
+
+def _save(job: _Job, directory: Path | None, carry_from: Path | None, keeps: Keeps) -> Verification | None:
+    if directory is None:
+        return None
+    recipe = job.resolved.recipe
+    with job.log.time("save"):
+        save_checkpoint(
+            job.model, job.tokenizer, directory, max_shard_size=recipe.max_shard_size, carry_from=carry_from
+        )
+        (directory / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        kept = [{"layer": layer, "group": group, "keep": keep.tolist()} for (layer, group), keep in keeps.items()]
+        (directory / "keep.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
+    with job.log.time("verify"):
+        job.progress("verify", 0, 1)
+        ids_1T = job.calibration.domains[0].held_out_NT[:1, :VERIFY_TOKENS].to(job.model.device)
+        with torch.inference_mode():
+            logits = job.model(ids_1T, use_cache=False).logits
+        proof = verify_reload(directory, ids_1T, logits)
+        job.progress("verify", 1, 1)
+    return proof
+
+
+def _evaluate(job: _Job, which: str) -> Losses:
+    if not job.resolved.recipe.evaluate:
+        return {}
+    blocks = {domain.name: domain.held_out_NT for domain in job.calibration.domains}
+    with job.log.time("evaluate"):
+        losses = evaluate(job.model, job.arch, blocks, job.progress, f"evaluate {which}")
+    for domain, loss in losses.items():
+        job.log.write({"event": "loss", "model": which, "domain": domain, **dataclasses.asdict(loss)})
+    return losses
+
+
+def _bench(job: _Job, which: str) -> Speed | None:
+    if not job.resolved.recipe.bench:
+        return None
+    with job.log.time("bench"):
+        return bench(job.model, progress=job.progress, stage=f"bench {which}")
+
+
+def _calibrate(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> CalibrationSet:
+    assert recipe.calibration.num_tokens is not None
+    return build_calibration(recipe.calibration, recipe.calibration.num_tokens, tokenizer, recipe.seed, progress)
+
+
+def _facts(calibration: CalibrationSet) -> CalibrationFacts:
+    return CalibrationFacts(
+        calibration.content_hash,
+        calibration.sequence_length,
+        {domain.name: domain.calibration_NT.numel() for domain in calibration.domains},
+        {domain.name: domain.held_out_NT.numel() for domain in calibration.domains},
+    )
+
+
+def _widths(resolved: Resolved) -> dict[str, tuple[int, int]]:
+    plan = resolved.plans[-1]
+    return {group.name: (group.num_units, plan.num_keep[group.layer, group.name]) for group in resolved.groups}
+
+
+def _parse(recipe: Recipe | dict[str, Any] | Path | str | None) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Path | str):
+        return parse_recipe(load_recipe(Path(recipe)), f"recipe {recipe}")
+    return parse_recipe(recipe or {})
+
+
+def _opened(checkpoint: Checkpoint | None) -> Checkpoint:
+    assert checkpoint is not None
+    return checkpoint

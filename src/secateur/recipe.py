@@ -1,0 +1,149 @@
+"""The recipe: everything a run does, parsed from YAML, a mapping or command-line options, then frozen.
+
+In: YAML text or a mapping. Out: a `Recipe`. All defaults of the product live here and nowhere else. What depends on
+the model (`align`, `num_tokens`) is `None` here and filled in by `resolve`; the resolved copy is saved with the output.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from secateur.errors import RecipeError, nearest
+
+InstalledDomain = Literal["code", "technical", "mathematics", "science", "readme", "legal", "dialogue"]
+ScoreName = Literal["random", "magnitude", "wanda", "flap", "obs"]
+CompensateName = Literal["none", "bias", "least_squares"]
+WeightingName = Literal["tokens", "energy"]
+
+INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
+DEFAULT_DOMAINS: tuple[InstalledDomain, ...] = ("code", "technical", "mathematics", "science", "readme", "legal")
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors and values cannot change after parsing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Domain(Strict):
+    """One calibration domain: exactly one source, and its share of the calibration tokens relative to the others.
+
+    installed: text that installed Python packages carry.
+    files: local .txt .jsonl .json .csv .parquet files (each also with .gz), relative to the working directory.
+    dataset: a `datasets` hub id, with `config` and `split`.
+    column: the text column of structured files; a `messages` column goes through the tokenizer's chat template.
+    """
+
+    installed: InstalledDomain | None = None
+    files: tuple[str, ...] | None = None
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    share: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _exactly_one_source(self) -> "Domain":
+        given = [name for name in ("installed", "files", "dataset") if getattr(self, name)]
+        if len(given) != 1:
+            got = " and ".join(given) if given else "none"
+            raise ValueError(f"needs exactly one of installed, files, dataset; got {got}")
+        return self
+
+
+class Calibration(Strict):
+    """What text the model is measured on. `num_tokens` counts all domains together, without the held-out tenth."""
+
+    domains: Annotated[dict[str, Domain], Field(min_length=1)] = {
+        name: Domain(installed=name) for name in DEFAULT_DOMAINS
+    }
+    num_tokens: Annotated[int, Field(gt=0)] | None = None
+    sequence_length: Annotated[int, Field(ge=8)] = 512
+
+
+class Recipe(Strict):
+    """One pruning run. Higher score = keep; ratios are shares of the model's total parameters, tied weights once."""
+
+    remove: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
+    groups: Annotated[tuple[str, ...], Field(min_length=1)] = ("ffn",)
+    align: Annotated[int, Field(ge=1)] | None = None
+    score: ScoreName = "obs"
+    obs_batch: Annotated[int, Field(ge=1)] = 32
+    compensate: CompensateName = "least_squares"
+    damping: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    domain_weighting: WeightingName = "energy"
+    rounds: Annotated[int, Field(ge=1)] = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    calibration: Calibration = Calibration()
+    evaluate: bool = True
+    bench: bool = True
+    max_shard_size: str = "5GB"
+
+
+def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
+    """Return the validated recipe. `where` names the source in error messages.
+
+    Raises RecipeError with one sentence: the key, what it got, what is allowed, the nearest known name.
+    """
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_sentence(error)}") from None
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe file as a plain mapping, so that command-line options can override keys before validation.
+
+    Raises RecipeError if the file is missing, not UTF-8 or not YAML.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"recipe {path}: cannot be read ({reason}); give a YAML file in UTF-8.") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {path}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
+    return data
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the recipe as YAML that `parse_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location) or "recipe"
+    kind, got = first["type"], first.get("input")
+    if kind == "extra_forbidden":
+        return f"unknown key '{key}'; did you mean '{nearest(location[-1], _allowed_keys(location[:-1]))}'?"
+    if kind == "literal_error":
+        allowed = first.get("ctx", {}).get("expected", "")
+        names = allowed.replace("'", "").replace(" or ", ", ").split(", ")
+        return f"unknown {key} '{got}'; allowed: {', '.join(names)}; did you mean '{nearest(str(got), names)}'?"
+    message = first["msg"].removeprefix("Value error, ")
+    if key == "remove":
+        shown = "NaN" if isinstance(got, float) and math.isnan(got) else got
+        message = "the share of total parameters to remove must be a number above 0 and below 1"
+        return f"remove: {message}, got {shown}."
+    return f"{key}: {message}, got {got!r}."
+
+
+def _allowed_keys(location: list[str]) -> list[str]:
+    if location[:1] == ["calibration"]:
+        model: type[Strict] = Domain if len(location) > 1 else Calibration
+        return list(model.model_fields)
+    return list(Recipe.model_fields)

@@ -1,0 +1,42 @@
+"""Run by path in a fresh process: load a directory with stock transformers and write its logits and some text.
+
+In (argv): directory, a safetensors file with `input_ids`, the file to write, device, number of threads. Out: that file,
+with `logits`, and as metadata `problem` (what the loader reported; empty if nothing) and `text` (a greedy
+continuation). Imports nothing of secateur: the point is that a user needs nothing of it.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+NUM_NEW_TOKENS = 24
+
+
+def main(directory: str, ids_file: str, out_file: str, device: str, num_threads: str) -> None:
+    torch.set_num_threads(int(num_threads))
+    ids_BT = load_file(ids_file)["input_ids"].to(device)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    model, info = loaded[0].to(device), loaded[1]
+    with torch.inference_mode():
+        logits_BTV = model(ids_BT, use_cache=False).logits
+        generated_1T = model.generate(
+            ids_BT[:1], attention_mask=torch.ones_like(ids_BT[:1]), max_new_tokens=NUM_NEW_TOKENS, do_sample=False
+        )
+    new_ids = generated_1T[0, ids_BT.shape[1] :].tolist()
+    problem = "; ".join(f"{kind}: {sorted(map(str, names))}" for kind, names in info.items() if names)
+    metadata = {"problem": problem, "text": _text(directory, new_ids)}
+    save_file({"logits": logits_BTV.contiguous().cpu()}, out_file, metadata)
+
+
+def _text(directory: str, ids: list[int]) -> str:
+    if not Path(directory, "tokenizer_config.json").is_file():
+        return " ".join(map(str, ids))
+    return str(AutoTokenizer.from_pretrained(directory).decode(ids))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

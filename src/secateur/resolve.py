@@ -1,0 +1,66 @@
+"""Turn a recipe and an architecture into concrete numbers. Every error that needs no weights surfaces here.
+
+In: a recipe, a bound architecture, the model's config. Out: the recipe with every `None` filled, and the plans.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.arch import Arch, Group
+from secateur.budget import Plan, default_align, round_plans, uniform_plan
+from secateur.errors import RecipeError
+from secateur.recipe import Recipe
+
+# Least squares wants this many pooled tokens per reader input; below it the damping rises in proportion.
+TOKENS_PER_INPUT = 10
+DEFAULT_TOKENS_PER_INPUT = 16
+MIN_DEFAULT_TOKENS = 49152
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A run in concrete numbers. `plans` has one entry per round; the last is the target."""
+
+    recipe: Recipe
+    groups: tuple[Group, ...]
+    plans: list[Plan]
+    warnings: tuple[str, ...]
+
+
+def resolve(recipe: Recipe, arch: Arch, config: Any, num_params: int) -> Resolved:
+    """Fill what depends on the model and make the plans.
+
+    Raises ArchError or RecipeError, each naming the recipe key, for whatever cannot be done with this model.
+    """
+    groups = arch.select(recipe.groups)
+    if recipe.compensate == "bias" and any(group.bias_switch is None for group in groups):
+        raise RecipeError(
+            f"compensate: family {arch.family} cannot store a bias in its readers (it would be dropped on reload); "
+            f"use least_squares or none."
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and recipe.calibration.sequence_length > longest:
+        raise RecipeError(
+            f"calibration.sequence_length: {recipe.calibration.sequence_length} is longer than the model's "
+            f"{longest} positions; set it to at most {longest}."
+        )
+    align = recipe.align or default_align(groups)
+    widest = max(group.num_units for group in groups)
+    num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
+    damping, warnings = _damping(recipe, num_tokens, widest)
+    calibration = recipe.calibration.model_copy(update={"num_tokens": num_tokens})
+    resolved = recipe.model_copy(update={"align": align, "calibration": calibration, "damping": damping})
+    plan = uniform_plan(groups, num_params, recipe.remove, align)
+    return Resolved(resolved, groups, round_plans(groups, plan, recipe.rounds, align), warnings)
+
+
+def _damping(recipe: Recipe, num_tokens: int, widest: int) -> tuple[float, tuple[str, ...]]:
+    needed = TOKENS_PER_INPUT * widest
+    if recipe.compensate != "least_squares" or num_tokens >= needed:
+        return recipe.damping, ()
+    raised = recipe.damping * needed / num_tokens
+    warning = (
+        f"calibration.num_tokens: {num_tokens:,} tokens are few for least squares over {widest:,} channels "
+        f"(want {needed:,}), so damping rises from {recipe.damping:g} to {raised:g}."
+    )
+    return raised, (warning,)

@@ -1,0 +1,33 @@
+"""The run log: one JSON object per line in `run.jsonl`, and seconds by stage."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "run.jsonl"
+
+
+class RunLog:
+    """Keeps the lines in memory and, given a directory, appends them to its `run.jsonl` as they come."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = {}
+        self._path = None if directory is None else directory / FILE_NAME
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Add one line."""
+        self.lines.append(line)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Add the seconds that the block takes to the stage's."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

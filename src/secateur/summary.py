@@ -1,0 +1,94 @@
+"""What a run cost and kept, as plain numbers: written to `result.json`, shown as a table, told in the model card.
+
+In: figures of each stage. Out: frozen dataclasses that go to JSON and back. No figure is computed twice.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from secateur.bench import Speed
+from secateur.evaluate import Loss, geometric_mean_perplexity
+
+Losses = dict[str, Loss]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """`num_params`: all parameters, tied ones once. `num_bytes`: their storage."""
+
+    num_params: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "Size":
+        """Count a model's parameters."""
+        parameters = list(model.parameters())
+        num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        return cls(sum(parameter.numel() for parameter in parameters), num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationFacts:
+    """Which text the run saw. `num_tokens` and `num_held_out_tokens` by domain."""
+
+    content_hash: str
+    sequence_length: int
+    num_tokens: dict[str, int]
+    num_held_out_tokens: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Everything a run can say about itself in numbers."""
+
+    model: str
+    family: str
+    command: str
+    remove_asked: float
+    remove_reached: float
+    dense_size: Size
+    pruned_size: Size
+    widths: dict[str, tuple[int, int]]  # group -> units per layer before, after
+    calibration: CalibrationFacts
+    dense_losses: Losses
+    pruned_losses: Losses
+    uncompensated_losses: Losses
+    dense_speed: Speed | None
+    pruned_speed: Speed | None
+    guard_refusals: int
+    seconds: dict[str, float]
+    peak_bytes: int
+    reload_max_abs_difference: float | None
+    sample_text: str | None
+    warnings: tuple[str, ...]
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Return the summary as indented JSON, with derived perplexities beside the losses."""
+        data = dataclasses.asdict(self)
+        data["geometric_mean_perplexity"] = {
+            name: geometric_mean_perplexity(losses) for name, losses in self.losses_by_name().items()
+        }
+        return json.dumps(data, indent=2) + "\n"
+
+    def losses_by_name(self) -> dict[str, Losses]:
+        """Return the evaluated models' losses, dense first; those not evaluated are left out."""
+        named = {
+            "dense": self.dense_losses,
+            "pruned": self.pruned_losses,
+            "uncompensated": self.uncompensated_losses,
+        }
+        return {name: losses for name, losses in named.items() if losses}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a repeat of the run needs."""
+    packages = ("secateur", "torch", "transformers", "safetensors", "tokenizers")
+    found: dict[str, Any] = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found}

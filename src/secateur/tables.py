@@ -1,0 +1,128 @@
+"""Numbers for people: the terminal's tables. In: a `Summary` or an `Inspection`. Out: rich renderables."""
+
+import math
+from collections.abc import Iterator
+
+from rich.console import Group
+from rich.table import Table
+
+from secateur.inspection import Inspection
+from secateur.summary import Summary
+
+
+def summary_table(summary: Summary) -> Group:
+    """Return the one table that a run ends with: quality by domain, size and speed, dense against pruned."""
+    columns = list(summary.losses_by_name())
+    names = columns or ["dense", "pruned"]
+    table = Table(title=f"{summary.model}: {headline(summary)}", title_justify="left", title_style="bold")
+    table.add_column("held-out nats/token (perplexity)" if columns else "", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, cells in loss_rows(summary):
+        table.add_row(label, *cells)
+    if columns:
+        table.add_section()
+    for label, dense, pruned in figure_rows(summary):
+        table.add_row(label, dense, pruned)
+    notes = Table.grid(padding=(0, 2))
+    for label, text in note_rows(summary):
+        notes.add_row(label, text)
+    return Group(table, notes)
+
+
+def headline(summary: Summary) -> str:
+    """Say how much went, of what, and what was asked."""
+    return (
+        f"{summary.remove_reached:.1%} of all {summary.dense_size.num_params:,} parameters removed "
+        f"(asked {summary.remove_asked:.1%}; tied weights counted once)"
+    )
+
+
+def loss_rows(summary: Summary) -> Iterator[tuple[str, list[str]]]:
+    """Yield (label, cell per evaluated model): held-out nats per token and perplexity, domain by domain."""
+    by_name = summary.losses_by_name()
+    for domain in summary.dense_losses:
+        losses = [by_name[name][domain] for name in by_name]
+        yield domain, [f"{x.nats_per_token:.3f} ({x.perplexity:.2f})" for x in losses]
+    if by_name:
+        means = [sum(x.nats_per_token for x in losses.values()) / len(losses) for losses in by_name.values()]
+        yield "mean (geometric mean)", [f"{mean:.3f} ({math.exp(mean):.2f})" for mean in means]
+
+
+def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str]]:
+    """Yield (label, dense, pruned): parameters, bytes, widths, speed."""
+    dense, pruned = summary.dense_size, summary.pruned_size
+    yield "parameters", f"{dense.num_params:,}", f"{pruned.num_params:,}"
+    yield "bytes", human_bytes(dense.num_bytes), human_bytes(pruned.num_bytes)
+    for group, (before, after) in summary.widths.items():
+        yield f"{group} units per layer", f"{before:,}", f"{after:,}"
+    if summary.dense_speed and summary.pruned_speed:
+        for label, field in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second")):
+            before, after = getattr(summary.dense_speed, field), getattr(summary.pruned_speed, field)
+            yield f"{label}, tokens/s", f"{before:.1f}", f"{after:.1f} ({after / before:.2f}x)"
+
+
+def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
+    """Yield what else a reader wants to know: cost, calibration, proof of reload, a sample."""
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in summary.seconds.items())
+    yield "seconds", f"{seconds}; total {sum(summary.seconds.values()):.1f}"
+    yield "peak memory", f"{human_bytes(summary.peak_bytes)} resident, interpreter included"
+    facts = summary.calibration
+    tokens = ", ".join(f"{name} {count:,}" for name, count in facts.num_tokens.items())
+    yield "calibration", f"{tokens} tokens in blocks of {facts.sequence_length}; sha256 {facts.content_hash[:16]}"
+    if summary.dense_losses:
+        held_out = sum(facts.num_held_out_tokens.values())
+        yield "quality on", f"{held_out:,} held-out tokens of the same domains, seen by no statistic"
+    if summary.uncompensated_losses:
+        yield "uncompensated", "the same units removed, the rest of the weights left as they were"
+    if summary.guard_refusals:
+        yield "guard", f"compensation refused by held-out text in {summary.guard_refusals} groups"
+    if summary.reload_max_abs_difference is not None:
+        difference = summary.reload_max_abs_difference
+        yield "reload", f"stock transformers in a fresh process: largest logit difference {difference:g}"
+    if summary.sample_text:
+        yield "it writes", " ".join(summary.sample_text.split())
+
+
+def inspection_table(inspection: Inspection) -> Group:
+    """Return what `secateur inspect` shows."""
+    size = inspection.size
+    title = f"{inspection.model}: family {inspection.family}, {size.num_params:,} parameters, {inspection.dtype}"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in ("group", "unit", "layers", "units per layer", "after", "parameters per unit", "parameters", "share"):
+        table.add_column(column, justify="left" if column in ("group", "unit") else "right")
+    for group in inspection.groups:
+        numbers = (group.num_layers, group.num_units, group.num_keep, group.params_per_unit, group.num_params)
+        share = f"{group.num_params / size.num_params:.1%}"
+        table.add_row(group.name, group.unit, *(f"{number:,}" for number in numbers), share)
+    notes = Table.grid(padding=(0, 2))
+    for label, text in _inspection_notes(inspection):
+        notes.add_row(label, text)
+    return Group(table, notes)
+
+
+def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
+    size, memory = inspection.size, inspection.memory
+    yield (
+        "removing",
+        f"asked {inspection.remove_asked:.1%}, reached {inspection.remove_reached:.1%} of total parameters (tied "
+        f"weights once), widths in multiples of {inspection.align}; at most {inspection.largest_remove:.1%}",
+    )
+    yield "parameters", f"{size.num_params:,} -> {inspection.num_params_after:,}"
+    yield "bytes", f"{human_bytes(size.num_bytes)} -> {human_bytes(inspection.num_bytes_after)}"
+    yield (
+        "memory",
+        f"about {human_bytes(memory.peak)} at the peak of a run with {inspection.num_calibration_tokens:,} calibration "
+        f"tokens: weights {human_bytes(memory.weights)}, hidden states {human_bytes(memory.hidden_states)}, statistics "
+        f"{human_bytes(memory.statistics)}, solve {human_bytes(memory.solve)}; the interpreter comes on top",
+    )
+    for warning in inspection.warnings:
+        yield "note", warning
+
+
+def human_bytes(num_bytes: float) -> str:
+    """Return bytes in decimal units: 269,030,000 -> 269.0 MB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} B"

@@ -1,0 +1,52 @@
+"""Tiny random causal LMs for tests: fp32, grouped queries, biases where the family has them, norms not all ones."""
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+
+def tiny_llama(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
+    """Return a random llama in eval mode; `overrides` replace config values."""
+    return _randomised(LlamaForCausalLM(LlamaConfig(**_sizes(tied, num_layers), **overrides)), seed)
+
+
+def tiny_qwen2(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> Qwen2ForCausalLM:
+    """Return a random qwen2 in eval mode, its q, k and v biases not zero; `overrides` replace config values."""
+    return _randomised(Qwen2ForCausalLM(Qwen2Config(**_sizes(tied, num_layers), **overrides)), seed)
+
+
+def tiny_ids(*, batch: int = 2, length: int = 16, seed: int = 0, vocab_size: int = 320) -> torch.Tensor:
+    """Return random token ids, (batch, length)."""
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _sizes(tied: bool, num_layers: int) -> dict[str, Any]:
+    return {
+        "hidden_size": 48,
+        "intermediate_size": 112,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 320,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+def _randomised(model: Any, seed: int) -> Any:
+    # Larger than the library's 0.02 initialisation, so that every part of the model moves the logits.
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.1 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.2 * noise)
+            else:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+    return model.eval()
