@@ -31,8 +31,8 @@ from secateur.checkpoint import (
     open_checkpoint,
 )
 from secateur.errors import CheckpointError
-from secateur.evaluate import evaluate
 from secateur.loop import Keeps, Run, prune_in_place
+from secateur.loss import domain_losses
 from secateur.memory import peak_bytes
 from secateur.original_readers import OriginalReaders
 from secateur.output import check_free_space, parse_shard_size, save_checkpoint, staging
@@ -197,7 +197,7 @@ def _evaluate(job: _Job, which: str) -> Losses:
         return {}
     blocks = {domain.name: domain.held_out_NT for domain in job.calibration.domains}
     with job.log.time("evaluate"):
-        losses = evaluate(job.model, job.arch, blocks, job.progress, f"evaluate {which}")
+        losses = domain_losses(job.model, job.arch, blocks, job.progress, f"evaluate {which}")
     for domain, loss in losses.items():
         job.log.write({"event": "loss", "model": which, "domain": domain, **dataclasses.asdict(loss)})
     return losses

