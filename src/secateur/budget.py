@@ -3,6 +3,7 @@
 In: the groups, the model's total parameters (tied weights once), the share to remove. Out: plans, one per round.
 """
 
+import math
 from dataclasses import dataclass
 
 from secateur.arch import Group
@@ -56,7 +57,7 @@ def uniform_plan(groups: tuple[Group, ...], num_params: int, remove: float, alig
         )
     plan = Plan(num_keep, num_params, num_params - _removed(groups, num_keep))
     if plan.num_params_after == num_params:
-        smallest = sum(align * group.params_per_unit for group in groups) / num_params / 2
+        smallest = math.ceil(1e4 * sum(align * group.params_per_unit for group in groups) / num_params / 2) / 1e4
         raise RecipeError(
             f"remove: {remove:g} of all {num_params:,} parameters is less than half an aligned unit per layer, so "
             f"nothing would go; ask for at least {smallest:.4f} or set align below {align}."

@@ -82,6 +82,7 @@ def build_calibration(
 
     Raises CalibrationError for text that is unreadable, or too short for the blocks.
     """
+    assert calibration.sequence_length is not None, "resolve fills it in"
     length = calibration.sequence_length
     total_share = sum(domain.share for domain in calibration.domains.values())
     shares = {name: domain.share / total_share for name, domain in calibration.domains.items()}

@@ -1,7 +1,7 @@
 """The recipe: everything a run does, parsed from YAML, a mapping or command-line options, then frozen.
 
 In: YAML text or a mapping. Out: a `Recipe`. All defaults of the product live here and nowhere else. What depends on
-the model (`align`, `num_tokens`) is `None` here and filled in by `resolve`; the resolved copy is saved with the output.
+the model (`align`, `num_tokens`, `sequence_length`) is `None` here and filled in by `resolve`; the resolved copy is saved with the output.
 """
 
 import math
@@ -66,7 +66,7 @@ class Calibration(Strict):
         name: Domain(installed=name) for name in DEFAULT_DOMAINS
     }
     num_tokens: Annotated[int, Field(gt=0)] | None = None
-    sequence_length: Annotated[int, Field(ge=8)] = 512
+    sequence_length: Annotated[int, Field(ge=8)] | None = None
 
 
 class Recipe(Strict):

@@ -15,6 +15,7 @@ from secateur.recipe import Recipe
 TOKENS_PER_INPUT = 10
 DEFAULT_TOKENS_PER_INPUT = 16
 MIN_DEFAULT_TOKENS = 49152
+DEFAULT_SEQUENCE_LENGTH = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +40,17 @@ def resolve(recipe: Recipe, arch: Arch, config: Any, num_params: int) -> Resolve
             f"use least_squares or none."
         )
     longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and recipe.calibration.sequence_length > longest:
+    length = recipe.calibration.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
+    if longest is not None and length > longest:
         raise RecipeError(
-            f"calibration.sequence_length: {recipe.calibration.sequence_length} is longer than the model's "
-            f"{longest} positions; set it to at most {longest}."
+            f"calibration.sequence_length: {length} is longer than the model's {longest} positions; set it to at most "
+            f"{longest}."
         )
     align = recipe.align or default_align(groups)
     widest = max(group.num_units for group in groups)
     num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
     damping, warnings = _damping(recipe, num_tokens, widest)
-    calibration = recipe.calibration.model_copy(update={"num_tokens": num_tokens})
+    calibration = recipe.calibration.model_copy(update={"num_tokens": num_tokens, "sequence_length": length})
     resolved = recipe.model_copy(update={"align": align, "calibration": calibration, "damping": damping})
     plan = uniform_plan(groups, num_params, recipe.remove, align)
     return Resolved(resolved, groups, round_plans(groups, plan, recipe.rounds, align), warnings)

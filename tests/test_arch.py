@@ -1,0 +1,81 @@
+"""Specs against real modules: sizes, parameter counts, and the errors that name the nearest known thing."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from secateur.arch import ArchSpec, bind, find_spec, load_specs
+from secateur.cut import rows_of
+from secateur.errors import ArchError
+from tests.models import tiny_llama, tiny_qwen2
+
+
+@pytest.mark.parametrize("factory", [tiny_llama, tiny_qwen2])
+def test_bound_groups_count_the_parameters_of_a_unit(factory) -> None:
+    arch = bind(factory())
+    assert arch.num_layers == 3 and [group.layer for group in arch.groups] == [0, 1, 2]
+    assert {group.num_units for group in arch.groups} == {112}
+    assert {group.params_per_unit for group in arch.groups} == {3 * 48}
+
+
+def test_biases_are_counted() -> None:
+    arch = bind(tiny_llama(mlp_bias=True))
+    assert {group.params_per_unit for group in arch.groups} == {3 * 48 + 2}
+
+
+def test_seventy_billion_parameters_bind_on_the_meta_device() -> None:
+    config = LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    groups = bind(model).groups
+    assert len(groups) == 80 and groups[0].params_per_unit == 3 * 8192
+
+
+def test_unknown_family_names_the_nearest() -> None:
+    with pytest.raises(ArchError, match=r"'qwen3' is not supported.*nearest is 'qwen2'"):
+        find_spec("qwen3")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"reader": {"mlp.down_prj": [1]}}, "did you mean 'mlp.down_proj'"),
+        ({"writers": {"mlp.gate_proj": [1], "mlp.up_prj": [1]}}, "did you mean 'mlp.up_proj'"),
+        ({"reader": {"mlp": [1]}}, "mlp is a LlamaMLP"),
+        ({"writers": {"mlp.gate_proj": [1, 1]}}, "mlp.gate_proj has 112 rows.*asks for 224"),
+        ({"num_units": "ffn_size"}, "config has no number 'ffn_size'"),
+        ({"bias_switch": {"mlp_bias": ["mlp.gate"]}}, "did you mean"),
+    ],
+)
+def test_a_broken_spec_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: dict, message: str) -> None:
+    spec = load_specs()["llama"].model_dump()
+    spec["groups"]["ffn"].update(wrong)
+    broken = ArchSpec.model_validate(spec)
+    monkeypatch.setattr("secateur.arch.find_spec", lambda model_type: ("llama", broken))
+    with pytest.raises(ArchError, match=message):
+        bind(tiny_llama())
+
+
+def test_unknown_group_names_the_nearest() -> None:
+    with pytest.raises(ArchError, match="no group 'fnn'; it has ffn; did you mean 'ffn'"):
+        bind(tiny_llama()).select(("fnn",))
+
+
+def test_unknown_key_in_a_spec_is_an_error() -> None:
+    spec = load_specs()["llama"].model_dump() | {"head_split": 1}
+    with pytest.raises(ValueError, match="head_split"):
+        ArchSpec.model_validate(spec)
+
+
+def test_rows_of_units_go_segment_by_segment() -> None:
+    keep = torch.tensor([0, 2])
+    assert rows_of(keep, (1,), 3).tolist() == [0, 2]
+    assert rows_of(keep, (2,), 3).tolist() == [0, 1, 4, 5]
+    assert rows_of(keep, (1, 2), 3).tolist() == [0, 2, 3, 4, 7, 8]

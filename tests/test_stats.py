@@ -1,0 +1,89 @@
+"""Statistics are sums: one batch equals many, in any order; halves merge to the whole; float32 stays near float64."""
+
+import pytest
+import torch
+
+from secateur.stats import Statistics, domain_weight, exact_product_precision
+
+SIZES = [1, 5, 12, 33]
+
+
+def gather(batches: list[tuple[torch.Tensor, torch.Tensor]], num_inputs: int) -> Statistics:
+    statistics = Statistics.empty(num_inputs, torch.device("cpu"), gram=True)
+    for x_TF, y_TH in batches:
+        statistics.update(x_TF, y_TH)
+    return statistics
+
+
+def draw(num_inputs: int, num_tokens: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(num_inputs)
+    x_TF = torch.randn(num_tokens, num_inputs, generator=generator) * 3 + 1
+    return x_TF, torch.randn(num_tokens, 7, generator=generator)
+
+
+def assert_same(left: Statistics, right: Statistics) -> None:
+    assert left.mass == right.mass
+    for name in ("sum_F", "sum_squares_F", "energy"):
+        torch.testing.assert_close(getattr(left, name), getattr(right, name), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(left.full_gram(), right.full_gram(), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_inputs", SIZES)
+def test_many_batches_in_any_order_equal_one(num_inputs: int) -> None:
+    x_TF, y_TH = draw(num_inputs)
+    pieces = list(zip(x_TF.split(17), y_TH.split(17), strict=True))
+    whole = gather([(x_TF, y_TH)], num_inputs)
+    assert_same(gather(pieces, num_inputs), whole)
+    assert_same(gather(pieces[::-1], num_inputs), whole)
+
+
+@pytest.mark.parametrize("num_inputs", SIZES)
+def test_halves_merge_to_the_whole(num_inputs: int) -> None:
+    x_TF, y_TH = draw(num_inputs)
+    merged = gather([(x_TF[:20], y_TH[:20])], num_inputs)
+    merged.merge(gather([(x_TF[20:], y_TH[20:])], num_inputs))
+    assert_same(merged, gather([(x_TF, y_TH)], num_inputs))
+
+
+@pytest.mark.parametrize("num_inputs", SIZES)
+def test_sums_are_near_float64(num_inputs: int) -> None:
+    x_TF, y_TH = draw(num_inputs, 500)
+    statistics, x = gather(list(zip(x_TF.split(64), y_TH.split(64), strict=True)), num_inputs), x_TF.double()
+    gram = x.T @ x
+    scale = gram.diagonal().max()
+    assert ((statistics.full_gram().double() - gram).abs().max() / scale) < 1e-5
+    torch.testing.assert_close(statistics.mean_F.double(), x.mean(dim=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(statistics.variance_F.double(), x.var(dim=0, correction=0), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(statistics.gram_FF.diagonal(), statistics.sum_squares_F, rtol=1e-5, atol=1e-3)
+
+
+def test_bfloat16_products_are_exact_but_for_addition_order() -> None:
+    x_TF = torch.randn(400, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    statistics = gather([(x_TF, x_TF)], 48)
+    gram = x_TF.double().T @ x_TF.double()
+    assert (statistics.full_gram().double() - gram).abs().max() / gram.max() < 1e-5
+
+
+def test_precision_setting_is_restored() -> None:
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(RuntimeError), exact_product_precision(torch.bfloat16):
+        raise RuntimeError
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_energy_weighting_gives_every_domain_the_same_say() -> None:
+    x_TF, y_TH = draw(5)
+    loud, quiet = gather([(100 * x_TF, 100 * y_TH)], 5), gather([(x_TF, y_TH)], 5)
+    weighted = [domain_weight("energy", 0.5, domain) * domain.sum_squares_F for domain in (loud, quiet)]
+    torch.testing.assert_close(*weighted)
+    assert domain_weight("tokens", 0.5, loud) == domain_weight("tokens", 0.5, quiet) == 1.0
+    assert domain_weight("energy", 0.5, gather([(x_TF, 0 * y_TH)], 5)) == 0.0
+
+
+def test_clear_forgets_and_non_finite_shows() -> None:
+    x_TF, y_TH = draw(5)
+    statistics = gather([(x_TF, y_TH)], 5)
+    statistics.clear()
+    assert_same(statistics, gather([], 5))
+    statistics.update(x_TF.fill_(torch.nan), y_TH)
+    assert not statistics.is_finite()
