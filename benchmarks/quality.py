@@ -1,0 +1,145 @@
+"""Quality at 30% of every FFN's channels: every score, with and without compensation, hybrid and single-domain.
+
+Needs the development text (`../shared/data`, or SECATEUR_DATA). Calibrates on 6 x 6 blocks of 512 tokens of the `*_calib`
+files, evaluates on 4 blocks of 512 of each `*_eval` file; single-domain rows calibrate on as many tokens. The guard sees
+one more block per domain, which no statistic sees. Prints a Markdown table per seed and the marks.
+
+    python benchmarks/quality.py [--seeds 0 1 2] [--rows ours flap-bias] [--model smollm2-135m]
+"""
+
+import argparse
+import math
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from secateur.arch import bind
+from secateur.calibration import CalibrationSet, build_calibration
+from secateur.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from secateur.loop import Run, prune_in_place
+from secateur.loss import domain_losses
+from secateur.output import save_checkpoint
+from secateur.recipe import Calibration, Domain, parse_recipe
+from secateur.resolve import resolve
+from secateur.summary import Size
+
+DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+FILES = {
+    "web": ("web_c4_calib", "web_c4_eval"),
+    "wiki": ("wiki_calib", "wikitext2_test_detok"),
+    "code": ("code_calib", "code_eval"),
+    "math": ("math_gsm8k_calib", "math_gsm8k_eval"),
+    "chat": ("instruct_calib", "instruct_eval"),
+    "science": ("science_qasper_calib", "science_qasper_eval"),
+}
+HYBRID = tuple(FILES)
+LENGTH, CALIBRATION_BLOCKS, EVALUATION_BLOCKS, CUT_SHARE = 512, 6, 4, 0.30
+MAX_TIMES_DENSE, MIN_BELOW_FLAP = 1.73, 0.17
+
+ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "ours": ({}, HYBRID),
+    "flap-bias": ({"score": "flap", "compensate": "bias", "domain_weighting": "tokens"}, HYBRID),
+    "ours-tokens": ({"domain_weighting": "tokens"}, HYBRID),
+    "ours-web": ({}, ("web",)),
+    "ours-wiki": ({}, ("wiki",)),
+    **{
+        f"{score}{'' if compensate == 'none' else '-ls'}": ({"score": score, "compensate": compensate}, HYBRID)
+        for score in ("random", "magnitude", "wanda", "flap", "obs")
+        for compensate in ("none", "least_squares")
+        if (score, compensate) != ("obs", "least_squares")
+    },
+    "ours-3-rounds": ({"rounds": 3}, HYBRID),
+}
+
+
+def draw(domains: tuple[str, ...], part: int, blocks: int, tokenizer: Any, seed: int) -> CalibrationSet:
+    """Return `blocks` blocks per domain of the six, spread over `domains`, of part 0 (calib) or 1 (eval)."""
+    files = {name: Domain(files=(str(DATA / "text" / f"{FILES[name][part]}.jsonl.gz"),)) for name in domains}
+    calibration = Calibration(domains=files, sequence_length=LENGTH)
+    return build_calibration(calibration, blocks * len(HYBRID) * LENGTH, tokenizer, seed)
+
+
+def run_row(
+    checkpoint: Checkpoint, row: str, seed: int, tokenizer: Any, evaluation: CalibrationSet
+) -> dict[str, float]:
+    """Prune by one row's recipe and return perplexity by domain; empty `row` evaluates the dense model."""
+    model = load_model(checkpoint)
+    arch, num_params = bind(model), Size.of(model).num_params
+    seconds = 0.0
+    if row:
+        settings, domains = ROWS[row]
+        channels = sum(group.num_units * group.params_per_unit for group in arch.groups)
+        recipe = {"remove": CUT_SHARE * channels / num_params, "align": 1, "seed": seed, **settings}
+        num_tokens = CALIBRATION_BLOCKS * len(HYBRID) * LENGTH
+        recipe["calibration"] = {"num_tokens": num_tokens, "sequence_length": LENGTH}
+        resolved = resolve(parse_recipe(recipe), arch, model.config, num_params)
+        calibration = draw(domains, 0, CALIBRATION_BLOCKS, tokenizer, seed)
+        start = time.perf_counter()
+        prune_in_place(Run(model, arch, resolved, calibration))
+        seconds = time.perf_counter() - start
+    blocks = {domain.name: domain.calibration_NT for domain in evaluation.domains}
+    losses = domain_losses(model, arch, blocks)
+    perplexities = {name: min(loss.nats_per_token, 700.0) for name, loss in losses.items()}
+    geometric = sum(perplexities.values()) / len(perplexities)
+    return {name: math.exp(nats) for name, nats in perplexities.items()} | {
+        "geometric mean": math.exp(geometric),
+        "seconds": seconds,
+    }
+
+
+def show(row: str, found: dict[str, float], dense: dict[str, float]) -> None:
+    """Print one Markdown row."""
+    cells = [f"{found[name]:.4g}" for name in (*HYBRID, "geometric mean")]
+    ratio = f"{found['geometric mean'] / dense['geometric mean']:.3f}"
+    print(f"| {row} | " + " | ".join([*cells, ratio, f"{found['seconds']:.0f}"]) + " |", flush=True)
+
+
+def main() -> None:
+    """Run the rows for every seed and print tables and marks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    options = parser.parse_args()
+    opened = open_checkpoint(options.model)
+    with tempfile.TemporaryDirectory() as folder:
+        # Written once as safetensors, so that each row's fresh copy loads in a second.
+        save_checkpoint(load_model(opened), load_tokenizer(opened), Path(folder), max_shard_size="5GB", carry_from=None)
+        run_all(open_checkpoint(folder), options.seeds, options.rows)
+
+
+def run_all(checkpoint: Checkpoint, seeds: list[int], rows: list[str]) -> None:
+    """Print a table per seed, then the marks over seeds."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+    times_dense, below_flap = [], []
+    for seed in seeds:
+        evaluation = draw(HYBRID, 1, EVALUATION_BLOCKS, tokenizer, seed)
+        print(f"\nseed {seed}, calibration and evaluation drawn anew; evaluation hash {evaluation.content_hash[:16]}\n")
+        print("| row | " + " | ".join([*HYBRID, "geometric mean", "x dense", "s"]) + " |")
+        print("|---|" + "---:|" * (len(HYBRID) + 3))
+        dense = run_row(checkpoint, "", seed, tokenizer, evaluation)
+        show("dense", dense, dense)
+        means = {}
+        for row in rows:
+            found = run_row(checkpoint, row, seed, tokenizer, evaluation)
+            show(row, found, dense)
+            means[row] = found["geometric mean"]
+        if "ours" in means:
+            times_dense.append(means["ours"] / dense["geometric mean"])
+            if "flap-bias" in means:
+                below_flap.append(1 - means["ours"] / means["flap-bias"])
+    if times_dense:
+        each = ", ".join(f"{value:.3f}" for value in times_dense)
+        print(f"\nours over dense: {each}; mean {statistics.mean(times_dense):.3f} (mark: at most {MAX_TIMES_DENSE})")
+    if below_flap:
+        each = ", ".join(f"{value:.1%}" for value in below_flap)
+        print(f"ours below FLAP: {each}; mean {statistics.mean(below_flap):.1%} (mark: at least {MIN_BELOW_FLAP:.0%})")
+
+
+if __name__ == "__main__":
+    main()
