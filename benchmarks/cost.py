@@ -1,4 +1,4 @@
-"""Cost of one round: seconds over seconds of a plain forward of the same tokens, and memory over the checkpoint's bytes.
+"""Cost of one round: seconds over a plain forward's of the same tokens, and memory over the checkpoint's bytes.
 
 Forward and prune alternate in one process, each on a fresh copy of the model, and medians are quoted. Memory is taken
 in a process of its own that calls `secateur.prune` from a safetensors directory to a finished output (without speed

@@ -1,8 +1,8 @@
 """Quality at 30% of every FFN's channels: every score, with and without compensation, hybrid and single-domain.
 
-Needs the development text (`../shared/data`, or SECATEUR_DATA). Calibrates on 6 x 6 blocks of 512 tokens of the `*_calib`
-files, evaluates on 4 blocks of 512 of each `*_eval` file; single-domain rows calibrate on as many tokens. The guard sees
-one more block per domain, which no statistic sees. Prints a Markdown table per seed and the marks.
+Needs the development text (`../shared/data`, or SECATEUR_DATA). Calibrates on 6 x 6 blocks of 512 tokens of the
+`*_calib` files, evaluates on 4 blocks of 512 of each `*_eval` file; single-domain rows calibrate on as many tokens. The
+guard sees one more block per domain, which no statistic sees. Prints a Markdown table per seed and the marks.
 
     python benchmarks/quality.py [--seeds 0 1 2] [--rows ours flap-bias] [--model smollm2-135m]
 """

@@ -74,11 +74,14 @@ def build_calibration(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     progress: Progress = silent,
+    *,
+    more_held_out: int = 0,
 ) -> CalibrationSet:
     """Read, tokenise and pack every domain.
 
     A domain gets round(share x num_tokens / sequence_length) blocks, at least one, and a ninth as many held-out blocks,
-    rounded up. Equal documents within a domain are used once.
+    rounded up; `more_held_out` blocks per domain come before those, for comparisons that judge runs of any size on the
+    same text. Equal documents within a domain are used once.
 
     Raises CalibrationError for text that is unreadable, or too short for the blocks.
     """
@@ -87,7 +90,8 @@ def build_calibration(
     total_share = sum(domain.share for domain in calibration.domains.values())
     shares = {name: domain.share / total_share for name, domain in calibration.domains.items()}
     num_blocks = {name: max(1, round(share * num_tokens / length)) for name, share in shares.items()}
-    num_total = sum(count + _num_held_out(count) for count in num_blocks.values())
+    num_held_out = {name: more_held_out + _num_held_out(count) for name, count in num_blocks.items()}
+    num_total = sum(num_blocks.values()) + sum(num_held_out.values())
     eos = tokenizer.eos_token_id
     assert eos is None or isinstance(eos, int)
     blocks, num_done = [], 0
@@ -96,9 +100,9 @@ def build_calibration(
         texts = _once(documents(name, domain, tokenizer, seed))
         order = random.Random(f"{seed}:{name}:lines")
         turns = (_turns(text, tokenizer, length, order) for text in texts)
-        parts = _two_parts(turns, name, num_blocks[name], length, eos)
+        parts = _two_parts(turns, name, num_blocks[name], num_held_out[name], length, eos)
         blocks.append(DomainBlocks(name, shares[name], *parts))
-        num_done += num_blocks[name] + _num_held_out(num_blocks[name])
+        num_done += num_blocks[name] + num_held_out[name]
         progress("calibration", num_done, num_total)
     return CalibrationSet(tuple(blocks), length, _content_hash(blocks))
 
@@ -132,10 +136,10 @@ def _turns(text: str, tokenizer: PreTrainedTokenizerBase, length: int, order: ra
 
 
 def _two_parts(
-    documents: Iterator[_Turns], name: str, num_blocks: int, length: int, eos: int | None
+    documents: Iterator[_Turns], name: str, num_blocks: int, num_held_out: int, length: int, eos: int | None
 ) -> tuple[Int64[Tensor, "N T"], Int64[Tensor, "M T"]]:
     """Return the calibration and the held-out blocks of one domain."""
-    num_held_out, num_tokens = _num_held_out(num_blocks), num_blocks * length
+    num_tokens = num_blocks * length
     held_out, used = _pack(documents, deque(), num_held_out * length, eos)
     ids, _ = _pack(documents, used, num_tokens, eos)
     if len(ids) < num_tokens:

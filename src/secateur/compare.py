@@ -1,0 +1,154 @@
+"""`secateur compare`: run a study's grid, cell by cell, and keep every finished cell.
+
+In: a study and a directory. Out: one result per cell, the dense model's per seed, and the page and table made of them.
+Every cell of a seed is judged on the same held-out blocks, from documents that no cell calibrates on; the dense model
+is evaluated once per seed. A cell that is done is read and not run again.
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.arch import Arch, bind
+from secateur.calibration import CalibrationSet, build_calibration
+from secateur.checkpoint import Checkpoint, load_model, load_tokenizer, meta_model, open_checkpoint
+from secateur.compare_page import FoundCell, comparison_files
+from secateur.evaluate_cache import PartCache, fingerprint
+from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks, run_task
+from secateur.loop import Run, prune_in_place
+from secateur.loss import domain_losses
+from secateur.output import disk_errors
+from secateur.progress import Progress, silent
+from secateur.recipe import Recipe
+from secateur.resolve import resolve
+from secateur.staged_file import staged_file
+from secateur.study import Cell, Study, cells, dump_study, study_recipe
+from secateur.summary import Size, versions
+
+CELLS_FOLDER = "cells"
+DENSE = "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """What every cell needs: the model's files, the text's tokenizer, the tasks, the store."""
+
+    study: Study
+    checkpoint: Checkpoint
+    fingerprint: str
+    tokenizer: PreTrainedTokenizerBase
+    tasks: LoadedTasks | None
+    cache: PartCache
+    progress: Progress
+
+
+def compare(study: Study, out: Path, progress: Progress = silent) -> list[FoundCell]:
+    """Run what is missing of the grid and write `table.md`, `study.yaml`, `results.json` and `report.html` to `out`.
+
+    Raises a SecateurError, one sentence, for everything that a user can correct; a ratio out of a method's reach
+    surfaces before the first cell runs.
+    """
+    checkpoint = open_checkpoint(study.model)
+    shape = meta_model(checkpoint.config)
+    arch, num_params = bind(shape), Size.of(shape).num_params
+    grid = list(cells(study))
+    for cell in grid:
+        resolve(cell.recipe, arch, shape.config, num_params)
+    evaluation = study.evaluation
+    tasks = load_tasks(evaluation.tasks, TaskOptions(limit=evaluation.limit), None) if evaluation.tasks else None
+    tokenizer = load_tokenizer(checkpoint)
+    cache = PartCache(out / CELLS_FOLDER)
+    with disk_errors(out):
+        cache.directory.mkdir(parents=True, exist_ok=True)
+    bench = _Bench(study, checkpoint, fingerprint(checkpoint), tokenizer, tasks, cache, progress)
+    found: list[FoundCell] = []
+    progress("cells", 0, len(grid) + len(study.seeds))
+    for seed in study.seeds:
+        blocks = _judged_on(bench, resolve(study_recipe(study, seed), arch, shape.config, num_params).recipe, seed)
+        found.append(_dense_cell(bench, arch, seed, blocks))
+        progress("cells", len(found), len(grid) + len(study.seeds))
+        for cell in (cell for cell in grid if cell.seed == seed):
+            found.append(_cell(bench, arch, cell, blocks))
+            progress("cells", len(found), len(grid) + len(study.seeds))
+    results = {"cells": [dataclasses.asdict(cell) for cell in found], "versions": versions()}
+    texts = {"study.yaml": dump_study(study), "results.json": json.dumps(results, indent=1) + "\n"}
+    for name, text in (texts | comparison_files(study, found)).items():
+        with staged_file(out / name, overwrite=True) as staged:
+            staged.write_text(text, encoding="utf-8")
+    return found
+
+
+def _judged_on(bench: _Bench, recipe: Recipe, seed: int) -> dict[str, Tensor]:
+    """Return the blocks per domain that the seed's cells are judged on: the first of those held out."""
+    drawn = _draw(bench, recipe, seed)
+    return {domain.name: domain.held_out_NT[: bench.study.evaluation.num_blocks] for domain in drawn.domains}
+
+
+def _draw(bench: _Bench, recipe: Recipe, seed: int) -> CalibrationSet:
+    num_tokens = recipe.calibration.num_tokens
+    assert num_tokens is not None, "resolve fills it in"
+    more = bench.study.evaluation.num_blocks
+    return build_calibration(recipe.calibration, num_tokens, bench.tokenizer, seed, more_held_out=more)
+
+
+def _dense_cell(bench: _Bench, arch: Arch, seed: int, blocks: dict[str, Tensor]) -> FoundCell:
+    def compute() -> dict[str, Any]:
+        model = load_model(bench.checkpoint)
+        return {"remove_reached": 0.0, "seconds": 0.0} | _judge(bench, model, arch, blocks)
+
+    depends_on = _depends_on(bench, seed, {}, blocks)
+    result = bench.cache.get_or_compute(f"{DENSE}-{seed}", depends_on, compute)
+    return FoundCell(DENSE, 0.0, seed, **result)
+
+
+def _cell(bench: _Bench, arch: Arch, cell: Cell, blocks: dict[str, Tensor]) -> FoundCell:
+    def compute() -> dict[str, Any]:
+        model = load_model(bench.checkpoint)
+        num_params = Size.of(model).num_params
+        resolved = resolve(cell.recipe, arch, model.config, num_params)
+        calibration = _without_judged(_draw(bench, resolved.recipe, cell.seed), bench.study.evaluation.num_blocks)
+        start = time.perf_counter()
+        prune_in_place(Run(model, arch, resolved, calibration, progress=bench.progress))
+        seconds = time.perf_counter() - start
+        reached = 1 - Size.of(model).num_params / num_params
+        num_tokens = {domain.name: domain.calibration_NT.numel() for domain in calibration.domains}
+        facts = {"remove_reached": reached, "seconds": seconds, "num_tokens": num_tokens}
+        return facts | _judge(bench, model, arch, blocks)
+
+    depends_on = _depends_on(bench, cell.seed, cell.recipe.model_dump(mode="json"), blocks)
+    name = f"{cell.method}-{cell.ratio:g}-{cell.seed}"
+    return FoundCell(cell.method, cell.ratio, cell.seed, **bench.cache.get_or_compute(name, depends_on, compute))
+
+
+def _without_judged(drawn: CalibrationSet, num_blocks: int) -> CalibrationSet:
+    """Leave the guard only those held-out blocks that no cell is judged on."""
+    domains = (dataclasses.replace(domain, held_out_NT=domain.held_out_NT[num_blocks:]) for domain in drawn.domains)
+    return dataclasses.replace(drawn, domains=tuple(domains))
+
+
+def _depends_on(bench: _Bench, seed: int, recipe: dict[str, Any], blocks: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        "model": bench.fingerprint,
+        "recipe": recipe,
+        "seed": seed,
+        "evaluation": bench.study.evaluation.model_dump(mode="json"),
+        "judged_on": {name: int(ids_NT.sum()) for name, ids_NT in blocks.items()},
+        "versions": versions(),
+    }
+
+
+def _judge(bench: _Bench, model: PreTrainedModel, arch: Arch, blocks: dict[str, Tensor]) -> dict[str, Any]:
+    losses = domain_losses(model, arch, blocks, bench.progress)
+    tasks: dict[str, dict[str, float]] = {}
+    for name, task in (bench.tasks.tasks if bench.tasks else {}).items():
+        options = TaskOptions(limit=bench.study.evaluation.limit)
+        found = run_task(task, model, bench.tokenizer, options, partial(bench.progress, name))
+        tasks[name] = {key: value for key, value in found["results"][name].items() if isinstance(value, int | float)}
+    return {"nats_per_token": {name: loss.nats_per_token for name, loss in losses.items()}, "tasks": tasks}

@@ -1,0 +1,168 @@
+"""A study's results for people: one table, one page with plots. In: the cells found. Out: files by name.
+
+Means are over seeds; the spread is the sample standard deviation over seeds, and is left out where there is one seed.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from secateur.page import Page, Section, Table, render
+from secateur.plots import Series, Text, dot_plot
+from secateur.study import Study
+
+TASK_METRICS = ("acc_norm,none", "acc,none")
+# Methods this many times worse than the best would squeeze the others together in a plot.
+MOST_TIMES_BEST = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FoundCell:
+    """One finished cell. `tasks`: by task, the harness's numbers. `seconds`: of the pruning alone."""
+
+    method: str
+    ratio: float
+    seed: int
+    remove_reached: float
+    seconds: float
+    nats_per_token: dict[str, float]
+    tasks: dict[str, dict[str, float]]
+    num_tokens: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float:
+        """Geometric mean over domains."""
+        return math.exp(statistics.mean(self.nats_per_token.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A method at a ratio, over seeds. Values are texts, mean and spread."""
+
+    method: str
+    ratio: float
+    cells: list[FoundCell]
+
+
+def comparison_files(study: Study, found: list[FoundCell]) -> dict[str, str]:
+    """Return `table.md` and `report.html`."""
+    quality = _quality_table(found)
+    tables = [quality, *([_task_table(found)] if any(cell.tasks for cell in found) else [])]
+    about = _about(study, found)
+    markdown = [f"# {study.question}", "", *(f"- {line}" for line in about), ""]
+    for table in tables:
+        markdown += [f"## {table.caption}", "", *_markdown(table), ""]
+    sections = [
+        Section("quality", "Quality", plots=_plots(found), tables=tables),
+        Section("how", "How it was measured", text=about),
+    ]
+    page = Page(study.question, verdict(found), (), (), sections)
+    return {"table.md": "\n".join(markdown), "report.html": render(page)}
+
+
+def rows_of(found: Iterable[FoundCell]) -> list[Row]:
+    """Group cells by ratio and method, in the order they came."""
+    grouped: dict[tuple[float, str], list[FoundCell]] = {}
+    for cell in found:
+        grouped.setdefault((cell.ratio, cell.method), []).append(cell)
+    return [
+        Row(method, ratio, cells) for (ratio, method), cells in sorted(grouped.items(), key=lambda item: item[0][0])
+    ]
+
+
+def verdict(found: list[FoundCell]) -> str:
+    """Say which method has the lowest perplexity at each ratio, and by how much against the next."""
+    parts = []
+    rows = [row for row in rows_of(found) if row.ratio]
+    for ratio in dict.fromkeys(row.ratio for row in rows):
+        ranked = sorted((row for row in rows if row.ratio == ratio), key=lambda row: _mean(row, _perplexity))
+        best = f"at {ratio:.0%} removed {ranked[0].method} is best ({_mean(ranked[0], _perplexity):.2f}"
+        if len(ranked) > 1:
+            best += f", then {ranked[1].method}, {_mean(ranked[1], _perplexity):.2f}"
+        parts.append(best + ")")
+    return f"By geometric-mean perplexity over domains, {'; '.join(parts)}."
+
+
+def _about(study: Study, found: list[FoundCell]) -> list[str]:
+    tokens = sorted({sum(cell.num_tokens.values()) for cell in found if cell.num_tokens})
+    domains = next(iter(found)).nats_per_token
+    calibration = study.recipe.get("calibration", {})
+    length = calibration.get("sequence_length", "the model's default")
+    return [
+        f"model {study.model}; ratios are shares of total parameters, tied weights counted once",
+        f"seeds {', '.join(map(str, study.seeds))}: each draws calibration and evaluation text anew",
+        f"calibration tokens per run: {', '.join(f'{count:,}' for count in tokens)}, in blocks of {length}",
+        f"judged on {study.evaluation.num_blocks} held-out blocks of each of {len(domains)} domains, from documents "
+        "that no run calibrates on",
+        f"tasks: {', '.join(study.evaluation.tasks) or 'none'}"
+        + (f", the first {study.evaluation.limit} questions of each" if study.evaluation.limit else ""),
+    ]
+
+
+def _quality_table(found: list[FoundCell]) -> Table:
+    domains = list(found[0].nats_per_token)
+    header = ("method", "asked", "removed", "perplexity (geometric mean)", *domains, "seconds")
+    rows = []
+    for row in rows_of(found):
+        by_domain = [_show(row, lambda cell, name=name: math.exp(cell.nats_per_token[name])) for name in domains]
+        reached = f"{_mean(row, lambda cell: cell.remove_reached):.1%}"
+        seconds = f"{_mean(row, lambda cell: cell.seconds):.0f}"
+        rows.append((row.method, f"{row.ratio:.0%}", reached, _show(row, _perplexity), *by_domain, seconds))
+    return Table("Perplexity by domain, mean ± spread over seeds", header, rows)
+
+
+def _task_table(found: list[FoundCell]) -> Table:
+    tasks = list(found[0].tasks)
+    rows = []
+    for row in rows_of(found):
+        scores = [_show(row, lambda cell, name=name: _score(cell, name), digits=3) for name in tasks]
+        mean = _show(row, lambda cell: statistics.mean(_score(cell, name) for name in tasks), digits=3)
+        rows.append((row.method, f"{row.ratio:.0%}", mean, *scores))
+    return Table("Accuracy by task (acc_norm where the task has it)", ("method", "asked", "mean", *tasks), rows)
+
+
+def _score(cell: FoundCell, task: str) -> float:
+    numbers = cell.tasks[task]
+    return next((numbers[metric] for metric in TASK_METRICS if metric in numbers), math.nan)
+
+
+def _plots(found: list[FoundCell]) -> list[str]:
+    rows = [row for row in rows_of(found) if row.ratio]
+    return [_plot(ratio, [row for row in rows if row.ratio == ratio]) for ratio in dict.fromkeys(r.ratio for r in rows)]
+
+
+def _plot(ratio: float, rows: list[Row]) -> str:
+    best = min(_mean(row, _perplexity) for row in rows)
+    shown = [row for row in rows if _mean(row, _perplexity) < MOST_TIMES_BEST * best]
+    hidden = [row.method for row in rows if row not in shown]
+    description = f"{len(shown)} methods; the table has the numbers."
+    if hidden:
+        description += f" Left out, {MOST_TIMES_BEST} times the best or more: {', '.join(hidden)}."
+    spreads = [_spread(row, _perplexity) for row in shown]
+    means = [_mean(row, _perplexity) for row in shown]
+    series = Series("mean and spread over seeds", "pruned", means, [(spread, spread) for spread in spreads])
+    text = Text(f"removed-{round(100 * ratio)}", f"Perplexity with {ratio:.0%} removed", description)
+    return dot_plot(text, [row.method for row in shown], [series], f"perplexity, {ratio:.0%} of parameters removed")
+
+
+def _perplexity(cell: FoundCell) -> float:
+    return cell.perplexity
+
+
+def _mean(row: Row, value: Callable[[FoundCell], float]) -> float:
+    return statistics.mean(map(value, row.cells))
+
+
+def _spread(row: Row, value: Callable[[FoundCell], float]) -> float:
+    return statistics.stdev(map(value, row.cells)) if len(row.cells) > 1 else 0.0
+
+
+def _show(row: Row, value: Callable[[FoundCell], float], digits: int = 2) -> str:
+    mean = f"{_mean(row, value):,.{digits}f}"
+    return f"{mean} ± {_spread(row, value):,.{digits}f}" if len(row.cells) > 1 else mean
+
+
+def _markdown(table: Table) -> list[str]:
+    lines = ["| " + " | ".join(table.header) + " |", "|---" * 2 + "|" + "---:|" * (len(table.header) - 2)]
+    return lines + ["| " + " | ".join(row) + " |" for row in table.rows]
