@@ -1,14 +1,15 @@
 """Cost of one round: seconds over a plain forward's of the same tokens, and memory over the checkpoint's bytes.
 
 Forward and prune alternate in one process, each on a fresh copy of the model, and medians are quoted. Memory is taken
-in a process of its own that calls `secateur.prune` from a safetensors directory to a finished output (without speed
-measurement and reload, which run other processes' work): resident memory, sampled, less what the interpreter and the
-imported libraries hold before the model is opened.
+in a process of its own that calls `secateur.prune` from a safetensors directory to a finished output, evaluation
+included, speed measurement not: resident memory, sampled, less what the interpreter and the libraries hold after a tiny
+random model has gone the same way.
 
-    python benchmarks/cost.py [--model smollm2-135m] [--num-tokens 49152] [--repeats 3]
+    python benchmarks/cost.py [--model smollm2-135m] [--num-tokens 18432] [--repeats 3]
 """
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur
 from secateur.arch import bind
@@ -62,8 +64,28 @@ def round_seconds(directory: Path, resolved: Resolved, calibration: CalibrationS
     return time.perf_counter() - start
 
 
+def warm_up(tokenizer: Any) -> None:
+    """Prune a tiny random model, so that every library is loaded before memory counts."""
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=len(tokenizer),
+        dtype="bfloat16",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        settings = {"remove": 0.0005, "align": 8, "calibration": {"num_tokens": 6144}, "bench": False}
+        secateur.prune(folder, settings, out=Path(folder) / "out")
+
+
 def measure_memory(directory: Path, settings: dict[str, Any]) -> dict[str, int]:
     """Prune in this process while a thread samples resident memory; return the peak and the start."""
+    warm_up(load_tokenizer(open_checkpoint(directory)))
+    gc.collect()
     before, peak, stop = resident(), {"RssAnon": 0, "RssFile": 0, "sum": 0}, threading.Event()
 
     def sample() -> None:
@@ -85,7 +107,7 @@ def main() -> None:
     """Print seconds, memory and the two ratios with their marks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--num-tokens", type=int, default=49152)
+    parser.add_argument("--num-tokens", type=int, default=18432)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -8,12 +8,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 def tiny_llama(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     """Return a random llama in eval mode; `overrides` replace config values."""
-    return _randomised(LlamaForCausalLM(LlamaConfig(**_sizes(tied, num_layers), **overrides)), seed)
+    return _randomised(LlamaForCausalLM(LlamaConfig(**_sizes(tied, num_layers) | overrides)), seed)
 
 
 def tiny_qwen2(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> Qwen2ForCausalLM:
     """Return a random qwen2 in eval mode, its q, k and v biases not zero; `overrides` replace config values."""
-    return _randomised(Qwen2ForCausalLM(Qwen2Config(**_sizes(tied, num_layers), **overrides)), seed)
+    return _randomised(Qwen2ForCausalLM(Qwen2Config(**_sizes(tied, num_layers) | overrides)), seed)
 
 
 def tiny_ids(*, batch: int = 2, length: int = 16, seed: int = 0, vocab_size: int = 320) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The model card that lies beside the weights. In: a `Summary`. Out: Markdown with the run's own table and command."""
 
 from secateur.summary import Summary
-from secateur.tables import figure_rows, headline, loss_rows, note_rows
+from secateur.tables import figure_rows, headline, loss_rows, note_rows, verdict
 
 
 def model_card(summary: Summary) -> str:
@@ -16,6 +16,8 @@ def model_card(summary: Summary) -> str:
         "---",
         "",
         f"# {summary.model}, pruned by secateur",
+        "",
+        verdict(summary),
         "",
         f"{headline(summary)}. Loads with stock transformers:",
         "",

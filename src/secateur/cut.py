@@ -62,7 +62,8 @@ def add_zero_biases(layer: nn.Module, group: Group) -> None:
     for name in group.bias_switch.modules:
         module = linear(layer, name)
         if module.bias is None:
-            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features), requires_grad=False)
+            zeros = module.weight.new_zeros(module.out_features)
+            module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
 
 
 def _cut_rows(module: nn.Linear, rows: Int64[Tensor, " R"]) -> None:

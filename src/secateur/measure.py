@@ -60,7 +60,8 @@ class _Gatherer:
 
     def finish(self) -> Measurement:
         self.fold()
-        held_out = {name: torch.cat(parts) for name, parts in self.held_out.items()}
+        # Popped one by one, so that pieces and whole stand together for one domain at a time.
+        held_out = {name: torch.cat(self.held_out.pop(name)) for name in list(self.held_out)}
         return Measurement(self.pooled, self.energy, held_out)
 
 

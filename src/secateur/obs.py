@@ -42,8 +42,8 @@ def greedy_obs(
         rows = inverse[removed]
         gain = torch.linalg.solve(rows[:, removed], rows)  # A [H^-1]_M
         error = error + _removal_error(weight[:, removed], rows[:, removed])
-        weight -= weight[:, removed] @ gain
-        inverse -= rows.T @ gain
+        weight.addmm_(weight[:, removed], gain, alpha=-1)
+        inverse.addmm_(rows.T, gain, alpha=-1)
         # Exact zeros would divide by zero above; the removed channels are masked, so any positive value serves.
         inverse.diagonal()[removed] = 1.0
         active[removed] = False

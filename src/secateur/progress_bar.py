@@ -24,12 +24,17 @@ def progress_bar(*, enabled: bool) -> Iterator[Progress]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=Console(stderr=True)) as bars:
-        tasks = {}
+    bars = RichProgress(*columns, console=Console(stderr=True))
+    tasks = {}
 
-        def listen(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+    def listen(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            bars.start()  # not before: a run that fails at once prints its one sentence and nothing else
+            tasks[stage] = bars.add_task(stage, total=total)
+        bars.update(tasks[stage], completed=done, total=total)
 
+    try:
         yield listen
+    finally:
+        if tasks:
+            bars.stop()

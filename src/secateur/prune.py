@@ -21,23 +21,17 @@ from secateur.bench import Speed, bench
 from secateur.budget import GroupKey
 from secateur.calibration import CalibrationSet, build_calibration
 from secateur.card import model_card
-from secateur.checkpoint import (
-    Checkpoint,
-    check_finite,
-    check_weights,
-    load_model,
-    load_tokenizer,
-    meta_model,
-    open_checkpoint,
-)
-from secateur.errors import CheckpointError
+from secateur.checkpoint import check_finite, check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
+from secateur.in_memory import check_in_memory, eval_mode, restore_buffers
 from secateur.loop import Keeps, Run, prune_in_place
 from secateur.loss import domain_losses
 from secateur.memory import peak_bytes
 from secateur.original_readers import OriginalReaders
 from secateur.output import check_free_space, parse_shard_size, save_checkpoint, staging
+from secateur.overlap import ngram_overlap
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
+from secateur.report import missing_plots, write_reports
 from secateur.resolve import Resolved, resolve
 from secateur.runlog import RunLog
 from secateur.summary import CalibrationFacts, Losses, Size, Summary, versions
@@ -85,18 +79,22 @@ def prune(
 ) -> Result:
     """Prune a causal LM by a recipe and return it with what it cost and kept.
 
-    `model`: a model in memory (pruned in place; it needs `tokenizer`), a local directory, a hub id, a `.gguf` file or
-    `smollm2-135m`. `recipe`: a Recipe, a mapping, a YAML file, or None for the defaults. `out`: where to write the
-    checkpoint; it appears complete or not at all. `command`: how to repeat the run, for the model card.
+    `model`: a local directory, a hub id, a `.gguf` file, `smollm2-135m`, or a model in memory, which needs `tokenizer`
+    and is pruned in place. Buffers that no checkpoint stores, such as rotary frequencies that `.to(torch.bfloat16)`
+    rounded, are first set to what loading computes; a note in the summary's `warnings` says so.
+    `recipe`: a Recipe, a mapping, a YAML file, or None for the defaults. `out`: where to write the checkpoint; it
+    appears complete or not at all. `command`: how to repeat the run, for the model card.
 
     Raises a SecateurError, one sentence, for everything that a user can correct.
     """
     parsed = _parse(recipe)
     parse_shard_size(parsed.max_shard_size)
-    checkpoint = None if isinstance(model, PreTrainedModel) else open_checkpoint(model)
-    if checkpoint is None and tokenizer is None:
-        raise CheckpointError("tokenizer: a model in memory comes without one; pass tokenizer=.")
-    shape = model if isinstance(model, PreTrainedModel) else meta_model(_opened(checkpoint).config)
+    if isinstance(model, str | Path):
+        checkpoint = open_checkpoint(model)
+        shape = meta_model(checkpoint.config)
+    else:
+        check_in_memory(model, tokenizer)
+        checkpoint, shape = None, model
     arch, size = bind(shape), Size.of(shape)
     resolved = resolve(parsed, arch, shape.config, size.num_params)
     if checkpoint is not None:
@@ -108,15 +106,19 @@ def prune(
             check_free_space(directory, size.num_bytes)
         log = RunLog(directory)
         with log.time("calibration"):
-            tokenizer = tokenizer or load_tokenizer(_opened(checkpoint))
+            if tokenizer is None:
+                assert checkpoint is not None
+                tokenizer = load_tokenizer(checkpoint)
             calibration = _calibrate(resolved.recipe, tokenizer, progress)
         with log.time("load"):
-            loaded = model if isinstance(model, PreTrainedModel) else load_model(_opened(checkpoint))
+            loaded = shape if checkpoint is None else load_model(checkpoint)
             if checkpoint is None:
                 check_finite(loaded)
+                resolved = dataclasses.replace(resolved, warnings=resolved.warnings + restore_buffers(loaded))
         name = loaded.config._name_or_path or type(loaded).__name__ if checkpoint is None else checkpoint.reference
         job = _Job(str(name), command, loaded, tokenizer, arch, resolved, calibration, log, progress)
-        keeps, summary = _run(job, directory, protected)
+        with eval_mode(loaded):
+            keeps, summary = _run(job, directory, protected)
     return Result(loaded, tokenizer, resolved.recipe, keeps, summary, None if out is None else Path(out))
 
 
@@ -161,13 +163,15 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[Ke
         peak_bytes=peak,
         reload_max_abs_difference=proof.max_abs_difference if proof else None,
         sample_text=proof.generated_text if proof else None,
-        warnings=job.resolved.warnings,
+        warnings=(*job.resolved.warnings, *(missing_plots() if directory else ())),
         versions=versions(),
     )
     if directory is not None:
         log.write({"event": "seconds", **summary.seconds})
         (directory / "result.json").write_text(summary.to_json(), encoding="utf-8")
         (directory / "README.md").write_text(model_card(summary), encoding="utf-8")
+        if not missing_plots():
+            write_reports([directory])
     return keeps, summary
 
 
@@ -216,11 +220,14 @@ def _calibrate(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Pro
 
 
 def _facts(calibration: CalibrationSet) -> CalibrationFacts:
+    measured_on = {domain.name: domain.calibration_NT for domain in calibration.domains}
+    held_out = {domain.name: domain.held_out_NT for domain in calibration.domains}
     return CalibrationFacts(
         calibration.content_hash,
         calibration.sequence_length,
-        {domain.name: domain.calibration_NT.numel() for domain in calibration.domains},
-        {domain.name: domain.held_out_NT.numel() for domain in calibration.domains},
+        {name: blocks.numel() for name, blocks in measured_on.items()},
+        {name: blocks.numel() for name, blocks in held_out.items()},
+        ngram_overlap(measured_on, held_out),
     )
 
 
@@ -235,8 +242,3 @@ def _parse(recipe: Recipe | dict[str, Any] | Path | str | None) -> Recipe:
     if isinstance(recipe, Path | str):
         return parse_recipe(load_recipe(Path(recipe)), f"recipe {recipe}")
     return parse_recipe(recipe or {})
-
-
-def _opened(checkpoint: Checkpoint | None) -> Checkpoint:
-    assert checkpoint is not None
-    return checkpoint

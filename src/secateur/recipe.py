@@ -1,7 +1,7 @@
 """The recipe: everything a run does, parsed from YAML, a mapping or command-line options, then frozen.
 
 In: YAML text or a mapping. Out: a `Recipe`. All defaults of the product live here and nowhere else. What depends on
-the model (`align`, `num_tokens`, `sequence_length`) is `None` here and filled in by `resolve`; the resolved copy is saved with the output.
+the model (`align`, `num_tokens`, `sequence_length`) is `None` here and filled in by `resolve`; that copy is saved.
 """
 
 import math

@@ -11,7 +11,8 @@ from secateur.budget import Plan, default_align, round_plans, uniform_plan
 from secateur.errors import RecipeError
 from secateur.recipe import Recipe
 
-# Least squares wants this many pooled tokens per reader input; below it the damping rises in proportion.
+# Least squares wants this many pooled tokens per reader input; with a fraction 1/n of them the damping is at least n
+# times its default. At least, not times: resolving a saved recipe must change nothing.
 TOKENS_PER_INPUT = 10
 DEFAULT_TOKENS_PER_INPUT = 16
 MIN_DEFAULT_TOKENS = 49152
@@ -58,9 +59,9 @@ def resolve(recipe: Recipe, arch: Arch, config: Any, num_params: int) -> Resolve
 
 def _damping(recipe: Recipe, num_tokens: int, widest: int) -> tuple[float, tuple[str, ...]]:
     needed = TOKENS_PER_INPUT * widest
-    if recipe.compensate != "least_squares" or num_tokens >= needed:
+    raised = Recipe().damping * needed / num_tokens
+    if recipe.compensate != "least_squares" or num_tokens >= needed or recipe.damping >= raised:
         return recipe.damping, ()
-    raised = recipe.damping * needed / num_tokens
     warning = (
         f"calibration.num_tokens: {num_tokens:,} tokens are few for least squares over {widest:,} channels "
         f"(want {needed:,}), so damping rises from {recipe.damping:g} to {raised:g}."

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 from secateur.bench import Speed
+from secateur.json_file import parse_json
 from secateur.loss import Loss, geometric_mean_perplexity
+
+FILE_NAME = "result.json"
 
 Losses = dict[str, Loss]
 
@@ -35,12 +38,16 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationFacts:
-    """Which text the run saw. `num_tokens` and `num_held_out_tokens` by domain."""
+    """Which text the run saw, by domain.
+
+    `held_out_overlap`: share of the held-out text's 13-grams that the calibration text has too (see `overlap`).
+    """
 
     content_hash: str
     sequence_length: int
     num_tokens: dict[str, int]
     num_held_out_tokens: dict[str, int]
+    held_out_overlap: dict[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,11 @@ class Summary:
             name: geometric_mean_perplexity(losses) for name, losses in self.losses_by_name().items()
         }
         return json.dumps(data, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = FILE_NAME) -> "Summary":
+        """Return the summary that `to_json` wrote. Raises CheckpointError, naming `where`, if it did not."""
+        return parse_json(cls, text, where)
 
     def losses_by_name(self) -> dict[str, Losses]:
         """Return the evaluated models' losses, dense first; those not evaluated are left out."""

@@ -7,6 +7,8 @@ from rich.console import Group
 from rich.table import Table
 
 from secateur.inspection import Inspection
+from secateur.loss import geometric_mean_perplexity
+from secateur.overlap import NGRAM_TOKENS
 from secateur.summary import Summary
 
 
@@ -38,12 +40,40 @@ def headline(summary: Summary) -> str:
     )
 
 
-def loss_rows(summary: Summary) -> Iterator[tuple[str, list[str]]]:
-    """Yield (label, cell per evaluated model): held-out nats per token and perplexity, domain by domain."""
+def verdict(summary: Summary) -> str:
+    """Say in one sentence what pruning took, what it cost in quality and what it gave in speed."""
+    parts = []
+    if summary.dense_losses:
+        before, after = (geometric_mean_perplexity(losses) for losses in (summary.dense_losses, summary.pruned_losses))
+        domains = list(summary.dense_losses)
+        where = f"geometric mean of {len(domains)} domains" if len(domains) > 1 else f"domain {domains[0]}"
+        parts.append(f"held-out perplexity went from {before:.2f} to {after:.2f} ({where})")
+    ratios = [f"{phase} runs {after / before:.2f} times as fast" for phase, before, after in speeds(summary)]
+    sentence = [f"Pruning removed {summary.remove_reached:.1%} of the parameters", *parts, " and ".join(ratios)]
+    return "; ".join(part for part in sentence if part) + "."
+
+
+def speeds(summary: Summary) -> list[tuple[str, float, float]]:
+    """Return (phase, dense, pruned) in tokens per second; nothing where the run timed nothing."""
+    dense, pruned = summary.dense_speed, summary.pruned_speed
+    if dense is None or pruned is None:
+        return []
+    return [
+        ("prefill", dense.prefill_tokens_per_second, pruned.prefill_tokens_per_second),
+        ("decode", dense.decode_tokens_per_second, pruned.decode_tokens_per_second),
+    ]
+
+
+def loss_rows(summary: Summary, *, errors: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """Yield (label, cell per evaluated model): held-out nats per token and perplexity, domain by domain.
+
+    `errors`: with the standard error of the nats per token.
+    """
     by_name = summary.losses_by_name()
     for domain in summary.dense_losses:
         losses = [by_name[name][domain] for name in by_name]
-        yield domain, [f"{x.nats_per_token:.3f} ({x.perplexity:.2f})" for x in losses]
+        pluses = [f" ± {x.standard_error:.3f}" if errors else "" for x in losses]
+        yield domain, [f"{x.nats_per_token:.3f}{p} ({x.perplexity:.2f})" for x, p in zip(losses, pluses, strict=True)]
     if by_name:
         means = [sum(x.nats_per_token for x in losses.values()) / len(losses) for losses in by_name.values()]
         yield "mean (geometric mean)", [f"{mean:.3f} ({math.exp(mean):.2f})" for mean in means]
@@ -56,10 +86,8 @@ def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str]]:
     yield "bytes", human_bytes(dense.num_bytes), human_bytes(pruned.num_bytes)
     for group, (before, after) in summary.widths.items():
         yield f"{group} units per layer", f"{before:,}", f"{after:,}"
-    if summary.dense_speed and summary.pruned_speed:
-        for label, field in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second")):
-            before, after = getattr(summary.dense_speed, field), getattr(summary.pruned_speed, field)
-            yield f"{label}, tokens/s", f"{before:.1f}", f"{after:.1f} ({after / before:.2f}x)"
+    for phase, before, after in speeds(summary):
+        yield f"{phase}, tokens/s", f"{before:.1f}", f"{after:.1f} ({after / before:.2f}x)"
 
 
 def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
@@ -70,6 +98,8 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     facts = summary.calibration
     tokens = ", ".join(f"{name} {count:,}" for name, count in facts.num_tokens.items())
     yield "calibration", f"{tokens} tokens in blocks of {facts.sequence_length}; sha256 {facts.content_hash[:16]}"
+    shares = ", ".join(f"{name} {overlap_cell(share)}" for name, share in facts.held_out_overlap.items())
+    yield "overlap", f"{NGRAM_TOKENS}-grams of the held-out text that the calibration text has too: {shares}"
     if summary.dense_losses:
         held_out = sum(facts.num_held_out_tokens.values())
         yield "quality on", f"{held_out:,} held-out tokens of the same domains, seen by no statistic"
@@ -82,6 +112,11 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "reload", f"stock transformers in a fresh process: largest logit difference {difference:g}"
     if summary.sample_text:
         yield "it writes", " ".join(summary.sample_text.split())
+
+
+def overlap_cell(share: float | None) -> str:
+    """Return a share of n-grams for people."""
+    return "blocks too short" if share is None else f"{share:.2%}"
 
 
 def inspection_table(inspection: Inspection) -> Group:
@@ -120,7 +155,7 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "note", warning
 
 
-def human_bytes(num_bytes: float) -> str:
+def human_bytes(num_bytes: int | float) -> str:
     """Return bytes in decimal units: 269,030,000 -> 269.0 MB."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= size:

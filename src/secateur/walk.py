@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from secateur.arch import Arch, decoder_layers
 
-# Small batches stay in the processor's cache; on a GPU the caller asks for more.
-BATCH_TOKENS = 2048
+# Small batches stay in the processor's cache and hold little memory; on a GPU the caller asks for more.
+BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)

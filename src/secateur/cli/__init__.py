@@ -1,25 +1,40 @@
 """The command line. Few commands, few flags; what a run needs beyond them is in the recipe.
 
-A user's mistake ends in one sentence on standard error and exit status 2; Ctrl-C in exit status 130. Results go to
-standard output, progress to standard error. One module per command; importing it registers the command.
+A user's mistake ends in one sentence on standard error and exit status 2; Ctrl-C in exit status 130, SIGTERM in 143,
+both with nothing left behind. Results go to standard output, progress to standard error. One module per command;
+importing it registers the command.
 """
 
+import signal
 import sys
 
-from secateur.cli import prune
+from secateur.cli import bench, compare, evaluate, export, prune, report
 from secateur.cli.app import app
 from secateur.errors import SecateurError
 
-__all__ = ["app", "main", "prune"]
+__all__ = ["app", "bench", "compare", "evaluate", "export", "main", "prune", "report"]
+
+STOPPED_BY = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 def main() -> None:
     """Run the command line."""
+    handlers = {number: signal.signal(number, _stop) for number in STOPPED_BY.values()}
     try:
         app()
     except SecateurError as error:
         print(f"secateur: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("secateur: interrupted; nothing was written.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code in STOPPED_BY:
+            print("secateur: interrupted.", file=sys.stderr)
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: object) -> None:
+    # An exception and not the default action, so that half-written directories are removed on the way out; and not
+    # KeyboardInterrupt, which typer turns into an exit of its own.
+    raise SystemExit(128 + number)

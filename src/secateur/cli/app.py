@@ -1,9 +1,12 @@
 """The command line's application and the option types that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from secateur.errors import RecipeError
+from secateur.recipe import INSTALLED_DOMAINS
 
 app = typer.Typer(
     help="Make large language models smaller: whole channels out, ordinary Hugging Face checkpoints back.",
@@ -18,3 +21,28 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; the options here override it.")]
 Remove = Annotated[float | None, typer.Option(help="Share of total parameters to remove, tied weights counted once.")]
+Domains = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--domain",
+        metavar="NAME[=FILE]",
+        help=f"Domain of text, repeatable: one of {', '.join(INSTALLED_DOMAINS)}, or any name with a text file.",
+    ),
+]
+
+
+def parse_domains(texts: list[str]) -> dict[str, dict[str, Any]]:
+    """Return what `--domain` says as a recipe's `calibration.domains`."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, source in map(_domain, texts):
+        if name in found:
+            raise RecipeError(f"--domain {name}: given twice; list several files of one domain in a recipe.")
+        found[name] = source
+    return found
+
+
+def _domain(text: str) -> tuple[str, dict[str, Any]]:
+    name, separator, file = text.partition("=")
+    if separator and not (name and file):
+        raise RecipeError(f"--domain {text}: give NAME=FILE, or one of {', '.join(INSTALLED_DOMAINS)}.")
+    return name, {"files": [file]} if separator else {"installed": name}

@@ -5,27 +5,21 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from secateur.cli.app import Json, Model, Overwrite, Quiet, RecipeFile, Remove, app
-from secateur.errors import RecipeError
+from secateur.cli.app import Domains, Json, Model, Overwrite, Quiet, RecipeFile, Remove, app, parse_domains
 from secateur.progress_bar import progress_bar
-from secateur.recipe import INSTALLED_DOMAINS, Recipe, load_recipe, parse_recipe
+from secateur.recipe import Recipe, load_recipe, parse_recipe
 
 DEMO_MODEL = "smollm2-135m"
 
+# Paths and generated text are shown as they are, whatever brackets and colons they hold.
+CONSOLE = Console(markup=False, emoji=False, highlight=False)
+
 Out = Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")]
-Domains = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--domain",
-        metavar="NAME[=FILE]",
-        help=f"Calibration domain, repeatable: one of {', '.join(INSTALLED_DOMAINS)}, or any name with a text file.",
-    ),
-]
 Seed = Annotated[int | None, typer.Option(help="Seed of the calibration draw.")]
 
 
@@ -58,7 +52,7 @@ def inspect(model: Model, remove: Remove = None, recipe: RecipeFile = None, as_j
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
     else:
-        Console().print(inspection_table(found))
+        CONSOLE.print(inspection_table(found))
 
 
 @app.command(epilog="Example: secateur demo")
@@ -89,27 +83,19 @@ def _prune(model: str, out: Path, recipe: Recipe, *, overwrite: bool, quiet: boo
     if as_json:
         print(result.summary.to_json(), end="")
         return
-    console = Console()
     for warning in result.summary.warnings:
-        console.print(f"note: {warning}")
-    console.print(summary_table(result.summary))
-    console.print(f"Written to {out}. Load it with AutoModelForCausalLM.from_pretrained('{out}').")
+        CONSOLE.print(f"note: {warning}")
+    CONSOLE.print(summary_table(result.summary))
+    CONSOLE.print(f"Written to {out}. Load it with AutoModelForCausalLM.from_pretrained('{out}').", soft_wrap=True)
 
 
 def _recipe(file: Path | None, remove: float | None, domains: list[str] | None, seed: int | None) -> Recipe:
     data = {} if file is None else load_recipe(file)
+    parse_recipe(data, f"recipe {file}")  # so that the file is not blamed for what an option says
     if remove is not None:
         data["remove"] = remove
     if seed is not None:
         data["seed"] = seed
     if domains:
-        calibration = data.setdefault("calibration", {})
-        calibration["domains"] = dict(_domain(text) for text in domains)
-    return parse_recipe(data, "recipe" if file is None else f"recipe {file}")
-
-
-def _domain(text: str) -> tuple[str, dict[str, Any]]:
-    name, separator, file = text.partition("=")
-    if separator and not (name and file):
-        raise RecipeError(f"--domain {text}: give NAME=FILE, or one of {', '.join(INSTALLED_DOMAINS)}.")
-    return name, {"files": [file]} if separator else {"installed": name}
+        data["calibration"] = {**data.get("calibration", {}), "domains": parse_domains(domains)}
+    return parse_recipe(data, "command line")

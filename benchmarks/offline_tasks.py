@@ -1,0 +1,89 @@
+"""Do tasks without the hub give the harness's own numbers? Runs each task twice on the same questions and compares.
+
+Once as `secateur evaluate --tasks` runs it; once as the harness runs by itself: its own loading of parquet files that
+hold the same rows, its own loading and wrapping of the model. Prints one Markdown row per task; exits with 1 unless
+every single question is scored the same.
+
+    HF_HUB_OFFLINE=1 python benchmarks/offline_tasks.py MODEL_DIRECTORY [--limit 100] [--batch-size 8]
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+
+from secateur.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.evaluate_differences import metrics
+from secateur.evaluate_harness import quiet_harness, task_manager
+from secateur.evaluate_rows import find_rows
+from secateur.evaluate_tasks import TaskOptions, load_tasks, run_task
+
+TASKS = "arc_easy,winogrande,copa,hellaswag,piqa"
+SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
+
+
+def harness_alone(task: Any, lm: Any, options: TaskOptions) -> dict[str, Any]:
+    """Return results and per-question scores; what the task's own file says is kept but for where its rows lie."""
+    rows = find_rows(task.config.dataset_path, task.config.dataset_name, None)
+    assert rows is not None
+    with tempfile.TemporaryDirectory() as scratch, quiet_harness():
+        files = {split: str(Path(scratch, f"{split}.parquet")) for split in rows.splits}
+        for split, file in files.items():
+            rows.splits[split].to_parquet(file)
+        where = {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+        absent = {key: None for key, split in SPLITS.items() if split not in files}
+        found: Any = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=[{"group": "alone", "task": [{"task": task.task_name, **where, **absent}]}],
+            limit=options.limit,
+            task_manager=task_manager(),
+        )
+    samples = found["samples"][task.task_name]
+    scores = {f"{metric},none": [sample[metric] for sample in samples] for metric in samples[0]["metrics"]}
+    return {"results": found["results"][task.task_name], "item_scores": scores}
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _scores(results: dict[str, Any]) -> str:
+    return ", ".join(f"{metric.removesuffix(',none')} {results[metric]:.4f}" for metric in metrics(results))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--tasks", default=TASKS)
+    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=8)
+    arguments = parser.parse_args()
+    options = TaskOptions(limit=arguments.limit, batch_size=arguments.batch_size)
+    checkpoint = open_checkpoint(arguments.model)
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+    with quiet_harness():
+        alone = HFLM(pretrained=arguments.model, device="cpu", batch_size=options.batch_size)
+    loaded = load_tasks(tuple(arguments.tasks.split(",")), options, None)
+    all_equal = True
+    print(_row("task", "questions", "secateur", "the harness alone", "every question equal", "seconds each"))
+    print(_row(*["---"] * 6))
+    for name, task in loaded.tasks.items():
+        start = time.perf_counter()
+        ours = run_task(task, model, tokenizer, options, lambda done, total: None)
+        middle = time.perf_counter()
+        theirs = harness_alone(task, alone, options)
+        seconds = f"{middle - start:.0f}, {time.perf_counter() - middle:.0f}"
+        equal = ours["item_scores"] == theirs["item_scores"] and ours["results"][name] == theirs["results"]
+        all_equal &= equal
+        shown = _scores(ours["results"][name]), _scores(theirs["results"])
+        print(_row(name, ours["n-samples"][name]["effective"], *shown, "yes" if equal else "NO", seconds), flush=True)
+    return 0 if all_equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+"""`python -m secateur`: the command line, without relying on the console script."""
+
+from secateur.cli import main
+
+if __name__ == "__main__":
+    main()

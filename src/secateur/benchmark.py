@@ -1,0 +1,219 @@
+"""`secateur bench`: a model, or a pruned one against the dense one it came from, timed in turns and held to the ideal.
+
+In: model references and a workload. Out: a `BenchResult`, which goes to `bench.json`. Everything checkable from the
+configs is checked before a weight is read.
+"""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from secateur.bench import (
+    Ratio,
+    Runner,
+    Speed,
+    Workload,
+    decode_rates,
+    paired_ratio,
+    prefill_rates,
+    speed,
+    take_turns,
+    transformers_runner,
+)
+from secateur.bench_llama_cpp import llama_cpp_runner
+from secateur.bench_memory import peak_model_bytes
+from secateur.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
+from secateur.errors import RecipeError, nearest
+from secateur.gguf_export import check_exportable, export_gguf
+from secateur.ideal import Costs, least_costs
+from secateur.llama_cpp import require_llama_cpp
+from secateur.progress import Progress, silent
+from secateur.summary import Size, versions
+
+ENGINES = ("transformers", "llama.cpp")
+GGUF_TYPE, GGUF_DTYPE = "f16", torch.float16  # what llama.cpp runs, its cache too
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a bench runs. `compiled`: through torch.compile. llama.cpp runs on the CPU, one prompt at a time, in f16."""
+
+    engine: str = "transformers"
+    device: str = "cpu"
+    compiled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFigures:
+    """One model's figures. `peak_bytes`: weights and the most a run allocates; None where the engine does not say."""
+
+    model: str
+    dtype: str
+    size: Size
+    costs: Costs
+    speed: Speed
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedUp:
+    """How much faster the pruned model is: measured, the ideal of the same run, and the share of the ideal reached."""
+
+    measured: Ratio
+    ideal: float
+    share_of_ideal: float
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """A bench. `dense`, `prefill` and `decode` are None unless a dense model was given."""
+
+    settings: Settings
+    num_threads: int
+    workload: Workload
+    pruned: ModelFigures
+    dense: ModelFigures | None
+    prefill: SpeedUp | None
+    decode: SpeedUp | None
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Return the result as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Contender:
+    """A model ready to run. `shape` holds its sizes: the model itself, or one on the meta device."""
+
+    name: str
+    shape: PreTrainedModel
+    runner: Runner
+    peak_bytes: int | None
+
+
+def benchmark(
+    model: str | Path,
+    against: str | Path | None = None,
+    *,
+    workload: Workload | None = None,
+    settings: Settings | None = None,
+    progress: Progress = silent,
+) -> BenchResult:
+    """Time `model`, and in turns with it the dense model `against`, both loaded.
+
+    Raises a SecateurError, one sentence, for everything that a user can correct.
+    """
+    workload, settings = workload or Workload(), settings or Settings()
+    _check_numbers(workload)
+    _check_settings(settings, workload)
+    checkpoints = [open_checkpoint(reference) for reference in (model, against) if reference is not None]
+    for checkpoint in checkpoints:
+        _check_model(checkpoint, workload, settings)
+    with tempfile.TemporaryDirectory(prefix="secateur-bench-") as scratch:
+        prepare = _prepare_gguf if settings.engine == "llama.cpp" else _prepare_transformers
+        contenders = []
+        for done, checkpoint in enumerate(checkpoints):
+            progress("load", done, len(checkpoints))
+            contenders.append(prepare(checkpoint, workload, settings, Path(scratch, f"{done}.gguf")))
+        progress("load", len(checkpoints), len(checkpoints))
+        runs = take_turns([contender.runner for contender in contenders], workload.repeats, progress, "bench")
+    figures = [_figures(contender, run, workload) for contender, run in zip(contenders, runs, strict=True)]
+    pruned, dense = figures[0], figures[1] if against is not None else None
+    prefill = decode = None
+    if dense is not None:
+        compare = partial(_speed_up, runs, workload)
+        prefill = compare(prefill_rates, dense.costs.prefill_flops_per_token / pruned.costs.prefill_flops_per_token)
+        decode = compare(decode_rates, dense.costs.decode_bytes_per_token / pruned.costs.decode_bytes_per_token)
+    return BenchResult(settings, torch.get_num_threads(), workload, pruned, dense, prefill, decode, versions())
+
+
+def _prepare_transformers(checkpoint: Checkpoint, workload: Workload, settings: Settings, _: Path) -> _Contender:
+    model = load_model(checkpoint)
+    torch.nn.Module.to(model, torch.device(settings.device))
+    if settings.compiled:
+        model.compile()
+        transformers_runner(model, workload, compiled=True)()  # compile now, or the compiler's memory is measured
+    peak = peak_model_bytes(model, workload, compiled=settings.compiled)
+    return _Contender(
+        checkpoint.reference, model, transformers_runner(model, workload, compiled=settings.compiled), peak
+    )
+
+
+def _prepare_gguf(checkpoint: Checkpoint, workload: Workload, _: Settings, file: Path) -> _Contender:
+    export_gguf(checkpoint, file, GGUF_TYPE)
+    shape = meta_model(checkpoint.config)
+    torch.nn.Module.to(shape, GGUF_DTYPE)
+    return _Contender(checkpoint.reference, shape, llama_cpp_runner(file, workload), None)
+
+
+def _figures(contender: _Contender, runs: list[list[float]], workload: Workload) -> ModelFigures:
+    shape = contender.shape
+    return ModelFigures(
+        contender.name,
+        str(shape.dtype).removeprefix("torch."),
+        Size.of(shape),
+        least_costs(shape, workload),
+        speed(runs, workload),
+        contender.peak_bytes,
+    )
+
+
+def _speed_up(
+    runs: list[list[list[float]]],
+    workload: Workload,
+    rates: Callable[[list[list[float]], Workload], list[float]],
+    ideal: float,
+) -> SpeedUp:
+    measured = paired_ratio(rates(runs[0], workload), rates(runs[1], workload))
+    return SpeedUp(measured, ideal, measured.median / ideal)
+
+
+def _check_numbers(workload: Workload) -> None:
+    for field, least in (("batch", 1), ("prompt_tokens", 1), ("new_tokens", 2), ("repeats", 1)):
+        value = getattr(workload, field)
+        if value < least:
+            raise RecipeError(f"bench {field}: must be at least {least}, got {value}.")
+
+
+def _check_settings(settings: Settings, workload: Workload) -> None:
+    if settings.engine not in ENGINES:
+        raise RecipeError(
+            f"bench engine: unknown engine '{settings.engine}'; allowed: {', '.join(ENGINES)}; "
+            f"did you mean '{nearest(settings.engine, ENGINES)}'?"
+        )
+    try:
+        device = torch.device(settings.device)
+    except RuntimeError:
+        raise RecipeError(f"bench device: '{settings.device}' is no device; give cpu, cuda or cuda:0.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"bench device: must be cpu or cuda, got '{settings.device}'.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"bench device: '{settings.device}' asks for a GPU, and torch finds {torch.cuda.device_count()}; use cpu."
+        )
+    if settings.engine == "llama.cpp":
+        require_llama_cpp("bench --engine llama.cpp")
+        if (workload.batch, device.type, settings.compiled) != (1, "cpu", False):
+            raise RecipeError("bench engine: llama.cpp runs here with batch 1, on the cpu, and not compiled by torch.")
+
+
+def _check_model(checkpoint: Checkpoint, workload: Workload, settings: Settings) -> None:
+    shape = meta_model(checkpoint.config)
+    check_weights(checkpoint, shape)
+    longest = checkpoint.config.get_text_config().max_position_embeddings
+    asked = workload.prompt_tokens + workload.new_tokens
+    if asked > longest:
+        raise RecipeError(
+            f"bench: {workload.prompt_tokens} prompt and {workload.new_tokens} new tokens make {asked}, more than the "
+            f"{longest} that {checkpoint.reference} can attend to; ask for fewer."
+        )
+    if settings.engine == "llama.cpp":
+        check_exportable(checkpoint, GGUF_TYPE)

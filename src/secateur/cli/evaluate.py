@@ -1,0 +1,82 @@
+"""The command `evaluate`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from secateur.cli.app import Domains, Json, Quiet, app, parse_domains
+from secateur.errors import RecipeError
+from secateur.progress_bar import progress_bar
+from secateur.recipe import parse_recipe
+
+Wikitext = Annotated[
+    str | None,
+    typer.Option(help="Also WikiText-2 perplexity: a file with the rows of the raw test split, or `hub`."),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(help="Also these tasks of lm-evaluation-harness, with commas between: arc_easy,piqa."),
+]
+TasksData = Annotated[
+    Path | None,
+    typer.Option(help="Take the tasks' rows from DIR/<hub id>/<config>, as datasets' save_to_disk writes them."),
+]
+
+
+@app.command(
+    epilog="Example: secateur evaluate smaller --against Qwen/Qwen2.5-0.5B --tasks arc_easy,hellaswag --limit 500"
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A result of prune, or any other model.")],
+    against: Annotated[str | None, typer.Option(help="The dense model: differences, and KL per domain.")] = None,
+    domain: Domains = None,
+    num_blocks: Annotated[int, typer.Option(min=1, help="Blocks per --domain.")] = 16,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens per block of --domain.")] = 512,
+    wikitext2: Wikitext = None,
+    wikitext2_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per block there; default 2048, or the model's longest if less.")
+    ] = None,
+    tasks: Tasks = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions per task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in each prompt of the tasks.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions of a task at a time.")] = 1,
+    tasks_data: TasksData = None,
+    out: Annotated[Path | None, typer.Option(help="Where evaluation.json goes, if not into DIR.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure DIR on the held-out text of its recipe (or --domain) and on tasks. Interrupted, it goes on next time."""
+    domains = None
+    if domain:
+        domains = parse_recipe({"calibration": {"domains": parse_domains(domain)}}, "--domain").calibration.domains
+    names = tuple(name.strip() for name in tasks.split(",")) if tasks else ()
+    if tasks_data is not None and not tasks_data.is_dir():
+        raise RecipeError(f"--tasks-data {tasks_data}: there is no such directory.")
+
+    # Imported here so that --help and option errors do not wait for torch.
+    from secateur.evaluate import Settings
+    from secateur.evaluate import evaluate as evaluate_model
+    from secateur.evaluate_table import evaluation_table
+    from secateur.evaluate_tasks import TaskOptions
+
+    settings = Settings(
+        domains=domains,
+        num_blocks=num_blocks,
+        sequence_length=sequence_length,
+        wikitext2=wikitext2,
+        wikitext2_length=wikitext2_length,
+        tasks=names,
+        task_options=TaskOptions(limit, num_fewshot, batch_size),
+        tasks_data=tasks_data,
+    )
+    with progress_bar(enabled=not (quiet or as_json)) as progress:
+        result = evaluate_model(model, settings, against=against, out=out, progress=progress)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    console = Console(markup=False, emoji=False, highlight=False)
+    console.print(evaluation_table(result))
+    console.print(f"Written to {(out or Path(model)) / 'evaluation.json'}.", soft_wrap=True)

@@ -1,0 +1,137 @@
+"""Evaluation text by domain, and how well a model predicts it.
+
+In: a result directory's own recipe, or domains that the user names. Out: token blocks per domain that no statistic of
+the run has seen, and per domain nats per token, perplexity and bits per byte.
+
+N: blocks, T: tokens per block.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from secateur.arch import Arch
+from secateur.calibration import CalibrationSet, build_calibration
+from secateur.errors import NumericsError, RecipeError
+from secateur.loss import block_losses
+from secateur.progress import Progress
+from secateur.recipe import Calibration, Domain, load_recipe, parse_recipe
+
+Blocks = dict[str, Tensor]
+RECIPE = "recipe.yaml"
+SEED = 0  # of text that no recipe describes
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How well a model predicts tokens 2..T of every block, given those before. The error is over blocks.
+
+    `num_bytes`: UTF-8 bytes of the predicted tokens as text, end-of-text tokens counting none.
+    `bits_per_byte`: nats_per_token / ln 2 x num_tokens / num_bytes, comparable across tokenizers.
+    """
+
+    nats_per_token: float
+    standard_error: float
+    perplexity: float
+    bits_per_byte: float
+    num_tokens: int
+    num_bytes: int
+    block_nats: tuple[float, ...]
+
+
+def recipe_blocks(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> tuple[Blocks, tuple[str, ...]]:
+    """Return the held-out blocks of the run that made `directory`, and a note if its text is no longer the same.
+
+    Raises RecipeError if there is no recipe, CalibrationError if its text cannot be read any more.
+    """
+    path = directory / RECIPE
+    if not path.is_file():
+        raise RecipeError(
+            f"{directory}: has no recipe.yaml, so its held-out text is not known; say what to evaluate on with "
+            "--domain NAME[=FILE], --wikitext2 or --tasks."
+        )
+    recipe = parse_recipe(load_recipe(path), f"recipe {path}")
+    if recipe.calibration.num_tokens is None:
+        raise RecipeError(f"recipe {path}: calibration.num_tokens is missing; use the recipe.yaml that the run wrote.")
+    built = build_calibration(recipe.calibration, recipe.calibration.num_tokens, tokenizer, recipe.seed, progress)
+    blocks = {domain.name: domain.held_out_NT for domain in built.domains}
+    return blocks, _changes(directory, built)
+
+
+def named_blocks(
+    domains: dict[str, Domain],
+    num_blocks: int,
+    sequence_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+) -> Blocks:
+    """Return `num_blocks` blocks of each domain. Raises CalibrationError for unreadable or too little text."""
+    calibration = Calibration(domains=domains, sequence_length=sequence_length)
+    # Of every ten blocks that a calibration set draws, one is held out; here all are for evaluation.
+    num_calibration = math.ceil(num_blocks * 0.9)
+    built = build_calibration(calibration, num_calibration * len(domains) * sequence_length, tokenizer, SEED, progress)
+    return {
+        domain.name: torch.cat([domain.held_out_NT, domain.calibration_NT])[:num_blocks] for domain in built.domains
+    }
+
+
+def measure_quality(
+    model: nn.Module,
+    arch: Arch,
+    tokenizer: PreTrainedTokenizerBase,
+    domain: str,
+    blocks_NT: Int64[Tensor, "N T"],
+    block_done: Callable[[], None],
+) -> Quality:
+    """Return the quality on one domain. Raises NumericsError naming the domain if a loss is not finite."""
+    values = []
+    for ids_T in blocks_NT:
+        values.append(float(block_losses(model, arch, ids_T[None]).mean()))
+        block_done()
+    mean = sum(values) / len(values)
+    if not math.isfinite(mean):
+        raise NumericsError(f"evaluate, domain {domain}: the loss is {mean}; the model gives no finite logits.")
+    num_tokens = blocks_NT[:, 1:].numel()
+    num_bytes = sum(_num_bytes(ids_T, tokenizer) for ids_T in blocks_NT)
+    return Quality(
+        nats_per_token=mean,
+        standard_error=standard_error(values),
+        perplexity=math.exp(mean),
+        bits_per_byte=mean / math.log(2) * num_tokens / num_bytes,
+        num_tokens=num_tokens,
+        num_bytes=num_bytes,
+        block_nats=tuple(values),
+    )
+
+
+def standard_error(values: list[float]) -> float:
+    """Return the standard error of the mean, 0 for a single value."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1) / len(values))
+
+
+def _num_bytes(ids_T: Int64[Tensor, " T"], tokenizer: PreTrainedTokenizerBase) -> int:
+    text = tokenizer.decode(ids_T[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return len(str(text).encode())
+
+
+def _changes(directory: Path, built: CalibrationSet) -> tuple[str, ...]:
+    path = directory / "result.json"
+    if not path.is_file():
+        return (f"{path} is missing, so it is not known whether this text is what the run held out.",)
+    used = json.loads(path.read_text(encoding="utf-8"))["calibration"]["content_hash"]
+    if used == built.content_hash:
+        return ()
+    return (
+        "the recipe's text is not what it was when the run was made (installed packages or files changed: sha256 "
+        f"{built.content_hash[:16]}, then {used[:16]}), so the model may have been calibrated on some of it.",
+    )

@@ -1,0 +1,180 @@
+"""The parts of an evaluation: a domain, WikiText-2, a domain's KL, a task. Each is computed once and then read.
+
+In: one or two models, known by the fingerprint of their files and loaded when a part needs them. Out: plain numbers.
+"""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.arch import Arch, bind
+from secateur.checkpoint import Checkpoint, load_model, meta_model, open_checkpoint
+from secateur.evaluate_cache import Part, PartCache, fingerprint
+from secateur.evaluate_domains import Blocks, measure_quality
+from secateur.evaluate_tasks import LoadedTasks, TaskOptions, identity, merge, run_task
+from secateur.kl import DenseStates, final_states, summarise, token_divergences
+from secateur.progress import Progress
+
+
+@dataclass(slots=True)
+class Subject:
+    """One of the two models. `which`: dense or pruned, for the progress bar."""
+
+    which: str
+    checkpoint: Checkpoint
+    arch: Arch
+    fingerprint: str
+    loaded: PreTrainedModel | None = None
+
+    def model(self) -> PreTrainedModel:
+        """Return the model, loading it at the first call."""
+        if self.loaded is None:
+            self.loaded = load_model(self.checkpoint)
+        return self.loaded
+
+    def forget(self) -> None:
+        """Give the model's memory back."""
+        self.loaded = None
+
+
+def open_subject(which: str, reference: Any) -> Subject:
+    """Check the model as far as this needs no weights. Raises CheckpointError or ArchError."""
+    checkpoint = open_checkpoint(reference)
+    return Subject(which, checkpoint, bind(meta_model(checkpoint.config)), fingerprint(checkpoint))
+
+
+@dataclass(slots=True)
+class _Count:
+    """Steps done of a stage, those included that an earlier evaluation did."""
+
+    progress: Progress
+    stage: str
+    total: int
+    done: int = 0
+
+    def move(self, num_steps: int = 1) -> None:
+        self.done += num_steps
+        self.progress(self.stage, self.done, self.total)
+
+
+def quality_parts(
+    cache: PartCache,
+    subject: Subject,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: str,
+    blocks_NT: Blocks,
+    progress: Progress,
+) -> dict[str, Part]:
+    """Return `evaluate_domains.Quality` as a mapping, by domain."""
+    count = _Count(progress, f"{subject.which}: {stage}", _num_blocks(blocks_NT))
+    count.move(0)
+    found = {}
+    for domain, domain_NT in blocks_NT.items():
+        before = count.done
+
+        def compute(domain: str = domain, domain_NT: Tensor = domain_NT) -> Part:
+            quality = measure_quality(subject.model(), subject.arch, tokenizer, domain, domain_NT, count.move)
+            return dataclasses.asdict(quality)
+
+        depends_on = {"model": subject.fingerprint, **_facts(domain_NT)}
+        found[domain] = cache.get_or_compute(f"{stage}-{domain}", depends_on, compute)
+        count.move(before + len(domain_NT) - count.done)
+    return found
+
+
+def dense_states(
+    cache: PartCache, dense: Subject, pruned: Subject, blocks_NT: Blocks, progress: Progress
+) -> DenseStates | None:
+    """Return what KL needs of the dense model for the domains whose KL is not known yet; None if all are."""
+    unknown = {
+        domain: domain_NT
+        for domain, domain_NT in blocks_NT.items()
+        if cache.get(f"kl-{domain}", _kl_facts(dense, pruned, domain_NT)) is None
+    }
+    if not unknown:
+        return None
+    count = _Count(progress, "dense: states for KL", _num_blocks(unknown))
+    states: dict[str, list[Tensor]] = {}
+    for domain, domain_NT in unknown.items():
+        states[domain] = []
+        for ids_T in domain_NT:
+            states[domain].append(final_states(dense.model(), dense.arch, ids_T[None]))
+            count.move()
+    return DenseStates(dense.model().get_submodule(dense.arch.head), states)
+
+
+def kl_parts(
+    cache: PartCache,
+    dense: Subject,
+    pruned: Subject,
+    states: DenseStates | None,
+    blocks_NT: Blocks,
+    progress: Progress,
+) -> dict[str, Part]:
+    """Return `kl.Divergence` as a mapping, by domain. `states`: of the domains whose KL is not known yet."""
+    count = _Count(progress, "KL(dense || pruned)", _num_blocks(blocks_NT))
+    found = {}
+    for domain, domain_NT in blocks_NT.items():
+
+        def compute(domain: str = domain, domain_NT: Tensor = domain_NT) -> Part:
+            assert states is not None
+            head = pruned.model().get_submodule(pruned.arch.head)
+            divergences, agreements = [], []
+            for ids_T, dense_PD in zip(domain_NT, states.states_NPD[domain], strict=True):
+                pruned_PD = final_states(pruned.model(), pruned.arch, ids_T[None])
+                divergence_P, agreement_P = token_divergences(dense_PD, states.head, pruned_PD, head)
+                divergences.append(divergence_P)
+                agreements.append(agreement_P)
+            return dataclasses.asdict(summarise(domain, divergences, agreements))
+
+        found[domain] = cache.get_or_compute(f"kl-{domain}", _kl_facts(dense, pruned, domain_NT), compute)
+        count.move(len(domain_NT))
+    return found
+
+
+def task_parts(
+    cache: PartCache,
+    subject: Subject,
+    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedTasks,
+    options: TaskOptions,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return the tasks' results in the harness's shape, with `sources` of their rows and `item_scores` by task."""
+    sizes = {
+        name: min(options.limit or len(task.eval_docs), len(task.eval_docs)) for name, task in loaded.tasks.items()
+    }
+    count = _Count(progress, f"{subject.which}: questions of tasks", sum(sizes.values()))
+    count.move(0)
+    results = {}
+    for name, task in loaded.tasks.items():
+        before = count.done
+
+        def compute(name: str = name, task: Any = task, before: int = before) -> Part:
+            def listen(done: int, total: int) -> None:
+                count.move(before + sizes[name] * done // total - count.done)
+
+            return run_task(task, subject.model(), tokenizer, options, listen)
+
+        depends_on = {"model": subject.fingerprint, **dataclasses.asdict(options), **identity(task, loaded)}
+        results[name] = cache.get_or_compute(f"task-{name}", depends_on, compute)
+        count.move(before + sizes[name] - count.done)
+    item_scores = {name: result["item_scores"] for name, result in results.items()}
+    return {**merge(list(results.values()), loaded), "sources": loaded.sources, "item_scores": item_scores}
+
+
+def _num_blocks(blocks_NT: Blocks) -> int:
+    return sum(len(domain_NT) for domain_NT in blocks_NT.values())
+
+
+def _facts(blocks_NT: Tensor) -> Part:
+    digest = hashlib.sha256(blocks_NT.numpy().astype("<i8").tobytes()).hexdigest()
+    return {"blocks": list(blocks_NT.shape), "sha256": digest}
+
+
+def _kl_facts(dense: Subject, pruned: Subject, blocks_NT: Tensor) -> Part:
+    return {"dense": dense.fingerprint, "pruned": pruned.fingerprint, **_facts(blocks_NT)}

@@ -1,0 +1,81 @@
+"""KL: how far the pruned model's next-token distributions lie from the dense model's, over the whole vocabulary.
+
+In: both models' last hidden states on the same block, and both heads. Out: KL(dense || pruned) in nats and whether both
+models put the same token first, per position. Only the dense model's hidden states and head must outlive it, so that
+the two models need not be in memory together; logits are made for slices of positions and never held as a whole.
+
+P: positions of a block that predict a token of it (T - 1); D: hidden size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from secateur.arch import Arch
+from secateur.errors import NumericsError
+
+# Positions per slice of logits: 2 models x 64 x 150k words x float32 is 77 MB.
+KL_POSITIONS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """KL(dense || pruned) in nats per token. The error is over blocks, `p95` over tokens."""
+
+    mean: float
+    standard_error: float
+    p95: float
+    top1_agreement: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DenseStates:
+    """What is kept of the dense model: its head, and per domain the last hidden states of every block."""
+
+    head: nn.Module
+    states_NPD: dict[str, list[Tensor]]
+
+
+@torch.inference_mode()
+def final_states(model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"]) -> Float[Tensor, "P D"]:
+    """Return what the head reads at every position that predicts a token of the block; P = T - 1."""
+    ids_1T = ids_1T.to(next(model.parameters()).device)
+    return model.get_submodule(arch.backbone)(ids_1T, use_cache=False).last_hidden_state[0, :-1]
+
+
+@torch.inference_mode()
+def token_divergences(
+    dense_PD: Float[Tensor, "P D"], dense_head: nn.Module, pruned_PD: Float[Tensor, "P E"], pruned_head: nn.Module
+) -> tuple[Float[Tensor, " P"], Bool[Tensor, " P"]]:
+    """Return sum_v p(v) (log p(v) - log q(v)), p of the dense and q of the pruned model, and whether both agree on top.
+
+    The softmax runs in float32 on the logits as the models give them. A model against itself: 0 and True everywhere.
+    """
+    divergences, agreements = [], []
+    for dense_piece, pruned_piece in zip(dense_PD.split(KL_POSITIONS), pruned_PD.split(KL_POSITIONS), strict=True):
+        log_p = dense_head(dense_piece).float().log_softmax(-1)
+        log_q = pruned_head(pruned_piece).float().log_softmax(-1)
+        divergences.append(nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
+        agreements.append(log_p.argmax(-1) == log_q.argmax(-1))
+    return torch.cat(divergences), torch.cat(agreements)
+
+
+def summarise(domain: str, divergences_NP: list[Tensor], agreements_NP: list[Tensor]) -> Divergence:
+    """Return the figures over all tokens of a domain's blocks. Raises NumericsError if a divergence is not finite."""
+    all_tokens = torch.cat(divergences_NP).double()
+    if not bool(all_tokens.isfinite().all()):
+        raise NumericsError(f"KL, domain {domain}: a divergence is not finite; one model gives no finite logits.")
+    block_means = torch.stack([block.double().mean() for block in divergences_NP])
+    error = float(block_means.std()) / math.sqrt(len(block_means)) if len(block_means) > 1 else 0.0
+    return Divergence(
+        mean=float(all_tokens.mean()),
+        standard_error=error,
+        p95=float(numpy.quantile(all_tokens.cpu().numpy(), 0.95)),
+        top1_agreement=float(torch.cat(agreements_NP).double().mean()),
+        num_tokens=all_tokens.numel(),
+    )

@@ -1,0 +1,241 @@
+"""The report's plots: numbers in, SVG out. Pure functions; `report` says what the numbers are.
+
+Every series has a marker and a line of its own beside its colour, so that the plots work in grey. Figures are narrow
+enough for a phone. Names that a user chose are shortened in a plot and whole in the table beside it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from secateur.svg import DENSE, INCH, INK, OTHER, PRUNED, WIDTH, drawing, to_svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LABEL_CHARACTERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What a plot is called: `name` makes its ids, `title` and `description` are read out."""
+
+    name: str
+    title: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One mark per row or round; `reach`: how far its bar goes below and above. `look` is a key of LOOKS."""
+
+    label: str
+    look: str
+    values: Sequence[float]
+    reach: Sequence[tuple[float, float]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCounts:
+    """Units by layer of one kind of group."""
+
+    group: str
+    before: Sequence[int]
+    kept: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpread:
+    """Five quantiles by layer, smallest first, of one kind of group."""
+
+    group: str
+    layers: Sequence[int]
+    quantiles: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerErrors:
+    """Errors by layer of one kind of group: by layer, one value per domain."""
+
+    group: str
+    layers: Sequence[int]
+    before: Sequence[Sequence[float]]
+    after: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One model: how big or fast, how good. `is_dense`: the model before pruning."""
+
+    label: str
+    x: float
+    y: float
+    is_dense: bool = False
+
+
+LOOKS: dict[str, dict[str, Any]] = {
+    "dense": {"color": DENSE, "marker": "o", "markerfacecolor": "none"},
+    "pruned": {"color": PRUNED, "marker": "o"},
+    "uncompensated": {"color": OTHER, "marker": "x"},
+    "ideal": {"color": DENSE, "marker": "D", "markerfacecolor": "none"},
+}
+
+
+def dot_plot(
+    text: Text, rows: Sequence[str], series: Sequence[Series], x_label: str, reference: float | None = None
+) -> str:
+    """Return one row of marks per name, with error bars; `reference` draws a dashed upright line."""
+    with drawing():
+        figure = _figure(60 + (12 * len(series) + 10) * len(rows))
+        axes = figure.add_subplot()
+        for place, one in enumerate(series):
+            shift = (place - (len(series) - 1) / 2) * 0.6 / len(series)
+            heights = [row + shift for row in range(len(rows))]
+            reach = list(zip(*one.reach, strict=True)) if one.reach else None
+            axes.errorbar(
+                one.values, heights, xerr=reach, label=one.label, linestyle="none", capsize=2, **LOOKS[one.look]
+            )
+        if reference is not None:
+            axes.axvline(reference, color=INK, linewidth=0.8, linestyle=(0, (3, 3)))
+        axes.set_yticks(range(len(rows)), [_short(row) for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(x_label)
+        _legend(figure, axes)
+        return to_svg(figure, text.name, text.title, text.description)
+
+
+def width_plot(text: Text, groups: Sequence[LayerCounts]) -> str:
+    """Return bars by layer, a panel per group: the frame is what a layer had, the filled part what it kept."""
+    with drawing():
+        figure, panels = _layer_panels([group.group for group in groups], height=120)
+        for axes, group in zip(panels, groups, strict=True):
+            layers = range(len(group.before))
+            axes.bar(layers, group.before, 0.8, label="before", facecolor="none", edgecolor=DENSE, linewidth=0.8)
+            axes.bar(layers, group.kept, 0.8, label="kept", color=PRUNED)
+            axes.set_ylabel("units")
+        _legend(figure, panels[0])
+        return to_svg(figure, text.name, text.title, text.description)
+
+
+def spread_plot(text: Text, groups: Sequence[LayerSpread], y_label: str) -> str:
+    """Return, by layer, a thin line over all values, a thick one over the middle half, a mark at the median."""
+    with drawing():
+        figure, panels = _layer_panels([group.group for group in groups], height=150)
+        for axes, group in zip(panels, groups, strict=True):
+            low, first, median, third, high = zip(*group.quantiles, strict=True)
+            axes.vlines(group.layers, low, high, color=DENSE, linewidth=0.8, label="all")
+            axes.vlines(group.layers, first, third, color=PRUNED, linewidth=3, label="middle half")
+            axes.plot(group.layers, median, linestyle="none", marker="_", markersize=6, color=INK, label="median")
+            if min(low) > 0:
+                _log_scale(axes)
+            axes.set_ylabel(y_label)
+        _legend(figure, panels[0])
+        return to_svg(figure, text.name, text.title, text.description)
+
+
+def error_plot(text: Text, groups: Sequence[LayerErrors], y_label: str) -> str:
+    """Return, by layer, the mean error over domains before and after compensation, with bars from best to worst."""
+    with drawing():
+        figure, panels = _layer_panels([group.group for group in groups], height=150)
+        for axes, group in zip(panels, groups, strict=True):
+            for errors, label, look, line in (
+                (group.before, "before compensation", "uncompensated", ":"),
+                (group.after, "after", "pruned", "-"),
+            ):
+                means = [sum(row) / len(row) for row in errors]
+                reach = [[m - min(row) for m, row in zip(means, errors, strict=True)]]
+                reach += [[max(row) - m for m, row in zip(means, errors, strict=True)]]
+                style = LOOKS[look] | {"markersize": 4, "linewidth": 1, "elinewidth": 0.7, "linestyle": line}
+                axes.errorbar(group.layers, means, yerr=reach, label=label, **style)
+            axes.set_ylim(bottom=0)
+            axes.set_ylabel(y_label)
+        _legend(figure, panels[0])
+        return to_svg(figure, text.name, text.title, text.description)
+
+
+def round_plot(text: Text, rounds: Sequence[int], series: Sequence[Series], y_label: str) -> str:
+    """Return lines over rounds."""
+    with drawing():
+        figure = _figure(190)
+        axes = figure.add_subplot()
+        for one, line in zip(series, (":", "-"), strict=True):
+            axes.errorbar(rounds, one.values, label=one.label, linestyle=line, **LOOKS[one.look])
+        axes.set_xticks(rounds)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("round")
+        axes.set_ylabel(y_label)
+        _legend(figure, axes)
+        return to_svg(figure, text.name, text.title, text.description)
+
+
+def pareto_plot(text: Text, points: Sequence[Point], x_label: str, y_label: str, *, more_is_better: bool) -> str:
+    """Return points and the line through those that no other beats on both axes; less is better on y."""
+    with drawing():
+        figure = _figure(250)
+        axes = figure.add_subplot()
+        front = pareto_front(points, more_is_better=more_is_better)
+        axes.plot([p.x for p in front], [p.y for p in front], color=PRUNED, linewidth=1, label="not beaten by another")
+        for label, is_dense, look in (("dense", True, "dense"), ("pruned", False, "pruned")):
+            shown = [point for point in points if point.is_dense == is_dense]
+            axes.plot([p.x for p in shown], [p.y for p in shown], linestyle="none", label=label, **LOOKS[look])
+        # Beside the line: it falls where less is better on both axes, and rises where more is better on x.
+        offset = (5, -12) if more_is_better else (5, 4)
+        for point in points:
+            if not point.is_dense:
+                axes.annotate(point.label, (point.x, point.y), offset, textcoords="offset points")
+        axes.margins(0.12)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        _legend(figure, axes)
+        return to_svg(figure, text.name, text.title, text.description)
+
+
+def pareto_front(points: Sequence[Point], *, more_is_better: bool) -> list[Point]:
+    """Return the points that no other is at least as good as on both axes and better on one, from best x to worst."""
+    sign = -1 if more_is_better else 1
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (sign * p.x, p.y)):
+        if not front or point.y < front[-1].y:
+            front.append(point)
+    return front
+
+
+def _figure(height: int) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure((WIDTH / INCH, height / INCH), layout="constrained")
+
+
+def _layer_panels(titles: Sequence[str], height: int) -> tuple["Figure", list["Axes"]]:
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(50 + height * len(titles))
+    panels = list(figure.subplots(len(titles), 1, sharex=True, squeeze=False)[:, 0])
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(_short(title))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="x", visible=False)
+    panels[-1].set_xlabel("layer")
+    return figure, panels
+
+
+def _log_scale(axes: "Axes") -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(numticks=5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: "Figure", axes: "Axes") -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, handlelength=1.6, columnspacing=1.2)
+
+
+def _short(name: str) -> str:
+    printable = "".join(character if character.isprintable() else " " for character in name)
+    return printable if len(printable) <= LABEL_CHARACTERS else printable[: LABEL_CHARACTERS - 1] + "…"

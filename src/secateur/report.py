@@ -1,0 +1,92 @@
+"""`report.html`: what a run did, on one page that needs no network.
+
+In: result directories. Out: the page in each of them, and of several one page more that compares them.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from secateur.comparison import comparison_page
+from secateur.errors import RecipeError
+from secateur.loss import geometric_mean_perplexity
+from secateur.page import KeyFigure, Page, render
+from secateur.report_evaluation import distance, tasks
+from secateur.report_quality import quality, speed
+from secateur.report_run import calibration, compensation, environment, recipe, reproduction, rounds, scores, widths
+from secateur.result_files import ResultFiles, read_result
+from secateur.staged_file import check_file, staged_file
+from secateur.summary import Summary
+from secateur.tables import human_bytes, speeds, verdict
+
+FILE_NAME = "report.html"
+
+SECTIONS = (
+    quality,
+    tasks,
+    distance,
+    speed,
+    widths,
+    scores,
+    compensation,
+    rounds,
+    calibration,
+    recipe,
+    environment,
+    reproduction,
+)
+
+
+def missing_plots() -> tuple[str, ...]:
+    """Return why no report can be made here, or nothing."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return ()
+    return (f"no {FILE_NAME}: its plots need matplotlib; run pip install 'secateur[report]', then secateur report.",)
+
+
+def write_reports(directories: Sequence[Path], out: Path = Path(FILE_NAME)) -> list[Path]:
+    """Write `report.html` into every result directory from the other files there, and of several a comparison to `out`.
+
+    Everything is read before anything is written; each file appears complete or not at all. Returns the paths.
+
+    Raises RecipeError without matplotlib or if `out` would replace a report, CheckpointError for what is missing or
+    unreadable in a directory, or cannot be written.
+    """
+    for reason in missing_plots():
+        raise RecipeError(reason)
+    results = {str(directory): read_result(directory) for directory in directories}
+    paths = [Path(directory, FILE_NAME) for directory in results]
+    if len(results) > 1 and out.resolve() in [path.resolve() for path in paths]:
+        raise RecipeError(f"--out {out}: is the report of one of the results; give the comparison another name.")
+    for path in [*paths, out] if len(results) > 1 else paths:
+        check_file(path, overwrite=True)
+    pages = {path: report_page(files) for path, files in zip(paths, results.values(), strict=True)}
+    if len(results) > 1:
+        pages[out] = comparison_page(results)
+    for path, page in pages.items():
+        with staged_file(path, overwrite=True) as staged:
+            staged.write_text(render(page), encoding="utf-8")
+    return list(pages)
+
+
+def report_page(files: ResultFiles) -> Page:
+    """Return what the report of one run says."""
+    summary = files.summary
+    title = f"{summary.model}, pruned by secateur"
+    sections = [section(files) for section in SECTIONS]
+    return Page(title, verdict(summary), summary.warnings, key_figures(summary), sections)
+
+
+def key_figures(summary: Summary) -> list[KeyFigure]:
+    """Return size, quality and speed, before and after."""
+    dense, pruned = summary.dense_size, summary.pruned_size
+    figures = [
+        KeyFigure("parameters", f"of {dense.num_params:,}", f"{pruned.num_params / 1e6:,.1f} M"),
+        KeyFigure("weights", f"from {human_bytes(dense.num_bytes)}", human_bytes(pruned.num_bytes)),
+    ]
+    if summary.dense_losses:
+        before, after = (geometric_mean_perplexity(losses) for losses in (summary.dense_losses, summary.pruned_losses))
+        figures.append(KeyFigure("held-out perplexity", f"from {before:.2f}", f"{after:.2f}"))
+    for phase, before, after in speeds(summary):
+        figures.append(KeyFigure(phase, f"{before:,.1f} → {after:,.1f} tokens/s", f"{after / before:.2f}x"))
+    return figures

@@ -1,0 +1,197 @@
+"""What a report says of the run itself: what was cut where, what it changed, on which text, and how to do it again.
+
+In: a `ResultFiles`. Out: sections with plots and tables. Pure; rows that the model card has too come from `tables`.
+"""
+
+import shlex
+from collections.abc import Sequence
+
+from secateur.overlap import NGRAM_TOKENS
+from secateur.page import Section, Table
+from secateur.plots import (
+    LayerCounts,
+    LayerErrors,
+    LayerSpread,
+    Series,
+    Text,
+    error_plot,
+    round_plot,
+    spread_plot,
+    width_plot,
+)
+from secateur.recipe import Domain
+from secateur.result_files import GroupStep, ResultFiles
+from secateur.tables import note_rows, overlap_cell
+
+SCORE_TEXT = (
+    "Importance of every unit; higher is kept. Units are chosen within a layer, so layers need not be comparable."
+)
+OBS_TEXT = (
+    "OBS has no fixed score per unit: it removes the cheapest units batch by batch and refits after each. Shown is how "
+    "the squared output error, weighted over domains, grows from the first batch to the last; the mark is halfway."
+)
+
+
+def widths(files: ResultFiles) -> Section:
+    """Units that every layer had and kept."""
+    groups = _counts(files.steps)
+    shares = ", ".join(f"{sum(g.kept) / sum(g.before):.1%} of {g.group}" for g in groups)
+    described = Text("widths-plot", "Kept units by layer", f"A bar per layer; kept: {shares}.")
+    rows = [
+        (f"layer {layer}", *(f"{group.before[layer]:,} → {group.kept[layer]:,}" for group in groups))
+        for layer in range(len(groups[0].before))
+    ]
+    table = Table("Units by layer, before → kept", ("", *(group.group for group in groups)), rows, folded=True)
+    return Section(
+        "widths", "Kept width by layer", (f"Kept: {shares} units.",), (width_plot(described, groups),), (table,)
+    )
+
+
+def scores(files: ResultFiles) -> Section:
+    """How scores spread within each layer."""
+    is_obs = files.recipe.score == "obs"
+    steps = [step for step in _last_round(files.steps) if step.score_quantiles]
+    by_group = _by_group(steps)
+    spreads = [LayerSpread(g, [s.layer for s in of], [s.score_quantiles for s in of]) for g, of in by_group.items()]
+    text = (OBS_TEXT if is_obs else SCORE_TEXT, f"Score: {files.recipe.score}.")
+    described = Text("scores-plot", "Scores by layer", f"{text[0]} The table has the quantiles.")
+    rows = [(f"layer {step.layer}, {step.group}", *(f"{q:.3g}" for q in step.score_quantiles)) for step in steps]
+    header = ("", "smallest", "25%", "median", "75%", "largest")
+    table = Table("Quantiles by layer", header, rows, folded=True)
+    plots = (spread_plot(described, spreads, "squared error" if is_obs else "score"),) if spreads else ()
+    return Section("scores", "Score distributions by layer", text, plots, (table,))
+
+
+def compensation(files: ResultFiles) -> Section:
+    """Held-out error of each layer before and after the repair."""
+    steps = [step for step in _last_round(files.steps) if step.error_before]
+    title = "Error before and after compensation"
+    if not steps:
+        return Section("compensation", title, ("The last round removed no units.",))
+    errors = [_layer_errors(group, of) for group, of in _by_group(steps).items()]
+    before, after = _mean_errors(steps)
+    text = (
+        f"What the cut changes in a layer's output on held-out text, as a share of the output's energy: {before:.1f}% "
+        f"on average, {after:.1f}% after compensation ({files.recipe.compensate}). Points are means over domains, bars "
+        "reach from the best domain to the worst.",
+        f"Held-out text refused the compensation in {files.summary.guard_refusals} of {len(files.steps)} steps.",
+    )
+    described = Text("compensation-plot", "Held-out error by layer", f"{text[0]} The table has the means.")
+    rows = [
+        (f"layer {step.layer}, {step.group}", *(f"{error:.2f}%" for error in _mean_errors([step]))) for step in steps
+    ]
+    table = Table("Mean error by layer", ("", "before", "after"), rows, folded=True)
+    return Section("compensation", title, text, (error_plot(described, errors, "% of output energy"),), (table,))
+
+
+def rounds(files: ResultFiles) -> Section:
+    """What every round kept and lost."""
+    numbers = sorted({step.round for step in files.steps})
+    by_round = [[step for step in files.steps if step.round == number] for number in numbers]
+    errors = [_mean_errors(steps) for steps in by_round]
+    rows = []
+    for number, steps, (before, after) in zip(numbers, by_round, errors, strict=True):
+        units = f"{sum(step.total for step in steps):,} → {sum(step.kept for step in steps):,}"
+        seconds = sum(step.seconds for step in steps)
+        rows.append((str(number), units, f"{before:.2f}%", f"{after:.2f}%", f"{seconds:.1f}"))
+    header = ("round", "units", "error before", "error after", "seconds")
+    table = Table("Rounds; errors are means over layers and domains", header, rows)
+    if len(numbers) == 1:
+        return Section("rounds", "Rounds", ("One round: measured once, cut once.",), (), (table,))
+    described = Text("rounds-plot", "Held-out error by round", "Means over layers and domains, as in the table.")
+    before, after = zip(*errors, strict=True)
+    series = [Series("before compensation", "uncompensated", before), Series("after", "pruned", after)]
+    plot = round_plot(described, numbers, series, "% of output energy")
+    return Section("rounds", "Rounds", (f"{len(numbers)} rounds, each measured anew.",), (plot,), (table,))
+
+
+def calibration(files: ResultFiles) -> Section:
+    """Which text, how much, and whether held-out text leaked into it."""
+    facts, domains = files.summary.calibration, files.recipe.calibration.domains
+    text = (
+        f"{sum(facts.num_tokens.values()):,} tokens to measure on and {sum(facts.num_held_out_tokens.values()):,} held "
+        f"out, in blocks of {facts.sequence_length}. Overlap: the share of the held-out text's {NGRAM_TOKENS}-grams of "
+        f"tokens that the calibration text has too; boilerplate such as licences counts.",
+        f"SHA-256 of all token blocks: {facts.content_hash}",
+    )
+    rows = [
+        (name, f"{num:,}", f"{facts.num_held_out_tokens[name]:,}", overlap_cell(share), _source(domains[name]))
+        for (name, num), share in zip(facts.num_tokens.items(), facts.held_out_overlap.values(), strict=True)
+    ]
+    header = ("domain", "tokens", "held out", "overlap", "source")
+    return Section("calibration", "Calibration set", text, (), (Table("Text by domain", header, rows),))
+
+
+def reproduction(files: ResultFiles) -> Section:
+    """The commands that make the result again, and what the run was made with."""
+    summary = files.summary
+    lines = [f"pip install secateur=={summary.versions['secateur']} torch=={summary.versions['torch'].split('+')[0]}"]
+    lines += [f"pip install transformers=={summary.versions['transformers']}"]
+    lines += [f"secateur prune {shlex.quote(summary.model)} OUT --recipe recipe.yaml"]
+    made = f"This run: {summary.command}" if summary.command else "This run: secateur.prune, from Python"
+    text = (
+        made,
+        "The recipe beside this page holds every option and the seed. On the same machine with the same versions the "
+        "weights come out the same to the byte; the calibration hash tells whether the text is the same.",
+    )
+    return Section("reproduction", "How to reproduce", text, code="\n".join(lines))
+
+
+def environment(files: ResultFiles) -> Section:
+    """Cost, proof of reload, versions."""
+    rows = [*note_rows(files.summary), *files.summary.versions.items()]
+    table = Table("Cost, proof of reload, versions", (), rows, numbers=False)
+    return Section("environment", "Run and environment", tables=(table,))
+
+
+def recipe(files: ResultFiles) -> Section:
+    """The resolved recipe."""
+    return Section("recipe", "Recipe", ("Resolved: every default filled in.",), code=files.recipe_text.strip())
+
+
+def _counts(steps: Sequence[GroupStep]) -> list[LayerCounts]:
+    before = _by_group([step for step in steps if step.round == 1])
+    return [
+        LayerCounts(group, [step.total for step in before[group]], [step.kept for step in last])
+        for group, last in _by_group(_last_round(steps)).items()
+    ]
+
+
+def _last_round(steps: Sequence[GroupStep]) -> list[GroupStep]:
+    last = max(step.round for step in steps)
+    return [step for step in steps if step.round == last]
+
+
+def _by_group(steps: Sequence[GroupStep]) -> dict[str, list[GroupStep]]:
+    groups: dict[str, list[GroupStep]] = {}
+    for step in sorted(steps, key=lambda step: step.layer):
+        groups.setdefault(step.group, []).append(step)
+    return groups
+
+
+def _layer_errors(group: str, steps: Sequence[GroupStep]) -> LayerErrors:
+    before, after = [_percent(s.error_before) for s in steps], [_percent(s.error_after) for s in steps]
+    return LayerErrors(group, [step.layer for step in steps], before, after)
+
+
+def _mean_errors(steps: Sequence[GroupStep]) -> tuple[float, float]:
+    """Return the mean over steps and domains before and after compensation, in percent; 0 where nothing was removed."""
+    before, after = (
+        [_mean(_percent(error)) for error in errors if error]
+        for errors in ([step.error_before for step in steps], [step.error_after for step in steps])
+    )
+    return _mean(before), _mean(after)
+
+
+def _percent(errors: dict[str, float] | None) -> list[float]:
+    return [100 * error for error in (errors or {}).values()]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _source(domain: Domain) -> str:
+    if domain.installed:
+        return "installed packages"
+    return f"dataset {domain.dataset}" if domain.dataset else ", ".join(domain.files or ())

@@ -1,0 +1,113 @@
+"""A result directory read back: what `prune` wrote there, and what `evaluate` and `bench` have added.
+
+In: a directory. Out: a frozen `ResultFiles`. Weights are not read.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur import runlog, summary
+from secateur.benchmark import BenchResult
+from secateur.errors import CheckpointError
+from secateur.evaluate_domains import Quality
+from secateur.json_file import Kind, parse_json
+from secateur.kl import Divergence
+from secateur.recipe import Recipe, load_recipe, parse_recipe
+from secateur.summary import Summary
+
+RECIPE_FILE, BENCH_FILE, EVALUATION_FILE = "recipe.yaml", "bench.json", "evaluation.json"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStep:
+    """One line of the run log: what one group kept in one round, and its held-out errors by domain.
+
+    `total`: units before this round. Errors are shares of the reader's output energy. `step` 0: compensation refused.
+    """
+
+    round: int
+    layer: int
+    group: str
+    kept: int
+    total: int
+    seconds: float
+    score_quantiles: tuple[float, ...]
+    error_before: dict[str, float] | None = None
+    error_after: dict[str, float] | None = None
+    step: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResults:
+    """lm-evaluation-harness's own mapping: task -> "metric,filter" -> value."""
+
+    results: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What `secateur evaluate` measured of one model."""
+
+    domains: dict[str, Quality]
+    wikitext2: Quality | None = None
+    tasks: TaskResults | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """`evaluation.json`, as far as a report tells of it."""
+
+    pruned: Measured
+    dense: Measured | None = None
+    kl: dict[str, Divergence] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFiles:
+    """Everything that a report tells of one run."""
+
+    summary: Summary
+    steps: tuple[GroupStep, ...]
+    recipe: Recipe
+    recipe_text: str
+    evaluation: Evaluation | None
+    bench: BenchResult | None
+
+
+def read_result(directory: Path) -> ResultFiles:
+    """Read a result directory. Raises CheckpointError or RecipeError for what is missing or unreadable."""
+    found = Summary.from_json(_read(directory, summary.FILE_NAME), str(directory / summary.FILE_NAME))
+    recipe_text = _read(directory, RECIPE_FILE)
+    recipe = parse_recipe(load_recipe(directory / RECIPE_FILE), f"recipe {directory / RECIPE_FILE}")
+    evaluation = _added(Evaluation, directory, EVALUATION_FILE)
+    bench = _added(BenchResult, directory, BENCH_FILE)
+    return ResultFiles(found, _steps(directory), recipe, recipe_text, evaluation, bench)
+
+
+def _added(kind: type[Kind], directory: Path, name: str) -> Kind | None:
+    path = directory / name
+    return parse_json(kind, _read(directory, name), str(path)) if path.exists() else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    event: str
+
+
+def _steps(directory: Path) -> tuple[GroupStep, ...]:
+    where = str(directory / runlog.FILE_NAME)
+    lines = _read(directory, runlog.FILE_NAME).splitlines()
+    group_lines = [line for line in lines if parse_json(_Line, line, where).event == "group"]
+    return tuple(parse_json(GroupStep, line, where) for line in group_lines)
+
+
+def _read(directory: Path, name: str) -> str:
+    try:
+        return (directory / name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise CheckpointError(
+            f"{directory}: {name} cannot be read ({reason}); give a directory that secateur prune has written."
+        ) from None

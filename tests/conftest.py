@@ -1,0 +1,70 @@
+"""What several end-to-end tests share: saved tiny checkpoints, two domains of text, a small recipe. No network."""
+
+import os
+
+# Read when huggingface_hub and torch are imported, and inherited by subprocesses. Threads would only get in each
+# other's way on matrices this small.
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from models import tiny_llama, tiny_qwen2
+from tiny_tokenizer import tiny_tokenizer
+
+from secateur.checkpoint_quiet import quiet_transformers
+
+WORDS = "the pruned channels of a layer are read by one linear map and written by two others".split()
+CODE = "def keep(units):", "    return sorted(units)", "for layer in layers:", "    cut(layer)", "import torch"
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(shared: Path) -> dict[str, Path]:
+    """Directories with a model and a tokenizer, by name. Tests copy one before they damage it."""
+    models = {
+        "llama": tiny_llama(),
+        "llama-tied": tiny_llama(tied=True),
+        "qwen2": tiny_qwen2(),
+        "qwen2-tied": tiny_qwen2(tied=True),
+    }
+    for name, model in models.items():
+        model.generation_config.max_length = 77
+        with quiet_transformers():
+            model.save_pretrained(shared / name)
+            tiny_tokenizer().save_pretrained(shared / name)
+    return {name: shared / name for name in models}
+
+
+@pytest.fixture(scope="session")
+def texts(shared: Path) -> dict[str, Path]:
+    """Two domains as files: prose of random words, code of random lines."""
+    choose = random.Random(0)
+    prose = [" ".join(choose.choices(WORDS, k=12)) for _ in range(200)]
+    code = ["\n".join(choose.choices(CODE, k=3)) for _ in range(200)]
+    files = {"prose": shared / "prose.txt", "code": shared / "code.txt"}
+    for file, lines in zip(files.values(), (prose, code), strict=True):
+        file.write_text("\n".join(lines), encoding="utf-8")
+    return files
+
+
+@pytest.fixture(scope="session")
+def recipe(texts: dict[str, Path]) -> dict[str, Any]:
+    """A recipe that fits the tiny models; a test changes its own copy."""
+    domains = {name: {"files": [str(file)]} for name, file in texts.items()}
+    calibration = {"domains": domains, "num_tokens": 1280, "sequence_length": 32}
+    return {"align": 8, "calibration": calibration, "bench": False}
+
+
+@pytest.fixture(scope="session")
+def recipe_file(recipe: dict[str, Any], shared: Path) -> Path:
+    file = shared / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return file

@@ -1,0 +1,148 @@
+"""The Python API: a model in memory is pruned in place and stays a model; paths work as on the command line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from models import tiny_ids, tiny_llama
+from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+import secateur
+from secateur.in_memory import check_in_memory, restore_buffers
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def small(recipe):
+    """The shared recipe without its evaluation."""
+    return {**recipe, "evaluate": False}
+
+
+def test_names_are_sorted_and_there():
+    assert secateur.__all__ == sorted(secateur.__all__)
+    assert all(hasattr(secateur, name) for name in secateur.__all__)
+
+
+def test_a_model_in_memory_is_pruned_in_place_and_can_be_trained(small):
+    model = tiny_llama()
+    result = secateur.prune(model, small, tokenizer=TOKENIZER)
+    assert result.model is model and result.tokenizer is TOKENIZER and result.out is None
+    assert model.config.intermediate_size == 64
+    assert sum(p.numel() for p in model.parameters()) == result.summary.pruned_size.num_params
+    assert {key: len(keep) for key, keep in result.keeps.items()} == {(layer, "ffn"): 64 for layer in range(3)}
+    loss = model(tiny_ids(), labels=tiny_ids()).loss
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.is_inference(), name
+        assert torch.isfinite(parameter.grad).all(), name
+    assert model.generate(tiny_ids(batch=1), attention_mask=torch.ones(1, 16), max_new_tokens=4).shape == (1, 20)
+
+
+def test_biases_that_a_run_adds_can_be_trained_too(small):
+    model = tiny_llama()
+    secateur.prune(model, {**small, "compensate": "bias", "score": "flap"}, tokenizer=TOKENIZER)
+    model(tiny_ids(), labels=tiny_ids()).loss.backward()
+    assert model.config.mlp_bias is True
+    assert model.model.layers[0].mlp.down_proj.bias.grad is not None
+
+
+def test_a_path_and_a_model_in_memory_give_the_same_weights(checkpoints, small):
+    model = tiny_llama()
+    secateur.prune(model, small, tokenizer=TOKENIZER)
+    loaded = secateur.prune(str(checkpoints["llama"]), small)
+    assert loaded.summary.model == str(checkpoints["llama"])
+    assert loaded.model.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.model.state_dict().items())
+
+
+def test_dropout_is_off_while_measuring_and_on_again_afterwards(small):
+    quiet, noisy = tiny_llama(), tiny_llama(attention_dropout=0.5).train()
+    noisy.lm_head.eval()
+    for model in (quiet, noisy):
+        secateur.prune(model, small, tokenizer=TOKENIZER)
+    assert all(torch.equal(tensor, quiet.state_dict()[name]) for name, tensor in noisy.state_dict().items())
+    assert noisy.training and noisy.model.layers[0].mlp.down_proj.training and not noisy.lm_head.training
+
+
+def test_rounded_rotary_frequencies_become_those_of_the_checkpoint(checkpoints, small, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"]).to(torch.bfloat16)
+    exact = tiny_llama().model.rotary_emb.inv_freq
+    assert model.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    result = secateur.prune(model, small, tokenizer=TOKENIZER, out=tmp_path / "out")
+    assert torch.equal(model.model.rotary_emb.inv_freq, exact)
+    assert result.summary.reload_max_abs_difference == 0
+    [note] = [note for note in result.summary.warnings if note.startswith("model.rotary_emb.inv_freq")]
+    assert "differed from what loading the checkpoint computes" in note
+    assert note in (tmp_path / "out" / "README.md").read_text()
+    # The model knows where it was loaded from; what is saved must not.
+    assert str(checkpoints["llama"]) not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_rotary_frequencies_rounded_and_cast_back_are_found_by_value():
+    model = tiny_llama().to(torch.float16).to(torch.float32)
+    assert len(restore_buffers(model)) == 2
+    assert torch.equal(model.model.rotary_emb.inv_freq, tiny_llama().model.rotary_emb.inv_freq)
+    assert restore_buffers(model) == ()
+    assert "model.rotary_emb.inv_freq" not in model.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["Recipe", "dict", "Path", "str"])
+def test_recipe_in_any_form(kind, small, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**small, "remove": 0.3}))
+    forms = {"Recipe": secateur.Recipe(**small, remove=0.3), "dict": {**small, "remove": 0.3}, "Path": path}
+    result = secateur.prune(tiny_llama(), forms.get(kind, str(path)), tokenizer=TOKENIZER)
+    assert result.recipe.remove == 0.3
+    assert result.summary.pruned_size.num_params == 100_176 - 3 * 144 * (112 - 40)
+
+
+def test_without_out_nothing_is_written(checkpoints, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(checkpoints["qwen2"].parent.rglob("*"))
+    secateur.prune(checkpoints["qwen2"], small)
+    assert list(tmp_path.iterdir()) == [] and sorted(checkpoints["qwen2"].parent.rglob("*")) == before
+
+
+def test_progress_reports_every_stage_to_its_end(recipe):
+    last: dict[str, tuple[int, int]] = {}
+    first: dict[str, int] = {}
+
+    def listen(stage: str, done: int, total: int) -> None:
+        first.setdefault(stage, done)
+        assert last.get(stage, (0, total)) <= (done, total)
+        last[stage] = (done, total)
+
+    secateur.prune(tiny_llama(), {**recipe, "rounds": 2}, tokenizer=TOKENIZER, progress=listen)
+    assert list(last) == [
+        "calibration",
+        "evaluate dense",
+        "prune, round 1 of 2",
+        "prune, round 2 of 2",
+        "evaluate pruned",
+        "evaluate uncompensated",
+    ]
+    assert all(done == total > 0 for done, total in last.values()) and set(first.values()) == {0}
+
+
+def refused(match, *arguments, **options):
+    with pytest.raises(secateur.SecateurError, match=match) as raised:
+        secateur.prune(*arguments, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_mistakes_are_one_sentence(small):
+    refused("tokenizer: a model in memory comes without one; pass tokenizer=", tiny_llama(), small)
+    refused("recipe: unknown key 'remvoe'; did you mean 'remove'", tiny_llama(), {"remvoe": 1}, tokenizer=TOKENIZER)
+    refused(r"recipe .*nowhere.yaml: cannot be read", tiny_llama(), Path("nowhere.yaml"), tokenizer=TOKENIZER)
+    quantised = tiny_llama()
+    quantised.config.quantization_config = {"quant_method": "bitsandbytes"}
+    refused("model: it was loaded from quantised weights", quantised, small, tokenizer=TOKENIZER)
+    broken = tiny_llama()
+    broken.model.norm.weight.data[0] = torch.nan
+    refused("weight model.norm.weight of the model holds NaN or infinity", broken, small, tokenizer=TOKENIZER)
+    assert broken.config.intermediate_size == 112
+    with pytest.raises(secateur.SecateurError, match="must be a transformers PreTrainedModel or a path, got Linear"):
+        check_in_memory(torch.nn.Linear(2, 2), TOKENIZER)
