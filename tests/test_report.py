@@ -1,5 +1,6 @@
 """The report of a real tiny run: complete, self-contained, escaped, repeatable; several side by side; in a browser."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from secateur.plots import LayerSpread, Point, Series, Text, dot_plot, pareto_fr
 from secateur.prune import prune
 from secateur.report import write_reports
 from secateur.summary import Summary
-from secateur.tables import verdict
+from secateur.tables import caveats, verdict
 
 HOSTILE = "<script>alert(1)</script>"
 ODD = "$\\frac$ 日本 & \x07co"
@@ -98,6 +99,22 @@ def test_the_page_tells_the_numbers_of_result_json_and_of_the_card(result):
     after = 100 * sum(last["error_after"].values()) / len(last["error_after"])
     assert re.search(rf"layer 2, ffn</th><td>[\d.]+%</td><td>{after:.2f}%", html)
     assert "layer 2</th><td>112 → 64</td>" in html, "rounds are told by what the model had and what it kept at last"
+
+
+def test_page_and_card_warn_of_overlap_and_of_a_busy_machine(copy):
+    summary = summary_of(copy)
+    shares = dataclasses.replace(summary.calibration, held_out_overlap={HOSTILE: 0.604, ODD: None})
+    assert summary.dense_speed is not None
+    slow = dataclasses.replace(summary.dense_speed, decode_tokens_per_second=0.01)
+    doubtful = dataclasses.replace(summary, calibration=shares, dense_speed=slow)
+    notes = caveats(doubtful)
+    assert f"({HOSTILE} 60%)" in notes[-2] and "the machine was busy" in notes[-1]
+    assert notes[-1] in model_card(doubtful)
+    (copy / "result.json").write_text(doubtful.to_json(), encoding="utf-8")
+    write_reports([copy])
+    assert page_of(copy).count("is flattered.") == 1 and "the machine was busy" in page_of(copy)
+    clean = dataclasses.replace(summary.calibration, held_out_overlap={HOSTILE: 0.05, ODD: None})
+    assert caveats(dataclasses.replace(summary, calibration=clean, dense_speed=summary.pruned_speed)) == []
 
 
 def test_overlap_is_measured_by_the_run(result):

@@ -1,7 +1,7 @@
 """The model card that lies beside the weights. In: a `Summary`. Out: Markdown with the run's own table and command."""
 
 from secateur.summary import Summary
-from secateur.tables import figure_rows, headline, loss_rows, note_rows, verdict
+from secateur.tables import caveats, figure_rows, headline, loss_rows, note_rows, verdict
 
 
 def model_card(summary: Summary) -> str:
@@ -44,5 +44,5 @@ def model_card(summary: Summary) -> str:
     lines += [
         "- all options: `recipe.yaml`; kept units: `keep.json`; every step: `run.jsonl`; all figures: `result.json`"
     ]
-    lines += [f"- note: {warning}" for warning in summary.warnings]
+    lines += [f"- note: {caveat}" for caveat in caveats(summary)]
     return "\n".join(lines) + "\n"

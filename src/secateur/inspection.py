@@ -3,6 +3,8 @@
 In: a model reference and a recipe. Out: a frozen `Inspection`. No weight is read; the model exists on the meta device.
 """
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,12 @@ class Inspection:
     num_calibration_tokens: int
     memory: MemoryEstimate
     warnings: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """Return everything as indented JSON, the memory's peak included."""
+        data = dataclasses.asdict(self)
+        data["memory"]["peak"] = self.memory.peak
+        return json.dumps(data, indent=2) + "\n"
 
 
 def inspect(model: str | Path, recipe: Recipe | None = None) -> Inspection:

@@ -12,12 +12,12 @@ from secateur.errors import RecipeError
 from secateur.loss import geometric_mean_perplexity
 from secateur.page import KeyFigure, Page, render
 from secateur.report_evaluation import distance, tasks
-from secateur.report_quality import quality, speed
+from secateur.report_quality import SpeedFigures, quality, speed, speed_figures
 from secateur.report_run import calibration, compensation, environment, recipe, reproduction, rounds, scores, widths
 from secateur.result_files import ResultFiles, read_result
 from secateur.staged_file import check_file, staged_file
 from secateur.summary import Summary
-from secateur.tables import human_bytes, speeds, verdict
+from secateur.tables import caveats, human_bytes, verdict
 
 FILE_NAME = "report.html"
 
@@ -56,12 +56,13 @@ def write_reports(directories: Sequence[Path], out: Path = Path(FILE_NAME)) -> l
         raise RecipeError(reason)
     results = {str(directory): read_result(directory) for directory in directories}
     paths = [Path(directory, FILE_NAME) for directory in results]
-    if len(results) > 1 and out.resolve() in [path.resolve() for path in paths]:
+    comparing = len(results) > 1
+    if comparing and out.resolve() in [path.resolve() for path in paths]:
         raise RecipeError(f"--out {out}: is the report of one of the results; give the comparison another name.")
-    for path in [*paths, out] if len(results) > 1 else paths:
+    for path in [*paths, out] if comparing else paths:
         check_file(path, overwrite=True)
     pages = {path: report_page(files) for path, files in zip(paths, results.values(), strict=True)}
-    if len(results) > 1:
+    if comparing:
         pages[out] = comparison_page(results)
     for path, page in pages.items():
         with staged_file(path, overwrite=True) as staged:
@@ -74,10 +75,12 @@ def report_page(files: ResultFiles) -> Page:
     summary = files.summary
     title = f"{summary.model}, pruned by secateur"
     sections = [section(files) for section in SECTIONS]
-    return Page(title, verdict(summary), summary.warnings, key_figures(summary), sections)
+    rates = speed_figures(files)
+    sentence = verdict(summary, {phase: ratio for phase, _, _, ratio in rates})
+    return Page(title, sentence, caveats(summary), key_figures(summary, rates), sections)
 
 
-def key_figures(summary: Summary) -> list[KeyFigure]:
+def key_figures(summary: Summary, rates: list[SpeedFigures]) -> list[KeyFigure]:
     """Return size, quality and speed, before and after."""
     dense, pruned = summary.dense_size, summary.pruned_size
     figures = [
@@ -87,6 +90,6 @@ def key_figures(summary: Summary) -> list[KeyFigure]:
     if summary.dense_losses:
         before, after = (geometric_mean_perplexity(losses) for losses in (summary.dense_losses, summary.pruned_losses))
         figures.append(KeyFigure("held-out perplexity", f"from {before:.2f}", f"{after:.2f}"))
-    for phase, before, after in speeds(summary):
-        figures.append(KeyFigure(phase, f"{before:,.1f} → {after:,.1f} tokens/s", f"{after / before:.2f}x"))
+    for phase, before, after, ratio in rates:
+        figures.append(KeyFigure(phase, f"{before:,.1f} → {after:,.1f} tokens/s", f"{ratio:.2f}x"))
     return figures

@@ -13,6 +13,8 @@ from secateur.plots import Series, Text, dot_plot
 from secateur.result_files import ResultFiles
 from secateur.tables import figure_rows, human_bytes, loss_rows, speeds
 
+SpeedFigures = tuple[str, float, float, float]
+
 
 def quality(files: ResultFiles) -> Section:
     """Loss by domain, before and after, with standard errors."""
@@ -35,6 +37,18 @@ def quality(files: ResultFiles) -> Section:
     rows = [(domain, *cells) for domain, cells in loss_rows(summary, errors=True)]
     table = Table("Nats per token ± standard error (perplexity)", ("domain", *by_name), rows)
     return Section("quality", title, text, (dot_plot(described, domains, series, "nats per token"),), (table,))
+
+
+def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
+    """Return (phase, dense and pruned tokens per second, speed-up): `secateur bench`'s if there, else the run's own."""
+    bench = files.bench
+    if bench is None or bench.dense is None or bench.prefill is None or bench.decode is None:
+        return [(phase, before, after, after / before) for phase, before, after in speeds(files.summary)]
+    (prefill, decode), (prefill_after, decode_after) = _rates(bench.dense), _rates(bench.pruned)
+    return [
+        ("prefill", prefill, prefill_after, bench.prefill.measured.median),
+        ("decode", decode, decode_after, bench.decode.measured.median),
+    ]
 
 
 def _means_and_bars(losses: Sequence[Loss]) -> tuple[list[float], list[tuple[float, float]]]:

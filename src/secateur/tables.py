@@ -11,13 +11,16 @@ from secateur.loss import geometric_mean_perplexity
 from secateur.overlap import NGRAM_TOKENS
 from secateur.summary import Summary
 
+# A reader is warned of a share of n-grams above this, and of speed-ups outside this, the upper times the size ratio.
+MUCH_OVERLAP, PLAUSIBLE_SPEED_UP = 0.1, (0.8, 1.5)
+
 
 def summary_table(summary: Summary) -> Group:
     """Return the one table that a run ends with: quality by domain, size and speed, dense against pruned."""
     columns = list(summary.losses_by_name())
     names = columns or ["dense", "pruned"]
     table = Table(title=f"{summary.model}: {headline(summary)}", title_justify="left", title_style="bold")
-    table.add_column("held-out nats/token (perplexity)" if columns else "", no_wrap=True)
+    table.add_column("nats/token (perplexity)" if columns else "", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for label, cells in loss_rows(summary):
@@ -40,17 +43,41 @@ def headline(summary: Summary) -> str:
     )
 
 
-def verdict(summary: Summary) -> str:
-    """Say in one sentence what pruning took, what it cost in quality and what it gave in speed."""
-    parts = []
+def verdict(summary: Summary, speed_ups: dict[str, float] | None = None) -> str:
+    """Say in one sentence what pruning took, what it cost in quality and what it gave in speed.
+
+    `speed_ups`: by phase, from a better measurement than the run's own.
+    """
+    sentence = [f"Pruning removed {summary.remove_reached:.1%} of the parameters"]
     if summary.dense_losses:
         before, after = (geometric_mean_perplexity(losses) for losses in (summary.dense_losses, summary.pruned_losses))
         domains = list(summary.dense_losses)
         where = f"geometric mean of {len(domains)} domains" if len(domains) > 1 else f"domain {domains[0]}"
-        parts.append(f"held-out perplexity went from {before:.2f} to {after:.2f} ({where})")
-    ratios = [f"{phase} runs {after / before:.2f} times as fast" for phase, before, after in speeds(summary)]
-    sentence = [f"Pruning removed {summary.remove_reached:.1%} of the parameters", *parts, " and ".join(ratios)]
-    return "; ".join(part for part in sentence if part) + "."
+        sentence.append(f"held-out perplexity went from {before:.2f} to {after:.2f} ({where})")
+    speed_ups = speed_ups or {phase: after / before for phase, before, after in speeds(summary)}
+    if speed_ups:
+        sentence.append(" and ".join(f"{phase} runs {ratio:.2f} times as fast" for phase, ratio in speed_ups.items()))
+    return "; ".join(sentence) + "."
+
+
+def caveats(summary: Summary) -> list[str]:
+    """Return what a reader must know before trusting the numbers: the run's own notes, overlap, a busy machine."""
+    found = list(summary.warnings)
+    overlap = {domain: share or 0.0 for domain, share in summary.calibration.held_out_overlap.items()}
+    much = ", ".join(f"{domain} {share:.0%}" for domain, share in overlap.items() if share > MUCH_OVERLAP)
+    if much:
+        found.append(
+            f"Much of the held-out text's {NGRAM_TOKENS}-grams occur in the calibration text ({much}), so the quality "
+            "there is flattered."
+        )
+    least, most = PLAUSIBLE_SPEED_UP
+    most *= summary.dense_size.num_bytes / summary.pruned_size.num_bytes
+    if not all(least < after / before < most for _, before, after in speeds(summary)):
+        found.append(
+            "The run's own speed-up does not fit the sizes: the machine was busy while one of the models was timed; "
+            "secateur bench times both in turns."
+        )
+    return found
 
 
 def speeds(summary: Summary) -> list[tuple[str, float, float]]:
@@ -111,7 +138,7 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
         difference = summary.reload_max_abs_difference
         yield "reload", f"stock transformers in a fresh process: largest logit difference {difference:g}"
     if summary.sample_text:
-        yield "it writes", " ".join(summary.sample_text.split())
+        yield "it writes", "".join(c for c in " ".join(summary.sample_text.split()) if c.isprintable())
 
 
 def overlap_cell(share: float | None) -> str:

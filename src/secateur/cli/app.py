@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from secateur.errors import RecipeError
 from secateur.recipe import INSTALLED_DOMAINS
@@ -14,6 +15,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+# Paths and generated text are shown as they are, whatever brackets and colons they hold.
+CONSOLE = Console(markup=False, emoji=False, highlight=False)
 
 Model = Annotated[str, typer.Argument(help="A local directory, a hub id, a .gguf file, or smollm2-135m.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier result.")]

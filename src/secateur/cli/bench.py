@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from secateur.cli.app import Json, Model, Quiet, app
+from secateur.cli.app import CONSOLE, Json, Model, Quiet, app
 from secateur.progress_bar import progress_bar
 
 FILE_NAME = "bench.json"
@@ -37,14 +36,13 @@ def bench(
     workload, settings = Workload(batch, prompt_tokens, new_tokens, repeats), Settings(engine, device, compiled)
     with progress_bar(enabled=not (quiet or as_json)) as progress:
         result = benchmark(model, against, workload=workload, settings=settings, progress=progress)
-    console = Console()
     if as_json:
         print(result.to_json(), end="")
     else:
-        console.print(bench_table(result))
+        CONSOLE.print(bench_table(result))
     if not Path(model).is_dir():  # a hub id, whose cache is not ours to write in
         return
     with staged_file(Path(model, FILE_NAME), overwrite=True) as staged:
         staged.write_text(result.to_json(), encoding="utf-8")
     if not as_json:
-        console.print(f"Written to {Path(model, FILE_NAME)}.")
+        CONSOLE.print(f"Written to {Path(model, FILE_NAME)}.")

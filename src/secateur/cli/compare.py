@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from secateur.cli.app import Json, Quiet, app
+from secateur.cli.app import CONSOLE, Json, Quiet, app
 from secateur.progress_bar import progress_bar
 
 
@@ -41,7 +40,6 @@ def compare(
         reached = sum(cell.remove_reached for cell in row.cells) / len(row.cells)
         cells = (f"{row.ratio:.0%}", f"{reached:.1%}", f"{perplexity:.2f}", str(len(row.cells)))
         table.add_row(row.method, *cells)
-    console = Console(markup=False, emoji=False, highlight=False)
-    console.print(table)
-    console.print(verdict(found))
-    console.print(f"Written to {out}: report.html, table.md, results.json.", soft_wrap=True)
+    CONSOLE.print(table)
+    CONSOLE.print(verdict(found))
+    CONSOLE.print(f"Written to {out}: report.html, table.md, results.json.", soft_wrap=True)

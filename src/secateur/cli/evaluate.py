@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from secateur.cli.app import Domains, Json, Quiet, app, parse_domains
+from secateur.cli.app import CONSOLE, Domains, Json, Quiet, app, parse_domains
 from secateur.errors import RecipeError
 from secateur.progress_bar import progress_bar
 from secateur.recipe import parse_recipe
@@ -77,6 +76,5 @@ def evaluate(
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    console = Console(markup=False, emoji=False, highlight=False)
-    console.print(evaluation_table(result))
-    console.print(f"Written to {(out or Path(model)) / 'evaluation.json'}.", soft_wrap=True)
+    CONSOLE.print(evaluation_table(result))
+    CONSOLE.print(f"Written to {(out or Path(model)) / 'evaluation.json'}.", soft_wrap=True)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from secateur.cli.app import Json, Model, Quiet, app
+from secateur.cli.app import CONSOLE, Json, Model, Quiet, app
 from secateur.progress_bar import progress_bar
 
 
@@ -40,14 +39,13 @@ def export(
     if as_json:
         print(json.dumps(dataclasses.asdict(done), indent=2))
         return
-    console = Console()
-    console.print(f"Written to {gguf}: {done.type_name}, {human_bytes(done.num_bytes)}.")
+    CONSOLE.print(f"Written to {gguf}: {done.type_name}, {human_bytes(done.num_bytes)}.")
     if done.check is None:
         why = "as asked" if check is False else 'llama-cpp-python is not installed; pip install "secateur[llama-cpp]"'
-        console.print(f"Not checked against llama.cpp: {why}.", markup=False)
+        CONSOLE.print(f"Not checked against llama.cpp: {why}.")
         return
     found = done.check
-    console.print(
+    CONSOLE.print(
         f"Checked: perplexity of {found.num_tokens} held-out tokens {found.perplexity_llama_cpp:.3f} in llama.cpp, "
         f"{found.perplexity_transformers:.3f} in transformers; {found.num_greedy_equal} of {found.num_greedy} greedy "
         f"tokens equal (largest gap {found.largest_gap_nats:.3f} nats)."

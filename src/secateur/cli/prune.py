@@ -1,23 +1,17 @@
 """The commands `prune`, `inspect` and `demo`."""
 
-import dataclasses
-import json
 import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from secateur.cli.app import Domains, Json, Model, Overwrite, Quiet, RecipeFile, Remove, app, parse_domains
+from secateur.cli.app import CONSOLE, Domains, Json, Model, Overwrite, Quiet, RecipeFile, Remove, app, parse_domains
 from secateur.progress_bar import progress_bar
 from secateur.recipe import Recipe, load_recipe, parse_recipe
 
 DEMO_MODEL = "smollm2-135m"
-
-# Paths and generated text are shown as they are, whatever brackets and colons they hold.
-CONSOLE = Console(markup=False, emoji=False, highlight=False)
 
 Out = Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the calibration draw.")]
@@ -50,7 +44,7 @@ def inspect(model: Model, remove: Remove = None, recipe: RecipeFile = None, as_j
 
     found = inspect_model(model, _recipe(recipe, remove, None, None))
     if as_json:
-        print(json.dumps(dataclasses.asdict(found), indent=2))
+        print(found.to_json(), end="")
     else:
         CONSOLE.print(inspection_table(found))
 
