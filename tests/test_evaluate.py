@@ -22,7 +22,7 @@ from secateur.evaluate import Settings, evaluate
 from secateur.evaluate_domains import measure_quality, named_blocks
 from secateur.evaluate_wikitext import wikitext_blocks
 from secateur.progress import silent
-from secateur.prune import prune
+from secateur.pruning import prune
 from secateur.recipe import Domain
 
 ROWS = ["", " = Title = \n", "", *(f" Row number {number} of a short article . \n" for number in range(40)), ""]

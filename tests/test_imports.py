@@ -31,7 +31,7 @@ LAYERS = [
     "comparison report_run report_quality report_evaluation",
     "report",
     # the whole job, and the ways to start it
-    "prune",
+    "pruning",
     "secateur",
     "cli.app",
     "cli.*",
@@ -58,7 +58,7 @@ STAGES_MAY_IMPORT = {"arch", "errors", "progress"}
 HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (
     "checkpoint*", "output", "calibration", "sources", "evaluate*", "bench*", "compare", "ideal", "gguf_*", "in_memory",
-    "prune", "reload_child",
+    "pruning", "reload_child",
 )  # fmt: skip
 ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "matplotlib", "gguf", "pyarrow", "datasets", "llama_cpp"}
 
@@ -158,5 +158,5 @@ def test_the_rules_can_fail():
     )
     assert imported(outside_functions(module)) == {"datasets"}
     assert imported(ast.walk(module)) == {"datasets", "peft", "gguf.GGUFReader"}
-    assert layer("errors") < layer("walk") < layer("loop") < layer("prune") < layer("cli.prune") < layer("cli")
-    assert {"cli.app", "recipe"} <= own_imports("cli.prune") and "loop" in own_imports("prune")
+    assert layer("errors") < layer("walk") < layer("loop") < layer("pruning") < layer("cli.prune") < layer("cli")
+    assert {"cli.app", "recipe"} <= own_imports("cli.prune") and "loop" in own_imports("pruning")

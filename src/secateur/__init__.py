@@ -1,7 +1,10 @@
 """secateur makes large language models smaller and writes ordinary Hugging Face checkpoints.
 
-`prune` is the whole job; the errors are what a user can correct.
+`prune` is the whole job; the errors are what a user can correct. `prune` and `Result` are imported when first used, so
+that the command line's help does not wait for torch.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from secateur.errors import (
     ArchError,
@@ -11,8 +14,10 @@ from secateur.errors import (
     RecipeError,
     SecateurError,
 )
-from secateur.prune import Result, prune
 from secateur.recipe import Calibration, Domain, Recipe
+
+if TYPE_CHECKING:
+    from secateur.pruning import Result, prune
 
 __all__ = [
     "ArchError",
@@ -27,3 +32,11 @@ __all__ = [
     "SecateurError",
     "prune",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Result", "prune"):
+        from secateur import pruning
+
+        return getattr(pruning, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,6 +37,8 @@ def comparison_page(results: dict[str, ResultFiles]) -> Page:
 
 
 def _verdict(summaries: dict[str, Summary]) -> str:
+    if _texts_differ(summaries):
+        return "These results were measured on different held-out text, so none of them can be called the best."
     best = min(summaries, key=lambda letter: _perplexity(summaries[letter].pruned_losses) or float("inf"))
     perplexity = _perplexity(summaries[best].pruned_losses)
     if perplexity is None:
@@ -45,9 +47,13 @@ def _verdict(summaries: dict[str, Summary]) -> str:
     return f"Of these results {best} has the lowest {QUALITY}, {perplexity:.2f}, with {kept:.1%} of its parameters."
 
 
+def _texts_differ(summaries: dict[str, Summary]) -> bool:
+    return len({summary.calibration.content_hash for summary in summaries.values()}) > 1
+
+
 def _notes(summaries: dict[str, Summary]) -> list[str]:
     notes = []
-    if len({summary.calibration.content_hash for summary in summaries.values()}) > 1:
+    if _texts_differ(summaries):
         notes.append(
             "These results have different calibration sets, and so different held-out text: their perplexities cannot "
             "be compared. secateur evaluate measures several models on the same text."

@@ -62,7 +62,7 @@ def demo(
 
 def _prune(model: str, out: Path, recipe: Recipe, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
     # Imported here so that --help and option errors do not wait for torch.
-    from secateur.prune import prune as prune_model
+    from secateur.pruning import prune as prune_model
     from secateur.tables import summary_table
 
     with progress_bar(enabled=not (quiet or as_json)) as progress:
