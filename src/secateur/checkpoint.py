@@ -175,7 +175,13 @@ def _load_safetensors(checkpoint: Checkpoint) -> tuple[PreTrainedModel, dict[str
 
 def _load_gguf(checkpoint: Checkpoint) -> tuple[PreTrainedModel, dict[str, Any]]:
     import gguf
-    from transformers import GgufConfig
+
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        raise CheckpointError(
+            f"{checkpoint.reference}: GGUF weights need transformers 5.17 or newer; upgrade it."
+        ) from None
 
     # transformers asks for the same name table once per module, which is half of the load; and its GGUF reader draws
     # a progress bar that ignores its own switch.

@@ -25,10 +25,10 @@ from secateur.walk import Walk
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """`keep`: sorted indices among the units the group has now. `values`: scores, or the OBS error curve."""
+    """`keep`: sorted indices among the units the group has now. `scores`: of all of them; none if all were to stay."""
 
     keep: Tensor
-    values: Tensor
+    scores: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def _select(
     if recipe.score == "obs":
         hessian = damped_gram(measured.pooled.full_gram(), recipe.damping)
         found = greedy_obs(reader_HF, hessian, num_keep, recipe.obs_batch)
-        return Selection(found.keep, found.error_curve)
+        return Selection(found.keep, found.scores_F)
     inputs = ScoreInputs(reader_HF, _writer_squares(layer, group), measured.pooled, recipe.damping, seed)
     scores = SCORES[recipe.score](inputs)
     return Selection(keep_highest(scores, num_keep), scores)
@@ -136,7 +136,7 @@ def _log_line(
         "kept": len(selection.keep),
         "total": num_units,
         "output_energy": measured.energy,
-        "score_quantiles": _quantiles(selection.values),
+        "score_quantiles": _quantiles(selection.scores),
     }
     if repair.guard is not None:
         line |= dataclasses.asdict(repair.guard) | {"damping": repair.damping, "condition": repair.condition}

@@ -15,9 +15,13 @@ from secateur.score import inverse_of
 
 @dataclass(frozen=True, slots=True)
 class ObsSelection:
-    """`keep`: sorted channels that stay. `error_curve[k]`: squared output error after k+1 batches, refitted."""
+    """`keep`: sorted channels that stay. `scores_F`: all channels' scores before any removal.
+
+    `error_curve[k]`: squared output error after k+1 batches, the other channels refitted.
+    """
 
     keep: Tensor
+    scores_F: Tensor
     error_curve: Tensor
 
 
@@ -34,8 +38,9 @@ def greedy_obs(
     weight = reader_HF.to(inverse.dtype, copy=True)
     active = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     num_left, error, curve = weight.shape[1], weight.new_zeros(()), []
+    first_scores = _scores(weight, inverse)
     while num_left > num_keep:
-        scores = weight.square().sum(dim=0) / inverse.diagonal()
+        scores = _scores(weight, inverse)
         scores[~active] = torch.inf
         size = min(batch, num_left - num_keep)
         removed = torch.sort(scores, stable=True).indices[:size].sort().values
@@ -50,7 +55,11 @@ def greedy_obs(
         num_left -= size
         curve.append(error)
     keep = active.nonzero().flatten()
-    return ObsSelection(keep, torch.stack(curve) if curve else weight.new_zeros(0))
+    return ObsSelection(keep, first_scores, torch.stack(curve) if curve else weight.new_zeros(0))
+
+
+def _scores(weight_HF: Float[Tensor, "H F"], inverse_FF: Float[Tensor, "F F"]) -> Float[Tensor, " F"]:
+    return weight_HF.square().sum(dim=0) / inverse_FF.diagonal()
 
 
 def _removal_error(weight_HM: Float[Tensor, "H M"], inverse_MM: Float[Tensor, "M M"]) -> Float[Tensor, ""]:
