@@ -11,6 +11,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from secateur.calibration import CalibrationSet, DomainBlocks, _content_hash, build_calibration
 from secateur.errors import CalibrationError
+from secateur.overlap import ngram_overlap
 from secateur.recipe import Calibration, Domain
 
 LENGTH = 32
@@ -158,9 +159,16 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
 
 
 def test_the_default_domains_work_out_of_the_box() -> None:
-    found = build_calibration(Calibration(sequence_length=LENGTH), 6 * 9 * LENGTH, TOKENIZER, 0)
-    assert [len(domain.calibration_NT) for domain in found.domains] == [9] * 6
-    assert found.num_held_out_tokens == 6 * LENGTH
+    found = build_calibration(Calibration(sequence_length=LENGTH), 5 * 9 * LENGTH, TOKENIZER, 0)
+    assert [len(domain.calibration_NT) for domain in found.domains] == [9] * 5
+    assert found.num_held_out_tokens == 5 * LENGTH
+
+
+def test_held_out_text_of_the_default_domains_is_new() -> None:
+    found = build_calibration(Calibration(sequence_length=256), 5 * 18 * 256, TOKENIZER, 0)
+    measured_on = {domain.name: domain.calibration_NT for domain in found.domains}
+    overlap = ngram_overlap(measured_on, {domain.name: domain.held_out_NT for domain in found.domains}, 60)
+    assert max(share or 0.0 for share in overlap.values()) < 0.1
 
 
 def test_documents_take_turns(tmp_path: Path) -> None:

@@ -80,19 +80,27 @@ def _readme() -> list[_Document]:
 
 
 def _legal() -> list[_Document]:
-    by_content: dict[str, str] = {}
+    """Licence files, each paragraph once: the same few licences lie beside most packages, with small changes."""
+    seen: set[str] = set()
+    documents: list[_Document] = []
     for found in _distributions():
         for file in sorted(found.files or []):
             in_metadata = any(part.endswith(".dist-info") for part in file.parts)
             if in_metadata and _LICENCE_NAME.search(file.name) and Path(str(file.locate())).is_file():
                 text = Path(str(file.locate())).read_text(encoding="utf-8", errors="replace")
-                by_content.setdefault(_without_copyright(text), text)
-    return list(by_content.values())
+                documents.append(_new_paragraphs(text, seen))
+    return [text for text in documents if text]
 
 
-def _without_copyright(text: str) -> str:
-    lines = [line for line in text.lower().splitlines() if "copyright (c)" not in line and "copyright ©" not in line]
-    return " ".join(re.findall(r"\w+", " ".join(lines)))
+def _new_paragraphs(text: str, seen: set[str]) -> str:
+    """Return the paragraphs whose words are not among the `seen` ones, which they join."""
+    fresh = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        words = " ".join(re.findall(r"[^\W\d]+", paragraph.lower()))
+        if words not in seen:
+            seen.add(words)
+            fresh.append(paragraph.strip("\n"))
+    return "\n\n".join(fresh)
 
 
 def _dialogue() -> list[_Document]:

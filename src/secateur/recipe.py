@@ -19,7 +19,7 @@ CompensateName = Literal["none", "bias", "least_squares"]
 WeightingName = Literal["tokens", "energy"]
 
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
-DEFAULT_DOMAINS: tuple[InstalledDomain, ...] = ("code", "technical", "mathematics", "science", "readme", "legal")
+DEFAULT_DOMAINS: tuple[InstalledDomain, ...] = ("code", "technical", "mathematics", "science", "readme")
 
 
 class Strict(BaseModel):

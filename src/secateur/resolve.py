@@ -15,7 +15,7 @@ from secateur.recipe import Recipe
 # times its default. At least, not times: resolving a saved recipe must change nothing.
 TOKENS_PER_INPUT = 10
 DEFAULT_TOKENS_PER_INPUT = 16
-MIN_DEFAULT_TOKENS = 49152
+MIN_DEFAULT_TOKENS = 51200
 DEFAULT_SEQUENCE_LENGTH = 512
 
 
