@@ -27,8 +27,8 @@ SCORE_TEXT = (
     "Importance of every unit; higher is kept. Units are chosen within a layer, so layers need not be comparable."
 )
 OBS_TEXT = (
-    "OBS has no fixed score per unit: it removes the cheapest units batch by batch and refits after each. Shown is how "
-    "the squared output error, weighted over domains, grows from the first batch to the last; the mark is halfway."
+    "The error that is left when one unit goes and the others are refitted, weighted over domains, before any has gone; "
+    "OBS removes the cheapest batch by batch and scores the rest anew after each."
 )
 
 
