@@ -27,7 +27,7 @@ SCORE_TEXT = (
     "Importance of every unit; higher is kept. Units are chosen within a layer, so layers need not be comparable."
 )
 OBS_TEXT = (
-    "The error that is left when one unit goes and the others are refitted, weighted over domains, before any has gone; "
+    "The error that is left when one unit goes and the others are refitted, weighted over domains, before any is gone; "
     "OBS removes the cheapest batch by batch and scores the rest anew after each."
 )
 
