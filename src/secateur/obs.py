@@ -59,7 +59,8 @@ def greedy_obs(
 
 
 def _scores(weight_HF: Float[Tensor, "H F"], inverse_FF: Float[Tensor, "F F"]) -> Float[Tensor, " F"]:
-    return weight_HF.square().sum(dim=0) / inverse_FF.diagonal()
+    # The norm needs no squared copy of the weights.
+    return torch.linalg.vector_norm(weight_HF, dim=0).square() / inverse_FF.diagonal()
 
 
 def _removal_error(weight_HM: Float[Tensor, "H M"], inverse_MM: Float[Tensor, "M M"]) -> Float[Tensor, ""]:

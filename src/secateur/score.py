@@ -100,5 +100,6 @@ def ridge_of(gram_FF: Float[Tensor, "F F"], damping: float) -> float:
 
 def inverse_of(hessian_FF: Float[Tensor, "F F"]) -> Float[Tensor, "F F"]:
     """Return the inverse of a positive definite matrix, overwriting it to save memory."""
-    factor = torch.linalg.cholesky(hessian_FF, out=hessian_FF)
-    return torch.cholesky_inverse(factor, out=hessian_FF)
+    # The transposed view is column-major, as LAPACK wants it, so that both steps work in place without a copy.
+    factor = torch.linalg.cholesky(hessian_FF.mT, out=hessian_FF.mT)
+    return torch.cholesky_inverse(factor, out=hessian_FF.mT)
