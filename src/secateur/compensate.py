@@ -50,11 +50,12 @@ def least_squares(
 
     Raises NumericsError if the system stays indefinite. Source: the OBS update in closed form (Hassibi and Stork 1993).
     """
-    gone = torch.ones(gram_FF.shape[0], dtype=torch.bool, device=keep.device)
-    gone[keep] = False
-    if not gone.any():
+    is_gone = torch.ones(gram_FF.shape[0], dtype=torch.bool, device=keep.device)
+    is_gone[keep] = False
+    if not is_gone.any():
         return Fit(reader_HF, damping, 1.0)
-    cross_SC = gram_FF[keep][:, gone].double()
+    gone = is_gone.nonzero().flatten()
+    cross_SC = gram_FF[keep[:, None], gone].double()
     right_SH = cross_SC @ reader_HF[:, gone].T.double()
     for attempt in range(MAX_DAMPING_RETRIES + 1):
         used = damping * 10**attempt
@@ -99,7 +100,7 @@ def guard(
 
 
 def _damped_block(gram_FF: Float[Tensor, "F F"], keep: Int64[Tensor, " S"], damping: float) -> Float[Tensor, "S S"]:
-    block_SS = gram_FF[keep][:, keep].double()
+    block_SS = gram_FF[keep[:, None], keep].double()
     block_SS.diagonal().add_(ridge_of(gram_FF, damping))
     return block_SS
 

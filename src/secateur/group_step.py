@@ -16,6 +16,7 @@ from secateur.arch import Group, linear
 from secateur.compensate import Guard, guard, least_squares, mean_shift
 from secateur.cut import cut, rows_of
 from secateur.measure import Measurement, measure
+from secateur.memory import release_freed
 from secateur.obs import greedy_obs
 from secateur.original_readers import OriginalReaders
 from secateur.recipe import Recipe
@@ -58,8 +59,11 @@ def prune_group(
     num_units = reader.in_features // sum(group.reader.segments)
     gram = recipe.score in NEED_GRAM or recipe.compensate == "least_squares"
     measured = measure(walk, group, recipe.domain_weighting, shares, gram=gram)
+    release_freed()
     selection = _select(layer, group, measured, num_keep, recipe, seed)
+    release_freed()
     repair = _repair(reader, measured, selection.keep, recipe)
+    release_freed()
     if originals is not None:
         originals.narrow(layer, group, rows_of(selection.keep, group.reader.segments, num_units))
     cut(layer, group, selection.keep, num_units, repair.weight_HS, repair.bias_H)
@@ -93,6 +97,7 @@ def _repair(reader: nn.Linear, measured: Measurement, keep: Int64[Tensor, " S"],
     if recipe.compensate == "none":
         return Repair(guard=_judge(weight_HF, keep, measured.held_out_TF, old_HS, old_HS, None))
     fit = least_squares(weight_HF, measured.pooled.full_gram(), keep, recipe.damping)
+    release_freed()
     # The guard judges what will be stored, rounding included.
     new_HS = fit.weight_HS.to(dtype).float()
     judged = _judge(weight_HF, keep, measured.held_out_TF, old_HS, new_HS, None)

@@ -17,7 +17,7 @@ from secateur.budget import GroupKey, Plan
 from secateur.calibration import CalibrationSet
 from secateur.cut import add_zero_biases
 from secateur.group_step import prune_group
-from secateur.memory import peak_bytes
+from secateur.memory import peak_bytes, release_freed
 from secateur.original_readers import OriginalReaders
 from secateur.progress import Progress, silent
 from secateur.resolve import Resolved
@@ -67,6 +67,7 @@ def _one_round(run: Run, plan: Plan, number: int, keeps: Keeps) -> None:
             seconds = round(time.perf_counter() - start, 3)
             run.log({"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()})
         walk.advance(index)
+        release_freed()
         run.progress(stage, index + 1, run.arch.num_layers)
 
 

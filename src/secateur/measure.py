@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur.arch import Group, linear
 from secateur.errors import NumericsError
+from secateur.memory import release_freed
 from secateur.stats import Statistics, domain_weight
 from secateur.walk import Batch, Walk
 
@@ -57,6 +58,7 @@ class _Gatherer:
             self.energy[self.domain] = float(self.current.energy)
             self.pooled.merge(self.current, weight)
             self.current.clear()
+            release_freed()
 
     def finish(self) -> Measurement:
         self.fold()
