@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
@@ -150,13 +151,14 @@ def inspection_table(inspection: Inspection) -> Group:
     """Return what `secateur inspect` shows."""
     size = inspection.size
     title = f"{inspection.model}: family {inspection.family}, {size.num_params:,} parameters, {inspection.dtype}"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in ("group", "unit", "layers", "units per layer", "after", "parameters per unit", "parameters", "share"):
-        table.add_column(column, justify="left" if column in ("group", "unit") else "right")
+    # Plain rules between columns, so that a 70B model's numbers fit a terminal of 80.
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("group (unit)", "layers", "units", "after", "per unit", "parameters", "share"):
+        table.add_column(column, justify="left" if column == "group (unit)" else "right", no_wrap=True)
     for group in inspection.groups:
         numbers = (group.num_layers, group.num_units, group.num_keep, group.params_per_unit, group.num_params)
         share = f"{group.num_params / size.num_params:.1%}"
-        table.add_row(group.name, group.unit, *(f"{number:,}" for number in numbers), share)
+        table.add_row(f"{group.name} ({group.unit})", *(f"{number:,}" for number in numbers), share)
     notes = Table.grid(padding=(0, 2))
     for label, text in _inspection_notes(inspection):
         notes.add_row(label, text)
