@@ -59,7 +59,9 @@ def least_squares(
     right_SH = cross_SC @ reader_HF[:, gone].T.double()
     for attempt in range(MAX_DAMPING_RETRIES + 1):
         used = damping * 10**attempt
-        factor, failed = torch.linalg.cholesky_ex(_damped_block(gram_FF, keep, used))
+        block = _damped_block(gram_FF, keep, used).mT  # column-major, so that LAPACK works in place
+        failed = torch.zeros((), dtype=torch.int32, device=block.device)
+        factor, _ = torch.linalg.cholesky_ex(block, out=(block, failed))
         if not failed:
             change_SH = torch.cholesky_solve(right_SH, factor)
             pivots = factor.diagonal()
