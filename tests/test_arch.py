@@ -7,10 +7,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from secateur.arch import ArchSpec, bind, find_spec, load_specs
 from secateur.cut import rows_of
 from secateur.errors import ArchError
-from tests.models import tiny_llama, tiny_qwen2
+from tests.models import tiny_gemma, tiny_gemma3, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 
-@pytest.mark.parametrize("factory", [tiny_llama, tiny_qwen2])
+@pytest.mark.parametrize("factory", [tiny_llama, tiny_qwen2, tiny_qwen3, tiny_mistral, tiny_gemma, tiny_gemma3])
 def test_bound_groups_count_the_parameters_of_a_unit(factory) -> None:
     arch = bind(factory())
     assert arch.num_layers == 3 and [group.layer for group in arch.groups] == [0, 1, 2]
@@ -39,8 +39,8 @@ def test_seventy_billion_parameters_bind_on_the_meta_device() -> None:
 
 
 def test_unknown_family_names_the_nearest() -> None:
-    with pytest.raises(ArchError, match=r"'qwen3' is not supported.*nearest is 'qwen2'"):
-        find_spec("qwen3")
+    with pytest.raises(ArchError, match=r"'qwen3_moe' is not supported.*nearest is 'qwen3'"):
+        find_spec("qwen3_moe")
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from bpe_tokenizer import bpe_tokenizer
-from models import tiny_ids, tiny_llama, tiny_qwen2
+from bpe_tokenizer import bpe_tokenizer, sentencepiece_tokenizer
+from models import tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 from run_cli import run_cli
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, GgufConfig, GPT2Config, GPT2LMHeadModel
@@ -20,7 +22,7 @@ from secateur.errors import ArchError, CheckpointError, NumericsError, RecipeErr
 from secateur.export import export
 from secateur.gguf_tensors import interleave_rotary
 from secateur.gguf_tokenizer import PRE_TOKENIZERS
-from secateur.llama_cpp import have_llama_cpp
+from secateur.llama_cpp import have_llama_cpp, open_llama_cpp
 from secateur.output import save_checkpoint
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -29,13 +31,45 @@ MODELS = {
     "llama-tied": lambda **more: tiny_llama(tied=True, **SIZES, **more),
     "qwen2": lambda **more: tiny_qwen2(**SIZES, **more),
     "qwen2-tied": lambda **more: tiny_qwen2(tied=True, **SIZES, **more),
+    "qwen3": lambda **more: tiny_qwen3(**SIZES, **more),
+    "mistral": lambda **more: tiny_mistral(**SIZES | {"vocab_size": 400, "sliding_window": None} | more),
+    "gemma-tied": lambda **more: tiny_gemma(**SIZES | {"vocab_size": 400} | more),
+    # As llama.cpp has it: every sixth layer without a window.
+    "gemma3-tied": lambda **more: tiny_gemma3(
+        num_layers=7, **SIZES | {"vocab_size": 400, "sliding_window_pattern": 6} | more
+    ),
+}
+TOKENIZERS = {"mistral": "mistral", "gemma": "gemma", "gemma3_text": "gemma"}  # of families with SentencePiece's
+SENTENCEPIECE = ["mistral", "llama", "gemma"]
+PLAIN_PIECES = ["they said it's 12345  ferries\n\n\n", "Паром 海 \N{ROCKET}\0\r\n", "bananas, nanana leaves"]
+PIECES = ["  odd", "a<s>b  </s>", *PLAIN_PIECES]
+GLOBAL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GEMMA3_LAYER = LAYER | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }
 TEXTS = ["they said it's 12345 ferries", "  odd\n\n spacing\t ", "Паром 海 \N{ROCKET}", "<|start|>a<think>b<|end|>"]
 
 
-def save(directory: Path, model: torch.nn.Module, tokenizer: object = None) -> Path:
+def save(directory: Path, model: Any, tokenizer: object = None) -> Path:
     directory.mkdir()
-    save_checkpoint(model, tokenizer or bpe_tokenizer(), directory, max_shard_size="100KB", carry_from=None)
+    rule = TOKENIZERS.get(model.config.model_type)
+    tokenizer = tokenizer or (sentencepiece_tokenizer(rule) if rule else bpe_tokenizer())
+    save_checkpoint(model, tokenizer, directory, max_shard_size="100KB", carry_from=None)
     return directory
 
 
@@ -56,7 +90,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("models") / "llama", MODELS["llama"]())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "qwen2-tied", "mistral"])
 def test_float32_gives_the_same_logits(name, tmp_path):
     model = MODELS[name]()
     done = export(save(tmp_path / "source", model), tmp_path / "model.gguf", check=False)
@@ -64,6 +98,23 @@ def test_float32_gives_the_same_logits(name, tmp_path):
     assert torch.equal(logits(reopened(tmp_path / "model.gguf", torch.float32)), logits(model))
     names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert ("output.weight" in names) != name.endswith("tied")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma-tied", "gemma3-tied"])
+def test_float32_holds_the_weights_of_what_transformers_cannot_read_back(name, tmp_path):
+    model = MODELS[name]()
+    export(save(tmp_path / "source", model), tmp_path / "model.gguf", check=False)
+    arrays = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    parameters = dict(model.named_parameters())  # tied ones once
+    assert len(arrays) == len(parameters)
+    layer = GEMMA3_LAYER if name == "gemma3-tied" else LAYER
+    names = GLOBAL | {f"blk.1.{ours}": f"model.layers.1.{theirs}" for ours, theirs in layer.items()}
+    for ours, theirs in names.items():
+        if f"{theirs}.weight" in parameters:
+            weight = parameters[f"{theirs}.weight"].detach()
+            # llama.cpp multiplies by the weight where transformers' Gemma multiplies by 1 + weight.
+            shifted = weight + 1 if "gemma" in name and "norm" in theirs else weight
+            assert np.array_equal(arrays[f"{ours}.weight"], shifted.numpy()), ours
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -149,6 +200,59 @@ def test_the_tokenizer_gives_the_same_ids(rule, llama, tmp_path):
     assert after.chat_template == before.chat_template is not None
 
 
+@pytest.mark.parametrize("rule", SENTENCEPIECE)
+def test_sentencepiece_gives_the_same_ids(rule, tmp_path):
+    # transformers makes merges of the file's scores: for Gemma of the order of its pieces, as Gemma's own file has it.
+    name = "gemma3-tied" if rule == "gemma" else "mistral"
+    source = save(tmp_path / "source", MODELS[name](), sentencepiece_tokenizer(rule))
+    export(source, tmp_path / "model.gguf", check=False)
+    before, after = (load_tokenizer(open_checkpoint(path)) for path in (source, tmp_path / "model.gguf"))
+    for text in PIECES if rule == "gemma" else PLAIN_PIECES:  # its Metaspace adds no space behind special tokens
+        ids = before.encode(text)
+        assert after.encode(text) == ids
+        assert after.decode(ids) == before.decode(ids)
+    assert ids[0] == after.bos_token_id and after.chat_template == before.chat_template is not None
+
+
+def test_kinds_of_pieces(tmp_path):
+    export(save(tmp_path / "source", MODELS["gemma-tied"]()), tmp_path / "model.gguf", check=False)
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    tokens, kinds, scores = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "scores"))
+    kind = {token: gguf.TokenType(kind).name for token, kind in zip(tokens, kinds, strict=True)}
+    assert [kind[token] for token in ("<s>", "<0x0A>", "\n\n", "\u2581\u2581", "e", "[PAD399]")] == [
+        "CONTROL",
+        "BYTE",
+        "USER_DEFINED",
+        "NORMAL",
+        "NORMAL",
+        "UNUSED",
+    ]
+    score = dict(zip(tokens, scores, strict=True))
+    assert 0 == score["\u2581\u2581"] > score["\u2581ferry"] > score["e"]
+    stated = [fields[f"tokenizer.ggml.{key}"].contents() for key in ("model", "add_space_prefix", "add_bos_token")]
+    assert stated == ["llama", False, True]
+
+
+def test_a_token_for_images_that_text_models_have_no_row_for(tmp_path):
+    tokenizer = sentencepiece_tokenizer("gemma")
+    num_rows = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    export(
+        save(tmp_path / "source", MODELS["gemma3-tied"](vocab_size=num_rows), tokenizer),
+        tmp_path / "a.gguf",
+        check=False,
+    )
+    tokens = gguf.GGUFReader(tmp_path / "a.gguf").fields["tokenizer.ggml.tokens"].contents()
+    assert len(tokens) == num_rows and "<image_soft_token>" not in tokens
+
+
+@pytest.mark.parametrize(("window", "expected"), [(8, 8), (None, 256)])
+def test_a_window_that_llama_cpp_lacks_bounds_the_context(window, expected, tmp_path):
+    source = save(tmp_path / "source", MODELS["mistral"](sliding_window=window))
+    assert export(source, tmp_path / "model.gguf", check=False).context_length == expected
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["llama.context_length"].contents() == expected
+
+
 @pytest.mark.parametrize("rule", PRE_TOKENIZERS.values())
 def test_splitting_rules_are_known_by_what_they_do(rule, llama, tmp_path):
     shutil.copytree(llama, tmp_path / "source")
@@ -223,19 +327,42 @@ def test_types_and_places_that_cannot_be(llama, tmp_path):
 
 def test_structures_that_llama_cpp_does_not_run(tmp_path):
     other = save(tmp_path / "gpt2", GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=320)))
-    with pytest.raises(ArchError, match="knows the families llama, qwen2, not 'gpt2'"):
+    with pytest.raises(
+        ArchError, match="knows the families gemma, gemma3_text, llama, mistral, qwen2, qwen3, not 'gpt2'"
+    ):
         export(other, tmp_path / "model.gguf")
     heads = tiny_qwen2(**SIZES | {"num_attention_heads": 2, "num_key_value_heads": 1}, head_dim=16)
     with pytest.raises(ArchError, match="to be the hidden size 64, got 32"):
         export(save(tmp_path / "heads", heads), tmp_path / "model.gguf")
     with pytest.raises(ArchError, match="hidden_act silu, got gelu"):
         export(save(tmp_path / "gelu", tiny_llama(hidden_act="gelu")), tmp_path / "model.gguf")
+    with pytest.raises(ArchError, match="hidden_act gelu_pytorch_tanh, got silu"):
+        export(save(tmp_path / "silu", MODELS["gemma-tied"](hidden_act="silu")), tmp_path / "model.gguf")
+    with pytest.raises(ArchError, match="no head of its own, the config says tie_word_embeddings: false"):
+        export(save(tmp_path / "untied", tiny_gemma(tied=False)), tmp_path / "model.gguf")
+    with pytest.raises(ArchError, match="no attention biases, the config says attention_bias"):
+        export(save(tmp_path / "biases", MODELS["qwen3"](attention_bias=True)), tmp_path / "model.gguf")
     rope = {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 4.0}
     with pytest.raises(ArchError, match="rope_type 'dynamic' has no counterpart"):
         export(save(tmp_path / "rope", tiny_llama(rope_parameters=rope)), tmp_path / "model.gguf")
     with pytest.raises(CheckpointError, match=r"has rows of 48, which q8_0 stores in blocks of 32"):
         export(save(tmp_path / "narrow", tiny_llama()), tmp_path / "model.gguf", type_name="q8_0")
     assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sliding_window_pattern": 2}, r"takes the layers of full_attention to be \[5\], got \[1, 3, 5\]"),
+        ({"query_pre_attn_scalar": 99}, "takes query_pre_attn_scalar to be 16, got 99"),
+        ({"rope_local_base_freq": 5000.0}, "takes rope_parameters of sliding_attention to be"),
+        ({"final_logit_softcapping": 30.0}, "takes final_logit_softcapping to be None, got 30"),
+        ({"use_bidirectional_attention": True}, "is causal"),
+    ],
+)
+def test_gemma3_other_than_llama_cpp_knows_it(change, message, tmp_path):
+    with pytest.raises(ArchError, match=message):
+        export(save(tmp_path / "source", MODELS["gemma3-tied"](**change)), tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(
@@ -259,10 +386,6 @@ def test_a_weight_that_does_not_fit_leaves_no_file(value, type_name, message, tm
     ("change", "message"),
     [
         ({"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}}, "this one is Unigram"),
-        (
-            {"model": {"type": "BPE", "byte_fallback": True, "vocab": {}, "merges": []}},
-            "this one is SentencePiece-like",
-        ),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, "has no merges"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, r"a rule that GGUF export does not know \(Whitespace unusual\)"),
         ({"normalizer": {"type": "Lowercase"}}, "a rule that GGUF export does not know"),
@@ -274,6 +397,35 @@ def test_tokenizers_that_cannot_be_written(change, message, llama, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
         export(tmp_path / "source", tmp_path / "model.gguf")
+
+
+def hasten_a_merge(parsed: dict[str, Any]) -> None:
+    """Move the second way to make a piece to the front, before the merges into others."""
+    merges = parsed["model"]["merges"]
+    second = next(i for i, pair in enumerate(merges) if i and "".join(pair) == "".join(merges[i - 1]))
+    merges.insert(0, merges.pop(second))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda parsed: parsed.update(normalizer={"type": "NFKC"}),
+            r"in a way that GGUF export does not know \('NFKC'",
+        ),
+        (lambda parsed: parsed["model"].update(ignore_merges=True), "in a way that GGUF export does not know"),
+        (lambda parsed: parsed["model"]["merges"].pop(), "cannot say how its tokenizer merges"),
+        (hasten_a_merge, "cannot say how its tokenizer merges"),
+        (lambda parsed: parsed["model"]["vocab"].pop("<0xE2>"), "has no piece <0xE2>"),
+    ],
+)
+def test_sentencepiece_that_scores_cannot_express(change, message, tmp_path):
+    source = save(tmp_path / "source", MODELS["mistral"]())
+    parsed = json.loads((source / "tokenizer.json").read_text())
+    change(parsed)
+    (source / "tokenizer.json").write_text(json.dumps(parsed))
+    with pytest.raises(CheckpointError, match=message):
+        export(source, tmp_path / "model.gguf")
 
 
 def test_a_tokenizer_of_another_model_is_refused(llama, tmp_path):
@@ -296,11 +448,12 @@ def test_the_gguf_package_missing_is_one_sentence(llama, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not have_llama_cpp(), reason="needs llama-cpp-python")
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("rule", ["gpt-2", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("rule", ["gpt-2", "llama-bpe", "qwen2", "tekken", "mistral", "llama", "gemma"])
 def test_llama_cpp_agrees(name, rule, tmp_path):
-    source = save(tmp_path / "source", MODELS[name](max_position_embeddings=2048), bpe_tokenizer(rule))
-    done = export(source, tmp_path / "model.gguf")
-    assert done.check is not None and done.check.num_greedy_equal == done.check.num_greedy
+    tokenizer = (sentencepiece_tokenizer if rule in SENTENCEPIECE else bpe_tokenizer)(rule)
+    source = save(tmp_path / "source", MODELS[name](max_position_embeddings=2048, vocab_size=400), tokenizer)
+    done = export(source, tmp_path / "model.gguf", check=True)
+    assert done.check is not None and done.check.largest_gap_nats < 5e-3
     assert done.check.perplexity_llama_cpp == pytest.approx(done.check.perplexity_transformers, rel=1e-3)
 
 
@@ -314,3 +467,17 @@ def test_llama_cpp_refuses_a_file_of_another_model(tmp_path):
     export(other, tmp_path / "model.gguf", check=False)
     with pytest.raises(CheckpointError, match=r"llama\.cpp's perplexity"):
         check_gguf(tmp_path / "model.gguf", open_checkpoint(source), "f32")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not have_llama_cpp(), reason="needs llama-cpp-python")
+@pytest.mark.parametrize("rule", SENTENCEPIECE)
+def test_llama_cpp_finds_the_same_pieces(rule, tmp_path):
+    source = save(tmp_path / "source", MODELS["mistral"](), sentencepiece_tokenizer(rule))
+    export(source, tmp_path / "model.gguf", check=False)
+    tokenizer = load_tokenizer(open_checkpoint(source))
+    # transformers' Metaspace adds no space behind special tokens nor before one, unlike SentencePiece and llama.cpp.
+    texts = PLAIN_PIECES if rule == "llama" else PIECES
+    with closing(open_llama_cpp(tmp_path / "model.gguf", 256, all_logits=False)) as model:
+        for text in texts:
+            assert model.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text)

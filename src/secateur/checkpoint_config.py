@@ -16,9 +16,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from secateur.checkpoint_quiet import quiet_transformers
 from secateur.checkpoint_tensors import read_json
 from secateur.errors import ArchError, CheckpointError, nearest
+from secateur.modeling_per_layer import PREFIX, per_layer_config_class
 
 # What transformers raises for values it cannot use, and gguf for a file that ends early or holds nonsense.
-BAD_VALUE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, RuntimeError, StrictDataclassError)
+BAD_VALUE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    ZeroDivisionError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+)
 BAD_GGUF = (*BAD_VALUE, struct.error, OverflowError, MemoryError)
 
 
@@ -49,8 +60,11 @@ def directory_config(directory: Path) -> PreTrainedConfig:
             f"{path}: the weights are quantised (quantization_config), which cannot be pruned; "
             "use the original checkpoint, prune it, and quantise the result."
         )
+    own = raw.get("architectures") == [PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
     try:
         with quiet_transformers():
+            if own:
+                return per_layer_config_class(CONFIG_MAPPING[model_type]).from_pretrained(directory)
             return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except BAD_VALUE as error:
         raise CheckpointError(f"{path}: transformers cannot use it ({one_line(error)}).") from None

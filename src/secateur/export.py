@@ -6,6 +6,7 @@ from pathlib import Path
 from secateur.checkpoint import open_checkpoint
 from secateur.gguf_check import GgufCheck, check_gguf
 from secateur.gguf_export import check_exportable, export_gguf
+from secateur.gguf_metadata import context_length
 from secateur.llama_cpp import have_llama_cpp, require_llama_cpp
 from secateur.progress import Progress, silent
 from secateur.staged_file import check_file, staged_file
@@ -13,11 +14,12 @@ from secateur.staged_file import check_file, staged_file
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """The written file. `check` is None where it was not run."""
+    """The written file. `context_length`: for how many tokens it is right. `check` is None where it was not run."""
 
     file: str
     type_name: str
     num_bytes: int
+    context_length: int
     check: GgufCheck | None
 
 
@@ -49,4 +51,4 @@ def export(
             progress("check", 0, 1)
             found = check_gguf(staged, checkpoint, type_name)
             progress("check", 1, 1)
-    return Export(str(file), type_name, num_bytes, found)
+    return Export(str(file), type_name, num_bytes, context_length(checkpoint.config), found)

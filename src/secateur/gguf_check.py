@@ -70,9 +70,10 @@ def check_gguf(file: Path, checkpoint: Checkpoint, type_name: str) -> GgufCheck:
     Raises CheckpointError if token ids differ, perplexity differs by more than 1% (q8_0: 5%), or llama.cpp takes a
     token that transformers finds clearly less likely than its own.
     """
-    ids = list(load_tokenizer(checkpoint).encode(TEXT, add_special_tokens=False))
+    # With the token that starts a text, where the model has one: without it some models write nonsense.
+    ids = list(load_tokenizer(checkpoint).encode(TEXT))
     with closing(open_llama_cpp(file, len(ids) + NUM_GREEDY, all_logits=True)) as model:
-        _check_ids(checkpoint, ids, model.tokenize(TEXT.encode(), add_bos=False, special=False))
+        _check_ids(checkpoint, ids, model.tokenize(TEXT.encode(), add_bos=True, special=False))
         model.eval(ids)
         perplexity = _perplexity(torch.from_numpy(np.array(model.scores[: len(ids)])), ids)
         greedy = _greedy(model, ids[:NUM_PROMPT])

@@ -76,7 +76,7 @@ def num_gguf_bytes(tensor: GgufTensor) -> int:
 
 
 def read_gguf_arrays(tensors: list[GgufTensor], family: GgufFamily, config: PreTrainedConfig) -> Iterator[np.ndarray]:
-    """Yield each tensor's array, read, reordered and in its type.
+    """Yield each tensor's array, read, reordered, norms shifted, and in its type.
 
     Raises NumericsError for NaN, infinity, or a weight beyond what f16 holds.
     """
@@ -90,6 +90,8 @@ def read_gguf_arrays(tensors: list[GgufTensor], family: GgufFamily, config: PreT
             values = interleave_rotary(values, sizes.num_attention_heads)
         if family.interleaved_rotary and ".k_proj." in tensor.name:
             values = interleave_rotary(values, sizes.num_key_value_heads)
+        if "norm." in tensor.name:
+            values = values + family.norm_offset
         yield gguf.quantize(values.numpy(), gguf.GGMLQuantizationType[TYPES[tensor.type_name]])
 
 

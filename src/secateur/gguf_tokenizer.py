@@ -1,23 +1,30 @@
-"""A tokenizer as llama.cpp wants it: byte-level BPE, with the name of the rule that splits text before merging.
+"""A tokenizer as llama.cpp wants it: byte-level BPE with the name of its splitting rule, or SentencePiece with scores.
 
 In: the tokenizer as transformers loads it; its files can say otherwise, for transformers gives some families a rule of
 its own. Out: keys on a `gguf.GGUFWriter`. llama.cpp knows splitting rules by name; the name is found from the rule
 itself (pattern and order of steps), so that any vocabulary under a known rule is exported, and never by guessing from
-the model. Not handled: SentencePiece, WordPiece and Unigram tokenizers.
+the model. SentencePiece is in `gguf_sentencepiece`. Not handled: WordPiece and Unigram tokenizers.
 """
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import CheckpointError
+from secateur.gguf_sentencepiece import SPACE, byte_piece, piece_scores, space_prefix
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _BYTES, _GPT2 = ("ByteLevel", False), ("ByteLevel", True)  # with its own regular expression or without
 
 # (steps of the pre-tokenizer, words of the vocabulary beat merges) -> llama.cpp's name
@@ -26,13 +33,27 @@ PRE_TOKENIZERS = {
     ((("Digits", True), _GPT2), False): "smollm",
     ((("Split", _LLAMA3), _BYTES), True): "llama-bpe",
     ((("Split", _QWEN2), _BYTES), False): "qwen2",
+    ((("Split", _TEKKEN), _BYTES), True): "tekken",
 }
+# Gemma 3's text models have the tokenizer of their larger siblings, whose token for images has no row in them.
+_WITHOUT_ROW = {"<image_soft_token>"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How text becomes tokens, in llama.cpp's words. A tokenizer has either merges or scores, of pieces."""
+
+    model: str
+    pre: str
+    merges: list[str] | None
+    scores: dict[str, float] | None
+    space_prefix: bool
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
     """Raise CheckpointError, naming `where`, if the tokenizer cannot go into a GGUF file of `vocab_size` rows."""
-    _parts(tokenizer, where)
-    largest = max(tokenizer.get_vocab().values())
+    _rules(tokenizer, where)
+    largest = max(index for token, index in tokenizer.get_vocab().items() if token not in _WITHOUT_ROW)
     if largest >= vocab_size:
         raise CheckpointError(
             f"{where}: its tokenizer has id {largest}, its model only {vocab_size} rows; "
@@ -41,29 +62,44 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: 
 
 
 def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
-    """Write vocabulary, kinds of tokens, merges, special ids and chat template to a `gguf.GGUFWriter`.
+    """Write vocabulary, kinds of tokens, merges or scores, special ids and chat template to a `gguf.GGUFWriter`.
 
     Rows of the embedding beyond the tokenizer's ids get names of their own, marked unused. Raises as `check_tokenizer`.
     """
-    import gguf
-
-    rule, merges = _parts(tokenizer, where)
-    tokens, kinds = [f"[PAD{index}]" for index in range(vocab_size)], [int(gguf.TokenType.UNUSED)] * vocab_size
-    for token, index in tokenizer.get_vocab().items():
-        tokens[index], kinds[index] = token, int(gguf.TokenType.NORMAL)
-    for index, added in tokenizer.added_tokens_decoder.items():
-        kinds[index] = int(gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(rule)
+    rules = _rules(tokenizer, where)
+    tokens, kinds = _tokens(tokenizer, vocab_size)
+    writer.add_tokenizer_model(rules.model)
+    writer.add_tokenizer_pre(rules.pre)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges(merges)
+    if rules.merges is not None:
+        writer.add_token_merges(rules.merges)
+    if rules.scores is not None:
+        writer.add_token_scores([rules.scores.get(token, -float(len(tokens))) for token in tokens])
+        writer.add_add_space_prefix(rules.space_prefix)
     _add_special(writer, tokenizer)
     template: Any = tokenizer.chat_template
     if isinstance(template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template:
         writer.add_chat_template(template)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[list[str], list[int]]:
+    """Return every row's token and its kind."""
+    import gguf
+
+    kind, byte_pieces = gguf.TokenType, {byte_piece(byte) for byte in range(256)}
+    tokens, kinds = [f"[PAD{index}]" for index in range(vocab_size)], [int(kind.UNUSED)] * vocab_size
+    # Sorted, for two spellings may share an id: then the byte's name, which is the later one, stands.
+    for token, index in sorted(tokenizer.get_vocab().items()):
+        if token not in _WITHOUT_ROW:
+            tokens[index], kinds[index] = token, int(kind.BYTE if token in byte_pieces else kind.NORMAL)
+    for index, added in tokenizer.added_tokens_decoder.items():
+        # One that spells a space is made by merges: llama.cpp would look for its spelling, which text does not have.
+        if index < vocab_size and (added.special or SPACE not in added.content):
+            kinds[index] = int(kind.CONTROL if added.special else kind.USER_DEFINED)
+    return tokens, kinds
 
 
 def _add_special(writer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -82,16 +118,16 @@ def _add_special(writer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     writer.add_add_eos_token(ids.eos_token_id is not None and encoded[-1] == ids.eos_token_id)
 
 
-def _parts(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, list[str]]:
-    """Return (llama.cpp's name of the splitting rule, merges)."""
+def _rules(tokenizer: PreTrainedTokenizerBase, where: str) -> Rules:
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     parsed = {"model": {"type": type(tokenizer).__name__}} if backend is None else json.loads(backend.to_str())
     model, normalizer = parsed["model"], parsed.get("normalizer")
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        kind = "SentencePiece-like BPE" if model.get("byte_fallback") else model["type"]
-        raise CheckpointError(f"{where}: GGUF export knows byte-level BPE tokenizers, this one is {kind}.")
+    if model["type"] != "BPE":
+        raise CheckpointError(f"{where}: GGUF export knows BPE tokenizers, this one is {model['type']}.")
     if not model["merges"]:
-        raise CheckpointError(f"{where}: its tokenizer has no merges, without which llama.cpp refuses byte-level BPE.")
+        raise CheckpointError(f"{where}: its tokenizer has no merges, without which llama.cpp cannot use it.")
+    if model.get("byte_fallback"):
+        return Rules("llama", "default", None, piece_scores(parsed, where), space_prefix(parsed, where))
     steps = _steps(parsed.get("pre_tokenizer"))
     rule = PRE_TOKENIZERS.get((steps, bool(model.get("ignore_merges"))))
     # llama.cpp never normalises; NFC, which Qwen's has, changes only text that is not in that form already.
@@ -100,7 +136,8 @@ def _parts(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, list[st
             f"{where}: its tokenizer splits text by a rule that GGUF export does not know ({_shown(steps)}); "
             f"known are those of {', '.join(PRE_TOKENIZERS.values())}."
         )
-    return rule, [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return Rules("gpt2", rule, merges, None, space_prefix=False)
 
 
 def _steps(pre_tokenizer: dict[str, Any] | None) -> tuple[tuple[str, Any], ...]:
