@@ -76,8 +76,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "not a causal language model (got BertForMaskedLM)",
     ),
     "unsupported family": (
-        lambda model: edit_config(model, model_type="qwen3", architectures=["Qwen3ForCausalLM"]),
-        "model family 'qwen3' is not supported; supported: llama, qwen2; the nearest is 'qwen2'",
+        lambda model: edit_config(model, model_type="gemma2", architectures=["Gemma2ForCausalLM"]),
+        "model family 'gemma2' is not supported; supported: gemma, gemma3_text, llama, mistral, qwen2, qwen3; the "
+        "nearest is 'gemma'",
     ),
     "pickle": (
         lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),

@@ -1,7 +1,7 @@
 """secateur makes large language models smaller and writes ordinary Hugging Face checkpoints.
 
-`prune` is the whole job; the errors are what a user can correct. `prune` and `Result` are imported when first used, so
-that the command line's help does not wait for torch.
+`prune` is the whole job, `load` opens what it wrote; the errors are what a user can correct. `prune`, `Result` and
+`load` are imported when first used, so that the command line's help does not wait for torch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from secateur.errors import (
 from secateur.recipe import Calibration, Domain, Recipe
 
 if TYPE_CHECKING:
+    from secateur.checkpoint import load
     from secateur.pruning import Result, prune
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "RecipeError",
     "Result",
     "SecateurError",
+    "load",
     "prune",
 ]
 
@@ -39,4 +41,8 @@ def __getattr__(name: str) -> Any:
         from secateur import pruning
 
         return getattr(pruning, name)
+    if name == "load":
+        from secateur import checkpoint
+
+        return checkpoint.load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

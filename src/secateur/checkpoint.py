@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -32,6 +33,7 @@ from secateur.checkpoint_locate import TOKENIZER_FILES, locate
 from secateur.checkpoint_quiet import quiet_transformers
 from secateur.checkpoint_tensors import read_json, read_tensor, stored_tensors
 from secateur.errors import CheckpointError
+from secateur.modeling_per_layer import is_per_layer, per_layer_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,11 @@ def open_checkpoint(reference: str | Path, *, weights: bool = True) -> Checkpoin
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Return the model without storage (meta device), in the config's dtype. Raises CheckpointError on bad values."""
+    own_class = _own_class(config)
     try:
         with quiet_transformers(), torch.device("meta"):
+            if own_class is not None:
+                return own_class._from_config(config)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except BAD_VALUE as error:
         raise CheckpointError(
@@ -97,13 +102,38 @@ def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     )
 
 
-def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
+def load(path: str | Path, **options: Any) -> PreTrainedModel:
+    """Return the model in eval mode, ready to run or to train; a model of per-layer widths like any other.
+
+    `path`: a directory, a hub id, a `.gguf` file, or `smollm2-135m`. `options` go to transformers' `from_pretrained`:
+    `dtype`, `device_map`, `attn_implementation`, ... Without `dtype` the model is in the one it was saved in. Code that
+    a checkpoint carries never runs.
+
+    Raises CheckpointError if it cannot be loaded or an option is wrong, ArchError if it is no causal LM.
+    """
+    if "trust_remote_code" in options:
+        raise CheckpointError(
+            "load: never runs a checkpoint's own code and so needs no trust_remote_code; leave it out."
+        )
+    checkpoint = open_checkpoint(path)
+    try:
+        return load_model(checkpoint, **options)
+    except CheckpointError:
+        raise
+    except (*BAD_VALUE, ImportError) as error:
+        names = ", ".join(options) or "no options"
+        raise CheckpointError(f"{path}: cannot be loaded with {names} ({one_line(error)}).") from None
+
+
+def load_model(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
     """Return the model in eval mode, in the dtype of its config (GGUF: bfloat16), its weights in ordinary memory.
 
-    Raises CheckpointError if tensors are missing, unexpected, of the wrong shape, or hold NaN or infinity.
+    `options` go to `from_pretrained`. Raises CheckpointError if tensors are missing, unexpected, of the wrong shape, or
+    hold NaN or infinity.
     """
     with quiet_transformers():
-        model, info = _load_gguf(checkpoint) if checkpoint.gguf_file else _load_safetensors(checkpoint)
+        loader = _load_gguf if checkpoint.gguf_file else _load_safetensors
+        model, info = loader(checkpoint, options)
     _refuse(
         checkpoint,
         mismatched=[f"{name} is {list(got)}, not {list(expected)}" for name, got, expected in info["mismatched_keys"]],
@@ -160,12 +190,17 @@ class _tokenizer_errors:
             raise CheckpointError(f"{self.directory}: its tokenizer cannot be loaded ({one_line(error)}).") from None
 
 
-def _load_safetensors(checkpoint: Checkpoint) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _own_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Return the package's own class for a model that secateur saved with per-layer widths, None for any other."""
+    return per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config).__bases__[0]]) if is_per_layer(config) else None
+
+
+def _load_safetensors(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     skeleton = meta_model(checkpoint.config)
     check_weights(checkpoint, skeleton)
     weights = {name: read_tensor(stored) for name, stored in stored_tensors(checkpoint.directory).items()}
     loaded: Any = type(skeleton).from_pretrained(
-        None, config=checkpoint.config, state_dict=weights, dtype="auto", output_loading_info=True
+        None, config=checkpoint.config, state_dict=weights, output_loading_info=True, **{"dtype": "auto", **options}
     )
     model, info = loaded
     if (checkpoint.directory / "generation_config.json").is_file():
@@ -173,7 +208,7 @@ def _load_safetensors(checkpoint: Checkpoint) -> tuple[PreTrainedModel, dict[str
     return model, info
 
 
-def _load_gguf(checkpoint: Checkpoint) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load_gguf(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     import gguf
 
     try:
@@ -192,9 +227,9 @@ def _load_gguf(checkpoint: Checkpoint) -> tuple[PreTrainedModel, dict[str, Any]]
                 checkpoint.directory,
                 gguf_file=checkpoint.gguf_file,
                 config=checkpoint.config,
-                dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
+                **{"dtype": torch.bfloat16, **options},
             )
     except BAD_GGUF as error:
         raise CheckpointError(f"{checkpoint.reference}: its GGUF weights cannot be read ({one_line(error)}).") from None

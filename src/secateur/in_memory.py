@@ -11,12 +11,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.errors import CheckpointError
+from secateur.modeling_per_layer import PerLayerModel
 
 
 def check_in_memory(model: object, tokenizer: object) -> None:
     """Raise CheckpointError if this is no model that can be pruned in memory, or its tokenizer is missing."""
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(f"model: must be a transformers PreTrainedModel or a path, got {type(model).__name__}.")
+    if model.config.is_heterogeneous and not isinstance(model, PerLayerModel):
+        raise CheckpointError(
+            "model: its widths differ per layer and it runs code of its checkpoint; load it with secateur.load(path), "
+            "or give its path."
+        )
     if tokenizer is None:
         raise CheckpointError("tokenizer: a model in memory comes without one; pass tokenizer=.")
     if getattr(model.config, "quantization_config", None):

@@ -1,7 +1,8 @@
-"""Proof that a saved directory is an ordinary checkpoint: stock transformers loads it in a fresh process.
+"""Proof that a saved directory is an ordinary checkpoint: transformers loads it in a fresh process.
 
 In: the directory, token ids, and the logits that the model in memory gave for them. Out: how far the reloaded model's
-logits are from those, and a sample of its text. The child process imports nothing of secateur and has no network.
+logits are from those, and a sample of its text. The child process imports nothing of secateur and has no network. It
+runs the modelling file that a model of per-layer widths carries, as its user will, and of no other model.
 """
 
 import os
@@ -71,6 +72,7 @@ def _run_child(directory: Path, input_ids_BT: Tensor, scratch: Path) -> tuple[Te
     command = [sys.executable, "-P", _CHILD, directory.absolute(), ids_file, out_file]
     command += [input_ids_BT.device, torch.get_num_threads()]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment["HF_MODULES_CACHE"] = str(scratch)  # or the carried modelling file would be copied to the user's cache
     child = subprocess.run(
         [str(part) for part in command], env=environment, capture_output=True, text=True, check=False
     )
