@@ -19,12 +19,12 @@ from secateur.recipe import parse_recipe
 from secateur.resolve import Resolved, resolve
 from secateur.summary import Size
 from secateur.walk import Walk, make_batches
-from tests.models import tiny_ids, tiny_llama, tiny_qwen2
+from tests.models import tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 Factory = Callable[..., Any]
 FAMILIES = [
     pytest.param(partial(family, tied=tied), id=f"{family.__name__[5:]}-{'tied' if tied else 'untied'}")
-    for family in (tiny_llama, tiny_qwen2)
+    for family in (tiny_llama, tiny_qwen2, tiny_qwen3, tiny_mistral, tiny_gemma, tiny_gemma3)
     for tied in (False, True)
 ]
 

@@ -14,15 +14,17 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 260, 60
 # Bottom up; a module imports from layers below its own, never from its own. `cli.*` is one command each.
 LAYERS = [
     # what knows nothing of the rest
-    "errors progress memory runlog reload_child checkpoint_quiet stats overlap page svg",
+    "errors progress memory runlog reload_child checkpoint_quiet modeling_per_layer gram overlap page svg",
     # what a run is described by; readers and writers of single files
-    "arch recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output llama_cpp",
+    "stats arch recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output llama_cpp "
+    "gguf_sentencepiece",
     # stages and measurements, each by itself
     "score budget cut walk loss kl bench verify in_memory original_readers sources checkpoint_config staged_file plots "
-    "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study",
+    "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer",
     # stages that are made of others
-    "obs compensate measure calibration checkpoint resolve summary ideal bench_llama_cpp evaluate_tasks compare_page",
-    "group_step estimate bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check",
+    "obs compensate measure taylor calibration checkpoint resolve summary ideal bench_llama_cpp evaluate_tasks "
+    "compare_page",
+    "group_step depth estimate bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check",
     "loop inspection gguf_tensors evaluate_differences evaluate_parts",
     # what people read, and the other outputs
     "tables gguf_export evaluate evaluate_table",
@@ -41,10 +43,11 @@ LAYERS = [
 
 # A stage knows arch types, errors and progress; besides these only what is named here.
 STAGES = {
-    "stats": "",
-    "score": "stats",
+    "gram": "",
+    "stats": "gram",
+    "score": "stats gram",
     "obs": "score",
-    "compensate": "score",
+    "compensate": "score gram",
     "budget": "",
     "cut": "",
     "walk": "",
@@ -53,12 +56,12 @@ STAGES = {
     "bench": "",
     "calibration": "recipe sources",
 }
-STAGES_MAY_IMPORT = {"arch", "errors", "progress"}
+STAGES_MAY_IMPORT = {"arch", "errors", "memory", "progress"}
 
 HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (
     "checkpoint*", "output", "calibration", "sources", "evaluate*", "bench*", "compare", "ideal", "gguf_*", "in_memory",
-    "pruning", "reload_child",
+    "pruning", "reload_child", "modeling_per_layer", "per_layer",
 )  # fmt: skip
 ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "matplotlib", "gguf", "pyarrow", "datasets", "llama_cpp"}
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from grams import gram_of
 
 from secateur.obs import greedy_obs
 from secateur.score import SCORES, ScoreInputs, damped_gram, inverse_of, keep_highest
@@ -40,14 +41,14 @@ def refit_error(reader_HF: torch.Tensor, hessian_FF: torch.Tensor, removed: list
 def test_obs_score_equals_removing_one_unit_and_refitting() -> None:
     reader_HF, x_TF = problem()
     inputs = inputs_of(reader_HF, x_TF)
-    hessian = damped_gram(inputs.statistics.full_gram(), DAMPING)
+    hessian = damped_gram(inputs.statistics.gram, DAMPING)
     brute = torch.tensor([refit_error(reader_HF, hessian, [unit]) for unit in range(8)])
     torch.testing.assert_close(SCORES["obs"](inputs).double(), brute.double(), rtol=1e-4, atol=1e-6)
 
 
 def test_obs_one_by_one_equals_brute_force_removal() -> None:
     reader_HF, x_TF = problem()
-    hessian = damped_gram(x_TF.T @ x_TF, DAMPING)
+    hessian = damped_gram(gram_of(x_TF), DAMPING)
     removed: list[int] = []
     for num_keep in range(7, 2, -1):
         left = [unit for unit in range(8) if unit not in removed]
@@ -60,7 +61,7 @@ def test_obs_one_by_one_equals_brute_force_removal() -> None:
 @pytest.mark.parametrize("batch", [2, 3, 8])
 def test_batched_obs_reports_the_true_error_of_its_choice(batch: int) -> None:
     reader_HF, x_TF = problem()
-    hessian = damped_gram(x_TF.T @ x_TF, DAMPING)
+    hessian = damped_gram(gram_of(x_TF), DAMPING)
     found = greedy_obs(reader_HF, hessian.clone(), 3, batch)
     removed = sorted(set(range(8)) - set(found.keep.tolist()))
     assert len(found.keep) == 3
@@ -70,7 +71,7 @@ def test_batched_obs_reports_the_true_error_of_its_choice(batch: int) -> None:
 
 def test_greedy_obs_beats_the_average_choice_and_nears_the_best() -> None:
     reader_HF, x_TF = problem()
-    hessian = damped_gram(x_TF.T @ x_TF, DAMPING)
+    hessian = damped_gram(gram_of(x_TF), DAMPING)
     errors = sorted(refit_error(reader_HF, hessian, list(gone)) for gone in itertools.combinations(range(8), 3))
     found = float(greedy_obs(reader_HF, hessian.clone(), 5, 1).error_curve[-1])
     assert found <= errors[len(errors) // 10]
@@ -100,13 +101,13 @@ def test_keep_highest_is_sorted_and_ties_keep_the_lower_index() -> None:
 
 
 def test_silent_group_still_has_an_inverse() -> None:
-    inverse = inverse_of(damped_gram(torch.zeros(4, 4), DAMPING))
+    inverse = inverse_of(damped_gram(gram_of(torch.zeros(4, 4)), DAMPING))
     assert torch.equal(inverse, torch.eye(4, dtype=torch.float64))
 
 
 def test_keep_all_and_dead_channels() -> None:
     reader_HF, x_TF = problem()
     x_TF[:, 2] = 0
-    hessian = damped_gram(x_TF.T @ x_TF, DAMPING)
+    hessian = damped_gram(gram_of(x_TF), DAMPING)
     assert greedy_obs(reader_HF, hessian.clone(), 8, 4).keep.tolist() == list(range(8))
     assert 2 not in greedy_obs(reader_HF, hessian.clone(), 7, 4).keep.tolist()

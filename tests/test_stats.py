@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from secateur.stats import Statistics, domain_weight, exact_product_precision
+from secateur.gram import exact_product_precision
+from secateur.stats import Statistics, domain_weight
 
 SIZES = [1, 5, 12, 33]
 
@@ -25,7 +26,7 @@ def assert_same(left: Statistics, right: Statistics) -> None:
     assert left.mass == right.mass
     for name in ("sum_F", "sum_squares_F", "energy"):
         torch.testing.assert_close(getattr(left, name), getattr(right, name), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(left.full_gram(), right.full_gram(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(left.gram.full(), right.gram.full(), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("num_inputs", SIZES)
@@ -51,17 +52,17 @@ def test_sums_are_near_float64(num_inputs: int) -> None:
     statistics, x = gather(list(zip(x_TF.split(64), y_TH.split(64), strict=True)), num_inputs), x_TF.double()
     gram = x.T @ x
     scale = gram.diagonal().max()
-    assert ((statistics.full_gram().double() - gram).abs().max() / scale) < 1e-5
+    assert ((statistics.gram.full().double() - gram).abs().max() / scale) < 1e-5
     torch.testing.assert_close(statistics.mean_F.double(), x.mean(dim=0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(statistics.variance_F.double(), x.var(dim=0, correction=0), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(statistics.gram_FF.diagonal(), statistics.sum_squares_F, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(statistics.gram.diagonal(), statistics.sum_squares_F, rtol=1e-5, atol=1e-3)
 
 
 def test_bfloat16_products_are_exact_but_for_addition_order() -> None:
     x_TF = torch.randn(400, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
     statistics = gather([(x_TF, x_TF)], 48)
     gram = x_TF.double().T @ x_TF.double()
-    assert (statistics.full_gram().double() - gram).abs().max() / gram.max() < 1e-5
+    assert (statistics.gram.full().double() - gram).abs().max() / gram.max() < 1e-5
 
 
 def test_precision_setting_is_restored() -> None:
@@ -87,3 +88,14 @@ def test_clear_forgets_and_non_finite_shows() -> None:
     assert_same(statistics, gather([], 5))
     statistics.update(x_TF.fill_(torch.nan), y_TH)
     assert not statistics.is_finite()
+
+
+@pytest.mark.parametrize("num_inputs", SIZES)
+def test_any_part_of_a_gram_is_that_part_of_the_whole(num_inputs: int) -> None:
+    gram = gather([draw(num_inputs)], num_inputs).gram
+    generator = torch.Generator().manual_seed(num_inputs)
+    for _ in range(8):
+        rows, columns = (torch.rand(num_inputs, generator=generator).lt(0.5).nonzero().flatten() for _ in range(2))
+        assert torch.equal(gram.part(rows, columns), gram.full()[rows][:, columns])
+    # The blocks on the diagonal are multiplied whole, in an order of their own on either side.
+    torch.testing.assert_close(gram.full(), gram.full().T, rtol=1e-5, atol=1e-3)

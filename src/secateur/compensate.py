@@ -14,7 +14,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from secateur.errors import NumericsError
-from secateur.score import ridge_of
+from secateur.gram import Gram
+from secateur.memory import release_freed
+from secateur.score import ridge_of, solve_dtype
 
 # Fractions of a correction that the guard tries, largest first; 0 means the old weights stay.
 GUARD_STEPS = (1.0, 0.5, 0.25)
@@ -31,6 +33,19 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldOutError:
+    """One domain's error as a parabola in the step: constant - 2 step linear + step^2 square, over output energy."""
+
+    constant: float
+    linear: float
+    square: float
+
+    def of(self, step: float) -> float:
+        """Return the error of a step; rounding cannot make it negative."""
+        return max(self.constant - 2 * step * self.linear + step * step * self.square, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
 class Guard:
     """What the held-out text says of a correction. Errors are shares of the reader's own output energy, by domain."""
 
@@ -39,9 +54,7 @@ class Guard:
     error_after: dict[str, float]
 
 
-def least_squares(
-    reader_HF: Float[Tensor, "H F"], gram_FF: Float[Tensor, "F F"], keep: Int64[Tensor, " S"], damping: float
-) -> Fit:
+def least_squares(reader_HF: Float[Tensor, "H F"], gram: Gram, keep: Int64[Tensor, " S"], damping: float) -> Fit:
     """Ridge least squares in the remaining weights, centred on the old ones.
 
     W_S' = argmin |y - x_S W_S'|^2 + ridge |W_S' - W_S|^2 with y = x W and ridge = damping * mean(diag G), so
@@ -50,22 +63,27 @@ def least_squares(
 
     Raises NumericsError if the system stays indefinite. Source: the OBS update in closed form (Hassibi and Stork 1993).
     """
-    is_gone = torch.ones(gram_FF.shape[0], dtype=torch.bool, device=keep.device)
+    is_gone = torch.ones(gram.size, dtype=torch.bool, device=keep.device)
     is_gone[keep] = False
     if not is_gone.any():
         return Fit(reader_HF, damping, 1.0)
-    gone = is_gone.nonzero().flatten()
-    cross_SC = gram_FF[keep[:, None], gone].double()
-    right_SH = cross_SC @ reader_HF[:, gone].T.double()
+    gone, dtype = is_gone.nonzero().flatten(), solve_dtype(gram.device)
+    right_SH = (reader_HF[:, gone].to(dtype) @ gram.part(gone, keep, dtype)).mT  # column-major, for LAPACK
+    release_freed()
     for attempt in range(MAX_DAMPING_RETRIES + 1):
         used = damping * 10**attempt
-        block = _damped_block(gram_FF, keep, used).mT  # column-major, so that LAPACK works in place
+        block = gram.part(keep, keep, dtype).mT  # column-major, so that all of it happens in place
+        block.diagonal().add_(ridge_of(gram, used))
         failed = torch.zeros((), dtype=torch.int32, device=block.device)
         factor, _ = torch.linalg.cholesky_ex(block, out=(block, failed))
         if not failed:
-            change_SH = torch.cholesky_solve(right_SH, factor)
             pivots = factor.diagonal()
-            return Fit(reader_HF[:, keep] + change_SH.T.float(), used, float((pivots.max() / pivots.min()) ** 2))
+            condition = float((pivots.max() / pivots.min()) ** 2)
+            # In place, which cholesky_solve cannot.
+            torch.linalg.solve_triangular(factor, right_SH, upper=False, out=right_SH)
+            torch.linalg.solve_triangular(factor.mT, right_SH, upper=True, out=right_SH)
+            del block, factor
+            return Fit(reader_HF[:, keep].add_(right_SH.T.float()), used, condition)
     highest = damping * 10**MAX_DAMPING_RETRIES
     raise NumericsError(f"least squares has no solution even with damping {highest:g}; use more calibration tokens.")
 
@@ -82,35 +100,25 @@ def mean_shift(
     return reader_HF @ gone_mean_F
 
 
-def guard(
-    lost_TH: dict[str, Float[Tensor, "T H"]],
-    correction_TH: dict[str, Float[Tensor, "T H"]],
-    output_energy: dict[str, float],
-) -> Guard:
-    """Choose the largest step a of 1, 1/2, 1/4 that raises no domain's held-out error; 0 if none does.
+def held_out_error(
+    lost_TH: Float[Tensor, "T H"], correction_TH: Float[Tensor, "T H"], output_energy: float
+) -> HeldOutError:
+    """Return the error of every step a at once: |lost - a correction|^2 / output energy = c - 2 b a + a^2 a2.
 
-    Per domain, `lost_TH` = x_C W_C' is what the cut takes from the output, `correction_TH` what the compensation gives
-    back; the error of step a is |lost - a correction|^2 / output energy, which is what the true output error is.
+    `lost_TH` = x_C W_C' is what the cut takes from the output, `correction_TH` what the compensation gives back.
     """
-    errors = {name: _parabola(lost_TH[name], correction_TH[name], max(output_energy[name], 1e-30)) for name in lost_TH}
-    before = {name: constant for name, (constant, _, _) in errors.items()}
-    for step in GUARD_STEPS:
-        after = {name: c - 2 * step * b + step * step * a for name, (c, b, a) in errors.items()}
-        if all(after[name] <= before[name] for name in after):
-            return Guard(step, before, {name: max(value, 0.0) for name, value in after.items()})
-    return Guard(0.0, before, before)
-
-
-def _damped_block(gram_FF: Float[Tensor, "F F"], keep: Int64[Tensor, " S"], damping: float) -> Float[Tensor, "S S"]:
-    block_SS = gram_FF[keep[:, None], keep].double()
-    block_SS.diagonal().add_(ridge_of(gram_FF, damping))
-    return block_SS
-
-
-def _parabola(lost_TH: Tensor, correction_TH: Tensor, energy: float) -> tuple[float, float, float]:
-    """Return (c, b, a) of error(step) = c - 2 b step + a step^2, all divided by `energy`."""
-    constant, linear, square = (
-        float((left.double() * right.double()).sum()) / energy
+    dots = (
+        torch.linalg.vecdot(left.flatten(), right.flatten()).item() / max(output_energy, 1e-30)
         for left, right in ((lost_TH, lost_TH), (lost_TH, correction_TH), (correction_TH, correction_TH))
     )
-    return constant, linear, square
+    return HeldOutError(*dots)
+
+
+def guard(errors: dict[str, HeldOutError]) -> Guard:
+    """Choose the largest step a of 1, 1/2, 1/4 that raises no domain's held-out error; 0 if none does."""
+    before = {name: error.of(0.0) for name, error in errors.items()}
+    for step in GUARD_STEPS:
+        after = {name: error.of(step) for name, error in errors.items()}
+        if all(after[name] <= before[name] for name in after):
+            return Guard(step, before, after)
+    return Guard(0.0, before, before)

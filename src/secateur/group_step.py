@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.arch import Group, linear
-from secateur.compensate import Guard, guard, least_squares, mean_shift
+from secateur.compensate import Guard, guard, held_out_error, least_squares, mean_shift
 from secateur.cut import cut, rows_of
 from secateur.measure import Measurement, measure
 from secateur.memory import release_freed
@@ -73,14 +73,15 @@ def prune_group(
 def _select(
     layer: nn.Module, group: Group, measured: Measurement, num_keep: int, recipe: Recipe, seed: int
 ) -> Selection:
-    reader_HF = linear(layer, group.reader.module).weight.float()
-    if num_keep == reader_HF.shape[1]:
-        return Selection(torch.arange(num_keep, device=reader_HF.device), reader_HF.new_zeros(0))
+    weight_HF = linear(layer, group.reader.module).weight
+    if num_keep == weight_HF.shape[1]:
+        return Selection(torch.arange(num_keep, device=weight_HF.device), weight_HF.new_zeros(0))
     if recipe.score == "obs":
-        hessian = damped_gram(measured.pooled.full_gram(), recipe.damping)
-        found = greedy_obs(reader_HF, hessian, num_keep, recipe.obs_batch)
+        assert measured.pooled.gram is not None
+        hessian = damped_gram(measured.pooled.gram, recipe.damping)
+        found = greedy_obs(weight_HF, hessian, num_keep, recipe.obs_batch)
         return Selection(found.keep, found.scores_F)
-    inputs = ScoreInputs(reader_HF, _writer_squares(layer, group), measured.pooled, recipe.damping, seed)
+    inputs = ScoreInputs(weight_HF.float(), _writer_squares(layer, group), measured.pooled, recipe.damping, seed)
     scores = SCORES[recipe.score](inputs)
     return Selection(keep_highest(scores, num_keep), scores)
 
@@ -89,17 +90,18 @@ def _repair(reader: nn.Linear, measured: Measurement, keep: Int64[Tensor, " S"],
     if len(keep) == reader.in_features:
         return Repair()
     weight_HF, dtype = reader.weight.float(), reader.weight.dtype
-    old_HS = weight_HF[:, keep]
-    if recipe.compensate == "bias":
+    if recipe.compensate in ("bias", "none"):
+        old_HS = weight_HF[:, keep]
+        if recipe.compensate == "none":
+            return Repair(guard=_judge(weight_HF, keep, measured.held_out_TF, old_HS, old_HS, None))
         shift_H = mean_shift(weight_HF, measured.pooled.mean_F, keep).to(dtype).float()
         judged = _judge(weight_HF, keep, measured.held_out_TF, old_HS, old_HS, shift_H)
         return Repair(bias_H=judged.step * shift_H, guard=judged)
-    if recipe.compensate == "none":
-        return Repair(guard=_judge(weight_HF, keep, measured.held_out_TF, old_HS, old_HS, None))
-    fit = least_squares(weight_HF, measured.pooled.full_gram(), keep, recipe.damping)
+    assert measured.pooled.gram is not None
+    fit = least_squares(weight_HF, measured.pooled.gram, keep, recipe.damping)
     release_freed()
     # The guard judges what will be stored, rounding included.
-    new_HS = fit.weight_HS.to(dtype).float()
+    old_HS, new_HS = weight_HF[:, keep], fit.weight_HS.copy_(fit.weight_HS.to(dtype))
     judged = _judge(weight_HF, keep, measured.held_out_TF, old_HS, new_HS, None)
     if judged.step == 0:
         return Repair(guard=judged, damping=fit.damping, condition=fit.condition)
@@ -115,16 +117,17 @@ def _judge(
     new_HS: Float[Tensor, "H S"],
     shift_H: Float[Tensor, " H"] | None,
 ) -> Guard:
-    gone_HF = weight_HF.clone()
-    gone_HF[:, keep] = 0
-    lost, correction, energy = {}, {}, {}
+    is_gone = torch.ones(weight_HF.shape[1], dtype=torch.bool, device=weight_HF.device)
+    is_gone[keep] = False
+    gone = is_gone.nonzero().flatten()
+    gone_HC = weight_HF[:, gone]
+    change_SH, errors = (new_HS - old_HS).T, {}
     for name, x_TF in held_out_TF.items():
         x_TF = x_TF.float()
-        lost[name] = x_TF @ gone_HF.T
-        given_TH = x_TF[:, keep] @ (new_HS - old_HS).T
-        correction[name] = given_TH if shift_H is None else given_TH + shift_H
-        energy[name] = float((x_TF @ weight_HF.T).square().sum())
-    return guard(lost, correction, energy)
+        given_TH = x_TF[:, keep] @ change_SH
+        energy = float(torch.linalg.vector_norm(x_TF @ weight_HF.T).square())
+        errors[name] = held_out_error(x_TF[:, gone] @ gone_HC.T, given_TH if shift_H is None else given_TH + shift_H, energy)
+    return guard(errors)
 
 
 def _writer_squares(layer: nn.Module, group: Group) -> Float[Tensor, " F"]:

@@ -35,9 +35,10 @@ def greedy_obs(
     Source: Hassibi and Stork 1993; block update as in Frantar and Alistarh, OBC, arXiv 2208.11580, eq. 7.
     """
     inverse = inverse_of(hessian_FF)
-    weight = reader_HF.to(inverse.dtype, copy=True)
+    # Float32 is enough for the weights, which only rank; the inverse would lose its small pivots in it.
+    weight = reader_HF.to(torch.float32, copy=True)
     active = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    num_left, error, curve = weight.shape[1], weight.new_zeros(()), []
+    num_left, error, curve = weight.shape[1], inverse.new_zeros(()), []
     first_scores = _scores(weight, inverse)
     while num_left > num_keep:
         scores = _scores(weight, inverse)
@@ -46,8 +47,8 @@ def greedy_obs(
         removed = torch.sort(scores, stable=True).indices[:size].sort().values
         rows = inverse[removed]
         gain = torch.linalg.solve(rows[:, removed], rows)  # A [H^-1]_M
-        error = error + _removal_error(weight[:, removed], rows[:, removed])
-        weight.addmm_(weight[:, removed], gain, alpha=-1)
+        error = error + _removal_error(weight[:, removed].to(rows.dtype), rows[:, removed])
+        weight.addmm_(weight[:, removed], gain.float(), alpha=-1)
         inverse.addmm_(rows.T, gain, alpha=-1)
         # Exact zeros would divide by zero above; the removed channels are masked, so any positive value serves.
         inverse.diagonal()[removed] = 1.0
@@ -55,7 +56,7 @@ def greedy_obs(
         num_left -= size
         curve.append(error)
     keep = active.nonzero().flatten()
-    return ObsSelection(keep, first_scores, torch.stack(curve) if curve else weight.new_zeros(0))
+    return ObsSelection(keep, first_scores, torch.stack(curve) if curve else inverse.new_zeros(0))
 
 
 def _scores(weight_HF: Float[Tensor, "H F"], inverse_FF: Float[Tensor, "F F"]) -> Float[Tensor, " F"]:

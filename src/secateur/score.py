@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from secateur.gram import Gram
 from secateur.stats import Statistics
 
 
@@ -62,7 +63,8 @@ def obs(inputs: ScoreInputs) -> Float[Tensor, " F"]:
 
     H is the damped Gram matrix, see `damped_gram`. Exact for one removal. Source: Hassibi and Stork, 1993, eq. 5.
     """
-    inverse = inverse_of(damped_gram(inputs.statistics.full_gram(), inputs.damping))
+    assert inputs.statistics.gram is not None
+    inverse = inverse_of(damped_gram(inputs.statistics.gram, inputs.damping))
     return (inputs.reader_HF.double().square().sum(dim=0) / inverse.diagonal()).float()
 
 
@@ -85,17 +87,22 @@ def keep_highest(scores_F: Float[Tensor, " F"], num_keep: int) -> Int64[Tensor, 
     return order[:num_keep].sort().values
 
 
-def damped_gram(gram_FF: Float[Tensor, "F F"], damping: float) -> Float[Tensor, "F F"]:
+def damped_gram(gram: Gram, damping: float) -> Float[Tensor, "F F"]:
     """Return H = G + damping * mean(diag G) * I as a new float64 matrix (float32 where the device has no float64)."""
-    hessian = gram_FF.to(torch.float32 if gram_FF.device.type == "mps" else torch.float64, copy=True)
-    hessian.diagonal().add_(ridge_of(gram_FF, damping))
+    hessian = gram.full(solve_dtype(gram.device))
+    hessian.diagonal().add_(ridge_of(gram, damping))
     return hessian
 
 
-def ridge_of(gram_FF: Float[Tensor, "F F"], damping: float) -> float:
+def ridge_of(gram: Gram, damping: float) -> float:
     """Return damping * mean(diag G), or 1 where every input is zero: any ridge then says that nothing is lost."""
-    ridge = damping * float(gram_FF.diagonal().mean())
+    ridge = damping * float(gram.diagonal().mean())
     return ridge if ridge > 0 else 1.0
+
+
+def solve_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 where the device has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def inverse_of(hessian_FF: Float[Tensor, "F F"]) -> Float[Tensor, "F F"]:

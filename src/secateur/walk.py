@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secateur.arch import Arch, decoder_layers
 
 # Small batches stay in the processor's cache and hold little memory; on a GPU the caller asks for more.
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
