@@ -12,15 +12,26 @@ from tests.models import tiny_gemma, tiny_gemma3, tiny_llama, tiny_mistral, tiny
 
 @pytest.mark.parametrize("factory", [tiny_llama, tiny_qwen2, tiny_qwen3, tiny_mistral, tiny_gemma, tiny_gemma3])
 def test_bound_groups_count_the_parameters_of_a_unit(factory) -> None:
-    arch = bind(factory())
-    assert arch.num_layers == 3 and [group.layer for group in arch.groups] == [0, 1, 2]
-    assert {group.num_units for group in arch.groups} == {112}
-    assert {group.params_per_unit for group in arch.groups} == {3 * 48}
+    model = factory()
+    arch = bind(model)
+    assert arch.num_layers == 3
+    assert [group.layer for group in arch.groups] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    head = model.config.head_dim if getattr(model.config, "head_dim", None) else 12
+    expected = {  # name: (units, columns of a unit, parameters of a unit without biases)
+        "ffn": (112, 1, 3 * 48),
+        "kv_heads": (2, 2 * head, (2 + 1 + 1 + 2) * head * 48),
+        "query_heads": (2, 2 * head, (2 + 2) * head * 48),
+    }
+    biases = {"kv_heads": 4 * head, "query_heads": 2 * head} if model.config.model_type == "qwen2" else {}
+    for group in arch.groups:
+        num_units, width, num_params = expected[group.name]
+        assert (group.num_units, group.width) == (num_units, width)
+        assert group.params_per_unit == num_params + biases.get(group.name, 0)
 
 
 def test_biases_are_counted() -> None:
     arch = bind(tiny_llama(mlp_bias=True))
-    assert {group.params_per_unit for group in arch.groups} == {3 * 48 + 2}
+    assert {group.params_per_unit for group in arch.select(("ffn",))} == {3 * 48 + 2}
 
 
 def test_seventy_billion_parameters_bind_on_the_meta_device() -> None:
@@ -34,7 +45,7 @@ def test_seventy_billion_parameters_bind_on_the_meta_device() -> None:
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    groups = bind(model).groups
+    groups = bind(model).select(("ffn",))
     assert len(groups) == 80 and groups[0].params_per_unit == 3 * 8192
 
 
@@ -49,6 +60,7 @@ def test_unknown_family_names_the_nearest() -> None:
         ({"reader": {"mlp.down_prj": [1]}}, "did you mean 'mlp.down_proj'"),
         ({"writers": {"mlp.gate_proj": [1], "mlp.up_prj": [1]}}, "did you mean 'mlp.up_proj'"),
         ({"reader": {"mlp": [1]}}, "mlp is a LlamaMLP"),
+        ({"writers": {"mlp.gate_proj": ["head"]}}, "segment 'head' is no number"),
         ({"writers": {"mlp.gate_proj": [1, 1]}}, "mlp.gate_proj has 112 rows.*asks for 224"),
         ({"num_units": "ffn_size"}, "config has no number 'ffn_size'"),
         ({"bias_switch": {"mlp_bias": ["mlp.gate"]}}, "did you mean"),
@@ -64,8 +76,13 @@ def test_a_broken_spec_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: dict, m
 
 
 def test_unknown_group_names_the_nearest() -> None:
-    with pytest.raises(ArchError, match="no group 'fnn'; it has ffn; did you mean 'ffn'"):
+    with pytest.raises(ArchError, match="no group 'fnn'; it has ffn, kv_heads, query_heads; did you mean 'ffn'"):
         bind(tiny_llama()).select(("fnn",))
+
+
+def test_groups_that_cut_the_same_reader_exclude_each_other() -> None:
+    with pytest.raises(ArchError, match=r"kv_heads and query_heads cut the same self_attn\.o_proj"):
+        bind(tiny_llama()).select(("kv_heads", "ffn", "query_heads"))
 
 
 def test_unknown_key_in_a_spec_is_an_error() -> None:

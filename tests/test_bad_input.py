@@ -134,7 +134,7 @@ def test_bad_option(options, expected, prune):
         ({"calibration": {"tokens": 5}}, "unknown key 'calibration.tokens'; did you mean 'num_tokens'?"),
         ({"calibration": None}, "calibration: "),
         ({"calibration": {"domains": {"a": {"installed": "klingon"}}}}, "calibration.domains.a.installed 'klingon'"),
-        ({"calibration": {"domains": {"a": {}}}}, "needs exactly one of installed, files, dataset; got none"),
+        ({"calibration": {"domains": {"a": {}}}}, "needs exactly one of installed, files, dataset, sampled; got none"),
         ({"score": "wnada"}, "allowed: random, magnitude, wanda, flap, obs; did you mean 'wanda'?"),
         ({"groups": ["fnn"]}, "groups: family llama has no group 'fnn'; it has ffn; did you mean 'ffn'?"),
         ({"remove": float("nan")}, "above 0 and below 1, got NaN"),

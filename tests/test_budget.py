@@ -12,7 +12,7 @@ from secateur.errors import RecipeError
 def groups_of(num_layers: int, num_units: int, params_per_unit: int) -> tuple[Group, ...]:
     axis = Axis("mlp.down_proj", (1,))
     return tuple(
-        Group(layer, "ffn", "channel", num_units, params_per_unit, (axis,), axis, "intermediate_size", None)
+        Group(layer, "ffn", "channel", num_units, params_per_unit, (axis,), axis, None, None)
         for layer in range(num_layers)
     )
 

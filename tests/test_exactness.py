@@ -22,6 +22,14 @@ from secateur.walk import Walk, make_batches
 from tests.models import tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 Factory = Callable[..., Any]
+FFN = ("ffn",)
+GROUPS = [  # and how much of the tiny models they are asked to give
+    pytest.param(FFN, 0.15, id="ffn"),
+    pytest.param(("kv_heads",), 0.1, id="kv_heads"),
+    pytest.param(("query_heads",), 0.07, id="query_heads"),
+    pytest.param(("kv_heads", "ffn"), 0.3, id="kv_heads-ffn"),
+    pytest.param(("query_heads", "ffn"), 0.3, id="query_heads-ffn"),
+]
 FAMILIES = [
     pytest.param(partial(family, tied=tied), id=f"{family.__name__[5:]}-{'tied' if tied else 'untied'}")
     for family in (tiny_llama, tiny_qwen2, tiny_qwen3, tiny_mistral, tiny_gemma, tiny_gemma3)
@@ -56,21 +64,26 @@ def prune_tiny(model: Any, calibration: CalibrationSet, **recipe: Any) -> tuple[
     return keeps, lines
 
 
+@pytest.mark.parametrize(("groups", "remove"), GROUPS)
 @pytest.mark.parametrize("factory", FAMILIES)
-def test_cut_saved_and_reloaded_by_stock_transformers_equals_mask(factory: Factory, tmp_path: Path) -> None:
+def test_cut_saved_and_reloaded_by_stock_transformers_equals_mask(
+    factory: Factory, groups: tuple[str, ...], remove: float, tmp_path: Path
+) -> None:
     model = factory()
     masked = copy.deepcopy(model)
-    keeps, _ = prune_tiny(model, random_calibration(), score="random", compensate="none")
+    keeps, _ = prune_tiny(model, random_calibration(), score="random", compensate="none", groups=groups, remove=remove)
+    assert {name for _, name in keeps} == set(groups)
     arch = bind(masked)
-    for group in arch.groups:
+    for group in arch.select(groups):
         keep = keeps[group.layer, group.name]
+        assert len(keep) < group.num_units
         removed = torch.tensor(sorted(set(range(group.num_units)) - set(keep.tolist())))
         zero_units(decoder_layers(masked, arch)[group.layer], group, removed)
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids_BT = tiny_ids()
-    assert reloaded.config.intermediate_size < masked.config.intermediate_size
     torch.testing.assert_close(logits_of(reloaded, ids_BT), logits_of(masked, ids_BT), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits_of(model, ids_BT), logits_of(masked, ids_BT), atol=1e-6, rtol=1e-6)
     assert Size.of(reloaded) == Size.of(model)
     tied = reloaded.lm_head.weight.data_ptr() == reloaded.model.embed_tokens.weight.data_ptr()
     assert tied == masked.config.tie_word_embeddings
@@ -118,25 +131,29 @@ def test_keep_all_leaves_every_weight_bit_identical(factory: Factory) -> None:
     model = factory()
     before = copy.deepcopy(model.state_dict())
     arch = bind(model)
-    recipe = parse_recipe({"align": 8, "remove": 0.15, "calibration": {"num_tokens": 4096}})
+    settings = {"align": 8, "remove": 0.15, "calibration": {"num_tokens": 4096}, "groups": ["kv_heads", "ffn"]}
+    recipe = parse_recipe(settings)
     num_params = Size.of(model).num_params
     resolved = resolve(recipe, arch, model.config, num_params)
     everything = uniform_plan(resolved.groups, num_params, 0.15, 8)
-    for key in everything.num_keep:
-        everything.num_keep[key] = model.config.intermediate_size
+    for group in resolved.groups:
+        everything.num_keep[group.layer, group.name] = group.num_units
     keep_all = Resolved(resolved.recipe, resolved.groups, [everything], ())
     keeps = prune_in_place(Run(model, arch, keep_all, random_calibration()))
-    assert all(len(keep) == 112 for keep in keeps.values())
+    assert {len(keep) for keep in keeps.values()} == {112, model.config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
 @pytest.mark.parametrize("factory", FAMILIES)
 @pytest.mark.parametrize("score", ["random", "obs"])
-def test_compensation_never_raises_held_out_error(factory: Factory, score: str) -> None:
+@pytest.mark.parametrize(("groups", "remove"), GROUPS[::3])
+def test_compensation_never_raises_held_out_error(
+    factory: Factory, score: str, groups: tuple[str, ...], remove: float
+) -> None:
     model = factory()
-    _, lines = prune_tiny(model, random_calibration(), score=score)
-    assert len(lines) == model.config.num_hidden_layers
+    _, lines = prune_tiny(model, random_calibration(), score=score, groups=groups, remove=remove)
+    assert len(lines) == model.config.num_hidden_layers * len(groups)
     for line in lines:
         assert set(line["error_after"]) == {"d0", "d1"}
         assert all(line["error_after"][name] <= line["error_before"][name] for name in line["error_after"])
@@ -171,7 +188,7 @@ def test_remove_is_met_within_one_aligned_unit_per_layer(remove: float, rounds: 
     before = Size.of(model).num_params
     prune_tiny(model, random_calibration(), remove=remove, rounds=rounds)
     reached = 1 - Size.of(model).num_params / before
-    group = bind(model).groups[0]
+    (group, *_) = bind(model).select(FFN)
     assert abs(reached - remove) * before <= 8 * group.params_per_unit * model.config.num_hidden_layers
 
 
@@ -206,7 +223,7 @@ def test_zero_biases_change_nothing() -> None:
     model, ids_BT = tiny_llama(), tiny_ids()
     before = logits_of(model, ids_BT)
     arch = bind(model)
-    for group in arch.groups:
+    for group in arch.select(FFN):
         add_zero_biases(decoder_layers(model, arch)[group.layer], group)
     torch.testing.assert_close(logits_of(model, ids_BT), before)
 
@@ -214,5 +231,7 @@ def test_zero_biases_change_nothing() -> None:
 def test_half_cut_model_runs() -> None:
     model = tiny_llama()
     arch = bind(model)
-    cut(decoder_layers(model, arch)[1], arch.groups[1], torch.arange(40), 112)
+    for group, kept in zip(arch.groups[3:6], (1, 1, 40), strict=True):
+        if group.name != "query_heads":  # of the one KV head that is left
+            cut(decoder_layers(model, arch)[1], group, torch.arange(kept), group.num_units)
     assert torch.isfinite(logits_of(model, tiny_ids())).all()

@@ -22,8 +22,8 @@ LAYERS = [
     "score budget cut walk loss kl bench verify in_memory original_readers sources checkpoint_config staged_file plots "
     "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer",
     # stages that are made of others
-    "obs compensate measure taylor calibration checkpoint resolve summary ideal bench_llama_cpp evaluate_tasks "
-    "compare_page",
+    "obs compensate measure taylor domain_weights calibration checkpoint resolve summary ideal bench_llama_cpp "
+    "evaluate_tasks compare_page",
     "group_step depth estimate bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check",
     "loop inspection gguf_tensors evaluate_differences evaluate_parts",
     # what people read, and the other outputs
@@ -47,6 +47,7 @@ STAGES = {
     "stats": "gram",
     "score": "stats gram",
     "obs": "score",
+    "domain_weights": "score stats gram",
     "compensate": "score gram",
     "budget": "",
     "cut": "",
@@ -61,7 +62,7 @@ STAGES_MAY_IMPORT = {"arch", "errors", "memory", "progress"}
 HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (
     "checkpoint*", "output", "calibration", "sources", "evaluate*", "bench*", "compare", "ideal", "gguf_*", "in_memory",
-    "pruning", "reload_child", "modeling_per_layer", "per_layer",
+    "pruning", "loop", "reload_child", "modeling_per_layer", "per_layer",
 )  # fmt: skip
 ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "matplotlib", "gguf", "pyarrow", "datasets", "llama_cpp"}
 

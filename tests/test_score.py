@@ -1,5 +1,6 @@
 """Scores against their formulae and, where they claim exactness, against brute force; ties; selection."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from grams import gram_of
 
 from secateur.obs import greedy_obs
-from secateur.score import SCORES, ScoreInputs, damped_gram, inverse_of, keep_highest
+from secateur.score import SCORES, ScoreInputs, damped_gram, inverse_of, keep_highest, removal_errors
 from secateur.stats import Statistics
 
 DAMPING = 1e-3
+SINGLE = torch.arange(8)[:, None]  # units of one column each
 
 
 def problem(num_outputs: int = 4, num_inputs: int = 8, num_tokens: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,7 +26,7 @@ def problem(num_outputs: int = 4, num_inputs: int = 8, num_tokens: int = 200) ->
 def inputs_of(reader_HF: torch.Tensor, x_TF: torch.Tensor, seed: int = 0) -> ScoreInputs:
     statistics = Statistics.empty(x_TF.shape[1], torch.device("cpu"), gram=True)
     statistics.update(x_TF, x_TF @ reader_HF.T)
-    return ScoreInputs(reader_HF, torch.arange(1.0, x_TF.shape[1] + 1), statistics, DAMPING, seed)
+    return ScoreInputs(reader_HF, torch.arange(1.0, x_TF.shape[1] + 1), statistics, SINGLE, DAMPING, seed)
 
 
 def refit_error(reader_HF: torch.Tensor, hessian_FF: torch.Tensor, removed: list[int]) -> float:
@@ -53,7 +55,7 @@ def test_obs_one_by_one_equals_brute_force_removal() -> None:
     for num_keep in range(7, 2, -1):
         left = [unit for unit in range(8) if unit not in removed]
         removed.append(min(left, key=lambda unit: refit_error(reader_HF, hessian, [*removed, unit])))
-        found = greedy_obs(reader_HF, hessian.clone(), num_keep, batch=1)
+        found = greedy_obs(reader_HF, hessian.clone(), SINGLE, num_keep, batch=1)
         assert set(found.keep.tolist()) == set(range(8)) - set(removed)
         assert float(found.error_curve[-1]) == pytest.approx(refit_error(reader_HF, hessian, removed), rel=1e-6)
 
@@ -62,7 +64,7 @@ def test_obs_one_by_one_equals_brute_force_removal() -> None:
 def test_batched_obs_reports_the_true_error_of_its_choice(batch: int) -> None:
     reader_HF, x_TF = problem()
     hessian = damped_gram(gram_of(x_TF), DAMPING)
-    found = greedy_obs(reader_HF, hessian.clone(), 3, batch)
+    found = greedy_obs(reader_HF, hessian.clone(), SINGLE, 3, batch)
     removed = sorted(set(range(8)) - set(found.keep.tolist()))
     assert len(found.keep) == 3
     assert float(found.error_curve[-1]) == pytest.approx(refit_error(reader_HF, hessian, removed), rel=1e-6)
@@ -73,7 +75,7 @@ def test_greedy_obs_beats_the_average_choice_and_nears_the_best() -> None:
     reader_HF, x_TF = problem()
     hessian = damped_gram(gram_of(x_TF), DAMPING)
     errors = sorted(refit_error(reader_HF, hessian, list(gone)) for gone in itertools.combinations(range(8), 3))
-    found = float(greedy_obs(reader_HF, hessian.clone(), 5, 1).error_curve[-1])
+    found = float(greedy_obs(reader_HF, hessian.clone(), SINGLE, 5, 1).error_curve[-1])
     assert found <= errors[len(errors) // 10]
 
 
@@ -109,5 +111,36 @@ def test_keep_all_and_dead_channels() -> None:
     reader_HF, x_TF = problem()
     x_TF[:, 2] = 0
     hessian = damped_gram(gram_of(x_TF), DAMPING)
-    assert greedy_obs(reader_HF, hessian.clone(), 8, 4).keep.tolist() == list(range(8))
-    assert 2 not in greedy_obs(reader_HF, hessian.clone(), 7, 4).keep.tolist()
+    assert greedy_obs(reader_HF, hessian.clone(), SINGLE, 8, 4).keep.tolist() == list(range(8))
+    assert 2 not in greedy_obs(reader_HF, hessian.clone(), SINGLE, 7, 4).keep.tolist()
+
+
+WIDE = torch.tensor([[0, 4], [1, 5], [2, 6], [3, 7]])  # four units of two columns each
+
+
+def test_wide_units_score_and_go_as_brute_force_says() -> None:
+    reader_HF, x_TF = problem()
+    hessian = damped_gram(gram_of(x_TF), DAMPING)
+    brute = [refit_error(reader_HF, hessian, columns.tolist()) for columns in WIDE]
+    scores = removal_errors(reader_HF, inverse_of(hessian.clone()), WIDE)
+    torch.testing.assert_close(scores, torch.tensor(brute, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    removed: list[int] = []
+    for num_keep in (3, 2, 1):
+        left = [unit for unit in range(4) if unit not in removed]
+        removed.append(
+            min(left, key=lambda unit: refit_error(reader_HF, hessian, WIDE[[*removed, unit]].flatten().tolist()))
+        )
+        found = greedy_obs(reader_HF, hessian.clone(), WIDE, num_keep, batch=1)
+        assert found.removed.tolist() == removed and set(found.keep.tolist()) == set(range(4)) - set(removed)
+        gone = WIDE[removed].flatten().tolist()
+        assert float(found.error_curve[-1]) == pytest.approx(refit_error(reader_HF, hessian, gone), rel=1e-5)
+
+
+def test_other_scores_of_wide_units_sum_over_their_columns() -> None:
+    reader_HF, x_TF = problem()
+    single = inputs_of(reader_HF, x_TF)
+    wide = dataclasses.replace(single, columns_UW=WIDE, writer_squares_U=torch.zeros(4))
+    for name in ("wanda", "flap"):
+        torch.testing.assert_close(SCORES[name](wide), SCORES[name](single)[WIDE].sum(dim=1))
+    squares = reader_HF.square().sum(dim=0)[WIDE].sum(dim=1)
+    torch.testing.assert_close(SCORES["magnitude"](wide).square(), squares)

@@ -91,10 +91,10 @@ def test_only_calibration_counts_and_only_the_asked_groups():
     arch = bind(model)
     calibration = make_batches("d", ids_BT, held_out=False)
     both = calibration + make_batches("d", tiny_ids(seed=9), held_out=True)
-    group = arch.groups[1]
+    group = arch.select(("ffn",))[1]
     (alone,) = taylor_scores(model, arch, (group,), both).items()
     assert alone[0] == (1, "ffn")
-    torch.testing.assert_close(alone[1], taylor_scores(model, arch, arch.groups, calibration)[1, "ffn"])
+    torch.testing.assert_close(alone[1], taylor_scores(model, arch, arch.select(("ffn",)), calibration)[1, "ffn"])
 
 
 def test_nothing_is_left_behind():
@@ -115,17 +115,17 @@ def test_nothing_is_left_behind():
 def test_a_cut_model_can_be_scored_again():
     model, ids_BT = tiny_llama(), tiny_ids()
     arch = bind(model)
-    cut(decoder_layers(model, arch)[1], arch.groups[1], torch.arange(40), 112)
-    scores = taylor_scores(model, arch, arch.groups, make_batches("d", ids_BT, held_out=False))
+    cut(decoder_layers(model, arch)[1], arch.select(("ffn",))[1], torch.arange(40), 112)
+    scores = taylor_scores(model, arch, arch.select(("ffn",)), make_batches("d", ids_BT, held_out=False))
     assert {key[0]: len(score) for key, score in scores.items()} == {0: 112, 1: 40, 2: 112}
 
 
 def test_bfloat16_gradients_are_summed_in_float32():
     model, ids_BT = tiny_llama(), tiny_ids(batch=64)
     arch = bind(model)
-    expected = taylor_scores(model, arch, arch.groups, make_batches("d", ids_BT, held_out=False))
+    expected = taylor_scores(model, arch, arch.select(("ffn",)), make_batches("d", ids_BT, held_out=False))
     batches = make_batches("d", ids_BT, held_out=False, batch_tokens=16)
-    found = taylor_scores(model.to(torch.bfloat16), arch, arch.groups, batches)
+    found = taylor_scores(model.to(torch.bfloat16), arch, arch.select(("ffn",)), batches)
     for key, score in found.items():
         assert score.dtype == torch.float32
         assert float((score / expected[key] - 1).abs().mean()) < 0.05
@@ -137,10 +137,10 @@ def test_not_finite_is_an_error_that_says_where():
     weight = model.model.layers[1].mlp.up_proj.weight
     handle = weight.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(NumericsError, match=r"layer 1, mlp\.up_proj: the gradient"):
-        taylor_scores(model, arch, arch.groups, batches)
+        taylor_scores(model, arch, arch.select(("ffn",)), batches)
     handle.remove()
     assert all(parameter.requires_grad for parameter in model.parameters())
     with torch.no_grad():
         weight[3, 3] = torch.nan
     with pytest.raises(NumericsError, match="domain legal: the loss is nan"):
-        taylor_scores(model, arch, arch.groups, batches)
+        taylor_scores(model, arch, arch.select(("ffn",)), batches)

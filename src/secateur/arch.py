@@ -1,14 +1,17 @@
 """Architectures as data: one YAML file per family in `archs/`, bound to a model's real modules.
 
 In: a model (real, or on the meta device). Out: an `Arch`, whose groups say which rows and columns go when a unit goes.
-A tensor axis is a row of segments; in each segment unit i owns `w` consecutive rows. Nothing is guessed by attribute
-name: a module that the spec names and the model lacks, or a size that disagrees, is an ArchError.
+A tensor axis is a row of segments; in each segment unit i owns `w` consecutive rows. In the YAML a width is a number,
+`kv` (head_dim), `q` (head_dim x query heads per KV head), or `kv x NAME`: as many segments of one head as the config's
+NAME says. Nothing is guessed by attribute name: a module that the spec names and the model lacks, or a size that
+disagrees, is an ArchError.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import combinations
 from typing import Any
 
 import yaml
@@ -18,6 +21,7 @@ from torch import nn
 from secateur.errors import ArchError, nearest
 
 Segments = tuple[int, ...]
+SegmentSpecs = tuple[int | str, ...]
 
 
 class GroupSpec(BaseModel):
@@ -26,9 +30,11 @@ class GroupSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     unit: str
-    num_units: str  # the config key that holds the number of units
-    writers: dict[str, Segments] = Field(min_length=1)
-    reader: dict[str, Segments] = Field(min_length=1, max_length=1)
+    num_units: str  # the config key that holds the number of units, or "KEY / KEY"
+    writers: dict[str, SegmentSpecs] = Field(min_length=1)
+    reader: dict[str, SegmentSpecs] = Field(min_length=1, max_length=1)
+    # The attribute of a module that holds the number of units, where a half-cut model needs it to run.
+    count: str | None = None
     bias_switch: dict[str, tuple[str, ...]] = Field(default={}, max_length=1)
 
 
@@ -62,7 +68,10 @@ class BiasSwitch:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One layer's group, bound to real modules. `params_per_unit` counts weights and biases of writers and reader."""
+    """One layer's group, bound to real modules. `params_per_unit` counts weights and biases of writers and reader.
+
+    `count`: the module attribute, dotted from the layer, that holds the number of units; None where none does.
+    """
 
     layer: int
     name: str
@@ -71,8 +80,13 @@ class Group:
     params_per_unit: int
     writers: tuple[Axis, ...]
     reader: Axis
-    config_key: str
+    count: str | None
     bias_switch: BiasSwitch | None
+
+    @property
+    def width(self) -> int:
+        """Reader columns of one unit."""
+        return sum(self.reader.segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +109,12 @@ class Arch:
                     f"groups: family {self.family} has no group '{name}'; it has {', '.join(sorted(known))}; "
                     f"did you mean '{nearest(name, known)}'?"
                 )
-        return tuple(group for group in self.groups if group.name in names)
+        chosen = tuple(group for group in self.groups if group.name in names)
+        for name, other in combinations(names, 2):
+            first, second = (next(group for group in chosen if group.name == n) for n in (name, other))
+            if first.reader.module == second.reader.module:
+                raise ArchError(f"groups: {name} and {other} cut the same {first.reader.module}; choose one of them.")
+        return chosen
 
 
 @cache
@@ -133,9 +152,10 @@ def bind(model: nn.Module) -> Arch:
     for name in (spec.backbone, spec.head):
         _submodule(model, name, family)
     groups = [
-        _bind_group(layer, index, name, group, config, family)
-        for index, layer in enumerate(layers.children())
+        _bind_group(layer, index, name, group, layer_config, family)
+        for index, (layer, layer_config) in enumerate(zip(layers.children(), _layer_configs(config), strict=True))
         for name, group in spec.groups.items()
+        if not _is_skipped(layer, group)
     ]
     return Arch(family, spec.backbone, spec.layers, spec.head, tuple(groups), len(list(layers.children())))
 
@@ -152,16 +172,27 @@ def decoder_layers(model: nn.Module, arch: Arch) -> list[nn.Module]:
     return list(model.get_submodule(arch.layers).children())
 
 
+def _layer_configs(config: Any) -> list[Any]:
+    """Return each layer's own config: of a model with per-layer widths they differ."""
+    per_layer = getattr(config, "per_layer_config", None)
+    return [config] * config.num_hidden_layers if per_layer is None else list(per_layer)
+
+
+def _is_skipped(layer: nn.Module, group: GroupSpec) -> bool:
+    """Say whether the layer has nothing in the group's place: a skipped sublayer is a module without parameters."""
+    sublayer = getattr(layer, next(iter(group.reader)).partition(".")[0], None)
+    return isinstance(sublayer, nn.Module) and next(sublayer.parameters(), None) is None
+
+
 def _bind_group(layer: nn.Module, index: int, name: str, spec: GroupSpec, config: object, family: str) -> Group:
     where = f"layer {index}, group {name}"
-    num_units = getattr(config, spec.num_units, None)
-    if not isinstance(num_units, int):
-        raise ArchError(f"{where}: config has no number '{spec.num_units}', which family {family} needs.")
-    params_per_unit = 0
-    for module, segments, is_writer in _axes(spec):
+    num_units = _num_units(spec.num_units, config, where, family)
+    params_per_unit, axes = 0, []
+    for module, segment_specs, is_writer in _axes(spec):
         found = _submodule(layer, module, family)
         if not isinstance(found, nn.Linear):
             raise ArchError(f"{where}: {module} is a {type(found).__name__}, but family {family} cuts nn.Linear.")
+        segments = _segments(segment_specs, config)
         size = found.out_features if is_writer else found.in_features
         rows_per_unit = sum(segments)
         if size != rows_per_unit * num_units:
@@ -171,15 +202,41 @@ def _bind_group(layer: nn.Module, index: int, name: str, spec: GroupSpec, config
             )
         across = found.in_features + (found.bias is not None) if is_writer else found.out_features
         params_per_unit += rows_per_unit * across
+        axes.append(Axis(module, segments))
     for module in (module for modules in spec.bias_switch.values() for module in modules):
         _submodule(layer, module, family)
-    (reader,) = (Axis(*item) for item in spec.reader.items())
-    writers = tuple(Axis(*item) for item in spec.writers.items())
     switch = next((BiasSwitch(*item) for item in spec.bias_switch.items()), None)
-    return Group(index, name, spec.unit, num_units, params_per_unit, writers, reader, spec.num_units, switch)
+    return Group(index, name, spec.unit, num_units, params_per_unit, tuple(axes[:-1]), axes[-1], spec.count, switch)
 
 
-def _axes(spec: GroupSpec) -> Iterator[tuple[str, Segments, bool]]:
+def _num_units(key: str, config: object, where: str, family: str) -> int:
+    numbers = []
+    for name in key.split(" / "):
+        number = getattr(config, name, None)
+        if not isinstance(number, int):
+            raise ArchError(f"{where}: config has no number '{name}', which family {family} needs.")
+        numbers.append(number)
+    return numbers[0] if len(numbers) == 1 else numbers[0] // numbers[1]
+
+
+def _segments(specs: SegmentSpecs, config: Any) -> Segments:
+    segments: list[int] = []
+    for spec in specs:
+        if isinstance(spec, int):
+            segments.append(spec)
+            continue
+        width, _, repeat = spec.partition(" x ")
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        rows = {"kv": head, "q": head * (config.num_attention_heads // config.num_key_value_heads)}
+        if width not in rows or (repeat and not hasattr(config, repeat)):
+            raise ArchError(
+                f"spec: segment '{spec}' is no number, 'kv', 'q', or one of these with ' x ' and a config key."
+            )
+        segments += [rows[width]] * (getattr(config, repeat) if repeat else 1)
+    return tuple(segments)
+
+
+def _axes(spec: GroupSpec) -> Iterator[tuple[str, SegmentSpecs, bool]]:
     yield from ((module, segments, True) for module, segments in spec.writers.items())
     yield from ((module, segments, False) for module, segments in spec.reader.items())
 

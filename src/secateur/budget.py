@@ -31,38 +31,59 @@ class Plan:
 
 def default_align(groups: tuple[Group, ...]) -> int:
     """Return the alignment of widths where the recipe names none."""
-    return ALIGN_LARGE if min(group.num_units for group in groups) >= LARGE_WIDTH else ALIGN_SMALL
+    narrow = [group.num_units for group in groups if group.width == 1]
+    return ALIGN_LARGE if min(narrow, default=0) >= LARGE_WIDTH else ALIGN_SMALL
+
+
+def align_of(group: Group, align: int) -> int:
+    """Return the step of a group's counts: `align` for units of one reader column, 1 for heads."""
+    return align if group.width == 1 else 1
 
 
 def uniform_plan(groups: tuple[Group, ...], num_params: int, remove: float, align: int) -> Plan:
     """Keep the same share of every group so that `remove` of all `num_params` parameters goes.
 
-    The share taken from each group is remove * num_params / sum(units * params_per_unit); the width is the multiple of
-    `align` nearest to what that leaves, so the target is met within half an aligned unit per group.
+    The share taken is remove * num_params / sum(units * params_per_unit); counts are the nearest multiples
+    of their step. Kinds of group with large steps (heads) come first and those with small ones make up for their
+    rounding, so the target is met within half a step of the last kind per group.
 
     Raises RecipeError if the groups do not hold enough parameters, saying the largest possible `remove`; or if not even
-    one aligned unit would go, saying the smallest.
+    one step would go, saying the smallest.
     """
-    prunable = sum(group.num_units * group.params_per_unit for group in groups)
-    keep_fraction = 1 - remove * num_params / prunable
-    num_keep = {
-        (group.layer, group.name): min(align * round(group.num_units * keep_fraction / align), group.num_units)
-        for group in groups
-    }
-    largest = _removed(groups, {key: align for key in num_keep}) / num_params
-    if min(num_keep.values()) < align:
+    steps = {group.name: align_of(group, align) * group.params_per_unit for group in groups}
+    names = sorted(steps, key=lambda name: (-steps[name], name))
+    num_keep: dict[GroupKey, int] = {}
+    missing = remove * num_params
+    for position, name in enumerate(names):
+        left = [group for group in groups if group.name in names[position:]]
+        keep_share = 1 - missing / sum(group.num_units * group.params_per_unit for group in left)
+        members = tuple(group for group in left if group.name == name)
+        is_last = position == len(names) - 1
+        num_keep |= {
+            (g.layer, name): _nearest(g, keep_share, align_of(g, align), at_least=not is_last) for g in members
+        }
+        missing -= _removed(members, num_keep)
+    largest = largest_remove(groups, num_params, align)
+    if any(num_keep[group.layer, group.name] < align_of(group, align) for group in groups):
+        left_in = " and ".join(f"{align_of(g, align)} {g.unit}s" for g in {g.name: g for g in groups}.values())
         raise RecipeError(
             f"remove: {remove:g} of all {num_params:,} parameters is out of reach; the recipe's groups allow at "
-            f"most {_round_down(largest)} with {align} units (align) left in each; ask for less or lower align."
+            f"most {_round_down(largest)} with {left_in} (align) left in each; ask for less or lower align."
         )
     plan = Plan(num_keep, num_params, num_params - _removed(groups, num_keep))
     if plan.num_params_after == num_params:
-        smallest = math.ceil(1e4 * sum(align * group.params_per_unit for group in groups) / num_params / 2) / 1e4
+        step = sum(steps[names[-1]] for group in groups if group.name == names[-1])
+        smallest = math.ceil(1e4 * step / num_params / 2) / 1e4
         raise RecipeError(
             f"remove: {remove:g} of all {num_params:,} parameters is less than half an aligned unit per layer, so "
             f"nothing would go; ask for at least {smallest:.4f} or set align below {align}."
         )
     return plan
+
+
+def largest_remove(groups: tuple[Group, ...], num_params: int, align: int) -> float:
+    """Return the share of all parameters that goes when every group keeps one step."""
+    return _removed(groups, {(group.layer, group.name): align_of(group, align) for group in groups}) / num_params
 
 
 def round_plans(groups: tuple[Group, ...], plan: Plan, rounds: int, align: int) -> list[Plan]:
@@ -71,11 +92,16 @@ def round_plans(groups: tuple[Group, ...], plan: Plan, rounds: int, align: int) 
     for done in range(1, rounds):
         num_keep = {}
         for group in groups:
-            target = plan.num_keep[group.layer, group.name]
+            target, step = plan.num_keep[group.layer, group.name], align_of(group, align)
             width = group.num_units - (group.num_units - target) * done / rounds
-            num_keep[group.layer, group.name] = max(min(align * round(width / align), group.num_units), target)
+            num_keep[group.layer, group.name] = max(min(step * round(width / step), group.num_units), target)
         plans.append(Plan(num_keep, plan.num_params_before, plan.num_params_before - _removed(groups, num_keep)))
     return [*plans, plan]
+
+
+def _nearest(group: Group, keep_share: float, step: int, *, at_least: bool) -> int:
+    nearest = min(step * round(group.num_units * keep_share / step), group.num_units)
+    return max(nearest, min(step, group.num_units)) if at_least else nearest
 
 
 def _removed(groups: tuple[Group, ...], num_keep: dict[GroupKey, int]) -> int:

@@ -23,6 +23,15 @@ def rows_of(keep: Int64[Tensor, " K"], segments: Segments, num_units: int) -> In
     return torch.cat(parts)
 
 
+def unit_columns(segments: Segments, num_units: int, device: torch.device) -> Int64[Tensor, "U w"]:
+    """Return the rows (of a reader: columns) that each unit owns, a row of the result per unit."""
+    parts, start = [], 0
+    for width in segments:
+        parts.append(start + torch.arange(num_units * width, device=device).view(num_units, width))
+        start += width * num_units
+    return torch.cat(parts, dim=1)
+
+
 @torch.no_grad()
 def cut(
     layer: nn.Module,
@@ -44,6 +53,9 @@ def cut(
     kept = reader.weight[:, columns] if reader_weight is None else reader_weight.to(reader.weight)
     reader.weight = _parameter(kept, reader.weight)
     reader.in_features = len(columns)
+    if group.count is not None:
+        module, _, attribute = group.count.rpartition(".")
+        setattr(layer.get_submodule(module), attribute, len(keep))
     if reader_bias is not None:
         assert reader.bias is not None
         reader.bias.add_(reader_bias.to(reader.bias))

@@ -137,7 +137,7 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
         if batch.held_out:
             held_out.setdefault(batch.domain, []).append((x_TF, added_TD))
         else:
-            gram.add_product(x_TF.float(), x_TF.dtype)
+            gram.add_product(x_TF)
             cross_FD += x_TF.float().T @ added_TD
     change_FD = _solve(damped_gram(gram, damping), cross_FD, layer)
     # The guard judges what will be stored, rounding included.

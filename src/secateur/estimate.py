@@ -38,7 +38,7 @@ def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_pe
     recipe = resolved.recipe
     assert recipe.calibration.num_tokens is not None
     num_tokens = round(recipe.calibration.num_tokens * HELD_OUT_FACTOR)
-    widest = max(group.num_units * sum(group.reader.segments) for group in resolved.groups)
+    widest = max(group.num_units * group.width for group in resolved.groups)
     has_gram = recipe.score in NEED_GRAM or recipe.compensate == "least_squares"
     square = widest * widest if has_gram else 0
     held_out = (num_tokens - recipe.calibration.num_tokens) * widest * bytes_per_param

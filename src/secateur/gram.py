@@ -56,7 +56,7 @@ class Gram:
     def part(
         self, rows_R: Int64[Tensor, " R"], columns_C: Int64[Tensor, " C"], dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "R C"]:
-        """Return a new matrix of these rows and columns (both sorted), mirrored where the triangle has the other half."""
+        """Return a new matrix of these rows and columns (both sorted), mirrored where the other half is stored."""
         result_RC = torch.empty(len(rows_R), len(columns_C), dtype=dtype, device=self.device)
         row_bounds, column_bounds = (self._bounds(index) for index in (rows_R, columns_C))
         for b, (start, block) in enumerate(zip(self.starts, self.blocks, strict=True)):

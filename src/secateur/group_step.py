@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.arch import Group, linear
 from secateur.compensate import Guard, guard, held_out_error, least_squares, mean_shift
-from secateur.cut import cut, rows_of
+from secateur.cut import cut, rows_of, unit_columns
 from secateur.measure import Measurement, measure
 from secateur.memory import release_freed
 from secateur.obs import greedy_obs
@@ -56,16 +56,17 @@ def prune_group(
     """Measure, select, compensate and cut one group; return the kept indices and the log line."""
     layer = walk.layers[group.layer]
     reader = linear(layer, group.reader.module)
-    num_units = reader.in_features // sum(group.reader.segments)
+    num_units = reader.in_features // group.width
     gram = recipe.score in NEED_GRAM or recipe.compensate == "least_squares"
     measured = measure(walk, group, recipe.domain_weighting, shares, gram=gram)
     release_freed()
     selection = _select(layer, group, measured, num_keep, recipe, seed)
     release_freed()
-    repair = _repair(reader, measured, selection.keep, recipe)
+    columns = rows_of(selection.keep, group.reader.segments, num_units)
+    repair = _repair(reader, measured, columns, recipe)
     release_freed()
     if originals is not None:
-        originals.narrow(layer, group, rows_of(selection.keep, group.reader.segments, num_units))
+        originals.narrow(layer, group, columns)
     cut(layer, group, selection.keep, num_units, repair.weight_HS, repair.bias_H)
     return selection.keep, _log_line(group, num_units, measured, selection, repair)
 
@@ -74,35 +75,38 @@ def _select(
     layer: nn.Module, group: Group, measured: Measurement, num_keep: int, recipe: Recipe, seed: int
 ) -> Selection:
     weight_HF = linear(layer, group.reader.module).weight
-    if num_keep == weight_HF.shape[1]:
+    num_units = weight_HF.shape[1] // group.width
+    if num_keep == num_units:
         return Selection(torch.arange(num_keep, device=weight_HF.device), weight_HF.new_zeros(0))
+    columns_UW = unit_columns(group.reader.segments, num_units, weight_HF.device)
     if recipe.score == "obs":
         assert measured.pooled.gram is not None
         hessian = damped_gram(measured.pooled.gram, recipe.damping)
-        found = greedy_obs(weight_HF, hessian, num_keep, recipe.obs_batch)
-        return Selection(found.keep, found.scores_F)
-    inputs = ScoreInputs(weight_HF.float(), _writer_squares(layer, group), measured.pooled, recipe.damping, seed)
+        found = greedy_obs(weight_HF, hessian, columns_UW, num_keep, max(1, recipe.obs_batch // group.width))
+        return Selection(found.keep, found.scores_U)
+    squares_U = _writer_squares(layer, group, num_units)
+    inputs = ScoreInputs(weight_HF.float(), squares_U, measured.pooled, columns_UW, recipe.damping, seed)
     scores = SCORES[recipe.score](inputs)
     return Selection(keep_highest(scores, num_keep), scores)
 
 
-def _repair(reader: nn.Linear, measured: Measurement, keep: Int64[Tensor, " S"], recipe: Recipe) -> Repair:
-    if len(keep) == reader.in_features:
+def _repair(reader: nn.Linear, measured: Measurement, columns: Int64[Tensor, " S"], recipe: Recipe) -> Repair:
+    if len(columns) == reader.in_features:
         return Repair()
     weight_HF, dtype = reader.weight.float(), reader.weight.dtype
     if recipe.compensate in ("bias", "none"):
-        old_HS = weight_HF[:, keep]
+        old_HS = weight_HF[:, columns]
         if recipe.compensate == "none":
-            return Repair(guard=_judge(weight_HF, keep, measured.held_out_TF, old_HS, old_HS, None))
-        shift_H = mean_shift(weight_HF, measured.pooled.mean_F, keep).to(dtype).float()
-        judged = _judge(weight_HF, keep, measured.held_out_TF, old_HS, old_HS, shift_H)
+            return Repair(guard=_judge(weight_HF, columns, measured.held_out_TF, old_HS, old_HS, None))
+        shift_H = mean_shift(weight_HF, measured.pooled.mean_F, columns).to(dtype).float()
+        judged = _judge(weight_HF, columns, measured.held_out_TF, old_HS, old_HS, shift_H)
         return Repair(bias_H=judged.step * shift_H, guard=judged)
     assert measured.pooled.gram is not None
-    fit = least_squares(weight_HF, measured.pooled.gram, keep, recipe.damping)
+    fit = least_squares(weight_HF, measured.pooled.gram, columns, recipe.damping)
     release_freed()
     # The guard judges what will be stored, rounding included.
-    old_HS, new_HS = weight_HF[:, keep], fit.weight_HS.copy_(fit.weight_HS.to(dtype))
-    judged = _judge(weight_HF, keep, measured.held_out_TF, old_HS, new_HS, None)
+    old_HS, new_HS = weight_HF[:, columns], fit.weight_HS.copy_(fit.weight_HS.to(dtype))
+    judged = _judge(weight_HF, columns, measured.held_out_TF, old_HS, new_HS, None)
     if judged.step == 0:
         return Repair(guard=judged, damping=fit.damping, condition=fit.condition)
     stored_HS = new_HS if judged.step == 1 else old_HS + judged.step * (new_HS - old_HS)
@@ -111,28 +115,34 @@ def _repair(reader: nn.Linear, measured: Measurement, keep: Int64[Tensor, " S"],
 
 def _judge(
     weight_HF: Float[Tensor, "H F"],
-    keep: Int64[Tensor, " S"],
+    columns: Int64[Tensor, " S"],
     held_out_TF: dict[str, Tensor],
     old_HS: Float[Tensor, "H S"],
     new_HS: Float[Tensor, "H S"],
     shift_H: Float[Tensor, " H"] | None,
 ) -> Guard:
     is_gone = torch.ones(weight_HF.shape[1], dtype=torch.bool, device=weight_HF.device)
-    is_gone[keep] = False
+    is_gone[columns] = False
     gone = is_gone.nonzero().flatten()
     gone_HC = weight_HF[:, gone]
     change_SH, errors = (new_HS - old_HS).T, {}
     for name, x_TF in held_out_TF.items():
         x_TF = x_TF.float()
-        given_TH = x_TF[:, keep] @ change_SH
+        given_TH = x_TF[:, columns] @ change_SH
         energy = float(torch.linalg.vector_norm(x_TF @ weight_HF.T).square())
-        errors[name] = held_out_error(x_TF[:, gone] @ gone_HC.T, given_TH if shift_H is None else given_TH + shift_H, energy)
+        errors[name] = held_out_error(
+            x_TF[:, gone] @ gone_HC.T, given_TH if shift_H is None else given_TH + shift_H, energy
+        )
     return guard(errors)
 
 
-def _writer_squares(layer: nn.Module, group: Group) -> Float[Tensor, " F"]:
-    squares = [linear(layer, axis.module).weight.float().square().sum(dim=1) for axis in group.writers]
-    return torch.stack(squares).sum(dim=0)
+def _writer_squares(layer: nn.Module, group: Group, num_units: int) -> Float[Tensor, " U"]:
+    total = 0
+    for axis in group.writers:
+        weight = linear(layer, axis.module).weight.float()
+        total = total + weight.square().sum(dim=1)[unit_columns(axis.segments, num_units, weight.device)].sum(dim=1)
+    assert isinstance(total, Tensor)
+    return total
 
 
 def _log_line(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.arch import Group, bind
+from secateur.budget import largest_remove
 from secateur.checkpoint import meta_model, open_checkpoint
 from secateur.estimate import MemoryEstimate, estimate_memory
 from secateur.recipe import Recipe
@@ -68,7 +69,6 @@ def inspect(model: str | Path, recipe: Recipe | None = None) -> Inspection:
     for name in recipe.groups:
         members = [group for group in resolved.groups if group.name == name]
         facts.append(_facts(members, plan.num_keep[members[0].layer, name]))
-    least = sum((g.num_units - resolved.recipe.align) * g.params_per_unit for g in resolved.groups)
     return Inspection(
         model=checkpoint.reference,
         family=arch.family,
@@ -77,7 +77,7 @@ def inspect(model: str | Path, recipe: Recipe | None = None) -> Inspection:
         groups=tuple(facts),
         remove_asked=recipe.remove,
         remove_reached=plan.removed_fraction,
-        largest_remove=least / size.num_params,
+        largest_remove=largest_remove(resolved.groups, size.num_params, resolved.recipe.align),
         align=resolved.recipe.align,
         num_params_after=plan.num_params_after,
         num_bytes_after=plan.num_params_after * bytes_per_param,

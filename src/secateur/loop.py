@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from secateur.arch import Arch, decoder_layers, linear
+from secateur.arch import Arch, decoder_layers
 from secateur.budget import GroupKey, Plan
 from secateur.calibration import CalibrationSet
 from secateur.cut import add_zero_biases
 from secateur.group_step import prune_group
 from secateur.memory import peak_bytes, release_freed
 from secateur.original_readers import OriginalReaders
+from secateur.per_layer import record_widths
 from secateur.progress import Progress, silent
 from secateur.resolve import Resolved
 from secateur.walk import Batch, Walk, make_batches
@@ -30,7 +32,7 @@ Keeps = dict[GroupKey, Tensor]
 class Run:
     """Everything the loop works on. `originals` keeps uncompensated readers, where they are to be compared with."""
 
-    model: nn.Module
+    model: PreTrainedModel
     arch: Arch
     resolved: Resolved
     calibration: CalibrationSet
@@ -82,9 +84,8 @@ def _batches(run: Run) -> list[Batch]:
 
 def _update_config(run: Run) -> None:
     """Derive the config from the tensors, never from the intent."""
-    layers = decoder_layers(run.model, run.arch)
-    for group in run.resolved.groups:
-        width = linear(layers[group.layer], group.reader.module).in_features // sum(group.reader.segments)
-        setattr(run.model.config, group.config_key, width)
-        if run.resolved.recipe.compensate == "bias" and group.bias_switch is not None:
+    if run.resolved.recipe.compensate == "bias":
+        for group in run.resolved.groups:
+            assert group.bias_switch is not None
             setattr(run.model.config, group.bias_switch.config_key, True)
+    record_widths(run.model, run.arch)

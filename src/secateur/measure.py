@@ -1,10 +1,11 @@
 """Measure one group: run its layer over all batches and gather the reader's input statistics, domain by domain.
 
 In: the walk standing before the layer. Out: statistics pooled over domains, and the held-out inputs themselves, which
-are fewer numbers than their Gram matrices would be and give exact held-out errors.
+are fewer numbers than their Gram matrices would be and give exact held-out errors. A domain's own statistics are kept
+only for the weightings that look at it by itself.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +13,21 @@ from torch import Tensor, nn
 from secateur.arch import Group, linear
 from secateur.errors import NumericsError
 from secateur.memory import release_freed
-from secateur.stats import Statistics, domain_weight
+from secateur.stats import BY_DOMAIN, Statistics, domain_weight
 from secateur.walk import Batch, Walk
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """`pooled`: statistics weighted over domains. `energy`: sum |y|^2 by domain. `held_out_TF`: inputs by domain."""
+    """`pooled`: statistics weighted over domains. `energy`: sum |y|^2 by domain. `held_out_TF`: inputs by domain.
+
+    `by_domain`: each domain's own statistics, for the weightings of `stats.BY_DOMAIN` alone.
+    """
 
     pooled: Statistics
     energy: dict[str, float]
     held_out_TF: dict[str, Tensor]
+    by_domain: dict[str, Statistics] = field(default_factory=dict)
 
 
 class _Gatherer:
@@ -30,12 +35,15 @@ class _Gatherer:
 
     def __init__(self, group: Group, reader: nn.Linear, weighting: str, shares: dict[str, float], gram: bool) -> None:
         self.group, self.reader, self.weighting, self.shares = group, reader, weighting, shares
-        size, device = reader.in_features, reader.weight.device
-        self.pooled = Statistics.empty(size, device, gram=gram)
-        self.current = Statistics.empty(size, device, gram=gram)
+        self.gram = gram or weighting in BY_DOMAIN
+        self.pooled, self.current = self.empty(), self.empty()
         self.domain = ""
         self.energy: dict[str, float] = {}
         self.held_out: dict[str, list[Tensor]] = {}
+        self.by_domain: dict[str, Statistics] = {}
+
+    def empty(self) -> Statistics:
+        return Statistics.empty(self.reader.in_features, self.reader.weight.device, gram=self.gram)
 
     def add(self, batch: Batch, x: Tensor, y: Tensor) -> None:
         x_TF, y_TH = x.flatten(0, -2), y.flatten(0, -2)
@@ -57,14 +65,17 @@ class _Gatherer:
             weight = domain_weight(self.weighting, self.shares[self.domain], self.current)
             self.energy[self.domain] = float(self.current.energy)
             self.pooled.merge(self.current, weight)
-            self.current.clear()
+            if self.weighting in BY_DOMAIN:
+                self.by_domain[self.domain], self.current = self.current, self.empty()
+            else:
+                self.current.clear()
             release_freed()
 
     def finish(self) -> Measurement:
         self.fold()
         # Popped one by one, so that pieces and whole stand together for one domain at a time.
         held_out = {name: torch.cat(self.held_out.pop(name)) for name in list(self.held_out)}
-        return Measurement(self.pooled, self.energy, held_out)
+        return Measurement(self.pooled, self.energy, held_out, self.by_domain)
 
 
 @torch.no_grad()

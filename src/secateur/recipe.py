@@ -16,7 +16,7 @@ from secateur.errors import RecipeError, nearest
 InstalledDomain = Literal["code", "technical", "mathematics", "science", "readme", "legal", "dialogue"]
 ScoreName = Literal["random", "magnitude", "wanda", "flap", "obs"]
 CompensateName = Literal["none", "bias", "least_squares"]
-WeightingName = Literal["tokens", "energy"]
+WeightingName = Literal["tokens", "energy", "minimax", "cvar"]
 
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 DEFAULT_DOMAINS: tuple[InstalledDomain, ...] = ("code", "technical", "mathematics", "science", "readme")
@@ -34,12 +34,14 @@ class Domain(Strict):
     installed: text that installed Python packages carry.
     files: local .txt .jsonl .json .csv .parquet files (each also with .gz), relative to the working directory.
     dataset: a `datasets` hub id, with `config` and `split`.
+    sampled: text that the dense model itself writes, token by token, before it is pruned.
     column: the text column of structured files; a `messages` column goes through the tokenizer's chat template.
     """
 
     installed: InstalledDomain | None = None
     files: tuple[str, ...] | None = None
     dataset: str | None = None
+    sampled: bool = False
     config: str | None = None
     split: str = "train"
     column: str = "text"
@@ -52,21 +54,25 @@ class Domain(Strict):
 
     @model_validator(mode="after")
     def _exactly_one_source(self) -> "Domain":
-        given = [name for name in ("installed", "files", "dataset") if getattr(self, name)]
+        given = [name for name in ("installed", "files", "dataset", "sampled") if getattr(self, name)]
         if len(given) != 1:
             got = " and ".join(given) if given else "none"
-            raise ValueError(f"needs exactly one of installed, files, dataset; got {got}")
+            raise ValueError(f"needs exactly one of installed, files, dataset, sampled; got {got}")
         return self
 
 
 class Calibration(Strict):
-    """What text the model is measured on. `num_tokens` counts all domains together, without the held-out tenth."""
+    """What text the model is measured on. `num_tokens` counts all domains together, without the held-out tenth.
+
+    rotate: every round measures on `num_tokens` fresh ones; the held-out text stays the same.
+    """
 
     domains: Annotated[dict[str, Domain], Field(min_length=1)] = {
         name: Domain(installed=name) for name in DEFAULT_DOMAINS
     }
     num_tokens: Annotated[int, Field(gt=0)] | None = None
     sequence_length: Annotated[int, Field(ge=8)] | None = None
+    rotate: bool = False
 
 
 class Recipe(Strict):

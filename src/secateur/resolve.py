@@ -48,7 +48,7 @@ def resolve(recipe: Recipe, arch: Arch, config: Any, num_params: int) -> Resolve
             f"{longest}."
         )
     align = recipe.align or default_align(groups)
-    widest = max(group.num_units for group in groups)
+    widest = max(group.num_units * group.width for group in groups)
     num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
     damping, warnings = _damping(recipe, num_tokens, widest)
     calibration = recipe.calibration.model_copy(update={"num_tokens": num_tokens, "sequence_length": length})

@@ -1,9 +1,9 @@
 """Scores: how important each unit is. Higher score = keep, always.
 
-In: the reader's weight, its input statistics pooled over domains, the squared norm of each unit's writer rows.
-Out: one number per unit. One function per score; units one reader column wide (wider ones need block formulae).
+In: the reader's weight, its input statistics pooled over domains, which reader columns each unit owns, the squared norm
+of its writer rows. Out: one number per unit. One function per score.
 
-Letters: H reader outputs, F units.
+Letters: H reader outputs, F reader columns, U units, w columns of one unit.
 """
 
 from collections.abc import Callable
@@ -22,50 +22,70 @@ class ScoreInputs:
     """What the scores may look at. `seed` feeds `random` alone and differs by layer and round."""
 
     reader_HF: Tensor
-    writer_squares_F: Tensor
+    writer_squares_U: Tensor
     statistics: Statistics
+    columns_UW: Tensor
     damping: float
     seed: int
 
 
-def random(inputs: ScoreInputs) -> Float[Tensor, " F"]:
+def random(inputs: ScoreInputs) -> Float[Tensor, " U"]:
     """Uniform random numbers: the floor that every other score must beat."""
     generator = torch.Generator().manual_seed(inputs.seed)
-    return torch.rand(inputs.reader_HF.shape[1], generator=generator).to(inputs.reader_HF.device)
+    return torch.rand(len(inputs.columns_UW), generator=generator).to(inputs.reader_HF.device)
 
 
-def magnitude(inputs: ScoreInputs) -> Float[Tensor, " F"]:
-    """Norm of all weights of the unit, reader column and writer rows: s_j = sqrt(|W_j|^2 + sum_writers |V_j|^2).
+def magnitude(inputs: ScoreInputs) -> Float[Tensor, " U"]:
+    """Norm of all weights of the unit, reader columns and writer rows: s_j = sqrt(|W_j|^2 + sum_writers |V_j|^2).
 
     No data. Source: the L2 group norm of Ma et al., LLM-Pruner, arXiv 2305.11627, section 3.2.
     """
-    return (inputs.reader_HF.square().sum(dim=0) + inputs.writer_squares_F).sqrt()
+    return (_summed(inputs.reader_HF.square().sum(dim=0), inputs) + inputs.writer_squares_U).sqrt()
 
 
-def wanda(inputs: ScoreInputs) -> Float[Tensor, " F"]:
-    """s_j = sum_h |W_hj| * rms(x_j), with rms over the pooled tokens.
+def wanda(inputs: ScoreInputs) -> Float[Tensor, " U"]:
+    """s_j = sum over the unit's columns of sum_h |W_hj| * rms(x_j), with rms over the pooled tokens.
 
     Source: Sun et al., arXiv 2306.11695, eq. 1, summed over a channel (Wanda-sp of An et al., arXiv 2312.11983).
     """
-    return inputs.reader_HF.abs().sum(dim=0) * inputs.statistics.mean_square_F.sqrt()
+    return _summed(inputs.reader_HF.abs().sum(dim=0) * inputs.statistics.mean_square_F.sqrt(), inputs)
 
 
-def flap(inputs: ScoreInputs) -> Float[Tensor, " F"]:
-    """s_j = var(x_j) * |W_j|^2: what a bias cannot repair when channel j goes (WIFV).
+def flap(inputs: ScoreInputs) -> Float[Tensor, " U"]:
+    """s_j = sum over the unit's columns of var(x_j) * |W_j|^2: what a bias cannot repair when unit j goes (WIFV).
 
     Source: An et al., FLAP, arXiv 2312.11983, eq. 5.
     """
-    return inputs.statistics.variance_F * inputs.reader_HF.square().sum(dim=0)
+    return _summed(inputs.statistics.variance_F * inputs.reader_HF.square().sum(dim=0), inputs)
 
 
-def obs(inputs: ScoreInputs) -> Float[Tensor, " F"]:
-    """s_j = |W_j|^2 / [H^-1]_jj: the output error left when channel j goes and the others are refitted.
+def obs(inputs: ScoreInputs) -> Float[Tensor, " U"]:
+    """Output error left when unit j goes and the others are refitted, see `removal_errors`.
 
     H is the damped Gram matrix, see `damped_gram`. Exact for one removal. Source: Hassibi and Stork, 1993, eq. 5.
     """
     assert inputs.statistics.gram is not None
     inverse = inverse_of(damped_gram(inputs.statistics.gram, inputs.damping))
-    return (inputs.reader_HF.double().square().sum(dim=0) / inverse.diagonal()).float()
+    return removal_errors(inputs.reader_HF, inverse, inputs.columns_UW).float()
+
+
+def removal_errors(
+    weight_HF: Float[Tensor, "H F"], inverse_FF: Float[Tensor, "F F"], columns_UW: Int64[Tensor, "U w"]
+) -> Float[Tensor, " U"]:
+    """Return tr(W_M ([H^-1]_MM)^-1 W_M') for the columns M of each unit; for one column |W_j|^2 / [H^-1]_jj.
+
+    Source: Hassibi and Stork 1993; the block form as in Frantar and Alistarh, OBC, arXiv 2208.11580, eq. 7.
+    """
+    if columns_UW.shape[1] == 1:
+        # The norm needs no squared copy of the weights.
+        return torch.linalg.vector_norm(weight_HF, dim=0).square() / inverse_FF.diagonal()
+    blocks_Uww = inverse_FF[columns_UW[:, :, None], columns_UW[:, None, :]]
+    weight_UwH = weight_HF.T[columns_UW].to(inverse_FF.dtype)
+    return (weight_UwH * torch.linalg.solve(blocks_Uww, weight_UwH)).sum(dim=(1, 2))
+
+
+def _summed(values_F: Float[Tensor, " F"], inputs: ScoreInputs) -> Float[Tensor, " U"]:
+    return values_F[inputs.columns_UW].sum(dim=1)
 
 
 SCORES: dict[str, Callable[[ScoreInputs], Tensor]] = {

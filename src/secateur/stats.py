@@ -14,6 +14,9 @@ from torch import Tensor
 
 from secateur.gram import Gram
 
+# Weightings that look at each domain by itself, and so need its statistics kept.
+BY_DOMAIN = frozenset({"minimax", "cvar"})
+
 
 @dataclass(slots=True)
 class Statistics:
@@ -88,8 +91,18 @@ def domain_weight(weighting: str, share: float, statistics: Statistics) -> float
 
     `tokens`: 1, raw pooling. `energy`: share_d / e_d with e_d the domain's output energy sum |y|^2, so that a loud
     domain does not decide everything; equal shares give every domain the same say. A silent domain (e_d = 0) gets 0.
+    `minimax` and `cvar` begin as `energy` does; see `domain_weights`.
     """
     if weighting == "tokens":
         return 1.0
     energy = float(statistics.energy)
     return share / energy if energy > 0 else 0.0
+
+
+def pool(by_domain: dict[str, Statistics], weights: dict[str, float]) -> Statistics:
+    """Return sum_d q_d S_d / e_d as new statistics, with q the weights and e_d the domain's output energy."""
+    first = next(iter(by_domain.values()))
+    pooled = Statistics.empty(len(first.sum_F), first.sum_F.device, gram=first.gram is not None)
+    for name, statistics in by_domain.items():
+        pooled.merge(statistics, domain_weight("energy", weights[name], statistics))
+    return pooled
