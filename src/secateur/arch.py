@@ -47,6 +47,9 @@ class ArchSpec(BaseModel):
     backbone: str
     layers: str
     head: str
+    attention: str  # within a layer
+    middle: str  # the module of a layer whose input is the residual stream between attention and MLP
+    mlp_adds_directly: bool = True  # not where its output is normalised before it joins the residual stream
     groups: dict[str, GroupSpec]
 
 
@@ -97,6 +100,9 @@ class Arch:
     backbone: str
     layers: str
     head: str
+    attention: str
+    middle: str
+    mlp_adds_directly: bool
     groups: tuple[Group, ...]
     num_layers: int
 
@@ -157,7 +163,20 @@ def bind(model: nn.Module) -> Arch:
         for name, group in spec.groups.items()
         if not _is_skipped(layer, group)
     ]
-    return Arch(family, spec.backbone, spec.layers, spec.head, tuple(groups), len(list(layers.children())))
+    for layer in layers.children():
+        _submodule(layer, spec.attention, family)
+        _submodule(layer, spec.middle, family)
+    return Arch(
+        family,
+        spec.backbone,
+        spec.layers,
+        spec.head,
+        spec.attention,
+        spec.middle,
+        spec.mlp_adds_directly,
+        tuple(groups),
+        len(list(layers.children())),
+    )
 
 
 def linear(layer: nn.Module, name: str) -> nn.Linear:

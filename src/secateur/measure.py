@@ -33,7 +33,9 @@ class Measurement:
 class _Gatherer:
     """Takes reader inputs batch by batch; folds a domain into the pooled statistics as soon as the next one begins."""
 
-    def __init__(self, group: Group, reader: nn.Linear, weighting: str, shares: dict[str, float], gram: bool) -> None:
+    def __init__(
+        self, group: Group, reader: nn.Linear, weighting: str, shares: dict[str, float], gram: bool, drift: bool
+    ) -> None:
         self.group, self.reader, self.weighting, self.shares = group, reader, weighting, shares
         self.gram = gram or weighting in BY_DOMAIN
         self.pooled, self.current = self.empty(), self.empty()
@@ -53,7 +55,7 @@ class _Gatherer:
         if batch.domain != self.domain:
             self.fold()
             self.domain = batch.domain
-        self.current.update(x_TF, y_TH if self.reader.bias is None else y_TH - self.reader.bias)
+        self.current.update(x_TF, y_TH if self.reader.bias is None else y_TH - self.reader.bias, drift_TH)
 
     def fold(self) -> None:
         if self.domain:
@@ -79,13 +81,25 @@ class _Gatherer:
 
 
 @torch.no_grad()
-def measure(walk: Walk, group: Group, weighting: str, shares: dict[str, float], *, gram: bool) -> Measurement:
+def measure(
+    walk: Walk,
+    group: Group,
+    weighting: str,
+    shares: dict[str, float],
+    *,
+    gram: bool,
+    drift: bool = False,
+    to_middle: bool = False,
+) -> Measurement:
     """Return the group's statistics on the pruned stream. The walk must stand before the group's layer.
+
+    `drift`: also those of (dense stream - pruned stream) behind the layer, whose dense stream must have moved already.
+    `to_middle`: leave the walk behind the layer's attention, see `Walk.run`.
 
     Raises NumericsError naming layer, module and domain if an input is not finite.
     """
     reader = linear(walk.layers[group.layer], group.reader.module)
-    gatherer = _Gatherer(group, reader, weighting, shares, gram)
+    gatherer = _Gatherer(group, reader, weighting, shares, gram, drift)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -93,8 +107,9 @@ def measure(walk: Walk, group: Group, weighting: str, shares: dict[str, float], 
 
     handle = reader.register_forward_hook(note)
     try:
-        for batch, _ in walk.run(group.layer):
-            gatherer.add(batch, *seen.pop())
+        for position, (batch, output) in enumerate(walk.run(group.layer, to_middle=to_middle)):
+            behind = walk.dense_BTD[position].float() - output.float() if drift else None
+            gatherer.add(batch, *seen.pop(), behind)
     finally:
         handle.remove()
     return gatherer.finish()

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.gram import Gram
+from secateur.gram import PIECE_TOKENS, Gram
 
 # Weightings that look at each domain by itself, and so need its statistics kept.
 BY_DOMAIN = frozenset({"minimax", "cvar"})
@@ -22,6 +22,7 @@ BY_DOMAIN = frozenset({"minimax", "cvar"})
 class Statistics:
     """Weighted sums over tokens: `mass` = sum w, `sum_F` = sum w x, `energy` = sum w |y|^2, `gram` = sum w x x'.
 
+    `cross_FH` = sum w x r' with r the drift that the reader is to make up for; None where nothing is.
     `gram` is None where a score needs moments alone; then `sum_squares_F` = sum w x^2 stands in for its diagonal.
     """
 
@@ -30,16 +31,20 @@ class Statistics:
     sum_squares_F: Tensor
     energy: Tensor
     gram: Gram | None
+    cross_FH: Tensor | None = None
 
     @classmethod
-    def empty(cls, num_inputs: int, device: torch.device, *, gram: bool) -> "Statistics":
-        """Return statistics of no tokens."""
+    def empty(cls, num_inputs: int, device: torch.device, *, gram: bool, num_drift_outputs: int = 0) -> "Statistics":
+        """Return statistics of no tokens. `num_drift_outputs`: the reader's outputs, where a drift will be given."""
         zeros = torch.zeros(num_inputs, device=device)
         square = Gram(num_inputs, device) if gram else None
-        return cls(0.0, zeros, zeros.clone(), torch.zeros((), device=device), square)
+        cross_FH = torch.zeros(num_inputs, num_drift_outputs, device=device) if num_drift_outputs else None
+        return cls(0.0, zeros, zeros.clone(), torch.zeros((), device=device), square, cross_FH)
 
-    def update(self, x_TF: Float[Tensor, "T F"], y_TH: Float[Tensor, "T H"]) -> None:
-        """Add one batch of reader inputs and outputs (the output without its bias)."""
+    def update(
+        self, x_TF: Float[Tensor, "T F"], y_TH: Float[Tensor, "T H"], drift_TH: Float[Tensor, "T H"] | None = None
+    ) -> None:
+        """Add one batch of reader inputs and outputs (the output without its bias), and the drift if there is one."""
         self.mass += len(x_TF)
         self.sum_F += x_TF.sum(dim=0, dtype=torch.float32)
         self.energy += torch.linalg.vector_norm(y_TH, dtype=torch.float32).square()
@@ -49,6 +54,11 @@ class Statistics:
             self.gram.add_product(x_TF)
             self.sum_squares_F.copy_(self.gram.diagonal())
 
+        if self.cross_FH is not None:
+            assert drift_TH is not None
+            for x_PF, drift_PH in zip(x_TF.split(PIECE_TOKENS), drift_TH.split(PIECE_TOKENS), strict=True):
+                self.cross_FH.addmm_(x_PF.float().T, drift_PH)
+
     def merge(self, other: "Statistics", weight: float = 1.0) -> None:
         """Add `weight` times another set of tokens; weight 1 gives what one pass over both would have given."""
         self.mass += weight * other.mass
@@ -57,6 +67,8 @@ class Statistics:
         self.energy.add_(other.energy, alpha=weight)
         if self.gram is not None and other.gram is not None:
             self.gram.merge(other.gram, weight)
+        if self.cross_FH is not None and other.cross_FH is not None:
+            self.cross_FH.add_(other.cross_FH, alpha=weight)
 
     def clear(self) -> None:
         """Forget every token, keeping the memory."""
@@ -65,6 +77,8 @@ class Statistics:
             tensor.zero_()
         if self.gram is not None:
             self.gram.clear()
+        if self.cross_FH is not None:
+            self.cross_FH.zero_()
 
     def is_finite(self) -> bool:
         """Say whether every sum is finite: a NaN or infinite input shows in the sum of squares."""

@@ -35,23 +35,52 @@ def make_batches(domain: str, ids_NT: Tensor, *, held_out: bool, batch_tokens: i
 
 
 class Walk:
-    """Holds the stream: one hidden-state tensor per batch, as it enters the current layer."""
+    """Holds the stream: one hidden-state tensor per batch, as it enters the current layer.
 
-    def __init__(self, model: nn.Module, arch: Arch, batches: list[Batch]) -> None:
-        self.batches = batches
+    With `dense`, a second stream follows the layers as they are when `advance_dense` is called, before any cut.
+    """
+
+    def __init__(self, model: nn.Module, arch: Arch, batches: list[Batch], *, dense: bool = False) -> None:
+        self.batches, self.arch = batches, arch
         self.layers = decoder_layers(model, arch)
         self._kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self.hidden_BTD = [self._embed(model.get_submodule(arch.backbone), batch.ids_BT) for batch in batches]
+        self.dense_BTD = list(self.hidden_BTD) if dense else []
+        self._in_middle = False
 
-    def run(self, index: int) -> Iterator[tuple[Batch, Tensor]]:
-        """Run layer `index` on every batch and yield (batch, the layer's output); the stream does not move."""
-        for batch, hidden in zip(self.batches, self.hidden_BTD, strict=True):
-            yield batch, self._forward(index, hidden)
+    def run(self, index: int, *, to_middle: bool = False) -> Iterator[tuple[Batch, Tensor]]:
+        """Run layer `index` on every batch and yield (batch, the layer's output).
+
+        The stream does not move; with `to_middle` it moves through the layer's attention, so that `advance` has only
+        the MLP left to do: the caller will change nothing of the attention any more.
+        """
+        assert not self._in_middle
+        entered: list[Tensor] = []
+        middle = self.layers[index].get_submodule(self.arch.middle)
+        handle = middle.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+        try:
+            for position, batch in enumerate(self.batches):
+                output = self._forward(index, self.hidden_BTD[position])
+                if to_middle:
+                    self.hidden_BTD[position] = entered[0]
+                entered.clear()
+                yield batch, output
+        finally:
+            handle.remove()
+        self._in_middle = to_middle
 
     def advance(self, index: int) -> None:
-        """Move the stream through layer `index` as it is now."""
-        for position, hidden in enumerate(self.hidden_BTD):
-            self.hidden_BTD[position] = self._forward(index, hidden)
+        """Move the stream through layer `index` as it is now, or through what `run` has left of it."""
+        attention = [self.layers[index].get_submodule(self.arch.attention)] if self._in_middle else []
+        with _forwards_replaced(attention, lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)):
+            for position, hidden in enumerate(self.hidden_BTD):
+                self.hidden_BTD[position] = self._forward(index, hidden)
+        self._in_middle = False
+
+    def advance_dense(self, index: int) -> None:
+        """Move the dense stream through layer `index`, which must be as it was before the first cut."""
+        for position, hidden in enumerate(self.dense_BTD):
+            self.dense_BTD[position] = self._forward(index, hidden)
 
     @torch.inference_mode()
     def _forward(self, index: int, hidden_BTD: Tensor) -> Tensor:
