@@ -19,14 +19,16 @@ from secateur.walk import Batch, Walk
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """`pooled`: statistics weighted over domains. `energy`: sum |y|^2 by domain. `held_out_TF`: inputs by domain.
+    """`pooled`: statistics weighted over domains. `energy`: sum |y|^2 by domain.
 
+    `held_out_TF`: the reader's inputs by domain, and `held_out_drift_TH` the drift on the same tokens, where asked.
     `by_domain`: each domain's own statistics, for the weightings of `stats.BY_DOMAIN` alone.
     """
 
     pooled: Statistics
     energy: dict[str, float]
     held_out_TF: dict[str, Tensor]
+    held_out_drift_TH: dict[str, Tensor]
     by_domain: dict[str, Statistics] = field(default_factory=dict)
 
 
@@ -38,19 +40,27 @@ class _Gatherer:
     ) -> None:
         self.group, self.reader, self.weighting, self.shares = group, reader, weighting, shares
         self.gram = gram or weighting in BY_DOMAIN
+        self.num_drift_outputs = reader.out_features if drift else 0
         self.pooled, self.current = self.empty(), self.empty()
         self.domain = ""
         self.energy: dict[str, float] = {}
         self.held_out: dict[str, list[Tensor]] = {}
+        self.held_out_drift: dict[str, list[Tensor]] = {}
         self.by_domain: dict[str, Statistics] = {}
 
     def empty(self) -> Statistics:
-        return Statistics.empty(self.reader.in_features, self.reader.weight.device, gram=self.gram)
+        device = self.reader.weight.device
+        return Statistics.empty(
+            self.reader.in_features, device, gram=self.gram, num_drift_outputs=self.num_drift_outputs
+        )
 
-    def add(self, batch: Batch, x: Tensor, y: Tensor) -> None:
+    def add(self, batch: Batch, x: Tensor, y: Tensor, drift: Tensor | None) -> None:
         x_TF, y_TH = x.flatten(0, -2), y.flatten(0, -2)
+        drift_TH = None if drift is None else drift.flatten(0, -2)
         if batch.held_out:
             self.held_out.setdefault(batch.domain, []).append(x_TF)
+            if drift_TH is not None:
+                self.held_out_drift.setdefault(batch.domain, []).append(drift_TH.to(x_TF.dtype))
             return
         if batch.domain != self.domain:
             self.fold()
@@ -76,8 +86,11 @@ class _Gatherer:
     def finish(self) -> Measurement:
         self.fold()
         # Popped one by one, so that pieces and whole stand together for one domain at a time.
-        held_out = {name: torch.cat(self.held_out.pop(name)) for name in list(self.held_out)}
-        return Measurement(self.pooled, self.energy, held_out, self.by_domain)
+        held_out, drift = (
+            {name: torch.cat(pieces.pop(name)) for name in list(pieces)}
+            for pieces in (self.held_out, self.held_out_drift)
+        )
+        return Measurement(self.pooled, self.energy, held_out, drift, self.by_domain)
 
 
 @torch.no_grad()
