@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from secateur.arch import ArchSpec, bind, find_spec, load_specs
+from secateur.arch import bind
+from secateur.arch_spec import ArchSpec, find_spec, load_specs
 from secateur.cut import rows_of
 from secateur.errors import ArchError
 from tests.models import tiny_gemma, tiny_gemma3, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3

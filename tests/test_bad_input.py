@@ -136,7 +136,10 @@ def test_bad_option(options, expected, prune):
         ({"calibration": {"domains": {"a": {"installed": "klingon"}}}}, "calibration.domains.a.installed 'klingon'"),
         ({"calibration": {"domains": {"a": {}}}}, "needs exactly one of installed, files, dataset, sampled; got none"),
         ({"score": "wnada"}, "allowed: random, magnitude, wanda, flap, obs; did you mean 'wanda'?"),
-        ({"groups": ["fnn"]}, "groups: family llama has no group 'fnn'; it has ffn; did you mean 'ffn'?"),
+        (
+            {"groups": ["fnn"]},
+            "groups: family llama has no group 'fnn'; it has ffn, kv_heads, query_heads; did you mean 'ffn'?",
+        ),
         ({"remove": float("nan")}, "above 0 and below 1, got NaN"),
         ({"align": 0}, "align: "),
         ({"max_shard_size": "big"}, "max_shard_size: must be a number and KB, MB, GB or TB, such as 5GB, got 'big'"),
