@@ -38,7 +38,7 @@ def test_more_asked_is_never_less_removed() -> None:
 
 
 def test_out_of_reach_says_the_largest_possible_and_that_works() -> None:
-    with pytest.raises(RecipeError, match=r"at most 0\.567 with 64 units") as caught:
+    with pytest.raises(RecipeError, match=r"at most 0\.567 with 64 channels") as caught:
         uniform_plan(SMOLLM, SMOLLM_PARAMS, 0.9, 64)
     assert "134,515,008" in str(caught.value)
     assert set(uniform_plan(SMOLLM, SMOLLM_PARAMS, 0.567, 64).num_keep.values()) == {64}

@@ -4,6 +4,7 @@ In: the groups, the model's total parameters (tied weights once), the share to r
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from secateur.arch import Group
@@ -62,15 +63,15 @@ def uniform_plan(groups: tuple[Group, ...], num_params: int, remove: float, alig
         num_keep |= {
             (g.layer, name): _nearest(g, keep_share, align_of(g, align), at_least=not is_last) for g in members
         }
-        missing -= _removed(members, num_keep)
+        missing -= num_params_gone(members, num_keep)
     largest = largest_remove(groups, num_params, align)
     if any(num_keep[group.layer, group.name] < align_of(group, align) for group in groups):
         left_in = " and ".join(f"{align_of(g, align)} {g.unit}s" for g in {g.name: g for g in groups}.values())
         raise RecipeError(
             f"remove: {remove:g} of all {num_params:,} parameters is out of reach; the recipe's groups allow at "
-            f"most {_round_down(largest)} with {left_in} (align) left in each; ask for less or lower align."
+            f"most {round_down(largest)} with {left_in} (align) left in each; ask for less or lower align."
         )
-    plan = Plan(num_keep, num_params, num_params - _removed(groups, num_keep))
+    plan = Plan(num_keep, num_params, num_params - num_params_gone(groups, num_keep))
     if plan.num_params_after == num_params:
         step = sum(steps[names[-1]] for group in groups if group.name == names[-1])
         smallest = math.ceil(1e4 * step / num_params / 2) / 1e4
@@ -83,7 +84,7 @@ def uniform_plan(groups: tuple[Group, ...], num_params: int, remove: float, alig
 
 def largest_remove(groups: tuple[Group, ...], num_params: int, align: int) -> float:
     """Return the share of all parameters that goes when every group keeps one step."""
-    return _removed(groups, {(group.layer, group.name): align_of(group, align) for group in groups}) / num_params
+    return num_params_gone(groups, {(group.layer, group.name): align_of(group, align) for group in groups}) / num_params
 
 
 def round_plans(groups: tuple[Group, ...], plan: Plan, rounds: int, align: int) -> list[Plan]:
@@ -95,7 +96,7 @@ def round_plans(groups: tuple[Group, ...], plan: Plan, rounds: int, align: int) 
             target, step = plan.num_keep[group.layer, group.name], align_of(group, align)
             width = group.num_units - (group.num_units - target) * done / rounds
             num_keep[group.layer, group.name] = max(min(step * round(width / step), group.num_units), target)
-        plans.append(Plan(num_keep, plan.num_params_before, plan.num_params_before - _removed(groups, num_keep)))
+        plans.append(Plan(num_keep, plan.num_params_before, plan.num_params_before - num_params_gone(groups, num_keep)))
     return [*plans, plan]
 
 
@@ -104,9 +105,11 @@ def _nearest(group: Group, keep_share: float, step: int, *, at_least: bool) -> i
     return max(nearest, min(step, group.num_units)) if at_least else nearest
 
 
-def _removed(groups: tuple[Group, ...], num_keep: dict[GroupKey, int]) -> int:
+def num_params_gone(groups: tuple[Group, ...], num_keep: Mapping[GroupKey, int]) -> int:
+    """Return the parameters that go when each group keeps that many units, counted from its full width."""
     return sum((g.num_units - min(num_keep[g.layer, g.name], g.num_units)) * g.params_per_unit for g in groups)
 
 
-def _round_down(fraction: float) -> str:
+def round_down(fraction: float) -> str:
+    """Return a share to three decimals, never more than it is: what an error may promise."""
     return f"{int(max(fraction, 0) * 1000) / 1000:.3f}"

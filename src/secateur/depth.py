@@ -22,7 +22,7 @@ from secateur.gram import Gram
 from secateur.kl import token_divergences
 from secateur.progress import Progress, silent
 from secateur.score import damped_gram
-from secateur.walk import Batch, Walk, _forwards_replaced
+from secateur.walk import Batch, Walk, forwards_replaced
 
 
 def layer_kl(model: nn.Module, arch: Arch, batches: list[Batch], removed: Collection[int] = ()) -> Float[Tensor, " L"]:
@@ -158,15 +158,15 @@ def _divergences(model: nn.Module, arch: Arch, batch: Batch, kept: list[int]) ->
             pruned.advance(index)
             pruned.hidden_BTD.insert(-1, skipping_BTD)
     head = model.get_submodule(arch.head)
-    dense_PD = _final_states(model, arch, batch, dense.hidden_BTD[0])
+    dense_PD = states_for_head(model, arch, batch, dense.hidden_BTD[0])
     for hidden_BTD in pruned.hidden_BTD[:-1]:
-        yield token_divergences(dense_PD, head, _final_states(model, arch, batch, hidden_BTD), head)[0]
+        yield token_divergences(dense_PD, head, states_for_head(model, arch, batch, hidden_BTD), head)[0]
 
 
 @torch.inference_mode()
-def _final_states(model: nn.Module, arch: Arch, batch: Batch, hidden_BTD: Tensor) -> Float[Tensor, "P D"]:
+def states_for_head(model: nn.Module, arch: Arch, batch: Batch, hidden_BTD: Tensor) -> Float[Tensor, "P D"]:
     """Return what the head reads of a stream that has left the layers: the backbone runs with them bypassed."""
-    with _forwards_replaced(decoder_layers(model, arch), lambda *_, **__: hidden_BTD):
+    with forwards_replaced(decoder_layers(model, arch), lambda *_, **__: hidden_BTD):
         final_BTD = model.get_submodule(arch.backbone)(batch.ids_BT, use_cache=False).last_hidden_state
     return final_BTD[:, :-1].flatten(0, 1)
 

@@ -72,7 +72,7 @@ class Walk:
     def advance(self, index: int) -> None:
         """Move the stream through layer `index` as it is now, or through what `run` has left of it."""
         attention = [self.layers[index].get_submodule(self.arch.attention)] if self._in_middle else []
-        with _forwards_replaced(attention, lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)):
+        with forwards_replaced(attention, lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)):
             for position, hidden in enumerate(self.hidden_BTD):
                 self.hidden_BTD[position] = self._forward(index, hidden)
         self._in_middle = False
@@ -103,16 +103,16 @@ class Walk:
             noted.append(kwargs)
             return hidden
 
-        with _forwards_replaced(self.layers, bypass):
+        with forwards_replaced(self.layers, bypass):
             backbone(ids_BT, use_cache=False)
         self._kwargs.setdefault((ids_BT.shape[0], ids_BT.shape[1]), noted)
         return entered[0]
 
 
-class _forwards_replaced:
-    """Within the context every layer's forward is `forward`; afterwards its own again."""
+class forwards_replaced:
+    """Within the context every module's forward is `forward`; afterwards its own again."""
 
-    def __init__(self, layers: list[nn.Module], forward: Callable[..., Tensor]) -> None:
+    def __init__(self, layers: list[nn.Module], forward: Callable[..., Any]) -> None:
         self.layers, self.forward = layers, forward
 
     def __enter__(self) -> None:

@@ -1,0 +1,183 @@
+"""The curve budget: widths per layer from measured error curves and KL slopes.
+
+In: each group's profile. Out: the plan of least predicted rise that removes enough. The predicted rise of a domain is
+sum over groups of slope x error(units kept): groups are taken to add up, and each to stay as steep as where its slope
+was measured. KL stands for the rise of the loss, which it equals where the dense model predicts its domain's text well.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from secateur.arch import Group
+from secateur.budget import GroupKey, Plan, num_params_gone, round_down
+from secateur.errors import RecipeError
+from secateur.knapsack import least_loss
+
+# Updates of the weights over several limited domains, and halvings of the way between them and the usual weights.
+WEIGHT_UPDATES, HALVINGS = 20, 10
+
+
+@dataclass(frozen=True, slots=True)
+class GroupProfile:
+    """What a group loses at each level. `levels`: units kept, from all of them down; `errors`: shares of output energy.
+
+    `slopes`: KL in nats per token for an error of 1, by domain.
+    """
+
+    levels: tuple[int, ...]
+    errors: tuple[float, ...]
+    slopes: dict[str, float]
+
+    def error(self, num_keep: int) -> float:
+        """Return the error at one of the levels."""
+        return self.errors[self.levels.index(num_keep)]
+
+
+Profiles = Mapping[GroupKey, GroupProfile]
+
+
+def predicted_rise(profiles: Profiles, num_keep: Mapping[GroupKey, int]) -> dict[str, float]:
+    """Return, by domain, sum over groups of slope x error, in nats per token."""
+    rise: dict[str, float] = {}
+    for key, profile in profiles.items():
+        for domain, slope in profile.slopes.items():
+            rise[domain] = rise.get(domain, 0.0) + slope * profile.error(num_keep[key])
+    return rise
+
+
+def curve_plan(
+    groups: tuple[Group, ...],
+    profiles: Profiles,
+    num_params: int,
+    remove: float,
+    *,
+    protected: Collection[int] = (),
+    min_keep: Mapping[GroupKey, int] | None = None,
+    domain_weights: Mapping[str, float] | None = None,
+    max_rise: Mapping[str, float] | None = None,
+) -> Plan:
+    """Keep what makes the predicted rise, averaged over domains by `domain_weights` (default: equal), least.
+
+    At least `remove` of all `num_params` parameters goes, counted from the groups' full widths, and where every level
+    costs something, less than one level more than that. Asking for more never predicts a lower weighted rise, unless
+    limits bind. Layers in `protected` stay whole, other groups keep at least `min_keep`. `max_rise`: the highest
+    predicted rise of some domains, in nats per token; where the least average breaks one, limited domains weigh more,
+    no more than needed.
+
+    Raises RecipeError if so much cannot go, or not within `max_rise`, saying the largest possible `remove`.
+    """
+    problem = _problem(groups, profiles, protected, min_keep or {})
+    largest = sum(max(options) for options in problem.removals) / num_params
+    if remove > largest:
+        raise RecipeError(
+            f"remove: {remove:g} of all {num_params:,} parameters is out of reach; the recipe's groups allow at most "
+            f"{round_down(largest)} with protected layers whole and the others at their smallest widths; ask for less "
+            f"or protect fewer layers."
+        )
+    domains = sorted({domain for profile in profiles.values() for domain in profile.slopes})
+    given = domain_weights or dict.fromkeys(domains, 1.0)
+    weights = {domain: given[domain] / sum(given.values()) for domain in domains}
+    limits = dict(max_rise or {})
+    num_keep = _within_limits(problem, weights, math.ceil(remove * num_params), limits)
+    if num_keep is None:
+        possible = _largest_within_limits(problem, weights, num_params, remove, limits)
+        names = ", ".join(f"{domain} {limit:g}" for domain, limit in sorted(limits.items()))
+        raise RecipeError(
+            f"remove: {remove:g} of all {num_params:,} parameters would raise a protected domain's loss by more than "
+            f"allowed ({names} nats per token); at most {possible:.3f} keeps within it; ask for less or allow more."
+        )
+    return Plan(num_keep, num_params, num_params - num_params_gone(groups, num_keep))
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """The profiles with allowed levels alone, and the parameters that go at each of them, group by group."""
+
+    profiles: dict[GroupKey, GroupProfile]
+    removals: list[list[int]]
+
+    def solve(self, weights: Mapping[str, float], target: int) -> dict[GroupKey, int]:
+        losses = []
+        for profile in self.profiles.values():
+            slope = sum(weights.get(domain, 0.0) * each for domain, each in profile.slopes.items())
+            losses.append([slope * error for error in profile.errors])
+        chosen = least_loss(self.removals, losses, target)
+        return {
+            key: profile.levels[option] for (key, profile), option in zip(self.profiles.items(), chosen, strict=True)
+        }
+
+
+def _problem(
+    groups: tuple[Group, ...], profiles: Profiles, protected: Collection[int], min_keep: Mapping[GroupKey, int]
+) -> _Problem:
+    allowed: dict[GroupKey, GroupProfile] = {}
+    removals = []
+    for group in groups:
+        key = (group.layer, group.name)
+        profile = profiles[key]
+        smallest = profile.levels[0] if group.layer in protected else min_keep.get(key, 0)
+        count = max(1, sum(level >= smallest for level in profile.levels))
+        allowed[key] = GroupProfile(profile.levels[:count], profile.errors[:count], profile.slopes)
+        removals.append([(group.num_units - level) * group.params_per_unit for level in allowed[key].levels])
+    return _Problem(allowed, removals)
+
+
+def _within_limits(
+    problem: _Problem, weights: dict[str, float], target: int, limits: dict[str, float]
+) -> dict[GroupKey, int] | None:
+    """Return the plan of least weighted rise among those looked at that keep within the limits; None if none does."""
+    num_keep = problem.solve(weights, target)
+    if _is_within(problem, num_keep, limits):
+        return num_keep
+    careful = _careful_weights(problem, target, limits)
+    if careful is None:
+        return None
+    # The share of the careful weights, by halving: the least that keeps within the limits.
+    low, high, best = 0.0, 1.0, problem.solve(careful, target)
+    for _ in range(HALVINGS):
+        share = (low + high) / 2
+        mixed = {domain: (1 - share) * weights[domain] + share * careful.get(domain, 0.0) for domain in weights}
+        num_keep = problem.solve(mixed, target)
+        if _is_within(problem, num_keep, limits):
+            high, best = share, num_keep
+        else:
+            low = share
+    return best
+
+
+def _careful_weights(problem: _Problem, target: int, limits: dict[str, float]) -> dict[str, float] | None:
+    """Return weights over limited domains alone whose plan keeps within the limits; None if none was found.
+
+    Exact for one limited domain. For several, exponentiated gradient towards the domain furthest beyond its limit.
+    """
+    raised = dict.fromkeys(limits, 0.0)
+    for _ in range(WEIGHT_UPDATES if len(limits) > 1 else 1):
+        weights = {domain: math.exp(raised[domain]) / limit for domain, limit in limits.items()}
+        total = sum(weights.values())
+        weights = {domain: weight / total for domain, weight in weights.items()}
+        num_keep = problem.solve(weights, target)
+        if _is_within(problem, num_keep, limits):
+            return weights
+        rise = predicted_rise(problem.profiles, num_keep)
+        furthest = max(rise[domain] / limit for domain, limit in limits.items())
+        for domain, limit in limits.items():
+            raised[domain] += rise[domain] / limit / furthest
+    return None
+
+
+def _largest_within_limits(
+    problem: _Problem, weights: dict[str, float], num_params: int, remove: float, limits: dict[str, float]
+) -> float:
+    """Return the largest share in thousandths that was found to keep within the limits, by halving."""
+    low, high = 0, math.ceil(remove * 1000)
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = _within_limits(problem, weights, math.ceil(middle / 1000 * num_params), limits)
+        low, high = (middle, high) if found is not None else (low, middle)
+    return low / 1000
+
+
+def _is_within(problem: _Problem, num_keep: dict[GroupKey, int], limits: dict[str, float]) -> bool:
+    rise = predicted_rise(problem.profiles, num_keep)
+    return all(rise[domain] <= limit for domain, limit in limits.items())
