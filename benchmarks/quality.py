@@ -53,6 +53,8 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         for compensate in ("none", "least_squares")
         if (score, compensate) != ("obs", "least_squares")
     },
+    "ours-own-target": ({"target_mix": 0.0}, HYBRID),
+    "ours-damping-grid": ({"damping_factors": (1.0, 10.0, 100.0)}, HYBRID),
     "ours-3-rounds": ({"rounds": 3}, HYBRID),
 }
 
@@ -73,7 +75,7 @@ def run_row(
     seconds = 0.0
     if row:
         settings, domains = ROWS[row]
-        channels = sum(group.num_units * group.params_per_unit for group in arch.groups)
+        channels = sum(group.num_units * group.params_per_unit for group in arch.select(("ffn",)))
         recipe = {"remove": CUT_SHARE * channels / num_params, "align": 1, "seed": seed, **settings}
         num_tokens = CALIBRATION_BLOCKS * len(HYBRID) * LENGTH
         recipe["calibration"] = {"num_tokens": num_tokens, "sequence_length": LENGTH}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_tokenizer import tiny_tokenizer
 
-from secateur.calibration import CalibrationSet, DomainBlocks, _content_hash, build_calibration
+from secateur.calibration import CalibrationSet, DomainBlocks, build_calibration, content_hash, rotated
 from secateur.errors import CalibrationError
 from secateur.overlap import ngram_overlap
 from secateur.recipe import Calibration, Domain
@@ -44,7 +44,7 @@ def test_same_seed_same_hash_other_seed_other_hash(tmp_path: Path) -> None:
 def test_the_hash_covers_every_token_name_and_share(tmp_path: Path) -> None:
     found = build(20 * LENGTH, a=letters(tmp_path / "a.jsonl", 40, 50))
     [domain] = found.domains
-    assert _content_hash([domain]) == found.content_hash
+    assert content_hash([domain]) == found.content_hash
     other_calibration, other_held_out = domain.calibration_NT.clone(), domain.held_out_NT.clone()
     other_calibration[-1, -1] += 1
     other_held_out[0, 0] += 1
@@ -55,7 +55,7 @@ def test_the_hash_covers_every_token_name_and_share(tmp_path: Path) -> None:
         dataclasses.replace(domain, share=0.5),
         DomainBlocks("a", 1.0, domain.calibration_NT.view(-1, LENGTH // 2), domain.held_out_NT.view(-1, LENGTH // 2)),
     ]
-    hashes = {_content_hash([each]) for each in changed}
+    hashes = {content_hash([each]) for each in changed}
     assert len(hashes) == 5 and found.content_hash not in hashes
 
 
@@ -175,3 +175,37 @@ def test_documents_take_turns(tmp_path: Path) -> None:
     domain = letters(tmp_path / "a.jsonl", 12, 40 * LENGTH)
     _, calibration = parts(build(9 * LENGTH, a=domain))
     assert len(set(calibration) - {TOKENIZER.eos_token_id}) > 1
+
+
+def rotating(num_tokens: int, num_rounds: int, *, rotate: bool = True, **domains: Domain) -> CalibrationSet:
+    calibration = Calibration(domains=domains, sequence_length=LENGTH, rotate=rotate)
+    return build_calibration(calibration, num_tokens, TOKENIZER, 0, num_rounds=num_rounds)
+
+
+def test_every_round_has_blocks_of_its_own_and_the_same_held_out_ones(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"{number:04d} " * 20}) for number in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    domains = {"a": Domain(files=(str(tmp_path / "a.jsonl"),)), "b": letters(tmp_path / "b.jsonl", 40, 300)}
+    found, once = rotating(40 * LENGTH, 3, **domains), rotating(40 * LENGTH, 1, **domains)
+    assert found.num_rounds == 3 and found.num_tokens == 3 * once.num_tokens == 120 * LENGTH
+    rounds = [rotated(found, number) for number in range(3)]
+    for index, domain in enumerate(found.domains):
+        parts = [each.domains[index] for each in rounds]
+        assert [len(part.calibration_NT) for part in parts] == [20] * 3
+        assert torch.equal(torch.cat([part.calibration_NT for part in parts]), domain.calibration_NT)
+        assert torch.equal(parts[0].calibration_NT, once.domains[index].calibration_NT)
+        for part in parts:
+            assert torch.equal(part.held_out_NT, once.domains[index].held_out_NT)
+    assert len(found.domains[0].calibration_NT.unique(dim=0)) == 60
+
+
+def test_without_rotation_every_round_has_all_blocks(tmp_path: Path) -> None:
+    found = rotating(20 * LENGTH, 3, rotate=False, a=letters(tmp_path / "a.jsonl", 40, 50))
+    assert found.num_tokens == 20 * LENGTH and rotated(found, 2) is found
+
+
+def test_too_little_text_for_all_rounds_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError) as caught:
+        rotating(30 * LENGTH, 3, small=letters(tmp_path / "a.jsonl", 30, 50))
+    assert "domain 'small': 1,529 tokens of text" in str(caught.value)
+    assert "90 calibration and 4 held-out blocks of 32 tokens (3 rounds of fresh ones, as" in str(caught.value)

@@ -52,6 +52,16 @@ def write(grid: dict[str, Any], folder: Path) -> str:
     return str(path)
 
 
+def test_a_study_may_sample_a_domain_from_its_model(grid: dict[str, Any], tmp_path: Path) -> None:
+    grid["recipe"]["calibration"]["domains"]["self"] = {"sampled": True}
+    changes = {"ratios": [0.1], "seeds": [0], "methods": {"ours": {}, "self alone": {"domains": ["self"]}}}
+    dense, ours, alone = compare(load_study(write(grid | changes, tmp_path), small=False), tmp_path / "out")
+    assert list(dense.nats_per_token) == list(ours.nats_per_token) == list(alone.nats_per_token) == [*TEXTS, "self"]
+    assert ours.num_tokens.keys() == dense.nats_per_token.keys() and list(alone.num_tokens) == ["self"]
+    # What the model writes is what it finds likely.
+    assert dense.nats_per_token["self"] < min(dense.nats_per_token[name] for name in TEXTS)
+
+
 def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path: Path) -> None:
     study = load_study(write(grid, tmp_path), small=False)
     out = tmp_path / "out"

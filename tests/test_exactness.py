@@ -235,3 +235,47 @@ def test_half_cut_model_runs() -> None:
         if group.name != "query_heads":  # of the one KV head that is left
             cut(decoder_layers(model, arch)[1], group, torch.arange(kept), group.num_units)
     assert torch.isfinite(logits_of(model, tiny_ids())).all()
+
+
+def test_the_dense_stream_stays_the_dense_model_in_later_rounds() -> None:
+    """Three rounds and a mix of 1 on one domain: the stream that is followed is the original one."""
+    model, dense = tiny_llama(), tiny_llama()
+    calibration = random_calibration()
+    seen: list[torch.Tensor] = []
+    original = Walk.advance_dense
+
+    def spy(walk: Walk, index: int) -> None:
+        original(walk, index)
+        if index == 2:
+            seen.append(torch.cat(walk.dense_BTD))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Walk, "advance_dense", spy)
+        prune_tiny(model, calibration, rounds=3, target_mix=1.0, groups=("query_heads", "ffn"), remove=0.3)
+    blocks = [part for domain in calibration.domains for part in (domain.calibration_NT, domain.held_out_NT)]
+    walk = Walk(dense, bind(dense), make_batches("d", torch.cat(blocks), held_out=False))
+    for index in range(3):
+        walk.advance(index)
+    assert len(seen) == 3
+    for stream in seen:
+        torch.testing.assert_close(stream, torch.cat(walk.hidden_BTD), atol=1e-5, rtol=1e-5)
+
+
+def test_a_part_of_the_drift_in_the_target_brings_the_model_nearer_to_the_dense_one() -> None:
+    calibration = random_calibration(num_domains=1, blocks=128)
+    ids_NT = calibration.domains[0].held_out_NT
+    expected, errors = logits_of(tiny_llama(), ids_NT), {}
+    for mix in (0.0, 0.5):
+        model = tiny_llama()
+        prune_tiny(model, calibration, target_mix=mix, remove=0.25)
+        errors[mix] = float((logits_of(model, ids_NT) - expected).square().mean())
+    assert errors[0.5] < errors[0.0]
+
+
+def test_embeddings_come_back_bit_for_bit() -> None:
+    for tied in (False, True):
+        model, dense = tiny_llama(tied=tied), tiny_llama(tied=tied)
+        prune_tiny(model, random_calibration())
+        assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
+        assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied

@@ -14,20 +14,23 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 260, 60
 # Bottom up; a module imports from layers below its own, never from its own. `cli.*` is one command each.
 LAYERS = [
     # what knows nothing of the rest
-    "errors progress memory runlog reload_child checkpoint_quiet modeling_per_layer gram overlap page svg",
+    "errors progress memory runlog reload_child checkpoint_quiet modeling_per_layer gram overlap page svg knapsack",
     # what a run is described by; readers and writers of single files
-    "stats arch recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output llama_cpp "
+    "stats arch_spec recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output llama_cpp "
     "gguf_sentencepiece",
+    "arch",
     # stages and measurements, each by itself
     "score budget cut walk loss kl bench verify in_memory original_readers sources checkpoint_config staged_file plots "
-    "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer",
+    "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer on_disk",
     # stages that are made of others
     "obs compensate measure taylor domain_weights calibration checkpoint resolve summary ideal bench_llama_cpp "
-    "evaluate_tasks compare_page",
-    "group_step depth estimate bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check",
-    "loop inspection gguf_tensors evaluate_differences evaluate_parts",
+    "evaluate_tasks compare_page budget_curve budget_global level_database",
+    "calibration_sampled repair depth estimate bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check",
+    "probe",
+    "profile budget_search",
+    "group_step inspection gguf_tensors evaluate_differences evaluate_parts",
     # what people read, and the other outputs
-    "tables gguf_export evaluate evaluate_table",
+    "loop tables gguf_export evaluate evaluate_table",
     "card benchmark export compare",
     "result_files bench_tables",
     "comparison report_run report_quality report_evaluation",
@@ -61,8 +64,8 @@ STAGES_MAY_IMPORT = {"arch", "errors", "memory", "progress"}
 
 HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (
-    "checkpoint*", "output", "calibration", "sources", "evaluate*", "bench*", "compare", "ideal", "gguf_*", "in_memory",
-    "pruning", "loop", "reload_child", "modeling_per_layer", "per_layer",
+    "checkpoint*", "output", "calibration*", "sources", "evaluate*", "bench*", "compare", "ideal", "gguf_*",
+    "in_memory", "pruning", "loop", "on_disk", "reload_child", "modeling_per_layer", "per_layer",
 )  # fmt: skip
 ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "matplotlib", "gguf", "pyarrow", "datasets", "llama_cpp"}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from secateur.gram import exact_product_precision
-from secateur.stats import Statistics, domain_weight
+from secateur.stats import Statistics, domain_weight, pool
 
 SIZES = [1, 5, 12, 33]
 
@@ -79,6 +79,18 @@ def test_energy_weighting_gives_every_domain_the_same_say() -> None:
     torch.testing.assert_close(*weighted)
     assert domain_weight("tokens", 0.5, loud) == domain_weight("tokens", 0.5, quiet) == 1.0
     assert domain_weight("energy", 0.5, gather([(x_TF, 0 * y_TH)], 5)) == 0.0
+
+
+def test_pooling_weighs_every_sum_by_share_and_energy() -> None:
+    (x_TF, y_TH), by_domain = draw(5), {}
+    for name, scale in {"loud": 10.0, "quiet": 1.0}.items():
+        by_domain[name] = Statistics.empty(5, torch.device("cpu"), gram=True, num_drift_outputs=7)
+        by_domain[name].update(scale * x_TF, scale * y_TH, y_TH)
+    pooled, quiet = pool(by_domain, {"loud": 0.25, "quiet": 0.75}), by_domain["quiet"]
+    assert float(pooled.energy) == pytest.approx(1)
+    torch.testing.assert_close(pooled.gram.full(), quiet.gram.full() / quiet.energy)
+    torch.testing.assert_close(pooled.sum_F, (0.25 / 10 + 0.75) * quiet.sum_F / quiet.energy)
+    torch.testing.assert_close(pooled.cross_FH, (0.25 / 10 + 0.75) * quiet.cross_FH / quiet.energy)
 
 
 def test_clear_forgets_and_non_finite_shows() -> None:

@@ -10,6 +10,9 @@ The held-out blocks are filled first. The documents that fed them stand behind a
 calibration only if the domain has no other text. So no document feeds both parts while there is enough text, a source
 of one document is split in two, and no token is ever in both.
 
+With `rotate`, the calibration blocks of all rounds are drawn at once, and `rotated` gives each round its own. Domains
+sampled from the model hold no ids here yet: `calibration_sampled` fills them in.
+
 N: blocks, M: held-out blocks, T: tokens per block.
 """
 
@@ -18,8 +21,8 @@ import json
 import math
 import random
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -42,7 +45,10 @@ _Turns = Iterator[list[int]]
 
 @dataclass(frozen=True, slots=True)
 class DomainBlocks:
-    """One domain's token blocks. `share`: of the calibration tokens, summing to 1 over the domains."""
+    """One domain's token blocks. `share`: of the calibration tokens, summing to 1 over the domains.
+
+    Until a sampled domain is sampled, its blocks are on the meta device: they have a size and no ids.
+    """
 
     name: str
     share: float
@@ -52,11 +58,15 @@ class DomainBlocks:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSet:
-    """All domains' blocks. `content_hash`: SHA-256 over names, shares, shapes and token ids, in order."""
+    """All domains' blocks. `content_hash`: SHA-256 over names, shares, shapes and token ids, in order.
+
+    `num_rounds`: how many rounds the calibration blocks are for, where each round has its own; otherwise 1.
+    """
 
     domains: tuple[DomainBlocks, ...]
     sequence_length: int
     content_hash: str
+    num_rounds: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -76,12 +86,14 @@ def build_calibration(
     progress: Progress = silent,
     *,
     more_held_out: int = 0,
+    num_rounds: int = 1,
 ) -> CalibrationSet:
     """Read, tokenise and pack every domain.
 
     A domain gets round(share x num_tokens / sequence_length) blocks, at least one, and a ninth as many held-out blocks,
     rounded up; `more_held_out` blocks per domain come before those, for comparisons that judge runs of any size on the
-    same text. Equal documents within a domain are used once.
+    same text. If the calibration rotates, it gets as many blocks for each of `num_rounds` rounds, and no more held out.
+    Equal documents within a domain are used once.
 
     Raises CalibrationError for text that is unreadable, or too short for the blocks.
     """
@@ -91,20 +103,39 @@ def build_calibration(
     shares = {name: domain.share / total_share for name, domain in calibration.domains.items()}
     num_blocks = {name: max(1, round(share * num_tokens / length)) for name, share in shares.items()}
     num_held_out = {name: more_held_out + _num_held_out(count) for name, count in num_blocks.items()}
-    num_total = sum(num_blocks.values()) + sum(num_held_out.values())
+    num_rounds = num_rounds if calibration.rotate else 1
+    num_total = num_rounds * sum(num_blocks.values()) + sum(num_held_out.values())
     eos = tokenizer.eos_token_id
     assert eos is None or isinstance(eos, int)
     blocks, num_done = [], 0
     progress("calibration", 0, num_total)
     for name, domain in calibration.domains.items():
-        texts = _once(documents(name, domain, tokenizer, seed))
-        order = random.Random(f"{seed}:{name}:lines")
-        turns = (_turns(text, tokenizer, length, order) for text in texts)
-        parts = _two_parts(turns, name, num_blocks[name], num_held_out[name], length, eos)
+        sizes = (num_rounds * num_blocks[name], num_held_out[name])
+        if domain.sampled:
+            parts = [torch.empty(size, length, dtype=torch.int64, device="meta") for size in sizes]
+        else:
+            texts = _once(documents(name, domain, tokenizer, seed))
+            order = random.Random(f"{seed}:{name}:lines")
+            turns = (_turns(text, tokenizer, length, order) for text in texts)
+            parts = _two_parts(turns, name, *sizes, length, eos, num_rounds)
         blocks.append(DomainBlocks(name, shares[name], *parts))
-        num_done += num_blocks[name] + num_held_out[name]
+        num_done += sum(sizes)
         progress("calibration", num_done, num_total)
-    return CalibrationSet(tuple(blocks), length, _content_hash(blocks))
+    return CalibrationSet(tuple(blocks), length, content_hash(blocks), num_rounds)
+
+
+def rotated(calibration: CalibrationSet, round_index: int) -> CalibrationSet:
+    """Return what round `round_index` (from 0) measures on: its own blocks if the set rotates, else all of them.
+
+    Of N blocks per round it has [round_index * N, (round_index + 1) * N) of each domain; held-out blocks are the same.
+    """
+    if calibration.num_rounds == 1:
+        return calibration
+    domains = (
+        replace(domain, calibration_NT=domain.calibration_NT.chunk(calibration.num_rounds)[round_index])
+        for domain in calibration.domains
+    )
+    return replace(calibration, domains=tuple(domains), num_rounds=1)
 
 
 def _num_held_out(num_blocks: int) -> int:
@@ -136,16 +167,24 @@ def _turns(text: str, tokenizer: PreTrainedTokenizerBase, length: int, order: ra
 
 
 def _two_parts(
-    documents: Iterator[_Turns], name: str, num_blocks: int, num_held_out: int, length: int, eos: int | None
+    documents: Iterator[_Turns],
+    name: str,
+    num_blocks: int,
+    num_held_out: int,
+    length: int,
+    eos: int | None,
+    num_rounds: int,
 ) -> tuple[Int64[Tensor, "N T"], Int64[Tensor, "M T"]]:
     """Return the calibration and the held-out blocks of one domain."""
     num_tokens = num_blocks * length
     held_out, used = _pack(documents, deque(), num_held_out * length, eos)
     ids, _ = _pack(documents, used, num_tokens, eos)
     if len(ids) < num_tokens:
+        rounds = f" ({num_rounds} rounds of fresh ones, as calibration.rotate asks)" if num_rounds > 1 else ""
         raise CalibrationError(
             f"domain '{name}': {len(held_out) + len(ids):,} tokens of text after packing, but {num_blocks} calibration "
-            f"and {num_held_out} held-out blocks of {length} tokens need {(num_blocks + num_held_out) * length:,}; "
+            f"and {num_held_out} held-out blocks of {length} tokens{rounds} need "
+            f"{(num_blocks + num_held_out) * length:,}; "
             "lower calibration.num_tokens or calibration.sequence_length, lower the domain's share, or add text."
         )
     return torch.tensor(ids).view(num_blocks, length), torch.tensor(held_out).view(num_held_out, length)
@@ -178,11 +217,12 @@ def _pack(
     return packed[:num_tokens], waiting
 
 
-def _content_hash(blocks: list[DomainBlocks]) -> str:
+def content_hash(blocks: Iterable[DomainBlocks]) -> str:
+    """Return the SHA-256 over names, shares, shapes and token ids, in order; ids not sampled yet are left out."""
     digest = hashlib.sha256()
     for domain in blocks:
         parts = (domain.calibration_NT, domain.held_out_NT)
         digest.update(json.dumps([domain.name, domain.share, *(list(part.shape) for part in parts)]).encode())
-        for part in parts:
+        for part in parts if not domain.calibration_NT.is_meta else ():
             digest.update(part.numpy().astype("<i8").tobytes())
     return digest.hexdigest()

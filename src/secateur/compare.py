@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.arch import Arch, bind
 from secateur.calibration import CalibrationSet, build_calibration
+from secateur.calibration_sampled import with_sampled
 from secateur.checkpoint import Checkpoint, load_model, load_tokenizer, meta_model, open_checkpoint
 from secateur.compare_page import FoundCell, comparison_files
 from secateur.evaluate_cache import PartCache, fingerprint
@@ -87,15 +88,20 @@ def compare(study: Study, out: Path, progress: Progress = silent) -> list[FoundC
 
 def _judged_on(bench: _Bench, recipe: Recipe, seed: int) -> dict[str, Tensor]:
     """Return the blocks per domain that the seed's cells are judged on: the first of those held out."""
-    drawn = _draw(bench, recipe, seed)
+    samples = any(domain.sampled for domain in recipe.calibration.domains.values())
+    drawn = _draw(bench, recipe, seed, load_model(bench.checkpoint) if samples else None)
     return {domain.name: domain.held_out_NT[: bench.study.evaluation.num_blocks] for domain in drawn.domains}
 
 
-def _draw(bench: _Bench, recipe: Recipe, seed: int) -> CalibrationSet:
+def _draw(bench: _Bench, recipe: Recipe, seed: int, model: PreTrainedModel | None) -> CalibrationSet:
+    """Return the recipe's calibration set; `model` is the dense one, needed where a domain is sampled from it."""
     num_tokens = recipe.calibration.num_tokens
     assert num_tokens is not None, "resolve fills it in"
     more = bench.study.evaluation.num_blocks
-    return build_calibration(recipe.calibration, num_tokens, bench.tokenizer, seed, more_held_out=more)
+    drawn = build_calibration(
+        recipe.calibration, num_tokens, bench.tokenizer, seed, more_held_out=more, num_rounds=recipe.rounds
+    )
+    return drawn if model is None else with_sampled(drawn, model, bench.tokenizer, seed, bench.progress)
 
 
 def _dense_cell(bench: _Bench, arch: Arch, seed: int, blocks: dict[str, Tensor]) -> FoundCell:
@@ -113,7 +119,9 @@ def _cell(bench: _Bench, arch: Arch, cell: Cell, blocks: dict[str, Tensor]) -> F
         model = load_model(bench.checkpoint)
         num_params = Size.of(model).num_params
         resolved = resolve(cell.recipe, arch, model.config, num_params)
-        calibration = _without_judged(_draw(bench, resolved.recipe, cell.seed), bench.study.evaluation.num_blocks)
+        calibration = _without_judged(
+            _draw(bench, resolved.recipe, cell.seed, model), bench.study.evaluation.num_blocks
+        )
         start = time.perf_counter()
         prune_in_place(Run(model, arch, resolved, calibration, progress=bench.progress))
         seconds = time.perf_counter() - start

@@ -2,7 +2,7 @@
 
 In: the reader's weight, statistics of its input on the pruned stream, the channels that stay. Out: new weights for
 those channels, guarded on held-out text that no statistic has seen. The target is the same layer's own output before
-the cut; fitting to the dense stream's output was measured harmful.
+the cut, moved by a share (`mix`) of the drift: dense stream minus pruned stream behind the layer.
 
 Letters: T tokens, H reader outputs, F reader inputs, S inputs that stay, C inputs that go.
 """
@@ -54,12 +54,20 @@ class Guard:
     error_after: dict[str, float]
 
 
-def least_squares(reader_HF: Float[Tensor, "H F"], gram: Gram, keep: Int64[Tensor, " S"], damping: float) -> Fit:
+def least_squares(
+    reader_HF: Float[Tensor, "H F"],
+    gram: Gram,
+    keep: Int64[Tensor, " S"],
+    damping: float,
+    cross_FH: Float[Tensor, "F H"] | None = None,
+    mix: float = 0.0,
+) -> Fit:
     """Ridge least squares in the remaining weights, centred on the old ones.
 
-    W_S' = argmin |y - x_S W_S'|^2 + ridge |W_S' - W_S|^2 with y = x W and ridge = damping * mean(diag G), so
-    W_S' = W_S + W_C G_CS (G_SS + ridge I)^-1. Keep all -> exactly no change. Solved by Cholesky in float64; where that
-    fails the damping is raised tenfold, at most three times, and the value used is returned.
+    W_S' = argmin |y + mix r - x_S W_S'|^2 + ridge |W_S' - W_S|^2 with y = x W, r the drift (`cross_FH` = x'r) and
+    ridge = damping * mean(diag G), so  W_S' = W_S + (W_C G_CS + mix (x_S' r)') (G_SS + ridge I)^-1.
+    Keep all -> exactly no change. Solved by Cholesky in float64; where that fails the damping is raised tenfold, at
+    most three times, and the value used is returned.
 
     Raises NumericsError if the system stays indefinite. Source: the OBS update in closed form (Hassibi and Stork 1993).
     """
@@ -69,6 +77,8 @@ def least_squares(reader_HF: Float[Tensor, "H F"], gram: Gram, keep: Int64[Tenso
         return Fit(reader_HF, damping, 1.0)
     gone, dtype = is_gone.nonzero().flatten(), solve_dtype(gram.device)
     right_SH = (reader_HF[:, gone].to(dtype) @ gram.part(gone, keep, dtype)).mT  # column-major, for LAPACK
+    if cross_FH is not None and mix:
+        right_SH.add_(cross_FH[keep], alpha=mix)
     release_freed()
     for attempt in range(MAX_DAMPING_RETRIES + 1):
         used = damping * 10**attempt

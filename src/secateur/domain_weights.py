@@ -38,10 +38,10 @@ def reweighted(
     """Return the statistics pooled as H = sum_d q_d G_d / e_d, and q, which sums to 1.
 
     Exponentiated gradient from the shares on: q_d *= exp(STEP_SIZE * err_d / mean err), brought back to
-    1 / (3 D) <= q_d <= cap, with err_d = `removal_damage` under H. The cap makes the difference: `minimax` has 1, so
-    that all weight may go to the worst domain; `cvar` has 1 / ceil(D / 2), the bound in whose limits the weighted error
-    is at most the mean of the worst half. Of the weights tried, those with the lowest such error (the worst domain's,
-    or the worst half's mean) win, the earlier on a tie. `reader_HF` is in float32.
+    1 / (3 D) <= q_d <= cap, with err_d = `removal_damage` under H. The cap makes the difference: `minimax` has 1, under
+    which the largest weighted error is the worst domain's; `cvar` has 1 / ceil(D / 2), under which it is the mean of
+    the worst half. Of the weights tried, those for which this error is lowest win, the earlier on a tie. `reader_HF` is
+    in float32.
 
     Source: multiplicative weights for a minimax game, as group DRO uses them, Sagawa et al., arXiv 1911.08731, alg. 1;
     CVaR as a bound on the weights, Rockafellar and Uryasev 2000.

@@ -14,6 +14,7 @@ from secateur.errors import CheckpointError, RecipeError, nearest
 from secateur.gguf_metadata import add_metadata, gguf_family
 from secateur.gguf_tensors import OWN_TYPES, TYPES, GgufTensor, gguf_tensors, num_gguf_bytes, read_gguf_arrays
 from secateur.gguf_tokenizer import add_tokenizer, check_tokenizer
+from secateur.modeling_per_layer import is_per_layer
 from secateur.progress import Progress, silent
 
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -34,6 +35,11 @@ def check_exportable(checkpoint: Checkpoint, type_name: str | None) -> str:
         raise CheckpointError('GGUF export needs the gguf package; run: pip install "secateur[gguf]"')
     if checkpoint.gguf_file:
         raise CheckpointError(f"{checkpoint.reference}: is GGUF already; give a directory with safetensors weights.")
+    if is_per_layer(checkpoint.config):
+        raise CheckpointError(
+            f"{checkpoint.reference}: its layers have different widths, which GGUF export does not write; "
+            "prune with widths: uniform for llama.cpp."
+        )
     family = gguf_family(checkpoint)
     check_weights(checkpoint, meta_model(checkpoint.config))
     check_tokenizer(load_tokenizer(checkpoint), _vocab_size(checkpoint), checkpoint.reference)

@@ -36,8 +36,8 @@ def least_costs(model: PreTrainedModel, workload: Workload) -> Costs:
 
 def kv_cache_bytes_per_token(model: PreTrainedModel) -> int:
     """Return what one token of context keeps in the cache: 2 (K and V) * L * KV heads * head_dim * bytes per value."""
-    num_layers, _, num_kv_channels = _attention(model)
-    return 2 * num_layers * num_kv_channels * model.dtype.itemsize
+    _, num_kv_channels = _attention(model)
+    return 2 * num_kv_channels * model.dtype.itemsize
 
 
 def decode_bytes_per_token(model: PreTrainedModel, workload: Workload) -> float:
@@ -66,8 +66,8 @@ def prefill_flops_per_token(model: PreTrainedModel, prompt_tokens: int) -> float
     """
     head = _head(model)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    num_layers, num_query_channels, _ = _attention(model)
-    attention = 4 * num_layers * num_query_channels * (prompt_tokens + 1) / 2
+    num_query_channels, _ = _attention(model)
+    attention = 4 * num_query_channels * (prompt_tokens + 1) / 2
     return 2 * sum(linear.weight.numel() for linear in linears) + attention + 2 * head.weight.numel() / prompt_tokens
 
 
@@ -77,8 +77,13 @@ def _head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-def _attention(model: PreTrainedModel) -> tuple[int, int, int]:
-    """Return (layers, query heads * head_dim, KV heads * head_dim)."""
+def _attention(model: PreTrainedModel) -> tuple[int, int]:
+    """Return query and KV channels of all layers together: heads * head_dim, by each layer's own config."""
     config: Any = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    layers = config.per_layer_config if config.is_heterogeneous else [config] * config.num_hidden_layers
+    num_query_channels = num_kv_channels = 0
+    for layer in (layer for layer in layers if "attention" not in getattr(layer, "skip", ())):
+        head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        num_query_channels += layer.num_attention_heads * head_dim
+        num_kv_channels += layer.num_key_value_heads * head_dim
+    return num_query_channels, num_kv_channels

@@ -20,6 +20,7 @@ from secateur.arch import Arch, bind, decoder_layers
 from secateur.bench import Speed, bench
 from secateur.budget import GroupKey
 from secateur.calibration import CalibrationSet, build_calibration
+from secateur.calibration_sampled import with_sampled
 from secateur.card import model_card
 from secateur.checkpoint import check_finite, check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
 from secateur.in_memory import check_in_memory, eval_mode, restore_buffers
@@ -115,6 +116,8 @@ def prune(
             if checkpoint is None:
                 check_finite(loaded)
                 resolved = dataclasses.replace(resolved, warnings=resolved.warnings + restore_buffers(loaded))
+        with log.time("calibration"):
+            calibration = with_sampled(calibration, loaded, tokenizer, resolved.recipe.seed, progress)
         name = loaded.config._name_or_path or type(loaded).__name__ if checkpoint is None else checkpoint.reference
         job = _Job(str(name), command, loaded, tokenizer, arch, resolved, calibration, log, progress)
         with eval_mode(loaded):
@@ -130,7 +133,7 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[Ke
     with tempfile.TemporaryDirectory(dir=directory, prefix="originals-") as scratch:
         compare = recipe.evaluate and recipe.compensate != "none"
         originals = OriginalReaders(Path(scratch)) if compare else None
-        run = Run(job.model, job.arch, job.resolved, job.calibration, originals, log.write, job.progress)
+        run = Run(job.model, job.arch, job.resolved, job.calibration, originals, log.write, job.progress, Path(scratch))
         with log.time("prune"):
             keeps = prune_in_place(run)
         peak = peak_bytes()
@@ -216,7 +219,9 @@ def _bench(job: _Job, which: str) -> Speed | None:
 
 def _calibrate(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> CalibrationSet:
     assert recipe.calibration.num_tokens is not None
-    return build_calibration(recipe.calibration, recipe.calibration.num_tokens, tokenizer, recipe.seed, progress)
+    return build_calibration(
+        recipe.calibration, recipe.calibration.num_tokens, tokenizer, recipe.seed, progress, num_rounds=recipe.rounds
+    )
 
 
 def _facts(calibration: CalibrationSet) -> CalibrationFacts:

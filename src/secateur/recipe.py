@@ -22,6 +22,9 @@ INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 DEFAULT_DOMAINS: tuple[InstalledDomain, ...] = ("code", "technical", "mathematics", "science", "readme")
 
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class Strict(BaseModel):
     """Unknown keys are errors and values cannot change after parsing."""
 
@@ -76,7 +79,11 @@ class Calibration(Strict):
 
 
 class Recipe(Strict):
-    """One pruning run. Higher score = keep; ratios are shares of the model's total parameters, tied weights once."""
+    """One pruning run. Higher score = keep; ratios are shares of the model's total parameters, tied weights once.
+
+    damping_factors: each group tries the damping times each of these and takes what its held-out text likes best.
+    target_mix: how much of the drift (dense stream minus pruned stream) an MLP makes up for; 0 its own output alone.
+    """
 
     remove: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
     groups: Annotated[tuple[str, ...], Field(min_length=1)] = ("ffn",)
@@ -84,7 +91,9 @@ class Recipe(Strict):
     score: ScoreName = "obs"
     obs_batch: Annotated[int, Field(ge=1)] = 32
     compensate: CompensateName = "least_squares"
-    damping: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    damping: Positive = 1e-3
+    damping_factors: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
+    target_mix: Annotated[float, Field(ge=0, le=1)] | None = None
     domain_weighting: WeightingName = "energy"
     rounds: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0)] = 0

@@ -194,4 +194,6 @@ def _mean(values: Sequence[float]) -> float:
 def _source(domain: Domain) -> str:
     if domain.installed:
         return "installed packages"
+    if domain.sampled:
+        return "sampled from the dense model"
     return f"dataset {domain.dataset}" if domain.dataset else ", ".join(domain.files or ())

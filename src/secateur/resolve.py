@@ -17,6 +17,7 @@ TOKENS_PER_INPUT = 10
 DEFAULT_TOKENS_PER_INPUT = 16
 MIN_DEFAULT_TOKENS = 51200
 DEFAULT_SEQUENCE_LENGTH = 512
+DEFAULT_TARGET_MIX = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,26 @@ def resolve(recipe: Recipe, arch: Arch, config: Any, num_params: int) -> Resolve
     align = recipe.align or default_align(groups)
     widest = max(group.num_units * group.width for group in groups)
     num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
+    mix = _target_mix(recipe, arch)
     damping, warnings = _damping(recipe, num_tokens, widest)
     calibration = recipe.calibration.model_copy(update={"num_tokens": num_tokens, "sequence_length": length})
-    resolved = recipe.model_copy(update={"align": align, "calibration": calibration, "damping": damping})
+    resolved = recipe.model_copy(
+        update={"align": align, "calibration": calibration, "damping": damping, "target_mix": mix}
+    )
     plan = uniform_plan(groups, num_params, recipe.remove, align)
     return Resolved(resolved, groups, round_plans(groups, plan, recipe.rounds, align), warnings)
+
+
+def _target_mix(recipe: Recipe, arch: Arch) -> float:
+    possible = arch.mlp_adds_directly and recipe.compensate == "least_squares"
+    if recipe.target_mix is None:
+        return DEFAULT_TARGET_MIX if possible else 0.0
+    if recipe.target_mix > 0 and not arch.mlp_adds_directly:
+        raise RecipeError(
+            f"target_mix: family {arch.family} normalises what an MLP gives before adding it, so no drift can be made "
+            f"up for; got {recipe.target_mix:g}, set it to 0 or leave it out."
+        )
+    return recipe.target_mix if recipe.compensate == "least_squares" else 0.0
 
 
 def _damping(recipe: Recipe, num_tokens: int, widest: int) -> tuple[float, tuple[str, ...]]:

@@ -116,7 +116,10 @@ def domain_weight(weighting: str, share: float, statistics: Statistics) -> float
 def pool(by_domain: dict[str, Statistics], weights: dict[str, float]) -> Statistics:
     """Return sum_d q_d S_d / e_d as new statistics, with q the weights and e_d the domain's output energy."""
     first = next(iter(by_domain.values()))
-    pooled = Statistics.empty(len(first.sum_F), first.sum_F.device, gram=first.gram is not None)
+    num_drift_outputs = 0 if first.cross_FH is None else first.cross_FH.shape[1]
+    pooled = Statistics.empty(
+        len(first.sum_F), first.sum_F.device, gram=first.gram is not None, num_drift_outputs=num_drift_outputs
+    )
     for name, statistics in by_domain.items():
         pooled.merge(statistics, domain_weight("energy", weights[name], statistics))
     return pooled

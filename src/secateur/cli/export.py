@@ -39,7 +39,9 @@ def export(
     if as_json:
         print(json.dumps(dataclasses.asdict(done), indent=2))
         return
-    CONSOLE.print(f"Written to {gguf}: {done.type_name}, {human_bytes(done.num_bytes)}.")
+    CONSOLE.print(
+        f"Written to {gguf}: {done.type_name}, {human_bytes(done.num_bytes)}, context {done.context_length:,}."
+    )
     if done.check is None:
         why = "as asked" if check is False else 'llama-cpp-python is not installed; pip install "secateur[llama-cpp]"'
         CONSOLE.print(f"Not checked against llama.cpp: {why}.")

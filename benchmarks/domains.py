@@ -1,0 +1,102 @@
+"""Eight domains against one at equal tokens: seconds and peak memory of a prune.
+
+The two alternate, each on a fresh copy of the model, and medians are quoted. Seconds are of the pruning alone; memory
+is that of a whole `secateur.prune` in a process of its own, beyond the interpreter and the libraries. Both are measured
+as in `cost.py`. The one domain is `code`; the eight are all installed ones and `code` again under another name, which
+draws other documents.
+
+    python benchmarks/domains.py [--model smollm2-135m] [--num-blocks 9] [--repeats 3] [--weighting energy]
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cost import measure_memory, round_seconds
+
+from secateur.arch import bind
+from secateur.calibration import build_calibration
+from secateur.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.output import save_checkpoint
+from secateur.recipe import INSTALLED_DOMAINS, parse_recipe
+from secateur.resolve import resolve
+from secateur.summary import Size
+
+LENGTH = 512
+EIGHT = {name: {"installed": name} for name in INSTALLED_DOMAINS} | {"more code": {"installed": "code"}}
+SETS = {"one": {"code": {"installed": "code"}}, "eight": EIGHT}
+MAX_RATIO = 1.1
+
+
+def settings_of(domains: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Return the recipe, of equal size for any of the sets."""
+    num_tokens = len(EIGHT) * options.num_blocks * LENGTH
+    calibration = {"domains": domains, "num_tokens": num_tokens, "sequence_length": LENGTH}
+    return {"remove": 0.2, "domain_weighting": options.weighting, "calibration": calibration}
+
+
+def seconds_of(directory: Path, settings: dict[str, Any]) -> float:
+    """Return the seconds of the pruning, text and model at hand."""
+    checkpoint = open_checkpoint(directory)
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+    resolved = resolve(parse_recipe(settings), bind(model), model.config, Size.of(model).num_params)
+    del model
+    recipe = resolved.recipe
+    assert recipe.calibration.num_tokens is not None
+    calibration = build_calibration(recipe.calibration, recipe.calibration.num_tokens, tokenizer, recipe.seed)
+    print(f"    {calibration.num_tokens:,} tokens and {calibration.num_held_out_tokens:,} held out", flush=True)
+    return round_seconds(directory, resolved, calibration)
+
+
+def memory_of(directory: Path, name: str, options: argparse.Namespace) -> float:
+    """Return the peak in bytes, measured in a process of its own."""
+    child = [sys.executable, __file__, "--memory-of", str(directory), "--set", name, "--weighting", options.weighting]
+    child += ["--num-blocks", str(options.num_blocks)]
+    found = json.loads(subprocess.run(child, capture_output=True, text=True, check=True).stdout)
+    return found["sum"] - found["start"]
+
+
+def main() -> None:
+    """Print each run, then medians and the ratios with their mark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--num-blocks", type=int, default=9, help="per domain of eight; a multiple of 9, of which one "
+                        "more is held out, so that the held-out text is of equal size too")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--weighting", default="energy")
+    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--set", choices=list(SETS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.num_blocks % 9:
+        parser.error("--num-blocks must be a multiple of 9")
+    if options.memory_of:
+        print(json.dumps(measure_memory(options.memory_of, settings_of(SETS[options.set], options))))
+        return
+    opened = open_checkpoint(options.model)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        save_checkpoint(load_model(opened), load_tokenizer(opened), directory, max_shard_size="5GB", carry_from=None)
+        run_all(directory, options)
+
+
+def run_all(directory: Path, options: argparse.Namespace) -> None:
+    """Alternate the sets; print every run and the ratios."""
+    seconds: dict[str, list[float]] = {name: [] for name in SETS}
+    memory: dict[str, list[float]] = {name: [] for name in SETS}
+    for _ in range(options.repeats):
+        for name, domains in SETS.items():
+            seconds[name].append(seconds_of(directory, settings_of(domains, options)))
+            memory[name].append(memory_of(directory, name, options))
+            print(f"  {name}: {seconds[name][-1]:.1f} s, peak {memory[name][-1] / 1e6:.1f} MB", flush=True)
+    for what, found in (("seconds", seconds), ("peak memory", memory)):
+        ratio = statistics.median(found["eight"]) / statistics.median(found["one"])
+        print(f"{what}, eight domains over one: {ratio:.3f} (mark: at most {MAX_RATIO})")
+
+
+if __name__ == "__main__":
+    main()

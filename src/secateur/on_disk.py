@@ -1,0 +1,80 @@
+"""Weights that a round does not need in memory, kept on disk meanwhile.
+
+In: a model, a scratch directory. Out: its embedding and head as memory-mapped files while a round runs, back in memory
+afterwards, bit for bit; and its layers as they were before the first cut, for the dense stream of later rounds.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from secateur.arch import Group
+
+EMBEDDINGS_FILE = "embeddings.safetensors"
+
+
+@contextmanager
+def embeddings_on_disk(model: PreTrainedModel, directory: Path) -> Iterator[None]:
+    """Within the context embedding and head are mapped from a file, so that no memory is spent on them until they run.
+
+    Only in ordinary memory; on other devices nothing happens.
+    """
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    parameters = {id(p): p for module in modules if module is not None for p in module.parameters()}
+    held = {str(number): p for number, p in enumerate(parameters.values()) if p.device.type == "cpu"}
+    path = directory / EMBEDDINGS_FILE
+    save_file({name: p.detach().contiguous() for name, p in held.items()}, path)
+    for name, tensor in load_file(path).items():
+        held[name].data = tensor
+    try:
+        yield
+    finally:
+        for p in held.values():
+            p.data = p.data.clone()
+        path.unlink()
+
+
+class DenseLayers:
+    """One safetensors file per layer, and the numbers of units that its modules held."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.counts: dict[int, dict[str, int]] = {}
+
+    def keep(self, index: int, layer: nn.Module, groups: list[Group]) -> None:
+        """Write the layer as it is now."""
+        save_file({name: p.detach().cpu().contiguous() for name, p in layer.named_parameters()}, self._path(index))
+        self.counts[index] = {group.count: _count(layer, group.count) for group in groups if group.count is not None}
+
+    @contextmanager
+    def in_place(self, index: int, layer: nn.Module) -> Iterator[None]:
+        """Within the context the layer is as it was kept; afterwards as it was before."""
+        own = dict(layer.named_parameters())
+        own_counts = {name: _count(layer, name) for name in self.counts[index]}
+        try:
+            for name, tensor in load_file(self._path(index)).items():
+                _put(layer, name, nn.Parameter(tensor.to(own[name].device), requires_grad=False))
+            for name, count in self.counts[index].items():
+                _put(layer, name, count)
+            yield
+        finally:
+            for name, value in (own | own_counts).items():
+                _put(layer, name, value)
+
+    def _path(self, index: int) -> Path:
+        return self.directory / f"dense-{index}.safetensors"
+
+
+def _count(layer: nn.Module, name: str) -> int:
+    module, _, attribute = name.rpartition(".")
+    return getattr(layer.get_submodule(module), attribute)
+
+
+def _put(layer: nn.Module, name: str, value: torch.Tensor | int) -> None:
+    module, _, attribute = name.rpartition(".")
+    setattr(layer.get_submodule(module), attribute, value)
