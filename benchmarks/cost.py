@@ -27,10 +27,11 @@ import secateur
 from secateur.arch import bind
 from secateur.calibration import CalibrationSet, build_calibration
 from secateur.checkpoint import load_model, load_tokenizer, open_checkpoint
-from secateur.loop import Run, prune_in_place
+from secateur.loop import prune_in_place
 from secateur.output import save_checkpoint
 from secateur.recipe import parse_recipe
 from secateur.resolve import Resolved, resolve
+from secateur.run import Run
 from secateur.summary import Size
 from secateur.walk import make_batches
 

@@ -4,7 +4,8 @@ Needs the development text (`../shared/data`, or SECATEUR_DATA). Calibrates on 6
 `*_calib` files, evaluates on 4 blocks of 512 of each `*_eval` file; single-domain rows calibrate on as many tokens. The
 guard sees one more block per domain, which no statistic sees. Prints a Markdown table per seed and the marks.
 
-    python benchmarks/quality.py [--seeds 0 1 2] [--rows ours flap-bias] [--model smollm2-135m]
+    python benchmarks/quality.py [--seeds 0 1 2] [--rows ours flap-bias] [--model smollm2-135m] [--share 0.3]
+                                 [--num-blocks 6]
 """
 
 import argparse
@@ -14,18 +15,19 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
 from secateur.arch import bind
 from secateur.calibration import CalibrationSet, build_calibration
 from secateur.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from secateur.loop import Run, prune_in_place
+from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
 from secateur.output import save_checkpoint
 from secateur.recipe import Calibration, Domain, parse_recipe
 from secateur.resolve import resolve
+from secateur.run import Run
 from secateur.summary import Size
 
 DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -38,6 +40,15 @@ FILES = {
     "science": ("science_qasper_calib", "science_qasper_eval"),
 }
 HYBRID = tuple(FILES)
+
+
+class Cut(NamedTuple):
+    """`share`: of every FFN's channels, or as many over all layers. `num_blocks`: of calibration, per domain."""
+
+    share: float
+    num_blocks: int
+
+
 LENGTH, CALIBRATION_BLOCKS, EVALUATION_BLOCKS, CUT_SHARE = 512, 6, 4, 0.30
 MAX_TIMES_DENSE, MIN_BELOW_FLAP = 1.73, 0.17
 
@@ -56,6 +67,11 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "ours-own-target": ({"target_mix": 0.0}, HYBRID),
     "ours-damping-grid": ({"damping_factors": (1.0, 10.0, 100.0)}, HYBRID),
     "ours-3-rounds": ({"rounds": 3}, HYBRID),
+    "global": ({"budget": "global"}, HYBRID),
+    "curve": ({"budget": "curve", "align": 32}, HYBRID),
+    "search": ({"budget": "search", "align": 32}, HYBRID),
+    "minimax": ({"domain_weighting": "minimax"}, HYBRID),
+    "cvar": ({"domain_weighting": "cvar"}, HYBRID),
 }
 
 
@@ -67,7 +83,7 @@ def draw(domains: tuple[str, ...], part: int, blocks: int, tokenizer: Any, seed:
 
 
 def run_row(
-    checkpoint: Checkpoint, row: str, seed: int, tokenizer: Any, evaluation: CalibrationSet
+    checkpoint: Checkpoint, row: str, seed: int, tokenizer: Any, evaluation: CalibrationSet, size: Cut
 ) -> dict[str, float]:
     """Prune by one row's recipe and return perplexity by domain; empty `row` evaluates the dense model."""
     model = load_model(checkpoint)
@@ -76,11 +92,11 @@ def run_row(
     if row:
         settings, domains = ROWS[row]
         channels = sum(group.num_units * group.params_per_unit for group in arch.select(("ffn",)))
-        recipe = {"remove": CUT_SHARE * channels / num_params, "align": 1, "seed": seed, **settings}
-        num_tokens = CALIBRATION_BLOCKS * len(HYBRID) * LENGTH
+        recipe = {"remove": size.share * channels / num_params, "align": 1, "seed": seed, **settings}
+        num_tokens = size.num_blocks * len(HYBRID) * LENGTH
         recipe["calibration"] = {"num_tokens": num_tokens, "sequence_length": LENGTH}
         resolved = resolve(parse_recipe(recipe), arch, model.config, num_params)
-        calibration = draw(domains, 0, CALIBRATION_BLOCKS, tokenizer, seed)
+        calibration = draw(domains, 0, size.num_blocks, tokenizer, seed)
         start = time.perf_counter()
         prune_in_place(Run(model, arch, resolved, calibration))
         seconds = time.perf_counter() - start
@@ -106,16 +122,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--share", type=float, default=CUT_SHARE)
+    parser.add_argument("--num-blocks", type=int, default=CALIBRATION_BLOCKS)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     options = parser.parse_args()
     opened = open_checkpoint(options.model)
     with tempfile.TemporaryDirectory() as folder:
         # Written once as safetensors, so that each row's fresh copy loads in a second.
         save_checkpoint(load_model(opened), load_tokenizer(opened), Path(folder), max_shard_size="5GB", carry_from=None)
-        run_all(open_checkpoint(folder), options.seeds, options.rows)
+        run_all(open_checkpoint(folder), options.seeds, options.rows, Cut(options.share, options.num_blocks))
 
 
-def run_all(checkpoint: Checkpoint, seeds: list[int], rows: list[str]) -> None:
+def run_all(checkpoint: Checkpoint, seeds: list[int], rows: list[str], size: Cut) -> None:
     """Print a table per seed, then the marks over seeds."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
     times_dense, below_flap = [], []
@@ -124,11 +142,11 @@ def run_all(checkpoint: Checkpoint, seeds: list[int], rows: list[str]) -> None:
         print(f"\nseed {seed}, calibration and evaluation drawn anew; evaluation hash {evaluation.content_hash[:16]}\n")
         print("| row | " + " | ".join([*HYBRID, "geometric mean", "x dense", "s"]) + " |")
         print("|---|" + "---:|" * (len(HYBRID) + 3))
-        dense = run_row(checkpoint, "", seed, tokenizer, evaluation)
+        dense = run_row(checkpoint, "", seed, tokenizer, evaluation, size)
         show("dense", dense, dense)
         means = {}
         for row in rows:
-            found = run_row(checkpoint, row, seed, tokenizer, evaluation)
+            found = run_row(checkpoint, row, seed, tokenizer, evaluation, size)
             show(row, found, dense)
             means[row] = found["geometric mean"]
         if "ours" in means:

@@ -119,8 +119,11 @@ def test_progress_reports_every_stage_to_its_end(recipe):
     assert list(last) == [
         "calibration",
         "evaluate dense",
+        "held-out loss, dense",
         "prune, round 1 of 2",
+        "held-out loss, round 1",
         "prune, round 2 of 2",
+        "held-out loss, round 2",
         "evaluate pruned",
         "evaluate uncompensated",
     ]

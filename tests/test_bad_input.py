@@ -135,7 +135,7 @@ def test_bad_option(options, expected, prune):
         ({"calibration": None}, "calibration: "),
         ({"calibration": {"domains": {"a": {"installed": "klingon"}}}}, "calibration.domains.a.installed 'klingon'"),
         ({"calibration": {"domains": {"a": {}}}}, "needs exactly one of installed, files, dataset, sampled; got none"),
-        ({"score": "wnada"}, "allowed: random, magnitude, wanda, flap, obs; did you mean 'wanda'?"),
+        ({"score": "wnada"}, "allowed: random, magnitude, wanda, flap, obs, taylor, paper; did you mean 'wanda'?"),
         (
             {"groups": ["fnn"]},
             "groups: family llama has no group 'fnn'; it has ffn, kv_heads, query_heads; did you mean 'ffn'?",

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from secateur.arch import Axis, Group
-from secateur.budget import default_align, round_plans, uniform_plan
+from secateur.budget import default_align, round_plans, round_shares, uniform_plan
 from secateur.errors import RecipeError
 
 
@@ -53,7 +53,7 @@ def test_less_than_half_a_unit_says_the_smallest_possible_and_that_works() -> No
 
 def test_rounds_step_down_to_the_target() -> None:
     plan = uniform_plan(SMOLLM, SMOLLM_PARAMS, 0.3, 64)
-    plans = round_plans(SMOLLM, plan, 3, 64)
+    plans = round_plans(SMOLLM, plan, round_shares(3, "linear"), 64)
     widths = [each.num_keep[0, "ffn"] for each in plans]
     assert widths == [1280, 1024, 768] and plans[-1] is plan
     assert [each.num_params_after for each in plans] == sorted((e.num_params_after for e in plans), reverse=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from secateur.arch import Axis, Group
+from secateur.budget import least_keep
 from secateur.budget_curve import GroupProfile, curve_plan, predicted_rise
 from secateur.budget_global import global_plan
 from secateur.errors import RecipeError
@@ -108,20 +109,27 @@ def test_domain_weights_decide_whose_rise_is_least() -> None:
     assert rises["prose"]["prose"] < rises["code"]["prose"] and rises["code"]["code"] < rises["prose"]["code"]
 
 
-def test_protected_layers_and_smallest_widths_are_kept() -> None:
+def whole(groups, *layers: int) -> dict:
+    """Return the smallest widths under which these layers stay whole."""
+    return least_keep(groups, 32, 0.0) | {(g.layer, g.name): g.num_units for g in groups if g.layer in layers}
+
+
+def test_smallest_widths_are_kept() -> None:
     groups, profiles = random_case(6, 4)
-    least = {(layer, "ffn"): 128 for layer in range(6)}
-    plan = curve_plan(groups, profiles, NUM_PARAMS, 0.07, protected=(0, 5), min_keep=least)
+    least = {(layer, "ffn"): 128 for layer in range(6)} | {
+        (layer, name): width for layer in (0, 5) for name, width in (("ffn", 256), ("heads", 5))
+    }
+    plan = curve_plan(groups, profiles, NUM_PARAMS, 0.07, min_keep=least)
     assert all(plan.num_keep[layer, name] == width for layer in (0, 5) for name, width in (("ffn", 256), ("heads", 5)))
     assert min(plan.num_keep[layer, "ffn"] for layer in range(6)) >= 128
 
 
 def test_out_of_reach_says_the_largest_possible_and_that_works() -> None:
     groups, profiles = random_case(6, 5)
-    with pytest.raises(RecipeError, match=r"at most 0\.100 with protected layers whole") as caught:
-        curve_plan(groups, profiles, NUM_PARAMS, 0.5, protected=(0, 1))
+    with pytest.raises(RecipeError, match=r"at most 0\.100 with each at its smallest width") as caught:
+        curve_plan(groups, profiles, NUM_PARAMS, 0.5, min_keep=whole(groups, 0, 1))
     assert "10,000,000" in str(caught.value)
-    assert curve_plan(groups, profiles, NUM_PARAMS, 0.1, protected=(0, 1)).removed_fraction >= 0.1
+    assert curve_plan(groups, profiles, NUM_PARAMS, 0.1, min_keep=whole(groups, 0, 1)).removed_fraction >= 0.1
 
 
 def ends_of(groups, profiles, remove: float) -> dict[str, dict[str, float]]:
@@ -187,10 +195,10 @@ def random_scores(groups: tuple[Group, ...]) -> dict[tuple[int, str], torch.Tens
 def test_global_meets_its_target_within_one_step_and_has_one_threshold(remove: float) -> None:
     groups, _ = random_case(4, 0)
     scores = random_scores(groups)
-    plan = global_plan(groups, scores, NUM_PARAMS, remove, 32)
+    plan = global_plan(groups, scores, NUM_PARAMS, remove, 32, min_keep=whole(groups))
     assert 0 <= plan.removed_fraction - remove < 30_720 / NUM_PARAMS
     assert all(plan.num_keep[layer, "ffn"] % 32 == 0 for layer in range(4))
-    exact = global_plan(groups, scores, NUM_PARAMS, remove, 1)
+    exact = global_plan(groups, scores, NUM_PARAMS, remove, 1, min_keep=least_keep(groups, 1, 0.0))
     gone, stays = [], []
     for key, values in scores.items():
         ordered = ((values - values.mean()) / values.std(correction=0)).sort().values
@@ -200,13 +208,13 @@ def test_global_meets_its_target_within_one_step_and_has_one_threshold(remove: f
     assert max(gone) < min(stays)
 
 
-def test_global_protects_layers_and_says_the_largest_possible() -> None:
+def test_global_keeps_smallest_widths_and_says_the_largest_possible() -> None:
     groups, _ = random_case(4, 0)
     scores = random_scores(groups)
-    plan = global_plan(groups, scores, NUM_PARAMS, 0.03, 32, protected=(1,))
+    plan = global_plan(groups, scores, NUM_PARAMS, 0.03, 32, min_keep=whole(groups, 1))
     assert (plan.num_keep[1, "ffn"], plan.num_keep[1, "heads"]) == (256, 5)
-    with pytest.raises(RecipeError, match=r"at most 0\.075 with protected layers whole") as caught:
-        global_plan(groups, scores, NUM_PARAMS, 0.4, 32, protected=(1,))
+    with pytest.raises(RecipeError, match=r"at most 0\.075 with each at its smallest width") as caught:
+        global_plan(groups, scores, NUM_PARAMS, 0.4, 32, min_keep=whole(groups, 1))
     assert "remove: 0.4" in str(caught.value)
-    largest = global_plan(groups, scores, NUM_PARAMS, 0.075, 32, protected=(1,))
+    largest = global_plan(groups, scores, NUM_PARAMS, 0.075, 32, min_keep=whole(groups, 1))
     assert {largest.num_keep[layer, "heads"] for layer in (0, 2, 3)} == {1}

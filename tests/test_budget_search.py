@@ -15,7 +15,7 @@ from secateur.probe import Probe
 from secateur.profile import ProfileSettings, profile
 from secateur.walk import make_batches
 
-PROFILE = ProfileSettings("energy", {"prose": 0.5, "code": 0.5}, 1e-4, 16, 16, 0.3, 2)
+PROFILE = ProfileSettings("energy", {"prose": 0.5, "code": 0.5}, 1e-4, 16, 16, 0.3, 2, 64)
 SEARCH = SearchSettings(seed=0, generations=6, offspring=6, probe_blocks=2)
 
 

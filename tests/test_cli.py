@@ -138,7 +138,7 @@ def test_recipe_and_calibration_hash_are_those_of_the_run(happy):
 
 def test_result_json_and_run_log_agree(happy):
     result = happy.json("result.json")
-    assert result["widths"] == {"ffn": [NUM_UNITS, NUM_KEEP]}
+    assert result["widths"] == {"ffn": [NUM_UNITS, NUM_KEEP, NUM_KEEP]}
     assert result["reload_max_abs_difference"] == 0
     for name in ("dense", "pruned", "uncompensated"):
         logged = {line["domain"]: line["nats_per_token"] for line in happy.lines("loss") if line["model"] == name}
@@ -177,7 +177,7 @@ def test_inspect_promises_what_prune_reaches(happy, checkpoints):
     assert told["remove_reached"] == pytest.approx(result["remove_reached"], abs=1e-12)
     assert told["size"] == result["dense_size"]
     [ffn] = told["groups"]
-    assert [ffn["num_units"], ffn["num_keep"]] == result["widths"]["ffn"]
+    assert [ffn["num_units"], ffn["num_keep"]] == result["widths"]["ffn"][:2]
     assert told["num_calibration_tokens"] == sum(result["calibration"]["num_tokens"].values())
     shown = run_cli(*arguments)
     assert shown.status == 0 and "100,176 -> 79,440" in shown.stdout and shown.stderr == ""

@@ -20,15 +20,16 @@ LAYERS = [
     "gguf_sentencepiece",
     "arch",
     # stages and measurements, each by itself
-    "score budget cut walk loss kl bench verify in_memory original_readers sources checkpoint_config staged_file plots "
+    "budget score cut walk loss kl bench verify in_memory sources checkpoint_config staged_file plots "
     "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer on_disk",
     # stages that are made of others
     "obs compensate measure taylor domain_weights calibration checkpoint resolve summary ideal bench_llama_cpp "
     "evaluate_tasks compare_page budget_curve budget_global level_database",
     "calibration_sampled repair depth estimate bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check",
-    "probe",
+    "probe original_readers",
     "profile budget_search",
-    "group_step inspection gguf_tensors evaluate_differences evaluate_parts",
+    "run selection inspection gguf_tensors evaluate_differences evaluate_parts",
+    "group_step round_plan safety_net pruned_checkpoint",
     # what people read, and the other outputs
     "loop tables gguf_export evaluate evaluate_table",
     "card benchmark export compare",
@@ -65,7 +66,8 @@ STAGES_MAY_IMPORT = {"arch", "errors", "memory", "progress"}
 HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (
     "checkpoint*", "output", "calibration*", "sources", "evaluate*", "bench*", "compare", "ideal", "gguf_*",
-    "in_memory", "pruning", "loop", "on_disk", "reload_child", "modeling_per_layer", "per_layer",
+    "in_memory", "pruning", "loop", "run", "pruned_checkpoint", "on_disk", "reload_child", "modeling_per_layer",
+    "per_layer",
 )  # fmt: skip
 ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "matplotlib", "gguf", "pyarrow", "datasets", "llama_cpp"}
 

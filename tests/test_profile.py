@@ -9,14 +9,22 @@ from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
 from torch.nn.functional import log_softmax
 
 from secateur.arch import bind, linear
+from secateur.budget import MAX_LEVELS, level_grid
 from secateur.errors import NumericsError
 from secateur.level_database import LevelDatabase
-from secateur.profile import MAX_LEVELS, ProfileSettings, level_grid, profile
+from secateur.profile import ProfileSettings, profile
 from secateur.walk import Batch, make_batches
 
 SHARES = {"prose": 0.6, "code": 0.4}
 SETTINGS = ProfileSettings(
-    weighting="energy", shares=SHARES, damping=1e-6, obs_batch=32, align=16, perturbation=0.3, probe_blocks=3
+    weighting="energy",
+    shares=SHARES,
+    damping=1e-6,
+    obs_batch=32,
+    align=16,
+    perturbation=0.3,
+    probe_blocks=3,
+    max_levels=64,
 )
 
 

@@ -14,6 +14,8 @@ GroupKey = tuple[int, str]  # (layer, group name)
 
 # Widths that keep tensor cores and quantisation blocks busy: the second from this many units on.
 ALIGN_SMALL, ALIGN_LARGE, LARGE_WIDTH = 64, 128, 4096
+# An error curve needs no more points than this; wide groups step by several of their aligned units.
+MAX_LEVELS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ def uniform_plan(groups: tuple[Group, ...], num_params: int, remove: float, alig
             (g.layer, name): _nearest(g, keep_share, align_of(g, align), at_least=not is_last) for g in members
         }
         missing -= num_params_gone(members, num_keep)
-    largest = largest_remove(groups, num_params, align)
+    largest = largest_remove(groups, num_params, least_keep(groups, align, 0.0))
     if any(num_keep[group.layer, group.name] < align_of(group, align) for group in groups):
         left_in = " and ".join(f"{align_of(g, align)} {g.unit}s" for g in {g.name: g for g in groups}.values())
         raise RecipeError(
@@ -82,19 +84,44 @@ def uniform_plan(groups: tuple[Group, ...], num_params: int, remove: float, alig
     return plan
 
 
-def largest_remove(groups: tuple[Group, ...], num_params: int, align: int) -> float:
-    """Return the share of all parameters that goes when every group keeps one step."""
-    return num_params_gone(groups, {(group.layer, group.name): align_of(group, align) for group in groups}) / num_params
+def largest_remove(groups: tuple[Group, ...], num_params: int, least: Mapping[GroupKey, int]) -> float:
+    """Return the share of all parameters that goes when every group keeps its least."""
+    return num_params_gone(groups, least) / num_params
 
 
-def round_plans(groups: tuple[Group, ...], plan: Plan, rounds: int, align: int) -> list[Plan]:
-    """Return the plans of all rounds, in equal steps of units from the whole model to `plan`, each width aligned."""
+def least_keep(groups: tuple[Group, ...], align: int, min_keep: float) -> dict[GroupKey, int]:
+    """Return the fewest units that each group may keep: the multiple of its step that is at least `min_keep` of all."""
+    steps = {(group.layer, group.name): align_of(group, align) for group in groups}
+    return {
+        (g.layer, g.name): min(max(math.ceil(min_keep * g.num_units / step), 1) * step, g.num_units)
+        for g, step in zip(groups, steps.values(), strict=True)
+    }
+
+
+def level_grid(num_units: int, step: int, max_levels: int = MAX_LEVELS) -> tuple[int, ...]:
+    """Return all units and the multiples of `step` below, down to one; of more than `max_levels` evenly spaced ones."""
+    stride = step * math.ceil(num_units / (step * max_levels))
+    highest = stride * ((num_units - 1) // stride)
+    return (num_units, *range(highest, 0, -stride))
+
+
+def round_shares(rounds: int, schedule: str) -> list[float]:
+    """Return the share of all that goes which is gone after each round: r/n, or 1 - (1 - r/n)^3 for `cubic`.
+
+    Source of the cubic schedule: Zhu and Gupta, arXiv 1710.01878, eq. 1.
+    """
+    power = 3 if schedule == "cubic" else 1
+    return [1 - (1 - done / rounds) ** power for done in range(1, rounds)] + [1.0]
+
+
+def round_plans(groups: tuple[Group, ...], plan: Plan, shares: list[float], align: int) -> list[Plan]:
+    """Return the plans of all rounds, by shares of the way from the whole model to `plan`, each width aligned."""
     plans = []
-    for done in range(1, rounds):
+    for share in shares[:-1]:
         num_keep = {}
         for group in groups:
             target, step = plan.num_keep[group.layer, group.name], align_of(group, align)
-            width = group.num_units - (group.num_units - target) * done / rounds
+            width = group.num_units - (group.num_units - target) * share
             num_keep[group.layer, group.name] = max(min(step * round(width / step), group.num_units), target)
         plans.append(Plan(num_keep, plan.num_params_before, plan.num_params_before - num_params_gone(groups, num_keep)))
     return [*plans, plan]

@@ -6,7 +6,7 @@ was measured. KL stands for the rise of the loss, which it equals where the dens
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from secateur.arch import Group
@@ -52,7 +52,6 @@ def curve_plan(
     num_params: int,
     remove: float,
     *,
-    protected: Collection[int] = (),
     min_keep: Mapping[GroupKey, int] | None = None,
     domain_weights: Mapping[str, float] | None = None,
     max_rise: Mapping[str, float] | None = None,
@@ -61,19 +60,18 @@ def curve_plan(
 
     At least `remove` of all `num_params` parameters goes, counted from the groups' full widths, and where every level
     costs something, less than one level more than that. Asking for more never predicts a lower weighted rise, unless
-    limits bind. Layers in `protected` stay whole, other groups keep at least `min_keep`. `max_rise`: the highest
+    limits bind. Groups keep at least `min_keep`. `max_rise`: the highest
     predicted rise of some domains, in nats per token; where the least average breaks one, limited domains weigh more,
     no more than needed.
 
     Raises RecipeError if so much cannot go, or not within `max_rise`, saying the largest possible `remove`.
     """
-    problem = _problem(groups, profiles, protected, min_keep or {})
+    problem = _problem(groups, profiles, min_keep or {})
     largest = sum(max(options) for options in problem.removals) / num_params
     if remove > largest:
         raise RecipeError(
             f"remove: {remove:g} of all {num_params:,} parameters is out of reach; the recipe's groups allow at most "
-            f"{round_down(largest)} with protected layers whole and the others at their smallest widths; ask for less "
-            f"or protect fewer layers."
+            f"{round_down(largest)} with each at its smallest width; ask for less or lower min_keep."
         )
     domains = sorted({domain for profile in profiles.values() for domain in profile.slopes})
     given = domain_weights or dict.fromkeys(domains, 1.0)
@@ -108,16 +106,13 @@ class _Problem:
         }
 
 
-def _problem(
-    groups: tuple[Group, ...], profiles: Profiles, protected: Collection[int], min_keep: Mapping[GroupKey, int]
-) -> _Problem:
+def _problem(groups: tuple[Group, ...], profiles: Profiles, min_keep: Mapping[GroupKey, int]) -> _Problem:
     allowed: dict[GroupKey, GroupProfile] = {}
     removals = []
     for group in groups:
         key = (group.layer, group.name)
         profile = profiles[key]
-        smallest = profile.levels[0] if group.layer in protected else min_keep.get(key, 0)
-        count = max(1, sum(level >= smallest for level in profile.levels))
+        count = max(1, sum(level >= min_keep.get(key, 0) for level in profile.levels))
         allowed[key] = GroupProfile(profile.levels[:count], profile.errors[:count], profile.slopes)
         removals.append([(group.num_units - level) * group.params_per_unit for level in allowed[key].levels])
     return _Problem(allowed, removals)

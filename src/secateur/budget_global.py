@@ -5,7 +5,7 @@ count what lies below the threshold in parameters, and do not divide the scores 
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,31 +22,30 @@ def global_plan(
     remove: float,
     align: int,
     *,
-    protected: Collection[int] = (),
+    min_keep: Mapping[GroupKey, int],
 ) -> Plan:
     """Remove the units of least (score - mean) / std over their group, whatever group they are in.
 
-    `scores` has one number per unit of the model's full width. Each group keeps the multiple of its step nearest to its
-    count of units above the threshold, at least one step; the threshold is the lowest with which `remove` of all
-    `num_params` parameters goes. Layers in `protected` stay whole.
+    `scores` has one number per unit that a group has now. Each group keeps the multiple of its step nearest to its
+    count of units above the threshold, at least `min_keep`; the threshold is the lowest with which `remove` of all
+    `num_params` parameters goes, counted from the groups' full widths.
 
     Raises RecipeError if so much cannot go, saying the largest possible `remove`.
     """
-    free = [group for group in groups if group.layer not in protected]
-    standardised = {(group.layer, group.name): _standardised(scores[group.layer, group.name]) for group in free}
-    whole = {(group.layer, group.name): group.num_units for group in groups}
+    standardised = {(group.layer, group.name): _standardised(scores[group.layer, group.name]) for group in groups}
     target = math.ceil(remove * num_params)
 
     def widths(threshold: float) -> dict[GroupKey, int]:
         kept = {key: int((values >= threshold).sum()) for key, values in standardised.items()}
-        return whole | {(g.layer, g.name): _aligned(g, kept[g.layer, g.name], align_of(g, align)) for g in free}
+        aligned = {(g.layer, g.name): _aligned(kept[g.layer, g.name], align_of(g, align)) for g in groups}
+        return {key: min(max(width, min_keep[key]), len(standardised[key])) for key, width in aligned.items()}
 
     largest = num_params_gone(groups, widths(math.inf))
     if target > largest:
         raise RecipeError(
-            f"remove: {remove:g} of all {num_params:,} parameters is out of reach; the recipe's groups allow at most "
-            f"{round_down(largest / num_params)} with protected layers whole and one step (align {align}) left in "
-            f"each other group; ask for less, lower align or protect fewer layers."
+            f"remove: {remove:g} of all {num_params:,} parameters is out of reach; the recipe's groups allow at "
+            f"most {round_down(largest / num_params)} with each at its smallest width; ask for less, or lower min_keep "
+            f"or align."
         )
     thresholds = [*torch.cat([torch.zeros(0), *standardised.values()]).unique().tolist(), math.inf]
     low, high = 0, len(thresholds) - 1
@@ -64,6 +63,5 @@ def _standardised(scores_U: Tensor) -> Tensor:
     return ((values - values.mean()) / values.std(correction=0).clamp_min(1e-30)).float()
 
 
-def _aligned(group: Group, num_above: int, step: int) -> int:
-    nearest = step * math.floor(num_above / step + 0.5)
-    return min(max(nearest, step), group.num_units)
+def _aligned(num_above: int, step: int) -> int:
+    return step * math.floor(num_above / step + 0.5)

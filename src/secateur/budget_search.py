@@ -42,6 +42,7 @@ def search_plan(
     batches: list[Batch],
     settings: SearchSettings,
     *,
+    min_keep: Mapping[GroupKey, int] | None = None,
     max_rise: Mapping[str, float] | None = None,
     progress: Progress = silent,
 ) -> Plan:
@@ -49,8 +50,8 @@ def search_plan(
 
     Fitness: mean over domains of KL(model || model with every group's reader from the database). Each generation makes
     `offspring` of the best plan, each by one to three switches: one group a level narrower, others wider as long as no
-    fewer parameters go than in `start`. A domain in `max_rise` may not rise above its limit, or above the start's rise
-    where that is higher. The model is as before afterwards. Groups not given (protected ones) stay as they are.
+    fewer parameters go than in `start`. No group goes below `min_keep`. A domain in `max_rise` may not rise above its
+    limit, or above the start's rise where that is higher. The model is as before afterwards.
 
     `start` must keep a level of the database in every group. Raises NumericsError if a divergence is not finite.
     """
@@ -58,6 +59,7 @@ def search_plan(
     prices = {(group.layer, group.name): group.params_per_unit for group in groups}
     assert all(start.num_keep[key] in database.levels[key] for key in prices), "start is not on the database's levels"
     judge = _Judge(readers, database, Probe(model, arch, batches, settings.probe_blocks))
+    levels = {key: [n for n in database.levels[key] if n >= (min_keep or {}).get(key, 0)] for key in prices}
     choose, total = random.Random(settings.seed), settings.generations * settings.offspring
     progress("search", 0, total)
     try:
@@ -68,7 +70,7 @@ def search_plan(
         for generation in range(settings.generations):
             parent = best
             for number in range(settings.offspring):
-                child = _switched(parent, first, database.levels, prices, choose)
+                child = _switched(parent, first, levels, prices, choose)
                 rise = judge.rise(child)
                 if _mean(rise) < least and all(rise[domain] <= limit for domain, limit in limits.items()):
                     best, least = child, _mean(rise)

@@ -23,12 +23,13 @@ from secateur.checkpoint import Checkpoint, load_model, load_tokenizer, meta_mod
 from secateur.compare_page import FoundCell, comparison_files
 from secateur.evaluate_cache import PartCache, fingerprint
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks, run_task
-from secateur.loop import Run, prune_in_place
+from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
 from secateur.output import disk_errors
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe
 from secateur.resolve import resolve
+from secateur.run import Run
 from secateur.staged_file import staged_file
 from secateur.study import Cell, Study, cells, dump_study, study_recipe
 from secateur.summary import Size, versions

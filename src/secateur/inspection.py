@@ -7,9 +7,10 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from secateur.arch import Group, bind
-from secateur.budget import largest_remove
+from secateur.budget import largest_remove, least_keep
 from secateur.checkpoint import meta_model, open_checkpoint
 from secateur.estimate import MemoryEstimate, estimate_memory
 from secateur.recipe import Recipe
@@ -19,7 +20,7 @@ from secateur.summary import Size
 
 @dataclass(frozen=True, slots=True)
 class GroupFacts:
-    """One kind of group over all layers. `num_keep`: units per layer that the run would leave."""
+    """One kind of group over all layers but protected ones. `num_keep`: mean units that a run leaves."""
 
     name: str
     unit: str
@@ -65,10 +66,11 @@ def inspect(model: str | Path, recipe: Recipe | None = None) -> Inspection:
     resolved = resolve(recipe, arch, shape.config, size.num_params)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
     assert resolved.recipe.align is not None and resolved.recipe.calibration.num_tokens is not None
+    least = least_keep(resolved.groups, resolved.recipe.align, recipe.min_keep)
     facts = []
     for name in recipe.groups:
         members = [group for group in resolved.groups if group.name == name]
-        facts.append(_facts(members, plan.num_keep[members[0].layer, name]))
+        facts.append(_facts(members, round(mean(plan.num_keep[group.layer, name] for group in members))))
     return Inspection(
         model=checkpoint.reference,
         family=arch.family,
@@ -77,7 +79,7 @@ def inspect(model: str | Path, recipe: Recipe | None = None) -> Inspection:
         groups=tuple(facts),
         remove_asked=recipe.remove,
         remove_reached=plan.removed_fraction,
-        largest_remove=largest_remove(resolved.groups, size.num_params, resolved.recipe.align),
+        largest_remove=largest_remove(resolved.groups, size.num_params, least),
         align=resolved.recipe.align,
         num_params_after=plan.num_params_after,
         num_bytes_after=plan.num_params_after * bytes_per_param,

@@ -1,81 +1,72 @@
 """The loop: rounds over layers over groups, on the pruned stream.
 
-In: a model, its bound architecture, a run in concrete numbers and the calibration set. Out: the same model with smaller
-linears and a config that says so, and which units stayed. Every step is one line of the run log.
+In: a run. Out: its model with smaller linears and a config that says so, and which units stayed. Every step is one line
+of the run log.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from secateur.arch import Arch, Group, decoder_layers
-from secateur.budget import GroupKey, Plan
-from secateur.calibration import CalibrationSet, rotated
+from secateur.arch import Group, decoder_layers
+from secateur.budget import Plan
 from secateur.cut import add_zero_biases
 from secateur.group_step import prune_group
 from secateur.memory import peak_bytes, release_freed
-from secateur.on_disk import DenseLayers, embeddings_on_disk
-from secateur.original_readers import OriginalReaders
+from secateur.on_disk import LayersOnDisk, embeddings_on_disk
 from secateur.per_layer import record_widths
-from secateur.progress import Progress, silent
-from secateur.resolve import Resolved
-from secateur.walk import Batch, Walk, make_batches
-
-Keeps = dict[GroupKey, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Everything the loop works on. `originals` keeps uncompensated readers, where they are to be compared with.
-
-    `scratch`: a directory for files of this run alone; None: where the system has temporary files.
-    """
-
-    model: PreTrainedModel
-    arch: Arch
-    resolved: Resolved
-    calibration: CalibrationSet
-    originals: OriginalReaders | None = None
-    log: Callable[[dict[str, Any]], None] = lambda line: None
-    progress: Progress = silent
-    scratch: Path | None = None
+from secateur.round_plan import layer_seed, plan_round, whole_model_scores
+from secateur.run import Keeps, Run
+from secateur.safety_net import SafetyNet
+from secateur.walk import Batch, Walk
 
 
 def prune_in_place(run: Run) -> Keeps:
-    """Prune the model, all rounds, and return each group's kept units by their original indices."""
+    """Prune the model, all rounds, and return each group's kept units by their original indices.
+
+    With `max_loss_rise` the last round that held is what stays. Raises RecipeError if not even the first one held.
+    """
     keeps = {(group.layer, group.name): torch.arange(group.num_units) for group in run.resolved.groups}
     if run.resolved.recipe.compensate == "bias":
         layers = decoder_layers(run.model, run.arch)
         for group in run.resolved.groups:
             add_zero_biases(layers[group.layer], group)
     with TemporaryDirectory(prefix="prune-", dir=run.scratch) as folder, embeddings_on_disk(run.model, Path(folder)):
-        dense_layers = DenseLayers(Path(folder))
-        for number, plan in enumerate(run.resolved.plans, start=1):
-            _one_round(run, plan, number, keeps, dense_layers)
+        dense_layers, net = LayersOnDisk(Path(folder), "dense"), SafetyNet(run, Path(folder))
+        for number in range(1, len(run.resolved.plans) + 1):
+            batches = run.batches(number)
+            scores = whole_model_scores(run, batches)
+            plan = plan_round(run, number, batches, net.allowed_rise(), scores)
+            net.before_round(keeps)
+            _one_round(run, plan, number, batches, scores, keeps, dense_layers)
+            if not net.holds(number, keeps):
+                break
+            _update_config(run)
+            if run.after_round is not None:
+                run.after_round(number, keeps)
     _update_config(run)
     return keeps
 
 
-def _one_round(run: Run, plan: Plan, number: int, keeps: Keeps, dense_layers: DenseLayers) -> None:
-    stage = f"prune, round {number} of {len(run.resolved.plans)}"
+def _one_round(
+    run: Run, plan: Plan, number: int, batches: list[Batch], scores: Keeps, keeps: Keeps, dense_layers: LayersOnDisk
+) -> None:
+    num_rounds = len(run.resolved.plans)
+    stage = f"prune, round {number} of {num_rounds}"
     run.progress(stage, 0, run.arch.num_layers)
     recipe = run.resolved.recipe
-    walk = Walk(run.model, run.arch, _batches(run, number), dense=bool(recipe.target_mix))
-    shares = {domain.name: domain.share for domain in run.calibration.domains}
+    walk = Walk(run.model, run.arch, batches, dense=bool(recipe.target_mix))
     for index in range(run.arch.num_layers):
         groups = [group for group in run.resolved.groups if group.layer == index]
-        _advance_dense(walk, index, groups, dense_layers, is_last=number == len(run.resolved.plans))
+        _advance_dense(walk, index, groups, dense_layers, is_last=number == num_rounds)
         for group in groups:
             start, key = time.perf_counter(), (group.layer, group.name)
-            seed = (recipe.seed * 1_000_003 + number) * 1_000_003 + index
-            keep, line = prune_group(walk, group, plan.num_keep[key], recipe, shares, seed, run.originals)
+            seed = layer_seed(recipe.seed, number, index)
+            keep, line = prune_group(
+                walk, group, plan.num_keep[key], recipe, run.shares, seed, run.originals, scores.get(key)
+            )
             keeps[key] = keeps[key][keep.cpu()]
             seconds = round(time.perf_counter() - start, 3)
             run.log({"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()})
@@ -84,26 +75,17 @@ def _one_round(run: Run, plan: Plan, number: int, keeps: Keeps, dense_layers: De
         run.progress(stage, index + 1, run.arch.num_layers)
 
 
-def _advance_dense(walk: Walk, index: int, groups: list[Group], dense_layers: DenseLayers, *, is_last: bool) -> None:
+def _advance_dense(walk: Walk, index: int, groups: list[Group], dense_layers: LayersOnDisk, *, is_last: bool) -> None:
     """Move the dense stream, if there is one, through the layer as it was before the first round."""
     if not walk.dense_BTD:
         return
-    if index in dense_layers.counts:
+    if index in dense_layers.indices:
         with dense_layers.in_place(index, walk.layers[index]):
             walk.advance_dense(index)
         return
     if not is_last:
         dense_layers.keep(index, walk.layers[index], groups)
     walk.advance_dense(index)
-
-
-def _batches(run: Run, number: int) -> list[Batch]:
-    device = next(run.model.parameters()).device
-    batches: list[Batch] = []
-    for domain in rotated(run.calibration, number - 1).domains:
-        batches += make_batches(domain.name, domain.calibration_NT.to(device), held_out=False)
-        batches += make_batches(domain.name, domain.held_out_NT.to(device), held_out=True)
-    return batches
 
 
 def _update_config(run: Run) -> None:

@@ -1,7 +1,7 @@
 """Weights that a round does not need in memory, kept on disk meanwhile.
 
 In: a model, a scratch directory. Out: its embedding and head as memory-mapped files while a round runs, back in memory
-afterwards, bit for bit; and its layers as they were before the first cut, for the dense stream of later rounds.
+afterwards, bit for bit; and its layers as they were before a cut, for the dense stream or to go back to.
 """
 
 from collections.abc import Iterator
@@ -39,17 +39,31 @@ def embeddings_on_disk(model: PreTrainedModel, directory: Path) -> Iterator[None
         path.unlink()
 
 
-class DenseLayers:
-    """One safetensors file per layer, and the numbers of units that its modules held."""
+class LayersOnDisk:
+    """One safetensors file per layer, called `name`, and the numbers of units that its modules held."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, name: str) -> None:
+        self.directory, self.name = directory, name
         self.counts: dict[int, dict[str, int]] = {}
+
+    @property
+    def indices(self) -> list[int]:
+        """Layers that are kept."""
+        return list(self.counts)
 
     def keep(self, index: int, layer: nn.Module, groups: list[Group]) -> None:
         """Write the layer as it is now."""
         save_file({name: p.detach().cpu().contiguous() for name, p in layer.named_parameters()}, self._path(index))
         self.counts[index] = {group.count: _count(layer, group.count) for group in groups if group.count is not None}
+
+    def put_back(self, index: int, layer: nn.Module) -> None:
+        """Make the layer what it was when it was kept."""
+        device = next(layer.parameters()).device
+        for name, tensor in load_file(self._path(index)).items():
+            _put(layer, name, nn.Parameter(tensor.to(device), requires_grad=False))
+        for name, count in self.counts[index].items():
+            _put(layer, name, count)
+        _state_sizes(layer)
 
     @contextmanager
     def in_place(self, index: int, layer: nn.Module) -> Iterator[None]:
@@ -57,17 +71,21 @@ class DenseLayers:
         own = dict(layer.named_parameters())
         own_counts = {name: _count(layer, name) for name in self.counts[index]}
         try:
-            for name, tensor in load_file(self._path(index)).items():
-                _put(layer, name, nn.Parameter(tensor.to(own[name].device), requires_grad=False))
-            for name, count in self.counts[index].items():
-                _put(layer, name, count)
+            self.put_back(index, layer)
             yield
         finally:
             for name, value in (own | own_counts).items():
                 _put(layer, name, value)
+            _state_sizes(layer)
 
     def _path(self, index: int) -> Path:
-        return self.directory / f"dense-{index}.safetensors"
+        return self.directory / f"{self.name}-{index}.safetensors"
+
+
+def _state_sizes(layer: nn.Module) -> None:
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
 
 
 def _count(layer: nn.Module, name: str) -> int:

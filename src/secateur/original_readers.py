@@ -1,43 +1,59 @@
-"""Keeps the readers as they would be without compensation, on disk, to measure "the same cut, uncompensated".
+"""Keeps the readers as they were before any cut, on disk, to measure "the same cut, uncompensated".
 
-In: each reader just before it is cut. Out: the model with those readers exchanged for the compensated ones, and back.
+In: each reader before it is first cut. Out: within a context, the model with the original columns of the units that
+stayed, instead of the compensated ones.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from jaxtyping import Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secateur.arch import Group, linear
+from secateur.budget import GroupKey
+from secateur.cut import rows_of
 
 
 class OriginalReaders:
-    """One safetensors file per group in `directory`, holding the original columns of the units kept so far."""
+    """One safetensors file per group in `directory`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def narrow(self, layer: nn.Module, group: Group, columns: Int64[Tensor, " R"]) -> None:
-        """Note that `columns` of the reader's present inputs stay. Call before the reader is cut."""
-        path = self._path(group)
-        tensors = load_file(path) if path.exists() else _tensors(linear(layer, group.reader.module))
-        tensors["weight"] = tensors["weight"][:, columns.cpu()].contiguous()
-        save_file(tensors, path)
+    def keep(self, layer: nn.Module, group: Group) -> None:
+        """Write the group's reader as it is, unless it has been written before."""
+        if not self._path(group).exists():
+            save_file(_tensors(linear(layer, group.reader.module)), self._path(group))
 
-    @torch.no_grad()
-    def exchange(self, layers: list[nn.Module], groups: tuple[Group, ...]) -> None:
-        """Swap the readers in the model with those on disk; a second call swaps them back, bit for bit."""
-        for group in groups:
-            reader, path = linear(layers[group.layer], group.reader.module), self._path(group)
-            stored, present = load_file(path), _tensors(reader)
-            save_file(present, path)
-            for name, tensor in stored.items():
-                reader.get_parameter(name).copy_(tensor)
+    @contextmanager
+    def in_place(
+        self, layers: list[nn.Module], groups: tuple[Group, ...], keeps: Mapping[GroupKey, Tensor]
+    ) -> Iterator[None]:
+        """Within the context readers have their original weights in the columns that stayed; then their own again."""
+        readers = {group: linear(layers[group.layer], group.reader.module) for group in groups}
+        for group, reader in readers.items():
+            save_file(_tensors(reader), self._path(group, "own"))
+        try:
+            for group, reader in readers.items():
+                columns = rows_of(keeps[group.layer, group.name], group.reader.segments, group.num_units)
+                stored = load_file(self._path(group))
+                _fill(reader, stored | {"weight": stored["weight"][:, columns]})
+            yield
+        finally:
+            for group, reader in readers.items():
+                _fill(reader, load_file(self._path(group, "own")))
 
-    def _path(self, group: Group) -> Path:
-        return self.directory / f"layer{group.layer}-{group.name}.safetensors"
+    def _path(self, group: Group, which: str = "original") -> Path:
+        return self.directory / f"{which}-{group.layer}-{group.name}.safetensors"
+
+
+@torch.no_grad()
+def _fill(reader: nn.Linear, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        reader.get_parameter(name).copy_(tensor)
 
 
 def _tensors(reader: nn.Linear) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.arch import Arch, Group, linear
-from secateur.budget import GroupKey, align_of
+from secateur.budget import GroupKey, align_of, level_grid
 from secateur.budget_curve import GroupProfile
 from secateur.compensate import least_squares
 from secateur.cut import rows_of, unit_columns
@@ -30,9 +30,6 @@ from secateur.progress import Progress, silent
 from secateur.score import damped_gram
 from secateur.stats import Statistics
 from secateur.walk import Batch, Walk
-
-# A curve needs no more points than this; wide groups step by several of their aligned units.
-MAX_LEVELS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +46,7 @@ class ProfileSettings:
     align: int
     perturbation: float
     probe_blocks: int
+    max_levels: int
 
 
 @torch.no_grad()
@@ -88,13 +86,6 @@ def profile(
     return profiles
 
 
-def level_grid(num_units: int, step: int) -> tuple[int, ...]:
-    """Return all units and the multiples of `step` below, down to one; of more than MAX_LEVELS evenly spaced ones."""
-    stride = step * math.ceil(num_units / (step * MAX_LEVELS))
-    highest = stride * ((num_units - 1) // stride)
-    return (num_units, *range(highest, 0, -stride))
-
-
 @dataclass(frozen=True, slots=True)
 class _Refit:
     """A group's reader, refitted for the units left after any number of removals."""
@@ -124,7 +115,7 @@ def _profile_group(
     database: LevelDatabase | None,
 ) -> GroupProfile:
     assert statistics.gram is not None
-    levels = level_grid(reader.in_features // group.width, align_of(group, settings.align))
+    levels = level_grid(reader.in_features // group.width, align_of(group, settings.align), settings.max_levels)
     removed_U, errors = _error_curve(group, reader, statistics, levels, settings)
     refit = _Refit(group, reader, statistics.gram, removed_U, settings.damping)
     if database is not None:

@@ -5,7 +5,6 @@ on its own. Everything checkable without weights is checked before a weight is r
 """
 
 import dataclasses
-import json
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,16 +23,18 @@ from secateur.calibration_sampled import with_sampled
 from secateur.card import model_card
 from secateur.checkpoint import check_finite, check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
 from secateur.in_memory import check_in_memory, eval_mode, restore_buffers
-from secateur.loop import Keeps, Run, prune_in_place
+from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
 from secateur.memory import peak_bytes
 from secateur.original_readers import OriginalReaders
-from secateur.output import check_free_space, parse_shard_size, save_checkpoint, staging
+from secateur.output import check_free_space, parse_shard_size, staging
 from secateur.overlap import ngram_overlap
 from secateur.progress import Progress, silent
-from secateur.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
+from secateur.pruned_checkpoint import PrunedCheckpoint
+from secateur.recipe import Recipe, load_recipe, parse_recipe
 from secateur.report import missing_plots, write_reports
 from secateur.resolve import Resolved, resolve
+from secateur.run import Keeps, Run
 from secateur.runlog import RunLog
 from secateur.summary import CalibrationFacts, Losses, Size, Summary, versions
 from secateur.verify import Verification, verify_reload
@@ -127,6 +128,7 @@ def prune(
 
 def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[Keeps, Summary]:
     recipe, log = job.resolved.recipe, job.log
+    checkpoint = directory and PrunedCheckpoint(job.model, job.tokenizer, recipe, directory, carry_from)
     dense_size = Size.of(job.model)
     dense_losses = _evaluate(job, "dense")
     dense_speed = _bench(job, "dense")
@@ -134,18 +136,18 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[Ke
         compare = recipe.evaluate and recipe.compensate != "none"
         originals = OriginalReaders(Path(scratch)) if compare else None
         run = Run(job.model, job.arch, job.resolved, job.calibration, originals, log.write, job.progress, Path(scratch))
+        if checkpoint and recipe.keep_rounds:
+            run = dataclasses.replace(run, after_round=checkpoint.save_round)
         with log.time("prune"):
             keeps = prune_in_place(run)
         peak = peak_bytes()
         pruned_losses = _evaluate(job, "pruned")
         uncompensated_losses: Losses = {}
         if originals is not None:
-            layers = decoder_layers(job.model, job.arch)
-            originals.exchange(layers, job.resolved.groups)
-            uncompensated_losses = _evaluate(job, "uncompensated")
-            originals.exchange(layers, job.resolved.groups)
+            with originals.in_place(decoder_layers(job.model, job.arch), job.resolved.groups, keeps):
+                uncompensated_losses = _evaluate(job, "uncompensated")
     pruned_speed = _bench(job, "pruned")
-    proof = _save(job, directory, carry_from, keeps)
+    proof = _save(job, checkpoint, keeps)
     summary = Summary(
         model=job.name,
         family=job.arch.family,
@@ -154,7 +156,7 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[Ke
         remove_reached=1 - Size.of(job.model).num_params / dense_size.num_params,
         dense_size=dense_size,
         pruned_size=Size.of(job.model),
-        widths=_widths(job.resolved),
+        widths=_widths(job, keeps),
         calibration=_facts(job.calibration),
         dense_losses=dense_losses,
         pruned_losses=pruned_losses,
@@ -166,7 +168,11 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[Ke
         peak_bytes=peak,
         reload_max_abs_difference=proof.max_abs_difference if proof else None,
         sample_text=proof.generated_text if proof else None,
-        warnings=(*job.resolved.warnings, *(missing_plots() if directory else ())),
+        warnings=(
+            *job.resolved.warnings,
+            *(line["text"] for line in log.lines if line["event"] == "note"),
+            *(missing_plots() if directory else ()),
+        ),
         versions=versions(),
     )
     if directory is not None:
@@ -178,23 +184,17 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[Ke
     return keeps, summary
 
 
-def _save(job: _Job, directory: Path | None, carry_from: Path | None, keeps: Keeps) -> Verification | None:
-    if directory is None:
+def _save(job: _Job, checkpoint: PrunedCheckpoint | None, keeps: Keeps) -> Verification | None:
+    if checkpoint is None:
         return None
-    recipe = job.resolved.recipe
     with job.log.time("save"):
-        save_checkpoint(
-            job.model, job.tokenizer, directory, max_shard_size=recipe.max_shard_size, carry_from=carry_from
-        )
-        (directory / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        kept = [{"layer": layer, "group": group, "keep": keep.tolist()} for (layer, group), keep in keeps.items()]
-        (directory / "keep.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        checkpoint.save(keeps)
     with job.log.time("verify"):
         job.progress("verify", 0, 1)
         ids_1T = job.calibration.domains[0].held_out_NT[:1, :VERIFY_TOKENS].to(job.model.device)
         with torch.inference_mode():
             logits = job.model(ids_1T, use_cache=False).logits
-        proof = verify_reload(directory, ids_1T, logits)
+        proof = verify_reload(checkpoint.directory, ids_1T, logits)
         job.progress("verify", 1, 1)
     return proof
 
@@ -236,9 +236,13 @@ def _facts(calibration: CalibrationSet) -> CalibrationFacts:
     )
 
 
-def _widths(resolved: Resolved) -> dict[str, tuple[int, int]]:
-    plan = resolved.plans[-1]
-    return {group.name: (group.num_units, plan.num_keep[group.layer, group.name]) for group in resolved.groups}
+def _widths(job: _Job, keeps: Keeps) -> dict[str, tuple[int, int, int]]:
+    widths: dict[str, tuple[int, int, int]] = {}
+    for group in job.arch.select(job.resolved.recipe.groups):
+        kept = len(keeps.get((group.layer, group.name), range(group.num_units)))
+        before, least, most = widths.get(group.name, (group.num_units, kept, kept))
+        widths[group.name] = (before, min(least, kept), max(most, kept))
+    return widths
 
 
 def _parse(recipe: Recipe | dict[str, Any] | Path | str | None) -> Recipe:

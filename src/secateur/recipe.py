@@ -14,9 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from secateur.errors import RecipeError, nearest
 
 InstalledDomain = Literal["code", "technical", "mathematics", "science", "readme", "legal", "dialogue"]
-ScoreName = Literal["random", "magnitude", "wanda", "flap", "obs"]
+ScoreName = Literal["random", "magnitude", "wanda", "flap", "obs", "taylor", "paper"]
 CompensateName = Literal["none", "bias", "least_squares"]
 WeightingName = Literal["tokens", "energy", "minimax", "cvar"]
+BudgetName = Literal["uniform", "global", "curve", "search"]
+WidthsName = Literal["uniform", "per_layer"]
+ScheduleName = Literal["linear", "cubic"]
 
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 DEFAULT_DOMAINS: tuple[InstalledDomain, ...] = ("code", "technical", "mathematics", "science", "readme")
@@ -39,6 +42,7 @@ class Domain(Strict):
     dataset: a `datasets` hub id, with `config` and `split`.
     sampled: text that the dense model itself writes, token by token, before it is pruned.
     column: the text column of structured files; a `messages` column goes through the tokenizer's chat template.
+    protect: the share by which this domain's held-out loss may rise, 0.05 for 5%; budgets `curve` and `search` plan it.
     """
 
     installed: InstalledDomain | None = None
@@ -48,7 +52,8 @@ class Domain(Strict):
     config: str | None = None
     split: str = "train"
     column: str = "text"
-    share: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    share: Positive = 1.0
+    protect: Positive | None = None
 
     @field_validator("files", mode="before")
     @classmethod
@@ -81,12 +86,25 @@ class Calibration(Strict):
 class Recipe(Strict):
     """One pruning run. Higher score = keep; ratios are shares of the model's total parameters, tied weights once.
 
+    budget: how widths are spread over layers. `widths` follows: `per_layer` where they may differ, else `uniform`.
+    protected_layers: stay whole; negative ones count from the end. min_keep: the least share of a group that stays.
+    probe_blocks: blocks per domain on which `curve` and `search` measure KL; generations and offspring: of `search`.
+    schedule: the share of `remove` gone after round r of n: r/n (linear), 1 - (1 - r/n)^3 (cubic).
+    keep_rounds: write a checkpoint after every round but the last, too. max_loss_rise: the share by which the mean
+    held-out loss may rise; the run ends with the last round that held.
     damping_factors: each group tries the damping times each of these and takes what its held-out text likes best.
     target_mix: how much of the drift (dense stream minus pruned stream) an MLP makes up for; 0 its own output alone.
     """
 
     remove: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
     groups: Annotated[tuple[str, ...], Field(min_length=1)] = ("ffn",)
+    budget: BudgetName = "uniform"
+    widths: WidthsName | None = None
+    protected_layers: tuple[int, ...] = ()
+    min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    probe_blocks: Annotated[int, Field(ge=1)] = 1
+    generations: Annotated[int, Field(ge=1)] = 20
+    offspring: Annotated[int, Field(ge=1)] = 8
     align: Annotated[int, Field(ge=1)] | None = None
     score: ScoreName = "obs"
     obs_batch: Annotated[int, Field(ge=1)] = 32
@@ -96,6 +114,9 @@ class Recipe(Strict):
     target_mix: Annotated[float, Field(ge=0, le=1)] | None = None
     domain_weighting: WeightingName = "energy"
     rounds: Annotated[int, Field(ge=1)] = 1
+    schedule: ScheduleName = "linear"
+    keep_rounds: bool = False
+    max_loss_rise: Positive | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     calibration: Calibration = Calibration()
     evaluate: bool = True

@@ -59,6 +59,15 @@ def flap(inputs: ScoreInputs) -> Float[Tensor, " U"]:
     return _summed(inputs.statistics.variance_F * inputs.reader_HF.square().sum(dim=0), inputs)
 
 
+def paper(inputs: ScoreInputs) -> Float[Tensor, " U"]:
+    """s_j = sqrt(sum over the unit's columns of mean(x_j^2) * |W_j|^2): the size of what unit j adds to the output.
+
+    Our reconstruction of the activation-weighted channel score of arXiv 2601.02674, whose formula is not public to us.
+    """
+    per_column_F = inputs.statistics.mean_square_F * inputs.reader_HF.square().sum(dim=0)
+    return _summed(per_column_F, inputs).sqrt()
+
+
 def obs(inputs: ScoreInputs) -> Float[Tensor, " U"]:
     """Output error left when unit j goes and the others are refitted, see `removal_errors`.
 
@@ -94,8 +103,9 @@ SCORES: dict[str, Callable[[ScoreInputs], Tensor]] = {
     "wanda": wanda,
     "flap": flap,
     "obs": obs,
+    "paper": paper,
 }
-"""Every score by its recipe name."""
+"""Scores that look at one group at a time, by recipe name; `taylor`, which needs the whole model, is beside them."""
 
 NEED_GRAM = frozenset({"obs"})
 """Scores that need the Gram matrix; the others need moments alone."""

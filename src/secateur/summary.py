@@ -61,7 +61,7 @@ class Summary:
     remove_reached: float
     dense_size: Size
     pruned_size: Size
-    widths: dict[str, tuple[int, int]]  # group -> units per layer before, after
+    widths: dict[str, tuple[int, int, int]]  # group -> units per layer before; after, in the narrowest and widest
     calibration: CalibrationFacts
     dense_losses: Losses
     pruned_losses: Losses

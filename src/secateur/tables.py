@@ -112,8 +112,8 @@ def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str]]:
     dense, pruned = summary.dense_size, summary.pruned_size
     yield "parameters", f"{dense.num_params:,}", f"{pruned.num_params:,}"
     yield "bytes", human_bytes(dense.num_bytes), human_bytes(pruned.num_bytes)
-    for group, (before, after) in summary.widths.items():
-        yield f"{group} units per layer", f"{before:,}", f"{after:,}"
+    for group, (before, least, most) in summary.widths.items():
+        yield f"{group} units per layer", f"{before:,}", f"{least:,}" if least == most else f"{least:,} to {most:,}"
     for phase, before, after in speeds(summary):
         yield f"{phase}, tokens/s", f"{before:.1f}", f"{after:.1f} ({after / before:.2f}x)"
 

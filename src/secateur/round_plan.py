@@ -1,0 +1,127 @@
+"""A round's plan: how many units each group keeps when it is over, by the recipe's budget.
+
+In: a run whose model stands where the round begins, the round's batches. Out: the plan. Nothing is cut.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from secateur.arch import decoder_layers, linear
+from secateur.budget import GroupKey, Plan, least_keep
+from secateur.budget_curve import curve_plan, predicted_rise
+from secateur.budget_global import global_plan
+from secateur.budget_search import SearchSettings, search_plan
+from secateur.level_database import LevelDatabase
+from secateur.measure import measure
+from secateur.profile import ProfileSettings, profile
+from secateur.run import Run
+from secateur.score import NEED_GRAM
+from secateur.selection import unit_scores
+from secateur.stats import BY_DOMAIN
+from secateur.taylor import taylor_scores
+from secateur.walk import Batch, Walk
+
+
+def plan_round(
+    run: Run, number: int, batches: list[Batch], max_rise: dict[str, float], scores: dict[GroupKey, Tensor]
+) -> Plan:
+    """Return the plan of round `number`.
+
+    `max_rise`: how much each protected domain's loss may still rise. `scores`: those of `whole_model_scores`.
+    Raises RecipeError if the round's share cannot go within what the recipe protects.
+    """
+    resolved = run.resolved
+    recipe, num_params = resolved.recipe, resolved.plans[-1].num_params_before
+    if recipe.budget == "uniform":
+        return resolved.plans[number - 1]
+    assert recipe.align is not None
+    remove = resolved.removals[number - 1]
+    least = least_keep(resolved.groups, recipe.align, recipe.min_keep)
+    if recipe.budget == "global":
+        scores = scores or _scores(run, number, batches)
+        return global_plan(resolved.groups, scores, num_params, remove, recipe.align, min_keep=least)
+    with TemporaryDirectory(prefix="levels-", dir=run.scratch) as folder:
+        database = LevelDatabase(Path(folder)) if recipe.budget == "search" else None
+        profiles = profile(
+            run.model,
+            run.arch,
+            resolved.groups,
+            batches,
+            _profile_settings(run, number),
+            database=database,
+            progress=run.progress,
+        )
+        plan = curve_plan(resolved.groups, profiles, num_params, remove, min_keep=least, max_rise=max_rise)
+        predicted = predicted_rise(profiles, plan.num_keep)
+        run.log({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
+        if database is None:
+            return plan
+        settings = SearchSettings(recipe.seed, recipe.generations, recipe.offspring, recipe.probe_blocks)
+        return search_plan(
+            run.model,
+            run.arch,
+            resolved.groups,
+            database,
+            plan,
+            batches,
+            settings,
+            min_keep=least,
+            max_rise=max_rise,
+            progress=run.progress,
+        )
+
+
+def whole_model_scores(run: Run, batches: list[Batch]) -> dict[GroupKey, Tensor]:
+    """Return the scores that need gradients of the whole model; none for scores that look at a group by itself."""
+    if run.resolved.recipe.score != "taylor":
+        return {}
+    run.progress("score", 0, 1)
+    scores = taylor_scores(run.model, run.arch, run.resolved.groups, batches)
+    run.progress("score", 1, 1)
+    return scores
+
+
+def _profile_settings(run: Run, number: int) -> ProfileSettings:
+    """Return the settings; slopes are measured where this round would take every group if all lost alike."""
+    recipe, groups = run.resolved.recipe, run.resolved.groups
+    layers = decoder_layers(run.model, run.arch)
+    now = sum(linear(layers[g.layer], g.reader.module).in_features // g.width * g.params_per_unit for g in groups)
+    then = sum(run.resolved.plans[number - 1].num_keep[g.layer, g.name] * g.params_per_unit for g in groups)
+    assert recipe.align is not None
+    # What a domain's weight does to a width is left to the slopes, which are by domain.
+    weighting = "energy" if recipe.domain_weighting in BY_DOMAIN else recipe.domain_weighting
+    return ProfileSettings(
+        weighting=weighting,
+        shares=run.shares,
+        damping=recipe.damping,
+        obs_batch=recipe.obs_batch,
+        align=recipe.align,
+        perturbation=1 - then / now,
+        probe_blocks=recipe.probe_blocks,
+        max_levels=run.resolved.max_levels,
+    )
+
+
+@torch.no_grad()
+def _scores(run: Run, number: int, batches: list[Batch]) -> dict[GroupKey, Tensor]:
+    """Walk the model as it is and return every group's scores."""
+    recipe = run.resolved.recipe
+    walk = Walk(run.model, run.arch, [batch for batch in batches if not batch.held_out])
+    scores: dict[GroupKey, Tensor] = {}
+    weighting = "energy" if recipe.domain_weighting in BY_DOMAIN else recipe.domain_weighting
+    for index in range(run.arch.num_layers):
+        for group in (group for group in run.resolved.groups if group.layer == index):
+            measured = measure(walk, group, weighting, run.shares, gram=recipe.score in NEED_GRAM)
+            seed = layer_seed(recipe.seed, number, index)
+            scores[index, group.name] = unit_scores(walk.layers[index], group, measured, recipe, seed)
+        walk.advance(index)
+        run.progress("score", index + 1, run.arch.num_layers)
+    return scores
+
+
+def layer_seed(seed: int, number: int, layer: int) -> int:
+    """Return a seed of its own for each layer and round."""
+    return (seed * 1_000_003 + number) * 1_000_003 + layer

@@ -1,0 +1,73 @@
+"""Selection: which units of a group stay, given how many.
+
+In: a layer, what was measured of the group, the recipe. Out: the kept indices and every unit's score. Nothing changes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.arch import Group, linear
+from secateur.cut import unit_columns
+from secateur.measure import Measurement
+from secateur.obs import greedy_obs
+from secateur.recipe import Recipe
+from secateur.score import SCORES, ScoreInputs, damped_gram, keep_highest
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """`keep`: sorted indices among the units the group has now. `scores`: of all of them; none if all were to stay."""
+
+    keep: Tensor
+    scores: Tensor
+
+
+def select(
+    layer: nn.Module,
+    group: Group,
+    measured: Measurement,
+    num_keep: int,
+    recipe: Recipe,
+    seed: int,
+    scores_U: Tensor | None = None,
+) -> Selection:
+    """Choose `num_keep` units: greedily for `obs`, else those of highest score.
+
+    `scores_U`: scores that were measured before, of all units; without them the recipe's score is taken.
+    """
+    reader = linear(layer, group.reader.module)
+    num_units = reader.in_features // group.width
+    if num_keep == num_units:
+        return Selection(torch.arange(num_keep, device=reader.weight.device), reader.weight.new_zeros(0))
+    if recipe.score == "obs" and scores_U is None:
+        assert measured.pooled.gram is not None
+        hessian = damped_gram(measured.pooled.gram, recipe.damping)
+        columns_UW = unit_columns(group.reader.segments, num_units, reader.weight.device)
+        found = greedy_obs(reader.weight, hessian, columns_UW, num_keep, max(1, recipe.obs_batch // group.width))
+        return Selection(found.keep, found.scores_U)
+    scores_U = unit_scores(layer, group, measured, recipe, seed) if scores_U is None else scores_U
+    return Selection(keep_highest(scores_U, num_keep), scores_U)
+
+
+def unit_scores(
+    layer: nn.Module, group: Group, measured: Measurement, recipe: Recipe, seed: int
+) -> Float[Tensor, " U"]:
+    """Return every unit's score as it is before any goes."""
+    weight_HF = linear(layer, group.reader.module).weight
+    num_units = weight_HF.shape[1] // group.width
+    columns_UW = unit_columns(group.reader.segments, num_units, weight_HF.device)
+    squares_U = _writer_squares(layer, group, num_units)
+    inputs = ScoreInputs(weight_HF.float(), squares_U, measured.pooled, columns_UW, recipe.damping, seed)
+    return SCORES[recipe.score](inputs)
+
+
+def _writer_squares(layer: nn.Module, group: Group, num_units: int) -> Float[Tensor, " U"]:
+    total = 0
+    for axis in group.writers:
+        weight = linear(layer, axis.module).weight.float()
+        total = total + weight.square().sum(dim=1)[unit_columns(axis.segments, num_units, weight.device)].sum(dim=1)
+    assert isinstance(total, Tensor)
+    return total
