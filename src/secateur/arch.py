@@ -39,6 +39,7 @@ class Group:
     """One layer's group, bound to real modules. `params_per_unit` counts weights and biases of writers and reader.
 
     `count`: the module attribute, dotted from the layer, that holds the number of units; None where none does.
+    `divides`: (factor, whole) where the config class takes only counts whose `factor` fold divides `whole`.
     """
 
     layer: int
@@ -50,6 +51,11 @@ class Group:
     reader: Axis
     count: str | None
     bias_switch: BiasSwitch | None
+    divides: tuple[int, int] | None = None
+
+    def allows(self, num_units: int) -> bool:
+        """Say whether the family's config can state that many units."""
+        return self.divides is None or self.divides[1] % (num_units * self.divides[0]) == 0
 
     @property
     def width(self) -> int:
@@ -100,7 +106,7 @@ def bind(model: nn.Module) -> Arch:
     for name in (spec.backbone, spec.head):
         _submodule(model, name, family)
     groups = [
-        _bind_group(layer, index, name, group, layer_config, family)
+        _bind_group(layer, index, name, group, layer_config, family, spec.heads_divide_hidden_size)
         for index, (layer, layer_config) in enumerate(zip(layers.children(), _layer_configs(config), strict=True))
         for name, group in spec.groups.items()
         if not _is_skipped(layer, group)
@@ -145,7 +151,9 @@ def _is_skipped(layer: nn.Module, group: GroupSpec) -> bool:
     return isinstance(sublayer, nn.Module) and next(sublayer.parameters(), None) is None
 
 
-def _bind_group(layer: nn.Module, index: int, name: str, spec: GroupSpec, config: object, family: str) -> Group:
+def _bind_group(
+    layer: nn.Module, index: int, name: str, spec: GroupSpec, config: Any, family: str, heads_divide: bool
+) -> Group:
     where = f"layer {index}, group {name}"
     num_units = _num_units(spec.num_units, config, where, family)
     params_per_unit, axes = 0, []
@@ -167,7 +175,11 @@ def _bind_group(layer: nn.Module, index: int, name: str, spec: GroupSpec, config
     for module in (module for modules in spec.bias_switch.values() for module in modules):
         _submodule(layer, module, family)
     switch = next((BiasSwitch(*item) for item in spec.bias_switch.items()), None)
-    return Group(index, name, spec.unit, num_units, params_per_unit, tuple(axes[:-1]), axes[-1], spec.count, switch)
+    writers, reader = tuple(axes[:-1]), axes[-1]
+    # Units of several reader columns are heads.
+    is_head = sum(reader.segments) > 1
+    divides = (config.num_attention_heads // num_units, config.hidden_size) if heads_divide and is_head else None
+    return Group(index, name, spec.unit, num_units, params_per_unit, writers, reader, spec.count, switch, divides)
 
 
 def _num_units(key: str, config: object, where: str, family: str) -> int:

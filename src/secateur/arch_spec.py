@@ -42,6 +42,7 @@ class ArchSpec(BaseModel):
     attention: str  # within a layer
     middle: str  # the module of a layer whose input is the residual stream between attention and MLP
     mlp_adds_directly: bool = True  # not where its output is normalised before it joins the residual stream
+    heads_divide_hidden_size: bool = False  # where the config class refuses other numbers of attention heads
     groups: dict[str, GroupSpec]
 
 

@@ -91,11 +91,19 @@ def largest_remove(groups: tuple[Group, ...], num_params: int, least: Mapping[Gr
 
 def least_keep(groups: tuple[Group, ...], align: int, min_keep: float) -> dict[GroupKey, int]:
     """Return the fewest units that each group may keep: the multiple of its step that is at least `min_keep` of all."""
-    steps = {(group.layer, group.name): align_of(group, align) for group in groups}
-    return {
-        (g.layer, g.name): min(max(math.ceil(min_keep * g.num_units / step), 1) * step, g.num_units)
-        for g, step in zip(groups, steps.values(), strict=True)
-    }
+    least: dict[GroupKey, int] = {}
+    for group in groups:
+        step = align_of(group, align)
+        first = max(math.ceil(min_keep * group.num_units / step), 1) * step
+        counts = (count for count in range(first, group.num_units, step) if group.allows(count))
+        least[group.layer, group.name] = next(counts, group.num_units)
+    return least
+
+
+def levels_of(group: Group, num_units: int, align: int, max_levels: int = MAX_LEVELS) -> tuple[int, ...]:
+    """Return the counts that a group of `num_units` may keep, from all of them down; those the config can state."""
+    grid = level_grid(num_units, align_of(group, align), max_levels)
+    return (num_units, *(count for count in grid[1:] if group.allows(count)))
 
 
 def level_grid(num_units: int, step: int, max_levels: int = MAX_LEVELS) -> tuple[int, ...]:
@@ -122,14 +130,24 @@ def round_plans(groups: tuple[Group, ...], plan: Plan, shares: list[float], alig
         for group in groups:
             target, step = plan.num_keep[group.layer, group.name], align_of(group, align)
             width = group.num_units - (group.num_units - target) * share
-            num_keep[group.layer, group.name] = max(min(step * round(width / step), group.num_units), target)
+            num_keep[group.layer, group.name] = max(nearest_count(group, width, step), target)
         plans.append(Plan(num_keep, plan.num_params_before, plan.num_params_before - num_params_gone(groups, num_keep)))
     return [*plans, plan]
 
 
 def _nearest(group: Group, keep_share: float, step: int, *, at_least: bool) -> int:
-    nearest = min(step * round(group.num_units * keep_share / step), group.num_units)
-    return max(nearest, min(step, group.num_units)) if at_least else nearest
+    if not at_least and group.num_units * keep_share < step / 2:
+        return 0
+    return nearest_count(group, group.num_units * keep_share, step)
+
+
+def nearest_count(group: Group, width: float | int, step: int) -> int:
+    """Return the multiple of `step` that is nearest to `width` and that the config can state, or the full width."""
+    nearest = min(step * round(width / step), group.num_units)
+    if nearest >= step and group.allows(nearest):
+        return nearest
+    counts = [count for count in range(step, group.num_units, step) if group.allows(count)]
+    return min((*counts, group.num_units), key=lambda count: abs(count - width))
 
 
 def num_params_gone(groups: tuple[Group, ...], num_keep: Mapping[GroupKey, int]) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.arch import Group
-from secateur.budget import GroupKey, Plan, align_of, num_params_gone, round_down
+from secateur.budget import GroupKey, Plan, align_of, nearest_count, num_params_gone, round_down
 from secateur.errors import RecipeError
 
 
@@ -37,7 +37,7 @@ def global_plan(
 
     def widths(threshold: float) -> dict[GroupKey, int]:
         kept = {key: int((values >= threshold).sum()) for key, values in standardised.items()}
-        aligned = {(g.layer, g.name): _aligned(kept[g.layer, g.name], align_of(g, align)) for g in groups}
+        aligned = {(g.layer, g.name): nearest_count(g, kept[g.layer, g.name], align_of(g, align)) for g in groups}
         return {key: min(max(width, min_keep[key]), len(standardised[key])) for key, width in aligned.items()}
 
     largest = num_params_gone(groups, widths(math.inf))
@@ -61,7 +61,3 @@ def global_plan(
 def _standardised(scores_U: Tensor) -> Tensor:
     values = scores_U.detach().double().cpu()
     return ((values - values.mean()) / values.std(correction=0).clamp_min(1e-30)).float()
-
-
-def _aligned(num_above: int, step: int) -> int:
-    return step * math.floor(num_above / step + 0.5)

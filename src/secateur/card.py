@@ -19,14 +19,7 @@ def model_card(summary: Summary) -> str:
         "",
         verdict(summary),
         "",
-        f"{headline(summary)}. Loads with stock transformers:",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
-        "```",
+        *_loading(summary),
         "",
         "| held-out nats/token (perplexity) | " + " | ".join(names) + " |",
         "|---|" + "---:|" * len(names),
@@ -46,3 +39,32 @@ def model_card(summary: Summary) -> str:
     ]
     lines += [f"- note: {caveat}" for caveat in caveats(summary)]
     return "\n".join(lines) + "\n"
+
+
+def _loading(summary: Summary) -> list[str]:
+    if summary.has_layers_of_different_widths:
+        return [
+            f"{headline(summary)}. Its layers have widths of their own, which stock modelling cannot build. "
+            "Load it with secateur, or let transformers run the modelling file that lies beside the weights:",
+            "",
+            "```python",
+            "import secateur",
+            "",
+            'model = secateur.load("path/to/this/directory")',
+            "",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", trust_remote_code=True)',
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory", trust_remote_code=True)',
+            "```",
+        ]
+    return [
+        f"{headline(summary)}. Loads with stock transformers:",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
+        "```",
+    ]

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.arch import Arch, Group, linear
-from secateur.budget import GroupKey, align_of, level_grid
+from secateur.budget import GroupKey, levels_of
 from secateur.budget_curve import GroupProfile
 from secateur.compensate import least_squares
 from secateur.cut import rows_of, unit_columns
@@ -115,7 +115,7 @@ def _profile_group(
     database: LevelDatabase | None,
 ) -> GroupProfile:
     assert statistics.gram is not None
-    levels = level_grid(reader.in_features // group.width, align_of(group, settings.align), settings.max_levels)
+    levels = levels_of(group, reader.in_features // group.width, settings.align, settings.max_levels)
     removed_U, errors = _error_curve(group, reader, statistics, levels, settings)
     refit = _Refit(group, reader, statistics.gram, removed_U, settings.damping)
     if database is not None:

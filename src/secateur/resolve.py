@@ -10,11 +10,10 @@ from secateur.arch import Arch, Group
 from secateur.budget import (
     MAX_LEVELS,
     Plan,
-    align_of,
     default_align,
     largest_remove,
     least_keep,
-    level_grid,
+    levels_of,
     round_down,
     round_plans,
     round_shares,
@@ -138,7 +137,7 @@ def _check_within_reach(recipe: Recipe, groups: tuple[Group, ...], num_params: i
     least = least_keep(groups, recipe.align, recipe.min_keep)
     if recipe.budget != "global":
         for group in groups:
-            levels = level_grid(group.num_units, align_of(group, recipe.align), _max_levels(recipe))
+            levels = levels_of(group, group.num_units, recipe.align, _max_levels(recipe))
             key = (group.layer, group.name)
             least[key] = min(level for level in levels if level >= least[key])
     largest = largest_remove(groups, num_params, least)

@@ -89,6 +89,11 @@ class Summary:
         """Return the summary that `to_json` wrote. Raises CheckpointError, naming `where`, if it did not."""
         return parse_json(cls, text, where)
 
+    @property
+    def has_layers_of_different_widths(self) -> bool:
+        """Say whether any group kept more units in one layer than in another."""
+        return any(least != most for _, least, most in self.widths.values())
+
     def losses_by_name(self) -> dict[str, Losses]:
         """Return the evaluated models' losses, dense first; those not evaluated are left out."""
         named = {

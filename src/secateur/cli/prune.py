@@ -80,7 +80,10 @@ def _prune(model: str, out: Path, recipe: Recipe, *, overwrite: bool, quiet: boo
     for warning in result.summary.warnings:
         CONSOLE.print(f"note: {warning}")
     CONSOLE.print(summary_table(result.summary))
-    CONSOLE.print(f"Written to {out}. Load it with AutoModelForCausalLM.from_pretrained('{out}').", soft_wrap=True)
+    loader = (
+        "secateur.load" if result.summary.has_layers_of_different_widths else "AutoModelForCausalLM.from_pretrained"
+    )
+    CONSOLE.print(f"Written to {out}. Load it with {loader}('{out}').", soft_wrap=True)
 
 
 def _recipe(file: Path | None, remove: float | None, domains: list[str] | None, seed: int | None) -> Recipe:
