@@ -8,9 +8,13 @@ import pytest
 import torch
 from models import tiny_ids, tiny_llama, tiny_qwen2
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import secateur
+from secateur.arch import bind
+from secateur.recipe import parse_recipe
+from secateur.resolve import resolve
+from secateur.summary import Size
 
 TOKENIZER = tiny_tokenizer()
 FACTORIES = {"llama": tiny_llama, "qwen2": tiny_qwen2}
@@ -169,3 +173,44 @@ def test_head_counts_that_the_config_refuses_are_never_planned(small):
         settings = {**small, "groups": ["kv_heads", "ffn"], "remove": 0.1, "budget": budget}
         result = secateur.prune(model, settings, tokenizer=TOKENIZER)
         assert all(48 % count == 0 for (_, group), count in widths(result).items() if group == "kv_heads")
+
+
+def shape_of(**sizes: int):
+    config = Qwen2Config(vocab_size=152064, max_position_embeddings=131072, tie_word_embeddings=False, **sizes)
+    with torch.device("meta"):
+        return Qwen2ForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes", "num_params"),
+    [
+        (
+            "qwen2.5-7b",
+            {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
+            7_615_616_512,
+        ),
+        (
+            "qwen2.5-32b",
+            {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40},
+            32_763_876_352,
+        ),
+    ],
+)
+def test_shipped_recipes_resolve_from_the_real_shapes(preset, sizes, num_params):
+    model = shape_of(num_key_value_heads=4 if preset == "qwen2.5-7b" else 8, **sizes)
+    assert Size.of(model).num_params == num_params
+    resolved = resolve(parse_recipe({"preset": preset}), bind(model), model.config, num_params)
+    assert resolved.warnings == ()
+    assert resolved.plans[-1].removed_fraction == pytest.approx(0.2, abs=0.003)
+    assert {count % 256 for count in resolved.plans[-1].num_keep.values()} == {0}
+
+
+def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
+    best = parse_recipe({"preset": "best"})
+    assert best.budget == "curve" and parse_recipe({"preset": "default"}) == parse_recipe({})
+    assert parse_recipe({"preset": "best", "budget": "search"}) == best.model_copy(update={"budget": "search"})
+    with pytest.raises(secateur.SecateurError, match=r"unknown preset 'bets'; .* did you mean 'best'"):
+        parse_recipe({"preset": "bets"})
+    for preset in ("fast", "best", "paper"):
+        result = secateur.prune(tiny_qwen2(), {**small, "preset": preset}, tokenizer=TOKENIZER)
+        assert result.summary.remove_reached == pytest.approx(0.2, abs=0.01)

@@ -5,6 +5,7 @@ the model (`align`, `num_tokens`, `sequence_length`) is `None` here and filled i
 """
 
 import math
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -125,16 +126,42 @@ class Recipe(Strict):
 
 
 def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
-    """Return the validated recipe. `where` names the source in error messages.
+    """Return the validated recipe. `where` names the source in error messages. `preset` is one of `presets/`.
 
     Raises RecipeError with one sentence: the key, what it got, what is allowed, the nearest known name.
     """
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
+    if "preset" in data:
+        data = over_preset(data, where)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_sentence(error)}") from None
+
+
+def over_preset(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the keys of the preset that `data` names, with its own keys over them, mapping by mapping.
+
+    Raises RecipeError if there is no such preset.
+    """
+    folder = resources.files("secateur") / "presets"
+    names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    own = dict(data)
+    name = own.pop("preset")
+    if name not in names:
+        hint = nearest(str(name), names)
+        raise RecipeError(f"{where}: unknown preset '{name}'; allowed: {', '.join(names)}; did you mean '{hint}'?")
+    return merged(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")), own)
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `changes` over it, mapping by mapping."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -182,4 +209,4 @@ def _allowed_keys(location: list[str]) -> list[str]:
     if location[:1] == ["calibration"]:
         model: type[Strict] = Domain if len(location) > 1 else Calibration
         return list(model.model_fields)
-    return list(Recipe.model_fields)
+    return ["preset", *Recipe.model_fields]

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from secateur.errors import RecipeError, nearest
-from secateur.recipe import Recipe, Strict, load_recipe, parse_recipe
+from secateur.recipe import Recipe, Strict, load_recipe, merged, parse_recipe
 
 SHIPPED = "studies"
 SMALL = "small"
@@ -96,15 +96,6 @@ def cells(study: Study) -> Iterator[Cell]:
 def study_recipe(study: Study, seed: int) -> Recipe:
     """Return the recipe that all of a seed's cells share: it names the domains that they are judged on."""
     return parse_recipe({**study.recipe, "seed": seed}, "study recipe")
-
-
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with `changes` over it, mapping by mapping."""
-    result = dict(base)
-    for key, value in changes.items():
-        old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
 
 
 def shipped_studies() -> list[str]:

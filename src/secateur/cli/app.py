@@ -24,6 +24,12 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; the options here override it.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="Start from fast, default, best, paper, qwen2.5-7b or qwen2.5-32b; --recipe and options override it."
+    ),
+]
 Remove = Annotated[float | None, typer.Option(help="Share of total parameters to remove, tied weights counted once.")]
 Domains = Annotated[
     list[str] | None,

@@ -7,9 +7,21 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.app import CONSOLE, Domains, Json, Model, Overwrite, Quiet, RecipeFile, Remove, app, parse_domains
+from secateur.cli.app import (
+    CONSOLE,
+    Domains,
+    Json,
+    Model,
+    Overwrite,
+    Preset,
+    Quiet,
+    RecipeFile,
+    Remove,
+    app,
+    parse_domains,
+)
 from secateur.progress_bar import progress_bar
-from secateur.recipe import Recipe, load_recipe, parse_recipe
+from secateur.recipe import Recipe, load_recipe, over_preset, parse_recipe
 
 DEMO_MODEL = "smollm2-135m"
 
@@ -25,6 +37,7 @@ def prune(
     out: Out,
     remove: Remove = None,
     recipe: RecipeFile = None,
+    preset: Preset = None,
     domain: Domains = None,
     seed: Seed = None,
     overwrite: Overwrite = False,
@@ -32,17 +45,19 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
-    parsed = _recipe(recipe, remove, domain, seed)
+    parsed = _recipe(recipe, preset, remove, domain, seed)
     _prune(model, out, parsed, overwrite=overwrite, quiet=quiet, as_json=as_json)
 
 
 @app.command(epilog="Example: secateur inspect Qwen/Qwen2.5-7B --remove 0.3")
-def inspect(model: Model, remove: Remove = None, recipe: RecipeFile = None, as_json: Json = False) -> None:
+def inspect(
+    model: Model, remove: Remove = None, recipe: RecipeFile = None, preset: Preset = None, as_json: Json = False
+) -> None:
     """Say what MODEL is made of and what a run would leave, from its config alone."""
     from secateur.inspection import inspect as inspect_model
     from secateur.tables import inspection_table
 
-    found = inspect_model(model, _recipe(recipe, remove, None, None))
+    found = inspect_model(model, _recipe(recipe, preset, remove, None, None))
     if as_json:
         print(found.to_json(), end="")
     else:
@@ -86,13 +101,18 @@ def _prune(model: str, out: Path, recipe: Recipe, *, overwrite: bool, quiet: boo
     CONSOLE.print(f"Written to {out}. Load it with {loader}('{out}').", soft_wrap=True)
 
 
-def _recipe(file: Path | None, remove: float | None, domains: list[str] | None, seed: int | None) -> Recipe:
+def _recipe(
+    file: Path | None, preset: str | None, remove: float | None, domains: list[str] | None, seed: int | None
+) -> Recipe:
     data = {} if file is None else load_recipe(file)
     parse_recipe(data, f"recipe {file}")  # so that the file is not blamed for what an option says
+    if preset is not None:
+        data = over_preset({"preset": preset, **{k: v for k, v in data.items() if k != "preset"}}, "--preset")
     if remove is not None:
         data["remove"] = remove
     if seed is not None:
         data["seed"] = seed
     if domains:
+        data = over_preset(data, f"recipe {file}") if "preset" in data else data
         data["calibration"] = {**data.get("calibration", {}), "domains": parse_domains(domains)}
     return parse_recipe(data, "command line")
