@@ -103,11 +103,12 @@ def measure(
     gram: bool,
     drift: bool = False,
     to_middle: bool = False,
+    to_end: bool = False,
 ) -> Measurement:
     """Return the group's statistics on the pruned stream. The walk must stand before the group's layer.
 
     `drift`: also those of (dense stream - pruned stream) behind the layer, whose dense stream must have moved already.
-    `to_middle`: leave the walk behind the layer's attention, see `Walk.run`.
+    `to_middle`, `to_end`: leave the walk behind the layer's attention, or behind the layer; see `Walk.run`.
 
     Raises NumericsError naming layer, module and domain if an input is not finite.
     """
@@ -120,7 +121,7 @@ def measure(
 
     handle = reader.register_forward_hook(note)
     try:
-        for position, (batch, output) in enumerate(walk.run(group.layer, to_middle=to_middle)):
+        for position, (batch, output) in enumerate(walk.run(group.layer, to_middle=to_middle, to_end=to_end)):
             behind = walk.dense_BTD[position].float() - output.float() if drift else None
             gatherer.add(batch, *seen.pop(), behind)
     finally:

@@ -66,7 +66,7 @@ def profile(
     output energy, both pooled over domains. The slope of a domain is KL(model || model with this one group refitted at
     the level nearest to `perturbation`) over the error there; 0 for a group that has one level or loses nothing.
 
-    Costs one pass of all batches with each layer run once more per group, and per group one OBS down to the lowest
+    Costs one pass of all batches, each layer run once for every group of it, and per group one OBS down to the lowest
     level and the probe's blocks through the layers from its own on: half a pass of them on average, and the head. A
     database adds a least-squares solve per level. Raises NumericsError as `measure` and `Probe.kl` do.
     """
@@ -75,13 +75,16 @@ def profile(
     profiles: dict[GroupKey, GroupProfile] = {}
     progress("profile", 0, len(groups))
     for index in range(arch.num_layers):
-        for group in (group for group in groups if group.layer == index):
-            statistics = measure(walk, group, settings.weighting, settings.shares, gram=True).pooled
+        mine = [group for group in groups if group.layer == index]
+        for group in mine:
+            is_last = group is mine[-1]
+            statistics = measure(walk, group, settings.weighting, settings.shares, gram=True, to_end=is_last).pooled
             reader = linear(walk.layers[index], group.reader.module)
             profiles[index, group.name] = _profile_group(group, reader, statistics, probe, settings, database)
             release_freed()
             progress("profile", len(profiles), len(groups))
-        walk.advance(index)
+        if not mine:
+            walk.advance(index)
         probe.advance()
     return profiles
 

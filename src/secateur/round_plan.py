@@ -113,11 +113,14 @@ def _scores(run: Run, number: int, batches: list[Batch]) -> dict[GroupKey, Tenso
     scores: dict[GroupKey, Tensor] = {}
     weighting = "energy" if recipe.domain_weighting in BY_DOMAIN else recipe.domain_weighting
     for index in range(run.arch.num_layers):
-        for group in (group for group in run.resolved.groups if group.layer == index):
-            measured = measure(walk, group, weighting, run.shares, gram=recipe.score in NEED_GRAM)
+        mine = [group for group in run.resolved.groups if group.layer == index]
+        for group in mine:
+            is_last = group is mine[-1]
+            measured = measure(walk, group, weighting, run.shares, gram=recipe.score in NEED_GRAM, to_end=is_last)
             seed = layer_seed(recipe.seed, number, index)
             scores[index, group.name] = unit_scores(walk.layers[index], group, measured, recipe, seed)
-        walk.advance(index)
+        if not mine:
+            walk.advance(index)
         run.progress("score", index + 1, run.arch.num_layers)
     return scores
 

@@ -48,11 +48,12 @@ class Walk:
         self.dense_BTD = list(self.hidden_BTD) if dense else []
         self._in_middle = False
 
-    def run(self, index: int, *, to_middle: bool = False) -> Iterator[tuple[Batch, Tensor]]:
+    def run(self, index: int, *, to_middle: bool = False, to_end: bool = False) -> Iterator[tuple[Batch, Tensor]]:
         """Run layer `index` on every batch and yield (batch, the layer's output).
 
         The stream does not move; with `to_middle` it moves through the layer's attention, so that `advance` has only
-        the MLP left to do: the caller will change nothing of the attention any more.
+        the MLP left to do: the caller will change nothing of the attention any more. With `to_end` it moves through the
+        whole layer, which the caller will not change at all, and `advance` must not be called.
         """
         assert not self._in_middle
         entered: list[Tensor] = []
@@ -61,8 +62,8 @@ class Walk:
         try:
             for position, batch in enumerate(self.batches):
                 output = self._forward(index, self.hidden_BTD[position])
-                if to_middle:
-                    self.hidden_BTD[position] = entered[0]
+                if to_middle or to_end:
+                    self.hidden_BTD[position] = output if to_end else entered[0]
                 entered.clear()
                 yield batch, output
         finally:
