@@ -41,6 +41,7 @@ class LayerCounts:
     """Units by layer of one kind of group."""
 
     group: str
+    layers: Sequence[int]
     before: Sequence[int]
     kept: Sequence[int]
 
@@ -112,9 +113,8 @@ def width_plot(text: Text, groups: Sequence[LayerCounts]) -> str:
     with drawing():
         figure, panels = _layer_panels([group.group for group in groups], height=120)
         for axes, group in zip(panels, groups, strict=True):
-            layers = range(len(group.before))
-            axes.bar(layers, group.before, 0.8, label="before", facecolor="none", edgecolor=DENSE, linewidth=0.8)
-            axes.bar(layers, group.kept, 0.8, label="kept", color=PRUNED)
+            axes.bar(group.layers, group.before, 0.8, label="before", facecolor="none", edgecolor=DENSE, linewidth=0.8)
+            axes.bar(group.layers, group.kept, 0.8, label="kept", color=PRUNED)
             axes.set_ylabel("units")
         _legend(figure, panels[0])
         return to_svg(figure, text.name, text.title, text.description)

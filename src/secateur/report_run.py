@@ -3,6 +3,7 @@
 In: a `ResultFiles`. Out: sections with plots and tables. Pure; rows that the model card has too come from `tables`.
 """
 
+import math
 import shlex
 from collections.abc import Sequence
 
@@ -20,12 +21,13 @@ from secateur.plots import (
     width_plot,
 )
 from secateur.recipe import Domain
-from secateur.result_files import GroupStep, ResultFiles
+from secateur.result_files import GroupStep, ResultFiles, RoundEnd
 from secateur.tables import note_rows, overlap_cell
 
 SCORE_TEXT = (
     "Importance of every unit; higher is kept. Units are chosen within a layer, so layers need not be comparable."
 )
+ROUND_COLUMNS = ("parameters left", "held-out perplexity")
 OBS_TEXT = (
     "The error that is left when one unit goes and the others are refitted, weighted over domains, before any is gone; "
     "OBS removes the cheapest batch by batch and scores the rest anew after each."
@@ -38,8 +40,10 @@ def widths(files: ResultFiles) -> Section:
     shares = ", ".join(f"{sum(g.kept) / sum(g.before):.1%} of {g.group}" for g in groups)
     described = Text("widths-plot", "Kept units by layer", f"A bar per layer; kept: {shares}.")
     rows = [
-        (f"layer {layer}", *(f"{group.before[layer]:,} → {group.kept[layer]:,}" for group in groups))
-        for layer in range(len(groups[0].before))
+        (f"layer {layer}", *(f"{before:,} → {kept:,}" for before, kept in counts))
+        for layer, *counts in zip(
+            groups[0].layers, *(zip(group.before, group.kept, strict=True) for group in groups), strict=True
+        )
     ]
     table = Table("Units by layer, before → kept", ("", *(group.group for group in groups)), rows, folded=True)
     return Section(
@@ -89,12 +93,14 @@ def rounds(files: ResultFiles) -> Section:
     numbers = sorted({step.round for step in files.steps})
     by_round = [[step for step in files.steps if step.round == number] for number in numbers]
     errors = [_mean_errors(steps) for steps in by_round]
+    ends = {end.round: _round_cells(end) for end in files.rounds}
     rows = []
     for number, steps, (before, after) in zip(numbers, by_round, errors, strict=True):
         units = f"{sum(step.total for step in steps):,} → {sum(step.kept for step in steps):,}"
         seconds = sum(step.seconds for step in steps)
-        rows.append((str(number), units, f"{before:.2f}%", f"{after:.2f}%", f"{seconds:.1f}"))
-    header = ("round", "units", "error before", "error after", "seconds")
+        cells = (units, f"{before:.2f}%", f"{after:.2f}%", f"{seconds:.1f}")
+        rows.append((str(number), *cells, *ends.get(number, ())))
+    header = ("round", "units", "error before", "error after", "seconds", *(ROUND_COLUMNS if ends else ()))
     table = Table("Rounds; errors are means over layers and domains", header, rows)
     if len(numbers) == 1:
         return Section("rounds", "Rounds", ("One round: measured once, cut once.",), (), (table,))
@@ -103,6 +109,10 @@ def rounds(files: ResultFiles) -> Section:
     series = [Series("before compensation", "uncompensated", before), Series("after", "pruned", after)]
     plot = round_plot(described, numbers, series, "% of output energy")
     return Section("rounds", "Rounds", (f"{len(numbers)} rounds, each measured anew.",), (plot,), (table,))
+
+
+def _round_cells(end: RoundEnd) -> tuple[str, str]:
+    return f"{end.num_params:,}", f"{math.exp(_mean(list(end.nats_per_token.values()))):.2f}"
 
 
 def calibration(files: ResultFiles) -> Section:
@@ -152,7 +162,9 @@ def recipe(files: ResultFiles) -> Section:
 def _counts(steps: Sequence[GroupStep]) -> list[LayerCounts]:
     before = _by_group([step for step in steps if step.round == 1])
     return [
-        LayerCounts(group, [step.total for step in before[group]], [step.kept for step in last])
+        LayerCounts(
+            group, [step.layer for step in last], [step.total for step in before[group]], [step.kept for step in last]
+        )
         for group, last in _by_group(_last_round(steps)).items()
     ]
 

@@ -39,6 +39,16 @@ class GroupStep:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundEnd:
+    """What a round had left, and its held-out nats per token by domain; `held`: the run did not go back behind it."""
+
+    round: int
+    num_params: int
+    nats_per_token: dict[str, float]
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TaskResults:
     """lm-evaluation-harness's own mapping: task -> "metric,filter" -> value."""
 
@@ -66,10 +76,11 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class ResultFiles:
-    """Everything that a report tells of one run."""
+    """Everything that a report tells of one run. `steps`: of rounds that held; `rounds`: none where nothing watched."""
 
     summary: Summary
     steps: tuple[GroupStep, ...]
+    rounds: tuple[RoundEnd, ...]
     recipe: Recipe
     recipe_text: str
     evaluation: Evaluation | None
@@ -83,7 +94,10 @@ def read_result(directory: Path) -> ResultFiles:
     recipe = parse_recipe(load_recipe(directory / RECIPE_FILE), f"recipe {directory / RECIPE_FILE}")
     evaluation = _added(Evaluation, directory, EVALUATION_FILE)
     bench = _added(BenchResult, directory, BENCH_FILE)
-    return ResultFiles(found, _steps(directory), recipe, recipe_text, evaluation, bench)
+    rounds = _events(directory, "round", RoundEnd)
+    undone = {end.round for end in rounds if not end.held}
+    steps = tuple(step for step in _events(directory, "group", GroupStep) if step.round not in undone)
+    return ResultFiles(found, steps, rounds, recipe, recipe_text, evaluation, bench)
 
 
 def _added(kind: type[Kind], directory: Path, name: str) -> Kind | None:
@@ -96,11 +110,10 @@ class _Line:
     event: str
 
 
-def _steps(directory: Path) -> tuple[GroupStep, ...]:
+def _events(directory: Path, event: str, kind: type[Kind]) -> tuple[Kind, ...]:
     where = str(directory / runlog.FILE_NAME)
     lines = _read(directory, runlog.FILE_NAME).splitlines()
-    group_lines = [line for line in lines if parse_json(_Line, line, where).event == "group"]
-    return tuple(parse_json(GroupStep, line, where) for line in group_lines)
+    return tuple(parse_json(kind, line, where) for line in lines if parse_json(_Line, line, where).event == event)
 
 
 def _read(directory: Path, name: str) -> str:

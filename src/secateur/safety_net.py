@@ -14,15 +14,16 @@ from secateur.run import Keeps, Run
 
 
 class SafetyNet:
-    """`dense` and `now`: held-out nats per token by domain; empty where nothing asks for them."""
+    """`dense` and `now`: held-out nats per token by domain; empty where nothing asks for them.
+
+    `now` is of the model as the first round finds it, so without the layers that the recipe's `depth` took.
+    """
 
     def __init__(self, run: Run, directory: Path) -> None:
         self.run = run
-        recipe = run.resolved.recipe
-        self.limit = recipe.max_loss_rise
-        is_protected = any(domain.protect is not None for domain in recipe.calibration.domains.values())
-        self.is_watching = self.limit is not None or is_protected or recipe.rounds > 1
-        self.dense = self.now = self._losses("dense") if self.is_watching else {}
+        self.limit = run.resolved.recipe.max_loss_rise
+        self.now = watched_losses(run, "before round 1")
+        self.dense = run.dense_losses or self.now
         self._snapshot = LayersOnDisk(directory, "held")
         self._keeps: Keeps = {}
 
@@ -58,13 +59,15 @@ class SafetyNet:
 
         Raises RecipeError if there is no round to go back to.
         """
-        if not self.is_watching:
+        if not self.now:
             return True
-        self.now = self._losses(f"round {number}")
+        self.now = watched_losses(self.run, f"round {number}")
         num_params = sum(parameter.numel() for parameter in self.run.model.parameters())
-        self.run.log({"event": "round", "round": number, "num_params": num_params, "nats_per_token": self.now})
         rise = _mean(self.now) / _mean(self.dense) - 1
-        if self.limit is None or rise <= self.limit:
+        held = self.limit is None or rise <= self.limit
+        line = {"event": "round", "round": number, "num_params": num_params, "nats_per_token": self.now, "held": held}
+        self.run.log(line)
+        if held:
             return True
         said = f"max_loss_rise: round {number} raised the mean held-out loss by {rise:.1%} (allowed {self.limit:.1%})"
         if number == 1:
@@ -75,11 +78,15 @@ class SafetyNet:
         self.run.log({"event": "note", "text": f"{said}, so the result is that of round {number - 1}."})
         return False
 
-    def _losses(self, which: str) -> dict[str, float]:
-        losses = domain_losses(
-            self.run.model, self.run.arch, self.run.held_out, self.run.progress, f"held-out loss, {which}"
-        )
-        return {name: loss.nats_per_token for name, loss in losses.items()}
+
+def watched_losses(run: Run, which: str) -> dict[str, float]:
+    """Return held-out nats per token by domain, or nothing if nothing in the recipe asks for them."""
+    recipe = run.resolved.recipe
+    is_protected = any(domain.protect is not None for domain in recipe.calibration.domains.values())
+    if recipe.max_loss_rise is None and not is_protected and recipe.rounds == 1:
+        return {}
+    losses = domain_losses(run.model, run.arch, run.held_out, run.progress, f"held-out loss, {which}")
+    return {name: loss.nats_per_token for name, loss in losses.items()}
 
 
 def _mean(losses: dict[str, float]) -> float:
