@@ -29,6 +29,7 @@ from secateur.calibration import CalibrationSet, build_calibration
 from secateur.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.loop import prune_in_place
 from secateur.output import save_checkpoint
+from secateur.prices import prices_of
 from secateur.recipe import parse_recipe
 from secateur.resolve import Resolved, resolve
 from secateur.run import Run
@@ -122,7 +123,8 @@ def main() -> None:
         model, tokenizer = load_model(opened), load_tokenizer(opened)
         save_checkpoint(model, tokenizer, directory, max_shard_size="5GB", carry_from=None)
         size = Size.of(model)
-        resolved = resolve(parse_recipe(settings), bind(model), model.config, size.num_params)
+        asked, arch = parse_recipe(settings), bind(model)
+        resolved = resolve(asked, arch, model.config, prices_of(asked, arch, model))
         recipe = resolved.recipe
         calibration = build_calibration(recipe.calibration, options.num_tokens, tokenizer, recipe.seed)
         print_seconds(model, directory, resolved, calibration, options.repeats)

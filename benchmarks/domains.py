@@ -23,9 +23,9 @@ from secateur.arch import bind
 from secateur.calibration import build_calibration
 from secateur.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.output import save_checkpoint
+from secateur.prices import prices_of
 from secateur.recipe import INSTALLED_DOMAINS, parse_recipe
 from secateur.resolve import resolve
-from secateur.summary import Size
 
 LENGTH = 512
 EIGHT = {name: {"installed": name} for name in INSTALLED_DOMAINS} | {"more code": {"installed": "code"}}
@@ -44,7 +44,8 @@ def seconds_of(directory: Path, settings: dict[str, Any]) -> float:
     """Return the seconds of the pruning, text and model at hand."""
     checkpoint = open_checkpoint(directory)
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
-    resolved = resolve(parse_recipe(settings), bind(model), model.config, Size.of(model).num_params)
+    asked, arch = parse_recipe(settings), bind(model)
+    resolved = resolve(asked, arch, model.config, prices_of(asked, arch, model))
     del model
     recipe = resolved.recipe
     assert recipe.calibration.num_tokens is not None

@@ -22,9 +22,11 @@ from transformers import AutoTokenizer
 from secateur.arch import bind
 from secateur.calibration import CalibrationSet, build_calibration
 from secateur.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from secateur.depth_step import remove_depth
 from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
 from secateur.output import save_checkpoint
+from secateur.prices import prices_of
 from secateur.recipe import Calibration, Domain, parse_recipe
 from secateur.resolve import resolve
 from secateur.run import Run
@@ -66,9 +68,12 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     },
     "ours-own-target": ({"target_mix": 0.0}, HYBRID),
     "ours-damping-grid": ({"damping_factors": (1.0, 10.0, 100.0)}, HYBRID),
+    "ours-own-grid": ({"target_mix": 0.0, "damping_factors": (1.0, 10.0, 100.0)}, HYBRID),
+    "ours-own-damping-10": ({"target_mix": 0.0, "damping": 0.01}, HYBRID),
     "ours-3-rounds": ({"rounds": 3}, HYBRID),
     "global": ({"budget": "global"}, HYBRID),
     "curve": ({"budget": "curve", "align": 32}, HYBRID),
+    **{f"depth-{depth}": ({"budget": "curve", "align": 32, "depth": depth}, HYBRID) for depth in (1, 2, 3)},
     "search": ({"budget": "search", "align": 32}, HYBRID),
     "minimax": ({"domain_weighting": "minimax"}, HYBRID),
     "cvar": ({"domain_weighting": "cvar"}, HYBRID),
@@ -95,11 +100,12 @@ def run_row(
         recipe = {"remove": size.share * channels / num_params, "align": 1, "seed": seed, **settings}
         num_tokens = size.num_blocks * len(HYBRID) * LENGTH
         recipe["calibration"] = {"num_tokens": num_tokens, "sequence_length": LENGTH}
-        resolved = resolve(parse_recipe(recipe), arch, model.config, num_params)
+        resolved = resolve(parse_recipe(recipe), arch, model.config, prices_of(parse_recipe(recipe), arch, model))
         calibration = draw(domains, 0, size.num_blocks, tokenizer, seed)
         start = time.perf_counter()
-        prune_in_place(Run(model, arch, resolved, calibration))
-        seconds = time.perf_counter() - start
+        run = remove_depth(Run(model, arch, resolved, calibration))
+        prune_in_place(run)
+        arch, seconds = run.arch, time.perf_counter() - start
     blocks = {domain.name: domain.calibration_NT for domain in evaluation.domains}
     losses = domain_losses(model, arch, blocks)
     perplexities = {name: min(loss.nats_per_token, 700.0) for name, loss in losses.items()}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from secateur.arch import Axis, Group
-from secateur.budget import least_keep
+from secateur.budget import Prices, least_keep
 from secateur.budget_curve import GroupProfile, curve_plan, predicted_rise
 from secateur.budget_global import global_plan
 from secateur.errors import RecipeError
@@ -19,6 +19,10 @@ NUM_PARAMS = 10_000_000
 def group_of(layer: int, name: str, num_units: int, params_per_unit: int, width: int = 1) -> Group:
     axis = Axis("reader", (width,))
     return Group(layer, name, "unit", num_units, params_per_unit, (axis,), axis, None, None)
+
+
+def prices_of(groups: tuple[Group, ...]) -> Prices:
+    return Prices({(g.layer, g.name): g.params_per_unit for g in groups}, (), NUM_PARAMS, "parameters")
 
 
 def random_case(num_layers: int, seed: int) -> tuple[tuple[Group, ...], dict[tuple[int, str], GroupProfile]]:
@@ -72,29 +76,29 @@ def test_knapsack_of_large_odd_prices_still_meets_the_target() -> None:
 @pytest.mark.parametrize("remove", [0.001, 0.01, 0.05, 0.1, 0.13])
 def test_target_is_met_within_one_level(remove: float) -> None:
     groups, profiles = random_case(6, 0)
-    plan = curve_plan(groups, profiles, NUM_PARAMS, remove)
+    plan = curve_plan(groups, profiles, prices_of(groups), remove)
     assert 0 <= plan.removed_fraction - remove < 30_720 / NUM_PARAMS
     gone = sum((g.num_units - plan.num_keep[g.layer, g.name]) * g.params_per_unit for g in groups)
-    assert plan.num_params_before - plan.num_params_after == gone
+    assert plan.cost_before - plan.cost_after == gone
     assert all(plan.num_keep[key] in profile.levels for key, profile in profiles.items())
 
 
 def test_more_asked_is_never_a_lower_predicted_rise_and_plans_repeat() -> None:
     groups, profiles = random_case(6, 1)
-    plans = [curve_plan(groups, profiles, NUM_PARAMS, step / 100) for step in range(1, 16)]
+    plans = [curve_plan(groups, profiles, prices_of(groups), step / 100) for step in range(1, 16)]
     rises = [weighted_rise(profiles, plan) for plan in plans]
     assert rises == sorted(rises) and rises[0] < rises[-1]
-    assert plans == [curve_plan(groups, profiles, NUM_PARAMS, step / 100) for step in range(1, 16)]
+    assert plans == [curve_plan(groups, profiles, prices_of(groups), step / 100) for step in range(1, 16)]
 
 
 def test_layers_that_matter_less_are_cut_more_and_beat_equal_widths() -> None:
     groups, profiles = random_case(8, 2)
-    plan = curve_plan(groups, profiles, NUM_PARAMS, 0.07)
+    plan = curve_plan(groups, profiles, prices_of(groups), 0.07)
     kept = [plan.num_keep[layer, "ffn"] / 256 + plan.num_keep[layer, "heads"] / 5 for layer in range(8)]
     assert (kept[0] + kept[-1]) / 2 > (kept[3] + kept[4]) / 2
     equal = {(g.layer, g.name): 3 if g.name == "heads" else 160 for g in groups}
     removed = sum((g.num_units - equal[g.layer, g.name]) * g.params_per_unit for g in groups)
-    plan = curve_plan(groups, profiles, NUM_PARAMS, removed / NUM_PARAMS)
+    plan = curve_plan(groups, profiles, prices_of(groups), removed / NUM_PARAMS)
     rise = predicted_rise(profiles, equal)
     assert weighted_rise(profiles, plan) < 0.9 * (rise["prose"] + rise["code"]) / 2
 
@@ -102,7 +106,9 @@ def test_layers_that_matter_less_are_cut_more_and_beat_equal_widths() -> None:
 def test_domain_weights_decide_whose_rise_is_least() -> None:
     groups, profiles = random_case(6, 3)
     plans = {
-        name: curve_plan(groups, profiles, NUM_PARAMS, 0.08, domain_weights={"prose": 1e-9, "code": 1e-9} | {name: 1.0})
+        name: curve_plan(
+            groups, profiles, prices_of(groups), 0.08, domain_weights={"prose": 1e-9, "code": 1e-9} | {name: 1.0}
+        )
         for name in ("prose", "code")
     }
     rises = {name: predicted_rise(profiles, plan.num_keep) for name, plan in plans.items()}
@@ -119,7 +125,7 @@ def test_smallest_widths_are_kept() -> None:
     least = {(layer, "ffn"): 128 for layer in range(6)} | {
         (layer, name): width for layer in (0, 5) for name, width in (("ffn", 256), ("heads", 5))
     }
-    plan = curve_plan(groups, profiles, NUM_PARAMS, 0.07, min_keep=least)
+    plan = curve_plan(groups, profiles, prices_of(groups), 0.07, min_keep=least)
     assert all(plan.num_keep[layer, name] == width for layer in (0, 5) for name, width in (("ffn", 256), ("heads", 5)))
     assert min(plan.num_keep[layer, "ffn"] for layer in range(6)) >= 128
 
@@ -127,16 +133,17 @@ def test_smallest_widths_are_kept() -> None:
 def test_out_of_reach_says_the_largest_possible_and_that_works() -> None:
     groups, profiles = random_case(6, 5)
     with pytest.raises(RecipeError, match=r"at most 0\.100 with each at its smallest width") as caught:
-        curve_plan(groups, profiles, NUM_PARAMS, 0.5, min_keep=whole(groups, 0, 1))
+        curve_plan(groups, profiles, prices_of(groups), 0.5, min_keep=whole(groups, 0, 1))
     assert "10,000,000" in str(caught.value)
-    assert curve_plan(groups, profiles, NUM_PARAMS, 0.1, min_keep=whole(groups, 0, 1)).removed_fraction >= 0.1
+    assert curve_plan(groups, profiles, prices_of(groups), 0.1, min_keep=whole(groups, 0, 1)).removed_fraction >= 0.1
 
 
 def ends_of(groups, profiles, remove: float) -> dict[str, dict[str, float]]:
     """Return the predicted rises of the plan that serves one domain alone, by that domain."""
     others = {"prose": 0.0, "code": 0.0}
     plans = {
-        name: curve_plan(groups, profiles, NUM_PARAMS, remove, domain_weights=others | {name: 1.0}) for name in others
+        name: curve_plan(groups, profiles, prices_of(groups), remove, domain_weights=others | {name: 1.0})
+        for name in others
     }
     return {name: predicted_rise(profiles, plan.num_keep) for name, plan in plans.items()}
 
@@ -144,12 +151,12 @@ def ends_of(groups, profiles, remove: float) -> dict[str, dict[str, float]]:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_limited_domain_keeps_within_its_limit_at_least_cost_to_the_average(seed: int) -> None:
     groups, profiles = random_case(12, seed)
-    free = curve_plan(groups, profiles, NUM_PARAMS, 0.15)
+    free = curve_plan(groups, profiles, prices_of(groups), 0.15)
     ends = ends_of(groups, profiles, 0.15)
     highest = predicted_rise(profiles, free.num_keep)["prose"]
-    assert curve_plan(groups, profiles, NUM_PARAMS, 0.15, max_rise={"prose": highest}) == free
+    assert curve_plan(groups, profiles, prices_of(groups), 0.15, max_rise={"prose": highest}) == free
     limit = (highest + ends["prose"]["prose"]) / 2
-    limited = curve_plan(groups, profiles, NUM_PARAMS, 0.15, max_rise={"prose": limit})
+    limited = curve_plan(groups, profiles, prices_of(groups), 0.15, max_rise={"prose": limit})
     assert predicted_rise(profiles, limited.num_keep)["prose"] <= limit < highest
     assert limited.removed_fraction >= 0.15
     assert weighted_rise(profiles, free) < weighted_rise(profiles, limited) < sum(ends["prose"].values()) / 2
@@ -161,11 +168,13 @@ def test_two_limited_domains_keep_within_their_limits(seed: int, share: float) -
     groups, profiles = random_case(12, seed)
     # What some weights reach can be kept within, though equal weights do not.
     weights = {"prose": share, "code": 1 - share}
-    reached = predicted_rise(profiles, curve_plan(groups, profiles, NUM_PARAMS, 0.15, domain_weights=weights).num_keep)
+    reached = predicted_rise(
+        profiles, curve_plan(groups, profiles, prices_of(groups), 0.15, domain_weights=weights).num_keep
+    )
     limits = {name: 1.005 * rise for name, rise in reached.items()}
-    free = predicted_rise(profiles, curve_plan(groups, profiles, NUM_PARAMS, 0.15).num_keep)
+    free = predicted_rise(profiles, curve_plan(groups, profiles, prices_of(groups), 0.15).num_keep)
     assert any(free[name] > limits[name] for name in limits)
-    plan = curve_plan(groups, profiles, NUM_PARAMS, 0.15, max_rise=limits)
+    plan = curve_plan(groups, profiles, prices_of(groups), 0.15, max_rise=limits)
     assert all(rise <= limits[name] for name, rise in predicted_rise(profiles, plan.num_keep).items())
 
 
@@ -173,12 +182,12 @@ def test_a_limit_out_of_reach_says_the_largest_possible_and_that_works() -> None
     groups, profiles = random_case(6, 8)
     limits = {"code": 0.05}
     with pytest.raises(RecipeError, match=r"\(code 0\.05 nats per token\); at most 0\.\d\d\d keeps") as caught:
-        curve_plan(groups, profiles, NUM_PARAMS, 0.08, max_rise=limits)
+        curve_plan(groups, profiles, prices_of(groups), 0.08, max_rise=limits)
     possible = float(str(caught.value).partition("at most ")[2][:5])
-    plan = curve_plan(groups, profiles, NUM_PARAMS, possible, max_rise=limits)
+    plan = curve_plan(groups, profiles, prices_of(groups), possible, max_rise=limits)
     assert predicted_rise(profiles, plan.num_keep)["code"] <= 0.05
     with pytest.raises(RecipeError):
-        curve_plan(groups, profiles, NUM_PARAMS, possible + 0.001, max_rise=limits)
+        curve_plan(groups, profiles, prices_of(groups), possible + 0.001, max_rise=limits)
 
 
 def random_scores(groups: tuple[Group, ...]) -> dict[tuple[int, str], torch.Tensor]:
@@ -195,10 +204,10 @@ def random_scores(groups: tuple[Group, ...]) -> dict[tuple[int, str], torch.Tens
 def test_global_meets_its_target_within_one_step_and_has_one_threshold(remove: float) -> None:
     groups, _ = random_case(4, 0)
     scores = random_scores(groups)
-    plan = global_plan(groups, scores, NUM_PARAMS, remove, 32, min_keep=whole(groups))
+    plan = global_plan(groups, scores, prices_of(groups), remove, 32, min_keep=whole(groups))
     assert 0 <= plan.removed_fraction - remove < 30_720 / NUM_PARAMS
     assert all(plan.num_keep[layer, "ffn"] % 32 == 0 for layer in range(4))
-    exact = global_plan(groups, scores, NUM_PARAMS, remove, 1, min_keep=least_keep(groups, 1, 0.0))
+    exact = global_plan(groups, scores, prices_of(groups), remove, 1, min_keep=least_keep(groups, 1, 0.0))
     gone, stays = [], []
     for key, values in scores.items():
         ordered = ((values - values.mean()) / values.std(correction=0)).sort().values
@@ -211,10 +220,10 @@ def test_global_meets_its_target_within_one_step_and_has_one_threshold(remove: f
 def test_global_keeps_smallest_widths_and_says_the_largest_possible() -> None:
     groups, _ = random_case(4, 0)
     scores = random_scores(groups)
-    plan = global_plan(groups, scores, NUM_PARAMS, 0.03, 32, min_keep=whole(groups, 1))
+    plan = global_plan(groups, scores, prices_of(groups), 0.03, 32, min_keep=whole(groups, 1))
     assert (plan.num_keep[1, "ffn"], plan.num_keep[1, "heads"]) == (256, 5)
     with pytest.raises(RecipeError, match=r"at most 0\.075 with each at its smallest width") as caught:
-        global_plan(groups, scores, NUM_PARAMS, 0.4, 32, min_keep=whole(groups, 1))
+        global_plan(groups, scores, prices_of(groups), 0.4, 32, min_keep=whole(groups, 1))
     assert "remove: 0.4" in str(caught.value)
-    largest = global_plan(groups, scores, NUM_PARAMS, 0.075, 32, min_keep=whole(groups, 1))
+    largest = global_plan(groups, scores, prices_of(groups), 0.075, 32, min_keep=whole(groups, 1))
     assert {largest.num_keep[layer, "heads"] for layer in (0, 2, 3)} == {1}

@@ -7,10 +7,11 @@ import torch
 from models import tiny_ids, tiny_llama
 
 from secateur.arch import bind, decoder_layers, linear
-from secateur.budget import Plan
+from secateur.budget import Plan, plan_of
 from secateur.budget_curve import curve_plan
 from secateur.budget_search import SearchSettings, search_plan
 from secateur.level_database import LevelDatabase
+from secateur.prices import parameter_prices
 from secateur.probe import Probe
 from secateur.profile import ProfileSettings, profile
 from secateur.walk import make_batches
@@ -29,7 +30,7 @@ class Case:
                 layer.mlp.down_proj.weight *= 0.1
         self.arch = bind(self.model)
         self.groups = self.arch.select(("ffn", "kv_heads"))
-        self.num_params = sum(parameter.numel() for parameter in self.model.parameters())
+        self.prices = parameter_prices(self.arch, self.groups, self.model)
         self.batches = [
             *make_batches("prose", tiny_ids(batch=6, length=40), held_out=False, batch_tokens=80),
             *make_batches("code", tiny_ids(batch=6, length=40, seed=1) % 40, held_out=False, batch_tokens=80),
@@ -38,14 +39,15 @@ class Case:
         self.profiles = profile(self.model, self.arch, self.groups, self.batches, PROFILE, database=self.database)
 
     def plan_of(self, num_keep) -> Plan:
-        gone = sum((g.num_units - num_keep[g.layer, g.name]) * g.params_per_unit for g in self.groups)
-        return Plan(num_keep, self.num_params, self.num_params - gone)
+        return plan_of(self.groups, self.prices, num_keep)
 
     def equal_plan(self) -> Plan:
         return self.plan_of({key: 64 if key[1] == "ffn" else 2 for key in self.profiles})
 
     def search(self, start: Plan, settings: SearchSettings = SEARCH, **options) -> Plan:
-        return search_plan(self.model, self.arch, self.groups, self.database, start, self.batches, settings, **options)
+        return search_plan(
+            self.model, self.arch, self.groups, self.prices, self.database, start, self.batches, settings, **options
+        )
 
     def kl(self, plan: Plan) -> dict[str, float]:
         model = copy.deepcopy(self.model)
@@ -69,7 +71,7 @@ def test_search_beats_equal_widths_at_no_more_parameters_and_leaves_the_model(ca
     before, start = copy.deepcopy(case.model), case.equal_plan()
     found = case.search(start)
     assert mean(case.kl(found)) < 0.8 * mean(case.kl(start))
-    assert found.num_params_after <= start.num_params_after and found == case.plan_of(found.num_keep)
+    assert found.cost_after <= start.cost_after and found == case.plan_of(found.num_keep)
     assert all(found.num_keep[key] in found_profile.levels for key, found_profile in case.profiles.items())
     for (name, now), then in zip(case.model.named_parameters(), before.parameters(), strict=True):
         assert torch.equal(now, then), name
@@ -89,16 +91,16 @@ def test_a_start_that_nothing_beats_is_returned_itself(case):
 
 
 def test_search_does_not_worsen_the_curve_plan(case):
-    start = curve_plan(case.groups, case.profiles, case.num_params, 0.15)
+    start = curve_plan(case.groups, case.profiles, case.prices, 0.15)
     found = case.search(start)
-    assert mean(case.kl(found)) <= mean(case.kl(start)) and found.num_params_after <= start.num_params_after
+    assert mean(case.kl(found)) <= mean(case.kl(start)) and found.cost_after <= start.cost_after
 
 
 def test_groups_not_given_stay_and_are_measured_whole(case):
     groups = tuple(group for group in case.groups if group.layer != 1)
     whole = {(1, "ffn"): 112, (1, "kv_heads"): 2}
     start = case.plan_of(case.equal_plan().num_keep | whole)
-    found = search_plan(case.model, case.arch, groups, case.database, start, case.batches, SEARCH)
+    found = search_plan(case.model, case.arch, groups, case.prices, case.database, start, case.batches, SEARCH)
     assert found.num_keep.items() >= whole.items() and mean(case.kl(found)) < mean(case.kl(start))
 
 

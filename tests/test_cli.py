@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from secateur.arch import bind
 from secateur.calibration import build_calibration
 from secateur.cli import app, main
+from secateur.prices import prices_of
 from secateur.recipe import Recipe, parse_recipe
 from secateur.resolve import resolve
 from secateur.summary import Size
@@ -62,7 +63,8 @@ def write_recipe(path: Path, recipe: dict[str, Any], **changes: Any) -> Path:
 
 
 def resolved_for(model: Any, asked: Recipe) -> Recipe:
-    return resolve(asked, bind(model), model.config, Size.of(model).num_params).recipe
+    arch = bind(model)
+    return resolve(asked, arch, model.config, prices_of(asked, arch, model)).recipe
 
 
 @pytest.fixture(scope="module")

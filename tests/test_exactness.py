@@ -1,6 +1,7 @@
 """Cut equals mask after save and stock reload; walk equals forward; permutation and keep-all change nothing."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,9 @@ from secateur.budget import uniform_plan
 from secateur.calibration import CalibrationSet, DomainBlocks
 from secateur.cut import add_zero_biases, cut, zero_units
 from secateur.loop import prune_in_place
+from secateur.prices import prices_of
 from secateur.recipe import parse_recipe
-from secateur.resolve import Resolved, resolve
+from secateur.resolve import resolve
 from secateur.run import Run
 from secateur.summary import Size
 from secateur.walk import Walk, make_batches
@@ -60,7 +62,8 @@ def prune_tiny(model: Any, calibration: CalibrationSet, **recipe: Any) -> tuple[
     lines: list[dict[str, Any]] = []
     arch = bind(model)
     settings = {"align": 8, "remove": 0.15, "calibration": {"num_tokens": 4096}, **recipe}
-    resolved = resolve(parse_recipe(settings), arch, model.config, Size.of(model).num_params)
+    asked = parse_recipe(settings)
+    resolved = resolve(asked, arch, model.config, prices_of(asked, arch, model))
     keeps = prune_in_place(Run(model, arch, resolved, calibration, log=lines.append))
     return keeps, [line for line in lines if line["event"] == "group"]
 
@@ -134,12 +137,12 @@ def test_keep_all_leaves_every_weight_bit_identical(factory: Factory) -> None:
     arch = bind(model)
     settings = {"align": 8, "remove": 0.15, "calibration": {"num_tokens": 4096}, "groups": ["kv_heads", "ffn"]}
     recipe = parse_recipe(settings)
-    num_params = Size.of(model).num_params
-    resolved = resolve(recipe, arch, model.config, num_params)
-    everything = uniform_plan(resolved.groups, num_params, 0.15, 8)
+    prices = prices_of(recipe, arch, model)
+    resolved = resolve(recipe, arch, model.config, prices)
+    everything = uniform_plan(resolved.groups, prices, 0.15, 8)
     for group in resolved.groups:
         everything.num_keep[group.layer, group.name] = group.num_units
-    keep_all = Resolved(resolved.recipe, resolved.groups, [everything], [0.15], ())
+    keep_all = dataclasses.replace(resolved, plans=[everything])
     keeps = prune_in_place(Run(model, arch, keep_all, random_calibration()))
     assert {len(keep) for keep in keeps.values()} == {112, model.config.num_key_value_heads}
     for name, tensor in model.state_dict().items():

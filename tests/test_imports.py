@@ -18,20 +18,24 @@ LAYERS = [
     # what a run is described by; readers and writers of single files
     "stats arch_spec recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output llama_cpp "
     "gguf_sentencepiece",
+    "arch_hidden",
     "arch",
     # stages and measurements, each by itself
     "budget score cut walk loss kl bench verify in_memory sources checkpoint_config staged_file plots "
     "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer on_disk",
+    "ideal resolve_depth",
+    "prices",
     # stages that are made of others
-    "obs compensate measure taylor domain_weights calibration checkpoint resolve summary ideal bench_llama_cpp "
+    "obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary bench_llama_cpp "
     "evaluate_tasks compare_page budget_curve budget_global level_database",
-    "calibration_sampled repair depth estimate bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check",
-    "probe original_readers",
-    "profile budget_search",
+    "calibration_sampled calibration_facts repair hidden_norms depth estimate bench_memory evaluate_domains "
+    "evaluate_cache gguf_metadata gguf_check",
+    "latency probe original_readers hidden_drift",
+    "hidden_width profile budget_search",
     "run selection inspection gguf_tensors evaluate_differences evaluate_parts",
     "group_step round_plan safety_net pruned_checkpoint",
     # what people read, and the other outputs
-    "loop tables gguf_export evaluate evaluate_table",
+    "depth_step loop tables gguf_export evaluate evaluate_table",
     "card benchmark export compare",
     "result_files bench_tables",
     "comparison report_run report_quality report_evaluation",
@@ -67,7 +71,7 @@ HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (
     "checkpoint*", "output", "calibration*", "sources", "evaluate*", "bench*", "compare", "ideal", "gguf_*",
     "in_memory", "pruning", "loop", "run", "pruned_checkpoint", "on_disk", "reload_child", "modeling_per_layer",
-    "per_layer",
+    "per_layer", "hidden_*",
 )  # fmt: skip
 ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "matplotlib", "gguf", "pyarrow", "datasets", "llama_cpp"}
 

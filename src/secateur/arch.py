@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from secateur.arch_hidden import Hidden, bind_hidden, submodule
 from secateur.arch_spec import GroupSpec, SegmentSpecs, find_spec
 from secateur.errors import ArchError, nearest
 
@@ -65,7 +66,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Arch:
-    """A family bound to one model. `groups` lists every layer's groups, layer by layer."""
+    """A family bound to one model. `groups` lists every layer's groups, layer by layer.
+
+    `params_per_layer`: all parameters of each layer, those of no group included.
+    """
 
     family: str
     backbone: str
@@ -76,6 +80,8 @@ class Arch:
     mlp_adds_directly: bool
     groups: tuple[Group, ...]
     num_layers: int
+    params_per_layer: tuple[int, ...]
+    hidden: Hidden | None
 
     def select(self, names: tuple[str, ...]) -> tuple[Group, ...]:
         """Return the groups of these names. Raises ArchError if the family has no such group."""
@@ -102,9 +108,9 @@ def bind(model: nn.Module) -> Arch:
     """
     config: Any = model.config
     family, spec = find_spec(config.model_type)
-    layers = _submodule(model, spec.layers, family)
+    layers = submodule(model, spec.layers, family)
     for name in (spec.backbone, spec.head):
-        _submodule(model, name, family)
+        submodule(model, name, family)
     groups = [
         _bind_group(layer, index, name, group, layer_config, family, spec.heads_divide_hidden_size)
         for index, (layer, layer_config) in enumerate(zip(layers.children(), _layer_configs(config), strict=True))
@@ -112,8 +118,10 @@ def bind(model: nn.Module) -> Arch:
         if not _is_skipped(layer, group)
     ]
     for layer in layers.children():
-        _submodule(layer, spec.attention, family)
-        _submodule(layer, spec.middle, family)
+        submodule(layer, spec.attention, family)
+        submodule(layer, spec.middle, family)
+    heads = [each.num_attention_heads for each in _layer_configs(config)] if spec.heads_divide_hidden_size else []
+    hidden = spec.hidden and bind_hidden(model, list(layers.children()), spec.head, spec.hidden, family, heads)
     return Arch(
         family,
         spec.backbone,
@@ -124,6 +132,8 @@ def bind(model: nn.Module) -> Arch:
         spec.mlp_adds_directly,
         tuple(groups),
         len(list(layers.children())),
+        tuple(sum(p.numel() for p in layer.parameters()) for layer in layers.children()),
+        hidden,
     )
 
 
@@ -158,7 +168,7 @@ def _bind_group(
     num_units = _num_units(spec.num_units, config, where, family)
     params_per_unit, axes = 0, []
     for module, segment_specs, is_writer in _axes(spec):
-        found = _submodule(layer, module, family)
+        found = submodule(layer, module, family)
         if not isinstance(found, nn.Linear):
             raise ArchError(f"{where}: {module} is a {type(found).__name__}, but family {family} cuts nn.Linear.")
         segments = _segments(segment_specs, config)
@@ -173,7 +183,7 @@ def _bind_group(
         params_per_unit += rows_per_unit * across
         axes.append(Axis(module, segments))
     for module in (module for modules in spec.bias_switch.values() for module in modules):
-        _submodule(layer, module, family)
+        submodule(layer, module, family)
     switch = next((BiasSwitch(*item) for item in spec.bias_switch.items()), None)
     writers, reader = tuple(axes[:-1]), axes[-1]
     # Units of several reader columns are heads.
@@ -212,13 +222,3 @@ def _segments(specs: SegmentSpecs, config: Any) -> Segments:
 def _axes(spec: GroupSpec) -> Iterator[tuple[str, SegmentSpecs, bool]]:
     yield from ((module, segments, True) for module, segments in spec.writers.items())
     yield from ((module, segments, False) for module, segments in spec.reader.items())
-
-
-def _submodule(parent: nn.Module, name: str, family: str) -> nn.Module:
-    names = {child: module for child, module in parent.named_modules() if child}
-    if name not in names:
-        raise ArchError(
-            f"family {family}: the spec names module '{name}', which this {type(parent).__name__} does not have; "
-            f"did you mean '{nearest(name, names)}'?"
-        )
-    return names[name]

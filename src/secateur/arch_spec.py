@@ -30,6 +30,20 @@ class GroupSpec(BaseModel):
     bias_switch: dict[str, tuple[str, ...]] = Field(default={}, max_length=1)
 
 
+class HiddenSpec(BaseModel):
+    """The residual stream as its YAML states it: everything that is as wide as the model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    embedding: str
+    norm: str  # the last one, which the head reads
+    readers: dict[str, tuple[str, ...]] = Field(min_length=1)  # within a layer: norm -> the linears that read it
+    writers: tuple[str, ...] = Field(min_length=1)  # within a layer
+    writer_norms: tuple[str, ...] = ()  # within a layer: norms over what a writer gives
+    norm_adds_one: bool = False  # where norms multiply by 1 + weight
+    embedding_scales: tuple[str, ...] = ()  # the embedding's attributes that hold the square root of hidden_size
+
+
 class ArchSpec(BaseModel):
     """One family as its YAML states it."""
 
@@ -43,6 +57,7 @@ class ArchSpec(BaseModel):
     middle: str  # the module of a layer whose input is the residual stream between attention and MLP
     mlp_adds_directly: bool = True  # not where its output is normalised before it joins the residual stream
     heads_divide_hidden_size: bool = False  # where the config class refuses other numbers of attention heads
+    hidden: HiddenSpec | None = None  # where hidden width can be cut
     groups: dict[str, GroupSpec]
 
 

@@ -137,7 +137,7 @@ class _Clock(StoppingCriteria):
         self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        self.times.append(_now(input_ids.device))
+        self.times.append(now(input_ids.device))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -147,7 +147,7 @@ def _generate(
 ) -> list[float]:
     clock, generate = _Clock(), getattr(model, "generate")  # noqa: B009  # its type takes no arguments beyond tensors
     with _plain_generation(model):
-        start = _now(model.device)
+        start = now(model.device)
         generate(
             ids_BT,
             attention_mask=torch.ones_like(ids_BT),
@@ -172,7 +172,8 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Return the clock's seconds once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

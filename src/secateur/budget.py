@@ -1,10 +1,12 @@
 """Budgets: how many units each group keeps. Pure arithmetic on the architecture, before any weight is read.
 
-In: the groups, the model's total parameters (tied weights once), the share to remove. Out: plans, one per round.
+In: the groups, what each unit and the whole model cost of some quantity, the share of it to remove. Out: plans, one per
+round. The quantity is parameters (tied weights once) or what `prices` counts instead.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from secateur.arch import Group
@@ -19,17 +21,60 @@ MAX_LEVELS = 64
 
 
 @dataclass(frozen=True, slots=True)
+class Prices:
+    """What one unit of each group costs of the quantity that is to shrink, and what the dense model costs of it.
+
+    In whole numbers, so that sums are exact whatever their order. `per_layer`: whole layers, all that is in them.
+    `unit`: what the numbers count, for people, and how many of them it holds.
+    """
+
+    per_unit: Mapping[GroupKey, int]
+    per_layer: tuple[int, ...]
+    total: int
+    unit: str
+    unit_size: int = 1
+
+    @property
+    def total_text(self) -> str:
+        """Return the total for people, as `134,515,008 parameters`."""
+        return self.text(self.total)
+
+    def text(self, amount: int) -> str:
+        """Return an amount for people."""
+        number = f"{amount:,}" if self.unit_size == 1 else f"{amount / self.unit_size:.3g}"
+        return f"{number} {self.unit}"
+
+    def of(self, group: Group) -> int:
+        """Return the price of one of the group's units."""
+        return self.per_unit[group.layer, group.name]
+
+    def gone(self, groups: tuple[Group, ...], num_keep: Mapping[GroupKey, int]) -> int:
+        """Return what goes when each group keeps that many units, counted from its full width."""
+        return sum((g.num_units - min(num_keep[g.layer, g.name], g.num_units)) * self.of(g) for g in groups)
+
+    def of_all_but(self, layers: Collection[int]) -> int:
+        """Return what goes with all layers but these."""
+        return sum(price for index, price in enumerate(self.per_layer) if index not in layers)
+
+    def with_only(self, layers: Collection[int]) -> "Prices":
+        """Return the same prices of the model that these layers make."""
+        gone = self.of_all_but(layers)
+        unit = f"{self.unit} that the layers left" if gone else self.unit
+        return dataclasses.replace(self, total=self.total - gone, unit=unit)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """How many units each group keeps, and what that leaves of the model."""
+    """How many units each group keeps, and what the model costs before and after, in the prices that it was made by."""
 
     num_keep: dict[GroupKey, int]
-    num_params_before: int
-    num_params_after: int
+    cost_before: int
+    cost_after: int
 
     @property
     def removed_fraction(self) -> float:
-        """Share of total parameters that goes."""
-        return 1 - self.num_params_after / self.num_params_before
+        """Share of the dense model's cost that goes."""
+        return 1 - self.cost_after / self.cost_before
 
 
 def default_align(groups: tuple[Group, ...]) -> int:
@@ -43,50 +88,63 @@ def align_of(group: Group, align: int) -> int:
     return align if group.width == 1 else 1
 
 
-def uniform_plan(groups: tuple[Group, ...], num_params: int, remove: float, align: int) -> Plan:
-    """Keep the same share of every group so that `remove` of all `num_params` parameters goes.
+def least_step(groups: tuple[Group, ...], prices: Prices, align: int, *, alike: bool) -> int:
+    """Return what goes at the least: a step of one group, or of all of a kind where they go `alike`."""
+    kinds: dict[str, list[int]] = {}
+    for group in groups:
+        kinds.setdefault(group.name, []).append(align_of(group, align) * prices.of(group))
+    return min(sum(steps) if alike else min(steps) for steps in kinds.values())
 
-    The share taken is remove * num_params / sum(units * params_per_unit); counts are the nearest multiples
-    of their step. Kinds of group with large steps (heads) come first and those with small ones make up for their
-    rounding, so the target is met within half a step of the last kind per group.
 
-    Raises RecipeError if the groups do not hold enough parameters, saying the largest possible `remove`; or if not even
+def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align: int) -> Plan:
+    """Keep the same share of every group so that `remove` of what the whole model costs goes.
+
+    The share taken is remove * total / sum(units * price); counts are the nearest multiples of their step. Kinds of
+    group with large steps (heads) come first and those with small ones make up for their rounding, so the target is
+    met within half a step of the last kind per group.
+
+    Raises RecipeError if the groups do not hold enough, saying the largest possible `remove`; or if not even
     one step would go, saying the smallest.
     """
-    steps = {group.name: align_of(group, align) * group.params_per_unit for group in groups}
+    steps = {group.name: align_of(group, align) * prices.of(group) for group in groups}
     names = sorted(steps, key=lambda name: (-steps[name], name))
     num_keep: dict[GroupKey, int] = {}
-    missing = remove * num_params
+    missing = remove * prices.total
     for position, name in enumerate(names):
         left = [group for group in groups if group.name in names[position:]]
-        keep_share = 1 - missing / sum(group.num_units * group.params_per_unit for group in left)
+        keep_share = 1 - missing / sum(group.num_units * prices.of(group) for group in left)
         members = tuple(group for group in left if group.name == name)
         is_last = position == len(names) - 1
         num_keep |= {
             (g.layer, name): _nearest(g, keep_share, align_of(g, align), at_least=not is_last) for g in members
         }
-        missing -= num_params_gone(members, num_keep)
-    largest = largest_remove(groups, num_params, least_keep(groups, align, 0.0))
+        missing -= prices.gone(members, num_keep)
+    largest = largest_remove(groups, prices, least_keep(groups, align, 0.0))
     if any(num_keep[group.layer, group.name] < align_of(group, align) for group in groups):
         left_in = " and ".join(f"{align_of(g, align)} {g.unit}s" for g in {g.name: g for g in groups}.values())
         raise RecipeError(
-            f"remove: {remove:g} of all {num_params:,} parameters is out of reach; the recipe's groups allow at "
+            f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at "
             f"most {round_down(largest)} with {left_in} (align) left in each; ask for less or lower align."
         )
-    plan = Plan(num_keep, num_params, num_params - num_params_gone(groups, num_keep))
-    if plan.num_params_after == num_params:
+    plan = plan_of(groups, prices, num_keep)
+    if plan.cost_after == prices.total:
         step = sum(steps[names[-1]] for group in groups if group.name == names[-1])
-        smallest = math.ceil(1e4 * step / num_params / 2) / 1e4
+        smallest = math.ceil(1e4 * step / prices.total / 2) / 1e4
         raise RecipeError(
-            f"remove: {remove:g} of all {num_params:,} parameters is less than half an aligned unit per layer, so "
+            f"remove: {remove:g} of all {prices.total_text} is less than half an aligned unit per layer, so "
             f"nothing would go; ask for at least {smallest:.4f} or set align below {align}."
         )
     return plan
 
 
-def largest_remove(groups: tuple[Group, ...], num_params: int, least: Mapping[GroupKey, int]) -> float:
-    """Return the share of all parameters that goes when every group keeps its least."""
-    return num_params_gone(groups, least) / num_params
+def plan_of(groups: tuple[Group, ...], prices: Prices, num_keep: dict[GroupKey, int]) -> Plan:
+    """Return the plan that keeps these counts."""
+    return Plan(num_keep, prices.total, prices.total - prices.gone(groups, num_keep))
+
+
+def largest_remove(groups: tuple[Group, ...], prices: Prices, least: Mapping[GroupKey, int]) -> float:
+    """Return the share of the model's cost that goes when every group keeps its least."""
+    return prices.gone(groups, least) / prices.total
 
 
 def least_keep(groups: tuple[Group, ...], align: int, min_keep: float) -> dict[GroupKey, int]:
@@ -122,7 +180,7 @@ def round_shares(rounds: int, schedule: str) -> list[float]:
     return [1 - (1 - done / rounds) ** power for done in range(1, rounds)] + [1.0]
 
 
-def round_plans(groups: tuple[Group, ...], plan: Plan, shares: list[float], align: int) -> list[Plan]:
+def round_plans(groups: tuple[Group, ...], prices: Prices, plan: Plan, shares: list[float], align: int) -> list[Plan]:
     """Return the plans of all rounds, by shares of the way from the whole model to `plan`, each width aligned."""
     plans = []
     for share in shares[:-1]:
@@ -131,7 +189,7 @@ def round_plans(groups: tuple[Group, ...], plan: Plan, shares: list[float], alig
             target, step = plan.num_keep[group.layer, group.name], align_of(group, align)
             width = group.num_units - (group.num_units - target) * share
             num_keep[group.layer, group.name] = max(nearest_count(group, width, step), target)
-        plans.append(Plan(num_keep, plan.num_params_before, plan.num_params_before - num_params_gone(groups, num_keep)))
+        plans.append(plan_of(groups, prices, num_keep))
     return [*plans, plan]
 
 
@@ -148,11 +206,6 @@ def nearest_count(group: Group, width: float | int, step: int) -> int:
         return nearest
     counts = [count for count in range(step, group.num_units, step) if group.allows(count)]
     return min((*counts, group.num_units), key=lambda count: abs(count - width))
-
-
-def num_params_gone(groups: tuple[Group, ...], num_keep: Mapping[GroupKey, int]) -> int:
-    """Return the parameters that go when each group keeps that many units, counted from its full width."""
-    return sum((g.num_units - min(num_keep[g.layer, g.name], g.num_units)) * g.params_per_unit for g in groups)
 
 
 def round_down(fraction: float) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from secateur.arch import Group
-from secateur.budget import GroupKey, Plan, num_params_gone, round_down
+from secateur.budget import GroupKey, Plan, Prices, plan_of, round_down
 from secateur.errors import RecipeError
 from secateur.knapsack import least_loss
 
@@ -49,7 +49,7 @@ def predicted_rise(profiles: Profiles, num_keep: Mapping[GroupKey, int]) -> dict
 def curve_plan(
     groups: tuple[Group, ...],
     profiles: Profiles,
-    num_params: int,
+    prices: Prices,
     remove: float,
     *,
     min_keep: Mapping[GroupKey, int] | None = None,
@@ -58,7 +58,7 @@ def curve_plan(
 ) -> Plan:
     """Keep what makes the predicted rise, averaged over domains by `domain_weights` (default: equal), least.
 
-    At least `remove` of all `num_params` parameters goes, counted from the groups' full widths, and where every level
+    At least `remove` of what the whole model costs goes, counted from the groups' full widths, and where every level
     costs something, less than one level more than that. Asking for more never predicts a lower weighted rise, unless
     limits bind. Groups keep at least `min_keep`. `max_rise`: the highest
     predicted rise of some domains, in nats per token; where the least average breaks one, limited domains weigh more,
@@ -66,31 +66,31 @@ def curve_plan(
 
     Raises RecipeError if so much cannot go, or not within `max_rise`, saying the largest possible `remove`.
     """
-    problem = _problem(groups, profiles, min_keep or {})
-    largest = sum(max(options) for options in problem.removals) / num_params
+    problem = _problem(groups, profiles, prices, min_keep or {})
+    largest = sum(max(options) for options in problem.removals) / prices.total
     if remove > largest:
         raise RecipeError(
-            f"remove: {remove:g} of all {num_params:,} parameters is out of reach; the recipe's groups allow at most "
+            f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at most "
             f"{round_down(largest)} with each at its smallest width; ask for less or lower min_keep."
         )
     domains = sorted({domain for profile in profiles.values() for domain in profile.slopes})
     given = domain_weights or dict.fromkeys(domains, 1.0)
     weights = {domain: given[domain] / sum(given.values()) for domain in domains}
     limits = dict(max_rise or {})
-    num_keep = _within_limits(problem, weights, math.ceil(remove * num_params), limits)
+    num_keep = _within_limits(problem, weights, math.ceil(remove * prices.total), limits)
     if num_keep is None:
-        possible = _largest_within_limits(problem, weights, num_params, remove, limits)
+        possible = _largest_within_limits(problem, weights, prices.total, remove, limits)
         names = ", ".join(f"{domain} {limit:g}" for domain, limit in sorted(limits.items()))
         raise RecipeError(
-            f"remove: {remove:g} of all {num_params:,} parameters would raise a protected domain's loss by more than "
+            f"remove: {remove:g} of all {prices.total_text} would raise a protected domain's loss by more than "
             f"allowed ({names} nats per token); at most {possible:.3f} keeps within it; ask for less or allow more."
         )
-    return Plan(num_keep, num_params, num_params - num_params_gone(groups, num_keep))
+    return plan_of(groups, prices, num_keep)
 
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """The profiles with allowed levels alone, and the parameters that go at each of them, group by group."""
+    """The profiles with allowed levels alone, and what goes at each of them, group by group."""
 
     profiles: dict[GroupKey, GroupProfile]
     removals: list[list[int]]
@@ -106,7 +106,9 @@ class _Problem:
         }
 
 
-def _problem(groups: tuple[Group, ...], profiles: Profiles, min_keep: Mapping[GroupKey, int]) -> _Problem:
+def _problem(
+    groups: tuple[Group, ...], profiles: Profiles, prices: Prices, min_keep: Mapping[GroupKey, int]
+) -> _Problem:
     allowed: dict[GroupKey, GroupProfile] = {}
     removals = []
     for group in groups:
@@ -114,7 +116,7 @@ def _problem(groups: tuple[Group, ...], profiles: Profiles, min_keep: Mapping[Gr
         profile = profiles[key]
         count = max(1, sum(level >= min_keep.get(key, 0) for level in profile.levels))
         allowed[key] = GroupProfile(profile.levels[:count], profile.errors[:count], profile.slopes)
-        removals.append([(group.num_units - level) * group.params_per_unit for level in allowed[key].levels])
+        removals.append([(group.num_units - level) * prices.of(group) for level in allowed[key].levels])
     return _Problem(allowed, removals)
 
 
@@ -162,13 +164,13 @@ def _careful_weights(problem: _Problem, target: int, limits: dict[str, float]) -
 
 
 def _largest_within_limits(
-    problem: _Problem, weights: dict[str, float], num_params: int, remove: float, limits: dict[str, float]
+    problem: _Problem, weights: dict[str, float], total: int, remove: float, limits: dict[str, float]
 ) -> float:
     """Return the largest share in thousandths that was found to keep within the limits, by halving."""
     low, high = 0, math.ceil(remove * 1000)
     while high - low > 1:
         middle = (low + high) // 2
-        found = _within_limits(problem, weights, math.ceil(middle / 1000 * num_params), limits)
+        found = _within_limits(problem, weights, math.ceil(middle / 1000 * total), limits)
         low, high = (middle, high) if found is not None else (low, middle)
     return low / 1000
 

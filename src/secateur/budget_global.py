@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from secateur.arch import Group
-from secateur.budget import GroupKey, Plan, align_of, nearest_count, num_params_gone, round_down
+from secateur.budget import GroupKey, Plan, Prices, align_of, nearest_count, plan_of, round_down
 from secateur.errors import RecipeError
 
 
 def global_plan(
     groups: tuple[Group, ...],
     scores: Mapping[GroupKey, Tensor],
-    num_params: int,
+    prices: Prices,
     remove: float,
     align: int,
     *,
@@ -27,35 +27,32 @@ def global_plan(
     """Remove the units of least (score - mean) / std over their group, whatever group they are in.
 
     `scores` has one number per unit that a group has now. Each group keeps the multiple of its step nearest to its
-    count of units above the threshold, at least `min_keep`; the threshold is the lowest with which `remove` of all
-    `num_params` parameters goes, counted from the groups' full widths.
+    count of units above the threshold, at least `min_keep`; the threshold is the lowest with which `remove` of what
+    the whole model costs goes, counted from the groups' full widths.
 
     Raises RecipeError if so much cannot go, saying the largest possible `remove`.
     """
     standardised = {(group.layer, group.name): _standardised(scores[group.layer, group.name]) for group in groups}
-    target = math.ceil(remove * num_params)
+    target = math.ceil(remove * prices.total)
 
     def widths(threshold: float) -> dict[GroupKey, int]:
         kept = {key: int((values >= threshold).sum()) for key, values in standardised.items()}
         aligned = {(g.layer, g.name): nearest_count(g, kept[g.layer, g.name], align_of(g, align)) for g in groups}
         return {key: min(max(width, min_keep[key]), len(standardised[key])) for key, width in aligned.items()}
 
-    largest = num_params_gone(groups, widths(math.inf))
+    largest = prices.gone(groups, widths(math.inf))
     if target > largest:
         raise RecipeError(
-            f"remove: {remove:g} of all {num_params:,} parameters is out of reach; the recipe's groups allow at "
-            f"most {round_down(largest / num_params)} with each at its smallest width; ask for less, or lower min_keep "
-            f"or align."
+            f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at most "
+            f"{round_down(largest / prices.total)} with each at its smallest width; ask for less, or lower min_keep or "
+            f"align."
         )
     thresholds = [*torch.cat([torch.zeros(0), *standardised.values()]).unique().tolist(), math.inf]
     low, high = 0, len(thresholds) - 1
     while low < high:
         middle = (low + high) // 2
-        low, high = (
-            (low, middle) if num_params_gone(groups, widths(thresholds[middle])) >= target else (middle + 1, high)
-        )
-    num_keep = widths(thresholds[low])
-    return Plan(num_keep, num_params, num_params - num_params_gone(groups, num_keep))
+        low, high = (low, middle) if prices.gone(groups, widths(thresholds[middle])) >= target else (middle + 1, high)
+    return plan_of(groups, prices, widths(thresholds[low]))
 
 
 def _standardised(scores_U: Tensor) -> Tensor:

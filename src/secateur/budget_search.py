@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from secateur.arch import Arch, Group, decoder_layers, linear
-from secateur.budget import GroupKey, Plan
+from secateur.budget import GroupKey, Plan, Prices
 from secateur.level_database import LevelDatabase
 from secateur.probe import Probe
 from secateur.progress import Progress, silent
@@ -37,6 +37,7 @@ def search_plan(
     model: nn.Module,
     arch: Arch,
     groups: tuple[Group, ...],
+    prices: Prices,
     database: LevelDatabase,
     start: Plan,
     batches: list[Batch],
@@ -49,28 +50,28 @@ def search_plan(
     """Return the best plan found, or `start` itself if none is better.
 
     Fitness: mean over domains of KL(model || model with every group's reader from the database). Each generation makes
-    `offspring` of the best plan, each by one to three switches: one group a level narrower, others wider as long as no
-    fewer parameters go than in `start`. No group goes below `min_keep`. A domain in `max_rise` may not rise above its
+    `offspring` of the best plan, each by one to three switches: one group a level narrower, others wider as long as the
+    plan costs no more than `start`. No group goes below `min_keep`. A domain in `max_rise` may not rise above its
     limit, or above the start's rise where that is higher. The model is as before afterwards.
 
     `start` must keep a level of the database in every group. Raises NumericsError if a divergence is not finite.
     """
     readers = {(g.layer, g.name): linear(decoder_layers(model, arch)[g.layer], g.reader.module) for g in groups}
-    prices = {(group.layer, group.name): group.params_per_unit for group in groups}
-    assert all(start.num_keep[key] in database.levels[key] for key in prices), "start is not on the database's levels"
+    price = {(group.layer, group.name): prices.of(group) for group in groups}
+    assert all(start.num_keep[key] in database.levels[key] for key in price), "start is not on the database's levels"
     judge = _Judge(readers, database, Probe(model, arch, batches, settings.probe_blocks))
-    levels = {key: [n for n in database.levels[key] if n >= (min_keep or {}).get(key, 0)] for key in prices}
+    levels = {key: [n for n in database.levels[key] if n >= (min_keep or {}).get(key, 0)] for key in price}
     choose, total = random.Random(settings.seed), settings.generations * settings.offspring
     progress("search", 0, total)
     try:
-        best = first = {key: start.num_keep[key] for key in prices}
+        best = first = {key: start.num_keep[key] for key in price}
         rise = judge.rise(first)
         limits = {domain: max(limit, rise[domain]) for domain, limit in (max_rise or {}).items()}
         least = _mean(rise)
         for generation in range(settings.generations):
             parent = best
             for number in range(settings.offspring):
-                child = _switched(parent, first, levels, prices, choose)
+                child = _switched(parent, first, levels, price, choose)
                 rise = judge.rise(child)
                 if _mean(rise) < least and all(rise[domain] <= limit for domain, limit in limits.items()):
                     best, least = child, _mean(rise)
@@ -79,7 +80,7 @@ def search_plan(
         judge.put_back()
     if best == first:
         return start
-    return Plan(start.num_keep | best, start.num_params_before, start.num_params_after + _growth(first, best, prices))
+    return Plan(start.num_keep | best, start.cost_before, start.cost_after + _growth(first, best, price))
 
 
 class _Judge:
@@ -109,9 +110,9 @@ class _Judge:
 
 
 def _switched(
-    plan: Levels, first: Levels, levels: dict[GroupKey, list[int]], prices: dict[GroupKey, int], choose: random.Random
+    plan: Levels, first: Levels, levels: dict[GroupKey, list[int]], price: dict[GroupKey, int], choose: random.Random
 ) -> Levels:
-    """Return a plan a few switches away that keeps no more parameters than `first`."""
+    """Return a plan a few switches away that costs no more than `first`."""
     plan = dict(plan)
     for _ in range(min(choose.randint(1, MAX_SWITCHES), choose.randint(1, MAX_SWITCHES))):
         narrower = {key: _next(levels[key], plan[key], 1) for key in plan}
@@ -120,18 +121,18 @@ def _switched(
             break
         narrowed = choose.choice(candidates)
         plan[narrowed] = narrower[narrowed]
-        while wider := _affordable(plan, first, levels, prices, narrowed):
+        while wider := _affordable(plan, first, levels, price, narrowed):
             key = choose.choice(wider)
             plan[key] = _next(levels[key], plan[key], -1)
     return plan
 
 
 def _affordable(
-    plan: Levels, first: Levels, levels: dict[GroupKey, list[int]], prices: dict[GroupKey, int], narrowed: GroupKey
+    plan: Levels, first: Levels, levels: dict[GroupKey, list[int]], price: dict[GroupKey, int], narrowed: GroupKey
 ) -> list[GroupKey]:
-    """Return the groups that can go one level wider without keeping more parameters than `first`."""
-    spare = -_growth(first, plan, prices)
-    growth = {key: (_next(levels[key], plan[key], -1) - plan[key]) * prices[key] for key in plan if key != narrowed}
+    """Return the groups that can go one level wider without costing more than `first`."""
+    spare = -_growth(first, plan, price)
+    growth = {key: (_next(levels[key], plan[key], -1) - plan[key]) * price[key] for key in plan if key != narrowed}
     return [key for key, added in growth.items() if 0 < added <= spare]
 
 
@@ -139,8 +140,8 @@ def _next(levels: list[int], level: int, steps: int) -> int:
     return levels[min(max(levels.index(level) + steps, 0), len(levels) - 1)]
 
 
-def _growth(before: Levels, after: Levels, prices: dict[GroupKey, int]) -> int:
-    return sum((after[key] - before[key]) * prices[key] for key in before)
+def _growth(before: Levels, after: Levels, price: dict[GroupKey, int]) -> int:
+    return sum((after[key] - before[key]) * price[key] for key in before)
 
 
 def _mean(rise: dict[str, float]) -> float:

@@ -21,11 +21,13 @@ from secateur.calibration import CalibrationSet, build_calibration
 from secateur.calibration_sampled import with_sampled
 from secateur.checkpoint import Checkpoint, load_model, load_tokenizer, meta_model, open_checkpoint
 from secateur.compare_page import FoundCell, comparison_files
+from secateur.depth_step import remove_depth
 from secateur.evaluate_cache import PartCache, fingerprint
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks, run_task
 from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
 from secateur.output import disk_errors
+from secateur.prices import prices_of
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe
 from secateur.resolve import resolve
@@ -59,10 +61,10 @@ def compare(study: Study, out: Path, progress: Progress = silent) -> list[FoundC
     """
     checkpoint = open_checkpoint(study.model)
     shape = meta_model(checkpoint.config)
-    arch, num_params = bind(shape), Size.of(shape).num_params
+    arch = bind(shape)
     grid = list(cells(study))
     for cell in grid:
-        resolve(cell.recipe, arch, shape.config, num_params)
+        resolve(cell.recipe, arch, shape.config, prices_of(cell.recipe, arch, shape))
     evaluation = study.evaluation
     tasks = load_tasks(evaluation.tasks, TaskOptions(limit=evaluation.limit), None) if evaluation.tasks else None
     tokenizer = load_tokenizer(checkpoint)
@@ -73,7 +75,9 @@ def compare(study: Study, out: Path, progress: Progress = silent) -> list[FoundC
     found: list[FoundCell] = []
     progress("cells", 0, len(grid) + len(study.seeds))
     for seed in study.seeds:
-        blocks = _judged_on(bench, resolve(study_recipe(study, seed), arch, shape.config, num_params).recipe, seed)
+        recipe = study_recipe(study, seed)
+        resolved = resolve(recipe, arch, shape.config, prices_of(recipe, arch, shape))
+        blocks = _judged_on(bench, resolved.recipe, seed)
         found.append(_dense_cell(bench, arch, seed, blocks))
         progress("cells", len(found), len(grid) + len(study.seeds))
         for cell in (cell for cell in grid if cell.seed == seed):
@@ -119,17 +123,18 @@ def _cell(bench: _Bench, arch: Arch, cell: Cell, blocks: dict[str, Tensor]) -> F
     def compute() -> dict[str, Any]:
         model = load_model(bench.checkpoint)
         num_params = Size.of(model).num_params
-        resolved = resolve(cell.recipe, arch, model.config, num_params)
+        resolved = resolve(cell.recipe, arch, model.config, prices_of(cell.recipe, arch, model))
         calibration = _without_judged(
             _draw(bench, resolved.recipe, cell.seed, model), bench.study.evaluation.num_blocks
         )
         start = time.perf_counter()
-        prune_in_place(Run(model, arch, resolved, calibration, progress=bench.progress))
+        run = remove_depth(Run(model, arch, resolved, calibration, progress=bench.progress))
+        prune_in_place(run)
         seconds = time.perf_counter() - start
         reached = 1 - Size.of(model).num_params / num_params
         num_tokens = {domain.name: domain.calibration_NT.numel() for domain in calibration.domains}
         facts = {"remove_reached": reached, "seconds": seconds, "num_tokens": num_tokens}
-        return facts | _judge(bench, model, arch, blocks)
+        return facts | _judge(bench, model, run.arch, blocks)
 
     depends_on = _depends_on(bench, cell.seed, cell.recipe.model_dump(mode="json"), blocks)
     name = f"{cell.method}-{cell.ratio:g}-{cell.seed}"

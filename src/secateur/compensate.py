@@ -66,14 +66,14 @@ def least_squares(
 
     W_S' = argmin |y + mix r - x_S W_S'|^2 + ridge |W_S' - W_S|^2 with y = x W, r the drift (`cross_FH` = x'r) and
     ridge = damping * mean(diag G), so  W_S' = W_S + (W_C G_CS + mix (x_S' r)') (G_SS + ridge I)^-1.
-    Keep all -> exactly no change. Solved by Cholesky in float64; where that fails the damping is raised tenfold, at
-    most three times, and the value used is returned.
+    Keep all, no mix -> exactly no change. Solved by Cholesky in float64; where that fails the damping is raised
+    tenfold, at most three times, and the value used is returned.
 
     Raises NumericsError if the system stays indefinite. Source: the OBS update in closed form (Hassibi and Stork 1993).
     """
     is_gone = torch.ones(gram.size, dtype=torch.bool, device=keep.device)
     is_gone[keep] = False
-    if not is_gone.any():
+    if not is_gone.any() and (cross_FH is None or not mix):
         return Fit(reader_HF, damping, 1.0)
     gone, dtype = is_gone.nonzero().flatten(), solve_dtype(gram.device)
     right_SH = (reader_HF[:, gone].to(dtype) @ gram.part(gone, keep, dtype)).mT  # column-major, for LAPACK

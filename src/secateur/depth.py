@@ -56,10 +56,11 @@ def choose_layers(
     *,
     protected: Collection[int] = (),
     progress: Progress = silent,
-) -> list[int]:
+) -> dict[int, float]:
     """Return the layers to remove, in the order chosen: each time the one whose removal now costs the least KL.
 
-    Every prefix of the list is the choice for that many layers. Measured anew after each, `layer_kl` says at what cost.
+    By layer KL(dense || model without it and those before it), as `layer_kl` measures it anew each time. Every
+    beginning of the order is the choice for that many layers.
     Raises RecipeError if so many layers cannot go.
     """
     allowed = min(len(set(range(arch.num_layers)) - set(protected)), arch.num_layers - 1)
@@ -68,11 +69,13 @@ def choose_layers(
             f"depth: {num_remove} of {arch.num_layers} layers cannot be removed; with {len(set(protected))} protected, "
             f"ask for 0 to {allowed}."
         )
-    chosen: list[int] = []
+    chosen: dict[int, float] = {}
     for done in range(num_remove):
         progress("choose layers", done, num_remove)
         costs = layer_kl(model, arch, batches, chosen).tolist()
-        chosen.append(min(set(range(arch.num_layers)) - {*protected, *chosen}, key=lambda index: (costs[index], index)))
+        candidates = set(range(arch.num_layers)) - {*protected, *chosen}
+        cheapest = min(candidates, key=lambda index: (costs[index], index))
+        chosen[cheapest] = costs[cheapest]
     progress("choose layers", num_remove, num_remove)
     return chosen
 

@@ -7,8 +7,10 @@ the worst moment, the solve of the widest group, are summed to the peak; the int
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.gram import NUM_BLOCKS
 from secateur.resolve import Resolved
 from secateur.score import NEED_GRAM
+from secateur.stats import BY_DOMAIN
 
 # Held-out blocks come on top of the calibration tokens: one for every nine.
 HELD_OUT_FACTOR = 10 / 9
@@ -32,8 +34,10 @@ class MemoryEstimate:
 def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_per_param: int) -> MemoryEstimate:
     """Return the bytes that the run needs beyond the interpreter.
 
-    hidden: tokens x hidden size in the model's dtype. statistics: two float32 Gram matrices (pooled and the current
-    domain's) and the held-out inputs. solve: the pooled Gram in float32, one float64 copy, its inverse and the reader.
+    hidden: tokens x hidden size in the model's dtype, twice where a dense stream is walked too. statistics: float32
+    Gram matrices as lower triangles (pooled and the current domain's; all domains' where their weights are sought), the
+    same of the drift, and the held-out inputs. solve: the pooled ones, one float64 square that is inverted in place,
+    and the reader.
     """
     recipe = resolved.recipe
     assert recipe.calibration.num_tokens is not None
@@ -41,11 +45,16 @@ def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_pe
     widest = max(group.num_units * group.width for group in resolved.groups)
     has_gram = recipe.score in NEED_GRAM or recipe.compensate == "least_squares"
     square = widest * widest if has_gram else 0
-    held_out = (num_tokens - recipe.calibration.num_tokens) * widest * bytes_per_param
+    has_drift = bool(recipe.target_mix)
     reader = widest * config.hidden_size
+    # A triangle of blocks is a little more than half of the square.
+    sums = 4 * (round(square * (1 + 1 / NUM_BLOCKS) / 2) + has_drift * reader)
+    inputs_and_drift = widest + has_drift * config.hidden_size
+    held_out = (num_tokens - recipe.calibration.num_tokens) * inputs_and_drift * bytes_per_param
+    num_sums = 1 + len(recipe.calibration.domains) if recipe.domain_weighting in BY_DOMAIN else 2
     return MemoryEstimate(
         weights=weight_bytes,
-        hidden_states=num_tokens * config.hidden_size * bytes_per_param,
-        statistics=2 * 4 * square + held_out,
-        solve=(4 + 2 * 8) * square + held_out + 3 * 8 * reader,
+        hidden_states=(1 + has_drift) * num_tokens * config.hidden_size * bytes_per_param,
+        statistics=num_sums * sums + held_out,
+        solve=(num_sums - 1) * sums + 8 * square + held_out + 3 * 8 * reader,
     )

@@ -13,14 +13,18 @@ from secateur.arch import Group, bind
 from secateur.budget import largest_remove, least_keep
 from secateur.checkpoint import meta_model, open_checkpoint
 from secateur.estimate import MemoryEstimate, estimate_memory
-from secateur.recipe import Recipe
-from secateur.resolve import resolve
+from secateur.latency import with_prices
+from secateur.prices import Outcome, parameter_prices, prices_of
+from secateur.progress import Progress, silent
+from secateur.recipe import MeasuredPrices, Recipe
+from secateur.resolve import check_without_prices, resolve
+from secateur.runlog import RunLog
 from secateur.summary import Size
 
 
 @dataclass(frozen=True, slots=True)
 class GroupFacts:
-    """One kind of group over all layers but protected ones. `num_keep`: mean units that a run leaves."""
+    """One kind of group over all layers that stay, but for protected ones. `num_keep`: mean units that a run leaves."""
 
     name: str
     unit: str
@@ -33,15 +37,23 @@ class GroupFacts:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A model's structure and the outcome of a recipe's `remove`."""
+    """A model's structure and the outcome of a recipe's `remove`.
+
+    `remove_asked` and `largest_remove` are shares of what the recipe's target counts, see `outcome`; `remove_reached`
+    is one of all parameters. `prices`: seconds measured for target `latency`, as the recipe's key of that name.
+    """
 
     model: str
     family: str
     dtype: str
     size: Size
+    num_layers: tuple[int, int]  # before, after
+    params_per_layer: int  # of the first one
     groups: tuple[GroupFacts, ...]
     remove_asked: float
     remove_reached: float
+    outcome: Outcome
+    prices: MeasuredPrices | None
     largest_remove: float
     align: int
     num_params_after: int
@@ -54,19 +66,28 @@ class Inspection:
         """Return everything as indented JSON, the memory's peak included."""
         data = dataclasses.asdict(self)
         data["memory"]["peak"] = self.memory.peak
+        data["prices"] = self.prices and self.prices.model_dump()
         return json.dumps(data, indent=2) + "\n"
 
 
-def inspect(model: str | Path, recipe: Recipe | None = None) -> Inspection:
-    """Return what the model is made of. Raises the same errors as `prune` would before reading weights."""
+def inspect(model: str | Path, recipe: Recipe | None = None, progress: Progress = silent) -> Inspection:
+    """Return what the model is made of. Raises the same errors as `prune` would before reading weights.
+
+    Nothing is measured, unless the recipe's target is `latency` and it has no `prices`.
+    """
     recipe = recipe or Recipe()
     checkpoint = open_checkpoint(model, weights=False)
     shape = meta_model(checkpoint.config)
     arch, size = bind(shape), Size.of(shape)
-    resolved = resolve(recipe, arch, shape.config, size.num_params)
+    check_without_prices(recipe, arch, shape.config)
+    recipe = with_prices(recipe, arch, shape, RunLog(), progress)
+    resolved = resolve(recipe, arch, shape.config, prices_of(recipe, arch, shape))
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
+    parameters = parameter_prices(arch, resolved.groups, shape).with_only(resolved.layers)
+    num_params = parameters.total - parameters.gone(resolved.groups, plan.num_keep)
     assert resolved.recipe.align is not None and resolved.recipe.calibration.num_tokens is not None
     least = least_keep(resolved.groups, resolved.recipe.align, recipe.min_keep)
+    taken = resolved.prices.of_all_but(resolved.layers) / resolved.prices.total
     facts = []
     for name in recipe.groups:
         members = [group for group in resolved.groups if group.name == name]
@@ -76,13 +97,17 @@ def inspect(model: str | Path, recipe: Recipe | None = None) -> Inspection:
         family=arch.family,
         dtype=str(shape.dtype).removeprefix("torch."),
         size=size,
+        num_layers=(arch.num_layers, len(resolved.layers)),
+        params_per_layer=arch.params_per_layer[0],
         groups=tuple(facts),
         remove_asked=recipe.remove,
-        remove_reached=plan.removed_fraction,
-        largest_remove=largest_remove(resolved.groups, size.num_params, least),
+        remove_reached=1 - num_params / size.num_params,
+        outcome=resolved.outcome(plan.num_keep),
+        prices=recipe.prices,
+        largest_remove=taken + largest_remove(resolved.groups, resolved.prices, least),
         align=resolved.recipe.align,
-        num_params_after=plan.num_params_after,
-        num_bytes_after=plan.num_params_after * bytes_per_param,
+        num_params_after=num_params,
+        num_bytes_after=num_params * bytes_per_param,
         num_calibration_tokens=resolved.recipe.calibration.num_tokens,
         memory=estimate_memory(resolved, shape.config, size.num_bytes, bytes_per_param),
         warnings=resolved.warnings,

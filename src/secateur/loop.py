@@ -20,27 +20,34 @@ from secateur.per_layer import record_widths
 from secateur.round_plan import layer_seed, plan_round, whole_model_scores
 from secateur.run import Keeps, Run
 from secateur.safety_net import SafetyNet
-from secateur.walk import Batch, Walk
+from secateur.walk import Walk
 
 
 def prune_in_place(run: Run) -> Keeps:
     """Prune the model, all rounds, and return each group's kept units by their original indices.
 
+    Layers of a recipe with `depth` have gone before, by `remove_depth`; keeps number layers as the model then does.
     With `max_loss_rise` the last round that held is what stays. Raises RecipeError if not even the first one held.
     """
+    assert run.arch.num_layers == len(run.resolved.layers), "remove_depth comes first"
     keeps = {(group.layer, group.name): torch.arange(group.num_units) for group in run.resolved.groups}
     if run.resolved.recipe.compensate == "bias":
         layers = decoder_layers(run.model, run.arch)
         for group in run.resolved.groups:
             add_zero_biases(layers[group.layer], group)
-    with TemporaryDirectory(prefix="prune-", dir=run.scratch) as folder, embeddings_on_disk(run.model, Path(folder)):
+    scratch = TemporaryDirectory(prefix="prune-", dir=run.scratch)
+    with scratch as folder, embeddings_on_disk(run.model, Path(folder)) as unload:
         dense_layers, net = LayersOnDisk(Path(folder), "dense"), SafetyNet(run, Path(folder))
         for number in range(1, len(run.resolved.plans) + 1):
-            batches = run.batches(number)
-            scores = whole_model_scores(run, batches)
-            plan = plan_round(run, number, batches, net.allowed_rise(), scores)
-            net.before_round(keeps)
-            _one_round(run, plan, number, batches, scores, keeps, dense_layers)
+            # Of nothing that is left to the widths there is nothing to measure.
+            if run.resolved.removals[number - 1] > 0:
+                batches = run.batches(number)
+                scores = whole_model_scores(run, batches)
+                plan = plan_round(run, number, batches, net.allowed_rise(), scores)
+                net.before_round(keeps)
+                walk = Walk(run.model, run.arch, batches, dense=bool(run.resolved.recipe.target_mix))
+                unload()
+                _one_round(run, walk, plan, number, scores, keeps, dense_layers)
             if not net.holds(number, keeps):
                 break
             _update_config(run)
@@ -51,13 +58,12 @@ def prune_in_place(run: Run) -> Keeps:
 
 
 def _one_round(
-    run: Run, plan: Plan, number: int, batches: list[Batch], scores: Keeps, keeps: Keeps, dense_layers: LayersOnDisk
+    run: Run, walk: Walk, plan: Plan, number: int, scores: Keeps, keeps: Keeps, dense_layers: LayersOnDisk
 ) -> None:
     num_rounds = len(run.resolved.plans)
     stage = f"prune, round {number} of {num_rounds}"
     run.progress(stage, 0, run.arch.num_layers)
     recipe = run.resolved.recipe
-    walk = Walk(run.model, run.arch, batches, dense=bool(recipe.target_mix))
     for index in range(run.arch.num_layers):
         groups = [group for group in run.resolved.groups if group.layer == index]
         _advance_dense(walk, index, groups, dense_layers, is_last=number == num_rounds)
@@ -70,7 +76,8 @@ def _one_round(
             keeps[key] = keeps[key][keep.cpu()]
             seconds = round(time.perf_counter() - start, 3)
             run.log({"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()})
-        walk.advance(index)
+        if index + 1 < run.arch.num_layers:
+            walk.advance(index)
         release_freed()
         run.progress(stage, index + 1, run.arch.num_layers)
 

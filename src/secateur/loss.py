@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from secateur.arch import Arch
 from secateur.errors import NumericsError
+from secateur.memory import release_freed
 from secateur.progress import Progress, silent
 
 # Positions per slice of logits: 64 x 150k words x float32 is 38 MB.
@@ -51,6 +52,7 @@ def domain_losses(
             raise NumericsError(f"{stage}, domain {domain}: the loss is {mean}; the model gives no finite logits.")
         variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
         losses[domain] = Loss(mean, math.sqrt(variance / len(values)), domain_NT[:, 1:].numel())
+    release_freed()
     return losses
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from secateur.arch import Group, linear
 from secateur.errors import NumericsError
-from secateur.memory import release_freed
 from secateur.stats import BY_DOMAIN, Statistics, domain_weight
 from secateur.walk import Batch, Walk
 
@@ -60,7 +59,7 @@ class _Gatherer:
         if batch.held_out:
             self.held_out.setdefault(batch.domain, []).append(x_TF)
             if drift_TH is not None:
-                self.held_out_drift.setdefault(batch.domain, []).append(drift_TH.to(x_TF.dtype))
+                self.held_out_drift.setdefault(batch.domain, []).append(drift_TH)
             return
         if batch.domain != self.domain:
             self.fold()
@@ -81,7 +80,6 @@ class _Gatherer:
                 self.by_domain[self.domain], self.current = self.current, self.empty()
             else:
                 self.current.clear()
-            release_freed()
 
     def finish(self) -> Measurement:
         self.fold()
@@ -122,7 +120,8 @@ def measure(
     handle = reader.register_forward_hook(note)
     try:
         for position, (batch, output) in enumerate(walk.run(group.layer, to_middle=to_middle, to_end=to_end)):
-            behind = walk.dense_BTD[position].float() - output.float() if drift else None
+            # Both streams are rounded to their dtype already, so rounding their difference to it costs nothing more.
+            behind = walk.dense_BTD[position] - output if drift else None
             gatherer.add(batch, *seen.pop(), behind)
     finally:
         handle.remove()

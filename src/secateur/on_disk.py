@@ -4,7 +4,7 @@ In: a model, a scratch directory. Out: its embedding and head as memory-mapped f
 afterwards, bit for bit; and its layers as they were before a cut, for the dense stream or to go back to.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,20 +19,25 @@ EMBEDDINGS_FILE = "embeddings.safetensors"
 
 
 @contextmanager
-def embeddings_on_disk(model: PreTrainedModel, directory: Path) -> Iterator[None]:
+def embeddings_on_disk(model: PreTrainedModel, directory: Path) -> Iterator[Callable[[], None]]:
     """Within the context embedding and head are mapped from a file, so that no memory is spent on them until they run.
 
-    Only in ordinary memory; on other devices nothing happens.
+    Yields a function that gives back the memory which they took when they ran. Only in ordinary memory; on other
+    devices nothing happens.
     """
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     parameters = {id(p): p for module in modules if module is not None for p in module.parameters()}
     held = {str(number): p for number, p in enumerate(parameters.values()) if p.device.type == "cpu"}
     path = directory / EMBEDDINGS_FILE
     save_file({name: p.detach().contiguous() for name, p in held.items()}, path)
-    for name, tensor in load_file(path).items():
-        held[name].data = tensor
+
+    def map_anew() -> None:
+        for name, tensor in load_file(path).items():
+            held[name].data = tensor
+
+    map_anew()
     try:
-        yield
+        yield map_anew
     finally:
         for p in held.values():
             p.data = p.data.clone()

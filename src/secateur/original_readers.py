@@ -32,13 +32,18 @@ class OriginalReaders:
     def in_place(
         self, layers: list[nn.Module], groups: tuple[Group, ...], keeps: Mapping[GroupKey, Tensor]
     ) -> Iterator[None]:
-        """Within the context readers have their original weights in the columns that stayed; then their own again."""
-        readers = {group: linear(layers[group.layer], group.reader.module) for group in groups}
+        """Within the context readers have their original weights in the columns that stayed; then their own again.
+
+        Of the groups those are meant whose readers were kept; one without an entry in `keeps` has lost no unit.
+        """
+        kept = [group for group in groups if self._path(group).exists()]
+        readers = {group: linear(layers[group.layer], group.reader.module) for group in kept}
         for group, reader in readers.items():
             save_file(_tensors(reader), self._path(group, "own"))
         try:
             for group, reader in readers.items():
-                columns = rows_of(keeps[group.layer, group.name], group.reader.segments, group.num_units)
+                stayed = keeps.get((group.layer, group.name), torch.arange(group.num_units))
+                columns = rows_of(stayed, group.reader.segments, group.num_units)
                 stored = load_file(self._path(group))
                 _fill(reader, stored | {"weight": stored["weight"][:, columns]})
             yield

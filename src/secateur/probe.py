@@ -23,7 +23,7 @@ class Probe:
     def __init__(self, model: nn.Module, arch: Arch, batches: list[Batch], num_blocks: int) -> None:
         """Take the first `num_blocks` blocks of each domain among the batches that are not held out."""
         self.model, self.arch, self.position = model, arch, 0
-        self._walk = Walk(model, arch, _first_blocks(batches, num_blocks))
+        self._walk = Walk(model, arch, first_blocks(batches, num_blocks))
         self._head = model.get_submodule(arch.head)
         with torch.inference_mode():
             # In the model's own dtype, which holds them exactly.
@@ -64,7 +64,8 @@ class Probe:
         return states
 
 
-def _first_blocks(batches: list[Batch], num_blocks: int) -> list[Batch]:
+def first_blocks(batches: list[Batch], num_blocks: int) -> list[Batch]:
+    """Return the first `num_blocks` blocks of each domain among the batches that are not held out."""
     chosen: list[Batch] = []
     left: dict[str, int] = {}
     for batch in (batch for batch in batches if not batch.held_out):

@@ -18,13 +18,18 @@ ROUNDS = "rounds"
 
 @dataclass(frozen=True, slots=True)
 class PrunedCheckpoint:
-    """`carry_from`: the dense checkpoint's directory, whose side files come along; None for a model in memory."""
+    """`carry_from`: the dense checkpoint's directory, whose side files come along; None for a model in memory.
+
+    `layers`: the dense model's layers that stayed. In keep.json, where any went, they are the first entry, group
+    `layers`; the other entries number layers as the result does, so that number n there is the n-th of these.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe
     directory: Path
     carry_from: Path | None
+    layers: tuple[int, ...]
 
     def save(self, keeps: Keeps) -> None:
         """Write the result into the directory itself."""
@@ -42,5 +47,6 @@ class PrunedCheckpoint:
         shard_size = self.recipe.max_shard_size
         save_checkpoint(self.model, self.tokenizer, place, max_shard_size=shard_size, carry_from=self.carry_from)
         (place / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
+        layers = [{"group": "layers", "keep": self.layers}] if self.recipe.depth else []
         kept = [{"layer": layer, "group": group, "keep": keep.tolist()} for (layer, group), keep in keeps.items()]
-        (place / "keep.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        (place / "keep.json").write_text(json.dumps([*layers, *kept]) + "\n", encoding="utf-8")

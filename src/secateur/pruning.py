@@ -19,24 +19,27 @@ from secateur.arch import Arch, bind, decoder_layers
 from secateur.bench import Speed, bench
 from secateur.budget import GroupKey
 from secateur.calibration import CalibrationSet, build_calibration
+from secateur.calibration_facts import calibration_facts
 from secateur.calibration_sampled import with_sampled
 from secateur.card import model_card
 from secateur.checkpoint import check_finite, check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
+from secateur.depth_step import remove_depth
 from secateur.in_memory import check_in_memory, eval_mode, restore_buffers
+from secateur.latency import with_prices
 from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
 from secateur.memory import peak_bytes
 from secateur.original_readers import OriginalReaders
 from secateur.output import check_free_space, parse_shard_size, staging
-from secateur.overlap import ngram_overlap
+from secateur.prices import prices_of
 from secateur.progress import Progress, silent
 from secateur.pruned_checkpoint import PrunedCheckpoint
 from secateur.recipe import Recipe, load_recipe, parse_recipe
 from secateur.report import missing_plots, write_reports
-from secateur.resolve import Resolved, resolve
+from secateur.resolve import Resolved, check_without_prices, resolve
 from secateur.run import Keeps, Run
 from secateur.runlog import RunLog
-from secateur.summary import CalibrationFacts, Losses, Size, Summary, versions
+from secateur.summary import Losses, Size, Summary, versions
 from secateur.verify import Verification, verify_reload
 
 VERIFY_TOKENS = 64
@@ -44,12 +47,16 @@ VERIFY_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A pruned model. `keeps`: by (layer, group), the original indices of the units that stayed, sorted."""
+    """A pruned model. `keeps`: by (layer, group), the original indices of the units that stayed, sorted.
+
+    `layers`: the dense model's layers that stayed; layer n of the result, and of `keeps`, was `layers[n]` there.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe
     keeps: dict[GroupKey, Tensor]
+    layers: tuple[int, ...]
     summary: Summary
     out: Path | None
 
@@ -98,7 +105,7 @@ def prune(
         check_in_memory(model, tokenizer)
         checkpoint, shape = None, model
     arch, size = bind(shape), Size.of(shape)
-    resolved = resolve(parsed, arch, shape.config, size.num_params)
+    check_without_prices(parsed, arch, shape.config)
     if checkpoint is not None:
         check_weights(checkpoint, shape)
     protected = None if checkpoint is None else checkpoint.directory
@@ -107,6 +114,8 @@ def prune(
         if directory is not None:
             check_free_space(directory, size.num_bytes)
         log = RunLog(directory)
+        parsed = with_prices(parsed, arch, shape, log, progress)
+        resolved = resolve(parsed, arch, shape.config, prices_of(parsed, arch, shape))
         with log.time("calibration"):
             if tokenizer is None:
                 assert checkpoint is not None
@@ -122,29 +131,32 @@ def prune(
         name = loaded.config._name_or_path or type(loaded).__name__ if checkpoint is None else checkpoint.reference
         job = _Job(str(name), command, loaded, tokenizer, arch, resolved, calibration, log, progress)
         with eval_mode(loaded):
-            keeps, summary = _run(job, directory, protected)
-    return Result(loaded, tokenizer, resolved.recipe, keeps, summary, None if out is None else Path(out))
+            layers, keeps, summary = _run(job, directory, protected)
+    path = None if out is None else Path(out)
+    return Result(loaded, tokenizer, resolved.recipe, keeps, layers, summary, path)
 
 
-def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[Keeps, Summary]:
+def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[tuple[int, ...], Keeps, Summary]:
     recipe, log = job.resolved.recipe, job.log
-    checkpoint = directory and PrunedCheckpoint(job.model, job.tokenizer, recipe, directory, carry_from)
-    dense_size = Size.of(job.model)
+    dense_size, dense_layers = Size.of(job.model), job.arch.num_layers
     dense_losses = _evaluate(job, "dense")
     dense_speed = _bench(job, "dense")
     with tempfile.TemporaryDirectory(dir=directory, prefix="originals-") as scratch:
         compare = recipe.evaluate and recipe.compensate != "none"
         originals = OriginalReaders(Path(scratch)) if compare else None
         run = Run(job.model, job.arch, job.resolved, job.calibration, originals, log.write, job.progress, Path(scratch))
-        if checkpoint and recipe.keep_rounds:
-            run = dataclasses.replace(run, after_round=checkpoint.save_round)
         with log.time("prune"):
+            run = remove_depth(run)
+            job, layers = dataclasses.replace(job, arch=run.arch, resolved=run.resolved), run.resolved.layers
+            checkpoint = directory and PrunedCheckpoint(job.model, job.tokenizer, recipe, directory, carry_from, layers)
+            if checkpoint and recipe.keep_rounds:
+                run = dataclasses.replace(run, after_round=checkpoint.save_round)
             keeps = prune_in_place(run)
         peak = peak_bytes()
         pruned_losses = _evaluate(job, "pruned")
         uncompensated_losses: Losses = {}
         if originals is not None:
-            with originals.in_place(decoder_layers(job.model, job.arch), job.resolved.groups, keeps):
+            with originals.in_place(decoder_layers(job.model, job.arch), job.arch.groups, keeps):
                 uncompensated_losses = _evaluate(job, "uncompensated")
     pruned_speed = _bench(job, "pruned")
     proof = _save(job, checkpoint, keeps)
@@ -154,10 +166,12 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[Ke
         command=job.command,
         remove_asked=recipe.remove,
         remove_reached=1 - Size.of(job.model).num_params / dense_size.num_params,
+        outcome=job.resolved.outcome({key: len(keep) for key, keep in keeps.items()}),
         dense_size=dense_size,
         pruned_size=Size.of(job.model),
+        num_layers=(dense_layers, len(layers)),
         widths=_widths(job, keeps),
-        calibration=_facts(job.calibration),
+        calibration=calibration_facts(job.calibration),
         dense_losses=dense_losses,
         pruned_losses=pruned_losses,
         uncompensated_losses=uncompensated_losses,
@@ -181,7 +195,7 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[Ke
         (directory / "README.md").write_text(model_card(summary), encoding="utf-8")
         if not missing_plots():
             write_reports([directory])
-    return keeps, summary
+    return layers, keeps, summary
 
 
 def _save(job: _Job, checkpoint: PrunedCheckpoint | None, keeps: Keeps) -> Verification | None:
@@ -221,18 +235,6 @@ def _calibrate(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Pro
     assert recipe.calibration.num_tokens is not None
     return build_calibration(
         recipe.calibration, recipe.calibration.num_tokens, tokenizer, recipe.seed, progress, num_rounds=recipe.rounds
-    )
-
-
-def _facts(calibration: CalibrationSet) -> CalibrationFacts:
-    measured_on = {domain.name: domain.calibration_NT for domain in calibration.domains}
-    held_out = {domain.name: domain.held_out_NT for domain in calibration.domains}
-    return CalibrationFacts(
-        calibration.content_hash,
-        calibration.sequence_length,
-        {name: blocks.numel() for name, blocks in measured_on.items()},
-        {name: blocks.numel() for name, blocks in held_out.items()},
-        ngram_overlap(measured_on, held_out),
     )
 
 

@@ -20,6 +20,7 @@ CompensateName = Literal["none", "bias", "least_squares"]
 WeightingName = Literal["tokens", "energy", "minimax", "cvar"]
 BudgetName = Literal["uniform", "global", "curve", "search"]
 WidthsName = Literal["uniform", "per_layer"]
+TargetName = Literal["parameters", "flops", "kv_bytes", "latency"]
 ScheduleName = Literal["linear", "cubic"]
 
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
@@ -84,9 +85,21 @@ class Calibration(Strict):
     rotate: bool = False
 
 
-class Recipe(Strict):
-    """One pruning run. Higher score = keep; ratios are shares of the model's total parameters, tied weights once.
+class MeasuredPrices(Strict):
+    """Seconds per decoded token: of the dense model, of one of its layers, of one unit of each group by its name."""
 
+    total: Positive
+    per_layer: Positive
+    per_unit: dict[str, Positive]
+
+
+class Recipe(Strict):
+    """One pruning run. Higher score = keep.
+
+    remove: the share that goes of what the dense model has of `target`.
+    target: parameters (all, tied weights once); flops per prompt token; kv_bytes, of cache per token; latency, seconds
+    per decoded token as measured on this machine. prices: those seconds; measured where they are left out.
+    depth: whole layers to remove before any width, those whose absence changes predictions least; part of `remove`.
     budget: how widths are spread over layers. `widths` follows: `per_layer` where they may differ, else `uniform`.
     protected_layers: stay whole; negative ones count from the end. min_keep: the least share of a group that stays.
     probe_blocks: blocks per domain on which `curve` and `search` measure KL; generations and offspring: of `search`.
@@ -98,6 +111,9 @@ class Recipe(Strict):
     """
 
     remove: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
+    target: TargetName = "parameters"
+    prices: MeasuredPrices | None = None
+    depth: Annotated[int, Field(ge=0)] = 0
     groups: Annotated[tuple[str, ...], Field(min_length=1)] = ("ffn",)
     budget: BudgetName = "uniform"
     widths: WidthsName | None = None
@@ -209,4 +225,6 @@ def _allowed_keys(location: list[str]) -> list[str]:
     if location[:1] == ["calibration"]:
         model: type[Strict] = Domain if len(location) > 1 else Calibration
         return list(model.model_fields)
+    if location == ["prices"]:
+        return list(MeasuredPrices.model_fields)
     return ["preset", *Recipe.model_fields]

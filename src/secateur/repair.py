@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.compensate import Guard, guard, held_out_error, least_squares, mean_shift
+from secateur.gram import exact_product_precision
 from secateur.measure import Measurement
 from secateur.memory import release_freed
 from secateur.recipe import Recipe
@@ -29,9 +30,14 @@ class Repair:
     condition: float | None = None
 
 
-def repair(reader: nn.Linear, measured: Measurement, columns: Int64[Tensor, " S"], recipe: Recipe) -> Repair:
-    """Return the repair that the recipe asks for; an empty one where every column stays."""
-    if len(columns) == reader.in_features:
+def repair(
+    reader: nn.Linear, measured: Measurement, columns: Int64[Tensor, " S"], recipe: Recipe, *, drift_alone: bool = False
+) -> Repair:
+    """Return the repair that the recipe asks for; an empty one where every column stays.
+
+    With `drift_alone` also where every column stays: then what there is to make up for is the drift.
+    """
+    if len(columns) == reader.in_features and not drift_alone:
         return Repair()
     weight_HF, dtype = reader.weight.float(), reader.weight.dtype
     if recipe.compensate == "least_squares":
@@ -80,12 +86,14 @@ def _judge(
     gone_HC = weight_HF[:, gone]
     change_SH, errors = (new_HS - old_HS).T, {}
     for name, x_TF in measured.held_out_TF.items():
-        x_TF = x_TF.float()
-        lost_TH, given_TH = x_TF[:, gone] @ gone_HC.T, x_TF[:, columns] @ change_SH
+        dtype, x_TF = x_TF.dtype, x_TF.float()
+        with exact_product_precision(dtype):
+            lost_TH = x_TF[:, gone] @ gone_HC.T
+            energy = float(torch.linalg.vector_norm(x_TF @ weight_HF.T).square())
+        given_TH = x_TF[:, columns] @ change_SH
         if shift_H is not None:
             given_TH += shift_H
         if mix:
             lost_TH.add_(measured.held_out_drift_TH[name], alpha=mix)
-        energy = float(torch.linalg.vector_norm(x_TF @ weight_HF.T).square())
         errors[name] = held_out_error(lost_TH, given_TH, energy)
     return guard(errors)

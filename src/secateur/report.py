@@ -4,16 +4,26 @@ In: result directories. Out: the page in each of them, and of several one page m
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from secateur.comparison import comparison_page
 from secateur.errors import RecipeError
 from secateur.loss import geometric_mean_perplexity
-from secateur.page import KeyFigure, Page, render
+from secateur.page import KeyFigure, Page, Section, render
 from secateur.report_evaluation import distance, tasks
 from secateur.report_quality import SpeedFigures, quality, speed, speed_figures
-from secateur.report_run import calibration, compensation, environment, recipe, reproduction, rounds, scores, widths
+from secateur.report_run import (
+    calibration,
+    compensation,
+    depth,
+    environment,
+    recipe,
+    reproduction,
+    rounds,
+    scores,
+    widths,
+)
 from secateur.result_files import ResultFiles, read_result
 from secateur.staged_file import check_file, staged_file
 from secateur.summary import Summary
@@ -26,6 +36,7 @@ SECTIONS = (
     tasks,
     distance,
     speed,
+    depth,
     widths,
     scores,
     compensation,
@@ -74,10 +85,17 @@ def report_page(files: ResultFiles) -> Page:
     """Return what the report of one run says."""
     summary = files.summary
     title = f"{summary.model}, pruned by secateur"
-    sections = [section(files) for section in SECTIONS]
+    sections = [section(files) for section in SECTIONS if _has_any(section, files)]
     rates = speed_figures(files)
     sentence = verdict(summary, {phase: ratio for phase, _, _, ratio in rates})
     return Page(title, sentence, caveats(summary), key_figures(summary, rates), sections)
+
+
+def _has_any(section: Callable[[ResultFiles], Section], files: ResultFiles) -> bool:
+    """Say whether the run has done what the section is about: removed layers, cut widths."""
+    if section is depth:
+        return bool(files.removed_layers)
+    return bool(files.steps) or section not in (widths, scores, compensation, rounds)
 
 
 def key_figures(summary: Summary, rates: list[SpeedFigures]) -> list[KeyFigure]:

@@ -34,6 +34,24 @@ OBS_TEXT = (
 )
 
 
+def depth(files: ResultFiles) -> Section:
+    """Layers that went as a whole, and what their patches gave back."""
+    before, after = files.summary.num_layers
+    rows = []
+    for removed in sorted(files.removed_layers, key=lambda removed: removed.chosen):
+        left = f"{_mean(_percent(removed.error_after)):.1f}%" if removed.error_after else "not patched"
+        rows.append((f"layer {removed.layer}", str(removed.chosen), f"{removed.kl:.4f}", left))
+    text = (
+        f"{before} layers → {after}. Each time the layer went without which predictions change the least; KL is that "
+        "of the model without it and those chosen before it, before any patch, in nats per token. Where it can, the "
+        "layer before is refitted to give what is linear in it; the last column is what is then missing of what the "
+        "layer added, on held-out text, as a share of its energy.",
+        "This table numbers layers as the dense model did; everything else here, as the result does.",
+    )
+    header = ("", "chosen", "KL without it", "missing after the patch")
+    return Section("depth", "Removed layers", text, tables=(Table("Removed layers by choice", header, rows),))
+
+
 def widths(files: ResultFiles) -> Section:
     """Units that every layer had and kept."""
     groups = _counts(files.steps)

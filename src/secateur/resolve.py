@@ -3,31 +3,37 @@
 In: a recipe, a bound architecture, the model's config. Out: the recipe with every `None` filled, and the plans.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from secateur.arch import Arch, Group
 from secateur.budget import (
     MAX_LEVELS,
+    GroupKey,
     Plan,
+    Prices,
     default_align,
     largest_remove,
     least_keep,
+    least_step,
     levels_of,
+    plan_of,
     round_down,
     round_plans,
     round_shares,
     uniform_plan,
 )
 from secateur.errors import RecipeError
+from secateur.prices import Outcome, sequence_length
 from secateur.recipe import Recipe
+from secateur.resolve_depth import groups_of, layers_to_expect, share_for_widths
 
 # Least squares wants this many pooled tokens per reader input; with a fraction 1/n of them the damping is at least n
 # times its default. At least, not times: resolving a saved recipe must change nothing.
 TOKENS_PER_INPUT = 10
 DEFAULT_TOKENS_PER_INPUT = 16
 MIN_DEFAULT_TOKENS = 51200
-DEFAULT_SEQUENCE_LENGTH = 512
 DEFAULT_TARGET_MIX = 0.5
 # A search stores every level of every group; this many keep that within twelve copies of the readers.
 MAX_SEARCH_LEVELS = 24
@@ -35,17 +41,33 @@ MAX_SEARCH_LEVELS = 24
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A run in concrete numbers. `removals`: the share of all parameters that is gone after each round.
+    """A run in concrete numbers. `removals`: the share of the target's total that is gone after each round.
 
+    `prices`: the dense model's, by the recipe's target.
     `plans`: one per round, the last is the target; a budget other than `uniform` departs from them layer by layer.
     `groups`: those that lose units; layers that are protected have none.
+    `layers`: those that stay, by their numbers in the dense model; before any was measured, the last stand for those
+    that go. Everything else counts from the model that these layers make, and numbers layers as it does.
     """
 
     recipe: Recipe
     groups: tuple[Group, ...]
+    prices: Prices
     plans: list[Plan]
     removals: list[float]
     warnings: tuple[str, ...]
+    layers: tuple[int, ...]
+
+    @property
+    def prices_left(self) -> Prices:
+        """What is counted in plans: the prices of the model that `layers` make."""
+        return self.prices.with_only(self.layers)
+
+    def outcome(self, num_keep: Mapping[GroupKey, int]) -> Outcome:
+        """Return how much of the target is gone once only these units and `layers` are left."""
+        left = self.prices_left
+        share = 1 - (left.total - left.gone(self.groups, num_keep)) / self.prices.total
+        return Outcome(self.recipe.target, self.prices.total_text, share)
 
     @property
     def max_levels(self) -> int:
@@ -53,26 +75,38 @@ class Resolved:
         return _max_levels(self.recipe)
 
 
-def resolve(recipe: Recipe, arch: Arch, config: Any, num_params: int) -> Resolved:
-    """Fill what depends on the model and make the plans.
-
-    Raises ArchError or RecipeError, each naming the recipe key, for whatever cannot be done with this model.
-    """
-    groups = _unprotected(recipe, arch)
+def check_without_prices(recipe: Recipe, arch: Arch, config: Any) -> None:
+    """Raise ArchError or RecipeError for what a model cannot do whatever its units cost: before they are measured."""
+    groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
     if recipe.compensate == "bias" and any(group.bias_switch is None for group in groups):
         raise RecipeError(
             f"compensate: family {arch.family} cannot store a bias in its readers (it would be dropped on reload); "
             f"use least_squares or none."
         )
-    longest = getattr(config, "max_position_embeddings", None)
-    length = recipe.calibration.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
-    if longest is not None and length > longest:
-        raise RecipeError(
-            f"calibration.sequence_length: {length} is longer than the model's {longest} positions; set it to at most "
-            f"{longest}."
-        )
+    if recipe.target != "latency" and recipe.prices is not None:
+        raise RecipeError(f"prices: are what target latency plans with; with target {recipe.target} leave them out.")
+    sequence_length(recipe, config)
+    _target_mix(recipe, arch)
+
+
+def resolve(recipe: Recipe, arch: Arch, config: Any, prices: Prices, layers: tuple[int, ...] | None = None) -> Resolved:
+    """Fill what depends on the model and make the plans. `layers`: those that stay, where they are known already.
+
+    `prices`: those of the dense model by the recipe's target, see `prices_of`.
+
+    Raises ArchError or RecipeError, each naming the recipe key, for whatever cannot be done with this model.
+    """
+    check_without_prices(recipe, arch, config)
+    layers = layers_to_expect(recipe, arch, config) if layers is None else layers
+    groups = groups_of(recipe, arch, layers)
+    length = sequence_length(recipe, config)
     align = recipe.align or default_align(groups)
-    widest = max(group.num_units * group.width for group in groups)
+    num_gone = prices.of_all_but(layers)
+    step = least_step(groups, prices, align, alike=recipe.budget == "uniform")
+    remove = share_for_widths(recipe, prices, num_gone, step)
+    # A layer is folded into the FFN reader before it, whatever else is cut.
+    fitted = groups + (arch.select(("ffn",)) if recipe.depth else ())
+    widest = max(group.num_units * group.width for group in fitted)
     num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
     mix = _target_mix(recipe, arch)
     damping, warnings = _damping(recipe, num_tokens, widest)
@@ -83,35 +117,32 @@ def resolve(recipe: Recipe, arch: Arch, config: Any, num_params: int) -> Resolve
             "calibration": calibration,
             "damping": damping,
             "target_mix": mix,
-            "widths": _widths(recipe),
+            "widths": _widths(recipe, cuts=remove > 0),
+            "rounds": recipe.rounds if remove > 0 else 1,
         }
     )
-    _check_within_reach(resolved, groups, num_params)
+    shares = round_shares(recipe.rounds if remove > 0 else 1, recipe.schedule)
+    plans = _plans(resolved, groups, prices.with_only(layers), remove, shares)
+    return Resolved(resolved, groups, prices, plans, [remove * share for share in shares], warnings, layers)
+
+
+def _plans(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, remove: float, shares: list[float]) -> list[Plan]:
+    """Return the rounds' plans for what is left to the widths, which may be nothing."""
+    assert recipe.align is not None
+    if remove == 0:
+        return [plan_of(groups, prices, {(group.layer, group.name): group.num_units for group in groups})]
+    _check_within_reach(recipe, groups, prices, remove)
     # Other budgets need the plan only to count with, and spread it over layers in steps of their own.
-    plan = uniform_plan(groups, num_params, recipe.remove, align if recipe.budget == "uniform" else 1)
-    _check_least(resolved, groups, plan)
-    shares = round_shares(recipe.rounds, recipe.schedule)
-    plans = round_plans(groups, plan, shares, align if recipe.budget == "uniform" else 1)
-    return Resolved(resolved, groups, plans, [recipe.remove * share for share in shares], warnings)
+    align = recipe.align if recipe.budget == "uniform" else 1
+    plan = uniform_plan(groups, prices, remove, align)
+    _check_least(recipe, groups, plan, remove, prices)
+    return round_plans(groups, prices, plan, shares, align)
 
 
-def _unprotected(recipe: Recipe, arch: Arch) -> tuple[Group, ...]:
-    last = arch.num_layers - 1
-    for index in recipe.protected_layers:
-        if not -arch.num_layers <= index <= last:
-            raise RecipeError(
-                f"protected_layers: there is no layer {index}; use 0 to {last}, or {-arch.num_layers} to -1 from the "
-                f"end."
-            )
-    protected = {index % arch.num_layers for index in recipe.protected_layers}
-    groups = tuple(group for group in arch.select(recipe.groups) if group.layer not in protected)
-    if not groups:
-        raise RecipeError("protected_layers: no layer is left to remove anything from; protect fewer.")
-    return groups
-
-
-def _widths(recipe: Recipe) -> str:
+def _widths(recipe: Recipe, *, cuts: bool) -> str:
     """Return what the recipe's widths must be. Raises RecipeError if it says that they must not."""
+    if not cuts:
+        return recipe.widths or "uniform"
     reasons = [f"budget {recipe.budget}"] * (recipe.budget != "uniform") + ["protected_layers"] * bool(
         recipe.protected_layers
     )
@@ -129,7 +160,7 @@ def _max_levels(recipe: Recipe) -> int:
     return MAX_SEARCH_LEVELS if recipe.budget == "search" else MAX_LEVELS
 
 
-def _check_within_reach(recipe: Recipe, groups: tuple[Group, ...], num_params: int) -> None:
+def _check_within_reach(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, remove: float) -> None:
     """Raise RecipeError if a budget that plans layer by layer could not reach the target whatever it measures."""
     if recipe.budget == "uniform":
         return
@@ -140,23 +171,23 @@ def _check_within_reach(recipe: Recipe, groups: tuple[Group, ...], num_params: i
             levels = levels_of(group, group.num_units, recipe.align, _max_levels(recipe))
             key = (group.layer, group.name)
             least[key] = min(level for level in levels if level >= least[key])
-    largest = largest_remove(groups, num_params, least)
-    if recipe.remove > largest:
+    largest = largest_remove(groups, prices, least)
+    if remove > largest:
         raise RecipeError(
-            f"remove: {recipe.remove:g} of all {num_params:,} parameters is out of reach; the recipe's groups allow at "
-            f"most {round_down(largest)} with each at its smallest width; ask for less, or lower min_keep or align."
+            f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at most "
+            f"{round_down(largest)} with each at its smallest width; ask for less, or lower min_keep or align."
         )
 
 
-def _check_least(recipe: Recipe, groups: tuple[Group, ...], plan: Plan) -> None:
+def _check_least(recipe: Recipe, groups: tuple[Group, ...], plan: Plan, remove: float, prices: Prices) -> None:
     if recipe.budget != "uniform":
         return
     for group in groups:
         left = plan.num_keep[group.layer, group.name] / group.num_units
         if left < recipe.min_keep:
             raise RecipeError(
-                f"min_keep: {recipe.min_keep:g} of each group is to stay, but removing {recipe.remove:g} of all "
-                f"parameters leaves {left:.3f} of {group.name}; lower min_keep or remove less."
+                f"min_keep: {recipe.min_keep:g} of each group is to stay, but removing {remove:g} of all "
+                f"{prices.total_text} leaves {left:.3f} of {group.name}; lower min_keep or remove less."
             )
 
 

@@ -39,6 +39,22 @@ class GroupStep:
 
 
 @dataclass(frozen=True, slots=True)
+class RemovedLayer:
+    """A layer that went as a whole, by its number in the dense model.
+
+    `chosen`: its place in the order of choice. `kl`: nats per token without it and those chosen before it. Errors: what
+    its patch leaves of what it added, as shares, by domain; none where it was not patched.
+    """
+
+    layer: int
+    chosen: int
+    kl: float
+    step: float | None = None
+    error_before: dict[str, float] | None = None
+    error_after: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RoundEnd:
     """What a round had left, and its held-out nats per token by domain; `held`: the run did not go back behind it."""
 
@@ -79,6 +95,7 @@ class ResultFiles:
     """Everything that a report tells of one run. `steps`: of rounds that held; `rounds`: none where nothing watched."""
 
     summary: Summary
+    removed_layers: tuple[RemovedLayer, ...]
     steps: tuple[GroupStep, ...]
     rounds: tuple[RoundEnd, ...]
     recipe: Recipe
@@ -97,7 +114,8 @@ def read_result(directory: Path) -> ResultFiles:
     rounds = _events(directory, "round", RoundEnd)
     undone = {end.round for end in rounds if not end.held}
     steps = tuple(step for step in _events(directory, "group", GroupStep) if step.round not in undone)
-    return ResultFiles(found, steps, rounds, recipe, recipe_text, evaluation, bench)
+    removed = _events(directory, "layer", RemovedLayer)
+    return ResultFiles(found, removed, steps, rounds, recipe, recipe_text, evaluation, bench)
 
 
 def _added(kind: type[Kind], directory: Path, name: str) -> Kind | None:

@@ -34,7 +34,7 @@ def plan_round(
     Raises RecipeError if the round's share cannot go within what the recipe protects.
     """
     resolved = run.resolved
-    recipe, num_params = resolved.recipe, resolved.plans[-1].num_params_before
+    recipe, prices = resolved.recipe, resolved.prices_left
     if recipe.budget == "uniform":
         return resolved.plans[number - 1]
     assert recipe.align is not None
@@ -42,7 +42,7 @@ def plan_round(
     least = least_keep(resolved.groups, recipe.align, recipe.min_keep)
     if recipe.budget == "global":
         scores = scores or _scores(run, number, batches)
-        return global_plan(resolved.groups, scores, num_params, remove, recipe.align, min_keep=least)
+        return global_plan(resolved.groups, scores, prices, remove, recipe.align, min_keep=least)
     with TemporaryDirectory(prefix="levels-", dir=run.scratch) as folder:
         database = LevelDatabase(Path(folder)) if recipe.budget == "search" else None
         profiles = profile(
@@ -54,7 +54,7 @@ def plan_round(
             database=database,
             progress=run.progress,
         )
-        plan = curve_plan(resolved.groups, profiles, num_params, remove, min_keep=least, max_rise=max_rise)
+        plan = curve_plan(resolved.groups, profiles, prices, remove, min_keep=least, max_rise=max_rise)
         predicted = predicted_rise(profiles, plan.num_keep)
         run.log({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
         if database is None:
@@ -64,6 +64,7 @@ def plan_round(
             run.model,
             run.arch,
             resolved.groups,
+            prices,
             database,
             plan,
             batches,
@@ -86,10 +87,10 @@ def whole_model_scores(run: Run, batches: list[Batch]) -> dict[GroupKey, Tensor]
 
 def _profile_settings(run: Run, number: int) -> ProfileSettings:
     """Return the settings; slopes are measured where this round would take every group if all lost alike."""
-    recipe, groups = run.resolved.recipe, run.resolved.groups
+    recipe, groups, prices = run.resolved.recipe, run.resolved.groups, run.resolved.prices_left
     layers = decoder_layers(run.model, run.arch)
-    now = sum(linear(layers[g.layer], g.reader.module).in_features // g.width * g.params_per_unit for g in groups)
-    then = sum(run.resolved.plans[number - 1].num_keep[g.layer, g.name] * g.params_per_unit for g in groups)
+    now = sum(linear(layers[g.layer], g.reader.module).in_features // g.width * prices.of(g) for g in groups)
+    then = sum(run.resolved.plans[number - 1].num_keep[g.layer, g.name] * prices.of(g) for g in groups)
     assert recipe.align is not None
     # What a domain's weight does to a width is left to the slopes, which are by domain.
     weighting = "energy" if recipe.domain_weighting in BY_DOMAIN else recipe.domain_weighting

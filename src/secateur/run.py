@@ -1,7 +1,7 @@
 """A run: everything that the loop and the planning of its rounds work on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Run:
     `scratch`: a directory for files of this run alone; None: where the system has temporary files.
     `after_round`: is told the number of every round that held, while the model is as that round left it, its config
     included, and which units are left.
+    `dense_losses`: held-out nats per token by domain before layers were removed, where something watches them.
     """
 
     model: PreTrainedModel
@@ -38,6 +39,7 @@ class Run:
     progress: Progress = silent
     scratch: Path | None = None
     after_round: Callable[[int, Keeps], None] | None = None
+    dense_losses: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
     def shares(self) -> dict[str, float]:

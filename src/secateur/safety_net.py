@@ -22,7 +22,7 @@ class SafetyNet:
     def __init__(self, run: Run, directory: Path) -> None:
         self.run = run
         self.limit = run.resolved.recipe.max_loss_rise
-        self.now = watched_losses(run, "before round 1")
+        self.now = watched_losses(run, "without layers" if run.dense_losses else "dense")
         self.dense = run.dense_losses or self.now
         self._snapshot = LayersOnDisk(directory, "held")
         self._keeps: Keeps = {}

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.gram import PIECE_TOKENS, Gram
+from secateur.gram import PIECE_TOKENS, Gram, exact_product_precision
 
 # Weightings that look at each domain by itself, and so need its statistics kept.
 BY_DOMAIN = frozenset({"minimax", "cvar"})
@@ -53,11 +53,11 @@ class Statistics:
         else:
             self.gram.add_product(x_TF)
             self.sum_squares_F.copy_(self.gram.diagonal())
-
         if self.cross_FH is not None:
             assert drift_TH is not None
-            for x_PF, drift_PH in zip(x_TF.split(PIECE_TOKENS), drift_TH.split(PIECE_TOKENS), strict=True):
-                self.cross_FH.addmm_(x_PF.float().T, drift_PH)
+            with exact_product_precision(x_TF.dtype):
+                for x_PF, drift_PH in zip(x_TF.split(PIECE_TOKENS), drift_TH.split(PIECE_TOKENS), strict=True):
+                    self.cross_FH.addmm_(x_PF.float().T, drift_PH.float())
 
     def merge(self, other: "Statistics", weight: float = 1.0) -> None:
         """Add `weight` times another set of tokens; weight 1 gives what one pass over both would have given."""

@@ -15,6 +15,7 @@ import torch
 from secateur.bench import Speed
 from secateur.json_file import parse_json
 from secateur.loss import Loss, geometric_mean_perplexity
+from secateur.prices import Outcome
 
 FILE_NAME = "result.json"
 
@@ -52,15 +53,20 @@ class CalibrationFacts:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Everything a run can say about itself in numbers."""
+    """Everything a run can say about itself in numbers.
+
+    `remove_asked` is a share of what the recipe's target counts, see `outcome`; `remove_reached` of all parameters.
+    """
 
     model: str
     family: str
     command: str
     remove_asked: float
     remove_reached: float
+    outcome: Outcome
     dense_size: Size
     pruned_size: Size
+    num_layers: tuple[int, int]  # before, after
     widths: dict[str, tuple[int, int, int]]  # group -> units per layer before; after, in the narrowest and widest
     calibration: CalibrationFacts
     dense_losses: Losses

@@ -38,10 +38,12 @@ def summary_table(summary: Summary) -> Group:
 
 def headline(summary: Summary) -> str:
     """Say how much went, of what, and what was asked."""
-    return (
-        f"{summary.remove_reached:.1%} of all {summary.dense_size.num_params:,} parameters removed "
-        f"(asked {summary.remove_asked:.1%}; tied weights counted once)"
-    )
+    parameters = f"{summary.remove_reached:.1%} of all {summary.dense_size.num_params:,} parameters"
+    asked = f"asked {summary.remove_asked:.1%}"
+    if summary.outcome.target == "parameters":
+        return f"{parameters} removed ({asked}; tied weights counted once)"
+    reached = f"{summary.outcome.share_gone:.1%} of all {summary.outcome.total}"
+    return f"{reached} removed ({asked}), with {parameters} (tied weights counted once)"
 
 
 def verdict(summary: Summary, speed_ups: dict[str, float] | None = None) -> str:
@@ -112,6 +114,9 @@ def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str]]:
     dense, pruned = summary.dense_size, summary.pruned_size
     yield "parameters", f"{dense.num_params:,}", f"{pruned.num_params:,}"
     yield "bytes", human_bytes(dense.num_bytes), human_bytes(pruned.num_bytes)
+    if len(set(summary.num_layers)) > 1:
+        before, after = summary.num_layers
+        yield "layers", f"{before}", f"{after}"
     for group, (before, least, most) in summary.widths.items():
         yield f"{group} units per layer", f"{before:,}", f"{least:,}" if least == most else f"{least:,} to {most:,}"
     for phase, before, after in speeds(summary):
@@ -167,11 +172,19 @@ def inspection_table(inspection: Inspection) -> Group:
 
 def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
     size, memory = inspection.size, inspection.memory
+    outcome = inspection.outcome
+    whole = "total parameters (tied weights once)" if outcome.target == "parameters" else f"all {outcome.total}"
     yield (
         "removing",
-        f"asked {inspection.remove_asked:.1%}, reached {inspection.remove_reached:.1%} of total parameters (tied "
-        f"weights once), widths in multiples of {inspection.align}; at most {inspection.largest_remove:.1%}",
+        f"asked {inspection.remove_asked:.1%}, reached {outcome.share_gone:.1%} of {whole}, widths in multiples "
+        f"of {inspection.align}; at most {inspection.largest_remove:.1%}",
     )
+    if inspection.prices:
+        yield "measured", f"for a run by the same seconds, in its recipe: prices: {inspection.prices.model_dump()}"
+    if len(set(inspection.num_layers)) > 1:
+        before, after = inspection.num_layers
+        each = f"each of {inspection.params_per_layer:,} parameters"
+        yield "layers", f"{before} -> {after}, {each}; a run measures which"
     yield "parameters", f"{size.num_params:,} -> {inspection.num_params_after:,}"
     yield "bytes", f"{human_bytes(size.num_bytes)} -> {human_bytes(inspection.num_bytes_after)}"
     yield (

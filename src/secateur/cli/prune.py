@@ -57,7 +57,8 @@ def inspect(
     from secateur.inspection import inspect as inspect_model
     from secateur.tables import inspection_table
 
-    found = inspect_model(model, _recipe(recipe, preset, remove, None, None))
+    with progress_bar(enabled=not as_json) as progress:
+        found = inspect_model(model, _recipe(recipe, preset, remove, None, None), progress)
     if as_json:
         print(found.to_json(), end="")
     else:

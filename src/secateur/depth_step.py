@@ -1,0 +1,69 @@
+"""The step before the first round: whole layers go, and what they added linearly is folded into the layers before them.
+
+In: a run whose model is dense. Out: the run as the rounds need it: the model with fewer layers, its architecture bound
+anew, the plans keyed by the layers that are left. A line of the run log per layer.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+from secateur.arch import Arch, decoder_layers
+from secateur.depth import choose_layers, fold_patch, remove_layers
+from secateur.memory import peak_bytes, release_freed
+from secateur.probe import first_blocks
+from secateur.resolve import resolve
+from secateur.resolve_depth import protected_layers
+from secateur.run import Run
+from secateur.safety_net import watched_losses
+from secateur.walk import Batch
+
+
+def remove_depth(run: Run) -> Run:
+    """Remove as many layers as the recipe's `depth` says, in place; call it before `prune_in_place`.
+
+    Which: `choose_layers` on `probe_blocks` blocks per domain of the first round. In what order: from the first layer
+    on, so that each patch is fitted to what the layers before it give by then, as everywhere in a walk. Patched by
+    least squares on all the blocks of the first round, where the recipe compensates so, the family adds what an FFN
+    gives as it is, and a layer stands before. Everything after, the dense stream included, starts from this model;
+    only the safety net still compares with the dense one.
+    """
+    recipe, dense = run.resolved.recipe, run.arch
+    if not recipe.depth:
+        return run
+    dense_losses = watched_losses(run, "dense")
+    batches = run.batches(1)
+    costs = choose_layers(
+        run.model,
+        dense,
+        first_blocks(batches, recipe.probe_blocks),
+        recipe.depth,
+        protected=protected_layers(recipe, dense),
+        progress=run.progress,
+    )
+    layers = tuple(index for index in range(dense.num_layers) if index not in costs)
+    resolved = resolve(recipe, dense, run.model.config, run.resolved.prices, layers)
+    resolved = dataclasses.replace(resolved, warnings=run.resolved.warnings)
+    arch, order = dense, list(costs)
+    run.progress("remove layers", 0, recipe.depth)
+    for done, layer in enumerate(sorted(costs)):
+        start = time.perf_counter()
+        patch = _patch(run, arch, layer - done, batches)
+        arch = remove_layers(run.model, arch, [layer - done])
+        line = {"event": "layer", "layer": layer, "chosen": order.index(layer) + 1, "kl": costs[layer], **patch}
+        run.log({**line, "seconds": round(time.perf_counter() - start, 3), "peak_bytes": peak_bytes()})
+        release_freed()
+        run.progress("remove layers", done + 1, recipe.depth)
+    return dataclasses.replace(run, arch=arch, resolved=resolved, dense_losses=dense_losses)
+
+
+def _patch(run: Run, arch: Arch, position: int, batches: list[Batch]) -> dict[str, Any]:
+    """Fold the layer at `position` into the one before it, if that can be; return what the held-out text says of it."""
+    recipe = run.resolved.recipe
+    if position == 0 or recipe.compensate != "least_squares" or not arch.mlp_adds_directly:
+        return {}
+    if run.originals is not None:
+        # The layers before this one have their final numbers: removal goes from the first layer on.
+        (ffn,) = (group for group in arch.select(("ffn",)) if group.layer == position - 1)
+        run.originals.keep(decoder_layers(run.model, arch)[position - 1], ffn)
+    return dataclasses.asdict(fold_patch(run.model, arch, position, batches, recipe.damping))

@@ -1,0 +1,156 @@
+"""What a recipe's `target` counts: what one unit of each group costs of it, and what the whole dense model does.
+
+In: a recipe, a causal LM (the meta device will do). Out: `Prices`. Operations and cache bytes are those of `ideal`, so
+that what a plan removes is what a bench of the result finds missing. Seconds come from `latency`, which measures them
+and writes them into the recipe; here they are only read.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from secateur.arch import Arch, Group, decoder_layers, linear
+from secateur.budget import Prices
+from secateur.errors import RecipeError
+from secateur.ideal import kv_cache_bytes_per_token, prefill_flops_per_token
+from secateur.recipe import Recipe
+
+DEFAULT_SEQUENCE_LENGTH = 512
+# The group whose units are kept in the cache, by the name that every family's spec gives it.
+CACHED_GROUP = "kv_heads"
+PICOSECONDS, PICOSECONDS_PER_MS = 1e12, 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How much of the recipe's `target` went: the `share_gone` of what the dense model has of it, `total` for people.
+
+    Of `latency` it is what the prices predict, not a second measurement.
+    """
+
+    target: str
+    total: str
+    share_gone: float
+
+
+def prices_of(recipe: Recipe, arch: Arch, model: Any) -> Prices:
+    """Return the dense model's prices by the recipe's `target`, those of the recipe's groups.
+
+    parameters: weights and biases; all of the model's, tied ones once.
+    flops: per token of a prompt of `calibration.sequence_length` tokens, see `ideal.prefill_flops_per_token`.
+    kv_bytes: per token of context, see `ideal.kv_cache_bytes_per_token`.
+    latency: the recipe's `prices`, in picoseconds per decoded token.
+
+    Raises RecipeError if a group has no price, or if the seconds of `latency` are not there; ArchError if the family
+    has no such group.
+    """
+    groups = arch.select(recipe.groups)
+    if recipe.target == "flops":
+        return flop_prices(arch, groups, model, sequence_length(recipe, model.config))
+    if recipe.target == "kv_bytes":
+        return kv_byte_prices(arch, groups, model)
+    if recipe.target == "latency":
+        return _latency_prices(recipe, arch, groups)
+    return parameter_prices(arch, groups, model)
+
+
+def sequence_length(recipe: Recipe, config: Any) -> int:
+    """Return the tokens of a calibration block. Raises RecipeError if the model has fewer positions."""
+    longest = getattr(config, "max_position_embeddings", None)
+    length = recipe.calibration.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
+    if longest is not None and length > longest:
+        raise RecipeError(
+            f"calibration.sequence_length: {length} is longer than the model's {longest} positions; set it to at most "
+            f"{longest}."
+        )
+    return length
+
+
+def parameter_prices(arch: Arch, groups: tuple[Group, ...], model: nn.Module) -> Prices:
+    """Return prices in parameters."""
+    per_unit = {(group.layer, group.name): group.params_per_unit for group in groups}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return Prices(per_unit, arch.params_per_layer, total, "parameters")
+
+
+def flop_prices(arch: Arch, groups: tuple[Group, ...], model: Any, prompt_tokens: int) -> Prices:
+    """Return prices in operations per prompt token.
+
+    A unit: 2 * weights of its rows and columns. One of attention also 4 * its query channels * (T + 1) / 2, for the
+    products of queries with keys and of weights with values at the mean context of a prompt of T tokens. Biases, as
+    all that is no matrix product, are free.
+    """
+    layers = decoder_layers(model, arch)
+    per_unit = {}
+    for group in groups:
+        layer = layers[group.layer]
+        weights = sum(sum(axis.segments) * linear(layer, axis.module).in_features for axis in group.writers)
+        weights += group.width * linear(layer, group.reader.module).out_features
+        per_unit[group.layer, group.name] = 2 * weights
+        if _reads_attention(arch, group):
+            per_unit[group.layer, group.name] += 2 * group.width * (prompt_tokens + 1)
+    # Several groups may say how to cut one layer's attention; its query channels are the same in all.
+    query_channels = {g.layer: g.num_units * g.width for g in arch.groups if _reads_attention(arch, g)}
+    per_layer = tuple(
+        2 * sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
+        + 2 * query_channels.get(index, 0) * (prompt_tokens + 1)
+        for index, layer in enumerate(layers)
+    )
+    total = round(prefill_flops_per_token(model, prompt_tokens))
+    return Prices(per_unit, per_layer, total, "FLOPs per prompt token")
+
+
+def kv_byte_prices(arch: Arch, groups: tuple[Group, ...], model: Any) -> Prices:
+    """Return prices in bytes of KV cache per token of context: of a unit, its keys and values.
+
+    Raises RecipeError naming the group that is in the cache if another one is among them.
+    """
+    for group in groups:
+        if group.name != CACHED_GROUP:
+            raise RecipeError(
+                f"groups: {group.name} has nothing in the KV cache, so target kv_bytes cannot be met by it; "
+                f"use groups: [{CACHED_GROUP}] alone."
+            )
+    # The writers make queries, keys and values, of which the reader's inputs are as many as the queries.
+    bytes_of = {
+        g.layer: (sum(sum(axis.segments) for axis in g.writers) - g.width) * model.dtype.itemsize for g in groups
+    }
+    units_of = {group.layer: group.num_units for group in groups}
+    total = kv_cache_bytes_per_token(model)
+    return Prices(
+        {(layer, CACHED_GROUP): price for layer, price in bytes_of.items()},
+        tuple(bytes_of.get(layer, 0) * units_of.get(layer, 0) for layer in range(arch.num_layers)),
+        total,
+        "bytes of KV cache per token",
+    )
+
+
+def _latency_prices(recipe: Recipe, arch: Arch, groups: tuple[Group, ...]) -> Prices:
+    measured = recipe.prices
+    if measured is None:
+        raise RecipeError(
+            "target: latency plans with measured seconds; `secateur inspect` with this recipe measures them, put what "
+            "it shows under prices."
+        )
+    for group in groups:
+        if group.name not in measured.per_unit:
+            raise RecipeError(
+                f"prices.per_unit: has no seconds for {group.name}, only for {', '.join(measured.per_unit)}; leave "
+                f"prices out to have them measured."
+            )
+
+    def whole(seconds: float) -> int:
+        return max(1, round(seconds * PICOSECONDS))
+
+    return Prices(
+        {(g.layer, g.name): whole(measured.per_unit[g.name]) for g in groups},
+        (whole(measured.per_layer),) * arch.num_layers,
+        whole(measured.total),
+        "ms per decoded token",
+        PICOSECONDS_PER_MS,
+    )
+
+
+def _reads_attention(arch: Arch, group: Group) -> bool:
+    return group.reader.module.startswith(f"{arch.attention}.")

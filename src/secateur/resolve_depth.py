@@ -1,0 +1,82 @@
+"""How many parameters whole layers take, and what is left for widths. Arithmetic, before any weight is read.
+
+In: a recipe with `depth`, the dense model's architecture and config. Out: which layers stay, the share that is left to
+the widths. All layers of a family have equal sizes, so which ones go changes no number; `choose_layers` says which.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from secateur.arch import Arch, Group
+from secateur.budget import Prices
+from secateur.errors import RecipeError
+from secateur.recipe import Recipe
+
+
+def protected_layers(recipe: Recipe, arch: Arch) -> set[int]:
+    """Return the dense model's layers that stay whole. Raises RecipeError for one that is not there."""
+    last = arch.num_layers - 1
+    for index in recipe.protected_layers:
+        if not -arch.num_layers <= index <= last:
+            raise RecipeError(
+                f"protected_layers: there is no layer {index}; use 0 to {last}, or {-arch.num_layers} to -1 from the "
+                f"end."
+            )
+    return {index % arch.num_layers for index in recipe.protected_layers}
+
+
+def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]:
+    """Return the layers that stay, by their numbers in the dense model, as if the last unprotected ones were to go.
+
+    Raises RecipeError if so many cannot go, or if layers differ in size.
+    """
+    free = sorted(set(range(arch.num_layers)) - protected_layers(recipe, arch))
+    if not free:
+        raise RecipeError("protected_layers: no layer is left to remove anything from; protect fewer.")
+    if recipe.depth and getattr(config, "is_heterogeneous", False):
+        raise RecipeError(
+            f"depth: {recipe.depth} layers cannot be removed from a model of per-layer widths (per_layer_config); "
+            f"remove layers from the dense model, before widths."
+        )
+    if recipe.depth >= len(free):
+        raise RecipeError(
+            f"depth: {recipe.depth} of {arch.num_layers} layers cannot be removed; one that is not in protected_layers "
+            f"must stay, so ask for 0 to {len(free) - 1}."
+        )
+    gone = free[len(free) - recipe.depth :]
+    return tuple(index for index in range(arch.num_layers) if index not in gone)
+
+
+def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Group, ...]:
+    """Return the groups that lose units once only `layers` are left, numbered as they are then."""
+    protected = protected_layers(recipe, arch)
+    chosen = arch.select(recipe.groups)
+    return tuple(
+        dataclasses.replace(group, layer=number)
+        for number, layer in enumerate(layers)
+        for group in chosen
+        if group.layer == layer and layer not in protected
+    )
+
+
+def share_for_widths(recipe: Recipe, prices: Prices, num_gone: int, step: int) -> float:
+    """Return the share that widths must still take of what the layers leave; 0 if that is less than half a `step`.
+
+    `num_gone`: parameters of the layers that go. `step`: the parameters of the least that can go of the widths.
+    Raises RecipeError if the layers alone take more than half a step too many.
+    """
+    asked = recipe.remove * prices.total
+    if not recipe.depth:
+        return recipe.remove
+    if abs(asked - num_gone) <= step / 2:
+        return 0.0
+    if num_gone > asked:
+        per_layer = num_gone // recipe.depth
+        most, least = int((asked + step / 2) // per_layer), math.ceil(1e4 * num_gone / prices.total) / 1e4
+        raise RecipeError(
+            f"depth: {recipe.depth} layers of {prices.text(per_layer)} each are {num_gone / prices.total:.3f} of all "
+            f"{prices.total_text}, more than remove: {recipe.remove:g}; use depth {most} at most, "
+            f"or remove at least {least:.4f}."
+        )
+    return (asked - num_gone) / (prices.total - num_gone)
