@@ -113,7 +113,7 @@ def test_slopes_equal_measured_kl_over_error(case):
     for group in groups:
         key, found = (group.layer, group.name), profiles[group.layer, group.name]
         level = 80 if group.name == "ffn" else 1  # nearest to 0.7 x 112, and to 0.7 x 2 below 2
-        error = found.error(level)
+        error = found.errors[found.levels.index(level)]
         for domain in SHARES:
             model, ids_BT = copy.deepcopy(before), ids_of(domain)[: SETTINGS.probe_blocks]
             dense = run(model, reader_of(model, group), ids_BT)[0]

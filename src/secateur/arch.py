@@ -115,7 +115,7 @@ def bind(model: nn.Module) -> Arch:
         _bind_group(layer, index, name, group, layer_config, family, spec.heads_divide_hidden_size)
         for index, (layer, layer_config) in enumerate(zip(layers.children(), _layer_configs(config), strict=True))
         for name, group in spec.groups.items()
-        if not _is_skipped(layer, group)
+        if not _has_no_parameters(layer, next(iter(group.reader)))
     ]
     for layer in layers.children():
         submodule(layer, spec.attention, family)
@@ -144,6 +144,13 @@ def linear(layer: nn.Module, name: str) -> nn.Linear:
     return module
 
 
+def num_units_left(layer: nn.Module, group: Group) -> int:
+    """Return how many of the group's units the layer has now; 0 where its attention or MLP is gone."""
+    if _has_no_parameters(layer, group.reader.module):
+        return 0
+    return linear(layer, group.reader.module).in_features // group.width
+
+
 def decoder_layers(model: nn.Module, arch: Arch) -> list[nn.Module]:
     """Return the model's decoder layers in order."""
     return list(model.get_submodule(arch.layers).children())
@@ -155,9 +162,9 @@ def _layer_configs(config: Any) -> list[Any]:
     return [config] * config.num_hidden_layers if per_layer is None else list(per_layer)
 
 
-def _is_skipped(layer: nn.Module, group: GroupSpec) -> bool:
-    """Say whether the layer has nothing in the group's place: a skipped sublayer is a module without parameters."""
-    sublayer = getattr(layer, next(iter(group.reader)).partition(".")[0], None)
+def _has_no_parameters(layer: nn.Module, reader: str) -> bool:
+    """Say whether the sublayer of the reader of that name is gone: what stands in its place has no parameters."""
+    sublayer = getattr(layer, reader.partition(".")[0], None)
     return isinstance(sublayer, nn.Module) and next(sublayer.parameters(), None) is None
 
 

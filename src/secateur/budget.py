@@ -147,8 +147,13 @@ def largest_remove(groups: tuple[Group, ...], prices: Prices, least: Mapping[Gro
     return prices.gone(groups, least) / prices.total
 
 
-def least_keep(groups: tuple[Group, ...], align: int, min_keep: float) -> dict[GroupKey, int]:
-    """Return the fewest units that each group may keep: the multiple of its step that is at least `min_keep` of all."""
+def least_keep(groups: tuple[Group, ...], align: int, min_keep: float, *, to_zero: bool = False) -> dict[GroupKey, int]:
+    """Return the fewest units that each group may keep: the multiple of its step that is at least `min_keep` of all.
+
+    None where `min_keep` is 0 and groups may go `to_zero`, else at least one step.
+    """
+    if to_zero and min_keep == 0:
+        return {(group.layer, group.name): 0 for group in groups}
     least: dict[GroupKey, int] = {}
     for group in groups:
         step = align_of(group, align)
@@ -158,10 +163,18 @@ def least_keep(groups: tuple[Group, ...], align: int, min_keep: float) -> dict[G
     return least
 
 
-def levels_of(group: Group, num_units: int, align: int, max_levels: int = MAX_LEVELS) -> tuple[int, ...]:
-    """Return the counts that a group of `num_units` may keep, from all of them down; those the config can state."""
+def levels_of(
+    group: Group, num_units: int, align: int, max_levels: int = MAX_LEVELS, *, to_zero: bool = False
+) -> tuple[int, ...]:
+    """Return the counts that a group of `num_units` may keep, from all of them down; those the config can state.
+
+    The last is 0 where groups may go `to_zero`: the layer's attention or MLP goes as a whole.
+    """
+    if num_units == 0:
+        return (0,)
     grid = level_grid(num_units, align_of(group, align), max_levels)
-    return (num_units, *(count for count in grid[1:] if group.allows(count)))
+    last = (0,) if to_zero else ()
+    return (num_units, *(count for count in grid[1:] if group.allows(count)), *last)
 
 
 def level_grid(num_units: int, step: int, max_levels: int = MAX_LEVELS) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks, run_ta
 from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
 from secateur.output import disk_errors
+from secateur.per_layer import check_can_skip
 from secateur.prices import prices_of
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe
@@ -64,6 +65,8 @@ def compare(study: Study, out: Path, progress: Progress = silent) -> list[FoundC
     arch = bind(shape)
     grid = list(cells(study))
     for cell in grid:
+        if cell.recipe.sublayers:
+            check_can_skip(shape, arch)
         resolve(cell.recipe, arch, shape.config, prices_of(cell.recipe, arch, shape))
     evaluation = study.evaluation
     tasks = load_tasks(evaluation.tasks, TaskOptions(limit=evaluation.limit), None) if evaluation.tasks else None

@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from secateur.arch import Group, linear
+from secateur.arch import Group, linear, num_units_left
 from secateur.cut import cut, rows_of, unit_columns
 from secateur.domain_weights import reweighted
 from secateur.measure import Measurement, measure
 from secateur.memory import release_freed
+from secateur.modeling_per_layer import skip_sublayer
+from secateur.on_disk import forget_weights
 from secateur.original_readers import OriginalReaders
 from secateur.recipe import Recipe
 from secateur.repair import Repair, repair
@@ -40,9 +42,11 @@ def prune_group(
     `scores_U`: the units' scores, where they were measured on the whole model before.
     """
     layer = walk.layers[group.layer]
+    is_mlp = not group.reader.module.startswith(f"{walk.arch.attention}.")
+    if num_keep == 0:
+        return _without(layer, group, "mlp" if is_mlp else "attention", originals)
     reader = linear(layer, group.reader.module)
     num_units = reader.in_features // group.width
-    is_mlp = not group.reader.module.startswith(f"{walk.arch.attention}.")
     measured = measure(
         walk,
         group,
@@ -64,6 +68,21 @@ def prune_group(
     cut(layer, group, selection.keep, num_units, repaired.weight_HS, repaired.bias_H)
     line = _log_line(group, num_units, measured, selection, repaired)
     return selection.keep, line | ({"domain_weights": weights} if weights else {})
+
+
+def _without(
+    layer: nn.Module, group: Group, sublayer: str, originals: OriginalReaders | None
+) -> tuple[Tensor, dict[str, Any]]:
+    """Take the group's sublayer out whole, unless it is gone already. What follows makes up for its share of drift."""
+    total = num_units_left(layer, group)
+    if total:
+        if originals is not None:
+            originals.forget(group)
+        gone = layer.get_submodule(group.reader.module.partition(".")[0])
+        skip_sublayer(layer, sublayer, group.layer)
+        forget_weights(gone)
+    line = {"layer": group.layer, "group": group.name, "kept": 0, "total": total, "score_quantiles": []}
+    return torch.zeros(0, dtype=torch.int64), line
 
 
 def _weighted(

@@ -23,11 +23,22 @@ class LevelDatabase:
         self.levels: dict[GroupKey, list[int]] = {}
 
     def add(
-        self, key: GroupKey, num_keep: int, columns_R: Int64[Tensor, " R"], weight_HR: Float[Tensor, "H R"]
+        self,
+        key: GroupKey,
+        num_keep: int,
+        columns_R: Int64[Tensor, " R"],
+        weight_HR: Float[Tensor, "H R"],
+        bias_H: Float[Tensor, " H"] | None,
     ) -> None:
-        """Store one level; call from all units down. The first, all of them, is how the reader is put back."""
-        tensors = {"columns": columns_R.cpu().contiguous(), "weight": weight_HR.detach().cpu().contiguous()}
-        save_file(tensors, self._path(key, num_keep))
+        """Store one level; call from all units down. The first, all of them, is how the reader is put back.
+
+        At level 0 the bias goes with the units.
+        """
+        tensors = {"columns": columns_R, "weight": weight_HR}
+        if bias_H is not None:
+            tensors["bias"] = bias_H if num_keep else torch.zeros_like(bias_H)
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, self._path(key, num_keep))
         self.levels.setdefault(key, []).append(num_keep)
 
     @torch.no_grad()
@@ -36,6 +47,8 @@ class LevelDatabase:
         stored = load_file(self._path(key, num_keep))  # memory-mapped
         reader.weight.zero_()
         reader.weight[:, stored["columns"].to(reader.weight.device)] = stored["weight"].to(reader.weight)
+        if "bias" in stored:
+            reader.bias.copy_(stored["bias"])
 
     def _path(self, key: GroupKey, num_keep: int) -> Path:
         return self.directory / f"layer{key[0]}-{key[1]}-{num_keep}.safetensors"

@@ -45,11 +45,15 @@ def embeddings_on_disk(model: PreTrainedModel, directory: Path) -> Iterator[Call
 
 
 class LayersOnDisk:
-    """One safetensors file per layer, called `name`, and the numbers of units that its modules held."""
+    """One safetensors file per layer, called `name`, and the numbers of units that its modules held.
+
+    Also the modules themselves, without their weights, for those that go as a whole meanwhile.
+    """
 
     def __init__(self, directory: Path, name: str) -> None:
         self.directory, self.name = directory, name
         self.counts: dict[int, dict[str, int]] = {}
+        self.modules: dict[int, dict[str, nn.Module]] = {}
 
     @property
     def indices(self) -> list[int]:
@@ -60,10 +64,13 @@ class LayersOnDisk:
         """Write the layer as it is now."""
         save_file({name: p.detach().cpu().contiguous() for name, p in layer.named_parameters()}, self._path(index))
         self.counts[index] = {group.count: _count(layer, group.count) for group in groups if group.count is not None}
+        self.modules[index] = dict(layer.named_children())
 
     def put_back(self, index: int, layer: nn.Module) -> None:
         """Make the layer what it was when it was kept."""
         device = next(layer.parameters()).device
+        for name, module in self.modules[index].items():
+            setattr(layer, name, module)
         for name, tensor in load_file(self._path(index)).items():
             _put(layer, name, nn.Parameter(tensor.to(device), requires_grad=False))
         for name, count in self.counts[index].items():
@@ -73,12 +80,16 @@ class LayersOnDisk:
     @contextmanager
     def in_place(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Within the context the layer is as it was kept; afterwards as it was before."""
-        own = dict(layer.named_parameters())
-        own_counts = {name: _count(layer, name) for name in self.counts[index]}
+        own, own_modules = dict(layer.named_parameters()), dict(layer.named_children())
+        own_counts = {name: _count(layer, name) for name in self.counts[index] if _is_there(layer, name)}
         try:
             self.put_back(index, layer)
             yield
         finally:
+            for name, module in own_modules.items():
+                if self.modules[index][name] is not module:
+                    forget_weights(self.modules[index][name])
+                setattr(layer, name, module)
             for name, value in (own | own_counts).items():
                 _put(layer, name, value)
             _state_sizes(layer)
@@ -87,10 +98,21 @@ class LayersOnDisk:
         return self.directory / f"{self.name}-{index}.safetensors"
 
 
+def forget_weights(module: nn.Module) -> None:
+    """Free what a module holds that stays known, for `put_back`, while another stands in its place."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.new_empty(0)
+
+
 def _state_sizes(layer: nn.Module) -> None:
     for module in layer.modules():
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
+
+
+def _is_there(layer: nn.Module, name: str) -> bool:
+    module, _, attribute = name.rpartition(".")
+    return hasattr(layer.get_submodule(module), attribute)
 
 
 def _count(layer: nn.Module, name: str) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.arch import Arch, decoder_layers, linear
+from secateur.errors import RecipeError
 from secateur.modeling_per_layer import (
     PerLayerModel,
     SkippedAttn,
@@ -20,6 +21,7 @@ from secateur.modeling_per_layer import (
     build_layer,
     per_layer_class,
     per_layer_config_class,
+    skip_sublayer,
 )
 
 # Of a sublayer that is not there. Only legal, so that modelling which builds layers before it skips parts can build it,
@@ -50,6 +52,20 @@ def layer_widths(layer: nn.Module) -> dict[str, Any]:
     else:
         widths["intermediate_size"] = linear(layer, "mlp.down_proj").in_features
     return widths | {"skip": skip} if skip else widths
+
+
+def check_can_skip(model: PreTrainedModel, arch: Arch) -> None:
+    """Raise RecipeError if the family's layers cannot do without their attention or MLP. No weight is read."""
+    layer, configs = decoder_layers(model, arch)[0], getattr(model.config, "per_layer_config", None)
+    for sublayer in ("attention", "mlp"):
+        try:
+            with torch.device("meta"):
+                skip_sublayer(cast(Any, type(layer))(configs[0] if configs else model.config, 0), sublayer, 0)
+        except ValueError:
+            raise RecipeError(
+                f"sublayers: a {type(layer).__name__} of family {arch.family} cannot be built without its {sublayer}; "
+                f"leave sublayers out."
+            ) from None
 
 
 def split_widths(widths: list[dict[str, Any]]) -> tuple[dict[str, int], dict[int, dict[str, Any]]]:

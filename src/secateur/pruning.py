@@ -31,6 +31,7 @@ from secateur.loss import domain_losses
 from secateur.memory import peak_bytes
 from secateur.original_readers import OriginalReaders
 from secateur.output import check_free_space, parse_shard_size, staging
+from secateur.per_layer import check_can_skip
 from secateur.prices import prices_of
 from secateur.progress import Progress, silent
 from secateur.pruned_checkpoint import PrunedCheckpoint
@@ -106,6 +107,8 @@ def prune(
         checkpoint, shape = None, model
     arch, size = bind(shape), Size.of(shape)
     check_without_prices(parsed, arch, shape.config)
+    if parsed.sublayers:
+        check_can_skip(shape, arch)
     if checkpoint is not None:
         check_weights(checkpoint, shape)
     protected = None if checkpoint is None else checkpoint.directory

@@ -106,6 +106,7 @@ class Recipe(Strict):
     schedule: the share of `remove` gone after round r of n: r/n (linear), 1 - (1 - r/n)^3 (cubic).
     keep_rounds: write a checkpoint after every round but the last, too. max_loss_rise: the share by which the mean
     held-out loss may rise; the run ends with the last round that held.
+    sublayers: budgets `curve` and `search` may take all of a group, so that the layer's attention or MLP goes whole.
     damping_factors: each group tries the damping times each of these and takes what its held-out text likes best.
     target_mix: how much of the drift (dense stream minus pruned stream) an MLP makes up for; 0 its own output alone.
     """
@@ -119,6 +120,7 @@ class Recipe(Strict):
     widths: WidthsName | None = None
     protected_layers: tuple[int, ...] = ()
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    sublayers: bool = False
     probe_blocks: Annotated[int, Field(ge=1)] = 1
     generations: Annotated[int, Field(ge=1)] = 20
     offspring: Annotated[int, Field(ge=1)] = 8

@@ -85,6 +85,15 @@ def check_without_prices(recipe: Recipe, arch: Arch, config: Any) -> None:
         )
     if recipe.target != "latency" and recipe.prices is not None:
         raise RecipeError(f"prices: are what target latency plans with; with target {recipe.target} leave them out.")
+    if recipe.sublayers and recipe.budget not in ("curve", "search"):
+        raise RecipeError(
+            f"sublayers: only budgets curve and search weigh a whole attention or MLP against narrower ones, got "
+            f"budget {recipe.budget}; use one of them, or leave sublayers out."
+        )
+    if recipe.sublayers and recipe.min_keep:
+        raise RecipeError(
+            f"sublayers: a group cannot go whole while min_keep: {recipe.min_keep:g} of it must stay; leave one out."
+        )
     sequence_length(recipe, config)
     _target_mix(recipe, arch)
 
@@ -165,10 +174,10 @@ def _check_within_reach(recipe: Recipe, groups: tuple[Group, ...], prices: Price
     if recipe.budget == "uniform":
         return
     assert recipe.align is not None
-    least = least_keep(groups, recipe.align, recipe.min_keep)
+    least = least_keep(groups, recipe.align, recipe.min_keep, to_zero=recipe.sublayers)
     if recipe.budget != "global":
         for group in groups:
-            levels = levels_of(group, group.num_units, recipe.align, _max_levels(recipe))
+            levels = levels_of(group, group.num_units, recipe.align, _max_levels(recipe), to_zero=recipe.sublayers)
             key = (group.layer, group.name)
             least[key] = min(level for level in levels if level >= least[key])
     largest = largest_remove(groups, prices, least)

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from secateur.arch import decoder_layers, linear
+from secateur.arch import Group, decoder_layers, num_units_left
 from secateur.budget import GroupKey, Plan, least_keep
 from secateur.budget_curve import curve_plan, predicted_rise
 from secateur.budget_global import global_plan
@@ -39,7 +39,7 @@ def plan_round(
         return resolved.plans[number - 1]
     assert recipe.align is not None
     remove = resolved.removals[number - 1]
-    least = least_keep(resolved.groups, recipe.align, recipe.min_keep)
+    least = least_keep(resolved.groups, recipe.align, recipe.min_keep, to_zero=recipe.sublayers)
     if recipe.budget == "global":
         scores = scores or _scores(run, number, batches)
         return global_plan(resolved.groups, scores, prices, remove, recipe.align, min_keep=least)
@@ -63,7 +63,7 @@ def plan_round(
         return search_plan(
             run.model,
             run.arch,
-            resolved.groups,
+            _left(run),
             prices,
             database,
             plan,
@@ -80,16 +80,22 @@ def whole_model_scores(run: Run, batches: list[Batch]) -> dict[GroupKey, Tensor]
     if run.resolved.recipe.score != "taylor":
         return {}
     run.progress("score", 0, 1)
-    scores = taylor_scores(run.model, run.arch, run.resolved.groups, batches)
+    scores = taylor_scores(run.model, run.arch, _left(run), batches)
     run.progress("score", 1, 1)
     return scores
+
+
+def _left(run: Run) -> tuple[Group, ...]:
+    """Return the groups of which anything is left."""
+    layers = decoder_layers(run.model, run.arch)
+    return tuple(group for group in run.resolved.groups if num_units_left(layers[group.layer], group))
 
 
 def _profile_settings(run: Run, number: int) -> ProfileSettings:
     """Return the settings; slopes are measured where this round would take every group if all lost alike."""
     recipe, groups, prices = run.resolved.recipe, run.resolved.groups, run.resolved.prices_left
     layers = decoder_layers(run.model, run.arch)
-    now = sum(linear(layers[g.layer], g.reader.module).in_features // g.width * prices.of(g) for g in groups)
+    now = sum(num_units_left(layers[g.layer], g) * prices.of(g) for g in groups)
     then = sum(run.resolved.plans[number - 1].num_keep[g.layer, g.name] * prices.of(g) for g in groups)
     assert recipe.align is not None
     # What a domain's weight does to a width is left to the slopes, which are by domain.
@@ -103,6 +109,7 @@ def _profile_settings(run: Run, number: int) -> ProfileSettings:
         perturbation=1 - then / now,
         probe_blocks=recipe.probe_blocks,
         max_levels=run.resolved.max_levels,
+        to_zero=recipe.sublayers,
     )
 
 
