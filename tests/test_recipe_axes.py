@@ -108,6 +108,12 @@ def test_a_protected_domain_is_planned_for(small):
         ({"min_keep": 0.9, "remove": 0.2}, "min_keep: 0.9 of each group is to stay"),
         ({"budget": "curves"}, "unknown budget 'curves'; .* did you mean 'curve'"),
         ({"max_loss_rise": 0}, "max_loss_rise"),
+        ({"schedule": "cubc"}, "recipe: unknown schedule 'cubc'; allowed: linear, cubic; did you mean 'cubic'?"),
+        ({"schedule": [0, 0.2]}, "recipe: schedule.0: Input should be greater than 0"),
+        ({"schedule": [0.1, 0.3], "remove": 0.2}, "schedule: a list .* rising to remove: 0.2, got .0.1, 0.3."),
+        ({"schedule": [0.2, 0.1, 0.2], "remove": 0.2}, "schedule: a list .* got .0.2, 0.1, 0.2."),
+        ({"schedule": [0.1, 0.2], "remove": 0.2, "rounds": 3}, "schedule: 2 rounds are listed, but rounds: 3"),
+        ({"schedule": [0.1, 0.2], "remove": 0.2, "depth": 1}, "schedule: layers .depth. go before the first round"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_runs(changes, message, small):
@@ -143,6 +149,15 @@ def test_rounds_can_be_kept_and_each_loads(small, tmp_path):
     gone = [1 - size / num_params(tiny_llama()) for size in sizes]
     assert gone == pytest.approx([0.3 * (1 - (2 / 3) ** 3), 0.3 * (1 - (1 / 3) ** 3)], abs=0.04)
     assert set(lines_of(out, "round")[0]["nats_per_token"]) == {"prose", "code"}
+
+
+def test_one_run_gives_a_listed_family_of_sizes(small, tmp_path):
+    out, ratios = tmp_path / "out", [0.1, 0.25, 0.3]
+    settings = {**small, "schedule": ratios, "keep_rounds": True, "remove": 0.3, "budget": "curve"}
+    result = secateur.prune(tiny_llama(), settings, tokenizer=TOKENIZER, out=out)
+    assert result.recipe.rounds == 3
+    sizes = [num_params(secateur.load(out / "rounds" / str(number))) for number in (1, 2)] + [num_params(result.model)]
+    assert [1 - size / num_params(tiny_llama()) for size in sizes] == pytest.approx(ratios, abs=0.02)
 
 
 def test_the_tripwire_goes_back_to_the_last_round_that_held(recipe, tmp_path):

@@ -184,11 +184,15 @@ def level_grid(num_units: int, step: int, max_levels: int = MAX_LEVELS) -> tuple
     return (num_units, *range(highest, 0, -stride))
 
 
-def round_shares(rounds: int, schedule: str) -> list[float]:
+def round_shares(rounds: int, schedule: str | tuple[float, ...]) -> list[float]:
     """Return the share of all that goes which is gone after each round: r/n, or 1 - (1 - r/n)^3 for `cubic`.
+
+    A list of what is to be gone after each round stands for itself, over the last.
 
     Source of the cubic schedule: Zhu and Gupta, arXiv 1710.01878, eq. 1.
     """
+    if not isinstance(schedule, str):
+        return [gone / schedule[-1] for gone in schedule]
     power = 3 if schedule == "cubic" else 1
     return [1 - (1 - done / rounds) ** power for done in range(1, rounds)] + [1.0]
 

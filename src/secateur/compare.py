@@ -163,9 +163,9 @@ def _depends_on(bench: _Bench, seed: int, recipe: dict[str, Any], blocks: dict[s
 
 def _judge(bench: _Bench, model: PreTrainedModel, arch: Arch, blocks: dict[str, Tensor]) -> dict[str, Any]:
     losses = domain_losses(model, arch, blocks, bench.progress)
-    tasks: dict[str, dict[str, float]] = {}
+    evaluation, tasks = bench.study.evaluation, {}
     for name, task in (bench.tasks.tasks if bench.tasks else {}).items():
-        options = TaskOptions(limit=bench.study.evaluation.limit)
+        options = TaskOptions(limit=evaluation.limit, batch_size=evaluation.batch_size)
         found = run_task(task, model, bench.tokenizer, options, partial(bench.progress, name))
         tasks[name] = {key: value for key, value in found["results"][name].items() if isinstance(value, int | float)}
     return {"nats_per_token": {name: loss.nats_per_token for name, loss in losses.items()}, "tasks": tasks}

@@ -103,7 +103,8 @@ class Recipe(Strict):
     budget: how widths are spread over layers. `widths` follows: `per_layer` where they may differ, else `uniform`.
     protected_layers: stay whole; negative ones count from the end. min_keep: the least share of a group that stays.
     probe_blocks: blocks per domain on which `curve` and `search` measure KL; generations and offspring: of `search`.
-    schedule: the share of `remove` gone after round r of n: r/n (linear), 1 - (1 - r/n)^3 (cubic).
+    schedule: the share of `remove` gone after round r of n: r/n (linear), 1 - (1 - r/n)^3 (cubic); or a list, what is
+    to be gone after each round, rising to `remove`, which also says how many rounds there are.
     keep_rounds: write a checkpoint after every round but the last, too. max_loss_rise: the share by which the mean
     held-out loss may rise; the run ends with the last round that held.
     sublayers: budgets `curve` and `search` may take all of a group, so that the layer's attention or MLP goes whole.
@@ -133,7 +134,7 @@ class Recipe(Strict):
     target_mix: Annotated[float, Field(ge=0, le=1)] | None = None
     domain_weighting: WeightingName = "energy"
     rounds: Annotated[int, Field(ge=1)] = 1
-    schedule: ScheduleName = "linear"
+    schedule: ScheduleName | tuple[Positive, ...] = "linear"
     keep_rounds: bool = False
     max_loss_rise: Positive | None = None
     seed: Annotated[int, Field(ge=0)] = 0
@@ -205,8 +206,10 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
+    errors = error.errors()
+    # Of a key that takes a name or a list, a list that is wrong is no wrong name.
+    first = next((e for e in errors if e["type"] != "literal_error" or isinstance(e["input"], str)), errors[0])
+    location = [part for part in map(str, first["loc"]) if not part.startswith(("literal[", "tuple["))]
     key = ".".join(location) or "recipe"
     kind, got = first["type"], first.get("input")
     if kind == "extra_forbidden":

@@ -94,6 +94,7 @@ def check_without_prices(recipe: Recipe, arch: Arch, config: Any) -> None:
         raise RecipeError(
             f"sublayers: a group cannot go whole while min_keep: {recipe.min_keep:g} of it must stay; leave one out."
         )
+    num_rounds(recipe)
     sequence_length(recipe, config)
     _target_mix(recipe, arch)
 
@@ -119,6 +120,7 @@ def resolve(recipe: Recipe, arch: Arch, config: Any, prices: Prices, layers: tup
     num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
     mix = _target_mix(recipe, arch)
     damping, warnings = _damping(recipe, num_tokens, widest)
+    rounds = num_rounds(recipe) if remove > 0 else 1
     calibration = recipe.calibration.model_copy(update={"num_tokens": num_tokens, "sequence_length": length})
     resolved = recipe.model_copy(
         update={
@@ -127,10 +129,10 @@ def resolve(recipe: Recipe, arch: Arch, config: Any, prices: Prices, layers: tup
             "damping": damping,
             "target_mix": mix,
             "widths": _widths(recipe, cuts=remove > 0),
-            "rounds": recipe.rounds if remove > 0 else 1,
+            "rounds": rounds,
         }
     )
-    shares = round_shares(recipe.rounds if remove > 0 else 1, recipe.schedule)
+    shares = round_shares(rounds, recipe.schedule)
     plans = _plans(resolved, groups, prices.with_only(layers), remove, shares)
     return Resolved(resolved, groups, prices, plans, [remove * share for share in shares], warnings, layers)
 
@@ -146,6 +148,29 @@ def _plans(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, remove: fl
     plan = uniform_plan(groups, prices, remove, align)
     _check_least(recipe, groups, plan, remove, prices)
     return round_plans(groups, prices, plan, shares, align)
+
+
+def num_rounds(recipe: Recipe) -> int:
+    """Return the rounds that the recipe asks for. Raises RecipeError if its schedule is a list that cannot be met."""
+    gone = recipe.schedule
+    if isinstance(gone, str):
+        return recipe.rounds
+    shown = ", ".join(f"{share:g}" for share in gone)
+    if not gone or list(gone) != sorted(set(gone)) or gone[-1] != recipe.remove:
+        raise RecipeError(
+            f"schedule: a list says what is gone after each round, rising to remove: {recipe.remove:g}, got [{shown}]; "
+            f"end it with {recipe.remove:g}."
+        )
+    if recipe.rounds not in (1, len(gone)):
+        raise RecipeError(
+            f"schedule: {len(gone)} rounds are listed, but rounds: {recipe.rounds}; leave rounds out or list as many."
+        )
+    if recipe.depth:
+        raise RecipeError(
+            "schedule: layers (depth) go before the first round, so what is gone after each cannot be listed; use "
+            "linear or cubic, or depth: 0."
+        )
+    return len(gone)
 
 
 def _widths(recipe: Recipe, *, cuts: bool) -> str:

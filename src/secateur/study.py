@@ -30,11 +30,15 @@ class Method(Strict):
 
 
 class Evaluation(Strict):
-    """What every cell is judged by: held-out blocks per domain, and tasks of lm-evaluation-harness."""
+    """What every cell is judged by: held-out blocks per domain, and tasks of lm-evaluation-harness.
+
+    `limit`: questions per task; `batch_size`: of the harness's requests. Padding may change a score's last digits.
+    """
 
     num_blocks: Annotated[int, Field(ge=1)] = 8
     tasks: tuple[str, ...] = ()
     limit: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 1
 
 
 class Study(Strict):
