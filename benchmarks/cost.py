@@ -31,9 +31,9 @@ from secateur.calibration import CalibrationSet, build_calibration
 from secateur.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.loop import prune_in_place
 from secateur.output import save_checkpoint
-from secateur.prices import prices_of
 from secateur.recipe import parse_recipe
-from secateur.resolve import Resolved, resolve
+from secateur.resolve import Resolved
+from secateur.resolve_hidden import resolve_for
 from secateur.run import Run
 from secateur.summary import Size
 from secateur.walk import make_batches
@@ -126,10 +126,10 @@ def main() -> None:
         model, tokenizer = load_model(opened), load_tokenizer(opened)
         save_checkpoint(model, tokenizer, directory, max_shard_size="5GB", carry_from=None)
         size = Size.of(model)
-        arch, resolved = bind(model), {}
+        resolved = {}
         for name, more in {OWN_TARGET: {"target_mix": 0}, "defaults": {}}.items():
             asked = parse_recipe(settings | more)
-            resolved[name] = resolve(asked, arch, model.config, prices_of(asked, arch, model))
+            resolved[name] = resolve_for(asked, model)
         recipe = resolved["defaults"].recipe
         calibration = build_calibration(recipe.calibration, options.num_tokens, tokenizer, recipe.seed)
         print_seconds(model, directory, resolved, calibration, options.repeats)

@@ -19,13 +19,11 @@ from typing import Any
 
 from cost import measure_memory, round_seconds
 
-from secateur.arch import bind
 from secateur.calibration import build_calibration
 from secateur.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.output import save_checkpoint
-from secateur.prices import prices_of
 from secateur.recipe import INSTALLED_DOMAINS, parse_recipe
-from secateur.resolve import resolve
+from secateur.resolve_hidden import resolve_for
 
 LENGTH = 512
 EIGHT = {name: {"installed": name} for name in INSTALLED_DOMAINS} | {"more code": {"installed": "code"}}
@@ -44,8 +42,7 @@ def seconds_of(directory: Path, settings: dict[str, Any]) -> float:
     """Return the seconds of the pruning, text and model at hand."""
     checkpoint = open_checkpoint(directory)
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
-    asked, arch = parse_recipe(settings), bind(model)
-    resolved = resolve(asked, arch, model.config, prices_of(asked, arch, model))
+    resolved = resolve_for(parse_recipe(settings), model)
     del model
     recipe = resolved.recipe
     assert recipe.calibration.num_tokens is not None

@@ -23,12 +23,12 @@ from secateur.arch import bind
 from secateur.calibration import CalibrationSet, build_calibration
 from secateur.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from secateur.depth_step import remove_depth
+from secateur.hidden_step import remove_hidden
 from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
 from secateur.output import save_checkpoint
-from secateur.prices import prices_of
 from secateur.recipe import Calibration, Domain, parse_recipe
-from secateur.resolve import resolve
+from secateur.resolve_hidden import resolve_for
 from secateur.run import Run
 from secateur.summary import Size
 
@@ -100,10 +100,10 @@ def run_row(
         recipe = {"remove": size.share * channels / num_params, "align": 1, "seed": seed, **settings}
         num_tokens = size.num_blocks * len(HYBRID) * LENGTH
         recipe["calibration"] = {"num_tokens": num_tokens, "sequence_length": LENGTH}
-        resolved = resolve(parse_recipe(recipe), arch, model.config, prices_of(parse_recipe(recipe), arch, model))
+        resolved = resolve_for(parse_recipe(recipe), model)
         calibration = draw(domains, 0, size.num_blocks, tokenizer, seed)
         start = time.perf_counter()
-        run = remove_depth(Run(model, arch, resolved, calibration))
+        run = remove_depth(remove_hidden(Run(model, arch, resolved, calibration)))
         prune_in_place(run)
         arch, seconds = run.arch, time.perf_counter() - start
     blocks = {domain.name: domain.calibration_NT for domain in evaluation.domains}

@@ -28,14 +28,14 @@ LAYERS = [
     # stages that are made of others
     "obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary bench_llama_cpp "
     "evaluate_tasks compare_page budget_curve budget_global level_database",
-    "calibration_sampled calibration_facts repair hidden_norms depth estimate bench_memory evaluate_domains "
-    "evaluate_cache gguf_metadata gguf_check",
+    "resolve_hidden calibration_sampled calibration_facts repair hidden_norms depth estimate bench_memory "
+    "evaluate_domains evaluate_cache gguf_metadata gguf_check",
     "latency probe original_readers hidden_drift",
     "hidden_width profile budget_search",
     "run selection inspection gguf_tensors evaluate_differences evaluate_parts",
     "group_step round_plan safety_net pruned_checkpoint",
     # what people read, and the other outputs
-    "depth_step loop tables gguf_export evaluate evaluate_table",
+    "depth_step hidden_step loop tables gguf_export evaluate evaluate_table",
     "card benchmark export compare",
     "result_files bench_tables",
     "comparison report_run report_quality report_evaluation",

@@ -24,14 +24,14 @@ from secateur.compare_page import FoundCell, comparison_files
 from secateur.depth_step import remove_depth
 from secateur.evaluate_cache import PartCache, fingerprint
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks, run_task
+from secateur.hidden_step import remove_hidden
 from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
 from secateur.output import disk_errors
 from secateur.per_layer import check_can_skip
-from secateur.prices import prices_of
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe
-from secateur.resolve import resolve
+from secateur.resolve_hidden import resolve_for
 from secateur.run import Run
 from secateur.staged_file import staged_file
 from secateur.study import Cell, Study, cells, dump_study, study_recipe
@@ -67,7 +67,7 @@ def compare(study: Study, out: Path, progress: Progress = silent) -> list[FoundC
     for cell in grid:
         if cell.recipe.sublayers:
             check_can_skip(shape, arch)
-        resolve(cell.recipe, arch, shape.config, prices_of(cell.recipe, arch, shape))
+        resolve_for(cell.recipe, shape)
     evaluation = study.evaluation
     tasks = load_tasks(evaluation.tasks, TaskOptions(limit=evaluation.limit), None) if evaluation.tasks else None
     tokenizer = load_tokenizer(checkpoint)
@@ -79,7 +79,7 @@ def compare(study: Study, out: Path, progress: Progress = silent) -> list[FoundC
     progress("cells", 0, len(grid) + len(study.seeds))
     for seed in study.seeds:
         recipe = study_recipe(study, seed)
-        resolved = resolve(recipe, arch, shape.config, prices_of(recipe, arch, shape))
+        resolved = resolve_for(recipe, shape)
         blocks = _judged_on(bench, resolved.recipe, seed)
         found.append(_dense_cell(bench, arch, seed, blocks))
         progress("cells", len(found), len(grid) + len(study.seeds))
@@ -126,12 +126,12 @@ def _cell(bench: _Bench, arch: Arch, cell: Cell, blocks: dict[str, Tensor]) -> F
     def compute() -> dict[str, Any]:
         model = load_model(bench.checkpoint)
         num_params = Size.of(model).num_params
-        resolved = resolve(cell.recipe, arch, model.config, prices_of(cell.recipe, arch, model))
+        resolved = resolve_for(cell.recipe, model)
         calibration = _without_judged(
             _draw(bench, resolved.recipe, cell.seed, model), bench.study.evaluation.num_blocks
         )
         start = time.perf_counter()
-        run = remove_depth(Run(model, arch, resolved, calibration, progress=bench.progress))
+        run = remove_depth(remove_hidden(Run(model, arch, resolved, calibration, progress=bench.progress)))
         prune_in_place(run)
         seconds = time.perf_counter() - start
         reached = 1 - Size.of(model).num_params / num_params

@@ -14,10 +14,11 @@ from secateur.budget import largest_remove, least_keep
 from secateur.checkpoint import meta_model, open_checkpoint
 from secateur.estimate import MemoryEstimate, estimate_memory
 from secateur.latency import with_prices
-from secateur.prices import Outcome, parameter_prices, prices_of
+from secateur.prices import Outcome, parameter_prices
 from secateur.progress import Progress, silent
 from secateur.recipe import MeasuredPrices, Recipe
-from secateur.resolve import check_without_prices, resolve
+from secateur.resolve import check_without_prices
+from secateur.resolve_hidden import planned_shape, resolve_for
 from secateur.runlog import RunLog
 from secateur.summary import Size
 
@@ -48,6 +49,7 @@ class Inspection:
     dtype: str
     size: Size
     num_layers: tuple[int, int]  # before, after
+    hidden_sizes: tuple[int, int]  # before, after
     params_per_layer: int  # of the first one
     groups: tuple[GroupFacts, ...]
     remove_asked: float
@@ -78,12 +80,13 @@ def inspect(model: str | Path, recipe: Recipe | None = None, progress: Progress 
     recipe = recipe or Recipe()
     checkpoint = open_checkpoint(model, weights=False)
     shape = meta_model(checkpoint.config)
-    arch, size = bind(shape), Size.of(shape)
+    planned, size = planned_shape(recipe, shape), Size.of(shape)
+    arch = bind(planned)
     check_without_prices(recipe, arch, shape.config)
     recipe = with_prices(recipe, arch, shape, RunLog(), progress)
-    resolved = resolve(recipe, arch, shape.config, prices_of(recipe, arch, shape))
+    resolved = resolve_for(recipe, shape)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
-    parameters = parameter_prices(arch, resolved.groups, shape).with_only(resolved.layers)
+    parameters = parameter_prices(arch, resolved.groups, planned).with_only(resolved.layers)
     num_params = parameters.total - parameters.gone(resolved.groups, plan.num_keep)
     assert resolved.recipe.align is not None and resolved.recipe.calibration.num_tokens is not None
     least = least_keep(resolved.groups, resolved.recipe.align, recipe.min_keep)
@@ -98,6 +101,7 @@ def inspect(model: str | Path, recipe: Recipe | None = None, progress: Progress 
         dtype=str(shape.dtype).removeprefix("torch."),
         size=size,
         num_layers=(arch.num_layers, len(resolved.layers)),
+        hidden_sizes=(shape.config.hidden_size, planned.config.hidden_size),
         params_per_layer=arch.params_per_layer[0],
         groups=tuple(facts),
         remove_asked=recipe.remove,

@@ -24,6 +24,7 @@ from secateur.calibration_sampled import with_sampled
 from secateur.card import model_card
 from secateur.checkpoint import check_finite, check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
 from secateur.depth_step import remove_depth
+from secateur.hidden_step import remove_hidden
 from secateur.in_memory import check_in_memory, eval_mode, restore_buffers
 from secateur.latency import with_prices
 from secateur.loop import prune_in_place
@@ -32,15 +33,15 @@ from secateur.memory import peak_bytes
 from secateur.original_readers import OriginalReaders
 from secateur.output import check_free_space, parse_shard_size, staging
 from secateur.per_layer import check_can_skip
-from secateur.prices import prices_of
 from secateur.progress import Progress, silent
 from secateur.pruned_checkpoint import PrunedCheckpoint
 from secateur.recipe import Recipe, load_recipe, parse_recipe
 from secateur.report import missing_plots, write_reports
-from secateur.resolve import Resolved, check_without_prices, resolve
+from secateur.resolve import Resolved, check_without_prices
+from secateur.resolve_hidden import planned_shape, resolve_for
 from secateur.run import Keeps, Run
 from secateur.runlog import RunLog
-from secateur.summary import Losses, Size, Summary, versions
+from secateur.summary import Losses, Size, Summary, group_widths, versions
 from secateur.verify import Verification, verify_reload
 
 VERIFY_TOKENS = 64
@@ -106,7 +107,7 @@ def prune(
         check_in_memory(model, tokenizer)
         checkpoint, shape = None, model
     arch, size = bind(shape), Size.of(shape)
-    check_without_prices(parsed, arch, shape.config)
+    check_without_prices(parsed, bind(planned_shape(parsed, shape)), shape.config)
     if parsed.sublayers:
         check_can_skip(shape, arch)
     if checkpoint is not None:
@@ -118,7 +119,7 @@ def prune(
             check_free_space(directory, size.num_bytes)
         log = RunLog(directory)
         parsed = with_prices(parsed, arch, shape, log, progress)
-        resolved = resolve(parsed, arch, shape.config, prices_of(parsed, arch, shape))
+        resolved = resolve_for(parsed, shape)
         with log.time("calibration"):
             if tokenizer is None:
                 assert checkpoint is not None
@@ -141,17 +142,20 @@ def prune(
 
 def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[tuple[int, ...], Keeps, Summary]:
     recipe, log = job.resolved.recipe, job.log
-    dense_size, dense_layers = Size.of(job.model), job.arch.num_layers
+    dense_size, dense_layers, dense_width = Size.of(job.model), job.arch.num_layers, job.model.config.hidden_size
     dense_losses = _evaluate(job, "dense")
     dense_speed = _bench(job, "dense")
     with tempfile.TemporaryDirectory(dir=directory, prefix="originals-") as scratch:
-        compare = recipe.evaluate and recipe.compensate != "none"
+        # Of a narrower model every linear is refitted, so there is no uncompensated one to compare with.
+        compare = recipe.evaluate and recipe.compensate != "none" and recipe.hidden_size is None
         originals = OriginalReaders(Path(scratch)) if compare else None
         run = Run(job.model, job.arch, job.resolved, job.calibration, originals, log.write, job.progress, Path(scratch))
         with log.time("prune"):
-            run = remove_depth(run)
+            run = remove_depth(remove_hidden(run))
             job, layers = dataclasses.replace(job, arch=run.arch, resolved=run.resolved), run.resolved.layers
-            checkpoint = directory and PrunedCheckpoint(job.model, job.tokenizer, recipe, directory, carry_from, layers)
+            checkpoint = directory and PrunedCheckpoint(
+                job.model, job.tokenizer, recipe, directory, carry_from, layers, run.channels
+            )
             if checkpoint and recipe.keep_rounds:
                 run = dataclasses.replace(run, after_round=checkpoint.save_round)
             keeps = prune_in_place(run)
@@ -173,7 +177,8 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[tu
         dense_size=dense_size,
         pruned_size=Size.of(job.model),
         num_layers=(dense_layers, len(layers)),
-        widths=_widths(job, keeps),
+        hidden_sizes=(dense_width, job.model.config.hidden_size),
+        widths=group_widths(job.arch.select(recipe.groups), keeps),
         calibration=calibration_facts(job.calibration),
         dense_losses=dense_losses,
         pruned_losses=pruned_losses,
@@ -185,11 +190,7 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[tu
         peak_bytes=peak,
         reload_max_abs_difference=proof.max_abs_difference if proof else None,
         sample_text=proof.generated_text if proof else None,
-        warnings=(
-            *job.resolved.warnings,
-            *(line["text"] for line in log.lines if line["event"] == "note"),
-            *(missing_plots() if directory else ()),
-        ),
+        warnings=_notes(job, missing_plots() if directory else ()),
         versions=versions(),
     )
     if directory is not None:
@@ -199,6 +200,10 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[tu
         if not missing_plots():
             write_reports([directory])
     return layers, keeps, summary
+
+
+def _notes(job: _Job, more: tuple[str, ...]) -> tuple[str, ...]:
+    return (*job.resolved.warnings, *(line["text"] for line in job.log.lines if line["event"] == "note"), *more)
 
 
 def _save(job: _Job, checkpoint: PrunedCheckpoint | None, keeps: Keeps) -> Verification | None:
@@ -239,15 +244,6 @@ def _calibrate(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Pro
     return build_calibration(
         recipe.calibration, recipe.calibration.num_tokens, tokenizer, recipe.seed, progress, num_rounds=recipe.rounds
     )
-
-
-def _widths(job: _Job, keeps: Keeps) -> dict[str, tuple[int, int, int]]:
-    widths: dict[str, tuple[int, int, int]] = {}
-    for group in job.arch.select(job.resolved.recipe.groups):
-        kept = len(keeps.get((group.layer, group.name), range(group.num_units)))
-        before, least, most = widths.get(group.name, (group.num_units, kept, kept))
-        widths[group.name] = (before, min(least, kept), max(most, kept))
-    return widths
 
 
 def _parse(recipe: Recipe | dict[str, Any] | Path | str | None) -> Recipe:

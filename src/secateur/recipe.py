@@ -99,6 +99,8 @@ class Recipe(Strict):
     remove: the share that goes of what the dense model has of `target`.
     target: parameters (all, tied weights once); flops per prompt token; kv_bytes, of cache per token; latency, seconds
     per decoded token as measured on this machine. prices: those seconds; measured where they are left out.
+    hidden_size: how wide the residual stream is to be, in all layers at once, before anything else goes; part of
+    `remove`. Without recovery training the damage is large.
     depth: whole layers to remove before any width, those whose absence changes predictions least; part of `remove`.
     budget: how widths are spread over layers. `widths` follows: `per_layer` where they may differ, else `uniform`.
     protected_layers: stay whole; negative ones count from the end. min_keep: the least share of a group that stays.
@@ -115,6 +117,7 @@ class Recipe(Strict):
     remove: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
     target: TargetName = "parameters"
     prices: MeasuredPrices | None = None
+    hidden_size: Annotated[int, Field(ge=1)] | None = None
     depth: Annotated[int, Field(ge=0)] = 0
     groups: Annotated[tuple[str, ...], Field(min_length=1)] = ("ffn",)
     budget: BudgetName = "uniform"

@@ -63,20 +63,30 @@ def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Grou
 def share_for_widths(recipe: Recipe, prices: Prices, num_gone: int, step: int) -> float:
     """Return the share that widths must still take of what the layers leave; 0 if that is less than half a `step`.
 
-    `num_gone`: parameters of the layers that go. `step`: the parameters of the least that can go of the widths.
-    Raises RecipeError if the layers alone take more than half a step too many.
+    `num_gone`: what the layers that go and hidden width take. `step`: the least that can go of the widths.
+    Raises RecipeError if these alone take more than half a step too much.
     """
     asked = recipe.remove * prices.total
-    if not recipe.depth:
+    if not num_gone:
         return recipe.remove
+    if prices.gone_before > asked + step / 2:
+        least = math.ceil(1e4 * prices.gone_before / prices.total) / 1e4
+        raise RecipeError(
+            f"hidden_size: {recipe.hidden_size} channels leave out {prices.gone_before / prices.total:.3f} of all "
+            f"{prices.total_text}, more than remove: {recipe.remove:g}; keep more channels, or remove at "
+            f"least {least:.4f}."
+        )
     if abs(asked - num_gone) <= step / 2:
         return 0.0
     if num_gone > asked:
-        per_layer = num_gone // recipe.depth
-        most, least = int((asked + step / 2) // per_layer), math.ceil(1e4 * num_gone / prices.total) / 1e4
+        per_layer = (num_gone - prices.gone_before) // recipe.depth
+        most, least = (
+            int((asked + step / 2 - prices.gone_before) // per_layer),
+            math.ceil(1e4 * num_gone / prices.total) / 1e4,
+        )
         raise RecipeError(
-            f"depth: {recipe.depth} layers of {prices.text(per_layer)} each are {num_gone / prices.total:.3f} of all "
-            f"{prices.total_text}, more than remove: {recipe.remove:g}; use depth {most} at most, "
+            f"depth: {recipe.depth} layers of {prices.text(per_layer)} each make it {num_gone / prices.total:.3f} of "
+            f"all {prices.total_text}, more than remove: {recipe.remove:g}; use depth {most} at most, "
             f"or remove at least {least:.4f}."
         )
     return (asked - num_gone) / (prices.total - num_gone)

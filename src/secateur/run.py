@@ -28,6 +28,7 @@ class Run:
     `after_round`: is told the number of every round that held, while the model is as that round left it, its config
     included, and which units are left.
     `dense_losses`: held-out nats per token by domain before layers were removed, where something watches them.
+    `channels`: of the residual stream, those that stayed, where the recipe's `hidden_size` has others removed.
     """
 
     model: PreTrainedModel
@@ -40,6 +41,7 @@ class Run:
     scratch: Path | None = None
     after_round: Callable[[int, Keeps], None] | None = None
     dense_losses: dict[str, float] = field(default_factory=dict[str, float])
+    channels: tuple[int, ...] = ()
 
     @property
     def shares(self) -> dict[str, float]:

@@ -7,11 +7,13 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from secateur.arch import Group
 from secateur.bench import Speed
 from secateur.json_file import parse_json
 from secateur.loss import Loss, geometric_mean_perplexity
@@ -67,6 +69,7 @@ class Summary:
     dense_size: Size
     pruned_size: Size
     num_layers: tuple[int, int]  # before, after
+    hidden_sizes: tuple[int, int]  # before, after
     widths: dict[str, tuple[int, int, int]]  # group -> units per layer before; after, in the narrowest and widest
     calibration: CalibrationFacts
     dense_losses: Losses
@@ -108,6 +111,16 @@ class Summary:
             "uncompensated": self.uncompensated_losses,
         }
         return {name: losses for name, losses in named.items() if losses}
+
+
+def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Sized]) -> dict[str, tuple[int, int, int]]:
+    """Return, by kind of group, units per layer before, and after in the narrowest and the widest layer."""
+    widths: dict[str, tuple[int, int, int]] = {}
+    for group in groups:
+        kept = len(keeps.get((group.layer, group.name), range(group.num_units)))
+        before, least, most = widths.get(group.name, (group.num_units, kept, kept))
+        widths[group.name] = (before, min(least, kept), max(most, kept))
+    return widths
 
 
 def versions() -> dict[str, str]:
