@@ -7,14 +7,14 @@ from torch.nn.functional import log_softmax
 
 from secateur.arch import bind
 from secateur.errors import NumericsError
-from secateur.kl import KL_POSITIONS, final_states, summarise, token_divergences
+from secateur.kl import KL_POSITIONS, final_states, summarise, token_divergences_and_agreements
 
 
 def divergences(dense, pruned, ids_1T):
     dense_arch, pruned_arch = bind(dense), bind(pruned)
     states = (final_states(dense, dense_arch, ids_1T), final_states(pruned, pruned_arch, ids_1T))
     heads = (dense.get_submodule(dense_arch.head), pruned.get_submodule(pruned_arch.head))
-    return token_divergences(states[0], heads[0], states[1], heads[1])
+    return token_divergences_and_agreements(states[0], heads[0], states[1], heads[1])
 
 
 def test_a_model_does_not_differ_from_itself():

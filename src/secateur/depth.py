@@ -19,7 +19,7 @@ from secateur.arch import Arch, bind, decoder_layers, linear
 from secateur.compensate import Guard, guard, held_out_error
 from secateur.errors import ArchError, NumericsError, RecipeError
 from secateur.gram import Gram
-from secateur.kl import token_divergences
+from secateur.kl import KL_POSITIONS, token_divergences
 from secateur.progress import Progress, silent
 from secateur.score import damped_gram
 from secateur.walk import Batch, Walk, forwards_replaced
@@ -161,9 +161,13 @@ def _divergences(model: nn.Module, arch: Arch, batch: Batch, kept: list[int]) ->
             pruned.advance(index)
             pruned.hidden_BTD.insert(-1, skipping_BTD)
     head = model.get_submodule(arch.head)
-    dense_PD = states_for_head(model, arch, batch, dense.hidden_BTD[0])
+    with torch.inference_mode():
+        states_PD = states_for_head(model, arch, batch, dense.hidden_BTD[0])
+        # In the model's own dtype, which holds them exactly; once for all streams.
+        dense_PV = torch.cat([head(piece_PD) for piece_PD in states_PD.split(KL_POSITIONS)])
     for hidden_BTD in pruned.hidden_BTD[:-1]:
-        yield token_divergences(dense_PD, head, states_for_head(model, arch, batch, hidden_BTD), head)[0]
+        states_PD = states_for_head(model, arch, batch, hidden_BTD)
+        yield token_divergences(dense_PV, nn.Identity(), states_PD, head)
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from secateur.checkpoint import Checkpoint, load_model, meta_model, open_checkpo
 from secateur.evaluate_cache import Part, PartCache, fingerprint
 from secateur.evaluate_domains import Blocks, measure_quality
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, identity, merge, run_task
-from secateur.kl import DenseStates, final_states, summarise, token_divergences
+from secateur.kl import DenseStates, final_states, summarise, token_divergences_and_agreements
 from secateur.progress import Progress
 
 
@@ -126,9 +126,9 @@ def kl_parts(
             divergences, agreements = [], []
             for ids_T, dense_PD in zip(domain_NT, states.states_NPD[domain], strict=True):
                 pruned_PD = final_states(pruned.model(), pruned.arch, ids_T[None])
-                divergence_P, agreement_P = token_divergences(dense_PD, states.head, pruned_PD, head)
-                divergences.append(divergence_P)
-                agreements.append(agreement_P)
+                found_P = token_divergences_and_agreements(dense_PD, states.head, pruned_PD, head)
+                divergences.append(found_P[0])
+                agreements.append(found_P[1])
             return dataclasses.asdict(summarise(domain, divergences, agreements))
 
         found[domain] = cache.get_or_compute(f"kl-{domain}", _kl_facts(dense, pruned, domain_NT), compute)

@@ -43,7 +43,7 @@ class Probe:
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         for batch, logits_PV, now_PD in zip(self._walk.batches, self._logits_PV, self._states(), strict=True):
-            divergence_P = token_divergences(logits_PV, nn.Identity(), now_PD, self._head)[0].double()
+            divergence_P = token_divergences(logits_PV, nn.Identity(), now_PD, self._head).double()
             if not bool(divergence_P.isfinite().all()):
                 raise NumericsError(
                     f"KL of a change from layer {self.position} on, domain {batch.domain}: it is not finite; use the "
