@@ -7,7 +7,7 @@ defaults, taken in a process of its own that calls `secateur.prune` from a safet
 evaluation included, speed measurement not: resident memory, sampled, less what the interpreter and the libraries hold
 after a tiny random model has gone the same way.
 
-    python benchmarks/cost.py [--model smollm2-135m] [--num-tokens 18432] [--repeats 3]
+    python benchmarks/cost.py [--model smollm2-135m] [--num-tokens 18432] [--repeats 3] [--rows fast defaults best]
 """
 
 import argparse
@@ -40,6 +40,12 @@ from secateur.walk import make_batches
 
 MAX_RATIO, MAX_MEMORY = 3.0, 1.25
 OWN_TARGET = "own target"
+ROWS: dict[str, dict[str, Any]] = {
+    OWN_TARGET: {"target_mix": 0},
+    "defaults": {},
+    "fast": {"preset": "fast"},
+    "best": {"preset": "best"},
+}
 SAMPLE_SECONDS = 0.005
 
 
@@ -114,6 +120,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--num-tokens", type=int, default=18432)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=[OWN_TARGET, "defaults"])
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     settings = {"remove": 0.2, "calibration": {"num_tokens": options.num_tokens}}
@@ -126,11 +133,8 @@ def main() -> None:
         model, tokenizer = load_model(opened), load_tokenizer(opened)
         save_checkpoint(model, tokenizer, directory, max_shard_size="5GB", carry_from=None)
         size = Size.of(model)
-        resolved = {}
-        for name, more in {OWN_TARGET: {"target_mix": 0}, "defaults": {}}.items():
-            asked = parse_recipe(settings | more)
-            resolved[name] = resolve_for(asked, model)
-        recipe = resolved["defaults"].recipe
+        resolved = {name: resolve_for(parse_recipe(settings | ROWS[name]), model) for name in options.rows}
+        recipe = resolved[options.rows[0]].recipe
         calibration = build_calibration(recipe.calibration, options.num_tokens, tokenizer, recipe.seed)
         print_seconds(model, directory, resolved, calibration, options.repeats)
         child = [sys.executable, __file__, "--memory-of", str(directory), "--num-tokens", str(options.num_tokens)]
