@@ -4,8 +4,11 @@ Needs the development text (`../shared/data`, or SECATEUR_DATA). Calibrates on 6
 `*_calib` files, evaluates on 4 blocks of 512 of each `*_eval` file; single-domain rows calibrate on as many tokens. The
 guard sees one more block per domain, which no statistic sees. Prints a Markdown table per seed and the marks.
 
+Rows that say hidden are for a model 576 wide, and remove that share of all parameters whatever `--share` is; `--remove`
+sets the share of all parameters for every row.
+
     python benchmarks/quality.py [--seeds 0 1 2] [--rows ours flap-bias] [--model smollm2-135m] [--share 0.3]
-                                 [--num-blocks 6]
+                                 [--remove 0.3] [--num-blocks 6]
 """
 
 import argparse
@@ -45,10 +48,14 @@ HYBRID = tuple(FILES)
 
 
 class Cut(NamedTuple):
-    """`share`: of every FFN's channels, or as many over all layers. `num_blocks`: of calibration, per domain."""
+    """`share`: of every FFN's channels, or as many over all layers. `num_blocks`: of calibration, per domain.
+
+    `remove`: of all parameters, in place of `share`.
+    """
 
     share: float
     num_blocks: int
+    remove: float | None = None
 
 
 LENGTH, CALIBRATION_BLOCKS, EVALUATION_BLOCKS, CUT_SHARE = 512, 6, 4, 0.30
@@ -75,6 +82,14 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "curve": ({"budget": "curve", "align": 32}, HYBRID),
     **{f"depth-{depth}": ({"budget": "curve", "align": 32, "depth": depth}, HYBRID) for depth in (1, 2, 3)},
     "search": ({"budget": "search", "align": 32}, HYBRID),
+    "curve-kv": ({"budget": "curve", "align": 32, "groups": ["ffn", "kv_heads"]}, HYBRID),
+    "curve-sublayers": (
+        {"budget": "curve", "align": 32, "groups": ["ffn", "kv_heads"], "sublayers": True},
+        HYBRID,
+    ),
+    # Every parameter is a row or column of the residual stream, so a share of its width is that share of them all.
+    **{f"hidden-{width}": ({"hidden_size": width, "remove": 1 - width / 576}, HYBRID) for width in (540, 504, 432)},
+    **{f"ffn-as-hidden-{width}": ({"remove": 1 - width / 576}, HYBRID) for width in (540, 504, 432)},
     "minimax": ({"domain_weighting": "minimax"}, HYBRID),
     "cvar": ({"domain_weighting": "cvar"}, HYBRID),
 }
@@ -97,7 +112,8 @@ def run_row(
     if row:
         settings, domains = ROWS[row]
         channels = sum(group.num_units * group.params_per_unit for group in arch.select(("ffn",)))
-        recipe = {"remove": size.share * channels / num_params, "align": 1, "seed": seed, **settings}
+        remove = size.remove or size.share * channels / num_params
+        recipe = {"remove": remove, "align": 1, "seed": seed, **settings}
         num_tokens = size.num_blocks * len(HYBRID) * LENGTH
         recipe["calibration"] = {"num_tokens": num_tokens, "sequence_length": LENGTH}
         resolved = resolve_for(parse_recipe(recipe), model)
@@ -129,6 +145,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--share", type=float, default=CUT_SHARE)
+    parser.add_argument("--remove", type=float)
     parser.add_argument("--num-blocks", type=int, default=CALIBRATION_BLOCKS)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     options = parser.parse_args()
@@ -136,7 +153,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         # Written once as safetensors, so that each row's fresh copy loads in a second.
         save_checkpoint(load_model(opened), load_tokenizer(opened), Path(folder), max_shard_size="5GB", carry_from=None)
-        run_all(open_checkpoint(folder), options.seeds, options.rows, Cut(options.share, options.num_blocks))
+        run_all(
+            open_checkpoint(folder), options.seeds, options.rows, Cut(options.share, options.num_blocks, options.remove)
+        )
 
 
 def run_all(checkpoint: Checkpoint, seeds: list[int], rows: list[str], size: Cut) -> None:
