@@ -14,7 +14,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.output import check_free_space, parse_shard_size, save_checkpoint, staging
+from secateur.output import check_free_space, parse_size, save_checkpoint, staging
 
 
 def save(directory: Path, model: torch.nn.Module, max_shard_size: str = "5GB", carry_from: Path | None = None) -> Path:
@@ -86,12 +86,12 @@ def test_nothing_is_carried_from_a_directory_that_is_no_model(tmp_path):
 @pytest.mark.parametrize("size", ["5", "GB", "0GB", "-1GB", "five GB", "", "infGB", "nanGB"])
 def test_bad_shard_size(size):
     with pytest.raises(RecipeError, match=f"max_shard_size: must be .*got '{size}'"):
-        parse_shard_size(size)
+        parse_size("max_shard_size", size)
 
 
 def test_shard_size():
-    assert parse_shard_size("5GB") == 5_000_000_000
-    assert parse_shard_size("1.5 kb") == 1500
+    assert parse_size("max_shard_size", "5GB") == 5_000_000_000
+    assert parse_size("max_shard_size", "1.5 kb") == 1500
 
 
 def test_free_space(tmp_path):

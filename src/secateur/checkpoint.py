@@ -31,7 +31,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from secateur.checkpoint_config import BAD_GGUF, BAD_VALUE, directory_config, gguf_config, one_line
 from secateur.checkpoint_locate import TOKENIZER_FILES, locate
 from secateur.checkpoint_quiet import quiet_transformers
-from secateur.checkpoint_tensors import read_json, read_tensor, stored_tensors
+from secateur.checkpoint_tensors import mapped_tensors, read_json, read_tensors, stored_tensors
 from secateur.errors import CheckpointError
 from secateur.modeling_per_layer import is_per_layer, per_layer_class
 
@@ -125,15 +125,17 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
         raise CheckpointError(f"{path}: cannot be loaded with {names} ({one_line(error)}).") from None
 
 
-def load_model(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
+def load_model(checkpoint: Checkpoint, *, mapped: bool = False, **options: Any) -> PreTrainedModel:
     """Return the model in eval mode, in the dtype of its config (GGUF: bfloat16), its weights in ordinary memory.
 
-    `options` go to `from_pretrained`. Raises CheckpointError if tensors are missing, unexpected, of the wrong shape, or
-    hold NaN or infinity.
+    `mapped`: they stay in their files, which must be safetensors, and come in as they are used. `options` go to
+    `from_pretrained`. Raises CheckpointError if tensors are missing, unexpected, misshapen, or not finite.
     """
     with quiet_transformers():
-        loader = _load_gguf if checkpoint.gguf_file else _load_safetensors
-        model, info = loader(checkpoint, options)
+        if checkpoint.gguf_file:
+            model, info = _load_gguf(checkpoint, options)
+        else:
+            model, info = _load_safetensors(checkpoint, options, mapped=mapped)
     _refuse(
         checkpoint,
         mismatched=[f"{name} is {list(got)}, not {list(expected)}" for name, got, expected in info["mismatched_keys"]],
@@ -195,10 +197,12 @@ def _own_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     return per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config).__bases__[0]]) if is_per_layer(config) else None
 
 
-def _load_safetensors(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load_safetensors(
+    checkpoint: Checkpoint, options: dict[str, Any], *, mapped: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     skeleton = meta_model(checkpoint.config)
     check_weights(checkpoint, skeleton)
-    weights = {name: read_tensor(stored) for name, stored in stored_tensors(checkpoint.directory).items()}
+    weights = (mapped_tensors if mapped else read_tensors)(checkpoint.directory)
     loaded: Any = type(skeleton).from_pretrained(
         None, config=checkpoint.config, state_dict=weights, output_loading_info=True, **{"dtype": "auto", **options}
     )

@@ -1,8 +1,8 @@
 """The safetensors files of a checkpoint directory: which there are, what their headers promise, and reading a tensor.
 
-Headers alone tell a missing shard, a truncated file and every tensor's shape. Tensors are read into ordinary memory:
-transformers would keep the file mapped, so that a layer made smaller gives nothing back as long as one tensor of its
-file lives. Not handled: pickle files (refused), weights stored in a quantised format.
+Headers alone tell a missing shard, a truncated file and every tensor's shape. Tensors are read into ordinary memory,
+where a layer made smaller gives back what it held, or mapped from their files, where they hold nothing but page cache.
+ Not handled: pickle files (refused), weights stored in a quantised format.
 """
 
 import json
@@ -61,6 +61,30 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
     if num_read != stored.num_bytes:
         raise CheckpointError(f"{stored.file}: ended while it was being read; is something writing to it?")
     return tensor
+
+
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor by name, in memory of its own."""
+    return {name: read_tensor(stored) for name, stored in stored_tensors(directory).items()}
+
+
+def mapped_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor by name as a view of its mapped file; writing to one changes a copy of its pages.
+
+    Tensors whose place in the file does not suit their dtype are read into memory.
+    """
+    files: dict[Path, torch.Tensor] = {}
+    tensors = {}
+    for name, stored in stored_tensors(directory).items():
+        if stored.offset % stored.dtype.itemsize:
+            tensors[name] = read_tensor(stored)
+            continue
+        if stored.file not in files:
+            size = stored.file.stat().st_size
+            files[stored.file] = torch.from_file(str(stored.file), shared=False, size=size, dtype=torch.uint8)
+        piece = files[stored.file][stored.offset : stored.offset + stored.num_bytes]
+        tensors[name] = piece.view(stored.dtype).view(stored.shape)
+    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:

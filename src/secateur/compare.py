@@ -28,7 +28,6 @@ from secateur.hidden_step import remove_hidden
 from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
 from secateur.output import disk_errors
-from secateur.per_layer import check_can_skip
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe
 from secateur.resolve_hidden import resolve_for
@@ -65,8 +64,6 @@ def compare(study: Study, out: Path, progress: Progress = silent) -> list[FoundC
     arch = bind(shape)
     grid = list(cells(study))
     for cell in grid:
-        if cell.recipe.sublayers:
-            check_can_skip(shape, arch)
         resolve_for(cell.recipe, shape)
     evaluation = study.evaluation
     tasks = load_tasks(evaluation.tasks, TaskOptions(limit=evaluation.limit), None) if evaluation.tasks else None

@@ -7,10 +7,14 @@ the worst moment, the solve of the widest group, are summed to the peak; the int
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.arch import Arch
+from secateur.errors import RecipeError
 from secateur.gram import NUM_BLOCKS
+from secateur.output import parse_size
 from secateur.resolve import Resolved
 from secateur.score import NEED_GRAM
 from secateur.stats import BY_DOMAIN
+from secateur.summary import Size
 
 # Held-out blocks come on top of the calibration tokens: one for every nine.
 HELD_OUT_FACTOR = 10 / 9
@@ -29,6 +33,43 @@ class MemoryEstimate:
     def peak(self) -> int:
         """Statistics of a domain are freed before the solve, so the larger of the two counts."""
         return self.weights + self.hidden_states + max(self.statistics, self.solve)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a run will need, and whether its weights stay on disk, so that of them only one layer's count."""
+
+    estimate: MemoryEstimate
+    weights_on_disk: bool
+
+
+def plan_memory(resolved: Resolved, arch: Arch, config: Any, size: Size, *, can_map: bool = True) -> MemoryPlan:
+    """Return how the run keeps within the recipe's `memory_budget`: weights in memory if they fit, else on disk.
+
+    `can_map`: the weights are in safetensors files, from which they can come layer by layer.
+    Raises RecipeError, naming the least that can work, if even that is too much.
+    """
+    bytes_per_param = size.num_bytes // size.num_params
+    whole = estimate_memory(resolved, config, size.num_bytes, bytes_per_param)
+    text = resolved.recipe.memory_budget
+    if text is None or whole.peak <= parse_size("memory_budget", text):
+        return MemoryPlan(whole, False)
+    if not can_map:
+        raise RecipeError(
+            f"memory_budget: {text} is less than the {whole.peak / 1e9:.2f} GB that the run needs with this model's "
+            f"weights in memory; only safetensors weights, given by their path, can stay on disk."
+        )
+    layer = max(arch.params_per_layer) * bytes_per_param
+    streamed = estimate_memory(resolved, config, layer, bytes_per_param)
+    if streamed.peak > parse_size("memory_budget", text):
+        parts = (streamed.weights, streamed.hidden_states, streamed.statistics, streamed.solve)
+        layer_gb, hidden_gb, statistics_gb, solve_gb = (f"{part / 1e9:.2f}" for part in parts)
+        raise RecipeError(
+            f"memory_budget: {text} cannot work; with all weights on disk the run still needs "
+            f"{streamed.peak / 1e9:.2f} GB (a layer {layer_gb}, hidden states {hidden_gb}, statistics {statistics_gb}, "
+            f"solve {solve_gb}); allow that, or lower calibration.num_tokens."
+        )
+    return MemoryPlan(streamed, True)
 
 
 def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_per_param: int) -> MemoryEstimate:

@@ -12,13 +12,12 @@ from statistics import mean
 from secateur.arch import Group, bind
 from secateur.budget import largest_remove, least_keep
 from secateur.checkpoint import meta_model, open_checkpoint
-from secateur.estimate import MemoryEstimate, estimate_memory
+from secateur.estimate import MemoryEstimate, plan_memory
 from secateur.latency import with_prices
 from secateur.prices import Outcome, parameter_prices
 from secateur.progress import Progress, silent
 from secateur.recipe import MeasuredPrices, Recipe
-from secateur.resolve import check_without_prices
-from secateur.resolve_hidden import planned_shape, resolve_for
+from secateur.resolve_hidden import check_for, resolve_for
 from secateur.runlog import RunLog
 from secateur.summary import Size
 
@@ -62,6 +61,7 @@ class Inspection:
     num_bytes_after: int
     num_calibration_tokens: int
     memory: MemoryEstimate
+    weights_on_disk: bool
     warnings: tuple[str, ...]
 
     def to_json(self) -> str:
@@ -80,11 +80,11 @@ def inspect(model: str | Path, recipe: Recipe | None = None, progress: Progress 
     recipe = recipe or Recipe()
     checkpoint = open_checkpoint(model, weights=False)
     shape = meta_model(checkpoint.config)
-    planned, size = planned_shape(recipe, shape), Size.of(shape)
+    planned, size = check_for(recipe, shape), Size.of(shape)
     arch = bind(planned)
-    check_without_prices(recipe, arch, shape.config)
     recipe = with_prices(recipe, arch, shape, RunLog(), progress)
     resolved = resolve_for(recipe, shape)
+    memory = plan_memory(resolved, arch, shape.config, size, can_map=not checkpoint.gguf_file)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
     parameters = parameter_prices(arch, resolved.groups, planned).with_only(resolved.layers)
     num_params = parameters.total - parameters.gone(resolved.groups, plan.num_keep)
@@ -113,7 +113,8 @@ def inspect(model: str | Path, recipe: Recipe | None = None, progress: Progress 
         num_params_after=num_params,
         num_bytes_after=num_params * bytes_per_param,
         num_calibration_tokens=resolved.recipe.calibration.num_tokens,
-        memory=estimate_memory(resolved, shape.config, size.num_bytes, bytes_per_param),
+        memory=memory.estimate,
+        weights_on_disk=memory.weights_on_disk,
         warnings=resolved.warnings,
     )
 

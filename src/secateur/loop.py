@@ -36,7 +36,7 @@ def prune_in_place(run: Run) -> Keeps:
         for group in run.resolved.groups:
             add_zero_biases(layers[group.layer], group)
     scratch = TemporaryDirectory(prefix="prune-", dir=run.scratch)
-    with scratch as folder, embeddings_on_disk(run.model, Path(folder)) as unload:
+    with scratch as folder, embeddings_on_disk(run.model, Path(folder), are_there=run.weights_on_disk) as unload:
         dense_layers, net = LayersOnDisk(Path(folder), "dense"), SafetyNet(run, Path(folder))
         for number in range(1, len(run.resolved.plans) + 1):
             # Of nothing that is left to the widths there is nothing to measure.
@@ -47,7 +47,9 @@ def prune_in_place(run: Run) -> Keeps:
                 net.before_round(keeps)
                 walk = Walk(run.model, run.arch, batches, dense=bool(run.resolved.recipe.target_mix))
                 unload()
-                _one_round(run, walk, plan, number, scores, keeps, dense_layers)
+                # Two sets of files by turns: a round's are mapped until the next one's take their place.
+                finished = LayersOnDisk(Path(folder), f"finished-{number % 2}") if run.weights_on_disk else None
+                _one_round(run, walk, plan, number, scores, keeps, dense_layers, finished)
             if not net.holds(number, keeps):
                 break
             _update_config(run)
@@ -58,7 +60,14 @@ def prune_in_place(run: Run) -> Keeps:
 
 
 def _one_round(
-    run: Run, walk: Walk, plan: Plan, number: int, scores: Keeps, keeps: Keeps, dense_layers: LayersOnDisk
+    run: Run,
+    walk: Walk,
+    plan: Plan,
+    number: int,
+    scores: Keeps,
+    keeps: Keeps,
+    dense_layers: LayersOnDisk,
+    finished: LayersOnDisk | None,
 ) -> None:
     num_rounds = len(run.resolved.plans)
     stage = f"prune, round {number} of {num_rounds}"
@@ -78,6 +87,9 @@ def _one_round(
             run.log({"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()})
         if index + 1 < run.arch.num_layers:
             walk.advance(index)
+        if finished is not None:
+            finished.keep(index, walk.layers[index], [])
+            finished.put_back(index, walk.layers[index])
         release_freed()
         run.progress(stage, index + 1, run.arch.num_layers)
 

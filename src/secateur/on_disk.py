@@ -19,12 +19,17 @@ EMBEDDINGS_FILE = "embeddings.safetensors"
 
 
 @contextmanager
-def embeddings_on_disk(model: PreTrainedModel, directory: Path) -> Iterator[Callable[[], None]]:
+def embeddings_on_disk(
+    model: PreTrainedModel, directory: Path, *, are_there: bool = False
+) -> Iterator[Callable[[], None]]:
     """Within the context embedding and head are mapped from a file, so that no memory is spent on them until they run.
 
     Yields a function that gives back the memory which they took when they ran. Only in ordinary memory; on other
-    devices nothing happens.
+    devices nothing happens, nor where they `are_there` already.
     """
+    if are_there:
+        yield lambda: None
+        return
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     parameters = {id(p): p for module in modules if module is not None for p in module.parameters()}
     held = {str(number): p for number, p in enumerate(parameters.values()) if p.device.type == "cpu"}
@@ -62,6 +67,8 @@ class LayersOnDisk:
 
     def keep(self, index: int, layer: nn.Module, groups: list[Group]) -> None:
         """Write the layer as it is now."""
+        # Unlinked first: a file that is still mapped keeps what it held.
+        self._path(index).unlink(missing_ok=True)
         save_file({name: p.detach().cpu().contiguous() for name, p in layer.named_parameters()}, self._path(index))
         self.counts[index] = {group.count: _count(layer, group.count) for group in groups if group.count is not None}
         self.modules[index] = dict(layer.named_children())

@@ -91,14 +91,14 @@ def check_free_space(directory: Path, num_bytes: int) -> None:
         )
 
 
-def parse_shard_size(text: str) -> int:
-    """Return the bytes that a size such as "5GB" stands for. Raises RecipeError if it is no size above zero."""
+def parse_size(key: str, text: str) -> int:
+    """Return the bytes that a size such as "5GB" stands for. Raises RecipeError, naming `key`, if it is none."""
     try:
         num_bytes = parse_size_to_int(text)
     except (ValueError, OverflowError):
         num_bytes = 0
     if num_bytes <= 0:
-        raise RecipeError(f"max_shard_size: must be a number and KB, MB, GB or TB, such as 5GB, got '{text}'.")
+        raise RecipeError(f"{key}: must be a number and KB, MB, GB or TB, such as 5GB, got '{text}'.")
     return num_bytes
 
 
@@ -117,7 +117,7 @@ def save_checkpoint(
 
     Raises CheckpointError for disk errors, RecipeError for a bad `max_shard_size`.
     """
-    num_shard_bytes = parse_shard_size(max_shard_size)
+    num_shard_bytes = parse_size("max_shard_size", max_shard_size)
     with disk_errors(directory), quiet_transformers():
         tokenizer.save_pretrained(directory)
         _save_model(model, directory, num_shard_bytes)

@@ -22,8 +22,16 @@ from secateur.calibration import CalibrationSet, build_calibration
 from secateur.calibration_facts import calibration_facts
 from secateur.calibration_sampled import with_sampled
 from secateur.card import model_card
-from secateur.checkpoint import check_finite, check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
+from secateur.checkpoint import (
+    check_finite,
+    check_weights,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    open_checkpoint,
+)
 from secateur.depth_step import remove_depth
+from secateur.estimate import plan_memory
 from secateur.hidden_step import remove_hidden
 from secateur.in_memory import check_in_memory, eval_mode, restore_buffers
 from secateur.latency import with_prices
@@ -31,14 +39,13 @@ from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
 from secateur.memory import peak_bytes
 from secateur.original_readers import OriginalReaders
-from secateur.output import check_free_space, parse_shard_size, staging
-from secateur.per_layer import check_can_skip
+from secateur.output import check_free_space, parse_size, staging
 from secateur.progress import Progress, silent
 from secateur.pruned_checkpoint import PrunedCheckpoint
-from secateur.recipe import Recipe, load_recipe, parse_recipe
+from secateur.recipe import Recipe, as_recipe
 from secateur.report import missing_plots, write_reports
-from secateur.resolve import Resolved, check_without_prices
-from secateur.resolve_hidden import planned_shape, resolve_for
+from secateur.resolve import Resolved
+from secateur.resolve_hidden import check_for, resolve_for
 from secateur.run import Keeps, Run
 from secateur.runlog import RunLog
 from secateur.summary import Losses, Size, Summary, group_widths, versions
@@ -76,6 +83,7 @@ class _Job:
     calibration: CalibrationSet
     log: RunLog
     progress: Progress
+    weights_on_disk: bool
 
 
 def prune(
@@ -98,8 +106,8 @@ def prune(
 
     Raises a SecateurError, one sentence, for everything that a user can correct.
     """
-    parsed = _parse(recipe)
-    parse_shard_size(parsed.max_shard_size)
+    parsed = as_recipe(recipe)
+    parse_size("max_shard_size", parsed.max_shard_size)
     if isinstance(model, str | Path):
         checkpoint = open_checkpoint(model)
         shape = meta_model(checkpoint.config)
@@ -107,9 +115,7 @@ def prune(
         check_in_memory(model, tokenizer)
         checkpoint, shape = None, model
     arch, size = bind(shape), Size.of(shape)
-    check_without_prices(parsed, bind(planned_shape(parsed, shape)), shape.config)
-    if parsed.sublayers:
-        check_can_skip(shape, arch)
+    check_for(parsed, shape)
     if checkpoint is not None:
         check_weights(checkpoint, shape)
     protected = None if checkpoint is None else checkpoint.directory
@@ -120,24 +126,34 @@ def prune(
         log = RunLog(directory)
         parsed = with_prices(parsed, arch, shape, log, progress)
         resolved = resolve_for(parsed, shape)
+        can_map = checkpoint is not None and checkpoint.gguf_file is None
+        on_disk = plan_memory(resolved, arch, shape.config, size, can_map=can_map).weights_on_disk
         with log.time("calibration"):
             if tokenizer is None:
                 assert checkpoint is not None
                 tokenizer = load_tokenizer(checkpoint)
             calibration = _calibrate(resolved.recipe, tokenizer, progress)
         with log.time("load"):
-            loaded = shape if checkpoint is None else load_model(checkpoint)
+            loaded = shape if checkpoint is None else load_model(checkpoint, mapped=on_disk)
             if checkpoint is None:
                 check_finite(loaded)
                 resolved = dataclasses.replace(resolved, warnings=resolved.warnings + restore_buffers(loaded))
         with log.time("calibration"):
             calibration = with_sampled(calibration, loaded, tokenizer, resolved.recipe.seed, progress)
         name = loaded.config._name_or_path or type(loaded).__name__ if checkpoint is None else checkpoint.reference
-        job = _Job(str(name), command, loaded, tokenizer, arch, resolved, calibration, log, progress)
+        job = _Job(str(name), command, loaded, tokenizer, arch, resolved, calibration, log, progress, on_disk)
         with eval_mode(loaded):
             layers, keeps, summary = _run(job, directory, protected)
     path = None if out is None else Path(out)
     return Result(loaded, tokenizer, resolved.recipe, keeps, layers, summary, path)
+
+
+def _has_uncompensated(job: _Job) -> bool:
+    """Say whether the same cut without compensation is to be evaluated, which needs the original readers."""
+    recipe = job.resolved.recipe
+    # Of a narrower model every linear is refitted; and original readers beside the others may not fit a budget.
+    is_possible = recipe.compensate != "none" and recipe.hidden_size is None and not job.weights_on_disk
+    return recipe.evaluate and is_possible
 
 
 def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[tuple[int, ...], Keeps, Summary]:
@@ -146,12 +162,10 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[tu
     dense_losses = _evaluate(job, "dense")
     dense_speed = _bench(job, "dense")
     with tempfile.TemporaryDirectory(dir=directory, prefix="originals-") as scratch:
-        # Of a narrower model every linear is refitted, so there is no uncompensated one to compare with.
-        compare = recipe.evaluate and recipe.compensate != "none" and recipe.hidden_size is None
-        originals = OriginalReaders(Path(scratch)) if compare else None
+        originals = OriginalReaders(Path(scratch)) if _has_uncompensated(job) else None
         run = Run(job.model, job.arch, job.resolved, job.calibration, originals, log.write, job.progress, Path(scratch))
         with log.time("prune"):
-            run = remove_depth(remove_hidden(run))
+            run = remove_depth(remove_hidden(dataclasses.replace(run, weights_on_disk=job.weights_on_disk)))
             job, layers = dataclasses.replace(job, arch=run.arch, resolved=run.resolved), run.resolved.layers
             checkpoint = directory and PrunedCheckpoint(
                 job.model, job.tokenizer, recipe, directory, carry_from, layers, run.channels
@@ -244,11 +258,3 @@ def _calibrate(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Pro
     return build_calibration(
         recipe.calibration, recipe.calibration.num_tokens, tokenizer, recipe.seed, progress, num_rounds=recipe.rounds
     )
-
-
-def _parse(recipe: Recipe | dict[str, Any] | Path | str | None) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    if isinstance(recipe, Path | str):
-        return parse_recipe(load_recipe(Path(recipe)), f"recipe {recipe}")
-    return parse_recipe(recipe or {})

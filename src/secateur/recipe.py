@@ -111,6 +111,7 @@ class Recipe(Strict):
     held-out loss may rise; the run ends with the last round that held.
     sublayers: budgets `curve` and `search` may take all of a group, so that the layer's attention or MLP goes whole.
     damping_factors: each group tries the damping times each of these and takes what its held-out text likes best.
+    memory_budget: such as 6GB, beyond interpreter and page cache; weights stay on disk where they would not fit it.
     target_mix: how much of the drift (dense stream minus pruned stream) an MLP makes up for; 0 its own output alone.
     """
 
@@ -144,6 +145,7 @@ class Recipe(Strict):
     calibration: Calibration = Calibration()
     evaluate: bool = True
     bench: bool = True
+    memory_budget: str | None = None
     max_shard_size: str = "5GB"
 
 
@@ -160,6 +162,15 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_sentence(error)}") from None
+
+
+def as_recipe(recipe: Recipe | dict[str, Any] | Path | str | None) -> Recipe:
+    """Return the recipe that is one, that a mapping or a YAML file holds, or the defaults. Raises RecipeError."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Path | str):
+        return parse_recipe(load_recipe(Path(recipe)), f"recipe {recipe}")
+    return parse_recipe(recipe or {})
 
 
 def over_preset(data: dict[str, Any], where: str) -> dict[str, Any]:

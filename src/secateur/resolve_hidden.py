@@ -15,9 +15,10 @@ from secateur.budget import Prices
 from secateur.checkpoint import meta_model
 from secateur.errors import RecipeError
 from secateur.hidden_cut import check_hidden_size, cut_hidden
+from secateur.per_layer import check_can_skip
 from secateur.prices import prices_of
 from secateur.recipe import Recipe
-from secateur.resolve import Resolved, resolve
+from secateur.resolve import Resolved, check_without_prices, resolve
 
 HIDDEN_TARGETS = ("parameters", "flops")
 
@@ -40,9 +41,18 @@ def planned_shape(recipe: Recipe, model: Any) -> Any:
     return narrow
 
 
+def check_for(recipe: Recipe, model: Any) -> Any:
+    """Return the shape that the recipe plans on. Raises ArchError or RecipeError for what this model cannot do."""
+    planned = planned_shape(recipe, model)
+    check_without_prices(recipe, bind(planned), planned.config)
+    if recipe.sublayers:
+        check_can_skip(planned, bind(planned))
+    return planned
+
+
 def resolve_for(recipe: Recipe, model: Any) -> Resolved:
     """Return the recipe in concrete numbers for the dense model, whichever shape it plans on. Raises as `resolve`."""
-    planned = planned_shape(recipe, model)
+    planned = check_for(recipe, model)
     return resolve(recipe, bind(planned), planned.config, _prices(recipe, model, planned))
 
 

@@ -24,6 +24,7 @@ Keeps = dict[GroupKey, Tensor]
 class Run:
     """`originals` keeps uncompensated readers, where they are to be compared with.
 
+    `weights_on_disk`: finished layers are mapped from files, so that of the weights only one layer's fill memory.
     `scratch`: a directory for files of this run alone; None: where the system has temporary files.
     `after_round`: is told the number of every round that held, while the model is as that round left it, its config
     included, and which units are left.
@@ -42,6 +43,7 @@ class Run:
     after_round: Callable[[int, Keeps], None] | None = None
     dense_losses: dict[str, float] = field(default_factory=dict[str, float])
     channels: tuple[int, ...] = ()
+    weights_on_disk: bool = False
 
     @property
     def shares(self) -> dict[str, float]:

@@ -192,11 +192,15 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "hidden size", f"{wide:,} -> {narrow:,}; a run measures which channels"
     yield "parameters", f"{size.num_params:,} -> {inspection.num_params_after:,}"
     yield "bytes", f"{human_bytes(size.num_bytes)} -> {human_bytes(inspection.num_bytes_after)}"
+    elsewhere = " (the other layers on disk)" if inspection.weights_on_disk else ""
+    weights, hidden, statistics, solve = (
+        human_bytes(part) for part in (memory.weights, memory.hidden_states, memory.statistics, memory.solve)
+    )
     yield (
         "memory",
         f"about {human_bytes(memory.peak)} at the peak of a run with {inspection.num_calibration_tokens:,} calibration "
-        f"tokens: weights {human_bytes(memory.weights)}, hidden states {human_bytes(memory.hidden_states)}, statistics "
-        f"{human_bytes(memory.statistics)}, solve {human_bytes(memory.solve)}; the interpreter comes on top",
+        f"tokens: weights {weights}{elsewhere}, hidden states {hidden}, statistics {statistics}, solve {solve}; the "
+        f"interpreter comes on top",
     )
     for warning in inspection.warnings:
         yield "note", warning

@@ -21,6 +21,9 @@ CONSOLE = Console(markup=False, emoji=False, highlight=False)
 
 Model = Annotated[str, typer.Argument(help="A local directory, a hub id, a .gguf file, or smollm2-135m.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier result.")]
+MemoryBudget = Annotated[
+    str | None, typer.Option(help="Such as 6GB, beyond the interpreter: weights that do not fit stay on disk.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; the options here override it.")]

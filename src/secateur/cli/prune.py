@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +11,7 @@ from secateur.cli.app import (
     CONSOLE,
     Domains,
     Json,
+    MemoryBudget,
     Model,
     Overwrite,
     Preset,
@@ -40,25 +41,31 @@ def prune(
     preset: Preset = None,
     domain: Domains = None,
     seed: Seed = None,
+    memory_budget: MemoryBudget = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
-    parsed = _recipe(recipe, preset, remove, domain, seed)
+    parsed = _recipe(recipe, preset, remove, domain, seed=seed, memory_budget=memory_budget)
     _prune(model, out, parsed, overwrite=overwrite, quiet=quiet, as_json=as_json)
 
 
 @app.command(epilog="Example: secateur inspect Qwen/Qwen2.5-7B --remove 0.3")
 def inspect(
-    model: Model, remove: Remove = None, recipe: RecipeFile = None, preset: Preset = None, as_json: Json = False
+    model: Model,
+    remove: Remove = None,
+    recipe: RecipeFile = None,
+    preset: Preset = None,
+    memory_budget: MemoryBudget = None,
+    as_json: Json = False,
 ) -> None:
     """Say what MODEL is made of and what a run would leave, from its config alone."""
     from secateur.inspection import inspect as inspect_model
     from secateur.tables import inspection_table
 
     with progress_bar(enabled=not as_json) as progress:
-        found = inspect_model(model, _recipe(recipe, preset, remove, None, None), progress)
+        found = inspect_model(model, _recipe(recipe, preset, remove, None, memory_budget=memory_budget), progress)
     if as_json:
         print(found.to_json(), end="")
     else:
@@ -103,16 +110,13 @@ def _prune(model: str, out: Path, recipe: Recipe, *, overwrite: bool, quiet: boo
 
 
 def _recipe(
-    file: Path | None, preset: str | None, remove: float | None, domains: list[str] | None, seed: int | None
+    file: Path | None, preset: str | None, remove: float | None, domains: list[str] | None, **options: Any
 ) -> Recipe:
     data = {} if file is None else load_recipe(file)
     parse_recipe(data, f"recipe {file}")  # so that the file is not blamed for what an option says
     if preset is not None:
         data = over_preset({"preset": preset, **{k: v for k, v in data.items() if k != "preset"}}, "--preset")
-    if remove is not None:
-        data["remove"] = remove
-    if seed is not None:
-        data["seed"] = seed
+    data |= {key: value for key, value in {"remove": remove, **options}.items() if value is not None}
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data
         data["calibration"] = {**data.get("calibration", {}), "domains": parse_domains(domains)}

@@ -1,0 +1,73 @@
+"""Peak anonymous memory of a prune with its weights on disk, over the number of layers: it should not grow.
+
+Random models of one shape (`make_shape.py`) and several numbers of layers are pruned by a fifth from a directory to a finished
+output, each in a process of its own, with the smallest memory budget that can work. Resident anonymous memory is
+sampled; what interpreter, libraries and a warm-up run hold before is taken off. Page cache is stated beside it.
+
+    python benchmarks/memory_by_layers.py [--layers 4 8 16 32] [--shape small] [--num-tokens 2048]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cost import measure_memory
+from make_shape import SHAPES, write_shape
+
+from secateur.inspection import inspect
+from secateur.recipe import parse_recipe
+
+
+def settings(num_tokens: int) -> dict[str, Any]:
+    """Return the recipe without its budget."""
+    return {"remove": 0.2, "align": 64, "calibration": {"num_tokens": num_tokens, "sequence_length": 128}}
+
+
+def measured(directory: Path, num_tokens: int) -> dict[str, int]:
+    """Return the peak in a fresh process; bytes."""
+    child = [sys.executable, __file__, "--memory-of", str(directory), "--num-tokens", str(num_tokens)]
+    return json.loads(subprocess.run(child, capture_output=True, text=True, check=True).stdout)
+
+
+def smallest_budget(directory: Path, asked: dict[str, Any]) -> str:
+    """Return the least that weights on disk need, as `inspect` predicts it."""
+    for exponent in range(20, 50):
+        budget = f"{2**exponent / 1e6:.3f}MB"
+        try:
+            if inspect(directory, parse_recipe({**asked, "memory_budget": budget})).weights_on_disk:
+                return budget
+        except ValueError:
+            continue
+    raise AssertionError("weights fit wherever the rest does: the model is too small for this measurement")
+
+
+def main() -> None:
+    """Print a row per number of layers and the largest peak over the smallest."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--shape", choices=list(SHAPES), default="small")
+    parser.add_argument("--num-tokens", type=int, default=2048)
+    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    asked = settings(options.num_tokens)
+    if options.memory_of:
+        budget = smallest_budget(options.memory_of, asked)
+        print(json.dumps(measure_memory(options.memory_of, {**asked, "memory_budget": budget})))
+        return
+    peaks = []
+    for layers in options.layers:
+        with tempfile.TemporaryDirectory() as folder:
+            directory = Path(folder) / "shape"
+            write_shape(options.shape, directory, layers)
+            found = measured(directory, options.num_tokens)
+        peaks.append(found["RssAnon"] - found["start_anonymous"])
+        print(f"{layers} layers: anonymous {peaks[-1] / 1e6:.1f} MB, mapped files {found['RssFile'] / 1e6:.1f} MB")
+    print(f"largest over smallest: {max(peaks) / min(peaks):.3f} (mark: at most 1.05)")
+
+
+if __name__ == "__main__":
+    main()
