@@ -1,8 +1,8 @@
 """Peak anonymous memory of a prune with its weights on disk, over the number of layers: it should not grow.
 
-Random models of one shape (`make_shape.py`) and several numbers of layers are pruned by a fifth from a directory to a finished
-output, each in a process of its own, with the smallest memory budget that can work. Resident anonymous memory is
-sampled; what interpreter, libraries and a warm-up run hold before is taken off. Page cache is stated beside it.
+Random models of one shape (`make_shape.py`) and several numbers of layers are pruned by a fifth, from directory to
+finished output, each in a process of its own, with the smallest memory budget that can work. Resident anonymous memory
+is sampled; what interpreter, libraries and a warm-up run hold before is taken off. Page cache is stated beside it.
 
     python benchmarks/memory_by_layers.py [--layers 4 8 16 32] [--shape small] [--num-tokens 2048]
 """
