@@ -14,11 +14,12 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 260, 60
 # Bottom up; a module imports from layers below its own, never from its own. `cli.*` is one command each.
 LAYERS = [
     # what knows nothing of the rest
-    "errors progress memory runlog reload_child checkpoint_quiet modeling_per_layer gram overlap page svg knapsack",
+    "errors progress memory runlog reload_child checkpoint_quiet modeling_per_layer gram overlap page svg knapsack "
+    "arch_conv",
     # what a run is described by; readers and writers of single files
     "stats arch_spec recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output llama_cpp "
     "gguf_sentencepiece",
-    "arch_hidden",
+    "arch_hidden arch_numbers arch_logits",
     "arch",
     # stages and measurements, each by itself
     "budget score cut walk loss kl bench verify in_memory sources checkpoint_config staged_file plots "

@@ -2,14 +2,16 @@
 
 In: a config's `model_type`. Out: the spec as its YAML states it; `arch.bind` checks it against real modules. In the
 YAML a segment's width is a number, `kv` (head_dim), `q` (head_dim x query heads per KV head), or `kv x NAME`: as many
-segments of one head as the config's NAME says.
+segments of one head as the config's NAME says. `like: FAMILY` takes everything from another file but what is said anew;
+of its groups those named null are left out.
 """
 
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from secateur.errors import ArchError, nearest
 
@@ -22,12 +24,29 @@ class GroupSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     unit: str
-    num_units: str  # the config key that holds the number of units, or "KEY / KEY"
+    # The config key that holds the number of units; or "KEY / KEY"; or "KEY or 4 x KEY" where the first may be None.
+    num_units: str
     writers: dict[str, SegmentSpecs] = Field(min_length=1)
     reader: dict[str, SegmentSpecs] = Field(min_length=1, max_length=1)
     # The attribute of a module that holds the number of units, where a half-cut model needs it to run.
     count: str | None = None
     bias_switch: dict[str, tuple[str, ...]] = Field(default={}, max_length=1)
+    # The module whose config a half-cut layer needs to itself, where its forward reads numbers of heads from there.
+    local_config: str | None = None
+    unless: dict[str, str] = {}  # config keys (dotted: within a mapping) that, where true, forbid the group -> why
+
+
+class LogitsSpec(BaseModel):
+    """What happens to the head's output, by the config keys that say how much: x * multiply / divide, then the cap.
+
+    cap: y = cap * tanh(x / cap), where the config has one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    multiply: str | None = None
+    divide: str | None = None
+    cap: str | None = None
 
 
 class HiddenSpec(BaseModel):
@@ -53,12 +72,25 @@ class ArchSpec(BaseModel):
     backbone: str
     layers: str
     head: str
-    attention: str  # within a layer
-    middle: str  # the module of a layer whose input is the residual stream between attention and MLP
-    mlp_adds_directly: bool = True  # not where its output is normalised before it joins the residual stream
+    attention: str | None  # within a layer; null where layers differ in kind
+    # The module of a layer whose input is the residual stream between attention and MLP; null where there is none, as
+    # in blocks that run both side by side.
+    middle: str | None
+    # Whether the MLP's output joins the residual stream as it is: not where it is normalised or scaled before. A name
+    # is a config key that says so.
+    mlp_adds_directly: bool | str = True
+    logits: LogitsSpec | None = None
+    layers_give_tuples: bool = False  # the hidden states first
     heads_divide_hidden_size: bool = False  # where the config class refuses other numbers of attention heads
     hidden: HiddenSpec | None = None  # where hidden width can be cut
     groups: dict[str, GroupSpec]
+    omits: dict[str, str] = {}  # groups that the family cannot lose units of -> why
+
+    @model_validator(mode="after")
+    def _check_middle(self) -> "ArchSpec":
+        if self.middle is not None and self.attention is None:
+            raise ValueError("middle: lies behind an attention, so that it needs one; set it to null.")
+        return self
 
 
 @cache
@@ -70,7 +102,8 @@ def load_specs() -> dict[str, ArchSpec]:
         for file in files
         if file.name.endswith(".yaml")
     }
-    return {family: ArchSpec.model_validate(yaml.safe_load(text)) for family, text in texts.items()}
+    raw = {family: yaml.safe_load(text) for family, text in texts.items()}
+    return {family: ArchSpec.model_validate(_inherited(data, raw)) for family, data in raw.items()}
 
 
 def find_spec(model_type: str) -> tuple[str, ArchSpec]:
@@ -82,3 +115,12 @@ def find_spec(model_type: str) -> tuple[str, ArchSpec]:
             f"the nearest is '{nearest(model_type, families)}'."
         )
     return families[model_type], load_specs()[families[model_type]]
+
+
+def _inherited(data: dict[str, Any], raw: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return a file's data over that of the family it is `like`; its groups over those, without the ones named null."""
+    if "like" not in data:
+        return data
+    base = _inherited(raw[data["like"]], raw)
+    groups = {name: group for name, group in (base["groups"] | data.get("groups", {})).items() if group is not None}
+    return base | {key: value for key, value in data.items() if key != "like"} | {"groups": groups}

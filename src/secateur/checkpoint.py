@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from secateur.arch_conv import linears_for_conv
 from secateur.checkpoint_config import BAD_GGUF, BAD_VALUE, directory_config, gguf_config, one_line
 from secateur.checkpoint_locate import TOKENIZER_FILES, locate
 from secateur.checkpoint_quiet import quiet_transformers
@@ -141,6 +142,7 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
         unexpected=sorted(info["unexpected_keys"]),
     )
     check_finite(model)
+    linears_for_conv(model)
     model.config.name_or_path = ""
     return model
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.arch import Arch, bind, decoder_layers, linear
+from secateur.arch import Arch, bind, decoder_layers, head_of, linear
 from secateur.compensate import Guard, guard, held_out_error
 from secateur.errors import ArchError, NumericsError, RecipeError
 from secateur.gram import Gram
@@ -160,7 +160,7 @@ def _divergences(model: nn.Module, arch: Arch, batch: Batch, kept: list[int]) ->
             skipping_BTD = pruned.hidden_BTD[-1]
             pruned.advance(index)
             pruned.hidden_BTD.insert(-1, skipping_BTD)
-    head = model.get_submodule(arch.head)
+    head = head_of(model, arch)
     dense_PD = states_for_head(model, arch, batch, dense.hidden_BTD[0])
     for hidden_BTD in pruned.hidden_BTD[:-1]:
         yield token_divergences(dense_PD, head, states_for_head(model, arch, batch, hidden_BTD), head)[0]
@@ -169,7 +169,7 @@ def _divergences(model: nn.Module, arch: Arch, batch: Batch, kept: list[int]) ->
 @torch.inference_mode()
 def states_for_head(model: nn.Module, arch: Arch, batch: Batch, hidden_BTD: Tensor) -> Float[Tensor, "P D"]:
     """Return what the head reads of a stream that has left the layers: the backbone runs with them bypassed."""
-    with forwards_replaced(decoder_layers(model, arch), lambda *_, **__: hidden_BTD):
+    with forwards_replaced(decoder_layers(model, arch), lambda *_, **__: arch.layer_output(hidden_BTD)):
         final_BTD = model.get_submodule(arch.backbone)(batch.ids_BT, use_cache=False).last_hidden_state
     return final_BTD[:, :-1].flatten(0, 1)
 

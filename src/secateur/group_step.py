@@ -42,7 +42,7 @@ def prune_group(
     layer = walk.layers[group.layer]
     reader = linear(layer, group.reader.module)
     num_units = reader.in_features // group.width
-    is_mlp = not group.reader.module.startswith(f"{walk.arch.attention}.")
+    is_mlp = not walk.arch.is_in_attention(group)
     measured = measure(
         walk,
         group,

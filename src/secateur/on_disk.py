@@ -7,8 +7,8 @@ afterwards, bit for bit; and its layers as they were before a cut, for the dense
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -45,11 +45,11 @@ def embeddings_on_disk(model: PreTrainedModel, directory: Path) -> Iterator[Call
 
 
 class LayersOnDisk:
-    """One safetensors file per layer, called `name`, and the numbers of units that its modules held."""
+    """One safetensors file per layer, called `name`, and the numbers of units and the configs that its modules held."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self.directory, self.name = directory, name
-        self.counts: dict[int, dict[str, int]] = {}
+        self.counts: dict[int, dict[str, Any]] = {}
 
     @property
     def indices(self) -> list[int]:
@@ -59,7 +59,7 @@ class LayersOnDisk:
     def keep(self, index: int, layer: nn.Module, groups: list[Group]) -> None:
         """Write the layer as it is now."""
         save_file({name: p.detach().cpu().contiguous() for name, p in layer.named_parameters()}, self._path(index))
-        self.counts[index] = {group.count: _count(layer, group.count) for group in groups if group.count is not None}
+        self.counts[index] = {name: _count(layer, name) for group in groups for name in group.attributes}
 
     def put_back(self, index: int, layer: nn.Module) -> None:
         """Make the layer what it was when it was kept."""
@@ -93,11 +93,11 @@ def _state_sizes(layer: nn.Module) -> None:
             module.out_features, module.in_features = module.weight.shape
 
 
-def _count(layer: nn.Module, name: str) -> int:
+def _count(layer: nn.Module, name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     return getattr(layer.get_submodule(module), attribute)
 
 
-def _put(layer: nn.Module, name: str, value: torch.Tensor | int) -> None:
+def _put(layer: nn.Module, name: str, value: Any) -> None:
     module, _, attribute = name.rpartition(".")
     setattr(layer.get_submodule(module), attribute, value)
