@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from secateur.arch import bind, decoder_layers, head_of, linear
-from secateur.arch_spec import load_specs
-from secateur.cut import cut, zero_units
+from secateur.arch_spec import ArchSpec, find_spec, load_specs
+from secateur.cut import add_zero_biases, cut, zero_units
 from secateur.depth import states_for_head
 from secateur.per_layer import record_widths
 from secateur.prices import parameter_prices
@@ -155,3 +155,112 @@ def test_taylor_scores_are_the_gradients_of_the_models_own_loss(name: str) -> No
     writers = [linear(decoder_layers(model, arch)[1], axis.module) for axis in group.writers]
     total = of_reader.sum() + sum((p * p.grad).abs().sum() for each in writers for p in each.parameters())
     torch.testing.assert_close(scores.sum(), total, atol=1e-4, rtol=1e-3)
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, name: str, **wrong: Any) -> None:
+    """Let the row's family be described by its spec with `wrong` in place; of groups only what is said anew."""
+    family, spec = find_spec(FAMILIES[name][0])
+    data = spec.model_dump()
+    for group, keys in wrong.pop("groups", {}).items():
+        data["groups"][group] = data["groups"].get(group, {}) | keys
+    wrong_spec = ArchSpec.model_validate(data | wrong)
+    monkeypatch.setattr("secateur.arch.find_spec", lambda model_type: (family, wrong_spec))
+
+
+HEADS_OF_STABLELM = {
+    "unit": "KV head",
+    "num_units": "num_key_value_heads",
+    "writers": {"self_attn.q_proj": ["q"], "self_attn.k_proj": ["kv"], "self_attn.v_proj": ["kv"]},
+    "reader": {"self_attn.o_proj": ["q"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "wrong"),
+    [
+        pytest.param("phi3", "ffn", {"writers": {"mlp.gate_up_proj": [2]}}, id="wrong segment"),
+        pytest.param("phi3", "kv_heads", {"writers": {"self_attn.qkv_proj": ["kv", "q", "kv"]}}, id="wrong order"),
+        pytest.param("olmo2", "kv_heads", HEADS_OF_STABLELM, id="norm over all heads"),
+    ],
+)
+def test_the_table_catches_units_that_are_no_units(
+    monkeypatch: pytest.MonkeyPatch, name: str, group: str, wrong: dict[str, Any]
+) -> None:
+    broken(monkeypatch, name, groups={group: wrong})
+    with pytest.raises(AssertionError, match="not close"):
+        test_permuting_units_changes_nothing(name, group)
+
+
+def test_the_table_catches_a_missing_writer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    writers = {"self_attn.q_proj": ["q"], "self_attn.k_proj": ["kv"]}
+    broken(monkeypatch, "qwen2", groups={"kv_heads": {"writers": writers}})
+    with pytest.raises(AssertionError, match="its tensors and its config disagree"):
+        test_cut_saved_and_reloaded_by_stock_transformers_equals_mask("qwen2", "kv_heads", tmp_path)
+
+
+def test_the_table_catches_a_width_of_heads_that_the_config_cannot_pin(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken(monkeypatch, "stablelm", groups={"kv_heads": HEADS_OF_STABLELM})
+    test_permuting_units_changes_nothing("stablelm", "kv_heads")
+    with pytest.raises(AssertionError, match="its tensors and its config disagree"):
+        test_cut_saved_and_reloaded_by_stock_transformers_equals_mask("stablelm", "kv_heads", tmp_path)
+
+
+def test_the_table_catches_numbers_of_heads_read_from_the_models_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, "phi3", groups={"kv_heads": {"local_config": None}})
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        test_a_model_cut_in_one_layer_alone_runs("phi3", "kv_heads")
+
+
+def check_bias_reloads(name: str, directory: Path) -> None:
+    """What compensation by bias does: the readers get a bias, the config says so, stock transformers loads it."""
+    model = tiny_family(name)
+    arch = bind(model)
+    for group in arch.select(("ffn",)):
+        layer = decoder_layers(model, arch)[group.layer]
+        add_zero_biases(layer, group)
+        torch.nn.init.normal_(linear(layer, group.reader.module).bias)
+        assert group.bias_switch is not None
+        setattr(model.config, group.bias_switch.config_key, True)
+    model.save_pretrained(directory)
+    reloaded, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], "the switch gives biases to other linears"
+    torch.testing.assert_close(logits_of(reloaded, tiny_ids()), logits_of(model, tiny_ids()), atol=1e-6, rtol=1e-6)
+
+
+WITH_SWITCH = [
+    name
+    for name, (model_type, _) in FAMILIES.items()
+    if any(
+        model_type in s.model_types and s.groups["ffn"].bias_switch for s in load_specs().values() if "ffn" in s.groups
+    )
+]
+
+
+@pytest.mark.parametrize("name", WITH_SWITCH)
+def test_a_bias_switch_is_read_on_reload(name: str, tmp_path: Path) -> None:
+    check_bias_reloads(name, tmp_path)
+
+
+def test_the_table_catches_a_missing_bias(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken(monkeypatch, "nemotron", groups={"ffn": {"bias_switch": {"mlp_bias": ["mlp.down_proj"]}}})
+    with pytest.raises(AssertionError, match="the switch gives biases to other linears"):
+        check_bias_reloads("nemotron", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        pytest.param("phi", {"middle": "mlp"}, id="a middle of blocks side by side"),
+        pytest.param("gemma3", {"middle": "mlp"}, id="a middle behind the norm"),
+        pytest.param("gemma2", {"logits": None}, id="missing cap"),
+        pytest.param("cohere2", {"logits": {"divide": "logit_scale"}}, id="wrong factor"),
+    ],
+)
+def test_the_table_catches_a_walk_that_is_not_the_forward_pass(
+    monkeypatch: pytest.MonkeyPatch, name: str, wrong: dict[str, Any]
+) -> None:
+    broken(monkeypatch, name, **wrong)
+    with pytest.raises(AssertionError, match="not close"):
+        test_walk_equals_forward(name, to_middle=True)
