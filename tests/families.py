@@ -35,6 +35,20 @@ LINEAR = {
 }
 ROTATED_PART = {"hidden_size": 64}  # a quarter of a head, which must be an even number
 FALCON = {"ffn_hidden_size": 112, "bias": True}
+QWEN_MOE = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+MLA = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
 
 # name -> (model type, overrides)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -84,6 +98,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan_dense": ("hunyuan_v1_dense", HEADS),
     "ernie4_5": ("ernie4_5", HEADS),
     "seed_oss": ("seed_oss", HEADS),
+    "mixtral": ("mixtral", HEADS | {"num_local_experts": 6}),
+    "qwen2_moe": ("qwen2_moe", QWEN_MOE | {"num_experts": 6, "shared_expert_intermediate_size": 80}),
+    "qwen2_moe-mixed": (
+        "qwen2_moe",
+        QWEN_MOE | {"num_experts": 6, "shared_expert_intermediate_size": 80, "mlp_only_layers": [1]},
+    ),
+    "qwen3_moe": ("qwen3_moe", HEADS | QWEN_MOE | {"num_local_experts": 6, "norm_topk_prob": True}),
+    "qwen3_moe-mixed": ("qwen3_moe", HEADS | QWEN_MOE | {"num_local_experts": 6, "mlp_only_layers": [1]}),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
+    "gpt_oss": ("gpt_oss", HEADS | TWO_KINDS | {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "granitemoe": ("granitemoe", {"num_local_experts": 6, "residual_multiplier": 0.5, "logits_scaling": 4.0}),
+    "deepseek_v2": ("deepseek_v2", MLA | {"n_routed_experts": 6, "first_k_dense_replace": 1}),
+    "deepseek_v2-groups": (
+        "deepseek_v2",
+        MLA | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "topk_method": "group_limited_greedy"},
+    ),
+    "deepseek_v3": ("deepseek_v3", MLA | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2}),
 }
 
 

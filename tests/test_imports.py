@@ -20,6 +20,8 @@ LAYERS = [
     "stats arch_spec recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output llama_cpp "
     "gguf_sentencepiece",
     "arch_hidden arch_numbers arch_logits",
+    "arch_group",
+    "arch_experts",
     "arch",
     # stages and measurements, each by itself
     "budget score cut walk loss kl bench verify in_memory sources checkpoint_config staged_file plots "
@@ -27,8 +29,8 @@ LAYERS = [
     "ideal resolve_depth",
     "prices",
     # stages that are made of others
-    "obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary bench_llama_cpp "
-    "evaluate_tasks compare_page budget_curve budget_global level_database",
+    "experts obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary "
+    "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global level_database",
     "calibration_sampled calibration_facts repair hidden_norms depth estimate bench_memory evaluate_domains "
     "evaluate_cache gguf_metadata gguf_check",
     "latency probe original_readers hidden_drift",

@@ -13,67 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.arch_conv import linears_for_conv
+from secateur.arch_experts import bind_experts
+from secateur.arch_group import Axis, BiasSwitch, Group
 from secateur.arch_hidden import Hidden, bind_hidden, submodule
 from secateur.arch_logits import Logits, bind_logits, head_with
-from secateur.arch_numbers import Segments, count_of, head_width, layer_configs, segments_of, text_config
+from secateur.arch_numbers import Segments as Segments
+from secateur.arch_numbers import count_of, head_width, layer_configs, segments_of, text_config
 from secateur.arch_spec import GroupSpec, SegmentSpecs, find_spec
 from secateur.errors import ArchError, nearest
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """The units' axis of one linear: `segments[k]` consecutive rows per unit in segment k."""
-
-    module: str
-    segments: Segments
-
-
-@dataclass(frozen=True, slots=True)
-class BiasSwitch:
-    """The config key that makes the reader's bias storable, and the linears that it gives a bias."""
-
-    config_key: str
-    modules: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """One layer's group, bound to real modules. `params_per_unit` counts weights and biases of writers and reader.
-
-    `config_key`: where the config holds the number of units, the first of several. `head_dim`: of units that are heads.
-    `count`: the module attribute, dotted from the layer, that holds the number of units; None where none does.
-    `local_config`: the module whose config a cut layer needs to itself.
-    `divides`: (factor, whole) where the config class takes only counts whose `factor` fold divides `whole`.
-    """
-
-    layer: int
-    name: str
-    unit: str
-    num_units: int
-    params_per_unit: int
-    writers: tuple[Axis, ...]
-    reader: Axis
-    count: str | None
-    bias_switch: BiasSwitch | None
-    divides: tuple[int, int] | None = None
-    config_key: str = ""
-    head_dim: int | None = None
-    local_config: str | None = None
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """What a cut sets besides tensors: attributes, dotted from the layer."""
-        config = () if self.local_config is None else (f"{self.local_config}.config",)
-        return config if self.count is None else (self.count, *config)
-
-    def allows(self, num_units: int) -> bool:
-        """Say whether the family's config can state that many units."""
-        return self.divides is None or self.divides[1] % (num_units * self.divides[0]) == 0
-
-    @property
-    def width(self) -> int:
-        """Reader columns of one unit."""
-        return sum(self.reader.segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +93,14 @@ def bind(model: nn.Module) -> Arch:
     forbidden = {
         name: why for name, group in spec.groups.items() for key, why in group.unless.items() if _is_on(config, key)
     }
-    groups = [
-        _bind_group(layer, index, name, group, layer_config, family, spec.heads_divide_hidden_size)
-        for index, (layer, layer_config) in enumerate(zip(layers, configs, strict=True))
-        for name, group in spec.groups.items()
-        if name not in forbidden and not _is_skipped(layer, group)
-    ]
+    groups: list[Group] = []
+    for index, (layer, layer_config) in enumerate(zip(layers, configs, strict=True)):
+        for name, group in spec.groups.items():
+            if name not in forbidden and not _is_skipped(layer, group):
+                divide = spec.heads_divide_hidden_size
+                groups.append(_bind_group(layer, index, name, group, layer_config, family, divide))
+        if spec.experts is not None and not _is_absent(layer, spec.experts.experts):
+            groups.append(bind_experts(layer, index, spec.experts, layer_config, family))
     heads = [each.num_attention_heads for each in configs] if spec.heads_divide_hidden_size else []
     adds = spec.mlp_adds_directly
     return Arch(
@@ -203,8 +152,14 @@ def _is_on(config: Any, key: str) -> bool:
 
 def _is_skipped(layer: nn.Module, group: GroupSpec) -> bool:
     """Say whether the layer has nothing in the group's place: a skipped sublayer is a module without parameters."""
-    sublayer = getattr(layer, next(iter(group.reader)).partition(".")[0], None)
-    return isinstance(sublayer, nn.Module) and next(sublayer.parameters(), None) is None
+    reader = next(iter(group.reader))
+    sublayer = getattr(layer, reader.partition(".")[0], None)
+    is_empty = isinstance(sublayer, nn.Module) and next(sublayer.parameters(), None) is None
+    return is_empty or (group.in_some_layers and _is_absent(layer, reader))
+
+
+def _is_absent(layer: nn.Module, name: str) -> bool:
+    return name not in dict(layer.named_modules())
 
 
 def _bind_group(

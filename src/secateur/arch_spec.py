@@ -31,6 +31,7 @@ class GroupSpec(BaseModel):
     # The attribute of a module that holds the number of units, where a half-cut model needs it to run.
     count: str | None = None
     bias_switch: dict[str, tuple[str, ...]] = Field(default={}, max_length=1)
+    in_some_layers: bool = False  # only layers that have the reader have the group
     # The module whose config a half-cut layer needs to itself, where its forward reads numbers of heads from there.
     local_config: str | None = None
     unless: dict[str, str] = {}  # config keys (dotted: within a mapping) that, where true, forbid the group -> why
@@ -47,6 +48,22 @@ class LogitsSpec(BaseModel):
     multiply: str | None = None
     divide: str | None = None
     cap: str | None = None
+
+
+class ExpertsSpec(BaseModel):
+    """A layer's experts as their YAML states them; layers without such a module have none. Modules within a layer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experts: str  # the module all of whose parameters have one entry per expert on axis 0
+    router: str
+    router_rows: tuple[str, ...] = ("weight",)  # the router's tensors with one row per expert
+    num_units: str  # config key
+    top_k: str  # config key
+    counts: tuple[str, ...] = Field(min_length=1)  # attributes, dotted from the layer, that hold the number of experts
+    # Config keys, where the router first chooses groups of experts: how many there are, how many it takes.
+    num_groups: str | None = None
+    top_k_groups: str | None = None
 
 
 class HiddenSpec(BaseModel):
@@ -84,6 +101,7 @@ class ArchSpec(BaseModel):
     heads_divide_hidden_size: bool = False  # where the config class refuses other numbers of attention heads
     hidden: HiddenSpec | None = None  # where hidden width can be cut
     groups: dict[str, GroupSpec]
+    experts: ExpertsSpec | None = None
     omits: dict[str, str] = {}  # groups that the family cannot lose units of -> why
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.arch import Group, linear
 from secateur.cut import cut, rows_of, unit_columns
 from secateur.domain_weights import reweighted
+from secateur.experts import prune_experts
 from secateur.measure import Measurement, measure
 from secateur.memory import release_freed
 from secateur.original_readers import OriginalReaders
@@ -39,6 +40,8 @@ def prune_group(
 
     `scores_U`: the units' scores, where they were measured on the whole model before.
     """
+    if group.experts is not None:
+        return prune_experts(walk, group, num_keep, recipe.score, recipe.domain_weighting, shares, seed)
     layer = walk.layers[group.layer]
     reader = linear(layer, group.reader.module)
     num_units = reader.in_features // group.width

@@ -39,6 +39,9 @@ def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
     absent = {name for name, module in layer.named_children() if isinstance(module, SkippedAttn | SkippedMLP)}
     widths: dict[str, Any] = {}
     for group in (group for group in groups if group.reader.module.partition(".")[0] not in absent):
+        if group.experts is not None:
+            widths[group.config_key] = len(next(layer.get_submodule(group.experts.module).parameters()))
+            continue
         reader = linear(layer, group.reader.module)
         if group.head_dim is None:
             widths[group.config_key] = reader.in_features // group.width

@@ -83,6 +83,11 @@ def check_without_prices(recipe: Recipe, arch: Arch, config: Any) -> None:
             f"compensate: family {arch.family} cannot store a bias in its readers (it would be dropped on reload); "
             f"use least_squares or none."
         )
+    if any(group.experts for group in groups) and (recipe.budget != "uniform" or recipe.target != "parameters"):
+        raise RecipeError(
+            f"groups: experts can only go with budget: uniform and target: parameters, got {recipe.budget} and "
+            f"{recipe.target}; change these or leave experts out."
+        )
     if recipe.target != "latency" and recipe.prices is not None:
         raise RecipeError(f"prices: are what target latency plans with; with target {recipe.target} leave them out.")
     sequence_length(recipe, config)
@@ -106,7 +111,7 @@ def resolve(recipe: Recipe, arch: Arch, config: Any, prices: Prices, layers: tup
     remove = share_for_widths(recipe, prices, num_gone, step)
     # A layer is folded into the FFN reader before it, whatever else is cut.
     fitted = groups + (arch.select(("ffn",)) if recipe.depth else ())
-    widest = max(group.num_units * group.width for group in fitted)
+    widest = max(group.num_inputs for group in fitted)
     num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
     mix = _target_mix(recipe, arch)
     damping, warnings = _damping(recipe, num_tokens, widest)

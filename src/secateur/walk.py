@@ -59,28 +59,25 @@ class Walk:
         middle it does not move. With `to_end` it moves through the whole layer, which the caller will not change at
         all, and `advance` must not be called.
         """
-        assert not self._in_middle
         to_middle = to_middle and self.arch.middle is not None
         entered: list[Tensor] = []
         middle = self.layers[index].get_submodule(self.arch.middle or "")
         handle = middle.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
         try:
             for position, batch in enumerate(self.batches):
-                output = self._forward(index, self.hidden_BTD[position])
+                output = self._forward(index, self.hidden_BTD[position], rest=self._in_middle)
                 if to_middle or to_end:
                     self.hidden_BTD[position] = output if to_end else entered[0]
                 entered.clear()
                 yield batch, output
         finally:
             handle.remove()
-        self._in_middle = to_middle
+        self._in_middle = (to_middle or self._in_middle) and not to_end
 
     def advance(self, index: int) -> None:
         """Move the stream through layer `index` as it is now, or through what `run` has left of it."""
-        attention = [self.layers[index].get_submodule(self.arch.attention or "")] if self._in_middle else []
-        with forwards_replaced(attention, lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)):
-            for position, hidden in enumerate(self.hidden_BTD):
-                self.hidden_BTD[position] = self._forward(index, hidden)
+        for position, hidden in enumerate(self.hidden_BTD):
+            self.hidden_BTD[position] = self._forward(index, hidden, rest=self._in_middle)
         self._in_middle = False
 
     def advance_dense(self, index: int) -> None:
@@ -89,10 +86,13 @@ class Walk:
             self.dense_BTD[position] = self._forward(index, hidden)
 
     @torch.inference_mode()
-    def _forward(self, index: int, hidden_BTD: Tensor) -> Tensor:
+    def _forward(self, index: int, hidden_BTD: Tensor, *, rest: bool = False) -> Tensor:
+        """Run the layer; with `rest` only what lies behind its attention, which then gives zeros."""
         # Masks and rotary embeddings differ per layer in some families, so every layer gets its own arguments.
         args, kwargs = self._arguments[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
-        output = self.layers[index](hidden_BTD, *args, **kwargs)
+        attention = [self.layers[index].get_submodule(self.arch.attention or "")] if rest else []
+        with forwards_replaced(attention, lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)):
+            output = self.layers[index](hidden_BTD, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @torch.inference_mode()
