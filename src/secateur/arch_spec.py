@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from secateur.errors import ArchError, nearest
+from secateur.errors import UnknownFamilyError, nearest
 
 SegmentSpecs = tuple[int | str, ...]
 
@@ -125,10 +125,10 @@ def load_specs() -> dict[str, ArchSpec]:
 
 
 def find_spec(model_type: str) -> tuple[str, ArchSpec]:
-    """Return (family, spec) for a config's `model_type`. Raises ArchError naming the nearest supported family."""
+    """Return (family, spec) for a config's `model_type`. Raises UnknownFamilyError naming the nearest one."""
     families = {model_type: family for family, spec in load_specs().items() for model_type in spec.model_types}
     if model_type not in families:
-        raise ArchError(
+        raise UnknownFamilyError(
             f"model family '{model_type}' is not supported; supported: {', '.join(sorted(families))}; "
             f"the nearest is '{nearest(model_type, families)}'."
         )

@@ -10,15 +10,18 @@ from pathlib import Path
 from statistics import mean
 
 from secateur.arch import Group, bind
+from secateur.arch_numbers import text_config
 from secateur.budget import largest_remove, least_keep
 from secateur.checkpoint import meta_model, open_checkpoint
 from secateur.estimate import MemoryEstimate, estimate_memory
+from secateur.inspection_groups import Possible, groups_to_inspect, possible_groups, serving_after
 from secateur.latency import with_prices
 from secateur.prices import Outcome, parameter_prices, prices_of
 from secateur.progress import Progress, silent
 from secateur.recipe import MeasuredPrices, Recipe
 from secateur.resolve import check_without_prices, resolve
 from secateur.runlog import RunLog
+from secateur.serving import Serving
 from secateur.summary import Size
 
 
@@ -41,6 +44,8 @@ class Inspection:
 
     `remove_asked` and `largest_remove` are shares of what the recipe's target counts, see `outcome`; `remove_reached`
     is one of all parameters. `prices`: seconds measured for target `latency`, as the recipe's key of that name.
+    `possible`, `impossible`: every group of the family, and those that it cannot have with the reason. `serving`: what
+    stands against serving the result, where asked.
     """
 
     model: str
@@ -61,6 +66,9 @@ class Inspection:
     num_calibration_tokens: int
     memory: MemoryEstimate
     warnings: tuple[str, ...]
+    possible: tuple[Possible, ...]
+    impossible: dict[str, str]
+    serving: Serving | None
 
     def to_json(self) -> str:
         """Return everything as indented JSON, the memory's peak included."""
@@ -70,15 +78,24 @@ class Inspection:
         return json.dumps(data, indent=2) + "\n"
 
 
-def inspect(model: str | Path, recipe: Recipe | None = None, progress: Progress = silent) -> Inspection:
+def inspect(
+    model: str | Path,
+    recipe: Recipe | None = None,
+    progress: Progress = silent,
+    *,
+    server: str | None = None,
+    num_gpus: int = 1,
+) -> Inspection:
     """Return what the model is made of. Raises the same errors as `prune` would before reading weights.
 
-    Nothing is measured, unless the recipe's target is `latency` and it has no `prices`.
+    Nothing is measured, unless the recipe's target is `latency` and it has no `prices`. `server`: `vllm`, whose rules
+    for so many GPUs are then looked up.
     """
     recipe = recipe or Recipe()
     checkpoint = open_checkpoint(model, weights=False)
     shape = meta_model(checkpoint.config)
     arch, size = bind(shape), Size.of(shape)
+    recipe, notes = groups_to_inspect(recipe, arch)
     check_without_prices(recipe, arch, shape.config)
     recipe = with_prices(recipe, arch, shape, RunLog(), progress)
     resolved = resolve(recipe, arch, shape.config, prices_of(recipe, arch, shape))
@@ -110,7 +127,10 @@ def inspect(model: str | Path, recipe: Recipe | None = None, progress: Progress 
         num_bytes_after=num_params * bytes_per_param,
         num_calibration_tokens=resolved.recipe.calibration.num_tokens,
         memory=estimate_memory(resolved, shape.config, size.num_bytes, bytes_per_param),
-        warnings=resolved.warnings,
+        warnings=(*notes, *resolved.warnings),
+        possible=possible_groups(arch),
+        impossible=arch.omits,
+        serving=None if server is None else serving_after(server, num_gpus, arch, text_config(shape), plan.num_keep),
     )
 
 
