@@ -7,7 +7,12 @@ do: parallel blocks, norms before or after, fused linears.
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from tests.models import randomised
 
@@ -49,6 +54,18 @@ MLA = {
     "v_head_dim": 8,
     "head_dim": 8,
 }
+# What sees images, as small as it can be.
+SIGLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+PIXTRAL = {**SIGLIP, "model_type": "pixtral", "head_dim": 8}
+QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 1, "fullatt_block_indexes": [0]}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}}
 
 # name -> (model type, overrides)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -114,6 +131,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek_v2",
         MLA | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "topk_method": "group_limited_greedy"},
     ),
+    "gemma3_multimodal": ("gemma3", {"text_config": HEADS | TWO_KINDS | SCALAR, "vision_config": SIGLIP}),
+    "qwen2_vl": (
+        "qwen2_vl",
+        {"text_config": MROPE, "vision_config": QWEN_VISION | {"embed_dim": 16, "hidden_size": 48}},
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        {
+            "text_config": MROPE,
+            "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 48},
+        },
+    ),
+    "mistral3": ("mistral3", {"text_config": HEADS | {"model_type": "mistral"}, "vision_config": PIXTRAL}),
     "deepseek_v3": ("deepseek_v3", MLA | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2}),
 }
 
@@ -124,10 +154,14 @@ def tiny_family(name: str, *, seed: int = 0, **overrides: Any) -> Any:
     config_class = CONFIG_MAPPING[model_type]
     defaults = config_class()
     known = set(defaults.to_dict()) | set(config_class.attribute_map)
+    if "text_config" in special:
+        special = special | {"text_config": SIZES | special["text_config"]}
+        known = set()
     sizes = {key: value for key, value in SIZES.items() if key in known} | special | overrides
     config = config_class(**sizes)
+    auto = AutoModelForCausalLM if config_class in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto.from_config(config)
     adds_one = model_type.startswith(("gemma", "qwen3_5", "nemotron"))
     return randomised(model, seed, norm_mean=0 if adds_one else 1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from secateur.arch import Group, bind, decoder_layers, head_of, linear
 from secateur.arch_experts import EXPERTS
@@ -123,7 +123,8 @@ def test_cut_saved_and_reloaded_by_stock_transformers_equals_mask(name: str, gro
     assert not torch.allclose(expected, logits_of(tiny_family(name), ids_BT), atol=1e-3)
     torch.testing.assert_close(logits_of(model, ids_BT), expected, atol=1e-6, rtol=1e-6)
     model.save_pretrained(tmp_path)
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    is_causal = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    reloaded = (AutoModelForCausalLM if is_causal else AutoModelForImageTextToText).from_pretrained(tmp_path)
     assert type(reloaded) is type(tiny_family(name))
     torch.testing.assert_close(logits_of(reloaded, ids_BT), expected, atol=1e-6, rtol=1e-6)
     assert num_params(reloaded) == num_params(model)

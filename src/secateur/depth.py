@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.arch import Arch, bind, decoder_layers, head_of, linear
+from secateur.arch_numbers import text_config
 from secateur.compensate import Guard, guard, held_out_error
 from secateur.errors import ArchError, NumericsError, RecipeError
 from secateur.gram import Gram
@@ -88,7 +89,7 @@ def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch
 
     Raises RecipeError if a layer is not there or none would stay, ArchError if the config is one of per-layer widths.
     """
-    config: Any = model.config
+    config: Any = text_config(model)
     missing = sorted(set(layers) - set(range(arch.num_layers)))
     if missing or len(set(layers)) == arch.num_layers:
         raise RecipeError(

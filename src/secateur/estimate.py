@@ -39,7 +39,7 @@ def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_pe
     same of the drift, and the held-out inputs. solve: the pooled ones, one float64 square that is inverted in place,
     and the reader.
     """
-    recipe = resolved.recipe
+    recipe, config = resolved.recipe, config.get_text_config()
     assert recipe.calibration.num_tokens is not None
     num_tokens = round(recipe.calibration.num_tokens * HELD_OUT_FACTOR)
     widest = max(group.num_inputs for group in resolved.groups)

@@ -104,6 +104,7 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     model.__class__ = per_layer_class(stock) if overrides else stock
     config.__class__ = per_layer_config_class(stock_config) if overrides else stock_config
     if overrides:
+        assert config is model.config, "resolve refuses layers of different widths inside a larger class"
         config.per_layer_config = overrides
         assert config.per_layer_attributes, "stock modelling would build the skipped parts and make up their weights"
     layer_configs: Any = config.per_layer_config

@@ -57,7 +57,7 @@ def prices_of(recipe: Recipe, arch: Arch, model: Any) -> Prices:
 
 def sequence_length(recipe: Recipe, config: Any) -> int:
     """Return the tokens of a calibration block. Raises RecipeError if the model has fewer positions."""
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = recipe.calibration.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
     if longest is not None and length > longest:
         raise RecipeError(

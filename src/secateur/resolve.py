@@ -90,6 +90,12 @@ def check_without_prices(recipe: Recipe, arch: Arch, config: Any) -> None:
         )
     if recipe.target != "latency" and recipe.prices is not None:
         raise RecipeError(f"prices: are what target latency plans with; with target {recipe.target} leave them out.")
+    if config.get_text_config() is not config and (recipe.budget != "uniform" or recipe.protected_layers):
+        raise RecipeError(
+            f"budget: {recipe.budget} with protected_layers {list(recipe.protected_layers)} gives layers widths of "
+            f"their own, which a language model inside a larger class ({config.model_type}) cannot be saved with; use "
+            f"budget uniform without protected_layers."
+        )
     sequence_length(recipe, config)
     _target_mix(recipe, arch)
 
