@@ -60,8 +60,8 @@ def directory_config(directory: Path) -> PreTrainedConfig:
     _check_causal(path, model_type, raw.get("architectures"))
     if raw.get("quantization_config"):
         raise CheckpointError(
-            f"{path}: the weights are quantised (quantization_config), which cannot be pruned; "
-            "use the original checkpoint, prune it, and quantise the result."
+            f"{path}: the weights are quantised (quantization_config, {_method(raw)}), which cannot be pruned; "
+            "use the original checkpoint or one in bf16, prune it, and quantise the result."
         )
     own = raw.get("architectures") == [PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")]
     try:
@@ -71,6 +71,12 @@ def directory_config(directory: Path) -> PreTrainedConfig:
             return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except BAD_VALUE as error:
         raise CheckpointError(f"{path}: transformers cannot use it ({one_line(error)}).") from None
+
+
+def _method(raw: dict[str, Any]) -> str:
+    """Return how the weights are quantised, as the config says."""
+    told = raw["quantization_config"]
+    return str(told.get("quant_method", "method not named")) if isinstance(told, dict) else "method not named"
 
 
 def gguf_config(path: Path) -> PreTrainedConfig:
