@@ -126,6 +126,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
     "gpt_oss": ("gpt_oss", HEADS | TWO_KINDS | {"num_local_experts": 6, "num_experts_per_tok": 2}),
     "granitemoe": ("granitemoe", {"num_local_experts": 6, "residual_multiplier": 0.5, "logits_scaling": 4.0}),
+    "phimoe": ("phimoe", HEADS | {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "glm4_moe": (
+        "glm4_moe",
+        HEADS | QWEN_MOE | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "use_qk_norm": True},
+    ),
     "deepseek_v2": ("deepseek_v2", MLA | {"n_routed_experts": 6, "first_k_dense_replace": 1}),
     "deepseek_v2-groups": (
         "deepseek_v2",
