@@ -21,37 +21,37 @@ from transformers import (
 
 def tiny_llama(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     """Return a random llama in eval mode; `overrides` replace config values."""
-    return _randomised(LlamaForCausalLM(LlamaConfig(**_sizes(tied, num_layers) | overrides)), seed)
+    return randomised(LlamaForCausalLM(LlamaConfig(**_sizes(tied, num_layers) | overrides)), seed)
 
 
 def tiny_qwen2(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> Qwen2ForCausalLM:
     """Return a random qwen2 in eval mode, its q, k and v biases not zero; `overrides` replace config values."""
-    return _randomised(Qwen2ForCausalLM(Qwen2Config(**_sizes(tied, num_layers) | overrides)), seed)
+    return randomised(Qwen2ForCausalLM(Qwen2Config(**_sizes(tied, num_layers) | overrides)), seed)
 
 
 def tiny_qwen3(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> Qwen3ForCausalLM:
     """Return a random qwen3 in eval mode, heads wider than hidden size / heads; `overrides` replace config values."""
     sizes = _sizes(tied, num_layers) | {"head_dim": 16} | overrides
-    return _randomised(Qwen3ForCausalLM(Qwen3Config(**sizes)), seed)
+    return randomised(Qwen3ForCausalLM(Qwen3Config(**sizes)), seed)
 
 
 def tiny_mistral(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> MistralForCausalLM:
     """Return a random mistral in eval mode with a sliding window of 8; `overrides` replace config values."""
     sizes = _sizes(tied, num_layers) | {"sliding_window": 8} | overrides
-    return _randomised(MistralForCausalLM(MistralConfig(**sizes)), seed)
+    return randomised(MistralForCausalLM(MistralConfig(**sizes)), seed)
 
 
 def tiny_gemma(*, tied: bool = True, num_layers: int = 3, seed: int = 0, **overrides: Any) -> GemmaForCausalLM:
     """Return a random gemma in eval mode; `overrides` replace config values."""
     sizes = _sizes(tied, num_layers) | {"head_dim": 16} | overrides
-    return _randomised(GemmaForCausalLM(GemmaConfig(**sizes)), seed, norm_mean=0)
+    return randomised(GemmaForCausalLM(GemmaConfig(**sizes)), seed, norm_mean=0)
 
 
 def tiny_gemma3(*, tied: bool = True, num_layers: int = 3, seed: int = 0, **overrides: Any) -> Gemma3ForCausalLM:
     """Return a random gemma3 text model in eval mode, every other layer with a window of 8; `overrides` replace."""
     special = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "sliding_window_pattern": 2}
     sizes = _sizes(tied, num_layers) | special | overrides
-    return _randomised(Gemma3ForCausalLM(Gemma3TextConfig(**sizes)), seed, norm_mean=0)
+    return randomised(Gemma3ForCausalLM(Gemma3TextConfig(**sizes)), seed, norm_mean=0)
 
 
 def tiny_ids(*, batch: int = 2, length: int = 16, seed: int = 0, vocab_size: int = 320) -> torch.Tensor:
@@ -75,7 +75,7 @@ def _sizes(tied: bool, num_layers: int) -> dict[str, Any]:
     }
 
 
-def _randomised(model: Any, seed: int, norm_mean: float = 1) -> Any:
+def randomised(model: Any, seed: int, norm_mean: float = 1) -> Any:
     # Larger than the library's 0.02 initialisation, so that every part of the model moves the logits. Gemma's norms
     # multiply by 1 + weight, so that their weights lie around 0.
     generator = torch.Generator().manual_seed(seed)

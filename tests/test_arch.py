@@ -51,8 +51,8 @@ def test_seventy_billion_parameters_bind_on_the_meta_device() -> None:
 
 
 def test_unknown_family_names_the_nearest() -> None:
-    with pytest.raises(ArchError, match=r"'qwen3_moe' is not supported.*nearest is 'qwen3'"):
-        find_spec("qwen3_moe")
+    with pytest.raises(ArchError, match=r"'qwen3_next' is not supported.*nearest is 'qwen3_5_text'"):
+        find_spec("qwen3_next")
 
 
 @pytest.mark.parametrize(

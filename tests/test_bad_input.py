@@ -76,9 +76,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "not a causal language model (got BertForMaskedLM)",
     ),
     "unsupported family": (
-        lambda model: edit_config(model, model_type="gemma2", architectures=["Gemma2ForCausalLM"]),
-        "model family 'gemma2' is not supported; supported: gemma, gemma3_text, llama, mistral, qwen2, qwen3; the "
-        "nearest is 'gemma'",
+        lambda model: edit_config(model, model_type="arcee", architectures=["ArceeForCausalLM"]),
+        "model family 'arcee' is not supported; supported: cohere, cohere2, ",
     ),
     "pickle": (
         lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),

@@ -155,7 +155,13 @@ def test_installed_model_that_is_not_installed(monkeypatch):
         ("{}", "has no model_type"),
         ('{"model_type": "llamma"}', "knows no model_type 'llamma'; did you mean 'llama'"),
         ('{"model_type": "ours", "auto_map": {"AutoConfig": "x.Y"}}', "needs Python code from the checkpoint"),
-        ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', "weights are quantised"),
+        *(
+            (
+                f'{{"model_type": "llama", "quantization_config": {{"quant_method": "{method}"}}}}',
+                f"weights are quantised .*{method}.*use the original checkpoint or one in bf16",
+            )
+            for method in ("gptq", "awq", "bitsandbytes", "fp8", "mxfp4")
+        ),
         ('{"model_type": "llama", "hidden_size": "wide"}', "transformers cannot use it"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -20,9 +21,15 @@ from secateur.per_layer import record_widths
 from secateur.recipe import Recipe
 from secateur.summary import Size
 from secateur.walk import make_batches
+from tests.families import tiny_family
 from tests.models import tiny_ids, tiny_llama, tiny_qwen2
 from tests.test_exactness import FAMILIES, logits_of
 
+# Families that take their residual stream from another family's file.
+LIKE_OTHERS = [
+    pytest.param(partial(tiny_family, name), id=name)
+    for name in ("ministral", "ministral3", "gemma2", "smollm3", "hunyuan_dense", "ernie4_5", "seed_oss")
+]
 KEEP = torch.tensor([j for j in range(48) if j % 6 != 1])
 
 
@@ -38,7 +45,7 @@ def zero_channels(model, arch, removed):
                     writer.bias[removed] = 0
 
 
-@pytest.mark.parametrize("factory", FAMILIES)
+@pytest.mark.parametrize("factory", [*FAMILIES, *LIKE_OTHERS])
 def test_cut_saved_and_reloaded_by_stock_transformers_equals_zeroed_channels(factory, tmp_path):
     model = factory(rms_norm_eps=1e-10)  # the one thing that weighs more over fewer channels
     arch, before = bind(model), Size.of(model).num_params
@@ -62,7 +69,7 @@ def test_cut_saved_and_reloaded_by_stock_transformers_equals_zeroed_channels(fac
     assert tied == zeroed.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("factory", FAMILIES)
+@pytest.mark.parametrize("factory", [*FAMILIES, *LIKE_OTHERS])
 def test_permuting_channels_changes_nothing(factory):
     model, ids_BT = factory(), tiny_ids()
     before = logits_of(model, ids_BT)

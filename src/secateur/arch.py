@@ -10,83 +10,55 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from secateur.arch_conv import linears_for_conv
+from secateur.arch_experts import bind_experts
+from secateur.arch_group import Axis, BiasSwitch, Group
 from secateur.arch_hidden import Hidden, bind_hidden, submodule
+from secateur.arch_logits import Logits, bind_logits, head_with
+from secateur.arch_numbers import Segments as Segments
+from secateur.arch_numbers import count_of, head_width, layer_configs, segments_of, text_config
 from secateur.arch_spec import GroupSpec, SegmentSpecs, find_spec
 from secateur.errors import ArchError, nearest
-
-Segments = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """The units' axis of one linear: `segments[k]` consecutive rows per unit in segment k."""
-
-    module: str
-    segments: Segments
-
-
-@dataclass(frozen=True, slots=True)
-class BiasSwitch:
-    """The config key that makes the reader's bias storable, and the linears that it gives a bias."""
-
-    config_key: str
-    modules: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """One layer's group, bound to real modules. `params_per_unit` counts weights and biases of writers and reader.
-
-    `count`: the module attribute, dotted from the layer, that holds the number of units; None where none does.
-    `divides`: (factor, whole) where the config class takes only counts whose `factor` fold divides `whole`.
-    """
-
-    layer: int
-    name: str
-    unit: str
-    num_units: int
-    params_per_unit: int
-    writers: tuple[Axis, ...]
-    reader: Axis
-    count: str | None
-    bias_switch: BiasSwitch | None
-    divides: tuple[int, int] | None = None
-
-    def allows(self, num_units: int) -> bool:
-        """Say whether the family's config can state that many units."""
-        return self.divides is None or self.divides[1] % (num_units * self.divides[0]) == 0
-
-    @property
-    def width(self) -> int:
-        """Reader columns of one unit."""
-        return sum(self.reader.segments)
 
 
 @dataclass(frozen=True, slots=True)
 class Arch:
     """A family bound to one model. `groups` lists every layer's groups, layer by layer.
 
-    `params_per_layer`: all parameters of each layer, those of no group included.
+    `params_per_layer`: all parameters of each layer, those of no group included. `omits`: what cannot be cut, and why.
     """
 
     family: str
     backbone: str
     layers: str
     head: str
-    attention: str
-    middle: str
+    attention: str | None
+    middle: str | None
     mlp_adds_directly: bool
     groups: tuple[Group, ...]
     num_layers: int
     params_per_layer: tuple[int, ...]
     hidden: Hidden | None
+    logits: Logits | None
+    omits: dict[str, str]
+    layers_give_tuples: bool
+
+    def layer_output(self, hidden: Tensor) -> Any:
+        """Return hidden states as the backbone expects them of a layer."""
+        return (hidden, None) if self.layers_give_tuples else hidden
+
+    def is_in_attention(self, group: Group) -> bool:
+        """Say whether the group's reader is the attention's."""
+        return self.attention is not None and group.reader.module.startswith(f"{self.attention}.")
 
     def select(self, names: tuple[str, ...]) -> tuple[Group, ...]:
         """Return the groups of these names. Raises ArchError if the family has no such group."""
         known = {group.name for group in self.groups}
         for name in names:
+            if name in self.omits and name not in known:
+                raise ArchError(f"groups: family {self.family} cannot lose {name}: {self.omits[name]}.")
             if name not in known:
                 raise ArchError(
                     f"groups: family {self.family} has no group '{name}'; it has {', '.join(sorted(known))}; "
@@ -104,37 +76,54 @@ def bind(model: nn.Module) -> Arch:
     """Check the family's spec against the model's modules and return it with real sizes.
 
     Raises ArchError if the family is unknown, a named module is missing (naming the closest one) or a size disagrees
-    with the config. Works on the meta device: no weight is read.
+    with the config. Works on the meta device: no weight is read. GPT-2's transposed linears become `arch_conv`'s, which
+    compute and save the same.
     """
-    config: Any = model.config
-    family, spec = find_spec(config.model_type)
-    layers = submodule(model, spec.layers, family)
+    config: Any = text_config(model)
+    family, spec = find_spec(_config(model).model_type)
+    linears_for_conv(submodule(model, spec.layers, family))
+    layers = list(submodule(model, spec.layers, family).children())
+    configs = layer_configs(config)
     for name in (spec.backbone, spec.head):
         submodule(model, name, family)
-    groups = [
-        _bind_group(layer, index, name, group, layer_config, family, spec.heads_divide_hidden_size)
-        for index, (layer, layer_config) in enumerate(zip(layers.children(), _layer_configs(config), strict=True))
-        for name, group in spec.groups.items()
-        if not _has_no_parameters(layer, next(iter(group.reader)))
-    ]
-    for layer in layers.children():
-        submodule(layer, spec.attention, family)
-        submodule(layer, spec.middle, family)
-    heads = [each.num_attention_heads for each in _layer_configs(config)] if spec.heads_divide_hidden_size else []
-    hidden = spec.hidden and bind_hidden(model, list(layers.children()), spec.head, spec.hidden, family, heads)
+    for layer in layers:
+        for name in (spec.attention, spec.middle):
+            if name is not None:
+                submodule(layer, name, family)
+    forbidden = {
+        name: why for name, group in spec.groups.items() for key, why in group.unless.items() if _is_on(config, key)
+    }
+    groups: list[Group] = []
+    for index, (layer, layer_config) in enumerate(zip(layers, configs, strict=True)):
+        for name, group in spec.groups.items():
+            if name not in forbidden and not _is_skipped(layer, group):
+                divide = spec.heads_divide_hidden_size
+                groups.append(_bind_group(layer, index, name, group, layer_config, family, divide))
+        if spec.experts is not None and not _is_absent(layer, spec.experts.experts):
+            groups.append(bind_experts(layer, index, spec.experts, layer_config, family))
+    heads = [each.num_attention_heads for each in configs] if spec.heads_divide_hidden_size else []
+    adds = spec.mlp_adds_directly
     return Arch(
-        family,
-        spec.backbone,
-        spec.layers,
-        spec.head,
-        spec.attention,
-        spec.middle,
-        spec.mlp_adds_directly,
-        tuple(groups),
-        len(list(layers.children())),
-        tuple(sum(p.numel() for p in layer.parameters()) for layer in layers.children()),
-        hidden,
+        family=family,
+        backbone=spec.backbone,
+        layers=spec.layers,
+        head=spec.head,
+        attention=spec.attention,
+        middle=spec.middle,
+        mlp_adds_directly=_is_on(config, adds) if isinstance(adds, str) else adds,
+        groups=tuple(groups),
+        num_layers=len(layers),
+        params_per_layer=tuple(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        hidden=spec.hidden and bind_hidden(model, layers, spec.head, spec.hidden, family, heads),
+        logits=spec.logits and bind_logits(spec.logits, config, family),
+        omits=spec.omits | forbidden,
+        layers_give_tuples=spec.layers_give_tuples,
     )
+
+
+def head_of(model: nn.Module, arch: Arch) -> nn.Module:
+    """Return what makes logits of the last hidden state: the head, and what the family does to its output."""
+    return head_with(model.get_submodule(arch.head), arch.logits)
 
 
 def linear(layer: nn.Module, name: str) -> nn.Linear:
@@ -156,10 +145,16 @@ def decoder_layers(model: nn.Module, arch: Arch) -> list[nn.Module]:
     return list(model.get_submodule(arch.layers).children())
 
 
-def _layer_configs(config: Any) -> list[Any]:
-    """Return each layer's own config: of a model with per-layer widths they differ."""
-    per_layer = getattr(config, "per_layer_config", None)
-    return [config] * config.num_hidden_layers if per_layer is None else list(per_layer)
+def _config(model: nn.Module) -> Any:
+    return model.config
+
+
+def _is_on(config: Any, key: str) -> bool:
+    name, _, inside = key.partition(".")
+    if not hasattr(config, name):
+        raise ArchError(f"spec: config has no switch '{key}', which the family's spec names.")
+    value = getattr(config, name)
+    return bool((value or {}).get(inside) if inside else value)
 
 
 def _has_no_parameters(layer: nn.Module, reader: str) -> bool:
@@ -168,17 +163,27 @@ def _has_no_parameters(layer: nn.Module, reader: str) -> bool:
     return isinstance(sublayer, nn.Module) and next(sublayer.parameters(), None) is None
 
 
+def _is_skipped(layer: nn.Module, group: GroupSpec) -> bool:
+    """Say whether the layer has nothing in the group's place."""
+    reader = next(iter(group.reader))
+    return _has_no_parameters(layer, reader) or (group.in_some_layers and _is_absent(layer, reader))
+
+
+def _is_absent(layer: nn.Module, name: str) -> bool:
+    return name not in dict(layer.named_modules())
+
+
 def _bind_group(
     layer: nn.Module, index: int, name: str, spec: GroupSpec, config: Any, family: str, heads_divide: bool
 ) -> Group:
     where = f"layer {index}, group {name}"
-    num_units = _num_units(spec.num_units, config, where, family)
+    num_units = count_of(spec.num_units, config, where, family)
     params_per_unit, axes = 0, []
     for module, segment_specs, is_writer in _axes(spec):
         found = submodule(layer, module, family)
         if not isinstance(found, nn.Linear):
             raise ArchError(f"{where}: {module} is a {type(found).__name__}, but family {family} cuts nn.Linear.")
-        segments = _segments(segment_specs, config)
+        segments = segments_of(segment_specs, config)
         size = found.out_features if is_writer else found.in_features
         rows_per_unit = sum(segments)
         if size != rows_per_unit * num_units:
@@ -196,34 +201,21 @@ def _bind_group(
     # Units of several reader columns are heads.
     is_head = sum(reader.segments) > 1
     divides = (config.num_attention_heads // num_units, config.hidden_size) if heads_divide and is_head else None
-    return Group(index, name, spec.unit, num_units, params_per_unit, writers, reader, spec.count, switch, divides)
-
-
-def _num_units(key: str, config: object, where: str, family: str) -> int:
-    numbers = []
-    for name in key.split(" / "):
-        number = getattr(config, name, None)
-        if not isinstance(number, int):
-            raise ArchError(f"{where}: config has no number '{name}', which family {family} needs.")
-        numbers.append(number)
-    return numbers[0] if len(numbers) == 1 else numbers[0] // numbers[1]
-
-
-def _segments(specs: SegmentSpecs, config: Any) -> Segments:
-    segments: list[int] = []
-    for spec in specs:
-        if isinstance(spec, int):
-            segments.append(spec)
-            continue
-        width, _, repeat = spec.partition(" x ")
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rows = {"kv": head, "q": head * (config.num_attention_heads // config.num_key_value_heads)}
-        if width not in rows or (repeat and not hasattr(config, repeat)):
-            raise ArchError(
-                f"spec: segment '{spec}' is no number, 'kv', 'q', or one of these with ' x ' and a config key."
-            )
-        segments += [rows[width]] * (getattr(config, repeat) if repeat else 1)
-    return tuple(segments)
+    return Group(
+        layer=index,
+        name=name,
+        unit=spec.unit,
+        num_units=num_units,
+        params_per_unit=params_per_unit,
+        writers=writers,
+        reader=reader,
+        count=spec.count,
+        bias_switch=switch,
+        divides=divides,
+        config_key=spec.num_units.split(" ")[0],
+        head_dim=head_width(config) if is_head else None,
+        local_config=spec.local_config,
+    )
 
 
 def _axes(spec: GroupSpec) -> Iterator[tuple[str, SegmentSpecs, bool]]:

@@ -7,7 +7,7 @@ config's hidden_size, is an ArchError.
 
 from dataclasses import dataclass
 from math import lcm
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ def bind_hidden(
     `heads`: numbers that must divide the width. A sublayer that a layer skips has no parameters and counts nothing.
     Raises ArchError, see above.
     """
-    config: Any = model.config
+    config: Any = cast(Any, model.config).get_text_config()
     width, total = config.hidden_size, 0
     parameters = {id(p): p for name in (spec.embedding, head) for p in submodule(model, name, family).parameters()}
     total += sum(_per_channel(p, -1, width, f"{spec.embedding} and {head}") for p in parameters.values())

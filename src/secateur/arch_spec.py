@@ -2,16 +2,18 @@
 
 In: a config's `model_type`. Out: the spec as its YAML states it; `arch.bind` checks it against real modules. In the
 YAML a segment's width is a number, `kv` (head_dim), `q` (head_dim x query heads per KV head), or `kv x NAME`: as many
-segments of one head as the config's NAME says.
+segments of one head as the config's NAME says. `like: FAMILY` takes everything from another file but what is said anew;
+of its groups those named null are left out.
 """
 
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from secateur.errors import ArchError, nearest
+from secateur.errors import UnknownFamilyError, nearest
 
 SegmentSpecs = tuple[int | str, ...]
 
@@ -22,12 +24,46 @@ class GroupSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     unit: str
-    num_units: str  # the config key that holds the number of units, or "KEY / KEY"
+    # The config key that holds the number of units; or "KEY / KEY"; or "KEY or 4 x KEY" where the first may be None.
+    num_units: str
     writers: dict[str, SegmentSpecs] = Field(min_length=1)
     reader: dict[str, SegmentSpecs] = Field(min_length=1, max_length=1)
     # The attribute of a module that holds the number of units, where a half-cut model needs it to run.
     count: str | None = None
     bias_switch: dict[str, tuple[str, ...]] = Field(default={}, max_length=1)
+    in_some_layers: bool = False  # only layers that have the reader have the group
+    # The module whose config a half-cut layer needs to itself, where its forward reads numbers of heads from there.
+    local_config: str | None = None
+    unless: dict[str, str] = {}  # config keys (dotted: within a mapping) that, where true, forbid the group -> why
+
+
+class LogitsSpec(BaseModel):
+    """What happens to the head's output, by the config keys that say how much: x * multiply / divide, then the cap.
+
+    cap: y = cap * tanh(x / cap), where the config has one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    multiply: str | None = None
+    divide: str | None = None
+    cap: str | None = None
+
+
+class ExpertsSpec(BaseModel):
+    """A layer's experts as their YAML states them; layers without such a module have none. Modules within a layer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experts: str  # the module all of whose parameters have one entry per expert on axis 0
+    router: str
+    router_rows: tuple[str, ...] = ("weight",)  # the router's tensors with one row per expert
+    num_units: str  # config key
+    top_k: str  # config key
+    counts: tuple[str, ...] = Field(min_length=1)  # attributes, dotted from the layer, that hold the number of experts
+    # Config keys, where the router first chooses groups of experts: how many there are, how many it takes.
+    num_groups: str | None = None
+    top_k_groups: str | None = None
 
 
 class HiddenSpec(BaseModel):
@@ -53,12 +89,26 @@ class ArchSpec(BaseModel):
     backbone: str
     layers: str
     head: str
-    attention: str  # within a layer
-    middle: str  # the module of a layer whose input is the residual stream between attention and MLP
-    mlp_adds_directly: bool = True  # not where its output is normalised before it joins the residual stream
+    attention: str | None  # within a layer; null where layers differ in kind
+    # The module of a layer whose input is the residual stream between attention and MLP; null where there is none, as
+    # in blocks that run both side by side.
+    middle: str | None
+    # Whether the MLP's output joins the residual stream as it is: not where it is normalised or scaled before. A name
+    # is a config key that says so.
+    mlp_adds_directly: bool | str = True
+    logits: LogitsSpec | None = None
+    layers_give_tuples: bool = False  # the hidden states first
     heads_divide_hidden_size: bool = False  # where the config class refuses other numbers of attention heads
     hidden: HiddenSpec | None = None  # where hidden width can be cut
     groups: dict[str, GroupSpec]
+    experts: ExpertsSpec | None = None
+    omits: dict[str, str] = {}  # groups that the family cannot lose units of -> why
+
+    @model_validator(mode="after")
+    def _check_middle(self) -> "ArchSpec":
+        if self.middle is not None and self.attention is None:
+            raise ValueError("middle: lies behind an attention, so that it needs one; set it to null.")
+        return self
 
 
 @cache
@@ -70,15 +120,25 @@ def load_specs() -> dict[str, ArchSpec]:
         for file in files
         if file.name.endswith(".yaml")
     }
-    return {family: ArchSpec.model_validate(yaml.safe_load(text)) for family, text in texts.items()}
+    raw = {family: yaml.safe_load(text) for family, text in texts.items()}
+    return {family: ArchSpec.model_validate(_inherited(data, raw)) for family, data in raw.items()}
 
 
 def find_spec(model_type: str) -> tuple[str, ArchSpec]:
-    """Return (family, spec) for a config's `model_type`. Raises ArchError naming the nearest supported family."""
+    """Return (family, spec) for a config's `model_type`. Raises UnknownFamilyError naming the nearest one."""
     families = {model_type: family for family, spec in load_specs().items() for model_type in spec.model_types}
     if model_type not in families:
-        raise ArchError(
+        raise UnknownFamilyError(
             f"model family '{model_type}' is not supported; supported: {', '.join(sorted(families))}; "
             f"the nearest is '{nearest(model_type, families)}'."
         )
     return families[model_type], load_specs()[families[model_type]]
+
+
+def _inherited(data: dict[str, Any], raw: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return a file's data over that of the family it is `like`; its groups over those, without the ones named null."""
+    if "like" not in data:
+        return data
+    base = _inherited(raw[data["like"]], raw)
+    groups = {name: group for name, group in (base["groups"] | data.get("groups", {})).items() if group is not None}
+    return base | {key: value for key, value in data.items() if key != "like"} | {"groups": groups}

@@ -2,7 +2,7 @@
 
 In: a directory, a `.gguf` file, an installed model's name, or a hub id. Out: a `Checkpoint` (nothing read but JSON and
 headers), from it the model in eval mode and the tokenizer. Every defect that can be known without reading weights is
-an error before weights are read. Never pickle, never remote code. Not handled: adapters, quantised weights but GGUF.
+an error before that. Never pickle, never remote code. Not handled: adapters, quantised weights but GGUF.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -28,6 +29,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from secateur.arch_conv import linears_for_conv
 from secateur.checkpoint_config import BAD_GGUF, BAD_VALUE, directory_config, gguf_config, one_line
 from secateur.checkpoint_locate import TOKENIZER_FILES, locate
 from secateur.checkpoint_quiet import quiet_transformers
@@ -71,7 +73,8 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         with quiet_transformers(), torch.device("meta"):
             if own_class is not None:
                 return own_class._from_config(config)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+            return auto.from_config(config, trust_remote_code=False)
     except BAD_VALUE as error:
         raise CheckpointError(
             f"config of a {config.model_type} model: no model can be built from it ({one_line(error)})."
@@ -143,6 +146,7 @@ def load_model(checkpoint: Checkpoint, *, mapped: bool = False, **options: Any) 
         unexpected=sorted(info["unexpected_keys"]),
     )
     check_finite(model)
+    linears_for_conv(model)
     model.config.name_or_path = ""
     return model
 

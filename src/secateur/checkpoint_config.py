@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from secateur.checkpoint_quiet import quiet_transformers
 from secateur.checkpoint_tensors import read_json
@@ -57,10 +60,10 @@ def directory_config(directory: Path) -> PreTrainedConfig:
     _check_causal(path, model_type, raw.get("architectures"))
     if raw.get("quantization_config"):
         raise CheckpointError(
-            f"{path}: the weights are quantised (quantization_config), which cannot be pruned; "
-            "use the original checkpoint, prune it, and quantise the result."
+            f"{path}: the weights are quantised (quantization_config, {_method(raw)}), which cannot be pruned; "
+            "use the original checkpoint or one in bf16, prune it, and quantise the result."
         )
-    own = raw.get("architectures") == [PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+    own = raw.get("architectures") == [PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")]
     try:
         with quiet_transformers():
             if own:
@@ -68,6 +71,12 @@ def directory_config(directory: Path) -> PreTrainedConfig:
             return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except BAD_VALUE as error:
         raise CheckpointError(f"{path}: transformers cannot use it ({one_line(error)}).") from None
+
+
+def _method(raw: dict[str, Any]) -> str:
+    """Return how the weights are quantised, as the config says."""
+    told = raw["quantization_config"]
+    return str(told.get("quant_method", "method not named")) if isinstance(told, dict) else "method not named"
 
 
 def gguf_config(path: Path) -> PreTrainedConfig:
@@ -89,7 +98,9 @@ def gguf_config(path: Path) -> PreTrainedConfig:
 
 
 def _check_causal(path: Path, model_type: str, architectures: Any) -> None:
+    # A model that sees images holds a language model, which is what can be pruned.
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    known = known or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
     names = architectures if isinstance(architectures, list) else []
     if known is None or (names and not any(str(name).endswith("ForCausalLM") or name == known for name in names)):
         got = ", ".join(str(name) for name in names) or f"model_type '{model_type}'"

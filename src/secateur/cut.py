@@ -3,6 +3,9 @@
 In: a decoder layer, a group, the sorted indices of the units to keep. Out: the same layer with smaller linears.
 """
 
+import copy
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -56,6 +59,8 @@ def cut(
     if group.count is not None:
         module, _, attribute = group.count.rpartition(".")
         setattr(layer.get_submodule(module), attribute, len(keep))
+    if group.local_config is not None:
+        _set_local_config(layer.get_submodule(group.local_config), group, reader)
     if reader_bias is not None:
         assert reader.bias is not None
         reader.bias.add_(reader_bias.to(reader.bias))
@@ -76,6 +81,14 @@ def add_zero_biases(layer: nn.Module, group: Group) -> None:
         if module.bias is None:
             zeros = module.weight.new_zeros(module.out_features)
             module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
+
+
+def _set_local_config(module: Any, group: Group, reader: nn.Linear) -> None:
+    """Give the module a config of its own with the numbers of heads that it has now."""
+    assert group.head_dim is not None
+    module.config = copy.copy(module.config)
+    setattr(module.config, group.config_key, reader.in_features // group.width)
+    module.config.num_attention_heads = reader.in_features // group.head_dim
 
 
 def _cut_rows(module: nn.Linear, rows: Int64[Tensor, " R"]) -> None:

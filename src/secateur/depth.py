@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.arch import Arch, bind, decoder_layers, linear
+from secateur.arch import Arch, bind, decoder_layers, head_of, linear
+from secateur.arch_numbers import text_config
 from secateur.compensate import Guard, guard, held_out_error
 from secateur.errors import ArchError, NumericsError, RecipeError
 from secateur.gram import Gram
@@ -88,7 +89,7 @@ def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch
 
     Raises RecipeError if a layer is not there or none would stay, ArchError if the config is one of per-layer widths.
     """
-    config: Any = model.config
+    config: Any = text_config(model)
     missing = sorted(set(layers) - set(range(arch.num_layers)))
     if missing or len(set(layers)) == arch.num_layers:
         raise RecipeError(
@@ -160,7 +161,7 @@ def _divergences(model: nn.Module, arch: Arch, batch: Batch, kept: list[int]) ->
             skipping_BTD = pruned.hidden_BTD[-1]
             pruned.advance(index)
             pruned.hidden_BTD.insert(-1, skipping_BTD)
-    head = model.get_submodule(arch.head)
+    head = head_of(model, arch)
     with torch.inference_mode():
         states_PD = states_for_head(model, arch, batch, dense.hidden_BTD[0])
         # In the model's own dtype, which holds them exactly; once for all streams.
@@ -173,7 +174,7 @@ def _divergences(model: nn.Module, arch: Arch, batch: Batch, kept: list[int]) ->
 @torch.inference_mode()
 def states_for_head(model: nn.Module, arch: Arch, batch: Batch, hidden_BTD: Tensor) -> Float[Tensor, "P D"]:
     """Return what the head reads of a stream that has left the layers: the backbone runs with them bypassed."""
-    with forwards_replaced(decoder_layers(model, arch), lambda *_, **__: hidden_BTD):
+    with forwards_replaced(decoder_layers(model, arch), lambda *_, **__: arch.layer_output(hidden_BTD)):
         final_BTD = model.get_submodule(arch.backbone)(batch.ids_BT, use_cache=False).last_hidden_state
     return final_BTD[:, :-1].flatten(0, 1)
 

@@ -80,10 +80,10 @@ def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_pe
     same of the drift, and the held-out inputs. solve: the pooled ones, one float64 square that is inverted in place,
     and the reader.
     """
-    recipe = resolved.recipe
+    recipe, config = resolved.recipe, config.get_text_config()
     assert recipe.calibration.num_tokens is not None
     num_tokens = round(recipe.calibration.num_tokens * HELD_OUT_FACTOR)
-    widest = max(group.num_units * group.width for group in resolved.groups)
+    widest = max(group.num_inputs for group in resolved.groups)
     has_gram = recipe.score in NEED_GRAM or recipe.compensate == "least_squares"
     square = widest * widest if has_gram else 0
     has_drift = bool(recipe.target_mix)

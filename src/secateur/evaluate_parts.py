@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.arch import Arch, bind
+from secateur.arch import Arch, bind, head_of
 from secateur.checkpoint import Checkpoint, load_model, meta_model, open_checkpoint
 from secateur.evaluate_cache import Part, PartCache, fingerprint
 from secateur.evaluate_domains import Blocks, measure_quality
@@ -104,7 +104,7 @@ def dense_states(
         for ids_T in domain_NT:
             states[domain].append(final_states(dense.model(), dense.arch, ids_T[None]))
             count.move()
-    return DenseStates(dense.model().get_submodule(dense.arch.head), states)
+    return DenseStates(head_of(dense.model(), dense.arch), states)
 
 
 def kl_parts(
@@ -122,7 +122,7 @@ def kl_parts(
 
         def compute(domain: str = domain, domain_NT: Tensor = domain_NT) -> Part:
             assert states is not None
-            head = pruned.model().get_submodule(pruned.arch.head)
+            head = head_of(pruned.model(), pruned.arch)
             divergences, agreements = [], []
             for ids_T, dense_PD in zip(domain_NT, states.states_NPD[domain], strict=True):
                 pruned_PD = final_states(pruned.model(), pruned.arch, ids_T[None])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.arch import Group, linear, num_units_left
 from secateur.cut import cut, rows_of, unit_columns
 from secateur.domain_weights import reweighted
+from secateur.experts import prune_experts
 from secateur.measure import Measurement, measure
 from secateur.memory import release_freed
 from secateur.modeling_per_layer import skip_sublayer
@@ -41,8 +42,10 @@ def prune_group(
 
     `scores_U`: the units' scores, where they were measured on the whole model before.
     """
+    if group.experts is not None:
+        return prune_experts(walk, group, num_keep, recipe.score, recipe.domain_weighting, shares, seed)
     layer = walk.layers[group.layer]
-    is_mlp = not group.reader.module.startswith(f"{walk.arch.attention}.")
+    is_mlp = not walk.arch.is_in_attention(group)
     if num_keep == 0:
         return _without(layer, group, "mlp" if is_mlp else "attention", originals)
     reader = linear(layer, group.reader.module)

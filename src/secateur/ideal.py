@@ -85,5 +85,12 @@ def _attention(model: PreTrainedModel) -> tuple[int, int]:
     for layer in (layer for layer in layers if "attention" not in getattr(layer, "skip", ())):
         head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         num_query_channels += layer.num_attention_heads * head_dim
-        num_kv_channels += layer.num_key_value_heads * head_dim
+        num_kv_channels += _num_kv_heads(layer) * head_dim
     return num_query_channels, num_kv_channels
+
+
+def _num_kv_heads(config: Any) -> int:
+    """Return the number of KV heads; families without grouped queries have as many as query heads."""
+    if getattr(config, "multi_query", False):  # Falcon
+        return config.num_kv_heads if config.new_decoder_architecture else 1
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

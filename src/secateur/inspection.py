@@ -10,15 +10,18 @@ from pathlib import Path
 from statistics import mean
 
 from secateur.arch import Group, bind
+from secateur.arch_numbers import text_config
 from secateur.budget import largest_remove, least_keep
 from secateur.checkpoint import meta_model, open_checkpoint
 from secateur.estimate import MemoryEstimate, plan_memory
+from secateur.inspection_groups import Possible, groups_to_inspect, possible_groups, serving_after
 from secateur.latency import with_prices
 from secateur.prices import Outcome, parameter_prices
 from secateur.progress import Progress, silent
 from secateur.recipe import MeasuredPrices, Recipe
 from secateur.resolve_hidden import check_for, resolve_for
 from secateur.runlog import RunLog
+from secateur.serving import Serving
 from secateur.summary import Size
 
 
@@ -41,6 +44,8 @@ class Inspection:
 
     `remove_asked` and `largest_remove` are shares of what the recipe's target counts, see `outcome`; `remove_reached`
     is one of all parameters. `prices`: seconds measured for target `latency`, as the recipe's key of that name.
+    `possible`, `impossible`: every group of the family, and those that it cannot have with the reason. `serving`: what
+    stands against serving the result, where asked.
     """
 
     model: str
@@ -63,6 +68,9 @@ class Inspection:
     memory: MemoryEstimate
     weights_on_disk: bool
     warnings: tuple[str, ...]
+    possible: tuple[Possible, ...]
+    impossible: dict[str, str]
+    serving: Serving | None
 
     def to_json(self) -> str:
         """Return everything as indented JSON, the memory's peak included."""
@@ -72,14 +80,23 @@ class Inspection:
         return json.dumps(data, indent=2) + "\n"
 
 
-def inspect(model: str | Path, recipe: Recipe | None = None, progress: Progress = silent) -> Inspection:
+def inspect(
+    model: str | Path,
+    recipe: Recipe | None = None,
+    progress: Progress = silent,
+    *,
+    server: str | None = None,
+    num_gpus: int = 1,
+) -> Inspection:
     """Return what the model is made of. Raises the same errors as `prune` would before reading weights.
 
-    Nothing is measured, unless the recipe's target is `latency` and it has no `prices`.
+    Nothing is measured, unless the recipe's target is `latency` and it has no `prices`. `server`: `vllm`, whose rules
+    for so many GPUs are then looked up.
     """
     recipe = recipe or Recipe()
     checkpoint = open_checkpoint(model, weights=False)
     shape = meta_model(checkpoint.config)
+    recipe, notes = groups_to_inspect(recipe, bind(shape))
     planned, size = check_for(recipe, shape), Size.of(shape)
     arch = bind(planned)
     recipe = with_prices(recipe, arch, shape, RunLog(), progress)
@@ -101,7 +118,7 @@ def inspect(model: str | Path, recipe: Recipe | None = None, progress: Progress 
         dtype=str(shape.dtype).removeprefix("torch."),
         size=size,
         num_layers=(arch.num_layers, len(resolved.layers)),
-        hidden_sizes=(shape.config.hidden_size, planned.config.hidden_size),
+        hidden_sizes=(text_config(shape).hidden_size, text_config(planned).hidden_size),
         params_per_layer=arch.params_per_layer[0],
         groups=tuple(facts),
         remove_asked=recipe.remove,
@@ -115,7 +132,10 @@ def inspect(model: str | Path, recipe: Recipe | None = None, progress: Progress 
         num_calibration_tokens=resolved.recipe.calibration.num_tokens,
         memory=memory.estimate,
         weights_on_disk=memory.weights_on_disk,
-        warnings=resolved.warnings,
+        warnings=(*notes, *resolved.warnings),
+        possible=possible_groups(arch),
+        impossible=arch.omits,
+        serving=None if server is None else serving_after(server, num_gpus, arch, text_config(shape), plan.num_keep),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from secateur.arch import Arch
+from secateur.arch import Arch, head_of
 from secateur.errors import NumericsError
 from secateur.memory import release_freed
 from secateur.progress import Progress, silent
@@ -64,7 +64,7 @@ def geometric_mean_perplexity(losses: dict[str, Loss]) -> float:
 @torch.inference_mode()
 def block_losses(model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"]) -> Float[Tensor, " P"]:
     """Return -log p(token t+1 | tokens up to t) for every position of one block, in nats; P = T - 1."""
-    head = model.get_submodule(arch.head)
+    head = head_of(model, arch)
     ids_1T = ids_1T.to(next(model.parameters()).device)
     hidden_TD = model.get_submodule(arch.backbone)(ids_1T, use_cache=False).last_hidden_state[0]
     parts = [

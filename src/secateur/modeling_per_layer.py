@@ -89,14 +89,14 @@ class PerLayerModel(PreTrainedModel):
             super().__init__(config, *args, **kwargs)
         finally:
             config.per_layer_config = overrides or None
-        layers: Any = self.get_decoder().layers
+        layers = _layers(self)
         for index, layer_config in enumerate(config.per_layer_config):
             layers[index] = build_layer(type(layers[index]), layer_config, index)
         self.init_weights()
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(*args, **kwargs)
-        layers: Any = self.get_decoder().layers
+        layers = _layers(self)
         for module in layers.modules():
             if hasattr(module, "config"):
                 module.config._attn_implementation = self.config._attn_implementation
@@ -122,6 +122,12 @@ def per_layer_config_class(stock: Any) -> type[PreTrainedConfig]:
 
     members = {"__module__": __name__, "_auto_class": "AutoConfig", "validate_architecture": validate_architecture}
     return strict(type(PREFIX + stock.__name__, (stock,), members))
+
+
+def _layers(model: PreTrainedModel) -> Any:
+    """Return the decoder's list of layers; in GPT-2 and Falcon it is called h."""
+    decoder: Any = model.get_decoder()
+    return decoder.layers if hasattr(decoder, "layers") else decoder.h
 
 
 def is_per_layer(config: PreTrainedConfig) -> bool:

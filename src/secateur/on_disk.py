@@ -7,8 +7,8 @@ afterwards, bit for bit; and its layers as they were before a cut, for the dense
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -50,14 +50,14 @@ def embeddings_on_disk(
 
 
 class LayersOnDisk:
-    """One safetensors file per layer, called `name`, and the numbers of units that its modules held.
+    """One safetensors file per layer, called `name`, and the numbers of units and the configs that its modules held.
 
     Also the modules themselves, without their weights, for those that go as a whole meanwhile.
     """
 
     def __init__(self, directory: Path, name: str) -> None:
         self.directory, self.name = directory, name
-        self.counts: dict[int, dict[str, int]] = {}
+        self.counts: dict[int, dict[str, Any]] = {}
         self.modules: dict[int, dict[str, nn.Module]] = {}
 
     @property
@@ -70,7 +70,7 @@ class LayersOnDisk:
         # Unlinked first: a file that is still mapped keeps what it held.
         self._path(index).unlink(missing_ok=True)
         save_file({name: p.detach().cpu().contiguous() for name, p in layer.named_parameters()}, self._path(index))
-        self.counts[index] = {group.count: _count(layer, group.count) for group in groups if group.count is not None}
+        self.counts[index] = {name: _count(layer, name) for group in groups for name in group.attributes}
         self.modules[index] = dict(layer.named_children())
 
     def put_back(self, index: int, layer: nn.Module) -> None:
@@ -122,11 +122,11 @@ def _is_there(layer: nn.Module, name: str) -> bool:
     return hasattr(layer.get_submodule(module), attribute)
 
 
-def _count(layer: nn.Module, name: str) -> int:
+def _count(layer: nn.Module, name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     return getattr(layer.get_submodule(module), attribute)
 
 
-def _put(layer: nn.Module, name: str, value: torch.Tensor | int) -> None:
+def _put(layer: nn.Module, name: str, value: Any) -> None:
     module, _, attribute = name.rpartition(".")
     setattr(layer.get_submodule(module), attribute, value)

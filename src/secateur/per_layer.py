@@ -2,17 +2,19 @@
 
 In: a model whose layers were cut or skipped. Out: the same model, its config derived from its tensors. Equal widths
 give the plain config of the family; different ones `per_layer_config` in transformers' form and a class that saves and
-loads it. Not handled: families whose linears have other names than Llama's or Phi-3's.
+loads it.
 """
 
 from collections import Counter
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.arch import Arch, decoder_layers, linear
+from secateur.arch import Arch, Group, decoder_layers, linear
+from secateur.arch_conv import linears_for_conv
+from secateur.arch_numbers import text_config
 from secateur.errors import RecipeError
 from secateur.modeling_per_layer import (
     PerLayerModel,
@@ -27,45 +29,53 @@ from secateur.modeling_per_layer import (
 # Of a sublayer that is not there. Only legal, so that modelling which builds layers before it skips parts can build it,
 # and different from the other layers', so that modelling which knows no `skip` stops instead of inventing weights.
 _ABSENT = {"attention": {"num_attention_heads": 1, "num_key_value_heads": 1}, "mlp": {"intermediate_size": 1}}
+QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
 
 
-def layer_widths(layer: nn.Module) -> dict[str, Any]:
-    """Return the layer's widths under the config's names, read from its linears, and what it skips.
+def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
+    """Return the layer's widths under the config's names, read from the linears of its groups, and what it skips.
 
-    q heads = o_proj inputs / head_dim; kv heads = k_proj outputs / head_dim (or half of what is left of qkv_proj).
+    Channels: the reader's inputs. Heads: query heads = the reader's inputs / head_dim; KV heads = rows of the writer
+    that has one segment of one head, / head_dim (of a writer of queries, keys and values, half of what is left).
     """
-    sublayers: Any = layer
+    absent = {name for name, module in layer.named_children() if isinstance(module, SkippedAttn | SkippedMLP)}
     widths: dict[str, Any] = {}
-    skip = []
-    if isinstance(sublayers.self_attn, SkippedAttn):
-        skip.append("attention")
-    else:
-        head_dim = sublayers.self_attn.head_dim
-        num_heads = linear(layer, "self_attn.o_proj").in_features // head_dim
-        if hasattr(sublayers.self_attn, "qkv_proj"):
-            num_key_value_heads = (linear(layer, "self_attn.qkv_proj").out_features // head_dim - num_heads) // 2
-        else:
-            num_key_value_heads = linear(layer, "self_attn.k_proj").out_features // head_dim
-        widths |= {"num_attention_heads": num_heads, "num_key_value_heads": num_key_value_heads, "head_dim": head_dim}
-    if isinstance(sublayers.mlp, SkippedMLP):
-        skip.append("mlp")
-    else:
-        widths["intermediate_size"] = linear(layer, "mlp.down_proj").in_features
+    for group in (group for group in groups if group.reader.module.partition(".")[0] not in absent):
+        if group.experts is not None:
+            widths[group.config_key] = len(next(layer.get_submodule(group.experts.module).parameters()))
+            continue
+        reader = linear(layer, group.reader.module)
+        if group.head_dim is None:
+            widths[group.config_key] = reader.in_features // group.width
+        elif group.config_key == KV_HEADS:
+            num_heads = reader.in_features // group.head_dim
+            widths |= {QUERY_HEADS: num_heads, KV_HEADS: _num_kv_heads(layer, group, num_heads)}
+            widths["head_dim"] = group.head_dim
+    skip = [name for name, place in (("attention", "self_attn"), ("mlp", "mlp")) if place in absent]
     return widths | {"skip": skip} if skip else widths
 
 
 def check_can_skip(model: PreTrainedModel, arch: Arch) -> None:
     """Raise RecipeError if the family's layers cannot do without their attention or MLP. No weight is read."""
-    layer, configs = decoder_layers(model, arch)[0], getattr(model.config, "per_layer_config", None)
+    layer, configs = decoder_layers(model, arch)[0], getattr(text_config(model), "per_layer_config", None)
     for sublayer in ("attention", "mlp"):
         try:
             with torch.device("meta"):
-                skip_sublayer(cast(Any, type(layer))(configs[0] if configs else model.config, 0), sublayer, 0)
+                layer_class: Any = type(layer)
+                skip_sublayer(layer_class(configs[0] if configs else text_config(model), 0), sublayer, 0)
         except ValueError:
             raise RecipeError(
                 f"sublayers: a {type(layer).__name__} of family {arch.family} cannot be built without its {sublayer}; "
                 f"leave sublayers out."
             ) from None
+
+
+def _num_kv_heads(layer: nn.Module, group: Group, num_heads: int) -> int:
+    assert group.head_dim is not None
+    rows = {axis.segments: linear(layer, axis.module).out_features for axis in group.writers}
+    if len(rows) == 1 and len(group.writers) == 1:
+        return (next(iter(rows.values())) // group.head_dim - num_heads) // 2
+    return rows[(group.head_dim,)] // group.head_dim
 
 
 def split_widths(widths: list[dict[str, Any]]) -> tuple[dict[str, int], dict[int, dict[str, Any]]]:
@@ -90,8 +100,12 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     Layers of one width: the plain config and the stock class. Else `per_layer_config`, the class `PerLayer...` and, in
     each layer, its own config and counts (heads per key-value head). Parameters stay the tensors that they are.
     """
-    layers, config = decoder_layers(model, arch), cast(Any, model.config)
-    widths = [layer_widths(layer) for layer in layers]
+    layers = decoder_layers(model, arch)
+    config: Any = text_config(model)
+    widths = [
+        layer_widths(layer, tuple(group for group in arch.groups if group.layer == index))
+        for index, layer in enumerate(layers)
+    ]
     base, overrides = split_widths(widths)
     was_per_layer = isinstance(model, PerLayerModel)
     stock, stock_config = type(model), type(config)
@@ -100,23 +114,26 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     if was_per_layer or overrides:
         vars(config).pop("auto_map", None)  # saving writes it anew; the source's names files that are not carried
     config.per_layer_config = None
-    if {layer.get("num_attention_heads") for layer in widths} == {config.num_attention_heads}:
-        base.pop("head_dim")  # the config says or derives the right one as it is
+    if {layer.get(QUERY_HEADS) for layer in widths} == {config.num_attention_heads}:
+        base.pop("head_dim", None)  # the config says or derives the right one as it is
     for name, width in base.items():
         setattr(config, name, width)
     model.__class__ = per_layer_class(stock) if overrides else stock
     config.__class__ = per_layer_config_class(stock_config) if overrides else stock_config
     if overrides:
+        assert config is model.config, "resolve refuses layers of different widths inside a larger class"
         config.per_layer_config = overrides
         assert config.per_layer_attributes, "stock modelling would build the skipped parts and make up their weights"
+    layer_configs: Any = config.per_layer_config
     for index, layer in enumerate(layers):
-        _adopt_config(layer, model.config.per_layer_config[index], index)
+        _adopt_config(layer, layer_configs[index], index)
 
 
 def _adopt_config(layer: nn.Module, config: Any, index: int) -> None:
     """Give every module of the layer the attributes that it has when it is built from `config`."""
     with torch.device("meta"):
         built = build_layer(type(layer), config, index)
+    linears_for_conv(built)
     for name, module in built.named_modules():
         ours = layer.get_submodule(name)
         assert type(ours) is type(module), f"layer {index}: {name} is a {type(ours).__name__}"

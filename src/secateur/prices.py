@@ -57,7 +57,7 @@ def prices_of(recipe: Recipe, arch: Arch, model: Any) -> Prices:
 
 def sequence_length(recipe: Recipe, config: Any) -> int:
     """Return the tokens of a calibration block. Raises RecipeError if the model has fewer positions."""
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = recipe.calibration.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
     if longest is not None and length > longest:
         raise RecipeError(
@@ -88,10 +88,10 @@ def flop_prices(arch: Arch, groups: tuple[Group, ...], model: Any, prompt_tokens
         weights = sum(sum(axis.segments) * linear(layer, axis.module).in_features for axis in group.writers)
         weights += group.width * linear(layer, group.reader.module).out_features
         per_unit[group.layer, group.name] = 2 * weights
-        if _reads_attention(arch, group):
+        if arch.is_in_attention(group):
             per_unit[group.layer, group.name] += 2 * group.width * (prompt_tokens + 1)
     # Several groups may say how to cut one layer's attention; its query channels are the same in all.
-    query_channels = {g.layer: g.num_units * g.width for g in arch.groups if _reads_attention(arch, g)}
+    query_channels = {g.layer: g.num_units * g.width for g in arch.groups if arch.is_in_attention(g)}
     per_layer = tuple(
         2 * sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
         + 2 * query_channels.get(index, 0) * (prompt_tokens + 1)
@@ -150,7 +150,3 @@ def _latency_prices(recipe: Recipe, arch: Arch, groups: tuple[Group, ...]) -> Pr
         "ms per decoded token",
         PICOSECONDS_PER_MS,
     )
-
-
-def _reads_attention(arch: Arch, group: Group) -> bool:
-    return group.reader.module.startswith(f"{arch.attention}.")

@@ -7,7 +7,7 @@ nats per token over the whole vocabulary. The probe stands before a layer; only 
 import torch
 from torch import Tensor, nn
 
-from secateur.arch import Arch
+from secateur.arch import Arch, head_of
 from secateur.depth import states_for_head
 from secateur.errors import NumericsError
 from secateur.kl import KL_POSITIONS, token_divergences
@@ -24,7 +24,7 @@ class Probe:
         """Take the first `num_blocks` blocks of each domain among the batches that are not held out."""
         self.model, self.arch, self.position = model, arch, 0
         self._walk = Walk(model, arch, first_blocks(batches, num_blocks))
-        self._head = model.get_submodule(arch.head)
+        self._head = head_of(model, arch)
         with torch.inference_mode():
             # In the model's own dtype, which holds them exactly.
             self._logits_PV = [

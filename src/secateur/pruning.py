@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.arch import Arch, bind, decoder_layers
+from secateur.arch_numbers import text_config
 from secateur.bench import Speed, bench
 from secateur.budget import GroupKey
 from secateur.calibration import CalibrationSet, build_calibration
@@ -158,7 +159,7 @@ def _has_uncompensated(job: _Job) -> bool:
 
 def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[tuple[int, ...], Keeps, Summary]:
     recipe, log = job.resolved.recipe, job.log
-    dense_size, dense_layers, dense_width = Size.of(job.model), job.arch.num_layers, job.model.config.hidden_size
+    dense_size, dense_layers, dense_width = Size.of(job.model), job.arch.num_layers, text_config(job.model).hidden_size
     dense_losses = _evaluate(job, "dense")
     dense_speed = _bench(job, "dense")
     with tempfile.TemporaryDirectory(dir=directory, prefix="originals-") as scratch:
@@ -191,7 +192,7 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[tu
         dense_size=dense_size,
         pruned_size=Size.of(job.model),
         num_layers=(dense_layers, len(layers)),
-        hidden_sizes=(dense_width, job.model.config.hidden_size),
+        hidden_sizes=(dense_width, text_config(job.model).hidden_size),
         widths=group_widths(job.arch.select(recipe.groups), keeps),
         calibration=calibration_facts(job.calibration),
         dense_losses=dense_losses,

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 NUM_NEW_TOKENS = 24
 
@@ -21,8 +22,11 @@ NUM_NEW_TOKENS = 24
 def main(directory: str, ids_file: str, out_file: str, device: str, num_threads: str) -> None:
     torch.set_num_threads(int(num_threads))
     ids_BT = load_file(ids_file)["input_ids"].to(device)
-    per_layer = "per_layer_config" in json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, trust_remote_code=per_layer)
+    config = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
+    per_layer = "per_layer_config" in config
+    is_wrapped = config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto: Any = AutoModelForImageTextToText if is_wrapped else AutoModelForCausalLM
+    loaded: Any = auto.from_pretrained(directory, output_loading_info=True, trust_remote_code=per_layer)
     model, info = loaded[0].to(device), loaded[1]
     with torch.inference_mode():
         logits_BTV = model(ids_BT, use_cache=False).logits

@@ -57,12 +57,14 @@ def widths(files: ResultFiles) -> Section:
     groups = _counts(files.steps)
     shares = ", ".join(f"{sum(g.kept) / sum(g.before):.1%} of {g.group}" for g in groups)
     described = Text("widths-plot", "Kept units by layer", f"A bar per layer; kept: {shares}.")
-    rows = [
-        (f"layer {layer}", *(f"{before:,} → {kept:,}" for before, kept in counts))
-        for layer, *counts in zip(
-            groups[0].layers, *(zip(group.before, group.kept, strict=True) for group in groups), strict=True
-        )
-    ]
+    # Layers may differ in the groups that they have: experts in some, an MLP in others.
+    cells = {
+        (layer, group.group): f"{before:,} → {kept:,}"
+        for group in groups
+        for layer, before, kept in zip(group.layers, group.before, group.kept, strict=True)
+    }
+    layers = sorted({layer for layer, _ in cells})
+    rows = [(f"layer {layer}", *(cells.get((layer, group.group), "") for group in groups)) for layer in layers]
     table = Table("Units by layer, before → kept", ("", *(group.group for group in groups)), rows, folded=True)
     return Section(
         "widths", "Kept width by layer", (f"Kept: {shares} units.",), (width_plot(described, groups),), (table,)

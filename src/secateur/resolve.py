@@ -83,6 +83,11 @@ def check_without_prices(recipe: Recipe, arch: Arch, config: Any) -> None:
             f"compensate: family {arch.family} cannot store a bias in its readers (it would be dropped on reload); "
             f"use least_squares or none."
         )
+    if any(group.experts for group in groups) and (recipe.budget != "uniform" or recipe.target != "parameters"):
+        raise RecipeError(
+            f"groups: experts can only go with budget: uniform and target: parameters, got {recipe.budget} and "
+            f"{recipe.target}; change these or leave experts out."
+        )
     if recipe.target != "latency" and recipe.prices is not None:
         raise RecipeError(f"prices: are what target latency plans with; with target {recipe.target} leave them out.")
     if recipe.sublayers and recipe.budget not in ("curve", "search"):
@@ -95,6 +100,12 @@ def check_without_prices(recipe: Recipe, arch: Arch, config: Any) -> None:
             f"sublayers: a group cannot go whole while min_keep: {recipe.min_keep:g} of it must stay; leave one out."
         )
     num_rounds(recipe)
+    if config.get_text_config() is not config and (recipe.budget != "uniform" or recipe.protected_layers):
+        raise RecipeError(
+            f"budget: {recipe.budget} with protected_layers {list(recipe.protected_layers)} gives layers widths of "
+            f"their own, which a language model inside a larger class ({config.model_type}) cannot be saved with; use "
+            f"budget uniform without protected_layers."
+        )
     sequence_length(recipe, config)
     _target_mix(recipe, arch)
 
@@ -116,7 +127,7 @@ def resolve(recipe: Recipe, arch: Arch, config: Any, prices: Prices, layers: tup
     remove = share_for_widths(recipe, prices, num_gone, step)
     # A layer is folded into the FFN reader before it, whatever else is cut.
     fitted = groups + (arch.select(("ffn",)) if recipe.depth else ())
-    widest = max(group.num_units * group.width for group in fitted)
+    widest = max(group.num_inputs for group in fitted)
     num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
     mix = _target_mix(recipe, arch)
     damping, warnings = _damping(recipe, num_tokens, widest)

@@ -202,8 +202,23 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         f"tokens: weights {weights}{elsewhere}, hidden states {hidden}, statistics {statistics}, solve {solve}; the "
         f"interpreter comes on top",
     )
+    yield from _groups_and_server(inspection)
     for warning in inspection.warnings:
         yield "note", warning
+
+
+def _groups_and_server(inspection: Inspection) -> Iterator[tuple[str, str]]:
+    shown = {group.name for group in inspection.groups}
+    for group in (group for group in inspection.possible if group.name not in shown):
+        size = f"{group.num_units:,} {group.unit}s in each of {group.num_layers} layers"
+        yield "could also go", f"{group.name}: {size}, {group.num_params:,} parameters"
+    for name, reason in inspection.impossible.items():
+        yield "cannot go", f"{name}: {reason}"
+    if inspection.serving is not None:
+        serving = inspection.serving
+        where = f"{serving.server} on {serving.num_gpus} GPU{'s' if serving.num_gpus > 1 else ''}"
+        yield "serving", f"{where}: {'; '.join(serving.problems) or 'nothing stands against the result'}"
+        yield "", "; ".join(serving.cautions)
 
 
 def human_bytes(num_bytes: int | float) -> str:

@@ -4,7 +4,7 @@ In: a model, groups and calibration batches. Out: one number per unit of every g
 gradients, and those need the whole model: one forward keeps what entered each layer, then the loss's gradient goes
 back through the layers one at a time, so that the weight gradients of one layer are all that there is at once. Kept are
 num_layers x tokens x hidden_size numbers; a caller short of memory gives fewer tokens. The model stays as it was: no
-gradient, hook or flag is left behind. Not handled: families whose layers return tuples.
+gradient, hook or flag is left behind.
 
 Letters: B blocks of a batch, T tokens of a block, D hidden size, R rows (or columns) on the units' axis, F units.
 """
@@ -18,15 +18,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.arch import Arch, Group, Segments, decoder_layers, linear
+from secateur.arch import Arch, Group, Segments, decoder_layers, head_of, linear
 from secateur.errors import NumericsError
-from secateur.walk import Batch
+from secateur.walk import Arguments, Batch
 
 # Positions per slice of logits: 64 x 150k words x float32, logits and their gradient, is 77 MB.
 HEAD_POSITIONS = 64
 
-# Every layer's keyword arguments, by the shape of a batch.
-_Kwargs = dict[tuple[int, ...], list[dict[str, Any]]]
+# What every layer is called with besides the hidden states, by the shape of a batch.
+_Calls = dict[tuple[int, ...], list[Arguments]]
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class _Pass:
     """One batch: what entered each layer that the gradient has not reached, and the gradient on its way down."""
 
     inputs_BTD: list[Tensor]
-    kwargs: list[dict[str, Any]]
+    calls: list[Arguments]
     gradient_BTD: Tensor
 
 
@@ -52,12 +52,12 @@ def taylor_scores(
     Source: Ma et al., LLM-Pruner, arXiv 2305.11627, section 3.2, the element-wise importance without its second-order
     term, summed over the group; as their code's `param_first` does, which has no biases to count.
     """
-    layers, kwargs = decoder_layers(model, arch), _Kwargs()
+    layers, calls = decoder_layers(model, arch), _Calls()
     batches = [batch for batch in batches if not batch.held_out]
     num_tokens = sum(batch.ids_BT[:, 1:].numel() for batch in batches)
     scores: dict[tuple[int, str], Tensor] = {}
     with _frozen(model), torch.enable_grad():
-        passes = [_forward(model, arch, batch, kwargs) for batch in batches]
+        passes = [_forward(model, arch, batch, calls) for batch in batches]
         for index in reversed(range(min(group.layer for group in groups), arch.num_layers)):
             mine = [group for group in groups if group.layer == index]
             gradients = _backward(layers[index], index, mine, passes)
@@ -78,22 +78,22 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _forward(model: nn.Module, arch: Arch, batch: Batch, kwargs: _Kwargs) -> _Pass:
+def _forward(model: nn.Module, arch: Arch, batch: Batch, calls: _Calls) -> _Pass:
     """Run the backbone; the graph begins where the last layer ends, because nothing before it requires a gradient.
 
-    `kwargs` is filled once per shape and layer, as in the walk: masks differ per layer in some families.
+    `calls` is filled once per shape and layer, as in the walk: masks differ per layer in some families.
     """
     entered: list[Tensor] = []
-    noted: list[dict[str, Any]] = []
+    noted: list[Arguments] = []
     left: list[Tensor] = []
 
-    def note(_: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+    def note(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         entered.append(inputs[0])
-        noted.append(keywords)
+        noted.append((inputs[1:], keywords))
 
-    def begin_graph(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        left.append(output.detach().requires_grad_())
-        return left[0]
+    def begin_graph(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        left.append((output[0] if isinstance(output, tuple) else output).detach().requires_grad_())
+        return arch.layer_output(left[0])
 
     layers = decoder_layers(model, arch)
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
@@ -103,10 +103,8 @@ def _forward(model: nn.Module, arch: Arch, batch: Batch, kwargs: _Kwargs) -> _Pa
     finally:
         for handle in handles:
             handle.remove()
-    (gradient_BTD,) = torch.autograd.grad(
-        final_BTD, left[0], _final_gradient(model.get_submodule(arch.head), final_BTD, batch)
-    )
-    return _Pass(entered, kwargs.setdefault(tuple(batch.ids_BT.shape), noted), gradient_BTD)
+    (gradient_BTD,) = torch.autograd.grad(final_BTD, left[0], _final_gradient(head_of(model, arch), final_BTD, batch))
+    return _Pass(entered, calls.setdefault(tuple(batch.ids_BT.shape), noted), gradient_BTD)
 
 
 def _final_gradient(head: nn.Module, final_BTD: Float[Tensor, "B T D"], batch: Batch) -> Float[Tensor, "B T D"]:
@@ -135,7 +133,9 @@ def _backward(layer: nn.Module, index: int, groups: list[Group], passes: list[_P
         parameter.requires_grad_(True)
     for each in passes:
         input_BTD = each.inputs_BTD.pop().detach().requires_grad_()
-        output = layer(input_BTD, **each.kwargs[index])
+        args, kwargs = each.calls[index]
+        output = layer(input_BTD, *args, **kwargs)
+        output = output[0] if isinstance(output, tuple) else output
         below, *found = torch.autograd.grad(output, [input_BTD, *parameters.values()], each.gradient_BTD)
         each.gradient_BTD = below
         for total, gradient in zip(sums.values(), found, strict=True):

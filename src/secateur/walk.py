@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from secateur.arch import Arch, decoder_layers
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer is called with besides the hidden states, by position and by name."""
+
 # Small batches stay in the processor's cache and hold little memory; on a GPU the caller asks for more.
 BATCH_TOKENS = 512
 
@@ -43,7 +46,7 @@ class Walk:
     def __init__(self, model: nn.Module, arch: Arch, batches: list[Batch], *, dense: bool = False) -> None:
         self.batches, self.arch = batches, arch
         self.layers = decoder_layers(model, arch)
-        self._kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._arguments: dict[tuple[int, int], list[Arguments]] = {}
         self.hidden_BTD = [self._embed(model.get_submodule(arch.backbone), batch.ids_BT) for batch in batches]
         self.dense_BTD = list(self.hidden_BTD) if dense else []
         self._in_middle = False
@@ -52,30 +55,29 @@ class Walk:
         """Run layer `index` on every batch and yield (batch, the layer's output).
 
         The stream does not move; with `to_middle` it moves through the layer's attention, so that `advance` has only
-        the MLP left to do: the caller will change nothing of the attention any more. With `to_end` it moves through the
-        whole layer, which the caller will not change at all, and `advance` must not be called.
+        the MLP left to do: the caller will change nothing of the attention any more. Where the family has no such
+        middle it does not move. With `to_end` it moves through the whole layer, which the caller will not change at
+        all, and `advance` must not be called.
         """
-        assert not self._in_middle
+        to_middle = to_middle and self.arch.middle is not None
         entered: list[Tensor] = []
-        middle = self.layers[index].get_submodule(self.arch.middle)
+        middle = self.layers[index].get_submodule(self.arch.middle or "")
         handle = middle.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
         try:
             for position, batch in enumerate(self.batches):
-                output = self._forward(index, self.hidden_BTD[position])
+                output = self._forward(index, self.hidden_BTD[position], rest=self._in_middle)
                 if to_middle or to_end:
                     self.hidden_BTD[position] = output if to_end else entered[0]
                 entered.clear()
                 yield batch, output
         finally:
             handle.remove()
-        self._in_middle = to_middle
+        self._in_middle = (to_middle or self._in_middle) and not to_end
 
     def advance(self, index: int) -> None:
         """Move the stream through layer `index` as it is now, or through what `run` has left of it."""
-        attention = [self.layers[index].get_submodule(self.arch.attention)] if self._in_middle else []
-        with forwards_replaced(attention, lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)):
-            for position, hidden in enumerate(self.hidden_BTD):
-                self.hidden_BTD[position] = self._forward(index, hidden)
+        for position, hidden in enumerate(self.hidden_BTD):
+            self.hidden_BTD[position] = self._forward(index, hidden, rest=self._in_middle)
         self._in_middle = False
 
     def advance_dense(self, index: int) -> None:
@@ -84,29 +86,32 @@ class Walk:
             self.dense_BTD[position] = self._forward(index, hidden)
 
     @torch.inference_mode()
-    def _forward(self, index: int, hidden_BTD: Tensor) -> Tensor:
+    def _forward(self, index: int, hidden_BTD: Tensor, *, rest: bool = False) -> Tensor:
+        """Run the layer; with `rest` only what lies behind its attention, which then gives zeros."""
         # Masks and rotary embeddings differ per layer in some families, so every layer gets its own arguments.
-        kwargs = self._kwargs[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
-        output = self.layers[index](hidden_BTD, **kwargs)
+        args, kwargs = self._arguments[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
+        attention = [self.layers[index].get_submodule(self.arch.attention or "")] if rest else []
+        with forwards_replaced(attention, lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)):
+            output = self.layers[index](hidden_BTD, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @torch.inference_mode()
     def _embed(self, backbone: nn.Module, ids_BT: Tensor) -> Tensor:
-        """Return what enters the first layer, and note every layer's keyword arguments for this shape.
+        """Return what enters the first layer, and note every layer's arguments for this shape.
 
         The backbone's own forward runs with its layers bypassed, so whatever it prepares is prepared as always.
         """
         entered: list[Tensor] = []
-        noted: list[dict[str, Any]] = []
+        noted: list[Arguments] = []
 
-        def bypass(hidden: Tensor, **kwargs: Any) -> Tensor:
+        def bypass(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             entered.append(hidden)
-            noted.append(kwargs)
-            return hidden
+            noted.append((args, kwargs))
+            return self.arch.layer_output(hidden)
 
         with forwards_replaced(self.layers, bypass):
             backbone(ids_BT, use_cache=False)
-        self._kwargs.setdefault((ids_BT.shape[0], ids_BT.shape[1]), noted)
+        self._arguments.setdefault((ids_BT.shape[0], ids_BT.shape[1]), noted)
         return entered[0]
 
 

@@ -21,9 +21,12 @@ from secateur.cli.app import (
     app,
     parse_domains,
 )
+from secateur.errors import UnknownFamilyError
 from secateur.progress_bar import progress_bar
 from secateur.recipe import Recipe, load_recipe, over_preset, parse_recipe
 
+Server = Annotated[str | None, typer.Option("--check-for", help="Also say what keeps vllm from serving the result.")]
+NumGpus = Annotated[int, typer.Option("--tp", help="With --check-for: tensor-parallel size.")]
 DEMO_MODEL = "smollm2-135m"
 
 Out = Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")]
@@ -58,14 +61,22 @@ def inspect(
     recipe: RecipeFile = None,
     preset: Preset = None,
     memory_budget: MemoryBudget = None,
+    server: Server = None,
+    num_gpus: NumGpus = 1,
     as_json: Json = False,
 ) -> None:
-    """Say what MODEL is made of and what a run would leave, from its config alone."""
+    """Say what MODEL is made of, what a run would leave and what could go, from its config alone."""
     from secateur.inspection import inspect as inspect_model
+    from secateur.propose import proposed_spec
     from secateur.tables import inspection_table
 
-    with progress_bar(enabled=not as_json) as progress:
-        found = inspect_model(model, _recipe(recipe, preset, remove, None, memory_budget=memory_budget), progress)
+    asked = _recipe(recipe, preset, remove, None, memory_budget=memory_budget)
+    try:
+        with progress_bar(enabled=not as_json) as progress:
+            found = inspect_model(model, asked, progress, server=server, num_gpus=num_gpus)
+    except UnknownFamilyError:
+        print(proposed_spec(model), end="")  # to start a file of the family from; nothing reads it here
+        raise
     if as_json:
         print(found.to_json(), end="")
     else:

@@ -1,0 +1,75 @@
+"""A layer's experts, bound to real modules: every expert is a unit that goes with its row of the router.
+
+In: a layer, a family's `experts` section, a config. Out: a `Group`. Checked: every parameter of the experts' module and
+every router tensor that the spec names has one entry per expert on its first axis.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from secateur.arch_group import Axis, Experts, Group
+from secateur.arch_hidden import submodule
+from secateur.arch_numbers import count_of
+from secateur.arch_spec import ExpertsSpec
+from secateur.errors import ArchError
+
+EXPERTS = "experts"
+
+
+def bind_experts(layer: nn.Module, index: int, spec: ExpertsSpec, config: Any, family: str) -> Group:
+    """Return the layer's group of experts.
+
+    At least as many stay as the router chooses. Where it chooses among the best `topk_group` of `n_group` groups, those
+    must hold as many, and every group the two by which it is judged.
+    Raises ArchError if a module or a tensor is missing or has another size than the config says.
+    """
+    where = f"layer {index}, group {EXPERTS}"
+    num_units, top_k = (count_of(key, config, where, family) for key in (spec.num_units, spec.top_k))
+    module, router = submodule(layer, spec.experts, family), submodule(layer, spec.router, family)
+    stacks = list(module.named_parameters())
+    rows = [(name, _tensor(router, name, where, family)) for name in spec.router_rows]
+    for name, tensor in [*stacks, *rows]:
+        if tensor.shape[0] != num_units:
+            raise ArchError(
+                f"{where}: {name} has {tensor.shape[0]} entries, but config {spec.num_units}={num_units}; the "
+                f"checkpoint and its config disagree."
+            )
+    for name in spec.counts:
+        parent, _, attribute = name.rpartition(".")
+        if not hasattr(submodule(layer, parent, family), attribute):
+            raise ArchError(f"{where}: {parent} has no '{attribute}', which family {family} needs.")
+    num_groups = getattr(config, spec.num_groups, None) or 1 if spec.num_groups else 1
+    chosen_groups = getattr(config, spec.top_k_groups, None) or 1 if spec.top_k_groups else 1
+    at_least = top_k if num_groups == 1 else num_groups * max(2, -(-top_k // chosen_groups))
+    held = [tensor for _, tensor in [*stacks, *rows] if isinstance(tensor, nn.Parameter)]
+    return Group(
+        layer=index,
+        name=EXPERTS,
+        unit="expert",
+        num_units=num_units,
+        params_per_unit=sum(tensor.numel() for tensor in held) // num_units,
+        writers=(),
+        reader=Axis(spec.experts, (2,)),  # not 1: experts are counted one by one, whatever channels are aligned to
+        count=None,
+        bias_switch=None,
+        config_key=spec.num_units,
+        experts=Experts(
+            module=spec.experts,
+            router=spec.router,
+            router_rows=tuple(f"{spec.router}.{name}" for name in spec.router_rows),
+            counts=spec.counts,
+            at_least=at_least,
+            num_groups=num_groups,
+            buffers=tuple(f"{spec.router}.{name}" for name, row in rows if not isinstance(row, nn.Parameter)),
+        ),
+    )
+
+
+def _tensor(router: nn.Module, name: str, where: str, family: str) -> Tensor:
+    tensors = dict(router.named_parameters()) | dict(router.named_buffers())
+    if name not in tensors:
+        raise ArchError(
+            f"{where}: the router has no tensor '{name}', which family {family} needs; it has {', '.join(tensors)}."
+        )
+    return tensors[name]

@@ -1,0 +1,96 @@
+"""A group bound to real modules: which rows and columns go when a unit goes.
+
+A tensor axis is a row of segments; in each segment unit i owns `w` consecutive rows.
+"""
+
+from dataclasses import dataclass
+
+from secateur.arch_numbers import Segments
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """The units' axis of one linear: `segments[k]` consecutive rows per unit in segment k."""
+
+    module: str
+    segments: Segments
+
+
+@dataclass(frozen=True, slots=True)
+class BiasSwitch:
+    """The config key that makes the reader's bias storable, and the linears that it gives a bias."""
+
+    config_key: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Modules and numbers of one layer's experts, see `arch_spec.ExpertsSpec`.
+
+    `at_least`: what the router needs to choose from. `num_groups`: experts lie in that many groups of equal size, which
+    the router chooses first. `buffers`: those of `router_rows` that are no parameters.
+    """
+
+    module: str
+    router: str
+    router_rows: tuple[str, ...]
+    counts: tuple[str, ...]
+    at_least: int
+    num_groups: int
+    buffers: tuple[str, ...]
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """What a cut sets besides parameters, dotted from the layer."""
+        return (*self.counts, *self.buffers)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One layer's group, bound to real modules. `params_per_unit` counts weights and biases of writers and reader.
+
+    `config_key`: where the config holds the number of units, the first of several. `head_dim`: of units that are heads.
+    `count`: the module attribute, dotted from the layer, that holds the number of units; None where none does.
+    `local_config`: the module whose config a cut layer needs to itself.
+    `divides`: (factor, whole) where the config class takes only counts whose `factor` fold divides `whole`.
+    `experts`: of units that are experts, which have no writers; the reader then is the module that holds them.
+    """
+
+    layer: int
+    name: str
+    unit: str
+    num_units: int
+    params_per_unit: int
+    writers: tuple[Axis, ...]
+    reader: Axis
+    count: str | None
+    bias_switch: BiasSwitch | None
+    divides: tuple[int, int] | None = None
+    config_key: str = ""
+    head_dim: int | None = None
+    local_config: str | None = None
+    experts: "Experts | None" = None
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """What a cut sets besides tensors: attributes, dotted from the layer."""
+        config = () if self.local_config is None else (f"{self.local_config}.config",)
+        count = () if self.count is None else (self.count,)
+        return (*count, *config, *(self.experts.attributes if self.experts else ()))
+
+    @property
+    def num_inputs(self) -> int:
+        """Reader inputs that least squares is solved over; experts are not refitted."""
+        return 0 if self.experts else self.num_units * self.width
+
+    def allows(self, num_units: int) -> bool:
+        """Say whether the family's config can state that many units."""
+        if self.experts and (num_units < self.experts.at_least or num_units % self.experts.num_groups):
+            return False
+        return self.divides is None or self.divides[1] % (num_units * self.divides[0]) == 0
+
+    @property
+    def width(self) -> int:
+        """Reader columns of one unit."""
+        return sum(self.reader.segments)

@@ -1,0 +1,167 @@
+"""Experts as units: which a router needs least, and the cut that takes them with their rows of the router.
+
+In: the walk standing before a layer with experts. Out: the layer with fewer of them, the kept indices, the line of the
+run log. Whatever way a family stores its experts, one observer sees them: it notes what the module of all experts is
+called with and calls it again for one expert at a time. Nothing is refitted: the router turns to those that stay.
+
+Letters: T tokens, k experts per token, D hidden size, E experts.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from secateur.arch_group import Experts, Group
+from secateur.errors import NumericsError
+from secateur.score import keep_highest
+from secateur.walk import Walk
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What one domain's tokens did: per expert, how many chose it and the sum of its weighted output norms."""
+
+    num_tokens_E: Tensor
+    norms_E: Tensor
+
+
+def observe_routing(walk: Walk, group: Group, *, to_middle: bool) -> dict[str, Routing]:
+    """Return every domain's routing on the pruned stream, held-out text left out. The walk must stand before the layer.
+
+    norms_j = sum over tokens t that chose expert j of g_j(t) |f_j(t)|, with g the router's weight and f the output.
+    Raises NumericsError naming layer and domain if a norm is not finite.
+    """
+    assert group.experts is not None
+    module, num_experts = walk.layers[group.layer].get_submodule(group.experts.module), group.num_units
+    seen: list[tuple[Any, ...]] = []
+    found: dict[str, Routing] = {}
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    try:
+        for batch, _ in walk.run(group.layer, to_middle=to_middle):
+            hidden_TD, chosen_Tk, weights_Tk = seen.pop()
+            if batch.held_out:
+                continue
+            new = _routing(module, hidden_TD, chosen_Tk, weights_Tk, num_experts)
+            if not bool(new.norms_E.isfinite().all()):
+                raise NumericsError(
+                    f"layer {group.layer}, {group.experts.module}, domain {batch.domain}: an expert gives NaN or "
+                    f"infinite numbers; use the model in bfloat16 or float32 and check its weights."
+                )
+            old = found.get(batch.domain)
+            found[batch.domain] = (
+                new if old is None else Routing(old.num_tokens_E + new.num_tokens_E, old.norms_E + new.norms_E)
+            )
+    finally:
+        handle.remove()
+    return found
+
+
+def expert_scores(
+    score: str, routing: dict[str, Routing], shares: dict[str, float], weighting: str, seed: int
+) -> Float[Tensor, " E"]:
+    """Return every expert's score, higher = keep: `random`, `frequency`, or for every other name `reap`.
+
+    frequency: s_j = sum_d q_d n_dj / sum_i n_di, the share of choices that fell on expert j.
+    reap: s_j = sum_d w_d norms_dj / sum_d w_d n_dj, the mean weighted norm of what it gave the tokens that chose it,
+    with w_d = q_d / sum_i norms_di so that a loud domain does not decide for the others (`tokens`: w_d = 1); 0 for an
+    expert that no token chose. Source: Lasby et al., REAP, arXiv 2510.13999, eq. 9; theirs is over one pool of text.
+    """
+    first = next(iter(routing.values()))
+    if score == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(len(first.norms_E), generator=generator).to(first.norms_E.device)
+    if score == "frequency":
+        parts = [shares[d] * each.num_tokens_E / each.num_tokens_E.sum() for d, each in routing.items()]
+        return torch.stack(parts).sum(dim=0).float()
+    norms_E, num_E = torch.zeros_like(first.norms_E), torch.zeros_like(first.norms_E)
+    for domain, each in routing.items():
+        weight = 1.0 if weighting == "tokens" else shares[domain] / max(float(each.norms_E.sum()), 1e-30)
+        norms_E += weight * each.norms_E
+        num_E += weight * each.num_tokens_E
+    return torch.where(num_E > 0, norms_E / num_E.clamp(min=1e-300), 0.0).float()
+
+
+def keep_experts(scores_E: Float[Tensor, " E"], num_keep: int, experts: Experts) -> Int64[Tensor, " K"]:
+    """Return the sorted indices of the highest scores: as many of each group, where the router chooses groups first."""
+    size = len(scores_E) // experts.num_groups
+    parts = [
+        start * size + keep_highest(part, num_keep // experts.num_groups)
+        for start, part in enumerate(scores_E.split(size))
+    ]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> None:
+    """Keep only these experts: their entries of every stack, their rows of the router, and the counts."""
+    assert group.experts is not None
+    module = layer.get_submodule(group.experts.module)
+    names = [f"{group.experts.module}.{name}" for name, _ in module.named_parameters()]
+    for name in (*names, *group.experts.router_rows):
+        parent, _, attribute = name.rpartition(".")
+        owner = layer.get_submodule(parent)
+        tensor = getattr(owner, attribute)
+        kept = tensor[keep].contiguous()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        setattr(owner, attribute, nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept)
+    for name in group.experts.counts:
+        parent, _, attribute = name.rpartition(".")
+        setattr(layer.get_submodule(parent), attribute, len(keep))
+
+
+@torch.no_grad()
+def prune_experts(
+    walk: Walk, group: Group, num_keep: int, score: str, weighting: str, shares: dict[str, float], seed: int
+) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
+    """Measure, select and cut one layer's experts; return the kept indices and the log line.
+
+    `routed_share_kept`: by domain, the share of the router's choices that fell on experts which stayed.
+    """
+    assert group.experts is not None
+    layer, experts = walk.layers[group.layer], group.experts
+    num_units = len(next(layer.get_submodule(experts.module).parameters()))
+    group = dataclasses.replace(group, num_units=num_units)
+    routing = observe_routing(walk, group, to_middle=True)
+    scores_E = expert_scores(score, routing, shares, weighting, seed)
+    keep = torch.arange(num_units, device=scores_E.device)
+    if num_keep < num_units:
+        keep = keep_experts(scores_E, num_keep, experts)
+        cut_experts(layer, group, keep)
+    ordered = scores_E.sort().values
+    line = {
+        "layer": group.layer,
+        "group": group.name,
+        "kept": len(keep),
+        "total": num_units,
+        "output_energy": {domain: float(each.norms_E.sum()) for domain, each in routing.items()},
+        "score_quantiles": [float(ordered[round(q * (num_units - 1))]) for q in (0.0, 0.25, 0.5, 0.75, 1.0)],
+        "routed_share_kept": {
+            domain: float(each.num_tokens_E[keep].sum() / each.num_tokens_E.sum()) for domain, each in routing.items()
+        },
+    }
+    return keep, line
+
+
+@torch.inference_mode()
+def _routing(
+    module: nn.Module,
+    hidden_TD: Float[Tensor, "T D"],
+    chosen_Tk: Int64[Tensor, "T k"],
+    weights_Tk: Float[Tensor, "T k"],
+    num_experts: int,
+) -> Routing:
+    num_tokens_E = torch.zeros(num_experts, dtype=torch.float64, device=hidden_TD.device)
+    norms_E = torch.zeros_like(num_tokens_E)
+    for expert in chosen_Tk.unique().tolist():
+        tokens, places = torch.where(chosen_Tk == expert)
+        alone = torch.full_like(tokens, expert)[:, None]
+        # Its forward, not the module itself, whose hook would note this call too.
+        output_TD = module.forward(hidden_TD[tokens], alone, torch.ones_like(weights_Tk[tokens, :1]))
+        norms = torch.linalg.vector_norm(output_TD.float(), dim=-1) * weights_Tk[tokens, places].float()
+        num_tokens_E[expert] = len(tokens)
+        norms_E[expert] = norms.double().sum()
+    return Routing(num_tokens_E, norms_E)

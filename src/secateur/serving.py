@@ -1,0 +1,78 @@
+"""Whether a checkpoint of given widths can be served: vLLM's published rules, without running it.
+
+In: a family, its widths after a run, a tensor-parallel size. Out: what stands against it, sentence by sentence. Nothing
+is loaded. The rules are those that vLLM's config check and its parallel linears enforce: query heads divide by the
+number of GPUs; KV heads divide by it or it by them; every width that is split divides by it; all layers are alike.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from secateur.errors import RecipeError
+
+SERVERS = ("vllm",)
+QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
+
+# Families whose class is in vLLM's registry of models, and of these the ones whose modelling reads head_dim from the
+# config instead of dividing hidden_size by the number of heads. Others were not found to.
+IN_REGISTRY = frozenset(
+    "llama mistral qwen2 qwen3 gemma gemma2 gemma3 phi phi3 olmo olmo2 granite stablelm starcoder2 gpt2 gpt_neox opt "
+    "falcon cohere cohere2 glm glm4 exaone4 nemotron hunyuan_dense ernie4_5 seed_oss mixtral qwen2_moe qwen3_moe olmoe "
+    "gpt_oss granitemoe deepseek_v2 deepseek_v3".split()
+)
+READS_HEAD_DIM = frozenset("llama mistral qwen3 gemma gemma2 gemma3 mixtral qwen3_moe nemotron glm glm4".split())
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What a check found. `problems` keep the server from loading the model, `cautions` were not settled."""
+
+    server: str
+    num_gpus: int
+    problems: tuple[str, ...]
+    cautions: tuple[str, ...]
+
+
+def check_serving(
+    server: str,
+    num_gpus: int,
+    family: str,
+    widths: Mapping[str, frozenset[int]],
+    *,
+    heads_follow_hidden_size: bool = True,
+) -> Serving:
+    """Return what vLLM's rules say. `widths`: by config key, all values that layers have of it.
+
+    `heads_follow_hidden_size`: head_dim is hidden_size / heads, as it is until heads are cut.
+    Raises RecipeError if the server is unknown or there are no GPUs.
+    """
+    if server not in SERVERS:
+        raise RecipeError(f"--check-for: knows {', '.join(SERVERS)}, got '{server}'.")
+    if num_gpus < 1:
+        raise RecipeError(f"--tp: must be at least 1, got {num_gpus}.")
+    problems = [
+        f"{key} differs by layer ({min(values)} to {max(values)}), and vLLM builds all layers alike"
+        for key, values in widths.items()
+        if len(values) > 1
+    ]
+    for key, values in widths.items():
+        for value in sorted(values):
+            if key == KV_HEADS and value < num_gpus:
+                if num_gpus % value:
+                    problems.append(f"{num_gpus} GPUs cannot share {value} KV heads evenly ({key})")
+            elif value % num_gpus and _is_split(key):
+                problems.append(f"{key} is {value}, which {num_gpus} GPUs cannot split evenly")
+    cautions = ["checked by vLLM's published rules; vLLM was not run"]
+    if family not in IN_REGISTRY:
+        cautions.append(f"family {family} is not in vLLM's registry; its Transformers backend may run it")
+    if not heads_follow_hidden_size and family not in READS_HEAD_DIM:
+        cautions.append(
+            f"heads were cut, and vLLM's {family} was not found to read head_dim from the config; if it divides "
+            f"hidden_size by the number of heads, it cannot load this"
+        )
+    return Serving(server, num_gpus, tuple(problems), tuple(cautions))
+
+
+def _is_split(key: str) -> bool:
+    """Say whether tensor parallelism splits what the key counts: experts are whole on every GPU, in slices."""
+    return "experts" not in key

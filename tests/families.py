@@ -1,0 +1,172 @@
+"""Every family that has a spec, as a tiny random model: one row per structure that the family's checkpoints have.
+
+A row is (model type, what its config says besides the common sizes). Rows of one family differ where its checkpoints
+do: parallel blocks, norms before or after, fused linears.
+"""
+
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
+
+from tests.models import randomised
+
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+HEADS = {"head_dim": 16}
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
+SCALAR = {"query_pre_attn_scalar": 16}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+ROTATED_PART = {"hidden_size": 64}  # a quarter of a head, which must be an even number
+FALCON = {"ffn_hidden_size": 112, "bias": True}
+QWEN_MOE = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+MLA = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
+# What sees images, as small as it can be.
+SIGLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+PIXTRAL = {**SIGLIP, "model_type": "pixtral", "head_dim": 8}
+QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 1, "fullatt_block_indexes": [0]}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}}
+
+# name -> (model type, overrides)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", HEADS),
+    "mistral": ("mistral", {"sliding_window": 8}),
+    "ministral": ("ministral", HEADS | TWO_KINDS),
+    "ministral3": ("ministral3", HEADS),
+    "qwen3_5": ("qwen3_5_text", HEADS | LINEAR),
+    "gemma": ("gemma", HEADS),
+    "gemma2": ("gemma2", HEADS | TWO_KINDS | SCALAR | {"final_logit_softcapping": 2.0}),
+    "gemma3": ("gemma3_text", HEADS | TWO_KINDS | SCALAR),
+    "phi": ("phi", {}),
+    "phi3": ("phi3", {"sliding_window": 8}),
+    "olmo": ("olmo", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", TWO_KINDS),
+    "granite": (
+        "granite",
+        {
+            "residual_multiplier": 0.5,
+            "logits_scaling": 4.0,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 0]}),
+    "stablelm": ("stablelm", ROTATED_PART | {"use_qkv_bias": True}),
+    "stablelm-parallel": ("stablelm", ROTATED_PART | {"use_parallel_residual": True}),
+    "starcoder2": ("starcoder2", {"sliding_window": 8}),
+    "gpt2": ("gpt2", {"n_inner": 112}),
+    "gpt2-derived-width": ("gpt2", {}),
+    "gpt_neox": ("gpt_neox", ROTATED_PART),
+    "gpt_neox-serial": ("gpt_neox", ROTATED_PART | {"use_parallel_residual": False}),
+    "opt": ("opt", {"ffn_dim": 112, "word_embed_proj_dim": 48}),
+    "opt-post-norm": ("opt", {"ffn_dim": 112, "word_embed_proj_dim": 24, "do_layer_norm_before": False}),
+    "falcon-multi-query": ("falcon", FALCON | {"multi_query": True}),
+    "falcon-new": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-serial-alibi": ("falcon", FALCON | {"parallel_attn": False, "multi_query": False, "alibi": True}),
+    "cohere": ("cohere", {"logit_scale": 0.25}),
+    "cohere2": ("cohere2", HEADS | TWO_KINDS | {"logit_scale": 0.25}),
+    "glm": ("glm", HEADS),
+    "glm4": ("glm4", HEADS),
+    "exaone4": ("exaone4", TWO_KINDS),
+    "nemotron": ("nemotron", HEADS),
+    "hunyuan_dense": ("hunyuan_v1_dense", HEADS),
+    "ernie4_5": ("ernie4_5", HEADS),
+    "seed_oss": ("seed_oss", HEADS),
+    "mixtral": ("mixtral", HEADS | {"num_local_experts": 6}),
+    "qwen2_moe": ("qwen2_moe", QWEN_MOE | {"num_experts": 6, "shared_expert_intermediate_size": 80}),
+    "qwen2_moe-mixed": (
+        "qwen2_moe",
+        QWEN_MOE | {"num_experts": 6, "shared_expert_intermediate_size": 80, "mlp_only_layers": [1]},
+    ),
+    "qwen3_moe": ("qwen3_moe", HEADS | QWEN_MOE | {"num_local_experts": 6, "norm_topk_prob": True}),
+    "qwen3_moe-mixed": ("qwen3_moe", HEADS | QWEN_MOE | {"num_local_experts": 6, "mlp_only_layers": [1]}),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
+    "gpt_oss": ("gpt_oss", HEADS | TWO_KINDS | {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "granitemoe": ("granitemoe", {"num_local_experts": 6, "residual_multiplier": 0.5, "logits_scaling": 4.0}),
+    "phimoe": ("phimoe", HEADS | {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "glm4_moe": (
+        "glm4_moe",
+        HEADS | QWEN_MOE | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "use_qk_norm": True},
+    ),
+    "deepseek_v2": ("deepseek_v2", MLA | {"n_routed_experts": 6, "first_k_dense_replace": 1}),
+    "deepseek_v2-groups": (
+        "deepseek_v2",
+        MLA | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "topk_method": "group_limited_greedy"},
+    ),
+    "gemma3_multimodal": ("gemma3", {"text_config": HEADS | TWO_KINDS | SCALAR, "vision_config": SIGLIP}),
+    "qwen2_vl": (
+        "qwen2_vl",
+        {"text_config": MROPE, "vision_config": QWEN_VISION | {"embed_dim": 16, "hidden_size": 48}},
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        {
+            "text_config": MROPE,
+            "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 48},
+        },
+    ),
+    "mistral3": ("mistral3", {"text_config": HEADS | {"model_type": "mistral"}, "vision_config": PIXTRAL}),
+    "deepseek_v3": ("deepseek_v3", MLA | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2}),
+}
+
+
+def tiny_family(name: str, *, seed: int = 0, **overrides: Any) -> Any:
+    """Return the row's model, random, in float32 and eval mode; `overrides` replace config values."""
+    model_type, special = FAMILIES[name]
+    config_class = CONFIG_MAPPING[model_type]
+    defaults = config_class()
+    known = set(defaults.to_dict()) | set(config_class.attribute_map)
+    if "text_config" in special:
+        special = special | {"text_config": SIZES | special["text_config"]}
+        known = set()
+    sizes = {key: value for key, value in SIZES.items() if key in known} | special | overrides
+    config = config_class(**sizes)
+    auto = AutoModelForCausalLM if config_class in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = auto.from_config(config)
+    adds_one = model_type.startswith(("gemma", "qwen3_5", "nemotron"))
+    return randomised(model, seed, norm_mean=0 if adds_one else 1)

@@ -1,0 +1,65 @@
+"""Proposed specs: they pass the table of families for every family that is known, and are never used by themselves."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from secateur.arch_spec import ArchSpec, find_spec
+from secateur.checkpoint import meta_model
+from secateur.propose import spec_text
+from tests.families import FAMILIES, tiny_family
+from tests.run_cli import run_cli
+from tests.test_families import (
+    test_cut_saved_and_reloaded_by_stock_transformers_equals_mask as check_cut,
+)
+from tests.test_families import test_permuting_units_changes_nothing as check_permutation
+
+
+def proposal(name: str) -> ArchSpec:
+    return ArchSpec.model_validate(yaml.safe_load(spec_text(meta_model(tiny_family(name).config))))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_proposed_for_a_known_family_holds(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    family, spec = find_spec(FAMILIES[name][0])
+    proposed = proposal(name)
+    assert (proposed.layers, proposed.head) == (spec.layers, spec.head)
+    assert set(proposed.groups) <= set(spec.groups), "a group that the family cannot have"
+    assert (proposed.experts is None) == (spec.experts is None)
+    monkeypatch.setattr("secateur.arch.find_spec", lambda model_type: (family, proposed))
+    for group in proposed.groups:
+        check_permutation(name, group)
+        check_cut(name, group, tmp_path / group)
+
+
+def test_most_groups_of_dense_families_are_found() -> None:
+    missing = {
+        (name, group)
+        for name, (model_type, _) in FAMILIES.items()
+        for group in set(find_spec(model_type)[1].groups) - {"query_heads", "shared"}
+        if find_spec(model_type)[1].experts is None and group not in proposal(name).groups
+    }
+    assert missing == {("gpt2-derived-width", "ffn")}  # whose config says no width
+
+
+def test_inspect_prints_a_proposal_for_an_unknown_family_and_prune_refuses(tmp_path: Path) -> None:
+    model = tiny_family("nemotron")
+    model.save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"nemotron"', '"arcee"').replace("Nemotron", "Arcee"))
+    shown = run_cli("inspect", tmp_path / "model")
+    assert shown.status == 2 and "model family 'arcee' is not supported" in shown.stderr
+    spec = ArchSpec.model_validate(yaml.safe_load(shown.stdout))
+    assert spec.model_types == ("arcee",) and set(spec.groups) == {"kv_heads", "ffn"}
+    refused = run_cli("prune", tmp_path / "model", tmp_path / "out")
+    assert refused.status == 2 and "model family 'arcee' is not supported" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tests_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = spec_text(meta_model(tiny_family("phi3").config)).replace("[1, 1]", "[2]")
+    wrong = ArchSpec.model_validate(yaml.safe_load(text))
+    monkeypatch.setattr("secateur.arch.find_spec", lambda model_type: ("phi3", wrong))
+    with pytest.raises(AssertionError, match="not close"):
+        check_permutation("phi3", "ffn")

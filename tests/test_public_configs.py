@@ -1,0 +1,73 @@
+"""`inspect` on the configs of well-known checkpoints, 0.1B to 671B: it says what they are known to have.
+
+Each file of `public_configs/` holds what the model's config says of its sizes and the total number of parameters that
+its publisher or the hub states; tied embeddings count once.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from secateur.arch_spec import find_spec
+from secateur.inspection import Inspection, inspect
+from secateur.recipe import Recipe
+from secateur.serving import Serving
+
+CONFIGS = sorted((Path(__file__).parent / "public_configs").glob("*.json"))
+
+
+def inspected(file: Path, directory: Path, **options) -> tuple[Inspection, dict]:
+    facts = json.loads(file.read_text())
+    config = dict(facts["config"])
+    CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(directory)
+    return inspect(directory, Recipe(remove=0.1), **options), facts
+
+
+def named(name: str) -> Path:
+    return next(file for file in CONFIGS if file.stem == name)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_inspect_counts_the_known_number_of_parameters(file: Path, tmp_path: Path) -> None:
+    found, facts = inspected(file, tmp_path)
+    assert found.size.num_params == pytest.approx(facts["num_params"], rel=0.005)
+    family, spec = find_spec(facts["config"]["model_type"])
+    assert found.family == family
+    names = {group.name for group in found.possible} | set(found.impossible)
+    assert names >= set(spec.groups) - {"ffn"}
+    assert all(0 < group.num_params < found.size.num_params for group in found.possible)
+    assert found.remove_reached == pytest.approx(0.1, abs=0.03)  # an eighth of the experts in Mixtral
+
+
+def test_there_are_enough_of_them_from_small_to_large() -> None:
+    sizes = [json.loads(file.read_text())["num_params"] for file in CONFIGS]
+    assert len(sizes) >= 20 and min(sizes) < 0.13e9 and max(sizes) > 670e9
+
+
+def test_a_model_with_experts_says_that_they_are_what_is_looked_at(tmp_path: Path) -> None:
+    found, _ = inspected(named("deepseek-v3"), tmp_path)
+    assert [group.name for group in found.groups] == ["experts"]
+    assert {group.name: group.num_layers for group in found.possible} == {"ffn": 3, "experts": 58}
+    assert set(found.impossible) == {"kv_heads", "query_heads", "shared"}
+    assert any("groups: this recipe names none" in note for note in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "problems"),
+    [
+        ("llama-3.1-8b", 4, ()),
+        ("llama-3.1-8b", 16, ()),
+        ("qwen2.5-7b", 8, ("num_attention_heads is 28, which 8 GPUs cannot split evenly",)),
+        ("phi-4", 4, ("num_key_value_heads is 10, which 4 GPUs cannot split evenly",)),
+        ("phi-4", 2, ()),
+        ("mixtral-8x7b", 3, ("num_attention_heads is 32, which 3 GPUs cannot split evenly",)),
+    ],
+)
+def test_vllms_rules(name: str, num_gpus: int, problems: tuple[str, ...], tmp_path: Path) -> None:
+    found, _ = inspected(named(name), tmp_path, server="vllm", num_gpus=num_gpus)
+    assert isinstance(found.serving, Serving)
+    assert found.serving.problems[: len(problems)] == problems
+    assert bool(found.serving.problems) == bool(problems)
+    assert "vLLM was not run" in found.serving.cautions[0]
