@@ -14,33 +14,40 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 260, 60
 # Bottom up; a module imports from layers below its own, never from its own. `cli.*` is one command each.
 LAYERS = [
     # what knows nothing of the rest
-    "errors progress memory runlog reload_child checkpoint_quiet modeling_per_layer gram overlap page svg knapsack",
+    "errors progress memory runlog reload_child checkpoint_quiet modeling_per_layer gram overlap page svg knapsack "
+    "recover_recipe recover_loss recover_store",
     # what a run is described by; readers and writers of single files
     "stats arch_spec recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output llama_cpp "
-    "gguf_sentencepiece",
+    "gguf_sentencepiece recover_teacher",
     "arch_hidden",
     "arch",
     # stages and measurements, each by itself
     "budget score cut walk loss kl bench verify in_memory sources checkpoint_config staged_file plots "
     "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer on_disk",
-    "ideal resolve_depth",
+    "ideal resolve_depth recover_judge recover_blocks",
     "prices",
     # stages that are made of others
     "obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary bench_llama_cpp "
-    "evaluate_tasks compare_page budget_curve budget_global level_database",
+    "evaluate_tasks compare_page budget_curve budget_global level_database "
+    "recover_record",
     "calibration_sampled calibration_facts repair hidden_norms depth estimate bench_memory evaluate_domains "
-    "evaluate_cache gguf_metadata gguf_check",
-    "latency probe original_readers hidden_drift",
-    "hidden_width profile budget_search",
+    "evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",
+    "latency probe original_readers hidden_drift recover_text",
+    "hidden_width profile budget_search recover_trainer",
+    "recover_logits",
+    "recover_stages",
+    "recover_job",
     "run selection inspection gguf_tensors evaluate_differences evaluate_parts",
     "group_step round_plan safety_net pruned_checkpoint",
     # what people read, and the other outputs
     "depth_step loop tables gguf_export evaluate evaluate_table",
-    "card benchmark export compare",
-    "result_files bench_tables",
-    "comparison report_run report_quality report_evaluation",
+    "card benchmark export compare recover_table",
+    "result_files bench_tables recover_output",
+    "comparison report_run report_quality report_evaluation report_recovery",
     "report",
     # the whole job, and the ways to start it
+    "recovering",
+    "prune_recover",
     "pruning",
     "secateur",
     "cli.app",
@@ -71,7 +78,7 @@ HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (
     "checkpoint*", "output", "calibration*", "sources", "evaluate*", "bench*", "compare", "ideal", "gguf_*",
     "in_memory", "pruning", "loop", "run", "pruned_checkpoint", "on_disk", "reload_child", "modeling_per_layer",
-    "per_layer", "hidden_*",
+    "per_layer", "hidden_*", "recover*", "prune_recover",
 )  # fmt: skip
 ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "matplotlib", "gguf", "pyarrow", "datasets", "llama_cpp"}
 
