@@ -61,7 +61,7 @@ class Walk:
         handle = middle.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
         try:
             for position, batch in enumerate(self.batches):
-                output = self._forward(index, self.hidden_BTD[position])
+                output = self.through(index, self.hidden_BTD[position])
                 if to_middle or to_end:
                     self.hidden_BTD[position] = output if to_end else entered[0]
                 entered.clear()
@@ -75,19 +75,23 @@ class Walk:
         attention = [self.layers[index].get_submodule(self.arch.attention)] if self._in_middle else []
         with forwards_replaced(attention, lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)):
             for position, hidden in enumerate(self.hidden_BTD):
-                self.hidden_BTD[position] = self._forward(index, hidden)
+                self.hidden_BTD[position] = self.through(index, hidden)
         self._in_middle = False
 
     def advance_dense(self, index: int) -> None:
         """Move the dense stream through layer `index`, which must be as it was before the first cut."""
         for position, hidden in enumerate(self.dense_BTD):
-            self.dense_BTD[position] = self._forward(index, hidden)
+            self.dense_BTD[position] = self.through(index, hidden)
+
+    def arguments(self, index: int, hidden_BTD: Tensor) -> dict[str, Any]:
+        """Return what layer `index` gets beside a hidden state of this shape. Its tensors know no gradients."""
+        # Masks and rotary embeddings differ per layer in some families, so every layer gets its own arguments.
+        return self._kwargs[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
 
     @torch.inference_mode()
-    def _forward(self, index: int, hidden_BTD: Tensor) -> Tensor:
-        # Masks and rotary embeddings differ per layer in some families, so every layer gets its own arguments.
-        kwargs = self._kwargs[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
-        output = self.layers[index](hidden_BTD, **kwargs)
+    def through(self, index: int, hidden_BTD: Tensor) -> Tensor:
+        """Return what layer `index` makes of a hidden state; no stream moves."""
+        output = self.layers[index](hidden_BTD, **self.arguments(index, hidden_BTD))
         return output[0] if isinstance(output, tuple) else output
 
     @torch.inference_mode()
