@@ -33,6 +33,7 @@ from secateur.original_readers import OriginalReaders
 from secateur.output import check_free_space, parse_shard_size, staging
 from secateur.prices import prices_of
 from secateur.progress import Progress, silent
+from secateur.prune_recover import prune_then_recover
 from secateur.pruned_checkpoint import PrunedCheckpoint
 from secateur.recipe import Recipe, load_recipe, parse_recipe
 from secateur.report import missing_plots, write_reports
@@ -97,6 +98,8 @@ def prune(
     Raises a SecateurError, one sentence, for everything that a user can correct.
     """
     parsed = _parse(recipe)
+    if parsed.recover is not None:
+        return prune_then_recover(prune, model, parsed, out, tokenizer, overwrite, command, progress)
     parse_shard_size(parsed.max_shard_size)
     if isinstance(model, str | Path):
         checkpoint = open_checkpoint(model)
