@@ -305,7 +305,8 @@ def test_mismatches_are_refused_before_anything_runs(pruned, checkpoints, tmp_pa
     cases = {
         other_words: "vocabulary has 321 words",
         other_tokens: "its tokenizer (257 tokens) is not that of",
-        checkpoints["qwen2"]: "is a qwen2 model",
+        damaged(checkpoints, tmp_path / "family", model_type="mistral"): "is a mistral model",
+        damaged(checkpoints, tmp_path / "layers", num_hidden_layers=5): "has 5 layers",
     }
     for teacher, sentence in cases.items():
         seen: list[str] = []

@@ -75,23 +75,19 @@ def _check_same_tokens(student: Checkpoint, dense: Checkpoint, tokenizer: PreTra
 
 def _layers(student: Checkpoint, num_layers: int, num_dense: int, teacher: str) -> tuple[int, ...]:
     """Return the dense layers that stayed, from keep.json where any went."""
-    layers = tuple(range(num_layers))
     path = student.directory / KEEP_FILE
+    found: list[list[int]] = []
     if path.is_file():
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
             found = [entry["keep"] for entry in entries if entry["group"] == "layers"]
         except (OSError, ValueError, TypeError, KeyError):
             raise CheckpointError(f"{path}: cannot be read; use the file that secateur prune wrote.") from None
-        layers = tuple(found[0]) if found else layers
-    if len(layers) != num_layers or (layers and layers[-1] >= num_dense):
+    layers = tuple(found[0]) if found else tuple(range(num_dense))
+    if len(layers) != num_layers or layers[-1] >= num_dense:
+        says = f"{path} names {len(layers)} that stayed" if found else f"no {KEEP_FILE} says that any went"
         raise CheckpointError(
-            f"{path}: names {len(layers)} layers, but {student.reference} has {num_layers} and the teacher {teacher} "
-            f"{num_dense}; give the model that was pruned."
-        )
-    if not path.is_file() and num_layers != num_dense:
-        raise CheckpointError(
-            f"--teacher {teacher}: has {num_dense} layers and {student.reference} {num_layers}, and no {KEEP_FILE} "
-            "says which stayed; give the model that was pruned."
+            f"--teacher {teacher}: has {num_dense} layers and {student.reference} {num_layers}, and {says}; give the "
+            "model that was pruned."
         )
     return layers
