@@ -28,7 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import secateur
 from secateur.arch import bind
 from secateur.calibration import CalibrationSet, build_calibration
-from secateur.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.checkpoint import load_model, open_checkpoint
+from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.loop import prune_in_place
 from secateur.output import save_checkpoint
 from secateur.recipe import parse_recipe

@@ -20,7 +20,8 @@ from typing import Any
 from cost import measure_memory, round_seconds
 
 from secateur.calibration import build_calibration
-from secateur.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.checkpoint import load_model, open_checkpoint
+from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.output import save_checkpoint
 from secateur.recipe import INSTALLED_DOMAINS, parse_recipe
 from secateur.resolve_hidden import resolve_for

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2Config
 
-from secateur.checkpoint import load_tokenizer, meta_model, open_checkpoint
+from secateur.checkpoint import meta_model, open_checkpoint
+from secateur.checkpoint_tokenizer import load_tokenizer
 
 SHAPES = {
     "qwen2.5-7b": {

@@ -17,7 +17,8 @@ from typing import Any
 import lm_eval
 from lm_eval.models.huggingface import HFLM
 
-from secateur.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.checkpoint import load_model, open_checkpoint
+from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.evaluate_differences import metrics
 from secateur.evaluate_harness import quiet_harness, task_manager
 from secateur.evaluate_rows import find_rows

@@ -24,7 +24,8 @@ from transformers import AutoTokenizer
 
 from secateur.arch import bind
 from secateur.calibration import CalibrationSet, build_calibration
-from secateur.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from secateur.checkpoint import Checkpoint, load_model, open_checkpoint
+from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.depth_step import remove_depth
 from secateur.hidden_step import remove_hidden
 from secateur.loop import prune_in_place

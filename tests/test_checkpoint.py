@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, T5Config
 
-from secateur.checkpoint import check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
+from secateur.checkpoint import check_weights, load_model, meta_model, open_checkpoint
 from secateur.checkpoint_quiet import quiet_transformers
+from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.errors import ArchError, CheckpointError
 
 

@@ -16,8 +16,9 @@ from run_cli import run_cli
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, GgufConfig, GPT2Config, GPT2LMHeadModel
 
-from secateur.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.checkpoint import load_model, open_checkpoint
 from secateur.checkpoint_quiet import quiet_transformers
+from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.errors import ArchError, CheckpointError, NumericsError, RecipeError
 from secateur.export import export
 from secateur.gguf_tensors import interleave_rotary

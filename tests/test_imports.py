@@ -15,10 +15,10 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 260, 60
 LAYERS = [
     # what knows nothing of the rest
     "errors progress memory runlog reload_child checkpoint_quiet modeling_per_layer gram overlap page svg knapsack "
-    "arch_conv",
+    "arch_conv recover_recipe recover_loss recover_store",
     # what a run is described by; readers and writers of single files
     "serving stats arch_spec recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output "
-    "llama_cpp gguf_sentencepiece",
+    "llama_cpp gguf_sentencepiece recover_teacher",
     "arch_hidden arch_numbers arch_logits",
     "arch_group",
     "arch_experts",
@@ -26,24 +26,30 @@ LAYERS = [
     # stages and measurements, each by itself
     "budget score cut walk loss kl bench verify in_memory sources checkpoint_config staged_file plots "
     "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer on_disk",
-    "ideal resolve_depth",
+    "ideal resolve_depth recover_judge recover_blocks",
     "prices",
     # stages that are made of others
     "experts obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary "
-    "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global level_database",
+    "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global level_database recover_record",
+    "checkpoint_tokenizer",
     "resolve_hidden calibration_sampled calibration_facts repair hidden_norms depth estimate bench_memory "
-    "evaluate_domains evaluate_cache gguf_metadata gguf_check",
-    "inspection_groups latency probe original_readers hidden_drift",
-    "hidden_width profile budget_search",
+    "evaluate_domains evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",
+    "inspection_groups latency probe original_readers hidden_drift recover_text",
+    "hidden_width profile budget_search recover_trainer",
+    "recover_logits",
+    "recover_stages",
+    "recover_job",
     "run selection inspection gguf_tensors evaluate_differences evaluate_parts",
     "propose group_step round_plan safety_net pruned_checkpoint",
     # what people read, and the other outputs
     "depth_step hidden_step loop tables gguf_export evaluate evaluate_table",
-    "card benchmark export compare",
-    "result_files bench_tables",
-    "comparison report_run report_quality report_evaluation",
+    "card benchmark export compare recover_table",
+    "result_files bench_tables recover_output",
+    "comparison report_run report_quality report_evaluation report_recovery",
     "report",
     # the whole job, and the ways to start it
+    "recovering",
+    "job prune_recover",
     "pruning",
     "secateur",
     "cli.app",
@@ -73,8 +79,8 @@ STAGES_MAY_IMPORT = {"arch", "errors", "memory", "progress"}
 HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (
     "checkpoint*", "output", "calibration*", "sources", "evaluate*", "bench*", "compare", "ideal", "gguf_*",
-    "in_memory", "pruning", "loop", "run", "pruned_checkpoint", "on_disk", "reload_child", "modeling_per_layer",
-    "per_layer", "hidden_*", "propose",
+    "in_memory", "pruning", "job", "loop", "run", "pruned_checkpoint", "on_disk", "reload_child", "modeling_per_layer",
+    "per_layer", "hidden_*", "propose", "recover*", "prune_recover",
 )  # fmt: skip
 ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "matplotlib", "gguf", "pyarrow", "datasets", "llama_cpp"}
 

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import secateur
 from secateur.arch import bind, decoder_layers
-from secateur.checkpoint import check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
+from secateur.checkpoint import check_weights, load_model, meta_model, open_checkpoint
 from secateur.checkpoint_quiet import quiet_transformers
+from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.cut import cut
 from secateur.errors import CheckpointError
 from secateur.in_memory import check_in_memory, restore_buffers

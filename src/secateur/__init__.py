@@ -1,7 +1,8 @@
 """secateur makes large language models smaller and writes ordinary Hugging Face checkpoints.
 
-`prune` is the whole job, `load` opens what it wrote; the errors are what a user can correct. `prune`, `Result` and
-`load` are imported when first used, so that the command line's help does not wait for torch.
+`prune` is the whole job, `recover` trains its result, `load` opens what they wrote; the errors are what a user can
+correct. `prune`, `Result`, `recover` and `load` are imported when first used, so that the command line's help does not
+wait for torch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from secateur.recipe import Calibration, Domain, Recipe
 if TYPE_CHECKING:
     from secateur.checkpoint import load
     from secateur.pruning import Result, prune
+    from secateur.recovering import recover
 
 __all__ = [
     "ArchError",
@@ -33,6 +35,7 @@ __all__ = [
     "SecateurError",
     "load",
     "prune",
+    "recover",
 ]
 
 
@@ -41,6 +44,10 @@ def __getattr__(name: str) -> Any:
         from secateur import pruning
 
         return getattr(pruning, name)
+    if name == "recover":
+        from secateur import recovering
+
+        return recovering.recover
     if name == "load":
         from secateur import checkpoint
 

@@ -11,7 +11,6 @@ import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from unittest.mock import patch
 
@@ -20,20 +19,17 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from secateur.arch_conv import linears_for_conv
 from secateur.checkpoint_config import BAD_GGUF, BAD_VALUE, directory_config, gguf_config, one_line
-from secateur.checkpoint_locate import TOKENIZER_FILES, locate
+from secateur.checkpoint_locate import locate
 from secateur.checkpoint_quiet import quiet_transformers
-from secateur.checkpoint_tensors import mapped_tensors, read_json, read_tensors, stored_tensors
+from secateur.checkpoint_tensors import mapped_tensors, read_tensors, stored_tensors
 from secateur.errors import CheckpointError
 from secateur.modeling_per_layer import is_per_layer, per_layer_class
 
@@ -161,41 +157,6 @@ def check_finite(model: PreTrainedModel) -> None:
             )
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, its chat template included.
-
-    Raises CheckpointError if there is none, or it cannot be read without remote code or packages not installed.
-    """
-    directory = checkpoint.directory
-    with _tokenizer_errors(directory), quiet_transformers():
-        if checkpoint.gguf_file:
-            # AutoTokenizer would parse the whole file once more to find out that it wants this class.
-            return PreTrainedTokenizerFast.from_pretrained(directory, gguf_file=checkpoint.gguf_file)
-        _check_tokenizer_files(directory)
-        return AutoTokenizer.from_pretrained(directory, config=checkpoint.config, trust_remote_code=False)
-
-
-class _tokenizer_errors:
-    """Turn what transformers and tokenizers raise for a tokenizer they cannot use into a CheckpointError.
-
-    tokenizers raises a bare Exception, which no except clause can name without catching everything.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is None or isinstance(error, CheckpointError):
-            return
-        if kind is Exception or isinstance(error, (*BAD_GGUF, ImportError)):
-            raise CheckpointError(f"{self.directory}: its tokenizer cannot be loaded ({one_line(error)}).") from None
-
-
 def _own_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """Return the package's own class for a model that secateur saved with per-layer widths, None for any other."""
     return per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config).__bases__[0]]) if is_per_layer(config) else None
@@ -252,13 +213,3 @@ def _refuse(checkpoint: Checkpoint, *, mismatched: list[str], missing: list[str]
                 f"{checkpoint.reference}: weights and config disagree, {kind}: {names[0]}{more}; "
                 "use the config.json and the weights of one and the same model."
             )
-
-
-def _check_tokenizer_files(directory: Path) -> None:
-    if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
-        raise CheckpointError(
-            f"{directory}: has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); copy the model's own there."
-        )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (directory / name).is_file():
-            read_json(directory / name)

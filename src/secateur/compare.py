@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.arch import Arch, bind
 from secateur.calibration import CalibrationSet, build_calibration
 from secateur.calibration_sampled import with_sampled
-from secateur.checkpoint import Checkpoint, load_model, load_tokenizer, meta_model, open_checkpoint
+from secateur.checkpoint import Checkpoint, load_model, meta_model, open_checkpoint
+from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.compare_page import FoundCell, comparison_files
 from secateur.depth_step import remove_depth
 from secateur.evaluate_cache import PartCache, fingerprint

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from secateur.checkpoint import load_tokenizer
+from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluate_cache import PartCache
 from secateur.evaluate_differences import differences

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from secateur.checkpoint import Checkpoint, load_model, load_tokenizer
+from secateur.checkpoint import Checkpoint, load_model
+from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.errors import CheckpointError
 from secateur.llama_cpp import open_llama_cpp
 

@@ -9,7 +9,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint import Checkpoint, check_weights, load_tokenizer, meta_model
+from secateur.checkpoint import Checkpoint, check_weights, meta_model
+from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.errors import CheckpointError, RecipeError, nearest
 from secateur.gguf_metadata import add_metadata, gguf_family
 from secateur.gguf_tensors import OWN_TYPES, TYPES, GgufTensor, gguf_tensors, num_gguf_bytes, read_gguf_arrays

@@ -65,7 +65,7 @@ def staging(out: Path, *, overwrite: bool, protected: Path | None = None) -> Ite
     Raises CheckpointError, before the block runs, if `out` exists or cannot be made, and for disk errors in the block.
     """
     out = Path(os.path.abspath(out))
-    _check_replaceable(out, overwrite=overwrite, protected=protected)
+    check_replaceable(out, overwrite=overwrite, protected=protected)
     made = [path for path in out.parents if not os.path.lexists(path)]  # innermost first
     staged = out.with_name(f".{out.name}.partial-{os.getpid()}")
     done = False
@@ -74,7 +74,7 @@ def staging(out: Path, *, overwrite: bool, protected: Path | None = None) -> Ite
         with disk_errors(out):
             yield staged
             _sync_tree(staged)
-            _check_replaceable(out, overwrite=overwrite, protected=protected)  # another process may have made it
+            check_replaceable(out, overwrite=overwrite, protected=protected)  # another process may have made it
             _swap(staged, out)
         done = True
     finally:
@@ -154,7 +154,8 @@ class disk_errors:  # reads as a statement: with disk_errors(place):
         raise CheckpointError(f"{place}: {_DISK_ERRORS[number]}.") from None
 
 
-def _check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> None:
+def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> None:
+    """Raise CheckpointError if what stands at `out` may not be replaced, or holds the model that is read."""
     if protected is not None and out.resolve() in (protected.resolve(), *protected.resolve().parents):
         raise CheckpointError(f"OUT {out}: holds the model that is being pruned; choose another directory.")
     blocking = next((parent for parent in out.parents if os.path.lexists(parent)), out)

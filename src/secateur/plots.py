@@ -171,6 +171,18 @@ def round_plot(text: Text, rounds: Sequence[int], series: Sequence[Series], y_la
         return to_svg(figure, text.name, text.title, text.description)
 
 
+def curve_plot(text: Text, x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) -> str:
+    """Return one line."""
+    with drawing():
+        figure = _figure(190)
+        axes = figure.add_subplot()
+        axes.plot(x, y, color=PRUNED, linewidth=1, marker=".", markersize=3)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        return to_svg(figure, text.name, text.title, text.description)
+
+
 def pareto_plot(text: Text, points: Sequence[Point], x_label: str, y_label: str, *, more_is_better: bool) -> str:
     """Return points and the line through those that no other beats on both axes; less is better on y."""
     with drawing():

@@ -15,37 +15,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.arch import Arch, bind, decoder_layers
+from secateur.arch import bind, decoder_layers
 from secateur.arch_numbers import text_config
-from secateur.bench import Speed, bench
 from secateur.budget import GroupKey
 from secateur.calibration import CalibrationSet, build_calibration
 from secateur.calibration_facts import calibration_facts
 from secateur.calibration_sampled import with_sampled
 from secateur.card import model_card
-from secateur.checkpoint import (
-    check_finite,
-    check_weights,
-    load_model,
-    load_tokenizer,
-    meta_model,
-    open_checkpoint,
-)
+from secateur.checkpoint import check_finite, check_weights, load_model, meta_model, open_checkpoint
+from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.depth_step import remove_depth
 from secateur.estimate import plan_memory
 from secateur.hidden_step import remove_hidden
 from secateur.in_memory import check_in_memory, eval_mode, restore_buffers
+from secateur.job import Job
 from secateur.latency import with_prices
 from secateur.loop import prune_in_place
-from secateur.loss import domain_losses
 from secateur.memory import peak_bytes
 from secateur.original_readers import OriginalReaders
 from secateur.output import check_free_space, parse_size, staging
 from secateur.progress import Progress, silent
+from secateur.prune_recover import prune_then_recover
 from secateur.pruned_checkpoint import PrunedCheckpoint
 from secateur.recipe import Recipe, as_recipe
 from secateur.report import missing_plots, write_reports
-from secateur.resolve import Resolved
 from secateur.resolve_hidden import check_for, resolve_for
 from secateur.run import Keeps, Run
 from secateur.runlog import RunLog
@@ -71,22 +64,6 @@ class Result:
     out: Path | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A run with everything at hand: the dense model loaded, the text packed, the numbers resolved."""
-
-    name: str
-    command: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    arch: Arch
-    resolved: Resolved
-    calibration: CalibrationSet
-    log: RunLog
-    progress: Progress
-    weights_on_disk: bool
-
-
 def prune(
     model: PreTrainedModel | str | Path,
     recipe: Recipe | dict[str, Any] | Path | str | None = None,
@@ -104,10 +81,11 @@ def prune(
     rounded, are first set to what loading computes; a note in the summary's `warnings` says so.
     `recipe`: a Recipe, a mapping, a YAML file, or None for the defaults. `out`: where to write the checkpoint; it
     appears complete or not at all. `command`: how to repeat the run, for the model card.
-
     Raises a SecateurError, one sentence, for everything that a user can correct.
     """
     parsed = as_recipe(recipe)
+    if parsed.recover is not None:
+        return prune_then_recover(prune, model, parsed, out, tokenizer, overwrite, command, progress)
     parse_size("max_shard_size", parsed.max_shard_size)
     if isinstance(model, str | Path):
         checkpoint = open_checkpoint(model)
@@ -142,28 +120,19 @@ def prune(
         with log.time("calibration"):
             calibration = with_sampled(calibration, loaded, tokenizer, resolved.recipe.seed, progress)
         name = loaded.config._name_or_path or type(loaded).__name__ if checkpoint is None else checkpoint.reference
-        job = _Job(str(name), command, loaded, tokenizer, arch, resolved, calibration, log, progress, on_disk)
+        job = Job(str(name), command, loaded, tokenizer, arch, resolved, calibration, log, progress, on_disk)
         with eval_mode(loaded):
             layers, keeps, summary = _run(job, directory, protected)
-    path = None if out is None else Path(out)
-    return Result(loaded, tokenizer, resolved.recipe, keeps, layers, summary, path)
+    return Result(loaded, tokenizer, resolved.recipe, keeps, layers, summary, None if out is None else Path(out))
 
 
-def _has_uncompensated(job: _Job) -> bool:
-    """Say whether the same cut without compensation is to be evaluated, which needs the original readers."""
-    recipe = job.resolved.recipe
-    # Of a narrower model every linear is refitted; and original readers beside the others may not fit a budget.
-    is_possible = recipe.compensate != "none" and recipe.hidden_size is None and not job.weights_on_disk
-    return recipe.evaluate and is_possible
-
-
-def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[tuple[int, ...], Keeps, Summary]:
+def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tuple[int, ...], Keeps, Summary]:
     recipe, log = job.resolved.recipe, job.log
     dense_size, dense_layers, dense_width = Size.of(job.model), job.arch.num_layers, text_config(job.model).hidden_size
-    dense_losses = _evaluate(job, "dense")
-    dense_speed = _bench(job, "dense")
+    dense_losses = job.evaluate("dense")
+    dense_speed = job.bench("dense")
     with tempfile.TemporaryDirectory(dir=directory, prefix="originals-") as scratch:
-        originals = OriginalReaders(Path(scratch)) if _has_uncompensated(job) else None
+        originals = OriginalReaders(Path(scratch)) if job.has_uncompensated else None
         run = Run(job.model, job.arch, job.resolved, job.calibration, originals, log.write, job.progress, Path(scratch))
         with log.time("prune"):
             run = remove_depth(remove_hidden(dataclasses.replace(run, weights_on_disk=job.weights_on_disk)))
@@ -175,12 +144,12 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[tu
                 run = dataclasses.replace(run, after_round=checkpoint.save_round)
             keeps = prune_in_place(run)
         peak = peak_bytes()
-        pruned_losses = _evaluate(job, "pruned")
+        pruned_losses = job.evaluate("pruned")
         uncompensated_losses: Losses = {}
         if originals is not None:
             with originals.in_place(decoder_layers(job.model, job.arch), job.arch.groups, keeps):
-                uncompensated_losses = _evaluate(job, "uncompensated")
-    pruned_speed = _bench(job, "pruned")
+                uncompensated_losses = job.evaluate("uncompensated")
+    pruned_speed = job.bench("pruned")
     proof = _save(job, checkpoint, keeps)
     summary = Summary(
         model=job.name,
@@ -205,7 +174,7 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[tu
         peak_bytes=peak,
         reload_max_abs_difference=proof.max_abs_difference if proof else None,
         sample_text=proof.generated_text if proof else None,
-        warnings=_notes(job, missing_plots() if directory else ()),
+        warnings=(*job.notes(), *(missing_plots() if directory else ())),
         versions=versions(),
     )
     if directory is not None:
@@ -217,11 +186,7 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[tu
     return layers, keeps, summary
 
 
-def _notes(job: _Job, more: tuple[str, ...]) -> tuple[str, ...]:
-    return (*job.resolved.warnings, *(line["text"] for line in job.log.lines if line["event"] == "note"), *more)
-
-
-def _save(job: _Job, checkpoint: PrunedCheckpoint | None, keeps: Keeps) -> Verification | None:
+def _save(job: Job, checkpoint: PrunedCheckpoint | None, keeps: Keeps) -> Verification | None:
     if checkpoint is None:
         return None
     with job.log.time("save"):
@@ -234,24 +199,6 @@ def _save(job: _Job, checkpoint: PrunedCheckpoint | None, keeps: Keeps) -> Verif
         proof = verify_reload(checkpoint.directory, ids_1T, logits)
         job.progress("verify", 1, 1)
     return proof
-
-
-def _evaluate(job: _Job, which: str) -> Losses:
-    if not job.resolved.recipe.evaluate:
-        return {}
-    blocks = {domain.name: domain.held_out_NT for domain in job.calibration.domains}
-    with job.log.time("evaluate"):
-        losses = domain_losses(job.model, job.arch, blocks, job.progress, f"evaluate {which}")
-    for domain, loss in losses.items():
-        job.log.write({"event": "loss", "model": which, "domain": domain, **dataclasses.asdict(loss)})
-    return losses
-
-
-def _bench(job: _Job, which: str) -> Speed | None:
-    if not job.resolved.recipe.bench:
-        return None
-    with job.log.time("bench"):
-        return bench(job.model, progress=job.progress, stage=f"bench {which}")
 
 
 def _calibrate(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> CalibrationSet:

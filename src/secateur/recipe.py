@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from secateur.errors import RecipeError, nearest
+from secateur.recover_recipe import BlockSettings, LogitSettings, RecoverySettings
 
 InstalledDomain = Literal["code", "technical", "mathematics", "science", "readme", "legal", "dialogue"]
 ScoreName = Literal["random", "magnitude", "wanda", "flap", "obs", "taylor", "paper"]
@@ -112,6 +113,7 @@ class Recipe(Strict):
     sublayers: budgets `curve` and `search` may take all of a group, so that the layer's attention or MLP goes whole.
     damping_factors: each group tries the damping times each of these and takes what its held-out text likes best.
     memory_budget: such as 6GB, beyond interpreter and page cache; weights stay on disk where they would not fit it.
+    recover: training after the cut, see `recover_recipe`; None: no training.
     target_mix: how much of the drift (dense stream minus pruned stream) an MLP makes up for; 0 its own output alone.
     """
 
@@ -147,6 +149,7 @@ class Recipe(Strict):
     bench: bool = True
     memory_budget: str | None = None
     max_shard_size: str = "5GB"
+    recover: RecoverySettings | None = None
 
 
 def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
@@ -244,6 +247,9 @@ def _allowed_keys(location: list[str]) -> list[str]:
     if location[:1] == ["calibration"]:
         model: type[Strict] = Domain if len(location) > 1 else Calibration
         return list(model.model_fields)
+    if location[:1] == ["recover"]:
+        stages = {"blocks": BlockSettings, "logits": LogitSettings}
+        return list((stages[location[1]] if len(location) > 1 else RecoverySettings).model_fields)
     if location == ["prices"]:
         return list(MeasuredPrices.model_fields)
     return ["preset", *Recipe.model_fields]

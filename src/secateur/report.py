@@ -13,6 +13,7 @@ from secateur.loss import geometric_mean_perplexity
 from secateur.page import KeyFigure, Page, Section, render
 from secateur.report_evaluation import distance, tasks
 from secateur.report_quality import SpeedFigures, quality, speed, speed_figures
+from secateur.report_recovery import recovery
 from secateur.report_run import (
     calibration,
     compensation,
@@ -33,6 +34,7 @@ FILE_NAME = "report.html"
 
 SECTIONS = (
     quality,
+    recovery,
     tasks,
     distance,
     speed,
@@ -92,7 +94,9 @@ def report_page(files: ResultFiles) -> Page:
 
 
 def _has_any(section: Callable[[ResultFiles], Section], files: ResultFiles) -> bool:
-    """Say whether the run has done what the section is about: removed layers, cut widths."""
+    """Say whether the run has done what the section is about: recovered, removed layers, cut widths."""
+    if section is recovery:
+        return files.recovery is not None
     if section is depth:
         return bool(files.removed_layers)
     return bool(files.steps) or section not in (widths, scores, compensation, rounds)

@@ -14,6 +14,8 @@ from secateur.evaluate_domains import Quality
 from secateur.json_file import Kind, parse_json
 from secateur.kl import Divergence
 from secateur.recipe import Recipe, load_recipe, parse_recipe
+from secateur.recover_record import FILE_NAME as RECOVERY_FILE
+from secateur.recover_record import RecoveryRecord
 from secateur.summary import Summary
 
 RECIPE_FILE, BENCH_FILE, EVALUATION_FILE = "recipe.yaml", "bench.json", "evaluation.json"
@@ -65,6 +67,15 @@ class RoundEnd:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingStep:
+    """One step of a recovery's logit stage: tokens trained on so far, and its loss."""
+
+    step: int
+    tokens: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
 class TaskResults:
     """lm-evaluation-harness's own mapping: task -> "metric,filter" -> value."""
 
@@ -102,6 +113,8 @@ class ResultFiles:
     recipe_text: str
     evaluation: Evaluation | None
     bench: BenchResult | None
+    recovery: RecoveryRecord | None = None
+    training: tuple[TrainingStep, ...] = ()
 
 
 def read_result(directory: Path) -> ResultFiles:
@@ -115,7 +128,9 @@ def read_result(directory: Path) -> ResultFiles:
     undone = {end.round for end in rounds if not end.held}
     steps = tuple(step for step in _events(directory, "group", GroupStep) if step.round not in undone)
     removed = _events(directory, "layer", RemovedLayer)
-    return ResultFiles(found, removed, steps, rounds, recipe, recipe_text, evaluation, bench)
+    recovery = _added(RecoveryRecord, directory, RECOVERY_FILE)
+    training = _events(directory, "recover_step", TrainingStep)
+    return ResultFiles(found, removed, steps, rounds, recipe, recipe_text, evaluation, bench, recovery, training)
 
 
 def _added(kind: type[Kind], directory: Path, name: str) -> Kind | None:

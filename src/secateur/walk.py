@@ -65,7 +65,7 @@ class Walk:
         handle = middle.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
         try:
             for position, batch in enumerate(self.batches):
-                output = self._forward(index, self.hidden_BTD[position], rest=self._in_middle)
+                output = self.through(index, self.hidden_BTD[position], rest=self._in_middle)
                 if to_middle or to_end:
                     self.hidden_BTD[position] = output if to_end else entered[0]
                 entered.clear()
@@ -77,19 +77,26 @@ class Walk:
     def advance(self, index: int) -> None:
         """Move the stream through layer `index` as it is now, or through what `run` has left of it."""
         for position, hidden in enumerate(self.hidden_BTD):
-            self.hidden_BTD[position] = self._forward(index, hidden, rest=self._in_middle)
+            self.hidden_BTD[position] = self.through(index, hidden, rest=self._in_middle)
         self._in_middle = False
 
     def advance_dense(self, index: int) -> None:
         """Move the dense stream through layer `index`, which must be as it was before the first cut."""
         for position, hidden in enumerate(self.dense_BTD):
-            self.dense_BTD[position] = self._forward(index, hidden)
+            self.dense_BTD[position] = self.through(index, hidden)
+
+    def arguments(self, index: int, hidden_BTD: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what layer `index` gets beside a hidden state of this shape. Its tensors know no gradients."""
+        # Masks and rotary embeddings differ per layer in some families, so every layer gets its own arguments.
+        return self._arguments[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
 
     @torch.inference_mode()
-    def _forward(self, index: int, hidden_BTD: Tensor, *, rest: bool = False) -> Tensor:
-        """Run the layer; with `rest` only what lies behind its attention, which then gives zeros."""
-        # Masks and rotary embeddings differ per layer in some families, so every layer gets its own arguments.
-        args, kwargs = self._arguments[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
+    def through(self, index: int, hidden_BTD: Tensor, *, rest: bool = False) -> Tensor:
+        """Return what layer `index` makes of a hidden state; no stream moves.
+
+        With `rest` only what lies behind its attention runs, which then gives zeros.
+        """
+        args, kwargs = self.arguments(index, hidden_BTD)
         attention = [self.layers[index].get_submodule(self.arch.attention or "")] if rest else []
         with forwards_replaced(attention, lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)):
             output = self.layers[index](hidden_BTD, *args, **kwargs)

@@ -8,11 +8,11 @@ importing it registers the command.
 import signal
 import sys
 
-from secateur.cli import bench, compare, evaluate, export, prune, report
+from secateur.cli import bench, compare, evaluate, export, prune, recover, report
 from secateur.cli.app import app
 from secateur.errors import SecateurError
 
-__all__ = ["app", "bench", "compare", "evaluate", "export", "main", "prune", "report"]
+__all__ = ["app", "bench", "compare", "evaluate", "export", "main", "prune", "recover", "report"]
 
 STOPPED_BY = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
 

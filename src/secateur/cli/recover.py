@@ -1,0 +1,85 @@
+"""The command `recover`."""
+
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from secateur.cli.app import CONSOLE, Domains, Json, Overwrite, Quiet, RecipeFile, app, parse_domains
+from secateur.errors import RecipeError
+from secateur.progress_bar import progress_bar
+from secateur.recipe import load_recipe, merged, over_preset, parse_recipe
+
+
+@app.command(epilog="Example: secateur recover smaller --teacher Qwen/Qwen2.5-0.5B --tokens 1000000 --out recovered")
+def recover(
+    pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="A result of prune.")],
+    teacher: Annotated[str, typer.Option(metavar="DENSE", help="The dense model that it was pruned from.")],
+    out: Annotated[Path | None, typer.Option(help="The directory to write; it appears complete or not at all.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, all stages together.")] = None,
+    stage: Annotated[Literal["blocks", "logits"] | None, typer.Option(help="Only this stage.")] = None,
+    recipe: RecipeFile = None,
+    domain: Domains = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and do nothing.")] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train PRUNED to win back what pruning took, on the domains of its recipe. Interrupted, it goes on next time."""
+    changes = _changes(tokens, stage, recipe, domain)
+    # Imported here so that --help and option errors do not wait for torch.
+    from secateur.recover_job import dry_run as predict
+    from secateur.recover_table import cost_table, recovery_table
+    from secateur.recovering import recover as recover_model
+
+    if out is None and not dry_run:
+        raise RecipeError("--out: is missing; say where to write the recovered model.")
+    with progress_bar(enabled=not (quiet or as_json)) as progress:
+        if out is None or dry_run:
+            cost = predict(pruned, teacher, changes, progress)
+            shown, plain = cost_table(cost), json.dumps(dataclasses.asdict(cost), indent=2)
+        else:
+            options = {
+                "command": shlex.join(["secateur", *sys.argv[1:]]),
+                "tell": _silent if quiet or as_json else _tell,
+            }
+            record = recover_model(pruned, teacher, changes, out=out, overwrite=overwrite, progress=progress, **options)
+            if record is None:  # another process of a distributed run writes and tells
+                return
+            shown, plain = recovery_table(record), record.to_json().rstrip()
+    if as_json:
+        print(plain)
+        return
+    CONSOLE.print(shown)
+    if not dry_run:
+        CONSOLE.print(f"Written to {out}.", soft_wrap=True)
+
+
+def _changes(tokens: int | None, stage: str | None, file: Path | None, domains: list[str] | None) -> dict[str, Any]:
+    """Return what options and file change of the pruned model's recipe; the file is checked by itself."""
+    changes = {} if file is None else load_recipe(file)
+    parse_recipe(changes, f"recipe {file}")
+    if "preset" in changes:
+        changes = over_preset(changes, f"recipe {file}")
+    settings: dict[str, Any] = {}
+    if tokens is not None:
+        settings["num_tokens"] = tokens
+    if stage is not None:
+        settings["stages"] = [stage]
+    changes = merged(changes, {"recover": settings})
+    if domains:
+        changes["calibration"] = {**changes.get("calibration", {}), "domains": parse_domains(domains)}
+    parse_recipe(changes, "command line")
+    return changes
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _silent(text: str) -> None:
+    pass

@@ -1,0 +1,65 @@
+"""A job: one prune with everything at hand, and what is measured of its model before and after.
+
+In: the dense model loaded, the text packed, the numbers resolved. Out: held-out losses and speed, each in the run log.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.arch import Arch
+from secateur.bench import Speed, bench
+from secateur.calibration import CalibrationSet
+from secateur.loss import domain_losses
+from secateur.progress import Progress
+from secateur.resolve import Resolved
+from secateur.runlog import RunLog
+from secateur.summary import Losses
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """`name`: what the user calls the model. `command`: how to repeat the run, for the model card."""
+
+    name: str
+    command: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    arch: Arch
+    resolved: Resolved
+    calibration: CalibrationSet
+    log: RunLog
+    progress: Progress
+    weights_on_disk: bool
+
+    @property
+    def has_uncompensated(self) -> bool:
+        """Whether the same cut without compensation is evaluated too, which needs the original readers."""
+        recipe = self.resolved.recipe
+        # Of a narrower model every linear is refitted; and original readers beside the others may not fit a budget.
+        is_possible = recipe.compensate != "none" and recipe.hidden_size is None and not self.weights_on_disk
+        return recipe.evaluate and is_possible
+
+    def evaluate(self, which: str) -> Losses:
+        """Return held-out losses by domain, or none where the recipe asks for none."""
+        if not self.resolved.recipe.evaluate:
+            return {}
+        blocks = {domain.name: domain.held_out_NT for domain in self.calibration.domains}
+        with self.log.time("evaluate"):
+            losses = domain_losses(self.model, self.arch, blocks, self.progress, f"evaluate {which}")
+        for domain, loss in losses.items():
+            self.log.write({"event": "loss", "model": which, "domain": domain, **dataclasses.asdict(loss)})
+        return losses
+
+    def bench(self, which: str) -> Speed | None:
+        """Return the speed, or None where the recipe asks for none."""
+        if not self.resolved.recipe.bench:
+            return None
+        with self.log.time("bench"):
+            return bench(self.model, progress=self.progress, stage=f"bench {which}")
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what people should know of the run so far."""
+        lines = (line["text"] for line in self.log.lines if line["event"] == "note")
+        return (*self.resolved.warnings, *lines)

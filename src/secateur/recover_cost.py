@@ -1,0 +1,178 @@
+"""What a recovery costs: tokens, floating-point operations, memory, disk; and, from one timed step, seconds.
+
+In: both models (the meta device will do, but for seconds), settings, token counts. Out: a `Cost`. Operations are those
+of matrix products, as `ideal` counts them; memory is an estimate from shapes, the interpreter not counted.
+
+T: tokens of a block; "forward": one pass of one model over all positions, head included.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.ideal import prefill_flops_per_token
+from secateur.recover_loss import distillation_loss
+from secateur.recover_recipe import RecoverySettings
+from secateur.recover_teacher import cache_bytes, live_targets
+from secateur.summary import Size
+
+# What a layer keeps of a token for its gradient, in hidden sizes: inputs of norms and linears, queries, keys, values,
+# the MLP's gate, up and product at three to four hidden sizes each.
+ACTIVATION_WIDTHS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """`num_tokens`, `flops`, `seconds`: by stage, `judge` being the held-out evaluations. Memory and disk in bytes."""
+
+    num_tokens: dict[str, int]
+    num_held_out_tokens: int
+    flops: dict[str, float]
+    peak_bytes: int
+    cache_bytes: int
+    scratch_bytes: int
+    seconds: dict[str, float]
+
+
+def predict_cost(
+    pruned: PreTrainedModel,
+    teacher: PreTrainedModel,
+    settings: RecoverySettings,
+    num_tokens: dict[str, int],
+    num_held_out_tokens: int,
+    length: int,
+    seconds_per_flop: tuple[float, float] | None = None,
+) -> Cost:
+    """Return the cost of a run in which nothing stops early. `seconds_per_flop`: of teacher and training, if timed."""
+    flops = predict_flops(pruned, teacher, settings, num_tokens, num_held_out_tokens, length)
+    logits = settings.logits
+    size, dense = Size.of(pruned), Size.of(teacher)
+    words = logits.top_words if logits.cache else None
+    seconds = {}
+    if seconds_per_flop is not None:
+        seconds = {
+            stage: round(sum(a * b for a, b in zip(parts, seconds_per_flop, strict=True)), 1)
+            for stage, parts in flops.items()
+        }
+    return Cost(
+        num_tokens,
+        num_held_out_tokens,
+        {stage: sum(parts) for stage, parts in flops.items()},
+        _peak_bytes(pruned, size, dense, settings, num_tokens, length),
+        cache_bytes(num_tokens.get("logits", 0) // length, length, words) if words else 0,
+        # Checkpoints of weights and two moments: the best, the last, one being written; finished layers and stages.
+        ("logits" in num_tokens) * 3 * 3 * 4 * size.num_params
+        + ("blocks" in num_tokens) * size.num_bytes
+        + len(num_tokens) * size.num_bytes,
+        seconds,
+    )
+
+
+def predict_flops(
+    pruned: PreTrainedModel,
+    teacher: PreTrainedModel,
+    settings: RecoverySettings,
+    num_tokens: dict[str, int],
+    num_held_out_tokens: int,
+    length: int,
+) -> dict[str, tuple[float, float]]:
+    """Return operations by stage: (of the teacher, of the pruned model).
+
+    blocks: per token the dense layers once, twice if both streams are in the target; the pruned layers once to move
+    the stream and three times (forward, gradient of inputs, gradient of weights) to train. logits: the teacher once,
+    where it is asked; the pruned model three times, twice with LoRA (frozen weights have no gradient), once more with
+    gradient checkpointing. judge: the teacher once, the pruned model before, after each stage and on the way.
+    """
+    blocks, logits = settings.blocks, settings.logits
+    (small_layers, small), (big_layers, big) = (_forward(model, length) for model in (pruned, teacher))
+    flops: dict[str, tuple[float, float]] = {}
+    if "blocks" in num_tokens:
+        trained = num_tokens["blocks"]
+        seen = trained / blocks.epochs
+        flops["blocks"] = (
+            seen * big_layers * (1 + (0 < blocks.dense_stream < 1)),
+            small_layers * (seen + 3 * trained),
+        )
+    if "logits" in num_tokens:
+        passes = (2 if logits.train == "lora" else 3) + logits.gradient_checkpointing
+        asked = big if logits.kl_share > 0 else 0.0
+        flops["logits"] = (num_tokens["logits"] * asked, num_tokens["logits"] * passes * small)
+    evaluations = 1 + len(num_tokens) + ("logits" in num_tokens) * logits.evaluations
+    flops["judge"] = (num_held_out_tokens * big, num_held_out_tokens * evaluations * small)
+    return flops
+
+
+def time_a_step(
+    pruned: PreTrainedModel, teacher: PreTrainedModel, settings: RecoverySettings, ids_BT: Tensor
+) -> tuple[float, float]:
+    """Return seconds per operation of the teacher's forward and of a training step, the second of two runs each.
+
+    The pruned model is used up: its weights are float32 afterwards and have gradients.
+    """
+    length = ids_BT.shape[1]
+    logits = settings.logits
+    next_P = ids_BT[:, 1:].flatten()
+    (_, small), (_, big) = (_forward(model, length) for model in (pruned, teacher))
+    dtype = pruned.dtype
+    for parameter in pruned.parameters():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+
+    def train() -> None:
+        with torch.autocast(ids_BT.device.type, dtype, enabled=dtype == torch.bfloat16):
+            logits_PV = pruned(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
+        loss = distillation_loss(logits_PV, next_P, targets, torch.ones(len(next_P)), temperature=logits.temperature)
+        loss.backward()
+
+    timings = []
+    for _ in range(2):
+        start = time.perf_counter()
+        targets = live_targets(teacher, ids_BT, logits.temperature, logits.top_words)
+        middle = time.perf_counter()
+        train()
+        timings.append((middle - start, time.perf_counter() - middle))
+    teaching, training = timings[-1]
+    return teaching / (ids_BT.numel() * big), training / (ids_BT.numel() * 3 * small)
+
+
+def _forward(model: PreTrainedModel, length: int) -> tuple[float, float]:
+    """Return operations per token of a block: of the layers, and with the head at every position."""
+    head: Any = model.get_output_embeddings()
+    at_each = 2 * head.weight.numel()
+    layers = prefill_flops_per_token(model, length) - at_each / length
+    return layers, layers + at_each
+
+
+def _peak_bytes(
+    pruned: PreTrainedModel,
+    size: Size,
+    dense: Size,
+    settings: RecoverySettings,
+    num_tokens: dict[str, int],
+    length: int,
+) -> int:
+    """Return the larger stage's bytes.
+
+    Both: the two models as stored. blocks: hidden states of both streams and the target, one layer in float32 four
+    times (weights, gradients, two moments). logits: weights, gradients and two moments in float32 (of the additions
+    alone with LoRA) instead of the stored weights, activations, and three matrices of logits of a forward pass.
+    """
+    config: Any = pruned.config.get_text_config()
+    logits = settings.logits
+    stored = dense.num_bytes + size.num_bytes
+    needs = [stored]
+    if "blocks" in num_tokens:
+        streams = 3 * num_tokens["blocks"] // settings.blocks.epochs * config.hidden_size * pruned.dtype.itemsize
+        needs.append(stored + streams + 16 * size.num_params // config.num_hidden_layers)
+    if "logits" in num_tokens:
+        states = (4 if logits.train == "lora" else 16) * size.num_params
+        tokens = logits.blocks_per_device * length
+        layers = 1 if logits.gradient_checkpointing else config.num_hidden_layers
+        activations = tokens * ACTIVATION_WIDTHS * config.hidden_size * layers * pruned.dtype.itemsize
+        matrices = 3 * 4 * tokens * config.vocab_size
+        needs.append((0 if logits.cache else dense.num_bytes) + states + activations + matrices)
+    return max(needs)

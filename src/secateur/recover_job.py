@@ -1,0 +1,140 @@
+"""A recovery before its first step: both models, the recipe, the text, what it will cost, and where it works.
+
+In: two model references and what to change of the pruned model's recipe. Out: a `Work`, ready to run, or its `Cost`.
+What an interrupted run has finished lies in a hidden directory beside OUT, named after all that the result depends on.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.checkpoint import load_model
+from secateur.checkpoint_tensors import stored_tensors
+from secateur.errors import RecipeError
+from secateur.output import check_free_space, disk_errors
+from secateur.prices import sequence_length
+from secateur.progress import Progress, silent
+from secateur.recipe import Recipe, load_recipe, merged, parse_recipe
+from secateur.recover_cost import Cost, predict_cost, time_a_step
+from secateur.recover_judge import Judge
+from secateur.recover_pair import Candidates, open_pair
+from secateur.recover_recipe import RecoverySettings
+from secateur.recover_stages import Work
+from secateur.recover_text import RecoveryText, recovery_text, training_tokens
+from secateur.runlog import RunLog
+
+RECIPE_FILE, SAMPLED_BYTES = "recipe.yaml", 1 << 20
+
+
+def open_job(
+    pruned: str | Path, teacher: str | Path, changes: dict[str, Any] | None
+) -> tuple[Candidates, Recipe, RecoverySettings]:
+    """Return both models' checkpoints, the whole recipe and its part on recovery; nothing but JSON and headers is read.
+
+    Raises CheckpointError for models that do not fit each other, RecipeError for what the recipe has wrong.
+    """
+    candidates = open_pair(pruned, teacher)
+    changes = changes or {}
+    path = candidates.pruned.directory / RECIPE_FILE
+    if not path.is_file() and "calibration" not in changes:
+        raise RecipeError(
+            f"{pruned}: has no {RECIPE_FILE}, so its domains are not known; say what to train on with --domain "
+            "NAME[=FILE] or --recipe FILE."
+        )
+    base = load_recipe(path) if path.is_file() else {}
+    if "domains" in changes.get("calibration", {}):  # these are then all there are
+        base.get("calibration", {}).pop("domains", None)
+    recipe = parse_recipe(merged(base, changes), "recover")
+    length = sequence_length(recipe, candidates.pruned_shape.config.get_text_config())
+    calibration = recipe.calibration.model_copy(update={"sequence_length": length})
+    settings = recipe.recover or RecoverySettings()
+    num_words = candidates.pruned_shape.config.get_text_config().vocab_size
+    if settings.logits.top_words is not None and settings.logits.top_words >= num_words:
+        raise RecipeError(
+            f"recover.logits.top_words: {settings.logits.top_words:,} are not fewer than the vocabulary of "
+            f"{num_words:,}; lower it, or leave it out for all words."
+        )
+    return candidates, recipe.model_copy(update={"calibration": calibration, "recover": settings}), settings
+
+
+def prepare(
+    candidates: Candidates,
+    recipe: Recipe,
+    settings: RecoverySettings,
+    out: Path,
+    progress: Progress = silent,
+    tell: Callable[[str], None] = lambda text: None,
+    *,
+    keep_log: bool = True,
+) -> tuple[Work, RunLog]:
+    """Load both models, draw the text, ask the dense model once, and make the hidden directory beside `out`.
+
+    Raises CalibrationError for too little text, CheckpointError for too little disk.
+    """
+    dense = load_model(candidates.teacher)
+    text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
+    scratch = out.absolute().with_name(f".{out.name}.recover-{_fingerprint(candidates, recipe, text)}")
+    with disk_errors(out):
+        scratch.mkdir(parents=True, exist_ok=True)
+    cost = cost_of(candidates, settings, text)
+    check_free_space(scratch, cost.scratch_bytes + cost.cache_bytes)
+    log = RunLog(scratch if keep_log else None)
+    with log.time("judge"):
+        judge = Judge(dense, candidates.teacher_arch, text.held_out_NT, progress)
+    model, calls = load_model(candidates.pruned), (log.write, progress, tell)
+    return Work(candidates, model, dense, text, judge, settings, recipe.seed, scratch, *calls), log
+
+
+def dry_run(
+    pruned: str | Path, teacher: str | Path, changes: dict[str, Any] | None = None, progress: Progress = silent
+) -> Cost:
+    """Return what `recover` would cost: tokens, operations, memory, disk; seconds from one step that is timed here.
+
+    Loads both models and writes nothing. Raises what `recover` would raise before its first step.
+    """
+    candidates, recipe, settings = open_job(pruned, teacher, changes)
+    dense = load_model(candidates.teacher)
+    text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
+    first = (text.logits or text.blocks)[: settings.logits.blocks_per_device]
+    progress("time a step", 0, 1)
+    ids_BT = torch.stack([ids_T for _, ids_T in first])
+    seconds_per_flop = time_a_step(load_model(candidates.pruned), dense, settings, ids_BT)
+    progress("time a step", 1, 1)
+    return cost_of(candidates, settings, text, seconds_per_flop)
+
+
+def cost_of(
+    candidates: Candidates,
+    settings: RecoverySettings,
+    text: RecoveryText,
+    seconds_per_flop: tuple[float, float] | None = None,
+) -> Cost:
+    """Return what training on the text costs; seconds only where the speed of this machine is given."""
+    tokens = training_tokens(text, settings)
+    shapes = candidates.pruned_shape, candidates.teacher_shape
+    return predict_cost(*shapes, settings, tokens, text.num_held_out_tokens, text.sequence_length, seconds_per_flop)
+
+
+def _fingerprint(candidates: Candidates, recipe: Recipe, text: RecoveryText) -> str:
+    """Return a short hash of all that the weights of the result depend on: recipe, text, both models' files.
+
+    Of a weight file its size and its first, middle and last megabyte count.
+    """
+    digest = hashlib.sha256(json.dumps([recipe.model_dump(mode="json"), text.content_hash]).encode())
+    for checkpoint in (candidates.pruned, candidates.teacher):
+        if checkpoint.gguf_file:
+            files = {checkpoint.directory / checkpoint.gguf_file}
+        else:
+            files = {stored.file for stored in stored_tensors(checkpoint.directory).values()}
+        for file in sorted(files):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as opened:
+                for place in (0, size // 2, max(0, size - SAMPLED_BYTES)):
+                    opened.seek(place)
+                    digest.update(opened.read(SAMPLED_BYTES))
+    return digest.hexdigest()[:12]

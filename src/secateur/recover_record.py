@@ -1,0 +1,79 @@
+"""What a recovery did, as plain numbers: `recovery.json`, read back by the report and the command line's table.
+
+In: figures of the stages. Out: a frozen record that goes to JSON and back.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.json_file import parse_json
+from secateur.recover_judge import Verdicts, mean_kl, mean_nats, won_back
+
+FILE_NAME = "recovery.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """One stage: trained tokens, seconds, operations, the held-out verdicts after it, and whether it was kept."""
+
+    stage: str
+    num_tokens: int
+    seconds: float
+    flops: float
+    after: Verdicts
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryRecord:
+    """Everything a recovery says of itself. `before`: of the pruned model as it came; KL is to the dense model.
+
+    `calibration`, `settings`: the domains and the recipe's part on recovery that were used.
+
+    `num_held_out_tokens` are judged on and never trained on. `seconds`: of everything, by this process.
+    """
+
+    pruned: str
+    teacher: str
+    command: str
+    calibration: dict[str, Any]
+    settings: dict[str, Any]
+    seed: int
+    content_hash: str
+    sequence_length: int
+    num_held_out_tokens: int
+    dense: Verdicts
+    before: Verdicts
+    stages: tuple[StageRecord, ...]
+    seconds: dict[str, float]
+    judge_flops: float
+    peak_bytes: int
+    reload_max_abs_difference: float
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+
+    @property
+    def after(self) -> Verdicts:
+        """The verdicts of the model that was written."""
+        held = [stage.after for stage in self.stages if stage.held]
+        return held[-1] if held else self.before
+
+    @property
+    def num_tokens(self) -> int:
+        """Trained tokens of all stages."""
+        return sum(stage.num_tokens for stage in self.stages)
+
+    def to_json(self) -> str:
+        """Return the record as indented JSON, with the means over domains that people ask for."""
+        named = {"dense": self.dense, "before": self.before, "after": self.after}
+        means = {name: {"kl": mean_kl(each), "nats_per_token": mean_nats(each)} for name, each in named.items()}
+        won = won_back(self.dense, self.before, self.after)
+        derived = {"means": means, "share_won_back": won if won == won else None, "num_tokens": self.num_tokens}
+        return json.dumps({**dataclasses.asdict(self), **derived}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = FILE_NAME) -> "RecoveryRecord":
+        """Return the record that `to_json` wrote. Raises CheckpointError, naming `where`, if it did not."""
+        return parse_json(cls, text, where)

@@ -1,0 +1,48 @@
+"""Finished layers and stages of an interrupted recovery, kept in a directory until the whole job is done.
+
+In: a layer and what the log says of it. Out: one safetensors file per layer, its log line in the file's header, each
+appearing complete or not at all. Nothing is checked here but that the tensors fit.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+LINE = "line"
+
+
+class LayerStore:
+    """`directory` None: nothing is kept."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = directory
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+
+    def load(self, index: int, layer: nn.Module) -> dict[str, Any] | None:
+        """Give the layer its finished weights and return its log line; None, and nothing changed, if it is not done."""
+        path = self._path(index)
+        if path is None or not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as opened:
+            for name, parameter in layer.named_parameters():
+                parameter.data = opened.get_tensor(name).to(parameter.device)
+            return json.loads(opened.metadata()[LINE])
+
+    def save(self, index: int, layer: nn.Module, line: dict[str, Any]) -> None:
+        """Write the layer as it is now."""
+        path = self._path(index)
+        if path is None:
+            return
+        staged = path.with_suffix(f".partial-{os.getpid()}")
+        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in layer.named_parameters()}
+        save_file(tensors, staged, metadata={LINE: json.dumps(line)})
+        os.replace(staged, path)
+
+    def _path(self, index: int) -> Path | None:
+        return None if self.directory is None else self.directory / f"layer-{index}.safetensors"

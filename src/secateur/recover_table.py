@@ -1,0 +1,109 @@
+"""A recovery's numbers for people: the terminal's table, the same rows for the model card and the report.
+
+In: a `RecoveryRecord` or a `Cost`. Out: rich renderables, rows of text, Markdown.
+"""
+
+import math
+from collections.abc import Iterator
+
+from rich.console import Group
+from rich.table import Table
+
+from secateur.recover_cost import Cost
+from secateur.recover_judge import Verdicts, mean_kl, mean_nats, won_back
+from secateur.recover_record import RecoveryRecord
+from secateur.tables import human_bytes
+
+
+def recovery_table(record: RecoveryRecord) -> Group:
+    """Return what `secateur recover` ends with."""
+    columns = models(record)
+    table = Table(title=headline(record), title_justify="left", title_style="bold")
+    table.add_column("nats/token, KL to dense", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, cells in verdict_rows(record):
+        table.add_row(label, *cells)
+    notes = Table.grid(padding=(0, 2))
+    for label, text in cost_rows(record):
+        notes.add_row(label, text)
+    return Group(table, notes)
+
+
+def headline(record: RecoveryRecord) -> str:
+    """Say how much of what was lost came back."""
+    if not any(stage.held for stage in record.stages):
+        return f"{record.pruned}: held-out KL did not fall, so the weights are those that were given"
+    won = won_back(record.dense, record.before, record.after)
+    share = "nothing had been lost" if math.isnan(won) else f"{won:.1%} of the lost log-perplexity won back"
+    return f"{record.pruned}: {share} with {record.num_tokens:,} tokens"
+
+
+def models(record: RecoveryRecord) -> dict[str, Verdicts]:
+    """Return the verdicts of every model that was judged, by what it is called."""
+    stages = {f"after {stage.stage}" + ("" if stage.held else " (undone)"): stage.after for stage in record.stages}
+    return {"dense": record.dense, "pruned": record.before, **stages}
+
+
+def verdict_rows(record: RecoveryRecord) -> Iterator[tuple[str, list[str]]]:
+    """Yield (label, a cell per model): nats per token and KL, domain by domain and their means."""
+    columns = models(record)
+    for domain in record.dense:
+        yield domain, [f"{of[domain].nats_per_token:.3f}, {of[domain].kl:.3f}" for of in columns.values()]
+    yield "mean", [f"{mean_nats(of):.3f}, {mean_kl(of):.3f}" for of in columns.values()]
+    yield "geometric-mean perplexity", [f"{math.exp(mean_nats(of)):.2f}" for of in columns.values()]
+
+
+def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
+    """Yield what the recovery took: tokens, seconds, operations, memory; proof of reload; notes."""
+    for stage in record.stages:
+        rate = stage.num_tokens / stage.seconds if stage.seconds else 0.0
+        yield (
+            f"stage {stage.stage}",
+            f"{stage.num_tokens:,} tokens, {stage.seconds:,.1f} s, {rate:,.0f} tokens/s, {stage.flops:.3g} FLOPs",
+        )
+    yield (
+        "judged on",
+        f"{record.num_held_out_tokens:,} held-out tokens, never trained on; {record.judge_flops:.3g} FLOPs",
+    )
+    yield "peak memory", f"{human_bytes(record.peak_bytes)} resident, interpreter included"
+    yield "reload", f"in a fresh process: largest logit difference {record.reload_max_abs_difference:g}"
+    for note in record.notes:
+        yield "note", note
+
+
+def cost_table(cost: Cost) -> Table:
+    """Return what `--dry-run` shows."""
+    table = Table.grid(padding=(0, 2))
+    for stage, flops in cost.flops.items():
+        tokens = f"{cost.num_tokens[stage]:,} tokens, " if stage in cost.num_tokens else ""
+        seconds = f", {cost.seconds[stage]:,.0f} s at the speed of one step timed here" if cost.seconds else ""
+        table.add_row(f"stage {stage}" if tokens else stage, f"{tokens}{flops:.3g} FLOPs{seconds}")
+    table.add_row("total", f"{sum(cost.flops.values()):.3g} FLOPs, {sum(cost.seconds.values()):,.0f} s")
+    table.add_row("held out", f"{cost.num_held_out_tokens:,} tokens, never trained on")
+    table.add_row("peak memory", f"about {human_bytes(cost.peak_bytes)} beyond the interpreter")
+    table.add_row("scratch on disk", f"{human_bytes(cost.scratch_bytes)} of checkpoints until the end")
+    if cost.cache_bytes:
+        table.add_row("teacher's words", f"{human_bytes(cost.cache_bytes)} on disk until the end")
+    return table
+
+
+def recovery_card(record: RecoveryRecord) -> str:
+    """Return the model card's part on the recovery, in Markdown."""
+    columns = models(record)
+    lines = [
+        "## Recovery",
+        "",
+        f"{headline(record)}. The table shows held-out nats per token and KL to the dense model; figures elsewhere on "
+        "this card are of the model before recovery.",
+        "",
+        "| | " + " | ".join(columns) + " |",
+        "|---|" + "---:|" * len(columns),
+        *(f"| {label} | " + " | ".join(cells) + " |" for label, cells in verdict_rows(record)),
+        "",
+        f"- teacher: {record.teacher}",
+    ]
+    if record.command:
+        lines.append(f"- command: `{record.command}`")
+    lines += [f"- {label}: {text}" for label, text in cost_rows(record)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,65 @@
+"""What a report says of a recovery: the loss curve, quality by domain before and after, what it cost.
+
+In: a `ResultFiles` whose directory holds a recovery. Out: a section. Pure; the rows are those of the terminal's table.
+"""
+
+from collections.abc import Sequence
+
+from secateur.page import Section, Table
+from secateur.plots import Series, Text, curve_plot, dot_plot
+from secateur.recover_judge import mean_kl
+from secateur.recover_table import cost_rows, headline, models, verdict_rows
+from secateur.result_files import ResultFiles, TrainingStep
+
+CURVE_POINTS = 60
+
+
+def recovery(files: ResultFiles) -> Section:
+    """What training after the cut won back."""
+    record = files.recovery
+    assert record is not None
+    columns = models(record)
+    text = (
+        f"{headline(record)}. Teacher: {record.teacher}. Every stage is judged on {record.num_held_out_tokens:,} "
+        "held-out tokens that nothing was trained on; a stage after which the mean KL to the dense model is not lower "
+        "is undone. Figures elsewhere on this page are of the model before recovery, unless measured later.",
+    )
+    table = Table(
+        "Held-out nats per token, KL to the dense model",
+        ("", *columns),
+        [(label, *cells) for label, cells in verdict_rows(record)],
+    )
+    costs = Table("Cost", (), list(cost_rows(record)), numbers=False)
+    described = Text("recovery-plot", "Held-out KL by domain", "KL to the dense model, as in the table.")
+    series = [
+        Series("before", "uncompensated", [verdict.kl for verdict in record.before.values()]),
+        Series("after", "pruned", [verdict.kl for verdict in record.after.values()]),
+    ]
+    plots = [dot_plot(described, list(record.before), series, "KL to the dense model, nats per token")]
+    if files.training:
+        plots.append(_curve(files.training, mean_kl(record.before)))
+    return Section("recovery", "Recovery", text, tuple(plots), (table, costs, _steps(files.training)))
+
+
+def _curve(steps: Sequence[TrainingStep], before: float) -> str:
+    means = _thinned(steps)
+    described = Text(
+        "loss-plot",
+        "Training loss of the logit stage",
+        f"Means of neighbouring steps over trained tokens. The held-out KL before was {before:.4f}.",
+    )
+    return curve_plot(
+        described, [float(m.tokens) for m in means], [m.loss for m in means], "trained tokens", "loss, nats"
+    )
+
+
+def _steps(steps: Sequence[TrainingStep]) -> Table:
+    rows = [(f"{mean.tokens:,} tokens", f"{mean.loss:.4f}") for mean in _thinned(steps)]
+    return Table("Training loss of the logit stage, means of neighbouring steps", ("", "loss"), rows, folded=True)
+
+
+def _thinned(steps: Sequence[TrainingStep]) -> list[TrainingStep]:
+    """Return at most CURVE_POINTS means of neighbours, each at the tokens of its last step."""
+    size = -(-len(steps) // CURVE_POINTS)
+    parts = [steps[start : start + size] for start in range(0, len(steps), size)] if steps else []
+    return [TrainingStep(part[-1].step, part[-1].tokens, sum(s.loss for s in part) / len(part)) for part in parts]
