@@ -35,7 +35,7 @@ LAYERS = [
     "evaluate_cache gguf_metadata gguf_check",
     "inspection_groups latency probe original_readers hidden_drift",
     "hidden_width profile budget_search",
-    "run selection inspection gguf_tensors evaluate_differences evaluate_parts",
+    "expert_channels run selection inspection gguf_tensors evaluate_differences evaluate_parts",
     "propose group_step round_plan safety_net pruned_checkpoint",
     # what people read, and the other outputs
     "depth_step loop tables gguf_export evaluate evaluate_table",

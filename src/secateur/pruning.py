@@ -166,7 +166,7 @@ def _run(job: _Job, directory: Path | None, carry_from: Path | None) -> tuple[tu
         command=job.command,
         remove_asked=recipe.remove,
         remove_reached=1 - Size.of(job.model).num_params / dense_size.num_params,
-        outcome=job.resolved.outcome({key: len(keep) for key, keep in keeps.items()}),
+        outcome=job.resolved.outcome({key: keep.shape[-1] for key, keep in keeps.items()}),
         dense_size=dense_size,
         pruned_size=Size.of(job.model),
         num_layers=(dense_layers, len(layers)),
@@ -241,7 +241,8 @@ def _calibrate(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Pro
 def _widths(job: _Job, keeps: Keeps) -> dict[str, tuple[int, int, int]]:
     widths: dict[str, tuple[int, int, int]] = {}
     for group in job.arch.select(job.resolved.recipe.groups):
-        kept = len(keeps.get((group.layer, group.name), range(group.num_units)))
+        keep = keeps.get((group.layer, group.name))
+        kept = group.num_units if keep is None else keep.shape[-1]
         before, least, most = widths.get(group.name, (group.num_units, kept, kept))
         widths[group.name] = (before, min(least, kept), max(most, kept))
     return widths

@@ -85,9 +85,11 @@ def check_without_prices(recipe: Recipe, arch: Arch, config: Any) -> None:
         )
     if any(group.experts for group in groups) and (recipe.budget != "uniform" or recipe.target != "parameters"):
         raise RecipeError(
-            f"groups: experts can only go with budget: uniform and target: parameters, got {recipe.budget} and "
-            f"{recipe.target}; change these or leave experts out."
+            f"groups: experts and their channels can only go with budget: uniform and target: parameters, "
+            f"got {recipe.budget} and {recipe.target}; change these or leave experts out."
         )
+    if any(group.experts for group in groups) and recipe.score == "taylor":
+        raise RecipeError("score: taylor has no gradients of experts; use obs, or leave experts out of groups.")
     if recipe.target != "latency" and recipe.prices is not None:
         raise RecipeError(f"prices: are what target latency plans with; with target {recipe.target} leave them out.")
     if config.get_text_config() is not config and (recipe.budget != "uniform" or recipe.protected_layers):
