@@ -3,7 +3,7 @@
 from importlib import resources
 from pathlib import Path
 
-from secateur.arch_experts import EXPERTS
+from secateur.arch_experts import EXPERT_CHANNELS, EXPERTS
 from secateur.arch_spec import load_specs
 
 README = Path(__file__).parents[1] / "README.md"
@@ -23,6 +23,7 @@ def table() -> str:
         )
         types = ", ".join(f"`{name}`" for name in spec.model_types)
         groups = sorted(spec.groups, key=lambda name: (name != "ffn", name)) + [EXPERTS] * bool(spec.experts)
+        groups += [EXPERT_CHANNELS] * bool(spec.experts and spec.experts.channels)
         rows.append(f"| {family} | {types} | {models} | {', '.join(groups)} |")
     return "\n".join(rows)
 

@@ -39,7 +39,7 @@ LAYERS = [
     "recover_logits",
     "recover_stages",
     "recover_job",
-    "run selection inspection gguf_tensors evaluate_differences evaluate_parts",
+    "expert_channels run selection inspection gguf_tensors evaluate_differences evaluate_parts",
     "propose group_step round_plan safety_net pruned_checkpoint",
     # what people read, and the other outputs
     "depth_step hidden_step loop tables gguf_export evaluate evaluate_table",

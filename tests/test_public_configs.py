@@ -50,7 +50,7 @@ def test_a_model_with_experts_says_that_they_are_what_is_looked_at(tmp_path: Pat
     found, _ = inspected(named("deepseek-v3"), tmp_path)
     assert [group.name for group in found.groups] == ["experts"]
     assert {group.name: group.num_layers for group in found.possible} == {"ffn": 3, "experts": 58}
-    assert set(found.impossible) == {"kv_heads", "query_heads", "shared"}
+    assert set(found.impossible) == {"kv_heads", "query_heads", "shared", "expert_ffn"}
     assert any("groups: this recipe names none" in note for note in found.warnings)
 
 

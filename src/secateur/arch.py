@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.arch_conv import linears_for_conv
-from secateur.arch_experts import bind_experts
+from secateur.arch_experts import bind_expert_channels, bind_experts
 from secateur.arch_group import Axis, BiasSwitch, Group
 from secateur.arch_hidden import Hidden, bind_hidden, submodule
 from secateur.arch_logits import Logits, bind_logits, head_with
@@ -101,6 +101,9 @@ def bind(model: nn.Module) -> Arch:
                 groups.append(_bind_group(layer, index, name, group, layer_config, family, divide))
         if spec.experts is not None and not _is_absent(layer, spec.experts.experts):
             groups.append(bind_experts(layer, index, spec.experts, layer_config, family))
+            if spec.experts.channels is not None:
+                channels = spec.experts.channels
+                groups.append(bind_expert_channels(layer, index, spec.experts, channels, layer_config, family))
     heads = [each.num_attention_heads for each in configs] if spec.heads_divide_hidden_size else []
     adds = spec.mlp_adds_directly
     return Arch(

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.arch_group import Axis, Experts, Group
+from secateur.arch_group import Axis, Channels, Experts, Group
 from secateur.arch_hidden import submodule
 from secateur.arch_numbers import count_of
-from secateur.arch_spec import ExpertsSpec
+from secateur.arch_spec import ChannelsSpec, ExpertsSpec
 from secateur.errors import ArchError
 
-EXPERTS = "experts"
+EXPERTS, EXPERT_CHANNELS = "experts", "expert_ffn"
 
 
 def bind_experts(layer: nn.Module, index: int, spec: ExpertsSpec, config: Any, family: str) -> Group:
@@ -66,10 +66,44 @@ def bind_experts(layer: nn.Module, index: int, spec: ExpertsSpec, config: Any, f
     )
 
 
+def bind_expert_channels(
+    layer: nn.Module, index: int, spec: ExpertsSpec, channels: ChannelsSpec, config: Any, family: str
+) -> Group:
+    """Return the layer's group of channels inside experts: a unit is one channel of every expert, each its own.
+
+    Raises ArchError if a stack is missing or has another width than the config says.
+    """
+    where = f"layer {index}, group {EXPERT_CHANNELS}"
+    num_units = count_of(channels.num_units, config, where, family)
+    module = submodule(layer, spec.experts, family)
+    writer, down = (_tensor(module, name, where, family) for name in (channels.writer, channels.down))
+    axis, other = (1, 2) if channels.transposed else (2, 1)
+    if down.shape[axis] != num_units or writer.shape[3 - axis] != 2 * num_units:
+        raise ArchError(
+            f"{where}: {channels.writer} and {channels.down} are {list(writer.shape)} and {list(down.shape)}, but "
+            f"config {channels.num_units}={num_units}; the checkpoint and its config disagree."
+        )
+    per_channel = 3 * down.shape[other] + 2 * (channels.writer_bias is not None)
+    stacks = Channels(channels.writer, channels.writer_bias, channels.down, channels.alternating, channels.transposed)
+    return Group(
+        layer=index,
+        name=EXPERT_CHANNELS,
+        unit="channel of each expert",
+        num_units=num_units,
+        params_per_unit=len(down) * per_channel,
+        writers=(),
+        reader=Axis(spec.experts, (1,)),
+        count=None,
+        bias_switch=None,
+        config_key=channels.num_units,
+        experts=Experts(spec.experts, spec.router, (), (), 1, 1, (), stacks),
+    )
+
+
 def _tensor(router: nn.Module, name: str, where: str, family: str) -> Tensor:
     tensors = dict(router.named_parameters()) | dict(router.named_buffers())
     if name not in tensors:
         raise ArchError(
-            f"{where}: the router has no tensor '{name}', which family {family} needs; it has {', '.join(tensors)}."
+            f"{where}: there is no tensor '{name}', which family {family} needs; there are {', '.join(tensors)}."
         )
     return tensors[name]

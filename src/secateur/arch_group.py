@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from secateur.arch_numbers import Segments
 
+# Channels of experts that fill 16 bytes in half precision.
+CHANNEL_STEP = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -25,11 +28,27 @@ class BiasSwitch:
 
 
 @dataclass(frozen=True, slots=True)
+class Channels:
+    """The stacks of experts whose channels go: `writer` makes gate and up, `down` reads them, experts on axis 0.
+
+    `alternating`: a channel's rows of gate and up lie side by side, not in two halves. `transposed`: stacks are inputs
+    x outputs.
+    """
+
+    writer: str
+    writer_bias: str | None
+    down: str
+    alternating: bool
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
     """Modules and numbers of one layer's experts, see `arch_spec.ExpertsSpec`.
 
     `at_least`: what the router needs to choose from. `num_groups`: experts lie in that many groups of equal size, which
-    the router chooses first. `buffers`: those of `router_rows` that are no parameters.
+    the router chooses first. `buffers`: those of `router_rows` that are no parameters. `channels`: where the units are
+    channels of every expert and not experts.
     """
 
     module: str
@@ -39,6 +58,12 @@ class Experts:
     at_least: int
     num_groups: int
     buffers: tuple[str, ...]
+    channels: Channels | None = None
+
+    @property
+    def multiple_of(self) -> int:
+        """Step of the counts that stay: transformers multiplies experts in groups, in rows of 16 bytes."""
+        return self.num_groups if self.channels is None else CHANNEL_STEP
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -82,11 +107,11 @@ class Group:
     @property
     def num_inputs(self) -> int:
         """Reader inputs that least squares is solved over; experts are not refitted."""
-        return 0 if self.experts else self.num_units * self.width
+        return 0 if self.experts and not self.experts.channels else self.num_units * self.width
 
     def allows(self, num_units: int) -> bool:
         """Say whether the family's config can state that many units."""
-        if self.experts and (num_units < self.experts.at_least or num_units % self.experts.num_groups):
+        if self.experts and (num_units < self.experts.at_least or num_units % self.experts.multiple_of):
             return False
         return self.divides is None or self.divides[1] % (num_units * self.divides[0]) == 0
 

@@ -50,6 +50,19 @@ class LogitsSpec(BaseModel):
     cap: str | None = None
 
 
+class ChannelsSpec(BaseModel):
+    """The channels inside experts as their YAML states them; stacks are named relative to the experts' module."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_units: str  # config key
+    writer: str = "gate_up_proj"
+    writer_bias: str | None = None
+    down: str = "down_proj"
+    alternating: bool = False  # rows of gate and up side by side, the module's own _apply_gate; else halves and act_fn
+    transposed: bool = False  # inputs x outputs
+
+
 class ExpertsSpec(BaseModel):
     """A layer's experts as their YAML states them; layers without such a module have none. Modules within a layer."""
 
@@ -64,6 +77,7 @@ class ExpertsSpec(BaseModel):
     # Config keys, where the router first chooses groups of experts: how many there are, how many it takes.
     num_groups: str | None = None
     top_k_groups: str | None = None
+    channels: ChannelsSpec | None = None  # where the experts' width is theirs alone
 
 
 class HiddenSpec(BaseModel):

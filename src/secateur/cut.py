@@ -35,6 +35,14 @@ def unit_columns(segments: Segments, num_units: int, device: torch.device) -> In
     return torch.cat(parts, dim=1)
 
 
+def original_units(before: Int64[Tensor, "... B"], keep: Int64[Tensor, "*E K"]) -> Int64[Tensor, "*E K"]:
+    """Return which of the units that there were at first stay, if `before` had stayed and of these `keep` do.
+
+    Of experts' channels both have a row per expert, `before` perhaps one for all.
+    """
+    return before.expand(*keep.shape[:-1], before.shape[-1]).gather(-1, keep)
+
+
 @torch.no_grad()
 def cut(
     layer: nn.Module,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.arch import Group, linear, num_units_left
 from secateur.cut import cut, rows_of, unit_columns
 from secateur.domain_weights import reweighted
+from secateur.expert_channels import prune_expert_channels
 from secateur.experts import prune_experts
 from secateur.measure import Measurement, measure
 from secateur.memory import release_freed
@@ -37,11 +38,13 @@ def prune_group(
     seed: int,
     originals: OriginalReaders | None,
     scores_U: Tensor | None = None,
-) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
+) -> tuple[Int64[Tensor, "*E K"], dict[str, Any]]:
     """Measure, select, compensate and cut one group; return the kept indices and the log line.
 
     `scores_U`: the units' scores, where they were measured on the whole model before.
     """
+    if group.experts is not None and group.experts.channels is not None:
+        return prune_expert_channels(walk, group, num_keep, recipe, shares, seed)
     if group.experts is not None:
         return prune_experts(walk, group, num_keep, recipe.score, recipe.domain_weighting, shares, seed)
     layer = walk.layers[group.layer]

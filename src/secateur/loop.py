@@ -12,7 +12,7 @@ import torch
 
 from secateur.arch import Group, decoder_layers
 from secateur.budget import Plan
-from secateur.cut import add_zero_biases
+from secateur.cut import add_zero_biases, original_units
 from secateur.group_step import prune_group
 from secateur.memory import peak_bytes, release_freed
 from secateur.on_disk import LayersOnDisk, embeddings_on_disk
@@ -82,7 +82,7 @@ def _one_round(
             keep, line = prune_group(
                 walk, group, plan.num_keep[key], recipe, run.shares, seed, run.originals, scores.get(key)
             )
-            keeps[key] = keeps[key][keep.cpu()]
+            keeps[key] = original_units(keeps[key], keep.cpu())
             seconds = round(time.perf_counter() - start, 3)
             run.log({"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()})
         if index + 1 < run.arch.num_layers:

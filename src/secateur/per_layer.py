@@ -42,7 +42,10 @@ def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
     widths: dict[str, Any] = {}
     for group in (group for group in groups if group.reader.module.partition(".")[0] not in absent):
         if group.experts is not None:
-            widths[group.config_key] = len(next(layer.get_submodule(group.experts.module).parameters()))
+            module, channels = layer.get_submodule(group.experts.module), group.experts.channels
+            stack = next(module.parameters()) if channels is None else module.get_parameter(channels.down)
+            axis = 0 if channels is None else 1 if channels.transposed else 2
+            widths[group.config_key] = stack.shape[axis]
             continue
         reader = linear(layer, group.reader.module)
         if group.head_dim is None:

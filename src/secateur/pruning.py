@@ -157,7 +157,7 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
         command=job.command,
         remove_asked=recipe.remove,
         remove_reached=1 - Size.of(job.model).num_params / dense_size.num_params,
-        outcome=job.resolved.outcome({key: len(keep) for key, keep in keeps.items()}),
+        outcome=job.resolved.outcome({key: keep.shape[-1] for key, keep in keeps.items()}),
         dense_size=dense_size,
         pruned_size=Size.of(job.model),
         num_layers=(dense_layers, len(layers)),

@@ -27,7 +27,7 @@ from secateur.budget import (
 from secateur.errors import RecipeError
 from secateur.prices import Outcome, sequence_length
 from secateur.recipe import Recipe
-from secateur.resolve_depth import groups_of, layers_to_expect, share_for_widths
+from secateur.resolve_depth import groups_of, layers_to_expect, num_rounds, share_for_widths
 
 # Least squares wants this many pooled tokens per reader input; with a fraction 1/n of them the damping is at least n
 # times its default. At least, not times: resolving a saved recipe must change nothing.
@@ -85,9 +85,11 @@ def check_without_prices(recipe: Recipe, arch: Arch, config: Any) -> None:
         )
     if any(group.experts for group in groups) and (recipe.budget != "uniform" or recipe.target != "parameters"):
         raise RecipeError(
-            f"groups: experts can only go with budget: uniform and target: parameters, got {recipe.budget} and "
-            f"{recipe.target}; change these or leave experts out."
+            f"groups: experts and their channels can only go with budget: uniform and target: parameters, "
+            f"got {recipe.budget} and {recipe.target}; change these or leave experts out."
         )
+    if any(group.experts for group in groups) and recipe.score == "taylor":
+        raise RecipeError("score: taylor has no gradients of experts; use obs, or leave experts out of groups.")
     if recipe.target != "latency" and recipe.prices is not None:
         raise RecipeError(f"prices: are what target latency plans with; with target {recipe.target} leave them out.")
     if recipe.sublayers and recipe.budget not in ("curve", "search"):
@@ -159,29 +161,6 @@ def _plans(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, remove: fl
     plan = uniform_plan(groups, prices, remove, align)
     _check_least(recipe, groups, plan, remove, prices)
     return round_plans(groups, prices, plan, shares, align)
-
-
-def num_rounds(recipe: Recipe) -> int:
-    """Return the rounds that the recipe asks for. Raises RecipeError if its schedule is a list that cannot be met."""
-    gone = recipe.schedule
-    if isinstance(gone, str):
-        return recipe.rounds
-    shown = ", ".join(f"{share:g}" for share in gone)
-    if not gone or list(gone) != sorted(set(gone)) or gone[-1] != recipe.remove:
-        raise RecipeError(
-            f"schedule: a list says what is gone after each round, rising to remove: {recipe.remove:g}, got [{shown}]; "
-            f"end it with {recipe.remove:g}."
-        )
-    if recipe.rounds not in (1, len(gone)):
-        raise RecipeError(
-            f"schedule: {len(gone)} rounds are listed, but rounds: {recipe.rounds}; leave rounds out or list as many."
-        )
-    if recipe.depth:
-        raise RecipeError(
-            "schedule: layers (depth) go before the first round, so what is gone after each cannot be listed; use "
-            "linear or cubic, or depth: 0."
-        )
-    return len(gone)
 
 
 def _widths(recipe: Recipe, *, cuts: bool) -> str:

@@ -60,6 +60,29 @@ def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Grou
     )
 
 
+def num_rounds(recipe: Recipe) -> int:
+    """Return the rounds that the recipe asks for. Raises RecipeError if its schedule is a list that cannot be met."""
+    gone = recipe.schedule
+    if isinstance(gone, str):
+        return recipe.rounds
+    shown = ", ".join(f"{share:g}" for share in gone)
+    if not gone or list(gone) != sorted(set(gone)) or gone[-1] != recipe.remove:
+        raise RecipeError(
+            f"schedule: a list says what is gone after each round, rising to remove: {recipe.remove:g}, got [{shown}]; "
+            f"end it with {recipe.remove:g}."
+        )
+    if recipe.rounds not in (1, len(gone)):
+        raise RecipeError(
+            f"schedule: {len(gone)} rounds are listed, but rounds: {recipe.rounds}; leave rounds out or list as many."
+        )
+    if recipe.depth:
+        raise RecipeError(
+            "schedule: layers (depth) go before the first round, so what is gone after each cannot be listed; use "
+            "linear or cubic, or depth: 0."
+        )
+    return len(gone)
+
+
 def share_for_widths(recipe: Recipe, prices: Prices, num_gone: int, step: int) -> float:
     """Return the share that widths must still take of what the layers leave; 0 if that is less than half a `step`.
 

@@ -7,11 +7,12 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from secateur.arch import Group
 from secateur.bench import Speed
@@ -113,11 +114,12 @@ class Summary:
         return {name: losses for name, losses in named.items() if losses}
 
 
-def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Sized]) -> dict[str, tuple[int, int, int]]:
+def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tensor]) -> dict[str, tuple[int, int, int]]:
     """Return, by kind of group, units per layer before, and after in the narrowest and the widest layer."""
     widths: dict[str, tuple[int, int, int]] = {}
     for group in groups:
-        kept = len(keeps.get((group.layer, group.name), range(group.num_units)))
+        keep = keeps.get((group.layer, group.name))
+        kept = group.num_units if keep is None else keep.shape[-1]
         before, least, most = widths.get(group.name, (group.num_units, kept, kept))
         widths[group.name] = (before, min(least, kept), max(most, kept))
     return widths

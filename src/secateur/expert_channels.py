@@ -1,0 +1,237 @@
+"""Channels inside experts: every expert keeps as many, each its own, chosen and repaired on the tokens routed to it.
+
+In: the walk standing before a layer with experts. Out: the layer with narrower experts, the channels that each kept,
+the line of the run log. An expert that few tokens chose is measured on all of the layer's tokens too: its Gram matrix
+is shrunk towards the one that it has on those. A guard on held-out text judges the layer's refit as a whole.
+
+Letters: T tokens, k experts per token, D hidden size, E experts, F channels of an expert, K of them that stay.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from secateur.arch_group import Channels, Group
+from secateur.compensate import GUARD_STEPS, Guard, guard, held_out_error, least_squares
+from secateur.errors import NumericsError
+from secateur.gram import Gram
+from secateur.obs import greedy_obs
+from secateur.recipe import Recipe
+from secateur.score import damped_gram
+from secateur.walk import Walk
+
+# An expert with fewer tokens than this many per channel borrows from all tokens; so many of those are looked at.
+FEW_TOKENS_PER_CHANNEL, NUM_SAMPLED = 10, 2048
+
+Call = tuple[Tensor, Tensor, Tensor]
+"""What the module of all experts is called with: hidden states T x D, chosen experts and their weights T x k."""
+
+
+@dataclass(slots=True)
+class _Observed:
+    """Per expert: the Gram matrix of weight x channels, pooled over domains, and how many tokens chose it."""
+
+    grams: list[Gram]
+    num_tokens_E: Tensor
+    energy: dict[str, float] = field(default_factory=dict)
+    sample_TD: list[Tensor] = field(default_factory=list)
+    held_out: dict[str, list[Call]] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def prune_expert_channels(
+    walk: Walk, group: Group, num_keep: int, recipe: Recipe, shares: dict[str, float], seed: int
+) -> tuple[Int64[Tensor, "E K"], dict[str, Any]]:
+    """Measure, select, refit and cut one layer's experts; return every expert's kept channels and the log line.
+
+    Raises NumericsError naming layer and domain if what an expert gives is not finite.
+    """
+    assert group.experts is not None and group.experts.channels is not None
+    channels, module = group.experts.channels, walk.layers[group.layer].get_submodule(group.experts.module)
+    num_experts, num_units = len(_stack(module, channels.down)), _num_channels(module, channels)
+    seen = _observe(walk, group, module, channels, recipe.domain_weighting, shares)
+    line: dict[str, Any] = {"layer": group.layer, "group": group.name, "kept": num_keep, "total": num_units}
+    line |= {"output_energy": seen.energy, "score_quantiles": []}
+    keep_EK = torch.arange(num_units).repeat(num_experts, 1)
+    if num_keep < num_units:
+        chosen, refits = [], []
+        for expert in range(num_experts):
+            gram = _shrunk(module, channels, expert, seen)
+            weight_DF = _reader(module, channels, expert)
+            keep_K = _select(weight_DF, gram, num_keep, recipe, seed + expert)
+            chosen.append(keep_K)
+            if recipe.compensate == "least_squares":
+                refits.append(least_squares(weight_DF, gram, keep_K, recipe.damping).weight_HS)
+        keep_EK = torch.stack(chosen)
+        judged = _apply(module, channels, keep_EK, refits, seen.held_out)
+        line |= asdict(judged) if judged else {}
+    return keep_EK, line
+
+
+def channel_inputs(
+    module: Any, channels: Channels, expert: int, hidden_TD: Float[Tensor, "T D"]
+) -> Float[Tensor, "T F"]:
+    """Return what the expert's reader gets: act(gate) * up, or what the family makes of alternating rows."""
+    both = hidden_TD @ _writer(module, channels, expert).T
+    if channels.writer_bias is not None:
+        both = both + _stack(module, channels.writer_bias)[expert]
+    if channels.alternating:
+        return module._apply_gate(both)
+    gate, up = both.chunk(2, dim=-1)
+    return module.act_fn(gate) * up
+
+
+@torch.no_grad()
+def cut_channels(module: nn.Module, channels: Channels, keep_EK: Int64[Tensor, "E K"]) -> None:
+    """Keep only each expert's own channels: their rows of the stacked writers and their columns of the readers."""
+    rows = keep_EK.unsqueeze(-1) * 2 + torch.arange(2, device=keep_EK.device)
+    halves = torch.cat([keep_EK, keep_EK + _num_channels(module, channels)], dim=1)
+    rows_ER = rows.flatten(1) if channels.alternating else halves
+    _take(module, channels.writer, rows_ER, 2 if channels.transposed else 1)
+    if channels.writer_bias is not None:
+        _take(module, channels.writer_bias, rows_ER, 1)
+    _take(module, channels.down, keep_EK, 1 if channels.transposed else 2)
+
+
+def _observe(
+    walk: Walk, group: Group, module: Any, channels: Channels, weighting: str, shares: dict[str, float]
+) -> _Observed:
+    num_experts, size = len(_stack(module, channels.down)), _num_channels(module, channels)
+    device = _stack(module, channels.down).device
+    pooled, current = ([Gram(size, device) for _ in range(num_experts)] for _ in range(2))
+    seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))
+    calls: list[Call] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+    domain = ""
+    try:
+        for batch, _ in walk.run(group.layer, to_middle=True):
+            call = calls.pop()
+            if batch.held_out:
+                seen.held_out.setdefault(batch.domain, []).append(call)
+                continue
+            if batch.domain != domain:
+                _fold(seen, current, domain, group, weighting, shares)
+                domain = batch.domain
+            seen.energy[domain] = seen.energy.get(domain, 0.0) + _add(module, channels, call, current, seen)
+    finally:
+        handle.remove()
+    _fold(seen, current, domain, group, weighting, shares)
+    return seen
+
+
+def _add(module: Any, channels: Channels, call: Call, current: list[Gram], seen: _Observed) -> float:
+    """Add a call's tokens to the experts that they chose; return the energy of what these gave."""
+    hidden_TD, chosen_Tk, weights_Tk = call
+    energy = 0.0
+    seen.sample_TD.append(hidden_TD[:: max(1, len(hidden_TD) // 64)])
+    for expert in chosen_Tk.unique().tolist():
+        tokens, places = torch.where(chosen_Tk == expert)
+        x_TF = channel_inputs(module, channels, expert, hidden_TD[tokens]) * weights_Tk[tokens, places, None]
+        current[expert].add_product(x_TF)
+        seen.num_tokens_E[expert] += len(tokens)
+        energy += float((x_TF @ _reader(module, channels, expert).T).float().square().sum())
+    return energy
+
+
+def _fold(
+    seen: _Observed, current: list[Gram], domain: str, group: Group, weighting: str, shares: dict[str, float]
+) -> None:
+    if not domain:
+        return
+    energy = seen.energy[domain]
+    if not energy < float("inf"):
+        raise NumericsError(
+            f"layer {group.layer}, {group.reader.module}, domain {domain}: an expert gives NaN or infinite numbers; "
+            f"use the model in bfloat16 or float32 and check its weights."
+        )
+    for mine, theirs in zip(seen.grams, current, strict=True):
+        mine.merge(theirs, 1.0 if weighting == "tokens" else shares[domain] / max(energy, 1e-30))
+        theirs.clear()
+
+
+def _shrunk(module: Any, channels: Channels, expert: int, seen: _Observed) -> Gram:
+    """Return (1 - a) G / tr G + a P / tr P with P the Gram matrix on all tokens and a = n0 / (n0 + n).
+
+    n tokens chose the expert, n0 is its number of channels. With 10 n0 tokens or more: G as it is.
+    """
+    own, size = seen.grams[expert], seen.grams[expert].size
+    num_tokens = int(seen.num_tokens_E[expert])
+    if num_tokens >= FEW_TOKENS_PER_CHANNEL * size:
+        return own
+    sample_TD = torch.cat(seen.sample_TD)[:NUM_SAMPLED]
+    everyone, mixed = Gram(size, own.device), Gram(size, own.device)
+    everyone.add_product(channel_inputs(module, channels, expert, sample_TD))
+    share = size / (size + num_tokens)
+    for gram, weight in ((own, 1 - share), (everyone, share)):
+        trace = float(gram.diagonal().sum())
+        mixed.merge(gram, weight / trace if trace > 0 else 0.0)
+    return mixed
+
+
+def _select(
+    weight_DF: Float[Tensor, "D F"], gram: Gram, num_keep: int, recipe: Recipe, seed: int
+) -> Int64[Tensor, " K"]:
+    if recipe.score == "random":
+        order = torch.randperm(gram.size, generator=torch.Generator().manual_seed(seed))
+        return order[:num_keep].sort().values.to(weight_DF.device)
+    columns_U1 = torch.arange(gram.size, device=weight_DF.device)[:, None]
+    hessian = damped_gram(gram, recipe.damping)
+    return greedy_obs(weight_DF, hessian, columns_U1, num_keep, max(1, recipe.obs_batch)).keep
+
+
+def _apply(
+    module: Any, channels: Channels, keep_EK: Tensor, refits: list[Tensor], held_out: dict[str, list[Call]]
+) -> Guard | None:
+    """Cut, and put in as much of the refits as raises no domain's held-out error; without held-out text all of it."""
+    calls = [(domain, call) for domain, each in held_out.items() for call in each]
+    before = [module.forward(*call) for _, call in calls]
+    cut_channels(module, channels, keep_EK)
+    if not refits:
+        return None
+    plain = _stack(module, channels.down).clone()
+    refitted = torch.stack([weight.T if channels.transposed else weight for weight in refits]).to(plain)
+    masked = [module.forward(*call) for _, call in calls]
+    _stack(module, channels.down).copy_(refitted)
+    parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for (domain, call), whole, cut in zip(calls, before, masked, strict=True):
+        parts.setdefault(domain, []).append((whole, whole - cut, module.forward(*call) - cut))
+    errors = {
+        domain: held_out_error(
+            torch.cat([lost for _, lost, _ in each]).float(),
+            torch.cat([given for _, _, given in each]).float(),
+            float(torch.cat([whole for whole, _, _ in each]).float().square().sum()),
+        )
+        for domain, each in parts.items()
+    }
+    judged = guard(errors) if errors else Guard(GUARD_STEPS[0], {}, {})
+    _stack(module, channels.down).copy_(torch.lerp(plain.float(), refitted.float(), judged.step).to(plain))
+    return judged
+
+
+def _stack(module: nn.Module, name: str) -> nn.Parameter:
+    return module.get_parameter(name)
+
+
+def _num_channels(module: nn.Module, channels: Channels) -> int:
+    return _stack(module, channels.down).shape[1 if channels.transposed else 2]
+
+
+def _reader(module: nn.Module, channels: Channels, expert: int) -> Float[Tensor, "D F"]:
+    weight = _stack(module, channels.down)[expert]
+    return (weight.T if channels.transposed else weight).float()
+
+
+def _writer(module: nn.Module, channels: Channels, expert: int) -> Float[Tensor, "R D"]:
+    weight = _stack(module, channels.writer)[expert]
+    return weight.T if channels.transposed else weight
+
+
+def _take(module: nn.Module, name: str, index_EK: Tensor, axis: int) -> None:
+    stack = _stack(module, name)
+    shape = [1] * stack.ndim
+    shape[0], shape[axis] = index_EK.shape
+    kept = torch.take_along_dim(stack.data, index_EK.to(stack.device).view(shape), dim=axis)
+    setattr(module, name, nn.Parameter(kept.contiguous(), requires_grad=stack.requires_grad))
