@@ -79,6 +79,9 @@ def _channels(model: PreTrainedModel, layer: nn.Module, config: Any) -> Iterator
         name = "shared" if "shared" in str(reader) else "ffn"
         if reader is None or name in done:
             continue
+        if name == "shared" and any(width in p.shape for p in layer.parameters() if p.ndim == 3):
+            yield "  # No shared: routed experts are as wide, so that the config has one number for both."
+            continue
         if not _follows(model, {key: width // 2}, reader, (config.hidden_size, width // 2)):
             continue
         place, wanted = reader.rpartition(".")[0], {width: "[1]", 2 * width: "[1, 1]"}
