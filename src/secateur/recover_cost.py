@@ -55,8 +55,7 @@ def predict_cost(
     seconds = {}
     if seconds_per_flop is not None:
         seconds = {
-            stage: round(sum(a * b for a, b in zip(parts, seconds_per_flop, strict=True)), 1)
-            for stage, parts in flops.items()
+            stage: sum(a * b for a, b in zip(parts, seconds_per_flop, strict=True)) for stage, parts in flops.items()
         }
     return Cost(
         num_tokens,
