@@ -14,27 +14,29 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 260, 60
 # Bottom up; a module imports from layers below its own, never from its own. `cli.*` is one command each.
 LAYERS = [
     # what knows nothing of the rest
-    "errors progress memory runlog reload_child checkpoint_quiet modeling_per_layer gram overlap page svg knapsack "
-    "arch_conv recover_recipe recover_loss recover_store",
+    "errors progress memory runlog whole_file reload_child checkpoint_quiet modeling_per_layer gram overlap page svg "
+    "knapsack arch_conv recover_recipe recover_loss",
     # what a run is described by; readers and writers of single files
     "serving stats arch_spec recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output "
-    "llama_cpp gguf_sentencepiece recover_teacher",
+    "llama_cpp gguf_sentencepiece recover_teacher recover_store journal",
     "arch_hidden arch_numbers arch_logits",
     "arch_group",
     "arch_experts",
     "arch",
     # stages and measurements, each by itself
     "budget score cut walk loss kl bench verify in_memory sources checkpoint_config staged_file plots "
-    "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer on_disk",
+    "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer on_disk "
+    "staged_directory",
     "ideal resolve_depth recover_judge recover_blocks",
     "prices",
     # stages that are made of others
     "experts obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary "
     "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global level_database recover_record",
+    "fingerprint",
     "checkpoint_tokenizer",
     "resolve_hidden calibration_sampled calibration_facts repair hidden_norms depth estimate bench_memory "
     "evaluate_domains evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",
-    "inspection_groups latency probe original_readers hidden_drift recover_text",
+    "inspection_groups latency probe original_readers hidden_drift recover_text resume",
     "hidden_width profile budget_search recover_trainer",
     "recover_logits",
     "recover_stages",

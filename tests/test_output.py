@@ -14,7 +14,8 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.output import check_free_space, parse_size, save_checkpoint, staging
+from secateur.output import check_free_space, parse_size, save_checkpoint
+from secateur.staged_directory import staging
 
 
 def save(directory: Path, model: torch.nn.Module, max_shard_size: str = "5GB", carry_from: Path | None = None) -> Path:

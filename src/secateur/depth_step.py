@@ -8,7 +8,9 @@ import dataclasses
 import time
 from typing import Any
 
-from secateur.arch import Arch, decoder_layers
+import torch
+
+from secateur.arch import Arch, decoder_layers, linear
 from secateur.depth import choose_layers, fold_patch, remove_layers
 from secateur.memory import peak_bytes, release_freed
 from secateur.probe import first_blocks
@@ -33,14 +35,7 @@ def remove_depth(run: Run) -> Run:
         return run
     dense_losses = run.dense_losses or watched_losses(run, "dense")
     batches = run.batches(1)
-    costs = choose_layers(
-        run.model,
-        dense,
-        first_blocks(batches, recipe.probe_blocks),
-        recipe.depth,
-        protected=protected_layers(recipe, dense),
-        progress=run.progress,
-    )
+    costs = _chosen(run, batches)
     layers = tuple(index for index in range(dense.num_layers) if index not in costs)
     resolved = resolve(recipe, dense, run.model.config, run.resolved.prices, layers)
     resolved = dataclasses.replace(resolved, warnings=run.resolved.warnings)
@@ -48,7 +43,7 @@ def remove_depth(run: Run) -> Run:
     run.progress("remove layers", 0, recipe.depth)
     for done, layer in enumerate(sorted(costs)):
         start = time.perf_counter()
-        patch = _patch(run, arch, layer - done, batches)
+        patch = _patch(run, arch, layer, layer - done, batches)
         arch = remove_layers(run.model, arch, [layer - done])
         line = {"event": "layer", "layer": layer, "chosen": order.index(layer) + 1, "kl": costs[layer], **patch}
         run.log({**line, "seconds": round(time.perf_counter() - start, 3), "peak_bytes": peak_bytes()})
@@ -57,13 +52,34 @@ def remove_depth(run: Run) -> Run:
     return dataclasses.replace(run, arch=arch, resolved=resolved, dense_losses=dense_losses)
 
 
-def _patch(run: Run, arch: Arch, position: int, batches: list[Batch]) -> dict[str, Any]:
-    """Fold the layer at `position` into the one before it, if that can be; return what the held-out text says of it."""
+def _chosen(run: Run, batches: list[Batch]) -> dict[int, float]:
+    """Return the KL of each layer to remove, in the order chosen."""
+    recipe, dense = run.resolved.recipe, run.arch
+
+    def chosen() -> list[tuple[int, float]]:
+        blocks, protected = first_blocks(batches, recipe.probe_blocks), protected_layers(recipe, dense)
+        costs = choose_layers(run.model, dense, blocks, recipe.depth, protected=protected, progress=run.progress)
+        return list(costs.items())
+
+    return dict(run.journal.value("removed layers", chosen))
+
+
+def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]) -> dict[str, Any]:
+    """Fold `layer`, now at `position`, into the one before it, if that can be; return what the held-out text says."""
     recipe = run.resolved.recipe
     if position == 0 or recipe.compensate != "least_squares" or not arch.mlp_adds_directly:
         return {}
+    before = decoder_layers(run.model, arch)[position - 1]
+    (ffn,) = (group for group in arch.select(("ffn",)) if group.layer == position - 1)
     if run.originals is not None:
         # The layers before this one have their final numbers: removal goes from the first layer on.
-        (ffn,) = (group for group in arch.select(("ffn",)) if group.layer == position - 1)
-        run.originals.keep(decoder_layers(run.model, arch)[position - 1], ffn)
-    return dataclasses.asdict(fold_patch(run.model, arch, position, batches, recipe.damping))
+        run.originals.keep(before, ffn)
+    name, weight = f"patch for layer {layer}", linear(before, ffn.reader.module).weight
+    found = run.journal.find(name)
+    if found is not None:
+        with torch.no_grad():
+            weight.copy_(found[0]["weight"])
+        return found[1]
+    patch = dataclasses.asdict(fold_patch(run.model, arch, position, batches, recipe.damping))
+    run.journal.keep(name, {"weight": weight}, patch)
+    return patch

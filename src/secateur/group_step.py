@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from secateur.arch import Group, linear, num_units_left
+from secateur.arch import Arch, Group, linear, num_units_left
 from secateur.cut import cut, rows_of, unit_columns
 from secateur.domain_weights import reweighted
-from secateur.expert_channels import prune_expert_channels
-from secateur.experts import prune_experts
+from secateur.expert_channels import cut_channels, prune_expert_channels
+from secateur.experts import cut_experts, prune_experts
 from secateur.measure import Measurement, measure
 from secateur.memory import release_freed
 from secateur.modeling_per_layer import skip_sublayer
@@ -26,6 +26,48 @@ from secateur.repair import Repair, repair
 from secateur.score import NEED_GRAM
 from secateur.selection import Selection, select
 from secateur.walk import Walk
+
+
+@torch.no_grad()
+def redo_group(
+    arch: Arch, layer: nn.Module, group: Group, stored: dict[str, Tensor], originals: OriginalReaders | None
+) -> Tensor:
+    """Do to the layer, bit for bit, what `prune_group` did to such a layer, and return the kept indices.
+
+    `stored`: what `outcome_of` said then.
+    """
+    keep = stored["keep"].to(next(layer.parameters()).device)
+    if group.experts is not None:
+        module = layer.get_submodule(group.experts.module)
+        if group.experts.channels is not None:
+            cut_channels(module, group.experts.channels, keep)
+        else:
+            cut_experts(layer, group, keep)
+    elif not len(keep):
+        _without(layer, group, _sublayer(arch, group), originals)
+    else:
+        if originals is not None:
+            originals.keep(layer, group)
+        reader = linear(layer, group.reader.module)
+        cut(layer, group, keep, reader.in_features // group.width)
+    for name, parameter in _refitted(layer, group).items():
+        parameter.copy_(stored[name])
+    return keep
+
+
+def outcome_of(layer: nn.Module, group: Group, keep: Tensor) -> dict[str, Tensor]:
+    """Return what a layer as it was before the group's step does not tell: which units stay, what was refitted."""
+    return {"keep": keep, **_refitted(layer, group)}
+
+
+def _refitted(layer: nn.Module, group: Group) -> dict[str, Tensor]:
+    if group.experts is not None:
+        channels = group.experts.channels
+        name = "" if channels is None else f"{group.experts.module}.{channels.down}"
+        return {name: layer.get_parameter(name)} if name else {}
+    if not num_units_left(layer, group):
+        return {}
+    return dict(linear(layer, group.reader.module).named_parameters())
 
 
 @torch.no_grad()
@@ -48,9 +90,9 @@ def prune_group(
     if group.experts is not None:
         return prune_experts(walk, group, num_keep, recipe.score, recipe.domain_weighting, shares, seed)
     layer = walk.layers[group.layer]
-    is_mlp = not walk.arch.is_in_attention(group)
     if num_keep == 0:
-        return _without(layer, group, "mlp" if is_mlp else "attention", originals)
+        return _without(layer, group, _sublayer(walk.arch, group), originals)
+    is_mlp = _sublayer(walk.arch, group) == "mlp"
     reader = linear(layer, group.reader.module)
     num_units = reader.in_features // group.width
     measured = measure(
@@ -74,6 +116,10 @@ def prune_group(
     cut(layer, group, selection.keep, num_units, repaired.weight_HS, repaired.bias_H)
     line = _log_line(group, num_units, measured, selection, repaired)
     return selection.keep, line | ({"domain_weights": weights} if weights else {})
+
+
+def _sublayer(arch: Arch, group: Group) -> str:
+    return "attention" if arch.is_in_attention(group) else "mlp"
 
 
 def _without(

@@ -15,12 +15,12 @@ from secateur.budget import largest_remove, least_keep
 from secateur.checkpoint import meta_model, open_checkpoint
 from secateur.estimate import MemoryEstimate, plan_memory
 from secateur.inspection_groups import Possible, groups_to_inspect, possible_groups, serving_after
+from secateur.journal import Journal
 from secateur.latency import with_prices
 from secateur.prices import Outcome, parameter_prices
 from secateur.progress import Progress, silent
 from secateur.recipe import MeasuredPrices, Recipe
 from secateur.resolve_hidden import check_for, resolve_for
-from secateur.runlog import RunLog
 from secateur.serving import Serving
 from secateur.summary import Size
 
@@ -99,7 +99,7 @@ def inspect(
     recipe, notes = groups_to_inspect(recipe, bind(shape))
     planned, size = check_for(recipe, shape), Size.of(shape)
     arch = bind(planned)
-    recipe = with_prices(recipe, arch, shape, RunLog(), progress)
+    recipe = with_prices(recipe, arch, shape, Journal(), progress)
     resolved = resolve_for(recipe, shape)
     memory = plan_memory(resolved, arch, shape.config, size, can_map=not checkpoint.gguf_file)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params

@@ -24,9 +24,9 @@ from secateur.cut import cut
 from secateur.depth import remove_layers
 from secateur.errors import RecipeError
 from secateur.in_memory import restore_buffers
+from secateur.journal import Journal
 from secateur.progress import Progress, silent
 from secateur.recipe import MeasuredPrices, Recipe
-from secateur.runlog import RunLog
 
 # Layers that are read again and again must not fit a processor's cache, as a whole model's do not.
 LEAST_BYTES = 2**28
@@ -49,8 +49,10 @@ class Timing:
     quartiles: tuple[float, float]
 
 
-def with_prices(recipe: Recipe, arch: Arch, model: Any, log: RunLog, progress: Progress = silent) -> Recipe:
+def with_prices(recipe: Recipe, arch: Arch, model: Any, journal: Journal, progress: Progress = silent) -> Recipe:
     """Return the recipe with measured `prices`, and log what they come from; as it is if it has them or needs none.
+
+    Prices that an interrupted run has measured are in its journal and hold on, since a second measurement would differ.
 
     `model`: only its config, dtype and device count; the meta device stands for the CPU.
 
@@ -58,12 +60,17 @@ def with_prices(recipe: Recipe, arch: Arch, model: Any, log: RunLog, progress: P
     """
     if recipe.target != "latency" or recipe.prices is not None:
         return recipe
-    with log.time("latency"):
-        prices, timings = measure_latency(arch, recipe.groups, model, progress)
-    for timing in timings:
-        log.write({"event": "latency", "num_threads": torch.get_num_threads(), **asdict(timing)})
-    log.write({"event": "prices", **prices.model_dump()})
-    return recipe.model_copy(update={"prices": prices})
+    log = journal.log
+
+    def measured() -> dict[str, Any]:
+        with log.time("latency"):
+            prices, timings = measure_latency(arch, recipe.groups, model, progress)
+        for timing in timings:
+            log.write({"event": "latency", "num_threads": torch.get_num_threads(), **asdict(timing)})
+        log.write({"event": "prices", **prices.model_dump()})
+        return prices.model_dump(mode="json")
+
+    return recipe.model_copy(update={"prices": MeasuredPrices(**journal.value("prices", measured))})
 
 
 @torch.inference_mode()

@@ -9,11 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor
 
 from secateur.arch import Group, decoder_layers
 from secateur.budget import Plan
 from secateur.cut import add_zero_biases, original_units
-from secateur.group_step import prune_group
+from secateur.group_step import outcome_of, prune_group, redo_group
 from secateur.memory import peak_bytes, release_freed
 from secateur.on_disk import LayersOnDisk, embeddings_on_disk
 from secateur.per_layer import record_widths
@@ -42,10 +43,12 @@ def prune_in_place(run: Run) -> Keeps:
             # Of nothing that is left to the widths there is nothing to measure.
             if run.resolved.removals[number - 1] > 0:
                 batches = run.batches(number)
-                scores = whole_model_scores(run, batches)
+                scores = whole_model_scores(run, number, batches)
                 plan = plan_round(run, number, batches, net.allowed_rise(), scores)
                 net.before_round(keeps)
-                walk = Walk(run.model, run.arch, batches, dense=bool(run.resolved.recipe.target_mix))
+                # Through a round that the journal has whole no stream needs to go.
+                walked = [] if _is_finished(run, number) else batches
+                walk = Walk(run.model, run.arch, walked, dense=bool(run.resolved.recipe.target_mix))
                 unload()
                 # Two sets of files by turns: a round's are mapped until the next one's take their place.
                 finished = LayersOnDisk(Path(folder), f"finished-{number % 2}") if run.weights_on_disk else None
@@ -75,16 +78,12 @@ def _one_round(
     recipe = run.resolved.recipe
     for index in range(run.arch.num_layers):
         groups = [group for group in run.resolved.groups if group.layer == index]
-        _advance_dense(walk, index, groups, dense_layers, is_last=number == num_rounds)
+        if recipe.target_mix:
+            _advance_dense(walk, index, groups, dense_layers, is_last=number == num_rounds)
         for group in groups:
-            start, key = time.perf_counter(), (group.layer, group.name)
-            seed = layer_seed(recipe.seed, number, index)
-            keep, line = prune_group(
-                walk, group, plan.num_keep[key], recipe, run.shares, seed, run.originals, scores.get(key)
-            )
+            key = (group.layer, group.name)
+            keep = _group_step(run, walk, group, number, plan.num_keep[key], scores.get(key))
             keeps[key] = original_units(keeps[key], keep.cpu())
-            seconds = round(time.perf_counter() - start, 3)
-            run.log({"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()})
         if index + 1 < run.arch.num_layers:
             walk.advance(index)
         if finished is not None:
@@ -94,10 +93,33 @@ def _one_round(
         run.progress(stage, index + 1, run.arch.num_layers)
 
 
+def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int, scores_U: Tensor | None) -> Tensor:
+    """Prune the group and return the kept indices, or do again what the journal knows of it."""
+    layer, recipe, name = walk.layers[group.layer], run.resolved.recipe, _step_name(number, group)
+    found = run.journal.find(name)
+    if found is not None:
+        stored, line = found
+        keep = redo_group(run.arch, layer, group, stored, run.originals)
+    else:
+        start, seed = time.perf_counter(), layer_seed(recipe.seed, number, group.layer)
+        keep, line = prune_group(walk, group, num_keep, recipe, run.shares, seed, run.originals, scores_U)
+        seconds = round(time.perf_counter() - start, 3)
+        line = {"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()}
+        run.journal.keep(name, outcome_of(layer, group, keep), line)
+    run.log(line)
+    return keep
+
+
+def _is_finished(run: Run, number: int) -> bool:
+    return all(run.journal.has(_step_name(number, group)) for group in run.resolved.groups)
+
+
+def _step_name(number: int, group: Group) -> str:
+    return f"round-{number}-layer-{group.layer}-{group.name}"
+
+
 def _advance_dense(walk: Walk, index: int, groups: list[Group], dense_layers: LayersOnDisk, *, is_last: bool) -> None:
-    """Move the dense stream, if there is one, through the layer as it was before the first round."""
-    if not walk.dense_BTD:
-        return
+    """Move the dense stream through the layer as it was before the first round."""
     if index in dense_layers.indices:
         with dense_layers.in_place(index, walk.layers[index]):
             walk.advance_dense(index)

@@ -1,16 +1,12 @@
-"""Writing a checkpoint: a directory that appears complete or not at all, and what a model directory holds.
+"""Writing a checkpoint: what a model directory holds.
 
 In: a path, a model, a tokenizer. Out: safetensors weights, config, generation config, tokenizer and the side files of
-the model it came from. Errors of the disk, whichever library meets them, become one sentence. Not handled: SIGKILL,
-which leaves the hidden staging directory behind (never a half-written OUT).
+the model it came from. Errors of the disk, whichever library meets them, become one sentence.
 """
 
 import errno
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -52,37 +48,6 @@ _SIDE_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-
-
-@contextmanager
-def staging(out: Path, *, overwrite: bool, protected: Path | None = None) -> Iterator[Path]:
-    """Yield a hidden empty directory beside `out`; when the block ends well, it becomes `out` by one rename.
-
-    After any exception, KeyboardInterrupt included, nothing is left: neither the directory nor parents made for it.
-    With `overwrite` an old model directory stays in its place until the new one is complete. `protected`, the model
-    being read, and the directories above it are never replaced.
-
-    Raises CheckpointError, before the block runs, if `out` exists or cannot be made, and for disk errors in the block.
-    """
-    out = Path(os.path.abspath(out))
-    check_replaceable(out, overwrite=overwrite, protected=protected)
-    made = [path for path in out.parents if not os.path.lexists(path)]  # innermost first
-    staged = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    done = False
-    try:
-        _make(staged, out)
-        with disk_errors(out):
-            yield staged
-            _sync_tree(staged)
-            check_replaceable(out, overwrite=overwrite, protected=protected)  # another process may have made it
-            _swap(staged, out)
-        done = True
-    finally:
-        if not done:
-            shutil.rmtree(staged, ignore_errors=True)
-            for parent in made:
-                with suppress(OSError):  # not empty: somebody else uses it by now
-                    parent.rmdir()
 
 
 def check_free_space(directory: Path, num_bytes: int) -> None:
@@ -150,70 +115,8 @@ class disk_errors:  # reads as a statement: with disk_errors(place):
         if number not in _DISK_ERRORS:
             return
         named = error.filename if isinstance(error, OSError) else None
-        place = re.sub(r"\.([^/]+)\.partial-\d+", r"\1", str(named or self.place))  # the staged name says nothing
+        place = re.sub(r"\.([^/]+)\.(partial-\d+|resume)", r"\1", str(named or self.place))  # hidden names say nothing
         raise CheckpointError(f"{place}: {_DISK_ERRORS[number]}.") from None
-
-
-def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> None:
-    """Raise CheckpointError if what stands at `out` may not be replaced, or holds the model that is read."""
-    if protected is not None and out.resolve() in (protected.resolve(), *protected.resolve().parents):
-        raise CheckpointError(f"OUT {out}: holds the model that is being pruned; choose another directory.")
-    blocking = next((parent for parent in out.parents if os.path.lexists(parent)), out)
-    if not blocking.is_dir():
-        raise CheckpointError(f"OUT {out}: {blocking} is not a directory; choose another place.")
-    if not os.path.lexists(out):
-        return
-    if out.is_symlink() or not out.is_dir() or out.is_mount():
-        kind = "a symbolic link" if out.is_symlink() else "a mount point" if out.is_dir() else "a file"
-        raise CheckpointError(f"OUT {out}: is {kind}, which is never replaced; choose a new directory.")
-    if not overwrite:
-        raise CheckpointError(f"OUT {out}: already exists; choose a new directory or give --overwrite to replace it.")
-    if not (out / "config.json").is_file() and any(out.iterdir()):
-        raise CheckpointError(
-            f"OUT {out}: has no config.json, so it is no model and --overwrite will not delete it; "
-            "choose a new directory."
-        )
-
-
-def _make(staged: Path, out: Path) -> None:
-    # Trying is the only sure check: asking for permissions tells root that everything is writable.
-    shutil.rmtree(staged, ignore_errors=True)  # of a killed process that had this process's id
-    try:
-        staged.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"OUT {out}: no directory can be made there ({error.strerror}); choose another place."
-        ) from None
-
-
-def _swap(staged: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
-    replacing = out.exists()
-    if replacing:
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    try:
-        staged.rename(out)
-    finally:
-        if replacing and not out.exists():
-            old.rename(out)
-    _sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync_tree(directory: Path) -> None:
-    for root, _, files in os.walk(directory):
-        for name in files:
-            _sync(Path(root, name))
-        _sync(Path(root))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _save_model(model: PreTrainedModel, directory: Path, num_shard_bytes: int) -> None:

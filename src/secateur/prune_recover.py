@@ -1,11 +1,12 @@
 """Prune, then recover: what a recipe with the key `recover` asks for.
 
 In: the function that prunes and its arguments. Out: its result with the recovered model in the pruned one's place. The
-pruned checkpoint lies in a hidden directory beside OUT meanwhile and is gone afterwards.
+pruned checkpoint lies in a hidden directory beside OUT meanwhile and is gone afterwards, unless the pruning was
+interrupted and can be resumed. An interrupted recovery goes on by itself, but is pruned for anew.
 """
 
 import dataclasses
-import tempfile
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.checkpoint import load, open_checkpoint
 from secateur.errors import RecipeError
-from secateur.output import check_replaceable
 from secateur.progress import Progress
 from secateur.recipe import Recipe
 from secateur.recovering import recover
+from secateur.resume import journal_place
+from secateur.staged_directory import check_replaceable
 
 
 def prune_then_recover(
@@ -29,8 +31,11 @@ def prune_then_recover(
     overwrite: bool,
     command: str,
     progress: Progress,
+    options: dict[str, Any],
 ) -> Any:
     """Return what `prune` returns, its model and directory those of the recovery; its figures are of the pruning.
+
+    `options`: more for `prune`.
 
     Raises RecipeError where there is no dense model on disk to learn from, or nowhere to write.
     """
@@ -43,13 +48,17 @@ def prune_then_recover(
         raise RecipeError("recover: writes checkpoints on the way; say where the result goes with out.")
     place = Path(out).absolute()
     check_replaceable(place, overwrite=overwrite, protected=open_checkpoint(model, weights=False).directory)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.pruned-") as folder:
-        pruned = Path(folder, "pruned")
-        without = recipe.model_copy(update={"recover": None})
-        result = prune(model, without, out=pruned, tokenizer=tokenizer, command=command, progress=progress)
+    folder = place.with_name(f".{place.name}.pruned")
+    pruned = folder / "pruned"
+    without = recipe.model_copy(update={"recover": None})
+    try:
+        places = {"out": pruned, "overwrite": True}  # a killed run may have left it
+        result = prune(model, without, **places, tokenizer=tokenizer, command=command, progress=progress, **options)
         assert recipe.recover is not None
         changes = {"recover": recipe.recover.model_dump(mode="json")}
         settings = {"overwrite": overwrite, "command": command, "progress": progress, "name": f"{model}, pruned"}
         recover(pruned, model, changes, out=place, **settings)
+    finally:
+        if not journal_place(pruned).exists():
+            shutil.rmtree(folder, ignore_errors=True)
     return dataclasses.replace(result, model=load(place), recipe=recipe, out=Path(out))

@@ -5,7 +5,9 @@ on its own. Everything checkable without weights is checked before a weight is r
 """
 
 import dataclasses
+import os
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from secateur.calibration import CalibrationSet, build_calibration
 from secateur.calibration_facts import calibration_facts
 from secateur.calibration_sampled import with_sampled
 from secateur.card import model_card
-from secateur.checkpoint import check_finite, check_weights, load_model, meta_model, open_checkpoint
+from secateur.checkpoint import Checkpoint, check_finite, check_weights, load_model, meta_model, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.depth_step import remove_depth
 from secateur.estimate import plan_memory
@@ -33,15 +35,17 @@ from secateur.latency import with_prices
 from secateur.loop import prune_in_place
 from secateur.memory import peak_bytes
 from secateur.original_readers import OriginalReaders
-from secateur.output import check_free_space, parse_size, staging
+from secateur.output import check_free_space, parse_size
 from secateur.progress import Progress, silent
 from secateur.prune_recover import prune_then_recover
 from secateur.pruned_checkpoint import PrunedCheckpoint
 from secateur.recipe import Recipe, as_recipe
 from secateur.report import missing_plots, write_reports
 from secateur.resolve_hidden import check_for, resolve_for
+from secateur.resume import check_calibration, journal_for, note_resumed
 from secateur.run import Keeps, Run
 from secateur.runlog import RunLog
+from secateur.staged_directory import staging
 from secateur.summary import Losses, Size, Summary, group_widths, versions
 from secateur.verify import Verification, verify_reload
 
@@ -71,8 +75,10 @@ def prune(
     out: Path | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     command: str = "",
     progress: Progress = silent,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Prune a causal LM by a recipe and return it with what it cost and kept.
 
@@ -80,50 +86,73 @@ def prune(
     and is pruned in place. Buffers that no checkpoint stores, such as rotary frequencies that `.to(torch.bfloat16)`
     rounded, are first set to what loading computes; a note in the summary's `warnings` says so.
     `recipe`: a Recipe, a mapping, a YAML file, or None for the defaults. `out`: where to write the checkpoint; it
-    appears complete or not at all. `command`: how to repeat the run, for the model card.
+    appears complete or not at all. `resume`: go on from what an interrupted run of the same inputs has finished, which
+    lies in a hidden directory beside `out`; from the beginning if there is none. `tell` gets a line of text about that.
+    `command`: how to repeat the run, for the model card.
     Raises a SecateurError, one sentence, for everything that a user can correct.
     """
     parsed = as_recipe(recipe)
     if parsed.recover is not None:
-        return prune_then_recover(prune, model, parsed, out, tokenizer, overwrite, command, progress)
+        options = {"resume": resume, "tell": tell}
+        return prune_then_recover(prune, model, parsed, out, tokenizer, overwrite, command, progress, options)
     parse_size("max_shard_size", parsed.max_shard_size)
-    if isinstance(model, str | Path):
-        checkpoint = open_checkpoint(model)
-        shape = meta_model(checkpoint.config)
-    else:
-        check_in_memory(model, tokenizer)
-        checkpoint, shape = None, model
+    checkpoint, shape = _opened(model, tokenizer)
     arch, size = bind(shape), Size.of(shape)
     check_for(parsed, shape)
     if checkpoint is not None:
         check_weights(checkpoint, shape)
     protected = None if checkpoint is None else checkpoint.directory
-    target = nullcontext() if out is None else staging(Path(out), overwrite=overwrite, protected=protected)
-    with target as directory:
+    place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
+    target = nullcontext() if place is None else staging(place, overwrite=overwrite, protected=protected)
+    kept = journal_for(place, parsed, checkpoint, log, resume=resume, overwrite=overwrite, tell=tell)
+    with kept as journal, target as directory:
         if directory is not None:
             check_free_space(directory, size.num_bytes)
-        log = RunLog(directory)
-        parsed = with_prices(parsed, arch, shape, log, progress)
+            log.append_to(directory)
+        parsed = with_prices(parsed, arch, shape, journal, progress)
         resolved = resolve_for(parsed, shape)
         can_map = checkpoint is not None and checkpoint.gguf_file is None
         on_disk = plan_memory(resolved, arch, shape.config, size, can_map=can_map).weights_on_disk
         with log.time("calibration"):
-            if tokenizer is None:
-                assert checkpoint is not None
-                tokenizer = load_tokenizer(checkpoint)
+            tokenizer = _tokenizer(checkpoint) if tokenizer is None else tokenizer
             calibration = _calibrate(resolved.recipe, tokenizer, progress)
         with log.time("load"):
-            loaded = shape if checkpoint is None else load_model(checkpoint, mapped=on_disk)
-            if checkpoint is None:
-                check_finite(loaded)
-                resolved = dataclasses.replace(resolved, warnings=resolved.warnings + restore_buffers(loaded))
+            loaded, notes = _loaded(checkpoint, shape, mapped=on_disk)
+        resolved = dataclasses.replace(resolved, warnings=resolved.warnings + notes)
         with log.time("calibration"):
             calibration = with_sampled(calibration, loaded, tokenizer, resolved.recipe.seed, progress)
+            check_calibration(journal, calibration.content_hash, place)
         name = loaded.config._name_or_path or type(loaded).__name__ if checkpoint is None else checkpoint.reference
-        job = Job(str(name), command, loaded, tokenizer, arch, resolved, calibration, log, progress, on_disk)
+        job = Job(str(name), command, loaded, tokenizer, arch, resolved, calibration, log, journal, progress, on_disk)
         with eval_mode(loaded):
             layers, keeps, summary = _run(job, directory, protected)
     return Result(loaded, tokenizer, resolved.recipe, keeps, layers, summary, None if out is None else Path(out))
+
+
+def _opened(
+    model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Checkpoint | None, PreTrainedModel]:
+    """Return the checkpoint, None of a model in memory; and the model, that of a checkpoint without its weights."""
+    if isinstance(model, str | Path):
+        checkpoint = open_checkpoint(model)
+        return checkpoint, meta_model(checkpoint.config)
+    check_in_memory(model, tokenizer)
+    return None, model
+
+
+def _tokenizer(checkpoint: Checkpoint | None) -> PreTrainedTokenizerBase:
+    assert checkpoint is not None
+    return load_tokenizer(checkpoint)
+
+
+def _loaded(
+    checkpoint: Checkpoint | None, model: PreTrainedModel, *, mapped: bool
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return the model with its weights, and what was changed of one in memory."""
+    if checkpoint is not None:
+        return load_model(checkpoint, mapped=mapped), ()
+    check_finite(model)
+    return model, restore_buffers(model)
 
 
 def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tuple[int, ...], Keeps, Summary]:
@@ -135,7 +164,8 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
         originals = OriginalReaders(Path(scratch)) if job.has_uncompensated else None
         run = Run(job.model, job.arch, job.resolved, job.calibration, originals, log.write, job.progress, Path(scratch))
         with log.time("prune"):
-            run = remove_depth(remove_hidden(dataclasses.replace(run, weights_on_disk=job.weights_on_disk)))
+            run = dataclasses.replace(run, weights_on_disk=job.weights_on_disk, journal=job.journal)
+            run = remove_depth(remove_hidden(run))
             job, layers = dataclasses.replace(job, arch=run.arch, resolved=run.resolved), run.resolved.layers
             checkpoint = directory and PrunedCheckpoint(
                 job.model, job.tokenizer, recipe, directory, carry_from, layers, run.channels
@@ -150,6 +180,7 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
             with originals.in_place(decoder_layers(job.model, job.arch), job.arch.groups, keeps):
                 uncompensated_losses = job.evaluate("uncompensated")
     pruned_speed = job.bench("pruned")
+    note_resumed(job.journal)
     proof = _save(job, checkpoint, keeps)
     summary = Summary(
         model=job.name,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from secateur.checkpoint import load_model
-from secateur.checkpoint_tensors import stored_tensors
 from secateur.errors import RecipeError
+from secateur.fingerprint import weight_digests
 from secateur.output import check_free_space, disk_errors
 from secateur.prices import sequence_length
 from secateur.progress import Progress, silent
@@ -27,7 +27,7 @@ from secateur.recover_stages import Work
 from secateur.recover_text import RecoveryText, recovery_text, training_tokens
 from secateur.runlog import RunLog
 
-RECIPE_FILE, SAMPLED_BYTES = "recipe.yaml", 1 << 20
+RECIPE_FILE = "recipe.yaml"
 
 
 def open_job(
@@ -120,21 +120,7 @@ def cost_of(
 
 
 def _fingerprint(candidates: Candidates, recipe: Recipe, text: RecoveryText) -> str:
-    """Return a short hash of all that the weights of the result depend on: recipe, text, both models' files.
-
-    Of a weight file its size and its first, middle and last megabyte count.
-    """
-    digest = hashlib.sha256(json.dumps([recipe.model_dump(mode="json"), text.content_hash]).encode())
-    for checkpoint in (candidates.pruned, candidates.teacher):
-        if checkpoint.gguf_file:
-            files = {checkpoint.directory / checkpoint.gguf_file}
-        else:
-            files = {stored.file for stored in stored_tensors(checkpoint.directory).values()}
-        for file in sorted(files):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as opened:
-                for place in (0, size // 2, max(0, size - SAMPLED_BYTES)):
-                    opened.seek(place)
-                    digest.update(opened.read(SAMPLED_BYTES))
-    return digest.hexdigest()[:12]
+    """Return a short hash of all that the weights of the result depend on: recipe, text, both models' files."""
+    digests = [weight_digests(checkpoint) for checkpoint in (candidates.pruned, candidates.teacher)]
+    inputs = [recipe.model_dump(mode="json"), text.content_hash, *digests]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]

@@ -5,15 +5,13 @@ appearing complete or not at all. Nothing is checked here but that the tensors f
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-LINE = "line"
+from secateur.whole_file import LINE, save_tensors
 
 
 class LayerStore:
@@ -39,10 +37,7 @@ class LayerStore:
         path = self._path(index)
         if path is None:
             return
-        staged = path.with_suffix(f".partial-{os.getpid()}")
-        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in layer.named_parameters()}
-        save_file(tensors, staged, metadata={LINE: json.dumps(line)})
-        os.replace(staged, path)
+        save_tensors(path, dict(layer.named_parameters()), line)
 
     def _path(self, index: int) -> Path | None:
         return None if self.directory is None else self.directory / f"layer-{index}.safetensors"

@@ -7,18 +7,17 @@ int32, 6 bytes per word and position.
 B: blocks of a batch, T: tokens of a block, P: T - 1 positions, K: words kept.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Int64
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secateur.progress import Progress, silent
 from secateur.recover_loss import Targets, targets_of
+from secateur.whole_file import save_tensors
 
 BYTES_PER_WORD = 2 + 4
 SHARD_BLOCKS = 64
@@ -70,9 +69,7 @@ class TeacherCache:
                 ]
                 words = torch.stack([each.words_PK for each in found if each.words_PK is not None])
                 tensors = {"log_p": torch.stack([each.log_p for each in found]).half(), "words": words.int()}
-                staged = path.with_suffix(f".partial-{os.getpid()}")
-                save_file({name: tensor.cpu() for name, tensor in tensors.items()}, staged)
-                os.replace(staged, path)
+                save_tensors(path, tensors, {})
             progress("teacher's words", min(first + SHARD_BLOCKS, len(blocks)), len(blocks))
 
     def targets(self, number: int) -> Targets:

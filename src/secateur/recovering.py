@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from secateur.memory import peak_bytes
-from secateur.output import check_replaceable, staging
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe, load_recipe, parse_recipe
 from secateur.recover_job import RECIPE_FILE, cost_of, open_job, prepare
@@ -26,6 +25,7 @@ from secateur.recover_stages import TRAINER_FOLDER, Work, run_stages
 from secateur.report import missing_plots, write_reports
 from secateur.runlog import FILE_NAME as LOG_FILE
 from secateur.runlog import RunLog
+from secateur.staged_directory import check_replaceable, staging
 from secateur.summary import FILE_NAME as SUMMARY_FILE
 from secateur.summary import versions
 from secateur.verify import Verification, verify_reload

@@ -5,6 +5,7 @@ In: a run whose model stands where the round begins, the round's batches. Out: t
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +35,21 @@ def plan_round(
     Raises RecipeError if the round's share cannot go within what the recipe protects.
     """
     resolved = run.resolved
-    recipe, prices = resolved.recipe, resolved.prices_left
+    recipe = resolved.recipe
     if recipe.budget == "uniform":
         return resolved.plans[number - 1]
+
+    def made() -> dict[str, Any]:
+        return _as_json(_planned(run, number, batches, max_rise, scores))
+
+    return _from_json(run.journal.value(f"round-{number}-plan", made))
+
+
+def _planned(
+    run: Run, number: int, batches: list[Batch], max_rise: dict[str, float], scores: dict[GroupKey, Tensor]
+) -> Plan:
+    resolved = run.resolved
+    recipe, prices = resolved.recipe, resolved.prices_left
     assert recipe.align is not None
     remove = resolved.removals[number - 1]
     least = least_keep(resolved.groups, recipe.align, recipe.min_keep, to_zero=recipe.sublayers)
@@ -75,12 +88,28 @@ def plan_round(
         )
 
 
-def whole_model_scores(run: Run, batches: list[Batch]) -> dict[GroupKey, Tensor]:
-    """Return the scores that need gradients of the whole model; none for scores that look at a group by itself."""
+def _as_json(plan: Plan) -> dict[str, Any]:
+    num_keep = [[*key, number] for key, number in plan.num_keep.items()]
+    return {"num_keep": num_keep, "cost_before": plan.cost_before, "cost_after": plan.cost_after}
+
+
+def _from_json(found: dict[str, Any]) -> Plan:
+    num_keep = {(layer, name): number for layer, name, number in found["num_keep"]}
+    return Plan(num_keep, found["cost_before"], found["cost_after"])
+
+
+def whole_model_scores(run: Run, number: int, batches: list[Batch]) -> dict[GroupKey, Tensor]:
+    """Return round `number`'s scores that need gradients of the whole model; none for those that look at a group."""
     if run.resolved.recipe.score != "taylor":
         return {}
+    name, groups = f"round-{number}-scores", {f"{group.layer} {group.name}": group for group in run.resolved.groups}
+    found = run.journal.find(name)
+    if found is not None:
+        device = next(run.model.parameters()).device
+        return {(groups[key].layer, groups[key].name): scores_U.to(device) for key, scores_U in found[0].items()}
     run.progress("score", 0, 1)
     scores = taylor_scores(run.model, run.arch, _left(run), batches)
+    run.journal.keep(name, {f"{layer} {group}": scores_U for (layer, group), scores_U in scores.items()}, {})
     run.progress("score", 1, 1)
     return scores
 

@@ -18,6 +18,10 @@ class RunLog:
         self.seconds: dict[str, float] = {}
         self._path = None if directory is None else directory / FILE_NAME
 
+    def append_to(self, directory: Path) -> None:
+        """From now on write to the directory's `run.jsonl` too."""
+        self._path = directory / FILE_NAME
+
     def write(self, line: dict[str, Any]) -> None:
         """Add one line."""
         self.lines.append(line)

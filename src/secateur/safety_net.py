@@ -85,8 +85,12 @@ def watched_losses(run: Run, which: str) -> dict[str, float]:
     is_protected = any(domain.protect is not None for domain in recipe.calibration.domains.values())
     if recipe.max_loss_rise is None and not is_protected and recipe.rounds == 1:
         return {}
-    losses = domain_losses(run.model, run.arch, run.held_out, run.progress, f"held-out loss, {which}")
-    return {name: loss.nats_per_token for name, loss in losses.items()}
+
+    def measured() -> dict[str, float]:
+        losses = domain_losses(run.model, run.arch, run.held_out, run.progress, f"held-out loss, {which}")
+        return {name: loss.nats_per_token for name, loss in losses.items()}
+
+    return run.journal.value(f"held-out {which}", measured)
 
 
 def _mean(losses: dict[str, float]) -> float:

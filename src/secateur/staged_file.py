@@ -1,12 +1,12 @@
 """Writing one file, which appears complete or not at all. In: a path. Out: a hidden path, renamed at the end."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from secateur.errors import CheckpointError
 from secateur.output import disk_errors
+from secateur.whole_file import whole_file
 
 
 @contextmanager
@@ -18,16 +18,9 @@ def staged_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises CheckpointError if `path` exists and `overwrite` is False, or it cannot be a file, and for disk errors.
     """
     check_file(path, overwrite=overwrite)
-    staged = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with disk_errors(path):
-            yield staged
-            with staged.open("rb") as written:
-                os.fsync(written.fileno())
-            check_file(path, overwrite=overwrite)  # another process may have made it
-            staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with disk_errors(path), whole_file(path) as staged:
+        yield staged
+        check_file(path, overwrite=overwrite)  # another process may have made it
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:

