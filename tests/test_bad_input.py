@@ -17,6 +17,8 @@ import yaml
 from run_cli import Outcome, run_cli
 from safetensors.torch import load_file, save_file
 
+from secateur.resume import HOW, journal_place
+
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -239,9 +241,15 @@ def test_disk_full_in_the_middle(model, recipe_file, tmp_path):
     command = [sys.executable, "-c", PRUNE_WITH_FILE_SIZE_LIMITS, "prune", model, out, "--recipe", recipe_file]
     process = subprocess.run([*command, "--quiet"], capture_output=True, text=True, check=True)
     assert process.stdout.splitlines() == ["2"] * 4, process.stderr
-    assert len(process.stderr.splitlines()) == 4
-    for line in process.stderr.splitlines():
-        assert line.startswith(f"secateur: {out}") and "no file there may become that large" in line, line
+    lines = process.stderr.splitlines()
+    errors = [line for line in lines if line.startswith(f"secateur: {out}")]
+    assert len(errors) == 4 and all("no file there may become that large" in line for line in errors), lines
+    anew = f"{out}: begins anew; what an interrupted run had finished is removed (resume would go on from it)."
+    assert set(lines) - set(errors) == {f"secateur: {HOW}.", anew}
+    # What was finished before the kept readers and the weights were too large stays, to resume from.
+    journal = journal_place(out)
+    shutil.rmtree(journal)
+    journal.parent.rmdir()
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -269,5 +277,30 @@ def test_stopped_by_a_signal(model, recipe, tmp_path):
             time.sleep(0.05)
         process.send_signal(number)
         shown = process.communicate(timeout=60)
-        assert (process.returncode, *shown) == (128 + number, "", "secateur: interrupted.\n")
+        assert (process.returncode, *shown) == (128 + number, "", f"secateur: interrupted; {HOW}.\n")
+        assert [path.name for path in (tmp_path / number.name).iterdir()] == [".out.resume"]
+        shutil.rmtree(tmp_path / number.name)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+BLOCKED = """
+import hashlib
+from secateur.cli.stopping import stoppable
+with stoppable(0.2):
+    print("in", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**10)
+"""
+
+
+def test_ctrl_c_ends_an_operation_that_takes_minutes():
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout and process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said.startswith("secateur: interrupted in a long operation; ")

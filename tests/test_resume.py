@@ -1,7 +1,12 @@
-"""Resuming: a run that was stopped anywhere ends with the same bytes; nothing half-written is ever taken for complete."""
+"""Resuming: a run that was stopped anywhere ends with the same bytes; nothing half-written is taken for complete."""
 
 import json
-from collections.abc import Callable
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +17,7 @@ import secateur
 from secateur.inspection import inspect
 from secateur.journal import Journal
 from secateur.recipe import parse_recipe
+from secateur.verify import Verification
 
 RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -29,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
     """Neither reload nor report, which other tests are about."""
-    proof = Verification(0.0, "")
+    proof = Verification(0.0, 0.0, "")
     with (
         patch("secateur.pruning.verify_reload", lambda *_: proof),
         patch("secateur.pruning.missing_plots", lambda: ("no plots",)),
@@ -116,3 +122,84 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bytes(name, checkpoints
     assert weights(out) == weights(expected(name))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert steps(out) == steps(expected(name))
+
+
+@pytest.mark.parametrize("num_kills", [4, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["rounds"])
+def test_killed_at_random_instants(name, num_kills, checkpoints, recipe, expected, tmp_path):
+    """SIGKILL, each time at an instant drawn from the seconds of a whole run; then on until it is done."""
+    out, choose = tmp_path / "out", random.Random(0)
+    wanted = {"model": str(checkpoints["llama"]), "recipe": asked(name, checkpoints["llama"], recipe), "out": str(out)}
+    child = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("resume_child.py")],
+        env=dict(os.environ),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(kill_after: float | None) -> tuple[int, float]:
+        assert child.stdin and child.stdout
+        child.stdin.write(json.dumps({**wanted, "kill_after": kill_after}) + "\n")
+        child.stdin.flush()
+        answer = json.loads(child.stdout.readline())
+        return answer["status"], answer["seconds"]
+
+    with child:
+        status, whole_seconds = run(None)
+        assert status == 0 and weights(out) == weights(expected(name))
+        shutil.rmtree(out)
+        kills = 0
+        while kills < num_kills:
+            status, _ = run(choose.uniform(0.05, 1) * whole_seconds)
+            kills += status == -9
+            assert status in (0, -9)
+            assert out.exists() or status == -9
+            if out.exists():  # also where the kill came between the last rename and the end
+                assert weights(out) == weights(expected(name))
+                shutil.rmtree(out)
+        if not out.exists():
+            assert run(None)[0] == 0
+        assert child.stdin
+        child.stdin.close()
+    assert weights(out) == weights(expected(name)) and steps(out) == steps(expected(name))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory) -> Path:
+    """The library that makes writing calls fail; needs a C compiler and Linux."""
+    compiler = shutil.which("cc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs a C compiler on Linux")
+    built = tmp_path_factory.mktemp("faults") / "fault.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", built, Path(__file__).with_name("fault.c"), "-ldl"], check=True)
+    return built
+
+
+@pytest.mark.parametrize(
+    ("error", "first", "step"),
+    [
+        ("ENOSPC", 3, 30),
+        *(pytest.param(error, 1, 1, marks=pytest.mark.slow) for error in ("ENOSPC", "EIO", "SHORT")),
+    ],
+)
+def test_a_failing_write_leaves_nothing_half(error, first, step, faults, checkpoints, recipe, tmp_path):
+    """The n-th call that writes below the directory of OUT fails, for n = first, first + step, ..."""
+    wanted = {**asked("defaults", checkpoints["llama"], recipe), "rounds": 2}
+    arguments = [checkpoints["llama"], json.dumps(wanted), tmp_path, first, step, 10**6, error]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("fault_child.py"), *map(str, arguments)],
+        env=os.environ | {"LD_PRELOAD": str(faults)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *found, last = map(json.loads, done.stdout.splitlines())
+    assert last["num_calls"] > 150 and len(found) == len(range(first, last["num_calls"] + 1, step))
+    for each in found:
+        # The last call of all, which flushes the rename, may fail when OUT is there and whole.
+        assert each["whole"] if each["there"] else each["said"], each
+        assert set(each["left"]) <= {".out.resume", "out"}, each
+        assert each["again"] == "" and each["same"], each
+        assert each["there"] or each["after"] == ["out"], each

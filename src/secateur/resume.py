@@ -92,8 +92,10 @@ def journal_beside(
     Raises CheckpointError as `check_replaceable`, if another process has the journal, or if with `resume` the inputs
     have changed.
     """
-    check_replaceable(out, overwrite=overwrite, protected=protected)
     directory, made = journal_place(out), missing_parents(out)
+    if not overwrite and _is_outlived(directory, out):
+        _remove(directory, [])
+    check_replaceable(out, overwrite=overwrite, protected=protected)
     if not directory.is_dir():
         make_hidden(directory, out)
     lock, journal, ours = _lock(directory, out), Journal(log, directory), False
@@ -177,6 +179,13 @@ def _finished(directory: Path) -> list[str]:
     """Return the names of finished steps' files."""
     own = {INPUTS_FILE, f"{CALIBRATION}.json"}
     return [file.name for file in directory.iterdir() if file.name not in own and not file.name.startswith(".")]
+
+
+def _is_outlived(directory: Path, out: Path) -> bool:
+    """Whether `out` was finished after the journal's last step, so that its run was only killed before removing it."""
+    if not (directory.is_dir() and out.is_dir()):
+        return False
+    return out.stat().st_mtime >= max((file.stat().st_mtime for file in directory.iterdir()), default=0.0)
 
 
 def _remove(directory: Path, made: list[Path]) -> None:

@@ -5,23 +5,21 @@ with nothing left behind but what to resume from. Results go to standard output,
 per command; importing it registers the command.
 """
 
-import signal
 import sys
 
 from secateur.cli import bench, compare, evaluate, export, prune, recover, report
 from secateur.cli.app import app
+from secateur.cli.stopping import STOPPED_BY, stoppable
 from secateur.errors import SecateurError
 
 __all__ = ["app", "bench", "compare", "evaluate", "export", "main", "prune", "recover", "report"]
 
-STOPPED_BY = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
-
 
 def main() -> None:
     """Run the command line."""
-    handlers = {number: signal.signal(number, _stop) for number in STOPPED_BY.values()}
     try:
-        app()
+        with stoppable():
+            app()
     except SecateurError as error:
         print(f"secateur: {error}", *(f"secateur: {note}." for note in _notes(error)), sep="\n", file=sys.stderr)
         sys.exit(2)
@@ -29,16 +27,7 @@ def main() -> None:
         if end.code in STOPPED_BY:
             print(f"secateur: {'; '.join(['interrupted', *_notes(end)])}.", file=sys.stderr)
         raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _notes(error: BaseException) -> list[str]:
     return getattr(error, "__notes__", [])
-
-
-def _stop(number: int, frame: object) -> None:
-    # An exception and not the default action, so that half-written directories are removed on the way out; and not
-    # KeyboardInterrupt, which typer turns into an exit of its own.
-    raise SystemExit(128 + number)
