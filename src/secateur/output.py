@@ -97,7 +97,7 @@ def save_checkpoint(
 class disk_errors:  # reads as a statement: with disk_errors(place):
     """Turn an error of the disk inside the block into a CheckpointError naming `place`; other errors pass.
 
-    safetensors and tokenizers raise exceptions of their own (tokenizers: a bare Exception), whose text ends in
+    safetensors and tokenizers raise exceptions of their own (tokenizers: a bare Exception), whose text holds
     "(os error 28)"; hence a class with `__exit__` and not an except clause.
     """
 
@@ -110,7 +110,7 @@ class disk_errors:  # reads as a statement: with disk_errors(place):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        rust = re.search(r"\(os error (\d+)\)$", str(error))
+        rust = re.search(r"\(os error (\d+)\)", str(error))
         number = error.errno if isinstance(error, OSError) else int(rust[1]) if rust else None
         if number not in _DISK_ERRORS:
             return

@@ -53,6 +53,6 @@ def _watch(heard: socket.socket, patience_seconds: float) -> None:
             while heard.recv(1):
                 pass
         except TimeoutError:
-            text = "interrupted in a long operation; prune goes on from what is finished with the same command and --resume"
+            text = "interrupted in a long operation; prune with the same options and --resume goes on"
             print(f"secateur: {text}.", file=sys.stderr, flush=True)
             os._exit(128 + number)
