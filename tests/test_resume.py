@@ -12,11 +12,17 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from models import tiny_llama
+from run_cli import run_cli
+from safetensors.torch import load_file, save_file
+from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.inspection import inspect
 from secateur.journal import Journal
 from secateur.recipe import parse_recipe
+from secateur.resume import journal_place
+from secateur.staged_directory import staging
 from secateur.verify import Verification
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -203,3 +209,108 @@ def test_a_failing_write_leaves_nothing_half(error, first, step, faults, checkpo
         assert set(each["left"]) <= {".out.resume", "out"}, each
         assert each["again"] == "" and each["same"], each
         assert each["there"] or each["after"] == ["out"], each
+
+
+def begun(model: Path, recipe: dict[str, Any], out: Path) -> None:
+    """Leave what a run leaves that was stopped after its third step."""
+    with pytest.raises(Stopped), stopped_after(3):
+        secateur.prune(model, recipe, out=out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"remove": 0.3}, "recipe remove was 0.35 and is 0.3"),
+        ({"seed": 1}, "recipe seed was 0 and is 1"),
+        ("weights", "model file model.safetensors has changed"),
+        ("text", "the calibration text has changed"),
+    ],
+    ids=["recipe", "seed", "weights", "text"],
+)
+def test_other_inputs_are_refused_and_nothing_is_lost(changes, said, checkpoints, recipe, tmp_path):
+    model, file = shutil.copytree(checkpoints["llama"], tmp_path / "model"), tmp_path / "mine.txt"
+    file.write_text("\n".join(f"line {number} of the text" for number in range(2000)))
+    calibration = {**recipe["calibration"], "domains": {"mine": {"files": [str(file)]}}}
+    wanted, out = {**recipe, "remove": 0.35, "calibration": calibration}, tmp_path / "out"
+    begun(model, wanted, out)
+    finished = sorted(journal_place(out).iterdir())
+    if changes == "weights":
+        tensors = load_file(model / "model.safetensors")
+        tensors["model.norm.weight"] *= 2
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    elif changes == "text":
+        file.write_text(file.read_text().replace("text", "book"))
+    else:
+        wanted |= changes
+    (tmp_path / "r.yaml").write_text(json.dumps(wanted))
+    done = run_cli("prune", model, out, "--recipe", tmp_path / "r.yaml", "--resume", "--quiet")
+    assert done.status == 2 and f"OUT {out}: cannot be resumed, since {said}; give " in done.stderr
+    assert sorted(journal_place(out).iterdir()) == finished and not out.exists()
+
+
+def test_what_is_said_of_an_earlier_run(checkpoints, recipe, expected, tmp_path):
+    wanted, out, heard = asked("defaults", checkpoints["llama"], recipe), tmp_path / "out", list[str]()
+    begun(checkpoints["llama"], wanted, out)
+    with pytest.raises(Stopped), stopped_after(3):
+        secateur.prune(checkpoints["llama"], wanted, out=out, tell=heard.append)
+    assert heard == [
+        f"{out}: begins anew; what an interrupted run had finished is removed (resume would go on from it)."
+    ]
+    result = secateur.prune(checkpoints["llama"], wanted, out=out, resume=True, tell=heard.append)
+    assert heard[1:] == [f"{out}: goes on from the 2 steps that an earlier run has finished."]
+    assert any(note.startswith("resumed: 2 finished steps are of an earlier run") for note in result.summary.warnings)
+    assert weights(out) == weights(expected("defaults"))
+    secateur.prune(checkpoints["llama"], wanted, out=tmp_path / "new", resume=True, tell=heard.append)
+    assert heard[2:] == [f"{tmp_path / 'new'}: nothing of an earlier run is there to go on from, so it begins anew."]
+
+
+def test_a_budget_of_memory_may_change_on_the_way(checkpoints, recipe, expected, tmp_path):
+    out, model = tmp_path / "out", checkpoints["llama"]
+    begun(model, asked("defaults", model, recipe), out)
+    budget = asked("on disk", model, recipe)["memory_budget"]
+    secateur.prune(model, {**asked("defaults", model, recipe), "memory_budget": budget}, out=out, resume=True)
+    ours, theirs = weights(out), weights(expected("defaults"))
+    assert ours["model.safetensors"] == theirs["model.safetensors"] and ours["config.json"] == theirs["config.json"]
+
+
+def test_a_model_in_memory_cannot_be_resumed(recipe):
+    with pytest.raises(secateur.SecateurError, match="resume: only a run that writes to out and reads its model"):
+        secateur.prune(tiny_llama(), recipe, tokenizer=tiny_tokenizer(), resume=True)
+
+
+def test_one_process_at_a_time(checkpoints, recipe, tmp_path):
+    wanted, out, second = asked("defaults", checkpoints["llama"], recipe), tmp_path / "out", list[str]()
+
+    def meanwhile(stage: str, done: int, total: int) -> None:
+        if not second:
+            with pytest.raises(secateur.SecateurError) as refused:
+                secateur.prune(checkpoints["llama"], wanted, out=out, resume=True)
+            second.append(str(refused.value))
+
+    secateur.prune(checkpoints["llama"], wanted, out=out, progress=meanwhile)
+    assert second == [f"OUT {out}: another process is writing it; wait for its end, or choose another directory."]
+
+
+def test_what_killed_processes_left_is_removed_and_an_old_result_comes_back(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    out, live = tmp_path / "out", tmp_path / f".out.partial-{os.getppid()}"
+    for kind in ("partial", "replaced"):  # killed between the two renames of --overwrite
+        (tmp_path / f".out.{kind}-{gone.pid}").mkdir()
+        (tmp_path / f".out.{kind}-{gone.pid}" / "config.json").write_text(kind)
+    live.mkdir()
+    with staging(out, overwrite=True) as directory:
+        assert (out / "config.json").read_text() == "replaced"
+        (directory / "config.json").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out", live.name])
+    assert (out / "config.json").read_text() == "new"
+
+
+def test_a_run_killed_just_before_its_end_has_finished(checkpoints, recipe, tmp_path):
+    wanted, out = asked("defaults", checkpoints["llama"], recipe), tmp_path / "out"
+    begun(checkpoints["llama"], wanted, out)
+    shutil.copytree(checkpoints["llama"], out)
+    os.utime(out)
+    with pytest.raises(secateur.SecateurError, match="already exists"):
+        secateur.prune(checkpoints["llama"], wanted, out=out, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

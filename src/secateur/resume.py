@@ -155,7 +155,7 @@ def _open(directory: Path, inputs: dict[str, Any], out: Path, *, resume: bool, t
     if finished:
         tell(f"{out}: begins anew; what an interrupted run had finished is removed (resume would go on from it).")
     elif resume:
-        tell(f"{out}: nothing of an earlier run is there to go on from, so it begins at the beginning.")
+        tell(f"{out}: nothing of an earlier run is there to go on from, so it begins anew.")
     path.unlink(missing_ok=True)  # first of all, since without it nothing there counts
     for file in directory.iterdir():
         file.unlink()
