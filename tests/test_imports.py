@@ -35,7 +35,7 @@ LAYERS = [
     "resolve_hidden calibration_sampled calibration_facts repair hidden_norms depth estimate bench_memory "
     "evaluate_domains evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",
     "inspection_groups latency probe original_readers hidden_drift recover_text",
-    "hidden_width profile budget_search recover_trainer",
+    "hidden_width profile budget_search recover_trainer recover_sharded",
     "recover_logits",
     "recover_stages",
     "recover_job",

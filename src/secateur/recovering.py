@@ -22,6 +22,7 @@ from secateur.recover_job import RECIPE_FILE, cost_of, open_job, prepare
 from secateur.recover_judge import Verdicts
 from secateur.recover_output import last_lines, save_recovered, write_record
 from secateur.recover_record import RecoveryRecord, StageRecord
+from secateur.recover_sharded import wants_shards
 from secateur.recover_stages import TRAINER_FOLDER, Work, run_stages
 from secateur.report import missing_plots, write_reports
 from secateur.runlog import FILE_NAME as LOG_FILE
@@ -57,6 +58,7 @@ def recover(
 
     Raises a SecateurError, one sentence, for everything that a user can correct.
     """
+    wants_shards()  # refuses what cannot be had before anything is read
     candidates, recipe, settings = open_job(pruned, teacher, changes)
     path, is_main = Path(out), int(os.environ.get("RANK", "0")) == 0
     had_processes = _has_processes()
