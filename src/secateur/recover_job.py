@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from secateur.checkpoint import load_model
+from secateur.checkpoint import Checkpoint, load_model
 from secateur.checkpoint_tensors import stored_tensors
 from secateur.errors import RecipeError
 from secateur.output import check_free_space, disk_errors
@@ -71,11 +72,13 @@ def prepare(
     *,
     keep_log: bool = True,
 ) -> tuple[Work, RunLog]:
-    """Load both models, draw the text, ask the dense model once, and make the hidden directory beside `out`.
+    """Open both models, draw the text, ask the dense model once, and make the hidden directory beside `out`.
+
+    Weights stay on disk, mapped, so that they fill memory only where a stage changes them.
 
     Raises CalibrationError for too little text, CheckpointError for too little disk.
     """
-    dense = load_model(candidates.teacher)
+    dense = _load(candidates.teacher)
     text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
     scratch = out.absolute().with_name(f".{out.name}.recover-{_fingerprint(candidates, recipe, text)}")
     with disk_errors(out):
@@ -85,8 +88,13 @@ def prepare(
     log = RunLog(scratch if keep_log else None)
     with log.time("judge"):
         judge = Judge(dense, candidates.teacher_arch, text.held_out_NT, progress)
-    model, calls = load_model(candidates.pruned), (log.write, progress, tell)
+    model, calls = _load(candidates.pruned), (log.write, progress, tell)
     return Work(candidates, model, dense, text, judge, settings, recipe.seed, scratch, *calls), log
+
+
+def _load(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Return the model, its weights mapped from their files where these are safetensors."""
+    return load_model(checkpoint, mapped=checkpoint.gguf_file is None)
 
 
 def dry_run(
