@@ -6,7 +6,7 @@ What an interrupted run has finished lies in a hidden directory beside OUT, name
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,8 @@ def prepare(
     scratch = out.absolute().with_name(f".{out.name}.recover-{_fingerprint(candidates, recipe, text)}")
     with disk_errors(out):
         scratch.mkdir(parents=True, exist_ok=True)
+    for line in left_behind(scratch, out):
+        tell(line)
     cost = cost_of(candidates, settings, text)
     check_free_space(scratch, cost.scratch_bytes + cost.cache_bytes)
     log = RunLog(scratch if keep_log else None)
@@ -90,6 +92,16 @@ def prepare(
         judge = Judge(dense, candidates.teacher_arch, text.held_out_NT, progress)
     model, calls = _load(candidates.pruned), (log.write, progress, tell)
     return Work(candidates, model, dense, text, judge, settings, recipe.seed, scratch, *calls), log
+
+
+def left_behind(scratch: Path, out: Path) -> Iterator[str]:
+    """Yield what interrupted runs towards `out` have left: what this run goes on with, and what nobody will use."""
+    for place in sorted(path for path in scratch.parent.iterdir() if path.name.startswith(f".{out.name}.recover-")):
+        num_bytes = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        if num_bytes:
+            found = f"{place}: {num_bytes / 1e6:,.1f} MB that an interrupted run left"
+            end = "this one goes on from there" if place == scratch else "of other inputs; delete it if you are done"
+            yield f"{found}, {end}."
 
 
 def _load(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -105,12 +117,12 @@ def dry_run(
     Loads both models and writes nothing. Raises what `recover` would raise before its first step.
     """
     candidates, recipe, settings = open_job(pruned, teacher, changes)
-    dense = load_model(candidates.teacher)
+    dense = _load(candidates.teacher)
     text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
     first = (text.logits or text.blocks)[: settings.logits.blocks_per_device]
     progress("time a step", 0, 1)
     ids_BT = torch.stack([ids_T for _, ids_T in first])
-    seconds_per_flop = time_a_step(load_model(candidates.pruned), dense, settings, ids_BT)
+    seconds_per_flop = time_a_step(_load(candidates.pruned), dense, settings, ids_BT)
     progress("time a step", 1, 1)
     return cost_of(candidates, settings, text, seconds_per_flop)
 
@@ -124,7 +136,9 @@ def cost_of(
     """Return what training on the text costs; seconds only where the speed of this machine is given."""
     tokens = training_tokens(text, settings)
     shapes = candidates.pruned_shape, candidates.teacher_shape
-    return predict_cost(*shapes, settings, tokens, text.num_held_out_tokens, text.sequence_length, seconds_per_flop)
+    on_disk = not (candidates.pruned.gguf_file or candidates.teacher.gguf_file)
+    held_out, length = text.num_held_out_tokens, text.sequence_length
+    return predict_cost(*shapes, settings, tokens, held_out, length, seconds_per_flop, on_disk=on_disk)
 
 
 def _fingerprint(candidates: Candidates, recipe: Recipe, text: RecoveryText) -> str:
@@ -132,7 +146,8 @@ def _fingerprint(candidates: Candidates, recipe: Recipe, text: RecoveryText) -> 
 
     Of a weight file its size and its first, middle and last megabyte count.
     """
-    digest = hashlib.sha256(json.dumps([recipe.model_dump(mode="json"), text.content_hash]).encode())
+    asked = recipe.model_dump(mode="json", exclude={"recover": {"evaluation"}})
+    digest = hashlib.sha256(json.dumps([asked, text.content_hash]).encode())
     for checkpoint in (candidates.pruned, candidates.teacher):
         if checkpoint.gguf_file:
             files = {checkpoint.directory / checkpoint.gguf_file}

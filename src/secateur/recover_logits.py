@@ -5,6 +5,7 @@ Out: the pruned model with the weights whose held-out KL was least. An interrupt
 checkpoint in its directory and ends with the same weights.
 """
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainingArguments
 
 from secateur.checkpoint_quiet import quiet_transformers
-from secateur.errors import RecipeError
+from secateur.errors import CheckpointError, RecipeError
 from secateur.progress import Progress, silent
 from secateur.recover_judge import Judge
 from secateur.recover_recipe import LogitSettings
@@ -64,13 +65,24 @@ def recover_logits(job: LogitJob) -> int:
     trained = _to_train(job.settings, handed_over(job.model) if wants_shards() else job.model)
     with quiet_transformers():
         trainer = _trainer(job, trained, _arguments(job, dtype, size, num_steps), size * length)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(job.directory))
-        _take_back(job, trained, trainer)
+        _run(trainer, _last_checkpoint(job.directory))
+        _take_back(job, trained, trainer, dtypes)
     job.model.requires_grad_(False)
     for name, parameter in job.model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     job.model.eval()
     return trainer.state.global_step * size * length
+
+
+def _run(trainer: Distiller, checkpoint: str | None) -> None:
+    """Train on from the checkpoint, if any. Raises CheckpointError if its pickles hold more than tensors."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)  # the Trainer opens pickles with weights_only
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{checkpoint}: is damaged or holds more than tensors, so it is not opened; delete the directory that it "
+            "lies in and start again."
+        ) from None
 
 
 def with_lora(model: PreTrainedModel, rank: int) -> nn.Module:
@@ -168,14 +180,14 @@ def _arguments(job: LogitJob, dtype: torch.dtype, size: int, num_steps: int) -> 
     return arguments
 
 
-def _take_back(job: LogitJob, trained: nn.Module, trainer: Distiller) -> None:
+def _take_back(job: LogitJob, trained: nn.Module, trainer: Distiller, dtypes: dict[str, torch.dtype]) -> None:
     """Give `job.model` the trained weights: unwrap it or put its shards together, merge low-rank additions."""
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     if trainer.is_fsdp_enabled:
         whole = _to_train(job.settings, job.model)
         places = dict(whole.named_parameters())
         for name, tensor in whole_parameters(trained):
-            places[name].data = tensor
+            places[name].data = tensor.to(dtypes.get(name, tensor.dtype))  # additions are merged in float32
         trained = whole
     if trained is not job.model:
         merged: Any = trained
