@@ -31,16 +31,29 @@ FSDP = (
 )
 
 
-def run(launch: list[str], settings: dict[str, Any], pruned: Path, teacher: Path, place: Path):
-    """Run `secateur recover` under a launcher of two processes; what it wrote is in `place`/two."""
-    file = place / "r.yaml"
+# Stops the first process behind the first checkpoint; the launcher then stops the other.
+INTERRUPTED = """
+import sys, yaml, secateur
+def kill(name, done, total):
+    if name == "recover, logits" and done > 0.6 * total:
+        sys.exit("killed")
+pruned, teacher, out, recipe = sys.argv[1:]
+secateur.recover(pruned, teacher, yaml.safe_load(open(recipe)), out=out, progress=kill)
+"""
+
+
+def run(launch: list[str], settings: dict[str, Any], pruned: Path, teacher: Path, place: Path, script: str = ""):
+    """Run `secateur recover`, or a script, under a launcher of two processes; what it wrote is in `place`/two."""
+    file, code, out = place / "r.yaml", place / "script.py", place / "two"
     file.write_text(yaml.safe_dump({"recover": settings}), encoding="utf-8")
+    code.write_text(script, encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = ["recover", pruned, "--teacher", teacher, "--out", place / "two", "--recipe", file, "--quiet"]
-    command = [sys.executable, *map(str, [*launch, port, "-m", "secateur", *arguments])]
-    return subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False, timeout=600)
+    command = ["-m", "secateur", "recover", pruned, "--teacher", teacher, "--out", out, "--recipe", file, "--quiet"]
+    asked = [sys.executable, *launch, port, *([code, pruned, teacher, out, file] if script else command)]
+    environment = dict(os.environ)
+    return subprocess.run([*map(str, asked)], env=environment, capture_output=True, text=True, check=False, timeout=600)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +81,7 @@ def test_two_processes_train_what_one_trains(launch, settings, name, checkpoints
     assert moved > 1e-4
     notes = json.loads((tmp_path / "two" / "recovery.json").read_text(encoding="utf-8"))["notes"]
     assert any("in shards over 2 processes" in note for note in notes) == (launch is not TORCHRUN)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "pruned", "r.yaml", "two"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "pruned", "r.yaml", "script.py", "two"]
 
 
 def test_the_first_version_of_fsdp_is_refused_before_anything_runs(checkpoints, recipe, tmp_path, monkeypatch):
@@ -79,3 +92,22 @@ def test_the_first_version_of_fsdp_is_refused_before_anything_runs(checkpoints, 
     with pytest.raises(secateur.RecipeError, match="set fsdp_version to 2"):
         secateur.recover(checkpoints["llama"], checkpoints["llama"], changes, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_shards_go_on_from_a_checkpoint(checkpoints, recipe, tmp_path):
+    pruned, launch = tmp_path / "pruned", FSDP.format(2).split()
+    secateur.prune(checkpoints["llama"], {**recipe, "remove": 0.3}, out=pruned)
+    killed = run(launch, SETTINGS, pruned, checkpoints["llama"], tmp_path, INTERRUPTED)
+    assert killed.returncode != 0 and "killed" in killed.stderr and not (tmp_path / "two").exists()
+    assert len(list(tmp_path.glob(".two.recover-*/trainer/checkpoint-*/trainer_state.json"))) == 1
+    done = run(launch, SETTINGS, pruned, checkpoints["llama"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    steps = [line for line in (tmp_path / "two" / "run.jsonl").read_text().splitlines() if '"recover_step"' in line]
+    assert len(steps) == 16, "no step is missing, none is told twice"
+    secateur.recover(pruned, checkpoints["llama"], {"recover": SETTINGS}, out=tmp_path / "one")
+    before, alone, together = (load_file(tmp_path / name / WEIGHTS) for name in ("pruned", "one", "two"))
+    moved = max(float((alone[key] - before[key]).abs().max()) for key in before)
+    for key, tensor in alone.items():
+        torch.testing.assert_close(together[key], tensor, rtol=0, atol=moved / 100)
+    assert moved > 1e-4

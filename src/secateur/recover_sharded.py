@@ -42,7 +42,9 @@ def let_cpu_shard(arguments: TrainingArguments) -> None:
 
 def save_whole(accelerator: Any) -> None:
     """Have checkpoints written whole, which torch reads back as tensors alone; those in shards it unpickles."""
-    accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    plugin = accelerator.state.fsdp_plugin
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # or those of the launcher's type would stay
+    plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
 def handed_over(model: PreTrainedModel) -> PreTrainedModel:
