@@ -17,7 +17,9 @@ import yaml
 from run_cli import Outcome, run_cli
 from safetensors.torch import load_file, save_file
 
+from secateur.errors import RecipeError
 from secateur.resume import HOW, journal_place
+from secateur.serving import check_serving
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 
@@ -137,6 +139,8 @@ def test_bad_option(options, expected, prune):
         ({"calibration": {"domains": {"a": {"installed": "klingon"}}}}, "calibration.domains.a.installed 'klingon'"),
         ({"calibration": {"domains": {"a": {}}}}, "needs exactly one of installed, files, dataset, sampled; got none"),
         ({"score": "wnada"}, "allowed: random, magnitude, wanda, flap, obs, taylor, paper; did you mean 'wanda'?"),
+        ({"target": "paramters"}, "allowed: parameters, flops, kv_bytes, latency; did you mean 'parameters'?"),
+        ({"target": "money"}, "unknown target 'money'; allowed: parameters, flops, kv_bytes, latency; give one of"),
         (
             {"groups": ["fnn"]},
             "groups: family llama has no group 'fnn'; it has ffn, kv_heads, query_heads; did you mean 'ffn'?",
@@ -149,6 +153,11 @@ def test_bad_option(options, expected, prune):
 )
 def test_bad_recipe(changes, expected, prune):
     refused(prune(**changes), expected)
+
+
+def test_an_unknown_server_is_told_which_there_are():
+    with pytest.raises(RecipeError, match=r"unknown server 'vlm'; allowed: vllm; did you mean 'vllm'\?"):
+        check_serving("vlm", 1, "llama", {})
 
 
 def test_an_option_does_not_hide_a_mistake_in_the_recipe(prune, texts):

@@ -35,7 +35,8 @@ COMMANDS = {
     "prune": "MODEL OUT --remove --recipe --preset --domain --seed --memory-budget --resume --overwrite --quiet --json",
     "inspect": "MODEL --remove --recipe --preset --memory-budget --check-for --tp --json",
     "demo": "OUT --overwrite --quiet --json",
-    "recover": "PRUNED --teacher --out --tokens --stage --recipe --domain --dry-run --overwrite --quiet --json",
+    "recover": "PRUNED --teacher --out --tokens --stage --recipe --domain --tasks --limit --tasks-data --dry-run "
+    "--overwrite --quiet --json",
 }
 
 

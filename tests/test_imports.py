@@ -37,14 +37,14 @@ LAYERS = [
     "resolve_hidden calibration_sampled calibration_facts repair hidden_norms depth estimate bench_memory "
     "evaluate_domains evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",
     "inspection_groups latency probe original_readers hidden_drift recover_text resume",
-    "hidden_width profile budget_search recover_trainer",
+    "hidden_width profile budget_search recover_trainer recover_sharded",
     "recover_logits",
     "recover_stages",
     "recover_job",
     "expert_channels run selection inspection gguf_tensors evaluate_differences evaluate_parts",
     "propose group_step round_plan safety_net pruned_checkpoint",
     # what people read, and the other outputs
-    "depth_step hidden_step loop tables gguf_export evaluate evaluate_table",
+    "recover_tasks depth_step hidden_step loop tables gguf_export evaluate evaluate_table",
     "card benchmark export compare recover_table",
     "result_files bench_tables recover_output",
     "comparison report_run report_quality report_evaluation report_recovery",

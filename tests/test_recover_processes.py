@@ -1,10 +1,12 @@
-"""Recovery over two processes (gloo, through accelerate) against one process, on the same tiny model."""
+"""Recovery over two processes (gloo), copies or shards of the model, against one, on the same tiny model."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,42 +17,97 @@ import secateur
 
 WEIGHTS = "model.safetensors"
 SETTINGS = {
-    "num_tokens": 1536,
-    "blocks_share": 0.34,
-    "blocks": {"batch_tokens": 128},
-    "logits": {"batch_tokens": 128, "blocks_per_device": 1, "learning_rate": 3e-4, "evaluations": 1},
+    "num_tokens": 2048,
+    "stages": ["logits"],
+    "logits": {"batch_tokens": 128, "blocks_per_device": 1, "learning_rate": 1e-3, "evaluations": 2},
 }
+LORA = {**SETTINGS, "logits": {**SETTINGS["logits"], "train": "lora", "lora_rank": 4, "learning_rate": 3e-3}}
+GENTLE = {**SETTINGS, "logits": {**SETTINGS["logits"], "learning_rate": 3e-4}}
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+FSDP = (
+    "-m accelerate.commands.accelerate_cli launch --num_machines 1 --num_processes 2 --mixed_precision no "
+    "--dynamo_backend no --use_fsdp --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
+    "--fsdp_state_dict_type SHARDED_STATE_DICT --fsdp_version {} --main_process_port"
+)
 
 
-@pytest.fixture(scope="module")
-def pruned(checkpoints, recipe, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("pruned") / "pruned"
-    secateur.prune(checkpoints["llama"], {**recipe, "remove": 0.3}, out=out)
-    return out
+# Stops the first process behind the first checkpoint; the launcher then stops the other.
+INTERRUPTED = """
+import sys, yaml, secateur
+def kill(name, done, total):
+    if name == "recover, logits" and done > 0.6 * total:
+        sys.exit("killed")
+pruned, teacher, out, recipe = sys.argv[1:]
+secateur.recover(pruned, teacher, yaml.safe_load(open(recipe)), out=out, progress=kill)
+"""
 
 
-def run(num_processes: int, pruned: Path, teacher: Path, place: Path) -> Path:
-    """Run `secateur recover` under torchrun and return what it wrote."""
-    file, out = place / "r.yaml", place / str(num_processes)
-    file.write_text(yaml.safe_dump({"recover": SETTINGS}), encoding="utf-8")
+def run(launch: list[str], settings: dict[str, Any], pruned: Path, teacher: Path, place: Path, script: str = ""):
+    """Run `secateur recover`, or a script, under a launcher of two processes; what it wrote is in `place`/two."""
+    file, code, out = place / "r.yaml", place / "script.py", place / "two"
+    file.write_text(yaml.safe_dump({"recover": settings}), encoding="utf-8")
+    code.write_text(script, encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", num_processes, "--master-port", port, "-m", "secateur"]
-    arguments = ["recover", pruned, "--teacher", teacher, "--out", out, "--recipe", file, "--quiet"]
-    command = [sys.executable, *map(str, [*launch, *arguments])]
-    process = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False, timeout=600)
-    assert process.returncode == 0, process.stderr
-    return out
+    command = ["-m", "secateur", "recover", pruned, "--teacher", teacher, "--out", out, "--recipe", file, "--quiet"]
+    asked = [sys.executable, *launch, port, *([code, pruned, teacher, out, file] if script else command)]
+    environment = dict(os.environ)
+    return subprocess.run([*map(str, asked)], env=environment, capture_output=True, text=True, check=False, timeout=600)
 
 
-def test_two_processes_train_what_one_trains(pruned, checkpoints, tmp_path):
-    two = run(2, pruned, checkpoints["llama"], tmp_path)
+@pytest.mark.parametrize(
+    ("launch", "settings", "name"),
+    [
+        (TORCHRUN, SETTINGS, "llama"),
+        pytest.param(FSDP.format(2).split(), SETTINGS, "llama", marks=pytest.mark.slow),
+        pytest.param(FSDP.format(2).split(), LORA, "llama", marks=pytest.mark.slow),
+        pytest.param(FSDP.format(2).split(), GENTLE, "llama-tied", marks=pytest.mark.slow),
+    ],
+    ids=["copies", "FSDP", "FSDP and LoRA", "FSDP, tied"],
+)
+def test_two_processes_train_what_one_trains(launch, settings, name, checkpoints, recipe, tmp_path):
+    pruned = tmp_path / "pruned"
+    secateur.prune(checkpoints[name], {**recipe, "remove": 0.3}, out=pruned)
+    done = run(launch, settings, pruned, checkpoints[name], tmp_path)
+    assert done.returncode == 0, done.stderr
     one = tmp_path / "one"
-    secateur.recover(pruned, checkpoints["llama"], {"recover": SETTINGS}, out=one)
-    before, alone, together = (load_file(place / WEIGHTS) for place in (pruned, one, two))
-    moved = max(float((alone[name] - before[name]).abs().max()) for name in before)
-    for name, tensor in alone.items():
-        torch.testing.assert_close(together[name], tensor, rtol=0, atol=moved / 100)
+    record = secateur.recover(pruned, checkpoints[name], {"recover": settings}, out=one)
+    assert record is not None and record.stages[0].held, "weights that were put back would be equal whatever happened"
+    before, alone, together = (load_file(place / WEIGHTS) for place in (pruned, one, tmp_path / "two"))
+    moved = max(float((alone[key] - before[key]).abs().max()) for key in before)
+    for key, tensor in alone.items():
+        torch.testing.assert_close(together[key], tensor, rtol=0, atol=moved / 100)
     assert moved > 1e-4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "one", "r.yaml"]
+    notes = json.loads((tmp_path / "two" / "recovery.json").read_text(encoding="utf-8"))["notes"]
+    assert any("in shards over 2 processes" in note for note in notes) == (launch is not TORCHRUN)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "pruned", "r.yaml", "script.py", "two"]
+
+
+def test_the_first_version_of_fsdp_is_refused_before_anything_runs(checkpoints, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    changes = {"calibration": recipe["calibration"], "recover": SETTINGS}
+    with pytest.raises(secateur.RecipeError, match="set fsdp_version to 2"):
+        secateur.recover(checkpoints["llama"], checkpoints["llama"], changes, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_shards_go_on_from_a_checkpoint(checkpoints, recipe, tmp_path):
+    pruned, launch = tmp_path / "pruned", FSDP.format(2).split()
+    secateur.prune(checkpoints["llama"], {**recipe, "remove": 0.3}, out=pruned)
+    killed = run(launch, SETTINGS, pruned, checkpoints["llama"], tmp_path, INTERRUPTED)
+    assert killed.returncode != 0 and "killed" in killed.stderr and not (tmp_path / "two").exists()
+    assert len(list(tmp_path.glob(".two.recover-*/trainer/checkpoint-*/trainer_state.json"))) == 1
+    done = run(launch, SETTINGS, pruned, checkpoints["llama"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    steps = [line for line in (tmp_path / "two" / "run.jsonl").read_text().splitlines() if '"recover_step"' in line]
+    assert len(steps) == 16, "no step is missing, none is told twice"
+    secateur.recover(pruned, checkpoints["llama"], {"recover": SETTINGS}, out=tmp_path / "one")
+    before, alone, together = (load_file(tmp_path / name / WEIGHTS) for name in ("pruned", "one", "two"))
+    moved = max(float((alone[key] - before[key]).abs().max()) for key in before)
+    for key, tensor in alone.items():
+        torch.testing.assert_close(together[key], tensor, rtol=0, atol=moved / 100)
+    assert moved > 1e-4

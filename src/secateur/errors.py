@@ -42,6 +42,16 @@ class NumericsError(SecateurError):
     """A number that must be finite is not, or a system cannot be solved."""
 
 
+# Below this likeness a name is no slip of the one that was meant.
+ALIKE = 0.6
+
+
+def advice(name: str, allowed: Iterable[str]) -> str:
+    """Return what to do about a name that is not allowed: the one that was meant where there is one so much alike."""
+    alike = difflib.get_close_matches(name, sorted(allowed), n=1, cutoff=ALIKE)
+    return f"did you mean '{alike[0]}'?" if alike else "give one of these."
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return the allowed name most like `name`, for "did you mean"; an empty string if nothing is allowed."""
     return next(iter(difflib.get_close_matches(name, sorted(allowed), n=1, cutoff=0.0)), "")

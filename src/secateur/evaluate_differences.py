@@ -9,6 +9,9 @@ from typing import Any
 
 from secateur.evaluate_domains import standard_error
 
+# What a task is plotted by: the last of these that it has. Every metric is in the tables.
+PLOTTED_METRICS = ("exact_match", "acc", "acc_norm")
+
 
 def differences(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, Any]:
     """Return {domains, wikitext2, tasks}; the first two in nats per token. What was not measured is left out."""

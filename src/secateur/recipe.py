@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from secateur.errors import RecipeError, nearest
-from secateur.recover_recipe import BlockSettings, LogitSettings, RecoverySettings
+from secateur.errors import RecipeError, advice, nearest
+from secateur.recover_recipe import BlockSettings, LogitSettings, RecoverySettings, TaskSettings
 
 InstalledDomain = Literal["code", "technical", "mathematics", "science", "readme", "legal", "dialogue"]
 ScoreName = Literal["random", "magnitude", "wanda", "flap", "obs", "taylor", "paper"]
@@ -234,7 +234,7 @@ def _sentence(error: ValidationError) -> str:
     if kind == "literal_error":
         allowed = first.get("ctx", {}).get("expected", "")
         names = allowed.replace("'", "").replace(" or ", ", ").split(", ")
-        return f"unknown {key} '{got}'; allowed: {', '.join(names)}; did you mean '{nearest(str(got), names)}'?"
+        return f"unknown {key} '{got}'; allowed: {', '.join(names)}; {advice(str(got), names)}"
     message = first["msg"].removeprefix("Value error, ")
     if key == "remove":
         shown = "NaN" if isinstance(got, float) and math.isnan(got) else got
@@ -248,8 +248,8 @@ def _allowed_keys(location: list[str]) -> list[str]:
         model: type[Strict] = Domain if len(location) > 1 else Calibration
         return list(model.model_fields)
     if location[:1] == ["recover"]:
-        stages = {"blocks": BlockSettings, "logits": LogitSettings}
-        return list((stages[location[1]] if len(location) > 1 else RecoverySettings).model_fields)
+        parts = {"blocks": BlockSettings, "logits": LogitSettings, "evaluation": TaskSettings}
+        return list((parts[location[1]] if len(location) > 1 else RecoverySettings).model_fields)
     if location == ["prices"]:
         return list(MeasuredPrices.model_fields)
     return ["preset", *Recipe.model_fields]

@@ -2,7 +2,7 @@
 
 In: the pruned model, the dense one, token blocks, which dense layers each pruned layer stands for. Out: the pruned
 model, its layers trained where held-out text says that it helped. Only one layer at a time has float32 weights,
-gradients and optimizer states; of the rest only hidden states and the weights as they are stored are there.
+gradients and optimizer states; of the rest only hidden states are there, and weights that are not mapped from files.
 
 B: blocks of a batch, T: tokens of a block, D: hidden size.
 """
@@ -82,6 +82,7 @@ def recover_blocks(
             line = _recover_layer(pruned, index, layer, targets, weights, settings)
             line |= {"seconds": round(time.perf_counter() - start, 3), "peak_bytes": peak_bytes()}
             store.save(index, layer, line)
+            store.load(index, layer)  # mapped from there, so that finished layers fill no memory
         log({"event": "recover_block", "layer": index, **line})
         num_changed += bool(line["held"])
         pruned.advance(index)
@@ -124,7 +125,7 @@ def _recover_layer(
         return {"error_before": before, "error_after": before, "held": False, "loss": []}
     dtype = next(iter(old.values())).dtype
     for parameter in layer.parameters():
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(torch.float32, copy=True)  # or steps would change `old` too
         parameter.requires_grad_(True)
     losses = _train(walk, index, layer, targets, weights, settings, dtype)
     for name, parameter in layer.named_parameters():

@@ -46,8 +46,13 @@ def predict_cost(
     num_held_out_tokens: int,
     length: int,
     seconds_per_flop: tuple[float, float] | None = None,
+    *,
+    on_disk: bool = True,
 ) -> Cost:
-    """Return the cost of a run in which nothing stops early. `seconds_per_flop`: of teacher and training, if timed."""
+    """Return the cost of a run in which nothing stops early. `seconds_per_flop`: of teacher and training, if timed.
+
+    `on_disk`: weights come from their files layer by layer in the block-wise stage.
+    """
     flops = predict_flops(pruned, teacher, settings, num_tokens, num_held_out_tokens, length)
     logits = settings.logits
     size, dense = Size.of(pruned), Size.of(teacher)
@@ -61,7 +66,7 @@ def predict_cost(
         num_tokens,
         num_held_out_tokens,
         {stage: sum(parts) for stage, parts in flops.items()},
-        _peak_bytes(pruned, size, dense, settings, num_tokens, length),
+        _peak_bytes(pruned, size, dense, settings, num_tokens, length, on_disk=on_disk),
         cache_bytes(num_tokens.get("logits", 0) // length, length, words) if words else 0,
         # Checkpoints of weights and two moments: the best, the last, one being written; finished layers and stages.
         ("logits" in num_tokens) * 3 * 3 * 4 * size.num_params
@@ -153,16 +158,19 @@ def _peak_bytes(
     settings: RecoverySettings,
     num_tokens: dict[str, int],
     length: int,
+    *,
+    on_disk: bool,
 ) -> int:
-    """Return the larger stage's bytes.
+    """Return the larger stage's bytes; pages of files, which the system gives up when it must, are not counted.
 
-    Both: the two models as stored. blocks: hidden states of both streams and the target, one layer in float32 four
-    times (weights, gradients, two moments). logits: weights, gradients and two moments in float32 (of the additions
-    alone with LoRA) instead of the stored weights, activations, and three matrices of logits of a forward pass.
+    blocks: hidden states of both streams and the target, one layer in float32 four times (weights, gradients, two
+    moments); the two models as stored where they are not on disk. logits: the teacher unless it is cached, weights,
+    gradients and two moments in float32 (of the additions alone with LoRA) instead of the stored weights, activations,
+    and three matrices of logits of a forward pass.
     """
     config: Any = pruned.config.get_text_config()
     logits = settings.logits
-    stored = dense.num_bytes + size.num_bytes
+    stored = 0 if on_disk else dense.num_bytes + size.num_bytes
     needs = [stored]
     if "blocks" in num_tokens:
         streams = 3 * num_tokens["blocks"] // settings.blocks.epochs * config.hidden_size * pruned.dtype.itemsize

@@ -6,13 +6,14 @@ What an interrupted run has finished lies in a hidden directory beside OUT, name
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from secateur.checkpoint import load_model
+from secateur.checkpoint import Checkpoint, load_model
 from secateur.errors import RecipeError
 from secateur.fingerprint import weight_digests
 from secateur.output import check_free_space, disk_errors
@@ -71,22 +72,41 @@ def prepare(
     *,
     keep_log: bool = True,
 ) -> tuple[Work, RunLog]:
-    """Load both models, draw the text, ask the dense model once, and make the hidden directory beside `out`.
+    """Open both models, draw the text, ask the dense model once, and make the hidden directory beside `out`.
+
+    Weights stay on disk, mapped, so that they fill memory only where a stage changes them.
 
     Raises CalibrationError for too little text, CheckpointError for too little disk.
     """
-    dense = load_model(candidates.teacher)
+    dense = _load(candidates.teacher)
     text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
     scratch = out.absolute().with_name(f".{out.name}.recover-{_fingerprint(candidates, recipe, text)}")
     with disk_errors(out):
         scratch.mkdir(parents=True, exist_ok=True)
+    for line in left_behind(scratch, out):
+        tell(line)
     cost = cost_of(candidates, settings, text)
     check_free_space(scratch, cost.scratch_bytes + cost.cache_bytes)
     log = RunLog(scratch if keep_log else None)
     with log.time("judge"):
         judge = Judge(dense, candidates.teacher_arch, text.held_out_NT, progress)
-    model, calls = load_model(candidates.pruned), (log.write, progress, tell)
+    model, calls = _load(candidates.pruned), (log.write, progress, tell)
     return Work(candidates, model, dense, text, judge, settings, recipe.seed, scratch, *calls), log
+
+
+def left_behind(scratch: Path, out: Path) -> Iterator[str]:
+    """Yield what interrupted runs towards `out` have left: what this run goes on with, and what nobody will use."""
+    for place in sorted(path for path in scratch.parent.iterdir() if path.name.startswith(f".{out.name}.recover-")):
+        num_bytes = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        if num_bytes:
+            found = f"{place}: {num_bytes / 1e6:,.1f} MB that an interrupted run left"
+            end = "this one goes on from there" if place == scratch else "of other inputs; delete it if you are done"
+            yield f"{found}, {end}."
+
+
+def _load(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Return the model, its weights mapped from their files where these are safetensors."""
+    return load_model(checkpoint, mapped=checkpoint.gguf_file is None)
 
 
 def dry_run(
@@ -97,12 +117,12 @@ def dry_run(
     Loads both models and writes nothing. Raises what `recover` would raise before its first step.
     """
     candidates, recipe, settings = open_job(pruned, teacher, changes)
-    dense = load_model(candidates.teacher)
+    dense = _load(candidates.teacher)
     text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
     first = (text.logits or text.blocks)[: settings.logits.blocks_per_device]
     progress("time a step", 0, 1)
     ids_BT = torch.stack([ids_T for _, ids_T in first])
-    seconds_per_flop = time_a_step(load_model(candidates.pruned), dense, settings, ids_BT)
+    seconds_per_flop = time_a_step(_load(candidates.pruned), dense, settings, ids_BT)
     progress("time a step", 1, 1)
     return cost_of(candidates, settings, text, seconds_per_flop)
 
@@ -116,11 +136,13 @@ def cost_of(
     """Return what training on the text costs; seconds only where the speed of this machine is given."""
     tokens = training_tokens(text, settings)
     shapes = candidates.pruned_shape, candidates.teacher_shape
-    return predict_cost(*shapes, settings, tokens, text.num_held_out_tokens, text.sequence_length, seconds_per_flop)
+    on_disk = not (candidates.pruned.gguf_file or candidates.teacher.gguf_file)
+    held_out, length = text.num_held_out_tokens, text.sequence_length
+    return predict_cost(*shapes, settings, tokens, held_out, length, seconds_per_flop, on_disk=on_disk)
 
 
 def _fingerprint(candidates: Candidates, recipe: Recipe, text: RecoveryText) -> str:
     """Return a short hash of all that the weights of the result depend on: recipe, text, both models' files."""
     digests = [weight_digests(checkpoint) for checkpoint in (candidates.pruned, candidates.teacher)]
-    inputs = [recipe.model_dump(mode="json"), text.content_hash, *digests]
+    inputs = [recipe.model_dump(mode="json", exclude={"recover": {"evaluation"}}), text.content_hash, *digests]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]

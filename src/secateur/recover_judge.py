@@ -6,6 +6,7 @@ only its head and the hidden states before it are kept.
 P: positions of a block that predict a token of it; V: words.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,6 +56,10 @@ class Judge:
         for domain, blocks in held_out_NT.items():
             self._states[domain] = [final_states(dense, arch, ids_T[None]) for ids_T in blocks]
             progress("judge dense", sum(map(len, self._states.values())), num_blocks)
+
+    def keep_head(self) -> None:
+        """Copy the head, so that the dense model may be taken apart."""
+        self._head = copy.deepcopy(self._head)
 
     def dense(self) -> Verdicts:
         """Return the dense model's own verdicts: a KL of zero, and its loss."""

@@ -5,6 +5,7 @@ Out: the pruned model with the weights whose held-out KL was least. An interrupt
 checkpoint in its directory and ends with the same weights.
 """
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainingArguments
 
 from secateur.checkpoint_quiet import quiet_transformers
-from secateur.errors import RecipeError
+from secateur.errors import CheckpointError, RecipeError
 from secateur.progress import Progress, silent
 from secateur.recover_judge import Judge
 from secateur.recover_recipe import LogitSettings
+from secateur.recover_sharded import handed_over, let_cpu_shard, save_whole, shard, wants_shards, whole_parameters
 from secateur.recover_teacher import TeacherCache
 from secateur.recover_text import Block, blocks_per_step
 from secateur.recover_trainer import BlockDataset, Distiller, Listener, collate, teach_by
@@ -50,26 +52,37 @@ def recover_logits(job: LogitJob) -> int:
     Weights are float32 while they are trained; a model in bfloat16 computes in bfloat16 (autocast) and ends in it.
     AdamW without decay, cosine schedule after a tenth of warming up, gradients clipped to norm 1.
 
-    Raises RecipeError if a step cannot be shared out over processes and devices, or peft is missing.
+    Raises RecipeError if a step cannot be shared out over processes and devices, peft is missing, or FSDP is too old.
     """
     dtypes = {name: parameter.dtype for name, parameter in job.model.named_parameters()}
     dtype, length = job.model.dtype, len(job.blocks[0][1])
     size = blocks_per_step(job.settings.batch_tokens, length)
     num_steps = len(job.blocks) // size
     for parameter in job.model.parameters():  # not .float(): buffers, such as rotary frequencies, stay as they are
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(torch.float32, copy=True)  # whoever holds the old ones wants them unchanged
     job.model.requires_grad_(True)
     torch.manual_seed(job.seed)
-    trained = with_lora(job.model, job.settings.lora_rank) if job.settings.train == "lora" else job.model
+    trained = _to_train(job.settings, handed_over(job.model) if wants_shards() else job.model)
     with quiet_transformers():
         trainer = _trainer(job, trained, _arguments(job, dtype, size, num_steps), size * length)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(job.directory))
-        _take_back(job.model, trained, trainer)
+        _run(trainer, _last_checkpoint(job.directory))
+        _take_back(job, trained, trainer, dtypes)
     job.model.requires_grad_(False)
     for name, parameter in job.model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     job.model.eval()
     return trainer.state.global_step * size * length
+
+
+def _run(trainer: Distiller, checkpoint: str | None) -> None:
+    """Train on from the checkpoint, if any. Raises CheckpointError if its pickles hold more than tensors."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)  # the Trainer opens pickles with weights_only
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{checkpoint}: is damaged or holds more than tensors, so it is not opened; delete the directory that it "
+            "lies in and start again."
+        ) from None
 
 
 def with_lora(model: PreTrainedModel, rank: int) -> nn.Module:
@@ -89,6 +102,10 @@ def with_lora(model: PreTrainedModel, rank: int) -> nn.Module:
         return get_peft_model(model, config)
 
 
+def _to_train(settings: LogitSettings, model: PreTrainedModel) -> nn.Module:
+    return with_lora(model, settings.lora_rank) if settings.train == "lora" else model
+
+
 def _trainer(job: LogitJob, trained: nn.Module, arguments: TrainingArguments, tokens_per_step: int) -> Distiller:
     listener = Listener(tokens_per_step, job.log, job.progress, job.tell)
     dataset = BlockDataset(job.blocks, job.weights, job.cache)
@@ -104,11 +121,17 @@ def _trainer(job: LogitJob, trained: nn.Module, arguments: TrainingArguments, to
     # Blocks have equal length, so that a step's loss is the mean over its parts; the Trainer would sum them.
     trainer.model_accepts_loss_kwargs = False
     trainer.settings, trainer.judge = job.settings, job.judge
-    teacher = job.teacher
+    teacher: Any = job.teacher
+    if trainer.is_fsdp_enabled:
+        save_whole(trainer.accelerator)
+        text = f"recover, logits: weights were in shards over {arguments.world_size} processes (FSDP)."
+        job.log({"event": "note", "text": text})
     if teacher is not None:
-        teacher = teacher.to(arguments.device)  # type: ignore[arg-type]
         if trainer.is_fsdp_enabled:
-            teacher = trainer.accelerator.prepare_model(teacher, evaluation_mode=True)
+            job.judge.keep_head()
+            teacher = shard(teacher, trainer.accelerator)
+        else:
+            teacher = teacher.to(arguments.device)
     trainer.teach = teach_by(teacher, job.settings)
     return trainer
 
@@ -144,6 +167,8 @@ def _arguments(job: LogitJob, dtype: torch.dtype, size: int, num_steps: int) -> 
         restore_callback_states_from_checkpoint=True,  # or patience would begin anew
         seed=job.seed,
     )
+    if wants_shards():
+        let_cpu_shard(arguments)
     in_one_pass = arguments.per_device_train_batch_size * arguments.world_size
     if size % in_one_pass:
         raise RecipeError(
@@ -155,13 +180,19 @@ def _arguments(job: LogitJob, dtype: torch.dtype, size: int, num_steps: int) -> 
     return arguments
 
 
-def _take_back(model: PreTrainedModel, trained: nn.Module, trainer: Distiller) -> None:
-    """Give `model` the trained weights: unwrap it, merge low-rank additions."""
+def _take_back(job: LogitJob, trained: nn.Module, trainer: Distiller, dtypes: dict[str, torch.dtype]) -> None:
+    """Give `job.model` the trained weights: unwrap it or put its shards together, merge low-rank additions."""
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    if trained is not model:
+    if trainer.is_fsdp_enabled:
+        whole = _to_train(job.settings, job.model)
+        places = dict(whole.named_parameters())
+        for name, tensor in whole_parameters(trained):
+            places[name].data = tensor.to(dtypes.get(name, tensor.dtype))  # additions are merged in float32
+        trained = whole
+    if trained is not job.model:
         merged: Any = trained
         merged.merge_and_unload()
-    model.to("cpu")  # type: ignore[arg-type]
+    job.model.to("cpu")  # type: ignore[arg-type]
 
 
 def _last_checkpoint(directory: Path) -> str | None:

@@ -62,12 +62,12 @@ def distillation_loss(
     words_PK = None if targets is None else targets.words_PK
     log_p = None if targets is None else targets.log_p
     share = 0.0 if targets is None else kl_share
-    return _Distillation.apply(logits_PV, next_P, log_p, words_PK, weight_P, temperature, share)  # type: ignore[return-value]
+    return _Distillation.apply(logits_PV, next_P, log_p, words_PK, weight_P, temperature, share)
 
 
 class _Distillation(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         logits_PV: Tensor,
         next_P: Tensor,

@@ -67,12 +67,24 @@ class LogitSettings(_Strict):
         return self
 
 
+class TaskSettings(_Strict):
+    """What is asked of the dense, the pruned and the recovered model at the end: tasks of lm-evaluation-harness.
+
+    `limit`: questions per task; `batch_size`: of the harness's requests.
+    """
+
+    tasks: tuple[str, ...] = ()
+    limit: Count | None = None
+    batch_size: Count = 1
+
+
 class RecoverySettings(_Strict):
     """Recovery: which stages, on how many tokens.
 
     num_tokens: of all stages and domains together. blocks_share: of them for the block-wise stage, if there are two.
     held_out_blocks: per domain, to judge every stage. domain_weighting: `shares`, or `lost`: each domain's loss counts
     as its held-out KL before over the mean of all, so that the domains that lost most are made up for most.
+    evaluation: tasks before and after; they change nothing of the training.
     """
 
     num_tokens: Count = 300_000
@@ -82,6 +94,7 @@ class RecoverySettings(_Strict):
     domain_weighting: RecoveryWeightingName = "shares"
     blocks: BlockSettings = BlockSettings()
     logits: LogitSettings = LogitSettings()
+    evaluation: TaskSettings = TaskSettings()
 
     @model_validator(mode="after")
     def _stages_once_and_in_order(self) -> "RecoverySettings":

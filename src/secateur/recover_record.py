@@ -27,12 +27,38 @@ class StageRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """One metric of one task, or a difference of two. `error`: its standard error, None where there is none."""
+
+    value: float
+    error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScores:
+    """By task and metric: each model's score, and recovered minus pruned over the same questions.
+
+    `sources`: by task, where its rows came from if not from the hub; `limit`: questions per task, None for all.
+    """
+
+    dense: dict[str, dict[str, Score]]
+    pruned: dict[str, dict[str, Score]]
+    recovered: dict[str, dict[str, Score]]
+    gains: dict[str, dict[str, Score]]
+    sources: dict[str, str]
+    limit: int | None
+    lm_eval_version: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RecoveryRecord:
     """Everything a recovery says of itself. `before`: of the pruned model as it came; KL is to the dense model.
 
     `calibration`, `settings`: the domains and the recipe's part on recovery that were used.
 
-    `num_held_out_tokens` are judged on and never trained on. `seconds`: of everything, by this process.
+    `num_held_out_tokens` are judged on and never trained on. `seconds`: of everything, by this process. `tasks`: of the
+    model that was written, None where none were asked.
     """
 
     pruned: str
@@ -53,6 +79,7 @@ class RecoveryRecord:
     reload_max_abs_difference: float
     notes: tuple[str, ...]
     versions: dict[str, str]
+    tasks: TaskScores | None = None
 
     @property
     def after(self) -> Verdicts:

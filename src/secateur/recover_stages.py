@@ -56,7 +56,7 @@ def run_stages(work: Work) -> tuple[Verdicts, list[StageRecord]]:
     weights = domain_weights(before, work.settings.domain_weighting)
     records, current = [], before
     for stage in work.settings.stages:
-        old = {name: parameter.detach().clone() for name, parameter in work.pruned.named_parameters()}
+        old = {name: parameter.data for name, parameter in work.pruned.named_parameters()}  # stages replace, not change
         cost = _train(work, stage, weights)
         after = judged(work)
         held = mean_kl(after) < mean_kl(current)

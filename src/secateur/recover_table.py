@@ -11,23 +11,30 @@ from rich.table import Table
 
 from secateur.recover_cost import Cost
 from secateur.recover_judge import Verdicts, mean_kl, mean_nats, won_back
-from secateur.recover_record import RecoveryRecord
+from secateur.recover_record import RecoveryRecord, Score
 from secateur.tables import human_bytes
+
+TASK_COLUMNS = ("task", "dense", "pruned", "recovered", "gain")
 
 
 def recovery_table(record: RecoveryRecord) -> Group:
     """Return what `secateur recover` ends with."""
     columns = models(record)
     table = Table(title=headline(record), title_justify="left", title_style="bold")
-    table.add_column("nats/token, KL to dense", no_wrap=True)
+    table.add_column("nats/token, KL to dense", overflow="fold")
     for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     for label, cells in verdict_rows(record):
         table.add_row(label, *cells)
+    scores = Table()
+    for name in TASK_COLUMNS:
+        scores.add_column(name, justify="right" if scores.columns else "left", overflow="fold")
+    for label, cells in task_rows(record):
+        scores.add_row(label, *cells)
     notes = Table.grid(padding=(0, 2))
     for label, text in cost_rows(record):
         notes.add_row(label, text)
-    return Group(table, notes)
+    return Group(table, *([scores] if scores.row_count else []), notes)
 
 
 def headline(record: RecoveryRecord) -> str:
@@ -54,6 +61,21 @@ def verdict_rows(record: RecoveryRecord) -> Iterator[tuple[str, list[str]]]:
     yield "geometric-mean perplexity", [f"{math.exp(mean_nats(of)):.2f}" for of in columns.values()]
 
 
+def task_rows(record: RecoveryRecord) -> Iterator[tuple[str, list[str]]]:
+    """Yield (task and metric, the cells of TASK_COLUMNS): scores and the gain, each with its standard error."""
+    found = record.tasks
+    for task, metrics in found.recovered.items() if found else ():
+        for metric, score in metrics.items():
+            assert found is not None
+            cells = [_score(found.dense[task][metric]), _score(found.pruned[task][metric]), _score(score)]
+            yield f"{task}, {metric.removesuffix(',none')}", [*cells, _score(found.gains[task][metric], sign="+")]
+
+
+def _score(score: Score, sign: str = "") -> str:
+    error = "" if score.error is None else f" ± {score.error:.3f}"
+    return f"{score.value:{sign}.3f}{error}"
+
+
 def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
     """Yield what the recovery took: tokens, seconds, operations, memory; proof of reload; notes."""
     for stage in record.stages:
@@ -67,6 +89,12 @@ def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
         f"{record.num_held_out_tokens:,} held-out tokens, never trained on; {record.judge_flops:.3g} FLOPs",
     )
     yield "peak memory", f"{human_bytes(record.peak_bytes)} resident, interpreter included"
+    if record.tasks is not None:
+        sources = ", ".join(sorted(set(record.tasks.sources.values()))) or "the hub"
+        asked = f"at most {record.tasks.limit:,} questions each" if record.tasks.limit else "all questions"
+        yield "tasks", f"lm-evaluation-harness {record.tasks.lm_eval_version}, rows from {sources}, {asked}"
+        yield "±", "one standard error, of a gain over the same questions; higher is better, but for perplexity"
+        yield from (("note", note) for note in record.tasks.notes)
     yield "reload", f"in a fresh process: largest logit difference {record.reload_max_abs_difference:g}"
     for note in record.notes:
         yield "note", note
@@ -101,9 +129,18 @@ def recovery_card(record: RecoveryRecord) -> str:
         "|---|" + "---:|" * len(columns),
         *(f"| {label} | " + " | ".join(cells) + " |" for label, cells in verdict_rows(record)),
         "",
+        *_task_card(record),
         f"- teacher: {record.teacher}",
     ]
     if record.command:
         lines.append(f"- command: `{record.command}`")
     lines += [f"- {label}: {text}" for label, text in cost_rows(record)]
     return "\n".join(lines) + "\n"
+
+
+def _task_card(record: RecoveryRecord) -> Iterator[str]:
+    if record.tasks is not None:
+        yield "| " + " | ".join(TASK_COLUMNS) + " |"
+        yield "|---|" + "---:|" * (len(TASK_COLUMNS) - 1)
+        yield from (f"| {label} | " + " | ".join(cells) + " |" for label, cells in task_rows(record))
+        yield ""

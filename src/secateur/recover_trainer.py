@@ -59,7 +59,7 @@ class Distiller(Trainer):
     teach: Teach | None
     last_verdicts: Verdicts
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:  # type: ignore[override]
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         ids_BT = inputs["input_ids"]
         targets = None if self.teach is None else self.teach(ids_BT)
         if "log_p" in inputs:
@@ -75,7 +75,7 @@ class Distiller(Trainer):
             kl_share=self.settings.kl_share,
         )
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         model: Any = self.model_wrapped
         model.eval()
         self.last_verdicts = self.judge.verdicts(

@@ -7,21 +7,24 @@ own. Everything checkable without a forward pass is checked before one; an inter
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from secateur.evaluate_tasks import LoadedTasks
 from secateur.memory import peak_bytes
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe, load_recipe, parse_recipe
 from secateur.recover_job import RECIPE_FILE, cost_of, open_job, prepare
 from secateur.recover_judge import Verdicts
 from secateur.recover_output import last_lines, save_recovered, write_record
-from secateur.recover_record import RecoveryRecord, StageRecord
+from secateur.recover_record import RecoveryRecord, StageRecord, TaskScores
+from secateur.recover_sharded import wants_shards
 from secateur.recover_stages import TRAINER_FOLDER, Work, run_stages
+from secateur.recover_tasks import score_tasks, tasks_of
 from secateur.report import missing_plots, write_reports
 from secateur.runlog import FILE_NAME as LOG_FILE
 from secateur.runlog import RunLog
@@ -42,14 +45,15 @@ def recover(
     overwrite: bool = False,
     command: str = "",
     name: str | None = None,
+    tasks_data: Path | None = None,
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
 ) -> RecoveryRecord | None:
     """Train `pruned` to win back what pruning took from `teacher`, the dense model, and write it to `out`.
 
     `changes`: over the recipe.yaml of `pruned`, whose domains, shares and seed are used; its key `recover` says which
-    stages run on how many tokens. `name`: what to call `pruned`. `tell` gets a line of text at every evaluation on the
-    way.
+    stages run on how many tokens. `name`: what to call `pruned`. `tasks_data`: where rows of tasks are looked for
+    first. `tell` gets a line of text at every evaluation on the way, and what an interrupted run leaves behind.
 
     The result is never worse: where the held-out KL to the dense model did not fall the input weights are written, and
     a note says so. Under torchrun or `accelerate launch` every process calls this, the first one writes, and the others
@@ -57,7 +61,9 @@ def recover(
 
     Raises a SecateurError, one sentence, for everything that a user can correct.
     """
+    wants_shards()  # refuses what cannot be had before anything is read
     candidates, recipe, settings = open_job(pruned, teacher, changes)
+    loaded = tasks_of(settings.evaluation, tasks_data)
     path, is_main = Path(out), int(os.environ.get("RANK", "0")) == 0
     had_processes = _has_processes()
     if not is_main:
@@ -67,22 +73,44 @@ def recover(
     target = staging(path, overwrite=overwrite, protected=source) if is_main else nullcontext()
     with target as directory:
         work, log = prepare(candidates, recipe, settings, path, progress, tell, keep_log=is_main)
-        with log.time("recover"):
-            before, stages = run_stages(work)
-        if directory is not None:
-            with log.time("save"):
-                save_recovered(work.pruned, candidates.tokenizer, _saved(source, recipe), source, directory)
-            with log.time("verify"):
-                proof = _verify(work, directory)
-            record = _record((name or str(pruned), str(teacher), command), recipe, work, log, before, stages, proof)
-            _write(record, work, directory)
-    if _has_processes():
-        torch.distributed.barrier()  # nobody still reads what is removed now
-        if not had_processes:  # the Trainer made the group for this run
-            torch.distributed.destroy_process_group()
+        with _left_behind(work, tell):
+            with log.time("recover"):
+                before, stages = run_stages(work)
+            _let_others_go(had_processes)
+            if directory is not None:
+                with log.time("save"):
+                    save_recovered(work.pruned, candidates.tokenizer, _saved(source, recipe), source, directory)
+                with log.time("verify"):
+                    proof = _verify(work, directory)
+                with log.time("tasks"):
+                    scores = _score(work, loaded, {"dense": teacher, "pruned": pruned, "recovered": directory})
+                names = name or str(pruned), str(teacher), command
+                record = _record(names, recipe, work, log, before, stages, proof, scores)
+                _write(record, work, directory)
     if is_main:
         shutil.rmtree(work.directory)
     return record
+
+
+@contextmanager
+def _left_behind(work: Work, tell: Callable[[str], None]) -> Iterator[None]:
+    """Say where an interrupted run has left what it had finished."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            place = work.directory
+            tell(f"{place}: keeps what is finished; the same command goes on from there, or delete it to start anew.")
+
+
+def _let_others_go(had_processes: bool) -> None:
+    """Wait until every process has done its part of the training; what follows the first one does alone."""
+    if _has_processes():
+        torch.distributed.barrier()  # nobody reads what is removed in the end
+        if not had_processes:  # the Trainer made the group for this run
+            torch.distributed.destroy_process_group()
 
 
 def _saved(source: Path, recipe: Recipe) -> Recipe:
@@ -105,6 +133,13 @@ def _verify(work: Work, directory: Path) -> Verification:
     return proof
 
 
+def _score(work: Work, loaded: LoadedTasks | None, places: dict[str, str | Path]) -> TaskScores | None:
+    if loaded is None:
+        return None
+    asked = work.settings.evaluation
+    return score_tasks(loaded, asked, places, work.candidates.tokenizer, work.directory, work.progress)
+
+
 def _record(
     names: tuple[str, str, str],
     recipe: Recipe,
@@ -113,6 +148,7 @@ def _record(
     before: Verdicts,
     stages: list[StageRecord],
     proof: Verification,
+    tasks: TaskScores | None,
 ) -> RecoveryRecord:
     return RecoveryRecord(
         *names,
@@ -131,6 +167,7 @@ def _record(
         reload_max_abs_difference=proof.max_abs_difference,
         notes=tuple(line["text"] for line in log.lines if line["event"] == "note"),
         versions=versions(),
+        tasks=tasks,
     )
 
 

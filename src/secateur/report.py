@@ -13,7 +13,7 @@ from secateur.loss import geometric_mean_perplexity
 from secateur.page import KeyFigure, Page, Section, render
 from secateur.report_evaluation import distance, tasks
 from secateur.report_quality import SpeedFigures, quality, speed, speed_figures
-from secateur.report_recovery import recovery
+from secateur.report_recovery import recovery, recovery_figures
 from secateur.report_run import (
     calibration,
     compensation,
@@ -90,7 +90,8 @@ def report_page(files: ResultFiles) -> Page:
     sections = [section(files) for section in SECTIONS if _has_any(section, files)]
     rates = speed_figures(files)
     sentence = verdict(summary, {phase: ratio for phase, _, _, ratio in rates})
-    return Page(title, sentence, caveats(summary), key_figures(summary, rates), sections)
+    figures = [*key_figures(summary, rates), *recovery_figures(files)]
+    return Page(title, sentence, caveats(summary), figures, sections)
 
 
 def _has_any(section: Callable[[ResultFiles], Section], files: ResultFiles) -> bool:

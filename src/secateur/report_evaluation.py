@@ -7,12 +7,10 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.evaluate_differences import PLOTTED_METRICS
 from secateur.page import Section, Table
 from secateur.plots import Series, Text, dot_plot
 from secateur.result_files import Evaluation, Measured, ResultFiles
-
-# What a task is plotted by: the last of these that it has. Every metric is in the table.
-PLOTTED_METRICS = ("exact_match", "acc", "acc_norm")
 
 
 @dataclass(frozen=True, slots=True)

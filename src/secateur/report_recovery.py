@@ -3,12 +3,15 @@
 In: a `ResultFiles` whose directory holds a recovery. Out: a section. Pure; the rows are those of the terminal's table.
 """
 
+import math
 from collections.abc import Sequence
 
-from secateur.page import Section, Table
+from secateur.evaluate_differences import PLOTTED_METRICS
+from secateur.page import KeyFigure, Section, Table
 from secateur.plots import Series, Text, curve_plot, dot_plot
-from secateur.recover_judge import mean_kl
-from secateur.recover_table import cost_rows, headline, models, verdict_rows
+from secateur.recover_judge import mean_kl, won_back
+from secateur.recover_record import Score, TaskScores
+from secateur.recover_table import TASK_COLUMNS, cost_rows, headline, models, task_rows, verdict_rows
 from secateur.result_files import ResultFiles, TrainingStep
 
 CURVE_POINTS = 60
@@ -38,7 +41,48 @@ def recovery(files: ResultFiles) -> Section:
     plots = [dot_plot(described, list(record.before), series, "KL to the dense model, nats per token")]
     if files.training:
         plots.append(_curve(files.training, mean_kl(record.before)))
-    return Section("recovery", "Recovery", text, tuple(plots), (table, costs, _steps(files.training)))
+    tables = [table]
+    if record.tasks is not None:
+        plots += _task_plot(record.tasks)
+        rows = [(label, *cells) for label, cells in task_rows(record)]
+        tables.append(Table("Score ± standard error; gain: recovered minus pruned", TASK_COLUMNS, rows))
+    return Section("recovery", "Recovery", text, tuple(plots), (*tables, costs, _steps(files.training)))
+
+
+def _task_plot(found: TaskScores) -> list[str]:
+    plotted = _plotted_metrics(found.recovered)
+    if not plotted:
+        return []
+    series = []
+    for label, look, scores in (
+        ("dense", "dense", found.dense),
+        ("pruned", "uncompensated", found.pruned),
+        ("recovered", "pruned", found.recovered),
+    ):
+        shown = [scores[task][metric] for task, metric in plotted.items()]
+        errors = [(score.error or 0.0, score.error or 0.0) for score in shown]
+        series.append(Series(label, look, [score.value for score in shown], errors))
+    described = Text("recovery-tasks-plot", "Scores by task", "Bars are one standard error. The table has the numbers.")
+    return [dot_plot(described, list(plotted), series, "share right")]
+
+
+def _plotted_metrics(scores: dict[str, dict[str, Score]]) -> dict[str, str]:
+    """Return, of each task that has one, the metric that it is plotted by."""
+    return {
+        task: f"{metric},none"
+        for task, metrics in scores.items()
+        for metric in PLOTTED_METRICS
+        if f"{metric},none" in metrics
+    }
+
+
+def recovery_figures(files: ResultFiles) -> list[KeyFigure]:
+    """Return how much of what was lost came back, nothing where nothing was lost or no recovery ran."""
+    record = files.recovery
+    share = math.nan if record is None else won_back(record.dense, record.before, record.after)
+    if record is None or math.isnan(share):
+        return []
+    return [KeyFigure("lost log-perplexity won back", f"by {record.num_tokens:,} tokens of training", f"{share:.1%}")]
 
 
 def _curve(steps: Sequence[TrainingStep], before: float) -> str:

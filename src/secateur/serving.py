@@ -8,7 +8,7 @@ number of GPUs; KV heads divide by it or it by them; every width that is split d
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, advice
 
 SERVERS = ("vllm",)
 QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
@@ -47,7 +47,9 @@ def check_serving(
     Raises RecipeError if the server is unknown or there are no GPUs.
     """
     if server not in SERVERS:
-        raise RecipeError(f"--check-for: knows {', '.join(SERVERS)}, got '{server}'.")
+        raise RecipeError(
+            f"--check-for: unknown server '{server}'; allowed: {', '.join(SERVERS)}; {advice(server, SERVERS)}"
+        )
     if num_gpus < 1:
         raise RecipeError(f"--tp: must be at least 1, got {num_gpus}.")
     problems = [

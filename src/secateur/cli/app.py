@@ -44,6 +44,22 @@ Domains = Annotated[
         help=f"Domain of text, repeatable: one of {', '.join(INSTALLED_DOMAINS)}, or any name with a text file.",
     ),
 ]
+Tasks = Annotated[
+    str | None,
+    typer.Option(help="Also these tasks of lm-evaluation-harness, with commas between: arc_easy,piqa."),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many questions per task.")]
+TasksData = Annotated[
+    Path | None,
+    typer.Option(help="Take the tasks' rows from DIR/<hub id>/<config>, as datasets' save_to_disk writes them."),
+]
+
+
+def task_names(tasks: str | None, directory: Path | None) -> tuple[str, ...]:
+    """Return the names that `--tasks` says. Raises RecipeError if `--tasks-data` is no directory."""
+    if directory is not None and not directory.is_dir():
+        raise RecipeError(f"--tasks-data {directory}: there is no such directory.")
+    return tuple(name.strip() for name in tasks.split(",")) if tasks else ()
 
 
 def tell(text: str) -> None:

@@ -6,22 +6,13 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.app import CONSOLE, Domains, Json, Quiet, app, parse_domains
-from secateur.errors import RecipeError
+from secateur.cli.app import CONSOLE, Domains, Json, Limit, Quiet, Tasks, TasksData, app, parse_domains, task_names
 from secateur.progress_bar import progress_bar
 from secateur.recipe import parse_recipe
 
 Wikitext = Annotated[
     str | None,
     typer.Option(help="Also WikiText-2 perplexity: a file with the rows of the raw test split, or `hub`."),
-]
-Tasks = Annotated[
-    str | None,
-    typer.Option(help="Also these tasks of lm-evaluation-harness, with commas between: arc_easy,piqa."),
-]
-TasksData = Annotated[
-    Path | None,
-    typer.Option(help="Take the tasks' rows from DIR/<hub id>/<config>, as datasets' save_to_disk writes them."),
 ]
 
 
@@ -39,7 +30,7 @@ def evaluate(
         int | None, typer.Option(min=2, help="Tokens per block there; default 2048, or the model's longest if less.")
     ] = None,
     tasks: Tasks = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions per task.")] = None,
+    limit: Limit = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in each prompt of the tasks.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions of a task at a time.")] = 1,
     tasks_data: TasksData = None,
@@ -51,9 +42,7 @@ def evaluate(
     domains = None
     if domain:
         domains = parse_recipe({"calibration": {"domains": parse_domains(domain)}}, "--domain").calibration.domains
-    names = tuple(name.strip() for name in tasks.split(",")) if tasks else ()
-    if tasks_data is not None and not tasks_data.is_dir():
-        raise RecipeError(f"--tasks-data {tasks_data}: there is no such directory.")
+    names = task_names(tasks, tasks_data)
 
     # Imported here so that --help and option errors do not wait for torch.
     from secateur.evaluate import Settings

@@ -9,7 +9,20 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from secateur.cli.app import CONSOLE, Domains, Json, Overwrite, Quiet, RecipeFile, app, parse_domains
+from secateur.cli.app import (
+    CONSOLE,
+    Domains,
+    Json,
+    Limit,
+    Overwrite,
+    Quiet,
+    RecipeFile,
+    Tasks,
+    TasksData,
+    app,
+    parse_domains,
+    task_names,
+)
 from secateur.errors import RecipeError
 from secateur.progress_bar import progress_bar
 from secateur.recipe import load_recipe, merged, over_preset, parse_recipe
@@ -24,13 +37,17 @@ def recover(
     stage: Annotated[Literal["blocks", "logits"] | None, typer.Option(help="Only this stage.")] = None,
     recipe: RecipeFile = None,
     domain: Domains = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    tasks_data: TasksData = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and do nothing.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train PRUNED to win back what pruning took, on the domains of its recipe. Interrupted, it goes on next time."""
-    changes = _changes(tokens, stage, recipe, domain)
+    asked = {"tasks": list(task_names(tasks, tasks_data)) or None, "limit": limit}
+    changes = _changes(tokens, stage, recipe, domain, asked)
     # Imported here so that --help and option errors do not wait for torch.
     from secateur.recover_job import dry_run as predict
     from secateur.recover_table import cost_table, recovery_table
@@ -46,6 +63,7 @@ def recover(
             options = {
                 "command": shlex.join(["secateur", *sys.argv[1:]]),
                 "tell": _silent if quiet or as_json else _tell,
+                "tasks_data": tasks_data,
             }
             record = recover_model(pruned, teacher, changes, out=out, overwrite=overwrite, progress=progress, **options)
             if record is None:  # another process of a distributed run writes and tells
@@ -59,7 +77,9 @@ def recover(
         CONSOLE.print(f"Written to {out}.", soft_wrap=True)
 
 
-def _changes(tokens: int | None, stage: str | None, file: Path | None, domains: list[str] | None) -> dict[str, Any]:
+def _changes(
+    tokens: int | None, stage: str | None, file: Path | None, domains: list[str] | None, tasks: dict[str, Any]
+) -> dict[str, Any]:
     """Return what options and file change of the pruned model's recipe; the file is checked by itself."""
     changes = {} if file is None else load_recipe(file)
     parse_recipe(changes, f"recipe {file}")
@@ -70,6 +90,7 @@ def _changes(tokens: int | None, stage: str | None, file: Path | None, domains: 
         settings["num_tokens"] = tokens
     if stage is not None:
         settings["stages"] = [stage]
+    settings["evaluation"] = {key: value for key, value in tasks.items() if value is not None}
     changes = merged(changes, {"recover": settings})
     if domains:
         changes["calibration"] = {**changes.get("calibration", {}), "domains": parse_domains(domains)}
