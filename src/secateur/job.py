@@ -13,6 +13,7 @@ from secateur.bench import Speed, bench
 from secateur.calibration import CalibrationSet
 from secateur.loss import domain_losses
 from secateur.progress import Progress
+from secateur.ranks import is_first
 from secateur.resolve import Resolved
 from secateur.runlog import RunLog
 from secateur.summary import Losses
@@ -53,8 +54,8 @@ class Job:
         return losses
 
     def bench(self, which: str) -> Speed | None:
-        """Return the speed, or None where the recipe asks for none."""
-        if not self.resolved.recipe.bench:
+        """Return the speed, or None where the recipe asks for none; the first rank times it while the others rest."""
+        if not self.resolved.recipe.bench or not is_first():
             return None
         with self.log.time("bench"):
             return bench(self.model, progress=self.progress, stage=f"bench {which}")

@@ -7,6 +7,7 @@ pruned checkpoint lies in a hidden directory beside OUT meanwhile and is gone af
 import dataclasses
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from secateur.checkpoint import load, open_checkpoint
 from secateur.errors import RecipeError
 from secateur.output import check_replaceable
 from secateur.progress import Progress
+from secateur.ranks import from_first, is_first
+from secateur.ranks_group import meet
 from secateur.recipe import Recipe
 from secateur.recovering import recover
 
@@ -44,10 +47,12 @@ def prune_then_recover(
     place = Path(out).absolute()
     check_replaceable(place, overwrite=overwrite, protected=open_checkpoint(model, weights=False).directory)
     place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.pruned-") as folder:
-        pruned = Path(folder, "pruned")
+    folder = tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.pruned-") if is_first() else None
+    with folder or nullcontext(""):
+        pruned = from_first(lambda: Path(folder.name if folder else "", "pruned"))
         without = recipe.model_copy(update={"recover": None})
         result = prune(model, without, out=pruned, tokenizer=tokenizer, command=command, progress=progress)
+        meet("pruned")  # the first rank is still saving
         assert recipe.recover is not None
         changes = {"recover": recipe.recover.model_dump(mode="json")}
         settings = {"overwrite": overwrite, "command": command, "progress": progress, "name": f"{model}, pruned"}

@@ -6,8 +6,9 @@ on its own. Everything checkable without weights is checked before a weight is r
 
 import dataclasses
 import tempfile
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,13 @@ from secateur.latency import with_prices
 from secateur.loop import prune_in_place
 from secateur.memory import peak_bytes
 from secateur.original_readers import OriginalReaders
-from secateur.output import check_free_space, parse_size, staging
+from secateur.output import check_free_space, check_replaceable, parse_size, staging
 from secateur.progress import Progress, silent
 from secateur.prune_recover import prune_then_recover
 from secateur.pruned_checkpoint import PrunedCheckpoint
+from secateur.ranks import from_first, is_first
+from secateur.ranks_check import check_same_run, placed
+from secateur.ranks_group import joined
 from secateur.recipe import Recipe, as_recipe
 from secateur.report import missing_plots, write_reports
 from secateur.resolve_hidden import check_for, resolve_for
@@ -64,6 +68,7 @@ class Result:
     out: Path | None
 
 
+@joined()
 def prune(
     model: PreTrainedModel | str | Path,
     recipe: Recipe | dict[str, Any] | Path | str | None = None,
@@ -81,8 +86,10 @@ def prune(
     rounded, are first set to what loading computes; a note in the summary's `warnings` says so.
     `recipe`: a Recipe, a mapping, a YAML file, or None for the defaults. `out`: where to write the checkpoint; it
     appears complete or not at all. `command`: how to repeat the run, for the model card.
+    Under torchrun every process calls this and gets the same model; the first one writes, and alone times and verifies.
     Raises a SecateurError, one sentence, for everything that a user can correct.
     """
+    progress = progress if is_first() else silent
     parsed = as_recipe(recipe)
     if parsed.recover is not None:
         return prune_then_recover(prune, model, parsed, out, tokenizer, overwrite, command, progress)
@@ -98,12 +105,11 @@ def prune(
     if checkpoint is not None:
         check_weights(checkpoint, shape)
     protected = None if checkpoint is None else checkpoint.directory
-    target = nullcontext() if out is None else staging(Path(out), overwrite=overwrite, protected=protected)
-    with target as directory:
+    with _staged(out, overwrite, protected) as directory:
         if directory is not None:
             check_free_space(directory, size.num_bytes)
         log = RunLog(directory)
-        parsed = with_prices(parsed, arch, shape, log, progress)
+        parsed = from_first(partial(with_prices, parsed, arch, shape, log, progress))
         resolved = resolve_for(parsed, shape)
         can_map = checkpoint is not None and checkpoint.gguf_file is None
         on_disk = plan_memory(resolved, arch, shape.config, size, can_map=can_map).weights_on_disk
@@ -111,19 +117,30 @@ def prune(
             if tokenizer is None:
                 assert checkpoint is not None
                 tokenizer = load_tokenizer(checkpoint)
-            calibration = _calibrate(resolved.recipe, tokenizer, progress)
+            calibration = from_first(partial(_calibrate, resolved.recipe, tokenizer, progress))
         with log.time("load"):
-            loaded = shape if checkpoint is None else load_model(checkpoint, mapped=on_disk)
+            loaded = placed(shape if checkpoint is None else load_model(checkpoint, mapped=on_disk))
             if checkpoint is None:
                 check_finite(loaded)
                 resolved = dataclasses.replace(resolved, warnings=resolved.warnings + restore_buffers(loaded))
+            check_same_run(loaded, resolved)
         with log.time("calibration"):
-            calibration = with_sampled(calibration, loaded, tokenizer, resolved.recipe.seed, progress)
+            sampled = partial(with_sampled, calibration, loaded, tokenizer, resolved.recipe.seed, progress)
+            calibration = from_first(sampled)
         name = loaded.config._name_or_path or type(loaded).__name__ if checkpoint is None else checkpoint.reference
         job = Job(str(name), command, loaded, tokenizer, arch, resolved, calibration, log, progress, on_disk)
         with eval_mode(loaded):
             layers, keeps, summary = _run(job, directory, protected)
     return Result(loaded, tokenizer, resolved.recipe, keeps, layers, summary, None if out is None else Path(out))
+
+
+def _staged(out: Path | str | None, overwrite: bool, protected: Path | None) -> AbstractContextManager[Path | None]:
+    """Return the context of the directory that becomes OUT; it gives None where nothing is to be written."""
+    if out is None:
+        return nullcontext()
+    # What is wrong with OUT is said before the others begin to wait for the first rank.
+    from_first(lambda: check_replaceable(Path(out), overwrite=overwrite, protected=protected))
+    return staging(Path(out), overwrite=overwrite, protected=protected) if is_first() else nullcontext()
 
 
 def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tuple[int, ...], Keeps, Summary]:

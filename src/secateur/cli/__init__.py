@@ -10,6 +10,7 @@ import sys
 
 from secateur.cli import bench, compare, evaluate, export, prune, recover, report
 from secateur.cli.app import app
+from secateur.cli.launched import last_word, launched
 from secateur.errors import SecateurError
 
 __all__ = ["app", "bench", "compare", "evaluate", "export", "main", "prune", "recover", "report"]
@@ -21,17 +22,25 @@ def main() -> None:
     """Run the command line."""
     handlers = {number: signal.signal(number, _stop) for number in STOPPED_BY.values()}
     try:
-        app()
+        with launched():
+            app()
     except SecateurError as error:
-        print(f"secateur: {error}", file=sys.stderr)
+        _say(str(error))
         sys.exit(2)
     except SystemExit as end:
         if end.code in STOPPED_BY:
-            print("secateur: interrupted.", file=sys.stderr)
+            _say("interrupted.")
         raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _say(sentence: str) -> None:
+    """Print why the run ends: once, however many ranks end with it."""
+    said = last_word(sentence)
+    if said is not None:
+        print(f"secateur: {said}", file=sys.stderr)
 
 
 def _stop(number: int, frame: object) -> None:
