@@ -143,7 +143,7 @@ def lost_text(reason: str = "") -> str:
     which = f"{', '.join(map(str, lost))} of {size}" if lost else f"one of {size} no longer answers"
     said = f" ({reason})" if reason and not lost else ""
     return (
-        f"rank {which} was lost{said}, so all ranks end and nothing is written; look for why in its own "
+        f"rank {which} was lost{said}, so all ranks end and nothing half-written is left; look for why in its own "
         f"output (out of memory, a signal, its machine), then run the same command again."
     )
 
