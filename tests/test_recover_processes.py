@@ -1,14 +1,11 @@
 """Recovery over two processes (gloo, through accelerate) against one process, on the same tiny model."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from run_ranks import run_ranks
 from safetensors.torch import load_file
 
 import secateur
@@ -33,14 +30,9 @@ def run(num_processes: int, pruned: Path, teacher: Path, place: Path) -> Path:
     """Run `secateur recover` under torchrun and return what it wrote."""
     file, out = place / "r.yaml", place / str(num_processes)
     file.write_text(yaml.safe_dump({"recover": SETTINGS}), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", num_processes, "--master-port", port, "-m", "secateur"]
     arguments = ["recover", pruned, "--teacher", teacher, "--out", out, "--recipe", file, "--quiet"]
-    command = [sys.executable, *map(str, [*launch, *arguments])]
-    process = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False, timeout=600)
-    assert process.returncode == 0, process.stderr
+    status, _, stderr = run_ranks(num_processes, "-m", "secateur", *arguments)
+    assert status == 0, stderr
     return out
 
 

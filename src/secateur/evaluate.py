@@ -91,7 +91,8 @@ def evaluate(
     if dense is not None:
         _check_comparable(pruned, dense, tokenizer)
     text = _prepare(settings, pruned, tokenizer, progress)
-    check_same({"model": pruned.fingerprint, "text": str([ids_NT.sum() for ids_NT in text.blocks_NT.values()])})
+    models = (each.fingerprint for each in (pruned, dense) if each is not None)
+    check_same({"model": " ".join(models), "text": str([int(ids_NT.sum()) for ids_NT in text.blocks_NT.values()])})
     with disk_errors(directory):
         (directory / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
     cache = PartCache(directory / PARTS_FOLDER)

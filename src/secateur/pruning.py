@@ -23,7 +23,7 @@ from secateur.calibration import CalibrationSet, build_calibration
 from secateur.calibration_facts import calibration_facts
 from secateur.calibration_sampled import with_sampled
 from secateur.card import model_card
-from secateur.checkpoint import check_finite, check_weights, load_model, meta_model, open_checkpoint
+from secateur.checkpoint import Checkpoint, check_finite, check_weights, load_model, meta_model, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.depth_step import remove_depth
 from secateur.estimate import plan_memory
@@ -94,12 +94,7 @@ def prune(
     if parsed.recover is not None:
         return prune_then_recover(prune, model, parsed, out, tokenizer, overwrite, command, progress)
     parse_size("max_shard_size", parsed.max_shard_size)
-    if isinstance(model, str | Path):
-        checkpoint = open_checkpoint(model)
-        shape = meta_model(checkpoint.config)
-    else:
-        check_in_memory(model, tokenizer)
-        checkpoint, shape = None, model
+    checkpoint, shape = _opened(model, tokenizer)
     arch, size = bind(shape), Size.of(shape)
     check_for(parsed, shape)
     if checkpoint is not None:
@@ -132,6 +127,17 @@ def prune(
         with eval_mode(loaded):
             layers, keeps, summary = _run(job, directory, protected)
     return Result(loaded, tokenizer, resolved.recipe, keeps, layers, summary, None if out is None else Path(out))
+
+
+def _opened(
+    model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Checkpoint | None, PreTrainedModel]:
+    """Return the checkpoint and its model without weights, or a model in memory itself."""
+    if isinstance(model, str | Path):
+        checkpoint = open_checkpoint(model)
+        return checkpoint, meta_model(checkpoint.config)
+    check_in_memory(model, tokenizer)
+    return None, model
 
 
 def _staged(out: Path | str | None, overwrite: bool, protected: Path | None) -> AbstractContextManager[Path | None]:
