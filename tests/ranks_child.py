@@ -55,7 +55,7 @@ def main(jobs_file: str, place: str) -> None:
     jobs, out = json.loads(Path(jobs_file).read_text(encoding="utf-8")), Path(place)
     out.mkdir(exist_ok=True)
     for name, job in jobs.items():
-        written = out / name if job.get("write") else None
+        written = out / name if job["write"] and ranks.size() > 1 else None
         result = secateur.prune(job["model"], job["recipe"], out=written)
         facts = facts_of(result)
         if ranks.is_first():

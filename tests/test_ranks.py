@@ -115,8 +115,10 @@ def check_against_one(jobs: tuple[Path, Path], num_ranks: int) -> None:
         for key, tensor in expected.items():
             torch.testing.assert_close(weights[key], tensor, rtol=0, atol=TOLERANCE * float(tensor.abs().max()))
     assert (out / "uniform.safetensors").read_bytes() == (out / "uniform again.safetensors").read_bytes()
-    written = {path.name for path in (one / "uniform").iterdir()}
-    assert {path.name for path in (out / "uniform").iterdir()} == written
+    written = load_file(out / "uniform" / "model.safetensors")
+    assert all(torch.equal(tensor, written[key]) for key, tensor in load_file(out / "uniform.safetensors").items())
+    assert {"config.json", "keep.json", "run.jsonl", "tokenizer.json"} <= {p.name for p in (out / "uniform").iterdir()}
+    assert not list(out.glob(".*"))
     said = json.loads((out / "said.json").read_text(encoding="utf-8"))
     assert said["first"] == ["a mistake"] * num_ranks
     assert said["same"][0].startswith("rank 1: its colour is not that of rank 0;")

@@ -40,6 +40,7 @@ class _Group:
 
 
 _groups: list[_Group] = []  # the one that `joined` made, if any
+_joins = [0]
 
 
 def launched_size() -> int:
@@ -58,8 +59,8 @@ def rank_device() -> torch.device:
 def joined() -> Iterator[None]:
     """Make this process one of the ranks that the launcher started, until the block ends; all leave together.
 
-    Nothing happens in one process, nor where a process group is there already. After an exception the group is left
-    as it is, since only connections that are still open tell the others nothing until `last_word` has been asked.
+    Nothing happens in one process, nor where a process group is there already. After an exception the connections stay
+    open until the process ends: closed, they would have the others report a lost rank before this one says why it ends.
     Raises RankError if not all ranks start.
     """
     if launched_size() == 1 or dist.is_initialized():
@@ -70,7 +71,8 @@ def joined() -> Iterator[None]:
         torch.cuda.set_device(rank_device())
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=START)))
-        store = c10d.PrefixStore("secateur", store)
+        _joins[0] += 1
+        store = c10d.PrefixStore(f"secateur-{_joins[0]}", store)  # what an earlier group left there is not for this one
         store.set(f"process-{rank}", f"{socket.gethostname()} {os.getpid()}")
         _groups.append(_Group(store, rank, size))
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -102,11 +104,9 @@ def next_turn(name: str) -> int | None:
 
 def wait_until(is_so: Callable[[], bool]) -> None:
     """Look again and again, so that a signal is heard. Raises RankError if a rank is lost or the store is gone."""
-    looks = 0
     while not _asked(is_so):
         time.sleep(LOOK_SECONDS)
-        looks += 1
-        if looks % 10 == 0 and lost_ranks():
+        if _asked(lambda: bool(lost_ranks())):
             raise RankError(lost_text())
 
 
