@@ -76,10 +76,10 @@ def sum_tensors(tensors: Sequence[Tensor]) -> None:
     """Replace every tensor by its sum over ranks, in place and in its own dtype. The same order on every rank."""
     if size() == 1:
         return
-    small: dict[torch.dtype, list[Tensor]] = {}
+    small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel() <= SMALL:
-            small.setdefault(tensor.dtype, []).append(tensor)
+            small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         else:
             _call(lambda tensor=tensor: dist.all_reduce(tensor))
     for group in small.values():

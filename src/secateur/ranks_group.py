@@ -45,7 +45,7 @@ _joins = [0]
 
 def launched_size() -> int:
     """Return how many ranks the launcher has started, 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def rank_device() -> torch.device:

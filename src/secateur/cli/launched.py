@@ -15,7 +15,7 @@ IN_ONE_PROCESS = frozenset({"bench", "export", "inspect", "report"})
 
 def has_ranks() -> bool:
     """Say whether a launcher started more than one process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
