@@ -77,7 +77,7 @@ def test_an_expert_with_few_tokens_borrows_from_all_tokens() -> None:
     assert int(seen.num_tokens_E.sum()) == 2 * 4 * 16  # two experts for each of 64 tokens
     expert = int(seen.num_tokens_E.argmin())
     own, count = seen.grams[expert].full(), int(seen.num_tokens_E[expert])
-    everyone_TF = channel_inputs(module, channels, expert, torch.cat(seen.sample_TD))
+    everyone_TF = channel_inputs(module, channels, expert, torch.cat(list(seen.samples.values())))
     everyone, share = everyone_TF.T @ everyone_TF, 112 / (112 + count)
     expected = (1 - share) * own / own.trace() + share * everyone / everyone.trace()
     torch.testing.assert_close(_shrunk(module, channels, expert, seen).full(), expected, atol=1e-6, rtol=1e-4)

@@ -16,6 +16,8 @@ LAYERS = [
     # what knows nothing of the rest
     "errors progress memory runlog whole_file reload_child checkpoint_quiet modeling_per_layer gram overlap page svg "
     "knapsack arch_conv recover_recipe recover_loss",
+    "ranks_group",
+    "ranks",
     # what a run is described by; readers and writers of single files
     "serving stats arch_spec recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output "
     "llama_cpp gguf_sentencepiece recover_teacher recover_store journal",
@@ -34,7 +36,7 @@ LAYERS = [
     "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global level_database recover_record",
     "fingerprint",
     "checkpoint_tokenizer",
-    "resolve_hidden calibration_sampled calibration_facts repair hidden_norms depth estimate bench_memory "
+    "ranks_check resolve_hidden calibration_sampled calibration_facts repair hidden_norms depth estimate bench_memory "
     "evaluate_domains evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",
     "inspection_groups latency probe original_readers hidden_drift recover_text resume",
     "hidden_width profile budget_search recover_trainer recover_sharded",
@@ -54,7 +56,7 @@ LAYERS = [
     "job prune_recover",
     "pruning",
     "secateur",
-    "cli.app",
+    "cli.app cli.launched",
     "cli.*",
     "cli",
     "__main__",
@@ -76,13 +78,13 @@ STAGES = {
     "bench": "",
     "calibration": "recipe sources",
 }
-STAGES_MAY_IMPORT = {"arch", "errors", "memory", "progress"}
+STAGES_MAY_IMPORT = {"arch", "errors", "memory", "progress", "ranks"}
 
 HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (
     "checkpoint*", "output", "calibration*", "sources", "evaluate*", "bench*", "compare", "ideal", "gguf_*",
-    "in_memory", "pruning", "job", "loop", "run", "pruned_checkpoint", "on_disk", "reload_child", "modeling_per_layer",
-    "per_layer", "hidden_*", "propose", "recover*", "prune_recover",
+    "in_memory", "pruning", "ranks_check", "job", "loop", "run", "pruned_checkpoint", "on_disk", "reload_child",
+    "modeling_per_layer", "per_layer", "hidden_*", "propose", "recover*", "prune_recover",
 )  # fmt: skip
 ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "matplotlib", "gguf", "pyarrow", "datasets", "llama_cpp"}
 

@@ -30,6 +30,9 @@ from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
 from secateur.output import disk_errors
 from secateur.progress import Progress, silent
+from secateur.ranks import in_turns, is_first
+from secateur.ranks_check import placed
+from secateur.ranks_group import joined
 from secateur.recipe import Recipe
 from secateur.resolve_hidden import resolve_for
 from secateur.run import Run
@@ -54,12 +57,17 @@ class _Bench:
     progress: Progress
 
 
+@joined()
 def compare(study: Study, out: Path, progress: Progress = silent) -> list[FoundCell]:
     """Run what is missing of the grid and write `table.md`, `study.yaml`, `results.json` and `report.html` to `out`.
+
+    Under torchrun or `accelerate launch` every process calls this; the ranks take whole cells by turns, each as one
+    process would run it, and the first one writes the page.
 
     Raises a SecateurError, one sentence, for everything that a user can correct; a ratio out of a method's reach
     surfaces before the first cell runs.
     """
+    progress = progress if is_first() else silent
     checkpoint = open_checkpoint(study.model)
     shape = meta_model(checkpoint.config)
     arch = bind(shape)
@@ -73,17 +81,25 @@ def compare(study: Study, out: Path, progress: Progress = silent) -> list[FoundC
     with disk_errors(out):
         cache.directory.mkdir(parents=True, exist_ok=True)
     bench = _Bench(study, checkpoint, fingerprint(checkpoint), tokenizer, tasks, cache, progress)
-    found: list[FoundCell] = []
-    progress("cells", 0, len(grid) + len(study.seeds))
+    blocks: dict[int, dict[str, Tensor]] = {}
+    work: list[int | Cell] = []
     for seed in study.seeds:
-        recipe = study_recipe(study, seed)
-        resolved = resolve_for(recipe, shape)
-        blocks = _judged_on(bench, resolved.recipe, seed)
-        found.append(_dense_cell(bench, arch, seed, blocks))
-        progress("cells", len(found), len(grid) + len(study.seeds))
-        for cell in (cell for cell in grid if cell.seed == seed):
-            found.append(_cell(bench, arch, cell, blocks))
-            progress("cells", len(found), len(grid) + len(study.seeds))
+        work += [seed, *(cell for cell in grid if cell.seed == seed)]
+    progress("cells", 0, len(work))
+
+    def found_cell(number: int) -> FoundCell:
+        cell = work[number]
+        seed = cell if isinstance(cell, int) else cell.seed
+        if seed not in blocks:
+            blocks[seed] = _judged_on(bench, resolve_for(study_recipe(study, seed), shape).recipe, seed)
+        of_dense = isinstance(cell, int)
+        found = _dense_cell(bench, arch, cell, blocks[seed]) if of_dense else _cell(bench, arch, cell, blocks[seed])
+        progress("cells", number + 1, len(work))
+        return found
+
+    found = in_turns(found_cell, list(range(len(work))))
+    if not is_first():
+        return found
     results = {"cells": [dataclasses.asdict(cell) for cell in found], "versions": versions()}
     texts = {"study.yaml": dump_study(study), "results.json": json.dumps(results, indent=1) + "\n"}
     for name, text in (texts | comparison_files(study, found)).items():
@@ -95,7 +111,7 @@ def compare(study: Study, out: Path, progress: Progress = silent) -> list[FoundC
 def _judged_on(bench: _Bench, recipe: Recipe, seed: int) -> dict[str, Tensor]:
     """Return the blocks per domain that the seed's cells are judged on: the first of those held out."""
     samples = any(domain.sampled for domain in recipe.calibration.domains.values())
-    drawn = _draw(bench, recipe, seed, load_model(bench.checkpoint) if samples else None)
+    drawn = _draw(bench, recipe, seed, placed(load_model(bench.checkpoint)) if samples else None)
     return {domain.name: domain.held_out_NT[: bench.study.evaluation.num_blocks] for domain in drawn.domains}
 
 
@@ -112,7 +128,7 @@ def _draw(bench: _Bench, recipe: Recipe, seed: int, model: PreTrainedModel | Non
 
 def _dense_cell(bench: _Bench, arch: Arch, seed: int, blocks: dict[str, Tensor]) -> FoundCell:
     def compute() -> dict[str, Any]:
-        model = load_model(bench.checkpoint)
+        model = placed(load_model(bench.checkpoint))
         return {"remove_reached": 0.0, "seconds": 0.0} | _judge(bench, model, arch, blocks)
 
     depends_on = _depends_on(bench, seed, {}, blocks)
@@ -122,7 +138,7 @@ def _dense_cell(bench: _Bench, arch: Arch, seed: int, blocks: dict[str, Tensor])
 
 def _cell(bench: _Bench, arch: Arch, cell: Cell, blocks: dict[str, Tensor]) -> FoundCell:
     def compute() -> dict[str, Any]:
-        model = load_model(bench.checkpoint)
+        model = placed(load_model(bench.checkpoint))
         num_params = Size.of(model).num_params
         resolved = resolve_for(cell.recipe, model)
         calibration = _without_judged(

@@ -16,6 +16,7 @@ from torch import Tensor
 from secateur.errors import NumericsError
 from secateur.gram import Gram
 from secateur.memory import release_freed
+from secateur.ranks import sum_by_name
 from secateur.score import ridge_of, solve_dtype
 
 # Fractions of a correction that the guard tries, largest first; 0 means the old weights stay.
@@ -30,6 +31,10 @@ class Fit:
     weight_HS: Tensor
     damping: float
     condition: float
+
+
+HeldOutSums = Tensor
+"""|lost|^2, lost . correction, |correction|^2 and the output energy, float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +122,28 @@ def held_out_error(
 
     `lost_TH` = x_C W_C' is what the cut takes from the output, `correction_TH` what the compensation gives back.
     """
-    dots = (
-        torch.linalg.vecdot(left.flatten(), right.flatten()).item() / max(output_energy, 1e-30)
+    return _error_of(held_out_sums(lost_TH, correction_TH, output_energy))
+
+
+def held_out_sums(
+    lost_TH: Float[Tensor, "T H"], correction_TH: Float[Tensor, "T H"], output_energy: float
+) -> HeldOutSums:
+    """Return what `held_out_error` is made of, as sums over tokens."""
+    dots = [
+        torch.linalg.vecdot(left.flatten(), right.flatten()).item()
         for left, right in ((lost_TH, lost_TH), (lost_TH, correction_TH), (correction_TH, correction_TH))
-    )
-    return HeldOutError(*dots)
+    ]
+    return torch.tensor([*dots, output_energy], dtype=torch.float64)
+
+
+def held_out_errors(sums: dict[str, HeldOutSums]) -> dict[str, HeldOutError]:
+    """Return each domain's error over the held-out text of all ranks. `sums`: this rank's `held_out_sums`."""
+    return {domain: _error_of(total) for domain, total in sum_by_name(sums).items()}
+
+
+def _error_of(sums: HeldOutSums) -> HeldOutError:
+    *dots, energy = sums.tolist()
+    return HeldOutError(*(dot / max(energy, 1e-30) for dot in dots))
 
 
 def guard(errors: dict[str, HeldOutError]) -> Guard:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from secateur.arch import Arch, bind, decoder_layers, head_of, linear
 from secateur.arch_numbers import text_config
-from secateur.compensate import Guard, guard, held_out_error
+from secateur.compensate import Guard, guard, held_out_errors, held_out_sums
 from secateur.errors import ArchError, NumericsError, RecipeError
 from secateur.gram import Gram
 from secateur.kl import KL_POSITIONS, token_divergences
 from secateur.progress import Progress, silent
+from secateur.ranks import from_first, sum_by_name, sum_tensors
 from secateur.score import damped_gram
 from secateur.walk import Batch, Walk, forwards_replaced
 
@@ -45,8 +46,10 @@ def layer_kl(model: nn.Module, arch: Arch, batches: list[Batch], removed: Collec
                     f"bfloat16 or float32 and check its weights."
                 )
             sums_L[index] += divergence_P.double().sum().cpu()
+    total = sum_by_name({"kl": sums_L, "tokens": num_tokens})
+    sums_L = total["kl"]
     sums_L[list(removed)] = torch.inf
-    return sums_L / num_tokens
+    return sums_L / total["tokens"]
 
 
 def choose_layers(
@@ -132,7 +135,7 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
         )
     (group,) = (group for group in arch.select(("ffn",)) if group.layer == layer - 1)
     reader = linear(decoder_layers(model, arch)[layer - 1], group.reader.module)
-    _check_added_as_it_is(Walk(model, arch, batches[:1]), layer - 1, reader)
+    from_first(lambda: _check_added_as_it_is(Walk(model, arch, batches[:1]), layer - 1, reader))
     gram = Gram(reader.in_features, reader.weight.device)
     cross_FD = reader.weight.new_zeros(reader.in_features, reader.out_features, dtype=torch.float32)
     held_out: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -143,7 +146,8 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
         else:
             gram.add_product(x_TF)
             cross_FD += x_TF.float().T @ added_TD
-    change_FD = _solve(damped_gram(gram, damping), cross_FD, layer)
+    sum_tensors([*gram.blocks, cross_FD])
+    change_FD = from_first(lambda: _solve(damped_gram(gram, damping), cross_FD, layer))
     # The guard judges what will be stored, rounding included.
     change_DF = (reader.weight + change_FD.T).to(reader.weight.dtype) - reader.weight.float()
     judged = _judge(held_out, change_DF)
@@ -225,9 +229,9 @@ def _solve(hessian_FF: Float[Tensor, "F F"], cross_FD: Float[Tensor, "F D"], lay
 
 
 def _judge(held_out: dict[str, list[tuple[Tensor, Tensor]]], change_DF: Float[Tensor, "D F"]) -> Guard:
-    errors = {}
+    sums = {}
     for domain, parts in held_out.items():
         added_TD = torch.cat([added_TD for _, added_TD in parts])
         given_TD = torch.cat([x_TF.float() @ change_DF.T for x_TF, _ in parts])
-        errors[domain] = held_out_error(added_TD, given_TD, float(added_TD.square().sum()))
-    return guard(errors)
+        sums[domain] = held_out_sums(added_TD, given_TD, float(added_TD.square().sum()))
+    return guard(held_out_errors(sums))

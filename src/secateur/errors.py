@@ -5,7 +5,8 @@ SecateurError (a ValueError)
  |- ArchError         the model's family or structure
  |- CheckpointError   reading or writing a checkpoint
  |- CalibrationError  calibration text
- `- NumericsError     a non-finite or unsolvable number, with layer, module and domain
+ |- NumericsError     a non-finite or unsolvable number, with layer, module and domain
+ `- RankError         a run of several ranks: one was lost, or they do not run the same
 
 The command line prints the sentence and exits with status 2; anything else is a bug and shows its traceback.
 """
@@ -40,6 +41,10 @@ class CalibrationError(SecateurError):
 
 class NumericsError(SecateurError):
     """A number that must be finite is not, or a system cannot be solved."""
+
+
+class RankError(SecateurError):
+    """One of several ranks was lost, or the ranks do not run the same."""
 
 
 # Below this likeness a name is no slip of the one that was meant.

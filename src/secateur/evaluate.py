@@ -27,6 +27,8 @@ from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks
 from secateur.evaluate_wikitext import wikitext_blocks
 from secateur.output import disk_errors
 from secateur.progress import Progress, silent
+from secateur.ranks import check_same, is_first
+from secateur.ranks_group import joined
 from secateur.recipe import Domain
 from secateur.staged_file import staged_file
 from secateur.summary import versions
@@ -63,6 +65,7 @@ class _Text:
     notes: tuple[str, ...]
 
 
+@joined()
 def evaluate(
     model: str | Path,
     settings: Settings | None = None,
@@ -75,11 +78,12 @@ def evaluate(
 
     The result maps `pruned` (the model) and `dense` (the one against which, if any) to their `domains`, `wikitext2`
     and `tasks` (in lm-eval's own shape), `kl` to the divergence by domain, and `differences` to pruned minus dense
-    with the standard error over the same blocks or questions.
+    with the standard error over the same blocks or questions. Under torchrun or `accelerate launch` every process calls
+    this and gets the result; the ranks share blocks and tasks, and the first one writes.
 
     Raises a SecateurError, one sentence, for everything that a user can correct.
     """
-    settings = settings or Settings()
+    settings, progress = settings or Settings(), progress if is_first() else silent
     pruned = open_subject("pruned", model)
     directory = _output_directory(out, pruned)
     dense = None if against is None else open_subject("dense", against)
@@ -87,6 +91,8 @@ def evaluate(
     if dense is not None:
         _check_comparable(pruned, dense, tokenizer)
     text = _prepare(settings, pruned, tokenizer, progress)
+    models = (each.fingerprint for each in (pruned, dense) if each is not None)
+    check_same({"model": " ".join(models), "text": str([int(ids_NT.sum()) for ids_NT in text.blocks_NT.values()])})
     with disk_errors(directory):
         (directory / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
     cache = PartCache(directory / PARTS_FOLDER)
@@ -110,8 +116,9 @@ def evaluate(
         **measured,
         "versions": versions(),
     }
-    with staged_file(directory / FILE_NAME, overwrite=True) as staged:
-        staged.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if is_first():
+        with staged_file(directory / FILE_NAME, overwrite=True) as staged:
+            staged.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from secateur.checkpoint import Checkpoint
 from secateur.checkpoint_locate import TOKENIZER_FILES
+from secateur.ranks import from_first, is_first
 from secateur.staged_file import staged_file
 
 _READ_BY_LOADING = (
@@ -44,20 +45,25 @@ class PartCache:
         self.directory = directory
 
     def get(self, name: str, depends_on: Part) -> Part | None:
-        """Return the part if it has been computed."""
+        """Return the part if it has been computed. All ranks get what the first one finds."""
         path = self._path(name, depends_on)
-        return json.loads(path.read_text(encoding="utf-8"))["result"] if path.is_file() else None
+        return from_first(lambda: _result(path.read_text(encoding="utf-8")) if path.is_file() else None)
 
     def get_or_compute(self, name: str, depends_on: Part, compute: Callable[[], Part]) -> Part:
-        """Return the part; compute and keep it first if it is new."""
+        """Return the part; compute and keep it first if it is new. All ranks compute together, the first one keeps."""
         found = self.get(name, depends_on)
         if found is None:
             computed = json.dumps({"depends_on": depends_on, "result": compute()}, indent=1, default=str)
-            with staged_file(self._path(name, depends_on), overwrite=True) as staged:
-                staged.write_text(computed + "\n", encoding="utf-8")
-            found = json.loads(computed)["result"]  # a first and a second run then return the very same types
+            if is_first():
+                with staged_file(self._path(name, depends_on), overwrite=True) as staged:
+                    staged.write_text(computed + "\n", encoding="utf-8")
+            found = _result(computed)  # a first and a second run then return the very same types
         return found
 
     def _path(self, name: str, depends_on: Part) -> Path:
         key = hashlib.sha256(json.dumps([name, depends_on], sort_keys=True).encode()).hexdigest()[:16]
         return self.directory / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{key}.json"
+
+
+def _result(text: str) -> Part:
+    return json.loads(text)["result"]

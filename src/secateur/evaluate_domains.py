@@ -22,6 +22,7 @@ from secateur.calibration import CalibrationSet, build_calibration
 from secateur.errors import NumericsError, RecipeError
 from secateur.loss import block_losses
 from secateur.progress import Progress
+from secateur.ranks import size, spread
 from secateur.recipe import Calibration, Domain, load_recipe, parse_recipe
 
 Blocks = dict[str, Tensor]
@@ -96,13 +97,19 @@ def measure_quality(
     tokenizer: PreTrainedTokenizerBase,
     domain: str,
     blocks_NT: Int64[Tensor, "N T"],
-    block_done: Callable[[], None],
+    blocks_done: Callable[[int], None],
 ) -> Quality:
-    """Return the quality on one domain. Raises NumericsError naming the domain if a loss is not finite."""
-    values = []
-    for ids_T in blocks_NT:
-        values.append(float(block_losses(model, arch, ids_T[None]).mean()))
-        block_done()
+    """Return the quality on one domain; ranks share the blocks. `blocks_done` hears of as many at a time as ranks.
+
+    Raises NumericsError naming the domain if a loss is not finite.
+    """
+
+    def mean_loss(ids_T: Tensor) -> float:
+        value = float(block_losses(model, arch, ids_T[None]).mean())
+        blocks_done(size())
+        return value
+
+    values = spread(mean_loss, list(blocks_NT))
     mean = sum(values) / len(values)
     if not math.isfinite(mean):
         raise NumericsError(f"evaluate, domain {domain}: the loss is {mean}; the model gives no finite logits.")

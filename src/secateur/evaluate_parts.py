@@ -18,6 +18,8 @@ from secateur.evaluate_domains import Blocks, measure_quality
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, identity, merge, run_task
 from secateur.kl import DenseStates, final_states, summarise, token_divergences_and_agreements
 from secateur.progress import Progress
+from secateur.ranks import in_turns, own_part, size, spread
+from secateur.ranks_check import placed
 
 
 @dataclass(slots=True)
@@ -33,7 +35,7 @@ class Subject:
     def model(self) -> PreTrainedModel:
         """Return the model, loading it at the first call."""
         if self.loaded is None:
-            self.loaded = load_model(self.checkpoint)
+            self.loaded = placed(load_model(self.checkpoint))
         return self.loaded
 
     def forget(self) -> None:
@@ -57,7 +59,7 @@ class _Count:
     done: int = 0
 
     def move(self, num_steps: int = 1) -> None:
-        self.done += num_steps
+        self.done = min(self.done + num_steps, self.total)
         self.progress(self.stage, self.done, self.total)
 
 
@@ -89,7 +91,10 @@ def quality_parts(
 def dense_states(
     cache: PartCache, dense: Subject, pruned: Subject, blocks_NT: Blocks, progress: Progress
 ) -> DenseStates | None:
-    """Return what KL needs of the dense model for the domains whose KL is not known yet; None if all are."""
+    """Return what KL needs of the dense model for the domains whose KL is not known yet; None if all are.
+
+    Of a rank's own blocks alone.
+    """
     unknown = {
         domain: domain_NT
         for domain, domain_NT in blocks_NT.items()
@@ -101,9 +106,9 @@ def dense_states(
     states: dict[str, list[Tensor]] = {}
     for domain, domain_NT in unknown.items():
         states[domain] = []
-        for ids_T in domain_NT:
+        for ids_T in own_part(list(domain_NT)):
             states[domain].append(final_states(dense.model(), dense.arch, ids_T[None]))
-            count.move()
+            count.move(size())
     return DenseStates(head_of(dense.model(), dense.arch), states)
 
 
@@ -122,14 +127,15 @@ def kl_parts(
 
         def compute(domain: str = domain, domain_NT: Tensor = domain_NT) -> Part:
             assert states is not None
+            dense_head, own_states = states.head, iter(states.states_NPD[domain])
             head = head_of(pruned.model(), pruned.arch)
-            divergences, agreements = [], []
-            for ids_T, dense_PD in zip(domain_NT, states.states_NPD[domain], strict=True):
+
+            def compare(ids_T: Tensor) -> tuple[Tensor, Tensor]:
                 pruned_PD = final_states(pruned.model(), pruned.arch, ids_T[None])
-                found_P = token_divergences_and_agreements(dense_PD, states.head, pruned_PD, head)
-                divergences.append(found_P[0])
-                agreements.append(found_P[1])
-            return dataclasses.asdict(summarise(domain, divergences, agreements))
+                return token_divergences_and_agreements(next(own_states), dense_head, pruned_PD, head)
+
+            pairs = spread(compare, list(domain_NT))
+            return dataclasses.asdict(summarise(domain, *(list(parts) for parts in zip(*pairs, strict=True))))
 
         found[domain] = cache.get_or_compute(f"kl-{domain}", _kl_facts(dense, pruned, domain_NT), compute)
         count.move(len(domain_NT))
@@ -144,25 +150,32 @@ def task_parts(
     options: TaskOptions,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Return the tasks' results in the harness's shape, with `sources` of their rows and `item_scores` by task."""
+    """Return the tasks' results in the harness's shape, with `sources` of their rows and `item_scores` by task.
+
+    Ranks take whole tasks by turns, so a rank asks a task's questions as one process would.
+    """
     sizes = {
         name: min(options.limit or len(task.eval_docs), len(task.eval_docs)) for name, task in loaded.tasks.items()
     }
     count = _Count(progress, f"{subject.which}: questions of tasks", sum(sizes.values()))
     count.move(0)
-    results = {}
-    for name, task in loaded.tasks.items():
-        before = count.done
 
-        def compute(name: str = name, task: Any = task, before: int = before) -> Part:
+    def result_of(name: str) -> Part:
+        before, task = count.done, loaded.tasks[name]
+
+        def compute() -> Part:
             def listen(done: int, total: int) -> None:
                 count.move(before + sizes[name] * done // total - count.done)
 
             return run_task(task, subject.model(), tokenizer, options, listen)
 
         depends_on = {"model": subject.fingerprint, **dataclasses.asdict(options), **identity(task, loaded)}
-        results[name] = cache.get_or_compute(f"task-{name}", depends_on, compute)
+        found = cache.get_or_compute(f"task-{name}", depends_on, compute)
         count.move(before + sizes[name] - count.done)
+        return found
+
+    names = list(loaded.tasks)
+    results = dict(zip(names, in_turns(result_of, names), strict=True))
     item_scores = {name: result["item_scores"] for name, result in results.items()}
     return {**merge(list(results.values()), loaded), "sources": loaded.sources, "item_scores": item_scores}
 

@@ -8,6 +8,7 @@ Letters: T tokens, k experts per token, D hidden size, E experts, F channels of 
 """
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.arch_group import Channels, Group
-from secateur.compensate import GUARD_STEPS, Guard, guard, held_out_error, least_squares
+from secateur.compensate import GUARD_STEPS, Guard, guard, held_out_errors, held_out_sums, least_squares
 from secateur.errors import NumericsError
 from secateur.gram import Gram
 from secateur.obs import greedy_obs
+from secateur.ranks import domains_ended, from_first, gathered, sum_tensors
 from secateur.recipe import Recipe
 from secateur.score import damped_gram
 from secateur.walk import Walk
@@ -32,12 +34,15 @@ Call = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(slots=True)
 class _Observed:
-    """Per expert: the Gram matrix of weight x channels, pooled over domains, and how many tokens chose it."""
+    """Per expert: the Gram matrix of weight x channels, pooled over domains, and how many tokens chose it.
+
+    `samples`: some of every batch's tokens, by the place of the batch among those of all ranks.
+    """
 
     grams: list[Gram]
     num_tokens_E: Tensor
     energy: dict[str, float] = field(default_factory=dict)
-    sample_TD: list[Tensor] = field(default_factory=list)
+    samples: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     held_out: dict[str, list[Call]] = field(default_factory=dict)
 
 
@@ -59,16 +64,25 @@ def prune_expert_channels(
     if num_keep < num_units:
         chosen, refits = [], []
         for expert in range(num_experts):
-            gram = _shrunk(module, channels, expert, seen)
-            weight_DF = _reader(module, channels, expert)
-            keep_K = _select(weight_DF, gram, num_keep, recipe, seed + expert)
+            keep_K, refit = from_first(partial(_narrower, module, channels, expert, seen, num_keep, recipe, seed))
             chosen.append(keep_K)
-            if recipe.compensate == "least_squares":
-                refits.append(least_squares(weight_DF, gram, keep_K, recipe.damping).weight_HS)
+            if refit is not None:
+                refits.append(refit)
         keep_EK = torch.stack(chosen)
         judged = _apply(module, channels, keep_EK, refits, seen.held_out)
         line |= asdict(judged) if judged else {}
     return keep_EK, line
+
+
+def _narrower(
+    module: nn.Module, channels: Channels, expert: int, seen: _Observed, num_keep: int, recipe: Recipe, seed: int
+) -> tuple[Int64[Tensor, " K"], Tensor | None]:
+    """Return an expert's channels that stay, and its reader refitted to them where the recipe compensates so."""
+    gram, weight_DF = _shrunk(module, channels, expert, seen), _reader(module, channels, expert)
+    keep_K = _select(weight_DF, gram, num_keep, recipe, seed + expert)
+    if recipe.compensate != "least_squares":
+        return keep_K, None
+    return keep_K, least_squares(weight_DF, gram, keep_K, recipe.damping).weight_HS
 
 
 def channel_inputs(
@@ -113,12 +127,18 @@ def _observe(
                 seen.held_out.setdefault(batch.domain, []).append(call)
                 continue
             if batch.domain != domain:
-                _fold(seen, current, domain, group, weighting, shares)
+                _fold(seen, current, domains_ended(domain, batch.domain, shares), group, weighting, shares)
                 domain = batch.domain
+            hidden_TD = call[0]
+            place = (list(shares).index(domain) if domain in shares else 0, batch.first_block)
+            seen.samples[place] = hidden_TD[:: max(1, len(hidden_TD) // 64)]
             seen.energy[domain] = seen.energy.get(domain, 0.0) + _add(module, channels, call, current, seen)
     finally:
         handle.remove()
-    _fold(seen, current, domain, group, weighting, shares)
+    _fold(seen, current, domains_ended(domain, "", shares), group, weighting, shares)
+    sum_tensors([seen.num_tokens_E])
+    everyone = {place: sample for part in gathered(seen.samples) for place, sample in part.items()}
+    seen.samples = dict(sorted(everyone.items()))
     return seen
 
 
@@ -126,7 +146,6 @@ def _add(module: Any, channels: Channels, call: Call, current: list[Gram], seen:
     """Add a call's tokens to the experts that they chose; return the energy of what these gave."""
     hidden_TD, chosen_Tk, weights_Tk = call
     energy = 0.0
-    seen.sample_TD.append(hidden_TD[:: max(1, len(hidden_TD) // 64)])
     for expert in chosen_Tk.unique().tolist():
         tokens, places = torch.where(chosen_Tk == expert)
         x_TF = channel_inputs(module, channels, expert, hidden_TD[tokens]) * weights_Tk[tokens, places, None]
@@ -137,19 +156,20 @@ def _add(module: Any, channels: Channels, call: Call, current: list[Gram], seen:
 
 
 def _fold(
-    seen: _Observed, current: list[Gram], domain: str, group: Group, weighting: str, shares: dict[str, float]
+    seen: _Observed, current: list[Gram], domains: list[str], group: Group, weighting: str, shares: dict[str, float]
 ) -> None:
-    if not domain:
-        return
-    energy = seen.energy[domain]
-    if not energy < float("inf"):
-        raise NumericsError(
-            f"layer {group.layer}, {group.reader.module}, domain {domain}: an expert gives NaN or infinite numbers; "
-            f"use the model in bfloat16 or float32 and check its weights."
-        )
-    for mine, theirs in zip(seen.grams, current, strict=True):
-        mine.merge(theirs, 1.0 if weighting == "tokens" else shares[domain] / max(energy, 1e-30))
-        theirs.clear()
+    for domain in domains:
+        total = torch.tensor([seen.energy.get(domain, 0.0)], dtype=torch.float64)
+        sum_tensors([total, *(block for gram in current for block in gram.blocks)])
+        energy = seen.energy[domain] = float(total)
+        if not energy < float("inf"):
+            raise NumericsError(
+                f"layer {group.layer}, {group.reader.module}, domain {domain}: an expert gives NaN or infinite "
+                f"numbers; use the model in bfloat16 or float32 and check its weights."
+            )
+        for mine, theirs in zip(seen.grams, current, strict=True):
+            mine.merge(theirs, 1.0 if weighting == "tokens" else shares[domain] / max(energy, 1e-30))
+            theirs.clear()
 
 
 def _shrunk(module: Any, channels: Channels, expert: int, seen: _Observed) -> Gram:
@@ -161,7 +181,7 @@ def _shrunk(module: Any, channels: Channels, expert: int, seen: _Observed) -> Gr
     num_tokens = int(seen.num_tokens_E[expert])
     if num_tokens >= FEW_TOKENS_PER_CHANNEL * size:
         return own
-    sample_TD = torch.cat(seen.sample_TD)[:NUM_SAMPLED]
+    sample_TD = torch.cat(list(seen.samples.values()))[:NUM_SAMPLED]
     everyone, mixed = Gram(size, own.device), Gram(size, own.device)
     everyone.add_product(channel_inputs(module, channels, expert, sample_TD))
     share = size / (size + num_tokens)
@@ -198,14 +218,15 @@ def _apply(
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for (domain, call), whole, cut in zip(calls, before, masked, strict=True):
         parts.setdefault(domain, []).append((whole, whole - cut, module.forward(*call) - cut))
-    errors = {
-        domain: held_out_error(
+    sums = {
+        domain: held_out_sums(
             torch.cat([lost for _, lost, _ in each]).float(),
             torch.cat([given for _, _, given in each]).float(),
             float(torch.cat([whole for whole, _, _ in each]).float().square().sum()),
         )
         for domain, each in parts.items()
     }
+    errors = held_out_errors(sums)
     judged = guard(errors) if errors else Guard(GUARD_STEPS[0], {}, {})
     _stack(module, channels.down).copy_(torch.lerp(plain.float(), refitted.float(), judged.step).to(plain))
     return judged

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.arch_group import Experts, Group
 from secateur.errors import NumericsError
+from secateur.ranks import from_first, sum_by_name
 from secateur.score import keep_highest
 from secateur.walk import Walk
 
@@ -57,7 +58,9 @@ def observe_routing(walk: Walk, group: Group, *, to_middle: bool) -> dict[str, R
             )
     finally:
         handle.remove()
-    return found
+    total = sum_by_name({name: torch.stack([each.num_tokens_E, each.norms_E]).cpu() for name, each in found.items()})
+    device = next(module.parameters()).device
+    return {name: Routing(*sums_2E.to(device)) for name, sums_2E in total.items()}
 
 
 def expert_scores(
@@ -126,7 +129,7 @@ def prune_experts(
     num_units = len(next(layer.get_submodule(experts.module).parameters()))
     group = dataclasses.replace(group, num_units=num_units)
     routing = observe_routing(walk, group, to_middle=True)
-    scores_E = expert_scores(score, routing, shares, weighting, seed)
+    scores_E = from_first(lambda: expert_scores(score, routing, shares, weighting, seed))
     keep = torch.arange(num_units, device=scores_E.device)
     if num_keep < num_units:
         keep = keep_experts(scores_E, num_keep, experts)

@@ -21,6 +21,7 @@ from secateur.memory import release_freed
 from secateur.modeling_per_layer import skip_sublayer
 from secateur.on_disk import forget_weights
 from secateur.original_readers import OriginalReaders
+from secateur.ranks import from_first, is_first
 from secateur.recipe import Recipe
 from secateur.repair import Repair, repair
 from secateur.score import NEED_GRAM
@@ -106,7 +107,7 @@ def prune_group(
     )
     release_freed()
     measured, weights = _weighted(measured, group, reader, num_keep, recipe, shares)
-    selection = select(layer, group, measured, num_keep, recipe, seed, scores_U)
+    selection = from_first(lambda: select(layer, group, measured, num_keep, recipe, seed, scores_U))
     release_freed()
     columns = rows_of(selection.keep, group.reader.segments, num_units)
     repaired = repair(reader, measured, columns, recipe)
@@ -140,9 +141,12 @@ def _without(
 def _weighted(
     measured: Measurement, group: Group, reader: nn.Linear, num_keep: int, recipe: Recipe, shares: dict[str, float]
 ) -> tuple[Measurement, dict[str, float]]:
-    """Pool the domains' statistics anew where their weights depend on what a cut does to them; return the weights."""
+    """Pool the domains' statistics anew where their weights depend on what a cut does to them; return the weights.
+
+    Only on the first rank, which alone selects and solves.
+    """
     num_units = reader.in_features // group.width
-    if not measured.by_domain or num_keep == num_units:
+    if not measured.by_domain or num_keep == num_units or not is_first():
         return measured, {}
     columns_UW = unit_columns(group.reader.segments, num_units, reader.weight.device)
     weight_HF, weighting = reader.weight.float(), recipe.domain_weighting

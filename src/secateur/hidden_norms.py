@@ -20,6 +20,7 @@ from secateur.errors import NumericsError
 from secateur.hidden_cut import NormKey, hidden_of, norms_of
 from secateur.measure import Measurement
 from secateur.memory import release_freed
+from secateur.ranks import domains_ended
 from secateur.stats import BY_DOMAIN, Statistics, domain_weight
 from secateur.walk import Batch, Walk
 
@@ -55,13 +56,16 @@ class _Gatherer:
             self.held_out.setdefault(batch.domain, []).append(output_TD)
             return
         if batch.domain != self.domain:
-            self.fold()
-            self.domain = batch.domain
+            self.fold_until(batch.domain)
         self.current.update(output_TD, output_TD[:, :0])
 
-    def fold(self) -> None:
-        if not self.domain:
-            return
+    def fold_until(self, begun: str) -> None:
+        for domain in domains_ended(self.domain, begun, self.shares):
+            self.fold(domain)
+        self.domain = begun
+
+    def fold(self, domain: str) -> None:
+        self.current.sum_over_ranks()
         gram = self.current.gram
         assert gram is not None
         # The energy of all readers' outputs, from sums that are there anyway: tr(W G W').
@@ -69,16 +73,16 @@ class _Gatherer:
         if not self.current.is_finite():
             layer, norm = self.key
             raise NumericsError(
-                f"layer {layer}, {norm}, domain {self.domain}: the output holds NaN or infinite numbers; use the model "
+                f"layer {layer}, {norm}, domain {domain}: the output holds NaN or infinite numbers; use the model "
                 f"in bfloat16 or float32 and check its weights."
             )
-        self.energy[self.domain] = float(self.current.energy)
-        self.pooled.merge(self.current, domain_weight(self.weighting, self.shares[self.domain], self.current))
+        self.energy[domain] = float(self.current.energy)
+        self.pooled.merge(self.current, domain_weight(self.weighting, self.shares[domain], self.current))
         self.current.clear()
         release_freed()
 
     def finish(self) -> NormMeasurement:
-        self.fold()
+        self.fold_until("")
         held_out = {name: torch.cat(self.held_out.pop(name)) for name in list(self.held_out)}
         return NormMeasurement(Measurement(self.pooled, self.energy, held_out, {}), self.square_DD)
 

@@ -22,6 +22,7 @@ from secateur.hidden_cut import check_hidden_size, cut_hidden, hidden_of, is_tie
 from secateur.hidden_drift import make_up_for_drift
 from secateur.hidden_norms import NormMeasurement, measured_norms, readers_of
 from secateur.on_disk import LayersOnDisk
+from secateur.ranks import from_first, is_first
 from secateur.recipe import Recipe
 from secateur.repair import repair
 from secateur.score import damped_gram, inverse_of, keep_highest
@@ -49,12 +50,12 @@ def channel_scores(
         pooled, is_head = norm.measured.pooled, key[0] == arch.num_layers
         assert pooled.gram is not None
         refitted = not (is_head and is_tied(model, arch))
-        lost_D = (
-            1 / inverse_of(damped_gram(pooled.gram, recipe.damping)).diagonal() if refitted else pooled.gram.diagonal()
-        )
-        share_D = norm.square_DD.diagonal() * lost_D / pooled.energy.clamp_min(1e-30)
-        scores_D += share_D.cpu()
-    return scores_D
+        if is_first():
+            gram = pooled.gram
+            lost_D = 1 / inverse_of(damped_gram(gram, recipe.damping)).diagonal() if refitted else gram.diagonal()
+            share_D = norm.square_DD.diagonal() * lost_D / pooled.energy.clamp_min(1e-30)
+            scores_D += share_D.cpu()
+    return from_first(lambda: scores_D)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from secateur.calibration import CalibrationSet
 from secateur.journal import Journal
 from secateur.loss import Loss, domain_losses
 from secateur.progress import Progress
+from secateur.ranks import is_first
 from secateur.resolve import Resolved
 from secateur.runlog import RunLog
 from secateur.summary import Losses
@@ -61,8 +62,8 @@ class Job:
         return {domain: Loss(**loss) for domain, loss in found.items()}
 
     def bench(self, which: str) -> Speed | None:
-        """Return the speed, or None where the recipe asks for none."""
-        if not self.resolved.recipe.bench:
+        """Return the speed, or None where the recipe asks for none; the first rank times it while the others rest."""
+        if not self.resolved.recipe.bench or not is_first():
             return None
         with self.log.time("bench"):
             return bench(self.model, progress=self.progress, stage=f"bench {which}")

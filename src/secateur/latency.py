@@ -26,6 +26,7 @@ from secateur.errors import RecipeError
 from secateur.in_memory import restore_buffers
 from secateur.journal import Journal
 from secateur.progress import Progress, silent
+from secateur.ranks import from_first
 from secateur.recipe import MeasuredPrices, Recipe
 
 # Layers that are read again and again must not fit a processor's cache, as a whole model's do not.
@@ -70,7 +71,7 @@ def with_prices(recipe: Recipe, arch: Arch, model: Any, journal: Journal, progre
         log.write({"event": "prices", **prices.model_dump()})
         return prices.model_dump(mode="json")
 
-    return recipe.model_copy(update={"prices": MeasuredPrices(**journal.value("prices", measured))})
+    return recipe.model_copy(update={"prices": MeasuredPrices(**journal.value("prices", lambda: from_first(measured)))})
 
 
 @torch.inference_mode()

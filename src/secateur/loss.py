@@ -6,6 +6,7 @@ Perplexity is exp(nats per token). The head runs on slices of positions, so that
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,6 +16,7 @@ from secateur.arch import Arch, head_of
 from secateur.errors import NumericsError
 from secateur.memory import release_freed
 from secateur.progress import Progress, silent
+from secateur.ranks import size, spread
 
 # Positions per slice of logits: 64 x 150k words x float32 is 38 MB.
 HEAD_POSITIONS = 64
@@ -37,16 +39,25 @@ class Loss:
 def domain_losses(
     model: nn.Module, arch: Arch, blocks_NT: dict[str, Tensor], progress: Progress = silent, stage: str = "evaluate"
 ) -> dict[str, Loss]:
-    """Return each domain's loss. Raises NumericsError naming the domain if a loss is not finite."""
+    """Return each domain's loss; ranks share the blocks and all get the numbers that one process would get.
+
+    Raises NumericsError naming the domain if a loss is not finite.
+    """
     losses: dict[str, Loss] = {}
-    num_blocks, done = sum(len(blocks) for blocks in blocks_NT.values()), 0
-    progress(stage, 0, num_blocks)
+    blocks = [ids_T for domain_NT in blocks_NT.values() for ids_T in domain_NT]
+    done = 0
+    progress(stage, 0, len(blocks))
+
+    def mean_loss(ids_T: Tensor) -> float:
+        nonlocal done
+        value = float(block_losses(model, arch, ids_T[None]).mean())
+        done = min(done + size(), len(blocks))
+        progress(stage, done, len(blocks))
+        return value
+
+    all_values = iter(spread(mean_loss, blocks))
     for domain, domain_NT in blocks_NT.items():
-        values = []
-        for ids_T in domain_NT:
-            values.append(float(block_losses(model, arch, ids_T[None]).mean()))
-            done += 1
-            progress(stage, done, num_blocks)
+        values = list(islice(all_values, len(domain_NT)))
         mean = sum(values) / len(values)
         if not math.isfinite(mean):
             raise NumericsError(f"{stage}, domain {domain}: the loss is {mean}; the model gives no finite logits.")

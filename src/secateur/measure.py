@@ -1,8 +1,8 @@
 """Measure one group: run its layer over all batches and gather the reader's input statistics, domain by domain.
 
-In: the walk standing before the layer. Out: statistics pooled over domains, and the held-out inputs themselves, which
-are fewer numbers than their Gram matrices would be and give exact held-out errors. A domain's own statistics are kept
-only for the weightings that look at it by itself.
+In: the walk standing before the layer. Out: statistics summed over ranks and pooled over domains, and this rank's
+held-out inputs themselves, which are fewer numbers than their Gram matrices would be and give exact held-out errors. A
+domain's own statistics are kept only for the weightings that look at it by itself.
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from secateur.arch import Group, linear
 from secateur.errors import NumericsError
+from secateur.ranks import domains_ended
 from secateur.stats import BY_DOMAIN, Statistics, domain_weight
 from secateur.walk import Batch, Walk
 
@@ -20,7 +21,8 @@ from secateur.walk import Batch, Walk
 class Measurement:
     """`pooled`: statistics weighted over domains. `energy`: sum |y|^2 by domain.
 
-    `held_out_TF`: the reader's inputs by domain, and `held_out_drift_TH` the drift on the same tokens, where asked.
+    `held_out_TF`: this rank's inputs of the reader by domain; `held_out_drift_TH`: where asked, the drift on the same
+    tokens.
     `by_domain`: each domain's own statistics, for the weightings of `stats.BY_DOMAIN` alone.
     """
 
@@ -62,27 +64,31 @@ class _Gatherer:
                 self.held_out_drift.setdefault(batch.domain, []).append(drift_TH)
             return
         if batch.domain != self.domain:
-            self.fold()
-            self.domain = batch.domain
+            self.fold_until(batch.domain)
         self.current.update(x_TF, y_TH if self.reader.bias is None else y_TH - self.reader.bias, drift_TH)
 
-    def fold(self) -> None:
-        if self.domain:
-            if not self.current.is_finite():
-                raise NumericsError(
-                    f"layer {self.group.layer}, {self.group.reader.module}, domain {self.domain}: the input holds NaN "
-                    f"or infinite numbers; use the model in bfloat16 or float32 and check its weights."
-                )
-            weight = domain_weight(self.weighting, self.shares[self.domain], self.current)
-            self.energy[self.domain] = float(self.current.energy)
-            self.pooled.merge(self.current, weight)
-            if self.weighting in BY_DOMAIN:
-                self.by_domain[self.domain], self.current = self.current, self.empty()
-            else:
-                self.current.clear()
+    def fold_until(self, begun: str) -> None:
+        for domain in domains_ended(self.domain, begun, self.shares):
+            self.fold(domain)
+        self.domain = begun
+
+    def fold(self, domain: str) -> None:
+        self.current.sum_over_ranks()
+        if not self.current.is_finite():
+            raise NumericsError(
+                f"layer {self.group.layer}, {self.group.reader.module}, domain {domain}: the input holds NaN "
+                f"or infinite numbers; use the model in bfloat16 or float32 and check its weights."
+            )
+        weight = domain_weight(self.weighting, self.shares[domain], self.current)
+        self.energy[domain] = float(self.current.energy)
+        self.pooled.merge(self.current, weight)
+        if self.weighting in BY_DOMAIN:
+            self.by_domain[domain], self.current = self.current, self.empty()
+        else:
+            self.current.clear()
 
     def finish(self) -> Measurement:
-        self.fold()
+        self.fold_until("")
         # Popped one by one, so that pieces and whole stand together for one domain at a time.
         held_out, drift = (
             {name: torch.cat(pieces.pop(name)) for name in list(pieces)}

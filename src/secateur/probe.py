@@ -4,6 +4,8 @@ In: a model and calibration batches. Out: KL(the model as it was when the probe 
 nats per token over the whole vocabulary. The probe stands before a layer; only that layer and those after it are run.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from secateur.arch import Arch, head_of
 from secateur.depth import states_for_head
 from secateur.errors import NumericsError
 from secateur.kl import KL_POSITIONS, token_divergences
+from secateur.ranks import sum_by_name
 from secateur.walk import Batch, Walk
 
 
@@ -44,13 +47,15 @@ class Probe:
         counts: dict[str, int] = {}
         for batch, logits_PV, now_PD in zip(self._walk.batches, self._logits_PV, self._states(), strict=True):
             divergence_P = token_divergences(logits_PV, nn.Identity(), now_PD, self._head).double()
-            if not bool(divergence_P.isfinite().all()):
-                raise NumericsError(
-                    f"KL of a change from layer {self.position} on, domain {batch.domain}: it is not finite; use the "
-                    f"model in bfloat16 or float32 and check its weights."
-                )
             sums[batch.domain] = sums.get(batch.domain, 0.0) + float(divergence_P.sum())
             counts[batch.domain] = counts.get(batch.domain, 0) + len(divergence_P)
+        sums, counts = sum_by_name(sums), sum_by_name(counts)
+        for domain, total in sums.items():
+            if not math.isfinite(total):
+                raise NumericsError(
+                    f"KL of a change from layer {self.position} on, domain {domain}: it is not finite; use the "
+                    f"model in bfloat16 or float32 and check its weights."
+                )
         # Rounding may leave a divergence a hair below zero.
         return {domain: max(total / counts[domain], 0.0) for domain, total in sums.items()}
 
@@ -65,12 +70,13 @@ class Probe:
 
 
 def first_blocks(batches: list[Batch], num_blocks: int) -> list[Batch]:
-    """Return the first `num_blocks` blocks of each domain among the batches that are not held out."""
+    """Return the first `num_blocks` blocks of each domain among the batches that are not held out.
+
+    Of a rank's batches those that hold some of them, so that all ranks together have the same blocks as one process.
+    """
     chosen: list[Batch] = []
-    left: dict[str, int] = {}
     for batch in (batch for batch in batches if not batch.held_out):
-        count = min(left.setdefault(batch.domain, num_blocks), len(batch.ids_BT))
-        left[batch.domain] -= count
-        if count:
-            chosen.append(Batch(batch.domain, False, batch.ids_BT[:count]))
+        count = min(num_blocks - batch.first_block, len(batch.ids_BT))
+        if count > 0:
+            chosen.append(Batch(batch.domain, False, batch.ids_BT[:count], batch.first_block))
     return chosen

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -27,6 +28,7 @@ from secateur.memory import release_freed
 from secateur.obs import greedy_obs
 from secateur.probe import Probe
 from secateur.progress import Progress, silent
+from secateur.ranks import from_first
 from secateur.score import damped_gram
 from secateur.stats import Statistics
 from secateur.walk import Batch, Walk
@@ -112,8 +114,9 @@ class _Refit:
         columns = rows_of(stays.nonzero().flatten(), self.group.reader.segments, num_units)
         if not len(columns):
             return columns, self.reader.weight[:, columns]
-        fit = least_squares(self.reader.weight.float(), self.gram, columns, self.damping)
-        return columns, fit.weight_HS.to(self.reader.weight.dtype)
+        weight_HF, dtype = self.reader.weight.float(), self.reader.weight.dtype
+        fit = from_first(partial(least_squares, weight_HF, self.gram, columns, self.damping))
+        return columns, fit.weight_HS.to(dtype)
 
 
 def _profile_group(
@@ -127,7 +130,7 @@ def _profile_group(
     assert statistics.gram is not None
     num_units, align, most = reader.in_features // group.width, settings.align, settings.max_levels
     levels = levels_of(group, num_units, align, most)
-    removed_U, errors = _error_curve(group, reader, statistics, levels, settings)
+    removed_U, errors = from_first(lambda: _error_curve(group, reader, statistics, levels, settings))
     refit = _Refit(group, reader, statistics.gram, removed_U, settings.damping)
     all_levels = levels_of(group, num_units, align, most, to_zero=settings.to_zero)
     if database is not None:

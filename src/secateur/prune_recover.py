@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.checkpoint import load, open_checkpoint
 from secateur.errors import RecipeError
 from secateur.progress import Progress
+from secateur.ranks import is_first
+from secateur.ranks_group import meet
 from secateur.recipe import Recipe
 from secateur.recovering import recover
 from secateur.resume import journal_place
@@ -54,11 +56,12 @@ def prune_then_recover(
     try:
         places = {"out": pruned, "overwrite": True}  # a killed run may have left it
         result = prune(model, without, **places, tokenizer=tokenizer, command=command, progress=progress, **options)
+        meet("pruned")  # the first rank is still saving
         assert recipe.recover is not None
         changes = {"recover": recipe.recover.model_dump(mode="json")}
         settings = {"overwrite": overwrite, "command": command, "progress": progress, "name": f"{model}, pruned"}
         recover(pruned, model, changes, out=place, **settings)
     finally:
-        if not journal_place(pruned).exists():
+        if is_first() and not journal_place(pruned).exists():
             shutil.rmtree(folder, ignore_errors=True)
     return dataclasses.replace(result, model=load(place), recipe=recipe, out=Path(out))

@@ -8,8 +8,8 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.arch import bind, decoder_layers
+from secateur.arch import Arch, bind, decoder_layers
 from secateur.arch_numbers import text_config
 from secateur.budget import GroupKey
 from secateur.calibration import CalibrationSet, build_calibration
@@ -39,13 +39,16 @@ from secateur.output import check_free_space, parse_size
 from secateur.progress import Progress, silent
 from secateur.prune_recover import prune_then_recover
 from secateur.pruned_checkpoint import PrunedCheckpoint
+from secateur.ranks import from_first, is_first
+from secateur.ranks_check import check_same_run, placed
+from secateur.ranks_group import joined
 from secateur.recipe import Recipe, as_recipe
 from secateur.report import missing_plots, write_reports
 from secateur.resolve_hidden import check_for, resolve_for
 from secateur.resume import check_calibration, journal_for, note_resumed
 from secateur.run import Keeps, Run
 from secateur.runlog import RunLog
-from secateur.staged_directory import staging
+from secateur.staged_directory import staging_if_any
 from secateur.summary import Losses, Size, Summary, group_widths, versions
 from secateur.verify import Verification, verify_reload
 
@@ -68,6 +71,7 @@ class Result:
     out: Path | None
 
 
+@joined()
 def prune(
     model: PreTrainedModel | str | Path,
     recipe: Recipe | dict[str, Any] | Path | str | None = None,
@@ -88,22 +92,21 @@ def prune(
     `recipe`: a Recipe, a mapping, a YAML file, or None for the defaults. `out`: where to write the checkpoint; it
     appears complete or not at all. `resume`: go on from what an interrupted run of the same inputs has finished, which
     lies in a hidden directory beside `out`; from the beginning if there is none. `tell` gets a line of text about that.
-    `command`: how to repeat the run, for the model card.
+    `command`: how to repeat the run, for the model card. Under torchrun every process calls this and gets the same
+    model; the first one writes, and alone times and verifies.
     Raises a SecateurError, one sentence, for everything that a user can correct.
     """
+    progress = progress if is_first() else silent
     parsed = as_recipe(recipe)
     if parsed.recover is not None:
         options = {"resume": resume, "tell": tell}
         return prune_then_recover(prune, model, parsed, out, tokenizer, overwrite, command, progress, options)
     parse_size("max_shard_size", parsed.max_shard_size)
-    checkpoint, shape = _opened(model, tokenizer)
-    arch, size = bind(shape), Size.of(shape)
-    check_for(parsed, shape)
-    if checkpoint is not None:
-        check_weights(checkpoint, shape)
+    checkpoint, shape, arch = _opened(model, tokenizer, parsed)
+    size = Size.of(shape)
     protected = None if checkpoint is None else checkpoint.directory
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
-    target = nullcontext() if place is None else staging(place, overwrite=overwrite, protected=protected)
+    target = staging_if_any(place, overwrite=overwrite, protected=protected)
     kept = journal_for(place, parsed, checkpoint, log, resume=resume, overwrite=overwrite, tell=tell)
     with kept as journal, target as directory:
         if directory is not None:
@@ -115,12 +118,14 @@ def prune(
         on_disk = plan_memory(resolved, arch, shape.config, size, can_map=can_map).weights_on_disk
         with log.time("calibration"):
             tokenizer = _tokenizer(checkpoint) if tokenizer is None else tokenizer
-            calibration = _calibrate(resolved.recipe, tokenizer, progress)
+            calibration = from_first(partial(_calibrate, resolved.recipe, tokenizer, progress))
         with log.time("load"):
             loaded, notes = _loaded(checkpoint, shape, mapped=on_disk)
-        resolved = dataclasses.replace(resolved, warnings=resolved.warnings + notes)
+            resolved = dataclasses.replace(resolved, warnings=resolved.warnings + notes)
+            check_same_run(loaded, resolved)
         with log.time("calibration"):
-            calibration = with_sampled(calibration, loaded, tokenizer, resolved.recipe.seed, progress)
+            drawn = partial(with_sampled, calibration, loaded, tokenizer, resolved.recipe.seed, progress)
+            calibration = from_first(drawn)
             check_calibration(journal, calibration.content_hash, place)
         name = loaded.config._name_or_path or type(loaded).__name__ if checkpoint is None else checkpoint.reference
         job = Job(str(name), command, loaded, tokenizer, arch, resolved, calibration, log, journal, progress, on_disk)
@@ -130,14 +135,23 @@ def prune(
 
 
 def _opened(
-    model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[Checkpoint | None, PreTrainedModel]:
-    """Return the checkpoint, None of a model in memory; and the model, that of a checkpoint without its weights."""
+    model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe
+) -> tuple[Checkpoint | None, PreTrainedModel, Arch]:
+    """Return the checkpoint, None of a model in memory, and the model, that of a checkpoint without its weights.
+
+    Raises a SecateurError if the recipe does not fit the model, or files do not fit their config.
+    """
     if isinstance(model, str | Path):
         checkpoint = open_checkpoint(model)
-        return checkpoint, meta_model(checkpoint.config)
-    check_in_memory(model, tokenizer)
-    return None, model
+        model = meta_model(checkpoint.config)
+    else:
+        check_in_memory(model, tokenizer)
+        checkpoint = None
+    arch = bind(model)
+    check_for(recipe, model)
+    if checkpoint is not None:
+        check_weights(checkpoint, model)
+    return checkpoint, model, arch
 
 
 def _tokenizer(checkpoint: Checkpoint | None) -> PreTrainedTokenizerBase:
@@ -150,9 +164,9 @@ def _loaded(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Return the model with its weights, and what was changed of one in memory."""
     if checkpoint is not None:
-        return load_model(checkpoint, mapped=mapped), ()
+        return placed(load_model(checkpoint, mapped=mapped)), ()
     check_finite(model)
-    return model, restore_buffers(model)
+    return placed(model), restore_buffers(model)
 
 
 def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tuple[int, ...], Keeps, Summary]:

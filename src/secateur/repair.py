@@ -7,15 +7,17 @@ Letters: H reader outputs, F reader inputs, S inputs that stay.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from secateur.compensate import Guard, guard, held_out_error, least_squares, mean_shift
+from secateur.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares, mean_shift
 from secateur.gram import exact_product_precision
 from secateur.measure import Measurement
 from secateur.memory import release_freed
+from secateur.ranks import from_first
 from secateur.recipe import Recipe
 
 
@@ -45,7 +47,7 @@ def repair(
     old_HS = weight_HF[:, columns]
     if recipe.compensate == "none":
         return Repair(guard=_judge(weight_HF, columns, measured, old_HS, old_HS))
-    shift_H = mean_shift(weight_HF, measured.pooled.mean_F, columns).to(dtype).float()
+    shift_H = from_first(lambda: mean_shift(weight_HF, measured.pooled.mean_F, columns)).to(dtype).float()
     judged = _judge(weight_HF, columns, measured, old_HS, old_HS, shift_H=shift_H)
     return Repair(bias_H=judged.step * shift_H, guard=judged)
 
@@ -58,7 +60,8 @@ def _least_squares(
     gram, best, best_error = measured.pooled.gram, Repair(), torch.inf
     assert gram is not None
     for factor in recipe.damping_factors:
-        fit = least_squares(weight_HF, gram, columns, recipe.damping * factor, measured.pooled.cross_FH, mix)
+        damping, cross_FH = recipe.damping * factor, measured.pooled.cross_FH
+        fit = from_first(partial(least_squares, weight_HF, gram, columns, damping, cross_FH, mix))
         release_freed()
         # The guard judges what will be stored, rounding included.
         old_HS, new_HS = weight_HF[:, columns], fit.weight_HS.copy_(fit.weight_HS.to(dtype))
@@ -84,7 +87,7 @@ def _judge(
     is_gone[columns] = False
     gone = is_gone.nonzero().flatten()
     gone_HC = weight_HF[:, gone]
-    change_SH, errors = (new_HS - old_HS).T, {}
+    change_SH, sums = (new_HS - old_HS).T, {}
     for name, x_TF in measured.held_out_TF.items():
         dtype, x_TF = x_TF.dtype, x_TF.float()
         with exact_product_precision(dtype):
@@ -95,5 +98,5 @@ def _judge(
             given_TH += shift_H
         if mix:
             lost_TH.add_(measured.held_out_drift_TH[name], alpha=mix)
-        errors[name] = held_out_error(lost_TH, given_TH, energy)
-    return guard(errors)
+        sums[name] = held_out_sums(lost_TH, given_TH, energy)
+    return guard(held_out_errors(sums))

@@ -19,6 +19,7 @@ from secateur.errors import CheckpointError, NumericsError, RecipeError
 from secateur.fingerprint import weight_digests
 from secateur.journal import Journal
 from secateur.output import disk_errors
+from secateur.ranks import is_first
 from secateur.recipe import Recipe
 from secateur.runlog import RunLog
 from secateur.staged_directory import check_replaceable, make_hidden, missing_parents, remove_empty
@@ -54,6 +55,8 @@ def journal_for(
                 "resume: only a run that writes to out and reads its model from files can go on; give both as paths, "
                 "or leave resume out."
             )
+        return nullcontext(Journal(log))
+    if not is_first():
         return nullcontext(Journal(log))
     options = {"resume": resume, "overwrite": overwrite, "protected": checkpoint.directory, "tell": tell}
     return journal_beside(out, inputs_of(recipe, checkpoint), log, **options)

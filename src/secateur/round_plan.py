@@ -3,6 +3,7 @@
 In: a run whose model stands where the round begins, the round's batches. Out: the plan. Nothing is cut.
 """
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ from secateur.budget_search import SearchSettings, search_plan
 from secateur.level_database import LevelDatabase
 from secateur.measure import measure
 from secateur.profile import ProfileSettings, profile
+from secateur.ranks import from_first
 from secateur.run import Run
 from secateur.score import NEED_GRAM
 from secateur.selection import unit_scores
@@ -55,7 +57,8 @@ def _planned(
     least = least_keep(resolved.groups, recipe.align, recipe.min_keep, to_zero=recipe.sublayers)
     if recipe.budget == "global":
         scores = scores or _scores(run, number, batches)
-        return global_plan(resolved.groups, scores, prices, remove, recipe.align, min_keep=least)
+        align, found = recipe.align, scores
+        return from_first(lambda: global_plan(resolved.groups, found, prices, remove, align, min_keep=least))
     with TemporaryDirectory(prefix="levels-", dir=run.scratch) as folder:
         database = LevelDatabase(Path(folder)) if recipe.budget == "search" else None
         profiles = profile(
@@ -67,7 +70,9 @@ def _planned(
             database=database,
             progress=run.progress,
         )
-        plan = curve_plan(resolved.groups, profiles, prices, remove, min_keep=least, max_rise=max_rise)
+        plan = from_first(
+            lambda: curve_plan(resolved.groups, profiles, prices, remove, min_keep=least, max_rise=max_rise)
+        )
         predicted = predicted_rise(profiles, plan.num_keep)
         run.log({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
         if database is None:
@@ -155,7 +160,8 @@ def _scores(run: Run, number: int, batches: list[Batch]) -> dict[GroupKey, Tenso
             is_last = group is mine[-1]
             measured = measure(walk, group, weighting, run.shares, gram=recipe.score in NEED_GRAM, to_end=is_last)
             seed = layer_seed(recipe.seed, number, index)
-            scores[index, group.name] = unit_scores(walk.layers[index], group, measured, recipe, seed)
+            found = partial(unit_scores, walk.layers[index], group, measured, recipe, seed)
+            scores[index, group.name] = from_first(found)
         if not mine:
             walk.advance(index)
         run.progress("score", index + 1, run.arch.num_layers)

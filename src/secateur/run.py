@@ -15,6 +15,7 @@ from secateur.calibration import CalibrationSet, rotated
 from secateur.journal import Journal
 from secateur.original_readers import OriginalReaders
 from secateur.progress import Progress, silent
+from secateur.ranks import own_part
 from secateur.resolve import Resolved
 from secateur.walk import Batch, make_batches
 
@@ -59,10 +60,11 @@ class Run:
         return {domain.name: domain.held_out_NT for domain in self.calibration.domains}
 
     def batches(self, number: int) -> list[Batch]:
-        """Return what round `number` (from 1) measures on, held-out batches marked."""
+        """Return what round `number` (from 1) measures on, held-out batches marked; a rank's own part of it."""
         device: torch.device = next(self.model.parameters()).device
         batches: list[Batch] = []
         for domain in rotated(self.calibration, number - 1).domains:
             batches += make_batches(domain.name, domain.calibration_NT.to(device), held_out=False)
             batches += make_batches(domain.name, domain.held_out_NT.to(device), held_out=True)
-        return batches
+        # Dealt out whole, so that every hidden state is, bit for bit, what one process computes.
+        return own_part(batches)

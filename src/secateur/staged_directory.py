@@ -7,11 +7,12 @@ half-written OUT), which the next run for the same OUT removes.
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from secateur.errors import CheckpointError
 from secateur.output import disk_errors
+from secateur.ranks import from_first, is_first, size
 from secateur.whole_file import sync
 
 
@@ -44,6 +45,16 @@ def staging(out: Path, *, overwrite: bool, protected: Path | None = None) -> Ite
         if not done:
             shutil.rmtree(staged, ignore_errors=True)
             remove_empty(made)
+
+
+def staging_if_any(out: Path | None, *, overwrite: bool, protected: Path | None) -> AbstractContextManager[Path | None]:
+    """Return `staging` on the rank that writes; where nothing is to be written, a context that gives None."""
+    if out is None:
+        return nullcontext()
+    # What is wrong with `out` is said before the others begin to wait for the first rank.
+    if size() > 1:
+        from_first(lambda: check_replaceable(out, overwrite=overwrite, protected=protected))
+    return staging(out, overwrite=overwrite, protected=protected) if is_first() else nullcontext()
 
 
 def missing_parents(out: Path) -> list[Path]:

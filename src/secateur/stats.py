@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.gram import PIECE_TOKENS, Gram, exact_product_precision
+from secateur.ranks import sum_tensors
 
 # Weightings that look at each domain by itself, and so need its statistics kept.
 BY_DOMAIN = frozenset({"minimax", "cvar"})
@@ -69,6 +70,15 @@ class Statistics:
             self.gram.merge(other.gram, weight)
         if self.cross_FH is not None and other.cross_FH is not None:
             self.cross_FH.add_(other.cross_FH, alpha=weight)
+
+    def sum_over_ranks(self) -> None:
+        """Become the sums over all ranks' tokens. Of the Gram matrix only the triangle that is stored travels."""
+        mass = torch.tensor([self.mass], dtype=torch.float64)
+        tensors = [self.sum_F, self.sum_squares_F, self.energy]
+        tensors += [] if self.gram is None else self.gram.blocks
+        tensors += [] if self.cross_FH is None else [self.cross_FH]
+        sum_tensors([mass, *tensors])
+        self.mass = float(mass)
 
     def clear(self) -> None:
         """Forget every token, keeping the memory."""

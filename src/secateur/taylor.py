@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from secateur.arch import Arch, Group, Segments, decoder_layers, head_of, linear
 from secateur.errors import NumericsError
+from secateur.ranks import sum_by_name, sum_tensors
 from secateur.walk import Arguments, Batch
 
 # Positions per slice of logits: 64 x 150k words x float32, logits and their gradient, is 77 MB.
@@ -54,7 +55,7 @@ def taylor_scores(
     """
     layers, calls = decoder_layers(model, arch), _Calls()
     batches = [batch for batch in batches if not batch.held_out]
-    num_tokens = sum(batch.ids_BT[:, 1:].numel() for batch in batches)
+    num_tokens = sum_by_name({"tokens": sum(batch.ids_BT[:, 1:].numel() for batch in batches)})["tokens"]
     scores: dict[tuple[int, str], Tensor] = {}
     with _frozen(model), torch.enable_grad():
         passes = [_forward(model, arch, batch, calls) for batch in batches]
@@ -140,6 +141,7 @@ def _backward(layer: nn.Module, index: int, groups: list[Group], passes: list[_P
         each.gradient_BTD = below
         for total, gradient in zip(sums.values(), found, strict=True):
             total += gradient
+    sum_tensors(list(sums.values()))
     for name, parameter in parameters.items():
         parameter.requires_grad_(False)
         if not torch.isfinite(sums[name]).all():

@@ -24,17 +24,22 @@ BATCH_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Blocks of one domain. `held_out` ones feed the guard and the evaluation, never a statistic."""
+    """Blocks of one domain. `held_out` ones feed the guard and the evaluation, never a statistic.
+
+    `first_block`: the number of its first block among the domain's, of which a rank has only some.
+    """
 
     domain: str
     held_out: bool
     ids_BT: Tensor
+    first_block: int = 0
 
 
 def make_batches(domain: str, ids_NT: Tensor, *, held_out: bool, batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
     """Split a domain's blocks into batches of at most `batch_tokens` tokens (at least one block each)."""
     size = max(1, batch_tokens // ids_NT.shape[1])
-    return [Batch(domain, held_out, ids_BT) for ids_BT in ids_NT.split(size)]
+    parts = enumerate(ids_NT.split(size))
+    return [Batch(domain, held_out, ids_BT, number * size) for number, ids_BT in parts]
 
 
 class Walk:

@@ -9,6 +9,7 @@ import sys
 
 from secateur.cli import bench, compare, evaluate, export, prune, recover, report
 from secateur.cli.app import app
+from secateur.cli.launched import last_word, launched
 from secateur.cli.stopping import STOPPED_BY, stoppable
 from secateur.errors import SecateurError
 
@@ -18,16 +19,23 @@ __all__ = ["app", "bench", "compare", "evaluate", "export", "main", "prune", "re
 def main() -> None:
     """Run the command line."""
     try:
-        with stoppable():
+        with stoppable(), launched():
             app()
     except SecateurError as error:
-        print(f"secateur: {error}", *(f"secateur: {note}." for note in _notes(error)), sep="\n", file=sys.stderr)
+        _say(f"{error}", *(f"{note}." for note in _notes(error)))
         sys.exit(2)
     except SystemExit as end:
         if end.code in STOPPED_BY:
-            print(f"secateur: {'; '.join(['interrupted', *_notes(end)])}.", file=sys.stderr)
+            _say(f"{'; '.join(['interrupted', *_notes(end)])}.")
         raise
 
 
 def _notes(error: BaseException) -> list[str]:
     return getattr(error, "__notes__", [])
+
+
+def _say(*sentences: str) -> None:
+    """Print why the run ends: once, however many ranks end with it."""
+    said = last_word("\nsecateur: ".join(sentences))
+    if said is not None:
+        print(f"secateur: {said}", file=sys.stderr)

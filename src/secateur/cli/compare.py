@@ -24,11 +24,14 @@ def compare(
     """Run a grid of methods, ratios and seeds; an interrupted one goes on where it stopped."""
     from secateur.compare import compare as run_study
     from secateur.compare_page import rows_of, verdict
+    from secateur.ranks import is_first
     from secateur.study import load_study
 
     parsed = load_study(study, small=small, model=model)
-    with progress_bar(enabled=not (quiet or as_json)) as progress:
+    with progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
         found = run_study(parsed, out, progress)
+    if not is_first():
+        return
     if as_json:
         print(json.dumps([dataclasses.asdict(cell) for cell in found], indent=2))
         return

@@ -49,6 +49,7 @@ def evaluate(
     from secateur.evaluate import evaluate as evaluate_model
     from secateur.evaluate_table import evaluation_table
     from secateur.evaluate_tasks import TaskOptions
+    from secateur.ranks import is_first
 
     settings = Settings(
         domains=domains,
@@ -60,8 +61,10 @@ def evaluate(
         task_options=TaskOptions(limit, num_fewshot, batch_size),
         tasks_data=tasks_data,
     )
-    with progress_bar(enabled=not (quiet or as_json)) as progress:
+    with progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
         result = evaluate_model(model, settings, against=against, out=out, progress=progress)
+    if not is_first():
+        return
     if as_json:
         print(json.dumps(result, indent=2))
         return

@@ -101,9 +101,10 @@ def demo(
 def _prune(model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:
     # Imported here so that --help and option errors do not wait for torch.
     from secateur.pruning import prune as prune_model
+    from secateur.ranks import is_first
     from secateur.tables import summary_table
 
-    with progress_bar(enabled=not (quiet or as_json)) as progress:
+    with progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
         result = prune_model(
             model,
             recipe,
@@ -114,6 +115,8 @@ def _prune(model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bo
             progress=progress,
             tell=tell,
         )
+    if not is_first():
+        return
     if as_json:
         print(result.summary.to_json(), end="")
         return

@@ -1,0 +1,48 @@
+"""Before the first forward pass of several ranks: each has its model on its own device, and all have the same one.
+
+In: a loaded model, the resolved recipe. Out: the model in its place, or an error. Nothing happens in one process.
+"""
+
+import hashlib
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from secateur.ranks import check_same, size
+from secateur.ranks_group import rank_device
+from secateur.recipe import dump_recipe
+from secateur.resolve import Resolved
+from secateur.summary import versions
+
+# Of every parameter so many numbers are looked at: another revision differs in them, and no file is read whole.
+NUM_SAMPLED = 64
+
+
+def placed(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model, moved to this rank's GPU if there are ranks and GPUs."""
+    if size() == 1 or rank_device().type == "cpu":
+        return model
+    return model.to(rank_device())  # type: ignore[arg-type]
+
+
+def check_same_run(model: PreTrainedModel, resolved: Resolved) -> None:
+    """Raise RankError if another rank has another recipe, model, precision or version of the packages."""
+    if size() == 1:
+        return
+    check_same(
+        {
+            "recipe": dump_recipe(resolved.recipe),
+            "model (config.json)": str({**model.config.to_dict(), "_name_or_path": ""}),
+            "model (weights)": _digest(model),
+            "set of installed versions": str(versions()),
+        }
+    )
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        first = parameter.detach().flatten()[:NUM_SAMPLED].to("cpu", torch.float64)
+        digest.update(name.encode() + str((parameter.dtype, tuple(parameter.shape))).encode() + first.numpy().tobytes())
+    return digest.hexdigest()
