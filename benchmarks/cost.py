@@ -31,6 +31,7 @@ from secateur.calibration import CalibrationSet, build_calibration
 from secateur.checkpoint import load_model, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.loop import prune_in_place
+from secateur.memory import release_freed
 from secateur.output import save_checkpoint
 from secateur.recipe import parse_recipe
 from secateur.resolve import Resolved
@@ -98,6 +99,7 @@ def measure_memory(directory: Path, settings: dict[str, Any]) -> dict[str, int]:
     """Prune in this process while a thread samples resident memory; return the peak and the start."""
     warm_up(load_tokenizer(open_checkpoint(directory)))
     gc.collect()
+    release_freed()  # else what the warm-up freed counts as held, or not, from run to run
     before, peak, stop = resident(), {"RssAnon": 0, "RssFile": 0, "sum": 0}, threading.Event()
 
     def sample() -> None:

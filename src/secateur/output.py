@@ -114,7 +114,8 @@ class disk_errors:  # reads as a statement: with disk_errors(place):
         number = error.errno if isinstance(error, OSError) else int(rust[1]) if rust else None
         if number not in _DISK_ERRORS:
             return
-        named = error.filename if isinstance(error, OSError) else None
+        # Of a copy the second is where it was written to.
+        named = (error.filename2 or error.filename) if isinstance(error, OSError) else None
         place = re.sub(r"\.([^/]+)\.(partial-\d+|resume)", r"\1", str(named or self.place))  # hidden names say nothing
         raise CheckpointError(f"{place}: {_DISK_ERRORS[number]}.") from None
 
