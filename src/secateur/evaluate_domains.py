@@ -22,7 +22,7 @@ from secateur.calibration import CalibrationSet, build_calibration
 from secateur.errors import NumericsError, RecipeError
 from secateur.loss import block_losses
 from secateur.progress import Progress
-from secateur.ranks import size, spread
+from secateur.ranks import spread
 from secateur.recipe import Calibration, Domain, load_recipe, parse_recipe
 
 Blocks = dict[str, Tensor]
@@ -97,16 +97,16 @@ def measure_quality(
     tokenizer: PreTrainedTokenizerBase,
     domain: str,
     blocks_NT: Int64[Tensor, "N T"],
-    blocks_done: Callable[[int], None],
+    block_done: Callable[[], None],
 ) -> Quality:
-    """Return the quality on one domain; ranks share the blocks. `blocks_done` hears of as many at a time as ranks.
+    """Return the quality on one domain; ranks share the blocks. `block_done` hears of those of this rank.
 
     Raises NumericsError naming the domain if a loss is not finite.
     """
 
     def mean_loss(ids_T: Tensor) -> float:
         value = float(block_losses(model, arch, ids_T[None]).mean())
-        blocks_done(size())
+        block_done()
         return value
 
     values = spread(mean_loss, list(blocks_NT))

@@ -6,6 +6,7 @@ In: one or two models, known by the fingerprint of their files and loaded when a
 import dataclasses
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -79,7 +80,8 @@ def quality_parts(
         before = count.done
 
         def compute(domain: str = domain, domain_NT: Tensor = domain_NT) -> Part:
-            quality = measure_quality(subject.model(), subject.arch, tokenizer, domain, domain_NT, count.move)
+            done = partial(count.move, size())  # each rank has as many, but for one
+            quality = measure_quality(subject.model(), subject.arch, tokenizer, domain, domain_NT, done)
             return dataclasses.asdict(quality)
 
         depends_on = {"model": subject.fingerprint, **_facts(domain_NT)}
