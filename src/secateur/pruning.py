@@ -101,7 +101,6 @@ def prune(
     if parsed.recover is not None:
         options = {"resume": resume, "tell": tell}
         return prune_then_recover(prune, model, parsed, out, tokenizer, overwrite, command, progress, options)
-    parse_size("max_shard_size", parsed.max_shard_size)
     checkpoint, shape, arch = _opened(model, tokenizer, parsed)
     size = Size.of(shape)
     protected = None if checkpoint is None else checkpoint.directory
@@ -142,6 +141,7 @@ def _opened(
 
     Raises a SecateurError if the recipe does not fit the model, or files do not fit their config.
     """
+    parse_size("max_shard_size", recipe.max_shard_size)
     if isinstance(model, str | Path):
         checkpoint = open_checkpoint(model)
         model = meta_model(checkpoint.config)
