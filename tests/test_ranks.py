@@ -13,6 +13,7 @@ import torch
 import yaml
 from models import tiny_ids
 from ranks_child import main as run_jobs
+from run_cli import run_cli
 from run_ranks import run_ranks, start_ranks
 from safetensors.torch import load_file
 
@@ -154,7 +155,8 @@ def test_a_mistake_is_said_once(checkpoints, recipe, tmp_path):
 def test_a_command_for_one_process_says_so_once(checkpoints):
     status, _, stderr = run_ranks(2, "-m", "secateur", "inspect", checkpoints["llama"])
     assert status != 0
-    assert stderr.count("secateur: inspect: runs in one process, got 2 ranks") == stderr.count("secateur: ") == 1
+    assert stderr.count("secateur: inspect: runs in one process, got 2 ranks") == 1
+    assert stderr.count("secateur: ") == 1
 
 
 @pytest.mark.slow
@@ -171,11 +173,16 @@ def test_a_lost_rank_ends_the_others(checkpoints, recipe, tmp_path, lost):
         victim.kill()
         _, stderr = process.communicate(timeout=30)
     assert process.returncode != 0
-    assert stderr.count(f"secateur: rank {lost} of 2 was lost, so all ranks end") == stderr.count("secateur: ") == 1
+    assert stderr.count(f"secateur: rank {lost} of 2 was lost, so all ranks end") == 1
+    assert "--resume" in stderr
     assert not out.exists()
     # Only the killed rank itself could not clear up.
     assert len(list(tmp_path.glob(".out.partial-*"))) == (1 if lost == 0 else 0)
     assert not any(psutil.pid_exists(child.pid) and child.is_running() for child in children)
+    if lost == 1:  # and another number of ranks does
+        again = run_cli(*command_of(checkpoints["llama"], long, out)[2:], "--resume")
+        assert again.status == 0, again.stderr
+        assert "resumed: " in (out / "run.jsonl").read_text(encoding="utf-8")
 
 
 def wait_for_log_lines(place: Path, num_lines: int, process: subprocess.Popen[str]) -> None:

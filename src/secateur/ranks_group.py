@@ -144,7 +144,8 @@ def lost_text(reason: str = "") -> str:
     said = f" ({reason})" if reason and not lost else ""
     return (
         f"rank {which} was lost{said}, so all ranks end and nothing half-written is left; look for why in its own "
-        f"output (out of memory, a signal, its machine), then run the same command again."
+        f"output (out of memory, a signal, its machine), then run the same command again "
+        f"(prune with --resume goes on)."
     )
 
 
