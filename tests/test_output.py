@@ -206,7 +206,8 @@ sys.path.insert(0, {tests!r})
 from models import tiny_llama
 from tiny_tokenizer import tiny_tokenizer
 from secateur.errors import CheckpointError
-from secateur.output import save_checkpoint, staging
+from secateur.output import save_checkpoint
+from secateur.staged_directory import staging
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for limit in (100, 5000, 100_000):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
