@@ -27,8 +27,8 @@ from secateur.recovering import recover
 CALIBRATION_TOKENS, EVALUATION_BLOCKS = 49_152, 4
 ROWS: dict[str, dict[str, Any]] = {
     "ours": {},
+    "both": {"stages": ["blocks", "logits"]},
     "blocks": {"stages": ["blocks"]},
-    "logits": {"stages": ["logits"]},
     "lora-kl": {"stages": ["logits"], "logits": {"train": "lora"}},
     "lora-ce": {"stages": ["logits"], "logits": {"train": "lora", "kl_share": 0.0}},
 }

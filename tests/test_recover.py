@@ -24,7 +24,7 @@ from secateur.recover_stages import Work, judged, run_stages
 from secateur.recovering import recover
 
 SMALL = {"blocks": {"batch_tokens": 128}, "logits": {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2}}
-BOTH = {"recover": {"num_tokens": 4096, "blocks_share": 0.5, **SMALL}}
+BOTH = {"recover": {"num_tokens": 4096, "stages": ["blocks", "logits"], "blocks_share": 0.5, **SMALL}}
 WEIGHTS = "model.safetensors"
 
 

@@ -24,7 +24,7 @@ def asked(recipe) -> Recipe:
 
 
 def settings(**changes) -> RecoverySettings:
-    small = {"blocks": {"batch_tokens": 64}, "logits": {"batch_tokens": 128}}
+    small = {"stages": ["blocks", "logits"], "blocks": {"batch_tokens": 64}, "logits": {"batch_tokens": 128}}
     return RecoverySettings.model_validate({"num_tokens": 4096, "blocks_share": 0.25, **small, **changes})
 
 

@@ -46,8 +46,8 @@ class LogitSettings(_Strict):
     report_to: as transformers' Trainer has it: tensorboard, trackio, wandb, ...
     """
 
-    learning_rate: Positive = 2e-4
-    batch_tokens: Count = 1024
+    learning_rate: Positive = 1e-4
+    batch_tokens: Count = 512
     blocks_per_device: Count = 2
     kl_share: Share = 1.0
     temperature: Positive = 1.0
@@ -81,14 +81,15 @@ class TaskSettings(_Strict):
 class RecoverySettings(_Strict):
     """Recovery: which stages, on how many tokens.
 
-    num_tokens: of all stages and domains together. blocks_share: of them for the block-wise stage, if there are two.
+    num_tokens: of all stages and domains together. blocks_share: of them for the block-wise stage, if there are two; it
+    is for models that cannot be trained whole, since tokens win more in the logit stage.
     held_out_blocks: per domain, to judge every stage. domain_weighting: `shares`, or `lost`: each domain's loss counts
     as its held-out KL before over the mean of all, so that the domains that lost most are made up for most.
     evaluation: tasks before and after; they change nothing of the training.
     """
 
     num_tokens: Count = 300_000
-    stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = ("blocks", "logits")
+    stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = ("logits",)
     blocks_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     held_out_blocks: Count = 4
     domain_weighting: RecoveryWeightingName = "shares"
