@@ -12,6 +12,8 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
+from families import tiny_family
 from models import tiny_llama
 from run_cli import run_cli
 from safetensors.torch import load_file, save_file
@@ -35,6 +37,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "hidden width": {"hidden_size": 40},
     "bias": {"compensate": "bias"},
     "on disk": {"memory_budget": "", "rounds": 2},
+    "global": {"budget": "global"},
+    "search": {"budget": "search", "generations": 2, "offspring": 2},
+    "experts in bfloat16": {"groups": ["experts"], "rounds": 2, "align": 1},
+    "channels inside experts": {"groups": ["expert_ffn"], "rounds": 2},
 }
 
 
@@ -68,14 +74,23 @@ def weights(out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def expected(checkpoints, recipe, tmp_path_factory) -> Callable[[str], Path]:
+def mixtral(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("mixtral")
+    tiny_family("mixtral").to(torch.bfloat16).save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoints, mixtral, recipe, tmp_path_factory) -> Callable[[str], Path]:
     """Where an uninterrupted run of a recipe has written."""
     found: dict[str, Path] = {}
 
     def of(name: str) -> Path:
         if name not in found:
             found[name] = tmp_path_factory.mktemp("expected") / "out"
-            secateur.prune(checkpoints["llama"], asked(name, checkpoints["llama"], recipe), out=found[name])
+            model = mixtral if "experts" in name else checkpoints["llama"]
+            secateur.prune(model, asked(name, model, recipe), out=found[name])
         return found[name]
 
     return of
@@ -114,13 +129,14 @@ class stopped_after:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_run_stopped_after_any_step_ends_with_the_same_bytes(name, checkpoints, recipe, expected, tmp_path):
-    wanted, out = asked(name, checkpoints["llama"], recipe), tmp_path / "out"
+def test_a_run_stopped_after_any_step_ends_with_the_same_bytes(name, checkpoints, mixtral, recipe, expected, tmp_path):
+    model, out = mixtral if "experts" in name else checkpoints["llama"], tmp_path / "out"
+    wanted = asked(name, model, recipe)
     num_stops = 0
     while not out.exists():
         try:
             with stopped_after(3):
-                secateur.prune(checkpoints["llama"], wanted, out=out, resume=True)
+                secateur.prune(model, wanted, out=out, resume=True)
         except Stopped as stop:
             num_stops += 1
             assert stop.__notes__ and sorted(path.name for path in tmp_path.iterdir()) == [".out.resume"]
