@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
+# Of a table with more columns the last ones would be out of sight beside a plot.
+MAX_PAIR_COLUMNS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -29,6 +32,13 @@ class Section:
     plots: Sequence[str] = ()
     tables: Sequence[Table] = ()
     code: str = ""
+
+    @property
+    def shape(self) -> str:
+        """How plots and tables stand: `pair` side by side, `stack` where a table needs the whole width, `alone`."""
+        if not (self.plots and self.tables):
+            return "alone"
+        return "pair" if all(len(table.header) <= MAX_PAIR_COLUMNS for table in self.tables) else "stack"
 
 
 @dataclass(frozen=True, slots=True)
