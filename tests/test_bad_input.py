@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -310,6 +311,11 @@ def test_ctrl_c_ends_an_operation_that_takes_minutes():
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout and process.stdout.readline() == "in\n"
+    # A signal between the print and the long call would be heard by Python at once.
+    watched = psutil.Process(process.pid)
+    before = watched.cpu_times().user
+    while watched.cpu_times().user < before + 0.3:
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and said.startswith("secateur: interrupted in a long operation; ")
