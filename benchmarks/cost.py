@@ -110,10 +110,12 @@ def measure_memory(directory: Path, settings: dict[str, Any]) -> dict[str, int]:
 
     thread = threading.Thread(target=sample)
     thread.start()
-    with tempfile.TemporaryDirectory() as folder:
-        secateur.prune(directory, settings | {"bench": False}, out=Path(folder) / "out")
-    stop.set()
-    thread.join()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            secateur.prune(directory, settings | {"bench": False}, out=Path(folder) / "out")
+    finally:
+        stop.set()  # or an error would wait for the thread forever
+        thread.join()
     return {"start": sum(before.values()), "start_anonymous": before["RssAnon"], **peak}
 
 
