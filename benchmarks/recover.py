@@ -1,8 +1,8 @@
 """What training wins back: SmolLM2-135M pruned at 20, 30 and 50% of all parameters by the defaults, then recovered.
 
 Needs the development text (`../shared/data`, or SECATEUR_DATA). Prunes and trains on the `*_calib` files of six
-domains, judges on 4 blocks of 512 of each `*_eval` file, which nothing is trained on. Rows: the two stages, each after
-the other, and, at equal tokens, LoRA on plain cross-entropy (LLM-Pruner's recipe). Every finished model stays in the
+domains, judges on 4 blocks of 512 of each `*_eval` file, which nothing is trained on. Rows: the defaults (`ours`), both
+stages, one alone, and, at equal tokens, LoRA on KL or on plain cross-entropy (LLM-Pruner's recipe). Every finished model stays in the
 directory, so that an interrupted benchmark goes on. Prints a Markdown table.
 
     python benchmarks/recover.py DIRECTORY [--model smollm2-135m] [--removes 0.2 0.3 0.5] [--tokens 300000]
@@ -25,12 +25,14 @@ from secateur.pruning import prune
 from secateur.recovering import recover
 
 CALIBRATION_TOKENS, EVALUATION_BLOCKS = 49_152, 4
+# The steps of the rows that docs/LOG.md of 2026-11-25 has.
+LONG_STEPS = {"batch_tokens": 1024, "learning_rate": 2e-4}
 ROWS: dict[str, dict[str, Any]] = {
     "ours": {},
-    "both": {"stages": ["blocks", "logits"]},
+    "both": {"stages": ["blocks", "logits"], "logits": LONG_STEPS},
     "blocks": {"stages": ["blocks"]},
-    "lora-kl": {"stages": ["logits"], "logits": {"train": "lora"}},
-    "lora-ce": {"stages": ["logits"], "logits": {"train": "lora", "kl_share": 0.0}},
+    "lora-kl": {"stages": ["logits"], "logits": {"train": "lora", **LONG_STEPS}},
+    "lora-ce": {"stages": ["logits"], "logits": {"train": "lora", "kl_share": 0.0, **LONG_STEPS}},
 }
 
 
