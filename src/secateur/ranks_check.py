@@ -23,7 +23,7 @@ def placed(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model, moved to this rank's GPU if there are ranks and GPUs."""
     if size() == 1 or rank_device().type == "cpu":
         return model
-    return model.to(rank_device())  # type: ignore[arg-type]
+    return model.to(rank_device())  # type: ignore[arg-type]  # transformers' wrapper hides its arguments
 
 
 def check_same_run(model: PreTrainedModel, resolved: Resolved) -> None:

@@ -192,7 +192,7 @@ def _take_back(job: LogitJob, trained: nn.Module, trainer: Distiller, dtypes: di
     if trained is not job.model:
         merged: Any = trained
         merged.merge_and_unload()
-    job.model.to("cpu")  # type: ignore[arg-type]
+    job.model.to("cpu")  # type: ignore[arg-type]  # transformers' wrapper hides its arguments
 
 
 def _last_checkpoint(directory: Path) -> str | None:

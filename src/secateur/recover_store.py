@@ -4,14 +4,12 @@ In: a layer and what the log says of it. Out: one safetensors file per layer, it
 appearing complete or not at all. Nothing is checked here but that the tensors fit.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 
-from secateur.whole_file import LINE, save_tensors
+from secateur.whole_file import load_tensors, save_tensors
 
 
 class LayerStore:
@@ -27,10 +25,10 @@ class LayerStore:
         path = self._path(index)
         if path is None or not path.is_file():
             return None
-        with safe_open(path, framework="pt") as opened:
-            for name, parameter in layer.named_parameters():
-                parameter.data = opened.get_tensor(name).to(parameter.device)
-            return json.loads(opened.metadata()[LINE])
+        tensors, line = load_tensors(path)
+        for name, parameter in layer.named_parameters():
+            parameter.data = tensors[name].to(parameter.device)
+        return line
 
     def save(self, index: int, layer: nn.Module, line: dict[str, Any]) -> None:
         """Write the layer as it is now."""
