@@ -9,8 +9,10 @@ from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
+from secateur import depth_choice
 from secateur.arch import bind
-from secateur.depth import choose_layers, fold_patch, layer_kl, remove_layers
+from secateur.depth import fitted_readers, fold_patch, remove_layers
+from secateur.depth_choice import Folded, Patching, choose_layers, layer_kl
 from secateur.errors import ArchError, NumericsError, RecipeError
 from secateur.walk import Batch, make_batches
 
@@ -50,6 +52,102 @@ def test_layer_kl_equals_brute_force(factory, settings, removed):
     for index in range(4):
         expected = torch.inf if index in removed else brute_force_kl(model, ids_BT, (*removed, index))
         assert float(kl[index]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_only_the_layers_asked_for_are_measured_and_as_they_are_among_all():
+    model, batches = tiny_llama(num_layers=5), batches_of(tiny_ids(batch=3, length=24))
+    arch = bind(model)
+    everything = layer_kl(model, arch, batches, (2,))
+    for asked in ([0], [4], [1, 3], [0, 2, 4]):
+        found = layer_kl(model, arch, batches, (2,), asked)
+        for index in range(5):
+            expected = everything[index] if index in asked else torch.inf
+            assert float(found[index]) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("factory", [tiny_llama, tiny_qwen2])
+def test_a_patched_layer_is_weighed_as_it_will_stand(factory):
+    model, probe = factory(num_layers=5), batches_of(tiny_ids(batch=3, length=24))
+    arch, fit = bind(model), batches_of(tiny_ids(batch=96, length=32, seed=3), batch_tokens=512)
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    patches = fitted_readers(model, arch, fit, [0, 1, 2, 3, 4], {}, (1, 3), 1e-3)
+    assert set(patches) == {1, 3}
+    found = layer_kl(model, arch, probe, (), (0, 1, 3), patches)
+    # 3 is out and folded into 2; now 2 with what it holds goes into 1, or 4 into 2 beside 3.
+    gone = Folded().without(3, 2, patches[3])
+    later = fitted_readers(model, arch, fit, gone.kept(arch), gone.readers, (2, 4), 1e-3)
+    found_later = layer_kl(model, arch, probe, gone, (2, 4), later)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+
+    def with_readers(weights):
+        changed = copy.deepcopy(model)
+        for index, weight in weights.items():
+            changed.model.layers[index].mlp.down_proj.weight.data = weight
+        return changed
+
+    def divergence(changed, layers):
+        log_p = log_softmax(torch.cat([logits_of(model, b.ids_BT)[:, :-1] for b in probe]).double(), -1)
+        log_q = log_softmax(torch.cat([logits_skipping(changed, b.ids_BT, layers)[:, :-1] for b in probe]).double(), -1)
+        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+    assert float(found[0]) == pytest.approx(divergence(model, [0]), rel=1e-4)
+    for layer in (1, 3):
+        folded = factory(num_layers=5)
+        assert fold_patch(folded, bind(folded), layer, fit, damping=1e-3).step == 1
+        torch.testing.assert_close(folded.model.layers[layer - 1].mlp.down_proj.weight, patches[layer])
+        assert float(found[layer]) == pytest.approx(divergence(folded, [layer]), rel=1e-3)
+    both = with_readers({2: later[4]})
+    assert float(found_later[4]) == pytest.approx(divergence(both, [3, 4]), rel=1e-4)
+    into_1 = with_readers({1: later[2]})
+    assert float(found_later[2]) == pytest.approx(divergence(into_1, [2, 3]), rel=1e-4)
+    into_both = with_readers({2: patches[3]})
+    expected = fold_patch_by_hand(into_both, 1, 2, fit)
+    torch.testing.assert_close(later[2], expected, rtol=1e-3, atol=1e-4)
+
+
+def fold_patch_by_hand(model, before, layer, fit):
+    """Return the reader of `before` once `layer`, as it is in this model, is folded into it."""
+    arch = bind(remove_after(model, layer))
+    fold_patch(model, arch, layer, fit, damping=1e-3)
+    return model.model.layers[before].mlp.down_proj.weight
+
+
+def remove_after(model, layer):
+    remove_layers(model, bind(model), range(layer + 1, len(model.model.layers)))
+    return model
+
+
+def test_a_patched_choice_takes_the_cheapest_once_patched():
+    model, probe = tiny_llama(num_layers=5, seed=6), batches_of(tiny_ids(batch=3, length=24))
+    arch, fit = bind(model), batches_of(tiny_ids(batch=96, length=32, seed=3), batch_tokens=512)
+    patches = fitted_readers(model, arch, fit, list(range(5)), {}, range(5), 1e-3)
+    costs = layer_kl(model, arch, probe, (), range(5), patches)
+    first, second = list(choose_layers(model, arch, probe, 2, patching=Patching(fit, 1e-3)).items())
+    assert first == (int(costs.argmin()), pytest.approx(float(costs.min()), rel=1e-6))
+    assert second[0] != first[0] and second[1] > first[1]
+    assert float(costs[1:].max()) < float(layer_kl(model, arch, probe)[1:].max())
+
+
+def test_a_choice_measures_few_layers_anew(monkeypatch):
+    model, batches = tiny_llama(num_layers=16), batches_of(tiny_ids(batch=2, length=24))
+    with torch.no_grad():  # layers that cost from little to much
+        for index, layer in enumerate(model.model.layers):
+            layer.self_attn.o_proj.weight *= 0.05 * (index + 1)
+            layer.mlp.down_proj.weight *= 0.05 * (index + 1)
+    asked: list[int] = []
+
+    def counting(*arguments):
+        asked.append(len(arguments[4]) if len(arguments) > 4 else 16)
+        return layer_kl(*arguments)
+
+    monkeypatch.setattr(depth_choice, "layer_kl", counting)
+    chosen = choose_layers(model, bind(model), batches, 4)
+    assert asked[0] == 16 and sum(asked[1:]) <= 3 * 8
+    removed: list[int] = []
+    for index, cost in chosen.items():  # and yet each is the cheapest of all
+        costs = layer_kl(model, bind(model), batches, removed)
+        assert int(costs.argmin()) == index and cost == pytest.approx(float(costs[index]), rel=1e-6)
+        removed.append(index)
 
 
 def test_choice_is_greedy_measured_anew_and_respects_protection():

@@ -1,6 +1,7 @@
 """`depth` in a recipe: layers go before widths, count towards `remove`, and every record of the run says which."""
 
 import copy
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
 from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
@@ -17,12 +19,13 @@ import secateur
 from secateur import pruning
 from secateur.arch import bind, decoder_layers
 from secateur.cut import cut
-from secateur.depth import layer_kl
-from secateur.depth_step import remove_depth
+from secateur.depth_choice import choose_layers
+from secateur.depth_step import _patching, remove_depth
 from secateur.inspection import inspect
 from secateur.loss import domain_losses
 from secateur.probe import first_blocks
 from secateur.recipe import parse_recipe
+from secateur.resolve_hidden import resolve_for
 from secateur.run import Run
 from secateur.walk import Walk
 
@@ -137,10 +140,12 @@ def test_every_layer_is_logged_with_its_kl_and_patch(factory, small, tmp_path, m
     assert sorted(line["chosen"] for line in lines) == [1, 2, 3]
     batches = first_blocks(runs[0].batches(1), 2)
     assert sum(len(batch.ids_BT) for batch in batches) == 4
-    removed: list[int] = []
-    for line in sorted(lines, key=lambda line: line["chosen"]):
-        assert line["kl"] == pytest.approx(float(layer_kl(model, bind(model), batches, removed)[line["layer"]]))
-        removed.append(line["layer"])
+    run = dataclasses.replace(runs[0], model=model, arch=bind(model))
+    patching = _patching(run, run.batches(1))
+    assert patching is not None and not any(batch.held_out for batch in patching.batches)
+    expected = choose_layers(model, run.arch, batches, 3, patching=patching)
+    by_choice = sorted(lines, key=lambda line: line["chosen"])
+    assert [(line["layer"], line["kl"]) for line in by_choice] == list(expected.items())
     # Nothing stands before the first layer, so it is not patched; of two neighbours both are, into the same layer.
     assert "error_after" not in lines[0]
     for line in lines[1:]:
@@ -249,6 +254,35 @@ def test_what_cannot_be_removed_is_said_before_anything_runs(small):
     ):
         with pytest.raises(secateur.SecateurError, match=message):
             secateur.prune(dense(tiny_llama), {**small, "remove": 0.6, **changes}, tokenizer=TOKENIZER)
+
+
+def test_layers_go_by_themselves_where_widths_alone_would_be_ruin(small, tmp_path):
+    model = dense(tiny_llama, quiet=(0, 2, 3))
+    channels = sum(group.num_units * group.params_per_unit for group in bind(model).groups if group.name == "ffn")
+
+    def depth_of(units: float, **changes: Any) -> int:
+        asked = {**small, "remove": units * channels / num_params(model), "align": 1, **changes}
+        depth = resolve_for(parse_recipe(asked), model).recipe.depth
+        assert depth is not None
+        return depth
+
+    # 0.8 of the share of units beyond one half, of six layers.
+    assert [depth_of(units) for units in (0.2, 0.5, 0.58, 0.62, 0.85, 0.95)] == [0, 0, 0, 1, 2, 2]
+    for changes in (
+        {"depth": 0},
+        {"preset": "fast"},
+        {"preset": "paper"},
+        {"rounds": 2},
+        {"max_loss_rise": 0.5},
+        {"target": "flops"},
+    ):
+        assert depth_of(0.85, **changes) == 0
+    asked = {**small, "remove": 0.85 * channels / num_params(model), "align": 1}
+    result = secateur.prune(model, asked, tokenizer=TOKENIZER, out=tmp_path / "out")
+    assert len(result.layers) == 4 and result.recipe.depth == 2
+    assert result.summary.remove_reached == pytest.approx(asked["remove"], abs=0.01)
+    again = parse_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
+    assert again.depth == 2
 
 
 def test_layers_do_not_leave_a_model_of_per_layer_widths(small, tmp_path):

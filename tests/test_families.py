@@ -17,7 +17,7 @@ from secateur.arch import Group, bind, decoder_layers, head_of, linear
 from secateur.arch_experts import EXPERT_CHANNELS, EXPERTS
 from secateur.arch_spec import ArchSpec, find_spec, load_specs
 from secateur.cut import add_zero_biases, cut, zero_units
-from secateur.depth import states_for_head
+from secateur.depth_choice import states_for_head
 from secateur.expert_channels import cut_channels
 from secateur.experts import cut_experts, keep_experts
 from secateur.per_layer import record_widths

@@ -1,87 +1,28 @@
-"""Depth: whole decoder layers as units. What each is worth, which to remove, and the removal itself.
+"""Depth: whole decoder layers taken out, and what they added linearly folded into the layer before.
 
-In: a model and calibration batches. Out: KL(dense || model without a layer) for every layer; the layers to remove,
-chosen one at a time; the same model with fewer layers, an ordinary one of its family. A removed layer's linear part can
-be folded into the layer before it. Held-out batches judge that patch and take no part in the rest.
+In: a model, the layers to remove (`depth_choice`), calibration batches. Out: the same model with fewer layers, an
+ordinary one of its family. Held-out batches judge the patch.
 
-Letters: B blocks of a batch, T tokens (of a block), P positions that predict a token (T - 1), D hidden size, L layers,
-F reader inputs.
+Letters: T tokens, D hidden size, F reader inputs.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.arch import Arch, bind, decoder_layers, head_of, linear
+from secateur.arch import Arch, bind, decoder_layers, linear
 from secateur.arch_numbers import text_config
 from secateur.compensate import Guard, guard, held_out_errors, held_out_sums
 from secateur.errors import ArchError, NumericsError, RecipeError
 from secateur.gram import Gram
-from secateur.kl import KL_POSITIONS, token_divergences
-from secateur.progress import Progress, silent
-from secateur.ranks import from_first, sum_by_name, sum_tensors
+from secateur.ranks import from_first, sum_tensors
 from secateur.score import damped_gram
-from secateur.walk import Batch, Walk, forwards_replaced
-
-
-def layer_kl(model: nn.Module, arch: Arch, batches: list[Batch], removed: Collection[int] = ()) -> Float[Tensor, " L"]:
-    """Return KL(dense || model without `removed` and without layer i) per layer i, in nats per token.
-
-    Mean over all calibration tokens, over the whole vocabulary; infinite for the layers in `removed`. One walk per
-    batch carries all L streams at once, stream i branching off at layer i: L^2 / 2 runs of a layer and 2 L of the head.
-    Raises NumericsError naming layer and domain if a divergence is not finite.
-    """
-    kept = [index for index in range(arch.num_layers) if index not in removed]
-    sums_L = torch.zeros(arch.num_layers, dtype=torch.float64)
-    num_tokens = 0
-    for batch in (batch for batch in batches if not batch.held_out):
-        num_tokens += batch.ids_BT[:, 1:].numel()
-        for index, divergence_P in zip(kept, _divergences(model, arch, batch, kept), strict=True):
-            if not torch.isfinite(divergence_P).all():
-                raise NumericsError(
-                    f"KL without layer {index}, domain {batch.domain}: a divergence is not finite; use the model in "
-                    f"bfloat16 or float32 and check its weights."
-                )
-            sums_L[index] += divergence_P.double().sum().cpu()
-    total = sum_by_name({"kl": sums_L, "tokens": num_tokens})
-    sums_L = total["kl"]
-    sums_L[list(removed)] = torch.inf
-    return sums_L / total["tokens"]
-
-
-def choose_layers(
-    model: nn.Module,
-    arch: Arch,
-    batches: list[Batch],
-    num_remove: int,
-    *,
-    protected: Collection[int] = (),
-    progress: Progress = silent,
-) -> dict[int, float]:
-    """Return the layers to remove, in the order chosen: each time the one whose removal now costs the least KL.
-
-    By layer KL(dense || model without it and those before it), as `layer_kl` measures it anew each time. Every
-    beginning of the order is the choice for that many layers.
-    Raises RecipeError if so many layers cannot go.
-    """
-    allowed = min(len(set(range(arch.num_layers)) - set(protected)), arch.num_layers - 1)
-    if not 0 <= num_remove <= allowed:
-        raise RecipeError(
-            f"depth: {num_remove} of {arch.num_layers} layers cannot be removed; with {len(set(protected))} protected, "
-            f"ask for 0 to {allowed}."
-        )
-    chosen: dict[int, float] = {}
-    for done in range(num_remove):
-        progress("choose layers", done, num_remove)
-        costs = layer_kl(model, arch, batches, chosen).tolist()
-        candidates = set(range(arch.num_layers)) - {*protected, *chosen}
-        cheapest = min(candidates, key=lambda index: (costs[index], index))
-        chosen[cheapest] = costs[cheapest]
-    progress("choose layers", num_remove, num_remove)
-    return chosen
+from secateur.walk import Batch, Walk
 
 
 def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch:
@@ -133,21 +74,20 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
         raise RecipeError(
             f"depth: layer {layer} cannot be folded into the one before it; use 1 to {arch.num_layers - 1}."
         )
-    (group,) = (group for group in arch.select(("ffn",)) if group.layer == layer - 1)
-    reader = linear(decoder_layers(model, arch)[layer - 1], group.reader.module)
+    reader = _reader(model, arch, layer - 1)
     from_first(lambda: _check_added_as_it_is(Walk(model, arch, batches[:1]), layer - 1, reader))
-    gram = Gram(reader.in_features, reader.weight.device)
-    cross_FD = reader.weight.new_zeros(reader.in_features, reader.out_features, dtype=torch.float32)
+    sums = _Sums(reader)
     held_out: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for batch in batches:
-        x_TF, added_TD = _input_and_gain(model, arch, reader, layer, batch)
+        walk = Walk(model, arch, [batch])
+        for index in range(layer - 1):
+            walk.advance(index)
+        x_TF, added_TD = _input_and_gain(walk, layer - 1, layer, reader, walk.hidden_BTD[0])
         if batch.held_out:
             held_out.setdefault(batch.domain, []).append((x_TF, added_TD))
         else:
-            gram.add_product(x_TF)
-            cross_FD += x_TF.float().T @ added_TD
-    sum_tensors([*gram.blocks, cross_FD])
-    change_FD = from_first(lambda: _solve(damped_gram(gram, damping), cross_FD, layer))
+            sums.add(x_TF, added_TD)
+    change_FD = sums.solve(damping, layer)
     # The guard judges what will be stored, rounding included.
     change_DF = (reader.weight + change_FD.T).to(reader.weight.dtype) - reader.weight.float()
     judged = _judge(held_out, change_DF)
@@ -155,32 +95,71 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
     return judged
 
 
-def _divergences(model: nn.Module, arch: Arch, batch: Batch, kept: list[int]) -> Iterator[Float[Tensor, " P"]]:
-    """Yield, for each kept layer, the divergence at every position of the kept layers without it from all layers."""
-    dense, pruned = Walk(model, arch, [batch]), Walk(model, arch, [batch])
-    for index in range(arch.num_layers):
-        dense.advance(index)
-        if index in kept:
-            # The last stream is the one that has skipped nothing of `kept`; what enters the layer is what skips it.
-            skipping_BTD = pruned.hidden_BTD[-1]
-            pruned.advance(index)
-            pruned.hidden_BTD.insert(-1, skipping_BTD)
-    head = head_of(model, arch)
-    with torch.inference_mode():
-        states_PD = states_for_head(model, arch, batch, dense.hidden_BTD[0])
-        # In the model's own dtype, which holds them exactly; once for all streams.
-        dense_PV = torch.cat([head(piece_PD) for piece_PD in states_PD.split(KL_POSITIONS)])
-    for hidden_BTD in pruned.hidden_BTD[:-1]:
-        states_PD = states_for_head(model, arch, batch, hidden_BTD)
-        yield token_divergences(dense_PV, nn.Identity(), states_PD, head)
+@torch.no_grad()
+def fitted_readers(
+    model: nn.Module,
+    arch: Arch,
+    batches: list[Batch],
+    kept: list[int],
+    readers: Mapping[int, Tensor],
+    asked: Collection[int],
+    damping: float,
+) -> dict[int, Tensor]:
+    """Return, by layer asked for, the FFN reader's weight of the kept layer before it, once it is folded into that.
+
+    As `fold_patch`, for the model of the layers `kept`, with the weights `readers` in place of its own; nothing is
+    changed and nothing judged. The first kept layer has none before it and gets none. Held-out batches take no part.
+    """
+    walk = Walk(model, arch, [batch for batch in batches if not batch.held_out])
+    found: dict[int, Tensor] = {}
+    with readers_replaced(model, arch, readers):
+        for before, layer in pairwise(kept):
+            if layer > max(asked):
+                break
+            if layer in asked:
+                reader = _reader(model, arch, before)
+                sums = _Sums(reader)
+                for hidden_BTD in walk.hidden_BTD:
+                    sums.add(*_input_and_gain(walk, before, layer, reader, hidden_BTD))
+                found[layer] = reader.weight + sums.solve(damping, layer).T.to(reader.weight.dtype)
+            walk.advance(before)
+    return found
 
 
-@torch.inference_mode()
-def states_for_head(model: nn.Module, arch: Arch, batch: Batch, hidden_BTD: Tensor) -> Float[Tensor, "P D"]:
-    """Return what the head reads of a stream that has left the layers: the backbone runs with them bypassed."""
-    with forwards_replaced(decoder_layers(model, arch), lambda *_, **__: arch.layer_output(hidden_BTD)):
-        final_BTD = model.get_submodule(arch.backbone)(batch.ids_BT, use_cache=False).last_hidden_state
-    return final_BTD[:, :-1].flatten(0, 1)
+@contextmanager
+def readers_replaced(model: nn.Module, arch: Arch, weights: Mapping[int, Tensor]) -> Iterator[None]:
+    """Within the context the FFN readers of these layers have these weights, afterwards their own again."""
+    readers = {index: _reader(model, arch, index) for index in weights}
+    own = {index: reader.weight.data for index, reader in readers.items()}
+    try:
+        for index, reader in readers.items():
+            reader.weight.data = weights[index]
+        yield
+    finally:
+        for index, reader in readers.items():
+            reader.weight.data = own[index]
+
+
+def _reader(model: nn.Module, arch: Arch, layer: int) -> nn.Linear:
+    (group,) = (group for group in arch.select(("ffn",)) if group.layer == layer)
+    return linear(decoder_layers(model, arch)[layer], group.reader.module)
+
+
+class _Sums:
+    """Sums over calibration tokens: a reader's inputs x by themselves, and with what they are to give besides, d."""
+
+    def __init__(self, reader: nn.Linear) -> None:
+        self.gram = Gram(reader.in_features, reader.weight.device)
+        self.cross_FD = reader.weight.new_zeros(reader.in_features, reader.out_features, dtype=torch.float32)
+
+    def add(self, x_TF: Float[Tensor, "T F"], added_TD: Float[Tensor, "T D"]) -> None:
+        self.gram.add_product(x_TF)
+        self.cross_FD += x_TF.float().T @ added_TD
+
+    def solve(self, damping: float, layer: int) -> Float[Tensor, "F D"]:
+        """Return (x'x + ridge I)^-1 x'd, from the sums of all ranks."""
+        sum_tensors([*self.gram.blocks, self.cross_FD])
+        return from_first(lambda: _solve(damped_gram(self.gram, damping), self.cross_FD, layer))
 
 
 def _check_added_as_it_is(walk: Walk, index: int, reader: nn.Linear) -> None:
@@ -204,21 +183,20 @@ def _check_added_as_it_is(walk: Walk, index: int, reader: nn.Linear) -> None:
 
 
 def _input_and_gain(
-    model: nn.Module, arch: Arch, reader: nn.Linear, layer: int, batch: Batch
+    walk: Walk, before: int, layer: int, reader: nn.Linear, hidden_BTD: Tensor
 ) -> tuple[Float[Tensor, "T F"], Float[Tensor, "T D"]]:
-    """Return the previous layer's reader inputs, and what `layer` adds to the hidden state, in float32."""
-    walk = Walk(model, arch, [batch])
-    for index in range(layer - 1):
-        walk.advance(index)
+    """Return the reader's inputs in the layer `before`, and what `layer` adds to the hidden state, in float32.
+
+    `hidden_BTD` enters the layer `before`; no stream moves.
+    """
     seen: list[Tensor] = []
     handle = reader.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     try:
-        walk.advance(layer - 1)
+        between_BTD = walk.through(before, hidden_BTD)
     finally:
         handle.remove()
-    before_BTD = walk.hidden_BTD[0]
-    walk.advance(layer)
-    return seen[0].flatten(0, 1), (walk.hidden_BTD[0].float() - before_BTD.float()).flatten(0, 1)
+    added_BTD = walk.through(layer, between_BTD).float() - between_BTD.float()
+    return seen[0].flatten(0, 1), added_BTD.flatten(0, 1)
 
 
 def _solve(hessian_FF: Float[Tensor, "F F"], cross_FD: Float[Tensor, "F D"], layer: int) -> Float[Tensor, "F D"]:

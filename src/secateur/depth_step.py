@@ -5,13 +5,15 @@ anew, the plans keyed by the layers that are left. A line of the run log per lay
 """
 
 import dataclasses
+import math
 import time
 from typing import Any
 
 import torch
 
 from secateur.arch import Arch, decoder_layers, linear
-from secateur.depth import choose_layers, fold_patch, remove_layers
+from secateur.depth import fold_patch, remove_layers
+from secateur.depth_choice import Patching, choose_layers
 from secateur.memory import peak_bytes, release_freed
 from secateur.probe import first_blocks
 from secateur.resolve import resolve
@@ -20,15 +22,18 @@ from secateur.run import Run
 from secateur.safety_net import watched_losses
 from secateur.walk import Batch
 
+# Patches that only serve to compare layers are fitted to so many tokens per input of the widest FFN reader.
+FIT_TOKENS_PER_INPUT = 4
+
 
 def remove_depth(run: Run) -> Run:
     """Remove as many layers as the recipe's `depth` says, in place; call it before `prune_in_place`.
 
-    Which: `choose_layers` on `probe_blocks` blocks per domain of the first round. In what order: from the first layer
-    on, so that each patch is fitted to what the layers before it give by then, as everywhere in a walk. Patched by
-    least squares on all the blocks of the first round, where the recipe compensates so, the family adds what an FFN
-    gives as it is, and a layer stands before. Everything after, the dense stream included, starts from this model;
-    only the safety net still compares with the dense one.
+    Which: `choose_layers` on `probe_blocks` blocks per domain of the first round, with patches fitted to a few others.
+    In what order: from the first layer on, so that each patch is fitted to what the layers before it give by then, as
+    everywhere in a walk. Patched by least squares on all the blocks of the first round, where the recipe compensates
+    so, the family adds what an FFN gives as it is, and a layer stands before. Everything after, the dense stream
+    included, starts from this model; only the safety net still compares with the dense one.
     """
     recipe, dense = run.resolved.recipe, run.arch
     if not recipe.depth:
@@ -57,17 +62,42 @@ def _chosen(run: Run, batches: list[Batch]) -> dict[int, float]:
     recipe, dense = run.resolved.recipe, run.arch
 
     def chosen() -> list[tuple[int, float]]:
-        blocks, protected = first_blocks(batches, recipe.probe_blocks), protected_layers(recipe, dense)
-        costs = choose_layers(run.model, dense, blocks, recipe.depth, protected=protected, progress=run.progress)
+        assert recipe.depth is not None
+        costs = choose_layers(
+            run.model,
+            dense,
+            first_blocks(batches, recipe.probe_blocks),
+            recipe.depth,
+            patching=_patching(run, batches),
+            protected=protected_layers(recipe, dense),
+            progress=run.progress,
+        )
         return list(costs.items())
 
     return dict(run.journal.value("removed layers", chosen))
 
 
+def _patching(run: Run, batches: list[Batch]) -> Patching | None:
+    """Return how layers are patched while they are weighed: on blocks that are not those of the probe, if there are."""
+    recipe = run.resolved.recipe
+    if not _patches(run):
+        return None
+    domains = run.calibration.domains
+    widest = max(group.num_inputs for group in run.arch.select(("ffn",)))
+    num_blocks = math.ceil(FIT_TOKENS_PER_INPUT * widest / (len(domains) * run.calibration.sequence_length))
+    spare = min(len(domain.calibration_NT) for domain in domains) - recipe.probe_blocks
+    after = recipe.probe_blocks if spare >= num_blocks else 0
+    return Patching(first_blocks(batches, num_blocks, after=after), recipe.damping)
+
+
+def _patches(run: Run) -> bool:
+    return run.resolved.recipe.compensate == "least_squares" and run.arch.mlp_adds_directly
+
+
 def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]) -> dict[str, Any]:
     """Fold `layer`, now at `position`, into the one before it, if that can be; return what the held-out text says."""
     recipe = run.resolved.recipe
-    if position == 0 or recipe.compensate != "least_squares" or not arch.mlp_adds_directly:
+    if position == 0 or not _patches(run):
         return {}
     before = decoder_layers(run.model, arch)[position - 1]
     (ffn,) = (group for group in arch.select(("ffn",)) if group.layer == position - 1)

@@ -10,6 +10,7 @@ from typing import Any
 from secateur.arch import Arch
 from secateur.errors import RecipeError
 from secateur.gram import NUM_BLOCKS
+from secateur.obs import units_at_once
 from secateur.output import parse_size
 from secateur.resolve import Resolved
 from secateur.score import NEED_GRAM
@@ -77,8 +78,9 @@ def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_pe
 
     hidden: tokens x hidden size in the model's dtype, twice where a dense stream is walked too. statistics: float32
     Gram matrices as lower triangles (pooled and the current domain's; all domains' where their weights are sought), the
-    same of the drift, and the held-out inputs. solve: the pooled ones, one float64 square that is inverted in place,
-    and the reader.
+    same of the drift, and the held-out inputs. solve: the pooled ones, and the larger of two: the float64 square that
+    `greedy_obs` inverts in place, with a batch's rows four times and the reader in float32; or what least squares needs
+    in float64, see `_fit_bytes`, with the reader in float32.
     """
     recipe, config = resolved.recipe, config.get_text_config()
     assert recipe.calibration.num_tokens is not None
@@ -93,9 +95,27 @@ def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_pe
     inputs_and_drift = widest + has_drift * config.hidden_size
     held_out = (num_tokens - recipe.calibration.num_tokens) * inputs_and_drift * bytes_per_param
     num_sums = 1 + len(recipe.calibration.domains) if recipe.domain_weighting in BY_DOMAIN else 2
+    at_once = units_at_once(recipe.obs_batch, widest, 1)
+    obs = 8 * square + 4 * 8 * widest * at_once + 4 * reader if recipe.score in NEED_GRAM else 0
+    fit = _fit_bytes(resolved, config.hidden_size) + 4 * reader if recipe.compensate == "least_squares" else 0
     return MemoryEstimate(
         weights=weight_bytes,
         hidden_states=(1 + has_drift) * num_tokens * config.hidden_size * bytes_per_param,
         statistics=num_sums * sums + held_out,
-        solve=(num_sums - 1) * sums + 8 * square + held_out + 3 * 8 * reader,
+        solve=(num_sums - 1) * sums + held_out + max(obs, fit),
     )
+
+
+def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:
+    """Return the most that one group's least squares holds in float64.
+
+    With S inputs that stay, C that go and H outputs: S^2 of the system, C S and C H of its right side, S H of the
+    result. Where a budget is to choose the widths, any may come.
+    """
+    plan, uniform = resolved.plans[0], resolved.recipe.budget == "uniform"
+    needs = []
+    for group in resolved.groups:
+        kept = plan.num_keep[group.layer, group.name] * group.width if uniform else group.num_inputs
+        gone = group.num_inputs - kept
+        needs.append(8 * (kept * kept + gone * kept + (gone + kept) * num_outputs))
+    return max(needs)

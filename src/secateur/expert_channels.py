@@ -19,7 +19,7 @@ from secateur.arch_group import Channels, Group
 from secateur.compensate import GUARD_STEPS, Guard, guard, held_out_errors, held_out_sums, least_squares
 from secateur.errors import NumericsError
 from secateur.gram import Gram
-from secateur.obs import greedy_obs
+from secateur.obs import greedy_obs, units_at_once
 from secateur.ranks import domains_ended, from_first, gathered, sum_tensors
 from secateur.recipe import Recipe
 from secateur.score import damped_gram
@@ -199,7 +199,7 @@ def _select(
         return order[:num_keep].sort().values.to(weight_DF.device)
     columns_U1 = torch.arange(gram.size, device=weight_DF.device)[:, None]
     hessian = damped_gram(gram, recipe.damping)
-    return greedy_obs(weight_DF, hessian, columns_U1, num_keep, max(1, recipe.obs_batch)).keep
+    return greedy_obs(weight_DF, hessian, columns_U1, num_keep, units_at_once(recipe.obs_batch, gram.size, 1)).keep
 
 
 def _apply(

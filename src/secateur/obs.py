@@ -12,6 +12,9 @@ from torch import Tensor
 
 from secateur.score import inverse_of, removal_errors
 
+# Every batch rewrites F^2 numbers, so their number, not their size, must be bounded for wide readers.
+MIN_BATCH_COLUMNS, MAX_BATCHES = 32, 48
+
 
 @dataclass(frozen=True, slots=True)
 class ObsSelection:
@@ -25,6 +28,14 @@ class ObsSelection:
     scores_U: Tensor
     removed: Tensor
     error_curve: Tensor
+
+
+def units_at_once(asked_columns: int | None, num_columns: int, width: int) -> int:
+    """Return how many units of `width` columns go between two updates.
+
+    `asked_columns`: the recipe's `obs_batch`; None: a 48th of the reader's `num_columns`, and at least 32.
+    """
+    return max(1, (asked_columns or max(MIN_BATCH_COLUMNS, num_columns // MAX_BATCHES)) // width)
 
 
 def greedy_obs(

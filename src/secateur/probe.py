@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.arch import Arch, head_of
-from secateur.depth import states_for_head
+from secateur.depth_choice import states_for_head
 from secateur.errors import NumericsError
 from secateur.kl import KL_POSITIONS, token_divergences
 from secateur.ranks import sum_by_name
@@ -69,14 +69,15 @@ class Probe:
         return states
 
 
-def first_blocks(batches: list[Batch], num_blocks: int) -> list[Batch]:
-    """Return the first `num_blocks` blocks of each domain among the batches that are not held out.
+def first_blocks(batches: list[Batch], num_blocks: int, *, after: int = 0) -> list[Batch]:
+    """Return `num_blocks` blocks of each domain behind its first `after`, of the batches that are not held out.
 
     Of a rank's batches those that hold some of them, so that all ranks together have the same blocks as one process.
     """
     chosen: list[Batch] = []
     for batch in (batch for batch in batches if not batch.held_out):
-        count = min(num_blocks - batch.first_block, len(batch.ids_BT))
-        if count > 0:
-            chosen.append(Batch(batch.domain, False, batch.ids_BT[:count], batch.first_block))
+        start = max(after - batch.first_block, 0)
+        stop = min(after + num_blocks - batch.first_block, len(batch.ids_BT))
+        if stop > start:
+            chosen.append(Batch(batch.domain, False, batch.ids_BT[start:stop], batch.first_block + start))
     return chosen

@@ -25,7 +25,7 @@ from secateur.gram import Gram
 from secateur.level_database import LevelDatabase
 from secateur.measure import measure
 from secateur.memory import release_freed
-from secateur.obs import greedy_obs
+from secateur.obs import greedy_obs, units_at_once
 from secateur.probe import Probe
 from secateur.progress import Progress, silent
 from secateur.ranks import from_first
@@ -44,7 +44,7 @@ class ProfileSettings:
     weighting: str
     shares: dict[str, float]
     damping: float
-    obs_batch: int
+    obs_batch: int | None
     align: int
     perturbation: float
     probe_blocks: int
@@ -158,7 +158,7 @@ def _error_curve(
     assert statistics.gram is not None
     num_removed = [levels[0] - level for level in levels]
     # Every level must fall on the end of a batch.
-    batch = math.gcd(max(1, settings.obs_batch // group.width), *num_removed)
+    batch = math.gcd(units_at_once(settings.obs_batch, reader.in_features, group.width), *num_removed)
     columns_UW = unit_columns(group.reader.segments, levels[0], reader.weight.device)
     hessian = damped_gram(statistics.gram, settings.damping)
     found = greedy_obs(reader.weight, hessian, columns_UW, levels[-1], batch)

@@ -103,6 +103,7 @@ class Recipe(Strict):
     hidden_size: how wide the residual stream is to be, in all layers at once, before anything else goes; part of
     `remove`. Without recovery training the damage is large.
     depth: whole layers to remove before any width, those whose absence changes predictions least; part of `remove`.
+    None: as many as spare the widths the worst, see `resolve_depth.default_depth`.
     budget: how widths are spread over layers. `widths` follows: `per_layer` where they may differ, else `uniform`.
     protected_layers: stay whole; negative ones count from the end. min_keep: the least share of a group that stays.
     probe_blocks: blocks per domain on which `curve` and `search` measure KL; generations and offspring: of `search`.
@@ -121,7 +122,7 @@ class Recipe(Strict):
     target: TargetName = "parameters"
     prices: MeasuredPrices | None = None
     hidden_size: Annotated[int, Field(ge=1)] | None = None
-    depth: Annotated[int, Field(ge=0)] = 0
+    depth: Annotated[int, Field(ge=0)] | None = None
     groups: Annotated[tuple[str, ...], Field(min_length=1)] = ("ffn",)
     budget: BudgetName = "uniform"
     widths: WidthsName | None = None
@@ -133,7 +134,7 @@ class Recipe(Strict):
     offspring: Annotated[int, Field(ge=1)] = 8
     align: Annotated[int, Field(ge=1)] | None = None
     score: ScoreName = "obs"
-    obs_batch: Annotated[int, Field(ge=1)] = 32
+    obs_batch: Annotated[int, Field(ge=1)] | None = None
     compensate: CompensateName = "least_squares"
     damping: Positive = 1e-3
     damping_factors: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)

@@ -27,7 +27,7 @@ from secateur.budget import (
 from secateur.errors import RecipeError
 from secateur.prices import Outcome, sequence_length
 from secateur.recipe import Recipe
-from secateur.resolve_depth import groups_of, layers_to_expect, num_rounds, share_for_widths
+from secateur.resolve_depth import groups_of, layers_to_expect, num_rounds, share_for_widths, with_depth
 
 # Least squares wants this many pooled tokens per reader input; with a fraction 1/n of them the damping is at least n
 # times its default. At least, not times: resolving a saved recipe must change nothing.
@@ -122,6 +122,7 @@ def resolve(recipe: Recipe, arch: Arch, config: Any, prices: Prices, layers: tup
     Raises ArchError or RecipeError, each naming the recipe key, for whatever cannot be done with this model.
     """
     check_without_prices(recipe, arch, config)
+    recipe = with_depth(recipe, arch, config, prices)
     layers = layers_to_expect(recipe, arch, config) if layers is None else layers
     groups = groups_of(recipe, arch, layers)
     length = sequence_length(recipe, config)

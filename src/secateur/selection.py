@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secateur.arch import Group, linear
 from secateur.cut import unit_columns
 from secateur.measure import Measurement
-from secateur.obs import greedy_obs
+from secateur.obs import greedy_obs, units_at_once
 from secateur.recipe import Recipe
 from secateur.score import SCORES, ScoreInputs, damped_gram, keep_highest
 
@@ -46,7 +46,8 @@ def select(
         assert measured.pooled.gram is not None
         hessian = damped_gram(measured.pooled.gram, recipe.damping)
         columns_UW = unit_columns(group.reader.segments, num_units, reader.weight.device)
-        found = greedy_obs(reader.weight, hessian, columns_UW, num_keep, max(1, recipe.obs_batch // group.width))
+        batch = units_at_once(recipe.obs_batch, reader.in_features, group.width)
+        found = greedy_obs(reader.weight, hessian, columns_UW, num_keep, batch)
         return Selection(found.keep, found.scores_U)
     scores_U = unit_scores(layer, group, measured, recipe, seed) if scores_U is None else scores_U
     return Selection(keep_highest(scores_U, num_keep), scores_U)
