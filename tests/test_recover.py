@@ -23,7 +23,9 @@ from secateur.recover_record import RecoveryRecord
 from secateur.recover_stages import Work, judged, run_stages
 from secateur.recovering import recover
 
-SMALL = {"blocks": {"batch_tokens": 128}, "logits": {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2}}
+# A random dense model knows nothing of the text, so only its predictions can be learnt.
+LOGITS = {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}
+SMALL = {"blocks": {"batch_tokens": 128}, "logits": LOGITS}
 BOTH = {"recover": {"num_tokens": 4096, "stages": ["blocks", "logits"], "blocks_share": 0.5, **SMALL}}
 WEIGHTS = "model.safetensors"
 

@@ -19,7 +19,7 @@ WEIGHTS = "model.safetensors"
 SETTINGS = {
     "num_tokens": 2048,
     "stages": ["logits"],
-    "logits": {"batch_tokens": 128, "blocks_per_device": 1, "learning_rate": 1e-3, "evaluations": 2},
+    "logits": {"batch_tokens": 128, "blocks_per_device": 1, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0},
 }
 LORA = {**SETTINGS, "logits": {**SETTINGS["logits"], "train": "lora", "lora_rank": 4, "learning_rate": 3e-3}}
 GENTLE = {**SETTINGS, "logits": {**SETTINGS["logits"], "learning_rate": 3e-4}}

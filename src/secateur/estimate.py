@@ -4,7 +4,7 @@ In: a bound architecture, a resolved recipe, the model's config. Out: bytes by p
 the worst moment, the solve of the widest group, are summed to the peak; the interpreter itself is not counted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.arch import Arch
@@ -23,7 +23,7 @@ HELD_OUT_FACTOR = 10 / 9
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes by part; `statistics` and `solve` are of the widest group."""
+    """Bytes by part; `statistics` and `solve` are of the widest group. Weights in their files are none: page cache."""
 
     weights: int
     hidden_states: int
@@ -38,7 +38,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What a run will need, and whether its weights stay on disk, so that of them only one layer's count."""
+    """What a run will need, and whether its weights stay on disk."""
 
     estimate: MemoryEstimate
     weights_on_disk: bool
@@ -61,14 +61,16 @@ def plan_memory(resolved: Resolved, arch: Arch, config: Any, size: Size, *, can_
             f"weights in memory; only safetensors weights, given by their path, can stay on disk."
         )
     layer = max(arch.params_per_layer) * bytes_per_param
-    streamed = estimate_memory(resolved, config, layer, bytes_per_param)
+    streamed = estimate_memory(resolved, config, 0, bytes_per_param)
+    # What a cut leaves of a layer is in memory until it is written.
+    streamed = replace(streamed, solve=max(streamed.solve, layer))
     if streamed.peak > parse_size("memory_budget", text):
-        parts = (streamed.weights, streamed.hidden_states, streamed.statistics, streamed.solve)
-        layer_gb, hidden_gb, statistics_gb, solve_gb = (f"{part / 1e9:.2f}" for part in parts)
+        parts = (streamed.hidden_states, streamed.statistics, streamed.solve)
+        hidden_gb, statistics_gb, solve_gb = (f"{part / 1e9:.2f}" for part in parts)
         raise RecipeError(
             f"memory_budget: {text} cannot work; with all weights on disk the run still needs "
-            f"{streamed.peak / 1e9:.2f} GB (a layer {layer_gb}, hidden states {hidden_gb}, statistics {statistics_gb}, "
-            f"solve {solve_gb}); allow that, or lower calibration.num_tokens."
+            f"{streamed.peak / 1e9:.2f} GB (hidden states {hidden_gb}, statistics {statistics_gb}, solve {solve_gb}); "
+            f"allow that, or lower calibration.num_tokens."
         )
     return MemoryPlan(streamed, True)
 

@@ -100,6 +100,11 @@ def mean_kl(verdicts: Verdicts) -> float:
     return sum(verdict.kl for verdict in verdicts.values()) / len(verdicts)
 
 
+def objective(verdicts: Verdicts, kl_share: float) -> float:
+    """Return what the logit stage makes small, on this text: kl_share * KL + (1 - kl_share) * nats per token, means."""
+    return kl_share * mean_kl(verdicts) + (1 - kl_share) * mean_nats(verdicts)
+
+
 def mean_nats(verdicts: Verdicts) -> float:
     """Return the mean over domains of nats per token: the logarithm of the geometric-mean perplexity."""
     return sum(verdict.nats_per_token for verdict in verdicts.values()) / len(verdicts)

@@ -157,7 +157,7 @@ def _arguments(job: LogitJob, dtype: torch.dtype, size: int, num_steps: int) -> 
         save_steps=every,
         save_total_limit=1,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_kl",
+        metric_for_best_model="eval_objective",
         greater_is_better=False,
         report_to=list(settings.report_to) or "none",
         remove_unused_columns=False,

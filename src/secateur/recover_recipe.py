@@ -37,19 +37,21 @@ class BlockSettings(_Strict):
 class LogitSettings(_Strict):
     """Logit stage: the model trained to predict what the dense one predicts.
 
-    kl_share, temperature: s and t of `recover_loss.distillation_loss`; s = 0 is plain fine-tuning, without a teacher.
+    kl_share, temperature: s and t of `recover_loss.distillation_loss`. The rest is cross-entropy, which wins back more
+    perplexity, while KL keeps what the text does not show; s = 0 is plain fine-tuning, without a teacher.
     top_words: of the teacher only the likeliest words and one outcome for all others; None: all words.
     cache: write the teacher's `top_words` to disk first, so that it need not be in memory beside the pruned model.
     train: all weights (`full`), or low-rank additions that are merged at the end (`lora`; needs secateur[recover]).
     batch_tokens: tokens of one optimizer step, over all processes. blocks_per_device: blocks of one forward pass.
-    evaluations: how often the held-out KL is measured on the way. patience: after so many without a fall it stops.
+    evaluations: how often the held-out text is asked on the way; the weights of the least held-out loss, of the same
+    two parts, stay. patience: after so many without a fall it stops.
     report_to: as transformers' Trainer has it: tensorboard, trackio, wandb, ...
     """
 
     learning_rate: Positive = 1e-4
     batch_tokens: Count = 512
     blocks_per_device: Count = 2
-    kl_share: Share = 1.0
+    kl_share: Share = 0.5
     temperature: Positive = 1.0
     top_words: Count | None = None
     cache: bool = False

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from secateur.progress import Progress, silent
 from secateur.recover_blocks import Pair, recover_blocks
 from secateur.recover_cost import predict_flops
-from secateur.recover_judge import Judge, Verdicts, domain_weights, mean_kl
+from secateur.recover_judge import Judge, Verdicts, domain_weights, mean_kl, mean_nats
 from secateur.recover_logits import LogitJob, recover_logits
 from secateur.recover_pair import Candidates
 from secateur.recover_recipe import RecoverySettings, StageName
@@ -51,6 +51,7 @@ def run_stages(work: Work) -> tuple[Verdicts, list[StageRecord]]:
     """Run the stages and return the verdicts before them and a record of each.
 
     A stage after which the mean held-out KL is not lower is undone: the model has then the weights it had before it.
+    Plain fine-tuning, which has no teacher, goes by the held-out loss instead.
     """
     before = judged(work)
     weights = domain_weights(before, work.settings.domain_weighting)
@@ -59,12 +60,14 @@ def run_stages(work: Work) -> tuple[Verdicts, list[StageRecord]]:
         old = {name: parameter.data for name, parameter in work.pruned.named_parameters()}  # stages replace, not change
         cost = _train(work, stage, weights)
         after = judged(work)
-        held = mean_kl(after) < mean_kl(current)
+        plain = stage == "logits" and work.settings.logits.kl_share == 0
+        name, mean = ("loss", mean_nats) if plain else ("KL", mean_kl)
+        held = mean(after) < mean(current)
         if held:
             current = after
         else:
             _put_back(work.pruned, old)
-            what = f"recover, {stage}: held-out KL did not fall ({mean_kl(current):.4f} -> {mean_kl(after):.4f} nats"
+            what = f"recover, {stage}: held-out {name} did not fall ({mean(current):.4f} -> {mean(after):.4f} nats"
             work.log({"event": "note", "text": f"{what} per token), so the weights are those from before this stage."})
         records.append(StageRecord(stage, **cost, after=after, held=held))
         work.log({"event": "recover_stage", "stage": stage, "held": held, "kl": {d: v.kl for d, v in after.items()}})

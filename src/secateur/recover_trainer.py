@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from secateur.progress import Progress
-from secateur.recover_judge import Judge, Verdicts, mean_kl
+from secateur.recover_judge import Judge, Verdicts, mean_kl, objective
 from secateur.recover_loss import Targets, distillation_loss
 from secateur.recover_recipe import LogitSettings
 from secateur.recover_teacher import TeacherCache, live_targets
@@ -83,6 +83,7 @@ class Distiller(Trainer):
         )
         metrics = {f"eval_kl_{domain}": verdict.kl for domain, verdict in self.last_verdicts.items()}
         metrics["eval_kl"] = mean_kl(self.last_verdicts)
+        metrics["eval_objective"] = objective(self.last_verdicts, self.settings.kl_share)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

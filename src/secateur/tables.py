@@ -192,7 +192,7 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "hidden size", f"{wide:,} -> {narrow:,}; a run measures which channels"
     yield "parameters", f"{size.num_params:,} -> {inspection.num_params_after:,}"
     yield "bytes", f"{human_bytes(size.num_bytes)} -> {human_bytes(inspection.num_bytes_after)}"
-    elsewhere = " (the other layers on disk)" if inspection.weights_on_disk else ""
+    elsewhere = " (they stay on disk)" if inspection.weights_on_disk else ""
     weights, hidden, statistics, solve = (
         human_bytes(part) for part in (memory.weights, memory.hidden_states, memory.statistics, memory.solve)
     )
