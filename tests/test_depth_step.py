@@ -16,11 +16,11 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import secateur
-from secateur import pruning
+from secateur import depth_step, pruning
 from secateur.arch import bind, decoder_layers
 from secateur.cut import cut
 from secateur.depth_choice import choose_layers
-from secateur.depth_step import _patching, remove_depth
+from secateur.depth_step import _narrow_readers, remove_depth
 from secateur.inspection import inspect
 from secateur.loss import domain_losses
 from secateur.probe import first_blocks
@@ -141,9 +141,10 @@ def test_every_layer_is_logged_with_its_kl_and_patch(factory, small, tmp_path, m
     batches = first_blocks(runs[0].batches(1), 2)
     assert sum(len(batch.ids_BT) for batch in batches) == 4
     run = dataclasses.replace(runs[0], model=model, arch=bind(model))
-    patching = _patching(run, run.batches(1))
-    assert patching is not None and not any(batch.held_out for batch in patching.batches)
-    expected = choose_layers(model, run.arch, batches, 3, patching=patching)
+    readers = _narrow_readers(run, run.batches(1))
+    # Nothing is left to the widths here.
+    assert readers == {}
+    expected = choose_layers(model, run.arch, batches, 3)
     by_choice = sorted(lines, key=lambda line: line["chosen"])
     assert [(line["layer"], line["kl"]) for line in by_choice] == list(expected.items())
     # Nothing stands before the first layer, so it is not patched; of two neighbours both are, into the same layer.
@@ -151,6 +152,24 @@ def test_every_layer_is_logged_with_its_kl_and_patch(factory, small, tmp_path, m
     for line in lines[1:]:
         assert set(line["error_after"]) == {"prose", "code"} and line["step"] == 1
         assert max(line["error_after"].values()) < 0.9
+
+
+def test_layers_are_chosen_in_a_model_as_narrow_as_widths_will_make_it(small, monkeypatch):
+    model, seen = dense(tiny_llama), []
+
+    def spy(*arguments: Any, readers: Any, **named: Any) -> Any:
+        seen.append(readers)
+        return choose_layers(*arguments, readers=readers, **named)
+
+    monkeypatch.setattr(depth_step, "choose_layers", spy)
+    settings = {**small, "depth": 2, "remove": 0.45, "protected_layers": [0]}
+    result = secateur.prune(copy.deepcopy(model), settings, tokenizer=TOKENIZER)
+    (readers,) = seen
+    assert sorted(readers) == [1, 2, 3, 4, 5]
+    width = model.config.intermediate_size
+    (kept,) = {len(keep) for (layer, _), keep in result.keeps.items()}
+    for weight in readers.values():
+        assert int(weight.abs().sum(0).count_nonzero()) == pytest.approx(kept, abs=0.1 * width)
 
 
 def test_the_dense_stream_is_that_of_the_model_without_the_layers(small, monkeypatch):

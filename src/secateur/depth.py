@@ -8,7 +8,7 @@ Letters: T tokens, D hidden size, F reader inputs.
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from secateur.arch import Arch, bind, decoder_layers, linear
 from secateur.arch_numbers import text_config
-from secateur.compensate import Guard, guard, held_out_errors, held_out_sums
+from secateur.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares
 from secateur.errors import ArchError, NumericsError, RecipeError
 from secateur.gram import Gram
 from secateur.ranks import from_first, sum_tensors
-from secateur.score import damped_gram
+from secateur.score import damped_gram, keep_highest
 from secateur.walk import Batch, Walk
 
 
@@ -76,18 +76,22 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
         )
     reader = _reader(model, arch, layer - 1)
     from_first(lambda: _check_added_as_it_is(Walk(model, arch, batches[:1]), layer - 1, reader))
-    sums = _Sums(reader)
+    gram = Gram(reader.in_features, reader.weight.device)
+    cross_FD = reader.weight.new_zeros(reader.in_features, reader.out_features, dtype=torch.float32)
     held_out: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for batch in batches:
         walk = Walk(model, arch, [batch])
         for index in range(layer - 1):
             walk.advance(index)
-        x_TF, added_TD = _input_and_gain(walk, layer - 1, layer, reader, walk.hidden_BTD[0])
+        x_TF, between_BTD = _reader_inputs(walk, layer - 1, reader, walk.hidden_BTD[0])
+        added_TD = (walk.through(layer, between_BTD).float() - between_BTD.float()).flatten(0, 1)
         if batch.held_out:
             held_out.setdefault(batch.domain, []).append((x_TF, added_TD))
         else:
-            sums.add(x_TF, added_TD)
-    change_FD = sums.solve(damping, layer)
+            gram.add_product(x_TF)
+            cross_FD += x_TF.float().T @ added_TD
+    sum_tensors([*gram.blocks, cross_FD])
+    change_FD = from_first(lambda: _solve(damped_gram(gram, damping), cross_FD, layer))
     # The guard judges what will be stored, rounding included.
     change_DF = (reader.weight + change_FD.T).to(reader.weight.dtype) - reader.weight.float()
     judged = _judge(held_out, change_DF)
@@ -96,34 +100,37 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
 
 
 @torch.no_grad()
-def fitted_readers(
-    model: nn.Module,
-    arch: Arch,
-    batches: list[Batch],
-    kept: list[int],
-    readers: Mapping[int, Tensor],
-    asked: Collection[int],
-    damping: float,
+def narrow_readers(
+    model: nn.Module, arch: Arch, batches: list[Batch], shares: Mapping[int, float], damping: float | None
 ) -> dict[int, Tensor]:
-    """Return, by layer asked for, the FFN reader's weight of the kept layer before it, once it is folded into that.
+    """Return, by layer, the weight of its FFN's reader with a share of its columns zero: what narrow widths would do.
 
-    As `fold_patch`, for the model of the layers `kept`, with the weights `readers` in place of its own; nothing is
-    changed and nothing judged. The first kept layer has none before it and gets none. Held-out batches take no part.
+    `shares`: by layer the share of columns that stays, those of the highest `wanda` score over all tokens. The others
+    are refitted by least squares with this damping on the narrow model's own stream; with None they stay as they are.
+    Nothing is changed. Held-out batches take no part.
     """
     walk = Walk(model, arch, [batch for batch in batches if not batch.held_out])
     found: dict[int, Tensor] = {}
-    with readers_replaced(model, arch, readers):
-        for before, layer in pairwise(kept):
-            if layer > max(asked):
-                break
-            if layer in asked:
-                reader = _reader(model, arch, before)
-                sums = _Sums(reader)
-                for hidden_BTD in walk.hidden_BTD:
-                    sums.add(*_input_and_gain(walk, before, layer, reader, hidden_BTD))
-                found[layer] = reader.weight + sums.solve(damping, layer).T.to(reader.weight.dtype)
-            walk.advance(before)
+    for index in range(arch.num_layers):
+        if index in shares:
+            reader = _reader(model, arch, index)
+            gram = Gram(reader.in_features, reader.weight.device)
+            for hidden_BTD in walk.hidden_BTD:
+                gram.add_product(_reader_inputs(walk, index, reader, hidden_BTD)[0])
+            sum_tensors(gram.blocks)
+            found[index] = from_first(partial(_narrow, reader.weight, gram, shares[index], damping))
+        with readers_replaced(model, arch, {index: found[index]} if index in found else {}):
+            walk.advance(index)
     return found
+
+
+def _narrow(weight_DF: Tensor, gram: Gram, share: float, damping: float | None) -> Float[Tensor, "D F"]:
+    scores_F = weight_DF.float().abs().sum(dim=0) * gram.diagonal().sqrt()
+    keep = keep_highest(scores_F, max(1, round(share * len(scores_F))))
+    narrow_DF = torch.zeros_like(weight_DF)
+    kept = weight_DF[:, keep] if damping is None else least_squares(weight_DF.float(), gram, keep, damping).weight_HS
+    narrow_DF[:, keep] = kept.to(weight_DF.dtype)
+    return narrow_DF
 
 
 @contextmanager
@@ -143,23 +150,6 @@ def readers_replaced(model: nn.Module, arch: Arch, weights: Mapping[int, Tensor]
 def _reader(model: nn.Module, arch: Arch, layer: int) -> nn.Linear:
     (group,) = (group for group in arch.select(("ffn",)) if group.layer == layer)
     return linear(decoder_layers(model, arch)[layer], group.reader.module)
-
-
-class _Sums:
-    """Sums over calibration tokens: a reader's inputs x by themselves, and with what they are to give besides, d."""
-
-    def __init__(self, reader: nn.Linear) -> None:
-        self.gram = Gram(reader.in_features, reader.weight.device)
-        self.cross_FD = reader.weight.new_zeros(reader.in_features, reader.out_features, dtype=torch.float32)
-
-    def add(self, x_TF: Float[Tensor, "T F"], added_TD: Float[Tensor, "T D"]) -> None:
-        self.gram.add_product(x_TF)
-        self.cross_FD += x_TF.float().T @ added_TD
-
-    def solve(self, damping: float, layer: int) -> Float[Tensor, "F D"]:
-        """Return (x'x + ridge I)^-1 x'd, from the sums of all ranks."""
-        sum_tensors([*self.gram.blocks, self.cross_FD])
-        return from_first(lambda: _solve(damped_gram(self.gram, damping), self.cross_FD, layer))
 
 
 def _check_added_as_it_is(walk: Walk, index: int, reader: nn.Linear) -> None:
@@ -182,21 +172,15 @@ def _check_added_as_it_is(walk: Walk, index: int, reader: nn.Linear) -> None:
         raise ArchError("depth: this family norms what an FFN gives, so a layer cannot be folded; remove it without.")
 
 
-def _input_and_gain(
-    walk: Walk, before: int, layer: int, reader: nn.Linear, hidden_BTD: Tensor
-) -> tuple[Float[Tensor, "T F"], Float[Tensor, "T D"]]:
-    """Return the reader's inputs in the layer `before`, and what `layer` adds to the hidden state, in float32.
-
-    `hidden_BTD` enters the layer `before`; no stream moves.
-    """
+def _reader_inputs(walk: Walk, index: int, reader: nn.Linear, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the reader's inputs (tokens x F) and what leaves layer `index` if `hidden_BTD` enters; no stream moves."""
     seen: list[Tensor] = []
     handle = reader.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     try:
-        between_BTD = walk.through(before, hidden_BTD)
+        leaving_BTD = walk.through(index, hidden_BTD)
     finally:
         handle.remove()
-    added_BTD = walk.through(layer, between_BTD).float() - between_BTD.float()
-    return seen[0].flatten(0, 1), added_BTD.flatten(0, 1)
+    return seen[0].flatten(0, 1), leaving_BTD
 
 
 def _solve(hessian_FF: Float[Tensor, "F F"], cross_FD: Float[Tensor, "F D"], layer: int) -> Float[Tensor, "F D"]:

@@ -10,10 +10,11 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from secateur.arch import Arch, decoder_layers, linear
-from secateur.depth import fold_patch, remove_layers
-from secateur.depth_choice import Patching, choose_layers
+from secateur.depth import fold_patch, narrow_readers, remove_layers
+from secateur.depth_choice import choose_layers
 from secateur.memory import peak_bytes, release_freed
 from secateur.probe import first_blocks
 from secateur.resolve import resolve
@@ -22,18 +23,19 @@ from secateur.run import Run
 from secateur.safety_net import watched_losses
 from secateur.walk import Batch
 
-# Patches that only serve to compare layers are fitted to so many tokens per input of the widest FFN reader.
-FIT_TOKENS_PER_INPUT = 4
+# Readers that only serve to compare layers are fitted to so many tokens per input.
+TOKENS_PER_INPUT = 4
 
 
 def remove_depth(run: Run) -> Run:
     """Remove as many layers as the recipe's `depth` says, in place; call it before `prune_in_place`.
 
-    Which: `choose_layers` on `probe_blocks` blocks per domain of the first round, with patches fitted to a few others.
-    In what order: from the first layer on, so that each patch is fitted to what the layers before it give by then, as
-    everywhere in a walk. Patched by least squares on all the blocks of the first round, where the recipe compensates
-    so, the family adds what an FFN gives as it is, and a layer stands before. Everything after, the dense stream
-    included, starts from this model; only the safety net still compares with the dense one.
+    Which: `choose_layers` on `probe_blocks` blocks per domain of the first round, in a model about as narrow as widths
+    will make it, since that is where the others must do without them. In what order: from the first layer on, so that
+    each patch is fitted to what the layers before it give by then, as everywhere in a walk. Patched by least squares on
+    all the blocks of the first round, where the recipe compensates so, the family adds what an FFN gives as it is, and
+    a layer stands before. Everything after, the dense stream included, starts from this model; only the safety net
+    still compares with the dense one.
     """
     recipe, dense = run.resolved.recipe, run.arch
     if not recipe.depth:
@@ -68,7 +70,7 @@ def _chosen(run: Run, batches: list[Batch]) -> dict[int, float]:
             dense,
             first_blocks(batches, recipe.probe_blocks),
             recipe.depth,
-            patching=_patching(run, batches),
+            readers=_narrow_readers(run, batches),
             protected=protected_layers(recipe, dense),
             progress=run.progress,
         )
@@ -77,27 +79,32 @@ def _chosen(run: Run, batches: list[Batch]) -> dict[int, float]:
     return dict(run.journal.value("removed layers", chosen))
 
 
-def _patching(run: Run, batches: list[Batch]) -> Patching | None:
-    """Return how layers are patched while they are weighed: on blocks that are not those of the probe, if there are."""
-    recipe = run.resolved.recipe
-    if not _patches(run):
-        return None
-    domains = run.calibration.domains
-    widest = max(group.num_inputs for group in run.arch.select(("ffn",)))
-    num_blocks = math.ceil(FIT_TOKENS_PER_INPUT * widest / (len(domains) * run.calibration.sequence_length))
+def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
+    """Return FFN readers about as narrow as widths will make them, from a few blocks that the probe does not see.
+
+    None where no FFN becomes narrower.
+    """
+    recipe, plan = run.resolved.recipe, run.resolved.plans[-1]
+    ffns = [group for group in run.resolved.groups if group.name == "ffn" and group.width == 1]
+    kept = sum(plan.num_keep[group.layer, group.name] for group in ffns)
+    if kept == sum(group.num_units for group in ffns):
+        return {}
+    # Before layers are chosen plans are for those that are expected to stay; the share is what is of use.
+    share = kept / sum(group.num_units for group in ffns)
+    domains, widest = run.calibration.domains, max(group.num_units for group in ffns)
+    num_blocks = math.ceil(TOKENS_PER_INPUT * widest / (len(domains) * run.calibration.sequence_length))
     spare = min(len(domain.calibration_NT) for domain in domains) - recipe.probe_blocks
     after = recipe.probe_blocks if spare >= num_blocks else 0
-    return Patching(first_blocks(batches, num_blocks, after=after), recipe.damping)
-
-
-def _patches(run: Run) -> bool:
-    return run.resolved.recipe.compensate == "least_squares" and run.arch.mlp_adds_directly
+    unprotected = set(range(run.arch.num_layers)) - protected_layers(recipe, run.arch)
+    damping = recipe.damping if recipe.compensate == "least_squares" else None
+    blocks = first_blocks(batches, num_blocks, after=after)
+    return narrow_readers(run.model, run.arch, blocks, dict.fromkeys(unprotected, share), damping)
 
 
 def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]) -> dict[str, Any]:
     """Fold `layer`, now at `position`, into the one before it, if that can be; return what the held-out text says."""
     recipe = run.resolved.recipe
-    if position == 0 or not _patches(run):
+    if position == 0 or recipe.compensate != "least_squares" or not arch.mlp_adds_directly:
         return {}
     before = decoder_layers(run.model, arch)[position - 1]
     (ffn,) = (group for group in arch.select(("ffn",)) if group.layer == position - 1)
