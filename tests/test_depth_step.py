@@ -277,7 +277,10 @@ def test_what_cannot_be_removed_is_said_before_anything_runs(small):
 
 def test_layers_go_by_themselves_where_widths_alone_would_be_ruin(small, tmp_path):
     model = dense(tiny_llama, quiet=(0, 2, 3))
-    channels = sum(group.num_units * group.params_per_unit for group in bind(model).groups if group.name == "ffn")
+    channels, heads = (
+        sum(group.num_units * group.params_per_unit for group in bind(model).groups if group.name == name)
+        for name in ("ffn", "kv_heads")
+    )
 
     def depth_of(units: float, **changes: Any) -> int:
         asked = {**small, "remove": units * channels / num_params(model), "align": 1, **changes}
@@ -294,6 +297,7 @@ def test_layers_go_by_themselves_where_widths_alone_would_be_ruin(small, tmp_pat
         {"rounds": 2},
         {"max_loss_rise": 0.5},
         {"target": "flops"},
+        {"groups": ["kv_heads"], "remove": heads / 2 / num_params(model)},
     ):
         assert depth_of(0.85, **changes) == 0
     asked = {**small, "remove": 0.85 * channels / num_params(model), "align": 1}

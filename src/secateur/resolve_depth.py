@@ -66,20 +66,22 @@ def default_depth(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> in
 
     Widths give the first units cheaply and the last ones at ruin. With f the share of the recipe's units that would go
     if widths gave all, round(LAYERS_PER_UNIT * (f - UNITS_ALONE)) of all layers go, or none. Measured on SmolLM2-135M
-    (LOG, 2026-11-25): 0 layers are best at 20% of all parameters, 2 of 30 at 30%, 8 at 50%. None either where the
-    recipe's rounds are to be stopped or listed, where it counts something else than parameters or changes the hidden
-    width, and where layers differ.
+    (LOG, 2026-11-25), where that is 0 of 30 layers at 30% of all parameters, 4 at 40%, 8 at 50%. None either where the
+    recipe has rounds or a limit on the loss, counts something else than parameters, changes the hidden width or cuts no
+    FFN, and where layers differ.
     """
     groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
     plain = recipe.target == "parameters" and recipe.rounds == 1 and isinstance(recipe.schedule, str)
     plain = plain and recipe.hidden_size is None and recipe.max_loss_rise is None and not recipe.sublayers
     alike = len(set(arch.params_per_layer)) == 1 and not any(group.experts for group in groups)
-    if not plain or not alike or not groups or getattr(config, "is_heterogeneous", False):
+    if not plain or not alike or "ffn" not in recipe.groups or not groups or getattr(config, "is_heterogeneous", False):
         return 0
-    share = recipe.remove * prices.total / sum(group.num_units * prices.of(group) for group in groups)
-    wanted = round(LAYERS_PER_UNIT * (share - UNITS_ALONE) * arch.num_layers)
+    asked, units = recipe.remove * prices.total, sum(group.num_units * prices.of(group) for group in groups)
+    wanted = round(LAYERS_PER_UNIT * (asked / units - UNITS_ALONE) * arch.num_layers)
     free = arch.num_layers - len(protected_layers(recipe, arch))
-    return max(0, min(wanted, free - 1))
+    depth = max(0, min(wanted, int(asked // prices.per_layer[0]), free - 1))
+    # Where even then widths cannot give the rest, the error is to say what they can give by themselves.
+    return depth if asked - depth * prices.per_layer[0] < units * (free - depth) / free else 0
 
 
 def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Group, ...]:
