@@ -28,6 +28,7 @@ from secateur.recipe import parse_recipe
 from secateur.resolve_hidden import resolve_for
 from secateur.run import Run
 from secateur.walk import Walk
+from tests.families import tiny_family
 
 TOKENIZER = tiny_tokenizer()
 FACTORIES = {"llama": tiny_llama, "qwen2": tiny_qwen2}
@@ -306,6 +307,17 @@ def test_layers_go_by_themselves_where_widths_alone_would_be_ruin(small, tmp_pat
     assert result.summary.remove_reached == pytest.approx(asked["remove"], abs=0.01)
     again = parse_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
     assert again.depth == 2
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neox", "smollm3", "cohere2", "gemma3_multimodal"])
+def test_families_of_every_kind_lose_layers_by_themselves(name, recipe, tmp_path):
+    model = tiny_family(name)
+    channels = sum(group.num_units * group.params_per_unit for group in bind(model).groups if group.name == "ffn")
+    asked = {**recipe, "remove": 0.9 * channels / num_params(model), "evaluate": False}
+    result = secateur.prune(model, asked, tokenizer=TOKENIZER, out=tmp_path / "out")
+    assert result.recipe.depth == 1 and len(result.layers) == 2
+    assert result.summary.reload_max_abs_difference == 0
+    assert result.summary.remove_reached == pytest.approx(asked["remove"], abs=0.03)
 
 
 def test_layers_do_not_leave_a_model_of_per_layer_widths(small, tmp_path):

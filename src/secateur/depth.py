@@ -180,7 +180,7 @@ def _reader_inputs(walk: Walk, index: int, reader: nn.Linear, hidden_BTD: Tensor
         leaving_BTD = walk.through(index, hidden_BTD)
     finally:
         handle.remove()
-    return seen[0].flatten(0, 1), leaving_BTD
+    return seen[0].flatten(0, -2), leaving_BTD
 
 
 def _solve(hessian_FF: Float[Tensor, "F F"], cross_FD: Float[Tensor, "F D"], layer: int) -> Float[Tensor, "F D"]:
