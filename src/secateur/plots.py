@@ -250,4 +250,8 @@ def _legend(figure: "Figure", axes: "Axes") -> None:
 
 def _short(name: str) -> str:
     printable = "".join(character if character.isprintable() else " " for character in name)
-    return printable if len(printable) <= LABEL_CHARACTERS else printable[: LABEL_CHARACTERS - 1] + "…"
+    if len(printable) <= LABEL_CHARACTERS:
+        return printable
+    # Names in one plot often begin alike and end apart.
+    end = LABEL_CHARACTERS // 3
+    return f"{printable[: LABEL_CHARACTERS - 1 - end]}…{printable[-end:]}"
