@@ -51,11 +51,11 @@ ROWS: dict[str, dict[str, Any]] = {
 SAMPLE_SECONDS = 0.005
 
 
-def resident() -> dict[str, int]:
-    """Return this process's anonymous and file-backed resident bytes (Linux)."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+def resident(process: int | str = "self") -> dict[str, int]:
+    """Return a process's anonymous and file-backed resident bytes (Linux); 0 once it has ended."""
+    lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
-    return {name: int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
+    return {name: int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
 
 
 def forward_seconds(model: Any, calibration: CalibrationSet) -> float:

@@ -3,7 +3,8 @@
 A random model of a known shape (`make_shape.py`) is pruned by `secateur prune` in a process of its own,
 from its directory to the finished output, reload check included, within `--budget`. Anonymous memory of that process
 and of the processes it starts is sampled and summed, page cache is stated beside it; what a process that has
-imported the libraries holds before is taken off. `prune` itself has the result reloaded by stock transformers and
+imported secateur holds before is taken off. (What is imported later, and the process that reloads, still count; with
+small shapes they outweigh the run.) `prune` itself has the result reloaded by stock transformers and
 compares all logits. `--keep` keeps the dense model and the result.
 
     python benchmarks/large.py [--shape qwen2.5-7b] [--layers 28] [--remove 0.2] [--num-tokens 384] [--budget 6GB]
@@ -20,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from cost import resident
 from make_shape import SHAPES, write_shape
 
 from secateur.inspection import inspect
@@ -29,17 +31,15 @@ SAMPLE_SECONDS = 0.02
 PREDICTION_MARK = 0.1
 
 
-def resident(process: int) -> dict[str, int]:
+def resident_with_children(process: int) -> dict[str, int]:
     """Return anonymous and file-backed resident bytes of a process and all below it (Linux)."""
     total = {"RssAnon": 0, "RssFile": 0}
     for pid in (process, *_below(process)):
         try:
-            lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+            found = resident(pid)
         except (FileNotFoundError, ProcessLookupError):
             continue  # ended meanwhile
-        fields = dict(line.split(":", 1) for line in lines)
-        for name in total:
-            total[name] += int(fields.get(name, "0 kB").split()[0]) * 1024
+        total = {name: total[name] + found[name] for name in total}
     return total
 
 
@@ -60,7 +60,7 @@ def sampled(command: list[str]) -> tuple[dict[str, int], float]:
     peak, start = {"RssAnon": 0, "RssFile": 0}, time.perf_counter()
     child = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     while child.poll() is None:
-        for name, value in resident(child.pid).items():
+        for name, value in resident_with_children(child.pid).items():
             peak[name] = max(peak[name], value)
         time.sleep(SAMPLE_SECONDS)
     if child.returncode:
@@ -97,7 +97,7 @@ def main() -> None:
         }
         recipe.write_text(json.dumps(asked), encoding="utf-8")
         found = inspect(dense, parse_recipe(asked))
-        imports = f"import {', '.join(('secateur', 'secateur.cli', 'secateur.verify', 'time'))}; time.sleep(2)"
+        imports = "import secateur, secateur.cli, secateur.verify, time; time.sleep(2)"
         before, _ = sampled([sys.executable, "-c", imports])
         peak, seconds = sampled(
             [sys.executable, "-m", "secateur", "prune", str(dense), str(out), "--recipe", str(recipe)]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur.recover_job import dry_run, open_job, prepare
-from secateur.recover_judge import domain_weights, mean_kl
+from secateur.recover_judge import domain_weights, mean_kl, mean_nats, objective
 from secateur.recover_logits import with_lora
 from secateur.recover_record import RecoveryRecord
 from secateur.recover_stages import Work, judged, run_stages
@@ -229,8 +229,11 @@ def test_gradient_checkpointing_changes_nothing_and_cross_entropy_needs_no_teach
     found = []
     for checkpointing in (False, True):
         changes = only("logits", kl_share=0.0, gradient_checkpointing=checkpointing, learning_rate=1e-4)
-        work, _, _ = stages(pruned, checkpoints["llama"], changes, tmp_path / str(checkpointing))
+        work, before, records = stages(pruned, checkpoints["llama"], changes, tmp_path / str(checkpointing))
         assert work.teacher is None
+        # Without a teacher the loss says whether it helped, whatever the KL did.
+        assert records[0].held and mean_nats(records[0].after) < mean_nats(before)
+        assert objective(before, 0.25) == pytest.approx(0.25 * mean_kl(before) + 0.75 * mean_nats(before))
         found.append(weights(work.pruned))
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-5, atol=1e-6)

@@ -72,9 +72,9 @@ def choose_layers(
     """Return the layers to remove, in the order chosen: each time the one whose removal now costs the least KL.
 
     By layer KL(dense || model with `readers`, without it and those before it). Every beginning of the order is the
-    choice for that many layers. What a layer adds to the KL grows, as a rule, with what has gone; so of those that stay
-    the ones that added least when last measured are measured anew, a few at a time, until none can cost less than the
-    best of these.
+    choice for that many layers. Of the layers that stay the ones that added least when last measured are measured anew,
+    a few at a time, until the next would, adding as much as it did then, cost more than the best of these. That is
+    exact where what a layer adds never shrinks; where it does, another layer of about that cost may be taken (LOG).
     Raises RecipeError if so many layers cannot go. Source of the laziness: Minoux 1978, accelerated greedy.
     """
     allowed = min(len(set(range(arch.num_layers)) - set(protected)), arch.num_layers - 1)

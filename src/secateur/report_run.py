@@ -43,7 +43,8 @@ def depth(files: ResultFiles) -> Section:
         rows.append((f"layer {removed.layer}", str(removed.chosen), f"{removed.kl:.4f}", left))
     text = (
         f"{before} layers → {after}. Each time the layer went without which predictions change the least; KL is that "
-        "of the model without it and those chosen before it, before any patch, in nats per token. Where it can, the "
+        "of the model without it and those chosen before it, before any patch and with FFNs about as narrow as widths "
+        "will make them, so most of it is the widths', in nats per token. Where it can, the "
         "layer before is refitted to give what is linear in it; the last column is what is then missing of what the "
         "layer added, on held-out text, as a share of its energy.",
         "This table numbers layers as the dense model did; everything else here, as the result does.",
