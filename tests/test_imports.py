@@ -34,7 +34,7 @@ LAYERS = [
     # stages that are made of others
     "experts obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary "
     "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global level_database recover_record",
-    "fingerprint depth",
+    "fingerprint depth gguf_families",
     "checkpoint_tokenizer",
     "ranks_check resolve_hidden calibration_sampled calibration_facts repair hidden_norms depth_choice estimate "
     "bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",

@@ -1,10 +1,11 @@
 """A checkpoint's tensors as llama.cpp wants them: its names, its order of rotary channels, its number formats.
 
-In: tensors by their transformers names. Out: numpy arrays by their GGUF names, one at a time: a model is never in
+In: tensors by their names in the file. Out: numpy arrays by their GGUF names, one at a time: a model is never in
 memory as a whole. Vectors (norms, biases) stay float32, as llama.cpp requires.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,26 +19,37 @@ from transformers import PreTrainedConfig
 from secateur.checkpoint import Checkpoint, meta_model
 from secateur.checkpoint_tensors import StoredTensor, read_tensor, stored_tensors
 from secateur.errors import CheckpointError, NumericsError
-from secateur.gguf_metadata import GgufFamily, head_dim, rotary
+from secateur.gguf_families import GgufFamily, head_dim, rotary
 
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # ours -> gguf.GGMLQuantizationType
 OWN_TYPES = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
 LARGEST_F16 = torch.finfo(torch.float16).max
 
 
+# Too small to gain from a smaller type, and llama.cpp takes some of them in float32 only.
+_ALWAYS_F32 = re.compile(r"\.ffn_gate_inp(_shexp)?\.|^position_embd\.")
+# Files that keep every expert apart: Mixtral's names of the matrices, and the name under which llama.cpp has the stack.
+_EXPERT = re.compile(r"(model\.layers\.\d+\.).*\bexperts\.(\d+)\.(\w+)\.weight")
+_EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor to write. `source`: where it lies, None for the rotary factors, which are computed."""
+    """One tensor to write. `sources`: where it lies, several where experts are stacked, none for computed factors.
+
+    `half`: which half of the rows is meant, where a file keeps gate and input in one matrix.
+    """
 
     name: str  # transformers' name
     gguf_name: str
     shape: tuple[int, ...]
     type_name: str
-    source: StoredTensor | None
+    sources: tuple[StoredTensor, ...]
+    half: int | None = None
 
 
 def gguf_tensors(checkpoint: Checkpoint, family: GgufFamily, type_name: str) -> list[GgufTensor]:
-    """List what the file will hold, layer by layer, tied weights once; read no weights.
+    """List what the file will hold, tied weights once; read no weights.
 
     Raises CheckpointError if a row is no multiple of the type's block.
     """
@@ -46,25 +58,55 @@ def gguf_tensors(checkpoint: Checkpoint, family: GgufFamily, type_name: str) -> 
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     config: Any = checkpoint.config
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    stored, model = stored_tensors(checkpoint.directory), meta_model(checkpoint.config)
     found = []
-    for name in model.state_dict():
-        if name in model.all_tied_weights_keys:
-            continue
+    for name, sources, half in _parts(checkpoint, family):
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert gguf_name is not None
-        shape = stored[name].shape
-        found.append(GgufTensor(name, gguf_name, shape, type_name if len(shape) > 1 else "f32", stored[name]))
+        assert gguf_name is not None, name
+        shape = _shape(name, sources, half, family)
+        small = len(shape) == 1 or _ALWAYS_F32.search(gguf_name)
+        found.append(GgufTensor(name, gguf_name, shape, "f32" if small else type_name, sources, half))
     if rotary(config)["rope_type"] == "llama3":
-        found.append(GgufTensor("rope_freqs", "rope_freqs.weight", (head_dim(config) // 2,), "f32", None))
-    block_size, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[TYPES[type_name]]]
+        found.append(GgufTensor("rope_freqs", "rope_freqs.weight", (head_dim(config) // 2,), "f32", ()))
     for tensor in found:
-        if len(tensor.shape) > 1 and tensor.shape[-1] % block_size:
+        block_size, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[TYPES[tensor.type_name]]]
+        if tensor.shape[-1] % block_size:
             raise CheckpointError(
                 f"{checkpoint.reference}: {tensor.name} has rows of {tensor.shape[-1]}, which {type_name} stores in "
                 f"blocks of {block_size}; export as f16 or bf16, or prune with align: {block_size}."
             )
     return found
+
+
+def _parts(checkpoint: Checkpoint, family: GgufFamily) -> Iterator[tuple[str, tuple[StoredTensor, ...], int | None]]:
+    """Yield what to write by name: stored tensors, stacks of the experts' matrices, halves of fused ones."""
+    stored, model = stored_tensors(checkpoint.directory), meta_model(checkpoint.config)
+    stacks: dict[str, dict[int, StoredTensor]] = {}
+    for name, tensor in stored.items():
+        if name in model.all_tied_weights_keys or "rotary_emb" in name:
+            continue
+        if expert := _EXPERT.fullmatch(name):
+            layer, index, part = expert.groups()
+            stack = stacks.setdefault(f"{layer}mlp.experts.{_EXPERT_PARTS.get(part, part)}.weight", {})
+            stack[int(index)] = tensor
+        elif family.fused_gate and f".{family.fused_gate}." in name:
+            experts = re.sub(r"(layers\.\d+\.).*", r"\1mlp.experts", name)
+            yield f"{experts}.gate_proj.weight", (tensor,), 0
+            yield f"{experts}.up_proj.weight", (tensor,), 1
+        else:
+            yield name, (tensor,), None
+    for name, stack in stacks.items():
+        yield name, tuple(stack[index] for index in sorted(stack)), None
+
+
+def _shape(name: str, sources: tuple[StoredTensor, ...], half: int | None, family: GgufFamily) -> tuple[int, ...]:
+    shape = sources[0].shape if len(sources) == 1 else (len(sources), *sources[0].shape)
+    if half is not None:
+        return (*shape[:-2], shape[-2] // 2, shape[-1])
+    return shape[::-1] if _is_conv1d(name, family) else shape
+
+
+def _is_conv1d(name: str, family: GgufFamily) -> bool:
+    return name.endswith(".weight") and name.split(".")[-2] in family.conv1d
 
 
 def num_gguf_bytes(tensor: GgufTensor) -> int:
@@ -82,17 +124,29 @@ def read_gguf_arrays(tensors: list[GgufTensor], family: GgufFamily, config: PreT
     """
     import gguf
 
-    sizes: Any = config
     for tensor in tensors:
-        values = llama3_factors(config) if tensor.source is None else read_tensor(tensor.source).float()
+        values = _read(tensor, family) if tensor.sources else llama3_factors(config)
         _check_range(tensor, values)
-        if family.interleaved_rotary and ".q_proj." in tensor.name:
-            values = interleave_rotary(values, sizes.num_attention_heads)
-        if family.interleaved_rotary and ".k_proj." in tensor.name:
-            values = interleave_rotary(values, sizes.num_key_value_heads)
-        if "norm." in tensor.name:
-            values = values + family.norm_offset
-        yield gguf.quantize(values.numpy(), gguf.GGMLQuantizationType[TYPES[tensor.type_name]])
+        values = _as_llama_cpp_has_it(values, tensor.name, family, config)
+        yield gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[TYPES[tensor.type_name]])
+
+
+def _read(tensor: GgufTensor, family: GgufFamily) -> Tensor:
+    values = [read_tensor(source).float() for source in tensor.sources]
+    whole = values[0] if len(values) == 1 else torch.stack(values)
+    if tensor.half is not None:
+        return whole.chunk(2, dim=-2)[tensor.half]
+    return whole.T if _is_conv1d(tensor.name, family) else whole
+
+
+def _as_llama_cpp_has_it(values: Tensor, name: str, family: GgufFamily, config: PreTrainedConfig) -> Tensor:
+    """Return the values with rows of q and k in llama.cpp's order of rotary channels, and norms by its convention."""
+    sizes: Any = config
+    if family.interleaved_rotary and ".q_proj." in name:
+        return interleave_rotary(values, sizes.num_attention_heads)
+    if family.interleaved_rotary and ".k_proj." in name:
+        return interleave_rotary(values, sizes.num_key_value_heads)
+    return values + family.norm_offset if name.endswith("norm.weight") else values
 
 
 def interleave_rotary(rows: Float[Tensor, "... I"], num_heads: int) -> Float[Tensor, "... I"]:

@@ -1,0 +1,234 @@
+"""What llama.cpp computes under an architecture's name, by transformers' model type; and the refusal of the rest.
+
+In: a checkpoint's config. Out: the family's row, or one sentence that says what llama.cpp takes for granted and the
+config does not hold. Not handled: widths that differ by layer, images, experts in some of the layers only.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from secateur.checkpoint import Checkpoint
+from secateur.errors import ArchError
+
+ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFamily:
+    """A row of the table below.
+
+    `takes`: what llama.cpp takes for granted: key of the config -> its value, or a function of the config; a key that a
+    config lacks counts as None. `eps`: the key of the norms' epsilon; only `rms_norm_eps` is of RMS norms.
+    `scales`: key of the config -> the writer's `add_` method. `interleaved_rotary`: it rotates channels 2i and 2i+1
+    where transformers rotates i and i + head_dim/2, so the rows of q and k are reordered. `full_width_heads`: it needs
+    query heads * head_dim to be the hidden size. `norm_offset`: what transformers adds to the weights of norms and
+    llama.cpp does not. `window_period`: of so many layers all but the last have a sliding window; 0: none has.
+    `fused_gate`: the file keeps an expert's gate and input in one matrix, llama.cpp apart. `conv1d`: linears hold their
+    weight transposed.
+    """
+
+    architecture: str
+    takes: Mapping[str, Any] = field(default_factory=dict)
+    eps: str = "rms_norm_eps"
+    scales: Mapping[str, str] = field(default_factory=dict)
+    interleaved_rotary: bool = False
+    full_width_heads: bool = False
+    norm_offset: int = 0
+    window_period: int = 0
+    fused_gate: str = ""
+    conv1d: tuple[str, ...] = ()
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Return the channels of one attention head."""
+    sizes: Any = config
+    return getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
+
+
+def _windowless(period: int) -> Callable[[Any], list[str]]:
+    """Return `layer_types` where the last of every `period` layers has no window."""
+
+    def layer_types(config: Any) -> list[str]:
+        layers = range(1, config.num_hidden_layers + 1)
+        return ["sliding_attention" if layer % period else "full_attention" for layer in layers]
+
+    return layer_types
+
+
+def _scaled_by(large: int) -> Callable[[Any], int]:
+    """Return by what attention is scaled: of its sizes llama.cpp knows the largest by its number of layers."""
+    return lambda config: (
+        config.hidden_size // config.num_attention_heads if config.num_hidden_layers == large else head_dim(config)
+    )
+
+
+_SILU: dict[str, Any] = {"hidden_act": "silu"}
+_PLAIN = _SILU | {"attention_bias": False}
+_UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
+_GEMMA = {"tie_word_embeddings": True, "attention_bias": False, "use_bidirectional_attention": None}
+_GEMMA |= {"hidden_activation": "gelu_pytorch_tanh"}
+# Experts in every layer; `norm_topk_prob`: whether the weights of a token's experts are made to sum to one.
+_EVERY_LAYER = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+_WINDOW_ROTARY = {"rope_type": "default", "rope_theta": 10000.0}  # of Gemma 3's layers with a window, not in the file
+_LLAMA = GgufFamily("llama", _SILU, interleaved_rotary=True)
+_GRANITE_SCALES = {
+    "attention_multiplier": "attention_scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+_COHERE = _PLAIN | {"tie_word_embeddings": True}
+
+FAMILIES = {
+    "cohere": GgufFamily(
+        "command-r",
+        _COHERE | {"use_qk_norm": False},
+        "layer_norm_eps",
+        {"logit_scale": "logit_scale"},
+        full_width_heads=True,
+    ),
+    "cohere2": GgufFamily(
+        "cohere2",
+        _COHERE | {"layer_types": _windowless(4)},
+        "layer_norm_eps",
+        {"logit_scale": "logit_scale"},
+        full_width_heads=True,
+        window_period=4,
+    ),
+    "ernie4_5": GgufFamily("ernie4_5", _SILU | {"use_bias": False}),
+    "exaone4": GgufFamily(
+        "exaone4",
+        _SILU | {"sliding_window": None, "num_hidden_layers": lambda config: min(config.num_hidden_layers, 63)},
+        full_width_heads=True,
+    ),
+    "gemma": GgufFamily("gemma", _GEMMA, norm_offset=1),
+    "gemma2": GgufFamily(
+        "gemma2",
+        _GEMMA | {"layer_types": _windowless(2), "query_pre_attn_scalar": _scaled_by(46)},
+        scales={
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        norm_offset=1,
+        window_period=2,
+    ),
+    "gemma3_text": GgufFamily(
+        "gemma3",
+        _GEMMA
+        | {
+            "layer_types": _windowless(6),
+            "rope_parameters.sliding_attention": _WINDOW_ROTARY,
+            "query_pre_attn_scalar": _scaled_by(62),
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+        norm_offset=1,
+        window_period=6,
+    ),
+    "glm4": GgufFamily("glm4", _SILU),
+    "gpt2": GgufFamily(
+        "gpt2",
+        {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+        "layer_norm_epsilon",
+        full_width_heads=True,
+        conv1d=("c_attn", "c_proj", "c_fc"),
+    ),
+    "granite": GgufFamily("granite", _SILU, scales=_GRANITE_SCALES, interleaved_rotary=True),
+    "granitemoe": GgufFamily(
+        "granitemoe", _SILU, scales=_GRANITE_SCALES, interleaved_rotary=True, fused_gate="input_linear"
+    ),
+    "hunyuan_v1_dense": GgufFamily("hunyuan-dense", _PLAIN),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "mixtral": _LLAMA,
+    "nemotron": GgufFamily(
+        "nemotron", {"hidden_act": "relu2", **_UNTIED}, "norm_eps", full_width_heads=True, norm_offset=1
+    ),
+    "olmo2": GgufFamily("olmo2", _PLAIN | _UNTIED, full_width_heads=True),
+    "olmoe": GgufFamily(
+        "olmoe",
+        _PLAIN
+        | _UNTIED
+        | {"norm_topk_prob": False, "clip_qkv": None, "num_key_value_heads": lambda config: config.num_attention_heads},
+        full_width_heads=True,
+    ),
+    "phi": GgufFamily(
+        "phi2", {"hidden_act": "gelu_new", "qk_layernorm": False, **_UNTIED}, "layer_norm_eps", full_width_heads=True
+    ),
+    "phi3": GgufFamily("phi3", _SILU, full_width_heads=True),
+    "qwen2": GgufFamily("qwen2", _SILU, full_width_heads=True),
+    "qwen2_moe": GgufFamily(
+        "qwen2moe", _SILU | _UNTIED | _EVERY_LAYER | {"norm_topk_prob": False}, full_width_heads=True
+    ),
+    "qwen3": GgufFamily("qwen3", _PLAIN),
+    "qwen3_moe": GgufFamily("qwen3moe", _PLAIN | _EVERY_LAYER | {"norm_topk_prob": True}),
+    "seed_oss": GgufFamily("seed_oss", _SILU | {"attention_out_bias": False, "mlp_bias": False}),
+    "smollm3": GgufFamily(
+        "smollm3",
+        _PLAIN
+        | {
+            "mlp_bias": False,
+            "no_rope_layers": lambda config: [int((layer + 1) % 4 > 0) for layer in range(config.num_hidden_layers)],
+        },
+        interleaved_rotary=True,
+    ),
+    "stablelm": GgufFamily(
+        "stablelm", _SILU | _UNTIED | {"qk_layernorm": False}, "layer_norm_eps", full_width_heads=True
+    ),
+    "starcoder2": GgufFamily("starcoder2", {"hidden_act": "gelu_pytorch_tanh"}, "norm_epsilon", full_width_heads=True),
+}
+
+
+def gguf_family(checkpoint: Checkpoint) -> GgufFamily:
+    """Return how the checkpoint's family goes into GGUF. Raises ArchError for what llama.cpp would not run as it is."""
+    config: Any = checkpoint.config
+    if config.model_type not in FAMILIES:
+        raise ArchError(
+            f"{checkpoint.reference}: GGUF export knows the families {', '.join(sorted(FAMILIES))}, "
+            f"not '{config.model_type}'; convert it with llama.cpp's own script."
+        )
+    family = FAMILIES[config.model_type]
+    where = f"{checkpoint.reference}: llama.cpp's {family.architecture}"
+    query_channels = config.num_attention_heads * head_dim(config)
+    if family.full_width_heads and query_channels != config.hidden_size:
+        raise ArchError(
+            f"{where} needs query heads * head_dim to be the hidden size {config.hidden_size}, got {query_channels}; "
+            "prune groups other than attention heads."
+        )
+    for key, taken in family.takes.items():
+        got, expected = _value(config, key), taken(config) if callable(taken) else taken
+        if got != expected and not (expected in (None, False) and got in (None, False)):
+            raise ArchError(f"{where} takes {key} to be {expected}, the config says {got}; keep it in safetensors.")
+    if rotary(config)["rope_type"] not in ROTARY_TYPES:
+        raise ArchError(
+            f"{checkpoint.reference}: rope_type '{rotary(config)['rope_type']}' has no counterpart in GGUF; "
+            f"allowed: {', '.join(ROTARY_TYPES)}."
+        )
+    return family
+
+
+def _value(config: Any, key: str) -> Any:
+    """Return what the config says of a key, None where it lacks it; a dot leads into a dictionary."""
+    name, _, inner = key.partition(".")
+    value = getattr(config, name, None)
+    if name == "hidden_activation":  # early configs of Gemma have the other key alone
+        value = value or config.hidden_act
+    return (value or {}).get(inner) if inner else value
+
+
+def rotary(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the rotary settings, `rope_type` and `rope_theta` among them; those of layers without a sliding window.
+
+    Hunyuan's `dynamic` with a fixed `alpha` is a larger theta, theta * alpha^(d / (d - 2)). A model without rotary
+    positions gets transformers' default, which nothing reads.
+    """
+    settings: Any = config
+    parameters = getattr(settings, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
+    found = dict(parameters.get("full_attention", parameters))
+    if alpha := found.get("alpha") if found["rope_type"] == "dynamic" else None:
+        dim = head_dim(config)
+        found |= {"rope_type": "default", "rope_theta": found["rope_theta"] * alpha ** (dim / (dim - 2))}
+    return found

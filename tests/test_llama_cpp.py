@@ -1,0 +1,100 @@
+"""llama.cpp runs pruned models of every family that GGUF export knows and gives their logits (slow; needs it)."""
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from secateur.arch import bind, decoder_layers
+from secateur.checkpoint import load_model, open_checkpoint
+from secateur.export import export
+from secateur.gguf_families import FAMILIES as GGUF_FAMILIES
+from secateur.llama_cpp import have_llama_cpp, open_llama_cpp
+from secateur.output import save_checkpoint
+from secateur.per_layer import record_widths
+from tests.bpe_tokenizer import bpe_tokenizer, sentencepiece_tokenizer
+from tests.families import tiny_family
+from tests.models import tiny_ids
+from tests.test_families import cut_units, kept_of
+
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400}
+WINDOWS = {"sliding_window": 8}
+# What the rows of `families.FAMILIES` need to be as llama.cpp takes them to be.
+CHANGES: dict[str, dict[str, Any]] = {
+    "cohere2": {"num_hidden_layers": 4, "layer_types": None, "sliding_window_pattern": 4, "head_dim": 16},
+    "exaone4": {"layer_types": ["full_attention"] * 3, "sliding_window": None},
+    "gemma2": {"num_hidden_layers": 4, "layer_types": None, "query_pre_attn_scalar": 16},
+    "gemma3": {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 16},
+    "mistral": {"sliding_window": None},
+    "nemotron": {"head_dim": 16},
+    "olmoe": {"num_key_value_heads": 4},
+    "phi": {"qk_layernorm": False},
+    "phi3": {"sliding_window": None, "pad_token_id": 0},
+    "smollm3": {"no_rope_layers": [1, 1, 1, 0], "num_hidden_layers": 4},
+    "starcoder2": {"sliding_window": None},
+}
+ROWS = {"hunyuan_v1_dense": "hunyuan_dense", "gemma3_text": "gemma3"}
+# Of these llama.cpp computes GELU from a table of half precision.
+TOLERANCE = {"gpt2": 2e-2, "starcoder2": 2e-2, "phi": 2e-2, "gemma": 2e-2, "gemma2": 2e-2, "gemma3_text": 2e-2}
+
+
+def pruned(name: str, place: Path) -> Path:
+    """Save a model of the family without half of its channels, experts and, where llama.cpp takes fewer, heads."""
+    row = ROWS.get(name, name)
+    sizes = SIZES | CHANGES.get(row, {})
+    model = tiny_family(row, **{key: value for key, value in sizes.items() if key in known_keys(row)})
+    arch = bind(model)
+    for group in arch.groups:
+        heads = group.name in ("kv_heads", "query_heads")
+        if group.name != "query_heads" and not (heads and GGUF_FAMILIES[name].full_width_heads):
+            cut_units(decoder_layers(model, arch)[group.layer], group, kept_of(group, 0.5))
+    record_widths(model, arch)
+    tokenizer = sentencepiece_tokenizer("gemma") if name.startswith("gemma") else bpe_tokenizer()
+    save_checkpoint(model, tokenizer, place, max_shard_size="5GB", carry_from=None)
+    return place
+
+
+def known_keys(row: str) -> set[str]:
+    config = tiny_family(row).config
+    return set(config.to_dict()) | set(config.attribute_map) | {"sliding_window_pattern"}
+
+
+@pytest.mark.parametrize("name", GGUF_FAMILIES)
+def test_every_weight_is_in_the_file_once(name: str, tmp_path: Path) -> None:
+    source = pruned(name, tmp_path)
+    export(source, tmp_path / "model.gguf", check=False)
+    model = load_model(open_checkpoint(source))
+    arrays = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert sum(array.size for array in arrays.values()) == sum(weight.numel() for weight in model.parameters())
+    # Vectors keep their type and order; of norms the file holds what llama.cpp multiplies by.
+    offset = GGUF_FAMILIES[name].norm_offset
+    for many in (False, True):
+        got = sum(
+            float(np.abs(array.astype(np.float64)).sum()) for array in arrays.values() if (array.ndim > 1) == many
+        )
+        weights = [
+            weight.detach().double() + (offset if key.endswith("norm.weight") else 0)
+            for key, weight in model.named_parameters()
+            if (weight.ndim > 1) == many
+        ]
+        assert got == pytest.approx(sum(float(weight.abs().sum()) for weight in weights), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not have_llama_cpp(), reason="needs llama-cpp-python")
+@pytest.mark.parametrize("name", GGUF_FAMILIES)
+def test_llama_cpp_gives_the_pruned_models_logits(name: str, tmp_path: Path) -> None:
+    source = pruned(name, tmp_path)
+    export(source, tmp_path / "model.gguf", check=False)
+    ids = tiny_ids(batch=1, length=24, vocab_size=310)[0]
+    with torch.inference_mode():
+        expected = load_model(open_checkpoint(source))(ids[None], use_cache=False).logits[0]
+    with closing(open_llama_cpp(tmp_path / "model.gguf", 64, all_logits=True)) as model:
+        model.eval(ids.tolist())
+        got = torch.from_numpy(np.array(model.scores[: len(ids)]))
+    difference = (got - expected).norm() / expected.norm()
+    assert difference < TOLERANCE.get(name, 2e-3), f"{difference:.2e}"
