@@ -41,6 +41,14 @@ LINEAR = {
 ROTATED_PART = {"hidden_size": 64}  # a quarter of a head, which must be an even number
 FALCON = {"ffn_hidden_size": 112, "bias": True}
 QWEN_MOE = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+LLAMA4 = HEADS | {
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "intermediate_size_mlp": 80,
+    "moe_layers": [0, 2],
+    "attention_chunk_size": 8,
+    "no_rope_layers": [1, 1, 0],
+}
 MLA = {
     "num_key_value_heads": 4,
     "moe_intermediate_size": 32,
@@ -126,6 +134,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
     "gpt_oss": ("gpt_oss", HEADS | TWO_KINDS | {"num_local_experts": 6, "num_experts_per_tok": 2}),
     "granitemoe": ("granitemoe", {"num_local_experts": 6, "residual_multiplier": 0.5, "logits_scaling": 4.0}),
+    "llama4": ("llama4_text", LLAMA4),
     "phimoe": ("phimoe", HEADS | {"num_local_experts": 6, "num_experts_per_tok": 2}),
     "glm4_moe": (
         "glm4_moe",

@@ -23,7 +23,7 @@ def table() -> str:
         )
         types = ", ".join(f"`{name}`" for name in spec.model_types)
         groups = sorted(spec.groups, key=lambda name: (name != "ffn", name)) + [EXPERTS] * bool(spec.experts)
-        groups += [EXPERT_CHANNELS] * bool(spec.experts and spec.experts.channels)
+        groups += [EXPERT_CHANNELS] * bool(spec.experts and spec.experts.channels.num_units)
         rows.append(f"| {family} | {types} | {models} | {', '.join(groups)} |")
     return "\n".join(rows)
 

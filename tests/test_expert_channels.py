@@ -31,7 +31,7 @@ def test_the_readers_inputs_give_what_the_expert_gives(name: str) -> None:
     module = decoder_layers(model, bind(model))[0].get_submodule(group.experts.module)
     x_TD = torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
     for expert in range(3):
-        inputs_TF = channel_inputs(module, group.experts.channels, expert, x_TD)
+        inputs_TF = channel_inputs(module, group.experts.stacks, expert, x_TD)
         down = module.down_proj[expert]
         given = inputs_TF @ (down if name == "gpt_oss" else down.T)
         if name == "gpt_oss":
@@ -72,7 +72,7 @@ def test_an_expert_with_few_tokens_borrows_from_all_tokens() -> None:
     group = arch.select(CHANNELS)[0]
     module = decoder_layers(model, arch)[0].get_submodule(group.experts.module)
     walk = Walk(model, arch, make_batches("a", tiny_ids(batch=4), held_out=False))
-    channels = group.experts.channels
+    channels = group.experts.stacks
     seen = _observe(walk, group, module, channels, "tokens", {"a": 1.0})
     assert int(seen.num_tokens_E.sum()) == 2 * 4 * 16  # two experts for each of 64 tokens
     expert = int(seen.num_tokens_E.argmin())

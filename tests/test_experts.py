@@ -7,7 +7,7 @@ import torch
 
 import secateur
 from secateur.arch import bind, decoder_layers
-from secateur.arch_group import Experts
+from secateur.arch_group import Experts, Stacks
 from secateur.errors import RecipeError
 from secateur.experts import Routing, expert_scores, keep_experts, observe_routing
 from secateur.recipe import parse_recipe
@@ -19,7 +19,8 @@ from tests.test_exactness import prune_tiny, random_calibration
 from tests.tiny_tokenizer import tiny_tokenizer
 
 SHARES = {"a": 0.5, "b": 0.5}
-ONE_GROUP = Experts("mlp.experts", "mlp.gate", ("mlp.gate.weight",), (), 2, 1, ())
+STACKS = Stacks("gate_up_proj", None, "down_proj", alternating=False, transposed=False)
+ONE_GROUP = Experts("mlp.experts", "mlp.gate", ("mlp.gate.weight",), (), 2, 1, (), STACKS)
 
 
 def expert_output(name: str, module: torch.nn.Module, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
@@ -44,10 +45,10 @@ def test_the_observer_sees_what_brute_force_computes(name: str) -> None:
     held_out = make_batches("a", tiny_ids(batch=2, length=20, seed=7), held_out=True)
     walk = Walk(model, arch, batches + held_out)
     walk.advance(0)
-    found = observe_routing(walk, group, to_middle=False)["a"]
+    found = observe_routing(walk, group, to_middle=False)[0]["a"]
     layer = decoder_layers(model, arch)[1]
     module, router = layer.get_submodule("mlp.experts"), layer.get_submodule(group.experts.router)
-    assert not module._forward_pre_hooks
+    assert not module._forward_hooks
     seen = []
     handle = layer.get_submodule("mlp").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     for _ in walk.run(1):
@@ -81,7 +82,7 @@ def test_scores_are_their_formulae() -> None:
 def test_groups_of_experts_keep_as_many_each() -> None:
     scores = torch.tensor([9.0, 8, 7, 1, 2, 3])
     assert keep_experts(scores, 4, ONE_GROUP).tolist() == [0, 1, 2, 5]
-    two = Experts("mlp.experts", "mlp.gate", (), (), 4, 2, ())
+    two = Experts("mlp.experts", "mlp.gate", (), (), 4, 2, (), STACKS)
     assert keep_experts(scores, 4, two).tolist() == [0, 1, 4, 5]
 
 

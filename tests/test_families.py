@@ -32,7 +32,7 @@ from tests.test_exactness import logits_of, prune_tiny, random_calibration
 def expert_groups(spec: ArchSpec) -> list[str]:
     if spec.experts is None:
         return []
-    return [EXPERTS] if spec.experts.channels is None else [EXPERTS, EXPERT_CHANNELS]
+    return [EXPERTS] if spec.experts.channels.num_units is None else [EXPERTS, EXPERT_CHANNELS]
 
 
 # Rows all of whose layers have experts.
@@ -50,12 +50,10 @@ ROWS = [
 def cut_units(layer: Any, group: Group, keep: torch.Tensor) -> None:
     if group.experts is None:
         cut(layer, group, keep, group.num_units)
-    elif group.experts.channels is None:
+    elif not group.experts.are_channels:
         cut_experts(layer, group, keep)
     else:
-        cut_channels(
-            layer.get_submodule(group.experts.module), group.experts.channels, own_channels(layer, group, keep)
-        )
+        cut_channels(layer.get_submodule(group.experts.module), group.experts.stacks, own_channels(layer, group, keep))
 
 
 def own_channels(layer: Any, group: Group, keep: torch.Tensor) -> torch.Tensor:
@@ -71,12 +69,12 @@ def mask_units(layer: Any, group: Group, keep: torch.Tensor) -> None:
     if group.experts is None:
         zero_units(layer, group, removed)
         return
-    channels = group.experts.channels
-    if channels is not None:
+    stacks = group.experts.stacks
+    if group.experts.are_channels:
         stays_EK = own_channels(layer, group, keep)
-        down = layer.get_submodule(group.experts.module).get_parameter(channels.down)
+        down = layer.get_submodule(group.experts.module).get_parameter(stacks.down)
         mask = torch.zeros(len(stays_EK), group.num_units).scatter_(1, stays_EK, 1.0)
-        down.data *= mask[:, :, None] if channels.transposed else mask[:, None, :]
+        down.data *= mask[:, :, None] if stacks.transposed else mask[:, None, :]
         return
     router = layer.get_submodule(group.experts.router)
     route, correction = router.forward, getattr(router, "e_score_correction_bias", None)
@@ -101,7 +99,7 @@ def num_params(model: Any) -> int:
 def kept_of(group: Group, share: float) -> torch.Tensor:
     """Return an uneven choice of units, one that the config can state."""
     count = next(n for n in range(round(group.num_units * share), group.num_units + 1) if n and group.allows(n))
-    if group.experts is not None and group.experts.channels is None:
+    if group.experts is not None and not group.experts.are_channels:
         scores = torch.rand(group.num_units, generator=torch.Generator().manual_seed(group.layer))
         return keep_experts(scores, count, group.experts)
     order = torch.randperm(group.num_units, generator=torch.Generator().manual_seed(group.layer))

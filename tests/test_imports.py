@@ -32,12 +32,12 @@ LAYERS = [
     "ideal resolve_depth recover_judge recover_blocks",
     "prices",
     # stages that are made of others
-    "experts obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary "
+    "obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary "
     "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global level_database recover_record",
-    "fingerprint depth gguf_families",
-    "checkpoint_tokenizer",
-    "ranks_check resolve_hidden calibration_sampled calibration_facts repair hidden_norms depth_choice estimate "
-    "bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",
+    "fingerprint depth gguf_families expert_stacks",
+    "checkpoint_tokenizer expert_refit",
+    "experts ranks_check resolve_hidden calibration_sampled calibration_facts repair hidden_norms depth_choice "
+    "estimate bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",
     "inspection_groups latency probe original_readers hidden_drift recover_text resume",
     "hidden_width profile budget_search recover_trainer recover_sharded",
     "recover_logits",

@@ -101,9 +101,8 @@ def bind(model: nn.Module) -> Arch:
                 groups.append(_bind_group(layer, index, name, group, layer_config, family, divide))
         if spec.experts is not None and not _is_absent(layer, spec.experts.experts):
             groups.append(bind_experts(layer, index, spec.experts, layer_config, family))
-            if spec.experts.channels is not None:
-                channels = spec.experts.channels
-                groups.append(bind_expert_channels(layer, index, spec.experts, channels, layer_config, family))
+            if spec.experts.channels.num_units is not None:
+                groups.append(bind_expert_channels(layer, index, spec.experts, layer_config, family))
     heads = [each.num_attention_heads for each in configs] if spec.heads_divide_hidden_size else []
     adds = spec.mlp_adds_directly
     return Arch(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.arch_group import Axis, Channels, Experts, Group
+from secateur.arch_group import Axis, Experts, Group, Stacks
 from secateur.arch_hidden import submodule
 from secateur.arch_numbers import count_of
 from secateur.arch_spec import ChannelsSpec, ExpertsSpec
@@ -62,18 +62,19 @@ def bind_experts(layer: nn.Module, index: int, spec: ExpertsSpec, config: Any, f
             at_least=at_least,
             num_groups=num_groups,
             buffers=tuple(f"{spec.router}.{name}" for name, row in rows if not isinstance(row, nn.Parameter)),
+            stacks=_stacks(module, spec.channels, where, family),
+            weighted_inputs=spec.weighted_inputs,
         ),
     )
 
 
-def bind_expert_channels(
-    layer: nn.Module, index: int, spec: ExpertsSpec, channels: ChannelsSpec, config: Any, family: str
-) -> Group:
+def bind_expert_channels(layer: nn.Module, index: int, spec: ExpertsSpec, config: Any, family: str) -> Group:
     """Return the layer's group of channels inside experts: a unit is one channel of every expert, each its own.
 
     Raises ArchError if a stack is missing or has another width than the config says.
     """
-    where = f"layer {index}, group {EXPERT_CHANNELS}"
+    where, channels = f"layer {index}, group {EXPERT_CHANNELS}", spec.channels
+    assert channels.num_units is not None
     num_units = count_of(channels.num_units, config, where, family)
     module = submodule(layer, spec.experts, family)
     writer, down = (_tensor(module, name, where, family) for name in (channels.writer, channels.down))
@@ -84,7 +85,7 @@ def bind_expert_channels(
             f"config {channels.num_units}={num_units}; the checkpoint and its config disagree."
         )
     per_channel = 3 * down.shape[other] + 2 * (channels.writer_bias is not None)
-    stacks = Channels(channels.writer, channels.writer_bias, channels.down, channels.alternating, channels.transposed)
+    stacks = _stacks(module, channels, where, family)
     return Group(
         layer=index,
         name=EXPERT_CHANNELS,
@@ -96,8 +97,14 @@ def bind_expert_channels(
         count=None,
         bias_switch=None,
         config_key=channels.num_units,
-        experts=Experts(spec.experts, spec.router, (), (), 1, 1, (), stacks),
+        experts=Experts(spec.experts, spec.router, (), (), 1, 1, (), stacks, are_channels=True),
     )
+
+
+def _stacks(module: nn.Module, spec: ChannelsSpec, where: str, family: str) -> Stacks:
+    for name in (spec.writer, spec.down, *filter(None, [spec.writer_bias])):
+        _tensor(module, name, where, family)
+    return Stacks(spec.writer, spec.writer_bias, spec.down, spec.alternating, spec.transposed)
 
 
 def _tensor(router: nn.Module, name: str, where: str, family: str) -> Tensor:

@@ -28,8 +28,8 @@ class BiasSwitch:
 
 
 @dataclass(frozen=True, slots=True)
-class Channels:
-    """The stacks of experts whose channels go: `writer` makes gate and up, `down` reads them, experts on axis 0.
+class Stacks:
+    """How the matrices of experts are stored: `writer` makes gate and up, `down` reads them, experts on axis 0.
 
     `alternating`: a channel's rows of gate and up lie side by side, not in two halves. `transposed`: stacks are inputs
     x outputs.
@@ -47,8 +47,9 @@ class Experts:
     """Modules and numbers of one layer's experts, see `arch_spec.ExpertsSpec`.
 
     `at_least`: what the router needs to choose from. `num_groups`: experts lie in that many groups of equal size, which
-    the router chooses first. `buffers`: those of `router_rows` that are no parameters. `channels`: where the units are
-    channels of every expert and not experts.
+    the router chooses first. `buffers`: those of `router_rows` that are no parameters. `stacks`: how their matrices
+    lie. `are_channels`: the units are channels of every expert and not experts. `weighted_inputs`: every expert gets
+    all tokens, times its weight, which is zero for most.
     """
 
     module: str
@@ -58,12 +59,14 @@ class Experts:
     at_least: int
     num_groups: int
     buffers: tuple[str, ...]
-    channels: Channels | None = None
+    stacks: Stacks
+    are_channels: bool = False
+    weighted_inputs: bool = False
 
     @property
     def multiple_of(self) -> int:
         """Step of the counts that stay: transformers multiplies experts in groups, in rows of 16 bytes."""
-        return self.num_groups if self.channels is None else CHANNEL_STEP
+        return CHANNEL_STEP if self.are_channels else self.num_groups
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -107,7 +110,7 @@ class Group:
     @property
     def num_inputs(self) -> int:
         """Reader inputs that least squares is solved over; experts are not refitted."""
-        return 0 if self.experts and not self.experts.channels else self.num_units * self.width
+        return 0 if self.experts and not self.experts.are_channels else self.num_units * self.width
 
     def allows(self, num_units: int) -> bool:
         """Say whether the family's config can state that many units."""

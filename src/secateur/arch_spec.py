@@ -51,11 +51,11 @@ class LogitsSpec(BaseModel):
 
 
 class ChannelsSpec(BaseModel):
-    """The channels inside experts as their YAML states them; stacks are named relative to the experts' module."""
+    """The stacks of experts as their YAML states them, named relative to the experts' module, and their channels."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_units: str  # config key
+    num_units: str | None = None  # config key; null where others share it, so that no channel can go
     writer: str = "gate_up_proj"
     writer_bias: str | None = None
     down: str = "down_proj"
@@ -77,7 +77,8 @@ class ExpertsSpec(BaseModel):
     # Config keys, where the router first chooses groups of experts: how many there are, how many it takes.
     num_groups: str | None = None
     top_k_groups: str | None = None
-    channels: ChannelsSpec | None = None  # where the experts' width is theirs alone
+    channels: ChannelsSpec = ChannelsSpec()
+    weighted_inputs: bool = False  # every expert gets all tokens, times its weight, which is zero for most
 
 
 class HiddenSpec(BaseModel):

@@ -4,7 +4,7 @@ In: the walk standing before a layer with experts. Out: the layer with narrower 
 the line of the run log. An expert that few tokens chose is measured on all of the layer's tokens too: its Gram matrix
 is shrunk towards the one that it has on those. A guard on held-out text judges the layer's refit as a whole.
 
-Letters: T tokens, k experts per token, D hidden size, E experts, F channels of an expert, K of them that stay.
+Letters: T tokens, D hidden size, E experts, F channels of an expert, K of them that stay.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from secateur.arch_group import Channels, Group
-from secateur.compensate import GUARD_STEPS, Guard, guard, held_out_errors, held_out_sums, least_squares
+from secateur.arch_group import Group, Stacks
+from secateur.compensate import least_squares
 from secateur.errors import NumericsError
+from secateur.expert_stacks import Call, HeldOut, channel_inputs, num_channels, put_readers, reader_of, stack
 from secateur.gram import Gram
 from secateur.obs import greedy_obs, units_at_once
 from secateur.ranks import domains_ended, from_first, gathered, sum_tensors
@@ -27,9 +28,6 @@ from secateur.walk import Walk
 
 # An expert with fewer tokens than this many per channel borrows from all tokens; so many of those are looked at.
 FEW_TOKENS_PER_CHANNEL, NUM_SAMPLED = 10, 2048
-
-Call = tuple[Tensor, Tensor, Tensor]
-"""What the module of all experts is called with: hidden states T x D, chosen experts and their weights T x k."""
 
 
 @dataclass(slots=True)
@@ -54,67 +52,56 @@ def prune_expert_channels(
 
     Raises NumericsError naming layer and domain if what an expert gives is not finite.
     """
-    assert group.experts is not None and group.experts.channels is not None
-    channels, module = group.experts.channels, walk.layers[group.layer].get_submodule(group.experts.module)
-    num_experts, num_units = len(_stack(module, channels.down)), _num_channels(module, channels)
-    seen = _observe(walk, group, module, channels, recipe.domain_weighting, shares)
+    assert group.experts is not None
+    stacks, module = group.experts.stacks, walk.layers[group.layer].get_submodule(group.experts.module)
+    num_experts, num_units = len(stack(module, stacks.down)), num_channels(module, stacks)
+    seen = _observe(walk, group, module, stacks, recipe.domain_weighting, shares)
     line: dict[str, Any] = {"layer": group.layer, "group": group.name, "kept": num_keep, "total": num_units}
     line |= {"output_energy": seen.energy, "score_quantiles": []}
     keep_EK = torch.arange(num_units).repeat(num_experts, 1)
     if num_keep < num_units:
         chosen, refits = [], []
         for expert in range(num_experts):
-            keep_K, refit = from_first(partial(_narrower, module, channels, expert, seen, num_keep, recipe, seed))
+            keep_K, refit = from_first(partial(_narrower, module, stacks, expert, seen, num_keep, recipe, seed))
             chosen.append(keep_K)
             if refit is not None:
                 refits.append(refit)
         keep_EK = torch.stack(chosen)
-        judged = _apply(module, channels, keep_EK, refits, seen.held_out)
-        line |= asdict(judged) if judged else {}
+        calls = [(domain, call) for domain, each in seen.held_out.items() for call in each]
+        held_out = [HeldOut(domain, call, own, own) for domain, call in calls for own in [module.forward(*call)]]
+        cut_channels(module, stacks, keep_EK)
+        line |= asdict(put_readers(module, stacks, refits, held_out)) if refits else {}
     return keep_EK, line
 
 
 def _narrower(
-    module: nn.Module, channels: Channels, expert: int, seen: _Observed, num_keep: int, recipe: Recipe, seed: int
+    module: nn.Module, stacks: Stacks, expert: int, seen: _Observed, num_keep: int, recipe: Recipe, seed: int
 ) -> tuple[Int64[Tensor, " K"], Tensor | None]:
     """Return an expert's channels that stay, and its reader refitted to them where the recipe compensates so."""
-    gram, weight_DF = _shrunk(module, channels, expert, seen), _reader(module, channels, expert)
+    gram, weight_DF = _shrunk(module, stacks, expert, seen), reader_of(module, stacks, expert)
     keep_K = _select(weight_DF, gram, num_keep, recipe, seed + expert)
     if recipe.compensate != "least_squares":
         return keep_K, None
     return keep_K, least_squares(weight_DF, gram, keep_K, recipe.damping).weight_HS
 
 
-def channel_inputs(
-    module: Any, channels: Channels, expert: int, hidden_TD: Float[Tensor, "T D"]
-) -> Float[Tensor, "T F"]:
-    """Return what the expert's reader gets: act(gate) * up, or what the family makes of alternating rows."""
-    both = hidden_TD @ _writer(module, channels, expert).T
-    if channels.writer_bias is not None:
-        both = both + _stack(module, channels.writer_bias)[expert]
-    if channels.alternating:
-        return module._apply_gate(both)
-    gate, up = both.chunk(2, dim=-1)
-    return module.act_fn(gate) * up
-
-
 @torch.no_grad()
-def cut_channels(module: nn.Module, channels: Channels, keep_EK: Int64[Tensor, "E K"]) -> None:
+def cut_channels(module: nn.Module, stacks: Stacks, keep_EK: Int64[Tensor, "E K"]) -> None:
     """Keep only each expert's own channels: their rows of the stacked writers and their columns of the readers."""
     rows = keep_EK.unsqueeze(-1) * 2 + torch.arange(2, device=keep_EK.device)
-    halves = torch.cat([keep_EK, keep_EK + _num_channels(module, channels)], dim=1)
-    rows_ER = rows.flatten(1) if channels.alternating else halves
-    _take(module, channels.writer, rows_ER, 2 if channels.transposed else 1)
-    if channels.writer_bias is not None:
-        _take(module, channels.writer_bias, rows_ER, 1)
-    _take(module, channels.down, keep_EK, 1 if channels.transposed else 2)
+    halves = torch.cat([keep_EK, keep_EK + num_channels(module, stacks)], dim=1)
+    rows_ER = rows.flatten(1) if stacks.alternating else halves
+    _take(module, stacks.writer, rows_ER, 2 if stacks.transposed else 1)
+    if stacks.writer_bias is not None:
+        _take(module, stacks.writer_bias, rows_ER, 1)
+    _take(module, stacks.down, keep_EK, 1 if stacks.transposed else 2)
 
 
 def _observe(
-    walk: Walk, group: Group, module: Any, channels: Channels, weighting: str, shares: dict[str, float]
+    walk: Walk, group: Group, module: Any, stacks: Stacks, weighting: str, shares: dict[str, float]
 ) -> _Observed:
-    num_experts, size = len(_stack(module, channels.down)), _num_channels(module, channels)
-    device = _stack(module, channels.down).device
+    num_experts, size = len(stack(module, stacks.down)), num_channels(module, stacks)
+    device = stack(module, stacks.down).device
     pooled, current = ([Gram(size, device) for _ in range(num_experts)] for _ in range(2))
     seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))
     calls: list[Call] = []
@@ -132,7 +119,7 @@ def _observe(
             hidden_TD = call[0]
             place = (list(shares).index(domain) if domain in shares else 0, batch.first_block)
             seen.samples[place] = hidden_TD[:: max(1, len(hidden_TD) // 64)]
-            seen.energy[domain] = seen.energy.get(domain, 0.0) + _add(module, channels, call, current, seen)
+            seen.energy[domain] = seen.energy.get(domain, 0.0) + _add(module, stacks, call, current, seen)
     finally:
         handle.remove()
     _fold(seen, current, domains_ended(domain, "", shares), group, weighting, shares)
@@ -142,16 +129,16 @@ def _observe(
     return seen
 
 
-def _add(module: Any, channels: Channels, call: Call, current: list[Gram], seen: _Observed) -> float:
+def _add(module: Any, stacks: Stacks, call: Call, current: list[Gram], seen: _Observed) -> float:
     """Add a call's tokens to the experts that they chose; return the energy of what these gave."""
     hidden_TD, chosen_Tk, weights_Tk = call
     energy = 0.0
     for expert in chosen_Tk.unique().tolist():
         tokens, places = torch.where(chosen_Tk == expert)
-        x_TF = channel_inputs(module, channels, expert, hidden_TD[tokens]) * weights_Tk[tokens, places, None]
+        x_TF = channel_inputs(module, stacks, expert, hidden_TD[tokens]) * weights_Tk[tokens, places, None]
         current[expert].add_product(x_TF)
         seen.num_tokens_E[expert] += len(tokens)
-        energy += float((x_TF @ _reader(module, channels, expert).T).float().square().sum())
+        energy += float((x_TF @ reader_of(module, stacks, expert).T).float().square().sum())
     return energy
 
 
@@ -172,10 +159,10 @@ def _fold(
             theirs.clear()
 
 
-def _shrunk(module: Any, channels: Channels, expert: int, seen: _Observed) -> Gram:
+def _shrunk(module: Any, stacks: Stacks, expert: int, seen: _Observed) -> Gram:
     """Return (1 - a) G / tr G + a P / tr P with P the Gram matrix on all tokens and a = n0 / (n0 + n).
 
-    n tokens chose the expert, n0 is its number of channels. With 10 n0 tokens or more: G as it is.
+    n tokens chose the expert, n0 is its number of stacks. With 10 n0 tokens or more: G as it is.
     """
     own, size = seen.grams[expert], seen.grams[expert].size
     num_tokens = int(seen.num_tokens_E[expert])
@@ -183,7 +170,7 @@ def _shrunk(module: Any, channels: Channels, expert: int, seen: _Observed) -> Gr
         return own
     sample_TD = torch.cat(list(seen.samples.values()))[:NUM_SAMPLED]
     everyone, mixed = Gram(size, own.device), Gram(size, own.device)
-    everyone.add_product(channel_inputs(module, channels, expert, sample_TD))
+    everyone.add_product(channel_inputs(module, stacks, expert, sample_TD))
     share = size / (size + num_tokens)
     for gram, weight in ((own, 1 - share), (everyone, share)):
         trace = float(gram.diagonal().sum())
@@ -202,57 +189,9 @@ def _select(
     return greedy_obs(weight_DF, hessian, columns_U1, num_keep, units_at_once(recipe.obs_batch, gram.size, 1)).keep
 
 
-def _apply(
-    module: Any, channels: Channels, keep_EK: Tensor, refits: list[Tensor], held_out: dict[str, list[Call]]
-) -> Guard | None:
-    """Cut, and put in as much of the refits as raises no domain's held-out error; without held-out text all of it."""
-    calls = [(domain, call) for domain, each in held_out.items() for call in each]
-    before = [module.forward(*call) for _, call in calls]
-    cut_channels(module, channels, keep_EK)
-    if not refits:
-        return None
-    plain = _stack(module, channels.down).clone()
-    refitted = torch.stack([weight.T if channels.transposed else weight for weight in refits]).to(plain)
-    masked = [module.forward(*call) for _, call in calls]
-    _stack(module, channels.down).copy_(refitted)
-    parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    for (domain, call), whole, cut in zip(calls, before, masked, strict=True):
-        parts.setdefault(domain, []).append((whole, whole - cut, module.forward(*call) - cut))
-    sums = {
-        domain: held_out_sums(
-            torch.cat([lost for _, lost, _ in each]).float(),
-            torch.cat([given for _, _, given in each]).float(),
-            float(torch.cat([whole for whole, _, _ in each]).float().square().sum()),
-        )
-        for domain, each in parts.items()
-    }
-    errors = held_out_errors(sums)
-    judged = guard(errors) if errors else Guard(GUARD_STEPS[0], {}, {})
-    _stack(module, channels.down).copy_(torch.lerp(plain.float(), refitted.float(), judged.step).to(plain))
-    return judged
-
-
-def _stack(module: nn.Module, name: str) -> nn.Parameter:
-    return module.get_parameter(name)
-
-
-def _num_channels(module: nn.Module, channels: Channels) -> int:
-    return _stack(module, channels.down).shape[1 if channels.transposed else 2]
-
-
-def _reader(module: nn.Module, channels: Channels, expert: int) -> Float[Tensor, "D F"]:
-    weight = _stack(module, channels.down)[expert]
-    return (weight.T if channels.transposed else weight).float()
-
-
-def _writer(module: nn.Module, channels: Channels, expert: int) -> Float[Tensor, "R D"]:
-    weight = _stack(module, channels.writer)[expert]
-    return weight.T if channels.transposed else weight
-
-
 def _take(module: nn.Module, name: str, index_EK: Tensor, axis: int) -> None:
-    stack = _stack(module, name)
-    shape = [1] * stack.ndim
+    old = stack(module, name)
+    shape = [1] * old.ndim
     shape[0], shape[axis] = index_EK.shape
-    kept = torch.take_along_dim(stack.data, index_EK.to(stack.device).view(shape), dim=axis)
-    setattr(module, name, nn.Parameter(kept.contiguous(), requires_grad=stack.requires_grad))
+    kept = torch.take_along_dim(old.data, index_EK.to(old.device).view(shape), dim=axis)
+    setattr(module, name, nn.Parameter(kept.contiguous(), requires_grad=old.requires_grad))

@@ -2,7 +2,7 @@
 
 In: the walk standing before a layer with experts. Out: the layer with fewer of them, the kept indices, the line of the
 run log. Whatever way a family stores its experts, one observer sees them: it notes what the module of all experts is
-called with and calls it again for one expert at a time. Nothing is refitted: the router turns to those that stay.
+called with and calls it again for one expert at a time. The router turns to those that stay, which are refitted to it.
 
 Letters: T tokens, k experts per token, D hidden size, E experts.
 """
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from secateur.arch_group import Experts, Group
 from secateur.errors import NumericsError
+from secateur.expert_refit import Wanted, refit_experts
 from secateur.ranks import from_first, sum_by_name
+from secateur.recipe import Recipe
 from secateur.score import keep_highest
 from secateur.walk import Walk
 
@@ -30,23 +32,38 @@ class Routing:
     norms_E: Tensor
 
 
-def observe_routing(walk: Walk, group: Group, *, to_middle: bool) -> dict[str, Routing]:
+def observe_routing(
+    walk: Walk, group: Group, *, to_middle: bool, target_mix: float = 0.0, keep: bool = False
+) -> tuple[dict[str, Routing], list[Wanted]]:
     """Return every domain's routing on the pruned stream, held-out text left out. The walk must stand before the layer.
 
     norms_j = sum over tokens t that chose expert j of g_j(t) |f_j(t)|, with g the router's weight and f the output.
+    With `keep` also what every batch's tokens got from the experts, moved by `target_mix` of the drift behind the layer
+    (dense stream minus pruned stream), whose dense stream must have moved already.
     Raises NumericsError naming layer and domain if a norm is not finite.
     """
     assert group.experts is not None
     module, num_experts = walk.layers[group.layer].get_submodule(group.experts.module), group.num_units
-    seen: list[tuple[Any, ...]] = []
+    seen: list[tuple[Any, Tensor]] = []
     found: dict[str, Routing] = {}
-    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    wanted: list[Wanted] = []
+
+    def note(_: nn.Module, inputs: Any, output: Tensor) -> None:
+        seen.append((inputs, output))
+
+    handle = module.register_forward_hook(note)
     try:
-        for batch, _ in walk.run(group.layer, to_middle=to_middle):
-            hidden_TD, chosen_Tk, weights_Tk = seen.pop()
+        for position, (batch, behind_BTD) in enumerate(walk.run(group.layer, to_middle=to_middle)):
+            call, output_TD = seen.pop()
+            if keep:
+                drift_BTD = walk.dense_BTD[position] - behind_BTD if target_mix else None
+                wanted.append(_wanted(output_TD, drift_BTD, target_mix, held_out=batch.held_out))
             if batch.held_out:
                 continue
-            new = _routing(module, hidden_TD, chosen_Tk, weights_Tk, num_experts)
+            if group.experts.weighted_inputs:
+                new = _routing_of_weighted(*call, output_TD, num_experts)
+            else:
+                new = _routing(module, *call, num_experts)
             if not bool(new.norms_E.isfinite().all()):
                 raise NumericsError(
                     f"layer {group.layer}, {group.experts.module}, domain {batch.domain}: an expert gives NaN or "
@@ -60,7 +77,14 @@ def observe_routing(walk: Walk, group: Group, *, to_middle: bool) -> dict[str, R
         handle.remove()
     total = sum_by_name({name: torch.stack([each.num_tokens_E, each.norms_E]).cpu() for name, each in found.items()})
     device = next(module.parameters()).device
-    return {name: Routing(*sums_2E.to(device)) for name, sums_2E in total.items()}
+    return {name: Routing(*sums_2E.to(device)) for name, sums_2E in total.items()}, wanted
+
+
+def _wanted(output_TD: Tensor, drift_BTD: Tensor | None, target_mix: float, *, held_out: bool) -> Wanted:
+    own_TD = output_TD if held_out else None
+    if drift_BTD is None:
+        return Wanted(output_TD, own_TD)
+    return Wanted(output_TD + target_mix * drift_BTD.reshape(output_TD.shape), own_TD)
 
 
 def expert_scores(
@@ -118,22 +142,28 @@ def cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> No
 
 @torch.no_grad()
 def prune_experts(
-    walk: Walk, group: Group, num_keep: int, score: str, weighting: str, shares: dict[str, float], seed: int
+    walk: Walk, group: Group, num_keep: int, recipe: Recipe, shares: dict[str, float], seed: int
 ) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
-    """Measure, select and cut one layer's experts; return the kept indices and the log line.
+    """Measure, select, cut and, with `compensate: least_squares`, refit one layer's experts.
 
-    `routed_share_kept`: by domain, the share of the router's choices that fell on experts which stayed.
+    Returns the kept indices and the log line. Its `routed_share_kept`: by domain, the share of the router's choices
+    that fell on experts which stayed.
     """
     assert group.experts is not None
     layer, experts = walk.layers[group.layer], group.experts
     num_units = len(next(layer.get_submodule(experts.module).parameters()))
     group = dataclasses.replace(group, num_units=num_units)
-    routing = observe_routing(walk, group, to_middle=True)
-    scores_E = from_first(lambda: expert_scores(score, routing, shares, weighting, seed))
+    # Where a weight acts inside an expert, least squares over weighted outputs is not its refit.
+    refits = recipe.compensate == "least_squares" and num_keep < num_units and not experts.weighted_inputs
+    routing, wanted = observe_routing(walk, group, to_middle=True, target_mix=recipe.target_mix or 0.0, keep=refits)
+    scores_E = from_first(lambda: expert_scores(recipe.score, routing, shares, recipe.domain_weighting, seed))
     keep = torch.arange(num_units, device=scores_E.device)
+    verdict = {}
     if num_keep < num_units:
         keep = keep_experts(scores_E, num_keep, experts)
         cut_experts(layer, group, keep)
+    if refits:
+        verdict = dataclasses.asdict(refit_experts(walk, group, experts.stacks, wanted, recipe, shares))
     ordered = scores_E.sort().values
     line = {
         "layer": group.layer,
@@ -146,7 +176,7 @@ def prune_experts(
             domain: float(each.num_tokens_E[keep].sum() / each.num_tokens_E.sum()) for domain, each in routing.items()
         },
     }
-    return keep, line
+    return keep, line | verdict
 
 
 @torch.inference_mode()
@@ -168,3 +198,12 @@ def _routing(
         num_tokens_E[expert] = len(tokens)
         norms_E[expert] = norms.double().sum()
     return Routing(num_tokens_E, norms_E)
+
+
+def _routing_of_weighted(
+    inputs_XD: Float[Tensor, "X D"], outputs_XD: Float[Tensor, "X D"], num_experts: int
+) -> Routing:
+    """As `_routing`, where each expert in turn was called on all tokens (X = E T) times its weight, 0 for most."""
+    chosen_ET = (inputs_XD != 0).any(dim=-1).view(num_experts, -1)
+    norms_ET = torch.linalg.vector_norm(outputs_XD.float(), dim=-1).view(num_experts, -1)
+    return Routing(chosen_ET.sum(dim=1).double(), norms_ET.sum(dim=1).double())

@@ -40,8 +40,8 @@ def redo_group(
     keep = stored["keep"].to(next(layer.parameters()).device)
     if group.experts is not None:
         module = layer.get_submodule(group.experts.module)
-        if group.experts.channels is not None:
-            cut_channels(module, group.experts.channels, keep)
+        if group.experts.are_channels:
+            cut_channels(module, group.experts.stacks, keep)
         else:
             cut_experts(layer, group, keep)
     elif not len(keep):
@@ -63,9 +63,8 @@ def outcome_of(layer: nn.Module, group: Group, keep: Tensor) -> dict[str, Tensor
 
 def _refitted(layer: nn.Module, group: Group) -> dict[str, Tensor]:
     if group.experts is not None:
-        channels = group.experts.channels
-        name = "" if channels is None else f"{group.experts.module}.{channels.down}"
-        return {name: layer.get_parameter(name)} if name else {}
+        name = f"{group.experts.module}.{group.experts.stacks.down}"
+        return {name: layer.get_parameter(name)}
     if not num_units_left(layer, group):
         return {}
     return dict(linear(layer, group.reader.module).named_parameters())
@@ -86,10 +85,10 @@ def prune_group(
 
     `scores_U`: the units' scores, where they were measured on the whole model before.
     """
-    if group.experts is not None and group.experts.channels is not None:
+    if group.experts is not None and group.experts.are_channels:
         return prune_expert_channels(walk, group, num_keep, recipe, shares, seed)
     if group.experts is not None:
-        return prune_experts(walk, group, num_keep, recipe.score, recipe.domain_weighting, shares, seed)
+        return prune_experts(walk, group, num_keep, recipe, shares, seed)
     layer = walk.layers[group.layer]
     if num_keep == 0:
         return _without(layer, group, _sublayer(walk.arch, group), originals)

@@ -42,10 +42,9 @@ def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
     widths: dict[str, Any] = {}
     for group in (group for group in groups if group.reader.module.partition(".")[0] not in absent):
         if group.experts is not None:
-            module, channels = layer.get_submodule(group.experts.module), group.experts.channels
-            stack = next(module.parameters()) if channels is None else module.get_parameter(channels.down)
-            axis = 0 if channels is None else 1 if channels.transposed else 2
-            widths[group.config_key] = stack.shape[axis]
+            stacks = group.experts.stacks
+            down = layer.get_submodule(group.experts.module).get_parameter(stacks.down)
+            widths[group.config_key] = down.shape[(1 if stacks.transposed else 2) if group.experts.are_channels else 0]
             continue
         reader = linear(layer, group.reader.module)
         if group.head_dim is None:

@@ -35,10 +35,11 @@ def spec_text(model: PreTrainedModel) -> str:
         missing = "list of decoder layers" if found is None else "head"
         return f"# No spec can be proposed: this {type(model).__name__} has no {missing}.\n"
     name, layer = found
+    backbone = model.base_model_prefix if hasattr(model, model.base_model_prefix) else name.rpartition(".")[0]
     lines = [
         f"# Proposed from the modules of {type(model).__name__}; see docs/new-family.md. Check every line, then test.",
         f"model_types: [{config.model_type}]",
-        f"backbone: {model.base_model_prefix}",
+        f"backbone: {backbone}",
         f"layers: {name}",
         f"head: {head}",
         f"attention: {_attention(layer, config) or 'null'}",
