@@ -61,9 +61,10 @@ def observe_routing(
             if batch.held_out:
                 continue
             if group.experts.weighted_inputs:
-                new = _routing_of_weighted(*call, output_TD, num_experts)
+                new = _routing_of_weighted(call[0], output_TD, num_experts)
             else:
-                new = _routing(module, *call, num_experts)
+                hidden_TD, chosen_Tk, weights_Tk = call
+                new = _routing(module, hidden_TD, chosen_Tk, weights_Tk, num_experts)
             if not bool(new.norms_E.isfinite().all()):
                 raise NumericsError(
                     f"layer {group.layer}, {group.experts.module}, domain {batch.domain}: an expert gives NaN or "
