@@ -16,10 +16,12 @@ from ranks_child import main as run_jobs
 from run_cli import run_cli
 from run_ranks import run_ranks, start_ranks
 from safetensors.torch import load_file
+from tiny_tokenizer import tiny_tokenizer
 
 from secateur import ranks
 from secateur.probe import first_blocks
 from secateur.walk import make_batches
+from tests.families import tiny_family
 
 CHILD = Path(__file__).with_name("ranks_child.py")
 # Largest change of a weight over the largest weight: sums of float32 numbers in another order, then a solve.
@@ -95,8 +97,14 @@ def jobs(checkpoints, recipe, texts, tmp_path_factory) -> tuple[Path, Path]:
         # Fewer batches than ranks: one rank has no text of a domain, and no held-out text at all.
         "few": {**recipe, "remove": 0.2, "calibration": {**recipe["calibration"], "num_tokens": 256}},
     }
+    experts = {**more, "groups": ["experts"], "align": 1}
+    few_experts = {**experts, "calibration": recipes["few"]["calibration"]}
     place = tmp_path_factory.mktemp("ranks")
+    tiny_family("mixtral").save_pretrained(place / "mixtral")
+    tiny_tokenizer().save_pretrained(place / "mixtral")
     described = {name: {"model": model, "recipe": each, "write": name == "uniform"} for name, each in recipes.items()}
+    for name, each in (("experts", experts), ("few tokens for experts", few_experts)):
+        described[name] = {"model": str(place / "mixtral"), "recipe": each, "write": False}
     (place / "jobs.json").write_text(json.dumps(described), encoding="utf-8")
     run_jobs(str(place / "jobs.json"), str(place / "1"))
     return place / "jobs.json", place / "1"
