@@ -1,11 +1,12 @@
-"""Which experts can go: REAP over domains against frequency and chance, on a small mixture trained here.
+"""Which experts can go: their energy over domains, REAP, frequency, chance, on a small mixture trained here.
 
-    python benchmarks/experts.py --steps 4000 --seeds 0 1 2
+    python benchmarks/experts.py --steps 4000 --seeds 0 1 2 [--mixture DIRECTORY]
 
 Trains a Mixtral of a few million parameters on bytes of several domains of `../shared/data` (or SECATEUR_DATA), so that
 its experts differ (ten minutes on one core), then drops 25 and 50% of every layer's experts by each score, without a
 refit and with the defaults' least squares, the same for every score, and prints nats per byte on evaluation text, mean
-over domains. Every seed draws `random`'s choice, and the others' calibration, anew.
+over domains. The mixture stays in DIRECTORY, and is used again from there. Every seed draws `random`'s choice, and the
+others' calibration, anew.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from secateur.arch import bind
+from secateur.checkpoint import load
 from secateur.experts import prune_experts
 from secateur.loss import domain_losses
 from secateur.per_layer import record_widths
@@ -32,8 +34,10 @@ DOMAINS = {"web": "web_c4", "code": "code", "math": "math_gsm8k", "zh": "zh_cmrc
 LENGTH, NUM_EXPERTS = 128, 16
 NUM_BLOCKS, NUM_HELD_OUT = 48, 6  # of each domain, for calibration
 SCORES = {
-    "reap, energy per domain": ("obs", "energy"),
-    "reap, one pool": ("obs", "tokens"),
+    "energy per domain": ("obs", "energy"),
+    "energy, one pool": ("obs", "tokens"),
+    "reap per domain": ("reap", "energy"),
+    "reap, one pool": ("reap", "tokens"),
     "frequency": ("frequency", "energy"),
     "random": ("random", "energy"),
 }
@@ -75,9 +79,7 @@ def pruned_loss(model, calibration, evaluation, name: str, remove: float, seed: 
     model = copy.deepcopy(model)
     score, weighting = SCORES[name]
     compensate, mix = ("least_squares", DEFAULT_TARGET_MIX) if refit else ("none", 0.0)
-    # By model_copy, for `frequency` is no score of a recipe.
-    changes = {"score": score, "domain_weighting": weighting, "compensate": compensate, "target_mix": mix}
-    recipe = parse_recipe({}).model_copy(update=changes)
+    recipe = parse_recipe({"score": score, "domain_weighting": weighting, "compensate": compensate, "target_mix": mix})
     arch, shares = bind(model), {domain: 1 / len(calibration) for domain in calibration}
     generator = torch.Generator().manual_seed(seed)
     batches = []
@@ -101,10 +103,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--mixture", type=Path)
     options = parser.parse_args()
     calibration = {domain: blocks(name, "calib") for domain, name in DOMAINS.items()}
     evaluation = {domain: blocks(name, "eval")[::37][:40] for domain, name in DOMAINS.items()}
-    model = trained(calibration, options.steps)
+    if options.mixture and options.mixture.exists():
+        model = load(options.mixture)
+    else:
+        model = trained(calibration, options.steps)
+        if options.mixture:
+            model.save_pretrained(options.mixture)
     losses = domain_losses(model, bind(model), evaluation)
     print(f"dense: {sum(loss.nats_per_token for loss in losses.values()) / len(losses):.4f} nats per byte\n")
     print("| removed | score | refit | nats per byte | largest minus smallest |\n|---:|---|---|---:|---:|")

@@ -61,21 +61,28 @@ def test_the_observer_sees_what_brute_force_computes(name: str) -> None:
         norms_T = torch.linalg.vector_norm(expert_output(name, module, expert, x_TD), dim=-1)
         assert found.num_tokens_E[expert] == (weight_T > 0).sum()
         assert float(found.norms_E[expert]) == pytest.approx(float((weight_T * norms_T).sum()), rel=1e-4)
+        assert float(found.energy_E[expert]) == pytest.approx(float((weight_T * norms_T).square().sum()), rel=1e-4)
 
 
 def test_scores_are_their_formulae() -> None:
     routing = {
-        "a": Routing(torch.tensor([4.0, 1, 0, 3]).double(), torch.tensor([8.0, 1, 0, 3]).double()),
-        "b": Routing(torch.tensor([1.0, 5, 0, 2]).double(), torch.tensor([10.0, 100, 0, 10]).double()),
+        "a": Routing(*torch.tensor([[4.0, 1, 0, 3], [8, 1, 0, 3], [16, 1, 0, 3]]).double()),
+        "b": Routing(*torch.tensor([[1.0, 5, 0, 2], [10, 100, 0, 10], [100, 2500, 0, 150]]).double()),
     }
     frequency = expert_scores("frequency", routing, SHARES, "energy", 0)
     torch.testing.assert_close(frequency, torch.tensor([0.25 + 0.0625, 0.0625 + 0.3125, 0, 0.1875 + 0.125]))
-    pooled = expert_scores("obs", routing, SHARES, "tokens", 0)
+    pooled = expert_scores("reap", routing, SHARES, "tokens", 0)
     torch.testing.assert_close(pooled, torch.tensor([18 / 5, 101 / 6, 0, 13 / 5]))
-    by_domain = expert_scores("obs", routing, SHARES, "energy", 0)
+    by_domain = expert_scores("reap", routing, SHARES, "energy", 0)
     a, b = 0.5 / 12, 0.5 / 120
     expected = [(8 * a + 10 * b) / (4 * a + b), (a + 100 * b) / (a + 5 * b), 0, (3 * a + 10 * b) / (3 * a + 2 * b)]
     torch.testing.assert_close(by_domain, torch.tensor(expected))
+    energy = expert_scores("obs", routing, SHARES, "energy", 0)
+    torch.testing.assert_close(
+        energy, torch.tensor([8 / 20 + 50 / 2750, 0.5 / 20 + 1250 / 2750, 0, 1.5 / 20 + 75 / 2750])
+    )
+    pooled = expert_scores("obs", routing, SHARES, "tokens", 0)
+    torch.testing.assert_close(pooled, torch.tensor([116.0, 2501, 0, 153]))
     assert not torch.equal(expert_scores("random", routing, SHARES, "energy", 1), by_domain)
 
 
@@ -105,6 +112,14 @@ def test_the_experts_of_least_score_go() -> None:
 def test_more_than_the_router_can_spare_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"out of reach.*at most 0\.[45]\d+"):
         prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("experts",), remove=0.8)
+
+
+@pytest.mark.parametrize("score", ["reap", "frequency"])
+def test_scores_of_experts_are_of_nothing_else(score: str) -> None:
+    keeps, _ = prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("experts",), remove=0.3, score=score)
+    assert {len(keep) for keep in keeps.values()} == {4}
+    with pytest.raises(RecipeError, match=f"score: {score} is of whole experts, groups has expert_ffn too"):
+        prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("expert_ffn",), remove=0.1, score=score)
 
 
 @pytest.mark.parametrize("wrong", [{"budget": "curve"}, {"target": "flops"}])

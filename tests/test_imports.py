@@ -29,7 +29,7 @@ LAYERS = [
     "budget score cut walk loss kl bench verify in_memory sources checkpoint_config staged_file plots "
     "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer on_disk "
     "staged_directory",
-    "ideal resolve_depth recover_judge recover_blocks",
+    "ideal resolve_depth resolve_experts recover_judge recover_blocks",
     "prices",
     # stages that are made of others
     "obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary "

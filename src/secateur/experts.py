@@ -26,10 +26,27 @@ from secateur.walk import Walk
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What one domain's tokens did: per expert, how many chose it and the sum of its weighted output norms."""
+    """What one domain's tokens did: per expert, how many chose it, and the sums of norms and energies of what it gave.
+
+    Of its output times the router's weight; an energy is a squared norm.
+    """
 
     num_tokens_E: Tensor
     norms_E: Tensor
+    energy_E: Tensor
+
+    @classmethod
+    def of(cls, num_tokens_E: Tensor, norms_TE: list[Tensor]) -> "Routing":
+        """Return the sums of every expert's norms, one per token that chose it."""
+        norms_E = torch.stack([norms_T.double().sum() for norms_T in norms_TE])
+        return cls(
+            num_tokens_E.double(), norms_E, torch.stack([norms_T.double().square().sum() for norms_T in norms_TE])
+        )
+
+    def plus(self, other: "Routing") -> "Routing":
+        """Return the sums over both's tokens."""
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Routing(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
 
 def observe_routing(
@@ -37,7 +54,8 @@ def observe_routing(
 ) -> tuple[dict[str, Routing], list[Wanted]]:
     """Return every domain's routing on the pruned stream, held-out text left out. The walk must stand before the layer.
 
-    norms_j = sum over tokens t that chose expert j of g_j(t) |f_j(t)|, with g the router's weight and f the output.
+    norms_j = sum over tokens t that chose expert j of g_j(t) |f_j(t)|, with g the router's weight and f the output;
+    energy_j of their squares.
     With `keep` also what every batch's tokens got from the experts, moved by `target_mix` of the drift behind the layer
     (dense stream minus pruned stream), whose dense stream must have moved already.
     Raises NumericsError naming layer and domain if a norm is not finite.
@@ -70,15 +88,12 @@ def observe_routing(
                     f"layer {group.layer}, {group.experts.module}, domain {batch.domain}: an expert gives NaN or "
                     f"infinite numbers; use the model in bfloat16 or float32 and check its weights."
                 )
-            old = found.get(batch.domain)
-            found[batch.domain] = (
-                new if old is None else Routing(old.num_tokens_E + new.num_tokens_E, old.norms_E + new.norms_E)
-            )
+            found[batch.domain] = found[batch.domain].plus(new) if batch.domain in found else new
     finally:
         handle.remove()
-    total = sum_by_name({name: torch.stack([each.num_tokens_E, each.norms_E]).cpu() for name, each in found.items()})
+    total = sum_by_name({name: torch.stack(dataclasses.astuple(each)).cpu() for name, each in found.items()})
     device = next(module.parameters()).device
-    return {name: Routing(*sums_2E.to(device)) for name, sums_2E in total.items()}, wanted
+    return {name: Routing(*sums_3E.to(device)) for name, sums_3E in total.items()}, wanted
 
 
 def _wanted(output_TD: Tensor, drift_BTD: Tensor | None, target_mix: float, *, held_out: bool) -> Wanted:
@@ -91,8 +106,11 @@ def _wanted(output_TD: Tensor, drift_BTD: Tensor | None, target_mix: float, *, h
 def expert_scores(
     score: str, routing: dict[str, Routing], shares: dict[str, float], weighting: str, seed: int
 ) -> Float[Tensor, " E"]:
-    """Return every expert's score, higher = keep: `random`, `frequency`, or for every other name `reap`.
+    """Return every expert's score, higher = keep: `random`, `frequency`, `reap`, or for every other name its energy.
 
+    energy: s_j = sum_d q_d energy_dj / sum_i energy_di (`tokens`: energies pooled), the share of what the layer's
+    experts give that is its own: what least squares would have to make up for. It beats `reap` where half of the
+    experts go (LOG, 2026-11-26).
     frequency: s_j = sum_d q_d n_dj / sum_i n_di, the share of choices that fell on expert j.
     reap: s_j = sum_d w_d norms_dj / sum_d w_d n_dj, the mean weighted norm of what it gave the tokens that chose it,
     with w_d = q_d / sum_i norms_di so that a loud domain does not decide for the others (`tokens`: w_d = 1); 0 for an
@@ -105,6 +123,12 @@ def expert_scores(
     if score == "frequency":
         parts = [shares[d] * each.num_tokens_E / each.num_tokens_E.sum() for d, each in routing.items()]
         return torch.stack(parts).sum(dim=0).float()
+    if score != "reap":
+        pooled = weighting == "tokens"
+        totals = {
+            d: 1.0 if pooled else max(float(each.energy_E.sum()), 1e-30) / shares[d] for d, each in routing.items()
+        }
+        return torch.stack([each.energy_E / totals[d] for d, each in routing.items()]).sum(dim=0).float()
     norms_E, num_E = torch.zeros_like(first.norms_E), torch.zeros_like(first.norms_E)
     for domain, each in routing.items():
         weight = 1.0 if weighting == "tokens" else shares[domain] / max(float(each.norms_E.sum()), 1e-30)
@@ -171,7 +195,7 @@ def prune_experts(
         "group": group.name,
         "kept": len(keep),
         "total": num_units,
-        "output_energy": {domain: float(each.norms_E.sum()) for domain, each in routing.items()},
+        "output_energy": {domain: float(each.energy_E.sum()) for domain, each in routing.items()},
         "score_quantiles": [float(ordered[round(q * (num_units - 1))]) for q in (0.0, 0.25, 0.5, 0.75, 1.0)],
         "routed_share_kept": {
             domain: float(each.num_tokens_E[keep].sum() / each.num_tokens_E.sum()) for domain, each in routing.items()
@@ -188,17 +212,14 @@ def _routing(
     weights_Tk: Float[Tensor, "T k"],
     num_experts: int,
 ) -> Routing:
-    num_tokens_E = torch.zeros(num_experts, dtype=torch.float64, device=hidden_TD.device)
-    norms_E = torch.zeros_like(num_tokens_E)
+    norms = [torch.zeros(0, device=hidden_TD.device)] * num_experts
     for expert in chosen_Tk.unique().tolist():
         tokens, places = torch.where(chosen_Tk == expert)
         alone = torch.full_like(tokens, expert)[:, None]
         # Its forward, not the module itself, whose hook would note this call too.
         output_TD = module.forward(hidden_TD[tokens], alone, torch.ones_like(weights_Tk[tokens, :1]))
-        norms = torch.linalg.vector_norm(output_TD.float(), dim=-1) * weights_Tk[tokens, places].float()
-        num_tokens_E[expert] = len(tokens)
-        norms_E[expert] = norms.double().sum()
-    return Routing(num_tokens_E, norms_E)
+        norms[expert] = torch.linalg.vector_norm(output_TD.float(), dim=-1) * weights_Tk[tokens, places].float()
+    return Routing.of(torch.tensor([len(each) for each in norms], device=hidden_TD.device), norms)
 
 
 def _routing_of_weighted(
@@ -207,4 +228,4 @@ def _routing_of_weighted(
     """As `_routing`, where each expert in turn was called on all tokens (X = E T) times its weight, 0 for most."""
     chosen_ET = (inputs_XD != 0).any(dim=-1).view(num_experts, -1)
     norms_ET = torch.linalg.vector_norm(outputs_XD.float(), dim=-1).view(num_experts, -1)
-    return Routing(chosen_ET.sum(dim=1).double(), norms_ET.sum(dim=1).double())
+    return Routing.of(chosen_ET.sum(dim=1), list(norms_ET))

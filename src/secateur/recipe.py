@@ -16,7 +16,7 @@ from secateur.errors import RecipeError, advice, nearest
 from secateur.recover_recipe import BlockSettings, LogitSettings, RecoverySettings, TaskSettings
 
 InstalledDomain = Literal["code", "technical", "mathematics", "science", "readme", "legal", "dialogue"]
-ScoreName = Literal["random", "magnitude", "wanda", "flap", "obs", "taylor", "paper"]
+ScoreName = Literal["random", "magnitude", "wanda", "flap", "obs", "taylor", "paper", "reap", "frequency"]
 CompensateName = Literal["none", "bias", "least_squares"]
 WeightingName = Literal["tokens", "energy", "minimax", "cvar"]
 BudgetName = Literal["uniform", "global", "curve", "search"]

@@ -28,6 +28,7 @@ from secateur.errors import RecipeError
 from secateur.prices import Outcome, sequence_length
 from secateur.recipe import Recipe
 from secateur.resolve_depth import groups_of, layers_to_expect, num_rounds, share_for_widths, with_depth
+from secateur.resolve_experts import check_experts
 
 # Least squares wants this many pooled tokens per reader input; with a fraction 1/n of them the damping is at least n
 # times its default. At least, not times: resolving a saved recipe must change nothing.
@@ -85,13 +86,7 @@ def check_without_prices(recipe: Recipe, arch: Arch, config: Any) -> None:
             f"compensate: family {arch.family} cannot store a bias in its readers (it would be dropped on reload); "
             f"use least_squares or none."
         )
-    if any(group.experts for group in groups) and (recipe.budget != "uniform" or recipe.target != "parameters"):
-        raise RecipeError(
-            f"groups: experts and their channels can only go with budget: uniform and target: parameters, "
-            f"got {recipe.budget} and {recipe.target}; change these or leave experts out."
-        )
-    if any(group.experts for group in groups) and recipe.score == "taylor":
-        raise RecipeError("score: taylor has no gradients of experts; use obs, or leave experts out of groups.")
+    check_experts(recipe, groups)
     if recipe.target != "latency" and recipe.prices is not None:
         raise RecipeError(f"prices: are what target latency plans with; with target {recipe.target} leave them out.")
     if recipe.sublayers and recipe.budget not in ("curve", "search"):

@@ -1,0 +1,27 @@
+"""What a recipe may ask of experts and their channels. In: recipe, the groups it names. Out: an error in a sentence."""
+
+from collections.abc import Sequence
+
+from secateur.arch_group import Group
+from secateur.errors import RecipeError
+from secateur.recipe import Recipe
+
+# Scores of whole experts, which mean nothing to channels and heads.
+OF_EXPERTS = ("reap", "frequency")
+
+
+def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
+    """Raise RecipeError for a budget, a target or a score that experts do not have, or that only they have."""
+    have_experts = any(group.experts for group in groups)
+    if have_experts and (recipe.budget != "uniform" or recipe.target != "parameters"):
+        raise RecipeError(
+            f"groups: experts and their channels can only go with budget: uniform and target: parameters, "
+            f"got {recipe.budget} and {recipe.target}; change these or leave experts out."
+        )
+    if have_experts and recipe.score == "taylor":
+        raise RecipeError("score: taylor has no gradients of experts; use obs, or leave experts out of groups.")
+    other = next((group.name for group in groups if not group.experts or group.experts.are_channels), None)
+    if other and recipe.score in OF_EXPERTS:
+        raise RecipeError(
+            f"score: {recipe.score} is of whole experts, groups has {other} too; use obs, or groups: [experts]."
+        )
