@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from secateur.arch import bind, decoder_layers
+from secateur.compensate import Guard, HeldOutError
 from secateur.expert_refit import _refit, refit_experts
-from secateur.expert_stacks import channel_inputs, reader_of
+from secateur.expert_stacks import best_step, channel_inputs, reader_of
 from secateur.experts import observe_routing
 from secateur.recipe import parse_recipe
 from secateur.walk import Walk, make_batches
@@ -76,6 +77,15 @@ def test_a_refit_brings_every_family_nearer_to_what_it_was(name: str) -> None:
         assert line["step"] > 0
         before, after = (sum(line[key].values()) for key in ("error_before", "error_after"))
         assert after < before or not before  # phimoe's random router leaves experts without a token
+
+
+def test_the_step_is_the_best_for_the_mean_over_domains() -> None:
+    better, worse = HeldOutError(2.0, 1.0, 1.0), HeldOutError(1.0, -0.05, 0.0)  # 2 -> 1 and 1 -> 1.1 with a whole step
+    assert best_step({"a": better, "b": worse}) == Guard(1.0, {"a": 2.0, "b": 1.0}, {"a": 1.0, "b": 1.1})
+    far = HeldOutError(1.0, 1.0, 3.0)  # 1 -> 2 with a whole step, 0.69 with a quarter
+    assert best_step({"a": far}).step == 0.25
+    assert best_step({"a": HeldOutError(1.0, -1.0, 1.0)}).step == 0.0
+    assert best_step({}) == Guard(1.0, {}, {})
 
 
 def test_without_least_squares_nothing_is_refitted() -> None:
