@@ -9,7 +9,7 @@ import secateur
 from secateur.arch import bind, decoder_layers
 from secateur.arch_group import Experts, Stacks
 from secateur.errors import RecipeError
-from secateur.experts import Routing, expert_scores, keep_experts, observe_routing
+from secateur.experts import Routing, _steps, expert_scores, keep_experts, observe_routing
 from secateur.recipe import parse_recipe
 from secateur.resolve import check_without_prices
 from secateur.walk import Walk, make_batches
@@ -84,6 +84,12 @@ def test_scores_are_their_formulae() -> None:
     pooled = expert_scores("obs", routing, SHARES, "tokens", 0)
     torch.testing.assert_close(pooled, torch.tensor([116.0, 2501, 0, 153]))
     assert not torch.equal(expert_scores("random", routing, SHARES, "energy", 1), by_domain)
+
+
+def test_steps_end_where_asked_and_take_from_every_group() -> None:
+    assert _steps(16, 8, 1) == [14, 12, 10, 8]
+    assert _steps(6, 4, 1) == [5, 4]
+    assert _steps(9, 6, 3) == [6] and _steps(256, 128, 8) == [224, 192, 160, 128]
 
 
 def test_groups_of_experts_keep_as_many_each() -> None:

@@ -23,6 +23,9 @@ from secateur.recipe import Recipe
 from secateur.score import keep_highest
 from secateur.walk import Walk
 
+# In so many steps experts go where those that stay are refitted: LOG, 2026-11-26.
+NUM_STEPS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
@@ -171,8 +174,9 @@ def prune_experts(
 ) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     """Measure, select, cut and, with `compensate: least_squares`, refit one layer's experts.
 
-    Returns the kept indices and the log line. Its `routed_share_kept`: by domain, the share of the router's choices
-    that fell on experts which stayed.
+    With a refit they go in NUM_STEPS steps, each followed by one and measured anew, as a refit changes what the rest
+    is worth. Returns the kept indices and the log line: of the first measurement, and of the last refit. Its
+    `routed_share_kept`: by domain, the share of the router's choices that fell on experts which stayed.
     """
     assert group.experts is not None
     layer, experts = walk.layers[group.layer], group.experts
@@ -180,28 +184,44 @@ def prune_experts(
     group = dataclasses.replace(group, num_units=num_units)
     # Where a weight acts inside an expert, least squares over weighted outputs is not its refit.
     refits = recipe.compensate == "least_squares" and num_keep < num_units and not experts.weighted_inputs
-    routing, wanted = observe_routing(walk, group, to_middle=True, target_mix=recipe.target_mix or 0.0, keep=refits)
-    scores_E = from_first(lambda: expert_scores(recipe.score, routing, shares, recipe.domain_weighting, seed))
-    keep = torch.arange(num_units, device=scores_E.device)
-    verdict = {}
-    if num_keep < num_units:
-        keep = keep_experts(scores_E, num_keep, experts)
-        cut_experts(layer, group, keep)
-    if refits:
-        verdict = dataclasses.asdict(refit_experts(walk, group, experts.stacks, wanted, recipe, shares))
-    ordered = scores_E.sort().values
+    first, wanted = observe_routing(walk, group, to_middle=True, target_mix=recipe.target_mix or 0.0, keep=refits)
+    first_scores_E = _scores(recipe, first, shares, seed)
+    keep, verdict = torch.arange(num_units, device=first_scores_E.device), {}
+    for step, num_left in enumerate(_steps(num_units, num_keep, experts.num_groups) if refits else [num_keep]):
+        now = dataclasses.replace(group, num_units=len(keep))
+        scores_E = first_scores_E
+        if step:
+            scores_E = _scores(recipe, observe_routing(walk, now, to_middle=True)[0], shares, seed + step)
+        if num_left < len(keep):
+            stays = keep_experts(scores_E, num_left, experts)
+            cut_experts(layer, now, stays)
+            keep = keep[stays]
+        if refits:
+            verdict = dataclasses.asdict(refit_experts(walk, now, experts.stacks, wanted, recipe, shares))
+    ordered = first_scores_E.sort().values
     line = {
         "layer": group.layer,
         "group": group.name,
         "kept": len(keep),
         "total": num_units,
-        "output_energy": {domain: float(each.energy_E.sum()) for domain, each in routing.items()},
+        "output_energy": {domain: float(each.energy_E.sum()) for domain, each in first.items()},
         "score_quantiles": [float(ordered[round(q * (num_units - 1))]) for q in (0.0, 0.25, 0.5, 0.75, 1.0)],
         "routed_share_kept": {
-            domain: float(each.num_tokens_E[keep].sum() / each.num_tokens_E.sum()) for domain, each in routing.items()
+            domain: float(each.num_tokens_E[keep].sum() / each.num_tokens_E.sum()) for domain, each in first.items()
         },
     }
     return keep, line | verdict
+
+
+def _scores(recipe: Recipe, routing: dict[str, Routing], shares: dict[str, float], seed: int) -> Tensor:
+    return from_first(lambda: expert_scores(recipe.score, routing, shares, recipe.domain_weighting, seed))
+
+
+def _steps(num_units: int, num_keep: int, num_groups: int) -> list[int]:
+    """Return how many experts are left after each step, as many in every group, each number once."""
+    size, gone = num_units // num_groups, (num_units - num_keep) // num_groups
+    taken = dict.fromkeys(-(-gone * step // NUM_STEPS) for step in range(1, NUM_STEPS + 1))
+    return [num_groups * (size - each) for each in taken]
 
 
 @torch.inference_mode()
