@@ -14,7 +14,8 @@ from tests.test_families import cut_units, kept_of
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 # Rows whose pruned model, or whose dense one just as well, torch.onnx cannot export or ONNX Runtime cannot run.
-KNOWN_TO_FAIL: dict[str, str] = {}
+_COMPLEX = "torch.onnx exports no complex numbers, in which the family's rotary positions are computed"
+KNOWN_TO_FAIL = {"deepseek_v2": _COMPLEX, "deepseek_v2-groups": _COMPLEX, "llama4": _COMPLEX}
 
 
 class Logits(torch.nn.Module):
@@ -47,6 +48,8 @@ def test_onnx_runtime_gives_the_pruned_models_logits(name: str) -> None:
     for group in (group for group in arch.groups if group.name != "query_heads"):
         cut_units(decoder_layers(model, arch)[group.layer], group, kept_of(group, 0.5))
     record_widths(model, arch)
+    if any(group.experts for group in arch.groups):
+        model.set_experts_implementation("batched_mm")  # the default's product of groups has no ONNX counterpart
     with torch.no_grad():
         expected = model(ids_BT, use_cache=False).logits
     torch.testing.assert_close(run_onnx(model, ids_BT), expected, atol=1e-4, rtol=1e-4)
