@@ -1,11 +1,13 @@
 """ONNX Runtime runs pruned models of every family and gives their logits. Needs onnxruntime and onnxscript; slow."""
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
 
 from secateur.arch import bind, decoder_layers
+from secateur.checkpoint import load
 from secateur.per_layer import record_widths
 from tests.families import FAMILIES, tiny_family
 from tests.models import tiny_ids
@@ -53,3 +55,18 @@ def test_onnx_runtime_gives_the_pruned_models_logits(name: str) -> None:
     with torch.no_grad():
         expected = model(ids_BT, use_cache=False).logits
     torch.testing.assert_close(run_onnx(model, ids_BT), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2", "starcoder2"])
+def test_onnx_runtime_gives_the_logits_of_layers_of_different_widths(name: str, tmp_path: Path) -> None:
+    model, ids_BT = tiny_family(name), tiny_ids()
+    arch = bind(model)
+    for group in arch.select(("ffn",)):
+        cut_units(decoder_layers(model, arch)[group.layer], group, kept_of(group, 0.25 * (1 + group.layer)))
+    record_widths(model, arch)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert len({layer.down_proj.in_features for layer in loaded.modules() if hasattr(layer, "down_proj")}) != 1
+    with torch.no_grad():
+        expected = model(ids_BT, use_cache=False).logits
+    torch.testing.assert_close(run_onnx(loaded, ids_BT), expected, atol=1e-4, rtol=1e-4)
