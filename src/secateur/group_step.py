@@ -39,6 +39,8 @@ def redo_group(
     """
     keep = stored["keep"].to(next(layer.parameters()).device)
     if group.experts is not None:
+        if originals is not None:
+            originals.keep(layer, group)
         module = layer.get_submodule(group.experts.module)
         if group.experts.are_channels:
             cut_channels(module, group.experts.stacks, keep)
@@ -85,6 +87,8 @@ def prune_group(
 
     `scores_U`: the units' scores, where they were measured on the whole model before.
     """
+    if group.experts is not None and originals is not None:
+        originals.keep(walk.layers[group.layer], group)
     if group.experts is not None and group.experts.are_channels:
         return prune_expert_channels(walk, group, num_keep, recipe, shares, seed)
     if group.experts is not None:

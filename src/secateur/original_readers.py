@@ -26,7 +26,7 @@ class OriginalReaders:
     def keep(self, layer: nn.Module, group: Group) -> None:
         """Write the group's reader as it is, unless it has been written before."""
         if not self._path(group).exists():
-            save_file(_tensors(linear(layer, group.reader.module)), self._path(group))
+            save_file(_tensors(_weights(layer, group)), self._path(group))
 
     def forget(self, group: Group) -> None:
         """Forget the group, which is gone whole, so that there is no reader to put anything back into."""
@@ -41,15 +41,14 @@ class OriginalReaders:
         Of the groups those are meant whose readers were kept; one without an entry in `keeps` has lost no unit.
         """
         kept = [group for group in groups if self._path(group).exists()]
-        readers = {group: linear(layers[group.layer], group.reader.module) for group in kept}
+        readers = {group: _weights(layers[group.layer], group) for group in kept}
         for group, reader in readers.items():
             save_file(_tensors(reader), self._path(group, "own"))
         try:
             for group, reader in readers.items():
                 stayed = keeps.get((group.layer, group.name), torch.arange(group.num_units))
-                columns = rows_of(stayed, group.reader.segments, group.num_units)
                 stored = load_file(self._path(group))
-                _fill(reader, stored | {"weight": stored["weight"][:, columns]})
+                _fill(reader, stored | {"weight": _what_stayed(stored["weight"], group, stayed)})
             yield
         finally:
             for group, reader in readers.items():
@@ -59,11 +58,29 @@ class OriginalReaders:
         return self.directory / f"{which}-{group.layer}-{group.name}.safetensors"
 
 
+def _weights(layer: nn.Module, group: Group) -> dict[str, nn.Parameter]:
+    """Return the group's reader: a linear's parameters, or the stack of all experts' readers."""
+    if group.experts is None:
+        return dict(linear(layer, group.reader.module).named_parameters())
+    return {"weight": layer.get_submodule(group.experts.module).get_parameter(group.experts.stacks.down)}
+
+
+def _what_stayed(weight: Tensor, group: Group, stayed: Tensor) -> Tensor:
+    if group.experts is None:
+        return weight[:, rows_of(stayed, group.reader.segments, group.num_units)]
+    if not group.experts.are_channels:
+        return weight[stayed]
+    if stayed.ndim == 1:  # nothing has gone
+        return weight
+    along, axis = (stayed[:, :, None], 1) if group.experts.stacks.transposed else (stayed[:, None, :], 2)
+    return torch.take_along_dim(weight, along, dim=axis)
+
+
 @torch.no_grad()
-def _fill(reader: nn.Linear, tensors: dict[str, Tensor]) -> None:
+def _fill(reader: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        reader.get_parameter(name).copy_(tensor)
+        reader[name].copy_(tensor)
 
 
-def _tensors(reader: nn.Linear) -> dict[str, Tensor]:
-    return {name: parameter.detach().cpu().clone() for name, parameter in reader.named_parameters()}
+def _tensors(reader: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().cpu().clone() for name, parameter in reader.items()}
