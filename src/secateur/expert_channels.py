@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from secateur.arch_group import Group, Stacks
 from secateur.compensate import least_squares
 from secateur.errors import NumericsError
-from secateur.expert_stacks import Call, HeldOut, channel_inputs, num_channels, put_readers, reader_of, stack
+from secateur.expert_stacks import (
+    FEW_TOKENS_PER_CHANNEL,
+    Call,
+    HeldOut,
+    channel_inputs,
+    num_channels,
+    put_readers,
+    reader_of,
+    stack,
+)
 from secateur.gram import Gram
 from secateur.obs import greedy_obs, units_at_once
 from secateur.ranks import domains_ended, from_first, gathered, sum_tensors
@@ -26,8 +35,8 @@ from secateur.recipe import Recipe
 from secateur.score import damped_gram
 from secateur.walk import Walk
 
-# An expert with fewer tokens than this many per channel borrows from all tokens; so many of those are looked at.
-FEW_TOKENS_PER_CHANNEL, NUM_SAMPLED = 10, 2048
+# Of all tokens, from which an expert with few of its own borrows, so many are looked at.
+NUM_SAMPLED = 2048
 
 
 @dataclass(slots=True)
@@ -162,7 +171,7 @@ def _fold(
 def _shrunk(module: Any, stacks: Stacks, expert: int, seen: _Observed) -> Gram:
     """Return (1 - a) G / tr G + a P / tr P with P the Gram matrix on all tokens and a = n0 / (n0 + n).
 
-    n tokens chose the expert, n0 is its number of stacks. With 10 n0 tokens or more: G as it is.
+    n tokens chose the expert, n0 is its number of channels. With 10 n0 tokens or more: G as it is.
     """
     own, size = seen.grams[expert], seen.grams[expert].size
     num_tokens = int(seen.num_tokens_E[expert])

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from secateur.arch_group import Group, Stacks
 from secateur.compensate import Guard, least_squares
-from secateur.expert_stacks import Call, HeldOut, channel_inputs, num_channels, put_readers, reader_of, stack
+from secateur.expert_stacks import (
+    FEW_TOKENS_PER_CHANNEL,
+    Call,
+    HeldOut,
+    channel_inputs,
+    num_channels,
+    put_readers,
+    reader_of,
+    stack,
+)
 from secateur.gram import Gram
 from secateur.ranks import from_first, sum_by_name, sum_tensors
 from secateur.recipe import Recipe
@@ -24,8 +33,6 @@ from secateur.walk import Walk
 
 # Turns through all experts: five win another 0.5% of a loss at 50% of the experts (LOG, 2026-11-26).
 NUM_SWEEPS = 2
-# An expert with fewer tokens than this many per channel is held to its old weights in proportion.
-FEW_TOKENS_PER_CHANNEL = 10
 PIECE_TOKENS = 2048
 
 

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from secateur.arch_group import Stacks
 from secateur.compensate import GUARD_STEPS, Guard, HeldOutError, held_out_errors, held_out_sums
 
+# An expert with fewer tokens than this many per channel does not stand on them alone.
+FEW_TOKENS_PER_CHANNEL = 10
+
 Call = tuple[Tensor, Tensor, Tensor]
 """What the module of all experts is called with: hidden states T x D, chosen experts and their weights T x k."""
 

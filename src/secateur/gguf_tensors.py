@@ -99,10 +99,15 @@ def _parts(checkpoint: Checkpoint, family: GgufFamily) -> Iterator[tuple[str, tu
 
 
 def _shape(name: str, sources: tuple[StoredTensor, ...], half: int | None, family: GgufFamily) -> tuple[int, ...]:
-    shape = sources[0].shape if len(sources) == 1 else (len(sources), *sources[0].shape)
+    shape = (len(sources), *sources[0].shape) if _is_stack(name, half) else sources[0].shape
     if half is not None:
         return (*shape[:-2], shape[-2] // 2, shape[-1])
     return shape[::-1] if _is_conv1d(name, family) else shape
+
+
+def _is_stack(name: str, half: int | None) -> bool:
+    """Say whether experts lie apart in the file, be it one alone."""
+    return ".mlp.experts." in name and half is None
 
 
 def _is_conv1d(name: str, family: GgufFamily) -> bool:
@@ -133,7 +138,7 @@ def read_gguf_arrays(tensors: list[GgufTensor], family: GgufFamily, config: PreT
 
 def _read(tensor: GgufTensor, family: GgufFamily) -> Tensor:
     values = [read_tensor(source).float() for source in tensor.sources]
-    whole = values[0] if len(values) == 1 else torch.stack(values)
+    whole = torch.stack(values) if _is_stack(tensor.name, tensor.half) else values[0]
     if tensor.half is not None:
         return whole.chunk(2, dim=-2)[tensor.half]
     return whole.T if _is_conv1d(tensor.name, family) else whole
