@@ -1,5 +1,6 @@
 """llama.cpp runs pruned models of every family that GGUF export knows and gives their logits (slow; needs it)."""
 
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from secateur.arch import bind, decoder_layers
 from secateur.checkpoint import load_model, open_checkpoint
 from secateur.export import export
 from secateur.gguf_families import FAMILIES as GGUF_FAMILIES
+from secateur.gguf_families import PER_LAYER
 from secateur.llama_cpp import have_llama_cpp, open_llama_cpp
+from secateur.modeling_per_layer import skip_sublayer
 from secateur.output import save_checkpoint
 from secateur.per_layer import record_widths
 from tests.bpe_tokenizer import bpe_tokenizer, sentencepiece_tokenizer
@@ -57,18 +60,41 @@ def pruned(name: str, place: Path) -> Path:
     return place
 
 
+def pruned_per_layer(name: str, place: Path) -> Path:
+    """Save a model of which no two layers are alike; the first and fourth have no attention, the third no MLP."""
+    sizes = SIZES | CHANGES.get(name, {}) | {"num_hidden_layers": 5}
+    sizes |= {"attention_bias": True} if name == "seed_oss" else {"tie_word_embeddings": True}
+    model = tiny_family(name, **sizes)
+    arch = bind(model)
+    layers = decoder_layers(model, arch)
+    for index, part in ((0, "attention"), (2, "mlp"), (3, "attention")):
+        skip_sublayer(layers[index], part, index)
+    for index, group, share in ((0, "ffn", 0.5), (1, "ffn", 0.25), (2, "kv_heads", 0.5), (3, "ffn", 0.75)):
+        (each,) = (found for found in arch.select((group,)) if found.layer == index)
+        cut_units(layers[index], each, kept_of(each, share))
+    record_widths(model, arch)
+    save_checkpoint(model, bpe_tokenizer(), place, max_shard_size="5GB", carry_from=None)
+    return place
+
+
+PRUNED = [pytest.param(pruned, name, id=name) for name in GGUF_FAMILIES]
+PRUNED += [pytest.param(pruned_per_layer, name, id=f"{name}-per-layer") for name in PER_LAYER]
+
+
 def known_keys(row: str) -> set[str]:
     config = tiny_family(row).config
     return set(config.to_dict()) | set(config.attribute_map) | {"sliding_window_pattern"}
 
 
-@pytest.mark.parametrize("name", GGUF_FAMILIES)
-def test_every_weight_is_in_the_file_once(name: str, tmp_path: Path) -> None:
-    source = pruned(name, tmp_path)
+@pytest.mark.parametrize(("prune", "name"), PRUNED)
+def test_every_weight_is_in_the_file_once(prune: Callable[[str, Path], Path], name: str, tmp_path: Path) -> None:
+    source = prune(name, tmp_path)
     export(source, tmp_path / "model.gguf", check=False)
     model = load_model(open_checkpoint(source))
     arrays = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    assert sum(array.size for array in arrays.values()) == sum(weight.numel() for weight in model.parameters())
+    # The rest are zeros that stand for sublayers which are not there.
+    num_values = sum(int((array != 0).sum()) for array in arrays.values())
+    assert num_values == sum(int((weight != 0).sum()) for weight in model.parameters())
     # Vectors keep their type and order; of norms the file holds what llama.cpp multiplies by.
     offset = GGUF_FAMILIES[name].norm_offset
     for many in (False, True):
@@ -85,9 +111,11 @@ def test_every_weight_is_in_the_file_once(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not have_llama_cpp(), reason="needs llama-cpp-python")
-@pytest.mark.parametrize("name", GGUF_FAMILIES)
-def test_llama_cpp_gives_the_pruned_models_logits(name: str, tmp_path: Path) -> None:
-    source = pruned(name, tmp_path)
+@pytest.mark.parametrize(("prune", "name"), PRUNED)
+def test_llama_cpp_gives_the_pruned_models_logits(
+    prune: Callable[[str, Path], Path], name: str, tmp_path: Path
+) -> None:
+    source = prune(name, tmp_path)
     export(source, tmp_path / "model.gguf", check=False)
     ids = tiny_ids(batch=1, length=24, vocab_size=310)[0]
     with torch.inference_mode():

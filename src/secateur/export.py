@@ -6,6 +6,7 @@ from pathlib import Path
 from secateur.checkpoint import open_checkpoint
 from secateur.gguf_check import GgufCheck, check_gguf
 from secateur.gguf_export import check_exportable, export_gguf
+from secateur.gguf_families import gguf_family
 from secateur.gguf_metadata import context_length
 from secateur.llama_cpp import have_llama_cpp, require_llama_cpp
 from secateur.progress import Progress, silent
@@ -51,4 +52,5 @@ def export(
             progress("check", 0, 1)
             found = check_gguf(staged, checkpoint, type_name)
             progress("check", 1, 1)
-    return Export(str(file), type_name, num_bytes, context_length(checkpoint.config), found)
+    length = context_length(checkpoint.config, gguf_family(checkpoint))
+    return Export(str(file), type_name, num_bytes, length, found)

@@ -6,8 +6,11 @@ ships no converter, and the packages that repeat llama.cpp's script bring a seco
 
 import importlib.util
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from secateur.checkpoint import Checkpoint, check_weights, meta_model
 from secateur.checkpoint_tokenizer import load_tokenizer
@@ -16,7 +19,6 @@ from secateur.gguf_families import gguf_family
 from secateur.gguf_metadata import add_metadata
 from secateur.gguf_tensors import OWN_TYPES, TYPES, GgufTensor, gguf_tensors, num_gguf_bytes, read_gguf_arrays
 from secateur.gguf_tokenizer import add_tokenizer, check_tokenizer
-from secateur.modeling_per_layer import is_per_layer
 from secateur.progress import Progress, silent
 
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -37,11 +39,6 @@ def check_exportable(checkpoint: Checkpoint, type_name: str | None) -> str:
         raise CheckpointError('GGUF export needs the gguf package; run: pip install "secateur[gguf]"')
     if checkpoint.gguf_file:
         raise CheckpointError(f"{checkpoint.reference}: is GGUF already; give a directory with safetensors weights.")
-    if is_per_layer(checkpoint.config):
-        raise CheckpointError(
-            f"{checkpoint.reference}: its layers have different widths, which GGUF export does not write; "
-            "prune with widths: uniform for llama.cpp."
-        )
     family = gguf_family(checkpoint)
     check_weights(checkpoint, meta_model(checkpoint.config))
     check_tokenizer(load_tokenizer(checkpoint), _vocab_size(checkpoint), checkpoint.reference)
@@ -71,9 +68,9 @@ def export_gguf(checkpoint: Checkpoint, file: Path, type_name: str, progress: Pr
         writer.add_name(Path(checkpoint.reference).name)
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[type_name]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        add_metadata(writer, checkpoint.config)
+        add_metadata(writer, checkpoint.config, family)
         add_tokenizer(writer, load_tokenizer(checkpoint), _vocab_size(checkpoint), checkpoint.reference)
-        _write(writer, file, checkpoint, tensors, progress)
+        _write(writer, file, tensors, read_gguf_arrays(tensors, family, checkpoint.config), progress)
     finally:
         writer.close()
 
@@ -82,9 +79,10 @@ def _vocab_size(checkpoint: Checkpoint) -> int:
     return checkpoint.config.get_text_config().vocab_size
 
 
-def _write(writer: Any, file: Path, checkpoint: Checkpoint, tensors: list[GgufTensor], progress: Progress) -> None:
+def _write(
+    writer: Any, file: Path, tensors: list[GgufTensor], arrays: Iterator[np.ndarray], progress: Progress
+) -> None:
     import gguf
-    import numpy as np
 
     for tensor in tensors:
         kind = gguf.GGMLQuantizationType[TYPES[tensor.type_name]]
@@ -95,7 +93,6 @@ def _write(writer: Any, file: Path, checkpoint: Checkpoint, tensors: list[GgufTe
     writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    arrays = read_gguf_arrays(tensors, gguf_family(checkpoint), checkpoint.config)
     for done, array in enumerate(arrays):
         progress("export", done, len(tensors))
         writer.write_tensor_data(array)

@@ -1,51 +1,18 @@
 """What llama.cpp computes under an architecture's name, by transformers' model type; and the refusal of the rest.
 
 In: a checkpoint's config. Out: the family's row, or one sentence that says what llama.cpp takes for granted and the
-config does not hold. Not handled: widths that differ by layer, images, experts in some of the layers only.
+config does not hold. Not handled: images, experts in some of the layers only.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
-
-from transformers import PreTrainedConfig
 
 from secateur.checkpoint import Checkpoint
 from secateur.errors import ArchError
+from secateur.gguf_family import GgufFamily, head_dim, rotary
+from secateur.modeling_per_layer import is_per_layer
 
 ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
-
-
-@dataclass(frozen=True, slots=True)
-class GgufFamily:
-    """A row of the table below.
-
-    `takes`: what llama.cpp takes for granted: key of the config -> its value, or a function of the config; a key that a
-    config lacks counts as None. `eps`: the key of the norms' epsilon; only `rms_norm_eps` is of RMS norms.
-    `scales`: key of the config -> the writer's `add_` method. `interleaved_rotary`: it rotates channels 2i and 2i+1
-    where transformers rotates i and i + head_dim/2, so the rows of q and k are reordered. `full_width_heads`: it needs
-    query heads * head_dim to be the hidden size. `norm_offset`: what transformers adds to the weights of norms and
-    llama.cpp does not. `window_period`: of so many layers all but the last have a sliding window; 0: none has.
-    `fused_gate`: the file keeps an expert's gate and input in one matrix, llama.cpp apart. `conv1d`: linears hold their
-    weight transposed.
-    """
-
-    architecture: str
-    takes: Mapping[str, Any] = field(default_factory=dict)
-    eps: str = "rms_norm_eps"
-    scales: Mapping[str, str] = field(default_factory=dict)
-    interleaved_rotary: bool = False
-    full_width_heads: bool = False
-    norm_offset: int = 0
-    window_period: int = 0
-    fused_gate: str = ""
-    conv1d: tuple[str, ...] = ()
-
-
-def head_dim(config: PreTrainedConfig) -> int:
-    """Return the channels of one attention head."""
-    sizes: Any = config
-    return getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
 
 
 def _windowless(period: int) -> Callable[[Any], list[str]]:
@@ -181,6 +148,22 @@ FAMILIES = {
     "starcoder2": GgufFamily("starcoder2", {"hidden_act": "gelu_pytorch_tanh"}, "norm_epsilon", full_width_heads=True),
 }
 
+# Where layers have widths of their own: the two architectures that read them layer by layer and compute what these
+# families do. The first is that of Nemotron's pruned Llamas, the second OpenELM's, which has norms of queries and keys.
+_DECI = GgufFamily("deci", _SILU, interleaved_rotary=True, skips_attention=True)
+PER_LAYER = {
+    "ernie4_5": GgufFamily("deci", _SILU, skips_attention=True),
+    "llama": _DECI,
+    "mistral": _DECI,
+    "qwen2": _DECI,
+    "qwen3": GgufFamily(
+        "openelm",
+        _PLAIN | {"tie_word_embeddings": True, "rope_parameters.rope_type": "default"},
+        fused_qkv=True,
+    ),
+    "seed_oss": _DECI,
+}
+
 
 def gguf_family(checkpoint: Checkpoint) -> GgufFamily:
     """Return how the checkpoint's family goes into GGUF. Raises ArchError for what llama.cpp would not run as it is."""
@@ -190,12 +173,16 @@ def gguf_family(checkpoint: Checkpoint) -> GgufFamily:
             f"{checkpoint.reference}: GGUF export knows the families {', '.join(sorted(FAMILIES))}, "
             f"not '{config.model_type}'; convert it with llama.cpp's own script."
         )
-    family = FAMILIES[config.model_type]
-    where = f"{checkpoint.reference}: llama.cpp's {family.architecture}"
-    query_channels = config.num_attention_heads * head_dim(config)
-    if family.full_width_heads and query_channels != config.hidden_size:
+    if is_per_layer(config) and config.model_type not in PER_LAYER:
         raise ArchError(
-            f"{where} needs query heads * head_dim to be the hidden size {config.hidden_size}, got {query_channels}; "
+            f"{checkpoint.reference}: its layers have different widths, which llama.cpp runs of the families "
+            f"{', '.join(PER_LAYER)}, not '{config.model_type}'; prune with widths: uniform."
+        )
+    family = (PER_LAYER if is_per_layer(config) else FAMILIES)[config.model_type]
+    where = f"{checkpoint.reference}: llama.cpp's {family.architecture}"
+    if family.full_width_heads and (width := config.num_attention_heads * head_dim(config)) != config.hidden_size:
+        raise ArchError(
+            f"{where} needs query heads * head_dim to be the hidden size {config.hidden_size}, got {width}; "
             "prune groups other than attention heads."
         )
     for key, taken in family.takes.items():
@@ -217,18 +204,3 @@ def _value(config: Any, key: str) -> Any:
     if name == "hidden_activation":  # early configs of Gemma have the other key alone
         value = value or config.hidden_act
     return (value or {}).get(inner) if inner else value
-
-
-def rotary(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the rotary settings, `rope_type` and `rope_theta` among them; those of layers without a sliding window.
-
-    Hunyuan's `dynamic` with a fixed `alpha` is a larger theta, theta * alpha^(d / (d - 2)). A model without rotary
-    positions gets transformers' default, which nothing reads.
-    """
-    settings: Any = config
-    parameters = getattr(settings, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
-    found = dict(parameters.get("full_attention", parameters))
-    if alpha := found.get("alpha") if found["rope_type"] == "dynamic" else None:
-        dim = head_dim(config)
-        found |= {"rope_type": "default", "rope_theta": found["rope_theta"] * alpha ** (dim / (dim - 2))}
-    return found

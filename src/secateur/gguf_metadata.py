@@ -1,37 +1,37 @@
 """What a GGUF file says about a model beside its tensors: architecture, sizes, experts, scales, rotary positions.
 
 In: a checkpoint's config. Out: keys on a `gguf.GGUFWriter`. Tokenizers are in `gguf_tokenizer`, what an architecture
-takes for granted in `gguf_families`.
+takes for granted in `gguf_families`, sizes in `gguf_family`.
 """
 
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from secateur.gguf_families import FAMILIES, head_dim, rotary
+from secateur.gguf_family import GgufFamily, head_dim, layer_widths, rotary
 
 
-def context_length(config: PreTrainedConfig) -> int:
+def context_length(config: PreTrainedConfig, family: GgufFamily) -> int:
     """Return for how many tokens llama.cpp computes what the model does.
 
     A sliding window changes nothing up to its own length; architectures without one are right up to there.
     """
     sizes: Any = config
-    window = None if FAMILIES[sizes.model_type].window_period else getattr(sizes, "sliding_window", None)
+    window = None if family.window_period else getattr(sizes, "sliding_window", None)
     return min(sizes.max_position_embeddings, window or sizes.max_position_embeddings)
 
 
-def add_metadata(writer: Any, config: PreTrainedConfig) -> None:
+def add_metadata(writer: Any, config: PreTrainedConfig, family: GgufFamily) -> None:
     """Write the keys that describe the model's shape to a `gguf.GGUFWriter`."""
     sizes: Any = config
-    family = FAMILIES[sizes.model_type]
     writer.add_vocab_size(sizes.vocab_size)
-    writer.add_context_length(context_length(config))
+    writer.add_context_length(context_length(config, family))
     writer.add_embedding_length(sizes.hidden_size)
     writer.add_block_count(sizes.num_hidden_layers)
-    writer.add_feed_forward_length(_ffn_width(sizes))
-    writer.add_head_count(sizes.num_attention_heads)
-    writer.add_head_count_kv(getattr(sizes, "num_key_value_heads", None) or sizes.num_attention_heads)
+    layers = layer_widths(config, family)
+    writer.add_feed_forward_length(_one_or_all([layer.ffn_width for layer in layers]))
+    writer.add_head_count(_one_or_all([layer.num_heads for layer in layers]))
+    writer.add_head_count_kv(_one_or_all([layer.num_kv_heads for layer in layers]))
     # Stated, or llama.cpp takes hidden size / heads, which pruned heads make wrong.
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
@@ -47,10 +47,8 @@ def add_metadata(writer: Any, config: PreTrainedConfig) -> None:
     _add_rotary(writer, rotary(config))
 
 
-def _ffn_width(sizes: Any) -> int:
-    if hasattr(sizes, "n_inner"):
-        return sizes.n_inner or 4 * sizes.hidden_size
-    return sizes.intermediate_size
+def _one_or_all(values: list[int]) -> int | list[int]:
+    return values if len(set(values)) > 1 else values[0]
 
 
 def _add_experts(writer: Any, sizes: Any) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from secateur.checkpoint import Checkpoint, meta_model
 from secateur.checkpoint_tensors import StoredTensor, read_tensor, stored_tensors
 from secateur.errors import CheckpointError, NumericsError
-from secateur.gguf_families import GgufFamily, head_dim, rotary
+from secateur.gguf_family import GgufFamily, head_dim, layer_widths, rotary
 
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # ours -> gguf.GGMLQuantizationType
 OWN_TYPES = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
@@ -31,11 +31,14 @@ _ALWAYS_F32 = re.compile(r"\.ffn_gate_inp(_shexp)?\.|^position_embd\.")
 # Files that keep every expert apart: Mixtral's names of the matrices, and the name under which llama.cpp has the stack.
 _EXPERT = re.compile(r"(model\.layers\.\d+\.).*\bexperts\.(\d+)\.(\w+)\.weight")
 _EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_QKV = re.compile(r"(.*\.self_attn\.)[qkv]_proj\.weight")
+_FACTORS = "rope_freqs"
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor to write. `sources`: where it lies, several where experts are stacked, none for computed factors.
+    """One tensor to write. `sources`: where it lies, several where experts are stacked or q, k and v joined; none for
+    computed factors and for the zeros of a sublayer that is not there.
 
     `half`: which half of the rows is meant, where a file keeps gate and input in one matrix.
     """
@@ -58,15 +61,18 @@ def gguf_tensors(checkpoint: Checkpoint, family: GgufFamily, type_name: str) -> 
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     config: Any = checkpoint.config
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    parts = [
+        (name, sources, half, _shape(name, sources, half, family)) for name, sources, half in _parts(checkpoint, family)
+    ]
+    parts += [(name, (), None, shape) for name, shape in _stand_ins(config, family)]
     found = []
-    for name, sources, half in _parts(checkpoint, family):
+    for name, sources, half, shape in parts:
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
-        shape = _shape(name, sources, half, family)
         small = len(shape) == 1 or _ALWAYS_F32.search(gguf_name)
         found.append(GgufTensor(name, gguf_name, shape, "f32" if small else type_name, sources, half))
     if rotary(config)["rope_type"] == "llama3":
-        found.append(GgufTensor("rope_freqs", "rope_freqs.weight", (head_dim(config) // 2,), "f32", ()))
+        found.append(GgufTensor(_FACTORS, "rope_freqs.weight", (head_dim(config) // 2,), "f32", ()))
     for tensor in found:
         block_size, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[TYPES[tensor.type_name]]]
         if tensor.shape[-1] % block_size:
@@ -92,16 +98,47 @@ def _parts(checkpoint: Checkpoint, family: GgufFamily) -> Iterator[tuple[str, tu
             experts = re.sub(r"(layers\.\d+\.).*", r"\1mlp.experts", name)
             yield f"{experts}.gate_proj.weight", (tensor,), 0
             yield f"{experts}.up_proj.weight", (tensor,), 1
+        elif family.fused_qkv and (joined := _QKV.fullmatch(name)):
+            if name.endswith("q_proj.weight"):
+                yield (
+                    f"{joined[1]}qkv_proj.weight",
+                    tuple(stored[f"{joined[1]}{part}_proj.weight"] for part in "qkv"),
+                    None,
+                )
         else:
             yield name, (tensor,), None
     for name, stack in stacks.items():
         yield name, tuple(stack[index] for index in sorted(stack)), None
 
 
+def _stand_ins(config: PreTrainedConfig, family: GgufFamily) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of the zeros that stand where a layer has no attention or MLP and llama.cpp needs one."""
+    sizes: Any = config
+    hidden, dim = sizes.hidden_size, head_dim(config)
+    for index, widths in enumerate(layer_widths(config, family)):
+        layer = f"model.layers.{index}"
+        if "mlp" in widths.absent:
+            yield f"{layer}.post_attention_layernorm.weight", (hidden,)
+            yield f"{layer}.mlp.gate_proj.weight", (widths.ffn_width, hidden)
+            yield f"{layer}.mlp.up_proj.weight", (widths.ffn_width, hidden)
+            yield f"{layer}.mlp.down_proj.weight", (hidden, widths.ffn_width)
+        if "attention" in widths.absent and widths.num_heads:
+            yield f"{layer}.input_layernorm.weight", (hidden,)
+            if family.fused_qkv:
+                yield f"{layer}.self_attn.qkv_proj.weight", (3 * dim, hidden)
+                yield f"{layer}.self_attn.q_norm.weight", (dim,)
+                yield f"{layer}.self_attn.k_norm.weight", (dim,)
+            else:
+                yield from ((f"{layer}.self_attn.{part}_proj.weight", (dim, hidden)) for part in "qkv")
+            yield f"{layer}.self_attn.o_proj.weight", (hidden, dim)
+
+
 def _shape(name: str, sources: tuple[StoredTensor, ...], half: int | None, family: GgufFamily) -> tuple[int, ...]:
     shape = (len(sources), *sources[0].shape) if _is_stack(name, half) else sources[0].shape
     if half is not None:
         return (*shape[:-2], shape[-2] // 2, shape[-1])
+    if name.endswith(".qkv_proj.weight"):
+        return (sum(source.shape[0] for source in sources), shape[1])
     return shape[::-1] if _is_conv1d(name, family) else shape
 
 
@@ -130,15 +167,17 @@ def read_gguf_arrays(tensors: list[GgufTensor], family: GgufFamily, config: PreT
     import gguf
 
     for tensor in tensors:
-        values = _read(tensor, family) if tensor.sources else llama3_factors(config)
+        values = llama3_factors(config) if tensor.name == _FACTORS else _read(tensor, family)
         _check_range(tensor, values)
         values = _as_llama_cpp_has_it(values, tensor.name, family, config)
         yield gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[TYPES[tensor.type_name]])
 
 
 def _read(tensor: GgufTensor, family: GgufFamily) -> Tensor:
+    if not tensor.sources:
+        return torch.zeros(tensor.shape)
     values = [read_tensor(source).float() for source in tensor.sources]
-    whole = torch.stack(values) if _is_stack(tensor.name, tensor.half) else values[0]
+    whole = torch.stack(values) if _is_stack(tensor.name, tensor.half) else torch.cat(values)
     if tensor.half is not None:
         return whole.chunk(2, dim=-2)[tensor.half]
     return whole.T if _is_conv1d(tensor.name, family) else whole
@@ -146,11 +185,8 @@ def _read(tensor: GgufTensor, family: GgufFamily) -> Tensor:
 
 def _as_llama_cpp_has_it(values: Tensor, name: str, family: GgufFamily, config: PreTrainedConfig) -> Tensor:
     """Return the values with rows of q and k in llama.cpp's order of rotary channels, and norms by its convention."""
-    sizes: Any = config
-    if family.interleaved_rotary and ".q_proj." in name:
-        return interleave_rotary(values, sizes.num_attention_heads)
-    if family.interleaved_rotary and ".k_proj." in name:
-        return interleave_rotary(values, sizes.num_key_value_heads)
+    if family.interleaved_rotary and (".q_proj." in name or ".k_proj." in name):
+        return interleave_rotary(values, len(values) // head_dim(config))
     return values + family.norm_offset if name.endswith("norm.weight") else values
 
 

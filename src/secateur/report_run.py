@@ -32,6 +32,11 @@ OBS_TEXT = (
     "The error that is left when one unit goes and the others are refitted, weighted over domains, before any is gone; "
     "OBS removes the cheapest batch by batch and scores the rest anew after each."
 )
+EXPERTS_TEXT = (
+    "Of whole experts it is the share of the energy that the layer's experts give, weighted over domains, before any is "
+    "gone."
+)
+EXPERTS = "experts"  # the group of that name in every family that has it
 
 
 def depth(files: ResultFiles) -> Section:
@@ -74,17 +79,23 @@ def widths(files: ResultFiles) -> Section:
 
 def scores(files: ResultFiles) -> Section:
     """How scores spread within each layer."""
-    is_obs = files.recipe.score == "obs"
     steps = [step for step in _last_round(files.steps) if step.score_quantiles]
     by_group = _by_group(steps)
     spreads = [LayerSpread(g, [s.layer for s in of], [s.score_quantiles for s in of]) for g, of in by_group.items()]
-    text = (OBS_TEXT if is_obs else SCORE_TEXT, f"Score: {files.recipe.score}.")
+    is_obs = files.recipe.score == "obs" and set(by_group) != {EXPERTS}
+    text = [OBS_TEXT if is_obs else SCORE_TEXT, f"Score: {files.recipe.score}."]
+    if files.recipe.score == "obs" and EXPERTS in by_group:
+        text.insert(1, EXPERTS_TEXT)
     described = Text("scores-plot", "Scores by layer", f"{text[0]} The table has the quantiles.")
     rows = [(f"layer {step.layer}, {step.group}", *(f"{q:.3g}" for q in step.score_quantiles)) for step in steps]
     header = ("", "smallest", "25%", "median", "75%", "largest")
     table = Table("Quantiles by layer", header, rows, folded=True)
-    plots = (spread_plot(described, spreads, "squared error" if is_obs else "score"),) if spreads else ()
-    return Section("scores", "Score distributions by layer", text, plots, (table,))
+    plots = (
+        (spread_plot(described, spreads, "squared error" if is_obs and EXPERTS not in by_group else "score"),)
+        if spreads
+        else ()
+    )
+    return Section("scores", "Score distributions by layer", tuple(text), plots, (table,))
 
 
 def compensation(files: ResultFiles) -> Section:
