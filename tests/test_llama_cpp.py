@@ -29,17 +29,24 @@ SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, 
 CHANGES: dict[str, dict[str, Any]] = {
     "cohere2": {"num_hidden_layers": 4, "layer_types": None, "sliding_window_pattern": 4, "head_dim": 16},
     "exaone4": {"layer_types": ["full_attention"] * 3, "sliding_window": None},
+    "falcon-new": {"bias": False},
+    "gpt_oss": {"num_hidden_layers": 4, "layer_types": None, "max_position_embeddings": 131072},
+    "glm": {"head_dim": 16},
+    "glm4_moe": {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5},
     "gemma2": {"num_hidden_layers": 4, "layer_types": None, "query_pre_attn_scalar": 16},
     "gemma3": {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 16},
+    "ministral": {"sliding_window": 64, "layer_types": None},
     "mistral": {"sliding_window": None},
     "nemotron": {"head_dim": 16},
+    "olmo": {"clip_qkv": 0.5},
+    "olmo3": {"num_hidden_layers": 4, "layer_types": None},
     "olmoe": {"num_key_value_heads": 4},
     "phi": {"qk_layernorm": False},
     "phi3": {"sliding_window": None, "pad_token_id": 0},
     "smollm3": {"no_rope_layers": [1, 1, 1, 0], "num_hidden_layers": 4},
     "starcoder2": {"sliding_window": None},
 }
-ROWS = {"hunyuan_v1_dense": "hunyuan_dense", "gemma3_text": "gemma3"}
+ROWS = {"falcon": "falcon-new", "hunyuan_v1_dense": "hunyuan_dense", "gemma3_text": "gemma3"}
 # llama.cpp keeps keys and values in half precision.
 TOLERANCE = 2e-3
 

@@ -71,6 +71,13 @@ FAMILIES = {
         _SILU | {"sliding_window": None, "num_hidden_layers": lambda config: min(config.num_hidden_layers, 63)},
         full_width_heads=True,
     ),
+    # What takes turns in its heads' rows has a name of its own in the file: `query_key_value`.
+    "falcon": GgufFamily(
+        "falcon",
+        {"activation": "gelu", "alibi": False, "parallel_attn": True, "bias": False},
+        "layer_norm_epsilon",
+        full_width_heads=True,
+    ),
     "gemma": GgufFamily("gemma", _GEMMA, norm_offset=1),
     "gemma2": GgufFamily(
         "gemma2",
@@ -95,13 +102,30 @@ FAMILIES = {
         norm_offset=1,
         window_period=6,
     ),
+    "glm": GgufFamily("chatglm", _SILU, full_width_heads=True),
     "glm4": GgufFamily("glm4", _SILU),
+    "glm4_moe": GgufFamily("glm4moe", _SILU | {"n_group": 1, "topk_group": 1}),
     "gpt2": GgufFamily(
         "gpt2",
         {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
         "layer_norm_epsilon",
         full_width_heads=True,
-        conv1d=("c_attn", "c_proj", "c_fc"),
+        transposed=("c_attn", "c_proj", "c_fc"),
+    ),
+    "gpt_neox": GgufFamily(
+        "gptneox",
+        {"hidden_act": "gelu", "attention_bias": True, **_UNTIED},
+        "layer_norm_eps",
+        {"use_parallel_residual": "parallel_residual"},
+        full_width_heads=True,
+    ),
+    "gpt_oss": GgufFamily(
+        "gpt-oss",
+        _SILU | _UNTIED | {"attention_bias": True, "layer_types": _windowless(2)},
+        window_period=2,
+        fused_gate="gate_up_proj",
+        alternating_gate=True,
+        transposed=("gate_proj", "up_proj", "down_proj"),
     ),
     "granite": GgufFamily("granite", _SILU, scales=_GRANITE_SCALES, interleaved_rotary=True),
     "granitemoe": GgufFamily(
@@ -109,12 +133,17 @@ FAMILIES = {
     ),
     "hunyuan_v1_dense": GgufFamily("hunyuan-dense", _PLAIN),
     "llama": _LLAMA,
+    "ministral": _LLAMA,
     "mistral": _LLAMA,
     "mixtral": _LLAMA,
     "nemotron": GgufFamily(
         "nemotron", {"hidden_act": "relu2", **_UNTIED}, "norm_eps", full_width_heads=True, norm_offset=1
     ),
+    "olmo": GgufFamily("olmo", _PLAIN, 1e-5, {"clip_qkv": "clamp_kqv"}, interleaved_rotary=True, full_width_heads=True),
     "olmo2": GgufFamily("olmo2", _PLAIN | _UNTIED, full_width_heads=True),
+    "olmo3": GgufFamily(
+        "olmo2", _PLAIN | _UNTIED | {"layer_types": _windowless(4)}, full_width_heads=True, window_period=4
+    ),
     "olmoe": GgufFamily(
         "olmoe",
         _PLAIN
@@ -154,6 +183,7 @@ _DECI = GgufFamily("deci", _SILU, interleaved_rotary=True, skips_attention=True)
 PER_LAYER = {
     "ernie4_5": GgufFamily("deci", _SILU, skips_attention=True),
     "llama": _DECI,
+    "ministral": _DECI,
     "mistral": _DECI,
     "qwen2": _DECI,
     "qwen3": GgufFamily(

@@ -20,26 +20,28 @@ class GgufFamily:
     """A row of the table below.
 
     `takes`: what llama.cpp takes for granted: key of the config -> its value, or a function of the config; a key that a
-    config lacks counts as None. `eps`: the key of the norms' epsilon; only `rms_norm_eps` is of RMS norms.
-    `scales`: key of the config -> the writer's `add_` method. `interleaved_rotary`: it rotates channels 2i and 2i+1
-    where transformers rotates i and i + head_dim/2, so the rows of q and k are reordered. `full_width_heads`: it needs
-    query heads * head_dim to be the hidden size. `norm_offset`: what transformers adds to the weights of norms and
-    llama.cpp does not. `window_period`: of so many layers all but the last have a sliding window; 0: none has.
-    `fused_gate`: the file keeps an expert's gate and input in one matrix, llama.cpp apart. `conv1d`: linears hold their
-    weight transposed. `fused_qkv`: the file keeps q, k and v apart, llama.cpp in one matrix. `skips_attention`: it runs
-    layers, the first excepted, without attention.
+    config lacks counts as None. `eps`: the key of the norms' epsilon, or its value; `rms_norm_eps` alone is of RMS
+    norms. `scales`: key of the config -> the writer's `add_` method. `interleaved_rotary`: it rotates channels 2i and
+    2i+1 where transformers rotates i and i + head_dim/2, so the rows of q and k are reordered. `full_width_heads`: it
+    needs query heads * head_dim to be the hidden size. `norm_offset`: what transformers adds to the weights of norms
+    and llama.cpp does not. `window_period`: of so many layers all but the last have a sliding window; 0: none has.
+    `fused_gate`: the file keeps an expert's gate and input in one matrix of that name, llama.cpp apart;
+    `alternating_gate`: their rows take turns. `transposed`: modules that hold their weight transposed. `fused_qkv`: the
+    file keeps q, k and v apart, llama.cpp in one matrix. `skips_attention`: it runs layers, the first excepted, without
+    attention.
     """
 
     architecture: str
     takes: Mapping[str, Any] = field(default_factory=dict)
-    eps: str = "rms_norm_eps"
+    eps: str | float = "rms_norm_eps"
     scales: Mapping[str, str] = field(default_factory=dict)
     interleaved_rotary: bool = False
     full_width_heads: bool = False
     norm_offset: int = 0
     window_period: int = 0
     fused_gate: str = ""
-    conv1d: tuple[str, ...] = ()
+    alternating_gate: bool = False
+    transposed: tuple[str, ...] = ()
     fused_qkv: bool = False
     skips_attention: bool = False
 
@@ -84,15 +86,23 @@ def layer_widths(config: PreTrainedConfig, family: GgufFamily) -> list[LayerWidt
 
 def _widths(sizes: Any, index: int, family: GgufFamily) -> LayerWidths:
     absent = tuple(getattr(sizes, "skip", ()))
-    num_heads, num_kv_heads = sizes.num_attention_heads, getattr(sizes, "num_key_value_heads", None)
+    heads = (sizes.num_attention_heads, num_kv_heads(sizes))
     if "attention" in absent:
         # llama.cpp reads the size of a head off the first layer, which so needs one.
-        num_heads = num_kv_heads = 0 if family.skips_attention and index else 1
-    width = STAND_IN_WIDTH if "mlp" in absent else _ffn_width(sizes)
-    return LayerWidths(num_heads, num_heads if num_kv_heads is None else num_kv_heads, width, absent)
+        heads = (0, 0) if family.skips_attention and index else (1, 1)
+    return LayerWidths(*heads, STAND_IN_WIDTH if "mlp" in absent else _ffn_width(sizes), absent)
+
+
+def num_kv_heads(config: PreTrainedConfig) -> int:
+    """Return the heads of keys and values."""
+    sizes: Any = config
+    if sizes.model_type == "falcon" and not sizes.new_decoder_architecture:
+        return 1 if sizes.multi_query else sizes.num_attention_heads
+    found = (getattr(sizes, key, None) for key in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"))
+    return next(number for number in found if number)
 
 
 def _ffn_width(sizes: Any) -> int:
     if hasattr(sizes, "n_inner"):
         return sizes.n_inner or 4 * sizes.hidden_size
-    return sizes.intermediate_size
+    return sizes.ffn_hidden_size if hasattr(sizes, "ffn_hidden_size") else sizes.intermediate_size

@@ -37,7 +37,7 @@ def add_metadata(writer: Any, config: PreTrainedConfig, family: GgufFamily) -> N
     writer.add_value_length(head_dim(config))
     writer.add_rope_dimension_count(int(head_dim(config) * rotary(config).get("partial_rotary_factor", 1.0)))
     add_eps = writer.add_layer_norm_rms_eps if family.eps == "rms_norm_eps" else writer.add_layer_norm_eps
-    add_eps(getattr(sizes, family.eps))
+    add_eps(getattr(sizes, family.eps) if isinstance(family.eps, str) else family.eps)
     for key, name in family.scales.items():
         if (value := getattr(sizes, key)) is not None:
             getattr(writer, f"add_{name}")(value)
@@ -52,15 +52,20 @@ def _one_or_all(values: list[int]) -> int | list[int]:
 
 
 def _add_experts(writer: Any, sizes: Any) -> None:
-    num_experts = getattr(sizes, "num_local_experts", None) or getattr(sizes, "num_experts", None)
+    found = (getattr(sizes, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    num_experts = next((number for number in found if number), None)
     if num_experts is None:
         return
     writer.add_expert_count(num_experts)
     writer.add_expert_used_count(sizes.num_experts_per_tok)
-    if (width := getattr(sizes, "moe_intermediate_size", None)) is not None:
-        writer.add_expert_feed_forward_length(width)
+    writer.add_expert_feed_forward_length(getattr(sizes, "moe_intermediate_size", None) or sizes.intermediate_size)
     if (width := getattr(sizes, "shared_expert_intermediate_size", None)) is not None:
         writer.add_expert_shared_feed_forward_length(width)
+    if (num_shared := getattr(sizes, "n_shared_experts", None)) is not None:
+        writer.add_expert_shared_count(num_shared)
+        writer.add_leading_dense_block_count(sizes.first_k_dense_replace)
+        writer.add_expert_weights_scale(sizes.routed_scaling_factor)
+        writer.add_expert_weights_norm(sizes.norm_topk_prob)
 
 
 def _add_rotary(writer: Any, settings: dict[str, Any]) -> None:

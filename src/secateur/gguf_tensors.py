@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from secateur.checkpoint import Checkpoint, meta_model
-from secateur.checkpoint_tensors import StoredTensor, read_tensor, stored_tensors
+from secateur.checkpoint import Checkpoint
 from secateur.errors import CheckpointError, NumericsError
-from secateur.gguf_family import GgufFamily, head_dim, layer_widths, rotary
+from secateur.gguf_family import GgufFamily, head_dim, num_kv_heads, rotary
+from secateur.gguf_parts import Part, gguf_parts, read_part
 
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # ours -> gguf.GGMLQuantizationType
 OWN_TYPES = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
@@ -27,28 +27,23 @@ LARGEST_F16 = torch.finfo(torch.float16).max
 
 
 # Too small to gain from a smaller type, and llama.cpp takes some of them in float32 only.
-_ALWAYS_F32 = re.compile(r"\.ffn_gate_inp(_shexp)?\.|^position_embd\.")
-# Files that keep every expert apart: Mixtral's names of the matrices, and the name under which llama.cpp has the stack.
-_EXPERT = re.compile(r"(model\.layers\.\d+\.).*\bexperts\.(\d+)\.(\w+)\.weight")
-_EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-_QKV = re.compile(r"(.*\.self_attn\.)[qkv]_proj\.weight")
+_ALWAYS_F32 = re.compile(r"\.ffn_gate_inp(_shexp)?\.|^position_embd\.|\.bias$")
 _FACTORS = "rope_freqs"
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor to write. `sources`: where it lies, several where experts are stacked or q, k and v joined; none for
-    computed factors and for the zeros of a sublayer that is not there.
+    """One tensor to write. `part` None: the factors by which Llama 3 slows its rotary frequencies."""
 
-    `half`: which half of the rows is meant, where a file keeps gate and input in one matrix.
-    """
-
-    name: str  # transformers' name
+    part: Part | None
     gguf_name: str
     shape: tuple[int, ...]
     type_name: str
-    sources: tuple[StoredTensor, ...]
-    half: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Transformers' name."""
+        return self.part.name if self.part else _FACTORS
 
 
 def gguf_tensors(checkpoint: Checkpoint, family: GgufFamily, type_name: str) -> list[GgufTensor]:
@@ -61,18 +56,14 @@ def gguf_tensors(checkpoint: Checkpoint, family: GgufFamily, type_name: str) -> 
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     config: Any = checkpoint.config
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    parts = [
-        (name, sources, half, _shape(name, sources, half, family)) for name, sources, half in _parts(checkpoint, family)
-    ]
-    parts += [(name, (), None, shape) for name, shape in _stand_ins(config, family)]
     found = []
-    for name, sources, half, shape in parts:
-        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert gguf_name is not None, name
-        small = len(shape) == 1 or _ALWAYS_F32.search(gguf_name)
-        found.append(GgufTensor(name, gguf_name, shape, "f32" if small else type_name, sources, half))
+    for part in gguf_parts(checkpoint, family):
+        gguf_name = names.get_name(part.name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, part.name
+        small = len(part.shape) == 1 or _ALWAYS_F32.search(gguf_name)
+        found.append(GgufTensor(part, gguf_name, part.shape, "f32" if small else type_name))
     if rotary(config)["rope_type"] == "llama3":
-        found.append(GgufTensor(_FACTORS, "rope_freqs.weight", (head_dim(config) // 2,), "f32", ()))
+        found.append(GgufTensor(None, f"{_FACTORS}.weight", (head_dim(config) // 2,), "f32"))
     for tensor in found:
         block_size, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[TYPES[tensor.type_name]]]
         if tensor.shape[-1] % block_size:
@@ -81,74 +72,6 @@ def gguf_tensors(checkpoint: Checkpoint, family: GgufFamily, type_name: str) -> 
                 f"blocks of {block_size}; export as f16 or bf16, or prune with align: {block_size}."
             )
     return found
-
-
-def _parts(checkpoint: Checkpoint, family: GgufFamily) -> Iterator[tuple[str, tuple[StoredTensor, ...], int | None]]:
-    """Yield what to write by name: stored tensors, stacks of the experts' matrices, halves of fused ones."""
-    stored, model = stored_tensors(checkpoint.directory), meta_model(checkpoint.config)
-    stacks: dict[str, dict[int, StoredTensor]] = {}
-    for name, tensor in stored.items():
-        if name in model.all_tied_weights_keys or "rotary_emb" in name:
-            continue
-        if expert := _EXPERT.fullmatch(name):
-            layer, index, part = expert.groups()
-            stack = stacks.setdefault(f"{layer}mlp.experts.{_EXPERT_PARTS.get(part, part)}.weight", {})
-            stack[int(index)] = tensor
-        elif family.fused_gate and f".{family.fused_gate}." in name:
-            experts = re.sub(r"(layers\.\d+\.).*", r"\1mlp.experts", name)
-            yield f"{experts}.gate_proj.weight", (tensor,), 0
-            yield f"{experts}.up_proj.weight", (tensor,), 1
-        elif family.fused_qkv and (joined := _QKV.fullmatch(name)):
-            if name.endswith("q_proj.weight"):
-                yield (
-                    f"{joined[1]}qkv_proj.weight",
-                    tuple(stored[f"{joined[1]}{part}_proj.weight"] for part in "qkv"),
-                    None,
-                )
-        else:
-            yield name, (tensor,), None
-    for name, stack in stacks.items():
-        yield name, tuple(stack[index] for index in sorted(stack)), None
-
-
-def _stand_ins(config: PreTrainedConfig, family: GgufFamily) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and shape of the zeros that stand where a layer has no attention or MLP and llama.cpp needs one."""
-    sizes: Any = config
-    hidden, dim = sizes.hidden_size, head_dim(config)
-    for index, widths in enumerate(layer_widths(config, family)):
-        layer = f"model.layers.{index}"
-        if "mlp" in widths.absent:
-            yield f"{layer}.post_attention_layernorm.weight", (hidden,)
-            yield f"{layer}.mlp.gate_proj.weight", (widths.ffn_width, hidden)
-            yield f"{layer}.mlp.up_proj.weight", (widths.ffn_width, hidden)
-            yield f"{layer}.mlp.down_proj.weight", (hidden, widths.ffn_width)
-        if "attention" in widths.absent and widths.num_heads:
-            yield f"{layer}.input_layernorm.weight", (hidden,)
-            if family.fused_qkv:
-                yield f"{layer}.self_attn.qkv_proj.weight", (3 * dim, hidden)
-                yield f"{layer}.self_attn.q_norm.weight", (dim,)
-                yield f"{layer}.self_attn.k_norm.weight", (dim,)
-            else:
-                yield from ((f"{layer}.self_attn.{part}_proj.weight", (dim, hidden)) for part in "qkv")
-            yield f"{layer}.self_attn.o_proj.weight", (hidden, dim)
-
-
-def _shape(name: str, sources: tuple[StoredTensor, ...], half: int | None, family: GgufFamily) -> tuple[int, ...]:
-    shape = (len(sources), *sources[0].shape) if _is_stack(name, half) else sources[0].shape
-    if half is not None:
-        return (*shape[:-2], shape[-2] // 2, shape[-1])
-    if name.endswith(".qkv_proj.weight"):
-        return (sum(source.shape[0] for source in sources), shape[1])
-    return shape[::-1] if _is_conv1d(name, family) else shape
-
-
-def _is_stack(name: str, half: int | None) -> bool:
-    """Say whether experts lie apart in the file, be it one alone."""
-    return ".mlp.experts." in name and half is None
-
-
-def _is_conv1d(name: str, family: GgufFamily) -> bool:
-    return name.endswith(".weight") and name.split(".")[-2] in family.conv1d
 
 
 def num_gguf_bytes(tensor: GgufTensor) -> int:
@@ -167,24 +90,16 @@ def read_gguf_arrays(tensors: list[GgufTensor], family: GgufFamily, config: PreT
     import gguf
 
     for tensor in tensors:
-        values = llama3_factors(config) if tensor.name == _FACTORS else _read(tensor, family)
+        values = read_part(tensor.part, family) if tensor.part else llama3_factors(config)
         _check_range(tensor, values)
         values = _as_llama_cpp_has_it(values, tensor.name, family, config)
         yield gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[TYPES[tensor.type_name]])
 
 
-def _read(tensor: GgufTensor, family: GgufFamily) -> Tensor:
-    if not tensor.sources:
-        return torch.zeros(tensor.shape)
-    values = [read_tensor(source).float() for source in tensor.sources]
-    whole = torch.stack(values) if _is_stack(tensor.name, tensor.half) else torch.cat(values)
-    if tensor.half is not None:
-        return whole.chunk(2, dim=-2)[tensor.half]
-    return whole.T if _is_conv1d(tensor.name, family) else whole
-
-
 def _as_llama_cpp_has_it(values: Tensor, name: str, family: GgufFamily, config: PreTrainedConfig) -> Tensor:
     """Return the values with rows of q and k in llama.cpp's order of rotary channels, and norms by its convention."""
+    if ".query_key_value." in name:
+        return join_qkv(values, num_kv_heads(config), head_dim(config))
     if family.interleaved_rotary and (".q_proj." in name or ".k_proj." in name):
         return interleave_rotary(values, len(values) // head_dim(config))
     return values + family.norm_offset if name.endswith("norm.weight") else values
@@ -194,6 +109,12 @@ def interleave_rotary(rows: Float[Tensor, "... I"], num_heads: int) -> Float[Ten
     """Reorder each head's rows from halves (0..d/2-1, d/2..d-1) to pairs (0, d/2, 1, d/2+1, ...)."""
     halves = rows.reshape(num_heads, 2, len(rows) // num_heads // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def join_qkv(rows: Float[Tensor, "... I"], num_kv_heads: int, dim: int) -> Float[Tensor, "... I"]:
+    """Reorder rows from groups (query heads, their key head, their value head) to all queries, all keys, all values."""
+    groups = rows.reshape(num_kv_heads, -1, dim, *rows.shape[1:])
+    return torch.cat([part.flatten(0, 2) for part in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])])
 
 
 def llama3_factors(config: PreTrainedConfig) -> Float[Tensor, " F"]:

@@ -33,8 +33,8 @@ OBS_TEXT = (
     "OBS removes the cheapest batch by batch and scores the rest anew after each."
 )
 EXPERTS_TEXT = (
-    "Of whole experts it is the share of the energy that the layer's experts give, weighted over domains, before any is "
-    "gone."
+    "Of whole experts it is the share of the energy that the layer's experts give, weighted over domains, before any "
+    "is gone."
 )
 EXPERTS = "experts"  # the group of that name in every family that has it
 

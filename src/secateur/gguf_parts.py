@@ -1,0 +1,142 @@
+"""Which stored tensors make up which of a GGUF file: experts stacked, q, k and v joined, fused matrices taken apart.
+
+In: a checkpoint. Out: parts with transformers' names as `gguf` knows them, and their values, read one at a time.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from secateur.checkpoint import Checkpoint, meta_model
+from secateur.checkpoint_tensors import StoredTensor, read_tensor, stored_tensors
+from secateur.gguf_family import GgufFamily, head_dim, layer_widths
+
+# Files that keep every expert apart: Mixtral's names of the matrices, and the name under which llama.cpp has the stack.
+_EXPERT = re.compile(r"(model\.layers\.\d+\.).*\bexperts\.(\d+)\.(\w+)\.weight")
+_EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_QKV = re.compile(r"(.*\.self_attn\.)([qkv])_proj\.weight")
+# Parameters that are no module's weight or bias, and what gguf looks for.
+_RENAMED = (
+    (re.compile(r"\.sinks$"), ".sinks.weight"),
+    (re.compile(r"\.e_score_correction_bias$"), ".e_score_correction.bias"),
+    (re.compile(r"\.(down_proj|gate_up_proj)$"), r".\1.weight"),
+    (re.compile(r"\.(down_proj|gate_up_proj)_bias$"), r".\1.bias"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor of the file. `sources`: where it lies, several where experts are stacked or q, k and v joined; none for
+    the zeros of a sublayer that is not there.
+
+    `half`: which of gate and input is meant, where a file keeps both in one matrix.
+    """
+
+    name: str  # transformers' name
+    shape: tuple[int, ...]
+    sources: tuple[StoredTensor, ...]
+    half: int | None = None
+
+
+def gguf_parts(checkpoint: Checkpoint, family: GgufFamily) -> Iterator[Part]:
+    """Yield what the file will hold, tied weights once; read no weights."""
+    for name, sources, half in _sources(checkpoint, family):
+        yield Part(name, _shape(name, sources, half, family), sources, half)
+    for name, shape in _stand_ins(checkpoint.config, family):
+        yield Part(name, shape, ())
+
+
+def read_part(part: Part, family: GgufFamily) -> Tensor:
+    """Return the part's values in float32, rows and channels as transformers has them."""
+    if not part.sources:
+        return torch.zeros(part.shape)
+    values = [read_tensor(source).float() for source in part.sources]
+    whole = torch.stack(values) if _is_stack(part.name, part.sources) else torch.cat(values)
+    if _is_transposed(part.name, family):
+        whole = whole.transpose(-1, -2)
+    if part.half is None:
+        return whole
+    rows = -1 if part.name.endswith(".bias") else -2
+    if family.alternating_gate:
+        return whole.unflatten(rows, (-1, 2)).select(rows, part.half)
+    return whole.chunk(2, dim=rows)[part.half]
+
+
+def _sources(checkpoint: Checkpoint, family: GgufFamily) -> Iterator[tuple[str, tuple[StoredTensor, ...], int | None]]:
+    stored, model = stored_tensors(checkpoint.directory), meta_model(checkpoint.config)
+    stacks: dict[str, dict[int, StoredTensor]] = {}
+    for stored_name, tensor in stored.items():
+        if stored_name in model.all_tied_weights_keys or "rotary_emb" in stored_name:
+            continue
+        name = _renamed(stored_name)
+        if expert := _EXPERT.fullmatch(name):
+            layer, index, part = expert.groups()
+            stack = stacks.setdefault(f"{layer}mlp.experts.{_EXPERT_PARTS.get(part, part)}.weight", {})
+            stack[int(index)] = tensor
+        elif family.fused_gate and f".{family.fused_gate}." in name:
+            experts = re.sub(r"(layers\.\d+\.).*", r"\1mlp.experts", name)
+            kind = name.rpartition(".")[2]
+            yield f"{experts}.gate_proj.{kind}", (tensor,), 0
+            yield f"{experts}.up_proj.{kind}", (tensor,), 1
+        elif family.fused_qkv and (found := _QKV.fullmatch(name)):
+            if found[2] == "q":
+                joined = tuple(stored[f"{found[1]}{part}_proj.weight"] for part in "qkv")
+                yield f"{found[1]}qkv_proj.weight", joined, None
+        else:
+            yield name, (tensor,), None
+    for name, stack in stacks.items():
+        yield name, tuple(stack[index] for index in sorted(stack)), None
+
+
+def _renamed(name: str) -> str:
+    for pattern, new in _RENAMED:
+        name = pattern.sub(new, name)
+    return name
+
+
+def _stand_ins(config: PreTrainedConfig, family: GgufFamily) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of the zeros that stand where a layer has no attention or MLP and llama.cpp needs one."""
+    sizes: Any = config
+    hidden, dim = sizes.hidden_size, head_dim(config)
+    for index, widths in enumerate(layer_widths(config, family)):
+        layer = f"model.layers.{index}"
+        if "mlp" in widths.absent:
+            yield f"{layer}.post_attention_layernorm.weight", (hidden,)
+            yield f"{layer}.mlp.gate_proj.weight", (widths.ffn_width, hidden)
+            yield f"{layer}.mlp.up_proj.weight", (widths.ffn_width, hidden)
+            yield f"{layer}.mlp.down_proj.weight", (hidden, widths.ffn_width)
+        if "attention" in widths.absent and widths.num_heads:
+            yield f"{layer}.input_layernorm.weight", (hidden,)
+            if family.fused_qkv:
+                yield f"{layer}.self_attn.qkv_proj.weight", (3 * dim, hidden)
+                yield f"{layer}.self_attn.q_norm.weight", (dim,)
+                yield f"{layer}.self_attn.k_norm.weight", (dim,)
+            else:
+                yield from ((f"{layer}.self_attn.{part}_proj.weight", (dim, hidden)) for part in "qkv")
+            yield f"{layer}.self_attn.o_proj.weight", (hidden, dim)
+
+
+def _shape(name: str, sources: tuple[StoredTensor, ...], half: int | None, family: GgufFamily) -> tuple[int, ...]:
+    first = sources[0].shape
+    if _is_stack(name, sources):
+        return (len(sources), *first)
+    if len(sources) > 1:
+        return (sum(source.shape[0] for source in sources), *first[1:])
+    shape = (*first[:-2], first[-1], first[-2]) if _is_transposed(name, family) else first
+    if half is None:
+        return shape
+    return (*shape[:-1], shape[-1] // 2) if name.endswith(".bias") else (*shape[:-2], shape[-2] // 2, shape[-1])
+
+
+def _is_stack(name: str, sources: tuple[StoredTensor, ...]) -> bool:
+    """Say whether experts lie apart in the file, be it one alone."""
+    return ".mlp.experts." in name and len(sources[0].shape) == 2 and name.endswith(".weight")
+
+
+def _is_transposed(name: str, family: GgufFamily) -> bool:
+    return name.endswith(".weight") and name.split(".")[-2] in family.transposed
