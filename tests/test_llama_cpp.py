@@ -25,9 +25,13 @@ from tests.models import tiny_ids
 from tests.test_families import cut_units, kept_of
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN |= {"mscale": 0.7, "mscale_all_dim": 0.7}
 # What the rows of `families.FAMILIES` need to be as llama.cpp takes them to be.
 CHANGES: dict[str, dict[str, Any]] = {
     "cohere2": {"num_hidden_layers": 4, "layer_types": None, "sliding_window_pattern": 4, "head_dim": 16},
+    "deepseek_v2": {"num_key_value_heads": 4, "q_lora_rank": None, "rope_parameters": YARN},
+    "deepseek_v3": {"num_key_value_heads": 4, "rope_parameters": YARN},
     "exaone4": {"layer_types": ["full_attention"] * 3, "sliding_window": None},
     "falcon-new": {"bias": False},
     "gpt_oss": {"num_hidden_layers": 4, "layer_types": None, "max_position_embeddings": 131072},

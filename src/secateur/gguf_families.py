@@ -47,6 +47,7 @@ _GRANITE_SCALES = {
     "residual_multiplier": "residual_scale",
     "logits_scaling": "logit_scale",
 }
+_LATENT = _PLAIN | {"rope_parameters.mscale": lambda config: config.rope_parameters.get("mscale_all_dim")}
 _COHERE = _PLAIN | {"tie_word_embeddings": True}
 
 FAMILIES = {
@@ -65,6 +66,10 @@ FAMILIES = {
         full_width_heads=True,
         window_period=4,
     ),
+    "deepseek_v2": GgufFamily(
+        "deepseek2", _LATENT | {"topk_method": "greedy", "norm_topk_prob": False}, latent_attention=True
+    ),
+    "deepseek_v3": GgufFamily("deepseek2", _LATENT | {"rope_interleave": True}, latent_attention=True),
     "ernie4_5": GgufFamily("ernie4_5", _SILU | {"use_bias": False}),
     "exaone4": GgufFamily(
         "exaone4",

@@ -28,7 +28,7 @@ class GgufFamily:
     `fused_gate`: the file keeps an expert's gate and input in one matrix of that name, llama.cpp apart;
     `alternating_gate`: their rows take turns. `transposed`: modules that hold their weight transposed. `fused_qkv`: the
     file keeps q, k and v apart, llama.cpp in one matrix. `skips_attention`: it runs layers, the first excepted, without
-    attention.
+    attention. `latent_attention`: keys and values of all heads are read off one latent vector, DeepSeek's MLA.
     """
 
     architecture: str
@@ -44,6 +44,7 @@ class GgufFamily:
     transposed: tuple[str, ...] = ()
     fused_qkv: bool = False
     skips_attention: bool = False
+    latent_attention: bool = False
 
 
 def head_dim(config: PreTrainedConfig) -> int:

@@ -31,10 +31,13 @@ def add_metadata(writer: Any, config: PreTrainedConfig, family: GgufFamily) -> N
     layers = layer_widths(config, family)
     writer.add_feed_forward_length(_one_or_all([layer.ffn_width for layer in layers]))
     writer.add_head_count(_one_or_all([layer.num_heads for layer in layers]))
-    writer.add_head_count_kv(_one_or_all([layer.num_kv_heads for layer in layers]))
-    # Stated, or llama.cpp takes hidden size / heads, which pruned heads make wrong.
-    writer.add_key_length(head_dim(config))
-    writer.add_value_length(head_dim(config))
+    if family.latent_attention:
+        _add_latent_attention(writer, sizes)
+    else:
+        writer.add_head_count_kv(_one_or_all([layer.num_kv_heads for layer in layers]))
+        # Stated, or llama.cpp takes hidden size / heads, which pruned heads make wrong.
+        writer.add_key_length(head_dim(config))
+        writer.add_value_length(head_dim(config))
     writer.add_rope_dimension_count(int(head_dim(config) * rotary(config).get("partial_rotary_factor", 1.0)))
     add_eps = writer.add_layer_norm_rms_eps if family.eps == "rms_norm_eps" else writer.add_layer_norm_eps
     add_eps(getattr(sizes, family.eps) if isinstance(family.eps, str) else family.eps)
@@ -51,7 +54,20 @@ def _one_or_all(values: list[int]) -> int | list[int]:
     return values if len(set(values)) > 1 else values[0]
 
 
+def _add_latent_attention(writer: Any, sizes: Any) -> None:
+    """Write what one KV head per layer holds, the latent vector and the rotated channels, and what a head reads off."""
+    writer.add_head_count_kv(1)
+    writer.add_key_length(sizes.kv_lora_rank + sizes.qk_rope_head_dim)
+    writer.add_value_length(sizes.kv_lora_rank)
+    writer.add_key_length_mla(sizes.qk_nope_head_dim + sizes.qk_rope_head_dim)
+    writer.add_value_length_mla(sizes.v_head_dim)
+    writer.add_kv_lora_rank(sizes.kv_lora_rank)
+    writer.add_q_lora_rank(sizes.q_lora_rank or 0)
+
+
 def _add_experts(writer: Any, sizes: Any) -> None:
+    import gguf
+
     found = (getattr(sizes, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
     num_experts = next((number for number in found if number), None)
     if num_experts is None:
@@ -66,6 +82,11 @@ def _add_experts(writer: Any, sizes: Any) -> None:
         writer.add_leading_dense_block_count(sizes.first_k_dense_replace)
         writer.add_expert_weights_scale(sizes.routed_scaling_factor)
         writer.add_expert_weights_norm(sizes.norm_topk_prob)
+        sigmoid = sizes.model_type != "deepseek_v2"
+        writer.add_expert_gating_func(getattr(gguf.ExpertGatingFuncType, "SIGMOID" if sigmoid else "SOFTMAX"))
+        if (getattr(sizes, "n_group", None) or 1) > 1:
+            writer.add_expert_group_count(sizes.n_group)
+            writer.add_expert_group_used_count(sizes.topk_group)
 
 
 def _add_rotary(writer: Any, settings: dict[str, Any]) -> None:
@@ -79,6 +100,9 @@ def _add_rotary(writer: Any, settings: dict[str, Any]) -> None:
     writer.add_rope_scaling_factor(settings["factor"])
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(settings["original_max_position_embeddings"])
+        if settings.get("mscale_all_dim"):
+            # A tenth, and not as other architectures have it: llama.cpp's converter, TAG_DEEPSEEK2_YARN_LOG_MUL_FIX.
+            writer.add_rope_scaling_yarn_log_mul(0.1 * settings["mscale_all_dim"])
         if settings.get("attention_factor") is not None:
             writer.add_rope_scaling_yarn_attn_factor(settings["attention_factor"])
         if settings.get("beta_fast") is not None:

@@ -19,6 +19,7 @@ from secateur.gguf_family import GgufFamily, head_dim, layer_widths
 # Files that keep every expert apart: Mixtral's names of the matrices, and the name under which llama.cpp has the stack.
 _EXPERT = re.compile(r"(model\.layers\.\d+\.).*\bexperts\.(\d+)\.(\w+)\.weight")
 _EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_LATENT = ".kv_b_proj.weight"
 _QKV = re.compile(r"(.*\.self_attn\.)([qkv])_proj\.weight")
 # Parameters that are no module's weight or bias, and what gguf looks for.
 _RENAMED = (
@@ -46,7 +47,10 @@ class Part:
 def gguf_parts(checkpoint: Checkpoint, family: GgufFamily) -> Iterator[Part]:
     """Yield what the file will hold, tied weights once; read no weights."""
     for name, sources, half in _sources(checkpoint, family):
-        yield Part(name, _shape(name, sources, half, family), sources, half)
+        if name.endswith(_LATENT):
+            yield from _latent_parts(name, sources, checkpoint.config)
+        else:
+            yield Part(name, _shape(name, sources, half, family), sources, half)
     for name, shape in _stand_ins(checkpoint.config, family):
         yield Part(name, shape, ())
 
@@ -57,6 +61,8 @@ def read_part(part: Part, family: GgufFamily) -> Tensor:
         return torch.zeros(part.shape)
     values = [read_tensor(source).float() for source in part.sources]
     whole = torch.stack(values) if _is_stack(part.name, part.sources) else torch.cat(values)
+    if family.latent_attention and "_b_proj." in part.name and len(part.shape) == 3:
+        return _read_latent(part, whole)
     if _is_transposed(part.name, family):
         whole = whole.transpose(-1, -2)
     if part.half is None:
@@ -91,6 +97,22 @@ def _sources(checkpoint: Checkpoint, family: GgufFamily) -> Iterator[tuple[str, 
             yield name, (tensor,), None
     for name, stack in stacks.items():
         yield name, tuple(stack[index] for index in sorted(stack)), None
+
+
+def _latent_parts(name: str, sources: tuple[StoredTensor, ...], config: PreTrainedConfig) -> Iterator[Part]:
+    """Yield what reads a head's keys off the latent vector, transposed, and what reads its values."""
+    sizes: Any = config
+    heads, latent = sizes.num_attention_heads, sizes.kv_lora_rank
+    layer = name.removesuffix(_LATENT)
+    yield Part(f"{layer}.k_b_proj.weight", (heads, latent, sizes.qk_nope_head_dim), sources)
+    yield Part(f"{layer}.v_b_proj.weight", (heads, sizes.v_head_dim, latent), sources)
+
+
+def _read_latent(part: Part, whole: Tensor) -> Tensor:
+    by_head = whole.reshape(part.shape[0], -1, whole.shape[1])
+    if ".k_b_proj." in part.name:
+        return by_head[:, : part.shape[2]].transpose(1, 2)
+    return by_head[:, -part.shape[1] :]
 
 
 def _renamed(name: str) -> str:
