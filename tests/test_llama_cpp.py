@@ -40,6 +40,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma2": {"num_hidden_layers": 4, "layer_types": None, "query_pre_attn_scalar": 16},
     "gemma3": {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 16},
     "ministral": {"sliding_window": 64, "layer_types": None},
+    "ministral3": {
+        "rope_parameters": YARN
+        | {"original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
+    },
     "mistral": {"sliding_window": None},
     "nemotron": {"head_dim": 16},
     "olmo": {"clip_qkv": 0.5},

@@ -139,6 +139,11 @@ FAMILIES = {
     "hunyuan_v1_dense": GgufFamily("hunyuan-dense", _PLAIN),
     "llama": _LLAMA,
     "ministral": _LLAMA,
+    "ministral3": GgufFamily(
+        "mistral3",
+        _SILU | {f"rope_parameters.{key}": 1.0 for key in ("mscale", "mscale_all_dim")},
+        interleaved_rotary=True,
+    ),
     "mistral": _LLAMA,
     "mixtral": _LLAMA,
     "nemotron": GgufFamily(

@@ -47,7 +47,7 @@ def add_metadata(writer: Any, config: PreTrainedConfig, family: GgufFamily) -> N
     if family.window_period:
         writer.add_sliding_window(sizes.sliding_window)
     _add_experts(writer, sizes)
-    _add_rotary(writer, rotary(config))
+    _add_rotary(writer, rotary(config), family)
 
 
 def _one_or_all(values: list[int]) -> int | list[int]:
@@ -89,7 +89,7 @@ def _add_experts(writer: Any, sizes: Any) -> None:
             writer.add_expert_group_used_count(sizes.topk_group)
 
 
-def _add_rotary(writer: Any, settings: dict[str, Any]) -> None:
+def _add_rotary(writer: Any, settings: dict[str, Any], family: GgufFamily) -> None:
     import gguf
 
     writer.add_rope_freq_base(settings["rope_theta"])
@@ -101,8 +101,11 @@ def _add_rotary(writer: Any, settings: dict[str, Any]) -> None:
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(settings["original_max_position_embeddings"])
         if settings.get("mscale_all_dim"):
-            # A tenth, and not as other architectures have it: llama.cpp's converter, TAG_DEEPSEEK2_YARN_LOG_MUL_FIX.
-            writer.add_rope_scaling_yarn_log_mul(0.1 * settings["mscale_all_dim"])
+            # A tenth for DeepSeek alone: llama.cpp's converter, TAG_DEEPSEEK2_YARN_LOG_MUL_FIX.
+            share = 0.1 if family.latent_attention else 1.0
+            writer.add_rope_scaling_yarn_log_mul(share * settings["mscale_all_dim"])
+        if settings.get("llama_4_scaling_beta"):
+            writer.add_attn_temperature_scale(settings["llama_4_scaling_beta"])
         if settings.get("attention_factor") is not None:
             writer.add_rope_scaling_yarn_attn_factor(settings["attention_factor"])
         if settings.get("beta_fast") is not None:
