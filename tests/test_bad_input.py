@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from secateur.errors import RecipeError
 from secateur.resume import HOW, journal_place
-from secateur.serving import check_serving
+from secateur.serving import check_server
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 
@@ -157,8 +157,10 @@ def test_bad_recipe(changes, expected, prune):
 
 
 def test_an_unknown_server_is_told_which_there_are():
-    with pytest.raises(RecipeError, match=r"unknown server 'vlm'; allowed: vllm; did you mean 'vllm'\?"):
-        check_serving("vlm", 1, "llama", {})
+    with pytest.raises(RecipeError, match=r"unknown server 'vlm'; allowed: vllm, llama.cpp; did you mean 'vllm'\?"):
+        check_server("vlm", 1)
+    with pytest.raises(RecipeError, match=r"--tp: is of vllm, got 2 with --check-for llama.cpp; leave it out"):
+        check_server("llama.cpp", 2)
 
 
 def test_an_option_does_not_hide_a_mistake_in_the_recipe(prune, texts):

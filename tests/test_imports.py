@@ -21,7 +21,7 @@ LAYERS = [
     # what a run is described by; readers and writers of single files
     "serving stats arch_spec recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output "
     "llama_cpp gguf_family gguf_sentencepiece recover_teacher recover_store journal",
-    "arch_hidden arch_numbers arch_logits",
+    "arch_hidden arch_numbers arch_logits gguf_families",
     "arch_group",
     "arch_experts",
     "arch",
@@ -34,7 +34,7 @@ LAYERS = [
     # stages that are made of others
     "obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary "
     "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global level_database recover_record",
-    "fingerprint depth gguf_families expert_stacks",
+    "fingerprint depth gguf_rules expert_stacks",
     "checkpoint_tokenizer expert_refit gguf_parts",
     "experts ranks_check resolve_hidden calibration_sampled calibration_facts repair hidden_norms depth_choice "
     "estimate bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",

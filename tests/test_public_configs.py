@@ -5,7 +5,9 @@ its publisher or the hub states; tied embeddings count once.
 """
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import CONFIG_MAPPING
@@ -71,3 +73,45 @@ def test_vllms_rules(name: str, num_gpus: int, problems: tuple[str, ...], tmp_pa
     assert found.serving.problems[: len(problems)] == problems
     assert bool(found.serving.problems) == bool(problems)
     assert "vLLM was not run" in found.serving.cautions[0]
+
+
+# By model type; the rest of the public configs hold what llama.cpp takes for granted.
+NOT_IN_LLAMA_CPP = {
+    "exaone4": "takes sliding_window to be None, the config says 4096",
+    "opt": "not 'opt'",
+    "phimoe": "not 'phimoe'",
+}
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_what_llama_cpp_takes_for_granted(file: Path, tmp_path: Path) -> None:
+    found, facts = inspected(file, tmp_path, server="llama.cpp")
+    assert isinstance(found.serving, Serving)
+    problem = NOT_IN_LLAMA_CPP.get(facts["config"]["model_type"])
+    assert [text for text in found.serving.problems if not problem or problem not in text] == []
+    assert bool(found.serving.problems) == bool(problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "problem"),
+    [
+        ("llama-3.2-1b", {"groups": ("kv_heads",), "remove": 0.05}, None),
+        (
+            "qwen2.5-7b",
+            {"groups": ("kv_heads",), "remove": 0.05},
+            "needs query heads \\* head_dim to be the hidden size",
+        ),
+        ("qwen2.5-7b", {"protected_layers": (0,)}, None),
+        ("gemma-2-2b", {"protected_layers": (0,)}, "different widths, which llama.cpp runs of the families"),
+        ("qwen3-8b", {"protected_layers": (0,)}, "openelm takes tie_word_embeddings to be True"),
+        ("qwen3-0.6b", {"protected_layers": (0,)}, None),
+    ],
+)
+def test_what_llama_cpp_runs_once_a_recipe_has_cut(
+    name: str, recipe: dict[str, Any], problem: str | None, tmp_path: Path
+) -> None:
+    config = json.loads(named(name).read_text())["config"]
+    CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(tmp_path)
+    found = inspect(tmp_path, Recipe(**{"remove": 0.1} | recipe), server="llama.cpp").serving
+    assert isinstance(found, Serving)
+    assert not found.problems if problem is None else re.search(problem, found.problems[0])

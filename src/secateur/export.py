@@ -6,8 +6,8 @@ from pathlib import Path
 from secateur.checkpoint import open_checkpoint
 from secateur.gguf_check import GgufCheck, check_gguf
 from secateur.gguf_export import check_exportable, export_gguf
-from secateur.gguf_families import gguf_family
 from secateur.gguf_metadata import context_length
+from secateur.gguf_rules import gguf_family
 from secateur.llama_cpp import have_llama_cpp, require_llama_cpp
 from secateur.progress import Progress, silent
 from secateur.staged_file import check_file, staged_file

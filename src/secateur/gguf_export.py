@@ -15,8 +15,8 @@ import numpy as np
 from secateur.checkpoint import Checkpoint, check_weights, meta_model
 from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.errors import CheckpointError, RecipeError, nearest
-from secateur.gguf_families import gguf_family
 from secateur.gguf_metadata import add_metadata
+from secateur.gguf_rules import gguf_family
 from secateur.gguf_tensors import OWN_TYPES, TYPES, GgufTensor, gguf_tensors, num_gguf_bytes, read_gguf_arrays
 from secateur.gguf_tokenizer import add_tokenizer, check_tokenizer
 from secateur.progress import Progress, silent

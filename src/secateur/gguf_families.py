@@ -1,18 +1,13 @@
-"""What llama.cpp computes under an architecture's name, by transformers' model type; and the refusal of the rest.
+"""What llama.cpp computes under an architecture's name: a row per model type of transformers, two tables.
 
-In: a checkpoint's config. Out: the family's row, or one sentence that says what llama.cpp takes for granted and the
-config does not hold. Not handled: images, experts in some of the layers only.
+A new family is a row here and one in `tests/test_llama_cpp.py`. Not handled: images; experts in some of the
+layers only, unless in all but the first few.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from secateur.checkpoint import Checkpoint
-from secateur.errors import ArchError
-from secateur.gguf_family import GgufFamily, head_dim, rotary
-from secateur.modeling_per_layer import is_per_layer
-
-ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
+from secateur.gguf_family import GgufFamily, head_dim
 
 
 def _windowless(period: int) -> Callable[[Any], list[str]]:
@@ -203,44 +198,3 @@ PER_LAYER = {
     ),
     "seed_oss": _DECI,
 }
-
-
-def gguf_family(checkpoint: Checkpoint) -> GgufFamily:
-    """Return how the checkpoint's family goes into GGUF. Raises ArchError for what llama.cpp would not run as it is."""
-    config: Any = checkpoint.config
-    if config.model_type not in FAMILIES:
-        raise ArchError(
-            f"{checkpoint.reference}: GGUF export knows the families {', '.join(sorted(FAMILIES))}, "
-            f"not '{config.model_type}'; convert it with llama.cpp's own script."
-        )
-    if is_per_layer(config) and config.model_type not in PER_LAYER:
-        raise ArchError(
-            f"{checkpoint.reference}: its layers have different widths, which llama.cpp runs of the families "
-            f"{', '.join(PER_LAYER)}, not '{config.model_type}'; prune with widths: uniform."
-        )
-    family = (PER_LAYER if is_per_layer(config) else FAMILIES)[config.model_type]
-    where = f"{checkpoint.reference}: llama.cpp's {family.architecture}"
-    if family.full_width_heads and (width := config.num_attention_heads * head_dim(config)) != config.hidden_size:
-        raise ArchError(
-            f"{where} needs query heads * head_dim to be the hidden size {config.hidden_size}, got {width}; "
-            "prune groups other than attention heads."
-        )
-    for key, taken in family.takes.items():
-        got, expected = _value(config, key), taken(config) if callable(taken) else taken
-        if got != expected and not (expected in (None, False) and got in (None, False)):
-            raise ArchError(f"{where} takes {key} to be {expected}, the config says {got}; keep it in safetensors.")
-    if rotary(config)["rope_type"] not in ROTARY_TYPES:
-        raise ArchError(
-            f"{checkpoint.reference}: rope_type '{rotary(config)['rope_type']}' has no counterpart in GGUF; "
-            f"allowed: {', '.join(ROTARY_TYPES)}."
-        )
-    return family
-
-
-def _value(config: Any, key: str) -> Any:
-    """Return what the config says of a key, None where it lacks it; a dot leads into a dictionary."""
-    name, _, inner = key.partition(".")
-    value = getattr(config, name, None)
-    if name == "hidden_activation":  # early configs of Gemma have the other key alone
-        value = value or config.hidden_act
-    return (value or {}).get(inner) if inner else value

@@ -91,7 +91,7 @@ def inspect(
     """Return what the model is made of. Raises the same errors as `prune` would before reading weights.
 
     Nothing is measured, unless the recipe's target is `latency` and it has no `prices`. `server`: `vllm`, whose rules
-    for so many GPUs are then looked up.
+    for so many GPUs are then looked up, or `llama.cpp`.
     """
     recipe = recipe or Recipe()
     checkpoint = open_checkpoint(model, weights=False)
@@ -135,7 +135,7 @@ def inspect(
         warnings=(*notes, *resolved.warnings),
         possible=possible_groups(arch),
         impossible=arch.omits,
-        serving=None if server is None else serving_after(server, num_gpus, arch, text_config(shape), plan.num_keep),
+        serving=None if server is None else serving_after(server, num_gpus, arch, shape, plan.num_keep),
     )
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from secateur.arch import Arch, Group
 from secateur.arch_experts import EXPERTS
-from secateur.arch_numbers import head_width
+from secateur.arch_numbers import head_width, text_config
 from secateur.budget import GroupKey
+from secateur.gguf_rules import gguf_problem
 from secateur.recipe import Recipe
-from secateur.serving import KV_HEADS, QUERY_HEADS, Serving, check_serving
+from secateur.serving import KV_HEADS, QUERY_HEADS, VLLM, Serving, check_server, check_vllm
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,13 @@ def groups_to_inspect(recipe: Recipe, arch: Arch) -> tuple[Recipe, tuple[str, ..
     return recipe.model_copy(update={"groups": (EXPERTS,)}), (note,)
 
 
-def serving_after(server: str, num_gpus: int, arch: Arch, config: Any, num_keep: Mapping[GroupKey, int]) -> Serving:
-    """Return whether a server could load the model once each group has lost what `num_keep` says."""
+def serving_after(server: str, num_gpus: int, arch: Arch, model: Any, num_keep: Mapping[GroupKey, int]) -> Serving:
+    """Return whether a server could load the model once each group has lost what `num_keep` says.
+
+    Raises RecipeError if the server is unknown or cannot use so many GPUs.
+    """
+    check_server(server, num_gpus)
+    config: Any = text_config(model)
     heads_cut = any(
         name in ("kv_heads", "query_heads") and kept < group.num_units
         for group in arch.groups
@@ -82,4 +88,9 @@ def serving_after(server: str, num_gpus: int, arch: Arch, config: Any, num_keep:
         else:
             widths.setdefault(group.config_key, set()).add(kept)
     frozen = {key: frozenset(values) for key, values in widths.items()}
-    return check_serving(server, num_gpus, arch.family, frozen, heads_follow_hidden_size=follows)
+    if server == VLLM:
+        return check_vllm(num_gpus, arch.family, frozen, heads_follow_hidden_size=follows)
+    problem = gguf_problem(model.config, frozen, head_width(config))
+    return Serving(
+        server, num_gpus, (problem,) if problem else (), ("llama.cpp was not run; secateur export writes the file",)
+    )

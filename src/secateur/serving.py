@@ -1,4 +1,4 @@
-"""Whether a checkpoint of given widths can be served: vLLM's published rules, without running it.
+"""Whether a checkpoint of given widths can be served: vLLM's published rules, without running it; who else is asked.
 
 In: a family, its widths after a run, a tensor-parallel size. Out: what stands against it, sentence by sentence. Nothing
 is loaded. The rules are those that vLLM's config check and its parallel linears enforce: query heads divide by the
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from secateur.errors import RecipeError, advice
 
-SERVERS = ("vllm",)
+VLLM, LLAMA_CPP = "vllm", "llama.cpp"
+SERVERS = (VLLM, LLAMA_CPP)
 QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
 
 # Families whose class is in vLLM's registry of models, and of these the ones whose modelling reads head_dim from the
@@ -33,8 +34,19 @@ class Serving:
     cautions: tuple[str, ...]
 
 
-def check_serving(
-    server: str,
+def check_server(server: str, num_gpus: int) -> None:
+    """Raise RecipeError if the server is unknown, there are no GPUs, or llama.cpp is to split the model over some."""
+    if server not in SERVERS:
+        raise RecipeError(
+            f"--check-for: unknown server '{server}'; allowed: {', '.join(SERVERS)}; {advice(server, SERVERS)}"
+        )
+    if num_gpus < 1:
+        raise RecipeError(f"--tp: must be at least 1, got {num_gpus}.")
+    if server == LLAMA_CPP and num_gpus > 1:
+        raise RecipeError(f"--tp: is of vllm, got {num_gpus} with --check-for llama.cpp; leave it out.")
+
+
+def check_vllm(
     num_gpus: int,
     family: str,
     widths: Mapping[str, frozenset[int]],
@@ -44,14 +56,7 @@ def check_serving(
     """Return what vLLM's rules say. `widths`: by config key, all values that layers have of it.
 
     `heads_follow_hidden_size`: head_dim is hidden_size / heads, as it is until heads are cut.
-    Raises RecipeError if the server is unknown or there are no GPUs.
     """
-    if server not in SERVERS:
-        raise RecipeError(
-            f"--check-for: unknown server '{server}'; allowed: {', '.join(SERVERS)}; {advice(server, SERVERS)}"
-        )
-    if num_gpus < 1:
-        raise RecipeError(f"--tp: must be at least 1, got {num_gpus}.")
     problems = [
         f"{key} differs by layer ({min(values)} to {max(values)}), and vLLM builds all layers alike"
         for key, values in widths.items()
@@ -72,7 +77,7 @@ def check_serving(
             f"heads were cut, and vLLM's {family} was not found to read head_dim from the config; if it divides "
             f"hidden_size by the number of heads, it cannot load this"
         )
-    return Serving(server, num_gpus, tuple(problems), tuple(cautions))
+    return Serving(VLLM, num_gpus, tuple(problems), tuple(cautions))
 
 
 def _is_split(key: str) -> bool:

@@ -10,6 +10,7 @@ from rich.table import Table
 from secateur.inspection import Inspection
 from secateur.loss import geometric_mean_perplexity
 from secateur.overlap import NGRAM_TOKENS
+from secateur.serving import VLLM
 from secateur.summary import Summary
 
 # A reader is warned of a share of n-grams above this, and of speed-ups outside this, the upper times the size ratio.
@@ -216,7 +217,8 @@ def _groups_and_server(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "cannot go", f"{name}: {reason}"
     if inspection.serving is not None:
         serving = inspection.serving
-        where = f"{serving.server} on {serving.num_gpus} GPU{'s' if serving.num_gpus > 1 else ''}"
+        gpus = f" on {serving.num_gpus} GPU{'s' if serving.num_gpus > 1 else ''}"
+        where = serving.server + (gpus if serving.server == VLLM else "")
         yield "serving", f"{where}: {'; '.join(serving.problems) or 'nothing stands against the result'}"
         yield "", "; ".join(serving.cautions)
 

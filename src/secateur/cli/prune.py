@@ -27,7 +27,9 @@ from secateur.errors import UnknownFamilyError
 from secateur.progress_bar import progress_bar
 from secateur.recipe import Recipe, load_recipe, over_preset, parse_recipe
 
-Server = Annotated[str | None, typer.Option("--check-for", help="Also say what keeps vllm from serving the result.")]
+Server = Annotated[
+    str | None, typer.Option("--check-for", help="Also say what keeps vllm or llama.cpp from running the result.")
+]
 NumGpus = Annotated[int, typer.Option("--tp", help="With --check-for: tensor-parallel size.")]
 DEMO_MODEL = "smollm2-135m"
 
