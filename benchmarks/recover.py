@@ -2,8 +2,9 @@
 
 Needs the development text (`../shared/data`, or SECATEUR_DATA). Prunes and trains on the `*_calib` files of six
 domains, judges on 4 blocks of 512 of each `*_eval` file, which nothing is trained on. Rows: the defaults (`ours`), both
-stages, one alone, KL alone, and, at equal tokens, LoRA on KL or on plain cross-entropy (LLM-Pruner's recipe). Every
-finished model stays in the directory, so that an interrupted benchmark goes on. Prints a Markdown table.
+stages, one alone, KL or cross-entropy alone, embedding and head trained too (`full`), and, at equal tokens, LoRA on
+the same loss, on KL or on plain cross-entropy (LLM-Pruner's recipe). Every finished model stays in the directory, so
+that an interrupted benchmark goes on. Prints a Markdown table.
 
     python benchmarks/recover.py DIRECTORY [--model smollm2-135m] [--removes 0.2 0.3 0.5] [--tokens 300000]
                                  [--rows ours blocks lora-ce]
@@ -26,12 +27,15 @@ from secateur.recovering import recover
 
 CALIBRATION_TOKENS, EVALUATION_BLOCKS = 49_152, 4
 # The defaults when docs/LOG.md's rows of 2026-11-25 were measured.
-LONG_STEPS = {"batch_tokens": 1024, "learning_rate": 2e-4, "kl_share": 1.0}
+LONG_STEPS = {"train": "full", "batch_tokens": 1024, "learning_rate": 2e-4, "kl_share": 1.0}
 ROWS: dict[str, dict[str, Any]] = {
     "ours": {},
     "both": {"stages": ["blocks", "logits"], "logits": LONG_STEPS},
     "blocks": {"stages": ["blocks"]},
     "kl": {"logits": {"kl_share": 1.0}},
+    "ce": {"logits": {"kl_share": 0.0}},
+    "full": {"logits": {"train": "full"}},
+    "lora": {"logits": {"train": "lora", "learning_rate": 2e-4}},
     "lora-kl": {"logits": {"train": "lora", "kl_share": 1.0, "learning_rate": 2e-4}},
     "lora-ce": {"logits": {"train": "lora", "kl_share": 0.0, "learning_rate": 2e-4}},
 }

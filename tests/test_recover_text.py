@@ -90,7 +90,9 @@ def test_operations_by_hand():
     both = {"blocks": 100, "logits": 200}
     flops = predict_flops(model, model, settings(), both, 10, LENGTH)
     assert flops["blocks"] == pytest.approx((100 * 2 * layers, 100 * 4 * layers))
-    assert flops["logits"] == pytest.approx((200 * whole, 200 * 3 * whole))
+    assert flops["logits"] == pytest.approx((200 * whole, 200 * (2 * whole + layers)))
     assert flops["judge"] == pytest.approx((10 * whole, 10 * 7 * whole))
+    full = predict_flops(model, model, settings(logits={"train": "full"}), both, 10, LENGTH)
+    assert full["logits"] == pytest.approx((200 * whole, 200 * 3 * whole))
     alone = settings(stages=["logits"], logits={"train": "lora", "kl_share": 0.0, "gradient_checkpointing": True})
     assert predict_flops(model, model, alone, {"logits": 200}, 10, LENGTH)["logits"] == pytest.approx((0, 600 * whole))

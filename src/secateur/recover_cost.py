@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from secateur.ideal import prefill_flops_per_token
 from secateur.recover_loss import distillation_loss
-from secateur.recover_recipe import RecoverySettings
+from secateur.recover_recipe import LogitSettings, RecoverySettings
 from secateur.recover_teacher import cache_bytes, live_targets
 from secateur.summary import Size
 
@@ -69,7 +69,7 @@ def predict_cost(
         _peak_bytes(pruned, size, dense, settings, num_tokens, length, on_disk=on_disk),
         cache_bytes(num_tokens.get("logits", 0) // length, length, words) if words else 0,
         # Checkpoints of weights and two moments: the best, the last, one being written; finished layers and stages.
-        ("logits" in num_tokens) * 3 * 3 * 4 * size.num_params
+        ("logits" in num_tokens) * 3 * 4 * (size.num_params + 2 * _num_trained(pruned, logits))
         + ("blocks" in num_tokens) * size.num_bytes
         + len(num_tokens) * size.num_bytes,
         seconds,
@@ -88,8 +88,9 @@ def predict_flops(
 
     blocks: per token the dense layers once, twice if both streams are in the target; the pruned layers once to move
     the stream and three times (forward, gradient of inputs, gradient of weights) to train. logits: the teacher once,
-    where it is asked; the pruned model three times, twice with LoRA (frozen weights have no gradient), once more with
-    gradient checkpointing. judge: the teacher once, the pruned model before, after each stage and on the way.
+    where it is asked; the pruned model three times, twice where weights are frozen (all with LoRA, the head with
+    `layers`), once more with gradient checkpointing. judge: the teacher once, the pruned model before, after each stage
+    and on the way.
     """
     blocks, logits = settings.blocks, settings.logits
     (small_layers, small), (big_layers, big) = (_forward(model, length) for model in (pruned, teacher))
@@ -102,9 +103,10 @@ def predict_flops(
             small_layers * (seen + 3 * trained),
         )
     if "logits" in num_tokens:
-        passes = (2 if logits.train == "lora" else 3) + logits.gradient_checkpointing
+        passes = 2 + logits.gradient_checkpointing
+        gradients = {"lora": 0.0, "layers": small_layers, "full": small}[logits.train]
         asked = big if logits.kl_share > 0 else 0.0
-        flops["logits"] = (num_tokens["logits"] * asked, num_tokens["logits"] * passes * small)
+        flops["logits"] = (num_tokens["logits"] * asked, num_tokens["logits"] * (passes * small + gradients))
     evaluations = 1 + len(num_tokens) + ("logits" in num_tokens) * logits.evaluations
     flops["judge"] = (num_held_out_tokens * big, num_held_out_tokens * evaluations * small)
     return flops
@@ -151,6 +153,15 @@ def _forward(model: PreTrainedModel, length: int) -> tuple[float, float]:
     return layers, layers + at_each
 
 
+def _num_trained(model: PreTrainedModel, logits: LogitSettings) -> int:
+    """Return how many stored numbers the logit stage trains; low-rank additions are not stored ones."""
+    if logits.train == "lora":
+        return 0
+    words: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    frozen = {module.weight for module in words} if logits.train == "layers" else set()
+    return Size.of(model).num_params - sum(weight.numel() for weight in frozen)
+
+
 def _peak_bytes(
     pruned: PreTrainedModel,
     size: Size,
@@ -165,8 +176,8 @@ def _peak_bytes(
 
     blocks: hidden states of both streams and the target, one layer in float32 four times (weights, gradients, two
     moments); the two models as stored where they are not on disk. logits: the teacher unless it is cached, weights,
-    gradients and two moments in float32 (of the additions alone with LoRA) instead of the stored weights, activations,
-    and three matrices of logits of a forward pass.
+    gradients and two moments in float32 (of the additions alone with LoRA, not of embedding and head with `layers`)
+    instead of the stored weights, activations, and three matrices of logits of a forward pass.
     """
     config: Any = pruned.config.get_text_config()
     logits = settings.logits
@@ -176,7 +187,7 @@ def _peak_bytes(
         streams = 3 * num_tokens["blocks"] // settings.blocks.epochs * config.hidden_size * pruned.dtype.itemsize
         needs.append(stored + streams + 16 * size.num_params // config.num_hidden_layers)
     if "logits" in num_tokens:
-        states = (4 if logits.train == "lora" else 16) * size.num_params
+        states = 4 * size.num_params + 12 * _num_trained(pruned, logits)
         tokens = logits.blocks_per_device * length
         layers = 1 if logits.gradient_checkpointing else config.num_hidden_layers
         activations = tokens * ACTIVATION_WIDTHS * config.hidden_size * layers * pruned.dtype.itemsize

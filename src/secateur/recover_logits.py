@@ -61,6 +61,11 @@ def recover_logits(job: LogitJob) -> int:
     for parameter in job.model.parameters():  # not .float(): buffers, such as rotary frequencies, stay as they are
         parameter.data = parameter.data.to(torch.float32, copy=True)  # whoever holds the old ones wants them unchanged
     job.model.requires_grad_(True)
+    if job.settings.train == "layers":
+        # Adam's steps do not shrink with the gradient: they would move words that the text hardly has as far as others.
+        words: tuple[Any, ...] = (job.model.get_input_embeddings(), job.model.get_output_embeddings())
+        for module in words:
+            module.requires_grad_(False)
     torch.manual_seed(job.seed)
     trained = _to_train(job.settings, handed_over(job.model) if wants_shards() else job.model)
     with quiet_transformers():

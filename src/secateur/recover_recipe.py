@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 StageName = Literal["blocks", "logits"]
-TrainName = Literal["full", "lora"]
+TrainName = Literal["layers", "full", "lora"]
 RecoveryWeightingName = Literal["shares", "lost"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -41,7 +41,8 @@ class LogitSettings(_Strict):
     perplexity, while KL keeps what the text does not show; s = 0 is plain fine-tuning, without a teacher.
     top_words: of the teacher only the likeliest words and one outcome for all others; None: all words.
     cache: write the teacher's `top_words` to disk first, so that it need not be in memory beside the pruned model.
-    train: all weights (`full`), or low-rank additions that are merged at the end (`lora`; needs secateur[recover]).
+    train: all weights but embedding and head (`layers`), these too (`full`), or low-rank additions that are merged at
+    the end (`lora`; needs secateur[recover]).
     batch_tokens: tokens of one optimizer step, over all processes. blocks_per_device: blocks of one forward pass.
     evaluations: how often the held-out text is asked on the way; the weights of the least held-out loss, of the same
     two parts, stay. patience: after so many without a fall it stops.
@@ -55,7 +56,7 @@ class LogitSettings(_Strict):
     temperature: Positive = 1.0
     top_words: Count | None = None
     cache: bool = False
-    train: TrainName = "full"
+    train: TrainName = "layers"
     lora_rank: Count = 16
     gradient_checkpointing: bool = False
     evaluations: Count = 4
