@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
+from secateur.arch import bind, decoder_layers
 from secateur.arch_spec import find_spec
 from secateur.inspection import Inspection, inspect
+from secateur.per_layer import record_widths
 from secateur.recipe import Recipe
 from secateur.serving import Serving
+from tests.families import tiny_family
+from tests.test_families import cut_units, kept_of
 
 CONFIGS = sorted((Path(__file__).parent / "public_configs").glob("*.json"))
 
@@ -115,3 +119,17 @@ def test_what_llama_cpp_runs_once_a_recipe_has_cut(
     found = inspect(tmp_path, Recipe(**{"remove": 0.1} | recipe), server="llama.cpp").serving
     assert isinstance(found, Serving)
     assert not found.problems if problem is None else re.search(problem, found.problems[0])
+
+
+@pytest.mark.parametrize("server", ["vllm", "llama.cpp"])
+def test_layers_that_differ_already_are_told_from_what_a_run_would_do(server: str, tmp_path: Path) -> None:
+    model = tiny_family("llama")
+    arch = bind(model)
+    for group in (found for found in arch.select(("kv_heads", "ffn")) if found.layer == 1):
+        cut_units(decoder_layers(model, arch)[1], group, kept_of(group, 0.5))
+    record_widths(model, arch)
+    model.save_pretrained(tmp_path)
+    found = inspect(tmp_path, Recipe(remove=0.05, align=8), server=server).serving
+    assert isinstance(found, Serving)
+    differ = [problem.partition(" differs by layer")[0] for problem in found.problems]
+    assert differ == (["num_attention_heads", "num_key_value_heads", "intermediate_size"] if server == "vllm" else [])

@@ -27,14 +27,16 @@ def gguf_problem(config: Any, widths: Mapping[str, frozenset[int]], num_head_cha
 
     `num_head_channels`: of one attention head; it stays where heads go.
     """
-    planned = copy.deepcopy(config)
-    for key, values in widths.items():
-        if len(values) == 1:
-            setattr(planned, key, next(iter(values)))
-    if planned.get_text_config().num_attention_heads != config.get_text_config().num_attention_heads:
-        planned.head_dim = num_head_channels
+    planned, per_layer = copy.deepcopy(config), any(len(values) > 1 for values in widths.values())
+    if not per_layer:
+        sizes: Any = planned.get_text_config()
+        num_heads = sizes.num_attention_heads
+        for key, (width,) in widths.items():
+            setattr(sizes, key, width)
+        if sizes.num_attention_heads != num_heads:
+            sizes.head_dim = num_head_channels
     try:
-        _family(planned, "the result", per_layer=any(len(values) > 1 for values in widths.values()))
+        _family(planned, "the result", per_layer=per_layer)
     except ArchError as error:
         return str(error)
     return None
@@ -44,7 +46,7 @@ def _family(config: Any, reference: str, *, per_layer: bool) -> GgufFamily:
     if config.model_type not in FAMILIES:
         raise ArchError(
             f"{reference}: GGUF export knows the families {', '.join(sorted(FAMILIES))}, "
-            f"not '{config.model_type}'; convert it with llama.cpp's own script."
+            f"not '{config.model_type}'; llama.cpp's own script may know it."
         )
     if per_layer and config.model_type not in PER_LAYER:
         raise ArchError(

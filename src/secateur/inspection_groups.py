@@ -12,6 +12,7 @@ from secateur.arch_experts import EXPERTS
 from secateur.arch_numbers import head_width, text_config
 from secateur.budget import GroupKey
 from secateur.gguf_rules import gguf_problem
+from secateur.modeling_per_layer import is_per_layer
 from secateur.recipe import Recipe
 from secateur.serving import KV_HEADS, QUERY_HEADS, VLLM, Serving, check_server, check_vllm
 
@@ -66,31 +67,30 @@ def serving_after(server: str, num_gpus: int, arch: Arch, model: Any, num_keep: 
     """
     check_server(server, num_gpus)
     config: Any = text_config(model)
-    heads_cut = any(
-        name in ("kv_heads", "query_heads") and kept < group.num_units
-        for group in arch.groups
-        for (layer, name), kept in num_keep.items()
-        if (group.layer, group.name) == (layer, name)
-    )
-    follows = not heads_cut and head_width(config) * config.num_attention_heads == config.hidden_size
-    widths: dict[str, set[int]] = {QUERY_HEADS: {config.num_attention_heads}}
-    if hasattr(config, KV_HEADS):
-        widths[KV_HEADS] = {config.num_key_value_heads}
-    for group in arch.groups:
-        kept = num_keep.get((group.layer, group.name), group.num_units)
-        if group.name == "query_heads":
-            if heads_cut and kept < group.num_units:
-                widths[QUERY_HEADS] = {kept * config.num_key_value_heads}
-        elif group.name == "kv_heads":
-            if kept < group.num_units:
-                queries = config.num_attention_heads // config.num_key_value_heads
-                widths |= {QUERY_HEADS: {kept * queries}, KV_HEADS: {kept}}
-        else:
-            widths.setdefault(group.config_key, set()).add(kept)
-    frozen = {key: frozenset(values) for key, values in widths.items()}
+    layers = config.per_layer_config if is_per_layer(config) else [config] * arch.num_layers
+    found = [_widths_after(arch, index, sizes, num_keep) for index, sizes in enumerate(layers)]
+    widths = {key: frozenset(each[key] for each in found if key in each) for each in found for key in each}
+    follows = widths[QUERY_HEADS] == {config.hidden_size // head_width(config)}
     if server == VLLM:
-        return check_vllm(num_gpus, arch.family, frozen, heads_follow_hidden_size=follows)
-    problem = gguf_problem(model.config, frozen, head_width(config))
+        return check_vllm(num_gpus, arch.family, widths, heads_follow_hidden_size=follows)
+    problem = gguf_problem(model.config, widths, head_width(config))
     return Serving(
         server, num_gpus, (problem,) if problem else (), ("llama.cpp was not run; secateur export writes the file",)
     )
+
+
+def _widths_after(arch: Arch, index: int, sizes: Any, num_keep: Mapping[GroupKey, int]) -> dict[str, int]:
+    """Return one layer's widths, by config key. `sizes`: the layer's config before the run."""
+    widths = {key: getattr(sizes, key) for key in (QUERY_HEADS, KV_HEADS) if hasattr(sizes, key)}
+    for group in (group for group in arch.groups if group.layer == index):
+        kept = num_keep.get((index, group.name), group.num_units)
+        if group.name == "query_heads":
+            if kept < group.num_units:
+                widths[QUERY_HEADS] = kept * widths[KV_HEADS]
+        elif group.name == "kv_heads":
+            if kept < group.num_units:
+                queries = widths[QUERY_HEADS] // widths[KV_HEADS]
+                widths |= {QUERY_HEADS: kept * queries, KV_HEADS: kept}
+        else:
+            widths[group.config_key] = kept
+    return widths
