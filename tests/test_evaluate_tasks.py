@@ -35,6 +35,17 @@ WINOGRANDE = [
     }
     for number in range(6)
 ]
+# The harness makes its questions out of these with `Dataset.map`, which has a bar.
+HELLASWAG = [
+    {
+        "activity_label": "Counting",
+        "ctx_a": f"She counts to {number}.",
+        "ctx_b": "then she",
+        "endings": ["stops.", "goes on.", "sings.", "sleeps."],
+        "label": str(number % 4),
+    }
+    for number in range(4)
+]
 BLIMP = [{"sentence_good": f"She sees {number}.", "sentence_bad": f"She see {number}."} for number in range(3)]
 
 
@@ -55,6 +66,7 @@ def saved(tmp_path_factory) -> Path:
     splits = {
         "allenai/ai2_arc/ARC-Easy": {"train": ARC[4:], "validation": ARC[:4], "test": ARC},
         "allenai/winogrande/winogrande_xl": {"validation": WINOGRANDE},
+        "Rowan/hellaswag/default": {"train": HELLASWAG, "validation": HELLASWAG},
     }
     with quiet_harness():
         for name, rows in splits.items():
@@ -151,7 +163,7 @@ def test_nothing_is_printed_and_nothing_of_this_machine_is_written(checkpoints, 
         "evaluate",
         checkpoints["llama"],
         "--tasks",
-        "arc_easy",
+        "arc_easy,hellaswag",
         "--tasks-data",
         saved,
         "--out",

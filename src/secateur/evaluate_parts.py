@@ -16,7 +16,7 @@ from secateur.arch import Arch, bind, head_of
 from secateur.checkpoint import Checkpoint, load_model, meta_model, open_checkpoint
 from secateur.evaluate_cache import Part, PartCache, fingerprint
 from secateur.evaluate_domains import Blocks, measure_quality
-from secateur.evaluate_tasks import LoadedTasks, TaskOptions, identity, merge, run_task
+from secateur.evaluate_tasks import LoadedTasks, TaskOptions, identity, merge, num_questions, run_task
 from secateur.kl import DenseStates, final_states, summarise, token_divergences_and_agreements
 from secateur.progress import Progress
 from secateur.ranks import in_turns, own_part, size, spread
@@ -156,9 +156,7 @@ def task_parts(
 
     Ranks take whole tasks by turns, so a rank asks a task's questions as one process would.
     """
-    sizes = {
-        name: min(options.limit or len(task.eval_docs), len(task.eval_docs)) for name, task in loaded.tasks.items()
-    }
+    sizes = {name: num_questions(task, options) for name, task in loaded.tasks.items()}
     count = _Count(progress, f"{subject.which}: questions of tasks", sum(sizes.values()))
     count.move(0)
 

@@ -142,12 +142,24 @@ def _check_examples(task: Any, options: TaskOptions, rows: Rows) -> None:
         )
 
 
+def _questions(task: Any) -> Any:
+    """Return the questions, which some tasks make anew each time, with a bar."""
+    with quiet_harness():
+        return task.eval_docs
+
+
+def num_questions(task: Any, options: TaskOptions) -> int:
+    """Return how many questions are asked."""
+    found = len(_questions(task))
+    return min(options.limit or found, found)
+
+
 def identity(task: Any, loaded: LoadedTasks) -> dict[str, Any]:
     """Return what a task's result depends on, apart from the model and the options."""
     import lm_eval
 
     digest = hashlib.sha256()
-    for document in task.eval_docs:
+    for document in _questions(task):
         digest.update(json.dumps(document, sort_keys=True, default=str).encode())
     return {
         "lm_eval": lm_eval.__version__,
