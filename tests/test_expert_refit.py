@@ -74,9 +74,9 @@ def test_a_refit_brings_every_family_nearer_to_what_it_was(name: str) -> None:
     lines = [line for line in lines if line["kept"] < line["total"]]
     assert lines
     for line in lines:
-        assert line["step"] > 0
         before, after = (sum(line[key].values()) for key in ("error_before", "error_after"))
-        assert after < before or not before  # phimoe's random router leaves experts without a token
+        # phimoe's random router leaves experts without a token, so that nothing is lost but what rounding makes of it.
+        assert (line["step"] > 0 and after < before) or (name == "phimoe" and before < 1e-12)
 
 
 def test_the_step_is_the_best_for_the_mean_over_domains() -> None:

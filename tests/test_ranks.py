@@ -26,6 +26,9 @@ from tests.families import tiny_family
 CHILD = Path(__file__).with_name("ranks_child.py")
 # Largest change of a weight over the largest weight: sums of float32 numbers in another order, then a solve.
 TOLERANCE = 1e-4
+# Refits to fewer channels of the hidden state are ill-conditioned; one processor's order of sums gave 3e-5, another's
+# 9e-4 of the largest weight.
+HIDDEN_TOLERANCE = 5e-3
 
 
 @pytest.fixture
@@ -121,8 +124,9 @@ def check_against_one(jobs: tuple[Path, Path], num_ranks: int) -> None:
         assert together["keeps"] == alone["keeps"] and together["layers"] == alone["layers"], name
         assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         weights, expected = (load_file(place / f"{name}.safetensors") for place in (out, one))
+        close = HIDDEN_TOLERANCE if name == "hidden" else TOLERANCE
         for key, tensor in expected.items():
-            torch.testing.assert_close(weights[key], tensor, rtol=0, atol=TOLERANCE * float(tensor.abs().max()))
+            torch.testing.assert_close(weights[key], tensor, rtol=0, atol=close * float(tensor.abs().max()))
     assert (out / "uniform.safetensors").read_bytes() == (out / "uniform again.safetensors").read_bytes()
     written = load_file(out / "uniform" / "model.safetensors")
     assert all(torch.equal(tensor, written[key]) for key, tensor in load_file(out / "uniform.safetensors").items())
