@@ -71,7 +71,7 @@ FAMILIES = {
         _SILU | {"sliding_window": None, "num_hidden_layers": lambda config: min(config.num_hidden_layers, 63)},
         full_width_heads=True,
     ),
-    # What takes turns in its heads' rows has a name of its own in the file: `query_key_value`.
+    # Rows of its `query_key_value`, as of GPT-NeoX's, lie head by head and are put in order by that name.
     "falcon": GgufFamily(
         "falcon",
         {"activation": "gelu", "alibi": False, "parallel_attn": True, "bias": False},

@@ -60,7 +60,10 @@ def read_part(part: Part, family: GgufFamily) -> Tensor:
     if not part.sources:
         return torch.zeros(part.shape)
     values = [read_tensor(source).float() for source in part.sources]
-    whole = torch.stack(values) if _is_stack(part.name, part.sources) else torch.cat(values)
+    if _is_stack(part.name, part.sources):
+        whole = torch.stack(values)
+    else:
+        whole = torch.cat(values) if len(values) > 1 else values[0]  # an embedding is not copied
     if family.latent_attention and "_b_proj." in part.name and len(part.shape) == 3:
         return _read_latent(part, whole)
     if _is_transposed(part.name, family):
