@@ -18,6 +18,8 @@ LAYERS = [
     "knapsack arch_conv recover_recipe recover_loss",
     "ranks_group",
     "ranks",
+    "device",
+    "layers_on_device",
     # what a run is described by; readers and writers of single files
     "serving stats arch_spec recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output "
     "llama_cpp gguf_family gguf_sentencepiece recover_teacher recover_store journal",
@@ -26,9 +28,10 @@ LAYERS = [
     "arch_experts",
     "arch",
     # stages and measurements, each by itself
-    "budget score cut walk loss kl bench verify in_memory sources checkpoint_config staged_file plots "
+    "budget score cut walk kl bench verify in_memory sources checkpoint_config staged_file plots "
     "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer on_disk "
     "staged_directory",
+    "loss",
     "ideal resolve_depth resolve_experts recover_judge recover_blocks",
     "prices",
     # stages that are made of others
@@ -53,6 +56,7 @@ LAYERS = [
     "report",
     # the whole job, and the ways to start it
     "recovering",
+    "opening",
     "job prune_recover",
     "pruning",
     "secateur",
@@ -73,7 +77,7 @@ STAGES = {
     "budget": "",
     "cut": "",
     "walk": "",
-    "loss": "",
+    "loss": "walk",
     "kl": "",
     "bench": "",
     "calibration": "recipe sources",
@@ -83,8 +87,8 @@ STAGES_MAY_IMPORT = {"arch", "errors", "memory", "progress", "ranks"}
 HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (
     "checkpoint*", "output", "calibration*", "sources", "evaluate*", "bench*", "compare", "ideal", "gguf_*",
-    "in_memory", "pruning", "ranks_check", "job", "loop", "run", "pruned_checkpoint", "on_disk", "reload_child",
-    "modeling_per_layer", "per_layer", "hidden_*", "propose", "recover*", "prune_recover",
+    "in_memory", "pruning", "opening", "ranks_check", "job", "loop", "run", "pruned_checkpoint", "on_disk",
+    "reload_child", "modeling_per_layer", "per_layer", "hidden_*", "propose", "recover*", "prune_recover",
 )  # fmt: skip
 ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "matplotlib", "gguf", "pyarrow", "datasets", "llama_cpp"}
 

@@ -174,6 +174,6 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
 
 def now(device: torch.device) -> float:
     """Return the clock's seconds once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
     return time.perf_counter()

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +24,7 @@ from secateur.checkpoint import Checkpoint, load_model, meta_model, open_checkpo
 from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.compare_page import FoundCell, comparison_files
 from secateur.depth_step import remove_depth
+from secateur.device import device_called, on_device
 from secateur.evaluate_cache import PartCache, fingerprint
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks, run_task
 from secateur.hidden_step import remove_hidden
@@ -31,7 +33,6 @@ from secateur.loss import domain_losses
 from secateur.output import disk_errors
 from secateur.progress import Progress, silent
 from secateur.ranks import in_turns, is_first
-from secateur.ranks_check import placed
 from secateur.ranks_group import joined
 from secateur.recipe import Recipe
 from secateur.resolve_hidden import resolve_for
@@ -55,6 +56,7 @@ class _Bench:
     tasks: LoadedTasks | None
     cache: PartCache
     progress: Progress
+    device: torch.device
 
 
 @joined()
@@ -76,11 +78,11 @@ def compare(study: Study, out: Path, progress: Progress = silent) -> list[FoundC
         resolve_for(cell.recipe, shape)
     evaluation = study.evaluation
     tasks = load_tasks(evaluation.tasks, TaskOptions(limit=evaluation.limit), None) if evaluation.tasks else None
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer, device = load_tokenizer(checkpoint), device_called(study.recipe.get("device"))
     cache = PartCache(out / CELLS_FOLDER)
     with disk_errors(out):
         cache.directory.mkdir(parents=True, exist_ok=True)
-    bench = _Bench(study, checkpoint, fingerprint(checkpoint), tokenizer, tasks, cache, progress)
+    bench = _Bench(study, checkpoint, fingerprint(checkpoint), tokenizer, tasks, cache, progress, device)
     blocks: dict[int, dict[str, Tensor]] = {}
     work: list[int | Cell] = []
     for seed in study.seeds:
@@ -111,7 +113,7 @@ def compare(study: Study, out: Path, progress: Progress = silent) -> list[FoundC
 def _judged_on(bench: _Bench, recipe: Recipe, seed: int) -> dict[str, Tensor]:
     """Return the blocks per domain that the seed's cells are judged on: the first of those held out."""
     samples = any(domain.sampled for domain in recipe.calibration.domains.values())
-    drawn = _draw(bench, recipe, seed, placed(load_model(bench.checkpoint)) if samples else None)
+    drawn = _draw(bench, recipe, seed, on_device(load_model(bench.checkpoint), bench.device) if samples else None)
     return {domain.name: domain.held_out_NT[: bench.study.evaluation.num_blocks] for domain in drawn.domains}
 
 
@@ -128,7 +130,7 @@ def _draw(bench: _Bench, recipe: Recipe, seed: int, model: PreTrainedModel | Non
 
 def _dense_cell(bench: _Bench, arch: Arch, seed: int, blocks: dict[str, Tensor]) -> FoundCell:
     def compute() -> dict[str, Any]:
-        model = placed(load_model(bench.checkpoint))
+        model = on_device(load_model(bench.checkpoint), bench.device)
         return {"remove_reached": 0.0, "seconds": 0.0} | _judge(bench, model, arch, blocks)
 
     depends_on = _depends_on(bench, seed, {}, blocks)
@@ -138,7 +140,7 @@ def _dense_cell(bench: _Bench, arch: Arch, seed: int, blocks: dict[str, Tensor])
 
 def _cell(bench: _Bench, arch: Arch, cell: Cell, blocks: dict[str, Tensor]) -> FoundCell:
     def compute() -> dict[str, Any]:
-        model = placed(load_model(bench.checkpoint))
+        model = on_device(load_model(bench.checkpoint), bench.device)
         num_params = Size.of(model).num_params
         resolved = resolve_for(cell.recipe, model)
         calibration = _without_judged(

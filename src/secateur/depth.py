@@ -20,6 +20,7 @@ from secateur.arch_numbers import text_config
 from secateur.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares
 from secateur.errors import ArchError, NumericsError, RecipeError
 from secateur.gram import Gram
+from secateur.layers_on_device import fetch
 from secateur.ranks import from_first, sum_tensors
 from secateur.score import damped_gram, keep_highest
 from secateur.walk import Batch, Walk
@@ -74,7 +75,8 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
         raise RecipeError(
             f"depth: layer {layer} cannot be folded into the one before it; use 1 to {arch.num_layers - 1}."
         )
-    reader = _reader(model, arch, layer - 1)
+    reader, layers = _reader(model, arch, layer - 1), decoder_layers(model, arch)
+    fetch(layers[layer - 1])
     from_first(lambda: _check_added_as_it_is(Walk(model, arch, batches[:1]), layer - 1, reader))
     gram = Gram(reader.in_features, reader.weight.device)
     cross_FD = reader.weight.new_zeros(reader.in_features, reader.out_features, dtype=torch.float32)
@@ -92,6 +94,7 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
             cross_FD += x_TF.float().T @ added_TD
     sum_tensors([*gram.blocks, cross_FD])
     change_FD = from_first(lambda: _solve(damped_gram(gram, damping), cross_FD, layer))
+    fetch(layers[layer - 1])
     # The guard judges what will be stored, rounding included.
     change_DF = (reader.weight + change_FD.T).to(reader.weight.dtype) - reader.weight.float()
     judged = _judge(held_out, change_DF)
@@ -113,6 +116,7 @@ def narrow_readers(
     found: dict[int, Tensor] = {}
     for index in range(arch.num_layers):
         if index in shares:
+            fetch(walk.layers[index])
             reader = _reader(model, arch, index)
             gram = Gram(reader.in_features, reader.weight.device)
             for hidden_BTD in walk.hidden_BTD:
@@ -137,14 +141,14 @@ def _narrow(weight_DF: Tensor, gram: Gram, share: float, damping: float | None) 
 def readers_replaced(model: nn.Module, arch: Arch, weights: Mapping[int, Tensor]) -> Iterator[None]:
     """Within the context the FFN readers of these layers have these weights, afterwards their own again."""
     readers = {index: _reader(model, arch, index) for index in weights}
-    own = {index: reader.weight.data for index, reader in readers.items()}
+    own = {index: reader.weight for index, reader in readers.items()}
     try:
         for index, reader in readers.items():
-            reader.weight.data = weights[index]
+            reader.weight = nn.Parameter(weights[index], requires_grad=False)
         yield
     finally:
         for index, reader in readers.items():
-            reader.weight.data = own[index]
+            reader.weight = own[index]
 
 
 def _reader(model: nn.Module, arch: Arch, layer: int) -> nn.Linear:

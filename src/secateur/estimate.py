@@ -38,10 +38,15 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What a run will need, and whether its weights stay on disk."""
+    """What a run will need, whether its weights stay on disk, and whether its layers come to a device one at a time.
+
+    `budget_bytes`: what of a device's memory that was decided by; None: there was nothing to decide.
+    """
 
     estimate: MemoryEstimate
     weights_on_disk: bool
+    one_layer_at_a_time: bool = False
+    budget_bytes: int | None = None
 
 
 def plan_memory(resolved: Resolved, arch: Arch, config: Any, size: Size, *, can_map: bool = True) -> MemoryPlan:
@@ -73,6 +78,42 @@ def plan_memory(resolved: Resolved, arch: Arch, config: Any, size: Size, *, can_
             f"allow that, or lower calibration.num_tokens."
         )
     return MemoryPlan(streamed, True)
+
+
+def plan_device_memory(
+    resolved: Resolved, arch: Arch, config: Any, size: Size, free_bytes: int | None, *, can_map: bool = True
+) -> MemoryPlan:
+    """Return how a run on a device other than the CPU keeps within its memory: all weights there, or layer by layer.
+
+    `free_bytes`: what may be used there, None if nobody knows; the recipe's `device_budget` comes before it. Ordinary
+    memory holds weights alone, and by the recipe's `memory_budget` not even those.
+    Raises RecipeError, naming the least that can work, if even one layer at a time is too much.
+    """
+    recipe, bytes_per_param = resolved.recipe, size.num_bytes // size.num_params
+    text = recipe.device_budget
+    budget = free_bytes if text is None else parse_size("device_budget", text)
+    whole = estimate_memory(resolved, config, size.num_bytes, bytes_per_param)
+    host = None if recipe.memory_budget is None else parse_size("memory_budget", recipe.memory_budget)
+    on_disk = host is not None and size.num_bytes > host
+    if on_disk and not can_map:
+        raise RecipeError(
+            f"memory_budget: {recipe.memory_budget} is less than the {size.num_bytes / 1e9:.2f} GB of this model's "
+            f"weights, and only safetensors weights, given by their path, can stay on disk."
+        )
+    if budget is None or whole.peak <= budget:
+        return MemoryPlan(whole, on_disk, False, budget)
+    # The layer that is run and the next one on its way, beside what is in no layer.
+    apart = sum(arch.params_per_layer) - 2 * max(arch.params_per_layer)
+    by_layers = estimate_memory(resolved, config, size.num_bytes - max(apart, 0) * bytes_per_param, bytes_per_param)
+    if by_layers.peak > budget:
+        parts = (by_layers.weights, by_layers.hidden_states, by_layers.statistics, by_layers.solve)
+        weights_gb, hidden_gb, statistics_gb, solve_gb = (f"{part / 1e9:.2f}" for part in parts)
+        raise RecipeError(
+            f"device_budget: {budget / 1e9:.2f} GB of the device cannot work; with two layers there at a time the run "
+            f"still needs {by_layers.peak / 1e9:.2f} GB (weights {weights_gb}, hidden states {hidden_gb}, statistics "
+            f"{statistics_gb}, solve {solve_gb}); free that much, lower calibration.num_tokens, or give device: cpu."
+        )
+    return MemoryPlan(by_layers, on_disk, True, budget)
 
 
 def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_per_param: int) -> MemoryEstimate:

@@ -41,7 +41,7 @@ class Settings:
     """What to measure. `domains` None: the held-out text of the model's own recipe.yaml, if it has one.
 
     `num_blocks` and `sequence_length` hold for `domains` only; `wikitext2`: a file of rows or `hub`; `tasks`: names of
-    lm-evaluation-harness; `tasks_data`: a directory that their rows are looked for in first.
+    lm-evaluation-harness; `tasks_data`: a directory that their rows are looked for in first. `device`: as in a recipe.
     """
 
     domains: dict[str, Domain] | None = None
@@ -52,6 +52,7 @@ class Settings:
     tasks: tuple[str, ...] = ()
     task_options: TaskOptions = field(default_factory=TaskOptions)
     tasks_data: Path | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +85,9 @@ def evaluate(
     Raises a SecateurError, one sentence, for everything that a user can correct.
     """
     settings, progress = settings or Settings(), progress if is_first() else silent
-    pruned = open_subject("pruned", model)
+    pruned = open_subject("pruned", model, settings.device)
     directory = _output_directory(out, pruned)
-    dense = None if against is None else open_subject("dense", against)
+    dense = None if against is None else open_subject("dense", against, settings.device)
     tokenizer = load_tokenizer(pruned.checkpoint)
     if dense is not None:
         _check_comparable(pruned, dense, tokenizer)

@@ -9,34 +9,36 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.arch import Arch, bind, head_of
 from secateur.checkpoint import Checkpoint, load_model, meta_model, open_checkpoint
+from secateur.device import device_called, on_device
 from secateur.evaluate_cache import Part, PartCache, fingerprint
 from secateur.evaluate_domains import Blocks, measure_quality
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, identity, merge, num_questions, run_task
 from secateur.kl import DenseStates, final_states, summarise, token_divergences_and_agreements
 from secateur.progress import Progress
 from secateur.ranks import in_turns, own_part, size, spread
-from secateur.ranks_check import placed
 
 
 @dataclass(slots=True)
 class Subject:
-    """One of the two models. `which`: dense or pruned, for the progress bar."""
+    """One of the two models. `which`: dense or pruned, for the progress bar. `device`: where it is loaded to."""
 
     which: str
     checkpoint: Checkpoint
     arch: Arch
     fingerprint: str
+    device: torch.device
     loaded: PreTrainedModel | None = None
 
     def model(self) -> PreTrainedModel:
         """Return the model, loading it at the first call."""
         if self.loaded is None:
-            self.loaded = placed(load_model(self.checkpoint))
+            self.loaded = on_device(load_model(self.checkpoint), self.device)
         return self.loaded
 
     def forget(self) -> None:
@@ -44,10 +46,12 @@ class Subject:
         self.loaded = None
 
 
-def open_subject(which: str, reference: Any) -> Subject:
-    """Check the model as far as this needs no weights. Raises CheckpointError or ArchError."""
+def open_subject(which: str, reference: Any, device: str | None = None) -> Subject:
+    """Check the model as far as this needs no weights. Raises Checkpoint-, Arch- or RecipeError."""
     checkpoint = open_checkpoint(reference)
-    return Subject(which, checkpoint, bind(meta_model(checkpoint.config)), fingerprint(checkpoint))
+    return Subject(
+        which, checkpoint, bind(meta_model(checkpoint.config)), fingerprint(checkpoint), device_called(device)
+    )
 
 
 @dataclass(slots=True)

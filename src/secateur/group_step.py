@@ -16,6 +16,7 @@ from secateur.cut import cut, rows_of, unit_columns
 from secateur.domain_weights import reweighted
 from secateur.expert_channels import cut_channels, prune_expert_channels
 from secateur.experts import cut_experts, prune_experts
+from secateur.layers_on_device import fetch
 from secateur.measure import Measurement, measure
 from secateur.memory import release_freed
 from secateur.modeling_per_layer import skip_sublayer
@@ -87,6 +88,7 @@ def prune_group(
 
     `scores_U`: the units' scores, where they were measured on the whole model before.
     """
+    fetch(walk.layers[group.layer])
     if group.experts is not None and originals is not None:
         originals.keep(walk.layers[group.layer], group)
     if group.experts is not None and group.experts.are_channels:

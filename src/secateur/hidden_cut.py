@@ -112,9 +112,9 @@ def _cut_embedding(model: nn.Module, arch: Arch, hidden: Hidden, keep: Tensor) -
             setattr(embedding, name, torch.full_like(scale, new))
         else:
             setattr(embedding, name, new)
-    embedding.weight = _parameter(embedding.weight[:, keep] * growth, embedding.weight)
+    embedding.weight = _parameter(embedding.weight[:, _beside(keep, embedding.weight)] * growth, embedding.weight)
     embedding.embedding_dim = len(keep)
-    head.weight = embedding.weight if tied else _parameter(head.weight[:, keep], head.weight)
+    head.weight = embedding.weight if tied else _parameter(head.weight[:, _beside(keep, head.weight)], head.weight)
     head.in_features = len(keep)
     return growth if tied else 1.0
 
@@ -122,14 +122,22 @@ def _cut_embedding(model: nn.Module, arch: Arch, hidden: Hidden, keep: Tensor) -
 def _cut_norm(norm: nn.Module, keep: Tensor, factor: float, *, adds_one: bool) -> None:
     weight: Any = norm.weight
     offset = float(adds_one)
-    norm.weight = _parameter(((weight[keep].float() + offset) * factor - offset).to(weight.dtype), weight)
+    norm.weight = _parameter(
+        ((weight[_beside(keep, weight)].float() + offset) * factor - offset).to(weight.dtype), weight
+    )
 
 
 def _cut_linear(module: nn.Linear, keep: Tensor, axis: int) -> None:
+    keep = _beside(keep, module.weight)
     module.weight = _parameter(module.weight.index_select(axis, keep), module.weight)
     if axis == 0 and module.bias is not None:
         module.bias = _parameter(module.bias[keep], module.bias)
     module.out_features, module.in_features = module.weight.shape
+
+
+def _beside(keep: Tensor, weight: Tensor) -> Tensor:
+    """Return the indices where the weight is, since not every layer need be on the device."""
+    return keep.to(weight.device)
 
 
 def _parameter(value: Tensor, old: Tensor) -> nn.Parameter:

@@ -18,6 +18,7 @@ from secateur.arch import Arch, decoder_layers, linear
 from secateur.arch_hidden import is_skipped
 from secateur.errors import NumericsError
 from secateur.hidden_cut import NormKey, hidden_of, norms_of
+from secateur.layers_on_device import fetch
 from secateur.measure import Measurement
 from secateur.memory import release_freed
 from secateur.ranks import domains_ended
@@ -98,6 +99,7 @@ def measured_norms(
     """
     walk, norms, readers = Walk(model, arch, batches), norms_of(model, arch), readers_of(model, arch)
     for index in range(arch.num_layers):
+        fetch(walk.layers[index])
         gatherers = {
             key: _Gatherer(key, _square(list(readers[key].values())), weighting, shares)
             for key in readers

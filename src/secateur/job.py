@@ -4,14 +4,18 @@ In: the dense model loaded, the text packed, the numbers resolved. Out: held-out
 """
 
 import dataclasses
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.arch import Arch
 from secateur.bench import Speed, bench
 from secateur.calibration import CalibrationSet
+from secateur.device import peak_bytes_on
+from secateur.estimate import MemoryPlan
 from secateur.journal import Journal
 from secateur.loss import Loss, domain_losses
 from secateur.progress import Progress
@@ -23,7 +27,10 @@ from secateur.summary import Losses
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`name`: what the user calls the model. `command`: how to repeat the run, for the model card."""
+    """`name`: what the user calls the model. `command`: how to repeat the run, for the model card.
+
+    `away`: closed, it brings the model back from the device to ordinary memory.
+    """
 
     name: str
     command: str
@@ -35,14 +42,16 @@ class Job:
     log: RunLog
     journal: Journal
     progress: Progress
-    weights_on_disk: bool
+    plan: MemoryPlan
+    device: torch.device
+    away: ExitStack
 
     @property
     def has_uncompensated(self) -> bool:
         """Whether the same cut without compensation is evaluated too, which needs the original readers."""
         recipe = self.resolved.recipe
         # Of a narrower model every linear is refitted; and original readers beside the others may not fit a budget.
-        is_possible = recipe.compensate != "none" and recipe.hidden_size is None and not self.weights_on_disk
+        is_possible = recipe.compensate != "none" and recipe.hidden_size is None and not self.plan.weights_on_disk
         return recipe.evaluate and is_possible
 
     def evaluate(self, which: str) -> Losses:
@@ -62,13 +71,26 @@ class Job:
         return {domain: Loss(**loss) for domain, loss in found.items()}
 
     def bench(self, which: str) -> Speed | None:
-        """Return the speed, or None where the recipe asks for none; the first rank times it while the others rest."""
-        if not self.resolved.recipe.bench or not is_first():
+        """Return the speed, or None where the recipe asks for none; the first rank times it while the others rest.
+
+        Of a model whose layers come one at a time there is none: it would be that of their way.
+        """
+        if not self.resolved.recipe.bench or not is_first() or self.plan.one_layer_at_a_time:
             return None
         with self.log.time("bench"):
             return bench(self.model, progress=self.progress, stage=f"bench {which}")
 
+    def come_home(self) -> int | None:
+        """Bring the model to ordinary memory, where it is saved and proved; return the most that the device held."""
+        peak = peak_bytes_on(self.device)
+        self.away.close()
+        return peak
+
     def notes(self) -> tuple[str, ...]:
         """Return what people should know of the run so far."""
         lines = (line["text"] for line in self.log.lines if line["event"] == "note")
+        plan = self.plan
+        if plan.one_layer_at_a_time and plan.budget_bytes is not None:
+            gigabytes = f"{plan.budget_bytes / 1e9:.2f} GB"
+            lines = (f"layers came to {self.device} one at a time to keep within {gigabytes}, so no speed.", *lines)
         return (*self.resolved.warnings, *lines)

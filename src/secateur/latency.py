@@ -22,6 +22,7 @@ from secateur.bench import Workload, now
 from secateur.checkpoint import meta_model
 from secateur.cut import cut
 from secateur.depth import remove_layers
+from secateur.device import CPU, on_device
 from secateur.errors import RecipeError
 from secateur.in_memory import restore_buffers
 from secateur.journal import Journal
@@ -50,12 +51,14 @@ class Timing:
     quartiles: tuple[float, float]
 
 
-def with_prices(recipe: Recipe, arch: Arch, model: Any, journal: Journal, progress: Progress = silent) -> Recipe:
+def with_prices(
+    recipe: Recipe, arch: Arch, model: Any, journal: Journal, progress: Progress = silent, device: torch.device = CPU
+) -> Recipe:
     """Return the recipe with measured `prices`, and log what they come from; as it is if it has them or needs none.
 
     Prices that an interrupted run has measured are in its journal and hold on, since a second measurement would differ.
 
-    `model`: only its config, dtype and device count; the meta device stands for the CPU.
+    `model`: only its config and dtype count, so that it may be on the meta device. `device`: where it is timed.
 
     Raises ArchError if the family has no such group, RecipeError if a layer gets no faster with fewer units.
     """
@@ -65,7 +68,7 @@ def with_prices(recipe: Recipe, arch: Arch, model: Any, journal: Journal, progre
 
     def measured() -> dict[str, Any]:
         with log.time("latency"):
-            prices, timings = measure_latency(arch, recipe.groups, model, progress)
+            prices, timings = measure_latency(arch, recipe.groups, model, progress, device)
         for timing in timings:
             log.write({"event": "latency", "num_threads": torch.get_num_threads(), **asdict(timing)})
         log.write({"event": "prices", **prices.model_dump()})
@@ -76,14 +79,14 @@ def with_prices(recipe: Recipe, arch: Arch, model: Any, journal: Journal, progre
 
 @torch.inference_mode()
 def measure_latency(
-    arch: Arch, names: tuple[str, ...], model: Any, progress: Progress = silent
+    arch: Arch, names: tuple[str, ...], model: Any, progress: Progress = silent, device: torch.device = CPU
 ) -> tuple[MeasuredPrices, list[Timing]]:
     """Return seconds per unit, per layer and per decoded token of the whole model, and what they were made of.
 
     Built are as many layers as hold `LEAST_BYTES`, at most all; times of layers are those of the built ones, of which
     the whole model has num_layers / built times as much.
     """
-    shape = _random_model(arch, model)
+    shape = on_device(_random_model(arch, model), device)
     built = bind(shape)
     variants: dict[tuple[str, int], nn.Module] = {("", 0): shape}
     for name in names:
@@ -106,7 +109,7 @@ def measure_latency(
 
 
 def _random_model(arch: Arch, model: Any) -> Any:
-    """Return a model of the same config and dtype with few layers and random weights, on the same device."""
+    """Return a model of the same config and dtype with few layers and random weights."""
     shape = meta_model(copy.deepcopy(model.config))
     layers = decoder_layers(shape, arch)
     layer_bytes = sum(p.numel() for layer in layers for p in layer.parameters()) * model.dtype.itemsize // len(layers)
@@ -114,9 +117,8 @@ def _random_model(arch: Arch, model: Any) -> Any:
     # A model of per-layer widths cannot lose layers; it is timed whole.
     if surplus and not shape.config.is_heterogeneous:
         remove_layers(shape, arch, surplus)
-    device = torch.device("cpu") if model.device.type == "meta" else model.device
-    shape = shape.to(model.dtype).to_empty(device=device).eval()
-    generator = torch.Generator(device).manual_seed(0)
+    shape = shape.to(model.dtype).to_empty(device=CPU).eval()
+    generator = torch.Generator().manual_seed(0)
     for tensor in (*shape.parameters(), *shape.buffers()):
         tensor.uniform_(-0.02, 0.02, generator=generator)
     restore_buffers(shape)

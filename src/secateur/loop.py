@@ -15,6 +15,7 @@ from secateur.arch import Group, decoder_layers
 from secateur.budget import Plan
 from secateur.cut import add_zero_biases, original_units
 from secateur.group_step import outcome_of, prune_group, redo_group
+from secateur.layers_on_device import send_home
 from secateur.memory import peak_bytes, release_freed
 from secateur.on_disk import LayersOnDisk, embeddings_on_disk
 from secateur.per_layer import record_widths
@@ -87,6 +88,7 @@ def _one_round(
         if index + 1 < run.arch.num_layers:
             walk.advance(index)
         if finished is not None:
+            send_home(walk.layers[index])  # mapped anew, it is to lie in its file and nowhere else
             finished.keep(index, walk.layers[index], [])
             finished.put_back(index, walk.layers[index])
         release_freed()

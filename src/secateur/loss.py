@@ -5,6 +5,7 @@ Perplexity is exp(nats per token). The head runs on slices of positions, so that
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,9 +18,12 @@ from secateur.errors import NumericsError
 from secateur.memory import release_freed
 from secateur.progress import Progress, silent
 from secateur.ranks import size, spread
+from secateur.walk import Batch, Walk
 
 # Positions per slice of logits: 64 x 150k words x float32 is 38 MB.
 HEAD_POSITIONS = 64
+# Tokens that go through the layers together, so that weights which are not in memory come once for all of them.
+TOKENS_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +49,19 @@ def domain_losses(
     """
     losses: dict[str, Loss] = {}
     blocks = [ids_T for domain_NT in blocks_NT.values() for ids_T in domain_NT]
-    done = 0
-    progress(stage, 0, len(blocks))
+    # Every rank is to have some.
+    at_once = min(max(1, TOKENS_AT_ONCE // len(blocks[0])), -(-len(blocks) // size()))
+    pieces = [blocks[start : start + at_once] for start in range(0, len(blocks), at_once)]
+    done, steps = 0, len(pieces) * arch.num_layers
 
-    def mean_loss(ids_T: Tensor) -> float:
+    def one_more() -> None:
         nonlocal done
-        value = float(block_losses(model, arch, ids_T[None]).mean())
-        done = min(done + size(), len(blocks))
-        progress(stage, done, len(blocks))
-        return value
+        done = min(done + size(), steps)
+        progress(stage, done, steps)
 
-    all_values = iter(spread(mean_loss, blocks))
+    progress(stage, 0, steps)
+    found = spread(lambda piece: _mean_losses(model, arch, piece, one_more), pieces)
+    all_values = (value for values in found for value in values)
     for domain, domain_NT in blocks_NT.items():
         values = list(islice(all_values, len(domain_NT)))
         mean = sum(values) / len(values)
@@ -72,16 +78,35 @@ def geometric_mean_perplexity(losses: dict[str, Loss]) -> float:
     return math.exp(sum(loss.nats_per_token for loss in losses.values()) / len(losses))
 
 
+def _mean_losses(model: nn.Module, arch: Arch, blocks: list[Tensor], layer_done: Callable[[], None]) -> list[float]:
+    """Return each block's mean loss. All go through a layer before the next one is run, each as it would by itself."""
+    backbone, device = model.get_submodule(arch.backbone), next(model.parameters()).device
+    batches = [Batch("", True, ids_T[None].to(device)) for ids_T in blocks]
+    walk = Walk(model, arch, batches)
+    for index in range(arch.num_layers):
+        walk.advance(index)
+        layer_done()
+    found = []
+    for position, batch in enumerate(batches):
+        final_TD = walk.leave(backbone, position)[0]
+        found.append(float(_position_losses(head_of(model, arch), final_TD, batch.ids_BT[0]).mean()))
+    return found
+
+
 @torch.inference_mode()
 def block_losses(model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"]) -> Float[Tensor, " P"]:
     """Return -log p(token t+1 | tokens up to t) for every position of one block, in nats; P = T - 1."""
-    head = head_of(model, arch)
     ids_1T = ids_1T.to(next(model.parameters()).device)
-    hidden_TD = model.get_submodule(arch.backbone)(ids_1T, use_cache=False).last_hidden_state[0]
+    final_TD = model.get_submodule(arch.backbone)(ids_1T, use_cache=False).last_hidden_state[0]
+    return _position_losses(head_of(model, arch), final_TD, ids_1T[0])
+
+
+@torch.inference_mode()
+def _position_losses(head: nn.Module, final_TD: Tensor, ids_T: Tensor) -> Float[Tensor, " P"]:
     parts = [
         nn.functional.cross_entropy(head(piece_PD).float(), targets_P, reduction="none")
         for piece_PD, targets_P in zip(
-            hidden_TD[:-1].split(HEAD_POSITIONS), ids_1T[0, 1:].split(HEAD_POSITIONS), strict=True
+            final_TD[:-1].split(HEAD_POSITIONS), ids_T[1:].split(HEAD_POSITIONS), strict=True
         )
     ]
     return torch.cat(parts)

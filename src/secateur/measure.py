@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from secateur.arch import Group, linear
 from secateur.errors import NumericsError
+from secateur.layers_on_device import fetch
 from secateur.ranks import domains_ended
 from secateur.stats import BY_DOMAIN, Statistics, domain_weight
 from secateur.walk import Batch, Walk
@@ -116,6 +117,7 @@ def measure(
 
     Raises NumericsError naming layer, module and domain if an input is not finite.
     """
+    fetch(walk.layers[group.layer])
     reader = linear(walk.layers[group.layer], group.reader.module)
     gatherer = _Gatherer(group, reader, weighting, shares, gram, drift)
     seen: list[tuple[Tensor, Tensor]] = []

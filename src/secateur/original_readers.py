@@ -41,18 +41,18 @@ class OriginalReaders:
         Of the groups those are meant whose readers were kept; one without an entry in `keeps` has lost no unit.
         """
         kept = [group for group in groups if self._path(group).exists()]
-        readers = {group: _weights(layers[group.layer], group) for group in kept}
-        for group, reader in readers.items():
-            save_file(_tensors(reader), self._path(group, "own"))
+        for group in kept:
+            save_file(_tensors(_weights(layers[group.layer], group)), self._path(group, "own"))
         try:
-            for group, reader in readers.items():
+            for group in kept:
                 stayed = keeps.get((group.layer, group.name), torch.arange(group.num_units))
                 stored = load_file(self._path(group))
-                _fill(reader, stored | {"weight": _what_stayed(stored["weight"], group, stayed)})
+                stored["weight"] = _what_stayed(stored["weight"], group, stayed)
+                _fill(_weights(layers[group.layer], group), stored)
             yield
         finally:
-            for group, reader in readers.items():
-                _fill(reader, load_file(self._path(group, "own")))
+            for group in kept:  # whose parameters may be others by now, on a device or home from there
+                _fill(_weights(layers[group.layer], group), load_file(self._path(group, "own")))
 
     def _path(self, group: Group, which: str = "original") -> Path:
         return self.directory / f"{which}-{group.layer}-{group.name}.safetensors"

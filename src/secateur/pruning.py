@@ -8,6 +8,7 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,34 +18,33 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.arch import Arch, bind, decoder_layers
+from secateur.arch import decoder_layers
 from secateur.arch_numbers import text_config
 from secateur.budget import GroupKey
 from secateur.calibration import CalibrationSet, build_calibration
 from secateur.calibration_facts import calibration_facts
 from secateur.calibration_sampled import with_sampled
 from secateur.card import model_card
-from secateur.checkpoint import Checkpoint, check_finite, check_weights, load_model, meta_model, open_checkpoint
-from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.depth_step import remove_depth
-from secateur.estimate import plan_memory
 from secateur.hidden_step import remove_hidden
-from secateur.in_memory import check_in_memory, eval_mode, restore_buffers
+from secateur.in_memory import eval_mode
 from secateur.job import Job
 from secateur.latency import with_prices
+from secateur.layers_on_device import placed
 from secateur.loop import prune_in_place
 from secateur.memory import peak_bytes
+from secateur.opening import device_for, loaded, memory_for, opened, tokenizer_of
 from secateur.original_readers import OriginalReaders
-from secateur.output import check_free_space, parse_size
+from secateur.output import check_free_space
 from secateur.progress import Progress, silent
 from secateur.prune_recover import prune_then_recover
 from secateur.pruned_checkpoint import PrunedCheckpoint
 from secateur.ranks import from_first, is_first
-from secateur.ranks_check import check_same_run, placed
+from secateur.ranks_check import check_same_run
 from secateur.ranks_group import joined
 from secateur.recipe import Recipe, as_recipe
 from secateur.report import missing_plots, write_reports
-from secateur.resolve_hidden import check_for, resolve_for
+from secateur.resolve_hidden import resolve_for
 from secateur.resume import check_calibration, journal_for, note_resumed
 from secateur.run import Keeps, Run
 from secateur.runlog import RunLog
@@ -101,85 +101,53 @@ def prune(
     if parsed.recover is not None:
         options = {"resume": resume, "tell": tell}
         return prune_then_recover(prune, model, parsed, out, tokenizer, overwrite, command, progress, options)
-    checkpoint, shape, arch = _opened(model, tokenizer, parsed)
-    size = Size.of(shape)
+    checkpoint, shape, arch = opened(model, tokenizer, parsed)
+    device, size = device_for(parsed, checkpoint, shape), Size.of(shape)
     protected = None if checkpoint is None else checkpoint.directory
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
     target = staging_if_any(place, overwrite=overwrite, protected=protected)
     kept = journal_for(place, parsed, checkpoint, log, resume=resume, overwrite=overwrite, tell=tell)
     with kept as journal, target as directory:
-        if directory is not None:
-            check_free_space(directory, size.num_bytes)
-            log.append_to(directory)
-        parsed = with_prices(parsed, arch, shape, journal, progress)
+        _start(log, directory, size)
+        parsed = with_prices(parsed, arch, shape, journal, progress, device)
         resolved = resolve_for(parsed, shape)
-        can_map = checkpoint is not None and checkpoint.gguf_file is None
-        on_disk = plan_memory(resolved, arch, shape.config, size, can_map=can_map).weights_on_disk
+        plan = memory_for(resolved, arch, shape, checkpoint, device)
         with log.time("calibration"):
-            tokenizer = _tokenizer(checkpoint) if tokenizer is None else tokenizer
+            tokenizer = tokenizer or tokenizer_of(checkpoint)
             calibration = from_first(partial(_calibrate, resolved.recipe, tokenizer, progress))
         with log.time("load"):
-            loaded, notes = _loaded(checkpoint, shape, mapped=on_disk)
+            model, notes = loaded(checkpoint, shape, plan, device)
             resolved = dataclasses.replace(resolved, warnings=resolved.warnings + notes)
-            check_same_run(loaded, resolved)
+            check_same_run(model, resolved)
             del shape  # its modules alone are 0.1 MB per layer
-        with log.time("calibration"):
-            drawn = partial(with_sampled, calibration, loaded, tokenizer, resolved.recipe.seed, progress)
-            calibration = from_first(drawn)
-            check_calibration(journal, calibration.content_hash, place)
-        name = loaded.config._name_or_path or type(loaded).__name__ if checkpoint is None else checkpoint.reference
-        job = Job(str(name), command, loaded, tokenizer, arch, resolved, calibration, log, journal, progress, on_disk)
-        with eval_mode(loaded):
-            layers, keeps, summary = _run(job, directory, protected)
-    return Result(loaded, tokenizer, resolved.recipe, keeps, layers, summary, None if out is None else Path(out))
+        with eval_mode(model), ExitStack() as away:
+            if checkpoint is not None:
+                away.enter_context(placed(model, decoder_layers(model, arch), device, plan.one_layer_at_a_time))
+            with log.time("calibration"):
+                sampled = partial(with_sampled, calibration, model, tokenizer, parsed.seed, progress)
+                calibration = from_first(sampled)
+                check_calibration(journal, calibration.content_hash, place)
+            name = str(checkpoint.reference if checkpoint else model.config._name_or_path or type(model).__name__)
+            parts = (model, tokenizer, arch, resolved, calibration, log, journal, progress, plan, device, away)
+            layers, keeps, summary = _run(Job(name, command, *parts), directory, protected)
+    return Result(model, tokenizer, resolved.recipe, keeps, layers, summary, None if out is None else Path(out))
 
 
-def _opened(
-    model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe
-) -> tuple[Checkpoint | None, PreTrainedModel, Arch]:
-    """Return the checkpoint, None of a model in memory, and the model, that of a checkpoint without its weights.
-
-    Raises a SecateurError if the recipe does not fit the model, or files do not fit their config.
-    """
-    parse_size("max_shard_size", recipe.max_shard_size)
-    if isinstance(model, str | Path):
-        checkpoint = open_checkpoint(model)
-        model = meta_model(checkpoint.config)
-    else:
-        check_in_memory(model, tokenizer)
-        checkpoint = None
-    arch = bind(model)
-    check_for(recipe, model)
-    if checkpoint is not None:
-        check_weights(checkpoint, model)
-    return checkpoint, model, arch
-
-
-def _tokenizer(checkpoint: Checkpoint | None) -> PreTrainedTokenizerBase:
-    assert checkpoint is not None
-    return load_tokenizer(checkpoint)
-
-
-def _loaded(
-    checkpoint: Checkpoint | None, model: PreTrainedModel, *, mapped: bool
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Return the model with its weights, and what was changed of one in memory."""
-    if checkpoint is not None:
-        return placed(load_model(checkpoint, mapped=mapped)), ()
-    check_finite(model)
-    return placed(model), restore_buffers(model)
+def _start(log: RunLog, directory: Path | None, dense_size: Size) -> None:
+    if directory is not None:
+        check_free_space(directory, dense_size.num_bytes)
+        log.append_to(directory)
 
 
 def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tuple[int, ...], Keeps, Summary]:
     recipe, log = job.resolved.recipe, job.log
     dense_size, dense_layers, dense_width = Size.of(job.model), job.arch.num_layers, text_config(job.model).hidden_size
-    dense_losses = job.evaluate("dense")
-    dense_speed = job.bench("dense")
+    dense_losses, dense_speed = job.evaluate("dense"), job.bench("dense")
     with tempfile.TemporaryDirectory(dir=directory, prefix="originals-") as scratch:
         originals = OriginalReaders(Path(scratch)) if job.has_uncompensated else None
         run = Run(job.model, job.arch, job.resolved, job.calibration, originals, log.write, job.progress, Path(scratch))
         with log.time("prune"):
-            run = dataclasses.replace(run, weights_on_disk=job.weights_on_disk, journal=job.journal)
+            run = dataclasses.replace(run, weights_on_disk=job.plan.weights_on_disk, journal=job.journal)
             run = remove_depth(remove_hidden(run))
             job, layers = dataclasses.replace(job, arch=run.arch, resolved=run.resolved), run.resolved.layers
             checkpoint = directory and PrunedCheckpoint(
@@ -196,6 +164,7 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
                 uncompensated_losses = job.evaluate("uncompensated")
     pruned_speed = job.bench("pruned")
     note_resumed(job.journal)
+    device_peak = job.come_home()
     proof = _save(job, checkpoint, keeps)
     summary = Summary(
         model=job.name,
@@ -222,14 +191,20 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
         sample_text=proof.generated_text if proof else None,
         warnings=(*job.notes(), *(missing_plots() if directory else ())),
         versions=versions(),
+        device=str(job.device),
+        device_peak_bytes=device_peak,
     )
     if directory is not None:
-        log.write({"event": "seconds", **summary.seconds})
-        (directory / "result.json").write_text(summary.to_json(), encoding="utf-8")
-        (directory / "README.md").write_text(model_card(summary), encoding="utf-8")
-        if not missing_plots():
-            write_reports([directory])
+        _tell(log, directory, summary)
     return layers, keeps, summary
+
+
+def _tell(log: RunLog, directory: Path, summary: Summary) -> None:
+    log.write({"event": "seconds", **summary.seconds})
+    (directory / "result.json").write_text(summary.to_json(), encoding="utf-8")
+    (directory / "README.md").write_text(model_card(summary), encoding="utf-8")
+    if not missing_plots():
+        write_reports([directory])
 
 
 def _save(job: Job, checkpoint: PrunedCheckpoint | None, keeps: Keeps) -> Verification | None:

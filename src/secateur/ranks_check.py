@@ -1,6 +1,6 @@
-"""Before the first forward pass of several ranks: each has its model on its own device, and all have the same one.
+"""Before the first forward pass of several ranks: all have the same model.
 
-In: a loaded model, the resolved recipe. Out: the model in its place, or an error. Nothing happens in one process.
+In: a loaded model, the resolved recipe. Out: an error, if one has another. Nothing happens in one process.
 """
 
 import hashlib
@@ -10,20 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.ranks import check_same, size
-from secateur.ranks_group import rank_device
 from secateur.recipe import dump_recipe
 from secateur.resolve import Resolved
 from secateur.summary import versions
 
 # Of every parameter so many numbers are looked at: another revision differs in them, and no file is read whole.
 NUM_SAMPLED = 64
-
-
-def placed(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model, moved to this rank's GPU if there are ranks and GPUs."""
-    if size() == 1 or rank_device().type == "cpu":
-        return model
-    return model.to(rank_device())  # type: ignore[arg-type]  # transformers' wrapper hides its arguments
 
 
 def check_same_run(model: PreTrainedModel, resolved: Resolved) -> None:

@@ -114,6 +114,8 @@ class Recipe(Strict):
     sublayers: budgets `curve` and `search` may take all of a group, so that the layer's attention or MLP goes whole.
     damping_factors: each group tries the damping times each of these and takes what its held-out text likes best.
     memory_budget: such as 6GB, beyond interpreter and page cache; weights stay on disk where they would not fit it.
+    device: cpu, cuda, cuda:1, mps, ...; None: a CUDA or ROCm GPU if torch finds one, else the CPU. device_budget: such
+    as 20GB of its memory, where layers come one at a time if all would not fit; None: most of what is free.
     recover: training after the cut, see `recover_recipe`; None: no training.
     target_mix: how much of the drift (dense stream minus pruned stream) an MLP makes up for; 0 its own output alone.
     """
@@ -149,6 +151,8 @@ class Recipe(Strict):
     evaluate: bool = True
     bench: bool = True
     memory_budget: str | None = None
+    device: str | None = None
+    device_budget: str | None = None
     max_shard_size: str = "5GB"
     recover: RecoverySettings | None = None
 

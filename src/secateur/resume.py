@@ -29,7 +29,7 @@ from secateur.whole_file import load_json, save_json
 INPUTS_FILE, CALIBRATION = "inputs.json", "calibration"
 HOW = "the same command with --resume (in Python: resume=True) goes on from what is finished"
 # Whatever of these a run has: the bytes of its result are the same.
-_WITHOUT_EFFECT = {"memory_budget"}
+_WITHOUT_EFFECT = {"memory_budget", "device_budget"}
 # A file system that knows no locks, as some of clusters: two runs for one OUT are then the user's to avoid.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 

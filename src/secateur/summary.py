@@ -85,6 +85,8 @@ class Summary:
     sample_text: str | None
     warnings: tuple[str, ...]
     versions: dict[str, str]
+    device: str = "cpu"
+    device_peak_bytes: int | None = None  # allocated there, where torch counts it
 
     def to_json(self) -> str:
         """Return the summary as indented JSON, with derived perplexities beside the losses."""

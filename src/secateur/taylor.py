@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from secateur.arch import Arch, Group, Segments, decoder_layers, head_of, linear
 from secateur.errors import NumericsError
+from secateur.layers_on_device import fetch
 from secateur.ranks import sum_by_name, sum_tensors
 from secateur.walk import Arguments, Batch
 
@@ -128,6 +129,7 @@ def _final_gradient(head: nn.Module, final_BTD: Float[Tensor, "B T D"], batch: B
 
 def _backward(layer: nn.Module, index: int, groups: list[Group], passes: list[_Pass]) -> dict[str, Tensor]:
     """Move every pass's gradient down through the layer; return the groups' weight gradients, summed over passes."""
+    fetch(layer)  # before its parameters are asked for
     parameters = _unit_parameters(layer, groups)
     sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     for parameter in parameters.values():

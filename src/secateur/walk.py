@@ -18,8 +18,8 @@ from secateur.arch import Arch, decoder_layers
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a layer is called with besides the hidden states, by position and by name."""
 
-# Small batches stay in the processor's cache and hold little memory; on a GPU the caller asks for more.
-BATCH_TOKENS = 512
+# Small batches stay in a processor's cache and hold little memory; other devices want work for thousands of cores.
+CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS = 512, 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,13 @@ class Batch:
     first_block: int = 0
 
 
-def make_batches(domain: str, ids_NT: Tensor, *, held_out: bool, batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
-    """Split a domain's blocks into batches of at most `batch_tokens` tokens (at least one block each)."""
-    size = max(1, batch_tokens // ids_NT.shape[1])
+def make_batches(domain: str, ids_NT: Tensor, *, held_out: bool, batch_tokens: int | None = None) -> list[Batch]:
+    """Split a domain's blocks into batches of at most `batch_tokens` tokens (at least one block each).
+
+    None: as many as suit the device that the blocks are on.
+    """
+    suited = CPU_BATCH_TOKENS if ids_NT.device.type == "cpu" else DEVICE_BATCH_TOKENS
+    size = max(1, (batch_tokens or suited) // ids_NT.shape[1])
     parts = enumerate(ids_NT.split(size))
     return [Batch(domain, held_out, ids_BT, number * size) for number, ids_BT in parts]
 
@@ -89,6 +93,12 @@ class Walk:
         """Move the dense stream through layer `index`, which must be as it was before the first cut."""
         for position, hidden in enumerate(self.dense_BTD):
             self.dense_BTD[position] = self.through(index, hidden)
+
+    @torch.inference_mode()
+    def leave(self, backbone: nn.Module, position: int) -> Tensor:
+        """Return what the backbone makes of a batch whose stream has moved through the last layer."""
+        with forwards_replaced(self.layers, lambda *_, **__: self.arch.layer_output(self.hidden_BTD[position])):
+            return backbone(self.batches[position].ids_BT, use_cache=False).last_hidden_state
 
     def arguments(self, index: int, hidden_BTD: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return what layer `index` gets beside a hidden state of this shape. Its tensors know no gradients."""

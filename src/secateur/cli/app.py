@@ -26,6 +26,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from what an inter
 MemoryBudget = Annotated[
     str | None, typer.Option(help="Such as 6GB, beyond the interpreter: weights that do not fit stay on disk.")
 ]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; without it a GPU if torch finds one, else the CPU.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; the options here override it.")]

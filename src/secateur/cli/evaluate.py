@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.app import CONSOLE, Domains, Json, Limit, Quiet, Tasks, TasksData, app, parse_domains, task_names
+from secateur.cli.app import (
+    CONSOLE,
+    Device,
+    Domains,
+    Json,
+    Limit,
+    Quiet,
+    Tasks,
+    TasksData,
+    app,
+    parse_domains,
+    task_names,
+)
 from secateur.progress_bar import progress_bar
 from secateur.recipe import parse_recipe
 
@@ -34,6 +46,7 @@ def evaluate(
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in each prompt of the tasks.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions of a task at a time.")] = 1,
     tasks_data: TasksData = None,
+    device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Where evaluation.json goes, if not into DIR.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -60,6 +73,7 @@ def evaluate(
         tasks=names,
         task_options=TaskOptions(limit, num_fewshot, batch_size),
         tasks_data=tasks_data,
+        device=device,
     )
     with progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
         result = evaluate_model(model, settings, against=against, out=out, progress=progress)

@@ -9,6 +9,7 @@ import typer
 
 from secateur.cli.app import (
     CONSOLE,
+    Device,
     Domains,
     Json,
     MemoryBudget,
@@ -50,13 +51,14 @@ def prune(
     domain: Domains = None,
     seed: Seed = None,
     memory_budget: MemoryBudget = None,
+    device: Device = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
-    parsed = _recipe(recipe, preset, remove, domain, seed=seed, memory_budget=memory_budget)
+    parsed = _recipe(recipe, preset, remove, domain, seed=seed, memory_budget=memory_budget, device=device)
     _prune(model, out, parsed, resume=resume, overwrite=overwrite, quiet=quiet, as_json=as_json)
 
 

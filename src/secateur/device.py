@@ -1,0 +1,91 @@
+"""The device that a run computes on: found by its name, and modules brought there.
+
+In: a name as torch has them (cpu, cuda, cuda:1, mps, xpu, ...; ROCm's GPUs are called cuda), or none. Out: the device,
+what it has free, and modules whose weights and buffers are on it. Nothing here knows one kind of device from another.
+"""
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import RecipeError
+from secateur.ranks import size
+from secateur.ranks_group import rank_device
+
+Model = TypeVar("Model", bound=nn.Module)
+
+CPU = torch.device("cpu")
+# Of what a device has free: the rest is for activations of a batch and for what its libraries hold.
+USABLE_SHARE = 0.85
+
+
+def device_called(name: str | None) -> torch.device:
+    """Return the device of this process. None: a CUDA or ROCm GPU if torch finds one, else the CPU.
+
+    Of several ranks each has the GPU of its local rank. Raises RecipeError if torch knows or finds no such device.
+    """
+    if name is None:
+        return rank_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise RecipeError(
+            f"device: torch finds no '{name}' here ({reason}); give cpu, cuda, cuda:1, mps, or leave it out."
+        ) from None
+    if device.type == "meta":
+        raise RecipeError("device: 'meta' holds no numbers; give cpu, cuda, cuda:1, mps, or leave it out.")
+    if size() > 1 and device.type == "cuda":
+        if device.index is not None:
+            raise RecipeError(f"device: '{name}' cannot be that of {size()} ranks; give cuda, and each takes its own.")
+        return rank_device()
+    return device
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that a run may use of the device's memory; None for the CPU and where torch cannot tell."""
+    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):
+        return int(USABLE_SHARE * module.mem_get_info(device)[0])
+    if hasattr(module, "recommended_max_memory"):  # MPS
+        return int(USABLE_SHARE * module.recommended_max_memory())
+    return None
+
+
+def peak_bytes_on(device: torch.device) -> int | None:
+    """Return the most that was allocated on the device so far; None for the CPU and where torch does not count."""
+    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+    return int(module.max_memory_allocated(device)) if hasattr(module, "max_memory_allocated") else None
+
+
+def bring(root: nn.Module, device: torch.device, *, but: Iterable[nn.Module] = ()) -> None:
+    """Move all weights and buffers to the device, but not those of the modules `but`. Tied weights stay tied."""
+    left = {id(module) for each in but for module in each.modules()}
+    moved: dict[int, nn.Parameter] = {}
+    for module in root.modules():
+        if id(module) in left:
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device != device:
+                moved.setdefault(id(parameter), parameter_on(device, parameter))
+                module._parameters[name] = moved[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def on_device(model: Model, device: torch.device) -> Model:
+    """Return the model, all of it on the device."""
+    bring(model, device)
+    return model
+
+
+def parameter_on(device: torch.device, parameter: nn.Parameter) -> nn.Parameter:
+    """Return the parameter as a new one on the device."""
+    # Made within inference mode it could not be changed outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        tensor: Tensor = parameter.detach().to(device)
+    return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
