@@ -20,7 +20,7 @@ from secateur.arch_numbers import text_config
 from secateur.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares
 from secateur.errors import ArchError, NumericsError, RecipeError
 from secateur.gram import Gram
-from secateur.layers_on_device import fetch
+from secateur.layers_on_device import fetch, settle
 from secateur.ranks import from_first, sum_tensors
 from secateur.score import damped_gram, keep_highest
 from secateur.walk import Batch, Walk
@@ -99,6 +99,7 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
     change_DF = (reader.weight + change_FD.T).to(reader.weight.dtype) - reader.weight.float()
     judged = _judge(held_out, change_DF)
     reader.weight += judged.step * change_DF
+    settle(layers[layer - 1])
     return judged
 
 

@@ -4,7 +4,7 @@ In: a name as torch has them (cpu, cuda, cuda:1, mps, xpu, ...; ROCm's GPUs are 
 what it has free, and modules whose weights and buffers are on it. Nothing here knows one kind of device from another.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ Model = TypeVar("Model", bound=nn.Module)
 CPU = torch.device("cpu")
 # Of what a device has free: the rest is for activations of a batch and for what its libraries hold.
 USABLE_SHARE = 0.85
+LOW = (torch.bfloat16, torch.float16)
 
 
 def device_called(name: str | None) -> torch.device:
@@ -29,8 +30,7 @@ def device_called(name: str | None) -> torch.device:
     if name is None:
         return rank_device()
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=torch.device(name)).device  # with its number, as tensors there say it
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise RecipeError(
@@ -61,16 +61,36 @@ def peak_bytes_on(device: torch.device) -> int | None:
     return int(module.max_memory_allocated(device)) if hasattr(module, "max_memory_allocated") else None
 
 
-def bring(root: nn.Module, device: torch.device, *, but: Iterable[nn.Module] = ()) -> None:
-    """Move all weights and buffers to the device, but not those of the modules `but`. Tied weights stay tied."""
+def multiplies_in_software(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether matrices of this dtype take many times as long there as those of float32.
+
+    So it is on processors without AVX-512 or an equal of it, where torch multiplies bfloat16 number by number.
+    """
+    if device.type != "cpu" or dtype not in LOW:
+        return False
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)())
+
+
+def bring(
+    root: nn.Module, device: torch.device, *, but: Iterable[nn.Module] = (), dtype: Callable[..., Any] | None = None
+) -> None:
+    """Move all weights and buffers to the device, but not those of the modules `but`. Tied weights stay tied.
+
+    `dtype`: called with (module, name, parameter), says which one the parameter is to have there; None: its own.
+    """
     left = {id(module) for each in but for module in each.modules()}
     moved: dict[int, nn.Parameter] = {}
     for module in root.modules():
         if id(module) in left:
             continue
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.device != device:
-                moved.setdefault(id(parameter), parameter_on(device, parameter))
+            if parameter is None:
+                continue
+            wanted = parameter.dtype if dtype is None else dtype(module, name, parameter)
+            if (parameter.device, parameter.dtype) != (device, wanted):
+                if id(parameter) not in moved:
+                    moved[id(parameter)] = parameter_on(device, parameter, wanted)
                 module._parameters[name] = moved[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -78,14 +98,21 @@ def bring(root: nn.Module, device: torch.device, *, but: Iterable[nn.Module] = (
 
 
 def on_device(model: Model, device: torch.device) -> Model:
-    """Return the model, all of it on the device."""
-    bring(model, device)
+    """Return the model, all of it on the device, in float32 where that multiplies its dtype in software."""
+    low = [p.dtype for p in model.parameters() if p.dtype in LOW]
+    in_software = bool(low) and multiplies_in_software(device, low[0])
+    bring(model, device, dtype=(lambda _, __, parameter: raised(parameter.dtype)) if in_software else None)
     return model
 
 
-def parameter_on(device: torch.device, parameter: nn.Parameter) -> nn.Parameter:
-    """Return the parameter as a new one on the device."""
+def raised(dtype: torch.dtype) -> torch.dtype:
+    """Return float32 for what is shorter, any other dtype as it is."""
+    return torch.float32 if dtype in LOW else dtype
+
+
+def parameter_on(device: torch.device, parameter: nn.Parameter, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """Return the parameter as a new one on the device, in this dtype if one is given."""
     # Made within inference mode it could not be changed outside of it.
     with torch.inference_mode(False), torch.no_grad():
-        tensor: Tensor = parameter.detach().to(device)
+        tensor: Tensor = parameter.detach().to(device, dtype or parameter.dtype)
     return nn.Parameter(tensor, requires_grad=parameter.requires_grad)

@@ -40,22 +40,30 @@ class MemoryEstimate:
 class MemoryPlan:
     """What a run will need, whether its weights stay on disk, and whether its layers come to a device one at a time.
 
-    `budget_bytes`: what of a device's memory that was decided by; None: there was nothing to decide.
+    `budget_bytes`: what of a device's memory that was decided by; None: there was nothing to decide. `in_float32`: the
+    run computes in it, a layer at a time, and stores what the weights are stored in.
     """
 
     estimate: MemoryEstimate
     weights_on_disk: bool
     one_layer_at_a_time: bool = False
     budget_bytes: int | None = None
+    in_float32: bool = False
 
 
-def plan_memory(resolved: Resolved, arch: Arch, config: Any, size: Size, *, can_map: bool = True) -> MemoryPlan:
+def plan_memory(
+    resolved: Resolved, arch: Arch, config: Any, size: Size, *, can_map: bool = True, in_float32: bool = False
+) -> MemoryPlan:
     """Return how the run keeps within the recipe's `memory_budget`: weights in memory if they fit, else on disk.
 
     `can_map`: the weights are in safetensors files, from which they can come layer by layer.
     Raises RecipeError, naming the least that can work, if even that is too much.
     """
     bytes_per_param = size.num_bytes // size.num_params
+    if in_float32:  # what is in no layer, and the layer that runs and the next one, beside all as it is stored
+        outside = size.num_params - sum(arch.params_per_layer)
+        weights = size.num_bytes + 4 * (outside + 2 * max(arch.params_per_layer)) - outside * bytes_per_param
+        return MemoryPlan(estimate_memory(resolved, config, weights, 4), False, in_float32=True)
     whole = estimate_memory(resolved, config, size.num_bytes, bytes_per_param)
     text = resolved.recipe.memory_budget
     if text is None or whole.peak <= parse_size("memory_budget", text):
@@ -81,7 +89,14 @@ def plan_memory(resolved: Resolved, arch: Arch, config: Any, size: Size, *, can_
 
 
 def plan_device_memory(
-    resolved: Resolved, arch: Arch, config: Any, size: Size, free_bytes: int | None, *, can_map: bool = True
+    resolved: Resolved,
+    arch: Arch,
+    config: Any,
+    size: Size,
+    free_bytes: int | None,
+    *,
+    can_map: bool = True,
+    in_float32: bool = False,
 ) -> MemoryPlan:
     """Return how a run on a device other than the CPU keeps within its memory: all weights there, or layer by layer.
 
@@ -89,10 +104,10 @@ def plan_device_memory(
     memory holds weights alone, and by the recipe's `memory_budget` not even those.
     Raises RecipeError, naming the least that can work, if even one layer at a time is too much.
     """
-    recipe, bytes_per_param = resolved.recipe, size.num_bytes // size.num_params
+    recipe, bytes_per_param = resolved.recipe, 4 if in_float32 else size.num_bytes // size.num_params
     text = recipe.device_budget
     budget = free_bytes if text is None else parse_size("device_budget", text)
-    whole = estimate_memory(resolved, config, size.num_bytes, bytes_per_param)
+    whole = estimate_memory(resolved, config, size.num_params * bytes_per_param, bytes_per_param)
     host = None if recipe.memory_budget is None else parse_size("memory_budget", recipe.memory_budget)
     on_disk = host is not None and size.num_bytes > host
     if on_disk and not can_map:
@@ -101,10 +116,11 @@ def plan_device_memory(
             f"weights, and only safetensors weights, given by their path, can stay on disk."
         )
     if budget is None or whole.peak <= budget:
-        return MemoryPlan(whole, on_disk, False, budget)
+        return MemoryPlan(whole, on_disk, in_float32, budget, in_float32)
     # The layer that is run and the next one on its way, beside what is in no layer.
     apart = sum(arch.params_per_layer) - 2 * max(arch.params_per_layer)
-    by_layers = estimate_memory(resolved, config, size.num_bytes - max(apart, 0) * bytes_per_param, bytes_per_param)
+    weights = (size.num_params - max(apart, 0)) * bytes_per_param
+    by_layers = estimate_memory(resolved, config, weights, bytes_per_param)
     if by_layers.peak > budget:
         parts = (by_layers.weights, by_layers.hidden_states, by_layers.statistics, by_layers.solve)
         weights_gb, hidden_gb, statistics_gb, solve_gb = (f"{part / 1e9:.2f}" for part in parts)
@@ -113,7 +129,7 @@ def plan_device_memory(
             f"still needs {by_layers.peak / 1e9:.2f} GB (weights {weights_gb}, hidden states {hidden_gb}, statistics "
             f"{statistics_gb}, solve {solve_gb}); free that much, lower calibration.num_tokens, or give device: cpu."
         )
-    return MemoryPlan(by_layers, on_disk, True, budget)
+    return MemoryPlan(by_layers, on_disk, True, budget, in_float32)
 
 
 def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_per_param: int) -> MemoryEstimate:

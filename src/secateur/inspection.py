@@ -8,21 +8,28 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
-from secateur.arch import Group, bind
+import torch
+
+from secateur.arch import Arch, bind
 from secateur.arch_numbers import text_config
-from secateur.budget import largest_remove, least_keep
+from secateur.budget import Plan, largest_remove, least_keep
 from secateur.checkpoint import meta_model, open_checkpoint
-from secateur.estimate import MemoryEstimate, plan_memory
+from secateur.device import device_called
+from secateur.estimate import MemoryEstimate, MemoryPlan
 from secateur.inspection_groups import Possible, groups_to_inspect, possible_groups, serving_after
 from secateur.journal import Journal
 from secateur.latency import with_prices
+from secateur.opening import memory_for
 from secateur.prices import Outcome, parameter_prices
 from secateur.progress import Progress, silent
 from secateur.recipe import MeasuredPrices, Recipe
+from secateur.resolve import Resolved
 from secateur.resolve_hidden import check_for, resolve_for
 from secateur.serving import Serving
 from secateur.summary import Size
+from secateur.work import Work, disk_bytes, seconds_for, work_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,8 @@ class Inspection:
     `remove_asked` and `largest_remove` are shares of what the recipe's target counts, see `outcome`; `remove_reached`
     is one of all parameters. `prices`: seconds measured for target `latency`, as the recipe's key of that name.
     `possible`, `impossible`: every group of the family, and those that it cannot have with the reason. `serving`: what
-    stands against serving the result, where asked.
+    stands against serving the result, where asked. `operations` and `seconds` are of the whole run but for the choice
+    of whole layers; `disk_bytes` the most that it writes.
     """
 
     model: str
@@ -67,6 +75,10 @@ class Inspection:
     num_calibration_tokens: int
     memory: MemoryEstimate
     weights_on_disk: bool
+    disk_bytes: int
+    device: str
+    operations: Work
+    seconds: Work
     warnings: tuple[str, ...]
     possible: tuple[Possible, ...]
     impossible: dict[str, str]
@@ -90,10 +102,12 @@ def inspect(
 ) -> Inspection:
     """Return what the model is made of. Raises the same errors as `prune` would before reading weights.
 
-    Nothing is measured, unless the recipe's target is `latency` and it has no `prices`. `server`: `vllm`, whose rules
-    for so many GPUs are then looked up, or `llama.cpp`.
+    Nothing of the model is measured, unless the recipe's target is `latency` and it has no `prices`; how fast the
+    device multiplies matrices is, for a moment, so that seconds can be told. `server`: `vllm`, whose rules for so many
+    GPUs are then looked up, or `llama.cpp`.
     """
     recipe = recipe or Recipe()
+    device = device_called(recipe.device)
     checkpoint = open_checkpoint(model, weights=False)
     shape = meta_model(checkpoint.config)
     recipe, notes = groups_to_inspect(recipe, bind(shape))
@@ -101,17 +115,13 @@ def inspect(
     arch = bind(planned)
     recipe = with_prices(recipe, arch, shape, Journal(), progress)
     resolved = resolve_for(recipe, shape)
-    memory = plan_memory(resolved, arch, shape.config, size, can_map=not checkpoint.gguf_file)
+    memory = memory_for(resolved, arch, shape, checkpoint, device)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
     parameters = parameter_prices(arch, resolved.groups, planned).with_only(resolved.layers)
     num_params = parameters.total - parameters.gone(resolved.groups, plan.num_keep)
     assert resolved.recipe.align is not None and resolved.recipe.calibration.num_tokens is not None
     least = least_keep(resolved.groups, resolved.recipe.align, recipe.min_keep)
     taken = resolved.prices.of_all_but(resolved.layers) / resolved.prices.total
-    facts = []
-    for name in recipe.groups:
-        members = [group for group in resolved.groups if group.name == name]
-        facts.append(_facts(members, round(mean(plan.num_keep[group.layer, name] for group in members))))
     return Inspection(
         model=checkpoint.reference,
         family=arch.family,
@@ -120,7 +130,7 @@ def inspect(
         num_layers=(arch.num_layers, len(resolved.layers)),
         hidden_sizes=(text_config(shape).hidden_size, text_config(planned).hidden_size),
         params_per_layer=arch.params_per_layer[0],
-        groups=tuple(facts),
+        groups=tuple(_facts(name, resolved, plan) for name in recipe.groups),
         remove_asked=recipe.remove,
         remove_reached=1 - num_params / size.num_params,
         outcome=resolved.outcome(plan.num_keep),
@@ -132,6 +142,10 @@ def inspect(
         num_calibration_tokens=resolved.recipe.calibration.num_tokens,
         memory=memory.estimate,
         weights_on_disk=memory.weights_on_disk,
+        disk_bytes=disk_bytes(arch, resolved, planned, memory.weights_on_disk),
+        device=str(device),
+        operations=work_of(arch, resolved, size.num_params),
+        seconds=_seconds(arch, resolved, shape, memory, device),
         warnings=(*notes, *resolved.warnings),
         possible=possible_groups(arch),
         impossible=arch.omits,
@@ -139,7 +153,15 @@ def inspect(
     )
 
 
-def _facts(members: list[Group], num_keep: int) -> GroupFacts:
+def _seconds(arch: Arch, resolved: Resolved, shape: Any, memory: MemoryPlan, device: torch.device) -> Work:
+    dtype = torch.float32 if memory.in_float32 else shape.dtype
+    work = work_of(arch, resolved, Size.of(shape).num_params)
+    return seconds_for(work, text_config(shape).hidden_size, dtype, device)
+
+
+def _facts(name: str, resolved: Resolved, plan: Plan) -> GroupFacts:
+    members = [group for group in resolved.groups if group.name == name]
+    num_keep = round(mean(plan.num_keep[group.layer, name] for group in members))
     first = members[0]
     num_params = sum(group.num_units * group.params_per_unit for group in members)
     return GroupFacts(

@@ -4,32 +4,33 @@ In: the dense model loaded, the text packed, the numbers resolved. Out: held-out
 """
 
 import dataclasses
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.arch import Arch
+from secateur.arch import Arch, decoder_layers
 from secateur.bench import Speed, bench
 from secateur.calibration import CalibrationSet
 from secateur.device import peak_bytes_on
 from secateur.estimate import MemoryPlan
 from secateur.journal import Journal
+from secateur.layers_on_device import Placement, all_there
 from secateur.loss import Loss, domain_losses
 from secateur.progress import Progress
 from secateur.ranks import is_first
 from secateur.resolve import Resolved
 from secateur.runlog import RunLog
-from secateur.summary import Losses
+from secateur.summary import Losses, Size
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """`name`: what the user calls the model. `command`: how to repeat the run, for the model card.
 
-    `away`: closed, it brings the model back from the device to ordinary memory.
+    `dense_size`: of the model as it was stored.
     """
 
     name: str
@@ -44,7 +45,8 @@ class Job:
     progress: Progress
     plan: MemoryPlan
     device: torch.device
-    away: ExitStack
+    placement: Placement
+    dense_size: Size
 
     @property
     def has_uncompensated(self) -> bool:
@@ -73,23 +75,37 @@ class Job:
     def bench(self, which: str) -> Speed | None:
         """Return the speed, or None where the recipe asks for none; the first rank times it while the others rest.
 
-        Of a model whose layers come one at a time there is none: it would be that of their way.
+        Of a model that does not fit the device whole there is none: it would be that of its layers' way.
         """
         if not self.resolved.recipe.bench or not is_first() or self.plan.one_layer_at_a_time:
             return None
         with self.log.time("bench"):
-            return bench(self.model, progress=self.progress, stage=f"bench {which}")
+            with all_there(decoder_layers(self.model, self.arch)):
+                return bench(self.model, progress=self.progress, stage=f"bench {which}")
 
     def come_home(self) -> int | None:
         """Bring the model to ordinary memory, where it is saved and proved; return the most that the device held."""
         peak = peak_bytes_on(self.device)
-        self.away.close()
+        self.placement.come_home()
         return peak
+
+    def at_home(self, act: Callable[..., None]) -> Callable[..., None]:
+        """Return what does the same while the model is in ordinary memory."""
+
+        def acting(*arguments: Any) -> None:
+            with self.placement.at_home():
+                act(*arguments)
+
+        return acting
 
     def notes(self) -> tuple[str, ...]:
         """Return what people should know of the run so far."""
         lines = (line["text"] for line in self.log.lines if line["event"] == "note")
         plan = self.plan
+        if plan.in_float32:
+            stored = str(self.model.dtype).removeprefix("torch.")
+            text = f"computed in float32, which {self.device} multiplies faster than {stored}; stored in {stored}"
+            lines = (f"{text}; speeds are those of float32.", *lines)
         if plan.one_layer_at_a_time and plan.budget_bytes is not None:
             gigabytes = f"{plan.budget_bytes / 1e9:.2f} GB"
             lines = (f"layers came to {self.device} one at a time to keep within {gigabytes}, so no speed.", *lines)

@@ -4,7 +4,7 @@ In: a model whose layers lie in ordinary memory or are mapped from files, and a 
 but its layers on the device; a layer comes when it is run and goes when another one is, while the next is on its way.
 What was changed of a layer on the device goes home with it; what was not is still there, so nothing is copied back.
 
-Letters: none; weights only.
+In the same way layers come to the CPU in float32, where it multiplies their own dtype in software, and go home rounded.
 """
 
 from collections.abc import Container, Iterator
@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from secateur.device import CPU, bring, parameter_on
+from secateur.device import CPU, bring, parameter_on, raised
 
 # The layers that are not at home by themselves: send_home is told a layer alone.
 _TRAVELLERS: "WeakKeyDictionary[nn.Module, LayersOnDevice]" = WeakKeyDictionary()
@@ -44,12 +44,17 @@ class _Trip:
 
 
 class LayersOnDevice:
-    """Brings `layers` to `device`, one at a time, from the moment that it is made until `end`."""
+    """Brings `layers` to `device`, one at a time, from the moment that it is made until `end`.
 
-    def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
-        self.layers, self.device = layers, device
-        self.there: int | None = None
-        self.trips: dict[_Place, _Trip] = {}
+    `in_float32`: they compute in it there, whatever they are stored in.
+    """
+
+    def __init__(self, layers: list[nn.Module], device: torch.device, *, in_float32: bool = False) -> None:
+        self.layers, self.in_float32 = layers, in_float32
+        self.device = torch.empty(1, device=device).device  # with its number, as tensors there say it
+        self.dtypes = {place: p.dtype for layer in layers for place, p in _parameters(layer)}
+        self.there: dict[int, dict[_Place, _Trip]] = {}
+        self.stay = False
         self.coming: tuple[int, Future[dict[_Place, _Trip]]] | None = None
         self.carrier = ThreadPoolExecutor(1, thread_name_prefix="secateur-layer")
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -66,14 +71,15 @@ class LayersOnDevice:
         if "forward" in self.layers[index].__dict__:
             return
         with torch.inference_mode(False), torch.no_grad():
-            if index != self.there:
-                self.go()
-                self.there, self.trips = index, self._arrived(index)
+            if index not in self.there:
+                if not self.stay:
+                    self.go()
+                self.there[index] = self._arrived(index)
                 if index + 1 < len(self.layers):
                     self.coming = index + 1, self.carrier.submit(self._trips, index + 1)
             else:  # what was put into it meanwhile
-                self.trips |= self._trips(index)
-            for (module, name), trip in self.trips.items():
+                self.there[index] |= self._trips(index)
+            for (module, name), trip in self.there[index].items():
                 if trip.is_of(module._parameters[name]):
                     module._parameters[name] = trip.away
                 if self.stream is not None:  # its memory is not to be given to the next copy while it is in use
@@ -86,19 +92,34 @@ class LayersOnDevice:
         """Have this layer there."""
         self.come(next(index for index, mine in enumerate(self.layers) if mine is layer))
 
+    def settle(self, layer: nn.Module) -> None:
+        """Round the layer's parameters to the dtypes that they are stored in. Those that are so change nothing."""
+        with torch.no_grad():
+            for place, parameter in _parameters(layer):
+                stored = self.dtypes.get(place, parameter.dtype)
+                if parameter.dtype != stored:
+                    parameter.copy_(parameter.to(stored))
+
     def go(self) -> None:
-        """Send home the layer that is on the device, if any: what was changed of it, and what it was else."""
-        if self.there is None:
-            return
-        for place in _places(self.layers[self.there]):
-            module, name = place
-            now, trip = module._parameters[name], self.trips.get(place)
-            assert now is not None
-            if trip is not None and now is trip.away and now._version == trip.away_version:
-                module._parameters[name] = trip.home
-            else:
-                module._parameters[name] = parameter_on(CPU, now)
-        self.there, self.trips = None, {}
+        """Send home what is on the device: what was changed of it, and what it was else."""
+        for index, trips in self.there.items():
+            for place, now in _parameters(self.layers[index]):
+                trip = trips.get(place)
+                if trip is not None and now is trip.away and now._version == trip.away_version:
+                    place[0]._parameters[place[1]] = trip.home
+                else:
+                    place[0]._parameters[place[1]] = parameter_on(CPU, now, self.dtypes.get(place))
+        self.there = {}
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within the context layers that have come stay."""
+        self.stay = True
+        try:
+            yield
+        finally:
+            self.stay = False
+            self.go()
 
     def end(self) -> None:
         """Leave all layers at home."""
@@ -121,19 +142,22 @@ class LayersOnDevice:
         context = nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
         found: dict[_Place, _Trip] = {}
         with context, torch.no_grad():
-            for place in _places(self.layers[index]):
-                parameter = place[0]._parameters[place[1]]
-                if parameter is not None and place not in but and parameter.device.type == "cpu":
+            for place, parameter in _parameters(self.layers[index]):
+                if place not in but and (parameter.device, parameter.dtype) != self._wanted(parameter):
                     found[place] = self._trip(parameter)
             if self.stream is not None:
                 self.stream.synchronize()  # pinned sources may go
         return found
 
+    def _wanted(self, parameter: nn.Parameter) -> tuple[torch.device, torch.dtype]:
+        return self.device, raised(parameter.dtype) if self.in_float32 else parameter.dtype
+
     def _trip(self, parameter: nn.Parameter) -> _Trip:
         version, place = parameter._version, parameter.data_ptr()
         # Only from pinned memory does a copy run beside the computation.
         source = parameter.detach() if self.stream is None else parameter.detach().pin_memory()
-        away = nn.Parameter(source.to(self.device, non_blocking=True), requires_grad=parameter.requires_grad)
+        moved = source.to(*self._wanted(parameter), non_blocking=True)
+        away = nn.Parameter(moved, requires_grad=parameter.requires_grad)
         return _Trip(parameter, version, place, away, away._version)
 
 
@@ -143,6 +167,12 @@ def fetch(layer: nn.Module) -> None:
         _TRAVELLERS[layer].fetch(layer)
 
 
+def settle(layer: nn.Module) -> None:
+    """Round what was changed of the layer to what it is stored in, if it computes in more than that."""
+    if layer in _TRAVELLERS:
+        _TRAVELLERS[layer].settle(layer)
+
+
 def send_home(layer: nn.Module) -> None:
     """Bring the layer back to ordinary memory, if it is one of those that come and go."""
     if layer in _TRAVELLERS:
@@ -150,23 +180,55 @@ def send_home(layer: nn.Module) -> None:
 
 
 @contextmanager
-def placed(root: nn.Module, layers: list[nn.Module], device: torch.device, one_at_a_time: bool) -> Iterator[None]:
-    """Within the context the model is on the device, its layers all or one at a time; afterwards in ordinary memory.
+def all_there(layers: list[nn.Module]) -> Iterator[None]:
+    """Within the context layers that come and go stay once they have come, for a measurement of their speed."""
+    travelling = _TRAVELLERS.get(layers[0])
+    with nullcontext() if travelling is None else travelling.together():
+        yield
 
-    On the CPU nothing happens.
+
+class Placement:
+    """A model's way to a device and back: all of it, or all but its layers, which come one at a time.
+
+    `in_float32`: there it computes in float32, and its layers come one at a time. On the CPU nothing happens otherwise.
     """
-    if device.type == "cpu":
+
+    def __init__(
+        self, root: nn.Module, layers: list[nn.Module], device: torch.device, *, one_at_a_time: bool, in_float32: bool
+    ) -> None:
+        self.root, self.layers, self.device, self.in_float32 = root, layers, device, in_float32
+        self.one_at_a_time = one_at_a_time or in_float32
+        self.dtypes = {place: parameter.dtype for place, parameter in _parameters(root)}
+        self.travelling: LayersOnDevice | None = None
+
+    def go(self) -> None:
+        """Bring the model to the device."""
+        if self.device.type == "cpu" and not self.in_float32:
+            return
+        to_float32 = (lambda _, __, parameter: raised(parameter.dtype)) if self.in_float32 else None
+        bring(self.root, self.device, but=self.layers if self.one_at_a_time else (), dtype=to_float32)
+        if self.one_at_a_time:
+            self.travelling = LayersOnDevice(self.layers, self.device, in_float32=self.in_float32)
+
+    def come_home(self) -> None:
+        """Bring it back to ordinary memory, in the dtypes that it is stored in."""
+        if self.device.type == "cpu" and not self.in_float32:
+            return
+        if self.travelling is not None:
+            self.travelling.end()
+            self.travelling = None
+        bring(self.root, CPU, dtype=lambda module, name, parameter: self.dtypes.get((module, name), parameter.dtype))
+
+    @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Within the context the model is in ordinary memory, to be saved."""
+        self.come_home()
         yield
-        return
-    bring(root, device, but=layers if one_at_a_time else ())
-    travelling = LayersOnDevice(layers, device) if one_at_a_time else None
-    try:
-        yield
-    finally:
-        if travelling is not None:
-            travelling.end()
-        bring(root, CPU)
+        self.go()
 
 
-def _places(layer: nn.Module) -> list[_Place]:
-    return [(module, name) for module in layer.modules() for name, p in module._parameters.items() if p is not None]
+def _parameters(root: nn.Module) -> Iterator[tuple[_Place, nn.Parameter]]:
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield (module, name), parameter

@@ -4,23 +4,35 @@ In: a reference or a model in memory, the recipe. Out: the model's shape and arc
 within memory, and the model itself. Everything that is wrong with these is said before a weight is read.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.arch import Arch, bind
+from secateur.arch import Arch, bind, decoder_layers
 from secateur.checkpoint import Checkpoint, check_finite, check_weights, load_model, meta_model, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
-from secateur.device import device_called, free_bytes
+from secateur.device import CPU, LOW, device_called, free_bytes, multiplies_in_software
 from secateur.errors import RecipeError
 from secateur.estimate import MemoryPlan, plan_device_memory, plan_memory
 from secateur.in_memory import check_in_memory, restore_buffers
+from secateur.layers_on_device import Placement
 from secateur.output import parse_size
 from secateur.recipe import Recipe
 from secateur.resolve import Resolved
 from secateur.resolve_hidden import check_for
 from secateur.summary import Size
+
+
+@dataclass(slots=True)
+class Given:
+    """`checkpoint`: None of a model in memory. `shape`: that model, or the checkpoint's, first without weights."""
+
+    checkpoint: Checkpoint | None
+    shape: PreTrainedModel
+    arch: Arch
+    device: torch.device
 
 
 def opened(
@@ -58,6 +70,24 @@ def device_for(recipe: Recipe, checkpoint: Checkpoint | None, model: PreTrainedM
     return model.device
 
 
+def computes_in_float32(
+    recipe: Recipe, checkpoint: Checkpoint | None, model: PreTrainedModel, device: torch.device
+) -> bool:
+    """Say whether weights are to be in float32 while they are computed with, and no longer.
+
+    By itself where the device multiplies their dtype in software, and the recipe sets no limit on memory.
+    Raises RecipeError if the recipe asks for it where it cannot be.
+    """
+    if recipe.compute_dtype == "float32" and (checkpoint is None or recipe.memory_budget is not None):
+        why = "memory_budget, which keeps weights in their files" if checkpoint else "a model in memory; convert it"
+        raise RecipeError(f"compute_dtype: float32 does not go with {why}; leave one of them out.")
+    if checkpoint is None or recipe.memory_budget is not None or model.dtype not in LOW:
+        return False
+    return recipe.compute_dtype == "float32" or (
+        recipe.compute_dtype is None and multiplies_in_software(device, model.dtype)
+    )
+
+
 def memory_for(
     resolved: Resolved, arch: Arch, model: PreTrainedModel, checkpoint: Checkpoint | None, device: torch.device
 ) -> MemoryPlan:
@@ -65,11 +95,18 @@ def memory_for(
 
     `model`: its shape will do. Raises RecipeError, naming the least that can work, if nothing helps.
     """
-    can_map = checkpoint is not None and checkpoint.gguf_file is None
+    facts, can_map = (resolved, arch, model.config), checkpoint is not None and checkpoint.gguf_file is None
+    in_float32 = computes_in_float32(resolved.recipe, checkpoint, model, device)
     if device.type == "cpu":
-        return plan_memory(resolved, arch, model.config, Size.of(model), can_map=can_map)
+        return plan_memory(*facts, Size.of(model), can_map=can_map, in_float32=in_float32)
     free = None if checkpoint is None else free_bytes(device)
-    return plan_device_memory(resolved, arch, model.config, Size.of(model), free, can_map=can_map)
+    return plan_device_memory(*facts, Size.of(model), free, can_map=can_map, in_float32=in_float32)
+
+
+def placement_of(model: PreTrainedModel, given: Given, plan: MemoryPlan) -> Placement:
+    """Return the loaded model's way to the device; a model in memory stays where it is."""
+    layers, to = decoder_layers(model, given.arch), CPU if given.checkpoint is None else given.device
+    return Placement(model, layers, to, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
 
 
 def tokenizer_of(checkpoint: Checkpoint | None) -> PreTrainedTokenizerBase:
@@ -78,13 +115,13 @@ def tokenizer_of(checkpoint: Checkpoint | None) -> PreTrainedTokenizerBase:
     return load_tokenizer(checkpoint)
 
 
-def loaded(
-    checkpoint: Checkpoint | None, model: PreTrainedModel, plan: MemoryPlan, device: torch.device
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def loaded(given: Given, plan: MemoryPlan) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Return the model with its weights, in ordinary memory or mapped, and what was changed of one in memory."""
-    if checkpoint is not None:
-        # On the way to a device weights need not pass through memory.
-        wanted = plan.weights_on_disk or device.type != "cpu"
-        return load_model(checkpoint, mapped=wanted and checkpoint.gguf_file is None), ()
-    check_finite(model)
-    return model, restore_buffers(model)
+    model, checkpoint = given.shape, given.checkpoint
+    if checkpoint is None:
+        check_finite(model)
+        return model, restore_buffers(model)
+    # On the way to a device weights need not pass through memory.
+    mapped = (plan.weights_on_disk or given.device.type != "cpu") and checkpoint.gguf_file is None
+    given.shape = load_model(checkpoint, mapped=mapped)  # the modules without weights alone are 0.1 MB per layer
+    return given.shape, ()

@@ -55,7 +55,7 @@ def check_free_space(directory: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
         raise CheckpointError(
-            f"{directory.parent}: the result needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
+            f"{directory.parent}: the run needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
             "free some space or choose another place."
         )
 

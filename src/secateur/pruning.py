@@ -8,7 +8,6 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,11 +28,20 @@ from secateur.depth_step import remove_depth
 from secateur.hidden_step import remove_hidden
 from secateur.in_memory import eval_mode
 from secateur.job import Job
+from secateur.journal import Journal
 from secateur.latency import with_prices
-from secateur.layers_on_device import placed
 from secateur.loop import prune_in_place
 from secateur.memory import peak_bytes
-from secateur.opening import device_for, loaded, memory_for, opened, tokenizer_of
+from secateur.opening import (
+    Given,
+    computes_in_float32,
+    device_for,
+    loaded,
+    memory_for,
+    opened,
+    placement_of,
+    tokenizer_of,
+)
 from secateur.original_readers import OriginalReaders
 from secateur.output import check_free_space
 from secateur.progress import Progress, silent
@@ -51,6 +59,7 @@ from secateur.runlog import RunLog
 from secateur.staged_directory import staging_if_any
 from secateur.summary import Losses, Size, Summary, group_widths, versions
 from secateur.verify import Verification, verify_reload
+from secateur.work import disk_bytes
 
 VERIFY_TOKENS = 64
 
@@ -102,46 +111,60 @@ def prune(
         options = {"resume": resume, "tell": tell}
         return prune_then_recover(prune, model, parsed, out, tokenizer, overwrite, command, progress, options)
     checkpoint, shape, arch = opened(model, tokenizer, parsed)
-    device, size = device_for(parsed, checkpoint, shape), Size.of(shape)
+    device = device_for(parsed, checkpoint, shape)
     protected = None if checkpoint is None else checkpoint.directory
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
     target = staging_if_any(place, overwrite=overwrite, protected=protected)
-    kept = journal_for(place, parsed, checkpoint, log, resume=resume, overwrite=overwrite, tell=tell)
+    computes = {"device": str(device), "in float32": computes_in_float32(parsed, checkpoint, shape, device)}
+    kept = journal_for(place, parsed, checkpoint, computes, log, resume=resume, overwrite=overwrite, tell=tell)
+    given = Given(checkpoint, shape, arch, device)
     with kept as journal, target as directory:
-        _start(log, directory, size)
-        parsed = with_prices(parsed, arch, shape, journal, progress, device)
-        resolved = resolve_for(parsed, shape)
-        plan = memory_for(resolved, arch, shape, checkpoint, device)
-        with log.time("calibration"):
-            tokenizer = tokenizer or tokenizer_of(checkpoint)
-            calibration = from_first(partial(_calibrate, resolved.recipe, tokenizer, progress))
-        with log.time("load"):
-            model, notes = loaded(checkpoint, shape, plan, device)
-            resolved = dataclasses.replace(resolved, warnings=resolved.warnings + notes)
-            check_same_run(model, resolved)
-            del shape  # its modules alone are 0.1 MB per layer
-        with eval_mode(model), ExitStack() as away:
-            if checkpoint is not None:
-                away.enter_context(placed(model, decoder_layers(model, arch), device, plan.one_layer_at_a_time))
-            with log.time("calibration"):
-                sampled = partial(with_sampled, calibration, model, tokenizer, parsed.seed, progress)
-                calibration = from_first(sampled)
-                check_calibration(journal, calibration.content_hash, place)
-            name = str(checkpoint.reference if checkpoint else model.config._name_or_path or type(model).__name__)
-            parts = (model, tokenizer, arch, resolved, calibration, log, journal, progress, plan, device, away)
-            layers, keeps, summary = _run(Job(name, command, *parts), directory, protected)
-    return Result(model, tokenizer, resolved.recipe, keeps, layers, summary, None if out is None else Path(out))
+        job = _prepared(given, parsed, tokenizer, journal, place, directory, command, progress)
+        with eval_mode(job.model):
+            layers, keeps, summary = _run(job, directory, protected)
+    return Result(
+        job.model, job.tokenizer, job.resolved.recipe, keeps, layers, summary, None if out is None else Path(out)
+    )
 
 
-def _start(log: RunLog, directory: Path | None, dense_size: Size) -> None:
+def _prepared(
+    given: Given,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None,
+    journal: Journal,
+    place: Path | None,
+    directory: Path | None,
+    command: str,
+    progress: Progress,
+) -> Job:
+    """Return the job with its model on the device and its text packed, after everything has been checked."""
+    checkpoint, shape, arch, device = given.checkpoint, given.shape, given.arch, given.device
+    recipe, log = with_prices(recipe, arch, shape, journal, progress, device), journal.log
+    resolved = resolve_for(recipe, shape)
+    plan = memory_for(resolved, arch, shape, checkpoint, device)
     if directory is not None:
-        check_free_space(directory, dense_size.num_bytes)
+        check_free_space(directory, disk_bytes(arch, resolved, shape, plan.weights_on_disk))
         log.append_to(directory)
+    tokenizer = tokenizer or tokenizer_of(checkpoint)
+    with log.time("calibration"):
+        calibration = from_first(partial(_calibrate, resolved.recipe, tokenizer, progress))
+    with log.time("load"):
+        model, notes = loaded(given, plan)
+        resolved = dataclasses.replace(resolved, warnings=resolved.warnings + notes)
+        check_same_run(model, resolved)
+        size, placement = Size.of(model), placement_of(model, given, plan)
+        placement.go()
+    with log.time("calibration"), eval_mode(model):
+        calibration = from_first(partial(with_sampled, calibration, model, tokenizer, recipe.seed, progress))
+        check_calibration(journal, calibration.content_hash, place)
+    name = str(checkpoint.reference if checkpoint else model.config._name_or_path or type(model).__name__)
+    parts = (tokenizer, arch, resolved, calibration, log, journal, progress, plan, device, placement, size)
+    return Job(name, command, model, *parts)
 
 
 def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tuple[int, ...], Keeps, Summary]:
     recipe, log = job.resolved.recipe, job.log
-    dense_size, dense_layers, dense_width = Size.of(job.model), job.arch.num_layers, text_config(job.model).hidden_size
+    dense_size, dense_layers, dense_width = job.dense_size, job.arch.num_layers, text_config(job.model).hidden_size
     dense_losses, dense_speed = job.evaluate("dense"), job.bench("dense")
     with tempfile.TemporaryDirectory(dir=directory, prefix="originals-") as scratch:
         originals = OriginalReaders(Path(scratch)) if job.has_uncompensated else None
@@ -154,7 +177,7 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
                 job.model, job.tokenizer, recipe, directory, carry_from, layers, run.channels
             )
             if checkpoint and recipe.keep_rounds:
-                run = dataclasses.replace(run, after_round=checkpoint.save_round)
+                run = dataclasses.replace(run, after_round=job.at_home(checkpoint.save_round))
             keeps = prune_in_place(run)
         peak = peak_bytes()
         pruned_losses = job.evaluate("pruned")

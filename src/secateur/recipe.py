@@ -114,10 +114,9 @@ class Recipe(Strict):
     sublayers: budgets `curve` and `search` may take all of a group, so that the layer's attention or MLP goes whole.
     damping_factors: each group tries the damping times each of these and takes what its held-out text likes best.
     memory_budget: such as 6GB, beyond interpreter and page cache; weights stay on disk where they would not fit it.
-    device: cpu, cuda, cuda:1, mps, ...; None: a CUDA or ROCm GPU if torch finds one, else the CPU. device_budget: such
-    as 20GB of its memory, where layers come one at a time if all would not fit; None: most of what is free.
-    recover: training after the cut, see `recover_recipe`; None: no training.
-    target_mix: how much of the drift (dense stream minus pruned stream) an MLP makes up for; 0 its own output alone.
+    device: None is a GPU if torch finds one. device_budget: such as 20GB of its memory; layers come one at a time
+    where all would not fit. compute_dtype: None is float32 on CPUs that multiply bfloat16 in software.
+    recover: training after the cut. target_mix: how much of the drift (dense minus pruned stream) an MLP makes up for.
     """
 
     remove: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
@@ -152,6 +151,7 @@ class Recipe(Strict):
     bench: bool = True
     memory_budget: str | None = None
     device: str | None = None
+    compute_dtype: Literal["stored", "float32"] | None = None
     device_budget: str | None = None
     max_shard_size: str = "5GB"
     recover: RecoverySettings | None = None

@@ -38,6 +38,7 @@ def journal_for(
     out: Path | None,
     recipe: Recipe,
     checkpoint: Checkpoint | None,
+    computes: dict[str, Any],
     log: RunLog,
     *,
     resume: bool,
@@ -47,6 +48,7 @@ def journal_for(
     """Return the journal of a run that can be resumed, see `journal_beside`; of any other one that keeps nothing.
 
     `checkpoint`: None for a model in memory, which a run cuts in place, so that it is not what it was.
+    `computes`: where and in what, as far as the recipe leaves that to the machine.
     Raises CheckpointError if such a run is to `resume`.
     """
     if out is None or checkpoint is None:
@@ -59,7 +61,7 @@ def journal_for(
     if not is_first():
         return nullcontext(Journal(log))
     options = {"resume": resume, "overwrite": overwrite, "protected": checkpoint.directory, "tell": tell}
-    return journal_beside(out, inputs_of(recipe, checkpoint), log, **options)
+    return journal_beside(out, inputs_of(recipe, checkpoint) | {"computes": computes}, log, **options)
 
 
 def inputs_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -203,6 +203,14 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         f"tokens: weights {weights}{elsewhere}, hidden states {hidden}, statistics {statistics}, solve {solve}; the "
         f"interpreter comes on top",
     )
+    yield "disk", f"at most {human_bytes(inspection.disk_bytes)} while it runs"
+    seconds = inspection.seconds
+    yield (
+        "time",
+        f"about {human_seconds(seconds.total)} on {inspection.device} at the speed of this machine now: passes "
+        f"{human_seconds(seconds.forward)}, statistics {human_seconds(seconds.gram)}, solves "
+        f"{human_seconds(seconds.solve)}; text, speeds and the reload check come on top",
+    )
     yield from _groups_and_server(inspection)
     for warning in inspection.warnings:
         yield "note", warning
@@ -221,6 +229,14 @@ def _groups_and_server(inspection: Inspection) -> Iterator[tuple[str, str]]:
         where = serving.server + (gpus if serving.server == VLLM else "")
         yield "serving", f"{where}: {'; '.join(serving.problems) or 'nothing stands against the result'}"
         yield "", "; ".join(serving.cautions)
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a duration with two digits: 0.043 s, 12 s, 3.4 min, 2.1 h."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def human_bytes(num_bytes: int | float) -> str:

@@ -1,0 +1,97 @@
+"""Seconds of a prune on one GPU (or another device), load, save and reload check included, beside what its work needs.
+
+A random model of a known shape (`make_shape.py`) is pruned by `secateur prune --device`, in a process of its own. The
+roofline is the floating-point operations of the run (`secateur.work`) over the rate at which the same device multiplies
+matrices just before: bfloat16 for forward passes, TF32 for Gram matrices of bfloat16 inputs (which it holds exactly),
+float64 for solves; and the bytes that are read and written over `--disk-gbps`. The mark is for one H100 and this
+script's defaults.
+
+    python benchmarks/gpu.py [--device cuda] [--shape qwen2.5-7b] [--layers 28] [--num-blocks 128]
+                             [--sequence-length 2048] [--remove 0.2] [--folder DIR] [--dense DIR]
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from make_shape import SHAPES, write_shape
+
+from secateur.arch import bind
+from secateur.checkpoint import meta_model, open_checkpoint
+from secateur.device import device_called
+from secateur.recipe import parse_recipe
+from secateur.resolve_hidden import resolve_for
+from secateur.work import measured_rates, work_of
+
+MARK_SECONDS = 90.0
+# Rows of the products that are timed: enough to fill a large GPU.
+ROWS = 8192
+
+
+def main() -> None:
+    """Print seconds by stage, the roofline by kind of work, their ratio, and whether the mark is met."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shape", choices=list(SHAPES), default="qwen2.5-7b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--num-blocks", type=int, default=128)
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--remove", type=float, default=0.2)
+    parser.add_argument("--disk-gbps", type=float, default=2.0)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--dense", type=Path, help="a model that is there already, in place of a shape")
+    options = parser.parse_args()
+    device = device_called(options.device)
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="gpu-") as name:
+        folder = Path(name)
+        if options.dense is None:
+            write_shape(options.shape, folder / "dense", options.layers)
+        run(options.dense or folder / "dense", folder, device, options)
+
+
+def run(dense: Path, folder: Path, device: torch.device, options: argparse.Namespace) -> None:
+    """Prune once and print what it took and what it needs."""
+    asked: dict[str, Any] = {
+        "remove": options.remove,
+        "align": 256,
+        "bench": False,
+        "device": options.device,
+        "calibration": {
+            "num_tokens": options.num_blocks * options.sequence_length,
+            "sequence_length": options.sequence_length,
+        },
+    }
+    (folder / "recipe.json").write_text(json.dumps(asked), encoding="utf-8")
+    model = meta_model(open_checkpoint(dense).config)
+    num_params, num_bytes = (sum(size(p) for p in model.parameters()) for size in (torch.numel, lambda p: p.nbytes))
+    resolved = resolve_for(parse_recipe(asked), model)
+    work = dataclasses.asdict(work_of(bind(model), resolved, num_params))
+    rate = dataclasses.asdict(measured_rates(device, model.dtype, model.config.hidden_size, rows=ROWS))
+    command = [sys.executable, "-m", "secateur", "prune", str(dense), str(folder / "out")]
+    start = time.perf_counter()
+    subprocess.run(
+        [*command, "--recipe", str(folder / "recipe.json"), "--quiet"], check=True, stdout=subprocess.DEVNULL
+    )
+    seconds = time.perf_counter() - start
+    found = json.loads((folder / "out" / "result.json").read_text(encoding="utf-8"))
+    print(f"{num_bytes / 1e9:.2f} GB of weights, {asked['calibration']}, on {found['device']}: {seconds:.1f} s")
+    print(f"stages, s: {found['seconds']}; device peak: {found['device_peak_bytes']} bytes")
+    needs = {kind: work[kind] / rate[kind] for kind in work}
+    # Read, written, and read again by the check.
+    needs["disk"] = (num_bytes + 2 * found["pruned_size"]["num_bytes"]) / (options.disk_gbps * 1e9)
+    for kind, needed in needs.items():
+        at = f"{work[kind] / 1e12:.2f} T operations at {rate[kind] / 1e12:.2f} T/s" if kind in work else "bytes"
+        print(f"roofline, {kind}: {needed:.2f} s ({at})")
+    print(f"roofline, all: {sum(needs.values()):.1f} s; measured over it {seconds / sum(needs.values()):.2f}")
+    print(f"mark on one H100: at most {MARK_SECONDS:.0f} s: {'met' if seconds <= MARK_SECONDS else 'missed'}")
+
+
+if __name__ == "__main__":
+    main()

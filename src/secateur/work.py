@@ -1,0 +1,135 @@
+"""What a run has to do, before it: floating-point operations, seconds on this machine, bytes of disk.
+
+In: a bound architecture, a resolved recipe, a model's shape. Out: operations by kind; seconds, from the rate at which
+the device multiplies matrices of such sizes now; bytes. Text, speeds and the reload check are not counted.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from secateur.arch import Arch, Group, decoder_layers, linear
+from secateur.gram import NUM_BLOCKS, exact_product_precision
+from secateur.resolve import Resolved
+from secateur.score import solve_dtype
+
+# Held-out blocks come on top of the calibration tokens: one for every nine.
+HELD_OUT_SHARE = 1 / 9
+# Products that are timed: as many rows as a batch has tokens, and not more than a fraction of a second of them.
+ROWS, MOST_WIDTH, REPEATS = 512, 2048, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Operations (an addition and a multiplication are two), or the seconds that they take.
+
+    `forward`: passes through layers and head, in the model's dtype. `gram`: products of statistics, in float32.
+    `solve`: inverses, updates and least squares, in float64.
+    """
+
+    forward: float
+    gram: float
+    solve: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.forward + self.gram + self.solve
+
+
+def work_of(arch: Arch, resolved: Resolved, num_params: int) -> Work:
+    """Return the operations of a run.
+
+    forward, per round: the pruned stream, and where there is one the dense stream, through every layer, and what was
+    cut once more; the held-out tenth through up to three models with head; for measured budgets the probe's tokens
+    through half of the layers, on average, and the head for every group, for `search` also for every child.
+    gram: the lower block triangle of x'x, once more for measured budgets. solve, for F inputs, C that go and S that
+    stay: inverse 2 F^3, updates 2 C F^2, Cholesky S^3 / 3, substitutions 2 S^2 H, right side 2 C S H.
+    """
+    recipe, num_rounds = resolved.recipe, len(resolved.plans)
+    assert recipe.calibration.num_tokens is not None and recipe.calibration.sequence_length is not None
+    tokens = recipe.calibration.num_tokens
+    held_out = tokens * HELD_OUT_SHARE
+    in_layers = sum(arch.params_per_layer)
+    is_measured = recipe.budget in ("curve", "search")
+    streams = 2 if recipe.target_mix else 1
+    forward = num_rounds * streams * 2 * (tokens + held_out) * in_layers
+    if recipe.evaluate:
+        forward += (2 + (recipe.compensate != "none")) * 2 * held_out * num_params
+    gram, solve = 0.0, 0.0
+    for plan in resolved.plans:
+        for group in resolved.groups:
+            parts = _group_work(group, plan.num_keep[group.layer, group.name], tokens)
+            forward += 2 * (tokens + held_out) * parts[0]
+            gram, solve = gram + parts[1] * (1 + is_measured), solve + parts[2] * (1 + is_measured)
+    if is_measured:
+        probe = recipe.probe_blocks * len(recipe.calibration.domains) * recipe.calibration.sequence_length
+        children = recipe.generations * recipe.offspring if recipe.budget == "search" else 0
+        one = 2.0 * probe * (num_params - in_layers / 2)
+        forward += num_rounds * (len(resolved.groups) * one + children * 2 * probe * num_params)
+    return Work(forward, gram, solve)
+
+
+def _group_work(group: Group, num_keep: int, tokens: int) -> tuple[float, float, float]:
+    """Return parameters that stay, and the operations of statistics and solves."""
+    inputs, stays = group.num_inputs, min(group.num_inputs, num_keep * group.width)
+    gone = inputs - stays
+    outputs = group.params_per_unit / max(1, group.width * (len(group.writers) + 1))
+    solve = 2.0 * inputs**3 + 2.0 * gone * inputs**2 + stays**3 / 3
+    solve += 2.0 * stays**2 * outputs + 2.0 * gone * stays * outputs
+    return num_keep * group.params_per_unit, tokens * inputs**2 * (1 + 1 / NUM_BLOCKS), solve if gone else 0.0
+
+
+def seconds_for(work: Work, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Work:
+    """Return the seconds that the work takes at the rates of `measured_rates`. `dtype`: what is computed in."""
+    rates = measured_rates(device, dtype, min(MOST_WIDTH, hidden_size))
+    return Work(work.forward / rates.forward, work.gram / rates.gram, work.solve / rates.solve)
+
+
+@torch.inference_mode()
+def measured_rates(device: torch.device, dtype: torch.dtype, width: int, rows: int = ROWS) -> Work:
+    """Return operations per second of products like those of each kind, the best of a few."""
+    forward = _rate(torch.zeros(rows, width, dtype=dtype, device=device), 4 * width)
+    with exact_product_precision(dtype):
+        gram = _rate(torch.zeros(rows, width, device=device), 4 * width)
+    solve = _rate(torch.zeros(rows, ROWS, dtype=solve_dtype(device), device=device), ROWS)
+    return Work(forward, gram, solve)
+
+
+def _rate(left: torch.Tensor, columns: int) -> float:
+    right = left.new_zeros(columns, left.shape[1])
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        (left @ right.T)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * left.numel() * columns / min(seconds)
+
+
+def disk_bytes(arch: Arch, resolved: Resolved, model: nn.Module, weights_on_disk: bool) -> int:
+    """Return the most bytes that a run needs on the disk of its output.
+
+    The result, never larger than the dense model, once more for every round that is kept; the journal's refitted
+    readers of every round; the original readers, as they were and as they are, where the cut without compensation is
+    evaluated; layers as they were before the first of several rounds; finished layers, where weights stay on disk.
+    """
+    recipe, num_rounds = resolved.recipe, len(resolved.plans)
+    layers = decoder_layers(model, arch)
+    parameters = (_reader(layers[group.layer], group) for group in resolved.groups)
+    readers = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    in_layers = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    total = num_bytes * (num_rounds if recipe.keep_rounds else 1) + num_rounds * readers
+    if recipe.compensate != "none" and recipe.evaluate and not weights_on_disk:
+        total += 2 * readers
+    if num_rounds > 1 and recipe.target_mix:
+        total += in_layers
+    return total + (min(num_rounds, 2) * in_layers if weights_on_disk else 0)
+
+
+def _reader(layer: nn.Module, group: Group) -> torch.Tensor:
+    if group.experts is None:
+        return linear(layer, group.reader.module).weight
+    return layer.get_submodule(group.experts.module).get_parameter(group.experts.stacks.down)
