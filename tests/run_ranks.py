@@ -4,17 +4,43 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 
 def start_ranks(num_ranks: int, *arguments: object) -> subprocess.Popen[str]:
     """Start `torchrun --nproc-per-node NUM_RANKS ARGUMENTS` on a free port."""
+    return _launched(["--nproc-per-node", num_ranks, "--master-port", _free_port(), *arguments], None)
+
+
+def run_machines(directories: list[Path], *arguments: object, timeout: float = 600) -> None:
+    """Run one rank per directory to its end, each by a launcher of its own that works there, as on several machines."""
+    port, size = _free_port(), len(directories)
+    where = [
+        "--nproc-per-node",
+        1,
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        port,
+        "--nnodes",
+        size,
+        "--node-rank",
+    ]
+    launchers = [_launched([*where, number, *arguments], place) for number, place in enumerate(directories)]
+    for launcher in launchers:
+        _, stderr = launcher.communicate(timeout=timeout)
+        assert launcher.returncode == 0, stderr
+
+
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", num_ranks, "--master-port", port, *arguments]
-    command = [sys.executable, *map(str, launch)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=dict(os.environ), stdout=pipe, stderr=pipe, text=True)
+        return free.getsockname()[1]
+
+
+def _launched(launch: list[object], directory: Path | None) -> subprocess.Popen[str]:
+    command, pipe = [sys.executable, "-m", "torch.distributed.run", *map(str, launch)], subprocess.PIPE
+    return subprocess.Popen(command, env=dict(os.environ), cwd=directory, stdout=pipe, stderr=pipe, text=True)
 
 
 def run_ranks(num_ranks: int, *arguments: object, timeout: float = 600) -> tuple[int, str, str]:

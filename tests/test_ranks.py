@@ -14,7 +14,7 @@ import yaml
 from models import tiny_ids
 from ranks_child import main as run_jobs
 from run_cli import run_cli
-from run_ranks import run_ranks, start_ranks
+from run_ranks import run_machines, run_ranks, start_ranks
 from safetensors.torch import load_file
 from tiny_tokenizer import tiny_tokenizer
 
@@ -232,6 +232,34 @@ def test_ranks_share_the_cells_of_a_study_and_the_blocks_of_an_evaluation(checkp
     for num_ranks in (1, 2):
         run(num_ranks, "evaluate", checkpoints["llama-tied"], *domains, *options, "--out", tmp_path / str(num_ranks))
     assert (tmp_path / "1" / "evaluation.json").read_bytes() == (tmp_path / "2" / "evaluation.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_machines_need_not_share_a_directory(checkpoints, recipe, tmp_path):
+    """Two launchers, each in a directory of its own: the first one's has the result, which is that of two ranks."""
+    machines = [tmp_path / "first", tmp_path / "second"]
+    for place in machines:
+        place.mkdir()
+    command = command_of(checkpoints["llama"], recipe, tmp_path / "here")
+    assert run_ranks(2, *command)[0] == 0
+    run_machines(machines, *("out" if part == tmp_path / "here" else part for part in command))
+    name = "model.safetensors"
+    assert (machines[0] / "out" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+    assert not list(machines[1].iterdir())
+    study = {
+        "question": "Which?",
+        "model": str(checkpoints["llama"]),
+        "ratios": [0.2],
+        "seeds": [0, 1],
+        "recipe": {key: value for key, value in recipe.items() if key != "bench"},
+        "methods": {"ours": {}, "wanda": {"recipe": {"score": "wanda", "compensate": "none"}}},
+    }
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(study), encoding="utf-8")
+    run_machines(machines, "-m", "secateur", "compare", file, "compared", "--quiet")
+    cells = [sorted(path.name for path in (place / "compared" / "cells").iterdir()) for place in machines]
+    assert all(cells) and len(cells[0] + cells[1]) == 6
+    assert (machines[0] / "compared" / "table.md").is_file() and not (machines[1] / "compared" / "table.md").exists()
 
 
 def run(num_ranks: int, *arguments: object) -> None:
