@@ -69,7 +69,7 @@ def work_of(arch: Arch, resolved: Resolved, num_params: int) -> Work:
         children = recipe.generations * recipe.offspring if recipe.budget == "search" else 0
         one = 2.0 * probe * (num_params - in_layers / 2)
         forward += num_rounds * (len(resolved.groups) * one + children * 2 * probe * num_params)
-    return Work(forward, gram, solve)
+    return Work(float(forward), gram, solve)
 
 
 def _group_work(group: Group, num_keep: int, tokens: int) -> tuple[float, float, float]:
@@ -79,7 +79,8 @@ def _group_work(group: Group, num_keep: int, tokens: int) -> tuple[float, float,
     outputs = group.params_per_unit / max(1, group.width * (len(group.writers) + 1))
     solve = 2.0 * inputs**3 + 2.0 * gone * inputs**2 + stays**3 / 3
     solve += 2.0 * stays**2 * outputs + 2.0 * gone * stays * outputs
-    return num_keep * group.params_per_unit, tokens * inputs**2 * (1 + 1 / NUM_BLOCKS), solve if gone else 0.0
+    gram = tokens * inputs**2 * (1 + 1 / NUM_BLOCKS)
+    return float(num_keep * group.params_per_unit), gram, solve if gone else 0.0
 
 
 def seconds_for(work: Work, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Work:

@@ -1,0 +1,197 @@
+"""A run computes on the device that its recipe names, whole or a layer at a time, and gives what the CPU gives.
+
+The device is `pretend_device`, which refuses operations over two devices as a GPU does and computes on the processor,
+so that results are equal to the bit.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pretend_device
+import pytest
+import torch
+from models import tiny_llama
+from run_cli import run_cli
+from safetensors.torch import load_file
+from tiny_tokenizer import tiny_tokenizer
+from torch import nn
+
+import secateur
+from secateur import opening, pruning, walk
+from secateur.checkpoint_quiet import quiet_transformers
+from secateur.device import device_called, multiplies_in_software
+from secateur.errors import CheckpointError, RecipeError
+from secateur.layers_on_device import LayersOnDevice, fetch, send_home
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "heads": {"groups": ["ffn", "kv_heads"]},
+    "curve": {"budget": "curve"},
+    "search": {"budget": "search", "generations": 2, "offspring": 2},
+    "global": {"budget": "global"},
+    "taylor": {"score": "taylor"},
+    "flap": {"score": "flap", "compensate": "bias"},
+    "minimax": {"domain_weighting": "minimax"},
+    "rounds": {"rounds": 2, "damping_factors": [1, 10]},
+    "depth": {"depth": 1, "remove": 0.35},
+    "hidden": {"hidden_size": 44, "remove": 0.25},
+    "on disk": {"memory_budget": "0.1MB"},
+    "net": {"rounds": 2, "max_loss_rise": 9.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def _same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk, "DEVICE_BATCH_TOKENS", walk.CPU_BATCH_TOKENS)
+    pretend_device.device()
+
+
+@pytest.fixture(scope="module")
+def made_by_cpu(checkpoints: dict[str, Path], recipe: dict[str, Any]) -> dict[str, Any]:
+    """Results of the CPU by recipe, made when first asked for."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("name", "by_layers"),
+    [
+        *((name, True) for name in RECIPES),
+        *((name, False) for name in ("defaults", "curve", "depth", "hidden", "taylor")),
+    ],
+)
+def test_a_device_gives_what_the_cpu_gives(name, by_layers, checkpoints, recipe, made_by_cpu, tmp_path, monkeypatch):
+    if by_layers:
+        # As if the device held no more.
+        planned = pruning.memory_for
+        apart = partial(dataclasses.replace, one_layer_at_a_time=True, budget_bytes=10**6)
+        monkeypatch.setattr(pruning, "memory_for", lambda *facts: apart(planned(*facts)))
+    asked = {**recipe, **RECIPES[name]}
+    if name not in made_by_cpu:
+        on_cpu = {key: value for key, value in asked.items() if key != "memory_budget"}
+        made_by_cpu[name] = secateur.prune(checkpoints["llama"], {**on_cpu, "device": "cpu"})
+    expected = made_by_cpu[name]
+    found = secateur.prune(checkpoints["llama"], {**asked, "device": "pretend"})
+    for key, keep in expected.keeps.items():
+        assert torch.equal(found.keeps[key], keep)
+    theirs = expected.model.state_dict()
+    for tensor_name, tensor in found.model.state_dict().items():
+        assert torch.equal(tensor, theirs[tensor_name]), tensor_name
+    assert found.summary.pruned_losses == expected.summary.pruned_losses
+    assert found.summary.device == "pretend:0" and expected.summary.device == "cpu"
+    assert any("one at a time" in note for note in found.summary.warnings) == by_layers
+    assert {p.device.type for p in found.model.parameters()} == {"cpu"}
+
+
+@pytest.fixture(scope="module")
+def low(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in bfloat16."""
+    directory = tmp_path_factory.mktemp("low")
+    with quiet_transformers():
+        tiny_llama().to(torch.bfloat16).save_pretrained(directory)
+        tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_bfloat16_is_computed_in_float32_and_stored_as_it_was(low, recipe, tmp_path):
+    asked = {**recipe, "compute_dtype": "float32", "rounds": 2, "keep_rounds": True, "target_mix": 0.5}
+    result = secateur.prune(low, asked, out=tmp_path / "out")
+    assert result.summary.reload_max_abs_difference == 0
+    assert any("computed in float32" in note for note in result.summary.warnings)
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
+    assert result.summary.dense_size.num_bytes == 2 * result.summary.dense_size.num_params
+    dense = load_file(low / "model.safetensors")
+    for directory in (tmp_path / "out", tmp_path / "out" / "rounds" / "1"):
+        stored = load_file(directory / "model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+        # What was not cut is what it was.
+        for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"):
+            assert torch.equal(stored[name], dense[name])
+        secateur.load(directory)
+    stays = secateur.prune(low, {**recipe, "compute_dtype": "stored"})
+    assert not any("float32" in note for note in stays.summary.warnings)
+
+
+def test_an_interrupted_run_in_float32_ends_with_the_same_bytes(low, recipe, tmp_path):
+    asked = {**recipe, "compute_dtype": "float32", "target_mix": 0.5}
+    secateur.prune(low, asked, out=tmp_path / "whole")
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage.startswith("prune") and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        secateur.prune(low, asked, out=tmp_path / "out", progress=stop)
+    with pytest.raises(CheckpointError, match="computes in float32 was True and is False"):
+        secateur.prune(low, {**asked, "compute_dtype": "stored"}, out=tmp_path / "out", resume=True)
+    secateur.prune(low, asked, out=tmp_path / "out", resume=True)
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_layers_take_home_what_was_changed_of_them():
+    layers = [nn.Linear(4, 4).requires_grad_(False) for _ in range(3)]
+    homes = [layer.weight for layer in layers]
+    travelling, x = LayersOnDevice(layers, pretend_device.device()), torch.ones(1, 4).to("pretend")
+    with torch.inference_mode():
+        layers[0](x)
+        layers[1](x)
+    assert layers[0].weight is homes[0] and layers[1].weight.device.type == "pretend"
+    layers[1].weight.mul_(2)  # in place, there
+    send_home(layers[1])
+    assert layers[1].weight.device.type == "cpu" and torch.equal(layers[1].weight, 2 * homes[1])
+    layers[2].weight.add_(1)  # at home, after its copy was on its way
+    found, bias = layers[2](x).cpu(), layers[2].bias.cpu()
+    assert torch.equal(found, nn.functional.linear(torch.ones(1, 4), homes[2], bias))
+    fetch(layers[0])
+    layers[0].weight = nn.Parameter(torch.zeros(2, 4).to("pretend"), requires_grad=False)  # cut, there
+    travelling.end()
+    assert [layer.weight.device.type for layer in layers] == ["cpu"] * 3 and layers[0].weight.shape == (2, 4)
+
+
+def test_all_of_the_model_or_its_layers_by_the_memory_of_the_device(checkpoints, recipe, monkeypatch):
+    asked = {**recipe, "device": "pretend"}
+    whole = secateur.prune(checkpoints["llama"], {**asked, "device_budget": "1GB"})
+    assert not any("one at a time" in note for note in whole.summary.warnings)
+    calibration = {**recipe["calibration"], "num_tokens": 320}
+    least = {**asked, "calibration": calibration, "groups": ["kv_heads"], "remove": 0.1}
+    monkeypatch.setattr(opening, "free_bytes", lambda device: 600_000)
+    apart = secateur.prune(checkpoints["llama"], least)
+    assert any("one at a time" in note for note in apart.summary.warnings)
+    with pytest.raises(RecipeError, match=r"device_budget: 0.00 GB of the device cannot work; .* still needs"):
+        secateur.prune(checkpoints["llama"], {**least, "device_budget": "0.01MB"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("device", "gpu", "device: torch finds no 'gpu' here"),
+        ("device", "cuda:99", "device: torch finds no 'cuda:99' here"),
+        ("device", "meta", "device: 'meta' holds no numbers"),
+        ("compute_dtype", "float32", "compute_dtype: float32 does not go with memory_budget"),
+    ],
+)
+def test_what_cannot_be(key, value, said, checkpoints, recipe):
+    with pytest.raises(RecipeError, match=said):
+        secateur.prune(checkpoints["llama"], {**recipe, "memory_budget": "1GB", key: value})
+
+
+def test_a_model_in_memory_stays_where_it_is(recipe):
+    model = tiny_llama()
+    with pytest.raises(RecipeError, match="device: is pretend, and the model in memory is on cpu"):
+        secateur.prune(model, {**recipe, "device": "pretend"}, tokenizer=tiny_tokenizer())
+    with pytest.raises(RecipeError, match="device_budget: a model in memory"):
+        secateur.prune(model, {**recipe, "device_budget": "1GB"}, tokenizer=tiny_tokenizer())
+
+
+def test_the_command_line_names_the_device(checkpoints, recipe_file, tmp_path):
+    done = run_cli("prune", checkpoints["llama"], tmp_path / "out", "--recipe", recipe_file, "--device", "cuda:99")
+    assert done.status == 2 and done.stderr.count("\n") == 1 and "cuda:99" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_in_software():
+    assert not multiplies_in_software(torch.device("cpu"), torch.float32)
+    assert not multiplies_in_software(pretend_device.device(), torch.bfloat16)
+    assert device_called("cpu") == torch.device("cpu")
