@@ -42,6 +42,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+# Those that are run with all of the model on the device, too.
+WHOLE = "defaults", "curve", "depth", "hidden", "taylor"
+
+
 @pytest.fixture(autouse=True)
 def _same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walk, "DEVICE_BATCH_TOKENS", walk.CPU_BATCH_TOKENS)

@@ -32,7 +32,8 @@ NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
 
 # The frozen surface: a flag is added here only after it was found that a recipe key would not do.
 COMMANDS = {
-    "prune": "MODEL OUT --remove --recipe --preset --domain --seed --memory-budget --device --resume --overwrite --quiet --json",
+    "prune": "MODEL OUT --remove --recipe --preset --domain --seed --memory-budget --device --resume --overwrite "
+    "--quiet --json",
     "inspect": "MODEL --remove --recipe --preset --memory-budget --check-for --tp --json",
     "demo": "OUT --overwrite --quiet --json",
     "recover": "PRUNED --teacher --out --tokens --stage --recipe --domain --tasks --limit --tasks-data --dry-run "
