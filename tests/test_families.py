@@ -145,8 +145,8 @@ def test_cut_saved_and_reloaded_by_stock_transformers_equals_mask(name: str, gro
     assert num_params(model) == dense_size - prices.gone(groups, kept)
     expected = logits_of(masked, ids_BT)
     assert not torch.allclose(expected, logits_of(tiny_family(name), ids_BT), atol=1e-3)
-    # Experts are multiplied in groups, whose sums are split otherwise once they are narrower or fewer.
-    close = 3e-6 if group_name in (EXPERTS, EXPERT_CHANNELS) else 1e-6
+    # Sums are split otherwise once there are fewer terms, how is up to the processor.
+    close = 3e-6
     torch.testing.assert_close(logits_of(model, ids_BT), expected, atol=close, rtol=1e-6)
     model.save_pretrained(tmp_path)
     is_causal = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
