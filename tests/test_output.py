@@ -97,7 +97,7 @@ def test_shard_size():
 
 def test_free_space(tmp_path):
     check_free_space(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=r"the result needs 1000000000.00 GB, the disk has"):
+    with pytest.raises(CheckpointError, match=r"the run needs 1000000000.00 GB, the disk has"):
         check_free_space(tmp_path, 10**18)
 
 
