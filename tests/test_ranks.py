@@ -208,16 +208,7 @@ def wait_for_log_lines(place: Path, num_lines: int, process: subprocess.Popen[st
 
 @pytest.mark.slow
 def test_ranks_share_the_cells_of_a_study_and_the_blocks_of_an_evaluation(checkpoints, recipe, tmp_path):
-    study = {
-        "question": "Which?",
-        "model": str(checkpoints["llama"]),
-        "ratios": [0.2],
-        "seeds": [0, 1],
-        "recipe": {key: value for key, value in recipe.items() if key != "bench"},
-        "methods": {"ours": {}, "wanda": {"recipe": {"score": "wanda", "compensate": "none"}}},
-    }
-    file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump(study), encoding="utf-8")
+    file = study_file(checkpoints["llama"], recipe, tmp_path)
     for num_ranks in (1, 2):
         run(num_ranks, "compare", file, tmp_path / f"compared-{num_ranks}", "--quiet")
     one, two = (tmp_path / f"compared-{number}" for number in (1, 2))
@@ -246,20 +237,26 @@ def test_machines_need_not_share_a_directory(checkpoints, recipe, tmp_path):
     name = "model.safetensors"
     assert (machines[0] / "out" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     assert not list(machines[1].iterdir())
+    file = study_file(checkpoints["llama"], recipe, tmp_path)
+    run_machines(machines, "-m", "secateur", "compare", file, "compared", "--quiet")
+    cells = [sorted(path.name for path in (place / "compared" / "cells").iterdir()) for place in machines]
+    assert all(cells) and len(cells[0] + cells[1]) == 6
+    assert (machines[0] / "compared" / "table.md").is_file() and not (machines[1] / "compared" / "table.md").exists()
+
+
+def study_file(model: Path, recipe: dict[str, Any], directory: Path) -> Path:
+    """Write a study of six cells, dense ones included."""
     study = {
         "question": "Which?",
-        "model": str(checkpoints["llama"]),
+        "model": str(model),
         "ratios": [0.2],
         "seeds": [0, 1],
         "recipe": {key: value for key, value in recipe.items() if key != "bench"},
         "methods": {"ours": {}, "wanda": {"recipe": {"score": "wanda", "compensate": "none"}}},
     }
-    file = tmp_path / "study.yaml"
+    file = directory / "study.yaml"
     file.write_text(yaml.safe_dump(study), encoding="utf-8")
-    run_machines(machines, "-m", "secateur", "compare", file, "compared", "--quiet")
-    cells = [sorted(path.name for path in (place / "compared" / "cells").iterdir()) for place in machines]
-    assert all(cells) and len(cells[0] + cells[1]) == 6
-    assert (machines[0] / "compared" / "table.md").is_file() and not (machines[1] / "compared" / "table.md").exists()
+    return file
 
 
 def run(num_ranks: int, *arguments: object) -> None:

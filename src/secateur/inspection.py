@@ -142,7 +142,7 @@ def inspect(
         num_calibration_tokens=resolved.recipe.calibration.num_tokens,
         memory=memory.estimate,
         weights_on_disk=memory.weights_on_disk,
-        disk_bytes=disk_bytes(arch, resolved, planned, memory.weights_on_disk),
+        disk_bytes=disk_bytes(arch, resolved, planned, memory),
         device=str(device),
         operations=work_of(arch, resolved, size.num_params),
         seconds=_seconds(arch, resolved, shape, memory, device),

@@ -196,14 +196,17 @@ class Placement:
     def __init__(
         self, root: nn.Module, layers: list[nn.Module], device: torch.device, *, one_at_a_time: bool, in_float32: bool
     ) -> None:
-        self.root, self.layers, self.device, self.in_float32 = root, layers, device, in_float32
+        self.root, self.device, self.in_float32 = root, device, in_float32
+        self.stays = device.type == "cpu" and not in_float32
         self.one_at_a_time = one_at_a_time or in_float32
-        self.dtypes = {place: parameter.dtype for place, parameter in _parameters(root)}
+        # Nothing is held of a model that stays, so that layers that are removed from it are gone.
+        self.layers = [] if self.stays else layers
+        self.dtypes = {} if self.stays else {place: parameter.dtype for place, parameter in _parameters(root)}
         self.travelling: LayersOnDevice | None = None
 
     def go(self) -> None:
         """Bring the model to the device."""
-        if self.device.type == "cpu" and not self.in_float32:
+        if self.stays:
             return
         to_float32 = (lambda _, __, parameter: raised(parameter.dtype)) if self.in_float32 else None
         bring(self.root, self.device, but=self.layers if self.one_at_a_time else (), dtype=to_float32)
@@ -212,7 +215,7 @@ class Placement:
 
     def come_home(self) -> None:
         """Bring it back to ordinary memory, in the dtypes that it is stored in."""
-        if self.device.type == "cpu" and not self.in_float32:
+        if self.stays:
             return
         if self.travelling is not None:
             self.travelling.end()

@@ -123,5 +123,5 @@ def loaded(given: Given, plan: MemoryPlan) -> tuple[PreTrainedModel, tuple[str, 
         return model, restore_buffers(model)
     # On the way to a device weights need not pass through memory.
     mapped = (plan.weights_on_disk or given.device.type != "cpu") and checkpoint.gguf_file is None
-    given.shape = load_model(checkpoint, mapped=mapped)  # the modules without weights alone are 0.1 MB per layer
+    given.shape = load_model(checkpoint, mapped=mapped)
     return given.shape, ()

@@ -118,6 +118,7 @@ def prune(
     computes = {"device": str(device), "in float32": computes_in_float32(parsed, checkpoint, shape, device)}
     kept = journal_for(place, parsed, checkpoint, computes, log, resume=resume, overwrite=overwrite, tell=tell)
     given = Given(checkpoint, shape, arch, device)
+    del shape  # its modules alone are 0.1 MB per layer
     with kept as journal, target as directory:
         job = _prepared(given, parsed, tokenizer, journal, place, directory, command, progress)
         with eval_mode(job.model):
@@ -143,7 +144,7 @@ def _prepared(
     resolved = resolve_for(recipe, shape)
     plan = memory_for(resolved, arch, shape, checkpoint, device)
     if directory is not None:
-        check_free_space(directory, disk_bytes(arch, resolved, shape, plan.weights_on_disk))
+        check_free_space(directory, disk_bytes(arch, resolved, shape, plan))
         log.append_to(directory)
     tokenizer = tokenizer or tokenizer_of(checkpoint)
     with log.time("calibration"):

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from secateur.arch import Arch, Group, decoder_layers, linear
+from secateur.estimate import HELD_OUT_FACTOR, MemoryPlan
 from secateur.gram import NUM_BLOCKS, exact_product_precision
 from secateur.resolve import Resolved
 from secateur.score import solve_dtype
 
-# Held-out blocks come on top of the calibration tokens: one for every nine.
-HELD_OUT_SHARE = 1 / 9
 # Products that are timed: as many rows as a batch has tokens, and not more than a fraction of a second of them.
 ROWS, MOST_WIDTH, REPEATS = 512, 2048, 3
 
@@ -51,7 +50,7 @@ def work_of(arch: Arch, resolved: Resolved, num_params: int) -> Work:
     recipe, num_rounds = resolved.recipe, len(resolved.plans)
     assert recipe.calibration.num_tokens is not None and recipe.calibration.sequence_length is not None
     tokens = recipe.calibration.num_tokens
-    held_out = tokens * HELD_OUT_SHARE
+    held_out = tokens * (HELD_OUT_FACTOR - 1)
     in_layers = sum(arch.params_per_layer)
     is_measured = recipe.budget in ("curve", "search")
     streams = 2 if recipe.target_mix else 1
@@ -109,7 +108,7 @@ def _rate(left: torch.Tensor, columns: int) -> float:
     return 2 * left.numel() * columns / min(seconds)
 
 
-def disk_bytes(arch: Arch, resolved: Resolved, model: nn.Module, weights_on_disk: bool) -> int:
+def disk_bytes(arch: Arch, resolved: Resolved, model: nn.Module, plan: MemoryPlan) -> int:
     """Return the most bytes that a run needs on the disk of its output.
 
     The result, never larger than the dense model, once more for every round that is kept; the journal's refitted
@@ -119,15 +118,15 @@ def disk_bytes(arch: Arch, resolved: Resolved, model: nn.Module, weights_on_disk
     recipe, num_rounds = resolved.recipe, len(resolved.plans)
     layers = decoder_layers(model, arch)
     parameters = (_reader(layers[group.layer], group) for group in resolved.groups)
-    readers = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    readers = sum(p.numel() * (4 if plan.in_float32 else p.element_size()) for p in parameters)
     in_layers = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     total = num_bytes * (num_rounds if recipe.keep_rounds else 1) + num_rounds * readers
-    if recipe.compensate != "none" and recipe.evaluate and not weights_on_disk:
+    if recipe.compensate != "none" and recipe.evaluate and not plan.weights_on_disk:
         total += 2 * readers
     if num_rounds > 1 and recipe.target_mix:
         total += in_layers
-    return total + (min(num_rounds, 2) * in_layers if weights_on_disk else 0)
+    return total + (min(num_rounds, 2) * in_layers if plan.weights_on_disk else 0)
 
 
 def _reader(layer: nn.Module, group: Group) -> torch.Tensor:
