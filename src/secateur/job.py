@@ -104,8 +104,8 @@ class Job:
         plan = self.plan
         if plan.in_float32:
             stored = str(self.model.dtype).removeprefix("torch.")
-            text = f"computed in float32, which {self.device} multiplies faster than {stored}; stored in {stored}"
-            lines = (f"{text}; speeds are those of float32.", *lines)
+            speeds = ", and speeds are those of float32" if self.resolved.recipe.bench else ""
+            lines = (f"computed in float32 on {self.device}; stored in {stored} as before{speeds}.", *lines)
         if plan.one_layer_at_a_time and plan.budget_bytes is not None:
             gigabytes = f"{plan.budget_bytes / 1e9:.2f} GB"
             lines = (f"layers came to {self.device} one at a time to keep within {gigabytes}, so no speed.", *lines)
