@@ -66,7 +66,7 @@ def speed(files: ResultFiles) -> Section:
     more = f"{command} adds the ideal speed-up, peak memory and cache size."
     measured = speeds(summary)
     if not measured:
-        return Section("speed", title, (f"Not timed: the recipe says bench: false. {more}",), (), (sizes,))
+        return Section("speed", title, (f"Not timed in the run: see its recipe and notes. {more}",), (), (sizes,))
     assert summary.dense_speed is not None
     text = (
         f"Medians of {summary.dense_speed.repeats} runs at batch 1 with {summary.dense_speed.prompt_tokens} prompt "
