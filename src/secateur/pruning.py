@@ -140,12 +140,14 @@ def _prepared(
 ) -> Job:
     """Return the job with its model on the device and its text packed, after everything has been checked."""
     checkpoint, shape, arch, device = given.checkpoint, given.shape, given.arch, given.device
-    recipe, log = with_prices(recipe, arch, shape, journal, progress, device), journal.log
+    log = journal.log
+    if directory is not None:
+        log.append_to(directory)
+    recipe = with_prices(recipe, arch, shape, journal, progress, device)
     resolved = resolve_for(recipe, shape)
     plan = memory_for(resolved, arch, shape, checkpoint, device)
     if directory is not None:
         check_free_space(directory, disk_bytes(arch, resolved, shape, plan))
-        log.append_to(directory)
     tokenizer = tokenizer or tokenizer_of(checkpoint)
     with log.time("calibration"):
         calibration = from_first(partial(_calibrate, resolved.recipe, tokenizer, progress))
