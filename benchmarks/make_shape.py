@@ -36,6 +36,15 @@ SHAPES = {
         "vocab_size": 152064,
         "tie_word_embeddings": False,
     },
+    "qwen2.5-0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
     "small": {
         "hidden_size": 512,
         "intermediate_size": 2048,

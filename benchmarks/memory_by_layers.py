@@ -4,7 +4,7 @@ Random models of one shape (`make_shape.py`) and several numbers of layers are p
 finished output, each in a process of its own, with the smallest memory budget that can work. Resident anonymous memory
 is sampled; what interpreter, libraries and a warm-up run hold before is taken off. Page cache is stated beside it.
 
-    python benchmarks/memory_by_layers.py [--layers 4 8 16 32] [--shape small] [--num-tokens 2048]
+    python benchmarks/memory_by_layers.py [--layers 4 8 16 32] [--shape qwen2.5-0.5b] [--num-tokens 2048]
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
     """Print a row per number of layers and the largest peak over the smallest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--shape", choices=list(SHAPES), default="small")
+    parser.add_argument("--shape", choices=list(SHAPES), default="qwen2.5-0.5b")
     parser.add_argument("--num-tokens", type=int, default=2048)
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -19,7 +19,7 @@ from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 
 import secateur
-from secateur import opening, pruning, walk
+from secateur import compensate, gram, opening, pruning, score, walk, work
 from secateur.checkpoint_quiet import quiet_transformers
 from secateur.device import device_called, multiplies_in_software
 from secateur.errors import CheckpointError, RecipeError
@@ -86,6 +86,23 @@ def test_a_device_gives_what_the_cpu_gives(name, by_layers, checkpoints, recipe,
     assert found.summary.device == "pretend:0" and expected.summary.device == "cpu"
     assert any("one at a time" in note for note in found.summary.warnings) == by_layers
     assert {p.device.type for p in found.model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("name", ["defaults", "heads", "curve", "minimax", "depth", "hidden"])
+def test_a_device_without_float64_has_its_solves_done_on_the_cpu(name, checkpoints, recipe, made_by_cpu, monkeypatch):
+    asked = {**recipe, **RECIPES[name]}
+    if name not in made_by_cpu:
+        made_by_cpu[name] = secateur.prune(checkpoints["llama"], {**asked, "device": "cpu"})
+    expected = made_by_cpu[name]
+    monkeypatch.setattr(pretend_device, "LACKING", {torch.float64})
+    for module in (gram, score, compensate, work):
+        monkeypatch.setattr(module, "float64_device", lambda device: torch.device("cpu"))
+    found = secateur.prune(checkpoints["llama"], {**asked, "device": "pretend"})
+    assert all(torch.equal(found.keeps[key], keep) for key, keep in expected.keeps.items())
+    theirs = expected.model.state_dict()
+    for tensor_name, tensor in found.model.state_dict().items():
+        close = 1e-3 * float(theirs[tensor_name].abs().max())
+        torch.testing.assert_close(tensor, theirs[tensor_name], rtol=0, atol=close)
 
 
 @pytest.fixture(scope="module")

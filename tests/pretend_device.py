@@ -20,6 +20,9 @@ FACTORIES = "empty empty_strided arange full zeros ones scalar_tensor rand randn
 
 LIBRARY = torch.library.Library("aten", "IMPL")  # what is registered lasts as long as this
 
+# Dtypes that the device does not have.
+LACKING: set[torch.dtype] = set()
+
 # What may meet tensors of another device.
 CROSSING = {"aten::copy_", "aten::_copy_from"}
 
@@ -31,6 +34,8 @@ class Pretended(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "Pretended":
+        if inner.dtype in LACKING:
+            raise TypeError(f"{NAME} has no {inner.dtype}")
         # One made within inference mode could not be sliced in another.
         with torch.inference_mode(False):
             self = Tensor._make_wrapper_subclass(

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 import secateur
@@ -22,7 +23,7 @@ def facts_of(result: secateur.Result) -> dict[str, Any]:
     """Return what is to be the same in every rank, and how many ranks there are whose weights differ."""
     digest = hashlib.sha256()
     for parameter in result.model.parameters():
-        digest.update(parameter.detach().numpy().tobytes())
+        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return {
         "keeps": {f"{layer}.{group}": keep.tolist() for (layer, group), keep in result.keeps.items()},
         "layers": result.layers,

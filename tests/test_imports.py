@@ -14,12 +14,12 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 260, 60
 # Bottom up; a module imports from layers below its own, never from its own. `cli.*` is one command each.
 LAYERS = [
     # what knows nothing of the rest
-    "errors progress memory runlog whole_file reload_child checkpoint_quiet modeling_per_layer gram overlap page svg "
+    "errors progress memory runlog whole_file reload_child checkpoint_quiet modeling_per_layer overlap page svg "
     "knapsack arch_conv recover_recipe recover_loss",
     "ranks_group",
     "ranks",
     "device",
-    "layers_on_device",
+    "layers_on_device gram",
     # what a run is described by; readers and writers of single files
     "serving stats arch_spec recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output "
     "llama_cpp gguf_family gguf_sentencepiece recover_teacher recover_store journal",
@@ -65,7 +65,7 @@ LAYERS = [
     "__main__",
 ]
 
-# A stage knows arch types, errors and progress; besides these only what is named here.
+# A stage knows arch types, devices, errors and progress; besides these only what is named here.
 STAGES = {
     "gram": "",
     "stats": "gram",
@@ -81,7 +81,7 @@ STAGES = {
     "bench": "",
     "calibration": "recipe sources",
 }
-STAGES_MAY_IMPORT = {"arch", "errors", "memory", "progress", "ranks"}
+STAGES_MAY_IMPORT = {"arch", "device", "errors", "memory", "progress", "ranks"}
 
 HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (

@@ -38,6 +38,20 @@ def test_many_batches_in_any_order_equal_one(num_inputs: int) -> None:
     assert_same(gather(pieces[::-1], num_inputs), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_order_of_batches_and_who_sums_them_does_not_show_in_a_bit(dtype: torch.dtype) -> None:
+    x_TF, y_TH = (part.to(dtype) for part in draw(33, 400))
+    pieces = list(zip(x_TF.split(16), y_TH.split(16), strict=True))
+    forth, back = gather(pieces, 33), gather(pieces[::-1], 33)
+    ranks = [gather(pieces[rank::3], 33) for rank in range(3)]
+    ranks[0].merge(ranks[1])
+    ranks[0].merge(ranks[2])
+    for other in (back, ranks[0]):
+        assert torch.equal(forth.gram.full(torch.float64), other.gram.full(torch.float64))
+        for name in ("sum_F", "sum_squares_F", "energy"):
+            assert torch.equal(getattr(forth, name), getattr(other, name)), name
+
+
 @pytest.mark.parametrize("num_inputs", SIZES)
 def test_halves_merge_to_the_whole(num_inputs: int) -> None:
     x_TF, y_TH = draw(num_inputs)
@@ -89,8 +103,9 @@ def test_pooling_weighs_every_sum_by_share_and_energy() -> None:
     pooled, quiet = pool(by_domain, {"loud": 0.25, "quiet": 0.75}), by_domain["quiet"]
     assert float(pooled.energy) == pytest.approx(1)
     torch.testing.assert_close(pooled.gram.full(), quiet.gram.full() / quiet.energy)
-    torch.testing.assert_close(pooled.sum_F, (0.25 / 10 + 0.75) * quiet.sum_F / quiet.energy)
-    torch.testing.assert_close(pooled.cross_FH, (0.25 / 10 + 0.75) * quiet.cross_FH / quiet.energy)
+    for found, summed in ((pooled.sum_F, quiet.sum_F), (pooled.cross_FH, quiet.cross_FH)):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, ((0.25 / 10 + 0.75) * summed / quiet.energy).float())
 
 
 def test_clear_forgets_and_non_finite_shows() -> None:

@@ -56,5 +56,5 @@ def global_plan(
 
 
 def _standardised(scores_U: Tensor) -> Tensor:
-    values = scores_U.detach().double().cpu()
+    values = scores_U.detach().cpu().double()
     return ((values - values.mean()) / values.std(correction=0).clamp_min(1e-30)).float()

@@ -171,6 +171,7 @@ def _depends_on(bench: _Bench, seed: int, recipe: dict[str, Any], blocks: dict[s
         "model": bench.fingerprint,
         "recipe": recipe,
         "seed": seed,
+        "device": bench.device.type,
         "evaluation": bench.study.evaluation.model_dump(mode="json"),
         "judged_on": {name: int(ids_NT.sum()) for name, ids_NT in blocks.items()},
         "versions": versions(),

@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from secateur.device import float64_device
 from secateur.errors import NumericsError
 from secateur.gram import Gram
 from secateur.memory import release_freed
 from secateur.ranks import sum_by_name
-from secateur.score import ridge_of, solve_dtype
+from secateur.score import ridge_of
 
 # Fractions of a correction that the guard tries, largest first; 0 means the old weights stay.
 GUARD_STEPS = (1.0, 0.5, 0.25)
@@ -80,14 +81,15 @@ def least_squares(
     is_gone[keep] = False
     if not is_gone.any() and (cross_FH is None or not mix):
         return Fit(reader_HF, damping, 1.0)
-    gone, dtype = is_gone.nonzero().flatten(), solve_dtype(gram.device)
-    right_SH = (reader_HF[:, gone].to(dtype) @ gram.part(gone, keep, dtype)).mT  # column-major, for LAPACK
+    gone, place = is_gone.nonzero().flatten(), (torch.float64, float64_device(gram.device))
+    # Column-major, for LAPACK. A device that has no float64 cannot convert to it either, so it goes to the other first.
+    right_SH = (reader_HF[:, gone].to(place[1]).to(place[0]) @ gram.part(gone, keep, *place)).mT
     if cross_FH is not None and mix:
-        right_SH.add_(cross_FH[keep], alpha=mix)
+        right_SH.add_(cross_FH[keep].to(place[1]), alpha=mix)
     release_freed()
     for attempt in range(MAX_DAMPING_RETRIES + 1):
         used = damping * 10**attempt
-        block = gram.part(keep, keep, dtype).mT  # column-major, so that all of it happens in place
+        block = gram.part(keep, keep, *place).mT  # column-major, so that all of it happens in place
         block.diagonal().add_(ridge_of(gram, used))
         failed = torch.zeros((), dtype=torch.int32, device=block.device)
         factor, _ = torch.linalg.cholesky_ex(block, out=(block, failed))
@@ -98,7 +100,7 @@ def least_squares(
             torch.linalg.solve_triangular(factor, right_SH, upper=False, out=right_SH)
             torch.linalg.solve_triangular(factor.mT, right_SH, upper=True, out=right_SH)
             del block, factor
-            return Fit(reader_HF[:, keep].add_(right_SH.T.float()), used, condition)
+            return Fit(reader_HF[:, keep].add_(right_SH.T.float().to(reader_HF.device)), used, condition)
     highest = damping * 10**MAX_DAMPING_RETRIES
     raise NumericsError(f"least squares has no solution even with damping {highest:g}; use more calibration tokens.")
 

@@ -64,7 +64,7 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
 
     With x the input of the previous layer's FFN reader, W its weight and d what `layer` adds to the hidden state, the
     new weight is argmin |x W' + d - x V'|^2 + ridge |V - W|^2 over V, that is W' + (G + ridge I)^-1 x'd with G = x'x
-    and ridge = damping * mean(diag G). Sums in float32, solved in float64; no new module, no new bias. The guard's
+    and ridge = damping * mean(diag G). Summed and solved in float64; no new module, no new bias. The guard's
     errors are shares of |d|^2 on held-out batches, by domain: 1 means that nothing of the layer is given back. Without
     held-out batches the whole step is taken.
 
@@ -79,7 +79,7 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
     fetch(layers[layer - 1])
     from_first(lambda: _check_added_as_it_is(Walk(model, arch, batches[:1]), layer - 1, reader))
     gram = Gram(reader.in_features, reader.weight.device)
-    cross_FD = reader.weight.new_zeros(reader.in_features, reader.out_features, dtype=torch.float32)
+    cross_FD = gram.blocks[0].new_zeros(reader.in_features, reader.out_features)
     held_out: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for batch in batches:
         walk = Walk(model, arch, [batch])
@@ -192,7 +192,7 @@ def _solve(hessian_FF: Float[Tensor, "F F"], cross_FD: Float[Tensor, "F D"], lay
     factor, failed = torch.linalg.cholesky_ex(hessian_FF)
     if failed:
         raise NumericsError(f"fold of layer {layer}: least squares has no solution; raise damping or use more tokens.")
-    return torch.cholesky_solve(cross_FD.to(factor), factor).float()
+    return torch.cholesky_solve(cross_FD.to(factor.device).to(factor.dtype), factor).float().to(cross_FD.device)
 
 
 def _judge(held_out: dict[str, list[tuple[Tensor, Tensor]]], change_DF: Float[Tensor, "D F"]) -> Guard:

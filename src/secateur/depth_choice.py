@@ -52,7 +52,7 @@ def layer_kl(
                     f"KL without layer {index}, domain {batch.domain}: a divergence is not finite; use the model in "
                     f"bfloat16 or float32 and check its weights."
                 )
-            sums_L[index] += divergence_P.double().sum().cpu()
+            sums_L[index] += divergence_P.cpu().double().sum()
     total = sum_by_name({"kl": sums_L, "tokens": num_tokens})
     costs_L = torch.full_like(sums_L, torch.inf)
     costs_L[asked] = total["kl"][asked] / total["tokens"]

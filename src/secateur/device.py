@@ -72,6 +72,11 @@ def multiplies_in_software(device: torch.device, dtype: torch.dtype) -> bool:
     return not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)())
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Return where float64 is computed for this device: there, or on the CPU if it has none, as Apple's GPUs."""
+    return CPU if device.type == "mps" else device
+
+
 def bring(
     root: nn.Module, device: torch.device, *, but: Iterable[nn.Module] = (), dtype: Callable[..., Any] | None = None
 ) -> None:

@@ -76,13 +76,14 @@ def removal_damage(
     Delta = W_C ([H^-1]_CC)^-1 [H^-1]_C,: and the error tr(Delta G_d Delta') / e_d; 0 for a silent domain.
     Source: Hassibi and Stork 1993, in the block form of OBC, arXiv 2208.11580, eq. 7.
     """
-    inverse = inverse_of(damped_gram(pooled, damping))
+    inverse, home = inverse_of(damped_gram(pooled, damping)), reader_HF.device
+    reader_HF, columns_UW = reader_HF.to(inverse.device), columns_UW.to(inverse.device)
     stays = torch.zeros(len(columns_UW), dtype=torch.bool, device=inverse.device)
     stays[keep_highest(removal_errors(reader_HF, inverse, columns_UW), num_keep)] = True
     gone = columns_UW[~stays].flatten()
     rows_CF = inverse[gone]
     del inverse
-    change_HF = (reader_HF[:, gone].to(rows_CF) @ torch.linalg.solve(rows_CF[:, gone], rows_CF)).float()
+    change_HF = (reader_HF[:, gone].to(rows_CF) @ torch.linalg.solve(rows_CF[:, gone], rows_CF)).float().to(home)
     errors = []
     for statistics in by_domain.values():
         assert statistics.gram is not None
@@ -95,7 +96,7 @@ def _output_energy(map_HF: Float[Tensor, "H F"], gram: Gram) -> float:
     """Return tr(M G M'), reading the triangle that is stored: what lies left of the diagonal blocks counts twice."""
     total = 0.0
     for start, stop, block in zip(gram.starts, gram.stops, gram.blocks, strict=True):
-        product = (map_HF[:, start:stop] @ block).mul_(map_HF[:, :stop])
+        product = (map_HF[:, start:stop] @ block.to(map_HF.dtype)).mul_(map_HF[:, :stop])
         total += 2 * float(product[:, :start].sum()) + float(product[:, start:].sum())
     return total
 

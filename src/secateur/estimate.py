@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.arch import Arch
 from secateur.errors import RecipeError
-from secateur.gram import NUM_BLOCKS
+from secateur.gram import NUM_BLOCKS, PRODUCT_ROWS
 from secateur.obs import units_at_once
 from secateur.output import parse_size
 from secateur.resolve import Resolved
@@ -135,9 +135,10 @@ def plan_device_memory(
 def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_per_param: int) -> MemoryEstimate:
     """Return the bytes that the run needs beyond the interpreter.
 
-    hidden: tokens x hidden size in the model's dtype, twice where a dense stream is walked too. statistics: float32
-    Gram matrices as lower triangles (pooled and the current domain's; all domains' where their weights are sought), the
-    same of the drift, and the held-out inputs. solve: the pooled ones, and the larger of two: the float64 square that
+    hidden: tokens x hidden size in the model's dtype, twice where a dense stream is walked too. statistics: Gram
+    matrices as lower triangles, pooled in float32 and the current domain's in float64 with the product that is added to
+    it (all domains' in float32 too where their weights are sought), the same of the drift, and the held-out inputs.
+    solve: the pooled ones, and the larger of two: the float64 square that
     `greedy_obs` inverts in place, with a batch's rows four times and the reader in float32; or what least squares needs
     in float64, see `_fit_bytes`, with the reader in float32.
     """
@@ -153,15 +154,15 @@ def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_pe
     sums = 4 * (round(square * (1 + 1 / NUM_BLOCKS) / 2) + has_drift * reader)
     inputs_and_drift = widest + has_drift * config.hidden_size
     held_out = (num_tokens - recipe.calibration.num_tokens) * inputs_and_drift * bytes_per_param
-    num_sums = 1 + len(recipe.calibration.domains) if recipe.domain_weighting in BY_DOMAIN else 2
+    num_domains = len(recipe.calibration.domains) if recipe.domain_weighting in BY_DOMAIN else 0
     at_once = units_at_once(recipe.obs_batch, widest, 1)
     obs = 8 * square + 4 * 8 * widest * at_once + 4 * reader if recipe.score in NEED_GRAM else 0
     fit = _fit_bytes(resolved, config.hidden_size) + 4 * reader if recipe.compensate == "least_squares" else 0
     return MemoryEstimate(
         weights=weight_bytes,
         hidden_states=(1 + has_drift) * num_tokens * config.hidden_size * bytes_per_param,
-        statistics=num_sums * sums + held_out,
-        solve=(num_sums - 1) * sums + held_out + max(obs, fit),
+        statistics=(1 + num_domains + 2) * sums + 4 * PRODUCT_ROWS * widest + held_out,
+        solve=max(1, num_domains) * sums + held_out + max(obs, fit),
     )
 
 

@@ -111,7 +111,7 @@ def _observe(
 ) -> _Observed:
     num_experts, size = len(stack(module, stacks.down)), num_channels(module, stacks)
     device = stack(module, stacks.down).device
-    pooled, current = ([Gram(size, device) for _ in range(num_experts)] for _ in range(2))
+    pooled, current = ([Gram(size, device, dtype) for _ in range(num_experts)] for dtype in (torch.float32, None))
     seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))
     calls: list[Call] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))

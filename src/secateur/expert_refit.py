@@ -132,7 +132,8 @@ def _refit(
 ) -> Float[Tensor, "D F"]:
     """Return one expert's new reader, and take what it gives more from what is left over."""
     size, device = num_channels(module, stacks), reader_DF.device
-    gram, cross_FD = Gram(size, device), torch.zeros(size, len(reader_DF), device=device)
+    gram = Gram(size, device)
+    cross_FD = gram.blocks[0].new_zeros(size, len(reader_DF))
     num_tokens = torch.zeros(1, dtype=torch.int64)
     routed = {domain: torch.where(chosen_Tk == expert) for domain, (_, chosen_Tk, _, _) in parts.items()}
 
@@ -147,7 +148,7 @@ def _refit(
             num_tokens += len(rows)
             x_TF = x_TF * weights[domain] ** 0.5
             gram.add_product(x_TF)
-            cross_FD.addmm_(x_TF.T, left_TD[rows] * weights[domain] ** 0.5)
+            cross_FD += x_TF.T @ (left_TD[rows] * weights[domain] ** 0.5)
     sum_tensors([num_tokens, cross_FD, *gram.blocks])
     if not num_tokens or not float(gram.diagonal().sum()):
         return reader_DF

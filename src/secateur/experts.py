@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from secateur.arch_group import Experts, Group
 from secateur.errors import NumericsError
 from secateur.expert_refit import Wanted, refit_experts
+from secateur.gram import sum_dtype
 from secateur.ranks import from_first, sum_by_name
 from secateur.recipe import Recipe
 from secateur.score import keep_highest
@@ -41,10 +42,11 @@ class Routing:
     @classmethod
     def of(cls, num_tokens_E: Tensor, norms_TE: list[Tensor]) -> "Routing":
         """Return the sums of every expert's norms, one per token that chose it."""
-        norms_E = torch.stack([norms_T.double().sum() for norms_T in norms_TE])
-        return cls(
-            num_tokens_E.double(), norms_E, torch.stack([norms_T.double().square().sum() for norms_T in norms_TE])
+        dtype = sum_dtype(num_tokens_E.device)
+        norms_E, energy_E = (
+            torch.stack([norms_T.to(dtype).pow(power).sum() for norms_T in norms_TE]) for power in (1, 2)
         )
+        return cls(num_tokens_E.to(dtype), norms_E, energy_E)
 
     def plus(self, other: "Routing") -> "Routing":
         """Return the sums over both's tokens."""

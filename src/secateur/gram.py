@@ -1,7 +1,9 @@
 """A Gram matrix x'x, summed batch by batch and held as its lower block triangle.
 
 In: batches of reader inputs. Out: any part of the symmetric matrix, in any dtype. Half of the numbers are the other
-half mirrored, so neither the flops nor the bytes for them are spent. Accumulated in float32.
+half mirrored, so neither the flops nor the bytes for them are spent. The product of a piece of a batch is made in
+float32; pieces are added up in float64, which is exact but for freak cases, a float32 number having half the digits. So
+the sum does not depend on the order of pieces, and many ranks get the bits of one.
 
 Letters: T tokens, F reader inputs; R and C are lists of rows and columns among F.
 """
@@ -13,22 +15,28 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from secateur.device import float64_device
+
 # Block rows up to the diagonal cost (1 + 1/8) / 2 of the whole product.
 NUM_BLOCKS = 8
-# Tokens converted to float32 at a time: long enough for the product's speed.
-PIECE_TOKENS = 256
+# Tokens multiplied at a time, before their product is added to the sum.
+PIECE_TOKENS = 512
+# Rows of a product made at a time, so that it takes little memory beside the sum.
+PRODUCT_ROWS = 1024
 
 
 class Gram:
     """`blocks[b]` holds rows `starts[b]` to `stops[b]`, and of those the columns before `stops[b]`."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Begin with zeros. `dtype`: float32 for what only holds a sum that is complete; None: `sum_dtype`."""
         step = max(1, -(-size // NUM_BLOCKS))
         self.size, self.device = size, device
         self.starts = list(range(0, size, step))
         self.stops = [min(start + step, size) for start in self.starts]
         self.blocks = [
-            torch.zeros(stop - start, stop, device=device) for start, stop in zip(self.starts, self.stops, strict=True)
+            torch.zeros(stop - start, stop, device=device, dtype=dtype or sum_dtype(device))
+            for start, stop in zip(self.starts, self.stops, strict=True)
         ]
 
     def add_product(self, x_TF: Float[Tensor, "T F"]) -> None:
@@ -37,7 +45,9 @@ class Gram:
             for piece_TF in x_TF.split(PIECE_TOKENS):
                 x = piece_TF.float()
                 for start, stop, block in zip(self.starts, self.stops, self.blocks, strict=True):
-                    block.addmm_(x[:, start:stop].T, x[:, :stop])
+                    rows = x[:, start:stop].T.split(PRODUCT_ROWS)
+                    for x_RP, sums in zip(rows, block.split(PRODUCT_ROWS), strict=True):
+                        sums += x_RP @ x[:, :stop]
 
     def merge(self, other: "Gram", weight: float) -> None:
         """Add `weight` times another one."""
@@ -54,26 +64,39 @@ class Gram:
         return torch.cat([block.diagonal(start) for start, block in zip(self.starts, self.blocks, strict=True)])
 
     def part(
-        self, rows_R: Int64[Tensor, " R"], columns_C: Int64[Tensor, " C"], dtype: torch.dtype = torch.float32
+        self,
+        rows_R: Int64[Tensor, " R"],
+        columns_C: Int64[Tensor, " C"],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> Float[Tensor, "R C"]:
-        """Return a new matrix of these rows and columns (both sorted), mirrored where the other half is stored."""
-        result_RC = torch.empty(len(rows_R), len(columns_C), dtype=dtype, device=self.device)
+        """Return a new matrix of these rows and columns (both sorted), mirrored where the other half is stored.
+
+        `device`: where it is to be, by default where the sum is.
+        """
+        result_RC = torch.empty(len(rows_R), len(columns_C), dtype=dtype, device=device or self.device)
         row_bounds, column_bounds = (self._bounds(index) for index in (rows_R, columns_C))
         for b, (start, block) in enumerate(zip(self.starts, self.blocks, strict=True)):
             (row, row_end), (column, column_end) = row_bounds[b : b + 2], column_bounds[b : b + 2]
             # Rows of this block with columns up to its end; then its strictly left part, read the other way round.
-            result_RC[row:row_end, :column_end] = block[rows_R[row:row_end] - start][:, columns_C[:column_end]]
-            result_RC[:row, column:column_end] = block[columns_C[column:column_end] - start][:, rows_R[:row]].T
+            lower, left = rows_R[row:row_end] - start, columns_C[column:column_end] - start
+            result_RC[row:row_end, :column_end] = block[lower][:, columns_C[:column_end]].to(result_RC.device)
+            result_RC[:row, column:column_end] = block[left][:, rows_R[:row]].T.to(result_RC.device)
         return result_RC
 
-    def full(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "F F"]:
-        """Return the whole symmetric matrix as a new one."""
+    def full(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Float[Tensor, "F F"]:
+        """Return the whole symmetric matrix as a new one, see `part`."""
         everything = torch.arange(self.size, device=self.device)
-        return self.part(everything, everything, dtype)
+        return self.part(everything, everything, dtype, device)
 
     def _bounds(self, index: Int64[Tensor, " N"]) -> list[int]:
         edges = torch.tensor([*self.starts, self.size], device=index.device)
         return torch.searchsorted(index, edges).tolist()
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype that sums over batches are made in: float64, or float32 where the device has none."""
+    return torch.float64 if float64_device(device) == device else torch.float32
 
 
 @contextmanager

@@ -46,7 +46,9 @@ class _Gatherer:
     def __init__(self, key: NormKey, square_DD: Tensor, weighting: str, shares: dict[str, float]) -> None:
         self.key, self.square_DD, self.shares = key, square_DD, shares
         self.weighting = "energy" if weighting in BY_DOMAIN else weighting
-        self.pooled, self.current = (Statistics.empty(len(square_DD), square_DD.device, gram=True) for _ in range(2))
+        size, device = len(square_DD), square_DD.device
+        self.pooled = Statistics.empty(size, device, gram=True, dtype=torch.float32)
+        self.current = Statistics.empty(size, device, gram=True)
         self.domain = ""
         self.energy: dict[str, float] = {}
         self.held_out: dict[str, list[Tensor]] = {}

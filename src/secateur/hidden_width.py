@@ -53,7 +53,7 @@ def channel_scores(
         if is_first():
             gram = pooled.gram
             lost_D = 1 / inverse_of(damped_gram(gram, recipe.damping)).diagonal() if refitted else gram.diagonal()
-            share_D = norm.square_DD.diagonal() * lost_D / pooled.energy.clamp_min(1e-30)
+            share_D = norm.square_DD.diagonal().to(lost_D.device) * lost_D / max(float(pooled.energy), 1e-30)
             scores_D += share_D.cpu()
     return from_first(lambda: scores_D)
 

@@ -93,15 +93,15 @@ def _divergences(dense_SV: Tensor, pruned_SV: Tensor) -> Tensor:
 
 def summarise(domain: str, divergences_NP: list[Tensor], agreements_NP: list[Tensor]) -> Divergence:
     """Return the figures over all tokens of a domain's blocks. Raises NumericsError if a divergence is not finite."""
-    all_tokens = torch.cat(divergences_NP).double()
+    all_tokens = torch.cat(divergences_NP).cpu().double()
     if not bool(all_tokens.isfinite().all()):
         raise NumericsError(f"KL, domain {domain}: a divergence is not finite; one model gives no finite logits.")
-    block_means = torch.stack([block.double().mean() for block in divergences_NP])
+    block_means = torch.stack([block.cpu().double().mean() for block in divergences_NP])
     error = float(block_means.std()) / math.sqrt(len(block_means)) if len(block_means) > 1 else 0.0
     return Divergence(
         mean=float(all_tokens.mean()),
         standard_error=error,
         p95=float(numpy.quantile(all_tokens.cpu().numpy(), 0.95)),
-        top1_agreement=float(torch.cat(agreements_NP).double().mean()),
+        top1_agreement=float(torch.cat(agreements_NP).cpu().double().mean()),
         num_tokens=all_tokens.numel(),
     )

@@ -43,17 +43,17 @@ class _Gatherer:
         self.group, self.reader, self.weighting, self.shares = group, reader, weighting, shares
         self.gram = gram or weighting in BY_DOMAIN
         self.num_drift_outputs = reader.out_features if drift else 0
-        self.pooled, self.current = self.empty(), self.empty()
+        self.pooled, self.current = self.empty(torch.float32), self.empty()
         self.domain = ""
         self.energy: dict[str, float] = {}
         self.held_out: dict[str, list[Tensor]] = {}
         self.held_out_drift: dict[str, list[Tensor]] = {}
         self.by_domain: dict[str, Statistics] = {}
 
-    def empty(self) -> Statistics:
-        device = self.reader.weight.device
+    def empty(self, dtype: torch.dtype | None = None) -> Statistics:
+        device, num_outputs = self.reader.weight.device, self.num_drift_outputs
         return Statistics.empty(
-            self.reader.in_features, device, gram=self.gram, num_drift_outputs=self.num_drift_outputs
+            self.reader.in_features, device, gram=self.gram, num_drift_outputs=num_outputs, dtype=dtype
         )
 
     def add(self, batch: Batch, x: Tensor, y: Tensor, drift: Tensor | None) -> None:
@@ -84,9 +84,9 @@ class _Gatherer:
         self.energy[domain] = float(self.current.energy)
         self.pooled.merge(self.current, weight)
         if self.weighting in BY_DOMAIN:
-            self.by_domain[domain], self.current = self.current, self.empty()
-        else:
-            self.current.clear()
+            self.by_domain[domain] = self.empty(torch.float32)
+            self.by_domain[domain].merge(self.current)
+        self.current.clear()
 
     def finish(self) -> Measurement:
         self.fold_until("")

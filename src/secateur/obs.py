@@ -49,12 +49,13 @@ def greedy_obs(
 
     After a batch with columns M, A = ([H^-1]_MM)^-1:  error += tr(W_M A W_M');  W -= W_M A [H^-1]_M;
     H^-1 -= [H^-1]_M' A [H^-1]_M. With batch 1 every step is the exact best single removal. `hessian_FF` is overwritten;
-    solves run in its dtype.
+    all runs on its device and solves in its dtype, and what is returned is on the reader's.
     Source: Hassibi and Stork 1993; block update as in Frantar and Alistarh, OBC, arXiv 2208.11580, eq. 7.
     """
     inverse = inverse_of(hessian_FF)
     # Float32 is enough for the weights, which only rank; the inverse would lose its small pivots in it.
-    weight = reader_HF.to(torch.float32, copy=True)
+    weight = reader_HF.to(hessian_FF.device, torch.float32, copy=True)
+    columns_UW = columns_UW.to(weight.device)
     active = torch.ones(len(columns_UW), dtype=torch.bool, device=weight.device)
     num_left, error, curve, order = len(columns_UW), inverse.new_zeros(()), [], []
     first_scores = removal_errors(weight, inverse, columns_UW)
@@ -79,5 +80,5 @@ def greedy_obs(
         curve.append(error)
         order.append(units)
     removed = torch.cat(order) if order else columns_UW.new_zeros(0)
-    errors = torch.stack(curve) if curve else inverse.new_zeros(0)
-    return ObsSelection(active.nonzero().flatten(), first_scores, removed, errors)
+    errors, home = torch.stack(curve) if curve else inverse.new_zeros(0), reader_HF.device
+    return ObsSelection(active.nonzero().flatten().to(home), first_scores.float().to(home), removed.to(home), errors)

@@ -46,7 +46,7 @@ class Probe:
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         for batch, logits_PV, now_PD in zip(self._walk.batches, self._logits_PV, self._states(), strict=True):
-            divergence_P = token_divergences(logits_PV, nn.Identity(), now_PD, self._head).double()
+            divergence_P = token_divergences(logits_PV, nn.Identity(), now_PD, self._head).cpu().double()
             sums[batch.domain] = sums.get(batch.domain, 0.0) + float(divergence_P.sum())
             counts[batch.domain] = counts.get(batch.domain, 0) + len(divergence_P)
         sums, counts = sum_by_name(sums), sum_by_name(counts)

@@ -5,7 +5,6 @@ In: a loaded model, the resolved recipe. Out: an error, if one has another. Noth
 
 import hashlib
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -35,6 +34,6 @@ def check_same_run(model: PreTrainedModel, resolved: Resolved) -> None:
 def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        first = parameter.detach().flatten()[:NUM_SAMPLED].to("cpu", torch.float64)
+        first = parameter.detach().flatten()[:NUM_SAMPLED].cpu().double()
         digest.update(name.encode() + str((parameter.dtype, tuple(parameter.shape))).encode() + first.numpy().tobytes())
     return digest.hexdigest()

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from secateur.device import float64_device
 from secateur.gram import Gram
 from secateur.stats import Statistics
 
@@ -75,7 +76,8 @@ def obs(inputs: ScoreInputs) -> Float[Tensor, " U"]:
     """
     assert inputs.statistics.gram is not None
     inverse = inverse_of(damped_gram(inputs.statistics.gram, inputs.damping))
-    return removal_errors(inputs.reader_HF, inverse, inputs.columns_UW).float()
+    scores_U = removal_errors(inputs.reader_HF.to(inverse.device), inverse, inputs.columns_UW.to(inverse.device))
+    return scores_U.float().to(inputs.reader_HF.device)
 
 
 def removal_errors(
@@ -118,8 +120,8 @@ def keep_highest(scores_F: Float[Tensor, " F"], num_keep: int) -> Int64[Tensor, 
 
 
 def damped_gram(gram: Gram, damping: float) -> Float[Tensor, "F F"]:
-    """Return H = G + damping * mean(diag G) * I as a new float64 matrix (float32 where the device has no float64)."""
-    hessian = gram.full(solve_dtype(gram.device))
+    """Return H = G + damping * mean(diag G) * I as a new float64 matrix, on `float64_device`."""
+    hessian = gram.full(torch.float64, float64_device(gram.device))
     hessian.diagonal().add_(ridge_of(gram, damping))
     return hessian
 
@@ -128,11 +130,6 @@ def ridge_of(gram: Gram, damping: float) -> float:
     """Return damping * mean(diag G), or 1 where every input is zero: any ridge then says that nothing is lost."""
     ridge = damping * float(gram.diagonal().mean())
     return ridge if ridge > 0 else 1.0
-
-
-def solve_dtype(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 where the device has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def inverse_of(hessian_FF: Float[Tensor, "F F"]) -> Float[Tensor, "F F"]:

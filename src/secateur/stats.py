@@ -1,18 +1,20 @@
 """Statistics of a reader's inputs, per domain, and their pooling over domains.
 
 In: a reader's input x and output y, batch by batch. Out: token mass, sums, output energy and the Gram matrix. All are
-sums, so batches, halves and domains merge by adding. Accumulated in float32.
+sums, so batches, halves and domains merge by adding. What a batch gives is computed in float32 and added up in float64,
+where the order of batches does not show; see `gram`.
 
 Letters: T tokens, F reader inputs (units x rows per unit), H reader outputs.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.gram import PIECE_TOKENS, Gram, exact_product_precision
+from secateur.gram import PIECE_TOKENS, PRODUCT_ROWS, Gram, exact_product_precision, sum_dtype
 from secateur.ranks import sum_tensors
 
 # Weightings that look at each domain by itself, and so need its statistics kept.
@@ -35,12 +37,24 @@ class Statistics:
     cross_FH: Tensor | None = None
 
     @classmethod
-    def empty(cls, num_inputs: int, device: torch.device, *, gram: bool, num_drift_outputs: int = 0) -> "Statistics":
-        """Return statistics of no tokens. `num_drift_outputs`: the reader's outputs, where a drift will be given."""
-        zeros = torch.zeros(num_inputs, device=device)
-        square = Gram(num_inputs, device) if gram else None
-        cross_FH = torch.zeros(num_inputs, num_drift_outputs, device=device) if num_drift_outputs else None
-        return cls(0.0, zeros, zeros.clone(), torch.zeros((), device=device), square, cross_FH)
+    def empty(
+        cls,
+        num_inputs: int,
+        device: torch.device,
+        *,
+        gram: bool,
+        num_drift_outputs: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> "Statistics":
+        """Return statistics of no tokens. `num_drift_outputs`: the reader's outputs, where a drift will be given.
+
+        `dtype`: of all but the energy: float32 for what only holds sums that are complete; None: `sum_dtype`.
+        """
+        place: Any = {"device": device, "dtype": dtype or sum_dtype(device)}
+        zeros, square = torch.zeros(num_inputs, **place), Gram(num_inputs, **place) if gram else None
+        cross_FH = torch.zeros(num_inputs, num_drift_outputs, **place) if num_drift_outputs else None
+        energy = torch.zeros((), device=device, dtype=sum_dtype(device))
+        return cls(0.0, zeros, zeros.clone(), energy, square, cross_FH)
 
     def update(
         self, x_TF: Float[Tensor, "T F"], y_TH: Float[Tensor, "T H"], drift_TH: Float[Tensor, "T H"] | None = None
@@ -58,7 +72,9 @@ class Statistics:
             assert drift_TH is not None
             with exact_product_precision(x_TF.dtype):
                 for x_PF, drift_PH in zip(x_TF.split(PIECE_TOKENS), drift_TH.split(PIECE_TOKENS), strict=True):
-                    self.cross_FH.addmm_(x_PF.float().T, drift_PH.float())
+                    rows = zip(self.cross_FH.split(PRODUCT_ROWS), x_PF.split(PRODUCT_ROWS, dim=1), strict=True)
+                    for cross_RH, x_PR in rows:
+                        cross_RH += x_PR.float().T @ drift_PH.float()
 
     def merge(self, other: "Statistics", weight: float = 1.0) -> None:
         """Add `weight` times another set of tokens; weight 1 gives what one pass over both would have given."""
@@ -128,7 +144,11 @@ def pool(by_domain: dict[str, Statistics], weights: dict[str, float]) -> Statist
     first = next(iter(by_domain.values()))
     num_drift_outputs = 0 if first.cross_FH is None else first.cross_FH.shape[1]
     pooled = Statistics.empty(
-        len(first.sum_F), first.sum_F.device, gram=first.gram is not None, num_drift_outputs=num_drift_outputs
+        len(first.sum_F),
+        first.sum_F.device,
+        gram=first.gram is not None,
+        num_drift_outputs=num_drift_outputs,
+        dtype=torch.float32,
     )
     for name, statistics in by_domain.items():
         pooled.merge(statistics, domain_weight("energy", weights[name], statistics))

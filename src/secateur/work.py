@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from secateur.arch import Arch, Group, decoder_layers, linear
+from secateur.device import float64_device
 from secateur.estimate import HELD_OUT_FACTOR, MemoryPlan
 from secateur.gram import NUM_BLOCKS, exact_product_precision
 from secateur.resolve import Resolved
-from secateur.score import solve_dtype
 
 # Products that are timed: as many rows as a batch has tokens, and not more than a fraction of a second of them.
 ROWS, MOST_WIDTH, REPEATS = 512, 2048, 3
@@ -94,7 +94,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, width: int, rows: i
     forward = _rate(torch.zeros(rows, width, dtype=dtype, device=device), 4 * width)
     with exact_product_precision(dtype):
         gram = _rate(torch.zeros(rows, width, device=device), 4 * width)
-    solve = _rate(torch.zeros(rows, ROWS, dtype=solve_dtype(device), device=device), ROWS)
+    solve = _rate(torch.zeros(rows, ROWS, dtype=torch.float64, device=float64_device(device)), ROWS)
     return Work(forward, gram, solve)
 
 
