@@ -1,8 +1,9 @@
 """Peak anonymous memory of a prune with its weights on disk, over the number of layers: it should not grow.
 
-Random models of one shape (`make_shape.py`) and several numbers of layers are pruned by a fifth, from directory to
-finished output, each in a process of its own, with the smallest memory budget that can work. Resident anonymous memory
-is sampled; what interpreter, libraries and a warm-up run hold before is taken off. Page cache is stated beside it.
+Random models of one shape (`make_shape.py`) and several numbers of layers lose a fifth of their FFN channels, from
+directory to finished output, each in a process of its own, with the smallest memory budget that can work. Resident
+anonymous memory is sampled; what interpreter, libraries and a warm-up run hold before is taken off. Page cache is
+stated beside it.
 
     python benchmarks/memory_by_layers.py [--layers 4 8 16 32] [--shape qwen2.5-0.5b] [--num-tokens 2048]
 """
@@ -18,13 +19,21 @@ from typing import Any
 from cost import measure_memory
 from make_shape import SHAPES, write_shape
 
+from secateur.checkpoint import meta_model, open_checkpoint
 from secateur.inspection import inspect
 from secateur.recipe import parse_recipe
+from secateur.summary import Size
+
+SHARE_OF_FFN = 0.2
 
 
-def settings(num_tokens: int) -> dict[str, Any]:
+def settings(directory: Path, num_tokens: int) -> dict[str, Any]:
     """Return the recipe without its budget."""
-    return {"remove": 0.2, "align": 64, "calibration": {"num_tokens": num_tokens, "sequence_length": 128}}
+    config = open_checkpoint(directory).config
+    in_ffn = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+    share = SHARE_OF_FFN * in_ffn / Size.of(meta_model(config)).num_params
+    calibration = {"num_tokens": num_tokens, "sequence_length": 128}
+    return {"remove": share, "depth": 0, "align": 64, "calibration": calibration}
 
 
 def measured(directory: Path, num_tokens: int) -> dict[str, int]:
@@ -53,8 +62,8 @@ def main() -> None:
     parser.add_argument("--num-tokens", type=int, default=2048)
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    asked = settings(options.num_tokens)
     if options.memory_of:
+        asked = settings(options.memory_of, options.num_tokens)
         budget = smallest_budget(options.memory_of, asked)
         print(json.dumps(measure_memory(options.memory_of, {**asked, "memory_budget": budget})))
         return

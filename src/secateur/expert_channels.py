@@ -111,7 +111,8 @@ def _observe(
 ) -> _Observed:
     num_experts, size = len(stack(module, stacks.down)), num_channels(module, stacks)
     device = stack(module, stacks.down).device
-    pooled, current = ([Gram(size, device, dtype) for _ in range(num_experts)] for dtype in (torch.float32, None))
+    # In float32: so many Gram matrices are most of the memory.
+    pooled, current = ([Gram(size, device, torch.float32) for _ in range(num_experts)] for _ in range(2))
     seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))
     calls: list[Call] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
@@ -178,7 +179,7 @@ def _shrunk(module: Any, stacks: Stacks, expert: int, seen: _Observed) -> Gram:
     if num_tokens >= FEW_TOKENS_PER_CHANNEL * size:
         return own
     sample_TD = torch.cat(list(seen.samples.values()))[:NUM_SAMPLED]
-    everyone, mixed = Gram(size, own.device), Gram(size, own.device)
+    everyone, mixed = (Gram(size, own.device, torch.float32) for _ in range(2))
     everyone.add_product(channel_inputs(module, stacks, expert, sample_TD))
     share = size / (size + num_tokens)
     for gram, weight in ((own, 1 - share), (everyone, share)):
