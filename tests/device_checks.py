@@ -19,9 +19,9 @@ from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 
 import secateur
-from secateur import compensate, gram, opening, pruning, score, walk, work
+from secateur import opening, pruning, walk
 from secateur.checkpoint_quiet import quiet_transformers
-from secateur.device import device_called, multiplies_in_software
+from secateur.device import device_called, float64_device, multiplies_in_software
 from secateur.errors import CheckpointError, RecipeError
 from secateur.layers_on_device import LayersOnDevice, fetch, send_home
 
@@ -50,6 +50,7 @@ WHOLE = "defaults", "curve", "depth", "hidden", "taylor"
 def _same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walk, "DEVICE_BATCH_TOKENS", walk.CPU_BATCH_TOKENS)
     pretend_device.device()
+    float64_device.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +96,8 @@ def test_a_device_without_float64_has_its_solves_done_on_the_cpu(name, checkpoin
         made_by_cpu[name] = secateur.prune(checkpoints["llama"], {**asked, "device": "cpu"})
     expected = made_by_cpu[name]
     monkeypatch.setattr(pretend_device, "LACKING", {torch.float64})
-    for module in (gram, score, compensate, work):
-        monkeypatch.setattr(module, "float64_device", lambda device: torch.device("cpu"))
     found = secateur.prune(checkpoints["llama"], {**asked, "device": "pretend"})
+    assert float64_device(torch.device("pretend:0")) == torch.device("cpu")
     assert all(torch.equal(found.keeps[key], keep) for key, keep in expected.keeps.items())
     theirs = expected.model.state_dict()
     for tensor_name, tensor in found.model.state_dict().items():

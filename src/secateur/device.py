@@ -5,6 +5,7 @@ what it has free, and modules whose weights and buffers are on it. Nothing here 
 """
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -72,9 +73,14 @@ def multiplies_in_software(device: torch.device, dtype: torch.dtype) -> bool:
     return not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)())
 
 
+@cache
 def float64_device(device: torch.device) -> torch.device:
     """Return where float64 is computed for this device: there, or on the CPU if it has none, as Apple's GPUs."""
-    return CPU if device.type == "mps" else device
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).add_(1).cpu()
+    except (TypeError, RuntimeError):
+        return CPU
+    return device
 
 
 def bring(
