@@ -154,6 +154,7 @@ def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_pe
     sums = 4 * (round(square * (1 + 1 / NUM_BLOCKS) / 2) + has_drift * reader)
     inputs_and_drift = widest + has_drift * config.hidden_size
     held_out = (num_tokens - recipe.calibration.num_tokens) * inputs_and_drift * bytes_per_param
+    product = 4 * min(PRODUCT_ROWS, -(-widest // NUM_BLOCKS)) * widest
     num_domains = len(recipe.calibration.domains) if recipe.domain_weighting in BY_DOMAIN else 0
     at_once = units_at_once(recipe.obs_batch, widest, 1)
     obs = 8 * square + 4 * 8 * widest * at_once + 4 * reader if recipe.score in NEED_GRAM else 0
@@ -161,7 +162,7 @@ def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_pe
     return MemoryEstimate(
         weights=weight_bytes,
         hidden_states=(1 + has_drift) * num_tokens * config.hidden_size * bytes_per_param,
-        statistics=(1 + num_domains + 2) * sums + 4 * PRODUCT_ROWS * widest + held_out,
+        statistics=(1 + num_domains + 2) * sums + product + held_out,
         solve=max(1, num_domains) * sums + held_out + max(obs, fit),
     )
 
