@@ -79,6 +79,10 @@ def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path:
     assert by_method["dense", 0.0, 0].perplexity < by_method["wanda", 0.2, 0].perplexity
     assert abs(by_method["ours", 0.2, 1].remove_reached - 0.2) < 0.05
     assert "left alone" in texts["table.md"] and texts["report.html"].count("<svg") == 2
+    over = [by_method["wanda", 0.2, seed].perplexity / by_method["left alone", 0.2, seed].perplexity for seed in (0, 1)]
+    row = next(line for line in texts["table.md"].splitlines() if line.startswith("| wanda | 20% |"))
+    assert f" | {sum(over) / 2:.3f} ({min(over):.3f} to {max(over):.3f}) | " in row
+    assert "over left alone, draw by draw" in texts["table.md"]
 
 
 def test_a_changed_recipe_is_run_anew_and_the_rest_is_kept(grid: dict[str, Any], tmp_path: Path) -> None:

@@ -101,15 +101,31 @@ def _about(study: Study, found: list[FoundCell]) -> list[str]:
 
 
 def _quality_table(found: list[FoundCell]) -> Table:
-    domains = list(found[0].nats_per_token)
-    header = ("method", "asked", "removed", "perplexity (geometric mean)", *domains, "seconds")
+    domains, all_rows = list(found[0].nats_per_token), rows_of(found)
+    first = {row.ratio: row for row in reversed(all_rows) if row.ratio}
+    paired = f"over {next(iter(first.values())).method}, draw by draw" if first else "draw by draw"
+    header = ("method", "asked", "removed", "perplexity (geometric mean)", paired, *domains, "seconds")
     rows = []
-    for row in rows_of(found):
+    for row in all_rows:
         by_domain = [_show(row, lambda cell, name=name: math.exp(cell.nats_per_token[name])) for name in domains]
         reached = f"{_mean(row, lambda cell: cell.remove_reached):.1%}"
         seconds = f"{_mean(row, lambda cell: cell.seconds):.0f}"
-        rows.append((row.method, f"{row.ratio:.0%}", reached, _show(row, _perplexity), *by_domain, seconds))
+        over = _paired(row, first[row.ratio]) if row.ratio else ""
+        rows.append((row.method, f"{row.ratio:.0%}", reached, _show(row, _perplexity), over, *by_domain, seconds))
     return Table("Perplexity by domain, mean ± spread over seeds", header, rows)
+
+
+def _paired(row: Row, other: Row) -> str:
+    """Return the row's perplexity over another's on the same draw: the mean of the draws, the lowest and the highest.
+
+    Draws of text differ by more than methods do; that difference is in both and falls out.
+    """
+    theirs = {cell.seed: cell.perplexity for cell in other.cells}
+    ratios = [cell.perplexity / theirs[cell.seed] for cell in row.cells if cell.seed in theirs]
+    if row is other or not ratios:
+        return ""
+    mean = f"{statistics.mean(ratios):.3f}"
+    return f"{mean} ({min(ratios):.3f} to {max(ratios):.3f})" if len(ratios) > 1 else mean
 
 
 def _task_table(found: list[FoundCell]) -> Table:
