@@ -19,8 +19,9 @@ from secateur.device import float64_device
 
 # Block rows up to the diagonal cost (1 + 1/8) / 2 of the whole product.
 NUM_BLOCKS = 8
-# Tokens multiplied at a time, before their product is added to the sum.
-PIECE_TOKENS = 512
+# Tokens multiplied at a time, before their product is added to the sum: a batch of the CPU's, or half of one elsewhere,
+# where adding takes longer than multiplying so few.
+CPU_PIECE_TOKENS, DEVICE_PIECE_TOKENS = 512, 4096
 # Rows of a product made at a time, so that it takes little memory beside the sum.
 PRODUCT_ROWS = 1024
 
@@ -42,7 +43,7 @@ class Gram:
     def add_product(self, x_TF: Float[Tensor, "T F"]) -> None:
         """Add x'x."""
         with exact_product_precision(x_TF.dtype):
-            for piece_TF in x_TF.split(PIECE_TOKENS):
+            for piece_TF in pieces(x_TF):
                 x = piece_TF.float()
                 for start, stop, block in zip(self.starts, self.stops, self.blocks, strict=True):
                     rows = x[:, start:stop].T.split(PRODUCT_ROWS)
@@ -92,6 +93,11 @@ class Gram:
     def _bounds(self, index: Int64[Tensor, " N"]) -> list[int]:
         edges = torch.tensor([*self.starts, self.size], device=index.device)
         return torch.searchsorted(index, edges).tolist()
+
+
+def pieces(tensor_TX: Float[Tensor, "T X"]) -> tuple[Tensor, ...]:
+    """Return the tokens that are multiplied at a time."""
+    return tensor_TX.split(CPU_PIECE_TOKENS if tensor_TX.device.type == "cpu" else DEVICE_PIECE_TOKENS)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.gram import PIECE_TOKENS, PRODUCT_ROWS, Gram, exact_product_precision, sum_dtype
+from secateur.gram import PRODUCT_ROWS, Gram, exact_product_precision, pieces, sum_dtype
 from secateur.ranks import sum_tensors
 
 # Weightings that look at each domain by itself, and so need its statistics kept.
@@ -71,7 +71,7 @@ class Statistics:
         if self.cross_FH is not None:
             assert drift_TH is not None
             with exact_product_precision(x_TF.dtype):
-                for x_PF, drift_PH in zip(x_TF.split(PIECE_TOKENS), drift_TH.split(PIECE_TOKENS), strict=True):
+                for x_PF, drift_PH in zip(pieces(x_TF), pieces(drift_TH), strict=True):
                     rows = zip(self.cross_FH.split(PRODUCT_ROWS), x_PF.split(PRODUCT_ROWS, dim=1), strict=True)
                     for cross_RH, x_PR in rows:
                         cross_RH += x_PR.float().T @ drift_PH.float()
