@@ -18,13 +18,10 @@ from secateur.depth_choice import choose_layers
 from secateur.memory import peak_bytes, release_freed
 from secateur.probe import first_blocks
 from secateur.resolve import resolve
-from secateur.resolve_depth import protected_layers
+from secateur.resolve_depth import TOKENS_PER_INPUT, protected_layers
 from secateur.run import Run
 from secateur.safety_net import watched_losses
 from secateur.walk import Batch
-
-# Readers that only serve to compare layers are fitted to so many tokens per input.
-TOKENS_PER_INPUT = 4
 
 
 def remove_depth(run: Run) -> Run:

@@ -13,9 +13,11 @@ from secateur.gram import NUM_BLOCKS, PRODUCT_ROWS
 from secateur.obs import units_at_once
 from secateur.output import parse_size
 from secateur.resolve import Resolved
+from secateur.resolve_depth import TOKENS_PER_INPUT
 from secateur.score import NEED_GRAM
 from secateur.stats import BY_DOMAIN
 from secateur.summary import Size
+from secateur.walk import DEVICE_BATCH_TOKENS
 
 # Held-out blocks come on top of the calibration tokens: one for every nine.
 HELD_OUT_FACTOR = 10 / 9
@@ -23,17 +25,21 @@ HELD_OUT_FACTOR = 10 / 9
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes by part; `statistics` and `solve` are of the widest group. Weights in their files are none: page cache."""
+    """Bytes by part; `statistics` and `solve` are of the widest group. Weights in their files are none: page cache.
+
+    `layer_choice`: what is there, beside the weights, while whole layers are chosen, before the first round.
+    """
 
     weights: int
     hidden_states: int
     statistics: int
     solve: int
+    layer_choice: int = 0
 
     @property
     def peak(self) -> int:
-        """Statistics of a domain are freed before the solve, so the larger of the two counts."""
-        return self.weights + self.hidden_states + max(self.statistics, self.solve)
+        """Statistics of a domain are freed before the solve, and all of the choice before both: the largest counts."""
+        return self.weights + max(self.hidden_states + max(self.statistics, self.solve), self.layer_choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +69,8 @@ def plan_memory(
     if in_float32:  # what is in no layer, and the layer that runs and the next one, beside all as it is stored
         outside = size.num_params - sum(arch.params_per_layer)
         weights = size.num_bytes + 4 * (outside + 2 * max(arch.params_per_layer)) - outside * bytes_per_param
-        return MemoryPlan(estimate_memory(resolved, config, weights, 4), False, in_float32=True)
-    whole = estimate_memory(resolved, config, size.num_bytes, bytes_per_param)
+        return MemoryPlan(estimate_memory(resolved, arch, config, weights, 4), False, in_float32=True)
+    whole = estimate_memory(resolved, arch, config, size.num_bytes, bytes_per_param)
     text = resolved.recipe.memory_budget
     if text is None or whole.peak <= parse_size("memory_budget", text):
         return MemoryPlan(whole, False)
@@ -74,16 +80,13 @@ def plan_memory(
             f"weights in memory; only safetensors weights, given by their path, can stay on disk."
         )
     layer = max(arch.params_per_layer) * bytes_per_param
-    streamed = estimate_memory(resolved, config, 0, bytes_per_param)
+    streamed = estimate_memory(resolved, arch, config, 0, bytes_per_param)
     # What a cut leaves of a layer is in memory until it is written.
     streamed = replace(streamed, solve=max(streamed.solve, layer))
     if streamed.peak > parse_size("memory_budget", text):
-        parts = (streamed.hidden_states, streamed.statistics, streamed.solve)
-        hidden_gb, statistics_gb, solve_gb = (f"{part / 1e9:.2f}" for part in parts)
         raise RecipeError(
             f"memory_budget: {text} cannot work; with all weights on disk the run still needs "
-            f"{streamed.peak / 1e9:.2f} GB (hidden states {hidden_gb}, statistics {statistics_gb}, solve {solve_gb}); "
-            f"allow that, or lower calibration.num_tokens."
+            f"{streamed.peak / 1e9:.2f} GB ({_parts(streamed)}); allow that, or {_remedy(streamed)}."
         )
     return MemoryPlan(streamed, True)
 
@@ -107,7 +110,7 @@ def plan_device_memory(
     recipe, bytes_per_param = resolved.recipe, 4 if in_float32 else size.num_bytes // size.num_params
     text = recipe.device_budget
     budget = free_bytes if text is None else parse_size("device_budget", text)
-    whole = estimate_memory(resolved, config, size.num_params * bytes_per_param, bytes_per_param)
+    whole = estimate_memory(resolved, arch, config, size.num_params * bytes_per_param, bytes_per_param)
     host = None if recipe.memory_budget is None else parse_size("memory_budget", recipe.memory_budget)
     on_disk = host is not None and size.num_bytes > host
     if on_disk and not can_map:
@@ -120,19 +123,32 @@ def plan_device_memory(
     # The layer that is run and the next one on its way, beside what is in no layer.
     apart = sum(arch.params_per_layer) - 2 * max(arch.params_per_layer)
     weights = (size.num_params - max(apart, 0)) * bytes_per_param
-    by_layers = estimate_memory(resolved, config, weights, bytes_per_param)
+    by_layers = estimate_memory(resolved, arch, config, weights, bytes_per_param)
     if by_layers.peak > budget:
-        parts = (by_layers.weights, by_layers.hidden_states, by_layers.statistics, by_layers.solve)
-        weights_gb, hidden_gb, statistics_gb, solve_gb = (f"{part / 1e9:.2f}" for part in parts)
         raise RecipeError(
             f"device_budget: {budget / 1e9:.2f} GB of the device cannot work; with two layers there at a time the run "
-            f"still needs {by_layers.peak / 1e9:.2f} GB (weights {weights_gb}, hidden states {hidden_gb}, statistics "
-            f"{statistics_gb}, solve {solve_gb}); free that much, lower calibration.num_tokens, or give device: cpu."
+            f"still needs {by_layers.peak / 1e9:.2f} GB (weights {by_layers.weights / 1e9:.2f}, {_parts(by_layers)}); "
+            f"free that much, {_remedy(by_layers)}, or give device: cpu."
         )
     return MemoryPlan(by_layers, on_disk, True, budget, in_float32)
 
 
-def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_per_param: int) -> MemoryEstimate:
+def _parts(estimate: MemoryEstimate) -> str:
+    """Name the parts that stand together at the worst moment."""
+    if estimate.peak == estimate.weights + estimate.layer_choice:
+        return f"choice of layers {estimate.layer_choice / 1e9:.2f}"
+    named = {"hidden states": estimate.hidden_states, "statistics": estimate.statistics, "solve": estimate.solve}
+    return ", ".join(f"{name} {part / 1e9:.2f}" for name, part in named.items())
+
+
+def _remedy(estimate: MemoryEstimate) -> str:
+    choosing = estimate.peak == estimate.weights + estimate.layer_choice
+    return "give depth: 0" if choosing else "lower calibration.num_tokens"
+
+
+def estimate_memory(
+    resolved: Resolved, arch: Arch, config: Any, weight_bytes: int, bytes_per_param: int
+) -> MemoryEstimate:
     """Return the bytes that the run needs beyond the interpreter.
 
     hidden: tokens x hidden size in the model's dtype, twice where a dense stream is walked too. statistics: Gram
@@ -140,7 +156,7 @@ def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_pe
     it (all domains' in float32 too where their weights are sought), the same of the drift, and the held-out inputs.
     solve: the pooled ones, and the larger of two: the float64 square that
     `greedy_obs` inverts in place, with a batch's rows four times and the reader in float32; or what least squares needs
-    in float64, see `_fit_bytes`, with the reader in float32.
+    in float64, see `_fit_bytes`, with the reader in float32. layer_choice: see `_layer_choice_bytes`.
     """
     recipe, config = resolved.recipe, config.get_text_config()
     assert recipe.calibration.num_tokens is not None
@@ -164,7 +180,27 @@ def estimate_memory(resolved: Resolved, config: Any, weight_bytes: int, bytes_pe
         hidden_states=(1 + has_drift) * num_tokens * config.hidden_size * bytes_per_param,
         statistics=(1 + num_domains + 2) * sums + product + held_out,
         solve=max(1, num_domains) * sums + held_out + max(obs, fit),
+        layer_choice=_layer_choice_bytes(resolved, arch, config, bytes_per_param) if recipe.depth else 0,
     )
+
+
+def _layer_choice_bytes(resolved: Resolved, arch: Arch, config: Any, bytes_per_param: int) -> int:
+    """Return the bytes that choosing layers needs beside the weights: the narrow readers of all layers, above all.
+
+    With them either what one of them is fitted by (the hidden states of `TOKENS_PER_INPUT` tokens per input, the Gram
+    matrix in float64 and what least squares needs) or a batch's streams, one for every layer, and its logits.
+    """
+    hidden_size, inputs = config.hidden_size, [group.num_inputs for group in arch.groups if group.name == "ffn"]
+    readers, widest = sum(inputs) * hidden_size * bytes_per_param, max(inputs, default=0)
+    fit = _fit_bytes(resolved, hidden_size) if resolved.recipe.compensate == "least_squares" else 0
+    calibration = resolved.recipe.calibration
+    assert calibration.num_tokens is not None and calibration.sequence_length is not None
+    fitted = min(TOKENS_PER_INPUT * widest, calibration.num_tokens)
+    length = calibration.sequence_length
+    batch = max(length, min(resolved.recipe.probe_blocks * length, DEVICE_BATCH_TOKENS))
+    gram = 4 * round(widest * widest * (1 + 1 / NUM_BLOCKS)) + 4 * min(PRODUCT_ROWS, -(-widest // NUM_BLOCKS)) * widest
+    streams = batch * (arch.num_layers * hidden_size + config.vocab_size) * bytes_per_param
+    return readers + max((fitted * bytes_per_param + 4 * widest) * hidden_size + gram + fit, streams)
 
 
 def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:

@@ -15,6 +15,8 @@ from secateur.recipe import Recipe
 
 # Of the share of units beyond UNITS_ALONE that widths would have to give, this much as large a share of layers goes.
 UNITS_ALONE, LAYERS_PER_UNIT = 0.5, 0.8
+# Readers that only serve to compare layers are fitted to so many tokens per input.
+TOKENS_PER_INPUT = 4
 
 
 def protected_layers(recipe: Recipe, arch: Arch) -> set[int]:

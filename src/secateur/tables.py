@@ -194,14 +194,14 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{size.num_params:,} -> {inspection.num_params_after:,}"
     yield "bytes", f"{human_bytes(size.num_bytes)} -> {human_bytes(inspection.num_bytes_after)}"
     elsewhere = " (they stay on disk)" if inspection.weights_on_disk else ""
-    weights, hidden, statistics, solve = (
-        human_bytes(part) for part in (memory.weights, memory.hidden_states, memory.statistics, memory.solve)
-    )
+    parts = (memory.weights, memory.hidden_states, memory.statistics, memory.solve, memory.layer_choice)
+    weights, hidden, statistics, solve, choice = (human_bytes(part) for part in parts)
+    choosing = f"; {choice} beside the weights while layers are chosen, before that" if memory.layer_choice else ""
     yield (
         "memory",
         f"about {human_bytes(memory.peak)} at the peak of a run with {inspection.num_calibration_tokens:,} calibration "
-        f"tokens: weights {weights}{elsewhere}, hidden states {hidden}, statistics {statistics}, solve {solve}; the "
-        f"interpreter comes on top",
+        f"tokens: weights {weights}{elsewhere}, hidden states {hidden}, statistics {statistics}, solve {solve}"
+        f"{choosing}; the interpreter comes on top",
     )
     yield "disk", f"at most {human_bytes(inspection.disk_bytes)} while it runs"
     seconds = inspection.seconds

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from secateur.arch import Arch, Group, decoder_layers, linear
+from secateur.depth_choice import LAYERS_AT_ONCE
 from secateur.device import float64_device
 from secateur.estimate import HELD_OUT_FACTOR, MemoryPlan
 from secateur.gram import NUM_BLOCKS, exact_product_precision
 from secateur.resolve import Resolved
+from secateur.resolve_depth import TOKENS_PER_INPUT
 
 # Products that are timed: as many rows as a batch has tokens, and not more than a fraction of a second of them.
 ROWS, MOST_WIDTH, REPEATS = 512, 2048, 3
@@ -43,7 +45,8 @@ def work_of(arch: Arch, resolved: Resolved, num_params: int) -> Work:
 
     forward, per round: the pruned stream, and where there is one the dense stream, through every layer, and what was
     cut once more; the held-out tenth through up to three models with head; for measured budgets the probe's tokens
-    through half of the layers, on average, and the head for every group, for `search` also for every child.
+    through half of the layers, on average, and the head for every group, for `search` also for every child; before the
+    first round what choosing whole layers takes.
     gram: the lower block triangle of x'x, once more for measured budgets. solve, for F inputs, C that go and S that
     stay: inverse 2 F^3, updates 2 C F^2, Cholesky S^3 / 3, substitutions 2 S^2 H, right side 2 C S H.
     """
@@ -68,7 +71,31 @@ def work_of(arch: Arch, resolved: Resolved, num_params: int) -> Work:
         children = recipe.generations * recipe.offspring if recipe.budget == "search" else 0
         one = 2.0 * probe * (num_params - in_layers / 2)
         forward += num_rounds * (len(resolved.groups) * one + children * 2 * probe * num_params)
-    return Work(float(forward), gram, solve)
+    choice = _layer_choice_work(arch, resolved, num_params) if recipe.depth else Work(0.0, 0.0, 0.0)
+    return Work(float(forward + choice.forward), gram + choice.gram, solve + choice.solve)
+
+
+def _layer_choice_work(arch: Arch, resolved: Resolved, num_params: int) -> Work:
+    """Return the operations of choosing layers and folding them into those before.
+
+    The probe's tokens: a stream without each layer from there on, and the head; then, for each further layer, about
+    `LAYERS_AT_ONCE` of these again. The narrow readers: a few tokens per input, twice through the model. Each layer
+    that goes: all tokens through those before it, half of all on average.
+    """
+    recipe, in_layers = resolved.recipe, sum(arch.params_per_layer)
+    ffns = [group for group in arch.groups if group.name == "ffn"]
+    assert recipe.depth and recipe.calibration.num_tokens and recipe.calibration.sequence_length
+    probe = recipe.probe_blocks * len(recipe.calibration.domains) * recipe.calibration.sequence_length
+    num_streams = arch.num_layers + LAYERS_AT_ONCE * (recipe.depth - 1)
+    passes = num_streams / 2 + 2 * recipe.depth
+    fitted = TOKENS_PER_INPUT * max((group.num_inputs for group in ffns), default=0)
+    tokens = recipe.calibration.num_tokens * HELD_OUT_FACTOR
+    forward = 2 * probe * (passes * in_layers + (num_streams + recipe.depth) * (num_params - in_layers))
+    forward += 2 * (2 * fitted + recipe.depth * tokens / 2) * in_layers
+    parts = [_group_work(group, group.num_units // 2, fitted) for group in ffns]
+    folded = [_group_work(group, group.num_units // 2, round(tokens)) for group in ffns[: recipe.depth]]
+    gram = sum(part[1] for part in [*parts, *folded])
+    return Work(float(forward), float(gram), float(sum(part[2] for part in parts)))
 
 
 def _group_work(group: Group, num_keep: int, tokens: int) -> tuple[float, float, float]:
