@@ -127,7 +127,8 @@ def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align
         left_in = " and ".join(f"{align_of(g, align)} {g.unit}s" for g in {g.name: g for g in groups}.values())
         raise RecipeError(
             f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at "
-            f"most {round_down(largest)} with {left_in} (align) left in each; ask for less or lower align."
+            f"most {round_down(largest)} with {left_in} (align) left in each; ask for less, lower align, "
+            f"or remove more whole layers (depth)."
         )
     plan = plan_of(groups, prices, num_keep)
     if plan.cost_after == prices.total:

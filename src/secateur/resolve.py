@@ -212,7 +212,8 @@ def _check_within_reach(recipe: Recipe, groups: tuple[Group, ...], prices: Price
     if remove > largest:
         raise RecipeError(
             f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at most "
-            f"{round_down(largest)} with each at its smallest width; ask for less, or lower min_keep or align."
+            f"{round_down(largest)} with each at its smallest width; ask for less, lower min_keep or align, or "
+            f"remove more whole layers (depth)."
         )
 
 
