@@ -39,7 +39,16 @@ class MemoryEstimate:
     @property
     def peak(self) -> int:
         """Statistics of a domain are freed before the solve, and all of the choice before both: the largest counts."""
-        return self.weights + max(self.hidden_states + max(self.statistics, self.solve), self.layer_choice)
+        return self.weights + max(self._in_a_round, self.layer_choice)
+
+    @property
+    def is_of_layer_choice(self) -> bool:
+        """Whether the peak is there, and not in a round."""
+        return self.layer_choice > self._in_a_round
+
+    @property
+    def _in_a_round(self) -> int:
+        return self.hidden_states + max(self.statistics, self.solve)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +144,14 @@ def plan_device_memory(
 
 def _parts(estimate: MemoryEstimate) -> str:
     """Name the parts that stand together at the worst moment."""
-    if estimate.peak == estimate.weights + estimate.layer_choice:
+    if estimate.is_of_layer_choice:
         return f"choice of layers {estimate.layer_choice / 1e9:.2f}"
     named = {"hidden states": estimate.hidden_states, "statistics": estimate.statistics, "solve": estimate.solve}
     return ", ".join(f"{name} {part / 1e9:.2f}" for name, part in named.items())
 
 
 def _remedy(estimate: MemoryEstimate) -> str:
-    choosing = estimate.peak == estimate.weights + estimate.layer_choice
-    return "give depth: 0" if choosing else "lower calibration.num_tokens"
+    return "give depth: 0" if estimate.is_of_layer_choice else "lower calibration.num_tokens"
 
 
 def estimate_memory(
@@ -166,11 +174,9 @@ def estimate_memory(
     square = widest * widest if has_gram else 0
     has_drift = bool(recipe.target_mix)
     reader = widest * config.hidden_size
-    # A triangle of blocks is a little more than half of the square.
-    sums = 4 * (round(square * (1 + 1 / NUM_BLOCKS) / 2) + has_drift * reader)
+    sums = 4 * (_triangle(square) + has_drift * reader)
     inputs_and_drift = widest + has_drift * config.hidden_size
     held_out = (num_tokens - recipe.calibration.num_tokens) * inputs_and_drift * bytes_per_param
-    product = 4 * min(PRODUCT_ROWS, -(-widest // NUM_BLOCKS)) * widest
     num_domains = len(recipe.calibration.domains) if recipe.domain_weighting in BY_DOMAIN else 0
     at_once = units_at_once(recipe.obs_batch, widest, 1)
     obs = 8 * square + 4 * 8 * widest * at_once + 4 * reader if recipe.score in NEED_GRAM else 0
@@ -178,7 +184,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights=weight_bytes,
         hidden_states=(1 + has_drift) * num_tokens * config.hidden_size * bytes_per_param,
-        statistics=(1 + num_domains + 2) * sums + product + held_out,
+        statistics=(1 + num_domains + 2) * sums + _product_bytes(widest) + held_out,
         solve=max(1, num_domains) * sums + held_out + max(obs, fit),
         layer_choice=_layer_choice_bytes(resolved, arch, config, bytes_per_param) if recipe.depth else 0,
     )
@@ -198,9 +204,19 @@ def _layer_choice_bytes(resolved: Resolved, arch: Arch, config: Any, bytes_per_p
     fitted = min(TOKENS_PER_INPUT * widest, calibration.num_tokens)
     length = calibration.sequence_length
     batch = max(length, min(resolved.recipe.probe_blocks * length, DEVICE_BATCH_TOKENS))
-    gram = 4 * round(widest * widest * (1 + 1 / NUM_BLOCKS)) + 4 * min(PRODUCT_ROWS, -(-widest // NUM_BLOCKS)) * widest
+    gram = 8 * _triangle(widest * widest) + _product_bytes(widest)
     streams = batch * (arch.num_layers * hidden_size + config.vocab_size) * bytes_per_param
     return readers + max((fitted * bytes_per_param + 4 * widest) * hidden_size + gram + fit, streams)
+
+
+def _triangle(square: int) -> int:
+    """Return how many numbers a symmetric matrix takes: a triangle of blocks, a little more than half of the square."""
+    return round(square * (1 + 1 / NUM_BLOCKS) / 2)
+
+
+def _product_bytes(num_inputs: int) -> int:
+    """Return the bytes of the float32 product that is added to a Gram matrix."""
+    return 4 * min(PRODUCT_ROWS, -(-num_inputs // NUM_BLOCKS)) * num_inputs
 
 
 def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:

@@ -92,6 +92,7 @@ def _layer_choice_work(arch: Arch, resolved: Resolved, num_params: int) -> Work:
     tokens = recipe.calibration.num_tokens * HELD_OUT_FACTOR
     forward = 2 * probe * (passes * in_layers + (num_streams + recipe.depth) * (num_params - in_layers))
     forward += 2 * (2 * fitted + recipe.depth * tokens / 2) * in_layers
+    # How many stay hardly matters to the operations: about half, as where layers go.
     parts = [_group_work(group, group.num_units // 2, fitted) for group in ffns]
     folded = [_group_work(group, group.num_units // 2, round(tokens)) for group in ffns[: recipe.depth]]
     gram = sum(part[1] for part in [*parts, *folded])
