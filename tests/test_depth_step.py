@@ -155,6 +155,36 @@ def test_every_layer_is_logged_with_its_kl_and_patch(factory, small, tmp_path, m
         assert max(line["error_after"].values()) < 0.9
 
 
+@IN_BOTH
+def test_layers_that_are_named_go_as_if_they_had_been_chosen(factory, small, tmp_path, monkeypatch):
+    places = [tmp_path / "chosen", tmp_path / "named"]
+    measured = secateur.prune(dense(factory), {**small, "depth": 2, "remove": 0.4}, tokenizer=TOKENIZER, out=places[0])
+    assert measured.layers == (0, 2, 4, 5)
+    monkeypatch.setattr(depth_step, "choose_layers", lambda *_, **__: pytest.fail("nothing is left to choose"))
+    asked = {**small, "removed_layers": [-3, 1], "remove": 0.4}
+    named = secateur.prune(dense(factory), asked, tokenizer=TOKENIZER, out=places[1])
+    assert named.layers == measured.layers and named.recipe.depth == 2
+    for name in ("model.safetensors", "keep.json"):
+        assert (places[0] / name).read_bytes() == (places[1] / name).read_bytes()
+    (one, other), chosen = lines_of(places[1], "layer"), lines_of(places[0], "layer")
+    assert "kl" not in one and one["error_after"] == chosen[0]["error_after"] and other["layer"] == 3
+    page = (places[1] / "report.html").read_text()
+    assert "The recipe named those that went." in page and "KL without it" not in page and "layer 3</th><td>" in page
+    again = secateur.prune(dense(factory), places[1] / "recipe.yaml", tokenizer=TOKENIZER)
+    assert torch.equal(logits_of(again.model), logits_of(named.model))
+
+
+def test_naming_layers_saves_what_choosing_them_costs(small, tmp_path):
+    dense(tiny_llama).save_pretrained(tmp_path / "dense")
+    TOKENIZER.save_pretrained(tmp_path / "dense")
+    asked = {**small, "remove": 0.4, "protected_layers": [0]}
+    chosen = inspect(tmp_path / "dense", parse_recipe({**asked, "depth": 2, "budget": "curve"}))
+    named = inspect(tmp_path / "dense", parse_recipe({**asked, "removed_layers": [1, 3], "budget": "curve"}))
+    assert chosen.num_params_after == named.num_params_after
+    assert named.memory.layer_choice == 0 < chosen.memory.layer_choice
+    assert named.operations.forward < chosen.operations.forward and named.operations.gram < chosen.operations.gram
+
+
 def test_layers_are_chosen_in_a_model_as_narrow_as_widths_will_make_it(small, monkeypatch):
     model, seen = dense(tiny_llama), []
 
@@ -270,6 +300,13 @@ def test_what_cannot_be_removed_is_said_before_anything_runs(small):
             {"depth": 3, "remove": share_of(2)},
             rf"depth: 3 layers of {per_layer:,} parameters each make it .* use depth 2 at most, .* 0\.4",
         ),
+        ({"removed_layers": [1, 6]}, "removed_layers: there is no layer 6; use 0 to 5, or -6 to -1 from the end"),
+        ({"removed_layers": [1, -5]}, r"removed_layers: \[1, -5\] names a layer of 6 twice"),
+        ({"removed_layers": [1, 2], "protected_layers": [-4]}, "removed_layers: layer 2 is in protected_layers too"),
+        ({"removed_layers": [1, 2], "depth": 1}, r"depth: 1 is not the number of removed_layers: \[1, 2\]; .* give 2"),
+        ({"removed_layers": [1], "schedule": [0.3, 0.6]}, "schedule: layers .* remove no layers"),
+        ({"removed_layers": "1"}, "removed_layers: "),
+        ({"removed_layers": [0, 1, 2, 3, 4, 5]}, "depth: 6 of 6 layers cannot be removed"),
         ({"depth": 2, "remove": 0.85}, "remove: .* is out of reach"),
         ({"depth": 2, "remove": 0.85, "budget": "curve"}, "remove: .* is out of reach"),
     ):

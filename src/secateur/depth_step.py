@@ -18,7 +18,7 @@ from secateur.depth_choice import choose_layers
 from secateur.memory import peak_bytes, release_freed
 from secateur.probe import first_blocks
 from secateur.resolve import resolve
-from secateur.resolve_depth import TOKENS_PER_INPUT, protected_layers
+from secateur.resolve_depth import TOKENS_PER_INPUT, protected_layers, removed_layers
 from secateur.run import Run
 from secateur.safety_net import watched_losses
 from secateur.walk import Batch
@@ -27,29 +27,32 @@ from secateur.walk import Batch
 def remove_depth(run: Run) -> Run:
     """Remove as many layers as the recipe's `depth` says, in place; call it before `prune_in_place`.
 
-    Which: `choose_layers` on `probe_blocks` blocks per domain of the first round, in a model about as narrow as widths
-    will make it, since that is where the others must do without them. In what order: from the first layer on, so that
-    each patch is fitted to what the layers before it give by then, as everywhere in a walk. Patched by least squares on
-    all the blocks of the first round, where the recipe compensates so, the family adds what an FFN gives as it is, and
-    a layer stands before. Everything after, the dense stream included, starts from this model; only the safety net
-    still compares with the dense one.
+    Which: the recipe's `removed_layers`, or else those of `choose_layers` on `probe_blocks` blocks per domain of the
+    first round, in a model about as narrow as widths will make it, where the others must do without them. In what
+    order: from the first layer on, so that each patch is fitted to what the layers before it give by then, as
+    everywhere in a walk. Patched by least squares on all the blocks of the first round, where the recipe compensates
+    so, the family adds what an FFN gives as it is, and a layer stands before. Everything after, the dense stream
+    included, starts from this model; only the safety net still compares with the dense one.
     """
     recipe, dense = run.resolved.recipe, run.arch
     if not recipe.depth:
         return run
     dense_losses = run.dense_losses or watched_losses(run, "dense")
     batches = run.batches(1)
-    costs = _chosen(run, batches)
-    layers = tuple(index for index in range(dense.num_layers) if index not in costs)
+    named = removed_layers(recipe, dense)
+    costs = {} if named else _chosen(run, batches)
+    gone, order = sorted(named or costs), list(costs)
+    layers = tuple(index for index in range(dense.num_layers) if index not in gone)
     resolved = resolve(recipe, dense, run.model.config, run.resolved.prices, layers)
     resolved = dataclasses.replace(resolved, warnings=run.resolved.warnings)
-    arch, order = dense, list(costs)
+    arch = dense
     run.progress("remove layers", 0, recipe.depth)
-    for done, layer in enumerate(sorted(costs)):
+    for done, layer in enumerate(gone):
         start = time.perf_counter()
         patch = _patch(run, arch, layer, layer - done, batches)
         arch = remove_layers(run.model, arch, [layer - done])
-        line = {"event": "layer", "layer": layer, "chosen": order.index(layer) + 1, "kl": costs[layer], **patch}
+        choice = {"chosen": order.index(layer) + 1, "kl": costs[layer]} if costs else {}
+        line = {"event": "layer", "layer": layer, **choice, **patch}
         run.log({**line, "seconds": round(time.perf_counter() - start, 3), "peak_bytes": peak_bytes()})
         release_freed()
         run.progress("remove layers", done + 1, recipe.depth)

@@ -151,7 +151,8 @@ def _parts(estimate: MemoryEstimate) -> str:
 
 
 def _remedy(estimate: MemoryEstimate) -> str:
-    return "give depth: 0" if estimate.is_of_layer_choice else "lower calibration.num_tokens"
+    choice = "name them in removed_layers or give depth: 0"
+    return choice if estimate.is_of_layer_choice else "lower calibration.num_tokens"
 
 
 def estimate_memory(
@@ -186,16 +187,19 @@ def estimate_memory(
         hidden_states=(1 + has_drift) * num_tokens * config.hidden_size * bytes_per_param,
         statistics=(1 + num_domains + 2) * sums + _product_bytes(widest) + held_out,
         solve=max(1, num_domains) * sums + held_out + max(obs, fit),
-        layer_choice=_layer_choice_bytes(resolved, arch, config, bytes_per_param) if recipe.depth else 0,
+        layer_choice=_layer_choice_bytes(resolved, arch, config, bytes_per_param),
     )
 
 
 def _layer_choice_bytes(resolved: Resolved, arch: Arch, config: Any, bytes_per_param: int) -> int:
     """Return the bytes that choosing layers needs beside the weights: the narrow readers of all layers, above all.
 
+    None where no layer goes, or the recipe names those that do.
     With them either what one of them is fitted by (the hidden states of `TOKENS_PER_INPUT` tokens per input, the Gram
     matrix in float64 and what least squares needs) or a batch's streams, one for every layer, and its logits.
     """
+    if not resolved.recipe.depth or resolved.recipe.removed_layers:
+        return 0
     hidden_size, inputs = config.hidden_size, [group.num_inputs for group in arch.groups if group.name == "ffn"]
     readers, widest = sum(inputs) * hidden_size * bytes_per_param, max(inputs, default=0)
     fit = _fit_bytes(resolved, hidden_size) if resolved.recipe.compensate == "least_squares" else 0

@@ -100,10 +100,9 @@ class Recipe(Strict):
     remove: the share that goes of what the dense model has of `target`.
     target: parameters (all, tied weights once); flops per prompt token; kv_bytes, of cache per token; latency, seconds
     per decoded token as measured on this machine. prices: those seconds; measured where they are left out.
-    hidden_size: how wide the residual stream is to be, in all layers at once, before anything else goes; part of
-    `remove`. Without recovery training the damage is large.
+    hidden_size: the width of the residual stream in all layers, first; part of `remove`; large damage if not recovered.
     depth: whole layers to remove before any width, those whose absence changes predictions least; part of `remove`.
-    None: as many as spare the widths the worst, see `resolve_depth.default_depth`.
+    None: as many as spare the widths the worst, see `default_depth`. removed_layers: these, instead of measured ones.
     budget: how widths are spread over layers. `widths` follows: `per_layer` where they may differ, else `uniform`.
     protected_layers: stay whole; negative ones count from the end. min_keep: the least share of a group that stays.
     probe_blocks: blocks per domain on which `curve` and `search` measure KL; generations and offspring: of `search`.
@@ -124,6 +123,7 @@ class Recipe(Strict):
     prices: MeasuredPrices | None = None
     hidden_size: Annotated[int, Field(ge=1)] | None = None
     depth: Annotated[int, Field(ge=0)] | None = None
+    removed_layers: tuple[int, ...] = ()
     groups: Annotated[tuple[str, ...], Field(min_length=1)] = ("ffn",)
     budget: BudgetName = "uniform"
     widths: WidthsName | None = None

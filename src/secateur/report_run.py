@@ -43,19 +43,25 @@ def depth(files: ResultFiles) -> Section:
     """Layers that went as a whole, and what their patches gave back."""
     before, after = files.summary.num_layers
     rows = []
-    for removed in sorted(files.removed_layers, key=lambda removed: removed.chosen):
+    for removed in sorted(files.removed_layers, key=lambda removed: removed.chosen or removed.layer):
         left = f"{_mean(_percent(removed.error_after)):.1f}%" if removed.error_after else "not patched"
-        rows.append((f"layer {removed.layer}", str(removed.chosen), f"{removed.kl:.4f}", left))
-    text = (
-        f"{before} layers → {after}. Each time the layer went without which predictions change the least; KL is that "
+        choice = () if removed.kl is None else (str(removed.chosen), f"{removed.kl:.4f}")
+        rows.append((f"layer {removed.layer}", *choice, left))
+    how = (
+        "Each time the layer went without which predictions change the least; KL is that "
         "of the model without it and those chosen before it, before any patch and with FFNs about as narrow as widths "
-        "will make them, so most of it is the widths', in nats per token. Where it can, the "
+        "will make them, so most of it is the widths', in nats per token."
+    )
+    measured = any(removed.kl is not None for removed in files.removed_layers)
+    text = (
+        f"{before} layers → {after}. {how if measured else 'The recipe named those that went.'} Where it can, the "
         "layer before is refitted to give what is linear in it; the last column is what is then missing of what the "
         "layer added, on held-out text, as a share of its energy.",
         "This table numbers layers as the dense model did; everything else here, as the result does.",
     )
-    header = ("", "chosen", "KL without it", "missing after the patch")
-    return Section("depth", "Removed layers", text, tables=(Table("Removed layers by choice", header, rows),))
+    header = ("", *(("chosen", "KL without it") if measured else ()), "missing after the patch")
+    title = "Removed layers by choice" if measured else "Removed layers"
+    return Section("depth", "Removed layers", text, tables=(Table(title, header, rows),))
 
 
 def widths(files: ResultFiles) -> Section:

@@ -21,38 +21,60 @@ TOKENS_PER_INPUT = 4
 
 def protected_layers(recipe: Recipe, arch: Arch) -> set[int]:
     """Return the dense model's layers that stay whole. Raises RecipeError for one that is not there."""
-    last = arch.num_layers - 1
-    for index in recipe.protected_layers:
-        if not -arch.num_layers <= index <= last:
+    return _layers_named("protected_layers", recipe.protected_layers, arch.num_layers)
+
+
+def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
+    """Return the dense model's layers that the recipe itself says are to go.
+
+    Raises RecipeError for one that is not there, is named twice or is protected, and for another number in `depth`.
+    """
+    named = _layers_named("removed_layers", recipe.removed_layers, arch.num_layers)
+    shown = ", ".join(map(str, recipe.removed_layers))
+    if len(named) < len(recipe.removed_layers):
+        raise RecipeError(f"removed_layers: [{shown}] names a layer of {arch.num_layers} twice; name each once.")
+    if both := sorted(named & protected_layers(recipe, arch)):
+        raise RecipeError(f"removed_layers: layer {both[0]} is in protected_layers too; take it out of one of them.")
+    if named and recipe.depth not in (None, len(named)):
+        raise RecipeError(
+            f"depth: {recipe.depth} is not the number of removed_layers: [{shown}]; leave depth out, or give "
+            f"{len(named)}."
+        )
+    return named
+
+
+def _layers_named(key: str, layers: tuple[int, ...], num_layers: int) -> set[int]:
+    for index in layers:
+        if not -num_layers <= index < num_layers:
             raise RecipeError(
-                f"protected_layers: there is no layer {index}; use 0 to {last}, or {-arch.num_layers} to -1 from the "
-                f"end."
+                f"{key}: there is no layer {index}; use 0 to {num_layers - 1}, or {-num_layers} to -1 from the end."
             )
-    return {index % arch.num_layers for index in recipe.protected_layers}
+    return {index % num_layers for index in layers}
 
 
 def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]:
-    """Return the layers that stay, by their numbers in the dense model, as if the last unprotected ones were to go.
+    """Return the layers that stay, by their numbers in the dense model.
 
-    A `depth` that is not known yet counts as 0.
+    Where the recipe does not say which go, as if the last unprotected ones did; a `depth` not known yet counts as 0.
 
     Raises RecipeError if so many cannot go, or if layers differ in size.
     """
+    named = removed_layers(recipe, arch)
     free = sorted(set(range(arch.num_layers)) - protected_layers(recipe, arch))
     if not free:
         raise RecipeError("protected_layers: no layer is left to remove anything from; protect fewer.")
-    if recipe.depth and getattr(config, "is_heterogeneous", False):
+    depth = len(named) or recipe.depth or 0
+    if depth and getattr(config, "is_heterogeneous", False):
         raise RecipeError(
-            f"depth: {recipe.depth} layers cannot be removed from a model of per-layer widths (per_layer_config); "
+            f"depth: {depth} layers cannot be removed from a model of per-layer widths (per_layer_config); "
             f"remove layers from the dense model, before widths."
         )
-    depth = recipe.depth or 0
     if depth >= len(free):
         raise RecipeError(
             f"depth: {depth} of {arch.num_layers} layers cannot be removed; one that is not in protected_layers "
             f"must stay, so ask for 0 to {len(free) - 1}."
         )
-    gone = free[len(free) - depth :]
+    gone = named or set(free[len(free) - depth :])
     return tuple(index for index in range(arch.num_layers) if index not in gone)
 
 
@@ -60,7 +82,8 @@ def with_depth(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> Recip
     """Return the recipe with its `depth` filled in."""
     if recipe.depth is not None:
         return recipe
-    return recipe.model_copy(update={"depth": default_depth(recipe, arch, config, prices)})
+    depth = len(recipe.removed_layers) or default_depth(recipe, arch, config, prices)
+    return recipe.model_copy(update={"depth": depth})
 
 
 def default_depth(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
@@ -113,10 +136,10 @@ def num_rounds(recipe: Recipe) -> int:
         raise RecipeError(
             f"schedule: {len(gone)} rounds are listed, but rounds: {recipe.rounds}; leave rounds out or list as many."
         )
-    if recipe.depth:
+    if recipe.depth or recipe.removed_layers:
         raise RecipeError(
             "schedule: layers (depth) go before the first round, so what is gone after each cannot be listed; use "
-            "linear or cubic, or depth: 0."
+            "linear or cubic, or remove no layers."
         )
     return len(gone)
 

@@ -44,13 +44,14 @@ class GroupStep:
 class RemovedLayer:
     """A layer that went as a whole, by its number in the dense model.
 
-    `chosen`: its place in the order of choice. `kl`: nats per token without it and those chosen before it. Errors: what
-    its patch leaves of what it added, as shares, by domain; none where it was not patched.
+    `chosen`: its place in the order of choice. `kl`: nats per token without it and those chosen before it; none of both
+    where the recipe named it. Errors: what its patch leaves of what it added, as shares, by domain; none where it was
+    not patched.
     """
 
     layer: int
-    chosen: int
-    kl: float
+    chosen: int | None = None
+    kl: float | None = None
     step: float | None = None
     error_before: dict[str, float] | None = None
     error_after: dict[str, float] | None = None

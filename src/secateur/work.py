@@ -71,32 +71,48 @@ def work_of(arch: Arch, resolved: Resolved, num_params: int) -> Work:
         children = recipe.generations * recipe.offspring if recipe.budget == "search" else 0
         one = 2.0 * probe * (num_params - in_layers / 2)
         forward += num_rounds * (len(resolved.groups) * one + children * 2 * probe * num_params)
-    choice = _layer_choice_work(arch, resolved, num_params) if recipe.depth else Work(0.0, 0.0, 0.0)
-    return Work(float(forward + choice.forward), gram + choice.gram, solve + choice.solve)
+    for part in _layers_work(arch, resolved, num_params):
+        forward, gram, solve = forward + part.forward, gram + part.gram, solve + part.solve
+    return Work(float(forward), float(gram), float(solve))
 
 
-def _layer_choice_work(arch: Arch, resolved: Resolved, num_params: int) -> Work:
-    """Return the operations of choosing layers and folding them into those before.
+def _layers_work(arch: Arch, resolved: Resolved, num_params: int) -> list[Work]:
+    """Return the operations of choosing layers, unless the recipe names them, and of folding them into those before."""
+    recipe = resolved.recipe
+    if not recipe.depth:
+        return []
+    fold = _fold_work(arch, resolved, recipe.depth)
+    return [fold] if recipe.removed_layers else [_choice_work(arch, resolved, num_params, recipe.depth), fold]
+
+
+def _choice_work(arch: Arch, resolved: Resolved, num_params: int, depth: int) -> Work:
+    """Return the operations of choosing layers.
 
     The probe's tokens: a stream without each layer from there on, and the head; then, for each further layer, about
-    `LAYERS_AT_ONCE` of these again. The narrow readers: a few tokens per input, twice through the model. Each layer
-    that goes: all tokens through those before it, half of all on average.
+    `LAYERS_AT_ONCE` of these again. The narrow readers: a few tokens per input, twice through the model.
     """
     recipe, in_layers = resolved.recipe, sum(arch.params_per_layer)
     ffns = [group for group in arch.groups if group.name == "ffn"]
-    assert recipe.depth and recipe.calibration.num_tokens and recipe.calibration.sequence_length
+    assert recipe.calibration.sequence_length
     probe = recipe.probe_blocks * len(recipe.calibration.domains) * recipe.calibration.sequence_length
-    num_streams = arch.num_layers + LAYERS_AT_ONCE * (recipe.depth - 1)
-    passes = num_streams / 2 + 2 * recipe.depth
+    num_streams = arch.num_layers + LAYERS_AT_ONCE * (depth - 1)
+    passes = num_streams / 2 + 2 * depth
     fitted = TOKENS_PER_INPUT * max((group.num_inputs for group in ffns), default=0)
-    tokens = recipe.calibration.num_tokens * HELD_OUT_FACTOR
-    forward = 2 * probe * (passes * in_layers + (num_streams + recipe.depth) * (num_params - in_layers))
-    forward += 2 * (2 * fitted + recipe.depth * tokens / 2) * in_layers
+    forward = 2 * probe * (passes * in_layers + (num_streams + depth) * (num_params - in_layers))
     # How many stay hardly matters to the operations: about half, as where layers go.
     parts = [_group_work(group, group.num_units // 2, fitted) for group in ffns]
-    folded = [_group_work(group, group.num_units // 2, round(tokens)) for group in ffns[: recipe.depth]]
-    gram = sum(part[1] for part in [*parts, *folded])
-    return Work(float(forward), float(gram), float(sum(part[2] for part in parts)))
+    gram, solve = sum(part[1] for part in parts), sum(part[2] for part in parts)
+    return Work(float(forward + 4 * fitted * in_layers), float(gram), float(solve))
+
+
+def _fold_work(arch: Arch, resolved: Resolved, depth: int) -> Work:
+    """Return the operations of folding layers: all tokens through those before each, half of all on average."""
+    calibration = resolved.recipe.calibration
+    assert calibration.num_tokens
+    tokens = calibration.num_tokens * HELD_OUT_FACTOR
+    ffns = [group for group in arch.groups if group.name == "ffn"][:depth]
+    parts = [_group_work(group, group.num_units // 2, round(tokens)) for group in ffns]
+    return Work(depth * tokens * sum(arch.params_per_layer), float(sum(part[1] for part in parts)), 0.0)
 
 
 def _group_work(group: Group, num_keep: int, tokens: int) -> tuple[float, float, float]:
