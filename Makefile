@@ -4,8 +4,11 @@ BIN := .venv/bin
 
 .PHONY: demo test check slow clean
 
-demo: .venv/demo.installed  ## prune SmolLM2-135M by a fifth, without any network after the install
-	HF_HUB_OFFLINE=1 $(BIN)/secateur demo demo-out --overwrite
+demo: export HF_HUB_OFFLINE = 1
+demo: .venv/demo.installed  ## prune SmolLM2-135M by a fifth and time both, without any network after the install
+	$(BIN)/secateur demo demo-out --overwrite
+	$(BIN)/secateur bench demo-out --against smollm2-135m
+	$(BIN)/secateur report demo-out
 
 test: .venv/dev.installed  ## the default tests: no network, no GPU, minutes on two cores
 	$(BIN)/python -m pytest

@@ -63,14 +63,14 @@ def speed(files: ResultFiles) -> Section:
         text, plot, table = _against_ideal(bench)
         return Section("speed", title, text, (plot,), (table, sizes))
     command = f"secateur bench DIR --against {shlex.quote(summary.model)}"
-    more = f"{command} adds the ideal speed-up, peak memory and cache size."
+    more = f"{command} times both in turns and adds the ideal speed-up, peak memory and cache size."
     measured = speeds(summary)
     if not measured:
         return Section("speed", title, (f"Not timed in the run: see its recipe and notes. {more}",), (), (sizes,))
     assert summary.dense_speed is not None
     text = (
         f"Medians of {summary.dense_speed.repeats} runs at batch 1 with {summary.dense_speed.prompt_tokens} prompt "
-        f"tokens and {summary.dense_speed.new_tokens} new ones. {more}",
+        f"tokens and {summary.dense_speed.new_tokens} new ones, dense before the run and pruned after. {more}",
     )
     series = [Series("measured", "pruned", [after / before for _, before, after in measured])]
     described = Text("speed-plot", "Speed-up", "The table has the numbers.")
