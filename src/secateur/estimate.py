@@ -194,9 +194,9 @@ def estimate_memory(
 def _layer_choice_bytes(resolved: Resolved, arch: Arch, config: Any, bytes_per_param: int) -> int:
     """Return the bytes that choosing layers needs beside the weights: the narrow readers of all layers, above all.
 
-    None where no layer goes, or the recipe names those that do.
     With them either what one of them is fitted by (the hidden states of `TOKENS_PER_INPUT` tokens per input, the Gram
     matrix in float64 and what least squares needs) or a batch's streams, one for every layer, and its logits.
+    None where no layer goes, or the recipe names those that do.
     """
     if not resolved.recipe.depth or resolved.recipe.removed_layers:
         return 0
