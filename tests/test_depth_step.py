@@ -305,7 +305,7 @@ def test_what_cannot_be_removed_is_said_before_anything_runs(small):
         ({"removed_layers": [1, 2], "protected_layers": [-4]}, "removed_layers: layer 2 is in protected_layers too"),
         ({"removed_layers": [1, 2], "depth": 1}, r"depth: 1 is not the number of removed_layers: \[1, 2\]; .* give 2"),
         ({"removed_layers": [1], "schedule": [0.3, 0.6]}, "schedule: layers .* remove no layers"),
-        ({"removed_layers": "1"}, "removed_layers: "),
+        ({"removed_layers": 1}, "removed_layers: must be a list, got 1"),
         ({"removed_layers": [0, 1, 2, 3, 4, 5]}, "depth: 6 of 6 layers cannot be removed"),
         ({"depth": 2, "remove": 0.85}, "remove: .* is out of reach"),
         ({"depth": 2, "remove": 0.85, "budget": "curve"}, "remove: .* is out of reach"),

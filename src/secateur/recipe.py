@@ -240,7 +240,7 @@ def _sentence(error: ValidationError) -> str:
         allowed = first.get("ctx", {}).get("expected", "")
         names = allowed.replace("'", "").replace(" or ", ", ").split(", ")
         return f"unknown {key} '{got}'; allowed: {', '.join(names)}; {advice(str(got), names)}"
-    message = first["msg"].removeprefix("Value error, ")
+    message = "must be a list" if kind == "tuple_type" else first["msg"].removeprefix("Value error, ")
     if key == "remove":
         shown = "NaN" if isinstance(got, float) and math.isnan(got) else got
         message = "the share of total parameters to remove must be a number above 0 and below 1"
