@@ -18,7 +18,7 @@ from secateur.plots import LayerSpread, Point, Series, Text, dot_plot, pareto_fr
 from secateur.pruning import prune
 from secateur.report import write_reports
 from secateur.summary import Summary
-from secateur.tables import caveats, verdict
+from secateur.tables import caveats, loss_rows, verdict
 
 HOSTILE = "<script>alert(1)</script>"
 ODD = "$\\frac$ 日本 & \x07co"
@@ -78,6 +78,15 @@ def test_names_are_escaped_in_the_page_and_in_plots(result):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html  # whole in the tables
     assert "&lt;script&gt;al…ript&gt;" in html  # shortened in the plot
     assert "$\\frac$ 日本 &amp; " in html
+
+
+def test_one_block_alone_has_no_standard_error(result):
+    summary = summary_of(result)
+    single = {name: dataclasses.replace(loss, standard_error=0.0) for name, loss in summary.dense_losses.items()}
+    rows = dict(loss_rows(dataclasses.replace(summary, dense_losses=single), errors=True))
+    for name in single:
+        dense, pruned, *_ = rows[name]
+        assert "±" not in dense and "±" in pruned
 
 
 def test_colours_are_the_pages_own(result):

@@ -13,7 +13,7 @@ from secateur.page import Page, Section, Table
 from secateur.plots import Point, Text, pareto_front, pareto_plot
 from secateur.result_files import ResultFiles
 from secateur.summary import Losses, Size, Summary
-from secateur.tables import human_bytes, speeds
+from secateur.tables import human_bytes, plus_minus, speeds
 
 QUALITY = "held-out perplexity"
 NOT_MEASURED = "not measured"
@@ -84,7 +84,9 @@ def _domains(summaries: dict[str, Summary]) -> Table:
     rows = []
     for domain in domains:
         losses = [summary.pruned_losses.get(domain) for summary in summaries.values()]
-        cells = [f"{loss.nats_per_token:.3f} ± {loss.standard_error:.3f}" if loss else NOT_MEASURED for loss in losses]
+        cells = [
+            f"{loss.nats_per_token:.3f}{plus_minus(loss.standard_error)}" if loss else NOT_MEASURED for loss in losses
+        ]
         rows.append((domain, *cells))
     return Table("Nats per token after pruning ± standard error", ("domain", *summaries), rows)
 

@@ -98,16 +98,21 @@ def speeds(summary: Summary) -> list[tuple[str, float, float]]:
 def loss_rows(summary: Summary, *, errors: bool = False) -> Iterator[tuple[str, list[str]]]:
     """Yield (label, cell per evaluated model): held-out nats per token and perplexity, domain by domain.
 
-    `errors`: with the standard error of the nats per token.
+    `errors`: with the standard error of the nats per token, which one block alone does not have.
     """
     by_name = summary.losses_by_name()
     for domain in summary.dense_losses:
         losses = [by_name[name][domain] for name in by_name]
-        pluses = [f" ± {x.standard_error:.3f}" if errors else "" for x in losses]
+        pluses = [plus_minus(x.standard_error) if errors else "" for x in losses]
         yield domain, [f"{x.nats_per_token:.3f}{p} ({x.perplexity:.2f})" for x, p in zip(losses, pluses, strict=True)]
     if by_name:
         means = [sum(x.nats_per_token for x in losses.values()) / len(losses) for losses in by_name.values()]
         yield "mean (geometric mean)", [f"{mean:.3f} ({math.exp(mean):.2f})" for mean in means]
+
+
+def plus_minus(standard_error: float) -> str:
+    """Return what follows a mean; nothing where it is of one value, which has no error."""
+    return f" ± {standard_error:.3f}" if standard_error else ""
 
 
 def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str]]:
