@@ -49,8 +49,8 @@ LAYERS = [
     "expert_channels run selection inspection gguf_tensors evaluate_differences evaluate_parts",
     "propose group_step round_plan safety_net pruned_checkpoint",
     # what people read, and the other outputs
-    "recover_tasks depth_step hidden_step loop tables gguf_export evaluate evaluate_table",
-    "card benchmark export compare recover_table",
+    "recover_tasks depth_step hidden_step loop tables gguf_export evaluate",
+    "card benchmark export compare recover_table evaluate_table",
     "result_files bench_tables recover_output",
     "comparison report_run report_quality report_evaluation report_recovery",
     "report",

@@ -7,6 +7,7 @@ from rich.console import Group
 from rich.table import Table
 
 from secateur.evaluate_differences import metrics
+from secateur.tables import plus_minus
 
 Row = tuple[str, ...]
 
@@ -53,7 +54,7 @@ def _nats(parts: list[dict[str, Any]], change: dict[str, float] | None) -> Itera
     for part in parts:
         yield f"{part['nats_per_token']:.3f} ({part['perplexity']:.2f})"
     if change is not None:
-        yield f"{change['nats_per_token']:+.3f} ± {change['standard_error']:.3f}"
+        yield f"{change['nats_per_token']:+.3f}{plus_minus(change['standard_error'])}"
 
 
 def _bits_rows(evaluation: dict[str, Any]) -> Iterator[Row]:
@@ -65,7 +66,7 @@ def _bits_rows(evaluation: dict[str, Any]) -> Iterator[Row]:
 
 def _kl_rows(evaluation: dict[str, Any]) -> Iterator[Row]:
     for domain, part in evaluation.get("kl", {}).items():
-        mean = f"{part['mean']:.3f} ± {part['standard_error']:.3f}"
+        mean = f"{part['mean']:.3f}{plus_minus(part['standard_error'])}"
         yield domain, mean, f"{part['p95']:.2f}", f"{part['top1_agreement']:.1%}"
 
 

@@ -11,6 +11,7 @@ from secateur.evaluate_differences import PLOTTED_METRICS
 from secateur.page import Section, Table
 from secateur.plots import Series, Text, dot_plot
 from secateur.result_files import Evaluation, Measured, ResultFiles
+from secateur.tables import plus_minus
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ def distance(files: ResultFiles) -> Section:
     tables = [_quality_table(found)]
     if found.kl:
         rows = [
-            (domain, f"{kl.mean:.3f} ± {kl.standard_error:.3f}", f"{kl.p95:.2f}", f"{kl.top1_agreement:.1%}")
+            (domain, f"{kl.mean:.3f}{plus_minus(kl.standard_error)}", f"{kl.p95:.2f}", f"{kl.top1_agreement:.1%}")
             for domain, kl in found.kl.items()
         ]
         tables.append(Table("KL in nats per token", ("domain", "mean", "95% of tokens below", "same first"), rows))
