@@ -1,13 +1,13 @@
 """What training wins back: SmolLM2-135M pruned at 20, 30 and 50% of all parameters by the defaults, then recovered.
 
 Needs the development text (`../shared/data`, or SECATEUR_DATA). Prunes and trains on the `*_calib` files of six
-domains, judges on 4 blocks of 512 of each `*_eval` file, which nothing is trained on. Rows: the defaults (`ours`), both
-stages, one alone, KL or cross-entropy alone, embedding and head trained too (`full`), and, at equal tokens, LoRA on
-the same loss, on KL or on plain cross-entropy (LLM-Pruner's recipe). Every finished model stays in the directory, so
-that an interrupted benchmark goes on. Prints a Markdown table.
+domains, judges on 4 blocks of 512 of each `*_eval` file, which nothing is trained on. Rows: the defaults (`ours`), KL
+or cross-entropy alone, embedding and head trained too (`full`), and, at equal tokens, LoRA on the same loss, on KL or
+on plain cross-entropy (LLM-Pruner's recipe). Every finished model stays in the directory, so that an interrupted
+benchmark goes on. Prints a Markdown table.
 
     python benchmarks/recover.py DIRECTORY [--model smollm2-135m] [--removes 0.2 0.3 0.5] [--tokens 300000]
-                                 [--rows ours blocks lora-ce]
+                                 [--rows ours lora-ce]
 """
 
 import argparse
@@ -26,12 +26,8 @@ from secateur.pruning import prune
 from secateur.recovering import recover
 
 CALIBRATION_TOKENS, EVALUATION_BLOCKS = 49_152, 4
-# The defaults when docs/LOG.md's rows of 2026-11-25 were measured.
-LONG_STEPS = {"train": "full", "batch_tokens": 1024, "learning_rate": 2e-4, "kl_share": 1.0}
 ROWS: dict[str, dict[str, Any]] = {
     "ours": {},
-    "both": {"stages": ["blocks", "logits"], "logits": LONG_STEPS},
-    "blocks": {"stages": ["blocks"]},
     "kl": {"logits": {"kl_share": 1.0}},
     "ce": {"logits": {"kl_share": 0.0}},
     "full": {"logits": {"train": "full"}},
@@ -83,7 +79,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--removes", type=float, nargs="+", default=[0.2, 0.3, 0.5])
     parser.add_argument("--tokens", type=int, default=300_000)
-    parser.add_argument("--learning-rate", type=float, help="of the logit stage, instead of its default")
+    parser.add_argument("--learning-rate", type=float, help="instead of the row's own")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["ours", "lora-ce"])
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
@@ -92,7 +88,7 @@ def main() -> None:
     blocks = {domain.name: domain.calibration_NT for domain in evaluation.domains}
     dense = nats(options.model, blocks)
     print(f"dense: geometric-mean perplexity {math.exp(dense):.2f}, {options.tokens:,} tokens at most\n")
-    print("| removed | row | perplexity | lost nats/token | won back | by stage (own held-out text) | s |")
+    print("| removed | row | perplexity | lost nats/token | won back | on its own held-out text | s |")
     print("|---:|---|---:|---:|---:|---|---:|")
     for remove in options.removes:
         pruned = pruned_at(remove, options.model, options.directory)
@@ -102,20 +98,18 @@ def main() -> None:
             out = recovered_by(row, pruned, options.model, options.tokens, options.learning_rate)
             left = nats(out, blocks) - dense
             record = json.loads((out / "recovery.json").read_text(encoding="utf-8"))
-            cells = f"{math.exp(dense + left):.2f} | {left:.3f} | {1 - left / lost:.1%} | {by_stage(record)}"
-            seconds = sum(stage["seconds"] for stage in record["stages"])
-            print(f"| {remove:.0%} | {row} | {cells} | {seconds:.0f} |", flush=True)
+            cells = f"{math.exp(dense + left):.2f} | {left:.3f} | {1 - left / lost:.1%} | {by_record(record)}"
+            print(f"| {remove:.0%} | {row} | {cells} | {record['training']['seconds']:.0f} |", flush=True)
 
 
-def by_stage(record: dict[str, Any]) -> str:
-    """Return the share won back after each stage, on the recovery's own held-out text."""
+def by_record(record: dict[str, Any]) -> str:
+    """Return the share that the training won back on the recovery's own held-out text, kept or not."""
 
     def mean(verdicts: dict[str, Any]) -> float:
         return sum(verdict["nats_per_token"] for verdict in verdicts.values()) / len(verdicts)
 
-    dense, before = mean(record["dense"]), mean(record["before"])
-    shares = {stage["stage"]: (before - mean(stage["after"])) / (before - dense) for stage in record["stages"]}
-    return ", ".join(f"{stage} {share:.1%}" for stage, share in shares.items())
+    dense, before, after = mean(record["dense"]), mean(record["before"]), mean(record["training"]["after"])
+    return f"{(before - after) / (before - dense):.1%}"
 
 
 if __name__ == "__main__":

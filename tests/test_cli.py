@@ -36,7 +36,7 @@ COMMANDS = {
     "--quiet --json",
     "inspect": "MODEL --remove --recipe --preset --memory-budget --check-for --tp --json",
     "demo": "OUT --overwrite --quiet --json",
-    "recover": "PRUNED --teacher --out --tokens --stage --recipe --domain --tasks --limit --tasks-data --dry-run "
+    "recover": "PRUNED --teacher --out --tokens --recipe --domain --tasks --limit --tasks-data --dry-run "
     "--overwrite --quiet --json",
 }
 

@@ -22,7 +22,7 @@ LAYERS = [
     "layers_on_device gram",
     # what a run is described by; readers and writers of single files
     "serving stats arch_spec recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output "
-    "llama_cpp gguf_family gguf_sentencepiece recover_teacher recover_store journal",
+    "llama_cpp gguf_family gguf_sentencepiece journal",
     "arch_hidden arch_numbers arch_logits gguf_families",
     "arch_group",
     "arch_experts",
@@ -32,7 +32,7 @@ LAYERS = [
     "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer on_disk "
     "staged_directory",
     "loss",
-    "ideal resolve_depth resolve_experts recover_judge recover_blocks",
+    "ideal resolve_depth resolve_experts recover_judge",
     "prices",
     # stages that are made of others
     "obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary "
@@ -44,8 +44,7 @@ LAYERS = [
     "opening work inspection_groups latency probe original_readers hidden_drift recover_text resume",
     "hidden_width profile budget_search recover_trainer recover_sharded",
     "recover_logits",
-    "recover_stages",
-    "recover_job",
+    "recover_job recover_guard",
     "expert_channels run selection inspection gguf_tensors evaluate_differences evaluate_parts",
     "propose group_step round_plan safety_net pruned_checkpoint",
     # what people read, and the other outputs

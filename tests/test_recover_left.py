@@ -12,7 +12,6 @@ import secateur
 CHANGES = {
     "recover": {
         "num_tokens": 1024,
-        "stages": ["logits"],
         "logits": {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2},
     }
 }
@@ -43,7 +42,7 @@ def interrupt(pruned: Path, teacher: Path, out: Path) -> tuple[Path, list[str]]:
     """Stop a recovery behind its first checkpoint; return what it left and what it said."""
 
     def kill(name: str, done: int, total: int) -> None:
-        if name == "recover, logits" and done > 0.6 * total:
+        if name == "recover" and done > 0.6 * total:
             raise Killed
 
     said: list[str] = []

@@ -18,7 +18,6 @@ import secateur
 WEIGHTS = "model.safetensors"
 SETTINGS = {
     "num_tokens": 2048,
-    "stages": ["logits"],
     "logits": {"batch_tokens": 128, "blocks_per_device": 1, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0},
 }
 LORA = {**SETTINGS, "logits": {**SETTINGS["logits"], "train": "lora", "lora_rank": 4, "learning_rate": 3e-3}}
@@ -35,7 +34,7 @@ FSDP = (
 INTERRUPTED = """
 import sys, yaml, secateur
 def kill(name, done, total):
-    if name == "recover, logits" and done > 0.6 * total:
+    if name == "recover" and done > 0.6 * total:
         sys.exit("killed")
 pruned, teacher, out, recipe = sys.argv[1:]
 secateur.recover(pruned, teacher, yaml.safe_load(open(recipe)), out=out, progress=kill)
@@ -73,7 +72,7 @@ def test_two_processes_train_what_one_trains(launch, settings, name, checkpoints
     assert done.returncode == 0, done.stderr
     one = tmp_path / "one"
     record = secateur.recover(pruned, checkpoints[name], {"recover": settings}, out=one)
-    assert record is not None and record.stages[0].held, "weights that were put back would be equal whatever happened"
+    assert record is not None and record.training.held, "weights that were put back would be equal whatever happened"
     before, alone, together = (load_file(place / WEIGHTS) for place in (pruned, one, tmp_path / "two"))
     moved = max(float((alone[key] - before[key]).abs().max()) for key in before)
     for key, tensor in alone.items():

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from secateur.errors import RecipeError, advice, nearest
-from secateur.recover_recipe import BlockSettings, LogitSettings, RecoverySettings, TaskSettings
+from secateur.recover_recipe import REMOVED_KEYS, RecoverySettings, recovery_keys
 
 InstalledDomain = Literal["code", "technical", "mathematics", "science", "readme", "legal", "dialogue"]
 ScoreName = Literal["random", "magnitude", "wanda", "flap", "obs", "taylor", "paper", "reap", "frequency"]
@@ -235,7 +235,8 @@ def _sentence(error: ValidationError) -> str:
     key = ".".join(location) or "recipe"
     kind, got = first["type"], first.get("input")
     if kind == "extra_forbidden":
-        return f"unknown key '{key}'; did you mean '{nearest(location[-1], _allowed_keys(location[:-1]))}'?"
+        unknown = f"unknown key '{key}'; did you mean '{nearest(location[-1], _allowed_keys(location[:-1]))}'?"
+        return REMOVED_KEYS.get(key, unknown)
     if kind == "literal_error":
         allowed = first.get("ctx", {}).get("expected", "")
         names = allowed.replace("'", "").replace(" or ", ", ").split(", ")
@@ -253,8 +254,7 @@ def _allowed_keys(location: list[str]) -> list[str]:
         model: type[Strict] = Domain if len(location) > 1 else Calibration
         return list(model.model_fields)
     if location[:1] == ["recover"]:
-        parts = {"blocks": BlockSettings, "logits": LogitSettings, "evaluation": TaskSettings}
-        return list((parts[location[1]] if len(location) > 1 else RecoverySettings).model_fields)
+        return recovery_keys(location[1:])
     if location == ["prices"]:
         return list(MeasuredPrices.model_fields)
     return ["preset", *Recipe.model_fields]

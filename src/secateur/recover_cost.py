@@ -15,9 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.ideal import prefill_flops_per_token
-from secateur.recover_loss import distillation_loss
+from secateur.recover_loss import distillation_loss, teacher_log_p
 from secateur.recover_recipe import LogitSettings, RecoverySettings
-from secateur.recover_teacher import cache_bytes, live_targets
 from secateur.summary import Size
 
 # What a layer keeps of a token for its gradient, in hidden sizes: inputs of norms and linears, queries, keys, values,
@@ -27,13 +26,12 @@ ACTIVATION_WIDTHS = 20
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """`num_tokens`, `flops`, `seconds`: by stage, `judge` being the held-out evaluations. Memory and disk in bytes."""
+    """`num_tokens`: trained on. `flops`, `seconds`: of `training` and of `judge`, the held-out evaluations. Bytes."""
 
-    num_tokens: dict[str, int]
+    num_tokens: int
     num_held_out_tokens: int
     flops: dict[str, float]
     peak_bytes: int
-    cache_bytes: int
     scratch_bytes: int
     seconds: dict[str, float]
 
@@ -42,36 +40,26 @@ def predict_cost(
     pruned: PreTrainedModel,
     teacher: PreTrainedModel,
     settings: RecoverySettings,
-    num_tokens: dict[str, int],
+    num_tokens: int,
     num_held_out_tokens: int,
     length: int,
     seconds_per_flop: tuple[float, float] | None = None,
-    *,
-    on_disk: bool = True,
 ) -> Cost:
-    """Return the cost of a run in which nothing stops early. `seconds_per_flop`: of teacher and training, if timed.
-
-    `on_disk`: weights come from their files layer by layer in the block-wise stage.
-    """
+    """Return the cost of a run in which nothing stops early. `seconds_per_flop`: of teacher and training, if timed."""
     flops = predict_flops(pruned, teacher, settings, num_tokens, num_held_out_tokens, length)
-    logits = settings.logits
     size, dense = Size.of(pruned), Size.of(teacher)
-    words = logits.top_words if logits.cache else None
     seconds = {}
     if seconds_per_flop is not None:
         seconds = {
-            stage: sum(a * b for a, b in zip(parts, seconds_per_flop, strict=True)) for stage, parts in flops.items()
+            part: sum(a * b for a, b in zip(ours, seconds_per_flop, strict=True)) for part, ours in flops.items()
         }
     return Cost(
         num_tokens,
         num_held_out_tokens,
-        {stage: sum(parts) for stage, parts in flops.items()},
-        _peak_bytes(pruned, size, dense, settings, num_tokens, length, on_disk=on_disk),
-        cache_bytes(num_tokens.get("logits", 0) // length, length, words) if words else 0,
-        # Checkpoints of weights and two moments: the best, the last, one being written; finished layers and stages.
-        ("logits" in num_tokens) * 3 * 4 * (size.num_params + 2 * _num_trained(pruned, logits))
-        + ("blocks" in num_tokens) * size.num_bytes
-        + len(num_tokens) * size.num_bytes,
+        {part: sum(ours) for part, ours in flops.items()},
+        _peak_bytes(pruned, size, dense, settings.logits, length),
+        # Checkpoints of weights and two moments: the best, the last, one being written; the finished weights.
+        3 * 4 * (size.num_params + 2 * _num_trained(pruned, settings.logits)) + size.num_bytes,
         seconds,
     )
 
@@ -80,36 +68,25 @@ def predict_flops(
     pruned: PreTrainedModel,
     teacher: PreTrainedModel,
     settings: RecoverySettings,
-    num_tokens: dict[str, int],
+    num_tokens: int,
     num_held_out_tokens: int,
     length: int,
 ) -> dict[str, tuple[float, float]]:
-    """Return operations by stage: (of the teacher, of the pruned model).
+    """Return operations by part of the work: (of the teacher, of the pruned model).
 
-    blocks: per token the dense layers once, twice if both streams are in the target; the pruned layers once to move
-    the stream and three times (forward, gradient of inputs, gradient of weights) to train. logits: the teacher once,
-    where it is asked; the pruned model three times, twice where weights are frozen (all with LoRA, the head with
-    `layers`), once more with gradient checkpointing. judge: the teacher once, the pruned model before, after each stage
-    and on the way.
+    training: the teacher once, where it is asked; the pruned model three times (forward, gradient of inputs, gradient
+    of weights), twice where weights are frozen (all with LoRA, the head with `layers`), once more with gradient
+    checkpointing. judge: the teacher once, the pruned model before, after and on the way.
     """
-    blocks, logits = settings.blocks, settings.logits
-    (small_layers, small), (big_layers, big) = (_forward(model, length) for model in (pruned, teacher))
-    flops: dict[str, tuple[float, float]] = {}
-    if "blocks" in num_tokens:
-        trained = num_tokens["blocks"]
-        seen = trained / blocks.epochs
-        flops["blocks"] = (
-            seen * big_layers * (1 + (0 < blocks.dense_stream < 1)),
-            small_layers * (seen + 3 * trained),
-        )
-    if "logits" in num_tokens:
-        passes = 2 + logits.gradient_checkpointing
-        gradients = {"lora": 0.0, "layers": small_layers, "full": small}[logits.train]
-        asked = big if logits.kl_share > 0 else 0.0
-        flops["logits"] = (num_tokens["logits"] * asked, num_tokens["logits"] * (passes * small + gradients))
-    evaluations = 1 + len(num_tokens) + ("logits" in num_tokens) * logits.evaluations
-    flops["judge"] = (num_held_out_tokens * big, num_held_out_tokens * evaluations * small)
-    return flops
+    logits = settings.logits
+    (small_layers, small), (_, big) = (_forward(model, length) for model in (pruned, teacher))
+    passes = 2 + logits.gradient_checkpointing
+    gradients = {"lora": 0.0, "layers": small_layers, "full": small}[logits.train]
+    asked = big if logits.kl_share > 0 else 0.0
+    return {
+        "training": (num_tokens * asked, num_tokens * (passes * small + gradients)),
+        "judge": (num_held_out_tokens * big, num_held_out_tokens * (2 + logits.evaluations) * small),
+    }
 
 
 def time_a_step(
@@ -131,13 +108,13 @@ def time_a_step(
     def train() -> None:
         with torch.autocast(ids_BT.device.type, dtype, enabled=dtype == torch.bfloat16):
             logits_PV = pruned(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
-        loss = distillation_loss(logits_PV, next_P, targets, torch.ones(len(next_P)), temperature=logits.temperature)
+        loss = distillation_loss(logits_PV, next_P, log_p_PV, torch.ones(len(next_P)), temperature=logits.temperature)
         loss.backward()
 
     timings = []
     for _ in range(2):
         start = time.perf_counter()
-        targets = live_targets(teacher, ids_BT, logits.temperature, logits.top_words)
+        log_p_PV = teacher_log_p(teacher, ids_BT, logits.temperature)
         middle = time.perf_counter()
         train()
         timings.append((middle - start, time.perf_counter() - middle))
@@ -154,7 +131,7 @@ def _forward(model: PreTrainedModel, length: int) -> tuple[float, float]:
 
 
 def _num_trained(model: PreTrainedModel, logits: LogitSettings) -> int:
-    """Return how many stored numbers the logit stage trains; low-rank additions are not stored ones."""
+    """Return how many stored numbers are trained; low-rank additions are not stored ones."""
     if logits.train == "lora":
         return 0
     words: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -162,35 +139,16 @@ def _num_trained(model: PreTrainedModel, logits: LogitSettings) -> int:
     return Size.of(model).num_params - sum(weight.numel() for weight in frozen)
 
 
-def _peak_bytes(
-    pruned: PreTrainedModel,
-    size: Size,
-    dense: Size,
-    settings: RecoverySettings,
-    num_tokens: dict[str, int],
-    length: int,
-    *,
-    on_disk: bool,
-) -> int:
-    """Return the larger stage's bytes; pages of files, which the system gives up when it must, are not counted.
+def _peak_bytes(pruned: PreTrainedModel, size: Size, dense: Size, logits: LogitSettings, length: int) -> int:
+    """Return the training's bytes; pages of files, which the system gives up when it must, are not counted.
 
-    blocks: hidden states of both streams and the target, one layer in float32 four times (weights, gradients, two
-    moments); the two models as stored where they are not on disk. logits: the teacher unless it is cached, weights,
-    gradients and two moments in float32 (of the additions alone with LoRA, not of embedding and head with `layers`)
-    instead of the stored weights, activations, and three matrices of logits of a forward pass.
+    The teacher, weights, gradients and two moments in float32 (of the additions alone with LoRA, not of embedding and
+    head with `layers`) instead of the stored weights, activations, and three matrices of logits of a forward pass.
     """
     config: Any = pruned.config.get_text_config()
-    logits = settings.logits
-    stored = 0 if on_disk else dense.num_bytes + size.num_bytes
-    needs = [stored]
-    if "blocks" in num_tokens:
-        streams = 3 * num_tokens["blocks"] // settings.blocks.epochs * config.hidden_size * pruned.dtype.itemsize
-        needs.append(stored + streams + 16 * size.num_params // config.num_hidden_layers)
-    if "logits" in num_tokens:
-        states = 4 * size.num_params + 12 * _num_trained(pruned, logits)
-        tokens = logits.blocks_per_device * length
-        layers = 1 if logits.gradient_checkpointing else config.num_hidden_layers
-        activations = tokens * ACTIVATION_WIDTHS * config.hidden_size * layers * pruned.dtype.itemsize
-        matrices = 3 * 4 * tokens * config.vocab_size
-        needs.append((0 if logits.cache else dense.num_bytes) + states + activations + matrices)
-    return max(needs)
+    states = 4 * size.num_params + 12 * _num_trained(pruned, logits)
+    tokens = logits.blocks_per_device * length
+    layers = 1 if logits.gradient_checkpointing else config.num_hidden_layers
+    activations = tokens * ACTIVATION_WIDTHS * config.hidden_size * layers * pruned.dtype.itemsize
+    matrices = 3 * 4 * tokens * config.vocab_size
+    return dense.num_bytes + states + activations + matrices

@@ -22,10 +22,10 @@ from secateur.progress import Progress, silent
 from secateur.recipe import Recipe, load_recipe, merged, parse_recipe
 from secateur.recover_cost import Cost, predict_cost, time_a_step
 from secateur.recover_judge import Judge
+from secateur.recover_logits import Work
 from secateur.recover_pair import Candidates, open_pair
 from secateur.recover_recipe import RecoverySettings
-from secateur.recover_stages import Work
-from secateur.recover_text import RecoveryText, recovery_text, training_tokens
+from secateur.recover_text import RecoveryText, recovery_text
 from secateur.runlog import RunLog
 
 RECIPE_FILE = "recipe.yaml"
@@ -53,12 +53,6 @@ def open_job(
     length = sequence_length(recipe, candidates.pruned_shape.config.get_text_config())
     calibration = recipe.calibration.model_copy(update={"sequence_length": length})
     settings = recipe.recover or RecoverySettings()
-    num_words = candidates.pruned_shape.config.get_text_config().vocab_size
-    if settings.logits.top_words is not None and settings.logits.top_words >= num_words:
-        raise RecipeError(
-            f"recover.logits.top_words: {settings.logits.top_words:,} are not fewer than the vocabulary of "
-            f"{num_words:,}; lower it, or leave it out for all words."
-        )
     return candidates, recipe.model_copy(update={"calibration": calibration, "recover": settings}), settings
 
 
@@ -74,7 +68,7 @@ def prepare(
 ) -> tuple[Work, RunLog]:
     """Open both models, draw the text, ask the dense model once, and make the hidden directory beside `out`.
 
-    Weights stay on disk, mapped, so that they fill memory only where a stage changes them.
+    Weights stay on disk, mapped, so that they fill memory only where training changes them.
 
     Raises CalibrationError for too little text, CheckpointError for too little disk.
     """
@@ -86,7 +80,7 @@ def prepare(
     for line in left_behind(scratch, out):
         tell(line)
     cost = cost_of(candidates, settings, text)
-    check_free_space(scratch, cost.scratch_bytes + cost.cache_bytes)
+    check_free_space(scratch, cost.scratch_bytes)
     log = RunLog(scratch if keep_log else None)
     with log.time("judge"):
         judge = Judge(dense, candidates.teacher_arch, text.held_out_NT, progress)
@@ -119,9 +113,8 @@ def dry_run(
     candidates, recipe, settings = open_job(pruned, teacher, changes)
     dense = _load(candidates.teacher)
     text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
-    first = (text.logits or text.blocks)[: settings.logits.blocks_per_device]
     progress("time a step", 0, 1)
-    ids_BT = torch.stack([ids_T for _, ids_T in first])
+    ids_BT = torch.stack([ids_T for _, ids_T in text.blocks[: settings.logits.blocks_per_device]])
     seconds_per_flop = time_a_step(_load(candidates.pruned), dense, settings, ids_BT)
     progress("time a step", 1, 1)
     return cost_of(candidates, settings, text, seconds_per_flop)
@@ -134,11 +127,9 @@ def cost_of(
     seconds_per_flop: tuple[float, float] | None = None,
 ) -> Cost:
     """Return what training on the text costs; seconds only where the speed of this machine is given."""
-    tokens = training_tokens(text, settings)
     shapes = candidates.pruned_shape, candidates.teacher_shape
-    on_disk = not (candidates.pruned.gguf_file or candidates.teacher.gguf_file)
-    held_out, length = text.num_held_out_tokens, text.sequence_length
-    return predict_cost(*shapes, settings, tokens, held_out, length, seconds_per_flop, on_disk=on_disk)
+    tokens = text.num_tokens, text.num_held_out_tokens
+    return predict_cost(*shapes, settings, *tokens, text.sequence_length, seconds_per_flop)
 
 
 def _fingerprint(candidates: Candidates, recipe: Recipe, text: RecoveryText) -> str:

@@ -101,7 +101,7 @@ def mean_kl(verdicts: Verdicts) -> float:
 
 
 def objective(verdicts: Verdicts, kl_share: float) -> float:
-    """Return what the logit stage makes small, on this text: kl_share * KL + (1 - kl_share) * nats per token, means."""
+    """Return what the training makes small, on this text: kl_share * KL + (1 - kl_share) * nats per token, means."""
     return kl_share * mean_kl(verdicts) + (1 - kl_share) * mean_nats(verdicts)
 
 

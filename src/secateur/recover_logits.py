@@ -1,8 +1,8 @@
-"""The logit stage: the pruned model trained to predict what the dense model predicts.
+"""The training: the pruned model learns to predict what the dense model predicts.
 
-In: the pruned model, the dense one (or what it said, on disk), blocks of text, a judge, a directory for checkpoints.
-Out: the pruned model with the weights whose held-out KL was least. An interrupted stage goes on from the last
-checkpoint in its directory and ends with the same weights.
+In: the pruned model, the dense one, blocks of text, a judge, a directory for checkpoints. Out: the pruned model with
+the weights of the least held-out loss. An interrupted training goes on from the last checkpoint in its directory and
+ends with the same weights.
 """
 
 import pickle
@@ -19,63 +19,66 @@ from secateur.checkpoint_quiet import quiet_transformers
 from secateur.errors import CheckpointError, RecipeError
 from secateur.progress import Progress, silent
 from secateur.recover_judge import Judge
-from secateur.recover_recipe import LogitSettings
+from secateur.recover_pair import Candidates
+from secateur.recover_recipe import LogitSettings, RecoverySettings
 from secateur.recover_sharded import handed_over, let_cpu_shard, save_whole, shard, wants_shards, whole_parameters
-from secateur.recover_teacher import TeacherCache
-from secateur.recover_text import Block, blocks_per_step
+from secateur.recover_text import RecoveryText, blocks_per_step
 from secateur.recover_trainer import BlockDataset, Distiller, Listener, collate, teach_by
 
-STATE_FILE = "trainer_state.json"
+STATE_FILE, TRAINER_FOLDER = "trainer_state.json", "trainer"
 
 
-@dataclass(frozen=True, slots=True)
-class LogitJob:
-    """Everything that the stage works on. `teacher` None: `cache` holds what it said, or the loss needs none."""
+@dataclass
+class Work:
+    """A recovery with everything at hand. `teacher` becomes None where nothing asks it."""
 
-    model: PreTrainedModel
+    candidates: Candidates
+    pruned: PreTrainedModel
     teacher: PreTrainedModel | None
-    cache: TeacherCache | None
-    blocks: tuple[Block, ...]
-    weights: dict[str, float]
+    text: RecoveryText
     judge: Judge
-    settings: LogitSettings
-    directory: Path
+    settings: RecoverySettings
     seed: int
+    directory: Path
     log: Callable[[dict[str, Any]], None] = lambda line: None
     progress: Progress = silent
     tell: Callable[[str], None] = lambda text: None
 
 
-def recover_logits(job: LogitJob) -> int:
-    """Train `job.model` in place and return the tokens it was trained on, which are fewer after an early stop.
+def recover_logits(work: Work, weights: dict[str, float]) -> int:
+    """Train `work.pruned` in place and return the tokens it was trained on, which are fewer after an early stop.
+
+    `weights`: what each domain's loss counts.
 
     Weights are float32 while they are trained; a model in bfloat16 computes in bfloat16 (autocast) and ends in it.
     AdamW without decay, cosine schedule after a tenth of warming up, gradients clipped to norm 1.
 
     Raises RecipeError if a step cannot be shared out over processes and devices, peft is missing, or FSDP is too old.
     """
-    dtypes = {name: parameter.dtype for name, parameter in job.model.named_parameters()}
-    dtype, length = job.model.dtype, len(job.blocks[0][1])
-    size = blocks_per_step(job.settings.batch_tokens, length)
-    num_steps = len(job.blocks) // size
-    for parameter in job.model.parameters():  # not .float(): buffers, such as rotary frequencies, stay as they are
+    if work.settings.logits.kl_share == 0:
+        work.teacher = None
+    dtypes = {name: parameter.dtype for name, parameter in work.pruned.named_parameters()}
+    settings, dtype, length = work.settings.logits, work.pruned.dtype, work.text.sequence_length
+    size = blocks_per_step(settings.batch_tokens, length)
+    num_steps = len(work.text.blocks) // size
+    for parameter in work.pruned.parameters():  # not .float(): buffers, such as rotary frequencies, stay as they are
         parameter.data = parameter.data.to(torch.float32, copy=True)  # whoever holds the old ones wants them unchanged
-    job.model.requires_grad_(True)
-    if job.settings.train == "layers":
+    work.pruned.requires_grad_(True)
+    if settings.train == "layers":
         # Adam's steps do not shrink with the gradient: they would move words that the text hardly has as far as others.
-        words: tuple[Any, ...] = (job.model.get_input_embeddings(), job.model.get_output_embeddings())
+        words: tuple[Any, ...] = (work.pruned.get_input_embeddings(), work.pruned.get_output_embeddings())
         for module in words:
             module.requires_grad_(False)
-    torch.manual_seed(job.seed)
-    trained = _to_train(job.settings, handed_over(job.model) if wants_shards() else job.model)
+    torch.manual_seed(work.seed)
+    trained = _to_train(settings, handed_over(work.pruned) if wants_shards() else work.pruned)
     with quiet_transformers():
-        trainer = _trainer(job, trained, _arguments(job, dtype, size, num_steps), size * length)
-        _run(trainer, _last_checkpoint(job.directory))
-        _take_back(job, trained, trainer, dtypes)
-    job.model.requires_grad_(False)
-    for name, parameter in job.model.named_parameters():
+        trainer = _trainer(work, trained, weights, _arguments(work, dtype, size, num_steps), size * length)
+        _run(trainer, _last_checkpoint(work.directory / TRAINER_FOLDER))
+        _take_back(work, trained, trainer, dtypes)
+    work.pruned.requires_grad_(False)
+    for name, parameter in work.pruned.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
-    job.model.eval()
+    work.pruned.eval()
     return trainer.state.global_step * size * length
 
 
@@ -111,41 +114,43 @@ def _to_train(settings: LogitSettings, model: PreTrainedModel) -> nn.Module:
     return with_lora(model, settings.lora_rank) if settings.train == "lora" else model
 
 
-def _trainer(job: LogitJob, trained: nn.Module, arguments: TrainingArguments, tokens_per_step: int) -> Distiller:
-    listener = Listener(tokens_per_step, job.log, job.progress, job.tell)
-    dataset = BlockDataset(job.blocks, job.weights, job.cache)
+def _trainer(
+    work: Work, trained: nn.Module, weights: dict[str, float], arguments: TrainingArguments, tokens_per_step: int
+) -> Distiller:
+    listener = Listener(tokens_per_step, work.log, work.progress, work.tell)
+    dataset = BlockDataset(work.text.blocks, weights)
     trainer = Distiller(
         model=trained,
         args=arguments,
         data_collator=collate,
         train_dataset=dataset,
         eval_dataset=dataset,
-        callbacks=[listener, EarlyStoppingCallback(job.settings.patience)],
+        callbacks=[listener, EarlyStoppingCallback(work.settings.logits.patience)],
     )
     trainer.remove_callback(PrinterCallback)
     # Blocks have equal length, so that a step's loss is the mean over its parts; the Trainer would sum them.
     trainer.model_accepts_loss_kwargs = False
-    trainer.settings, trainer.judge = job.settings, job.judge
-    teacher: Any = job.teacher
+    trainer.settings, trainer.judge = work.settings.logits, work.judge
+    teacher: Any = work.teacher
     if trainer.is_fsdp_enabled:
         save_whole(trainer.accelerator)
-        text = f"recover, logits: weights were in shards over {arguments.world_size} processes (FSDP)."
-        job.log({"event": "note", "text": text})
+        text = f"recover: weights were in shards over {arguments.world_size} processes (FSDP)."
+        work.log({"event": "note", "text": text})
     if teacher is not None:
         if trainer.is_fsdp_enabled:
-            job.judge.keep_head()
+            work.judge.keep_head()
             teacher = shard(teacher, trainer.accelerator)
         else:
             teacher = teacher.to(arguments.device)
-    trainer.teach = teach_by(teacher, job.settings)
+    trainer.teach = teach_by(teacher, work.settings.logits)
     return trainer
 
 
-def _arguments(job: LogitJob, dtype: torch.dtype, size: int, num_steps: int) -> TrainingArguments:
-    settings = job.settings
+def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int) -> TrainingArguments:
+    settings = work.settings.logits
     every = -(-num_steps // settings.evaluations)
     arguments = TrainingArguments(
-        output_dir=str(job.directory),
+        output_dir=str(work.directory / TRAINER_FOLDER),
         per_device_train_batch_size=min(settings.blocks_per_device, size),
         max_steps=num_steps,
         learning_rate=settings.learning_rate,
@@ -170,7 +175,7 @@ def _arguments(job: LogitJob, dtype: torch.dtype, size: int, num_steps: int) -> 
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True,
         restore_callback_states_from_checkpoint=True,  # or patience would begin anew
-        seed=job.seed,
+        seed=work.seed,
     )
     if wants_shards():
         let_cpu_shard(arguments)
@@ -185,19 +190,19 @@ def _arguments(job: LogitJob, dtype: torch.dtype, size: int, num_steps: int) -> 
     return arguments
 
 
-def _take_back(job: LogitJob, trained: nn.Module, trainer: Distiller, dtypes: dict[str, torch.dtype]) -> None:
-    """Give `job.model` the trained weights: unwrap it or put its shards together, merge low-rank additions."""
+def _take_back(work: Work, trained: nn.Module, trainer: Distiller, dtypes: dict[str, torch.dtype]) -> None:
+    """Give `work.pruned` the trained weights: unwrap it or put its shards together, merge low-rank additions."""
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     if trainer.is_fsdp_enabled:
-        whole = _to_train(job.settings, job.model)
+        whole = _to_train(work.settings.logits, work.pruned)
         places = dict(whole.named_parameters())
         for name, tensor in whole_parameters(trained):
             places[name].data = tensor.to(dtypes.get(name, tensor.dtype))  # additions are merged in float32
         trained = whole
-    if trained is not job.model:
+    if trained is not work.pruned:
         merged: Any = trained
         merged.merge_and_unload()
-    job.model.to("cpu")  # type: ignore[arg-type]  # transformers' wrapper hides its arguments
+    work.pruned.to("cpu")  # type: ignore[arg-type]  # transformers' wrapper hides its arguments
 
 
 def _last_checkpoint(directory: Path) -> str | None:

@@ -51,6 +51,6 @@ def last_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the lines without those that a restart wrote again: of one event and place the last one counts."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for line in lines:
-        key = (line["event"], line.get("layer"), line.get("step"), line.get("stage"), line.get("text"))
+        key = (line["event"], line.get("step"), line.get("text"))
         found[key] = line
     return list(found.values())

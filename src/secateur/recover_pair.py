@@ -20,16 +20,14 @@ KEEP_FILE = "keep.json"
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Both checkpoints and their shapes. `layers`: which dense layers the pruned model still has, in order."""
+    """Both checkpoints and their shapes."""
 
     pruned: Checkpoint
     teacher: Checkpoint
     pruned_shape: PreTrainedModel
     teacher_shape: PreTrainedModel
-    pruned_arch: Arch
     teacher_arch: Arch
     tokenizer: PreTrainedTokenizerBase
-    layers: tuple[int, ...]
 
 
 def open_pair(pruned: str | Path, teacher: str | Path) -> Candidates:
@@ -53,10 +51,10 @@ def open_pair(pruned: str | Path, teacher: str | Path) -> Candidates:
             f"--teacher {teacher}: its hidden size is {other} and that of {pruned} {hidden}; give the model that was "
             "pruned."
         )
-    layers = _layers(student, archs[0].num_layers, archs[1].num_layers, str(teacher))
+    _check_layers(student, archs[0].num_layers, archs[1].num_layers, str(teacher))
     for checkpoint, shape in zip((student, dense), shapes, strict=True):
         check_weights(checkpoint, shape)
-    return Candidates(student, dense, *shapes, *archs, tokenizer, layers)
+    return Candidates(student, dense, *shapes, archs[1], tokenizer)
 
 
 def _check_same_tokens(student: Checkpoint, dense: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -74,8 +72,8 @@ def _check_same_tokens(student: Checkpoint, dense: Checkpoint, tokenizer: PreTra
         )
 
 
-def _layers(student: Checkpoint, num_layers: int, num_dense: int, teacher: str) -> tuple[int, ...]:
-    """Return the dense layers that stayed, from keep.json where any went."""
+def _check_layers(student: Checkpoint, num_layers: int, num_dense: int, teacher: str) -> None:
+    """Check that the pruned model has the dense layers that stayed, by keep.json where any went."""
     path = student.directory / KEEP_FILE
     found: list[list[int]] = []
     if path.is_file():
@@ -91,4 +89,3 @@ def _layers(student: Checkpoint, num_layers: int, num_dense: int, teacher: str) 
             f"--teacher {teacher}: has {num_dense} layers and {student.reference} {num_layers}, and {says}; give the "
             "model that was pruned."
         )
-    return layers

@@ -1,6 +1,6 @@
 """What a recovery did, as plain numbers: `recovery.json`, read back by the report and the command line's table.
 
-In: figures of the stages. Out: a frozen record that goes to JSON and back.
+In: figures of the training and its judge. Out: a frozen record that goes to JSON and back.
 """
 
 import dataclasses
@@ -15,10 +15,9 @@ FILE_NAME = "recovery.json"
 
 
 @dataclass(frozen=True, slots=True)
-class StageRecord:
-    """One stage: trained tokens, seconds, operations, the held-out verdicts after it, and whether it was kept."""
+class TrainingRecord:
+    """Trained tokens, seconds, operations, the held-out verdicts after the training, and whether it was kept."""
 
-    stage: str
     num_tokens: int
     seconds: float
     flops: float
@@ -72,7 +71,7 @@ class RecoveryRecord:
     num_held_out_tokens: int
     dense: Verdicts
     before: Verdicts
-    stages: tuple[StageRecord, ...]
+    training: TrainingRecord
     seconds: dict[str, float]
     judge_flops: float
     peak_bytes: int
@@ -84,20 +83,18 @@ class RecoveryRecord:
     @property
     def after(self) -> Verdicts:
         """The verdicts of the model that was written."""
-        held = [stage.after for stage in self.stages if stage.held]
-        return held[-1] if held else self.before
-
-    @property
-    def num_tokens(self) -> int:
-        """Trained tokens of all stages."""
-        return sum(stage.num_tokens for stage in self.stages)
+        return self.training.after if self.training.held else self.before
 
     def to_json(self) -> str:
         """Return the record as indented JSON, with the means over domains that people ask for."""
         named = {"dense": self.dense, "before": self.before, "after": self.after}
         means = {name: {"kl": mean_kl(each), "nats_per_token": mean_nats(each)} for name, each in named.items()}
         won = won_back(self.dense, self.before, self.after)
-        derived = {"means": means, "share_won_back": won if won == won else None, "num_tokens": self.num_tokens}
+        derived = {
+            "means": means,
+            "share_won_back": won if won == won else None,
+            "num_tokens": self.training.num_tokens,
+        }
         return json.dumps({**dataclasses.asdict(self), **derived}, indent=2) + "\n"
 
     @classmethod

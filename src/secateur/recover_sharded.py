@@ -1,4 +1,4 @@
-"""FSDP: both models of the logit stage in shards, one per process, and the trained one whole again afterwards.
+"""FSDP: both models of a recovery in shards, one per process, and the trained one whole again afterwards.
 
 In: models with all their weights in every process, an accelerator whose launcher asked for FSDP. Out: the models in
 shards; parameters put together again, by name. FSDP2 only; version 1 is refused.

@@ -39,17 +39,18 @@ def recovery_table(record: RecoveryRecord) -> Group:
 
 def headline(record: RecoveryRecord) -> str:
     """Say how much of what was lost came back."""
-    if not any(stage.held for stage in record.stages):
+    if not record.training.held:
         return f"{record.pruned}: held-out KL did not fall, so the weights are those that were given"
     won = won_back(record.dense, record.before, record.after)
     share = "nothing had been lost" if math.isnan(won) else f"{won:.1%} of the lost log-perplexity won back"
-    return f"{record.pruned}: {share} with {record.num_tokens:,} tokens"
+    return f"{record.pruned}: {share} with {record.training.num_tokens:,} tokens"
 
 
 def models(record: RecoveryRecord) -> dict[str, Verdicts]:
     """Return the verdicts of every model that was judged, by what it is called."""
-    stages = {f"after {stage.stage}" + ("" if stage.held else " (undone)"): stage.after for stage in record.stages}
-    return {"dense": record.dense, "pruned": record.before, **stages}
+    training = record.training
+    name = "recovered" if training.held else "recovered (undone)"
+    return {"dense": record.dense, "pruned": record.before, name: training.after}
 
 
 def verdict_rows(record: RecoveryRecord) -> Iterator[tuple[str, list[str]]]:
@@ -78,12 +79,12 @@ def _score(score: Score, sign: str = "") -> str:
 
 def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
     """Yield what the recovery took: tokens, seconds, operations, memory; proof of reload; notes."""
-    for stage in record.stages:
-        rate = stage.num_tokens / stage.seconds if stage.seconds else 0.0
-        yield (
-            f"stage {stage.stage}",
-            f"{stage.num_tokens:,} tokens, {stage.seconds:,.1f} s, {rate:,.0f} tokens/s, {stage.flops:.3g} FLOPs",
-        )
+    ours = record.training
+    rate = ours.num_tokens / ours.seconds if ours.seconds else 0.0
+    yield (
+        "training",
+        f"{ours.num_tokens:,} tokens, {ours.seconds:,.1f} s, {rate:,.0f} tokens/s, {ours.flops:.3g} FLOPs",
+    )
     yield (
         "judged on",
         f"{record.num_held_out_tokens:,} held-out tokens, never trained on; {record.judge_flops:.3g} FLOPs",
@@ -103,16 +104,14 @@ def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
 def cost_table(cost: Cost) -> Table:
     """Return what `--dry-run` shows."""
     table = Table.grid(padding=(0, 2))
-    for stage, flops in cost.flops.items():
-        tokens = f"{cost.num_tokens[stage]:,} tokens, " if stage in cost.num_tokens else ""
-        seconds = f", {cost.seconds[stage]:,.0f} s at the speed of one step timed here" if cost.seconds else ""
-        table.add_row(f"stage {stage}" if tokens else stage, f"{tokens}{flops:.3g} FLOPs{seconds}")
+    for part, flops in cost.flops.items():
+        tokens = f"{cost.num_tokens:,} tokens, " if part == "training" else ""
+        seconds = f", {cost.seconds[part]:,.0f} s at the speed of one step timed here" if cost.seconds else ""
+        table.add_row(part, f"{tokens}{flops:.3g} FLOPs{seconds}")
     table.add_row("total", f"{sum(cost.flops.values()):.3g} FLOPs, {sum(cost.seconds.values()):,.0f} s")
     table.add_row("held out", f"{cost.num_held_out_tokens:,} tokens, never trained on")
     table.add_row("peak memory", f"about {human_bytes(cost.peak_bytes)} beyond the interpreter")
     table.add_row("scratch on disk", f"{human_bytes(cost.scratch_bytes)} of checkpoints until the end")
-    if cost.cache_bytes:
-        table.add_row("teacher's words", f"{human_bytes(cost.cache_bytes)} on disk until the end")
     return table
 
 

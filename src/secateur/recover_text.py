@@ -1,7 +1,7 @@
-"""The text of a recovery: blocks for each stage and held-out blocks, of the domains that the model was calibrated on.
+"""The text of a recovery: blocks to train on and held-out blocks, of the domains that the model was calibrated on.
 
-In: a recipe, a tokenizer, how many tokens each stage may use. Out: a `RecoveryText`. Held-out documents are drawn
-first and by the same seed as when the model was pruned, so that no stage is trained on text that judged the pruning.
+In: a recipe, a tokenizer, how many tokens to use. Out: a `RecoveryText`. Held-out documents are drawn first and by the
+same seed as when the model was pruned, so that nothing is trained on text that judged the pruning.
 
 N: blocks, M: held-out blocks, T: tokens per block.
 """
@@ -27,16 +27,21 @@ Block = tuple[str, Int64[Tensor, " T"]]
 
 @dataclass(frozen=True, slots=True)
 class RecoveryText:
-    """`blocks` and `logits`: each stage's blocks in the order of use, no block in both. `content_hash`: of all text."""
+    """`blocks`: to train on, in the order of use. `content_hash`: of all text."""
 
     blocks: tuple[Block, ...]
-    logits: tuple[Block, ...]
     held_out_NT: dict[str, Int64[Tensor, "M T"]]
     sequence_length: int
     content_hash: str
 
     @property
+    def num_tokens(self) -> int:
+        """Return the tokens to train on."""
+        return sum(len(ids_T) for _, ids_T in self.blocks)
+
+    @property
     def num_held_out_tokens(self) -> int:
+        """Return the tokens to judge by."""
         return sum(blocks.numel() for blocks in self.held_out_NT.values())
 
 
@@ -47,31 +52,27 @@ def recovery_text(
     teacher: PreTrainedModel,
     progress: Progress = silent,
 ) -> RecoveryText:
-    """Draw the text. Domains have the shares that the recipe gives them; each stage mixes them in a seeded order.
+    """Draw the text. Domains have the shares that the recipe gives them; they are mixed in a seeded order.
 
-    No more tokens are used than `settings` says: blocks that do not fill a step of either stage are left out.
+    No more tokens are used than `settings` says: blocks that do not fill a step are left out.
 
     Raises CalibrationError if the domains have less text, RecipeError if there are too few tokens for one step.
     """
     calibration, length = recipe.calibration.model_copy(update={"rotate": False}), recipe.calibration.sequence_length
     assert length is not None
-    num_tokens = settings.num_tokens
     built = build_calibration(
-        calibration, num_tokens, tokenizer, recipe.seed, progress, more_held_out=_more_held_out(recipe, settings)
+        calibration,
+        settings.num_tokens,
+        tokenizer,
+        recipe.seed,
+        progress,
+        more_held_out=_more_held_out(recipe, settings),
     )
     built = with_sampled(built, teacher, tokenizer, recipe.seed, progress)
-    order = random.Random(f"{recipe.seed}:recover")
-    parts: dict[str, list[Block]] = {"blocks": [], "logits": []}
-    for domain in built.domains:
-        share = settings.tokens_of("blocks") / num_tokens
-        num_first = round(share * len(domain.calibration_NT))
-        for place, ids_T in enumerate(domain.calibration_NT):
-            parts["blocks" if place < num_first else "logits"].append((domain.name, ids_T))
-    for part in parts.values():
-        order.shuffle(part)
+    blocks = [(domain.name, ids_T) for domain in built.domains for ids_T in domain.calibration_NT]
+    random.Random(f"{recipe.seed}:recover").shuffle(blocks)
     return RecoveryText(
-        tuple(_whole_steps(parts["blocks"], settings.blocks.batch_tokens, length, settings, "blocks")),
-        tuple(_whole_steps(parts["logits"], settings.logits.batch_tokens, length, settings, "logits")),
+        tuple(_whole_steps(blocks, settings, length)),
         {domain.name: domain.held_out_NT[: settings.held_out_blocks] for domain in built.domains},
         length,
         built.content_hash,
@@ -83,25 +84,13 @@ def blocks_per_step(batch_tokens: int, sequence_length: int) -> int:
     return max(1, batch_tokens // sequence_length)
 
 
-def training_tokens(text: RecoveryText, settings: RecoverySettings) -> dict[str, int]:
-    """Return the tokens that each stage trains on, as often as it does."""
-    found = {"blocks": sum(len(ids) for _, ids in text.blocks), "logits": sum(len(ids) for _, ids in text.logits)}
-    return {stage: num_tokens for stage, num_tokens in found.items() if stage in settings.stages}
-
-
-def _whole_steps(
-    blocks: Sequence[Block], batch_tokens: int, length: int, settings: RecoverySettings, stage: str
-) -> Sequence[Block]:
-    if stage not in settings.stages:
-        return ()
-    size = blocks_per_step(batch_tokens, length)
-    most = settings.tokens_of("blocks" if stage == "blocks" else "logits") // length
-    epochs = settings.blocks.epochs if stage == "blocks" else 1
-    num_blocks = min(len(blocks), most // epochs) // size * size
+def _whole_steps(blocks: Sequence[Block], settings: RecoverySettings, length: int) -> Sequence[Block]:
+    size = blocks_per_step(settings.logits.batch_tokens, length)
+    num_blocks = min(len(blocks), settings.num_tokens // length) // size * size
     if num_blocks == 0:
         raise RecipeError(
-            f"recover.num_tokens: {settings.num_tokens:,} leave less than one step of {size} blocks of {length} tokens "
-            f"to the stage {stage}; raise it, lower recover.{stage}.batch_tokens, or leave out a stage."
+            f"recover.num_tokens: {settings.num_tokens:,} leave less than one step of {size} blocks of {length} "
+            "tokens; raise it, or lower recover.logits.batch_tokens."
         )
     return blocks[:num_blocks]
 

@@ -16,34 +16,28 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from secateur.progress import Progress
 from secateur.recover_judge import Judge, Verdicts, mean_kl, objective
-from secateur.recover_loss import Targets, distillation_loss
+from secateur.recover_loss import distillation_loss, teacher_log_p
 from secateur.recover_recipe import LogitSettings
-from secateur.recover_teacher import TeacherCache, live_targets
 from secateur.recover_text import Block
 
-STAGE = "recover, logits"
+STAGE = "recover"
 
-# From the ids of a batch to what the teacher says.
-Teach = Callable[[Tensor], Targets]
+# From the ids of a batch to the teacher's log probabilities.
+Teach = Callable[[Tensor], Tensor]
 
 
 class BlockDataset(Dataset[dict[str, Tensor]]):
-    """Blocks in the order of use, each with its domain's weight and, from a cache, the teacher's words."""
+    """Blocks in the order of use, each with its domain's weight."""
 
-    def __init__(self, blocks: Sequence[Block], weights: dict[str, float], cache: TeacherCache | None) -> None:
-        self.blocks, self.weights, self.cache = blocks, weights, cache
+    def __init__(self, blocks: Sequence[Block], weights: dict[str, float]) -> None:
+        self.blocks, self.weights = blocks, weights
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         domain, ids_T = self.blocks[number]
-        item = {"input_ids": ids_T, "weight": torch.tensor(self.weights[domain])}
-        if self.cache is not None:
-            targets = self.cache.targets(number)
-            assert targets.words_PK is not None
-            item |= {"log_p": targets.log_p, "words": targets.words_PK}
-        return item
+        return {"input_ids": ids_T, "weight": torch.tensor(self.weights[domain])}
 
 
 def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -52,7 +46,7 @@ def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class Distiller(Trainer):
-    """Trains on `distillation_loss` and evaluates by the judge. `teach` None: targets are in the batch, or none are."""
+    """Trains on `distillation_loss` and evaluates by the judge. `teach` None: there is no teacher."""
 
     settings: LogitSettings
     judge: Judge
@@ -61,15 +55,13 @@ class Distiller(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         ids_BT = inputs["input_ids"]
-        targets = None if self.teach is None else self.teach(ids_BT)
-        if "log_p" in inputs:
-            targets = Targets(inputs["log_p"].flatten(0, 1), inputs["words"].flatten(0, 1))
+        log_p_PV = None if self.teach is None else self.teach(ids_BT)
         logits_PV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
         weight_P = inputs["weight"].repeat_interleave(ids_BT.shape[1] - 1)
         return distillation_loss(
             logits_PV,
             ids_BT[:, 1:].flatten(),
-            targets,
+            log_p_PV,
             weight_P,
             temperature=self.settings.temperature,
             kl_share=self.settings.kl_share,
@@ -143,4 +135,4 @@ def teach_by(teacher: nn.Module | None, settings: LogitSettings) -> Teach | None
     """Return the teacher as a function of ids, None without one."""
     if teacher is None:
         return None
-    return lambda ids_BT: live_targets(teacher, ids_BT, settings.temperature, settings.top_words)
+    return lambda ids_BT: teacher_log_p(teacher, ids_BT, settings.temperature)

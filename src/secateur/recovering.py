@@ -18,12 +18,13 @@ from secateur.evaluate_tasks import LoadedTasks
 from secateur.memory import peak_bytes
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe, load_recipe, parse_recipe
+from secateur.recover_guard import train_guarded
 from secateur.recover_job import RECIPE_FILE, cost_of, open_job, prepare
 from secateur.recover_judge import Verdicts
+from secateur.recover_logits import TRAINER_FOLDER, Work
 from secateur.recover_output import last_lines, save_recovered, write_record
-from secateur.recover_record import RecoveryRecord, StageRecord, TaskScores
+from secateur.recover_record import RecoveryRecord, TaskScores, TrainingRecord
 from secateur.recover_sharded import wants_shards
-from secateur.recover_stages import TRAINER_FOLDER, Work, run_stages
 from secateur.recover_tasks import score_tasks, tasks_of
 from secateur.report import missing_plots, write_reports
 from secateur.runlog import FILE_NAME as LOG_FILE
@@ -51,8 +52,8 @@ def recover(
 ) -> RecoveryRecord | None:
     """Train `pruned` to win back what pruning took from `teacher`, the dense model, and write it to `out`.
 
-    `changes`: over the recipe.yaml of `pruned`, whose domains, shares and seed are used; its key `recover` says which
-    stages run on how many tokens. `name`: what to call `pruned`. `tasks_data`: where rows of tasks are looked for
+    `changes`: over the recipe.yaml of `pruned`, whose domains, shares and seed are used; its key `recover` says how
+    and on how many tokens. `name`: what to call `pruned`. `tasks_data`: where rows of tasks are looked for
     first. `tell` gets a line of text at every evaluation on the way, and what an interrupted run leaves behind.
 
     The result is never worse: where the held-out KL to the dense model did not fall the input weights are written, and
@@ -75,7 +76,7 @@ def recover(
         work, log = prepare(candidates, recipe, settings, path, progress, tell, keep_log=is_main)
         with _left_behind(work, tell):
             with log.time("recover"):
-                before, stages = run_stages(work)
+                before, training = train_guarded(work)
             _let_others_go(had_processes)
             if directory is not None:
                 with log.time("save"):
@@ -85,7 +86,7 @@ def recover(
                 with log.time("tasks"):
                     scores = _score(work, loaded, {"dense": teacher, "pruned": pruned, "recovered": directory})
                 names = name or str(pruned), str(teacher), command
-                record = _record(names, recipe, work, log, before, stages, proof, scores)
+                record = _record(names, recipe, work, log, before, training, proof, scores)
                 _write(record, work, directory)
     if is_main:
         shutil.rmtree(work.directory)
@@ -146,7 +147,7 @@ def _record(
     work: Work,
     log: RunLog,
     before: Verdicts,
-    stages: list[StageRecord],
+    training: TrainingRecord,
     proof: Verification,
     tasks: TaskScores | None,
 ) -> RecoveryRecord:
@@ -160,7 +161,7 @@ def _record(
         num_held_out_tokens=work.text.num_held_out_tokens,
         dense=work.judge.dense(),
         before=before,
-        stages=tuple(stages),
+        training=training,
         seconds={name: round(seconds, 2) for name, seconds in log.seconds.items()},
         judge_flops=cost_of(work.candidates, work.settings, work.text).flops["judge"],
         peak_bytes=peak_bytes(),

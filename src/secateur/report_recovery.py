@@ -23,9 +23,9 @@ def recovery(files: ResultFiles) -> Section:
     assert record is not None
     columns = models(record)
     text = (
-        f"{headline(record)}. Teacher: {record.teacher}. Every stage is judged on {record.num_held_out_tokens:,} "
-        "held-out tokens that nothing was trained on; a stage after which the mean KL to the dense model is not lower "
-        "is undone. Figures elsewhere on this page are of the model before recovery, unless measured later.",
+        f"{headline(record)}. Teacher: {record.teacher}. Both models are judged on {record.num_held_out_tokens:,} "
+        "held-out tokens that nothing was trained on; a training after which the mean KL to the dense model is not "
+        "lower is undone. Figures elsewhere on this page are of the model before recovery, unless measured later.",
     )
     table = Table(
         "Held-out nats per token, KL to the dense model",
@@ -82,14 +82,18 @@ def recovery_figures(files: ResultFiles) -> list[KeyFigure]:
     share = math.nan if record is None else won_back(record.dense, record.before, record.after)
     if record is None or math.isnan(share):
         return []
-    return [KeyFigure("lost log-perplexity won back", f"by {record.num_tokens:,} tokens of training", f"{share:.1%}")]
+    return [
+        KeyFigure(
+            "lost log-perplexity won back", f"by {record.training.num_tokens:,} tokens of training", f"{share:.1%}"
+        )
+    ]
 
 
 def _curve(steps: Sequence[TrainingStep], before: float) -> str:
     means = _thinned(steps)
     described = Text(
         "loss-plot",
-        "Training loss of the logit stage",
+        "Training loss",
         f"Means of neighbouring steps over trained tokens. The held-out KL before was {before:.4f}.",
     )
     return curve_plot(
@@ -99,7 +103,7 @@ def _curve(steps: Sequence[TrainingStep], before: float) -> str:
 
 def _steps(steps: Sequence[TrainingStep]) -> Table:
     rows = [(f"{mean.tokens:,} tokens", f"{mean.loss:.4f}") for mean in _thinned(steps)]
-    return Table("Training loss of the logit stage, means of neighbouring steps", ("", "loss"), rows, folded=True)
+    return Table("Training loss, means of neighbouring steps", ("", "loss"), rows, folded=True)
 
 
 def _thinned(steps: Sequence[TrainingStep]) -> list[TrainingStep]:

@@ -69,7 +69,7 @@ class RoundEnd:
 
 @dataclass(frozen=True, slots=True)
 class TrainingStep:
-    """One step of a recovery's logit stage: tokens trained on so far, and its loss."""
+    """One step of a recovery: tokens trained on so far, and its loss."""
 
     step: int
     tokens: int

@@ -100,18 +100,14 @@ class Walk:
         with forwards_replaced(self.layers, lambda *_, **__: self.arch.layer_output(self.hidden_BTD[position])):
             return backbone(self.batches[position].ids_BT, use_cache=False).last_hidden_state
 
-    def arguments(self, index: int, hidden_BTD: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return what layer `index` gets beside a hidden state of this shape. Its tensors know no gradients."""
-        # Masks and rotary embeddings differ per layer in some families, so every layer gets its own arguments.
-        return self._arguments[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
-
     @torch.inference_mode()
     def through(self, index: int, hidden_BTD: Tensor, *, rest: bool = False) -> Tensor:
         """Return what layer `index` makes of a hidden state; no stream moves.
 
         With `rest` only what lies behind its attention runs, which then gives zeros.
         """
-        args, kwargs = self.arguments(index, hidden_BTD)
+        # Masks and rotary embeddings differ per layer in some families, so every layer gets its own arguments.
+        args, kwargs = self._arguments[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
         attention = [self.layers[index].get_submodule(self.arch.attention or "")] if rest else []
         with forwards_replaced(attention, lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)):
             output = self.layers[index](hidden_BTD, *args, **kwargs)

@@ -5,7 +5,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -33,8 +33,7 @@ def recover(
     pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="A result of prune.")],
     teacher: Annotated[str, typer.Option(metavar="DENSE", help="The dense model that it was pruned from.")],
     out: Annotated[Path | None, typer.Option(help="The directory to write; it appears complete or not at all.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, all stages together.")] = None,
-    stage: Annotated[Literal["blocks", "logits"] | None, typer.Option(help="Only this stage.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, all domains together.")] = None,
     recipe: RecipeFile = None,
     domain: Domains = None,
     tasks: Tasks = None,
@@ -47,7 +46,7 @@ def recover(
 ) -> None:
     """Train PRUNED to win back what pruning took, on the domains of its recipe. Interrupted, it goes on next time."""
     asked = {"tasks": list(task_names(tasks, tasks_data)) or None, "limit": limit}
-    changes = _changes(tokens, stage, recipe, domain, asked)
+    changes = _changes(tokens, recipe, domain, asked)
     # Imported here so that --help and option errors do not wait for torch.
     from secateur.recover_job import dry_run as predict
     from secateur.recover_table import cost_table, recovery_table
@@ -77,9 +76,7 @@ def recover(
         CONSOLE.print(f"Written to {out}.", soft_wrap=True)
 
 
-def _changes(
-    tokens: int | None, stage: str | None, file: Path | None, domains: list[str] | None, tasks: dict[str, Any]
-) -> dict[str, Any]:
+def _changes(tokens: int | None, file: Path | None, domains: list[str] | None, tasks: dict[str, Any]) -> dict[str, Any]:
     """Return what options and file change of the pruned model's recipe; the file is checked by itself."""
     changes = {} if file is None else load_recipe(file)
     parse_recipe(changes, f"recipe {file}")
@@ -88,8 +85,6 @@ def _changes(
     settings: dict[str, Any] = {}
     if tokens is not None:
         settings["num_tokens"] = tokens
-    if stage is not None:
-        settings["stages"] = [stage]
     settings["evaluation"] = {key: value for key, value in tasks.items() if value is not None}
     changes = merged(changes, {"recover": settings})
     if domains:
