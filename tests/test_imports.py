@@ -41,7 +41,7 @@ LAYERS = [
     "checkpoint_tokenizer expert_refit gguf_parts",
     "experts ranks_check resolve_hidden calibration_sampled calibration_facts repair hidden_norms depth_choice "
     "estimate bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",
-    "opening work inspection_groups latency probe original_readers hidden_drift recover_text resume",
+    "opening work inspection_groups latency probe hidden_drift recover_text resume",
     "hidden_width profile budget_search recover_trainer recover_sharded",
     "recover_logits",
     "recover_stages",

@@ -48,14 +48,6 @@ class Job:
     placement: Placement
     dense_size: Size
 
-    @property
-    def has_uncompensated(self) -> bool:
-        """Whether the same cut without compensation is evaluated too, which needs the original readers."""
-        recipe = self.resolved.recipe
-        # Of a narrower model every linear is refitted; and original readers beside the others may not fit a budget.
-        is_possible = recipe.compensate != "none" and recipe.hidden_size is None and not self.plan.weights_on_disk
-        return recipe.evaluate and is_possible
-
     def evaluate(self, which: str) -> Losses:
         """Return held-out losses by domain, or none where the recipe asks for none."""
         if not self.resolved.recipe.evaluate:

@@ -78,7 +78,7 @@ class Point:
 LOOKS: dict[str, dict[str, Any]] = {
     "dense": {"color": DENSE, "marker": "o", "markerfacecolor": "none"},
     "pruned": {"color": PRUNED, "marker": "o"},
-    "uncompensated": {"color": OTHER, "marker": "x"},
+    "before": {"color": OTHER, "marker": "x"},
     "ideal": {"color": DENSE, "marker": "D", "markerfacecolor": "none"},
 }
 
@@ -142,7 +142,7 @@ def error_plot(text: Text, groups: Sequence[LayerErrors], y_label: str) -> str:
         figure, panels = _layer_panels([group.group for group in groups], height=150)
         for axes, group in zip(panels, groups, strict=True):
             for errors, label, look, line in (
-                (group.before, "before compensation", "uncompensated", ":"),
+                (group.before, "before compensation", "before", ":"),
                 (group.after, "after", "pruned", "-"),
             ):
                 means = [sum(row) / len(row) for row in errors]

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.arch import decoder_layers
 from secateur.arch_numbers import text_config
 from secateur.budget import GroupKey
 from secateur.calibration import CalibrationSet, build_calibration
@@ -42,7 +41,6 @@ from secateur.opening import (
     placement_of,
     tokenizer_of,
 )
-from secateur.original_readers import OriginalReaders
 from secateur.output import check_free_space
 from secateur.progress import Progress, silent
 from secateur.prune_recover import prune_then_recover
@@ -57,7 +55,7 @@ from secateur.resume import check_calibration, journal_for, note_resumed
 from secateur.run import Keeps, Run
 from secateur.runlog import RunLog
 from secateur.staged_directory import staging_if_any
-from secateur.summary import Losses, Size, Summary, group_widths, versions
+from secateur.summary import Size, Summary, group_widths, versions
 from secateur.verify import Verification, verify_reload
 from secateur.work import disk_bytes
 
@@ -169,9 +167,8 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
     recipe, log = job.resolved.recipe, job.log
     dense_size, dense_layers, dense_width = job.dense_size, job.arch.num_layers, text_config(job.model).hidden_size
     dense_losses, dense_speed = job.evaluate("dense"), job.bench("dense")
-    with tempfile.TemporaryDirectory(dir=directory, prefix="originals-") as scratch:
-        originals = OriginalReaders(Path(scratch)) if job.has_uncompensated else None
-        run = Run(job.model, job.arch, job.resolved, job.calibration, originals, log.write, job.progress, Path(scratch))
+    with tempfile.TemporaryDirectory(dir=directory, prefix="scratch-") as scratch:
+        run = Run(job.model, job.arch, job.resolved, job.calibration, log.write, job.progress, Path(scratch))
         with log.time("prune"):
             run = dataclasses.replace(run, weights_on_disk=job.plan.weights_on_disk, journal=job.journal)
             run = remove_depth(remove_hidden(run))
@@ -184,10 +181,6 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
             keeps = prune_in_place(run)
         peak = peak_bytes()
         pruned_losses = job.evaluate("pruned")
-        uncompensated_losses: Losses = {}
-        if originals is not None:
-            with originals.in_place(decoder_layers(job.model, job.arch), job.arch.groups, keeps):
-                uncompensated_losses = job.evaluate("uncompensated")
     pruned_speed = job.bench("pruned")
     note_resumed(job.journal)
     device_peak = job.come_home()
@@ -207,7 +200,6 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
         calibration=calibration_facts(job.calibration),
         dense_losses=dense_losses,
         pruned_losses=pruned_losses,
-        uncompensated_losses=uncompensated_losses,
         dense_speed=dense_speed,
         pruned_speed=pruned_speed,
         guard_refusals=sum(line.get("step", 1) == 0 for line in log.lines),

@@ -31,8 +31,6 @@ def quality(files: ResultFiles) -> Section:
         f"{rise:+.3f} on {worst}. Bars and ± are one standard error over blocks of "
         f"{summary.calibration.sequence_length} tokens.",
     )
-    if summary.uncompensated_losses:
-        text += ("Uncompensated: the same units removed, the rest of the weights left as they were.",)
     described = Text("quality-plot", "Held-out loss by domain", f"{text[0]} The table has every number.")
     rows = [(domain, *cells) for domain, cells in loss_rows(summary, errors=True)]
     table = Table("Nats per token ± standard error (perplexity)", ("domain", *by_name), rows)

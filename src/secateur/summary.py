@@ -75,7 +75,6 @@ class Summary:
     calibration: CalibrationFacts
     dense_losses: Losses
     pruned_losses: Losses
-    uncompensated_losses: Losses
     dense_speed: Speed | None
     pruned_speed: Speed | None
     guard_refusals: int
@@ -108,11 +107,7 @@ class Summary:
 
     def losses_by_name(self) -> dict[str, Losses]:
         """Return the evaluated models' losses, dense first; those not evaluated are left out."""
-        named = {
-            "dense": self.dense_losses,
-            "pruned": self.pruned_losses,
-            "uncompensated": self.uncompensated_losses,
-        }
+        named = {"dense": self.dense_losses, "pruned": self.pruned_losses}
         return {name: losses for name, losses in named.items() if losses}
 
 

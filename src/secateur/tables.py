@@ -144,8 +144,6 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     if summary.dense_losses:
         held_out = sum(facts.num_held_out_tokens.values())
         yield "quality on", f"{held_out:,} held-out tokens of the same domains, seen by no statistic"
-    if summary.uncompensated_losses:
-        yield "uncompensated", "the same units removed, the rest of the weights left as they were"
     if summary.guard_refusals:
         yield "guard", f"compensation refused by held-out text in {summary.guard_refusals} groups"
     if summary.reload_max_abs_difference is not None:
