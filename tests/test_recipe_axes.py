@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 import secateur
 from secateur.arch import bind
 from secateur.prices import prices_of
-from secateur.recipe import parse_recipe
+from secateur.recipe import GONE, parse_recipe
 from secateur.resolve import resolve
 from secateur.summary import Size
 
@@ -231,3 +231,9 @@ def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
     for preset in ("fast", "best", "paper"):
         result = secateur.prune(tiny_qwen2(), {**small, "preset": preset}, tokenizer=TOKENIZER)
         assert result.summary.remove_reached == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("key", GONE)
+def test_a_key_that_is_gone_is_refused_with_what_to_use_instead(key):
+    with pytest.raises(secateur.SecateurError, match=rf"^here: {key} is gone; [^\n]+\.$"):
+        parse_recipe({"preset": "fast", key: True}, "here")

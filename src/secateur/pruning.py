@@ -49,7 +49,7 @@ from secateur.ranks import from_first, is_first
 from secateur.ranks_check import check_same_run
 from secateur.ranks_group import joined
 from secateur.recipe import Recipe, as_recipe
-from secateur.report import missing_plots, write_reports
+from secateur.report import missing_plots, write_report
 from secateur.resolve_hidden import resolve_for
 from secateur.resume import check_calibration, journal_for, note_resumed
 from secateur.run import Keeps, Run
@@ -100,7 +100,7 @@ def prune(
     appears complete or not at all. `resume`: go on from what an interrupted run of the same inputs has finished, which
     lies in a hidden directory beside `out`; from the beginning if there is none. `tell` gets a line of text about that.
     `command`: how to repeat the run, for the model card. Under torchrun every process calls this and gets the same
-    model; the first one writes, and alone times and verifies.
+    model; the first one writes, and alone verifies.
     Raises a SecateurError, one sentence, for everything that a user can correct.
     """
     progress = progress if is_first() else silent
@@ -166,7 +166,7 @@ def _prepared(
 def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tuple[int, ...], Keeps, Summary]:
     recipe, log = job.resolved.recipe, job.log
     dense_size, dense_layers, dense_width = job.dense_size, job.arch.num_layers, text_config(job.model).hidden_size
-    dense_losses, dense_speed = job.evaluate("dense"), job.bench("dense")
+    dense_losses = job.evaluate("dense")
     with tempfile.TemporaryDirectory(dir=directory, prefix="scratch-") as scratch:
         run = Run(job.model, job.arch, job.resolved, job.calibration, log.write, job.progress, Path(scratch))
         with log.time("prune"):
@@ -181,7 +181,6 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
             keeps = prune_in_place(run)
         peak = peak_bytes()
         pruned_losses = job.evaluate("pruned")
-    pruned_speed = job.bench("pruned")
     note_resumed(job.journal)
     device_peak = job.come_home()
     proof = _save(job, checkpoint, keeps)
@@ -200,8 +199,6 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
         calibration=calibration_facts(job.calibration),
         dense_losses=dense_losses,
         pruned_losses=pruned_losses,
-        dense_speed=dense_speed,
-        pruned_speed=pruned_speed,
         guard_refusals=sum(line.get("step", 1) == 0 for line in log.lines),
         seconds={name: round(seconds, 2) for name, seconds in log.seconds.items()},
         peak_bytes=peak,
@@ -222,7 +219,7 @@ def _tell(log: RunLog, directory: Path, summary: Summary) -> None:
     (directory / "result.json").write_text(summary.to_json(), encoding="utf-8")
     (directory / "README.md").write_text(model_card(summary), encoding="utf-8")
     if not missing_plots():
-        write_reports([directory])
+        write_report(directory)
 
 
 def _save(job: Job, checkpoint: PrunedCheckpoint | None, keeps: Keeps) -> Verification | None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from secateur.arch import Group
-from secateur.bench import Speed
 from secateur.json_file import parse_json
 from secateur.loss import Loss, geometric_mean_perplexity
 from secateur.prices import Outcome
@@ -75,8 +74,6 @@ class Summary:
     calibration: CalibrationFacts
     dense_losses: Losses
     pruned_losses: Losses
-    dense_speed: Speed | None
-    pruned_speed: Speed | None
     guard_refusals: int
     seconds: dict[str, float]
     peak_bytes: int

@@ -1,7 +1,7 @@
 """What a run has to do, before it: floating-point operations, seconds on this machine, bytes of disk.
 
 In: a bound architecture, a resolved recipe, a model's shape. Out: operations by kind; seconds, from the rate at which
-the device multiplies matrices of such sizes now; bytes. Text, speeds and the reload check are not counted.
+the device multiplies matrices of such sizes now; bytes. Text and the reload check are not counted.
 """
 
 import time
