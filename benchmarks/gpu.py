@@ -61,7 +61,6 @@ def run(dense: Path, folder: Path, device: torch.device, options: argparse.Names
     asked: dict[str, Any] = {
         "remove": options.remove,
         "align": 256,
-        "bench": False,
         "device": options.device,
         "calibration": {
             "num_tokens": options.num_blocks * options.sequence_length,

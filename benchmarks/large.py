@@ -91,7 +91,6 @@ def main() -> None:
             "preset": options.preset,
             "remove": options.remove,
             "align": 256,
-            "bench": False,
             "memory_budget": options.budget,
             "calibration": {"num_tokens": options.num_tokens, "sequence_length": 64},
         }

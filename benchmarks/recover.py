@@ -49,7 +49,7 @@ def pruned_at(remove: float, model: str, place: Path) -> Path:
     out = place / f"pruned-{remove:g}"
     if not out.exists():
         calibration = {"domains": domains(), "num_tokens": CALIBRATION_TOKENS, "sequence_length": LENGTH}
-        prune(model, {"remove": remove, "bench": False, "calibration": calibration}, out=out)
+        prune(model, {"remove": remove, "calibration": calibration}, out=out)
     return out
 
 

@@ -60,7 +60,7 @@ def recipe(texts: dict[str, Path]) -> dict[str, Any]:
     """A recipe that fits the tiny models; a test changes its own copy."""
     domains = {name: {"files": [str(file)]} for name, file in texts.items()}
     calibration = {"domains": domains, "num_tokens": 1280, "sequence_length": 32}
-    return {"align": 8, "calibration": calibration, "bench": False}
+    return {"align": 8, "calibration": calibration}
 
 
 @pytest.fixture(scope="session")

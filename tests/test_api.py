@@ -125,7 +125,6 @@ def test_progress_reports_every_stage_to_its_end(recipe):
         "prune, round 2 of 2",
         "held-out loss, round 2",
         "evaluate pruned",
-        "evaluate uncompensated",
     ]
     assert all(done == total > 0 for done, total in last.values()) and set(first.values()) == {0}
 

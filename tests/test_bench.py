@@ -13,7 +13,6 @@ from run_cli import run_cli
 from secateur.bench import (
     Ratio,
     Workload,
-    bench,
     decode_rates,
     paired_ratio,
     prefill_rates,
@@ -85,12 +84,6 @@ def test_a_run_times_every_token_even_where_the_model_would_stop(batch):
     times = transformers_runner(model, replace(SMALL, batch=batch, new_tokens=5))()
     assert len(times) == 5 and times == sorted(times) and times[0] > 0
     assert model.generation_config is own
-
-
-def test_one_model_alone_as_pruning_times_it():
-    found = bench(tiny_llama(), SMALL)
-    assert found.prefill_range[0] <= found.prefill_tokens_per_second <= found.prefill_range[1]
-    assert found.decode_tokens_per_second > 0
 
 
 def test_peak_memory_is_weights_cache_and_activations():

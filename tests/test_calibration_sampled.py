@@ -97,7 +97,6 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     domains = {"self": {"sampled": True}, "lines": {"files": str(tmp_path / "a.txt")}}
     recipe = {
         "align": 8,
-        "bench": False,
         "calibration": {"num_tokens": 1152, "sequence_length": 32, "domains": domains},
     }
     out = tmp_path / "out"

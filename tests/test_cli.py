@@ -74,7 +74,7 @@ def resolved_for(model: Any, asked: Recipe) -> Recipe:
 def happy(checkpoints, recipe, tmp_path_factory) -> Run:
     """One plain run with everything on; the tests below look at what it left."""
     place = tmp_path_factory.mktemp("happy")
-    file = write_recipe(place / "mine.yaml", recipe, bench=True)
+    file = write_recipe(place / "mine.yaml", recipe)
     return run_prune(checkpoints["llama"], place / "smaller", "--recipe", file)
 
 
@@ -83,7 +83,8 @@ def test_prune_ends_well_and_prints_one_table(happy, checkpoints):
     shown = happy.outcome.stdout
     for row in ("code", "prose", "mean (geometric mean)", "parameters", "bytes", "ffn units per layer"):
         assert re.search(rf"^│ {re.escape(row)} +│", shown, re.MULTILINE), row
-    assert "20.7% of all 100,176 parameters" in shown and "tied weights counted once" in shown
+    title = " ".join(shown.split())  # it wraps at the table's width
+    assert "20.7% of all 100,176 parameters" in title and "tied weights counted once" in title
     assert "largest logit difference 0" in shown
     assert f"from_pretrained('{happy.out}')" in shown
     assert "verify" in happy.outcome.stderr and "note: calibration" not in shown
@@ -145,13 +146,12 @@ def test_result_json_and_run_log_agree(happy):
     result = happy.json("result.json")
     assert result["widths"] == {"ffn": [NUM_UNITS, NUM_KEEP, NUM_KEEP]}
     assert result["reload_max_abs_difference"] == 0
-    for name in ("dense", "pruned", "uncompensated"):
+    for name in ("dense", "pruned"):
         logged = {line["domain"]: line["nats_per_token"] for line in happy.lines("loss") if line["model"] == name}
         assert logged == {domain: loss["nats_per_token"] for domain, loss in result[f"{name}_losses"].items()}
     steps = [(line["round"], line["layer"], line["group"]) for line in happy.lines("group")]
     assert steps == [(1, layer, "ffn") for layer in range(NUM_LAYERS)]
     assert {(line["kept"], line["total"]) for line in happy.lines("group")} == {(NUM_KEEP, NUM_UNITS)}
-    assert result["dense_speed"] and result["pruned_speed"]
 
 
 def test_model_card_has_the_table_and_the_exact_command(happy):

@@ -22,7 +22,6 @@ from secateur.cut import cut
 from secateur.depth_choice import choose_layers
 from secateur.depth_step import _narrow_readers, remove_depth
 from secateur.inspection import inspect
-from secateur.loss import domain_losses
 from secateur.probe import first_blocks
 from secateur.recipe import parse_recipe
 from secateur.resolve_hidden import resolve_for
@@ -234,20 +233,6 @@ def test_the_dense_stream_is_that_of_the_model_without_the_layers(small, monkeyp
     assert len(seen) == 2
     for stream in seen:
         torch.testing.assert_close(torch.cat(stream), torch.cat(walk.hidden_BTD), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("groups", [["ffn"], ["kv_heads"]], ids=["ffn", "kv_heads"])
-def test_uncompensated_means_patches_taken_back_too(groups, recipe, tmp_path, monkeypatch):
-    runs: list[Run] = []
-    monkeypatch.setattr(pruning, "remove_depth", lambda run: runs.append(run) or remove_depth(run))
-    remove = 0.4 if groups == ["ffn"] else share_of(2) + 0.03
-    settings = {**recipe, "depth": 2, "remove": remove, "groups": groups}
-    result = secateur.prune(dense(tiny_llama), settings, tokenizer=TOKENIZER, out=tmp_path / "out")
-    expected = by_hand(dense(tiny_llama), json.loads((tmp_path / "out" / "keep.json").read_text()))
-    losses = domain_losses(expected, bind(result.model), runs[0].held_out)
-    for name, loss in losses.items():
-        assert result.summary.uncompensated_losses[name].nats_per_token == pytest.approx(loss.nats_per_token, abs=1e-5)
-        assert loss.nats_per_token != pytest.approx(result.summary.pruned_losses[name].nats_per_token, abs=1e-4)
 
 
 def test_the_safety_net_compares_with_the_dense_model(small, tmp_path):

@@ -37,7 +37,6 @@ def test_weights_on_disk_give_the_same_bytes(name, changes, checkpoints, recipe,
     streamed = {**asked, "memory_budget": budget_between(checkpoints[name], asked)}
     assert inspect(checkpoints[name], parse_recipe(streamed)).weights_on_disk
     found = secateur.prune(checkpoints[name], streamed, out=tmp_path / "streamed")
-    assert found.summary.uncompensated_losses == {} and whole.summary.uncompensated_losses
     for file in ("model.safetensors", "config.json", "keep.json"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "streamed" / file).read_bytes(), file
     assert found.summary.pruned_losses == whole.summary.pruned_losses

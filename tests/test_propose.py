@@ -1,19 +1,35 @@
 """Proposed specs: they pass the table of families for every family that is known, and are never used by themselves."""
 
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from secateur.arch_spec import ArchSpec, find_spec
 from secateur.checkpoint import meta_model
-from secateur.propose import spec_text
 from tests.families import FAMILIES, tiny_family
 from tests.run_cli import run_cli
 from tests.test_families import (
     test_cut_saved_and_reloaded_by_stock_transformers_equals_mask as check_cut,
 )
 from tests.test_families import test_permuting_units_changes_nothing as check_permutation
+
+TOOL = Path(__file__).parents[1] / "tools" / "propose.py"
+
+
+def loaded_tool() -> Any:
+    spec = spec_from_file_location("propose", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+spec_text = loaded_tool().spec_text
 
 
 def proposal(name: str) -> ArchSpec:
@@ -43,17 +59,20 @@ def test_most_groups_of_dense_families_are_found() -> None:
     assert missing == {("gpt2-derived-width", "ffn")}  # whose config says no width
 
 
-def test_inspect_prints_a_proposal_for_an_unknown_family_and_prune_refuses(tmp_path: Path) -> None:
+def test_the_tool_prints_a_proposal_for_a_family_that_inspect_and_prune_refuse(tmp_path: Path) -> None:
     model = tiny_family("nemotron")
     model.save_pretrained(tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"nemotron"', '"arcee"').replace("Nemotron", "Arcee"))
-    shown = run_cli("inspect", tmp_path / "model")
-    assert shown.status == 2 and "model family 'arcee' is not supported" in shown.stderr
+    command = [sys.executable, str(TOOL), str(tmp_path / "model")]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
     spec = ArchSpec.model_validate(yaml.safe_load(shown.stdout))
     assert spec.model_types == ("arcee",) and set(spec.groups) == {"kv_heads", "ffn"}
-    refused = run_cli("prune", tmp_path / "model", tmp_path / "out")
-    assert refused.status == 2 and "model family 'arcee' is not supported" in refused.stderr
+    for arguments in (("inspect", tmp_path / "model"), ("prune", tmp_path / "model", tmp_path / "out")):
+        refused = run_cli(*arguments)
+        assert refused.status == 2 and refused.stdout == "" and refused.stderr.count("\n") == 1
+        assert "model family 'arcee' is not supported" in refused.stderr
+        assert "docs/new-family.md says how to add one" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -256,7 +256,7 @@ def study_file(model: Path, recipe: dict[str, Any], directory: Path) -> Path:
         "model": str(model),
         "ratios": [0.2],
         "seeds": [0, 1],
-        "recipe": {key: value for key, value in recipe.items() if key != "bench"},
+        "recipe": recipe,
         "methods": {"ours": {}, "wanda": {"recipe": {"score": "wanda", "compensate": "none"}}},
     }
     file = directory / "study.yaml"

@@ -1,4 +1,4 @@
-"""The report of a real tiny run: complete, self-contained, escaped, repeatable; several side by side; in a browser."""
+"""The report of a real tiny run: complete, self-contained, escaped, repeatable; in a browser."""
 
 import dataclasses
 import json
@@ -14,9 +14,9 @@ from run_cli import run_cli
 
 from secateur.card import model_card
 from secateur.errors import CheckpointError
-from secateur.plots import LayerSpread, Point, Series, Text, dot_plot, pareto_front, spread_plot
+from secateur.plots import LayerSpread, Series, Text, dot_plot, spread_plot
 from secateur.pruning import prune
-from secateur.report import write_reports
+from secateur.report import write_report
 from secateur.summary import Summary
 from secateur.tables import caveats, loss_rows, verdict
 
@@ -27,11 +27,11 @@ SECTIONS = "quality tasks distance speed widths scores compensation rounds calib
 
 @pytest.fixture(scope="module")
 def result(checkpoints, recipe, texts, tmp_path_factory) -> Path:
-    """A run of two rounds, timed and evaluated, on domains with names that mean harm."""
+    """A run of two rounds, evaluated, on domains with names that mean harm."""
     domains = {HOSTILE: {"files": [str(texts["prose"])]}, ODD: {"files": [str(texts["code"])]}}
     calibration = {**recipe["calibration"], "domains": domains}
     out = tmp_path_factory.mktemp("report") / "result"
-    prune(checkpoints["llama"], {**recipe, "calibration": calibration, "rounds": 2, "bench": True}, out=out)
+    prune(checkpoints["llama"], {**recipe, "calibration": calibration, "rounds": 2}, out=out)
     return out
 
 
@@ -58,7 +58,7 @@ def test_every_plot_has_a_title_a_description_and_a_table(result):
     page = PageChecks(page_of(result))
     names = [str(svg["aria-labelledby"]).split() for svg in page.svgs]
     titles = [title.removesuffix("-plot-title") for title, _ in names]
-    assert titles == ["quality", "speed", "widths", "scores", "compensation", "rounds"]
+    assert titles == ["quality", "widths", "scores", "compensation", "rounds"]
     assert all(svg["role"] == "img" for svg in page.svgs)
     assert all(page.texts[part].strip() for pair in names for part in pair)
     for title in titles:
@@ -110,20 +110,17 @@ def test_the_page_tells_the_numbers_of_result_json_and_of_the_card(result):
     assert "layer 2</th><td>112 → 64</td>" in html, "rounds are told by what the model had and what it kept at last"
 
 
-def test_page_and_card_warn_of_overlap_and_of_a_busy_machine(copy):
+def test_page_and_card_warn_of_overlap(copy):
     summary = summary_of(copy)
     shares = dataclasses.replace(summary.calibration, held_out_overlap={HOSTILE: 0.604, ODD: None})
-    assert summary.dense_speed is not None
-    slow = dataclasses.replace(summary.dense_speed, decode_tokens_per_second=0.01)
-    doubtful = dataclasses.replace(summary, calibration=shares, dense_speed=slow)
-    notes = caveats(doubtful)
-    assert f"({HOSTILE} 60%)" in notes[-2] and "the machine was busy" in notes[-1]
-    assert notes[-1] in model_card(doubtful)
+    doubtful = dataclasses.replace(summary, calibration=shares)
+    (note,) = caveats(doubtful)
+    assert f"({HOSTILE} 60%)" in note and note in model_card(doubtful)
     (copy / "result.json").write_text(doubtful.to_json(), encoding="utf-8")
-    write_reports([copy])
-    assert page_of(copy).count("is flattered.") == 1 and "the machine was busy" in page_of(copy)
+    write_report(copy)
+    assert page_of(copy).count("is flattered.") == 1
     clean = dataclasses.replace(summary.calibration, held_out_overlap={HOSTILE: 0.05, ODD: None})
-    assert caveats(dataclasses.replace(summary, calibration=clean, dense_speed=summary.pruned_speed)) == []
+    assert caveats(dataclasses.replace(summary, calibration=clean)) == []
 
 
 def test_overlap_is_measured_by_the_run(result):
@@ -149,30 +146,6 @@ def test_a_summary_goes_to_json_and_back(result):
         Summary.from_json(text.replace('"num_params"', '"count"', 1), "here")
 
 
-def test_several_results_go_side_by_side(copy, tmp_path):
-    other = Path(shutil.copytree(copy, tmp_path / "other"))
-    data = json.loads((other / "result.json").read_text(encoding="utf-8"))
-    data["pruned_size"]["num_bytes"] //= 2
-    (other / "result.json").write_text(json.dumps(data), encoding="utf-8")
-    outcome = run_cli("report", copy, other, "--out", tmp_path / "both.html")
-    assert outcome.status == 0 and outcome.stdout.splitlines()[-1] == str(tmp_path / "both.html")
-    html = (tmp_path / "both.html").read_text(encoding="utf-8")
-    page = PageChecks(html)
-    assert page.problems == [] and HOSTILE not in html
-    assert [svg["aria-labelledby"] for svg in page.svgs] == [
-        "size-plot-title size-plot-desc",
-        "speed-plot-title speed-plot-desc",
-    ]
-    assert str(copy) in html and str(other) in html
-    assert "Not beaten by another on both: B" in html, "A is as good as B and larger"
-    assert "cannot be compared" not in html
-    data["calibration"]["content_hash"] = "another"
-    (other / "result.json").write_text(json.dumps(data), encoding="utf-8")
-    write_reports([copy, other], tmp_path / "both.html")
-    differing = (tmp_path / "both.html").read_text(encoding="utf-8")
-    assert "cannot be compared" in differing and "has the lowest" in html and "has the lowest" not in differing
-
-
 def test_what_bench_and_evaluate_measured_is_told(copy, checkpoints):
     assert "secateur bench DIR --against" in page_of(copy) and "secateur evaluate DIR --against" in page_of(copy)
     assert (
@@ -187,7 +160,7 @@ def test_what_bench_and_evaluate_measured_is_told(copy, checkpoints):
         scores = {"alias": "copa", "acc,none": right, "acc_stderr,none": 0.05, "f1,none": 0.3, "f1_stderr,none": "N/A"}
         evaluation[which]["tasks"] = {"results": {"copa": scores}}
     (copy / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
-    write_reports([copy])
+    write_report(copy)
     html, bench = page_of(copy), json.loads((copy / "bench.json").read_text(encoding="utf-8"))
     page = PageChecks(html)
     assert page.problems == [] and page.texts["tasks-plot-title"] == "Scores by task"
@@ -226,16 +199,11 @@ def test_a_damaged_result_is_one_sentence(copy, damage, sentence):
     assert not copy.exists() or page_of(copy) == before
 
 
-def test_out_is_checked_before_anything_is_written(copy, tmp_path):
-    other = Path(shutil.copytree(copy, tmp_path / "other"))
+def test_several_results_are_refused(copy, tmp_path):
     (copy / "report.html").unlink()
-    for arguments, sentence in (
-        ((copy, "--out", "x.html"), "is for the page that compares several DIR"),
-        ((copy, other, "--out", other / "report.html"), "is the report of one of the results"),
-        ((copy, other, "--out", tmp_path / "no" / "x.html"), "there is no directory"),
-    ):
-        outcome = run_cli("report", *arguments)
-        assert outcome.status == 2 and sentence in outcome.stderr and outcome.stderr.count("\n") == 1
+    outcome = run_cli("report", copy, copy)
+    assert outcome.status == 2 and outcome.stdout == "" and outcome.stderr.count("\n") == 1
+    assert "takes one DIR, got 2" in outcome.stderr and "secateur compare" in outcome.stderr
     assert not (copy / "report.html").exists()
 
 
@@ -248,18 +216,10 @@ def test_without_matplotlib_prune_says_that_there_is_no_report(checkpoints, reci
     outcome = run_cli("report", tmp_path / "out")
     assert outcome.status == 2 and "matplotlib" in outcome.stderr
     monkeypatch.undo()
-    write_reports([tmp_path / "out"])
+    write_report(tmp_path / "out")
     page = PageChecks(page_of(tmp_path / "out"))
     assert page.problems == [] and note in page_of(tmp_path / "out").replace("&#39;", "'")
     assert "Not measured: the recipe says evaluate: false." in page_of(tmp_path / "out")
-
-
-def test_the_pareto_front_is_what_no_other_beats():
-    a, b, c, d = (
-        Point(name, x, y) for name, x, y in (("a", 1.0, 9.0), ("b", 2.0, 5.0), ("c", 3.0, 5.0), ("d", 4.0, 1.0))
-    )
-    assert pareto_front([d, c, b, a], more_is_better=False) == [a, b, d]
-    assert pareto_front([a, b, c, d], more_is_better=True) == [d]
 
 
 def test_plots_bear_extreme_numbers():
@@ -272,7 +232,7 @@ def test_plots_bear_extreme_numbers():
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_a_browser_loads_the_page_and_asks_nobody_for_anything(result, tmp_path):
     loaded = load(result / "report.html", tmp_path)
-    assert loaded.document.count("<svg") == 6 and loaded.console == [] and loaded.requests == set()
+    assert loaded.document.count("<svg") == 5 and loaded.console == [] and loaded.requests == set()
     bad = '<img src="https://example.invalid/x.png"><script>throw new Error("boom")</script>'
     (tmp_path / "bad.html").write_text(bad, encoding="utf-8")
     loaded = load(tmp_path / "bad.html", tmp_path)

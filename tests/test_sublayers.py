@@ -128,14 +128,6 @@ def test_the_way_back_brings_sublayers_back(tmp_path):
     assert torch.equal(model(tiny_ids()).logits, before)
 
 
-def test_uncompensated_means_the_same_cut_with_the_original_readers(settings):
-    asked = {**settings, "remove": 0.2, "evaluate": True}
-    result = secateur.prune(quiet_model(tiny_llama), asked, tokenizer=TOKENIZER)
-    none = secateur.prune(quiet_model(tiny_llama), {**asked, "compensate": "none"}, tokenizer=TOKENIZER)
-    assert gone(result) and gone(result) == gone(none)
-    assert set(result.summary.uncompensated_losses) == set(none.summary.pruned_losses)
-
-
 def test_kl_without_a_group_is_that_of_the_model_without_it():
     model = tiny_qwen2()
     arch = bind(model)

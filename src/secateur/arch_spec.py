@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from secateur.errors import UnknownFamilyError, nearest
+from secateur.errors import ArchError, nearest
 
 SegmentSpecs = tuple[int | str, ...]
 
@@ -140,12 +140,12 @@ def load_specs() -> dict[str, ArchSpec]:
 
 
 def find_spec(model_type: str) -> tuple[str, ArchSpec]:
-    """Return (family, spec) for a config's `model_type`. Raises UnknownFamilyError naming the nearest one."""
+    """Return (family, spec) for a config's `model_type`. Raises ArchError naming the nearest one."""
     families = {model_type: family for family, spec in load_specs().items() for model_type in spec.model_types}
     if model_type not in families:
-        raise UnknownFamilyError(
+        raise ArchError(
             f"model family '{model_type}' is not supported; supported: {', '.join(sorted(families))}; "
-            f"the nearest is '{nearest(model_type, families)}'."
+            f"the nearest is '{nearest(model_type, families)}'; docs/new-family.md says how to add one."
         )
     return families[model_type], load_specs()[families[model_type]]
 

@@ -16,7 +16,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from secateur.progress import Progress, silent
+from secateur.progress import Progress
 
 # Seconds from the start of one generation to each of its tokens, the first one after the whole prompt.
 Runner = Callable[[], list[float]]
@@ -58,16 +58,6 @@ class Ratio:
     median: float
     lowest: float
     highest: float
-
-
-def bench(
-    model: PreTrainedModel, workload: Workload | None = None, *, progress: Progress = silent, stage: str = "bench"
-) -> Speed:
-    """Time one model after one warm-up."""
-    workload = workload or Workload()
-    runner = transformers_runner(model, workload)
-    (token_seconds,) = take_turns([runner], workload.repeats, progress, stage)
-    return speed(token_seconds, workload)
 
 
 def take_turns(runners: list[Runner], repeats: int, progress: Progress, stage: str) -> list[list[list[float]]]:

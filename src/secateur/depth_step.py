@@ -108,9 +108,6 @@ def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]
         return {}
     before = decoder_layers(run.model, arch)[position - 1]
     (ffn,) = (group for group in arch.select(("ffn",)) if group.layer == position - 1)
-    if run.originals is not None:
-        # The layers before this one have their final numbers: removal goes from the first layer on.
-        run.originals.keep(before, ffn)
     name, weight = f"patch for layer {layer}", linear(before, ffn.reader.module).weight
     found = run.journal.find(name)
     if found is not None:

@@ -27,10 +27,6 @@ class ArchError(SecateurError):
     """The model's family is not supported, or its modules disagree with the architecture spec."""
 
 
-class UnknownFamilyError(ArchError):
-    """No architecture spec describes the model's family."""
-
-
 class CheckpointError(SecateurError):
     """A checkpoint cannot be read or written."""
 

@@ -21,7 +21,6 @@ from secateur.measure import Measurement, measure
 from secateur.memory import release_freed
 from secateur.modeling_per_layer import skip_sublayer
 from secateur.on_disk import forget_weights
-from secateur.original_readers import OriginalReaders
 from secateur.ranks import from_first, is_first
 from secateur.recipe import Recipe
 from secateur.repair import Repair, repair
@@ -31,27 +30,21 @@ from secateur.walk import Walk
 
 
 @torch.no_grad()
-def redo_group(
-    arch: Arch, layer: nn.Module, group: Group, stored: dict[str, Tensor], originals: OriginalReaders | None
-) -> Tensor:
+def redo_group(arch: Arch, layer: nn.Module, group: Group, stored: dict[str, Tensor]) -> Tensor:
     """Do to the layer, bit for bit, what `prune_group` did to such a layer, and return the kept indices.
 
     `stored`: what `outcome_of` said then.
     """
     keep = stored["keep"].to(next(layer.parameters()).device)
     if group.experts is not None:
-        if originals is not None:
-            originals.keep(layer, group)
         module = layer.get_submodule(group.experts.module)
         if group.experts.are_channels:
             cut_channels(module, group.experts.stacks, keep)
         else:
             cut_experts(layer, group, keep)
     elif not len(keep):
-        _without(layer, group, _sublayer(arch, group), originals)
+        _without(layer, group, _sublayer(arch, group))
     else:
-        if originals is not None:
-            originals.keep(layer, group)
         reader = linear(layer, group.reader.module)
         cut(layer, group, keep, reader.in_features // group.width)
     for name, parameter in _refitted(layer, group).items():
@@ -81,7 +74,6 @@ def prune_group(
     recipe: Recipe,
     shares: dict[str, float],
     seed: int,
-    originals: OriginalReaders | None,
     scores_U: Tensor | None = None,
 ) -> tuple[Int64[Tensor, "*E K"], dict[str, Any]]:
     """Measure, select, compensate and cut one group; return the kept indices and the log line.
@@ -89,15 +81,13 @@ def prune_group(
     `scores_U`: the units' scores, where they were measured on the whole model before.
     """
     fetch(walk.layers[group.layer])
-    if group.experts is not None and originals is not None:
-        originals.keep(walk.layers[group.layer], group)
     if group.experts is not None and group.experts.are_channels:
         return prune_expert_channels(walk, group, num_keep, recipe, shares, seed)
     if group.experts is not None:
         return prune_experts(walk, group, num_keep, recipe, shares, seed)
     layer = walk.layers[group.layer]
     if num_keep == 0:
-        return _without(layer, group, _sublayer(walk.arch, group), originals)
+        return _without(layer, group, _sublayer(walk.arch, group))
     is_mlp = _sublayer(walk.arch, group) == "mlp"
     reader = linear(layer, group.reader.module)
     num_units = reader.in_features // group.width
@@ -117,8 +107,6 @@ def prune_group(
     columns = rows_of(selection.keep, group.reader.segments, num_units)
     repaired = repair(reader, measured, columns, recipe)
     release_freed()
-    if originals is not None:
-        originals.keep(layer, group)
     cut(layer, group, selection.keep, num_units, repaired.weight_HS, repaired.bias_H)
     line = _log_line(group, num_units, measured, selection, repaired)
     return selection.keep, line | ({"domain_weights": weights} if weights else {})
@@ -128,14 +116,10 @@ def _sublayer(arch: Arch, group: Group) -> str:
     return "attention" if arch.is_in_attention(group) else "mlp"
 
 
-def _without(
-    layer: nn.Module, group: Group, sublayer: str, originals: OriginalReaders | None
-) -> tuple[Tensor, dict[str, Any]]:
+def _without(layer: nn.Module, group: Group, sublayer: str) -> tuple[Tensor, dict[str, Any]]:
     """Take the group's sublayer out whole, unless it is gone already. What follows makes up for its share of drift."""
     total = num_units_left(layer, group)
     if total:
-        if originals is not None:
-            originals.forget(group)
         gone = layer.get_submodule(group.reader.module.partition(".")[0])
         skip_sublayer(layer, sublayer, group.layer)
         forget_weights(gone)

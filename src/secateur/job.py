@@ -1,6 +1,6 @@
 """A job: one prune with everything at hand, and what is measured of its model before and after.
 
-In: the dense model loaded, the text packed, the numbers resolved. Out: held-out losses and speed, each in the run log.
+In: the dense model loaded, the text packed, the numbers resolved. Out: held-out losses, in the run log too.
 """
 
 import dataclasses
@@ -11,16 +11,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.arch import Arch, decoder_layers
-from secateur.bench import Speed, bench
+from secateur.arch import Arch
 from secateur.calibration import CalibrationSet
 from secateur.device import peak_bytes_on
 from secateur.estimate import MemoryPlan
 from secateur.journal import Journal
-from secateur.layers_on_device import Placement, all_there
+from secateur.layers_on_device import Placement
 from secateur.loss import Loss, domain_losses
 from secateur.progress import Progress
-from secateur.ranks import is_first
 from secateur.resolve import Resolved
 from secateur.runlog import RunLog
 from secateur.summary import Losses, Size
@@ -48,14 +46,6 @@ class Job:
     placement: Placement
     dense_size: Size
 
-    @property
-    def has_uncompensated(self) -> bool:
-        """Whether the same cut without compensation is evaluated too, which needs the original readers."""
-        recipe = self.resolved.recipe
-        # Of a narrower model every linear is refitted; and original readers beside the others may not fit a budget.
-        is_possible = recipe.compensate != "none" and recipe.hidden_size is None and not self.plan.weights_on_disk
-        return recipe.evaluate and is_possible
-
     def evaluate(self, which: str) -> Losses:
         """Return held-out losses by domain, or none where the recipe asks for none."""
         if not self.resolved.recipe.evaluate:
@@ -71,17 +61,6 @@ class Job:
         for domain, loss in found.items():
             self.log.write({"event": "loss", "model": which, "domain": domain, **loss})
         return {domain: Loss(**loss) for domain, loss in found.items()}
-
-    def bench(self, which: str) -> Speed | None:
-        """Return the speed, or None where the recipe asks for none; the first rank times it while the others rest.
-
-        Of a model that does not fit the device whole there is none: it would be that of its layers' way.
-        """
-        if not self.resolved.recipe.bench or not is_first() or self.plan.one_layer_at_a_time:
-            return None
-        with self.log.time("bench"):
-            with all_there(decoder_layers(self.model, self.arch)):
-                return bench(self.model, progress=self.progress, stage=f"bench {which}")
 
     def come_home(self) -> int | None:
         """Bring the model to ordinary memory, where it is saved and proved; return the most that the device held."""
@@ -104,9 +83,8 @@ class Job:
         plan = self.plan
         if plan.in_float32:
             stored = str(self.model.dtype).removeprefix("torch.")
-            speeds = ", and speeds are those of float32" if self.resolved.recipe.bench else ""
-            lines = (f"computed in float32 on {self.device}; stored in {stored} as before{speeds}.", *lines)
+            lines = (f"computed in float32 on {self.device}; stored in {stored} as before.", *lines)
         if plan.one_layer_at_a_time and plan.budget_bytes is not None:
             gigabytes = f"{plan.budget_bytes / 1e9:.2f} GB"
-            lines = (f"layers came to {self.device} one at a time to keep within {gigabytes}, so no speed.", *lines)
+            lines = (f"layers came to {self.device} one at a time to keep within {gigabytes}.", *lines)
         return (*self.resolved.warnings, *lines)

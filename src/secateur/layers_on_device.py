@@ -54,7 +54,6 @@ class LayersOnDevice:
         self.device = torch.empty(1, device=device).device  # with its number, as tensors there say it
         self.dtypes = {place: p.dtype for layer in layers for place, p in _parameters(layer)}
         self.there: dict[int, dict[_Place, _Trip]] = {}
-        self.stay = False
         self.coming: tuple[int, Future[dict[_Place, _Trip]]] | None = None
         self.carrier = ThreadPoolExecutor(1, thread_name_prefix="secateur-layer")
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -72,8 +71,7 @@ class LayersOnDevice:
             return
         with torch.inference_mode(False), torch.no_grad():
             if index not in self.there:
-                if not self.stay:
-                    self.go()
+                self.go()
                 self.there[index] = self._arrived(index)
                 if index + 1 < len(self.layers):
                     self.coming = index + 1, self.carrier.submit(self._trips, index + 1)
@@ -110,16 +108,6 @@ class LayersOnDevice:
                 else:
                     place[0]._parameters[place[1]] = parameter_on(CPU, now, self.dtypes.get(place))
         self.there = {}
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Within the context layers that have come stay."""
-        self.stay = True
-        try:
-            yield
-        finally:
-            self.stay = False
-            self.go()
 
     def end(self) -> None:
         """Leave all layers at home."""
@@ -177,14 +165,6 @@ def send_home(layer: nn.Module) -> None:
     """Bring the layer back to ordinary memory, if it is one of those that come and go."""
     if layer in _TRAVELLERS:
         _TRAVELLERS[layer].go()
-
-
-@contextmanager
-def all_there(layers: list[nn.Module]) -> Iterator[None]:
-    """Within the context layers that come and go stay once they have come, for a measurement of their speed."""
-    travelling = _TRAVELLERS.get(layers[0])
-    with nullcontext() if travelling is None else travelling.together():
-        yield
 
 
 class Placement:

@@ -101,10 +101,10 @@ def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int, 
     found = run.journal.find(name)
     if found is not None:
         stored, line = found
-        keep = redo_group(run.arch, layer, group, stored, run.originals)
+        keep = redo_group(run.arch, layer, group, stored)
     else:
         start, seed = time.perf_counter(), layer_seed(recipe.seed, number, group.layer)
-        keep, line = prune_group(walk, group, num_keep, recipe, run.shares, seed, run.originals, scores_U)
+        keep, line = prune_group(walk, group, num_keep, recipe, run.shares, seed, scores_U)
         settle(layer)  # what is kept for an interrupted run and what goes on must be the same
         seconds = round(time.perf_counter() - start, 3)
         line = {"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()}

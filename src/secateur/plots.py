@@ -65,20 +65,10 @@ class LayerErrors:
     after: Sequence[Sequence[float]]
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One model: how big or fast, how good. `is_dense`: the model before pruning."""
-
-    label: str
-    x: float
-    y: float
-    is_dense: bool = False
-
-
 LOOKS: dict[str, dict[str, Any]] = {
     "dense": {"color": DENSE, "marker": "o", "markerfacecolor": "none"},
     "pruned": {"color": PRUNED, "marker": "o"},
-    "uncompensated": {"color": OTHER, "marker": "x"},
+    "before": {"color": OTHER, "marker": "x"},
     "ideal": {"color": DENSE, "marker": "D", "markerfacecolor": "none"},
 }
 
@@ -142,7 +132,7 @@ def error_plot(text: Text, groups: Sequence[LayerErrors], y_label: str) -> str:
         figure, panels = _layer_panels([group.group for group in groups], height=150)
         for axes, group in zip(panels, groups, strict=True):
             for errors, label, look, line in (
-                (group.before, "before compensation", "uncompensated", ":"),
+                (group.before, "before compensation", "before", ":"),
                 (group.after, "after", "pruned", "-"),
             ):
                 means = [sum(row) / len(row) for row in errors]
@@ -181,38 +171,6 @@ def curve_plot(text: Text, x: Sequence[float], y: Sequence[float], x_label: str,
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         return to_svg(figure, text.name, text.title, text.description)
-
-
-def pareto_plot(text: Text, points: Sequence[Point], x_label: str, y_label: str, *, more_is_better: bool) -> str:
-    """Return points and the line through those that no other beats on both axes; less is better on y."""
-    with drawing():
-        figure = _figure(250)
-        axes = figure.add_subplot()
-        front = pareto_front(points, more_is_better=more_is_better)
-        axes.plot([p.x for p in front], [p.y for p in front], color=PRUNED, linewidth=1, label="not beaten by another")
-        for label, is_dense, look in (("dense", True, "dense"), ("pruned", False, "pruned")):
-            shown = [point for point in points if point.is_dense == is_dense]
-            axes.plot([p.x for p in shown], [p.y for p in shown], linestyle="none", label=label, **LOOKS[look])
-        # Beside the line: it falls where less is better on both axes, and rises where more is better on x.
-        offset = (5, -12) if more_is_better else (5, 4)
-        for point in points:
-            if not point.is_dense:
-                axes.annotate(point.label, (point.x, point.y), offset, textcoords="offset points")
-        axes.margins(0.12)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        _legend(figure, axes)
-        return to_svg(figure, text.name, text.title, text.description)
-
-
-def pareto_front(points: Sequence[Point], *, more_is_better: bool) -> list[Point]:
-    """Return the points that no other is at least as good as on both axes and better on one, from best x to worst."""
-    sign = -1 if more_is_better else 1
-    front: list[Point] = []
-    for point in sorted(points, key=lambda p: (sign * p.x, p.y)):
-        if not front or point.y < front[-1].y:
-            front.append(point)
-    return front
 
 
 def _figure(height: int) -> "Figure":

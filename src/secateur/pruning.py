@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.arch import decoder_layers
 from secateur.arch_numbers import text_config
 from secateur.budget import GroupKey
 from secateur.calibration import CalibrationSet, build_calibration
@@ -42,7 +41,6 @@ from secateur.opening import (
     placement_of,
     tokenizer_of,
 )
-from secateur.original_readers import OriginalReaders
 from secateur.output import check_free_space
 from secateur.progress import Progress, silent
 from secateur.prune_recover import prune_then_recover
@@ -51,13 +49,13 @@ from secateur.ranks import from_first, is_first
 from secateur.ranks_check import check_same_run
 from secateur.ranks_group import joined
 from secateur.recipe import Recipe, as_recipe
-from secateur.report import missing_plots, write_reports
+from secateur.report import missing_plots, write_report
 from secateur.resolve_hidden import resolve_for
 from secateur.resume import check_calibration, journal_for, note_resumed
 from secateur.run import Keeps, Run
 from secateur.runlog import RunLog
 from secateur.staged_directory import staging_if_any
-from secateur.summary import Losses, Size, Summary, group_widths, versions
+from secateur.summary import Size, Summary, group_widths, versions
 from secateur.verify import Verification, verify_reload
 from secateur.work import disk_bytes
 
@@ -102,7 +100,7 @@ def prune(
     appears complete or not at all. `resume`: go on from what an interrupted run of the same inputs has finished, which
     lies in a hidden directory beside `out`; from the beginning if there is none. `tell` gets a line of text about that.
     `command`: how to repeat the run, for the model card. Under torchrun every process calls this and gets the same
-    model; the first one writes, and alone times and verifies.
+    model; the first one writes, and alone verifies.
     Raises a SecateurError, one sentence, for everything that a user can correct.
     """
     progress = progress if is_first() else silent
@@ -168,10 +166,9 @@ def _prepared(
 def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tuple[int, ...], Keeps, Summary]:
     recipe, log = job.resolved.recipe, job.log
     dense_size, dense_layers, dense_width = job.dense_size, job.arch.num_layers, text_config(job.model).hidden_size
-    dense_losses, dense_speed = job.evaluate("dense"), job.bench("dense")
-    with tempfile.TemporaryDirectory(dir=directory, prefix="originals-") as scratch:
-        originals = OriginalReaders(Path(scratch)) if job.has_uncompensated else None
-        run = Run(job.model, job.arch, job.resolved, job.calibration, originals, log.write, job.progress, Path(scratch))
+    dense_losses = job.evaluate("dense")
+    with tempfile.TemporaryDirectory(dir=directory, prefix="scratch-") as scratch:
+        run = Run(job.model, job.arch, job.resolved, job.calibration, log.write, job.progress, Path(scratch))
         with log.time("prune"):
             run = dataclasses.replace(run, weights_on_disk=job.plan.weights_on_disk, journal=job.journal)
             run = remove_depth(remove_hidden(run))
@@ -184,11 +181,6 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
             keeps = prune_in_place(run)
         peak = peak_bytes()
         pruned_losses = job.evaluate("pruned")
-        uncompensated_losses: Losses = {}
-        if originals is not None:
-            with originals.in_place(decoder_layers(job.model, job.arch), job.arch.groups, keeps):
-                uncompensated_losses = job.evaluate("uncompensated")
-    pruned_speed = job.bench("pruned")
     note_resumed(job.journal)
     device_peak = job.come_home()
     proof = _save(job, checkpoint, keeps)
@@ -207,9 +199,6 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
         calibration=calibration_facts(job.calibration),
         dense_losses=dense_losses,
         pruned_losses=pruned_losses,
-        uncompensated_losses=uncompensated_losses,
-        dense_speed=dense_speed,
-        pruned_speed=pruned_speed,
         guard_refusals=sum(line.get("step", 1) == 0 for line in log.lines),
         seconds={name: round(seconds, 2) for name, seconds in log.seconds.items()},
         peak_bytes=peak,
@@ -230,7 +219,7 @@ def _tell(log: RunLog, directory: Path, summary: Summary) -> None:
     (directory / "result.json").write_text(summary.to_json(), encoding="utf-8")
     (directory / "README.md").write_text(model_card(summary), encoding="utf-8")
     if not missing_plots():
-        write_reports([directory])
+        write_report(directory)
 
 
 def _save(job: Job, checkpoint: PrunedCheckpoint | None, keeps: Keeps) -> Verification | None:

@@ -24,6 +24,11 @@ WidthsName = Literal["uniform", "per_layer"]
 TargetName = Literal["parameters", "flops", "kv_bytes", "latency"]
 ScheduleName = Literal["linear", "cubic"]
 
+# Keys that recipes had once: what to use instead.
+GONE: dict[str, str] = {
+    "bench": "run secateur bench OUT --against MODEL after the prune, which times both models in turns.",
+}
+
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 DEFAULT_DOMAINS: tuple[InstalledDomain, ...] = ("code", "technical", "mathematics", "science", "readme")
 
@@ -148,7 +153,6 @@ class Recipe(Strict):
     seed: Annotated[int, Field(ge=0)] = 0
     calibration: Calibration = Calibration()
     evaluate: bool = True
-    bench: bool = True
     memory_budget: str | None = None
     device: str | None = None
     compute_dtype: Literal["stored", "float32"] | None = None
@@ -164,6 +168,9 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
     """
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
+    for key in GONE:
+        if key in data:
+            raise RecipeError(f"{where}: {key} is gone; {GONE[key]}")
     if "preset" in data:
         data = over_preset(data, where)
     try:

@@ -26,7 +26,7 @@ from secateur.recover_output import last_lines, save_recovered, write_record
 from secateur.recover_record import RecoveryRecord, TaskScores, TrainingRecord
 from secateur.recover_sharded import wants_shards
 from secateur.recover_tasks import score_tasks, tasks_of
-from secateur.report import missing_plots, write_reports
+from secateur.report import missing_plots, write_report
 from secateur.runlog import FILE_NAME as LOG_FILE
 from secateur.runlog import RunLog
 from secateur.staged_directory import check_replaceable, staging
@@ -179,7 +179,7 @@ def _write(record: RecoveryRecord, work: Work, directory: Path) -> None:
     if curves.is_dir():
         shutil.copytree(curves, directory / "runs")
     if not missing_plots() and (directory / SUMMARY_FILE).is_file():
-        write_reports([directory])
+        write_report(directory)
 
 
 def _has_processes() -> bool:

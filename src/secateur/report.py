@@ -1,13 +1,12 @@
 """`report.html`: what a run did, on one page that needs no network.
 
-In: result directories. Out: the page in each of them, and of several one page more that compares them.
+In: a result directory. Out: the page in it.
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from secateur.comparison import comparison_page
 from secateur.errors import RecipeError
 from secateur.loss import geometric_mean_perplexity
 from secateur.page import KeyFigure, Page, Section, render
@@ -57,30 +56,22 @@ def missing_plots() -> tuple[str, ...]:
     return (f"no {FILE_NAME}: its plots need matplotlib; run pip install 'secateur[report]', then secateur report.",)
 
 
-def write_reports(directories: Sequence[Path], out: Path = Path(FILE_NAME)) -> list[Path]:
-    """Write `report.html` into every result directory from the other files there, and of several a comparison to `out`.
+def write_report(directory: Path) -> Path:
+    """Write `report.html` into a result directory from the other files there, and return its path.
 
-    Everything is read before anything is written; each file appears complete or not at all. Returns the paths.
+    Everything is read before anything is written; the page appears complete or not at all.
 
-    Raises RecipeError without matplotlib or if `out` would replace a report, CheckpointError for what is missing or
-    unreadable in a directory, or cannot be written.
+    Raises RecipeError without matplotlib, CheckpointError for what is missing or unreadable in the directory, or
+    cannot be written.
     """
     for reason in missing_plots():
         raise RecipeError(reason)
-    results = {str(directory): read_result(directory) for directory in directories}
-    paths = [Path(directory, FILE_NAME) for directory in results]
-    comparing = len(results) > 1
-    if comparing and out.resolve() in [path.resolve() for path in paths]:
-        raise RecipeError(f"--out {out}: is the report of one of the results; give the comparison another name.")
-    for path in [*paths, out] if comparing else paths:
-        check_file(path, overwrite=True)
-    pages = {path: report_page(files) for path, files in zip(paths, results.values(), strict=True)}
-    if comparing:
-        pages[out] = comparison_page(results)
-    for path, page in pages.items():
-        with staged_file(path, overwrite=True) as staged:
-            staged.write_text(render(page), encoding="utf-8")
-    return list(pages)
+    files, path = read_result(directory), directory / FILE_NAME
+    check_file(path, overwrite=True)
+    page = render(report_page(files))
+    with staged_file(path, overwrite=True) as staged:
+        staged.write_text(page, encoding="utf-8")
+    return path
 
 
 def report_page(files: ResultFiles) -> Page:

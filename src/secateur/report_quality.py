@@ -11,7 +11,7 @@ from secateur.loss import Loss
 from secateur.page import Section, Table
 from secateur.plots import Series, Text, dot_plot
 from secateur.result_files import ResultFiles
-from secateur.tables import figure_rows, human_bytes, loss_rows, speeds
+from secateur.tables import figure_rows, human_bytes, loss_rows
 
 SpeedFigures = tuple[str, float, float, float]
 
@@ -31,8 +31,6 @@ def quality(files: ResultFiles) -> Section:
         f"{rise:+.3f} on {worst}. Bars and ± are one standard error over blocks of "
         f"{summary.calibration.sequence_length} tokens.",
     )
-    if summary.uncompensated_losses:
-        text += ("Uncompensated: the same units removed, the rest of the weights left as they were.",)
     described = Text("quality-plot", "Held-out loss by domain", f"{text[0]} The table has every number.")
     rows = [(domain, *cells) for domain, cells in loss_rows(summary, errors=True)]
     table = Table("Nats per token ± standard error (perplexity)", ("domain", *by_name), rows)
@@ -40,10 +38,10 @@ def quality(files: ResultFiles) -> Section:
 
 
 def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
-    """Return (phase, dense and pruned tokens per second, speed-up): `secateur bench`'s if there, else the run's own."""
+    """Return (phase, dense and pruned tokens per second, speed-up) where `secateur bench` has measured them."""
     bench = files.bench
     if bench is None or bench.dense is None or bench.prefill is None or bench.decode is None:
-        return [(phase, before, after, after / before) for phase, before, after in speeds(files.summary)]
+        return []
     (prefill, decode), (prefill_after, decode_after) = _rates(bench.dense), _rates(bench.pruned)
     return [
         ("prefill", prefill, prefill_after, bench.prefill.measured.median),
@@ -56,26 +54,15 @@ def _means_and_bars(losses: Sequence[Loss]) -> tuple[list[float], list[tuple[flo
 
 
 def speed(files: ResultFiles) -> Section:
-    """Size, speed and memory: held to the ideal where `secateur bench` has measured it, else as the run timed it."""
+    """Size, and speed and memory beside the ideal where `secateur bench` has measured them."""
     summary, bench, title = files.summary, files.bench, "Speed and memory"
-    sizes = Table("Size, and speed on the machine that pruned", ("", "dense", "pruned"), list(figure_rows(summary)))
+    sizes = Table("Size", ("", "dense", "pruned"), list(figure_rows(summary)))
     if bench is not None and bench.dense is not None:
         text, plot, table = _against_ideal(bench)
         return Section("speed", title, text, (plot,), (table, sizes))
     command = f"secateur bench DIR --against {shlex.quote(summary.model)}"
-    more = f"{command} times both in turns and adds the ideal speed-up, peak memory and cache size."
-    measured = speeds(summary)
-    if not measured:
-        return Section("speed", title, (f"Not timed in the run: see its recipe and notes. {more}",), (), (sizes,))
-    assert summary.dense_speed is not None
-    text = (
-        f"Medians of {summary.dense_speed.repeats} runs at batch 1 with {summary.dense_speed.prompt_tokens} prompt "
-        f"tokens and {summary.dense_speed.new_tokens} new ones, dense before the run and pruned after. {more}",
-    )
-    series = [Series("measured", "pruned", [after / before for _, before, after in measured])]
-    described = Text("speed-plot", "Speed-up", "The table has the numbers.")
-    plot = dot_plot(described, [phase for phase, _, _ in measured], series, "times the dense speed", reference=1.0)
-    return Section("speed", title, text, (plot,), (sizes,))
+    text = f"{command} times both models in turns and adds the ideal speed-up, peak memory and cache size."
+    return Section("speed", title, (text,), (), (sizes,))
 
 
 def _against_ideal(bench: BenchResult) -> tuple[Sequence[str], str, Table]:

@@ -35,7 +35,7 @@ def recovery(files: ResultFiles) -> Section:
     costs = Table("Cost", (), list(cost_rows(record)), numbers=False)
     described = Text("recovery-plot", "Held-out KL by domain", "KL to the dense model, as in the table.")
     series = [
-        Series("before", "uncompensated", [verdict.kl for verdict in record.before.values()]),
+        Series("before", "before", [verdict.kl for verdict in record.before.values()]),
         Series("after", "pruned", [verdict.kl for verdict in record.after.values()]),
     ]
     plots = [dot_plot(described, list(record.before), series, "KL to the dense model, nats per token")]
@@ -56,7 +56,7 @@ def _task_plot(found: TaskScores) -> list[str]:
     series = []
     for label, look, scores in (
         ("dense", "dense", found.dense),
-        ("pruned", "uncompensated", found.pruned),
+        ("pruned", "before", found.pruned),
         ("recovered", "pruned", found.recovered),
     ):
         shown = [scores[task][metric] for task, metric in plotted.items()]

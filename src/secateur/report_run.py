@@ -144,7 +144,7 @@ def rounds(files: ResultFiles) -> Section:
         return Section("rounds", "Rounds", ("One round: measured once, cut once.",), (), (table,))
     described = Text("rounds-plot", "Held-out error by round", "Means over layers and domains, as in the table.")
     before, after = zip(*errors, strict=True)
-    series = [Series("before compensation", "uncompensated", before), Series("after", "pruned", after)]
+    series = [Series("before compensation", "before", before), Series("after", "pruned", after)]
     plot = round_plot(described, numbers, series, "% of output energy")
     return Section("rounds", "Rounds", (f"{len(numbers)} rounds, each measured anew.",), (plot,), (table,))
 

@@ -13,7 +13,6 @@ from secateur.arch import Arch
 from secateur.budget import GroupKey
 from secateur.calibration import CalibrationSet, rotated
 from secateur.journal import Journal
-from secateur.original_readers import OriginalReaders
 from secateur.progress import Progress, silent
 from secateur.ranks import own_part
 from secateur.resolve import Resolved
@@ -24,7 +23,7 @@ Keeps = dict[GroupKey, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`originals` keeps uncompensated readers, where they are to be compared with.
+    """Everything that a prune works on, step by step.
 
     `weights_on_disk`: finished layers are mapped from files, so that of the weights only one layer's fill memory.
     `scratch`: a directory for files of this run alone; None: where the system has temporary files.
@@ -39,7 +38,6 @@ class Run:
     arch: Arch
     resolved: Resolved
     calibration: CalibrationSet
-    originals: OriginalReaders | None = None
     log: Callable[[dict[str, Any]], None] = lambda line: None
     progress: Progress = silent
     scratch: Path | None = None

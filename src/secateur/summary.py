@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from secateur.arch import Group
-from secateur.bench import Speed
 from secateur.json_file import parse_json
 from secateur.loss import Loss, geometric_mean_perplexity
 from secateur.prices import Outcome
@@ -75,9 +74,6 @@ class Summary:
     calibration: CalibrationFacts
     dense_losses: Losses
     pruned_losses: Losses
-    uncompensated_losses: Losses
-    dense_speed: Speed | None
-    pruned_speed: Speed | None
     guard_refusals: int
     seconds: dict[str, float]
     peak_bytes: int
@@ -108,11 +104,7 @@ class Summary:
 
     def losses_by_name(self) -> dict[str, Losses]:
         """Return the evaluated models' losses, dense first; those not evaluated are left out."""
-        named = {
-            "dense": self.dense_losses,
-            "pruned": self.pruned_losses,
-            "uncompensated": self.uncompensated_losses,
-        }
+        named = {"dense": self.dense_losses, "pruned": self.pruned_losses}
         return {name: losses for name, losses in named.items() if losses}
 
 

@@ -13,12 +13,12 @@ from secateur.overlap import NGRAM_TOKENS
 from secateur.serving import VLLM
 from secateur.summary import Summary
 
-# A reader is warned of a share of n-grams above this, and of speed-ups outside this, the upper times the size ratio.
-MUCH_OVERLAP, PLAUSIBLE_SPEED_UP = 0.1, (0.8, 1.5)
+# A reader is warned of a share of n-grams above this.
+MUCH_OVERLAP = 0.1
 
 
 def summary_table(summary: Summary) -> Group:
-    """Return the one table that a run ends with: quality by domain, size and speed, dense against pruned."""
+    """Return the one table that a run ends with: quality by domain and size, dense against pruned."""
     columns = list(summary.losses_by_name())
     names = columns or ["dense", "pruned"]
     table = Table(title=f"{summary.model}: {headline(summary)}", title_justify="left", title_style="bold")
@@ -50,7 +50,7 @@ def headline(summary: Summary) -> str:
 def verdict(summary: Summary, speed_ups: dict[str, float] | None = None) -> str:
     """Say in one sentence what pruning took, what it cost in quality and what it gave in speed.
 
-    `speed_ups`: by phase, from a better measurement than the run's own.
+    `speed_ups`: by phase, where `secateur bench` has measured them.
     """
     sentence = [f"Pruning removed {summary.remove_reached:.1%} of the parameters"]
     if summary.dense_losses:
@@ -58,14 +58,13 @@ def verdict(summary: Summary, speed_ups: dict[str, float] | None = None) -> str:
         domains = list(summary.dense_losses)
         where = f"geometric mean of {len(domains)} domains" if len(domains) > 1 else f"domain {domains[0]}"
         sentence.append(f"held-out perplexity went from {before:.2f} to {after:.2f} ({where})")
-    speed_ups = speed_ups or {phase: after / before for phase, before, after in speeds(summary)}
     if speed_ups:
         sentence.append(" and ".join(f"{phase} runs {ratio:.2f} times as fast" for phase, ratio in speed_ups.items()))
     return "; ".join(sentence) + "."
 
 
 def caveats(summary: Summary) -> list[str]:
-    """Return what a reader must know before trusting the numbers: the run's own notes, overlap, a busy machine."""
+    """Return what a reader must know before trusting the numbers: the run's own notes, overlap."""
     found = list(summary.warnings)
     overlap = {domain: share or 0.0 for domain, share in summary.calibration.held_out_overlap.items()}
     much = ", ".join(f"{domain} {share:.0%}" for domain, share in overlap.items() if share > MUCH_OVERLAP)
@@ -74,25 +73,7 @@ def caveats(summary: Summary) -> list[str]:
             f"Much of the held-out text's {NGRAM_TOKENS}-grams occur in the calibration text ({much}), so the quality "
             "there is flattered."
         )
-    least, most = PLAUSIBLE_SPEED_UP
-    most *= summary.dense_size.num_bytes / summary.pruned_size.num_bytes
-    if not all(least < after / before < most for _, before, after in speeds(summary)):
-        found.append(
-            "The run's own speed-up does not fit the sizes: the machine was busy while one of the models was timed; "
-            "secateur bench times both in turns."
-        )
     return found
-
-
-def speeds(summary: Summary) -> list[tuple[str, float, float]]:
-    """Return (phase, dense, pruned) in tokens per second; nothing where the run timed nothing."""
-    dense, pruned = summary.dense_speed, summary.pruned_speed
-    if dense is None or pruned is None:
-        return []
-    return [
-        ("prefill", dense.prefill_tokens_per_second, pruned.prefill_tokens_per_second),
-        ("decode", dense.decode_tokens_per_second, pruned.decode_tokens_per_second),
-    ]
 
 
 def loss_rows(summary: Summary, *, errors: bool = False) -> Iterator[tuple[str, list[str]]]:
@@ -116,7 +97,7 @@ def plus_minus(standard_error: float) -> str:
 
 
 def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str]]:
-    """Yield (label, dense, pruned): parameters, bytes, widths, speed."""
+    """Yield (label, dense, pruned): parameters, bytes, widths."""
     dense, pruned = summary.dense_size, summary.pruned_size
     yield "parameters", f"{dense.num_params:,}", f"{pruned.num_params:,}"
     yield "bytes", human_bytes(dense.num_bytes), human_bytes(pruned.num_bytes)
@@ -127,8 +108,6 @@ def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str]]:
         yield "hidden size", f"{summary.hidden_sizes[0]:,}", f"{summary.hidden_sizes[1]:,}"
     for group, (before, least, most) in summary.widths.items():
         yield f"{group} units per layer", f"{before:,}", f"{least:,}" if least == most else f"{least:,} to {most:,}"
-    for phase, before, after in speeds(summary):
-        yield f"{phase}, tokens/s", f"{before:.1f}", f"{after:.1f} ({after / before:.2f}x)"
 
 
 def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
@@ -144,8 +123,6 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     if summary.dense_losses:
         held_out = sum(facts.num_held_out_tokens.values())
         yield "quality on", f"{held_out:,} held-out tokens of the same domains, seen by no statistic"
-    if summary.uncompensated_losses:
-        yield "uncompensated", "the same units removed, the rest of the weights left as they were"
     if summary.guard_refusals:
         yield "guard", f"compensation refused by held-out text in {summary.guard_refusals} groups"
     if summary.reload_max_abs_difference is not None:
@@ -214,7 +191,7 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         "time",
         f"about {human_seconds(seconds.total)} on {inspection.device} at the speed of this machine now: passes "
         f"{human_seconds(seconds.forward)}, statistics {human_seconds(seconds.gram)}, solves "
-        f"{human_seconds(seconds.solve)}; text, speeds and the reload check come on top",
+        f"{human_seconds(seconds.solve)}; text and the reload check come on top",
     )
     yield from _groups_and_server(inspection)
     for warning in inspection.warnings:

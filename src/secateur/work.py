@@ -1,7 +1,7 @@
 """What a run has to do, before it: floating-point operations, seconds on this machine, bytes of disk.
 
 In: a bound architecture, a resolved recipe, a model's shape. Out: operations by kind; seconds, from the rate at which
-the device multiplies matrices of such sizes now; bytes. Text, speeds and the reload check are not counted.
+the device multiplies matrices of such sizes now; bytes. Text and the reload check are not counted.
 """
 
 import time
@@ -44,7 +44,7 @@ def work_of(arch: Arch, resolved: Resolved, num_params: int) -> Work:
     """Return the operations of a run.
 
     forward, per round: the pruned stream, and where there is one the dense stream, through every layer, and what was
-    cut once more; the held-out tenth through up to three models with head; for measured budgets the probe's tokens
+    cut once more; the held-out tenth through two models with head; for measured budgets the probe's tokens
     through half of the layers, on average, and the head for every group, for `search` also for every child; before the
     first round what choosing whole layers takes.
     gram: the lower block triangle of x'x, once more for measured budgets. solve, for F inputs, C that go and S that
@@ -59,7 +59,7 @@ def work_of(arch: Arch, resolved: Resolved, num_params: int) -> Work:
     streams = 2 if recipe.target_mix else 1
     forward = num_rounds * streams * 2 * (tokens + held_out) * in_layers
     if recipe.evaluate:
-        forward += (2 + (recipe.compensate != "none")) * 2 * held_out * num_params
+        forward += 2 * 2 * held_out * num_params
     gram, solve = 0.0, 0.0
     for plan in resolved.plans:
         for group in resolved.groups:
@@ -156,8 +156,8 @@ def disk_bytes(arch: Arch, resolved: Resolved, model: nn.Module, plan: MemoryPla
     """Return the most bytes that a run needs on the disk of its output.
 
     The result, never larger than the dense model, once more for every round that is kept; the journal's refitted
-    readers of every round; the original readers, as they were and as they are, where the cut without compensation is
-    evaluated; layers as they were before the first of several rounds; finished layers, where weights stay on disk.
+    readers of every round; layers as they were before the first of several rounds; finished layers, where weights
+    stay on disk.
     """
     recipe, num_rounds = resolved.recipe, len(resolved.plans)
     layers = decoder_layers(model, arch)
@@ -166,8 +166,6 @@ def disk_bytes(arch: Arch, resolved: Resolved, model: nn.Module, plan: MemoryPla
     in_layers = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     total = num_bytes * (num_rounds if recipe.keep_rounds else 1) + num_rounds * readers
-    if recipe.compensate != "none" and recipe.evaluate and not plan.weights_on_disk:
-        total += 2 * readers
     if num_rounds > 1 and recipe.target_mix:
         total += in_layers
     return total + (min(num_rounds, 2) * in_layers if plan.weights_on_disk else 0)

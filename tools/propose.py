@@ -1,11 +1,14 @@
-"""A spec to start from, for a family that has none: derived from the modules of its model on the meta device.
+"""A spec to start from, for a family that has none: `python tools/propose.py MODEL > src/secateur/archs/mine.yaml`.
 
+It is derived from the modules of the model on the meta device; see docs/new-family.md.
 In: a model reference whose family is unknown. Out: YAML with what was found and, as comments, what a person must check.
 Widths are recognised by their sizes; each group is proposed only if a config that says a smaller number builds the
 smaller linears. Nothing reads a proposal: it becomes a family once it lies in `archs/` and its tests pass.
 """
 
+import argparse
 import copy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from transformers import PreTrainedModel
 
 from secateur.arch_numbers import head_width, text_config
 from secateur.checkpoint import meta_model, open_checkpoint
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, SecateurError
 
 CHANNEL_WORDS = ("intermediate", "ffn", "inner")
 LOGIT_KEYS = {"final_logit_softcapping": "cap", "logit_scale": "multiply", "logits_scaling": "divide"}
@@ -207,3 +210,18 @@ def _follows(model: PreTrainedModel, changes: dict[str, int], linear: str, shape
         return False
     assert found is not None
     return _shape(_linears(found[1])[linear]) == shape
+
+
+def main() -> None:
+    """Print the proposal for the model named on the command line; one sentence and status 2 if it cannot be opened."""
+    parser = argparse.ArgumentParser(description="Print a spec to start from, for a family that has none.")
+    parser.add_argument("model", help="a local directory or a hub id; no weights are read")
+    try:
+        print(proposed_spec(parser.parse_args().model), end="")
+    except SecateurError as error:
+        print(f"propose: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
