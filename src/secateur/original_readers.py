@@ -28,10 +28,6 @@ class OriginalReaders:
         if not self._path(group).exists():
             save_file(_tensors(_weights(layer, group)), self._path(group))
 
-    def forget(self, group: Group) -> None:
-        """Forget the group, which is gone whole, so that there is no reader to put anything back into."""
-        self._path(group).unlink(missing_ok=True)
-
     @contextmanager
     def in_place(
         self, layers: list[nn.Module], groups: tuple[Group, ...], keeps: Mapping[GroupKey, Tensor]
