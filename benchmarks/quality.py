@@ -82,17 +82,11 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "global": ({"budget": "global"}, HYBRID),
     "curve": ({"budget": "curve", "align": 32}, HYBRID),
     **{f"depth-{depth}": ({"budget": "curve", "align": 32, "depth": depth}, HYBRID) for depth in (1, 2, 3)},
-    "search": ({"budget": "search", "align": 32}, HYBRID),
     "curve-kv": ({"budget": "curve", "align": 32, "groups": ["ffn", "kv_heads"]}, HYBRID),
-    "curve-sublayers": (
-        {"budget": "curve", "align": 32, "groups": ["ffn", "kv_heads"], "sublayers": True},
-        HYBRID,
-    ),
     # Every parameter is a row or column of the residual stream, so a share of its width is that share of them all.
     **{f"hidden-{width}": ({"hidden_size": width, "remove": 1 - width / 576}, HYBRID) for width in (540, 504, 432)},
     **{f"ffn-as-hidden-{width}": ({"remove": 1 - width / 576}, HYBRID) for width in (540, 504, 432)},
     "minimax": ({"domain_weighting": "minimax"}, HYBRID),
-    "cvar": ({"domain_weighting": "cvar"}, HYBRID),
 }
 
 

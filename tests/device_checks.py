@@ -29,7 +29,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "heads": {"groups": ["ffn", "kv_heads"]},
     "curve": {"budget": "curve"},
-    "search": {"budget": "search", "generations": 2, "offspring": 2},
     "global": {"budget": "global"},
     "taylor": {"score": "taylor"},
     "flap": {"score": "flap", "compensate": "bias"},

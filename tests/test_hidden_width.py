@@ -9,14 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from secateur.arch import bind, decoder_layers
-from secateur.arch_hidden import is_skipped
 from secateur.arch_spec import ArchSpec, load_specs
 from secateur.checkpoint import load_model, open_checkpoint
 from secateur.cut import cut
 from secateur.errors import ArchError, NumericsError, RecipeError
 from secateur.hidden_cut import check_hidden_size, cut_hidden, hidden_of
 from secateur.hidden_width import channel_scores, narrow, remove_channels
-from secateur.modeling_per_layer import skip_sublayer
 from secateur.per_layer import record_widths
 from secateur.recipe import Recipe
 from secateur.summary import Size
@@ -39,7 +37,7 @@ def zero_channels(model, arch, removed):
     with torch.no_grad():
         model.get_submodule(hidden.embedding).weight[:, removed] = 0
         for layer in decoder_layers(model, arch):
-            for writer in (layer.get_submodule(name) for name in hidden.writers if not is_skipped(layer, name)):
+            for writer in (layer.get_submodule(name) for name in hidden.writers):
                 writer.weight[removed] = 0
                 if writer.bias is not None:
                     writer.bias[removed] = 0
@@ -77,12 +75,11 @@ def test_permuting_channels_changes_nothing(factory):
     torch.testing.assert_close(logits_of(model, ids_BT), before, atol=1e-5, rtol=1e-5)
 
 
-def test_a_model_with_widths_per_layer_and_a_skipped_mlp_is_cut_too(tmp_path):
+def test_a_model_with_widths_per_layer_is_cut_too(tmp_path):
     model = tiny_llama(rms_norm_eps=1e-10)
     arch = bind(model)
     group = arch.select(("ffn",))[1]
     cut(decoder_layers(model, arch)[1], group, torch.arange(40), group.num_units)
-    skip_sublayer(decoder_layers(model, arch)[2], "mlp", 2)
     record_widths(model, arch)
     arch, before = bind(model), Size.of(model).num_params
     zeroed = copy.deepcopy(model)

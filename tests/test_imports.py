@@ -36,13 +36,13 @@ LAYERS = [
     "prices",
     # stages that are made of others
     "obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary "
-    "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global level_database recover_record",
+    "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global recover_record",
     "fingerprint depth gguf_rules expert_stacks",
     "checkpoint_tokenizer expert_refit gguf_parts",
     "experts ranks_check resolve_hidden calibration_sampled calibration_facts repair hidden_norms depth_choice "
     "estimate bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",
-    "opening work inspection_groups latency probe hidden_drift recover_text resume",
-    "hidden_width profile budget_search recover_trainer recover_sharded",
+    "opening work inspection_groups latency probe original_readers hidden_drift recover_text resume",
+    "hidden_width profile recover_trainer recover_sharded",
     "recover_logits",
     "recover_job recover_guard",
     "expert_channels run selection inspection gguf_tensors evaluate_differences evaluate_parts",

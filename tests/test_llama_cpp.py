@@ -16,7 +16,6 @@ from secateur.export import export
 from secateur.gguf_families import FAMILIES as GGUF_FAMILIES
 from secateur.gguf_families import PER_LAYER
 from secateur.llama_cpp import have_llama_cpp, open_llama_cpp
-from secateur.modeling_per_layer import skip_sublayer
 from secateur.output import save_checkpoint
 from secateur.per_layer import record_widths
 from tests.bpe_tokenizer import bpe_tokenizer, sentencepiece_tokenizer
@@ -76,14 +75,12 @@ def pruned(name: str, place: Path) -> Path:
 
 
 def pruned_per_layer(name: str, place: Path) -> Path:
-    """Save a model of which no two layers are alike; the first and fourth have no attention, the third no MLP."""
+    """Save a model of which no two layers are alike."""
     sizes = SIZES | CHANGES.get(name, {}) | {"num_hidden_layers": 5}
     sizes |= {"attention_bias": True} if name == "seed_oss" else {"tie_word_embeddings": True}
     model = tiny_family(name, **sizes)
     arch = bind(model)
     layers = decoder_layers(model, arch)
-    for index, part in ((0, "attention"), (2, "mlp"), (3, "attention")):
-        skip_sublayer(layers[index], part, index)
     for index, group, share in ((0, "ffn", 0.5), (1, "ffn", 0.25), (2, "kv_heads", 0.5), (3, "ffn", 0.75)):
         (each,) = (found for found in arch.select((group,)) if found.layer == index)
         cut_units(layers[index], each, kept_of(each, share))
@@ -107,7 +104,6 @@ def test_every_weight_is_in_the_file_once(prune: Callable[[str, Path], Path], na
     export(source, tmp_path / "model.gguf", check=False)
     model = load_model(open_checkpoint(source))
     arrays = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    # The rest are zeros that stand for sublayers which are not there.
     num_values = sum(int((array != 0).sum()) for array in arrays.values())
     assert num_values == sum(int((weight != 0).sum()) for weight in model.parameters())
     # Vectors keep their type and order; of norms the file holds what llama.cpp multiplies by.

@@ -23,7 +23,6 @@ from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.cut import cut
 from secateur.errors import CheckpointError
 from secateur.in_memory import check_in_memory, restore_buffers
-from secateur.modeling_per_layer import skip_sublayer
 from secateur.output import save_checkpoint
 from secateur.per_layer import record_widths, split_widths
 from secateur.verify import verify_reload
@@ -102,7 +101,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreTraine
     """Models and the directories that they were saved in."""
     models = {family: uneven(family) for family in FAMILIES}
     models["ffn"] = uneven("llama", heads=False)
-    models["skip"], _ = skipped("llama", {0: "attention"})
     models["even"] = evenly_cut()
     place = tmp_path_factory.mktemp("per_layer")
     return {name: (model, save(model, place / name)) for name, model in models.items()}
@@ -137,19 +135,19 @@ def fresh(saved, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, boo
     return lambda name, trust: said[f"{saved[name][1]} {trust}"]
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "ffn", "skip"])
+@pytest.mark.parametrize("name", [*FAMILIES, "ffn"])
 def test_plain_transformers_with_trust_gives_the_model_in_memory(name, saved, fresh):
     model, directory = saved[name]
     assert len(list(directory.glob("model-*.safetensors"))) > 1
     assert torch.equal(torch.tensor(fresh(name, True)), logits(model))
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "ffn", "skip"])
+@pytest.mark.parametrize("name", [*FAMILIES, "ffn"])
 def test_plain_transformers_without_trust_stops(name, fresh):
     assert "is a per-layer attribute and may vary across layers" in fresh(name, False)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "ffn", "skip", "even"])
+@pytest.mark.parametrize("name", [*FAMILIES, "ffn", "even"])
 def test_load_gives_the_model_in_memory(name, saved):
     model, directory = saved[name]
     loaded: Any = secateur.load(directory)
@@ -161,9 +159,8 @@ def test_load_gives_the_model_in_memory(name, saved):
     assert load_tokenizer(checkpoint).decode([72, 73]) == tiny_tokenizer().decode([72, 73])
 
 
-@pytest.mark.parametrize("name", ["llama", "skip"])
-def test_the_reload_check_runs_the_carried_file(name, saved):
-    model, directory = saved[name]
+def test_the_reload_check_runs_the_carried_file(saved):
+    model, directory = saved["llama"]
     verification = verify_reload(directory, tiny_ids(), logits(model))
     assert verification.max_abs_difference == 0 and verification.generated_text
 
@@ -227,41 +224,6 @@ def test_attention_implementation_reaches_every_layer(saved):
     assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"sdpa"}
 
 
-def skipped(family: str, sublayers: dict[int, str]) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Return (a model without these sublayers, the whole model with zeros for what they write)."""
-    model, zeroed = FAMILIES[family](**SIZES), FAMILIES[family](**SIZES)
-    arch = bind(model)
-    for index, sublayer in sublayers.items():
-        skip_sublayer(decoder_layers(model, arch)[index], sublayer, index)
-        writer = "self_attn.o_proj" if sublayer == "attention" else "mlp.down_proj"
-        nn.init.zeros_(zeroed.model.layers[index].get_submodule(writer).weight)
-    record_widths(model, arch)
-    return model, zeroed
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
-@pytest.mark.parametrize("sublayers", [{0: "attention", 2: "mlp"}, {1: "mlp"}, {0: "attention"}])
-def test_skipped_sublayers(family, sublayers, tmp_path):
-    model, zeroed = skipped(family, sublayers)
-    assert torch.allclose(logits(model), logits(zeroed), atol=1e-5)
-    directory = save(model, tmp_path / "out")
-    config = config_of(directory)
-    assert {int(i): layer["skip"] for i, layer in config["per_layer_config"].items()} == {
-        index: [sublayer] for index, sublayer in sublayers.items()
-    }
-    loaded: Any = secateur.load(directory)
-    assert torch.equal(logits(loaded), logits(model))
-    for index, sublayer in sublayers.items():
-        names = [name for name, _ in loaded.model.layers[index].named_parameters()]
-        assert not any(name.startswith("self_attn" if sublayer == "attention" else "mlp") for name in names)
-        assert len([name for name in names if name.endswith("layernorm.weight")]) == (2 if family == "gemma3" else 1)
-    ids = tiny_ids(length=6)
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "eos_token_id": None}
-    without = loaded.generate(ids, use_cache=False, do_sample=False, **options)
-    for cache in ({}, {"cache_implementation": "static", "disable_compile": True}):
-        assert torch.equal(loaded.generate(ids, use_cache=True, do_sample=False, **options, **cache), without)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_widths_change_nothing(family, tmp_path):
     plain, recorded = FAMILIES[family](**SIZES), FAMILIES[family](**SIZES)
@@ -314,8 +276,6 @@ def test_code_in_the_directory_is_never_run_by_secateur(tmp_path):
         ({"intermediate_size": 80}, r"wrong shape: model.layers.0.mlp.\w+.weight is .*, not .* as the config says"),
         ({"num_key_value_heads": 0}, "no model can be built from it"),
         ({"intermediate_size": "many"}, "transformers cannot use it .*expected int, got str"),
-        ({"skip": ["embedding"]}, "layer 0: cannot skip 'embedding'"),
-        ({"skip": "mlp"}, "transformers cannot use it .*must be an iterable of strings"),
     ],
 )
 def test_a_config_that_does_not_fit_is_one_sentence(layer, message, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,8 +12,7 @@ from torch.nn.functional import log_softmax
 from secateur.arch import bind, linear
 from secateur.budget import MAX_LEVELS, level_grid
 from secateur.errors import NumericsError
-from secateur.level_database import LevelDatabase
-from secateur.profile import ProfileSettings, profile
+from secateur.profile import ProfileSettings, _Refit, profile
 from secateur.walk import Batch, make_batches
 
 SHARES = {"prose": 0.6, "code": 0.4}
@@ -24,7 +24,6 @@ SETTINGS = ProfileSettings(
     align=16,
     perturbation=0.3,
     probe_blocks=3,
-    max_levels=64,
 )
 
 
@@ -64,15 +63,27 @@ def kl_between(dense, pruned):
 @pytest.fixture(
     scope="module", params=[(tiny_llama, ("ffn",)), (tiny_qwen2, ("ffn", "kv_heads")), (tiny_gemma3, ("ffn",))]
 )
-def case(request, tmp_path_factory):
-    """A model, an untouched copy, its groups, their profiles and the database."""
+def case(request):
+    """A model, an untouched copy, its groups, their profiles and what refits their readers."""
     factory, names = request.param
     model = factory(num_layers=2)
     before = copy.deepcopy(model)
-    groups = bind(model).select(names)
-    database = LevelDatabase(tmp_path_factory.mktemp("levels"))
-    profiles = profile(model, bind(model), groups, batches_of(), SETTINGS, database=database)
-    return model, before, groups, profiles, database
+    groups, refits = bind(model).select(names), {}
+
+    def recorded(group, *args):
+        refits[group.layer, group.name] = _Refit(group, *args)
+        return refits[group.layer, group.name]
+
+    with patch("secateur.profile._Refit", recorded):
+        profiles = profile(model, bind(model), groups, batches_of(), SETTINGS)
+    return model, before, groups, profiles, refits
+
+
+@torch.no_grad()
+def refit_into(reader, refit, level):
+    columns, weight = refit.at(level)
+    reader.weight.zero_()
+    reader.weight[:, columns] = weight
 
 
 def test_the_model_is_as_before(case):
@@ -90,15 +101,15 @@ def test_levels_are_the_groups_steps_and_errors_rise_from_zero(case):
         assert found.errors[0] == 0 and list(found.errors) == sorted(set(found.errors)) and found.errors[-1] < 1
 
 
-def test_errors_equal_the_measured_ones_of_the_stored_readers(case):
-    _, before, groups, profiles, database = case
+def test_errors_equal_the_measured_ones_of_the_refitted_readers(case):
+    _, before, groups, profiles, refits = case
     for group in groups:
         key = (group.layer, group.name)
         model = copy.deepcopy(before)
         reader, found = reader_of(model, group), profiles[key]
         clean = {domain: run(model, reader, ids_of(domain))[1:] for domain in SHARES}
         for level, error in zip(found.levels, found.errors, strict=True):
-            database.load_into(reader, key, level)
+            refit_into(reader, refits[key], level)
             assert int((reader.weight != 0).any(dim=0).sum()) == level * group.width
             weight_FH = reader.weight.detach().double().T
             expected = sum(
@@ -109,7 +120,7 @@ def test_errors_equal_the_measured_ones_of_the_stored_readers(case):
 
 
 def test_slopes_equal_measured_kl_over_error(case):
-    _, before, groups, profiles, database = case
+    _, before, groups, profiles, refits = case
     for group in groups:
         key, found = (group.layer, group.name), profiles[group.layer, group.name]
         level = 80 if group.name == "ffn" else 1  # nearest to 0.7 x 112, and to 0.7 x 2 below 2
@@ -117,7 +128,7 @@ def test_slopes_equal_measured_kl_over_error(case):
         for domain in SHARES:
             model, ids_BT = copy.deepcopy(before), ids_of(domain)[: SETTINGS.probe_blocks]
             dense = run(model, reader_of(model, group), ids_BT)[0]
-            database.load_into(reader_of(model, group), key, level)
+            refit_into(reader_of(model, group), refits[key], level)
             pruned = run(model, reader_of(model, group), ids_BT)[0]
             assert found.slopes[domain] == pytest.approx(kl_between(dense, pruned) / error, rel=2e-3)
 
@@ -140,18 +151,6 @@ def test_batches_of_other_sizes_and_a_listener_change_nothing():
     for key in found[0]:
         assert found[0][key].errors == pytest.approx(found[1][key].errors, rel=1e-4)
         assert found[0][key].slopes == pytest.approx(found[1][key].slopes, rel=1e-3)
-
-
-def test_the_databases_widest_level_puts_the_reader_back(tmp_path):
-    model = tiny_llama(num_layers=2).to(torch.bfloat16)
-    arch, database = bind(model), LevelDatabase(tmp_path)
-    profile(model, arch, arch.select(("kv_heads",)), batches_of(), SETTINGS, database=database)
-    reader = model.model.layers[1].self_attn.o_proj
-    own = reader.weight.detach().clone()
-    database.load_into(reader, (1, "kv_heads"), 1)
-    assert not torch.equal(reader.weight, own)
-    database.load_into(reader, (1, "kv_heads"), 2)
-    assert torch.equal(reader.weight, own)
 
 
 def test_a_silent_group_has_no_slope_and_a_broken_one_is_named():

@@ -96,7 +96,7 @@ def bind(model: nn.Module) -> Arch:
     groups: list[Group] = []
     for index, (layer, layer_config) in enumerate(zip(layers, configs, strict=True)):
         for name, group in spec.groups.items():
-            if name not in forbidden and not _is_skipped(layer, group):
+            if name not in forbidden and not (group.in_some_layers and _is_absent(layer, next(iter(group.reader)))):
                 divide = spec.heads_divide_hidden_size
                 groups.append(_bind_group(layer, index, name, group, layer_config, family, divide))
         if spec.experts is not None and not _is_absent(layer, spec.experts.experts):
@@ -136,9 +136,7 @@ def linear(layer: nn.Module, name: str) -> nn.Linear:
 
 
 def num_units_left(layer: nn.Module, group: Group) -> int:
-    """Return how many of the group's units the layer has now; 0 where its attention or MLP is gone."""
-    if _has_no_parameters(layer, group.reader.module):
-        return 0
+    """Return how many of the group's units the layer has now."""
     return linear(layer, group.reader.module).in_features // group.width
 
 
@@ -157,18 +155,6 @@ def _is_on(config: Any, key: str) -> bool:
         raise ArchError(f"spec: config has no switch '{key}', which the family's spec names.")
     value = getattr(config, name)
     return bool((value or {}).get(inside) if inside else value)
-
-
-def _has_no_parameters(layer: nn.Module, reader: str) -> bool:
-    """Say whether the sublayer of the reader of that name is gone: what stands in its place has no parameters."""
-    sublayer = getattr(layer, reader.partition(".")[0], None)
-    return isinstance(sublayer, nn.Module) and next(sublayer.parameters(), None) is None
-
-
-def _is_skipped(layer: nn.Module, group: GroupSpec) -> bool:
-    """Say whether the layer has nothing in the group's place."""
-    reader = next(iter(group.reader))
-    return _has_no_parameters(layer, reader) or (group.in_some_layers and _is_absent(layer, reader))
 
 
 def _is_absent(layer: nn.Module, name: str) -> bool:

@@ -40,8 +40,7 @@ def bind_hidden(
 ) -> Hidden:
     """Check the family's `hidden` section against the model's modules and return it with real sizes.
 
-    `heads`: numbers that must divide the width. A sublayer that a layer skips has no parameters and counts nothing.
-    Raises ArchError, see above.
+    `heads`: numbers that must divide the width. Raises ArchError, see above.
     """
     config: Any = cast(Any, model.config).get_text_config()
     width, total = config.hidden_size, 0
@@ -57,8 +56,6 @@ def bind_hidden(
             weights = submodule(layer, name, family).parameters()
             total += sum(_per_channel(p, 0, width, f"layer {index}, {name}") for p in weights)
         for name in (*inputs, *spec.writers):
-            if is_skipped(layer, name):
-                continue
             linear = submodule(layer, name, family)
             if not isinstance(linear, nn.Linear):
                 raise ArchError(f"hidden: {name} is a {type(linear).__name__}, but family {family} cuts nn.Linear.")
@@ -87,12 +84,6 @@ def submodule(parent: nn.Module, name: str, family: str) -> nn.Module:
             f"did you mean '{nearest(name, names)}'?"
         )
     return names[name]
-
-
-def is_skipped(layer: nn.Module, name: str) -> bool:
-    """Say whether the layer skips the sublayer that the module belongs to, which then has no parameters."""
-    sublayer = getattr(layer, name.partition(".")[0], None)
-    return isinstance(sublayer, nn.Module) and next(sublayer.parameters(), None) is None
 
 
 def _per_channel(parameter: Tensor, axis: int, width: int, where: str) -> int:

@@ -151,13 +151,11 @@ def largest_remove(groups: tuple[Group, ...], prices: Prices, least: Mapping[Gro
     return prices.gone(groups, least) / prices.total
 
 
-def least_keep(groups: tuple[Group, ...], align: int, min_keep: float, *, to_zero: bool = False) -> dict[GroupKey, int]:
-    """Return the fewest units that each group may keep: the multiple of its step that is at least `min_keep` of all.
+def least_keep(groups: tuple[Group, ...], align: int, min_keep: float) -> dict[GroupKey, int]:
+    """Return the fewest units that each group may keep: the first multiple of its step from `min_keep` of all on.
 
-    None where `min_keep` is 0 and groups may go `to_zero`, else at least one step.
+    At least one step.
     """
-    if to_zero and min_keep == 0:
-        return {(group.layer, group.name): 0 for group in groups}
     least: dict[GroupKey, int] = {}
     for group in groups:
         step = align_of(group, align)
@@ -167,38 +165,28 @@ def least_keep(groups: tuple[Group, ...], align: int, min_keep: float, *, to_zer
     return least
 
 
-def levels_of(
-    group: Group, num_units: int, align: int, max_levels: int = MAX_LEVELS, *, to_zero: bool = False
-) -> tuple[int, ...]:
-    """Return the counts that a group of `num_units` may keep, from all of them down; those the config can state.
-
-    The last is 0 where groups may go `to_zero`: the layer's attention or MLP goes as a whole.
-    """
-    if num_units == 0:
-        return (0,)
-    grid = level_grid(num_units, align_of(group, align), max_levels)
-    last = (0,) if to_zero else ()
-    return (num_units, *(count for count in grid[1:] if group.allows(count)), *last)
+def levels_of(group: Group, num_units: int, align: int) -> tuple[int, ...]:
+    """Return the counts that a group of `num_units` may keep, from all of them down; those the config can state."""
+    grid = level_grid(num_units, align_of(group, align))
+    return (num_units, *(count for count in grid[1:] if group.allows(count)))
 
 
-def level_grid(num_units: int, step: int, max_levels: int = MAX_LEVELS) -> tuple[int, ...]:
-    """Return all units and the multiples of `step` below, down to one; of more than `max_levels` evenly spaced ones."""
-    stride = step * math.ceil(num_units / (step * max_levels))
+def level_grid(num_units: int, step: int) -> tuple[int, ...]:
+    """Return all units and the multiples of `step` below, down to one; of more than `MAX_LEVELS` evenly spaced ones."""
+    stride = step * math.ceil(num_units / (step * MAX_LEVELS))
     highest = stride * ((num_units - 1) // stride)
     return (num_units, *range(highest, 0, -stride))
 
 
 def round_shares(rounds: int, schedule: str | tuple[float, ...]) -> list[float]:
-    """Return the share of all that goes which is gone after each round: r/n, or 1 - (1 - r/n)^3 for `cubic`.
+    """Return the share of all that goes which is gone after round r of n: r/n.
 
     A list of what is to be gone after each round stands for itself, over the last.
-
-    Source of the cubic schedule: Zhu and Gupta, arXiv 1710.01878, eq. 1.
     """
     if not isinstance(schedule, str):
         return [gone / schedule[-1] for gone in schedule]
-    power = 3 if schedule == "cubic" else 1
-    return [1 - (1 - done / rounds) ** power for done in range(1, rounds)] + [1.0]
+    # Not `done / rounds`: its last bit differs, and saved plans are compared exactly.
+    return [1 - (1 - done / rounds) for done in range(1, rounds)] + [1.0]
 
 
 def round_plans(groups: tuple[Group, ...], prices: Prices, plan: Plan, shares: list[float], align: int) -> list[Plan]:

@@ -8,7 +8,7 @@ was measured. KL stands for the rise of the loss, which it equals where the dens
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from secateur.arch import Group
 from secateur.budget import GroupKey, Plan, Prices, plan_of, round_down
@@ -23,24 +23,15 @@ WEIGHT_UPDATES, HALVINGS = 20, 10
 class GroupProfile:
     """What a group loses at each level. `levels`: units kept, from all of them down; `errors`: shares of output energy.
 
-    `slopes`: KL in nats per token for an error of 1, by domain. `kl_without`: KL measured without the group, which is
-    far from where the slope was measured; empty where 0 is no level.
+    `slopes`: KL in nats per token for an error of 1, by domain.
     """
 
     levels: tuple[int, ...]
     errors: tuple[float, ...]
     slopes: dict[str, float]
-    kl_without: dict[str, float] = field(default_factory=dict[str, float])
-
-    @property
-    def ends_at_zero(self) -> bool:
-        """Whether the last level is the group's absence, of which the KL is known."""
-        return bool(self.kl_without) and self.levels[-1] == 0
 
     def rise(self, domain: str, num_keep: int) -> float:
         """Return a domain's predicted rise at one of the levels, in nats per token."""
-        if num_keep == 0 and self.ends_at_zero:
-            return self.kl_without[domain]
         return self.slopes[domain] * self.errors[self.levels.index(num_keep)]
 
 
@@ -48,7 +39,7 @@ Profiles = Mapping[GroupKey, GroupProfile]
 
 
 def predicted_rise(profiles: Profiles, num_keep: Mapping[GroupKey, int]) -> dict[str, float]:
-    """Return, by domain, sum over groups of slope x error, or of KL without the group, in nats per token."""
+    """Return, by domain, sum over groups of slope x error, in nats per token."""
     rise: dict[str, float] = {}
     for key, profile in profiles.items():
         for domain in profile.slopes:
@@ -110,8 +101,6 @@ class _Problem:
         for profile in self.profiles.values():
             slope = sum(weights.get(domain, 0.0) * each for domain, each in profile.slopes.items())
             losses.append([slope * error for error in profile.errors])
-            if profile.ends_at_zero:
-                losses[-1][-1] = sum(weights.get(domain, 0.0) * each for domain, each in profile.kl_without.items())
         chosen = least_loss(self.removals, losses, target)
         return {
             key: profile.levels[option] for (key, profile), option in zip(self.profiles.items(), chosen, strict=True)

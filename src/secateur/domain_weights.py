@@ -1,4 +1,4 @@
-"""Domain weights that look at what a cut would do to each domain: `minimax` and `cvar`.
+"""Domain weights that look at what a cut would do to each domain: `minimax`.
 
 In: each domain's own statistics of one reader's inputs, and how many units are to stay. Out: statistics pooled under
 the weights found, and the weights. What a cut would do is taken from a cheap one: all units chosen at once by OBS, the
@@ -7,8 +7,6 @@ pooled one and its float64 inverse.
 
 Letters: D domains, H reader outputs, F reader columns, U units, w columns of one unit, C columns that go.
 """
-
-import math
 
 import torch
 from jaxtyping import Float, Int64
@@ -32,32 +30,27 @@ def reweighted(
     reader_HF: Float[Tensor, "H F"],
     columns_UW: Int64[Tensor, "U w"],
     num_keep: int,
-    weighting: str,
     damping: float,
 ) -> tuple[Statistics, dict[str, float]]:
     """Return the statistics pooled as H = sum_d q_d G_d / e_d, and q, which sums to 1.
 
     Exponentiated gradient from the shares on: q_d *= exp(STEP_SIZE * err_d / mean err), brought back to
-    1 / (3 D) <= q_d <= cap, with err_d = `removal_damage` under H. The cap makes the difference: `minimax` has 1, under
-    which the largest weighted error is the worst domain's; `cvar` has 1 / ceil(D / 2), under which it is the mean of
-    the worst half. Of the weights tried, those for which this error is lowest win, the earlier on a tie. `reader_HF` is
-    in float32.
+    1 / (3 D) <= q_d <= 1, with err_d = `removal_damage` under H. The weights with the lowest error of the worst domain
+    win, the earlier on a tie. `reader_HF` is in float32.
 
-    Source: multiplicative weights for a minimax game, as group DRO uses them, Sagawa et al., arXiv 1911.08731, alg. 1;
-    CVaR as a bound on the weights, Rockafellar and Uryasev 2000.
+    Source: multiplicative weights for a minimax game, as group DRO uses them, Sagawa et al., arXiv 1911.08731, alg. 1.
     """
-    num_worst = 1 if weighting == "minimax" else math.ceil(len(by_domain) / 2)
-    floor, cap = FLOOR / len(by_domain), 1 / num_worst
-    weights_D = _within(torch.tensor([shares[name] for name in by_domain], dtype=torch.float64), floor, cap)
+    floor = FLOOR / len(by_domain)
+    weights_D = _at_least(torch.tensor([shares[name] for name in by_domain], dtype=torch.float64), floor)
     tried: list[tuple[float, dict[str, float]]] = []
     for _ in range(NUM_STEPS):
         named = dict(zip(by_domain, weights_D.tolist(), strict=True))
         gram = pool(by_domain, named).gram
         assert gram is not None
         errors_D = removal_damage(by_domain, gram, reader_HF, columns_UW, num_keep, damping)
-        tried.append((float(errors_D.topk(num_worst).values.mean()), named))
+        tried.append((float(errors_D.max()), named))
         relative_D = errors_D / errors_D.mean().clamp_min(1e-30)
-        weights_D = _within(weights_D * (STEP_SIZE * relative_D).exp(), floor, cap)
+        weights_D = _at_least(weights_D * (STEP_SIZE * relative_D).exp(), floor)
     weights = min(tried, key=lambda each: each[0])[1]
     return pool(by_domain, weights), weights
 
@@ -101,13 +94,13 @@ def _output_energy(map_HF: Float[Tensor, "H F"], gram: Gram) -> float:
     return total
 
 
-def _within(weights_D: Float[Tensor, " D"], floor: float, cap: float) -> Float[Tensor, " D"]:
-    """Return clip(c * weights, floor, cap) with the c that makes the sum 1: the nearest such weights by KL."""
-    low, high = 0.0, cap / float(weights_D.min())
+def _at_least(weights_D: Float[Tensor, " D"], floor: float) -> Float[Tensor, " D"]:
+    """Return clip(c * weights, floor, 1) with the c that makes the sum 1: the nearest such weights by KL."""
+    low, high = 0.0, 1 / float(weights_D.min())
     for _ in range(NUM_HALVINGS):
         middle = (low + high) / 2
-        if float((middle * weights_D).clamp(floor, cap).sum()) < 1:
+        if float((middle * weights_D).clamp(floor, 1).sum()) < 1:
             low = middle
         else:
             high = middle
-    return (high * weights_D).clamp(floor, cap)
+    return (high * weights_D).clamp(floor, 1)

@@ -184,9 +184,9 @@ FAMILIES = {
 
 # Where layers have widths of their own: the two architectures that read them layer by layer and compute what these
 # families do. The first is that of Nemotron's pruned Llamas, the second OpenELM's, which has norms of queries and keys.
-_DECI = GgufFamily("deci", _SILU, interleaved_rotary=True, skips_attention=True)
+_DECI = GgufFamily("deci", _SILU, interleaved_rotary=True)
 PER_LAYER = {
-    "ernie4_5": GgufFamily("deci", _SILU, skips_attention=True),
+    "ernie4_5": GgufFamily("deci", _SILU),
     "llama": _DECI,
     "ministral": _DECI,
     "mistral": _DECI,

@@ -11,9 +11,6 @@ from transformers import PreTrainedConfig
 
 from secateur.modeling_per_layer import is_per_layer
 
-# Rows of a sublayer that stands, all zero, where llama.cpp cannot do without: one block of q8_0.
-STAND_IN_WIDTH = 32
-
 
 @dataclass(frozen=True, slots=True)
 class GgufFamily:
@@ -26,9 +23,9 @@ class GgufFamily:
     needs query heads * head_dim to be the hidden size. `norm_offset`: what transformers adds to the weights of norms
     and llama.cpp does not. `window_period`: of so many layers all but the last have a sliding window; 0: none has.
     `fused_gate`: the file keeps an expert's gate and input in one matrix of that name, llama.cpp apart;
-    `alternating_gate`: their rows take turns. `transposed`: modules that hold their weight transposed. `fused_qkv`: the
-    file keeps q, k and v apart, llama.cpp in one matrix. `skips_attention`: it runs layers, the first excepted, without
-    attention. `latent_attention`: keys and values of all heads are read off one latent vector, DeepSeek's MLA.
+    `alternating_gate`: their rows take turns. `transposed`: modules that hold their weight transposed. `fused_qkv`:
+    the file keeps q, k and v apart, llama.cpp in one matrix. `latent_attention`: keys and values of all heads are
+    read off one latent vector, DeepSeek's MLA.
     """
 
     architecture: str
@@ -43,7 +40,6 @@ class GgufFamily:
     alternating_gate: bool = False
     transposed: tuple[str, ...] = ()
     fused_qkv: bool = False
-    skips_attention: bool = False
     latent_attention: bool = False
 
 
@@ -70,28 +66,18 @@ def rotary(config: PreTrainedConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class LayerWidths:
-    """Heads and FFN channels of one layer in the file. `absent`: "attention" or "mlp" where the model has none."""
+    """Heads and FFN channels of one layer."""
 
     num_heads: int
     num_kv_heads: int
     ffn_width: int
-    absent: tuple[str, ...]
 
 
-def layer_widths(config: PreTrainedConfig, family: GgufFamily) -> list[LayerWidths]:
-    """Return every layer's widths; of a sublayer that is not there, those of the zeros that stand for it, or 0."""
+def layer_widths(config: PreTrainedConfig) -> list[LayerWidths]:
+    """Return every layer's widths."""
     sizes: Any = config
     layers = sizes.per_layer_config if is_per_layer(config) else [sizes] * sizes.num_hidden_layers
-    return [_widths(layer, index, family) for index, layer in enumerate(layers)]
-
-
-def _widths(sizes: Any, index: int, family: GgufFamily) -> LayerWidths:
-    absent = tuple(getattr(sizes, "skip", ()))
-    heads = (sizes.num_attention_heads, num_kv_heads(sizes))
-    if "attention" in absent:
-        # llama.cpp reads the size of a head off the first layer, which so needs one.
-        heads = (0, 0) if family.skips_attention and index else (1, 1)
-    return LayerWidths(*heads, STAND_IN_WIDTH if "mlp" in absent else _ffn_width(sizes), absent)
+    return [LayerWidths(layer.num_attention_heads, num_kv_heads(layer), _ffn_width(layer)) for layer in layers]
 
 
 def num_kv_heads(config: PreTrainedConfig) -> int:

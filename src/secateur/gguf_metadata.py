@@ -28,7 +28,7 @@ def add_metadata(writer: Any, config: PreTrainedConfig, family: GgufFamily) -> N
     writer.add_context_length(context_length(config, family))
     writer.add_embedding_length(sizes.hidden_size)
     writer.add_block_count(sizes.num_hidden_layers)
-    layers = layer_widths(config, family)
+    layers = layer_widths(config)
     writer.add_feed_forward_length(_one_or_all([layer.ffn_width for layer in layers]))
     writer.add_head_count(_one_or_all([layer.num_heads for layer in layers]))
     if family.latent_attention:

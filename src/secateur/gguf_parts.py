@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from secateur.checkpoint import Checkpoint, meta_model
 from secateur.checkpoint_tensors import StoredTensor, read_tensor, stored_tensors
-from secateur.gguf_family import GgufFamily, head_dim, layer_widths
+from secateur.gguf_family import GgufFamily
 
 # Files that keep every expert apart: Mixtral's names of the matrices, and the name under which llama.cpp has the stack.
 _EXPERT = re.compile(r"(model\.layers\.\d+\.).*\bexperts\.(\d+)\.(\w+)\.weight")
@@ -32,8 +32,7 @@ _RENAMED = (
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor of the file. `sources`: where it lies, several where experts are stacked or q, k and v joined; none for
-    the zeros of a sublayer that is not there.
+    """A tensor of the file. `sources`: where it lies, several where experts are stacked or q, k and v joined.
 
     `half`: which of gate and input is meant, where a file keeps both in one matrix.
     """
@@ -51,14 +50,10 @@ def gguf_parts(checkpoint: Checkpoint, family: GgufFamily) -> Iterator[Part]:
             yield from _latent_parts(name, sources, checkpoint.config)
         else:
             yield Part(name, _shape(name, sources, half, family), sources, half)
-    for name, shape in _stand_ins(checkpoint.config, family):
-        yield Part(name, shape, ())
 
 
 def read_part(part: Part, family: GgufFamily) -> Tensor:
     """Return the part's values in float32, rows and channels as transformers has them."""
-    if not part.sources:
-        return torch.zeros(part.shape)
     values = [read_tensor(source).float() for source in part.sources]
     if _is_stack(part.name, part.sources):
         whole = torch.stack(values)
@@ -122,28 +117,6 @@ def _renamed(name: str) -> str:
     for pattern, new in _RENAMED:
         name = pattern.sub(new, name)
     return name
-
-
-def _stand_ins(config: PreTrainedConfig, family: GgufFamily) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and shape of the zeros that stand where a layer has no attention or MLP and llama.cpp needs one."""
-    sizes: Any = config
-    hidden, dim = sizes.hidden_size, head_dim(config)
-    for index, widths in enumerate(layer_widths(config, family)):
-        layer = f"model.layers.{index}"
-        if "mlp" in widths.absent:
-            yield f"{layer}.post_attention_layernorm.weight", (hidden,)
-            yield f"{layer}.mlp.gate_proj.weight", (widths.ffn_width, hidden)
-            yield f"{layer}.mlp.up_proj.weight", (widths.ffn_width, hidden)
-            yield f"{layer}.mlp.down_proj.weight", (hidden, widths.ffn_width)
-        if "attention" in widths.absent and widths.num_heads:
-            yield f"{layer}.input_layernorm.weight", (hidden,)
-            if family.fused_qkv:
-                yield f"{layer}.self_attn.qkv_proj.weight", (3 * dim, hidden)
-                yield f"{layer}.self_attn.q_norm.weight", (dim,)
-                yield f"{layer}.self_attn.k_norm.weight", (dim,)
-            else:
-                yield from ((f"{layer}.self_attn.{part}_proj.weight", (dim, hidden)) for part in "qkv")
-            yield f"{layer}.self_attn.o_proj.weight", (hidden, dim)
 
 
 def _shape(name: str, sources: tuple[StoredTensor, ...], half: int | None, family: GgufFamily) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from secateur.arch import Arch, Group, linear, num_units_left
+from secateur.arch import Group, linear
 from secateur.cut import cut, rows_of, unit_columns
 from secateur.domain_weights import reweighted
 from secateur.expert_channels import cut_channels, prune_expert_channels
@@ -19,8 +19,6 @@ from secateur.experts import cut_experts, prune_experts
 from secateur.layers_on_device import fetch
 from secateur.measure import Measurement, measure
 from secateur.memory import release_freed
-from secateur.modeling_per_layer import skip_sublayer
-from secateur.on_disk import forget_weights
 from secateur.ranks import from_first, is_first
 from secateur.recipe import Recipe
 from secateur.repair import Repair, repair
@@ -30,7 +28,7 @@ from secateur.walk import Walk
 
 
 @torch.no_grad()
-def redo_group(arch: Arch, layer: nn.Module, group: Group, stored: dict[str, Tensor]) -> Tensor:
+def redo_group(layer: nn.Module, group: Group, stored: dict[str, Tensor]) -> Tensor:
     """Do to the layer, bit for bit, what `prune_group` did to such a layer, and return the kept indices.
 
     `stored`: what `outcome_of` said then.
@@ -42,8 +40,6 @@ def redo_group(arch: Arch, layer: nn.Module, group: Group, stored: dict[str, Ten
             cut_channels(module, group.experts.stacks, keep)
         else:
             cut_experts(layer, group, keep)
-    elif not len(keep):
-        _without(layer, group, _sublayer(arch, group))
     else:
         reader = linear(layer, group.reader.module)
         cut(layer, group, keep, reader.in_features // group.width)
@@ -61,8 +57,6 @@ def _refitted(layer: nn.Module, group: Group) -> dict[str, Tensor]:
     if group.experts is not None:
         name = f"{group.experts.module}.{group.experts.stacks.down}"
         return {name: layer.get_parameter(name)}
-    if not num_units_left(layer, group):
-        return {}
     return dict(linear(layer, group.reader.module).named_parameters())
 
 
@@ -86,9 +80,7 @@ def prune_group(
     if group.experts is not None:
         return prune_experts(walk, group, num_keep, recipe, shares, seed)
     layer = walk.layers[group.layer]
-    if num_keep == 0:
-        return _without(layer, group, _sublayer(walk.arch, group))
-    is_mlp = _sublayer(walk.arch, group) == "mlp"
+    is_mlp = not walk.arch.is_in_attention(group)
     reader = linear(layer, group.reader.module)
     num_units = reader.in_features // group.width
     measured = measure(
@@ -112,21 +104,6 @@ def prune_group(
     return selection.keep, line | ({"domain_weights": weights} if weights else {})
 
 
-def _sublayer(arch: Arch, group: Group) -> str:
-    return "attention" if arch.is_in_attention(group) else "mlp"
-
-
-def _without(layer: nn.Module, group: Group, sublayer: str) -> tuple[Tensor, dict[str, Any]]:
-    """Take the group's sublayer out whole, unless it is gone already. What follows makes up for its share of drift."""
-    total = num_units_left(layer, group)
-    if total:
-        gone = layer.get_submodule(group.reader.module.partition(".")[0])
-        skip_sublayer(layer, sublayer, group.layer)
-        forget_weights(gone)
-    line = {"layer": group.layer, "group": group.name, "kept": 0, "total": total, "score_quantiles": []}
-    return torch.zeros(0, dtype=torch.int64), line
-
-
 def _weighted(
     measured: Measurement, group: Group, reader: nn.Linear, num_keep: int, recipe: Recipe, shares: dict[str, float]
 ) -> tuple[Measurement, dict[str, float]]:
@@ -138,8 +115,8 @@ def _weighted(
     if not measured.by_domain or num_keep == num_units or not is_first():
         return measured, {}
     columns_UW = unit_columns(group.reader.segments, num_units, reader.weight.device)
-    weight_HF, weighting = reader.weight.float(), recipe.domain_weighting
-    pooled, weights = reweighted(measured.by_domain, shares, weight_HF, columns_UW, num_keep, weighting, recipe.damping)
+    weight_HF = reader.weight.float()
+    pooled, weights = reweighted(measured.by_domain, shares, weight_HF, columns_UW, num_keep, recipe.damping)
     return dataclasses.replace(measured, pooled=pooled, by_domain={}), weights
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.arch import Arch, bind, decoder_layers, linear
-from secateur.arch_hidden import Hidden, is_skipped
+from secateur.arch_hidden import Hidden
 from secateur.errors import ArchError, RecipeError
 from secateur.per_layer import record_widths
 
@@ -66,9 +66,9 @@ def cut_hidden(model: PreTrainedModel, arch: Arch, keep: Int64[Tensor, " K"]) ->
     for key, norm in norms_of(model, arch).items():
         _cut_norm(norm, keep, factor / growth if key[0] == arch.num_layers else factor, adds_one=hidden.norm_adds_one)
     for layer in decoder_layers(model, arch):
-        for name in (name for _, names in hidden.readers for name in names if not is_skipped(layer, name)):
+        for name in (name for _, names in hidden.readers for name in names):
             _cut_linear(linear(layer, name), keep, axis=1)
-        for name in (name for name in hidden.writers if not is_skipped(layer, name)):
+        for name in hidden.writers:
             _cut_linear(linear(layer, name), keep, axis=0)
     config.hidden_size, config.head_dim = len(keep), head_dim
     record_widths(model, arch)
@@ -76,15 +76,11 @@ def cut_hidden(model: PreTrainedModel, arch: Arch, keep: Int64[Tensor, " K"]) ->
 
 
 def norms_of(model: nn.Module, arch: Arch) -> dict[NormKey, nn.Module]:
-    """Return every norm over the stream, or over what is about to be added to it, in the order in which they run.
-
-    Those of a sublayer that its layer skips are left out.
-    """
+    """Return every norm over the stream, or over what is about to be added to it, in the order in which they run."""
     hidden, found = hidden_of(arch), {}
     for index, layer in enumerate(decoder_layers(model, arch)):
         for name in (*(norm for norm, _ in hidden.readers), *hidden.writer_norms):
-            if next(layer.get_submodule(name).parameters(), None) is not None:
-                found[index, name] = layer.get_submodule(name)
+            found[index, name] = layer.get_submodule(name)
     return found | {(arch.num_layers, hidden.norm): model.get_submodule(hidden.norm)}
 
 

@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.arch import Arch, decoder_layers, linear
-from secateur.arch_hidden import is_skipped
 from secateur.errors import NumericsError
 from secateur.hidden_cut import NormKey, hidden_of, norms_of
 from secateur.layers_on_device import fetch
@@ -97,7 +96,7 @@ def measured_norms(
 
     When a layer's norms are yielded, the stream is behind the layer, so the caller may change it. The head counts with
     its logits around their mean over the vocabulary, which is all that its softmax sees. Pooled by domain as `measure`
-    does; `minimax` and `cvar` count as `energy`. Raises NumericsError naming layer, norm and domain.
+    does; `minimax` counts as `energy`. Raises NumericsError naming layer, norm and domain.
     """
     walk, norms, readers = Walk(model, arch, batches), norms_of(model, arch), readers_of(model, arch)
     for index in range(arch.num_layers):
@@ -134,9 +133,7 @@ def readers_of(model: nn.Module, arch: Arch) -> dict[NormKey, dict[str, nn.Linea
     """Return the linears that read each norm over the stream, layer by layer; the head for the last one."""
     layers, by_norm = decoder_layers(model, arch), dict(hidden_of(arch).readers)
     found = {
-        (index, norm): {
-            name: linear(layers[index], name) for name in by_norm[norm] if not is_skipped(layers[index], name)
-        }
+        (index, norm): {name: linear(layers[index], name) for name in by_norm[norm]}
         for index, norm in norms_of(model, arch)
         if norm in by_norm
     }

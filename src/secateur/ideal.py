@@ -82,7 +82,7 @@ def _attention(model: PreTrainedModel) -> tuple[int, int]:
     config: Any = model.config.get_text_config()
     layers = config.per_layer_config if config.is_heterogeneous else [config] * config.num_hidden_layers
     num_query_channels = num_kv_channels = 0
-    for layer in (layer for layer in layers if "attention" not in getattr(layer, "skip", ())):
+    for layer in layers:
         head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         num_query_channels += layer.num_attention_heads * head_dim
         num_kv_channels += _num_kv_heads(layer) * head_dim

@@ -101,7 +101,7 @@ def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int, 
     found = run.journal.find(name)
     if found is not None:
         stored, line = found
-        keep = redo_group(run.arch, layer, group, stored)
+        keep = redo_group(layer, group, stored)
     else:
         start, seed = time.perf_counter(), layer_seed(recipe.seed, number, group.layer)
         keep, line = prune_group(walk, group, num_keep, recipe, run.shares, seed, scores_U)

@@ -9,72 +9,14 @@ that layer. Needs only torch and transformers. Not handled: layers that are not 
 from functools import cache
 from typing import Any
 
-import torch
 import transformers
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 if not hasattr(PreTrainedConfig, "per_layer_config"):
     raise ImportError("A model with per-layer widths needs transformers 5.14 or newer; upgrade it.")
 
 PREFIX = "PerLayer"
-
-
-class SkippedAttn(nn.Module):  # with "Attention" in its name transformers would take this file for old-style modelling
-    """Stands where a layer has no attention: adds nothing to the residual stream."""
-
-    def __init__(self, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-
-    def forward(
-        self, hidden_states: Tensor, cache: Any = None, past_key_values: Any = None, **_: Any
-    ) -> tuple[Tensor, None]:
-        cache = past_key_values if cache is None else cache  # the name before and after transformers 5.24
-        if cache is not None:
-            # transformers asks one layer, often the first, how many tokens the cache holds; so count them here too.
-            seen = hidden_states[:, None, :, :1]
-            cache.update(seen, seen, self.layer_idx)
-        return torch.zeros_like(hidden_states), None
-
-
-class SkippedMLP(nn.Module):
-    """Stands where a layer has no MLP: adds nothing to the residual stream."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return torch.zeros_like(hidden_states)
-
-
-def skip_sublayer(layer: nn.Module, sublayer: str, layer_idx: int) -> None:
-    """Take the layer's "attention" or "mlp" out, with the norms that only it has. Raises ValueError if none is known.
-
-    Known are pre-norm layers (Llama and its kin) and those with a norm on either side (Gemma 2 and 3).
-    """
-    both_sides = hasattr(layer, "pre_feedforward_layernorm")
-    norms = {
-        "attention": ["input_layernorm", "post_attention_layernorm"] if both_sides else ["input_layernorm"],
-        "mlp": ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-        if both_sides
-        else ["post_attention_layernorm"],
-    }
-    known = {"self_attn", "mlp", *norms["attention"], *norms["mlp"]}
-    if sublayer not in norms or {name for name, _ in layer.named_children()} != known:
-        raise ValueError(f"layer {layer_idx}: cannot skip '{sublayer}' of a {type(layer).__name__}")
-    if sublayer == "attention":
-        layer.self_attn = SkippedAttn(layer_idx)
-    else:
-        layer.mlp = SkippedMLP()
-    for name in norms[sublayer]:
-        setattr(layer, name, nn.Identity())
-
-
-def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, layer_idx: int) -> nn.Module:
-    """Return a new layer with the widths of `config`, the config of this layer, without what it skips."""
-    layer: Any = layer_class(config, layer_idx)
-    for sublayer in getattr(config, "skip", ()):
-        skip_sublayer(layer, sublayer, layer_idx)
-    return layer
 
 
 class PerLayerModel(PreTrainedModel):
@@ -91,7 +33,7 @@ class PerLayerModel(PreTrainedModel):
             config.per_layer_config = overrides or None
         layers = _layers(self)
         for index, layer_config in enumerate(config.per_layer_config):
-            layers[index] = build_layer(type(layers[index]), layer_config, index)
+            layers[index] = type(layers[index])(layer_config, index)
         self.init_weights()
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:

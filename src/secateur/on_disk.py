@@ -50,15 +50,11 @@ def embeddings_on_disk(
 
 
 class LayersOnDisk:
-    """One safetensors file per layer, called `name`, and the numbers of units and the configs that its modules held.
-
-    Also the modules themselves, without their weights, for those that go as a whole meanwhile.
-    """
+    """One safetensors file per layer, called `name`, and the numbers of units and the configs that its modules held."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self.directory, self.name = directory, name
         self.counts: dict[int, dict[str, Any]] = {}
-        self.modules: dict[int, dict[str, nn.Module]] = {}
 
     @property
     def indices(self) -> list[int]:
@@ -71,13 +67,10 @@ class LayersOnDisk:
         self._path(index).unlink(missing_ok=True)
         save_file({name: p.detach().cpu().contiguous() for name, p in layer.named_parameters()}, self._path(index))
         self.counts[index] = {name: _count(layer, name) for group in groups for name in group.attributes}
-        self.modules[index] = dict(layer.named_children())
 
     def put_back(self, index: int, layer: nn.Module) -> None:
         """Make the layer what it was when it was kept."""
         device = next(layer.parameters()).device
-        for name, module in self.modules[index].items():
-            setattr(layer, name, module)
         for name, tensor in load_file(self._path(index)).items():
             _put(layer, name, nn.Parameter(tensor.to(device), requires_grad=False))
         for name, count in self.counts[index].items():
@@ -87,16 +80,12 @@ class LayersOnDisk:
     @contextmanager
     def in_place(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Within the context the layer is as it was kept; afterwards as it was before."""
-        own, own_modules = dict(layer.named_parameters()), dict(layer.named_children())
-        own_counts = {name: _count(layer, name) for name in self.counts[index] if _is_there(layer, name)}
+        own = dict(layer.named_parameters())
+        own_counts = {name: _count(layer, name) for name in self.counts[index]}
         try:
             self.put_back(index, layer)
             yield
         finally:
-            for name, module in own_modules.items():
-                if self.modules[index][name] is not module:
-                    forget_weights(self.modules[index][name])
-                setattr(layer, name, module)
             for name, value in (own | own_counts).items():
                 _put(layer, name, value)
             _state_sizes(layer)
@@ -106,7 +95,7 @@ class LayersOnDisk:
 
 
 def forget_weights(module: nn.Module) -> None:
-    """Free what a module holds that stays known, for `put_back`, while another stands in its place."""
+    """Free the memory of the module's weights; the module itself stays."""
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)
 
@@ -115,11 +104,6 @@ def _state_sizes(layer: nn.Module) -> None:
     for module in layer.modules():
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
-
-
-def _is_there(layer: nn.Module, name: str) -> bool:
-    module, _, attribute = name.rpartition(".")
-    return hasattr(layer.get_submodule(module), attribute)
 
 
 def _count(layer: nn.Module, name: str) -> Any:

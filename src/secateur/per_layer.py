@@ -1,6 +1,6 @@
 """Layers of different widths: from a model's real tensors to a config that says so, and to a class that reads it.
 
-In: a model whose layers were cut or skipped. Out: the same model, its config derived from its tensors. Equal widths
+In: a model whose layers were cut. Out: the same model, its config derived from its tensors. Equal widths
 give the plain config of the family; different ones `per_layer_config` in transformers' form and a class that saves and
 loads it.
 """
@@ -15,32 +15,23 @@ from transformers import PreTrainedModel
 from secateur.arch import Arch, Group, decoder_layers, linear
 from secateur.arch_conv import linears_for_conv
 from secateur.arch_numbers import text_config
-from secateur.errors import RecipeError
 from secateur.modeling_per_layer import (
     PerLayerModel,
-    SkippedAttn,
-    SkippedMLP,
-    build_layer,
     per_layer_class,
     per_layer_config_class,
-    skip_sublayer,
 )
 
-# Of a sublayer that is not there. Only legal, so that modelling which builds layers before it skips parts can build it,
-# and different from the other layers', so that modelling which knows no `skip` stops instead of inventing weights.
-_ABSENT = {"attention": {"num_attention_heads": 1, "num_key_value_heads": 1}, "mlp": {"intermediate_size": 1}}
 QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
 
 
 def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
-    """Return the layer's widths under the config's names, read from the linears of its groups, and what it skips.
+    """Return the layer's widths under the config's names, read from the linears of its groups.
 
     Channels: the reader's inputs. Heads: query heads = the reader's inputs / head_dim; KV heads = rows of the writer
     that has one segment of one head, / head_dim (of a writer of queries, keys and values, half of what is left).
     """
-    absent = {name for name, module in layer.named_children() if isinstance(module, SkippedAttn | SkippedMLP)}
     widths: dict[str, Any] = {}
-    for group in (group for group in groups if group.reader.module.partition(".")[0] not in absent):
+    for group in groups:
         if group.experts is not None:
             stacks = group.experts.stacks
             down = layer.get_submodule(group.experts.module).get_parameter(stacks.down)
@@ -53,23 +44,7 @@ def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
             num_heads = reader.in_features // group.head_dim
             widths |= {QUERY_HEADS: num_heads, KV_HEADS: _num_kv_heads(layer, group, num_heads)}
             widths["head_dim"] = group.head_dim
-    skip = [name for name, place in (("attention", "self_attn"), ("mlp", "mlp")) if place in absent]
-    return widths | {"skip": skip} if skip else widths
-
-
-def check_can_skip(model: PreTrainedModel, arch: Arch) -> None:
-    """Raise RecipeError if the family's layers cannot do without their attention or MLP. No weight is read."""
-    layer, configs = decoder_layers(model, arch)[0], getattr(text_config(model), "per_layer_config", None)
-    for sublayer in ("attention", "mlp"):
-        try:
-            with torch.device("meta"):
-                layer_class: Any = type(layer)
-                skip_sublayer(layer_class(configs[0] if configs else text_config(model), 0), sublayer, 0)
-        except ValueError:
-            raise RecipeError(
-                f"sublayers: a {type(layer).__name__} of family {arch.family} cannot be built without its {sublayer}; "
-                f"leave sublayers out."
-            ) from None
+    return widths
 
 
 def _num_kv_heads(layer: nn.Module, group: Group, num_heads: int) -> int:
@@ -82,15 +57,14 @@ def _num_kv_heads(layer: nn.Module, group: Group, num_heads: int) -> int:
 
 def split_widths(widths: list[dict[str, Any]]) -> tuple[dict[str, int], dict[int, dict[str, Any]]]:
     """Return (what most layers have, per layer what it has instead). Of equally frequent widths the largest counts."""
-    names = sorted({name for layer in widths for name in layer} - {"skip"})
+    names = sorted({name for layer in widths for name in layer})
     base = {}
     for name in names:
         counts = Counter(layer[name] for layer in widths if name in layer)
         base[name] = max(counts, key=lambda width: (counts[width], width))
     overrides = {}
     for index, layer in enumerate(widths):
-        absent = {name: width for part in layer.get("skip", ()) for name, width in _ABSENT[part].items()}
-        different = {name: value for name, value in (absent | layer).items() if base.get(name) != value}
+        different = {name: value for name, value in layer.items() if base.get(name) != value}
         if different:
             overrides[index] = different
     return base, overrides
@@ -125,7 +99,6 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     if overrides:
         assert config is model.config, "resolve refuses layers of different widths inside a larger class"
         config.per_layer_config = overrides
-        assert config.per_layer_attributes, "stock modelling would build the skipped parts and make up their weights"
     layer_configs: Any = config.per_layer_config
     for index, layer in enumerate(layers):
         _adopt_config(layer, layer_configs[index], index)
@@ -134,7 +107,8 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
 def _adopt_config(layer: nn.Module, config: Any, index: int) -> None:
     """Give every module of the layer the attributes that it has when it is built from `config`."""
     with torch.device("meta"):
-        built = build_layer(type(layer), config, index)
+        layer_class: Any = type(layer)
+        built = layer_class(config, index)
     linears_for_conv(built)
     for name, module in built.named_modules():
         ours = layer.get_submodule(name)

@@ -18,20 +18,25 @@ from secateur.recover_recipe import REMOVED_KEYS, RecoverySettings, recovery_key
 InstalledDomain = Literal["code", "technical", "mathematics", "science", "readme", "legal", "dialogue"]
 ScoreName = Literal["random", "magnitude", "wanda", "flap", "obs", "taylor", "paper", "reap", "frequency"]
 CompensateName = Literal["none", "bias", "least_squares"]
-WeightingName = Literal["tokens", "energy", "minimax", "cvar"]
-BudgetName = Literal["uniform", "global", "curve", "search"]
+WeightingName = Literal["tokens", "energy", "minimax"]
+BudgetName = Literal["uniform", "global", "curve"]
 WidthsName = Literal["uniform", "per_layer"]
 TargetName = Literal["parameters", "flops", "kv_bytes", "latency"]
-ScheduleName = Literal["linear", "cubic"]
-
-# Keys that recipes had once: what to use instead.
-GONE: dict[str, str] = {
-    "bench": "run secateur bench OUT --against MODEL after the prune, which times both models in turns.",
-}
+ScheduleName = Literal["linear"]
 
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 DEFAULT_DOMAINS: tuple[InstalledDomain, ...] = ("code", "technical", "mathematics", "science", "readme")
 
+# Keys, or key=value, that were removed, with what to do instead. Keys inside mappings are written with dots.
+GONE: dict[str, str] = {
+    "bench": "run secateur bench OUT --against MODEL after the prune, which times both models in turns",
+    "budget=search": "use curve",
+    "domain_weighting=cvar": "use minimax",
+    "generations": "leave it out; budget curve plans without a search",
+    "offspring": "leave it out; budget curve plans without a search",
+    "schedule=cubic": "use linear, or list what is gone after each round",
+    "sublayers": "leave it out; depth removes whole layers",
+}
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -50,7 +55,7 @@ class Domain(Strict):
     dataset: a `datasets` hub id, with `config` and `split`.
     sampled: text that the dense model itself writes, token by token, before it is pruned.
     column: the text column of structured files; a `messages` column goes through the tokenizer's chat template.
-    protect: the share by which this domain's held-out loss may rise, 0.05 for 5%; budgets `curve` and `search` plan it.
+    protect: the share by which this domain's held-out loss may rise, 0.05 for 5%; budget `curve` plans it.
     """
 
     installed: InstalledDomain | None = None
@@ -110,12 +115,11 @@ class Recipe(Strict):
     None: as many as spare the widths the worst, see `default_depth`. removed_layers: these, instead of measured ones.
     budget: how widths are spread over layers. `widths` follows: `per_layer` where they may differ, else `uniform`.
     protected_layers: stay whole; negative ones count from the end. min_keep: the least share of a group that stays.
-    probe_blocks: blocks per domain on which `curve` and `search` measure KL; generations and offspring: of `search`.
-    schedule: the share of `remove` gone after round r of n: r/n (linear), 1 - (1 - r/n)^3 (cubic); or a list, what is
-    to be gone after each round, rising to `remove`, which also says how many rounds there are.
+    probe_blocks: blocks per domain on which `curve` measures KL.
+    schedule: the share of `remove` gone after round r of n: r/n (linear); or a list, what is to be gone after each
+    round, rising to `remove`, which also says how many rounds there are.
     keep_rounds: write a checkpoint after every round but the last, too. max_loss_rise: the share by which the mean
     held-out loss may rise; the run ends with the last round that held.
-    sublayers: budgets `curve` and `search` may take all of a group, so that the layer's attention or MLP goes whole.
     damping_factors: each group tries the damping times each of these and takes what its held-out text likes best.
     memory_budget: such as 6GB, beyond interpreter and page cache; weights stay on disk where they would not fit it.
     device: None is a GPU if torch finds one. device_budget: such as 20GB of its memory; layers come one at a time
@@ -134,10 +138,7 @@ class Recipe(Strict):
     widths: WidthsName | None = None
     protected_layers: tuple[int, ...] = ()
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    sublayers: bool = False
     probe_blocks: Annotated[int, Field(ge=1)] = 1
-    generations: Annotated[int, Field(ge=1)] = 20
-    offspring: Annotated[int, Field(ge=1)] = 8
     align: Annotated[int, Field(ge=1)] | None = None
     score: ScoreName = "obs"
     obs_batch: Annotated[int, Field(ge=1)] | None = None
@@ -168,15 +169,25 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
     """
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
-    for key in GONE:
-        if key in data:
-            raise RecipeError(f"{where}: {key} is gone; {GONE[key]}")
     if "preset" in data:
         data = over_preset(data, where)
+    _check_gone(data, where)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_sentence(error)}") from None
+
+
+def _check_gone(data: dict[str, Any], where: str, above: str = "") -> None:
+    """Raise RecipeError for the first key or value that was removed."""
+    for name, value in data.items():
+        key = f"{above}{name}"
+        if key in GONE:
+            raise RecipeError(f"{where}: {key} is gone; {GONE[key]}.")
+        if (choice := f"{key}={value}") in GONE:
+            raise RecipeError(f"{where}: {key}: {value} is gone; {GONE[choice]}.")
+        if isinstance(value, dict):
+            _check_gone(value, where, f"{key}.")
 
 
 def as_recipe(recipe: Recipe | dict[str, Any] | Path | str | None) -> Recipe:

@@ -9,7 +9,6 @@ from typing import Any
 
 from secateur.arch import Arch, Group
 from secateur.budget import (
-    MAX_LEVELS,
     GroupKey,
     Plan,
     Prices,
@@ -38,8 +37,6 @@ MIN_DEFAULT_TOKENS = 51200
 DEFAULT_TARGET_MIX = 0.5
 # At 15% of SmolLM2's channels perplexity is 10 to 20 times the dense one, whatever chooses them: LOG, 2026-11-25.
 DEEP_KEEP = 0.3
-# A search stores every level of every group; this many keep that within twelve copies of the readers.
-MAX_SEARCH_LEVELS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +69,6 @@ class Resolved:
         share = 1 - (left.total - left.gone(self.groups, num_keep)) / self.prices.total
         return Outcome(self.recipe.target, self.prices.total_text, share)
 
-    @property
-    def max_levels(self) -> int:
-        """How many widths of a group are looked at when planning."""
-        return _max_levels(self.recipe)
-
 
 def check_without_prices(recipe: Recipe, arch: Arch, config: Any) -> None:
     """Raise ArchError or RecipeError for what a model cannot do whatever its units cost: before they are measured."""
@@ -89,15 +81,6 @@ def check_without_prices(recipe: Recipe, arch: Arch, config: Any) -> None:
     check_experts(recipe, groups)
     if recipe.target != "latency" and recipe.prices is not None:
         raise RecipeError(f"prices: are what target latency plans with; with target {recipe.target} leave them out.")
-    if recipe.sublayers and recipe.budget not in ("curve", "search"):
-        raise RecipeError(
-            f"sublayers: only budgets curve and search weigh a whole attention or MLP against narrower ones, got "
-            f"budget {recipe.budget}; use one of them, or leave sublayers out."
-        )
-    if recipe.sublayers and recipe.min_keep:
-        raise RecipeError(
-            f"sublayers: a group cannot go whole while min_keep: {recipe.min_keep:g} of it must stay; leave one out."
-        )
     num_rounds(recipe)
     if config.get_text_config() is not config and (recipe.budget != "uniform" or recipe.protected_layers):
         raise RecipeError(
@@ -193,19 +176,15 @@ def _widths(recipe: Recipe, *, cuts: bool) -> str:
     return "per_layer"
 
 
-def _max_levels(recipe: Recipe) -> int:
-    return MAX_SEARCH_LEVELS if recipe.budget == "search" else MAX_LEVELS
-
-
 def _check_within_reach(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, remove: float) -> None:
     """Raise RecipeError if a budget that plans layer by layer could not reach the target whatever it measures."""
     if recipe.budget == "uniform":
         return
     assert recipe.align is not None
-    least = least_keep(groups, recipe.align, recipe.min_keep, to_zero=recipe.sublayers)
+    least = least_keep(groups, recipe.align, recipe.min_keep)
     if recipe.budget != "global":
         for group in groups:
-            levels = levels_of(group, group.num_units, recipe.align, _max_levels(recipe), to_zero=recipe.sublayers)
+            levels = levels_of(group, group.num_units, recipe.align)
             key = (group.layer, group.name)
             least[key] = min(level for level in levels if level >= least[key])
     largest = largest_remove(groups, prices, least)

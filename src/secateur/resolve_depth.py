@@ -97,7 +97,7 @@ def default_depth(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> in
     """
     groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
     plain = recipe.target == "parameters" and recipe.rounds == 1 and isinstance(recipe.schedule, str)
-    plain = plain and recipe.hidden_size is None and recipe.max_loss_rise is None and not recipe.sublayers
+    plain = plain and recipe.hidden_size is None and recipe.max_loss_rise is None
     alike = len(set(arch.params_per_layer)) == 1 and not any(group.experts for group in groups)
     if not plain or not alike or "ffn" not in recipe.groups or not groups or getattr(config, "is_heterogeneous", False):
         return 0
@@ -139,7 +139,7 @@ def num_rounds(recipe: Recipe) -> int:
     if recipe.depth or recipe.removed_layers:
         raise RecipeError(
             "schedule: layers (depth) go before the first round, so what is gone after each cannot be listed; use "
-            "linear or cubic, or remove no layers."
+            "linear, or remove no layers."
         )
     return len(gone)
 

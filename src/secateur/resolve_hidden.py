@@ -15,7 +15,6 @@ from secateur.budget import Prices
 from secateur.checkpoint import meta_model
 from secateur.errors import RecipeError
 from secateur.hidden_cut import check_hidden_size, cut_hidden
-from secateur.per_layer import check_can_skip
 from secateur.prices import prices_of
 from secateur.recipe import Recipe
 from secateur.resolve import Resolved, check_without_prices, resolve
@@ -45,8 +44,6 @@ def check_for(recipe: Recipe, model: Any) -> Any:
     """Return the shape that the recipe plans on. Raises ArchError or RecipeError for what this model cannot do."""
     planned = planned_shape(recipe, model)
     check_without_prices(recipe, bind(planned), planned.config)
-    if recipe.sublayers:
-        check_can_skip(planned, bind(planned))
     return planned
 
 

@@ -4,19 +4,15 @@ In: a run whose model stands where the round begins, the round's batches. Out: t
 """
 
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.arch import Group, decoder_layers, num_units_left
+from secateur.arch import decoder_layers, num_units_left
 from secateur.budget import GroupKey, Plan, least_keep
 from secateur.budget_curve import curve_plan, predicted_rise
 from secateur.budget_global import global_plan
-from secateur.budget_search import SearchSettings, search_plan
-from secateur.level_database import LevelDatabase
 from secateur.measure import measure
 from secateur.profile import ProfileSettings, profile
 from secateur.ranks import from_first
@@ -54,43 +50,17 @@ def _planned(
     recipe, prices = resolved.recipe, resolved.prices_left
     assert recipe.align is not None
     remove = resolved.removals[number - 1]
-    least = least_keep(resolved.groups, recipe.align, recipe.min_keep, to_zero=recipe.sublayers)
+    least = least_keep(resolved.groups, recipe.align, recipe.min_keep)
     if recipe.budget == "global":
         scores = scores or _scores(run, number, batches)
         align, found = recipe.align, scores
         return from_first(lambda: global_plan(resolved.groups, found, prices, remove, align, min_keep=least))
-    with TemporaryDirectory(prefix="levels-", dir=run.scratch) as folder:
-        database = LevelDatabase(Path(folder)) if recipe.budget == "search" else None
-        profiles = profile(
-            run.model,
-            run.arch,
-            resolved.groups,
-            batches,
-            _profile_settings(run, number),
-            database=database,
-            progress=run.progress,
-        )
-        plan = from_first(
-            lambda: curve_plan(resolved.groups, profiles, prices, remove, min_keep=least, max_rise=max_rise)
-        )
-        predicted = predicted_rise(profiles, plan.num_keep)
-        run.log({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
-        if database is None:
-            return plan
-        settings = SearchSettings(recipe.seed, recipe.generations, recipe.offspring, recipe.probe_blocks)
-        return search_plan(
-            run.model,
-            run.arch,
-            _left(run),
-            prices,
-            database,
-            plan,
-            batches,
-            settings,
-            min_keep=least,
-            max_rise=max_rise,
-            progress=run.progress,
-        )
+    settings = _profile_settings(run, number)
+    profiles = profile(run.model, run.arch, resolved.groups, batches, settings, progress=run.progress)
+    plan = from_first(lambda: curve_plan(resolved.groups, profiles, prices, remove, min_keep=least, max_rise=max_rise))
+    predicted = predicted_rise(profiles, plan.num_keep)
+    run.log({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
+    return plan
 
 
 def _as_json(plan: Plan) -> dict[str, Any]:
@@ -113,16 +83,10 @@ def whole_model_scores(run: Run, number: int, batches: list[Batch]) -> dict[Grou
         device = next(run.model.parameters()).device
         return {(groups[key].layer, groups[key].name): scores_U.to(device) for key, scores_U in found[0].items()}
     run.progress("score", 0, 1)
-    scores = taylor_scores(run.model, run.arch, _left(run), batches)
+    scores = taylor_scores(run.model, run.arch, run.resolved.groups, batches)
     run.journal.keep(name, {f"{layer} {group}": scores_U for (layer, group), scores_U in scores.items()}, {})
     run.progress("score", 1, 1)
     return scores
-
-
-def _left(run: Run) -> tuple[Group, ...]:
-    """Return the groups of which anything is left."""
-    layers = decoder_layers(run.model, run.arch)
-    return tuple(group for group in run.resolved.groups if num_units_left(layers[group.layer], group))
 
 
 def _profile_settings(run: Run, number: int) -> ProfileSettings:
@@ -142,8 +106,6 @@ def _profile_settings(run: Run, number: int) -> ProfileSettings:
         align=recipe.align,
         perturbation=1 - then / now,
         probe_blocks=recipe.probe_blocks,
-        max_levels=run.resolved.max_levels,
-        to_zero=recipe.sublayers,
     )
 
 

@@ -18,7 +18,7 @@ from secateur.gram import PRODUCT_ROWS, Gram, exact_product_precision, pieces, s
 from secateur.ranks import sum_tensors
 
 # Weightings that look at each domain by itself, and so need its statistics kept.
-BY_DOMAIN = frozenset({"minimax", "cvar"})
+BY_DOMAIN = frozenset({"minimax"})
 
 
 @dataclass(slots=True)
@@ -131,7 +131,7 @@ def domain_weight(weighting: str, share: float, statistics: Statistics) -> float
 
     `tokens`: 1, raw pooling. `energy`: share_d / e_d with e_d the domain's output energy sum |y|^2, so that a loud
     domain does not decide everything; equal shares give every domain the same say. A silent domain (e_d = 0) gets 0.
-    `minimax` and `cvar` begin as `energy` does; see `domain_weights`.
+    `minimax` begins as `energy` does; see `domain_weights`.
     """
     if weighting == "tokens":
         return 1.0

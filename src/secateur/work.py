@@ -45,8 +45,8 @@ def work_of(arch: Arch, resolved: Resolved, num_params: int) -> Work:
 
     forward, per round: the pruned stream, and where there is one the dense stream, through every layer, and what was
     cut once more; the held-out tenth through two models with head; for measured budgets the probe's tokens
-    through half of the layers, on average, and the head for every group, for `search` also for every child; before the
-    first round what choosing whole layers takes.
+    through half of the layers, on average, and the head for every group; before the first round what choosing whole
+    layers takes.
     gram: the lower block triangle of x'x, once more for measured budgets. solve, for F inputs, C that go and S that
     stay: inverse 2 F^3, updates 2 C F^2, Cholesky S^3 / 3, substitutions 2 S^2 H, right side 2 C S H.
     """
@@ -55,7 +55,7 @@ def work_of(arch: Arch, resolved: Resolved, num_params: int) -> Work:
     tokens = recipe.calibration.num_tokens
     held_out = tokens * (HELD_OUT_FACTOR - 1)
     in_layers = sum(arch.params_per_layer)
-    is_measured = recipe.budget in ("curve", "search")
+    is_measured = recipe.budget == "curve"
     streams = 2 if recipe.target_mix else 1
     forward = num_rounds * streams * 2 * (tokens + held_out) * in_layers
     if recipe.evaluate:
@@ -68,9 +68,8 @@ def work_of(arch: Arch, resolved: Resolved, num_params: int) -> Work:
             gram, solve = gram + parts[1] * (1 + is_measured), solve + parts[2] * (1 + is_measured)
     if is_measured:
         probe = recipe.probe_blocks * len(recipe.calibration.domains) * recipe.calibration.sequence_length
-        children = recipe.generations * recipe.offspring if recipe.budget == "search" else 0
         one = 2.0 * probe * (num_params - in_layers / 2)
-        forward += num_rounds * (len(resolved.groups) * one + children * 2 * probe * num_params)
+        forward += num_rounds * len(resolved.groups) * one
     for part in _layers_work(arch, resolved, num_params):
         forward, gram, solve = forward + part.forward, gram + part.gram, solve + part.solve
     return Work(float(forward), float(gram), float(solve))
