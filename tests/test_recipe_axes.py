@@ -1,6 +1,7 @@
 """What the recipe adds to a plain run: budgets, protection, domain weights, other scores, rounds, the safety net."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 import secateur
 from secateur.arch import bind
 from secateur.prices import prices_of
-from secateur.recipe import parse_recipe
+from secateur.recipe import GONE, parse_recipe
 from secateur.resolve import resolve
 from secateur.summary import Size
 
@@ -231,3 +232,9 @@ def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
     for preset in ("fast", "best", "paper"):
         result = secateur.prune(tiny_qwen2(), {**small, "preset": preset}, tokenizer=TOKENIZER)
         assert result.summary.remove_reached == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("key", list(GONE))
+def test_a_key_that_is_gone_says_what_to_use_instead(key):
+    with pytest.raises(secateur.SecateurError, match=re.escape(f"mine.yaml: {key} is gone; {GONE[key]}")):
+        parse_recipe({"preset": "best", key: 1}, "mine.yaml")

@@ -34,7 +34,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sublayers": {"budget": "curve", "groups": ["ffn", "kv_heads"], "sublayers": True, "remove": 0.45},
     "depth": {"depth": 1},
     "taylor": {"score": "taylor", "rounds": 2, "evaluate": False},
-    "hidden width": {"hidden_size": 40},
     "bias": {"compensate": "bias"},
     "on disk": {"memory_budget": "", "rounds": 2},
     "global": {"budget": "global"},

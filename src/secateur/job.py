@@ -52,9 +52,8 @@ class Job:
     def has_uncompensated(self) -> bool:
         """Whether the same cut without compensation is evaluated too, which needs the original readers."""
         recipe = self.resolved.recipe
-        # Of a narrower model every linear is refitted; and original readers beside the others may not fit a budget.
-        is_possible = recipe.compensate != "none" and recipe.hidden_size is None and not self.plan.weights_on_disk
-        return recipe.evaluate and is_possible
+        # Original readers beside the others may not fit a memory budget.
+        return recipe.evaluate and recipe.compensate != "none" and not self.plan.weights_on_disk
 
     def evaluate(self, which: str) -> Losses:
         """Return held-out losses by domain, or none where the recipe asks for none."""

@@ -24,6 +24,11 @@ WidthsName = Literal["uniform", "per_layer"]
 TargetName = Literal["parameters", "flops", "kv_bytes", "latency"]
 ScheduleName = Literal["linear", "cubic"]
 
+# Keys that recipes had once: what to use instead.
+GONE: dict[str, str] = {
+    "hidden_size": "remove FFN channels (groups: [ffn]) or whole layers (depth) instead.",
+}
+
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 DEFAULT_DOMAINS: tuple[InstalledDomain, ...] = ("code", "technical", "mathematics", "science", "readme")
 
@@ -100,7 +105,6 @@ class Recipe(Strict):
     remove: the share that goes of what the dense model has of `target`.
     target: parameters (all, tied weights once); flops per prompt token; kv_bytes, of cache per token; latency, seconds
     per decoded token as measured on this machine. prices: those seconds; measured where they are left out.
-    hidden_size: the width of the residual stream in all layers, first; part of `remove`; large damage if not recovered.
     depth: whole layers to remove before any width, those whose absence changes predictions least; part of `remove`.
     None: as many as spare the widths the worst, see `default_depth`. removed_layers: these, instead of measured ones.
     budget: how widths are spread over layers. `widths` follows: `per_layer` where they may differ, else `uniform`.
@@ -121,7 +125,6 @@ class Recipe(Strict):
     remove: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
     target: TargetName = "parameters"
     prices: MeasuredPrices | None = None
-    hidden_size: Annotated[int, Field(ge=1)] | None = None
     depth: Annotated[int, Field(ge=0)] | None = None
     removed_layers: tuple[int, ...] = ()
     groups: Annotated[tuple[str, ...], Field(min_length=1)] = ("ffn",)
@@ -164,6 +167,9 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
     """
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
+    for key in GONE:
+        if key in data:
+            raise RecipeError(f"{where}: {key} is gone; {GONE[key]}")
     if "preset" in data:
         data = over_preset(data, where)
     try:
