@@ -32,10 +32,10 @@ from secateur.checkpoint import load_model, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.loop import prune_in_place
 from secateur.memory import release_freed
+from secateur.opening import resolve_for
 from secateur.output import save_checkpoint
 from secateur.recipe import parse_recipe
 from secateur.resolve import Resolved
-from secateur.resolve_hidden import resolve_for
 from secateur.run import Run
 from secateur.summary import Size
 from secateur.walk import make_batches

@@ -22,9 +22,9 @@ from cost import measure_memory, round_seconds
 from secateur.calibration import build_calibration
 from secateur.checkpoint import load_model, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
+from secateur.opening import resolve_for
 from secateur.output import save_checkpoint
 from secateur.recipe import INSTALLED_DOMAINS, parse_recipe
-from secateur.resolve_hidden import resolve_for
 
 LENGTH = 512
 EIGHT = {name: {"installed": name} for name in INSTALLED_DOMAINS} | {"more code": {"installed": "code"}}

@@ -26,8 +26,8 @@ from make_shape import SHAPES, write_shape
 from secateur.arch import bind
 from secateur.checkpoint import meta_model, open_checkpoint
 from secateur.device import device_called
+from secateur.opening import resolve_for
 from secateur.recipe import parse_recipe
-from secateur.resolve_hidden import resolve_for
 from secateur.work import measured_rates, work_of
 
 MARK_SECONDS = 90.0

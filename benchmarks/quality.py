@@ -4,8 +4,7 @@ Needs the development text (`../shared/data`, or SECATEUR_DATA). Calibrates on 6
 `*_calib` files, evaluates on 4 blocks of 512 of each `*_eval` file; single-domain rows calibrate on as many tokens. The
 guard sees one more block per domain, which no statistic sees. Prints a Markdown table per seed and the marks.
 
-Rows that say hidden are for a model 576 wide, and remove that share of all parameters whatever `--share` is; `--remove`
-sets the share of all parameters for every row.
+`--remove` sets the share of all parameters for every row.
 
     python benchmarks/quality.py [--seeds 0 1 2] [--rows ours flap-bias] [--model smollm2-135m] [--share 0.3]
                                  [--remove 0.3] [--num-blocks 6]
@@ -27,12 +26,11 @@ from secateur.calibration import CalibrationSet, build_calibration
 from secateur.checkpoint import Checkpoint, load_model, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.depth_step import remove_depth
-from secateur.hidden_step import remove_hidden
 from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
+from secateur.opening import resolve_for
 from secateur.output import save_checkpoint
 from secateur.recipe import Calibration, Domain, parse_recipe
-from secateur.resolve_hidden import resolve_for
 from secateur.run import Run
 from secateur.summary import Size
 
@@ -83,9 +81,6 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "curve": ({"budget": "curve", "align": 32}, HYBRID),
     **{f"depth-{depth}": ({"budget": "curve", "align": 32, "depth": depth}, HYBRID) for depth in (1, 2, 3)},
     "curve-kv": ({"budget": "curve", "align": 32, "groups": ["ffn", "kv_heads"]}, HYBRID),
-    # Every parameter is a row or column of the residual stream, so a share of its width is that share of them all.
-    **{f"hidden-{width}": ({"hidden_size": width, "remove": 1 - width / 576}, HYBRID) for width in (540, 504, 432)},
-    **{f"ffn-as-hidden-{width}": ({"remove": 1 - width / 576}, HYBRID) for width in (540, 504, 432)},
     "minimax": ({"domain_weighting": "minimax"}, HYBRID),
 }
 
@@ -114,7 +109,7 @@ def run_row(
         resolved = resolve_for(parse_recipe(recipe), model)
         calibration = draw(domains, 0, size.num_blocks, tokenizer, seed)
         start = time.perf_counter()
-        run = remove_depth(remove_hidden(Run(model, arch, resolved, calibration)))
+        run = remove_depth(Run(model, arch, resolved, calibration))
         prune_in_place(run)
         arch, seconds = run.arch, time.perf_counter() - start
     blocks = {domain.name: domain.calibration_NT for domain in evaluation.domains}

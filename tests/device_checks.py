@@ -35,14 +35,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "minimax": {"domain_weighting": "minimax"},
     "rounds": {"rounds": 2, "damping_factors": [1, 10]},
     "depth": {"depth": 1, "remove": 0.35},
-    "hidden": {"hidden_size": 44, "remove": 0.25},
     "on disk": {"memory_budget": "0.1MB"},
     "net": {"rounds": 2, "max_loss_rise": 9.0},
 }
 
 
 # Those that are run with all of the model on the device, too.
-WHOLE = "defaults", "curve", "depth", "hidden", "taylor"
+WHOLE = "defaults", "curve", "depth", "taylor"
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +61,7 @@ def made_by_cpu(checkpoints: dict[str, Path], recipe: dict[str, Any]) -> dict[st
     ("name", "by_layers"),
     [
         *((name, True) for name in RECIPES),
-        *((name, False) for name in ("defaults", "curve", "depth", "hidden", "taylor")),
+        *((name, False) for name in ("defaults", "curve", "depth", "taylor")),
     ],
 )
 def test_a_device_gives_what_the_cpu_gives(name, by_layers, checkpoints, recipe, made_by_cpu, tmp_path, monkeypatch):
@@ -88,7 +87,7 @@ def test_a_device_gives_what_the_cpu_gives(name, by_layers, checkpoints, recipe,
     assert {p.device.type for p in found.model.parameters()} == {"cpu"}
 
 
-@pytest.mark.parametrize("name", ["defaults", "heads", "curve", "minimax", "depth", "hidden"])
+@pytest.mark.parametrize("name", ["defaults", "heads", "curve", "minimax", "depth"])
 def test_a_device_without_float64_has_its_solves_done_on_the_cpu(name, checkpoints, recipe, made_by_cpu, monkeypatch):
     asked = {**recipe, **RECIPES[name]}
     if name not in made_by_cpu:

@@ -22,9 +22,9 @@ from secateur.cut import cut
 from secateur.depth_choice import choose_layers
 from secateur.depth_step import _narrow_readers, remove_depth
 from secateur.inspection import inspect
+from secateur.opening import resolve_for
 from secateur.probe import first_blocks
 from secateur.recipe import parse_recipe
-from secateur.resolve_hidden import resolve_for
 from secateur.run import Run
 from secateur.walk import Walk
 from tests.families import tiny_family

@@ -22,8 +22,8 @@ LAYERS = [
     "layers_on_device gram",
     # what a run is described by; readers and writers of single files
     "serving stats arch_spec recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output "
-    "llama_cpp gguf_family gguf_sentencepiece journal",
-    "arch_hidden arch_numbers arch_logits gguf_families",
+    "llama_cpp gguf_family gguf_sentencepiece recover_teacher recover_store journal",
+    "arch_numbers arch_logits gguf_families",
     "arch_group",
     "arch_experts",
     "arch",
@@ -35,20 +35,20 @@ LAYERS = [
     "ideal resolve_depth resolve_experts recover_judge",
     "prices",
     # stages that are made of others
-    "obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary "
-    "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global recover_record",
+    "obs compensate measure taylor domain_weights calibration checkpoint resolve summary "
+    "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global level_database recover_record",
     "fingerprint depth gguf_rules expert_stacks",
     "checkpoint_tokenizer expert_refit gguf_parts",
-    "experts ranks_check resolve_hidden calibration_sampled calibration_facts repair hidden_norms depth_choice "
+    "experts ranks_check calibration_sampled calibration_facts repair depth_choice "
     "estimate bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",
-    "opening work inspection_groups latency probe original_readers hidden_drift recover_text resume",
-    "hidden_width profile recover_trainer recover_sharded",
+    "opening work inspection_groups latency probe original_readers recover_text resume",
+    "profile budget_search recover_trainer recover_sharded",
     "recover_logits",
     "recover_job recover_guard",
     "expert_channels run selection inspection gguf_tensors evaluate_differences evaluate_parts",
     "group_step round_plan safety_net pruned_checkpoint",
     # what people read, and the other outputs
-    "recover_tasks depth_step hidden_step loop tables gguf_export evaluate",
+    "recover_tasks depth_step loop tables gguf_export evaluate",
     "card benchmark export compare recover_table evaluate_table",
     "result_files bench_tables recover_output",
     "report_run report_quality report_evaluation report_recovery",
@@ -86,7 +86,7 @@ HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (
     "checkpoint*", "output", "calibration*", "sources", "evaluate*", "bench*", "compare", "ideal", "gguf_*",
     "in_memory", "pruning", "opening", "ranks_check", "job", "loop", "run", "pruned_checkpoint", "on_disk",
-    "reload_child", "modeling_per_layer", "per_layer", "hidden_*", "recover*", "prune_recover",
+    "reload_child", "modeling_per_layer", "per_layer", "propose", "recover*", "prune_recover",
 )  # fmt: skip
 ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "matplotlib", "gguf", "pyarrow", "datasets", "llama_cpp"}
 

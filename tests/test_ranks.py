@@ -94,7 +94,6 @@ def jobs(checkpoints, recipe, texts, tmp_path_factory) -> tuple[Path, Path]:
         "uniform again": more,
         "curve": {**more, "budget": "curve", "rounds": 2, "probe_blocks": 1},
         "depth": {**more, "remove": 0.35, "depth": 1},
-        "hidden": {**more, "remove": 0.3, "hidden_size": 40},
         # Fewer batches than ranks: one rank has no text of a domain, and no held-out text at all.
         "few": {**recipe, "remove": 0.2, "calibration": {**recipe["calibration"], "num_tokens": 256}},
     }

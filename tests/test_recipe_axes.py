@@ -108,12 +108,12 @@ def test_a_protected_domain_is_planned_for(small):
         ({"budget": "curves"}, "unknown budget 'curves'; .* did you mean 'curve'"),
         ({"max_loss_rise": 0}, "max_loss_rise"),
         ({"schedule": "cubc"}, "recipe: unknown schedule 'cubc'; allowed: linear;"),
-        ({"budget": "search"}, "^recipe: budget 'search' was removed; use curve.$"),
-        ({"domain_weighting": "cvar"}, "domain_weighting 'cvar' was removed; use minimax.$"),
-        ({"schedule": "cubic"}, "schedule 'cubic' was removed; use linear, or list what is gone after each round.$"),
-        ({"sublayers": False}, "^recipe: key 'sublayers' was removed; leave it out; depth removes whole layers.$"),
-        ({"generations": 20}, "key 'generations' was removed; leave it out; budget curve plans without a search.$"),
-        ({"offspring": 8}, "key 'offspring' was removed; leave it out; budget curve plans without a search.$"),
+        ({"budget": "search"}, "^recipe: budget: search is gone; use curve.$"),
+        ({"domain_weighting": "cvar"}, "domain_weighting: cvar is gone; use minimax.$"),
+        ({"schedule": "cubic"}, "schedule: cubic is gone; use linear, or list what is gone after each round.$"),
+        ({"sublayers": False}, "^recipe: sublayers is gone; leave it out; depth removes whole layers.$"),
+        ({"generations": 20}, "generations is gone; leave it out; budget curve plans without a search.$"),
+        ({"offspring": 8}, "offspring is gone; leave it out; budget curve plans without a search.$"),
         ({"schedule": [0, 0.2]}, "recipe: schedule.0: Input should be greater than 0"),
         ({"schedule": [0.1, 0.3], "remove": 0.2}, "schedule: a list .* rising to remove: 0.2, got .0.1, 0.3."),
         ({"schedule": [0.2, 0.1, 0.2], "remove": 0.2}, "schedule: a list .* got .0.2, 0.1, 0.2."),
@@ -237,7 +237,7 @@ def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
         assert result.summary.remove_reached == pytest.approx(0.2, abs=0.01)
 
 
-@pytest.mark.parametrize("key", GONE)
+@pytest.mark.parametrize("key", [key for key in GONE if "=" not in key])
 def test_a_key_that_is_gone_is_refused_with_what_to_use_instead(key):
     with pytest.raises(secateur.SecateurError, match=rf"^here: {key} is gone; [^\n]+\.$"):
         parse_recipe({"preset": "fast", key: True}, "here")

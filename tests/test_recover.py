@@ -292,7 +292,7 @@ def test_mismatches_are_refused_before_anything_runs(pruned, checkpoints, tmp_pa
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other_tokens / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     cases = {
-        other_words: "vocabulary has 321 words",
+        other_words: "it gives 321 logits and",
         other_tokens: "its tokenizer (257 tokens) is not that of",
         damaged(checkpoints, tmp_path / "family", model_type="mistral"): "is a mistral model",
         damaged(checkpoints, tmp_path / "layers", num_hidden_layers=5): "has 5 layers",

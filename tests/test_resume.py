@@ -33,7 +33,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "curve": {"budget": "curve", "rounds": 2},
     "depth": {"depth": 1},
     "taylor": {"score": "taylor", "rounds": 2, "evaluate": False},
-    "hidden width": {"hidden_size": 40},
     "bias": {"compensate": "bias"},
     "on disk": {"memory_budget": "", "rounds": 2},
     "global": {"budget": "global"},

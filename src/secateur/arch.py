@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from secateur.arch_conv import linears_for_conv
 from secateur.arch_experts import bind_expert_channels, bind_experts
-from secateur.arch_group import Axis, BiasSwitch, Group
-from secateur.arch_hidden import Hidden, bind_hidden, submodule
+from secateur.arch_group import Axis, BiasSwitch, Group, submodule
 from secateur.arch_logits import Logits, bind_logits, head_with
 from secateur.arch_numbers import Segments as Segments
 from secateur.arch_numbers import count_of, head_width, layer_configs, segments_of, text_config
@@ -40,7 +39,6 @@ class Arch:
     groups: tuple[Group, ...]
     num_layers: int
     params_per_layer: tuple[int, ...]
-    hidden: Hidden | None
     logits: Logits | None
     omits: dict[str, str]
     layers_give_tuples: bool
@@ -103,7 +101,6 @@ def bind(model: nn.Module) -> Arch:
             groups.append(bind_experts(layer, index, spec.experts, layer_config, family))
             if spec.experts.channels.num_units is not None:
                 groups.append(bind_expert_channels(layer, index, spec.experts, layer_config, family))
-    heads = [each.num_attention_heads for each in configs] if spec.heads_divide_hidden_size else []
     adds = spec.mlp_adds_directly
     return Arch(
         family=family,
@@ -116,7 +113,6 @@ def bind(model: nn.Module) -> Arch:
         groups=tuple(groups),
         num_layers=len(layers),
         params_per_layer=tuple(sum(p.numel() for p in layer.parameters()) for layer in layers),
-        hidden=spec.hidden and bind_hidden(model, layers, spec.head, spec.hidden, family, heads),
         logits=spec.logits and bind_logits(spec.logits, config, family),
         omits=spec.omits | forbidden,
         layers_give_tuples=spec.layers_give_tuples,

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.arch_group import Axis, Experts, Group, Stacks
-from secateur.arch_hidden import submodule
+from secateur.arch_group import Axis, Experts, Group, Stacks, submodule
 from secateur.arch_numbers import count_of
 from secateur.arch_spec import ChannelsSpec, ExpertsSpec
 from secateur.errors import ArchError

@@ -5,7 +5,10 @@ A tensor axis is a row of segments; in each segment unit i owns `w` consecutive 
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from secateur.arch_numbers import Segments
+from secateur.errors import ArchError, nearest
 
 # Channels of experts that fill 16 bytes in half precision.
 CHANNEL_STEP = 8
@@ -122,3 +125,14 @@ class Group:
     def width(self) -> int:
         """Reader columns of one unit."""
         return sum(self.reader.segments)
+
+
+def submodule(parent: nn.Module, name: str, family: str) -> nn.Module:
+    """Return the module of that name. Raises ArchError naming the nearest one if there is none."""
+    names = {child: module for child, module in parent.named_modules() if child}
+    if name not in names:
+        raise ArchError(
+            f"family {family}: the spec names module '{name}', which this {type(parent).__name__} does not have; "
+            f"did you mean '{nearest(name, names)}'?"
+        )
+    return names[name]

@@ -81,20 +81,6 @@ class ExpertsSpec(BaseModel):
     weighted_inputs: bool = False  # every expert gets all tokens, times its weight, which is zero for most
 
 
-class HiddenSpec(BaseModel):
-    """The residual stream as its YAML states it: everything that is as wide as the model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    embedding: str
-    norm: str  # the last one, which the head reads
-    readers: dict[str, tuple[str, ...]] = Field(min_length=1)  # within a layer: norm -> the linears that read it
-    writers: tuple[str, ...] = Field(min_length=1)  # within a layer
-    writer_norms: tuple[str, ...] = ()  # within a layer: norms over what a writer gives
-    norm_adds_one: bool = False  # where norms multiply by 1 + weight
-    embedding_scales: tuple[str, ...] = ()  # the embedding's attributes that hold the square root of hidden_size
-
-
 class ArchSpec(BaseModel):
     """One family as its YAML states it."""
 
@@ -114,7 +100,6 @@ class ArchSpec(BaseModel):
     logits: LogitsSpec | None = None
     layers_give_tuples: bool = False  # the hidden states first
     heads_divide_hidden_size: bool = False  # where the config class refuses other numbers of attention heads
-    hidden: HiddenSpec | None = None  # where hidden width can be cut
     groups: dict[str, GroupSpec]
     experts: ExpertsSpec | None = None
     omits: dict[str, str] = {}  # groups that the family cannot lose units of -> why

@@ -25,7 +25,6 @@ class Prices:
     """What one unit of each group costs of the quantity that is to shrink, and what the dense model costs of it.
 
     In whole numbers, so that sums are exact whatever their order. `per_layer`: whole layers, all that is in them.
-    `gone_before`: of the total, what has gone before units and layers, with hidden width.
     `unit`: what the numbers count, for people, and how many of them it holds.
     """
 
@@ -34,7 +33,6 @@ class Prices:
     total: int
     unit: str
     unit_size: int = 1
-    gone_before: int = 0
 
     @property
     def total_text(self) -> str:
@@ -55,15 +53,14 @@ class Prices:
         return sum((g.num_units - min(num_keep[g.layer, g.name], g.num_units)) * self.of(g) for g in groups)
 
     def of_all_but(self, layers: Collection[int]) -> int:
-        """Return what goes with all layers but these, and has gone before."""
-        return self.gone_before + sum(price for index, price in enumerate(self.per_layer) if index not in layers)
+        """Return what goes with all layers but these."""
+        return sum(price for index, price in enumerate(self.per_layer) if index not in layers)
 
     def with_only(self, layers: Collection[int]) -> "Prices":
         """Return the same prices of the model that these layers make."""
         gone = self.of_all_but(layers)
-        what = "layers" if gone > self.gone_before else "hidden width"
-        unit = f"{self.unit} that the {what} left" if gone else self.unit
-        return dataclasses.replace(self, total=self.total - gone, unit=unit, gone_before=0)
+        unit = f"{self.unit} that the layers left" if gone else self.unit
+        return dataclasses.replace(self, total=self.total - gone, unit=unit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,32 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(directory, config=checkpoint.config, trust_remote_code=False)
 
 
+def check_same_tokens(
+    pruned: Checkpoint,
+    dense: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    option: str,
+    instead: str = "give the model that was pruned",
+) -> None:
+    """Raise CheckpointError unless both models read text as the same tokens and give as many logits.
+
+    `tokenizer`: that of the pruned model. `option`: by which the dense model was given. `instead`: what to do where
+    the tokenizers differ.
+    """
+    other = load_tokenizer(dense)
+    if tokenizer.get_vocab() != other.get_vocab():
+        raise CheckpointError(
+            f"{option} {dense.reference}: its tokenizer ({len(other):,} tokens) is not that of {pruned.reference} "
+            f"({len(tokenizer):,} tokens), so both would read different text; {instead}."
+        )
+    num_logits, num_other = (each.config.get_text_config().vocab_size for each in (pruned, dense))
+    if num_logits != num_other:
+        raise CheckpointError(
+            f"{option} {dense.reference}: it gives {num_other:,} logits and {pruned.reference} {num_logits:,}, so "
+            "their predictions cannot be compared; give the model that was pruned."
+        )
+
+
 class _tokenizer_errors:
     """Turn what transformers and tokenizers raise for a tokenizer they cannot use into a CheckpointError.
 

@@ -27,15 +27,14 @@ from secateur.depth_step import remove_depth
 from secateur.device import device_called, on_device
 from secateur.evaluate_cache import PartCache, fingerprint
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks, run_task
-from secateur.hidden_step import remove_hidden
 from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
+from secateur.opening import resolve_for
 from secateur.output import disk_errors
 from secateur.progress import Progress, silent
 from secateur.ranks import in_turns, is_first
 from secateur.ranks_group import joined
 from secateur.recipe import Recipe
-from secateur.resolve_hidden import resolve_for
 from secateur.run import Run
 from secateur.staged_file import staged_file
 from secateur.study import Cell, Study, cells, dump_study, study_recipe
@@ -147,7 +146,7 @@ def _cell(bench: _Bench, arch: Arch, cell: Cell, blocks: dict[str, Tensor]) -> F
             _draw(bench, resolved.recipe, cell.seed, model), bench.study.evaluation.num_blocks
         )
         start = time.perf_counter()
-        run = remove_depth(remove_hidden(Run(model, arch, resolved, calibration, progress=bench.progress)))
+        run = remove_depth(Run(model, arch, resolved, calibration, progress=bench.progress))
         prune_in_place(run)
         seconds = time.perf_counter() - start
         reached = 1 - Size.of(model).num_params / num_params

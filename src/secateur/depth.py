@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from secateur.arch import Arch, bind, decoder_layers, linear
 from secateur.arch_numbers import text_config
 from secateur.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares
-from secateur.errors import ArchError, NumericsError, RecipeError
+from secateur.errors import ArchError, RecipeError
 from secateur.gram import Gram
 from secateur.layers_on_device import fetch, settle
 from secateur.ranks import from_first, sum_tensors
-from secateur.score import damped_gram, keep_highest
+from secateur.score import keep_highest
 from secateur.walk import Batch, Walk
 
 
@@ -63,13 +63,13 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
     """Let the layer before `layer` give what is linear in what `layer` adds. Call it before `remove_layers`.
 
     With x the input of the previous layer's FFN reader, W its weight and d what `layer` adds to the hidden state, the
-    new weight is argmin |x W' + d - x V'|^2 + ridge |V - W|^2 over V, that is W' + (G + ridge I)^-1 x'd with G = x'x
-    and ridge = damping * mean(diag G). Summed and solved in float64; no new module, no new bias. The guard's
-    errors are shares of |d|^2 on held-out batches, by domain: 1 means that nothing of the layer is given back. Without
-    held-out batches the whole step is taken.
+    new weight is argmin |x W' + d - x V'|^2 + ridge |V - W|^2 over V: `least_squares` with every column kept and d as
+    the drift, summed and solved in float64; no new module, no new bias. The guard's errors are shares of |d|^2 on
+    held-out batches, by domain: 1 means that nothing of the layer is given back. Without held-out batches the whole
+    step is taken.
 
     Raises RecipeError for the first layer, which has none before it, ArchError where the family norms what its reader
-    gives, NumericsError if the system is indefinite.
+    gives, NumericsError as `least_squares`.
     """
     if not 0 < layer < arch.num_layers:
         raise RecipeError(
@@ -93,10 +93,11 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
             gram.add_product(x_TF)
             cross_FD += x_TF.float().T @ added_TD
     sum_tensors([*gram.blocks, cross_FD])
-    change_FD = from_first(lambda: _solve(damped_gram(gram, damping), cross_FD, layer))
+    every_F = torch.arange(reader.in_features, device=reader.weight.device)
+    fit = from_first(partial(least_squares, reader.weight.float(), gram, every_F, damping, cross_FD, 1.0))
     fetch(layers[layer - 1])
     # The guard judges what will be stored, rounding included.
-    change_DF = (reader.weight + change_FD.T).to(reader.weight.dtype) - reader.weight.float()
+    change_DF = fit.weight_HS.to(reader.weight.dtype) - reader.weight.float()
     judged = _judge(held_out, change_DF)
     reader.weight += judged.step * change_DF
     settle(layers[layer - 1])
@@ -186,13 +187,6 @@ def _reader_inputs(walk: Walk, index: int, reader: nn.Linear, hidden_BTD: Tensor
     finally:
         handle.remove()
     return seen[0].flatten(0, -2), leaving_BTD
-
-
-def _solve(hessian_FF: Float[Tensor, "F F"], cross_FD: Float[Tensor, "F D"], layer: int) -> Float[Tensor, "F D"]:
-    factor, failed = torch.linalg.cholesky_ex(hessian_FF)
-    if failed:
-        raise NumericsError(f"fold of layer {layer}: least squares has no solution; raise damping or use more tokens.")
-    return torch.cholesky_solve(cross_FD.to(factor.device).to(factor.dtype), factor).float().to(cross_FD.device)
 
 
 def _judge(held_out: dict[str, list[tuple[Tensor, Tensor]]], change_DF: Float[Tensor, "D F"]) -> Guard:

@@ -37,7 +37,7 @@ def remove_depth(run: Run) -> Run:
     recipe, dense = run.resolved.recipe, run.arch
     if not recipe.depth:
         return run
-    dense_losses = run.dense_losses or watched_losses(run, "dense")
+    dense_losses = watched_losses(run, "dense")
     batches = run.batches(1)
     named = removed_layers(recipe, dense)
     costs = {} if named else _chosen(run, batches)

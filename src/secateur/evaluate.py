@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from secateur.checkpoint_tokenizer import load_tokenizer
-from secateur.errors import CheckpointError, RecipeError
+from secateur.checkpoint_tokenizer import check_same_tokens, load_tokenizer
+from secateur.errors import RecipeError
 from secateur.evaluate_cache import PartCache
 from secateur.evaluate_differences import differences
 from secateur.evaluate_domains import RECIPE, Blocks, named_blocks, recipe_blocks
@@ -90,7 +90,8 @@ def evaluate(
     dense = None if against is None else open_subject("dense", against, settings.device)
     tokenizer = load_tokenizer(pruned.checkpoint)
     if dense is not None:
-        _check_comparable(pruned, dense, tokenizer)
+        alone = "evaluate each alone and compare bits per byte"
+        check_same_tokens(pruned.checkpoint, dense.checkpoint, tokenizer, "--against", alone)
     text = _prepare(settings, pruned, tokenizer, progress)
     models = (each.fingerprint for each in (pruned, dense) if each is not None)
     check_same({"model": " ".join(models), "text": str([int(ids_NT.sum()) for ids_NT in text.blocks_NT.values()])})
@@ -133,22 +134,6 @@ def _output_directory(out: Path | None, subject: Subject) -> Path:
             "say where with --out DIRECTORY."
         )
     return out or checkpoint.directory
-
-
-def _check_comparable(pruned: Subject, dense: Subject, tokenizer: PreTrainedTokenizerBase) -> None:
-    name, other_name = pruned.checkpoint.reference, dense.checkpoint.reference
-    other = load_tokenizer(dense.checkpoint)
-    if tokenizer.get_vocab() != other.get_vocab():
-        raise CheckpointError(
-            f"--against {other_name}: its tokenizer ({len(other):,} tokens) is not that of {name} ({len(tokenizer):,} "
-            "tokens), so the two cannot be compared token by token; evaluate each alone and compare bits per byte."
-        )
-    num_logits, num_other = (each.checkpoint.config.get_text_config().vocab_size for each in (pruned, dense))
-    if num_logits != num_other:
-        raise CheckpointError(
-            f"--against {other_name}: it gives {num_other:,} logits and {name} {num_logits:,}, so their distributions "
-            "cannot be compared; give the model that was pruned."
-        )
 
 
 def _prepare(settings: Settings, pruned: Subject, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> _Text:

@@ -7,7 +7,7 @@ The two models answer the same questions, so the error is that of the paired dif
 import math
 from typing import Any
 
-from secateur.evaluate_domains import standard_error
+from secateur.loss import standard_error
 
 # What a task is plotted by: the last of these that it has. Every metric is in the tables.
 PLOTTED_METRICS = ("exact_match", "acc", "acc_norm")

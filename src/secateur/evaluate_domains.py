@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from secateur.arch import Arch
 from secateur.calibration import CalibrationSet, build_calibration
 from secateur.errors import NumericsError, RecipeError
-from secateur.loss import block_losses
+from secateur.loss import block_losses, standard_error
 from secateur.progress import Progress
 from secateur.ranks import spread
 from secateur.recipe import Calibration, Domain, load_recipe, parse_recipe
@@ -124,12 +124,6 @@ def measure_quality(
         num_bytes=num_bytes,
         block_nats=tuple(values),
     )
-
-
-def standard_error(values: list[float]) -> float:
-    """Return the standard error of the mean, 0 for a single value."""
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1) / len(values))
 
 
 def _num_bytes(ids_T: Int64[Tensor, " T"], tokenizer: PreTrainedTokenizerBase) -> int:

@@ -21,12 +21,11 @@ from secateur.estimate import MemoryEstimate, MemoryPlan
 from secateur.inspection_groups import Possible, groups_to_inspect, possible_groups, serving_after
 from secateur.journal import Journal
 from secateur.latency import with_prices
-from secateur.opening import memory_for
+from secateur.opening import check_for, memory_for, resolve_for
 from secateur.prices import Outcome, parameter_prices
 from secateur.progress import Progress, silent
 from secateur.recipe import MeasuredPrices, Recipe
 from secateur.resolve import Resolved
-from secateur.resolve_hidden import check_for, resolve_for
 from secateur.serving import Serving
 from secateur.summary import Size
 from secateur.work import Work, disk_bytes, seconds_for, work_of
@@ -61,7 +60,6 @@ class Inspection:
     dtype: str
     size: Size
     num_layers: tuple[int, int]  # before, after
-    hidden_sizes: tuple[int, int]  # before, after
     params_per_layer: int  # of the first one
     groups: tuple[GroupFacts, ...]
     remove_asked: float
@@ -110,14 +108,14 @@ def inspect(
     device = device_called(recipe.device)
     checkpoint = open_checkpoint(model, weights=False)
     shape = meta_model(checkpoint.config)
-    recipe, notes = groups_to_inspect(recipe, bind(shape))
-    planned, size = check_for(recipe, shape), Size.of(shape)
-    arch = bind(planned)
+    arch, size = bind(shape), Size.of(shape)
+    recipe, notes = groups_to_inspect(recipe, arch)
+    check_for(recipe, arch, shape)
     recipe = with_prices(recipe, arch, shape, Journal(), progress)
     resolved = resolve_for(recipe, shape)
     memory = memory_for(resolved, arch, shape, checkpoint, device)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
-    parameters = parameter_prices(arch, resolved.groups, planned).with_only(resolved.layers)
+    parameters = parameter_prices(arch, resolved.groups, shape).with_only(resolved.layers)
     num_params = parameters.total - parameters.gone(resolved.groups, plan.num_keep)
     assert resolved.recipe.align is not None and resolved.recipe.calibration.num_tokens is not None
     least = least_keep(resolved.groups, resolved.recipe.align, recipe.min_keep)
@@ -128,7 +126,6 @@ def inspect(
         dtype=str(shape.dtype).removeprefix("torch."),
         size=size,
         num_layers=(arch.num_layers, len(resolved.layers)),
-        hidden_sizes=(text_config(shape).hidden_size, text_config(planned).hidden_size),
         params_per_layer=arch.params_per_layer[0],
         groups=tuple(_facts(name, resolved, plan) for name in recipe.groups),
         remove_asked=recipe.remove,
@@ -142,7 +139,7 @@ def inspect(
         num_calibration_tokens=resolved.recipe.calibration.num_tokens,
         memory=memory.estimate,
         weights_on_disk=memory.weights_on_disk,
-        disk_bytes=disk_bytes(arch, resolved, planned, memory),
+        disk_bytes=disk_bytes(arch, resolved, shape, memory),
         device=str(device),
         operations=work_of(arch, resolved, size.num_params),
         seconds=_seconds(arch, resolved, shape, memory, device),

@@ -67,10 +67,15 @@ def domain_losses(
         mean = sum(values) / len(values)
         if not math.isfinite(mean):
             raise NumericsError(f"{stage}, domain {domain}: the loss is {mean}; the model gives no finite logits.")
-        variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
-        losses[domain] = Loss(mean, math.sqrt(variance / len(values)), domain_NT[:, 1:].numel())
+        losses[domain] = Loss(mean, standard_error(values), domain_NT[:, 1:].numel())
     release_freed()
     return losses
+
+
+def standard_error(values: list[float]) -> float:
+    """Return the standard error of the mean, 0 for a single value."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1) / len(values))
 
 
 def geometric_mean_perplexity(losses: dict[str, Loss]) -> float:

@@ -19,9 +19,10 @@ from secateur.estimate import MemoryPlan, plan_device_memory, plan_memory
 from secateur.in_memory import check_in_memory, restore_buffers
 from secateur.layers_on_device import Placement
 from secateur.output import parse_size
+from secateur.per_layer import check_can_skip
+from secateur.prices import prices_of
 from secateur.recipe import Recipe
-from secateur.resolve import Resolved
-from secateur.resolve_hidden import check_for
+from secateur.resolve import Resolved, check_without_prices, resolve
 from secateur.summary import Size
 
 
@@ -50,10 +51,24 @@ def opened(
         check_in_memory(model, tokenizer)
         checkpoint = None
     arch = bind(model)
-    check_for(recipe, model)
+    check_for(recipe, arch, model)
     if checkpoint is not None:
         check_weights(checkpoint, model)
     return checkpoint, model, arch
+
+
+def check_for(recipe: Recipe, arch: Arch, model: PreTrainedModel) -> None:
+    """Raise ArchError or RecipeError for what this model cannot do, whatever its units cost."""
+    check_without_prices(recipe, arch, model.config)
+    if recipe.sublayers:
+        check_can_skip(model, arch)
+
+
+def resolve_for(recipe: Recipe, model: PreTrainedModel) -> Resolved:
+    """Return the recipe in concrete numbers for the dense model, whose shape will do. Raises as `resolve`."""
+    arch = bind(model)
+    check_for(recipe, arch, model)
+    return resolve(recipe, arch, model.config, prices_of(recipe, arch, model))
 
 
 def device_for(recipe: Recipe, checkpoint: Checkpoint | None, model: PreTrainedModel) -> torch.device:

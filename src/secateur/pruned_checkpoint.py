@@ -20,8 +20,7 @@ ROUNDS = "rounds"
 class PrunedCheckpoint:
     """`carry_from`: the dense checkpoint's directory, whose side files come along; None for a model in memory.
 
-    `channels`: of the residual stream, those that stayed, where any went: group `hidden` of keep.json.
-    `layers`: the dense model's layers that stayed. In keep.json, where any went, they are the next entry, group
+    `layers`: the dense model's layers that stayed. In keep.json, where any went, they are the first entry, group
     `layers`; the other entries number layers as the result does, so that number n there is the n-th of these.
     """
 
@@ -31,7 +30,6 @@ class PrunedCheckpoint:
     directory: Path
     carry_from: Path | None
     layers: tuple[int, ...]
-    channels: tuple[int, ...] = ()
 
     def save(self, keeps: Keeps) -> None:
         """Write the result into the directory itself."""
@@ -49,7 +47,6 @@ class PrunedCheckpoint:
         shard_size = self.recipe.max_shard_size
         save_checkpoint(self.model, self.tokenizer, place, max_shard_size=shard_size, carry_from=self.carry_from)
         (place / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
-        hidden = [{"group": "hidden", "keep": self.channels}] if self.channels else []
         layers = [{"group": "layers", "keep": self.layers}] if self.recipe.depth else []
         kept = [{"layer": layer, "group": group, "keep": keep.tolist()} for (layer, group), keep in keeps.items()]
-        (place / "keep.json").write_text(json.dumps([*hidden, *layers, *kept]) + "\n", encoding="utf-8")
+        (place / "keep.json").write_text(json.dumps([*layers, *kept]) + "\n", encoding="utf-8")

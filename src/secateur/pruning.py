@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.arch_numbers import text_config
 from secateur.budget import GroupKey
 from secateur.calibration import CalibrationSet, build_calibration
 from secateur.calibration_facts import calibration_facts
 from secateur.calibration_sampled import with_sampled
 from secateur.card import model_card
 from secateur.depth_step import remove_depth
-from secateur.hidden_step import remove_hidden
 from secateur.in_memory import eval_mode
 from secateur.job import Job
 from secateur.journal import Journal
@@ -39,6 +37,7 @@ from secateur.opening import (
     memory_for,
     opened,
     placement_of,
+    resolve_for,
     tokenizer_of,
 )
 from secateur.output import check_free_space
@@ -50,7 +49,6 @@ from secateur.ranks_check import check_same_run
 from secateur.ranks_group import joined
 from secateur.recipe import Recipe, as_recipe
 from secateur.report import missing_plots, write_report
-from secateur.resolve_hidden import resolve_for
 from secateur.resume import check_calibration, journal_for, note_resumed
 from secateur.run import Keeps, Run
 from secateur.runlog import RunLog
@@ -165,17 +163,15 @@ def _prepared(
 
 def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tuple[int, ...], Keeps, Summary]:
     recipe, log = job.resolved.recipe, job.log
-    dense_size, dense_layers, dense_width = job.dense_size, job.arch.num_layers, text_config(job.model).hidden_size
+    dense_size, dense_layers = job.dense_size, job.arch.num_layers
     dense_losses = job.evaluate("dense")
     with tempfile.TemporaryDirectory(dir=directory, prefix="scratch-") as scratch:
         run = Run(job.model, job.arch, job.resolved, job.calibration, log.write, job.progress, Path(scratch))
         with log.time("prune"):
             run = dataclasses.replace(run, weights_on_disk=job.plan.weights_on_disk, journal=job.journal)
-            run = remove_depth(remove_hidden(run))
+            run = remove_depth(run)
             job, layers = dataclasses.replace(job, arch=run.arch, resolved=run.resolved), run.resolved.layers
-            checkpoint = directory and PrunedCheckpoint(
-                job.model, job.tokenizer, recipe, directory, carry_from, layers, run.channels
-            )
+            checkpoint = directory and PrunedCheckpoint(job.model, job.tokenizer, recipe, directory, carry_from, layers)
             if checkpoint and recipe.keep_rounds:
                 run = dataclasses.replace(run, after_round=job.at_home(checkpoint.save_round))
             keeps = prune_in_place(run)
@@ -194,7 +190,6 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
         dense_size=dense_size,
         pruned_size=Size.of(job.model),
         num_layers=(dense_layers, len(layers)),
-        hidden_sizes=(dense_width, text_config(job.model).hidden_size),
         widths=group_widths(job.arch.select(recipe.groups), keeps),
         calibration=calibration_facts(job.calibration),
         dense_losses=dense_losses,

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from secateur.errors import RecipeError, advice, nearest
-from secateur.recover_recipe import REMOVED_KEYS, RecoverySettings, recovery_keys
+from secateur.recover_recipe import RecoverySettings, recovery_keys
 
 InstalledDomain = Literal["code", "technical", "mathematics", "science", "readme", "legal", "dialogue"]
 ScoreName = Literal["random", "magnitude", "wanda", "flap", "obs", "taylor", "paper", "reap", "frequency"]
@@ -33,7 +33,13 @@ GONE: dict[str, str] = {
     "budget=search": "use curve",
     "domain_weighting=cvar": "use minimax",
     "generations": "leave it out; budget curve plans without a search",
+    "hidden_size": "remove FFN channels (groups: [ffn]) or whole layers (depth) instead",
     "offspring": "leave it out; budget curve plans without a search",
+    "recover.blocks": "leave it out; recovery trains on logits alone, see recover.logits",
+    "recover.blocks_share": "leave it out; recovery trains on logits alone, see recover.logits",
+    "recover.logits.cache": "leave it out; the dense model is asked live",
+    "recover.logits.top_words": "leave it out; the dense model is asked for all words",
+    "recover.stages": "leave it out; recovery trains on logits alone, see recover.logits",
     "schedule=cubic": "use linear, or list what is gone after each round",
     "sublayers": "leave it out; depth removes whole layers",
 }
@@ -110,7 +116,6 @@ class Recipe(Strict):
     remove: the share that goes of what the dense model has of `target`.
     target: parameters (all, tied weights once); flops per prompt token; kv_bytes, of cache per token; latency, seconds
     per decoded token as measured on this machine. prices: those seconds; measured where they are left out.
-    hidden_size: the width of the residual stream in all layers, first; part of `remove`; large damage if not recovered.
     depth: whole layers to remove before any width, those whose absence changes predictions least; part of `remove`.
     None: as many as spare the widths the worst, see `default_depth`. removed_layers: these, instead of measured ones.
     budget: how widths are spread over layers. `widths` follows: `per_layer` where they may differ, else `uniform`.
@@ -130,7 +135,6 @@ class Recipe(Strict):
     remove: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
     target: TargetName = "parameters"
     prices: MeasuredPrices | None = None
-    hidden_size: Annotated[int, Field(ge=1)] | None = None
     depth: Annotated[int, Field(ge=0)] | None = None
     removed_layers: tuple[int, ...] = ()
     groups: Annotated[tuple[str, ...], Field(min_length=1)] = ("ffn",)
@@ -254,7 +258,7 @@ def _sentence(error: ValidationError) -> str:
     kind, got = first["type"], first.get("input")
     if kind == "extra_forbidden":
         unknown = f"unknown key '{key}'; did you mean '{nearest(location[-1], _allowed_keys(location[:-1]))}'?"
-        return REMOVED_KEYS.get(key, unknown)
+        return unknown
     if kind == "literal_error":
         allowed = first.get("ctx", {}).get("expected", "")
         names = allowed.replace("'", "").replace(" or ", ", ").split(", ")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.arch import Arch, bind
 from secateur.checkpoint import Checkpoint, check_weights, meta_model, open_checkpoint
-from secateur.checkpoint_tokenizer import load_tokenizer
+from secateur.checkpoint_tokenizer import check_same_tokens, load_tokenizer
 from secateur.errors import CheckpointError
 
 KEEP_FILE = "keep.json"
@@ -39,7 +39,7 @@ def open_pair(pruned: str | Path, teacher: str | Path) -> Candidates:
     shapes = meta_model(student.config), meta_model(dense.config)
     archs = bind(shapes[0]), bind(shapes[1])
     tokenizer = load_tokenizer(student)
-    _check_same_tokens(student, dense, tokenizer)
+    check_same_tokens(student, dense, tokenizer, "--teacher")
     if archs[0].family != archs[1].family:
         raise CheckpointError(
             f"--teacher {teacher}: is a {archs[1].family} model and {pruned} a {archs[0].family} one; give the model "
@@ -55,21 +55,6 @@ def open_pair(pruned: str | Path, teacher: str | Path) -> Candidates:
     for checkpoint, shape in zip((student, dense), shapes, strict=True):
         check_weights(checkpoint, shape)
     return Candidates(student, dense, *shapes, archs[1], tokenizer)
-
-
-def _check_same_tokens(student: Checkpoint, dense: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> None:
-    num_logits, num_other = (each.config.get_text_config().vocab_size for each in (student, dense))
-    if num_logits != num_other:
-        raise CheckpointError(
-            f"--teacher {dense.reference}: its vocabulary has {num_other:,} words and that of {student.reference} "
-            f"{num_logits:,}, so it cannot teach it word by word; give the model that was pruned."
-        )
-    other = load_tokenizer(dense)
-    if tokenizer.get_vocab() != other.get_vocab():
-        raise CheckpointError(
-            f"--teacher {dense.reference}: its tokenizer ({len(other):,} tokens) is not that of {student.reference} "
-            f"({len(tokenizer):,} tokens), so both would read different text; give the model that was pruned."
-        )
 
 
 def _check_layers(student: Checkpoint, num_layers: int, num_dense: int, teacher: str) -> None:

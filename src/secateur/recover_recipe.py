@@ -15,18 +15,6 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
-_LOGITS_ALONE = "{} is gone, since recovery trains on logits alone; leave it out and use recover.logits."
-_ASKED_LIVE = "{} is gone, since the dense model is asked live for all words; leave it out."
-# Keys that went, and what a recipe that has one is told.
-REMOVED_KEYS = {
-    key: sentence.format(key)
-    for sentence, keys in (
-        (_LOGITS_ALONE, ("recover.stages", "recover.blocks", "recover.blocks_share")),
-        (_ASKED_LIVE, ("recover.logits.top_words", "recover.logits.cache")),
-    )
-    for key in keys
-}
-
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -32,14 +32,9 @@ class Repair:
     condition: float | None = None
 
 
-def repair(
-    reader: nn.Linear, measured: Measurement, columns: Int64[Tensor, " S"], recipe: Recipe, *, drift_alone: bool = False
-) -> Repair:
-    """Return the repair that the recipe asks for; an empty one where every column stays.
-
-    With `drift_alone` also where every column stays: then what there is to make up for is the drift.
-    """
-    if len(columns) == reader.in_features and not drift_alone:
+def repair(reader: nn.Linear, measured: Measurement, columns: Int64[Tensor, " S"], recipe: Recipe) -> Repair:
+    """Return the repair that the recipe asks for; an empty one where every column stays."""
+    if len(columns) == reader.in_features:
         return Repair()
     weight_HF, dtype = reader.weight.float(), reader.weight.dtype
     if recipe.compensate == "least_squares":

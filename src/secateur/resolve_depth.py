@@ -92,12 +92,12 @@ def default_depth(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> in
     Widths give the first units cheaply and the last ones at ruin. With f the share of the recipe's units that would go
     if widths gave all, round(LAYERS_PER_UNIT * (f - UNITS_ALONE)) of all layers go, or none. Measured on SmolLM2-135M
     (LOG, 2026-11-25), where that is 0 of 30 layers at 30% of all parameters, 4 at 40%, 8 at 50%. None either where the
-    recipe has rounds or a limit on the loss, counts something else than parameters, changes the hidden width or cuts no
-    FFN, and where layers differ.
+    recipe has rounds or a limit on the loss, counts something else than parameters or cuts no FFN, and where
+    layers differ.
     """
     groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
     plain = recipe.target == "parameters" and recipe.rounds == 1 and isinstance(recipe.schedule, str)
-    plain = plain and recipe.hidden_size is None and recipe.max_loss_rise is None
+    plain = plain and recipe.max_loss_rise is None
     alike = len(set(arch.params_per_layer)) == 1 and not any(group.experts for group in groups)
     if not plain or not alike or "ffn" not in recipe.groups or not groups or getattr(config, "is_heterogeneous", False):
         return 0
@@ -147,28 +147,18 @@ def num_rounds(recipe: Recipe) -> int:
 def share_for_widths(recipe: Recipe, prices: Prices, num_gone: int, step: int) -> float:
     """Return the share that widths must still take of what the layers leave; 0 if that is less than half a `step`.
 
-    `num_gone`: what the layers that go and hidden width take. `step`: the least that can go of the widths.
-    Raises RecipeError if these alone take more than half a step too much.
+    `num_gone`: what the layers that go take. `step`: the least that can go of the widths.
+    Raises RecipeError if the layers alone take more than half a step too much.
     """
     asked = recipe.remove * prices.total
     if not num_gone:
         return recipe.remove
-    if prices.gone_before > asked + step / 2:
-        least = math.ceil(1e4 * prices.gone_before / prices.total) / 1e4
-        raise RecipeError(
-            f"hidden_size: {recipe.hidden_size} channels leave out {prices.gone_before / prices.total:.3f} of all "
-            f"{prices.total_text}, more than remove: {recipe.remove:g}; keep more channels, or remove at "
-            f"least {least:.4f}."
-        )
     if abs(asked - num_gone) <= step / 2:
         return 0.0
     if num_gone > asked:
-        assert recipe.depth, "hidden width alone was looked at above"
-        per_layer = (num_gone - prices.gone_before) // recipe.depth
-        most, least = (
-            int((asked + step / 2 - prices.gone_before) // per_layer),
-            math.ceil(1e4 * num_gone / prices.total) / 1e4,
-        )
+        assert recipe.depth, "only layers have gone by now"
+        per_layer = num_gone // recipe.depth
+        most, least = int((asked + step / 2) // per_layer), math.ceil(1e4 * num_gone / prices.total) / 1e4
         raise RecipeError(
             f"depth: {recipe.depth} layers of {prices.text(per_layer)} each make it {num_gone / prices.total:.3f} of "
             f"all {prices.total_text}, more than remove: {recipe.remove:g}; use depth {most} at most, "

@@ -31,7 +31,6 @@ class Run:
     included, and which units are left.
     `dense_losses`: held-out nats per token by domain before layers were removed, where something watches them.
     `journal`: what an interrupted run of the same inputs has finished; without a directory it knows and keeps nothing.
-    `channels`: of the residual stream, those that stayed, where the recipe's `hidden_size` has others removed.
     """
 
     model: PreTrainedModel
@@ -43,7 +42,6 @@ class Run:
     scratch: Path | None = None
     after_round: Callable[[int, Keeps], None] | None = None
     dense_losses: dict[str, float] = field(default_factory=dict[str, float])
-    channels: tuple[int, ...] = ()
     weights_on_disk: bool = False
     journal: Journal = field(default_factory=Journal)
 

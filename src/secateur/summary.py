@@ -69,7 +69,6 @@ class Summary:
     dense_size: Size
     pruned_size: Size
     num_layers: tuple[int, int]  # before, after
-    hidden_sizes: tuple[int, int]  # before, after
     widths: dict[str, tuple[int, int, int]]  # group -> units per layer before; after, in the narrowest and widest
     calibration: CalibrationFacts
     dense_losses: Losses

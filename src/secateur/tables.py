@@ -104,8 +104,6 @@ def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str]]:
     if len(set(summary.num_layers)) > 1:
         before, after = summary.num_layers
         yield "layers", f"{before}", f"{after}"
-    if len(set(summary.hidden_sizes)) > 1:
-        yield "hidden size", f"{summary.hidden_sizes[0]:,}", f"{summary.hidden_sizes[1]:,}"
     for group, (before, least, most) in summary.widths.items():
         yield f"{group} units per layer", f"{before:,}", f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
@@ -170,9 +168,6 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         before, after = inspection.num_layers
         each = f"each of {inspection.params_per_layer:,} parameters"
         yield "layers", f"{before} -> {after}, {each}; a run measures which"
-    if len(set(inspection.hidden_sizes)) > 1:
-        wide, narrow = inspection.hidden_sizes
-        yield "hidden size", f"{wide:,} -> {narrow:,}; a run measures which channels"
     yield "parameters", f"{size.num_params:,} -> {inspection.num_params_after:,}"
     yield "bytes", f"{human_bytes(size.num_bytes)} -> {human_bytes(inspection.num_bytes_after)}"
     elsewhere = " (they stay on disk)" if inspection.weights_on_disk else ""
