@@ -19,7 +19,6 @@ from secateur.estimate import MemoryPlan, plan_device_memory, plan_memory
 from secateur.in_memory import check_in_memory, restore_buffers
 from secateur.layers_on_device import Placement
 from secateur.output import parse_size
-from secateur.per_layer import check_can_skip
 from secateur.prices import prices_of
 from secateur.recipe import Recipe
 from secateur.resolve import Resolved, check_without_prices, resolve
@@ -60,8 +59,6 @@ def opened(
 def check_for(recipe: Recipe, arch: Arch, model: PreTrainedModel) -> None:
     """Raise ArchError or RecipeError for what this model cannot do, whatever its units cost."""
     check_without_prices(recipe, arch, model.config)
-    if recipe.sublayers:
-        check_can_skip(model, arch)
 
 
 def resolve_for(recipe: Recipe, model: PreTrainedModel) -> Resolved:
