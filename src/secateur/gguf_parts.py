@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from secateur.arch_spec import GgufSpec
 from secateur.checkpoint import Checkpoint, meta_model
 from secateur.checkpoint_tensors import StoredTensor, read_tensor, stored_tensors
-from secateur.gguf_family import GgufFamily, head_dim, layer_widths
+from secateur.gguf_family import head_dim, layer_widths
 
 # Files that keep every expert apart: Mixtral's names of the matrices, and the name under which llama.cpp has the stack.
 _EXPERT = re.compile(r"(model\.layers\.\d+\.).*\bexperts\.(\d+)\.(\w+)\.weight")
@@ -44,7 +45,7 @@ class Part:
     half: int | None = None
 
 
-def gguf_parts(checkpoint: Checkpoint, family: GgufFamily) -> Iterator[Part]:
+def gguf_parts(checkpoint: Checkpoint, family: GgufSpec) -> Iterator[Part]:
     """Yield what the file will hold, tied weights once; read no weights."""
     for name, sources, half in _sources(checkpoint, family):
         if name.endswith(_LATENT):
@@ -55,7 +56,7 @@ def gguf_parts(checkpoint: Checkpoint, family: GgufFamily) -> Iterator[Part]:
         yield Part(name, shape, ())
 
 
-def read_part(part: Part, family: GgufFamily) -> Tensor:
+def read_part(part: Part, family: GgufSpec) -> Tensor:
     """Return the part's values in float32, rows and channels as transformers has them."""
     if not part.sources:
         return torch.zeros(part.shape)
@@ -76,7 +77,7 @@ def read_part(part: Part, family: GgufFamily) -> Tensor:
     return whole.chunk(2, dim=rows)[part.half]
 
 
-def _sources(checkpoint: Checkpoint, family: GgufFamily) -> Iterator[tuple[str, tuple[StoredTensor, ...], int | None]]:
+def _sources(checkpoint: Checkpoint, family: GgufSpec) -> Iterator[tuple[str, tuple[StoredTensor, ...], int | None]]:
     stored, model = stored_tensors(checkpoint.directory), meta_model(checkpoint.config)
     stacks: dict[str, dict[int, StoredTensor]] = {}
     for stored_name, tensor in stored.items():
@@ -124,7 +125,7 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _stand_ins(config: PreTrainedConfig, family: GgufFamily) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _stand_ins(config: PreTrainedConfig, family: GgufSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield name and shape of the zeros that stand where a layer has no attention or MLP and llama.cpp needs one."""
     sizes: Any = config
     hidden, dim = sizes.hidden_size, head_dim(config)
@@ -146,7 +147,7 @@ def _stand_ins(config: PreTrainedConfig, family: GgufFamily) -> Iterator[tuple[s
             yield f"{layer}.self_attn.o_proj.weight", (hidden, dim)
 
 
-def _shape(name: str, sources: tuple[StoredTensor, ...], half: int | None, family: GgufFamily) -> tuple[int, ...]:
+def _shape(name: str, sources: tuple[StoredTensor, ...], half: int | None, family: GgufSpec) -> tuple[int, ...]:
     first = sources[0].shape
     if _is_stack(name, sources):
         return (len(sources), *first)
@@ -163,5 +164,5 @@ def _is_stack(name: str, sources: tuple[StoredTensor, ...]) -> bool:
     return ".mlp.experts." in name and len(sources[0].shape) == 2 and name.endswith(".weight")
 
 
-def _is_transposed(name: str, family: GgufFamily) -> bool:
+def _is_transposed(name: str, family: GgufSpec) -> bool:
     return name.endswith(".weight") and name.split(".")[-2] in family.transposed
