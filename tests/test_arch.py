@@ -92,6 +92,26 @@ def test_unknown_key_in_a_spec_is_an_error() -> None:
         ArchSpec.model_validate(spec)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"gguf": {"architecture": "llama", "takse": {}}}, "takse"),
+        ({"gguf": {"lama": {"architecture": "llama"}}}, "gguf: lama is no model type of the file; use llama"),
+        ({"serving": {"vllm": {}}}, "reads_head_dim"),
+        ({"serving": {"sglang": {}}}, "sglang"),
+    ],
+)
+def test_a_broken_fact_of_another_program_is_caught(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ArchSpec.model_validate(load_specs()["llama"].model_dump() | wrong)
+
+
+def test_what_other_programs_do_with_a_family_is_not_inherited() -> None:
+    like_mixtral = load_specs()["phimoe"]
+    assert load_specs()["mixtral"].gguf and load_specs()["mixtral"].serving
+    assert not like_mixtral.gguf and not like_mixtral.serving
+
+
 def test_rows_of_units_go_segment_by_segment() -> None:
     keep = torch.tensor([0, 2])
     assert rows_of(keep, (1,), 3).tolist() == [0, 2]

@@ -21,9 +21,9 @@ LAYERS = [
     "device",
     "layers_on_device gram",
     # what a run is described by; readers and writers of single files
-    "serving stats arch_spec recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output "
-    "llama_cpp gguf_family gguf_sentencepiece recover_teacher recover_store journal",
-    "arch_numbers arch_logits gguf_families",
+    "stats arch_spec recipe json_file text_files installed_text checkpoint_tensors checkpoint_locate output "
+    "llama_cpp gguf_sentencepiece recover_teacher recover_store journal",
+    "arch_hidden arch_numbers arch_logits gguf_family serving",
     "arch_group",
     "arch_experts",
     "arch",

@@ -13,8 +13,7 @@ import torch
 from secateur.arch import bind, decoder_layers
 from secateur.checkpoint import load_model, open_checkpoint
 from secateur.export import export
-from secateur.gguf_families import FAMILIES as GGUF_FAMILIES
-from secateur.gguf_families import PER_LAYER
+from secateur.gguf_family import gguf_specs
 from secateur.llama_cpp import have_llama_cpp, open_llama_cpp
 from secateur.output import save_checkpoint
 from secateur.per_layer import record_widths
@@ -23,6 +22,7 @@ from tests.families import tiny_family
 from tests.models import tiny_ids
 from tests.test_families import cut_units, kept_of
 
+GGUF_FAMILIES = gguf_specs(per_layer=False)
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 YARN |= {"mscale": 0.7, "mscale_all_dim": 0.7}
@@ -90,7 +90,7 @@ def pruned_per_layer(name: str, place: Path) -> Path:
 
 
 PRUNED = [pytest.param(pruned, name, id=name) for name in GGUF_FAMILIES]
-PRUNED += [pytest.param(pruned_per_layer, name, id=f"{name}-per-layer") for name in PER_LAYER]
+PRUNED += [pytest.param(pruned_per_layer, name, id=f"{name}-per-layer") for name in gguf_specs(per_layer=True)]
 
 
 def known_keys(row: str) -> set[str]:

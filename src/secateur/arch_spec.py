@@ -3,12 +3,12 @@
 In: a config's `model_type`. Out: the spec as its YAML states it; `arch.bind` checks it against real modules. In the
 YAML a segment's width is a number, `kv` (head_dim), `q` (head_dim x query heads per KV head), or `kv x NAME`: as many
 segments of one head as the config's NAME says. `like: FAMILY` takes everything from another file but what is said anew;
-of its groups those named null are left out.
+of its groups those named null are left out. `gguf` and `serving` are not taken: nobody checked them for the new one.
 """
 
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -35,6 +35,46 @@ class GroupSpec(BaseModel):
     # The module whose config a half-cut layer needs to itself, where its forward reads numbers of heads from there.
     local_config: str | None = None
     unless: dict[str, str] = {}  # config keys (dotted: within a mapping) that, where true, forbid the group -> why
+
+
+class GgufSpec(BaseModel):
+    """What llama.cpp computes under an architecture's name. `takes`, `same`, `at_most` name what it takes for granted.
+
+    A config key that a config lacks counts as None; a dot leads into a mapping. Not handled: images; experts in some of
+    the layers only, unless in all but the first few.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    architecture: str
+    takes: dict[str, Any] = {}  # config key -> its value
+    same: dict[str, str] = {}  # config key -> the key that has the same value
+    at_most: dict[str, int] = {}  # config key -> its largest value
+    eps: str | float = "rms_norm_eps"  # the key of the norms' epsilon, or its value; `rms_norm_eps` alone: RMS norms
+    scales: dict[str, str] = {}  # config key -> the `add_` method of gguf's writer
+    interleaved_rotary: bool = False  # rotates channels 2i and 2i+1, not i and i + head_dim/2: rows of q and k move
+    full_width_heads: bool = False  # query heads * head_dim must be the hidden size
+    norm_offset: int = 0  # what transformers adds to the weights of norms and llama.cpp does not
+    window_period: int = 0  # all layers but each such last one have a sliding window; 0: none has
+    rotary_period: int = 0  # all layers but each such last one have rotary positions; 0: all have
+    # Attention is scaled by head_dim, but by hidden_size / heads in the model of so many layers.
+    largest_num_layers: int | None = None
+    fused_gate: str = ""  # the file keeps an expert's gate and input in one matrix of that name, llama.cpp apart
+    alternating_gate: bool = False  # their rows take turns
+    transposed: tuple[str, ...] = ()  # modules that hold their weight transposed
+    fused_qkv: bool = False  # the file keeps q, k and v apart, llama.cpp in one matrix
+    latent_attention: bool = False  # keys and values of all heads are read off one latent vector, DeepSeek's MLA
+    # Another architecture that computes the same with widths of each layer's own: `deci` is that of Nemotron's pruned
+    # Llamas, `openelm` has norms of queries and keys.
+    per_layer: "GgufSpec | None" = None
+
+
+class VllmSpec(BaseModel):
+    """A family whose class is in vLLM's registry of models."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    reads_head_dim: bool  # its modelling takes head_dim from the config, and not hidden_size / heads
 
 
 class LogitsSpec(BaseModel):
@@ -87,6 +127,8 @@ class ArchSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model_types: tuple[str, ...] = Field(min_length=1)
+    gguf: dict[str, GgufSpec] = {}  # by model type; in the YAML also one for all of them
+    serving: dict[Literal["vllm"], VllmSpec] = {}  # by server that loads the family's safetensors
     backbone: str
     layers: str
     head: str
@@ -103,6 +145,19 @@ class ArchSpec(BaseModel):
     groups: dict[str, GroupSpec]
     experts: ExpertsSpec | None = None
     omits: dict[str, str] = {}  # groups that the family cannot lose units of -> why
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_gguf(cls, data: Any) -> Any:
+        if "architecture" in (row := data.get("gguf") or {}):
+            return data | {"gguf": dict.fromkeys(data.get("model_types", ()), row)}
+        return data
+
+    @model_validator(mode="after")
+    def _check_gguf(self) -> "ArchSpec":
+        if unknown := sorted(set(self.gguf) - set(self.model_types)):
+            raise ValueError(f"gguf: {unknown[0]} is no model type of the file; use {', '.join(self.model_types)}.")
+        return self
 
     @model_validator(mode="after")
     def _check_middle(self) -> "ArchSpec":
@@ -139,6 +194,6 @@ def _inherited(data: dict[str, Any], raw: dict[str, dict[str, Any]]) -> dict[str
     """Return a file's data over that of the family it is `like`; its groups over those, without the ones named null."""
     if "like" not in data:
         return data
-    base = _inherited(raw[data["like"]], raw)
+    base = {key: value for key, value in _inherited(raw[data["like"]], raw).items() if key not in ("gguf", "serving")}
     groups = {name: group for name, group in (base["groups"] | data.get("groups", {})).items() if group is not None}
     return base | {key: value for key, value in data.items() if key != "like"} | {"groups": groups}

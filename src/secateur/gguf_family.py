@@ -1,46 +1,21 @@
-"""One family in GGUF: what llama.cpp's architecture takes for granted, and the sizes that a config gives it.
+"""One family in GGUF: which specs there are, and the sizes that a config gives it.
 
-In: a checkpoint's config. Out: a row of the table in `gguf_families`, head size, rotary settings, widths by layer.
+In: a checkpoint's config. Out: head size, rotary settings, widths by layer.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from secateur.arch_spec import GgufSpec, load_specs
 from secateur.modeling_per_layer import is_per_layer
 
 
-@dataclass(frozen=True, slots=True)
-class GgufFamily:
-    """A row of the table below.
-
-    `takes`: what llama.cpp takes for granted: key of the config -> its value, or a function of the config; a key that a
-    config lacks counts as None. `eps`: the key of the norms' epsilon, or its value; `rms_norm_eps` alone is of RMS
-    norms. `scales`: key of the config -> the writer's `add_` method. `interleaved_rotary`: it rotates channels 2i and
-    2i+1 where transformers rotates i and i + head_dim/2, so the rows of q and k are reordered. `full_width_heads`: it
-    needs query heads * head_dim to be the hidden size. `norm_offset`: what transformers adds to the weights of norms
-    and llama.cpp does not. `window_period`: of so many layers all but the last have a sliding window; 0: none has.
-    `fused_gate`: the file keeps an expert's gate and input in one matrix of that name, llama.cpp apart;
-    `alternating_gate`: their rows take turns. `transposed`: modules that hold their weight transposed. `fused_qkv`:
-    the file keeps q, k and v apart, llama.cpp in one matrix. `latent_attention`: keys and values of all heads are
-    read off one latent vector, DeepSeek's MLA.
-    """
-
-    architecture: str
-    takes: Mapping[str, Any] = field(default_factory=dict)
-    eps: str | float = "rms_norm_eps"
-    scales: Mapping[str, str] = field(default_factory=dict)
-    interleaved_rotary: bool = False
-    full_width_heads: bool = False
-    norm_offset: int = 0
-    window_period: int = 0
-    fused_gate: str = ""
-    alternating_gate: bool = False
-    transposed: tuple[str, ...] = ()
-    fused_qkv: bool = False
-    latent_attention: bool = False
+def gguf_specs(*, per_layer: bool) -> dict[str, GgufSpec]:
+    """Return by model type how a model goes into GGUF, if it can; `per_layer`: one whose layers differ in width."""
+    rows = {model_type: row for spec in load_specs().values() for model_type, row in spec.gguf.items()}
+    return {key: row.per_layer for key, row in rows.items() if row.per_layer} if per_layer else rows
 
 
 def head_dim(config: PreTrainedConfig) -> int:

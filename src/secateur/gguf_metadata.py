@@ -1,17 +1,18 @@
 """What a GGUF file says about a model beside its tensors: architecture, sizes, experts, scales, rotary positions.
 
 In: a checkpoint's config. Out: keys on a `gguf.GGUFWriter`. Tokenizers are in `gguf_tokenizer`, what an architecture
-takes for granted in `gguf_families`, sizes in `gguf_family`.
+takes for granted in `arch_spec`, sizes in `gguf_family`.
 """
 
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from secateur.gguf_family import GgufFamily, head_dim, layer_widths, rotary
+from secateur.arch_spec import GgufSpec
+from secateur.gguf_family import head_dim, layer_widths, rotary
 
 
-def context_length(config: PreTrainedConfig, family: GgufFamily) -> int:
+def context_length(config: PreTrainedConfig, family: GgufSpec) -> int:
     """Return for how many tokens llama.cpp computes what the model does.
 
     A sliding window changes nothing up to its own length; architectures without one are right up to there.
@@ -21,7 +22,7 @@ def context_length(config: PreTrainedConfig, family: GgufFamily) -> int:
     return min(sizes.max_position_embeddings, window or sizes.max_position_embeddings)
 
 
-def add_metadata(writer: Any, config: PreTrainedConfig, family: GgufFamily) -> None:
+def add_metadata(writer: Any, config: PreTrainedConfig, family: GgufSpec) -> None:
     """Write the keys that describe the model's shape to a `gguf.GGUFWriter`."""
     sizes: Any = config
     writer.add_vocab_size(sizes.vocab_size)
@@ -89,7 +90,7 @@ def _add_experts(writer: Any, sizes: Any) -> None:
             writer.add_expert_group_used_count(sizes.topk_group)
 
 
-def _add_rotary(writer: Any, settings: dict[str, Any], family: GgufFamily) -> None:
+def _add_rotary(writer: Any, settings: dict[str, Any], family: GgufSpec) -> None:
     import gguf
 
     writer.add_rope_freq_base(settings["rope_theta"])

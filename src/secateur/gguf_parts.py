@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from secateur.arch_spec import GgufSpec
 from secateur.checkpoint import Checkpoint, meta_model
 from secateur.checkpoint_tensors import StoredTensor, read_tensor, stored_tensors
-from secateur.gguf_family import GgufFamily
 
 # Files that keep every expert apart: Mixtral's names of the matrices, and the name under which llama.cpp has the stack.
 _EXPERT = re.compile(r"(model\.layers\.\d+\.).*\bexperts\.(\d+)\.(\w+)\.weight")
@@ -43,7 +43,7 @@ class Part:
     half: int | None = None
 
 
-def gguf_parts(checkpoint: Checkpoint, family: GgufFamily) -> Iterator[Part]:
+def gguf_parts(checkpoint: Checkpoint, family: GgufSpec) -> Iterator[Part]:
     """Yield what the file will hold, tied weights once; read no weights."""
     for name, sources, half in _sources(checkpoint, family):
         if name.endswith(_LATENT):
@@ -52,7 +52,7 @@ def gguf_parts(checkpoint: Checkpoint, family: GgufFamily) -> Iterator[Part]:
             yield Part(name, _shape(name, sources, half, family), sources, half)
 
 
-def read_part(part: Part, family: GgufFamily) -> Tensor:
+def read_part(part: Part, family: GgufSpec) -> Tensor:
     """Return the part's values in float32, rows and channels as transformers has them."""
     values = [read_tensor(source).float() for source in part.sources]
     if _is_stack(part.name, part.sources):
@@ -71,7 +71,7 @@ def read_part(part: Part, family: GgufFamily) -> Tensor:
     return whole.chunk(2, dim=rows)[part.half]
 
 
-def _sources(checkpoint: Checkpoint, family: GgufFamily) -> Iterator[tuple[str, tuple[StoredTensor, ...], int | None]]:
+def _sources(checkpoint: Checkpoint, family: GgufSpec) -> Iterator[tuple[str, tuple[StoredTensor, ...], int | None]]:
     stored, model = stored_tensors(checkpoint.directory), meta_model(checkpoint.config)
     stacks: dict[str, dict[int, StoredTensor]] = {}
     for stored_name, tensor in stored.items():
@@ -119,7 +119,7 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _shape(name: str, sources: tuple[StoredTensor, ...], half: int | None, family: GgufFamily) -> tuple[int, ...]:
+def _shape(name: str, sources: tuple[StoredTensor, ...], half: int | None, family: GgufSpec) -> tuple[int, ...]:
     first = sources[0].shape
     if _is_stack(name, sources):
         return (len(sources), *first)
@@ -136,5 +136,5 @@ def _is_stack(name: str, sources: tuple[StoredTensor, ...]) -> bool:
     return ".mlp.experts." in name and len(sources[0].shape) == 2 and name.endswith(".weight")
 
 
-def _is_transposed(name: str, family: GgufFamily) -> bool:
+def _is_transposed(name: str, family: GgufSpec) -> bool:
     return name.endswith(".weight") and name.split(".")[-2] in family.transposed

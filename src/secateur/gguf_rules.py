@@ -4,19 +4,19 @@ In: a checkpoint, or a config and what a run would leave. Nothing is read but th
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from secateur.arch_spec import GgufSpec
 from secateur.checkpoint import Checkpoint
 from secateur.errors import ArchError
-from secateur.gguf_families import FAMILIES, PER_LAYER
-from secateur.gguf_family import GgufFamily, head_dim, rotary
+from secateur.gguf_family import gguf_specs, head_dim, rotary
 from secateur.modeling_per_layer import is_per_layer
 
 ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-def gguf_family(checkpoint: Checkpoint) -> GgufFamily:
+def gguf_family(checkpoint: Checkpoint) -> GgufSpec:
     """Return how the checkpoint's family goes into GGUF. Raises ArchError for what llama.cpp would not run as it is."""
     config = checkpoint.config
     return _family(config, checkpoint.reference, per_layer=is_per_layer(config))
@@ -42,26 +42,27 @@ def gguf_problem(config: Any, widths: Mapping[str, frozenset[int]], num_head_cha
     return None
 
 
-def _family(config: Any, reference: str, *, per_layer: bool) -> GgufFamily:
-    if config.model_type not in FAMILIES:
+def _family(config: Any, reference: str, *, per_layer: bool) -> GgufSpec:
+    uniform, uneven = gguf_specs(per_layer=False), gguf_specs(per_layer=True)
+    if config.model_type not in uniform:
         raise ArchError(
-            f"{reference}: GGUF export knows the families {', '.join(sorted(FAMILIES))}, "
+            f"{reference}: GGUF export knows the families {', '.join(sorted(uniform))}, "
             f"not '{config.model_type}'; llama.cpp's own script may know it."
         )
-    if per_layer and config.model_type not in PER_LAYER:
+    if per_layer and config.model_type not in uneven:
         raise ArchError(
             f"{reference}: its layers have different widths, which llama.cpp runs of the families "
-            f"{', '.join(PER_LAYER)}, not '{config.model_type}'; prune with widths: uniform."
+            f"{', '.join(sorted(uneven))}, not '{config.model_type}'; prune with widths: uniform."
         )
-    family = (PER_LAYER if per_layer else FAMILIES)[config.model_type]
+    family = (uneven if per_layer else uniform)[config.model_type]
     where = f"{reference}: llama.cpp's {family.architecture}"
     if family.full_width_heads and (width := config.num_attention_heads * head_dim(config)) != config.hidden_size:
         raise ArchError(
             f"{where} needs query heads * head_dim to be the hidden size {config.hidden_size}, got {width}; "
             "prune groups other than attention heads."
         )
-    for key, taken in family.takes.items():
-        got, expected = _value(config, key), taken(config) if callable(taken) else taken
+    for key, expected in _taken(config, family):
+        got = _value(config, key)
         if got != expected and not (expected in (None, False) and got in (None, False)):
             raise ArchError(f"{where} takes {key} to be {expected}, the config says {got}; keep it in safetensors.")
     if rotary(config)["rope_type"] not in ROTARY_TYPES:
@@ -70,6 +71,22 @@ def _family(config: Any, reference: str, *, per_layer: bool) -> GgufFamily:
             f"allowed: {', '.join(ROTARY_TYPES)}."
         )
     return family
+
+
+def _taken(config: Any, family: GgufSpec) -> Iterator[tuple[str, Any]]:
+    """Yield what llama.cpp takes for granted, by config key, where it depends on the config for this one."""
+    yield from family.takes.items()
+    yield from ((key, _value(config, other)) for key, other in family.same.items())
+    yield from ((key, min(_value(config, key), limit)) for key, limit in family.at_most.items())
+    layers = range(1, config.num_hidden_layers + 1)
+    if period := family.window_period:
+        yield "layer_types", ["sliding_attention" if layer % period else "full_attention" for layer in layers]
+    if period := family.rotary_period:
+        yield "no_rope_layers", [int(layer % period > 0) for layer in layers]
+    if family.largest_num_layers is not None:
+        is_largest = config.num_hidden_layers == family.largest_num_layers
+        width = config.hidden_size // config.num_attention_heads if is_largest else head_dim(config)
+        yield "query_pre_attn_scalar", width
 
 
 def _value(config: Any, key: str) -> Any:

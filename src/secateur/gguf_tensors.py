@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from secateur.arch_spec import GgufSpec
 from secateur.checkpoint import Checkpoint
 from secateur.errors import CheckpointError, NumericsError
-from secateur.gguf_family import GgufFamily, head_dim, num_kv_heads, rotary
+from secateur.gguf_family import head_dim, num_kv_heads, rotary
 from secateur.gguf_parts import Part, gguf_parts, read_part
 
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # ours -> gguf.GGMLQuantizationType
@@ -46,7 +47,7 @@ class GgufTensor:
         return self.part.name if self.part else _FACTORS
 
 
-def gguf_tensors(checkpoint: Checkpoint, family: GgufFamily, type_name: str) -> list[GgufTensor]:
+def gguf_tensors(checkpoint: Checkpoint, family: GgufSpec, type_name: str) -> list[GgufTensor]:
     """List what the file will hold, tied weights once; read no weights.
 
     Raises CheckpointError if a row is no multiple of the type's block.
@@ -82,7 +83,7 @@ def num_gguf_bytes(tensor: GgufTensor) -> int:
     return math.prod(tensor.shape) // block_size * block_bytes
 
 
-def read_gguf_arrays(tensors: list[GgufTensor], family: GgufFamily, config: PreTrainedConfig) -> Iterator[np.ndarray]:
+def read_gguf_arrays(tensors: list[GgufTensor], family: GgufSpec, config: PreTrainedConfig) -> Iterator[np.ndarray]:
     """Yield each tensor's array, read, reordered, norms shifted, and in its type.
 
     Raises NumericsError for NaN, infinity, or a weight beyond what f16 holds.
@@ -96,7 +97,7 @@ def read_gguf_arrays(tensors: list[GgufTensor], family: GgufFamily, config: PreT
         yield gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[TYPES[tensor.type_name]])
 
 
-def _as_llama_cpp_has_it(values: Tensor, name: str, family: GgufFamily, config: PreTrainedConfig) -> Tensor:
+def _as_llama_cpp_has_it(values: Tensor, name: str, family: GgufSpec, config: PreTrainedConfig) -> Tensor:
     """Return the values with rows of q and k in llama.cpp's order of rotary channels, and norms by its convention."""
     if ".query_key_value." in name:
         return join_qkv(values, num_kv_heads(config), head_dim(config))

@@ -8,20 +8,12 @@ number of GPUs; KV heads divide by it or it by them; every width that is split d
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from secateur.arch_spec import load_specs
 from secateur.errors import RecipeError, advice
 
 VLLM, LLAMA_CPP = "vllm", "llama.cpp"
 SERVERS = (VLLM, LLAMA_CPP)
 QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
-
-# Families whose class is in vLLM's registry of models, and of these the ones whose modelling reads head_dim from the
-# config instead of dividing hidden_size by the number of heads. Others were not found to.
-IN_REGISTRY = frozenset(
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3 phi phi3 olmo olmo2 granite stablelm starcoder2 gpt2 gpt_neox opt "
-    "falcon cohere cohere2 glm glm4 exaone4 nemotron hunyuan_dense ernie4_5 seed_oss mixtral qwen2_moe qwen3_moe olmoe "
-    "gpt_oss granitemoe deepseek_v2 deepseek_v3".split()
-)
-READS_HEAD_DIM = frozenset("llama mistral qwen3 gemma gemma2 gemma3 mixtral qwen3_moe nemotron glm glm4".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +62,10 @@ def check_vllm(
             elif value % num_gpus and _is_split(key):
                 problems.append(f"{key} is {value}, which {num_gpus} GPUs cannot split evenly")
     cautions = ["checked by vLLM's published rules; vLLM was not run"]
-    if family not in IN_REGISTRY:
+    known = load_specs()[family].serving.get(VLLM)
+    if known is None:
         cautions.append(f"family {family} is not in vLLM's registry; its Transformers backend may run it")
-    if not heads_follow_hidden_size and family not in READS_HEAD_DIM:
+    if not heads_follow_hidden_size and not (known and known.reads_head_dim):
         cautions.append(
             f"heads were cut, and vLLM's {family} was not found to read head_dim from the config; if it divides "
             f"hidden_size by the number of heads, it cannot load this"
