@@ -19,7 +19,6 @@ from secateur.checkpoint import meta_model, open_checkpoint
 from secateur.device import device_called
 from secateur.estimate import MemoryEstimate, MemoryPlan
 from secateur.inspection_groups import Possible, groups_to_inspect, possible_groups, serving_after
-from secateur.journal import Journal
 from secateur.latency import with_prices
 from secateur.opening import memory_for
 from secateur.prices import Outcome, parameter_prices
@@ -28,6 +27,7 @@ from secateur.recipe import MeasuredPrices, Recipe
 from secateur.resolve import Resolved
 from secateur.resolve_hidden import check_for, resolve_for
 from secateur.serving import Serving
+from secateur.store import Store
 from secateur.summary import Size
 from secateur.work import Work, disk_bytes, seconds_for, work_of
 
@@ -113,7 +113,7 @@ def inspect(
     recipe, notes = groups_to_inspect(recipe, bind(shape))
     planned, size = check_for(recipe, shape), Size.of(shape)
     arch = bind(planned)
-    recipe = with_prices(recipe, arch, shape, Journal(), progress)
+    recipe = with_prices(recipe, arch, shape, Store(), progress)
     resolved = resolve_for(recipe, shape)
     memory = memory_for(resolved, arch, shape, checkpoint, device)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params

@@ -16,13 +16,13 @@ from secateur.bench import Speed, bench
 from secateur.calibration import CalibrationSet
 from secateur.device import peak_bytes_on
 from secateur.estimate import MemoryPlan
-from secateur.journal import Journal
 from secateur.layers_on_device import Placement, all_there
 from secateur.loss import Loss, domain_losses
 from secateur.progress import Progress
 from secateur.ranks import is_first
 from secateur.resolve import Resolved
 from secateur.runlog import RunLog
+from secateur.store import Store
 from secateur.summary import Losses, Size
 
 
@@ -41,7 +41,7 @@ class Job:
     resolved: Resolved
     calibration: CalibrationSet
     log: RunLog
-    journal: Journal
+    store: Store
     progress: Progress
     plan: MemoryPlan
     device: torch.device
@@ -67,7 +67,7 @@ class Job:
             return {domain: dataclasses.asdict(loss) for domain, loss in losses.items()}
 
         with self.log.time("evaluate"):
-            found = self.journal.value(f"evaluate {which}", measured)
+            found = self.store.value(f"evaluate {which}", measured)
         for domain, loss in found.items():
             self.log.write({"event": "loss", "model": which, "domain": domain, **loss})
         return {domain: Loss(**loss) for domain, loss in found.items()}

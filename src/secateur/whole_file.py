@@ -31,17 +31,6 @@ def whole_file(path: Path) -> Iterator[Path]:
         staged.unlink(missing_ok=True)
 
 
-def save_json(path: Path, value: Any) -> None:
-    """Write the value as JSON."""
-    with whole_file(path) as staged:
-        staged.write_text(json.dumps(value), encoding="utf-8")
-
-
-def load_json(path: Path) -> Any:
-    """Return what `save_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def save_tensors(path: Path, tensors: dict[str, Tensor], line: dict[str, Any]) -> None:
     """Write the tensors as safetensors, and the line in the file's header."""
     with whole_file(path) as staged:
