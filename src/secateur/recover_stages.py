@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.progress import Progress, silent
+from secateur.ranks import alone
 from secateur.recover_blocks import Pair, recover_blocks
 from secateur.recover_cost import predict_flops
 from secateur.recover_judge import Judge, Verdicts, domain_weights, mean_kl, mean_nats
@@ -25,6 +26,7 @@ from secateur.recover_record import StageRecord
 from secateur.recover_store import LayerStore
 from secateur.recover_teacher import TeacherCache
 from secateur.recover_text import RecoveryText, blocks_per_step, training_tokens
+from secateur.store import Store
 from secateur.walk import Batch
 
 LAYERS_FOLDER, CACHE_FOLDER, TRAINER_FOLDER, STAGES_FOLDER = "layers", "teacher", "trainer", "stages"
@@ -76,16 +78,20 @@ def run_stages(work: Work) -> tuple[Verdicts, list[StageRecord]]:
 
 def _train(work: Work, stage: StageName, weights: dict[str, float]) -> dict[str, Any]:
     """Run one stage, or take what it had finished before, and return its tokens, seconds and operations."""
-    store = LayerStore(work.directory / STAGES_FOLDER)  # the whole model is its one "layer"
-    number = work.settings.stages.index(stage)
-    cost = store.load(number, work.pruned)
-    if cost is None:
-        start = time.perf_counter()
-        num_tokens = _STAGES[stage](work, weights)
-        seconds = round(time.perf_counter() - start, 2)
-        share = num_tokens / training_tokens(work.text, work.settings)[stage]  # less than one after an early stop
-        cost = {"num_tokens": num_tokens, "seconds": seconds, "flops": sum(_flops(work)[stage]) * share}
-        store.save(number, work.pruned, cost)
+    store = Store(work.directory / STAGES_FOLDER, label="recover", tell=work.tell)
+    (work.directory / STAGES_FOLDER).mkdir(exist_ok=True)
+    with alone():  # every process has the whole model, and reads and writes it by itself
+        found = store.find(stage)
+    if found is not None:
+        _put_back(work.pruned, {name: data.to(work.pruned.device) for name, data in found[0].items()})
+        return found[1]
+    start = time.perf_counter()
+    num_tokens = _STAGES[stage](work, weights)
+    seconds = round(time.perf_counter() - start, 2)
+    share = num_tokens / training_tokens(work.text, work.settings)[stage]  # less than one after an early stop
+    cost = {"num_tokens": num_tokens, "seconds": seconds, "flops": sum(_flops(work)[stage]) * share}
+    with alone():
+        store.keep(stage, dict(work.pruned.named_parameters()), cost)
     return cost
 
 
