@@ -19,8 +19,8 @@ from run_cli import Outcome, run_cli
 from safetensors.torch import load_file, save_file
 
 from secateur.errors import RecipeError
-from secateur.resume import HOW, journal_place
 from secateur.serving import check_server
+from secateur.store import HOW, place_beside
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 
@@ -259,9 +259,9 @@ def test_disk_full_in_the_middle(model, recipe_file, tmp_path):
     anew = f"{out}: begins anew; what an interrupted run had finished is removed (resume would go on from it)."
     assert set(lines) - set(errors) == {f"secateur: {HOW}.", anew}
     # What was finished before the kept readers and the weights were too large stays, to resume from.
-    journal = journal_place(out)
-    shutil.rmtree(journal)
-    journal.parent.rmdir()
+    store = place_beside(out)
+    shutil.rmtree(store)
+    store.parent.rmdir()
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,6 +94,18 @@ def test_a_changed_recipe_is_run_anew_and_the_rest_is_kept(grid: dict[str, Any],
     compare(load_study(write(grid, tmp_path), small=True), out)
     assert before < set((out / "cells").iterdir())
     assert len(set((out / "cells").iterdir()) - before) == 1
+
+
+def test_a_damaged_cell_is_run_again(grid: dict[str, Any], tmp_path: Path) -> None:
+    study, out, heard = load_study(write(grid, tmp_path), small=True), tmp_path / "out", list[str]()
+    found = compare(study, out)
+    cell = next((out / "cells").glob("wanda-*.json"))
+    cell.write_text(re.sub(r"\d\.\d", "9.9", cell.read_text(), count=1))
+    again = compare(study, out, tell=heard.append)
+    assert [one.nats_per_token for one in again] == [one.nats_per_token for one in found]
+    assert heard == [
+        f"{cell.parent}: {cell.stem}, finished by an earlier run, is damaged on disk, so it is done again."
+    ]
 
 
 @pytest.mark.slow

@@ -80,3 +80,23 @@ def test_pickles_in_it_are_opened_as_tensors_only(pruned, checkpoints, tmp_path)
     assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
     torch.load(state, weights_only=False)
     assert (tmp_path / "ran").exists(), "the pickle would have run"
+
+
+def test_damaged_trained_weights_are_trained_again(pruned, checkpoints, tmp_path):
+    secateur.recover(pruned, checkpoints["llama"], CHANGES, out=tmp_path / "whole")
+
+    def kill(name: str, done: int, total: int) -> None:
+        if name == "verify":
+            raise Killed
+
+    out, said = tmp_path / "out", list[str]()
+    with pytest.raises(Killed):
+        secateur.recover(pruned, checkpoints["llama"], CHANGES, out=out, progress=kill)
+    [trained] = tmp_path.glob(".out.recover-*/trained/*.safetensors")
+    raw = bytearray(trained.read_bytes())
+    raw[-1] ^= 1
+    trained.write_bytes(raw)
+    secateur.recover(pruned, checkpoints["llama"], CHANGES, out=out, tell=said.append)
+    told = f"recover: {trained.stem}, finished by an earlier run, is damaged on disk, so it is done again."
+    assert said.count(told) == 1
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()

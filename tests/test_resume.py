@@ -21,10 +21,9 @@ from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.inspection import inspect
-from secateur.journal import Journal
 from secateur.recipe import parse_recipe
-from secateur.resume import journal_place
 from secateur.staged_directory import staging
+from secateur.store import Store, place_beside
 from secateur.verify import Verification
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -107,17 +106,17 @@ class stopped_after:
 
     def __enter__(self) -> None:
         for method in ("keep", "value"):
-            whole = getattr(Journal, method)
+            whole = getattr(Store, method)
 
-            def counted(journal: Journal, *args: Any, _whole: Any = whole) -> Any:
-                before = journal.num_kept
-                found = _whole(journal, *args)
-                self.left -= journal.num_kept - before
-                if self.left <= 0 and journal.num_kept > before:
+            def counted(store: Store, *args: Any, _whole: Any = whole, **options: Any) -> Any:
+                before = store.num_kept
+                found = _whole(store, *args, **options)
+                self.left -= store.num_kept - before
+                if self.left <= 0 and store.num_kept > before:
                     raise Stopped
                 return found
 
-            self.patches.append(patch.object(Journal, method, counted))
+            self.patches.append(patch.object(Store, method, counted))
             self.patches[-1].start()
 
     def __exit__(self, *error: object) -> None:
@@ -246,7 +245,7 @@ def test_other_inputs_are_refused_and_nothing_is_lost(changes, said, checkpoints
     calibration = {**recipe["calibration"], "domains": {"mine": {"files": [str(file)]}}}
     wanted, out = {**recipe, "remove": 0.35, "calibration": calibration}, tmp_path / "out"
     begun(model, wanted, out)
-    finished = sorted(journal_place(out).iterdir())
+    finished = sorted(place_beside(out).iterdir())
     if changes == "weights":
         tensors = load_file(model / "model.safetensors")
         tensors["model.norm.weight"] *= 2
@@ -258,7 +257,7 @@ def test_other_inputs_are_refused_and_nothing_is_lost(changes, said, checkpoints
     (tmp_path / "r.yaml").write_text(json.dumps(wanted))
     done = run_cli("prune", model, out, "--recipe", tmp_path / "r.yaml", "--resume", "--quiet")
     assert done.status == 2 and f"OUT {out}: cannot be resumed, since {said}; give " in done.stderr
-    assert sorted(journal_place(out).iterdir()) == finished and not out.exists()
+    assert sorted(place_beside(out).iterdir()) == finished and not out.exists()
 
 
 def test_what_is_said_of_an_earlier_run(checkpoints, recipe, expected, tmp_path):

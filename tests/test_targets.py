@@ -23,13 +23,13 @@ from secateur.depth import remove_layers
 from secateur.errors import RecipeError
 from secateur.ideal import Costs, least_costs
 from secateur.inspection import inspect
-from secateur.journal import Journal
 from secateur.latency import Timing, _slope, measure_latency, with_prices
 from secateur.per_layer import record_widths
 from secateur.prices import prices_of
 from secateur.recipe import MeasuredPrices, dump_recipe, parse_recipe
 from secateur.resolve import resolve
 from secateur.runlog import RunLog
+from secateur.store import Store
 from secateur.tables import headline
 
 TOKENIZER = tiny_tokenizer()
@@ -201,12 +201,12 @@ def test_recorded_prices_make_the_same_plan_without_measuring(measured, monkeypa
     arch, log = bind(model), RunLog()
     asked = parse_recipe({"target": "latency", "groups": ["ffn", "kv_heads"], "remove": 0.2})
     monkeypatch.setattr("secateur.latency.measure_latency", lambda *_: measured)
-    filled = with_prices(asked, arch, model, Journal(log))
+    filled = with_prices(asked, arch, model, Store(log=log))
     assert [line["event"] for line in log.lines] == ["latency"] * 8 + ["prices"] and "latency" in log.seconds
     first = resolve(filled, arch, model.config, prices_of(filled, arch, model))
     saved = parse_recipe(yaml.safe_load(dump_recipe(first.recipe)))
     monkeypatch.setattr("secateur.latency.measure_latency", None)
-    assert with_prices(saved, arch, model, Journal(log)) == saved and len(log.lines) == 9
+    assert with_prices(saved, arch, model, Store(log=log)) == saved and len(log.lines) == 9
     again = resolve(saved, arch, model.config, prices_of(saved, arch, model))
     assert again.plans == first.plans and again.recipe == first.recipe
 

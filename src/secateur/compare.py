@@ -8,6 +8,7 @@ is evaluated once per seed. A cell that is done is read and not run again.
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,8 @@ from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.compare_page import FoundCell, comparison_files
 from secateur.depth_step import remove_depth
 from secateur.device import device_called, on_device
-from secateur.evaluate_cache import PartCache, fingerprint
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks, run_task
+from secateur.fingerprint import fingerprint
 from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
 from secateur.opening import resolve_for
@@ -37,6 +38,7 @@ from secateur.ranks_group import joined
 from secateur.recipe import Recipe
 from secateur.run import Run
 from secateur.staged_file import staged_file
+from secateur.store import Store
 from secateur.study import Cell, Study, cells, dump_study, study_recipe
 from secateur.summary import Size, versions
 
@@ -53,17 +55,20 @@ class _Bench:
     fingerprint: str
     tokenizer: PreTrainedTokenizerBase
     tasks: LoadedTasks | None
-    cache: PartCache
+    store: Store
     progress: Progress
     device: torch.device
 
 
 @joined()
-def compare(study: Study, out: Path, progress: Progress = silent) -> list[FoundCell]:
+def compare(
+    study: Study, out: Path, progress: Progress = silent, tell: Callable[[str], None] = lambda text: None
+) -> list[FoundCell]:
     """Run what is missing of the grid and write `table.md`, `study.yaml`, `results.json` and `report.html` to `out`.
 
     Under torchrun or `accelerate launch` every process calls this; the ranks take whole cells by turns, each as one
-    process would run it, and the first one writes the page.
+    process would run it, and the first one writes the page. `tell` gets a line of text about
+    every finished cell that is damaged on disk, which is run again.
 
     Raises a SecateurError, one sentence, for everything that a user can correct; a ratio out of a method's reach
     surfaces before the first cell runs.
@@ -78,10 +83,10 @@ def compare(study: Study, out: Path, progress: Progress = silent) -> list[FoundC
     evaluation = study.evaluation
     tasks = load_tasks(evaluation.tasks, TaskOptions(limit=evaluation.limit), None) if evaluation.tasks else None
     tokenizer, device = load_tokenizer(checkpoint), device_called(study.recipe.get("device"))
-    cache = PartCache(out / CELLS_FOLDER)
+    store = Store(out / CELLS_FOLDER, tell=tell)
     with disk_errors(out):
-        cache.directory.mkdir(parents=True, exist_ok=True)
-    bench = _Bench(study, checkpoint, fingerprint(checkpoint), tokenizer, tasks, cache, progress, device)
+        (out / CELLS_FOLDER).mkdir(parents=True, exist_ok=True)
+    bench = _Bench(study, checkpoint, fingerprint(checkpoint), tokenizer, tasks, store, progress, device)
     blocks: dict[int, dict[str, Tensor]] = {}
     work: list[int | Cell] = []
     for seed in study.seeds:
@@ -133,7 +138,7 @@ def _dense_cell(bench: _Bench, arch: Arch, seed: int, blocks: dict[str, Tensor])
         return {"remove_reached": 0.0, "seconds": 0.0} | _judge(bench, model, arch, blocks)
 
     depends_on = _depends_on(bench, seed, {}, blocks)
-    result = bench.cache.get_or_compute(f"{DENSE}-{seed}", depends_on, compute)
+    result = bench.store.value(f"{DENSE}-{seed}", compute, depends_on=depends_on)
     return FoundCell(DENSE, 0.0, seed, **result)
 
 
@@ -156,7 +161,8 @@ def _cell(bench: _Bench, arch: Arch, cell: Cell, blocks: dict[str, Tensor]) -> F
 
     depends_on = _depends_on(bench, cell.seed, cell.recipe.model_dump(mode="json"), blocks)
     name = f"{cell.method}-{cell.ratio:g}-{cell.seed}"
-    return FoundCell(cell.method, cell.ratio, cell.seed, **bench.cache.get_or_compute(name, depends_on, compute))
+    result = bench.store.value(name, compute, depends_on=depends_on)
+    return FoundCell(cell.method, cell.ratio, cell.seed, **result)
 
 
 def _without_judged(drawn: CalibrationSet, num_blocks: int) -> CalibrationSet:

@@ -76,7 +76,7 @@ def _chosen(run: Run, batches: list[Batch]) -> dict[int, float]:
         )
         return list(costs.items())
 
-    return dict(run.journal.value("removed layers", chosen))
+    return dict(run.store.value("removed layers", chosen))
 
 
 def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
@@ -109,11 +109,11 @@ def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]
     before = decoder_layers(run.model, arch)[position - 1]
     (ffn,) = (group for group in arch.select(("ffn",)) if group.layer == position - 1)
     name, weight = f"patch for layer {layer}", linear(before, ffn.reader.module).weight
-    found = run.journal.find(name)
+    found = run.store.find(name)
     if found is not None:
         with torch.no_grad():
             weight.copy_(found[0]["weight"])
         return found[1]
     patch = dataclasses.asdict(fold_patch(run.model, arch, position, batches, recipe.damping))
-    run.journal.keep(name, {"weight": weight}, patch)
+    run.store.keep(name, {"weight": weight}, patch)
     return patch

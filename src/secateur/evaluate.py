@@ -10,6 +10,7 @@ on the domains' blocks and its head stay.
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.checkpoint_tokenizer import check_same_tokens, load_tokenizer
 from secateur.errors import RecipeError
-from secateur.evaluate_cache import PartCache
 from secateur.evaluate_differences import differences
 from secateur.evaluate_domains import RECIPE, Blocks, named_blocks, recipe_blocks
 from secateur.evaluate_parts import Subject, dense_states, kl_parts, open_subject, quality_parts, task_parts
@@ -31,6 +31,7 @@ from secateur.ranks import check_same, is_first
 from secateur.ranks_group import joined
 from secateur.recipe import Domain
 from secateur.staged_file import staged_file
+from secateur.store import Store
 from secateur.summary import versions
 
 FILE_NAME, PARTS_FOLDER = "evaluation.json", "evaluation"
@@ -74,13 +75,15 @@ def evaluate(
     against: str | Path | None = None,
     out: Path | None = None,
     progress: Progress = silent,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure `model` and, if given, the dense model `against`, and write `out`/evaluation.json (default: `model`).
 
     The result maps `pruned` (the model) and `dense` (the one against which, if any) to their `domains`, `wikitext2`
     and `tasks` (in lm-eval's own shape), `kl` to the divergence by domain, and `differences` to pruned minus dense
     with the standard error over the same blocks or questions. Under torchrun or `accelerate launch` every process calls
-    this and gets the result; the ranks share blocks and tasks, and the first one writes.
+    this and gets the result; the ranks share blocks and tasks, and the first one writes. `tell` gets a line of
+    text about every finished part that is damaged on disk, which is measured again.
 
     Raises a SecateurError, one sentence, for everything that a user can correct.
     """
@@ -97,16 +100,16 @@ def evaluate(
     check_same({"model": " ".join(models), "text": str([int(ids_NT.sum()) for ids_NT in text.blocks_NT.values()])})
     with disk_errors(directory):
         (directory / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
-    cache = PartCache(directory / PARTS_FOLDER)
+    store = Store(directory / PARTS_FOLDER, tell=tell)
     measured: dict[str, Any] = {}
     states = None
     if dense is not None:
-        measured["dense"] = _measure(cache, dense, text, settings.task_options, progress)
-        states = dense_states(cache, dense, pruned, text.blocks_NT, progress)
+        measured["dense"] = _measure(store, dense, text, settings.task_options, progress)
+        states = dense_states(store, dense, pruned, text.blocks_NT, progress)
         dense.forget()
-    measured["pruned"] = _measure(cache, pruned, text, settings.task_options, progress)
+    measured["pruned"] = _measure(store, pruned, text, settings.task_options, progress)
     if dense is not None:
-        measured["kl"] = kl_parts(cache, dense, pruned, states, text.blocks_NT, progress)
+        measured["kl"] = kl_parts(store, dense, pruned, states, text.blocks_NT, progress)
         measured["differences"] = differences(measured["dense"], measured["pruned"])
     for which in ("dense", "pruned"):  # thousands of numbers, which the parts keep
         measured.get(which, {}).get("tasks", {}).pop("item_scores", None)
@@ -155,18 +158,16 @@ def _prepare(settings: Settings, pruned: Subject, tokenizer: PreTrainedTokenizer
     return _Text(tokenizer, blocks_NT, wikitext_NL, tasks, notes)
 
 
-def _measure(
-    cache: PartCache, subject: Subject, text: _Text, options: TaskOptions, progress: Progress
-) -> dict[str, Any]:
+def _measure(store: Store, subject: Subject, text: _Text, options: TaskOptions, progress: Progress) -> dict[str, Any]:
     tokenizer = text.tokenizer
     measured: dict[str, Any] = {
-        "domains": quality_parts(cache, subject, tokenizer, "domains", text.blocks_NT, progress)
+        "domains": quality_parts(store, subject, tokenizer, "domains", text.blocks_NT, progress)
     }
     if text.wikitext_NL is not None:
         blocks = {"test": text.wikitext_NL}
-        measured["wikitext2"] = quality_parts(cache, subject, tokenizer, "wikitext2", blocks, progress)["test"]
+        measured["wikitext2"] = quality_parts(store, subject, tokenizer, "wikitext2", blocks, progress)["test"]
     if text.tasks is not None:
-        measured["tasks"] = task_parts(cache, subject, tokenizer, text.tasks, options, progress)
+        measured["tasks"] = task_parts(store, subject, tokenizer, text.tasks, options, progress)
     return measured
 
 

@@ -16,12 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.arch import Arch, bind, head_of
 from secateur.checkpoint import Checkpoint, load_model, meta_model, open_checkpoint
 from secateur.device import device_called, on_device
-from secateur.evaluate_cache import Part, PartCache, fingerprint
 from secateur.evaluate_domains import Blocks, measure_quality
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, identity, merge, num_questions, run_task
+from secateur.fingerprint import fingerprint
 from secateur.kl import DenseStates, final_states, summarise, token_divergences_and_agreements
 from secateur.progress import Progress
 from secateur.ranks import in_turns, own_part, size, spread
+from secateur.store import Store
+
+Part = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -69,7 +72,7 @@ class _Count:
 
 
 def quality_parts(
-    cache: PartCache,
+    store: Store,
     subject: Subject,
     tokenizer: PreTrainedTokenizerBase,
     stage: str,
@@ -89,13 +92,13 @@ def quality_parts(
             return dataclasses.asdict(quality)
 
         depends_on = {"model": subject.fingerprint, **_facts(domain_NT)}
-        found[domain] = cache.get_or_compute(f"{stage}-{domain}", depends_on, compute)
+        found[domain] = store.value(f"{stage}-{domain}", compute, depends_on=depends_on)
         count.move(before + len(domain_NT) - count.done)
     return found
 
 
 def dense_states(
-    cache: PartCache, dense: Subject, pruned: Subject, blocks_NT: Blocks, progress: Progress
+    store: Store, dense: Subject, pruned: Subject, blocks_NT: Blocks, progress: Progress
 ) -> DenseStates | None:
     """Return what KL needs of the dense model for the domains whose KL is not known yet; None if all are.
 
@@ -104,7 +107,7 @@ def dense_states(
     unknown = {
         domain: domain_NT
         for domain, domain_NT in blocks_NT.items()
-        if cache.get(f"kl-{domain}", _kl_facts(dense, pruned, domain_NT)) is None
+        if not store.has(f"kl-{domain}", _kl_facts(dense, pruned, domain_NT))
     }
     if not unknown:
         return None
@@ -119,7 +122,7 @@ def dense_states(
 
 
 def kl_parts(
-    cache: PartCache,
+    store: Store,
     dense: Subject,
     pruned: Subject,
     states: DenseStates | None,
@@ -143,13 +146,14 @@ def kl_parts(
             pairs = spread(compare, list(domain_NT))
             return dataclasses.asdict(summarise(domain, *(list(parts) for parts in zip(*pairs, strict=True))))
 
-        found[domain] = cache.get_or_compute(f"kl-{domain}", _kl_facts(dense, pruned, domain_NT), compute)
+        depends_on = _kl_facts(dense, pruned, domain_NT)
+        found[domain] = store.value(f"kl-{domain}", compute, depends_on=depends_on)
         count.move(len(domain_NT))
     return found
 
 
 def task_parts(
-    cache: PartCache,
+    store: Store,
     subject: Subject,
     tokenizer: PreTrainedTokenizerBase,
     loaded: LoadedTasks,
@@ -174,7 +178,7 @@ def task_parts(
             return run_task(task, subject.model(), tokenizer, options, listen)
 
         depends_on = {"model": subject.fingerprint, **dataclasses.asdict(options), **identity(task, loaded)}
-        found = cache.get_or_compute(f"task-{name}", depends_on, compute)
+        found = store.value(f"task-{name}", compute, depends_on=depends_on)
         count.move(before + sizes[name] - count.done)
         return found
 

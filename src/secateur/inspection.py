@@ -19,7 +19,6 @@ from secateur.checkpoint import meta_model, open_checkpoint
 from secateur.device import device_called
 from secateur.estimate import MemoryEstimate, MemoryPlan
 from secateur.inspection_groups import Possible, groups_to_inspect, possible_groups, serving_after
-from secateur.journal import Journal
 from secateur.latency import with_prices
 from secateur.opening import check_for, memory_for, resolve_for
 from secateur.prices import Outcome, parameter_prices
@@ -27,6 +26,7 @@ from secateur.progress import Progress, silent
 from secateur.recipe import MeasuredPrices, Recipe
 from secateur.resolve import Resolved
 from secateur.serving import Serving
+from secateur.store import Store
 from secateur.summary import Size
 from secateur.work import Work, disk_bytes, seconds_for, work_of
 
@@ -111,7 +111,7 @@ def inspect(
     arch, size = bind(shape), Size.of(shape)
     recipe, notes = groups_to_inspect(recipe, arch)
     check_for(recipe, arch, shape)
-    recipe = with_prices(recipe, arch, shape, Journal(), progress)
+    recipe = with_prices(recipe, arch, shape, Store(), progress)
     resolved = resolve_for(recipe, shape)
     memory = memory_for(resolved, arch, shape, checkpoint, device)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params

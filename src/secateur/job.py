@@ -15,12 +15,12 @@ from secateur.arch import Arch
 from secateur.calibration import CalibrationSet
 from secateur.device import peak_bytes_on
 from secateur.estimate import MemoryPlan
-from secateur.journal import Journal
 from secateur.layers_on_device import Placement
 from secateur.loss import Loss, domain_losses
 from secateur.progress import Progress
 from secateur.resolve import Resolved
 from secateur.runlog import RunLog
+from secateur.store import Store
 from secateur.summary import Losses, Size
 
 
@@ -39,7 +39,7 @@ class Job:
     resolved: Resolved
     calibration: CalibrationSet
     log: RunLog
-    journal: Journal
+    store: Store
     progress: Progress
     plan: MemoryPlan
     device: torch.device
@@ -57,7 +57,7 @@ class Job:
             return {domain: dataclasses.asdict(loss) for domain, loss in losses.items()}
 
         with self.log.time("evaluate"):
-            found = self.journal.value(f"evaluate {which}", measured)
+            found = self.store.value(f"evaluate {which}", measured)
         for domain, loss in found.items():
             self.log.write({"event": "loss", "model": which, "domain": domain, **loss})
         return {domain: Loss(**loss) for domain, loss in found.items()}

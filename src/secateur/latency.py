@@ -25,10 +25,10 @@ from secateur.depth import remove_layers
 from secateur.device import CPU, on_device
 from secateur.errors import RecipeError
 from secateur.in_memory import restore_buffers
-from secateur.journal import Journal
 from secateur.progress import Progress, silent
 from secateur.ranks import from_first
 from secateur.recipe import MeasuredPrices, Recipe
+from secateur.store import Store
 
 # Layers that are read again and again must not fit a processor's cache, as a whole model's do not.
 LEAST_BYTES = 2**28
@@ -52,11 +52,11 @@ class Timing:
 
 
 def with_prices(
-    recipe: Recipe, arch: Arch, model: Any, journal: Journal, progress: Progress = silent, device: torch.device = CPU
+    recipe: Recipe, arch: Arch, model: Any, store: Store, progress: Progress = silent, device: torch.device = CPU
 ) -> Recipe:
     """Return the recipe with measured `prices`, and log what they come from; as it is if it has them or needs none.
 
-    Prices that an interrupted run has measured are in its journal and hold on, since a second measurement would differ.
+    Prices that an interrupted run has measured are in its store and hold on, since a second measurement would differ.
 
     `model`: only its config and dtype count, so that it may be on the meta device. `device`: where it is timed.
 
@@ -64,7 +64,7 @@ def with_prices(
     """
     if recipe.target != "latency" or recipe.prices is not None:
         return recipe
-    log = journal.log
+    log = store.log
 
     def measured() -> dict[str, Any]:
         with log.time("latency"):
@@ -74,7 +74,8 @@ def with_prices(
         log.write({"event": "prices", **prices.model_dump()})
         return prices.model_dump(mode="json")
 
-    return recipe.model_copy(update={"prices": MeasuredPrices(**journal.value("prices", lambda: from_first(measured)))})
+    prices = store.value("prices", lambda: from_first(measured), is_input=True)
+    return recipe.model_copy(update={"prices": MeasuredPrices(**prices)})
 
 
 @torch.inference_mode()

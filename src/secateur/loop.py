@@ -47,7 +47,7 @@ def prune_in_place(run: Run) -> Keeps:
                 scores = whole_model_scores(run, number, batches)
                 plan = plan_round(run, number, batches, net.allowed_rise(), scores)
                 net.before_round(keeps)
-                # Through a round that the journal has whole no stream needs to go.
+                # Through a round that the store has whole no stream needs to go.
                 walked = [] if _is_finished(run, number) else batches
                 walk = Walk(run.model, run.arch, walked, dense=bool(run.resolved.recipe.target_mix))
                 unload()
@@ -96,9 +96,9 @@ def _one_round(
 
 
 def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int, scores_U: Tensor | None) -> Tensor:
-    """Prune the group and return the kept indices, or do again what the journal knows of it."""
+    """Prune the group and return the kept indices, or do again what the store knows of it."""
     layer, recipe, name = walk.layers[group.layer], run.resolved.recipe, _step_name(number, group)
-    found = run.journal.find(name)
+    found = run.store.find(name)
     if found is not None:
         stored, line = found
         keep = redo_group(layer, group, stored)
@@ -108,13 +108,13 @@ def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int, 
         settle(layer)  # what is kept for an interrupted run and what goes on must be the same
         seconds = round(time.perf_counter() - start, 3)
         line = {"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()}
-        run.journal.keep(name, outcome_of(layer, group, keep), line)
+        run.store.keep(name, outcome_of(layer, group, keep), line)
     run.log(line)
     return keep
 
 
 def _is_finished(run: Run, number: int) -> bool:
-    return all(run.journal.has(_step_name(number, group)) for group in run.resolved.groups)
+    return all(run.store.has(_step_name(number, group)) for group in run.resolved.groups)
 
 
 def _step_name(number: int, group: Group) -> str:

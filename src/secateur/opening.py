@@ -1,11 +1,16 @@
 """What a run is given, opened, looked at and loaded; and what is decided of memory before that.
 
 In: a reference or a model in memory, the recipe. Out: the model's shape and architecture, the device, how weights keep
-within memory, and the model itself. Everything that is wrong with these is said before a weight is read.
+within memory, the model itself, and the store of finished steps. Everything that is wrong with these is said before a
+weight is read.
 """
 
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,15 +19,22 @@ from secateur.arch import Arch, bind, decoder_layers
 from secateur.checkpoint import Checkpoint, check_finite, check_weights, load_model, meta_model, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.device import CPU, LOW, device_called, free_bytes, multiplies_in_software
-from secateur.errors import RecipeError
+from secateur.errors import CheckpointError, RecipeError
 from secateur.estimate import MemoryPlan, plan_device_memory, plan_memory
+from secateur.fingerprint import weight_digests
 from secateur.in_memory import check_in_memory, restore_buffers
 from secateur.layers_on_device import Placement
 from secateur.output import parse_size
 from secateur.prices import prices_of
+from secateur.ranks import is_first
 from secateur.recipe import Recipe
 from secateur.resolve import Resolved, check_without_prices, resolve
-from secateur.summary import Size
+from secateur.runlog import RunLog
+from secateur.store import Store
+from secateur.summary import Size, versions
+
+# Whatever of these a run has: the bytes of its result are the same.
+_WITHOUT_EFFECT = {"memory_budget", "device_budget"}
 
 
 @dataclass(slots=True)
@@ -137,3 +149,47 @@ def loaded(given: Given, plan: MemoryPlan) -> tuple[PreTrainedModel, tuple[str, 
     mapped = (plan.weights_on_disk or given.device.type != "cpu") and checkpoint.gguf_file is None
     given.shape = load_model(checkpoint, mapped=mapped)
     return given.shape, ()
+
+
+def store_for(
+    out: Path | None,
+    recipe: Recipe,
+    checkpoint: Checkpoint | None,
+    computes: dict[str, Any],
+    log: RunLog,
+    *,
+    resume: bool,
+    overwrite: bool,
+    tell: Callable[[str], None],
+) -> AbstractContextManager[Store]:
+    """Return the store of a run that can be resumed, see `Store.open`; for any other one a store that keeps nothing.
+
+    `checkpoint`: None for a model in memory, which a run cuts in place, so that it is not what it was.
+    `computes`: where and in what, as far as the recipe leaves that to the machine.
+    Raises CheckpointError if such a run is to `resume`.
+    """
+    if out is None or checkpoint is None:
+        if resume:
+            raise CheckpointError(
+                "resume: only a run that writes to out and reads its model from files can go on; give both as paths, "
+                "or leave resume out."
+            )
+        return nullcontext(Store(log=log))
+    if not is_first():
+        return nullcontext(Store(log=log, label=str(out)))
+    inputs = inputs_of(recipe, checkpoint) | {"computes": computes}
+    options = {"resume": resume, "overwrite": overwrite, "protected": checkpoint.directory, "tell": tell}
+    return Store.open(out, inputs, log, **options)
+
+
+def inputs_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return all that the result depends on and that is known before a weight is read.
+
+    Calibration text and measured prices are not.
+    """
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
+        "model config": json.loads(checkpoint.config.to_json_string(use_diff=False)),
+        "model file": weight_digests(checkpoint),
+        "version of": versions(),
+    }

@@ -20,8 +20,8 @@ from secateur.ranks import is_first
 from secateur.ranks_group import meet
 from secateur.recipe import Recipe
 from secateur.recovering import recover
-from secateur.resume import journal_place
 from secateur.staged_directory import check_replaceable
+from secateur.store import place_beside
 
 
 def prune_then_recover(
@@ -62,6 +62,6 @@ def prune_then_recover(
         settings = {"overwrite": overwrite, "command": command, "progress": progress, "name": f"{model}, pruned"}
         recover(pruned, model, changes, out=place, **settings)
     finally:
-        if is_first() and not journal_place(pruned).exists():
+        if is_first() and not place_beside(pruned).exists():
             shutil.rmtree(folder, ignore_errors=True)
     return dataclasses.replace(result, model=load(place), recipe=recipe, out=Path(out))

@@ -25,7 +25,6 @@ from secateur.card import model_card
 from secateur.depth_step import remove_depth
 from secateur.in_memory import eval_mode
 from secateur.job import Job
-from secateur.journal import Journal
 from secateur.latency import with_prices
 from secateur.loop import prune_in_place
 from secateur.memory import peak_bytes
@@ -38,6 +37,7 @@ from secateur.opening import (
     opened,
     placement_of,
     resolve_for,
+    store_for,
     tokenizer_of,
 )
 from secateur.output import check_free_space
@@ -49,10 +49,10 @@ from secateur.ranks_check import check_same_run
 from secateur.ranks_group import joined
 from secateur.recipe import Recipe, as_recipe
 from secateur.report import missing_plots, write_report
-from secateur.resume import check_calibration, journal_for, note_resumed
 from secateur.run import Keeps, Run
 from secateur.runlog import RunLog
 from secateur.staged_directory import staging_if_any
+from secateur.store import Store
 from secateur.summary import Size, Summary, group_widths, versions
 from secateur.verify import Verification, verify_reload
 from secateur.work import disk_bytes
@@ -112,11 +112,11 @@ def prune(
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
     target = staging_if_any(place, overwrite=overwrite, protected=protected)
     computes = {"device": str(device), "in float32": computes_in_float32(parsed, checkpoint, shape, device)}
-    kept = journal_for(place, parsed, checkpoint, computes, log, resume=resume, overwrite=overwrite, tell=tell)
+    kept = store_for(place, parsed, checkpoint, computes, log, resume=resume, overwrite=overwrite, tell=tell)
     given = Given(checkpoint, shape, arch, device)
     del shape  # its modules alone are 0.1 MB per layer
-    with kept as journal, target as directory:
-        job = _prepared(given, parsed, tokenizer, journal, place, directory, command, progress)
+    with kept as store, target as directory:
+        job = _prepared(given, parsed, tokenizer, store, directory, command, progress)
         with eval_mode(job.model):
             layers, keeps, summary = _run(job, directory, protected)
     return Result(
@@ -128,18 +128,17 @@ def _prepared(
     given: Given,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase | None,
-    journal: Journal,
-    place: Path | None,
+    store: Store,
     directory: Path | None,
     command: str,
     progress: Progress,
 ) -> Job:
     """Return the job with its model on the device and its text packed, after everything has been checked."""
     checkpoint, shape, arch, device = given.checkpoint, given.shape, given.arch, given.device
-    log = journal.log
+    log = store.log
     if directory is not None:
         log.append_to(directory)
-    recipe = with_prices(recipe, arch, shape, journal, progress, device)
+    recipe = with_prices(recipe, arch, shape, store, progress, device)
     resolved = resolve_for(recipe, shape)
     plan = memory_for(resolved, arch, shape, checkpoint, device)
     if directory is not None:
@@ -155,9 +154,9 @@ def _prepared(
         placement.go()
     with log.time("calibration"), eval_mode(model):
         calibration = from_first(partial(with_sampled, calibration, model, tokenizer, recipe.seed, progress))
-        check_calibration(journal, calibration.content_hash, place)
+        store.check_input("calibration text", calibration.content_hash)
     name = str(checkpoint.reference if checkpoint else model.config._name_or_path or type(model).__name__)
-    parts = (tokenizer, arch, resolved, calibration, log, journal, progress, plan, device, placement, size)
+    parts = (tokenizer, arch, resolved, calibration, log, store, progress, plan, device, placement, size)
     return Job(name, command, model, *parts)
 
 
@@ -168,7 +167,7 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
     with tempfile.TemporaryDirectory(dir=directory, prefix="scratch-") as scratch:
         run = Run(job.model, job.arch, job.resolved, job.calibration, log.write, job.progress, Path(scratch))
         with log.time("prune"):
-            run = dataclasses.replace(run, weights_on_disk=job.plan.weights_on_disk, journal=job.journal)
+            run = dataclasses.replace(run, weights_on_disk=job.plan.weights_on_disk, store=job.store)
             run = remove_depth(run)
             job, layers = dataclasses.replace(job, arch=run.arch, resolved=run.resolved), run.resolved.layers
             checkpoint = directory and PrunedCheckpoint(job.model, job.tokenizer, recipe, directory, carry_from, layers)
@@ -177,7 +176,7 @@ def _run(job: Job, directory: Path | None, carry_from: Path | None) -> tuple[tup
             keeps = prune_in_place(run)
         peak = peak_bytes()
         pruned_losses = job.evaluate("pruned")
-    note_resumed(job.journal)
+    job.store.note_found()
     device_peak = job.come_home()
     proof = _save(job, checkpoint, keeps)
     summary = Summary(

@@ -7,13 +7,14 @@ weights won back, and a record. Nothing of the result is written here.
 import time
 from typing import Any
 
+from secateur.ranks import alone
 from secateur.recover_cost import predict_flops
 from secateur.recover_judge import Verdicts, domain_weights, mean_kl, mean_nats
 from secateur.recover_logits import Work, recover_logits
 from secateur.recover_record import TrainingRecord
-from secateur.whole_file import load_tensors, save_tensors
+from secateur.store import Store
 
-TRAINED_FILE = "trained.safetensors"
+TRAINED_FOLDER = "trained"
 
 
 def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
@@ -45,18 +46,21 @@ def judged(work: Work) -> Verdicts:
 
 def _train(work: Work, weights: dict[str, float]) -> dict[str, Any]:
     """Train, or take what an interrupted run had trained to the end; return tokens, seconds and operations."""
-    path = work.directory / TRAINED_FILE
-    if path.is_file():
-        tensors, cost = load_tensors(path)
+    store = Store(work.directory / TRAINED_FOLDER, label="recover", tell=work.tell)
+    (work.directory / TRAINED_FOLDER).mkdir(exist_ok=True)
+    with alone():  # every process has the whole model, and reads and writes it by itself
+        found = store.find("trained")
+    if found is not None:
         for name, parameter in work.pruned.named_parameters():
-            parameter.data = tensors[name].to(parameter.device)
-        return cost
+            parameter.data = found[0][name].to(parameter.device)
+        return found[1]
     start = time.perf_counter()
     num_tokens = recover_logits(work, weights)
     seconds = round(time.perf_counter() - start, 2)
     share = num_tokens / work.text.num_tokens  # less than one after an early stop
     cost = {"num_tokens": num_tokens, "seconds": seconds, "flops": _training_flops(work) * share}
-    save_tensors(path, dict(work.pruned.named_parameters()), cost)
+    with alone():
+        store.keep("trained", dict(work.pruned.named_parameters()), cost)
     return cost
 
 

@@ -4,18 +4,19 @@ In: the checkpoints and the settings. Out: `TaskScores`. One model at a time is 
 kept in a directory as soon as it is done, so that an interrupted run does not ask it again.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from secateur.evaluate_cache import PartCache
 from secateur.evaluate_differences import differences, metrics
 from secateur.evaluate_parts import open_subject, task_parts
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks
 from secateur.progress import Progress
 from secateur.recover_recipe import TaskSettings
 from secateur.recover_record import Score, TaskScores
+from secateur.store import Store
 
 PARTS_FOLDER = "tasks"
 
@@ -32,14 +33,15 @@ def score_tasks(
     tokenizer: PreTrainedTokenizerBase,
     scratch: Path,
     progress: Progress,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> TaskScores:
-    """Return every model's scores. `places`: the models by `dense`, `pruned` and `recovered`."""
-    cache = PartCache(scratch / PARTS_FOLDER)
-    cache.directory.mkdir(exist_ok=True)
+    """Return every model's scores. `places`: the models by `dense`, `pruned` and `recovered`. `tell`: see `Store`."""
+    store = Store(scratch / PARTS_FOLDER, tell=tell)
+    (scratch / PARTS_FOLDER).mkdir(exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
     for which, place in places.items():
         subject = open_subject(which, place)
-        found[which] = task_parts(cache, subject, tokenizer, loaded, _options(settings), progress)
+        found[which] = task_parts(store, subject, tokenizer, loaded, _options(settings), progress)
         subject.forget()
     before, after = ({"domains": {}, "tasks": found[which]} for which in ("pruned", "recovered"))
     gains = differences(before, after)["tasks"]

@@ -138,7 +138,7 @@ def _score(work: Work, loaded: LoadedTasks | None, places: dict[str, str | Path]
     if loaded is None:
         return None
     asked = work.settings.evaluation
-    return score_tasks(loaded, asked, places, work.candidates.tokenizer, work.directory, work.progress)
+    return score_tasks(loaded, asked, places, work.candidates.tokenizer, work.directory, work.progress, work.tell)
 
 
 def _record(

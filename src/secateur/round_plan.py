@@ -40,7 +40,7 @@ def plan_round(
     def made() -> dict[str, Any]:
         return _as_json(_planned(run, number, batches, max_rise, scores))
 
-    return _from_json(run.journal.value(f"round-{number}-plan", made))
+    return _from_json(run.store.value(f"round-{number}-plan", made))
 
 
 def _planned(
@@ -78,13 +78,13 @@ def whole_model_scores(run: Run, number: int, batches: list[Batch]) -> dict[Grou
     if run.resolved.recipe.score != "taylor":
         return {}
     name, groups = f"round-{number}-scores", {f"{group.layer} {group.name}": group for group in run.resolved.groups}
-    found = run.journal.find(name)
+    found = run.store.find(name)
     if found is not None:
         device = next(run.model.parameters()).device
         return {(groups[key].layer, groups[key].name): scores_U.to(device) for key, scores_U in found[0].items()}
     run.progress("score", 0, 1)
     scores = taylor_scores(run.model, run.arch, run.resolved.groups, batches)
-    run.journal.keep(name, {f"{layer} {group}": scores_U for (layer, group), scores_U in scores.items()}, {})
+    run.store.keep(name, {f"{layer} {group}": scores_U for (layer, group), scores_U in scores.items()}, {})
     run.progress("score", 1, 1)
     return scores
 

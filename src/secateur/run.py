@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from secateur.arch import Arch
 from secateur.budget import GroupKey
 from secateur.calibration import CalibrationSet, rotated
-from secateur.journal import Journal
 from secateur.progress import Progress, silent
 from secateur.ranks import own_part
 from secateur.resolve import Resolved
+from secateur.store import Store
 from secateur.walk import Batch, make_batches
 
 Keeps = dict[GroupKey, Tensor]
@@ -30,7 +30,7 @@ class Run:
     `after_round`: is told the number of every round that held, while the model is as that round left it, its config
     included, and which units are left.
     `dense_losses`: held-out nats per token by domain before layers were removed, where something watches them.
-    `journal`: what an interrupted run of the same inputs has finished; without a directory it knows and keeps nothing.
+    `store`: what an interrupted run of the same inputs has finished; without a directory it knows and keeps nothing.
     """
 
     model: PreTrainedModel
@@ -43,7 +43,7 @@ class Run:
     after_round: Callable[[int, Keeps], None] | None = None
     dense_losses: dict[str, float] = field(default_factory=dict[str, float])
     weights_on_disk: bool = False
-    journal: Journal = field(default_factory=Journal)
+    store: Store = field(default_factory=Store)
 
     @property
     def shares(self) -> dict[str, float]:

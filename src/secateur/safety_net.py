@@ -90,7 +90,7 @@ def watched_losses(run: Run, which: str) -> dict[str, float]:
         losses = domain_losses(run.model, run.arch, run.held_out, run.progress, f"held-out loss, {which}")
         return {name: loss.nats_per_token for name, loss in losses.items()}
 
-    return run.journal.value(f"held-out {which}", measured)
+    return run.store.value(f"held-out {which}", measured)
 
 
 def _mean(losses: dict[str, float]) -> float:

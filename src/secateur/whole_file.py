@@ -4,18 +4,10 @@ In: a path and what belongs there. Out: the file, written under a hidden name, f
 with one JSON object, which lies in the header of their file.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
-LINE = "line"
 
 
 @contextmanager
@@ -29,30 +21,6 @@ def whole_file(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         staged.unlink(missing_ok=True)
-
-
-def save_json(path: Path, value: Any) -> None:
-    """Write the value as JSON."""
-    with whole_file(path) as staged:
-        staged.write_text(json.dumps(value), encoding="utf-8")
-
-
-def load_json(path: Path) -> Any:
-    """Return what `save_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], line: dict[str, Any]) -> None:
-    """Write the tensors as safetensors, and the line in the file's header."""
-    with whole_file(path) as staged:
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(held, staged, metadata={LINE: json.dumps(line)})
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what `save_tensors` wrote."""
-    with safe_open(path, framework="pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}, json.loads(opened.metadata()[LINE])
 
 
 def sync(path: Path) -> None:

@@ -154,7 +154,7 @@ def _rate(left: torch.Tensor, columns: int) -> float:
 def disk_bytes(arch: Arch, resolved: Resolved, model: nn.Module, plan: MemoryPlan) -> int:
     """Return the most bytes that a run needs on the disk of its output.
 
-    The result, never larger than the dense model, once more for every round that is kept; the journal's refitted
+    The result, never larger than the dense model, once more for every round that is kept; the store's refitted
     readers of every round; layers as they were before the first of several rounds; finished layers, where weights
     stay on disk.
     """

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from secateur.cli.app import CONSOLE, Json, Quiet, app
+from secateur.cli.app import CONSOLE, Json, Quiet, app, tell
 from secateur.progress_bar import progress_bar
 
 
@@ -29,7 +29,7 @@ def compare(
 
     parsed = load_study(study, small=small, model=model)
     with progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
-        found = run_study(parsed, out, progress)
+        found = run_study(parsed, out, progress, tell)
     if not is_first():
         return
     if as_json:

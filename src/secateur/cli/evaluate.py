@@ -18,6 +18,7 @@ from secateur.cli.app import (
     app,
     parse_domains,
     task_names,
+    tell,
 )
 from secateur.progress_bar import progress_bar
 from secateur.recipe import parse_recipe
@@ -76,7 +77,7 @@ def evaluate(
         device=device,
     )
     with progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
-        result = evaluate_model(model, settings, against=against, out=out, progress=progress)
+        result = evaluate_model(model, settings, against=against, out=out, progress=progress, tell=tell)
     if not is_first():
         return
     if as_json:

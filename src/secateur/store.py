@@ -1,0 +1,364 @@
+"""The store: finished steps of a job, in a directory that outlives it, so that the same job can go on from there.
+
+In: a step's name and its outcome, as JSON or tensors. Out: the same when the step is met again; None if it is new.
+A step NAME is a record NAME.json and, if it has tensors, NAME.safetensors beside it. The record is written last, so a
+step is complete or not there at all. It begins with the sha256 of its own bytes and has that of the tensors. Both are
+checked at every reading: a damaged step is removed, said in a line, and done again, whichever others are there.
+
+The whole job has inputs, which `Store.open` checks and `inputs.json` keeps. Others become known on the way: they are
+kept as input-NAME.json, and where one of all these is damaged nothing there counts. With several ranks the first one
+reads and writes, and tells the others, who ask in the same order.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from secateur.errors import CheckpointError, NumericsError, RecipeError
+from secateur.output import disk_errors
+from secateur.ranks import from_first, is_first
+from secateur.runlog import RunLog
+from secateur.staged_directory import check_replaceable, make_hidden, missing_parents, remove_empty
+from secateur.whole_file import whole_file
+
+INPUTS, INPUT = "inputs", "input-"
+HOW = "the same command with --resume (in Python: resume=True) goes on from what is finished"
+_FORMAT = 1  # of the records; in the name of steps that say what they depend on, so that older ones are ignored
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_SEAL = b'{"sha256": "%s",'
+_SEAL_BYTES = len(_SEAL) - len(b"%s") + 64
+# The file is not there, or the disk cannot read it.
+_UNREADABLE = {errno.ENOENT, errno.EIO}
+# A file system that knows no locks, as some of clusters: two runs for one OUT are then the user's to avoid.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+
+Record = dict[str, Any]
+
+
+class Store:
+    """Finished steps by name. `directory` None: nothing is kept. Without `open` it has no inputs and no lock.
+
+    `log`: a step's lines of this log are kept with its value and written again. `label`: what the directory is called
+    in sentences. `tell` hears in a line of every damaged step. `num_found`: steps that an earlier run had finished;
+    `num_kept`: records that this one wrote.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        log: RunLog | None = None,
+        label: str = "",
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.directory, self.tell = directory, tell
+        self.log = RunLog() if log is None else log
+        self.label = label or str(directory)
+        self.num_found = self.num_kept = 0
+        self._promised: set[str] = set()
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        out: Path,
+        inputs: Mapping[str, Any],
+        log: RunLog,
+        *,
+        resume: bool,
+        overwrite: bool,
+        protected: Path,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> Iterator["Store"]:
+        """Yield the store of the job that writes `out`, which only one process at a time has.
+
+        `inputs`: all that the result depends on and that is known by now, as plain JSON by name.
+        The store is removed when the block ends well, when no step was finished, and after an error that the same
+        inputs would meet again. In every other case it stays, and the exception gets a note that says how to go on.
+        `tell` hears in a line what becomes of an earlier run's store.
+
+        Raises CheckpointError as `check_replaceable`, if another process has the store, or if with `resume` the inputs
+        have changed.
+        """
+        directory, made = place_beside(out), missing_parents(out)
+        if not overwrite and _is_outlived(directory, out):
+            _remove(directory, [])
+        check_replaceable(out, overwrite=overwrite, protected=protected)
+        if not directory.is_dir():
+            make_hidden(directory, out)
+        lock, store, ours = _lock(directory, out), cls(directory, log=log, label=str(out), tell=tell), False
+        try:
+            with disk_errors(out):
+                store._begin(directory, json.loads(json.dumps(inputs)), resume=resume)
+            ours = True
+            yield store
+            _remove(directory, [])
+        except BaseException as error:
+            again = isinstance(error, RecipeError | NumericsError) and store.num_kept
+            if again or not _finished(directory):
+                _remove(directory, made)
+            elif ours:
+                error.add_note(HOW)
+            raise
+        finally:
+            os.close(lock)
+
+    def value(
+        self,
+        name: str,
+        compute: Callable[[], Any],
+        *,
+        depends_on: Mapping[str, Any] | None = None,
+        is_input: bool = False,
+    ) -> Any:
+        """Return what `compute` gives, as JSON gives it back; its log lines are written either way.
+
+        `depends_on`: what the value depends on, where the store was not opened for it; values that depend on something
+        else are ignored. `is_input`: later steps rest on the value, and a second computation would give another one.
+        """
+        stem = _stem(name, depends_on, is_input)
+        found = from_first(lambda: self._record(stem))
+        if found is not None:
+            for line in found["lines"]:
+                self.log.write(line)
+            self.num_found += not is_input
+            return found["value"]
+        first = len(self.log.lines)
+        value = json.loads(json.dumps(compute(), default=str))  # a first and a second run get the very same types
+        self._write(stem, _named(name, depends_on, is_input) | {"value": value, "lines": self.log.lines[first:]})
+        return value
+
+    def check_input(self, name: str, text: str) -> None:
+        """Add an input that becomes known only now. Raises CheckpointError if an earlier run's was another."""
+        if self.value(name, lambda: text, is_input=True) != text:
+            raise CheckpointError(
+                f"OUT {self.label}: cannot be resumed, since the {name} has changed; give the {name.split()[-1]} that "
+                f"it was begun with, or leave resume out to begin anew."
+            )
+
+    def has(self, name: str, depends_on: Mapping[str, Any] | None = None) -> bool:
+        """Whether the step is finished; if so, the caller may rely on finding it."""
+        stem = _stem(name, depends_on)
+
+        def promised() -> bool:
+            if stem not in self._promised and self._record(stem) is not None:
+                self._promised.add(stem)
+            return stem in self._promised
+
+        return from_first(promised)
+
+    def find(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the tensors and the line that `keep` got; None if the step is not finished."""
+
+        def found() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+            record = self._record(_stem(name))
+            return None if record is None else (self._tensors(_stem(name)), record["line"])
+
+        outcome = from_first(found)
+        self.num_found += outcome is not None
+        return outcome
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor], line: dict[str, Any]) -> None:
+        """Note a finished step: its tensors and a line, which the caller logs."""
+        self._write(_stem(name), _named(name) | {"line": line}, tensors)
+
+    def note_found(self) -> None:
+        """Say in the log that an earlier run did part of the work."""
+        if self.num_found:
+            text = f"resumed: {self.num_found} finished steps are of an earlier run, and seconds leave them out."
+            self.log.write({"event": "note", "text": text})
+
+    def _begin(self, directory: Path, inputs: dict[str, Any], *, resume: bool) -> None:
+        """Leave the directory with these inputs, and what an earlier run of them had finished if `resume`."""
+        path = directory / f"{INPUTS}.json"
+        finished = _finished(directory) if path.is_file() else []
+        if finished and resume:
+            damaged = self._check_inputs(directory, inputs)
+            if not damaged:
+                self._go_on(directory, finished)
+                return
+            self.tell(f"{self.label}: begins anew; {damaged} of an interrupted run is damaged on disk.")
+        elif finished:
+            self.tell(f"{self.label}: begins anew; what an interrupted run had finished is removed (resume would go on "
+                      f"from it).")  # fmt: skip
+        elif resume:
+            self.tell(f"{self.label}: nothing of an earlier run is there to go on from, so it begins anew.")
+        path.unlink(missing_ok=True)  # first of all, since without it nothing there counts
+        for file in directory.iterdir():
+            file.unlink()
+        self._write(INPUTS, {"inputs": inputs})
+        self.num_kept = 0
+
+    def _check_inputs(self, directory: Path, inputs: dict[str, Any]) -> str:
+        """Return the name of the first damaged input's file. Raises CheckpointError if the inputs have changed."""
+        before = _intact(directory / f"{INPUTS}.json")
+        changed = [] if before is None else _changes(before["inputs"], inputs)
+        if changed:
+            raise CheckpointError(
+                f"OUT {self.label}: cannot be resumed, since {', '.join(changed[:3])}; give what it was begun with, or "
+                f"leave resume out to begin anew."
+            )
+        if before is None:
+            return f"{INPUTS}.json"
+        known = sorted(directory.glob(f"{INPUT}*.json"))
+        return next((file.name for file in known if not _is_record_of(_intact(file), file.stem)), "")
+
+    def _go_on(self, directory: Path, finished: list[str]) -> None:
+        for file in directory.glob(".*"):
+            file.unlink()  # half-written by a killed process
+        intact = [stem for stem in finished if self._record(stem) is not None]
+        if intact:
+            self.tell(f"{self.label}: goes on from the {len(intact)} steps that an earlier run has finished.")
+
+    def _record(self, stem: str) -> Record | None:
+        """Return the step's record if it and its tensors are there and whole."""
+        path = self._path(stem)
+        if path is None or (not path.is_file() and stem not in self._promised):
+            return None
+        record = _intact(path)
+        if _is_record_of(record, stem):
+            return record
+        if stem in self._promised or stem.startswith(INPUT):
+            raise CheckpointError(
+                f"{self.label}: {stem}, a step that this run goes on from, was damaged on disk meanwhile; start the "
+                f"same command again, which does it anew."
+            )
+        self.tell(f"{self.label}: {stem}, finished by an earlier run, is damaged on disk, so it is done again.")
+        for damaged in (path, path.with_name(f"{stem}.safetensors")):
+            damaged.unlink(missing_ok=True)
+        return None
+
+    def _tensors(self, stem: str) -> dict[str, Tensor]:
+        """Return the step's tensors, mapped from their file, so that they fill memory only where they are used."""
+        assert self.directory is not None
+        with safe_open(self.directory / f"{stem}.safetensors", framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}
+
+    def _write(self, stem: str, record: Record, tensors: Mapping[str, Tensor] | None = None) -> None:
+        path = self._path(stem)
+        if path is None or not is_first():
+            return
+        with disk_errors(path):
+            if tensors is not None:
+                held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+                with whole_file(path.with_name(f"{stem}.safetensors")) as staged:
+                    save_file(held, staged)
+                    record = record | {"tensors": _sha256(staged)}
+            with whole_file(path) as staged:
+                staged.write_bytes(_sealed(record))
+        self.num_kept += 1
+
+    def _path(self, stem: str) -> Path | None:
+        return None if self.directory is None else self.directory / f"{stem}.json"
+
+
+def place_beside(out: Path) -> Path:
+    """Return where the store of a run that writes `out` is."""
+    return out.with_name(f".{out.name}.resume")
+
+
+def _named(name: str, depends_on: Mapping[str, Any] | None = None, is_input: bool = False) -> Record:
+    return {"step": name, "depends_on": depends_on, "is_input": is_input}
+
+
+def _stem(name: str, depends_on: Mapping[str, Any] | None = None, is_input: bool = False) -> str:
+    """Return the name of the step's files."""
+    if depends_on is None:
+        return f"{INPUT}{name}" if is_input else name
+    key = hashlib.sha256(json.dumps([_FORMAT, name, depends_on], sort_keys=True).encode()).hexdigest()[:16]
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{key}"
+
+
+def _is_record_of(record: Record | None, stem: str) -> bool:
+    """Whether the record is there and belongs under this name: a whole file in another one's place is damage too."""
+    return record is not None and "step" in record and _stem(*(record[part] for part in _named(""))) == stem
+
+
+def _sealed(record: Record) -> bytes:
+    """Return the record as JSON that begins with the sha256 of all that follows."""
+    body = json.dumps(record, indent=1, default=str)[1:].encode() + b"\n"
+    return _SEAL % hashlib.sha256(body).hexdigest().encode() + body
+
+
+def _intact(path: Path) -> Record | None:
+    """Return the record in the file; None if a byte of it or of its tensors is not as it was written."""
+    try:
+        raw = path.read_bytes()
+        body = raw[_SEAL_BYTES:]
+        if raw[:_SEAL_BYTES] != _SEAL % hashlib.sha256(body).hexdigest().encode():
+            return None
+        record = json.loads(raw)
+        if "tensors" in record and _sha256(path.with_name(f"{path.stem}.safetensors")) != record["tensors"]:
+            return None
+    except OSError as error:
+        if error.errno not in _UNREADABLE:
+            raise
+        return None
+    return record
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+    """Return what differs, as "recipe remove was 0.2 and is 0.3"; digests only "have changed"."""
+    changed: list[str] = []
+    for key in sorted({*before, *now}):
+        old, new, name = before.get(key), now.get(key), f"{where} {key}".strip()
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += _changes(old, new, name)
+        elif old != new:
+            is_digest = any(_DIGEST.fullmatch(str(each)) for each in (old, new))
+            changed.append(f"{name} has changed" if is_digest else f"{name} was {old} and is {new}")
+    return changed
+
+
+def _finished(directory: Path) -> list[str]:
+    """Return the names of finished steps, those not counted that only keep an input."""
+    stems = sorted(file.stem for file in directory.glob("[!.]*.json"))
+    return [stem for stem in stems if stem != INPUTS and not stem.startswith(INPUT)]
+
+
+def _is_outlived(directory: Path, out: Path) -> bool:
+    """Whether `out` was finished after the store's last step, so that its run was only killed before removing it."""
+    if not (directory.is_dir() and out.is_dir()):
+        return False
+    return out.stat().st_mtime >= max((file.stat().st_mtime for file in directory.iterdir()), default=0.0)
+
+
+def _remove(directory: Path, made: list[Path]) -> None:
+    (directory / f"{INPUTS}.json").unlink(missing_ok=True)  # so that a half-removed store counts for nothing
+    shutil.rmtree(directory, ignore_errors=True)
+    remove_empty(made)
+
+
+def _lock(directory: Path, out: Path) -> int:
+    """Return a descriptor of the directory that no other process has, until it is closed."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not directory.is_dir() or not os.path.samestat(os.fstat(descriptor), directory.stat()):
+            raise BlockingIOError  # its owner has finished and removed it meanwhile
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(
+            f"OUT {out}: another process is writing it; wait for its end, or choose another directory."
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return descriptor

@@ -1,0 +1,220 @@
+"""The store of finished steps: whatever of it is damaged on disk is found, said in one line, and done again."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_resume import Stopped, stopped_after, weights
+
+import secateur
+from secateur.errors import CheckpointError
+from secateur.store import Store, place_beside
+from secateur.verify import Verification
+
+# The second round is begun, so that a damaged step lies in a round through which no stream goes any more.
+RECIPE = {"remove": 0.35, "budget": "curve", "rounds": 2, "groups": ["ffn"]}
+NUM_STEPS = 10
+
+STEPS = {
+    "tensors": "round-1-layer-1-ffn.safetensors",
+    "record of tensors": "round-1-layer-1-ffn.json",
+    "value": "round-1-plan.json",
+    "losses": "evaluate dense.json",
+}
+INPUTS = {"inputs": "inputs.json", "text": "input-calibration text.json"}
+
+
+def flip(file: Path, place: int, bit: int = 0) -> None:
+    """Change one bit of the file."""
+    raw = bytearray(file.read_bytes())
+    raw[place] ^= 1 << bit
+    file.write_bytes(raw)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "first byte": lambda file: flip(file, 0),
+    "header": lambda file: flip(file, 20, 4),
+    "middle": lambda file: flip(file, file.stat().st_size // 2, 6),
+    "last byte": lambda file: flip(file, -1),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-9]),
+    "empty": lambda file: file.write_bytes(b""),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """Neither reload nor report, which other tests are about."""
+    proof = Verification(0.0, 0.0, "")
+    with (
+        patch("secateur.pruning.verify_reload", lambda *_: proof),
+        patch("secateur.pruning.missing_plots", lambda: ("no plots",)),
+    ):
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoints, recipe, tmp_path_factory) -> Path:
+    """What an uninterrupted run has written."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    secateur.prune(checkpoints["llama"], {**recipe, **RECIPE}, out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def interrupted(checkpoints, recipe, tmp_path_factory) -> Path:
+    """The store of a run that was stopped in its second round."""
+    out = tmp_path_factory.mktemp("interrupted") / "out"
+    with pytest.raises(Stopped), stopped_after(NUM_STEPS):
+        secateur.prune(checkpoints["llama"], {**recipe, **RECIPE}, out=out)
+    names = {file.name for file in place_beside(out).iterdir()}
+    assert {*STEPS.values(), *INPUTS.values()} < names and any(name.startswith("round-2") for name in names)
+    return place_beside(out)
+
+
+def resumed(store: Path, model: Path, recipe: dict[str, Any], place: Path, damage: Callable[[Path], object]) -> Any:
+    """Resume from a copy of the store that was damaged; return what was said, the summary's notes, and the result."""
+    out, heard = place / "out", list[str]()
+    damage(Path(shutil.copytree(store, place_beside(out))))
+    result = secateur.prune(model, {**recipe, **RECIPE}, out=out, resume=True, tell=heard.append)
+    assert [path.name for path in place.iterdir()] == ["out"]
+    return [line.removeprefix(f"{out}: ") for line in heard], result.summary.warnings, out
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", STEPS)
+def test_a_damaged_step_is_done_again(file, damage, interrupted, whole, checkpoints, recipe, tmp_path):
+    name, num_found = STEPS[file], NUM_STEPS - 2  # one of the records is the text's; one step is damaged
+    arguments = (interrupted, checkpoints["llama"], recipe, tmp_path)
+    heard, notes, out = resumed(*arguments, lambda store: DAMAGES[damage](store / name))
+    assert heard == [
+        f"{name.rpartition('.')[0]}, finished by an earlier run, is damaged on disk, so it is done again.",
+        f"goes on from the {num_found} steps that an earlier run has finished.",
+    ]
+    assert any(note.startswith(f"resumed: {num_found} finished steps are of an earlier run") for note in notes)
+    assert weights(out) == weights(whole)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", INPUTS)
+def test_without_its_inputs_nothing_counts(file, damage, interrupted, whole, checkpoints, recipe, tmp_path):
+    arguments = (interrupted, checkpoints["llama"], recipe, tmp_path)
+    heard, notes, out = resumed(*arguments, lambda store: DAMAGES[damage](store / INPUTS[file]))
+    assert heard == [f"begins anew; {INPUTS[file]} of an interrupted run is damaged on disk."]
+    assert not any(note.startswith("resumed") for note in notes)
+    assert weights(out) == weights(whole)
+
+
+def test_all_steps_damaged(interrupted, whole, checkpoints, recipe, tmp_path):
+    def damage(store: Path) -> None:
+        for file in store.glob("*.json"):
+            if file.name not in INPUTS.values():
+                flip(file, -1)
+
+    heard, _, out = resumed(interrupted, checkpoints["llama"], recipe, tmp_path, damage)
+    assert len(heard) == NUM_STEPS - 1 and all(line.endswith("so it is done again.") for line in heard)
+    assert weights(out) == weights(whole)
+
+
+def test_files_in_each_others_place(interrupted, whole, checkpoints, recipe, tmp_path):
+    """Both are whole, but neither is what its name says."""
+
+    def swap(store: Path) -> None:
+        for kind in (".json", ".safetensors"):
+            one, other = (store / f"round-1-layer-{layer}-ffn{kind}" for layer in (0, 1))
+            one.rename(store / "aside")
+            other.rename(one)
+            (store / "aside").rename(other)
+
+    heard, _, out = resumed(interrupted, checkpoints["llama"], recipe, tmp_path, swap)
+    assert [line.endswith("is damaged on disk, so it is done again.") for line in heard] == [True, True, False]
+    assert weights(out) == weights(whole)
+
+
+def kept(directory: Path) -> Store:
+    """Return a store with a step of either kind."""
+    store = Store(directory)
+    store.keep("tensors", {"a": torch.arange(4.0), "b": torch.tensor([[7, 8]])}, {"seconds": 1.5})
+    store.value("number", lambda: 0.1)
+    store.value("part", lambda: [1, 2], depends_on={"model": "abc"})
+    return store
+
+
+def test_what_was_kept_is_found(tmp_path):
+    kept(tmp_path)
+    store = Store(tmp_path)
+    assert store.has("tensors") and not store.has("other") and store.find("other") is None
+    tensors, line = store.find("tensors") or ({}, {})
+    assert line == {"seconds": 1.5} and tensors["a"].tolist() == [0, 1, 2, 3] and tensors["b"].tolist() == [[7, 8]]
+    assert store.value("number", lambda: None) == 0.1 and store.num_found == 2
+    assert store.value("part", lambda: None, depends_on={"model": "abc"}) == [1, 2]
+    assert store.value("part", lambda: "new", depends_on={"model": "abd"}) == "new"
+    for file in tmp_path.glob("*.json"):
+        json.loads(file.read_text())  # people may read them
+
+
+def test_every_bit_counts(tmp_path):
+    """One bit in every byte of every file, by turns."""
+    (tmp_path / "store").mkdir()
+    kept(tmp_path / "store")
+    files = sorted((tmp_path / "store").iterdir())
+    assert len(files) == 4
+    for file in files:
+        for place in range(file.stat().st_size):
+            copy, heard = tmp_path / "copy", list[str]()
+            shutil.copytree(tmp_path / "store", copy)
+            flip(copy / file.name, place, place % 8)
+            store = Store(copy, tell=heard.append)
+            found = [
+                store.find("tensors") is not None,
+                store.value("number", lambda: "anew") == 0.1,
+                store.value("part", lambda: "anew", depends_on={"model": "abc"}) == [1, 2],
+            ]
+            assert found.count(False) == len(heard) == 1, (file.name, place)
+            shutil.rmtree(copy)
+
+
+def test_safetensors_alone_would_not_notice(tmp_path):
+    """Without the digest the flipped bit would be used: this fails if the check is taken away."""
+    kept(tmp_path)
+    file = tmp_path / "tensors.safetensors"
+    before = load_file(file)["a"].clone()  # it is mapped from the file
+    flip(file, -1)
+    assert not torch.equal(load_file(file)["a"], before)
+    assert Store(tmp_path).find("tensors") is None
+
+
+def test_tensors_that_are_gone_are_damage(tmp_path):
+    heard = list[str]()
+    kept(tmp_path)
+    (tmp_path / "tensors.safetensors").unlink()
+    assert not Store(tmp_path, tell=heard.append).has("tensors") and len(heard) == 1
+
+
+def test_half_a_step_is_none(tmp_path):
+    """A process killed between the tensors and their record."""
+    kept(tmp_path)
+    (tmp_path / "tensors.json").unlink()
+    assert Store(tmp_path).find("tensors") is None
+
+
+def test_a_step_that_was_promised_is_not_done_again_in_silence(tmp_path):
+    """Whoever was told that a step is there has nothing at hand to do it again with."""
+    store = kept(tmp_path)
+    assert store.has("tensors")
+    flip(tmp_path / "tensors.safetensors", -1)
+    with pytest.raises(CheckpointError, match="tensors, a step that this run goes on from, was damaged") as error:
+        store.find("tensors")
+    assert "\n" not in str(error.value)
+
+
+def test_a_store_without_a_directory_keeps_nothing():
+    store = Store()
+    store.keep("a", {}, {})
+    assert store.value("b", lambda: (1, 2)) == [1, 2] and store.find("a") is None and not store.has("b")
+    assert store.num_kept == store.num_found == 0
