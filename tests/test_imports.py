@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "secateur"
-MAX_MODULE_LINES, MAX_FUNCTION_LINES = 260, 60
+MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # Bottom up; a module imports from layers below its own, never from its own. `cli.*` is one command each.
 LAYERS = [
     # what knows nothing of the rest
     "errors progress memory runlog whole_file reload_child checkpoint_quiet modeling_per_layer overlap page svg "
     "knapsack arch_conv recover_recipe recover_loss",
-    "ranks_group",
+    "ranks_group plugins",
     "ranks",
     "device",
     "layers_on_device gram",
@@ -28,14 +28,15 @@ LAYERS = [
     "arch_experts",
     "arch",
     # stages and measurements, each by itself
-    "budget score cut walk kl bench verify in_memory sources checkpoint_config staged_file plots "
+    "budget cut walk kl bench verify in_memory sources checkpoint_config staged_file plots "
     "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer on_disk "
     "staged_directory",
-    "loss",
+    "loss taylor",
+    "score",
     "ideal resolve_depth resolve_experts recover_judge recover_blocks",
     "prices",
     # stages that are made of others
-    "obs compensate measure hidden_cut taylor domain_weights calibration checkpoint resolve summary "
+    "obs compensate measure hidden_cut domain_weights calibration checkpoint resolve summary "
     "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global level_database recover_record",
     "fingerprint depth gguf_rules expert_stacks",
     "checkpoint_tokenizer expert_refit gguf_parts",
@@ -69,7 +70,7 @@ LAYERS = [
 STAGES = {
     "gram": "",
     "stats": "gram",
-    "score": "stats gram",
+    "score": "stats gram taylor",
     "obs": "score",
     "domain_weights": "score stats gram",
     "compensate": "score gram",
@@ -81,7 +82,7 @@ STAGES = {
     "bench": "",
     "calibration": "recipe sources",
 }
-STAGES_MAY_IMPORT = {"arch", "device", "errors", "memory", "progress", "ranks"}
+STAGES_MAY_IMPORT = {"arch", "device", "errors", "memory", "plugins", "progress", "ranks"}
 
 HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (

@@ -37,7 +37,7 @@ def spec_text(model: PreTrainedModel) -> str:
     name, layer = found
     backbone = model.base_model_prefix if hasattr(model, model.base_model_prefix) else name.rpartition(".")[0]
     lines = [
-        f"# Proposed from the modules of {type(model).__name__}; see docs/new-family.md. Check every line, then test.",
+        f"# Proposed from the modules of {type(model).__name__}; see docs/extend.md. Check every line, then test.",
         f"model_types: [{config.model_type}]",
         f"backbone: {backbone}",
         f"layers: {name}",
