@@ -105,7 +105,8 @@ def test_the_package_of_the_page_prunes_and_exports(site: Path, helium: Path, no
     out, file = tmp_path / "out", tmp_path / "out.npz"
     pruned = secateur_from(site, "prune", helium, out, "--recipe", recipe, "--json")
     assert pruned.returncode == 0, pruned.stderr
-    assert json.loads(pruned.stdout)["calibration"]["num_tokens"] == {"notes": 640}
+    result = json.loads(pruned.stdout)
+    assert result["calibration"]["num_tokens"] == {"notes": 640} and result["versions"]["secateur-example"] == "0.1"
     used = yaml.safe_load((out / "recipe.yaml").read_text())
     assert used["score"] == "loudest" and used["calibration"]["domains"]["notes"]["sqlite"] == domain["sqlite"]
     assert "sqlite {" in (out / "report.html").read_text()

@@ -25,6 +25,13 @@ def plugin_names(group: str) -> tuple[str, ...]:
     return tuple(sorted({point.name for point in _entry_points(group)}))
 
 
+def plugin_packages() -> dict[str, str]:
+    """Return the installed packages that register anything, with their versions. Nothing is imported."""
+    groups = (SCORE_GROUP, FAMILY_GROUP, SOURCE_GROUP, EXPORTER_GROUP)
+    found = (point.dist for group in groups for point in _entry_points(group))
+    return dict(sorted((each.name, each.version) for each in found if each is not None))
+
+
 def plugins(group: str, taken: Collection[str]) -> dict[str, EntryPoint]:
     """Return the entry points of a group by name. Nothing is imported.
 

@@ -254,10 +254,10 @@ def needs_gram(name: str) -> bool:
 def scored(name: str, inputs: ScoreInputs | ExpertInputs) -> Float[Tensor, " U"]:
     """Return the units' scores of one group. Raises PluginError if they are not one number per unit."""
     score = find_score(name)
-    function = score.function
     if isinstance(inputs, ExpertInputs) and score.units != "experts":
-        function = random if name == "random" else energy
-    scores_U = function(inputs)
+        scores_U = random(inputs) if name == "random" else energy(inputs)
+    else:
+        scores_U = score.function(inputs)
     if not isinstance(scores_U, Tensor) or scores_U.shape != (inputs.num_units,):
         got = tuple(scores_U.shape) if isinstance(scores_U, Tensor) else type(scores_U).__name__
         raise PluginError(f"score '{name}': must return a tensor of {inputs.num_units} numbers, one a unit, got {got}.")

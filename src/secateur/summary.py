@@ -18,6 +18,7 @@ from secateur.arch import Group
 from secateur.bench import Speed
 from secateur.json_file import parse_json
 from secateur.loss import Loss, geometric_mean_perplexity
+from secateur.plugins import plugin_packages
 from secateur.prices import Outcome
 
 FILE_NAME = "result.json"
@@ -128,7 +129,7 @@ def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tens
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a repeat of the run needs."""
+    """Return the versions that a repeat of the run needs, those of packages that extend secateur among them."""
     packages = ("secateur", "torch", "transformers", "safetensors", "tokenizers")
     found: dict[str, Any] = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **found}
+    return {"python": platform.python_version(), **found, **plugin_packages()}
