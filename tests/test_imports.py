@@ -16,7 +16,7 @@ LAYERS = [
     # what knows nothing of the rest
     "errors progress memory runlog whole_file reload_child checkpoint_quiet modeling_per_layer overlap page svg "
     "knapsack arch_conv recover_recipe recover_loss",
-    "ranks_group",
+    "ranks_group plugins",
     "ranks",
     "device",
     "layers_on_device gram",
@@ -28,7 +28,7 @@ LAYERS = [
     "arch_experts",
     "arch",
     # stages and measurements, each by itself
-    "budget score cut walk kl bench verify in_memory sources checkpoint_config staged_file plots "
+    "budget cut walk kl bench verify in_memory sources checkpoint_config staged_file plots "
     "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer on_disk "
     "staged_directory",
     "loss",
@@ -68,7 +68,7 @@ LAYERS = [
 STAGES = {
     "gram": "",
     "stats": "gram",
-    "score": "stats gram",
+    "score": "stats gram taylor",
     "obs": "score",
     "domain_weights": "score stats gram",
     "compensate": "score gram",
@@ -80,7 +80,7 @@ STAGES = {
     "bench": "",
     "calibration": "recipe sources",
 }
-STAGES_MAY_IMPORT = {"arch", "device", "errors", "memory", "progress", "ranks"}
+STAGES_MAY_IMPORT = {"arch", "device", "errors", "memory", "plugins", "progress", "ranks"}
 
 HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (

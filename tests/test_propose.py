@@ -72,7 +72,7 @@ def test_the_tool_prints_a_proposal_for_a_family_that_inspect_and_prune_refuse(t
         refused = run_cli(*arguments)
         assert refused.status == 2 and refused.stdout == "" and refused.stderr.count("\n") == 1
         assert "model family 'arcee' is not supported" in refused.stderr
-        assert "docs/new-family.md says how to add one" in refused.stderr
+        assert "docs/extend.md says how to add one" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 

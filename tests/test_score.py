@@ -45,7 +45,7 @@ def test_obs_score_equals_removing_one_unit_and_refitting() -> None:
     inputs = inputs_of(reader_HF, x_TF)
     hessian = damped_gram(inputs.statistics.gram, DAMPING)
     brute = torch.tensor([refit_error(reader_HF, hessian, [unit]) for unit in range(8)])
-    torch.testing.assert_close(SCORES["obs"](inputs).double(), brute.double(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(SCORES["obs"].function(inputs).double(), brute.double(), rtol=1e-4, atol=1e-6)
 
 
 def test_obs_one_by_one_equals_brute_force_removal() -> None:
@@ -89,12 +89,12 @@ def test_formulae() -> None:
         "flap": x.var(0, correction=0) * columns.square().sum(0),
     }
     for name, value in expected.items():
-        torch.testing.assert_close(SCORES[name](inputs).double(), value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(SCORES[name].function(inputs).double(), value, rtol=1e-4, atol=1e-5)
 
 
 def test_random_follows_its_seed_alone() -> None:
     reader_HF, x_TF = problem()
-    first, again, other = (SCORES["random"](inputs_of(reader_HF, x_TF, seed)) for seed in (1, 1, 2))
+    first, again, other = (SCORES["random"].function(inputs_of(reader_HF, x_TF, seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -141,6 +141,6 @@ def test_other_scores_of_wide_units_sum_over_their_columns() -> None:
     single = inputs_of(reader_HF, x_TF)
     wide = dataclasses.replace(single, columns_UW=WIDE, writer_squares_U=torch.zeros(4))
     for name in ("wanda", "flap"):
-        torch.testing.assert_close(SCORES[name](wide), SCORES[name](single)[WIDE].sum(dim=1))
+        torch.testing.assert_close(SCORES[name].function(wide), SCORES[name].function(single)[WIDE].sum(dim=1))
     squares = reader_HF.square().sum(dim=0)[WIDE].sum(dim=1)
-    torch.testing.assert_close(SCORES["magnitude"](wide).square(), squares)
+    torch.testing.assert_close(SCORES["magnitude"].function(wide).square(), squares)

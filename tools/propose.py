@@ -1,6 +1,6 @@
 """A spec to start from, for a family that has none: `python tools/propose.py MODEL > src/secateur/archs/mine.yaml`.
 
-It is derived from the modules of the model on the meta device; see docs/new-family.md.
+It is derived from the modules of the model on the meta device; see docs/extend.md.
 In: a model reference whose family is unknown. Out: YAML with what was found and, as comments, what a person must check.
 Widths are recognised by their sizes; each group is proposed only if a config that says a smaller number builds the
 smaller linears. Nothing reads a proposal: it becomes a family once it lies in `archs/` and its tests pass.
@@ -40,7 +40,7 @@ def spec_text(model: PreTrainedModel) -> str:
     name, layer = found
     backbone = model.base_model_prefix if hasattr(model, model.base_model_prefix) else name.rpartition(".")[0]
     lines = [
-        f"# Proposed from the modules of {type(model).__name__}; see docs/new-family.md. Check every line, then test.",
+        f"# Proposed from the modules of {type(model).__name__}; see docs/extend.md. Check every line, then test.",
         f"model_types: [{config.model_type}]",
         f"backbone: {backbone}",
         f"layers: {name}",

@@ -1,8 +1,8 @@
 """secateur makes large language models smaller and writes ordinary Hugging Face checkpoints.
 
 `prune` is the whole job, `recover` trains its result, `load` opens what they wrote; the errors are what a user can
-correct. `prune`, `Result`, `recover` and `load` are imported when first used, so that the command line's help does not
-wait for torch.
+correct. `Score` and `Exporter` are what other packages register (docs/extend.md). All but recipe and errors are
+imported when first used, so that the command line's help does not wait for torch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from secateur.errors import (
     CalibrationError,
     CheckpointError,
     NumericsError,
+    PluginError,
     RecipeError,
     SecateurError,
 )
@@ -19,8 +20,10 @@ from secateur.recipe import Calibration, Domain, Recipe
 
 if TYPE_CHECKING:
     from secateur.checkpoint import load
+    from secateur.export import Exporter
     from secateur.pruning import Result, prune
     from secateur.recovering import recover
+    from secateur.score import Score
 
 __all__ = [
     "ArchError",
@@ -28,10 +31,13 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Domain",
+    "Exporter",
     "NumericsError",
+    "PluginError",
     "Recipe",
     "RecipeError",
     "Result",
+    "Score",
     "SecateurError",
     "load",
     "prune",
@@ -48,6 +54,14 @@ def __getattr__(name: str) -> Any:
         from secateur import recovering
 
         return recovering.recover
+    if name == "Score":
+        from secateur import score
+
+        return score.Score
+    if name == "Exporter":
+        from secateur.export import Exporter
+
+        return Exporter
     if name == "load":
         from secateur import checkpoint
 

@@ -1,4 +1,4 @@
-"""Family specs: one YAML file per family in `archs/`, and the one that a model type belongs to.
+"""Family specs: one YAML file per family, in `archs/` or in an installed package; and the one of a model type.
 
 In: a config's `model_type`. Out: the spec as its YAML states it; `arch.bind` checks it against real modules. In the
 YAML a segment's width is a number, `kv` (head_dim), `q` (head_dim x query heads per KV head), or `kv x NAME`: as many
@@ -8,12 +8,14 @@ of its groups those named null are left out. `gguf` and `serving` are not taken:
 
 from functools import cache
 from importlib import resources
+from importlib.metadata import EntryPoint
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from secateur.errors import ArchError, nearest
+from secateur.errors import ArchError, PluginError, nearest
+from secateur.plugins import FAMILY_GROUP, load, plugins, where
 
 SegmentSpecs = tuple[int | str, ...]
 
@@ -168,15 +170,47 @@ class ArchSpec(BaseModel):
 
 @cache
 def load_specs() -> dict[str, ArchSpec]:
-    """Read every spec in `archs/`, keyed by family (the file's name)."""
-    files = sorted(resources.files("secateur.archs").iterdir(), key=lambda file: file.name)
+    """Read every spec in `archs/` and in packages that register families, keyed by family (the file's name).
+
+    Raises PluginError for a package whose family or model type is there already, or whose file is wrong.
+    """
+    raw = _files("secateur.archs")
+    specs = {family: ArchSpec.model_validate(_inherited(data, raw)) for family, data in raw.items()}
+    for point in plugins(FAMILY_GROUP, ()).values():
+        package = load(point, lambda found: hasattr(found, "__path__"), "a package with *.yaml files in it")
+        try:
+            added = _files(package.__name__)
+            read = {family: ArchSpec.model_validate(_inherited(data, raw | added)) for family, data in added.items()}
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise PluginError(f"{where(point)}: a YAML file is wrong ({reason}); see docs/extend.md.") from error
+        _check_new(point, read, specs)
+        raw, specs = raw | added, specs | read
+    return specs
+
+
+def _check_new(point: EntryPoint, added: dict[str, ArchSpec], known: dict[str, ArchSpec]) -> None:
+    types = {model_type: family for family, spec in known.items() for model_type in spec.model_types}
+    for family, spec in added.items():
+        if family in known:
+            raise PluginError(f"{where(point)}: there is a family '{family}' already; give the file another name.")
+        for model_type in spec.model_types:
+            if model_type in types:
+                raise PluginError(
+                    f"{where(point)}: model type '{model_type}' of family '{family}' is family '{types[model_type]}' "
+                    f"already; leave it out."
+                )
+            types[model_type] = family
+
+
+def _files(package: str) -> dict[str, Any]:
+    files = sorted(resources.files(package).iterdir(), key=lambda file: file.name)
     texts = {
         file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8")
         for file in files
         if file.name.endswith(".yaml")
     }
-    raw = {family: yaml.safe_load(text) for family, text in texts.items()}
-    return {family: ArchSpec.model_validate(_inherited(data, raw)) for family, data in raw.items()}
+    return {family: yaml.safe_load(text) for family, text in texts.items()}
 
 
 def find_spec(model_type: str) -> tuple[str, ArchSpec]:
@@ -185,7 +219,7 @@ def find_spec(model_type: str) -> tuple[str, ArchSpec]:
     if model_type not in families:
         raise ArchError(
             f"model family '{model_type}' is not supported; supported: {', '.join(sorted(families))}; "
-            f"the nearest is '{nearest(model_type, families)}'; docs/new-family.md says how to add one."
+            f"the nearest is '{nearest(model_type, families)}'; docs/extend.md says how to add one."
         )
     return families[model_type], load_specs()[families[model_type]]
 

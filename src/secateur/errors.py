@@ -6,6 +6,7 @@ SecateurError (a ValueError)
  |- CheckpointError   reading or writing a checkpoint
  |- CalibrationError  calibration text
  |- NumericsError     a non-finite or unsolvable number, with layer, module and domain
+ |- PluginError       an installed package that extends secateur does it wrongly
  `- RankError         a run of several ranks: one was lost, or they do not run the same
 
 The command line prints the sentence and exits with status 2; anything else is a bug and shows its traceback.
@@ -37,6 +38,10 @@ class CalibrationError(SecateurError):
 
 class NumericsError(SecateurError):
     """A number that must be finite is not, or a system cannot be solved."""
+
+
+class PluginError(SecateurError):
+    """An installed package registers a score, family, source or exporter that cannot be used."""
 
 
 class RankError(SecateurError):

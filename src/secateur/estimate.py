@@ -14,7 +14,7 @@ from secateur.obs import units_at_once
 from secateur.output import parse_size
 from secateur.resolve import Resolved
 from secateur.resolve_depth import TOKENS_PER_INPUT
-from secateur.score import NEED_GRAM
+from secateur.score import needs_gram
 from secateur.stats import BY_DOMAIN
 from secateur.summary import Size
 from secateur.walk import DEVICE_BATCH_TOKENS
@@ -171,7 +171,7 @@ def estimate_memory(
     assert recipe.calibration.num_tokens is not None
     num_tokens = round(recipe.calibration.num_tokens * HELD_OUT_FACTOR)
     widest = max(group.num_inputs for group in resolved.groups)
-    has_gram = recipe.score in NEED_GRAM or recipe.compensate == "least_squares"
+    has_gram = needs_gram(recipe.score) or recipe.compensate == "least_squares"
     square = widest * widest if has_gram else 0
     has_drift = bool(recipe.target_mix)
     reader = widest * config.hidden_size
@@ -180,7 +180,7 @@ def estimate_memory(
     held_out = (num_tokens - recipe.calibration.num_tokens) * inputs_and_drift * bytes_per_param
     num_domains = len(recipe.calibration.domains) if recipe.domain_weighting in BY_DOMAIN else 0
     at_once = units_at_once(recipe.obs_batch, widest, 1)
-    obs = 8 * square + 4 * 8 * widest * at_once + 4 * reader if recipe.score in NEED_GRAM else 0
+    obs = 8 * square + 4 * 8 * widest * at_once + 4 * reader if needs_gram(recipe.score) else 0
     fit = _fit_bytes(resolved, config.hidden_size) + 4 * reader if recipe.compensate == "least_squares" else 0
     return MemoryEstimate(
         weights=weight_bytes,

@@ -8,7 +8,6 @@ Letters: T tokens, k experts per token, D hidden size, E experts.
 """
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,40 +17,13 @@ from torch import Tensor, nn
 from secateur.arch_group import Experts, Group
 from secateur.errors import NumericsError
 from secateur.expert_refit import Wanted, refit_experts
-from secateur.gram import sum_dtype
 from secateur.ranks import from_first, sum_by_name
 from secateur.recipe import Recipe
-from secateur.score import keep_highest
+from secateur.score import ExpertInputs, Routing, keep_highest, scored
 from secateur.walk import Walk
 
 # In so many steps experts go where those that stay are refitted: LOG, 2026-11-26.
 NUM_STEPS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """What one domain's tokens did: per expert, how many chose it, and the sums of norms and energies of what it gave.
-
-    Of its output times the router's weight; an energy is a squared norm.
-    """
-
-    num_tokens_E: Tensor
-    norms_E: Tensor
-    energy_E: Tensor
-
-    @classmethod
-    def of(cls, num_tokens_E: Tensor, norms_TE: list[Tensor]) -> "Routing":
-        """Return the sums of every expert's norms, one per token that chose it."""
-        dtype = sum_dtype(num_tokens_E.device)
-        norms_E, energy_E = (
-            torch.stack([norms_T.to(dtype).pow(power).sum() for norms_T in norms_TE]) for power in (1, 2)
-        )
-        return cls(num_tokens_E.to(dtype), norms_E, energy_E)
-
-    def plus(self, other: "Routing") -> "Routing":
-        """Return the sums over both's tokens."""
-        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Routing(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
 
 def observe_routing(
@@ -111,35 +83,8 @@ def _wanted(output_TD: Tensor, drift_BTD: Tensor | None, target_mix: float, *, h
 def expert_scores(
     score: str, routing: dict[str, Routing], shares: dict[str, float], weighting: str, seed: int
 ) -> Float[Tensor, " E"]:
-    """Return every expert's score, higher = keep: `random`, `frequency`, `reap`, or for every other name its energy.
-
-    energy: s_j = sum_d q_d energy_dj / sum_i energy_di (`tokens`: energies pooled), the share of what the layer's
-    experts give that is its own: what least squares would have to make up for. It beats `reap` where half of the
-    experts go (LOG, 2026-11-26).
-    frequency: s_j = sum_d q_d n_dj / sum_i n_di, the share of choices that fell on expert j.
-    reap: s_j = sum_d w_d norms_dj / sum_d w_d n_dj, the mean weighted norm of what it gave the tokens that chose it,
-    with w_d = q_d / sum_i norms_di so that a loud domain does not decide for the others (`tokens`: w_d = 1); 0 for an
-    expert that no token chose. Source: Lasby et al., REAP, arXiv 2510.13999, eq. 9; theirs is over one pool of text.
-    """
-    first = next(iter(routing.values()))
-    if score == "random":
-        generator = torch.Generator().manual_seed(seed)
-        return torch.rand(len(first.norms_E), generator=generator).to(first.norms_E.device)
-    if score == "frequency":
-        parts = [shares[d] * each.num_tokens_E / each.num_tokens_E.sum() for d, each in routing.items()]
-        return torch.stack(parts).sum(dim=0).float()
-    if score != "reap":
-        pooled = weighting == "tokens"
-        totals = {
-            d: 1.0 if pooled else max(float(each.energy_E.sum()), 1e-30) / shares[d] for d, each in routing.items()
-        }
-        return torch.stack([each.energy_E / totals[d] for d, each in routing.items()]).sum(dim=0).float()
-    norms_E, num_E = torch.zeros_like(first.norms_E), torch.zeros_like(first.norms_E)
-    for domain, each in routing.items():
-        weight = 1.0 if weighting == "tokens" else shares[domain] / max(float(each.norms_E.sum()), 1e-30)
-        norms_E += weight * each.norms_E
-        num_E += weight * each.num_tokens_E
-    return torch.where(num_E > 0, norms_E / num_E.clamp(min=1e-300), 0.0).float()
+    """Return every expert's score, higher = keep: one of experts, `random`, or for every other name its energy."""
+    return scored(score, ExpertInputs(routing, shares, weighting, seed))
 
 
 def keep_experts(scores_E: Float[Tensor, " E"], num_keep: int, experts: Experts) -> Int64[Tensor, " K"]:

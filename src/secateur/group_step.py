@@ -22,7 +22,7 @@ from secateur.memory import release_freed
 from secateur.ranks import from_first, is_first
 from secateur.recipe import Recipe
 from secateur.repair import Repair, repair
-from secateur.score import NEED_GRAM
+from secateur.score import needs_gram
 from secateur.selection import Selection, select
 from secateur.walk import Walk
 
@@ -88,7 +88,7 @@ def prune_group(
         group,
         recipe.domain_weighting,
         shares,
-        gram=recipe.score in NEED_GRAM or recipe.compensate == "least_squares",
+        gram=needs_gram(recipe.score) or recipe.compensate == "least_squares",
         drift=is_mlp and bool(walk.dense_BTD),
         to_middle=is_mlp,
     )

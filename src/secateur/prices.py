@@ -5,6 +5,7 @@ that what a plan removes is what a bench of the result finds missing. Seconds co
 and writes them into the recipe; here they are only read.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,14 +46,7 @@ def prices_of(recipe: Recipe, arch: Arch, model: Any) -> Prices:
     Raises RecipeError if a group has no price, or if the seconds of `latency` are not there; ArchError if the family
     has no such group.
     """
-    groups = arch.select(recipe.groups)
-    if recipe.target == "flops":
-        return flop_prices(arch, groups, model, sequence_length(recipe, model.config))
-    if recipe.target == "kv_bytes":
-        return kv_byte_prices(arch, groups, model)
-    if recipe.target == "latency":
-        return _latency_prices(recipe, arch, groups)
-    return parameter_prices(arch, groups, model)
+    return PRICES[recipe.target](recipe, arch, arch.select(recipe.groups), model)
 
 
 def sequence_length(recipe: Recipe, config: Any) -> int:
@@ -150,3 +144,14 @@ def _latency_prices(recipe: Recipe, arch: Arch, groups: tuple[Group, ...]) -> Pr
         "ms per decoded token",
         PICOSECONDS_PER_MS,
     )
+
+
+# By the recipe's `target`, whose names `recipe.TargetName` repeats.
+PRICES: dict[str, Callable[[Recipe, Arch, tuple[Group, ...], Any], Prices]] = {
+    "parameters": lambda recipe, arch, groups, model: parameter_prices(arch, groups, model),
+    "flops": lambda recipe, arch, groups, model: flop_prices(
+        arch, groups, model, sequence_length(recipe, model.config)
+    ),
+    "kv_bytes": lambda recipe, arch, groups, model: kv_byte_prices(arch, groups, model),
+    "latency": lambda recipe, arch, groups, model: _latency_prices(recipe, arch, groups),
+}

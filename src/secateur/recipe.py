@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from secateur.errors import RecipeError, advice, nearest
+from secateur.plugins import SCORE_GROUP, SOURCE_GROUP, plugin_names
 from secateur.recover_recipe import RecoverySettings, recovery_keys
 
 InstalledDomain = Literal["code", "technical", "mathematics", "science", "readme", "legal", "dialogue"]
-ScoreName = Literal["random", "magnitude", "wanda", "flap", "obs", "taylor", "paper", "reap", "frequency"]
 CompensateName = Literal["none", "bias", "least_squares"]
 WeightingName = Literal["tokens", "energy", "minimax"]
 BudgetName = Literal["uniform", "global", "curve"]
@@ -43,6 +44,11 @@ GONE: dict[str, str] = {
     "schedule=cubic": "use linear, or list what is gone after each round",
     "sublayers": "leave it out; depth removes whole layers",
 }
+# The built-in names of `score.SCORES`, which imports torch. Packages add others, see `plugins`.
+SCORE_NAMES = ("random", "magnitude", "wanda", "flap", "obs", "taylor", "paper", "reap", "frequency")
+# Keys of a domain, one of which says where its text comes from. Packages add others.
+SOURCE_NAMES = ("installed", "files", "dataset", "sampled")
+
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -60,9 +66,12 @@ class Domain(Strict):
     files: local .txt .jsonl .json .csv .parquet files (each also with .gz), relative to the working directory.
     dataset: a `datasets` hub id, with `config` and `split`.
     sampled: text that the dense model itself writes, token by token, before it is pruned.
+    Or the name of a source that an installed package registers, with whatever that source takes.
     column: the text column of structured files; a `messages` column goes through the tokenizer's chat template.
     protect: the share by which this domain's held-out loss may rise, 0.05 for 5%; budget `curve` plans it.
     """
+
+    model_config = ConfigDict(extra="allow")  # sources of packages; any other key is refused below
 
     installed: InstalledDomain | None = None
     files: tuple[str, ...] | None = None
@@ -79,13 +88,37 @@ class Domain(Strict):
     def _one_file_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
+        wrong: list[InitErrorDetails] = [
+            {"type": "extra_forbidden", "loc": (str(key),), "input": data[key]}
+            for key in unknown
+            if key not in plugin_names(SOURCE_GROUP)
+        ]
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return data
+
     @model_validator(mode="after")
     def _exactly_one_source(self) -> "Domain":
-        given = [name for name in ("installed", "files", "dataset", "sampled") if getattr(self, name)]
+        given = self._sources()
         if len(given) != 1:
-            got = " and ".join(given) if given else "none"
-            raise ValueError(f"needs exactly one of installed, files, dataset, sampled; got {got}")
+            names = ", ".join((*SOURCE_NAMES, *plugin_names(SOURCE_GROUP)))
+            raise ValueError(f"needs exactly one of {names}; got {' and '.join(given) or 'none'}")
         return self
+
+    @property
+    def source(self) -> tuple[str, Any]:
+        """Return the source's key and what the user wrote there."""
+        [found] = self._sources().items()
+        return found
+
+    def _sources(self) -> dict[str, Any]:
+        built_in = {name: getattr(self, name) for name in SOURCE_NAMES}
+        others = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+        return {name: value for name, value in built_in.items() if value} | others
 
 
 class Calibration(Strict):
@@ -144,7 +177,7 @@ class Recipe(Strict):
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
     probe_blocks: Annotated[int, Field(ge=1)] = 1
     align: Annotated[int, Field(ge=1)] | None = None
-    score: ScoreName = "obs"
+    score: str = "obs"
     obs_batch: Annotated[int, Field(ge=1)] | None = None
     compensate: CompensateName = "least_squares"
     damping: Positive = 1e-3
@@ -164,6 +197,16 @@ class Recipe(Strict):
     device_budget: str | None = None
     max_shard_size: str = "5GB"
     recover: RecoverySettings | None = None
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _known_score(cls, value: Any) -> Any:
+        if value in SCORE_NAMES:  # before anything is read about installed packages
+            return value
+        names = (*SCORE_NAMES, *plugin_names(SCORE_GROUP))
+        if value in names:
+            return value
+        raise PydanticCustomError("literal_error", "unknown score", {"expected": ", ".join(names)})
 
 
 def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
@@ -273,8 +316,9 @@ def _sentence(error: ValidationError) -> str:
 
 def _allowed_keys(location: list[str]) -> list[str]:
     if location[:1] == ["calibration"]:
-        model: type[Strict] = Domain if len(location) > 1 else Calibration
-        return list(model.model_fields)
+        if len(location) > 1:
+            return [*Domain.model_fields, *plugin_names(SOURCE_GROUP)]
+        return list(Calibration.model_fields)
     if location[:1] == ["recover"]:
         return recovery_keys(location[1:])
     if location == ["prices"]:

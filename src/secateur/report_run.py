@@ -242,8 +242,6 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _source(domain: Domain) -> str:
-    if domain.installed:
-        return "installed packages"
-    if domain.sampled:
-        return "sampled from the dense model"
-    return f"dataset {domain.dataset}" if domain.dataset else ", ".join(domain.files or ())
+    key, value = domain.source
+    known = {"installed": "installed packages", "sampled": "sampled from the dense model"}
+    return known.get(key) or (", ".join(value) if key == "files" else f"{key} {value}")

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from secateur.arch_group import Group
 from secateur.errors import RecipeError
 from secateur.recipe import Recipe
-
-# Scores of whole experts, which mean nothing to channels and heads.
-OF_EXPERTS = ("reap", "frequency")
+from secateur.score import find_score
 
 
 def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
@@ -18,10 +16,13 @@ def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
             f"groups: experts and their channels can only go with budget: uniform and target: parameters, "
             f"got {recipe.budget} and {recipe.target}; change these or leave experts out."
         )
-    if have_experts and recipe.score == "taylor":
-        raise RecipeError("score: taylor has no gradients of experts; use obs, or leave experts out of groups.")
+    units = find_score(recipe.score).units
+    if have_experts and units == "channels and heads":
+        raise RecipeError(
+            f"score: {recipe.score} is of channels and heads, not of experts; use obs, or leave experts out of groups."
+        )
     other = next((group.name for group in groups if not group.experts or group.experts.are_channels), None)
-    if other and recipe.score in OF_EXPERTS:
+    if other and units == "experts":
         raise RecipeError(
             f"score: {recipe.score} is of whole experts, groups has {other} too; use obs, or groups: [experts]."
         )

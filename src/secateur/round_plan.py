@@ -17,10 +17,9 @@ from secateur.measure import measure
 from secateur.profile import ProfileSettings, profile
 from secateur.ranks import from_first
 from secateur.run import Run
-from secateur.score import NEED_GRAM
+from secateur.score import find_score, needs_gram
 from secateur.selection import unit_scores
 from secateur.stats import BY_DOMAIN
-from secateur.taylor import taylor_scores
 from secateur.walk import Batch, Walk
 
 
@@ -75,7 +74,8 @@ def _from_json(found: dict[str, Any]) -> Plan:
 
 def whole_model_scores(run: Run, number: int, batches: list[Batch]) -> dict[GroupKey, Tensor]:
     """Return round `number`'s scores that need gradients of the whole model; none for those that look at a group."""
-    if run.resolved.recipe.score != "taylor":
+    score = find_score(run.resolved.recipe.score)
+    if score.needs != "gradients":
         return {}
     name, groups = f"round-{number}-scores", {f"{group.layer} {group.name}": group for group in run.resolved.groups}
     found = run.store.find(name)
@@ -83,7 +83,7 @@ def whole_model_scores(run: Run, number: int, batches: list[Batch]) -> dict[Grou
         device = next(run.model.parameters()).device
         return {(groups[key].layer, groups[key].name): scores_U.to(device) for key, scores_U in found[0].items()}
     run.progress("score", 0, 1)
-    scores = taylor_scores(run.model, run.arch, run.resolved.groups, batches)
+    scores = score.function(run.model, run.arch, run.resolved.groups, batches)
     run.store.keep(name, {f"{layer} {group}": scores_U for (layer, group), scores_U in scores.items()}, {})
     run.progress("score", 1, 1)
     return scores
@@ -120,7 +120,7 @@ def _scores(run: Run, number: int, batches: list[Batch]) -> dict[GroupKey, Tenso
         mine = [group for group in run.resolved.groups if group.layer == index]
         for group in mine:
             is_last = group is mine[-1]
-            measured = measure(walk, group, weighting, run.shares, gram=recipe.score in NEED_GRAM, to_end=is_last)
+            measured = measure(walk, group, weighting, run.shares, gram=needs_gram(recipe.score), to_end=is_last)
             seed = layer_seed(recipe.seed, number, index)
             found = partial(unit_scores, walk.layers[index], group, measured, recipe, seed)
             scores[index, group.name] = from_first(found)

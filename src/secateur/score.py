@@ -1,26 +1,60 @@
-"""Scores: how important each unit is. Higher score = keep, always.
+"""Scores: how important each unit is. Higher score = keep, always. One function per score, one row of `SCORES` each.
 
 In: the reader's weight, its input statistics pooled over domains, which reader columns each unit owns, the squared norm
-of its writer rows. Out: one number per unit. One function per score.
+of its writer rows; for experts, what the router did. Out: one number per unit. Packages add scores: docs/extend.md.
 
-Letters: H reader outputs, F reader columns, U units, w columns of one unit.
+Letters: H reader outputs, F reader columns, U units, w columns of one unit, E experts.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from secateur.device import float64_device
-from secateur.gram import Gram
+from secateur.errors import PluginError
+from secateur.gram import Gram, sum_dtype
+from secateur.plugins import SCORE_GROUP, look_up
 from secateur.stats import Statistics
+from secateur.taylor import taylor_scores
+
+Needs = Literal["moments", "gram", "gradients", "routing"]
+Units = Literal["channels and heads", "experts", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One score: its function, what must be measured for it, and which units it tells apart.
+
+    needs, and what the function then takes and returns:
+    moments: `ScoreInputs` with sums and squares of the reader's inputs; one number per unit.
+    gram: the same with their Gram matrix.
+    gradients: the model, its architecture, groups, batches; numbers per unit by (layer, group name).
+    routing: `ExpertInputs`; one number per expert.
+
+    units: a recipe whose groups hold others is refused. `all`: channels and heads, and experts too, which are told
+    apart by `energy` (channels within them by OBS) whatever the score; by chance if that is `random`.
+    """
+
+    function: Callable[..., Any]
+    needs: Needs = "moments"
+    units: Units = "channels and heads"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("needs", self.needs, Needs), ("units", self.units, Units)):
+            if value not in get_args(allowed):
+                raise ValueError(f"{name}: must be one of {', '.join(get_args(allowed))}, got {value!r}")
+        if (self.needs == "routing") != (self.units == "experts"):
+            raise ValueError(f"units: experts have needs: routing and no others do, got {self.units}, {self.needs}")
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreInputs:
-    """What the scores may look at. `seed` feeds `random` alone and differs by layer and round."""
+    """What the scores of channels and heads may look at. `seed`: for `random` alone, differs by layer and round."""
 
     reader_HF: Tensor
     writer_squares_U: Tensor
@@ -29,11 +63,67 @@ class ScoreInputs:
     damping: float
     seed: int
 
+    @property
+    def num_units(self) -> int:
+        """How many numbers a score returns."""
+        return len(self.columns_UW)
 
-def random(inputs: ScoreInputs) -> Float[Tensor, " U"]:
+    @property
+    def device(self) -> torch.device:
+        """Where a score's numbers are to be."""
+        return self.reader_HF.device
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What one domain's tokens did: per expert, how many chose it, and the sums of norms and energies of what it gave.
+
+    Of its output times the router's weight; an energy is a squared norm.
+    """
+
+    num_tokens_E: Tensor
+    norms_E: Tensor
+    energy_E: Tensor
+
+    @classmethod
+    def of(cls, num_tokens_E: Tensor, norms_TE: list[Tensor]) -> "Routing":
+        """Return the sums of every expert's norms, one per token that chose it."""
+        dtype = sum_dtype(num_tokens_E.device)
+        norms_E, energy_E = (
+            torch.stack([norms_T.to(dtype).pow(power).sum() for norms_T in norms_TE]) for power in (1, 2)
+        )
+        return cls(num_tokens_E.to(dtype), norms_E, energy_E)
+
+    def plus(self, other: "Routing") -> "Routing":
+        """Return the sums over both's tokens."""
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Routing(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertInputs:
+    """What the scores of experts may look at: the routing by domain, the domains' shares and how they are pooled."""
+
+    routing: dict[str, Routing]
+    shares: dict[str, float]
+    weighting: str
+    seed: int
+
+    @property
+    def num_units(self) -> int:
+        """How many numbers a score returns."""
+        return len(next(iter(self.routing.values())).norms_E)
+
+    @property
+    def device(self) -> torch.device:
+        """Where a score's numbers are to be."""
+        return next(iter(self.routing.values())).norms_E.device
+
+
+def random(inputs: ScoreInputs | ExpertInputs) -> Float[Tensor, " U"]:
     """Uniform random numbers: the floor that every other score must beat."""
     generator = torch.Generator().manual_seed(inputs.seed)
-    return torch.rand(len(inputs.columns_UW), generator=generator).to(inputs.reader_HF.device)
+    return torch.rand(inputs.num_units, generator=generator).to(inputs.device)
 
 
 def magnitude(inputs: ScoreInputs) -> Float[Tensor, " U"]:
@@ -99,18 +189,79 @@ def _summed(values_F: Float[Tensor, " F"], inputs: ScoreInputs) -> Float[Tensor,
     return values_F[inputs.columns_UW].sum(dim=1)
 
 
-SCORES: dict[str, Callable[[ScoreInputs], Tensor]] = {
-    "random": random,
-    "magnitude": magnitude,
-    "wanda": wanda,
-    "flap": flap,
-    "obs": obs,
-    "paper": paper,
-}
-"""Scores that look at one group at a time, by recipe name; `taylor`, which needs the whole model, is beside them."""
+def energy(inputs: ExpertInputs) -> Float[Tensor, " E"]:
+    """s_j = sum_d q_d energy_dj / sum_i energy_di (`tokens`: energies pooled): an expert's share of the layer's energy.
 
-NEED_GRAM = frozenset({"obs"})
-"""Scores that need the Gram matrix; the others need moments alone."""
+    It is what least squares would have to make up for, and beats `reap` where half of the experts go: LOG, 2026-11-26.
+    """
+    pooled = inputs.weighting == "tokens"
+    totals = {
+        d: 1.0 if pooled else max(float(each.energy_E.sum()), 1e-30) / inputs.shares[d]
+        for d, each in inputs.routing.items()
+    }
+    return torch.stack([each.energy_E / totals[d] for d, each in inputs.routing.items()]).sum(dim=0).float()
+
+
+def frequency(inputs: ExpertInputs) -> Float[Tensor, " E"]:
+    """s_j = sum_d q_d n_dj / sum_i n_di, the share of choices that fell on expert j."""
+    parts = [inputs.shares[d] * each.num_tokens_E / each.num_tokens_E.sum() for d, each in inputs.routing.items()]
+    return torch.stack(parts).sum(dim=0).float()
+
+
+def reap(inputs: ExpertInputs) -> Float[Tensor, " E"]:
+    """s_j = sum_d w_d norms_dj / sum_d w_d n_dj, the mean weighted norm of what expert j gave the tokens that chose it.
+
+    w_d = q_d / sum_i norms_di, so that a loud domain does not decide for the others (`tokens`: w_d = 1); 0 for an
+    expert that no token chose. Source: Lasby et al., REAP, arXiv 2510.13999, eq. 9; theirs is over one pool of text.
+    """
+    first = next(iter(inputs.routing.values()))
+    norms_E, num_E = torch.zeros_like(first.norms_E), torch.zeros_like(first.norms_E)
+    for domain, each in inputs.routing.items():
+        pooled = inputs.weighting == "tokens"
+        weight = 1.0 if pooled else inputs.shares[domain] / max(float(each.norms_E.sum()), 1e-30)
+        norms_E += weight * each.norms_E
+        num_E += weight * each.num_tokens_E
+    return torch.where(num_E > 0, norms_E / num_E.clamp(min=1e-300), 0.0).float()
+
+
+SCORES: dict[str, Score] = {
+    "random": Score(random, units="all"),
+    "magnitude": Score(magnitude, units="all"),
+    "wanda": Score(wanda, units="all"),
+    "flap": Score(flap, units="all"),
+    "obs": Score(obs, needs="gram", units="all"),
+    "taylor": Score(taylor_scores, needs="gradients"),
+    "paper": Score(paper, units="all"),
+    "reap": Score(reap, needs="routing", units="experts"),
+    "frequency": Score(frequency, needs="routing", units="experts"),
+}
+"""The built-in scores by recipe name; `recipe.SCORE_NAMES` repeats the names."""
+
+
+def find_score(name: str) -> Score:
+    """Return a built-in score, or the one of that name that an installed package registers.
+
+    Raises RecipeError if there is none, PluginError if a package registers one that cannot be used.
+    """
+    return look_up(SCORE_GROUP, name, SCORES, lambda found: isinstance(found, Score), "a secateur.Score")
+
+
+def needs_gram(name: str) -> bool:
+    """Say whether the score needs the Gram matrix; the others need moments alone."""
+    return find_score(name).needs == "gram"
+
+
+def scored(name: str, inputs: ScoreInputs | ExpertInputs) -> Float[Tensor, " U"]:
+    """Return the units' scores of one group. Raises PluginError if they are not one number per unit."""
+    score = find_score(name)
+    if isinstance(inputs, ExpertInputs) and score.units != "experts":
+        scores_U = random(inputs) if name == "random" else energy(inputs)
+    else:
+        scores_U = score.function(inputs)
+    if not isinstance(scores_U, Tensor) or scores_U.shape != (inputs.num_units,):
+        got = tuple(scores_U.shape) if isinstance(scores_U, Tensor) else type(scores_U).__name__
+        raise PluginError(f"score '{name}': must return a tensor of {inputs.num_units} numbers, one a unit, got {got}.")
+    return scores_U
 
 
 def keep_highest(scores_F: Float[Tensor, " F"], num_keep: int) -> Int64[Tensor, " K"]:

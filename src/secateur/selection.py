@@ -14,7 +14,7 @@ from secateur.cut import unit_columns
 from secateur.measure import Measurement
 from secateur.obs import greedy_obs, units_at_once
 from secateur.recipe import Recipe
-from secateur.score import SCORES, ScoreInputs, damped_gram, keep_highest
+from secateur.score import ScoreInputs, damped_gram, keep_highest, scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def unit_scores(
     columns_UW = unit_columns(group.reader.segments, num_units, weight_HF.device)
     squares_U = _writer_squares(layer, group, num_units)
     inputs = ScoreInputs(weight_HF.float(), squares_U, measured.pooled, columns_UW, recipe.damping, seed)
-    return SCORES[recipe.score](inputs)
+    return scored(recipe.score, inputs)
 
 
 def _writer_squares(layer: nn.Module, group: Group, num_units: int) -> Float[Tensor, " U"]:

@@ -1,47 +1,73 @@
 """A calibration domain to its documents, one by one, in an order that follows from the seed alone.
 
-In: a `recipe.Domain` (installed text, local files, or a `datasets` hub id). Out: an iterator of documents (str).
-Here is decided which part of a row is text; packing and tokenising are `calibration`'s.
+In: a `recipe.Domain`, whose key says which of `SOURCES` reads it. Out: an iterator of documents (str).
+Here is decided which part of a row is text; packing and tokenising are `calibration`'s. Packages add sources:
+docs/extend.md.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import CalibrationError, nearest
 from secateur.installed_text import installed_documents
+from secateur.plugins import SOURCE_GROUP, look_up
 from secateur.recipe import Domain
 from secateur.text_files import read_rows
+
+
+class Row(NamedTuple):
+    """What a source gives: a document, or a mapping of columns, one of which is text. `where`: for errors."""
+
+    where: str
+    content: Any
+
+
+class HubDataset(NamedTuple):
+    """A `datasets` hub id with its configuration and split."""
+
+    dataset: str
+    config: str | None
+    split: str
+
+
+# What the user wrote, and the random order that follows from recipe seed and domain, to documents or rows of columns.
+Source = Callable[[Any, Random], Iterable[str | dict[str, Any] | Row]]
 
 
 def documents(name: str, domain: Domain, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[str]:
     """Yield the documents of the domain called `name`, shuffled by seed and name; blank ones are left out.
 
-    Raises CalibrationError, while iterating, for text that is missing, unreadable or not text.
+    Raises CalibrationError, while iterating, for text that is missing, unreadable or not text; PluginError if an
+    installed package registers a source that cannot be used.
     """
-    order = Random(f"{seed}:{name}")
-    if domain.installed is not None:
-        yield from installed_documents(domain.installed, order)
-        return
-    rows = _file_rows(domain.files, order) if domain.files else _dataset_rows(domain, order)
-    for where, row in rows:
-        text = _row_text(row, domain.column, tokenizer, where)
+    key, value = domain.source
+    if key == "dataset":
+        value = HubDataset(value, domain.config, domain.split)
+    read = look_up(
+        SOURCE_GROUP, key, SOURCES, callable, "a function of a value and a random order", Domain.model_fields
+    )
+    for number, row in enumerate(read(value, Random(f"{seed}:{name}")), start=1):
+        where, content = row if isinstance(row, Row) else (f"domain '{name}', document {number}", row)
+        text = _row_text(content, domain.column, tokenizer, where)
         if text.strip():
             yield text
 
 
-def _file_rows(files: tuple[str, ...], order: Random) -> Iterator[tuple[str, Any]]:
-    rows = [row for file in files for row in read_rows(Path(file))]
+def file_rows(files: tuple[str, ...], order: Random) -> Iterator[Row]:
+    """Yield the rows of all files, shuffled together. Raises CalibrationError for a file that cannot be read."""
+    rows = [Row(*row) for file in files for row in read_rows(Path(file))]
     order.shuffle(rows)
     yield from rows
 
 
-def _dataset_rows(domain: Domain, order: Random) -> Iterator[tuple[str, Any]]:
-    where, offline = f"dataset {domain.dataset}", constants.HF_HUB_OFFLINE
+def dataset_rows(wanted: HubDataset, order: Random) -> Iterator[Row]:
+    """Yield the rows of a `datasets` hub id, streamed where there is a network. Raises CalibrationError."""
+    where, offline = f"dataset {wanted.dataset}", constants.HF_HUB_OFFLINE
     try:
         import datasets
         from datasets.exceptions import DatasetsError
@@ -49,11 +75,11 @@ def _dataset_rows(domain: Domain, order: Random) -> Iterator[tuple[str, Any]]:
         raise CalibrationError(f"{where}: needs the package datasets; install secateur[data].") from None
     try:
         if offline:  # streaming never looks into the local cache, which is all there is now
-            rows = datasets.load_dataset(str(domain.dataset), domain.config, split=domain.split)
+            rows = datasets.load_dataset(*wanted[:2], split=wanted.split)
         else:
-            rows = datasets.load_dataset(str(domain.dataset), domain.config, split=domain.split, streaming=True)
+            rows = datasets.load_dataset(*wanted[:2], split=wanted.split, streaming=True)
         for number, row in enumerate(rows.shuffle(seed=order.getrandbits(32)), start=1):
-            yield f"{where}, row {number} of its shuffled order", row
+            yield Row(f"{where}, row {number} of its shuffled order", row)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error).split())
         advice = "check its id, config and split, and the network"
@@ -63,6 +89,10 @@ def _dataset_rows(domain: Domain, order: Random) -> Iterator[tuple[str, Any]]:
                 "the local cache, or give its text as files"
             )
         raise CalibrationError(f"{where}: cannot be loaded ({reason}); {advice}.") from None
+
+
+# `sampled` is not among them: the model writes that text, see `calibration_sampled`.
+SOURCES: dict[str, Source] = {"installed": installed_documents, "files": file_rows, "dataset": dataset_rows}
 
 
 def _row_text(row: Any, column: str, tokenizer: PreTrainedTokenizerBase, where: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from secateur.arch import Group
 from secateur.json_file import parse_json
 from secateur.loss import Loss, geometric_mean_perplexity
+from secateur.plugins import plugin_packages
 from secateur.prices import Outcome
 
 FILE_NAME = "result.json"
@@ -119,7 +120,7 @@ def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tens
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a repeat of the run needs."""
+    """Return the versions that a repeat of the run needs, those of packages that extend secateur among them."""
     packages = ("secateur", "torch", "transformers", "safetensors", "tokenizers")
     found: dict[str, Any] = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **found}
+    return {"python": platform.python_version(), **found, **plugin_packages()}

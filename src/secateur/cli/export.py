@@ -8,41 +8,52 @@ from typing import Annotated
 import typer
 
 from secateur.cli.app import CONSOLE, Json, Model, Quiet, app
+from secateur.errors import RecipeError
 from secateur.progress_bar import progress_bar
 
 
 @app.command(epilog="Example: secateur export smaller --gguf smaller.gguf --type q8_0")
 def export(
     model: Model,
-    gguf: Annotated[Path, typer.Option(metavar="FILE", help="The GGUF file to write, for llama.cpp.")],
+    gguf: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Short for --format gguf --out FILE: for llama.cpp.")
+    ] = None,
+    format_name: Annotated[
+        str | None, typer.Option("--format", metavar="NAME", help="gguf, or a format that an installed package adds.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="With --format: the file to write.")] = None,
     type_name: Annotated[
-        str | None, typer.Option("--type", help="f32, f16, bf16 or q8_0; by default the weights' own type.")
+        str | None, typer.Option("--type", help="For GGUF f32, f16, bf16 or q8_0; by default the weights' own type.")
     ] = None,
     check: Annotated[
         bool | None,
         typer.Option(
             "--check/--no-check",
             help="Keep the file only if llama.cpp gives transformers' tokens and perplexity; "
-            "by default where llama-cpp-python is installed.",
+            "by default where llama-cpp-python is installed. Formats of other packages may have no such check.",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Write MODEL, its tokenizer and chat template as a GGUF file."""
+    """Write MODEL, its tokenizer and chat template as one file: GGUF, or a format that an installed package adds."""
     from secateur.export import export as export_model
     from secateur.tables import human_bytes
 
+    name, file = _wanted(gguf, format_name, out)
     with progress_bar(enabled=not (quiet or as_json)) as progress:
-        done = export_model(model, gguf, type_name=type_name, check=check, overwrite=overwrite, progress=progress)
+        done = export_model(
+            model, file, format=name, type_name=type_name, check=check, overwrite=overwrite, progress=progress
+        )
     if as_json:
         print(json.dumps(dataclasses.asdict(done), indent=2))
         return
-    CONSOLE.print(
-        f"Written to {gguf}: {done.type_name}, {human_bytes(done.num_bytes)}, context {done.context_length:,}."
-    )
+    context = "" if done.context_length is None else f", context {done.context_length:,}"
+    CONSOLE.print(f"Written to {file}: {done.type_name}, {human_bytes(done.num_bytes)}{context}.")
     if done.check is None:
+        if name != "gguf":
+            return
         why = "as asked" if check is False else 'llama-cpp-python is not installed; pip install "secateur[llama-cpp]"'
         CONSOLE.print(f"Not checked against llama.cpp: {why}.")
         return
@@ -52,3 +63,12 @@ def export(
         f"{found.perplexity_transformers:.3f} in transformers; {found.num_greedy_equal} of {found.num_greedy} greedy "
         f"tokens equal (largest gap {found.largest_gap_nats:.3f} nats)."
     )
+
+
+def _wanted(gguf: Path | None, name: str | None, out: Path | None) -> tuple[str, Path]:
+    """Return format and file. Raises RecipeError unless they are said once."""
+    if gguf is not None and name is None and out is None:
+        return "gguf", gguf
+    if gguf is None and name is not None and out is not None:
+        return name, out
+    raise RecipeError("export: give --gguf FILE, or --format NAME and --out FILE.")

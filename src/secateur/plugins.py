@@ -1,0 +1,101 @@
+"""What other installed packages add: scores, families, calibration sources, exporters, by their entry points.
+
+In: a group of entry points and what is built in. Out: names, which import nothing; or what a name stands for, which
+imports its package. A package has to be installed and nothing more: docs/extend.md.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from functools import cache
+from importlib import metadata
+from importlib.metadata import EntryPoint
+from typing import Any, TypeVar
+
+from secateur.errors import PluginError, RecipeError, advice
+
+SCORE_GROUP = "secateur.scores"
+FAMILY_GROUP = "secateur.families"
+SOURCE_GROUP = "secateur.sources"
+EXPORTER_GROUP = "secateur.exporters"
+
+Kind = TypeVar("Kind")
+
+
+def plugin_names(group: str) -> tuple[str, ...]:
+    """Return the names that installed packages register in a group, sorted. Nothing is imported."""
+    return tuple(sorted({point.name for point in _entry_points(group)}))
+
+
+def plugin_packages() -> dict[str, str]:
+    """Return the installed packages that register anything, with their versions. Nothing is imported."""
+    groups = (SCORE_GROUP, FAMILY_GROUP, SOURCE_GROUP, EXPORTER_GROUP)
+    found = (point.dist for group in groups for point in _entry_points(group))
+    return dict(sorted((each.name, each.version) for each in found if each is not None))
+
+
+def plugins(group: str, taken: Collection[str]) -> dict[str, EntryPoint]:
+    """Return the entry points of a group by name. Nothing is imported.
+
+    Raises PluginError if a package registers a name that is `taken`, because it is built in, or that another has.
+    """
+    found: dict[str, EntryPoint] = {}
+    for point in _entry_points(group):
+        if point.name in taken:
+            raise PluginError(f"{where(point)}: the name is secateur's own; rename it in {_package(point)}.")
+        if point.name in found:
+            raise PluginError(f"{where(point)}: {_package(found[point.name])} has one of that name too; uninstall one.")
+        found[point.name] = point
+    return found
+
+
+def load(point: EntryPoint, is_right: Callable[[Any], bool], expected: str) -> Any:
+    """Return what the entry point stands for. Raises PluginError if it cannot be imported or is not as `expected`."""
+    try:
+        found = point.load()
+    except Exception as error:  # whatever another package's import raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PluginError(
+            f"{where(point)}: cannot be loaded ({reason}); correct, update or uninstall {_package(point)}."
+        ) from error
+    if not is_right(found):
+        raise PluginError(f"{where(point)}: must be {expected}, got {type(found).__name__}; see docs/extend.md.")
+    return found
+
+
+def look_up(
+    group: str,
+    name: str,
+    built_in: Mapping[str, Kind],
+    is_right: Callable[[Any], bool],
+    expected: str,
+    taken: Collection[str] = (),
+) -> Kind:
+    """Return what `name` stands for: what is built in, or what a package registers. `taken`: names also not free.
+
+    Raises RecipeError for an unknown name, saying which there are; PluginError as `plugins` and `load` do.
+    """
+    others = plugins(group, {*built_in, *taken})
+    if name in built_in:
+        return built_in[name]
+    if name not in others:
+        names = [*built_in, *sorted(others)]
+        raise RecipeError(f"unknown {_what(group)} '{name}'; allowed: {', '.join(names)}; {advice(name, names)}")
+    return load(others[name], is_right, expected)
+
+
+def where(point: EntryPoint) -> str:
+    """Return what an entry point is called in an error: package, kind and name."""
+    return f"package {_package(point)}, {_what(point.group)} '{point.name}'"
+
+
+def _what(group: str) -> str:
+    return {FAMILY_GROUP: "families"}.get(group, group.removeprefix("secateur.").removesuffix("s"))
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else point.value.partition(":")[0]
+
+
+@cache
+def _entry_points(group: str) -> tuple[EntryPoint, ...]:
+    """Read once a process: the metadata of every installed package is opened for it."""
+    return tuple(metadata.entry_points(group=group))

@@ -1,0 +1,245 @@
+"""docs/extend.md is followed to the letter: its package is laid out as if installed, and used from outside."""
+
+import json
+import re
+import sqlite3
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy
+import pytest
+import torch
+import yaml
+from models import randomised
+from tiny_tokenizer import tiny_tokenizer
+from transformers import HeliumConfig, HeliumForCausalLM
+
+from secateur import PluginError, RecipeError, Score, arch_spec, export, plugins
+from secateur.calibration import build_calibration
+from secateur.checkpoint_quiet import quiet_transformers
+from secateur.prices import PRICES
+from secateur.recipe import SCORE_NAMES, SOURCE_NAMES, Recipe, TargetName, dump_recipe, parse_recipe
+from secateur.score import SCORES, ScoreInputs, find_score, scored
+from secateur.sources import SOURCES
+from secateur.stats import Statistics
+
+DOCS = Path(__file__).parents[1] / "docs" / "extend.md"
+WORDS = "the notes of a small office say who called and what was ordered on which day".split()
+NO_FAMILY = "model family 'helium' is not supported"
+
+Installed = Callable[..., Path]
+
+
+def lay_out(root: Path, name: str, files: dict[str, str], entry_points: dict[str, dict[str, str]]) -> None:
+    """Write a package and its metadata, as pip would into site-packages."""
+    for place, text in files.items():
+        file = root / place
+        file.parent.mkdir(parents=True, exist_ok=True)
+        (file.parent / "__init__.py").touch()
+        file.write_text(text, encoding="utf-8")
+    metadata = root / f"{name.replace('-', '_')}-0.1.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n", encoding="utf-8")
+    groups = (
+        f"[{group}]\n" + "".join(f"{key} = {value}\n" for key, value in points.items())
+        for group, points in entry_points.items()
+    )
+    (metadata / "entry_points.txt").write_text("\n".join(groups), encoding="utf-8")
+
+
+def printed_package() -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the files of the package that the page prints, by path, and its pyproject.toml."""
+    blocks = re.findall(r"```\w+\n# (\S+\.\w+)\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    toml = "".join(text for name, text in blocks if name == "pyproject.toml")
+    return {name: text for name, text in blocks if name != "pyproject.toml"}, tomllib.loads(toml)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as site-packages would be, with the page's package."""
+    files, project = printed_package()
+    root = tmp_path_factory.mktemp("site")
+    lay_out(root, project["project"]["name"], files, project["project"]["entry-points"])
+    return root
+
+
+@pytest.fixture(scope="module")
+def helium(site: Path) -> Path:
+    """A tiny model of the family that only the package knows."""
+    sizes = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 12, "vocab_size": 320, "max_position_embeddings": 256}
+    config = HeliumConfig(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
+    with quiet_transformers():
+        randomised(HeliumForCausalLM(config), 0).save_pretrained(site / "helium")
+        tiny_tokenizer().save_pretrained(site / "helium")
+    return site / "helium"
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    choose = torch.Generator().manual_seed(0)
+    with sqlite3.connect(tmp_path / "notes.db") as connection:
+        connection.execute("create table notes (body text)")
+        picks = torch.randint(len(WORDS), (300, 20), generator=choose).tolist()
+        connection.executemany("insert into notes values (?)", [(" ".join(WORDS[i] for i in row),) for row in picks])
+    return tmp_path / "notes.db"
+
+
+def secateur_from(site: Path | None, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, which finds what lies in `site`."""
+    start = f"import sys; sys.path.insert(0, {str(site)!r}); " if site else ""
+    code = f"{start}from secateur.cli import main; main()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_package_of_the_page_prunes_and_exports(site: Path, helium: Path, notes: Path, tmp_path: Path) -> None:
+    domain = {"sqlite": {"file": str(notes), "query": "select body from notes"}, "share": 2}
+    calibration = {"domains": {"notes": domain}, "num_tokens": 640, "sequence_length": 32}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"score": "loudest", "align": 8, "calibration": calibration}), encoding="utf-8")
+    out, file = tmp_path / "out", tmp_path / "out.npz"
+    pruned = secateur_from(site, "prune", helium, out, "--recipe", recipe, "--json")
+    assert pruned.returncode == 0, pruned.stderr
+    result = json.loads(pruned.stdout)
+    assert result["calibration"]["num_tokens"] == {"notes": 640} and result["versions"]["secateur-example"] == "0.1"
+    used = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert used["score"] == "loudest" and used["calibration"]["domains"]["notes"]["sqlite"] == domain["sqlite"]
+    assert "sqlite {" in (out / "report.html").read_text()
+
+    written = secateur_from(site, "export", out, "--format", "npz", "--out", file, "--quiet")
+    assert written.returncode == 0, written.stderr
+    assert f"Written to {file}: f32," in " ".join(written.stdout.split())
+    width = json.loads((out / "config.json").read_text())["intermediate_size"]
+    assert numpy.load(file)["model.layers.0.mlp.down_proj.weight"].shape == (48, width) and width < 112
+    refused = secateur_from(site, "export", out, "--format", "npz", "--out", tmp_path / "b", "--type", "f16")
+    assert refused.returncode == 2 and "npz has f32 alone, got f16" in refused.stderr
+    refused = secateur_from(site, "export", out, "--format", "npz", "--out", tmp_path / "b", "--check")
+    assert refused.returncode == 2 and "format npz has nothing that checks it" in refused.stderr
+
+
+def test_without_the_package_its_names_are_unknown(helium: Path, tmp_path: Path) -> None:
+    assert NO_FAMILY in secateur_from(None, "inspect", helium).stderr
+    with pytest.raises(RecipeError, match=r"unknown score 'loudest'; allowed: random, .* give one of these"):
+        parse_recipe({"score": "loudest"})
+    with pytest.raises(RecipeError, match=r"unknown key 'calibration\.domains\.notes\.sqlite'"):
+        parse_recipe({"calibration": {"domains": {"notes": {"sqlite": "notes.db"}}}})
+    with pytest.raises(RecipeError, match="unknown exporter 'npz'; allowed: gguf; give one of these"):
+        export.export(helium, tmp_path / "out.npz", format="npz")
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Install a package into this process: `installed(name, files, entry_points)`."""
+
+    def forget() -> None:
+        plugins._entry_points.cache_clear()
+        arch_spec.load_specs.cache_clear()
+
+    def install(name: str, files: dict[str, str], entry_points: dict[str, dict[str, str]]) -> None:
+        lay_out(tmp_path / name, name, files, entry_points)
+        monkeypatch.syspath_prepend(str(tmp_path / name))
+        forget()
+
+    forget()
+    yield install
+    monkeypatch.undo()
+    forget()
+
+
+def test_names_are_checked_without_an_import(installed: Installed) -> None:
+    points = {"secateur.scores": {"mine": "absent_module:mine"}, "secateur.sources": {"mail": "absent_module:mail"}}
+    installed("absent", {}, points)
+    assert parse_recipe({"score": "mine"}).score == "mine"
+    recipe = parse_recipe({"calibration": {"domains": {"a": {"mail": ["inbox", 3]}}}})
+    assert recipe.calibration.domains["a"].source == ("mail", ["inbox", 3])
+    assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+    with pytest.raises(RecipeError, match=r"unknown score 'mino'; allowed: .*, frequency, mine; did you mean 'mine'\?"):
+        parse_recipe({"score": "mino"})
+    with pytest.raises(RecipeError, match=r"unknown key 'calibration.domains.a.mial'; did you mean 'mail'?"):
+        parse_recipe({"calibration": {"domains": {"a": {"mial": 1}}}})
+    for wrong, got in (({"mail": 1, "files": "a.txt"}, "files and mail"), ({"mail": None}, "none")):
+        with pytest.raises(RecipeError, match=f"one of installed, files, dataset, sampled, mail; got {got}"):
+            parse_recipe({"calibration": {"domains": {"a": wrong}}})
+    with pytest.raises(PluginError, match=r"package absent, score 'mine': cannot be loaded \(ModuleNotFoundError: "):
+        find_score("mine")
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "message"),
+    [
+        ("scores", "obs", "package bad, score 'obs': the name is secateur's own; rename it in bad"),
+        ("sources", "files", "package bad, source 'files': the name is secateur's own"),
+        ("sources", "share", "package bad, source 'share': the name is secateur's own"),
+        ("exporters", "gguf", "package bad, exporter 'gguf': the name is secateur's own"),
+        ("scores", "mine", "package bad, score 'mine': must be a secateur.Score, got int; see docs/extend.md"),
+        ("sources", "mine", "package bad, source 'mine': must be a function of a value and a random order, got int"),
+        ("exporters", "mine", "package bad, exporter 'mine': must be a secateur.Exporter, got int"),
+        ("families", "mine", "package bad, families 'mine': must be a package with .* in it, got int"),
+    ],
+)
+def test_an_entry_point_that_is_wrong_is_one_sentence(
+    group: str, name: str, message: str, installed: Installed, tmp_path: Path
+) -> None:
+    installed("bad", {"bad/things.py": "thing = 3\n"}, {f"secateur.{group}": {name: "bad.things:thing"}})
+    with pytest.raises(PluginError, match=message):
+        if group == "scores":
+            find_score(name)
+        elif group == "exporters":
+            export.export(tmp_path, tmp_path / "out", format=name)
+        elif group == "families":
+            arch_spec.find_spec("llama")
+        else:
+            domain = {"mine": 1} if name == "mine" else {"installed": "code"}
+            calibration = Recipe(calibration={"domains": {"a": domain}, "sequence_length": 32}).calibration  # type: ignore
+            build_calibration(calibration, 320, tiny_tokenizer(), 0)
+
+
+def test_two_packages_with_one_name(installed: Installed) -> None:
+    for name in ("one", "two"):
+        installed(name, {}, {"secateur.scores": {"mine": f"{name}:mine"}})
+    with pytest.raises(PluginError, match=r"score 'mine': (one|two) has one of that name too; uninstall one"):
+        find_score("mine")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("llama", "like: qwen2\nmodel_types: [new]\n", "families 'more': there is a family 'llama' already"),
+        ("new", "like: llama\nmodel_types: [new, qwen2]\n", "type 'qwen2' of family 'new' is family 'qwen2' already"),
+        ("new", "like: lama\nmodel_types: [new]\n", "package twin, families 'more': a YAML file is wrong .KeyError"),
+        ("new", "model_types: [new]\n", "package twin, families 'more': a YAML file is wrong .ValidationError"),
+    ],
+)
+def test_a_family_that_is_there_or_wrong(file: str, text: str, message: str, installed: Installed) -> None:
+    package = f"families_{abs(hash(message))}"  # each its own, since Python keeps what it imported
+    installed("twin", {f"{package}/{file}.yaml": text}, {"secateur.families": {"more": package}})
+    with pytest.raises(PluginError, match=message):
+        arch_spec.load_specs()
+
+
+def test_a_score_of_the_wrong_shape_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCORES, "mine", Score(lambda inputs: inputs.reader_HF))
+    statistics = Statistics.empty(3, torch.device("cpu"), gram=False)
+    inputs = ScoreInputs(torch.ones(2, 3), torch.ones(3), statistics, torch.arange(3)[:, None], 0.0, 0)
+    with pytest.raises(PluginError, match=r"score 'mine': must return a tensor of 3 numbers, one a unit, got \(2, 3\)"):
+        scored("mine", inputs)
+    for wrong in ({"needs": "routing"}, {"units": "experts"}):
+        with pytest.raises(ValueError, match="units: experts have needs: routing and no others do"):
+            Score(lambda inputs: inputs, **wrong)  # type: ignore[arg-type]
+
+
+def test_names_that_the_recipe_repeats_are_those_of_the_tables() -> None:
+    assert tuple(SCORES) == SCORE_NAMES
+    assert (*SOURCES, "sampled") == SOURCE_NAMES
+    assert tuple(PRICES) == get_args(TargetName)
+
+
+def test_what_to_export_is_said_once(tmp_path: Path) -> None:
+    for wrong in ((), ("--format", "gguf"), ("--out", "a"), ("--gguf", "a", "--format", "gguf", "--out", "b")):
+        refused = secateur_from(None, "export", tmp_path, *wrong)
+        assert refused.returncode == 2 and "give --gguf FILE, or --format NAME and --out FILE" in refused.stderr
