@@ -1,4 +1,4 @@
-"""The table of docs/families.md is what the families' YAML files say; `python tests/test_docs_families.py` prints it."""
+"""docs/families.md lists what the families' YAML files say; `python tests/test_docs_families.py` prints its table."""
 
 from importlib import resources
 from pathlib import Path
