@@ -1,4 +1,4 @@
-"""README's table of families is what `archs/` says; `python tests/test_docs_families.py` prints it."""
+"""docs/families.md lists what the families' YAML files say; `python tests/test_docs_families.py` prints its table."""
 
 from importlib import resources
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from secateur.arch_experts import EXPERT_CHANNELS, EXPERTS
 from secateur.arch_spec import load_specs
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 
 
 def table() -> str:
@@ -28,8 +28,8 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def test_the_readme_lists_the_families() -> None:
-    assert table() in README.read_text(encoding="utf-8")
+def test_the_docs_list_the_families() -> None:
+    assert table() in PAGE.read_text(encoding="utf-8")
 
 
 def test_every_group_is_offered_or_left_out_with_a_reason() -> None:
