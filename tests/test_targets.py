@@ -25,9 +25,8 @@ from secateur.inspection import inspect
 from secateur.journal import Journal
 from secateur.latency import Timing, _slope, measure_latency, with_prices
 from secateur.per_layer import record_widths
-from secateur.prices import prices_of
 from secateur.recipe import MeasuredPrices, dump_recipe, parse_recipe
-from secateur.resolve import resolve
+from secateur.resolve import recipe_prices, resolve
 from secateur.runlog import RunLog
 from secateur.tables import headline
 
@@ -75,7 +74,7 @@ def test_prices_are_what_a_cut_model_really_loses(factory, target, names):
     model = factory(num_attention_heads=8, num_key_value_heads=4)
     arch = bind(model)
     asked = parse_recipe(recipe_of(target, groups=names))
-    prices, before = prices_of(asked, arch, model), amount(target, model)
+    prices, before = recipe_prices(asked, arch, model), amount(target, model)
     groups = arch.select(tuple(names))
     num_keep = {(g.layer, g.name): 64 if g.name == "ffn" else g.num_units // 2 for g in groups}
     for group in groups:
@@ -91,7 +90,7 @@ def test_prices_are_what_a_cut_model_really_loses(factory, target, names):
 def test_a_layers_price_is_what_a_model_without_it_loses(factory, target):
     model = factory()
     arch = bind(model)
-    prices, before = prices_of(parse_recipe(recipe_of(target)), arch, model), amount(target, model)
+    prices, before = recipe_prices(parse_recipe(recipe_of(target)), arch, model), amount(target, model)
     remove_layers(model, arch, [1])
     assert before - amount(target, model) == prices.of_all_but((0, 2)) == prices.per_layer[1] > 0
     assert prices.with_only((0, 2)).total == round(amount(target, model))
@@ -103,7 +102,7 @@ def test_each_target_is_met_within_half_a_step_per_group(target, remove):
     model = tiny_llama(num_attention_heads=24, num_key_value_heads=24, hidden_size=96)
     arch = bind(model)
     asked = parse_recipe(recipe_of(target, remove=remove))
-    prices = prices_of(asked, arch, model)
+    prices = recipe_prices(asked, arch, model)
     groups = arch.select(tuple(GROUPS[target]))
     # As if any number of heads could be stated: what a family's config refuses is another matter.
     plan = uniform_plan(tuple(dataclasses.replace(group, divides=None) for group in groups), prices, remove, 8)
@@ -117,7 +116,7 @@ def test_each_target_is_met_within_half_a_step_per_group(target, remove):
 def test_curve_and_global_meet_each_target_within_one_level(target):
     model = tiny_qwen2(num_attention_heads=8, num_key_value_heads=8, num_layers=4)
     arch = bind(model)
-    prices = prices_of(parse_recipe(recipe_of(target)), arch, model)
+    prices = recipe_prices(parse_recipe(recipe_of(target)), arch, model)
     groups = arch.select(tuple(GROUPS[target]))
     profiles, scores = {}, {}
     for group in groups:
@@ -163,7 +162,7 @@ def test_what_cannot_be_is_said_in_the_targets_own_terms(changes, message, recip
 def test_resolving_latency_measures_nothing_and_says_where_seconds_come_from():
     model = tiny_llama()
     with pytest.raises(RecipeError, match="secateur inspect"):
-        prices_of(parse_recipe({"target": "latency"}), bind(model), model)
+        recipe_prices(parse_recipe({"target": "latency"}), bind(model), model)
 
 
 @pytest.fixture(scope="module")
@@ -202,11 +201,11 @@ def test_recorded_prices_make_the_same_plan_without_measuring(measured, monkeypa
     monkeypatch.setattr("secateur.latency.measure_latency", lambda *_: measured)
     filled = with_prices(asked, arch, model, Journal(log))
     assert [line["event"] for line in log.lines] == ["latency"] * 8 + ["prices"] and "latency" in log.seconds
-    first = resolve(filled, arch, model.config, prices_of(filled, arch, model))
+    first = resolve(filled, arch, model.config, recipe_prices(filled, arch, model))
     saved = parse_recipe(yaml.safe_load(dump_recipe(first.recipe)))
     monkeypatch.setattr("secateur.latency.measure_latency", None)
     assert with_prices(saved, arch, model, Journal(log)) == saved and len(log.lines) == 9
-    again = resolve(saved, arch, model.config, prices_of(saved, arch, model))
+    again = resolve(saved, arch, model.config, recipe_prices(saved, arch, model))
     assert again.plans == first.plans and again.recipe == first.recipe
 
 

@@ -1,24 +1,41 @@
 """A calibration domain to its documents, one by one, in an order that follows from the seed alone.
 
-In: a `recipe.Domain` (installed text, local files, or a `datasets` hub id). Out: an iterator of documents (str).
+In: a domain (installed text, local files, or a `datasets` hub id). Out: an iterator of documents (str).
 Here is decided which part of a row is text; packing and tokenising are `calibration`'s.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import CalibrationError, nearest
 from secateur.installed_text import installed_documents
-from secateur.recipe import Domain
 from secateur.text_files import read_rows
 
 
-def documents(name: str, domain: Domain, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[str]:
+@runtime_checkable
+class DomainText(Protocol):
+    """Where one domain's text comes from: exactly one source, and what of it is read."""
+
+    files: tuple[str, ...] | None
+    dataset: str | None
+    sampled: bool
+    config: str | None
+    split: str
+    column: str
+    share: float
+
+    @property
+    def installed(self) -> str | None:
+        """The name of an installed text."""
+        ...
+
+
+def documents(name: str, domain: DomainText, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[str]:
     """Yield the documents of the domain called `name`, shuffled by seed and name; blank ones are left out.
 
     Raises CalibrationError, while iterating, for text that is missing, unreadable or not text.
@@ -40,7 +57,7 @@ def _file_rows(files: tuple[str, ...], order: Random) -> Iterator[tuple[str, Any
     yield from rows
 
 
-def _dataset_rows(domain: Domain, order: Random) -> Iterator[tuple[str, Any]]:
+def _dataset_rows(domain: DomainText, order: Random) -> Iterator[tuple[str, Any]]:
     where, offline = f"dataset {domain.dataset}", constants.HF_HUB_OFFLINE
     try:
         import datasets
