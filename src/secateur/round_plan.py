@@ -56,7 +56,9 @@ def _planned(
         align, found = recipe.align, scores
         return from_first(lambda: global_plan(resolved.groups, found, prices, remove, align, min_keep=least))
     settings = _profile_settings(run, number)
-    profiles = profile(run.model, run.arch, resolved.groups, batches, settings, progress=run.progress)
+    profiles = profile(
+        run.model, run.arch, resolved.groups, batches, settings, decide=from_first, progress=run.progress
+    )
     plan = from_first(lambda: curve_plan(resolved.groups, profiles, prices, remove, min_keep=least, max_rise=max_rise))
     predicted = predicted_rise(profiles, plan.num_keep)
     run.log({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
