@@ -94,9 +94,9 @@ def fold_patch(
             gram.add_product(x_TF)
             cross_FD += x_TF.float().T @ added_TD
     sum_over_ranks(gram, cross_FD)
-    every_F = torch.arange(reader.in_features, device=reader.weight.device)
-    fit = decide(partial(least_squares, reader.weight.float(), gram, every_F, damping, cross_FD, 1.0))
-    with at_hand(layers[layer - 1]):
+    with at_hand(layers[layer - 1]):  # again: the layers above have been here since
+        every_F = torch.arange(reader.in_features, device=reader.weight.device)
+        fit = decide(partial(least_squares, reader.weight.float(), gram, every_F, damping, cross_FD, 1.0))
         # The guard judges what will be stored, rounding included.
         change_DF = fit.weight_HS.to(reader.weight.dtype) - reader.weight.float()
         judged = _judge(held_out, change_DF)

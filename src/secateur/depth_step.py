@@ -86,7 +86,7 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
     None where no FFN becomes narrower.
     """
     recipe, plan = run.resolved.recipe, run.resolved.plans[-1]
-    ffns = [group for group in run.resolved.groups if group.name == "ffn" and group.width == 1]
+    ffns = [group for group in run.resolved.groups if group.name == "ffn" and group.kind == "channels"]
     kept = sum(plan.num_keep[group.layer, group.name] for group in ffns)
     if kept == sum(group.num_units for group in ffns):
         return {}

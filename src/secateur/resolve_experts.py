@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 
-from secateur.arch_group import Group
+from secateur.arch_group import OF_EXPERTS, Group
 from secateur.errors import RecipeError
 from secateur.recipe import Recipe
+from secateur.stats import BY_DOMAIN
 
 # Scores of whole experts, which mean nothing to channels and heads.
-OF_EXPERTS = ("reap", "frequency")
+EXPERT_SCORES = ("reap", "frequency")
 
 
 def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
-    """Raise RecipeError for a budget, a target or a score that experts do not have, or that only they have."""
-    have_experts = any(group.experts for group in groups)
+    """Raise RecipeError for what experts do not have (budgets, targets, weightings, scores), or only they have."""
+    have_experts = any(group.kind in OF_EXPERTS for group in groups)
     if have_experts and (recipe.budget != "uniform" or recipe.target != "parameters"):
         raise RecipeError(
             f"groups: experts and their channels can only go with budget: uniform and target: parameters, "
@@ -20,8 +21,13 @@ def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
         )
     if have_experts and recipe.score == "taylor":
         raise RecipeError("score: taylor has no gradients of experts; use obs, or leave experts out of groups.")
-    other = next((group.name for group in groups if not group.experts or group.experts.are_channels), None)
-    if other and recipe.score in OF_EXPERTS:
+    if have_experts and recipe.domain_weighting in BY_DOMAIN:
+        raise RecipeError(
+            f"domain_weighting: {recipe.domain_weighting} looks at one reader's cut, which experts and their channels "
+            f"do not have; use energy or tokens, or leave experts out of groups."
+        )
+    other = next((group.name for group in groups if group.kind != "experts"), None)
+    if other and recipe.score in EXPERT_SCORES:
         raise RecipeError(
             f"score: {recipe.score} is of whole experts, groups has {other} too; use obs, or groups: [experts]."
         )
