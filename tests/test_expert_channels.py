@@ -14,6 +14,7 @@ from secateur.expert_channels import FEW_TOKENS_PER_CHANNEL, _observe, _shrunk, 
 from secateur.group_step import method_of
 from secateur.recipe import parse_recipe
 from secateur.resolve import check_without_prices
+from secateur.selection import Task
 from secateur.walk import Walk, make_batches
 from tests.families import tiny_family
 from tests.models import tiny_ids
@@ -62,7 +63,7 @@ def test_all_channels_kept_change_nothing() -> None:
     arch = bind(model)
     group = arch.select(CHANNELS)[0]
     walk = Walk(model, arch, make_batches("a", tiny_ids(), held_out=False))
-    prune_expert_channels(walk, group, group.num_units, method_of(parse_recipe({})), {"a": 1.0}, 0)
+    prune_expert_channels(Task(walk, group, group.num_units, method_of(parse_recipe({})), {"a": 1.0}, 0))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

@@ -17,41 +17,34 @@ from secateur.domain_weights import minimax_weights
 from secateur.measure import Measurement, measure
 from secateur.repair import Repair, repair
 from secateur.score import NEED_GRAM
-from secateur.selection import Method, Selection, select
-from secateur.stats import Decide, here, pool
-from secateur.walk import Walk
+from secateur.selection import Selection, Task, select
+from secateur.stats import pool
 
 
 @torch.no_grad()
-def prune_channels(
-    walk: Walk,
-    group: Group,
-    num_keep: int,
-    method: Method,
-    shares: dict[str, float],
-    seed: int,
-    scores_U: Tensor | None = None,
-    decide: Decide = here,
-) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
+def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     """Measure, select, compensate and cut one group; return the kept indices and the log line."""
-    layer, is_mlp = walk.layers[group.layer], not walk.arch.is_in_attention(group)
+    walk, group, method, layer = task.walk, task.group, task.method, task.layer
+    is_mlp = not walk.arch.is_in_attention(group)
     reader, num_units = linear(layer, group.reader.module), group.parts.num_units_left(layer)
     measured = measure(
         walk,
         group,
         method.weighting,
-        shares,
+        task.shares,
         gram=method.score in NEED_GRAM or method.compensate == "least_squares",
         drift=is_mlp and bool(walk.dense_BTD),
         to_middle=is_mlp,
     )
     weights: dict[str, float] = {}
-    if measured.by_domain and num_keep < num_units:
-        weights = decide(lambda: _weights(measured, group, reader, num_keep, method, shares))
+    if measured.by_domain and task.num_keep < num_units:
+        weights = task.decide(lambda: _weights(task, measured, reader))
         measured = dataclasses.replace(measured, pooled=pool(measured.by_domain, weights), by_domain={})
-    selection = decide(lambda: select(layer, group, measured.pooled, num_keep, method, seed, scores_U))
+    selection = task.decide(
+        lambda: select(layer, group, measured.pooled, task.num_keep, method, task.seed, task.scores_U)
+    )
     columns = rows_of(selection.keep, group.reader.segments, num_units)
-    repaired = repair(reader, measured, columns, method, decide)
+    repaired = repair(reader, measured, columns, method, task.decide)
     cut(layer, group, selection.keep, num_units, repaired.weight_HS, repaired.bias_H)
     line = _log_line(group, num_units, measured, selection, repaired)
     return selection.keep, line | ({"domain_weights": weights} if weights else {})
@@ -62,12 +55,11 @@ def cut_channels(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> N
     cut(layer, group, keep, group.parts.num_units_left(layer))
 
 
-def _weights(
-    measured: Measurement, group: Group, reader: nn.Linear, num_keep: int, method: Method, shares: dict[str, float]
-) -> dict[str, float]:
+def _weights(task: Task, measured: Measurement, reader: nn.Linear) -> dict[str, float]:
     """Return the domains' weights where they depend on what a cut does to them."""
-    columns_UW = unit_columns(group.reader.segments, reader.in_features // group.width, reader.weight.device)
-    return minimax_weights(measured.by_domain, shares, reader.weight.float(), columns_UW, num_keep, method.damping)
+    segments, num_units = task.group.reader.segments, reader.in_features // task.group.width
+    columns_UW, damping = unit_columns(segments, num_units, reader.weight.device), task.method.damping
+    return minimax_weights(measured.by_domain, task.shares, reader.weight.float(), columns_UW, task.num_keep, damping)
 
 
 def _log_line(

@@ -31,8 +31,8 @@ from secateur.expert_stacks import (
 from secateur.gram import Gram
 from secateur.obs import greedy_obs, units_at_once
 from secateur.score import damped_gram
-from secateur.selection import Method
-from secateur.stats import Decide, InOrder, domain_weight, here, of_all_ranks, sum_over_ranks
+from secateur.selection import Method, Task
+from secateur.stats import InOrder, domain_weight, of_all_ranks, sum_over_ranks
 from secateur.walk import Walk
 
 # Of all tokens, from which an expert with few of its own borrows, so many are looked at.
@@ -54,47 +54,38 @@ class _Observed:
 
 
 @torch.no_grad()
-def prune_expert_channels(
-    walk: Walk,
-    group: Group,
-    num_keep: int,
-    method: Method,
-    shares: dict[str, float],
-    seed: int,
-    scores_U: Tensor | None = None,
-    decide: Decide = here,
-) -> tuple[Int64[Tensor, "E K"], dict[str, Any]]:
+def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, Any]]:
     """Measure, select, refit and cut one layer's experts; return every expert's kept channels and the log line.
 
     Raises NumericsError naming layer and domain if what an expert gives is not finite.
     """
-    stacks, module = group.experts.stacks, walk.layers[group.layer].get_submodule(group.experts.module)
+    group, num_keep, layer = task.group, task.num_keep, task.layer
+    stacks, module = group.experts.stacks, layer.get_submodule(group.experts.module)
     num_experts, num_units = len(stack(module, stacks.down)), num_channels(module, stacks)
-    seen = _observe(walk, group, method.weighting, shares)
+    seen = _observe(task.walk, group, task.method.weighting, task.shares)
     line: dict[str, Any] = {"layer": group.layer, "group": group.name, "kept": num_keep, "total": num_units}
     line |= {"output_energy": seen.energy, "score_quantiles": []}
     keep_EK = torch.arange(num_units).repeat(num_experts, 1)
     if num_keep < num_units:
         chosen, refits = [], []
         for expert in range(num_experts):
-            keep_K, refit = decide(partial(_narrower, module, stacks, expert, seen, num_keep, method, seed))
+            keep_K, refit = task.decide(partial(_narrower, task, module, expert, seen))
             chosen.append(keep_K)
             if refit is not None:
                 refits.append(refit)
         keep_EK = torch.stack(chosen)
         calls = [(domain, call) for domain, each in seen.held_out.items() for call in each]
         held_out = [HeldOut(domain, call, own, own) for domain, call in calls for own in [module.forward(*call)]]
-        cut_expert_channels(walk.layers[group.layer], group, keep_EK)
+        cut_expert_channels(layer, group, keep_EK)
         line |= asdict(put_readers(module, stacks, refits, held_out)) if refits else {}
     return keep_EK, line
 
 
-def _narrower(
-    module: nn.Module, stacks: Stacks, expert: int, seen: _Observed, num_keep: int, method: Method, seed: int
-) -> tuple[Int64[Tensor, " K"], Tensor | None]:
+def _narrower(task: Task, module: nn.Module, expert: int, seen: _Observed) -> tuple[Int64[Tensor, " K"], Tensor | None]:
     """Return an expert's channels that stay, and its reader refitted to them where the method compensates so."""
+    stacks, method = task.group.experts.stacks, task.method
     gram, weight_DF = _shrunk(module, stacks, expert, seen), reader_of(module, stacks, expert)
-    keep_K = _select(weight_DF, gram, num_keep, method, seed + expert)
+    keep_K = _select(weight_DF, gram, task.num_keep, method, task.seed + expert)
     if method.compensate != "least_squares":
         return keep_K, None
     return keep_K, least_squares(weight_DF, gram, keep_K, method.damping).weight_HS

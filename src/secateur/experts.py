@@ -20,8 +20,8 @@ from secateur.errors import NumericsError
 from secateur.expert_refit import Wanted, refit_experts
 from secateur.gram import sum_dtype
 from secateur.score import keep_highest
-from secateur.selection import Method
-from secateur.stats import Decide, domain_weight, here, totals
+from secateur.selection import Task
+from secateur.stats import domain_weight, totals
 from secateur.walk import Walk
 
 # In so many steps experts go where those that stay are refitted: LOG, 2026-11-26.
@@ -166,45 +166,36 @@ def cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> No
 
 
 @torch.no_grad()
-def prune_experts(
-    walk: Walk,
-    group: Group,
-    num_keep: int,
-    method: Method,
-    shares: dict[str, float],
-    seed: int,
-    scores_E: Tensor | None = None,
-    decide: Decide = here,
-) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
+def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     """Measure, select, cut and, with `compensate: least_squares`, refit one layer's experts.
 
     With a refit they go in NUM_STEPS steps, each followed by one and measured anew, as a refit changes what the rest
     is worth. Returns the kept indices and the log line: of the first measurement, and of the last refit. Its
     `routed_share_kept`: by domain, the share of the router's choices that fell on experts which stayed.
     """
-    layer, experts = walk.layers[group.layer], group.experts
-    num_units = experts.num_units_left(layer)
-    group = dataclasses.replace(group, num_units=num_units)
+    walk, method, layer, experts = task.walk, task.method, task.layer, task.group.experts
+    num_units, num_keep = experts.num_units_left(layer), task.num_keep
+    group = dataclasses.replace(task.group, num_units=num_units)
 
     def scores_of(routing: dict[str, Routing], seed: int) -> Tensor:
-        return decide(lambda: expert_scores(method.score, routing, shares, method.weighting, seed))
+        return task.decide(lambda: expert_scores(method.score, routing, task.shares, method.weighting, seed))
 
     # Where a weight acts inside an expert, least squares over weighted outputs is not its refit.
     refits = method.compensate == "least_squares" and num_keep < num_units and not experts.weighted_inputs
     first, wanted = observe_routing(walk, group, to_middle=True, target_mix=method.target_mix, keep=refits)
-    first_scores_E = scores_of(first, seed)
+    first_scores_E = scores_of(first, task.seed)
     keep, verdict = torch.arange(num_units, device=first_scores_E.device), {}
     for step, num_left in enumerate(_steps(num_units, num_keep, experts.num_groups) if refits else [num_keep]):
         now = dataclasses.replace(group, num_units=len(keep))
         scores_E = first_scores_E
         if step:
-            scores_E = scores_of(observe_routing(walk, now, to_middle=True)[0], seed + step)
+            scores_E = scores_of(observe_routing(walk, now, to_middle=True)[0], task.seed + step)
         if num_left < len(keep):
             stays = keep_experts(scores_E, num_left, experts)
             cut_experts(layer, now, stays)
             keep = keep[stays]
         if refits:
-            refit = refit_experts(walk, now, wanted, method.damping, method.weighting, shares, decide)
+            refit = refit_experts(walk, now, wanted, method.damping, method.weighting, task.shares, task.decide)
             verdict = dataclasses.asdict(refit)
     ordered = first_scores_E.sort().values
     line = {

@@ -19,7 +19,7 @@ from secateur.experts import cut_experts, prune_experts
 from secateur.memory import release_freed
 from secateur.ranks import from_first
 from secateur.recipe import Recipe
-from secateur.selection import Method
+from secateur.selection import Method, Task
 from secateur.walk import Walk
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class Step:
     layer and these indices. What the repair changed is `group.parts.refitted`.
     """
 
-    prune: Callable[..., tuple[Tensor, dict[str, Any]]]
+    prune: Callable[[Task], tuple[Tensor, dict[str, Any]]]
     cut: Callable[[nn.Module, Group, Tensor], None]
 
 
@@ -74,8 +74,8 @@ def prune_group(
     `scores_U`: the units' scores, where they were measured on the whole model before.
     """
     with walk.layer(group.layer):
-        prune = STEPS[group.kind].prune
-        return prune(walk, group, num_keep, method_of(recipe), shares, seed, scores_U, decide=_decided)
+        task = Task(walk, group, num_keep, method_of(recipe), shares, seed, scores_U, _decided)
+        return STEPS[group.kind].prune(task)
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from secateur.arch import Group, linear
 from secateur.cut import unit_columns
 from secateur.obs import greedy_obs, units_at_once
 from secateur.score import SCORES, ScoreInputs, damped_gram, keep_highest
-from secateur.stats import Statistics
+from secateur.stats import Decide, Statistics, here
+from secateur.walk import Walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,28 @@ class Method:
     damping_factors: tuple[float, ...]
     target_mix: float
     weighting: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One group's step: what a kind of unit needs to prune it. `walk` stands before the group's layer.
+
+    `scores_U`: the units' scores, where they were measured on the whole model before.
+    """
+
+    walk: Walk
+    group: Group
+    num_keep: int
+    method: Method
+    shares: dict[str, float]
+    seed: int
+    scores_U: Tensor | None = None
+    decide: Decide = here
+
+    @property
+    def layer(self) -> nn.Module:
+        """The group's layer."""
+        return self.walk.layers[self.group.layer]
 
 
 @dataclass(frozen=True, slots=True)
