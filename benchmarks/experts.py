@@ -23,10 +23,12 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from secateur.arch import bind
 from secateur.checkpoint import load
 from secateur.experts import prune_experts
+from secateur.group_step import method_of
 from secateur.loss import domain_losses
 from secateur.per_layer import record_widths
 from secateur.recipe import parse_recipe
 from secateur.resolve import DEFAULT_TARGET_MIX
+from secateur.selection import Task
 from secateur.walk import Walk, make_batches
 
 DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).parents[2] / "shared" / "data")) / "text"
@@ -92,7 +94,7 @@ def pruned_loss(model, calibration, evaluation, name: str, remove: float, seed: 
         if refit:
             walk.advance_dense(group.layer)
         num_keep = round(group.num_units * (1 - remove))
-        prune_experts(walk, group, num_keep, recipe, shares, 1000 * seed + group.layer)
+        prune_experts(Task(walk, group, num_keep, method_of(recipe), shares, 1000 * seed + group.layer))
         walk.advance(group.layer)
     record_widths(model, arch)
     losses = domain_losses(model, arch, evaluation)

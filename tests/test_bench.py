@@ -12,7 +12,6 @@ from run_cli import run_cli
 
 from secateur.bench import (
     Ratio,
-    Workload,
     decode_rates,
     paired_ratio,
     prefill_rates,
@@ -23,7 +22,7 @@ from secateur.bench import (
 from secateur.bench_memory import peak_model_bytes
 from secateur.benchmark import BenchResult, Settings, benchmark
 from secateur.errors import CheckpointError, RecipeError, SecateurError
-from secateur.ideal import kv_cache_bytes_per_token
+from secateur.ideal import Workload, kv_cache_bytes_per_token
 from secateur.json_file import parse_json
 from secateur.llama_cpp import have_llama_cpp
 from secateur.output import save_checkpoint

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from secateur.arch import Axis, Group
+from secateur.arch_group import Axis, Group, Linears
 from secateur.budget import Prices, default_align, round_plans, round_shares, uniform_plan
 from secateur.errors import RecipeError
 
@@ -12,7 +12,7 @@ from secateur.errors import RecipeError
 def groups_of(num_layers: int, num_units: int, params_per_unit: int) -> tuple[Group, ...]:
     axis = Axis("mlp.down_proj", (1,))
     return tuple(
-        Group(layer, "ffn", "channel", num_units, params_per_unit, (axis,), axis, None, None)
+        Group(layer, "ffn", "channels", "channel", num_units, params_per_unit, Linears((axis,), axis))
         for layer in range(num_layers)
     )
 

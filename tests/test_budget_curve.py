@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from secateur.arch import Axis, Group
+from secateur.arch_group import Axis, Group, Linears
 from secateur.budget import Prices, least_keep
 from secateur.budget_curve import GroupProfile, curve_plan, predicted_rise
 from secateur.budget_global import global_plan
@@ -18,7 +18,8 @@ NUM_PARAMS = 10_000_000
 
 def group_of(layer: int, name: str, num_units: int, params_per_unit: int, width: int = 1) -> Group:
     axis = Axis("reader", (width,))
-    return Group(layer, name, "unit", num_units, params_per_unit, (axis,), axis, None, None)
+    kind = "channels" if width == 1 else "heads"
+    return Group(layer, name, kind, "unit", num_units, params_per_unit, Linears((axis,), axis))
 
 
 def prices_of(groups: tuple[Group, ...]) -> Prices:

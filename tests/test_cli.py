@@ -23,9 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from secateur.arch import bind
 from secateur.calibration import build_calibration
 from secateur.cli import app, main
-from secateur.prices import prices_of
 from secateur.recipe import Recipe, parse_recipe
-from secateur.resolve import resolve
+from secateur.resolve import recipe_prices, resolve
 from secateur.summary import Size
 
 NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
@@ -67,7 +66,7 @@ def write_recipe(path: Path, recipe: dict[str, Any], **changes: Any) -> Path:
 
 def resolved_for(model: Any, asked: Recipe) -> Recipe:
     arch = bind(model)
-    return resolve(asked, arch, model.config, prices_of(asked, arch, model)).recipe
+    return resolve(asked, arch, model.config, recipe_prices(asked, arch, model)).recipe
 
 
 @pytest.fixture(scope="module")

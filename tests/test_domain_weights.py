@@ -5,7 +5,7 @@ import torch
 
 from secateur.arch import bind
 from secateur.compensate import least_squares
-from secateur.domain_weights import FLOOR, _at_least, removal_damage, reweighted
+from secateur.domain_weights import FLOOR, _at_least, minimax_weights, removal_damage
 from secateur.measure import measure
 from secateur.score import damped_gram, inverse_of, keep_highest, removal_errors
 from secateur.stats import Statistics, pool
@@ -41,7 +41,8 @@ def equal(by_domain: dict[str, Statistics]) -> dict[str, float]:
 
 
 def weigh(by_domain: dict[str, Statistics], **shares: float) -> tuple[Statistics, dict[str, float]]:
-    return reweighted(by_domain, shares or equal(by_domain), READER, COLUMNS, NUM_KEEP, DAMPING)
+    weights = minimax_weights(by_domain, shares or equal(by_domain), READER, COLUMNS, NUM_KEEP, DAMPING)
+    return pool(by_domain, weights), weights
 
 
 def damage(by_domain: dict[str, Statistics], weights: dict[str, float]) -> torch.Tensor:

@@ -16,9 +16,8 @@ from secateur.budget import uniform_plan
 from secateur.calibration import CalibrationSet, DomainBlocks
 from secateur.cut import add_zero_biases, cut, zero_units
 from secateur.loop import prune_in_place
-from secateur.prices import prices_of
 from secateur.recipe import parse_recipe
-from secateur.resolve import resolve
+from secateur.resolve import recipe_prices, resolve
 from secateur.run import Run
 from secateur.summary import Size
 from secateur.walk import Walk, make_batches
@@ -63,7 +62,7 @@ def prune_tiny(model: Any, calibration: CalibrationSet, **recipe: Any) -> tuple[
     arch = bind(model)
     settings = {"align": 8, "remove": 0.15, "calibration": {"num_tokens": 4096}, **recipe}
     asked = parse_recipe(settings)
-    resolved = resolve(asked, arch, model.config, prices_of(asked, arch, model))
+    resolved = resolve(asked, arch, model.config, recipe_prices(asked, arch, model))
     keeps = prune_in_place(Run(model, arch, resolved, calibration, log=lines.append))
     return keeps, [line for line in lines if line["event"] == "group"]
 
@@ -137,7 +136,7 @@ def test_keep_all_leaves_every_weight_bit_identical(factory: Factory) -> None:
     arch = bind(model)
     settings = {"align": 8, "remove": 0.15, "calibration": {"num_tokens": 4096}, "groups": ["kv_heads", "ffn"]}
     recipe = parse_recipe(settings)
-    prices = prices_of(recipe, arch, model)
+    prices = recipe_prices(recipe, arch, model)
     resolved = resolve(recipe, arch, model.config, prices)
     everything = uniform_plan(resolved.groups, prices, 0.15, 8)
     for group in resolved.groups:

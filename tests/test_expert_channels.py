@@ -11,8 +11,10 @@ from secateur.arch import bind, decoder_layers
 from secateur.cut import original_units
 from secateur.errors import RecipeError
 from secateur.expert_channels import FEW_TOKENS_PER_CHANNEL, _observe, _shrunk, channel_inputs, prune_expert_channels
+from secateur.group_step import method_of
 from secateur.recipe import parse_recipe
 from secateur.resolve import check_without_prices
+from secateur.selection import Task
 from secateur.walk import Walk, make_batches
 from tests.families import tiny_family
 from tests.models import tiny_ids
@@ -61,7 +63,7 @@ def test_all_channels_kept_change_nothing() -> None:
     arch = bind(model)
     group = arch.select(CHANNELS)[0]
     walk = Walk(model, arch, make_batches("a", tiny_ids(), held_out=False))
-    prune_expert_channels(walk, group, group.num_units, parse_recipe({}), {"a": 1.0}, 0)
+    prune_expert_channels(Task(walk, group, group.num_units, method_of(parse_recipe({})), {"a": 1.0}, 0))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -73,7 +75,7 @@ def test_an_expert_with_few_tokens_borrows_from_all_tokens() -> None:
     module = decoder_layers(model, arch)[0].get_submodule(group.experts.module)
     walk = Walk(model, arch, make_batches("a", tiny_ids(batch=4), held_out=False))
     channels = group.experts.stacks
-    seen = _observe(walk, group, module, channels, "tokens", {"a": 1.0})
+    seen = _observe(walk, group, "tokens", {"a": 1.0})
     assert int(seen.num_tokens_E.sum()) == 2 * 4 * 16  # two experts for each of 64 tokens
     expert = int(seen.num_tokens_E.argmin())
     own, count = seen.grams[expert].full(), int(seen.num_tokens_E[expert])

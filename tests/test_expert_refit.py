@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from secateur.arch import bind, decoder_layers
+from secateur.arch_group import OF_EXPERTS
 from secateur.compensate import Guard, HeldOutError
 from secateur.expert_refit import _refit, refit_experts
 from secateur.expert_stacks import best_step, channel_inputs, reader_of
 from secateur.experts import observe_routing
-from secateur.recipe import parse_recipe
 from secateur.walk import Walk, make_batches
 from tests.families import FAMILIES, tiny_family
 from tests.models import tiny_ids
@@ -17,8 +17,8 @@ from tests.test_exactness import prune_tiny, random_calibration
 WITH_EXPERTS = [
     name
     for name in FAMILIES
-    for experts in [next((group.experts for group in bind(tiny_family(name)).groups if group.experts), None)]
-    if experts is not None and not experts.weighted_inputs
+    for group in bind(tiny_family(name)).groups[-1:]
+    if group.kind in OF_EXPERTS and not group.experts.weighted_inputs
 ]
 
 
@@ -26,7 +26,6 @@ WITH_EXPERTS = [
 def test_one_expert_is_solved_as_by_hand() -> None:
     model = tiny_family("mixtral")
     group = bind(model).select(("experts",))[0]
-    assert group.experts is not None
     module, stacks = decoder_layers(model, bind(model))[0].get_submodule("mlp.experts"), group.experts.stacks
     generator = torch.Generator().manual_seed(0)
     parts, rows, targets = {}, [], []
@@ -54,15 +53,14 @@ def test_one_expert_is_solved_as_by_hand() -> None:
 @torch.no_grad()
 def test_experts_that_give_what_is_wanted_stay_as_they_are() -> None:
     model = tiny_family("gpt_oss")
-    arch, recipe = bind(model), parse_recipe({"compensate": "least_squares"})
+    arch = bind(model)
     group = arch.select(("experts",))[1]
-    assert group.experts is not None
     batches = make_batches("a", tiny_ids(batch=6, length=20), held_out=False, batch_tokens=40)
     walk = Walk(model, arch, batches + make_batches("a", tiny_ids(batch=2, length=20, seed=7), held_out=True))
     walk.advance(0)
     before = {name: weight.clone() for name, weight in walk.layers[1].named_parameters()}
     _, wanted = observe_routing(walk, group, to_middle=True, keep=True)
-    judged = refit_experts(walk, group, group.experts.stacks, wanted, recipe, {"a": 1.0})
+    judged = refit_experts(walk, group, wanted, 1e-3, "energy", {"a": 1.0})
     assert judged.error_before == {"a": 0.0}
     assert all(torch.equal(weight, before[name]) for name, weight in walk.layers[1].named_parameters())
 

@@ -20,7 +20,7 @@ from tests.tiny_tokenizer import tiny_tokenizer
 
 SHARES = {"a": 0.5, "b": 0.5}
 STACKS = Stacks("gate_up_proj", None, "down_proj", alternating=False, transposed=False)
-ONE_GROUP = Experts("mlp.experts", "mlp.gate", ("mlp.gate.weight",), (), 2, 1, (), STACKS)
+ONE_GROUP = Experts("mlp.experts", "mlp.gate", ("mlp.gate.weight",), (), 1, (), STACKS)
 
 
 def expert_output(name: str, module: torch.nn.Module, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,6 @@ def test_the_observer_sees_what_brute_force_computes(name: str) -> None:
     model = tiny_family(name)
     arch = bind(model)
     group = arch.select(("experts",))[1]
-    assert group.experts is not None
     batches = make_batches("a", tiny_ids(batch=6, length=20), held_out=False, batch_tokens=40)
     held_out = make_batches("a", tiny_ids(batch=2, length=20, seed=7), held_out=True)
     walk = Walk(model, arch, batches + held_out)
@@ -95,7 +94,7 @@ def test_steps_end_where_asked_and_take_from_every_group() -> None:
 def test_groups_of_experts_keep_as_many_each() -> None:
     scores = torch.tensor([9.0, 8, 7, 1, 2, 3])
     assert keep_experts(scores, 4, ONE_GROUP).tolist() == [0, 1, 2, 5]
-    two = Experts("mlp.experts", "mlp.gate", (), (), 4, 2, (), STACKS)
+    two = Experts("mlp.experts", "mlp.gate", (), (), 2, (), STACKS)
     assert keep_experts(scores, 4, two).tolist() == [0, 1, 4, 5]
 
 
@@ -118,6 +117,14 @@ def test_the_experts_of_least_score_go() -> None:
 def test_more_than_the_router_can_spare_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"out of reach.*at most 0\.[45]\d+"):
         prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("experts",), remove=0.8)
+
+
+@pytest.mark.parametrize("group", ["experts", "expert_ffn"])
+def test_minimax_is_refused_since_it_looks_at_one_reader(group: str) -> None:
+    model = tiny_family("mixtral")
+    recipe = parse_recipe({"groups": [group], "domain_weighting": "minimax"})
+    with pytest.raises(RecipeError, match=r"domain_weighting: minimax looks at one reader's cut.*use energy or tokens"):
+        check_without_prices(recipe, bind(model), model.config)
 
 
 @pytest.mark.parametrize("score", ["reap", "frequency"])

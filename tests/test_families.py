@@ -15,11 +15,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Auto
 
 from secateur.arch import Group, bind, decoder_layers, head_of, linear
 from secateur.arch_experts import EXPERT_CHANNELS, EXPERTS
+from secateur.arch_group import OF_EXPERTS
 from secateur.arch_spec import ArchSpec, find_spec, load_specs
-from secateur.cut import add_zero_biases, cut, zero_units
+from secateur.cut import add_zero_biases, zero_units
 from secateur.depth_choice import states_for_head
-from secateur.expert_channels import cut_channels
-from secateur.experts import cut_experts, keep_experts
+from secateur.experts import keep_experts
+from secateur.group_step import STEPS
 from secateur.per_layer import record_widths
 from secateur.prices import parameter_prices
 from secateur.taylor import taylor_scores
@@ -48,17 +49,11 @@ ROWS = [
 
 
 def cut_units(layer: Any, group: Group, keep: torch.Tensor) -> None:
-    if group.experts is None:
-        cut(layer, group, keep, group.num_units)
-    elif not group.experts.are_channels:
-        cut_experts(layer, group, keep)
-    else:
-        cut_channels(layer.get_submodule(group.experts.module), group.experts.stacks, own_channels(layer, group, keep))
+    STEPS[group.kind].cut(layer, group, own_channels(layer, group, keep) if group.kind == "expert_channels" else keep)
 
 
 def own_channels(layer: Any, group: Group, keep: torch.Tensor) -> torch.Tensor:
     """Return a choice for every expert, each another one: the same channels, moved round by its number."""
-    assert group.experts is not None
     num_experts = len(next(layer.get_submodule(group.experts.module).parameters()))
     return (keep[None] + torch.arange(num_experts)[:, None]).remainder(group.num_units).sort(dim=1).values
 
@@ -66,11 +61,11 @@ def own_channels(layer: Any, group: Group, keep: torch.Tensor) -> torch.Tensor:
 def mask_units(layer: Any, group: Group, keep: torch.Tensor) -> None:
     """Let the units that do not stay give nothing: no reader column, or no token that the router sends there."""
     removed = torch.tensor(sorted(set(range(group.num_units)) - set(keep.tolist())))
-    if group.experts is None:
+    if group.kind not in OF_EXPERTS:
         zero_units(layer, group, removed)
         return
     stacks = group.experts.stacks
-    if group.experts.are_channels:
+    if group.kind == "expert_channels":
         stays_EK = own_channels(layer, group, keep)
         down = layer.get_submodule(group.experts.module).get_parameter(stacks.down)
         mask = torch.zeros(len(stays_EK), group.num_units).scatter_(1, stays_EK, 1.0)
@@ -99,7 +94,7 @@ def num_params(model: Any) -> int:
 def kept_of(group: Group, share: float) -> torch.Tensor:
     """Return an uneven choice of units, one that the config can state."""
     count = next(n for n in range(round(group.num_units * share), group.num_units + 1) if n and group.allows(n))
-    if group.experts is not None and not group.experts.are_channels:
+    if group.kind == "experts":
         scores = torch.rand(group.num_units, generator=torch.Generator().manual_seed(group.layer))
         return keep_experts(scores, count, group.experts)
     order = torch.randperm(group.num_units, generator=torch.Generator().manual_seed(group.layer))
@@ -120,7 +115,7 @@ def test_permuting_units_changes_nothing(name: str, group_name: str) -> None:
     groups = arch.select((group_name,))
     for group in groups:
         # Of groups of experts the order stays theirs; within each it turns round.
-        order = torch.arange(group.num_units).view(group.experts.num_groups if group.experts else 1, -1)
+        order = torch.arange(group.num_units).view(group.multiple_of if group.kind == "experts" else 1, -1)
         cut_units(decoder_layers(model, arch)[group.layer], group, order.flip(1).flatten())
     torch.testing.assert_close(logits_of(model, ids_BT), before, atol=1e-5, rtol=1e-5)
 

@@ -32,12 +32,12 @@ LAYERS = [
     "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer on_disk "
     "staged_directory",
     "loss",
-    "ideal resolve_depth resolve_experts recover_judge",
+    "resolve_depth resolve_experts recover_judge",
     "prices",
     # stages that are made of others
     "obs compensate measure taylor domain_weights calibration checkpoint resolve summary "
     "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global level_database recover_record",
-    "fingerprint depth gguf_rules expert_stacks",
+    "fingerprint depth gguf_rules expert_stacks selection",
     "checkpoint_tokenizer expert_refit gguf_parts",
     "experts ranks_check calibration_sampled calibration_facts repair depth_choice "
     "estimate bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",
@@ -45,7 +45,7 @@ LAYERS = [
     "profile budget_search recover_trainer recover_sharded",
     "recover_logits",
     "recover_job recover_guard",
-    "expert_channels run selection inspection gguf_tensors evaluate_differences evaluate_parts",
+    "channels expert_channels run inspection gguf_tensors evaluate_differences evaluate_parts",
     "group_step round_plan safety_net pruned_checkpoint",
     # what people read, and the other outputs
     "recover_tasks depth_step loop tables gguf_export evaluate",
@@ -71,14 +71,14 @@ STAGES = {
     "score": "stats gram taylor",
     "obs": "score",
     "domain_weights": "score stats gram",
-    "compensate": "score gram",
+    "compensate": "score stats gram",
     "budget": "",
     "cut": "",
-    "walk": "",
+    "walk": "layers_on_device",
     "loss": "walk",
     "kl": "",
-    "bench": "",
-    "calibration": "recipe sources",
+    "bench": "ideal",
+    "calibration": "sources",
 }
 STAGES_MAY_IMPORT = {"arch", "device", "errors", "memory", "plugins", "progress", "ranks"}
 

@@ -13,7 +13,6 @@ from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.arch import bind, decoder_layers
-from secateur.bench import Workload
 from secateur.budget import least_keep, round_plans, round_shares, uniform_plan
 from secateur.budget_curve import GroupProfile, curve_plan
 from secateur.budget_global import global_plan
@@ -21,13 +20,12 @@ from secateur.card import model_card
 from secateur.cut import cut
 from secateur.depth import remove_layers
 from secateur.errors import RecipeError
-from secateur.ideal import Costs, least_costs
+from secateur.ideal import Costs, Workload, least_costs
 from secateur.inspection import inspect
 from secateur.latency import Timing, _slope, measure_latency, with_prices
 from secateur.per_layer import record_widths
-from secateur.prices import prices_of
 from secateur.recipe import MeasuredPrices, dump_recipe, parse_recipe
-from secateur.resolve import resolve
+from secateur.resolve import recipe_prices, resolve
 from secateur.runlog import RunLog
 from secateur.store import Store
 from secateur.tables import headline
@@ -76,7 +74,7 @@ def test_prices_are_what_a_cut_model_really_loses(factory, target, names):
     model = factory(num_attention_heads=8, num_key_value_heads=4)
     arch = bind(model)
     asked = parse_recipe(recipe_of(target, groups=names))
-    prices, before = prices_of(asked, arch, model), amount(target, model)
+    prices, before = recipe_prices(asked, arch, model), amount(target, model)
     groups = arch.select(tuple(names))
     num_keep = {(g.layer, g.name): 64 if g.name == "ffn" else g.num_units // 2 for g in groups}
     for group in groups:
@@ -92,7 +90,7 @@ def test_prices_are_what_a_cut_model_really_loses(factory, target, names):
 def test_a_layers_price_is_what_a_model_without_it_loses(factory, target):
     model = factory()
     arch = bind(model)
-    prices, before = prices_of(parse_recipe(recipe_of(target)), arch, model), amount(target, model)
+    prices, before = recipe_prices(parse_recipe(recipe_of(target)), arch, model), amount(target, model)
     remove_layers(model, arch, [1])
     assert before - amount(target, model) == prices.of_all_but((0, 2)) == prices.per_layer[1] > 0
     assert prices.with_only((0, 2)).total == round(amount(target, model))
@@ -104,7 +102,7 @@ def test_each_target_is_met_within_half_a_step_per_group(target, remove):
     model = tiny_llama(num_attention_heads=24, num_key_value_heads=24, hidden_size=96)
     arch = bind(model)
     asked = parse_recipe(recipe_of(target, remove=remove))
-    prices = prices_of(asked, arch, model)
+    prices = recipe_prices(asked, arch, model)
     groups = arch.select(tuple(GROUPS[target]))
     # As if any number of heads could be stated: what a family's config refuses is another matter.
     plan = uniform_plan(tuple(dataclasses.replace(group, divides=None) for group in groups), prices, remove, 8)
@@ -118,7 +116,7 @@ def test_each_target_is_met_within_half_a_step_per_group(target, remove):
 def test_curve_and_global_meet_each_target_within_one_level(target):
     model = tiny_qwen2(num_attention_heads=8, num_key_value_heads=8, num_layers=4)
     arch = bind(model)
-    prices = prices_of(parse_recipe(recipe_of(target)), arch, model)
+    prices = recipe_prices(parse_recipe(recipe_of(target)), arch, model)
     groups = arch.select(tuple(GROUPS[target]))
     profiles, scores = {}, {}
     for group in groups:
@@ -164,7 +162,7 @@ def test_what_cannot_be_is_said_in_the_targets_own_terms(changes, message, recip
 def test_resolving_latency_measures_nothing_and_says_where_seconds_come_from():
     model = tiny_llama()
     with pytest.raises(RecipeError, match="secateur inspect"):
-        prices_of(parse_recipe({"target": "latency"}), bind(model), model)
+        recipe_prices(parse_recipe({"target": "latency"}), bind(model), model)
 
 
 @pytest.fixture(scope="module")
@@ -203,11 +201,11 @@ def test_recorded_prices_make_the_same_plan_without_measuring(measured, monkeypa
     monkeypatch.setattr("secateur.latency.measure_latency", lambda *_: measured)
     filled = with_prices(asked, arch, model, Store(log=log))
     assert [line["event"] for line in log.lines] == ["latency"] * 8 + ["prices"] and "latency" in log.seconds
-    first = resolve(filled, arch, model.config, prices_of(filled, arch, model))
+    first = resolve(filled, arch, model.config, recipe_prices(filled, arch, model))
     saved = parse_recipe(yaml.safe_load(dump_recipe(first.recipe)))
     monkeypatch.setattr("secateur.latency.measure_latency", None)
     assert with_prices(saved, arch, model, Store(log=log)) == saved and len(log.lines) == 9
-    again = resolve(saved, arch, model.config, prices_of(saved, arch, model))
+    again = resolve(saved, arch, model.config, recipe_prices(saved, arch, model))
     assert again.plans == first.plans and again.recipe == first.recipe
 
 

@@ -7,6 +7,7 @@ import torch
 from models import tiny_ids, tiny_llama, tiny_qwen2
 
 from secateur.arch import Axis, bind, decoder_layers
+from secateur.arch_group import Linears
 from secateur.cut import cut, rows_of
 from secateur.errors import NumericsError
 from secateur.taylor import taylor_scores
@@ -26,8 +27,8 @@ def groups_of(arch):
             group,
             name="heads",
             num_units=2,
-            writers=tuple(Axis(*item) for item in attention.items()),
-            reader=Axis("self_attn.o_proj", (2 * HEAD_DIM,)),
+            kind="heads",
+            parts=Linears(tuple(Axis(*item) for item in attention.items()), Axis("self_attn.o_proj", (2 * HEAD_DIM,))),
         )
         for group in channels
     ]

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from secateur.arch_conv import linears_for_conv
 from secateur.arch_experts import bind_expert_channels, bind_experts
-from secateur.arch_group import Axis, BiasSwitch, Group, submodule
+from secateur.arch_group import Axis as Axis
+from secateur.arch_group import BiasSwitch, Group, Linears, submodule
+from secateur.arch_group import linear as linear
 from secateur.arch_logits import Logits, bind_logits, head_with
 from secateur.arch_numbers import Segments as Segments
 from secateur.arch_numbers import count_of, head_width, layer_configs, segments_of, text_config
@@ -48,8 +50,8 @@ class Arch:
         return (hidden, None) if self.layers_give_tuples else hidden
 
     def is_in_attention(self, group: Group) -> bool:
-        """Say whether the group's reader is the attention's."""
-        return self.attention is not None and group.reader.module.startswith(f"{self.attention}.")
+        """Say whether the group's units are the attention's."""
+        return self.attention is not None and group.parts.module.startswith(f"{self.attention}.")
 
     def select(self, names: tuple[str, ...]) -> tuple[Group, ...]:
         """Return the groups of these names. Raises ArchError if the family has no such group."""
@@ -65,8 +67,8 @@ class Arch:
         chosen = tuple(group for group in self.groups if group.name in names)
         for name, other in combinations(names, 2):
             first, second = (next(group for group in chosen if group.name == n) for n in (name, other))
-            if first.reader.module == second.reader.module:
-                raise ArchError(f"groups: {name} and {other} cut the same {first.reader.module}; choose one of them.")
+            if first.parts.module == second.parts.module:
+                raise ArchError(f"groups: {name} and {other} cut the same {first.parts.module}; choose one of them.")
         return chosen
 
 
@@ -124,18 +126,6 @@ def head_of(model: nn.Module, arch: Arch) -> nn.Module:
     return head_with(model.get_submodule(arch.head), arch.logits)
 
 
-def linear(layer: nn.Module, name: str) -> nn.Linear:
-    """Return the layer's linear of that name."""
-    module = layer.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module
-
-
-def num_units_left(layer: nn.Module, group: Group) -> int:
-    """Return how many of the group's units the layer has now."""
-    return linear(layer, group.reader.module).in_features // group.width
-
-
 def decoder_layers(model: nn.Module, arch: Arch) -> list[nn.Module]:
     """Return the model's decoder layers in order."""
     return list(model.get_submodule(arch.layers).children())
@@ -188,11 +178,11 @@ def _bind_group(
     return Group(
         layer=index,
         name=name,
+        kind="heads" if is_head else "channels",
         unit=spec.unit,
         num_units=num_units,
         params_per_unit=params_per_unit,
-        writers=writers,
-        reader=reader,
+        parts=Linears(writers, reader),
         count=spec.count,
         bias_switch=switch,
         divides=divides,

@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.arch_group import Axis, Experts, Group, Stacks, submodule
+from secateur.arch_group import Experts, Group, Stacks, submodule
 from secateur.arch_numbers import count_of
 from secateur.arch_spec import ChannelsSpec, ExpertsSpec
 from secateur.errors import ArchError
 
 EXPERTS, EXPERT_CHANNELS = "experts", "expert_ffn"
+# Channels of experts that fill 16 bytes in half precision: transformers multiplies experts in rows of so many.
+CHANNEL_STEP = 8
 
 
 def bind_experts(layer: nn.Module, index: int, spec: ExpertsSpec, config: Any, family: str) -> Group:
@@ -45,20 +47,18 @@ def bind_experts(layer: nn.Module, index: int, spec: ExpertsSpec, config: Any, f
     return Group(
         layer=index,
         name=EXPERTS,
+        kind="experts",
         unit="expert",
         num_units=num_units,
         params_per_unit=sum(tensor.numel() for tensor in held) // num_units,
-        writers=(),
-        reader=Axis(spec.experts, (2,)),  # not 1: experts are counted one by one, whatever channels are aligned to
-        count=None,
-        bias_switch=None,
         config_key=spec.num_units,
-        experts=Experts(
+        at_least=at_least,
+        multiple_of=num_groups,
+        parts=Experts(
             module=spec.experts,
             router=spec.router,
             router_rows=tuple(f"{spec.router}.{name}" for name in spec.router_rows),
             counts=spec.counts,
-            at_least=at_least,
             num_groups=num_groups,
             buffers=tuple(f"{spec.router}.{name}" for name, row in rows if not isinstance(row, nn.Parameter)),
             stacks=_stacks(module, spec.channels, where, family),
@@ -88,15 +88,14 @@ def bind_expert_channels(layer: nn.Module, index: int, spec: ExpertsSpec, config
     return Group(
         layer=index,
         name=EXPERT_CHANNELS,
+        kind="expert_channels",
         unit="channel of each expert",
         num_units=num_units,
         params_per_unit=len(down) * per_channel,
-        writers=(),
-        reader=Axis(spec.experts, (1,)),
-        count=None,
-        bias_switch=None,
         config_key=channels.num_units,
-        experts=Experts(spec.experts, spec.router, (), (), 1, 1, (), stacks, are_channels=True),
+        at_least=1,
+        multiple_of=CHANNEL_STEP,
+        parts=Experts(spec.experts, spec.router, (), (), 1, (), stacks, unit_axis=axis),
     )
 
 

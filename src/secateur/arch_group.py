@@ -4,14 +4,18 @@ A tensor axis is a row of segments; in each segment unit i owns `w` consecutive 
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from secateur.arch_numbers import Segments
 from secateur.errors import ArchError, nearest
 
-# Channels of experts that fill 16 bytes in half precision.
-CHANNEL_STEP = 8
+Kind = Literal["channels", "heads", "experts", "expert_channels"]
+"""What a unit is: a channel of an FFN, a head, an expert, or a channel of every expert of a layer."""
+OF_EXPERTS: frozenset[Kind] = frozenset({"experts", "expert_channels"})
+ALIGNED: frozenset[Kind] = frozenset({"channels", "expert_channels"})
+"""Kinds whose counts go in steps of the recipe's `align`; the others go one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,85 +50,157 @@ class Stacks:
 
 
 @dataclass(frozen=True, slots=True)
+class Linears:
+    """Where units that are channels or heads lie: rows of every writer, columns of the reader."""
+
+    writers: tuple[Axis, ...]
+    reader: Axis
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """What a cut sets of them besides tensors: nothing."""
+        return ()
+
+    @property
+    def num_linears(self) -> int:
+        """Linears that a unit is a part of."""
+        return len(self.writers) + 1
+
+    @property
+    def module(self) -> str:
+        """The module that the units are in."""
+        return self.reader.module
+
+    @property
+    def width(self) -> int:
+        """Reader columns of one unit."""
+        return sum(self.reader.segments)
+
+    def num_units_left(self, layer: nn.Module) -> int:
+        """Return how many units the layer has now."""
+        return linear(layer, self.reader.module).in_features // self.width
+
+    def refitted(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        """Return what compensation changes, its weight first."""
+        return dict(linear(layer, self.reader.module).named_parameters())
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
     """Modules and numbers of one layer's experts, see `arch_spec.ExpertsSpec`.
 
-    `at_least`: what the router needs to choose from. `num_groups`: experts lie in that many groups of equal size, which
-    the router chooses first. `buffers`: those of `router_rows` that are no parameters. `stacks`: how their matrices
-    lie. `are_channels`: the units are channels of every expert and not experts. `weighted_inputs`: every expert gets
-    all tokens, times its weight, which is zero for most.
+    `num_groups`: experts lie in that many groups of equal size, which the router chooses first. `buffers`: those of
+    `router_rows` that are no parameters. `stacks`: how their matrices lie. `unit_axis`: the units' axis of the readers'
+    stack; 0 for experts themselves. `weighted_inputs`: every expert gets all tokens, times its weight, which is zero
+    for most.
     """
 
     module: str
     router: str
     router_rows: tuple[str, ...]
     counts: tuple[str, ...]
-    at_least: int
     num_groups: int
     buffers: tuple[str, ...]
     stacks: Stacks
-    are_channels: bool = False
+    unit_axis: int = 0
     weighted_inputs: bool = False
-
-    @property
-    def multiple_of(self) -> int:
-        """Step of the counts that stay: transformers multiplies experts in groups, in rows of 16 bytes."""
-        return CHANNEL_STEP if self.are_channels else self.num_groups
+    num_linears: int = 1  # as their work is counted: all of a unit's parameters
 
     @property
     def attributes(self) -> tuple[str, ...]:
         """What a cut sets besides parameters, dotted from the layer."""
         return (*self.counts, *self.buffers)
 
+    @property
+    def width(self) -> int:
+        """Reader columns of one unit: none of an expert, which has a reader of its own."""
+        return int(self.unit_axis > 0)
+
+    def num_units_left(self, layer: nn.Module) -> int:
+        """Return how many units the layer has now."""
+        return layer.get_submodule(self.module).get_parameter(self.stacks.down).shape[self.unit_axis]
+
+    def refitted(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        """Return what compensation changes: the stack of readers."""
+        name = f"{self.module}.{self.stacks.down}"
+        return {name: layer.get_parameter(name)}
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """One layer's group, bound to real modules. `params_per_unit` counts weights and biases of writers and reader.
 
+    `parts`: the modules that hold the units, of linears or of experts as `kind` says.
     `config_key`: where the config holds the number of units, the first of several. `head_dim`: of units that are heads.
     `count`: the module attribute, dotted from the layer, that holds the number of units; None where none does.
     `local_config`: the module whose config a cut layer needs to itself.
     `divides`: (factor, whole) where the config class takes only counts whose `factor` fold divides `whole`.
-    `experts`: of units that are experts, which have no writers; the reader then is the module that holds them.
+    `at_least`, `multiple_of`: what counts must be for the model to run.
     """
 
     layer: int
     name: str
+    kind: Kind
     unit: str
     num_units: int
     params_per_unit: int
-    writers: tuple[Axis, ...]
-    reader: Axis
-    count: str | None
-    bias_switch: BiasSwitch | None
+    parts: Linears | Experts
+    count: str | None = None
+    bias_switch: BiasSwitch | None = None
     divides: tuple[int, int] | None = None
     config_key: str = ""
     head_dim: int | None = None
     local_config: str | None = None
-    experts: "Experts | None" = None
+    at_least: int = 0
+    multiple_of: int = 1
+
+    @property
+    def writers(self) -> tuple[Axis, ...]:
+        """The linears that write the units; only of channels and heads."""
+        assert isinstance(self.parts, Linears)
+        return self.parts.writers
+
+    @property
+    def reader(self) -> Axis:
+        """The linear that reads the units; only of channels and heads."""
+        assert isinstance(self.parts, Linears)
+        return self.parts.reader
+
+    @property
+    def experts(self) -> Experts:
+        """The layer's experts; only of experts and their channels."""
+        assert isinstance(self.parts, Experts)
+        return self.parts
 
     @property
     def attributes(self) -> tuple[str, ...]:
         """What a cut sets besides tensors: attributes, dotted from the layer."""
         config = () if self.local_config is None else (f"{self.local_config}.config",)
         count = () if self.count is None else (self.count,)
-        return (*count, *config, *(self.experts.attributes if self.experts else ()))
+        return (*count, *config, *self.parts.attributes)
 
     @property
     def num_inputs(self) -> int:
-        """Reader inputs that least squares is solved over; experts are not refitted."""
-        return 0 if self.experts and not self.experts.are_channels else self.num_units * self.width
-
-    def allows(self, num_units: int) -> bool:
-        """Say whether the family's config can state that many units."""
-        if self.experts and (num_units < self.experts.at_least or num_units % self.experts.multiple_of):
-            return False
-        return self.divides is None or self.divides[1] % (num_units * self.divides[0]) == 0
+        """Inputs of one reader that least squares is solved over for all units together; 0 of experts."""
+        return self.num_units * self.width
 
     @property
     def width(self) -> int:
         """Reader columns of one unit."""
-        return sum(self.reader.segments)
+        return self.parts.width
+
+    def allows(self, num_units: int) -> bool:
+        """Say whether the family's config can state that many units."""
+        if num_units < self.at_least or num_units % self.multiple_of:
+            return False
+        return self.divides is None or self.divides[1] % (num_units * self.divides[0]) == 0
+
+
+def linear(layer: nn.Module, name: str) -> nn.Linear:
+    """Return the layer's linear of that name."""
+    module = layer.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
 
 
 def submodule(parent: nn.Module, name: str, family: str) -> nn.Module:

@@ -5,7 +5,6 @@ paired speed-up. Greedy, with a key-value cache. Runners here are transformers m
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,20 +15,12 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from secateur.device import now
+from secateur.ideal import Workload
 from secateur.progress import Progress
 
 # Seconds from the start of one generation to each of its tokens, the first one after the whole prompt.
 Runner = Callable[[], list[float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """What each run does: `batch` prompts of `prompt_tokens` each, `new_tokens` (at least 2) written after each."""
-
-    batch: int = 1
-    prompt_tokens: int = 256
-    new_tokens: int = 24
-    repeats: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +151,3 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def now(device: torch.device) -> float:
-    """Return the clock's seconds once the device has done what it was given."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
-    return time.perf_counter()

@@ -19,7 +19,6 @@ from secateur.bench import (
     Ratio,
     Runner,
     Speed,
-    Workload,
     decode_rates,
     paired_ratio,
     prefill_rates,
@@ -32,7 +31,7 @@ from secateur.bench_memory import peak_model_bytes
 from secateur.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
 from secateur.errors import RecipeError, nearest
 from secateur.gguf_export import check_exportable, export_gguf
-from secateur.ideal import Costs, least_costs
+from secateur.ideal import Costs, Workload, least_costs
 from secateur.llama_cpp import require_llama_cpp
 from secateur.progress import Progress, silent
 from secateur.summary import Size, versions

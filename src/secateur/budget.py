@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from secateur.arch import Group
+from secateur.arch_group import ALIGNED
 from secateur.errors import RecipeError
 
 GroupKey = tuple[int, str]  # (layer, group name)
@@ -79,13 +80,13 @@ class Plan:
 
 def default_align(groups: tuple[Group, ...]) -> int:
     """Return the alignment of widths where the recipe names none."""
-    narrow = [group.num_units for group in groups if group.width == 1]
+    narrow = [group.num_units for group in groups if group.kind in ALIGNED]
     return ALIGN_LARGE if min(narrow, default=0) >= LARGE_WIDTH else ALIGN_SMALL
 
 
 def align_of(group: Group, align: int) -> int:
-    """Return the step of a group's counts: `align` for units of one reader column, 1 for heads."""
-    return align if group.width == 1 else 1
+    """Return the step of a group's counts: `align` for channels, 1 for heads and experts."""
+    return align if group.kind in ALIGNED else 1
 
 
 def least_step(groups: tuple[Group, ...], prices: Prices, align: int, *, alike: bool) -> int:

@@ -1,6 +1,6 @@
 """The calibration set: blocks of token ids per domain, some to measure on and a tenth held out, with a content hash.
 
-In: the recipe's `Calibration`, a tokenizer, a seed. Out: a `CalibrationSet`. Documents are tokenised with no special
+In: what text is asked for, a tokenizer, a seed. Out: a `CalibrationSet`. Documents are tokenised with no special
 tokens added and packed with the tokenizer's end-of-text token between them; blocks are cut without padding.
 
 Many documents tell more of a domain than one long one, so documents take turns: each gives about one block's worth of
@@ -21,9 +21,10 @@ import json
 import math
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int64
@@ -32,8 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import CalibrationError
 from secateur.progress import Progress, silent
-from secateur.recipe import Calibration
-from secateur.sources import documents
+from secateur.sources import DomainText, documents
 
 CALIBRATION_BLOCKS_PER_HELD_OUT = 9
 # As many characters as a token has in English code and prose, or a little more.
@@ -41,6 +41,19 @@ CHARACTERS_PER_TOKEN = 5
 
 # The token ids of one document, turn by turn.
 _Turns = Iterator[list[int]]
+
+
+@runtime_checkable
+class CalibrationText(Protocol):
+    """What text is asked for: the domains' sources, the length of a block, and whether each round has its own."""
+
+    sequence_length: int | None
+    rotate: bool
+
+    @property
+    def domains(self) -> Mapping[str, DomainText]:
+        """Every domain's text, by name."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +92,7 @@ class CalibrationSet:
 
 
 def build_calibration(
-    calibration: Calibration,
+    calibration: CalibrationText,
     num_tokens: int,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,

@@ -16,9 +16,8 @@ from torch import Tensor
 from secateur.device import float64_device
 from secateur.errors import NumericsError
 from secateur.gram import Gram
-from secateur.memory import release_freed
-from secateur.ranks import sum_by_name
 from secateur.score import ridge_of
+from secateur.stats import totals
 
 # Fractions of a correction that the guard tries, largest first; 0 means the old weights stay.
 GUARD_STEPS = (1.0, 0.5, 0.25)
@@ -86,7 +85,6 @@ def least_squares(
     right_SH = (reader_HF[:, gone].to(place[1]).to(place[0]) @ gram.part(gone, keep, *place)).mT
     if cross_FH is not None and mix:
         right_SH.add_(cross_FH[keep].to(place[1]), alpha=mix)
-    release_freed()
     for attempt in range(MAX_DAMPING_RETRIES + 1):
         used = damping * 10**attempt
         block = gram.part(keep, keep, *place).mT  # column-major, so that all of it happens in place
@@ -140,7 +138,7 @@ def held_out_sums(
 
 def held_out_errors(sums: dict[str, HeldOutSums]) -> dict[str, HeldOutError]:
     """Return each domain's error over the held-out text of all ranks. `sums`: this rank's `held_out_sums`."""
-    return {domain: _error_of(total) for domain, total in sum_by_name(sums).items()}
+    return {domain: _error_of(total) for domain, total in totals(sums).items()}
 
 
 def _error_of(sums: HeldOutSums) -> HeldOutError:

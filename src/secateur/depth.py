@@ -20,10 +20,9 @@ from secateur.arch_numbers import text_config
 from secateur.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares
 from secateur.errors import ArchError, RecipeError
 from secateur.gram import Gram
-from secateur.layers_on_device import fetch, settle
-from secateur.ranks import from_first, sum_tensors
 from secateur.score import keep_highest
-from secateur.walk import Batch, Walk
+from secateur.stats import Decide, here, sum_over_ranks
+from secateur.walk import Batch, Walk, at_hand
 
 
 def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch:
@@ -59,7 +58,9 @@ def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch
 
 
 @torch.no_grad()
-def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], damping: float) -> Guard:
+def fold_patch(
+    model: nn.Module, arch: Arch, layer: int, batches: list[Batch], damping: float, decide: Decide = here
+) -> Guard:
     """Let the layer before `layer` give what is linear in what `layer` adds. Call it before `remove_layers`.
 
     With x the input of the previous layer's FFN reader, W its weight and d what `layer` adds to the hidden state, the
@@ -76,10 +77,10 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
             f"depth: layer {layer} cannot be folded into the one before it; use 1 to {arch.num_layers - 1}."
         )
     reader, layers = _reader(model, arch, layer - 1), decoder_layers(model, arch)
-    fetch(layers[layer - 1])
-    from_first(lambda: _check_added_as_it_is(Walk(model, arch, batches[:1]), layer - 1, reader))
-    gram = Gram(reader.in_features, reader.weight.device)
-    cross_FD = gram.blocks[0].new_zeros(reader.in_features, reader.out_features)
+    with at_hand(layers[layer - 1]):
+        decide(lambda: _check_added_as_it_is(Walk(model, arch, batches[:1]), layer - 1, reader))
+        gram = Gram(reader.in_features, reader.weight.device)
+        cross_FD = gram.blocks[0].new_zeros(reader.in_features, reader.out_features)
     held_out: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for batch in batches:
         walk = Walk(model, arch, [batch])
@@ -92,21 +93,25 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
         else:
             gram.add_product(x_TF)
             cross_FD += x_TF.float().T @ added_TD
-    sum_tensors([*gram.blocks, cross_FD])
-    every_F = torch.arange(reader.in_features, device=reader.weight.device)
-    fit = from_first(partial(least_squares, reader.weight.float(), gram, every_F, damping, cross_FD, 1.0))
-    fetch(layers[layer - 1])
-    # The guard judges what will be stored, rounding included.
-    change_DF = fit.weight_HS.to(reader.weight.dtype) - reader.weight.float()
-    judged = _judge(held_out, change_DF)
-    reader.weight += judged.step * change_DF
-    settle(layers[layer - 1])
+    sum_over_ranks(gram, cross_FD)
+    with at_hand(layers[layer - 1]):  # again: the layers above have been here since
+        every_F = torch.arange(reader.in_features, device=reader.weight.device)
+        fit = decide(partial(least_squares, reader.weight.float(), gram, every_F, damping, cross_FD, 1.0))
+        # The guard judges what will be stored, rounding included.
+        change_DF = fit.weight_HS.to(reader.weight.dtype) - reader.weight.float()
+        judged = _judge(held_out, change_DF)
+        reader.weight += judged.step * change_DF
     return judged
 
 
 @torch.no_grad()
 def narrow_readers(
-    model: nn.Module, arch: Arch, batches: list[Batch], shares: Mapping[int, float], damping: float | None
+    model: nn.Module,
+    arch: Arch,
+    batches: list[Batch],
+    shares: Mapping[int, float],
+    damping: float | None,
+    decide: Decide = here,
 ) -> dict[int, Tensor]:
     """Return, by layer, the weight of its FFN's reader with a share of its columns zero: what narrow widths would do.
 
@@ -118,13 +123,13 @@ def narrow_readers(
     found: dict[int, Tensor] = {}
     for index in range(arch.num_layers):
         if index in shares:
-            fetch(walk.layers[index])
-            reader = _reader(model, arch, index)
-            gram = Gram(reader.in_features, reader.weight.device)
-            for hidden_BTD in walk.hidden_BTD:
-                gram.add_product(_reader_inputs(walk, index, reader, hidden_BTD)[0])
-            sum_tensors(gram.blocks)
-            found[index] = from_first(partial(_narrow, reader.weight, gram, shares[index], damping))
+            with walk.layer(index):
+                reader = _reader(model, arch, index)
+                gram = Gram(reader.in_features, reader.weight.device)
+                for hidden_BTD in walk.hidden_BTD:
+                    gram.add_product(_reader_inputs(walk, index, reader, hidden_BTD)[0])
+                sum_over_ranks(gram)
+                found[index] = decide(partial(_narrow, reader.weight, gram, shares[index], damping))
         with readers_replaced(model, arch, {index: found[index]} if index in found else {}):
             walk.advance(index)
     return found

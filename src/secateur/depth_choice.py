@@ -18,7 +18,7 @@ from secateur.depth import readers_replaced
 from secateur.errors import NumericsError, RecipeError
 from secateur.kl import KL_POSITIONS, token_divergences
 from secateur.progress import Progress, silent
-from secateur.ranks import sum_by_name
+from secateur.stats import totals
 from secateur.walk import Batch, Walk, forwards_replaced
 
 # Layers measured together when choosing goes on: a few share their walk, many would be measured for nothing.
@@ -53,7 +53,7 @@ def layer_kl(
                     f"bfloat16 or float32 and check its weights."
                 )
             sums_L[index] += divergence_P.cpu().double().sum()
-    total = sum_by_name({"kl": sums_L, "tokens": num_tokens})
+    total = totals({"kl": sums_L, "tokens": num_tokens})
     costs_L = torch.full_like(sums_L, torch.inf)
     costs_L[asked] = total["kl"][asked] / total["tokens"]
     return costs_L

@@ -17,6 +17,7 @@ from secateur.depth import fold_patch, narrow_readers, remove_layers
 from secateur.depth_choice import choose_layers
 from secateur.memory import peak_bytes, release_freed
 from secateur.probe import first_blocks
+from secateur.ranks import from_first
 from secateur.resolve import resolve
 from secateur.resolve_depth import TOKENS_PER_INPUT, protected_layers, removed_layers
 from secateur.run import Run
@@ -85,7 +86,7 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
     None where no FFN becomes narrower.
     """
     recipe, plan = run.resolved.recipe, run.resolved.plans[-1]
-    ffns = [group for group in run.resolved.groups if group.name == "ffn" and group.width == 1]
+    ffns = [group for group in run.resolved.groups if group.name == "ffn" and group.kind == "channels"]
     kept = sum(plan.num_keep[group.layer, group.name] for group in ffns)
     if kept == sum(group.num_units for group in ffns):
         return {}
@@ -98,7 +99,7 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
     unprotected = set(range(run.arch.num_layers)) - protected_layers(recipe, run.arch)
     damping = recipe.damping if recipe.compensate == "least_squares" else None
     blocks = first_blocks(batches, num_blocks, after=after)
-    return narrow_readers(run.model, run.arch, blocks, dict.fromkeys(unprotected, share), damping)
+    return narrow_readers(run.model, run.arch, blocks, dict.fromkeys(unprotected, share), damping, from_first)
 
 
 def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]) -> dict[str, Any]:
@@ -114,6 +115,6 @@ def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]
         with torch.no_grad():
             weight.copy_(found[0]["weight"])
         return found[1]
-    patch = dataclasses.asdict(fold_patch(run.model, arch, position, batches, recipe.damping))
+    patch = dataclasses.asdict(fold_patch(run.model, arch, position, batches, recipe.damping, from_first))
     run.store.keep(name, {"weight": weight}, patch)
     return patch

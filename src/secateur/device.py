@@ -4,6 +4,7 @@ In: a name as torch has them (cpu, cuda, cuda:1, mps, xpu, ...; ROCm's GPUs are 
 what it has free, and modules whose weights and buffers are on it. Nothing here knows one kind of device from another.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, TypeVar
@@ -127,3 +128,10 @@ def parameter_on(device: torch.device, parameter: nn.Parameter, dtype: torch.dty
     with torch.inference_mode(False), torch.no_grad():
         tensor: Tensor = parameter.detach().to(device, dtype or parameter.dtype)
     return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+
+
+def now(device: torch.device) -> float:
+    """Return the clock's seconds once the device has done what it was given."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+    return time.perf_counter()

@@ -1,7 +1,7 @@
 """Domain weights that look at what a cut would do to each domain: `minimax`.
 
-In: each domain's own statistics of one reader's inputs, and how many units are to stay. Out: statistics pooled under
-the weights found, and the weights. What a cut would do is taken from a cheap one: all units chosen at once by OBS, the
+In: each domain's own statistics of one reader's inputs, and how many units are to stay. Out: the weights to pool them
+with. What a cut would do is taken from a cheap one: all units chosen at once by OBS, the
 others refitted by least squares. All domains' Gram matrices stand together until the weights are found, beside the
 pooled one and its float64 inverse.
 
@@ -24,15 +24,15 @@ FLOOR = 1 / 3
 NUM_HALVINGS = 100
 
 
-def reweighted(
+def minimax_weights(
     by_domain: dict[str, Statistics],
     shares: dict[str, float],
     reader_HF: Float[Tensor, "H F"],
     columns_UW: Int64[Tensor, "U w"],
     num_keep: int,
     damping: float,
-) -> tuple[Statistics, dict[str, float]]:
-    """Return the statistics pooled as H = sum_d q_d G_d / e_d, and q, which sums to 1.
+) -> dict[str, float]:
+    """Return the weights q, which sum to 1, to pool the statistics with: H = sum_d q_d G_d / e_d.
 
     Exponentiated gradient from the shares on: q_d *= exp(STEP_SIZE * err_d / mean err), brought back to
     1 / (3 D) <= q_d <= 1, with err_d = `removal_damage` under H. The weights with the lowest error of the worst domain
@@ -51,8 +51,7 @@ def reweighted(
         tried.append((float(errors_D.max()), named))
         relative_D = errors_D / errors_D.mean().clamp_min(1e-30)
         weights_D = _at_least(weights_D * (STEP_SIZE * relative_D).exp(), floor)
-    weights = min(tried, key=lambda each: each[0])[1]
-    return pool(by_domain, weights), weights
+    return min(tried, key=lambda each: each[0])[1]
 
 
 def removal_damage(

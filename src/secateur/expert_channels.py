@@ -30,9 +30,9 @@ from secateur.expert_stacks import (
 )
 from secateur.gram import Gram
 from secateur.obs import greedy_obs, units_at_once
-from secateur.ranks import domains_ended, from_first, gathered, sum_tensors
-from secateur.recipe import Recipe
 from secateur.score import damped_gram
+from secateur.selection import Method, Task
+from secateur.stats import InOrder, domain_weight, of_all_ranks, sum_over_ranks
 from secateur.walk import Walk
 
 # Of all tokens, from which an expert with few of its own borrows, so many are looked at.
@@ -54,49 +54,47 @@ class _Observed:
 
 
 @torch.no_grad()
-def prune_expert_channels(
-    walk: Walk, group: Group, num_keep: int, recipe: Recipe, shares: dict[str, float], seed: int
-) -> tuple[Int64[Tensor, "E K"], dict[str, Any]]:
+def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, Any]]:
     """Measure, select, refit and cut one layer's experts; return every expert's kept channels and the log line.
 
     Raises NumericsError naming layer and domain if what an expert gives is not finite.
     """
-    assert group.experts is not None
-    stacks, module = group.experts.stacks, walk.layers[group.layer].get_submodule(group.experts.module)
+    group, num_keep, layer = task.group, task.num_keep, task.layer
+    stacks, module = group.experts.stacks, layer.get_submodule(group.experts.module)
     num_experts, num_units = len(stack(module, stacks.down)), num_channels(module, stacks)
-    seen = _observe(walk, group, module, stacks, recipe.domain_weighting, shares)
+    seen = _observe(task.walk, group, task.method.weighting, task.shares)
     line: dict[str, Any] = {"layer": group.layer, "group": group.name, "kept": num_keep, "total": num_units}
     line |= {"output_energy": seen.energy, "score_quantiles": []}
     keep_EK = torch.arange(num_units).repeat(num_experts, 1)
     if num_keep < num_units:
         chosen, refits = [], []
         for expert in range(num_experts):
-            keep_K, refit = from_first(partial(_narrower, module, stacks, expert, seen, num_keep, recipe, seed))
+            keep_K, refit = task.decide(partial(_narrower, task, module, expert, seen))
             chosen.append(keep_K)
             if refit is not None:
                 refits.append(refit)
         keep_EK = torch.stack(chosen)
         calls = [(domain, call) for domain, each in seen.held_out.items() for call in each]
         held_out = [HeldOut(domain, call, own, own) for domain, call in calls for own in [module.forward(*call)]]
-        cut_channels(module, stacks, keep_EK)
+        cut_expert_channels(layer, group, keep_EK)
         line |= asdict(put_readers(module, stacks, refits, held_out)) if refits else {}
     return keep_EK, line
 
 
-def _narrower(
-    module: nn.Module, stacks: Stacks, expert: int, seen: _Observed, num_keep: int, recipe: Recipe, seed: int
-) -> tuple[Int64[Tensor, " K"], Tensor | None]:
-    """Return an expert's channels that stay, and its reader refitted to them where the recipe compensates so."""
+def _narrower(task: Task, module: nn.Module, expert: int, seen: _Observed) -> tuple[Int64[Tensor, " K"], Tensor | None]:
+    """Return an expert's channels that stay, and its reader refitted to them where the method compensates so."""
+    stacks, method = task.group.experts.stacks, task.method
     gram, weight_DF = _shrunk(module, stacks, expert, seen), reader_of(module, stacks, expert)
-    keep_K = _select(weight_DF, gram, num_keep, recipe, seed + expert)
-    if recipe.compensate != "least_squares":
+    keep_K = _select(weight_DF, gram, task.num_keep, method, task.seed + expert)
+    if method.compensate != "least_squares":
         return keep_K, None
-    return keep_K, least_squares(weight_DF, gram, keep_K, recipe.damping).weight_HS
+    return keep_K, least_squares(weight_DF, gram, keep_K, method.damping).weight_HS
 
 
 @torch.no_grad()
-def cut_channels(module: nn.Module, stacks: Stacks, keep_EK: Int64[Tensor, "E K"]) -> None:
+def cut_expert_channels(layer: nn.Module, group: Group, keep_EK: Int64[Tensor, "E K"]) -> None:
     """Keep only each expert's own channels: their rows of the stacked writers and their columns of the readers."""
+    stacks, module = group.experts.stacks, layer.get_submodule(group.experts.module)
     rows = keep_EK.unsqueeze(-1) * 2 + torch.arange(2, device=keep_EK.device)
     halves = torch.cat([keep_EK, keep_EK + num_channels(module, stacks)], dim=1)
     rows_ER = rows.flatten(1) if stacks.alternating else halves
@@ -106,9 +104,8 @@ def cut_channels(module: nn.Module, stacks: Stacks, keep_EK: Int64[Tensor, "E K"
     _take(module, stacks.down, keep_EK, 1 if stacks.transposed else 2)
 
 
-def _observe(
-    walk: Walk, group: Group, module: Any, stacks: Stacks, weighting: str, shares: dict[str, float]
-) -> _Observed:
+def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float]) -> _Observed:
+    stacks, module = group.experts.stacks, walk.layers[group.layer].get_submodule(group.experts.module)
     num_experts, size = len(stack(module, stacks.down)), num_channels(module, stacks)
     device = stack(module, stacks.down).device
     # In float32: so many Gram matrices are most of the memory.
@@ -116,26 +113,23 @@ def _observe(
     seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))
     calls: list[Call] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
-    domain = ""
+    domains = InOrder(shares, lambda domain: _fold(seen, current, domain, group, weighting, shares[domain]))
     try:
         for batch, _ in walk.run(group.layer, to_middle=True):
             call = calls.pop()
             if batch.held_out:
                 seen.held_out.setdefault(batch.domain, []).append(call)
                 continue
-            if batch.domain != domain:
-                _fold(seen, current, domains_ended(domain, batch.domain, shares), group, weighting, shares)
-                domain = batch.domain
-            hidden_TD = call[0]
+            domain, hidden_TD = batch.domain, call[0]
+            domains.begin(domain)
             place = (list(shares).index(domain) if domain in shares else 0, batch.first_block)
             seen.samples[place] = hidden_TD[:: max(1, len(hidden_TD) // 64)]
             seen.energy[domain] = seen.energy.get(domain, 0.0) + _add(module, stacks, call, current, seen)
     finally:
         handle.remove()
-    _fold(seen, current, domains_ended(domain, "", shares), group, weighting, shares)
-    sum_tensors([seen.num_tokens_E])
-    everyone = {place: sample for part in gathered(seen.samples) for place, sample in part.items()}
-    seen.samples = dict(sorted(everyone.items()))
+    domains.end()
+    sum_over_ranks(seen.num_tokens_E)
+    seen.samples = dict(sorted(of_all_ranks(seen.samples).items()))
     return seen
 
 
@@ -152,21 +146,18 @@ def _add(module: Any, stacks: Stacks, call: Call, current: list[Gram], seen: _Ob
     return energy
 
 
-def _fold(
-    seen: _Observed, current: list[Gram], domains: list[str], group: Group, weighting: str, shares: dict[str, float]
-) -> None:
-    for domain in domains:
-        total = torch.tensor([seen.energy.get(domain, 0.0)], dtype=torch.float64)
-        sum_tensors([total, *(block for gram in current for block in gram.blocks)])
-        energy = seen.energy[domain] = float(total)
-        if not energy < float("inf"):
-            raise NumericsError(
-                f"layer {group.layer}, {group.reader.module}, domain {domain}: an expert gives NaN or infinite "
-                f"numbers; use the model in bfloat16 or float32 and check its weights."
-            )
-        for mine, theirs in zip(seen.grams, current, strict=True):
-            mine.merge(theirs, 1.0 if weighting == "tokens" else shares[domain] / max(energy, 1e-30))
-            theirs.clear()
+def _fold(seen: _Observed, current: list[Gram], domain: str, group: Group, weighting: str, share: float) -> None:
+    total = torch.tensor([seen.energy.get(domain, 0.0)], dtype=torch.float64)
+    sum_over_ranks(total, *current)
+    energy = seen.energy[domain] = float(total)
+    if not energy < float("inf"):
+        raise NumericsError(
+            f"layer {group.layer}, {group.experts.module}, domain {domain}: an expert gives NaN or infinite numbers; "
+            f"use the model in bfloat16 or float32 and check its weights."
+        )
+    for mine, theirs in zip(seen.grams, current, strict=True):
+        mine.merge(theirs, domain_weight(weighting, share, energy))
+        theirs.clear()
 
 
 def _shrunk(module: Any, stacks: Stacks, expert: int, seen: _Observed) -> Gram:
@@ -189,14 +180,14 @@ def _shrunk(module: Any, stacks: Stacks, expert: int, seen: _Observed) -> Gram:
 
 
 def _select(
-    weight_DF: Float[Tensor, "D F"], gram: Gram, num_keep: int, recipe: Recipe, seed: int
+    weight_DF: Float[Tensor, "D F"], gram: Gram, num_keep: int, method: Method, seed: int
 ) -> Int64[Tensor, " K"]:
-    if recipe.score == "random":
+    if method.score == "random":
         order = torch.randperm(gram.size, generator=torch.Generator().manual_seed(seed))
         return order[:num_keep].sort().values.to(weight_DF.device)
     columns_U1 = torch.arange(gram.size, device=weight_DF.device)[:, None]
-    hessian = damped_gram(gram, recipe.damping)
-    return greedy_obs(weight_DF, hessian, columns_U1, num_keep, units_at_once(recipe.obs_batch, gram.size, 1)).keep
+    hessian = damped_gram(gram, method.damping)
+    return greedy_obs(weight_DF, hessian, columns_U1, num_keep, units_at_once(method.obs_batch, gram.size, 1)).keep
 
 
 def _take(module: nn.Module, name: str, index_EK: Tensor, axis: int) -> None:

@@ -27,8 +27,7 @@ from secateur.expert_stacks import (
     stack,
 )
 from secateur.gram import Gram
-from secateur.ranks import from_first, sum_by_name, sum_tensors
-from secateur.recipe import Recipe
+from secateur.stats import Decide, domain_weight, here, sum_over_ranks, totals
 from secateur.walk import Walk
 
 # Turns through all experts: five win another 0.5% of a loss at 50% of the experts (LOG, 2026-11-26).
@@ -58,7 +57,13 @@ class _Tokens:
 
 @torch.no_grad()
 def refit_experts(
-    walk: Walk, group: Group, stacks: Stacks, wanted: list[Wanted], recipe: Recipe, shares: dict[str, float]
+    walk: Walk,
+    group: Group,
+    wanted: list[Wanted],
+    damping: float,
+    weighting: str,
+    shares: dict[str, float],
+    decide: Decide = here,
 ) -> Guard:
     """Refit the readers of the layer's experts towards `wanted`, one entry per batch, and return the guard's verdict.
 
@@ -67,17 +72,17 @@ def refit_experts(
     e: wanted minus given; w_d = q_d / energy of what domain d is to get (`tokens`: one for all); ridge_j as in
     `least_squares`, times 10 F / n_j for an expert with fewer than 10 F tokens. Nothing is over: exactly no change.
     """
-    assert group.experts is not None
-    module = walk.layers[group.layer].get_submodule(group.experts.module)
+    stacks, module = group.experts.stacks, walk.layers[group.layer].get_submodule(group.experts.module)
     tokens, held_out = _as_routed_now(walk, group, module, wanted)
-    weights = _domain_weights(tokens, wanted, walk, recipe, shares)
+    weights = _domain_weights(tokens, wanted, walk, weighting, shares)
     parts = {domain: each.joined() for domain, each in sorted(tokens.items())}
     tokens.clear()
     num_experts = len(stack(module, stacks.down))
     readers_DF = [reader_of(module, stacks, expert) for expert in range(num_experts)]
     for _ in range(NUM_SWEEPS):
         for expert in range(num_experts):
-            readers_DF[expert] = _refit(module, stacks, expert, readers_DF[expert], parts, weights, recipe.damping)
+            reader_DF = readers_DF[expert]
+            readers_DF[expert] = _refit(module, stacks, expert, reader_DF, parts, weights, damping, decide)
     return put_readers(module, stacks, readers_DF, held_out)
 
 
@@ -108,17 +113,15 @@ def _as_routed_now(
 
 
 def _domain_weights(
-    tokens: dict[str, _Tokens], wanted: list[Wanted], walk: Walk, recipe: Recipe, shares: dict[str, float]
+    tokens: dict[str, _Tokens], wanted: list[Wanted], walk: Walk, weighting: str, shares: dict[str, float]
 ) -> dict[str, float]:
-    if recipe.domain_weighting == "tokens":
-        return dict.fromkeys(tokens, 1.0)
     energy = dict.fromkeys(tokens, 0.0)
     for batch, want in zip(walk.batches, wanted, strict=True):
         if not batch.held_out:
             energy[batch.domain] += float(want.target_TD.float().square().sum())
-    everywhere = sum_by_name({name: torch.tensor([each], dtype=torch.float64) for name, each in energy.items()})
+    everywhere = totals({name: torch.tensor([each], dtype=torch.float64) for name, each in energy.items()})
     total = sum(float(each) for each in everywhere.values())
-    return {name: shares[name] * total / max(float(everywhere[name]), 1e-30) for name in tokens}
+    return {name: domain_weight(weighting, shares[name] * total, float(everywhere[name])) for name in tokens}
 
 
 def _refit(
@@ -129,6 +132,7 @@ def _refit(
     parts: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]],
     weights: dict[str, float],
     damping: float,
+    decide: Decide = here,
 ) -> Float[Tensor, "D F"]:
     """Return one expert's new reader, and take what it gives more from what is left over."""
     size, device = num_channels(module, stacks), reader_DF.device
@@ -149,12 +153,12 @@ def _refit(
             x_TF = x_TF * weights[domain] ** 0.5
             gram.add_product(x_TF)
             cross_FD += x_TF.T @ (left_TD[rows] * weights[domain] ** 0.5)
-    sum_tensors([num_tokens, cross_FD, *gram.blocks])
+    sum_over_ranks(num_tokens, cross_FD, gram)
     if not num_tokens or not float(gram.diagonal().sum()):
         return reader_DF
     damping *= max(1.0, FEW_TOKENS_PER_CHANNEL * size / int(num_tokens))
     everything = torch.arange(size, device=device)
-    new_DF = from_first(partial(least_squares, reader_DF, gram, everything, damping, cross_FD, 1.0)).weight_HS
+    new_DF = decide(partial(least_squares, reader_DF, gram, everything, damping, cross_FD, 1.0)).weight_HS
     for domain, (_, _, _, left_TD) in parts.items():
         for rows, x_TF in pieces(domain):
             left_TD[rows] -= x_TF @ (new_DF - reader_DF).T

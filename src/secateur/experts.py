@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from secateur.arch_group import Experts, Group
 from secateur.errors import NumericsError
 from secateur.expert_refit import Wanted, refit_experts
-from secateur.ranks import from_first, sum_by_name
-from secateur.recipe import Recipe
 from secateur.score import ExpertInputs, Routing, keep_highest, scored
+from secateur.selection import Task
+from secateur.stats import totals
 from secateur.walk import Walk
 
 # In so many steps experts go where those that stay are refitted: LOG, 2026-11-26.
@@ -37,7 +37,6 @@ def observe_routing(
     (dense stream minus pruned stream), whose dense stream must have moved already.
     Raises NumericsError naming layer and domain if a norm is not finite.
     """
-    assert group.experts is not None
     module, num_experts = walk.layers[group.layer].get_submodule(group.experts.module), group.num_units
     seen: list[tuple[Any, Tensor]] = []
     found: dict[str, Routing] = {}
@@ -68,7 +67,7 @@ def observe_routing(
             found[batch.domain] = found[batch.domain].plus(new) if batch.domain in found else new
     finally:
         handle.remove()
-    total = sum_by_name({name: torch.stack(dataclasses.astuple(each)).cpu() for name, each in found.items()})
+    total = totals({name: torch.stack(dataclasses.astuple(each)).cpu() for name, each in found.items()})
     device = next(module.parameters()).device
     return {name: Routing(*sums_3E.to(device)) for name, sums_3E in total.items()}, wanted
 
@@ -100,7 +99,6 @@ def keep_experts(scores_E: Float[Tensor, " E"], num_keep: int, experts: Experts)
 @torch.no_grad()
 def cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> None:
     """Keep only these experts: their entries of every stack, their rows of the router, and the counts."""
-    assert group.experts is not None
     module = layer.get_submodule(group.experts.module)
     names = [f"{group.experts.module}.{name}" for name, _ in module.named_parameters()]
     for name in (*names, *group.experts.router_rows):
@@ -116,35 +114,37 @@ def cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> No
 
 
 @torch.no_grad()
-def prune_experts(
-    walk: Walk, group: Group, num_keep: int, recipe: Recipe, shares: dict[str, float], seed: int
-) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
+def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     """Measure, select, cut and, with `compensate: least_squares`, refit one layer's experts.
 
     With a refit they go in NUM_STEPS steps, each followed by one and measured anew, as a refit changes what the rest
     is worth. Returns the kept indices and the log line: of the first measurement, and of the last refit. Its
     `routed_share_kept`: by domain, the share of the router's choices that fell on experts which stayed.
     """
-    assert group.experts is not None
-    layer, experts = walk.layers[group.layer], group.experts
-    num_units = len(next(layer.get_submodule(experts.module).parameters()))
-    group = dataclasses.replace(group, num_units=num_units)
+    walk, method, layer, experts = task.walk, task.method, task.layer, task.group.experts
+    num_units, num_keep = experts.num_units_left(layer), task.num_keep
+    group = dataclasses.replace(task.group, num_units=num_units)
+
+    def scores_of(routing: dict[str, Routing], seed: int) -> Tensor:
+        return task.decide(lambda: expert_scores(method.score, routing, task.shares, method.weighting, seed))
+
     # Where a weight acts inside an expert, least squares over weighted outputs is not its refit.
-    refits = recipe.compensate == "least_squares" and num_keep < num_units and not experts.weighted_inputs
-    first, wanted = observe_routing(walk, group, to_middle=True, target_mix=recipe.target_mix or 0.0, keep=refits)
-    first_scores_E = _scores(recipe, first, shares, seed)
+    refits = method.compensate == "least_squares" and num_keep < num_units and not experts.weighted_inputs
+    first, wanted = observe_routing(walk, group, to_middle=True, target_mix=method.target_mix, keep=refits)
+    first_scores_E = scores_of(first, task.seed)
     keep, verdict = torch.arange(num_units, device=first_scores_E.device), {}
     for step, num_left in enumerate(_steps(num_units, num_keep, experts.num_groups) if refits else [num_keep]):
         now = dataclasses.replace(group, num_units=len(keep))
         scores_E = first_scores_E
         if step:
-            scores_E = _scores(recipe, observe_routing(walk, now, to_middle=True)[0], shares, seed + step)
+            scores_E = scores_of(observe_routing(walk, now, to_middle=True)[0], task.seed + step)
         if num_left < len(keep):
             stays = keep_experts(scores_E, num_left, experts)
             cut_experts(layer, now, stays)
             keep = keep[stays]
         if refits:
-            verdict = dataclasses.asdict(refit_experts(walk, now, experts.stacks, wanted, recipe, shares))
+            refit = refit_experts(walk, now, wanted, method.damping, method.weighting, task.shares, task.decide)
+            verdict = dataclasses.asdict(refit)
     ordered = first_scores_E.sort().values
     line = {
         "layer": group.layer,
@@ -158,10 +158,6 @@ def prune_experts(
         },
     }
     return keep, line | verdict
-
-
-def _scores(recipe: Recipe, routing: dict[str, Routing], shares: dict[str, float], seed: int) -> Tensor:
-    return from_first(lambda: expert_scores(recipe.score, routing, shares, recipe.domain_weighting, seed))
 
 
 def _steps(num_units: int, num_keep: int, num_groups: int) -> list[int]:

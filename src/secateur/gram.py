@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from secateur.device import float64_device
+from secateur.memory import release_freed
 
 # Block rows up to the diagonal cost (1 + 1/8) / 2 of the whole product.
 NUM_BLOCKS = 8
@@ -73,8 +74,9 @@ class Gram:
     ) -> Float[Tensor, "R C"]:
         """Return a new matrix of these rows and columns (both sorted), mirrored where the other half is stored.
 
-        `device`: where it is to be, by default where the sum is.
+        `device`: where it is to be, by default where the sum is. Memory freed before goes back to the system first.
         """
+        release_freed()
         result_RC = torch.empty(len(rows_R), len(columns_C), dtype=dtype, device=device or self.device)
         row_bounds, column_bounds = (self._bounds(index) for index in (rows_R, columns_C))
         for b, (start, block) in enumerate(zip(self.starts, self.blocks, strict=True)):

@@ -1,63 +1,62 @@
-"""One group's step: measure, select, compensate, cut.
+"""One group's step, whatever kind its units are of; and the same step again from what was kept of it.
 
-In: the walk standing before the group's layer, how many units to keep. Out: the layer with smaller linears, the kept
-indices, and the line of the run log that says what was lost and given back.
+In: the walk standing before the group's layer, how many units to keep. Out: the layer with fewer units, the kept
+indices, the line of the run log. `STEPS` says what is done with a kind of unit.
 """
 
-import dataclasses
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from secateur.arch import Group, linear
-from secateur.cut import cut, rows_of, unit_columns
-from secateur.domain_weights import reweighted
-from secateur.expert_channels import cut_channels, prune_expert_channels
+from secateur.arch_group import Group, Kind
+from secateur.channels import cut_channels, prune_channels
+from secateur.expert_channels import cut_expert_channels, prune_expert_channels
 from secateur.experts import cut_experts, prune_experts
-from secateur.layers_on_device import fetch
-from secateur.measure import Measurement, measure
 from secateur.memory import release_freed
-from secateur.ranks import from_first, is_first
+from secateur.ranks import from_first
 from secateur.recipe import Recipe
-from secateur.repair import Repair, repair
-from secateur.score import needs_gram
-from secateur.selection import Selection, select
+from secateur.selection import Method, Task
 from secateur.walk import Walk
 
+T = TypeVar("T")
 
-@torch.no_grad()
-def redo_group(layer: nn.Module, group: Group, stored: dict[str, Tensor]) -> Tensor:
-    """Do to the layer, bit for bit, what `prune_group` did to such a layer, and return the kept indices.
 
-    `stored`: what `outcome_of` said then.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is done with one kind of unit.
+
+    `prune`: measure, select, repair and cut; returns the kept indices and the log line. `cut`: the cut alone, of the
+    layer and these indices. What the repair changed is `group.parts.refitted`.
     """
-    keep = stored["keep"].to(next(layer.parameters()).device)
-    if group.experts is not None:
-        module = layer.get_submodule(group.experts.module)
-        if group.experts.are_channels:
-            cut_channels(module, group.experts.stacks, keep)
-        else:
-            cut_experts(layer, group, keep)
-    else:
-        reader = linear(layer, group.reader.module)
-        cut(layer, group, keep, reader.in_features // group.width)
-    for name, parameter in _refitted(layer, group).items():
-        parameter.copy_(stored[name])
-    return keep
+
+    prune: Callable[[Task], tuple[Tensor, dict[str, Any]]]
+    cut: Callable[[nn.Module, Group, Tensor], None]
 
 
-def outcome_of(layer: nn.Module, group: Group, keep: Tensor) -> dict[str, Tensor]:
-    """Return what a layer as it was before the group's step does not tell: which units stay, what was refitted."""
-    return {"keep": keep, **_refitted(layer, group)}
+STEPS: dict[Kind, Step] = {
+    "channels": Step(prune_channels, cut_channels),
+    "heads": Step(prune_channels, cut_channels),
+    "experts": Step(prune_experts, cut_experts),
+    "expert_channels": Step(prune_expert_channels, cut_expert_channels),
+}
+"""By `Group.kind`. A new kind of unit is a module with these two functions and an entry here."""
 
 
-def _refitted(layer: nn.Module, group: Group) -> dict[str, Tensor]:
-    if group.experts is not None:
-        name = f"{group.experts.module}.{group.experts.stacks.down}"
-        return {name: layer.get_parameter(name)}
-    return dict(linear(layer, group.reader.module).named_parameters())
+def method_of(recipe: Recipe) -> Method:
+    """Return what of the recipe says how units are chosen and readers repaired."""
+    return Method(
+        score=recipe.score,
+        obs_batch=recipe.obs_batch,
+        compensate=recipe.compensate,
+        damping=recipe.damping,
+        damping_factors=recipe.damping_factors,
+        target_mix=recipe.target_mix or 0.0,
+        weighting=recipe.domain_weighting,
+    )
 
 
 @torch.no_grad()
@@ -74,70 +73,31 @@ def prune_group(
 
     `scores_U`: the units' scores, where they were measured on the whole model before.
     """
-    fetch(walk.layers[group.layer])
-    if group.experts is not None and group.experts.are_channels:
-        return prune_expert_channels(walk, group, num_keep, recipe, shares, seed)
-    if group.experts is not None:
-        return prune_experts(walk, group, num_keep, recipe, shares, seed)
-    layer = walk.layers[group.layer]
-    is_mlp = not walk.arch.is_in_attention(group)
-    reader = linear(layer, group.reader.module)
-    num_units = reader.in_features // group.width
-    measured = measure(
-        walk,
-        group,
-        recipe.domain_weighting,
-        shares,
-        gram=needs_gram(recipe.score) or recipe.compensate == "least_squares",
-        drift=is_mlp and bool(walk.dense_BTD),
-        to_middle=is_mlp,
-    )
-    release_freed()
-    measured, weights = _weighted(measured, group, reader, num_keep, recipe, shares)
-    selection = from_first(lambda: select(layer, group, measured, num_keep, recipe, seed, scores_U))
-    release_freed()
-    columns = rows_of(selection.keep, group.reader.segments, num_units)
-    repaired = repair(reader, measured, columns, recipe)
-    release_freed()
-    cut(layer, group, selection.keep, num_units, repaired.weight_HS, repaired.bias_H)
-    line = _log_line(group, num_units, measured, selection, repaired)
-    return selection.keep, line | ({"domain_weights": weights} if weights else {})
+    with walk.layer(group.layer):
+        task = Task(walk, group, num_keep, method_of(recipe), shares, seed, scores_U, _decided)
+        return STEPS[group.kind].prune(task)
 
 
-def _weighted(
-    measured: Measurement, group: Group, reader: nn.Linear, num_keep: int, recipe: Recipe, shares: dict[str, float]
-) -> tuple[Measurement, dict[str, float]]:
-    """Pool the domains' statistics anew where their weights depend on what a cut does to them; return the weights.
+@torch.no_grad()
+def redo_group(layer: nn.Module, group: Group, stored: dict[str, Tensor]) -> Tensor:
+    """Do to the layer, bit for bit, what `prune_group` did to such a layer, and return the kept indices.
 
-    Only on the first rank, which alone selects and solves.
+    `stored`: what `outcome_of` said then.
     """
-    num_units = reader.in_features // group.width
-    if not measured.by_domain or num_keep == num_units or not is_first():
-        return measured, {}
-    columns_UW = unit_columns(group.reader.segments, num_units, reader.weight.device)
-    weight_HF = reader.weight.float()
-    pooled, weights = reweighted(measured.by_domain, shares, weight_HF, columns_UW, num_keep, recipe.damping)
-    return dataclasses.replace(measured, pooled=pooled, by_domain={}), weights
+    keep = stored["keep"].to(next(layer.parameters()).device)
+    STEPS[group.kind].cut(layer, group, keep)
+    for name, parameter in group.parts.refitted(layer).items():
+        parameter.copy_(stored[name])
+    return keep
 
 
-def _log_line(
-    group: Group, num_units: int, measured: Measurement, selection: Selection, repaired: Repair
-) -> dict[str, Any]:
-    line: dict[str, Any] = {
-        "layer": group.layer,
-        "group": group.name,
-        "kept": len(selection.keep),
-        "total": num_units,
-        "output_energy": measured.energy,
-        "score_quantiles": _quantiles(selection.scores),
-    }
-    if repaired.guard is not None:
-        line |= dataclasses.asdict(repaired.guard) | {"damping": repaired.damping, "condition": repaired.condition}
-    return line
+def outcome_of(layer: nn.Module, group: Group, keep: Tensor) -> dict[str, Tensor]:
+    """Return what a layer as it was before the group's step does not tell: which units stay, what was refitted."""
+    return {"keep": keep, **group.parts.refitted(layer)}
 
 
-def _quantiles(values: Tensor) -> list[float]:
-    if not len(values):
-        return []
-    ordered = values.float().sort().values
-    return [float(ordered[round(q * (len(ordered) - 1))]) for q in (0.0, 0.25, 0.5, 0.75, 1.0)]
+def _decided(compute: Callable[[], T], /) -> T:
+    """Return on every rank what the first computes; memory that it freed goes back to the system."""
+    found = from_first(compute)
+    release_freed()
+    return found

@@ -13,7 +13,15 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.bench import Workload
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What each run does: `batch` prompts of `prompt_tokens` each, `new_tokens` (at least 2) written after each."""
+
+    batch: int = 1
+    prompt_tokens: int = 256
+    new_tokens: int = 24
+    repeats: int = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,10 @@ class _Trip:
         same = parameter is self.home and self.home._version == self.home_version
         return same and self.home.data_ptr() == self.place
 
+    def is_unchanged(self, parameter: nn.Parameter) -> bool:
+        """Whether the parameter is the copy on the device, as it came."""
+        return parameter is self.away and parameter._version == self.away_version
+
 
 class LayersOnDevice:
     """Brings `layers` to `device`, one at a time, from the moment that it is made until `end`.
@@ -91,9 +95,12 @@ class LayersOnDevice:
         self.come(next(index for index, mine in enumerate(self.layers) if mine is layer))
 
     def settle(self, layer: nn.Module) -> None:
-        """Round the layer's parameters to the dtypes that they are stored in. Those that are so change nothing."""
+        """Round what was changed of the layer to the dtypes that it is stored in."""
+        trips = next((self.there.get(index, {}) for index, mine in enumerate(self.layers) if mine is layer), {})
         with torch.no_grad():
             for place, parameter in _parameters(layer):
+                if place in trips and trips[place].is_unchanged(parameter):
+                    continue
                 stored = self.dtypes.get(place, parameter.dtype)
                 if parameter.dtype != stored:
                     parameter.copy_(parameter.to(stored))
@@ -103,7 +110,7 @@ class LayersOnDevice:
         for index, trips in self.there.items():
             for place, now in _parameters(self.layers[index]):
                 trip = trips.get(place)
-                if trip is not None and now is trip.away and now._version == trip.away_version:
+                if trip is not None and trip.is_unchanged(now):
                     place[0]._parameters[place[1]] = trip.home
                 else:
                     place[0]._parameters[place[1]] = parameter_on(CPU, now, self.dtypes.get(place))

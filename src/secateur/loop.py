@@ -15,7 +15,7 @@ from secateur.arch import Group, decoder_layers
 from secateur.budget import Plan
 from secateur.cut import add_zero_biases, original_units
 from secateur.group_step import outcome_of, prune_group, redo_group
-from secateur.layers_on_device import send_home, settle
+from secateur.layers_on_device import send_home
 from secateur.memory import peak_bytes, release_freed
 from secateur.on_disk import LayersOnDisk, embeddings_on_disk
 from secateur.per_layer import record_widths
@@ -105,7 +105,6 @@ def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int, 
     else:
         start, seed = time.perf_counter(), layer_seed(recipe.seed, number, group.layer)
         keep, line = prune_group(walk, group, num_keep, recipe, run.shares, seed, scores_U)
-        settle(layer)  # what is kept for an interrupted run and what goes on must be the same
         seconds = round(time.perf_counter() - start, 3)
         line = {"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()}
         run.store.keep(name, outcome_of(layer, group, keep), line)

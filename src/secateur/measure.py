@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from secateur.arch import Group, linear
 from secateur.errors import NumericsError
-from secateur.layers_on_device import fetch
-from secateur.ranks import domains_ended
-from secateur.stats import BY_DOMAIN, Statistics, domain_weight
+from secateur.stats import BY_DOMAIN, InOrder, Statistics, domain_weight
 from secateur.walk import Batch, Walk
 
 
@@ -44,7 +42,7 @@ class _Gatherer:
         self.gram = gram or weighting in BY_DOMAIN
         self.num_drift_outputs = reader.out_features if drift else 0
         self.pooled, self.current = self.empty(torch.float32), self.empty()
-        self.domain = ""
+        self.domains = InOrder(shares, self.fold)
         self.energy: dict[str, float] = {}
         self.held_out: dict[str, list[Tensor]] = {}
         self.held_out_drift: dict[str, list[Tensor]] = {}
@@ -64,14 +62,8 @@ class _Gatherer:
             if drift_TH is not None:
                 self.held_out_drift.setdefault(batch.domain, []).append(drift_TH)
             return
-        if batch.domain != self.domain:
-            self.fold_until(batch.domain)
+        self.domains.begin(batch.domain)
         self.current.update(x_TF, y_TH if self.reader.bias is None else y_TH - self.reader.bias, drift_TH)
-
-    def fold_until(self, begun: str) -> None:
-        for domain in domains_ended(self.domain, begun, self.shares):
-            self.fold(domain)
-        self.domain = begun
 
     def fold(self, domain: str) -> None:
         self.current.sum_over_ranks()
@@ -80,7 +72,7 @@ class _Gatherer:
                 f"layer {self.group.layer}, {self.group.reader.module}, domain {domain}: the input holds NaN "
                 f"or infinite numbers; use the model in bfloat16 or float32 and check its weights."
             )
-        weight = domain_weight(self.weighting, self.shares[domain], self.current)
+        weight = domain_weight(self.weighting, self.shares[domain], float(self.current.energy))
         self.energy[domain] = float(self.current.energy)
         self.pooled.merge(self.current, weight)
         if self.weighting in BY_DOMAIN:
@@ -89,8 +81,8 @@ class _Gatherer:
         self.current.clear()
 
     def finish(self) -> Measurement:
-        self.fold_until("")
-        # Popped one by one, so that pieces and whole stand together for one domain at a time.
+        self.domains.end()
+        # Concatenate one domain at a time to bound peak memory.
         held_out, drift = (
             {name: torch.cat(pieces.pop(name)) for name in list(pieces)}
             for pieces in (self.held_out, self.held_out_drift)
@@ -117,20 +109,20 @@ def measure(
 
     Raises NumericsError naming layer, module and domain if an input is not finite.
     """
-    fetch(walk.layers[group.layer])
-    reader = linear(walk.layers[group.layer], group.reader.module)
-    gatherer = _Gatherer(group, reader, weighting, shares, gram, drift)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen.append((inputs[0], output))
 
-    handle = reader.register_forward_hook(note)
-    try:
-        for position, (batch, output) in enumerate(walk.run(group.layer, to_middle=to_middle, to_end=to_end)):
-            # Both streams are rounded to their dtype already, so rounding their difference to it costs nothing more.
-            behind = walk.dense_BTD[position] - output if drift else None
-            gatherer.add(batch, *seen.pop(), behind)
-    finally:
-        handle.remove()
-    return gatherer.finish()
+    with walk.layer(group.layer) as layer:
+        reader = linear(layer, group.reader.module)
+        gatherer = _Gatherer(group, reader, weighting, shares, gram, drift)
+        handle = reader.register_forward_hook(note)
+        try:
+            for position, (batch, output) in enumerate(walk.run(group.layer, to_middle=to_middle, to_end=to_end)):
+                # Both streams are rounded to their dtype already, so rounding their difference to it loses nothing.
+                behind = walk.dense_BTD[position] - output if drift else None
+                gatherer.add(batch, *seen.pop(), behind)
+        finally:
+            handle.remove()
+        return gatherer.finish()

@@ -25,10 +25,9 @@ from secateur.fingerprint import weight_digests
 from secateur.in_memory import check_in_memory, restore_buffers
 from secateur.layers_on_device import Placement
 from secateur.output import parse_size
-from secateur.prices import prices_of
 from secateur.ranks import is_first
 from secateur.recipe import Recipe
-from secateur.resolve import Resolved, check_without_prices, resolve
+from secateur.resolve import Resolved, check_without_prices, recipe_prices, resolve
 from secateur.runlog import RunLog
 from secateur.store import Store
 from secateur.summary import Size, versions
@@ -77,7 +76,7 @@ def resolve_for(recipe: Recipe, model: PreTrainedModel) -> Resolved:
     """Return the recipe in concrete numbers for the dense model, whose shape will do. Raises as `resolve`."""
     arch = bind(model)
     check_for(recipe, arch, model)
-    return resolve(recipe, arch, model.config, prices_of(recipe, arch, model))
+    return resolve(recipe, arch, model.config, recipe_prices(recipe, arch, model))
 
 
 def device_for(recipe: Recipe, checkpoint: Checkpoint | None, model: PreTrainedModel) -> torch.device:

@@ -32,16 +32,10 @@ def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
     """
     widths: dict[str, Any] = {}
     for group in groups:
-        if group.experts is not None:
-            stacks = group.experts.stacks
-            down = layer.get_submodule(group.experts.module).get_parameter(stacks.down)
-            widths[group.config_key] = down.shape[(1 if stacks.transposed else 2) if group.experts.are_channels else 0]
-            continue
-        reader = linear(layer, group.reader.module)
         if group.head_dim is None:
-            widths[group.config_key] = reader.in_features // group.width
+            widths[group.config_key] = group.parts.num_units_left(layer)
         elif group.config_key == KV_HEADS:
-            num_heads = reader.in_features // group.head_dim
+            num_heads = linear(layer, group.reader.module).in_features // group.head_dim
             widths |= {QUERY_HEADS: num_heads, KV_HEADS: _num_kv_heads(layer, group, num_heads)}
             widths["head_dim"] = group.head_dim
     return widths

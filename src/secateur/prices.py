@@ -1,13 +1,13 @@
 """What a recipe's `target` counts: what one unit of each group costs of it, and what the whole dense model does.
 
-In: a recipe, a causal LM (the meta device will do). Out: `Prices`. Operations and cache bytes are those of `ideal`, so
+In: a target, a causal LM (the meta device will do). Out: `Prices`. Operations and cache bytes are those of `ideal`, so
 that what a plan removes is what a bench of the result finds missing. Seconds come from `latency`, which measures them
-and writes them into the recipe; here they are only read.
+and the recipe holds; here they are only read.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -15,7 +15,6 @@ from secateur.arch import Arch, Group, decoder_layers, linear
 from secateur.budget import Prices
 from secateur.errors import RecipeError
 from secateur.ideal import kv_cache_bytes_per_token, prefill_flops_per_token
-from secateur.recipe import Recipe
 
 DEFAULT_SEQUENCE_LENGTH = 512
 # The group whose units are kept in the cache, by the name that every family's spec gives it.
@@ -35,24 +34,34 @@ class Outcome:
     share_gone: float
 
 
-def prices_of(recipe: Recipe, arch: Arch, model: Any) -> Prices:
-    """Return the dense model's prices by the recipe's `target`, those of the recipe's groups.
+@runtime_checkable
+class Seconds(Protocol):
+    """Seconds per decoded token: of the dense model, of one of its layers, of one unit of each group by its name."""
+
+    total: float
+    per_layer: float
+    per_unit: dict[str, float]
+
+
+def prices_of(
+    target: str, arch: Arch, groups: tuple[Group, ...], model: Any, *, prompt_tokens: int, seconds: Seconds | None
+) -> Prices:
+    """Return what the dense model costs of `target`, and a unit of each of these groups.
 
     parameters: weights and biases; all of the model's, tied ones once.
-    flops: per token of a prompt of `calibration.sequence_length` tokens, see `ideal.prefill_flops_per_token`.
+    flops: per token of a prompt of `prompt_tokens`, see `ideal.prefill_flops_per_token`.
     kv_bytes: per token of context, see `ideal.kv_cache_bytes_per_token`.
-    latency: the recipe's `prices`, in picoseconds per decoded token.
+    latency: the measured `seconds`, in picoseconds per decoded token.
 
-    Raises RecipeError if a group has no price, or if the seconds of `latency` are not there; ArchError if the family
-    has no such group.
+    Raises RecipeError if a group has no price, or if the seconds of `latency` are not there.
     """
-    return PRICES[recipe.target](recipe, arch, arch.select(recipe.groups), model)
+    return PRICES[target](arch, groups, model, prompt_tokens, seconds)
 
 
-def sequence_length(recipe: Recipe, config: Any) -> int:
+def sequence_length(asked: int | None, config: Any) -> int:
     """Return the tokens of a calibration block. Raises RecipeError if the model has fewer positions."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = recipe.calibration.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
+    length = asked or min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
     if longest is not None and length > longest:
         raise RecipeError(
             f"calibration.sequence_length: {length} is longer than the model's {longest} positions; set it to at most "
@@ -120,8 +129,7 @@ def kv_byte_prices(arch: Arch, groups: tuple[Group, ...], model: Any) -> Prices:
     )
 
 
-def _latency_prices(recipe: Recipe, arch: Arch, groups: tuple[Group, ...]) -> Prices:
-    measured = recipe.prices
+def _latency_prices(measured: Seconds | None, arch: Arch, groups: tuple[Group, ...]) -> Prices:
     if measured is None:
         raise RecipeError(
             "target: latency plans with measured seconds; `secateur inspect` with this recipe measures them, put what "
@@ -147,11 +155,9 @@ def _latency_prices(recipe: Recipe, arch: Arch, groups: tuple[Group, ...]) -> Pr
 
 
 # By the recipe's `target`, whose names `recipe.TargetName` repeats.
-PRICES: dict[str, Callable[[Recipe, Arch, tuple[Group, ...], Any], Prices]] = {
-    "parameters": lambda recipe, arch, groups, model: parameter_prices(arch, groups, model),
-    "flops": lambda recipe, arch, groups, model: flop_prices(
-        arch, groups, model, sequence_length(recipe, model.config)
-    ),
-    "kv_bytes": lambda recipe, arch, groups, model: kv_byte_prices(arch, groups, model),
-    "latency": lambda recipe, arch, groups, model: _latency_prices(recipe, arch, groups),
+PRICES: dict[str, Callable[[Arch, tuple[Group, ...], Any, int, Seconds | None], Prices]] = {
+    "parameters": lambda arch, groups, model, *_: parameter_prices(arch, groups, model),
+    "flops": lambda arch, groups, model, prompt_tokens, _: flop_prices(arch, groups, model, prompt_tokens),
+    "kv_bytes": lambda arch, groups, model, *_: kv_byte_prices(arch, groups, model),
+    "latency": lambda arch, groups, model, prompt_tokens, seconds: _latency_prices(seconds, arch, groups),
 }

@@ -13,7 +13,7 @@ from secateur.arch import Arch, head_of
 from secateur.depth_choice import states_for_head
 from secateur.errors import NumericsError
 from secateur.kl import KL_POSITIONS, token_divergences
-from secateur.ranks import sum_by_name
+from secateur.stats import totals
 from secateur.walk import Batch, Walk
 
 
@@ -49,7 +49,7 @@ class Probe:
             divergence_P = token_divergences(logits_PV, nn.Identity(), now_PD, self._head).cpu().double()
             sums[batch.domain] = sums.get(batch.domain, 0.0) + float(divergence_P.sum())
             counts[batch.domain] = counts.get(batch.domain, 0) + len(divergence_P)
-        sums, counts = sum_by_name(sums), sum_by_name(counts)
+        sums, counts = totals(sums), totals(counts)
         for domain, total in sums.items():
             if not math.isfinite(total):
                 raise NumericsError(

@@ -23,13 +23,11 @@ from secateur.compensate import least_squares
 from secateur.cut import rows_of, unit_columns
 from secateur.gram import Gram
 from secateur.measure import measure
-from secateur.memory import release_freed
 from secateur.obs import greedy_obs, units_at_once
 from secateur.probe import Probe
 from secateur.progress import Progress, silent
-from secateur.ranks import from_first
 from secateur.score import damped_gram
-from secateur.stats import Statistics
+from secateur.stats import Decide, Statistics, here
 from secateur.walk import Batch, Walk
 
 
@@ -57,6 +55,7 @@ def profile(
     batches: list[Batch],
     settings: ProfileSettings,
     *,
+    decide: Decide = here,
     progress: Progress = silent,
 ) -> dict[GroupKey, GroupProfile]:
     """Return every group's profile.
@@ -77,10 +76,10 @@ def profile(
         mine = [group for group in groups if group.layer == index]
         for group in mine:
             is_last = group is mine[-1]
-            statistics = measure(walk, group, settings.weighting, settings.shares, gram=True, to_end=is_last).pooled
-            reader = linear(walk.layers[index], group.reader.module)
-            profiles[index, group.name] = _profile_group(group, reader, statistics, probe, settings)
-            release_freed()
+            with walk.layer(index) as layer:
+                found = measure(walk, group, settings.weighting, settings.shares, gram=True, to_end=is_last).pooled
+                reader = linear(layer, group.reader.module)
+                profiles[index, group.name] = _profile_group(group, reader, found, probe, settings, decide)
             progress("profile", len(profiles), len(groups))
         if not mine:
             walk.advance(index)
@@ -97,6 +96,7 @@ class _Refit:
     gram: Gram
     removed_U: Tensor
     damping: float
+    decide: Decide
 
     def at(self, num_keep: int) -> tuple[Int64[Tensor, " R"], Float[Tensor, "H R"]]:
         """Return the columns that stay and their weights as they would be stored."""
@@ -105,17 +105,17 @@ class _Refit:
         stays[self.removed_U[: num_units - num_keep]] = False
         columns = rows_of(stays.nonzero().flatten(), self.group.reader.segments, num_units)
         weight_HF, dtype = self.reader.weight.float(), self.reader.weight.dtype
-        fit = from_first(partial(least_squares, weight_HF, self.gram, columns, self.damping))
+        fit = self.decide(partial(least_squares, weight_HF, self.gram, columns, self.damping))
         return columns, fit.weight_HS.to(dtype)
 
 
 def _profile_group(
-    group: Group, reader: nn.Linear, statistics: Statistics, probe: Probe, settings: ProfileSettings
+    group: Group, reader: nn.Linear, statistics: Statistics, probe: Probe, settings: ProfileSettings, decide: Decide
 ) -> GroupProfile:
     assert statistics.gram is not None
     levels = levels_of(group, reader.in_features // group.width, settings.align)
-    removed_U, errors = from_first(lambda: _error_curve(group, reader, statistics, levels, settings))
-    refit = _Refit(group, reader, statistics.gram, removed_U, settings.damping)
+    removed_U, errors = decide(lambda: _error_curve(group, reader, statistics, levels, settings))
+    refit = _Refit(group, reader, statistics.gram, removed_U, settings.damping, decide)
     slopes = dict.fromkeys(settings.shares, 0.0)
     wanted = (1 - settings.perturbation) * levels[0]
     perturbed = min(range(1, len(levels)), key=lambda index: abs(levels[index] - wanted), default=0)

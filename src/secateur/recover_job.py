@@ -50,7 +50,7 @@ def open_job(
     if "domains" in changes.get("calibration", {}):  # these are then all there are
         base.get("calibration", {}).pop("domains", None)
     recipe = parse_recipe(merged(base, changes), "recover")
-    length = sequence_length(recipe, candidates.pruned_shape.config.get_text_config())
+    length = sequence_length(recipe.calibration.sequence_length, candidates.pruned_shape.config.get_text_config())
     calibration = recipe.calibration.model_copy(update={"sequence_length": length})
     settings = recipe.recover or RecoverySettings()
     return candidates, recipe.model_copy(update={"calibration": calibration, "recover": settings}), settings

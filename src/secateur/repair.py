@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from secateur.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares, mean_shift
 from secateur.gram import exact_product_precision
 from secateur.measure import Measurement
-from secateur.memory import release_freed
-from secateur.ranks import from_first
-from secateur.recipe import Recipe
+from secateur.selection import Method
+from secateur.stats import Decide, here
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,32 +31,33 @@ class Repair:
     condition: float | None = None
 
 
-def repair(reader: nn.Linear, measured: Measurement, columns: Int64[Tensor, " S"], recipe: Recipe) -> Repair:
-    """Return the repair that the recipe asks for; an empty one where every column stays."""
+def repair(
+    reader: nn.Linear, measured: Measurement, columns: Int64[Tensor, " S"], method: Method, decide: Decide = here
+) -> Repair:
+    """Return the repair that the method asks for; an empty one where every column stays."""
     if len(columns) == reader.in_features:
         return Repair()
     weight_HF, dtype = reader.weight.float(), reader.weight.dtype
-    if recipe.compensate == "least_squares":
-        return _least_squares(weight_HF, dtype, measured, columns, recipe)
+    if method.compensate == "least_squares":
+        return _least_squares(weight_HF, dtype, measured, columns, method, decide)
     old_HS = weight_HF[:, columns]
-    if recipe.compensate == "none":
+    if method.compensate == "none":
         return Repair(guard=_judge(weight_HF, columns, measured, old_HS, old_HS))
-    shift_H = from_first(lambda: mean_shift(weight_HF, measured.pooled.mean_F, columns)).to(dtype).float()
+    shift_H = decide(lambda: mean_shift(weight_HF, measured.pooled.mean_F, columns)).to(dtype).float()
     judged = _judge(weight_HF, columns, measured, old_HS, old_HS, shift_H=shift_H)
     return Repair(bias_H=judged.step * shift_H, guard=judged)
 
 
 def _least_squares(
-    weight_HF: Tensor, dtype: torch.dtype, measured: Measurement, columns: Tensor, recipe: Recipe
+    weight_HF: Tensor, dtype: torch.dtype, measured: Measurement, columns: Tensor, method: Method, decide: Decide
 ) -> Repair:
     """Fit with each damping of the grid and keep the one that the held-out text likes best, the first on a tie."""
-    mix = recipe.target_mix or 0.0 if measured.pooled.cross_FH is not None else 0.0
+    mix = method.target_mix if measured.pooled.cross_FH is not None else 0.0
     gram, best, best_error = measured.pooled.gram, Repair(), torch.inf
     assert gram is not None
-    for factor in recipe.damping_factors:
-        damping, cross_FH = recipe.damping * factor, measured.pooled.cross_FH
-        fit = from_first(partial(least_squares, weight_HF, gram, columns, damping, cross_FH, mix))
-        release_freed()
+    for factor in method.damping_factors:
+        damping, cross_FH = method.damping * factor, measured.pooled.cross_FH
+        fit = decide(partial(least_squares, weight_HF, gram, columns, damping, cross_FH, mix))
         # The guard judges what will be stored, rounding included.
         old_HS, new_HS = weight_HF[:, columns], fit.weight_HS.copy_(fit.weight_HS.to(dtype))
         judged = _judge(weight_HF, columns, measured, old_HS, new_HS, mix=mix)

@@ -24,7 +24,7 @@ from secateur.budget import (
     uniform_plan,
 )
 from secateur.errors import RecipeError
-from secateur.prices import Outcome, sequence_length
+from secateur.prices import Outcome, prices_of, sequence_length
 from secateur.recipe import Recipe
 from secateur.resolve_depth import groups_of, layers_to_expect, num_rounds, share_for_widths, with_depth
 from secateur.resolve_experts import check_experts
@@ -88,14 +88,23 @@ def check_without_prices(recipe: Recipe, arch: Arch, config: Any) -> None:
             f"their own, which a language model inside a larger class ({config.model_type}) cannot be saved with; use "
             f"budget uniform without protected_layers."
         )
-    sequence_length(recipe, config)
+    sequence_length(recipe.calibration.sequence_length, config)
     _target_mix(recipe, arch)
+
+
+def recipe_prices(recipe: Recipe, arch: Arch, model: Any) -> Prices:
+    """Return the dense model's prices by the recipe's target, those of the recipe's groups; see `prices_of`.
+
+    Raises RecipeError as `prices_of`, ArchError if the family has no such group.
+    """
+    groups, length = arch.select(recipe.groups), sequence_length(recipe.calibration.sequence_length, model.config)
+    return prices_of(recipe.target, arch, groups, model, prompt_tokens=length, seconds=recipe.prices)
 
 
 def resolve(recipe: Recipe, arch: Arch, config: Any, prices: Prices, layers: tuple[int, ...] | None = None) -> Resolved:
     """Fill what depends on the model and make the plans. `layers`: those that stay, where they are known already.
 
-    `prices`: those of the dense model by the recipe's target, see `prices_of`.
+    `prices`: those of the dense model by the recipe's target, see `recipe_prices`.
 
     Raises ArchError or RecipeError, each naming the recipe key, for whatever cannot be done with this model.
     """
@@ -103,7 +112,7 @@ def resolve(recipe: Recipe, arch: Arch, config: Any, prices: Prices, layers: tup
     recipe = with_depth(recipe, arch, config, prices)
     layers = layers_to_expect(recipe, arch, config) if layers is None else layers
     groups = groups_of(recipe, arch, layers)
-    length = sequence_length(recipe, config)
+    length = sequence_length(recipe.calibration.sequence_length, config)
     align = recipe.align or default_align(groups)
     num_gone = prices.of_all_but(layers)
     step = least_step(groups, prices, align, alike=recipe.budget == "uniform")

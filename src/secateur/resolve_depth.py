@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from secateur.arch import Arch, Group
+from secateur.arch_group import OF_EXPERTS
 from secateur.budget import Prices
 from secateur.errors import RecipeError
 from secateur.recipe import Recipe
@@ -98,7 +99,7 @@ def default_depth(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> in
     groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
     plain = recipe.target == "parameters" and recipe.rounds == 1 and isinstance(recipe.schedule, str)
     plain = plain and recipe.max_loss_rise is None
-    alike = len(set(arch.params_per_layer)) == 1 and not any(group.experts for group in groups)
+    alike = len(set(arch.params_per_layer)) == 1 and not any(group.kind in OF_EXPERTS for group in groups)
     if not plain or not alike or "ffn" not in recipe.groups or not groups or getattr(config, "is_heterogeneous", False):
         return 0
     asked, units = recipe.remove * prices.total, sum(group.num_units * prices.of(group) for group in groups)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.arch import decoder_layers, num_units_left
+from secateur.arch import decoder_layers
 from secateur.budget import GroupKey, Plan, least_keep
 from secateur.budget_curve import curve_plan, predicted_rise
 from secateur.budget_global import global_plan
@@ -55,7 +55,9 @@ def _planned(
         align, found = recipe.align, scores
         return from_first(lambda: global_plan(resolved.groups, found, prices, remove, align, min_keep=least))
     settings = _profile_settings(run, number)
-    profiles = profile(run.model, run.arch, resolved.groups, batches, settings, progress=run.progress)
+    profiles = profile(
+        run.model, run.arch, resolved.groups, batches, settings, decide=from_first, progress=run.progress
+    )
     plan = from_first(lambda: curve_plan(resolved.groups, profiles, prices, remove, min_keep=least, max_rise=max_rise))
     predicted = predicted_rise(profiles, plan.num_keep)
     run.log({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
@@ -93,7 +95,7 @@ def _profile_settings(run: Run, number: int) -> ProfileSettings:
     """Return the settings; slopes are measured where this round would take every group if all lost alike."""
     recipe, groups, prices = run.resolved.recipe, run.resolved.groups, run.resolved.prices_left
     layers = decoder_layers(run.model, run.arch)
-    now = sum(num_units_left(layers[g.layer], g) * prices.of(g) for g in groups)
+    now = sum(g.parts.num_units_left(layers[g.layer]) * prices.of(g) for g in groups)
     then = sum(run.resolved.plans[number - 1].num_keep[g.layer, g.name] * prices.of(g) for g in groups)
     assert recipe.align is not None
     # What a domain's weight does to a width is left to the slopes, which are by domain.
@@ -122,7 +124,7 @@ def _scores(run: Run, number: int, batches: list[Batch]) -> dict[GroupKey, Tenso
             is_last = group is mine[-1]
             measured = measure(walk, group, weighting, run.shares, gram=needs_gram(recipe.score), to_end=is_last)
             seed = layer_seed(recipe.seed, number, index)
-            found = partial(unit_scores, walk.layers[index], group, measured, recipe, seed)
+            found = partial(unit_scores, walk.layers[index], group, measured.pooled, recipe.score, recipe.damping, seed)
             scores[index, group.name] = from_first(found)
         if not mine:
             walk.advance(index)

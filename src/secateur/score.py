@@ -19,7 +19,7 @@ from secateur.device import float64_device
 from secateur.errors import PluginError
 from secateur.gram import Gram, sum_dtype
 from secateur.plugins import SCORE_GROUP, look_up
-from secateur.stats import Statistics
+from secateur.stats import Statistics, domain_weight
 from secateur.taylor import taylor_scores
 
 Needs = Literal["moments", "gram", "gradients", "routing"]
@@ -194,12 +194,11 @@ def energy(inputs: ExpertInputs) -> Float[Tensor, " E"]:
 
     It is what least squares would have to make up for, and beats `reap` where half of the experts go: LOG, 2026-11-26.
     """
-    pooled = inputs.weighting == "tokens"
-    totals = {
-        d: 1.0 if pooled else max(float(each.energy_E.sum()), 1e-30) / inputs.shares[d]
+    parts = [
+        domain_weight(inputs.weighting, inputs.shares[d], float(each.energy_E.sum())) * each.energy_E
         for d, each in inputs.routing.items()
-    }
-    return torch.stack([each.energy_E / totals[d] for d, each in inputs.routing.items()]).sum(dim=0).float()
+    ]
+    return torch.stack(parts).sum(dim=0).float()
 
 
 def frequency(inputs: ExpertInputs) -> Float[Tensor, " E"]:
@@ -217,8 +216,7 @@ def reap(inputs: ExpertInputs) -> Float[Tensor, " E"]:
     first = next(iter(inputs.routing.values()))
     norms_E, num_E = torch.zeros_like(first.norms_E), torch.zeros_like(first.norms_E)
     for domain, each in inputs.routing.items():
-        pooled = inputs.weighting == "tokens"
-        weight = 1.0 if pooled else inputs.shares[domain] / max(float(each.norms_E.sum()), 1e-30)
+        weight = domain_weight(inputs.weighting, inputs.shares[domain], float(each.norms_E.sum()))
         norms_E += weight * each.norms_E
         num_E += weight * each.num_tokens_E
     return torch.where(num_E > 0, norms_E / num_E.clamp(min=1e-300), 0.0).float()

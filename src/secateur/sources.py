@@ -1,6 +1,6 @@
 """A calibration domain to its documents, one by one, in an order that follows from the seed alone.
 
-In: a `recipe.Domain`, whose key says which of `SOURCES` reads it. Out: an iterator of documents (str).
+In: a domain, whose key says which of `SOURCES` reads it. Out: an iterator of documents (str).
 Here is decided which part of a row is text; packing and tokenising are `calibration`'s. Packages add sources:
 docs/extend.md.
 """
@@ -8,7 +8,7 @@ docs/extend.md.
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
@@ -16,8 +16,23 @@ from transformers import PreTrainedTokenizerBase
 from secateur.errors import CalibrationError, nearest
 from secateur.installed_text import installed_documents
 from secateur.plugins import SOURCE_GROUP, look_up
-from secateur.recipe import Domain
 from secateur.text_files import read_rows
+
+
+@runtime_checkable
+class DomainText(Protocol):
+    """Where one domain's text comes from, and what of it is read."""
+
+    sampled: bool
+    config: str | None
+    split: str
+    column: str
+    share: float
+
+    @property
+    def source(self) -> tuple[str, Any]:
+        """Return the source's key and what the user wrote there."""
+        ...
 
 
 class Row(NamedTuple):
@@ -39,7 +54,7 @@ class HubDataset(NamedTuple):
 Source = Callable[[Any, Random], Iterable[str | dict[str, Any] | Row]]
 
 
-def documents(name: str, domain: Domain, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[str]:
+def documents(name: str, domain: DomainText, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[str]:
     """Yield the documents of the domain called `name`, shuffled by seed and name; blank ones are left out.
 
     Raises CalibrationError, while iterating, for text that is missing, unreadable or not text; PluginError if an
@@ -49,7 +64,7 @@ def documents(name: str, domain: Domain, tokenizer: PreTrainedTokenizerBase, see
     if key == "dataset":
         value = HubDataset(value, domain.config, domain.split)
     read = look_up(
-        SOURCE_GROUP, key, SOURCES, callable, "a function of a value and a random order", Domain.model_fields
+        SOURCE_GROUP, key, SOURCES, callable, "a function of a value and a random order", DomainText.model_fields
     )
     for number, row in enumerate(read(value, Random(f"{seed}:{name}")), start=1):
         where, content = row if isinstance(row, Row) else (f"domain '{name}', document {number}", row)

@@ -4,18 +4,25 @@ In: a reader's input x and output y, batch by batch. Out: token mass, sums, outp
 sums, so batches, halves and domains merge by adding. What a batch gives is computed in float32 and added up in float64,
 where the order of batches does not show; see `gram`.
 
+Ranks meet here: what is summed over their tokens is summed by a function below. What must be the same on all of them
+is computed by a `Decide` that the caller gives.
+
 Letters: T tokens, F reader inputs (units x rows per unit), H reader outputs.
 """
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from secateur.gram import PRODUCT_ROWS, Gram, exact_product_precision, pieces, sum_dtype
-from secateur.ranks import sum_tensors
+from secateur.ranks import domains_ended, gathered, sum_by_name, sum_tensors
+
+T = TypeVar("T")
+Key = TypeVar("Key")
 
 # Weightings that look at each domain by itself, and so need its statistics kept.
 BY_DOMAIN = frozenset({"minimax"})
@@ -88,12 +95,10 @@ class Statistics:
             self.cross_FH.add_(other.cross_FH, alpha=weight)
 
     def sum_over_ranks(self) -> None:
-        """Become the sums over all ranks' tokens. Of the Gram matrix only the triangle that is stored travels."""
+        """Become the sums over all ranks' tokens."""
         mass = torch.tensor([self.mass], dtype=torch.float64)
-        tensors = [self.sum_F, self.sum_squares_F, self.energy]
-        tensors += [] if self.gram is None else self.gram.blocks
-        tensors += [] if self.cross_FH is None else [self.cross_FH]
-        sum_tensors([mass, *tensors])
+        parts = (part for part in (self.gram, self.cross_FH) if part is not None)
+        sum_over_ranks(mass, self.sum_F, self.sum_squares_F, self.energy, *parts)
         self.mass = float(mass)
 
     def clear(self) -> None:
@@ -126,7 +131,7 @@ class Statistics:
         return (self.mean_square_F - self.mean_F.square()).clamp_min(0)
 
 
-def domain_weight(weighting: str, share: float, statistics: Statistics) -> float:
+def domain_weight(weighting: str, share: float, energy: float) -> float:
     """Return the factor of one domain's sums in the pooled ones.
 
     `tokens`: 1, raw pooling. `energy`: share_d / e_d with e_d the domain's output energy sum |y|^2, so that a loud
@@ -135,7 +140,6 @@ def domain_weight(weighting: str, share: float, statistics: Statistics) -> float
     """
     if weighting == "tokens":
         return 1.0
-    energy = float(statistics.energy)
     return share / energy if energy > 0 else 0.0
 
 
@@ -151,5 +155,58 @@ def pool(by_domain: dict[str, Statistics], weights: dict[str, float]) -> Statist
         dtype=torch.float32,
     )
     for name, statistics in by_domain.items():
-        pooled.merge(statistics, domain_weight("energy", weights[name], statistics))
+        pooled.merge(statistics, domain_weight("energy", weights[name], float(statistics.energy)))
     return pooled
+
+
+@runtime_checkable
+class Decide(Protocol):
+    """Returns on every rank what one of them has computed; `here`, in one process, what is computed."""
+
+    def __call__(self, compute: Callable[[], T], /) -> T:
+        """Return what `compute` returns."""
+        ...
+
+
+def here(compute: Callable[[], T], /) -> T:
+    """Return what `compute` returns: the `Decide` of one process."""
+    return compute()
+
+
+def sum_over_ranks(*parts: Tensor | Gram) -> None:
+    """Make every part the sum over all ranks, in place. Of a Gram matrix only the triangle that is stored travels."""
+    sum_tensors([tensor for part in parts for tensor in (part.blocks if isinstance(part, Gram) else [part])])
+
+
+def totals(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sums over all ranks of numbers or small tensors by name; a rank may lack some of the names."""
+    return sum_by_name(values)
+
+
+def of_all_ranks(parts: Mapping[Key, T]) -> dict[Key, T]:
+    """Return the entries of all ranks."""
+    return {key: value for part in gathered(dict(parts)) for key, value in part.items()}
+
+
+class InOrder:
+    """Calls `fold` for a domain once its batches are over; on every rank for the same domains in the same order.
+
+    A rank folds domains too that have no batch on it, since all ranks sum up together.
+    """
+
+    def __init__(self, domains: Iterable[str], fold: Callable[[str], None]) -> None:
+        self.domains, self.fold, self.current = list(domains), fold, ""
+
+    def begin(self, domain: str) -> None:
+        """Say which domain the next batch is of."""
+        if domain != self.current:
+            self._until(domain)
+
+    def end(self) -> None:
+        """Say that no batch follows."""
+        self._until("")
+
+    def _until(self, begun: str) -> None:
+        for domain in domains_ended(self.current, begun, self.domains):
+            self.fold(domain)
+        self.current = begun

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from secateur.arch import Arch, Group, Segments, decoder_layers, head_of, linear
 from secateur.errors import NumericsError
-from secateur.layers_on_device import fetch
-from secateur.ranks import sum_by_name, sum_tensors
-from secateur.walk import Arguments, Batch
+from secateur.stats import sum_over_ranks, totals
+from secateur.walk import Arguments, Batch, at_hand
 
 # Positions per slice of logits: 64 x 150k words x float32, logits and their gradient, is 77 MB.
 HEAD_POSITIONS = 64
@@ -56,15 +55,16 @@ def taylor_scores(
     """
     layers, calls = decoder_layers(model, arch), _Calls()
     batches = [batch for batch in batches if not batch.held_out]
-    num_tokens = sum_by_name({"tokens": sum(batch.ids_BT[:, 1:].numel() for batch in batches)})["tokens"]
+    num_tokens = totals({"tokens": sum(batch.ids_BT[:, 1:].numel() for batch in batches)})["tokens"]
     scores: dict[tuple[int, str], Tensor] = {}
     with _frozen(model), torch.enable_grad():
         passes = [_forward(model, arch, batch, calls) for batch in batches]
         for index in reversed(range(min(group.layer for group in groups), arch.num_layers)):
             mine = [group for group in groups if group.layer == index]
-            gradients = _backward(layers[index], index, mine, passes)
-            for group in mine:
-                scores[index, group.name] = _unit_sums(layers[index], group, gradients) / num_tokens
+            with at_hand(layers[index]) as layer:
+                gradients = _backward(layer, index, mine, passes)
+                for group in mine:
+                    scores[index, group.name] = _unit_sums(layer, group, gradients) / num_tokens
     return scores
 
 
@@ -129,7 +129,6 @@ def _final_gradient(head: nn.Module, final_BTD: Float[Tensor, "B T D"], batch: B
 
 def _backward(layer: nn.Module, index: int, groups: list[Group], passes: list[_Pass]) -> dict[str, Tensor]:
     """Move every pass's gradient down through the layer; return the groups' weight gradients, summed over passes."""
-    fetch(layer)  # before its parameters are asked for
     parameters = _unit_parameters(layer, groups)
     sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     for parameter in parameters.values():
@@ -143,7 +142,7 @@ def _backward(layer: nn.Module, index: int, groups: list[Group], passes: list[_P
         each.gradient_BTD = below
         for total, gradient in zip(sums.values(), found, strict=True):
             total += gradient
-    sum_tensors(list(sums.values()))
+    sum_over_ranks(*sums.values())
     for name, parameter in parameters.items():
         parameter.requires_grad_(False)
         if not torch.isfinite(sums[name]).all():

@@ -2,11 +2,13 @@
 
 In: a model and token blocks. Out: each layer's inputs, replayed with that layer's own keyword arguments, as often as
 asked; `advance` moves the stream through a layer once it has its final shape. Blocks have equal length, no padding.
+Where layers come to a device one at a time, `at_hand` has one there.
 
 Letters: B blocks of a batch, T tokens of a block, D hidden size.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.arch import Arch, decoder_layers
+from secateur.layers_on_device import fetch, settle
+from secateur.memory import release_freed
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a layer is called with besides the hidden states, by position and by name."""
@@ -59,6 +63,12 @@ class Walk:
         self.hidden_BTD = [self._embed(model.get_submodule(arch.backbone), batch.ids_BT) for batch in batches]
         self.dense_BTD = list(self.hidden_BTD) if dense else []
         self._in_middle = False
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Within the context layer `index` is at hand, see `at_hand`."""
+        with at_hand(self.layers[index]) as layer:
+            yield layer
 
     def run(self, index: int, *, to_middle: bool = False, to_end: bool = False) -> Iterator[tuple[Batch, Tensor]]:
         """Run layer `index` on every batch and yield (batch, the layer's output).
@@ -131,6 +141,18 @@ class Walk:
             backbone(ids_BT, use_cache=False)
         self._arguments.setdefault((ids_BT.shape[0], ids_BT.shape[1]), noted)
         return entered[0]
+
+
+@contextmanager
+def at_hand(layer: nn.Module) -> Iterator[nn.Module]:
+    """Within the context the layer's weights are where it computes, to be read and changed.
+
+    Afterwards what was changed is rounded to what the layer is stored in, and freed memory goes back to the system.
+    """
+    fetch(layer)
+    yield layer
+    settle(layer)
+    release_freed()
 
 
 class forwards_replaced:

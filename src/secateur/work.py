@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from secateur.arch import Arch, Group, decoder_layers, linear
+from secateur.arch import Arch, Group, decoder_layers
 from secateur.depth_choice import LAYERS_AT_ONCE
 from secateur.device import float64_device
 from secateur.estimate import HELD_OUT_FACTOR, MemoryPlan
@@ -118,7 +118,7 @@ def _group_work(group: Group, num_keep: int, tokens: int) -> tuple[float, float,
     """Return parameters that stay, and the operations of statistics and solves."""
     inputs, stays = group.num_inputs, min(group.num_inputs, num_keep * group.width)
     gone = inputs - stays
-    outputs = group.params_per_unit / max(1, group.width * (len(group.writers) + 1))
+    outputs = group.params_per_unit / max(1, group.width * group.parts.num_linears)
     solve = 2.0 * inputs**3 + 2.0 * gone * inputs**2 + stays**3 / 3
     solve += 2.0 * stays**2 * outputs + 2.0 * gone * stays * outputs
     gram = tokens * inputs**2 * (1 + 1 / NUM_BLOCKS)
@@ -160,7 +160,7 @@ def disk_bytes(arch: Arch, resolved: Resolved, model: nn.Module, plan: MemoryPla
     """
     recipe, num_rounds = resolved.recipe, len(resolved.plans)
     layers = decoder_layers(model, arch)
-    parameters = (_reader(layers[group.layer], group) for group in resolved.groups)
+    parameters = (next(iter(g.parts.refitted(layers[g.layer]).values())) for g in resolved.groups)
     readers = sum(p.numel() * (4 if plan.in_float32 else p.element_size()) for p in parameters)
     in_layers = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -168,9 +168,3 @@ def disk_bytes(arch: Arch, resolved: Resolved, model: nn.Module, plan: MemoryPla
     if num_rounds > 1 and recipe.target_mix:
         total += in_layers
     return total + (min(num_rounds, 2) * in_layers if plan.weights_on_disk else 0)
-
-
-def _reader(layer: nn.Module, group: Group) -> torch.Tensor:
-    if group.experts is None:
-        return linear(layer, group.reader.module).weight
-    return layer.get_submodule(group.experts.module).get_parameter(group.experts.stacks.down)

@@ -28,9 +28,9 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time MODEL, in turns with DENSE, and hold the speed-up to what its size allows at best."""
-    from secateur.bench import Workload
     from secateur.bench_tables import bench_table
     from secateur.benchmark import Settings, benchmark
+    from secateur.ideal import Workload
     from secateur.staged_file import staged_file
 
     workload, settings = Workload(batch, prompt_tokens, new_tokens, repeats), Settings(engine, device, compiled)
