@@ -50,6 +50,8 @@ class HubDataset(NamedTuple):
     split: str
 
 
+# What else a domain may say, so that no package can take these for the name of a source.
+OTHER_KEYS = ("sampled", "config", "split", "column", "share", "protect")
 # What the user wrote, and the random order that follows from recipe seed and domain, to documents or rows of columns.
 Source = Callable[[Any, Random], Iterable[str | dict[str, Any] | Row]]
 
@@ -63,9 +65,7 @@ def documents(name: str, domain: DomainText, tokenizer: PreTrainedTokenizerBase,
     key, value = domain.source
     if key == "dataset":
         value = HubDataset(value, domain.config, domain.split)
-    read = look_up(
-        SOURCE_GROUP, key, SOURCES, callable, "a function of a value and a random order", DomainText.model_fields
-    )
+    read = look_up(SOURCE_GROUP, key, SOURCES, callable, "a function of a value and a random order", OTHER_KEYS)
     for number, row in enumerate(read(value, Random(f"{seed}:{name}")), start=1):
         where, content = row if isinstance(row, Row) else (f"domain '{name}', document {number}", row)
         text = _row_text(content, domain.column, tokenizer, where)
