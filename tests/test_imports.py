@@ -28,15 +28,18 @@ LAYERS = [
     "arch_experts",
     "arch",
     # stages and measurements, each by itself
-    "budget score cut walk kl bench verify in_memory sources checkpoint_config staged_file plots "
+    "budget score cut walk kl verify in_memory sources checkpoint_config staged_file plots "
     "evaluate_harness evaluate_rows evaluate_wikitext gguf_tokenizer progress_bar study per_layer on_disk "
     "staged_directory",
     "loss",
-    "ideal resolve_depth resolve_experts recover_judge",
+    "ideal resolve_depth resolve_experts",
     "prices",
     # stages that are made of others
     "obs compensate measure taylor domain_weights calibration checkpoint resolve summary "
-    "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global level_database recover_record",
+    "budget_curve budget_global level_database",
+    "measured inspect_record",
+    "recover_record bench tables",
+    "bench_llama_cpp evaluate_tasks compare_page recover_judge",
     "fingerprint depth gguf_rules expert_stacks",
     "checkpoint_tokenizer expert_refit gguf_parts",
     "experts ranks_check calibration_sampled calibration_facts repair depth_choice "
@@ -48,10 +51,12 @@ LAYERS = [
     "expert_channels run selection inspection gguf_tensors evaluate_differences evaluate_parts",
     "group_step round_plan safety_net pruned_checkpoint",
     # what people read, and the other outputs
-    "recover_tasks depth_step loop tables gguf_export evaluate",
-    "card benchmark export compare recover_table evaluate_table",
+    "recover_tasks depth_step loop gguf_export evaluate",
+    "card benchmark export compare evaluate_table",
+    "recover_table",
     "result_files bench_tables recover_output",
-    "report_run report_quality report_evaluation report_recovery",
+    "report_run report_quality report_evaluation",
+    "report_recovery",
     "report",
     # the whole job, and the ways to start it
     "recovering",
@@ -77,14 +82,13 @@ STAGES = {
     "walk": "",
     "loss": "walk",
     "kl": "",
-    "bench": "",
     "calibration": "recipe sources",
 }
 STAGES_MAY_IMPORT = {"arch", "device", "errors", "memory", "progress", "ranks"}
 
 HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (
-    "checkpoint*", "output", "calibration*", "sources", "evaluate*", "bench*", "compare", "ideal", "gguf_*",
+    "checkpoint*", "output", "calibration*", "sources", "evaluate*", "bench*", "compare", "gguf_*",
     "in_memory", "pruning", "opening", "ranks_check", "job", "loop", "run", "pruned_checkpoint", "on_disk",
     "reload_child", "modeling_per_layer", "per_layer", "propose", "recover*", "prune_recover",
 )  # fmt: skip

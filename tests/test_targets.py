@@ -13,7 +13,6 @@ from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.arch import bind, decoder_layers
-from secateur.bench import Workload
 from secateur.budget import least_keep, round_plans, round_shares, uniform_plan
 from secateur.budget_curve import GroupProfile, curve_plan
 from secateur.budget_global import global_plan
@@ -21,7 +20,7 @@ from secateur.card import model_card
 from secateur.cut import cut
 from secateur.depth import remove_layers
 from secateur.errors import RecipeError
-from secateur.ideal import Costs, least_costs
+from secateur.ideal import Costs, Workload, least_costs
 from secateur.inspection import inspect
 from secateur.journal import Journal
 from secateur.latency import Timing, _slope, measure_latency, with_prices

@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,48 +15,12 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from secateur.ideal import Workload
+from secateur.measured import Ratio, Speed
 from secateur.progress import Progress
 
 # Seconds from the start of one generation to each of its tokens, the first one after the whole prompt.
 Runner = Callable[[], list[float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """What each run does: `batch` prompts of `prompt_tokens` each, `new_tokens` (at least 2) written after each."""
-
-    batch: int = 1
-    prompt_tokens: int = 256
-    new_tokens: int = 24
-    repeats: int = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Medians over repeats, and (lowest, highest) of them. All tokens of a batch count.
-
-    `prefill`: prompt tokens per second until the first new token; `decode`: new tokens per second after the first.
-    """
-
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    first_token_seconds: float
-    prefill_range: tuple[float, float]
-    decode_range: tuple[float, float]
-    first_token_range: tuple[float, float]
-    batch: int
-    prompt_tokens: int
-    new_tokens: int
-    repeats: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """Speed of one model over that of another: median over repeats of the ratio within each, and the extremes."""
-
-    median: float
-    lowest: float
-    highest: float
 
 
 def take_turns(runners: list[Runner], repeats: int, progress: Progress, stage: str) -> list[list[list[float]]]:

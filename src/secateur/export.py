@@ -1,4 +1,4 @@
-"""`secateur export`: a checkpoint directory as a GGUF file, which appears complete, and checked where llama.cpp is."""
+"""`secateur.export`: a checkpoint directory as a GGUF file, which appears complete, and checked where llama.cpp is."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,20 +26,26 @@ class Export:
 
 def export(
     model: str | Path,
-    file: str | Path,
+    gguf: str | Path,
     *,
     type_name: str | None = None,
     check: bool | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Export:
-    """Write `model` as GGUF to `file`, by default in the weights' own type.
+    """Write a model, its tokenizer and chat template as a GGUF file for llama.cpp; it appears complete or not at all.
 
-    `check`: whether llama.cpp must agree with transformers before the file appears; None: where it is installed.
+    `model`: a local directory, a hub id or `smollm2-135m`. `gguf`: the file to write. `type_name`: f32, f16, bf16 or
+    q8_0 (the option --type), by default the weights' own. `check`: whether llama.cpp must agree with transformers
+    before the file appears; None: where it is installed. `overwrite`: replace the file if it exists. `progress`: called
+    with (stage, done, total).
 
-    Raises a SecateurError, one sentence, for everything that a user can correct.
+    Returns an `Export`: the file, its type and bytes, and what the check found.
+
+    Raises a SecateurError, one sentence, for everything that a user can correct: CheckpointError for a model that
+    llama.cpp cannot run, RecipeError for options.
     """
-    file = Path(file)
+    file = Path(gguf)
     if check:
         require_llama_cpp("export --check")
     check_file(file, overwrite=overwrite)

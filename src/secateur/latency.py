@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from secateur.arch import Arch, Group, bind, decoder_layers
-from secateur.bench import Workload, now
+from secateur.bench import now
 from secateur.checkpoint import meta_model
 from secateur.cut import cut
 from secateur.depth import remove_layers
 from secateur.device import CPU, on_device
 from secateur.errors import RecipeError
+from secateur.ideal import Workload
 from secateur.in_memory import restore_buffers
 from secateur.journal import Journal
 from secateur.progress import Progress, silent

@@ -8,9 +8,9 @@ import time
 from typing import Any
 
 from secateur.recover_cost import predict_flops
-from secateur.recover_judge import Verdicts, domain_weights, mean_kl, mean_nats
+from secateur.recover_judge import domain_weights
 from secateur.recover_logits import Work, recover_logits
-from secateur.recover_record import TrainingRecord
+from secateur.recover_record import TrainingRecord, Verdicts, mean_kl, mean_nats
 from secateur.whole_file import load_tensors, save_tensors
 
 TRAINED_FILE = "trained.safetensors"
