@@ -3,7 +3,8 @@
 import time
 from pathlib import Path
 
-from secateur.bench import Runner, Workload, prompt_ids
+from secateur.bench import Runner, prompt_ids
+from secateur.ideal import Workload
 from secateur.llama_cpp import open_llama_cpp
 
 

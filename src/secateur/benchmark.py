@@ -74,31 +74,21 @@ def bench(
     CheckpointError for models and for a llama.cpp that is not installed.
     """
     workload, settings = Workload(batch, prompt_tokens, new_tokens, repeats), BenchSettings(engine, device, compiled)
-    result = benchmark(model, against, workload=workload, settings=settings, progress=progress)
+    _check_numbers(workload)
+    _check_settings(settings, workload)
+    checkpoints = [open_checkpoint(reference) for reference in (model, against) if reference is not None]
+    for checkpoint in checkpoints:
+        _check_model(checkpoint, workload, settings)
+    result = _bench(checkpoints, workload, settings, progress)
     if Path(model).is_dir():  # a hub id's cache is not ours to write in
         with staged_file(Path(model, BENCH_FILE), overwrite=True) as staged:
             staged.write_text(result.to_json(), encoding="utf-8")
     return result
 
 
-def benchmark(
-    model: str | Path,
-    against: str | Path | None = None,
-    *,
-    workload: Workload | None = None,
-    settings: BenchSettings | None = None,
-    progress: Progress = silent,
+def _bench(
+    checkpoints: list[Checkpoint], workload: Workload, settings: BenchSettings, progress: Progress
 ) -> BenchResult:
-    """Time `model`, and in turns with it the dense model `against`, both loaded.
-
-    Raises a SecateurError, one sentence, for everything that a user can correct.
-    """
-    workload, settings = workload or Workload(), settings or BenchSettings()
-    _check_numbers(workload)
-    _check_settings(settings, workload)
-    checkpoints = [open_checkpoint(reference) for reference in (model, against) if reference is not None]
-    for checkpoint in checkpoints:
-        _check_model(checkpoint, workload, settings)
     with tempfile.TemporaryDirectory(prefix="secateur-bench-") as scratch:
         prepare = _prepare_gguf if settings.engine == "llama.cpp" else _prepare_transformers
         contenders = []
@@ -108,7 +98,7 @@ def benchmark(
         progress("load", len(checkpoints), len(checkpoints))
         runs = take_turns([contender.runner for contender in contenders], workload.repeats, progress, "bench")
     figures = [_figures(contender, run, workload) for contender, run in zip(contenders, runs, strict=True)]
-    pruned, dense = figures[0], figures[1] if against is not None else None
+    pruned, dense = figures[0], figures[1] if len(figures) == 2 else None
     prefill = decode = None
     if dense is not None:
         compare = partial(_speed_up, runs, workload)

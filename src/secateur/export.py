@@ -8,13 +8,14 @@ from secateur.gguf_check import GgufCheck, check_gguf
 from secateur.gguf_export import check_exportable, export_gguf
 from secateur.gguf_metadata import context_length
 from secateur.gguf_rules import gguf_family
+from secateur.json_file import Record
 from secateur.llama_cpp import have_llama_cpp, require_llama_cpp
 from secateur.progress import Progress, silent
 from secateur.staged_file import check_file, staged_file
 
 
 @dataclass(frozen=True, slots=True)
-class Export:
+class Export(Record):
     """The written file. `context_length`: for how many tokens it is right. `check` is None where it was not run."""
 
     file: str

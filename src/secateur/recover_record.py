@@ -121,7 +121,7 @@ class RecoveryRecord(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(Record):
     """`num_tokens`: trained on. `flops`, `seconds`: of `training` and of `judge`, the held-out evaluations. Bytes."""
 
     num_tokens: int

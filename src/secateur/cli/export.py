@@ -1,7 +1,5 @@
 """The command `export`."""
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +35,7 @@ def export(
     with progress_bar(enabled=not (quiet or as_json)) as progress:
         done = export_model(model, gguf, type_name=type_name, check=check, overwrite=overwrite, progress=progress)
     if as_json:
-        print(json.dumps(dataclasses.asdict(done), indent=2))
+        print(done.to_json(), end="")
         return
     CONSOLE.print(
         f"Written to {gguf}: {done.type_name}, {human_bytes(done.num_bytes)}, context {done.context_length:,}."
