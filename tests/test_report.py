@@ -14,7 +14,7 @@ from run_cli import run_cli
 
 from secateur.card import model_card
 from secateur.errors import CheckpointError
-from secateur.plots import LayerSpread, Series, Text, dot_plot, spread_plot
+from secateur.plots import Series, Text, dot_plot, spread_plot
 from secateur.pruning import prune
 from secateur.report import write_report
 from secateur.summary import Summary
@@ -224,8 +224,8 @@ def test_without_matplotlib_prune_says_that_there_is_no_report(checkpoints, reci
 
 def test_plots_bear_extreme_numbers():
     text = Text("x", "t", "d")
-    zeros = LayerSpread("ffn", [0, 1], [(0.0,) * 5, (0.0, 0.0, 1e-30, 1.0, 1e30)])
-    assert "<svg" in spread_plot(text, [zeros], "score")
+    zeros = {"ffn": {0: (0.0,) * 5, 1: (0.0, 0.0, 1e-30, 1.0, 1e30)}}
+    assert "<svg" in spread_plot(text, zeros, "score")
     assert "<svg" in dot_plot(text, ["a"], [Series("s", "pruned", [1e9], [(0.0, 1e9)])], "x")
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from secateur.page import KeyFigure, Section, Table
-from secateur.plots import Series, Text, curve_plot, dot_plot
+from secateur.plots import Series, Text, dot_plot, line_plot
 from secateur.recover_record import mean_kl, won_back
 from secateur.recover_table import cost_rows, recovery_headline, recovery_task_table, verdict_table
 from secateur.report_evaluation import task_plots
@@ -68,9 +68,8 @@ def _curve(steps: Sequence[TrainingStep], before: float) -> str:
         "Training loss",
         f"Means of neighbouring steps over trained tokens. The held-out KL before was {before:.4f}.",
     )
-    return curve_plot(
-        described, [float(m.tokens) for m in means], [m.loss for m in means], "trained tokens", "loss, nats"
-    )
+    series = [Series("loss", "pruned", [mean.loss for mean in means])]
+    return line_plot(described, [mean.tokens for mean in means], series, "trained tokens", "loss, nats")
 
 
 def _steps(steps: Sequence[TrainingStep]) -> Table:

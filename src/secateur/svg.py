@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,15 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What a plot is called. `name`: letters and hyphens, unique in the page, for its ids. The rest is read out."""
+
+    name: str
+    title: str
+    description: str
+
+
 @contextmanager
 def drawing() -> Iterator[None]:
     """Set the style for the figures made, and turned into SVG, inside the block."""
@@ -67,8 +77,8 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def to_svg(figure: "Figure", name: str, title: str, description: str) -> str:
-    """Return the figure as an SVG element. `name`: letters and hyphens, unique in the page; all ids begin with it.
+def to_svg(figure: "Figure", text: Text) -> str:
+    """Return the figure as an SVG element.
 
     It is part of the page and no `<img>`, which would know neither the page's colours nor its font.
     """
@@ -79,11 +89,12 @@ def to_svg(figure: "Figure", name: str, title: str, description: str) -> str:
     _, _, inside = re.sub("<!--.*?-->", "", stream.getvalue(), flags=re.DOTALL).partition("<svg ")
     attributes, _, inside = inside.partition(">")
     _, _, inside = inside.partition("</defs>")  # a style sheet, which would reach the whole page
-    inside = re.sub("<[^>]+>", lambda tag: _of_the_page(tag[0], name), inside)
+    inside = re.sub("<[^>]+>", lambda tag: _of_the_page(tag[0], text.name), inside)
     box = re.findall(r'viewBox="[^"]*"', attributes)[0]
-    label = f'role="img" aria-labelledby="{name}-title {name}-desc"'
-    text = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
-    return f"<svg {box} {label}>{text}{inside.strip()}"
+    label = f'role="img" aria-labelledby="{text.name}-title {text.name}-desc"'
+    said = f'<title id="{text.name}-title">{escape(text.title)}</title>'
+    said += f'<desc id="{text.name}-desc">{escape(text.description)}</desc>'
+    return f"<svg {box} {label}>{said}{inside.strip()}"
 
 
 def _of_the_page(tag: str, name: str) -> str:
