@@ -19,10 +19,10 @@ from lm_eval.models.huggingface import HFLM
 
 from secateur.checkpoint import load_model, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
-from secateur.evaluate_differences import metrics
 from secateur.evaluate_harness import quiet_harness, task_manager
 from secateur.evaluate_rows import find_rows
 from secateur.evaluate_tasks import TaskOptions, load_tasks, run_task
+from secateur.measured import task_metrics
 
 TASKS = "arc_easy,winogrande,copa,hellaswag,piqa"
 SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
@@ -54,7 +54,7 @@ def _row(*cells: object) -> str:
 
 
 def _scores(results: dict[str, Any]) -> str:
-    return ", ".join(f"{metric.removesuffix(',none')} {results[metric]:.4f}" for metric in metrics(results))
+    return ", ".join(f"{metric.removesuffix(',none')} {results[metric]:.4f}" for metric in task_metrics(results))
 
 
 def main() -> int:

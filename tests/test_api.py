@@ -1,15 +1,19 @@
 """The Python API: a model in memory is pruned in place and stays a model; paths work as on the command line."""
 
+import inspect
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 from models import tiny_ids, tiny_llama
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import secateur
+from secateur.cli import app
 from secateur.in_memory import check_in_memory, restore_buffers
 
 TOKENIZER = tiny_tokenizer()
@@ -21,9 +25,39 @@ def small(recipe):
     return {**recipe, "evaluate": False}
 
 
-def test_names_are_sorted_and_there():
+VERBS = ("prune", "inspect", "evaluate", "bench", "recover", "export", "compare")
+KEYS_OF_THE_RECIPE = {  # options of the command line, keys of `recipe` in Python
+    "prune": "remove preset domains seed memory_budget device",
+    "inspect": "remove preset memory_budget",
+    "recover": "domains tasks limit",
+}
+
+
+def test_names_are_sorted_there_and_those_of_the_readme():
     assert secateur.__all__ == sorted(secateur.__all__)
     assert all(hasattr(secateur, name) for name in secateur.__all__)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`\w.*?) \|", readme.split("\n## From Python\n")[1].split("\n## ")[0], flags=re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == secateur.__all__
+
+
+@pytest.mark.parametrize("verb", VERBS[1:])
+def test_a_verb_says_what_it_takes_returns_and_raises(verb):
+    function = secateur.__getattr__(verb)
+    said = inspect.getdoc(function) or ""
+    assert "\nReturns " in said and "\nRaises " in said
+    assert [name for name in inspect.signature(function).parameters if f"`{name}`" not in said] == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_words_of_the_command_line_are_those_of_the_function(verb):
+    of_the_terminal = {"quiet", "json", "dry_run"}
+    renamed = {"domain": "domains", "compile": "compiled", "type": "type_name"}
+    takes = of_the_terminal | set(inspect.signature(secateur.__getattr__(verb)).parameters)
+    takes |= set(KEYS_OF_THE_RECIPE.get(verb, "").split())
+    for parameter in typer.main.get_command(app).commands[verb].params:
+        word = max(parameter.opts, key=len).removeprefix("--").replace("-", "_")
+        assert renamed.get(word, word) in takes
 
 
 def test_a_model_in_memory_is_pruned_in_place_and_can_be_trained(small):

@@ -1,7 +1,7 @@
 """Bench: models take turns, every token is timed, memory and speed-ups are what their definitions say."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,6 @@ from models import tiny_llama
 from run_cli import run_cli
 
 from secateur.bench import (
-    Ratio,
     decode_rates,
     paired_ratio,
     prefill_rates,
@@ -20,13 +19,12 @@ from secateur.bench import (
     transformers_runner,
 )
 from secateur.bench_memory import peak_model_bytes
-from secateur.benchmark import BenchResult, Settings, benchmark
+from secateur.benchmark import bench
 from secateur.errors import CheckpointError, RecipeError, SecateurError
 from secateur.ideal import Workload, kv_cache_bytes_per_token
-from secateur.json_file import parse_json
 from secateur.llama_cpp import have_llama_cpp
+from secateur.measured import BenchResult, Ratio
 from secateur.output import save_checkpoint
-from secateur.progress import silent
 
 SMALL = Workload(batch=2, prompt_tokens=8, new_tokens=3, repeats=2)
 
@@ -105,7 +103,7 @@ def test_the_command_writes_what_it_shows(pair):
     arguments = ("--batch", 2, "--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 2, "--quiet")
     outcome = run_cli("bench", pruned, "--against", dense, *arguments)
     assert outcome.status == 0, outcome.stderr
-    result = parse_json(BenchResult, (pruned / "bench.json").read_text(), "bench.json")
+    result = BenchResult.from_json((pruned / "bench.json").read_text(), "bench.json")
     assert result.workload == SMALL and result.dense is not None and result.decode is not None
     assert result.dense.size.num_params - result.pruned.size.num_params == 3 * 3 * 64 * 64
     assert result.pruned.peak_bytes < result.dense.peak_bytes
@@ -140,27 +138,27 @@ def test_json_and_no_dense_model(pair, tmp_path):
 )
 def test_workloads_that_cannot_run(pair, change, message):
     with pytest.raises(RecipeError, match=message):
-        benchmark(pair[0], workload=replace(SMALL, **change))
+        bench(pair[0], **(asdict(SMALL) | change))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (Settings(engine="llamacpp"), "did you mean 'llama.cpp'"),
-        (Settings(device="gpu0"), "'gpu0' is no device"),
-        (Settings(device="mps"), "must be cpu or cuda"),
-        (Settings(device="cuda:99"), "asks for a GPU"),
+        ({"engine": "llamacpp"}, "did you mean 'llama.cpp'"),
+        ({"device": "gpu0"}, "'gpu0' is no device"),
+        ({"device": "mps"}, "must be cpu or cuda"),
+        ({"device": "cuda:99"}, "asks for a GPU"),
     ],
 )
 def test_settings_that_cannot_run(pair, settings, message):
     with pytest.raises(RecipeError, match=message):
-        benchmark(pair[0], workload=SMALL, settings=settings)
+        bench(pair[0], **asdict(SMALL), **settings)
 
 
 @pytest.mark.skipif(have_llama_cpp(), reason="llama-cpp-python is installed")
 def test_llama_cpp_missing_is_one_sentence(pair):
     with pytest.raises(CheckpointError, match=r"needs llama-cpp-python; run: pip install \"secateur\[llama-cpp\]\""):
-        benchmark(pair[0], workload=replace(SMALL, batch=1), settings=Settings(engine="llama.cpp"))
+        bench(pair[0], engine="llama.cpp")
 
 
 def test_no_model_and_no_dense_model(pair, tmp_path):
@@ -173,7 +171,7 @@ def test_no_model_and_no_dense_model(pair, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in torch's own compiler
 def test_compiled(pair):
-    result = benchmark(pair[0], pair[1], workload=SMALL, settings=Settings(compiled=True))
+    result = bench(*pair, **asdict(SMALL), compiled=True)
     assert result.settings.compiled and result.decode is not None
     torch.compiler.reset()
 
@@ -181,7 +179,6 @@ def test_compiled(pair):
 @pytest.mark.slow
 @pytest.mark.skipif(not have_llama_cpp(), reason="needs llama-cpp-python")
 def test_llama_cpp_engine(pair):
-    workload = Workload(prompt_tokens=32, new_tokens=8, repeats=2)
-    result = benchmark(pair[0], pair[1], workload=workload, settings=Settings(engine="llama.cpp"), progress=silent)
+    result = bench(*pair, prompt_tokens=32, new_tokens=8, repeats=2, engine="llama.cpp")
     assert result.pruned.dtype == "float16" and result.pruned.peak_bytes is None
     assert result.decode is not None and result.decode.measured.lowest > 0

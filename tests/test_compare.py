@@ -56,7 +56,7 @@ def write(grid: dict[str, Any], folder: Path) -> str:
 def test_a_study_may_sample_a_domain_from_its_model(grid: dict[str, Any], tmp_path: Path) -> None:
     grid["recipe"]["calibration"]["domains"]["self"] = {"sampled": True}
     changes = {"ratios": [0.1], "seeds": [0], "methods": {"ours": {}, "self alone": {"domains": ["self"]}}}
-    dense, ours, alone = compare(load_study(write(grid | changes, tmp_path), small=False), tmp_path / "out")
+    dense, ours, alone = compare(write(grid | changes, tmp_path), tmp_path / "out").cells
     assert list(dense.nats_per_token) == list(ours.nats_per_token) == list(alone.nats_per_token) == [*TEXTS, "self"]
     assert ours.num_tokens.keys() == dense.nats_per_token.keys() and list(alone.num_tokens) == ["self"]
     # What the model writes is what it finds likely.
@@ -66,12 +66,12 @@ def test_a_study_may_sample_a_domain_from_its_model(grid: dict[str, Any], tmp_pa
 def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path: Path) -> None:
     study = load_study(write(grid, tmp_path), small=False)
     out = tmp_path / "out"
-    found = compare(study, out)
+    found = compare(study, out).cells
     assert len(found) == 2 * (1 + 2 * 3)
     files = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     texts = {name: (out / name).read_text() for name in ("table.md", "report.html", "results.json", "study.yaml")}
     assert len(files) == len(found)
-    assert compare(study, out) == found
+    assert compare(study, out).cells == found
     assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == files
     assert {name: (out / name).read_text() for name in texts} == texts
     by_method = {(cell.method, cell.ratio, cell.seed): cell for cell in found}
@@ -88,10 +88,10 @@ def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path:
 
 def test_a_changed_recipe_is_run_anew_and_the_rest_is_kept(grid: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    compare(load_study(write(grid, tmp_path), small=True), out)
+    compare(write(grid, tmp_path), out, small=True)
     before = set((out / "cells").iterdir())
     grid["methods"]["wanda"]["recipe"]["score"] = "flap"
-    compare(load_study(write(grid, tmp_path), small=True), out)
+    compare(write(grid, tmp_path), out, small=True)
     assert before < set((out / "cells").iterdir())
     assert len(set((out / "cells").iterdir()) - before) == 1
 
@@ -124,7 +124,7 @@ def test_killed_at_any_time_it_goes_on(grid: dict[str, Any], tmp_path: Path) -> 
     times = {path: path.stat().st_mtime_ns for path in out.glob("cells/[!.]*.json")}
     assert subprocess.run(command, capture_output=True, check=True).returncode == 0
     assert all(path.stat().st_mtime_ns == written for path, written in times.items())
-    whole = compare(load_study(reference, small=False), tmp_path / "whole")
+    whole = compare(reference, tmp_path / "whole").cells
     results = json.loads((out / "results.json").read_text())["cells"]
     for one, other in zip(results, whole, strict=True):
         assert one["nats_per_token"] == other.nats_per_token
@@ -151,7 +151,7 @@ def test_mistakes_surface_before_the_first_cell(
     grid: dict[str, Any], change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        compare(load_study(write(grid | change, tmp_path), small=False), tmp_path / "out")
+        compare(write(grid | change, tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

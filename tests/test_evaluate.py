@@ -19,9 +19,10 @@ from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from secateur.evaluate import Settings, evaluate
+from secateur.evaluate import evaluate
 from secateur.evaluate_domains import measure_quality, named_blocks
 from secateur.evaluate_wikitext import wikitext_blocks
+from secateur.measured import Evaluation
 from secateur.progress import silent
 from secateur.pruning import prune
 from secateur.recipe import Domain
@@ -65,28 +66,33 @@ def literature_perplexity(directory: Path, rows: list[str], tokenizer, length: i
 
 
 def test_against_the_dense_model(copy, checkpoints):
-    found = evaluate(copy, against=checkpoints["llama"])
+    found = evaluate(copy, checkpoints["llama"])
     written = json.loads((copy / "result.json").read_text())
-    assert found["notes"] == [] and set(found["kl"]) == {"prose", "code"}
-    for which in ("dense", "pruned"):
-        for domain, quality in found[which]["domains"].items():
+    assert found.notes == () and found.kl is not None and set(found.kl) == {"prose", "code"}
+    for which, measured in found.models.items():
+        for domain, quality in measured.domains.items():
             # The same held-out blocks as the run's own figures, so the same losses.
-            assert quality["nats_per_token"] == pytest.approx(written[f"{which}_losses"][domain]["nats_per_token"])
-            assert quality["perplexity"] == pytest.approx(math.exp(quality["nats_per_token"]))
-    for domain, change in found["differences"]["domains"].items():
-        dense, pruned = found["dense"]["domains"][domain], found["pruned"]["domains"][domain]
-        assert change["nats_per_token"] == pytest.approx(pruned["nats_per_token"] - dense["nats_per_token"])
-        pairs = [after - before for before, after in zip(dense["block_nats"], pruned["block_nats"], strict=True)]
+            assert quality.nats_per_token == pytest.approx(written[f"{which}_losses"][domain]["nats_per_token"])
+            assert quality.perplexity == pytest.approx(math.exp(quality.nats_per_token))
+    assert found.dense is not None and found.differences is not None
+    for domain, change in found.differences.domains.items():
+        dense, pruned = found.dense.domains[domain], found.pruned.domains[domain]
+        assert change.nats_per_token == pytest.approx(pruned.nats_per_token - dense.nats_per_token)
+        pairs = [after - before for before, after in zip(dense.block_nats, pruned.block_nats, strict=True)]
         spread = torch.tensor(pairs, dtype=torch.float64).std() / math.sqrt(len(pairs))
-        assert change["standard_error"] == pytest.approx(float(spread))
-        assert found["kl"][domain]["mean"] > 0
-    assert json.loads((copy / "evaluation.json").read_text()) == found
+        assert change.standard_error == pytest.approx(float(spread))
+        assert found.kl[domain].mean > 0
+    text = (copy / "evaluation.json").read_text()
+    assert Evaluation.from_json(text, "evaluation.json").to_json() == found.to_json() == text
+    keys = ["model", "against", "settings", "notes", "dense", "pruned", "kl", "differences", "versions"]
+    assert list(json.loads(text)) == keys and list(json.loads(text)["pruned"]) == ["domains"]
 
 
 def test_against_itself(copy):
-    found = evaluate(copy, against=copy)
-    assert all(part["mean"] == 0 and part["top1_agreement"] == 1 for part in found["kl"].values())
-    assert all(change["nats_per_token"] == 0 for change in found["differences"]["domains"].values())
+    found = evaluate(copy, copy)
+    assert found.kl is not None and found.differences is not None
+    assert all(part.mean == 0 and part.top1_agreement == 1 for part in found.kl.values())
+    assert all(change.nats_per_token == 0 for change in found.differences.domains.values())
 
 
 def test_bits_per_byte_by_hand(checkpoints):
@@ -113,11 +119,12 @@ def test_named_domains_give_the_blocks_asked_for(texts):
 
 @pytest.mark.parametrize("length", [32, None])
 def test_wikitext_equals_the_literature(copy, rows_file, length):
-    found = evaluate(copy, Settings(wikitext2=str(rows_file), wikitext2_length=length))
-    used = found["settings"]["wikitext2_length"]
+    found = evaluate(copy, wikitext2=str(rows_file), wikitext2_length=length)
+    used = found.settings["wikitext2_length"]
     assert used == (length or 256)  # the tiny model has no more positions
     expected = literature_perplexity(copy, ROWS, tiny_tokenizer(), used)
-    assert found["pruned"]["wikitext2"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert found.against is None and found.pruned.wikitext2 is not None
+    assert found.pruned.wikitext2.perplexity == pytest.approx(expected, rel=1e-5)
 
 
 def test_wikitext_lines_are_the_data_sets_rows(rows_file, tmp_path, checkpoints):
@@ -141,7 +148,8 @@ def test_wikitext_of_a_real_model(tmp_path):
 
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line)["text"] for line in lines]
-    found = evaluate(model, Settings(wikitext2=str(file)), out=tmp_path)["pruned"]["wikitext2"]["perplexity"]
+    measured = evaluate(model, wikitext2=str(file), out=tmp_path).pruned.wikitext2
+    found = measured.perplexity
     expected = literature_perplexity(Path(model), rows, AutoTokenizer.from_pretrained(model), 2048)
     print(f"\nWikiText-2, SmolLM2-135M, blocks of 2048: evaluate {found:.6f}, independent {expected:.6f}")
     assert found == pytest.approx(expected, abs=1e-4)
@@ -185,18 +193,18 @@ def test_damaged_parts_are_measured_again(copy):
 
 
 def test_another_model_in_the_same_place_is_measured_anew(copy):
-    before = evaluate(copy)["pruned"]["domains"]
+    before = evaluate(copy).pruned.domains
     model = AutoModelForCausalLM.from_pretrained(copy)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
     model.save_pretrained(copy)
-    assert evaluate(copy)["pruned"]["domains"] != before
+    assert evaluate(copy).pruned.domains != before
 
 
 def test_changed_text_is_said(copy, texts):
     recipe = (copy / "recipe.yaml").read_text()
     (copy / "recipe.yaml").write_text(recipe.replace("seed: 0", "seed: 1"))
-    (note,) = evaluate(copy)["notes"]
+    (note,) = evaluate(copy).notes
     assert "may have been calibrated on some of it" in note
 
 

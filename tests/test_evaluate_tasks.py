@@ -9,7 +9,7 @@ import pytest
 from run_cli import run_cli
 
 from secateur import evaluate_rows
-from secateur.evaluate import Settings, evaluate
+from secateur.evaluate import evaluate
 from secateur.evaluate_harness import quiet_harness, reporting_model, task_manager
 from secateur.evaluate_rows import find_rows, table
 from secateur.evaluate_tasks import TaskOptions
@@ -115,8 +115,9 @@ def direct(checkpoint: Path, task: str, rows: dict[str, list], tmp_path: Path, *
     ],
 )
 def test_equal_to_the_harness_alone(task, rows, options, checkpoints, saved, out, tmp_path):
-    settings = Settings(tasks=(task,), task_options=options, tasks_data=saved)
-    found = evaluate(checkpoints["llama"], settings, out=out)["pruned"]["tasks"]
+    asked = {"limit": options.limit, "num_fewshot": options.num_fewshot}
+    written = evaluate(checkpoints["llama"], tasks=(task,), tasks_data=saved, out=out, **asked).to_json()
+    found = json.loads(written)["pruned"]["tasks"]
     expected = direct(checkpoints["llama"], task, rows, tmp_path, limit=options.limit, num_fewshot=options.num_fewshot)
     assert found["results"][task] == expected
     assert found["n-shot"][task] == (options.num_fewshot or 0)
@@ -125,8 +126,8 @@ def test_equal_to_the_harness_alone(task, rows, options, checkpoints, saved, out
 
 
 def test_a_group_is_its_tasks_and_their_average(checkpoints, saved, out):
-    settings = Settings(tasks=("blimp",), tasks_data=saved)
-    found = evaluate(checkpoints["llama"], settings, out=out)["pruned"]["tasks"]
+    written = evaluate(checkpoints["llama"], tasks=("blimp",), tasks_data=saved, out=out).to_json()
+    found = json.loads(written)["pruned"]["tasks"]
     leaves = found["group_subtasks"]["blimp"]
     scores = [found["results"][name]["acc,none"] for name in leaves]
     assert len(leaves) == 67 and found["results"]["blimp"]["acc,none"] == pytest.approx(sum(scores) / len(scores))
@@ -135,27 +136,27 @@ def test_a_group_is_its_tasks_and_their_average(checkpoints, saved, out):
 
 def test_pairs_of_answers_give_the_error_of_a_difference(checkpoints, saved, out):
     models = {"dense": checkpoints["llama"], "pruned": checkpoints["llama-tied"]}
-    settings = Settings(tasks=("arc_easy",), tasks_data=saved)
-    found = evaluate(models["pruned"], settings, against=models["dense"], out=out)
+    found = evaluate(models["pruned"], models["dense"], tasks=("arc_easy",), tasks_data=saved, out=out)
     scores = {}
     for which, model in models.items():
-        evaluate(model, settings, out=out / which)
+        evaluate(model, tasks=("arc_easy",), tasks_data=saved, out=out / which)
         (part,) = (out / which / "evaluation").iterdir()
         scores[which] = json.loads(part.read_text())["result"]["item_scores"]["acc,none"]
     pairs = [after - before for before, after in zip(scores["dense"], scores["pruned"], strict=True)]
     assert any(pairs)
-    change = found["differences"]["tasks"]["arc_easy"]["acc,none"]
-    assert change["difference"] == pytest.approx(statistics.mean(pairs))
-    assert change["standard_error"] == pytest.approx(statistics.stdev(pairs) / len(pairs) ** 0.5)
+    assert found.differences is not None and found.differences.tasks is not None
+    change = found.differences.tasks["arc_easy"]["acc,none"]
+    assert change.difference == pytest.approx(statistics.mean(pairs))
+    assert change.standard_error == pytest.approx(statistics.stdev(pairs) / len(pairs) ** 0.5)
 
 
 def test_finished_tasks_are_not_asked_again(checkpoints, saved, out):
-    first = evaluate(checkpoints["llama"], Settings(tasks=("arc_easy",), tasks_data=saved), out=out)
+    first = evaluate(checkpoints["llama"], tasks=("arc_easy",), tasks_data=saved, out=out)
     (part,) = (out / "evaluation").iterdir()
     written = part.stat().st_mtime_ns
-    second = evaluate(checkpoints["llama"], Settings(tasks=("winogrande", "arc_easy"), tasks_data=saved), out=out)
+    second = evaluate(checkpoints["llama"], tasks=("winogrande", "arc_easy"), tasks_data=saved, out=out)
     assert part.stat().st_mtime_ns == written and len(list((out / "evaluation").iterdir())) == 2
-    assert second["pruned"]["tasks"]["results"]["arc_easy"] == first["pruned"]["tasks"]["results"]["arc_easy"]
+    assert second.pruned.scores["arc_easy"] == first.pruned.scores["arc_easy"]
 
 
 def test_nothing_is_printed_and_nothing_of_this_machine_is_written(checkpoints, saved, out):

@@ -48,10 +48,12 @@ LAYERS = [
     "channels expert_channels run inspection gguf_tensors evaluate_differences evaluate_parts",
     "group_step round_plan safety_net pruned_checkpoint",
     # what people read, and the other outputs
-    "recover_tasks depth_step loop tables gguf_export evaluate",
-    "card benchmark export compare recover_table evaluate_table",
+    "recover_tasks depth_step loop gguf_export evaluate",
+    "card benchmark export compare evaluate_table",
+    "recover_table",
     "result_files bench_tables recover_output",
-    "report_run report_quality report_evaluation report_recovery",
+    "report_run report_quality report_evaluation",
+    "report_recovery",
     "report",
     # the whole job, and the ways to start it
     "recovering",
@@ -84,7 +86,7 @@ STAGES_MAY_IMPORT = {"arch", "device", "errors", "memory", "plugins", "progress"
 
 HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (
-    "checkpoint*", "output", "calibration*", "sources", "evaluate*", "bench*", "compare", "ideal", "gguf_*",
+    "checkpoint*", "output", "calibration*", "sources", "evaluate*", "bench*", "compare", "gguf_*",
     "in_memory", "pruning", "opening", "ranks_check", "job", "loop", "run", "pruned_checkpoint", "on_disk",
     "reload_child", "modeling_per_layer", "per_layer", "propose", "recover*", "prune_recover",
 )  # fmt: skip

@@ -14,10 +14,10 @@ from transformers import CONFIG_MAPPING
 
 from secateur.arch import bind, decoder_layers
 from secateur.arch_spec import find_spec
-from secateur.inspection import Inspection, inspect
+from secateur.inspect_record import Inspection, Serving
+from secateur.inspection import inspect
 from secateur.per_layer import record_widths
 from secateur.recipe import Recipe
-from secateur.serving import Serving
 from tests.families import tiny_family
 from tests.test_families import cut_units, kept_of
 
@@ -72,7 +72,7 @@ def test_a_model_with_experts_says_that_they_are_what_is_looked_at(tmp_path: Pat
     ],
 )
 def test_vllms_rules(name: str, num_gpus: int, problems: tuple[str, ...], tmp_path: Path) -> None:
-    found, _ = inspected(named(name), tmp_path, server="vllm", num_gpus=num_gpus)
+    found, _ = inspected(named(name), tmp_path, check_for="vllm", tp=num_gpus)
     assert isinstance(found.serving, Serving)
     assert found.serving.problems[: len(problems)] == problems
     assert bool(found.serving.problems) == bool(problems)
@@ -89,7 +89,7 @@ NOT_IN_LLAMA_CPP = {
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_what_llama_cpp_takes_for_granted(file: Path, tmp_path: Path) -> None:
-    found, facts = inspected(file, tmp_path, server="llama.cpp")
+    found, facts = inspected(file, tmp_path, check_for="llama.cpp")
     assert isinstance(found.serving, Serving)
     problem = NOT_IN_LLAMA_CPP.get(facts["config"]["model_type"])
     assert [text for text in found.serving.problems if not problem or problem not in text] == []
@@ -116,7 +116,7 @@ def test_what_llama_cpp_runs_once_a_recipe_has_cut(
 ) -> None:
     config = json.loads(named(name).read_text())["config"]
     CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(tmp_path)
-    found = inspect(tmp_path, Recipe(**{"remove": 0.1} | recipe), server="llama.cpp").serving
+    found = inspect(tmp_path, Recipe(**{"remove": 0.1} | recipe), check_for="llama.cpp").serving
     assert isinstance(found, Serving)
     assert not found.problems if problem is None else re.search(problem, found.problems[0])
 
@@ -129,7 +129,7 @@ def test_layers_that_differ_already_are_told_from_what_a_run_would_do(server: st
         cut_units(decoder_layers(model, arch)[1], group, kept_of(group, 0.5))
     record_widths(model, arch)
     model.save_pretrained(tmp_path)
-    found = inspect(tmp_path, Recipe(remove=0.05, align=8), server=server).serving
+    found = inspect(tmp_path, Recipe(remove=0.05, align=8), check_for=server).serving
     assert isinstance(found, Serving)
     differ = [problem.partition(" differs by layer")[0] for problem in found.problems]
     assert differ == (["num_attention_heads", "num_key_value_heads", "intermediate_size"] if server == "vllm" else [])

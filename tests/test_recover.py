@@ -20,9 +20,9 @@ from secateur import recover_job
 from secateur.checkpoint import load_model
 from secateur.recover_guard import judged, train_guarded
 from secateur.recover_job import dry_run, open_job, prepare
-from secateur.recover_judge import domain_weights, mean_kl, mean_nats, objective
+from secateur.recover_judge import domain_weights, objective
 from secateur.recover_logits import Work, with_lora
-from secateur.recover_record import RecoveryRecord, TrainingRecord
+from secateur.recover_record import RecoveryRecord, TrainingRecord, mean_kl, mean_nats
 from secateur.recovering import recover
 
 # A random dense model knows nothing of the text, so only its predictions can be learnt.
@@ -50,7 +50,7 @@ def recovered(checkpoints, pruned, tmp_path_factory) -> Path:
 
 
 def record_of(directory: Path) -> RecoveryRecord:
-    return RecoveryRecord.from_json((directory / "recovery.json").read_text(encoding="utf-8"))
+    return RecoveryRecord.from_json((directory / "recovery.json").read_text(encoding="utf-8"), "there")
 
 
 def events(directory: Path) -> list[dict[str, Any]]:

@@ -9,11 +9,11 @@ from rich.console import Console
 
 import secateur
 from secateur import evaluate_rows
-from secateur.evaluate import Settings, evaluate
+from secateur.evaluate import evaluate
 from secateur.evaluate_harness import quiet_harness
-from secateur.evaluate_tasks import TaskOptions
-from secateur.recover_record import RecoveryRecord, Score
-from secateur.recover_table import recovery_table, task_rows
+from secateur.measured import TaskScore
+from secateur.recover_record import RecoveryRecord
+from secateur.recover_table import recovery_table, recovery_task_table
 
 pytest.importorskip("lm_eval")
 
@@ -60,24 +60,24 @@ def models(checkpoints, recipe, saved, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def record(models) -> RecoveryRecord:
-    return RecoveryRecord.from_json((models["recovered"] / "recovery.json").read_text(encoding="utf-8"))
+    return RecoveryRecord.from_json(
+        (models["recovered"] / "recovery.json").read_text(encoding="utf-8"), "recovery.json"
+    )
 
 
 def test_every_score_is_what_evaluate_says_of_that_model(models, record, saved, tmp_path):
-    settings = Settings(tasks=("arc_easy",), task_options=TaskOptions(limit=5), tasks_data=saved)
+    asked = {"tasks": ("arc_easy",), "limit": 5, "tasks_data": saved}
     for which, model in models.items():
-        results = evaluate(model, settings, out=tmp_path / which)["pruned"]["tasks"]["results"]["arc_easy"]
-        found = getattr(record.tasks, which)["arc_easy"]
-        for metric in ("acc", "acc_norm"):
-            assert found[f"{metric},none"] == Score(results[f"{metric},none"], results[f"{metric}_stderr,none"])
-    found = evaluate(models["recovered"], settings, against=models["pruned"], out=tmp_path / "gain")
-    gain = found["differences"]["tasks"]["arc_easy"]["acc,none"]
-    assert record.tasks is not None
-    assert record.tasks.gains["arc_easy"]["acc,none"] == Score(gain["difference"], gain["standard_error"])
+        scores = evaluate(model, out=tmp_path / which, **asked).pruned.scores
+        assert getattr(record.tasks, which) == scores and set(scores["arc_easy"]) == {"acc,none", "acc_norm,none"}
+    found = evaluate(models["recovered"], models["pruned"], out=tmp_path / "gain", **asked)
+    assert found.differences is not None and found.differences.tasks is not None and record.tasks is not None
+    gain = found.differences.tasks["arc_easy"]["acc,none"]
+    assert record.tasks.gains["arc_easy"]["acc,none"] == TaskScore(gain.difference, gain.standard_error)
 
 
 def test_the_table_the_card_and_the_page_show_the_scores(models, record):
-    rows = dict(task_rows(record))
+    rows = {label: cells for label, *cells in recovery_task_table(record).rows}
     assert set(rows) == {"arc_easy, acc", "arc_easy, acc_norm"} and all(len(cells) == 4 for cells in rows.values())
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(recovery_table(record))

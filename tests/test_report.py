@@ -14,7 +14,7 @@ from run_cli import run_cli
 
 from secateur.card import model_card
 from secateur.errors import CheckpointError
-from secateur.plots import LayerSpread, Series, Text, dot_plot, spread_plot
+from secateur.plots import Series, Text, dot_plot, spread_plot
 from secateur.pruning import prune
 from secateur.report import write_report
 from secateur.summary import Summary
@@ -45,7 +45,7 @@ def page_of(directory: Path) -> str:
 
 
 def summary_of(directory: Path) -> Summary:
-    return Summary.from_json((directory / "result.json").read_text(encoding="utf-8"))
+    return Summary.from_json((directory / "result.json").read_text(encoding="utf-8"), "result.json")
 
 
 def test_prune_writes_a_well_formed_page_with_every_section(result):
@@ -83,7 +83,7 @@ def test_names_are_escaped_in_the_page_and_in_plots(result):
 def test_one_block_alone_has_no_standard_error(result):
     summary = summary_of(result)
     single = {name: dataclasses.replace(loss, standard_error=0.0) for name, loss in summary.dense_losses.items()}
-    rows = dict(loss_rows(dataclasses.replace(summary, dense_losses=single), errors=True))
+    rows = {row: cells for row, *cells in loss_rows(dataclasses.replace(summary, dense_losses=single), errors=True)}
     for name in single:
         dense, pruned, *_ = rows[name]
         assert "±" not in dense and "±" in pruned
@@ -141,7 +141,7 @@ def test_rebuilding_gives_the_same_bytes(copy):
 
 def test_a_summary_goes_to_json_and_back(result):
     text = (result / "result.json").read_text(encoding="utf-8")
-    assert Summary.from_json(text).to_json() == text
+    assert Summary.from_json(text, "result.json").to_json() == text
     with pytest.raises(CheckpointError, match=r"^here: dense_size\.?.*num_params: .*make it anew\.$"):
         Summary.from_json(text.replace('"num_params"', '"count"', 1), "here")
 
@@ -158,7 +158,7 @@ def test_what_bench_and_evaluate_measured_is_told(copy, checkpoints):
     evaluation = json.loads((copy / "evaluation.json").read_text(encoding="utf-8"))
     for which, right in (("dense", 0.5), ("pruned", 0.25)):  # in the shape of lm-evaluation-harness
         scores = {"alias": "copa", "acc,none": right, "acc_stderr,none": 0.05, "f1,none": 0.3, "f1_stderr,none": "N/A"}
-        evaluation[which]["tasks"] = {"results": {"copa": scores}}
+        evaluation[which]["tasks"] = {"results": {"copa": scores}, "sources": {}, "lm_eval_version": "0"}
     (copy / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
     write_report(copy)
     html, bench = page_of(copy), json.loads((copy / "bench.json").read_text(encoding="utf-8"))
@@ -224,8 +224,8 @@ def test_without_matplotlib_prune_says_that_there_is_no_report(checkpoints, reci
 
 def test_plots_bear_extreme_numbers():
     text = Text("x", "t", "d")
-    zeros = LayerSpread("ffn", [0, 1], [(0.0,) * 5, (0.0, 0.0, 1e-30, 1.0, 1e30)])
-    assert "<svg" in spread_plot(text, [zeros], "score")
+    zeros = {"ffn": {0: (0.0,) * 5, 1: (0.0, 0.0, 1e-30, 1.0, 1e30)}}
+    assert "<svg" in spread_plot(text, zeros, "score")
     assert "<svg" in dot_plot(text, ["a"], [Series("s", "pruned", [1e9], [(0.0, 1e9)])], "x")
 
 

@@ -1,10 +1,12 @@
 """secateur makes large language models smaller and writes ordinary Hugging Face checkpoints.
 
-`prune` is the whole job, `recover` trains its result, `load` opens what they wrote; the errors are what a user can
-correct. `Score` and `Exporter` are what other packages register (docs/extend.md). All but recipe and errors are
-imported when first used, so that the command line's help does not wait for torch.
+The verbs of the command line are functions here, with its words: `prune`, `inspect`, `evaluate`, `bench`, `recover`,
+`export` and `compare`; `load` opens what they wrote. The errors are what a user can correct. `Score` and `Exporter` are
+what other packages register (docs/extend.md). What needs torch is imported when it is first used, so that the command
+line's help does not wait for it.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import (
@@ -19,8 +21,12 @@ from secateur.errors import (
 from secateur.recipe import Calibration, Domain, Recipe
 
 if TYPE_CHECKING:
+    from secateur.benchmark import bench
     from secateur.checkpoint import load
-    from secateur.export import Exporter
+    from secateur.compare import compare
+    from secateur.evaluate import evaluate
+    from secateur.export import Exporter, export
+    from secateur.inspection import inspect
     from secateur.pruning import Result, prune
     from secateur.recovering import recover
     from secateur.score import Score
@@ -39,31 +45,32 @@ __all__ = [
     "Result",
     "Score",
     "SecateurError",
+    "bench",
+    "compare",
+    "evaluate",
+    "export",
+    "inspect",
     "load",
     "prune",
     "recover",
 ]
 
+_HOMES = {
+    "Exporter": "secateur.export",
+    "Result": "secateur.pruning",
+    "Score": "secateur.score",
+    "bench": "secateur.benchmark",
+    "compare": "secateur.compare",
+    "evaluate": "secateur.evaluate",
+    "export": "secateur.export",
+    "inspect": "secateur.inspection",
+    "load": "secateur.checkpoint",
+    "prune": "secateur.pruning",
+    "recover": "secateur.recovering",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("Result", "prune"):
-        from secateur import pruning
-
-        return getattr(pruning, name)
-    if name == "recover":
-        from secateur import recovering
-
-        return recovering.recover
-    if name == "Score":
-        from secateur import score
-
-        return score.Score
-    if name == "Exporter":
-        from secateur.export import Exporter
-
-        return Exporter
-    if name == "load":
-        from secateur import checkpoint
-
-        return checkpoint.load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -7,7 +7,6 @@ paired speed-up. Greedy, with a key-value cache. Runners here are transformers m
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,38 +16,11 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 
 from secateur.device import now
 from secateur.ideal import Workload
+from secateur.measured import Ratio, Speed
 from secateur.progress import Progress
 
 # Seconds from the start of one generation to each of its tokens, the first one after the whole prompt.
 Runner = Callable[[], list[float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Medians over repeats, and (lowest, highest) of them. All tokens of a batch count.
-
-    `prefill`: prompt tokens per second until the first new token; `decode`: new tokens per second after the first.
-    """
-
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    first_token_seconds: float
-    prefill_range: tuple[float, float]
-    decode_range: tuple[float, float]
-    first_token_range: tuple[float, float]
-    batch: int
-    prompt_tokens: int
-    new_tokens: int
-    repeats: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """Speed of one model over that of another: median over repeats of the ratio within each, and the extremes."""
-
-    median: float
-    lowest: float
-    highest: float
 
 
 def take_turns(runners: list[Runner], repeats: int, progress: Progress, stage: str) -> list[list[list[float]]]:

@@ -1,31 +1,33 @@
-"""The tables that `secateur bench` shows. In: a `BenchResult`. Out: rich renderables."""
+"""A bench for people: the tables that the terminal and the report share. In: a `BenchResult`. Out: tables."""
 
 from collections.abc import Callable, Iterator
 
 from rich.console import Group
-from rich.table import Table
 
-from secateur.benchmark import BenchResult, ModelFigures
-from secateur.tables import human_bytes
+from secateur.measured import BenchResult, ModelFigures
+from secateur.page import Table
+from secateur.tables import human_bytes, terminal
 
 
 def bench_table(result: BenchResult) -> Group:
     """Return the figures of each model, the speed-up against the ideal, and what the run was."""
-    workload, models = result.workload, _models(result)
-    title = f"batch {workload.batch}, {workload.prompt_tokens} prompt tokens, {workload.new_tokens} new tokens"
-    table = Table("median (lowest to highest)", title=title, title_justify="left", title_style="bold")
-    for name in models:
-        table.add_column(name, justify="right")
-    for label, cell in _ROWS.items():
-        table.add_row(label, *(cell(figures) for figures in models.values()))
-    notes = Table.grid(padding=(0, 2))
-    for label, text in _notes(result):
-        notes.add_row(label, text)
-    return Group(table, *_speed_up_tables(result), notes)
+    return terminal(bench_tables(result), _notes(result))
 
 
-def _models(result: BenchResult) -> dict[str, ModelFigures]:
-    return {"model": result.pruned} if result.dense is None else {"dense": result.dense, "pruned": result.pruned}
+def bench_tables(result: BenchResult) -> list[Table]:
+    """Return the figures of each model, and the speed-up against the ideal, empty for one model alone."""
+    work = result.workload
+    caption = f"batch {work.batch}, {work.prompt_tokens} prompt tokens, {work.new_tokens} new tokens"
+    models = result.models
+    figures = [(label, *(cell(each) for each in models.values())) for label, cell in _ROWS.items()]
+    speed_ups = []
+    for label, found in result.speed_ups.items():
+        measured = _spread(found.measured.median, (found.measured.lowest, found.measured.highest), 2)
+        speed_ups.append((label, measured, f"{found.ideal:.2f}x", f"{found.share_of_ideal:.0%}"))
+    return [
+        Table(caption, ("median (lowest to highest)", *models), figures),
+        Table("speed-up against the ideal", ("", "measured", "ideal", "of ideal"), speed_ups),
+    ]
 
 
 def _spread(median: float, extremes: tuple[float, float], digits: int = 1) -> str:
@@ -45,19 +47,9 @@ _ROWS: dict[str, Callable[[ModelFigures], str]] = {
 }
 
 
-def _speed_up_tables(result: BenchResult) -> Iterator[Table]:
-    table = Table("speed-up", "measured", "ideal", "of ideal")
-    for label, found in (("prefill", result.prefill), ("decode", result.decode)):
-        if found is None:
-            return
-        measured = _spread(found.measured.median, (found.measured.lowest, found.measured.highest), 2)
-        table.add_row(label, measured, f"{found.ideal:.2f}", f"{found.share_of_ideal:.0%}")
-    yield table
-
-
 def _notes(result: BenchResult) -> Iterator[tuple[str, str]]:
-    settings, models = result.settings, _models(result)
-    for name, figures in models.items():
+    settings = result.settings
+    for name, figures in result.models.items():
         yield name, f"{figures.model}, {figures.dtype}"
     threads = f", {result.num_threads} threads" if settings.device == "cpu" else ""
     yield "run", f"{settings.engine} on {settings.device}{threads}{', torch.compile' if settings.compiled else ''}"

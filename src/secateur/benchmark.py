@@ -1,11 +1,9 @@
-"""`secateur bench`: a model, or a pruned one against the dense one it came from, timed in turns and held to the ideal.
+"""`secateur.bench`: a model, or a pruned one against the dense one it came from, timed in turns and held to the ideal.
 
 In: model references and a workload. Out: a `BenchResult`, which goes to `bench.json`. Everything checkable from the
 configs is checked before a weight is read.
 """
 
-import dataclasses
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur.bench import (
-    Ratio,
     Runner,
-    Speed,
     decode_rates,
     paired_ratio,
     prefill_rates,
@@ -31,61 +27,15 @@ from secateur.bench_memory import peak_model_bytes
 from secateur.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
 from secateur.errors import RecipeError, nearest
 from secateur.gguf_export import check_exportable, export_gguf
-from secateur.ideal import Costs, Workload, least_costs
+from secateur.ideal import Workload, least_costs
 from secateur.llama_cpp import require_llama_cpp
+from secateur.measured import BENCH_FILE, BenchResult, BenchSettings, ModelFigures, SpeedUp
 from secateur.progress import Progress, silent
+from secateur.staged_file import staged_file
 from secateur.summary import Size, versions
 
 ENGINES = ("transformers", "llama.cpp")
 GGUF_TYPE, GGUF_DTYPE = "f16", torch.float16  # what llama.cpp runs, its cache too
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How a bench runs. `compiled`: through torch.compile. llama.cpp runs on the CPU, one prompt at a time, in f16."""
-
-    engine: str = "transformers"
-    device: str = "cpu"
-    compiled: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFigures:
-    """One model's figures. `peak_bytes`: weights and the most a run allocates; None where the engine does not say."""
-
-    model: str
-    dtype: str
-    size: Size
-    costs: Costs
-    speed: Speed
-    peak_bytes: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class SpeedUp:
-    """How much faster the pruned model is: measured, the ideal of the same run, and the share of the ideal reached."""
-
-    measured: Ratio
-    ideal: float
-    share_of_ideal: float
-
-
-@dataclass(frozen=True, slots=True)
-class BenchResult:
-    """A bench. `dense`, `prefill` and `decode` are None unless a dense model was given."""
-
-    settings: Settings
-    num_threads: int
-    workload: Workload
-    pruned: ModelFigures
-    dense: ModelFigures | None
-    prefill: SpeedUp | None
-    decode: SpeedUp | None
-    versions: dict[str, str]
-
-    def to_json(self) -> str:
-        """Return the result as indented JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,24 +48,47 @@ class _Contender:
     peak_bytes: int | None
 
 
-def benchmark(
+def bench(
     model: str | Path,
     against: str | Path | None = None,
     *,
-    workload: Workload | None = None,
-    settings: Settings | None = None,
+    batch: int = 1,
+    prompt_tokens: int = 256,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    device: str = "cpu",
+    compiled: bool = False,
+    engine: str = "transformers",
     progress: Progress = silent,
 ) -> BenchResult:
-    """Time `model`, and in turns with it the dense model `against`, both loaded.
+    """Time a model, in turns with the dense one, and hold the speed-up to what its size allows at best.
 
-    Raises a SecateurError, one sentence, for everything that a user can correct.
+    `model`: a result of `prune`, or any other model; where it is a directory, bench.json is written into it. `against`:
+    the dense model. `batch`: prompts at a time, of `prompt_tokens` each, with `new_tokens` written after each;
+    `repeats`: runs of each model. `device`: cpu, cuda or cuda:0. `compiled`: through torch.compile. `engine`:
+    transformers, or llama.cpp, for which both are exported as GGUF first. `progress`: called with (stage, done, total).
+
+    Returns the `BenchResult` that the file holds.
+
+    Raises a SecateurError, one sentence, for everything that a user can correct: RecipeError for options,
+    CheckpointError for models and for a llama.cpp that is not installed.
     """
-    workload, settings = workload or Workload(), settings or Settings()
+    workload, settings = Workload(batch, prompt_tokens, new_tokens, repeats), BenchSettings(engine, device, compiled)
     _check_numbers(workload)
     _check_settings(settings, workload)
     checkpoints = [open_checkpoint(reference) for reference in (model, against) if reference is not None]
     for checkpoint in checkpoints:
         _check_model(checkpoint, workload, settings)
+    result = _bench(checkpoints, workload, settings, progress)
+    if Path(model).is_dir():  # a hub id's cache is not ours to write in
+        with staged_file(Path(model, BENCH_FILE), overwrite=True) as staged:
+            staged.write_text(result.to_json(), encoding="utf-8")
+    return result
+
+
+def _bench(
+    checkpoints: list[Checkpoint], workload: Workload, settings: BenchSettings, progress: Progress
+) -> BenchResult:
     with tempfile.TemporaryDirectory(prefix="secateur-bench-") as scratch:
         prepare = _prepare_gguf if settings.engine == "llama.cpp" else _prepare_transformers
         contenders = []
@@ -125,7 +98,7 @@ def benchmark(
         progress("load", len(checkpoints), len(checkpoints))
         runs = take_turns([contender.runner for contender in contenders], workload.repeats, progress, "bench")
     figures = [_figures(contender, run, workload) for contender, run in zip(contenders, runs, strict=True)]
-    pruned, dense = figures[0], figures[1] if against is not None else None
+    pruned, dense = figures[0], figures[1] if len(figures) == 2 else None
     prefill = decode = None
     if dense is not None:
         compare = partial(_speed_up, runs, workload)
@@ -134,7 +107,7 @@ def benchmark(
     return BenchResult(settings, torch.get_num_threads(), workload, pruned, dense, prefill, decode, versions())
 
 
-def _prepare_transformers(checkpoint: Checkpoint, workload: Workload, settings: Settings, _: Path) -> _Contender:
+def _prepare_transformers(checkpoint: Checkpoint, workload: Workload, settings: BenchSettings, _: Path) -> _Contender:
     model = load_model(checkpoint)
     torch.nn.Module.to(model, torch.device(settings.device))
     if settings.compiled:
@@ -146,7 +119,7 @@ def _prepare_transformers(checkpoint: Checkpoint, workload: Workload, settings: 
     )
 
 
-def _prepare_gguf(checkpoint: Checkpoint, workload: Workload, _: Settings, file: Path) -> _Contender:
+def _prepare_gguf(checkpoint: Checkpoint, workload: Workload, _: BenchSettings, file: Path) -> _Contender:
     export_gguf(checkpoint, file, GGUF_TYPE)
     shape = meta_model(checkpoint.config)
     torch.nn.Module.to(shape, GGUF_DTYPE)
@@ -182,7 +155,7 @@ def _check_numbers(workload: Workload) -> None:
             raise RecipeError(f"bench {field}: must be at least {least}, got {value}.")
 
 
-def _check_settings(settings: Settings, workload: Workload) -> None:
+def _check_settings(settings: BenchSettings, workload: Workload) -> None:
     if settings.engine not in ENGINES:
         raise RecipeError(
             f"bench engine: unknown engine '{settings.engine}'; allowed: {', '.join(ENGINES)}; "
@@ -204,7 +177,7 @@ def _check_settings(settings: Settings, workload: Workload) -> None:
             raise RecipeError("bench engine: llama.cpp runs here with batch 1, on the cpu, and not compiled by torch.")
 
 
-def _check_model(checkpoint: Checkpoint, workload: Workload, settings: Settings) -> None:
+def _check_model(checkpoint: Checkpoint, workload: Workload, settings: BenchSettings) -> None:
     shape = meta_model(checkpoint.config)
     check_weights(checkpoint, shape)
     longest = checkpoint.config.get_text_config().max_position_embeddings

@@ -1,13 +1,11 @@
 """The model card that lies beside the weights. In: a `Summary`. Out: Markdown with the run's own table and command."""
 
 from secateur.summary import Summary
-from secateur.tables import caveats, figure_rows, headline, loss_rows, note_rows, verdict
+from secateur.tables import caveats, headline, markdown, note_rows, quality_and_size, verdict
 
 
 def model_card(summary: Summary) -> str:
     """Return the card: what was removed, the measured table, how to load it, how it was made."""
-    names = list(summary.losses_by_name()) or ["dense", "pruned"]
-    rows = [*loss_rows(summary), *((label, [dense, pruned]) for label, dense, pruned in figure_rows(summary))]
     lines = [
         "---",
         "library_name: transformers",
@@ -21,12 +19,7 @@ def model_card(summary: Summary) -> str:
         "",
         *_loading(summary),
         "",
-        "| held-out nats/token (perplexity) | " + " | ".join(names) + " |",
-        "|---|" + "---:|" * len(names),
-    ]
-    for label, cells in rows:
-        lines.append(f"| {label} | " + " | ".join([*cells, *[""] * (len(names) - len(cells))]) + " |")
-    lines += [
+        *markdown(quality_and_size(summary)),
         "",
         "## How it was made",
         "",
@@ -42,29 +35,22 @@ def model_card(summary: Summary) -> str:
 
 
 def _loading(summary: Summary) -> list[str]:
+    how, first, trust = "Loads with stock transformers:", [], ""
     if summary.has_layers_of_different_widths:
-        return [
-            f"{headline(summary)}. Its layers have widths of their own, which stock modelling cannot build. "
-            "Load it with secateur, or let transformers run the modelling file that lies beside the weights:",
-            "",
-            "```python",
-            "import secateur",
-            "",
-            'model = secateur.load("path/to/this/directory")',
-            "",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", trust_remote_code=True)',
-            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory", trust_remote_code=True)',
-            "```",
-        ]
+        how = (
+            "Its layers have widths of their own, which stock modelling cannot build. Load it with secateur, or let "
+            "transformers run the modelling file that lies beside the weights:"
+        )
+        first = ["import secateur", "", 'model = secateur.load("path/to/this/directory")', ""]
+        trust = ", trust_remote_code=True"
     return [
-        f"{headline(summary)}. Loads with stock transformers:",
+        f"{headline(summary)}. {how}",
         "",
         "```python",
+        *first,
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{trust})',
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory"{trust})',
         "```",
     ]

@@ -1,4 +1,4 @@
-"""`secateur compare`: run a study's grid, cell by cell, and keep every finished cell.
+"""`secateur.compare`: run a study's grid, cell by cell, and keep every finished cell.
 
 In: a study and a directory. Out: one result per cell, the dense model's per seed, and the page and table made of them.
 Every cell of a seed is judged on the same held-out blocks, from documents that no cell calibrates on; the dense model
@@ -6,7 +6,6 @@ is evaluated once per seed. A cell that is done is read and not run again.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +22,14 @@ from secateur.calibration import CalibrationSet, build_calibration
 from secateur.calibration_sampled import with_sampled
 from secateur.checkpoint import Checkpoint, load_model, meta_model, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
-from secateur.compare_page import FoundCell, comparison_files
+from secateur.compare_page import comparison_files
 from secateur.depth_step import remove_depth
 from secateur.device import device_called, on_device
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks, run_task
 from secateur.fingerprint import fingerprint
 from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
+from secateur.measured import Comparison, FoundCell
 from secateur.opening import resolve_for
 from secateur.output import disk_errors
 from secateur.progress import Progress, silent
@@ -39,7 +39,7 @@ from secateur.recipe import Recipe
 from secateur.run import Run
 from secateur.staged_file import staged_file
 from secateur.store import Store
-from secateur.study import Cell, Study, cells, dump_study, study_recipe
+from secateur.study import Cell, Study, cells, dump_study, load_study, study_recipe
 from secateur.summary import Size, versions
 
 CELLS_FOLDER = "cells"
@@ -62,18 +62,32 @@ class _Bench:
 
 @joined()
 def compare(
-    study: Study, out: Path, progress: Progress = silent, tell: Callable[[str], None] = lambda text: None
-) -> list[FoundCell]:
-    """Run what is missing of the grid and write `table.md`, `study.yaml`, `results.json` and `report.html` to `out`.
+    study: Study | Path | str,
+    out: Path | str,
+    *,
+    model: str | None = None,
+    small: bool = False,
+    progress: Progress = silent,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Comparison:
+    """Run what is missing of a study's grid; write `table.md`, `study.yaml`, `results.json`, `report.html` to `out`.
 
-    Under torchrun or `accelerate launch` every process calls this; the ranks take whole cells by turns, each as one
-    process would run it, and the first one writes the page. `tell` gets a line of text about
-    every finished cell that is damaged on disk, which is run again.
+    `study`: a YAML file, or the name of a shipped study: paper, methods, tokens. `out`: the directory, which keeps
+    every finished cell. `model`: in place of the study's own. `small`: the study's short form. `progress`: called with
+    (stage, done, total). `tell`: gets a line of text about every finished cell that is damaged on disk and run again.
+
+    Returns the `Comparison` that results.json holds. Under torchrun or `accelerate launch` every process calls this;
+    the ranks take whole cells by turns, each as one process would run it, and the first one writes.
 
     Raises a SecateurError, one sentence, for everything that a user can correct; a ratio out of a method's reach
     surfaces before the first cell runs.
     """
-    progress = progress if is_first() else silent
+    if not isinstance(study, Study):
+        study = load_study(str(study), small=small, model=model)
+    return _compare(study, Path(out), progress if is_first() else silent, tell)
+
+
+def _compare(study: Study, out: Path, progress: Progress, tell: Callable[[str], None]) -> Comparison:
     checkpoint = open_checkpoint(study.model)
     shape = meta_model(checkpoint.config)
     arch = bind(shape)
@@ -104,14 +118,13 @@ def compare(
         return found
 
     found = in_turns(found_cell, list(range(len(work))))
-    if not is_first():
-        return found
-    results = {"cells": [dataclasses.asdict(cell) for cell in found], "versions": versions()}
-    texts = {"study.yaml": dump_study(study), "results.json": json.dumps(results, indent=1) + "\n"}
-    for name, text in (texts | comparison_files(study, found)).items():
-        with staged_file(out / name, overwrite=True) as staged:
-            staged.write_text(text, encoding="utf-8")
-    return found
+    comparison = Comparison(tuple(found), versions())
+    if is_first():
+        texts = {"study.yaml": dump_study(study), "results.json": comparison.to_json()}
+        for name, text in (texts | comparison_files(study, found)).items():
+            with staged_file(out / name, overwrite=True) as staged:
+                staged.write_text(text, encoding="utf-8")
+    return comparison
 
 
 def _judged_on(bench: _Bench, recipe: Recipe, seed: int) -> dict[str, Tensor]:

@@ -6,34 +6,17 @@ Means are over seeds; the spread is the sample standard deviation over seeds, an
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from secateur.measured import FoundCell
 from secateur.page import Page, Section, Table, render
 from secateur.plots import Series, Text, dot_plot
 from secateur.study import Study
+from secateur.tables import markdown
 
 TASK_METRICS = ("acc_norm,none", "acc,none")
 # Methods this many times worse than the best would squeeze the others together in a plot.
 MOST_TIMES_BEST = 4
-
-
-@dataclass(frozen=True, slots=True)
-class FoundCell:
-    """One finished cell. `tasks`: by task, the harness's numbers. `seconds`: of the pruning alone."""
-
-    method: str
-    ratio: float
-    seed: int
-    remove_reached: float
-    seconds: float
-    nats_per_token: dict[str, float]
-    tasks: dict[str, dict[str, float]]
-    num_tokens: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def perplexity(self) -> float:
-        """Geometric mean over domains."""
-        return math.exp(statistics.mean(self.nats_per_token.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +33,15 @@ def comparison_files(study: Study, found: list[FoundCell]) -> dict[str, str]:
     quality = _quality_table(found)
     tables = [quality, *([_task_table(found)] if any(cell.tasks for cell in found) else [])]
     about = _about(study, found)
-    markdown = [f"# {study.question}", "", *(f"- {line}" for line in about), ""]
+    text = [f"# {study.question}", "", *(f"- {line}" for line in about), ""]
     for table in tables:
-        markdown += [f"## {table.caption}", "", *_markdown(table), ""]
+        text += [f"## {table.caption}", "", *markdown(table), ""]
     sections = [
         Section("quality", "Quality", plots=_plots(found), tables=tables),
         Section("how", "How it was measured", text=about),
     ]
     page = Page(study.question, verdict(found), (), (), sections)
-    return {"table.md": "\n".join(markdown), "report.html": render(page)}
+    return {"table.md": "\n".join(text), "report.html": render(page)}
 
 
 def rows_of(found: Iterable[FoundCell]) -> list[Row]:
@@ -69,6 +52,21 @@ def rows_of(found: Iterable[FoundCell]) -> list[Row]:
     return [
         Row(method, ratio, cells) for (ratio, method), cells in sorted(grouped.items(), key=lambda item: item[0][0])
     ]
+
+
+def overview(question: str, found: list[FoundCell]) -> Table:
+    """Return what the terminal shows: one row a method and ratio."""
+    rows = [
+        (
+            row.method,
+            f"{row.ratio:.0%}",
+            f"{_mean(row, lambda cell: cell.remove_reached):.1%}",
+            f"{_mean(row, _perplexity):.2f}",
+            str(len(row.cells)),
+        )
+        for row in rows_of(found)
+    ]
+    return Table(question, ("method", "asked", "removed", "perplexity, mean of seeds", "seeds"), rows)
 
 
 def verdict(found: list[FoundCell]) -> str:
@@ -177,8 +175,3 @@ def _spread(row: Row, value: Callable[[FoundCell], float]) -> float:
 def _show(row: Row, value: Callable[[FoundCell], float], digits: int = 2) -> str:
     mean = f"{_mean(row, value):,.{digits}f}"
     return f"{mean} ± {_spread(row, value):,.{digits}f}" if len(row.cells) > 1 else mean
-
-
-def _markdown(table: Table) -> list[str]:
-    lines = ["| " + " | ".join(table.header) + " |", "|---" * 2 + "|" + "---:|" * (len(table.header) - 2)]
-    return lines + ["| " + " | ".join(row) + " |" for row in table.rows]

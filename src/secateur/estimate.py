@@ -10,6 +10,7 @@ from typing import Any
 from secateur.arch import Arch
 from secateur.errors import RecipeError
 from secateur.gram import NUM_BLOCKS, PRODUCT_ROWS
+from secateur.inspect_record import MemoryEstimate
 from secateur.obs import units_at_once
 from secateur.output import parse_size
 from secateur.resolve import Resolved
@@ -21,34 +22,6 @@ from secateur.walk import DEVICE_BATCH_TOKENS
 
 # Held-out blocks come on top of the calibration tokens: one for every nine.
 HELD_OUT_FACTOR = 10 / 9
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryEstimate:
-    """Bytes by part; `statistics` and `solve` are of the widest group. Weights in their files are none: page cache.
-
-    `layer_choice`: what is there, beside the weights, while whole layers are chosen, before the first round.
-    """
-
-    weights: int
-    hidden_states: int
-    statistics: int
-    solve: int
-    layer_choice: int = 0
-
-    @property
-    def peak(self) -> int:
-        """Statistics of a domain are freed before the solve, and all of the choice before both: the largest counts."""
-        return self.weights + max(self._in_a_round, self.layer_choice)
-
-    @property
-    def is_of_layer_choice(self) -> bool:
-        """Whether the peak is there, and not in a round."""
-        return self.layer_choice > self._in_a_round
-
-    @property
-    def _in_a_round(self) -> int:
-        return self.hidden_states + max(self.statistics, self.solve)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,16 @@
-"""`secateur evaluate`: what a model can do, and, against its dense original, what pruning cost.
+"""`secateur.evaluate`: what a model can do, and, against its dense original, what pruning cost.
 
-In: a model directory, perhaps the dense model, and what to measure. Out: one mapping of plain numbers, written to
-`evaluation.json`. Everything that can be wrong without weights is checked before a weight is read. Every part is kept
-in `evaluation/` as soon as it is done, so that an interrupted evaluation goes on where it stopped.
+In: a model directory, perhaps the dense model, and what to measure. Out: an `Evaluation`, written to `evaluation.json`.
+Everything that can be wrong without weights is checked before a weight is read. Every part is kept in `evaluation/` as
+soon as it is done, so that an interrupted evaluation goes on where it stopped.
 
 The dense model is measured first and leaves memory before the pruned one is loaded; for KL only its last hidden states
 on the domains' blocks and its head stay.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.checkpoint_tokenizer import check_same_tokens, load_tokenizer
 from secateur.errors import RecipeError
-from secateur.evaluate_differences import differences
+from secateur.evaluate_differences import differences, task_changes
 from secateur.evaluate_domains import RECIPE, Blocks, named_blocks, recipe_blocks
 from secateur.evaluate_parts import Subject, dense_states, kl_parts, open_subject, quality_parts, task_parts
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks
 from secateur.evaluate_wikitext import wikitext_blocks
+from secateur.kl import Divergence
+from secateur.measured import EVALUATION_FILE, Evaluation, Measured, Quality, TaskResults
 from secateur.output import disk_errors
 from secateur.progress import Progress, silent
 from secateur.ranks import check_same, is_first
@@ -34,26 +35,30 @@ from secateur.staged_file import staged_file
 from secateur.store import Store
 from secateur.summary import versions
 
-FILE_NAME, PARTS_FOLDER = "evaluation.json", "evaluation"
+PARTS_FOLDER = "evaluation"
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What to measure. `domains` None: the held-out text of the model's own recipe.yaml, if it has one.
+class _Settings:
+    """What to measure: the options of `evaluate`, in the order that the file has them."""
 
-    `num_blocks` and `sequence_length` hold for `domains` only; `wikitext2`: a file of rows or `hub`; `tasks`: names of
-    lm-evaluation-harness; `tasks_data`: a directory that their rows are looked for in first. `device`: as in a recipe.
-    """
+    domains: dict[str, Domain] | None
+    num_blocks: int
+    sequence_length: int
+    wikitext2: str | None
+    wikitext2_length: int | None
+    tasks: tuple[str, ...]
+    task_options: TaskOptions
+    tasks_data: Path | None
+    device: str | None
 
-    domains: dict[str, Domain] | None = None
-    num_blocks: int = 16
-    sequence_length: int = 512
-    wikitext2: str | None = None
-    wikitext2_length: int | None = None
-    tasks: tuple[str, ...] = ()
-    task_options: TaskOptions = field(default_factory=TaskOptions)
-    tasks_data: Path | None = None
-    device: str | None = None
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What was measured of one model. `harness`: all that `task_parts` returned, scores by question included."""
+
+    measured: Measured
+    harness: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +75,55 @@ class _Text:
 @joined()
 def evaluate(
     model: str | Path,
-    settings: Settings | None = None,
-    *,
     against: str | Path | None = None,
-    out: Path | None = None,
+    *,
+    domains: dict[str, Domain] | None = None,
+    num_blocks: int = 16,
+    sequence_length: int = 512,
+    wikitext2: str | None = None,
+    wikitext2_length: int | None = None,
+    tasks: tuple[str, ...] = (),
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 1,
+    tasks_data: Path | None = None,
+    device: str | None = None,
+    out: Path | str | None = None,
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Measure `model` and, if given, the dense model `against`, and write `out`/evaluation.json (default: `model`).
+) -> Evaluation:
+    """Measure a model on text and tasks, and against the dense one what pruning cost; write `out`/evaluation.json.
 
-    The result maps `pruned` (the model) and `dense` (the one against which, if any) to their `domains`, `wikitext2`
-    and `tasks` (in lm-eval's own shape), `kl` to the divergence by domain, and `differences` to pruned minus dense
-    with the standard error over the same blocks or questions. Under torchrun or `accelerate launch` every process calls
-    this and gets the result; the ranks share blocks and tasks, and the first one writes. `tell` gets a line of
-    text about every finished part that is damaged on disk, which is measured again.
+    `model`: a result of `prune`, or any other model. `against`: the dense model, for differences and KL by domain.
+    `domains`: text by name; None: the held-out text of the model's own recipe.yaml, if it has one. `num_blocks`,
+    `sequence_length`: of `domains`. `wikitext2`: a file with the rows of the raw test split, or `hub`;
+    `wikitext2_length`: tokens per block there, at most 2048 by default. `tasks`: names of lm-evaluation-harness;
+    `limit`: questions per task; `num_fewshot`: examples in each prompt; `batch_size`: questions at a time;
+    `tasks_data`: a directory that rows are looked for in first. `device`: as in a recipe. `out`: a
+    directory, by default `model`. `progress`: called with (stage, done, total). `tell`: gets a line of text about every
+    finished part that is damaged on disk and measured again.
 
-    Raises a SecateurError, one sentence, for everything that a user can correct.
+    Returns the `Evaluation` that the file holds. Under torchrun every process calls this and gets it; the ranks share
+    blocks and tasks, and the first one writes. Interrupted, the same call goes on where it stopped.
+
+    Raises a SecateurError, one sentence, for everything that a user can correct: RecipeError for options, text and
+    tasks, CheckpointError for models, NumericsError for a loss that is not finite.
     """
-    settings, progress = settings or Settings(), progress if is_first() else silent
+    options = TaskOptions(limit, num_fewshot, batch_size)
+    text = (domains, num_blocks, sequence_length, wikitext2, wikitext2_length)
+    settings = _Settings(*text, tuple(tasks), options, tasks_data, device)
+    progress = progress if is_first() else silent
+    return _evaluate(model, against, settings, None if out is None else Path(out), progress, tell)
+
+
+def _evaluate(
+    model: str | Path,
+    against: str | Path | None,
+    settings: _Settings,
+    out: Path | None,
+    progress: Progress,
+    tell: Callable[[str], None],
+) -> Evaluation:
     pruned = open_subject("pruned", model, settings.device)
     directory = _output_directory(out, pruned)
     dense = None if against is None else open_subject("dense", against, settings.device)
@@ -101,30 +137,32 @@ def evaluate(
     with disk_errors(directory):
         (directory / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
     store = Store(directory / PARTS_FOLDER, tell=tell)
-    measured: dict[str, Any] = {}
-    states = None
+    before = states = kl = changes = None
     if dense is not None:
-        measured["dense"] = _measure(store, dense, text, settings.task_options, progress)
+        before = _measure(store, dense, text, settings.task_options, progress)
         states = dense_states(store, dense, pruned, text.blocks_NT, progress)
         dense.forget()
-    measured["pruned"] = _measure(store, pruned, text, settings.task_options, progress)
-    if dense is not None:
-        measured["kl"] = kl_parts(store, dense, pruned, states, text.blocks_NT, progress)
-        measured["differences"] = differences(measured["dense"], measured["pruned"])
-    for which in ("dense", "pruned"):  # thousands of numbers, which the parts keep
-        measured.get(which, {}).get("tasks", {}).pop("item_scores", None)
-    result = {
-        "model": pruned.checkpoint.reference,
-        "against": None if dense is None else dense.checkpoint.reference,
-        "settings": _plain(settings, text),
-        "notes": list(text.notes),
-        **measured,
-        "versions": versions(),
-    }
+    after = _measure(store, pruned, text, settings.task_options, progress)
+    if dense is not None and before is not None:
+        found = kl_parts(store, dense, pruned, states, text.blocks_NT, progress)
+        kl = {domain: Divergence(**part) for domain, part in found.items()}
+        tasks = task_changes(before.harness, after.harness) if text.tasks is not None else None
+        changes = differences(before.measured, after.measured, tasks)
+    evaluation = Evaluation(
+        model=pruned.checkpoint.reference,
+        against=None if dense is None else dense.checkpoint.reference,
+        settings=_plain(settings, text),
+        notes=text.notes,
+        dense=None if before is None else before.measured,
+        pruned=after.measured,
+        kl=kl,
+        differences=changes,
+        versions=versions(),
+    )
     if is_first():
-        with staged_file(directory / FILE_NAME, overwrite=True) as staged:
-            staged.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return result
+        with staged_file(directory / EVALUATION_FILE, overwrite=True) as staged:
+            staged.write_text(evaluation.to_json(), encoding="utf-8")
+    return evaluation
 
 
 def _output_directory(out: Path | None, subject: Subject) -> Path:
@@ -139,7 +177,7 @@ def _output_directory(out: Path | None, subject: Subject) -> Path:
     return out or checkpoint.directory
 
 
-def _prepare(settings: Settings, pruned: Subject, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> _Text:
+def _prepare(settings: _Settings, pruned: Subject, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> _Text:
     directory, notes = pruned.checkpoint.directory, ()
     wikitext_NL = None
     if settings.wikitext2 is not None:
@@ -158,20 +196,26 @@ def _prepare(settings: Settings, pruned: Subject, tokenizer: PreTrainedTokenizer
     return _Text(tokenizer, blocks_NT, wikitext_NL, tasks, notes)
 
 
-def _measure(store: Store, subject: Subject, text: _Text, options: TaskOptions, progress: Progress) -> dict[str, Any]:
-    tokenizer = text.tokenizer
-    measured: dict[str, Any] = {
-        "domains": quality_parts(store, subject, tokenizer, "domains", text.blocks_NT, progress)
-    }
+def _measure(store: Store, subject: Subject, text: _Text, options: TaskOptions, progress: Progress) -> _Found:
+    def qualities(stage: str, blocks_NT: Blocks) -> dict[str, Quality]:
+        parts: dict[str, dict[str, Any]] = quality_parts(store, subject, text.tokenizer, stage, blocks_NT, progress)
+        for part in parts.values():
+            part["block_nats"] = tuple(part["block_nats"])  # a list where the part was read from its file
+        return {name: Quality(**part) for name, part in parts.items()}
+
+    domains, wikitext2 = qualities("domains", text.blocks_NT), None
     if text.wikitext_NL is not None:
-        blocks = {"test": text.wikitext_NL}
-        measured["wikitext2"] = quality_parts(store, subject, tokenizer, "wikitext2", blocks, progress)["test"]
-    if text.tasks is not None:
-        measured["tasks"] = task_parts(store, subject, tokenizer, text.tasks, options, progress)
-    return measured
+        wikitext2 = qualities("wikitext2", {"test": text.wikitext_NL})["test"]
+    if text.tasks is None:
+        return _Found(Measured(domains, wikitext2), {})
+    harness = task_parts(store, subject, text.tokenizer, text.tasks, options, progress)
+    # Scores by question are thousands of numbers, which the parts keep.
+    more = {key: value for key, value in harness.items() if key != "item_scores"}
+    results = TaskResults(more.pop("results"), more.pop("sources"), more.pop("lm_eval_version"), more)
+    return _Found(Measured(domains, wikitext2, results), harness)
 
 
-def _plain(settings: Settings, text: _Text) -> dict[str, Any]:
+def _plain(settings: _Settings, text: _Text) -> dict[str, Any]:
     """Return the settings for the file; only names of files, since directories are this machine's."""
     data = dataclasses.asdict(settings)
     data |= {"domains": list(text.blocks_NT), "tasks": list(settings.tasks)}

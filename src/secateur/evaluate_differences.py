@@ -1,6 +1,6 @@
 """Pruned minus dense, with the standard error of the difference over the same blocks or questions.
 
-In: two mappings as `evaluate` measures them. Out: differences by domain, for WikiText-2, and by task and metric.
+In: what was measured of two models. Out: differences by domain, for WikiText-2, and by task and metric.
 The two models answer the same questions, so the error is that of the paired differences, smaller than of two samples.
 """
 
@@ -8,46 +8,39 @@ import math
 from typing import Any
 
 from secateur.loss import standard_error
-
-# What a task is plotted by: the last of these that it has. Every metric is in the tables.
-PLOTTED_METRICS = ("exact_match", "acc", "acc_norm")
+from secateur.measured import Change, Differences, Measured, Quality, TaskChange, task_metrics
 
 
-def differences(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, Any]:
-    """Return {domains, wikitext2, tasks}; the first two in nats per token. What was not measured is left out."""
-    found: dict[str, Any] = {
-        "domains": {domain: _nats(dense["domains"][domain], part) for domain, part in pruned["domains"].items()}
-    }
-    if "wikitext2" in pruned:
-        found["wikitext2"] = _nats(dense["wikitext2"], pruned["wikitext2"])
-    if "tasks" in pruned:
-        found["tasks"] = {
-            name: {metric: _metric(name, metric, dense["tasks"], pruned["tasks"]) for metric in metrics(results)}
-            for name, results in pruned["tasks"]["results"].items()
-        }
-    return found
+def differences(dense: Measured, pruned: Measured, tasks: dict[str, dict[str, TaskChange]] | None) -> Differences:
+    """Return the differences of text, in nats per token, and with them those of `tasks`."""
+    wikitext2 = None
+    if dense.wikitext2 is not None and pruned.wikitext2 is not None:
+        wikitext2 = _change(dense.wikitext2, pruned.wikitext2)
+    domains = {domain: _change(dense.domains[domain], part) for domain, part in pruned.domains.items()}
+    return Differences(domains, wikitext2, tasks)
 
 
-def metrics(results: dict[str, Any]) -> list[str]:
-    """Return the metrics ("acc,none") of one task's results in the harness's shape."""
-    return [key for key in results if "," in key and "_stderr," not in key]
-
-
-def _nats(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, float]:
-    pairs = zip(dense["block_nats"], pruned["block_nats"], strict=True)
+def task_changes(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, dict[str, TaskChange]]:
+    """Return the differences by task and metric of what `task_parts` returns for each model."""
     return {
-        "nats_per_token": pruned["nats_per_token"] - dense["nats_per_token"],
-        "standard_error": standard_error([after - before for before, after in pairs]),
+        name: {metric: _task_change(name, metric, dense, pruned) for metric in task_metrics(results)}
+        for name, results in pruned["results"].items()
     }
 
 
-def _metric(name: str, metric: str, dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, float | None]:
-    """Return the difference; its error is None for groups and for metrics that are no mean over questions."""
+def _change(dense: Quality, pruned: Quality) -> Change:
+    pairs = zip(dense.block_nats, pruned.block_nats, strict=True)
+    error = standard_error([after - before for before, after in pairs])
+    return Change(pruned.nats_per_token - dense.nats_per_token, error)
+
+
+def _task_change(name: str, metric: str, dense: dict[str, Any], pruned: dict[str, Any]) -> TaskChange:
     before, after = dense["results"][name][metric], pruned["results"][name][metric]
     old, new = (side["item_scores"].get(name, {}).get(metric, []) for side in (dense, pruned))
     paired = _is_mean(old, before) and _is_mean(new, after)
-    error = standard_error([b - a for a, b in zip(old, new, strict=True)]) if paired else None
-    return {"difference": after - before, "standard_error": error}
+    return TaskChange(
+        after - before, standard_error([b - a for a, b in zip(old, new, strict=True)]) if paired else None
+    )
 
 
 def _is_mean(scores: list[Any], value: float) -> bool:

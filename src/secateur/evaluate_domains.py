@@ -9,7 +9,6 @@ N: blocks, T: tokens per block.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from secateur.arch import Arch
 from secateur.calibration import CalibrationSet, build_calibration
 from secateur.errors import NumericsError, RecipeError
 from secateur.loss import block_losses, standard_error
+from secateur.measured import Quality
 from secateur.progress import Progress
 from secateur.ranks import spread
 from secateur.recipe import Calibration, Domain, load_recipe, parse_recipe
@@ -28,23 +28,6 @@ from secateur.recipe import Calibration, Domain, load_recipe, parse_recipe
 Blocks = dict[str, Tensor]
 RECIPE = "recipe.yaml"
 SEED = 0  # of text that no recipe describes
-
-
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """How well a model predicts tokens 2..T of every block, given those before. The error is over blocks.
-
-    `num_bytes`: UTF-8 bytes of the predicted tokens as text, end-of-text tokens counting none.
-    `bits_per_byte`: nats_per_token / ln 2 x num_tokens / num_bytes, comparable across tokenizers.
-    """
-
-    nats_per_token: float
-    standard_error: float
-    perplexity: float
-    bits_per_byte: float
-    num_tokens: int
-    num_bytes: int
-    block_nats: tuple[float, ...]
 
 
 def recipe_blocks(

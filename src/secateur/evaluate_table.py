@@ -1,102 +1,93 @@
-"""An evaluation for people: the terminal's tables. In: what `evaluate` returns. Out: a rich renderable."""
+"""An evaluation for people: the tables that the terminal and the report share. In: an `Evaluation`. Out: tables."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 
-from secateur.evaluate_differences import metrics
-from secateur.tables import plus_minus
+from secateur.measured import Change, Evaluation, Quality, TaskScore
+from secateur.page import Table
+from secateur.tables import plus_minus, terminal
 
 Row = tuple[str, ...]
 
 
-def evaluation_table(evaluation: dict[str, Any]) -> Group:
+def evaluation_table(evaluation: Evaluation) -> Group:
     """Return text, KL and tasks; of dense, pruned and difference, or of the one model alone."""
-    models = ("dense", "pruned", "difference") if evaluation["against"] else (evaluation["model"],)
-    of_kl = ("mean", "95% of tokens below", "same token first")
-    tables = (
-        _table(("nats/token (perplexity)", *models), _nats_rows(evaluation)),
-        _table(("bits/byte", *models), _bits_rows(evaluation)),
-        _table(("KL(dense || pruned)", *of_kl), _kl_rows(evaluation)),
-        _table(("task", *models), _task_rows(evaluation)),
-    )
-    notes = Table.grid(padding=(0, 2))
-    for note in (*_legend(evaluation), *evaluation["notes"]):
-        notes.add_row(f"note: {note}")
-    return Group(*(table for table in tables if table.row_count), notes)
+    notes = [(f"note: {note}",) for note in (*_legend(evaluation), *evaluation.notes)]
+    return terminal([*text_tables(evaluation), task_table(evaluation)], notes)
 
 
-def _table(columns: Row, rows: Iterator[Row]) -> Table:
-    table = Table()
-    for column in columns:
-        table.add_column(column, justify="right" if table.columns else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def text_tables(evaluation: Evaluation) -> list[Table]:
+    """Return nats per token, bits per byte and KL by domain."""
+    columns = (*_models(evaluation), *(["difference"] if evaluation.differences else []))
+    of_kl = ("domain", "mean", "95% of tokens below", "same token first")
+    return [
+        Table("nats/token (perplexity)", ("domain", *columns), list(_nats_rows(evaluation))),
+        Table("bits/byte", ("domain", *columns), list(_bits_rows(evaluation))),
+        Table("KL(dense || pruned), nats/token", of_kl, list(_kl_rows(evaluation))),
+    ]
 
 
-def _sides(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    return [evaluation[which] for which in ("dense", "pruned") if which in evaluation]
+def task_table(evaluation: Evaluation) -> Table:
+    """Return the scores by task and metric, with the differences where they were measured."""
+    changes = evaluation.differences.tasks if evaluation.differences else None
+    scores = [measured.scores for measured in evaluation.models.values()]
+    rows = []
+    for task, by_metric in scores[-1].items():
+        for metric in by_metric:
+            cells = [of[task][metric].text() for of in scores]
+            if changes is not None:
+                change = changes[task][metric]
+                cells.append(TaskScore(change.difference, change.standard_error).text("+"))
+            rows.append((task_label(task, metric), *cells))
+    columns = (*_models(evaluation), *(["difference"] if changes is not None else []))
+    return Table("score ± standard error", ("task", *columns), rows)
 
 
-def _nats_rows(evaluation: dict[str, Any]) -> Iterator[Row]:
-    sides, changes = _sides(evaluation), evaluation.get("differences", {})
-    for domain in evaluation["pruned"]["domains"]:
-        yield domain, *_nats([side["domains"][domain] for side in sides], changes.get("domains", {}).get(domain))
-    if "wikitext2" in evaluation["pruned"]:
-        label = f"WikiText-2, blocks of {evaluation['settings']['wikitext2_length']}"
-        yield label, *_nats([side["wikitext2"] for side in sides], changes.get("wikitext2"))
+def task_label(task: str, metric: str) -> str:
+    """Return what a row of scores is about; the harness's filter is named where there is one."""
+    return f"{task}, {metric.removesuffix(',none')}"
 
 
-def _nats(parts: list[dict[str, Any]], change: dict[str, float] | None) -> Iterator[str]:
+def _models(evaluation: Evaluation) -> list[str]:
+    return list(evaluation.models) if evaluation.dense else ["model"]
+
+
+def _nats_rows(evaluation: Evaluation) -> Iterator[Row]:
+    models, changes = list(evaluation.models.values()), evaluation.differences
+    for domain in evaluation.pruned.domains:
+        yield domain, *_nats([each.domains[domain] for each in models], changes.domains[domain] if changes else None)
+    if evaluation.pruned.wikitext2 is not None:
+        label = f"WikiText-2, blocks of {evaluation.settings['wikitext2_length']}"
+        parts = [each.wikitext2 for each in models if each.wikitext2 is not None]
+        yield label, *_nats(parts, changes.wikitext2 if changes else None)
+
+
+def _nats(parts: list[Quality], change: Change | None) -> Iterator[str]:
     for part in parts:
-        yield f"{part['nats_per_token']:.3f} ({part['perplexity']:.2f})"
+        yield f"{part.nats_per_token:.3f} ({part.perplexity:.2f})"
     if change is not None:
-        yield f"{change['nats_per_token']:+.3f}{plus_minus(change['standard_error'])}"
+        yield f"{change.nats_per_token:+.3f}{plus_minus(change.standard_error)}"
 
 
-def _bits_rows(evaluation: dict[str, Any]) -> Iterator[Row]:
-    for domain in evaluation["pruned"]["domains"]:
-        bits = [side["domains"][domain]["bits_per_byte"] for side in _sides(evaluation)]
+def _bits_rows(evaluation: Evaluation) -> Iterator[Row]:
+    for domain in evaluation.pruned.domains:
+        bits = [each.domains[domain].bits_per_byte for each in evaluation.models.values()]
         change = [f"{bits[1] - bits[0]:+.4f}"] if len(bits) == 2 else []
         yield domain, *(f"{value:.4f}" for value in bits), *change
 
 
-def _kl_rows(evaluation: dict[str, Any]) -> Iterator[Row]:
-    for domain, part in evaluation.get("kl", {}).items():
-        mean = f"{part['mean']:.3f}{plus_minus(part['standard_error'])}"
-        yield domain, mean, f"{part['p95']:.2f}", f"{part['top1_agreement']:.1%}"
+def _kl_rows(evaluation: Evaluation) -> Iterator[Row]:
+    for domain, kl in (evaluation.kl or {}).items():
+        yield domain, f"{kl.mean:.3f}{plus_minus(kl.standard_error)}", f"{kl.p95:.2f}", f"{kl.top1_agreement:.1%}"
 
 
-def _task_rows(evaluation: dict[str, Any]) -> Iterator[Row]:
-    sides = [side["tasks"] for side in _sides(evaluation) if "tasks" in side]
-    for name, results in sides[-1]["results"].items() if sides else ():
-        for metric in metrics(results):
-            label = f"{name}, {metric.removesuffix(',none')}"
-            cells = [_score(side["results"][name], metric) for side in sides]
-            if "differences" in evaluation:
-                change = evaluation["differences"]["tasks"][name][metric]
-                cells.append(_with_error(f"{change['difference']:+.4g}", change["standard_error"]))
-            yield label, *cells
-
-
-def _score(results: dict[str, Any], metric: str) -> str:
-    name, _, filter_name = metric.partition(",")
-    return _with_error(f"{results[metric]:.4g}", results.get(f"{name}_stderr,{filter_name}"))
-
-
-def _with_error(value: str, error: Any) -> str:
-    return f"{value} ± {error:.2g}" if isinstance(error, float) else value
-
-
-def _legend(evaluation: dict[str, Any]) -> Iterator[str]:
-    pruned = evaluation["pruned"]
-    if pruned["domains"]:
-        num_tokens = sum(part["num_tokens"] for part in pruned["domains"].values())
+def _legend(evaluation: Evaluation) -> Iterator[str]:
+    pruned = evaluation.pruned
+    if pruned.domains:
+        num_tokens = sum(part.num_tokens for part in pruned.domains.values())
         yield f"domains: {num_tokens:,} predicted tokens; KL in nats per token, over the whole vocabulary."
-    if "tasks" in pruned:
-        sources = sorted(set(pruned["tasks"]["sources"].values())) or ["the hub"]
-        yield f"tasks: lm-evaluation-harness {pruned['tasks']['lm_eval_version']}, rows from {', '.join(sources)}."
+    if pruned.tasks is not None:
+        sources = sorted(set(pruned.tasks.sources.values())) or ["the hub"]
+        yield f"tasks: lm-evaluation-harness {pruned.tasks.lm_eval_version}, rows from {', '.join(sources)}."
     yield "± is one standard error, of a difference over the same blocks or questions."

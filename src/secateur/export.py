@@ -1,4 +1,4 @@
-"""`secateur export`: a checkpoint directory as one file of another format, which appears complete, proved where it can.
+"""`secateur.export`: a checkpoint directory as one file of another format, which appears complete, proved where it can.
 
 In: a checkpoint, a format of `EXPORTERS`. Out: the file. Packages add formats: docs/extend.md.
 """
@@ -14,6 +14,7 @@ from secateur.gguf_check import GgufCheck, check_gguf
 from secateur.gguf_export import check_exportable, export_gguf
 from secateur.gguf_metadata import context_length
 from secateur.gguf_rules import gguf_family
+from secateur.json_file import Record
 from secateur.llama_cpp import have_llama_cpp, require_llama_cpp
 from secateur.plugins import EXPORTER_GROUP, look_up
 from secateur.progress import Progress, silent
@@ -60,7 +61,7 @@ EXPORTERS: dict[str, Exporter] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Export:
+class Export(Record):
     """The written file. `context_length`: for how many tokens it is right, None where the format does not say.
 
     `check` is None where it was not run.
@@ -87,7 +88,7 @@ def find_exporter(name: str) -> Exporter:
 
 def export(
     model: str | Path,
-    file: str | Path,
+    gguf: str | Path,
     *,
     format: str = "gguf",
     type_name: str | None = None,
@@ -95,14 +96,20 @@ def export(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Export:
-    """Write `model` to `file` in a format of `EXPORTERS`, by default in the weights' own type.
+    """Write a model, its tokenizer and chat template as one file; it appears complete or not at all.
 
-    `check`: whether a program of that format (llama.cpp for GGUF) must agree with transformers before the file appears;
-    None: where it is installed.
+    `model`: a local directory, a hub id or `smollm2-135m`. `gguf`: the file to write. `format`: one of `EXPORTERS`, or
+    one that an installed package registers. `type_name`: f32, f16, bf16 or q8_0 (the option --type), by default the
+    weights' own. `check`: whether a program of that format (llama.cpp for GGUF) must agree with transformers before the
+    file appears; None: where it is installed. `overwrite`: replace the file if it exists. `progress`: called with
+    (stage, done, total).
 
-    Raises a SecateurError, one sentence, for everything that a user can correct.
+    Returns an `Export`: the file, its type and bytes, and what the check found.
+
+    Raises a SecateurError, one sentence, for everything that a user can correct: CheckpointError for a model that
+    llama.cpp cannot run, RecipeError for options.
     """
-    file, exporter = Path(file), find_exporter(format)
+    file, exporter = Path(gguf), find_exporter(format)
     proof = _proof(exporter, format, check)
     check_file(file, overwrite=overwrite)
     checkpoint = open_checkpoint(model)

@@ -1,11 +1,8 @@
-"""`secateur inspect`: what a model is made of and what a run would leave of it, from the config alone.
+"""`secateur.inspect`: what a model is made of and what a run would leave of it, from the config alone.
 
 In: a model reference and a recipe. Out: a frozen `Inspection`. No weight is read; the model exists on the meta device.
 """
 
-import dataclasses
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,100 +14,50 @@ from secateur.arch_numbers import text_config
 from secateur.budget import Plan, largest_remove, least_keep
 from secateur.checkpoint import meta_model, open_checkpoint
 from secateur.device import device_called
-from secateur.estimate import MemoryEstimate, MemoryPlan
-from secateur.inspection_groups import Possible, groups_to_inspect, possible_groups, serving_after
+from secateur.estimate import MemoryPlan
+from secateur.inspect_record import GroupFacts, Inspection, Work
+from secateur.inspection_groups import groups_to_inspect, possible_groups, serving_after
 from secateur.latency import with_prices
-from secateur.opening import check_for, memory_for, resolve_for
-from secateur.prices import Outcome, parameter_prices
+from secateur.opening import check_for as check_recipe
+from secateur.opening import memory_for, resolve_for
+from secateur.prices import parameter_prices
 from secateur.progress import Progress, silent
-from secateur.recipe import MeasuredPrices, Recipe
+from secateur.recipe import Recipe, as_recipe
 from secateur.resolve import Resolved
-from secateur.serving import Serving
 from secateur.store import Store
 from secateur.summary import Size
-from secateur.work import Work, disk_bytes, seconds_for, work_of
-
-
-@dataclass(frozen=True, slots=True)
-class GroupFacts:
-    """One kind of group over all layers that stay, but for protected ones. `num_keep`: mean units that a run leaves."""
-
-    name: str
-    unit: str
-    num_layers: int
-    num_units: int
-    num_keep: int
-    params_per_unit: int
-    num_params: int
-
-
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """A model's structure and the outcome of a recipe's `remove`.
-
-    `remove_asked` and `largest_remove` are shares of what the recipe's target counts, see `outcome`; `remove_reached`
-    is one of all parameters. `prices`: seconds measured for target `latency`, as the recipe's key of that name.
-    `possible`, `impossible`: every group of the family, and those that it cannot have with the reason. `serving`: what
-    stands against serving the result, where asked. `operations` and `seconds` are of the whole run but for the choice
-    of whole layers; `disk_bytes` the most that it writes.
-    """
-
-    model: str
-    family: str
-    dtype: str
-    size: Size
-    num_layers: tuple[int, int]  # before, after
-    params_per_layer: int  # of the first one
-    groups: tuple[GroupFacts, ...]
-    remove_asked: float
-    remove_reached: float
-    outcome: Outcome
-    prices: MeasuredPrices | None
-    largest_remove: float
-    align: int
-    num_params_after: int
-    num_bytes_after: int
-    num_calibration_tokens: int
-    memory: MemoryEstimate
-    weights_on_disk: bool
-    disk_bytes: int
-    device: str
-    operations: Work
-    seconds: Work
-    warnings: tuple[str, ...]
-    possible: tuple[Possible, ...]
-    impossible: dict[str, str]
-    serving: Serving | None
-
-    def to_json(self) -> str:
-        """Return everything as indented JSON, the memory's peak included."""
-        data = dataclasses.asdict(self)
-        data["memory"]["peak"] = self.memory.peak
-        data["prices"] = self.prices and self.prices.model_dump()
-        return json.dumps(data, indent=2) + "\n"
+from secateur.work import disk_bytes, seconds_for, work_of
 
 
 def inspect(
     model: str | Path,
-    recipe: Recipe | None = None,
-    progress: Progress = silent,
+    recipe: Recipe | dict[str, Any] | Path | str | None = None,
     *,
-    server: str | None = None,
-    num_gpus: int = 1,
+    check_for: str | None = None,
+    tp: int = 1,
+    progress: Progress = silent,
 ) -> Inspection:
-    """Return what the model is made of. Raises the same errors as `prune` would before reading weights.
+    """Say what a model is made of, and what a run of the recipe would leave of it and cost, from its config alone.
 
-    Nothing of the model is measured, unless the recipe's target is `latency` and it has no `prices`; how fast the
-    device multiplies matrices is, for a moment, so that seconds can be told. `server`: `vllm`, whose rules for so many
-    GPUs are then looked up, or `llama.cpp`.
+    `model`: a local directory, a hub id, a `.gguf` file or `smollm2-135m`; no weight is read. `recipe`: as in `prune`.
+    `check_for`: `vllm` or `llama.cpp`, to say what keeps it from running the result; `tp`: vLLM's tensor-parallel size.
+    `progress`: called with (stage, done, total).
+
+    Returns an `Inspection`: groups, widths before and after, bytes, memory, disk, seconds. For the seconds it measures,
+    for a moment, how fast the device multiplies matrices; for target `latency` without `prices` also a few layers.
+
+    Raises the errors that `prune` would before it reads weights: RecipeError, CheckpointError or ArchError.
     """
-    recipe = recipe or Recipe()
+    return _inspection(model, as_recipe(recipe), check_for, tp, progress)
+
+
+def _inspection(model: str | Path, recipe: Recipe, check_for: str | None, tp: int, progress: Progress) -> Inspection:
     device = device_called(recipe.device)
     checkpoint = open_checkpoint(model, weights=False)
     shape = meta_model(checkpoint.config)
     arch, size = bind(shape), Size.of(shape)
     recipe, notes = groups_to_inspect(recipe, arch)
-    check_for(recipe, arch, shape)
+    check_recipe(recipe, arch, shape)
     recipe = with_prices(recipe, arch, shape, Store(), progress)
     resolved = resolve_for(recipe, shape)
     memory = memory_for(resolved, arch, shape, checkpoint, device)
@@ -146,7 +93,7 @@ def inspect(
         warnings=(*notes, *resolved.warnings),
         possible=possible_groups(arch),
         impossible=arch.omits,
-        serving=None if server is None else serving_after(server, num_gpus, arch, shape, plan.num_keep),
+        serving=None if check_for is None else serving_after(check_for, tp, arch, shape, plan.num_keep),
     )
 
 

@@ -4,7 +4,6 @@ In: a bound architecture, what a run leaves of some groups. Out: facts for `insp
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from secateur.arch import Arch, Group
@@ -12,20 +11,10 @@ from secateur.arch_experts import EXPERTS
 from secateur.arch_numbers import head_width, text_config
 from secateur.budget import GroupKey
 from secateur.gguf_rules import gguf_problem
+from secateur.inspect_record import Possible, Serving
 from secateur.modeling_per_layer import is_per_layer
 from secateur.recipe import Recipe
-from secateur.serving import KV_HEADS, QUERY_HEADS, VLLM, Serving, check_server, check_vllm
-
-
-@dataclass(frozen=True, slots=True)
-class Possible:
-    """One group of the family. `num_units` of the first layer that has it; `num_params` in all layers."""
-
-    name: str
-    unit: str
-    num_layers: int
-    num_units: int
-    num_params: int
+from secateur.serving import KV_HEADS, QUERY_HEADS, VLLM, check_server, check_vllm
 
 
 def possible_groups(arch: Arch) -> tuple[Possible, ...]:
@@ -72,7 +61,7 @@ def serving_after(server: str, num_gpus: int, arch: Arch, model: Any, num_keep: 
     widths = {key: frozenset(each[key] for each in found if key in each) for each in found for key in each}
     follows = widths[QUERY_HEADS] == {config.hidden_size // head_width(config)}
     if server == VLLM:
-        return check_vllm(num_gpus, arch.family, widths, heads_follow_hidden_size=follows)
+        return Serving(server, num_gpus, *check_vllm(num_gpus, arch.family, widths, heads_follow_hidden_size=follows))
     problem = gguf_problem(model.config, widths, head_width(config))
     return Serving(
         server, num_gpus, (problem,) if problem else (), ("llama.cpp was not run; secateur export writes the file",)

@@ -4,26 +4,17 @@ Every series has a marker and a line of its own beside its colour, so that the p
 enough for a phone. Names that a user chose are shortened in a plot and whole in the table beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from secateur.svg import DENSE, INCH, INK, OTHER, PRUNED, WIDTH, drawing, to_svg
+from secateur.svg import DENSE, INCH, INK, OTHER, PRUNED, WIDTH, Text, drawing, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LABEL_CHARACTERS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """What a plot is called: `name` makes its ids, `title` and `description` are read out."""
-
-    name: str
-    title: str
-    description: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,34 +27,7 @@ class Series:
     reach: Sequence[tuple[float, float]] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LayerCounts:
-    """Units by layer of one kind of group."""
-
-    group: str
-    layers: Sequence[int]
-    before: Sequence[int]
-    kept: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSpread:
-    """Five quantiles by layer, smallest first, of one kind of group."""
-
-    group: str
-    layers: Sequence[int]
-    quantiles: Sequence[Sequence[float]]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerErrors:
-    """Errors by layer of one kind of group: by layer, one value per domain."""
-
-    group: str
-    layers: Sequence[int]
-    before: Sequence[Sequence[float]]
-    after: Sequence[Sequence[float]]
-
+ByLayer = Mapping[str, Mapping[int, Sequence[Any]]]  # kind of group -> layer -> its numbers
 
 LOOKS: dict[str, dict[str, Any]] = {
     "dense": {"color": DENSE, "marker": "o", "markerfacecolor": "none"},
@@ -94,83 +58,74 @@ def dot_plot(
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(x_label)
-        _legend(figure, axes)
-        return to_svg(figure, text.name, text.title, text.description)
+        return _with_legend(figure, axes, text)
 
 
-def width_plot(text: Text, groups: Sequence[LayerCounts]) -> str:
-    """Return bars by layer, a panel per group: the frame is what a layer had, the filled part what it kept."""
+def width_plot(text: Text, groups: ByLayer) -> str:
+    """Return bars by layer, a panel per group: the frame is what a layer had, the filled part what it kept.
+
+    `groups`: by layer, units before and kept.
+    """
     with drawing():
-        figure, panels = _layer_panels([group.group for group in groups], height=120)
-        for axes, group in zip(panels, groups, strict=True):
-            axes.bar(group.layers, group.before, 0.8, label="before", facecolor="none", edgecolor=DENSE, linewidth=0.8)
-            axes.bar(group.layers, group.kept, 0.8, label="kept", color=PRUNED)
-            axes.set_ylabel("units")
-        _legend(figure, panels[0])
-        return to_svg(figure, text.name, text.title, text.description)
+        figure, panels = _layer_panels(groups, height=120, y_label="units")
+        for axes, units in zip(panels, groups.values(), strict=True):
+            before, kept = zip(*units.values(), strict=True)
+            axes.bar(list(units), before, 0.8, label="before", facecolor="none", edgecolor=DENSE, linewidth=0.8)
+            axes.bar(list(units), kept, 0.8, label="kept", color=PRUNED)
+        return _with_legend(figure, panels[0], text)
 
 
-def spread_plot(text: Text, groups: Sequence[LayerSpread], y_label: str) -> str:
-    """Return, by layer, a thin line over all values, a thick one over the middle half, a mark at the median."""
+def spread_plot(text: Text, groups: ByLayer, y_label: str) -> str:
+    """Return, by layer, a thin line over all values, a thick one over the middle half, a mark at the median.
+
+    `groups`: by layer, five quantiles, smallest first.
+    """
     with drawing():
-        figure, panels = _layer_panels([group.group for group in groups], height=150)
-        for axes, group in zip(panels, groups, strict=True):
-            low, first, median, third, high = zip(*group.quantiles, strict=True)
-            axes.vlines(group.layers, low, high, color=DENSE, linewidth=0.8, label="all")
-            axes.vlines(group.layers, first, third, color=PRUNED, linewidth=3, label="middle half")
-            axes.plot(group.layers, median, linestyle="none", marker="_", markersize=6, color=INK, label="median")
+        figure, panels = _layer_panels(groups, height=150, y_label=y_label)
+        for axes, quantiles in zip(panels, groups.values(), strict=True):
+            layers, (low, first, median, third, high) = list(quantiles), zip(*quantiles.values(), strict=True)
+            axes.vlines(layers, low, high, color=DENSE, linewidth=0.8, label="all")
+            axes.vlines(layers, first, third, color=PRUNED, linewidth=3, label="middle half")
+            axes.plot(layers, median, linestyle="none", marker="_", markersize=6, color=INK, label="median")
             if min(low) > 0:
                 _log_scale(axes)
-            axes.set_ylabel(y_label)
-        _legend(figure, panels[0])
-        return to_svg(figure, text.name, text.title, text.description)
+        return _with_legend(figure, panels[0], text)
 
 
-def error_plot(text: Text, groups: Sequence[LayerErrors], y_label: str) -> str:
-    """Return, by layer, the mean error over domains before and after compensation, with bars from best to worst."""
+def error_plot(text: Text, groups: ByLayer, y_label: str) -> str:
+    """Return, by layer, the mean error over domains before and after compensation, with bars from best to worst.
+
+    `groups`: by layer, the domains' errors before, and those after.
+    """
     with drawing():
-        figure, panels = _layer_panels([group.group for group in groups], height=150)
-        for axes, group in zip(panels, groups, strict=True):
-            for errors, label, look, line in (
-                (group.before, "before compensation", "before", ":"),
-                (group.after, "after", "pruned", "-"),
-            ):
-                means = [sum(row) / len(row) for row in errors]
-                reach = [[m - min(row) for m, row in zip(means, errors, strict=True)]]
-                reach += [[max(row) - m for m, row in zip(means, errors, strict=True)]]
+        figure, panels = _layer_panels(groups, height=150, y_label=y_label)
+        for axes, errors in zip(panels, groups.values(), strict=True):
+            before, after = zip(*errors.values(), strict=True)
+            looks = ((before, "before compensation", "before", ":"), (after, "after", "pruned", "-"))
+            for rows, label, look, line in looks:
+                means = [sum(row) / len(row) for row in rows]
+                reach = [[m - min(row) for m, row in zip(means, rows, strict=True)]]
+                reach += [[max(row) - m for m, row in zip(means, rows, strict=True)]]
                 style = LOOKS[look] | {"markersize": 4, "linewidth": 1, "elinewidth": 0.7, "linestyle": line}
-                axes.errorbar(group.layers, means, yerr=reach, label=label, **style)
+                axes.errorbar(list(errors), means, yerr=reach, label=label, **style)
             axes.set_ylim(bottom=0)
-            axes.set_ylabel(y_label)
-        _legend(figure, panels[0])
-        return to_svg(figure, text.name, text.title, text.description)
+        return _with_legend(figure, panels[0], text)
 
 
-def round_plot(text: Text, rounds: Sequence[int], series: Sequence[Series], y_label: str) -> str:
-    """Return lines over rounds."""
+def line_plot(text: Text, x: Sequence[int | float], series: Sequence[Series], x_label: str, y_label: str) -> str:
+    """Return a line per series: over rounds with a mark at each, or one curve alone."""
     with drawing():
         figure = _figure(190)
         axes = figure.add_subplot()
-        for one, line in zip(series, (":", "-"), strict=True):
-            axes.errorbar(rounds, one.values, label=one.label, linestyle=line, **LOOKS[one.look])
-        axes.set_xticks(rounds)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("round")
-        axes.set_ylabel(y_label)
-        _legend(figure, axes)
-        return to_svg(figure, text.name, text.title, text.description)
-
-
-def curve_plot(text: Text, x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) -> str:
-    """Return one line."""
-    with drawing():
-        figure = _figure(190)
-        axes = figure.add_subplot()
-        axes.plot(x, y, color=PRUNED, linewidth=1, marker=".", markersize=3)
+        for one, line in zip(series, ("-",) if len(series) == 1 else (":", "-"), strict=True):
+            small = {"linewidth": 1, "marker": ".", "markersize": 3} if len(series) == 1 else {}
+            axes.errorbar(x, one.values, label=one.label, linestyle=line, **LOOKS[one.look] | small)
+        if len(series) > 1:
+            axes.set_xticks(x)
         axes.set_ylim(bottom=0)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        return to_svg(figure, text.name, text.title, text.description)
+        return _with_legend(figure, axes, text) if len(series) > 1 else to_svg(figure, text)
 
 
 def _figure(height: int) -> "Figure":
@@ -179,13 +134,14 @@ def _figure(height: int) -> "Figure":
     return Figure((WIDTH / INCH, height / INCH), layout="constrained")
 
 
-def _layer_panels(titles: Sequence[str], height: int) -> tuple["Figure", list["Axes"]]:
+def _layer_panels(titles: Collection[str], height: int, y_label: str) -> tuple["Figure", list["Axes"]]:
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure(50 + height * len(titles))
     panels = list(figure.subplots(len(titles), 1, sharex=True, squeeze=False)[:, 0])
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(_short(title))
+        axes.set_ylabel(y_label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="x", visible=False)
     panels[-1].set_xlabel("layer")
@@ -201,9 +157,10 @@ def _log_scale(axes: "Axes") -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure: "Figure", axes: "Axes") -> None:
+def _with_legend(figure: "Figure", axes: "Axes", text: Text) -> str:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=3, handlelength=1.6, columnspacing=1.2)
+    return to_svg(figure, text)
 
 
 def _short(name: str) -> str:

@@ -7,7 +7,6 @@ T: tokens of a block; "forward": one pass of one model over all positions, head 
 """
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,23 +16,12 @@ from transformers import PreTrainedModel
 from secateur.ideal import prefill_flops_per_token
 from secateur.recover_loss import distillation_loss, teacher_log_p
 from secateur.recover_recipe import LogitSettings, RecoverySettings
+from secateur.recover_record import Cost
 from secateur.summary import Size
 
 # What a layer keeps of a token for its gradient, in hidden sizes: inputs of norms and linears, queries, keys, values,
 # the MLP's gate, up and product at three to four hidden sizes each.
 ACTIVATION_WIDTHS = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """`num_tokens`: trained on. `flops`, `seconds`: of `training` and of `judge`, the held-out evaluations. Bytes."""
-
-    num_tokens: int
-    num_held_out_tokens: int
-    flops: dict[str, float]
-    peak_bytes: int
-    scratch_bytes: int
-    seconds: dict[str, float]
 
 
 def predict_cost(

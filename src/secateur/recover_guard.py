@@ -9,9 +9,9 @@ from typing import Any
 
 from secateur.ranks import alone
 from secateur.recover_cost import predict_flops
-from secateur.recover_judge import Verdicts, domain_weights, mean_kl, mean_nats
+from secateur.recover_judge import domain_weights
 from secateur.recover_logits import Work, recover_logits
-from secateur.recover_record import TrainingRecord
+from secateur.recover_record import TrainingRecord, Verdicts, mean_kl, mean_nats
 from secateur.store import Store
 
 TRAINED_FOLDER = "trained"

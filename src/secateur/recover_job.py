@@ -19,16 +19,25 @@ from secateur.fingerprint import weight_digests
 from secateur.output import check_free_space, disk_errors
 from secateur.prices import sequence_length
 from secateur.progress import Progress, silent
-from secateur.recipe import Recipe, load_recipe, merged, parse_recipe
-from secateur.recover_cost import Cost, predict_cost, time_a_step
+from secateur.recipe import Recipe, load_recipe, merged, over_preset, parse_recipe
+from secateur.recover_cost import predict_cost, time_a_step
 from secateur.recover_judge import Judge
 from secateur.recover_logits import Work
 from secateur.recover_pair import Candidates, open_pair
 from secateur.recover_recipe import RecoverySettings
+from secateur.recover_record import Cost
 from secateur.recover_text import RecoveryText, recovery_text
 from secateur.runlog import RunLog
 
 RECIPE_FILE = "recipe.yaml"
+
+
+def changes_of(recipe: dict[str, Any] | Path | str | None, tokens: int | None) -> dict[str, Any]:
+    """Return what a mapping or a file, and `tokens`, change of the pruned model's recipe, its preset filled in."""
+    changes = load_recipe(Path(recipe)) if isinstance(recipe, Path | str) else recipe or {}
+    if "preset" in changes:
+        changes = over_preset(changes, "recipe")
+    return changes if tokens is None else merged(changes, {"recover": {"num_tokens": tokens}})
 
 
 def open_job(

@@ -7,9 +7,7 @@ P: positions of a block that predict a token of it; V: words.
 """
 
 import copy
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
@@ -19,23 +17,10 @@ from transformers import PreTrainedModel
 from secateur.arch import Arch, head_of
 from secateur.kl import KL_POSITIONS, final_states, summarise, token_divergences_and_agreements
 from secateur.progress import Progress, silent
+from secateur.recover_record import Verdict, Verdicts, mean_kl, mean_nats
 
 # From blocks of ids to logits at every position, blocks x tokens x words.
 LogitsOf = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Of one domain: KL(dense || model) and its error over blocks, nats per token, agreement on the likeliest word."""
-
-    kl: float
-    standard_error: float
-    nats_per_token: float
-    top1_agreement: float
-    num_tokens: int
-
-
-Verdicts = dict[str, Verdict]
 
 
 class Judge:
@@ -95,25 +80,9 @@ class Judge:
         return found
 
 
-def mean_kl(verdicts: Verdicts) -> float:
-    """Return the mean over domains of the KL, in nats per token: every domain counts the same."""
-    return sum(verdict.kl for verdict in verdicts.values()) / len(verdicts)
-
-
 def objective(verdicts: Verdicts, kl_share: float) -> float:
     """Return what the training makes small, on this text: kl_share * KL + (1 - kl_share) * nats per token, means."""
     return kl_share * mean_kl(verdicts) + (1 - kl_share) * mean_nats(verdicts)
-
-
-def mean_nats(verdicts: Verdicts) -> float:
-    """Return the mean over domains of nats per token: the logarithm of the geometric-mean perplexity."""
-    return sum(verdict.nats_per_token for verdict in verdicts.values()) / len(verdicts)
-
-
-def won_back(dense: Verdicts, before: Verdicts, after: Verdicts) -> float:
-    """Return the share of the lost nats per token that was won back; NaN if nothing was lost."""
-    lost = mean_nats(before) - mean_nats(dense)
-    return (mean_nats(before) - mean_nats(after)) / lost if lost > 0 else math.nan
 
 
 def domain_weights(verdicts: Verdicts, weighting: str) -> dict[str, float]:

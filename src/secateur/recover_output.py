@@ -12,14 +12,16 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur import runlog, summary
+from secateur.measured import BENCH_FILE
 from secateur.output import save_checkpoint
 from secateur.recipe import Recipe, dump_recipe
-from secateur.recover_record import FILE_NAME, RecoveryRecord
+from secateur.recover_record import RECOVERY_FILE, RecoveryRecord
 from secateur.recover_table import recovery_card
+from secateur.runlog import LOG_FILE
+from secateur.summary import RESULT_FILE
 
 # What stays true of the model: which units it has, how it was pruned, how fast it is.
-CARRIED = ("keep.json", summary.FILE_NAME, "bench.json")
+CARRIED = ("keep.json", RESULT_FILE, BENCH_FILE)
 CARD, HOW_MADE = "README.md", "\n## How it was made\n"
 
 
@@ -36,11 +38,11 @@ def save_recovered(
 
 def write_record(record: RecoveryRecord, lines: Iterable[dict[str, Any]], source: Path, directory: Path) -> None:
     """Write recovery.json, continue the run log, and add to the model card."""
-    (directory / FILE_NAME).write_text(record.to_json(), encoding="utf-8")
-    log = source / runlog.FILE_NAME
+    (directory / RECOVERY_FILE).write_text(record.to_json(), encoding="utf-8")
+    log = source / LOG_FILE
     earlier = log.read_text(encoding="utf-8") if log.is_file() else ""
     added = "".join(json.dumps(line) + "\n" for line in lines)
-    (directory / runlog.FILE_NAME).write_text(earlier + added, encoding="utf-8")
+    (directory / LOG_FILE).write_text(earlier + added, encoding="utf-8")
     card = source / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {record.pruned}, recovered by secateur\n"
     before, heading, after = text.partition(HOW_MADE)

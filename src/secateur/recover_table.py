@@ -1,43 +1,25 @@
-"""A recovery's numbers for people: the terminal's table, the same rows for the model card and the report.
+"""A recovery's numbers for people: tables that the terminal, the model card and the report share.
 
-In: a `RecoveryRecord` or a `Cost`. Out: rich renderables, rows of text, Markdown.
+In: a `RecoveryRecord` or a `Cost`. Out: tables, rows of text, Markdown.
 """
 
 import math
 from collections.abc import Iterator
 
 from rich.console import Group
-from rich.table import Table
 
-from secateur.recover_cost import Cost
-from secateur.recover_judge import Verdicts, mean_kl, mean_nats, won_back
-from secateur.recover_record import RecoveryRecord, Score
-from secateur.tables import human_bytes
-
-TASK_COLUMNS = ("task", "dense", "pruned", "recovered", "gain")
+from secateur.evaluate_table import task_label
+from secateur.page import Table
+from secateur.recover_record import Cost, RecoveryRecord, Verdicts, mean_kl, mean_nats, won_back
+from secateur.tables import human_bytes, markdown, terminal
 
 
 def recovery_table(record: RecoveryRecord) -> Group:
     """Return what `secateur recover` ends with."""
-    columns = models(record)
-    table = Table(title=headline(record), title_justify="left", title_style="bold")
-    table.add_column("nats/token, KL to dense", overflow="fold")
-    for name in columns:
-        table.add_column(name, justify="right", overflow="fold")
-    for label, cells in verdict_rows(record):
-        table.add_row(label, *cells)
-    scores = Table()
-    for name in TASK_COLUMNS:
-        scores.add_column(name, justify="right" if scores.columns else "left", overflow="fold")
-    for label, cells in task_rows(record):
-        scores.add_row(label, *cells)
-    notes = Table.grid(padding=(0, 2))
-    for label, text in cost_rows(record):
-        notes.add_row(label, text)
-    return Group(table, *([scores] if scores.row_count else []), notes)
+    return terminal([verdict_table(record, recovery_headline(record)), recovery_task_table(record)], cost_rows(record))
 
 
-def headline(record: RecoveryRecord) -> str:
+def recovery_headline(record: RecoveryRecord) -> str:
     """Say how much of what was lost came back."""
     if not record.training.held:
         return f"{record.pruned}: held-out KL did not fall, so the weights are those that were given"
@@ -46,35 +28,36 @@ def headline(record: RecoveryRecord) -> str:
     return f"{record.pruned}: {share} with {record.training.num_tokens:,} tokens"
 
 
-def models(record: RecoveryRecord) -> dict[str, Verdicts]:
+def recovery_models(record: RecoveryRecord) -> dict[str, Verdicts]:
     """Return the verdicts of every model that was judged, by what it is called."""
     training = record.training
     name = "recovered" if training.held else "recovered (undone)"
     return {"dense": record.dense, "pruned": record.before, name: training.after}
 
 
-def verdict_rows(record: RecoveryRecord) -> Iterator[tuple[str, list[str]]]:
-    """Yield (label, a cell per model): nats per token and KL, domain by domain and their means."""
-    columns = models(record)
-    for domain in record.dense:
-        yield domain, [f"{of[domain].nats_per_token:.3f}, {of[domain].kl:.3f}" for of in columns.values()]
-    yield "mean", [f"{mean_nats(of):.3f}, {mean_kl(of):.3f}" for of in columns.values()]
-    yield "geometric-mean perplexity", [f"{math.exp(mean_nats(of)):.2f}" for of in columns.values()]
+def verdict_table(record: RecoveryRecord, caption: str = "") -> Table:
+    """Return nats per token and KL of every model, domain by domain, and their means."""
+    columns = recovery_models(record)
+    rows = [
+        (domain, *(f"{of[domain].nats_per_token:.3f}, {of[domain].kl:.3f}" for of in columns.values()))
+        for domain in record.dense
+    ]
+    rows.append(("mean", *(f"{mean_nats(of):.3f}, {mean_kl(of):.3f}" for of in columns.values())))
+    rows.append(("geometric-mean perplexity", *(f"{math.exp(mean_nats(of)):.2f}" for of in columns.values())))
+    return Table(caption, ("nats/token, KL to dense", *columns), rows)
 
 
-def task_rows(record: RecoveryRecord) -> Iterator[tuple[str, list[str]]]:
-    """Yield (task and metric, the cells of TASK_COLUMNS): scores and the gain, each with its standard error."""
-    found = record.tasks
+def recovery_task_table(record: RecoveryRecord) -> Table:
+    """Return every model's scores by task and metric, and the gain; no rows where no task was asked."""
+    rows, found = [], record.tasks
     for task, metrics in found.recovered.items() if found else ():
-        for metric, score in metrics.items():
+        for metric in metrics:
             assert found is not None
-            cells = [_score(found.dense[task][metric]), _score(found.pruned[task][metric]), _score(score)]
-            yield f"{task}, {metric.removesuffix(',none')}", [*cells, _score(found.gains[task][metric], sign="+")]
-
-
-def _score(score: Score, sign: str = "") -> str:
-    error = "" if score.error is None else f" ± {score.error:.3f}"
-    return f"{score.value:{sign}.3f}{error}"
+            scores = [of[task][metric].text() for of in (found.dense, found.pruned, found.recovered)]
+            rows.append((task_label(task, metric), *scores, found.gains[task][metric].text("+")))
+    return Table(
+        "score ± standard error; gain: recovered minus pruned", ("task", "dense", "pruned", "recovered", "gain"), rows
+    )
 
 
 def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
@@ -101,45 +84,37 @@ def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
         yield "note", note
 
 
-def cost_table(cost: Cost) -> Table:
+def cost_table(cost: Cost) -> Group:
     """Return what `--dry-run` shows."""
-    table = Table.grid(padding=(0, 2))
+    return terminal([], _cost_rows(cost))
+
+
+def _cost_rows(cost: Cost) -> Iterator[tuple[str, str]]:
     for part, flops in cost.flops.items():
         tokens = f"{cost.num_tokens:,} tokens, " if part == "training" else ""
         seconds = f", {cost.seconds[part]:,.0f} s at the speed of one step timed here" if cost.seconds else ""
-        table.add_row(part, f"{tokens}{flops:.3g} FLOPs{seconds}")
-    table.add_row("total", f"{sum(cost.flops.values()):.3g} FLOPs, {sum(cost.seconds.values()):,.0f} s")
-    table.add_row("held out", f"{cost.num_held_out_tokens:,} tokens, never trained on")
-    table.add_row("peak memory", f"about {human_bytes(cost.peak_bytes)} beyond the interpreter")
-    table.add_row("scratch on disk", f"{human_bytes(cost.scratch_bytes)} of checkpoints until the end")
-    return table
+        yield part, f"{tokens}{flops:.3g} FLOPs{seconds}"
+    yield "total", f"{sum(cost.flops.values()):.3g} FLOPs, {sum(cost.seconds.values()):,.0f} s"
+    yield "held out", f"{cost.num_held_out_tokens:,} tokens, never trained on"
+    yield "peak memory", f"about {human_bytes(cost.peak_bytes)} beyond the interpreter"
+    yield "scratch on disk", f"{human_bytes(cost.scratch_bytes)} of checkpoints until the end"
 
 
 def recovery_card(record: RecoveryRecord) -> str:
     """Return the model card's part on the recovery, in Markdown."""
-    columns = models(record)
+    tasks = recovery_task_table(record)
     lines = [
         "## Recovery",
         "",
-        f"{headline(record)}. The table shows held-out nats per token and KL to the dense model; figures elsewhere on "
-        "this card are of the model before recovery.",
+        f"{recovery_headline(record)}. The table shows held-out nats per token and KL to the dense model; figures "
+        "elsewhere on this card are of the model before recovery.",
         "",
-        "| | " + " | ".join(columns) + " |",
-        "|---|" + "---:|" * len(columns),
-        *(f"| {label} | " + " | ".join(cells) + " |" for label, cells in verdict_rows(record)),
+        *markdown(verdict_table(record)),
         "",
-        *_task_card(record),
+        *([*markdown(tasks), ""] if tasks.rows else []),
         f"- teacher: {record.teacher}",
     ]
     if record.command:
         lines.append(f"- command: `{record.command}`")
     lines += [f"- {label}: {text}" for label, text in cost_rows(record)]
     return "\n".join(lines) + "\n"
-
-
-def _task_card(record: RecoveryRecord) -> Iterator[str]:
-    if record.tasks is not None:
-        yield "| " + " | ".join(TASK_COLUMNS) + " |"
-        yield "|---|" + "---:|" * (len(TASK_COLUMNS) - 1)
-        yield from (f"| {label} | " + " | ".join(cells) + " |" for label, cells in task_rows(record))
-        yield ""

@@ -10,12 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from secateur.evaluate_differences import differences, metrics
+from secateur.evaluate_differences import task_changes
 from secateur.evaluate_parts import open_subject, task_parts
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks
+from secateur.measured import TaskScore, task_scores
 from secateur.progress import Progress
 from secateur.recover_recipe import TaskSettings
-from secateur.recover_record import Score, TaskScores
+from secateur.recover_record import TaskScores
 from secateur.store import Store
 
 PARTS_FOLDER = "tasks"
@@ -43,12 +44,11 @@ def score_tasks(
         subject = open_subject(which, place)
         found[which] = task_parts(store, subject, tokenizer, loaded, _options(settings), progress)
         subject.forget()
-    before, after = ({"domains": {}, "tasks": found[which]} for which in ("pruned", "recovered"))
-    gains = differences(before, after)["tasks"]
+    gains = task_changes(found["pruned"], found["recovered"])
     return TaskScores(
-        **{which: _scores(tasks["results"]) for which, tasks in found.items()},
+        **{which: task_scores(tasks["results"]) for which, tasks in found.items()},
         gains={
-            task: {metric: Score(gain["difference"], gain["standard_error"]) for metric, gain in by_metric.items()}
+            task: {metric: TaskScore(gain.difference, gain.standard_error) for metric, gain in by_metric.items()}
             for task, by_metric in gains.items()
         },
         sources=loaded.sources,
@@ -60,14 +60,3 @@ def score_tasks(
 
 def _options(settings: TaskSettings) -> TaskOptions:
     return TaskOptions(limit=settings.limit, batch_size=settings.batch_size)
-
-
-def _scores(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Score]]:
-    """Read the harness's results, whose keys are "metric,filter" and "metric_stderr,filter"."""
-    return {task: {metric: _score(of, metric) for metric in metrics(of)} for task, of in results.items()}
-
-
-def _score(results: dict[str, Any], metric: str) -> Score:
-    name, _, filter_name = metric.partition(",")
-    error = results.get(f"{name}_stderr,{filter_name}")
-    return Score(results[metric], error if isinstance(error, float) else None)

@@ -15,9 +15,10 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from secateur.progress import Progress
-from secateur.recover_judge import Judge, Verdicts, mean_kl, objective
+from secateur.recover_judge import Judge, objective
 from secateur.recover_loss import distillation_loss, teacher_log_p
 from secateur.recover_recipe import LogitSettings
+from secateur.recover_record import Verdicts, mean_kl
 from secateur.recover_text import Block
 
 STAGE = "recover"

@@ -19,19 +19,16 @@ from secateur.memory import peak_bytes
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe, load_recipe, parse_recipe
 from secateur.recover_guard import train_guarded
-from secateur.recover_job import RECIPE_FILE, cost_of, open_job, prepare
-from secateur.recover_judge import Verdicts
+from secateur.recover_job import RECIPE_FILE, changes_of, cost_of, open_job, prepare
 from secateur.recover_logits import TRAINER_FOLDER, Work
 from secateur.recover_output import last_lines, save_recovered, write_record
-from secateur.recover_record import RecoveryRecord, TaskScores, TrainingRecord
+from secateur.recover_record import RecoveryRecord, TaskScores, TrainingRecord, Verdicts
 from secateur.recover_sharded import wants_shards
 from secateur.recover_tasks import score_tasks, tasks_of
 from secateur.report import missing_plots, write_report
-from secateur.runlog import FILE_NAME as LOG_FILE
-from secateur.runlog import RunLog
+from secateur.runlog import LOG_FILE, RunLog
 from secateur.staged_directory import check_replaceable, staging
-from secateur.summary import FILE_NAME as SUMMARY_FILE
-from secateur.summary import versions
+from secateur.summary import RESULT_FILE, versions
 from secateur.verify import Verification, verify_reload
 
 VERIFY_TOKENS = 64
@@ -40,9 +37,10 @@ VERIFY_TOKENS = 64
 def recover(
     pruned: str | Path,
     teacher: str | Path,
-    changes: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | Path | str | None = None,
     *,
     out: str | Path,
+    tokens: int | None = None,
     overwrite: bool = False,
     command: str = "",
     name: str | None = None,
@@ -52,18 +50,22 @@ def recover(
 ) -> RecoveryRecord | None:
     """Train `pruned` to win back what pruning took from `teacher`, the dense model, and write it to `out`.
 
-    `changes`: over the recipe.yaml of `pruned`, whose domains, shares and seed are used; its key `recover` says how
-    and on how many tokens. `name`: what to call `pruned`. `tasks_data`: where rows of tasks are looked for
-    first. `tell` gets a line of text at every evaluation on the way, and what an interrupted run leaves behind.
+    `recipe`: keys, or a YAML file, over the recipe.yaml of `pruned`, whose domains, shares and seed are used; its key
+    `recover` says how, on how many tokens, and which tasks are asked before and after. `tokens`: to train on, all
+    domains together. `overwrite`: replace `out` if it is an earlier result. `command`: how to repeat the run, for the
+    model card. `name`: what to call `pruned`. `tasks_data`: a directory where rows of tasks are looked for first.
+    `progress`: called with (stage, done, total). `tell`: gets a line of text at every evaluation on the way, and what
+    an interrupted run leaves behind.
 
-    The result is never worse: where the held-out KL to the dense model did not fall the input weights are written, and
-    a note says so. Under torchrun or `accelerate launch` every process calls this, the first one writes, and the others
-    return None.
+    Returns the `RecoveryRecord` that recovery.json holds. The result is never worse: where the held-out KL to the dense
+    model did not fall, the input weights are written, and a note says so. Under torchrun or `accelerate launch` every
+    process calls this, the first one writes, and the others return None.
 
-    Raises a SecateurError, one sentence, for everything that a user can correct.
+    Raises a SecateurError, one sentence, for everything that a user can correct: RecipeError for the recipe and what
+    needs more than is there, CheckpointError for models that do not fit each other.
     """
     wants_shards()  # refuses what cannot be had before anything is read
-    candidates, recipe, settings = open_job(pruned, teacher, changes)
+    candidates, whole, settings = open_job(pruned, teacher, changes_of(recipe, tokens))
     loaded = tasks_of(settings.evaluation, tasks_data)
     path, is_main = Path(out), int(os.environ.get("RANK", "0")) == 0
     had_processes = _has_processes()
@@ -73,20 +75,20 @@ def recover(
     check_replaceable(path, overwrite=overwrite, protected=candidates.teacher.directory)
     target = staging(path, overwrite=overwrite, protected=source) if is_main else nullcontext()
     with target as directory:
-        work, log = prepare(candidates, recipe, settings, path, progress, tell, keep_log=is_main)
+        work, log = prepare(candidates, whole, settings, path, progress, tell, keep_log=is_main)
         with _left_behind(work, tell):
             with log.time("recover"):
                 before, training = train_guarded(work)
             _let_others_go(had_processes)
             if directory is not None:
                 with log.time("save"):
-                    save_recovered(work.pruned, candidates.tokenizer, _saved(source, recipe), source, directory)
+                    save_recovered(work.pruned, candidates.tokenizer, _saved(source, whole), source, directory)
                 with log.time("verify"):
                     proof = _verify(work, directory)
                 with log.time("tasks"):
                     scores = _score(work, loaded, {"dense": teacher, "pruned": pruned, "recovered": directory})
                 names = name or str(pruned), str(teacher), command
-                record = _record(names, recipe, work, log, before, training, proof, scores)
+                record = _record(names, whole, work, log, before, training, proof, scores)
                 _write(record, work, directory)
     if is_main:
         shutil.rmtree(work.directory)
@@ -178,7 +180,7 @@ def _write(record: RecoveryRecord, work: Work, directory: Path) -> None:
     curves = work.directory / TRAINER_FOLDER / "runs"  # what tensorboard reads, where report_to asks for it
     if curves.is_dir():
         shutil.copytree(curves, directory / "runs")
-    if not missing_plots() and (directory / SUMMARY_FILE).is_file():
+    if not missing_plots() and (directory / RESULT_FILE).is_file():
         write_report(directory)
 
 

@@ -29,7 +29,7 @@ from secateur.staged_file import check_file, staged_file
 from secateur.summary import Summary
 from secateur.tables import caveats, human_bytes, verdict
 
-FILE_NAME = "report.html"
+PAGE_FILE = "report.html"
 
 SECTIONS = (
     quality,
@@ -53,7 +53,7 @@ def missing_plots() -> tuple[str, ...]:
     """Return why no report can be made here, or nothing."""
     if importlib.util.find_spec("matplotlib") is not None:
         return ()
-    return (f"no {FILE_NAME}: its plots need matplotlib; run pip install 'secateur[report]', then secateur report.",)
+    return (f"no {PAGE_FILE}: its plots need matplotlib; run pip install 'secateur[report]', then secateur report.",)
 
 
 def write_report(directory: Path) -> Path:
@@ -66,7 +66,7 @@ def write_report(directory: Path) -> Path:
     """
     for reason in missing_plots():
         raise RecipeError(reason)
-    files, path = read_result(directory), directory / FILE_NAME
+    files, path = read_result(directory), directory / PAGE_FILE
     check_file(path, overwrite=True)
     page = render(report_page(files))
     with staged_file(path, overwrite=True) as staged:

@@ -6,12 +6,11 @@ In: a `ResultFiles` whose directory holds a recovery. Out: a section. Pure; the 
 import math
 from collections.abc import Sequence
 
-from secateur.evaluate_differences import PLOTTED_METRICS
 from secateur.page import KeyFigure, Section, Table
-from secateur.plots import Series, Text, curve_plot, dot_plot
-from secateur.recover_judge import mean_kl, won_back
-from secateur.recover_record import Score, TaskScores
-from secateur.recover_table import TASK_COLUMNS, cost_rows, headline, models, task_rows, verdict_rows
+from secateur.plots import Series, Text, dot_plot, line_plot
+from secateur.recover_record import mean_kl, won_back
+from secateur.recover_table import cost_rows, recovery_headline, recovery_task_table, verdict_table
+from secateur.report_evaluation import task_plots
 from secateur.result_files import ResultFiles, TrainingStep
 
 CURVE_POINTS = 60
@@ -21,17 +20,13 @@ def recovery(files: ResultFiles) -> Section:
     """What training after the cut won back."""
     record = files.recovery
     assert record is not None
-    columns = models(record)
     text = (
-        f"{headline(record)}. Teacher: {record.teacher}. Both models are judged on {record.num_held_out_tokens:,} "
-        "held-out tokens that nothing was trained on; a training after which the mean KL to the dense model is not "
-        "lower is undone. Figures elsewhere on this page are of the model before recovery, unless measured later.",
+        f"{recovery_headline(record)}. Teacher: {record.teacher}. Both models are judged on "
+        f"{record.num_held_out_tokens:,} held-out tokens that nothing was trained on; a training after which the mean "
+        "KL to the dense model is not lower is undone. Figures elsewhere on this page are of the model before "
+        "recovery, unless measured later.",
     )
-    table = Table(
-        "Held-out nats per token, KL to the dense model",
-        ("", *columns),
-        [(label, *cells) for label, cells in verdict_rows(record)],
-    )
+    table = verdict_table(record, "Held-out nats per token, KL to the dense model")
     costs = Table("Cost", (), list(cost_rows(record)), numbers=False)
     described = Text("recovery-plot", "Held-out KL by domain", "KL to the dense model, as in the table.")
     series = [
@@ -41,39 +36,16 @@ def recovery(files: ResultFiles) -> Section:
     plots = [dot_plot(described, list(record.before), series, "KL to the dense model, nats per token")]
     if files.training:
         plots.append(_curve(files.training, mean_kl(record.before)))
-    tables = [table]
-    if record.tasks is not None:
-        plots += _task_plot(record.tasks)
-        rows = [(label, *cells) for label, cells in task_rows(record)]
-        tables.append(Table("Score ± standard error; gain: recovered minus pruned", TASK_COLUMNS, rows))
+    tables, found = [table], record.tasks
+    if found is not None:
+        models = {
+            "dense": ("dense", found.dense),
+            "pruned": ("before", found.pruned),
+            "recovered": ("pruned", found.recovered),
+        }
+        plots += task_plots("recovery-tasks-plot", models)
+        tables.append(recovery_task_table(record))
     return Section("recovery", "Recovery", text, tuple(plots), (*tables, costs, _steps(files.training)))
-
-
-def _task_plot(found: TaskScores) -> list[str]:
-    plotted = _plotted_metrics(found.recovered)
-    if not plotted:
-        return []
-    series = []
-    for label, look, scores in (
-        ("dense", "dense", found.dense),
-        ("pruned", "before", found.pruned),
-        ("recovered", "pruned", found.recovered),
-    ):
-        shown = [scores[task][metric] for task, metric in plotted.items()]
-        errors = [(score.error or 0.0, score.error or 0.0) for score in shown]
-        series.append(Series(label, look, [score.value for score in shown], errors))
-    described = Text("recovery-tasks-plot", "Scores by task", "Bars are one standard error. The table has the numbers.")
-    return [dot_plot(described, list(plotted), series, "share right")]
-
-
-def _plotted_metrics(scores: dict[str, dict[str, Score]]) -> dict[str, str]:
-    """Return, of each task that has one, the metric that it is plotted by."""
-    return {
-        task: f"{metric},none"
-        for task, metrics in scores.items()
-        for metric in PLOTTED_METRICS
-        if f"{metric},none" in metrics
-    }
 
 
 def recovery_figures(files: ResultFiles) -> list[KeyFigure]:
@@ -96,9 +68,8 @@ def _curve(steps: Sequence[TrainingStep], before: float) -> str:
         "Training loss",
         f"Means of neighbouring steps over trained tokens. The held-out KL before was {before:.4f}.",
     )
-    return curve_plot(
-        described, [float(m.tokens) for m in means], [m.loss for m in means], "trained tokens", "loss, nats"
-    )
+    series = [Series("loss", "pruned", [mean.loss for mean in means])]
+    return line_plot(described, [mean.tokens for mean in means], series, "trained tokens", "loss, nats")
 
 
 def _steps(steps: Sequence[TrainingStep]) -> Table:

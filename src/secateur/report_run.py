@@ -9,17 +9,7 @@ from collections.abc import Sequence
 
 from secateur.overlap import NGRAM_TOKENS
 from secateur.page import Section, Table
-from secateur.plots import (
-    LayerCounts,
-    LayerErrors,
-    LayerSpread,
-    Series,
-    Text,
-    error_plot,
-    round_plot,
-    spread_plot,
-    width_plot,
-)
+from secateur.plots import Series, Text, error_plot, line_plot, spread_plot, width_plot
 from secateur.recipe import Domain
 from secateur.result_files import GroupStep, ResultFiles, RoundEnd
 from secateur.tables import note_rows, overlap_cell
@@ -67,17 +57,15 @@ def depth(files: ResultFiles) -> Section:
 def widths(files: ResultFiles) -> Section:
     """Units that every layer had and kept."""
     groups = _counts(files.steps)
-    shares = ", ".join(f"{sum(g.kept) / sum(g.before):.1%} of {g.group}" for g in groups)
+    sums = {group: [sum(column) for column in zip(*units.values(), strict=True)] for group, units in groups.items()}
+    shares = ", ".join(f"{kept / before:.1%} of {group}" for group, (before, kept) in sums.items())
     described = Text("widths-plot", "Kept units by layer", f"A bar per layer; kept: {shares}.")
     # Layers may differ in the groups that they have: experts in some, an MLP in others.
-    cells = {
-        (layer, group.group): f"{before:,} → {kept:,}"
-        for group in groups
-        for layer, before, kept in zip(group.layers, group.before, group.kept, strict=True)
-    }
-    layers = sorted({layer for layer, _ in cells})
-    rows = [(f"layer {layer}", *(cells.get((layer, group.group), "") for group in groups)) for layer in layers]
-    table = Table("Units by layer, before → kept", ("", *(group.group for group in groups)), rows, folded=True)
+    rows = []
+    for layer in sorted({layer for units in groups.values() for layer in units}):
+        cells = ["{:,} → {:,}".format(*units[layer]) if layer in units else "" for units in groups.values()]
+        rows.append((f"layer {layer}", *cells))
+    table = Table("Units by layer, before → kept", ("", *groups), rows, folded=True)
     return Section(
         "widths", "Kept width by layer", (f"Kept: {shares} units.",), (width_plot(described, groups),), (table,)
     )
@@ -87,7 +75,7 @@ def scores(files: ResultFiles) -> Section:
     """How scores spread within each layer."""
     steps = [step for step in _last_round(files.steps) if step.score_quantiles]
     by_group = _by_group(steps)
-    spreads = [LayerSpread(g, [s.layer for s in of], [s.score_quantiles for s in of]) for g, of in by_group.items()]
+    spreads = {group: {step.layer: step.score_quantiles for step in of} for group, of in by_group.items()}
     is_obs = files.recipe.score == "obs" and set(by_group) != {EXPERTS}
     text = [OBS_TEXT if is_obs else SCORE_TEXT, f"Score: {files.recipe.score}."]
     if files.recipe.score == "obs" and EXPERTS in by_group:
@@ -110,7 +98,10 @@ def compensation(files: ResultFiles) -> Section:
     title = "Error before and after compensation"
     if not steps:
         return Section("compensation", title, ("The last round removed no units.",))
-    errors = [_layer_errors(group, of) for group, of in _by_group(steps).items()]
+    errors = {
+        group: {step.layer: (_percent(step.error_before), _percent(step.error_after)) for step in of}
+        for group, of in _by_group(steps).items()
+    }
     before, after = _mean_errors(steps)
     text = (
         f"What the cut changes in a layer's output on held-out text, as a share of the output's energy: {before:.1f}% "
@@ -145,7 +136,7 @@ def rounds(files: ResultFiles) -> Section:
     described = Text("rounds-plot", "Held-out error by round", "Means over layers and domains, as in the table.")
     before, after = zip(*errors, strict=True)
     series = [Series("before compensation", "before", before), Series("after", "pruned", after)]
-    plot = round_plot(described, numbers, series, "% of output energy")
+    plot = line_plot(described, numbers, series, "round", "% of output energy")
     return Section("rounds", "Rounds", (f"{len(numbers)} rounds, each measured anew.",), (plot,), (table,))
 
 
@@ -197,14 +188,13 @@ def recipe(files: ResultFiles) -> Section:
     return Section("recipe", "Recipe", ("Resolved: every default filled in.",), code=files.recipe_text.strip())
 
 
-def _counts(steps: Sequence[GroupStep]) -> list[LayerCounts]:
-    before = _by_group([step for step in steps if step.round == 1])
-    return [
-        LayerCounts(
-            group, [step.layer for step in last], [step.total for step in before[group]], [step.kept for step in last]
-        )
+def _counts(steps: Sequence[GroupStep]) -> dict[str, dict[int, tuple[int, int]]]:
+    """Return units before and kept, by group and layer."""
+    before = {(step.group, step.layer): step.total for step in steps if step.round == 1}
+    return {
+        group: {step.layer: (before[group, step.layer], step.kept) for step in last}
         for group, last in _by_group(_last_round(steps)).items()
-    ]
+    }
 
 
 def _last_round(steps: Sequence[GroupStep]) -> list[GroupStep]:
@@ -217,11 +207,6 @@ def _by_group(steps: Sequence[GroupStep]) -> dict[str, list[GroupStep]]:
     for step in sorted(steps, key=lambda step: step.layer):
         groups.setdefault(step.group, []).append(step)
     return groups
-
-
-def _layer_errors(group: str, steps: Sequence[GroupStep]) -> LayerErrors:
-    before, after = [_percent(s.error_before) for s in steps], [_percent(s.error_after) for s in steps]
-    return LayerErrors(group, [step.layer for step in steps], before, after)
 
 
 def _mean_errors(steps: Sequence[GroupStep]) -> tuple[float, float]:

@@ -5,20 +5,16 @@ In: a directory. Out: a frozen `ResultFiles`. Weights are not read.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from secateur import runlog, summary
-from secateur.benchmark import BenchResult
 from secateur.errors import CheckpointError
-from secateur.evaluate_domains import Quality
 from secateur.json_file import Kind, parse_json
-from secateur.kl import Divergence
+from secateur.measured import BENCH_FILE, EVALUATION_FILE, BenchResult, Evaluation
 from secateur.recipe import Recipe, load_recipe, parse_recipe
-from secateur.recover_record import FILE_NAME as RECOVERY_FILE
-from secateur.recover_record import RecoveryRecord
-from secateur.summary import Summary
+from secateur.recover_record import RECOVERY_FILE, RecoveryRecord
+from secateur.runlog import LOG_FILE
+from secateur.summary import RESULT_FILE, Summary
 
-RECIPE_FILE, BENCH_FILE, EVALUATION_FILE = "recipe.yaml", "bench.json", "evaluation.json"
+RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,32 +73,6 @@ class TrainingStep:
 
 
 @dataclass(frozen=True, slots=True)
-class TaskResults:
-    """lm-evaluation-harness's own mapping: task -> "metric,filter" -> value."""
-
-    results: dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What `secateur evaluate` measured of one model."""
-
-    domains: dict[str, Quality]
-    wikitext2: Quality | None = None
-    tasks: TaskResults | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """`evaluation.json`, as far as a report tells of it."""
-
-    pruned: Measured
-    dense: Measured | None = None
-    kl: dict[str, Divergence] | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class ResultFiles:
     """Everything that a report tells of one run. `steps`: of rounds that held; `rounds`: none where nothing watched."""
 
@@ -120,7 +90,7 @@ class ResultFiles:
 
 def read_result(directory: Path) -> ResultFiles:
     """Read a result directory. Raises CheckpointError or RecipeError for what is missing or unreadable."""
-    found = Summary.from_json(_read(directory, summary.FILE_NAME), str(directory / summary.FILE_NAME))
+    found = Summary.from_json(_read(directory, RESULT_FILE), str(directory / RESULT_FILE))
     recipe_text = _read(directory, RECIPE_FILE)
     recipe = parse_recipe(load_recipe(directory / RECIPE_FILE), f"recipe {directory / RECIPE_FILE}")
     evaluation = _added(Evaluation, directory, EVALUATION_FILE)
@@ -145,8 +115,8 @@ class _Line:
 
 
 def _events(directory: Path, event: str, kind: type[Kind]) -> tuple[Kind, ...]:
-    where = str(directory / runlog.FILE_NAME)
-    lines = _read(directory, runlog.FILE_NAME).splitlines()
+    where = str(directory / LOG_FILE)
+    lines = _read(directory, LOG_FILE).splitlines()
     return tuple(parse_json(kind, line, where) for line in lines if parse_json(_Line, line, where).event == event)
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-FILE_NAME = "run.jsonl"
+LOG_FILE = "run.jsonl"
 
 
 class RunLog:
@@ -16,11 +16,11 @@ class RunLog:
     def __init__(self, directory: Path | None = None) -> None:
         self.lines: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
-        self._path = None if directory is None else directory / FILE_NAME
+        self._path = None if directory is None else directory / LOG_FILE
 
     def append_to(self, directory: Path) -> None:
         """From now on write to the directory's `run.jsonl` too."""
-        self._path = directory / FILE_NAME
+        self._path = directory / LOG_FILE
 
     def write(self, line: dict[str, Any]) -> None:
         """Add one line."""

@@ -6,7 +6,6 @@ number of GPUs; KV heads divide by it or it by them; every width that is split d
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from secateur.arch_spec import load_specs
 from secateur.errors import RecipeError, advice
@@ -14,16 +13,6 @@ from secateur.errors import RecipeError, advice
 VLLM, LLAMA_CPP = "vllm", "llama.cpp"
 SERVERS = (VLLM, LLAMA_CPP)
 QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What a check found. `problems` keep the server from loading the model, `cautions` were not settled."""
-
-    server: str
-    num_gpus: int
-    problems: tuple[str, ...]
-    cautions: tuple[str, ...]
 
 
 def check_server(server: str, num_gpus: int) -> None:
@@ -44,10 +33,11 @@ def check_vllm(
     widths: Mapping[str, frozenset[int]],
     *,
     heads_follow_hidden_size: bool = True,
-) -> Serving:
-    """Return what vLLM's rules say. `widths`: by config key, all values that layers have of it.
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what keeps vLLM from loading the model, by its rules, and what they do not settle.
 
-    `heads_follow_hidden_size`: head_dim is hidden_size / heads, as it is until heads are cut.
+    `widths`: by config key, all values that layers have of it. `heads_follow_hidden_size`: head_dim is
+    hidden_size / heads, as it is until heads are cut.
     """
     problems = [
         f"{key} differs by layer ({min(values)} to {max(values)}), and vLLM builds all layers alike"
@@ -70,7 +60,7 @@ def check_vllm(
             f"heads were cut, and vLLM's {family} was not found to read head_dim from the config; if it divides "
             f"hidden_size by the number of heads, it cannot load this"
         )
-    return Serving(VLLM, num_gpus, tuple(problems), tuple(cautions))
+    return tuple(problems), tuple(cautions)
 
 
 def _is_split(key: str) -> bool:

@@ -5,7 +5,6 @@ In: figures of each stage. Out: frozen dataclasses that go to JSON and back. No 
 
 import dataclasses
 import importlib.metadata
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 
 from secateur.arch import Group
-from secateur.json_file import parse_json
+from secateur.json_file import Record
 from secateur.loss import Loss, geometric_mean_perplexity
 from secateur.plugins import plugin_packages
 from secateur.prices import Outcome
 
-FILE_NAME = "result.json"
+RESULT_FILE = "result.json"
 
 Losses = dict[str, Loss]
 
@@ -55,7 +54,7 @@ class CalibrationFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(Record):
     """Everything a run can say about itself in numbers.
 
     `remove_asked` is a share of what the recipe's target counts, see `outcome`; `remove_reached` of all parameters.
@@ -84,18 +83,10 @@ class Summary:
     device: str = "cpu"
     device_peak_bytes: int | None = None  # allocated there, where torch counts it
 
-    def to_json(self) -> str:
-        """Return the summary as indented JSON, with derived perplexities beside the losses."""
-        data = dataclasses.asdict(self)
-        data["geometric_mean_perplexity"] = {
-            name: geometric_mean_perplexity(losses) for name, losses in self.losses_by_name().items()
-        }
-        return json.dumps(data, indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, where: str = FILE_NAME) -> "Summary":
-        """Return the summary that `to_json` wrote. Raises CheckpointError, naming `where`, if it did not."""
-        return parse_json(cls, text, where)
+    def plain(self) -> dict[str, Any]:
+        """Return the fields as a mapping, with derived perplexities beside the losses."""
+        perplexities = {name: geometric_mean_perplexity(losses) for name, losses in self.losses_by_name().items()}
+        return {**dataclasses.asdict(self), "geometric_mean_perplexity": perplexities}
 
     @property
     def has_layers_of_different_widths(self) -> bool:

@@ -7,9 +7,10 @@ same bytes. Colours stand for roles; the page's style sheet says what they look 
 import io
 import re
 import warnings
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,8 +55,15 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": LINE,
     "ytick.labelcolor": INK,
 }
-_SVG = "{http://www.w3.org/2000/svg}"
-_LINK = "{http://www.w3.org/1999/xlink}href"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What a plot is called. `name`: letters and hyphens, unique in the page, for its ids. The rest is read out."""
+
+    name: str
+    title: str
+    description: str
 
 
 @contextmanager
@@ -69,43 +77,27 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def to_svg(figure: "Figure", name: str, title: str, description: str) -> str:
-    """Return the figure as an SVG element. `name`: letters and hyphens, unique in the page; all ids begin with it."""
+def to_svg(figure: "Figure", text: Text) -> str:
+    """Return the figure as an SVG element.
+
+    It is part of the page and no `<img>`, which would know neither the page's colours nor its font.
+    """
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    root = ElementTree.fromstring(stream.getvalue())
-    for child in [child for child in root if _is_of_the_file(child)]:
-        root.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.removeprefix(_SVG)
-        element.attrib = {_key(key): _value(key, value, name) for key, value in element.attrib.items()}
-    for key in ("width", "height", "version"):
-        del root.attrib[key]
-    root.attrib |= {
-        "role": "img",
-        "aria-labelledby": f"{name}-title {name}-desc",
-        "style": "stroke-linejoin: round; stroke-linecap: butt; fill: currentColor",
-    }
-    for tag, text in (("desc", description), ("title", title)):
-        element = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
-        element.text = text
-        root.insert(0, element)
-    svg = ElementTree.tostring(root, encoding="unicode")
-    return re.sub("|".join(_PAGE_COLOURS), lambda found: _PAGE_COLOURS[found[0]], svg)
+    figure.savefig(
+        stream, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
+    _, _, inside = re.sub("<!--.*?-->", "", stream.getvalue(), flags=re.DOTALL).partition("<svg ")
+    attributes, _, inside = inside.partition(">")
+    _, _, inside = inside.partition("</defs>")  # a style sheet, which would reach the whole page
+    inside = re.sub("<[^>]+>", lambda tag: _of_the_page(tag[0], text.name), inside)
+    box = re.findall(r'viewBox="[^"]*"', attributes)[0]
+    label = f'role="img" aria-labelledby="{text.name}-title {text.name}-desc"'
+    said = f'<title id="{text.name}-title">{escape(text.title)}</title>'
+    said += f'<desc id="{text.name}-desc">{escape(text.description)}</desc>'
+    return f"<svg {box} {label}>{said}{inside.strip()}"
 
 
-def _is_of_the_file(child: ElementTree.Element) -> bool:
-    """Metadata, and a style sheet that would reach the whole page."""
-    return child.tag == f"{_SVG}metadata" or child.find(f"{_SVG}style") is not None
-
-
-def _key(key: str) -> str:
-    return "href" if key == _LINK else key
-
-
-def _value(key: str, value: str, name: str) -> str:
-    if key == "id":
-        return f"{name}-{value}"
-    if key == _LINK:
-        return value.replace("#", f"#{name}-", 1)
-    return value.replace("url(#", f"url(#{name}-")
+def _of_the_page(tag: str, name: str) -> str:
+    """Return a tag with ids that are unique in the page, and the page's colours."""
+    tag = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", tag)
+    return re.sub("|".join(_PAGE_COLOURS), lambda found: _PAGE_COLOURS[found[0]], tag)

@@ -1,40 +1,60 @@
-"""Numbers for people: the terminal's tables. In: a `Summary` or an `Inspection`. Out: rich renderables."""
+"""Numbers for people: the rows of every table, made once, and their forms for the terminal and in Markdown.
+
+In: a `Summary`, an `Inspection`, or any `Table`. Out: rows of text, a rich renderable, Markdown. The page has the same
+tables as HTML.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from rich.box import SIMPLE_HEAD
+from rich import table as rich_table
+from rich.box import HEAVY_HEAD, SIMPLE_HEAD, Box
 from rich.console import Group
-from rich.table import Table
 
-from secateur.inspection import Inspection
+from secateur.inspect_record import Inspection
 from secateur.loss import geometric_mean_perplexity
 from secateur.overlap import NGRAM_TOKENS
-from secateur.serving import VLLM
+from secateur.page import Table
 from secateur.summary import Summary
 
 # A reader is warned of a share of n-grams above this.
 MUCH_OVERLAP = 0.1
 
 
+def terminal(tables: Iterable[Table], notes: Iterable[tuple[str, ...]] = (), box: Box = HEAVY_HEAD) -> Group:
+    """Return the tables that have rows, and the notes below them, for a terminal."""
+    shown = []
+    for table in (table for table in tables if table.rows):
+        made = rich_table.Table(
+            title=table.caption or None, title_justify="left", title_style="bold", box=box, pad_edge=box is HEAVY_HEAD
+        )
+        for name in table.header:
+            made.add_column(name, justify="right" if made.columns else "left", overflow="fold")
+        for row in table.rows:
+            made.add_row(*row)
+        shown.append(made)
+    grid = rich_table.Table.grid(padding=(0, 2))
+    for note in notes:
+        grid.add_row(*note)
+    return Group(*shown, grid)
+
+
+def markdown(table: Table) -> list[str]:
+    """Return the table's lines in Markdown, without its caption."""
+    rule = "|---|" + "---:|" * (len(table.header) - 1)
+    return ["| " + " | ".join(table.header) + " |", rule, *("| " + " | ".join(row) + " |" for row in table.rows)]
+
+
 def summary_table(summary: Summary) -> Group:
     """Return the one table that a run ends with: quality by domain and size, dense against pruned."""
-    columns = list(summary.losses_by_name())
-    names = columns or ["dense", "pruned"]
-    table = Table(title=f"{summary.model}: {headline(summary)}", title_justify="left", title_style="bold")
-    table.add_column("nats/token (perplexity)" if columns else "", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for label, cells in loss_rows(summary):
-        table.add_row(label, *cells)
-    if columns:
-        table.add_section()
-    for label, dense, pruned in figure_rows(summary):
-        table.add_row(label, dense, pruned)
-    notes = Table.grid(padding=(0, 2))
-    for label, text in note_rows(summary):
-        notes.add_row(label, text)
-    return Group(table, notes)
+    caption = f"{summary.model}: {headline(summary)}"
+    return terminal([quality_and_size(summary, caption)], note_rows(summary))
+
+
+def quality_and_size(summary: Summary, caption: str = "") -> Table:
+    """Return quality by domain, where it was measured, and sizes and widths: dense against pruned."""
+    header = ("held-out nats/token (perplexity)" if summary.dense_losses else "", "dense", "pruned")
+    return Table(caption, header, [*loss_rows(summary), *figure_rows(summary)])
 
 
 def headline(summary: Summary) -> str:
@@ -76,7 +96,7 @@ def caveats(summary: Summary) -> list[str]:
     return found
 
 
-def loss_rows(summary: Summary, *, errors: bool = False) -> Iterator[tuple[str, list[str]]]:
+def loss_rows(summary: Summary, *, errors: bool = False) -> Iterator[tuple[str, ...]]:
     """Yield (label, cell per evaluated model): held-out nats per token and perplexity, domain by domain.
 
     `errors`: with the standard error of the nats per token, which one block alone does not have.
@@ -85,10 +105,10 @@ def loss_rows(summary: Summary, *, errors: bool = False) -> Iterator[tuple[str, 
     for domain in summary.dense_losses:
         losses = [by_name[name][domain] for name in by_name]
         pluses = [plus_minus(x.standard_error) if errors else "" for x in losses]
-        yield domain, [f"{x.nats_per_token:.3f}{p} ({x.perplexity:.2f})" for x, p in zip(losses, pluses, strict=True)]
+        yield domain, *(f"{x.nats_per_token:.3f}{p} ({x.perplexity:.2f})" for x, p in zip(losses, pluses, strict=True))
     if by_name:
         means = [sum(x.nats_per_token for x in losses.values()) / len(losses) for losses in by_name.values()]
-        yield "mean (geometric mean)", [f"{mean:.3f} ({math.exp(mean):.2f})" for mean in means]
+        yield "mean (geometric mean)", *(f"{mean:.3f} ({math.exp(mean):.2f})" for mean in means)
 
 
 def plus_minus(standard_error: float) -> str:
@@ -137,20 +157,15 @@ def overlap_cell(share: float | None) -> str:
 
 def inspection_table(inspection: Inspection) -> Group:
     """Return what `secateur inspect` shows."""
-    size = inspection.size
-    title = f"{inspection.model}: family {inspection.family}, {size.num_params:,} parameters, {inspection.dtype}"
-    # Plain rules between columns, so that a 70B model's numbers fit a terminal of 80.
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("group (unit)", "layers", "units", "after", "per unit", "parameters", "share"):
-        table.add_column(column, justify="left" if column == "group (unit)" else "right", no_wrap=True)
+    size, rows = inspection.size, []
     for group in inspection.groups:
         numbers = (group.num_layers, group.num_units, group.num_keep, group.params_per_unit, group.num_params)
         share = f"{group.num_params / size.num_params:.1%}"
-        table.add_row(f"{group.name} ({group.unit})", *(f"{number:,}" for number in numbers), share)
-    notes = Table.grid(padding=(0, 2))
-    for label, text in _inspection_notes(inspection):
-        notes.add_row(label, text)
-    return Group(table, notes)
+        rows.append((f"{group.name} ({group.unit})", *(f"{number:,}" for number in numbers), share))
+    caption = f"{inspection.model}: family {inspection.family}, {size.num_params:,} parameters, {inspection.dtype}"
+    header = ("group (unit)", "layers", "units", "after", "per unit", "parameters", "share")
+    # Plain rules between columns, so that a 70B model's numbers fit a terminal of 80.
+    return terminal([Table(caption, header, rows)], _inspection_notes(inspection), SIMPLE_HEAD)
 
 
 def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
@@ -202,9 +217,7 @@ def _groups_and_server(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "cannot go", f"{name}: {reason}"
     if inspection.serving is not None:
         serving = inspection.serving
-        gpus = f" on {serving.num_gpus} GPU{'s' if serving.num_gpus > 1 else ''}"
-        where = serving.server + (gpus if serving.server == VLLM else "")
-        yield "serving", f"{where}: {'; '.join(serving.problems) or 'nothing stands against the result'}"
+        yield "serving", f"{serving.where}: {'; '.join(serving.problems) or 'nothing stands against the result'}"
         yield "", "; ".join(serving.cautions)
 
 

@@ -5,7 +5,6 @@ the device multiplies matrices of such sizes now; bytes. Text and the reload che
 """
 
 import time
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,29 +14,12 @@ from secateur.depth_choice import LAYERS_AT_ONCE
 from secateur.device import float64_device
 from secateur.estimate import HELD_OUT_FACTOR, MemoryPlan
 from secateur.gram import NUM_BLOCKS, exact_product_precision
+from secateur.inspect_record import Work
 from secateur.resolve import Resolved
 from secateur.resolve_depth import TOKENS_PER_INPUT
 
 # Products that are timed: as many rows as a batch has tokens, and not more than a fraction of a second of them.
 ROWS, MOST_WIDTH, REPEATS = 512, 2048, 3
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Operations (an addition and a multiplication are two), or the seconds that they take.
-
-    `forward`: passes through layers and head, in the model's dtype. `gram`: products of statistics, in float32.
-    `solve`: inverses, updates and least squares, in float64.
-    """
-
-    forward: float
-    gram: float
-    solve: float
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return self.forward + self.gram + self.solve
 
 
 def work_of(arch: Arch, resolved: Resolved, num_params: int) -> Work:

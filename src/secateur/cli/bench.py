@@ -8,8 +8,6 @@ import typer
 from secateur.cli.app import CONSOLE, Json, Model, Quiet, app
 from secateur.progress_bar import progress_bar
 
-FILE_NAME = "bench.json"
-
 
 @app.command(epilog="Example: secateur bench smaller --against Qwen/Qwen2.5-0.5B --prompt-tokens 512")
 def bench(
@@ -29,20 +27,17 @@ def bench(
 ) -> None:
     """Time MODEL, in turns with DENSE, and hold the speed-up to what its size allows at best."""
     from secateur.bench_tables import bench_table
-    from secateur.benchmark import Settings, benchmark
-    from secateur.ideal import Workload
-    from secateur.staged_file import staged_file
+    from secateur.benchmark import bench as bench_model
+    from secateur.measured import BENCH_FILE
 
-    workload, settings = Workload(batch, prompt_tokens, new_tokens, repeats), Settings(engine, device, compiled)
+    workload = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
     with progress_bar(enabled=not (quiet or as_json)) as progress:
-        result = benchmark(model, against, workload=workload, settings=settings, progress=progress)
+        result = bench_model(
+            model, against, **workload, device=device, compiled=compiled, engine=engine, progress=progress
+        )
     if as_json:
         print(result.to_json(), end="")
-    else:
-        CONSOLE.print(bench_table(result))
-    if not Path(model).is_dir():  # a hub id, whose cache is not ours to write in
         return
-    with staged_file(Path(model, FILE_NAME), overwrite=True) as staged:
-        staged.write_text(result.to_json(), encoding="utf-8")
-    if not as_json:
-        CONSOLE.print(f"Written to {Path(model, FILE_NAME)}.")
+    CONSOLE.print(bench_table(result))
+    if Path(model).is_dir():
+        CONSOLE.print(f"Written to {Path(model, BENCH_FILE)}.")

@@ -1,6 +1,5 @@
 """The command `evaluate`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -59,29 +58,33 @@ def evaluate(
     names = task_names(tasks, tasks_data)
 
     # Imported here so that --help and option errors do not wait for torch.
-    from secateur.evaluate import Settings
     from secateur.evaluate import evaluate as evaluate_model
     from secateur.evaluate_table import evaluation_table
-    from secateur.evaluate_tasks import TaskOptions
     from secateur.ranks import is_first
 
-    settings = Settings(
-        domains=domains,
-        num_blocks=num_blocks,
-        sequence_length=sequence_length,
-        wikitext2=wikitext2,
-        wikitext2_length=wikitext2_length,
-        tasks=names,
-        task_options=TaskOptions(limit, num_fewshot, batch_size),
-        tasks_data=tasks_data,
-        device=device,
-    )
     with progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
-        result = evaluate_model(model, settings, against=against, out=out, progress=progress, tell=tell)
+        result = evaluate_model(
+            model,
+            against,
+            domains=domains,
+            num_blocks=num_blocks,
+            sequence_length=sequence_length,
+            wikitext2=wikitext2,
+            wikitext2_length=wikitext2_length,
+            tasks=names,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            tasks_data=tasks_data,
+            device=device,
+            out=out,
+            progress=progress,
+            tell=tell,
+        )
     if not is_first():
         return
     if as_json:
-        print(json.dumps(result, indent=2))
+        print(result.to_json(), end="")
         return
     CONSOLE.print(evaluation_table(result))
     CONSOLE.print(f"Written to {(out or Path(model)) / 'evaluation.json'}.", soft_wrap=True)

@@ -1,7 +1,5 @@
 """The command `export`."""
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +45,7 @@ def export(
             model, file, format=name, type_name=type_name, check=check, overwrite=overwrite, progress=progress
         )
     if as_json:
-        print(json.dumps(dataclasses.asdict(done), indent=2))
+        print(done.to_json(), end="")
         return
     context = "" if done.context_length is None else f", context {done.context_length:,}"
     CONSOLE.print(f"Written to {file}: {done.type_name}, {human_bytes(done.num_bytes)}{context}.")

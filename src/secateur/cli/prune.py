@@ -78,7 +78,7 @@ def inspect(
 
     asked = _recipe(recipe, preset, remove, None, memory_budget=memory_budget)
     with progress_bar(enabled=not as_json) as progress:
-        found = inspect_model(model, asked, progress, server=server, num_gpus=num_gpus)
+        found = inspect_model(model, asked, check_for=server, tp=num_gpus, progress=progress)
     if as_json:
         print(found.to_json(), end="")
     else:

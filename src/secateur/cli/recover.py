@@ -1,7 +1,5 @@
 """The command `recover`."""
 
-import dataclasses
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -56,20 +54,20 @@ def recover(
         raise RecipeError("--out: is missing; say where to write the recovered model.")
     with progress_bar(enabled=not (quiet or as_json)) as progress:
         if out is None or dry_run:
-            cost = predict(pruned, teacher, changes, progress)
-            shown, plain = cost_table(cost), json.dumps(dataclasses.asdict(cost), indent=2)
+            found = predict(pruned, teacher, changes, progress)
+            shown = cost_table(found)
         else:
             options = {
                 "command": shlex.join(["secateur", *sys.argv[1:]]),
                 "tell": _silent if quiet or as_json else _tell,
                 "tasks_data": tasks_data,
             }
-            record = recover_model(pruned, teacher, changes, out=out, overwrite=overwrite, progress=progress, **options)
-            if record is None:  # another process of a distributed run writes and tells
+            found = recover_model(pruned, teacher, changes, out=out, overwrite=overwrite, progress=progress, **options)
+            if found is None:  # another process of a distributed run writes and tells
                 return
-            shown, plain = recovery_table(record), record.to_json().rstrip()
+            shown = recovery_table(found)
     if as_json:
-        print(plain)
+        print(found.to_json(), end="")
         return
     CONSOLE.print(shown)
     if not dry_run:
