@@ -14,16 +14,14 @@ import pytest
 import torch
 import typer.main
 import yaml
-from models import tiny_ids, tiny_llama, tiny_qwen2
+from models import opened, tiny_ids, tiny_llama, tiny_qwen2
 from run_cli import Outcome, run_cli
 from safetensors.torch import load_file
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from secateur.arch import bind
 from secateur.calibration import build_calibration
 from secateur.cli import app, main
-from secateur.prices import prices_of
 from secateur.recipe import Recipe, parse_recipe
 from secateur.resolve import resolve
 from secateur.summary import Size
@@ -66,8 +64,7 @@ def write_recipe(path: Path, recipe: dict[str, Any], **changes: Any) -> Path:
 
 
 def resolved_for(model: Any, asked: Recipe) -> Recipe:
-    arch = bind(model)
-    return resolve(asked, arch, model.config, prices_of(asked, arch, model)).recipe
+    return resolve(opened(model, asked)).recipe
 
 
 @pytest.fixture(scope="module")

@@ -35,18 +35,21 @@ LAYERS = [
     "ideal resolve_depth resolve_experts recover_judge",
     "prices",
     # stages that are made of others
-    "obs compensate measure taylor domain_weights calibration checkpoint resolve summary "
+    "obs compensate measure taylor domain_weights calibration checkpoint summary "
     "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global level_database recover_record",
     "fingerprint depth gguf_rules expert_stacks",
     "checkpoint_tokenizer expert_refit gguf_parts",
+    "opening",
+    "resolve",
     "experts ranks_check calibration_sampled calibration_facts repair depth_choice "
     "estimate bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",
-    "opening work inspection_groups latency probe original_readers recover_text resume",
+    "work inspection_groups probe recover_text resume",
     "profile budget_search recover_trainer recover_sharded",
     "recover_logits",
     "recover_job recover_guard",
-    "expert_channels run selection inspection gguf_tensors evaluate_differences evaluate_parts",
-    "group_step round_plan safety_net pruned_checkpoint",
+    "expert_channels run selection gguf_tensors evaluate_differences evaluate_parts",
+    "group_step round_plan safety_net pruned_checkpoint latency",
+    "inspection",
     # what people read, and the other outputs
     "recover_tasks depth_step loop tables gguf_export evaluate",
     "card benchmark export compare recover_table evaluate_table",
@@ -55,8 +58,9 @@ LAYERS = [
     "report",
     # the whole job, and the ways to start it
     "recovering",
-    "job prune_recover",
+    "preparation run_result",
     "pruning",
+    "api",
     "secateur",
     "cli.app cli.launched",
     "cli.*",
@@ -85,8 +89,8 @@ STAGES_MAY_IMPORT = {"arch", "device", "errors", "memory", "progress", "ranks"}
 HUGGING_FACE = {"transformers", "datasets", "huggingface_hub"}
 HUGGING_FACE_ALLOWED = (
     "checkpoint*", "output", "calibration*", "sources", "evaluate*", "bench*", "compare", "ideal", "gguf_*",
-    "in_memory", "pruning", "opening", "ranks_check", "job", "loop", "run", "pruned_checkpoint", "on_disk",
-    "reload_child", "modeling_per_layer", "per_layer", "propose", "recover*", "prune_recover",
+    "in_memory", "api", "pruning", "run_result", "opening", "ranks_check", "loop", "run", "pruned_checkpoint",
+    "on_disk", "reload_child", "modeling_per_layer", "per_layer", "propose", "recover*",
 )  # fmt: skip
 ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "matplotlib", "gguf", "pyarrow", "datasets", "llama_cpp"}
 

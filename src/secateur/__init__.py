@@ -18,8 +18,8 @@ from secateur.errors import (
 from secateur.recipe import Calibration, Domain, Recipe
 
 if TYPE_CHECKING:
+    from secateur.api import Result, prune
     from secateur.checkpoint import load
-    from secateur.pruning import Result, prune
     from secateur.recovering import recover
 
 __all__ = [
@@ -41,9 +41,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in ("Result", "prune"):
-        from secateur import pruning
+        from secateur import api
 
-        return getattr(pruning, name)
+        return getattr(api, name)
     if name == "recover":
         from secateur import recovering
 
