@@ -65,17 +65,6 @@ class MemoryPlan:
     budget_bytes: int | None = None
     in_float32: bool = False
 
-    def notes(self, opened: Opened) -> tuple[str, ...]:
-        """Return what people should know of it."""
-        lines: tuple[str, ...] = ()
-        if self.one_layer_at_a_time and self.budget_bytes is not None:
-            gigabytes = f"{self.budget_bytes / 1e9:.2f} GB"
-            lines += (f"layers came to {opened.device} one at a time to keep within {gigabytes}.",)
-        if self.in_float32:
-            stored = str(opened.model.dtype).removeprefix("torch.")
-            lines += (f"computed in float32 on {opened.device}; stored in {stored} as before.",)
-        return lines
-
 
 def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
     """Return how the run keeps within the memory that there is, or that its recipe allows.

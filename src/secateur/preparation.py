@@ -60,10 +60,22 @@ def _text(opened: Opened, resolved: Resolved, progress: Progress) -> Calibration
 def _on_device(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> tuple[Opened, Resolved, Placement]:
     """Load the model and bring it to the device; a model in memory stays where it is."""
     opened, notes = loaded(opened, on_disk=plan.weights_on_disk)
-    resolved = replace(resolved, warnings=resolved.warnings + notes + plan.notes(opened))
+    resolved = replace(resolved, warnings=resolved.warnings + notes + _notes(opened, plan))
     check_same_run(opened.model, resolved.recipe)
     layers, device = decoder_layers(opened.model, opened.arch), CPU if opened.checkpoint is None else opened.device
     one_at_a_time, in_float32 = plan.one_layer_at_a_time, plan.in_float32
     placement = Placement(opened.model, layers, device, one_at_a_time=one_at_a_time, in_float32=in_float32)
     placement.go()
     return opened, resolved, placement
+
+
+def _notes(opened: Opened, plan: MemoryPlan) -> tuple[str, ...]:
+    """Return what people should know of how the run keeps within memory."""
+    notes: tuple[str, ...] = ()
+    if plan.one_layer_at_a_time and plan.budget_bytes is not None:
+        gigabytes = f"{plan.budget_bytes / 1e9:.2f} GB"
+        notes += (f"layers came to {opened.device} one at a time to keep within {gigabytes}.",)
+    if plan.in_float32:
+        stored = str(opened.model.dtype).removeprefix("torch.")
+        notes += (f"computed in float32 on {opened.device}; stored in {stored} as before.",)
+    return notes
