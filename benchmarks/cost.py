@@ -26,16 +26,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur
-from secateur.arch import bind
 from secateur.calibration import CalibrationSet, build_calibration
 from secateur.checkpoint import load_model, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.loop import prune_in_place
 from secateur.memory import release_freed
-from secateur.opening import resolve_for
+from secateur.opening import open_model
 from secateur.output import save_checkpoint
 from secateur.recipe import parse_recipe
-from secateur.resolve import Resolved
+from secateur.resolve import Resolved, checked, resolve
 from secateur.run import Run
 from secateur.summary import Size
 from secateur.walk import make_batches
@@ -73,7 +72,7 @@ def round_seconds(directory: Path, resolved: Resolved, calibration: CalibrationS
     """Time one whole prune of a fresh copy, from the loaded model to the cut one."""
     model = load_model(open_checkpoint(directory))
     start = time.perf_counter()
-    prune_in_place(Run(model, bind(model), resolved, calibration))
+    prune_in_place(Run(model=model, arch=resolved.arch, resolved=resolved, text=calibration))
     return time.perf_counter() - start
 
 
@@ -138,7 +137,9 @@ def main() -> None:
         model, tokenizer = load_model(opened), load_tokenizer(opened)
         save_checkpoint(model, tokenizer, directory, max_shard_size="5GB", carry_from=None)
         size = Size.of(model)
-        resolved = {name: resolve_for(parse_recipe(settings | ROWS[name]), model) for name in options.rows}
+        dense = open_model(directory, parse_recipe(settings))
+        recipes = {name: parse_recipe(settings | ROWS[name]) for name in options.rows}
+        resolved = {name: resolve(checked(dense.asking(recipe))) for name, recipe in recipes.items()}
         recipe = resolved[options.rows[0]].recipe
         calibration = build_calibration(recipe.calibration, options.num_tokens, tokenizer, recipe.seed)
         print_seconds(model, directory, resolved, calibration, options.repeats)

@@ -22,9 +22,10 @@ from cost import measure_memory, round_seconds
 from secateur.calibration import build_calibration
 from secateur.checkpoint import load_model, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
-from secateur.opening import resolve_for
+from secateur.opening import open_model, tokenizer_of
 from secateur.output import save_checkpoint
 from secateur.recipe import INSTALLED_DOMAINS, parse_recipe
+from secateur.resolve import checked, resolve
 
 LENGTH = 512
 EIGHT = {name: {"installed": name} for name in INSTALLED_DOMAINS} | {"more code": {"installed": "code"}}
@@ -41,13 +42,10 @@ def settings_of(domains: dict[str, Any], options: argparse.Namespace) -> dict[st
 
 def seconds_of(directory: Path, settings: dict[str, Any]) -> float:
     """Return the seconds of the pruning, text and model at hand."""
-    checkpoint = open_checkpoint(directory)
-    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
-    resolved = resolve_for(parse_recipe(settings), model)
-    del model
+    opened = checked(open_model(directory, parse_recipe(settings)))
+    resolved, tokenizer = resolve(opened), tokenizer_of(opened)
     recipe = resolved.recipe
-    assert recipe.calibration.num_tokens is not None
-    calibration = build_calibration(recipe.calibration, recipe.calibration.num_tokens, tokenizer, recipe.seed)
+    calibration = build_calibration(recipe.calibration, resolved.num_tokens, tokenizer, recipe.seed)
     print(f"    {calibration.num_tokens:,} tokens and {calibration.num_held_out_tokens:,} held out", flush=True)
     return round_seconds(directory, resolved, calibration)
 

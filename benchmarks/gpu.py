@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from make_shape import SHAPES, write_shape
 
-from secateur.arch import bind
-from secateur.checkpoint import meta_model, open_checkpoint
 from secateur.device import device_called
-from secateur.opening import resolve_for
+from secateur.opening import open_model
 from secateur.recipe import parse_recipe
+from secateur.resolve import checked, resolve
 from secateur.work import measured_rates, work_of
 
 MARK_SECONDS = 90.0
@@ -68,10 +67,10 @@ def run(dense: Path, folder: Path, device: torch.device, options: argparse.Names
         },
     }
     (folder / "recipe.json").write_text(json.dumps(asked), encoding="utf-8")
-    model = meta_model(open_checkpoint(dense).config)
-    num_params, num_bytes = (sum(size(p) for p in model.parameters()) for size in (torch.numel, lambda p: p.nbytes))
-    resolved = resolve_for(parse_recipe(asked), model)
-    work = dataclasses.asdict(work_of(bind(model), resolved, num_params))
+    opened = checked(open_model(dense, parse_recipe(asked), weights=False))
+    model = opened.model
+    num_bytes = opened.size.num_bytes
+    work = dataclasses.asdict(work_of(opened, resolve(opened)))
     rate = dataclasses.asdict(measured_rates(device, model.dtype, model.config.hidden_size, rows=ROWS))
     command = [sys.executable, "-m", "secateur", "prune", str(dense), str(folder / "out")]
     start = time.perf_counter()

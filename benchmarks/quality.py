@@ -28,9 +28,10 @@ from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.depth_step import remove_depth
 from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
-from secateur.opening import resolve_for
+from secateur.opening import open_model
 from secateur.output import save_checkpoint
 from secateur.recipe import Calibration, Domain, parse_recipe
+from secateur.resolve import checked, resolve
 from secateur.run import Run
 from secateur.summary import Size
 
@@ -106,10 +107,10 @@ def run_row(
         recipe = {"remove": remove, "align": 1, "seed": seed, **settings}
         num_tokens = size.num_blocks * len(HYBRID) * LENGTH
         recipe["calibration"] = {"num_tokens": num_tokens, "sequence_length": LENGTH}
-        resolved = resolve_for(parse_recipe(recipe), model)
+        resolved = resolve(checked(open_model(model, parse_recipe(recipe), tokenizer)))
         calibration = draw(domains, 0, size.num_blocks, tokenizer, seed)
         start = time.perf_counter()
-        run = remove_depth(Run(model, arch, resolved, calibration))
+        run = remove_depth(Run(model=model, arch=arch, resolved=resolved, text=calibration))
         prune_in_place(run)
         arch, seconds = run.arch, time.perf_counter() - start
     blocks = {domain.name: domain.calibration_NT for domain in evaluation.domains}

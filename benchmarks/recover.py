@@ -18,11 +18,11 @@ from typing import Any
 
 from quality import FILES, HYBRID, LENGTH, draw
 
+from secateur.api import prune
 from secateur.arch import bind
 from secateur.checkpoint import load, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.loss import domain_losses
-from secateur.pruning import prune
 from secateur.recovering import recover
 
 CALIBRATION_TOKENS, EVALUATION_BLOCKS = 49_152, 4

@@ -19,7 +19,7 @@ from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 
 import secateur
-from secateur import opening, pruning, walk
+from secateur import estimate, preparation, walk
 from secateur.checkpoint_quiet import quiet_transformers
 from secateur.device import device_called, float64_device, multiplies_in_software
 from secateur.errors import CheckpointError, RecipeError
@@ -67,9 +67,9 @@ def made_by_cpu(checkpoints: dict[str, Path], recipe: dict[str, Any]) -> dict[st
 def test_a_device_gives_what_the_cpu_gives(name, by_layers, checkpoints, recipe, made_by_cpu, tmp_path, monkeypatch):
     if by_layers:
         # As if the device held no more.
-        planned = pruning.memory_for
+        planned = preparation.memory_for
         apart = partial(dataclasses.replace, one_layer_at_a_time=True, budget_bytes=10**6)
-        monkeypatch.setattr(pruning, "memory_for", lambda *facts: apart(planned(*facts)))
+        monkeypatch.setattr(preparation, "memory_for", lambda *facts: apart(planned(*facts)))
     asked = {**recipe, **RECIPES[name]}
     if name not in made_by_cpu:
         on_cpu = {key: value for key, value in asked.items() if key != "memory_budget"}
@@ -175,7 +175,7 @@ def test_all_of_the_model_or_its_layers_by_the_memory_of_the_device(checkpoints,
     assert not any("one at a time" in note for note in whole.summary.warnings)
     calibration = {**recipe["calibration"], "num_tokens": 320}
     least = {**asked, "calibration": calibration, "groups": ["kv_heads"], "remove": 0.1}
-    monkeypatch.setattr(opening, "free_bytes", lambda device: 600_000)
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: 600_000)
     apart = secateur.prune(checkpoints["llama"], least)
     assert any("one at a time" in note for note in apart.summary.warnings)
     with pytest.raises(RecipeError, match=r"device_budget: 0.00 GB of the device cannot work; .* still needs"):

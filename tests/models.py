@@ -18,6 +18,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from secateur.arch import bind
+from secateur.opening import Opened
+from secateur.recipe import Recipe
+from secateur.resolve import checked
+from secateur.summary import Size
+
+
+def opened(model: Any, recipe: Recipe) -> Opened:
+    """Return a model in memory, on the meta device too, opened with a recipe that fits it."""
+    return checked(Opened(None, model, bind(model), Size.of(model), recipe, model.device))
+
 
 def tiny_llama(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     """Return a random llama in eval mode; `overrides` replace config values."""

@@ -11,7 +11,7 @@ import sys
 import time
 
 import secateur
-import secateur.pruning
+import secateur.run_result
 from secateur.checkpoint import load_model, open_checkpoint
 from secateur.verify import Verification
 
@@ -29,8 +29,8 @@ def run(asked: dict[str, object]) -> None:
 
 def main() -> None:
     """Answer until the input ends."""
-    secateur.pruning.verify_reload = lambda *_: Verification(0.0, 0.0, "")  # it starts a process of its own
-    secateur.pruning.missing_plots = lambda: ("no plots",)
+    secateur.run_result.verify_reload = lambda *_: Verification(0.0, 0.0, "")  # it starts a process of its own
+    secateur.run_result.missing_plots = lambda: ("no plots",)
     for line in sys.stdin:
         asked = json.loads(line)
         load_model(open_checkpoint(asked["model"]))  # so that the children find every module imported

@@ -14,17 +14,16 @@ import pytest
 import torch
 import typer.main
 import yaml
-from models import tiny_ids, tiny_llama, tiny_qwen2
+from models import opened, tiny_ids, tiny_llama, tiny_qwen2
 from run_cli import Outcome, run_cli
 from safetensors.torch import load_file
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from secateur.arch import bind
 from secateur.calibration import build_calibration
 from secateur.cli import app, main
 from secateur.recipe import Recipe, parse_recipe
-from secateur.resolve import recipe_prices, resolve
+from secateur.resolve import resolve
 from secateur.summary import Size
 
 NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
@@ -65,8 +64,7 @@ def write_recipe(path: Path, recipe: dict[str, Any], **changes: Any) -> Path:
 
 
 def resolved_for(model: Any, asked: Recipe) -> Recipe:
-    arch = bind(model)
-    return resolve(asked, arch, model.config, recipe_prices(asked, arch, model)).recipe
+    return resolve(opened(model, asked)).recipe
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
+from models import opened, tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
 from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -22,9 +22,9 @@ from secateur.cut import cut
 from secateur.depth_choice import choose_layers
 from secateur.depth_step import _narrow_readers, remove_depth
 from secateur.inspection import inspect
-from secateur.opening import resolve_for
 from secateur.probe import first_blocks
 from secateur.recipe import parse_recipe
+from secateur.resolve import resolve
 from secateur.run import Run
 from secateur.walk import Walk
 from tests.families import tiny_family
@@ -308,9 +308,7 @@ def test_layers_go_by_themselves_where_widths_alone_would_be_ruin(small, tmp_pat
 
     def depth_of(units: float, **changes: Any) -> int:
         asked = {**small, "remove": units * channels / num_params(model), "align": 1, **changes}
-        depth = resolve_for(parse_recipe(asked), model).recipe.depth
-        assert depth is not None
-        return depth
+        return resolve(opened(model, parse_recipe(asked))).depth
 
     # 0.8 of the share of units beyond one half, of six layers.
     assert [depth_of(units) for units in (0.2, 0.5, 0.58, 0.62, 0.85, 0.95)] == [0, 0, 0, 1, 2, 2]

@@ -19,12 +19,12 @@ from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from secateur.api import prune
 from secateur.evaluate import evaluate
 from secateur.evaluate_domains import measure_quality, named_blocks
 from secateur.evaluate_wikitext import wikitext_blocks
 from secateur.measured import Evaluation
 from secateur.progress import silent
-from secateur.pruning import prune
 from secateur.recipe import Domain
 
 ROWS = ["", " = Title = \n", "", *(f" Row number {number} of a short article . \n" for number in range(40)), ""]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import opened
 from transformers import AutoModelForCausalLM
 
 from secateur.arch import bind, decoder_layers
@@ -17,8 +18,9 @@ from secateur.calibration import CalibrationSet, DomainBlocks
 from secateur.cut import add_zero_biases, cut, zero_units
 from secateur.loop import prune_in_place
 from secateur.recipe import parse_recipe
-from secateur.resolve import recipe_prices, resolve
-from secateur.run import Run
+from secateur.resolve import resolve
+from secateur.run import Run, Services
+from secateur.runlog import RunLog
 from secateur.summary import Size
 from secateur.walk import Walk, make_batches
 from tests.models import tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
@@ -58,13 +60,10 @@ def random_calibration(num_domains: int = 2, blocks: int = 8, length: int = 32) 
 
 
 def prune_tiny(model: Any, calibration: CalibrationSet, **recipe: Any) -> tuple[dict, list[dict[str, Any]]]:
-    lines: list[dict[str, Any]] = []
-    arch = bind(model)
     settings = {"align": 8, "remove": 0.15, "calibration": {"num_tokens": 4096}, **recipe}
-    asked = parse_recipe(settings)
-    resolved = resolve(asked, arch, model.config, recipe_prices(asked, arch, model))
-    keeps = prune_in_place(Run(model, arch, resolved, calibration, log=lines.append))
-    return keeps, [line for line in lines if line["event"] == "group"]
+    resolved, log = resolve(opened(model, parse_recipe(settings))), RunLog()
+    run = Run(model=model, arch=resolved.arch, resolved=resolved, text=calibration, services=Services(log=log))
+    return prune_in_place(run), [line for line in log.lines if line["event"] == "group"]
 
 
 @pytest.mark.parametrize(("groups", "remove"), GROUPS)
@@ -133,16 +132,13 @@ def test_permuting_units_changes_nothing(factory: Factory) -> None:
 def test_keep_all_leaves_every_weight_bit_identical(factory: Factory) -> None:
     model = factory()
     before = copy.deepcopy(model.state_dict())
-    arch = bind(model)
     settings = {"align": 8, "remove": 0.15, "calibration": {"num_tokens": 4096}, "groups": ["kv_heads", "ffn"]}
-    recipe = parse_recipe(settings)
-    prices = recipe_prices(recipe, arch, model)
-    resolved = resolve(recipe, arch, model.config, prices)
-    everything = uniform_plan(resolved.groups, prices, 0.15, 8)
+    resolved = resolve(opened(model, parse_recipe(settings)))
+    everything = uniform_plan(resolved.groups, resolved.prices, 0.15, 8)
     for group in resolved.groups:
         everything.num_keep[group.layer, group.name] = group.num_units
-    keep_all = dataclasses.replace(resolved, plans=[everything])
-    keeps = prune_in_place(Run(model, arch, keep_all, random_calibration()))
+    keep_all = dataclasses.replace(resolved, plans=(everything,))
+    keeps = prune_in_place(Run(model=model, arch=keep_all.arch, resolved=keep_all, text=random_calibration()))
     assert {len(keep) for keep in keeps.values()} == {112, model.config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name

@@ -13,11 +13,10 @@ from secateur.errors import RecipeError
 from secateur.expert_channels import FEW_TOKENS_PER_CHANNEL, _observe, _shrunk, channel_inputs, prune_expert_channels
 from secateur.group_step import method_of
 from secateur.recipe import parse_recipe
-from secateur.resolve import check_without_prices
 from secateur.selection import Task
 from secateur.walk import Walk, make_batches
 from tests.families import tiny_family
-from tests.models import tiny_ids
+from tests.models import opened, tiny_ids
 from tests.test_exactness import logits_of, prune_tiny, random_calibration
 from tests.test_experts import expert_output
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -98,7 +97,7 @@ def test_taylor_is_refused() -> None:
     model = tiny_family("mixtral")
     recipe = parse_recipe({"groups": ["expert_ffn"], "score": "taylor"})
     with pytest.raises(RecipeError, match="taylor is of channels and heads, not of experts"):
-        check_without_prices(recipe, bind(model), model.config)
+        opened(model, recipe)
 
 
 def test_a_run_of_two_rounds_ends_in_an_ordinary_checkpoint(recipe, tmp_path) -> None:

@@ -11,10 +11,9 @@ from secateur.arch_group import Experts, Stacks
 from secateur.errors import RecipeError
 from secateur.experts import Routing, _steps, expert_scores, keep_experts, observe_routing
 from secateur.recipe import parse_recipe
-from secateur.resolve import check_without_prices
 from secateur.walk import Walk, make_batches
 from tests.families import tiny_family
-from tests.models import tiny_ids
+from tests.models import opened, tiny_ids
 from tests.test_exactness import prune_tiny, random_calibration
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -124,7 +123,7 @@ def test_minimax_is_refused_since_it_looks_at_one_reader(group: str) -> None:
     model = tiny_family("mixtral")
     recipe = parse_recipe({"groups": [group], "domain_weighting": "minimax"})
     with pytest.raises(RecipeError, match=r"domain_weighting: minimax looks at one reader's cut.*use energy or tokens"):
-        check_without_prices(recipe, bind(model), model.config)
+        opened(model, recipe)
 
 
 @pytest.mark.parametrize("score", ["reap", "frequency"])
@@ -140,7 +139,7 @@ def test_what_experts_cannot_do_is_refused(wrong: dict[str, str]) -> None:
     model = tiny_family("mixtral")
     recipe = parse_recipe({"groups": ["experts"], "remove": 0.2, **wrong})
     with pytest.raises(RecipeError, match="can only go with budget: uniform and target: parameters"):
-        check_without_prices(recipe, bind(model), model.config)
+        opened(model, recipe)
 
 
 def test_a_run_ends_in_an_ordinary_checkpoint(recipe, tmp_path) -> None:

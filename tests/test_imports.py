@@ -35,13 +35,15 @@ LAYERS = [
     "resolve_depth resolve_experts recover_judge",
     "prices",
     # stages that are made of others
-    "obs compensate measure taylor domain_weights calibration checkpoint resolve summary "
+    "obs compensate measure taylor domain_weights calibration checkpoint summary "
     "bench_llama_cpp evaluate_tasks compare_page budget_curve budget_global level_database recover_record",
     "fingerprint depth gguf_rules expert_stacks selection",
     "checkpoint_tokenizer expert_refit gguf_parts",
+    "opening",
+    "resolve",
     "experts ranks_check calibration_sampled calibration_facts repair depth_choice "
     "estimate bench_memory evaluate_domains evaluate_cache gguf_metadata gguf_check recover_pair recover_cost",
-    "opening work inspection_groups latency probe original_readers recover_text resume",
+    "work inspection_groups probe recover_text resume",
     "profile budget_search recover_trainer recover_sharded",
     "recover_logits",
     "recover_job recover_guard",
@@ -57,8 +59,9 @@ LAYERS = [
     "report",
     # the whole job, and the ways to start it
     "recovering",
-    "job prune_recover",
+    "preparation run_result",
     "pruning",
+    "api",
     "secateur",
     "cli.app cli.launched",
     "cli.*",

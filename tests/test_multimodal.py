@@ -5,11 +5,10 @@ import torch
 from safetensors.torch import load_file
 
 import secateur
-from secateur.arch import bind
 from secateur.errors import RecipeError
 from secateur.recipe import parse_recipe
-from secateur.resolve import check_without_prices
 from tests.families import tiny_family
+from tests.models import opened
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
@@ -36,4 +35,4 @@ def test_layers_of_different_widths_are_refused() -> None:
     model = tiny_family("gemma3_multimodal")
     recipe = parse_recipe({"remove": 0.1, "budget": "curve"})
     with pytest.raises(RecipeError, match="language model inside a larger class"):
-        check_without_prices(recipe, bind(model), model.config)
+        opened(model, recipe)

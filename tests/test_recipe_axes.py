@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_ids, tiny_llama, tiny_qwen2
+from models import opened, tiny_ids, tiny_llama, tiny_qwen2
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import secateur
-from secateur.arch import bind
 from secateur.recipe import GONE, parse_recipe
-from secateur.resolve import recipe_prices, resolve
+from secateur.resolve import resolve
 from secateur.summary import Size
 
 TOKENIZER = tiny_tokenizer()
@@ -218,8 +217,7 @@ def shape_of(**sizes: int):
 def test_shipped_recipes_resolve_from_the_real_shapes(preset, sizes, num_params):
     model = shape_of(num_key_value_heads=4 if preset == "qwen2.5-7b" else 8, **sizes)
     assert Size.of(model).num_params == num_params
-    asked, arch = parse_recipe({"preset": preset}), bind(model)
-    resolved = resolve(asked, arch, model.config, recipe_prices(asked, arch, model))
+    resolved = resolve(opened(model, parse_recipe({"preset": preset})))
     assert resolved.warnings == ()
     assert resolved.plans[-1].removed_fraction == pytest.approx(0.2, abs=0.003)
     assert {count % 256 for count in resolved.plans[-1].num_keep.values()} == {0}

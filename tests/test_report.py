@@ -12,10 +12,10 @@ from browser import CHROMIUM, load
 from page_checks import PageChecks
 from run_cli import run_cli
 
+from secateur.api import prune
 from secateur.card import model_card
 from secateur.errors import CheckpointError
 from secateur.plots import Series, Text, dot_plot, spread_plot
-from secateur.pruning import prune
 from secateur.report import write_report
 from secateur.summary import Summary
 from secateur.tables import caveats, loss_rows, verdict

@@ -45,8 +45,8 @@ def quick() -> Iterator[None]:
     """Neither reload nor report, which other tests are about."""
     proof = Verification(0.0, 0.0, "")
     with (
-        patch("secateur.pruning.verify_reload", lambda *_: proof),
-        patch("secateur.pruning.missing_plots", lambda: ("no plots",)),
+        patch("secateur.run_result.verify_reload", lambda *_: proof),
+        patch("secateur.run_result.missing_plots", lambda: ("no plots",)),
     ):
         yield
 
@@ -333,7 +333,7 @@ def test_pruning_before_a_recovery_goes_on_too(checkpoints, recipe, tmp_path):
     wanted = {**asked("defaults", model, recipe), "recover": {"num_tokens": 1024}}
     begun(model, wanted, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [".out.pruned"]
-    with pytest.raises(Stopped), patch("secateur.prune_recover.recover", side_effect=Stopped):
+    with pytest.raises(Stopped), patch("secateur.api.recover", side_effect=Stopped):
         secateur.prune(model, wanted, out=tmp_path / "out", resume=True, tell=heard.append)
     assert len(heard) == 1 and heard[0].endswith("goes on from the 2 steps that an earlier run has finished.")
     assert list(tmp_path.iterdir()) == []

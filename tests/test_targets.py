@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import tiny_gemma3, tiny_llama, tiny_qwen2
+from models import opened, tiny_gemma3, tiny_llama, tiny_qwen2
 from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
 
@@ -26,6 +26,7 @@ from secateur.latency import Timing, _slope, measure_latency, with_prices
 from secateur.per_layer import record_widths
 from secateur.recipe import MeasuredPrices, dump_recipe, parse_recipe
 from secateur.resolve import recipe_prices, resolve
+from secateur.run import Services
 from secateur.runlog import RunLog
 from secateur.store import Store
 from secateur.tables import headline
@@ -196,16 +197,18 @@ def test_a_price_is_the_slope_and_no_slope_is_an_error():
 
 def test_recorded_prices_make_the_same_plan_without_measuring(measured, monkeypatch):
     model = tiny_llama(**SLOW)
-    arch, log = bind(model), RunLog()
+    log = RunLog()
+    services = Services(log=log, store=Store(log=log))
     asked = parse_recipe({"target": "latency", "groups": ["ffn", "kv_heads"], "remove": 0.2})
     monkeypatch.setattr("secateur.latency.measure_latency", lambda *_: measured)
-    filled = with_prices(asked, arch, model, Store(log=log))
+    filled = with_prices(opened(model, asked), services)
     assert [line["event"] for line in log.lines] == ["latency"] * 8 + ["prices"] and "latency" in log.seconds
-    first = resolve(filled, arch, model.config, recipe_prices(filled, arch, model))
+    first = resolve(filled)
     saved = parse_recipe(yaml.safe_load(dump_recipe(first.recipe)))
     monkeypatch.setattr("secateur.latency.measure_latency", None)
-    assert with_prices(saved, arch, model, Store(log=log)) == saved and len(log.lines) == 9
-    again = resolve(saved, arch, model.config, recipe_prices(saved, arch, model))
+    again = opened(model, saved)
+    assert with_prices(again, services) is again and len(log.lines) == 9
+    again = resolve(again)
     assert again.plans == first.plans and again.recipe == first.recipe
 
 

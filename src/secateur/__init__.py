@@ -21,13 +21,13 @@ from secateur.errors import (
 from secateur.recipe import Calibration, Domain, Recipe
 
 if TYPE_CHECKING:
+    from secateur.api import Result, prune
     from secateur.benchmark import bench
     from secateur.checkpoint import load
     from secateur.compare import compare
     from secateur.evaluate import evaluate
     from secateur.export import Exporter, export
     from secateur.inspection import inspect
-    from secateur.pruning import Result, prune
     from secateur.recovering import recover
     from secateur.score import Score
 
@@ -57,7 +57,7 @@ __all__ = [
 
 _HOMES = {
     "Exporter": "secateur.export",
-    "Result": "secateur.pruning",
+    "Result": "secateur.api",
     "Score": "secateur.score",
     "bench": "secateur.benchmark",
     "compare": "secateur.compare",
@@ -65,7 +65,7 @@ _HOMES = {
     "export": "secateur.export",
     "inspect": "secateur.inspection",
     "load": "secateur.checkpoint",
-    "prune": "secateur.pruning",
+    "prune": "secateur.api",
     "recover": "secateur.recovering",
 }
 

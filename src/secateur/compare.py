@@ -13,30 +13,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.arch import Arch, bind
+from secateur.arch import Arch
 from secateur.calibration import CalibrationSet, build_calibration
 from secateur.calibration_sampled import with_sampled
-from secateur.checkpoint import Checkpoint, load_model, meta_model, open_checkpoint
-from secateur.checkpoint_tokenizer import load_tokenizer
+from secateur.checkpoint import Checkpoint, load_model
 from secateur.compare_page import comparison_files
 from secateur.depth_step import remove_depth
-from secateur.device import device_called, on_device
+from secateur.device import on_device
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks, run_task
 from secateur.fingerprint import fingerprint
 from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
 from secateur.measured import Comparison, FoundCell
-from secateur.opening import resolve_for
+from secateur.opening import Opened, open_model, tokenizer_of
 from secateur.output import disk_errors
 from secateur.progress import Progress, silent
 from secateur.ranks import in_turns, is_first
 from secateur.ranks_group import joined
-from secateur.recipe import Recipe
-from secateur.run import Run
+from secateur.resolve import Resolved, checked, resolve
+from secateur.run import Run, Services
 from secateur.staged_file import staged_file
 from secateur.store import Store
 from secateur.study import Cell, Study, cells, dump_study, load_study, study_recipe
@@ -51,13 +49,17 @@ class _Bench:
     """What every cell needs: the model's files, the text's tokenizer, the tasks, the store."""
 
     study: Study
+    opened: Opened
     checkpoint: Checkpoint
     fingerprint: str
     tokenizer: PreTrainedTokenizerBase
     tasks: LoadedTasks | None
     store: Store
     progress: Progress
-    device: torch.device
+
+    def dense(self) -> PreTrainedModel:
+        """Return the dense model, read anew, on the study's device."""
+        return on_device(load_model(self.checkpoint), self.opened.device)
 
 
 @joined()
@@ -88,19 +90,18 @@ def compare(
 
 
 def _compare(study: Study, out: Path, progress: Progress, tell: Callable[[str], None]) -> Comparison:
-    checkpoint = open_checkpoint(study.model)
-    shape = meta_model(checkpoint.config)
-    arch = bind(shape)
     grid = list(cells(study))
+    opened = open_model(study.model, study_recipe(study, study.seeds[0]))
     for cell in grid:
-        resolve_for(cell.recipe, shape)
+        resolve(checked(opened.asking(cell.recipe)))
     evaluation = study.evaluation
     tasks = load_tasks(evaluation.tasks, TaskOptions(limit=evaluation.limit), None) if evaluation.tasks else None
-    tokenizer, device = load_tokenizer(checkpoint), device_called(study.recipe.get("device"))
+    tokenizer, checkpoint = tokenizer_of(opened), opened.checkpoint
+    assert checkpoint is not None, "a study names its model"
     store = Store(out / CELLS_FOLDER, tell=tell)
     with disk_errors(out):
         (out / CELLS_FOLDER).mkdir(parents=True, exist_ok=True)
-    bench = _Bench(study, checkpoint, fingerprint(checkpoint), tokenizer, tasks, store, progress, device)
+    bench = _Bench(study, opened, checkpoint, fingerprint(checkpoint), tokenizer, tasks, store, progress)
     blocks: dict[int, dict[str, Tensor]] = {}
     work: list[int | Cell] = []
     for seed in study.seeds:
@@ -111,9 +112,9 @@ def _compare(study: Study, out: Path, progress: Progress, tell: Callable[[str], 
         cell = work[number]
         seed = cell if isinstance(cell, int) else cell.seed
         if seed not in blocks:
-            blocks[seed] = _judged_on(bench, resolve_for(study_recipe(study, seed), shape).recipe, seed)
+            blocks[seed] = _judged_on(bench, resolve(checked(opened.asking(study_recipe(study, seed)))), seed)
         of_dense = isinstance(cell, int)
-        found = _dense_cell(bench, arch, cell, blocks[seed]) if of_dense else _cell(bench, arch, cell, blocks[seed])
+        found = _dense_cell(bench, cell, blocks[seed]) if of_dense else _cell(bench, cell, blocks[seed])
         progress("cells", number + 1, len(work))
         return found
 
@@ -127,48 +128,43 @@ def _compare(study: Study, out: Path, progress: Progress, tell: Callable[[str], 
     return comparison
 
 
-def _judged_on(bench: _Bench, recipe: Recipe, seed: int) -> dict[str, Tensor]:
+def _judged_on(bench: _Bench, resolved: Resolved, seed: int) -> dict[str, Tensor]:
     """Return the blocks per domain that the seed's cells are judged on: the first of those held out."""
-    samples = any(domain.sampled for domain in recipe.calibration.domains.values())
-    drawn = _draw(bench, recipe, seed, on_device(load_model(bench.checkpoint), bench.device) if samples else None)
+    samples = any(domain.sampled for domain in resolved.recipe.calibration.domains.values())
+    drawn = _draw(bench, resolved, seed, bench.dense() if samples else None)
     return {domain.name: domain.held_out_NT[: bench.study.evaluation.num_blocks] for domain in drawn.domains}
 
 
-def _draw(bench: _Bench, recipe: Recipe, seed: int, model: PreTrainedModel | None) -> CalibrationSet:
+def _draw(bench: _Bench, resolved: Resolved, seed: int, model: PreTrainedModel | None) -> CalibrationSet:
     """Return the recipe's calibration set; `model` is the dense one, needed where a domain is sampled from it."""
-    num_tokens = recipe.calibration.num_tokens
-    assert num_tokens is not None, "resolve fills it in"
-    more = bench.study.evaluation.num_blocks
+    recipe, more = resolved.recipe, bench.study.evaluation.num_blocks
     drawn = build_calibration(
-        recipe.calibration, num_tokens, bench.tokenizer, seed, more_held_out=more, num_rounds=recipe.rounds
+        recipe.calibration, resolved.num_tokens, bench.tokenizer, seed, more_held_out=more, num_rounds=recipe.rounds
     )
     return drawn if model is None else with_sampled(drawn, model, bench.tokenizer, seed, bench.progress)
 
 
-def _dense_cell(bench: _Bench, arch: Arch, seed: int, blocks: dict[str, Tensor]) -> FoundCell:
+def _dense_cell(bench: _Bench, seed: int, blocks: dict[str, Tensor]) -> FoundCell:
     def compute() -> dict[str, Any]:
-        model = on_device(load_model(bench.checkpoint), bench.device)
-        return {"remove_reached": 0.0, "seconds": 0.0} | _judge(bench, model, arch, blocks)
+        return {"remove_reached": 0.0, "seconds": 0.0} | _judge(bench, bench.dense(), bench.opened.arch, blocks)
 
     depends_on = _depends_on(bench, seed, {}, blocks)
     result = bench.store.value(f"{DENSE}-{seed}", compute, depends_on=depends_on)
     return FoundCell(DENSE, 0.0, seed, **result)
 
 
-def _cell(bench: _Bench, arch: Arch, cell: Cell, blocks: dict[str, Tensor]) -> FoundCell:
+def _cell(bench: _Bench, cell: Cell, blocks: dict[str, Tensor]) -> FoundCell:
     def compute() -> dict[str, Any]:
-        model = on_device(load_model(bench.checkpoint), bench.device)
+        model, resolved = bench.dense(), resolve(bench.opened.asking(cell.recipe))
         num_params = Size.of(model).num_params
-        resolved = resolve_for(cell.recipe, model)
-        calibration = _without_judged(
-            _draw(bench, resolved.recipe, cell.seed, model), bench.study.evaluation.num_blocks
-        )
-        start = time.perf_counter()
-        run = remove_depth(Run(model, arch, resolved, calibration, progress=bench.progress))
+        text = _without_judged(_draw(bench, resolved, cell.seed, model), bench.study.evaluation.num_blocks)
+        start, services = time.perf_counter(), Services(progress=bench.progress)
+        run = Run(model=model, arch=bench.opened.arch, resolved=resolved, text=text, services=services)
+        run = remove_depth(run)
         prune_in_place(run)
         seconds = time.perf_counter() - start
         reached = 1 - Size.of(model).num_params / num_params
-        num_tokens = {domain.name: domain.calibration_NT.numel() for domain in calibration.domains}
+        num_tokens = {domain.name: domain.calibration_NT.numel() for domain in text.domains}
         facts = {"remove_reached": reached, "seconds": seconds, "num_tokens": num_tokens}
         return facts | _judge(bench, model, run.arch, blocks)
 
@@ -189,7 +185,7 @@ def _depends_on(bench: _Bench, seed: int, recipe: dict[str, Any], blocks: dict[s
         "model": bench.fingerprint,
         "recipe": recipe,
         "seed": seed,
-        "device": bench.device.type,
+        "device": bench.opened.device.type,
         "evaluation": bench.study.evaluation.model_dump(mode="json"),
         "judged_on": {name: int(ids_NT.sum()) for name, ids_NT in blocks.items()},
         "versions": versions(),

@@ -19,10 +19,7 @@ from secateur.errors import NumericsError, RecipeError
 from secateur.kl import KL_POSITIONS, token_divergences
 from secateur.progress import Progress, silent
 from secateur.stats import totals
-from secateur.walk import Batch, Walk, forwards_replaced
-
-# Layers measured together when choosing goes on: a few share their walk, many would be measured for nothing.
-LAYERS_AT_ONCE = 4
+from secateur.walk import LAYERS_AT_ONCE, Batch, Walk, forwards_replaced
 
 
 def layer_kl(

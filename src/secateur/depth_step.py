@@ -18,7 +18,6 @@ from secateur.depth_choice import choose_layers
 from secateur.memory import peak_bytes, release_freed
 from secateur.probe import first_blocks
 from secateur.ranks import from_first
-from secateur.resolve import resolve
 from secateur.resolve_depth import TOKENS_PER_INPUT, protected_layers, removed_layers
 from secateur.run import Run
 from secateur.safety_net import watched_losses
@@ -35,29 +34,27 @@ def remove_depth(run: Run) -> Run:
     so, the family adds what an FFN gives as it is, and a layer stands before. Everything after, the dense stream
     included, starts from this model; only the safety net still compares with the dense one.
     """
-    recipe, dense = run.resolved.recipe, run.arch
-    if not recipe.depth:
+    resolved, dense, services = run.resolved, run.arch, run.services
+    if not resolved.depth:
         return run
     dense_losses = watched_losses(run, "dense")
     batches = run.batches(1)
-    named = removed_layers(recipe, dense)
+    named = removed_layers(resolved.recipe, dense)
     costs = {} if named else _chosen(run, batches)
     gone, order = sorted(named or costs), list(costs)
     layers = tuple(index for index in range(dense.num_layers) if index not in gone)
-    resolved = resolve(recipe, dense, run.model.config, run.resolved.prices, layers)
-    resolved = dataclasses.replace(resolved, warnings=run.resolved.warnings)
     arch = dense
-    run.progress("remove layers", 0, recipe.depth)
+    services.progress("remove layers", 0, resolved.depth)
     for done, layer in enumerate(gone):
         start = time.perf_counter()
         patch = _patch(run, arch, layer, layer - done, batches)
         arch = remove_layers(run.model, arch, [layer - done])
         choice = {"chosen": order.index(layer) + 1, "kl": costs[layer]} if costs else {}
         line = {"event": "layer", "layer": layer, **choice, **patch}
-        run.log({**line, "seconds": round(time.perf_counter() - start, 3), "peak_bytes": peak_bytes()})
+        services.log.write({**line, "seconds": round(time.perf_counter() - start, 3), "peak_bytes": peak_bytes()})
         release_freed()
-        run.progress("remove layers", done + 1, recipe.depth)
-    return dataclasses.replace(run, arch=arch, resolved=resolved, dense_losses=dense_losses)
+        services.progress("remove layers", done + 1, resolved.depth)
+    return dataclasses.replace(run, arch=arch, resolved=resolved.with_layers(layers), dense_losses=dense_losses)
 
 
 def _chosen(run: Run, batches: list[Batch]) -> dict[int, float]:
@@ -65,19 +62,18 @@ def _chosen(run: Run, batches: list[Batch]) -> dict[int, float]:
     recipe, dense = run.resolved.recipe, run.arch
 
     def chosen() -> list[tuple[int, float]]:
-        assert recipe.depth is not None
         costs = choose_layers(
             run.model,
             dense,
             first_blocks(batches, recipe.probe_blocks),
-            recipe.depth,
+            run.resolved.depth,
             readers=_narrow_readers(run, batches),
             protected=protected_layers(recipe, dense),
-            progress=run.progress,
+            progress=run.services.progress,
         )
         return list(costs.items())
 
-    return dict(run.store.value("removed layers", chosen))
+    return dict(run.services.store.value("removed layers", chosen))
 
 
 def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
@@ -92,12 +88,12 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
         return {}
     # Before layers are chosen plans are for those that are expected to stay; the share is what is of use.
     share = kept / sum(group.num_units for group in ffns)
-    domains, widest = run.calibration.domains, max(group.num_units for group in ffns)
-    num_blocks = math.ceil(TOKENS_PER_INPUT * widest / (len(domains) * run.calibration.sequence_length))
+    domains, widest = run.text.domains, max(group.num_units for group in ffns)
+    num_blocks = math.ceil(TOKENS_PER_INPUT * widest / (len(domains) * run.text.sequence_length))
     spare = min(len(domain.calibration_NT) for domain in domains) - recipe.probe_blocks
     after = recipe.probe_blocks if spare >= num_blocks else 0
     unprotected = set(range(run.arch.num_layers)) - protected_layers(recipe, run.arch)
-    damping = recipe.damping if recipe.compensate == "least_squares" else None
+    damping = run.resolved.damping if recipe.compensate == "least_squares" else None
     blocks = first_blocks(batches, num_blocks, after=after)
     return narrow_readers(run.model, run.arch, blocks, dict.fromkeys(unprotected, share), damping, from_first)
 
@@ -110,11 +106,11 @@ def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]
     before = decoder_layers(run.model, arch)[position - 1]
     (ffn,) = (group for group in arch.select(("ffn",)) if group.layer == position - 1)
     name, weight = f"patch for layer {layer}", linear(before, ffn.reader.module).weight
-    found = run.store.find(name)
+    found = run.services.store.find(name)
     if found is not None:
         with torch.no_grad():
             weight.copy_(found[0]["weight"])
         return found[1]
-    patch = dataclasses.asdict(fold_patch(run.model, arch, position, batches, recipe.damping, from_first))
-    run.store.keep(name, {"weight": weight}, patch)
+    patch = dataclasses.asdict(fold_patch(run.model, arch, position, batches, run.resolved.damping, from_first))
+    run.services.store.keep(name, {"weight": weight}, patch)
     return patch

@@ -9,23 +9,18 @@ from typing import Any
 
 import torch
 
-from secateur.arch import Arch, bind
 from secateur.arch_numbers import text_config
 from secateur.budget import Plan, largest_remove, least_keep
-from secateur.checkpoint import meta_model, open_checkpoint
-from secateur.device import device_called
-from secateur.estimate import MemoryPlan
+from secateur.estimate import MemoryPlan, memory_for
 from secateur.inspect_record import GroupFacts, Inspection, Work
 from secateur.inspection_groups import groups_to_inspect, possible_groups, serving_after
 from secateur.latency import with_prices
-from secateur.opening import check_for as check_recipe
-from secateur.opening import memory_for, resolve_for
+from secateur.opening import Opened, open_model
 from secateur.prices import parameter_prices
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe, as_recipe
-from secateur.resolve import Resolved
-from secateur.store import Store
-from secateur.summary import Size
+from secateur.resolve import Resolved, checked, resolve
+from secateur.run import Services
 from secateur.work import disk_bytes, seconds_for, work_of
 
 
@@ -52,25 +47,20 @@ def inspect(
 
 
 def _inspection(model: str | Path, recipe: Recipe, check_for: str | None, tp: int, progress: Progress) -> Inspection:
-    device = device_called(recipe.device)
-    checkpoint = open_checkpoint(model, weights=False)
-    shape = meta_model(checkpoint.config)
-    arch, size = bind(shape), Size.of(shape)
-    recipe, notes = groups_to_inspect(recipe, arch)
-    check_recipe(recipe, arch, shape)
-    recipe = with_prices(recipe, arch, shape, Store(), progress)
-    resolved = resolve_for(recipe, shape)
-    memory = memory_for(resolved, arch, shape, checkpoint, device)
+    opened = open_model(model, recipe, weights=False)
+    recipe, notes = groups_to_inspect(opened.recipe, opened.arch)
+    opened = with_prices(checked(opened.asking(recipe)), Services(progress=progress))
+    resolved, arch, size = resolve(opened), opened.arch, opened.size
+    memory, operations = memory_for(opened, resolved), work_of(opened, resolved)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
-    parameters = parameter_prices(arch, resolved.groups, shape).with_only(resolved.layers)
+    parameters = parameter_prices(arch, resolved.groups, opened.model).with_only(resolved.layers)
     num_params = parameters.total - parameters.gone(resolved.groups, plan.num_keep)
-    assert resolved.recipe.align is not None and resolved.recipe.calibration.num_tokens is not None
-    least = least_keep(resolved.groups, resolved.recipe.align, recipe.min_keep)
+    least = least_keep(resolved.groups, resolved.align, recipe.min_keep)
     taken = resolved.prices.of_all_but(resolved.layers) / resolved.prices.total
     return Inspection(
-        model=checkpoint.reference,
+        model=opened.name,
         family=arch.family,
-        dtype=str(shape.dtype).removeprefix("torch."),
+        dtype=str(opened.model.dtype).removeprefix("torch."),
         size=size,
         num_layers=(arch.num_layers, len(resolved.layers)),
         params_per_layer=arch.params_per_layer[0],
@@ -78,29 +68,28 @@ def _inspection(model: str | Path, recipe: Recipe, check_for: str | None, tp: in
         remove_asked=recipe.remove,
         remove_reached=1 - num_params / size.num_params,
         outcome=resolved.outcome(plan.num_keep),
-        prices=recipe.prices,
+        prices=opened.recipe.prices,
         largest_remove=taken + largest_remove(resolved.groups, resolved.prices, least),
-        align=resolved.recipe.align,
+        align=resolved.align,
         num_params_after=num_params,
         num_bytes_after=num_params * bytes_per_param,
-        num_calibration_tokens=resolved.recipe.calibration.num_tokens,
+        num_calibration_tokens=resolved.num_tokens,
         memory=memory.estimate,
         weights_on_disk=memory.weights_on_disk,
-        disk_bytes=disk_bytes(arch, resolved, shape, memory),
-        device=str(device),
-        operations=work_of(arch, resolved, size.num_params),
-        seconds=_seconds(arch, resolved, shape, memory, device),
+        disk_bytes=disk_bytes(opened, resolved, memory),
+        device=str(opened.device),
+        operations=operations,
+        seconds=_seconds(opened, operations, memory),
         warnings=(*notes, *resolved.warnings),
         possible=possible_groups(arch),
         impossible=arch.omits,
-        serving=None if check_for is None else serving_after(check_for, tp, arch, shape, plan.num_keep),
+        serving=None if check_for is None else serving_after(check_for, tp, arch, opened.model, plan),
     )
 
 
-def _seconds(arch: Arch, resolved: Resolved, shape: Any, memory: MemoryPlan, device: torch.device) -> Work:
-    dtype = torch.float32 if memory.in_float32 else shape.dtype
-    work = work_of(arch, resolved, Size.of(shape).num_params)
-    return seconds_for(work, text_config(shape).hidden_size, dtype, device)
+def _seconds(opened: Opened, operations: Work, memory: MemoryPlan) -> Work:
+    dtype = torch.float32 if memory.in_float32 else opened.model.dtype
+    return seconds_for(operations, text_config(opened.model).hidden_size, dtype, opened.device)
 
 
 def _facts(name: str, resolved: Resolved, plan: Plan) -> GroupFacts:

@@ -3,13 +3,12 @@
 In: a bound architecture, what a run leaves of some groups. Out: facts for `inspect`. Arithmetic alone.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from secateur.arch import Arch, Group
 from secateur.arch_experts import EXPERTS
 from secateur.arch_numbers import head_width, text_config
-from secateur.budget import GroupKey
+from secateur.budget import Plan
 from secateur.gguf_rules import gguf_problem
 from secateur.inspect_record import Possible, Serving
 from secateur.modeling_per_layer import is_per_layer
@@ -49,15 +48,15 @@ def groups_to_inspect(recipe: Recipe, arch: Arch) -> tuple[Recipe, tuple[str, ..
     return recipe.model_copy(update={"groups": (EXPERTS,)}), (note,)
 
 
-def serving_after(server: str, num_gpus: int, arch: Arch, model: Any, num_keep: Mapping[GroupKey, int]) -> Serving:
-    """Return whether a server could load the model once each group has lost what `num_keep` says.
+def serving_after(server: str, num_gpus: int, arch: Arch, model: Any, plan: Plan) -> Serving:
+    """Return whether a server could load the model once each group has lost what the plan says.
 
     Raises RecipeError if the server is unknown or cannot use so many GPUs.
     """
     check_server(server, num_gpus)
     config: Any = text_config(model)
     layers = config.per_layer_config if is_per_layer(config) else [config] * arch.num_layers
-    found = [_widths_after(arch, index, sizes, num_keep) for index, sizes in enumerate(layers)]
+    found = [_widths_after(arch, index, sizes, plan) for index, sizes in enumerate(layers)]
     widths = {key: frozenset(each[key] for each in found if key in each) for each in found for key in each}
     follows = widths[QUERY_HEADS] == {config.hidden_size // head_width(config)}
     if server == VLLM:
@@ -68,11 +67,11 @@ def serving_after(server: str, num_gpus: int, arch: Arch, model: Any, num_keep: 
     )
 
 
-def _widths_after(arch: Arch, index: int, sizes: Any, num_keep: Mapping[GroupKey, int]) -> dict[str, int]:
+def _widths_after(arch: Arch, index: int, sizes: Any, plan: Plan) -> dict[str, int]:
     """Return one layer's widths, by config key. `sizes`: the layer's config before the run."""
     widths = {key: getattr(sizes, key) for key in (QUERY_HEADS, KV_HEADS) if hasattr(sizes, key)}
     for group in (group for group in arch.groups if group.layer == index):
-        kept = num_keep.get((index, group.name), group.num_units)
+        kept = plan.num_keep.get((index, group.name), group.num_units)
         if group.name == "query_heads":
             if kept < group.num_units:
                 widths[QUERY_HEADS] = kept * widths[KV_HEADS]

@@ -1,6 +1,6 @@
 """The seconds behind the target `latency`: what a decoded token costs on this machine, per unit, per layer, in all.
 
-In: an architecture and a model's config. Out: the recipe with its `prices`, and the measurements for the run log.
+In: an opened model. Out: its recipe with `prices`, and the measurements for the run log.
 Timed is one forward pass of one token at batch 1 after `PROMPT_TOKENS`, on copies with random weights of the model's
 dtype: whole, and with less of one kind of group at a time. Copies take turns, so that drift hits all alike. A unit's
 price is the slope of a least-squares line through the medians. Not counted: what `generate` does around the model.
@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ from secateur.device import CPU, now, on_device
 from secateur.errors import RecipeError
 from secateur.ideal import Workload
 from secateur.in_memory import restore_buffers
+from secateur.opening import Opened
 from secateur.progress import Progress, silent
 from secateur.ranks import from_first
-from secateur.recipe import MeasuredPrices, Recipe
-from secateur.store import Store
+from secateur.recipe import MeasuredPrices
+from secateur.run import Services
 
 # Layers that are read again and again must not fit a processor's cache, as a whole model's do not.
 LEAST_BYTES = 2**28
@@ -51,31 +52,30 @@ class Timing:
     quartiles: tuple[float, float]
 
 
-def with_prices(
-    recipe: Recipe, arch: Arch, model: Any, store: Store, progress: Progress = silent, device: torch.device = CPU
-) -> Recipe:
-    """Return the recipe with measured `prices`, and log what they come from; as it is if it has them or needs none.
+def with_prices(opened: Opened, services: Services) -> Opened:
+    """Return what was opened with measured `prices` in its recipe; as it is if it has them or needs none.
 
-    Prices that an interrupted run has measured are in its store and hold on, since a second measurement would differ.
-
-    `model`: only its config and dtype count, so that it may be on the meta device. `device`: where it is timed.
+    The run log says what they come from. Prices that an interrupted run has measured are in its store and hold on,
+    since a second measurement would differ. The model's config and dtype count alone, so that it needs no weights.
 
     Raises ArchError if the family has no such group, RecipeError if a layer gets no faster with fewer units.
     """
+    recipe, log = opened.recipe, services.log
     if recipe.target != "latency" or recipe.prices is not None:
-        return recipe
-    log = store.log
+        return opened
 
     def measured() -> dict[str, Any]:
         with log.time("latency"):
-            prices, timings = measure_latency(arch, recipe.groups, model, progress, device)
+            prices, timings = measure_latency(
+                opened.arch, recipe.groups, opened.model, services.progress, opened.device
+            )
         for timing in timings:
             log.write({"event": "latency", "num_threads": torch.get_num_threads(), **asdict(timing)})
         log.write({"event": "prices", **prices.model_dump()})
         return prices.model_dump(mode="json")
 
-    prices = store.value("prices", lambda: from_first(measured), is_input=True)
-    return recipe.model_copy(update={"prices": MeasuredPrices(**prices)})
+    found = services.store.value("prices", lambda: from_first(measured), is_input=True)
+    return replace(opened, recipe=recipe.model_copy(update={"prices": MeasuredPrices(**found)}))
 
 
 @torch.inference_mode()

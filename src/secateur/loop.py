@@ -37,7 +37,7 @@ def prune_in_place(run: Run) -> Keeps:
         layers = decoder_layers(run.model, run.arch)
         for group in run.resolved.groups:
             add_zero_biases(layers[group.layer], group)
-    scratch = TemporaryDirectory(prefix="prune-", dir=run.scratch)
+    scratch = TemporaryDirectory(prefix="prune-", dir=run.services.scratch)
     with scratch as folder, embeddings_on_disk(run.model, Path(folder), are_there=run.weights_on_disk) as unload:
         dense_layers, net = LayersOnDisk(Path(folder), "dense"), SafetyNet(run, Path(folder))
         for number in range(1, len(run.resolved.plans) + 1):
@@ -49,7 +49,7 @@ def prune_in_place(run: Run) -> Keeps:
                 net.before_round(keeps)
                 # Through a round that the store has whole no stream needs to go.
                 walked = [] if _is_finished(run, number) else batches
-                walk = Walk(run.model, run.arch, walked, dense=bool(run.resolved.recipe.target_mix))
+                walk = Walk(run.model, run.arch, walked, dense=bool(run.resolved.target_mix))
                 unload()
                 # Two sets of files by turns: a round's are mapped until the next one's take their place.
                 finished = LayersOnDisk(Path(folder), f"finished-{number % 2}") if run.weights_on_disk else None
@@ -75,11 +75,10 @@ def _one_round(
 ) -> None:
     num_rounds = len(run.resolved.plans)
     stage = f"prune, round {number} of {num_rounds}"
-    run.progress(stage, 0, run.arch.num_layers)
-    recipe = run.resolved.recipe
+    run.services.progress(stage, 0, run.arch.num_layers)
     for index in range(run.arch.num_layers):
         groups = [group for group in run.resolved.groups if group.layer == index]
-        if recipe.target_mix:
+        if run.resolved.target_mix:
             _advance_dense(walk, index, groups, dense_layers, is_last=number == num_rounds)
         for group in groups:
             key = (group.layer, group.name)
@@ -92,13 +91,13 @@ def _one_round(
             finished.keep(index, walk.layers[index], [])
             finished.put_back(index, walk.layers[index])
         release_freed()
-        run.progress(stage, index + 1, run.arch.num_layers)
+        run.services.progress(stage, index + 1, run.arch.num_layers)
 
 
 def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int, scores_U: Tensor | None) -> Tensor:
     """Prune the group and return the kept indices, or do again what the store knows of it."""
     layer, recipe, name = walk.layers[group.layer], run.resolved.recipe, _step_name(number, group)
-    found = run.store.find(name)
+    found = run.services.store.find(name)
     if found is not None:
         stored, line = found
         keep = redo_group(layer, group, stored)
@@ -107,13 +106,13 @@ def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int, 
         keep, line = prune_group(walk, group, num_keep, recipe, run.shares, seed, scores_U)
         seconds = round(time.perf_counter() - start, 3)
         line = {"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()}
-        run.store.keep(name, outcome_of(layer, group, keep), line)
-    run.log(line)
+        run.services.store.keep(name, outcome_of(layer, group, keep), line)
+    run.services.log.write(line)
     return keep
 
 
 def _is_finished(run: Run, number: int) -> bool:
-    return all(run.store.has(_step_name(number, group)) for group in run.resolved.groups)
+    return all(run.services.store.has(_step_name(number, group)) for group in run.resolved.groups)
 
 
 def _step_name(number: int, group: Group) -> str:

@@ -1,33 +1,28 @@
-"""What a run is given, opened, looked at and loaded; and what is decided of memory before that.
+"""The model of a run, opened: from what the user named to a bound architecture, and to weights when they are asked for.
 
-In: a reference or a model in memory, the recipe. Out: the model's shape and architecture, the device, how weights keep
-within memory, the model itself, and the store of finished steps. Everything that is wrong with these is said before a
-weight is read.
+In: a reference or a model in memory, the recipe. Out: an `Opened`, which later steps take, and the store of finished
+steps. Its architecture is bound once, here; `resolve.checked` says whether the recipe fits it.
 """
 
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.arch import Arch, bind, decoder_layers
+from secateur.arch import Arch, bind
 from secateur.checkpoint import Checkpoint, check_finite, check_weights, load_model, meta_model, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
-from secateur.device import CPU, LOW, device_called, free_bytes, multiplies_in_software
+from secateur.device import LOW, device_called, multiplies_in_software
 from secateur.errors import CheckpointError, RecipeError
-from secateur.estimate import MemoryPlan, plan_device_memory, plan_memory
 from secateur.fingerprint import weight_digests
 from secateur.in_memory import check_in_memory, restore_buffers
-from secateur.layers_on_device import Placement
-from secateur.output import parse_size
 from secateur.ranks import is_first
 from secateur.recipe import Recipe
-from secateur.resolve import Resolved, check_without_prices, recipe_prices, resolve
 from secateur.runlog import RunLog
 from secateur.store import Store
 from secateur.summary import Size, versions
@@ -36,50 +31,64 @@ from secateur.summary import Size, versions
 _WITHOUT_EFFECT = {"memory_budget", "device_budget"}
 
 
-@dataclass(slots=True)
-class Given:
-    """`checkpoint`: None of a model in memory. `shape`: that model, or the checkpoint's, first without weights."""
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A dense model and the recipe for it. `checkpoint`: None for a model in memory.
+
+    `model`: the one in memory, or the checkpoint's, on the meta device until `loaded`. `size`: as it is stored.
+    `device`: where the run computes. `tokenizer`: the one that was handed over, if any.
+    """
 
     checkpoint: Checkpoint | None
-    shape: PreTrainedModel
+    model: PreTrainedModel
     arch: Arch
+    size: Size
+    recipe: Recipe
     device: torch.device
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def name(self) -> str:
+        """What the user calls the model."""
+        if self.checkpoint is not None:
+            return self.checkpoint.reference
+        return str(self.model.config._name_or_path or type(self.model).__name__)
+
+    @property
+    def directory(self) -> Path | None:
+        """The directory of the model's files; None for a model in memory."""
+        return None if self.checkpoint is None else self.checkpoint.directory
+
+    def asking(self, recipe: Recipe) -> "Opened":
+        """Return the same model with another recipe, not checked yet."""
+        return replace(self, recipe=recipe, device=_device_for(recipe, self.checkpoint, self.model))
 
 
-def opened(
-    model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe
-) -> tuple[Checkpoint | None, PreTrainedModel, Arch]:
-    """Return the checkpoint, None of a model in memory, and the model, that of a checkpoint without its weights.
+def open_model(
+    model: PreTrainedModel | str | Path,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    weights: bool = True,
+) -> Opened:
+    """Return the model with its architecture bound, that of a checkpoint without its weights.
 
-    Raises a SecateurError if the recipe does not fit the model, or files do not fit their config.
+    `weights`: the files of weights must be there, and fit the config.
+    Raises a SecateurError if the model cannot be opened, or its family is not known.
     """
-    parse_size("max_shard_size", recipe.max_shard_size)
     if isinstance(model, str | Path):
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(model, weights=weights)
         model = meta_model(checkpoint.config)
     else:
         check_in_memory(model, tokenizer)
         checkpoint = None
     arch = bind(model)
-    check_for(recipe, arch, model)
-    if checkpoint is not None:
+    if checkpoint is not None and weights:
         check_weights(checkpoint, model)
-    return checkpoint, model, arch
+    return Opened(checkpoint, model, arch, Size.of(model), recipe, _device_for(recipe, checkpoint, model), tokenizer)
 
 
-def check_for(recipe: Recipe, arch: Arch, model: PreTrainedModel) -> None:
-    """Raise ArchError or RecipeError for what this model cannot do, whatever its units cost."""
-    check_without_prices(recipe, arch, model.config)
-
-
-def resolve_for(recipe: Recipe, model: PreTrainedModel) -> Resolved:
-    """Return the recipe in concrete numbers for the dense model, whose shape will do. Raises as `resolve`."""
-    arch = bind(model)
-    check_for(recipe, arch, model)
-    return resolve(recipe, arch, model.config, recipe_prices(recipe, arch, model))
-
-
-def device_for(recipe: Recipe, checkpoint: Checkpoint | None, model: PreTrainedModel) -> torch.device:
+def _device_for(recipe: Recipe, checkpoint: Checkpoint | None, model: PreTrainedModel) -> torch.device:
     """Return where the run computes; a model in memory stays where it is. Raises RecipeError if there is no such."""
     if checkpoint is not None:
         return device_called(recipe.device)
@@ -93,61 +102,44 @@ def device_for(recipe: Recipe, checkpoint: Checkpoint | None, model: PreTrainedM
     return model.device
 
 
-def computes_in_float32(
-    recipe: Recipe, checkpoint: Checkpoint | None, model: PreTrainedModel, device: torch.device
-) -> bool:
+def computes_in_float32(opened: Opened) -> bool:
     """Say whether weights are to be in float32 while they are computed with, and no longer.
 
     By itself where the device multiplies their dtype in software, and the recipe sets no limit on memory.
     Raises RecipeError if the recipe asks for it where it cannot be.
     """
+    recipe, checkpoint, dtype = opened.recipe, opened.checkpoint, opened.model.dtype
     if recipe.compute_dtype == "float32" and (checkpoint is None or recipe.memory_budget is not None):
         why = "memory_budget, which keeps weights in their files" if checkpoint else "a model in memory; convert it"
         raise RecipeError(f"compute_dtype: float32 does not go with {why}; leave one of them out.")
-    if checkpoint is None or recipe.memory_budget is not None or model.dtype not in LOW:
+    if checkpoint is None or recipe.memory_budget is not None or dtype not in LOW:
         return False
     return recipe.compute_dtype == "float32" or (
-        recipe.compute_dtype is None and multiplies_in_software(device, model.dtype)
+        recipe.compute_dtype is None and multiplies_in_software(opened.device, dtype)
     )
 
 
-def memory_for(
-    resolved: Resolved, arch: Arch, model: PreTrainedModel, checkpoint: Checkpoint | None, device: torch.device
-) -> MemoryPlan:
-    """Return how the run keeps within the memory that there is, or that its recipe allows.
+def tokenizer_of(opened: Opened) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that was handed over, or the checkpoint's."""
+    if opened.tokenizer is not None:
+        return opened.tokenizer
+    assert opened.checkpoint is not None, "no model in memory is opened without a tokenizer"
+    return load_tokenizer(opened.checkpoint)
 
-    `model`: its shape will do. Raises RecipeError, naming the least that can work, if nothing helps.
+
+def loaded(opened: Opened, *, on_disk: bool) -> tuple[Opened, tuple[str, ...]]:
+    """Return the model with its weights, in ordinary memory or mapped, and what was changed of one in memory.
+
+    `on_disk`: weights stay in their files.
     """
-    facts, can_map = (resolved, arch, model.config), checkpoint is not None and checkpoint.gguf_file is None
-    in_float32 = computes_in_float32(resolved.recipe, checkpoint, model, device)
-    if device.type == "cpu":
-        return plan_memory(*facts, Size.of(model), can_map=can_map, in_float32=in_float32)
-    free = None if checkpoint is None else free_bytes(device)
-    return plan_device_memory(*facts, Size.of(model), free, can_map=can_map, in_float32=in_float32)
-
-
-def placement_of(model: PreTrainedModel, given: Given, plan: MemoryPlan) -> Placement:
-    """Return the loaded model's way to the device; a model in memory stays where it is."""
-    layers, to = decoder_layers(model, given.arch), CPU if given.checkpoint is None else given.device
-    return Placement(model, layers, to, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
-
-
-def tokenizer_of(checkpoint: Checkpoint | None) -> PreTrainedTokenizerBase:
-    """Return the checkpoint's tokenizer; there is a checkpoint wherever none was handed over."""
-    assert checkpoint is not None
-    return load_tokenizer(checkpoint)
-
-
-def loaded(given: Given, plan: MemoryPlan) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Return the model with its weights, in ordinary memory or mapped, and what was changed of one in memory."""
-    model, checkpoint = given.shape, given.checkpoint
+    model, checkpoint = opened.model, opened.checkpoint
     if checkpoint is None:
         check_finite(model)
-        return model, restore_buffers(model)
+        return opened, restore_buffers(model)
     # On the way to a device weights need not pass through memory.
-    mapped = (plan.weights_on_disk or given.device.type != "cpu") and checkpoint.gguf_file is None
-    given.shape = load_model(checkpoint, mapped=mapped)
-    return given.shape, ()
+    mapped = (on_disk or opened.device.type != "cpu") and checkpoint.gguf_file is None
+    model = load_model(checkpoint, mapped=mapped)
+    return replace(opened, model=model, size=Size.of(model)), ()
 
 
 def store_for(

@@ -9,21 +9,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.ranks import check_same, size
-from secateur.recipe import dump_recipe
-from secateur.resolve import Resolved
+from secateur.recipe import Recipe, dump_recipe
 from secateur.summary import versions
 
 # Of every parameter so many numbers are looked at: another revision differs in them, and no file is read whole.
 NUM_SAMPLED = 64
 
 
-def check_same_run(model: PreTrainedModel, resolved: Resolved) -> None:
+def check_same_run(model: PreTrainedModel, recipe: Recipe) -> None:
     """Raise RankError if another rank has another recipe, model, precision or version of the packages."""
     if size() == 1:
         return
     check_same(
         {
-            "recipe": dump_recipe(resolved.recipe),
+            "recipe": dump_recipe(recipe),
             "model (config.json)": str({**model.config.to_dict(), "_name_or_path": ""}),
             "model (weights)": _digest(model),
             "set of installed versions": str(versions()),

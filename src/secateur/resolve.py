@@ -1,10 +1,10 @@
 """Turn a recipe and an architecture into concrete numbers. Every error that needs no weights surfaces here.
 
-In: a recipe, a bound architecture, the model's config. Out: the recipe with every `None` filled, and the plans.
+In: an opened model and its recipe. Out: plain numbers, the recipe with every `None` filled, and the plans.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.arch import Arch, Group
@@ -24,9 +24,11 @@ from secateur.budget import (
     uniform_plan,
 )
 from secateur.errors import RecipeError
+from secateur.opening import Opened
+from secateur.output import parse_size
 from secateur.prices import Outcome, prices_of, sequence_length
 from secateur.recipe import Recipe
-from secateur.resolve_depth import groups_of, layers_to_expect, num_rounds, share_for_widths, with_depth
+from secateur.resolve_depth import depth_of, groups_of, layers_to_expect, num_rounds, share_for_widths
 from secateur.resolve_experts import check_experts
 
 # Least squares wants this many pooled tokens per reader input; with a fraction 1/n of them the damping is at least n
@@ -39,11 +41,13 @@ DEFAULT_TARGET_MIX = 0.5
 DEEP_KEEP = 0.3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """A run in concrete numbers. `removals`: the share of the target's total that is gone after each round.
+    """A run in concrete numbers. `recipe`: with every `None` filled that depends on the model, as it is saved.
 
-    `prices`: the dense model's, by the recipe's target.
+    `align` to `damping`: the recipe's keys of these names, as plain numbers.
+    `removals`: the share of the target's total that is gone after each round.
+    `arch`, `prices`: the dense model's, the prices by the recipe's target.
     `plans`: one per round, the last is the target; a budget other than `uniform` departs from them layer by layer.
     `groups`: those that lose units; layers that are protected have none.
     `layers`: those that stay, by their numbers in the dense model; before any was measured, the last stand for those
@@ -51,12 +55,19 @@ class Resolved:
     """
 
     recipe: Recipe
-    groups: tuple[Group, ...]
+    align: int
+    depth: int
+    num_tokens: int
+    sequence_length: int
+    target_mix: float
+    damping: float
+    arch: Arch
     prices: Prices
-    plans: list[Plan]
-    removals: list[float]
-    warnings: tuple[str, ...]
     layers: tuple[int, ...]
+    groups: tuple[Group, ...] = ()
+    plans: tuple[Plan, ...] = ()
+    removals: tuple[float, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def prices_left(self) -> Prices:
@@ -69,9 +80,30 @@ class Resolved:
         share = 1 - (left.total - left.gone(self.groups, num_keep)) / self.prices.total
         return Outcome(self.recipe.target, self.prices.total_text, share)
 
+    def with_layers(self, layers: tuple[int, ...]) -> "Resolved":
+        """Return the run for the case that these `depth` fewer layers stay, with plans of its own.
 
-def check_without_prices(recipe: Recipe, arch: Arch, config: Any) -> None:
-    """Raise ArchError or RecipeError for what a model cannot do whatever its units cost: before they are measured."""
+        Raises RecipeError, naming the recipe key, if widths cannot give what the layers leave.
+        """
+        recipe, prices = self.recipe, self.prices
+        groups = groups_of(recipe, self.arch, layers)
+        step = least_step(groups, prices, self.align, alike=recipe.budget == "uniform")
+        remove = share_for_widths(recipe, self.depth, prices, prices.of_all_but(layers), step)
+        rounds = num_rounds(recipe) if remove > 0 else 1
+        recipe = recipe.model_copy(update={"widths": _widths(recipe, cuts=remove > 0), "rounds": rounds})
+        shares = round_shares(rounds, recipe.schedule)
+        removals = tuple(remove * share for share in shares)
+        moved = replace(self, recipe=recipe, layers=layers, groups=groups, removals=removals)
+        return replace(moved, plans=tuple(_plans(moved, remove, shares)))
+
+
+def checked(opened: Opened) -> Opened:
+    """Return what was opened, once its recipe is known to fit it, whatever units cost: before they are measured.
+
+    Raises ArchError or RecipeError, each naming the recipe key, for what this model cannot do.
+    """
+    recipe, arch, config = opened.recipe, opened.arch, opened.model.config
+    parse_size("max_shard_size", recipe.max_shard_size)
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
     if recipe.compensate == "bias" and any(group.bias_switch is None for group in groups):
         raise RecipeError(
@@ -90,6 +122,7 @@ def check_without_prices(recipe: Recipe, arch: Arch, config: Any) -> None:
         )
     sequence_length(recipe.calibration.sequence_length, config)
     _target_mix(recipe, arch)
+    return opened
 
 
 def recipe_prices(recipe: Recipe, arch: Arch, model: Any) -> Prices:
@@ -101,44 +134,30 @@ def recipe_prices(recipe: Recipe, arch: Arch, model: Any) -> Prices:
     return prices_of(recipe.target, arch, groups, model, prompt_tokens=length, seconds=recipe.prices)
 
 
-def resolve(recipe: Recipe, arch: Arch, config: Any, prices: Prices, layers: tuple[int, ...] | None = None) -> Resolved:
-    """Fill what depends on the model and make the plans. `layers`: those that stay, where they are known already.
+def resolve(opened: Opened) -> Resolved:
+    """Fill what depends on the model and make the plans. `opened`: as `checked` returns it.
 
-    `prices`: those of the dense model by the recipe's target, see `recipe_prices`.
-
-    Raises ArchError or RecipeError, each naming the recipe key, for whatever cannot be done with this model.
+    Raises RecipeError, naming the recipe key, for what cannot be reached.
     """
-    check_without_prices(recipe, arch, config)
-    recipe = with_depth(recipe, arch, config, prices)
-    layers = layers_to_expect(recipe, arch, config) if layers is None else layers
+    recipe, arch, config = opened.recipe, opened.arch, opened.model.config
+    prices = recipe_prices(recipe, arch, opened.model)
+    depth = depth_of(recipe, arch, config, prices)
+    recipe = recipe.model_copy(update={"depth": depth})
+    layers = layers_to_expect(recipe, arch, config)
     groups = groups_of(recipe, arch, layers)
-    length = sequence_length(recipe.calibration.sequence_length, config)
-    align = recipe.align or default_align(groups)
-    num_gone = prices.of_all_but(layers)
-    step = least_step(groups, prices, align, alike=recipe.budget == "uniform")
-    remove = share_for_widths(recipe, prices, num_gone, step)
     # A layer is folded into the FFN reader before it, whatever else is cut.
-    fitted = groups + (arch.select(("ffn",)) if recipe.depth else ())
+    fitted = groups + (arch.select(("ffn",)) if depth else ())
     widest = max(group.num_inputs for group in fitted)
     num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
-    mix = _target_mix(recipe, arch)
+    length = sequence_length(recipe.calibration.sequence_length, config)
+    text: dict[str, Any] = {"num_tokens": num_tokens, "sequence_length": length}
     damping, warnings = _damping(recipe, num_tokens, widest)
-    rounds = num_rounds(recipe) if remove > 0 else 1
-    calibration = recipe.calibration.model_copy(update={"num_tokens": num_tokens, "sequence_length": length})
-    resolved = recipe.model_copy(
-        update={
-            "align": align,
-            "calibration": calibration,
-            "damping": damping,
-            "target_mix": mix,
-            "widths": _widths(recipe, cuts=remove > 0),
-            "rounds": rounds,
-        }
-    )
-    shares = round_shares(rounds, recipe.schedule)
-    plans = _plans(resolved, groups, prices.with_only(layers), remove, shares)
-    warnings += _too_deep(groups, plans[-1])
-    return Resolved(resolved, groups, prices, plans, [remove * share for share in shares], warnings, layers)
+    numbers: dict[str, Any] = {"align": recipe.align or default_align(groups), "depth": depth, "damping": damping}
+    numbers["target_mix"] = _target_mix(recipe, arch)
+    recipe = recipe.model_copy(update=numbers | {"calibration": recipe.calibration.model_copy(update=text)})
+    facts: dict[str, Any] = {"recipe": recipe, "arch": arch, "prices": prices, "layers": layers, "warnings": warnings}
+    resolved = Resolved(**facts, **numbers, **text).with_layers(layers)
+    return replace(resolved, warnings=warnings + _too_deep(resolved.groups, resolved.plans[-1]))
 
 
 def _too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:
@@ -155,14 +174,14 @@ def _too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def _plans(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, remove: float, shares: list[float]) -> list[Plan]:
+def _plans(resolved: Resolved, remove: float, shares: list[float]) -> list[Plan]:
     """Return the rounds' plans for what is left to the widths, which may be nothing."""
-    assert recipe.align is not None
+    recipe, groups, prices = resolved.recipe, resolved.groups, resolved.prices_left
     if remove == 0:
         return [plan_of(groups, prices, {(group.layer, group.name): group.num_units for group in groups})]
-    _check_within_reach(recipe, groups, prices, remove)
+    _check_within_reach(resolved, remove)
     # Other budgets need the plan only to count with, and spread it over layers in steps of their own.
-    align = recipe.align if recipe.budget == "uniform" else 1
+    align = resolved.align if recipe.budget == "uniform" else 1
     plan = uniform_plan(groups, prices, remove, align)
     _check_least(recipe, groups, plan, remove, prices)
     return round_plans(groups, prices, plan, shares, align)
@@ -185,15 +204,15 @@ def _widths(recipe: Recipe, *, cuts: bool) -> str:
     return "per_layer"
 
 
-def _check_within_reach(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, remove: float) -> None:
+def _check_within_reach(resolved: Resolved, remove: float) -> None:
     """Raise RecipeError if a budget that plans layer by layer could not reach the target whatever it measures."""
+    recipe, groups, prices = resolved.recipe, resolved.groups, resolved.prices_left
     if recipe.budget == "uniform":
         return
-    assert recipe.align is not None
-    least = least_keep(groups, recipe.align, recipe.min_keep)
+    least = least_keep(groups, resolved.align, recipe.min_keep)
     if recipe.budget != "global":
         for group in groups:
-            levels = levels_of(group, group.num_units, recipe.align)
+            levels = levels_of(group, group.num_units, resolved.align)
             key = (group.layer, group.name)
             least[key] = min(level for level in levels if level >= least[key])
     largest = largest_remove(groups, prices, least)

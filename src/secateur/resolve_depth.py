@@ -79,12 +79,11 @@ def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]
     return tuple(index for index in range(arch.num_layers) if index not in gone)
 
 
-def with_depth(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> Recipe:
-    """Return the recipe with its `depth` filled in."""
+def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
+    """Return how many whole layers go: what the recipe says, or the default."""
     if recipe.depth is not None:
-        return recipe
-    depth = len(recipe.removed_layers) or default_depth(recipe, arch, config, prices)
-    return recipe.model_copy(update={"depth": depth})
+        return recipe.depth
+    return len(recipe.removed_layers) or default_depth(recipe, arch, config, prices)
 
 
 def default_depth(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
@@ -145,10 +144,10 @@ def num_rounds(recipe: Recipe) -> int:
     return len(gone)
 
 
-def share_for_widths(recipe: Recipe, prices: Prices, num_gone: int, step: int) -> float:
+def share_for_widths(recipe: Recipe, depth: int, prices: Prices, num_gone: int, step: int) -> float:
     """Return the share that widths must still take of what the layers leave; 0 if that is less than half a `step`.
 
-    `num_gone`: what the layers that go take. `step`: the least that can go of the widths.
+    `num_gone`: what the `depth` layers that go take. `step`: the least that can go of the widths.
     Raises RecipeError if the layers alone take more than half a step too much.
     """
     asked = recipe.remove * prices.total
@@ -157,11 +156,10 @@ def share_for_widths(recipe: Recipe, prices: Prices, num_gone: int, step: int) -
     if abs(asked - num_gone) <= step / 2:
         return 0.0
     if num_gone > asked:
-        assert recipe.depth, "only layers have gone by now"
-        per_layer = num_gone // recipe.depth
+        per_layer = num_gone // depth
         most, least = int((asked + step / 2) // per_layer), math.ceil(1e4 * num_gone / prices.total) / 1e4
         raise RecipeError(
-            f"depth: {recipe.depth} layers of {prices.text(per_layer)} each make it {num_gone / prices.total:.3f} of "
+            f"depth: {depth} layers of {prices.text(per_layer)} each make it {num_gone / prices.total:.3f} of "
             f"all {prices.total_text}, more than remove: {recipe.remove:g}; use depth {most} at most, "
             f"or remove at least {least:.4f}."
         )

@@ -39,7 +39,7 @@ def plan_round(
     def made() -> dict[str, Any]:
         return _as_json(_planned(run, number, batches, max_rise, scores))
 
-    return _from_json(run.store.value(f"round-{number}-plan", made))
+    return _from_json(run.services.store.value(f"round-{number}-plan", made))
 
 
 def _planned(
@@ -47,20 +47,19 @@ def _planned(
 ) -> Plan:
     resolved = run.resolved
     recipe, prices = resolved.recipe, resolved.prices_left
-    assert recipe.align is not None
     remove = resolved.removals[number - 1]
-    least = least_keep(resolved.groups, recipe.align, recipe.min_keep)
+    least = least_keep(resolved.groups, resolved.align, recipe.min_keep)
     if recipe.budget == "global":
         scores = scores or _scores(run, number, batches)
-        align, found = recipe.align, scores
+        align, found = resolved.align, scores
         return from_first(lambda: global_plan(resolved.groups, found, prices, remove, align, min_keep=least))
     settings = _profile_settings(run, number)
     profiles = profile(
-        run.model, run.arch, resolved.groups, batches, settings, decide=from_first, progress=run.progress
+        run.model, run.arch, resolved.groups, batches, settings, decide=from_first, progress=run.services.progress
     )
     plan = from_first(lambda: curve_plan(resolved.groups, profiles, prices, remove, min_keep=least, max_rise=max_rise))
     predicted = predicted_rise(profiles, plan.num_keep)
-    run.log({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
+    run.services.log.write({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
     return plan
 
 
@@ -80,14 +79,14 @@ def whole_model_scores(run: Run, number: int, batches: list[Batch]) -> dict[Grou
     if score.needs != "gradients":
         return {}
     name, groups = f"round-{number}-scores", {f"{group.layer} {group.name}": group for group in run.resolved.groups}
-    found = run.store.find(name)
+    found = run.services.store.find(name)
     if found is not None:
         device = next(run.model.parameters()).device
         return {(groups[key].layer, groups[key].name): scores_U.to(device) for key, scores_U in found[0].items()}
-    run.progress("score", 0, 1)
+    run.services.progress("score", 0, 1)
     scores = score.function(run.model, run.arch, run.resolved.groups, batches)
-    run.store.keep(name, {f"{layer} {group}": scores_U for (layer, group), scores_U in scores.items()}, {})
-    run.progress("score", 1, 1)
+    run.services.store.keep(name, {f"{layer} {group}": scores_U for (layer, group), scores_U in scores.items()}, {})
+    run.services.progress("score", 1, 1)
     return scores
 
 
@@ -97,15 +96,14 @@ def _profile_settings(run: Run, number: int) -> ProfileSettings:
     layers = decoder_layers(run.model, run.arch)
     now = sum(g.parts.num_units_left(layers[g.layer]) * prices.of(g) for g in groups)
     then = sum(run.resolved.plans[number - 1].num_keep[g.layer, g.name] * prices.of(g) for g in groups)
-    assert recipe.align is not None
     # What a domain's weight does to a width is left to the slopes, which are by domain.
     weighting = "energy" if recipe.domain_weighting in BY_DOMAIN else recipe.domain_weighting
     return ProfileSettings(
         weighting=weighting,
         shares=run.shares,
-        damping=recipe.damping,
+        damping=run.resolved.damping,
         obs_batch=recipe.obs_batch,
-        align=recipe.align,
+        align=run.resolved.align,
         perturbation=1 - then / now,
         probe_blocks=recipe.probe_blocks,
     )
@@ -128,7 +126,7 @@ def _scores(run: Run, number: int, batches: list[Batch]) -> dict[GroupKey, Tenso
             scores[index, group.name] = from_first(found)
         if not mine:
             walk.advance(index)
-        run.progress("score", index + 1, run.arch.num_layers)
+        run.services.progress("score", index + 1, run.arch.num_layers)
     return scores
 
 

@@ -66,7 +66,7 @@ class SafetyNet:
         rise = _mean(self.now) / _mean(self.dense) - 1
         held = self.limit is None or rise <= self.limit
         line = {"event": "round", "round": number, "num_params": num_params, "nats_per_token": self.now, "held": held}
-        self.run.log(line)
+        self.run.services.log.write(line)
         if held:
             return True
         said = f"max_loss_rise: round {number} raised the mean held-out loss by {rise:.1%} (allowed {self.limit:.1%})"
@@ -75,7 +75,7 @@ class SafetyNet:
         for index, layer in enumerate(decoder_layers(self.run.model, self.run.arch)):
             self._snapshot.put_back(index, layer)
         keeps.update(self._keeps)
-        self.run.log({"event": "note", "text": f"{said}, so the result is that of round {number - 1}."})
+        self.run.services.log.write({"event": "note", "text": f"{said}, so the result is that of round {number - 1}."})
         return False
 
 
@@ -87,10 +87,10 @@ def watched_losses(run: Run, which: str) -> dict[str, float]:
         return {}
 
     def measured() -> dict[str, float]:
-        losses = domain_losses(run.model, run.arch, run.held_out, run.progress, f"held-out loss, {which}")
+        losses = domain_losses(run.model, run.arch, run.held_out, run.services.progress, f"held-out loss, {which}")
         return {name: loss.nats_per_token for name, loss in losses.items()}
 
-    return run.store.value(f"held-out {which}", measured)
+    return run.services.store.value(f"held-out {which}", measured)
 
 
 def _mean(losses: dict[str, float]) -> float:

@@ -24,6 +24,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Small batches stay in a processor's cache and hold little memory; other devices want work for thousands of cores.
 CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS = 512, 8192
+# Layers without which a model is measured together: a few share their walk, many would be measured for nothing.
+LAYERS_AT_ONCE = 4
 
 
 @dataclass(frozen=True, slots=True)

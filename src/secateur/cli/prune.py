@@ -100,7 +100,7 @@ def demo(
 
 def _prune(model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:
     # Imported here so that --help and option errors do not wait for torch.
-    from secateur.pruning import prune as prune_model
+    from secateur.api import prune as prune_model
     from secateur.ranks import is_first
     from secateur.tables import summary_table
 

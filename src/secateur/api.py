@@ -1,0 +1,91 @@
+"""The public functions that are made of several jobs: `prune`, and recovery after it where the recipe asks for it."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.checkpoint import load, open_checkpoint
+from secateur.errors import RecipeError
+from secateur.progress import Progress, silent
+from secateur.pruning import prune_run
+from secateur.ranks import is_first
+from secateur.ranks_group import joined, meet
+from secateur.recipe import Recipe, as_recipe
+from secateur.recovering import recover
+from secateur.run_result import Result
+from secateur.staged_directory import check_replaceable
+from secateur.store import place_beside
+
+__all__ = ["Result", "prune"]
+
+
+@joined()
+def prune(
+    model: PreTrainedModel | str | Path,
+    recipe: Recipe | dict[str, Any] | Path | str | None = None,
+    *,
+    out: Path | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    command: str = "",
+    progress: Progress = silent,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Result:
+    """Prune a causal LM by a recipe and return it with what it cost and kept.
+
+    `model`: a local directory, a hub id, a `.gguf` file, `smollm2-135m`, or a model in memory, which needs `tokenizer`
+    and is pruned in place. Buffers that no checkpoint stores, such as rotary frequencies that `.to(torch.bfloat16)`
+    rounded, are first set to what loading computes; a note in the summary's `warnings` says so.
+    `recipe`: a Recipe, a mapping, a YAML file, or None for the defaults. `out`: where to write the checkpoint; it
+    appears complete or not at all. `resume`: go on from what an interrupted run of the same inputs has finished, which
+    lies in a hidden directory beside `out`; from the beginning if there is none. `tell` gets a line of text about that.
+    `command`: how to repeat the run, for the model card. Under torchrun every process calls this and gets the same
+    model; the first one writes, and alone verifies.
+    With the recipe's key `recover` model and directory are those of the recovery, and the figures those of the pruning.
+    Raises a SecateurError, one sentence, for everything that a user can correct.
+    """
+    progress = progress if is_first() else silent
+    parsed = as_recipe(recipe)
+    options = {"tokenizer": tokenizer, "resume": resume, "command": command, "progress": progress, "tell": tell}
+    if parsed.recover is None:
+        return prune_run(model, parsed, out=out, overwrite=overwrite, **options)
+    if not isinstance(model, str | Path):
+        raise RecipeError(
+            "recover: needs the dense model as a directory or hub id, since a model in memory is pruned in place; give "
+            "its path, or leave recover out of the recipe and call secateur.recover."
+        )
+    if out is None:
+        raise RecipeError("recover: writes checkpoints on the way; say where the result goes with out.")
+    return _prune_then_recover(model, parsed, Path(out), overwrite, options)
+
+
+def _prune_then_recover(
+    model: str | Path, recipe: Recipe, out: Path, overwrite: bool, options: dict[str, Any]
+) -> Result:
+    """Return the pruning's result with the recovered model in the pruned one's place.
+
+    The pruned checkpoint lies in a hidden directory beside `out` meanwhile and is gone afterwards, unless the pruning
+    was interrupted and can be resumed. An interrupted recovery goes on by itself, but is pruned for anew.
+    """
+    place = out.absolute()
+    check_replaceable(place, overwrite=overwrite, protected=open_checkpoint(model, weights=False).directory)
+    folder = place.with_name(f".{place.name}.pruned")
+    pruned = folder / "pruned"
+    without = recipe.model_copy(update={"recover": None})
+    try:
+        # Overwritten, since a killed run may have left it.
+        result = prune_run(model, without, out=pruned, overwrite=True, **options)
+        meet("pruned")  # the first rank is still saving
+        assert recipe.recover is not None
+        changes = {"recover": recipe.recover.model_dump(mode="json")}
+        settings = {"command": options["command"], "progress": options["progress"], "name": f"{model}, pruned"}
+        recover(pruned, model, changes, out=place, overwrite=overwrite, **settings)
+    finally:
+        if is_first() and not place_beside(pruned).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    return dataclasses.replace(result, model=load(place), recipe=recipe, out=out)
