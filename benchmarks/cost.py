@@ -29,6 +29,7 @@ import secateur
 from secateur.calibration import CalibrationSet, build_calibration
 from secateur.checkpoint import load_model, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
+from secateur.facts import Size
 from secateur.loop import prune_in_place
 from secateur.memory import release_freed
 from secateur.opening import open_model
@@ -36,7 +37,6 @@ from secateur.output import save_checkpoint
 from secateur.recipe import parse_recipe
 from secateur.resolve import Resolved, checked, resolve
 from secateur.run import Run
-from secateur.summary import Size
 from secateur.walk import make_batches
 
 MAX_RATIO, MAX_MEMORY = 3.0, 1.25

@@ -20,9 +20,9 @@ from cost import measure_memory
 from make_shape import SHAPES, write_shape
 
 from secateur.checkpoint import meta_model, open_checkpoint
+from secateur.facts import Size
 from secateur.inspection import inspect
 from secateur.recipe import parse_recipe
-from secateur.summary import Size
 
 SHARE_OF_FFN = 0.2
 

@@ -26,6 +26,7 @@ from secateur.calibration import CalibrationSet, build_calibration
 from secateur.checkpoint import Checkpoint, load_model, open_checkpoint
 from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.depth_step import remove_depth
+from secateur.facts import Size
 from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
 from secateur.opening import open_model
@@ -33,7 +34,6 @@ from secateur.output import save_checkpoint
 from secateur.recipe import Calibration, Domain, parse_recipe
 from secateur.resolve import checked, resolve
 from secateur.run import Run
-from secateur.summary import Size
 
 DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 FILES = {

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from secateur.arch import bind
+from secateur.facts import Size
 from secateur.opening import Opened
 from secateur.recipe import Recipe
 from secateur.resolve import checked
-from secateur.summary import Size
 
 
 def opened(model: Any, recipe: Recipe) -> Opened:

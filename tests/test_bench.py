@@ -21,7 +21,8 @@ from secateur.bench import (
 from secateur.bench_memory import peak_model_bytes
 from secateur.benchmark import bench
 from secateur.errors import CheckpointError, RecipeError, SecateurError
-from secateur.ideal import Workload, kv_cache_bytes_per_token
+from secateur.facts import Workload
+from secateur.ideal import kv_cache_bytes_per_token
 from secateur.llama_cpp import have_llama_cpp
 from secateur.measured import BenchResult, Ratio
 from secateur.output import save_checkpoint

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from secateur.calibration import build_calibration
 from secateur.cli import app, main
+from secateur.facts import Size
 from secateur.recipe import Recipe, parse_recipe
 from secateur.resolve import resolve
-from secateur.summary import Size
 
 NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
 

@@ -16,12 +16,12 @@ from secateur.arch import bind, decoder_layers
 from secateur.budget import uniform_plan
 from secateur.calibration import CalibrationSet, DomainBlocks
 from secateur.cut import add_zero_biases, cut, zero_units
+from secateur.facts import Size
 from secateur.loop import prune_in_place
 from secateur.recipe import parse_recipe
 from secateur.resolve import resolve
 from secateur.run import Run, Services
 from secateur.runlog import RunLog
-from secateur.summary import Size
 from secateur.walk import Walk, make_batches
 from tests.models import tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 

@@ -5,13 +5,8 @@ import torch
 from models import tiny_llama, tiny_qwen2
 from torch.utils.flop_counter import FlopCounterMode
 
-from secateur.ideal import (
-    Workload,
-    decode_bytes_per_token,
-    kv_cache_bytes_per_token,
-    least_costs,
-    prefill_flops_per_token,
-)
+from secateur.facts import Workload
+from secateur.ideal import decode_bytes_per_token, kv_cache_bytes_per_token, least_costs, prefill_flops_per_token
 
 # Width 48, FFN 112, 4 heads of 12 with 2 for keys and values, vocabulary 320, 3 layers, float32.
 LINEARS = 3 * (48 * 48 + 2 * 24 * 48 + 48 * 48 + 3 * 112 * 48)

@@ -14,7 +14,7 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 60
 # Bottom up; a module imports from layers below its own, never from its own. `cli.*` is one command each.
 LAYERS = [
     # what knows nothing of the rest
-    "errors progress memory runlog whole_file reload_child checkpoint_quiet modeling_per_layer overlap page svg "
+    "errors facts progress memory runlog whole_file reload_child checkpoint_quiet modeling_per_layer overlap page svg "
     "knapsack arch_conv recover_recipe recover_loss",
     "ranks_group plugins",
     "ranks",

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from secateur.overlap import NGRAM_TOKENS, ngram_overlap
+from secateur.facts import NGRAM_TOKENS
+from secateur.overlap import ngram_overlap
 from tests.models import tiny_ids
 
 BLOCKS = tiny_ids(batch=3, length=40, seed=1)

@@ -11,9 +11,9 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import secateur
+from secateur.facts import Size
 from secateur.recipe import GONE, parse_recipe
 from secateur.resolve import resolve
-from secateur.summary import Size
 
 TOKENIZER = tiny_tokenizer()
 FACTORIES = {"llama": tiny_llama, "qwen2": tiny_qwen2}

@@ -20,7 +20,8 @@ from secateur.card import model_card
 from secateur.cut import cut
 from secateur.depth import remove_layers
 from secateur.errors import RecipeError
-from secateur.ideal import Costs, Workload, least_costs
+from secateur.facts import Costs, Workload
+from secateur.ideal import least_costs
 from secateur.inspection import inspect
 from secateur.latency import Timing, _slope, measure_latency, with_prices
 from secateur.per_layer import record_widths

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from secateur.device import now
-from secateur.ideal import Workload
+from secateur.facts import Workload
 from secateur.measured import Ratio, Speed
 from secateur.progress import Progress
 

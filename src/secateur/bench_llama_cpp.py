@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from secateur.bench import Runner, prompt_ids
-from secateur.ideal import Workload
+from secateur.facts import Workload
 from secateur.llama_cpp import open_llama_cpp
 
 

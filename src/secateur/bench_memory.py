@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from secateur.bench import Runner, transformers_runner
-from secateur.ideal import Workload, kv_cache_bytes_per_token
+from secateur.facts import Workload
+from secateur.ideal import kv_cache_bytes_per_token
 
 PROFILED_TOKENS = 4
 

@@ -26,13 +26,14 @@ from secateur.bench_llama_cpp import llama_cpp_runner
 from secateur.bench_memory import peak_model_bytes
 from secateur.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
 from secateur.errors import RecipeError, nearest
+from secateur.facts import Size, Workload
 from secateur.gguf_export import check_exportable, export_gguf
-from secateur.ideal import Workload, least_costs
+from secateur.ideal import least_costs
 from secateur.llama_cpp import require_llama_cpp
 from secateur.measured import BENCH_FILE, BenchResult, BenchSettings, ModelFigures, SpeedUp
 from secateur.progress import Progress, silent
 from secateur.staged_file import staged_file
-from secateur.summary import Size, versions
+from secateur.summary import versions
 
 ENGINES = ("transformers", "llama.cpp")
 GGUF_TYPE, GGUF_DTYPE = "f16", torch.float16  # what llama.cpp runs, its cache too

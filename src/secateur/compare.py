@@ -24,6 +24,7 @@ from secateur.compare_page import comparison_files
 from secateur.depth_step import remove_depth
 from secateur.device import on_device
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks, run_task
+from secateur.facts import Size
 from secateur.fingerprint import fingerprint
 from secateur.loop import prune_in_place
 from secateur.loss import domain_losses
@@ -38,7 +39,7 @@ from secateur.run import Run, Services
 from secateur.staged_file import staged_file
 from secateur.store import Store
 from secateur.study import Cell, Study, cells, dump_study, load_study, study_recipe
-from secateur.summary import Size, versions
+from secateur.summary import versions
 
 CELLS_FOLDER = "cells"
 DENSE = "dense"

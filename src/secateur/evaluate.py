@@ -24,7 +24,7 @@ from secateur.evaluate_domains import RECIPE, Blocks, named_blocks, recipe_block
 from secateur.evaluate_parts import Subject, dense_states, kl_parts, open_subject, quality_parts, task_parts
 from secateur.evaluate_tasks import LoadedTasks, TaskOptions, load_tasks
 from secateur.evaluate_wikitext import wikitext_blocks
-from secateur.kl import Divergence
+from secateur.facts import Divergence
 from secateur.measured import EVALUATION_FILE, Evaluation, Measured, Quality, TaskResults
 from secateur.output import disk_errors
 from secateur.progress import Progress, silent

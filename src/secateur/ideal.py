@@ -7,29 +7,11 @@ activation functions, softmax, what a program does beside its matrix products. N
 B prompts, T prompt tokens, N new tokens, L layers, V vocabulary.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """What each run does: `batch` prompts of `prompt_tokens` each, `new_tokens` (at least 2) written after each."""
-
-    batch: int = 1
-    prompt_tokens: int = 256
-    new_tokens: int = 32
-    repeats: int = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """The least work of one model at one workload."""
-
-    decode_bytes_per_token: float
-    prefill_flops_per_token: float
-    kv_cache_bytes_per_token: int
+from secateur.facts import Costs, Workload
 
 
 def least_costs(model: Any, workload: Workload) -> Costs:

@@ -4,10 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.facts import Outcome, Size
 from secateur.json_file import Record
-from secateur.prices import Outcome
 from secateur.recipe import MeasuredPrices
-from secateur.summary import Size
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,22 +18,12 @@ from torch import Tensor, nn
 
 from secateur.arch import Arch
 from secateur.errors import NumericsError
+from secateur.facts import Divergence
 
 # Positions per slice of logits: 2 models x 64 x 150k words x float32 is 77 MB.
 KL_POSITIONS = 64
 # Rows of logits at a time in float32: four times as fast on a CPU as 64, whose intermediate results fill 12 MB each.
 CACHED_ROWS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """KL(dense || pruned) in nats per token. The error is over blocks, `p95` over tokens."""
-
-    mean: float
-    standard_error: float
-    p95: float
-    top1_agreement: float
-    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

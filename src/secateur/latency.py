@@ -23,7 +23,7 @@ from secateur.cut import cut
 from secateur.depth import remove_layers
 from secateur.device import CPU, now, on_device
 from secateur.errors import RecipeError
-from secateur.ideal import Workload
+from secateur.facts import Workload
 from secateur.in_memory import restore_buffers
 from secateur.opening import Opened
 from secateur.progress import Progress, silent

@@ -6,7 +6,6 @@ Perplexity is exp(nats per token). The head runs on slices of positions, so that
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from secateur.arch import Arch, head_of
 from secateur.errors import NumericsError
+from secateur.facts import Loss
 from secateur.memory import release_freed
 from secateur.progress import Progress, silent
 from secateur.ranks import size, spread
@@ -24,20 +24,6 @@ from secateur.walk import Batch, Walk
 HEAD_POSITIONS = 64
 # Tokens that go through the layers together, so that weights which are not in memory come once for all of them.
 TOKENS_AT_ONCE = 1 << 15
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """Mean negative log-likelihood of a block's tokens 2..T given those before. The error is over blocks."""
-
-    nats_per_token: float
-    standard_error: float
-    num_tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nats per token)."""
-        return math.exp(self.nats_per_token)
 
 
 def domain_losses(
@@ -76,11 +62,6 @@ def standard_error(values: list[float]) -> float:
     """Return the standard error of the mean, 0 for a single value."""
     mean = sum(values) / len(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1) / len(values))
-
-
-def geometric_mean_perplexity(losses: dict[str, Loss]) -> float:
-    """exp of the mean over domains of nats per token: every domain counts the same, whatever its length."""
-    return math.exp(sum(loss.nats_per_token for loss in losses.values()) / len(losses))
 
 
 def _mean_losses(model: nn.Module, arch: Arch, blocks: list[Tensor], layer_done: Callable[[], None]) -> list[float]:

@@ -9,10 +9,8 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur.ideal import Costs, Workload
+from secateur.facts import Costs, Divergence, Size, Workload
 from secateur.json_file import Record
-from secateur.kl import Divergence
-from secateur.summary import Size
 
 EVALUATION_FILE, BENCH_FILE = "evaluation.json", "bench.json"
 

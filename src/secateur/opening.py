@@ -19,13 +19,14 @@ from secateur.checkpoint import Checkpoint, check_finite, check_weights, load_mo
 from secateur.checkpoint_tokenizer import load_tokenizer
 from secateur.device import LOW, device_called, multiplies_in_software
 from secateur.errors import CheckpointError, RecipeError
+from secateur.facts import Size
 from secateur.fingerprint import weight_digests
 from secateur.in_memory import check_in_memory, restore_buffers
 from secateur.ranks import is_first
 from secateur.recipe import Recipe
 from secateur.runlog import RunLog
 from secateur.store import Store
-from secateur.summary import Size, versions
+from secateur.summary import versions
 
 # Whatever of these a run has: the bytes of its result are the same.
 _WITHOUT_EFFECT = {"memory_budget", "device_budget"}

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 # As GPT-3 and much since count contamination (Brown et al., arXiv 2005.14165, appendix C), in tokens instead of words.
-NGRAM_TOKENS = 13
+from secateur.facts import NGRAM_TOKENS
 
 
 def ngram_overlap(

@@ -6,7 +6,6 @@ and the recipe holds; here they are only read.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -20,18 +19,6 @@ DEFAULT_SEQUENCE_LENGTH = 512
 # The group whose units are kept in the cache, by the name that every family's spec gives it.
 CACHED_GROUP = "kv_heads"
 PICOSECONDS, PICOSECONDS_PER_MS = 1e12, 10**9
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How much of the recipe's `target` went: the `share_gone` of what the dense model has of it, `total` for people.
-
-    Of `latency` it is what the prices predict, not a second measurement.
-    """
-
-    target: str
-    total: str
-    share_gone: float
 
 
 @runtime_checkable

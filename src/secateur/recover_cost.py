@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from secateur.facts import Size
 from secateur.ideal import prefill_flops_per_token
 from secateur.recover_loss import distillation_loss, teacher_log_p
 from secateur.recover_recipe import LogitSettings, RecoverySettings
 from secateur.recover_record import Cost
-from secateur.summary import Size
 
 # What a layer keeps of a token for its gradient, in hidden sizes: inputs of norms and linears, queries, keys, values,
 # the MLP's gate, up and product at three to four hidden sizes each.

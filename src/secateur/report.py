@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from secateur.errors import RecipeError
-from secateur.loss import geometric_mean_perplexity
+from secateur.facts import geometric_mean_perplexity
 from secateur.page import KeyFigure, Page, Section, render
 from secateur.report_evaluation import distance, tasks
 from secateur.report_quality import SpeedFigures, quality, speed, speed_figures

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 
 from secateur.bench_tables import bench_tables
-from secateur.loss import Loss
+from secateur.facts import Loss
 from secateur.measured import BenchResult
 from secateur.page import Section, Table
 from secateur.plots import Series, Text, dot_plot

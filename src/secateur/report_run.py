@@ -7,7 +7,7 @@ import math
 import shlex
 from collections.abc import Sequence
 
-from secateur.overlap import NGRAM_TOKENS
+from secateur.facts import NGRAM_TOKENS
 from secateur.page import Section, Table
 from secateur.plots import Series, Text, error_plot, line_plot, spread_plot, width_plot
 from secateur.recipe import Domain

@@ -24,9 +24,10 @@ from secateur.budget import (
     uniform_plan,
 )
 from secateur.errors import RecipeError
+from secateur.facts import Outcome
 from secateur.opening import Opened
 from secateur.output import parse_size
-from secateur.prices import Outcome, prices_of, sequence_length
+from secateur.prices import prices_of, sequence_length
 from secateur.recipe import Recipe
 from secateur.resolve_depth import depth_of, groups_of, layers_to_expect, num_rounds, share_for_widths
 from secateur.resolve_experts import check_experts

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from secateur.arch import Arch
 from secateur.budget import GroupKey
 from secateur.calibration import CalibrationSet, rotated
-from secateur.loss import Loss, domain_losses
+from secateur.facts import Loss
+from secateur.loss import domain_losses
 from secateur.progress import Progress, silent
 from secateur.ranks import own_part
 from secateur.resolve import Resolved

@@ -3,22 +3,26 @@
 In: a run whose model is cut and in ordinary memory. Out: files in its directory, and the `Result`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.arch_group import Group
 from secateur.calibration_facts import calibration_facts
 from secateur.card import model_card
+from secateur.facts import Size
 from secateur.opening import Opened
 from secateur.pruned_checkpoint import PrunedCheckpoint
 from secateur.recipe import Recipe
 from secateur.report import missing_plots, write_report
 from secateur.run import Keeps, Run
 from secateur.runlog import RunLog
-from secateur.summary import Size, Summary, group_widths, versions
+from secateur.summary import Summary, versions
 from secateur.verify import Verification, verify_reload
 
 VERIFY_TOKENS = 64
@@ -88,3 +92,14 @@ def write_report_files(directory: Path, summary: Summary, log: RunLog) -> None:
     (directory / "README.md").write_text(model_card(summary), encoding="utf-8")
     if not missing_plots():
         write_report(directory)
+
+
+def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tensor]) -> dict[str, tuple[int, int, int]]:
+    """Return, by kind of group, units per layer before, and after in the narrowest and the widest layer."""
+    widths: dict[str, tuple[int, int, int]] = {}
+    for group in groups:
+        keep = keeps.get((group.layer, group.name))
+        kept = group.num_units if keep is None else keep.shape[-1]
+        before, least, most = widths.get(group.name, (group.num_units, kept, kept))
+        widths[group.name] = (before, min(least, kept), max(most, kept))
+    return widths

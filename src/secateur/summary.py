@@ -6,37 +6,16 @@ In: figures of each stage. Out: frozen dataclasses that go to JSON and back. No 
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from secateur.arch import Group
+from secateur.facts import Loss, Outcome, Size, geometric_mean_perplexity
 from secateur.json_file import Record
-from secateur.loss import Loss, geometric_mean_perplexity
 from secateur.plugins import plugin_packages
-from secateur.prices import Outcome
 
 RESULT_FILE = "result.json"
 
 Losses = dict[str, Loss]
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """`num_params`: all parameters, tied ones once. `num_bytes`: their storage."""
-
-    num_params: int
-    num_bytes: int
-
-    @classmethod
-    def of(cls, model: torch.nn.Module) -> "Size":
-        """Count a model's parameters."""
-        parameters = list(model.parameters())
-        num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        return cls(sum(parameter.numel() for parameter in parameters), num_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +76,6 @@ class Summary(Record):
         """Return the evaluated models' losses, dense first; those not evaluated are left out."""
         named = {"dense": self.dense_losses, "pruned": self.pruned_losses}
         return {name: losses for name, losses in named.items() if losses}
-
-
-def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tensor]) -> dict[str, tuple[int, int, int]]:
-    """Return, by kind of group, units per layer before, and after in the narrowest and the widest layer."""
-    widths: dict[str, tuple[int, int, int]] = {}
-    for group in groups:
-        keep = keeps.get((group.layer, group.name))
-        kept = group.num_units if keep is None else keep.shape[-1]
-        before, least, most = widths.get(group.name, (group.num_units, kept, kept))
-        widths[group.name] = (before, min(least, kept), max(most, kept))
-    return widths
 
 
 def versions() -> dict[str, str]:

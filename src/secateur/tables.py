@@ -11,9 +11,8 @@ from rich import table as rich_table
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD, Box
 from rich.console import Group
 
+from secateur.facts import NGRAM_TOKENS, geometric_mean_perplexity
 from secateur.inspect_record import Inspection
-from secateur.loss import geometric_mean_perplexity
-from secateur.overlap import NGRAM_TOKENS
 from secateur.page import Table
 from secateur.summary import Summary
 
