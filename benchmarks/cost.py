@@ -26,18 +26,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur
-from secateur.calibration import CalibrationSet, build_calibration
-from secateur.checkpoint import load_model, open_checkpoint
-from secateur.checkpoint_tokenizer import load_tokenizer
+from secateur.data.calibration import CalibrationSet, build_calibration
 from secateur.facts import Size
-from secateur.loop import prune_in_place
-from secateur.memory import release_freed
-from secateur.opening import open_model
-from secateur.output import save_checkpoint
+from secateur.formats.save import save_checkpoint
+from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.pruning.loop import prune_in_place
+from secateur.pruning.open import open_model
+from secateur.pruning.resolve import Resolved, checked, resolve
+from secateur.pruning.run import Run
 from secateur.recipe import parse_recipe
-from secateur.resolve import Resolved, checked, resolve
-from secateur.run import Run
-from secateur.walk import make_batches
+from secateur.stream.device import release_freed
+from secateur.stream.walk import make_batches
 
 MAX_RATIO, MAX_MEMORY = 3.0, 1.25
 OWN_TARGET = "own target"

@@ -19,13 +19,12 @@ from typing import Any
 
 from cost import measure_memory, round_seconds
 
-from secateur.calibration import build_calibration
-from secateur.checkpoint import load_model, open_checkpoint
-from secateur.checkpoint_tokenizer import load_tokenizer
-from secateur.opening import open_model, tokenizer_of
-from secateur.output import save_checkpoint
+from secateur.data.calibration import build_calibration
+from secateur.formats.save import save_checkpoint
+from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.pruning.open import open_model, tokenizer_of
+from secateur.pruning.resolve import checked, resolve
 from secateur.recipe import INSTALLED_DOMAINS, parse_recipe
-from secateur.resolve import checked, resolve
 
 LENGTH = 512
 EIGHT = {name: {"installed": name} for name in INSTALLED_DOMAINS} | {"more code": {"installed": "code"}}

@@ -20,16 +20,16 @@ from pathlib import Path
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from secateur.arch import bind
-from secateur.checkpoint import load
-from secateur.experts import prune_experts
-from secateur.group_step import method_of
-from secateur.loss import domain_losses
-from secateur.per_layer import record_widths
+from secateur.methods.experts import prune_experts
+from secateur.methods.select import Task
+from secateur.model.bind import bind
+from secateur.model.checkpoint import load
+from secateur.model.per_layer import record_widths
+from secateur.pruning.group_step import method_of
+from secateur.pruning.resolve import DEFAULT_TARGET_MIX
 from secateur.recipe import parse_recipe
-from secateur.resolve import DEFAULT_TARGET_MIX
-from secateur.selection import Task
-from secateur.walk import Walk, make_batches
+from secateur.stream.losses import domain_losses
+from secateur.stream.walk import Walk, make_batches
 
 DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).parents[2] / "shared" / "data")) / "text"
 DOMAINS = {"web": "web_c4", "code": "code", "math": "math_gsm8k", "zh": "zh_cmrc", "science": "science_qasper"}

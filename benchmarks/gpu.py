@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from make_shape import SHAPES, write_shape
 
-from secateur.device import device_called
-from secateur.opening import open_model
+from secateur.pruning.cost import measured_rates, work_of
+from secateur.pruning.open import open_model
+from secateur.pruning.resolve import checked, resolve
+from secateur.ranks import device_called
 from secateur.recipe import parse_recipe
-from secateur.resolve import checked, resolve
-from secateur.work import measured_rates, work_of
 
 MARK_SECONDS = 90.0
 # Rows of the products that are timed: enough to fill a large GPU.

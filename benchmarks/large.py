@@ -24,7 +24,7 @@ from pathlib import Path
 from cost import resident
 from make_shape import SHAPES, write_shape
 
-from secateur.inspection import inspect
+from secateur.evaluation.inspect import inspect
 from secateur.recipe import parse_recipe
 
 SAMPLE_SECONDS = 0.02

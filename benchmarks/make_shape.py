@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2Config
 
-from secateur.checkpoint import meta_model, open_checkpoint
-from secateur.checkpoint_tokenizer import load_tokenizer
+from secateur.model.checkpoint import load_tokenizer, meta_model, open_checkpoint
 
 SHAPES = {
     "qwen2.5-7b": {

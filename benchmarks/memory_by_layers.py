@@ -19,9 +19,9 @@ from typing import Any
 from cost import measure_memory
 from make_shape import SHAPES, write_shape
 
-from secateur.checkpoint import meta_model, open_checkpoint
+from secateur.evaluation.inspect import inspect
 from secateur.facts import Size
-from secateur.inspection import inspect
+from secateur.model.checkpoint import meta_model, open_checkpoint
 from secateur.recipe import parse_recipe
 
 SHARE_OF_FFN = 0.2

@@ -17,12 +17,10 @@ from typing import Any
 import lm_eval
 from lm_eval.models.huggingface import HFLM
 
-from secateur.checkpoint import load_model, open_checkpoint
-from secateur.checkpoint_tokenizer import load_tokenizer
-from secateur.evaluate_harness import quiet_harness, task_manager
-from secateur.evaluate_rows import find_rows
-from secateur.evaluate_tasks import TaskOptions, load_tasks, run_task
-from secateur.measured import task_metrics
+from secateur.evaluation.rows import find_rows
+from secateur.evaluation.tasks import TaskOptions, load_tasks, quiet_harness, run_task, task_manager
+from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.report.measured import task_metrics
 
 TASKS = "arc_easy,winogrande,copa,hellaswag,piqa"
 SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}

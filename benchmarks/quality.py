@@ -21,19 +21,17 @@ from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
-from secateur.arch import bind
-from secateur.calibration import CalibrationSet, build_calibration
-from secateur.checkpoint import Checkpoint, load_model, open_checkpoint
-from secateur.checkpoint_tokenizer import load_tokenizer
-from secateur.depth_step import remove_depth
+from secateur.data.calibration import CalibrationSet, build_calibration
 from secateur.facts import Size
-from secateur.loop import prune_in_place
-from secateur.loss import domain_losses
-from secateur.opening import open_model
-from secateur.output import save_checkpoint
+from secateur.formats.save import save_checkpoint
+from secateur.model.bind import bind
+from secateur.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from secateur.pruning.loop import prune_in_place, remove_depth
+from secateur.pruning.open import open_model
+from secateur.pruning.resolve import checked, resolve
+from secateur.pruning.run import Run
 from secateur.recipe import Calibration, Domain, parse_recipe
-from secateur.resolve import checked, resolve
-from secateur.run import Run
+from secateur.stream.losses import domain_losses
 
 DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 FILES = {

@@ -19,11 +19,10 @@ from typing import Any
 from quality import FILES, HYBRID, LENGTH, draw
 
 from secateur.api import prune
-from secateur.arch import bind
-from secateur.checkpoint import load, open_checkpoint
-from secateur.checkpoint_tokenizer import load_tokenizer
-from secateur.loss import domain_losses
-from secateur.recovering import recover
+from secateur.model.bind import bind
+from secateur.model.checkpoint import load, load_tokenizer, open_checkpoint
+from secateur.recovery.recover import recover
+from secateur.stream.losses import domain_losses
 
 CALIBRATION_TOKENS, EVALUATION_BLOCKS = 49_152, 4
 ROWS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ import yaml
 from models import tiny_llama, tiny_qwen2
 from tiny_tokenizer import tiny_tokenizer
 
-from secateur.checkpoint_quiet import quiet_transformers
+from secateur.model.config import quiet_transformers
 
 WORDS = "the pruned channels of a layer are read by one linear map and written by two others".split()
 CODE = "def keep(units):", "    return sorted(units)", "for layer in layers:", "    cut(layer)", "import torch"

@@ -19,11 +19,14 @@ from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 
 import secateur
-from secateur import estimate, preparation, walk
-from secateur.checkpoint_quiet import quiet_transformers
-from secateur.device import device_called, float64_device, multiplies_in_software
 from secateur.errors import CheckpointError, RecipeError
-from secateur.layers_on_device import LayersOnDevice, fetch, send_home
+from secateur.model.config import quiet_transformers
+from secateur.pruning import cost as estimate
+from secateur.pruning import prepare as preparation
+from secateur.ranks import device_called
+from secateur.stream import walk
+from secateur.stream.device import float64_device, multiplies_in_software
+from secateur.stream.offload import LayersOnDevice, fetch, send_home
 
 RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {},

@@ -14,8 +14,8 @@ from hashlib import sha256
 from pathlib import Path
 
 import secateur
-import secateur.run_result
-from secateur.verify import Verification
+import secateur.pruning.result
+from secateur.formats.save import Verification
 
 FAULTS = ctypes.CDLL(None)
 LOADED_BY = ("model.safetensors", "config.json", "tokenizer.json", "result.json")
@@ -30,8 +30,8 @@ def main() -> None:
     """Run."""
     model, recipe, place = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
     first, step, most, number = int(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6]), getattr(errno, sys.argv[7], -1)
-    secateur.run_result.verify_reload = lambda *_: Verification(0.0, 0.0, "")
-    secateur.run_result.missing_plots = lambda: ("no plots",)
+    secateur.pruning.result.verify_reload = lambda *_: Verification(0.0, 0.0, "")
+    secateur.pruning.result.missing_plots = lambda: ("no plots",)
     out = place / "out"
 
     def prune(*, fail_at: int, resume: bool) -> str:

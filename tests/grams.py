@@ -2,7 +2,7 @@
 
 import torch
 
-from secateur.gram import Gram
+from secateur.stream.statistics import Gram
 
 
 def gram_of(x_TF: torch.Tensor) -> Gram:

@@ -18,11 +18,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from secateur.arch import bind
 from secateur.facts import Size
-from secateur.opening import Opened
+from secateur.model.bind import bind
+from secateur.pruning.open import Opened
+from secateur.pruning.resolve import checked
 from secateur.recipe import Recipe
-from secateur.resolve import checked
 
 
 def opened(model: Any, recipe: Recipe) -> Opened:

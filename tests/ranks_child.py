@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import secateur
 from secateur import ranks
 from secateur.errors import RankError, RecipeError
-from secateur.ranks_group import joined
+from secateur.ranks import joined
 
 
 def facts_of(result: secateur.Result) -> dict[str, Any]:

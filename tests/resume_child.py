@@ -11,9 +11,9 @@ import sys
 import time
 
 import secateur
-import secateur.run_result
-from secateur.checkpoint import load_model, open_checkpoint
-from secateur.verify import Verification
+import secateur.pruning.result
+from secateur.formats.save import Verification
+from secateur.model.checkpoint import load_model, open_checkpoint
 
 
 def run(asked: dict[str, object]) -> None:
@@ -29,8 +29,8 @@ def run(asked: dict[str, object]) -> None:
 
 def main() -> None:
     """Answer until the input ends."""
-    secateur.run_result.verify_reload = lambda *_: Verification(0.0, 0.0, "")  # it starts a process of its own
-    secateur.run_result.missing_plots = lambda: ("no plots",)
+    secateur.pruning.result.verify_reload = lambda *_: Verification(0.0, 0.0, "")  # it starts a process of its own
+    secateur.pruning.result.missing_plots = lambda: ("no plots",)
     for line in sys.stdin:
         asked = json.loads(line)
         load_model(open_checkpoint(asked["model"]))  # so that the children find every module imported

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.cli import app
-from secateur.in_memory import check_in_memory, restore_buffers
+from secateur.model.checkpoint import check_in_memory, restore_buffers
 
 TOKENIZER = tiny_tokenizer()
 

@@ -18,14 +18,16 @@ from models import randomised
 from tiny_tokenizer import tiny_tokenizer
 from transformers import HeliumConfig, HeliumForCausalLM
 
-from secateur import PluginError, RecipeError, Score, arch_spec, export, plugins
-from secateur.calibration import build_calibration
-from secateur.checkpoint_quiet import quiet_transformers
-from secateur.prices import PRICES
+from secateur import PluginError, RecipeError, Score, plugins
+from secateur.data.calibration import build_calibration
+from secateur.data.sources import SOURCES
+from secateur.formats import gguf as export
+from secateur.methods.prices import PRICES
+from secateur.methods.scores import SCORES, ScoreInputs, find_score, scored
+from secateur.model import spec as arch_spec
+from secateur.model.config import quiet_transformers
 from secateur.recipe import SCORE_NAMES, SOURCE_NAMES, Recipe, TargetName, dump_recipe, parse_recipe
-from secateur.score import SCORES, ScoreInputs, find_score, scored
-from secateur.sources import SOURCES
-from secateur.stats import Statistics
+from secateur.stream.statistics import Statistics
 
 DOCS = Path(__file__).parents[1] / "docs" / "extend.md"
 WORDS = "the notes of a small office say who called and what was ordered on which day".split()

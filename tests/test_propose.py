@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
-from secateur.arch_spec import ArchSpec, find_spec
-from secateur.checkpoint import meta_model
+from secateur.model.checkpoint import meta_model
+from secateur.model.spec import ArchSpec, find_spec
 from tests.families import FAMILIES, tiny_family
-from tests.run_cli import run_cli
-from tests.test_families import (
+from tests.model.test_families import (
     test_cut_saved_and_reloaded_by_stock_transformers_equals_mask as check_cut,
 )
-from tests.test_families import test_permuting_units_changes_nothing as check_permutation
+from tests.model.test_families import test_permuting_units_changes_nothing as check_permutation
+from tests.run_cli import run_cli
 
 TOOL = Path(__file__).parents[1] / "tools" / "propose.py"
 
@@ -43,7 +43,7 @@ def test_what_is_proposed_for_a_known_family_holds(name: str, monkeypatch: pytes
     assert (proposed.layers, proposed.head) == (spec.layers, spec.head)
     assert set(proposed.groups) <= set(spec.groups), "a group that the family cannot have"
     assert (proposed.experts is None) == (spec.experts is None)
-    monkeypatch.setattr("secateur.arch.find_spec", lambda model_type: (family, proposed))
+    monkeypatch.setattr("secateur.model.bind.find_spec", lambda model_type: (family, proposed))
     for group in proposed.groups:
         check_permutation(name, group)
         check_cut(name, group, tmp_path / group)
@@ -79,6 +79,6 @@ def test_the_tool_prints_a_proposal_for_a_family_that_inspect_and_prune_refuse(t
 def test_the_tests_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     text = spec_text(meta_model(tiny_family("phi3").config)).replace("[1, 1]", "[2]")
     wrong = ArchSpec.model_validate(yaml.safe_load(text))
-    monkeypatch.setattr("secateur.arch.find_spec", lambda model_type: ("phi3", wrong))
+    monkeypatch.setattr("secateur.model.bind.find_spec", lambda model_type: ("phi3", wrong))
     with pytest.raises(AssertionError, match="not close"):
         check_permutation("phi3", "ffn")

@@ -14,8 +14,8 @@ from test_resume import Stopped, stopped_after, weights
 
 import secateur
 from secateur.errors import CheckpointError
+from secateur.formats.save import Verification
 from secateur.store import Store, place_beside
-from secateur.verify import Verification
 
 # The second round is begun, so that a damaged step lies in a round through which no stream goes any more.
 RECIPE = {"remove": 0.35, "budget": "curve", "rounds": 2, "groups": ["ffn"]}
@@ -52,8 +52,8 @@ def quick() -> Iterator[None]:
     """Neither reload nor report, which other tests are about."""
     proof = Verification(0.0, 0.0, "")
     with (
-        patch("secateur.pruning.verify_reload", lambda *_: proof),
-        patch("secateur.pruning.missing_plots", lambda: ("no plots",)),
+        patch("secateur.pruning.result.verify_reload", lambda *_: proof),
+        patch("secateur.pruning.result.missing_plots", lambda: ("no plots",)),
     ):
         yield
 

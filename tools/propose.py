@@ -16,9 +16,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.arch_numbers import head_width, text_config
-from secateur.checkpoint import meta_model, open_checkpoint
 from secateur.errors import CheckpointError, SecateurError
+from secateur.model.bind import head_width, text_config
+from secateur.model.checkpoint import meta_model, open_checkpoint
 
 CHANNEL_WORDS = ("intermediate", "ffn", "inner")
 LOGIT_KEYS = {"final_logit_softcapping": "cap", "logit_scale": "multiply", "logits_scaling": "divide"}

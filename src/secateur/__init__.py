@@ -22,14 +22,14 @@ from secateur.recipe import Calibration, Domain, Recipe
 
 if TYPE_CHECKING:
     from secateur.api import Result, prune
-    from secateur.benchmark import bench
-    from secateur.checkpoint import load
-    from secateur.compare import compare
-    from secateur.evaluate import evaluate
-    from secateur.export import Exporter, export
-    from secateur.inspection import inspect
-    from secateur.recovering import recover
-    from secateur.score import Score
+    from secateur.evaluation.bench import bench
+    from secateur.evaluation.compare import compare
+    from secateur.evaluation.evaluate import evaluate
+    from secateur.evaluation.inspect import inspect
+    from secateur.formats.gguf import Exporter, export
+    from secateur.methods.scores import Score
+    from secateur.model.checkpoint import load
+    from secateur.recovery.recover import recover
 
 __all__ = [
     "ArchError",
@@ -56,17 +56,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Exporter": "secateur.export",
+    "Exporter": "secateur.formats.gguf",
     "Result": "secateur.api",
-    "Score": "secateur.score",
-    "bench": "secateur.benchmark",
-    "compare": "secateur.compare",
-    "evaluate": "secateur.evaluate",
-    "export": "secateur.export",
-    "inspect": "secateur.inspection",
-    "load": "secateur.checkpoint",
+    "Score": "secateur.methods.scores",
+    "bench": "secateur.evaluation.bench",
+    "compare": "secateur.evaluation.compare",
+    "evaluate": "secateur.evaluation.evaluate",
+    "export": "secateur.formats.gguf",
+    "inspect": "secateur.evaluation.inspect",
+    "load": "secateur.model.checkpoint",
     "prune": "secateur.api",
-    "recover": "secateur.recovering",
+    "recover": "secateur.recovery.recover",
 }
 
 

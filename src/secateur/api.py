@@ -6,18 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from secateur.checkpoint import load, open_checkpoint
 from secateur.errors import RecipeError
-from secateur.progress import Progress, silent
-from secateur.pruning import prune_run
-from secateur.ranks import is_first
-from secateur.ranks_group import joined, meet
+from secateur.files import check_replaceable
+from secateur.log import Progress, silent
+from secateur.model.checkpoint import CausalLM, Tokenizer, load, open_checkpoint
+from secateur.pruning.prune import prune_run
+from secateur.pruning.result import Result
+from secateur.ranks import is_first, joined, meet
 from secateur.recipe import Recipe, as_recipe
-from secateur.recovering import recover
-from secateur.run_result import Result
-from secateur.staged_directory import check_replaceable
+from secateur.recovery.recover import recover
 from secateur.store import place_beside
 
 __all__ = ["Result", "prune"]
@@ -25,11 +22,11 @@ __all__ = ["Result", "prune"]
 
 @joined()
 def prune(
-    model: PreTrainedModel | str | Path,
+    model: CausalLM | str | Path,
     recipe: Recipe | dict[str, Any] | Path | str | None = None,
     *,
     out: Path | str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
     resume: bool = False,
     command: str = "",

@@ -1,8 +1,45 @@
-"""Plain facts that several packages state: sizes, losses, divergences, what a target lost, what a workload costs."""
+"""Plain facts that several packages state (sizes, losses, costs, batches), and records that are written as JSON."""
 
+import dataclasses
+import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How units are chosen and readers repaired: plain numbers, and names as recipes have them."""
+
+    score: str
+    obs_batch: int | None
+    compensate: str
+    damping: float
+    damping_factors: tuple[float, ...]
+    target_mix: float
+    weighting: str
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Blocks of one domain. `held_out` ones feed the guard and the evaluation, never a statistic.
+
+    `first_block`: the number of its first block among the domain's, of which a rank has only some.
+    """
+
+    domain: str
+    held_out: bool
+    ids_BT: Tensor
+    first_block: int = 0
+
 
 # Overlap of texts is counted in pieces of so many tokens.
 NGRAM_TOKENS = 13
@@ -82,3 +119,40 @@ class Costs:
     decode_bytes_per_token: float
     prefill_flops_per_token: float
     kv_cache_bytes_per_token: int
+
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one command found, as plain numbers. It is written to JSON, read back and rendered from one dataclass."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields as a mapping; a record adds what follows from them, or leaves out what was not measured."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """Return the record as indented JSON."""
+        return json.dumps(self.plain(), indent=2, default=lambda model: model.model_dump()) + "\n"
+
+    @classmethod
+    def from_json(cls: type[Kind], text: str | bytes, where: str) -> Kind:
+        """Return the record that `to_json` wrote. Raises CheckpointError, naming `where`, if it did not."""
+        return parse_json(cls, text, where)
+
+
+def parse_json(kind: type[Kind], text: str | bytes, where: str) -> Kind:
+    """Return the dataclass; keys that it has no field for are left out.
+
+    Raises CheckpointError, naming `where` and the first field that is missing or wrong.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = "".join(f"{part}: " for part in first["loc"])
+        raise CheckpointError(
+            f"{where}: {field}{first['msg'].lower()}; it was changed or written by another version of secateur; "
+            "make it anew."
+        ) from None

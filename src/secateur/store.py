@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.errors import CheckpointError, NumericsError, RecipeError
-from secateur.output import disk_errors
+from secateur.files import check_replaceable, disk_errors, make_hidden, missing_parents, remove_empty, whole_file
+from secateur.log import Progress, RunLog, silent
 from secateur.ranks import from_first, is_first
-from secateur.runlog import RunLog
-from secateur.staged_directory import check_replaceable, make_hidden, missing_parents, remove_empty
-from secateur.whole_file import whole_file
 
 INPUTS, INPUT = "inputs", "input-"
 HOW = "the same command with --resume (in Python: resume=True) goes on from what is finished"
@@ -262,6 +261,20 @@ class Store:
 
     def _path(self, stem: str) -> Path | None:
         return None if self.directory is None else self.directory / f"{stem}.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """What a long job reports to and goes on from. The defaults watch and keep nothing.
+
+    `store`: what an interrupted run of the same inputs has finished; without a directory it knows and keeps nothing.
+    `scratch`: a directory for files of this run alone; None: where the system has temporary files.
+    """
+
+    progress: Progress = silent
+    log: RunLog = field(default_factory=RunLog)
+    store: Store = field(default_factory=Store)
+    scratch: Path | None = None
 
 
 def place_beside(out: Path) -> Path:

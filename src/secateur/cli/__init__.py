@@ -8,9 +8,7 @@ per command; importing it registers the command.
 import sys
 
 from secateur.cli import bench, compare, evaluate, export, prune, recover, report
-from secateur.cli.app import app
-from secateur.cli.launched import last_word, launched
-from secateur.cli.stopping import STOPPED_BY, stoppable
+from secateur.cli.app import STOPPED_BY, app, last_word, launched, stoppable
 from secateur.errors import SecateurError
 
 __all__ = ["app", "bench", "compare", "evaluate", "export", "main", "prune", "recover", "report"]

@@ -1,14 +1,140 @@
-"""The command line's application and the option types that several commands share."""
+"""The command line's application: shared option types, the progress bar, and how a process ends."""
 
+import os
+import signal
+import socket
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 from secateur.errors import RecipeError
+from secateur.log import Progress, silent
 from secateur.recipe import INSTALLED_DOMAINS
+
+
+@contextmanager
+def progress_bar(*, enabled: bool) -> Iterator[Progress]:
+    """Yield a listener that draws one bar per stage; a silent one where bars are not wanted."""
+    if not enabled:
+        yield silent
+        return
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    bars = RichProgress(*columns, console=Console(stderr=True))
+    tasks = {}
+
+    def listen(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            bars.start()  # not before: a run that fails at once prints its one sentence and nothing else
+            tasks[stage] = bars.add_task(stage, total=total)
+        bars.update(tasks[stage], completed=done, total=total)
+
+    try:
+        yield listen
+    finally:
+        if tasks:
+            bars.stop()
+
+
+IN_ONE_PROCESS = frozenset({"bench", "export", "inspect", "report"})
+
+
+def has_ranks() -> bool:
+    """Say whether a launcher started more than one process."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def launched() -> Iterator[None]:
+    """Join the other ranks while the block runs, and leave together with them.
+
+    Raises RecipeError for a command that runs in one process, RankError if not all ranks start.
+    """
+    if not has_ranks():
+        yield
+        return
+    from secateur.ranks import joined
+
+    with joined():
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        if command in IN_ONE_PROCESS:
+            raise RecipeError(
+                f"{command}: runs in one process, got {os.environ['WORLD_SIZE']} ranks; start it without torchrun."
+            )
+        try:
+            yield
+        except SystemExit as end:  # how the command line ends well, too
+            if end.code:
+                raise
+
+
+def last_word(sentence: str) -> str | None:
+    """Return what to print of why this process ends; None if another rank prints it."""
+    if not has_ranks():
+        return sentence
+    from secateur.ranks import last_word
+
+    return last_word(sentence)
+
+
+STOPPED_BY = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
+PATIENCE_SECONDS = 5.0
+
+
+@contextmanager
+def stoppable(patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
+    """Within the block both signals raise SystemExit with status 128 + signal, or end the process with it in time."""
+    handlers = {number: signal.signal(number, _stop) for number in STOPPED_BY.values()}
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(heard, patience_seconds), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        told.close()  # which ends the thread
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: object) -> None:
+    # An exception and not the default action, so that half-written directories are removed on the way out; and not
+    # KeyboardInterrupt, which typer turns into an exit of its own.
+    raise SystemExit(128 + number)
+
+
+def _watch(heard: socket.socket, patience_seconds: float) -> None:
+    with heard:
+        number = 0
+        while 128 + number not in STOPPED_BY:
+            data = heard.recv(1)
+            if not data:
+                return
+            number = data[0]
+        heard.settimeout(patience_seconds)
+        try:
+            while heard.recv(1):
+                pass
+        except TimeoutError:
+            text = "interrupted in a long operation; prune with the same options and --resume goes on"
+            print(f"secateur: {text}.", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+
 
 app = typer.Typer(
     help="Make large language models smaller: whole channels out, ordinary Hugging Face checkpoints back.",

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.app import CONSOLE, Json, Model, Quiet, app
-from secateur.progress_bar import progress_bar
+from secateur.cli.app import CONSOLE, Json, Model, Quiet, app, progress_bar
 
 
 @app.command(epilog="Example: secateur bench smaller --against Qwen/Qwen2.5-0.5B --prompt-tokens 512")
@@ -26,9 +25,9 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time MODEL, in turns with DENSE, and hold the speed-up to what its size allows at best."""
-    from secateur.bench_tables import bench_table
-    from secateur.benchmark import bench as bench_model
-    from secateur.measured import BENCH_FILE
+    from secateur.evaluation.bench import bench as bench_model
+    from secateur.report.measured import BENCH_FILE
+    from secateur.report.rows_measured import bench_table
 
     workload = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
     with progress_bar(enabled=not (quiet or as_json)) as progress:

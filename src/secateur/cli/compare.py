@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.app import CONSOLE, Json, Quiet, app, tell
-from secateur.progress_bar import progress_bar
+from secateur.cli.app import CONSOLE, Json, Quiet, app, progress_bar, tell
 
 
 @app.command(epilog="Example: secateur compare paper out --small --model smollm2-135m")
@@ -21,11 +20,10 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Run a grid of methods, ratios and seeds; an interrupted one goes on where it stopped."""
-    from secateur.compare import compare as run_study
-    from secateur.compare_page import overview, verdict
+    from secateur.evaluation.compare import compare as run_study
+    from secateur.evaluation.study import load_study, overview, verdict
     from secateur.ranks import is_first
-    from secateur.study import load_study
-    from secateur.tables import terminal
+    from secateur.report.rows import terminal
 
     parsed = load_study(study, small=small, model=model)
     with progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:

@@ -16,10 +16,10 @@ from secateur.cli.app import (
     TasksData,
     app,
     parse_domains,
+    progress_bar,
     task_names,
     tell,
 )
-from secateur.progress_bar import progress_bar
 from secateur.recipe import parse_recipe
 
 Wikitext = Annotated[
@@ -58,9 +58,9 @@ def evaluate(
     names = task_names(tasks, tasks_data)
 
     # Imported here so that --help and option errors do not wait for torch.
-    from secateur.evaluate import evaluate as evaluate_model
-    from secateur.evaluate_table import evaluation_table
+    from secateur.evaluation.evaluate import evaluate as evaluate_model
     from secateur.ranks import is_first
+    from secateur.report.rows_measured import evaluation_table
 
     with progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
         result = evaluate_model(

@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.app import CONSOLE, Json, Model, Quiet, app
+from secateur.cli.app import CONSOLE, Json, Model, Quiet, app, progress_bar
 from secateur.errors import RecipeError
-from secateur.progress_bar import progress_bar
 
 
 @app.command(epilog="Example: secateur export smaller --gguf smaller.gguf --type q8_0")
@@ -36,8 +35,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write MODEL, its tokenizer and chat template as one file: GGUF, or a format that an installed package adds."""
-    from secateur.export import export as export_model
-    from secateur.tables import human_bytes
+    from secateur.formats.gguf import export as export_model
+    from secateur.report.rows import human_bytes
 
     name, file = _wanted(gguf, format_name, out)
     with progress_bar(enabled=not (quiet or as_json)) as progress:

@@ -1,4 +1,4 @@
-"""The commands `prune`, `inspect` and `demo`."""
+"""The commands `prune`, `inspect`, `demo` and `report`."""
 
 import shlex
 import sys
@@ -22,10 +22,28 @@ from secateur.cli.app import (
     Resume,
     app,
     parse_domains,
+    progress_bar,
     tell,
 )
-from secateur.progress_bar import progress_bar
+from secateur.errors import RecipeError
 from secateur.recipe import Recipe, load_recipe, over_preset, parse_recipe
+
+
+@app.command(epilog="Example: secateur report smaller")
+def report(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR", help="A result of secateur prune.")],
+) -> None:
+    """Write report.html into DIR anew from its files."""
+    # Imported here so that --help and option errors do not wait for torch.
+    from secateur.report.report import write_report
+
+    if len(directories) > 1:
+        raise RecipeError(
+            f"report: takes one DIR, got {len(directories)}; run it for each, and compare recipes with secateur "
+            "compare, which measures all on the same text."
+        )
+    print(write_report(directories[0]))
+
 
 Server = Annotated[
     str | None, typer.Option("--check-for", help="Also say what keeps vllm or llama.cpp from running the result.")
@@ -73,8 +91,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what MODEL is made of, what a run would leave and what could go, from its config alone."""
-    from secateur.inspection import inspect as inspect_model
-    from secateur.tables import inspection_table
+    from secateur.evaluation.inspect import inspect as inspect_model
+    from secateur.report.rows import inspection_table
 
     asked = _recipe(recipe, preset, remove, None, memory_budget=memory_budget)
     with progress_bar(enabled=not as_json) as progress:
@@ -102,7 +120,7 @@ def _prune(model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bo
     # Imported here so that --help and option errors do not wait for torch.
     from secateur.api import prune as prune_model
     from secateur.ranks import is_first
-    from secateur.tables import summary_table
+    from secateur.report.rows import summary_table
 
     with progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
         result = prune_model(

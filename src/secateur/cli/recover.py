@@ -19,10 +19,10 @@ from secateur.cli.app import (
     TasksData,
     app,
     parse_domains,
+    progress_bar,
     task_names,
 )
 from secateur.errors import RecipeError
-from secateur.progress_bar import progress_bar
 from secateur.recipe import load_recipe, merged, over_preset, parse_recipe
 
 
@@ -46,9 +46,9 @@ def recover(
     asked = {"tasks": list(task_names(tasks, tasks_data)) or None, "limit": limit}
     changes = _changes(tokens, recipe, domain, asked)
     # Imported here so that --help and option errors do not wait for torch.
-    from secateur.recover_job import dry_run as predict
-    from secateur.recover_table import cost_table, recovery_table
-    from secateur.recovering import recover as recover_model
+    from secateur.recovery.recover import dry_run as predict
+    from secateur.recovery.recover import recover as recover_model
+    from secateur.report.rows_measured import cost_table, recovery_table
 
     if out is None and not dry_run:
         raise RecipeError("--out: is missing; say where to write the recovered model.")

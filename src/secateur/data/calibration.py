@@ -1,0 +1,344 @@
+"""The calibration set: blocks of token ids per domain, a tenth held out, with a content hash.
+
+Text comes from files, data sets and installed packages, or the dense model writes it itself.
+"""
+
+import hashlib
+import json
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from random import Random
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.data.sources import DomainText, documents
+from secateur.errors import CalibrationError, NumericsError
+from secateur.facts import NGRAM_TOKENS
+from secateur.log import Progress, silent
+from secateur.model.checkpoint import eval_mode
+
+
+def ngram_overlap(
+    calibration_NT: dict[str, Tensor], evaluation_NT: dict[str, Tensor], num_tokens: int = NGRAM_TOKENS
+) -> dict[str, float | None]:
+    """Return, per evaluation domain, the share of its n-grams that occur in calibration blocks of any domain.
+
+    Every position counts, repeats included. None where no evaluation block is `num_tokens` long.
+    """
+    wanted = {ngram for blocks in evaluation_NT.values() for ngram in _ngrams(blocks, num_tokens)}
+    seen = {ngram for blocks in calibration_NT.values() for ngram in _ngrams(blocks, num_tokens) if ngram in wanted}
+    found = {domain: [n in seen for n in _ngrams(blocks, num_tokens)] for domain, blocks in evaluation_NT.items()}
+    return {domain: sum(hits) / len(hits) if hits else None for domain, hits in found.items()}
+
+
+def _ngrams(blocks_NT: Int64[Tensor, "N T"], num_tokens: int) -> Iterator[bytes]:
+    for ids_T in blocks_NT.cpu().numpy().astype("<i4"):
+        data = ids_T.tobytes()
+        for start in range(0, len(data) - 4 * num_tokens + 1, 4):
+            yield data[start : start + 4 * num_tokens]
+
+
+CALIBRATION_BLOCKS_PER_HELD_OUT = 9
+# As many characters as a token has in English code and prose, or a little more.
+CHARACTERS_PER_TOKEN = 5
+
+# The token ids of one document, turn by turn.
+_Turns = Iterator[list[int]]
+
+
+@runtime_checkable
+class CalibrationText(Protocol):
+    """What text is asked for: the domains' sources, the length of a block, and whether each round has its own."""
+
+    sequence_length: int | None
+    rotate: bool
+
+    @property
+    def domains(self) -> Mapping[str, DomainText]:
+        """Every domain's text, by name."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DomainBlocks:
+    """One domain's token blocks. `share`: of the calibration tokens, summing to 1 over the domains.
+
+    Until a sampled domain is sampled, its blocks are on the meta device: they have a size and no ids.
+    """
+
+    name: str
+    share: float
+    calibration_NT: Int64[Tensor, "N T"]
+    held_out_NT: Int64[Tensor, "M T"]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSet:
+    """All domains' blocks. `content_hash`: SHA-256 over names, shares, shapes and token ids, in order.
+
+    `num_rounds`: how many rounds the calibration blocks are for, where each round has its own; otherwise 1.
+    """
+
+    domains: tuple[DomainBlocks, ...]
+    sequence_length: int
+    content_hash: str
+    num_rounds: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Calibration tokens, without the held-out ones."""
+        return sum(domain.calibration_NT.numel() for domain in self.domains)
+
+    @property
+    def num_held_out_tokens(self) -> int:
+        return sum(domain.held_out_NT.numel() for domain in self.domains)
+
+
+def build_calibration(
+    calibration: CalibrationText,
+    num_tokens: int,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    progress: Progress = silent,
+    *,
+    more_held_out: int = 0,
+    num_rounds: int = 1,
+) -> CalibrationSet:
+    """Read, tokenise and pack every domain.
+
+    A domain gets round(share x num_tokens / sequence_length) blocks, at least one, and a ninth as many held-out blocks,
+    rounded up; `more_held_out` blocks per domain come before those, for comparisons that judge runs of any size on the
+    same text. If the calibration rotates, it gets as many blocks for each of `num_rounds` rounds, and no more held out.
+    Equal documents within a domain are used once.
+
+    Raises CalibrationError for text that is unreadable, or too short for the blocks.
+    """
+    assert calibration.sequence_length is not None, "resolve fills it in"
+    length = calibration.sequence_length
+    total_share = sum(domain.share for domain in calibration.domains.values())
+    shares = {name: domain.share / total_share for name, domain in calibration.domains.items()}
+    num_blocks = {name: max(1, round(share * num_tokens / length)) for name, share in shares.items()}
+    num_held_out = {name: more_held_out + _num_held_out(count) for name, count in num_blocks.items()}
+    num_rounds = num_rounds if calibration.rotate else 1
+    num_total = num_rounds * sum(num_blocks.values()) + sum(num_held_out.values())
+    eos = tokenizer.eos_token_id
+    assert eos is None or isinstance(eos, int)
+    blocks, num_done = [], 0
+    progress("calibration", 0, num_total)
+    for name, domain in calibration.domains.items():
+        sizes = (num_rounds * num_blocks[name], num_held_out[name])
+        if domain.sampled:
+            parts = [torch.empty(size, length, dtype=torch.int64, device="meta") for size in sizes]
+        else:
+            texts = _once(documents(name, domain, tokenizer, seed))
+            order = random.Random(f"{seed}:{name}:lines")
+            turns = (_turns(text, tokenizer, length, order) for text in texts)
+            parts = _two_parts(turns, name, *sizes, length, eos, num_rounds)
+        blocks.append(DomainBlocks(name, shares[name], *parts))
+        num_done += sum(sizes)
+        progress("calibration", num_done, num_total)
+    return CalibrationSet(tuple(blocks), length, content_hash(blocks), num_rounds)
+
+
+def rotated(calibration: CalibrationSet, round_index: int) -> CalibrationSet:
+    """Return what round `round_index` (from 0) measures on: its own blocks if the set rotates, else all of them.
+
+    Of N blocks per round it has [round_index * N, (round_index + 1) * N) of each domain; held-out blocks are the same.
+    """
+    if calibration.num_rounds == 1:
+        return calibration
+    domains = (
+        replace(domain, calibration_NT=domain.calibration_NT.chunk(calibration.num_rounds)[round_index])
+        for domain in calibration.domains
+    )
+    return replace(calibration, domains=tuple(domains), num_rounds=1)
+
+
+def _num_held_out(num_blocks: int) -> int:
+    return math.ceil(num_blocks / CALIBRATION_BLOCKS_PER_HELD_OUT)
+
+
+def _once(texts: Iterator[str]) -> Iterator[str]:
+    seen: set[bytes] = set()
+    for text in texts:
+        digest = hashlib.sha256(text.encode()).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield text
+
+
+def _turns(text: str, tokenizer: PreTrainedTokenizerBase, length: int, order: random.Random) -> _Turns:
+    """Yield the ids of pieces of about `length` tokens; a long document begins at a random line and wraps around."""
+    size = length * CHARACTERS_PER_TOKEN
+    if len(text) > 2 * size:
+        start = text.rfind("\n", 0, order.randrange(len(text))) + 1
+        text = text[start:] + text[:start]
+    position = 0
+    while position < len(text):
+        limit = position + size
+        end = limit if limit >= len(text) else text.rfind("\n", position, limit) + 1 or limit
+        # verbose=False: no warning that the text is longer than the model's context.
+        yield tokenizer(text[position:end], add_special_tokens=False, verbose=False)["input_ids"]
+        position = end
+
+
+def _two_parts(
+    documents: Iterator[_Turns],
+    name: str,
+    num_blocks: int,
+    num_held_out: int,
+    length: int,
+    eos: int | None,
+    num_rounds: int,
+) -> tuple[Int64[Tensor, "N T"], Int64[Tensor, "M T"]]:
+    """Return the calibration and the held-out blocks of one domain."""
+    num_tokens = num_blocks * length
+    held_out, used = _pack(documents, deque(), num_held_out * length, eos)
+    ids, _ = _pack(documents, used, num_tokens, eos)
+    if len(ids) < num_tokens:
+        rounds = f" ({num_rounds} rounds of fresh ones, as calibration.rotate asks)" if num_rounds > 1 else ""
+        raise CalibrationError(
+            f"domain '{name}': {len(held_out) + len(ids):,} tokens of text after packing, but {num_blocks} calibration "
+            f"and {num_held_out} held-out blocks of {length} tokens{rounds} need "
+            f"{(num_blocks + num_held_out) * length:,}; "
+            "lower calibration.num_tokens or calibration.sequence_length, lower the domain's share, or add text."
+        )
+    return torch.tensor(ids).view(num_blocks, length), torch.tensor(held_out).view(num_held_out, length)
+
+
+def _pack(
+    documents: Iterator[_Turns], late: deque[_Turns], num_tokens: int, eos: int | None
+) -> tuple[list[int], deque[_Turns]]:
+    """Return the first `num_tokens` ids of the documents in turn, and what is left of those that gave some.
+
+    The `late` documents come when all others are used up; fewer ids are returned if they too run out.
+    """
+    packed: list[int] = []
+    waiting: deque[_Turns] = deque()
+    last: _Turns | None = None
+    while len(packed) < num_tokens:
+        document = next(documents, None)
+        if document is None and not (waiting or late):
+            break
+        document = document or (waiting or late).popleft()
+        ids = next(document, None)
+        if ids is None:
+            continue
+        if eos is not None and packed and document is not last:
+            packed.append(eos)
+        packed += ids
+        last = document
+        surplus = packed[num_tokens:]
+        waiting.append(chain([surplus], document) if surplus else document)
+    return packed[:num_tokens], waiting
+
+
+def content_hash(blocks: Iterable[DomainBlocks]) -> str:
+    """Return the SHA-256 over names, shares, shapes and token ids, in order; ids not sampled yet are left out."""
+    digest = hashlib.sha256()
+    for domain in blocks:
+        parts = (domain.calibration_NT, domain.held_out_NT)
+        digest.update(json.dumps([domain.name, domain.share, *(list(part.shape) for part in parts)]).encode())
+        for part in parts if not domain.calibration_NT.is_meta else ():
+            digest.update(part.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+# Blocks written side by side, each with its keys and values in memory.
+BATCH_BLOCKS = 16
+# Under which a model returns its keys and values and takes them: since transformers 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def with_sampled(
+    calibration: CalibrationSet,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    progress: Progress = silent,
+) -> CalibrationSet:
+    """Return the set with every sampled domain written by `model`; the set itself if there is none.
+
+    Held-out blocks are the first that are written. Raises what `sample_blocks` raises.
+    """
+    if not any(domain.calibration_NT.is_meta for domain in calibration.domains):
+        return calibration
+    domains = [
+        _sampled(domain, model, tokenizer, seed, progress) if domain.calibration_NT.is_meta else domain
+        for domain in calibration.domains
+    ]
+    return replace(calibration, domains=tuple(domains), content_hash=content_hash(domains))
+
+
+def _sampled(
+    domain: DomainBlocks, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, progress: Progress
+) -> DomainBlocks:
+    num_held_out, (num_blocks, length) = len(domain.held_out_NT), domain.calibration_NT.shape
+    stage, own_seed = f"sample {domain.name}", Random(f"{seed}:{domain.name}").getrandbits(63)
+    num_tokens = (num_held_out + num_blocks) * length
+    progress(stage, 0, num_tokens)
+
+    def tokens_done(num_done: int) -> None:
+        progress(stage, num_done, num_tokens)
+
+    ids_NT = sample_blocks(model, tokenizer, num_held_out + num_blocks, length, own_seed, tokens_done)
+    return replace(domain, held_out_NT=ids_NT[:num_held_out], calibration_NT=ids_NT[num_held_out:])
+
+
+def sample_blocks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_blocks: int,
+    length: int,
+    seed: int,
+    tokens_done: Callable[[int], None] = lambda num_tokens: None,
+) -> Int64[Tensor, "N T"]:
+    """Sample blocks from the model's own distribution, temperature 1, beginning after the token that begins a text.
+
+    That token (the tokenizer's begin-of-text token, or else its end-of-text token) is not part of the block, as no
+    other domain has it. A text that ends within a block is followed by another, as in packed blocks. Only tokens that
+    the tokenizer knows are drawn, on the CPU, so that one seed means the same draws on any device. `tokens_done` hears
+    how many tokens there are so far.
+
+    Raises CalibrationError if the tokenizer has neither token, NumericsError if the model gives no finite logits.
+    """
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if not isinstance(start, int):
+        raise CalibrationError(
+            "sampled domain: the tokenizer names no begin-of-text and no end-of-text token to begin with; "
+            "set one in its tokenizer_config.json, or leave the domain out."
+        )
+    generator, batches, done = torch.Generator().manual_seed(seed), list[Tensor](), 0
+    with torch.inference_mode(), eval_mode(model):
+        for first in range(0, num_blocks, BATCH_BLOCKS):
+            ids_B1 = torch.full((min(BATCH_BLOCKS, num_blocks - first), 1), start)
+            cache, drawn = dict[str, Any](), list[Tensor]()
+            for _ in range(length):
+                output = model(ids_B1.to(model.device), use_cache=True, **cache)
+                name = next(each for each in CACHE_NAMES if each in output)
+                cache = {name: output[name]}
+                ids_B1 = _draw(output.logits[:, -1, : len(tokenizer)], generator)
+                drawn.append(ids_B1)
+                done += len(ids_B1)
+                tokens_done(done)
+            batches.append(torch.cat(drawn, dim=1))
+    # Cloned outside, so that they are ordinary tensors.
+    return torch.cat(batches).clone()
+
+
+def _draw(logits_BV: Tensor, generator: torch.Generator) -> Int64[Tensor, "B 1"]:
+    probabilities_BV = logits_BV.float().softmax(dim=-1).cpu()
+    if not torch.isfinite(probabilities_BV).all():
+        raise NumericsError(
+            "sampled domain: the dense model gives no finite logits; use the model in bfloat16 or float32 and check "
+            "its weights."
+        )
+    return torch.multinomial(probabilities_BV, 1, generator=generator)

@@ -1,0 +1,171 @@
+"""`secateur.inspect`: what a model is made of and what a run would leave of it, from the config alone.
+
+In: a model reference and a recipe. Out: a frozen `Inspection`. No weight is read; the model exists on the meta device.
+"""
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from secateur.formats.serving import KV_HEADS, QUERY_HEADS, VLLM, check_server, check_vllm, gguf_problem
+from secateur.log import Progress, silent
+from secateur.methods.budget import Plan, largest_remove, least_keep
+from secateur.methods.prices import parameter_prices
+from secateur.model.bind import EXPERTS, Arch, head_width, text_config
+from secateur.model.group import Group
+from secateur.model.modeling_per_layer import is_per_layer
+from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, seconds_for, work_of
+from secateur.pruning.latency import with_prices
+from secateur.pruning.open import Opened, open_model
+from secateur.pruning.resolve import Resolved, checked, resolve
+from secateur.recipe import Recipe, as_recipe
+from secateur.report.records import GroupFacts, Inspection, Possible, Serving, Work
+from secateur.store import Services
+
+
+def possible_groups(arch: Arch) -> tuple[Possible, ...]:
+    """Return every group that the family can lose units of. Some cut the same tensors, see `Arch.select`."""
+    by_name: dict[str, list[Group]] = {}
+    for group in arch.groups:
+        by_name.setdefault(group.name, []).append(group)
+    return tuple(
+        Possible(
+            name,
+            members[0].unit,
+            len(members),
+            members[0].num_units,
+            sum(group.num_units * group.params_per_unit for group in members),
+        )
+        for name, members in by_name.items()
+    )
+
+
+def groups_to_inspect(recipe: Recipe, arch: Arch) -> tuple[Recipe, tuple[str, ...]]:
+    """Return the recipe and a note: where it names no groups and the model has experts, they are what is looked at.
+
+    In such models the default group is in few layers or none.
+    """
+    names = {group.name for group in arch.groups}
+    if "groups" in recipe.model_fields_set or EXPERTS not in names:
+        return recipe, ()
+    note = (
+        f"groups: this recipe names none; {EXPERTS} are looked at here, as they hold most of the model. A run needs "
+        f"groups: [{EXPERTS}] in its recipe."
+    )
+    return recipe.model_copy(update={"groups": (EXPERTS,)}), (note,)
+
+
+def serving_after(server: str, num_gpus: int, arch: Arch, model: Any, plan: Plan) -> Serving:
+    """Return whether a server could load the model once each group has lost what the plan says.
+
+    Raises RecipeError if the server is unknown or cannot use so many GPUs.
+    """
+    check_server(server, num_gpus)
+    config: Any = text_config(model)
+    layers = config.per_layer_config if is_per_layer(config) else [config] * arch.num_layers
+    found = [_widths_after(arch, index, sizes, plan) for index, sizes in enumerate(layers)]
+    widths = {key: frozenset(each[key] for each in found if key in each) for each in found for key in each}
+    follows = widths[QUERY_HEADS] == {config.hidden_size // head_width(config)}
+    if server == VLLM:
+        return Serving(server, num_gpus, *check_vllm(num_gpus, arch.family, widths, heads_follow_hidden_size=follows))
+    problem = gguf_problem(model.config, widths, head_width(config))
+    return Serving(
+        server, num_gpus, (problem,) if problem else (), ("llama.cpp was not run; secateur export writes the file",)
+    )
+
+
+def _widths_after(arch: Arch, index: int, sizes: Any, plan: Plan) -> dict[str, int]:
+    """Return one layer's widths, by config key. `sizes`: the layer's config before the run."""
+    widths = {key: getattr(sizes, key) for key in (QUERY_HEADS, KV_HEADS) if hasattr(sizes, key)}
+    for group in (group for group in arch.groups if group.layer == index):
+        kept = plan.num_keep.get((index, group.name), group.num_units)
+        if group.name == "query_heads":
+            if kept < group.num_units:
+                widths[QUERY_HEADS] = kept * widths[KV_HEADS]
+        elif group.name == "kv_heads":
+            if kept < group.num_units:
+                queries = widths[QUERY_HEADS] // widths[KV_HEADS]
+                widths |= {QUERY_HEADS: kept * queries, KV_HEADS: kept}
+        else:
+            widths[group.config_key] = kept
+    return widths
+
+
+def inspect(
+    model: str | Path,
+    recipe: Recipe | dict[str, Any] | Path | str | None = None,
+    *,
+    check_for: str | None = None,
+    tp: int = 1,
+    progress: Progress = silent,
+) -> Inspection:
+    """Say what a model is made of, and what a run of the recipe would leave of it and cost, from its config alone.
+
+    `model`: a local directory, a hub id, a `.gguf` file or `smollm2-135m`; no weight is read. `recipe`: as in `prune`.
+    `check_for`: `vllm` or `llama.cpp`, to say what keeps it from running the result; `tp`: vLLM's tensor-parallel size.
+    `progress`: called with (stage, done, total).
+
+    Returns an `Inspection`: groups, widths before and after, bytes, memory, disk, seconds. For the seconds it measures,
+    for a moment, how fast the device multiplies matrices; for target `latency` without `prices` also a few layers.
+
+    Raises the errors that `prune` would before it reads weights: RecipeError, CheckpointError or ArchError.
+    """
+    return _inspection(model, as_recipe(recipe), check_for, tp, progress)
+
+
+def _inspection(model: str | Path, recipe: Recipe, check_for: str | None, tp: int, progress: Progress) -> Inspection:
+    opened = open_model(model, recipe, weights=False)
+    recipe, notes = groups_to_inspect(opened.recipe, opened.arch)
+    opened = with_prices(checked(opened.asking(recipe)), Services(progress=progress))
+    resolved, arch, size = resolve(opened), opened.arch, opened.size
+    memory, operations = memory_for(opened, resolved), work_of(opened, resolved)
+    plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
+    parameters = parameter_prices(arch, resolved.groups, opened.model).with_only(resolved.layers)
+    num_params = parameters.total - parameters.gone(resolved.groups, plan.num_keep)
+    least = least_keep(resolved.groups, resolved.align, recipe.min_keep)
+    taken = resolved.prices.of_all_but(resolved.layers) / resolved.prices.total
+    return Inspection(
+        model=opened.name,
+        family=arch.family,
+        dtype=str(opened.model.dtype).removeprefix("torch."),
+        size=size,
+        num_layers=(arch.num_layers, len(resolved.layers)),
+        params_per_layer=arch.params_per_layer[0],
+        groups=tuple(_facts(name, resolved, plan) for name in recipe.groups),
+        remove_asked=recipe.remove,
+        remove_reached=1 - num_params / size.num_params,
+        outcome=resolved.outcome(plan.num_keep),
+        prices=opened.recipe.prices,
+        largest_remove=taken + largest_remove(resolved.groups, resolved.prices, least),
+        align=resolved.align,
+        num_params_after=num_params,
+        num_bytes_after=num_params * bytes_per_param,
+        num_calibration_tokens=resolved.num_tokens,
+        memory=memory.estimate,
+        weights_on_disk=memory.weights_on_disk,
+        disk_bytes=disk_bytes(opened, resolved, memory),
+        device=str(opened.device),
+        operations=operations,
+        seconds=_seconds(opened, operations, memory),
+        warnings=(*notes, *resolved.warnings),
+        possible=possible_groups(arch),
+        impossible=arch.omits,
+        serving=None if check_for is None else serving_after(check_for, tp, arch, opened.model, plan),
+    )
+
+
+def _seconds(opened: Opened, operations: Work, memory: MemoryPlan) -> Work:
+    dtype = torch.float32 if memory.in_float32 else opened.model.dtype
+    return seconds_for(operations, text_config(opened.model).hidden_size, dtype, opened.device)
+
+
+def _facts(name: str, resolved: Resolved, plan: Plan) -> GroupFacts:
+    members = [group for group in resolved.groups if group.name == name]
+    num_keep = round(mean(plan.num_keep[group.layer, name] for group in members))
+    first = members[0]
+    num_params = sum(group.num_units * group.params_per_unit for group in members)
+    return GroupFacts(
+        first.name, first.unit, len(members), first.num_units, num_keep, first.params_per_unit, num_params
+    )

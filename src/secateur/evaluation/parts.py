@@ -1,0 +1,246 @@
+"""The parts of an evaluation: a domain, WikiText-2, a domain's KL, a task. Each is computed once and then read.
+
+In: one or two models, known by the fingerprint of their files and loaded when a part needs them. Out: plain numbers.
+"""
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.evaluation.tasks import LoadedTasks, TaskOptions, identity, merge, num_questions, run_task
+from secateur.evaluation.text import Blocks, measure_quality
+from secateur.log import Progress
+from secateur.model.bind import Arch, bind, head_of
+from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_model, open_checkpoint
+from secateur.ranks import device_called, in_turns, own_part, size, spread
+from secateur.report.measured import Change, Differences, Measured, Quality, TaskChange, task_metrics
+from secateur.store import Store
+from secateur.stream.device import on_device
+from secateur.stream.losses import (
+    DenseStates,
+    final_states,
+    standard_error,
+    summarise,
+    token_divergences_and_agreements,
+)
+
+
+def differences(dense: Measured, pruned: Measured, tasks: dict[str, dict[str, TaskChange]] | None) -> Differences:
+    """Return the differences of text, in nats per token, and with them those of `tasks`."""
+    wikitext2 = None
+    if dense.wikitext2 is not None and pruned.wikitext2 is not None:
+        wikitext2 = _change(dense.wikitext2, pruned.wikitext2)
+    domains = {domain: _change(dense.domains[domain], part) for domain, part in pruned.domains.items()}
+    return Differences(domains, wikitext2, tasks)
+
+
+def task_changes(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, dict[str, TaskChange]]:
+    """Return the differences by task and metric of what `task_parts` returns for each model."""
+    return {
+        name: {metric: _task_change(name, metric, dense, pruned) for metric in task_metrics(results)}
+        for name, results in pruned["results"].items()
+    }
+
+
+def _change(dense: Quality, pruned: Quality) -> Change:
+    pairs = zip(dense.block_nats, pruned.block_nats, strict=True)
+    error = standard_error([after - before for before, after in pairs])
+    return Change(pruned.nats_per_token - dense.nats_per_token, error)
+
+
+def _task_change(name: str, metric: str, dense: dict[str, Any], pruned: dict[str, Any]) -> TaskChange:
+    before, after = dense["results"][name][metric], pruned["results"][name][metric]
+    old, new = (side["item_scores"].get(name, {}).get(metric, []) for side in (dense, pruned))
+    paired = _is_mean(old, before) and _is_mean(new, after)
+    return TaskChange(
+        after - before, standard_error([b - a for a, b in zip(old, new, strict=True)]) if paired else None
+    )
+
+
+def _is_mean(scores: list[Any], value: float) -> bool:
+    numbers = all(isinstance(score, int | float) for score in scores)
+    return bool(scores) and numbers and math.isclose(sum(scores) / len(scores), value, rel_tol=1e-9, abs_tol=1e-12)
+
+
+Part = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Subject:
+    """One of the two models. `which`: dense or pruned, for the progress bar. `device`: where it is loaded to."""
+
+    which: str
+    checkpoint: Checkpoint
+    arch: Arch
+    fingerprint: str
+    device: torch.device
+    loaded: PreTrainedModel | None = None
+
+    def model(self) -> PreTrainedModel:
+        """Return the model, loading it at the first call."""
+        if self.loaded is None:
+            self.loaded = on_device(load_model(self.checkpoint), self.device)
+        return self.loaded
+
+    def forget(self) -> None:
+        """Give the model's memory back."""
+        self.loaded = None
+
+
+def open_subject(which: str, reference: Any, device: str | None = None) -> Subject:
+    """Check the model as far as this needs no weights. Raises Checkpoint-, Arch- or RecipeError."""
+    checkpoint = open_checkpoint(reference)
+    return Subject(
+        which, checkpoint, bind(meta_model(checkpoint.config)), fingerprint(checkpoint), device_called(device)
+    )
+
+
+@dataclass(slots=True)
+class _Count:
+    """Steps done of a stage, those included that an earlier evaluation did."""
+
+    progress: Progress
+    stage: str
+    total: int
+    done: int = 0
+
+    def move(self, num_steps: int = 1) -> None:
+        self.done = min(self.done + num_steps, self.total)
+        self.progress(self.stage, self.done, self.total)
+
+
+def quality_parts(
+    store: Store,
+    subject: Subject,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: str,
+    blocks_NT: Blocks,
+    progress: Progress,
+) -> dict[str, Part]:
+    """Return `evaluate_domains.Quality` as a mapping, by domain."""
+    count = _Count(progress, f"{subject.which}: {stage}", _num_blocks(blocks_NT))
+    count.move(0)
+    found = {}
+    for domain, domain_NT in blocks_NT.items():
+        before = count.done
+
+        def compute(domain: str = domain, domain_NT: Tensor = domain_NT) -> Part:
+            done = partial(count.move, size())  # each rank has as many, but for one
+            quality = measure_quality(subject.model(), subject.arch, tokenizer, domain, domain_NT, done)
+            return dataclasses.asdict(quality)
+
+        depends_on = {"model": subject.fingerprint, **_facts(domain_NT)}
+        found[domain] = store.value(f"{stage}-{domain}", compute, depends_on=depends_on)
+        count.move(before + len(domain_NT) - count.done)
+    return found
+
+
+def dense_states(
+    store: Store, dense: Subject, pruned: Subject, blocks_NT: Blocks, progress: Progress
+) -> DenseStates | None:
+    """Return what KL needs of the dense model for the domains whose KL is not known yet; None if all are.
+
+    Of a rank's own blocks alone.
+    """
+    unknown = {
+        domain: domain_NT
+        for domain, domain_NT in blocks_NT.items()
+        if not store.has(f"kl-{domain}", _kl_facts(dense, pruned, domain_NT))
+    }
+    if not unknown:
+        return None
+    count = _Count(progress, "dense: states for KL", _num_blocks(unknown))
+    states: dict[str, list[Tensor]] = {}
+    for domain, domain_NT in unknown.items():
+        states[domain] = []
+        for ids_T in own_part(list(domain_NT)):
+            states[domain].append(final_states(dense.model(), dense.arch, ids_T[None]))
+            count.move(size())
+    return DenseStates(head_of(dense.model(), dense.arch), states)
+
+
+def kl_parts(
+    store: Store,
+    dense: Subject,
+    pruned: Subject,
+    states: DenseStates | None,
+    blocks_NT: Blocks,
+    progress: Progress,
+) -> dict[str, Part]:
+    """Return `kl.Divergence` as a mapping, by domain. `states`: of the domains whose KL is not known yet."""
+    count = _Count(progress, "KL(dense || pruned)", _num_blocks(blocks_NT))
+    found = {}
+    for domain, domain_NT in blocks_NT.items():
+
+        def compute(domain: str = domain, domain_NT: Tensor = domain_NT) -> Part:
+            assert states is not None
+            dense_head, own_states = states.head, iter(states.states_NPD[domain])
+            head = head_of(pruned.model(), pruned.arch)
+
+            def compare(ids_T: Tensor) -> tuple[Tensor, Tensor]:
+                pruned_PD = final_states(pruned.model(), pruned.arch, ids_T[None])
+                return token_divergences_and_agreements(next(own_states), dense_head, pruned_PD, head)
+
+            pairs = spread(compare, list(domain_NT))
+            return dataclasses.asdict(summarise(domain, *(list(parts) for parts in zip(*pairs, strict=True))))
+
+        depends_on = _kl_facts(dense, pruned, domain_NT)
+        found[domain] = store.value(f"kl-{domain}", compute, depends_on=depends_on)
+        count.move(len(domain_NT))
+    return found
+
+
+def task_parts(
+    store: Store,
+    subject: Subject,
+    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedTasks,
+    options: TaskOptions,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return the tasks' results in the harness's shape, with `sources` of their rows and `item_scores` by task.
+
+    Ranks take whole tasks by turns, so a rank asks a task's questions as one process would.
+    """
+    sizes = {name: num_questions(task, options) for name, task in loaded.tasks.items()}
+    count = _Count(progress, f"{subject.which}: questions of tasks", sum(sizes.values()))
+    count.move(0)
+
+    def result_of(name: str) -> Part:
+        before, task = count.done, loaded.tasks[name]
+
+        def compute() -> Part:
+            def listen(done: int, total: int) -> None:
+                count.move(before + sizes[name] * done // total - count.done)
+
+            return run_task(task, subject.model(), tokenizer, options, listen)
+
+        depends_on = {"model": subject.fingerprint, **dataclasses.asdict(options), **identity(task, loaded)}
+        found = store.value(f"task-{name}", compute, depends_on=depends_on)
+        count.move(before + sizes[name] - count.done)
+        return found
+
+    names = list(loaded.tasks)
+    results = dict(zip(names, in_turns(result_of, names), strict=True))
+    item_scores = {name: result["item_scores"] for name, result in results.items()}
+    return {**merge(list(results.values()), loaded), "sources": loaded.sources, "item_scores": item_scores}
+
+
+def _num_blocks(blocks_NT: Blocks) -> int:
+    return sum(len(domain_NT) for domain_NT in blocks_NT.values())
+
+
+def _facts(blocks_NT: Tensor) -> Part:
+    digest = hashlib.sha256(blocks_NT.numpy().astype("<i8").tobytes()).hexdigest()
+    return {"blocks": list(blocks_NT.shape), "sha256": digest}
+
+
+def _kl_facts(dense: Subject, pruned: Subject, blocks_NT: Tensor) -> Part:
+    return {"dense": dense.fingerprint, "pruned": pruned.fingerprint, **_facts(blocks_NT)}

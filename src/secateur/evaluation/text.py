@@ -1,0 +1,188 @@
+"""Evaluation text by domain and WikiText-2, and how well a model predicts it."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from jaxtyping import Int64
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from secateur.data.calibration import CalibrationSet, build_calibration
+from secateur.data.sources import read_rows
+from secateur.errors import CalibrationError, NumericsError, RecipeError
+from secateur.log import Progress
+from secateur.model.bind import Arch
+from secateur.ranks import spread
+from secateur.recipe import Calibration, Domain, load_recipe, parse_recipe
+from secateur.report.measured import Quality
+from secateur.stream.losses import block_losses, standard_error
+
+Blocks = dict[str, Tensor]
+RECIPE = "recipe.yaml"
+SEED = 0  # of text that no recipe describes
+
+
+def recipe_blocks(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> tuple[Blocks, tuple[str, ...]]:
+    """Return the held-out blocks of the run that made `directory`, and a note if its text is no longer the same.
+
+    Text sampled from the dense model is left out, with a note, since that model is not at hand.
+    Raises RecipeError if there is no recipe, CalibrationError if its text cannot be read any more.
+    """
+    path = directory / RECIPE
+    if not path.is_file():
+        raise RecipeError(
+            f"{directory}: has no recipe.yaml, so its held-out text is not known; say what to evaluate on with "
+            "--domain NAME[=FILE], --wikitext2 or --tasks."
+        )
+    recipe = parse_recipe(load_recipe(path), f"recipe {path}")
+    if recipe.calibration.num_tokens is None:
+        raise RecipeError(f"recipe {path}: calibration.num_tokens is missing; use the recipe.yaml that the run wrote.")
+    built = build_calibration(
+        recipe.calibration, recipe.calibration.num_tokens, tokenizer, recipe.seed, progress, num_rounds=recipe.rounds
+    )
+    blocks = {domain.name: domain.held_out_NT for domain in built.domains if not domain.held_out_NT.is_meta}
+    sampled = ", ".join(domain.name for domain in built.domains if domain.name not in blocks)
+    if sampled:
+        return blocks, (f"text sampled from the dense model is left out ({sampled}), and so its hash is not compared.",)
+    return blocks, _changes(directory, built)
+
+
+def named_blocks(
+    domains: dict[str, Domain],
+    num_blocks: int,
+    sequence_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+) -> Blocks:
+    """Return `num_blocks` blocks of each domain. Raises CalibrationError for unreadable or too little text."""
+    calibration = Calibration(domains=domains, sequence_length=sequence_length)
+    # Of every ten blocks that a calibration set draws, one is held out; here all are for evaluation.
+    num_calibration = math.ceil(num_blocks * 0.9)
+    built = build_calibration(calibration, num_calibration * len(domains) * sequence_length, tokenizer, SEED, progress)
+    return {
+        domain.name: torch.cat([domain.held_out_NT, domain.calibration_NT])[:num_blocks] for domain in built.domains
+    }
+
+
+def measure_quality(
+    model: nn.Module,
+    arch: Arch,
+    tokenizer: PreTrainedTokenizerBase,
+    domain: str,
+    blocks_NT: Int64[Tensor, "N T"],
+    block_done: Callable[[], None],
+) -> Quality:
+    """Return the quality on one domain; ranks share the blocks. `block_done` hears of those of this rank.
+
+    Raises NumericsError naming the domain if a loss is not finite.
+    """
+
+    def mean_loss(ids_T: Tensor) -> float:
+        value = float(block_losses(model, arch, ids_T[None]).mean())
+        block_done()
+        return value
+
+    values = spread(mean_loss, list(blocks_NT))
+    mean = sum(values) / len(values)
+    if not math.isfinite(mean):
+        raise NumericsError(f"evaluate, domain {domain}: the loss is {mean}; the model gives no finite logits.")
+    num_tokens = blocks_NT[:, 1:].numel()
+    num_bytes = sum(_num_bytes(ids_T, tokenizer) for ids_T in blocks_NT)
+    return Quality(
+        nats_per_token=mean,
+        standard_error=standard_error(values),
+        perplexity=math.exp(mean),
+        bits_per_byte=mean / math.log(2) * num_tokens / num_bytes,
+        num_tokens=num_tokens,
+        num_bytes=num_bytes,
+        block_nats=tuple(values),
+    )
+
+
+def _num_bytes(ids_T: Int64[Tensor, " T"], tokenizer: PreTrainedTokenizerBase) -> int:
+    text = tokenizer.decode(ids_T[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return len(str(text).encode())
+
+
+def _changes(directory: Path, built: CalibrationSet) -> tuple[str, ...]:
+    path = directory / "result.json"
+    if not path.is_file():
+        return (f"{path} is missing, so it is not known whether this text is what the run held out.",)
+    used = json.loads(path.read_text(encoding="utf-8"))["calibration"]["content_hash"]
+    if used == built.content_hash:
+        return ()
+    return (
+        "the recipe's text is not what it was when the run was made (installed packages or files changed: sha256 "
+        f"{built.content_hash[:16]}, then {used[:16]}), so the model may have been calibrated on some of it.",
+    )
+
+
+HUB = "hub"
+DEFAULT_BLOCK_LENGTH = 2048
+
+
+def wikitext_blocks(
+    source: str, block_length: int | None, tokenizer: PreTrainedTokenizerBase, config: Any
+) -> Int64[Tensor, "N L"]:
+    """Return the test split as blocks. `source`: a file of rows (.jsonl .json .csv .parquet .txt .raw), or `hub`.
+
+    `block_length`: None for 2048, or the model's number of positions if that is smaller.
+
+    Raises CalibrationError if the rows cannot be read, are fewer than one block, or a block is longer than the model.
+    """
+    longest = getattr(config, "max_position_embeddings", None) or DEFAULT_BLOCK_LENGTH
+    length = block_length or min(DEFAULT_BLOCK_LENGTH, longest)
+    if length > longest:
+        raise CalibrationError(
+            f"--wikitext2-length: {length} is longer than the model's {longest} positions; give at most {longest}."
+        )
+    rows = _hub_rows() if source == HUB else _file_rows(Path(source))
+    ids = tokenizer("\n\n".join(rows), verbose=False)["input_ids"]
+    num_blocks = len(ids) // length
+    if num_blocks == 0:
+        raise CalibrationError(
+            f"WikiText-2 rows {source}: {len(ids):,} tokens are less than one block of {length}; "
+            "give the whole test split, or a shorter --wikitext2-length."
+        )
+    return torch.tensor(ids[: num_blocks * length]).view(num_blocks, length)
+
+
+def _file_rows(path: Path) -> list[str]:
+    if not path.is_file():
+        raise CalibrationError(f"--wikitext2 {path}: there is no such file; give the rows of the raw test split.")
+    if path.suffix in (".txt", ".raw"):
+        return _line_rows(path)
+    rows: list[Any] = [row.get("text") if isinstance(row, dict) else row for _, row in read_rows(path)]
+    if not all(isinstance(row, str) for row in rows):
+        raise CalibrationError(f"--wikitext2 {path}: every row needs a `text` column with a string in it.")
+    return rows
+
+
+def _line_rows(path: Path) -> list[str]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            # As the data set has its rows: a line with its line end, or nothing for a blank line.
+            return [line if line.strip() else "" for line in lines]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"--wikitext2 {path}: cannot be read ({error}); give a text file in UTF-8.") from None
+
+
+def _hub_rows() -> list[str]:
+    where = "--wikitext2 hub"
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ImportError:
+        raise CalibrationError(f"{where}: needs the package datasets; install secateur[evaluate].") from None
+    try:
+        return list(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = "HF_HUB_OFFLINE=1" if constants.HF_HUB_OFFLINE else " ".join(str(error).split())
+        raise CalibrationError(f"{where}: cannot be loaded ({reason}); give a file of its rows instead.") from None

@@ -1,0 +1,186 @@
+"""How fast models read a prompt and write tokens, in transformers and llama.cpp, and their peak memory.
+
+Several models take turns, so that drift hits all of them alike.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from secateur.facts import Workload
+from secateur.formats.save import open_llama_cpp
+from secateur.log import Progress
+from secateur.methods.prices import kv_cache_bytes_per_token
+from secateur.report.measured import Ratio, Speed
+from secateur.stream.device import now
+
+# Seconds from the start of one generation to each of its tokens, the first one after the whole prompt.
+Runner = Callable[[], list[float]]
+
+
+def take_turns(runners: list[Runner], repeats: int, progress: Progress, stage: str) -> list[list[list[float]]]:
+    """Run every runner once unmeasured, then in turn `repeats` times; return [runner][repeat] -> seconds per token."""
+    progress(stage, 0, repeats)
+    for runner in runners:
+        runner()
+    measured: list[list[list[float]]] = [[] for _ in runners]
+    for done in range(1, repeats + 1):
+        for runner, runs in zip(runners, measured, strict=True):
+            runs.append(runner())
+        progress(stage, done, repeats)
+    return measured
+
+
+def speed(runs: list[list[float]], workload: Workload) -> Speed:
+    """Return the medians and ranges of `runs` (seconds to each token, per repeat)."""
+    prefill, decode = prefill_rates(runs, workload), decode_rates(runs, workload)
+    first = [run[0] for run in runs]
+    return Speed(
+        prefill_tokens_per_second=statistics.median(prefill),
+        decode_tokens_per_second=statistics.median(decode),
+        first_token_seconds=statistics.median(first),
+        prefill_range=(min(prefill), max(prefill)),
+        decode_range=(min(decode), max(decode)),
+        first_token_range=(min(first), max(first)),
+        batch=workload.batch,
+        prompt_tokens=workload.prompt_tokens,
+        new_tokens=workload.new_tokens,
+        repeats=len(runs),
+    )
+
+
+def prefill_rates(runs: list[list[float]], workload: Workload) -> list[float]:
+    """Return prompt tokens per second of each run: batch * prompt_tokens / time to the first token."""
+    return [workload.batch * workload.prompt_tokens / run[0] for run in runs]
+
+
+def decode_rates(runs: list[list[float]], workload: Workload) -> list[float]:
+    """Return new tokens per second of each run: batch * (new_tokens - 1) / time from the first token to the last."""
+    return [workload.batch * (len(run) - 1) / (run[-1] - run[0]) for run in runs]
+
+
+def paired_ratio(rates: list[float], against: list[float]) -> Ratio:
+    """Return how much faster `rates` are than `against`, repeat by repeat."""
+    ratios = [rate / other for rate, other in zip(rates, against, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+
+def prompt_ids(workload: Workload, vocab_size: int) -> list[int]:
+    """Return the token ids of the prompt, the same for every model of that vocabulary; no text is needed for timing."""
+    return [position * 7919 % vocab_size for position in range(workload.prompt_tokens)]
+
+
+def transformers_runner(model: PreTrainedModel, workload: Workload, *, compiled: bool = False) -> Runner:
+    """Return a runner of `generate`; `compiled` if the model was compiled, which needs a cache that does not grow."""
+    row = torch.tensor(prompt_ids(workload, model.config.get_text_config().vocab_size), device=model.device)
+    ids_BT = row.expand(workload.batch, -1).contiguous()
+    options = {"cache_implementation": "static", "disable_compile": True} if compiled else {}
+    return lambda: _generate(model, ids_BT, workload.new_tokens, options)
+
+
+class _Clock(StoppingCriteria):
+    """Never stops; notes when each token is known, which `generate` tells a stopping criterion once per token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        self.times.append(now(input_ids.device))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@torch.inference_mode()
+def _generate(
+    model: PreTrainedModel, ids_BT: Int64[Tensor, "B T"], new_tokens: int, options: dict[str, Any]
+) -> list[float]:
+    clock, generate = _Clock(), getattr(model, "generate")  # noqa: B009  # its type takes no arguments beyond tensors
+    with _plain_generation(model):
+        start = now(model.device)
+        generate(
+            ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            **options,
+        )
+    assert len(clock.times) == new_tokens
+    return [seconds - start for seconds in clock.times]
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    # The model's own settings (end of text, repetition penalty) would stop or slow a run.
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+PROFILED_TOKENS = 4
+
+
+def peak_model_bytes(model: PreTrainedModel, workload: Workload, *, compiled: bool = False) -> int:
+    """Return weights and buffers, plus the most that a run has allocated beyond them, cache included.
+
+    The prompt and the first few new tokens are measured; the cache of the tokens after those is added to it.
+    """
+    measured = replace(workload, new_tokens=min(workload.new_tokens, PROFILED_TOKENS))
+    runner = transformers_runner(model, measured, compiled=compiled)
+    resident = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    run = _cuda_bytes(runner, model.device) if model.device.type == "cuda" else _cpu_bytes(runner)
+    later_tokens = workload.batch * (workload.new_tokens - measured.new_tokens)
+    return resident + run + later_tokens * kv_cache_bytes_per_token(model)
+
+
+def _cuda_bytes(runner: Runner, device: torch.device) -> int:
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    runner()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _cpu_bytes(runner: Runner) -> int:
+    # Resident memory would not do: what an earlier run freed but the C library kept hides what this one needs.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes to the user's terminal
+    with tempfile.TemporaryDirectory(prefix="secateur-bench-") as scratch:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            runner()
+        trace = Path(scratch, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_bytes())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
+
+
+def llama_cpp_runner(file: Path, workload: Workload) -> Runner:
+    """Load the file and return a runner of greedy generation, its prompt the same as the transformers runner's."""
+    assert workload.batch == 1
+    model = open_llama_cpp(file, workload.prompt_tokens + workload.new_tokens, all_logits=False)
+    ids = prompt_ids(workload, model.n_vocab())
+
+    def run() -> list[float]:
+        model.reset()
+        start, times, pending = time.perf_counter(), list[float](), ids
+        for _ in range(workload.new_tokens):
+            model.eval(pending)
+            pending = [model.sample(temp=0.0)]
+            times.append(time.perf_counter() - start)
+        return times
+
+    return run

@@ -1,0 +1,319 @@
+"""`secateur export`: a checkpoint directory as a GGUF file, tensor by tensor; it appears complete or not at all."""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedConfig
+
+from secateur.errors import CheckpointError, RecipeError, nearest
+from secateur.facts import Record
+from secateur.files import check_file, staged_file
+from secateur.formats.gguf_tensors import OWN_TYPES, TYPES, GgufTensor, gguf_tensors, num_gguf_bytes, read_gguf_arrays
+from secateur.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
+from secateur.formats.save import GgufCheck, check_gguf, have_llama_cpp, require_llama_cpp
+from secateur.formats.serving import gguf_family, head_dim, layer_widths, rotary
+from secateur.log import Progress, silent
+from secateur.model.checkpoint import Checkpoint, check_weights, load_tokenizer, meta_model, open_checkpoint
+from secateur.model.spec import GgufSpec
+from secateur.plugins import EXPORTER_GROUP, look_up
+
+
+def context_length(config: PreTrainedConfig, family: GgufSpec) -> int:
+    """Return for how many tokens llama.cpp computes what the model does.
+
+    A sliding window changes nothing up to its own length; architectures without one are right up to there.
+    """
+    sizes: Any = config
+    window = None if family.window_period else getattr(sizes, "sliding_window", None)
+    return min(sizes.max_position_embeddings, window or sizes.max_position_embeddings)
+
+
+def add_metadata(writer: Any, config: PreTrainedConfig, family: GgufSpec) -> None:
+    """Write the keys that describe the model's shape to a `gguf.GGUFWriter`."""
+    sizes: Any = config
+    writer.add_vocab_size(sizes.vocab_size)
+    writer.add_context_length(context_length(config, family))
+    writer.add_embedding_length(sizes.hidden_size)
+    writer.add_block_count(sizes.num_hidden_layers)
+    layers = layer_widths(config)
+    writer.add_feed_forward_length(_one_or_all([layer.ffn_width for layer in layers]))
+    writer.add_head_count(_one_or_all([layer.num_heads for layer in layers]))
+    if family.latent_attention:
+        _add_latent_attention(writer, sizes)
+    else:
+        writer.add_head_count_kv(_one_or_all([layer.num_kv_heads for layer in layers]))
+        # Stated, or llama.cpp takes hidden size / heads, which pruned heads make wrong.
+        writer.add_key_length(head_dim(config))
+        writer.add_value_length(head_dim(config))
+    writer.add_rope_dimension_count(int(head_dim(config) * rotary(config).get("partial_rotary_factor", 1.0)))
+    add_eps = writer.add_layer_norm_rms_eps if family.eps == "rms_norm_eps" else writer.add_layer_norm_eps
+    add_eps(getattr(sizes, family.eps) if isinstance(family.eps, str) else family.eps)
+    for key, name in family.scales.items():
+        if (value := getattr(sizes, key)) is not None:
+            getattr(writer, f"add_{name}")(value)
+    if family.window_period:
+        writer.add_sliding_window(sizes.sliding_window)
+    _add_experts(writer, sizes)
+    _add_rotary(writer, rotary(config), family)
+
+
+def _one_or_all(values: list[int]) -> int | list[int]:
+    return values if len(set(values)) > 1 else values[0]
+
+
+def _add_latent_attention(writer: Any, sizes: Any) -> None:
+    """Write what one KV head per layer holds, the latent vector and the rotated channels, and what a head reads off."""
+    writer.add_head_count_kv(1)
+    writer.add_key_length(sizes.kv_lora_rank + sizes.qk_rope_head_dim)
+    writer.add_value_length(sizes.kv_lora_rank)
+    writer.add_key_length_mla(sizes.qk_nope_head_dim + sizes.qk_rope_head_dim)
+    writer.add_value_length_mla(sizes.v_head_dim)
+    writer.add_kv_lora_rank(sizes.kv_lora_rank)
+    writer.add_q_lora_rank(sizes.q_lora_rank or 0)
+
+
+def _add_experts(writer: Any, sizes: Any) -> None:
+    import gguf
+
+    found = (getattr(sizes, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    num_experts = next((number for number in found if number), None)
+    if num_experts is None:
+        return
+    writer.add_expert_count(num_experts)
+    writer.add_expert_used_count(sizes.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(getattr(sizes, "moe_intermediate_size", None) or sizes.intermediate_size)
+    if (width := getattr(sizes, "shared_expert_intermediate_size", None)) is not None:
+        writer.add_expert_shared_feed_forward_length(width)
+    if (num_shared := getattr(sizes, "n_shared_experts", None)) is not None:
+        writer.add_expert_shared_count(num_shared)
+        writer.add_leading_dense_block_count(sizes.first_k_dense_replace)
+        writer.add_expert_weights_scale(sizes.routed_scaling_factor)
+        writer.add_expert_weights_norm(sizes.norm_topk_prob)
+        sigmoid = sizes.model_type != "deepseek_v2"
+        writer.add_expert_gating_func(getattr(gguf.ExpertGatingFuncType, "SIGMOID" if sigmoid else "SOFTMAX"))
+        if (getattr(sizes, "n_group", None) or 1) > 1:
+            writer.add_expert_group_count(sizes.n_group)
+            writer.add_expert_group_used_count(sizes.topk_group)
+
+
+def _add_rotary(writer: Any, settings: dict[str, Any], family: GgufSpec) -> None:
+    import gguf
+
+    writer.add_rope_freq_base(settings["rope_theta"])
+    kind = settings["rope_type"]
+    if kind not in ("linear", "yarn"):  # llama3 is a tensor of its own
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+    writer.add_rope_scaling_factor(settings["factor"])
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(settings["original_max_position_embeddings"])
+        if settings.get("mscale_all_dim"):
+            # A tenth for DeepSeek alone: llama.cpp's converter, TAG_DEEPSEEK2_YARN_LOG_MUL_FIX.
+            share = 0.1 if family.latent_attention else 1.0
+            writer.add_rope_scaling_yarn_log_mul(share * settings["mscale_all_dim"])
+        if settings.get("llama_4_scaling_beta"):
+            writer.add_attn_temperature_scale(settings["llama_4_scaling_beta"])
+        if settings.get("attention_factor") is not None:
+            writer.add_rope_scaling_yarn_attn_factor(settings["attention_factor"])
+        if settings.get("beta_fast") is not None:
+            writer.add_rope_scaling_yarn_beta_fast(settings["beta_fast"])
+        if settings.get("beta_slow") is not None:
+            writer.add_rope_scaling_yarn_beta_slow(settings["beta_slow"])
+
+
+_FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+
+
+def check_exportable(checkpoint: Checkpoint, type_name: str | None) -> str:
+    """Return the type to write, by default the weights' own, after every check that reads no weights.
+
+    Raises RecipeError for an unknown type, ArchError for a family or structure that llama.cpp does not run,
+    CheckpointError for a missing package, a source that is GGUF already, or a tokenizer that cannot be written.
+    """
+    if type_name is not None and type_name not in TYPES:
+        raise RecipeError(
+            f"export type: unknown type '{type_name}'; allowed: {', '.join(TYPES)}; "
+            f"did you mean '{nearest(type_name, TYPES)}'?"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise CheckpointError('GGUF export needs the gguf package; run: pip install "secateur[gguf]"')
+    if checkpoint.gguf_file:
+        raise CheckpointError(f"{checkpoint.reference}: is GGUF already; give a directory with safetensors weights.")
+    family = gguf_family(checkpoint)
+    check_weights(checkpoint, meta_model(checkpoint.config))
+    check_tokenizer(load_tokenizer(checkpoint), _vocab_size(checkpoint), checkpoint.reference)
+    type_name = type_name or OWN_TYPES.get(str(checkpoint.config.dtype))
+    if type_name is None:
+        raise RecipeError(
+            f"export type: the weights are {checkpoint.config.dtype}, which has no counterpart; "
+            f"choose one of {', '.join(TYPES)}."
+        )
+    gguf_tensors(checkpoint, family, type_name)
+    return type_name
+
+
+def export_gguf(checkpoint: Checkpoint, file: Path, type_name: str, progress: Progress = silent) -> None:
+    """Write the model, its tokenizer and chat template to `file`.
+
+    Raises as `check_exportable`, and NumericsError for a weight that the type cannot hold.
+    """
+    import gguf
+
+    family = gguf_family(checkpoint)
+    tensors = gguf_tensors(checkpoint, family, type_name)
+    logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)
+    writer = gguf.GGUFWriter(None, family.architecture)
+    try:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(Path(checkpoint.reference).name)
+        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[type_name]])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_metadata(writer, checkpoint.config, family)
+        add_tokenizer(writer, load_tokenizer(checkpoint), _vocab_size(checkpoint), checkpoint.reference)
+        _write(writer, file, tensors, read_gguf_arrays(tensors, family, checkpoint.config), progress)
+    finally:
+        writer.close()
+
+
+def _vocab_size(checkpoint: Checkpoint) -> int:
+    return checkpoint.config.get_text_config().vocab_size
+
+
+def _write(
+    writer: Any, file: Path, tensors: list[GgufTensor], arrays: Iterator[np.ndarray], progress: Progress
+) -> None:
+    import gguf
+
+    for tensor in tensors:
+        kind = gguf.GGMLQuantizationType[TYPES[tensor.type_name]]
+        # The dtype given does not matter where the type is; only that it is not bytes, whose shape would be converted.
+        writer.add_tensor_info(
+            tensor.gguf_name, tensor.shape, np.dtype(np.float32), num_gguf_bytes(tensor), raw_dtype=kind
+        )
+    writer.write_header_to_file(file)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for done, array in enumerate(arrays):
+        progress("export", done, len(tensors))
+        writer.write_tensor_data(array)
+    progress("export", len(tensors), len(tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How a written file is compared with the checkpoint, by a program that not everyone has installed.
+
+    is_possible: whether that program is there. require(what): raises CheckpointError if it is not.
+    run(path, checkpoint, type name): returns the figures, or raises CheckpointError if the file is not the model.
+    """
+
+    is_possible: Callable[[], bool]
+    require: Callable[[str], None]
+    run: Callable[[Path, Checkpoint, str], GgufCheck]
+
+
+@dataclass(frozen=True, slots=True)
+class Exporter:
+    """One format.
+
+    check(checkpoint, type name or None): returns the type of numbers to write, by default the weights' own. It reads no
+    weights and raises a SecateurError for whatever cannot be written.
+    write(checkpoint, path, type name, progress): writes the file, in a hidden place that becomes FILE at the end.
+    context_length(checkpoint): for how many tokens the file is right, where that is known.
+    """
+
+    check: Callable[[Checkpoint, str | None], str]
+    write: Callable[[Checkpoint, Path, str, Progress], Any]
+    context_length: Callable[[Checkpoint], int] | None = None
+    proof: Proof | None = None
+
+
+EXPORTERS: dict[str, Exporter] = {
+    "gguf": Exporter(
+        check_exportable,
+        export_gguf,
+        lambda checkpoint: context_length(checkpoint.config, gguf_family(checkpoint)),
+        Proof(have_llama_cpp, require_llama_cpp, check_gguf),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Export(Record):
+    """The written file. `context_length`: for how many tokens it is right, None where the format does not say.
+
+    `check` is None where it was not run.
+    """
+
+    file: str
+    type_name: str
+    num_bytes: int
+    context_length: int | None
+    check: GgufCheck | None
+
+
+def find_exporter(name: str) -> Exporter:
+    """Return a built-in exporter, or the one of that name that an installed package registers.
+
+    Raises RecipeError if there is none, PluginError if a package registers one that cannot be used.
+    """
+
+    def is_exporter(found: Any) -> bool:
+        return isinstance(found, Exporter)
+
+    return look_up(EXPORTER_GROUP, name, EXPORTERS, is_exporter, "a secateur.Exporter")
+
+
+def export(
+    model: str | Path,
+    gguf: str | Path,
+    *,
+    format: str = "gguf",
+    type_name: str | None = None,
+    check: bool | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Export:
+    """Write a model, its tokenizer and chat template as one file; it appears complete or not at all.
+
+    `model`: a local directory, a hub id or `smollm2-135m`. `gguf`: the file to write. `format`: one of `EXPORTERS`, or
+    one that an installed package registers. `type_name`: f32, f16, bf16 or q8_0 (the option --type), by default the
+    weights' own. `check`: whether a program of that format (llama.cpp for GGUF) must agree with transformers before the
+    file appears; None: where it is installed. `overwrite`: replace the file if it exists. `progress`: called with
+    (stage, done, total).
+
+    Returns an `Export`: the file, its type and bytes, and what the check found.
+
+    Raises a SecateurError, one sentence, for everything that a user can correct: CheckpointError for a model that
+    llama.cpp cannot run, RecipeError for options.
+    """
+    file, exporter = Path(gguf), find_exporter(format)
+    proof = _proof(exporter, format, check)
+    check_file(file, overwrite=overwrite)
+    checkpoint = open_checkpoint(model)
+    type_name = exporter.check(checkpoint, type_name)
+    with staged_file(file, overwrite=overwrite) as staged:
+        exporter.write(checkpoint, staged, type_name, progress)
+        num_bytes, found = staged.stat().st_size, None
+        if proof is not None:
+            progress("check", 0, 1)
+            found = proof.run(staged, checkpoint, type_name)
+            progress("check", 1, 1)
+    length = exporter.context_length(checkpoint) if exporter.context_length else None
+    return Export(str(file), type_name, num_bytes, length, found)
+
+
+def _proof(exporter: Exporter, name: str, check: bool | None) -> Proof | None:
+    """Return the proof to run. Raises RecipeError or CheckpointError if it is asked for and cannot be had."""
+    if check is False:
+        return None
+    if check and exporter.proof is None:
+        raise RecipeError(f"export --check: format {name} has nothing that checks it; leave --check out.")
+    if check and exporter.proof is not None:
+        exporter.proof.require("export --check")
+    return exporter.proof if exporter.proof is not None and exporter.proof.is_possible() else None

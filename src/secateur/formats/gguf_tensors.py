@@ -1,0 +1,258 @@
+"""A checkpoint's tensors as llama.cpp wants them: its names, its order of rotary channels, its number formats."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from secateur.errors import CheckpointError, NumericsError
+from secateur.formats.serving import head_dim, num_kv_heads, rotary
+from secateur.model.checkpoint import Checkpoint, meta_model
+from secateur.model.spec import GgufSpec
+from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
+
+# Files that keep every expert apart: Mixtral's names of the matrices, and the name under which llama.cpp has the stack.
+_EXPERT = re.compile(r"(model\.layers\.\d+\.).*\bexperts\.(\d+)\.(\w+)\.weight")
+_EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_LATENT = ".kv_b_proj.weight"
+_QKV = re.compile(r"(.*\.self_attn\.)([qkv])_proj\.weight")
+# Parameters that are no module's weight or bias, and what gguf looks for.
+_RENAMED = (
+    (re.compile(r"\.sinks$"), ".sinks.weight"),
+    (re.compile(r"\.e_score_correction_bias$"), ".e_score_correction.bias"),
+    (re.compile(r"\.(down_proj|gate_up_proj)$"), r".\1.weight"),
+    (re.compile(r"\.(down_proj|gate_up_proj)_bias$"), r".\1.bias"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor of the file. `sources`: where it lies, several where experts are stacked or q, k and v joined.
+
+    `half`: which of gate and input is meant, where a file keeps both in one matrix.
+    """
+
+    name: str  # transformers' name
+    shape: tuple[int, ...]
+    sources: tuple[StoredTensor, ...]
+    half: int | None = None
+
+
+def gguf_parts(checkpoint: Checkpoint, family: GgufSpec) -> Iterator[Part]:
+    """Yield what the file will hold, tied weights once; read no weights."""
+    for name, sources, half in _sources(checkpoint, family):
+        if name.endswith(_LATENT):
+            yield from _latent_parts(name, sources, checkpoint.config)
+        else:
+            yield Part(name, _shape(name, sources, half, family), sources, half)
+
+
+def read_part(part: Part, family: GgufSpec) -> Tensor:
+    """Return the part's values in float32, rows and channels as transformers has them."""
+    values = [read_tensor(source).float() for source in part.sources]
+    if _is_stack(part.name, part.sources):
+        whole = torch.stack(values)
+    else:
+        whole = torch.cat(values) if len(values) > 1 else values[0]  # an embedding is not copied
+    if family.latent_attention and "_b_proj." in part.name and len(part.shape) == 3:
+        return _read_latent(part, whole)
+    if _is_transposed(part.name, family):
+        whole = whole.transpose(-1, -2)
+    if part.half is None:
+        return whole
+    rows = -1 if part.name.endswith(".bias") else -2
+    if family.alternating_gate:
+        return whole.unflatten(rows, (-1, 2)).select(rows, part.half)
+    return whole.chunk(2, dim=rows)[part.half]
+
+
+def _sources(checkpoint: Checkpoint, family: GgufSpec) -> Iterator[tuple[str, tuple[StoredTensor, ...], int | None]]:
+    stored, model = stored_tensors(checkpoint.directory), meta_model(checkpoint.config)
+    stacks: dict[str, dict[int, StoredTensor]] = {}
+    for stored_name, tensor in stored.items():
+        if stored_name in model.all_tied_weights_keys or "rotary_emb" in stored_name:
+            continue
+        name = _renamed(stored_name)
+        if expert := _EXPERT.fullmatch(name):
+            layer, index, part = expert.groups()
+            stack = stacks.setdefault(f"{layer}mlp.experts.{_EXPERT_PARTS.get(part, part)}.weight", {})
+            stack[int(index)] = tensor
+        elif family.fused_gate and f".{family.fused_gate}." in name:
+            experts = re.sub(r"(layers\.\d+\.).*", r"\1mlp.experts", name)
+            kind = name.rpartition(".")[2]
+            yield f"{experts}.gate_proj.{kind}", (tensor,), 0
+            yield f"{experts}.up_proj.{kind}", (tensor,), 1
+        elif family.fused_qkv and (found := _QKV.fullmatch(name)):
+            if found[2] == "q":
+                joined = tuple(stored[f"{found[1]}{part}_proj.weight"] for part in "qkv")
+                yield f"{found[1]}qkv_proj.weight", joined, None
+        else:
+            yield name, (tensor,), None
+    for name, stack in stacks.items():
+        yield name, tuple(stack[index] for index in sorted(stack)), None
+
+
+def _latent_parts(name: str, sources: tuple[StoredTensor, ...], config: PreTrainedConfig) -> Iterator[Part]:
+    """Yield what reads a head's keys off the latent vector, transposed, and what reads its values."""
+    sizes: Any = config
+    heads, latent = sizes.num_attention_heads, sizes.kv_lora_rank
+    layer = name.removesuffix(_LATENT)
+    yield Part(f"{layer}.k_b_proj.weight", (heads, latent, sizes.qk_nope_head_dim), sources)
+    yield Part(f"{layer}.v_b_proj.weight", (heads, sizes.v_head_dim, latent), sources)
+
+
+def _read_latent(part: Part, whole: Tensor) -> Tensor:
+    by_head = whole.reshape(part.shape[0], -1, whole.shape[1])
+    if ".k_b_proj." in part.name:
+        return by_head[:, : part.shape[2]].transpose(1, 2)
+    return by_head[:, -part.shape[1] :]
+
+
+def _renamed(name: str) -> str:
+    for pattern, new in _RENAMED:
+        name = pattern.sub(new, name)
+    return name
+
+
+def _shape(name: str, sources: tuple[StoredTensor, ...], half: int | None, family: GgufSpec) -> tuple[int, ...]:
+    first = sources[0].shape
+    if _is_stack(name, sources):
+        return (len(sources), *first)
+    if len(sources) > 1:
+        return (sum(source.shape[0] for source in sources), *first[1:])
+    shape = (*first[:-2], first[-1], first[-2]) if _is_transposed(name, family) else first
+    if half is None:
+        return shape
+    return (*shape[:-1], shape[-1] // 2) if name.endswith(".bias") else (*shape[:-2], shape[-2] // 2, shape[-1])
+
+
+def _is_stack(name: str, sources: tuple[StoredTensor, ...]) -> bool:
+    """Say whether experts lie apart in the file, be it one alone."""
+    return ".mlp.experts." in name and len(sources[0].shape) == 2 and name.endswith(".weight")
+
+
+def _is_transposed(name: str, family: GgufSpec) -> bool:
+    return name.endswith(".weight") and name.split(".")[-2] in family.transposed
+
+
+TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # ours -> gguf.GGMLQuantizationType
+OWN_TYPES = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
+LARGEST_F16 = torch.finfo(torch.float16).max
+
+
+# Too small to gain from a smaller type, and llama.cpp takes some of them in float32 only.
+_ALWAYS_F32 = re.compile(r"\.ffn_gate_inp(_shexp)?\.|^position_embd\.|\.bias$")
+_FACTORS = "rope_freqs"
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor to write. `part` None: the factors by which Llama 3 slows its rotary frequencies."""
+
+    part: Part | None
+    gguf_name: str
+    shape: tuple[int, ...]
+    type_name: str
+
+    @property
+    def name(self) -> str:
+        """Transformers' name."""
+        return self.part.name if self.part else _FACTORS
+
+
+def gguf_tensors(checkpoint: Checkpoint, family: GgufSpec, type_name: str) -> list[GgufTensor]:
+    """List what the file will hold, tied weights once; read no weights.
+
+    Raises CheckpointError if a row is no multiple of the type's block.
+    """
+    import gguf
+
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
+    config: Any = checkpoint.config
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    found = []
+    for part in gguf_parts(checkpoint, family):
+        gguf_name = names.get_name(part.name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, part.name
+        small = len(part.shape) == 1 or _ALWAYS_F32.search(gguf_name)
+        found.append(GgufTensor(part, gguf_name, part.shape, "f32" if small else type_name))
+    if rotary(config)["rope_type"] == "llama3":
+        found.append(GgufTensor(None, f"{_FACTORS}.weight", (head_dim(config) // 2,), "f32"))
+    for tensor in found:
+        block_size, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[TYPES[tensor.type_name]]]
+        if tensor.shape[-1] % block_size:
+            raise CheckpointError(
+                f"{checkpoint.reference}: {tensor.name} has rows of {tensor.shape[-1]}, which {type_name} stores in "
+                f"blocks of {block_size}; export as f16 or bf16, or prune with align: {block_size}."
+            )
+    return found
+
+
+def num_gguf_bytes(tensor: GgufTensor) -> int:
+    """Return the bytes that the tensor takes in the file."""
+    import gguf
+
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[TYPES[tensor.type_name]]]
+    return math.prod(tensor.shape) // block_size * block_bytes
+
+
+def read_gguf_arrays(tensors: list[GgufTensor], family: GgufSpec, config: PreTrainedConfig) -> Iterator[np.ndarray]:
+    """Yield each tensor's array, read, reordered, norms shifted, and in its type.
+
+    Raises NumericsError for NaN, infinity, or a weight beyond what f16 holds.
+    """
+    import gguf
+
+    for tensor in tensors:
+        values = read_part(tensor.part, family) if tensor.part else llama3_factors(config)
+        _check_range(tensor, values)
+        values = _as_llama_cpp_has_it(values, tensor.name, family, config)
+        yield gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[TYPES[tensor.type_name]])
+
+
+def _as_llama_cpp_has_it(values: Tensor, name: str, family: GgufSpec, config: PreTrainedConfig) -> Tensor:
+    """Return the values with rows of q and k in llama.cpp's order of rotary channels, and norms by its convention."""
+    if ".query_key_value." in name:
+        return join_qkv(values, num_kv_heads(config), head_dim(config))
+    if family.interleaved_rotary and (".q_proj." in name or ".k_proj." in name):
+        return interleave_rotary(values, len(values) // head_dim(config))
+    return values + family.norm_offset if name.endswith("norm.weight") else values
+
+
+def interleave_rotary(rows: Float[Tensor, "... I"], num_heads: int) -> Float[Tensor, "... I"]:
+    """Reorder each head's rows from halves (0..d/2-1, d/2..d-1) to pairs (0, d/2, 1, d/2+1, ...)."""
+    halves = rows.reshape(num_heads, 2, len(rows) // num_heads // 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def join_qkv(rows: Float[Tensor, "... I"], num_kv_heads: int, dim: int) -> Float[Tensor, "... I"]:
+    """Reorder rows from groups (query heads, their key head, their value head) to all queries, all keys, all values."""
+    groups = rows.reshape(num_kv_heads, -1, dim, *rows.shape[1:])
+    return torch.cat([part.flatten(0, 2) for part in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])])
+
+
+def llama3_factors(config: PreTrainedConfig) -> Float[Tensor, " F"]:
+    """Return by how much Llama 3 slows each rotary frequency: theta^(-2i/d) / the frequency transformers uses."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    dim = head_dim(config)
+    plain = rotary(config)["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return (plain / slowed.double()).float()
+
+
+def _check_range(tensor: GgufTensor, values: Tensor) -> None:
+    largest = values.abs().max().item() if values.numel() else 0.0
+    if not math.isfinite(largest):
+        raise NumericsError(f"weight {tensor.name} holds NaN or infinity; export an intact checkpoint.")
+    if tensor.type_name == "f16" and largest > LARGEST_F16:
+        raise NumericsError(
+            f"weight {tensor.name} reaches {largest:.3g}, beyond f16's {LARGEST_F16:g}; export as bf16."
+        )

@@ -1,0 +1,315 @@
+"""Writing a checkpoint, and proof that what was written is the model.
+
+By transformers in a fresh process; by llama.cpp for GGUF files, where it is installed.
+"""
+
+import importlib.util
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.errors import CheckpointError
+from secateur.files import disk_errors, parse_size
+from secateur.model.checkpoint import Checkpoint, load_model, load_tokenizer
+from secateur.model.config import quiet_transformers
+
+# What a model directory may hold beside the files that saving writes anew.
+_SIDE_FILES = (
+    "tokenizer.model",
+    "spiece.model",
+    "tekken.json",
+    "tiktoken.model",
+    "*.tiktoken",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    max_shard_size: str,
+    carry_from: Path | None,
+) -> None:
+    """Write the model, its configs and its tokenizer into `directory`; the same model gives the same bytes.
+
+    Tied weights are written once. `carry_from`, the directory the model came from, gives its generation config as it
+    is and the tokenizer and licence files that saving does not write; a directory without config.json gives nothing.
+
+    Raises CheckpointError for disk errors, RecipeError for a bad `max_shard_size`.
+    """
+    num_shard_bytes = parse_size("max_shard_size", max_shard_size)
+    with disk_errors(directory), quiet_transformers():
+        tokenizer.save_pretrained(directory)
+        _save_model(model, directory, num_shard_bytes)
+        if carry_from is not None and (carry_from / "config.json").is_file():
+            _carry(carry_from, directory)
+
+
+def _save_model(model: PreTrainedModel, directory: Path, num_shard_bytes: int) -> None:
+    # save_pretrained refuses settings that loading accepts (temperature without sampling); to_json_file writes them.
+    generation = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(directory, max_shard_size=num_shard_bytes)
+    finally:
+        model.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(directory / "generation_config.json")
+    readable = (directory / "config.json").stat().st_mode & 0o777
+    for file in directory.glob("*.safetensors"):
+        file.chmod(readable)  # safetensors lets only the owner read
+
+
+def _carry(source: Path, directory: Path) -> None:
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", directory / "generation_config.json")
+    for pattern in _SIDE_FILES:
+        for file in sorted(source.glob(pattern)):
+            target = directory / file.relative_to(source)
+            if file.is_file() and not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+
+
+_CHILD = Path(__file__).with_name("reload_child.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What the reload showed. `generated_text`: a greedy continuation of the first row (ids if no tokenizer)."""
+
+    max_abs_difference: float
+    seconds: float
+    generated_text: str
+
+
+def verify_reload(
+    directory: Path,
+    input_ids_BT: Int64[Tensor, "B T"],
+    logits_BTV: Float[Tensor, "B T V"],
+    tolerance: float = 1e-6,
+) -> Verification:
+    """Load `directory` in a fresh process and compare its logits with `logits_BTV` of the model in memory.
+
+    On the same machine, device and number of threads the difference is exactly zero; `tolerance` bounds its largest
+    absolute value, in logits. `input_ids_BT` must leave some positions free for the sample text.
+
+    Raises CheckpointError if the process fails, the loader reports missing, unexpected or mismatched tensors, or the
+    logits differ by more than `tolerance`.
+    """
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="secateur-verify-") as scratch:
+        reloaded_BTV, metadata = _run_child(directory, input_ids_BT, Path(scratch))
+    if metadata["problem"]:
+        raise CheckpointError(f"{directory}: stock transformers reloads it with problems ({metadata['problem']}).")
+    if reloaded_BTV.shape != logits_BTV.shape:
+        raise CheckpointError(
+            f"{directory}: reloaded logits have shape {list(reloaded_BTV.shape)}, not {list(logits_BTV.shape)}."
+        )
+    # Row by row: the logits of a large vocabulary need no second copy in float32.
+    rows = zip(reloaded_BTV.flatten(0, -2), logits_BTV.detach().cpu().flatten(0, -2), strict=True)
+    difference = torch.stack([(a_V.float() - b_V.float()).abs().max() for a_V, b_V in rows]).max().item()
+    if not difference <= tolerance:  # so that NaN is refused too
+        raise CheckpointError(
+            f"{directory}: the reloaded model's logits differ from those in memory by {difference:.3g}, allowed is "
+            f"{tolerance:.3g}; the directory does not hold this model."
+        )
+    return Verification(difference, time.perf_counter() - started, metadata["text"])
+
+
+def _run_child(directory: Path, input_ids_BT: Tensor, scratch: Path) -> tuple[Tensor, dict[str, str]]:
+    ids_file, out_file = scratch / "ids.safetensors", scratch / "logits.safetensors"
+    save_file({"input_ids": input_ids_BT.contiguous().cpu()}, ids_file)
+    # -P: or the child would import secateur's modules (recipe, stats, ...) where a library means others.
+    command = [sys.executable, "-P", _CHILD, directory.absolute(), ids_file, out_file]
+    command += [input_ids_BT.device, torch.get_num_threads()]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment["HF_MODULES_CACHE"] = str(scratch)  # or the carried modelling file would be copied to the user's cache
+    child = subprocess.run(
+        [str(part) for part in command], env=environment, capture_output=True, text=True, check=False
+    )
+    if child.returncode != 0:
+        last = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
+        raise CheckpointError(f"{directory}: stock transformers cannot reload it in a fresh process ({last}).")
+    with safe_open(out_file, framework="pt") as opened:
+        # A copy: the file, which the tensor would be a view of, goes away with the scratch directory.
+        return opened.get_tensor("logits").clone(), opened.metadata()
+
+
+def have_llama_cpp() -> bool:
+    """Say whether llama-cpp-python is installed."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def require_llama_cpp(what: str) -> None:
+    """Raise CheckpointError, saying that `what` needs it, if llama-cpp-python is not installed."""
+    if not have_llama_cpp():
+        raise CheckpointError(f'{what} needs llama-cpp-python; run: pip install "secateur[llama-cpp]"')
+
+
+def open_llama_cpp(file: Path, num_context: int, *, all_logits: bool) -> Any:
+    """Load a GGUF file on as many threads as torch uses; `all_logits` keeps those of every position.
+
+    Raises CheckpointError if llama.cpp refuses the file.
+    """
+    import llama_cpp  # pyright: ignore[reportMissingImports]  # a package that few have
+
+    threads = torch.get_num_threads()
+    try:
+        return llama_cpp.Llama(
+            str(file),
+            n_ctx=num_context,
+            n_gpu_layers=0,
+            n_threads=threads,
+            n_threads_batch=threads,
+            logits_all=all_logits,
+            verbose=False,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{file}: llama.cpp cannot load it ({error}).") from None
+
+
+NUM_PROMPT, NUM_GREEDY = 48, 24
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """`perplexity_change`: a share. `gap_nats`: rounding may swap tokens that a model finds about equally likely."""
+
+    perplexity_change: float
+    gap_nats: float
+
+
+# With q8_0 llama.cpp rounds weights and activations to 8 bits, which moves the perplexity of so short a text by up to
+# some 2%, either way; an error in the conversion multiplies it.
+_EXACT, _QUANTISED = Tolerance(0.01, 0.1), Tolerance(0.05, 0.5)
+
+# Written for this check, so that no model was trained on it: prose, code, numbers, other scripts, odd spacing.
+TEXT = """The ferry leaves Kirkwall at 06:15, an hour before the bakery on the corner opens its shutters, and whoever
+wants bread on board has to buy it the evening before. Marit had forgotten again. She counted what was left in the
+tin -- seven oatcakes, half a jar of rhubarb jam -- and decided that 3.5 hours without breakfast wouldn't kill anyone.
+
+    def fare(distance_km: float, passengers: int = 1) -> float:
+        \"\"\"Return the price in pounds; children under 5 travel free.\"\"\"
+        return round(4.80 + 0.37 * distance_km, 2) * max(passengers, 1)
+
+"Isn't it odd," said the purser, "that we've carried 12,408 people this year and not one of them asked what the
+engine's called?" It was called Åsa, after the builder's daughter; the brass plate (1987) said so in letters nobody
+read.  Паром шёл медленно. 海面很平静。 By ten the fog had gone, and the islands lay in the sun
+like loaves on a board.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufCheck:
+    """Perplexities of the held-out text; greedy tokens that are transformers' own choice, and how many there were.
+
+    `largest_gap_nats`: how much likelier transformers finds its own choice than llama.cpp's, where they differ.
+    """
+
+    perplexity_transformers: float
+    perplexity_llama_cpp: float
+    num_tokens: int
+    num_greedy_equal: int
+    num_greedy: int
+    largest_gap_nats: float
+
+
+def check_gguf(file: Path, checkpoint: Checkpoint, type_name: str) -> GgufCheck:
+    """Compare `file`, of weights in `type_name`, in llama.cpp with `checkpoint` in transformers.
+
+    Raises CheckpointError if token ids differ, perplexity differs by more than 1% (q8_0: 5%), or llama.cpp takes a
+    token that transformers finds clearly less likely than its own.
+    """
+    # With the token that starts a text, where the model has one: without it some models write nonsense.
+    ids = list(load_tokenizer(checkpoint).encode(TEXT))
+    with closing(open_llama_cpp(file, len(ids) + NUM_GREEDY, all_logits=True)) as model:
+        _check_ids(checkpoint, ids, model.tokenize(TEXT.encode(), add_bos=True, special=False))
+        model.eval(ids)
+        perplexity = _perplexity(torch.from_numpy(np.array(model.scores[: len(ids)])), ids)
+        greedy = _greedy(model, ids[:NUM_PROMPT])
+    check = _against_transformers(checkpoint, ids, perplexity, greedy)
+    _refuse(checkpoint, check, _QUANTISED if type_name == "q8_0" else _EXACT)
+    return check
+
+
+def _check_ids(checkpoint: Checkpoint, ids: list[int], theirs: list[int]) -> None:
+    if theirs == ids:
+        return
+    position = next((i for i, (a, b) in enumerate(zip(ids, theirs, strict=False)) if a != b), len(ids))
+    raise CheckpointError(
+        f"{checkpoint.reference}: llama.cpp splits text into other tokens than transformers, first at token "
+        f"{position} of the check's text; the tokenizer cannot be exported."
+    )
+
+
+@torch.inference_mode()
+def _against_transformers(checkpoint: Checkpoint, ids: list[int], perplexity: float, greedy: list[int]) -> GgufCheck:
+    reference = load_model(checkpoint).float()
+    own_perplexity = _perplexity(reference(torch.tensor([ids]), use_cache=False).logits[0], ids)
+    path = torch.tensor([ids[:NUM_PROMPT] + greedy])
+    logits_GV = reference(path, use_cache=False).logits[0, NUM_PROMPT - 1 : -1]
+    gaps = logits_GV.amax(-1) - logits_GV.gather(-1, torch.tensor(greedy)[:, None])[:, 0]
+    num_equal = int((gaps == 0).sum())
+    return GgufCheck(own_perplexity, perplexity, len(ids), num_equal, len(greedy), gaps.max().item())
+
+
+def _greedy(model: Any, prompt: list[int]) -> list[int]:
+    model.reset()
+    model.eval(prompt)
+    greedy: list[int] = []
+    for _ in range(NUM_GREEDY):
+        greedy.append(int(model.scores[model.n_tokens - 1].argmax()))
+        model.eval(greedy[-1:])
+    return greedy
+
+
+def _perplexity(logits_TV: torch.Tensor, ids: list[int]) -> float:
+    return math.exp(cross_entropy(logits_TV[:-1].float(), torch.tensor(ids[1:])).item())
+
+
+def _refuse(checkpoint: Checkpoint, check: GgufCheck, allowed: Tolerance) -> None:
+    change = abs(check.perplexity_llama_cpp / check.perplexity_transformers - 1)
+    if not change <= allowed.perplexity_change:  # so that NaN is refused too
+        raise CheckpointError(
+            f"{checkpoint.reference}: llama.cpp's perplexity {check.perplexity_llama_cpp:.3f} is {change:.1%} from "
+            f"transformers' {check.perplexity_transformers:.3f}, allowed is {allowed.perplexity_change:.0%}; "
+            "export with a more exact --type."
+        )
+    if not check.largest_gap_nats <= allowed.gap_nats:
+        raise CheckpointError(
+            f"{checkpoint.reference}: llama.cpp writes a token that transformers finds {check.largest_gap_nats:.2f} "
+            f"nats less likely than its own, allowed is {allowed.gap_nats}; export with a more exact --type."
+        )

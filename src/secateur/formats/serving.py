@@ -1,0 +1,216 @@
+"""What other programs need to run a result: vLLM's published rules, and llama.cpp's row of a family.
+
+In: a checkpoint or its config. Out: what stands against it, in one sentence, or the row and the widths by layer.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from secateur.errors import ArchError, RecipeError, advice
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.modeling_per_layer import is_per_layer
+from secateur.model.spec import GgufSpec, load_specs
+
+VLLM, LLAMA_CPP = "vllm", "llama.cpp"
+SERVERS = (VLLM, LLAMA_CPP)
+QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
+
+
+def check_server(server: str, num_gpus: int) -> None:
+    """Raise RecipeError if the server is unknown, there are no GPUs, or llama.cpp is to split the model over some."""
+    if server not in SERVERS:
+        raise RecipeError(
+            f"--check-for: unknown server '{server}'; allowed: {', '.join(SERVERS)}; {advice(server, SERVERS)}"
+        )
+    if num_gpus < 1:
+        raise RecipeError(f"--tp: must be at least 1, got {num_gpus}.")
+    if server == LLAMA_CPP and num_gpus > 1:
+        raise RecipeError(f"--tp: is of vllm, got {num_gpus} with --check-for llama.cpp; leave it out.")
+
+
+def check_vllm(
+    num_gpus: int,
+    family: str,
+    widths: Mapping[str, frozenset[int]],
+    *,
+    heads_follow_hidden_size: bool = True,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what keeps vLLM from loading the model, by its rules, and what they do not settle.
+
+    `widths`: by config key, all values that layers have of it. `heads_follow_hidden_size`: head_dim is
+    hidden_size / heads, as it is until heads are cut.
+    """
+    problems = [
+        f"{key} differs by layer ({min(values)} to {max(values)}), and vLLM builds all layers alike"
+        for key, values in widths.items()
+        if len(values) > 1
+    ]
+    for key, values in widths.items():
+        for value in sorted(values):
+            if key == KV_HEADS and value < num_gpus:
+                if num_gpus % value:
+                    problems.append(f"{num_gpus} GPUs cannot share {value} KV heads evenly ({key})")
+            elif value % num_gpus and _is_split(key):
+                problems.append(f"{key} is {value}, which {num_gpus} GPUs cannot split evenly")
+    cautions = ["checked by vLLM's published rules; vLLM was not run"]
+    known = load_specs()[family].serving.get(VLLM)
+    if known is None:
+        cautions.append(f"family {family} is not in vLLM's registry; its Transformers backend may run it")
+    if not heads_follow_hidden_size and not (known and known.reads_head_dim):
+        cautions.append(
+            f"heads were cut, and vLLM's {family} was not found to read head_dim from the config; if it divides "
+            f"hidden_size by the number of heads, it cannot load this"
+        )
+    return tuple(problems), tuple(cautions)
+
+
+def _is_split(key: str) -> bool:
+    """Say whether tensor parallelism splits what the key counts: experts are whole on every GPU, in slices."""
+    return "experts" not in key
+
+
+def gguf_specs(*, per_layer: bool) -> dict[str, GgufSpec]:
+    """Return by model type how a model goes into GGUF, if it can; `per_layer`: one whose layers differ in width."""
+    rows = {model_type: row for spec in load_specs().values() for model_type, row in spec.gguf.items()}
+    return {key: row.per_layer for key, row in rows.items() if row.per_layer} if per_layer else rows
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Return the channels of one attention head."""
+    sizes: Any = config
+    return getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
+
+
+def rotary(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the rotary settings, `rope_type` and `rope_theta` among them; those of layers without a sliding window.
+
+    Hunyuan's `dynamic` with a fixed `alpha` is a larger theta, theta * alpha^(d / (d - 2)). A model without rotary
+    positions gets transformers' default, which nothing reads.
+    """
+    settings: Any = config
+    parameters = getattr(settings, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
+    found = dict(parameters.get("full_attention", parameters))
+    if alpha := found.get("alpha") if found["rope_type"] == "dynamic" else None:
+        dim = head_dim(config)
+        found |= {"rope_type": "default", "rope_theta": found["rope_theta"] * alpha ** (dim / (dim - 2))}
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWidths:
+    """Heads and FFN channels of one layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    ffn_width: int
+
+
+def layer_widths(config: PreTrainedConfig) -> list[LayerWidths]:
+    """Return every layer's widths."""
+    sizes: Any = config
+    layers = sizes.per_layer_config if is_per_layer(config) else [sizes] * sizes.num_hidden_layers
+    return [LayerWidths(layer.num_attention_heads, num_kv_heads(layer), _ffn_width(layer)) for layer in layers]
+
+
+def num_kv_heads(config: PreTrainedConfig) -> int:
+    """Return the heads of keys and values."""
+    sizes: Any = config
+    if sizes.model_type == "falcon" and not sizes.new_decoder_architecture:
+        return 1 if sizes.multi_query else sizes.num_attention_heads
+    found = (getattr(sizes, key, None) for key in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"))
+    return next(number for number in found if number)
+
+
+def _ffn_width(sizes: Any) -> int:
+    if hasattr(sizes, "n_inner"):
+        return sizes.n_inner or 4 * sizes.hidden_size
+    return sizes.ffn_hidden_size if hasattr(sizes, "ffn_hidden_size") else sizes.intermediate_size
+
+
+ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def gguf_family(checkpoint: Checkpoint) -> GgufSpec:
+    """Return how the checkpoint's family goes into GGUF. Raises ArchError for what llama.cpp would not run as it is."""
+    config = checkpoint.config
+    return _family(config, checkpoint.reference, per_layer=is_per_layer(config))
+
+
+def gguf_problem(config: Any, widths: Mapping[str, frozenset[int]], num_head_channels: int) -> str | None:
+    """Return what keeps a model of this config from GGUF once it has these widths, by config key, or None.
+
+    `num_head_channels`: of one attention head; it stays where heads go.
+    """
+    planned, per_layer = copy.deepcopy(config), any(len(values) > 1 for values in widths.values())
+    if not per_layer:
+        sizes: Any = planned.get_text_config()
+        num_heads = sizes.num_attention_heads
+        for key, (width,) in widths.items():
+            setattr(sizes, key, width)
+        if sizes.num_attention_heads != num_heads:
+            sizes.head_dim = num_head_channels
+    try:
+        _family(planned, "the result", per_layer=per_layer)
+    except ArchError as error:
+        return str(error)
+    return None
+
+
+def _family(config: Any, reference: str, *, per_layer: bool) -> GgufSpec:
+    uniform, uneven = gguf_specs(per_layer=False), gguf_specs(per_layer=True)
+    if config.model_type not in uniform:
+        raise ArchError(
+            f"{reference}: GGUF export knows the families {', '.join(sorted(uniform))}, "
+            f"not '{config.model_type}'; llama.cpp's own script may know it."
+        )
+    if per_layer and config.model_type not in uneven:
+        raise ArchError(
+            f"{reference}: its layers have different widths, which llama.cpp runs of the families "
+            f"{', '.join(sorted(uneven))}, not '{config.model_type}'; prune with widths: uniform."
+        )
+    family = (uneven if per_layer else uniform)[config.model_type]
+    where = f"{reference}: llama.cpp's {family.architecture}"
+    if family.full_width_heads and (width := config.num_attention_heads * head_dim(config)) != config.hidden_size:
+        raise ArchError(
+            f"{where} needs query heads * head_dim to be the hidden size {config.hidden_size}, got {width}; "
+            "prune groups other than attention heads."
+        )
+    for key, expected in _taken(config, family):
+        got = _value(config, key)
+        if got != expected and not (expected in (None, False) and got in (None, False)):
+            raise ArchError(f"{where} takes {key} to be {expected}, the config says {got}; keep it in safetensors.")
+    if rotary(config)["rope_type"] not in ROTARY_TYPES:
+        raise ArchError(
+            f"{reference}: rope_type '{rotary(config)['rope_type']}' has no counterpart in GGUF; "
+            f"allowed: {', '.join(ROTARY_TYPES)}."
+        )
+    return family
+
+
+def _taken(config: Any, family: GgufSpec) -> Iterator[tuple[str, Any]]:
+    """Yield what llama.cpp takes for granted, by config key, where it depends on the config for this one."""
+    yield from family.takes.items()
+    yield from ((key, _value(config, other)) for key, other in family.same.items())
+    yield from ((key, min(_value(config, key), limit)) for key, limit in family.at_most.items())
+    layers = range(1, config.num_hidden_layers + 1)
+    if period := family.window_period:
+        yield "layer_types", ["sliding_attention" if layer % period else "full_attention" for layer in layers]
+    if period := family.rotary_period:
+        yield "no_rope_layers", [int(layer % period > 0) for layer in layers]
+    if family.largest_num_layers is not None:
+        is_largest = config.num_hidden_layers == family.largest_num_layers
+        width = config.hidden_size // config.num_attention_heads if is_largest else head_dim(config)
+        yield "query_pre_attn_scalar", width
+
+
+def _value(config: Any, key: str) -> Any:
+    """Return what the config says of a key, None where it lacks it; a dot leads into a dictionary."""
+    name, _, inner = key.partition(".")
+    value = getattr(config, name, None)
+    if name == "hidden_activation":  # early configs of Gemma have the other key alone
+        value = value or config.hidden_act
+    return (value or {}).get(inner) if inner else value

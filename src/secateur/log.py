@@ -1,0 +1,56 @@
+"""What a long job reports while it runs: progress to whoever watches, lines to `run.jsonl`, seconds by stage."""
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from secateur.plugins import plugin_packages
+
+# progress(stage, done, total): `done` and `total` in the stage's own steps, done = 0 when it starts.
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+LOG_FILE = "run.jsonl"
+
+
+class RunLog:
+    """Keeps the lines in memory and, given a directory, appends them to its `run.jsonl` as they come."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = {}
+        self._path = None if directory is None else directory / LOG_FILE
+
+    def append_to(self, directory: Path) -> None:
+        """From now on write to the directory's `run.jsonl` too."""
+        self._path = directory / LOG_FILE
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Add one line."""
+        self.lines.append(line)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Add the seconds that the block takes to the stage's."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a repeat of the run needs, those of packages that extend secateur among them."""
+    packages = ("secateur", "torch", "transformers", "safetensors", "tokenizers")
+    found: dict[str, Any] = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found, **plugin_packages()}

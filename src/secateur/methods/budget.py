@@ -1,0 +1,261 @@
+"""Budgets: how many units each group keeps. Arithmetic on shapes and scores; no weight is read here."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.errors import RecipeError
+from secateur.model.group import ALIGNED, Group, GroupKey
+
+# Widths that keep tensor cores and quantisation blocks busy: the second from this many units on.
+ALIGN_SMALL, ALIGN_LARGE, LARGE_WIDTH = 64, 128, 4096
+# An error curve needs no more points than this; wide groups step by several of their aligned units.
+MAX_LEVELS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What one unit of each group costs of the quantity that is to shrink, and what the dense model costs of it.
+
+    In whole numbers, so that sums are exact whatever their order. `per_layer`: whole layers, all that is in them.
+    `unit`: what the numbers count, for people, and how many of them it holds.
+    """
+
+    per_unit: Mapping[GroupKey, int]
+    per_layer: tuple[int, ...]
+    total: int
+    unit: str
+    unit_size: int = 1
+
+    @property
+    def total_text(self) -> str:
+        """Return the total for people, as `134,515,008 parameters`."""
+        return self.text(self.total)
+
+    def text(self, amount: int) -> str:
+        """Return an amount for people."""
+        number = f"{amount:,}" if self.unit_size == 1 else f"{amount / self.unit_size:.3g}"
+        return f"{number} {self.unit}"
+
+    def of(self, group: Group) -> int:
+        """Return the price of one of the group's units."""
+        return self.per_unit[group.layer, group.name]
+
+    def gone(self, groups: tuple[Group, ...], num_keep: Mapping[GroupKey, int]) -> int:
+        """Return what goes when each group keeps that many units, counted from its full width."""
+        return sum((g.num_units - min(num_keep[g.layer, g.name], g.num_units)) * self.of(g) for g in groups)
+
+    def of_all_but(self, layers: Collection[int]) -> int:
+        """Return what goes with all layers but these."""
+        return sum(price for index, price in enumerate(self.per_layer) if index not in layers)
+
+    def with_only(self, layers: Collection[int]) -> "Prices":
+        """Return the same prices of the model that these layers make."""
+        gone = self.of_all_but(layers)
+        unit = f"{self.unit} that the layers left" if gone else self.unit
+        return dataclasses.replace(self, total=self.total - gone, unit=unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How many units each group keeps, and what the model costs before and after, in the prices that it was made by."""
+
+    num_keep: dict[GroupKey, int]
+    cost_before: int
+    cost_after: int
+
+    @property
+    def removed_fraction(self) -> float:
+        """Share of the dense model's cost that goes."""
+        return 1 - self.cost_after / self.cost_before
+
+
+def default_align(groups: tuple[Group, ...]) -> int:
+    """Return the alignment of widths where the recipe names none."""
+    narrow = [group.num_units for group in groups if group.kind in ALIGNED]
+    return ALIGN_LARGE if min(narrow, default=0) >= LARGE_WIDTH else ALIGN_SMALL
+
+
+def align_of(group: Group, align: int) -> int:
+    """Return the step of a group's counts: `align` for channels, 1 for heads and experts."""
+    return align if group.kind in ALIGNED else 1
+
+
+def least_step(groups: tuple[Group, ...], prices: Prices, align: int, *, alike: bool) -> int:
+    """Return what goes at the least: a step of one group, or of all of a kind where they go `alike`."""
+    kinds: dict[str, list[int]] = {}
+    for group in groups:
+        kinds.setdefault(group.name, []).append(align_of(group, align) * prices.of(group))
+    return min(sum(steps) if alike else min(steps) for steps in kinds.values())
+
+
+def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align: int) -> Plan:
+    """Keep the same share of every group so that `remove` of what the whole model costs goes.
+
+    The share taken is remove * total / sum(units * price); counts are the nearest multiples of their step. Kinds of
+    group with large steps (heads) come first and those with small ones make up for their rounding, so the target is
+    met within half a step of the last kind per group.
+
+    Raises RecipeError if the groups do not hold enough, saying the largest possible `remove`; or if not even
+    one step would go, saying the smallest.
+    """
+    steps = {group.name: align_of(group, align) * prices.of(group) for group in groups}
+    names = sorted(steps, key=lambda name: (-steps[name], name))
+    num_keep: dict[GroupKey, int] = {}
+    missing = remove * prices.total
+    for position, name in enumerate(names):
+        left = [group for group in groups if group.name in names[position:]]
+        keep_share = 1 - missing / sum(group.num_units * prices.of(group) for group in left)
+        members = tuple(group for group in left if group.name == name)
+        is_last = position == len(names) - 1
+        num_keep |= {
+            (g.layer, name): _nearest(g, keep_share, align_of(g, align), at_least=not is_last) for g in members
+        }
+        missing -= prices.gone(members, num_keep)
+    largest = largest_remove(groups, prices, least_keep(groups, align, 0.0))
+    if any(num_keep[group.layer, group.name] < align_of(group, align) for group in groups):
+        left_in = " and ".join(f"{align_of(g, align)} {g.unit}s" for g in {g.name: g for g in groups}.values())
+        raise RecipeError(
+            f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at "
+            f"most {round_down(largest)} with {left_in} (align) left in each; ask for less, lower align, "
+            f"or remove more whole layers (depth)."
+        )
+    plan = plan_of(groups, prices, num_keep)
+    if plan.cost_after == prices.total:
+        step = sum(steps[names[-1]] for group in groups if group.name == names[-1])
+        smallest = math.ceil(1e4 * step / prices.total / 2) / 1e4
+        raise RecipeError(
+            f"remove: {remove:g} of all {prices.total_text} is less than half an aligned unit per layer, so "
+            f"nothing would go; ask for at least {smallest:.4f} or set align below {align}."
+        )
+    return plan
+
+
+def plan_of(groups: tuple[Group, ...], prices: Prices, num_keep: dict[GroupKey, int]) -> Plan:
+    """Return the plan that keeps these counts."""
+    return Plan(num_keep, prices.total, prices.total - prices.gone(groups, num_keep))
+
+
+def largest_remove(groups: tuple[Group, ...], prices: Prices, least: Mapping[GroupKey, int]) -> float:
+    """Return the share of the model's cost that goes when every group keeps its least."""
+    return prices.gone(groups, least) / prices.total
+
+
+def least_keep(groups: tuple[Group, ...], align: int, min_keep: float) -> dict[GroupKey, int]:
+    """Return the fewest units that each group may keep: the first multiple of its step from `min_keep` of all on.
+
+    At least one step.
+    """
+    least: dict[GroupKey, int] = {}
+    for group in groups:
+        step = align_of(group, align)
+        first = max(math.ceil(min_keep * group.num_units / step), 1) * step
+        counts = (count for count in range(first, group.num_units, step) if group.allows(count))
+        least[group.layer, group.name] = next(counts, group.num_units)
+    return least
+
+
+def levels_of(group: Group, num_units: int, align: int) -> tuple[int, ...]:
+    """Return the counts that a group of `num_units` may keep, from all of them down; those the config can state."""
+    grid = level_grid(num_units, align_of(group, align))
+    return (num_units, *(count for count in grid[1:] if group.allows(count)))
+
+
+def level_grid(num_units: int, step: int) -> tuple[int, ...]:
+    """Return all units and the multiples of `step` below, down to one; of more than `MAX_LEVELS` evenly spaced ones."""
+    stride = step * math.ceil(num_units / (step * MAX_LEVELS))
+    highest = stride * ((num_units - 1) // stride)
+    return (num_units, *range(highest, 0, -stride))
+
+
+def round_shares(rounds: int, schedule: str | tuple[float, ...]) -> list[float]:
+    """Return the share of all that goes which is gone after round r of n: r/n.
+
+    A list of what is to be gone after each round stands for itself, over the last.
+    """
+    if not isinstance(schedule, str):
+        return [gone / schedule[-1] for gone in schedule]
+    # Not `done / rounds`: its last bit differs, and saved plans are compared exactly.
+    return [1 - (1 - done / rounds) for done in range(1, rounds)] + [1.0]
+
+
+def round_plans(groups: tuple[Group, ...], prices: Prices, plan: Plan, shares: list[float], align: int) -> list[Plan]:
+    """Return the plans of all rounds, by shares of the way from the whole model to `plan`, each width aligned."""
+    plans = []
+    for share in shares[:-1]:
+        num_keep = {}
+        for group in groups:
+            target, step = plan.num_keep[group.layer, group.name], align_of(group, align)
+            width = group.num_units - (group.num_units - target) * share
+            num_keep[group.layer, group.name] = max(nearest_count(group, width, step), target)
+        plans.append(plan_of(groups, prices, num_keep))
+    return [*plans, plan]
+
+
+def _nearest(group: Group, keep_share: float, step: int, *, at_least: bool) -> int:
+    if not at_least and group.num_units * keep_share < step / 2:
+        return 0
+    return nearest_count(group, group.num_units * keep_share, step)
+
+
+def nearest_count(group: Group, width: float | int, step: int) -> int:
+    """Return the multiple of `step` that is nearest to `width` and that the config can state, or the full width."""
+    nearest = min(step * round(width / step), group.num_units)
+    if nearest >= step and group.allows(nearest):
+        return nearest
+    counts = [count for count in range(step, group.num_units, step) if group.allows(count)]
+    return min((*counts, group.num_units), key=lambda count: abs(count - width))
+
+
+def round_down(fraction: float) -> str:
+    """Return a share to three decimals, never more than it is: what an error may promise."""
+    return f"{int(max(fraction, 0) * 1000) / 1000:.3f}"
+
+
+def global_plan(
+    groups: tuple[Group, ...],
+    scores: Mapping[GroupKey, Tensor],
+    prices: Prices,
+    remove: float,
+    align: int,
+    *,
+    min_keep: Mapping[GroupKey, int],
+) -> Plan:
+    """Remove the units of least (score - mean) / std over their group, whatever group they are in.
+
+    `scores` has one number per unit that a group has now. Each group keeps the multiple of its step nearest to its
+    count of units above the threshold, at least `min_keep`; the threshold is the lowest with which `remove` of what
+    the whole model costs goes, counted from the groups' full widths.
+
+    Raises RecipeError if so much cannot go, saying the largest possible `remove`.
+    """
+    standardised = {(group.layer, group.name): _standardised(scores[group.layer, group.name]) for group in groups}
+    target = math.ceil(remove * prices.total)
+
+    def widths(threshold: float) -> dict[GroupKey, int]:
+        kept = {key: int((values >= threshold).sum()) for key, values in standardised.items()}
+        aligned = {(g.layer, g.name): nearest_count(g, kept[g.layer, g.name], align_of(g, align)) for g in groups}
+        return {key: min(max(width, min_keep[key]), len(standardised[key])) for key, width in aligned.items()}
+
+    largest = prices.gone(groups, widths(math.inf))
+    if target > largest:
+        raise RecipeError(
+            f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at most "
+            f"{round_down(largest / prices.total)} with each at its smallest width; ask for less, or lower min_keep or "
+            f"align."
+        )
+    thresholds = [*torch.cat([torch.zeros(0), *standardised.values()]).unique().tolist(), math.inf]
+    low, high = 0, len(thresholds) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if prices.gone(groups, widths(thresholds[middle])) >= target else (middle + 1, high)
+    return plan_of(groups, prices, widths(thresholds[low]))
+
+
+def _standardised(scores_U: Tensor) -> Tensor:
+    values = scores_U.detach().cpu().double()
+    return ((values - values.mean()) / values.std(correction=0).clamp_min(1e-30)).float()

@@ -1,0 +1,236 @@
+"""The curve budget: widths per layer from measured error curves and KL slopes, chosen by a knapsack."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy
+from numpy.typing import NDArray
+
+from secateur.errors import RecipeError
+from secateur.methods.budget import Plan, Prices, plan_of, round_down
+from secateur.model.group import Group, GroupKey
+
+MAX_STEPS = 50_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """After one group: the option chosen for each number of steps removed, and where an option came to the end from."""
+
+    choice: NDArray[numpy.int16]
+    origin_of_end: list[int]
+
+
+def least_loss(removals: list[list[int]], losses: list[list[float]], target: int) -> list[int]:
+    """Return each group's option so that sum of removals >= target and the sum of losses is least.
+
+    `target` must be at most the sum of each group's largest removal. O(groups x options x steps).
+    """
+    largest = sum(max(options) for options in removals)
+    assert target <= largest
+    step = max(math.gcd(*(removal for options in removals for removal in options)), -(-largest // MAX_STEPS), 1)
+    steps = [[removal // step for removal in options] for options in removals]
+    end = min(-(-target // step), sum(max(options) for options in steps))
+    best = numpy.full(end + 1, math.inf)
+    best[0] = 0
+    stages = []
+    for options, option_losses in zip(steps, losses, strict=True):
+        best, stage = _add_group(best, options, option_losses)
+        stages.append(stage)
+    return _read_back(stages, steps, end)
+
+
+def _add_group(
+    best: NDArray[numpy.float64], steps: list[int], losses: list[float]
+) -> tuple[NDArray[numpy.float64], _Stage]:
+    """Return the least loss by steps removed with this group too; the last entry stands for its number or more."""
+    end = len(best) - 1
+    after, choice = numpy.full_like(best, math.inf), numpy.zeros(end + 1, dtype=numpy.int16)
+    origins = []
+    for option, (removed, loss) in enumerate(zip(steps, losses, strict=True)):
+        removed = min(removed, end)
+        reached = numpy.full_like(best, math.inf)
+        reached[removed:] = best[: end + 1 - removed] + loss
+        origin = end - removed + int(numpy.argmin(best[end - removed :]))
+        reached[end] = best[origin] + loss
+        origins.append(origin)
+        better = reached < after
+        after[better], choice[better] = reached[better], option
+    return after, _Stage(choice, origins)
+
+
+def _read_back(stages: list[_Stage], steps: list[list[int]], end: int) -> list[int]:
+    chosen, position = [], end
+    for stage, options in zip(reversed(stages), reversed(steps), strict=True):
+        option = int(stage.choice[position])
+        chosen.append(option)
+        position = stage.origin_of_end[option] if position == end else position - options[option]
+    return chosen[::-1]
+
+
+# Updates of the weights over several limited domains, and halvings of the way between them and the usual weights.
+WEIGHT_UPDATES, HALVINGS = 20, 10
+
+
+@dataclass(frozen=True, slots=True)
+class GroupProfile:
+    """What a group loses at each level. `levels`: units kept, from all of them down; `errors`: shares of output energy.
+
+    `slopes`: KL in nats per token for an error of 1, by domain.
+    """
+
+    levels: tuple[int, ...]
+    errors: tuple[float, ...]
+    slopes: dict[str, float]
+
+    def rise(self, domain: str, num_keep: int) -> float:
+        """Return a domain's predicted rise at one of the levels, in nats per token."""
+        return self.slopes[domain] * self.errors[self.levels.index(num_keep)]
+
+
+Profiles = Mapping[GroupKey, GroupProfile]
+
+
+def predicted_rise(profiles: Profiles, num_keep: Mapping[GroupKey, int]) -> dict[str, float]:
+    """Return, by domain, sum over groups of slope x error, in nats per token."""
+    rise: dict[str, float] = {}
+    for key, profile in profiles.items():
+        for domain in profile.slopes:
+            rise[domain] = rise.get(domain, 0.0) + profile.rise(domain, num_keep[key])
+    return rise
+
+
+def curve_plan(
+    groups: tuple[Group, ...],
+    profiles: Profiles,
+    prices: Prices,
+    remove: float,
+    *,
+    min_keep: Mapping[GroupKey, int] | None = None,
+    domain_weights: Mapping[str, float] | None = None,
+    max_rise: Mapping[str, float] | None = None,
+) -> Plan:
+    """Keep what makes the predicted rise, averaged over domains by `domain_weights` (default: equal), least.
+
+    At least `remove` of what the whole model costs goes, counted from the groups' full widths, and where every level
+    costs something, less than one level more than that. Asking for more never predicts a lower weighted rise, unless
+    limits bind. Groups keep at least `min_keep`. `max_rise`: the highest
+    predicted rise of some domains, in nats per token; where the least average breaks one, limited domains weigh more,
+    no more than needed.
+
+    Raises RecipeError if so much cannot go, or not within `max_rise`, saying the largest possible `remove`.
+    """
+    problem = _problem(groups, profiles, prices, min_keep or {})
+    largest = sum(max(options) for options in problem.removals) / prices.total
+    if remove > largest:
+        raise RecipeError(
+            f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at most "
+            f"{round_down(largest)} with each at its smallest width; ask for less or lower min_keep."
+        )
+    domains = sorted({domain for profile in profiles.values() for domain in profile.slopes})
+    given = domain_weights or dict.fromkeys(domains, 1.0)
+    weights = {domain: given[domain] / sum(given.values()) for domain in domains}
+    limits = dict(max_rise or {})
+    num_keep = _within_limits(problem, weights, math.ceil(remove * prices.total), limits)
+    if num_keep is None:
+        possible = _largest_within_limits(problem, weights, prices.total, remove, limits)
+        names = ", ".join(f"{domain} {limit:g}" for domain, limit in sorted(limits.items()))
+        raise RecipeError(
+            f"remove: {remove:g} of all {prices.total_text} would raise a protected domain's loss by more than "
+            f"allowed ({names} nats per token); at most {possible:.3f} keeps within it; ask for less or allow more."
+        )
+    return plan_of(groups, prices, num_keep)
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """The profiles with allowed levels alone, and what goes at each of them, group by group."""
+
+    profiles: dict[GroupKey, GroupProfile]
+    removals: list[list[int]]
+
+    def solve(self, weights: Mapping[str, float], target: int) -> dict[GroupKey, int]:
+        losses = []
+        for profile in self.profiles.values():
+            slope = sum(weights.get(domain, 0.0) * each for domain, each in profile.slopes.items())
+            losses.append([slope * error for error in profile.errors])
+        chosen = least_loss(self.removals, losses, target)
+        return {
+            key: profile.levels[option] for (key, profile), option in zip(self.profiles.items(), chosen, strict=True)
+        }
+
+
+def _problem(
+    groups: tuple[Group, ...], profiles: Profiles, prices: Prices, min_keep: Mapping[GroupKey, int]
+) -> _Problem:
+    allowed: dict[GroupKey, GroupProfile] = {}
+    removals = []
+    for group in groups:
+        key = (group.layer, group.name)
+        profile = profiles[key]
+        count = max(1, sum(level >= min_keep.get(key, 0) for level in profile.levels))
+        allowed[key] = dataclasses.replace(profile, levels=profile.levels[:count], errors=profile.errors[:count])
+        removals.append([(group.num_units - level) * prices.of(group) for level in allowed[key].levels])
+    return _Problem(allowed, removals)
+
+
+def _within_limits(
+    problem: _Problem, weights: dict[str, float], target: int, limits: dict[str, float]
+) -> dict[GroupKey, int] | None:
+    """Return the plan of least weighted rise among those looked at that keep within the limits; None if none does."""
+    num_keep = problem.solve(weights, target)
+    if _is_within(problem, num_keep, limits):
+        return num_keep
+    careful = _careful_weights(problem, target, limits)
+    if careful is None:
+        return None
+    # The share of the careful weights, by halving: the least that keeps within the limits.
+    low, high, best = 0.0, 1.0, problem.solve(careful, target)
+    for _ in range(HALVINGS):
+        share = (low + high) / 2
+        mixed = {domain: (1 - share) * weights[domain] + share * careful.get(domain, 0.0) for domain in weights}
+        num_keep = problem.solve(mixed, target)
+        if _is_within(problem, num_keep, limits):
+            high, best = share, num_keep
+        else:
+            low = share
+    return best
+
+
+def _careful_weights(problem: _Problem, target: int, limits: dict[str, float]) -> dict[str, float] | None:
+    """Return weights over limited domains alone whose plan keeps within the limits; None if none was found.
+
+    Exact for one limited domain. For several, exponentiated gradient towards the domain furthest beyond its limit.
+    """
+    raised = dict.fromkeys(limits, 0.0)
+    for _ in range(WEIGHT_UPDATES if len(limits) > 1 else 1):
+        weights = {domain: math.exp(raised[domain]) / limit for domain, limit in limits.items()}
+        total = sum(weights.values())
+        weights = {domain: weight / total for domain, weight in weights.items()}
+        num_keep = problem.solve(weights, target)
+        if _is_within(problem, num_keep, limits):
+            return weights
+        rise = predicted_rise(problem.profiles, num_keep)
+        furthest = max(rise[domain] / limit for domain, limit in limits.items())
+        for domain, limit in limits.items():
+            raised[domain] += rise[domain] / limit / furthest
+    return None
+
+
+def _largest_within_limits(
+    problem: _Problem, weights: dict[str, float], total: int, remove: float, limits: dict[str, float]
+) -> float:
+    """Return the largest share in thousandths that was found to keep within the limits, by halving."""
+    low, high = 0, math.ceil(remove * 1000)
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = _within_limits(problem, weights, math.ceil(middle / 1000 * total), limits)
+        low, high = (middle, high) if found is not None else (low, middle)
+    return low / 1000
+
+
+def _is_within(problem: _Problem, num_keep: dict[GroupKey, int], limits: dict[str, float]) -> bool:
+    rise = predicted_rise(problem.profiles, num_keep)
+    return all(rise[domain] <= limit for domain, limit in limits.items())

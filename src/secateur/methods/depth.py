@@ -1,0 +1,317 @@
+"""Which whole layers to remove: what each is worth, measured, and a greedy choice.
+
+In: a model and calibration batches, of which held-out ones take no part; the narrow FFN readers that `narrow_readers`
+makes. Out: KL(dense || narrow model without a layer) by layer; the layers to remove, chosen one at a time. The model is
+not changed.
+
+Letters: B blocks of a batch, T tokens of a block, P positions that predict a token (T - 1), D hidden size, L layers.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.errors import ArchError, NumericsError, RecipeError
+from secateur.facts import Batch
+from secateur.log import Progress, silent
+from secateur.methods.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares
+from secateur.model.bind import Arch, bind, decoder_layers, head_of, text_config
+from secateur.model.group import linear
+from secateur.stream.losses import KL_POSITIONS, states_for_head, token_divergences
+from secateur.stream.statistics import Decide, Gram, here, keep_highest, sum_over_ranks, totals
+from secateur.stream.walk import LAYERS_AT_ONCE, Walk, at_hand
+
+
+def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch:
+    """Remove whole layers in place and return the architecture bound anew; the old one is stale.
+
+    What is left is numbered without gaps, in the modules (a KV cache goes by their `layer_idx`) and in the config: its
+    number of layers and every list that has one entry per layer, as `layer_types`.
+
+    Raises RecipeError if a layer is not there or none would stay, ArchError if the config is one of per-layer widths.
+    """
+    config: Any = text_config(model)
+    missing = sorted(set(layers) - set(range(arch.num_layers)))
+    if missing or len(set(layers)) == arch.num_layers:
+        raise RecipeError(
+            f"depth: cannot remove layers {sorted(set(layers))}; the model has layers 0 to {arch.num_layers - 1}, and "
+            f"one must stay."
+        )
+    if getattr(config, "is_heterogeneous", False):
+        raise ArchError("depth: the config has per_layer_config; remove layers before widths differ per layer.")
+    kept = [index for index in range(arch.num_layers) if index not in layers]
+    modules: list[Any] = [decoder_layers(model, arch)[index] for index in kept]
+    for number, layer in enumerate(modules):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number
+    parent, _, name = arch.layers.rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.ModuleList(modules))
+    config.num_hidden_layers = len(kept)
+    for key, values in config.to_dict().items():
+        if "layer" in key and isinstance(values, list) and len(values) == arch.num_layers:
+            setattr(config, key, [values[index] for index in kept])
+    return bind(model)
+
+
+@torch.no_grad()
+def fold_patch(
+    model: nn.Module, arch: Arch, layer: int, batches: list[Batch], damping: float, decide: Decide = here
+) -> Guard:
+    """Let the layer before `layer` give what is linear in what `layer` adds. Call it before `remove_layers`.
+
+    With x the input of the previous layer's FFN reader, W its weight and d what `layer` adds to the hidden state, the
+    new weight is argmin |x W' + d - x V'|^2 + ridge |V - W|^2 over V: `least_squares` with every column kept and d as
+    the drift, summed and solved in float64; no new module, no new bias. The guard's errors are shares of |d|^2 on
+    held-out batches, by domain: 1 means that nothing of the layer is given back. Without held-out batches the whole
+    step is taken.
+
+    Raises RecipeError for the first layer, which has none before it, ArchError where the family norms what its reader
+    gives, NumericsError as `least_squares`.
+    """
+    if not 0 < layer < arch.num_layers:
+        raise RecipeError(
+            f"depth: layer {layer} cannot be folded into the one before it; use 1 to {arch.num_layers - 1}."
+        )
+    reader, layers = _reader(model, arch, layer - 1), decoder_layers(model, arch)
+    with at_hand(layers[layer - 1]):
+        decide(lambda: _check_added_as_it_is(Walk(model, arch, batches[:1]), layer - 1, reader))
+        gram = Gram(reader.in_features, reader.weight.device)
+        cross_FD = gram.blocks[0].new_zeros(reader.in_features, reader.out_features)
+    held_out: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for batch in batches:
+        walk = Walk(model, arch, [batch])
+        for index in range(layer - 1):
+            walk.advance(index)
+        x_TF, between_BTD = _reader_inputs(walk, layer - 1, reader, walk.hidden_BTD[0])
+        added_TD = (walk.through(layer, between_BTD).float() - between_BTD.float()).flatten(0, 1)
+        if batch.held_out:
+            held_out.setdefault(batch.domain, []).append((x_TF, added_TD))
+        else:
+            gram.add_product(x_TF)
+            cross_FD += x_TF.float().T @ added_TD
+    sum_over_ranks(gram, cross_FD)
+    with at_hand(layers[layer - 1]):  # again: the layers above have been here since
+        every_F = torch.arange(reader.in_features, device=reader.weight.device)
+        fit = decide(partial(least_squares, reader.weight.float(), gram, every_F, damping, cross_FD, 1.0))
+        # The guard judges what will be stored, rounding included.
+        change_DF = fit.weight_HS.to(reader.weight.dtype) - reader.weight.float()
+        judged = _judge(held_out, change_DF)
+        reader.weight += judged.step * change_DF
+    return judged
+
+
+@torch.no_grad()
+def narrow_readers(
+    model: nn.Module,
+    arch: Arch,
+    batches: list[Batch],
+    shares: Mapping[int, float],
+    damping: float | None,
+    decide: Decide = here,
+) -> dict[int, Tensor]:
+    """Return, by layer, the weight of its FFN's reader with a share of its columns zero: what narrow widths would do.
+
+    `shares`: by layer the share of columns that stays, those of the highest `wanda` score over all tokens. The others
+    are refitted by least squares with this damping on the narrow model's own stream; with None they stay as they are.
+    Nothing is changed. Held-out batches take no part.
+    """
+    walk = Walk(model, arch, [batch for batch in batches if not batch.held_out])
+    found: dict[int, Tensor] = {}
+    for index in range(arch.num_layers):
+        if index in shares:
+            with walk.layer(index):
+                reader = _reader(model, arch, index)
+                gram = Gram(reader.in_features, reader.weight.device)
+                for hidden_BTD in walk.hidden_BTD:
+                    gram.add_product(_reader_inputs(walk, index, reader, hidden_BTD)[0])
+                sum_over_ranks(gram)
+                found[index] = decide(partial(_narrow, reader.weight, gram, shares[index], damping))
+        with readers_replaced(model, arch, {index: found[index]} if index in found else {}):
+            walk.advance(index)
+    return found
+
+
+def _narrow(weight_DF: Tensor, gram: Gram, share: float, damping: float | None) -> Float[Tensor, "D F"]:
+    scores_F = weight_DF.float().abs().sum(dim=0) * gram.diagonal().sqrt()
+    keep = keep_highest(scores_F, max(1, round(share * len(scores_F))))
+    narrow_DF = torch.zeros_like(weight_DF)
+    kept = weight_DF[:, keep] if damping is None else least_squares(weight_DF.float(), gram, keep, damping).weight_HS
+    narrow_DF[:, keep] = kept.to(weight_DF.dtype)
+    return narrow_DF
+
+
+@contextmanager
+def readers_replaced(model: nn.Module, arch: Arch, weights: Mapping[int, Tensor]) -> Iterator[None]:
+    """Within the context the FFN readers of these layers have these weights, afterwards their own again."""
+    readers = {index: _reader(model, arch, index) for index in weights}
+    own = {index: reader.weight for index, reader in readers.items()}
+    try:
+        for index, reader in readers.items():
+            reader.weight = nn.Parameter(weights[index], requires_grad=False)
+        yield
+    finally:
+        for index, reader in readers.items():
+            reader.weight = own[index]
+
+
+def _reader(model: nn.Module, arch: Arch, layer: int) -> nn.Linear:
+    (group,) = (group for group in arch.select(("ffn",)) if group.layer == layer)
+    return linear(decoder_layers(model, arch)[layer], group.reader.module)
+
+
+def _check_added_as_it_is(walk: Walk, index: int, reader: nn.Linear) -> None:
+    """Raise ArchError if a norm stands between the reader's output and the hidden state that it is added to."""
+    walk.hidden_BTD = [torch.zeros_like(hidden_BTD) for hidden_BTD in walk.hidden_BTD]
+
+    def with_reader_giving(value: float) -> Tensor:
+        def give(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return torch.full_like(output, value)
+
+        handle = reader.register_forward_hook(give)
+        try:
+            ((_, output_BTD),) = walk.run(index)
+        finally:
+            handle.remove()
+        return output_BTD
+
+    added_BTD = with_reader_giving(2.0) - with_reader_giving(0.0)
+    if not torch.allclose(added_BTD, torch.full_like(added_BTD, 2.0), rtol=0.02):
+        raise ArchError("depth: this family norms what an FFN gives, so a layer cannot be folded; remove it without.")
+
+
+def _reader_inputs(walk: Walk, index: int, reader: nn.Linear, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the reader's inputs (tokens x F) and what leaves layer `index` if `hidden_BTD` enters; no stream moves."""
+    seen: list[Tensor] = []
+    handle = reader.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    try:
+        leaving_BTD = walk.through(index, hidden_BTD)
+    finally:
+        handle.remove()
+    return seen[0].flatten(0, -2), leaving_BTD
+
+
+def _judge(held_out: dict[str, list[tuple[Tensor, Tensor]]], change_DF: Float[Tensor, "D F"]) -> Guard:
+    sums = {}
+    for domain, parts in held_out.items():
+        added_TD = torch.cat([added_TD for _, added_TD in parts])
+        given_TD = torch.cat([x_TF.float() @ change_DF.T for x_TF, _ in parts])
+        sums[domain] = held_out_sums(added_TD, given_TD, float(added_TD.square().sum()))
+    return guard(held_out_errors(sums))
+
+
+def layer_kl(
+    model: nn.Module,
+    arch: Arch,
+    batches: list[Batch],
+    removed: Collection[int] = (),
+    asked: Collection[int] | None = None,
+    readers: Mapping[int, Tensor] | None = None,
+) -> Float[Tensor, " L"]:
+    """Return KL(dense || model without `removed` and without layer i) per layer i, in nats per token.
+
+    Mean over all calibration tokens, over the whole vocabulary; infinite for the layers in `removed`, and where not
+    `asked` for (None: all are). `readers`: weights that the FFN readers of some layers have there, but not in the dense
+    model. One walk per batch carries a stream for each i, which branches off there: for all of them L^2 / 2 runs of a
+    layer and 2 L of the head. Raises NumericsError naming layer and domain if a divergence is not finite.
+    """
+    asked = sorted(set(range(arch.num_layers) if asked is None else asked) - set(removed))
+    sums_L = torch.zeros(arch.num_layers, dtype=torch.float64)
+    num_tokens = 0
+    for batch in (batch for batch in batches if not batch.held_out):
+        num_tokens += batch.ids_BT[:, 1:].numel()
+        divergences = _divergences(model, arch, batch, removed, asked, readers or {})
+        for index, divergence_P in zip(asked, divergences, strict=True):
+            if not torch.isfinite(divergence_P).all():
+                raise NumericsError(
+                    f"KL without layer {index}, domain {batch.domain}: a divergence is not finite; use the model in "
+                    f"bfloat16 or float32 and check its weights."
+                )
+            sums_L[index] += divergence_P.cpu().double().sum()
+    total = totals({"kl": sums_L, "tokens": num_tokens})
+    costs_L = torch.full_like(sums_L, torch.inf)
+    costs_L[asked] = total["kl"][asked] / total["tokens"]
+    return costs_L
+
+
+def choose_layers(
+    model: nn.Module,
+    arch: Arch,
+    batches: list[Batch],
+    num_remove: int,
+    *,
+    readers: Mapping[int, Tensor] | None = None,
+    protected: Collection[int] = (),
+    progress: Progress = silent,
+) -> dict[int, float]:
+    """Return the layers to remove, in the order chosen: each time the one whose removal now costs the least KL.
+
+    By layer KL(dense || model with `readers`, without it and those before it). Every beginning of the order is the
+    choice for that many layers. Of the layers that stay the ones that added least when last measured are measured anew,
+    a few at a time, until the next would, adding as much as it did then, cost more than the best of these. That is
+    exact where what a layer adds never shrinks; where it does, another layer of about that cost may be taken (LOG).
+    Raises RecipeError if so many layers cannot go. Source of the laziness: Minoux 1978, accelerated greedy.
+    """
+    allowed = min(len(set(range(arch.num_layers)) - set(protected)), arch.num_layers - 1)
+    if not 0 <= num_remove <= allowed:
+        raise RecipeError(
+            f"depth: {num_remove} of {arch.num_layers} layers cannot be removed; with {len(set(protected))} protected, "
+            f"ask for 0 to {allowed}."
+        )
+    chosen: dict[int, float] = {}
+    # By layer what it adds to the KL of those that have gone; before any has, to that of none: taken to be nothing.
+    added: dict[int, float] = dict.fromkeys(set(range(arch.num_layers)) - set(protected), -torch.inf)
+    before = 0.0
+    for done in range(num_remove):
+        progress("choose layers", done, num_remove)
+        anew: dict[int, float] = {}
+        while True:
+            waiting = sorted(added.keys() - anew.keys(), key=lambda index: (added[index], index))
+            if not waiting or (anew and min(anew.values()) < before + added[waiting[0]]):
+                break
+            asked = waiting[:LAYERS_AT_ONCE] if chosen else waiting
+            costs = layer_kl(model, arch, batches, chosen, asked, readers).tolist()
+            anew |= {index: costs[index] for index in asked}
+        added |= {index: cost - before for index, cost in anew.items()}
+        cheapest = min(anew, key=lambda index: (anew[index], index))
+        chosen[cheapest] = before = anew[cheapest]
+        del added[cheapest]
+    progress("choose layers", num_remove, num_remove)
+    return chosen
+
+
+def _divergences(
+    model: nn.Module,
+    arch: Arch,
+    batch: Batch,
+    removed: Collection[int],
+    asked: list[int],
+    readers: Mapping[int, Tensor],
+) -> Iterator[Float[Tensor, " P"]]:
+    """Yield, for each layer asked for, the divergence at every position of the model without it and `removed`."""
+    dense, pruned = Walk(model, arch, [batch]), Walk(model, arch, [batch])
+    for index in range(arch.num_layers):
+        dense.advance(index)
+        if index in removed:
+            continue
+        # The last stream is the one that has skipped nothing asked for; what enters the layer is what skips it.
+        streams, skipping, is_last = pruned.hidden_BTD, pruned.hidden_BTD[-1], index == asked[-1]
+        if is_last:
+            streams.pop()
+        with readers_replaced(model, arch, {index: readers[index]} if index in readers else {}):
+            pruned.advance(index)
+        if index in asked:
+            streams.insert(len(streams) if is_last else len(streams) - 1, skipping)
+    head = head_of(model, arch)
+    with torch.inference_mode():
+        states_PD = states_for_head(model, arch, batch, dense.hidden_BTD[0])
+        # In the model's own dtype, which holds them exactly; once for all streams.
+        dense_PV = torch.cat([head(piece_PD) for piece_PD in states_PD.split(KL_POSITIONS)])
+    for hidden_BTD in pruned.hidden_BTD:
+        states_PD = states_for_head(model, arch, batch, hidden_BTD)
+        yield token_divergences(dense_PV, nn.Identity(), states_PD, head)

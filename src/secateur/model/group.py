@@ -1,0 +1,318 @@
+"""A group bound to real modules: which rows and columns go when a unit goes, and the cut itself.
+
+The only place where shapes change. One rule covers all kinds: a tensor axis is a row of segments, and in each of
+them unit i owns so many consecutive rows.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from secateur.errors import ArchError, nearest
+
+Segments = tuple[int, ...]
+
+GroupKey = tuple[int, str]  # (layer, group name)
+
+Kind = Literal["channels", "heads", "experts", "expert_channels"]
+"""What a unit is: a channel of an FFN, a head, an expert, or a channel of every expert of a layer."""
+OF_EXPERTS: frozenset[Kind] = frozenset({"experts", "expert_channels"})
+ALIGNED: frozenset[Kind] = frozenset({"channels", "expert_channels"})
+"""Kinds whose counts go in steps of the recipe's `align`; the others go one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """The units' axis of one linear: `segments[k]` consecutive rows per unit in segment k."""
+
+    module: str
+    segments: Segments
+
+
+@dataclass(frozen=True, slots=True)
+class BiasSwitch:
+    """The config key that makes the reader's bias storable, and the linears that it gives a bias."""
+
+    config_key: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stacks:
+    """How the matrices of experts are stored: `writer` makes gate and up, `down` reads them, experts on axis 0.
+
+    `alternating`: a channel's rows of gate and up lie side by side, not in two halves. `transposed`: stacks are inputs
+    x outputs.
+    """
+
+    writer: str
+    writer_bias: str | None
+    down: str
+    alternating: bool
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Linears:
+    """Where units that are channels or heads lie: rows of every writer, columns of the reader."""
+
+    writers: tuple[Axis, ...]
+    reader: Axis
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """What a cut sets of them besides tensors: nothing."""
+        return ()
+
+    @property
+    def num_linears(self) -> int:
+        """Linears that a unit is a part of."""
+        return len(self.writers) + 1
+
+    @property
+    def module(self) -> str:
+        """The module that the units are in."""
+        return self.reader.module
+
+    @property
+    def width(self) -> int:
+        """Reader columns of one unit."""
+        return sum(self.reader.segments)
+
+    def num_units_left(self, layer: nn.Module) -> int:
+        """Return how many units the layer has now."""
+        return linear(layer, self.reader.module).in_features // self.width
+
+    def refitted(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        """Return what compensation changes, its weight first."""
+        return dict(linear(layer, self.reader.module).named_parameters())
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Modules and numbers of one layer's experts, see `arch_spec.ExpertsSpec`.
+
+    `num_groups`: experts lie in that many groups of equal size, which the router chooses first. `buffers`: those of
+    `router_rows` that are no parameters. `stacks`: how their matrices lie. `unit_axis`: the units' axis of the readers'
+    stack; 0 for experts themselves. `weighted_inputs`: every expert gets all tokens, times its weight, which is zero
+    for most.
+    """
+
+    module: str
+    router: str
+    router_rows: tuple[str, ...]
+    counts: tuple[str, ...]
+    num_groups: int
+    buffers: tuple[str, ...]
+    stacks: Stacks
+    unit_axis: int = 0
+    weighted_inputs: bool = False
+    num_linears: int = 1  # as their work is counted: all of a unit's parameters
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """What a cut sets besides parameters, dotted from the layer."""
+        return (*self.counts, *self.buffers)
+
+    @property
+    def width(self) -> int:
+        """Reader columns of one unit: none of an expert, which has a reader of its own."""
+        return int(self.unit_axis > 0)
+
+    def num_units_left(self, layer: nn.Module) -> int:
+        """Return how many units the layer has now."""
+        return layer.get_submodule(self.module).get_parameter(self.stacks.down).shape[self.unit_axis]
+
+    def refitted(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        """Return what compensation changes: the stack of readers."""
+        name = f"{self.module}.{self.stacks.down}"
+        return {name: layer.get_parameter(name)}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One layer's group, bound to real modules. `params_per_unit` counts weights and biases of writers and reader.
+
+    `parts`: the modules that hold the units, of linears or of experts as `kind` says.
+    `config_key`: where the config holds the number of units, the first of several. `head_dim`: of units that are heads.
+    `count`: the module attribute, dotted from the layer, that holds the number of units; None where none does.
+    `local_config`: the module whose config a cut layer needs to itself.
+    `divides`: (factor, whole) where the config class takes only counts whose `factor` fold divides `whole`.
+    `at_least`, `multiple_of`: what counts must be for the model to run.
+    """
+
+    layer: int
+    name: str
+    kind: Kind
+    unit: str
+    num_units: int
+    params_per_unit: int
+    parts: Linears | Experts
+    count: str | None = None
+    bias_switch: BiasSwitch | None = None
+    divides: tuple[int, int] | None = None
+    config_key: str = ""
+    head_dim: int | None = None
+    local_config: str | None = None
+    at_least: int = 0
+    multiple_of: int = 1
+
+    @property
+    def writers(self) -> tuple[Axis, ...]:
+        """The linears that write the units; only of channels and heads."""
+        assert isinstance(self.parts, Linears)
+        return self.parts.writers
+
+    @property
+    def reader(self) -> Axis:
+        """The linear that reads the units; only of channels and heads."""
+        assert isinstance(self.parts, Linears)
+        return self.parts.reader
+
+    @property
+    def experts(self) -> Experts:
+        """The layer's experts; only of experts and their channels."""
+        assert isinstance(self.parts, Experts)
+        return self.parts
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """What a cut sets besides tensors: attributes, dotted from the layer."""
+        config = () if self.local_config is None else (f"{self.local_config}.config",)
+        count = () if self.count is None else (self.count,)
+        return (*count, *config, *self.parts.attributes)
+
+    @property
+    def num_inputs(self) -> int:
+        """Inputs of one reader that least squares is solved over for all units together; 0 of experts."""
+        return self.num_units * self.width
+
+    @property
+    def width(self) -> int:
+        """Reader columns of one unit."""
+        return self.parts.width
+
+    def allows(self, num_units: int) -> bool:
+        """Say whether the family's config can state that many units."""
+        if num_units < self.at_least or num_units % self.multiple_of:
+            return False
+        return self.divides is None or self.divides[1] % (num_units * self.divides[0]) == 0
+
+
+def linear(layer: nn.Module, name: str) -> nn.Linear:
+    """Return the layer's linear of that name."""
+    module = layer.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def submodule(parent: nn.Module, name: str, family: str) -> nn.Module:
+    """Return the module of that name. Raises ArchError naming the nearest one if there is none."""
+    names = {child: module for child, module in parent.named_modules() if child}
+    if name not in names:
+        raise ArchError(
+            f"family {family}: the spec names module '{name}', which this {type(parent).__name__} does not have; "
+            f"did you mean '{nearest(name, names)}'?"
+        )
+    return names[name]
+
+
+def rows_of(keep: Int64[Tensor, " K"], segments: Segments, num_units: int) -> Int64[Tensor, " R"]:
+    """Return the rows that the kept units own, segment by segment.
+
+    Segment k begins where the ones before it end and gives unit i the `segments[k]` rows from `i * segments[k]` on.
+    """
+    parts, start = [], 0
+    for width in segments:
+        first = start + keep * width
+        parts.append((first[:, None] + torch.arange(width, device=keep.device)).flatten())
+        start += width * num_units
+    return torch.cat(parts)
+
+
+def unit_columns(segments: Segments, num_units: int, device: torch.device) -> Int64[Tensor, "U w"]:
+    """Return the rows (of a reader: columns) that each unit owns, a row of the result per unit."""
+    parts, start = [], 0
+    for width in segments:
+        parts.append(start + torch.arange(num_units * width, device=device).view(num_units, width))
+        start += width * num_units
+    return torch.cat(parts, dim=1)
+
+
+def original_units(before: Int64[Tensor, "... B"], keep: Int64[Tensor, "*E K"]) -> Int64[Tensor, "*E K"]:
+    """Return which of the units that there were at first stay, if `before` had stayed and of these `keep` do.
+
+    Of experts' channels both have a row per expert, `before` perhaps one for all.
+    """
+    return before.expand(*keep.shape[:-1], before.shape[-1]).gather(-1, keep)
+
+
+@torch.no_grad()
+def cut(
+    layer: nn.Module,
+    group: Group,
+    keep: Int64[Tensor, " K"],
+    num_units: int,
+    reader_weight: Float[Tensor, "H R"] | None = None,
+    reader_bias: Float[Tensor, " H"] | None = None,
+) -> None:
+    """Keep only the units `keep` (sorted, of the `num_units` that the layer has now).
+
+    `reader_weight` replaces the reader's remaining columns (compensation); without it they stay as they were, bit for
+    bit. `reader_bias` is added to the reader's bias; the caller has made sure that the family can store one.
+    """
+    for axis in group.writers:
+        _cut_rows(linear(layer, axis.module), rows_of(keep, axis.segments, num_units))
+    reader = linear(layer, group.reader.module)
+    columns = rows_of(keep, group.reader.segments, num_units)
+    kept = reader.weight[:, columns] if reader_weight is None else reader_weight.to(reader.weight)
+    reader.weight = _parameter(kept, reader.weight)
+    reader.in_features = len(columns)
+    if group.count is not None:
+        module, _, attribute = group.count.rpartition(".")
+        setattr(layer.get_submodule(module), attribute, len(keep))
+    if group.local_config is not None:
+        _set_local_config(layer.get_submodule(group.local_config), group, reader)
+    if reader_bias is not None:
+        assert reader.bias is not None
+        reader.bias.add_(reader_bias.to(reader.bias))
+
+
+@torch.no_grad()
+def zero_units(layer: nn.Module, group: Group, removed: Int64[Tensor, " R"]) -> None:
+    """Mask instead of cutting: set the removed units' reader columns to zero. The exactness tests compare with this."""
+    reader = linear(layer, group.reader.module)
+    reader.weight[:, rows_of(removed, group.reader.segments, group.num_units)] = 0
+
+
+def add_zero_biases(layer: nn.Module, group: Group) -> None:
+    """Give every linear of the group's bias switch a bias of zeros, where it has none; outputs do not change."""
+    assert group.bias_switch is not None
+    for name in group.bias_switch.modules:
+        module = linear(layer, name)
+        if module.bias is None:
+            zeros = module.weight.new_zeros(module.out_features)
+            module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
+
+
+def _set_local_config(module: Any, group: Group, reader: nn.Linear) -> None:
+    """Give the module a config of its own with the numbers of heads that it has now."""
+    assert group.head_dim is not None
+    module.config = copy.copy(module.config)
+    setattr(module.config, group.config_key, reader.in_features // group.width)
+    module.config.num_attention_heads = reader.in_features // group.head_dim
+
+
+def _cut_rows(module: nn.Linear, rows: Int64[Tensor, " R"]) -> None:
+    module.weight = _parameter(module.weight[rows], module.weight)
+    if module.bias is not None:
+        module.bias = _parameter(module.bias[rows], module.bias)
+    module.out_features = len(rows)
+
+
+def _parameter(value: Tensor, old: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)

@@ -1,0 +1,73 @@
+"""Modules that need care: transposed linears (GPT-2), and heads that scale or cap their logits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+CONV = "Conv1D"
+
+
+class TransposedLinear(nn.Linear):
+    """A linear whose weight is (outputs, inputs) in memory and (inputs, outputs) in a state dict."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = destination[f"{prefix}weight"].T.contiguous()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        name = f"{prefix}weight"
+        if name in state_dict:
+            state_dict[name] = state_dict[name].T
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def linears_for_conv(parent: nn.Module) -> None:
+    """Replace every `Conv1D` below `parent`, in place."""
+    for module in list(parent.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ == CONV:
+                setattr(module, name, _linear(child))
+
+
+@torch.no_grad()
+def _linear(conv: Any) -> TransposedLinear:
+    weight: Tensor = conv.weight
+    with torch.device("meta"):
+        linear = TransposedLinear(weight.shape[0], weight.shape[1])
+    linear.weight = nn.Parameter(weight.T.contiguous(), requires_grad=weight.requires_grad)
+    linear.bias = conv.bias
+    return linear.train(conv.training)
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """logits = head(x) * multiply / divide; where there is a cap, cap * tanh(logits / cap)."""
+
+    multiply: float
+    divide: float
+    cap: float | None
+
+
+def head_with(head: nn.Module, logits: Logits | None) -> nn.Module:
+    """Return the head, followed by what `logits` says."""
+    return head if logits is None else _Head(head, logits)
+
+
+class _Head(nn.Module):
+    def __init__(self, head: nn.Module, logits: Logits) -> None:
+        super().__init__()
+        self.head, self.logits = head, logits
+
+    def forward(self, hidden: Float[Tensor, "*P D"]) -> Float[Tensor, "*P V"]:
+        # One operation at a time, as transformers does it, so that rounding is the same.
+        values = self.head(hidden)
+        if self.logits.multiply != 1:
+            values = values * self.logits.multiply
+        if self.logits.divide != 1:
+            values = values / self.logits.divide
+        if self.logits.cap is not None:
+            values = torch.tanh(values / self.logits.cap) * self.logits.cap
+        return values

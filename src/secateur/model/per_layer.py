@@ -1,0 +1,110 @@
+"""Layers of different widths: from a model's real tensors to a config that says so, and to a class that reads it.
+
+In: a model whose layers were cut. Out: the same model, its config derived from its tensors. Equal widths
+give the plain config of the family; different ones `per_layer_config` in transformers' form and a class that saves and
+loads it.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from secateur.model.bind import Arch, decoder_layers, text_config
+from secateur.model.group import Group, linear
+from secateur.model.modeling_per_layer import PerLayerModel, per_layer_class, per_layer_config_class
+from secateur.model.modules import linears_for_conv
+
+QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
+
+
+def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
+    """Return the layer's widths under the config's names, read from the linears of its groups.
+
+    Channels: the reader's inputs. Heads: query heads = the reader's inputs / head_dim; KV heads = rows of the writer
+    that has one segment of one head, / head_dim (of a writer of queries, keys and values, half of what is left).
+    """
+    widths: dict[str, Any] = {}
+    for group in groups:
+        if group.head_dim is None:
+            widths[group.config_key] = group.parts.num_units_left(layer)
+        elif group.config_key == KV_HEADS:
+            num_heads = linear(layer, group.reader.module).in_features // group.head_dim
+            widths |= {QUERY_HEADS: num_heads, KV_HEADS: _num_kv_heads(layer, group, num_heads)}
+            widths["head_dim"] = group.head_dim
+    return widths
+
+
+def _num_kv_heads(layer: nn.Module, group: Group, num_heads: int) -> int:
+    assert group.head_dim is not None
+    rows = {axis.segments: linear(layer, axis.module).out_features for axis in group.writers}
+    if len(rows) == 1 and len(group.writers) == 1:
+        return (next(iter(rows.values())) // group.head_dim - num_heads) // 2
+    return rows[(group.head_dim,)] // group.head_dim
+
+
+def split_widths(widths: list[dict[str, Any]]) -> tuple[dict[str, int], dict[int, dict[str, Any]]]:
+    """Return (what most layers have, per layer what it has instead). Of equally frequent widths the largest counts."""
+    names = sorted({name for layer in widths for name in layer})
+    base = {}
+    for name in names:
+        counts = Counter(layer[name] for layer in widths if name in layer)
+        base[name] = max(counts, key=lambda width: (counts[width], width))
+    overrides = {}
+    for index, layer in enumerate(widths):
+        different = {name: value for name, value in layer.items() if base.get(name) != value}
+        if different:
+            overrides[index] = different
+    return base, overrides
+
+
+def record_widths(model: PreTrainedModel, arch: Arch) -> None:
+    """Derive the config from the layers as they are, and make the model's class one that saves and loads them.
+
+    Layers of one width: the plain config and the stock class. Else `per_layer_config`, the class `PerLayer...` and, in
+    each layer, its own config and counts (heads per key-value head). Parameters stay the tensors that they are.
+    """
+    layers = decoder_layers(model, arch)
+    config: Any = text_config(model)
+    widths = [
+        layer_widths(layer, tuple(group for group in arch.groups if group.layer == index))
+        for index, layer in enumerate(layers)
+    ]
+    base, overrides = split_widths(widths)
+    was_per_layer = isinstance(model, PerLayerModel)
+    stock, stock_config = type(model), type(config)
+    if was_per_layer:
+        stock, stock_config = stock.__bases__[1], stock_config.__bases__[0]
+    if was_per_layer or overrides:
+        vars(config).pop("auto_map", None)  # saving writes it anew; the source's names files that are not carried
+    config.per_layer_config = None
+    if {layer.get(QUERY_HEADS) for layer in widths} == {config.num_attention_heads}:
+        base.pop("head_dim", None)  # the config says or derives the right one as it is
+    for name, width in base.items():
+        setattr(config, name, width)
+    model.__class__ = per_layer_class(stock) if overrides else stock
+    config.__class__ = per_layer_config_class(stock_config) if overrides else stock_config
+    if overrides:
+        assert config is model.config, "resolve refuses layers of different widths inside a larger class"
+        config.per_layer_config = overrides
+    layer_configs: Any = config.per_layer_config
+    for index, layer in enumerate(layers):
+        _adopt_config(layer, layer_configs[index], index)
+
+
+def _adopt_config(layer: nn.Module, config: Any, index: int) -> None:
+    """Give every module of the layer the attributes that it has when it is built from `config`."""
+    with torch.device("meta"):
+        layer_class: Any = type(layer)
+        built = layer_class(config, index)
+    linears_for_conv(built)
+    for name, module in built.named_modules():
+        ours = layer.get_submodule(name)
+        assert type(ours) is type(module), f"layer {index}: {name} is a {type(ours).__name__}"
+        for key, value in vars(module).items():
+            if not key.startswith("_") and key != "training":
+                setattr(ours, key, value)
+    shapes, theirs = ({name: p.shape for name, p in each.named_parameters()} for each in (layer, built))
+    assert shapes == theirs, f"layer {index}: its tensors and its config disagree"

@@ -1,0 +1,338 @@
+"""What a run costs, before it: bytes of memory and disk, floating-point operations, seconds on this machine.
+
+Everything follows from shapes alone, but for the machine's rates, which one short product measures.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from secateur.errors import RecipeError
+from secateur.files import parse_size
+from secateur.methods.scores import needs_gram
+from secateur.methods.select import units_at_once
+from secateur.model.bind import decoder_layers, text_config
+from secateur.model.group import Group
+from secateur.pruning.open import Opened, computes_in_float32
+from secateur.pruning.resolve import Resolved
+from secateur.pruning.resolve_depth import TOKENS_PER_INPUT
+from secateur.report.records import MemoryEstimate, Work
+from secateur.stream.device import float64_device, free_bytes
+from secateur.stream.statistics import BY_DOMAIN, NUM_BLOCKS, PRODUCT_ROWS, exact_product_precision
+from secateur.stream.walk import DEVICE_BATCH_TOKENS, LAYERS_AT_ONCE
+
+# Held-out blocks come on top of the calibration tokens: one for every nine.
+HELD_OUT_FACTOR = 10 / 9
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a run will need, whether its weights stay on disk, and whether its layers come to a device one at a time.
+
+    `budget_bytes`: what of a device's memory that was decided by; None: there was nothing to decide. `in_float32`: the
+    run computes in it, a layer at a time, and stores what the weights are stored in.
+    """
+
+    estimate: MemoryEstimate
+    weights_on_disk: bool
+    one_layer_at_a_time: bool = False
+    budget_bytes: int | None = None
+    in_float32: bool = False
+
+
+def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
+    """Return how the run keeps within the memory that there is, or that its recipe allows.
+
+    Raises RecipeError, naming the least that can work, if nothing helps.
+    """
+    return _on_cpu(opened, resolved) if opened.device.type == "cpu" else _on_device(opened, resolved)
+
+
+def _can_map(opened: Opened) -> bool:
+    """Whether weights are in safetensors files, from which they can come layer by layer."""
+    return opened.checkpoint is not None and opened.checkpoint.gguf_file is None
+
+
+def _on_cpu(opened: Opened, resolved: Resolved) -> MemoryPlan:
+    """Return how the run keeps within the recipe's `memory_budget`: weights in memory if they fit, else on disk."""
+    size, per_layer = opened.size, opened.arch.params_per_layer
+    bytes_per_param = size.num_bytes // size.num_params
+    if computes_in_float32(opened):  # what is in no layer, and the layer that runs and the next one, beside all
+        outside = size.num_params - sum(per_layer)
+        weights = size.num_bytes + 4 * (outside + 2 * max(per_layer)) - outside * bytes_per_param
+        return MemoryPlan(estimate_memory(opened, resolved, weights, 4), False, in_float32=True)
+    whole = estimate_memory(opened, resolved, size.num_bytes, bytes_per_param)
+    text = resolved.recipe.memory_budget
+    if text is None or whole.peak <= parse_size("memory_budget", text):
+        return MemoryPlan(whole, False)
+    if not _can_map(opened):
+        raise RecipeError(
+            f"memory_budget: {text} is less than the {whole.peak / 1e9:.2f} GB that the run needs with this model's "
+            f"weights in memory; only safetensors weights, given by their path, can stay on disk."
+        )
+    layer = max(per_layer) * bytes_per_param
+    streamed = estimate_memory(opened, resolved, 0, bytes_per_param)
+    # What a cut leaves of a layer is in memory until it is written.
+    streamed = replace(streamed, solve=max(streamed.solve, layer))
+    if streamed.peak > parse_size("memory_budget", text):
+        raise RecipeError(
+            f"memory_budget: {text} cannot work; with all weights on disk the run still needs "
+            f"{streamed.peak / 1e9:.2f} GB ({_parts(streamed)}); allow that, or {_remedy(streamed)}."
+        )
+    return MemoryPlan(streamed, True)
+
+
+def _on_device(opened: Opened, resolved: Resolved) -> MemoryPlan:
+    """Return how a run on a device other than the CPU keeps within its memory: all weights there, or layer by layer.
+
+    The recipe's `device_budget` comes before what is free there; nobody may know that. Ordinary memory holds weights
+    alone, and by the recipe's `memory_budget` not even those.
+    """
+    recipe, size, per_layer = resolved.recipe, opened.size, opened.arch.params_per_layer
+    in_float32 = computes_in_float32(opened)
+    bytes_per_param, text = 4 if in_float32 else size.num_bytes // size.num_params, recipe.device_budget
+    free = None if opened.checkpoint is None else free_bytes(opened.device)
+    budget = free if text is None else parse_size("device_budget", text)
+    whole = estimate_memory(opened, resolved, size.num_params * bytes_per_param, bytes_per_param)
+    host = None if recipe.memory_budget is None else parse_size("memory_budget", recipe.memory_budget)
+    on_disk = host is not None and size.num_bytes > host
+    if on_disk and not _can_map(opened):
+        raise RecipeError(
+            f"memory_budget: {recipe.memory_budget} is less than the {size.num_bytes / 1e9:.2f} GB of this model's "
+            f"weights, and only safetensors weights, given by their path, can stay on disk."
+        )
+    if budget is None or whole.peak <= budget:
+        return MemoryPlan(whole, on_disk, in_float32, budget, in_float32)
+    # The layer that is run and the next one on its way, beside what is in no layer.
+    apart = sum(per_layer) - 2 * max(per_layer)
+    weights = (size.num_params - max(apart, 0)) * bytes_per_param
+    by_layers = estimate_memory(opened, resolved, weights, bytes_per_param)
+    if by_layers.peak > budget:
+        raise RecipeError(
+            f"device_budget: {budget / 1e9:.2f} GB of the device cannot work; with two layers there at a time the run "
+            f"still needs {by_layers.peak / 1e9:.2f} GB (weights {by_layers.weights / 1e9:.2f}, {_parts(by_layers)}); "
+            f"free that much, {_remedy(by_layers)}, or give device: cpu."
+        )
+    return MemoryPlan(by_layers, on_disk, True, budget, in_float32)
+
+
+def _parts(estimate: MemoryEstimate) -> str:
+    """Name the parts that stand together at the worst moment."""
+    if estimate.is_of_layer_choice:
+        return f"choice of layers {estimate.layer_choice / 1e9:.2f}"
+    named = {"hidden states": estimate.hidden_states, "statistics": estimate.statistics, "solve": estimate.solve}
+    return ", ".join(f"{name} {part / 1e9:.2f}" for name, part in named.items())
+
+
+def _remedy(estimate: MemoryEstimate) -> str:
+    choice = "name them in removed_layers or give depth: 0"
+    return choice if estimate.is_of_layer_choice else "lower calibration.num_tokens"
+
+
+def estimate_memory(opened: Opened, resolved: Resolved, weight_bytes: int, bytes_per_param: int) -> MemoryEstimate:
+    """Return the bytes that the run needs beyond the interpreter.
+
+    hidden: tokens x hidden size in the model's dtype, twice where a dense stream is walked too. statistics: Gram
+    matrices as lower triangles, pooled in float32 and the current domain's in float64 with the product that is added to
+    it (all domains' in float32 too where their weights are sought), the same of the drift, and the held-out inputs.
+    solve: the pooled ones, and the larger of two: the float64 square that
+    `greedy_obs` inverts in place, with a batch's rows four times and the reader in float32; or what least squares needs
+    in float64, see `_fit_bytes`, with the reader in float32. layer_choice: see `_layer_choice_bytes`.
+    """
+    recipe, hidden_size = resolved.recipe, text_config(opened.model).hidden_size
+    num_tokens = round(resolved.num_tokens * HELD_OUT_FACTOR)
+    widest = max(group.num_inputs for group in resolved.groups)
+    has_gram = needs_gram(recipe.score) or recipe.compensate == "least_squares"
+    square = widest * widest if has_gram else 0
+    has_drift = bool(resolved.target_mix)
+    reader = widest * hidden_size
+    sums = 4 * (_triangle(square) + has_drift * reader)
+    inputs_and_drift = widest + has_drift * hidden_size
+    held_out = (num_tokens - resolved.num_tokens) * inputs_and_drift * bytes_per_param
+    num_domains = len(recipe.calibration.domains) if recipe.domain_weighting in BY_DOMAIN else 0
+    at_once = units_at_once(recipe.obs_batch, widest, 1)
+    obs = 8 * square + 4 * 8 * widest * at_once + 4 * reader if needs_gram(recipe.score) else 0
+    fit = _fit_bytes(resolved, hidden_size) + 4 * reader if recipe.compensate == "least_squares" else 0
+    return MemoryEstimate(
+        weights=weight_bytes,
+        hidden_states=(1 + has_drift) * num_tokens * hidden_size * bytes_per_param,
+        statistics=(1 + num_domains + 2) * sums + _product_bytes(widest) + held_out,
+        solve=max(1, num_domains) * sums + held_out + max(obs, fit),
+        layer_choice=_layer_choice_bytes(opened, resolved, bytes_per_param),
+    )
+
+
+def _layer_choice_bytes(opened: Opened, resolved: Resolved, bytes_per_param: int) -> int:
+    """Return the bytes that choosing layers needs beside the weights: the narrow readers of all layers, above all.
+
+    With them either what one of them is fitted by (the hidden states of `TOKENS_PER_INPUT` tokens per input, the Gram
+    matrix in float64 and what least squares needs) or a batch's streams, one for every layer, and its logits.
+    None where no layer goes, or the recipe names those that do.
+    """
+    recipe, arch, config = resolved.recipe, opened.arch, text_config(opened.model)
+    if not resolved.depth or recipe.removed_layers:
+        return 0
+    hidden_size, inputs = config.hidden_size, [group.num_inputs for group in arch.groups if group.name == "ffn"]
+    readers, widest = sum(inputs) * hidden_size * bytes_per_param, max(inputs, default=0)
+    fit = _fit_bytes(resolved, hidden_size) if recipe.compensate == "least_squares" else 0
+    fitted, length = min(TOKENS_PER_INPUT * widest, resolved.num_tokens), resolved.sequence_length
+    batch = max(length, min(recipe.probe_blocks * length, DEVICE_BATCH_TOKENS))
+    gram = 8 * _triangle(widest * widest) + _product_bytes(widest)
+    streams = batch * (arch.num_layers * hidden_size + config.vocab_size) * bytes_per_param
+    return readers + max((fitted * bytes_per_param + 4 * widest) * hidden_size + gram + fit, streams)
+
+
+def _triangle(square: int) -> int:
+    """Return how many numbers a symmetric matrix takes: a triangle of blocks, a little more than half of the square."""
+    return round(square * (1 + 1 / NUM_BLOCKS) / 2)
+
+
+def _product_bytes(num_inputs: int) -> int:
+    """Return the bytes of the float32 product that is added to a Gram matrix."""
+    return 4 * min(PRODUCT_ROWS, -(-num_inputs // NUM_BLOCKS)) * num_inputs
+
+
+def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:
+    """Return the most that one group's least squares holds in float64.
+
+    With S inputs that stay, C that go and H outputs: S^2 of the system, C S and C H of its right side, S H of the
+    result. Where a budget is to choose the widths, any may come.
+    """
+    plan, uniform = resolved.plans[0], resolved.recipe.budget == "uniform"
+    needs = []
+    for group in resolved.groups:
+        kept = plan.num_keep[group.layer, group.name] * group.width if uniform else group.num_inputs
+        gone = group.num_inputs - kept
+        needs.append(8 * (kept * kept + gone * kept + (gone + kept) * num_outputs))
+    return max(needs)
+
+
+# Products that are timed: as many rows as a batch has tokens, and not more than a fraction of a second of them.
+ROWS, MOST_WIDTH, REPEATS = 512, 2048, 3
+
+
+def work_of(opened: Opened, resolved: Resolved) -> Work:
+    """Return the operations of a run.
+
+    forward, per round: the pruned stream, and where there is one the dense stream, through every layer, and what was
+    cut once more; the held-out tenth through two models with head; for measured budgets the probe's tokens
+    through half of the layers, on average, and the head for every group; before the first round what choosing whole
+    layers takes.
+    gram: the lower block triangle of x'x, once more for measured budgets. solve, for F inputs, C that go and S that
+    stay: inverse 2 F^3, updates 2 C F^2, Cholesky S^3 / 3, substitutions 2 S^2 H, right side 2 C S H.
+    """
+    recipe, num_rounds = resolved.recipe, len(resolved.plans)
+    tokens, num_params = resolved.num_tokens, opened.size.num_params
+    held_out = tokens * (HELD_OUT_FACTOR - 1)
+    in_layers = sum(opened.arch.params_per_layer)
+    is_measured = recipe.budget == "curve"
+    streams = 2 if resolved.target_mix else 1
+    forward = num_rounds * streams * 2 * (tokens + held_out) * in_layers
+    if recipe.evaluate:
+        forward += 2 * 2 * held_out * num_params
+    gram, solve = 0.0, 0.0
+    for plan in resolved.plans:
+        for group in resolved.groups:
+            parts = _group_work(group, plan.num_keep[group.layer, group.name], tokens)
+            forward += 2 * (tokens + held_out) * parts[0]
+            gram, solve = gram + parts[1] * (1 + is_measured), solve + parts[2] * (1 + is_measured)
+    if is_measured:
+        probe = recipe.probe_blocks * len(recipe.calibration.domains) * resolved.sequence_length
+        one = 2.0 * probe * (num_params - in_layers / 2)
+        forward += num_rounds * len(resolved.groups) * one
+    for part in _layers_work(opened, resolved):
+        forward, gram, solve = forward + part.forward, gram + part.gram, solve + part.solve
+    return Work(float(forward), float(gram), float(solve))
+
+
+def _layers_work(opened: Opened, resolved: Resolved) -> list[Work]:
+    """Return the operations of choosing layers, unless the recipe names them, and of folding them into those before."""
+    if not resolved.depth:
+        return []
+    fold = _fold_work(opened, resolved)
+    return [fold] if resolved.recipe.removed_layers else [_choice_work(opened, resolved), fold]
+
+
+def _choice_work(opened: Opened, resolved: Resolved) -> Work:
+    """Return the operations of choosing layers.
+
+    The probe's tokens: a stream without each layer from there on, and the head; then, for each further layer, about
+    `LAYERS_AT_ONCE` of these again. The narrow readers: a few tokens per input, twice through the model.
+    """
+    recipe, arch, depth = resolved.recipe, opened.arch, resolved.depth
+    in_layers, num_params = sum(arch.params_per_layer), opened.size.num_params
+    ffns = [group for group in arch.groups if group.name == "ffn"]
+    probe = recipe.probe_blocks * len(recipe.calibration.domains) * resolved.sequence_length
+    num_streams = arch.num_layers + LAYERS_AT_ONCE * (depth - 1)
+    passes = num_streams / 2 + 2 * depth
+    fitted = TOKENS_PER_INPUT * max((group.num_inputs for group in ffns), default=0)
+    forward = 2 * probe * (passes * in_layers + (num_streams + depth) * (num_params - in_layers))
+    # How many stay hardly matters to the operations: about half, as where layers go.
+    parts = [_group_work(group, group.num_units // 2, fitted) for group in ffns]
+    gram, solve = sum(part[1] for part in parts), sum(part[2] for part in parts)
+    return Work(float(forward + 4 * fitted * in_layers), float(gram), float(solve))
+
+
+def _fold_work(opened: Opened, resolved: Resolved) -> Work:
+    """Return the operations of folding layers: all tokens through those before each, half of all on average."""
+    arch, depth, tokens = opened.arch, resolved.depth, resolved.num_tokens * HELD_OUT_FACTOR
+    ffns = [group for group in arch.groups if group.name == "ffn"][:depth]
+    parts = [_group_work(group, group.num_units // 2, round(tokens)) for group in ffns]
+    return Work(depth * tokens * sum(arch.params_per_layer), float(sum(part[1] for part in parts)), 0.0)
+
+
+def _group_work(group: Group, num_keep: int, tokens: int) -> tuple[float, float, float]:
+    """Return parameters that stay, and the operations of statistics and solves."""
+    inputs, stays = group.num_inputs, min(group.num_inputs, num_keep * group.width)
+    gone = inputs - stays
+    outputs = group.params_per_unit / max(1, group.width * group.parts.num_linears)
+    solve = 2.0 * inputs**3 + 2.0 * gone * inputs**2 + stays**3 / 3
+    solve += 2.0 * stays**2 * outputs + 2.0 * gone * stays * outputs
+    gram = tokens * inputs**2 * (1 + 1 / NUM_BLOCKS)
+    return float(num_keep * group.params_per_unit), gram, solve if gone else 0.0
+
+
+def seconds_for(work: Work, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Work:
+    """Return the seconds that the work takes at the rates of `measured_rates`. `dtype`: what is computed in."""
+    rates = measured_rates(device, dtype, min(MOST_WIDTH, hidden_size))
+    return Work(work.forward / rates.forward, work.gram / rates.gram, work.solve / rates.solve)
+
+
+@torch.inference_mode()
+def measured_rates(device: torch.device, dtype: torch.dtype, width: int, rows: int = ROWS) -> Work:
+    """Return operations per second of products like those of each kind, the best of a few."""
+    forward = _rate(torch.zeros(rows, width, dtype=dtype, device=device), 4 * width)
+    with exact_product_precision(dtype):
+        gram = _rate(torch.zeros(rows, width, device=device), 4 * width)
+    solve = _rate(torch.zeros(rows, ROWS, dtype=torch.float64, device=float64_device(device)), ROWS)
+    return Work(forward, gram, solve)
+
+
+def _rate(left: torch.Tensor, columns: int) -> float:
+    right = left.new_zeros(columns, left.shape[1])
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        (left @ right.T)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * left.numel() * columns / min(seconds)
+
+
+def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> int:
+    """Return the most bytes that a run needs on the disk of its output.
+
+    The result, never larger than the dense model, once more for every round that is kept; the store's refitted
+    readers of every round; layers as they were before the first of several rounds; finished layers, where weights
+    stay on disk.
+    """
+    model, num_rounds = opened.model, len(resolved.plans)
+    layers = decoder_layers(model, opened.arch)
+    parameters = (next(iter(g.parts.refitted(layers[g.layer]).values())) for g in resolved.groups)
+    readers = sum(p.numel() * (4 if plan.in_float32 else p.element_size()) for p in parameters)
+    in_layers = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    total = num_bytes * (num_rounds if resolved.recipe.keep_rounds else 1) + num_rounds * readers
+    if num_rounds > 1 and resolved.target_mix:
+        total += in_layers
+    return total + (min(num_rounds, 2) * in_layers if plan.weights_on_disk else 0)

@@ -1,0 +1,209 @@
+"""The seconds behind the target `latency`: what a decoded token costs on this machine, per unit, per layer, in all.
+
+In: an opened model. Out: its recipe with `prices`, and the measurements for the run log.
+Timed is one forward pass of one token at batch 1 after `PROMPT_TOKENS`, on copies with random weights of the model's
+dtype: whole, and with less of one kind of group at a time. Copies take turns, so that drift hits all alike. A unit's
+price is the slope of a least-squares line through the medians. Not counted: what `generate` does around the model.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import RecipeError
+from secateur.facts import Workload
+from secateur.log import Progress, silent
+from secateur.methods.depth import remove_layers
+from secateur.model.bind import Arch, bind, decoder_layers
+from secateur.model.checkpoint import meta_model, restore_buffers
+from secateur.model.group import Group, cut
+from secateur.pruning.open import Opened
+from secateur.ranks import from_first
+from secateur.recipe import MeasuredPrices
+from secateur.store import Services
+from secateur.stream.device import CPU, now, on_device
+
+# Layers that are read again and again must not fit a processor's cache, as a whole model's do not.
+LEAST_BYTES = 2**28
+KEEP_SHARES = (0.25, 0.5, 0.75)
+# Small models take their turns for this long all together, so that a burst of other work moves no median.
+WARM_UPS, REPEATS, LEAST_SECONDS = 2, 15, 3.0
+PROMPT_TOKENS = Workload().prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds per decoded token of the layers that were built, with `num_units` units of `group` in them together.
+
+    Median over repeats and the quartiles. `group`: the kind that has fewer units than in the whole model.
+    """
+
+    group: str
+    num_units: int
+    seconds: float
+    quartiles: tuple[float, float]
+
+
+def with_prices(opened: Opened, services: Services) -> Opened:
+    """Return what was opened with measured `prices` in its recipe; as it is if it has them or needs none.
+
+    The run log says what they come from. Prices that an interrupted run has measured are in its store and hold on,
+    since a second measurement would differ. The model's config and dtype count alone, so that it needs no weights.
+
+    Raises ArchError if the family has no such group, RecipeError if a layer gets no faster with fewer units.
+    """
+    recipe, log = opened.recipe, services.log
+    if recipe.target != "latency" or recipe.prices is not None:
+        return opened
+
+    def measured() -> dict[str, Any]:
+        with log.time("latency"):
+            prices, timings = measure_latency(
+                opened.arch, recipe.groups, opened.model, services.progress, opened.device
+            )
+        for timing in timings:
+            log.write({"event": "latency", "num_threads": torch.get_num_threads(), **asdict(timing)})
+        log.write({"event": "prices", **prices.model_dump()})
+        return prices.model_dump(mode="json")
+
+    found = services.store.value("prices", lambda: from_first(measured), is_input=True)
+    return replace(opened, recipe=recipe.model_copy(update={"prices": MeasuredPrices(**found)}))
+
+
+@torch.inference_mode()
+def measure_latency(
+    arch: Arch, names: tuple[str, ...], model: Any, progress: Progress = silent, device: torch.device = CPU
+) -> tuple[MeasuredPrices, list[Timing]]:
+    """Return seconds per unit, per layer and per decoded token of the whole model, and what they were made of.
+
+    Built are as many layers as hold `LEAST_BYTES`, at most all; times of layers are those of the built ones, of which
+    the whole model has num_layers / built times as much.
+    """
+    shape = on_device(_random_model(arch, model), device)
+    built = bind(shape)
+    variants: dict[tuple[str, int], nn.Module] = {("", 0): shape}
+    for name in names:
+        members = built.select((name,))
+        for share in KEEP_SHARES:
+            counts = [max(1, round(share * group.num_units)) for group in members]
+            if sum(counts) < sum(group.num_units for group in members):
+                variants[name, sum(counts)] = _narrower(shape, built, members, counts)
+    spans, rests = _take_turns({key: _step(variant, built) for key, variant in variants.items()}, progress)
+    whole = statistics.median(spans["", 0])
+    timings, per_unit = [], {}
+    for name in names:
+        num_units = sum(group.num_units for group in built.select((name,)))
+        timings += [_timing(name, num_units, spans["", 0])]
+        timings += [_timing(name, units, spans[key, units]) for key, units in spans if key == name]
+        per_unit[name] = _slope([timing for timing in timings if timing.group == name])
+    per_layer = whole / built.num_layers
+    total = statistics.median(rests["", 0]) + per_layer * arch.num_layers
+    return MeasuredPrices(total=total, per_layer=per_layer, per_unit=per_unit), timings
+
+
+def _random_model(arch: Arch, model: Any) -> Any:
+    """Return a model of the same config and dtype with few layers and random weights."""
+    shape = meta_model(copy.deepcopy(model.config))
+    layers = decoder_layers(shape, arch)
+    layer_bytes = sum(p.numel() for layer in layers for p in layer.parameters()) * model.dtype.itemsize // len(layers)
+    surplus = range(-(-LEAST_BYTES // layer_bytes), len(layers))
+    # A model of per-layer widths cannot lose layers; it is timed whole.
+    if surplus and not shape.config.is_heterogeneous:
+        remove_layers(shape, arch, surplus)
+    shape = shape.to(model.dtype).to_empty(device=CPU).eval()
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*shape.parameters(), *shape.buffers()):
+        tensor.uniform_(-0.02, 0.02, generator=generator)
+    restore_buffers(shape)
+    return shape
+
+
+def _narrower(shape: Any, arch: Arch, groups: tuple[Group, ...], counts: list[int]) -> nn.Module:
+    """Return a copy with fewer units of these groups; the embedding and the head are shared."""
+    shared = (shape.get_input_embeddings(), shape.get_output_embeddings())
+    variant = copy.deepcopy(shape, {id(module): module for module in shared})
+    layers = decoder_layers(variant, arch)
+    for group, count in zip(groups, counts, strict=True):
+        cut(layers[group.layer], group, torch.arange(count, device=shape.device), group.num_units)
+    return variant
+
+
+def _step(model: Any, arch: Arch) -> Callable[[], tuple[float, float]]:
+    """Return what decodes one more token and says the seconds that its layers took, and those of all the rest."""
+    ids_1T = torch.zeros(1, PROMPT_TOKENS, dtype=torch.long, device=model.device)
+    output = model(ids_1T, use_cache=True, logits_to_keep=1)
+    cache = output["cache"] if "cache" in output else output["past_key_values"]  # from transformers 5.24 on; before
+    layers = decoder_layers(model, arch)
+
+    def step() -> tuple[float, float]:
+        with _clock_around(layers[0], layers[-1], model.device) as times:
+            start = now(model.device)
+            model(ids_1T[:, :1], None, None, cache, use_cache=True)
+            all_of_it = now(model.device) - start
+        span = times[1] - times[0]
+        return span, all_of_it - span
+
+    return step
+
+
+@contextmanager
+def _clock_around(first: nn.Module, last: nn.Module, device: torch.device) -> Iterator[list[float]]:
+    times: list[float] = []
+    handles = [
+        first.register_forward_pre_hook(lambda *_: times.append(now(device))),
+        last.register_forward_hook(lambda *_: times.append(now(device))),
+    ]
+    try:
+        yield times
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+Key = tuple[str, int]
+
+
+def _take_turns(
+    steps: dict[Key, Callable[[], tuple[float, float]]], progress: Progress
+) -> tuple[dict[Key, list[float]], dict[Key, list[float]]]:
+    """Return the seconds of layers and of the rest, by variant and repeat."""
+    spans: dict[Key, list[float]] = {key: [] for key in steps}
+    rests: dict[Key, list[float]] = {key: [] for key in steps}
+    progress("latency", 0, REPEATS)
+    number, start = 0, time.perf_counter()
+    while number < WARM_UPS + REPEATS or time.perf_counter() - start < LEAST_SECONDS:
+        for key, step in steps.items():
+            span, rest = step()
+            if number >= WARM_UPS:
+                spans[key].append(span)
+                rests[key].append(rest)
+        number += 1
+        progress("latency", min(max(0, number - WARM_UPS), REPEATS), REPEATS)
+    return spans, rests
+
+
+def _timing(group: str, num_units: int, seconds: list[float]) -> Timing:
+    lower, median, upper = statistics.quantiles(seconds, n=4)
+    return Timing(group, num_units, median, (lower, upper))
+
+
+def _slope(timings: list[Timing]) -> float:
+    """Return seconds per unit by least squares. Raises RecipeError if there are none to be saved."""
+    name, widths = timings[0].group, [timing.num_units for timing in timings]
+    if len(widths) < 2:
+        raise RecipeError(f"target: latency has no price for {name}, of which no layer has more than one unit.")
+    slope = statistics.linear_regression(widths, [timing.seconds for timing in timings]).slope
+    if slope <= 0:
+        table = ", ".join(f"{timing.num_units:,}: {timing.seconds * 1000:.3f} ms" for timing in timings)
+        raise RecipeError(
+            f"target: latency has no price for {name}, since layers get no faster here with fewer units ({table}); let "
+            f"nothing else run meanwhile, or use target parameters, flops or kv_bytes."
+        )
+    return slope

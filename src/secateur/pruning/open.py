@@ -1,0 +1,221 @@
+"""The model of a run, opened: a bound architecture from what the user named, weights and text when they are asked for.
+
+In: a reference or a model in memory, the recipe. Out: an `Opened`, bound once; then the run with everything at hand.
+`resolve.checked` says whether the recipe fits. Everything that needs no weights is checked before one is read.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import CheckpointError, RecipeError
+from secateur.facts import Size
+from secateur.log import RunLog, versions
+from secateur.model.bind import Arch, bind
+from secateur.model.checkpoint import (
+    CausalLM,
+    Checkpoint,
+    Tokenizer,
+    check_finite,
+    check_in_memory,
+    check_weights,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    open_checkpoint,
+    restore_buffers,
+    weight_digests,
+)
+from secateur.ranks import check_same, device_called, is_first, size
+from secateur.recipe import Recipe, dump_recipe
+from secateur.store import Store
+from secateur.stream.device import LOW, multiplies_in_software
+
+# Whatever of these a run has: the bytes of its result are the same.
+_WITHOUT_EFFECT = {"memory_budget", "device_budget"}
+# Of every parameter so many numbers are looked at: another revision differs in them, and no file is read whole.
+NUM_SAMPLED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A dense model and the recipe for it. `checkpoint`: None for a model in memory.
+
+    `model`: the one in memory, or the checkpoint's, on the meta device until `loaded`. `size`: as it is stored.
+    `device`: where the run computes. `tokenizer`: the one that was handed over, if any.
+    """
+
+    checkpoint: Checkpoint | None
+    model: CausalLM
+    arch: Arch
+    size: Size
+    recipe: Recipe
+    device: torch.device
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def name(self) -> str:
+        """What the user calls the model."""
+        if self.checkpoint is not None:
+            return self.checkpoint.reference
+        return str(self.model.config._name_or_path or type(self.model).__name__)
+
+    @property
+    def directory(self) -> Path | None:
+        """The directory of the model's files; None for a model in memory."""
+        return None if self.checkpoint is None else self.checkpoint.directory
+
+    def asking(self, recipe: Recipe) -> "Opened":
+        """Return the same model with another recipe, not checked yet."""
+        return replace(self, recipe=recipe, device=_device_for(recipe, self.checkpoint, self.model))
+
+
+def open_model(
+    model: CausalLM | str | Path,
+    recipe: Recipe,
+    tokenizer: Tokenizer | None = None,
+    *,
+    weights: bool = True,
+) -> Opened:
+    """Return the model with its architecture bound, that of a checkpoint without its weights.
+
+    `weights`: the files of weights must be there, and fit the config.
+    Raises a SecateurError if the model cannot be opened, or its family is not known.
+    """
+    if isinstance(model, str | Path):
+        checkpoint = open_checkpoint(model, weights=weights)
+        model = meta_model(checkpoint.config)
+    else:
+        check_in_memory(model, tokenizer)
+        checkpoint = None
+    arch = bind(model)
+    if checkpoint is not None and weights:
+        check_weights(checkpoint, model)
+    return Opened(checkpoint, model, arch, Size.of(model), recipe, _device_for(recipe, checkpoint, model), tokenizer)
+
+
+def _device_for(recipe: Recipe, checkpoint: Checkpoint | None, model: CausalLM) -> torch.device:
+    """Return where the run computes; a model in memory stays where it is. Raises RecipeError if there is no such."""
+    if checkpoint is not None:
+        return device_called(recipe.device)
+    if recipe.device_budget is not None:
+        raise RecipeError("device_budget: a model in memory is where it is; give its path, or leave device_budget out.")
+    if recipe.device is not None and device_called(recipe.device).type != model.device.type:
+        raise RecipeError(
+            f"device: is {recipe.device}, and the model in memory is on {model.device}; move the model, or leave "
+            f"device out."
+        )
+    return model.device
+
+
+def computes_in_float32(opened: Opened) -> bool:
+    """Say whether weights are to be in float32 while they are computed with, and no longer.
+
+    By itself where the device multiplies their dtype in software, and the recipe sets no limit on memory.
+    Raises RecipeError if the recipe asks for it where it cannot be.
+    """
+    recipe, checkpoint, dtype = opened.recipe, opened.checkpoint, opened.model.dtype
+    if recipe.compute_dtype == "float32" and (checkpoint is None or recipe.memory_budget is not None):
+        why = "memory_budget, which keeps weights in their files" if checkpoint else "a model in memory; convert it"
+        raise RecipeError(f"compute_dtype: float32 does not go with {why}; leave one of them out.")
+    if checkpoint is None or recipe.memory_budget is not None or dtype not in LOW:
+        return False
+    return recipe.compute_dtype == "float32" or (
+        recipe.compute_dtype is None and multiplies_in_software(opened.device, dtype)
+    )
+
+
+def tokenizer_of(opened: Opened) -> Tokenizer:
+    """Return the tokenizer that was handed over, or the checkpoint's."""
+    if opened.tokenizer is not None:
+        return opened.tokenizer
+    assert opened.checkpoint is not None, "no model in memory is opened without a tokenizer"
+    return load_tokenizer(opened.checkpoint)
+
+
+def loaded(opened: Opened, *, on_disk: bool) -> tuple[Opened, tuple[str, ...]]:
+    """Return the model with its weights, in ordinary memory or mapped, and what was changed of one in memory.
+
+    `on_disk`: weights stay in their files.
+    """
+    model, checkpoint = opened.model, opened.checkpoint
+    if checkpoint is None:
+        check_finite(model)
+        return opened, restore_buffers(model)
+    # On the way to a device weights need not pass through memory.
+    mapped = (on_disk or opened.device.type != "cpu") and checkpoint.gguf_file is None
+    model = load_model(checkpoint, mapped=mapped)
+    return replace(opened, model=model, size=Size.of(model)), ()
+
+
+def store_for(
+    out: Path | None,
+    recipe: Recipe,
+    checkpoint: Checkpoint | None,
+    computes: dict[str, Any],
+    log: RunLog,
+    *,
+    resume: bool,
+    overwrite: bool,
+    tell: Callable[[str], None],
+) -> AbstractContextManager[Store]:
+    """Return the store of a run that can be resumed, see `Store.open`; for any other one a store that keeps nothing.
+
+    `checkpoint`: None for a model in memory, which a run cuts in place, so that it is not what it was.
+    `computes`: where and in what, as far as the recipe leaves that to the machine.
+    Raises CheckpointError if such a run is to `resume`.
+    """
+    if out is None or checkpoint is None:
+        if resume:
+            raise CheckpointError(
+                "resume: only a run that writes to out and reads its model from files can go on; give both as paths, "
+                "or leave resume out."
+            )
+        return nullcontext(Store(log=log))
+    if not is_first():
+        return nullcontext(Store(log=log, label=str(out)))
+    inputs = inputs_of(recipe, checkpoint) | {"computes": computes}
+    options = {"resume": resume, "overwrite": overwrite, "protected": checkpoint.directory, "tell": tell}
+    return Store.open(out, inputs, log, **options)
+
+
+def inputs_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return all that the result depends on and that is known before a weight is read.
+
+    Calibration text and measured prices are not.
+    """
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
+        "model config": json.loads(checkpoint.config.to_json_string(use_diff=False)),
+        "model file": weight_digests(checkpoint),
+        "version of": versions(),
+    }
+
+
+def check_same_run(model: CausalLM, recipe: Recipe) -> None:
+    """Raise RankError if another rank has another recipe, model, precision or version of the packages."""
+    if size() == 1:
+        return
+    check_same(
+        {
+            "recipe": dump_recipe(recipe),
+            "model (config.json)": str({**model.config.to_dict(), "_name_or_path": ""}),
+            "model (weights)": _digest(model),
+            "set of installed versions": str(versions()),
+        }
+    )
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        first = parameter.detach().flatten()[:NUM_SAMPLED].cpu().double()
+        digest.update(name.encode() + str((parameter.dtype, tuple(parameter.shape))).encode() + first.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,288 @@
+"""Turn a recipe and an architecture into concrete numbers. Every error that needs no weights surfaces here.
+
+In: an opened model and its recipe. Out: plain numbers, the recipe with every `None` filled, and the plans.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from secateur.errors import RecipeError
+from secateur.facts import Outcome
+from secateur.files import parse_size
+from secateur.methods.budget import (
+    Plan,
+    Prices,
+    default_align,
+    largest_remove,
+    least_keep,
+    least_step,
+    levels_of,
+    plan_of,
+    round_down,
+    round_plans,
+    round_shares,
+    uniform_plan,
+)
+from secateur.methods.prices import prices_of, sequence_length
+from secateur.methods.scores import find_score
+from secateur.model.bind import Arch
+from secateur.model.group import OF_EXPERTS, Group, GroupKey
+from secateur.pruning.open import Opened
+from secateur.pruning.resolve_depth import depth_of, groups_of, layers_to_expect, num_rounds, share_for_widths
+from secateur.recipe import Recipe
+from secateur.stream.statistics import BY_DOMAIN
+
+
+def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
+    """Raise RecipeError for what experts do not have (budgets, targets, weightings, scores), or only they have."""
+    have_experts = any(group.kind in OF_EXPERTS for group in groups)
+    if have_experts and (recipe.budget != "uniform" or recipe.target != "parameters"):
+        raise RecipeError(
+            f"groups: experts and their channels can only go with budget: uniform and target: parameters, "
+            f"got {recipe.budget} and {recipe.target}; change these or leave experts out."
+        )
+    units = find_score(recipe.score).units
+    if have_experts and units == "channels and heads":
+        raise RecipeError(
+            f"score: {recipe.score} is of channels and heads, not of experts; use obs, or leave experts out of groups."
+        )
+    if have_experts and recipe.domain_weighting in BY_DOMAIN:
+        raise RecipeError(
+            f"domain_weighting: {recipe.domain_weighting} looks at one reader's cut, which experts and their channels "
+            f"do not have; use energy or tokens, or leave experts out of groups."
+        )
+    other = next((group.name for group in groups if group.kind != "experts"), None)
+    if other and units == "experts":
+        raise RecipeError(
+            f"score: {recipe.score} is of whole experts, groups has {other} too; use obs, or groups: [experts]."
+        )
+
+
+# Least squares wants this many pooled tokens per reader input; with a fraction 1/n of them the damping is at least n
+# times its default. At least, not times: resolving a saved recipe must change nothing.
+TOKENS_PER_INPUT = 10
+DEFAULT_TOKENS_PER_INPUT = 16
+MIN_DEFAULT_TOKENS = 51200
+DEFAULT_TARGET_MIX = 0.5
+# At 15% of SmolLM2's channels perplexity is 10 to 20 times the dense one, whatever chooses them: LOG, 2026-11-25.
+DEEP_KEEP = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A run in concrete numbers. `recipe`: with every `None` filled that depends on the model, as it is saved.
+
+    `align` to `damping`: the recipe's keys of these names, as plain numbers.
+    `removals`: the share of the target's total that is gone after each round.
+    `arch`, `prices`: the dense model's, the prices by the recipe's target.
+    `plans`: one per round, the last is the target; a budget other than `uniform` departs from them layer by layer.
+    `groups`: those that lose units; layers that are protected have none.
+    `layers`: those that stay, by their numbers in the dense model; before any was measured, the last stand for those
+    that go. Everything else counts from the model that these layers make, and numbers layers as it does.
+    """
+
+    recipe: Recipe
+    align: int
+    depth: int
+    num_tokens: int
+    sequence_length: int
+    target_mix: float
+    damping: float
+    arch: Arch
+    prices: Prices
+    layers: tuple[int, ...]
+    groups: tuple[Group, ...] = ()
+    plans: tuple[Plan, ...] = ()
+    removals: tuple[float, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def prices_left(self) -> Prices:
+        """What is counted in plans: the prices of the model that `layers` make."""
+        return self.prices.with_only(self.layers)
+
+    def outcome(self, num_keep: Mapping[GroupKey, int]) -> Outcome:
+        """Return how much of the target is gone once only these units and `layers` are left."""
+        left = self.prices_left
+        share = 1 - (left.total - left.gone(self.groups, num_keep)) / self.prices.total
+        return Outcome(self.recipe.target, self.prices.total_text, share)
+
+    def with_layers(self, layers: tuple[int, ...]) -> "Resolved":
+        """Return the run for the case that these `depth` fewer layers stay, with plans of its own.
+
+        Raises RecipeError, naming the recipe key, if widths cannot give what the layers leave.
+        """
+        recipe, prices = self.recipe, self.prices
+        groups = groups_of(recipe, self.arch, layers)
+        step = least_step(groups, prices, self.align, alike=recipe.budget == "uniform")
+        remove = share_for_widths(recipe, self.depth, prices, prices.of_all_but(layers), step)
+        rounds = num_rounds(recipe) if remove > 0 else 1
+        recipe = recipe.model_copy(update={"widths": _widths(recipe, cuts=remove > 0), "rounds": rounds})
+        shares = round_shares(rounds, recipe.schedule)
+        removals = tuple(remove * share for share in shares)
+        moved = replace(self, recipe=recipe, layers=layers, groups=groups, removals=removals)
+        return replace(moved, plans=tuple(_plans(moved, remove, shares)))
+
+
+def checked(opened: Opened) -> Opened:
+    """Return what was opened, once its recipe is known to fit it, whatever units cost: before they are measured.
+
+    Raises ArchError or RecipeError, each naming the recipe key, for what this model cannot do.
+    """
+    recipe, arch, config = opened.recipe, opened.arch, opened.model.config
+    parse_size("max_shard_size", recipe.max_shard_size)
+    groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
+    if recipe.compensate == "bias" and any(group.bias_switch is None for group in groups):
+        raise RecipeError(
+            f"compensate: family {arch.family} cannot store a bias in its readers (it would be dropped on reload); "
+            f"use least_squares or none."
+        )
+    check_experts(recipe, groups)
+    if recipe.target != "latency" and recipe.prices is not None:
+        raise RecipeError(f"prices: are what target latency plans with; with target {recipe.target} leave them out.")
+    num_rounds(recipe)
+    if config.get_text_config() is not config and (recipe.budget != "uniform" or recipe.protected_layers):
+        raise RecipeError(
+            f"budget: {recipe.budget} with protected_layers {list(recipe.protected_layers)} gives layers widths of "
+            f"their own, which a language model inside a larger class ({config.model_type}) cannot be saved with; use "
+            f"budget uniform without protected_layers."
+        )
+    sequence_length(recipe.calibration.sequence_length, config)
+    _target_mix(recipe, arch)
+    return opened
+
+
+def recipe_prices(recipe: Recipe, arch: Arch, model: Any) -> Prices:
+    """Return the dense model's prices by the recipe's target, those of the recipe's groups; see `prices_of`.
+
+    Raises RecipeError as `prices_of`, ArchError if the family has no such group.
+    """
+    groups, length = arch.select(recipe.groups), sequence_length(recipe.calibration.sequence_length, model.config)
+    return prices_of(recipe.target, arch, groups, model, prompt_tokens=length, seconds=recipe.prices)
+
+
+def resolve(opened: Opened) -> Resolved:
+    """Fill what depends on the model and make the plans. `opened`: as `checked` returns it.
+
+    Raises RecipeError, naming the recipe key, for what cannot be reached.
+    """
+    recipe, arch, config = opened.recipe, opened.arch, opened.model.config
+    prices = recipe_prices(recipe, arch, opened.model)
+    depth = depth_of(recipe, arch, config, prices)
+    recipe = recipe.model_copy(update={"depth": depth})
+    layers = layers_to_expect(recipe, arch, config)
+    groups = groups_of(recipe, arch, layers)
+    # A layer is folded into the FFN reader before it, whatever else is cut.
+    fitted = groups + (arch.select(("ffn",)) if depth else ())
+    widest = max(group.num_inputs for group in fitted)
+    num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
+    length = sequence_length(recipe.calibration.sequence_length, config)
+    text: dict[str, Any] = {"num_tokens": num_tokens, "sequence_length": length}
+    damping, warnings = _damping(recipe, num_tokens, widest)
+    numbers: dict[str, Any] = {"align": recipe.align or default_align(groups), "depth": depth, "damping": damping}
+    numbers["target_mix"] = _target_mix(recipe, arch)
+    recipe = recipe.model_copy(update=numbers | {"calibration": recipe.calibration.model_copy(update=text)})
+    facts: dict[str, Any] = {"recipe": recipe, "arch": arch, "prices": prices, "layers": layers, "warnings": warnings}
+    resolved = Resolved(**facts, **numbers, **text).with_layers(layers)
+    return replace(resolved, warnings=warnings + _too_deep(resolved.groups, resolved.plans[-1]))
+
+
+def _too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:
+    """Return a warning per kind of unit of which less than `DEEP_KEEP` is left."""
+    warnings: list[str] = []
+    for name in dict.fromkeys(group.name for group in groups):
+        members = [group for group in groups if group.name == name]
+        kept = sum(plan.num_keep[group.layer, name] for group in members) / sum(group.num_units for group in members)
+        if kept < DEEP_KEEP:
+            warnings.append(
+                f"{1 - kept:.0%} of all {name} units go, more than they can give without ruin; remove less, or spread "
+                f"it: preset best, more groups, depth."
+            )
+    return tuple(warnings)
+
+
+def _plans(resolved: Resolved, remove: float, shares: list[float]) -> list[Plan]:
+    """Return the rounds' plans for what is left to the widths, which may be nothing."""
+    recipe, groups, prices = resolved.recipe, resolved.groups, resolved.prices_left
+    if remove == 0:
+        return [plan_of(groups, prices, {(group.layer, group.name): group.num_units for group in groups})]
+    _check_within_reach(resolved, remove)
+    # Other budgets need the plan only to count with, and spread it over layers in steps of their own.
+    align = resolved.align if recipe.budget == "uniform" else 1
+    plan = uniform_plan(groups, prices, remove, align)
+    _check_least(recipe, groups, plan, remove, prices)
+    return round_plans(groups, prices, plan, shares, align)
+
+
+def _widths(recipe: Recipe, *, cuts: bool) -> str:
+    """Return what the recipe's widths must be. Raises RecipeError if it says that they must not."""
+    if not cuts:
+        return recipe.widths or "uniform"
+    reasons = [f"budget {recipe.budget}"] * (recipe.budget != "uniform") + ["protected_layers"] * bool(
+        recipe.protected_layers
+    )
+    if not reasons:
+        return recipe.widths or "uniform"
+    if recipe.widths == "uniform":
+        raise RecipeError(
+            f"widths: uniform cannot be met with {reasons[0]}, which gives layers widths of their own; leave it out, "
+            f"or use budget uniform without protected_layers."
+        )
+    return "per_layer"
+
+
+def _check_within_reach(resolved: Resolved, remove: float) -> None:
+    """Raise RecipeError if a budget that plans layer by layer could not reach the target whatever it measures."""
+    recipe, groups, prices = resolved.recipe, resolved.groups, resolved.prices_left
+    if recipe.budget == "uniform":
+        return
+    least = least_keep(groups, resolved.align, recipe.min_keep)
+    if recipe.budget != "global":
+        for group in groups:
+            levels = levels_of(group, group.num_units, resolved.align)
+            key = (group.layer, group.name)
+            least[key] = min(level for level in levels if level >= least[key])
+    largest = largest_remove(groups, prices, least)
+    if remove > largest:
+        raise RecipeError(
+            f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at most "
+            f"{round_down(largest)} with each at its smallest width; ask for less, lower min_keep or align, or "
+            f"remove more whole layers (depth)."
+        )
+
+
+def _check_least(recipe: Recipe, groups: tuple[Group, ...], plan: Plan, remove: float, prices: Prices) -> None:
+    if recipe.budget != "uniform":
+        return
+    for group in groups:
+        left = plan.num_keep[group.layer, group.name] / group.num_units
+        if left < recipe.min_keep:
+            raise RecipeError(
+                f"min_keep: {recipe.min_keep:g} of each group is to stay, but removing {remove:g} of all "
+                f"{prices.total_text} leaves {left:.3f} of {group.name}; lower min_keep or remove less."
+            )
+
+
+def _target_mix(recipe: Recipe, arch: Arch) -> float:
+    possible = arch.mlp_adds_directly and recipe.compensate == "least_squares"
+    if recipe.target_mix is None:
+        return DEFAULT_TARGET_MIX if possible else 0.0
+    if recipe.target_mix > 0 and not arch.mlp_adds_directly:
+        raise RecipeError(
+            f"target_mix: family {arch.family} normalises what an MLP gives before adding it, so no drift can be made "
+            f"up for; got {recipe.target_mix:g}, set it to 0 or leave it out."
+        )
+    return recipe.target_mix if recipe.compensate == "least_squares" else 0.0
+
+
+def _damping(recipe: Recipe, num_tokens: int, widest: int) -> tuple[float, tuple[str, ...]]:
+    needed = TOKENS_PER_INPUT * widest
+    raised = Recipe().damping * needed / num_tokens
+    if recipe.compensate != "least_squares" or num_tokens >= needed or recipe.damping >= raised:
+        return recipe.damping, ()
+    warning = (
+        f"calibration.num_tokens: {num_tokens:,} tokens are few for least squares over {widest:,} channels "
+        f"(want {needed:,}), so damping rises from {recipe.damping:g} to {raised:g}."
+    )
+    return raised, (warning,)

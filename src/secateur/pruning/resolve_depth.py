@@ -1,0 +1,166 @@
+"""How many parameters whole layers take, and what is left for widths. Arithmetic, before any weight is read.
+
+In: a recipe with `depth`, the dense model's architecture and config. Out: which layers stay, the share that is left to
+the widths. All layers of a family have equal sizes, so which ones go changes no number; `choose_layers` says which.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from secateur.errors import RecipeError
+from secateur.methods.budget import Prices
+from secateur.model.bind import Arch
+from secateur.model.group import OF_EXPERTS, Group
+from secateur.recipe import Recipe
+
+# Of the share of units beyond UNITS_ALONE that widths would have to give, this much as large a share of layers goes.
+UNITS_ALONE, LAYERS_PER_UNIT = 0.5, 0.8
+# Readers that only serve to compare layers are fitted to so many tokens per input.
+TOKENS_PER_INPUT = 4
+
+
+def protected_layers(recipe: Recipe, arch: Arch) -> set[int]:
+    """Return the dense model's layers that stay whole. Raises RecipeError for one that is not there."""
+    return _layers_named("protected_layers", recipe.protected_layers, arch.num_layers)
+
+
+def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
+    """Return the dense model's layers that the recipe itself says are to go.
+
+    Raises RecipeError for one that is not there, is named twice or is protected, and for another number in `depth`.
+    """
+    named = _layers_named("removed_layers", recipe.removed_layers, arch.num_layers)
+    shown = ", ".join(map(str, recipe.removed_layers))
+    if len(named) < len(recipe.removed_layers):
+        raise RecipeError(f"removed_layers: [{shown}] names a layer of {arch.num_layers} twice; name each once.")
+    if both := sorted(named & protected_layers(recipe, arch)):
+        raise RecipeError(f"removed_layers: layer {both[0]} is in protected_layers too; take it out of one of them.")
+    if named and recipe.depth not in (None, len(named)):
+        raise RecipeError(
+            f"depth: {recipe.depth} is not the number of removed_layers: [{shown}]; leave depth out, or give "
+            f"{len(named)}."
+        )
+    return named
+
+
+def _layers_named(key: str, layers: tuple[int, ...], num_layers: int) -> set[int]:
+    for index in layers:
+        if not -num_layers <= index < num_layers:
+            raise RecipeError(
+                f"{key}: there is no layer {index}; use 0 to {num_layers - 1}, or {-num_layers} to -1 from the end."
+            )
+    return {index % num_layers for index in layers}
+
+
+def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]:
+    """Return the layers that stay, by their numbers in the dense model.
+
+    Where the recipe does not say which go, as if the last unprotected ones did; a `depth` not known yet counts as 0.
+
+    Raises RecipeError if so many cannot go, or if layers differ in size.
+    """
+    named = removed_layers(recipe, arch)
+    free = sorted(set(range(arch.num_layers)) - protected_layers(recipe, arch))
+    if not free:
+        raise RecipeError("protected_layers: no layer is left to remove anything from; protect fewer.")
+    depth = len(named) or recipe.depth or 0
+    if depth and getattr(config, "is_heterogeneous", False):
+        raise RecipeError(
+            f"depth: {depth} layers cannot be removed from a model of per-layer widths (per_layer_config); "
+            f"remove layers from the dense model, before widths."
+        )
+    if depth >= len(free):
+        raise RecipeError(
+            f"depth: {depth} of {arch.num_layers} layers cannot be removed; one that is not in protected_layers "
+            f"must stay, so ask for 0 to {len(free) - 1}."
+        )
+    gone = named or set(free[len(free) - depth :])
+    return tuple(index for index in range(arch.num_layers) if index not in gone)
+
+
+def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
+    """Return how many whole layers go: what the recipe says, or the default."""
+    if recipe.depth is not None:
+        return recipe.depth
+    return len(recipe.removed_layers) or default_depth(recipe, arch, config, prices)
+
+
+def default_depth(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
+    """Return how many whole layers go where the recipe does not say.
+
+    Widths give the first units cheaply and the last ones at ruin. With f the share of the recipe's units that would go
+    if widths gave all, round(LAYERS_PER_UNIT * (f - UNITS_ALONE)) of all layers go, or none. Measured on SmolLM2-135M
+    (LOG, 2026-11-25), where that is 0 of 30 layers at 30% of all parameters, 4 at 40%, 8 at 50%. None either where the
+    recipe has rounds or a limit on the loss, counts something else than parameters or cuts no FFN, and where
+    layers differ.
+    """
+    groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
+    plain = recipe.target == "parameters" and recipe.rounds == 1 and isinstance(recipe.schedule, str)
+    plain = plain and recipe.max_loss_rise is None
+    alike = len(set(arch.params_per_layer)) == 1 and not any(group.kind in OF_EXPERTS for group in groups)
+    if not plain or not alike or "ffn" not in recipe.groups or not groups or getattr(config, "is_heterogeneous", False):
+        return 0
+    asked, units = recipe.remove * prices.total, sum(group.num_units * prices.of(group) for group in groups)
+    wanted = round(LAYERS_PER_UNIT * (asked / units - UNITS_ALONE) * arch.num_layers)
+    free = arch.num_layers - len(protected_layers(recipe, arch))
+    depth = max(0, min(wanted, int(asked // prices.per_layer[0]), free - 1))
+    # Where even then widths cannot give the rest, the error is to say what they can give by themselves.
+    return depth if asked - depth * prices.per_layer[0] < units * (free - depth) / free else 0
+
+
+def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Group, ...]:
+    """Return the groups that lose units once only `layers` are left, numbered as they are then."""
+    protected = protected_layers(recipe, arch)
+    chosen = arch.select(recipe.groups)
+    return tuple(
+        dataclasses.replace(group, layer=number)
+        for number, layer in enumerate(layers)
+        for group in chosen
+        if group.layer == layer and layer not in protected
+    )
+
+
+def num_rounds(recipe: Recipe) -> int:
+    """Return the rounds that the recipe asks for. Raises RecipeError if its schedule is a list that cannot be met."""
+    gone = recipe.schedule
+    if isinstance(gone, str):
+        return recipe.rounds
+    shown = ", ".join(f"{share:g}" for share in gone)
+    if not gone or list(gone) != sorted(set(gone)) or gone[-1] != recipe.remove:
+        raise RecipeError(
+            f"schedule: a list says what is gone after each round, rising to remove: {recipe.remove:g}, got [{shown}]; "
+            f"end it with {recipe.remove:g}."
+        )
+    if recipe.rounds not in (1, len(gone)):
+        raise RecipeError(
+            f"schedule: {len(gone)} rounds are listed, but rounds: {recipe.rounds}; leave rounds out or list as many."
+        )
+    if recipe.depth or recipe.removed_layers:
+        raise RecipeError(
+            "schedule: layers (depth) go before the first round, so what is gone after each cannot be listed; use "
+            "linear, or remove no layers."
+        )
+    return len(gone)
+
+
+def share_for_widths(recipe: Recipe, depth: int, prices: Prices, num_gone: int, step: int) -> float:
+    """Return the share that widths must still take of what the layers leave; 0 if that is less than half a `step`.
+
+    `num_gone`: what the `depth` layers that go take. `step`: the least that can go of the widths.
+    Raises RecipeError if the layers alone take more than half a step too much.
+    """
+    asked = recipe.remove * prices.total
+    if not num_gone:
+        return recipe.remove
+    if abs(asked - num_gone) <= step / 2:
+        return 0.0
+    if num_gone > asked:
+        per_layer = num_gone // depth
+        most, least = int((asked + step / 2) // per_layer), math.ceil(1e4 * num_gone / prices.total) / 1e4
+        raise RecipeError(
+            f"depth: {depth} layers of {prices.text(per_layer)} each make it {num_gone / prices.total:.3f} of "
+            f"all {prices.total_text}, more than remove: {recipe.remove:g}; use depth {most} at most, "
+            f"or remove at least {least:.4f}."
+        )
+    return (asked - num_gone) / (prices.total - num_gone)

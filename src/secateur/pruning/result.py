@@ -1,0 +1,155 @@
+"""What a run gives back and writes: the checkpoint with its proof, the kept units, the summary, card and page."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.data.calibration import CalibrationSet, ngram_overlap
+from secateur.facts import Size
+from secateur.formats.save import Verification, save_checkpoint, verify_reload
+from secateur.log import RunLog, versions
+from secateur.model.checkpoint import CausalLM, Tokenizer
+from secateur.model.group import Group
+from secateur.pruning.open import Opened
+from secateur.pruning.run import Keeps, Run
+from secateur.recipe import Recipe, dump_recipe
+from secateur.report.records import CalibrationFacts, Summary
+from secateur.report.report import missing_plots, write_report
+from secateur.report.rows import model_card
+
+
+def calibration_facts(calibration: CalibrationSet) -> CalibrationFacts:
+    """Return hash and token counts by domain, and how much of the held-out text the calibration text has too."""
+    measured_on = {domain.name: domain.calibration_NT for domain in calibration.domains}
+    held_out = {domain.name: domain.held_out_NT for domain in calibration.domains}
+    return CalibrationFacts(
+        calibration.content_hash,
+        calibration.sequence_length,
+        {name: blocks.numel() for name, blocks in measured_on.items()},
+        {name: blocks.numel() for name, blocks in held_out.items()},
+        ngram_overlap(measured_on, held_out),
+    )
+
+
+ROUNDS = "rounds"
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedCheckpoint:
+    """`carry_from`: the dense checkpoint's directory, whose side files come along; None for a model in memory.
+
+    `layers`: the dense model's layers that stayed. In keep.json, where any went, they are the first entry, group
+    `layers`; the other entries number layers as the result does, so that number n there is the n-th of these.
+    """
+
+    model: CausalLM
+    tokenizer: Tokenizer
+    recipe: Recipe
+    directory: Path
+    carry_from: Path | None
+    layers: tuple[int, ...]
+
+    def save(self, keeps: Keeps) -> None:
+        """Write the result into the directory itself."""
+        self._write(keeps, self.directory)
+
+    def save_round(self, number: int, keeps: Keeps) -> None:
+        """Write what a round has left under `rounds/NUMBER`; the last round's place is the directory itself."""
+        if number == self.recipe.rounds:
+            return
+        place = self.directory / ROUNDS / str(number)
+        place.mkdir(parents=True)
+        self._write(keeps, place)
+
+    def _write(self, keeps: Keeps, place: Path) -> None:
+        shard_size = self.recipe.max_shard_size
+        save_checkpoint(self.model, self.tokenizer, place, max_shard_size=shard_size, carry_from=self.carry_from)
+        (place / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
+        layers = [{"group": "layers", "keep": self.layers}] if self.recipe.depth else []
+        kept = [{"layer": layer, "group": group, "keep": keep.tolist()} for (layer, group), keep in keeps.items()]
+        (place / "keep.json").write_text(json.dumps([*layers, *kept]) + "\n", encoding="utf-8")
+
+
+VERIFY_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A pruned model. `keeps`: by (layer, group), the original indices of the units that stayed, sorted.
+
+    `layers`: the dense model's layers that stayed; layer n of the result, and of `keeps`, was `layers[n]` there.
+    """
+
+    model: CausalLM
+    tokenizer: Tokenizer
+    recipe: Recipe
+    keeps: Keeps
+    layers: tuple[int, ...]
+    summary: Summary
+    out: Path | None = None
+
+
+def save_and_prove(run: Run, checkpoint: PrunedCheckpoint, keeps: Keeps) -> Verification:
+    """Write the model and have a fresh process compute the logits that it gives here."""
+    services = run.services
+    with services.log.time("save"):
+        checkpoint.save(keeps)
+    with services.log.time("verify"):
+        services.progress("verify", 0, 1)
+        ids_1T = run.text.domains[0].held_out_NT[:1, :VERIFY_TOKENS].to(run.model.device)
+        with torch.inference_mode():
+            logits = run.model(ids_1T, use_cache=False).logits
+        proof = verify_reload(checkpoint.directory, ids_1T, logits)
+        services.progress("verify", 1, 1)
+    return proof
+
+
+def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | None, **measured: Any) -> Summary:
+    """Return what the run says of itself. `measured`: the command, losses and peaks of memory, by the field's name."""
+    recipe, log, pruned_size = run.resolved.recipe, run.services.log, Size.of(run.model)
+    notes = tuple(line["text"] for line in log.lines if line["event"] == "note")
+    return Summary(
+        model=opened.name,
+        family=run.arch.family,
+        remove_asked=recipe.remove,
+        remove_reached=1 - pruned_size.num_params / opened.size.num_params,
+        outcome=run.resolved.outcome({key: keep.shape[-1] for key, keep in keeps.items()}),
+        dense_size=opened.size,
+        pruned_size=pruned_size,
+        num_layers=(opened.arch.num_layers, len(run.resolved.layers)),
+        widths=group_widths(run.arch.select(recipe.groups), keeps),
+        calibration=calibration_facts(run.text),
+        guard_refusals=sum(line.get("step", 1) == 0 for line in log.lines),
+        seconds={name: round(seconds, 2) for name, seconds in log.seconds.items()},
+        reload_max_abs_difference=proof.max_abs_difference if proof else None,
+        sample_text=proof.generated_text if proof else None,
+        warnings=(*run.resolved.warnings, *notes, *(missing_plots() if proof else ())),
+        versions=versions(),
+        device=str(opened.device),
+        **measured,
+    )
+
+
+def write_report_files(directory: Path, summary: Summary, log: RunLog) -> None:
+    """Write the summary, the model card and the report."""
+    log.write({"event": "seconds", **summary.seconds})
+    (directory / "result.json").write_text(summary.to_json(), encoding="utf-8")
+    (directory / "README.md").write_text(model_card(summary), encoding="utf-8")
+    if not missing_plots():
+        write_report(directory)
+
+
+def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tensor]) -> dict[str, tuple[int, int, int]]:
+    """Return, by kind of group, units per layer before, and after in the narrowest and the widest layer."""
+    widths: dict[str, tuple[int, int, int]] = {}
+    for group in groups:
+        keep = keeps.get((group.layer, group.name))
+        kept = group.num_units if keep is None else keep.shape[-1]
+        before, least, most = widths.get(group.name, (group.num_units, kept, kept))
+        widths[group.name] = (before, min(least, kept), max(most, kept))
+    return widths

@@ -1,0 +1,165 @@
+"""A run: everything that the loop and the planning of its rounds work on, and its safety net."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.data.calibration import CalibrationSet, rotated
+from secateur.errors import RecipeError
+from secateur.facts import Batch, Loss
+from secateur.model.bind import Arch, decoder_layers
+from secateur.model.checkpoint import CausalLM
+from secateur.model.group import GroupKey
+from secateur.pruning.resolve import Resolved
+from secateur.ranks import own_part
+from secateur.store import Services
+from secateur.stream.losses import domain_losses
+from secateur.stream.offload import LayersOnDisk
+from secateur.stream.walk import make_batches
+
+Keeps = dict[GroupKey, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Everything that a prune works on, step by step. `text`: the calibration set.
+
+    `weights_on_disk`: finished layers are mapped from files, so that of the weights only one layer's fill memory.
+    `after_round`: is told the number of every round that held, while the model is as that round left it, its config
+    included, and which units are left.
+    `dense_losses`: held-out nats per token by domain before layers were removed, where something watches them.
+    """
+
+    model: CausalLM
+    arch: Arch
+    resolved: Resolved
+    text: CalibrationSet
+    services: Services = field(default_factory=Services)
+    weights_on_disk: bool = False
+    after_round: Callable[[int, Keeps], None] | None = None
+    dense_losses: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each domain's share of the calibration tokens."""
+        return {domain.name: domain.share for domain in self.text.domains}
+
+    @property
+    def held_out(self) -> dict[str, Tensor]:
+        """Each domain's held-out blocks, domains x blocks x tokens."""
+        return {domain.name: domain.held_out_NT for domain in self.text.domains}
+
+    def batches(self, number: int) -> list[Batch]:
+        """Return what round `number` (from 1) measures on, held-out batches marked; a rank's own part of it."""
+        device: torch.device = next(self.model.parameters()).device
+        batches: list[Batch] = []
+        for domain in rotated(self.text, number - 1).domains:
+            batches += make_batches(domain.name, domain.calibration_NT.to(device), held_out=False)
+            batches += make_batches(domain.name, domain.held_out_NT.to(device), held_out=True)
+        # Dealt out whole, so that every hidden state is, bit for bit, what one process computes.
+        return own_part(batches)
+
+    def losses(self, which: str) -> dict[str, Loss]:
+        """Return held-out losses by domain, in the run log too; none where the recipe asks for none."""
+        if not self.resolved.recipe.evaluate:
+            return {}
+        log = self.services.log
+
+        def measured() -> dict[str, Any]:
+            losses = domain_losses(self.model, self.arch, self.held_out, self.services.progress, f"evaluate {which}")
+            return {domain: dataclasses.asdict(loss) for domain, loss in losses.items()}
+
+        with log.time("evaluate"):
+            found = self.services.store.value(f"evaluate {which}", measured)
+        for domain, loss in found.items():
+            log.write({"event": "loss", "model": which, "domain": domain, **loss})
+        return {domain: Loss(**loss) for domain, loss in found.items()}
+
+
+class SafetyNet:
+    """`dense` and `now`: held-out nats per token by domain; empty where nothing asks for them.
+
+    `now` is of the model as the first round finds it, so without the layers that the recipe's `depth` took.
+    """
+
+    def __init__(self, run: Run, directory: Path) -> None:
+        self.run = run
+        self.limit = run.resolved.recipe.max_loss_rise
+        self.now = watched_losses(run, "without layers" if run.dense_losses else "dense")
+        self.dense = run.dense_losses or self.now
+        self._snapshot = LayersOnDisk(directory, "held")
+        self._keeps: Keeps = {}
+
+    def allowed_rise(self) -> dict[str, float]:
+        """Return how much each protected domain's loss may still rise, in nats per token.
+
+        allowed = dense (1 + protect) - now. Raises RecipeError if a domain has nothing left.
+        """
+        allowed: dict[str, float] = {}
+        for name, domain in self.run.resolved.recipe.calibration.domains.items():
+            if domain.protect is None:
+                continue
+            allowed[name] = self.dense[name] * (1 + domain.protect) - self.now[name]
+            if allowed[name] <= 0:
+                raise RecipeError(
+                    f"calibration.domains.{name}.protect: its held-out loss has risen from {self.dense[name]:.3f} to "
+                    f"{self.now[name]:.3f} nats per token, beyond the {domain.protect:.1%} allowed, with rounds left; "
+                    f"remove less or allow more."
+                )
+        return allowed
+
+    def before_round(self, keeps: Keeps) -> None:
+        """Keep the layers and what is left of them, where a way back may be needed."""
+        if self.limit is None:
+            return
+        groups = self.run.resolved.groups
+        for index, layer in enumerate(decoder_layers(self.run.model, self.run.arch)):
+            self._snapshot.keep(index, layer, [group for group in groups if group.layer == index])
+        self._keeps = dict(keeps)
+
+    def holds(self, number: int, keeps: Keeps) -> bool:
+        """Measure the round; if the mean loss rose too far, put model and `keeps` back and return False.
+
+        Raises RecipeError if there is no round to go back to.
+        """
+        if not self.now:
+            return True
+        self.now = watched_losses(self.run, f"round {number}")
+        num_params = sum(parameter.numel() for parameter in self.run.model.parameters())
+        rise = _mean(self.now) / _mean(self.dense) - 1
+        held = self.limit is None or rise <= self.limit
+        line = {"event": "round", "round": number, "num_params": num_params, "nats_per_token": self.now, "held": held}
+        self.run.services.log.write(line)
+        if held:
+            return True
+        said = f"max_loss_rise: round {number} raised the mean held-out loss by {rise:.1%} (allowed {self.limit:.1%})"
+        if number == 1:
+            raise RecipeError(f"{said}, and there is no round before it to go back to; remove less or use more rounds.")
+        for index, layer in enumerate(decoder_layers(self.run.model, self.run.arch)):
+            self._snapshot.put_back(index, layer)
+        keeps.update(self._keeps)
+        self.run.services.log.write({"event": "note", "text": f"{said}, so the result is that of round {number - 1}."})
+        return False
+
+
+def watched_losses(run: Run, which: str) -> dict[str, float]:
+    """Return held-out nats per token by domain, or nothing if nothing in the recipe asks for them."""
+    recipe = run.resolved.recipe
+    is_protected = any(domain.protect is not None for domain in recipe.calibration.domains.values())
+    if recipe.max_loss_rise is None and not is_protected and recipe.rounds == 1:
+        return {}
+
+    def measured() -> dict[str, float]:
+        losses = domain_losses(run.model, run.arch, run.held_out, run.services.progress, f"held-out loss, {which}")
+        return {name: loss.nats_per_token for name, loss in losses.items()}
+
+    return run.services.store.value(f"held-out {which}", measured)
+
+
+def _mean(losses: dict[str, float]) -> float:
+    return sum(losses.values()) / len(losses)

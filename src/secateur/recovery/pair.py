@@ -1,0 +1,177 @@
+"""The two models of a recovery and its text, opened and compared before anything runs.
+
+The text has blocks to train on and held-out blocks, of the domains that the model was calibrated on.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.data.calibration import CALIBRATION_BLOCKS_PER_HELD_OUT, build_calibration, with_sampled
+from secateur.errors import CheckpointError, RecipeError
+from secateur.log import Progress, silent
+from secateur.model.bind import Arch, bind
+from secateur.model.checkpoint import (
+    Checkpoint,
+    check_same_tokens,
+    check_weights,
+    load_tokenizer,
+    meta_model,
+    open_checkpoint,
+)
+from secateur.recipe import Recipe, RecoverySettings
+
+KEEP_FILE = "keep.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Both checkpoints and their shapes."""
+
+    pruned: Checkpoint
+    teacher: Checkpoint
+    pruned_shape: PreTrainedModel
+    teacher_shape: PreTrainedModel
+    teacher_arch: Arch
+    tokenizer: PreTrainedTokenizerBase
+
+
+def open_pair(pruned: str | Path, teacher: str | Path) -> Candidates:
+    """Open both and check that one can teach the other, token by token and layer by layer.
+
+    Raises CheckpointError if either cannot be opened, or vocabulary, tokenizer, family, hidden size or layers differ.
+    """
+    student, dense = open_checkpoint(pruned), open_checkpoint(teacher)
+    shapes = meta_model(student.config), meta_model(dense.config)
+    archs = bind(shapes[0]), bind(shapes[1])
+    tokenizer = load_tokenizer(student)
+    check_same_tokens(student, dense, tokenizer, "--teacher")
+    if archs[0].family != archs[1].family:
+        raise CheckpointError(
+            f"--teacher {teacher}: is a {archs[1].family} model and {pruned} a {archs[0].family} one; give the model "
+            "that was pruned."
+        )
+    hidden, other = (shape.config.get_text_config().hidden_size for shape in shapes)
+    if hidden != other:
+        raise CheckpointError(
+            f"--teacher {teacher}: its hidden size is {other} and that of {pruned} {hidden}; give the model that was "
+            "pruned."
+        )
+    _check_layers(student, archs[0].num_layers, archs[1].num_layers, str(teacher))
+    for checkpoint, shape in zip((student, dense), shapes, strict=True):
+        check_weights(checkpoint, shape)
+    return Candidates(student, dense, *shapes, archs[1], tokenizer)
+
+
+def _check_layers(student: Checkpoint, num_layers: int, num_dense: int, teacher: str) -> None:
+    """Check that the pruned model has the dense layers that stayed, by keep.json where any went."""
+    path = student.directory / KEEP_FILE
+    found: list[list[int]] = []
+    if path.is_file():
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+            found = [entry["keep"] for entry in entries if entry["group"] == "layers"]
+        except (OSError, ValueError, TypeError, KeyError):
+            raise CheckpointError(f"{path}: cannot be read; use the file that secateur prune wrote.") from None
+    layers = tuple(found[0]) if found else tuple(range(num_dense))
+    if len(layers) != num_layers or layers[-1] >= num_dense:
+        says = f"{path} names {len(layers)} that stayed" if found else f"no {KEEP_FILE} says that any went"
+        raise CheckpointError(
+            f"--teacher {teacher}: has {num_dense} layers and {student.reference} {num_layers}, and {says}; give the "
+            "model that was pruned."
+        )
+
+
+# A block and the domain that it is of.
+Block = tuple[str, Int64[Tensor, " T"]]
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryText:
+    """`blocks`: to train on, in the order of use. `content_hash`: of all text."""
+
+    blocks: tuple[Block, ...]
+    held_out_NT: dict[str, Int64[Tensor, "M T"]]
+    sequence_length: int
+    content_hash: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the tokens to train on."""
+        return sum(len(ids_T) for _, ids_T in self.blocks)
+
+    @property
+    def num_held_out_tokens(self) -> int:
+        """Return the tokens to judge by."""
+        return sum(blocks.numel() for blocks in self.held_out_NT.values())
+
+
+def recovery_text(
+    recipe: Recipe,
+    settings: RecoverySettings,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedModel,
+    progress: Progress = silent,
+) -> RecoveryText:
+    """Draw the text. Domains have the shares that the recipe gives them; they are mixed in a seeded order.
+
+    No more tokens are used than `settings` says: blocks that do not fill a step are left out.
+
+    Raises CalibrationError if the domains have less text, RecipeError if there are too few tokens for one step.
+    """
+    calibration, length = recipe.calibration.model_copy(update={"rotate": False}), recipe.calibration.sequence_length
+    assert length is not None
+    built = build_calibration(
+        calibration,
+        settings.num_tokens,
+        tokenizer,
+        recipe.seed,
+        progress,
+        more_held_out=_more_held_out(recipe, settings),
+    )
+    built = with_sampled(built, teacher, tokenizer, recipe.seed, progress)
+    blocks = [(domain.name, ids_T) for domain in built.domains for ids_T in domain.calibration_NT]
+    random.Random(f"{recipe.seed}:recover").shuffle(blocks)
+    return RecoveryText(
+        tuple(_whole_steps(blocks, settings, length)),
+        {domain.name: domain.held_out_NT[: settings.held_out_blocks] for domain in built.domains},
+        length,
+        built.content_hash,
+    )
+
+
+def blocks_per_step(batch_tokens: int, sequence_length: int) -> int:
+    """Return how many blocks make one step of `batch_tokens` tokens; at least one."""
+    return max(1, batch_tokens // sequence_length)
+
+
+def _whole_steps(blocks: Sequence[Block], settings: RecoverySettings, length: int) -> Sequence[Block]:
+    size = blocks_per_step(settings.logits.batch_tokens, length)
+    num_blocks = min(len(blocks), settings.num_tokens // length) // size * size
+    if num_blocks == 0:
+        raise RecipeError(
+            f"recover.num_tokens: {settings.num_tokens:,} leave less than one step of {size} blocks of {length} "
+            "tokens; raise it, or lower recover.logits.batch_tokens."
+        )
+    return blocks[:num_blocks]
+
+
+def _more_held_out(recipe: Recipe, settings: RecoverySettings) -> int:
+    """Return how many blocks to hold out beyond a tenth, so that all that judged the pruning are held out again."""
+    calibration, length = recipe.calibration, recipe.calibration.sequence_length
+    assert length is not None
+    total = sum(domain.share for domain in calibration.domains.values())
+    missing = 0
+    for domain in calibration.domains.values():
+        pruning, recovery = (
+            -(-max(1, round(domain.share / total * num_tokens / length)) // CALIBRATION_BLOCKS_PER_HELD_OUT)
+            for num_tokens in (calibration.num_tokens or 0, settings.num_tokens)
+        )
+        missing = max(missing, max(pruning, settings.held_out_blocks) - recovery)
+    return missing

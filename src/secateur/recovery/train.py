@@ -1,0 +1,396 @@
+"""Training: the pruned model learns to predict what the dense model predicts.
+
+In: both models, the text, the settings. Out: the trained model, in place. transformers' Trainer runs it, with our
+loss and our held-out text; under FSDP both models are in shards.
+"""
+
+import copy
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from secateur.errors import CheckpointError, RecipeError
+from secateur.log import Progress, silent
+from secateur.model.config import quiet_transformers
+from secateur.recipe import LogitSettings, RecoverySettings
+from secateur.recovery.judge import Judge, distillation_loss, objective, teacher_log_p
+from secateur.recovery.pair import Block, Candidates, RecoveryText, blocks_per_step
+from secateur.report.measured import Verdicts, mean_kl
+from secateur.stream.offload import forget_weights
+
+STAGE = "recover"
+
+# From the ids of a batch to the teacher's log probabilities.
+Teach = Callable[[Tensor], Tensor]
+
+
+class BlockDataset(Dataset[dict[str, Tensor]]):
+    """Blocks in the order of use, each with its domain's weight."""
+
+    def __init__(self, blocks: Sequence[Block], weights: dict[str, float]) -> None:
+        self.blocks, self.weights = blocks, weights
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        domain, ids_T = self.blocks[number]
+        return {"input_ids": ids_T, "weight": torch.tensor(self.weights[domain])}
+
+
+def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack the items of a batch."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+class Distiller(Trainer):
+    """Trains on `distillation_loss` and evaluates by the judge. `teach` None: there is no teacher."""
+
+    settings: LogitSettings
+    judge: Judge
+    teach: Teach | None
+    last_verdicts: Verdicts
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+        ids_BT = inputs["input_ids"]
+        log_p_PV = None if self.teach is None else self.teach(ids_BT)
+        logits_PV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
+        weight_P = inputs["weight"].repeat_interleave(ids_BT.shape[1] - 1)
+        return distillation_loss(
+            logits_PV,
+            ids_BT[:, 1:].flatten(),
+            log_p_PV,
+            weight_P,
+            temperature=self.settings.temperature,
+            kl_share=self.settings.kl_share,
+        )
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        model: Any = self.model_wrapped
+        model.eval()
+        self.last_verdicts = self.judge.verdicts(
+            lambda ids_BT: model(input_ids=ids_BT.to(self.args.device), use_cache=False).logits
+        )
+        metrics = {f"eval_kl_{domain}": verdict.kl for domain, verdict in self.last_verdicts.items()}
+        metrics["eval_kl"] = mean_kl(self.last_verdicts)
+        metrics["eval_objective"] = objective(self.last_verdicts, self.settings.kl_share)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+@dataclass
+class Listener(TrainerCallback):
+    """Writes losses and held-out KL to the run log, moves the progress, and asks for a last evaluation at the end.
+
+    `tell`: gets a line of text at every evaluation.
+    """
+
+    tokens_per_step: int
+    log: Callable[[dict[str, Any]], None]
+    progress: Progress
+    tell: Callable[[str], None]
+    started: float = 0.0
+    first_step: int = 0
+    loss: float = float("nan")
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.started, self.first_step = time.perf_counter(), state.global_step
+        self.progress(STAGE, state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.progress(STAGE, state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step)
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" in logs:
+            self.loss = logs["loss"]
+            line = {"loss": logs["loss"], "learning_rate": logs["learning_rate"]}
+            self.log({"event": "recover_step", **self._place(state), **line})
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        metrics = kwargs["metrics"]
+        by_domain = {name.removeprefix("eval_kl_"): kl for name, kl in metrics.items() if name.startswith("eval_kl_")}
+        place = self._place(state)
+        self.log({"event": "recover_kl", **place, "kl": by_domain})
+        left = (state.max_steps - state.global_step) * self.tokens_per_step / max(place["tokens_per_second"], 1e-9)
+        domains = ", ".join(f"{domain} {kl:.3f}" for domain, kl in by_domain.items())
+        self.tell(
+            f"step {state.global_step} of {state.max_steps}: loss {self.loss:.3f}, {place['tokens_per_second']:,.0f} "
+            f"tokens/s, held-out KL {metrics['eval_kl']:.4f} ({domains}), {left / 60:,.1f} min left"
+        )
+
+    def _place(self, state: TrainerState) -> dict[str, Any]:
+        num_steps = state.global_step - self.first_step
+        rate = num_steps * self.tokens_per_step / (time.perf_counter() - self.started)
+        num_tokens = state.global_step * self.tokens_per_step
+        return {"step": state.global_step, "tokens": num_tokens, "tokens_per_second": round(rate, 1)}
+
+
+def teach_by(teacher: nn.Module | None, settings: LogitSettings) -> Teach | None:
+    """Return the teacher as a function of ids, None without one."""
+    if teacher is None:
+        return None
+    return lambda ids_BT: teacher_log_p(teacher, ids_BT, settings.temperature)
+
+
+FSDP_SWITCH = "ACCELERATE_USE_FSDP"  # what `accelerate launch` sets for its config's FSDP
+
+
+def wants_shards() -> bool:
+    """Say whether the launcher asked for FSDP, over several processes. Raises RecipeError if it asked for version 1."""
+    if os.environ.get(FSDP_SWITCH, "false").lower() != "true" or os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise RecipeError(f"FSDP: the launcher asks for version {version}, allowed is 2; set fsdp_version to 2.")
+    return True
+
+
+def let_cpu_shard(arguments: TrainingArguments) -> None:
+    """Let accelerate shard over processes without accelerators too, where it would copy the model to each of them.
+
+    It looks for FSDP only in a state of several GPUs; gloo has every collective that FSDP2 needs.
+    """
+    from accelerate.utils import DistributedType
+
+    state = arguments.distributed_state
+    if state is not None and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
+
+
+def save_whole(accelerator: Any) -> None:
+    """Have checkpoints written whole, which torch reads back as tensors alone; those in shards it unpickles."""
+    plugin = accelerator.state.fsdp_plugin
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # or those of the launcher's type would stay
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
+def handed_over(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy that takes over the model's weights, so that sharding the copy frees them; the model keeps none."""
+    taken = {id(parameter): nn.Parameter(parameter.data) for parameter in model.parameters()}
+    copied = copy.deepcopy(model, cast(dict[int, Any], taken))
+    forget_weights(model)
+    return copied
+
+
+def shard(model: nn.Module, accelerator: Any) -> nn.Module:
+    """Return a model that is only asked, in shards."""
+    from accelerate.utils import fsdp2_prepare_model
+
+    return fsdp2_prepare_model(accelerator, model)
+
+
+def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter whole and in ordinary memory, one at a time; every process must ask for all of them."""
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in model.named_parameters():
+        data = parameter.detach()
+        yield name, (data.full_tensor() if isinstance(data, DTensor) else data).cpu()
+
+
+STATE_FILE, TRAINER_FOLDER = "trainer_state.json", "trainer"
+
+
+@dataclass
+class Work:
+    """A recovery with everything at hand. `teacher` becomes None where nothing asks it."""
+
+    candidates: Candidates
+    pruned: PreTrainedModel
+    teacher: PreTrainedModel | None
+    text: RecoveryText
+    judge: Judge
+    settings: RecoverySettings
+    seed: int
+    directory: Path
+    log: Callable[[dict[str, Any]], None] = lambda line: None
+    progress: Progress = silent
+    tell: Callable[[str], None] = lambda text: None
+
+
+def recover_logits(work: Work, weights: dict[str, float]) -> int:
+    """Train `work.pruned` in place and return the tokens it was trained on, which are fewer after an early stop.
+
+    `weights`: what each domain's loss counts.
+
+    Weights are float32 while they are trained; a model in bfloat16 computes in bfloat16 (autocast) and ends in it.
+    AdamW without decay, cosine schedule after a tenth of warming up, gradients clipped to norm 1.
+
+    Raises RecipeError if a step cannot be shared out over processes and devices, peft is missing, or FSDP is too old.
+    """
+    if work.settings.logits.kl_share == 0:
+        work.teacher = None
+    dtypes = {name: parameter.dtype for name, parameter in work.pruned.named_parameters()}
+    settings, dtype, length = work.settings.logits, work.pruned.dtype, work.text.sequence_length
+    size = blocks_per_step(settings.batch_tokens, length)
+    num_steps = len(work.text.blocks) // size
+    for parameter in work.pruned.parameters():  # not .float(): buffers, such as rotary frequencies, stay as they are
+        parameter.data = parameter.data.to(torch.float32, copy=True)  # whoever holds the old ones wants them unchanged
+    work.pruned.requires_grad_(True)
+    if settings.train == "layers":
+        # Adam's steps do not shrink with the gradient: they would move words that the text hardly has as far as others.
+        words: tuple[Any, ...] = (work.pruned.get_input_embeddings(), work.pruned.get_output_embeddings())
+        for module in words:
+            module.requires_grad_(False)
+    torch.manual_seed(work.seed)
+    trained = _to_train(settings, handed_over(work.pruned) if wants_shards() else work.pruned)
+    with quiet_transformers():
+        trainer = _trainer(work, trained, weights, _arguments(work, dtype, size, num_steps), size * length)
+        _run(trainer, _last_checkpoint(work.directory / TRAINER_FOLDER))
+        _take_back(work, trained, trainer, dtypes)
+    work.pruned.requires_grad_(False)
+    for name, parameter in work.pruned.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+    work.pruned.eval()
+    return trainer.state.global_step * size * length
+
+
+def _run(trainer: Distiller, checkpoint: str | None) -> None:
+    """Train on from the checkpoint, if any. Raises CheckpointError if its pickles hold more than tensors."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)  # the Trainer opens pickles with weights_only
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{checkpoint}: is damaged or holds more than tensors, so it is not opened; delete the directory that it "
+            "lies in and start again."
+        ) from None
+
+
+def with_lora(model: PreTrainedModel, rank: int) -> nn.Module:
+    """Return the model with low-rank additions to every linear but the head, and only these to be trained.
+
+    W + (2 rank / rank) B A, B zero at first: the model is what it was. Source: Hu et al., arXiv 2106.09685.
+    Raises RecipeError without peft.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise RecipeError(
+            "recover.logits.train: lora needs the package peft; run pip install 'secateur[recover]'."
+        ) from None
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    with quiet_transformers():  # peft asks for what transformers deprecates
+        return get_peft_model(model, config)
+
+
+def _to_train(settings: LogitSettings, model: PreTrainedModel) -> nn.Module:
+    return with_lora(model, settings.lora_rank) if settings.train == "lora" else model
+
+
+def _trainer(
+    work: Work, trained: nn.Module, weights: dict[str, float], arguments: TrainingArguments, tokens_per_step: int
+) -> Distiller:
+    listener = Listener(tokens_per_step, work.log, work.progress, work.tell)
+    dataset = BlockDataset(work.text.blocks, weights)
+    trainer = Distiller(
+        model=trained,
+        args=arguments,
+        data_collator=collate,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        callbacks=[listener, EarlyStoppingCallback(work.settings.logits.patience)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    # Blocks have equal length, so that a step's loss is the mean over its parts; the Trainer would sum them.
+    trainer.model_accepts_loss_kwargs = False
+    trainer.settings, trainer.judge = work.settings.logits, work.judge
+    teacher: Any = work.teacher
+    if trainer.is_fsdp_enabled:
+        save_whole(trainer.accelerator)
+        text = f"recover: weights were in shards over {arguments.world_size} processes (FSDP)."
+        work.log({"event": "note", "text": text})
+    if teacher is not None:
+        if trainer.is_fsdp_enabled:
+            work.judge.keep_head()
+            teacher = shard(teacher, trainer.accelerator)
+        else:
+            teacher = teacher.to(arguments.device)
+    trainer.teach = teach_by(teacher, work.settings.logits)
+    return trainer
+
+
+def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int) -> TrainingArguments:
+    settings = work.settings.logits
+    every = -(-num_steps // settings.evaluations)
+    arguments = TrainingArguments(
+        output_dir=str(work.directory / TRAINER_FOLDER),
+        per_device_train_batch_size=min(settings.blocks_per_device, size),
+        max_steps=num_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, num_steps // 10),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=dtype == torch.bfloat16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_objective",
+        greater_is_better=False,
+        report_to=list(settings.report_to) or "none",
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        restore_callback_states_from_checkpoint=True,  # or patience would begin anew
+        seed=work.seed,
+    )
+    if wants_shards():
+        let_cpu_shard(arguments)
+    in_one_pass = arguments.per_device_train_batch_size * arguments.world_size
+    if size % in_one_pass:
+        raise RecipeError(
+            f"recover.logits.batch_tokens: a step of {size} blocks cannot be shared out over {arguments.world_size} "
+            f"processes with {arguments.per_device_train_batch_size} blocks each at a time; make it a multiple of "
+            f"{in_one_pass} blocks, or lower blocks_per_device."
+        )
+    arguments.gradient_accumulation_steps = size // in_one_pass
+    return arguments
+
+
+def _take_back(work: Work, trained: nn.Module, trainer: Distiller, dtypes: dict[str, torch.dtype]) -> None:
+    """Give `work.pruned` the trained weights: unwrap it or put its shards together, merge low-rank additions."""
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    if trainer.is_fsdp_enabled:
+        whole = _to_train(work.settings.logits, work.pruned)
+        places = dict(whole.named_parameters())
+        for name, tensor in whole_parameters(trained):
+            places[name].data = tensor.to(dtypes.get(name, tensor.dtype))  # additions are merged in float32
+        trained = whole
+    if trained is not work.pruned:
+        merged: Any = trained
+        merged.merge_and_unload()
+    work.pruned.to("cpu")  # type: ignore[arg-type]  # transformers' wrapper hides its arguments
+
+
+def _last_checkpoint(directory: Path) -> str | None:
+    """Return the last complete checkpoint: the state file is what the Trainer writes last."""
+    places = [path.parent for path in directory.glob(f"checkpoint-*/{STATE_FILE}")]
+    return str(max(places, key=lambda path: int(path.name.rpartition("-")[2]))) if places else None

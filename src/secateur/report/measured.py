@@ -1,0 +1,378 @@
+"""The records of what was measured of finished models: evaluation, speed, comparison, recovery."""
+
+import dataclasses
+import math
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+from secateur.facts import Costs, Divergence, Record, Size, Workload
+
+EVALUATION_FILE, BENCH_FILE = "evaluation.json", "bench.json"
+
+# What a task is plotted by: the last of these that it has. Every metric is in the tables.
+PLOTTED_METRICS = ("exact_match,none", "acc,none", "acc_norm,none")
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How well a model predicts tokens 2..T of every block, given those before. The error is over blocks.
+
+    `num_bytes`: UTF-8 bytes of the predicted tokens as text, end-of-text tokens counting none.
+    `bits_per_byte`: nats_per_token / ln 2 x num_tokens / num_bytes, comparable across tokenizers.
+    """
+
+    nats_per_token: float
+    standard_error: float
+    perplexity: float
+    bits_per_byte: float
+    num_tokens: int
+    num_bytes: int
+    block_nats: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResults:
+    """lm-evaluation-harness's results. `sources`: by task, where its rows came from if not from the hub.
+
+    `results`: task -> "metric,filter" -> value, the standard error under "metric_stderr,filter". `more`: the other keys
+    of the harness's own mapping, which lie beside these in the file and are not read back.
+    """
+
+    results: dict[str, dict[str, Any]]
+    sources: dict[str, str]
+    lm_eval_version: str
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """One metric of one task, or a difference of two. `error`: its standard error, None where there is none."""
+
+    value: float
+    error: float | None
+
+    def text(self, sign: str = "") -> str:
+        """Return the score for people. `sign`: "+" for a difference."""
+        return f"{self.value:{sign}.3f}" + ("" if self.error is None else f" ± {self.error:.3f}")
+
+
+Scores = dict[str, dict[str, TaskScore]]  # task -> "metric,filter" -> score
+
+
+def task_metrics(results: dict[str, Any]) -> list[str]:
+    """Return the metrics ("acc,none") of one task's results in the harness's shape."""
+    return [key for key in results if "," in key and "_stderr," not in key]
+
+
+def task_scores(results: dict[str, dict[str, Any]]) -> Scores:
+    """Return every task's scores out of the harness's results."""
+
+    def score(of: dict[str, Any], metric: str) -> TaskScore:
+        error = of.get(metric.replace(",", "_stderr,", 1))
+        return TaskScore(of[metric], error if isinstance(error, float) else None)
+
+    return {task: {metric: score(of, metric) for metric in task_metrics(of)} for task, of in results.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What `secateur evaluate` measured of one model."""
+
+    domains: dict[str, Quality]
+    wikitext2: Quality | None = None
+    tasks: TaskResults | None = None
+
+    @property
+    def scores(self) -> Scores:
+        """The tasks' scores, none where no task was asked."""
+        return {} if self.tasks is None else task_scores(self.tasks.results)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Pruned minus dense, and its standard error over the same blocks."""
+
+    nats_per_token: float
+    standard_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskChange:
+    """Pruned minus dense; the error is None for groups and for metrics that are no mean over questions."""
+
+    difference: float
+    standard_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """Pruned minus dense, over the same blocks or questions. What was not measured is None."""
+
+    domains: dict[str, Change]
+    wikitext2: Change | None = None
+    tasks: dict[str, dict[str, TaskChange]] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation(Record):
+    """`evaluation.json`. `pruned`: the model that was asked for; `dense`, `kl`, `differences`: where another was given.
+
+    `model`, `against`: what the two are called. `kl`: of the pruned model from the dense one, by domain.
+    """
+
+    model: str
+    against: str | None
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+    dense: Measured | None = None
+    pruned: Measured
+    kl: dict[str, Divergence] | None = None
+    differences: Differences | None = None
+    versions: dict[str, str]
+
+    @property
+    def models(self) -> dict[str, Measured]:
+        """The measured models by what they are called in tables, dense first."""
+        return {"pruned": self.pruned} if self.dense is None else {"dense": self.dense, "pruned": self.pruned}
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields as a mapping, without what was not measured."""
+        data = {key: value for key, value in dataclasses.asdict(self).items() if key == "against" or value is not None}
+        for part in ("dense", "pruned", "differences"):
+            if part in data:
+                data[part] = {key: value for key, value in data[part].items() if value is not None}
+        for which in self.models:
+            if "tasks" in data[which]:
+                data[which]["tasks"] |= data[which]["tasks"].pop("more")
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Medians over repeats, and (lowest, highest) of them. All tokens of a batch count.
+
+    `prefill`: prompt tokens per second until the first new token; `decode`: new tokens per second after the first.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    first_token_seconds: float
+    prefill_range: tuple[float, float]
+    decode_range: tuple[float, float]
+    first_token_range: tuple[float, float]
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Speed of one model over that of another: median over repeats of the ratio within each, and the extremes."""
+
+    median: float
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """How a bench runs. `compiled`: through torch.compile. llama.cpp runs on the CPU, one prompt at a time, in f16."""
+
+    engine: str = "transformers"
+    device: str = "cpu"
+    compiled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFigures:
+    """One model's figures. `peak_bytes`: weights and the most a run allocates; None where the engine does not say."""
+
+    model: str
+    dtype: str
+    size: Size
+    costs: Costs
+    speed: Speed
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedUp:
+    """How much faster the pruned model is: measured, the ideal of the same run, and the share of the ideal reached."""
+
+    measured: Ratio
+    ideal: float
+    share_of_ideal: float
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult(Record):
+    """`bench.json`. `dense`, `prefill` and `decode` are None unless a dense model was given."""
+
+    settings: BenchSettings
+    num_threads: int
+    workload: Workload
+    pruned: ModelFigures
+    dense: ModelFigures | None
+    prefill: SpeedUp | None
+    decode: SpeedUp | None
+    versions: dict[str, str]
+
+    @property
+    def models(self) -> dict[str, ModelFigures]:
+        """The timed models by what they are called in tables, dense first."""
+        return {"model": self.pruned} if self.dense is None else {"dense": self.dense, "pruned": self.pruned}
+
+    @property
+    def speed_ups(self) -> dict[str, SpeedUp]:
+        """The speed-up by phase, nothing where there was no dense model."""
+        return {name: up for name, up in (("prefill", self.prefill), ("decode", self.decode)) if up is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class FoundCell:
+    """One finished cell of a study. `tasks`: by task, the harness's numbers. `seconds`: of the pruning alone."""
+
+    method: str
+    ratio: float
+    seed: int
+    remove_reached: float
+    seconds: float
+    nats_per_token: dict[str, float]
+    tasks: dict[str, dict[str, float]]
+    num_tokens: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float:
+        """Geometric mean over domains."""
+        return math.exp(statistics.mean(self.nats_per_token.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison(Record):
+    """`results.json`: every cell of a study's grid, the dense model's first in each seed."""
+
+    cells: tuple[FoundCell, ...]
+    versions: dict[str, str]
+
+
+RECOVERY_FILE = "recovery.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Of one domain: KL(dense || model) and its error over blocks, nats per token, agreement on the likeliest word."""
+
+    kl: float
+    standard_error: float
+    nats_per_token: float
+    top1_agreement: float
+    num_tokens: int
+
+
+Verdicts = dict[str, Verdict]
+
+
+def mean_kl(verdicts: Verdicts) -> float:
+    """Return the mean over domains of the KL, in nats per token: every domain counts the same."""
+    return sum(verdict.kl for verdict in verdicts.values()) / len(verdicts)
+
+
+def mean_nats(verdicts: Verdicts) -> float:
+    """Return the mean over domains of nats per token: the logarithm of the geometric-mean perplexity."""
+    return sum(verdict.nats_per_token for verdict in verdicts.values()) / len(verdicts)
+
+
+def won_back(dense: Verdicts, before: Verdicts, after: Verdicts) -> float:
+    """Return the share of the lost nats per token that was won back; NaN if nothing was lost."""
+    lost = mean_nats(before) - mean_nats(dense)
+    return (mean_nats(before) - mean_nats(after)) / lost if lost > 0 else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRecord:
+    """Trained tokens, seconds, operations, the held-out verdicts after the training, and whether it was kept."""
+
+    num_tokens: int
+    seconds: float
+    flops: float
+    after: Verdicts
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScores:
+    """By task and metric: each model's score, and recovered minus pruned over the same questions.
+
+    `sources`: by task, where its rows came from if not from the hub; `limit`: questions per task, None for all.
+    """
+
+    dense: Scores
+    pruned: Scores
+    recovered: Scores
+    gains: Scores
+    sources: dict[str, str]
+    limit: int | None
+    lm_eval_version: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryRecord(Record):
+    """Everything a recovery says of itself. `before`: of the pruned model as it came; KL is to the dense model.
+
+    `calibration`, `settings`: the domains and the recipe's part on recovery that were used.
+
+    `num_held_out_tokens` are judged on and never trained on. `seconds`: of everything, by this process. `tasks`: of the
+    model that was written, None where none were asked.
+    """
+
+    pruned: str
+    teacher: str
+    command: str
+    calibration: dict[str, Any]
+    settings: dict[str, Any]
+    seed: int
+    content_hash: str
+    sequence_length: int
+    num_held_out_tokens: int
+    dense: Verdicts
+    before: Verdicts
+    training: TrainingRecord
+    seconds: dict[str, float]
+    judge_flops: float
+    peak_bytes: int
+    reload_max_abs_difference: float
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+    tasks: TaskScores | None = None
+
+    @property
+    def after(self) -> Verdicts:
+        """The verdicts of the model that was written."""
+        return self.training.after if self.training.held else self.before
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields as a mapping, with the means over domains that people ask for."""
+        named = {"dense": self.dense, "before": self.before, "after": self.after}
+        means = {name: {"kl": mean_kl(each), "nats_per_token": mean_nats(each)} for name, each in named.items()}
+        won = won_back(self.dense, self.before, self.after)
+        derived = {
+            "means": means,
+            "share_won_back": won if won == won else None,
+            "num_tokens": self.training.num_tokens,
+        }
+        return {**dataclasses.asdict(self), **derived}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost(Record):
+    """`num_tokens`: trained on. `flops`, `seconds`: of `training` and of `judge`, the held-out evaluations. Bytes."""
+
+    num_tokens: int
+    num_held_out_tokens: int
+    flops: dict[str, float]
+    peak_bytes: int
+    scratch_bytes: int
+    seconds: dict[str, float]

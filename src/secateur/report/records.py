@@ -1,0 +1,324 @@
+"""The records of a run and of an inspection, as plain numbers, and a result directory read back."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import CheckpointError
+from secateur.facts import Kind, Loss, Outcome, Record, Size, geometric_mean_perplexity, parse_json
+from secateur.log import LOG_FILE
+from secateur.recipe import MeasuredPrices, Recipe, load_recipe, parse_recipe
+from secateur.report.measured import BENCH_FILE, EVALUATION_FILE, RECOVERY_FILE, BenchResult, Evaluation, RecoveryRecord
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes by part; `statistics` and `solve` are of the widest group. Weights in their files are none: page cache.
+
+    `layer_choice`: what is there, beside the weights, while whole layers are chosen, before the first round.
+    """
+
+    weights: int
+    hidden_states: int
+    statistics: int
+    solve: int
+    layer_choice: int = 0
+
+    @property
+    def peak(self) -> int:
+        """Statistics of a domain are freed before the solve, and all of the choice before both: the largest counts."""
+        return self.weights + max(self._in_a_round, self.layer_choice)
+
+    @property
+    def is_of_layer_choice(self) -> bool:
+        """Whether the peak is there, and not in a round."""
+        return self.layer_choice > self._in_a_round
+
+    @property
+    def _in_a_round(self) -> int:
+        return self.hidden_states + max(self.statistics, self.solve)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Operations (an addition and a multiplication are two), or the seconds that they take.
+
+    `forward`: passes through layers and head, in the model's dtype. `gram`: products of statistics, in float32.
+    `solve`: inverses, updates and least squares, in float64.
+    """
+
+    forward: float
+    gram: float
+    solve: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.forward + self.gram + self.solve
+
+
+@dataclass(frozen=True, slots=True)
+class Possible:
+    """One group of the family. `num_units` of the first layer that has it; `num_params` in all layers."""
+
+    name: str
+    unit: str
+    num_layers: int
+    num_units: int
+    num_params: int
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What a check found. `problems` keep the server from loading the model, `cautions` were not settled."""
+
+    server: str
+    num_gpus: int
+    problems: tuple[str, ...]
+    cautions: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        """The server, and how many GPUs where it splits models over them."""
+        gpus = f" on {self.num_gpus} GPU{'s' if self.num_gpus > 1 else ''}" if self.server == "vllm" else ""
+        return self.server + gpus
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFacts:
+    """One kind of group over all layers that stay, but for protected ones. `num_keep`: mean units that a run leaves."""
+
+    name: str
+    unit: str
+    num_layers: int
+    num_units: int
+    num_keep: int
+    params_per_unit: int
+    num_params: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection(Record):
+    """A model's structure and the outcome of a recipe's `remove`.
+
+    `remove_asked` and `largest_remove` are shares of what the recipe's target counts, see `outcome`; `remove_reached`
+    is one of all parameters. `prices`: seconds measured for target `latency`, as the recipe's key of that name.
+    `possible`, `impossible`: every group of the family, and those that it cannot have with the reason. `serving`: what
+    stands against serving the result, where asked. `operations` and `seconds` are of the whole run but for the choice
+    of whole layers; `disk_bytes` the most that it writes.
+    """
+
+    model: str
+    family: str
+    dtype: str
+    size: Size
+    num_layers: tuple[int, int]  # before, after
+    params_per_layer: int  # of the first one
+    groups: tuple[GroupFacts, ...]
+    remove_asked: float
+    remove_reached: float
+    outcome: Outcome
+    prices: MeasuredPrices | None
+    largest_remove: float
+    align: int
+    num_params_after: int
+    num_bytes_after: int
+    num_calibration_tokens: int
+    memory: MemoryEstimate
+    weights_on_disk: bool
+    disk_bytes: int
+    device: str
+    operations: Work
+    seconds: Work
+    warnings: tuple[str, ...]
+    possible: tuple[Possible, ...]
+    impossible: dict[str, str]
+    serving: Serving | None
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields as a mapping, the memory's peak included."""
+        data = dataclasses.asdict(self)
+        data["memory"]["peak"] = self.memory.peak
+        return data
+
+
+RESULT_FILE = "result.json"
+
+Losses = dict[str, Loss]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationFacts:
+    """Which text the run saw, by domain.
+
+    `held_out_overlap`: share of the held-out text's 13-grams that the calibration text has too (see `overlap`).
+    """
+
+    content_hash: str
+    sequence_length: int
+    num_tokens: dict[str, int]
+    num_held_out_tokens: dict[str, int]
+    held_out_overlap: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary(Record):
+    """Everything a run can say about itself in numbers.
+
+    `remove_asked` is a share of what the recipe's target counts, see `outcome`; `remove_reached` of all parameters.
+    """
+
+    model: str
+    family: str
+    command: str
+    remove_asked: float
+    remove_reached: float
+    outcome: Outcome
+    dense_size: Size
+    pruned_size: Size
+    num_layers: tuple[int, int]  # before, after
+    widths: dict[str, tuple[int, int, int]]  # group -> units per layer before; after, in the narrowest and widest
+    calibration: CalibrationFacts
+    dense_losses: Losses
+    pruned_losses: Losses
+    guard_refusals: int
+    seconds: dict[str, float]
+    peak_bytes: int
+    reload_max_abs_difference: float | None
+    sample_text: str | None
+    warnings: tuple[str, ...]
+    versions: dict[str, str]
+    device: str = "cpu"
+    device_peak_bytes: int | None = None  # allocated there, where torch counts it
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields as a mapping, with derived perplexities beside the losses."""
+        perplexities = {name: geometric_mean_perplexity(losses) for name, losses in self.losses_by_name().items()}
+        return {**dataclasses.asdict(self), "geometric_mean_perplexity": perplexities}
+
+    @property
+    def has_layers_of_different_widths(self) -> bool:
+        """Say whether any group kept more units in one layer than in another."""
+        return any(least != most for _, least, most in self.widths.values())
+
+    def losses_by_name(self) -> dict[str, Losses]:
+        """Return the evaluated models' losses, dense first; those not evaluated are left out."""
+        named = {"dense": self.dense_losses, "pruned": self.pruned_losses}
+        return {name: losses for name, losses in named.items() if losses}
+
+
+RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStep:
+    """One line of the run log: what one group kept in one round, and its held-out errors by domain.
+
+    `total`: units before this round. Errors are shares of the reader's output energy. `step` 0: compensation refused.
+    """
+
+    round: int
+    layer: int
+    group: str
+    kept: int
+    total: int
+    seconds: float
+    score_quantiles: tuple[float, ...]
+    error_before: dict[str, float] | None = None
+    error_after: dict[str, float] | None = None
+    step: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedLayer:
+    """A layer that went as a whole, by its number in the dense model.
+
+    `chosen`: its place in the order of choice. `kl`: nats per token without it and those chosen before it; none of both
+    where the recipe named it. Errors: what its patch leaves of what it added, as shares, by domain; none where it was
+    not patched.
+    """
+
+    layer: int
+    chosen: int | None = None
+    kl: float | None = None
+    step: float | None = None
+    error_before: dict[str, float] | None = None
+    error_after: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundEnd:
+    """What a round had left, and its held-out nats per token by domain; `held`: the run did not go back behind it."""
+
+    round: int
+    num_params: int
+    nats_per_token: dict[str, float]
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStep:
+    """One step of a recovery: tokens trained on so far, and its loss."""
+
+    step: int
+    tokens: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFiles:
+    """Everything that a report tells of one run. `steps`: of rounds that held; `rounds`: none where nothing watched."""
+
+    summary: Summary
+    removed_layers: tuple[RemovedLayer, ...]
+    steps: tuple[GroupStep, ...]
+    rounds: tuple[RoundEnd, ...]
+    recipe: Recipe
+    recipe_text: str
+    evaluation: Evaluation | None
+    bench: BenchResult | None
+    recovery: RecoveryRecord | None = None
+    training: tuple[TrainingStep, ...] = ()
+
+
+def read_result(directory: Path) -> ResultFiles:
+    """Read a result directory. Raises CheckpointError or RecipeError for what is missing or unreadable."""
+    found = Summary.from_json(_read(directory, RESULT_FILE), str(directory / RESULT_FILE))
+    recipe_text = _read(directory, RECIPE_FILE)
+    recipe = parse_recipe(load_recipe(directory / RECIPE_FILE), f"recipe {directory / RECIPE_FILE}")
+    evaluation = _added(Evaluation, directory, EVALUATION_FILE)
+    bench = _added(BenchResult, directory, BENCH_FILE)
+    rounds = _events(directory, "round", RoundEnd)
+    undone = {end.round for end in rounds if not end.held}
+    steps = tuple(step for step in _events(directory, "group", GroupStep) if step.round not in undone)
+    removed = _events(directory, "layer", RemovedLayer)
+    recovery = _added(RecoveryRecord, directory, RECOVERY_FILE)
+    training = _events(directory, "recover_step", TrainingStep)
+    return ResultFiles(found, removed, steps, rounds, recipe, recipe_text, evaluation, bench, recovery, training)
+
+
+def _added(kind: type[Kind], directory: Path, name: str) -> Kind | None:
+    path = directory / name
+    return parse_json(kind, _read(directory, name), str(path)) if path.exists() else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    event: str
+
+
+def _events(directory: Path, event: str, kind: type[Kind]) -> tuple[Kind, ...]:
+    where = str(directory / LOG_FILE)
+    lines = _read(directory, LOG_FILE).splitlines()
+    return tuple(parse_json(kind, line, where) for line in lines if parse_json(_Line, line, where).event == event)
+
+
+def _read(directory: Path, name: str) -> str:
+    try:
+        return (directory / name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise CheckpointError(
+            f"{directory}: {name} cannot be read ({reason}); give a directory that secateur prune has written."
+        ) from None

@@ -1,0 +1,283 @@
+"""A run's and an inspection's numbers for people: the rows of terminal, model card and page."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+from rich import table as rich_table
+from rich.box import HEAVY_HEAD, SIMPLE_HEAD, Box
+from rich.console import Group
+
+from secateur.facts import NGRAM_TOKENS, geometric_mean_perplexity
+from secateur.report.page import Table
+from secateur.report.records import Inspection, Summary
+
+# A reader is warned of a share of n-grams above this.
+MUCH_OVERLAP = 0.1
+
+
+def terminal(tables: Iterable[Table], notes: Iterable[tuple[str, ...]] = (), box: Box = HEAVY_HEAD) -> Group:
+    """Return the tables that have rows, and the notes below them, for a terminal."""
+    shown = []
+    for table in (table for table in tables if table.rows):
+        made = rich_table.Table(
+            title=table.caption or None, title_justify="left", title_style="bold", box=box, pad_edge=box is HEAVY_HEAD
+        )
+        for name in table.header:
+            made.add_column(name, justify="right" if made.columns else "left", overflow="fold")
+        for row in table.rows:
+            made.add_row(*row)
+        shown.append(made)
+    grid = rich_table.Table.grid(padding=(0, 2))
+    for note in notes:
+        grid.add_row(*note)
+    return Group(*shown, grid)
+
+
+def markdown(table: Table) -> list[str]:
+    """Return the table's lines in Markdown, without its caption."""
+    rule = "|---|" + "---:|" * (len(table.header) - 1)
+    return ["| " + " | ".join(table.header) + " |", rule, *("| " + " | ".join(row) + " |" for row in table.rows)]
+
+
+def summary_table(summary: Summary) -> Group:
+    """Return the one table that a run ends with: quality by domain and size, dense against pruned."""
+    caption = f"{summary.model}: {headline(summary)}"
+    return terminal([quality_and_size(summary, caption)], note_rows(summary))
+
+
+def quality_and_size(summary: Summary, caption: str = "") -> Table:
+    """Return quality by domain, where it was measured, and sizes and widths: dense against pruned."""
+    header = ("held-out nats/token (perplexity)" if summary.dense_losses else "", "dense", "pruned")
+    return Table(caption, header, [*loss_rows(summary), *figure_rows(summary)])
+
+
+def headline(summary: Summary) -> str:
+    """Say how much went, of what, and what was asked."""
+    parameters = f"{summary.remove_reached:.1%} of all {summary.dense_size.num_params:,} parameters"
+    asked = f"asked {summary.remove_asked:.1%}"
+    if summary.outcome.target == "parameters":
+        return f"{parameters} removed ({asked}; tied weights counted once)"
+    reached = f"{summary.outcome.share_gone:.1%} of all {summary.outcome.total}"
+    return f"{reached} removed ({asked}), with {parameters} (tied weights counted once)"
+
+
+def verdict(summary: Summary, speed_ups: dict[str, float] | None = None) -> str:
+    """Say in one sentence what pruning took, what it cost in quality and what it gave in speed.
+
+    `speed_ups`: by phase, where `secateur bench` has measured them.
+    """
+    sentence = [f"Pruning removed {summary.remove_reached:.1%} of the parameters"]
+    if summary.dense_losses:
+        before, after = (geometric_mean_perplexity(losses) for losses in (summary.dense_losses, summary.pruned_losses))
+        domains = list(summary.dense_losses)
+        where = f"geometric mean of {len(domains)} domains" if len(domains) > 1 else f"domain {domains[0]}"
+        sentence.append(f"held-out perplexity went from {before:.2f} to {after:.2f} ({where})")
+    if speed_ups:
+        sentence.append(" and ".join(f"{phase} runs {ratio:.2f} times as fast" for phase, ratio in speed_ups.items()))
+    return "; ".join(sentence) + "."
+
+
+def caveats(summary: Summary) -> list[str]:
+    """Return what a reader must know before trusting the numbers: the run's own notes, overlap."""
+    found = list(summary.warnings)
+    overlap = {domain: share or 0.0 for domain, share in summary.calibration.held_out_overlap.items()}
+    much = ", ".join(f"{domain} {share:.0%}" for domain, share in overlap.items() if share > MUCH_OVERLAP)
+    if much:
+        found.append(
+            f"Much of the held-out text's {NGRAM_TOKENS}-grams occur in the calibration text ({much}), so the quality "
+            "there is flattered."
+        )
+    return found
+
+
+def loss_rows(summary: Summary, *, errors: bool = False) -> Iterator[tuple[str, ...]]:
+    """Yield (label, cell per evaluated model): held-out nats per token and perplexity, domain by domain.
+
+    `errors`: with the standard error of the nats per token, which one block alone does not have.
+    """
+    by_name = summary.losses_by_name()
+    for domain in summary.dense_losses:
+        losses = [by_name[name][domain] for name in by_name]
+        pluses = [plus_minus(x.standard_error) if errors else "" for x in losses]
+        yield domain, *(f"{x.nats_per_token:.3f}{p} ({x.perplexity:.2f})" for x, p in zip(losses, pluses, strict=True))
+    if by_name:
+        means = [sum(x.nats_per_token for x in losses.values()) / len(losses) for losses in by_name.values()]
+        yield "mean (geometric mean)", *(f"{mean:.3f} ({math.exp(mean):.2f})" for mean in means)
+
+
+def plus_minus(standard_error: float) -> str:
+    """Return what follows a mean; nothing where it is of one value, which has no error."""
+    return f" ± {standard_error:.3f}" if standard_error else ""
+
+
+def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str]]:
+    """Yield (label, dense, pruned): parameters, bytes, widths."""
+    dense, pruned = summary.dense_size, summary.pruned_size
+    yield "parameters", f"{dense.num_params:,}", f"{pruned.num_params:,}"
+    yield "bytes", human_bytes(dense.num_bytes), human_bytes(pruned.num_bytes)
+    if len(set(summary.num_layers)) > 1:
+        before, after = summary.num_layers
+        yield "layers", f"{before}", f"{after}"
+    for group, (before, least, most) in summary.widths.items():
+        yield f"{group} units per layer", f"{before:,}", f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
+    """Yield what else a reader wants to know: cost, calibration, proof of reload, a sample."""
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in summary.seconds.items())
+    yield "seconds", f"{seconds}; total {sum(summary.seconds.values()):.1f}"
+    yield "peak memory", f"{human_bytes(summary.peak_bytes)} resident, interpreter included"
+    facts = summary.calibration
+    tokens = ", ".join(f"{name} {count:,}" for name, count in facts.num_tokens.items())
+    yield "calibration", f"{tokens} tokens in blocks of {facts.sequence_length}; sha256 {facts.content_hash[:16]}"
+    shares = ", ".join(f"{name} {overlap_cell(share)}" for name, share in facts.held_out_overlap.items())
+    yield "overlap", f"{NGRAM_TOKENS}-grams of the held-out text that the calibration text has too: {shares}"
+    if summary.dense_losses:
+        held_out = sum(facts.num_held_out_tokens.values())
+        yield "quality on", f"{held_out:,} held-out tokens of the same domains, seen by no statistic"
+    if summary.guard_refusals:
+        yield "guard", f"compensation refused by held-out text in {summary.guard_refusals} groups"
+    if summary.reload_max_abs_difference is not None:
+        difference = summary.reload_max_abs_difference
+        yield "reload", f"stock transformers in a fresh process: largest logit difference {difference:g}"
+    if summary.sample_text:
+        yield "it writes", "".join(c for c in " ".join(summary.sample_text.split()) if c.isprintable())
+
+
+def overlap_cell(share: float | None) -> str:
+    """Return a share of n-grams for people."""
+    return "blocks too short" if share is None else f"{share:.2%}"
+
+
+def inspection_table(inspection: Inspection) -> Group:
+    """Return what `secateur inspect` shows."""
+    size, rows = inspection.size, []
+    for group in inspection.groups:
+        numbers = (group.num_layers, group.num_units, group.num_keep, group.params_per_unit, group.num_params)
+        share = f"{group.num_params / size.num_params:.1%}"
+        rows.append((f"{group.name} ({group.unit})", *(f"{number:,}" for number in numbers), share))
+    caption = f"{inspection.model}: family {inspection.family}, {size.num_params:,} parameters, {inspection.dtype}"
+    header = ("group (unit)", "layers", "units", "after", "per unit", "parameters", "share")
+    # Plain rules between columns, so that a 70B model's numbers fit a terminal of 80.
+    return terminal([Table(caption, header, rows)], _inspection_notes(inspection), SIMPLE_HEAD)
+
+
+def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
+    size, memory = inspection.size, inspection.memory
+    outcome = inspection.outcome
+    whole = "total parameters (tied weights once)" if outcome.target == "parameters" else f"all {outcome.total}"
+    yield (
+        "removing",
+        f"asked {inspection.remove_asked:.1%}, reached {outcome.share_gone:.1%} of {whole}, widths in multiples "
+        f"of {inspection.align}; at most {inspection.largest_remove:.1%}",
+    )
+    if inspection.prices:
+        yield "measured", f"for a run by the same seconds, in its recipe: prices: {inspection.prices.model_dump()}"
+    if len(set(inspection.num_layers)) > 1:
+        before, after = inspection.num_layers
+        each = f"each of {inspection.params_per_layer:,} parameters"
+        yield "layers", f"{before} -> {after}, {each}; a run measures which"
+    yield "parameters", f"{size.num_params:,} -> {inspection.num_params_after:,}"
+    yield "bytes", f"{human_bytes(size.num_bytes)} -> {human_bytes(inspection.num_bytes_after)}"
+    elsewhere = " (they stay on disk)" if inspection.weights_on_disk else ""
+    parts = (memory.weights, memory.hidden_states, memory.statistics, memory.solve, memory.layer_choice)
+    weights, hidden, statistics, solve, choice = (human_bytes(part) for part in parts)
+    choosing = f"; {choice} beside the weights while layers are chosen, before that" if memory.layer_choice else ""
+    yield (
+        "memory",
+        f"about {human_bytes(memory.peak)} at the peak of a run with {inspection.num_calibration_tokens:,} calibration "
+        f"tokens: weights {weights}{elsewhere}, hidden states {hidden}, statistics {statistics}, solve {solve}"
+        f"{choosing}; the interpreter comes on top",
+    )
+    yield "disk", f"at most {human_bytes(inspection.disk_bytes)} while it runs"
+    seconds = inspection.seconds
+    yield (
+        "time",
+        f"about {human_seconds(seconds.total)} on {inspection.device} at the speed of this machine now: passes "
+        f"{human_seconds(seconds.forward)}, statistics {human_seconds(seconds.gram)}, solves "
+        f"{human_seconds(seconds.solve)}; text and the reload check come on top",
+    )
+    yield from _groups_and_server(inspection)
+    for warning in inspection.warnings:
+        yield "note", warning
+
+
+def _groups_and_server(inspection: Inspection) -> Iterator[tuple[str, str]]:
+    shown = {group.name for group in inspection.groups}
+    for group in (group for group in inspection.possible if group.name not in shown):
+        size = f"{group.num_units:,} {group.unit}s in each of {group.num_layers} layers"
+        yield "could also go", f"{group.name}: {size}, {group.num_params:,} parameters"
+    for name, reason in inspection.impossible.items():
+        yield "cannot go", f"{name}: {reason}"
+    if inspection.serving is not None:
+        serving = inspection.serving
+        yield "serving", f"{serving.where}: {'; '.join(serving.problems) or 'nothing stands against the result'}"
+        yield "", "; ".join(serving.cautions)
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a duration with two digits: 0.043 s, 12 s, 3.4 min, 2.1 h."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def human_bytes(num_bytes: int | float) -> str:
+    """Return bytes in decimal units: 269,030,000 -> 269.0 MB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def model_card(summary: Summary) -> str:
+    """Return the card: what was removed, the measured table, how to load it, how it was made."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [secateur, structured-pruning]",
+        "---",
+        "",
+        f"# {summary.model}, pruned by secateur",
+        "",
+        verdict(summary),
+        "",
+        *_loading(summary),
+        "",
+        *markdown(quality_and_size(summary)),
+        "",
+        "## How it was made",
+        "",
+        f"- command: `{summary.command}`" if summary.command else "- from Python: `secateur.prune`",
+    ]
+    lines += [f"- {label}: {text}" for label, text in note_rows(summary) if label != "it writes"]
+    lines += [f"- versions: {', '.join(f'{name} {version}' for name, version in summary.versions.items())}"]
+    lines += [
+        "- all options: `recipe.yaml`; kept units: `keep.json`; every step: `run.jsonl`; all figures: `result.json`"
+    ]
+    lines += [f"- note: {caveat}" for caveat in caveats(summary)]
+    return "\n".join(lines) + "\n"
+
+
+def _loading(summary: Summary) -> list[str]:
+    how, first, trust = "Loads with stock transformers:", [], ""
+    if summary.has_layers_of_different_widths:
+        how = (
+            "Its layers have widths of their own, which stock modelling cannot build. Load it with secateur, or let "
+            "transformers run the modelling file that lies beside the weights:"
+        )
+        first = ["import secateur", "", 'model = secateur.load("path/to/this/directory")', ""]
+        trust = ", trust_remote_code=True"
+    return [
+        f"{headline(summary)}. {how}",
+        "",
+        "```python",
+        *first,
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{trust})',
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory"{trust})',
+        "```",
+    ]

@@ -1,0 +1,263 @@
+"""The rows of what was measured of finished models: evaluation, speed, recovery."""
+
+import math
+from collections.abc import Callable, Iterator
+
+from rich.console import Group
+
+from secateur.report.measured import (
+    BenchResult,
+    Change,
+    Cost,
+    Evaluation,
+    ModelFigures,
+    Quality,
+    RecoveryRecord,
+    TaskScore,
+    Verdicts,
+    mean_kl,
+    mean_nats,
+    won_back,
+)
+from secateur.report.page import Table
+from secateur.report.rows import human_bytes, markdown, plus_minus, terminal
+
+Row = tuple[str, ...]
+
+
+def evaluation_table(evaluation: Evaluation) -> Group:
+    """Return text, KL and tasks; of dense, pruned and difference, or of the one model alone."""
+    notes = [(f"note: {note}",) for note in (*_legend(evaluation), *evaluation.notes)]
+    return terminal([*text_tables(evaluation), task_table(evaluation)], notes)
+
+
+def text_tables(evaluation: Evaluation) -> list[Table]:
+    """Return nats per token, bits per byte and KL by domain."""
+    columns = (*_models(evaluation), *(["difference"] if evaluation.differences else []))
+    of_kl = ("domain", "mean", "95% of tokens below", "same token first")
+    return [
+        Table("nats/token (perplexity)", ("domain", *columns), list(_nats_rows(evaluation))),
+        Table("bits/byte", ("domain", *columns), list(_bits_rows(evaluation))),
+        Table("KL(dense || pruned), nats/token", of_kl, list(_kl_rows(evaluation))),
+    ]
+
+
+def task_table(evaluation: Evaluation) -> Table:
+    """Return the scores by task and metric, with the differences where they were measured."""
+    changes = evaluation.differences.tasks if evaluation.differences else None
+    scores = [measured.scores for measured in evaluation.models.values()]
+    rows = []
+    for task, by_metric in scores[-1].items():
+        for metric in by_metric:
+            cells = [of[task][metric].text() for of in scores]
+            if changes is not None:
+                change = changes[task][metric]
+                cells.append(TaskScore(change.difference, change.standard_error).text("+"))
+            rows.append((task_label(task, metric), *cells))
+    columns = (*_models(evaluation), *(["difference"] if changes is not None else []))
+    return Table("score ± standard error", ("task", *columns), rows)
+
+
+def task_label(task: str, metric: str) -> str:
+    """Return what a row of scores is about; the harness's filter is named where there is one."""
+    return f"{task}, {metric.removesuffix(',none')}"
+
+
+def _models(evaluation: Evaluation) -> list[str]:
+    return list(evaluation.models) if evaluation.dense else ["model"]
+
+
+def _nats_rows(evaluation: Evaluation) -> Iterator[Row]:
+    models, changes = list(evaluation.models.values()), evaluation.differences
+    for domain in evaluation.pruned.domains:
+        yield domain, *_nats([each.domains[domain] for each in models], changes.domains[domain] if changes else None)
+    if evaluation.pruned.wikitext2 is not None:
+        label = f"WikiText-2, blocks of {evaluation.settings['wikitext2_length']}"
+        parts = [each.wikitext2 for each in models if each.wikitext2 is not None]
+        yield label, *_nats(parts, changes.wikitext2 if changes else None)
+
+
+def _nats(parts: list[Quality], change: Change | None) -> Iterator[str]:
+    for part in parts:
+        yield f"{part.nats_per_token:.3f} ({part.perplexity:.2f})"
+    if change is not None:
+        yield f"{change.nats_per_token:+.3f}{plus_minus(change.standard_error)}"
+
+
+def _bits_rows(evaluation: Evaluation) -> Iterator[Row]:
+    for domain in evaluation.pruned.domains:
+        bits = [each.domains[domain].bits_per_byte for each in evaluation.models.values()]
+        change = [f"{bits[1] - bits[0]:+.4f}"] if len(bits) == 2 else []
+        yield domain, *(f"{value:.4f}" for value in bits), *change
+
+
+def _kl_rows(evaluation: Evaluation) -> Iterator[Row]:
+    for domain, kl in (evaluation.kl or {}).items():
+        yield domain, f"{kl.mean:.3f}{plus_minus(kl.standard_error)}", f"{kl.p95:.2f}", f"{kl.top1_agreement:.1%}"
+
+
+def _legend(evaluation: Evaluation) -> Iterator[str]:
+    pruned = evaluation.pruned
+    if pruned.domains:
+        num_tokens = sum(part.num_tokens for part in pruned.domains.values())
+        yield f"domains: {num_tokens:,} predicted tokens; KL in nats per token, over the whole vocabulary."
+    if pruned.tasks is not None:
+        sources = sorted(set(pruned.tasks.sources.values())) or ["the hub"]
+        yield f"tasks: lm-evaluation-harness {pruned.tasks.lm_eval_version}, rows from {', '.join(sources)}."
+    yield "± is one standard error, of a difference over the same blocks or questions."
+
+
+def bench_table(result: BenchResult) -> Group:
+    """Return the figures of each model, the speed-up against the ideal, and what the run was."""
+    return terminal(bench_tables(result), _notes(result))
+
+
+def bench_tables(result: BenchResult) -> list[Table]:
+    """Return the figures of each model, and the speed-up against the ideal, empty for one model alone."""
+    work = result.workload
+    caption = f"batch {work.batch}, {work.prompt_tokens} prompt tokens, {work.new_tokens} new tokens"
+    models = result.models
+    figures = [(label, *(cell(each) for each in models.values())) for label, cell in _ROWS.items()]
+    speed_ups = []
+    for label, found in result.speed_ups.items():
+        measured = _spread(found.measured.median, (found.measured.lowest, found.measured.highest), 2)
+        speed_ups.append((label, measured, f"{found.ideal:.2f}x", f"{found.share_of_ideal:.0%}"))
+    return [
+        Table(caption, ("median (lowest to highest)", *models), figures),
+        Table("speed-up against the ideal", ("", "measured", "ideal", "of ideal"), speed_ups),
+    ]
+
+
+def _spread(median: float, extremes: tuple[float, float], digits: int = 1) -> str:
+    return f"{median:.{digits}f} ({extremes[0]:.{digits}f} to {extremes[1]:.{digits}f})"
+
+
+_ROWS: dict[str, Callable[[ModelFigures], str]] = {
+    "prefill, tokens/s": lambda each: _spread(each.speed.prefill_tokens_per_second, each.speed.prefill_range),
+    "decode, tokens/s": lambda each: _spread(each.speed.decode_tokens_per_second, each.speed.decode_range),
+    "first token, s": lambda each: _spread(each.speed.first_token_seconds, each.speed.first_token_range, 3),
+    "parameters": lambda each: f"{each.size.num_params:,}",
+    "weights": lambda each: human_bytes(each.size.num_bytes),
+    "peak memory": lambda each: "not measured" if each.peak_bytes is None else human_bytes(each.peak_bytes),
+    "cache per token": lambda each: human_bytes(each.costs.kv_cache_bytes_per_token),
+    "read per new token": lambda each: human_bytes(each.costs.decode_bytes_per_token),
+    "GFLOP per prompt token": lambda each: f"{each.costs.prefill_flops_per_token / 1e9:.4g}",
+}
+
+
+def _notes(result: BenchResult) -> Iterator[tuple[str, str]]:
+    settings = result.settings
+    for name, figures in result.models.items():
+        yield name, f"{figures.model}, {figures.dtype}"
+    threads = f", {result.num_threads} threads" if settings.device == "cpu" else ""
+    yield "run", f"{settings.engine} on {settings.device}{threads}{', torch.compile' if settings.compiled else ''}"
+    if result.dense is not None:
+        yield "speed-up", "median of the ratios within each repeat, in which the models take turns"
+        yield "ideal", "decode: ratio of bytes read per new token; prefill: ratio of operations per prompt token"
+    yield "peak memory", "weights and the most a run allocates, by torch's count"
+
+
+def recovery_table(record: RecoveryRecord) -> Group:
+    """Return what `secateur recover` ends with."""
+    return terminal([verdict_table(record, recovery_headline(record)), recovery_task_table(record)], cost_rows(record))
+
+
+def recovery_headline(record: RecoveryRecord) -> str:
+    """Say how much of what was lost came back."""
+    if not record.training.held:
+        return f"{record.pruned}: held-out KL did not fall, so the weights are those that were given"
+    won = won_back(record.dense, record.before, record.after)
+    share = "nothing had been lost" if math.isnan(won) else f"{won:.1%} of the lost log-perplexity won back"
+    return f"{record.pruned}: {share} with {record.training.num_tokens:,} tokens"
+
+
+def recovery_models(record: RecoveryRecord) -> dict[str, Verdicts]:
+    """Return the verdicts of every model that was judged, by what it is called."""
+    training = record.training
+    name = "recovered" if training.held else "recovered (undone)"
+    return {"dense": record.dense, "pruned": record.before, name: training.after}
+
+
+def verdict_table(record: RecoveryRecord, caption: str = "") -> Table:
+    """Return nats per token and KL of every model, domain by domain, and their means."""
+    columns = recovery_models(record)
+    rows = [
+        (domain, *(f"{of[domain].nats_per_token:.3f}, {of[domain].kl:.3f}" for of in columns.values()))
+        for domain in record.dense
+    ]
+    rows.append(("mean", *(f"{mean_nats(of):.3f}, {mean_kl(of):.3f}" for of in columns.values())))
+    rows.append(("geometric-mean perplexity", *(f"{math.exp(mean_nats(of)):.2f}" for of in columns.values())))
+    return Table(caption, ("nats/token, KL to dense", *columns), rows)
+
+
+def recovery_task_table(record: RecoveryRecord) -> Table:
+    """Return every model's scores by task and metric, and the gain; no rows where no task was asked."""
+    rows, found = [], record.tasks
+    for task, metrics in found.recovered.items() if found else ():
+        for metric in metrics:
+            assert found is not None
+            scores = [of[task][metric].text() for of in (found.dense, found.pruned, found.recovered)]
+            rows.append((task_label(task, metric), *scores, found.gains[task][metric].text("+")))
+    return Table(
+        "score ± standard error; gain: recovered minus pruned", ("task", "dense", "pruned", "recovered", "gain"), rows
+    )
+
+
+def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
+    """Yield what the recovery took: tokens, seconds, operations, memory; proof of reload; notes."""
+    ours = record.training
+    rate = ours.num_tokens / ours.seconds if ours.seconds else 0.0
+    yield (
+        "training",
+        f"{ours.num_tokens:,} tokens, {ours.seconds:,.1f} s, {rate:,.0f} tokens/s, {ours.flops:.3g} FLOPs",
+    )
+    yield (
+        "judged on",
+        f"{record.num_held_out_tokens:,} held-out tokens, never trained on; {record.judge_flops:.3g} FLOPs",
+    )
+    yield "peak memory", f"{human_bytes(record.peak_bytes)} resident, interpreter included"
+    if record.tasks is not None:
+        sources = ", ".join(sorted(set(record.tasks.sources.values()))) or "the hub"
+        asked = f"at most {record.tasks.limit:,} questions each" if record.tasks.limit else "all questions"
+        yield "tasks", f"lm-evaluation-harness {record.tasks.lm_eval_version}, rows from {sources}, {asked}"
+        yield "±", "one standard error, of a gain over the same questions; higher is better, but for perplexity"
+        yield from (("note", note) for note in record.tasks.notes)
+    yield "reload", f"in a fresh process: largest logit difference {record.reload_max_abs_difference:g}"
+    for note in record.notes:
+        yield "note", note
+
+
+def cost_table(cost: Cost) -> Group:
+    """Return what `--dry-run` shows."""
+    return terminal([], _cost_rows(cost))
+
+
+def _cost_rows(cost: Cost) -> Iterator[tuple[str, str]]:
+    for part, flops in cost.flops.items():
+        tokens = f"{cost.num_tokens:,} tokens, " if part == "training" else ""
+        seconds = f", {cost.seconds[part]:,.0f} s at the speed of one step timed here" if cost.seconds else ""
+        yield part, f"{tokens}{flops:.3g} FLOPs{seconds}"
+    yield "total", f"{sum(cost.flops.values()):.3g} FLOPs, {sum(cost.seconds.values()):,.0f} s"
+    yield "held out", f"{cost.num_held_out_tokens:,} tokens, never trained on"
+    yield "peak memory", f"about {human_bytes(cost.peak_bytes)} beyond the interpreter"
+    yield "scratch on disk", f"{human_bytes(cost.scratch_bytes)} of checkpoints until the end"
+
+
+def recovery_card(record: RecoveryRecord) -> str:
+    """Return the model card's part on the recovery, in Markdown."""
+    tasks = recovery_task_table(record)
+    lines = [
+        "## Recovery",
+        "",
+        f"{recovery_headline(record)}. The table shows held-out nats per token and KL to the dense model; figures "
+        "elsewhere on this card are of the model before recovery.",
+        "",
+        *markdown(verdict_table(record)),
+        "",
+        *([*markdown(tasks), ""] if tasks.rows else []),
+        f"- teacher: {record.teacher}",
+    ]
+    if record.command:
+        lines.append(f"- command: `{record.command}`")
+    lines += [f"- {label}: {text}" for label, text in cost_rows(record)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,206 @@
+"""What a report says of the result: quality, speed, evaluation and recovery, dense against pruned."""
+
+import math
+import shlex
+from collections.abc import Sequence
+
+from secateur.facts import Loss
+from secateur.report.measured import PLOTTED_METRICS, BenchResult, Scores, mean_kl, won_back
+from secateur.report.page import KeyFigure, Section, Table
+from secateur.report.plots import Series, Text, dot_plot, line_plot
+from secateur.report.records import ResultFiles, TrainingStep
+from secateur.report.rows import figure_rows, loss_rows
+from secateur.report.rows_measured import (
+    bench_tables,
+    cost_rows,
+    recovery_headline,
+    recovery_task_table,
+    task_table,
+    text_tables,
+    verdict_table,
+)
+
+SpeedFigures = tuple[str, float, float, float]
+
+
+def quality(files: ResultFiles) -> Section:
+    """Loss by domain, before and after, with standard errors."""
+    summary, title = files.summary, "Quality by domain"
+    by_name = summary.losses_by_name()
+    if not by_name:
+        return Section("quality", title, ("Not measured: the recipe says evaluate: false.",))
+    domains = list(summary.dense_losses)
+    series = [Series(name, name, *_means_and_bars([losses[d] for d in domains])) for name, losses in by_name.items()]
+    worst = max(domains, key=lambda d: summary.pruned_losses[d].nats_per_token - summary.dense_losses[d].nats_per_token)
+    rise = summary.pruned_losses[worst].nats_per_token - summary.dense_losses[worst].nats_per_token
+    text = (
+        f"Held-out text of the calibration's own domains, in nats per token; lower is better. Worst change: "
+        f"{rise:+.3f} on {worst}. Bars and ± are one standard error over blocks of "
+        f"{summary.calibration.sequence_length} tokens.",
+    )
+    described = Text("quality-plot", "Held-out loss by domain", f"{text[0]} The table has every number.")
+    rows = list(loss_rows(summary, errors=True))
+    table = Table("Nats per token ± standard error (perplexity)", ("domain", *by_name), rows)
+    return Section("quality", title, text, (dot_plot(described, domains, series, "nats per token"),), (table,))
+
+
+def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
+    """Return (phase, dense and pruned tokens per second, speed-up) where `secateur bench` has measured them."""
+    bench = files.bench
+    if bench is None or bench.dense is None:
+        return []
+    before, after = bench.dense.speed, bench.pruned.speed
+    rates = {
+        "prefill": (before.prefill_tokens_per_second, after.prefill_tokens_per_second),
+        "decode": (before.decode_tokens_per_second, after.decode_tokens_per_second),
+    }
+    return [(phase, *rates[phase], up.measured.median) for phase, up in bench.speed_ups.items()]
+
+
+def _means_and_bars(losses: Sequence[Loss]) -> tuple[list[float], list[tuple[float, float]]]:
+    return [loss.nats_per_token for loss in losses], [(loss.standard_error, loss.standard_error) for loss in losses]
+
+
+def speed(files: ResultFiles) -> Section:
+    """Size, and speed and memory beside the ideal where `secateur bench` has measured them."""
+    summary, bench, title = files.summary, files.bench, "Speed and memory"
+    sizes = Table("Size", ("", "dense", "pruned"), list(figure_rows(summary)))
+    if bench is not None and bench.dense is not None:
+        return Section("speed", title, (_how_timed(bench),), (_speed_up_plot(bench),), (*bench_tables(bench), sizes))
+    command = f"secateur bench DIR --against {shlex.quote(summary.model)}"
+    text = f"{command} times both models in turns and adds the ideal speed-up, peak memory and cache size."
+    return Section("speed", title, (text,), (), (sizes,))
+
+
+def _how_timed(bench: BenchResult) -> str:
+    work = bench.workload
+    return (
+        f"secateur bench: {bench.settings.engine} on {bench.settings.device}, batch {work.batch}, {work.prompt_tokens} "
+        f"prompt and {work.new_tokens} new tokens, {work.repeats} repeats in turns. Bars reach from the slowest to the "
+        "fastest repeat. Ideal: operations per prompt token and bytes read per decoded token, dense over pruned."
+    )
+
+
+def _speed_up_plot(bench: BenchResult) -> str:
+    ups = bench.speed_ups
+    measured = [up.measured for up in ups.values()]
+    reach = [(each.median - each.lowest, each.highest - each.median) for each in measured]
+    series = [
+        Series("measured", "pruned", [each.median for each in measured], reach),
+        Series("ideal", "ideal", [up.ideal for up in ups.values()]),
+    ]
+    described = Text("speed-plot", "Speed-up, measured and ideal", "The table has the numbers.")
+    return dot_plot(described, list(ups), series, "times the dense speed", reference=1.0)
+
+
+def distance(files: ResultFiles) -> Section:
+    """Nats per token, bits per byte, WikiText-2, and KL to the dense model."""
+    title, found = "Distance to the dense model", files.evaluation
+    command = f"secateur evaluate DIR --against {shlex.quote(files.summary.model)}"
+    if found is None:
+        text = f"{command} adds bits per byte and the divergence from the dense model's predictions."
+        return Section("distance", title, (text,))
+    text = "KL in nats per token, over the whole vocabulary; how often both models put the same token first."
+    if not found.kl:
+        text = f"Measured without the dense model; {command} adds the divergence from it."
+    tables = [table for table in text_tables(found) if table.rows]
+    return Section("distance", title, (text, *found.notes), tables=tables)
+
+
+def tasks(files: ResultFiles) -> Section:
+    """Scores of benchmark tasks, with standard errors."""
+    title, found = "Quality by task", files.evaluation
+    if found is None or not found.pruned.scores:
+        return Section("tasks", title, ("secateur evaluate DIR --tasks NAMES adds benchmark tasks of lm-eval.",))
+    text = "Measured by lm-evaluation-harness; higher is better, but for perplexity. Bars and ± are one standard error."
+    models = {name: (name, measured.scores) for name, measured in found.models.items()}
+    return Section("tasks", title, (text,), task_plots("tasks-plot", models), (task_table(found),))
+
+
+def task_plots(name: str, models: dict[str, tuple[str, Scores]]) -> list[str]:
+    """Return a plot of one metric of every task that has one to plot; no plot if none has.
+
+    `models`: by label, the look of the model's marks and its scores.
+    """
+    *_, last = (scores for _, scores in models.values())
+    plotted = {task: metric for task, of in last.items() for metric in PLOTTED_METRICS if metric in of}
+    if not plotted:
+        return []
+    series = []
+    for label, (look, scores) in models.items():
+        shown = [scores[task][metric] for task, metric in plotted.items()]
+        errors = [(score.error or 0.0, score.error or 0.0) for score in shown]
+        series.append(Series(label, look, [score.value for score in shown], errors))
+    described = Text(name, "Scores by task", "Bars are one standard error. The table has the numbers.")
+    return [dot_plot(described, list(plotted), series, "share right")]
+
+
+CURVE_POINTS = 60
+
+
+def recovery(files: ResultFiles) -> Section:
+    """What training after the cut won back."""
+    record = files.recovery
+    assert record is not None
+    text = (
+        f"{recovery_headline(record)}. Teacher: {record.teacher}. Both models are judged on "
+        f"{record.num_held_out_tokens:,} held-out tokens that nothing was trained on; a training after which the mean "
+        "KL to the dense model is not lower is undone. Figures elsewhere on this page are of the model before "
+        "recovery, unless measured later.",
+    )
+    table = verdict_table(record, "Held-out nats per token, KL to the dense model")
+    costs = Table("Cost", (), list(cost_rows(record)), numbers=False)
+    described = Text("recovery-plot", "Held-out KL by domain", "KL to the dense model, as in the table.")
+    series = [
+        Series("before", "before", [verdict.kl for verdict in record.before.values()]),
+        Series("after", "pruned", [verdict.kl for verdict in record.after.values()]),
+    ]
+    plots = [dot_plot(described, list(record.before), series, "KL to the dense model, nats per token")]
+    if files.training:
+        plots.append(_curve(files.training, mean_kl(record.before)))
+    tables, found = [table], record.tasks
+    if found is not None:
+        models = {
+            "dense": ("dense", found.dense),
+            "pruned": ("before", found.pruned),
+            "recovered": ("pruned", found.recovered),
+        }
+        plots += task_plots("recovery-tasks-plot", models)
+        tables.append(recovery_task_table(record))
+    return Section("recovery", "Recovery", text, tuple(plots), (*tables, costs, _steps(files.training)))
+
+
+def recovery_figures(files: ResultFiles) -> list[KeyFigure]:
+    """Return how much of what was lost came back, nothing where nothing was lost or no recovery ran."""
+    record = files.recovery
+    share = math.nan if record is None else won_back(record.dense, record.before, record.after)
+    if record is None or math.isnan(share):
+        return []
+    return [
+        KeyFigure(
+            "lost log-perplexity won back", f"by {record.training.num_tokens:,} tokens of training", f"{share:.1%}"
+        )
+    ]
+
+
+def _curve(steps: Sequence[TrainingStep], before: float) -> str:
+    means = _thinned(steps)
+    described = Text(
+        "loss-plot",
+        "Training loss",
+        f"Means of neighbouring steps over trained tokens. The held-out KL before was {before:.4f}.",
+    )
+    series = [Series("loss", "pruned", [mean.loss for mean in means])]
+    return line_plot(described, [mean.tokens for mean in means], series, "trained tokens", "loss, nats")
+
+
+def _steps(steps: Sequence[TrainingStep]) -> Table:
+    rows = [(f"{mean.tokens:,} tokens", f"{mean.loss:.4f}") for mean in _thinned(steps)]
+    return Table("Training loss, means of neighbouring steps", ("", "loss"), rows, folded=True)
+
+
+def _thinned(steps: Sequence[TrainingStep]) -> list[TrainingStep]:
+    """Return at most CURVE_POINTS means of neighbours, each at the tokens of its last step."""
+    size = -(-len(steps) // CURVE_POINTS)
+    parts = [steps[start : start + size] for start in range(0, len(steps), size)] if steps else []
+    return [TrainingStep(part[-1].step, part[-1].tokens, sum(s.loss for s in part) / len(part)) for part in parts]

@@ -1,0 +1,134 @@
+"""The device that a run computes on, found by its name, and the memory of it and of this process."""
+
+import ctypes
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+
+def peak_bytes() -> int:
+    """Return the highest resident set size so far in bytes, file-backed pages included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release_freed() -> None:
+    """Hand memory that was freed back to the system, where the C library keeps it otherwise (glibc).
+
+    Matrices of a few megabytes come from the heap, whose holes stay resident: without this a prune of a small model
+    holds a tenth more than it uses.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> "ctypes._NamedFuncPointer | None":
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+CPU = torch.device("cpu")
+# Of what a device has free: the rest is for activations of a batch and for what its libraries hold.
+USABLE_SHARE = 0.85
+LOW = (torch.bfloat16, torch.float16)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that a run may use of the device's memory; None for the CPU and where torch cannot tell."""
+    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):
+        return int(USABLE_SHARE * module.mem_get_info(device)[0])
+    if hasattr(module, "recommended_max_memory"):  # MPS
+        return int(USABLE_SHARE * module.recommended_max_memory())
+    return None
+
+
+def peak_bytes_on(device: torch.device) -> int | None:
+    """Return the most that was allocated on the device so far; None for the CPU and where torch does not count."""
+    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+    return int(module.max_memory_allocated(device)) if hasattr(module, "max_memory_allocated") else None
+
+
+def multiplies_in_software(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether matrices of this dtype take many times as long there as those of float32.
+
+    So it is on processors without AVX-512 or an equal of it, where torch multiplies bfloat16 number by number.
+    """
+    if device.type != "cpu" or dtype not in LOW:
+        return False
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)())
+
+
+@cache
+def float64_device(device: torch.device) -> torch.device:
+    """Return where float64 is computed for this device: there, or on the CPU if it has none, as Apple's GPUs."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).add_(1).cpu()
+    except (TypeError, RuntimeError):
+        return CPU
+    return device
+
+
+def bring(
+    root: nn.Module, device: torch.device, *, but: Iterable[nn.Module] = (), dtype: Callable[..., Any] | None = None
+) -> None:
+    """Move all weights and buffers to the device, but not those of the modules `but`. Tied weights stay tied.
+
+    `dtype`: called with (module, name, parameter), says which one the parameter is to have there; None: its own.
+    """
+    left = {id(module) for each in but for module in each.modules()}
+    moved: dict[int, nn.Parameter] = {}
+    for module in root.modules():
+        if id(module) in left:
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            wanted = parameter.dtype if dtype is None else dtype(module, name, parameter)
+            if (parameter.device, parameter.dtype) != (device, wanted):
+                if id(parameter) not in moved:
+                    moved[id(parameter)] = parameter_on(device, parameter, wanted)
+                module._parameters[name] = moved[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def on_device(model: Model, device: torch.device) -> Model:
+    """Return the model, all of it on the device, in float32 where that multiplies its dtype in software."""
+    low = [p.dtype for p in model.parameters() if p.dtype in LOW]
+    in_software = bool(low) and multiplies_in_software(device, low[0])
+    bring(model, device, dtype=(lambda _, __, parameter: raised(parameter.dtype)) if in_software else None)
+    return model
+
+
+def raised(dtype: torch.dtype) -> torch.dtype:
+    """Return float32 for what is shorter, any other dtype as it is."""
+    return torch.float32 if dtype in LOW else dtype
+
+
+def parameter_on(device: torch.device, parameter: nn.Parameter, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """Return the parameter as a new one on the device, in this dtype if one is given."""
+    # Made within inference mode it could not be changed outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        tensor: Tensor = parameter.detach().to(device, dtype or parameter.dtype)
+    return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+
+
+def now(device: torch.device) -> float:
+    """Return the clock's seconds once the device has done what it was given."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+    return time.perf_counter()

@@ -1,0 +1,181 @@
+"""Losses on token blocks, domain by domain: nats per token, and KL to the dense model."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from secateur.errors import NumericsError
+from secateur.facts import Batch, Divergence, Loss
+from secateur.log import Progress, silent
+from secateur.model.bind import Arch, decoder_layers, head_of
+from secateur.ranks import size, spread
+from secateur.stream.device import release_freed
+from secateur.stream.walk import Walk, forwards_replaced
+
+# Positions per slice of logits: 64 x 150k words x float32 is 38 MB.
+HEAD_POSITIONS = 64
+# Tokens that go through the layers together, so that weights which are not in memory come once for all of them.
+TOKENS_AT_ONCE = 1 << 15
+
+
+def domain_losses(
+    model: nn.Module, arch: Arch, blocks_NT: dict[str, Tensor], progress: Progress = silent, stage: str = "evaluate"
+) -> dict[str, Loss]:
+    """Return each domain's loss; ranks share the blocks and all get the numbers that one process would get.
+
+    Raises NumericsError naming the domain if a loss is not finite.
+    """
+    losses: dict[str, Loss] = {}
+    blocks = [ids_T for domain_NT in blocks_NT.values() for ids_T in domain_NT]
+    # Every rank is to have some.
+    at_once = min(max(1, TOKENS_AT_ONCE // len(blocks[0])), -(-len(blocks) // size()))
+    pieces = [blocks[start : start + at_once] for start in range(0, len(blocks), at_once)]
+    done, steps = 0, len(pieces) * arch.num_layers
+
+    def one_more() -> None:
+        nonlocal done
+        done = min(done + size(), steps)
+        progress(stage, done, steps)
+
+    progress(stage, 0, steps)
+    found = spread(lambda piece: _mean_losses(model, arch, piece, one_more), pieces)
+    all_values = (value for values in found for value in values)
+    for domain, domain_NT in blocks_NT.items():
+        values = list(islice(all_values, len(domain_NT)))
+        mean = sum(values) / len(values)
+        if not math.isfinite(mean):
+            raise NumericsError(f"{stage}, domain {domain}: the loss is {mean}; the model gives no finite logits.")
+        losses[domain] = Loss(mean, standard_error(values), domain_NT[:, 1:].numel())
+    release_freed()
+    return losses
+
+
+def standard_error(values: list[float]) -> float:
+    """Return the standard error of the mean, 0 for a single value."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1) / len(values))
+
+
+def _mean_losses(model: nn.Module, arch: Arch, blocks: list[Tensor], layer_done: Callable[[], None]) -> list[float]:
+    """Return each block's mean loss. All go through a layer before the next one is run, each as it would by itself."""
+    backbone, device = model.get_submodule(arch.backbone), next(model.parameters()).device
+    batches = [Batch("", True, ids_T[None].to(device)) for ids_T in blocks]
+    walk = Walk(model, arch, batches)
+    for index in range(arch.num_layers):
+        walk.advance(index)
+        layer_done()
+    found = []
+    for position, batch in enumerate(batches):
+        final_TD = walk.leave(backbone, position)[0]
+        found.append(float(_position_losses(head_of(model, arch), final_TD, batch.ids_BT[0]).mean()))
+    return found
+
+
+@torch.inference_mode()
+def block_losses(model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"]) -> Float[Tensor, " P"]:
+    """Return -log p(token t+1 | tokens up to t) for every position of one block, in nats; P = T - 1."""
+    ids_1T = ids_1T.to(next(model.parameters()).device)
+    final_TD = model.get_submodule(arch.backbone)(ids_1T, use_cache=False).last_hidden_state[0]
+    return _position_losses(head_of(model, arch), final_TD, ids_1T[0])
+
+
+@torch.inference_mode()
+def _position_losses(head: nn.Module, final_TD: Tensor, ids_T: Tensor) -> Float[Tensor, " P"]:
+    parts = [
+        nn.functional.cross_entropy(head(piece_PD).float(), targets_P, reduction="none")
+        for piece_PD, targets_P in zip(
+            final_TD[:-1].split(HEAD_POSITIONS), ids_T[1:].split(HEAD_POSITIONS), strict=True
+        )
+    ]
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def states_for_head(model: nn.Module, arch: Arch, batch: Batch, hidden_BTD: Tensor) -> Float[Tensor, "P D"]:
+    """Return what the head reads of a stream that has left the layers: the backbone runs with them bypassed."""
+    with forwards_replaced(decoder_layers(model, arch), lambda *_, **__: arch.layer_output(hidden_BTD)):
+        final_BTD = model.get_submodule(arch.backbone)(batch.ids_BT, use_cache=False).last_hidden_state
+    return final_BTD[:, :-1].flatten(0, 1)
+
+
+# Positions per slice of logits: 2 models x 64 x 150k words x float32 is 77 MB.
+KL_POSITIONS = 64
+# Rows of logits at a time in float32: four times as fast on a CPU as 64, whose intermediate results fill 12 MB each.
+CACHED_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class DenseStates:
+    """What is kept of the dense model: its head, and per domain the last hidden states of every block."""
+
+    head: nn.Module
+    states_NPD: dict[str, list[Tensor]]
+
+
+@torch.inference_mode()
+def final_states(model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"]) -> Float[Tensor, "P D"]:
+    """Return what the head reads at every position that predicts a token of the block; P = T - 1."""
+    ids_1T = ids_1T.to(next(model.parameters()).device)
+    return model.get_submodule(arch.backbone)(ids_1T, use_cache=False).last_hidden_state[0, :-1]
+
+
+@torch.inference_mode()
+def token_divergences(
+    dense_PD: Float[Tensor, "P D"], dense_head: nn.Module, pruned_PD: Float[Tensor, "P E"], pruned_head: nn.Module
+) -> Float[Tensor, " P"]:
+    """Return sum_v p(v) (log p(v) - log q(v)) per position, p of the dense and q of the pruned model.
+
+    The softmax runs in float32 on the logits as the models give them. A model against itself: 0 everywhere.
+    """
+    pairs = _logit_slices(dense_PD, dense_head, pruned_PD, pruned_head)
+    return torch.cat([_divergences(dense_SV, pruned_SV) for dense_SV, pruned_SV in pairs])
+
+
+@torch.inference_mode()
+def token_divergences_and_agreements(
+    dense_PD: Float[Tensor, "P D"], dense_head: nn.Module, pruned_PD: Float[Tensor, "P E"], pruned_head: nn.Module
+) -> tuple[Float[Tensor, " P"], Bool[Tensor, " P"]]:
+    """Return `token_divergences`, and whether both models put the same token first."""
+    divergences, agreements = [], []
+    for dense_SV, pruned_SV in _logit_slices(dense_PD, dense_head, pruned_PD, pruned_head):
+        divergences.append(_divergences(dense_SV, pruned_SV))
+        agreements.append(dense_SV.argmax(-1) == pruned_SV.argmax(-1))
+    return torch.cat(divergences), torch.cat(agreements)
+
+
+def _logit_slices(
+    dense_PD: Tensor, dense_head: nn.Module, pruned_PD: Tensor, pruned_head: nn.Module
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for dense_SD, pruned_SD in zip(dense_PD.split(KL_POSITIONS), pruned_PD.split(KL_POSITIONS), strict=True):
+        yield dense_head(dense_SD), pruned_head(pruned_SD)
+
+
+def _divergences(dense_SV: Tensor, pruned_SV: Tensor) -> Tensor:
+    """Return the divergence per row of logits, a few rows at a time, which then stay in the processor's cache."""
+    found = []
+    for dense_RV, pruned_RV in zip(dense_SV.split(CACHED_ROWS), pruned_SV.split(CACHED_ROWS), strict=True):
+        log_p, log_q = dense_RV.float().log_softmax(-1), pruned_RV.float().log_softmax(-1)
+        found.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q))
+    return torch.cat(found)
+
+
+def summarise(domain: str, divergences_NP: list[Tensor], agreements_NP: list[Tensor]) -> Divergence:
+    """Return the figures over all tokens of a domain's blocks. Raises NumericsError if a divergence is not finite."""
+    all_tokens = torch.cat(divergences_NP).cpu().double()
+    if not bool(all_tokens.isfinite().all()):
+        raise NumericsError(f"KL, domain {domain}: a divergence is not finite; one model gives no finite logits.")
+    block_means = torch.stack([block.cpu().double().mean() for block in divergences_NP])
+    error = float(block_means.std()) / math.sqrt(len(block_means)) if len(block_means) > 1 else 0.0
+    return Divergence(
+        mean=float(all_tokens.mean()),
+        standard_error=error,
+        p95=float(numpy.quantile(all_tokens.cpu().numpy(), 0.95)),
+        top1_agreement=float(torch.cat(agreements_NP).cpu().double().mean()),
+        num_tokens=all_tokens.numel(),
+    )

@@ -1,0 +1,210 @@
+"""Measure one group: run its layer over all batches and gather the reader's input statistics by domain.
+
+Domain weights that look at what a cut would do to each domain (`minimax`) are here too.
+"""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from secateur.errors import NumericsError
+from secateur.facts import Batch
+from secateur.model.group import Group, linear
+from secateur.stream.statistics import (
+    BY_DOMAIN,
+    Gram,
+    InOrder,
+    Measurement,
+    Statistics,
+    damped_gram,
+    domain_weight,
+    inverse_of,
+    keep_highest,
+    pool,
+    removal_errors,
+)
+from secateur.stream.walk import Walk
+
+NUM_STEPS = 5
+STEP_SIZE = 0.5
+# A domain's weight is at least this part of an equal one.
+FLOOR = 1 / 3
+# Halvings until the scale of the weights is exact in float64.
+NUM_HALVINGS = 100
+
+
+def minimax_weights(
+    by_domain: dict[str, Statistics],
+    shares: dict[str, float],
+    reader_HF: Float[Tensor, "H F"],
+    columns_UW: Int64[Tensor, "U w"],
+    num_keep: int,
+    damping: float,
+) -> dict[str, float]:
+    """Return the weights q, which sum to 1, to pool the statistics with: H = sum_d q_d G_d / e_d.
+
+    Exponentiated gradient from the shares on: q_d *= exp(STEP_SIZE * err_d / mean err), brought back to
+    1 / (3 D) <= q_d <= 1, with err_d = `removal_damage` under H. The weights with the lowest error of the worst domain
+    win, the earlier on a tie. `reader_HF` is in float32.
+
+    Source: multiplicative weights for a minimax game, as group DRO uses them, Sagawa et al., arXiv 1911.08731, alg. 1.
+    """
+    floor = FLOOR / len(by_domain)
+    weights_D = _at_least(torch.tensor([shares[name] for name in by_domain], dtype=torch.float64), floor)
+    tried: list[tuple[float, dict[str, float]]] = []
+    for _ in range(NUM_STEPS):
+        named = dict(zip(by_domain, weights_D.tolist(), strict=True))
+        gram = pool(by_domain, named).gram
+        assert gram is not None
+        errors_D = removal_damage(by_domain, gram, reader_HF, columns_UW, num_keep, damping)
+        tried.append((float(errors_D.max()), named))
+        relative_D = errors_D / errors_D.mean().clamp_min(1e-30)
+        weights_D = _at_least(weights_D * (STEP_SIZE * relative_D).exp(), floor)
+    return min(tried, key=lambda each: each[0])[1]
+
+
+def removal_damage(
+    by_domain: dict[str, Statistics],
+    pooled: Gram,
+    reader_HF: Float[Tensor, "H F"],
+    columns_UW: Int64[Tensor, "U w"],
+    num_keep: int,
+    damping: float,
+) -> Float[Tensor, " D"]:
+    """Return each domain's output error as a share of its output energy, if the least units of OBS went at once.
+
+    With H the damped pooled matrix and C the columns of the units that go, the reader's change after refitting is
+    Delta = W_C ([H^-1]_CC)^-1 [H^-1]_C,: and the error tr(Delta G_d Delta') / e_d; 0 for a silent domain.
+    Source: Hassibi and Stork 1993, in the block form of OBC, arXiv 2208.11580, eq. 7.
+    """
+    inverse, home = inverse_of(damped_gram(pooled, damping)), reader_HF.device
+    reader_HF, columns_UW = reader_HF.to(inverse.device), columns_UW.to(inverse.device)
+    stays = torch.zeros(len(columns_UW), dtype=torch.bool, device=inverse.device)
+    stays[keep_highest(removal_errors(reader_HF, inverse, columns_UW), num_keep)] = True
+    gone = columns_UW[~stays].flatten()
+    rows_CF = inverse[gone]
+    del inverse
+    change_HF = (reader_HF[:, gone].to(rows_CF) @ torch.linalg.solve(rows_CF[:, gone], rows_CF)).float().to(home)
+    errors = []
+    for statistics in by_domain.values():
+        assert statistics.gram is not None
+        energy = float(statistics.energy)
+        errors.append(_output_energy(change_HF, statistics.gram) / energy if energy > 0 else 0.0)
+    return torch.tensor(errors, dtype=torch.float64)
+
+
+def _output_energy(map_HF: Float[Tensor, "H F"], gram: Gram) -> float:
+    """Return tr(M G M'), reading the triangle that is stored: what lies left of the diagonal blocks counts twice."""
+    total = 0.0
+    for start, stop, block in zip(gram.starts, gram.stops, gram.blocks, strict=True):
+        product = (map_HF[:, start:stop] @ block.to(map_HF.dtype)).mul_(map_HF[:, :stop])
+        total += 2 * float(product[:, :start].sum()) + float(product[:, start:].sum())
+    return total
+
+
+def _at_least(weights_D: Float[Tensor, " D"], floor: float) -> Float[Tensor, " D"]:
+    """Return clip(c * weights, floor, 1) with the c that makes the sum 1: the nearest such weights by KL."""
+    low, high = 0.0, 1 / float(weights_D.min())
+    for _ in range(NUM_HALVINGS):
+        middle = (low + high) / 2
+        if float((middle * weights_D).clamp(floor, 1).sum()) < 1:
+            low = middle
+        else:
+            high = middle
+    return (high * weights_D).clamp(floor, 1)
+
+
+class _Gatherer:
+    """Takes reader inputs batch by batch; folds a domain into the pooled statistics as soon as the next one begins."""
+
+    def __init__(
+        self, group: Group, reader: nn.Linear, weighting: str, shares: dict[str, float], gram: bool, drift: bool
+    ) -> None:
+        self.group, self.reader, self.weighting, self.shares = group, reader, weighting, shares
+        self.gram = gram or weighting in BY_DOMAIN
+        self.num_drift_outputs = reader.out_features if drift else 0
+        self.pooled, self.current = self.empty(torch.float32), self.empty()
+        self.domains = InOrder(shares, self.fold)
+        self.energy: dict[str, float] = {}
+        self.held_out: dict[str, list[Tensor]] = {}
+        self.held_out_drift: dict[str, list[Tensor]] = {}
+        self.by_domain: dict[str, Statistics] = {}
+
+    def empty(self, dtype: torch.dtype | None = None) -> Statistics:
+        device, num_outputs = self.reader.weight.device, self.num_drift_outputs
+        return Statistics.empty(
+            self.reader.in_features, device, gram=self.gram, num_drift_outputs=num_outputs, dtype=dtype
+        )
+
+    def add(self, batch: Batch, x: Tensor, y: Tensor, drift: Tensor | None) -> None:
+        x_TF, y_TH = x.flatten(0, -2), y.flatten(0, -2)
+        drift_TH = None if drift is None else drift.flatten(0, -2)
+        if batch.held_out:
+            self.held_out.setdefault(batch.domain, []).append(x_TF)
+            if drift_TH is not None:
+                self.held_out_drift.setdefault(batch.domain, []).append(drift_TH)
+            return
+        self.domains.begin(batch.domain)
+        self.current.update(x_TF, y_TH if self.reader.bias is None else y_TH - self.reader.bias, drift_TH)
+
+    def fold(self, domain: str) -> None:
+        self.current.sum_over_ranks()
+        if not self.current.is_finite():
+            raise NumericsError(
+                f"layer {self.group.layer}, {self.group.reader.module}, domain {domain}: the input holds NaN "
+                f"or infinite numbers; use the model in bfloat16 or float32 and check its weights."
+            )
+        weight = domain_weight(self.weighting, self.shares[domain], float(self.current.energy))
+        self.energy[domain] = float(self.current.energy)
+        self.pooled.merge(self.current, weight)
+        if self.weighting in BY_DOMAIN:
+            self.by_domain[domain] = self.empty(torch.float32)
+            self.by_domain[domain].merge(self.current)
+        self.current.clear()
+
+    def finish(self) -> Measurement:
+        self.domains.end()
+        # Concatenate one domain at a time to bound peak memory.
+        held_out, drift = (
+            {name: torch.cat(pieces.pop(name)) for name in list(pieces)}
+            for pieces in (self.held_out, self.held_out_drift)
+        )
+        return Measurement(self.pooled, self.energy, held_out, drift, self.by_domain)
+
+
+@torch.no_grad()
+def measure(
+    walk: Walk,
+    group: Group,
+    weighting: str,
+    shares: dict[str, float],
+    *,
+    gram: bool,
+    drift: bool = False,
+    to_middle: bool = False,
+    to_end: bool = False,
+) -> Measurement:
+    """Return the group's statistics on the pruned stream. The walk must stand before the group's layer.
+
+    `drift`: also those of (dense stream - pruned stream) behind the layer, whose dense stream must have moved already.
+    `to_middle`, `to_end`: leave the walk behind the layer's attention, or behind the layer; see `Walk.run`.
+
+    Raises NumericsError naming layer, module and domain if an input is not finite.
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((inputs[0], output))
+
+    with walk.layer(group.layer) as layer:
+        reader = linear(layer, group.reader.module)
+        gatherer = _Gatherer(group, reader, weighting, shares, gram, drift)
+        handle = reader.register_forward_hook(note)
+        try:
+            for position, (batch, output) in enumerate(walk.run(group.layer, to_middle=to_middle, to_end=to_end)):
+                # Both streams are rounded to their dtype already, so rounding their difference to it loses nothing.
+                behind = walk.dense_BTD[position] - output if drift else None
+                gatherer.add(batch, *seen.pop(), behind)
+        finally:
+            handle.remove()
+        return gatherer.finish()

@@ -1,0 +1,323 @@
+"""Everything a user can get wrong, and every way a run can be stopped: one sentence, an exit status, nothing left."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from run_cli import Outcome, run_cli
+from safetensors.torch import load_file, save_file
+
+from secateur.errors import RecipeError
+from secateur.formats.serving import check_server
+from secateur.store import HOW, place_beside
+
+UP_PROJ = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def model(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the llama checkpoint to damage."""
+    return Path(shutil.copytree(checkpoints["llama"], tmp_path / "model"))
+
+
+@pytest.fixture
+def prune(recipe: dict[str, Any], model: Path, tmp_path: Path) -> Callable[..., Outcome]:
+    """Run `secateur prune` with changes to the shared recipe, and see that it left nothing beside what was there."""
+
+    def run(*options: object, source: object = model, out: object = None, **changes: Any) -> Outcome:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump({**recipe, **changes}), encoding="utf-8")
+        before = sorted(tmp_path.rglob("*"))
+        outcome = run_cli("prune", source, out or tmp_path / "out", "--recipe", file, *options)
+        assert sorted(tmp_path.rglob("*")) == before
+        return outcome
+
+    return run
+
+
+def refused(outcome: Outcome, expected: str) -> None:
+    """Exit status 2, and nothing said but one sentence (after the bars of the stages that ran) which holds this."""
+    assert outcome.status == 2 and outcome.stdout == ""
+    *bars, sentence = outcome.stderr.splitlines()
+    assert all("━" in line or "left -:--:--" in line for line in bars), outcome.stderr
+    assert sentence.startswith("secateur: ") and "Traceback" not in outcome.stderr
+    assert expected in sentence
+
+
+def edit_config(model: Path, **changes: Any) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def edit_tensor(model: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    save_file({**tensors, name: change(tensors[name])}, model / "model.safetensors", {"format": "pt"})
+
+
+def truncate(model: Path) -> None:
+    os.truncate(model / "model.safetensors", 5000)
+
+
+def no_tokenizer(model: Path) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no such model": (shutil.rmtree, "no such directory or .gguf file"),
+    "not a causal model": (
+        lambda model: edit_config(model, model_type="bert", architectures=["BertForMaskedLM"]),
+        "not a causal language model (got BertForMaskedLM)",
+    ),
+    "unsupported family": (
+        lambda model: edit_config(model, model_type="arcee", architectures=["ArceeForCausalLM"]),
+        "model family 'arcee' is not supported; supported: cohere, cohere2, ",
+    ),
+    "pickle": (
+        lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),
+        "only pickle files (pytorch_model.bin), which can run code when opened; convert pickle weights",
+    ),
+    "truncated": (truncate, "model.safetensors: is truncated"),
+    "shape mismatch": (
+        lambda model: edit_config(model, intermediate_size=96),
+        "wrong shape: model.layers.0.mlp.gate_proj.weight is [112, 48], not [96, 48]",
+    ),
+    "NaN in a weight": (
+        lambda model: edit_tensor(model, UP_PROJ, lambda weight: weight.index_fill(0, torch.tensor([3]), torch.nan)),
+        f"weight {UP_PROJ} of the model holds NaN or infinity",
+    ),
+    "no tokenizer": (no_tokenizer, "has no tokenizer (looked for tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_model(name, model, prune):
+    damage, expected = DAMAGES[name]
+    damage(model)
+    refused(prune(), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--remove 0", "remove: the share of total parameters to remove must be a number above 0 and below 1, got 0.0"),
+        ("--remove 1", "above 0 and below 1, got 1.0"),
+        ("--remove -0.2", "above 0 and below 1, got -0.2"),
+        ("--remove nan", "above 0 and below 1, got NaN"),
+        (
+            "--remove 0.9",
+            "remove: 0.9 of all 100,176 parameters is out of reach; the recipe's groups allow at most 0.4",
+        ),
+        ("--remove 0.001", "nothing would go; ask for at least 0.0173"),
+        ("--seed -1", "seed: "),
+        ("--domain klingon", "'klingon'; allowed: code, technical, mathematics"),
+        ("--domain =file.txt", "--domain =file.txt: give NAME=FILE"),
+        ("--domain code --domain code", "--domain code: given twice"),
+        ("--recipe nowhere.yaml", "recipe nowhere.yaml: cannot be read"),
+    ],
+)
+def test_bad_option(options, expected, prune):
+    refused(prune(*options.split()), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"remvoe": 0.2}, "unknown key 'remvoe'; did you mean 'remove'?"),
+        ({"calibration": {"tokens": 5}}, "unknown key 'calibration.tokens'; did you mean 'num_tokens'?"),
+        ({"calibration": None}, "calibration: "),
+        ({"calibration": {"domains": {"a": {"installed": "klingon"}}}}, "calibration.domains.a.installed 'klingon'"),
+        ({"calibration": {"domains": {"a": {}}}}, "needs exactly one of installed, files, dataset, sampled; got none"),
+        ({"score": "wnada"}, "flap, obs, taylor, paper, reap, frequency; did you mean 'wanda'?"),
+        ({"target": "paramters"}, "allowed: parameters, flops, kv_bytes, latency; did you mean 'parameters'?"),
+        ({"target": "money"}, "unknown target 'money'; allowed: parameters, flops, kv_bytes, latency; give one of"),
+        (
+            {"groups": ["fnn"]},
+            "groups: family llama has no group 'fnn'; it has ffn, kv_heads, query_heads; did you mean 'ffn'?",
+        ),
+        ({"remove": float("nan")}, "above 0 and below 1, got NaN"),
+        ({"align": 0}, "align: "),
+        ({"max_shard_size": "big"}, "max_shard_size: must be a number and KB, MB, GB or TB, such as 5GB, got 'big'"),
+        ({"calibration": {"sequence_length": 512}}, "calibration.sequence_length: 512 is longer than the model's 256"),
+    ],
+)
+def test_bad_recipe(changes, expected, prune):
+    refused(prune(**changes), expected)
+
+
+def test_an_unknown_server_is_told_which_there_are():
+    with pytest.raises(RecipeError, match=r"unknown server 'vlm'; allowed: vllm, llama.cpp; did you mean 'vllm'\?"):
+        check_server("vlm", 1)
+    with pytest.raises(RecipeError, match=r"--tp: is of vllm, got 2 with --check-for llama.cpp; leave it out"):
+        check_server("llama.cpp", 2)
+
+
+def test_an_option_does_not_hide_a_mistake_in_the_recipe(prune, texts):
+    refused(prune("--domain", f"mine={texts['prose']}", calibration=3), "recipe.yaml: calibration: ")
+
+
+@pytest.mark.parametrize("text", ["- a list", "remove: [", "\tremove: 0.2"])
+def test_a_recipe_that_is_no_mapping(text, prune, tmp_path):
+    (tmp_path / "bad.yaml").write_text(text)
+    refused(prune("--recipe", tmp_path / "bad.yaml"), f"recipe {tmp_path / 'bad.yaml'}: ")
+
+
+def test_bias_compensation_where_the_family_has_no_bias(checkpoints, prune):
+    outcome = prune(source=checkpoints["qwen2"], compensate="bias")
+    refused(outcome, "compensate: family qwen2 cannot store a bias in its readers")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "there is no such file"),
+        (b"", "it is empty"),
+        (b"one line and no more\n", "domain 'mine': 21 tokens of text after packing, but 40 calibration and 5"),
+        (b"good\n" * 1000 + b"\xff\xfe", "not valid UTF-8 at byte 5000"),
+    ],
+)
+def test_bad_calibration_file(content, expected, prune, tmp_path):
+    if content is not None:
+        (tmp_path / "mine.txt").write_bytes(content)
+    refused(prune("--domain", f"mine={tmp_path / 'mine.txt'}"), expected)
+
+
+def test_out_exists(prune, tmp_path):
+    (tmp_path / "out").mkdir()
+    refused(prune(), f"OUT {tmp_path / 'out'}: already exists; choose a new directory or give --overwrite")
+    (tmp_path / "out" / "diary.txt").write_text("")
+    refused(prune("--overwrite"), "has no config.json, so it is no model and --overwrite will not delete it")
+
+
+def test_out_is_the_model_itself(prune, model):
+    refused(prune("--overwrite", out=model), "holds the model that is being pruned")
+
+
+def test_out_not_writable(prune, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(prune(out=tmp_path / "file" / "deep" / "out"), "file is not a directory; choose another place")
+    refused(prune(out="/proc/nowhere/out"), "OUT /proc/nowhere/out: no directory can be made there")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("prune", "Missing argument"),
+        ("prune model", "Missing argument"),
+        ("prune model out --remove abc", "Invalid value for '--remove'"),
+        ("prune model out --remvoe 0.2", "No such option: --remvoe"),
+        ("prnue model out", "No such command 'prnue'"),
+        ("inspect model --seed 1", "No such option: --seed"),
+    ],
+)
+def test_usage_errors(arguments, expected):
+    outcome = run_cli(*arguments.split())
+    assert outcome.status == 2 and outcome.stdout == ""
+    assert expected in outcome.stderr and "Traceback" not in outcome.stderr
+
+
+@pytest.mark.parametrize("remove", ["0", "nan", "0.9"])
+def test_inspect_refuses_what_prune_would(remove, model, recipe_file, prune):
+    inspected = run_cli("inspect", model, "--recipe", recipe_file, "--remove", remove)
+    assert inspected.status == 2 and inspected.stderr == prune("--remove", remove).stderr
+
+
+PRUNE_WITH_FILE_SIZE_LIMITS = """
+import resource, signal, sys
+from secateur.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails as on a full disk
+for limit in (100, 4000, 10_000, 100_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code)
+"""
+
+
+def test_disk_full_in_the_middle(model, recipe_file, tmp_path):
+    # The limits stop the run log, the tokenizer, the kept readers and the weights.
+    out = tmp_path / "deep" / "out"
+    before = sorted(tmp_path.rglob("*"))
+    command = [sys.executable, "-c", PRUNE_WITH_FILE_SIZE_LIMITS, "prune", model, out, "--recipe", recipe_file]
+    process = subprocess.run([*command, "--quiet"], capture_output=True, text=True, check=True)
+    assert process.stdout.splitlines() == ["2"] * 4, process.stderr
+    lines = process.stderr.splitlines()
+    errors = [line for line in lines if line.startswith(f"secateur: {out}")]
+    assert len(errors) == 4 and all("no file there may become that large" in line for line in errors), lines
+    anew = f"{out}: begins anew; what an interrupted run had finished is removed (resume would go on from it)."
+    assert set(lines) - set(errors) == {f"secateur: {HOW}.", anew}
+    # What was finished before the kept readers and the weights were too large stays, to resume from.
+    store = place_beside(out)
+    shutil.rmtree(store)
+    store.parent.rmdir()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_stopped_by_a_signal(model, recipe, tmp_path):
+    """Ctrl-C and SIGTERM in the middle of the rounds of two processes."""
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump({**recipe, "rounds": 2000, "evaluate": False}))
+    before = sorted(tmp_path.rglob("*"))
+    command = [sys.executable, "-m", "secateur", "prune", model]
+    options = ["--recipe", recipe_file, "--quiet"]
+    processes = {
+        number: subprocess.Popen(
+            [*command, tmp_path / number.name / "out", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell that runs the tests in the background makes its children ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    for number, process in processes.items():
+        while not any("group" in log.read_text() for log in (tmp_path / number.name).glob(".out.partial-*/run.jsonl")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(number)
+        shown = process.communicate(timeout=60)
+        assert (process.returncode, *shown) == (128 + number, "", f"secateur: interrupted; {HOW}.\n")
+        assert [path.name for path in (tmp_path / number.name).iterdir()] == [".out.resume"]
+        shutil.rmtree(tmp_path / number.name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+BLOCKED = """
+import hashlib
+from secateur.cli.app import stoppable
+with stoppable(0.2):
+    print("in", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+
+
+def test_ctrl_c_ends_an_operation_that_takes_minutes():
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout and process.stdout.readline() == "in\n"
+    # A signal between the print and the long call would be heard by Python at once.
+    watched = psutil.Process(process.pid)
+    before = watched.cpu_times().user
+    while watched.cpu_times().user < before + 0.3:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said.startswith("secateur: interrupted in a long operation; ")

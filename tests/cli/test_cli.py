@@ -1,0 +1,268 @@
+"""The command line end to end: `secateur prune` and `inspect` on tiny saved models, and what the result holds."""
+
+import importlib.metadata
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.main
+import yaml
+from models import opened, tiny_ids, tiny_llama, tiny_qwen2
+from run_cli import Outcome, run_cli
+from safetensors.torch import load_file
+from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from secateur.cli import app, main
+from secateur.data.calibration import build_calibration
+from secateur.facts import Size
+from secateur.pruning.resolve import resolve
+from secateur.recipe import Recipe, parse_recipe
+
+NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
+
+# The frozen surface: a flag is added here only after it was found that a recipe key would not do.
+COMMANDS = {
+    "prune": "MODEL OUT --remove --recipe --preset --domain --seed --memory-budget --device --resume --overwrite "
+    "--quiet --json",
+    "inspect": "MODEL --remove --recipe --preset --memory-budget --check-for --tp --json",
+    "demo": "OUT --overwrite --quiet --json",
+    "recover": "PRUNED --teacher --out --tokens --recipe --domain --tasks --limit --tasks-data --dry-run "
+    "--overwrite --quiet --json",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    outcome: Outcome
+    out: Path
+    arguments: tuple[str, ...]
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.out / name).read_text(encoding="utf-8"))
+
+    def lines(self, event: str) -> list[dict[str, Any]]:
+        lines = map(json.loads, (self.out / "run.jsonl").read_text(encoding="utf-8").splitlines())
+        return [line for line in lines if line["event"] == event]
+
+
+def run_prune(model: Path, out: Path, *options: object) -> Run:
+    arguments = ("prune", str(model), str(out), *map(str, options))
+    return Run(run_cli(*arguments), out, arguments)
+
+
+def write_recipe(path: Path, recipe: dict[str, Any], **changes: Any) -> Path:
+    path.write_text(yaml.safe_dump({**recipe, **changes}), encoding="utf-8")
+    return path
+
+
+def resolved_for(model: Any, asked: Recipe) -> Recipe:
+    return resolve(opened(model, asked)).recipe
+
+
+@pytest.fixture(scope="module")
+def happy(checkpoints, recipe, tmp_path_factory) -> Run:
+    """One plain run with everything on; the tests below look at what it left."""
+    place = tmp_path_factory.mktemp("happy")
+    file = write_recipe(place / "mine.yaml", recipe)
+    return run_prune(checkpoints["llama"], place / "smaller", "--recipe", file)
+
+
+def test_prune_ends_well_and_prints_one_table(happy, checkpoints):
+    assert happy.outcome.status == 0
+    shown = happy.outcome.stdout
+    for row in ("code", "prose", "mean (geometric mean)", "parameters", "bytes", "ffn units per layer"):
+        assert re.search(rf"^│ {re.escape(row)} +│", shown, re.MULTILINE), row
+    title = " ".join(shown.split())  # it wraps at the table's width
+    assert "20.7% of all 100,176 parameters" in title and "tied weights counted once" in title
+    assert "largest logit difference 0" in shown
+    assert f"from_pretrained('{happy.out}')" in shown
+    assert "verify" in happy.outcome.stderr and "note: calibration" not in shown
+
+
+def test_the_result_directory_is_complete(happy):
+    # report.html comes where matplotlib is installed.
+    assert sorted(path.name for path in happy.out.iterdir() if path.name != "report.html") == [
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "keep.json",
+        "model.safetensors",
+        "recipe.yaml",
+        "result.json",
+        "run.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert {path.name for path in happy.out.parent.iterdir()} == {"mine.yaml", "smaller"}
+
+
+def test_stock_transformers_loads_it(happy):
+    model, info = AutoModelForCausalLM.from_pretrained(happy.out, output_loading_info=True)
+    assert not any(info.values())
+    assert model.config.intermediate_size == NUM_KEEP
+    assert Size.of(model).num_params == happy.json("result.json")["pruned_size"]["num_params"]
+    assert torch.isfinite(model(tiny_ids()).logits).all()
+    tokenizer = AutoTokenizer.from_pretrained(happy.out)
+    assert tokenizer.chat_template == tiny_tokenizer().chat_template
+    assert tokenizer("Näh").input_ids == tiny_tokenizer()("Näh").input_ids
+    assert GenerationConfig.from_pretrained(happy.out).max_length == 77
+
+
+def test_keep_json_says_which_channels_stayed(happy):
+    keeps = happy.json("keep.json")
+    assert [(entry["layer"], entry["group"]) for entry in keeps] == [(i, "ffn") for i in range(NUM_LAYERS)]
+    dense, pruned = tiny_llama().state_dict(), load_file(happy.out / "model.safetensors")
+    for entry in keeps:
+        keep, layer = entry["keep"], f"model.layers.{entry['layer']}.mlp"
+        assert keep == sorted(set(keep)) and len(keep) == NUM_KEEP and 0 <= keep[0] and keep[-1] < NUM_UNITS
+        for writer in ("gate_proj", "up_proj"):
+            assert torch.equal(pruned[f"{layer}.{writer}.weight"], dense[f"{layer}.{writer}.weight"][keep])
+        assert not torch.equal(pruned[f"{layer}.down_proj.weight"], dense[f"{layer}.down_proj.weight"][:, keep])
+
+
+def test_recipe_and_calibration_hash_are_those_of_the_run(happy):
+    resolved = resolved_for(tiny_llama(), parse_recipe(yaml.safe_load((happy.out.parent / "mine.yaml").read_text())))
+    assert parse_recipe(yaml.safe_load((happy.out / "recipe.yaml").read_text())) == resolved
+    assert resolved.calibration.num_tokens is not None
+    text = build_calibration(resolved.calibration, resolved.calibration.num_tokens, tiny_tokenizer(), resolved.seed)
+    told = happy.json("result.json")["calibration"]
+    assert told["content_hash"] == text.content_hash
+    assert told["num_tokens"] == {"code": 640, "prose": 640}
+
+
+def test_result_json_and_run_log_agree(happy):
+    result = happy.json("result.json")
+    assert result["widths"] == {"ffn": [NUM_UNITS, NUM_KEEP, NUM_KEEP]}
+    assert result["reload_max_abs_difference"] == 0
+    for name in ("dense", "pruned"):
+        logged = {line["domain"]: line["nats_per_token"] for line in happy.lines("loss") if line["model"] == name}
+        assert logged == {domain: loss["nats_per_token"] for domain, loss in result[f"{name}_losses"].items()}
+    steps = [(line["round"], line["layer"], line["group"]) for line in happy.lines("group")]
+    assert steps == [(1, layer, "ffn") for layer in range(NUM_LAYERS)]
+    assert {(line["kept"], line["total"]) for line in happy.lines("group")} == {(NUM_KEEP, NUM_UNITS)}
+
+
+def test_model_card_has_the_table_and_the_exact_command(happy):
+    card, result = (happy.out / "README.md").read_text(), happy.json("result.json")
+    assert f"`{shlex.join(['secateur', *happy.arguments])}`" in card
+    for domain in ("code", "prose"):
+        cells = [f"{result[f'{name}_losses'][domain]['nats_per_token']:.3f} (" for name in ("dense", "pruned")]
+        assert re.search(rf"^\| {domain} \| {re.escape(cells[0])}.*\| {re.escape(cells[1])}", card, re.MULTILINE)
+    assert result["calibration"]["content_hash"][:16] in card
+
+
+def test_the_saved_recipe_repeats_the_run_byte_for_byte(happy, checkpoints, tmp_path):
+    again = run_prune(checkpoints["llama"], tmp_path / "again", "--recipe", happy.out / "recipe.yaml", "--json")
+    assert again.outcome.status == 0
+    for name in ("model.safetensors", "keep.json", "recipe.yaml", "config.json"):
+        assert (again.out / name).read_bytes() == (happy.out / name).read_bytes(), name
+    # --json: nothing but JSON on standard output, and no bars beside it.
+    assert json.loads(again.outcome.stdout) == again.json("result.json")
+    assert again.outcome.stderr == ""
+
+
+def test_inspect_promises_what_prune_reaches(happy, checkpoints):
+    result = happy.json("result.json")
+    arguments = ("inspect", checkpoints["llama"], "--recipe", happy.out.parent / "mine.yaml")
+    told = json.loads(run_cli(*arguments, "--json").stdout)
+    assert told["num_params_after"] == result["pruned_size"]["num_params"]
+    assert told["num_bytes_after"] == result["pruned_size"]["num_bytes"]
+    assert told["remove_reached"] == pytest.approx(result["remove_reached"], abs=1e-12)
+    assert told["size"] == result["dense_size"]
+    [ffn] = told["groups"]
+    assert [ffn["num_units"], ffn["num_keep"]] == result["widths"]["ffn"][:2]
+    assert told["num_calibration_tokens"] == sum(result["calibration"]["num_tokens"].values())
+    shown = run_cli(*arguments)
+    assert shown.status == 0 and "100,176 -> 79,440" in shown.stdout and shown.stderr == ""
+
+
+def test_inspect_needs_no_weights(checkpoints, recipe_file, tmp_path):
+    (tmp_path / "config.json").write_bytes((checkpoints["qwen2"] / "config.json").read_bytes())
+    told = json.loads(run_cli("inspect", tmp_path, "--recipe", recipe_file, "--remove", "0.3", "--json").stdout)
+    assert told["family"] == "qwen2" and told["remove_asked"] == 0.3
+
+
+def test_a_path_with_brackets_is_shown_as_it_is(checkpoints, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my [bold]:bug:").symlink_to(checkpoints["llama"])
+    assert "my [bold]:bug:: family llama" in run_cli("inspect", "my [bold]:bug:", "--recipe", recipe_file).stdout
+
+
+def test_rounds_and_shards(checkpoints, recipe, tmp_path):
+    file = write_recipe(tmp_path / "r.yaml", recipe, rounds=3, max_shard_size="60KB", evaluate=False)
+    run = run_prune(checkpoints["qwen2"], tmp_path / "out", "--recipe", file, "--quiet")
+    assert run.outcome.status == 0 and run.outcome.stderr == ""
+    kept = [(line["round"], line["layer"], line["kept"]) for line in run.lines("group")]
+    assert [key[:2] for key in kept] == [(number, layer) for number in (1, 2, 3) for layer in range(NUM_LAYERS)]
+    widths = [width for _, layer, width in kept if layer == 0]
+    assert NUM_UNITS > widths[0] > widths[1] > widths[2] == NUM_KEEP
+    assert all(len(set(entry["keep"])) == NUM_KEEP for entry in run.json("keep.json"))
+    shards = sorted(path.name for path in run.out.glob("*.safetensors"))
+    assert len(shards) > 2 and set(run.json("model.safetensors.index.json")["weight_map"].values()) == set(shards)
+    assert AutoModelForCausalLM.from_pretrained(run.out).config.intermediate_size == NUM_KEEP
+
+
+def test_tied_qwen2_with_few_tokens_says_so(checkpoints, recipe, tmp_path):
+    calibration = {**recipe["calibration"], "num_tokens": 320}
+    file = write_recipe(tmp_path / "r.yaml", recipe, calibration=calibration, evaluate=False)
+    run = run_prune(checkpoints["qwen2-tied"], tmp_path / "out", "--recipe", file, "--quiet")
+    assert run.outcome.status == 0
+    shown = " ".join(run.outcome.stdout.split())
+    assert "note: calibration.num_tokens: 320 tokens are few for least squares over 112 channels" in shown
+    saved = parse_recipe(yaml.safe_load((run.out / "recipe.yaml").read_text()))
+    assert saved.damping == pytest.approx(1e-3 * 10 * NUM_UNITS / 320)
+    assert resolved_for(tiny_qwen2(tied=True), saved) == saved
+    assert "lm_head.weight" not in load_file(run.out / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(run.out)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_real_process_with_its_options(checkpoints, recipe, texts, tmp_path):
+    """`python -m secateur`, relative paths, options over the recipe, an earlier result replaced."""
+    file = write_recipe(tmp_path / "r.yaml", recipe, seed=1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    (tmp_path / "out" / "stale").write_text("")
+    options = ["--domain", f"mine={texts['prose']}", "--seed", "7", "--remove", "0.3", "--overwrite", "--quiet"]
+    arguments = ["prune", str(checkpoints["llama-tied"]), "out", "--recipe", "r.yaml", *options]
+    process = subprocess.run(
+        [sys.executable, "-m", "secateur", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "parameters removed" in " ".join(process.stdout.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "r.yaml"]
+    assert not (tmp_path / "out" / "stale").exists()
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["command"] == shlex.join(["secateur", *arguments])
+    assert list(result["calibration"]["num_tokens"]) == ["mine"]
+    saved = parse_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
+    assert (saved.seed, saved.remove, file.name) == (7, 0.3, "r.yaml")
+
+
+def test_commands_and_flags_are_frozen():
+    group: Any = typer.main.get_command(app)
+    found = {
+        name: " ".join(
+            param.name.upper() if param.param_type_name == "argument" else " ".join(param.opts)
+            for param in command.params
+        )
+        for name, command in group.commands.items()
+    }
+    assert {name: found.get(name) for name in COMMANDS} == COMMANDS
+
+
+def test_help_has_an_example_and_the_console_script_is_main():
+    for command in COMMANDS:
+        shown = run_cli(command, "--help")
+        assert shown.status == 0 and f"Example: secateur {command}" in shown.stdout
+    [script] = importlib.metadata.entry_points(group="console_scripts", name="secateur")
+    assert script.load() is main

@@ -1,0 +1,117 @@
+"""Text that the dense model writes: its own distribution, the same for the same seed, a domain like any other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import secateur
+from secateur.data.calibration import BATCH_BLOCKS, CalibrationSet, build_calibration, sample_blocks, with_sampled
+from secateur.errors import CalibrationError, NumericsError
+from secateur.evaluation.text import recipe_blocks
+from secateur.log import silent
+from secateur.recipe import Calibration, Domain
+from tests.models import tiny_llama
+from tests.tiny_tokenizer import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+LENGTH = 16
+
+
+def unsampled(path: Path) -> CalibrationSet:
+    path.write_text("".join(f"line {number}\n" for number in range(500)))
+    domains = {"self": Domain(sampled=True, share=2.0), "lines": Domain(files=(str(path),))}
+    return build_calibration(Calibration(domains=domains, sequence_length=LENGTH), 27 * LENGTH, TOKENIZER, 0)
+
+
+def test_the_seed_decides_and_only_known_tokens_are_drawn() -> None:
+    model = tiny_llama()
+    first, again, other = (sample_blocks(model, TOKENIZER, BATCH_BLOCKS + 3, LENGTH, seed) for seed in (0, 0, 1))
+    assert first.shape == (BATCH_BLOCKS + 3, LENGTH) and first.dtype == torch.int64
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert len(TOKENIZER) < model.config.vocab_size and int(first.max()) < len(TOKENIZER)
+    assert len(first.unique(dim=0)) == len(first) and not first.is_inference()
+
+
+def test_the_first_token_has_the_models_distribution() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        logits = model(torch.tensor([[TOKENIZER.eos_token_id]])).logits[0, -1, : len(TOKENIZER)]
+    drawn = sample_blocks(model, TOKENIZER, 4000, 1, 0).flatten()
+    shares = torch.bincount(drawn, minlength=len(TOKENIZER)) / len(drawn)
+    likely = logits.softmax(dim=-1)
+    assert likely.max() > 3 / len(TOKENIZER)
+    assert 0.5 * (shares - likely).abs().sum() < 0.12  # total variation; 257 equal shares of 4000 would be 0.3 away
+    uniform = torch.full_like(likely, 1 / len(TOKENIZER))
+    assert 0.5 * (shares - uniform).abs().sum() > 0.2
+
+
+def test_every_token_follows_from_all_those_before() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight *= 1e4  # so certain that sampling is taking the likeliest
+    [block] = sample_blocks(model, TOKENIZER, 1, LENGTH, 0)
+    context = torch.cat([torch.tensor([TOKENIZER.eos_token_id]), block])
+    with torch.no_grad():
+        logits = model(context[None, :-1], use_cache=False).logits[0, :, : len(TOKENIZER)]
+    assert torch.equal(logits.argmax(dim=-1), block)
+
+
+def test_a_model_without_finite_logits_is_refused() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[0] = torch.nan
+    with pytest.raises(NumericsError, match="gives no finite logits"):
+        sample_blocks(model, TOKENIZER, 1, LENGTH, 0)
+
+
+def test_a_tokenizer_without_a_token_to_begin_with_is_refused() -> None:
+    bare = tiny_tokenizer()
+    bare.eos_token = None
+    with pytest.raises(CalibrationError, match="no begin-of-text and no end-of-text token"):
+        sample_blocks(tiny_llama(), bare, 1, LENGTH, 0)
+
+
+def test_a_sampled_domain_has_a_size_first_and_ids_later(tmp_path: Path) -> None:
+    before = unsampled(tmp_path / "a.txt")
+    seen: list[tuple[str, int, int]] = []
+    model = tiny_llama().train()
+    after = with_sampled(before, model, TOKENIZER, 0, lambda *step: seen.append(step))
+    own, lines = after.domains
+    assert before.domains[0].calibration_NT.is_meta and before.domains[0].held_out_NT.is_meta
+    assert own.calibration_NT.shape == (18, LENGTH) and own.held_out_NT.shape == (2, LENGTH)
+    assert own.share == pytest.approx(2 / 3) and lines == before.domains[1]
+    assert after.content_hash == with_sampled(before, model, TOKENIZER, 0).content_hash != before.content_hash
+    assert after.content_hash != with_sampled(before, model, TOKENIZER, 1).content_hash
+    assert with_sampled(after, model, TOKENIZER, 0) is after
+    assert seen[0] == ("sample self", 0, 20 * LENGTH) and seen[-1] == ("sample self", 20 * LENGTH, 20 * LENGTH)
+    assert model.training
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    tmp_path = tmp_path_factory.mktemp("run")
+    (tmp_path / "a.txt").write_text("".join(f"line {number}\n" for number in range(900)))
+    domains = {"self": {"sampled": True}, "lines": {"files": str(tmp_path / "a.txt")}}
+    recipe = {
+        "align": 8,
+        "calibration": {"num_tokens": 1152, "sequence_length": 32, "domains": domains},
+    }
+    out = tmp_path / "out"
+    return secateur.prune(tiny_llama(), recipe, tokenizer=TOKENIZER, out=out), out
+
+
+def test_a_run_measures_and_evaluates_on_sampled_text(pruned: tuple[Any, Path]) -> None:
+    result, out = pruned
+    facts = result.summary.calibration
+    assert facts.num_tokens == {"self": 576, "lines": 576} and facts.num_held_out_tokens["self"] == 64
+    assert list(result.summary.pruned_losses) == ["self", "lines"]
+    # The text that the model writes is what it finds likely.
+    assert result.summary.dense_losses["self"].nats_per_token < result.summary.dense_losses["lines"].nats_per_token
+    assert "sampled from the dense model" in (out / "report.html").read_text()
+
+
+def test_evaluation_leaves_sampled_text_out_and_says_so(pruned: tuple[Any, Path]) -> None:
+    blocks, notes = recipe_blocks(pruned[1], TOKENIZER, silent)
+    assert list(blocks) == ["lines"] and len(notes) == 1 and "left out (self)" in notes[0]

@@ -1,0 +1,53 @@
+"""The 13-gram check: shares that are known, none across blocks or for short ones, equal to a slow count."""
+
+import pytest
+import torch
+
+from secateur.data.calibration import ngram_overlap
+from secateur.facts import NGRAM_TOKENS
+from tests.models import tiny_ids
+
+BLOCKS = tiny_ids(batch=3, length=40, seed=1)
+
+
+def test_the_same_text_overlaps_wholly_and_other_text_not_at_all():
+    other = tiny_ids(batch=3, length=40, seed=2)
+    assert ngram_overlap({"a": BLOCKS}, {"same": BLOCKS[:1], "other": other}) == {"same": 1.0, "other": 0.0}
+
+
+def test_a_passage_counts_by_its_ngrams_whatever_domain_it_is_from():
+    held_out = tiny_ids(batch=1, length=40, seed=2)
+    held_out[0, 20:34] = BLOCKS[2, 5:19]  # 14 tokens: two 13-grams of 28
+    calibration = {"a": tiny_ids(batch=1, length=40, seed=3), "b": BLOCKS}
+    assert ngram_overlap(calibration, {"a": held_out})["a"] == pytest.approx(2 / 28)
+
+
+def test_twelve_tokens_in_common_are_no_overlap():
+    held_out = tiny_ids(batch=1, length=40, seed=2)
+    held_out[0, 20:32] = BLOCKS[2, 5:17]
+    assert ngram_overlap({"a": BLOCKS}, {"a": held_out}) == {"a": 0.0}
+
+
+def test_ngrams_do_not_reach_over_the_end_of_a_block():
+    joined = torch.cat([BLOCKS[0, -7:], BLOCKS[1, :7]])[None]
+    assert ngram_overlap({"a": BLOCKS}, {"a": joined}) == {"a": 0.0}
+
+
+def test_blocks_shorter_than_an_ngram_have_no_share():
+    assert ngram_overlap({"a": BLOCKS[:, :12]}, {"a": BLOCKS[:, :12]}) == {"a": None}
+
+
+def test_every_position_counts_as_a_slow_count_says():
+    calibration, held_out = (
+        tiny_ids(batch=6, length=60, vocab_size=2),
+        tiny_ids(batch=2, length=60, seed=9, vocab_size=2),
+    )
+
+    def grams(blocks: torch.Tensor) -> list[tuple[int, ...]]:
+        size = NGRAM_TOKENS - 5
+        return [tuple(row[at : at + size].tolist()) for row in blocks for at in range(60 - size + 1)]
+
+    seen = grams(calibration)
+    expected = sum(gram in seen for gram in grams(held_out)) / len(grams(held_out))
+    assert 0 < expected < 1
+    assert ngram_overlap({"a": calibration}, {"a": held_out}, NGRAM_TOKENS - 5) == {"a": expected}

@@ -1,0 +1,282 @@
+"""Domains to documents: every format gives the same documents, every mistake is one sentence, nothing is imported."""
+
+import csv
+import gzip
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tiny_tokenizer import tiny_tokenizer
+
+from secateur.data.sources import documents
+from secateur.errors import CalibrationError
+from secateur.recipe import INSTALLED_DOMAINS, Domain
+
+TEXTS = ["one, with a comma", 'two "quoted"\nand a line', "drei: schön\u2028x", "four", "five"]
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+STRUCTURED = [".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz"]
+TOKENIZER = tiny_tokenizer()
+
+
+def read(path: Path, *, column: str = "text", seed: int = 0) -> list[str]:
+    return list(documents("mine", Domain(files=(str(path),), column=column), TOKENIZER, seed))
+
+
+def sentence(path: Path, column: str = "text") -> str:
+    with pytest.raises(CalibrationError) as caught:
+        read(path, column=column)
+    message = str(caught.value)
+    assert path.name in message and message.endswith(".") and "\n" not in message
+    return message
+
+
+def put(path: Path, data: str | bytes) -> Path:
+    data = data.encode() if isinstance(data, str) else data
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def put_rows(path: Path, rows: list[dict]) -> Path:
+    match path.name.removesuffix(".gz").rpartition(".")[2]:
+        case "jsonl":
+            return put(path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
+        case "json":
+            return put(path, json.dumps({"version": 1, "data": rows}))
+        case "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+            return path
+    plain = path.with_name("plain")
+    with plain.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return put(path, plain.read_bytes())
+
+
+@pytest.mark.parametrize("suffix", STRUCTURED)
+def test_every_structured_format_gives_the_same_documents(tmp_path: Path, suffix: str) -> None:
+    rows = [{"id": str(number), "text": text, "body": text} for number, text in enumerate(TEXTS)]
+    reference = read(put_rows(tmp_path / "reference.jsonl", rows))
+    path = put_rows(tmp_path / f"rows{suffix}", rows)
+    assert sorted(reference) == sorted(TEXTS)
+    assert read(path) == read(path, column="body") == reference
+    assert any(read(path, seed=seed) != reference for seed in (1, 2, 3))
+
+
+def test_json_may_be_a_list_of_strings(tmp_path: Path) -> None:
+    assert sorted(read(put(tmp_path / "a.json", json.dumps(TEXTS)))) == sorted(TEXTS)
+
+
+def test_text_files_are_cut_at_line_boundaries_and_lose_nothing(tmp_path: Path) -> None:
+    text = "".join(f"line {number} of this file\n" for number in range(2000))
+    parts = read(put(tmp_path / "a.txt", text))
+    assert parts == read(put(tmp_path / "a.txt.gz", text))
+    assert len(parts) == 6 and all(part.endswith("file\n") for part in parts)
+    assert sum(len(part) >= 8000 for part in parts) == 5
+    assert sorted("".join(parts).splitlines()) == sorted(text.splitlines())
+
+
+def test_long_csv_fields_are_read_and_the_global_limit_is_left_as_it_was(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    long = "x" * (limit + 1)
+    assert read(put(tmp_path / "a.csv", f"text\n{long}\n")) == [long]
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json.gz", ".parquet"])
+def test_chats_go_through_the_chat_template(tmp_path: Path, suffix: str) -> None:
+    path = put_rows(tmp_path / f"chat{suffix}", [{"messages": CHAT}])
+    assert read(path) == read(path, column="messages") == ["[user] hi\n[assistant] hello\n"]
+
+
+def test_a_text_column_goes_before_messages_unless_asked(tmp_path: Path) -> None:
+    path = put_rows(tmp_path / "both.jsonl", [{"text": "plain", "messages": CHAT}])
+    assert read(path) == ["plain"]
+    assert read(path, column="messages") == ["[user] hi\n[assistant] hello\n"]
+
+
+def test_chats_need_a_template_that_takes_them(tmp_path: Path) -> None:
+    path = put_rows(tmp_path / "chat.jsonl", [{"messages": CHAT}])
+    bare, strict = tiny_tokenizer(), tiny_tokenizer()
+    bare.chat_template = None
+    strict.chat_template = "{{ raise_exception('no assistant first') }}"
+    domain = Domain(files=(str(path),))
+    with pytest.raises(CalibrationError, match=r"chat\.jsonl, line 1: .*no chat template"):
+        list(documents("mine", domain, bare, 0))
+    with pytest.raises(CalibrationError, match=r"chat\.jsonl, line 1: .*refuses it \(no assistant first\)"):
+        list(documents("mine", domain, strict, 0))
+    assert "line 1: messages must be a list" in sentence(put(tmp_path / "bad.jsonl", '{"messages": ["hi"]}'))
+
+
+def test_missing_and_unknown_files(tmp_path: Path) -> None:
+    assert "no such file" in sentence(tmp_path / "none.txt")
+    message = sentence(put(tmp_path / "a.docx", "x"))
+    assert "'.docx'" in message and ".txt, .jsonl, .json, .csv, .txt.gz" in message and message.endswith(".parquet.")
+    assert "'.parquet.gz'" in sentence(put(tmp_path / "a.parquet.gz", "x"))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet", ".txt.gz", ".jsonl.gz"])
+def test_empty_files(tmp_path: Path, suffix: str) -> None:
+    assert "is empty" in sentence(put(tmp_path / f"a{suffix}", b""))
+    assert suffix == ".parquet" or "is empty" in sentence(put(tmp_path / f"b{suffix}", b" \n"))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".txt.gz"])
+def test_invalid_utf8_names_the_byte(tmp_path: Path, suffix: str) -> None:
+    assert "not valid UTF-8 at byte 3" in sentence(put(tmp_path / f"a{suffix}", b"abc\xffdef\n"))
+
+
+def test_broken_rows_name_the_place(tmp_path: Path) -> None:
+    assert "line 3: not valid JSON" in sentence(put(tmp_path / "a.jsonl", '{"text": "x"}\n\n{"text": \n'))
+    assert "line 2: the text must be a string, got int" in sentence(put(tmp_path / "b.jsonl", '"x"\n{"text": 3}'))
+    assert "line 1: the text must be a string, got list" in sentence(put(tmp_path / "c.jsonl", "[1]"))
+    assert "row 2: the text must be a string, got NoneType" in sentence(put(tmp_path / "d.json", '["x", null]'))
+    assert "line 1: the text holds half of a surrogate" in sentence(put(tmp_path / "e.jsonl", '{"text": "\\ud800"}'))
+    assert "needs one list" in sentence(put(tmp_path / "f.json", '{"a": [], "b": []}'))
+    assert "not valid JSON" in sentence(put(tmp_path / "g.json", "[1,"))
+    assert "line 3: the text must be a string, got NoneType" in sentence(put(tmp_path / "h.csv", "id,text\n1,x\n2\n"))
+    assert "not valid CSV" in sentence(put(tmp_path / "i.csv", 'text\n"open\n'))
+
+
+def test_a_missing_column_names_those_there_are(tmp_path: Path) -> None:
+    for suffix in STRUCTURED:
+        path = put_rows(tmp_path / f"a{suffix}", [{"id": "1", "content": "x"}])
+        message = sentence(path, column="contents")
+        assert "no column 'contents'; there are: id, content;" in message and "'content'" in message
+    # A misspelt column is not silently replaced by the chat beside it.
+    chat = put_rows(tmp_path / "chat.jsonl", [{"messages": CHAT}])
+    assert "no column 'contents'" in sentence(chat, column="contents")
+
+
+def test_broken_archives(tmp_path: Path) -> None:
+    packed = gzip.compress(b"text " * 1000)
+    for name, data in {"not": b"text", "cut": packed[:-9], "changed": packed[:12] + b"\0\0\0" + packed[15:]}.items():
+        path = tmp_path / f"{name}.txt.gz"
+        path.write_bytes(data)
+        assert "broken gzip" in sentence(path)
+    assert "broken parquet" in sentence(put(tmp_path / "a.parquet", "PAR1 no"))
+
+
+READ_ALL = """
+import hashlib, itertools, sys
+from random import Random
+from secateur.data.installed_text import installed_documents
+before = set(sys.modules)
+for kind in sys.argv[1:]:
+    for text in itertools.islice(installed_documents(kind, Random("0:x")), 5):
+        print(kind, hashlib.sha256(text.encode()).hexdigest())
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}), file=sys.stderr)
+"""
+
+
+def _available() -> list[str]:
+    try:
+        distribution("chitchat-dataset")
+    except PackageNotFoundError:
+        return [kind for kind in INSTALLED_DOMAINS if kind != "dialogue"]
+    return list(INSTALLED_DOMAINS)
+
+
+def test_installed_text_is_not_imported_and_the_same_in_every_process() -> None:
+    kinds = _available()
+    runs = [
+        subprocess.run(
+            [sys.executable, "-W", "error", "-c", READ_ALL, *kinds],
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for hash_seed in ("1", "2")
+    ]
+    assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout.splitlines()) == 5 * len(kinds)
+    packages = {"numpy", "sympy", "mpmath", "networkx", "scipy", "sklearn", "chitchat_dataset", "pydoc_data"}
+    assert not packages & set(runs[0].stderr.split())
+
+
+@pytest.mark.parametrize("kind", _available())
+def test_installed_text_is_shuffled_by_seed_and_has_several_documents(kind: str) -> None:
+    def first(seed: int) -> list[str]:
+        found = documents("mine", Domain(installed=kind), TOKENIZER, seed)  # type: ignore[arg-type]
+        return [next(found) for _ in range(5)]
+
+    assert first(0) == first(0) != first(1)
+    assert len(set(first(0))) == 5
+
+
+def test_docstrings_stand_under_their_qualified_names() -> None:
+    found = documents("mine", Domain(installed="mathematics"), TOKENIZER, 0)
+    name, _, text = next(found).partition("\n\n")
+    assert name.startswith(("sympy.", "mpmath.")) and len(text) >= 200
+
+
+def test_dialogue_lines_name_their_speaker() -> None:
+    pytest.importorskip("chitchat_dataset", reason="the dialogue text is an optional package")
+    lines = next(documents("mine", Domain(installed="dialogue"), TOKENIZER, 0)).splitlines()
+    assert {line[:3] for line in lines} >= {"A: ", "B: "}
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", nothing)
+    for kind, packages in {"dialogue": "chitchat-dataset", "mathematics": "sympy", "science": "networkx"}.items():
+        with pytest.raises(CalibrationError, match=f"'{kind}': it comes from .*{packages}.*install"):
+            documents("mine", Domain(installed=kind), TOKENIZER, 0).__next__()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("package", ["datasets", "pyarrow"])
+def test_missing_optional_packages_name_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    path = put_rows(tmp_path / "a.parquet", [{"text": "x"}])
+    monkeypatch.setitem(sys.modules, package, None)
+    domain = Domain(files=(str(path),)) if package == "pyarrow" else Domain(dataset="somebody/something")
+    with pytest.raises(CalibrationError, match=rf"{package}; install secateur\[data\]\.$"):
+        list(documents("mine", domain, TOKENIZER, 0))
+
+
+READ_DATASET = """
+import sys
+from secateur.recipe import Domain
+from secateur.data.sources import documents
+for source in sys.argv[1:]:
+    try:
+        print(sorted(documents("mine", Domain(dataset=source), None, 0)))
+    except ValueError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_offline_datasets_read_local_data_and_never_the_network(tmp_path: Path) -> None:
+    (tmp_path / "local").mkdir()
+    put_rows(tmp_path / "local" / "train.jsonl", [{"text": text} for text in TEXTS])
+    run = subprocess.run(
+        [sys.executable, "-c", READ_DATASET, str(tmp_path / "local"), "somebody/no-such-dataset"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    local, remote = run.stdout.splitlines()
+    assert local == str(sorted(TEXTS))
+    assert remote.startswith("CalibrationError dataset somebody/no-such-dataset: cannot be loaded")
+    assert "HF_HUB_OFFLINE=1" in remote and "local cache" in remote and "files" in remote
+
+
+def test_streamed_datasets_are_shuffled_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    put_rows(tmp_path / "train.jsonl", [{"text": str(number)} for number in range(50)])
+    domain = Domain(dataset=str(tmp_path))
+    first, again, other = (list(documents("mine", domain, TOKENIZER, seed)) for seed in (0, 0, 1))
+    assert first == again != other
+    assert sorted(first) == sorted(other) == sorted(map(str, range(50)))
+    with pytest.raises(CalibrationError, match=r"cannot be loaded \(.*nowhere.*check its id, config and split"):
+        list(documents("mine", Domain(dataset=str(tmp_path), split="nowhere"), TOKENIZER, 0))

@@ -1,0 +1,184 @@
+"""Bench: models take turns, every token is timed, memory and speed-ups are what their definitions say."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from bpe_tokenizer import bpe_tokenizer
+from models import tiny_llama
+from run_cli import run_cli
+
+from secateur.errors import CheckpointError, RecipeError, SecateurError
+from secateur.evaluation.bench import bench
+from secateur.evaluation.timing import (
+    decode_rates,
+    paired_ratio,
+    peak_model_bytes,
+    prefill_rates,
+    speed,
+    take_turns,
+    transformers_runner,
+)
+from secateur.facts import Workload
+from secateur.formats.save import have_llama_cpp, save_checkpoint
+from secateur.methods.prices import kv_cache_bytes_per_token
+from secateur.report.measured import BenchResult, Ratio
+
+SMALL = Workload(batch=2, prompt_tokens=8, new_tokens=3, repeats=2)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(pruned, dense): the same llama with half the FFN channels and with all."""
+    places = []
+    for name, width in (("pruned", 64), ("dense", 128)):
+        place = tmp_path_factory.mktemp(name)
+        model = tiny_llama(hidden_size=64, intermediate_size=width)
+        save_checkpoint(model, bpe_tokenizer(), place, max_shard_size="5GB", carry_from=None)
+        places.append(place)
+    return places[0], places[1]
+
+
+def test_models_take_turns_after_one_unmeasured_run_each():
+    order: list[str] = []
+    reports: list[tuple[str, int, int]] = []
+
+    def runner(name):
+        def run():
+            order.append(name)
+            return [float(len(order))]
+
+        return run
+
+    runs = take_turns([runner("a"), runner("b")], 2, lambda *report: reports.append(report), "bench")
+    assert "".join(order) == "ab" + "abab"
+    assert runs == [[[3.0], [5.0]], [[4.0], [6.0]]]
+    assert reports == [("bench", 0, 2), ("bench", 1, 2), ("bench", 2, 2)]
+
+
+def test_rates_by_hand():
+    runs = [[0.5, 0.7, 0.9], [0.25, 0.5, 0.75], [1.0, 1.5, 2.0]]
+    assert prefill_rates(runs, SMALL) == [32, 64, 16]  # 2 prompts of 8 tokens
+    assert decode_rates(runs, SMALL) == pytest.approx([10, 8, 4])  # 2 tokens of 2 prompts after the first
+    found = speed(runs, SMALL)
+    assert (found.prefill_tokens_per_second, found.prefill_range) == (32, (16, 64))
+    assert (found.decode_tokens_per_second, *found.decode_range) == pytest.approx((8, 4, 10))
+    assert (found.first_token_seconds, found.first_token_range, found.repeats) == (0.5, (0.25, 1.0), 3)
+
+
+def test_ratios_are_taken_within_each_repeat():
+    # A machine that slows down by half between repeats changes no ratio.
+    assert paired_ratio([30.0, 15.0], [20.0, 10.0]) == Ratio(1.5, 1.5, 1.5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_run_times_every_token_even_where_the_model_would_stop(batch):
+    model = tiny_llama()
+    model.generation_config.eos_token_id = list(range(320))
+    own = model.generation_config
+    times = transformers_runner(model, replace(SMALL, batch=batch, new_tokens=5))()
+    assert len(times) == 5 and times == sorted(times) and times[0] > 0
+    assert model.generation_config is own
+
+
+def test_peak_memory_is_weights_cache_and_activations():
+    model = tiny_llama()
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    peak = peak_model_bytes(model, SMALL)
+    assert peak == peak_model_bytes(model, SMALL)
+    logits = 2 * 320 * 4
+    assert weights + 2 * 8 * kv_cache_bytes_per_token(model) + logits < peak < weights + 1e6
+    # Tokens after those that are profiled add their cache and nothing else.
+    longer = peak_model_bytes(model, replace(SMALL, new_tokens=54)) - peak_model_bytes(
+        model, replace(SMALL, new_tokens=4)
+    )
+    assert longer == 2 * 50 * kv_cache_bytes_per_token(model)
+    assert peak_model_bytes(model, replace(SMALL, prompt_tokens=64)) > peak
+
+
+def test_the_command_writes_what_it_shows(pair):
+    pruned, dense = pair
+    arguments = ("--batch", 2, "--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 2, "--quiet")
+    outcome = run_cli("bench", pruned, "--against", dense, *arguments)
+    assert outcome.status == 0, outcome.stderr
+    result = BenchResult.from_json((pruned / "bench.json").read_text(), "bench.json")
+    assert result.workload == SMALL and result.dense is not None and result.decode is not None
+    assert result.dense.size.num_params - result.pruned.size.num_params == 3 * 3 * 64 * 64
+    assert result.pruned.peak_bytes < result.dense.peak_bytes
+    costs = result.dense.costs.decode_bytes_per_token, result.pruned.costs.decode_bytes_per_token
+    assert result.decode.ideal == pytest.approx(costs[0] / costs[1]) and result.decode.ideal > 1
+    assert result.decode.share_of_ideal == pytest.approx(result.decode.measured.median / result.decode.ideal)
+    for shown in (
+        f"{result.decode.ideal:.2f}",
+        f"{result.decode.share_of_ideal:.0%}",
+        "peak memory",
+        "decode, tokens/s",
+    ):
+        assert shown in outcome.stdout
+
+
+def test_json_and_no_dense_model(pair, tmp_path):
+    outcome = run_cli("bench", pair[0], "--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--json")
+    assert outcome.status == 0, outcome.stderr
+    shown = json.loads(outcome.stdout)
+    assert (shown["dense"], shown["decode"], shown["workload"]["repeats"]) == (None, None, 1)
+    assert json.loads((pair[0] / "bench.json").read_text()) == shown
+    assert not list(pair[0].glob(".bench*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": 0}, "bench batch: must be at least 1, got 0."),
+        ({"new_tokens": 1}, "bench new_tokens: must be at least 2, got 1."),
+        ({"prompt_tokens": 400}, "make 403, more than the 256"),
+    ],
+)
+def test_workloads_that_cannot_run(pair, change, message):
+    with pytest.raises(RecipeError, match=message):
+        bench(pair[0], **(asdict(SMALL) | change))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine": "llamacpp"}, "did you mean 'llama.cpp'"),
+        ({"device": "gpu0"}, "'gpu0' is no device"),
+        ({"device": "mps"}, "must be cpu or cuda"),
+        ({"device": "cuda:99"}, "asks for a GPU"),
+    ],
+)
+def test_settings_that_cannot_run(pair, settings, message):
+    with pytest.raises(RecipeError, match=message):
+        bench(pair[0], **asdict(SMALL), **settings)
+
+
+@pytest.mark.skipif(have_llama_cpp(), reason="llama-cpp-python is installed")
+def test_llama_cpp_missing_is_one_sentence(pair):
+    with pytest.raises(CheckpointError, match=r"needs llama-cpp-python; run: pip install \"secateur\[llama-cpp\]\""):
+        bench(pair[0], engine="llama.cpp")
+
+
+def test_no_model_and_no_dense_model(pair, tmp_path):
+    for arguments in ((tmp_path,), (pair[0], "--against", tmp_path)):
+        outcome = run_cli("bench", *arguments)
+        assert outcome.status == 2 and "has no config.json" in outcome.stderr
+    assert issubclass(CheckpointError, SecateurError)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in torch's own compiler
+def test_compiled(pair):
+    result = bench(*pair, **asdict(SMALL), compiled=True)
+    assert result.settings.compiled and result.decode is not None
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not have_llama_cpp(), reason="needs llama-cpp-python")
+def test_llama_cpp_engine(pair):
+    result = bench(*pair, prompt_tokens=32, new_tokens=8, repeats=2, engine="llama.cpp")
+    assert result.pruned.dtype == "float16" and result.pruned.peak_bytes is None
+    assert result.decode is not None and result.decode.measured.lowest > 0

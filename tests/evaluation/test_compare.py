@@ -1,0 +1,163 @@
+"""Studies: parsing, the grid, resuming, and what is written."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from secateur.errors import RecipeError
+from secateur.evaluation.compare import compare
+from secateur.evaluation.study import cells, load_study, shipped_studies
+from tests.models import tiny_llama
+from tests.tiny_tokenizer import tiny_tokenizer
+
+TEXTS = {"left": "the quick brown fox jumps over the lazy dog {}\n", "right": "0123 + {} = 4567;\n"}
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> dict[str, Any]:
+    """A study on a tiny model with two domains of its own."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    domains = {}
+    for name, line in TEXTS.items():
+        (tmp_path / f"{name}.txt").write_text("".join(line.format(number) for number in range(2000)))
+        domains[name] = {"files": [str(tmp_path / f"{name}.txt")]}
+    return {
+        "question": "Which?",
+        "model": str(tmp_path / "model"),
+        "ratios": [0.1, 0.2],
+        "seeds": [0, 1],
+        "recipe": {"align": 8, "calibration": {"num_tokens": 1024, "sequence_length": 32, "domains": domains}},
+        "evaluation": {"num_blocks": 3},
+        "methods": {
+            "ours": {},
+            "left alone": {"domains": ["left"]},
+            "wanda": {"recipe": {"score": "wanda", "compensate": "none"}},
+        },
+        "small": {"ratios": [0.2], "seeds": [0]},
+    }
+
+
+def write(grid: dict[str, Any], folder: Path) -> str:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(grid))
+    return str(path)
+
+
+def test_a_study_may_sample_a_domain_from_its_model(grid: dict[str, Any], tmp_path: Path) -> None:
+    grid["recipe"]["calibration"]["domains"]["self"] = {"sampled": True}
+    changes = {"ratios": [0.1], "seeds": [0], "methods": {"ours": {}, "self alone": {"domains": ["self"]}}}
+    dense, ours, alone = compare(write(grid | changes, tmp_path), tmp_path / "out").cells
+    assert list(dense.nats_per_token) == list(ours.nats_per_token) == list(alone.nats_per_token) == [*TEXTS, "self"]
+    assert ours.num_tokens.keys() == dense.nats_per_token.keys() and list(alone.num_tokens) == ["self"]
+    # What the model writes is what it finds likely.
+    assert dense.nats_per_token["self"] < min(dense.nats_per_token[name] for name in TEXTS)
+
+
+def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path: Path) -> None:
+    study = load_study(write(grid, tmp_path), small=False)
+    out = tmp_path / "out"
+    found = compare(study, out).cells
+    assert len(found) == 2 * (1 + 2 * 3)
+    files = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    texts = {name: (out / name).read_text() for name in ("table.md", "report.html", "results.json", "study.yaml")}
+    assert len(files) == len(found)
+    assert compare(study, out).cells == found
+    assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == files
+    assert {name: (out / name).read_text() for name in texts} == texts
+    by_method = {(cell.method, cell.ratio, cell.seed): cell for cell in found}
+    assert by_method["left alone", 0.2, 0].num_tokens == {"left": 1024}
+    assert by_method["ours", 0.2, 0].num_tokens == {"left": 512, "right": 512}
+    assert by_method["dense", 0.0, 0].perplexity < by_method["wanda", 0.2, 0].perplexity
+    assert abs(by_method["ours", 0.2, 1].remove_reached - 0.2) < 0.05
+    assert "left alone" in texts["table.md"] and texts["report.html"].count("<svg") == 2
+    over = [by_method["wanda", 0.2, seed].perplexity / by_method["left alone", 0.2, seed].perplexity for seed in (0, 1)]
+    row = next(line for line in texts["table.md"].splitlines() if line.startswith("| wanda | 20% |"))
+    assert f" | {sum(over) / 2:.3f} ({min(over):.3f} to {max(over):.3f}) | " in row
+    assert "over left alone, draw by draw" in texts["table.md"]
+
+
+def test_a_changed_recipe_is_run_anew_and_the_rest_is_kept(grid: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compare(write(grid, tmp_path), out, small=True)
+    before = set((out / "cells").iterdir())
+    grid["methods"]["wanda"]["recipe"]["score"] = "flap"
+    compare(write(grid, tmp_path), out, small=True)
+    assert before < set((out / "cells").iterdir())
+    assert len(set((out / "cells").iterdir()) - before) == 1
+
+
+def test_a_damaged_cell_is_run_again(grid: dict[str, Any], tmp_path: Path) -> None:
+    study, out, heard = load_study(write(grid, tmp_path), small=True), tmp_path / "out", list[str]()
+    found = compare(study, out)
+    cell = next((out / "cells").glob("wanda-*.json"))
+    cell.write_text(re.sub(r"\d\.\d", "9.9", cell.read_text(), count=1))
+    again = compare(study, out, tell=heard.append)
+    assert [one.nats_per_token for one in again] == [one.nats_per_token for one in found]
+    assert heard == [
+        f"{cell.parent}: {cell.stem}, finished by an earlier run, is damaged on disk, so it is done again."
+    ]
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_it_goes_on(grid: dict[str, Any], tmp_path: Path) -> None:
+    reference, out = write(grid, tmp_path), tmp_path / "out"
+    command = [sys.executable, "-m", "secateur", "compare", reference, str(out), "--quiet"]
+    kept: set[str] = set()
+    for seconds in (6, 7, 8):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        done = {path.name for path in out.glob("cells/[!.]*.json")}
+        assert kept <= done
+        kept = done
+    times = {path: path.stat().st_mtime_ns for path in out.glob("cells/[!.]*.json")}
+    assert subprocess.run(command, capture_output=True, check=True).returncode == 0
+    assert all(path.stat().st_mtime_ns == written for path, written in times.items())
+    whole = compare(reference, tmp_path / "whole").cells
+    results = json.loads((out / "results.json").read_text())["cells"]
+    for one, other in zip(results, whole, strict=True):
+        assert one["nats_per_token"] == other.nats_per_token
+
+
+def test_every_shipped_study_is_valid_and_has_a_small_form() -> None:
+    assert shipped_studies() == ["methods", "paper", "tokens"]
+    for name in shipped_studies():
+        whole, small = (list(cells(load_study(name, small=small))) for small in (False, True))
+        assert 0 < len(small) < len(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": {}}, "unknown key 'method'; did you mean 'methods'"),
+        ({"ratios": [1.5]}, "ratios.0"),
+        ({"methods": {"a": {"domains": ["lef"]}}}, "unknown domain 'lef'; did you mean 'left'"),
+        ({"methods": {"a": {"recipe": {"score": "obss"}}}}, "did you mean 'obs'"),
+        ({"ratios": [0.9]}, "out of reach"),
+    ],
+)
+def test_mistakes_surface_before_the_first_cell(
+    grid: dict[str, Any], change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        compare(write(grid | change, tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_study_and_missing_small_form(grid: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="did you mean 'paper'"):
+        load_study("papr", small=False)
+    del grid["small"]
+    with pytest.raises(RecipeError, match="no keys under 'small'"):
+        load_study(write(grid, tmp_path), small=True)

@@ -1,0 +1,257 @@
+"""`secateur evaluate` on text: figures against computations by hand, resume after a kill, mistakes in a sentence."""
+
+import gzip
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from run_cli import run_cli
+from tiny_tokenizer import tiny_tokenizer
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from secateur.api import prune
+from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.text import measure_quality, named_blocks, wikitext_blocks
+from secateur.log import silent
+from secateur.recipe import Domain
+from secateur.report.measured import Evaluation
+
+ROWS = ["", " = Title = \n", "", *(f" Row number {number} of a short article . \n" for number in range(40)), ""]
+
+
+@pytest.fixture(scope="module")
+def result(checkpoints, recipe, tmp_path_factory) -> Path:
+    """A pruned llama; the tests that write into it take a copy."""
+    out = tmp_path_factory.mktemp("evaluate") / "pruned"
+    prune(checkpoints["llama"], {**recipe, "remove": 0.2}, out=out)
+    return out
+
+
+@pytest.fixture
+def copy(result, tmp_path) -> Path:
+    return Path(shutil.copytree(result, tmp_path / "copy"))
+
+
+@pytest.fixture
+def rows_file(tmp_path) -> Path:
+    file = tmp_path / "rows.jsonl.gz"
+    with gzip.open(file, "wt", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"text": row}) + "\n" for row in ROWS)
+    return file
+
+
+def literature_perplexity(directory: Path, rows: list[str], tokenizer, length: int) -> float:
+    """GPTQ's, SparseGPT's and Wanda's loop, with stock transformers and nothing of secateur."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+    ids = tokenizer("\n\n".join(rows), return_tensors="pt", verbose=False).input_ids
+    num_blocks, nlls = ids.numel() // length, []
+    for number in range(num_blocks):
+        batch = ids[:, number * length : (number + 1) * length]
+        with torch.inference_mode():
+            logits = model(batch).logits
+        loss = cross_entropy(logits[0, :-1].float(), batch[0, 1:])
+        nlls.append(loss * length)
+    return math.exp(torch.stack(nlls).double().sum() / (num_blocks * length))
+
+
+def test_against_the_dense_model(copy, checkpoints):
+    found = evaluate(copy, checkpoints["llama"])
+    written = json.loads((copy / "result.json").read_text())
+    assert found.notes == () and found.kl is not None and set(found.kl) == {"prose", "code"}
+    for which, measured in found.models.items():
+        for domain, quality in measured.domains.items():
+            # The same held-out blocks as the run's own figures, so the same losses.
+            assert quality.nats_per_token == pytest.approx(written[f"{which}_losses"][domain]["nats_per_token"])
+            assert quality.perplexity == pytest.approx(math.exp(quality.nats_per_token))
+    assert found.dense is not None and found.differences is not None
+    for domain, change in found.differences.domains.items():
+        dense, pruned = found.dense.domains[domain], found.pruned.domains[domain]
+        assert change.nats_per_token == pytest.approx(pruned.nats_per_token - dense.nats_per_token)
+        pairs = [after - before for before, after in zip(dense.block_nats, pruned.block_nats, strict=True)]
+        spread = torch.tensor(pairs, dtype=torch.float64).std() / math.sqrt(len(pairs))
+        assert change.standard_error == pytest.approx(float(spread))
+        assert found.kl[domain].mean > 0
+    text = (copy / "evaluation.json").read_text()
+    assert Evaluation.from_json(text, "evaluation.json").to_json() == found.to_json() == text
+    keys = ["model", "against", "settings", "notes", "dense", "pruned", "kl", "differences", "versions"]
+    assert list(json.loads(text)) == keys and list(json.loads(text)["pruned"]) == ["domains"]
+
+
+def test_against_itself(copy):
+    found = evaluate(copy, copy)
+    assert found.kl is not None and found.differences is not None
+    assert all(part.mean == 0 and part.top1_agreement == 1 for part in found.kl.values())
+    assert all(change.nats_per_token == 0 for change in found.differences.domains.values())
+
+
+def test_bits_per_byte_by_hand(checkpoints):
+    from secateur.model.bind import bind
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoints["llama"]), tiny_tokenizer()
+    text = "schön, that's it"  # ö takes two bytes and two tokens
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    with torch.inference_mode():
+        nats = cross_entropy(model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="sum")
+    found = measure_quality(model, bind(model), tokenizer, "mine", torch.tensor([ids]), lambda: None)
+    # All bytes but the first are predicted; the end of text is predicted too and is no byte.
+    assert (found.num_tokens, found.num_bytes) == (len(ids) - 1, len(text.encode()) - 1)
+    assert found.bits_per_byte == pytest.approx(float(nats) / math.log(2) / found.num_bytes, rel=1e-5)
+
+
+def test_named_domains_give_the_blocks_asked_for(texts):
+    domains = {"prose": Domain(files=(str(texts["prose"]),)), "code": Domain(files=(str(texts["code"]),))}
+    for num_blocks in (1, 7, 10, 11):
+        blocks = named_blocks(domains, num_blocks, 24, tiny_tokenizer(), silent)
+        assert {name: tuple(each.shape) for name, each in blocks.items()} == dict.fromkeys(domains, (num_blocks, 24))
+        assert len({tuple(ids) for ids in blocks["prose"].tolist()}) == num_blocks
+
+
+@pytest.mark.parametrize("length", [32, None])
+def test_wikitext_equals_the_literature(copy, rows_file, length):
+    found = evaluate(copy, wikitext2=str(rows_file), wikitext2_length=length)
+    used = found.settings["wikitext2_length"]
+    assert used == (length or 256)  # the tiny model has no more positions
+    expected = literature_perplexity(copy, ROWS, tiny_tokenizer(), used)
+    assert found.against is None and found.pruned.wikitext2 is not None
+    assert found.pruned.wikitext2.perplexity == pytest.approx(expected, rel=1e-5)
+
+
+def test_wikitext_lines_are_the_data_sets_rows(rows_file, tmp_path, checkpoints):
+    from transformers import AutoConfig
+
+    config, tokenizer = AutoConfig.from_pretrained(checkpoints["llama"]), tiny_tokenizer()
+    raw = tmp_path / "wiki.test.raw"
+    raw.write_text("".join(row or " \n" for row in ROWS), encoding="utf-8")
+    assert wikitext_blocks(str(raw), 64, tokenizer, config).equal(
+        wikitext_blocks(str(rows_file), 64, tokenizer, config)
+    )
+
+
+@pytest.mark.slow
+def test_wikitext_of_a_real_model(tmp_path):
+    data = Path(os.environ.get("SECATEUR_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    file, model = data / "text" / "wikitext2_test_rows.jsonl.gz", os.environ.get("SECATEUR_SMOLLM2")
+    if not file.is_file() or not model:
+        pytest.skip("needs the development data, and SECATEUR_SMOLLM2: a directory with SmolLM2-135M")
+    from transformers import AutoTokenizer
+
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line)["text"] for line in lines]
+    measured = evaluate(model, wikitext2=str(file), out=tmp_path).pruned.wikitext2
+    found = measured.perplexity
+    expected = literature_perplexity(Path(model), rows, AutoTokenizer.from_pretrained(model), 2048)
+    print(f"\nWikiText-2, SmolLM2-135M, blocks of 2048: evaluate {found:.6f}, independent {expected:.6f}")
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path):
+    domains = [f"--domain={name}={file}" for name, file in texts.items()]
+    arguments = ["evaluate", copy, "--against", checkpoints["llama"], *domains]
+    arguments += ["--num-blocks", "8", "--sequence-length", "32", "--quiet", "--json"]
+    process = subprocess.Popen([sys.executable, "-m", "secateur", *map(str, arguments)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((copy / "evaluation").glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {part: part.stat().st_mtime_ns for part in (copy / "evaluation").glob("*.json")}
+    assert done
+    second = run_cli(*arguments)
+    assert second.status == 0
+    assert {part: part.stat().st_mtime_ns for part in done} == done  # not computed again
+    fresh = run_cli(*arguments, "--out", tmp_path / "fresh")
+    assert json.loads(second.stdout) == json.loads(fresh.stdout)
+    parts = [
+        {part.name for part in folder.iterdir()} for folder in (copy / "evaluation", tmp_path / "fresh/evaluation")
+    ]
+    assert parts[0] == parts[1] and len(parts[0]) == 6  # two domains: dense, pruned, KL
+
+
+def test_damaged_parts_are_measured_again(copy):
+    found, heard = evaluate(copy, against=copy), list[str]()
+    parts = sorted((copy / "evaluation").iterdir())
+    whole = [part.read_bytes() for part in parts]
+    parts[0].write_bytes(b"")
+    parts[1].write_bytes(whole[1][:-5])
+    parts[2].write_bytes(re.sub(rb"\d\.\d", b"9.9", whole[2], count=1))
+    parts[3].write_bytes(whole[3].replace(b'"step"', b'"stop"'))
+    assert evaluate(copy, against=copy, tell=heard.append) == found
+    assert [part.read_bytes() for part in parts] == whole
+    said = "finished by an earlier run, is damaged on disk, so it is done again."
+    assert sorted(heard) == [f"{part.parent}: {part.stem}, {said}" for part in parts[:4]]
+
+
+def test_another_model_in_the_same_place_is_measured_anew(copy):
+    before = evaluate(copy).pruned.domains
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    model.save_pretrained(copy)
+    assert evaluate(copy).pruned.domains != before
+
+
+def test_changed_text_is_said(copy, texts):
+    recipe = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(recipe.replace("seed: 0", "seed: 1"))
+    (note,) = evaluate(copy).notes
+    assert "may have been calibrated on some of it" in note
+
+
+def test_the_table(copy, checkpoints, rows_file):
+    shown = run_cli("evaluate", copy, "--against", checkpoints["llama"], "--wikitext2", rows_file, "--quiet")
+    assert shown.status == 0 and shown.stderr == ""
+    for part in ("prose", "WikiText-2, blocks of 256", "KL(dense || pruned)", "bits/byte", "difference", "Written to"):
+        assert part in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nowhere"], "no such directory"),
+        (["{texts}"], "config.json"),
+        (["{dense}"], "has no recipe.yaml"),
+        (["{result}", "--against", "nowhere"], "no such directory"),
+        (["{result}", "--against", "{other}"], "its tokenizer (258 tokens) is not that of"),
+        (["{result}", "--against", "{wider}"], "it gives 321 logits and"),
+        (["{result}", "--domain", "code=nowhere.txt"], "there is no such file"),
+        (["{result}", "--domain", "kode"], "did you mean 'code'"),
+        (["{result}", "--wikitext2", "nowhere.txt"], "there is no such file"),
+        (["{result}", "--wikitext2", "hub"], "HF_HUB_OFFLINE=1"),
+        (["{result}", "--wikitext2", "{rows}", "--wikitext2-length", "999"], "longer than the model's 256 positions"),
+        (["{result}", "--out", "{rows}"], "is not a directory"),
+        (["{result}", "--tasks-data", "nowhere"], "there is no such directory"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, expected, result, checkpoints, rows_file, texts, tmp_path):
+    places = {"result": result, "dense": checkpoints["llama"], "rows": rows_file, "texts": texts["prose"].parent}
+    places |= {name: tmp_path / name for name in ("other", "wider")}
+    _other_tokenizer(checkpoints["llama"], places["other"])
+    _wider(checkpoints["llama"], places["wider"])
+    outcome = run_cli("evaluate", "--quiet", *(argument.format(**places) for argument in arguments))
+    assert outcome.status == 2 and outcome.stdout == ""
+    assert outcome.stderr.startswith("secateur: ") and outcome.stderr.count("\n") == 1
+    assert expected in outcome.stderr
+
+
+def _other_tokenizer(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(target)
+
+
+def _wider(source: Path, target: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.resize_token_embeddings(321, mean_resizing=False)
+    model.save_pretrained(target)
+    tiny_tokenizer().save_pretrained(target)

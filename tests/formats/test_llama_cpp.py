@@ -1,0 +1,137 @@
+"""llama.cpp runs pruned models of every family that GGUF export knows and gives their logits (slow; needs it)."""
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from secateur.formats.gguf import export
+from secateur.formats.save import have_llama_cpp, open_llama_cpp, save_checkpoint
+from secateur.formats.serving import gguf_specs
+from secateur.model.bind import bind, decoder_layers
+from secateur.model.checkpoint import load_model, open_checkpoint
+from secateur.model.per_layer import record_widths
+from tests.bpe_tokenizer import bpe_tokenizer, sentencepiece_tokenizer
+from tests.families import tiny_family
+from tests.model.test_families import cut_units, kept_of
+from tests.models import tiny_ids
+
+GGUF_FAMILIES = gguf_specs(per_layer=False)
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN |= {"mscale": 0.7, "mscale_all_dim": 0.7}
+# What the rows of `families.FAMILIES` need to be as llama.cpp takes them to be.
+CHANGES: dict[str, dict[str, Any]] = {
+    "cohere2": {"num_hidden_layers": 4, "layer_types": None, "sliding_window_pattern": 4, "head_dim": 16},
+    "deepseek_v2": {"num_key_value_heads": 4, "q_lora_rank": None, "rope_parameters": YARN},
+    "deepseek_v3": {"num_key_value_heads": 4, "rope_parameters": YARN},
+    "exaone4": {"layer_types": ["full_attention"] * 3, "sliding_window": None},
+    "falcon-new": {"bias": False},
+    "gpt_oss": {"num_hidden_layers": 4, "layer_types": None, "max_position_embeddings": 131072},
+    "glm": {"head_dim": 16},
+    "glm4_moe": {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5},
+    "gemma2": {"num_hidden_layers": 4, "layer_types": None, "query_pre_attn_scalar": 16},
+    "gemma3": {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 16},
+    "ministral": {"sliding_window": 64, "layer_types": None},
+    "ministral3": {
+        "rope_parameters": YARN
+        | {"original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
+    },
+    "mistral": {"sliding_window": None},
+    "nemotron": {"head_dim": 16},
+    "olmo": {"clip_qkv": 0.5},
+    "olmo3": {"num_hidden_layers": 4, "layer_types": None},
+    "olmoe": {"num_key_value_heads": 4},
+    "phi": {"qk_layernorm": False},
+    "phi3": {"sliding_window": None, "pad_token_id": 0},
+    "smollm3": {"no_rope_layers": [1, 1, 1, 0], "num_hidden_layers": 4},
+    "starcoder2": {"sliding_window": None},
+}
+ROWS = {"falcon": "falcon-new", "hunyuan_v1_dense": "hunyuan_dense", "gemma3_text": "gemma3"}
+# llama.cpp keeps keys and values in half precision.
+TOLERANCE = 2e-3
+
+
+def pruned(name: str, place: Path) -> Path:
+    """Save a model of the family without half of its channels, experts and, where llama.cpp takes fewer, heads."""
+    row = ROWS.get(name, name)
+    sizes = SIZES | CHANGES.get(row, {})
+    model = tiny_family(row, **{key: value for key, value in sizes.items() if key in known_keys(row)})
+    arch = bind(model)
+    for group in arch.groups:
+        heads = group.name in ("kv_heads", "query_heads")
+        if group.name != "query_heads" and not (heads and GGUF_FAMILIES[name].full_width_heads):
+            cut_units(decoder_layers(model, arch)[group.layer], group, kept_of(group, 0.5))
+    record_widths(model, arch)
+    tokenizer = sentencepiece_tokenizer("gemma") if name.startswith("gemma") else bpe_tokenizer()
+    save_checkpoint(model, tokenizer, place, max_shard_size="5GB", carry_from=None)
+    return place
+
+
+def pruned_per_layer(name: str, place: Path) -> Path:
+    """Save a model of which no two layers are alike."""
+    sizes = SIZES | CHANGES.get(name, {}) | {"num_hidden_layers": 5}
+    sizes |= {"attention_bias": True} if name == "seed_oss" else {"tie_word_embeddings": True}
+    model = tiny_family(name, **sizes)
+    arch = bind(model)
+    layers = decoder_layers(model, arch)
+    for index, group, share in ((0, "ffn", 0.5), (1, "ffn", 0.25), (2, "kv_heads", 0.5), (3, "ffn", 0.75)):
+        (each,) = (found for found in arch.select((group,)) if found.layer == index)
+        cut_units(layers[index], each, kept_of(each, share))
+    record_widths(model, arch)
+    save_checkpoint(model, bpe_tokenizer(), place, max_shard_size="5GB", carry_from=None)
+    return place
+
+
+PRUNED = [pytest.param(pruned, name, id=name) for name in GGUF_FAMILIES]
+PRUNED += [pytest.param(pruned_per_layer, name, id=f"{name}-per-layer") for name in gguf_specs(per_layer=True)]
+
+
+def known_keys(row: str) -> set[str]:
+    config = tiny_family(row).config
+    return set(config.to_dict()) | set(config.attribute_map) | {"sliding_window_pattern"}
+
+
+@pytest.mark.parametrize(("prune", "name"), PRUNED)
+def test_every_weight_is_in_the_file_once(prune: Callable[[str, Path], Path], name: str, tmp_path: Path) -> None:
+    source = prune(name, tmp_path)
+    export(source, tmp_path / "model.gguf", check=False)
+    model = load_model(open_checkpoint(source))
+    arrays = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    num_values = sum(int((array != 0).sum()) for array in arrays.values())
+    assert num_values == sum(int((weight != 0).sum()) for weight in model.parameters())
+    # Vectors keep their type and order; of norms the file holds what llama.cpp multiplies by.
+    offset = GGUF_FAMILIES[name].norm_offset
+    for many in (False, True):
+        got = sum(
+            float(np.abs(array.astype(np.float64)).sum()) for array in arrays.values() if (array.ndim > 1) == many
+        )
+        weights = [
+            weight.detach().double() + (offset if key.endswith("norm.weight") else 0)
+            for key, weight in model.named_parameters()
+            if (weight.ndim > 1) == many
+        ]
+        assert got == pytest.approx(sum(float(weight.abs().sum()) for weight in weights), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not have_llama_cpp(), reason="needs llama-cpp-python")
+@pytest.mark.parametrize(("prune", "name"), PRUNED)
+def test_llama_cpp_gives_the_pruned_models_logits(
+    prune: Callable[[str, Path], Path], name: str, tmp_path: Path
+) -> None:
+    source = prune(name, tmp_path)
+    export(source, tmp_path / "model.gguf", check=False)
+    ids = tiny_ids(batch=1, length=24, vocab_size=310)[0]
+    with torch.inference_mode():
+        expected = load_model(open_checkpoint(source))(ids[None], use_cache=False).logits[0]
+    with closing(open_llama_cpp(tmp_path / "model.gguf", 64, all_logits=True)) as model:
+        model.eval(ids.tolist())
+        got = torch.from_numpy(np.array(model.scores[: len(ids)]))
+    difference = (got - expected).norm() / expected.norm()
+    assert difference < TOLERANCE, f"{difference:.2e}"

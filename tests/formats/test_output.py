@@ -1,0 +1,228 @@
+"""Writing checkpoints: complete or nothing, the same bytes each time, and only what may be replaced is replaced."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_ids, tiny_llama, tiny_qwen2
+from safetensors.torch import load_file
+from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from secateur.errors import CheckpointError, RecipeError
+from secateur.files import check_free_space, parse_size, staging
+from secateur.formats.save import save_checkpoint
+
+
+def save(directory: Path, model: torch.nn.Module, max_shard_size: str = "5GB", carry_from: Path | None = None) -> Path:
+    directory.mkdir(exist_ok=True)
+    save_checkpoint(model, tiny_tokenizer(), directory, max_shard_size=max_shard_size, carry_from=carry_from)
+    return directory
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "100KB"])
+def test_stock_reload_is_exact_and_bytes_repeat(build, tied, max_shard_size, tmp_path, capfd):
+    first, second = (save(tmp_path / name, build(tied=tied), max_shard_size) for name in ("first", "second"))
+    assert capfd.readouterr() == ("", "")
+    assert contents(first) == contents(second)
+    assert str(tmp_path).encode() not in b"".join(contents(first).values())
+    weights = [load_file(file) for file in sorted(first.glob("*.safetensors"))]
+    assert (len(weights) > 1) == (max_shard_size == "100KB")
+    names = [name for shard in weights for name in shard]
+    assert len(names) == len(set(names)) and ("lm_head.weight" in names) == (not tied)
+    assert all(file.stat().st_mode == (first / "config.json").stat().st_mode for file in first.iterdir())
+    reloaded = AutoModelForCausalLM.from_pretrained(first)
+    assert torch.equal(reloaded(tiny_ids()).logits, build(tied=tied)(tiny_ids()).logits)
+    assert (reloaded.lm_head.weight is reloaded.model.embed_tokens.weight) == tied
+    assert AutoTokenizer.from_pretrained(first).chat_template == tiny_tokenizer().chat_template
+
+
+def test_generation_config_that_saving_would_refuse_is_kept(tmp_path):
+    model = tiny_llama()
+    model.generation_config.temperature = 0.7  # without do_sample: loadable, but save_pretrained raises
+    written = json.loads((save(tmp_path / "out", model) / "generation_config.json").read_text())
+    assert written["temperature"] == 0.7
+    assert model.generation_config.temperature == 0.7
+    (tmp_path / "out" / "generation_config.json").write_text('{"top_p": 0.5, "ours": 1}')
+    carried = save(tmp_path / "again", model, carry_from=tmp_path / "out")
+    assert (carried / "generation_config.json").read_text() == '{"top_p": 0.5, "ours": 1}'
+
+
+def test_side_files_are_carried_and_new_files_not_overwritten(tmp_path):
+    source = save(tmp_path / "source", tiny_llama())
+    config = (source / "config.json").read_bytes()
+    (source / "additional_chat_templates").mkdir()
+    for name in (
+        "tokenizer.model",
+        "LICENSE.txt",
+        "additional_chat_templates/tool.jinja",
+        "tokenizer.json",
+        "notes.txt",
+    ):
+        (source / name).write_text("old")
+    out = save(tmp_path / "out", tiny_llama(), carry_from=source)
+    for name in ("tokenizer.model", "LICENSE.txt", "additional_chat_templates/tool.jinja"):
+        assert (out / name).read_text() == "old"
+    assert (out / "tokenizer.json").read_text() != "old"
+    assert not (out / "notes.txt").exists()
+    assert (out / "config.json").read_bytes() == config
+
+
+def test_nothing_is_carried_from_a_directory_that_is_no_model(tmp_path):
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "LICENSE").write_text("of something else")
+    assert not (save(tmp_path / "out", tiny_llama(), carry_from=tmp_path / "downloads") / "LICENSE").exists()
+
+
+@pytest.mark.parametrize("size", ["5", "GB", "0GB", "-1GB", "five GB", "", "infGB", "nanGB"])
+def test_bad_shard_size(size):
+    with pytest.raises(RecipeError, match=f"max_shard_size: must be .*got '{size}'"):
+        parse_size("max_shard_size", size)
+
+
+def test_shard_size():
+    assert parse_size("max_shard_size", "5GB") == 5_000_000_000
+    assert parse_size("max_shard_size", "1.5 kb") == 1500
+
+
+def test_free_space(tmp_path):
+    check_free_space(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"the run needs 1000000000.00 GB, the disk has"):
+        check_free_space(tmp_path, 10**18)
+
+
+def test_out_appears_only_when_the_block_ends(tmp_path):
+    out = tmp_path / "deep" / "er" / "out"
+    with staging(out, overwrite=False) as directory:
+        assert directory.parent == out.parent and not out.exists()
+        (directory / "config.json").write_text("new")
+    assert contents(tmp_path) == {"deep/er/out/config.json": b"new"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_nothing_is_left_after_an_exception(error, overwrite, tmp_path):
+    out = tmp_path / "deep" / "out"
+    if overwrite:
+        out.mkdir(parents=True)
+        (out / "config.json").write_text("old")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(error), staging(out, overwrite=overwrite) as directory:
+        (directory / "config.json").write_text("half")
+        raise error
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not overwrite or (out / "config.json").read_text() == "old"
+
+
+def test_overwrite_swaps_whole_directories(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    (out / "stale").write_text("old")
+    with staging(out, overwrite=True) as directory:
+        assert (out / "config.json").read_text() == "old"
+        (directory / "config.json").write_text("new")
+    assert contents(tmp_path) == {"out/config.json": b"new"}
+
+
+def test_a_failing_rename_brings_the_old_directory_back(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    with pytest.raises(FileNotFoundError), staging(out, overwrite=True) as directory:
+        os.rename(directory, tmp_path / "stolen")
+    assert (out / "config.json").read_text() == "old"
+
+
+def test_a_directory_made_meanwhile_is_not_replaced(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="already exists"), staging(out, overwrite=False):
+        out.mkdir()
+        (out / "config.json").write_text("theirs")
+    assert contents(tmp_path) == {"out/config.json": b"theirs"}
+
+
+def refused(out: Path, match: str, *, overwrite: bool = False, protected: Path | None = None) -> None:
+    before = sorted(out.parent.rglob("*"))
+    with pytest.raises(CheckpointError, match=match), staging(out, overwrite=overwrite, protected=protected):
+        pytest.fail("the block ran")
+    assert sorted(out.parent.rglob("*")) == before
+
+
+def test_out_that_is_never_replaced(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "diary.txt").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    refused(tmp_path / "empty", "already exists.*--overwrite")
+    refused(tmp_path / "file", "is a file", overwrite=True)
+    refused(tmp_path / "file" / "out", "file is not a directory")
+    refused(tmp_path / "home", "has no config.json, so it is no model", overwrite=True)
+    refused(tmp_path / "link", "is a symbolic link", overwrite=True)
+    refused(tmp_path / "dangling", "is a symbolic link")
+    with pytest.raises(CheckpointError, match="is a mount point"), staging(Path("/"), overwrite=True):
+        pytest.fail("the block ran")
+
+
+def test_the_model_being_read_is_never_replaced(tmp_path):
+    model = tmp_path / "models" / "dense"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("")
+    for out in (model, model.parent, model.parent / ".." / "models" / "dense"):
+        refused(out, "holds the model that is being pruned", overwrite=True, protected=model)
+
+
+def test_out_where_nothing_can_be_made():
+    # Also root cannot make a directory here, while os.access says that it can.
+    with (
+        pytest.raises(CheckpointError, match="OUT /proc/out: no directory can be made there"),
+        staging(Path("/proc/out"), overwrite=False),
+    ):
+        pytest.fail("the block ran")
+
+
+def test_a_missing_file_in_the_block_is_not_called_a_disk_error(tmp_path):
+    with pytest.raises(FileNotFoundError), staging(tmp_path / "out", overwrite=False):
+        (tmp_path / "nowhere").read_text()
+    assert list(tmp_path.iterdir()) == []
+
+
+SAVE_WITH_A_FILE_SIZE_LIMIT = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from models import tiny_llama
+from tiny_tokenizer import tiny_tokenizer
+from secateur.errors import CheckpointError
+from secateur.formats.save import save_checkpoint
+from secateur.files import staging
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for limit in (100, 5000, 100_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        with staging(Path({out!r}), overwrite=False) as directory:
+            save_checkpoint(tiny_llama(), tiny_tokenizer(), directory, max_shard_size="5GB", carry_from=None)
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def test_disk_full_in_the_middle_of_saving(tmp_path):
+    # One limit stops Python's own writing, one the tokenizers library, one safetensors: three kinds of exception.
+    code = SAVE_WITH_A_FILE_SIZE_LIMIT.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path / "deep" / "out"))
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    sentence = f"{tmp_path / 'deep' / 'out'}: no file there may become that large; raise the limit"
+    assert [line.startswith(sentence) for line in child.stdout.splitlines()] == [True] * 3, child.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,262 @@
+"""Depth: removal equals skipping, after a stock reload and with a cache; KL and greedy choice equal brute force."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
+from torch.nn.functional import log_softmax
+from transformers import AutoModelForCausalLM
+
+from secateur.errors import ArchError, NumericsError, RecipeError
+from secateur.facts import Batch
+from secateur.methods import depth as depth_choice
+from secateur.methods.depth import choose_layers, fold_patch, layer_kl, narrow_readers, remove_layers
+from secateur.model.bind import bind
+from secateur.stream.walk import make_batches
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+FAMILIES = [(tiny_llama, {}), (tiny_llama, {"tied": True}), (tiny_qwen2, {}), (tiny_qwen2, SLIDING)]
+
+
+def logits_of(model, ids_BT):
+    with torch.no_grad():
+        return model(ids_BT, use_cache=False).logits
+
+
+def logits_skipping(model, ids_BT, layers):
+    handles = [model.model.layers[index].register_forward_hook(lambda _, inputs, __: inputs[0]) for index in layers]
+    logits = logits_of(model, ids_BT)
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+def brute_force_kl(model, ids_BT, layers):
+    log_p = log_softmax(logits_of(model, ids_BT)[:, :-1].double(), -1)
+    log_q = log_softmax(logits_skipping(model, ids_BT, layers)[:, :-1].double(), -1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def batches_of(ids_NT, *, held_out=False, batch_tokens=128):
+    return make_batches("d", ids_NT, held_out=held_out, batch_tokens=batch_tokens)
+
+
+@pytest.mark.parametrize("factory, settings", FAMILIES)
+@pytest.mark.parametrize("removed", [(), (3,), (0, 2)])
+def test_layer_kl_equals_brute_force(factory, settings, removed):
+    model, ids_BT = factory(num_layers=4, **settings), tiny_ids(batch=5, length=40)
+    batches = [*batches_of(ids_BT), Batch("d", True, tiny_ids(seed=9))]  # the held-out one takes no part
+    kl = layer_kl(model, bind(model), batches, removed)
+    for index in range(4):
+        expected = torch.inf if index in removed else brute_force_kl(model, ids_BT, (*removed, index))
+        assert float(kl[index]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_only_the_layers_asked_for_are_measured_and_as_they_are_among_all():
+    model, batches = tiny_llama(num_layers=5), batches_of(tiny_ids(batch=3, length=24))
+    arch = bind(model)
+    everything = layer_kl(model, arch, batches, (2,))
+    for asked in ([0], [4], [1, 3], [0, 2, 4]):
+        found = layer_kl(model, arch, batches, (2,), asked)
+        for index in range(5):
+            expected = everything[index] if index in asked else torch.inf
+            assert float(found[index]) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("factory", [tiny_llama, tiny_qwen2])
+def test_a_layer_is_weighed_in_the_narrow_model_against_the_dense_one(factory):
+    model, probe = factory(num_layers=4), batches_of(tiny_ids(batch=3, length=24))
+    arch, fit = bind(model), batches_of(tiny_ids(batch=96, length=32, seed=3), batch_tokens=512)
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    readers = narrow_readers(model, arch, fit, {0: 0.5, 1: 0.25, 3: 1.0}, 1e-3)
+    found = layer_kl(model, arch, probe, (1,), (0, 2), readers)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+    narrow = copy.deepcopy(model)
+    for index, weight in readers.items():
+        narrow.model.layers[index].mlp.down_proj.weight.data = weight
+    for layer in (0, 2):
+        log_p = log_softmax(torch.cat([logits_of(model, b.ids_BT)[:, :-1] for b in probe]).double(), -1)
+        log_q = log_softmax(
+            torch.cat([logits_skipping(narrow, b.ids_BT, [1, layer])[:, :-1] for b in probe]).double(), -1
+        )
+        assert float(found[layer]) == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4)
+    assert torch.isinf(found[[1, 3]]).all()
+
+
+@pytest.mark.parametrize("damping", [1e-3, None])
+def test_narrow_readers_lose_the_columns_that_matter_least_and_are_refitted_on_their_own_stream(damping):
+    model, fit = tiny_llama(), batches_of(tiny_ids(batch=96, length=32, seed=3), batch_tokens=512)
+    arch = bind(model)
+    readers = narrow_readers(model, arch, fit, {0: 0.5, 1: 0.25}, damping)
+    inputs = []
+    for index, kept in ((0, 0.5), (1, 0.25)):
+        reader = model.model.layers[index].mlp.down_proj
+        handle = reader.register_forward_hook(lambda _, arguments, __: inputs.append(arguments[0].flatten(0, 1)))
+        with torch.no_grad():
+            for batch in fit:
+                model(batch.ids_BT, use_cache=False)
+        handle.remove()
+        x_TF, weight_DF = torch.cat(inputs), reader.weight.detach()
+        inputs.clear()
+        scores = weight_DF.abs().sum(0) * x_TF.square().mean(0).sqrt()
+        keep = scores.topk(round(kept * len(scores))).indices.sort().values
+        assert torch.equal(readers[index].abs().sum(0).nonzero().flatten(), keep)
+        lost = float((x_TF @ (weight_DF - readers[index]).T).square().mean())
+        cut = torch.zeros_like(weight_DF)
+        cut[:, keep] = weight_DF[:, keep]
+        alone = float((x_TF @ (weight_DF - cut).T).square().mean())
+        assert lost == pytest.approx(alone) if damping is None else lost < alone
+        reader.weight.data = readers[index]  # the next layer sees what this one gives now
+
+
+def test_a_choice_measures_few_layers_anew(monkeypatch):
+    model, batches = tiny_llama(num_layers=16), batches_of(tiny_ids(batch=2, length=24))
+    with torch.no_grad():  # layers that cost from little to much
+        for index, layer in enumerate(model.model.layers):
+            layer.self_attn.o_proj.weight *= 0.05 * (index + 1)
+            layer.mlp.down_proj.weight *= 0.05 * (index + 1)
+    asked: list[int] = []
+
+    def counting(*arguments):
+        asked.append(len(arguments[4]) if len(arguments) > 4 else 16)
+        return layer_kl(*arguments)
+
+    monkeypatch.setattr(depth_choice, "layer_kl", counting)
+    chosen = choose_layers(model, bind(model), batches, 4)
+    assert asked[0] == 16 and sum(asked[1:]) <= 3 * 8
+    removed: list[int] = []
+    for index, cost in chosen.items():  # and yet each is the cheapest of all
+        costs = layer_kl(model, bind(model), batches, removed)
+        assert int(costs.argmin()) == index and cost == pytest.approx(float(costs[index]), rel=1e-6)
+        removed.append(index)
+
+
+def test_choice_is_greedy_measured_anew_and_respects_protection():
+    model, ids_BT = tiny_llama(num_layers=5, seed=6), tiny_ids(batch=4, length=32)
+    # Later layers speak up, so that all matter about the same and what is left decides which goes next.
+    with torch.no_grad():
+        for index, layer in enumerate(model.model.layers):
+            layer.self_attn.o_proj.weight *= 2**index / 4
+            layer.mlp.down_proj.weight *= 2**index / 4
+    arch, batches = bind(model), batches_of(ids_BT)
+    expected: list[int] = []
+    for _ in range(3):
+        rest = set(range(5)) - set(expected)
+        expected.append(min(rest, key=lambda index: brute_force_kl(model, ids_BT, [*expected, index])))
+    chosen = choose_layers(model, arch, batches, 3)
+    assert list(chosen) == expected
+    assert chosen[expected[2]] == pytest.approx(brute_force_kl(model, ids_BT, expected), rel=1e-4)
+    assert expected != layer_kl(model, arch, batches).argsort()[:3].tolist()
+    seen = []
+    found = choose_layers(
+        model, arch, batches, 2, protected=(expected[0], 4), progress=lambda *parts: seen.append(parts[1:])
+    )
+    assert len(found) == 2 and not {expected[0], 4} & set(found)
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+    assert choose_layers(model, arch, batches, 0) == {}
+
+
+@pytest.mark.parametrize("factory, settings", FAMILIES)
+@pytest.mark.parametrize("layers", [[1], [3, 0], [2, 3]])
+def test_removed_saved_and_reloaded_equals_skipping(factory, settings, layers, tmp_path):
+    dense, ids_BT = factory(num_layers=4, **settings), tiny_ids(length=24)
+    model = copy.deepcopy(dense)
+    arch = remove_layers(model, bind(model), layers)
+    assert (arch.num_layers, len(arch.select(("ffn",)))) == (4 - len(layers), 4 - len(layers))
+    expected = logits_skipping(dense, ids_BT, layers)
+    torch.testing.assert_close(logits_of(model, ids_BT), expected)
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(reloaded, ids_BT), expected)
+    if factory is tiny_qwen2:
+        types = dense.config.layer_types
+        assert reloaded.config.layer_types == [kind for index, kind in enumerate(types) if index not in layers]
+
+
+@pytest.mark.parametrize("factory, settings", FAMILIES)
+def test_generation_with_a_cache_equals_without(factory, settings, tmp_path):
+    model, ids_BT = factory(num_layers=4, **settings), tiny_ids(length=12)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    remove_layers(model, bind(model), [0, 2])
+    model.save_pretrained(tmp_path)
+    for each in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        texts = [
+            each.generate(
+                ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=10, do_sample=False, use_cache=cached
+            )
+            for cached in (True, False)
+        ]
+        assert torch.equal(*texts) and texts[0].shape == (2, 22)
+    cache = model(ids_BT, use_cache=True).past_key_values
+    assert [cache.get_seq_length(index) for index in range(2)] == [12, 12] and len(cache.layers) == 2
+
+
+def test_removing_one_by_one_equals_removing_at_once():
+    ids_BT, at_once, stepwise = tiny_ids(), tiny_qwen2(num_layers=4), tiny_qwen2(num_layers=4)
+    remove_layers(at_once, bind(at_once), [1, 2])
+    arch = remove_layers(stepwise, bind(stepwise), [2])
+    remove_layers(stepwise, arch, [1])
+    torch.testing.assert_close(logits_of(stepwise, ids_BT), logits_of(at_once, ids_BT))
+
+
+def hidden_after(model, ids_BT, layer):
+    with torch.no_grad():
+        return model(ids_BT, use_cache=False, output_hidden_states=True).hidden_states[layer + 1]
+
+
+@pytest.mark.parametrize("factory", [tiny_llama, tiny_qwen2])
+def test_fold_lowers_the_held_out_error_as_its_guard_says(factory):
+    # Layer 1 of 3 goes. What enters the last layer is compared, so that no final norm comes between.
+    dense, plain, folded = factory(), factory(), factory()
+    calibration, held_out = tiny_ids(batch=96, length=32), tiny_ids(batch=8, length=32, seed=7)
+    batches = batches_of(calibration, batch_tokens=512) + batches_of(held_out, held_out=True)
+    judged = fold_patch(folded, bind(folded), 1, batches, damping=1e-3)
+    assert judged.step == 1
+    untouched = {name for name, tensor in plain.state_dict().items() if torch.equal(tensor, folded.state_dict()[name])}
+    assert set(plain.state_dict()) - untouched == {"model.layers.0.mlp.down_proj.weight"}
+    for model in (plain, folded):
+        remove_layers(model, bind(model), [1])
+    target = hidden_after(dense, held_out, 1)
+    errors = [float((hidden_after(model, held_out, 0) - target).square().sum()) for model in (plain, folded)]
+    assert errors[1] / errors[0] == pytest.approx(judged.error_after["d"], rel=1e-3)
+    assert judged.error_before["d"] == pytest.approx(1) and judged.error_after["d"] < 0.97
+
+
+def test_a_larger_ridge_changes_the_reader_less():
+    changes = []
+    for damping in (1e-3, 1.0, 1e6):
+        model = tiny_llama()
+        before = model.model.layers[0].mlp.down_proj.weight.detach().clone()
+        fold_patch(model, bind(model), 1, batches_of(tiny_ids(batch=32)), damping)
+        changes.append(float((model.model.layers[0].mlp.down_proj.weight.detach() - before).norm()))
+    assert all(larger > smaller for larger, smaller in pairwise(changes)) and changes[-1] < 1e-3
+
+
+def test_what_cannot_be_done_says_so():
+    model = tiny_llama()
+    arch, batches = bind(model), batches_of(tiny_ids())
+    for layers in ([3], [-1], [0, 1, 2]):
+        with pytest.raises(RecipeError, match="layers 0 to 2"):
+            remove_layers(model, arch, layers)
+    with pytest.raises(RecipeError, match="3 of 3 layers cannot be removed; with 0 protected, ask for 0 to 2"):
+        choose_layers(model, arch, batches, 3)
+    with pytest.raises(RecipeError, match="with 2 protected, ask for 0 to 1"):
+        choose_layers(model, arch, batches, 2, protected=(0, 2))
+    with pytest.raises(RecipeError, match="layer 0 cannot be folded"):
+        fold_patch(model, arch, 0, batches, 1e-3)
+    normed = tiny_gemma3()
+    with pytest.raises(ArchError, match="norms what an FFN gives"):
+        fold_patch(normed, bind(normed), 1, batches, 1e-3)
+    model.config.per_layer_config = {1: {"intermediate_size": 64}}
+    with pytest.raises(ArchError, match="per_layer_config"):
+        remove_layers(model, arch, [1])
+
+
+def test_a_divergence_that_is_not_finite_names_layer_and_domain():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
+    with pytest.raises(NumericsError, match="KL without layer 0, domain d"):
+        layer_kl(model, bind(model), batches_of(tiny_ids()))

@@ -1,0 +1,115 @@
+"""Channels inside experts: their inputs are the expert's own, refits help on held-out text, rounds add up."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import secateur
+from secateur.errors import RecipeError
+from secateur.methods.expert_channels import _observe, _shrunk, prune_expert_channels
+from secateur.methods.expert_refit import FEW_TOKENS_PER_CHANNEL, channel_inputs
+from secateur.methods.select import Task
+from secateur.model.bind import bind, decoder_layers
+from secateur.model.group import original_units
+from secateur.pruning.group_step import method_of
+from secateur.recipe import parse_recipe
+from secateur.stream.walk import Walk, make_batches
+from tests.families import tiny_family
+from tests.methods.test_experts import expert_output
+from tests.model.test_exactness import logits_of, prune_tiny, random_calibration
+from tests.models import opened, tiny_ids
+from tests.tiny_tokenizer import tiny_tokenizer
+
+CHANNELS = ("expert_ffn",)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@torch.no_grad()
+def test_the_readers_inputs_give_what_the_expert_gives(name: str) -> None:
+    model = tiny_family(name)
+    group = bind(model).select(CHANNELS)[0]
+    module = decoder_layers(model, bind(model))[0].get_submodule(group.experts.module)
+    x_TD = torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
+    for expert in range(3):
+        inputs_TF = channel_inputs(module, group.experts.stacks, expert, x_TD)
+        down = module.down_proj[expert]
+        given = inputs_TF @ (down if name == "gpt_oss" else down.T)
+        if name == "gpt_oss":
+            given = given + module.down_proj_bias[expert]
+        torch.testing.assert_close(given, expert_output(name, module, expert, x_TD), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe"])
+def test_refits_lower_held_out_error_and_the_models(name: str) -> None:
+    calibration = random_calibration(num_domains=2, blocks=48)
+    ids_BT = torch.cat([domain.held_out_NT for domain in calibration.domains])
+    dense, errors = logits_of(tiny_family(name), ids_BT), {}
+    for compensate in ("none", "least_squares"):
+        model = tiny_family(name)
+        _, lines = prune_tiny(model, calibration, groups=CHANNELS, remove=0.2, compensate=compensate)
+        errors[compensate] = float((logits_of(model, ids_BT) - dense).square().mean())
+        for line in lines:
+            assert ("step" in line) == (compensate == "least_squares")
+            for domain in line.get("error_after", ()):
+                assert line["error_after"][domain] <= line["error_before"][domain]
+    assert errors["least_squares"] < errors["none"]
+
+
+def test_all_channels_kept_change_nothing() -> None:
+    model = tiny_family("mixtral")
+    before = copy.deepcopy(model.state_dict())
+    arch = bind(model)
+    group = arch.select(CHANNELS)[0]
+    walk = Walk(model, arch, make_batches("a", tiny_ids(), held_out=False))
+    prune_expert_channels(Task(walk, group, group.num_units, method_of(parse_recipe({})), {"a": 1.0}, 0))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_an_expert_with_few_tokens_borrows_from_all_tokens() -> None:
+    model = tiny_family("mixtral")
+    arch = bind(model)
+    group = arch.select(CHANNELS)[0]
+    module = decoder_layers(model, arch)[0].get_submodule(group.experts.module)
+    walk = Walk(model, arch, make_batches("a", tiny_ids(batch=4), held_out=False))
+    channels = group.experts.stacks
+    seen = _observe(walk, group, "tokens", {"a": 1.0})
+    assert int(seen.num_tokens_E.sum()) == 2 * 4 * 16  # two experts for each of 64 tokens
+    expert = int(seen.num_tokens_E.argmin())
+    own, count = seen.grams[expert].full(), int(seen.num_tokens_E[expert])
+    everyone_TF = channel_inputs(module, channels, expert, torch.cat(list(seen.samples.values())))
+    everyone, share = everyone_TF.T @ everyone_TF, 112 / (112 + count)
+    expected = (1 - share) * own / own.trace() + share * everyone / everyone.trace()
+    torch.testing.assert_close(_shrunk(module, channels, expert, seen).full(), expected, atol=1e-6, rtol=1e-4)
+    seen.num_tokens_E[expert] = FEW_TOKENS_PER_CHANNEL * 112
+    torch.testing.assert_close(_shrunk(module, channels, expert, seen).full(), own)
+
+
+def test_units_are_followed_back_through_rounds() -> None:
+    first = original_units(torch.arange(5), torch.tensor([0, 2, 4]))
+    assert original_units(first, torch.tensor([1, 2])).tolist() == [2, 4]
+    each = original_units(torch.arange(5), torch.tensor([[0, 2, 4], [1, 2, 3]]))
+    assert original_units(each, torch.tensor([[1, 2], [0, 2]])).tolist() == [[2, 4], [1, 3]]
+
+
+def test_taylor_is_refused() -> None:
+    model = tiny_family("mixtral")
+    recipe = parse_recipe({"groups": ["expert_ffn"], "score": "taylor"})
+    with pytest.raises(RecipeError, match="taylor is of channels and heads, not of experts"):
+        opened(model, recipe)
+
+
+def test_a_run_of_two_rounds_ends_in_an_ordinary_checkpoint(recipe, tmp_path) -> None:
+    model = tiny_family("qwen3_moe", vocab_size=512)
+    dense = copy.deepcopy(model.state_dict())
+    settings = recipe | {"groups": ["expert_ffn"], "remove": 0.2, "rounds": 2, "compensate": "none"}
+    result = secateur.prune(model, settings, out=tmp_path / "out", tokenizer=tiny_tokenizer())
+    assert result.summary.reload_max_abs_difference == 0
+    kept = {line["layer"]: line["keep"] for line in json.loads((tmp_path / "out/keep.json").read_text())}
+    assert len(kept[0]) == 6 and len({tuple(each) for each in kept[0]}) > 1
+    stack = model.model.layers[1].mlp.experts.down_proj
+    for expert, channels in enumerate(kept[1]):
+        before = dense["model.layers.1.mlp.experts.down_proj"][expert][:, channels]
+        assert torch.equal(stack[expert], before)

@@ -1,0 +1,157 @@
+"""Experts: what the observer sees equals brute force, scores equal their formulae, and a run ends in a checkpoint."""
+
+import json
+
+import pytest
+import torch
+
+import secateur
+from secateur.errors import RecipeError
+from secateur.methods.experts import _steps, expert_scores, keep_experts, observe_routing
+from secateur.methods.scores import Routing
+from secateur.model.bind import bind, decoder_layers
+from secateur.model.group import Experts, Stacks
+from secateur.recipe import parse_recipe
+from secateur.stream.walk import Walk, make_batches
+from tests.families import tiny_family
+from tests.model.test_exactness import prune_tiny, random_calibration
+from tests.models import opened, tiny_ids
+from tests.tiny_tokenizer import tiny_tokenizer
+
+SHARES = {"a": 0.5, "b": 0.5}
+STACKS = Stacks("gate_up_proj", None, "down_proj", alternating=False, transposed=False)
+ONE_GROUP = Experts("mlp.experts", "mlp.gate", ("mlp.gate.weight",), (), 1, (), STACKS)
+
+
+def expert_output(name: str, module: torch.nn.Module, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
+    """What one expert gives, by the family's formula."""
+    gate_up, down = module.gate_up_proj[expert], module.down_proj[expert]
+    if name == "mixtral":
+        gate, up = (x_TD @ gate_up.T).chunk(2, dim=-1)
+        return (torch.nn.functional.silu(gate) * up) @ down.T
+    both = x_TD @ gate_up + module.gate_up_proj_bias[expert]
+    gate, up = both[..., ::2].clamp(max=module.limit), both[..., 1::2].clamp(-module.limit, module.limit)
+    return ((up + 1) * gate * torch.sigmoid(gate * module.alpha)) @ down + module.down_proj_bias[expert]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@torch.no_grad()
+def test_the_observer_sees_what_brute_force_computes(name: str) -> None:
+    model = tiny_family(name)
+    arch = bind(model)
+    group = arch.select(("experts",))[1]
+    batches = make_batches("a", tiny_ids(batch=6, length=20), held_out=False, batch_tokens=40)
+    held_out = make_batches("a", tiny_ids(batch=2, length=20, seed=7), held_out=True)
+    walk = Walk(model, arch, batches + held_out)
+    walk.advance(0)
+    found = observe_routing(walk, group, to_middle=False)[0]["a"]
+    layer = decoder_layers(model, arch)[1]
+    module, router = layer.get_submodule("mlp.experts"), layer.get_submodule(group.experts.router)
+    assert not module._forward_hooks
+    seen = []
+    handle = layer.get_submodule("mlp").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for _ in walk.run(1):
+        pass
+    handle.remove()
+    x_TD = torch.cat([each.flatten(0, 1) for each in seen[: len(batches)]])
+    _, weights_Tk, chosen_Tk = router(x_TD)
+    for expert in range(group.num_units):
+        weight_T = torch.where(chosen_Tk == expert, weights_Tk, 0).sum(dim=1)
+        norms_T = torch.linalg.vector_norm(expert_output(name, module, expert, x_TD), dim=-1)
+        assert found.num_tokens_E[expert] == (weight_T > 0).sum()
+        assert float(found.norms_E[expert]) == pytest.approx(float((weight_T * norms_T).sum()), rel=1e-4)
+        assert float(found.energy_E[expert]) == pytest.approx(float((weight_T * norms_T).square().sum()), rel=1e-4)
+
+
+def test_scores_are_their_formulae() -> None:
+    routing = {
+        "a": Routing(*torch.tensor([[4.0, 1, 0, 3], [8, 1, 0, 3], [16, 1, 0, 3]]).double()),
+        "b": Routing(*torch.tensor([[1.0, 5, 0, 2], [10, 100, 0, 10], [100, 2500, 0, 150]]).double()),
+    }
+    frequency = expert_scores("frequency", routing, SHARES, "energy", 0)
+    torch.testing.assert_close(frequency, torch.tensor([0.25 + 0.0625, 0.0625 + 0.3125, 0, 0.1875 + 0.125]))
+    pooled = expert_scores("reap", routing, SHARES, "tokens", 0)
+    torch.testing.assert_close(pooled, torch.tensor([18 / 5, 101 / 6, 0, 13 / 5]))
+    by_domain = expert_scores("reap", routing, SHARES, "energy", 0)
+    a, b = 0.5 / 12, 0.5 / 120
+    expected = [(8 * a + 10 * b) / (4 * a + b), (a + 100 * b) / (a + 5 * b), 0, (3 * a + 10 * b) / (3 * a + 2 * b)]
+    torch.testing.assert_close(by_domain, torch.tensor(expected))
+    energy = expert_scores("obs", routing, SHARES, "energy", 0)
+    torch.testing.assert_close(
+        energy, torch.tensor([8 / 20 + 50 / 2750, 0.5 / 20 + 1250 / 2750, 0, 1.5 / 20 + 75 / 2750])
+    )
+    pooled = expert_scores("obs", routing, SHARES, "tokens", 0)
+    torch.testing.assert_close(pooled, torch.tensor([116.0, 2501, 0, 153]))
+    assert not torch.equal(expert_scores("random", routing, SHARES, "energy", 1), by_domain)
+
+
+def test_steps_end_where_asked_and_take_from_every_group() -> None:
+    assert _steps(16, 8, 1) == [14, 12, 10, 8]
+    assert _steps(6, 4, 1) == [5, 4]
+    assert _steps(9, 6, 3) == [6] and _steps(256, 128, 8) == [224, 192, 160, 128]
+
+
+def test_groups_of_experts_keep_as_many_each() -> None:
+    scores = torch.tensor([9.0, 8, 7, 1, 2, 3])
+    assert keep_experts(scores, 4, ONE_GROUP).tolist() == [0, 1, 2, 5]
+    two = Experts("mlp.experts", "mlp.gate", (), (), 2, (), STACKS)
+    assert keep_experts(scores, 4, two).tolist() == [0, 1, 4, 5]
+
+
+@pytest.mark.parametrize(("name", "counts"), [("mixtral", {2, 3, 4, 5, 6}), ("deepseek_v3", {6, 9})])
+def test_as_many_stay_as_the_router_needs(name: str, counts: set[int]) -> None:
+    group = bind(tiny_family(name)).select(("experts",))[0]
+    assert {n for n in range(group.num_units + 1) if group.allows(n)} == counts
+
+
+def test_the_experts_of_least_score_go() -> None:
+    model = tiny_family("mixtral")
+    keeps, lines = prune_tiny(model, random_calibration(), groups=("experts",), remove=0.3)
+    assert {len(keep) for keep in keeps.values()} == {4}
+    assert model.config.num_local_experts == 4
+    for line in lines:
+        assert set(line["routed_share_kept"]) == {"d0", "d1"}
+        assert all(0.3 < share < 1 for share in line["routed_share_kept"].values())
+
+
+def test_more_than_the_router_can_spare_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"out of reach.*at most 0\.[45]\d+"):
+        prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("experts",), remove=0.8)
+
+
+@pytest.mark.parametrize("group", ["experts", "expert_ffn"])
+def test_minimax_is_refused_since_it_looks_at_one_reader(group: str) -> None:
+    model = tiny_family("mixtral")
+    recipe = parse_recipe({"groups": [group], "domain_weighting": "minimax"})
+    with pytest.raises(RecipeError, match=r"domain_weighting: minimax looks at one reader's cut.*use energy or tokens"):
+        opened(model, recipe)
+
+
+@pytest.mark.parametrize("score", ["reap", "frequency"])
+def test_scores_of_experts_are_of_nothing_else(score: str) -> None:
+    keeps, _ = prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("experts",), remove=0.3, score=score)
+    assert {len(keep) for keep in keeps.values()} == {4}
+    with pytest.raises(RecipeError, match=f"score: {score} is of whole experts, groups has expert_ffn too"):
+        prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("expert_ffn",), remove=0.1, score=score)
+
+
+@pytest.mark.parametrize("wrong", [{"budget": "curve"}, {"target": "flops"}])
+def test_what_experts_cannot_do_is_refused(wrong: dict[str, str]) -> None:
+    model = tiny_family("mixtral")
+    recipe = parse_recipe({"groups": ["experts"], "remove": 0.2, **wrong})
+    with pytest.raises(RecipeError, match="can only go with budget: uniform and target: parameters"):
+        opened(model, recipe)
+
+
+def test_a_run_ends_in_an_ordinary_checkpoint(recipe, tmp_path) -> None:
+    model = tiny_family("qwen2_moe-mixed", vocab_size=512)
+    settings = recipe | {"groups": ["experts", "shared", "ffn"], "remove": 0.25}
+    result = secateur.prune(model, settings, out=tmp_path / "out", tokenizer=tiny_tokenizer())
+    assert result.summary.reload_max_abs_difference == 0
+    assert "Of whole experts it is the share of the energy" in (tmp_path / "out/report.html").read_text()
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["num_experts"] < 6 and config["shared_expert_intermediate_size"] < 80
+    kept = json.loads((tmp_path / "out/keep.json").read_text())
+    assert {(line["layer"], line["group"]) for line in kept} == {
+        (0, "experts"), (0, "shared"), (1, "ffn"), (2, "experts"), (2, "shared"),
+    }  # fmt: skip

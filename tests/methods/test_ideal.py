@@ -1,0 +1,66 @@
+"""The ideal: bytes and operations counted by hand on a tiny model, and by torch's own counter."""
+
+import pytest
+import torch
+from models import tiny_llama, tiny_qwen2
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateur.facts import Workload
+from secateur.methods.prices import (
+    decode_bytes_per_token,
+    kv_cache_bytes_per_token,
+    least_costs,
+    prefill_flops_per_token,
+)
+
+# Width 48, FFN 112, 4 heads of 12 with 2 for keys and values, vocabulary 320, 3 layers, float32.
+LINEARS = 3 * (48 * 48 + 2 * 24 * 48 + 48 * 48 + 3 * 112 * 48)
+NORMS = 3 * 2 * 48 + 48
+HEAD = 320 * 48
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_decode_bytes_counted_by_hand(tied):
+    # Untied, the embedding is not read but for one row; tied, it is read once, as the head.
+    cache = (10 + 4 / 2) * 2 * 3 * 24 * 4
+    expected = 4 * (LINEARS + NORMS + HEAD) / 2 + 4 * 48 + cache
+    assert decode_bytes_per_token(tiny_llama(tied=tied), Workload(2, prompt_tokens=10, new_tokens=4)) == expected
+
+
+def test_decode_bytes_count_biases_and_the_dtype():
+    biases = 3 * (48 + 24 + 24)
+    workload = Workload(1, prompt_tokens=8, new_tokens=2)
+    expected = 2 * (LINEARS + NORMS + biases + HEAD) + 2 * 48 + 9 * 2 * 3 * 24 * 2
+    assert decode_bytes_per_token(tiny_qwen2().to(torch.bfloat16), workload) == expected
+
+
+def test_prefill_operations_counted_by_hand():
+    attention = 4 * 3 * 48 * 11 / 2
+    assert prefill_flops_per_token(tiny_llama(), 10) == 2 * LINEARS + attention + 2 * HEAD / 10
+
+
+def test_prefill_operations_equal_those_torch_counts():
+    model, num_tokens = tiny_llama(attn_implementation="eager"), 10
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(torch.arange(num_tokens)[None], logits_to_keep=1, use_cache=False)
+    # torch counts the whole attention matrix, of which causal attention needs half and the diagonal.
+    masked_half = 4 * 3 * 48 * (num_tokens - (num_tokens + 1) / 2) * num_tokens
+    counted = (counter.get_total_flops() - masked_half) / num_tokens
+    # Some versions of transformers make the rotary angles by a matrix product, too.
+    assert counted == pytest.approx(prefill_flops_per_token(model, num_tokens), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_cache_bytes_equal_a_real_cache(dtype):
+    model = tiny_llama().to(dtype)
+    with torch.inference_mode():
+        output = model(torch.arange(7)[None], use_cache=True)
+    cache = output.get("cache", output.get("past_key_values"))
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert kv_cache_bytes_per_token(model) * 7 == real
+
+
+def test_the_meta_device_is_enough():
+    with torch.device("meta"):
+        shape = type(tiny_llama())(tiny_llama().config)
+    assert least_costs(shape, Workload()) == least_costs(tiny_llama(), Workload())

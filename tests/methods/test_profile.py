@@ -1,0 +1,181 @@
+"""The profile equals brute force, level by level and domain by domain; the model is as before afterwards."""
+
+import copy
+from itertools import pairwise
+from unittest.mock import patch
+
+import pytest
+import torch
+from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
+from torch.nn.functional import log_softmax
+
+from secateur.errors import NumericsError
+from secateur.facts import Batch
+from secateur.methods.budget import MAX_LEVELS, level_grid
+from secateur.methods.profile import ProfileSettings, _Refit, profile
+from secateur.model.bind import bind
+from secateur.model.group import linear
+from secateur.stream.walk import make_batches
+
+SHARES = {"prose": 0.6, "code": 0.4}
+SETTINGS = ProfileSettings(
+    weighting="energy",
+    shares=SHARES,
+    damping=1e-6,
+    obs_batch=32,
+    align=16,
+    perturbation=0.3,
+    probe_blocks=3,
+)
+
+
+def ids_of(domain: str) -> torch.Tensor:
+    ids_NT = tiny_ids(batch=10, length=40, seed=len(domain))
+    return ids_NT % 40 if domain == "code" else ids_NT
+
+
+def batches_of(batch_tokens: int = 80) -> list[Batch]:
+    batches = []
+    for domain in SHARES:
+        batches += make_batches(domain, ids_of(domain), held_out=False, batch_tokens=batch_tokens)
+        batches += make_batches(domain, tiny_ids(length=40, seed=9), held_out=True)
+    return batches
+
+
+def reader_of(model, group):
+    return linear(model.model.layers[group.layer], group.reader.module)
+
+
+def run(model, reader, ids_BT):
+    """Return the logits, the reader's inputs and its outputs without bias."""
+    seen = []
+    handle = reader.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    with torch.no_grad():
+        logits = model(ids_BT, use_cache=False).logits
+    handle.remove()
+    ((x, y),) = seen
+    return logits, x.flatten(0, 1).double(), (y - reader.bias if reader.bias is not None else y).flatten(0, 1).double()
+
+
+def kl_between(dense, pruned):
+    log_p, log_q = (log_softmax(logits[:, :-1].double(), -1) for logits in (dense, pruned))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.fixture(
+    scope="module", params=[(tiny_llama, ("ffn",)), (tiny_qwen2, ("ffn", "kv_heads")), (tiny_gemma3, ("ffn",))]
+)
+def case(request):
+    """A model, an untouched copy, its groups, their profiles and what refits their readers."""
+    factory, names = request.param
+    model = factory(num_layers=2)
+    before = copy.deepcopy(model)
+    groups, refits = bind(model).select(names), {}
+
+    def recorded(group, *args):
+        refits[group.layer, group.name] = _Refit(group, *args)
+        return refits[group.layer, group.name]
+
+    with patch("secateur.methods.profile._Refit", recorded):
+        profiles = profile(model, bind(model), groups, batches_of(), SETTINGS)
+    return model, before, groups, profiles, refits
+
+
+@torch.no_grad()
+def refit_into(reader, refit, level):
+    columns, weight = refit.at(level)
+    reader.weight.zero_()
+    reader.weight[:, columns] = weight
+
+
+def test_the_model_is_as_before(case):
+    model, before, *_ = case
+    for (name, now), then in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(now, then) and now.requires_grad == then.requires_grad, name
+
+
+def test_levels_are_the_groups_steps_and_errors_rise_from_zero(case):
+    _, _, groups, profiles, _ = case
+    assert list(profiles) == [(group.layer, group.name) for group in groups]
+    for group in groups:
+        found = profiles[group.layer, group.name]
+        assert found.levels == ((112, 96, 80, 64, 48, 32, 16) if group.name == "ffn" else (2, 1))
+        assert found.errors[0] == 0 and list(found.errors) == sorted(set(found.errors)) and found.errors[-1] < 1
+
+
+def test_errors_equal_the_measured_ones_of_the_refitted_readers(case):
+    _, before, groups, profiles, refits = case
+    for group in groups:
+        key = (group.layer, group.name)
+        model = copy.deepcopy(before)
+        reader, found = reader_of(model, group), profiles[key]
+        clean = {domain: run(model, reader, ids_of(domain))[1:] for domain in SHARES}
+        for level, error in zip(found.levels, found.errors, strict=True):
+            refit_into(reader, refits[key], level)
+            assert int((reader.weight != 0).any(dim=0).sum()) == level * group.width
+            weight_FH = reader.weight.detach().double().T
+            expected = sum(
+                SHARES[domain] * float((x @ weight_FH - y).square().sum() / y.square().sum())
+                for domain, (x, y) in clean.items()
+            )
+            assert error == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_slopes_equal_measured_kl_over_error(case):
+    _, before, groups, profiles, refits = case
+    for group in groups:
+        key, found = (group.layer, group.name), profiles[group.layer, group.name]
+        level = 80 if group.name == "ffn" else 1  # nearest to 0.7 x 112, and to 0.7 x 2 below 2
+        error = found.errors[found.levels.index(level)]
+        for domain in SHARES:
+            model, ids_BT = copy.deepcopy(before), ids_of(domain)[: SETTINGS.probe_blocks]
+            dense = run(model, reader_of(model, group), ids_BT)[0]
+            refit_into(reader_of(model, group), refits[key], level)
+            pruned = run(model, reader_of(model, group), ids_BT)[0]
+            assert found.slopes[domain] == pytest.approx(kl_between(dense, pruned) / error, rel=2e-3)
+
+
+def test_batches_of_other_sizes_and_a_listener_change_nothing():
+    model = tiny_llama(num_layers=2)
+    arch, steps = bind(model), []
+    found = [
+        profile(
+            model,
+            arch,
+            arch.select(("ffn",)),
+            batches_of(batch_tokens),
+            SETTINGS,
+            progress=lambda *step: steps.append(step),
+        )
+        for batch_tokens in (40, 400)
+    ]
+    assert steps == [("profile", done, 2) for done in (0, 1, 2)] * 2
+    for key in found[0]:
+        assert found[0][key].errors == pytest.approx(found[1][key].errors, rel=1e-4)
+        assert found[0][key].slopes == pytest.approx(found[1][key].slopes, rel=1e-3)
+
+
+def test_a_silent_group_has_no_slope_and_a_broken_one_is_named():
+    model = tiny_llama(num_layers=2)
+    arch = bind(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+    found = profile(model, arch, arch.select(("ffn",)), batches_of(), SETTINGS)
+    assert set(found[0, "ffn"].slopes.values()) == {0.0} and found[1, "ffn"].slopes["code"] > 0
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(NumericsError, match="layer 1 on, domain prose"):
+        profile(model, arch, arch.select(("ffn",)), batches_of(), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "num_units, step", [(1536, 64), (112, 8), (100, 16), (1536, 1), (18944, 128), (3, 1), (1, 1), (40, 64)]
+)
+def test_level_grid(num_units, step):
+    levels = level_grid(num_units, step)
+    assert levels[0] == num_units and len(levels) <= MAX_LEVELS + 1
+    assert list(levels) == sorted(set(levels), reverse=True) and levels[-1] > 0
+    assert all(level % step == 0 for level in levels[1:])
+    assert len({high - low for high, low in pairwise(levels[1:])}) <= 1
+    if num_units <= MAX_LEVELS * step:
+        assert len(levels) == -(-num_units // step)

@@ -1,0 +1,119 @@
+"""Specs against real modules: sizes, parameter counts, and the errors that name the nearest known thing."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from secateur.errors import ArchError
+from secateur.model.bind import bind
+from secateur.model.group import rows_of
+from secateur.model.spec import ArchSpec, find_spec, load_specs
+from tests.models import tiny_gemma, tiny_gemma3, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+
+
+@pytest.mark.parametrize("factory", [tiny_llama, tiny_qwen2, tiny_qwen3, tiny_mistral, tiny_gemma, tiny_gemma3])
+def test_bound_groups_count_the_parameters_of_a_unit(factory) -> None:
+    model = factory()
+    arch = bind(model)
+    assert arch.num_layers == 3
+    assert [group.layer for group in arch.groups] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    head = model.config.head_dim if getattr(model.config, "head_dim", None) else 12
+    expected = {  # name: (units, columns of a unit, parameters of a unit without biases)
+        "ffn": (112, 1, 3 * 48),
+        "kv_heads": (2, 2 * head, (2 + 1 + 1 + 2) * head * 48),
+        "query_heads": (2, 2 * head, (2 + 2) * head * 48),
+    }
+    biases = {"kv_heads": 4 * head, "query_heads": 2 * head} if model.config.model_type == "qwen2" else {}
+    for group in arch.groups:
+        num_units, width, num_params = expected[group.name]
+        assert (group.num_units, group.width) == (num_units, width)
+        assert group.params_per_unit == num_params + biases.get(group.name, 0)
+
+
+def test_biases_are_counted() -> None:
+    arch = bind(tiny_llama(mlp_bias=True))
+    assert {group.params_per_unit for group in arch.select(("ffn",))} == {3 * 48 + 2}
+
+
+def test_seventy_billion_parameters_bind_on_the_meta_device() -> None:
+    config = LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    groups = bind(model).select(("ffn",))
+    assert len(groups) == 80 and groups[0].params_per_unit == 3 * 8192
+
+
+def test_unknown_family_names_the_nearest() -> None:
+    with pytest.raises(ArchError, match=r"'qwen3_next' is not supported.*nearest is 'qwen3_5_text'"):
+        find_spec("qwen3_next")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"reader": {"mlp.down_prj": [1]}}, "did you mean 'mlp.down_proj'"),
+        ({"writers": {"mlp.gate_proj": [1], "mlp.up_prj": [1]}}, "did you mean 'mlp.up_proj'"),
+        ({"reader": {"mlp": [1]}}, "mlp is a LlamaMLP"),
+        ({"writers": {"mlp.gate_proj": ["head"]}}, "segment 'head' is no number"),
+        ({"writers": {"mlp.gate_proj": [1, 1]}}, "mlp.gate_proj has 112 rows.*asks for 224"),
+        ({"num_units": "ffn_size"}, "config has no number 'ffn_size'"),
+        ({"bias_switch": {"mlp_bias": ["mlp.gate"]}}, "did you mean"),
+    ],
+)
+def test_a_broken_spec_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: dict, message: str) -> None:
+    spec = load_specs()["llama"].model_dump()
+    spec["groups"]["ffn"].update(wrong)
+    broken = ArchSpec.model_validate(spec)
+    monkeypatch.setattr("secateur.model.bind.find_spec", lambda model_type: ("llama", broken))
+    with pytest.raises(ArchError, match=message):
+        bind(tiny_llama())
+
+
+def test_unknown_group_names_the_nearest() -> None:
+    with pytest.raises(ArchError, match="no group 'fnn'; it has ffn, kv_heads, query_heads; did you mean 'ffn'"):
+        bind(tiny_llama()).select(("fnn",))
+
+
+def test_groups_that_cut_the_same_reader_exclude_each_other() -> None:
+    with pytest.raises(ArchError, match=r"kv_heads and query_heads cut the same self_attn\.o_proj"):
+        bind(tiny_llama()).select(("kv_heads", "ffn", "query_heads"))
+
+
+def test_unknown_key_in_a_spec_is_an_error() -> None:
+    spec = load_specs()["llama"].model_dump() | {"head_split": 1}
+    with pytest.raises(ValueError, match="head_split"):
+        ArchSpec.model_validate(spec)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"gguf": {"architecture": "llama", "takse": {}}}, "takse"),
+        ({"gguf": {"lama": {"architecture": "llama"}}}, "gguf: lama is no model type of the file; use llama"),
+        ({"serving": {"vllm": {}}}, "reads_head_dim"),
+        ({"serving": {"sglang": {}}}, "sglang"),
+    ],
+)
+def test_a_broken_fact_of_another_program_is_caught(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ArchSpec.model_validate(load_specs()["llama"].model_dump() | wrong)
+
+
+def test_what_other_programs_do_with_a_family_is_not_inherited() -> None:
+    like_mixtral = load_specs()["phimoe"]
+    assert load_specs()["mixtral"].gguf and load_specs()["mixtral"].serving
+    assert not like_mixtral.gguf and not like_mixtral.serving
+
+
+def test_rows_of_units_go_segment_by_segment() -> None:
+    keep = torch.tensor([0, 2])
+    assert rows_of(keep, (1,), 3).tolist() == [0, 2]
+    assert rows_of(keep, (2,), 3).tolist() == [0, 1, 4, 5]
+    assert rows_of(keep, (1, 2), 3).tolist() == [0, 2, 3, 4, 7, 8]

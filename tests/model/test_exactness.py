@@ -1,0 +1,281 @@
+"""Cut equals mask after save and stock reload; walk equals forward; permutation and keep-all change nothing."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import opened
+from transformers import AutoModelForCausalLM
+
+from secateur.data.calibration import CalibrationSet, DomainBlocks
+from secateur.facts import Size
+from secateur.log import RunLog
+from secateur.methods.budget import uniform_plan
+from secateur.model.bind import bind, decoder_layers
+from secateur.model.group import add_zero_biases, cut, zero_units
+from secateur.pruning.loop import prune_in_place
+from secateur.pruning.resolve import resolve
+from secateur.pruning.run import Run
+from secateur.recipe import parse_recipe
+from secateur.store import Services
+from secateur.stream.walk import Walk, make_batches
+from tests.models import tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+
+Factory = Callable[..., Any]
+FFN = ("ffn",)
+GROUPS = [  # and how much of the tiny models they are asked to give
+    pytest.param(FFN, 0.15, id="ffn"),
+    pytest.param(("kv_heads",), 0.1, id="kv_heads"),
+    pytest.param(("query_heads",), 0.07, id="query_heads"),
+    pytest.param(("kv_heads", "ffn"), 0.3, id="kv_heads-ffn"),
+    pytest.param(("query_heads", "ffn"), 0.3, id="query_heads-ffn"),
+]
+FAMILIES = [
+    pytest.param(partial(family, tied=tied), id=f"{family.__name__[5:]}-{'tied' if tied else 'untied'}")
+    for family in (tiny_llama, tiny_qwen2, tiny_qwen3, tiny_mistral, tiny_gemma, tiny_gemma3)
+    for tied in (False, True)
+]
+
+
+def logits_of(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids_BT, use_cache=False).logits
+
+
+def random_calibration(num_domains: int = 2, blocks: int = 8, length: int = 32) -> CalibrationSet:
+    domains = [
+        DomainBlocks(
+            f"d{seed}",
+            1 / num_domains,
+            tiny_ids(batch=blocks, length=length, seed=seed),
+            tiny_ids(batch=2, length=length, seed=seed + 100),
+        )
+        for seed in range(num_domains)
+    ]
+    return CalibrationSet(tuple(domains), length, "test")
+
+
+def prune_tiny(model: Any, calibration: CalibrationSet, **recipe: Any) -> tuple[dict, list[dict[str, Any]]]:
+    settings = {"align": 8, "remove": 0.15, "calibration": {"num_tokens": 4096}, **recipe}
+    resolved, log = resolve(opened(model, parse_recipe(settings))), RunLog()
+    run = Run(model=model, arch=resolved.arch, resolved=resolved, text=calibration, services=Services(log=log))
+    return prune_in_place(run), [line for line in log.lines if line["event"] == "group"]
+
+
+@pytest.mark.parametrize(("groups", "remove"), GROUPS)
+@pytest.mark.parametrize("factory", FAMILIES)
+def test_cut_saved_and_reloaded_by_stock_transformers_equals_mask(
+    factory: Factory, groups: tuple[str, ...], remove: float, tmp_path: Path
+) -> None:
+    model = factory()
+    masked = copy.deepcopy(model)
+    keeps, _ = prune_tiny(model, random_calibration(), score="random", compensate="none", groups=groups, remove=remove)
+    assert {name for _, name in keeps} == set(groups)
+    arch = bind(masked)
+    for group in arch.select(groups):
+        keep = keeps[group.layer, group.name]
+        assert len(keep) < group.num_units
+        removed = torch.tensor(sorted(set(range(group.num_units)) - set(keep.tolist())))
+        zero_units(decoder_layers(masked, arch)[group.layer], group, removed)
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids_BT = tiny_ids()
+    torch.testing.assert_close(logits_of(reloaded, ids_BT), logits_of(masked, ids_BT), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits_of(model, ids_BT), logits_of(masked, ids_BT), atol=1e-6, rtol=1e-6)
+    assert Size.of(reloaded) == Size.of(model)
+    tied = reloaded.lm_head.weight.data_ptr() == reloaded.model.embed_tokens.weight.data_ptr()
+    assert tied == masked.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("factory", FAMILIES)
+def test_walk_equals_forward(factory: Factory) -> None:
+    model, ids_BT = factory(), tiny_ids(batch=5, length=24)
+    arch = bind(model)
+    walk = Walk(model, arch, make_batches("d", ids_BT, held_out=False, batch_tokens=48))
+    assert len(walk.batches) == 3
+    for index in range(arch.num_layers):
+        walk.advance(index)
+    with torch.no_grad():
+        logits = model.lm_head(model.model.norm(torch.cat(walk.hidden_BTD)))
+    torch.testing.assert_close(logits, logits_of(model, ids_BT), atol=1e-5, rtol=1e-5)
+
+
+def test_walk_gives_every_layer_its_own_keyword_arguments() -> None:
+    model, ids_BT = tiny_qwen2(use_sliding_window=True, sliding_window=4, max_window_layers=1), tiny_ids(length=24)
+    full = tiny_qwen2()
+    assert not torch.allclose(logits_of(model, ids_BT), logits_of(full, ids_BT), atol=1e-3)
+    arch = bind(model)
+    walk = Walk(model, arch, make_batches("d", ids_BT, held_out=False))
+    for index in range(arch.num_layers):
+        walk.advance(index)
+    with torch.no_grad():
+        logits = model.lm_head(model.model.norm(torch.cat(walk.hidden_BTD)))
+    torch.testing.assert_close(logits, logits_of(model, ids_BT), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("factory", FAMILIES)
+def test_permuting_units_changes_nothing(factory: Factory) -> None:
+    model, ids_BT = factory(), tiny_ids()
+    before = logits_of(model, ids_BT)
+    arch = bind(model)
+    for group in arch.groups:
+        order = torch.randperm(group.num_units, generator=torch.Generator().manual_seed(group.layer))
+        cut(decoder_layers(model, arch)[group.layer], group, order, group.num_units)
+    torch.testing.assert_close(logits_of(model, ids_BT), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("factory", FAMILIES)
+def test_keep_all_leaves_every_weight_bit_identical(factory: Factory) -> None:
+    model = factory()
+    before = copy.deepcopy(model.state_dict())
+    settings = {"align": 8, "remove": 0.15, "calibration": {"num_tokens": 4096}, "groups": ["kv_heads", "ffn"]}
+    resolved = resolve(opened(model, parse_recipe(settings)))
+    everything = uniform_plan(resolved.groups, resolved.prices, 0.15, 8)
+    for group in resolved.groups:
+        everything.num_keep[group.layer, group.name] = group.num_units
+    keep_all = dataclasses.replace(resolved, plans=(everything,))
+    keeps = prune_in_place(Run(model=model, arch=keep_all.arch, resolved=keep_all, text=random_calibration()))
+    assert {len(keep) for keep in keeps.values()} == {112, model.config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("factory", FAMILIES)
+@pytest.mark.parametrize("score", ["random", "obs"])
+@pytest.mark.parametrize(("groups", "remove"), GROUPS[::3])
+def test_compensation_never_raises_held_out_error(
+    factory: Factory, score: str, groups: tuple[str, ...], remove: float
+) -> None:
+    model = factory()
+    _, lines = prune_tiny(model, random_calibration(), score=score, groups=groups, remove=remove)
+    assert len(lines) == model.config.num_hidden_layers * len(groups)
+    for line in lines:
+        assert set(line["error_after"]) == {"d0", "d1"}
+        assert all(line["error_after"][name] <= line["error_before"][name] for name in line["error_after"])
+    assert any(line["step"] > 0 for line in lines)
+
+
+def mlp_output(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+    outputs = []
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda _, __, output: outputs.append(output))
+    logits_of(model, ids_BT)
+    handle.remove()
+    return outputs[0]
+
+
+def test_compensation_lowers_the_layers_true_output_error() -> None:
+    """What the guard reports is the error of the reader's output, recomputed here from the model itself."""
+    errors = {}
+    for compensate in ("none", "least_squares"):
+        model, dense = tiny_llama(num_layers=1), tiny_llama(num_layers=1)
+        calibration = random_calibration(num_domains=1, blocks=64)
+        _, (line,) = prune_tiny(model, calibration, compensate=compensate)
+        outputs = [mlp_output(each, calibration.domains[0].held_out_NT) for each in (dense, model)]
+        errors[compensate] = float((outputs[1] - outputs[0]).square().sum() / outputs[0].square().sum())
+        assert errors[compensate] == pytest.approx(line["error_after"]["d0"], rel=1e-3)
+    assert errors["least_squares"] < errors["none"]
+
+
+@pytest.mark.parametrize("remove", [0.05, 0.2, 0.31])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_remove_is_met_within_one_aligned_unit_per_layer(remove: float, rounds: int) -> None:
+    model = tiny_llama()
+    before = Size.of(model).num_params
+    prune_tiny(model, random_calibration(), remove=remove, rounds=rounds)
+    reached = 1 - Size.of(model).num_params / before
+    (group, *_) = bind(model).select(FFN)
+    assert abs(reached - remove) * before <= 8 * group.params_per_unit * model.config.num_hidden_layers
+
+
+def test_rounds_measure_anew_and_keeps_are_original_indices() -> None:
+    model, dense = tiny_llama(), tiny_llama()
+    keeps, lines = prune_tiny(model, random_calibration(), rounds=3, compensate="none", remove=0.3)
+    assert [line["round"] for line in lines] == [1] * 3 + [2] * 3 + [3] * 3
+    assert [line["total"] for line in lines[::3]] == [112, lines[0]["kept"], lines[3]["kept"]]
+    for (layer, _), keep in keeps.items():
+        rows = dense.model.layers[layer].mlp.up_proj.weight[keep]
+        assert torch.equal(model.model.layers[layer].mlp.up_proj.weight, rows)
+
+
+def test_bias_compensation_survives_the_stock_reload(tmp_path: Path) -> None:
+    model, plain = tiny_llama(), tiny_llama()
+    settings = {"score": "flap", "domain_weighting": "tokens"}
+    keeps, lines = prune_tiny(model, random_calibration(), compensate="bias", **settings)
+    prune_tiny(plain, random_calibration(), compensate="none", **settings)
+    assert any(line["step"] > 0 for line in lines)
+    assert model.config.mlp_bias
+    assert any(float(layer.mlp.down_proj.bias.detach().abs().sum()) > 0 for layer in model.model.layers)
+    assert float(model.model.layers[1].mlp.gate_proj.bias.detach().abs().sum()) == 0
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids_BT = tiny_ids()
+    torch.testing.assert_close(logits_of(reloaded, ids_BT), logits_of(model, ids_BT))
+    assert not torch.allclose(logits_of(model, ids_BT), logits_of(plain, ids_BT))
+    assert len(keeps) == 3
+
+
+def test_zero_biases_change_nothing() -> None:
+    model, ids_BT = tiny_llama(), tiny_ids()
+    before = logits_of(model, ids_BT)
+    arch = bind(model)
+    for group in arch.select(FFN):
+        add_zero_biases(decoder_layers(model, arch)[group.layer], group)
+    torch.testing.assert_close(logits_of(model, ids_BT), before)
+
+
+def test_half_cut_model_runs() -> None:
+    model = tiny_llama()
+    arch = bind(model)
+    for group, kept in zip(arch.groups[3:6], (1, 1, 40), strict=True):
+        if group.name != "query_heads":  # of the one KV head that is left
+            cut(decoder_layers(model, arch)[1], group, torch.arange(kept), group.num_units)
+    assert torch.isfinite(logits_of(model, tiny_ids())).all()
+
+
+def test_the_dense_stream_stays_the_dense_model_in_later_rounds() -> None:
+    """Three rounds and a mix of 1 on one domain: the stream that is followed is the original one."""
+    model, dense = tiny_llama(), tiny_llama()
+    calibration = random_calibration()
+    seen: list[torch.Tensor] = []
+    original = Walk.advance_dense
+
+    def spy(walk: Walk, index: int) -> None:
+        original(walk, index)
+        if index == 2:
+            seen.append(torch.cat(walk.dense_BTD))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Walk, "advance_dense", spy)
+        prune_tiny(model, calibration, rounds=3, target_mix=1.0, groups=("query_heads", "ffn"), remove=0.3)
+    blocks = [part for domain in calibration.domains for part in (domain.calibration_NT, domain.held_out_NT)]
+    walk = Walk(dense, bind(dense), make_batches("d", torch.cat(blocks), held_out=False))
+    for index in range(3):
+        walk.advance(index)
+    assert len(seen) == 3
+    for stream in seen:
+        torch.testing.assert_close(stream, torch.cat(walk.hidden_BTD), atol=1e-5, rtol=1e-5)
+
+
+def test_a_part_of_the_drift_in_the_target_brings_the_model_nearer_to_the_dense_one() -> None:
+    calibration = random_calibration(num_domains=1, blocks=128)
+    ids_NT = calibration.domains[0].held_out_NT
+    expected, errors = logits_of(tiny_llama(), ids_NT), {}
+    for mix in (0.0, 0.5):
+        model = tiny_llama()
+        prune_tiny(model, calibration, target_mix=mix, remove=0.25)
+        errors[mix] = float((logits_of(model, ids_NT) - expected).square().mean())
+    assert errors[0.5] < errors[0.0]
+
+
+def test_embeddings_come_back_bit_for_bit() -> None:
+    for tied in (False, True):
+        model, dense = tiny_llama(tied=tied), tiny_llama(tied=tied)
+        prune_tiny(model, random_calibration())
+        assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
+        assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied

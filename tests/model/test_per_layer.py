@@ -1,0 +1,312 @@
+"""Layers of different widths: what is saved, what loads it, and that equal widths give the plain checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2, tiny_qwen3
+from tiny_tokenizer import tiny_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import secateur
+from secateur.errors import CheckpointError
+from secateur.formats.save import save_checkpoint, verify_reload
+from secateur.model.bind import bind, decoder_layers
+from secateur.model.checkpoint import (
+    check_in_memory,
+    check_weights,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    open_checkpoint,
+    restore_buffers,
+)
+from secateur.model.config import quiet_transformers
+from secateur.model.group import cut
+from secateur.model.per_layer import record_widths, split_widths
+
+FFN_WIDTHS = 112, 72, 40, 72
+HEADS = (6, 2), (6, 1), (4, 2), (3, 3)  # query heads, key-value heads; all divide the hidden size, as llama wants
+HEAD_DIM = 8
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "llama": tiny_llama,
+    "llama-tied": lambda **sizes: tiny_llama(tied=True, **sizes),
+    "qwen2": tiny_qwen2,
+    "qwen3": lambda **sizes: tiny_qwen3(**sizes | {"head_dim": HEAD_DIM}),
+    "gemma3": lambda **sizes: tiny_gemma3(**sizes | {"head_dim": HEAD_DIM}),
+}
+SIZES = {"num_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 3}
+
+
+def uneven(family: str, *, heads: bool = True) -> PreTrainedModel:
+    """Return a tiny model cut to FFN_WIDTHS and, if `heads`, to HEADS, with a config that says so."""
+    model = FAMILIES[family](**SIZES)
+    arch = bind(model)
+    for layer, group, width in zip(decoder_layers(model, arch), arch.select(("ffn",)), FFN_WIDTHS, strict=True):
+        cut(layer, group, torch.arange(width), group.num_units)
+    if heads:
+        for layer, counts in zip(decoder_layers(model, arch), HEADS, strict=True):
+            keep_heads(layer, *counts)
+    record_widths(model, arch)
+    return model
+
+
+@torch.no_grad()
+def keep_heads(layer: Any, num_heads: int, num_key_value_heads: int) -> None:
+    """Keep the first heads of one layer, by hand."""
+    attention = layer.self_attn
+    for name, count in {"q_proj": num_heads, "k_proj": num_key_value_heads, "v_proj": num_key_value_heads}.items():
+        module, rows = getattr(attention, name), count * HEAD_DIM
+        module.weight, module.out_features = nn.Parameter(module.weight[:rows].clone()), rows
+        if module.bias is not None:
+            module.bias = nn.Parameter(module.bias[:rows].clone())
+    columns = num_heads * HEAD_DIM
+    attention.o_proj.weight = nn.Parameter(attention.o_proj.weight[:, :columns].clone())
+    attention.o_proj.in_features = columns
+
+
+def evenly_cut() -> PreTrainedModel:
+    """Return a tiny llama with every FFN cut to 64."""
+    model = FAMILIES["llama"](**SIZES)
+    arch = bind(model)
+    for layer, group in zip(decoder_layers(model, arch), arch.select(("ffn",)), strict=True):
+        cut(layer, group, torch.arange(64), group.num_units)
+    record_widths(model, arch)
+    return model
+
+
+def save(model: PreTrainedModel, directory: Path, max_shard_size: str = "60KB") -> Path:
+    directory.mkdir()
+    save_checkpoint(model, tiny_tokenizer(), directory, max_shard_size=max_shard_size, carry_from=None)
+    return directory
+
+
+@torch.inference_mode()
+def logits(model: Any) -> torch.Tensor:
+    return model(tiny_ids(), use_cache=False).logits
+
+
+def file_bytes(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreTrainedModel, Path]]:
+    """Models and the directories that they were saved in."""
+    models = {family: uneven(family) for family in FAMILIES}
+    models["ffn"] = uneven("llama", heads=False)
+    models["even"] = evenly_cut()
+    place = tmp_path_factory.mktemp("per_layer")
+    return {name: (model, save(model, place / name)) for name, model in models.items()}
+
+
+CHILD = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+ids, names, *directories = sys.argv[1:]
+said = {}
+for directory in directories:
+    for trust in (False, True):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust)
+            said[f"{directory} {trust}"] = model(torch.tensor(json.loads(ids)), use_cache=False).logits.tolist()
+        except Exception as error:
+            said[f"{directory} {trust}"] = str(error)
+print(json.dumps(said), file=open(names, "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh(saved, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Any]:
+    """Return what plain transformers says in a fresh process, by name and trust: logits, or an error's text."""
+    place = tmp_path_factory.mktemp("fresh")
+    command = [sys.executable, "-P", "-c", CHILD, json.dumps(tiny_ids().tolist()), str(place / "said")]
+    command += [str(directory) for _, directory in saved.values()]
+    environment = os.environ | {"HF_MODULES_CACHE": str(place / "modules")}
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    said = json.loads((place / "said").read_text())
+    return lambda name, trust: said[f"{saved[name][1]} {trust}"]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "ffn"])
+def test_plain_transformers_with_trust_gives_the_model_in_memory(name, saved, fresh):
+    model, directory = saved[name]
+    assert len(list(directory.glob("model-*.safetensors"))) > 1
+    assert torch.equal(torch.tensor(fresh(name, True)), logits(model))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "ffn"])
+def test_plain_transformers_without_trust_stops(name, fresh):
+    assert "is a per-layer attribute and may vary across layers" in fresh(name, False)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "ffn", "even"])
+def test_load_gives_the_model_in_memory(name, saved):
+    model, directory = saved[name]
+    loaded: Any = secateur.load(directory)
+    assert torch.equal(logits(loaded), logits(model)) and not loaded.training
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    assert {name: weight.shape for name, weight in loaded.state_dict().items()} == shapes
+    checkpoint = open_checkpoint(directory)
+    check_weights(checkpoint, meta_model(checkpoint.config))
+    assert load_tokenizer(checkpoint).decode([72, 73]) == tiny_tokenizer().decode([72, 73])
+
+
+def test_the_reload_check_runs_the_carried_file(saved):
+    model, directory = saved["llama"]
+    verification = verify_reload(directory, tiny_ids(), logits(model))
+    assert verification.max_abs_difference == 0 and verification.generated_text
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2"])
+def test_saving_again_writes_the_same_bytes(family, tmp_path):
+    # One shard: transformers deals a loaded model's tensors out to shards in another order, of any model.
+    first = save(uneven(family), tmp_path / "first", "1GB")
+    assert file_bytes(save(uneven(family), tmp_path / "again", "1GB")) == file_bytes(first)
+    assert file_bytes(save(secateur.load(first), tmp_path / "reloaded", "1GB")) == file_bytes(first)
+    assert {"modeling_per_layer.py", "model.safetensors"} < file_bytes(first).keys()
+
+
+def test_the_config_is_in_the_form_of_transformers(saved):
+    config = config_of(saved["llama"][1])
+    assert (config["intermediate_size"], config["num_attention_heads"], config["num_key_value_heads"]) == (72, 6, 2)
+    assert config["per_layer_config"] == {
+        "0": {"intermediate_size": 112},
+        "1": {"num_key_value_heads": 1},
+        "2": {"intermediate_size": 40, "num_attention_heads": 4},
+        "3": {"num_attention_heads": 3, "num_key_value_heads": 3},
+    }
+    assert config["architectures"] == ["PerLayerLlamaForCausalLM"]
+    assert config["auto_map"] == {
+        "AutoConfig": "modeling_per_layer.PerLayerLlamaConfig",
+        "AutoModelForCausalLM": "modeling_per_layer.PerLayerLlamaForCausalLM",
+    }
+    assert config["model_type"] == "llama" and config["head_dim"] == HEAD_DIM
+
+
+def test_head_dim_is_pinned_where_the_family_would_derive_it_from_the_heads(saved, tmp_path):
+    assert config_of(saved["qwen2"][1])["head_dim"] == HEAD_DIM
+    assert "head_dim" not in config_of(save(uneven("qwen2", heads=False), tmp_path / "ffn"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_a_cache_equals_generation_without(family, saved):
+    model: Any = secateur.load(saved[family][1])
+    ids = tiny_ids(length=6)
+    mask = torch.ones_like(ids)
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    without = model.generate(ids, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, use_cache=True, **options), without)
+    assert torch.equal(model.generate(ids, cache_implementation="static", disable_compile=True, **options), without)
+    keys = [layer.keys.shape[1] for layer in model(ids, use_cache=True).past_key_values.layers]
+    assert keys == [num_key_value_heads for _, num_key_value_heads in HEADS]
+
+
+def test_bfloat16_reloads_exactly(tmp_path):
+    first = save(uneven("qwen2").to(torch.bfloat16), tmp_path / "first")
+    model = secateur.load(first)  # loaded, for .to(bfloat16) also rounds the rotary frequencies
+    assert model.dtype == torch.bfloat16 and restore_buffers(model) == ()
+    assert verify_reload(save(model, tmp_path / "out"), tiny_ids(), logits(model)).max_abs_difference == 0
+    assert secateur.load(first, dtype=torch.float32).dtype == torch.float32
+
+
+def test_attention_implementation_reaches_every_layer(saved):
+    model: Any = secateur.load(saved["llama"][1], attn_implementation="eager")
+    assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"eager"}
+    model.set_attn_implementation("sdpa")
+    assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"sdpa"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_widths_change_nothing(family, tmp_path):
+    plain, recorded = FAMILIES[family](**SIZES), FAMILIES[family](**SIZES)
+    record_widths(recorded, bind(recorded))
+    before, after = file_bytes(save(plain, tmp_path / "before")), file_bytes(save(recorded, tmp_path / "after"))
+    assert before == after
+    assert "per_layer_config" not in json.loads(after["config.json"])
+    assert type(recorded) is type(plain)
+
+
+def test_equal_but_smaller_widths_give_the_plain_checkpoint(saved, fresh):
+    model, directory = saved["even"]
+    config = config_of(directory)
+    assert config["intermediate_size"] == 64 and not {"per_layer_config", "auto_map"} & config.keys()
+    assert not (directory / "modeling_per_layer.py").exists()
+    assert torch.equal(torch.tensor(fresh("even", False)), logits(model))
+
+
+def test_a_model_evened_out_again_is_a_plain_one(tmp_path):
+    model: Any = secateur.load(save(uneven("llama", heads=False), tmp_path / "uneven"))
+    arch = bind(FAMILIES["llama"](**SIZES))
+    for layer, group, width in zip(decoder_layers(model, arch), arch.select(("ffn",)), FFN_WIDTHS, strict=True):
+        cut(layer, group, torch.arange(40), width)
+    record_widths(model, arch)
+    directory = save(model, tmp_path / "even")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert not {"per_layer_config", "auto_map"} & config_of(directory).keys()
+    with quiet_transformers():
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(directory)), logits(model))
+
+
+def test_the_commonest_width_is_the_base_and_the_larger_of_equally_common_ones():
+    assert split_widths([{"a": 1}, {"a": 2}, {"a": 1}]) == ({"a": 1}, {1: {"a": 2}})
+    assert split_widths([{"a": 1}, {"a": 2}]) == ({"a": 2}, {0: {"a": 1}})
+
+
+def test_code_in_the_directory_is_never_run_by_secateur(tmp_path):
+    model = uneven("llama")
+    directory = save(model, tmp_path / "out")
+    (directory / "modeling_per_layer.py").write_text("raise SystemExit('ran')\n")
+    assert torch.equal(logits(secateur.load(directory)), logits(model))
+    assert torch.equal(logits(load_model(open_checkpoint(directory))), logits(model))
+    with pytest.raises(CheckpointError, match="never runs a checkpoint's own code"):
+        secateur.load(directory, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"intermediate_size": 80}, r"wrong shape: model.layers.0.mlp.\w+.weight is .*, not .* as the config says"),
+        ({"num_key_value_heads": 0}, "no model can be built from it"),
+        ({"intermediate_size": "many"}, "transformers cannot use it .*expected int, got str"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_one_sentence(layer, message, tmp_path):
+    directory = save(uneven("llama"), tmp_path / "out")
+    config = config_of(directory)
+    config["per_layer_config"]["0"] = layer
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        secateur.load(directory)
+
+
+def test_bad_input_to_load(tmp_path):
+    with pytest.raises(CheckpointError, match="no such directory"):
+        secateur.load(tmp_path / "nowhere")
+    directory = save(tiny_llama(), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="cannot be loaded with no_such_option"):
+        secateur.load(directory, no_such_option=1)
+
+
+def test_a_model_that_runs_the_carried_file_is_refused_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    directory = save(uneven("llama"), tmp_path / "out", "1GB")
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+        model.save_pretrained(tmp_path / "again")
+    again, first = file_bytes(tmp_path / "again"), file_bytes(directory)
+    assert again == {name: first[name] for name in again}
+    with pytest.raises(CheckpointError, match=r"load it with secateur\.load"):
+        check_in_memory(model, tiny_tokenizer())

@@ -1,0 +1,135 @@
+"""`inspect` on the configs of well-known checkpoints, 0.1B to 671B: it says what they are known to have.
+
+Each file of `public_configs/` holds what the model's config says of its sizes and the total number of parameters that
+its publisher or the hub states; tied embeddings count once.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from secateur.evaluation.inspect import inspect
+from secateur.model.bind import bind, decoder_layers
+from secateur.model.per_layer import record_widths
+from secateur.model.spec import find_spec
+from secateur.recipe import Recipe
+from secateur.report.records import Inspection, Serving
+from tests.families import tiny_family
+from tests.model.test_families import cut_units, kept_of
+
+CONFIGS = sorted((Path(__file__).parent / "public_configs").glob("*.json"))
+
+
+def inspected(file: Path, directory: Path, **options) -> tuple[Inspection, dict]:
+    facts = json.loads(file.read_text())
+    config = dict(facts["config"])
+    CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(directory)
+    return inspect(directory, Recipe(remove=0.1), **options), facts
+
+
+def named(name: str) -> Path:
+    return next(file for file in CONFIGS if file.stem == name)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_inspect_counts_the_known_number_of_parameters(file: Path, tmp_path: Path) -> None:
+    found, facts = inspected(file, tmp_path)
+    assert found.size.num_params == pytest.approx(facts["num_params"], rel=0.005)
+    family, spec = find_spec(facts["config"]["model_type"])
+    assert found.family == family
+    names = {group.name for group in found.possible} | set(found.impossible)
+    assert names >= set(spec.groups) - {"ffn"}
+    assert all(0 < group.num_params < found.size.num_params for group in found.possible)
+    assert found.remove_reached == pytest.approx(0.1, abs=0.03)  # an eighth of the experts in Mixtral
+
+
+def test_there_are_enough_of_them_from_small_to_large() -> None:
+    sizes = [json.loads(file.read_text())["num_params"] for file in CONFIGS]
+    assert len(sizes) >= 20 and min(sizes) < 0.13e9 and max(sizes) > 670e9
+
+
+def test_a_model_with_experts_says_that_they_are_what_is_looked_at(tmp_path: Path) -> None:
+    found, _ = inspected(named("deepseek-v3"), tmp_path)
+    assert [group.name for group in found.groups] == ["experts"]
+    assert {group.name: group.num_layers for group in found.possible} == {"ffn": 3, "experts": 58}
+    assert set(found.impossible) == {"kv_heads", "query_heads", "shared", "expert_ffn"}
+    assert any("groups: this recipe names none" in note for note in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "problems"),
+    [
+        ("llama-3.1-8b", 4, ()),
+        ("llama-3.1-8b", 16, ()),
+        ("qwen2.5-7b", 8, ("num_attention_heads is 28, which 8 GPUs cannot split evenly",)),
+        ("phi-4", 4, ("num_key_value_heads is 10, which 4 GPUs cannot split evenly",)),
+        ("phi-4", 2, ()),
+        ("mixtral-8x7b", 3, ("num_attention_heads is 32, which 3 GPUs cannot split evenly",)),
+    ],
+)
+def test_vllms_rules(name: str, num_gpus: int, problems: tuple[str, ...], tmp_path: Path) -> None:
+    found, _ = inspected(named(name), tmp_path, check_for="vllm", tp=num_gpus)
+    assert isinstance(found.serving, Serving)
+    assert found.serving.problems[: len(problems)] == problems
+    assert bool(found.serving.problems) == bool(problems)
+    assert "vLLM was not run" in found.serving.cautions[0]
+
+
+# By model type; the rest of the public configs hold what llama.cpp takes for granted.
+NOT_IN_LLAMA_CPP = {
+    "exaone4": "takes sliding_window to be None, the config says 4096",
+    "opt": "not 'opt'",
+    "phimoe": "not 'phimoe'",
+}
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_what_llama_cpp_takes_for_granted(file: Path, tmp_path: Path) -> None:
+    found, facts = inspected(file, tmp_path, check_for="llama.cpp")
+    assert isinstance(found.serving, Serving)
+    problem = NOT_IN_LLAMA_CPP.get(facts["config"]["model_type"])
+    assert [text for text in found.serving.problems if not problem or problem not in text] == []
+    assert bool(found.serving.problems) == bool(problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "problem"),
+    [
+        ("llama-3.2-1b", {"groups": ("kv_heads",), "remove": 0.05}, None),
+        (
+            "qwen2.5-7b",
+            {"groups": ("kv_heads",), "remove": 0.05},
+            "needs query heads \\* head_dim to be the hidden size",
+        ),
+        ("qwen2.5-7b", {"protected_layers": (0,)}, None),
+        ("gemma-2-2b", {"protected_layers": (0,)}, "different widths, which llama.cpp runs of the families"),
+        ("qwen3-8b", {"protected_layers": (0,)}, "openelm takes tie_word_embeddings to be True"),
+        ("qwen3-0.6b", {"protected_layers": (0,)}, None),
+    ],
+)
+def test_what_llama_cpp_runs_once_a_recipe_has_cut(
+    name: str, recipe: dict[str, Any], problem: str | None, tmp_path: Path
+) -> None:
+    config = json.loads(named(name).read_text())["config"]
+    CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(tmp_path)
+    found = inspect(tmp_path, Recipe(**{"remove": 0.1} | recipe), check_for="llama.cpp").serving
+    assert isinstance(found, Serving)
+    assert not found.problems if problem is None else re.search(problem, found.problems[0])
+
+
+@pytest.mark.parametrize("server", ["vllm", "llama.cpp"])
+def test_layers_that_differ_already_are_told_from_what_a_run_would_do(server: str, tmp_path: Path) -> None:
+    model = tiny_family("llama")
+    arch = bind(model)
+    for group in (found for found in arch.select(("kv_heads", "ffn")) if found.layer == 1):
+        cut_units(decoder_layers(model, arch)[1], group, kept_of(group, 0.5))
+    record_widths(model, arch)
+    model.save_pretrained(tmp_path)
+    found = inspect(tmp_path, Recipe(remove=0.05, align=8), check_for=server).serving
+    assert isinstance(found, Serving)
+    differ = [problem.partition(" differs by layer")[0] for problem in found.problems]
+    assert differ == (["num_attention_heads", "num_key_value_heads", "intermediate_size"] if server == "vllm" else [])

@@ -1,0 +1,360 @@
+"""`depth` in a recipe: layers go before widths, count towards `remove`, and every record of the run says which."""
+
+import copy
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from models import opened, tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
+from run_cli import run_cli
+from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+import secateur
+from secateur.evaluation.inspect import inspect
+from secateur.methods.depth import choose_layers
+from secateur.methods.profile import first_blocks
+from secateur.model.bind import bind, decoder_layers
+from secateur.model.group import cut
+from secateur.pruning import loop as depth_step
+from secateur.pruning import prune as pruning
+from secateur.pruning.loop import _narrow_readers, remove_depth
+from secateur.pruning.resolve import resolve
+from secateur.pruning.run import Run
+from secateur.recipe import parse_recipe
+from secateur.stream.walk import Walk
+from tests.families import tiny_family
+
+TOKENIZER = tiny_tokenizer()
+FACTORIES = {"llama": tiny_llama, "qwen2": tiny_qwen2}
+IN_BOTH = pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
+
+
+@pytest.fixture(scope="module")
+def small(recipe) -> dict[str, Any]:
+    return {**recipe, "evaluate": False}
+
+
+def dense(factory: Any, quiet: tuple[int, ...] = (1, 3)) -> Any:
+    """Return a model of six layers of which the `quiet` ones add little: these are what depth removes."""
+    model = factory(num_layers=6)
+    with torch.no_grad():
+        for index in quiet:
+            model.model.layers[index].self_attn.o_proj.weight *= 0.05
+            model.model.layers[index].mlp.down_proj.weight *= 0.05
+    return model
+
+
+def num_params(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def share_of(num_layers: int) -> float:
+    """Return the share of all parameters that so many layers have."""
+    model = tiny_llama(num_layers=6)
+    return num_layers * num_params(model.model.layers[0]) / num_params(model)
+
+
+def lines_of(out: Path, event: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tiny_ids(), use_cache=False).logits
+
+
+def by_hand(model: Any, kept: list[dict[str, Any]]) -> Any:
+    """Do to a dense model what keep.json says, in its order: first the layers, then the units of those left."""
+    assert kept[0]["group"] == "layers"
+    layers = model.model.layers
+    model.model.layers = torch.nn.ModuleList(layers[index] for index in kept[0]["keep"])
+    model.config.num_hidden_layers = len(model.model.layers)
+    arch = bind(model)
+    for entry in kept[1:]:
+        (group,) = (g for g in arch.select((entry["group"],)) if g.layer == entry["layer"])
+        cut(decoder_layers(model, arch)[group.layer], group, torch.tensor(entry["keep"]), group.num_units)
+    return model
+
+
+@IN_BOTH
+def test_layers_alone_saved_and_reloaded_equal_skipping_them(factory, small, tmp_path):
+    model = dense(factory)
+    settings = {**small, "depth": 2, "remove": share_of(2), "compensate": "none", "budget": "curve"}
+    result = secateur.prune(copy.deepcopy(model), settings, tokenizer=TOKENIZER, out=tmp_path / "out")
+    for index in (1, 3):
+        model.model.layers[index].register_forward_hook(lambda _, inputs, __: inputs[0])
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits_of(reloaded), logits_of(model), atol=1e-6, rtol=0)
+    assert torch.equal(logits_of(reloaded), logits_of(result.model))
+    assert result.layers == (0, 2, 4, 5) and result.recipe.widths == "uniform"
+    assert {len(keep) for keep in result.keeps.values()} == {112} and lines_of(tmp_path / "out", "group") == []
+    assert num_params(reloaded) == num_params(model) - 2 * num_params(model.model.layers[0])
+
+
+@IN_BOTH
+@pytest.mark.parametrize("budget", ["uniform", "curve"])
+def test_layers_and_widths_together_meet_remove_and_keep_json_repeats_them(budget, factory, small, tmp_path):
+    settings = {**small, "depth": 2, "remove": 0.4, "budget": budget, "compensate": "none", "protected_layers": [2, -1]}
+    result = secateur.prune(dense(factory), settings, tokenizer=TOKENIZER, out=tmp_path / "out")
+    before = num_params(dense(factory))
+    assert abs(before - num_params(result.model) - 0.4 * before) <= 8 * 144 * (2 if budget == "uniform" else 1)
+    # The dense model's layers 2 and 5 are protected: the second and the last of those left.
+    assert result.layers == (0, 2, 4, 5) and {layer for layer, _ in result.keeps} == {0, 2}
+    assert result.model.model.layers[1].mlp.up_proj.out_features == 112
+    expected = by_hand(dense(factory), json.loads((tmp_path / "out" / "keep.json").read_text()))
+    torch.testing.assert_close(logits_of(secateur.load(tmp_path / "out")), logits_of(expected), atol=1e-6, rtol=0)
+
+
+@IN_BOTH
+def test_compensated_in_rounds_reloads_exactly_and_repeats_to_the_byte(factory, small, tmp_path):
+    settings = {**small, "depth": 1, "remove": 0.4, "rounds": 2, "keep_rounds": True, "groups": ["ffn", "kv_heads"]}
+    places = [tmp_path / "first", tmp_path / "second"]
+    result = secateur.prune(dense(factory), settings, tokenizer=TOKENIZER, out=places[0])
+    # The recipe that was saved is one that makes the same again.
+    secateur.prune(dense(factory), places[0] / "recipe.yaml", tokenizer=TOKENIZER, out=places[1])
+    for name in ("model.safetensors", "keep.json", "rounds/1/keep.json"):
+        assert (places[0] / name).read_bytes() == (places[1] / name).read_bytes()
+    reloaded = AutoModelForCausalLM.from_pretrained(places[0])
+    torch.testing.assert_close(logits_of(reloaded), logits_of(result.model), atol=1e-6, rtol=0)
+    assert result.summary.reload_max_abs_difference == 0
+    assert result.summary.remove_reached == pytest.approx(0.4, abs=0.02)
+
+
+@IN_BOTH
+def test_every_layer_is_logged_with_its_kl_and_patch(factory, small, tmp_path, monkeypatch):
+    model, runs = dense(factory, quiet=(0, 2, 3)), []
+    with torch.no_grad():  # what enters the first layer is small, so that it must be quieter than the others
+        model.model.layers[0].self_attn.o_proj.weight *= 0.01
+        model.model.layers[0].mlp.down_proj.weight *= 0.01
+    monkeypatch.setattr(pruning, "remove_depth", lambda run: runs.append(run) or remove_depth(run))
+    settings = {**small, "depth": 3, "remove": share_of(3), "probe_blocks": 2}
+    secateur.prune(copy.deepcopy(model), settings, tokenizer=TOKENIZER, out=tmp_path / "out")
+    lines = lines_of(tmp_path / "out", "layer")
+    assert [line["layer"] for line in lines] == [0, 2, 3]
+    assert sorted(line["chosen"] for line in lines) == [1, 2, 3]
+    batches = first_blocks(runs[0].batches(1), 2)
+    assert sum(len(batch.ids_BT) for batch in batches) == 4
+    run = dataclasses.replace(runs[0], model=model, arch=bind(model))
+    readers = _narrow_readers(run, run.batches(1))
+    # Nothing is left to the widths here.
+    assert readers == {}
+    expected = choose_layers(model, run.arch, batches, 3)
+    by_choice = sorted(lines, key=lambda line: line["chosen"])
+    assert [(line["layer"], line["kl"]) for line in by_choice] == list(expected.items())
+    # Nothing stands before the first layer, so it is not patched; of two neighbours both are, into the same layer.
+    assert "error_after" not in lines[0]
+    for line in lines[1:]:
+        assert set(line["error_after"]) == {"prose", "code"} and line["step"] == 1
+        assert max(line["error_after"].values()) < 0.9
+
+
+@IN_BOTH
+def test_layers_that_are_named_go_as_if_they_had_been_chosen(factory, small, tmp_path, monkeypatch):
+    places = [tmp_path / "chosen", tmp_path / "named"]
+    measured = secateur.prune(dense(factory), {**small, "depth": 2, "remove": 0.4}, tokenizer=TOKENIZER, out=places[0])
+    assert measured.layers == (0, 2, 4, 5)
+    monkeypatch.setattr(depth_step, "choose_layers", lambda *_, **__: pytest.fail("nothing is left to choose"))
+    asked = {**small, "removed_layers": [-3, 1], "remove": 0.4}
+    named = secateur.prune(dense(factory), asked, tokenizer=TOKENIZER, out=places[1])
+    assert named.layers == measured.layers and named.recipe.depth == 2
+    for name in ("model.safetensors", "keep.json"):
+        assert (places[0] / name).read_bytes() == (places[1] / name).read_bytes()
+    (one, other), chosen = lines_of(places[1], "layer"), lines_of(places[0], "layer")
+    assert "kl" not in one and one["error_after"] == chosen[0]["error_after"] and other["layer"] == 3
+    page = (places[1] / "report.html").read_text()
+    assert "The recipe named those that went." in page and "KL without it" not in page and "layer 3</th><td>" in page
+    again = secateur.prune(dense(factory), places[1] / "recipe.yaml", tokenizer=TOKENIZER)
+    assert torch.equal(logits_of(again.model), logits_of(named.model))
+
+
+def test_naming_layers_saves_what_choosing_them_costs(small, tmp_path):
+    dense(tiny_llama).save_pretrained(tmp_path / "dense")
+    TOKENIZER.save_pretrained(tmp_path / "dense")
+    asked = {**small, "remove": 0.4, "protected_layers": [0]}
+    chosen = inspect(tmp_path / "dense", parse_recipe({**asked, "depth": 2, "budget": "curve"}))
+    named = inspect(tmp_path / "dense", parse_recipe({**asked, "removed_layers": [1, 3], "budget": "curve"}))
+    assert chosen.num_params_after == named.num_params_after
+    assert named.memory.layer_choice == 0 < chosen.memory.layer_choice
+    assert named.operations.forward < chosen.operations.forward and named.operations.gram < chosen.operations.gram
+
+
+def test_layers_are_chosen_in_a_model_as_narrow_as_widths_will_make_it(small, monkeypatch):
+    model, seen = dense(tiny_llama), []
+
+    def spy(*arguments: Any, readers: Any, **named: Any) -> Any:
+        seen.append(readers)
+        return choose_layers(*arguments, readers=readers, **named)
+
+    monkeypatch.setattr(depth_step, "choose_layers", spy)
+    settings = {**small, "depth": 2, "remove": 0.45, "protected_layers": [0]}
+    result = secateur.prune(copy.deepcopy(model), settings, tokenizer=TOKENIZER)
+    (readers,) = seen
+    assert sorted(readers) == [1, 2, 3, 4, 5]
+    width = model.config.intermediate_size
+    (kept,) = {len(keep) for (layer, _), keep in result.keeps.items()}
+    for weight in readers.values():
+        assert int(weight.abs().sum(0).count_nonzero()) == pytest.approx(kept, abs=0.1 * width)
+
+
+def test_the_dense_stream_is_that_of_the_model_without_the_layers(small, monkeypatch):
+    after: list[tuple[Run, Any]] = []
+
+    def spy_depth(run: Run) -> Run:
+        shallow = remove_depth(run)
+        after.append((shallow, copy.deepcopy(shallow.model)))
+        return shallow
+
+    seen: list[list[torch.Tensor]] = []
+    advance = Walk.advance_dense
+
+    def spy_walk(walk: Walk, index: int) -> None:
+        advance(walk, index)
+        if index == 4:
+            seen.append(walk.dense_BTD)
+
+    monkeypatch.setattr(pruning, "remove_depth", spy_depth)
+    monkeypatch.setattr(Walk, "advance_dense", spy_walk)
+    settings = {**small, "depth": 1, "remove": 0.35, "rounds": 2, "target_mix": 0.5}
+    secateur.prune(dense(tiny_llama, (1,)), settings, tokenizer=TOKENIZER)
+    ((run, model),) = after
+    patched = model.model.layers[0].mlp.down_proj.weight
+    assert run.arch.num_layers == 5 and not torch.equal(
+        patched, dense(tiny_llama, (1,)).model.layers[0].mlp.down_proj.weight
+    )
+    walk = Walk(model, run.arch, run.batches(1))
+    for index in range(5):
+        walk.advance(index)
+    assert len(seen) == 2
+    for stream in seen:
+        torch.testing.assert_close(torch.cat(stream), torch.cat(walk.hidden_BTD), atol=1e-5, rtol=1e-5)
+
+
+def test_the_safety_net_compares_with_the_dense_model(small, tmp_path):
+    alone = {**small, "depth": 2, "remove": share_of(2), "compensate": "none", "evaluate": True}
+    free = secateur.prune(dense(tiny_llama, (1,)), alone, tokenizer=TOKENIZER).summary.losses_by_name()
+    before, after = (sum(loss.nats_per_token for loss in free[which].values()) for which in ("dense", "pruned"))
+    rise = after / before - 1
+    assert rise > 0.001
+    held = {**alone, "max_loss_rise": 1.1 * rise}
+    secateur.prune(dense(tiny_llama, (1,)), held, tokenizer=TOKENIZER, out=tmp_path / "held")
+    (line,) = lines_of(tmp_path / "held", "round")
+    assert line["held"] and sum(line["nats_per_token"].values()) == pytest.approx(after)
+    with pytest.raises(secateur.SecateurError, match="max_loss_rise: round 1 raised the mean held-out loss"):
+        secateur.prune(dense(tiny_llama, (1,)), {**alone, "max_loss_rise": 0.9 * rise}, tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "and widths"])
+def test_inspect_table_card_and_report_say_what_happens(alone, recipe, tmp_path):
+    dense(tiny_llama).save_pretrained(tmp_path / "dense")
+    TOKENIZER.save_pretrained(tmp_path / "dense")
+    asked = {**recipe, "depth": 2, "remove": share_of(2) if alone else 0.4}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(asked))
+    options = ("--recipe", tmp_path / "recipe.yaml")
+    inspected = run_cli("inspect", tmp_path / "dense", *options)
+    assert inspected.status == 0 and "6 -> 4, each of" in inspected.stdout
+    assert "beside the weights while layers are chosen" in " ".join(inspected.stdout.split())
+    outcome = run_cli("prune", tmp_path / "dense", tmp_path / "out", *options, "--quiet")
+    assert outcome.status == 0, outcome.stderr
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    found = inspect(tmp_path / "dense", parse_recipe(asked))
+    assert (found.num_params_after, found.remove_reached) == (
+        result["pruned_size"]["num_params"],
+        pytest.approx(result["remove_reached"]),
+    )
+    assert found.groups[0].num_layers == 4 and found.largest_remove > share_of(2) + 0.2
+    assert result["num_layers"] == [6, 4] and re.search(r"│ layers +│ +6 │ +4 │", outcome.stdout)
+    assert "| layers | 6 | 4 |" in (tmp_path / "out" / "README.md").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Removed layers" in page and "6 layers → 4" in page and "layer 1</th><td>" in page
+    assert ('<section id="widths"' in page) == (not alone)
+
+
+def test_what_cannot_be_removed_is_said_before_anything_runs(small):
+    per_layer = num_params(tiny_llama().model.layers[0])
+    for changes, message in (
+        ({"depth": -1}, "depth: "),
+        ({"depth": 6}, "depth: 6 of 6 layers cannot be removed; .* ask for 0 to 5"),
+        ({"depth": 3, "protected_layers": [0, 1, -1]}, "depth: 3 of 6 layers .* ask for 0 to 2"),
+        (
+            {"depth": 3, "remove": share_of(2)},
+            rf"depth: 3 layers of {per_layer:,} parameters each make it .* use depth 2 at most, .* 0\.4",
+        ),
+        ({"removed_layers": [1, 6]}, "removed_layers: there is no layer 6; use 0 to 5, or -6 to -1 from the end"),
+        ({"removed_layers": [1, -5]}, r"removed_layers: \[1, -5\] names a layer of 6 twice"),
+        ({"removed_layers": [1, 2], "protected_layers": [-4]}, "removed_layers: layer 2 is in protected_layers too"),
+        ({"removed_layers": [1, 2], "depth": 1}, r"depth: 1 is not the number of removed_layers: \[1, 2\]; .* give 2"),
+        ({"removed_layers": [1], "schedule": [0.3, 0.6]}, "schedule: layers .* remove no layers"),
+        ({"removed_layers": 1}, "removed_layers: must be a list, got 1"),
+        ({"removed_layers": [0, 1, 2, 3, 4, 5]}, "depth: 6 of 6 layers cannot be removed"),
+        ({"depth": 2, "remove": 0.85}, "remove: .* is out of reach"),
+        ({"depth": 2, "remove": 0.85, "budget": "curve"}, "remove: .* is out of reach"),
+    ):
+        with pytest.raises(secateur.SecateurError, match=message):
+            secateur.prune(dense(tiny_llama), {**small, "remove": 0.6, **changes}, tokenizer=TOKENIZER)
+
+
+def test_layers_go_by_themselves_where_widths_alone_would_be_ruin(small, tmp_path):
+    model = dense(tiny_llama, quiet=(0, 2, 3))
+    channels, heads = (
+        sum(group.num_units * group.params_per_unit for group in bind(model).groups if group.name == name)
+        for name in ("ffn", "kv_heads")
+    )
+
+    def depth_of(units: float, **changes: Any) -> int:
+        asked = {**small, "remove": units * channels / num_params(model), "align": 1, **changes}
+        return resolve(opened(model, parse_recipe(asked))).depth
+
+    # 0.8 of the share of units beyond one half, of six layers.
+    assert [depth_of(units) for units in (0.2, 0.5, 0.58, 0.62, 0.85, 0.95)] == [0, 0, 0, 1, 2, 2]
+    for changes in (
+        {"depth": 0},
+        {"preset": "fast"},
+        {"preset": "paper"},
+        {"rounds": 2},
+        {"max_loss_rise": 0.5},
+        {"target": "flops"},
+        {"groups": ["kv_heads"], "remove": heads / 2 / num_params(model)},
+    ):
+        assert depth_of(0.85, **changes) == 0
+    asked = {**small, "remove": 0.85 * channels / num_params(model), "align": 1}
+    result = secateur.prune(model, asked, tokenizer=TOKENIZER, out=tmp_path / "out")
+    assert len(result.layers) == 4 and result.recipe.depth == 2
+    assert result.summary.remove_reached == pytest.approx(asked["remove"], abs=0.01)
+    again = parse_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
+    assert again.depth == 2
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neox", "smollm3", "cohere2", "gemma3_multimodal"])
+def test_families_of_every_kind_lose_layers_by_themselves(name, recipe, tmp_path):
+    model = tiny_family(name)
+    channels = sum(group.num_units * group.params_per_unit for group in bind(model).groups if group.name == "ffn")
+    asked = {**recipe, "remove": 0.9 * channels / num_params(model), "evaluate": False}
+    result = secateur.prune(model, asked, tokenizer=TOKENIZER, out=tmp_path / "out")
+    assert result.recipe.depth == 1 and len(result.layers) == 2
+    assert result.summary.reload_max_abs_difference == 0
+    assert result.summary.remove_reached == pytest.approx(asked["remove"], abs=0.03)
+
+
+def test_layers_do_not_leave_a_model_of_per_layer_widths(small, tmp_path):
+    settings = {**small, "budget": "curve", "remove": 0.1}
+    secateur.prune(dense(tiny_llama), settings, tokenizer=TOKENIZER, out=tmp_path / "out")
+    with pytest.raises(secateur.SecateurError, match="depth: 1 layers cannot be removed from a model of per-layer"):
+        inspect(tmp_path / "out", parse_recipe({**settings, "depth": 1}))
+
+
+def test_a_family_that_norms_what_an_ffn_gives_loses_layers_without_a_patch(small, tmp_path):
+    model = tiny_gemma3(num_layers=4)
+    settings = {**small, "depth": 1, "remove": 0.35}
+    result = secateur.prune(model, settings, tokenizer=TOKENIZER, out=tmp_path / "out")
+    (line,) = lines_of(tmp_path / "out", "layer")
+    assert "error_after" not in line and len(result.layers) == 3
+    torch.testing.assert_close(
+        logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits_of(result.model), atol=1e-6, rtol=0
+    )

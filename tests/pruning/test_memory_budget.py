@@ -1,0 +1,93 @@
+"""A memory budget: weights that do not fit stay on disk; the result is the same to the byte; the impossible says so."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_llama
+from run_cli import run_cli
+from tiny_tokenizer import tiny_tokenizer
+
+import secateur
+from secateur.evaluation.inspect import inspect
+from secateur.model.checkpoint import load_model, open_checkpoint
+from secateur.recipe import parse_recipe
+
+
+def budget_between(model: Path, recipe: dict[str, Any]) -> str:
+    """Return a budget that weights in memory exceed and weights on disk do not."""
+    whole = inspect(model, parse_recipe(recipe)).memory
+    return f"{(whole.peak - 1) / 1000:.3f}KB"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("qwen2-tied", {}),
+        ("llama", {"budget": "curve", "groups": ["ffn", "kv_heads"], "rounds": 3}),
+        ("llama", {"depth": 1, "max_loss_rise": 9.0}),
+    ],
+    ids=["defaults", "rounds", "depth and net"],
+)
+def test_weights_on_disk_give_the_same_bytes(name, changes, checkpoints, recipe, tmp_path):
+    asked = {**recipe, "remove": 0.35, **changes}
+    whole = secateur.prune(checkpoints[name], asked, out=tmp_path / "whole")
+    streamed = {**asked, "memory_budget": budget_between(checkpoints[name], asked)}
+    assert inspect(checkpoints[name], parse_recipe(streamed)).weights_on_disk
+    found = secateur.prune(checkpoints[name], streamed, out=tmp_path / "streamed")
+    for file in ("model.safetensors", "config.json", "keep.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "streamed" / file).read_bytes(), file
+    assert found.summary.pruned_losses == whole.summary.pruned_losses
+
+
+def test_mapped_weights_are_those_in_the_files_and_the_files_stay(checkpoints):
+    file = checkpoints["llama"] / "model.safetensors"
+    before = file.read_bytes()
+    mapped, read = (load_model(open_checkpoint(checkpoints["llama"]), mapped=each) for each in (True, False))
+    for (name, ours), theirs in zip(mapped.state_dict().items(), read.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    with torch.no_grad():
+        mapped.model.layers[0].mlp.down_proj.weight.zero_()
+    assert file.read_bytes() == before
+
+
+def test_a_budget_that_cannot_work_names_the_least_that_can(checkpoints, recipe, tmp_path):
+    done = run_cli(
+        "prune", checkpoints["llama"], tmp_path / "out", "--recipe", _write(tmp_path, recipe), "--memory-budget", "1KB"
+    )
+    assert done.status == 2 and not (tmp_path / "out").exists()
+    assert "memory_budget: 1KB cannot work; with all weights on disk the run still needs 0.00 GB" in done.stderr
+    with pytest.raises(secateur.SecateurError, match="memory_budget: must be a number and KB, MB, GB or TB"):
+        secateur.prune(checkpoints["llama"], {**recipe, "memory_budget": "lots"})
+
+
+def test_what_choosing_layers_needs_is_counted_and_refused(recipe, tmp_path):
+    model = tiny_llama(num_layers=40)
+    model.save_pretrained(tmp_path / "deep")
+    tiny_tokenizer().save_pretrained(tmp_path / "deep")
+    asked = {**recipe, "remove": 0.3, "groups": ["ffn"]}
+    without, chosen = (inspect(tmp_path / "deep", parse_recipe({**asked, "depth": depth})) for depth in (0, 2))
+    readers = [layer.mlp.down_proj.weight for layer in model.model.layers]
+    assert without.memory.layer_choice == 0
+    assert chosen.memory.layer_choice > sum(weight.numel() * weight.element_size() for weight in readers)
+    assert chosen.operations.forward > without.operations.forward and chosen.operations.gram > without.operations.gram
+    # Room for the rounds, but not for all layers' readers.
+    room = without.memory.peak - without.memory.weights
+    assert room < chosen.memory.layer_choice
+    budget = {"memory_budget": f"{(room + 1000) / 1000:.3f}KB"}
+    assert inspect(tmp_path / "deep", parse_recipe({**asked, **budget, "depth": 0})).weights_on_disk
+    with pytest.raises(secateur.SecateurError, match=r"memory_budget: .* \(choice of layers 0.00\); .*give depth: 0"):
+        inspect(tmp_path / "deep", parse_recipe({**asked, **budget, "depth": 2}))
+
+
+def test_a_model_in_memory_cannot_stay_on_disk(recipe):
+    with pytest.raises(secateur.SecateurError, match=r"memory_budget: 1KB is less than .* only safetensors weights"):
+        secateur.prune(tiny_llama(), {**recipe, "memory_budget": "1KB"}, tokenizer=tiny_tokenizer())
+
+
+def _write(folder: Path, recipe: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    return path

@@ -1,0 +1,273 @@
+"""Many ranks: the text is split, every sum is the same, one rank decides and writes, a lost rank ends all."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from models import tiny_ids, tiny_llama
+from ranks_child import main as run_jobs
+from run_cli import run_cli
+from run_ranks import run_machines, run_ranks, start_ranks
+from safetensors.torch import load_file
+from tiny_tokenizer import tiny_tokenizer
+
+from secateur import ranks
+from secateur.methods.profile import first_blocks
+from secateur.stream.walk import make_batches
+from tests.families import tiny_family
+
+CHILD = Path(__file__).parents[1].joinpath("ranks_child.py")
+# Largest change of a weight over the largest weight, for experts alone: they are refitted on pieces of the tokens that
+# a rank's router sends them, so that products, not only their sums, are others than one process makes.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Return a function that makes this process pretend to be one of several ranks."""
+
+    def pretend(rank: int, size: int) -> None:
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        monkeypatch.setattr(ranks, "size", lambda: size)
+
+    return pretend
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_every_item_is_of_one_rank_and_their_numbers_differ_by_one_at_most(as_rank, size):
+    items, parts = list(range(5)), []
+    for rank in range(size):
+        as_rank(rank, size)
+        parts.append(ranks.own_part(items))
+    assert sorted(item for part in parts for item in part) == items
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3, 4, 99])
+def test_the_first_blocks_of_all_ranks_are_those_of_one_process(as_rank, num_blocks):
+    batches = [
+        batch
+        for seed, name in enumerate(("prose", "code"))
+        for batch in make_batches(name, tiny_ids(batch=7, seed=seed), held_out=False, batch_tokens=32)
+    ]
+    batches += make_batches("code", tiny_ids(seed=9), held_out=True)
+    alone = {name: blocks_of(first_blocks(batches, num_blocks), name) for name in ("prose", "code")}
+    shared: dict[str, list[Any]] = {"prose": [], "code": []}
+    for rank in range(3):
+        as_rank(rank, 3)
+        own = first_blocks(ranks.own_part(batches), num_blocks)
+        for name in shared:
+            shared[name] += blocks_of(own, name)
+    assert {name: sorted(blocks) for name, blocks in alone.items()} == {n: sorted(b) for n, b in shared.items()}
+    assert [len(blocks) for blocks in alone.values()] == [min(num_blocks, 7)] * 2
+
+
+def blocks_of(batches: list[Any], name: str) -> list[list[int]]:
+    return [ids_T.tolist() for batch in batches if batch.domain == name for ids_T in batch.ids_BT]
+
+
+def test_a_rank_passes_the_domains_of_which_it_has_no_text(as_rank):
+    assert ranks.domains_ended("", "b", "abc") == []
+    assert ranks.domains_ended("a", "c", "abc") == ["a"]
+    as_rank(1, 2)
+    assert ranks.domains_ended("", "a", "abc") == []
+    assert ranks.domains_ended("", "b", "abc") == ["a"]
+    assert ranks.domains_ended("a", "c", "abc") == ["a", "b"]
+    assert ranks.domains_ended("b", "", "abc") == ["b", "c"]
+    assert ranks.domains_ended("", "", "abc") == ["a", "b", "c"]
+
+
+@pytest.fixture(scope="module")
+def jobs(checkpoints, recipe, texts, tmp_path_factory) -> tuple[Path, Path]:
+    """A file of jobs, and what one process makes of them."""
+    model, blocks = str(checkpoints["llama"]), {"num_tokens": 4096, "sequence_length": 64}
+    more = {**recipe, "remove": 0.2, "calibration": {**recipe["calibration"], **blocks}}
+    recipes = {
+        "uniform": more,
+        "uniform again": more,
+        "curve": {**more, "budget": "curve", "rounds": 2, "probe_blocks": 1},
+        "depth": {**more, "remove": 0.35, "depth": 1},
+        # Fewer batches than ranks: one rank has no text of a domain, and no held-out text at all.
+        "few": {**recipe, "remove": 0.2, "calibration": {**recipe["calibration"], "num_tokens": 256}},
+    }
+    experts = {**more, "groups": ["experts"], "align": 1}
+    few_experts = {**experts, "calibration": recipes["few"]["calibration"]}
+    place = tmp_path_factory.mktemp("ranks")
+    tiny_family("mixtral").save_pretrained(place / "mixtral")
+    tiny_tokenizer().save_pretrained(place / "mixtral")
+    low = tiny_llama().to(torch.bfloat16)
+    low.save_pretrained(place / "bfloat16")
+    tiny_tokenizer().save_pretrained(place / "bfloat16")
+    described = {name: {"model": model, "recipe": each, "write": name == "uniform"} for name, each in recipes.items()}
+    described["bfloat16"] = {"model": str(place / "bfloat16"), "recipe": more, "write": False}
+    for name, each in (("experts", experts), ("few tokens for experts", few_experts)):
+        described[name] = {"model": str(place / "mixtral"), "recipe": each, "write": False}
+    (place / "jobs.json").write_text(json.dumps(described), encoding="utf-8")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many as each of several ranks has
+    run_jobs(str(place / "jobs.json"), str(place / "1"))
+    torch.set_num_threads(num_threads)
+    return place / "jobs.json", place / "1"
+
+
+def check_against_one(jobs: tuple[Path, Path], num_ranks: int) -> None:
+    file, one = jobs
+    out = file.with_name(str(num_ranks))
+    status, _, stderr = run_ranks(num_ranks, CHILD, file, out)
+    assert status == 0, stderr
+    for name in json.loads(file.read_text(encoding="utf-8")):
+        alone, together = (json.loads((place / f"{name}.json").read_text(encoding="utf-8")) for place in (one, out))
+        assert together["different_models"] == 1
+        assert together["keeps"] == alone["keeps"] and together["layers"] == alone["layers"], name
+        assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        weights, expected = (load_file(place / f"{name}.safetensors") for place in (out, one))
+        for key, tensor in expected.items():
+            close = TOLERANCE * float(tensor.abs().max()) if "experts" in name else 0.0
+            torch.testing.assert_close(weights[key], tensor, rtol=0, atol=close)
+    assert (out / "uniform.safetensors").read_bytes() == (out / "uniform again.safetensors").read_bytes()
+    written = load_file(out / "uniform" / "model.safetensors")
+    assert all(torch.equal(tensor, written[key]) for key, tensor in load_file(out / "uniform.safetensors").items())
+    assert {"config.json", "keep.json", "run.jsonl", "tokenizer.json"} <= {p.name for p in (out / "uniform").iterdir()}
+    assert not list(out.glob(".*"))
+    said = json.loads((out / "said.json").read_text(encoding="utf-8"))
+    assert said["first"] == ["a mistake"] * num_ranks
+    assert said["same"][0].startswith("rank 1: its colour is not that of rank 0;")
+    assert "nothing" not in said["same"]
+    assert said["turns"] == [[letter, 1] for letter in "abcde"]  # each done as by one process
+
+
+def test_two_ranks_make_what_one_makes(jobs):
+    check_against_one(jobs, 2)
+
+
+@pytest.mark.slow
+def test_four_ranks_make_what_one_makes(jobs):
+    check_against_one(jobs, 4)
+
+
+def command_of(model: Path, recipe: dict[str, Any], out: Path) -> list[object]:
+    file = out.with_name("recipe.yaml")
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return ["-m", "secateur", "prune", model, out, "--recipe", file, "--quiet"]
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once(checkpoints, recipe, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    status, _, stderr = run_ranks(2, *command_of(checkpoints["llama"], recipe, out))
+    assert status != 0
+    assert stderr.count("secateur: OUT ") == stderr.count("secateur: ") == 1
+
+
+@pytest.mark.slow
+def test_a_command_for_one_process_says_so_once(checkpoints):
+    status, _, stderr = run_ranks(2, "-m", "secateur", "inspect", checkpoints["llama"])
+    assert status != 0
+    assert stderr.count("secateur: inspect: runs in one process, got 2 ranks") == 1
+    assert stderr.count("secateur: ") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_rank_ends_the_others(checkpoints, recipe, tmp_path, lost):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {number} of a long text" for number in range(20000)), encoding="utf-8")
+    calibration = {"domains": {"a": {"files": [str(text)]}}, "num_tokens": 65536, "sequence_length": 64}
+    long, out = {**recipe, "remove": 0.3, "rounds": 30, "align": 1, "calibration": calibration}, tmp_path / "out"
+    with start_ranks(2, *command_of(checkpoints["llama"], long, out)) as process:
+        wait_for_log_lines(tmp_path, 3, process)
+        children = psutil.Process(process.pid).children()
+        (victim,) = (child for child in children if child.environ().get("RANK") == str(lost))
+        victim.kill()
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert stderr.count(f"secateur: rank {lost} of 2 was lost, so all ranks end") == 1
+    assert "--resume" in stderr
+    assert not out.exists()
+    # Only the killed rank itself could not clear up.
+    assert len(list(tmp_path.glob(".out.partial-*"))) == (1 if lost == 0 else 0)
+    assert not any(psutil.pid_exists(child.pid) and child.is_running() for child in children)
+    if lost == 1:  # and another number of ranks does
+        again = run_cli(*command_of(checkpoints["llama"], long, out)[2:], "--resume")
+        assert again.status == 0, again.stderr
+        assert "resumed: " in (out / "run.jsonl").read_text(encoding="utf-8")
+
+
+def wait_for_log_lines(place: Path, num_lines: int, process: subprocess.Popen[str]) -> None:
+    while process.poll() is None:
+        logs = list(place.glob(".out.partial-*/run.jsonl"))
+        if logs and logs[0].read_text(encoding="utf-8").count('"group"') >= num_lines:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"the run ended before it was cut: {process.communicate()[1]}")
+
+
+@pytest.mark.slow
+def test_ranks_share_the_cells_of_a_study_and_the_blocks_of_an_evaluation(checkpoints, recipe, tmp_path):
+    file = study_file(checkpoints["llama"], recipe, tmp_path)
+    for num_ranks in (1, 2):
+        run(num_ranks, "compare", file, tmp_path / f"compared-{num_ranks}", "--quiet")
+    one, two = (tmp_path / f"compared-{number}" for number in (1, 2))
+    found = [json.loads((place / "results.json").read_text(encoding="utf-8"))["cells"] for place in (one, two)]
+    alone, shared = [[{**cell, "seconds": 0} for cell in cells] for cells in found]
+    assert alone == shared and len(alone) == 6
+    assert sorted(path.name for path in (one / "cells").iterdir()) == sorted(
+        path.name for path in (two / "cells").iterdir()
+    )
+    domains = [f"--domain={name}={source['files'][0]}" for name, source in recipe["calibration"]["domains"].items()]
+    options = ["--num-blocks", 5, "--sequence-length", 32, "--against", checkpoints["llama"], "--quiet"]
+    for num_ranks in (1, 2):
+        run(num_ranks, "evaluate", checkpoints["llama-tied"], *domains, *options, "--out", tmp_path / str(num_ranks))
+    assert (tmp_path / "1" / "evaluation.json").read_bytes() == (tmp_path / "2" / "evaluation.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_machines_need_not_share_a_directory(checkpoints, recipe, tmp_path):
+    """Two launchers, each in a directory of its own: the first one's has the result, which is that of two ranks."""
+    machines = [tmp_path / "first", tmp_path / "second"]
+    for place in machines:
+        place.mkdir()
+    command = command_of(checkpoints["llama"], recipe, tmp_path / "here")
+    assert run_ranks(2, *command)[0] == 0
+    run_machines(machines, *("out" if part == tmp_path / "here" else part for part in command))
+    name = "model.safetensors"
+    assert (machines[0] / "out" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+    assert not list(machines[1].iterdir())
+    file = study_file(checkpoints["llama"], recipe, tmp_path)
+    run_machines(machines, "-m", "secateur", "compare", file, "compared", "--quiet")
+    cells = [sorted(path.name for path in (place / "compared" / "cells").iterdir()) for place in machines]
+    assert all(cells) and len(cells[0] + cells[1]) == 6
+    assert (machines[0] / "compared" / "table.md").is_file() and not (machines[1] / "compared" / "table.md").exists()
+
+
+def study_file(model: Path, recipe: dict[str, Any], directory: Path) -> Path:
+    """Write a study of six cells, dense ones included."""
+    study = {
+        "question": "Which?",
+        "model": str(model),
+        "ratios": [0.2],
+        "seeds": [0, 1],
+        "recipe": recipe,
+        "methods": {"ours": {}, "wanda": {"recipe": {"score": "wanda", "compensate": "none"}}},
+    }
+    file = directory / "study.yaml"
+    file.write_text(yaml.safe_dump(study), encoding="utf-8")
+    return file
+
+
+def run(num_ranks: int, *arguments: object) -> None:
+    if num_ranks == 1:
+        command = [sys.executable, "-m", "secateur", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        status, stderr = done.returncode, done.stderr
+    else:
+        status, _, stderr = run_ranks(num_ranks, "-m", "secateur", *arguments)
+    assert status == 0, stderr

@@ -1,0 +1,341 @@
+"""Resuming: a run that was stopped anywhere ends with the same bytes; nothing half-written is taken for complete."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from families import tiny_family
+from models import tiny_llama
+from run_cli import run_cli
+from safetensors.torch import load_file, save_file
+from tiny_tokenizer import tiny_tokenizer
+
+import secateur
+from secateur.evaluation.inspect import inspect
+from secateur.files import staging
+from secateur.formats.save import Verification
+from secateur.recipe import parse_recipe
+from secateur.store import Store, place_beside
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "rounds": {"groups": ["ffn", "kv_heads"], "rounds": 3, "max_loss_rise": 9.0, "keep_rounds": True},
+    "curve": {"budget": "curve", "rounds": 2},
+    "depth": {"depth": 1},
+    "taylor": {"score": "taylor", "rounds": 2, "evaluate": False},
+    "bias": {"compensate": "bias"},
+    "on disk": {"memory_budget": "", "rounds": 2},
+    "global": {"budget": "global"},
+    "experts in bfloat16": {"groups": ["experts"], "rounds": 2, "align": 1},
+    "channels inside experts": {"groups": ["expert_ffn"], "rounds": 2},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """Neither reload nor report, which other tests are about."""
+    proof = Verification(0.0, 0.0, "")
+    with (
+        patch("secateur.pruning.result.verify_reload", lambda *_: proof),
+        patch("secateur.pruning.result.missing_plots", lambda: ("no plots",)),
+    ):
+        yield
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
+def asked(name: str, model: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    full = {**recipe, "remove": 0.35, **RECIPES[name]}
+    if "memory_budget" in full:
+        whole = inspect(model, parse_recipe(recipe)).memory
+        full["memory_budget"] = f"{(whole.peak - 1) / 1000:.3f}KB"
+    return full
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    """Return what must be the same bytes, by its path inside the result."""
+    names = ("model.safetensors", "config.json", "keep.json", "recipe.yaml")
+    return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.name in names}
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("mixtral")
+    tiny_family("mixtral").to(torch.bfloat16).save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoints, mixtral, recipe, tmp_path_factory) -> Callable[[str], Path]:
+    """Where an uninterrupted run of a recipe has written."""
+    found: dict[str, Path] = {}
+
+    def of(name: str) -> Path:
+        if name not in found:
+            found[name] = tmp_path_factory.mktemp("expected") / "out"
+            model = mixtral if "experts" in name else checkpoints["llama"]
+            secateur.prune(model, asked(name, model, recipe), out=found[name])
+        return found[name]
+
+    return of
+
+
+def steps(out: Path) -> list[tuple[int, int, str]]:
+    """Return round, layer and group of every group's step in the run log."""
+    lines = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
+    return [(line["round"], line["layer"], line["group"]) for line in lines if line["event"] == "group"]
+
+
+class stopped_after:
+    """Within the context the run stops once it has noted that many more finished steps."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.left, self.patches = num_steps, []
+
+    def __enter__(self) -> None:
+        for method in ("keep", "value"):
+            whole = getattr(Store, method)
+
+            def counted(store: Store, *args: Any, _whole: Any = whole, **options: Any) -> Any:
+                before = store.num_kept
+                found = _whole(store, *args, **options)
+                self.left -= store.num_kept - before
+                if self.left <= 0 and store.num_kept > before:
+                    raise Stopped
+                return found
+
+            self.patches.append(patch.object(Store, method, counted))
+            self.patches[-1].start()
+
+    def __exit__(self, *error: object) -> None:
+        for each in self.patches:
+            each.stop()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_stopped_after_any_step_ends_with_the_same_bytes(name, checkpoints, mixtral, recipe, expected, tmp_path):
+    model, out = mixtral if "experts" in name else checkpoints["llama"], tmp_path / "out"
+    wanted = asked(name, model, recipe)
+    num_stops = 0
+    while not out.exists():
+        try:
+            with stopped_after(3):
+                secateur.prune(model, wanted, out=out, resume=True)
+        except Stopped as stop:
+            num_stops += 1
+            assert stop.__notes__ and sorted(path.name for path in tmp_path.iterdir()) == [".out.resume"]
+    assert num_stops >= 2
+    assert weights(out) == weights(expected(name))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert steps(out) == steps(expected(name))
+
+
+@pytest.mark.parametrize("num_kills", [4, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["rounds"])
+def test_killed_at_random_instants(name, num_kills, checkpoints, recipe, expected, tmp_path):
+    """SIGKILL, each time at an instant drawn from the seconds of a whole run; then on until it is done."""
+    out, choose = tmp_path / "out", random.Random(0)
+    wanted = {"model": str(checkpoints["llama"]), "recipe": asked(name, checkpoints["llama"], recipe), "out": str(out)}
+    child = subprocess.Popen(
+        [sys.executable, Path(__file__).parents[1].joinpath("resume_child.py")],
+        env=dict(os.environ),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(kill_after: float | None) -> tuple[int, float]:
+        assert child.stdin and child.stdout
+        child.stdin.write(json.dumps({**wanted, "kill_after": kill_after}) + "\n")
+        child.stdin.flush()
+        answer = json.loads(child.stdout.readline())
+        return answer["status"], answer["seconds"]
+
+    with child:
+        status, whole_seconds = run(None)
+        assert status == 0 and weights(out) == weights(expected(name))
+        shutil.rmtree(out)
+        kills = 0
+        while kills < num_kills:
+            status, _ = run(choose.uniform(0.05, 1) * whole_seconds)
+            kills += status == -9
+            assert status in (0, -9)
+            assert out.exists() or status == -9
+            if out.exists():  # also where the kill came between the last rename and the end
+                assert weights(out) == weights(expected(name))
+                shutil.rmtree(out)
+        if not out.exists():
+            assert run(None)[0] == 0
+        assert child.stdin
+        child.stdin.close()
+    assert weights(out) == weights(expected(name)) and steps(out) == steps(expected(name))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory) -> Path:
+    """The library that makes writing calls fail; needs a C compiler and Linux."""
+    compiler = shutil.which("cc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs a C compiler on Linux")
+    built = tmp_path_factory.mktemp("faults") / "fault.so"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", built, Path(__file__).parents[1].joinpath("fault.c"), "-ldl"], check=True
+    )
+    return built
+
+
+@pytest.mark.parametrize(
+    ("error", "first", "step"),
+    [
+        ("ENOSPC", 3, 30),
+        *(pytest.param(error, 1, 1, marks=pytest.mark.slow) for error in ("ENOSPC", "EIO", "SHORT")),
+    ],
+)
+def test_a_failing_write_leaves_nothing_half(error, first, step, faults, checkpoints, recipe, tmp_path):
+    """The n-th call that writes below the directory of OUT fails, for n = first, first + step, ..."""
+    wanted = {**asked("defaults", checkpoints["llama"], recipe), "rounds": 2}
+    arguments = [checkpoints["llama"], json.dumps(wanted), tmp_path, first, step, 10**6, error]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parents[1].joinpath("fault_child.py"), *map(str, arguments)],
+        env=os.environ | {"LD_PRELOAD": str(faults)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *found, last = map(json.loads, done.stdout.splitlines())
+    assert last["num_calls"] > 150 and len(found) == len(range(first, last["num_calls"] + 1, step))
+    for each in found:
+        # The last call of all, which flushes the rename, may fail when OUT is there and whole.
+        assert each["whole"] if each["there"] else each["said"], each
+        assert set(each["left"]) <= {".out.resume", "out"}, each
+        assert each["again"] == "" and each["same"], each
+        assert each["there"] or each["after"] == ["out"], each
+
+
+def begun(model: Path, recipe: dict[str, Any], out: Path) -> None:
+    """Leave what a run leaves that was stopped after its third step."""
+    with pytest.raises(Stopped), stopped_after(3):
+        secateur.prune(model, recipe, out=out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"remove": 0.3}, "recipe remove was 0.35 and is 0.3"),
+        ({"seed": 1}, "recipe seed was 0 and is 1"),
+        ("weights", "model file model.safetensors has changed"),
+        ("text", "the calibration text has changed"),
+    ],
+    ids=["recipe", "seed", "weights", "text"],
+)
+def test_other_inputs_are_refused_and_nothing_is_lost(changes, said, checkpoints, recipe, tmp_path):
+    model, file = shutil.copytree(checkpoints["llama"], tmp_path / "model"), tmp_path / "mine.txt"
+    file.write_text("\n".join(f"line {number} of the text" for number in range(2000)))
+    calibration = {**recipe["calibration"], "domains": {"mine": {"files": [str(file)]}}}
+    wanted, out = {**recipe, "remove": 0.35, "calibration": calibration}, tmp_path / "out"
+    begun(model, wanted, out)
+    finished = sorted(place_beside(out).iterdir())
+    if changes == "weights":
+        tensors = load_file(model / "model.safetensors")
+        tensors["model.norm.weight"] *= 2
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    elif changes == "text":
+        file.write_text(file.read_text().replace("text", "book"))
+    else:
+        wanted |= changes
+    (tmp_path / "r.yaml").write_text(json.dumps(wanted))
+    done = run_cli("prune", model, out, "--recipe", tmp_path / "r.yaml", "--resume", "--quiet")
+    assert done.status == 2 and f"OUT {out}: cannot be resumed, since {said}; give " in done.stderr
+    assert sorted(place_beside(out).iterdir()) == finished and not out.exists()
+
+
+def test_what_is_said_of_an_earlier_run(checkpoints, recipe, expected, tmp_path):
+    wanted, out, heard = asked("defaults", checkpoints["llama"], recipe), tmp_path / "out", list[str]()
+    begun(checkpoints["llama"], wanted, out)
+    with pytest.raises(Stopped), stopped_after(3):
+        secateur.prune(checkpoints["llama"], wanted, out=out, tell=heard.append)
+    assert heard == [
+        f"{out}: begins anew; what an interrupted run had finished is removed (resume would go on from it)."
+    ]
+    result = secateur.prune(checkpoints["llama"], wanted, out=out, resume=True, tell=heard.append)
+    assert heard[1:] == [f"{out}: goes on from the 2 steps that an earlier run has finished."]
+    assert any(note.startswith("resumed: 2 finished steps are of an earlier run") for note in result.summary.warnings)
+    assert weights(out) == weights(expected("defaults"))
+    secateur.prune(checkpoints["llama"], wanted, out=tmp_path / "new", resume=True, tell=heard.append)
+    assert heard[2:] == [f"{tmp_path / 'new'}: nothing of an earlier run is there to go on from, so it begins anew."]
+
+
+def test_a_budget_of_memory_may_change_on_the_way(checkpoints, recipe, expected, tmp_path):
+    out, model = tmp_path / "out", checkpoints["llama"]
+    begun(model, asked("defaults", model, recipe), out)
+    budget = asked("on disk", model, recipe)["memory_budget"]
+    secateur.prune(model, {**asked("defaults", model, recipe), "memory_budget": budget}, out=out, resume=True)
+    ours, theirs = weights(out), weights(expected("defaults"))
+    assert ours["model.safetensors"] == theirs["model.safetensors"] and ours["config.json"] == theirs["config.json"]
+
+
+def test_a_model_in_memory_cannot_be_resumed(recipe):
+    with pytest.raises(secateur.SecateurError, match="resume: only a run that writes to out and reads its model"):
+        secateur.prune(tiny_llama(), recipe, tokenizer=tiny_tokenizer(), resume=True)
+
+
+def test_one_process_at_a_time(checkpoints, recipe, tmp_path):
+    wanted, out, second = asked("defaults", checkpoints["llama"], recipe), tmp_path / "out", list[str]()
+
+    def meanwhile(stage: str, done: int, total: int) -> None:
+        if not second:
+            with pytest.raises(secateur.SecateurError) as refused:
+                secateur.prune(checkpoints["llama"], wanted, out=out, resume=True)
+            second.append(str(refused.value))
+
+    secateur.prune(checkpoints["llama"], wanted, out=out, progress=meanwhile)
+    assert second == [f"OUT {out}: another process is writing it; wait for its end, or choose another directory."]
+
+
+def test_what_killed_processes_left_is_removed_and_an_old_result_comes_back(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    out, live = tmp_path / "out", tmp_path / f".out.partial-{os.getppid()}"
+    for kind in ("partial", "replaced"):  # killed between the two renames of --overwrite
+        (tmp_path / f".out.{kind}-{gone.pid}").mkdir()
+        (tmp_path / f".out.{kind}-{gone.pid}" / "config.json").write_text(kind)
+    live.mkdir()
+    with staging(out, overwrite=True) as directory:
+        assert (out / "config.json").read_text() == "replaced"
+        (directory / "config.json").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out", live.name])
+    assert (out / "config.json").read_text() == "new"
+
+
+def test_a_run_killed_just_before_its_end_has_finished(checkpoints, recipe, tmp_path):
+    wanted, out = asked("defaults", checkpoints["llama"], recipe), tmp_path / "out"
+    begun(checkpoints["llama"], wanted, out)
+    shutil.copytree(checkpoints["llama"], out)
+    os.utime(out)
+    with pytest.raises(secateur.SecateurError, match="already exists"):
+        secateur.prune(checkpoints["llama"], wanted, out=out, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_pruning_before_a_recovery_goes_on_too(checkpoints, recipe, tmp_path):
+    model, heard = checkpoints["llama"], list[str]()
+    wanted = {**asked("defaults", model, recipe), "recover": {"num_tokens": 1024}}
+    begun(model, wanted, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.pruned"]
+    with pytest.raises(Stopped), patch("secateur.api.recover", side_effect=Stopped):
+        secateur.prune(model, wanted, out=tmp_path / "out", resume=True, tell=heard.append)
+    assert len(heard) == 1 and heard[0].endswith("goes on from the 2 steps that an earlier run has finished.")
+    assert list(tmp_path.iterdir()) == []

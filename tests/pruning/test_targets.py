@@ -1,0 +1,261 @@
+"""Targets other than parameters: prices add up to what a cut model really loses, and each target is met."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from models import opened, tiny_gemma3, tiny_llama, tiny_qwen2
+from run_cli import run_cli
+from tiny_tokenizer import tiny_tokenizer
+
+import secateur
+from secateur.errors import RecipeError
+from secateur.evaluation.inspect import inspect
+from secateur.facts import Costs, Workload
+from secateur.log import RunLog
+from secateur.methods.budget import global_plan, least_keep, round_plans, round_shares, uniform_plan
+from secateur.methods.curve import GroupProfile, curve_plan
+from secateur.methods.depth import remove_layers
+from secateur.methods.prices import least_costs
+from secateur.model.bind import bind, decoder_layers
+from secateur.model.group import cut
+from secateur.model.per_layer import record_widths
+from secateur.pruning.latency import Timing, _slope, measure_latency, with_prices
+from secateur.pruning.resolve import recipe_prices, resolve
+from secateur.recipe import MeasuredPrices, dump_recipe, parse_recipe
+from secateur.report.rows import headline, model_card
+from secateur.store import Services, Store
+
+TOKENIZER = tiny_tokenizer()
+FACTORIES = {"llama": tiny_llama, "qwen2": tiny_qwen2, "gemma3": tiny_gemma3}
+LENGTH = 40
+GROUPS = {
+    "parameters": ["ffn", "kv_heads"],
+    "flops": ["ffn", "kv_heads"],
+    "kv_bytes": ["kv_heads"],
+    "latency": ["ffn", "kv_heads"],
+}
+PRICES = {"total": 0.01, "per_layer": 0.003, "per_unit": {"ffn": 1.7e-5, "kv_heads": 3.1e-4}}
+# Units that are slow enough to be told from noise: 9 MB per layer, a third of it attention.
+SLOW = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+def recipe_of(target: str, **changes: Any) -> dict[str, Any]:
+    recipe = {"target": target, "groups": GROUPS[target], "align": 8, "calibration": {"sequence_length": LENGTH}}
+    return recipe | ({"prices": PRICES} if target == "latency" else {}) | changes
+
+
+def costs(model: Any) -> Costs:
+    return least_costs(model, Workload(prompt_tokens=LENGTH))
+
+
+def amount(target: str, model: Any) -> float:
+    if target == "parameters":
+        return sum(parameter.numel() for parameter in model.parameters())
+    return costs(model).prefill_flops_per_token if target == "flops" else costs(model).kv_cache_bytes_per_token
+
+
+@pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [
+        ("parameters", ["ffn", "kv_heads"]),
+        ("parameters", ["query_heads"]),
+        ("flops", ["ffn", "kv_heads"]),
+        ("flops", ["query_heads"]),
+        ("kv_bytes", ["kv_heads"]),
+    ],
+)
+def test_prices_are_what_a_cut_model_really_loses(factory, target, names):
+    model = factory(num_attention_heads=8, num_key_value_heads=4)
+    arch = bind(model)
+    asked = parse_recipe(recipe_of(target, groups=names))
+    prices, before = recipe_prices(asked, arch, model), amount(target, model)
+    groups = arch.select(tuple(names))
+    num_keep = {(g.layer, g.name): 64 if g.name == "ffn" else g.num_units // 2 for g in groups}
+    for group in groups:
+        kept = torch.arange(num_keep[group.layer, group.name])
+        cut(decoder_layers(model, arch)[group.layer], group, kept, group.num_units)
+    record_widths(model, arch)
+    assert before - amount(target, model) == prices.gone(groups, num_keep) > 0
+    assert prices.total == round(before)
+
+
+@pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
+@pytest.mark.parametrize("target", ["parameters", "flops", "kv_bytes"])
+def test_a_layers_price_is_what_a_model_without_it_loses(factory, target):
+    model = factory()
+    arch = bind(model)
+    prices, before = recipe_prices(parse_recipe(recipe_of(target)), arch, model), amount(target, model)
+    remove_layers(model, arch, [1])
+    assert before - amount(target, model) == prices.of_all_but((0, 2)) == prices.per_layer[1] > 0
+    assert prices.with_only((0, 2)).total == round(amount(target, model))
+
+
+@pytest.mark.parametrize("target", GROUPS)
+@pytest.mark.parametrize("remove", [0.1, 0.25, 0.4])
+def test_each_target_is_met_within_half_a_step_per_group(target, remove):
+    model = tiny_llama(num_attention_heads=24, num_key_value_heads=24, hidden_size=96)
+    arch = bind(model)
+    asked = parse_recipe(recipe_of(target, remove=remove))
+    prices = recipe_prices(asked, arch, model)
+    groups = arch.select(tuple(GROUPS[target]))
+    # As if any number of heads could be stated: what a family's config refuses is another matter.
+    plan = uniform_plan(tuple(dataclasses.replace(group, divides=None) for group in groups), prices, remove, 8)
+    half_steps = [prices.of(g) * (8 if g.width == 1 else 1) / 2 for g in groups if g.layer == 0]
+    assert abs(plan.removed_fraction - remove) * prices.total <= 3 * min(half_steps) + 1e-6
+    plans = round_plans(groups, prices, plan, round_shares(2, "linear"), 8)
+    assert plans[0].cost_before == prices.total and plans[0].cost_after > plans[1].cost_after
+
+
+@pytest.mark.parametrize("target", GROUPS)
+def test_curve_and_global_meet_each_target_within_one_level(target):
+    model = tiny_qwen2(num_attention_heads=8, num_key_value_heads=8, num_layers=4)
+    arch = bind(model)
+    prices = recipe_prices(parse_recipe(recipe_of(target)), arch, model)
+    groups = arch.select(tuple(GROUPS[target]))
+    profiles, scores = {}, {}
+    for group in groups:
+        levels = tuple(range(group.num_units, 0, -8 if group.width == 1 else -1))
+        errors = tuple(0.01 * (group.layer + 1) * number for number in range(len(levels)))
+        profiles[group.layer, group.name] = GroupProfile(levels, errors, {"prose": 1.0})
+        scores[group.layer, group.name] = torch.rand(group.num_units, generator=torch.Generator().manual_seed(0))
+    dearest = max(prices.of(group) * (8 if group.width == 1 else 1) for group in groups)
+    for plan in (
+        curve_plan(groups, profiles, prices, 0.2),
+        global_plan(groups, scores, prices, 0.2, 8, min_keep=least_keep(groups, 8, 0.0)),
+    ):
+        assert 0 <= (plan.removed_fraction - 0.2) * prices.total < dearest * 4
+        assert plan.cost_before - plan.cost_after == prices.gone(groups, plan.num_keep)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"target": "kv_bytes", "groups": ["ffn"]},
+            r"groups: ffn has nothing in the KV cache.*use groups: \[kv_heads\]",
+        ),
+        ({"target": "kv_bytes", "groups": ["kv_heads", "ffn"]}, "ffn has nothing in the KV cache"),
+        ({"target": "kv_bytes", "groups": ["query_heads"]}, "query_heads has nothing in the KV cache"),
+        ({"target": "flops", "prices": PRICES}, "prices: are what target latency plans with; with target flops"),
+        ({"target": "latency", "prices": {**PRICES, "per_unit": {"kv_heads": 1}}}, "has no seconds for ffn"),
+        ({"target": "latency", "prices": {**PRICES, "totl": 1}}, r"unknown key 'prices.totl'; did you mean 'total'"),
+        ({"target": "latency", "compensate": "bias"}, "compensate: family qwen2 cannot store a bias"),
+        ({"target": "flop"}, "unknown target 'flop'; .* did you mean 'flops'"),
+        ({"target": "flops", "remove": 0.9}, r"remove: 0.9 of all [\d,]+ FLOPs per prompt token is out of reach"),
+        ({"target": "flops", "remove": 1e-5}, r"of all [\d,]+ FLOPs per prompt token is less than half"),
+        ({"target": "flops", "remove": 0.9, "budget": "curve"}, r"0.9 of all [\d,]+ FLOPs per prompt token is out"),
+        ({"target": "latency", "prices": PRICES, "remove": 0.9}, r"0.9 of all 10 ms per decoded token is out of reach"),
+    ],
+)
+def test_what_cannot_be_is_said_in_the_targets_own_terms(changes, message, recipe, monkeypatch):
+    monkeypatch.setattr("secateur.pruning.latency.measure_latency", None)  # nothing is measured before
+    with pytest.raises(RecipeError, match=message):
+        secateur.prune(tiny_qwen2(), {**recipe, **changes}, tokenizer=TOKENIZER)
+
+
+def test_resolving_latency_measures_nothing_and_says_where_seconds_come_from():
+    model = tiny_llama()
+    with pytest.raises(RecipeError, match="secateur inspect"):
+        recipe_prices(parse_recipe({"target": "latency"}), bind(model), model)
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[Any, list[Timing]]:
+    with torch.device("meta"):
+        shape = type(tiny_llama())(tiny_llama(**SLOW).config)
+    return measure_latency(bind(shape), ("ffn", "kv_heads"), shape)
+
+
+def test_measured_prices_are_positive_and_from_several_widths(measured):
+    prices, timings = measured
+    assert prices.per_unit["ffn"] > 0 and prices.per_unit["kv_heads"] > 0
+    assert 0 < prices.per_layer < prices.total
+    assert [(timing.group, timing.num_units) for timing in timings] == [
+        *(("ffn", units) for units in (3 * 1024, 3 * 256, 3 * 512, 3 * 768)),
+        *(("kv_heads", units) for units in (3 * 4, 3, 6, 9)),
+    ]
+    assert all(timing.quartiles[0] <= timing.seconds <= timing.quartiles[1] for timing in timings)
+
+
+def test_a_price_is_the_slope_and_no_slope_is_an_error():
+    def timings(*seconds: float) -> list[Timing]:
+        return [Timing("ffn", units, s, (s, s)) for units, s in zip((100, 50, 25), seconds, strict=True)]
+
+    assert _slope(timings(3.0, 2.0, 1.5)) == pytest.approx(0.02)
+    with pytest.raises(RecipeError, match=r"no price for ffn, .* \(100: 1500.000 ms, 50: 2000.000 ms"):
+        _slope(timings(1.5, 2.0, 3.0))
+    with pytest.raises(RecipeError, match="no layer has more than one unit"):
+        _slope(timings(1.0, 1.0, 1.0)[:1])
+
+
+def test_recorded_prices_make_the_same_plan_without_measuring(measured, monkeypatch):
+    model = tiny_llama(**SLOW)
+    log = RunLog()
+    services = Services(log=log, store=Store(log=log))
+    asked = parse_recipe({"target": "latency", "groups": ["ffn", "kv_heads"], "remove": 0.2})
+    monkeypatch.setattr("secateur.pruning.latency.measure_latency", lambda *_: measured)
+    filled = with_prices(opened(model, asked), services)
+    assert [line["event"] for line in log.lines] == ["latency"] * 8 + ["prices"] and "latency" in log.seconds
+    first = resolve(filled)
+    saved = parse_recipe(yaml.safe_load(dump_recipe(first.recipe)))
+    monkeypatch.setattr("secateur.pruning.latency.measure_latency", None)
+    again = opened(model, saved)
+    assert with_prices(again, services) is again and len(log.lines) == 9
+    again = resolve(again)
+    assert again.plans == first.plans and again.recipe == first.recipe
+
+
+def test_a_latency_run_records_its_prices_and_repeats_from_them(recipe, tmp_path, monkeypatch):
+    out, taken = tmp_path / "out", Timing("ffn", 336, 0.009, (0.008, 0.01))
+    settings = {**recipe, "target": "latency", "remove": 0.1, "evaluate": False}
+    monkeypatch.setattr("secateur.pruning.latency.measure_latency", lambda *_: (MeasuredPrices(**PRICES), [taken]))
+    first = secateur.prune(tiny_llama(), settings, tokenizer=TOKENIZER, out=out)
+    lines = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
+    assert lines[0] == {"event": "latency", "num_threads": 1, **json.loads(json.dumps(dataclasses.asdict(taken)))}
+    assert lines[1] == {"event": "prices", **PRICES}
+    monkeypatch.setattr("secateur.pruning.latency.measure_latency", None)
+    again = secateur.prune(tiny_llama(), out / "recipe.yaml", tokenizer=TOKENIZER)
+    assert first.recipe == again.recipe
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+    assert "latency" in first.summary.seconds and "latency" not in again.summary.seconds
+    assert first.summary.outcome.share_gone == pytest.approx(0.1, abs=1.7e-5 * 3 * 4 / 0.01)
+    assert "of all 10 ms per decoded token removed" in headline(first.summary)
+
+
+@pytest.mark.parametrize("target", ["flops", "kv_bytes"])
+def test_summary_card_and_inspect_name_what_the_share_is_of(target, recipe, checkpoints):
+    remove = {"flops": 0.2, "kv_bytes": 0.5}[target]
+    settings = {**recipe, "target": target, "groups": GROUPS[target], "remove": remove}
+    before = tiny_qwen2()
+    result = secateur.prune(str(checkpoints["qwen2"]), settings)
+    summary, workload = result.summary, Workload(prompt_tokens=32)
+    field = {"flops": "prefill_flops_per_token", "kv_bytes": "kv_cache_bytes_per_token"}[target]
+    old, new = (getattr(least_costs(model, workload), field) for model in (before, result.model))
+    assert summary.outcome.share_gone == pytest.approx(1 - new / old, abs=1e-6)
+    assert summary.outcome.share_gone == pytest.approx(remove, abs=0.02)
+    num_params = [amount("parameters", model) for model in (before, result.model)]
+    assert summary.remove_reached == pytest.approx(1 - num_params[1] / num_params[0])
+    card = model_card(summary)
+    unit = {"flops": "FLOPs per prompt token", "kv_bytes": "bytes of KV cache per token"}[target]
+    assert f"{1 - new / old:.1%} of all {round(old):,} {unit} removed (asked {remove:.1%})" in card
+    assert f"with {summary.remove_reached:.1%} of all {num_params[0]:,} parameters" in card
+    found = inspect(checkpoints["qwen2"], parse_recipe(settings))
+    assert found.outcome == summary.outcome and found.prices is None
+    assert found.remove_reached == pytest.approx(summary.remove_reached)
+
+
+def test_inspect_shows_the_outcome_and_the_seconds_to_repeat_it(checkpoints, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(recipe_of("flops", remove=0.2)), encoding="utf-8")
+    shown = run_cli("inspect", str(checkpoints["llama"]), "--recipe", str(file))
+    assert shown.status == 0 and "FLOPs per prompt token" in " ".join(shown.stdout.split())
+    file.write_text(yaml.safe_dump(recipe_of("latency", groups=["ffn"], remove=0.2)), encoding="utf-8")
+    shown = run_cli("inspect", str(checkpoints["llama"]), "--recipe", str(file), "--json")
+    assert json.loads(shown.stdout)["prices"] == PRICES
+    assert json.loads(shown.stdout)["outcome"]["total"] == "10 ms per decoded token"

@@ -1,0 +1,335 @@
+"""Recovery end to end on tiny models: what it writes, that it resumes, repeats itself, and is never worse."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from models import tiny_ids
+from run_cli import run_cli
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import secateur
+from secateur.model.checkpoint import load_model
+from secateur.recovery import recover as recover_job
+from secateur.recovery.judge import domain_weights, objective
+from secateur.recovery.recover import dry_run, judged, open_job, prepare, recover, train_guarded
+from secateur.recovery.train import Work, with_lora
+from secateur.report.measured import RecoveryRecord, TrainingRecord, mean_kl, mean_nats
+
+# A random dense model knows nothing of the text, so only its predictions can be learnt.
+LOGITS = {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}
+CHANGES = {"recover": {"num_tokens": 2048, "logits": LOGITS}}
+WEIGHTS = "model.safetensors"
+
+
+class Killed(Exception):
+    """What stands for a kill: raised by the listener, where the run has no say."""
+
+
+@pytest.fixture(scope="module")
+def pruned(checkpoints, recipe, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("pruned") / "pruned"
+    secateur.prune(checkpoints["llama"], {**recipe, "remove": 0.3}, out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def recovered(checkpoints, pruned, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("recovered") / "recovered"
+    recover(pruned, checkpoints["llama"], CHANGES, out=out)
+    return out
+
+
+def record_of(directory: Path) -> RecoveryRecord:
+    return RecoveryRecord.from_json((directory / "recovery.json").read_text(encoding="utf-8"), "there")
+
+
+def events(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "run.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def with_logits(**settings: Any) -> dict[str, Any]:
+    return {"recover": {**CHANGES["recover"], "logits": {**LOGITS, **settings}}}
+
+
+def test_training_lowers_the_held_out_kl(recovered):
+    record = record_of(recovered)
+    assert mean_kl(record.before) > mean_kl(record.after) > 0
+    assert record.training.held and record.after == record.training.after
+    assert 0 < record.training.num_tokens <= 2048
+    assert record.training.flops > 0 and record.training.seconds > 0 and record.peak_bytes > 0
+
+
+def test_the_directory_is_complete_and_loads_in_stock_transformers(recovered, pruned):
+    names = {path.name for path in recovered.iterdir()}
+    assert names == {path.name for path in pruned.iterdir()} | {"recovery.json"}
+    assert [path.name for path in recovered.parent.iterdir()] == [recovered.name]
+    model, info = AutoModelForCausalLM.from_pretrained(recovered, output_loading_info=True)
+    assert not any(info.values())
+    assert model.config.intermediate_size == AutoModelForCausalLM.from_pretrained(pruned).config.intermediate_size
+    assert torch.isfinite(model(tiny_ids()).logits).all()
+    assert len(AutoTokenizer.from_pretrained(recovered)) == len(AutoTokenizer.from_pretrained(pruned))
+    assert (recovered / "keep.json").read_bytes() == (pruned / "keep.json").read_bytes()
+    assert yaml.safe_load((recovered / "recipe.yaml").read_text())["recover"]["num_tokens"] == 2048
+
+
+def test_the_run_log_goes_on_and_the_report_and_the_card_tell_of_it(recovered, pruned):
+    lines = events(recovered)
+    before = events(pruned)
+    assert lines[: len(before)] == before
+    added = [line["event"] for line in lines[len(before) :]]
+    assert {"recover_step", "recover_kl", "recover_judged"} <= set(added)
+    assert added.count("recover_step") == record_of(recovered).training.num_tokens // 128
+    page = (recovered / "report.html").read_text(encoding="utf-8")
+    assert (
+        'id="recovery"' in page and "loss-plot" in page and 'id="recovery"' not in (pruned / "report.html").read_text()
+    )
+    card = (recovered / "README.md").read_text(encoding="utf-8")
+    assert card.index("## Recovery") < card.index("## How it was made")
+
+
+def test_the_same_run_gives_the_same_bytes(recovered, pruned, checkpoints, tmp_path):
+    recover(pruned, checkpoints["llama"], CHANGES, out=tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(recovered, pruned, checkpoints, tmp_path):
+    seen: list[int] = []
+
+    def kill(name: str, done: int, total: int) -> None:
+        if name == "recover" and done > 0.6 * total:
+            raise Killed
+
+    def note(name: str, done: int, total: int) -> None:
+        if name == "recover":
+            seen.append(done)
+
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        recover(pruned, checkpoints["llama"], CHANGES, out=out, progress=kill)
+    assert not out.exists()
+    [kept] = tmp_path.iterdir()
+    assert list((kept / "trainer").glob("checkpoint-*/trainer_state.json"))
+    recover(pruned, checkpoints["llama"], CHANGES, out=out, progress=note)
+    assert (out / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()
+    assert list(tmp_path.iterdir()) == [out]
+    assert seen[0] > 0, "the trainer goes on where its checkpoint is"
+    places = [
+        (line["event"], line["step"]) for line in events(out) if line.get("event") in ("recover_step", "recover_kl")
+    ]
+    assert len(places) == len(set(places))
+
+
+def test_a_run_that_was_killed_after_its_training_does_not_train_again(recovered, pruned, checkpoints, tmp_path):
+    trained: list[int] = []
+
+    def kill(name: str, done: int, total: int) -> None:
+        if name == "verify":
+            raise Killed
+
+    def note(name: str, done: int, total: int) -> None:
+        if name == "recover":
+            trained.append(done)
+
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        recover(pruned, checkpoints["llama"], CHANGES, out=out, progress=kill)
+    recover(pruned, checkpoints["llama"], CHANGES, out=out, progress=note)
+    assert not trained and (out / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()
+
+
+def test_weights_on_disk_give_the_bytes_of_weights_in_memory(recovered, pruned, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(recover_job, "load_model", lambda checkpoint, **_: load_model(checkpoint))
+    recover(pruned, checkpoints["llama"], CHANGES, out=tmp_path / "whole")
+    for name in (WEIGHTS, "config.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (recovered / name).read_bytes()
+
+
+def train(pruned: Path, teacher: Path, changes: dict[str, Any], place: Path) -> tuple[Work, Any, TrainingRecord]:
+    """Train alone, without writing a result; return what was worked on, the verdicts before, the record."""
+    work, _ = prepare(*open_job(pruned, teacher, changes), place)
+    return (work, *train_guarded(work))
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.named_parameters()}
+
+
+def test_never_worse(pruned, checkpoints, tmp_path):
+    work, before, record = train(pruned, checkpoints["llama"], with_logits(learning_rate=3.0), tmp_path / "out")
+    old = load_file(pruned / WEIGHTS)
+    assert all(torch.equal(old[name], tensor) for name, tensor in weights(work.pruned).items())
+    assert mean_kl(record.after) >= mean_kl(before) and not record.held
+    notes = [line["text"] for line in events(work.directory) if line["event"] == "note"]
+    assert "did not fall" in notes[0] and "weights are those" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train": "lora", "lora_rank": 4, "learning_rate": 3e-3},
+        {"train": "full", "learning_rate": 3e-4},
+        {"temperature": 2.0, "blocks_per_device": 1, "learning_rate": 3e-4},
+    ],
+)
+def test_every_way_to_train_wins_back(pruned, checkpoints, tmp_path, settings):
+    work, before, record = train(pruned, checkpoints["llama"], with_logits(**settings), tmp_path / "out")
+    assert record.held and mean_kl(record.after) < mean_kl(before)
+    assert weights(work.pruned).keys() == set(load_file(pruned / WEIGHTS))
+    words = "model.embed_tokens.weight"
+    unmoved = torch.equal(weights(work.pruned)[words], load_file(pruned / WEIGHTS)[words])
+    assert unmoved == (settings.get("train") != "full")
+
+
+def test_lora_merged_gives_the_logits_of_lora_unmerged(checkpoints):
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
+    plain = model(tiny_ids()).logits
+    trained: Any = with_lora(model, 4)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in trained.named_parameters():
+        if parameter.requires_grad:
+            assert "lora_" in name
+            parameter.data = torch.randn(parameter.shape, generator=generator) / 10
+    unmerged = trained(tiny_ids()).logits
+    trained.merge_and_unload()
+    assert not torch.allclose(plain, unmerged, atol=0.1)
+    torch.testing.assert_close(model(tiny_ids()).logits, unmerged, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_without_peft_says_what_to_install(checkpoints, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(secateur.RecipeError, match=r"pip install 'secateur\[recover\]'"):
+        with_lora(AutoModelForCausalLM.from_pretrained(checkpoints["llama"]), 4)
+
+
+def test_gradient_checkpointing_changes_nothing_and_cross_entropy_needs_no_teacher(pruned, checkpoints, tmp_path):
+    found = []
+    for checkpointing in (False, True):
+        changes = with_logits(kl_share=0.0, gradient_checkpointing=checkpointing, learning_rate=1e-4)
+        work, before, record = train(pruned, checkpoints["llama"], changes, tmp_path / str(checkpointing))
+        assert work.teacher is None
+        # Without a teacher the loss says whether it helped, whatever the KL did.
+        assert record.held and mean_nats(record.after) < mean_nats(before)
+        assert objective(before, 0.25) == pytest.approx(0.25 * mean_kl(before) + 0.75 * mean_nats(before))
+        found.append(weights(work.pruned))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_the_domains_that_lost_most_count_most(pruned, checkpoints, tmp_path):
+    work, _ = prepare(*open_job(pruned, checkpoints["llama"], CHANGES), tmp_path / "out")
+    before = judged(work)
+    weighed = domain_weights(before, "lost")
+    assert sorted(weighed, key=weighed.__getitem__) == sorted(before, key=lambda domain: before[domain].kl)
+    assert sum(weighed.values()) == pytest.approx(len(before))
+    assert set(domain_weights(before, "shares").values()) == {1.0}
+
+
+def test_per_layer_widths_and_removed_layers_are_recovered(checkpoints, recipe, tmp_path):
+    asked = {**recipe, "remove": 0.45, "depth": 1, "budget": "global", "align": 4}
+    secateur.prune(checkpoints["llama"], asked, out=tmp_path / "pruned")
+    assert "per_layer_config" in json.loads((tmp_path / "pruned" / "config.json").read_text())
+    record = recover(tmp_path / "pruned", checkpoints["llama"], CHANGES, out=tmp_path / "out")
+    assert record is not None and record.training.held
+    model = secateur.load(tmp_path / "out")
+    assert model.config.num_hidden_layers == 2 and torch.isfinite(model(tiny_ids()).logits).all()
+
+
+def test_prune_with_recover_in_the_recipe_is_prune_and_then_recover(recovered, pruned, checkpoints, recipe, tmp_path):
+    result = secateur.prune(checkpoints["llama"], {**recipe, "remove": 0.3, **CHANGES}, out=tmp_path / "out")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"] and result.out == tmp_path / "out"
+    assert torch.equal(result.model.lm_head.weight, load_file(tmp_path / "out" / WEIGHTS)["lm_head.weight"])
+    assert str(tmp_path) not in (tmp_path / "out" / "recovery.json").read_text()
+
+
+def test_the_command_line_end_to_end(pruned, checkpoints, texts, tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(with_logits(learning_rate=3e-4)), encoding="utf-8")
+    options = ["--tokens", "2048", "--recipe", file, "--domain", f"prose={texts['prose']}"]
+    arguments = ["recover", pruned, "--teacher", checkpoints["llama"], *options]
+    dry = run_cli(*arguments, "--dry-run")
+    assert dry.status == 0 and "2,048 tokens" in dry.stdout and "peak memory" in dry.stdout and "FLOPs" in dry.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+    done = run_cli(*arguments, "--out", tmp_path / "out")
+    assert done.status == 0, done.stderr
+    assert re.search(r"step \d+ of 16: loss [\d.]+, [\d,]+ tokens/s, held-out KL [\d.]+ \(prose [\d.]+\)", done.stderr)
+    assert "with 2,048 tokens" in " ".join(done.stdout.split())
+    assert list(record_of(tmp_path / "out").before) == ["prose"]
+
+
+def test_dry_run_foretells_tokens_operations_and_memory(recovered, pruned, checkpoints):
+    cost = dry_run(pruned, checkpoints["llama"], CHANGES)
+    record = record_of(recovered)
+    assert cost.num_tokens == record.training.num_tokens
+    assert cost.flops == {"training": record.training.flops, "judge": record.judge_flops}
+    assert cost.num_held_out_tokens == record.num_held_out_tokens and cost.peak_bytes > 0
+    assert set(cost.seconds) == {"training", "judge"} and all(value > 0 for value in cost.seconds.values())
+
+
+def damaged(checkpoints: dict[str, Path], place: Path, name: str = "llama", **config: Any) -> Path:
+    shutil.copytree(checkpoints[name], place)
+    path = place / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config), encoding="utf-8")
+    return place
+
+
+def test_mismatches_are_refused_before_anything_runs(pruned, checkpoints, tmp_path):
+    other_words = damaged(checkpoints, tmp_path / "words", vocab_size=321)
+    other_tokens = damaged(checkpoints, tmp_path / "tokens")
+    tokenizer = json.loads((other_tokens / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other_tokens / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    cases = {
+        other_words: "it gives 321 logits and",
+        other_tokens: "its tokenizer (257 tokens) is not that of",
+        damaged(checkpoints, tmp_path / "family", model_type="mistral"): "is a mistral model",
+        damaged(checkpoints, tmp_path / "layers", num_hidden_layers=5): "has 5 layers",
+    }
+    for teacher, sentence in cases.items():
+        seen: list[str] = []
+        with pytest.raises(secateur.CheckpointError, match=re.escape(sentence)) as caught:
+            recover(pruned, teacher, CHANGES, out=tmp_path / "out", progress=lambda name, *_: seen.append(name))  # noqa: B023
+        assert "\n" not in str(caught.value) and seen == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"recover": {"num_tokens": 64}}, "leave less than one step"),
+        ({"recover": {"stages": ["logits"]}}, r"recover\.stages is gone, .* use recover\.logits\.$"),
+        ({"recover": {"blocks": {"epochs": 2}}}, r"recover\.blocks is gone, .* use recover\.logits\.$"),
+        ({"recover": {"blocks_share": 0.1}}, r"recover\.blocks_share is gone, .* use recover\.logits\.$"),
+        ({"recover": {"logits": {"cache": True}}}, r"recover\.logits\.cache is gone, .* leave it out\.$"),
+        ({"recover": {"logits": {"top_words": 64}}}, r"recover\.logits\.top_words is gone, .* leave it out\.$"),
+        ({"recover": {"logits": {"tempertaure": 2}}}, "did you mean 'temperature'"),
+        ({"recover": {"num_tokens": 10**7}}, "tokens of text after packing"),
+    ],
+)
+def test_what_the_recipe_has_wrong_is_one_sentence(pruned, checkpoints, tmp_path, changes, sentence):
+    with pytest.raises(secateur.SecateurError, match=sentence) as caught:
+        recover(pruned, checkpoints["llama"], changes, out=tmp_path / "out")
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_a_model_in_memory_or_nowhere_to_write_is_refused(checkpoints, recipe, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
+    with pytest.raises(secateur.RecipeError, match="needs the dense model as a directory"):
+        secateur.prune(model, {**recipe, **CHANGES}, out=tmp_path / "out")
+    with pytest.raises(secateur.RecipeError, match="say where the result goes"):
+        secateur.prune(checkpoints["llama"], {**recipe, **CHANGES})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_without_a_recipe_needs_domains(checkpoints, tmp_path):
+    with pytest.raises(secateur.RecipeError, match=r"has no recipe\.yaml"):
+        recover(checkpoints["llama"], checkpoints["llama"], CHANGES, out=tmp_path / "out")

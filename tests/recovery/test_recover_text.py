@@ -1,0 +1,75 @@
+"""The text of a recovery: shares, whole steps, and held-out text that was held out before."""
+
+import pytest
+import torch
+from models import tiny_llama
+from tiny_tokenizer import tiny_tokenizer
+
+from secateur.data.calibration import build_calibration
+from secateur.errors import RecipeError
+from secateur.recipe import Recipe, RecoverySettings, parse_recipe
+from secateur.recovery.cost import predict_flops
+from secateur.recovery.pair import RecoveryText, recovery_text
+
+TOKENIZER, LENGTH = tiny_tokenizer(), 32
+
+
+@pytest.fixture
+def asked(recipe) -> Recipe:
+    domains = recipe["calibration"]["domains"]
+    shared = {"prose": {**domains["prose"], "share": 3}, "code": domains["code"]}
+    return parse_recipe({**recipe, "calibration": {**recipe["calibration"], "domains": shared}})
+
+
+def settings(**changes) -> RecoverySettings:
+    return RecoverySettings.model_validate({"num_tokens": 4096, "logits": {"batch_tokens": 128}, **changes})
+
+
+def drawn(recipe: Recipe, **changes) -> RecoveryText:
+    return recovery_text(recipe, settings(**changes), TOKENIZER, tiny_llama(num_layers=1))
+
+
+def rows(blocks) -> set[tuple[int, ...]]:
+    return {tuple(ids.tolist()) for ids in blocks}
+
+
+def test_the_domains_have_their_shares_and_are_mixed(asked):
+    text = drawn(asked)
+    assert text.num_tokens == 4096
+    assert [sum(name == domain for name, _ in text.blocks) for domain in ("prose", "code")] == [96, 32]
+    assert len({name for name, _ in text.blocks[:16]}) == 2, "domains are mixed"
+
+
+def test_blocks_that_do_not_fill_a_step_are_left_out(asked):
+    assert drawn(asked, num_tokens=4096 - 32).num_tokens == 4096 - 128
+
+
+@pytest.mark.parametrize("num_tokens", [512, 4096])
+def test_text_that_judged_the_pruning_is_held_out_again_and_never_trained_on(asked, num_tokens):
+    assert asked.calibration.num_tokens is not None
+    before = build_calibration(asked.calibration, asked.calibration.num_tokens, TOKENIZER, asked.seed)
+    text = drawn(asked, num_tokens=num_tokens, held_out_blocks=8, logits={"batch_tokens": 32})
+    trained = rows(ids for _, ids in text.blocks)
+    for domain in before.domains:
+        judged = rows(domain.held_out_NT)
+        assert judged <= rows(text.held_out_NT[domain.name]) and not judged & trained
+        assert len(text.held_out_NT[domain.name]) == 8
+
+
+def test_too_few_tokens_for_a_step_is_an_error(asked):
+    with pytest.raises(RecipeError, match=r"recover\.num_tokens: 256 leave less than one step of 64 blocks"):
+        drawn(asked, num_tokens=256, logits={"batch_tokens": 2048})
+
+
+def test_operations_by_hand():
+    model = tiny_llama(num_layers=2)
+    linears = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear))
+    layers = 2 * linears + 4 * (2 * 4 * 12) * (LENGTH + 1) / 2  # two layers of four heads of 12 channels
+    whole = layers + 2 * model.lm_head.weight.numel()
+    flops = predict_flops(model, model, settings(), 200, 10, LENGTH)
+    assert flops["training"] == pytest.approx((200 * whole, 200 * (2 * whole + layers)))
+    assert flops["judge"] == pytest.approx((10 * whole, 10 * 6 * whole))
+    full = predict_flops(model, model, settings(logits={"train": "full"}), 200, 10, LENGTH)
+    assert full["training"] == pytest.approx((200 * whole, 200 * 3 * whole))
+    alone = settings(logits={"train": "lora", "kl_share": 0.0, "gradient_checkpointing": True})
+    assert predict_flops(model, model, alone, 200, 10, LENGTH)["training"] == pytest.approx((0, 600 * whole))

@@ -1,0 +1,251 @@
+"""The report of a real tiny run: complete, self-contained, escaped, repeatable; in a browser."""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, load
+from page_checks import PageChecks
+from run_cli import run_cli
+
+from secateur.api import prune
+from secateur.errors import CheckpointError
+from secateur.report import write_report
+from secateur.report.plots import Series, Text, dot_plot, spread_plot
+from secateur.report.records import Summary
+from secateur.report.rows import caveats, loss_rows, model_card, verdict
+
+HOSTILE = "<script>alert(1)</script>"
+ODD = "$\\frac$ 日本 & \x07co"
+SECTIONS = "quality tasks distance speed widths scores compensation rounds calibration recipe environment reproduction"
+
+
+@pytest.fixture(scope="module")
+def result(checkpoints, recipe, texts, tmp_path_factory) -> Path:
+    """A run of two rounds, evaluated, on domains with names that mean harm."""
+    domains = {HOSTILE: {"files": [str(texts["prose"])]}, ODD: {"files": [str(texts["code"])]}}
+    calibration = {**recipe["calibration"], "domains": domains}
+    out = tmp_path_factory.mktemp("report") / "result"
+    prune(checkpoints["llama"], {**recipe, "calibration": calibration, "rounds": 2}, out=out)
+    return out
+
+
+@pytest.fixture
+def copy(result: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(result, tmp_path / "copy"))
+
+
+def page_of(directory: Path) -> str:
+    return (directory / "report.html").read_text(encoding="utf-8")
+
+
+def summary_of(directory: Path) -> Summary:
+    return Summary.from_json((directory / "result.json").read_text(encoding="utf-8"), "result.json")
+
+
+def test_prune_writes_a_well_formed_page_with_every_section(result):
+    page = PageChecks(page_of(result))
+    assert page.problems == []
+    assert [name for name, tag in page.ids.items() if tag == "section"] == SECTIONS.split()
+
+
+def test_every_plot_has_a_title_a_description_and_a_table(result):
+    page = PageChecks(page_of(result))
+    names = [str(svg["aria-labelledby"]).split() for svg in page.svgs]
+    titles = [title.removesuffix("-plot-title") for title, _ in names]
+    assert titles == ["quality", "widths", "scores", "compensation", "rounds"]
+    assert all(svg["role"] == "img" for svg in page.svgs)
+    assert all(page.texts[part].strip() for pair in names for part in pair)
+    for title in titles:
+        assert "<table" in page_of(result).split(f'<section id="{title}"')[1].split("</section>")[0]
+
+
+def test_nothing_is_loaded_and_nothing_runs(result):
+    html, page = page_of(result), PageChecks(page_of(result))
+    assert page.loads and all(value.startswith("#") for value in page.loads)
+    assert set(re.findall(r"url\((.)", html)) == {"#"}
+    assert "script" not in page.tags and "@import" not in html and "default-src 'none'" in html
+
+
+def test_names_are_escaped_in_the_page_and_in_plots(result):
+    html = page_of(result)
+    assert HOSTILE not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html  # whole in the tables
+    assert "&lt;script&gt;al…ript&gt;" in html  # shortened in the plot
+    assert "$\\frac$ 日本 &amp; " in html
+
+
+def test_one_block_alone_has_no_standard_error(result):
+    summary = summary_of(result)
+    single = {name: dataclasses.replace(loss, standard_error=0.0) for name, loss in summary.dense_losses.items()}
+    rows = {row: cells for row, *cells in loss_rows(dataclasses.replace(summary, dense_losses=single), errors=True)}
+    for name in single:
+        dense, pruned, *_ = rows[name]
+        assert "±" not in dense and "±" in pruned
+
+
+def test_colours_are_the_pages_own(result):
+    html = page_of(result)
+    assert "prefers-color-scheme: dark" in html and "var(--pruned)" in html and "currentColor" in html
+    for svg in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
+        assert not re.search(r"#[0-9a-f]{6}\b", svg), "a colour that would not follow light and dark"
+
+
+def test_the_page_tells_the_numbers_of_result_json_and_of_the_card(result):
+    html, summary = page_of(result), summary_of(result)
+    assert verdict(summary) in html and verdict(summary) in model_card(summary)
+    assert summary.calibration.content_hash in html
+    for losses in summary.losses_by_name().values():
+        for loss in losses.values():
+            assert f"{loss.nats_per_token:.3f} ± {loss.standard_error:.3f} ({loss.perplexity:.2f})" in html
+    lines = [json.loads(line) for line in (result / "run.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = [line for line in lines if line["event"] == "group"][-1]
+    after = 100 * sum(last["error_after"].values()) / len(last["error_after"])
+    assert re.search(rf"layer 2, ffn</th><td>[\d.]+%</td><td>{after:.2f}%", html)
+    assert "layer 2</th><td>112 → 64</td>" in html, "rounds are told by what the model had and what it kept at last"
+
+
+def test_page_and_card_warn_of_overlap(copy):
+    summary = summary_of(copy)
+    shares = dataclasses.replace(summary.calibration, held_out_overlap={HOSTILE: 0.604, ODD: None})
+    doubtful = dataclasses.replace(summary, calibration=shares)
+    (note,) = caveats(doubtful)
+    assert f"({HOSTILE} 60%)" in note and note in model_card(doubtful)
+    (copy / "result.json").write_text(doubtful.to_json(), encoding="utf-8")
+    write_report(copy)
+    assert page_of(copy).count("is flattered.") == 1
+    clean = dataclasses.replace(summary.calibration, held_out_overlap={HOSTILE: 0.05, ODD: None})
+    assert caveats(dataclasses.replace(summary, calibration=clean)) == []
+
+
+def test_overlap_is_measured_by_the_run(result):
+    # Random words of few: prose shares 13-grams only by accident, lines of code that repeat share most.
+    shares = summary_of(result).calibration.held_out_overlap
+    assert list(shares) == [HOSTILE, ODD]
+    assert shares[HOSTILE] is not None and shares[ODD] is not None and shares[HOSTILE] < shares[ODD]
+    assert f"{shares[ODD]:.2%}" in page_of(result)
+
+
+def test_rebuilding_gives_the_same_bytes(copy):
+    before = page_of(copy)
+    (copy / "report.html").unlink()
+    outcome = run_cli("report", copy)
+    assert outcome.status == 0 and outcome.stdout == f"{copy / 'report.html'}\n"
+    assert page_of(copy) == before
+
+
+def test_a_summary_goes_to_json_and_back(result):
+    text = (result / "result.json").read_text(encoding="utf-8")
+    assert Summary.from_json(text, "result.json").to_json() == text
+    with pytest.raises(CheckpointError, match=r"^here: dense_size\.?.*num_params: .*make it anew\.$"):
+        Summary.from_json(text.replace('"num_params"', '"count"', 1), "here")
+
+
+def test_what_bench_and_evaluate_measured_is_told(copy, checkpoints):
+    assert "secateur bench DIR --against" in page_of(copy) and "secateur evaluate DIR --against" in page_of(copy)
+    assert (
+        run_cli(
+            "bench", copy, "--against", checkpoints["llama"], "--prompt-tokens", 16, "--new-tokens", 4, "--quiet"
+        ).status
+        == 0
+    )
+    assert run_cli("evaluate", copy, "--against", checkpoints["llama"], "--quiet").status == 0
+    evaluation = json.loads((copy / "evaluation.json").read_text(encoding="utf-8"))
+    for which, right in (("dense", 0.5), ("pruned", 0.25)):  # in the shape of lm-evaluation-harness
+        scores = {"alias": "copa", "acc,none": right, "acc_stderr,none": 0.05, "f1,none": 0.3, "f1_stderr,none": "N/A"}
+        evaluation[which]["tasks"] = {"results": {"copa": scores}, "sources": {}, "lm_eval_version": "0"}
+    (copy / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
+    write_report(copy)
+    html, bench = page_of(copy), json.loads((copy / "bench.json").read_text(encoding="utf-8"))
+    page = PageChecks(html)
+    assert page.problems == [] and page.texts["tasks-plot-title"] == "Scores by task"
+    assert "copa, acc</th><td>0.500 ± 0.050</td><td>0.250 ± 0.050</td>" in html
+    assert "copa, f1</th><td>0.300</td><td>0.300</td>" in html
+    assert f"<td>{bench['decode']['ideal']:.2f}x</td>" in html
+    kl = evaluation["kl"][HOSTILE]
+    assert f"<td>{kl['mean']:.3f} ± {kl['standard_error']:.3f}</td>" in html
+    assert "secateur bench DIR --against" not in html and "secateur evaluate DIR" not in html
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (
+            lambda d: (d / "result.json").unlink(),
+            r"result\.json cannot be read .*; give a directory",
+        ),
+        (lambda d: (d / "run.jsonl").unlink(), r"run\.jsonl cannot be read"),
+        (lambda d: (d / "result.json").write_text("{"), r"result\.json: .*make it anew"),
+        (lambda d: (d / "run.jsonl").write_text('{"event": "group"}\n'), r"run\.jsonl: round: field required; .*"),
+        (
+            lambda d: (d / "recipe.yaml").write_text("remov: 1"),
+            r"recipe .*unknown key 'remov'; did you mean 'remove'",
+        ),
+        (lambda d: (d / "bench.json").write_text("[]"), r"bench\.json: .*make it anew"),
+        (lambda d: shutil.rmtree(d), r"result\.json cannot be read \(No such file or directory\)"),
+    ],
+)
+def test_a_damaged_result_is_one_sentence(copy, damage, sentence):
+    before = page_of(copy)
+    damage(copy)
+    outcome = run_cli("report", copy)
+    assert outcome.status == 2 and outcome.stdout == ""
+    assert re.fullmatch(rf"secateur: [^\n]*{sentence}[^\n]*\n", outcome.stderr)
+    assert not copy.exists() or page_of(copy) == before
+
+
+def test_several_results_are_refused(copy, tmp_path):
+    (copy / "report.html").unlink()
+    outcome = run_cli("report", copy, copy)
+    assert outcome.status == 2 and outcome.stdout == "" and outcome.stderr.count("\n") == 1
+    assert "takes one DIR, got 2" in outcome.stderr and "secateur compare" in outcome.stderr
+    assert not (copy / "report.html").exists()
+
+
+def test_without_matplotlib_prune_says_that_there_is_no_report(checkpoints, recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = prune(checkpoints["llama"], {**recipe, "evaluate": False}, out=tmp_path / "out")
+    (note,) = [warning for warning in done.summary.warnings if "report" in warning]
+    assert "pip install 'secateur[report]'" in note and note in (tmp_path / "out" / "README.md").read_text()
+    assert not (tmp_path / "out" / "report.html").exists()
+    outcome = run_cli("report", tmp_path / "out")
+    assert outcome.status == 2 and "matplotlib" in outcome.stderr
+    monkeypatch.undo()
+    write_report(tmp_path / "out")
+    page = PageChecks(page_of(tmp_path / "out"))
+    assert page.problems == [] and note in page_of(tmp_path / "out").replace("&#39;", "'")
+    assert "Not measured: the recipe says evaluate: false." in page_of(tmp_path / "out")
+
+
+def test_plots_bear_extreme_numbers():
+    text = Text("x", "t", "d")
+    zeros = {"ffn": {0: (0.0,) * 5, 1: (0.0, 0.0, 1e-30, 1.0, 1e30)}}
+    assert "<svg" in spread_plot(text, zeros, "score")
+    assert "<svg" in dot_plot(text, ["a"], [Series("s", "pruned", [1e9], [(0.0, 1e9)])], "x")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_browser_loads_the_page_and_asks_nobody_for_anything(result, tmp_path):
+    loaded = load(result / "report.html", tmp_path)
+    assert loaded.document.count("<svg") == 5 and loaded.console == [] and loaded.requests == set()
+    bad = '<img src="https://example.invalid/x.png"><script>throw new Error("boom")</script>'
+    (tmp_path / "bad.html").write_text(bad, encoding="utf-8")
+    loaded = load(tmp_path / "bad.html", tmp_path)
+    assert loaded.requests == {"https://example.invalid/x.png"} and "boom" in loaded.console[0], "both would be seen"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_the_page_never_scrolls_sideways(result, tmp_path):
+    widths = (320, 360, 1280)
+    frames = [
+        f'<iframe src="{(result / "report.html").as_uri()}" style="border: 0; width: {width}px; height: 800px" '
+        f'onload="document.body.dataset.width{width} = this.contentDocument.documentElement.scrollWidth"></iframe>'
+        for width in widths
+    ]
+    (tmp_path / "frames.html").write_text("\n".join(frames), encoding="utf-8")
+    document = load(tmp_path / "frames.html", tmp_path).document
+    assert {width: f'data-width{width}="{width}"' in document for width in widths} == dict.fromkeys(widths, True)

@@ -1,0 +1,151 @@
+"""Domain weights: on the simplex within their bounds, towards the domain that a cut would hurt most, and worth it."""
+
+import pytest
+import torch
+
+from secateur.methods.compensate import least_squares
+from secateur.model.bind import bind
+from secateur.stream.measure import FLOOR, _at_least, measure, minimax_weights, removal_damage
+from secateur.stream.statistics import Statistics, damped_gram, inverse_of, keep_highest, pool, removal_errors
+from secateur.stream.walk import Walk, make_batches
+from tests.models import tiny_ids, tiny_llama
+
+NUM_COLUMNS, NUM_KEEP, DAMPING = 24, 15, 1e-3
+COLUMNS = torch.arange(NUM_COLUMNS)[:, None]
+PAIRS = torch.arange(NUM_COLUMNS).view(2, -1).T  # unit i owns columns i and i + half
+READER = torch.randn(10, NUM_COLUMNS, generator=torch.Generator().manual_seed(1))
+
+
+def inputs(seed: int, rank: int = NUM_COLUMNS, scale: float = 1.0) -> torch.Tensor:
+    """Return reader inputs of (nearly) some rank: the lower, the less a refitted cut costs."""
+    generator = torch.Generator().manual_seed(seed)
+    x_TF = torch.randn(300, rank, generator=generator) @ torch.randn(rank, NUM_COLUMNS, generator=generator)
+    return scale * (x_TF + 0.3 * torch.randn(300, NUM_COLUMNS, generator=generator))
+
+
+def statistics(x_TF: torch.Tensor) -> Statistics:
+    found = Statistics.empty(NUM_COLUMNS, torch.device("cpu"), gram=True)
+    found.update(x_TF, x_TF @ READER.T)
+    return found
+
+
+def domains(*ranks: int) -> dict[str, Statistics]:
+    """Return domains that differ in loudness too, which must not matter."""
+    return {f"d{i}": statistics(inputs(i, rank, scale=10.0**i)) for i, rank in enumerate(ranks)}
+
+
+def equal(by_domain: dict[str, Statistics]) -> dict[str, float]:
+    return dict.fromkeys(by_domain, 1 / len(by_domain))
+
+
+def weigh(by_domain: dict[str, Statistics], **shares: float) -> tuple[Statistics, dict[str, float]]:
+    weights = minimax_weights(by_domain, shares or equal(by_domain), READER, COLUMNS, NUM_KEEP, DAMPING)
+    return pool(by_domain, weights), weights
+
+
+def damage(by_domain: dict[str, Statistics], weights: dict[str, float]) -> torch.Tensor:
+    gram = pool(by_domain, weights).gram
+    assert gram is not None
+    return removal_damage(by_domain, gram, READER, COLUMNS, NUM_KEEP, DAMPING)
+
+
+@pytest.mark.parametrize("ranks", [(24,), (3, 24), (3, 5, 24), (2, 3, 4, 20, 24)])
+def test_weights_sum_to_one_within_their_bounds(ranks: tuple[int, ...]) -> None:
+    _, weights = weigh(domains(*ranks))
+    assert sum(weights.values()) == pytest.approx(1, abs=1e-12)
+    assert all(FLOOR / len(ranks) <= weight <= 1 for weight in weights.values())
+
+
+def test_minimax_raises_the_worst_domain_and_lowers_its_error() -> None:
+    by_domain = domains(3, 4, 24)
+    before = damage(by_domain, equal(by_domain))
+    assert before.argmax() == 2 and before[2] > 2 * before[:2].max()
+    pooled, weights = weigh(by_domain)
+    assert weights["d2"] > 0.5 > 1 / 3 > max(weights["d0"], weights["d1"])
+    after = damage(by_domain, weights)
+    assert after.max() < 0.9 * before.max()
+    assert pooled.gram is not None
+    expected = sum(weights[name] / float(each.energy) * each.gram.full() for name, each in by_domain.items())
+    torch.testing.assert_close(pooled.gram.full(), expected)
+
+
+def test_equal_domains_get_equal_weights() -> None:
+    x_TF = inputs(0)
+    _, weights = weigh({name: statistics(x_TF) for name in "abc"})
+    assert list(weights.values()) == pytest.approx([1 / 3] * 3, abs=1e-9)
+
+
+def test_shares_are_where_it_begins() -> None:
+    x_TF = inputs(0)
+    _, weights = weigh({name: statistics(x_TF) for name in "ab"}, a=0.7, b=0.3)
+    assert weights == pytest.approx({"a": 0.7, "b": 0.3}, abs=1e-9)
+
+
+def test_the_same_again_and_the_domains_untouched() -> None:
+    by_domain = domains(3, 5, 24)
+    grams = {name: each.gram.full() for name, each in by_domain.items()}
+    first, again = weigh(by_domain), weigh(by_domain)
+    assert first[1] == again[1] and torch.equal(first[0].gram.full(), again[0].gram.full())
+    assert all(torch.equal(each.gram.full(), grams[name]) for name, each in by_domain.items())
+
+
+def test_a_silent_domain_has_no_error_and_no_say() -> None:
+    by_domain = domains(5, 24) | {"silent": statistics(torch.zeros(300, NUM_COLUMNS))}
+    pooled, weights = weigh(by_domain)
+    assert weights["silent"] < min(weights["d1"], 1 / 3) and sum(weights.values()) == pytest.approx(1)
+    assert damage(by_domain, weights)[2] == 0 and torch.isfinite(pooled.gram.full()).all()
+
+
+def test_nothing_but_silence_keeps_the_shares() -> None:
+    _, weights = weigh({name: statistics(torch.zeros(30, NUM_COLUMNS)) for name in "ab"}, a=0.6, b=0.4)
+    assert weights == pytest.approx({"a": 0.6, "b": 0.4})
+
+
+@pytest.mark.parametrize("columns_UW", [COLUMNS, PAIRS], ids=["narrow", "wide"])
+def test_damage_is_the_error_of_the_refitted_cut(columns_UW: torch.Tensor) -> None:
+    x_TF = {"a": inputs(0, 12), "b": inputs(1, 20)}
+    by_domain = {name: statistics(each) for name, each in x_TF.items()}
+    gram = pool(by_domain, equal(by_domain)).gram
+    assert gram is not None
+    num_keep = len(columns_UW) // 2
+    scores = removal_errors(READER, inverse_of(damped_gram(gram, DAMPING)), columns_UW)
+    keep = columns_UW[keep_highest(scores, num_keep)].flatten().sort().values
+    refitted = least_squares(READER, gram, keep, DAMPING).weight_HS
+    expected = [
+        float((x @ READER.T - x[:, keep] @ refitted.T).square().sum() / (x @ READER.T).square().sum())
+        for x in x_TF.values()
+    ]
+    found = removal_damage(by_domain, gram, READER, columns_UW, num_keep, DAMPING)
+    assert found.tolist() == pytest.approx(expected, rel=1e-3)
+
+
+def test_weights_inside_the_bounds_keep_their_ratios() -> None:
+    found = _at_least(torch.tensor([1e-9, 2.0, 3.0, 5.0], dtype=torch.float64), 0.1)
+    assert found.tolist() == pytest.approx([0.1, 0.18, 0.27, 0.45])
+    assert float(found.sum()) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("weighting", ["tokens", "energy", "minimax"])
+def test_measure_keeps_domains_only_for_weightings_that_look_at_them(weighting: str) -> None:
+    model = tiny_llama()
+    arch = bind(model)
+    batches = [
+        batch
+        for seed, name in enumerate("abc")
+        for held_out in (False, True)
+        for batch in make_batches(name, tiny_ids(batch=4, seed=10 * seed + held_out), held_out=held_out)
+    ]
+    walk, shares = Walk(model, arch, batches), {"a": 0.5, "b": 0.3, "c": 0.2}
+    [group] = [group for group in arch.groups if (group.layer, group.name) == (0, "ffn")]
+    found = measure(walk, group, weighting, shares, gram=True)
+    if weighting != "minimax":
+        assert found.by_domain == {}
+        return
+    assert list(found.by_domain) == list("abc")
+    assert {name: float(each.energy) for name, each in found.by_domain.items()} == found.energy
+    by_energy = measure(walk, group, "energy", shares, gram=True).pooled
+    for pooled in (found.pooled, pool(found.by_domain, shares)):
+        torch.testing.assert_close(pooled.gram.full(), by_energy.gram.full(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(pooled.sum_F, by_energy.sum_F, rtol=1e-6, atol=1e-6)
+    # A score of moments alone does without a Gram matrix; this weighting does not.
+    assert measure(walk, group, weighting, shares, gram=False).by_domain["a"].gram is not None
