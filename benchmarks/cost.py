@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recipes import grouped
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur
@@ -34,7 +35,7 @@ from secateur.pruning.loop import prune_in_place
 from secateur.pruning.open import open_model
 from secateur.pruning.resolve import Resolved, checked, resolve
 from secateur.pruning.run import Run
-from secateur.recipe import parse_recipe
+from secateur.recipe_file import parse_recipe
 from secateur.stream.device import release_freed
 from secateur.stream.walk import make_batches
 
@@ -90,7 +91,7 @@ def warm_up(tokenizer: Any) -> None:
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         settings = {"remove": 0.0005, "align": 8, "calibration": {"num_tokens": 6144}}
-        secateur.prune(folder, settings, out=Path(folder) / "out")
+        secateur.prune(folder, grouped(settings), out=Path(folder) / "out")
 
 
 def measure_memory(directory: Path, settings: dict[str, Any]) -> dict[str, int]:
@@ -110,7 +111,7 @@ def measure_memory(directory: Path, settings: dict[str, Any]) -> dict[str, int]:
     thread.start()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            secateur.prune(directory, settings, out=Path(folder) / "out")
+            secateur.prune(directory, grouped(settings), out=Path(folder) / "out")
     finally:
         stop.set()  # or an error would wait for the thread forever
         thread.join()
@@ -136,8 +137,8 @@ def main() -> None:
         model, tokenizer = load_model(opened), load_tokenizer(opened)
         save_checkpoint(model, tokenizer, directory, max_shard_size="5GB", carry_from=None)
         size = Size.of(model)
-        dense = open_model(directory, parse_recipe(settings))
-        recipes = {name: parse_recipe(settings | ROWS[name]) for name in options.rows}
+        dense = open_model(directory, parse_recipe(grouped(settings)))
+        recipes = {name: parse_recipe(grouped(settings | ROWS[name])) for name in options.rows}
         resolved = {name: resolve(checked(dense.asking(recipe))) for name, recipe in recipes.items()}
         recipe = resolved[options.rows[0]].recipe
         calibration = build_calibration(recipe.calibration, options.num_tokens, tokenizer, recipe.seed)

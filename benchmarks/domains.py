@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from cost import measure_memory, round_seconds
+from recipes import grouped
 
 from secateur.data.calibration import build_calibration
 from secateur.formats.save import save_checkpoint
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.pruning.open import open_model, tokenizer_of
 from secateur.pruning.resolve import checked, resolve
-from secateur.recipe import INSTALLED_DOMAINS, parse_recipe
+from secateur.recipe import INSTALLED_DOMAINS
+from secateur.recipe_file import parse_recipe
 
 LENGTH = 512
 EIGHT = {name: {"installed": name} for name in INSTALLED_DOMAINS} | {"more code": {"installed": "code"}}
@@ -41,7 +43,7 @@ def settings_of(domains: dict[str, Any], options: argparse.Namespace) -> dict[st
 
 def seconds_of(directory: Path, settings: dict[str, Any]) -> float:
     """Return the seconds of the pruning, text and model at hand."""
-    opened = checked(open_model(directory, parse_recipe(settings)))
+    opened = checked(open_model(directory, parse_recipe(grouped(settings))))
     resolved, tokenizer = resolve(opened), tokenizer_of(opened)
     recipe = resolved.recipe
     calibration = build_calibration(recipe.calibration, resolved.num_tokens, tokenizer, recipe.seed)

@@ -18,6 +18,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from recipes import grouped
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from secateur.methods.experts import prune_experts
@@ -27,7 +28,7 @@ from secateur.model.checkpoint import load
 from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import method_of
 from secateur.pruning.resolve import DEFAULT_TARGET_MIX
-from secateur.recipe import parse_recipe
+from secateur.recipe_file import parse_recipe
 from secateur.stream.losses import domain_losses
 from secateur.stream.walk import Walk, make_batches
 
@@ -81,7 +82,9 @@ def pruned_loss(model, calibration, evaluation, name: str, remove: float, seed: 
     model = copy.deepcopy(model)
     score, weighting = SCORES[name]
     compensate, mix = ("least_squares", DEFAULT_TARGET_MIX) if refit else ("none", 0.0)
-    recipe = parse_recipe({"score": score, "domain_weighting": weighting, "compensate": compensate, "target_mix": mix})
+    recipe = parse_recipe(
+        grouped({"score": score, "domain_weighting": weighting, "compensate": compensate, "target_mix": mix})
+    )
     arch, shares = bind(model), {domain: 1 / len(calibration) for domain in calibration}
     generator = torch.Generator().manual_seed(seed)
     batches = []

@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 from make_shape import SHAPES, write_shape
+from recipes import grouped
 
 from secateur.pruning.cost import measured_rates, work_of
 from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
 from secateur.ranks import device_called
-from secateur.recipe import parse_recipe
+from secateur.recipe_file import parse_recipe
 
 MARK_SECONDS = 90.0
 # Rows of the products that are timed: enough to fill a large GPU.
@@ -67,7 +68,7 @@ def run(dense: Path, folder: Path, device: torch.device, options: argparse.Names
         },
     }
     (folder / "recipe.json").write_text(json.dumps(asked), encoding="utf-8")
-    opened = checked(open_model(dense, parse_recipe(asked), weights=False))
+    opened = checked(open_model(dense, parse_recipe(grouped(asked)), weights=False))
     model = opened.model
     num_bytes = opened.size.num_bytes
     work = dataclasses.asdict(work_of(opened, resolve(opened)))

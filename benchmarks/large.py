@@ -23,9 +23,10 @@ from pathlib import Path
 
 from cost import resident
 from make_shape import SHAPES, write_shape
+from recipes import grouped
 
 from secateur.evaluation.inspect import inspect
-from secateur.recipe import parse_recipe
+from secateur.recipe_file import parse_recipe
 
 SAMPLE_SECONDS = 0.02
 PREDICTION_MARK = 0.1
@@ -95,7 +96,7 @@ def main() -> None:
             "calibration": {"num_tokens": options.num_tokens, "sequence_length": 64},
         }
         recipe.write_text(json.dumps(asked), encoding="utf-8")
-        found = inspect(dense, parse_recipe(asked))
+        found = inspect(dense, parse_recipe(grouped(asked)))
         imports = "import secateur, secateur.cli, secateur.verify, time; time.sleep(2)"
         before, _ = sampled([sys.executable, "-c", imports])
         peak, seconds = sampled(

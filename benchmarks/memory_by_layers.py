@@ -18,11 +18,12 @@ from typing import Any
 
 from cost import measure_memory
 from make_shape import SHAPES, write_shape
+from recipes import grouped
 
 from secateur.evaluation.inspect import inspect
 from secateur.facts import Size
 from secateur.model.checkpoint import meta_model, open_checkpoint
-from secateur.recipe import parse_recipe
+from secateur.recipe_file import parse_recipe
 
 SHARE_OF_FFN = 0.2
 
@@ -47,7 +48,7 @@ def smallest_budget(directory: Path, asked: dict[str, Any]) -> str:
     for exponent in range(20, 50):
         budget = f"{2**exponent / 1e6:.3f}MB"
         try:
-            if inspect(directory, parse_recipe({**asked, "memory_budget": budget})).weights_on_disk:
+            if inspect(directory, parse_recipe(grouped({**asked, "memory_budget": budget}))).weights_on_disk:
                 return budget
         except ValueError:
             continue

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipes import grouped
 from transformers import AutoTokenizer
 
 from secateur.data.calibration import CalibrationSet, build_calibration
@@ -30,7 +31,8 @@ from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.run import Run
-from secateur.recipe import Calibration, Domain, parse_recipe
+from secateur.recipe import Calibration, Domain
+from secateur.recipe_file import parse_recipe
 from secateur.stream.losses import domain_losses
 
 DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -105,7 +107,7 @@ def run_row(
         recipe = {"remove": remove, "align": 1, "seed": seed, **settings}
         num_tokens = size.num_blocks * len(HYBRID) * LENGTH
         recipe["calibration"] = {"num_tokens": num_tokens, "sequence_length": LENGTH}
-        resolved = resolve(checked(open_model(model, parse_recipe(recipe), tokenizer)))
+        resolved = resolve(checked(open_model(model, parse_recipe(grouped(recipe)), tokenizer)))
         calibration = draw(domains, 0, size.num_blocks, tokenizer, seed)
         start = time.perf_counter()
         run = remove_depth(Run(model=model, arch=arch, resolved=resolved, text=calibration))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quality import FILES, HYBRID, LENGTH, draw
+from recipes import grouped
 
 from secateur.api import prune
 from secateur.model.bind import bind
@@ -48,7 +49,7 @@ def pruned_at(remove: float, model: str, place: Path) -> Path:
     out = place / f"pruned-{remove:g}"
     if not out.exists():
         calibration = {"domains": domains(), "num_tokens": CALIBRATION_TOKENS, "sequence_length": LENGTH}
-        prune(model, {"remove": remove, "calibration": calibration}, out=out)
+        prune(model, grouped({"remove": remove, "calibration": calibration}), out=out)
     return out
 
 

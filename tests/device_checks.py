@@ -13,6 +13,7 @@ import pretend_device
 import pytest
 import torch
 from models import tiny_llama
+from recipes import grouped
 from run_cli import run_cli
 from safetensors.torch import load_file
 from tiny_tokenizer import tiny_tokenizer
@@ -76,9 +77,9 @@ def test_a_device_gives_what_the_cpu_gives(name, by_layers, checkpoints, recipe,
     asked = {**recipe, **RECIPES[name]}
     if name not in made_by_cpu:
         on_cpu = {key: value for key, value in asked.items() if key != "memory_budget"}
-        made_by_cpu[name] = secateur.prune(checkpoints["llama"], {**on_cpu, "device": "cpu"})
+        made_by_cpu[name] = secateur.prune(checkpoints["llama"], grouped({**on_cpu, "device": "cpu"}))
     expected = made_by_cpu[name]
-    found = secateur.prune(checkpoints["llama"], {**asked, "device": "pretend"})
+    found = secateur.prune(checkpoints["llama"], grouped({**asked, "device": "pretend"}))
     for key, keep in expected.keeps.items():
         assert torch.equal(found.keeps[key], keep)
     theirs = expected.model.state_dict()
@@ -94,10 +95,10 @@ def test_a_device_gives_what_the_cpu_gives(name, by_layers, checkpoints, recipe,
 def test_a_device_without_float64_has_its_solves_done_on_the_cpu(name, checkpoints, recipe, made_by_cpu, monkeypatch):
     asked = {**recipe, **RECIPES[name]}
     if name not in made_by_cpu:
-        made_by_cpu[name] = secateur.prune(checkpoints["llama"], {**asked, "device": "cpu"})
+        made_by_cpu[name] = secateur.prune(checkpoints["llama"], grouped({**asked, "device": "cpu"}))
     expected = made_by_cpu[name]
     monkeypatch.setattr(pretend_device, "LACKING", {torch.float64})
-    found = secateur.prune(checkpoints["llama"], {**asked, "device": "pretend"})
+    found = secateur.prune(checkpoints["llama"], grouped({**asked, "device": "pretend"}))
     assert float64_device(torch.device("pretend:0")) == torch.device("cpu")
     assert all(torch.equal(found.keeps[key], keep) for key, keep in expected.keeps.items())
     theirs = expected.model.state_dict()
@@ -118,7 +119,7 @@ def low(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_bfloat16_is_computed_in_float32_and_stored_as_it_was(low, recipe, tmp_path):
     asked = {**recipe, "compute_dtype": "float32", "rounds": 2, "keep_rounds": True, "target_mix": 0.5}
-    result = secateur.prune(low, asked, out=tmp_path / "out")
+    result = secateur.prune(low, grouped(asked), out=tmp_path / "out")
     assert result.summary.reload_max_abs_difference == 0
     assert any("computed in float32" in note for note in result.summary.warnings)
     assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
@@ -131,23 +132,23 @@ def test_bfloat16_is_computed_in_float32_and_stored_as_it_was(low, recipe, tmp_p
         for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"):
             assert torch.equal(stored[name], dense[name])
         secateur.load(directory)
-    stays = secateur.prune(low, {**recipe, "compute_dtype": "stored"})
+    stays = secateur.prune(low, grouped({**recipe, "compute_dtype": "stored"}))
     assert not any("float32" in note for note in stays.summary.warnings)
 
 
 def test_an_interrupted_run_in_float32_ends_with_the_same_bytes(low, recipe, tmp_path):
     asked = {**recipe, "compute_dtype": "float32", "target_mix": 0.5}
-    secateur.prune(low, asked, out=tmp_path / "whole")
+    secateur.prune(low, grouped(asked), out=tmp_path / "whole")
 
     def stop(stage: str, done: int, total: int) -> None:
         if stage.startswith("prune") and done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        secateur.prune(low, asked, out=tmp_path / "out", progress=stop)
+        secateur.prune(low, grouped(asked), out=tmp_path / "out", progress=stop)
     with pytest.raises(CheckpointError, match="computes in float32 was True and is False"):
-        secateur.prune(low, {**asked, "compute_dtype": "stored"}, out=tmp_path / "out", resume=True)
-    secateur.prune(low, asked, out=tmp_path / "out", resume=True)
+        secateur.prune(low, grouped({**asked, "compute_dtype": "stored"}), out=tmp_path / "out", resume=True)
+    secateur.prune(low, grouped(asked), out=tmp_path / "out", resume=True)
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -174,37 +175,37 @@ def test_layers_take_home_what_was_changed_of_them():
 
 def test_all_of_the_model_or_its_layers_by_the_memory_of_the_device(checkpoints, recipe, monkeypatch):
     asked = {**recipe, "device": "pretend"}
-    whole = secateur.prune(checkpoints["llama"], {**asked, "device_budget": "1GB"})
+    whole = secateur.prune(checkpoints["llama"], grouped({**asked, "device_budget": "1GB"}))
     assert not any("one at a time" in note for note in whole.summary.warnings)
     calibration = {**recipe["calibration"], "num_tokens": 320}
     least = {**asked, "calibration": calibration, "groups": ["kv_heads"], "remove": 0.1}
     monkeypatch.setattr(estimate, "free_bytes", lambda device: 600_000)
-    apart = secateur.prune(checkpoints["llama"], least)
+    apart = secateur.prune(checkpoints["llama"], grouped(least))
     assert any("one at a time" in note for note in apart.summary.warnings)
-    with pytest.raises(RecipeError, match=r"device_budget: 0.00 GB of the device cannot work; .* still needs"):
-        secateur.prune(checkpoints["llama"], {**least, "device_budget": "0.01MB"})
+    with pytest.raises(RecipeError, match=r"machine.device_budget: 0.00 GB of the device cannot work; .* still needs"):
+        secateur.prune(checkpoints["llama"], grouped({**least, "device_budget": "0.01MB"}))
 
 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("device", "gpu", "device: torch finds no 'gpu' here"),
-        ("device", "cuda:99", "device: torch finds no 'cuda:99' here"),
-        ("device", "meta", "device: 'meta' holds no numbers"),
-        ("compute_dtype", "float32", "compute_dtype: float32 does not go with memory_budget"),
+        ("device", "gpu", "machine.device: torch finds no 'gpu' here"),
+        ("device", "cuda:99", "machine.device: torch finds no 'cuda:99' here"),
+        ("device", "meta", "machine.device: 'meta' holds no numbers"),
+        ("compute_dtype", "float32", "machine.compute_dtype: float32 does not go with memory_budget"),
     ],
 )
 def test_what_cannot_be(key, value, said, checkpoints, recipe):
     with pytest.raises(RecipeError, match=said):
-        secateur.prune(checkpoints["llama"], {**recipe, "memory_budget": "1GB", key: value})
+        secateur.prune(checkpoints["llama"], grouped({**recipe, "memory_budget": "1GB", key: value}))
 
 
 def test_a_model_in_memory_stays_where_it_is(recipe):
     model = tiny_llama()
-    with pytest.raises(RecipeError, match="device: is pretend, and the model in memory is on cpu"):
-        secateur.prune(model, {**recipe, "device": "pretend"}, tokenizer=tiny_tokenizer())
-    with pytest.raises(RecipeError, match="device_budget: a model in memory"):
-        secateur.prune(model, {**recipe, "device_budget": "1GB"}, tokenizer=tiny_tokenizer())
+    with pytest.raises(RecipeError, match=r"machine\.device: is pretend, and the model in memory is on cpu"):
+        secateur.prune(model, grouped({**recipe, "device": "pretend"}), tokenizer=tiny_tokenizer())
+    with pytest.raises(RecipeError, match=r"machine\.device_budget: a model in memory"):
+        secateur.prune(model, grouped({**recipe, "device_budget": "1GB"}), tokenizer=tiny_tokenizer())
 
 
 def test_the_command_line_names_the_device(checkpoints, recipe_file, tmp_path):

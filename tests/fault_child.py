@@ -13,6 +13,8 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
+from recipes import grouped
+
 import secateur
 import secateur.pruning.result
 from secateur.formats.save import Verification
@@ -38,7 +40,7 @@ def main() -> None:
         """Return what went wrong, by the class of the exception."""
         FAULTS.fault_arm(str(place).encode(), fail_at, number)
         try:
-            secateur.prune(model, recipe, out=out, resume=resume)
+            secateur.prune(model, grouped(recipe), out=out, resume=resume)
             return ""
         except secateur.SecateurError as error:
             return str(error)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recipes import grouped
 from safetensors.torch import save_file
 
 import secateur
@@ -57,7 +58,7 @@ def main(jobs_file: str, place: str) -> None:
     out.mkdir(exist_ok=True)
     for name, job in jobs.items():
         written = out / name if job["write"] and ranks.size() > 1 else None
-        result = secateur.prune(job["model"], job["recipe"], out=written)
+        result = secateur.prune(job["model"], grouped(job["recipe"]), out=written)
         facts = facts_of(result)
         if ranks.is_first():
             save_file(dict(result.model.state_dict()), out / f"{name}.safetensors")

@@ -10,6 +10,8 @@ import signal
 import sys
 import time
 
+from recipes import grouped
+
 import secateur
 import secateur.pruning.result
 from secateur.formats.save import Verification
@@ -20,7 +22,7 @@ def run(asked: dict[str, object]) -> None:
     """Prune in this process and leave it."""
     status = 1
     try:
-        secateur.prune(asked["model"], asked["recipe"], out=asked["out"], resume=True)
+        secateur.prune(asked["model"], grouped(asked["recipe"]), out=asked["out"], resume=True)
         status = 0
     finally:
         sys.stderr.flush()

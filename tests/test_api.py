@@ -9,12 +9,14 @@ import torch
 import typer
 import yaml
 from models import tiny_ids, tiny_llama
+from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.cli import app
 from secateur.model.checkpoint import check_in_memory, restore_buffers
+from secateur.recipe import parse_recipe
 
 TOKENIZER = tiny_tokenizer()
 
@@ -62,7 +64,7 @@ def test_the_words_of_the_command_line_are_those_of_the_function(verb):
 
 def test_a_model_in_memory_is_pruned_in_place_and_can_be_trained(small):
     model = tiny_llama()
-    result = secateur.prune(model, small, tokenizer=TOKENIZER)
+    result = secateur.prune(model, grouped(small), tokenizer=TOKENIZER)
     assert result.model is model and result.tokenizer is TOKENIZER and result.out is None
     assert model.config.intermediate_size == 64
     assert sum(p.numel() for p in model.parameters()) == result.summary.pruned_size.num_params
@@ -77,7 +79,7 @@ def test_a_model_in_memory_is_pruned_in_place_and_can_be_trained(small):
 
 def test_biases_that_a_run_adds_can_be_trained_too(small):
     model = tiny_llama()
-    secateur.prune(model, {**small, "compensate": "bias", "score": "flap"}, tokenizer=TOKENIZER)
+    secateur.prune(model, grouped({**small, "compensate": "bias", "score": "flap"}), tokenizer=TOKENIZER)
     model(tiny_ids(), labels=tiny_ids()).loss.backward()
     assert model.config.mlp_bias is True
     assert model.model.layers[0].mlp.down_proj.bias.grad is not None
@@ -85,8 +87,8 @@ def test_biases_that_a_run_adds_can_be_trained_too(small):
 
 def test_a_path_and_a_model_in_memory_give_the_same_weights(checkpoints, small):
     model = tiny_llama()
-    secateur.prune(model, small, tokenizer=TOKENIZER)
-    loaded = secateur.prune(str(checkpoints["llama"]), small)
+    secateur.prune(model, grouped(small), tokenizer=TOKENIZER)
+    loaded = secateur.prune(str(checkpoints["llama"]), grouped(small))
     assert loaded.summary.model == str(checkpoints["llama"])
     assert loaded.model.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.model.state_dict().items())
@@ -96,7 +98,7 @@ def test_dropout_is_off_while_measuring_and_on_again_afterwards(small):
     quiet, noisy = tiny_llama(), tiny_llama(attention_dropout=0.5).train()
     noisy.lm_head.eval()
     for model in (quiet, noisy):
-        secateur.prune(model, small, tokenizer=TOKENIZER)
+        secateur.prune(model, grouped(small), tokenizer=TOKENIZER)
     assert all(torch.equal(tensor, quiet.state_dict()[name]) for name, tensor in noisy.state_dict().items())
     assert noisy.training and noisy.model.layers[0].mlp.down_proj.training and not noisy.lm_head.training
 
@@ -105,7 +107,7 @@ def test_rounded_rotary_frequencies_become_those_of_the_checkpoint(checkpoints, 
     model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"]).to(torch.bfloat16)
     exact = tiny_llama().model.rotary_emb.inv_freq
     assert model.model.rotary_emb.inv_freq.dtype == torch.bfloat16
-    result = secateur.prune(model, small, tokenizer=TOKENIZER, out=tmp_path / "out")
+    result = secateur.prune(model, grouped(small), tokenizer=TOKENIZER, out=tmp_path / "out")
     assert torch.equal(model.model.rotary_emb.inv_freq, exact)
     assert result.summary.reload_max_abs_difference == 0
     [note] = [note for note in result.summary.warnings if note.startswith("model.rotary_emb.inv_freq")]
@@ -127,16 +129,16 @@ def test_rotary_frequencies_rounded_and_cast_back_are_found_by_value():
 def test_recipe_in_any_form(kind, small, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({**small, "remove": 0.3}))
-    forms = {"Recipe": secateur.Recipe(**small, remove=0.3), "dict": {**small, "remove": 0.3}, "Path": path}
-    result = secateur.prune(tiny_llama(), forms.get(kind, str(path)), tokenizer=TOKENIZER)
-    assert result.recipe.remove == 0.3
+    forms = {"Recipe": parse_recipe(grouped(dict(**small, remove=0.3))), "dict": {**small, "remove": 0.3}, "Path": path}
+    result = secateur.prune(tiny_llama(), grouped(forms.get(kind, str(path))), tokenizer=TOKENIZER)
+    assert result.recipe.remove.share == 0.3
     assert result.summary.pruned_size.num_params == 100_176 - 3 * 144 * (112 - 40)
 
 
 def test_without_out_nothing_is_written(checkpoints, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(checkpoints["qwen2"].parent.rglob("*"))
-    secateur.prune(checkpoints["qwen2"], small)
+    secateur.prune(checkpoints["qwen2"], grouped(small))
     assert list(tmp_path.iterdir()) == [] and sorted(checkpoints["qwen2"].parent.rglob("*")) == before
 
 
@@ -149,7 +151,7 @@ def test_progress_reports_every_stage_to_its_end(recipe):
         assert last.get(stage, (0, total)) <= (done, total)
         last[stage] = (done, total)
 
-    secateur.prune(tiny_llama(), {**recipe, "rounds": 2}, tokenizer=TOKENIZER, progress=listen)
+    secateur.prune(tiny_llama(), grouped({**recipe, "rounds": 2}), tokenizer=TOKENIZER, progress=listen)
     assert list(last) == [
         "calibration",
         "evaluate dense",

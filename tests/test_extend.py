@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from models import randomised
+from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 from transformers import HeliumConfig, HeliumForCausalLM
 
@@ -26,7 +27,7 @@ from secateur.methods.prices import PRICES
 from secateur.methods.scores import SCORES, ScoreInputs, find_score, scored
 from secateur.model import spec as arch_spec
 from secateur.model.config import quiet_transformers
-from secateur.recipe import SCORE_NAMES, SOURCE_NAMES, Recipe, TargetName, dump_recipe, parse_recipe
+from secateur.recipe import SCORE_NAMES, SOURCE_NAMES, TargetName, parse_recipe
 from secateur.stream.statistics import Statistics
 
 DOCS = Path(__file__).parents[1] / "docs" / "extend.md"
@@ -127,9 +128,9 @@ def test_the_package_of_the_page_prunes_and_exports(site: Path, helium: Path, no
 def test_without_the_package_its_names_are_unknown(helium: Path, tmp_path: Path) -> None:
     assert NO_FAMILY in secateur_from(None, "inspect", helium).stderr
     with pytest.raises(RecipeError, match=r"unknown score 'loudest'; allowed: random, .* give one of these"):
-        parse_recipe({"score": "loudest"})
+        parse_recipe(grouped({"score": "loudest"}))
     with pytest.raises(RecipeError, match=r"unknown key 'calibration\.domains\.notes\.sqlite'"):
-        parse_recipe({"calibration": {"domains": {"notes": {"sqlite": "notes.db"}}}})
+        parse_recipe(grouped({"calibration": {"domains": {"notes": {"sqlite": "notes.db"}}}}))
     with pytest.raises(RecipeError, match="unknown exporter 'npz'; allowed: gguf; give one of these"):
         export.export(helium, tmp_path / "out.npz", format="npz")
 
@@ -156,17 +157,17 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_names_are_checked_without_an_import(installed: Installed) -> None:
     points = {"secateur.scores": {"mine": "absent_module:mine"}, "secateur.sources": {"mail": "absent_module:mail"}}
     installed("absent", {}, points)
-    assert parse_recipe({"score": "mine"}).score == "mine"
-    recipe = parse_recipe({"calibration": {"domains": {"a": {"mail": ["inbox", 3]}}}})
+    assert parse_recipe(grouped({"score": "mine"})).score == "mine"
+    recipe = parse_recipe(grouped({"calibration": {"domains": {"a": {"mail": ["inbox", 3]}}}}))
     assert recipe.calibration.domains["a"].source == ("mail", ["inbox", 3])
-    assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+    assert parse_recipe(grouped(yaml.safe_load(dump_recipe(recipe)))) == recipe
     with pytest.raises(RecipeError, match=r"unknown score 'mino'; allowed: .*, frequency, mine; did you mean 'mine'\?"):
-        parse_recipe({"score": "mino"})
+        parse_recipe(grouped({"score": "mino"}))
     with pytest.raises(RecipeError, match=r"unknown key 'calibration.domains.a.mial'; did you mean 'mail'?"):
-        parse_recipe({"calibration": {"domains": {"a": {"mial": 1}}}})
+        parse_recipe(grouped({"calibration": {"domains": {"a": {"mial": 1}}}}))
     for wrong, got in (({"mail": 1, "files": "a.txt"}, "files and mail"), ({"mail": None}, "none")):
         with pytest.raises(RecipeError, match=f"one of installed, files, dataset, sampled, mail; got {got}"):
-            parse_recipe({"calibration": {"domains": {"a": wrong}}})
+            parse_recipe(grouped({"calibration": {"domains": {"a": wrong}}}))
     with pytest.raises(PluginError, match=r"package absent, score 'mine': cannot be loaded \(ModuleNotFoundError: "):
         find_score("mine")
 
@@ -197,7 +198,9 @@ def test_an_entry_point_that_is_wrong_is_one_sentence(
             arch_spec.find_spec("llama")
         else:
             domain = {"mine": 1} if name == "mine" else {"installed": "code"}
-            calibration = Recipe(calibration={"domains": {"a": domain}, "sequence_length": 32}).calibration  # type: ignore
+            calibration = parse_recipe(
+                grouped(dict(calibration={"domains": {"a": domain}, "sequence_length": 32}))
+            ).calibration  # type: ignore
             build_calibration(calibration, 320, tiny_tokenizer(), 0)
 
 

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from recipes import grouped
 from safetensors.torch import load_file
 from test_resume import Stopped, stopped_after, weights
 
@@ -62,7 +63,7 @@ def quick() -> Iterator[None]:
 def whole(checkpoints, recipe, tmp_path_factory) -> Path:
     """What an uninterrupted run has written."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    secateur.prune(checkpoints["llama"], {**recipe, **RECIPE}, out=out)
+    secateur.prune(checkpoints["llama"], grouped({**recipe, **RECIPE}), out=out)
     return out
 
 
@@ -71,7 +72,7 @@ def interrupted(checkpoints, recipe, tmp_path_factory) -> Path:
     """The store of a run that was stopped in its second round."""
     out = tmp_path_factory.mktemp("interrupted") / "out"
     with pytest.raises(Stopped), stopped_after(NUM_STEPS):
-        secateur.prune(checkpoints["llama"], {**recipe, **RECIPE}, out=out)
+        secateur.prune(checkpoints["llama"], grouped({**recipe, **RECIPE}), out=out)
     names = {file.name for file in place_beside(out).iterdir()}
     assert {*STEPS.values(), *INPUTS.values()} < names and any(name.startswith("round-2") for name in names)
     return place_beside(out)
@@ -81,7 +82,7 @@ def resumed(store: Path, model: Path, recipe: dict[str, Any], place: Path, damag
     """Resume from a copy of the store that was damaged; return what was said, the summary's notes, and the result."""
     out, heard = place / "out", list[str]()
     damage(Path(shutil.copytree(store, place_beside(out))))
-    result = secateur.prune(model, {**recipe, **RECIPE}, out=out, resume=True, tell=heard.append)
+    result = secateur.prune(model, grouped({**recipe, **RECIPE}), out=out, resume=True, tell=heard.append)
     assert [path.name for path in place.iterdir()] == ["out"]
     return [line.removeprefix(f"{out}: ") for line in heard], result.summary.warnings, out
 

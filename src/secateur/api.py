@@ -13,7 +13,8 @@ from secateur.model.checkpoint import CausalLM, Tokenizer, load, open_checkpoint
 from secateur.pruning.prune import prune_run
 from secateur.pruning.result import Result
 from secateur.ranks import is_first, joined, meet
-from secateur.recipe import Recipe, as_recipe
+from secateur.recipe import Recipe
+from secateur.recipe_file import as_recipe
 from secateur.recovery.recover import recover
 from secateur.store import place_beside
 

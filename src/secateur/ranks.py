@@ -368,12 +368,14 @@ def device_called(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise RecipeError(
-            f"device: torch finds no '{name}' here ({reason}); give cpu, cuda, cuda:1, mps, or leave it out."
+            f"machine.device: torch finds no '{name}' here ({reason}); give cpu, cuda, cuda:1, mps, or leave it out."
         ) from None
     if device.type == "meta":
-        raise RecipeError("device: 'meta' holds no numbers; give cpu, cuda, cuda:1, mps, or leave it out.")
+        raise RecipeError("machine.device: 'meta' holds no numbers; give cpu, cuda, cuda:1, mps, or leave it out.")
     if size() > 1 and device.type == "cuda":
         if device.index is not None:
-            raise RecipeError(f"device: '{name}' cannot be that of {size()} ranks; give cuda, and each takes its own.")
+            raise RecipeError(
+                f"machine.device: '{name}' cannot be that of {size()} ranks; give cuda, and each takes its own."
+            )
         return rank_device()
     return device

@@ -1,19 +1,13 @@
-"""The recipe: everything a run does, parsed from YAML, a mapping or command-line options, then frozen.
+"""The recipe: everything that a run does, in groups of keys. All defaults of the product are here.
 
-In: YAML text or a mapping. Out: a `Recipe`. All defaults of the product live here and nowhere else. What depends on
-the model (`align`, `num_tokens`, `sequence_length`) is `None` here and filled in by `resolve`; that copy is saved.
+What depends on the model is `None` here; `pruning.resolve` fills it in, and that copy is saved.
 """
 
-import math
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from secateur.errors import RecipeError, advice, nearest
 from secateur.plugins import SCORE_GROUP, SOURCE_GROUP, plugin_names
 
 TrainName = Literal["layers", "full", "lora"]
@@ -28,32 +22,6 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class LogitSettings(Strict):
-    """The training: the model learns to predict what the dense one predicts.
-
-    kl_share, temperature: s and t of `recover_loss.distillation_loss`. The rest is cross-entropy, which wins back more
-    perplexity, while KL keeps what the text does not show; s = 0 is plain fine-tuning, without a teacher.
-    train: all weights but embedding and head (`layers`), these too (`full`), or low-rank additions that are merged at
-    the end (`lora`; needs secateur[recover]).
-    batch_tokens: tokens of one optimizer step, over all processes. blocks_per_device: blocks of one forward pass.
-    evaluations: how often the held-out text is asked on the way; the weights of the least held-out loss, of the same
-    two parts, stay. patience: after so many without a fall it stops.
-    report_to: as transformers' Trainer has it: tensorboard, trackio, wandb, ...
-    """
-
-    learning_rate: Positive = 1e-4
-    batch_tokens: Count = 512
-    blocks_per_device: Count = 2
-    kl_share: Share = 0.5
-    temperature: Positive = 1.0
-    train: TrainName = "layers"
-    lora_rank: Count = 16
-    gradient_checkpointing: bool = False
-    evaluations: Count = 4
-    patience: Count = 2
-    report_to: tuple[str, ...] = ()
-
-
 class TaskSettings(Strict):
     """What is asked of the dense, the pruned and the recovered model at the end: tasks of lm-evaluation-harness.
 
@@ -66,25 +34,34 @@ class TaskSettings(Strict):
 
 
 class RecoverySettings(Strict):
-    """Recovery: on how many tokens, how it is judged.
+    """Training after the cut, until the model predicts more like the dense one.
 
-    num_tokens: of all domains together. held_out_blocks: per domain, to judge by. domain_weighting: `shares`, or
-    `lost`: each domain's loss counts as its held-out KL before over the mean of all, so that the domains that lost most
-    are made up for most.
+    num_tokens: of all domains together. held_out_blocks: per domain, to judge by.
+    domain_weighting: `shares`, or `lost`: a domain's loss counts as its held-out KL before over the
+    mean of all. batch_tokens: of one optimizer step, over all processes. blocks_per_device: of one
+    forward pass. kl_share, temperature: s and t of `distillation_loss`; s = 0 is plain fine-tuning.
+    train: all weights but embedding and head (`layers`), these too (`full`), or low-rank additions
+    that are merged at the end (`lora`, needs secateur[recover]).
+    evaluations: how often the held-out text is asked; the weights of the least loss stay.
+    patience: after so many without a fall it stops. report_to: as transformers' Trainer has it.
     evaluation: tasks before and after; they change nothing of the training.
     """
 
     num_tokens: Count = 300_000
     held_out_blocks: Count = 4
     domain_weighting: RecoveryWeightingName = "shares"
-    logits: LogitSettings = LogitSettings()
+    learning_rate: Positive = 1e-4
+    batch_tokens: Count = 512
+    blocks_per_device: Count = 2
+    kl_share: Share = 0.5
+    temperature: Positive = 1.0
+    train: TrainName = "layers"
+    lora_rank: Count = 16
+    gradient_checkpointing: bool = False
+    evaluations: Count = 4
+    patience: Count = 2
+    report_to: tuple[str, ...] = ()
     evaluation: TaskSettings = TaskSettings()
-
-
-def recovery_keys(location: list[str]) -> list[str]:
-    """Return the keys that may stand at a place below `recover`."""
-    parts: dict[str, type[Strict]] = {"logits": LogitSettings, "evaluation": TaskSettings}
-    return list((parts[location[0]] if location else RecoverySettings).model_fields)
 
 
 InstalledDomain = Literal["code", "technical", "mathematics", "science", "readme", "legal", "dialogue"]
@@ -98,22 +75,6 @@ ScheduleName = Literal["linear"]
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 DEFAULT_DOMAINS: tuple[InstalledDomain, ...] = ("code", "technical", "mathematics", "science", "readme")
 
-# Keys, or key=value, that were removed, with what to do instead. Keys inside mappings are written with dots.
-GONE: dict[str, str] = {
-    "bench": "run secateur bench OUT --against MODEL after the prune, which times both models in turns",
-    "budget=search": "use curve",
-    "domain_weighting=cvar": "use minimax",
-    "generations": "leave it out; budget curve plans without a search",
-    "hidden_size": "remove FFN channels (groups: [ffn]) or whole layers (depth) instead",
-    "offspring": "leave it out; budget curve plans without a search",
-    "recover.blocks": "leave it out; recovery trains on logits alone, see recover.logits",
-    "recover.blocks_share": "leave it out; recovery trains on logits alone, see recover.logits",
-    "recover.logits.cache": "leave it out; the dense model is asked live",
-    "recover.logits.top_words": "leave it out; the dense model is asked for all words",
-    "recover.stages": "leave it out; recovery trains on logits alone, see recover.logits",
-    "schedule=cubic": "use linear, or list what is gone after each round",
-    "sublayers": "leave it out; depth removes whole layers",
-}
 # The built-in names of `score.SCORES`, which imports torch. Packages add others, see `plugins`.
 SCORE_NAMES = ("random", "magnitude", "wanda", "flap", "obs", "taylor", "paper", "reap", "frequency")
 # Keys of a domain, one of which says where its text comes from. Packages add others.
@@ -204,60 +165,50 @@ class MeasuredPrices(Strict):
     per_unit: dict[str, Positive]
 
 
-class Recipe(Strict):
-    """One pruning run. Higher score = keep.
+class Remove(Strict):
+    """What to remove. `remove: 0.2` is short for `remove: {share: 0.2}`.
 
-    remove: the share that goes of what the dense model has of `target`.
-    target: parameters (all, tied weights once); flops per prompt token; kv_bytes, of cache per token; latency, seconds
-    per decoded token as measured on this machine. prices: those seconds; measured where they are left out.
-    depth: whole layers to remove before any width, those whose absence changes predictions least; part of `remove`.
-    None: as many as spare the widths the worst, see `default_depth`. removed_layers: these, instead of measured ones.
-    budget: how widths are spread over layers. `widths` follows: `per_layer` where they may differ, else `uniform`.
-    protected_layers: stay whole; negative ones count from the end. min_keep: the least share of a group that stays.
-    probe_blocks: blocks per domain on which `curve` measures KL.
-    schedule: the share of `remove` gone after round r of n: r/n (linear); or a list, what is to be gone after each
-    round, rising to `remove`, which also says how many rounds there are.
-    keep_rounds: write a checkpoint after every round but the last, too. max_loss_rise: the share by which the mean
-    held-out loss may rise; the run ends with the last round that held.
-    damping_factors: each group tries the damping times each of these and takes what its held-out text likes best.
-    memory_budget: such as 6GB, beyond interpreter and page cache; weights stay on disk where they would not fit it.
-    device: None is a GPU if torch finds one. device_budget: such as 20GB of its memory; layers come one at a time
-    where all would not fit. compute_dtype: None is float32 on CPUs that multiply bfloat16 in software.
-    recover: training after the cut. target_mix: how much of the drift (dense minus pruned stream) an MLP makes up for.
+    share: what goes of all that the dense model has of `target`.
+    target: parameters (all, tied weights once); flops per prompt token; kv_bytes, of cache per
+    token; latency, seconds per decoded token on this machine. prices: those seconds, as measured.
+    groups: the kinds of units that go.
+    depth: whole layers that go first, those whose absence changes predictions least; part of
+    `share`. None: as many as spare the widths the worst. layers: these layers, by number.
+    protected_layers: stay whole. Negative numbers of layers count from the end.
+    min_keep: the least share of a group that stays. align: widths are multiples of it.
     """
 
-    remove: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
+    share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
     target: TargetName = "parameters"
     prices: MeasuredPrices | None = None
-    depth: Annotated[int, Field(ge=0)] | None = None
-    removed_layers: tuple[int, ...] = ()
     groups: Annotated[tuple[str, ...], Field(min_length=1)] = ("ffn",)
-    budget: BudgetName = "uniform"
-    widths: WidthsName | None = None
+    depth: Annotated[int, Field(ge=0)] | None = None
+    layers: tuple[int, ...] = ()
     protected_layers: tuple[int, ...] = ()
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    probe_blocks: Annotated[int, Field(ge=1)] = 1
-    align: Annotated[int, Field(ge=1)] | None = None
+    align: Count | None = None
+
+
+class Choose(Strict):
+    """How to choose the units that go. Higher score = keep.
+
+    budget: how many units each layer keeps. widths: `per_layer` where layers may differ.
+    probe_blocks: blocks per domain on which budget `curve` measures KL.
+    rounds: steps to the share, measuring anew in each. schedule: `linear`, or a list of what is
+    gone after each round, rising to the share; it also says how many rounds there are.
+    max_loss_rise: the share by which the mean held-out loss may rise; the last round that held
+    is the result.
+    """
+
     score: str = "obs"
-    obs_batch: Annotated[int, Field(ge=1)] | None = None
-    compensate: CompensateName = "least_squares"
-    damping: Positive = 1e-3
-    damping_factors: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
-    target_mix: Annotated[float, Field(ge=0, le=1)] | None = None
+    obs_batch: Count | None = None
+    budget: BudgetName = "uniform"
+    widths: WidthsName | None = None
+    probe_blocks: Count = 1
     domain_weighting: WeightingName = "energy"
-    rounds: Annotated[int, Field(ge=1)] = 1
+    rounds: Count = 1
     schedule: ScheduleName | tuple[Positive, ...] = "linear"
-    keep_rounds: bool = False
     max_loss_rise: Positive | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
-    calibration: Calibration = Calibration()
-    evaluate: bool = True
-    memory_budget: str | None = None
-    device: str | None = None
-    compute_dtype: Literal["stored", "float32"] | None = None
-    device_budget: str | None = None
-    max_shard_size: str = "5GB"
-    recover: RecoverySettings | None = None
 
     @field_validator("score", mode="before")
     @classmethod
@@ -270,118 +221,64 @@ class Recipe(Strict):
         raise PydanticCustomError("literal_error", "unknown score", {"expected": ", ".join(names)})
 
 
-def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
-    """Return the validated recipe. `where` names the source in error messages. `preset` is one of `presets/`.
+class Repair(Strict):
+    """How to repair what stays.
 
-    Raises RecipeError with one sentence: the key, what it got, what is allowed, the nearest known name.
+    damping_factors: each group tries the damping times each of these, and takes what its held-out
+    text likes best. target_mix: the part of the drift (dense minus pruned stream) that an MLP's
+    reader makes up for.
     """
-    if not isinstance(data, dict):
-        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
-    if "preset" in data:
-        data = over_preset(data, where)
-    _check_gone(data, where)
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise RecipeError(f"{where}: {_sentence(error)}") from None
+
+    compensate: CompensateName = "least_squares"
+    damping: Positive = 1e-3
+    damping_factors: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
+    target_mix: Share | None = None
 
 
-def _check_gone(data: dict[str, Any], where: str, above: str = "") -> None:
-    """Raise RecipeError for the first key or value that was removed."""
-    for name, value in data.items():
-        key = f"{above}{name}"
-        if key in GONE:
-            raise RecipeError(f"{where}: {key} is gone; {GONE[key]}.")
-        if (choice := f"{key}={value}") in GONE:
-            raise RecipeError(f"{where}: {key}: {value} is gone; {GONE[choice]}.")
-        if isinstance(value, dict):
-            _check_gone(value, where, f"{key}.")
+class Machine(Strict):
+    """Where a run computes, and in how much memory.
 
-
-def as_recipe(recipe: Recipe | dict[str, Any] | Path | str | None) -> Recipe:
-    """Return the recipe that is one, that a mapping or a YAML file holds, or the defaults. Raises RecipeError."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    if isinstance(recipe, Path | str):
-        return parse_recipe(load_recipe(Path(recipe)), f"recipe {recipe}")
-    return parse_recipe(recipe or {})
-
-
-def over_preset(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the keys of the preset that `data` names, with its own keys over them, mapping by mapping.
-
-    Raises RecipeError if there is no such preset.
+    device: None is a GPU if torch finds one. device_budget: such as 20GB; layers come to the device
+    one at a time where all would not fit. memory_budget: such as 6GB, beyond interpreter and page
+    cache; weights stay on disk where they would not fit.
+    compute_dtype: None is float32 on CPUs that multiply bfloat16 in software.
     """
-    folder = resources.files("secateur") / "presets"
-    names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-    own = dict(data)
-    name = own.pop("preset")
-    if name not in names:
-        hint = nearest(str(name), names)
-        raise RecipeError(f"{where}: unknown preset '{name}'; allowed: {', '.join(names)}; did you mean '{hint}'?")
-    return merged(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")), own)
+
+    device: str | None = None
+    device_budget: str | None = None
+    memory_budget: str | None = None
+    compute_dtype: Literal["stored", "float32"] | None = None
 
 
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with `changes` over it, mapping by mapping."""
-    result = dict(base)
-    for key, value in changes.items():
-        old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
+class Output(Strict):
+    """What is measured and written. keep_rounds: a checkpoint after every round but the last, too."""
+
+    evaluate: bool = True
+    keep_rounds: bool = False
+    max_shard_size: str = "5GB"
 
 
-def load_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe file as a plain mapping, so that command-line options can override keys before validation.
+class Recipe(Strict):
+    """One run: what to remove, how to choose, how to repair, the text, the machine, the output.
 
-    Raises RecipeError if the file is missing, not UTF-8 or not YAML.
+    seed: of the calibration draw. recover: training after the cut.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"recipe {path}: cannot be read ({reason}); give a YAML file in UTF-8.") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise RecipeError(f"recipe {path}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
-    return data
 
+    seed: Annotated[int, Field(ge=0)] = 0
+    remove: Remove = Remove()
+    choose: Choose = Choose()
+    repair: Repair = Repair()
+    calibration: Calibration = Calibration()
+    machine: Machine = Machine()
+    output: Output = Output()
+    recover: RecoverySettings | None = None
 
-def dump_recipe(recipe: Recipe) -> str:
-    """Return the recipe as YAML that `parse_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    def filled(self, **groups: dict[str, Any]) -> "Recipe":
+        """Return the recipe with other values in its groups: `filled(remove={"align": 64})`."""
+        update = {name: getattr(self, name).model_copy(update=values) for name, values in groups.items()}
+        return self.model_copy(update=update)
 
-
-def _sentence(error: ValidationError) -> str:
-    errors = error.errors()
-    # Of a key that takes a name or a list, a list that is wrong is no wrong name.
-    first = next((e for e in errors if e["type"] != "literal_error" or isinstance(e["input"], str)), errors[0])
-    location = [part for part in map(str, first["loc"]) if not part.startswith(("literal[", "tuple["))]
-    key = ".".join(location) or "recipe"
-    kind, got = first["type"], first.get("input")
-    if kind == "extra_forbidden":
-        unknown = f"unknown key '{key}'; did you mean '{nearest(location[-1], _allowed_keys(location[:-1]))}'?"
-        return unknown
-    if kind == "literal_error":
-        allowed = first.get("ctx", {}).get("expected", "")
-        names = allowed.replace("'", "").replace(" or ", ", ").split(", ")
-        return f"unknown {key} '{got}'; allowed: {', '.join(names)}; {advice(str(got), names)}"
-    message = "must be a list" if kind == "tuple_type" else first["msg"].removeprefix("Value error, ")
-    if key == "remove":
-        shown = "NaN" if isinstance(got, float) and math.isnan(got) else got
-        message = "the share of total parameters to remove must be a number above 0 and below 1"
-        return f"remove: {message}, got {shown}."
-    return f"{key}: {message}, got {got!r}."
-
-
-def _allowed_keys(location: list[str]) -> list[str]:
-    if location[:1] == ["calibration"]:
-        if len(location) > 1:
-            return [*Domain.model_fields, *plugin_names(SOURCE_GROUP)]
-        return list(Calibration.model_fields)
-    if location[:1] == ["recover"]:
-        return recovery_keys(location[1:])
-    if location == ["prices"]:
-        return list(MeasuredPrices.model_fields)
-    return ["preset", *Recipe.model_fields]
+    @field_validator("remove", mode="before")
+    @classmethod
+    def _a_number_is_the_share(cls, value: Any) -> Any:
+        return value if isinstance(value, dict | Remove) else {"share": value}

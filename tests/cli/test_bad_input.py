@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from recipes import grouped
 from run_cli import Outcome, run_cli
 from safetensors.torch import load_file, save_file
 
@@ -144,11 +145,14 @@ def test_bad_option(options, expected, prune):
         ({"target": "money"}, "unknown target 'money'; allowed: parameters, flops, kv_bytes, latency; give one of"),
         (
             {"groups": ["fnn"]},
-            "groups: family llama has no group 'fnn'; it has ffn, kv_heads, query_heads; did you mean 'ffn'?",
+            "remove.groups: family llama has no group 'fnn'; it has ffn, kv_heads, query_heads; did you mean 'ffn'?",
         ),
         ({"remove": float("nan")}, "above 0 and below 1, got NaN"),
-        ({"align": 0}, "align: "),
-        ({"max_shard_size": "big"}, "max_shard_size: must be a number and KB, MB, GB or TB, such as 5GB, got 'big'"),
+        ({"align": 0}, "remove.align: "),
+        (
+            {"max_shard_size": "big"},
+            "output.max_shard_size: must be a number and KB, MB, GB or TB, such as 5GB, got 'big'",
+        ),
         ({"calibration": {"sequence_length": 512}}, "calibration.sequence_length: 512 is longer than the model's 256"),
     ],
 )
@@ -164,18 +168,18 @@ def test_an_unknown_server_is_told_which_there_are():
 
 
 def test_an_option_does_not_hide_a_mistake_in_the_recipe(prune, texts):
-    refused(prune("--domain", f"mine={texts['prose']}", calibration=3), "recipe.yaml: calibration: ")
+    refused(prune("--domain", grouped(f"mine={texts['prose']}"), calibration=3), "recipe.yaml: calibration: ")
 
 
 @pytest.mark.parametrize("text", ["- a list", "remove: [", "\tremove: 0.2"])
 def test_a_recipe_that_is_no_mapping(text, prune, tmp_path):
     (tmp_path / "bad.yaml").write_text(text)
-    refused(prune("--recipe", tmp_path / "bad.yaml"), f"recipe {tmp_path / 'bad.yaml'}: ")
+    refused(prune("--recipe", grouped(tmp_path / "bad.yaml")), f"recipe {tmp_path / 'bad.yaml'}: ")
 
 
 def test_bias_compensation_where_the_family_has_no_bias(checkpoints, prune):
     outcome = prune(source=checkpoints["qwen2"], compensate="bias")
-    refused(outcome, "compensate: family qwen2 cannot store a bias in its readers")
+    refused(outcome, "repair.compensate: family qwen2 cannot store a bias in its readers")
 
 
 @pytest.mark.parametrize(
@@ -190,7 +194,7 @@ def test_bias_compensation_where_the_family_has_no_bias(checkpoints, prune):
 def test_bad_calibration_file(content, expected, prune, tmp_path):
     if content is not None:
         (tmp_path / "mine.txt").write_bytes(content)
-    refused(prune("--domain", f"mine={tmp_path / 'mine.txt'}"), expected)
+    refused(prune("--domain", grouped(f"mine={tmp_path / 'mine.txt'}")), expected)
 
 
 def test_out_exists(prune, tmp_path):
@@ -230,7 +234,7 @@ def test_usage_errors(arguments, expected):
 @pytest.mark.parametrize("remove", ["0", "nan", "0.9"])
 def test_inspect_refuses_what_prune_would(remove, model, recipe_file, prune):
     inspected = run_cli("inspect", model, "--recipe", recipe_file, "--remove", remove)
-    assert inspected.status == 2 and inspected.stderr == prune("--remove", remove).stderr
+    assert inspected.status == 2 and inspected.stderr == prune("--remove", grouped(remove)).stderr
 
 
 PRUNE_WITH_FILE_SIZE_LIMITS = """

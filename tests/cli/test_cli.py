@@ -15,6 +15,7 @@ import torch
 import typer.main
 import yaml
 from models import opened, tiny_ids, tiny_llama, tiny_qwen2
+from recipes import grouped
 from run_cli import Outcome, run_cli
 from safetensors.torch import load_file
 from tiny_tokenizer import tiny_tokenizer
@@ -24,7 +25,8 @@ from secateur.cli import app, main
 from secateur.data.calibration import build_calibration
 from secateur.facts import Size
 from secateur.pruning.resolve import resolve
-from secateur.recipe import Recipe, parse_recipe
+from secateur.recipe import Recipe
+from secateur.recipe_file import parse_recipe
 
 NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
 
@@ -130,8 +132,10 @@ def test_keep_json_says_which_channels_stayed(happy):
 
 
 def test_recipe_and_calibration_hash_are_those_of_the_run(happy):
-    resolved = resolved_for(tiny_llama(), parse_recipe(yaml.safe_load((happy.out.parent / "mine.yaml").read_text())))
-    assert parse_recipe(yaml.safe_load((happy.out / "recipe.yaml").read_text())) == resolved
+    resolved = resolved_for(
+        tiny_llama(), parse_recipe(grouped(yaml.safe_load((happy.out.parent / "mine.yaml").read_text())))
+    )
+    assert parse_recipe(grouped(yaml.safe_load((happy.out / "recipe.yaml").read_text()))) == resolved
     assert resolved.calibration.num_tokens is not None
     text = build_calibration(resolved.calibration, resolved.calibration.num_tokens, tiny_tokenizer(), resolved.seed)
     told = happy.json("result.json")["calibration"]
@@ -218,7 +222,7 @@ def test_tied_qwen2_with_few_tokens_says_so(checkpoints, recipe, tmp_path):
     assert run.outcome.status == 0
     shown = " ".join(run.outcome.stdout.split())
     assert "note: calibration.num_tokens: 320 tokens are few for least squares over 112 channels" in shown
-    saved = parse_recipe(yaml.safe_load((run.out / "recipe.yaml").read_text()))
+    saved = parse_recipe(grouped(yaml.safe_load((run.out / "recipe.yaml").read_text())))
     assert saved.damping == pytest.approx(1e-3 * 10 * NUM_UNITS / 320)
     assert resolved_for(tiny_qwen2(tied=True), saved) == saved
     assert "lm_head.weight" not in load_file(run.out / "model.safetensors")
@@ -244,7 +248,7 @@ def test_a_real_process_with_its_options(checkpoints, recipe, texts, tmp_path):
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["command"] == shlex.join(["secateur", *arguments])
     assert list(result["calibration"]["num_tokens"]) == ["mine"]
-    saved = parse_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
+    saved = parse_recipe(grouped(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())))
     assert (saved.seed, saved.remove, file.name) == (7, 0.3, "r.yaml")
 
 

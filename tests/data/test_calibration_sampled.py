@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import grouped
 
 import secateur
 from secateur.data.calibration import BATCH_BLOCKS, CalibrationSet, build_calibration, sample_blocks, with_sampled
@@ -99,7 +100,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
         "calibration": {"num_tokens": 1152, "sequence_length": 32, "domains": domains},
     }
     out = tmp_path / "out"
-    return secateur.prune(tiny_llama(), recipe, tokenizer=TOKENIZER, out=out), out
+    return secateur.prune(tiny_llama(), grouped(recipe), tokenizer=TOKENIZER, out=out), out
 
 
 def test_a_run_measures_and_evaluates_on_sampled_text(pruned: tuple[Any, Path]) -> None:

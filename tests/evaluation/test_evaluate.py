@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes import grouped
 from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import cross_entropy
@@ -33,7 +34,7 @@ ROWS = ["", " = Title = \n", "", *(f" Row number {number} of a short article . \
 def result(checkpoints, recipe, tmp_path_factory) -> Path:
     """A pruned llama; the tests that write into it take a copy."""
     out = tmp_path_factory.mktemp("evaluate") / "pruned"
-    prune(checkpoints["llama"], {**recipe, "remove": 0.2}, out=out)
+    prune(checkpoints["llama"], grouped({**recipe, "remove": 0.2}), out=out)
     return out
 
 

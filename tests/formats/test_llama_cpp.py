@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from recipes import grouped
 
 from secateur.formats.gguf import export
 from secateur.formats.save import have_llama_cpp, open_llama_cpp, save_checkpoint
@@ -99,7 +100,7 @@ def known_keys(row: str) -> set[str]:
 
 @pytest.mark.parametrize(("prune", "name"), PRUNED)
 def test_every_weight_is_in_the_file_once(prune: Callable[[str, Path], Path], name: str, tmp_path: Path) -> None:
-    source = prune(name, tmp_path)
+    source = prune(name, grouped(tmp_path))
     export(source, tmp_path / "model.gguf", check=False)
     model = load_model(open_checkpoint(source))
     arrays = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
@@ -125,7 +126,7 @@ def test_every_weight_is_in_the_file_once(prune: Callable[[str, Path], Path], na
 def test_llama_cpp_gives_the_pruned_models_logits(
     prune: Callable[[str, Path], Path], name: str, tmp_path: Path
 ) -> None:
-    source = prune(name, tmp_path)
+    source = prune(name, grouped(tmp_path))
     export(source, tmp_path / "model.gguf", check=False)
     ids = tiny_ids(batch=1, length=24, vocab_size=310)[0]
     with torch.inference_mode():

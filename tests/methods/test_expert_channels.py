@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from recipes import grouped
 
 import secateur
 from secateur.errors import RecipeError
@@ -14,7 +15,7 @@ from secateur.methods.select import Task
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import original_units
 from secateur.pruning.group_step import method_of
-from secateur.recipe import parse_recipe
+from secateur.recipe_file import parse_recipe
 from secateur.stream.walk import Walk, make_batches
 from tests.families import tiny_family
 from tests.methods.test_experts import expert_output
@@ -63,7 +64,7 @@ def test_all_channels_kept_change_nothing() -> None:
     arch = bind(model)
     group = arch.select(CHANNELS)[0]
     walk = Walk(model, arch, make_batches("a", tiny_ids(), held_out=False))
-    prune_expert_channels(Task(walk, group, group.num_units, method_of(parse_recipe({})), {"a": 1.0}, 0))
+    prune_expert_channels(Task(walk, group, group.num_units, method_of(parse_recipe(grouped({}))), {"a": 1.0}, 0))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -96,7 +97,7 @@ def test_units_are_followed_back_through_rounds() -> None:
 
 def test_taylor_is_refused() -> None:
     model = tiny_family("mixtral")
-    recipe = parse_recipe({"groups": ["expert_ffn"], "score": "taylor"})
+    recipe = parse_recipe(grouped({"groups": ["expert_ffn"], "score": "taylor"}))
     with pytest.raises(RecipeError, match="taylor is of channels and heads, not of experts"):
         opened(model, recipe)
 
@@ -105,7 +106,7 @@ def test_a_run_of_two_rounds_ends_in_an_ordinary_checkpoint(recipe, tmp_path) ->
     model = tiny_family("qwen3_moe", vocab_size=512)
     dense = copy.deepcopy(model.state_dict())
     settings = recipe | {"groups": ["expert_ffn"], "remove": 0.2, "rounds": 2, "compensate": "none"}
-    result = secateur.prune(model, settings, out=tmp_path / "out", tokenizer=tiny_tokenizer())
+    result = secateur.prune(model, grouped(settings), out=tmp_path / "out", tokenizer=tiny_tokenizer())
     assert result.summary.reload_max_abs_difference == 0
     kept = {line["layer"]: line["keep"] for line in json.loads((tmp_path / "out/keep.json").read_text())}
     assert len(kept[0]) == 6 and len({tuple(each) for each in kept[0]}) > 1

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from recipes import grouped
 
 import secateur
 from secateur.errors import RecipeError
@@ -11,7 +12,7 @@ from secateur.methods.experts import _steps, expert_scores, keep_experts, observ
 from secateur.methods.scores import Routing
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import Experts, Stacks
-from secateur.recipe import parse_recipe
+from secateur.recipe_file import parse_recipe
 from secateur.stream.walk import Walk, make_batches
 from tests.families import tiny_family
 from tests.model.test_exactness import prune_tiny, random_calibration
@@ -122,8 +123,10 @@ def test_more_than_the_router_can_spare_is_refused() -> None:
 @pytest.mark.parametrize("group", ["experts", "expert_ffn"])
 def test_minimax_is_refused_since_it_looks_at_one_reader(group: str) -> None:
     model = tiny_family("mixtral")
-    recipe = parse_recipe({"groups": [group], "domain_weighting": "minimax"})
-    with pytest.raises(RecipeError, match=r"domain_weighting: minimax looks at one reader's cut.*use energy or tokens"):
+    recipe = parse_recipe(grouped({"groups": [group], "domain_weighting": "minimax"}))
+    with pytest.raises(
+        RecipeError, match=r"choose.domain_weighting: minimax looks at one reader's cut.*use energy or tokens"
+    ):
         opened(model, recipe)
 
 
@@ -131,14 +134,14 @@ def test_minimax_is_refused_since_it_looks_at_one_reader(group: str) -> None:
 def test_scores_of_experts_are_of_nothing_else(score: str) -> None:
     keeps, _ = prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("experts",), remove=0.3, score=score)
     assert {len(keep) for keep in keeps.values()} == {4}
-    with pytest.raises(RecipeError, match=f"score: {score} is of whole experts, groups has expert_ffn too"):
+    with pytest.raises(RecipeError, match=f"choose.score: {score} is of whole experts, groups has expert_ffn too"):
         prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("expert_ffn",), remove=0.1, score=score)
 
 
 @pytest.mark.parametrize("wrong", [{"budget": "curve"}, {"target": "flops"}])
 def test_what_experts_cannot_do_is_refused(wrong: dict[str, str]) -> None:
     model = tiny_family("mixtral")
-    recipe = parse_recipe({"groups": ["experts"], "remove": 0.2, **wrong})
+    recipe = parse_recipe(grouped({"groups": ["experts"], "remove": 0.2, **wrong}))
     with pytest.raises(RecipeError, match="can only go with budget: uniform and target: parameters"):
         opened(model, recipe)
 
@@ -146,7 +149,7 @@ def test_what_experts_cannot_do_is_refused(wrong: dict[str, str]) -> None:
 def test_a_run_ends_in_an_ordinary_checkpoint(recipe, tmp_path) -> None:
     model = tiny_family("qwen2_moe-mixed", vocab_size=512)
     settings = recipe | {"groups": ["experts", "shared", "ffn"], "remove": 0.25}
-    result = secateur.prune(model, settings, out=tmp_path / "out", tokenizer=tiny_tokenizer())
+    result = secateur.prune(model, grouped(settings), out=tmp_path / "out", tokenizer=tiny_tokenizer())
     assert result.summary.reload_max_abs_difference == 0
     assert "Of whole experts it is the share of the energy" in (tmp_path / "out/report.html").read_text()
     config = json.loads((tmp_path / "out/config.json").read_text())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import opened
+from recipes import grouped
 from transformers import AutoModelForCausalLM
 
 from secateur.data.calibration import CalibrationSet, DomainBlocks
@@ -21,7 +22,7 @@ from secateur.model.group import add_zero_biases, cut, zero_units
 from secateur.pruning.loop import prune_in_place
 from secateur.pruning.resolve import resolve
 from secateur.pruning.run import Run
-from secateur.recipe import parse_recipe
+from secateur.recipe_file import parse_recipe
 from secateur.store import Services
 from secateur.stream.walk import Walk, make_batches
 from tests.models import tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
@@ -62,7 +63,7 @@ def random_calibration(num_domains: int = 2, blocks: int = 8, length: int = 32) 
 
 def prune_tiny(model: Any, calibration: CalibrationSet, **recipe: Any) -> tuple[dict, list[dict[str, Any]]]:
     settings = {"align": 8, "remove": 0.15, "calibration": {"num_tokens": 4096}, **recipe}
-    resolved, log = resolve(opened(model, parse_recipe(settings))), RunLog()
+    resolved, log = resolve(opened(model, parse_recipe(grouped(settings)))), RunLog()
     run = Run(model=model, arch=resolved.arch, resolved=resolved, text=calibration, services=Services(log=log))
     return prune_in_place(run), [line for line in log.lines if line["event"] == "group"]
 
@@ -134,7 +135,7 @@ def test_keep_all_leaves_every_weight_bit_identical(factory: Factory) -> None:
     model = factory()
     before = copy.deepcopy(model.state_dict())
     settings = {"align": 8, "remove": 0.15, "calibration": {"num_tokens": 4096}, "groups": ["kv_heads", "ffn"]}
-    resolved = resolve(opened(model, parse_recipe(settings)))
+    resolved = resolve(opened(model, parse_recipe(grouped(settings))))
     everything = uniform_plan(resolved.groups, resolved.prices, 0.15, 8)
     for group in resolved.groups:
         everything.num_keep[group.layer, group.name] = group.num_units

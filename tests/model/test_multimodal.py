@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from recipes import grouped
 from safetensors.torch import load_file
 
 import secateur
 from secateur.errors import RecipeError
-from secateur.recipe import parse_recipe
+from secateur.recipe_file import parse_recipe
 from tests.families import tiny_family
 from tests.models import opened
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -19,7 +20,7 @@ def test_a_run_on_a_saved_model_leaves_the_rest_untouched(name, recipe, tmp_path
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "model/preprocessor_config.json").write_text("{}")
-    result = secateur.prune(tmp_path / "model", recipe | {"remove": 0.15, "rounds": 2}, out=tmp_path / "out")
+    result = secateur.prune(tmp_path / "model", grouped(recipe | {"remove": 0.15, "rounds": 2}), out=tmp_path / "out")
     assert result.summary.reload_max_abs_difference == 0
     assert (tmp_path / "out/preprocessor_config.json").is_file()
     before, after = (load_file(tmp_path / which / "model.safetensors") for which in ("model", "out"))
@@ -33,6 +34,6 @@ def test_a_run_on_a_saved_model_leaves_the_rest_untouched(name, recipe, tmp_path
 
 def test_layers_of_different_widths_are_refused() -> None:
     model = tiny_family("gemma3_multimodal")
-    recipe = parse_recipe({"remove": 0.1, "budget": "curve"})
+    recipe = parse_recipe(grouped({"remove": 0.1, "budget": "curve"}))
     with pytest.raises(RecipeError, match="language model inside a larger class"):
         opened(model, recipe)

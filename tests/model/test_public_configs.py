@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes import grouped
 from transformers import CONFIG_MAPPING
 
 from secateur.evaluation.inspect import inspect
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.per_layer import record_widths
 from secateur.model.spec import find_spec
-from secateur.recipe import Recipe
+from secateur.recipe import parse_recipe
 from secateur.report.records import Inspection, Serving
 from tests.families import tiny_family
 from tests.model.test_families import cut_units, kept_of
@@ -28,7 +29,7 @@ def inspected(file: Path, directory: Path, **options) -> tuple[Inspection, dict]
     facts = json.loads(file.read_text())
     config = dict(facts["config"])
     CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(directory)
-    return inspect(directory, Recipe(remove=0.1), **options), facts
+    return inspect(directory, parse_recipe(grouped(dict(remove=0.1))), **options), facts
 
 
 def named(name: str) -> Path:
@@ -57,7 +58,7 @@ def test_a_model_with_experts_says_that_they_are_what_is_looked_at(tmp_path: Pat
     assert [group.name for group in found.groups] == ["experts"]
     assert {group.name: group.num_layers for group in found.possible} == {"ffn": 3, "experts": 58}
     assert set(found.impossible) == {"kv_heads", "query_heads", "shared", "expert_ffn"}
-    assert any("groups: this recipe names none" in note for note in found.warnings)
+    assert any("remove.groups: this recipe names none" in note for note in found.warnings)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_what_llama_cpp_runs_once_a_recipe_has_cut(
 ) -> None:
     config = json.loads(named(name).read_text())["config"]
     CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(tmp_path)
-    found = inspect(tmp_path, Recipe(**{"remove": 0.1} | recipe), check_for="llama.cpp").serving
+    found = inspect(tmp_path, parse_recipe(grouped(dict(**{"remove": 0.1} | recipe))), check_for="llama.cpp").serving
     assert isinstance(found, Serving)
     assert not found.problems if problem is None else re.search(problem, found.problems[0])
 
@@ -129,7 +130,7 @@ def test_layers_that_differ_already_are_told_from_what_a_run_would_do(server: st
         cut_units(decoder_layers(model, arch)[1], group, kept_of(group, 0.5))
     record_widths(model, arch)
     model.save_pretrained(tmp_path)
-    found = inspect(tmp_path, Recipe(remove=0.05, align=8), check_for=server).serving
+    found = inspect(tmp_path, parse_recipe(grouped(dict(remove=0.05, align=8))), check_for=server).serving
     assert isinstance(found, Serving)
     differ = [problem.partition(" differs by layer")[0] for problem in found.problems]
     assert differ == (["num_attention_heads", "num_key_value_heads", "intermediate_size"] if server == "vllm" else [])

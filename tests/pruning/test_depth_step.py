@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from models import opened, tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
+from recipes import grouped
 from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -26,7 +27,7 @@ from secateur.pruning import prune as pruning
 from secateur.pruning.loop import _narrow_readers, remove_depth
 from secateur.pruning.resolve import resolve
 from secateur.pruning.run import Run
-from secateur.recipe import parse_recipe
+from secateur.recipe_file import parse_recipe
 from secateur.stream.walk import Walk
 from tests.families import tiny_family
 
@@ -87,13 +88,13 @@ def by_hand(model: Any, kept: list[dict[str, Any]]) -> Any:
 def test_layers_alone_saved_and_reloaded_equal_skipping_them(factory, small, tmp_path):
     model = dense(factory)
     settings = {**small, "depth": 2, "remove": share_of(2), "compensate": "none", "budget": "curve"}
-    result = secateur.prune(copy.deepcopy(model), settings, tokenizer=TOKENIZER, out=tmp_path / "out")
+    result = secateur.prune(copy.deepcopy(model), grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "out")
     for index in (1, 3):
         model.model.layers[index].register_forward_hook(lambda _, inputs, __: inputs[0])
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits_of(reloaded), logits_of(model), atol=1e-6, rtol=0)
     assert torch.equal(logits_of(reloaded), logits_of(result.model))
-    assert result.layers == (0, 2, 4, 5) and result.recipe.widths == "uniform"
+    assert result.layers == (0, 2, 4, 5) and result.recipe.choose.widths == "uniform"
     assert {len(keep) for keep in result.keeps.values()} == {112} and lines_of(tmp_path / "out", "group") == []
     assert num_params(reloaded) == num_params(model) - 2 * num_params(model.model.layers[0])
 
@@ -102,7 +103,7 @@ def test_layers_alone_saved_and_reloaded_equal_skipping_them(factory, small, tmp
 @pytest.mark.parametrize("budget", ["uniform", "curve"])
 def test_layers_and_widths_together_meet_remove_and_keep_json_repeats_them(budget, factory, small, tmp_path):
     settings = {**small, "depth": 2, "remove": 0.4, "budget": budget, "compensate": "none", "protected_layers": [2, -1]}
-    result = secateur.prune(dense(factory), settings, tokenizer=TOKENIZER, out=tmp_path / "out")
+    result = secateur.prune(dense(factory), grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "out")
     before = num_params(dense(factory))
     assert abs(before - num_params(result.model) - 0.4 * before) <= 8 * 144 * (2 if budget == "uniform" else 1)
     # The dense model's layers 2 and 5 are protected: the second and the last of those left.
@@ -116,9 +117,9 @@ def test_layers_and_widths_together_meet_remove_and_keep_json_repeats_them(budge
 def test_compensated_in_rounds_reloads_exactly_and_repeats_to_the_byte(factory, small, tmp_path):
     settings = {**small, "depth": 1, "remove": 0.4, "rounds": 2, "keep_rounds": True, "groups": ["ffn", "kv_heads"]}
     places = [tmp_path / "first", tmp_path / "second"]
-    result = secateur.prune(dense(factory), settings, tokenizer=TOKENIZER, out=places[0])
+    result = secateur.prune(dense(factory), grouped(settings), tokenizer=TOKENIZER, out=places[0])
     # The recipe that was saved is one that makes the same again.
-    secateur.prune(dense(factory), places[0] / "recipe.yaml", tokenizer=TOKENIZER, out=places[1])
+    secateur.prune(dense(factory), grouped(places[0] / "recipe.yaml"), tokenizer=TOKENIZER, out=places[1])
     for name in ("model.safetensors", "keep.json", "rounds/1/keep.json"):
         assert (places[0] / name).read_bytes() == (places[1] / name).read_bytes()
     reloaded = AutoModelForCausalLM.from_pretrained(places[0])
@@ -135,7 +136,7 @@ def test_every_layer_is_logged_with_its_kl_and_patch(factory, small, tmp_path, m
         model.model.layers[0].mlp.down_proj.weight *= 0.01
     monkeypatch.setattr(pruning, "remove_depth", lambda run: runs.append(run) or remove_depth(run))
     settings = {**small, "depth": 3, "remove": share_of(3), "probe_blocks": 2}
-    secateur.prune(copy.deepcopy(model), settings, tokenizer=TOKENIZER, out=tmp_path / "out")
+    secateur.prune(copy.deepcopy(model), grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "out")
     lines = lines_of(tmp_path / "out", "layer")
     assert [line["layer"] for line in lines] == [0, 2, 3]
     assert sorted(line["chosen"] for line in lines) == [1, 2, 3]
@@ -158,19 +159,21 @@ def test_every_layer_is_logged_with_its_kl_and_patch(factory, small, tmp_path, m
 @IN_BOTH
 def test_layers_that_are_named_go_as_if_they_had_been_chosen(factory, small, tmp_path, monkeypatch):
     places = [tmp_path / "chosen", tmp_path / "named"]
-    measured = secateur.prune(dense(factory), {**small, "depth": 2, "remove": 0.4}, tokenizer=TOKENIZER, out=places[0])
+    measured = secateur.prune(
+        dense(factory), grouped({**small, "depth": 2, "remove": 0.4}), tokenizer=TOKENIZER, out=places[0]
+    )
     assert measured.layers == (0, 2, 4, 5)
     monkeypatch.setattr(depth_step, "choose_layers", lambda *_, **__: pytest.fail("nothing is left to choose"))
     asked = {**small, "removed_layers": [-3, 1], "remove": 0.4}
-    named = secateur.prune(dense(factory), asked, tokenizer=TOKENIZER, out=places[1])
-    assert named.layers == measured.layers and named.recipe.depth == 2
+    named = secateur.prune(dense(factory), grouped(asked), tokenizer=TOKENIZER, out=places[1])
+    assert named.layers == measured.layers and named.recipe.remove.depth == 2
     for name in ("model.safetensors", "keep.json"):
         assert (places[0] / name).read_bytes() == (places[1] / name).read_bytes()
     (one, other), chosen = lines_of(places[1], "layer"), lines_of(places[0], "layer")
     assert "kl" not in one and one["error_after"] == chosen[0]["error_after"] and other["layer"] == 3
     page = (places[1] / "report.html").read_text()
     assert "The recipe named those that went." in page and "KL without it" not in page and "layer 3</th><td>" in page
-    again = secateur.prune(dense(factory), places[1] / "recipe.yaml", tokenizer=TOKENIZER)
+    again = secateur.prune(dense(factory), grouped(places[1] / "recipe.yaml"), tokenizer=TOKENIZER)
     assert torch.equal(logits_of(again.model), logits_of(named.model))
 
 
@@ -178,8 +181,8 @@ def test_naming_layers_saves_what_choosing_them_costs(small, tmp_path):
     dense(tiny_llama).save_pretrained(tmp_path / "dense")
     TOKENIZER.save_pretrained(tmp_path / "dense")
     asked = {**small, "remove": 0.4, "protected_layers": [0]}
-    chosen = inspect(tmp_path / "dense", parse_recipe({**asked, "depth": 2, "budget": "curve"}))
-    named = inspect(tmp_path / "dense", parse_recipe({**asked, "removed_layers": [1, 3], "budget": "curve"}))
+    chosen = inspect(tmp_path / "dense", parse_recipe(grouped({**asked, "depth": 2, "budget": "curve"})))
+    named = inspect(tmp_path / "dense", parse_recipe(grouped({**asked, "removed_layers": [1, 3], "budget": "curve"})))
     assert chosen.num_params_after == named.num_params_after
     assert named.memory.layer_choice == 0 < chosen.memory.layer_choice
     assert named.operations.forward < chosen.operations.forward and named.operations.gram < chosen.operations.gram
@@ -194,7 +197,7 @@ def test_layers_are_chosen_in_a_model_as_narrow_as_widths_will_make_it(small, mo
 
     monkeypatch.setattr(depth_step, "choose_layers", spy)
     settings = {**small, "depth": 2, "remove": 0.45, "protected_layers": [0]}
-    result = secateur.prune(copy.deepcopy(model), settings, tokenizer=TOKENIZER)
+    result = secateur.prune(copy.deepcopy(model), grouped(settings), tokenizer=TOKENIZER)
     (readers,) = seen
     assert sorted(readers) == [1, 2, 3, 4, 5]
     width = model.config.intermediate_size
@@ -222,7 +225,7 @@ def test_the_dense_stream_is_that_of_the_model_without_the_layers(small, monkeyp
     monkeypatch.setattr(pruning, "remove_depth", spy_depth)
     monkeypatch.setattr(Walk, "advance_dense", spy_walk)
     settings = {**small, "depth": 1, "remove": 0.35, "rounds": 2, "target_mix": 0.5}
-    secateur.prune(dense(tiny_llama, (1,)), settings, tokenizer=TOKENIZER)
+    secateur.prune(dense(tiny_llama, (1,)), grouped(settings), tokenizer=TOKENIZER)
     ((run, model),) = after
     patched = model.model.layers[0].mlp.down_proj.weight
     assert run.arch.num_layers == 5 and not torch.equal(
@@ -238,16 +241,16 @@ def test_the_dense_stream_is_that_of_the_model_without_the_layers(small, monkeyp
 
 def test_the_safety_net_compares_with_the_dense_model(small, tmp_path):
     alone = {**small, "depth": 2, "remove": share_of(2), "compensate": "none", "evaluate": True}
-    free = secateur.prune(dense(tiny_llama, (1,)), alone, tokenizer=TOKENIZER).summary.losses_by_name()
+    free = secateur.prune(dense(tiny_llama, (1,)), grouped(alone), tokenizer=TOKENIZER).summary.losses_by_name()
     before, after = (sum(loss.nats_per_token for loss in free[which].values()) for which in ("dense", "pruned"))
     rise = after / before - 1
     assert rise > 0.001
     held = {**alone, "max_loss_rise": 1.1 * rise}
-    secateur.prune(dense(tiny_llama, (1,)), held, tokenizer=TOKENIZER, out=tmp_path / "held")
+    secateur.prune(dense(tiny_llama, (1,)), grouped(held), tokenizer=TOKENIZER, out=tmp_path / "held")
     (line,) = lines_of(tmp_path / "held", "round")
     assert line["held"] and sum(line["nats_per_token"].values()) == pytest.approx(after)
-    with pytest.raises(secateur.SecateurError, match="max_loss_rise: round 1 raised the mean held-out loss"):
-        secateur.prune(dense(tiny_llama, (1,)), {**alone, "max_loss_rise": 0.9 * rise}, tokenizer=TOKENIZER)
+    with pytest.raises(secateur.SecateurError, match=r"choose\.max_loss_rise: round 1 raised the mean held-out loss"):
+        secateur.prune(dense(tiny_llama, (1,)), grouped({**alone, "max_loss_rise": 0.9 * rise}), tokenizer=TOKENIZER)
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "and widths"])
@@ -263,7 +266,7 @@ def test_inspect_table_card_and_report_say_what_happens(alone, recipe, tmp_path)
     outcome = run_cli("prune", tmp_path / "dense", tmp_path / "out", *options, "--quiet")
     assert outcome.status == 0, outcome.stderr
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    found = inspect(tmp_path / "dense", parse_recipe(asked))
+    found = inspect(tmp_path / "dense", parse_recipe(grouped(asked)))
     assert (found.num_params_after, found.remove_reached) == (
         result["pruned_size"]["num_params"],
         pytest.approx(result["remove_reached"]),
@@ -279,25 +282,28 @@ def test_inspect_table_card_and_report_say_what_happens(alone, recipe, tmp_path)
 def test_what_cannot_be_removed_is_said_before_anything_runs(small):
     per_layer = num_params(tiny_llama().model.layers[0])
     for changes, message in (
-        ({"depth": -1}, "depth: "),
-        ({"depth": 6}, "depth: 6 of 6 layers cannot be removed; .* ask for 0 to 5"),
-        ({"depth": 3, "protected_layers": [0, 1, -1]}, "depth: 3 of 6 layers .* ask for 0 to 2"),
+        ({"depth": -1}, "remove.depth: "),
+        ({"depth": 6}, "remove.depth: 6 of 6 layers cannot be removed; .* ask for 0 to 5"),
+        ({"depth": 3, "protected_layers": [0, 1, -1]}, "remove.depth: 3 of 6 layers .* ask for 0 to 2"),
         (
             {"depth": 3, "remove": share_of(2)},
             rf"depth: 3 layers of {per_layer:,} parameters each make it .* use depth 2 at most, .* 0\.4",
         ),
-        ({"removed_layers": [1, 6]}, "removed_layers: there is no layer 6; use 0 to 5, or -6 to -1 from the end"),
-        ({"removed_layers": [1, -5]}, r"removed_layers: \[1, -5\] names a layer of 6 twice"),
-        ({"removed_layers": [1, 2], "protected_layers": [-4]}, "removed_layers: layer 2 is in protected_layers too"),
-        ({"removed_layers": [1, 2], "depth": 1}, r"depth: 1 is not the number of removed_layers: \[1, 2\]; .* give 2"),
-        ({"removed_layers": [1], "schedule": [0.3, 0.6]}, "schedule: layers .* remove no layers"),
-        ({"removed_layers": 1}, "removed_layers: must be a list, got 1"),
-        ({"removed_layers": [0, 1, 2, 3, 4, 5]}, "depth: 6 of 6 layers cannot be removed"),
+        ({"removed_layers": [1, 6]}, "remove.layers: there is no layer 6; use 0 to 5, or -6 to -1 from the end"),
+        ({"removed_layers": [1, -5]}, r"remove.layers: \[1, -5\] names a layer of 6 twice"),
+        ({"removed_layers": [1, 2], "protected_layers": [-4]}, "remove.layers: layer 2 is in protected_layers too"),
+        (
+            {"removed_layers": [1, 2], "depth": 1},
+            r"remove.depth: 1 is not the number of removed_layers: \[1, 2\]; .* give 2",
+        ),
+        ({"removed_layers": [1], "schedule": [0.3, 0.6]}, "choose.schedule: layers .* remove no layers"),
+        ({"removed_layers": 1}, "remove.layers: must be a list, got 1"),
+        ({"removed_layers": [0, 1, 2, 3, 4, 5]}, "remove.depth: 6 of 6 layers cannot be removed"),
         ({"depth": 2, "remove": 0.85}, "remove: .* is out of reach"),
         ({"depth": 2, "remove": 0.85, "budget": "curve"}, "remove: .* is out of reach"),
     ):
         with pytest.raises(secateur.SecateurError, match=message):
-            secateur.prune(dense(tiny_llama), {**small, "remove": 0.6, **changes}, tokenizer=TOKENIZER)
+            secateur.prune(dense(tiny_llama), grouped({**small, "remove": 0.6, **changes}), tokenizer=TOKENIZER)
 
 
 def test_layers_go_by_themselves_where_widths_alone_would_be_ruin(small, tmp_path):
@@ -309,7 +315,7 @@ def test_layers_go_by_themselves_where_widths_alone_would_be_ruin(small, tmp_pat
 
     def depth_of(units: float, **changes: Any) -> int:
         asked = {**small, "remove": units * channels / num_params(model), "align": 1, **changes}
-        return resolve(opened(model, parse_recipe(asked))).depth
+        return resolve(opened(model, parse_recipe(grouped(asked)))).depth
 
     # 0.8 of the share of units beyond one half, of six layers.
     assert [depth_of(units) for units in (0.2, 0.5, 0.58, 0.62, 0.85, 0.95)] == [0, 0, 0, 1, 2, 2]
@@ -324,10 +330,10 @@ def test_layers_go_by_themselves_where_widths_alone_would_be_ruin(small, tmp_pat
     ):
         assert depth_of(0.85, **changes) == 0
     asked = {**small, "remove": 0.85 * channels / num_params(model), "align": 1}
-    result = secateur.prune(model, asked, tokenizer=TOKENIZER, out=tmp_path / "out")
-    assert len(result.layers) == 4 and result.recipe.depth == 2
+    result = secateur.prune(model, grouped(asked), tokenizer=TOKENIZER, out=tmp_path / "out")
+    assert len(result.layers) == 4 and result.recipe.remove.depth == 2
     assert result.summary.remove_reached == pytest.approx(asked["remove"], abs=0.01)
-    again = parse_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
+    again = parse_recipe(grouped(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())))
     assert again.depth == 2
 
 
@@ -336,23 +342,25 @@ def test_families_of_every_kind_lose_layers_by_themselves(name, recipe, tmp_path
     model = tiny_family(name)
     channels = sum(group.num_units * group.params_per_unit for group in bind(model).groups if group.name == "ffn")
     asked = {**recipe, "remove": 0.9 * channels / num_params(model), "evaluate": False}
-    result = secateur.prune(model, asked, tokenizer=TOKENIZER, out=tmp_path / "out")
-    assert result.recipe.depth == 1 and len(result.layers) == 2
+    result = secateur.prune(model, grouped(asked), tokenizer=TOKENIZER, out=tmp_path / "out")
+    assert result.recipe.remove.depth == 1 and len(result.layers) == 2
     assert result.summary.reload_max_abs_difference == 0
     assert result.summary.remove_reached == pytest.approx(asked["remove"], abs=0.03)
 
 
 def test_layers_do_not_leave_a_model_of_per_layer_widths(small, tmp_path):
     settings = {**small, "budget": "curve", "remove": 0.1}
-    secateur.prune(dense(tiny_llama), settings, tokenizer=TOKENIZER, out=tmp_path / "out")
-    with pytest.raises(secateur.SecateurError, match="depth: 1 layers cannot be removed from a model of per-layer"):
-        inspect(tmp_path / "out", parse_recipe({**settings, "depth": 1}))
+    secateur.prune(dense(tiny_llama), grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "out")
+    with pytest.raises(
+        secateur.SecateurError, match=r"remove\.depth: 1 layers cannot be removed from a model of per-layer"
+    ):
+        inspect(tmp_path / "out", parse_recipe(grouped({**settings, "depth": 1})))
 
 
 def test_a_family_that_norms_what_an_ffn_gives_loses_layers_without_a_patch(small, tmp_path):
     model = tiny_gemma3(num_layers=4)
     settings = {**small, "depth": 1, "remove": 0.35}
-    result = secateur.prune(model, settings, tokenizer=TOKENIZER, out=tmp_path / "out")
+    result = secateur.prune(model, grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "out")
     (line,) = lines_of(tmp_path / "out", "layer")
     assert "error_after" not in line and len(result.layers) == 3
     torch.testing.assert_close(

@@ -7,18 +7,19 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_llama
+from recipes import grouped
 from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.evaluation.inspect import inspect
 from secateur.model.checkpoint import load_model, open_checkpoint
-from secateur.recipe import parse_recipe
+from secateur.recipe_file import parse_recipe
 
 
 def budget_between(model: Path, recipe: dict[str, Any]) -> str:
     """Return a budget that weights in memory exceed and weights on disk do not."""
-    whole = inspect(model, parse_recipe(recipe)).memory
+    whole = inspect(model, parse_recipe(grouped(recipe))).memory
     return f"{(whole.peak - 1) / 1000:.3f}KB"
 
 
@@ -33,10 +34,10 @@ def budget_between(model: Path, recipe: dict[str, Any]) -> str:
 )
 def test_weights_on_disk_give_the_same_bytes(name, changes, checkpoints, recipe, tmp_path):
     asked = {**recipe, "remove": 0.35, **changes}
-    whole = secateur.prune(checkpoints[name], asked, out=tmp_path / "whole")
+    whole = secateur.prune(checkpoints[name], grouped(asked), out=tmp_path / "whole")
     streamed = {**asked, "memory_budget": budget_between(checkpoints[name], asked)}
-    assert inspect(checkpoints[name], parse_recipe(streamed)).weights_on_disk
-    found = secateur.prune(checkpoints[name], streamed, out=tmp_path / "streamed")
+    assert inspect(checkpoints[name], parse_recipe(grouped(streamed))).weights_on_disk
+    found = secateur.prune(checkpoints[name], grouped(streamed), out=tmp_path / "streamed")
     for file in ("model.safetensors", "config.json", "keep.json"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "streamed" / file).read_bytes(), file
     assert found.summary.pruned_losses == whole.summary.pruned_losses
@@ -58,9 +59,9 @@ def test_a_budget_that_cannot_work_names_the_least_that_can(checkpoints, recipe,
         "prune", checkpoints["llama"], tmp_path / "out", "--recipe", _write(tmp_path, recipe), "--memory-budget", "1KB"
     )
     assert done.status == 2 and not (tmp_path / "out").exists()
-    assert "memory_budget: 1KB cannot work; with all weights on disk the run still needs 0.00 GB" in done.stderr
-    with pytest.raises(secateur.SecateurError, match="memory_budget: must be a number and KB, MB, GB or TB"):
-        secateur.prune(checkpoints["llama"], {**recipe, "memory_budget": "lots"})
+    assert "machine.memory_budget: 1KB cannot work; with all weights on disk the run still needs 0.00 GB" in done.stderr
+    with pytest.raises(secateur.SecateurError, match=r"machine\.memory_budget: must be a number and KB, MB, GB or TB"):
+        secateur.prune(checkpoints["llama"], grouped({**recipe, "memory_budget": "lots"}))
 
 
 def test_what_choosing_layers_needs_is_counted_and_refused(recipe, tmp_path):
@@ -68,7 +69,7 @@ def test_what_choosing_layers_needs_is_counted_and_refused(recipe, tmp_path):
     model.save_pretrained(tmp_path / "deep")
     tiny_tokenizer().save_pretrained(tmp_path / "deep")
     asked = {**recipe, "remove": 0.3, "groups": ["ffn"]}
-    without, chosen = (inspect(tmp_path / "deep", parse_recipe({**asked, "depth": depth})) for depth in (0, 2))
+    without, chosen = (inspect(tmp_path / "deep", parse_recipe(grouped({**asked, "depth": depth}))) for depth in (0, 2))
     readers = [layer.mlp.down_proj.weight for layer in model.model.layers]
     assert without.memory.layer_choice == 0
     assert chosen.memory.layer_choice > sum(weight.numel() * weight.element_size() for weight in readers)
@@ -77,14 +78,18 @@ def test_what_choosing_layers_needs_is_counted_and_refused(recipe, tmp_path):
     room = without.memory.peak - without.memory.weights
     assert room < chosen.memory.layer_choice
     budget = {"memory_budget": f"{(room + 1000) / 1000:.3f}KB"}
-    assert inspect(tmp_path / "deep", parse_recipe({**asked, **budget, "depth": 0})).weights_on_disk
-    with pytest.raises(secateur.SecateurError, match=r"memory_budget: .* \(choice of layers 0.00\); .*give depth: 0"):
-        inspect(tmp_path / "deep", parse_recipe({**asked, **budget, "depth": 2}))
+    assert inspect(tmp_path / "deep", parse_recipe(grouped({**asked, **budget, "depth": 0}))).weights_on_disk
+    with pytest.raises(
+        secateur.SecateurError, match=r"machine.memory_budget: .* \(choice of layers 0.00\); .*give depth: 0"
+    ):
+        inspect(tmp_path / "deep", parse_recipe(grouped({**asked, **budget, "depth": 2})))
 
 
 def test_a_model_in_memory_cannot_stay_on_disk(recipe):
-    with pytest.raises(secateur.SecateurError, match=r"memory_budget: 1KB is less than .* only safetensors weights"):
-        secateur.prune(tiny_llama(), {**recipe, "memory_budget": "1KB"}, tokenizer=tiny_tokenizer())
+    with pytest.raises(
+        secateur.SecateurError, match=r"machine.memory_budget: 1KB is less than .* only safetensors weights"
+    ):
+        secateur.prune(tiny_llama(), grouped({**recipe, "memory_budget": "1KB"}), tokenizer=tiny_tokenizer())
 
 
 def _write(folder: Path, recipe: dict[str, Any]) -> Path:

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from models import opened, tiny_ids, tiny_llama, tiny_qwen2
+from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import secateur
 from secateur.facts import Size
 from secateur.pruning.resolve import resolve
-from secateur.recipe import GONE, parse_recipe
+from secateur.recipe_file import GONE, parse_recipe
 
 TOKENIZER = tiny_tokenizer()
 FACTORIES = {"llama": tiny_llama, "qwen2": tiny_qwen2}
@@ -42,7 +43,7 @@ def lines_of(out: Path, event: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_budgets_meet_the_target_and_repeat_to_the_bit(budget, factory, small):
     settings = {**small, "budget": budget, "groups": ["ffn", "kv_heads"], "remove": 0.2}
-    first, second = (secateur.prune(factory(), settings, tokenizer=TOKENIZER) for _ in range(2))
+    first, second = (secateur.prune(factory(), grouped(settings), tokenizer=TOKENIZER) for _ in range(2))
     before = num_params(factory())
     assert 0.2 * before <= before - num_params(first.model) < 0.2 * before + 3 * 64 * 16
     assert all(count % 8 == 0 for (_, group), count in widths(first).items() if group == "ffn")
@@ -57,8 +58,8 @@ def test_a_curve_result_loads_both_ways_and_says_so(factory, small, tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight *= 0.01  # a layer that hardly matters
     settings = {**small, "budget": "curve", "remove": 0.2}
-    result = secateur.prune(model, settings, tokenizer=TOKENIZER, out=tmp_path / "out")
-    assert result.recipe.widths == "per_layer"
+    result = secateur.prune(model, grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "out")
+    assert result.recipe.choose.widths == "per_layer"
     found = widths(result)
     assert found[1, "ffn"] < min(found[0, "ffn"], found[2, "ffn"])
     assert result.summary.widths["ffn"] == (112, min(found.values()), max(found.values()))
@@ -73,12 +74,12 @@ def test_a_curve_result_loads_both_ways_and_says_so(factory, small, tmp_path):
 def test_protected_layers_stay_whole_and_least_shares_are_kept(small):
     for budget in ("uniform", *BUDGETS):
         settings = {**small, "budget": budget, "protected_layers": [0, -1], "remove": 0.1}
-        result = secateur.prune(tiny_llama(num_layers=4), settings, tokenizer=TOKENIZER)
+        result = secateur.prune(tiny_llama(num_layers=4), grouped(settings), tokenizer=TOKENIZER)
         assert {layer for layer, _ in result.keeps} == {1, 2}
         assert result.summary.widths["ffn"][2] == 112
         assert result.model.model.layers[0].mlp.down_proj.in_features == 112
     settings = {**small, "budget": "curve", "min_keep": 0.5, "remove": 0.2}
-    assert min(widths(secateur.prune(tiny_llama(), settings, tokenizer=TOKENIZER)).values()) >= 56
+    assert min(widths(secateur.prune(tiny_llama(), grouped(settings), tokenizer=TOKENIZER)).values()) >= 56
 
 
 def test_a_protected_domain_is_planned_for(small):
@@ -91,42 +92,45 @@ def test_a_protected_domain_is_planned_for(small):
         "calibration": {**small["calibration"], "domains": protected},
     }
     with pytest.raises(secateur.SecateurError, match=r"would raise a protected domain's loss .*code"):
-        secateur.prune(tiny_llama(), settings, tokenizer=TOKENIZER)
+        secateur.prune(tiny_llama(), grouped(settings), tokenizer=TOKENIZER)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": "curve", "widths": "uniform"}, "widths: uniform cannot be met with budget curve"),
-        ({"protected_layers": [0], "widths": "uniform"}, "widths: uniform cannot be met with protected_layers"),
-        ({"protected_layers": [3]}, "protected_layers: there is no layer 3; use 0 to 2, or -3 to -1"),
-        ({"protected_layers": [0, 1, 2]}, "protected_layers: no layer is left"),
+        ({"budget": "curve", "widths": "uniform"}, "choose.widths: uniform cannot be met with budget curve"),
+        ({"protected_layers": [0], "widths": "uniform"}, "choose.widths: uniform cannot be met with protected_layers"),
+        ({"protected_layers": [3]}, "remove.protected_layers: there is no layer 3; use 0 to 2, or -3 to -1"),
+        ({"protected_layers": [0, 1, 2]}, "remove.protected_layers: no layer is left"),
         ({"budget": "curve", "min_keep": 0.9, "remove": 0.2}, "remove: 0.2 of all .* at most 0.0"),
-        ({"min_keep": 0.9, "remove": 0.2}, "min_keep: 0.9 of each group is to stay"),
+        ({"min_keep": 0.9, "remove": 0.2}, "remove.min_keep: 0.9 of each group is to stay"),
         ({"budget": "curves"}, "unknown budget 'curves'; .* did you mean 'curve'"),
         ({"max_loss_rise": 0}, "max_loss_rise"),
         ({"schedule": "cubc"}, "recipe: unknown schedule 'cubc'; allowed: linear;"),
         ({"budget": "search"}, "^recipe: budget: search is gone; use curve.$"),
-        ({"domain_weighting": "cvar"}, "domain_weighting: cvar is gone; use minimax.$"),
-        ({"schedule": "cubic"}, "schedule: cubic is gone; use linear, or list what is gone after each round.$"),
+        ({"domain_weighting": "cvar"}, "choose.domain_weighting: cvar is gone; use minimax.$"),
+        ({"schedule": "cubic"}, "choose.schedule: cubic is gone; use linear, or list what is gone after each round.$"),
         ({"sublayers": False}, "^recipe: sublayers is gone; leave it out; depth removes whole layers.$"),
         ({"generations": 20}, "generations is gone; leave it out; budget curve plans without a search.$"),
         ({"offspring": 8}, "offspring is gone; leave it out; budget curve plans without a search.$"),
         ({"schedule": [0, 0.2]}, "recipe: schedule.0: Input should be greater than 0"),
-        ({"schedule": [0.1, 0.3], "remove": 0.2}, "schedule: a list .* rising to remove: 0.2, got .0.1, 0.3."),
-        ({"schedule": [0.2, 0.1, 0.2], "remove": 0.2}, "schedule: a list .* got .0.2, 0.1, 0.2."),
-        ({"schedule": [0.1, 0.2], "remove": 0.2, "rounds": 3}, "schedule: 2 rounds are listed, but rounds: 3"),
-        ({"schedule": [0.1, 0.2], "remove": 0.2, "depth": 1}, "schedule: layers .depth. go before the first round"),
+        ({"schedule": [0.1, 0.3], "remove": 0.2}, "choose.schedule: a list .* rising to remove: 0.2, got .0.1, 0.3."),
+        ({"schedule": [0.2, 0.1, 0.2], "remove": 0.2}, "choose.schedule: a list .* got .0.2, 0.1, 0.2."),
+        ({"schedule": [0.1, 0.2], "remove": 0.2, "rounds": 3}, "choose.schedule: 2 rounds are listed, but rounds: 3"),
+        (
+            {"schedule": [0.1, 0.2], "remove": 0.2, "depth": 1},
+            "choose.schedule: layers .depth. go before the first round",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_runs(changes, message, small):
     with pytest.raises(secateur.SecateurError, match=message):
-        secateur.prune(tiny_llama(), {**small, **changes}, tokenizer=TOKENIZER)
+        secateur.prune(tiny_llama(), grouped({**small, **changes}), tokenizer=TOKENIZER)
 
 
 def test_domain_weights_are_found_per_group_and_logged(small, tmp_path):
     out = tmp_path / "out"
-    secateur.prune(tiny_qwen2(), {**small, "domain_weighting": "minimax"}, tokenizer=TOKENIZER, out=out)
+    secateur.prune(tiny_qwen2(), grouped({**small, "domain_weighting": "minimax"}), tokenizer=TOKENIZER, out=out)
     for line in lines_of(out, "group"):
         weights = line["domain_weights"]
         assert set(weights) == {"prose", "code"} and sum(weights.values()) == pytest.approx(1)
@@ -137,14 +141,14 @@ def test_domain_weights_are_found_per_group_and_logged(small, tmp_path):
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
 def test_scores_of_other_methods_run_in_rounds(score, factory, small):
     settings = {**small, "score": score, "compensate": "none", "rounds": 2, "groups": ["ffn", "kv_heads"]}
-    result = secateur.prune(factory(), settings, tokenizer=TOKENIZER)
+    result = secateur.prune(factory(), grouped(settings), tokenizer=TOKENIZER)
     assert result.summary.remove_reached == pytest.approx(0.2, abs=0.01)
 
 
 def test_rounds_can_be_kept_and_each_loads(small, tmp_path):
     out = tmp_path / "out"
     settings = {**small, "rounds": 3, "keep_rounds": True, "remove": 0.3}
-    result = secateur.prune(tiny_llama(), settings, tokenizer=TOKENIZER, out=out)
+    result = secateur.prune(tiny_llama(), grouped(settings), tokenizer=TOKENIZER, out=out)
     sizes = [num_params(AutoModelForCausalLM.from_pretrained(out / "rounds" / str(number))) for number in (1, 2)]
     assert [line["num_params"] for line in lines_of(out, "round")] == [*sizes, num_params(result.model)]
     assert not (out / "rounds" / "3").exists()
@@ -156,8 +160,8 @@ def test_rounds_can_be_kept_and_each_loads(small, tmp_path):
 def test_one_run_gives_a_listed_family_of_sizes(small, tmp_path):
     out, ratios = tmp_path / "out", [0.1, 0.25, 0.3]
     settings = {**small, "schedule": ratios, "keep_rounds": True, "remove": 0.3, "budget": "curve"}
-    result = secateur.prune(tiny_llama(), settings, tokenizer=TOKENIZER, out=out)
-    assert result.recipe.rounds == 3
+    result = secateur.prune(tiny_llama(), grouped(settings), tokenizer=TOKENIZER, out=out)
+    assert result.recipe.choose.rounds == 3
     sizes = [num_params(secateur.load(out / "rounds" / str(number))) for number in (1, 2)] + [num_params(result.model)]
     assert [1 - size / num_params(tiny_llama()) for size in sizes] == pytest.approx(ratios, abs=0.02)
 
@@ -165,22 +169,22 @@ def test_one_run_gives_a_listed_family_of_sizes(small, tmp_path):
 def test_the_tripwire_goes_back_to_the_last_round_that_held(recipe, tmp_path):
     groups = ["ffn", "query_heads"]
     settings = {**recipe, "rounds": 3, "groups": groups, "remove": 0.4, "score": "random"}
-    secateur.prune(tiny_llama(seed=3), settings, tokenizer=TOKENIZER, out=tmp_path / "free")
+    secateur.prune(tiny_llama(seed=3), grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "free")
     lines = lines_of(tmp_path / "free", "loss")
     dense = sum(line["nats_per_token"] for line in lines if line["model"] == "dense") / 2
     rounds = lines_of(tmp_path / "free", "round")
     rises = [sum(line["nats_per_token"].values()) / 2 / dense - 1 for line in rounds]
     assert 0 < rises[0] < rises[1]
     limited = {**settings, "max_loss_rise": (rises[0] + rises[1]) / 2}
-    held = secateur.prune(tiny_llama(seed=3), limited, tokenizer=TOKENIZER, out=tmp_path / "held")
+    held = secateur.prune(tiny_llama(seed=3), grouped(limited), tokenizer=TOKENIZER, out=tmp_path / "held")
     first = rounds[0]["num_params"]
     assert num_params(held.model) == first and held.summary.pruned_size.num_params == first
     assert any("result is that of round 1" in warning for warning in held.summary.warnings)
     assert num_params(AutoModelForCausalLM.from_pretrained(tmp_path / "held")) == first
     assert held.summary.reload_max_abs_difference == 0
     limited["max_loss_rise"] = rises[0] / 2
-    with pytest.raises(secateur.SecateurError, match="max_loss_rise: round 1 raised"):
-        secateur.prune(tiny_llama(seed=3), limited, tokenizer=TOKENIZER, out=tmp_path / "none")
+    with pytest.raises(secateur.SecateurError, match=r"choose\.max_loss_rise: round 1 raised"):
+        secateur.prune(tiny_llama(seed=3), grouped(limited), tokenizer=TOKENIZER, out=tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -189,7 +193,7 @@ def test_head_counts_that_the_config_refuses_are_never_planned(small):
         # Five of six heads do not divide a hidden size of 48.
         model = tiny_llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=6)
         settings = {**small, "groups": ["kv_heads", "ffn"], "remove": 0.1, "budget": budget}
-        result = secateur.prune(model, settings, tokenizer=TOKENIZER)
+        result = secateur.prune(model, grouped(settings), tokenizer=TOKENIZER)
         assert all(48 % count == 0 for (_, group), count in widths(result).items() if group == "kv_heads")
 
 
@@ -217,24 +221,24 @@ def shape_of(**sizes: int):
 def test_shipped_recipes_resolve_from_the_real_shapes(preset, sizes, num_params):
     model = shape_of(num_key_value_heads=4 if preset == "qwen2.5-7b" else 8, **sizes)
     assert Size.of(model).num_params == num_params
-    resolved = resolve(opened(model, parse_recipe({"preset": preset})))
+    resolved = resolve(opened(model, parse_recipe(grouped({"preset": preset}))))
     assert resolved.warnings == ()
     assert resolved.plans[-1].removed_fraction == pytest.approx(0.2, abs=0.003)
     assert {count % 256 for count in resolved.plans[-1].num_keep.values()} == {0}
 
 
 def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
-    best = parse_recipe({"preset": "best"})
-    assert best.budget == "curve" and parse_recipe({"preset": "default"}) == parse_recipe({})
-    assert parse_recipe({"preset": "best", "budget": "global"}) == best.model_copy(update={"budget": "global"})
+    best = parse_recipe(grouped({"preset": "best"}))
+    assert best.budget == "curve" and parse_recipe(grouped({"preset": "default"})) == parse_recipe(grouped({}))
+    assert parse_recipe(grouped({"preset": "best", "budget": "global"})) == best.model_copy(update={"budget": "global"})
     with pytest.raises(secateur.SecateurError, match=r"unknown preset 'bets'; .* did you mean 'best'"):
-        parse_recipe({"preset": "bets"})
+        parse_recipe(grouped({"preset": "bets"}))
     for preset in ("fast", "best", "paper"):
-        result = secateur.prune(tiny_qwen2(), {**small, "preset": preset}, tokenizer=TOKENIZER)
+        result = secateur.prune(tiny_qwen2(), grouped({**small, "preset": preset}), tokenizer=TOKENIZER)
         assert result.summary.remove_reached == pytest.approx(0.2, abs=0.01)
 
 
 @pytest.mark.parametrize("key", [key for key in GONE if "=" not in key])
 def test_a_key_that_is_gone_is_refused_with_what_to_use_instead(key):
     with pytest.raises(secateur.SecateurError, match=rf"^here: {key} is gone; [^\n]+\.$"):
-        parse_recipe({"preset": "fast", key: True}, "here")
+        parse_recipe(grouped({"preset": "fast", key: True}), "here")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from families import tiny_family
 from models import tiny_llama
+from recipes import grouped
 from run_cli import run_cli
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
@@ -23,7 +24,7 @@ import secateur
 from secateur.evaluation.inspect import inspect
 from secateur.files import staging
 from secateur.formats.save import Verification
-from secateur.recipe import parse_recipe
+from secateur.recipe_file import parse_recipe
 from secateur.store import Store, place_beside
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -58,7 +59,7 @@ class Stopped(Exception):
 def asked(name: str, model: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     full = {**recipe, "remove": 0.35, **RECIPES[name]}
     if "memory_budget" in full:
-        whole = inspect(model, parse_recipe(recipe)).memory
+        whole = inspect(model, parse_recipe(grouped(recipe))).memory
         full["memory_budget"] = f"{(whole.peak - 1) / 1000:.3f}KB"
     return full
 
@@ -86,7 +87,7 @@ def expected(checkpoints, mixtral, recipe, tmp_path_factory) -> Callable[[str], 
         if name not in found:
             found[name] = tmp_path_factory.mktemp("expected") / "out"
             model = mixtral if "experts" in name else checkpoints["llama"]
-            secateur.prune(model, asked(name, model, recipe), out=found[name])
+            secateur.prune(model, grouped(asked(name, model, recipe)), out=found[name])
         return found[name]
 
     return of
@@ -132,7 +133,7 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bytes(name, checkpoints
     while not out.exists():
         try:
             with stopped_after(3):
-                secateur.prune(model, wanted, out=out, resume=True)
+                secateur.prune(model, grouped(wanted), out=out, resume=True)
         except Stopped as stop:
             num_stops += 1
             assert stop.__notes__ and sorted(path.name for path in tmp_path.iterdir()) == [".out.resume"]
@@ -228,7 +229,7 @@ def test_a_failing_write_leaves_nothing_half(error, first, step, faults, checkpo
 def begun(model: Path, recipe: dict[str, Any], out: Path) -> None:
     """Leave what a run leaves that was stopped after its third step."""
     with pytest.raises(Stopped), stopped_after(3):
-        secateur.prune(model, recipe, out=out)
+        secateur.prune(model, grouped(recipe), out=out)
 
 
 @pytest.mark.parametrize(
@@ -266,15 +267,15 @@ def test_what_is_said_of_an_earlier_run(checkpoints, recipe, expected, tmp_path)
     wanted, out, heard = asked("defaults", checkpoints["llama"], recipe), tmp_path / "out", list[str]()
     begun(checkpoints["llama"], wanted, out)
     with pytest.raises(Stopped), stopped_after(3):
-        secateur.prune(checkpoints["llama"], wanted, out=out, tell=heard.append)
+        secateur.prune(checkpoints["llama"], grouped(wanted), out=out, tell=heard.append)
     assert heard == [
         f"{out}: begins anew; what an interrupted run had finished is removed (resume would go on from it)."
     ]
-    result = secateur.prune(checkpoints["llama"], wanted, out=out, resume=True, tell=heard.append)
+    result = secateur.prune(checkpoints["llama"], grouped(wanted), out=out, resume=True, tell=heard.append)
     assert heard[1:] == [f"{out}: goes on from the 2 steps that an earlier run has finished."]
     assert any(note.startswith("resumed: 2 finished steps are of an earlier run") for note in result.summary.warnings)
     assert weights(out) == weights(expected("defaults"))
-    secateur.prune(checkpoints["llama"], wanted, out=tmp_path / "new", resume=True, tell=heard.append)
+    secateur.prune(checkpoints["llama"], grouped(wanted), out=tmp_path / "new", resume=True, tell=heard.append)
     assert heard[2:] == [f"{tmp_path / 'new'}: nothing of an earlier run is there to go on from, so it begins anew."]
 
 
@@ -282,14 +283,14 @@ def test_a_budget_of_memory_may_change_on_the_way(checkpoints, recipe, expected,
     out, model = tmp_path / "out", checkpoints["llama"]
     begun(model, asked("defaults", model, recipe), out)
     budget = asked("on disk", model, recipe)["memory_budget"]
-    secateur.prune(model, {**asked("defaults", model, recipe), "memory_budget": budget}, out=out, resume=True)
+    secateur.prune(model, grouped({**asked("defaults", model, recipe), "memory_budget": budget}), out=out, resume=True)
     ours, theirs = weights(out), weights(expected("defaults"))
     assert ours["model.safetensors"] == theirs["model.safetensors"] and ours["config.json"] == theirs["config.json"]
 
 
 def test_a_model_in_memory_cannot_be_resumed(recipe):
     with pytest.raises(secateur.SecateurError, match="resume: only a run that writes to out and reads its model"):
-        secateur.prune(tiny_llama(), recipe, tokenizer=tiny_tokenizer(), resume=True)
+        secateur.prune(tiny_llama(), grouped(recipe), tokenizer=tiny_tokenizer(), resume=True)
 
 
 def test_one_process_at_a_time(checkpoints, recipe, tmp_path):
@@ -298,10 +299,10 @@ def test_one_process_at_a_time(checkpoints, recipe, tmp_path):
     def meanwhile(stage: str, done: int, total: int) -> None:
         if not second:
             with pytest.raises(secateur.SecateurError) as refused:
-                secateur.prune(checkpoints["llama"], wanted, out=out, resume=True)
+                secateur.prune(checkpoints["llama"], grouped(wanted), out=out, resume=True)
             second.append(str(refused.value))
 
-    secateur.prune(checkpoints["llama"], wanted, out=out, progress=meanwhile)
+    secateur.prune(checkpoints["llama"], grouped(wanted), out=out, progress=meanwhile)
     assert second == [f"OUT {out}: another process is writing it; wait for its end, or choose another directory."]
 
 
@@ -326,7 +327,7 @@ def test_a_run_killed_just_before_its_end_has_finished(checkpoints, recipe, tmp_
     shutil.copytree(checkpoints["llama"], out)
     os.utime(out)
     with pytest.raises(secateur.SecateurError, match="already exists"):
-        secateur.prune(checkpoints["llama"], wanted, out=out, resume=True)
+        secateur.prune(checkpoints["llama"], grouped(wanted), out=out, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -336,6 +337,6 @@ def test_pruning_before_a_recovery_goes_on_too(checkpoints, recipe, tmp_path):
     begun(model, wanted, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [".out.pruned"]
     with pytest.raises(Stopped), patch("secateur.api.recover", side_effect=Stopped):
-        secateur.prune(model, wanted, out=tmp_path / "out", resume=True, tell=heard.append)
+        secateur.prune(model, grouped(wanted), out=tmp_path / "out", resume=True, tell=heard.append)
     assert len(heard) == 1 and heard[0].endswith("goes on from the 2 steps that an earlier run has finished.")
     assert list(tmp_path.iterdir()) == []

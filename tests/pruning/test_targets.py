@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from models import opened, tiny_gemma3, tiny_llama, tiny_qwen2
+from recipes import grouped
 from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
 
@@ -25,7 +26,8 @@ from secateur.model.group import cut
 from secateur.model.per_layer import record_widths
 from secateur.pruning.latency import Timing, _slope, measure_latency, with_prices
 from secateur.pruning.resolve import recipe_prices, resolve
-from secateur.recipe import MeasuredPrices, dump_recipe, parse_recipe
+from secateur.recipe import MeasuredPrices
+from secateur.recipe_file import dump_recipe, parse_recipe
 from secateur.report.rows import headline, model_card
 from secateur.store import Services, Store
 
@@ -72,7 +74,7 @@ def amount(target: str, model: Any) -> float:
 def test_prices_are_what_a_cut_model_really_loses(factory, target, names):
     model = factory(num_attention_heads=8, num_key_value_heads=4)
     arch = bind(model)
-    asked = parse_recipe(recipe_of(target, groups=names))
+    asked = parse_recipe(grouped(recipe_of(target, groups=names)))
     prices, before = recipe_prices(asked, arch, model), amount(target, model)
     groups = arch.select(tuple(names))
     num_keep = {(g.layer, g.name): 64 if g.name == "ffn" else g.num_units // 2 for g in groups}
@@ -89,7 +91,7 @@ def test_prices_are_what_a_cut_model_really_loses(factory, target, names):
 def test_a_layers_price_is_what_a_model_without_it_loses(factory, target):
     model = factory()
     arch = bind(model)
-    prices, before = recipe_prices(parse_recipe(recipe_of(target)), arch, model), amount(target, model)
+    prices, before = recipe_prices(parse_recipe(grouped(recipe_of(target))), arch, model), amount(target, model)
     remove_layers(model, arch, [1])
     assert before - amount(target, model) == prices.of_all_but((0, 2)) == prices.per_layer[1] > 0
     assert prices.with_only((0, 2)).total == round(amount(target, model))
@@ -100,7 +102,7 @@ def test_a_layers_price_is_what_a_model_without_it_loses(factory, target):
 def test_each_target_is_met_within_half_a_step_per_group(target, remove):
     model = tiny_llama(num_attention_heads=24, num_key_value_heads=24, hidden_size=96)
     arch = bind(model)
-    asked = parse_recipe(recipe_of(target, remove=remove))
+    asked = parse_recipe(grouped(recipe_of(target, remove=remove)))
     prices = recipe_prices(asked, arch, model)
     groups = arch.select(tuple(GROUPS[target]))
     # As if any number of heads could be stated: what a family's config refuses is another matter.
@@ -115,7 +117,7 @@ def test_each_target_is_met_within_half_a_step_per_group(target, remove):
 def test_curve_and_global_meet_each_target_within_one_level(target):
     model = tiny_qwen2(num_attention_heads=8, num_key_value_heads=8, num_layers=4)
     arch = bind(model)
-    prices = recipe_prices(parse_recipe(recipe_of(target)), arch, model)
+    prices = recipe_prices(parse_recipe(grouped(recipe_of(target))), arch, model)
     groups = arch.select(tuple(GROUPS[target]))
     profiles, scores = {}, {}
     for group in groups:
@@ -137,14 +139,14 @@ def test_curve_and_global_meet_each_target_within_one_level(target):
     [
         (
             {"target": "kv_bytes", "groups": ["ffn"]},
-            r"groups: ffn has nothing in the KV cache.*use groups: \[kv_heads\]",
+            r"remove.groups: ffn has nothing in the KV cache.*use groups: \[kv_heads\]",
         ),
         ({"target": "kv_bytes", "groups": ["kv_heads", "ffn"]}, "ffn has nothing in the KV cache"),
         ({"target": "kv_bytes", "groups": ["query_heads"]}, "query_heads has nothing in the KV cache"),
-        ({"target": "flops", "prices": PRICES}, "prices: are what target latency plans with; with target flops"),
+        ({"target": "flops", "prices": PRICES}, "remove.prices: are what target latency plans with; with target flops"),
         ({"target": "latency", "prices": {**PRICES, "per_unit": {"kv_heads": 1}}}, "has no seconds for ffn"),
         ({"target": "latency", "prices": {**PRICES, "totl": 1}}, r"unknown key 'prices.totl'; did you mean 'total'"),
-        ({"target": "latency", "compensate": "bias"}, "compensate: family qwen2 cannot store a bias"),
+        ({"target": "latency", "compensate": "bias"}, "repair.compensate: family qwen2 cannot store a bias"),
         ({"target": "flop"}, "unknown target 'flop'; .* did you mean 'flops'"),
         ({"target": "flops", "remove": 0.9}, r"remove: 0.9 of all [\d,]+ FLOPs per prompt token is out of reach"),
         ({"target": "flops", "remove": 1e-5}, r"of all [\d,]+ FLOPs per prompt token is less than half"),
@@ -155,13 +157,13 @@ def test_curve_and_global_meet_each_target_within_one_level(target):
 def test_what_cannot_be_is_said_in_the_targets_own_terms(changes, message, recipe, monkeypatch):
     monkeypatch.setattr("secateur.pruning.latency.measure_latency", None)  # nothing is measured before
     with pytest.raises(RecipeError, match=message):
-        secateur.prune(tiny_qwen2(), {**recipe, **changes}, tokenizer=TOKENIZER)
+        secateur.prune(tiny_qwen2(), grouped({**recipe, **changes}), tokenizer=TOKENIZER)
 
 
 def test_resolving_latency_measures_nothing_and_says_where_seconds_come_from():
     model = tiny_llama()
     with pytest.raises(RecipeError, match="secateur inspect"):
-        recipe_prices(parse_recipe({"target": "latency"}), bind(model), model)
+        recipe_prices(parse_recipe(grouped({"target": "latency"})), bind(model), model)
 
 
 @pytest.fixture(scope="module")
@@ -197,12 +199,12 @@ def test_recorded_prices_make_the_same_plan_without_measuring(measured, monkeypa
     model = tiny_llama(**SLOW)
     log = RunLog()
     services = Services(log=log, store=Store(log=log))
-    asked = parse_recipe({"target": "latency", "groups": ["ffn", "kv_heads"], "remove": 0.2})
+    asked = parse_recipe(grouped({"target": "latency", "groups": ["ffn", "kv_heads"], "remove": 0.2}))
     monkeypatch.setattr("secateur.pruning.latency.measure_latency", lambda *_: measured)
     filled = with_prices(opened(model, asked), services)
     assert [line["event"] for line in log.lines] == ["latency"] * 8 + ["prices"] and "latency" in log.seconds
     first = resolve(filled)
-    saved = parse_recipe(yaml.safe_load(dump_recipe(first.recipe)))
+    saved = parse_recipe(grouped(yaml.safe_load(dump_recipe(first.recipe))))
     monkeypatch.setattr("secateur.pruning.latency.measure_latency", None)
     again = opened(model, saved)
     assert with_prices(again, services) is again and len(log.lines) == 9
@@ -214,12 +216,12 @@ def test_a_latency_run_records_its_prices_and_repeats_from_them(recipe, tmp_path
     out, taken = tmp_path / "out", Timing("ffn", 336, 0.009, (0.008, 0.01))
     settings = {**recipe, "target": "latency", "remove": 0.1, "evaluate": False}
     monkeypatch.setattr("secateur.pruning.latency.measure_latency", lambda *_: (MeasuredPrices(**PRICES), [taken]))
-    first = secateur.prune(tiny_llama(), settings, tokenizer=TOKENIZER, out=out)
+    first = secateur.prune(tiny_llama(), grouped(settings), tokenizer=TOKENIZER, out=out)
     lines = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
     assert lines[0] == {"event": "latency", "num_threads": 1, **json.loads(json.dumps(dataclasses.asdict(taken)))}
     assert lines[1] == {"event": "prices", **PRICES}
     monkeypatch.setattr("secateur.pruning.latency.measure_latency", None)
-    again = secateur.prune(tiny_llama(), out / "recipe.yaml", tokenizer=TOKENIZER)
+    again = secateur.prune(tiny_llama(), grouped(out / "recipe.yaml"), tokenizer=TOKENIZER)
     assert first.recipe == again.recipe
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
@@ -233,7 +235,7 @@ def test_summary_card_and_inspect_name_what_the_share_is_of(target, recipe, chec
     remove = {"flops": 0.2, "kv_bytes": 0.5}[target]
     settings = {**recipe, "target": target, "groups": GROUPS[target], "remove": remove}
     before = tiny_qwen2()
-    result = secateur.prune(str(checkpoints["qwen2"]), settings)
+    result = secateur.prune(str(checkpoints["qwen2"]), grouped(settings))
     summary, workload = result.summary, Workload(prompt_tokens=32)
     field = {"flops": "prefill_flops_per_token", "kv_bytes": "kv_cache_bytes_per_token"}[target]
     old, new = (getattr(least_costs(model, workload), field) for model in (before, result.model))
@@ -245,7 +247,7 @@ def test_summary_card_and_inspect_name_what_the_share_is_of(target, recipe, chec
     unit = {"flops": "FLOPs per prompt token", "kv_bytes": "bytes of KV cache per token"}[target]
     assert f"{1 - new / old:.1%} of all {round(old):,} {unit} removed (asked {remove:.1%})" in card
     assert f"with {summary.remove_reached:.1%} of all {num_params[0]:,} parameters" in card
-    found = inspect(checkpoints["qwen2"], parse_recipe(settings))
+    found = inspect(checkpoints["qwen2"], parse_recipe(grouped(settings)))
     assert found.outcome == summary.outcome and found.prices is None
     assert found.remove_reached == pytest.approx(summary.remove_reached)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from models import tiny_ids
+from recipes import grouped
 from run_cli import run_cli
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,7 +37,7 @@ class Killed(Exception):
 @pytest.fixture(scope="module")
 def pruned(checkpoints, recipe, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pruned") / "pruned"
-    secateur.prune(checkpoints["llama"], {**recipe, "remove": 0.3}, out=out)
+    secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.3}), out=out)
     return out
 
 
@@ -234,7 +235,7 @@ def test_the_domains_that_lost_most_count_most(pruned, checkpoints, tmp_path):
 
 def test_per_layer_widths_and_removed_layers_are_recovered(checkpoints, recipe, tmp_path):
     asked = {**recipe, "remove": 0.45, "depth": 1, "budget": "global", "align": 4}
-    secateur.prune(checkpoints["llama"], asked, out=tmp_path / "pruned")
+    secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "pruned")
     assert "per_layer_config" in json.loads((tmp_path / "pruned" / "config.json").read_text())
     record = recover(tmp_path / "pruned", checkpoints["llama"], CHANGES, out=tmp_path / "out")
     assert record is not None and record.training.held
@@ -243,7 +244,7 @@ def test_per_layer_widths_and_removed_layers_are_recovered(checkpoints, recipe, 
 
 
 def test_prune_with_recover_in_the_recipe_is_prune_and_then_recover(recovered, pruned, checkpoints, recipe, tmp_path):
-    result = secateur.prune(checkpoints["llama"], {**recipe, "remove": 0.3, **CHANGES}, out=tmp_path / "out")
+    result = secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.3, **CHANGES}), out=tmp_path / "out")
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()
     assert list(tmp_path.iterdir()) == [tmp_path / "out"] and result.out == tmp_path / "out"
     assert torch.equal(result.model.lm_head.weight, load_file(tmp_path / "out" / WEIGHTS)["lm_head.weight"])
@@ -324,9 +325,9 @@ def test_what_the_recipe_has_wrong_is_one_sentence(pruned, checkpoints, tmp_path
 def test_a_model_in_memory_or_nowhere_to_write_is_refused(checkpoints, recipe, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
     with pytest.raises(secateur.RecipeError, match="needs the dense model as a directory"):
-        secateur.prune(model, {**recipe, **CHANGES}, out=tmp_path / "out")
+        secateur.prune(model, grouped({**recipe, **CHANGES}), out=tmp_path / "out")
     with pytest.raises(secateur.RecipeError, match="say where the result goes"):
-        secateur.prune(checkpoints["llama"], {**recipe, **CHANGES})
+        secateur.prune(checkpoints["llama"], grouped({**recipe, **CHANGES}))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import grouped
 
 import secateur
 
@@ -34,7 +35,7 @@ class Code:
 @pytest.fixture(scope="module")
 def pruned(checkpoints, recipe, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pruned") / "pruned"
-    secateur.prune(checkpoints["llama"], {**recipe, "remove": 0.3}, out=out)
+    secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.3}), out=out)
     return out
 
 

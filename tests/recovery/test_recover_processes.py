@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from recipes import grouped
 from safetensors.torch import load_file
 
 import secateur
@@ -67,7 +68,7 @@ def run(launch: list[str], settings: dict[str, Any], pruned: Path, teacher: Path
 )
 def test_two_processes_train_what_one_trains(launch, settings, name, checkpoints, recipe, tmp_path):
     pruned = tmp_path / "pruned"
-    secateur.prune(checkpoints[name], {**recipe, "remove": 0.3}, out=pruned)
+    secateur.prune(checkpoints[name], grouped({**recipe, "remove": 0.3}), out=pruned)
     done = run(launch, settings, pruned, checkpoints[name], tmp_path)
     assert done.returncode == 0, done.stderr
     one = tmp_path / "one"
@@ -96,7 +97,7 @@ def test_the_first_version_of_fsdp_is_refused_before_anything_runs(checkpoints, 
 @pytest.mark.slow
 def test_shards_go_on_from_a_checkpoint(checkpoints, recipe, tmp_path):
     pruned, launch = tmp_path / "pruned", FSDP.format(2).split()
-    secateur.prune(checkpoints["llama"], {**recipe, "remove": 0.3}, out=pruned)
+    secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.3}), out=pruned)
     killed = run(launch, SETTINGS, pruned, checkpoints["llama"], tmp_path, INTERRUPTED)
     assert killed.returncode != 0 and "killed" in killed.stderr and not (tmp_path / "two").exists()
     assert len(list(tmp_path.glob(".two.recover-*/trainer/checkpoint-*/trainer_state.json"))) == 1

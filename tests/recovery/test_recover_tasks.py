@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes import grouped
 from rich.console import Console
 
 import secateur
@@ -49,7 +50,7 @@ def saved(tmp_path_factory) -> Path:
 def models(checkpoints, recipe, saved, tmp_path_factory) -> dict[str, Path]:
     """The dense model, a pruned one, and the pruned one recovered with a task asked before and after."""
     place = tmp_path_factory.mktemp("models")
-    secateur.prune(checkpoints["llama"], {**recipe, "remove": 0.3}, out=place / "pruned")
+    secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.3}), out=place / "pruned")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(evaluate_rows, "PACKAGE", "no-such-package")
         secateur.recover(place / "pruned", checkpoints["llama"], ASKED, out=place / "recovered", tasks_data=saved)

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from models import tiny_llama
+from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.data.calibration import build_calibration
 from secateur.errors import RecipeError
-from secateur.recipe import Recipe, RecoverySettings, parse_recipe
+from secateur.recipe import Recipe, RecoverySettings
+from secateur.recipe_file import parse_recipe
 from secateur.recovery.cost import predict_flops
 from secateur.recovery.pair import RecoveryText, recovery_text
 
@@ -18,7 +20,7 @@ TOKENIZER, LENGTH = tiny_tokenizer(), 32
 def asked(recipe) -> Recipe:
     domains = recipe["calibration"]["domains"]
     shared = {"prose": {**domains["prose"], "share": 3}, "code": domains["code"]}
-    return parse_recipe({**recipe, "calibration": {**recipe["calibration"], "domains": shared}})
+    return parse_recipe(grouped({**recipe, "calibration": {**recipe["calibration"], "domains": shared}}))
 
 
 def settings(**changes) -> RecoverySettings:

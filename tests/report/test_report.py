@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from browser import CHROMIUM, load
 from page_checks import PageChecks
+from recipes import grouped
 from run_cli import run_cli
 
 from secateur.api import prune
@@ -30,7 +31,7 @@ def result(checkpoints, recipe, texts, tmp_path_factory) -> Path:
     domains = {HOSTILE: {"files": [str(texts["prose"])]}, ODD: {"files": [str(texts["code"])]}}
     calibration = {**recipe["calibration"], "domains": domains}
     out = tmp_path_factory.mktemp("report") / "result"
-    prune(checkpoints["llama"], {**recipe, "calibration": calibration, "rounds": 2}, out=out)
+    prune(checkpoints["llama"], grouped({**recipe, "calibration": calibration, "rounds": 2}), out=out)
     return out
 
 
@@ -208,7 +209,7 @@ def test_several_results_are_refused(copy, tmp_path):
 
 def test_without_matplotlib_prune_says_that_there_is_no_report(checkpoints, recipe, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    done = prune(checkpoints["llama"], {**recipe, "evaluate": False}, out=tmp_path / "out")
+    done = prune(checkpoints["llama"], grouped({**recipe, "evaluate": False}), out=tmp_path / "out")
     (note,) = [warning for warning in done.summary.warnings if "report" in warning]
     assert "pip install 'secateur[report]'" in note and note in (tmp_path / "out" / "README.md").read_text()
     assert not (tmp_path / "out" / "report.html").exists()

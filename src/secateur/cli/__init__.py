@@ -7,11 +7,11 @@ per command; importing it registers the command.
 
 import sys
 
-from secateur.cli import bench, compare, evaluate, export, prune, recover, report
+from secateur.cli import bench, compare, evaluate, export, prune, recover
 from secateur.cli.app import STOPPED_BY, app, last_word, launched, stoppable
 from secateur.errors import SecateurError
 
-__all__ = ["app", "bench", "compare", "evaluate", "export", "main", "prune", "recover", "report"]
+__all__ = ["app", "bench", "compare", "evaluate", "export", "main", "prune", "recover"]
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from secateur.cli.app import (
     task_names,
     tell,
 )
-from secateur.recipe import parse_recipe
+from secateur.recipe_file import parse_recipe
 
 Wikitext = Annotated[
     str | None,

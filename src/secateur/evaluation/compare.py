@@ -131,7 +131,12 @@ def _draw(bench: _Bench, resolved: Resolved, seed: int, model: PreTrainedModel |
     """Return the recipe's calibration set; `model` is the dense one, needed where a domain is sampled from it."""
     recipe, more = resolved.recipe, bench.study.evaluation.num_blocks
     drawn = build_calibration(
-        recipe.calibration, resolved.num_tokens, bench.tokenizer, seed, more_held_out=more, num_rounds=recipe.rounds
+        recipe.calibration,
+        resolved.num_tokens,
+        bench.tokenizer,
+        seed,
+        more_held_out=more,
+        num_rounds=recipe.choose.rounds,
     )
     return drawn if model is None else with_sampled(drawn, model, bench.tokenizer, seed, bench.progress)
 

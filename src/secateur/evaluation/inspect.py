@@ -20,7 +20,8 @@ from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, seconds_fo
 from secateur.pruning.latency import with_prices
 from secateur.pruning.open import Opened, open_model
 from secateur.pruning.resolve import Resolved, checked, resolve
-from secateur.recipe import Recipe, as_recipe
+from secateur.recipe import Recipe
+from secateur.recipe_file import as_recipe
 from secateur.report.records import GroupFacts, Inspection, Possible, Serving, Work
 from secateur.store import Services
 
@@ -51,10 +52,11 @@ def groups_to_inspect(recipe: Recipe, arch: Arch) -> tuple[Recipe, tuple[str, ..
     if "groups" in recipe.model_fields_set or EXPERTS not in names:
         return recipe, ()
     note = (
-        f"groups: this recipe names none; {EXPERTS} are looked at here, as they hold most of the model. A run needs "
-        f"groups: [{EXPERTS}] in its recipe."
+        f"remove.groups: this recipe names none; {EXPERTS} are looked at here, as they hold most of the "
+        f"model. A run needs "
+        f"remove.groups: [{EXPERTS}] in its recipe."
     )
-    return recipe.model_copy(update={"groups": (EXPERTS,)}), (note,)
+    return recipe.filled(remove={"groups": (EXPERTS,)}), (note,)
 
 
 def serving_after(server: str, num_gpus: int, arch: Arch, model: Any, plan: Plan) -> Serving:
@@ -124,7 +126,7 @@ def _inspection(model: str | Path, recipe: Recipe, check_for: str | None, tp: in
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
     parameters = parameter_prices(arch, resolved.groups, opened.model).with_only(resolved.layers)
     num_params = parameters.total - parameters.gone(resolved.groups, plan.num_keep)
-    least = least_keep(resolved.groups, resolved.align, recipe.min_keep)
+    least = least_keep(resolved.groups, resolved.align, recipe.remove.min_keep)
     taken = resolved.prices.of_all_but(resolved.layers) / resolved.prices.total
     return Inspection(
         model=opened.name,
@@ -133,11 +135,11 @@ def _inspection(model: str | Path, recipe: Recipe, check_for: str | None, tp: in
         size=size,
         num_layers=(arch.num_layers, len(resolved.layers)),
         params_per_layer=arch.params_per_layer[0],
-        groups=tuple(_facts(name, resolved, plan) for name in recipe.groups),
-        remove_asked=recipe.remove,
+        groups=tuple(_facts(name, resolved, plan) for name in recipe.remove.groups),
+        remove_asked=recipe.remove.share,
         remove_reached=1 - num_params / size.num_params,
         outcome=resolved.outcome(plan.num_keep),
-        prices=opened.recipe.prices,
+        prices=opened.recipe.remove.prices,
         largest_remove=taken + largest_remove(resolved.groups, resolved.prices, least),
         align=resolved.align,
         num_params_after=num_params,

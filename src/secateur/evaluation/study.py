@@ -12,7 +12,8 @@ import yaml
 from pydantic import Field, ValidationError
 
 from secateur.errors import RecipeError, nearest
-from secateur.recipe import Recipe, Strict, load_recipe, merged, parse_recipe
+from secateur.recipe import Recipe, Strict
+from secateur.recipe_file import load_recipe, merged, parse_recipe
 from secateur.report.measured import FoundCell
 from secateur.report.page import Page, Section, Table, render
 from secateur.report.plots import Series, Text, dot_plot
@@ -124,7 +125,7 @@ def _path(reference: str) -> Path:
 
 def _recipe(study: Study, name: str, method: Method, ratio: float, seed: int) -> Recipe:
     where = f"study, method '{name}'"
-    data = merged(study.recipe, method.recipe) | {"remove": ratio, "seed": seed}
+    data = merged(merged(study.recipe, method.recipe), {"remove": {"share": ratio}, "seed": seed})
     recipe = parse_recipe(data, where)
     if method.domains is None:
         return recipe
@@ -133,7 +134,7 @@ def _recipe(study: Study, name: str, method: Method, ratio: float, seed: int) ->
         if domain not in known:
             raise RecipeError(f"{where}: unknown domain '{domain}'; did you mean '{nearest(domain, known)}'?")
     chosen = {domain: known[domain] for domain in method.domains}
-    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"domains": chosen})})
+    return recipe.filled(calibration={"domains": chosen})
 
 
 def dump_study(study: Study) -> str:

@@ -18,7 +18,8 @@ from secateur.errors import CalibrationError, NumericsError, RecipeError
 from secateur.log import Progress
 from secateur.model.bind import Arch
 from secateur.ranks import spread
-from secateur.recipe import Calibration, Domain, load_recipe, parse_recipe
+from secateur.recipe import Calibration, Domain
+from secateur.recipe_file import load_recipe, parse_recipe
 from secateur.report.measured import Quality
 from secateur.stream.losses import block_losses, standard_error
 
@@ -45,7 +46,12 @@ def recipe_blocks(
     if recipe.calibration.num_tokens is None:
         raise RecipeError(f"recipe {path}: calibration.num_tokens is missing; use the recipe.yaml that the run wrote.")
     built = build_calibration(
-        recipe.calibration, recipe.calibration.num_tokens, tokenizer, recipe.seed, progress, num_rounds=recipe.rounds
+        recipe.calibration,
+        recipe.calibration.num_tokens,
+        tokenizer,
+        recipe.seed,
+        progress,
+        num_rounds=recipe.choose.rounds,
     )
     blocks = {domain.name: domain.held_out_NT for domain in built.domains if not domain.held_out_NT.is_meta}
     sampled = ", ".join(domain.name for domain in built.domains if domain.name not in blocks)

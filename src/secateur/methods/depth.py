@@ -39,11 +39,12 @@ def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch
     missing = sorted(set(layers) - set(range(arch.num_layers)))
     if missing or len(set(layers)) == arch.num_layers:
         raise RecipeError(
-            f"depth: cannot remove layers {sorted(set(layers))}; the model has layers 0 to {arch.num_layers - 1}, and "
+            f"remove.depth: cannot remove layers {sorted(set(layers))}; the model has layers 0 to "
+            f"{arch.num_layers - 1}, and "
             f"one must stay."
         )
     if getattr(config, "is_heterogeneous", False):
-        raise ArchError("depth: the config has per_layer_config; remove layers before widths differ per layer.")
+        raise ArchError("remove.depth: the config has per_layer_config; remove layers before widths differ per layer.")
     kept = [index for index in range(arch.num_layers) if index not in layers]
     modules: list[Any] = [decoder_layers(model, arch)[index] for index in kept]
     for number, layer in enumerate(modules):
@@ -76,7 +77,7 @@ def fold_patch(
     """
     if not 0 < layer < arch.num_layers:
         raise RecipeError(
-            f"depth: layer {layer} cannot be folded into the one before it; use 1 to {arch.num_layers - 1}."
+            f"remove.depth: layer {layer} cannot be folded into the one before it; use 1 to {arch.num_layers - 1}."
         )
     reader, layers = _reader(model, arch, layer - 1), decoder_layers(model, arch)
     with at_hand(layers[layer - 1]):
@@ -182,7 +183,9 @@ def _check_added_as_it_is(walk: Walk, index: int, reader: nn.Linear) -> None:
 
     added_BTD = with_reader_giving(2.0) - with_reader_giving(0.0)
     if not torch.allclose(added_BTD, torch.full_like(added_BTD, 2.0), rtol=0.02):
-        raise ArchError("depth: this family norms what an FFN gives, so a layer cannot be folded; remove it without.")
+        raise ArchError(
+            "remove.depth: this family norms what an FFN gives, so a layer cannot be folded; remove it without."
+        )
 
 
 def _reader_inputs(walk: Walk, index: int, reader: nn.Linear, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,7 +263,8 @@ def choose_layers(
     allowed = min(len(set(range(arch.num_layers)) - set(protected)), arch.num_layers - 1)
     if not 0 <= num_remove <= allowed:
         raise RecipeError(
-            f"depth: {num_remove} of {arch.num_layers} layers cannot be removed; with {len(set(protected))} protected, "
+            f"remove.depth: {num_remove} of {arch.num_layers} layers cannot be removed; with "
+            f"{len(set(protected))} protected, "
             f"ask for 0 to {allowed}."
         )
     chosen: dict[int, float] = {}

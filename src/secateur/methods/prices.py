@@ -167,7 +167,7 @@ def kv_byte_prices(arch: Arch, groups: tuple[Group, ...], model: Any) -> Prices:
     for group in groups:
         if group.name != CACHED_GROUP:
             raise RecipeError(
-                f"groups: {group.name} has nothing in the KV cache, so target kv_bytes cannot be met by it; "
+                f"remove.groups: {group.name} has nothing in the KV cache, so target kv_bytes cannot be met by it; "
                 f"use groups: [{CACHED_GROUP}] alone."
             )
     # The writers make queries, keys and values, of which the reader's inputs are as many as the queries.
@@ -187,7 +187,8 @@ def kv_byte_prices(arch: Arch, groups: tuple[Group, ...], model: Any) -> Prices:
 def _latency_prices(measured: Seconds | None, arch: Arch, groups: tuple[Group, ...]) -> Prices:
     if measured is None:
         raise RecipeError(
-            "target: latency plans with measured seconds; `secateur inspect` with this recipe measures them, put what "
+            "remove.target: latency plans with measured seconds; `secateur inspect` with this recipe "
+            "measures them, put what "
             "it shows under prices."
         )
     for group in groups:

@@ -214,17 +214,19 @@ class Arch:
         known = {group.name for group in self.groups}
         for name in names:
             if name in self.omits and name not in known:
-                raise ArchError(f"groups: family {self.family} cannot lose {name}: {self.omits[name]}.")
+                raise ArchError(f"remove.groups: family {self.family} cannot lose {name}: {self.omits[name]}.")
             if name not in known:
                 raise ArchError(
-                    f"groups: family {self.family} has no group '{name}'; it has {', '.join(sorted(known))}; "
+                    f"remove.groups: family {self.family} has no group '{name}'; it has {', '.join(sorted(known))}; "
                     f"did you mean '{nearest(name, known)}'?"
                 )
         chosen = tuple(group for group in self.groups if group.name in names)
         for name, other in combinations(names, 2):
             first, second = (next(group for group in chosen if group.name == n) for n in (name, other))
             if first.parts.module == second.parts.module:
-                raise ArchError(f"groups: {name} and {other} cut the same {first.parts.module}; choose one of them.")
+                raise ArchError(
+                    f"remove.groups: {name} and {other} cut the same {first.parts.module}; choose one of them."
+                )
         return chosen
 
 

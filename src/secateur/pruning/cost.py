@@ -63,12 +63,13 @@ def _on_cpu(opened: Opened, resolved: Resolved) -> MemoryPlan:
         weights = size.num_bytes + 4 * (outside + 2 * max(per_layer)) - outside * bytes_per_param
         return MemoryPlan(estimate_memory(opened, resolved, weights, 4), False, in_float32=True)
     whole = estimate_memory(opened, resolved, size.num_bytes, bytes_per_param)
-    text = resolved.recipe.memory_budget
+    text = resolved.recipe.machine.memory_budget
     if text is None or whole.peak <= parse_size("memory_budget", text):
         return MemoryPlan(whole, False)
     if not _can_map(opened):
         raise RecipeError(
-            f"memory_budget: {text} is less than the {whole.peak / 1e9:.2f} GB that the run needs with this model's "
+            f"machine.memory_budget: {text} is less than the {whole.peak / 1e9:.2f} GB that the run needs "
+            f"with this model's "
             f"weights in memory; only safetensors weights, given by their path, can stay on disk."
         )
     layer = max(per_layer) * bytes_per_param
@@ -77,7 +78,7 @@ def _on_cpu(opened: Opened, resolved: Resolved) -> MemoryPlan:
     streamed = replace(streamed, solve=max(streamed.solve, layer))
     if streamed.peak > parse_size("memory_budget", text):
         raise RecipeError(
-            f"memory_budget: {text} cannot work; with all weights on disk the run still needs "
+            f"machine.memory_budget: {text} cannot work; with all weights on disk the run still needs "
             f"{streamed.peak / 1e9:.2f} GB ({_parts(streamed)}); allow that, or {_remedy(streamed)}."
         )
     return MemoryPlan(streamed, True)
@@ -91,15 +92,16 @@ def _on_device(opened: Opened, resolved: Resolved) -> MemoryPlan:
     """
     recipe, size, per_layer = resolved.recipe, opened.size, opened.arch.params_per_layer
     in_float32 = computes_in_float32(opened)
-    bytes_per_param, text = 4 if in_float32 else size.num_bytes // size.num_params, recipe.device_budget
+    bytes_per_param, text = 4 if in_float32 else size.num_bytes // size.num_params, recipe.machine.device_budget
     free = None if opened.checkpoint is None else free_bytes(opened.device)
     budget = free if text is None else parse_size("device_budget", text)
     whole = estimate_memory(opened, resolved, size.num_params * bytes_per_param, bytes_per_param)
-    host = None if recipe.memory_budget is None else parse_size("memory_budget", recipe.memory_budget)
+    host = None if recipe.machine.memory_budget is None else parse_size("memory_budget", recipe.machine.memory_budget)
     on_disk = host is not None and size.num_bytes > host
     if on_disk and not _can_map(opened):
         raise RecipeError(
-            f"memory_budget: {recipe.memory_budget} is less than the {size.num_bytes / 1e9:.2f} GB of this model's "
+            f"machine.memory_budget: {recipe.machine.memory_budget} is less than the "
+            f"{size.num_bytes / 1e9:.2f} GB of this model's "
             f"weights, and only safetensors weights, given by their path, can stay on disk."
         )
     if budget is None or whole.peak <= budget:
@@ -110,7 +112,8 @@ def _on_device(opened: Opened, resolved: Resolved) -> MemoryPlan:
     by_layers = estimate_memory(opened, resolved, weights, bytes_per_param)
     if by_layers.peak > budget:
         raise RecipeError(
-            f"device_budget: {budget / 1e9:.2f} GB of the device cannot work; with two layers there at a time the run "
+            f"machine.device_budget: {budget / 1e9:.2f} GB of the device cannot work; with two layers there "
+            f"at a time the run "
             f"still needs {by_layers.peak / 1e9:.2f} GB (weights {by_layers.weights / 1e9:.2f}, {_parts(by_layers)}); "
             f"free that much, {_remedy(by_layers)}, or give device: cpu."
         )
@@ -143,17 +146,17 @@ def estimate_memory(opened: Opened, resolved: Resolved, weight_bytes: int, bytes
     recipe, hidden_size = resolved.recipe, text_config(opened.model).hidden_size
     num_tokens = round(resolved.num_tokens * HELD_OUT_FACTOR)
     widest = max(group.num_inputs for group in resolved.groups)
-    has_gram = needs_gram(recipe.score) or recipe.compensate == "least_squares"
+    has_gram = needs_gram(recipe.choose.score) or recipe.repair.compensate == "least_squares"
     square = widest * widest if has_gram else 0
     has_drift = bool(resolved.target_mix)
     reader = widest * hidden_size
     sums = 4 * (_triangle(square) + has_drift * reader)
     inputs_and_drift = widest + has_drift * hidden_size
     held_out = (num_tokens - resolved.num_tokens) * inputs_and_drift * bytes_per_param
-    num_domains = len(recipe.calibration.domains) if recipe.domain_weighting in BY_DOMAIN else 0
-    at_once = units_at_once(recipe.obs_batch, widest, 1)
-    obs = 8 * square + 4 * 8 * widest * at_once + 4 * reader if needs_gram(recipe.score) else 0
-    fit = _fit_bytes(resolved, hidden_size) + 4 * reader if recipe.compensate == "least_squares" else 0
+    num_domains = len(recipe.calibration.domains) if recipe.choose.domain_weighting in BY_DOMAIN else 0
+    at_once = units_at_once(recipe.choose.obs_batch, widest, 1)
+    obs = 8 * square + 4 * 8 * widest * at_once + 4 * reader if needs_gram(recipe.choose.score) else 0
+    fit = _fit_bytes(resolved, hidden_size) + 4 * reader if recipe.repair.compensate == "least_squares" else 0
     return MemoryEstimate(
         weights=weight_bytes,
         hidden_states=(1 + has_drift) * num_tokens * hidden_size * bytes_per_param,
@@ -171,13 +174,13 @@ def _layer_choice_bytes(opened: Opened, resolved: Resolved, bytes_per_param: int
     None where no layer goes, or the recipe names those that do.
     """
     recipe, arch, config = resolved.recipe, opened.arch, text_config(opened.model)
-    if not resolved.depth or recipe.removed_layers:
+    if not resolved.depth or recipe.remove.layers:
         return 0
     hidden_size, inputs = config.hidden_size, [group.num_inputs for group in arch.groups if group.name == "ffn"]
     readers, widest = sum(inputs) * hidden_size * bytes_per_param, max(inputs, default=0)
-    fit = _fit_bytes(resolved, hidden_size) if recipe.compensate == "least_squares" else 0
+    fit = _fit_bytes(resolved, hidden_size) if recipe.repair.compensate == "least_squares" else 0
     fitted, length = min(TOKENS_PER_INPUT * widest, resolved.num_tokens), resolved.sequence_length
-    batch = max(length, min(recipe.probe_blocks * length, DEVICE_BATCH_TOKENS))
+    batch = max(length, min(recipe.choose.probe_blocks * length, DEVICE_BATCH_TOKENS))
     gram = 8 * _triangle(widest * widest) + _product_bytes(widest)
     streams = batch * (arch.num_layers * hidden_size + config.vocab_size) * bytes_per_param
     return readers + max((fitted * bytes_per_param + 4 * widest) * hidden_size + gram + fit, streams)
@@ -199,7 +202,7 @@ def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:
     With S inputs that stay, C that go and H outputs: S^2 of the system, C S and C H of its right side, S H of the
     result. Where a budget is to choose the widths, any may come.
     """
-    plan, uniform = resolved.plans[0], resolved.recipe.budget == "uniform"
+    plan, uniform = resolved.plans[0], resolved.recipe.choose.budget == "uniform"
     needs = []
     for group in resolved.groups:
         kept = plan.num_keep[group.layer, group.name] * group.width if uniform else group.num_inputs
@@ -226,10 +229,10 @@ def work_of(opened: Opened, resolved: Resolved) -> Work:
     tokens, num_params = resolved.num_tokens, opened.size.num_params
     held_out = tokens * (HELD_OUT_FACTOR - 1)
     in_layers = sum(opened.arch.params_per_layer)
-    is_measured = recipe.budget == "curve"
+    is_measured = recipe.choose.budget == "curve"
     streams = 2 if resolved.target_mix else 1
     forward = num_rounds * streams * 2 * (tokens + held_out) * in_layers
-    if recipe.evaluate:
+    if recipe.output.evaluate:
         forward += 2 * 2 * held_out * num_params
     gram, solve = 0.0, 0.0
     for plan in resolved.plans:
@@ -238,7 +241,7 @@ def work_of(opened: Opened, resolved: Resolved) -> Work:
             forward += 2 * (tokens + held_out) * parts[0]
             gram, solve = gram + parts[1] * (1 + is_measured), solve + parts[2] * (1 + is_measured)
     if is_measured:
-        probe = recipe.probe_blocks * len(recipe.calibration.domains) * resolved.sequence_length
+        probe = recipe.choose.probe_blocks * len(recipe.calibration.domains) * resolved.sequence_length
         one = 2.0 * probe * (num_params - in_layers / 2)
         forward += num_rounds * len(resolved.groups) * one
     for part in _layers_work(opened, resolved):
@@ -251,7 +254,7 @@ def _layers_work(opened: Opened, resolved: Resolved) -> list[Work]:
     if not resolved.depth:
         return []
     fold = _fold_work(opened, resolved)
-    return [fold] if resolved.recipe.removed_layers else [_choice_work(opened, resolved), fold]
+    return [fold] if resolved.recipe.remove.layers else [_choice_work(opened, resolved), fold]
 
 
 def _choice_work(opened: Opened, resolved: Resolved) -> Work:
@@ -263,7 +266,7 @@ def _choice_work(opened: Opened, resolved: Resolved) -> Work:
     recipe, arch, depth = resolved.recipe, opened.arch, resolved.depth
     in_layers, num_params = sum(arch.params_per_layer), opened.size.num_params
     ffns = [group for group in arch.groups if group.name == "ffn"]
-    probe = recipe.probe_blocks * len(recipe.calibration.domains) * resolved.sequence_length
+    probe = recipe.choose.probe_blocks * len(recipe.calibration.domains) * resolved.sequence_length
     num_streams = arch.num_layers + LAYERS_AT_ONCE * (depth - 1)
     passes = num_streams / 2 + 2 * depth
     fitted = TOKENS_PER_INPUT * max((group.num_inputs for group in ffns), default=0)
@@ -332,7 +335,7 @@ def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> int:
     readers = sum(p.numel() * (4 if plan.in_float32 else p.element_size()) for p in parameters)
     in_layers = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    total = num_bytes * (num_rounds if resolved.recipe.keep_rounds else 1) + num_rounds * readers
+    total = num_bytes * (num_rounds if resolved.recipe.output.keep_rounds else 1) + num_rounds * readers
     if num_rounds > 1 and resolved.target_mix:
         total += in_layers
     return total + (min(num_rounds, 2) * in_layers if plan.weights_on_disk else 0)

@@ -119,13 +119,13 @@ STEPS: dict[Kind, Step] = {
 def method_of(recipe: Recipe) -> Method:
     """Return what of the recipe says how units are chosen and readers repaired."""
     return Method(
-        score=recipe.score,
-        obs_batch=recipe.obs_batch,
-        compensate=recipe.compensate,
-        damping=recipe.damping,
-        damping_factors=recipe.damping_factors,
-        target_mix=recipe.target_mix or 0.0,
-        weighting=recipe.domain_weighting,
+        score=recipe.choose.score,
+        obs_batch=recipe.choose.obs_batch,
+        compensate=recipe.repair.compensate,
+        damping=recipe.repair.damping,
+        damping_factors=recipe.repair.damping_factors,
+        target_mix=recipe.repair.target_mix or 0.0,
+        weighting=recipe.choose.domain_weighting,
     )
 
 

@@ -60,13 +60,13 @@ def with_prices(opened: Opened, services: Services) -> Opened:
     Raises ArchError if the family has no such group, RecipeError if a layer gets no faster with fewer units.
     """
     recipe, log = opened.recipe, services.log
-    if recipe.target != "latency" or recipe.prices is not None:
+    if recipe.remove.target != "latency" or recipe.remove.prices is not None:
         return opened
 
     def measured() -> dict[str, Any]:
         with log.time("latency"):
             prices, timings = measure_latency(
-                opened.arch, recipe.groups, opened.model, services.progress, opened.device
+                opened.arch, recipe.remove.groups, opened.model, services.progress, opened.device
             )
         for timing in timings:
             log.write({"event": "latency", "num_threads": torch.get_num_threads(), **asdict(timing)})
@@ -74,7 +74,7 @@ def with_prices(opened: Opened, services: Services) -> Opened:
         return prices.model_dump(mode="json")
 
     found = services.store.value("prices", lambda: from_first(measured), is_input=True)
-    return replace(opened, recipe=recipe.model_copy(update={"prices": MeasuredPrices(**found)}))
+    return replace(opened, recipe=recipe.filled(remove={"prices": MeasuredPrices(**found)}))
 
 
 @torch.inference_mode()
@@ -198,12 +198,13 @@ def _slope(timings: list[Timing]) -> float:
     """Return seconds per unit by least squares. Raises RecipeError if there are none to be saved."""
     name, widths = timings[0].group, [timing.num_units for timing in timings]
     if len(widths) < 2:
-        raise RecipeError(f"target: latency has no price for {name}, of which no layer has more than one unit.")
+        raise RecipeError(f"remove.target: latency has no price for {name}, of which no layer has more than one unit.")
     slope = statistics.linear_regression(widths, [timing.seconds for timing in timings]).slope
     if slope <= 0:
         table = ", ".join(f"{timing.num_units:,}: {timing.seconds * 1000:.3f} ms" for timing in timings)
         raise RecipeError(
-            f"target: latency has no price for {name}, since layers get no faster here with fewer units ({table}); let "
+            f"remove.target: latency has no price for {name}, since layers get no faster here with fewer "
+            f"units ({table}); let "
             f"nothing else run meanwhile, or use target parameters, flops or kv_bytes."
         )
     return slope

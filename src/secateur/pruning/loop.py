@@ -71,7 +71,7 @@ def _chosen(run: Run, batches: list[Batch]) -> dict[int, float]:
         costs = choose_layers(
             run.model,
             dense,
-            first_blocks(batches, recipe.probe_blocks),
+            first_blocks(batches, recipe.choose.probe_blocks),
             run.resolved.depth,
             readers=_narrow_readers(run, batches),
             protected=protected_layers(recipe, dense),
@@ -96,10 +96,10 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
     share = kept / sum(group.num_units for group in ffns)
     domains, widest = run.text.domains, max(group.num_units for group in ffns)
     num_blocks = math.ceil(TOKENS_PER_INPUT * widest / (len(domains) * run.text.sequence_length))
-    spare = min(len(domain.calibration_NT) for domain in domains) - recipe.probe_blocks
-    after = recipe.probe_blocks if spare >= num_blocks else 0
+    spare = min(len(domain.calibration_NT) for domain in domains) - recipe.choose.probe_blocks
+    after = recipe.choose.probe_blocks if spare >= num_blocks else 0
     unprotected = set(range(run.arch.num_layers)) - protected_layers(recipe, run.arch)
-    damping = run.resolved.damping if recipe.compensate == "least_squares" else None
+    damping = run.resolved.damping if recipe.repair.compensate == "least_squares" else None
     blocks = first_blocks(batches, num_blocks, after=after)
     return narrow_readers(run.model, run.arch, blocks, dict.fromkeys(unprotected, share), damping, from_first)
 
@@ -107,7 +107,7 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
 def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]) -> dict[str, Any]:
     """Fold `layer`, now at `position`, into the one before it, if that can be; return what the held-out text says."""
     recipe = run.resolved.recipe
-    if position == 0 or recipe.compensate != "least_squares" or not arch.mlp_adds_directly:
+    if position == 0 or recipe.repair.compensate != "least_squares" or not arch.mlp_adds_directly:
         return {}
     before = decoder_layers(run.model, arch)[position - 1]
     (ffn,) = (group for group in arch.select(("ffn",)) if group.layer == position - 1)
@@ -130,7 +130,7 @@ def prune_in_place(run: Run) -> Keeps:
     """
     assert run.arch.num_layers == len(run.resolved.layers), "remove_depth comes first"
     keeps = {(group.layer, group.name): torch.arange(group.num_units) for group in run.resolved.groups}
-    if run.resolved.recipe.compensate == "bias":
+    if run.resolved.recipe.repair.compensate == "bias":
         layers = decoder_layers(run.model, run.arch)
         for group in run.resolved.groups:
             add_zero_biases(layers[group.layer], group)
@@ -229,7 +229,7 @@ def _advance_dense(walk: Walk, index: int, groups: list[Group], dense_layers: La
 
 def _update_config(run: Run) -> None:
     """Derive the config from the tensors, never from the intent."""
-    if run.resolved.recipe.compensate == "bias":
+    if run.resolved.recipe.repair.compensate == "bias":
         for group in run.resolved.groups:
             assert group.bias_switch is not None
             setattr(run.model.config, group.bias_switch.config_key, True)

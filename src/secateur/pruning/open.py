@@ -34,12 +34,13 @@ from secateur.model.checkpoint import (
     weight_digests,
 )
 from secateur.ranks import check_same, device_called, is_first, size
-from secateur.recipe import Recipe, dump_recipe
+from secateur.recipe import Recipe
+from secateur.recipe_file import dump_recipe
 from secateur.store import Store
 from secateur.stream.device import LOW, multiplies_in_software
 
 # Whatever of these a run has: the bytes of its result are the same.
-_WITHOUT_EFFECT = {"memory_budget", "device_budget"}
+_WITHOUT_EFFECT = {"machine": {"memory_budget", "device_budget"}}
 # Of every parameter so many numbers are looked at: another revision differs in them, and no file is read whole.
 NUM_SAMPLED = 64
 
@@ -104,12 +105,15 @@ def open_model(
 def _device_for(recipe: Recipe, checkpoint: Checkpoint | None, model: CausalLM) -> torch.device:
     """Return where the run computes; a model in memory stays where it is. Raises RecipeError if there is no such."""
     if checkpoint is not None:
-        return device_called(recipe.device)
-    if recipe.device_budget is not None:
-        raise RecipeError("device_budget: a model in memory is where it is; give its path, or leave device_budget out.")
-    if recipe.device is not None and device_called(recipe.device).type != model.device.type:
+        return device_called(recipe.machine.device)
+    if recipe.machine.device_budget is not None:
         raise RecipeError(
-            f"device: is {recipe.device}, and the model in memory is on {model.device}; move the model, or leave "
+            "machine.device_budget: a model in memory is where it is; give its path, or leave device_budget out."
+        )
+    if recipe.machine.device is not None and device_called(recipe.machine.device).type != model.device.type:
+        raise RecipeError(
+            f"machine.device: is {recipe.machine.device}, and the model in memory is on {model.device}; "
+            f"move the model, or leave "
             f"device out."
         )
     return model.device
@@ -122,13 +126,13 @@ def computes_in_float32(opened: Opened) -> bool:
     Raises RecipeError if the recipe asks for it where it cannot be.
     """
     recipe, checkpoint, dtype = opened.recipe, opened.checkpoint, opened.model.dtype
-    if recipe.compute_dtype == "float32" and (checkpoint is None or recipe.memory_budget is not None):
+    if recipe.machine.compute_dtype == "float32" and (checkpoint is None or recipe.machine.memory_budget is not None):
         why = "memory_budget, which keeps weights in their files" if checkpoint else "a model in memory; convert it"
-        raise RecipeError(f"compute_dtype: float32 does not go with {why}; leave one of them out.")
-    if checkpoint is None or recipe.memory_budget is not None or dtype not in LOW:
+        raise RecipeError(f"machine.compute_dtype: float32 does not go with {why}; leave one of them out.")
+    if checkpoint is None or recipe.machine.memory_budget is not None or dtype not in LOW:
         return False
-    return recipe.compute_dtype == "float32" or (
-        recipe.compute_dtype is None and multiplies_in_software(opened.device, dtype)
+    return recipe.machine.compute_dtype == "float32" or (
+        recipe.machine.compute_dtype is None and multiplies_in_software(opened.device, dtype)
     )
 
 

@@ -44,7 +44,7 @@ def prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placement
 
 def _text(opened: Opened, resolved: Resolved, progress: Progress) -> CalibrationSet:
     recipe, tokenizer = resolved.recipe, tokenizer_of(opened)
-    rounds = recipe.rounds
+    rounds = recipe.choose.rounds
     return build_calibration(
         recipe.calibration, resolved.num_tokens, tokenizer, recipe.seed, progress, num_rounds=rounds
     )

@@ -80,7 +80,7 @@ def _cut(
         if directory is not None:
             facts = (directory, opened.directory, run.resolved.layers)
             checkpoint = PrunedCheckpoint(run.model, tokenizer_of(opened), recipe, *facts)
-            if recipe.keep_rounds:
+            if recipe.output.keep_rounds:
                 run = dataclasses.replace(run, after_round=partial(_save_round, placement, checkpoint))
         keeps = prune_in_place(run)
     return run, checkpoint, keeps

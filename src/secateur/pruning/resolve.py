@@ -37,25 +37,28 @@ from secateur.stream.statistics import BY_DOMAIN
 def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
     """Raise RecipeError for what experts do not have (budgets, targets, weightings, scores), or only they have."""
     have_experts = any(group.kind in OF_EXPERTS for group in groups)
-    if have_experts and (recipe.budget != "uniform" or recipe.target != "parameters"):
+    if have_experts and (recipe.choose.budget != "uniform" or recipe.remove.target != "parameters"):
         raise RecipeError(
-            f"groups: experts and their channels can only go with budget: uniform and target: parameters, "
-            f"got {recipe.budget} and {recipe.target}; change these or leave experts out."
+            f"remove.groups: experts and their channels can only go with budget: uniform and target: parameters, "
+            f"got {recipe.choose.budget} and {recipe.remove.target}; change these or leave experts out."
         )
-    units = find_score(recipe.score).units
+    units = find_score(recipe.choose.score).units
     if have_experts and units == "channels and heads":
         raise RecipeError(
-            f"score: {recipe.score} is of channels and heads, not of experts; use obs, or leave experts out of groups."
+            f"choose.score: {recipe.choose.score} is of channels and heads, not of experts; use obs, or "
+            f"leave experts out of groups."
         )
-    if have_experts and recipe.domain_weighting in BY_DOMAIN:
+    if have_experts and recipe.choose.domain_weighting in BY_DOMAIN:
         raise RecipeError(
-            f"domain_weighting: {recipe.domain_weighting} looks at one reader's cut, which experts and their channels "
+            f"choose.domain_weighting: {recipe.choose.domain_weighting} looks at one reader's cut, which "
+            f"experts and their channels "
             f"do not have; use energy or tokens, or leave experts out of groups."
         )
     other = next((group.name for group in groups if group.kind != "experts"), None)
     if other and units == "experts":
         raise RecipeError(
-            f"score: {recipe.score} is of whole experts, groups has {other} too; use obs, or groups: [experts]."
+            f"choose.score: {recipe.choose.score} is of whole experts, groups has {other} too; use obs, or "
+            f"groups: [experts]."
         )
 
 
@@ -106,7 +109,7 @@ class Resolved:
         """Return how much of the target is gone once only these units and `layers` are left."""
         left = self.prices_left
         share = 1 - (left.total - left.gone(self.groups, num_keep)) / self.prices.total
-        return Outcome(self.recipe.target, self.prices.total_text, share)
+        return Outcome(self.recipe.remove.target, self.prices.total_text, share)
 
     def with_layers(self, layers: tuple[int, ...]) -> "Resolved":
         """Return the run for the case that these `depth` fewer layers stay, with plans of its own.
@@ -115,11 +118,11 @@ class Resolved:
         """
         recipe, prices = self.recipe, self.prices
         groups = groups_of(recipe, self.arch, layers)
-        step = least_step(groups, prices, self.align, alike=recipe.budget == "uniform")
+        step = least_step(groups, prices, self.align, alike=recipe.choose.budget == "uniform")
         remove = share_for_widths(recipe, self.depth, prices, prices.of_all_but(layers), step)
         rounds = num_rounds(recipe) if remove > 0 else 1
-        recipe = recipe.model_copy(update={"widths": _widths(recipe, cuts=remove > 0), "rounds": rounds})
-        shares = round_shares(rounds, recipe.schedule)
+        recipe = recipe.filled(choose={"widths": _widths(recipe, cuts=remove > 0), "rounds": rounds})
+        shares = round_shares(rounds, recipe.choose.schedule)
         removals = tuple(remove * share for share in shares)
         moved = replace(self, recipe=recipe, layers=layers, groups=groups, removals=removals)
         return replace(moved, plans=tuple(_plans(moved, remove, shares)))
@@ -131,20 +134,24 @@ def checked(opened: Opened) -> Opened:
     Raises ArchError or RecipeError, each naming the recipe key, for what this model cannot do.
     """
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
-    parse_size("max_shard_size", recipe.max_shard_size)
+    parse_size("max_shard_size", recipe.output.max_shard_size)
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
-    if recipe.compensate == "bias" and any(group.bias_switch is None for group in groups):
+    if recipe.repair.compensate == "bias" and any(group.bias_switch is None for group in groups):
         raise RecipeError(
-            f"compensate: family {arch.family} cannot store a bias in its readers (it would be dropped on reload); "
+            f"repair.compensate: family {arch.family} cannot store a bias in its readers (it would be "
+            f"dropped on reload); "
             f"use least_squares or none."
         )
     check_experts(recipe, groups)
-    if recipe.target != "latency" and recipe.prices is not None:
-        raise RecipeError(f"prices: are what target latency plans with; with target {recipe.target} leave them out.")
-    num_rounds(recipe)
-    if config.get_text_config() is not config and (recipe.budget != "uniform" or recipe.protected_layers):
+    if recipe.remove.target != "latency" and recipe.remove.prices is not None:
         raise RecipeError(
-            f"budget: {recipe.budget} with protected_layers {list(recipe.protected_layers)} gives layers widths of "
+            f"remove.prices: are what target latency plans with; with target {recipe.remove.target} leave them out."
+        )
+    num_rounds(recipe)
+    if config.get_text_config() is not config and (recipe.choose.budget != "uniform" or recipe.remove.protected_layers):
+        raise RecipeError(
+            f"choose.budget: {recipe.choose.budget} with protected_layers "
+            f"{list(recipe.remove.protected_layers)} gives layers widths of "
             f"their own, which a language model inside a larger class ({config.model_type}) cannot be saved with; use "
             f"budget uniform without protected_layers."
         )
@@ -158,8 +165,11 @@ def recipe_prices(recipe: Recipe, arch: Arch, model: Any) -> Prices:
 
     Raises RecipeError as `prices_of`, ArchError if the family has no such group.
     """
-    groups, length = arch.select(recipe.groups), sequence_length(recipe.calibration.sequence_length, model.config)
-    return prices_of(recipe.target, arch, groups, model, prompt_tokens=length, seconds=recipe.prices)
+    groups, length = (
+        arch.select(recipe.remove.groups),
+        sequence_length(recipe.calibration.sequence_length, model.config),
+    )
+    return prices_of(recipe.remove.target, arch, groups, model, prompt_tokens=length, seconds=recipe.remove.prices)
 
 
 def resolve(opened: Opened) -> Resolved:
@@ -170,7 +180,7 @@ def resolve(opened: Opened) -> Resolved:
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
     prices = recipe_prices(recipe, arch, opened.model)
     depth = depth_of(recipe, arch, config, prices)
-    recipe = recipe.model_copy(update={"depth": depth})
+    recipe = recipe.filled(remove={"depth": depth})
     layers = layers_to_expect(recipe, arch, config)
     groups = groups_of(recipe, arch, layers)
     # A layer is folded into the FFN reader before it, whatever else is cut.
@@ -180,11 +190,11 @@ def resolve(opened: Opened) -> Resolved:
     length = sequence_length(recipe.calibration.sequence_length, config)
     text: dict[str, Any] = {"num_tokens": num_tokens, "sequence_length": length}
     damping, warnings = _damping(recipe, num_tokens, widest)
-    numbers: dict[str, Any] = {"align": recipe.align or default_align(groups), "depth": depth, "damping": damping}
-    numbers["target_mix"] = _target_mix(recipe, arch)
-    recipe = recipe.model_copy(update=numbers | {"calibration": recipe.calibration.model_copy(update=text)})
+    remove = {"align": recipe.remove.align or default_align(groups), "depth": depth}
+    repair = {"damping": damping, "target_mix": _target_mix(recipe, arch)}
+    recipe = recipe.filled(remove=remove, repair=repair, calibration=text)
     facts: dict[str, Any] = {"recipe": recipe, "arch": arch, "prices": prices, "layers": layers, "warnings": warnings}
-    resolved = Resolved(**facts, **numbers, **text).with_layers(layers)
+    resolved = Resolved(**facts, **remove, **repair, **text).with_layers(layers)
     return replace(resolved, warnings=warnings + _too_deep(resolved.groups, resolved.plans[-1]))
 
 
@@ -209,7 +219,7 @@ def _plans(resolved: Resolved, remove: float, shares: list[float]) -> list[Plan]
         return [plan_of(groups, prices, {(group.layer, group.name): group.num_units for group in groups})]
     _check_within_reach(resolved, remove)
     # Other budgets need the plan only to count with, and spread it over layers in steps of their own.
-    align = resolved.align if recipe.budget == "uniform" else 1
+    align = resolved.align if recipe.choose.budget == "uniform" else 1
     plan = uniform_plan(groups, prices, remove, align)
     _check_least(recipe, groups, plan, remove, prices)
     return round_plans(groups, prices, plan, shares, align)
@@ -218,15 +228,16 @@ def _plans(resolved: Resolved, remove: float, shares: list[float]) -> list[Plan]
 def _widths(recipe: Recipe, *, cuts: bool) -> str:
     """Return what the recipe's widths must be. Raises RecipeError if it says that they must not."""
     if not cuts:
-        return recipe.widths or "uniform"
-    reasons = [f"budget {recipe.budget}"] * (recipe.budget != "uniform") + ["protected_layers"] * bool(
-        recipe.protected_layers
+        return recipe.choose.widths or "uniform"
+    reasons = [f"budget {recipe.choose.budget}"] * (recipe.choose.budget != "uniform") + ["protected_layers"] * bool(
+        recipe.remove.protected_layers
     )
     if not reasons:
-        return recipe.widths or "uniform"
-    if recipe.widths == "uniform":
+        return recipe.choose.widths or "uniform"
+    if recipe.choose.widths == "uniform":
         raise RecipeError(
-            f"widths: uniform cannot be met with {reasons[0]}, which gives layers widths of their own; leave it out, "
+            f"choose.widths: uniform cannot be met with {reasons[0]}, which gives layers widths of their "
+            f"own; leave it out, "
             f"or use budget uniform without protected_layers."
         )
     return "per_layer"
@@ -235,10 +246,10 @@ def _widths(recipe: Recipe, *, cuts: bool) -> str:
 def _check_within_reach(resolved: Resolved, remove: float) -> None:
     """Raise RecipeError if a budget that plans layer by layer could not reach the target whatever it measures."""
     recipe, groups, prices = resolved.recipe, resolved.groups, resolved.prices_left
-    if recipe.budget == "uniform":
+    if recipe.choose.budget == "uniform":
         return
-    least = least_keep(groups, resolved.align, recipe.min_keep)
-    if recipe.budget != "global":
+    least = least_keep(groups, resolved.align, recipe.remove.min_keep)
+    if recipe.choose.budget != "global":
         for group in groups:
             levels = levels_of(group, group.num_units, resolved.align)
             key = (group.layer, group.name)
@@ -253,36 +264,37 @@ def _check_within_reach(resolved: Resolved, remove: float) -> None:
 
 
 def _check_least(recipe: Recipe, groups: tuple[Group, ...], plan: Plan, remove: float, prices: Prices) -> None:
-    if recipe.budget != "uniform":
+    if recipe.choose.budget != "uniform":
         return
     for group in groups:
         left = plan.num_keep[group.layer, group.name] / group.num_units
-        if left < recipe.min_keep:
+        if left < recipe.remove.min_keep:
             raise RecipeError(
-                f"min_keep: {recipe.min_keep:g} of each group is to stay, but removing {remove:g} of all "
+                f"remove.min_keep: {recipe.remove.min_keep:g} of each group is to stay, but removing {remove:g} of all "
                 f"{prices.total_text} leaves {left:.3f} of {group.name}; lower min_keep or remove less."
             )
 
 
 def _target_mix(recipe: Recipe, arch: Arch) -> float:
-    possible = arch.mlp_adds_directly and recipe.compensate == "least_squares"
-    if recipe.target_mix is None:
+    possible = arch.mlp_adds_directly and recipe.repair.compensate == "least_squares"
+    if recipe.repair.target_mix is None:
         return DEFAULT_TARGET_MIX if possible else 0.0
-    if recipe.target_mix > 0 and not arch.mlp_adds_directly:
+    if recipe.repair.target_mix > 0 and not arch.mlp_adds_directly:
         raise RecipeError(
-            f"target_mix: family {arch.family} normalises what an MLP gives before adding it, so no drift can be made "
-            f"up for; got {recipe.target_mix:g}, set it to 0 or leave it out."
+            f"repair.target_mix: family {arch.family} normalises what an MLP gives before adding it, so no "
+            f"drift can be made "
+            f"up for; got {recipe.repair.target_mix:g}, set it to 0 or leave it out."
         )
-    return recipe.target_mix if recipe.compensate == "least_squares" else 0.0
+    return recipe.repair.target_mix if recipe.repair.compensate == "least_squares" else 0.0
 
 
 def _damping(recipe: Recipe, num_tokens: int, widest: int) -> tuple[float, tuple[str, ...]]:
     needed = TOKENS_PER_INPUT * widest
-    raised = Recipe().damping * needed / num_tokens
-    if recipe.compensate != "least_squares" or num_tokens >= needed or recipe.damping >= raised:
-        return recipe.damping, ()
+    raised = Recipe().repair.damping * needed / num_tokens
+    if recipe.repair.compensate != "least_squares" or num_tokens >= needed or recipe.repair.damping >= raised:
+        return recipe.repair.damping, ()
     warning = (
         f"calibration.num_tokens: {num_tokens:,} tokens are few for least squares over {widest:,} channels "
-        f"(want {needed:,}), so damping rises from {recipe.damping:g} to {raised:g}."
+        f"(want {needed:,}), so damping rises from {recipe.repair.damping:g} to {raised:g}."
     )
     return raised, (warning,)

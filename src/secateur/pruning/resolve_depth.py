@@ -22,7 +22,7 @@ TOKENS_PER_INPUT = 4
 
 def protected_layers(recipe: Recipe, arch: Arch) -> set[int]:
     """Return the dense model's layers that stay whole. Raises RecipeError for one that is not there."""
-    return _layers_named("protected_layers", recipe.protected_layers, arch.num_layers)
+    return _layers_named("protected_layers", recipe.remove.protected_layers, arch.num_layers)
 
 
 def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
@@ -30,15 +30,16 @@ def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
 
     Raises RecipeError for one that is not there, is named twice or is protected, and for another number in `depth`.
     """
-    named = _layers_named("removed_layers", recipe.removed_layers, arch.num_layers)
-    shown = ", ".join(map(str, recipe.removed_layers))
-    if len(named) < len(recipe.removed_layers):
-        raise RecipeError(f"removed_layers: [{shown}] names a layer of {arch.num_layers} twice; name each once.")
+    named = _layers_named("removed_layers", recipe.remove.layers, arch.num_layers)
+    shown = ", ".join(map(str, recipe.remove.layers))
+    if len(named) < len(recipe.remove.layers):
+        raise RecipeError(f"remove.layers: [{shown}] names a layer of {arch.num_layers} twice; name each once.")
     if both := sorted(named & protected_layers(recipe, arch)):
-        raise RecipeError(f"removed_layers: layer {both[0]} is in protected_layers too; take it out of one of them.")
-    if named and recipe.depth not in (None, len(named)):
+        raise RecipeError(f"remove.layers: layer {both[0]} is in protected_layers too; take it out of one of them.")
+    if named and recipe.remove.depth not in (None, len(named)):
         raise RecipeError(
-            f"depth: {recipe.depth} is not the number of removed_layers: [{shown}]; leave depth out, or give "
+            f"remove.depth: {recipe.remove.depth} is not the number of removed_layers: [{shown}]; leave "
+            f"depth out, or give "
             f"{len(named)}."
         )
     return named
@@ -63,16 +64,16 @@ def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]
     named = removed_layers(recipe, arch)
     free = sorted(set(range(arch.num_layers)) - protected_layers(recipe, arch))
     if not free:
-        raise RecipeError("protected_layers: no layer is left to remove anything from; protect fewer.")
-    depth = len(named) or recipe.depth or 0
+        raise RecipeError("remove.protected_layers: no layer is left to remove anything from; protect fewer.")
+    depth = len(named) or recipe.remove.depth or 0
     if depth and getattr(config, "is_heterogeneous", False):
         raise RecipeError(
-            f"depth: {depth} layers cannot be removed from a model of per-layer widths (per_layer_config); "
+            f"remove.depth: {depth} layers cannot be removed from a model of per-layer widths (per_layer_config); "
             f"remove layers from the dense model, before widths."
         )
     if depth >= len(free):
         raise RecipeError(
-            f"depth: {depth} of {arch.num_layers} layers cannot be removed; one that is not in protected_layers "
+            f"remove.depth: {depth} of {arch.num_layers} layers cannot be removed; one that is not in protected_layers "
             f"must stay, so ask for 0 to {len(free) - 1}."
         )
     gone = named or set(free[len(free) - depth :])
@@ -81,9 +82,9 @@ def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]
 
 def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
     """Return how many whole layers go: what the recipe says, or the default."""
-    if recipe.depth is not None:
-        return recipe.depth
-    return len(recipe.removed_layers) or default_depth(recipe, arch, config, prices)
+    if recipe.remove.depth is not None:
+        return recipe.remove.depth
+    return len(recipe.remove.layers) or default_depth(recipe, arch, config, prices)
 
 
 def default_depth(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
@@ -96,12 +97,20 @@ def default_depth(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> in
     layers differ.
     """
     groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
-    plain = recipe.target == "parameters" and recipe.rounds == 1 and isinstance(recipe.schedule, str)
-    plain = plain and recipe.max_loss_rise is None
+    plain = (
+        recipe.remove.target == "parameters" and recipe.choose.rounds == 1 and isinstance(recipe.choose.schedule, str)
+    )
+    plain = plain and recipe.choose.max_loss_rise is None
     alike = len(set(arch.params_per_layer)) == 1 and not any(group.kind in OF_EXPERTS for group in groups)
-    if not plain or not alike or "ffn" not in recipe.groups or not groups or getattr(config, "is_heterogeneous", False):
+    if (
+        not plain
+        or not alike
+        or "ffn" not in recipe.remove.groups
+        or not groups
+        or getattr(config, "is_heterogeneous", False)
+    ):
         return 0
-    asked, units = recipe.remove * prices.total, sum(group.num_units * prices.of(group) for group in groups)
+    asked, units = recipe.remove.share * prices.total, sum(group.num_units * prices.of(group) for group in groups)
     wanted = round(LAYERS_PER_UNIT * (asked / units - UNITS_ALONE) * arch.num_layers)
     free = arch.num_layers - len(protected_layers(recipe, arch))
     depth = max(0, min(wanted, int(asked // prices.per_layer[0]), free - 1))
@@ -112,7 +121,7 @@ def default_depth(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> in
 def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Group, ...]:
     """Return the groups that lose units once only `layers` are left, numbered as they are then."""
     protected = protected_layers(recipe, arch)
-    chosen = arch.select(recipe.groups)
+    chosen = arch.select(recipe.remove.groups)
     return tuple(
         dataclasses.replace(group, layer=number)
         for number, layer in enumerate(layers)
@@ -123,22 +132,25 @@ def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Grou
 
 def num_rounds(recipe: Recipe) -> int:
     """Return the rounds that the recipe asks for. Raises RecipeError if its schedule is a list that cannot be met."""
-    gone = recipe.schedule
+    gone = recipe.choose.schedule
     if isinstance(gone, str):
-        return recipe.rounds
+        return recipe.choose.rounds
     shown = ", ".join(f"{share:g}" for share in gone)
-    if not gone or list(gone) != sorted(set(gone)) or gone[-1] != recipe.remove:
+    if not gone or list(gone) != sorted(set(gone)) or gone[-1] != recipe.remove.share:
         raise RecipeError(
-            f"schedule: a list says what is gone after each round, rising to remove: {recipe.remove:g}, got [{shown}]; "
-            f"end it with {recipe.remove:g}."
+            f"choose.schedule: a list says what is gone after each round, rising to remove: "
+            f"{recipe.remove.share:g}, got [{shown}]; "
+            f"end it with {recipe.remove.share:g}."
         )
-    if recipe.rounds not in (1, len(gone)):
+    if recipe.choose.rounds not in (1, len(gone)):
         raise RecipeError(
-            f"schedule: {len(gone)} rounds are listed, but rounds: {recipe.rounds}; leave rounds out or list as many."
+            f"choose.schedule: {len(gone)} rounds are listed, but rounds: {recipe.choose.rounds}; leave "
+            f"rounds out or list as many."
         )
-    if recipe.depth or recipe.removed_layers:
+    if recipe.remove.depth or recipe.remove.layers:
         raise RecipeError(
-            "schedule: layers (depth) go before the first round, so what is gone after each cannot be listed; use "
+            "choose.schedule: layers (depth) go before the first round, so what is gone after each cannot "
+            "be listed; use "
             "linear, or remove no layers."
         )
     return len(gone)
@@ -150,17 +162,17 @@ def share_for_widths(recipe: Recipe, depth: int, prices: Prices, num_gone: int, 
     `num_gone`: what the `depth` layers that go take. `step`: the least that can go of the widths.
     Raises RecipeError if the layers alone take more than half a step too much.
     """
-    asked = recipe.remove * prices.total
+    asked = recipe.remove.share * prices.total
     if not num_gone:
-        return recipe.remove
+        return recipe.remove.share
     if abs(asked - num_gone) <= step / 2:
         return 0.0
     if num_gone > asked:
         per_layer = num_gone // depth
         most, least = int((asked + step / 2) // per_layer), math.ceil(1e4 * num_gone / prices.total) / 1e4
         raise RecipeError(
-            f"depth: {depth} layers of {prices.text(per_layer)} each make it {num_gone / prices.total:.3f} of "
-            f"all {prices.total_text}, more than remove: {recipe.remove:g}; use depth {most} at most, "
+            f"remove.depth: {depth} layers of {prices.text(per_layer)} each make it {num_gone / prices.total:.3f} of "
+            f"all {prices.total_text}, more than remove: {recipe.remove.share:g}; use depth {most} at most, "
             f"or remove at least {least:.4f}."
         )
     return (asked - num_gone) / (prices.total - num_gone)

@@ -17,7 +17,8 @@ from secateur.model.checkpoint import CausalLM, Tokenizer
 from secateur.model.group import Group
 from secateur.pruning.open import Opened
 from secateur.pruning.run import Keeps, Run
-from secateur.recipe import Recipe, dump_recipe
+from secateur.recipe import Recipe
+from secateur.recipe_file import dump_recipe
 from secateur.report.records import CalibrationFacts, Summary
 from secateur.report.report import missing_plots, write_report
 from secateur.report.rows import model_card
@@ -60,17 +61,17 @@ class PrunedCheckpoint:
 
     def save_round(self, number: int, keeps: Keeps) -> None:
         """Write what a round has left under `rounds/NUMBER`; the last round's place is the directory itself."""
-        if number == self.recipe.rounds:
+        if number == self.recipe.choose.rounds:
             return
         place = self.directory / ROUNDS / str(number)
         place.mkdir(parents=True)
         self._write(keeps, place)
 
     def _write(self, keeps: Keeps, place: Path) -> None:
-        shard_size = self.recipe.max_shard_size
+        shard_size = self.recipe.output.max_shard_size
         save_checkpoint(self.model, self.tokenizer, place, max_shard_size=shard_size, carry_from=self.carry_from)
         (place / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
-        layers = [{"group": "layers", "keep": self.layers}] if self.recipe.depth else []
+        layers = [{"group": "layers", "keep": self.layers}] if self.recipe.remove.depth else []
         kept = [{"layer": layer, "group": group, "keep": keep.tolist()} for (layer, group), keep in keeps.items()]
         (place / "keep.json").write_text(json.dumps([*layers, *kept]) + "\n", encoding="utf-8")
 
@@ -116,13 +117,13 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
     return Summary(
         model=opened.name,
         family=run.arch.family,
-        remove_asked=recipe.remove,
+        remove_asked=recipe.remove.share,
         remove_reached=1 - pruned_size.num_params / opened.size.num_params,
         outcome=run.resolved.outcome({key: keep.shape[-1] for key, keep in keeps.items()}),
         dense_size=opened.size,
         pruned_size=pruned_size,
         num_layers=(opened.arch.num_layers, len(run.resolved.layers)),
-        widths=group_widths(run.arch.select(recipe.groups), keeps),
+        widths=group_widths(run.arch.select(recipe.remove.groups), keeps),
         calibration=calibration_facts(run.text),
         guard_refusals=sum(line.get("step", 1) == 0 for line in log.lines),
         seconds={name: round(seconds, 2) for name, seconds in log.seconds.items()},

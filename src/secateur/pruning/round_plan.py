@@ -34,7 +34,7 @@ def plan_round(
     """
     resolved = run.resolved
     recipe = resolved.recipe
-    if recipe.budget == "uniform":
+    if recipe.choose.budget == "uniform":
         return resolved.plans[number - 1]
 
     def made() -> dict[str, Any]:
@@ -49,8 +49,8 @@ def _planned(
     resolved = run.resolved
     recipe, prices = resolved.recipe, resolved.prices_left
     remove = resolved.removals[number - 1]
-    least = least_keep(resolved.groups, resolved.align, recipe.min_keep)
-    if recipe.budget == "global":
+    least = least_keep(resolved.groups, resolved.align, recipe.remove.min_keep)
+    if recipe.choose.budget == "global":
         scores = scores or _scores(run, number, batches)
         align, found = resolved.align, scores
         return from_first(lambda: global_plan(resolved.groups, found, prices, remove, align, min_keep=least))
@@ -76,7 +76,7 @@ def _from_json(found: dict[str, Any]) -> Plan:
 
 def whole_model_scores(run: Run, number: int, batches: list[Batch]) -> dict[GroupKey, Tensor]:
     """Return round `number`'s scores that need gradients of the whole model; none for those that look at a group."""
-    score = find_score(run.resolved.recipe.score)
+    score = find_score(run.resolved.recipe.choose.score)
     if score.needs != "gradients":
         return {}
     name, groups = f"round-{number}-scores", {f"{group.layer} {group.name}": group for group in run.resolved.groups}
@@ -98,15 +98,15 @@ def _profile_settings(run: Run, number: int) -> ProfileSettings:
     now = sum(g.parts.num_units_left(layers[g.layer]) * prices.of(g) for g in groups)
     then = sum(run.resolved.plans[number - 1].num_keep[g.layer, g.name] * prices.of(g) for g in groups)
     # What a domain's weight does to a width is left to the slopes, which are by domain.
-    weighting = "energy" if recipe.domain_weighting in BY_DOMAIN else recipe.domain_weighting
+    weighting = "energy" if recipe.choose.domain_weighting in BY_DOMAIN else recipe.choose.domain_weighting
     return ProfileSettings(
         weighting=weighting,
         shares=run.shares,
         damping=run.resolved.damping,
-        obs_batch=recipe.obs_batch,
+        obs_batch=recipe.choose.obs_batch,
         align=run.resolved.align,
         perturbation=1 - then / now,
-        probe_blocks=recipe.probe_blocks,
+        probe_blocks=recipe.choose.probe_blocks,
     )
 
 
@@ -116,14 +116,22 @@ def _scores(run: Run, number: int, batches: list[Batch]) -> dict[GroupKey, Tenso
     recipe = run.resolved.recipe
     walk = Walk(run.model, run.arch, [batch for batch in batches if not batch.held_out])
     scores: dict[GroupKey, Tensor] = {}
-    weighting = "energy" if recipe.domain_weighting in BY_DOMAIN else recipe.domain_weighting
+    weighting = "energy" if recipe.choose.domain_weighting in BY_DOMAIN else recipe.choose.domain_weighting
     for index in range(run.arch.num_layers):
         mine = [group for group in run.resolved.groups if group.layer == index]
         for group in mine:
             is_last = group is mine[-1]
-            measured = measure(walk, group, weighting, run.shares, gram=needs_gram(recipe.score), to_end=is_last)
+            measured = measure(walk, group, weighting, run.shares, gram=needs_gram(recipe.choose.score), to_end=is_last)
             seed = layer_seed(recipe.seed, number, index)
-            found = partial(unit_scores, walk.layers[index], group, measured.pooled, recipe.score, recipe.damping, seed)
+            found = partial(
+                unit_scores,
+                walk.layers[index],
+                group,
+                measured.pooled,
+                recipe.choose.score,
+                recipe.repair.damping,
+                seed,
+            )
             scores[index, group.name] = from_first(found)
         if not mine:
             walk.advance(index)

@@ -66,7 +66,7 @@ class Run:
 
     def losses(self, which: str) -> dict[str, Loss]:
         """Return held-out losses by domain, in the run log too; none where the recipe asks for none."""
-        if not self.resolved.recipe.evaluate:
+        if not self.resolved.recipe.output.evaluate:
             return {}
         log = self.services.log
 
@@ -89,7 +89,7 @@ class SafetyNet:
 
     def __init__(self, run: Run, directory: Path) -> None:
         self.run = run
-        self.limit = run.resolved.recipe.max_loss_rise
+        self.limit = run.resolved.recipe.choose.max_loss_rise
         self.now = watched_losses(run, "without layers" if run.dense_losses else "dense")
         self.dense = run.dense_losses or self.now
         self._snapshot = LayersOnDisk(directory, "held")
@@ -137,7 +137,8 @@ class SafetyNet:
         self.run.services.log.write(line)
         if held:
             return True
-        said = f"max_loss_rise: round {number} raised the mean held-out loss by {rise:.1%} (allowed {self.limit:.1%})"
+        said = f"choose.max_loss_rise: round {number} raised the mean held-out loss by {rise:.1%} (allowed "
+        f"{self.limit:.1%})"
         if number == 1:
             raise RecipeError(f"{said}, and there is no round before it to go back to; remove less or use more rounds.")
         for index, layer in enumerate(decoder_layers(self.run.model, self.run.arch)):
@@ -151,7 +152,7 @@ def watched_losses(run: Run, which: str) -> dict[str, float]:
     """Return held-out nats per token by domain, or nothing if nothing in the recipe asks for them."""
     recipe = run.resolved.recipe
     is_protected = any(domain.protect is not None for domain in recipe.calibration.domains.values())
-    if recipe.max_loss_rise is None and not is_protected and recipe.rounds == 1:
+    if recipe.choose.max_loss_rise is None and not is_protected and recipe.choose.rounds == 1:
         return {}
 
     def measured() -> dict[str, float]:

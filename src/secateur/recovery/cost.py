@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from secateur.facts import Size
 from secateur.methods.prices import prefill_flops_per_token
-from secateur.recipe import LogitSettings, RecoverySettings
+from secateur.recipe import RecoverySettings
 from secateur.recovery.judge import distillation_loss, teacher_log_p
 from secateur.report.measured import Cost
 
@@ -45,9 +45,9 @@ def predict_cost(
         num_tokens,
         num_held_out_tokens,
         {part: sum(ours) for part, ours in flops.items()},
-        _peak_bytes(pruned, size, dense, settings.logits, length),
+        _peak_bytes(pruned, size, dense, settings, length),
         # Checkpoints of weights and two moments: the best, the last, one being written; the finished weights.
-        3 * 4 * (size.num_params + 2 * _num_trained(pruned, settings.logits)) + size.num_bytes,
+        3 * 4 * (size.num_params + 2 * _num_trained(pruned, settings)) + size.num_bytes,
         seconds,
     )
 
@@ -66,7 +66,7 @@ def predict_flops(
     of weights), twice where weights are frozen (all with LoRA, the head with `layers`), once more with gradient
     checkpointing. judge: the teacher once, the pruned model before, after and on the way.
     """
-    logits = settings.logits
+    logits = settings
     (small_layers, small), (_, big) = (_forward(model, length) for model in (pruned, teacher))
     passes = 2 + logits.gradient_checkpointing
     gradients = {"lora": 0.0, "layers": small_layers, "full": small}[logits.train]
@@ -85,7 +85,7 @@ def time_a_step(
     The pruned model is used up: its weights are float32 afterwards and have gradients.
     """
     length = ids_BT.shape[1]
-    logits = settings.logits
+    logits = settings
     next_P = ids_BT[:, 1:].flatten()
     (_, small), (_, big) = (_forward(model, length) for model in (pruned, teacher))
     dtype = pruned.dtype
@@ -118,7 +118,7 @@ def _forward(model: PreTrainedModel, length: int) -> tuple[float, float]:
     return layers, layers + at_each
 
 
-def _num_trained(model: PreTrainedModel, logits: LogitSettings) -> int:
+def _num_trained(model: PreTrainedModel, logits: RecoverySettings) -> int:
     """Return how many stored numbers are trained; low-rank additions are not stored ones."""
     if logits.train == "lora":
         return 0
@@ -127,7 +127,7 @@ def _num_trained(model: PreTrainedModel, logits: LogitSettings) -> int:
     return Size.of(model).num_params - sum(weight.numel() for weight in frozen)
 
 
-def _peak_bytes(pruned: PreTrainedModel, size: Size, dense: Size, logits: LogitSettings, length: int) -> int:
+def _peak_bytes(pruned: PreTrainedModel, size: Size, dense: Size, logits: RecoverySettings, length: int) -> int:
     """Return the training's bytes; pages of files, which the system gives up when it must, are not counted.
 
     The teacher, weights, gradients and two moments in float32 (of the additions alone with LoRA, not of embedding and

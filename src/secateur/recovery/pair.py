@@ -152,12 +152,12 @@ def blocks_per_step(batch_tokens: int, sequence_length: int) -> int:
 
 
 def _whole_steps(blocks: Sequence[Block], settings: RecoverySettings, length: int) -> Sequence[Block]:
-    size = blocks_per_step(settings.logits.batch_tokens, length)
+    size = blocks_per_step(settings.batch_tokens, length)
     num_blocks = min(len(blocks), settings.num_tokens // length) // size * size
     if num_blocks == 0:
         raise RecipeError(
             f"recover.num_tokens: {settings.num_tokens:,} leave less than one step of {size} blocks of {length} "
-            "tokens; raise it, or lower recover.logits.batch_tokens."
+            "tokens; raise it, or lower recover.batch_tokens."
         )
     return blocks[:num_blocks]
 

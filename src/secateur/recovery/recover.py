@@ -21,7 +21,8 @@ from secateur.log import LOG_FILE, Progress, RunLog, silent, versions
 from secateur.methods.prices import sequence_length
 from secateur.model.checkpoint import Checkpoint, load_model, weight_digests
 from secateur.ranks import alone
-from secateur.recipe import Recipe, RecoverySettings, load_recipe, merged, over_preset, parse_recipe
+from secateur.recipe import Recipe, RecoverySettings
+from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
 from secateur.recovery.cost import predict_cost, predict_flops, time_a_step
 from secateur.recovery.judge import Judge, domain_weights
 from secateur.recovery.pair import Candidates, RecoveryText, open_pair, recovery_text
@@ -46,7 +47,7 @@ def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
     old = {name: parameter.data for name, parameter in work.pruned.named_parameters()}  # replaced, never changed
     cost = _train(work, domain_weights(before, work.settings.domain_weighting))
     after = judged(work)
-    name, mean = ("loss", mean_nats) if work.settings.logits.kl_share == 0 else ("KL", mean_kl)
+    name, mean = ("loss", mean_nats) if work.settings.kl_share == 0 else ("KL", mean_kl)
     held = mean(after) < mean(before)
     if not held:
         for key, parameter in work.pruned.named_parameters():
@@ -183,7 +184,7 @@ def dry_run(
     dense = _load(candidates.teacher)
     text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
     progress("time a step", 0, 1)
-    ids_BT = torch.stack([ids_T for _, ids_T in text.blocks[: settings.logits.blocks_per_device]])
+    ids_BT = torch.stack([ids_T for _, ids_T in text.blocks[: settings.blocks_per_device]])
     seconds_per_flop = time_a_step(_load(candidates.pruned), dense, settings, ids_BT)
     progress("time a step", 1, 1)
     return cost_of(candidates, settings, text, seconds_per_flop)

@@ -12,7 +12,8 @@ from secateur.evaluation.parts import open_subject, task_changes, task_parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks
 from secateur.formats.save import save_checkpoint
 from secateur.log import LOG_FILE, Progress
-from secateur.recipe import Recipe, TaskSettings, dump_recipe
+from secateur.recipe import Recipe, TaskSettings
+from secateur.recipe_file import dump_recipe
 from secateur.report.measured import BENCH_FILE, RECOVERY_FILE, RecoveryRecord, TaskScore, TaskScores, task_scores
 from secateur.report.records import RESULT_FILE
 from secateur.report.rows_measured import recovery_card
@@ -27,7 +28,7 @@ def save_recovered(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, source: Path, directory: Path
 ) -> None:
     """Write weights, configs, tokenizer, the recipe, and what is carried over from `source`."""
-    save_checkpoint(model, tokenizer, directory, max_shard_size=recipe.max_shard_size, carry_from=source)
+    save_checkpoint(model, tokenizer, directory, max_shard_size=recipe.output.max_shard_size, carry_from=source)
     (directory / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     for name in CARRIED:
         if (source / name).is_file():

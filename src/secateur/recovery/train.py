@@ -30,7 +30,7 @@ from transformers import (
 from secateur.errors import CheckpointError, RecipeError
 from secateur.log import Progress, silent
 from secateur.model.config import quiet_transformers
-from secateur.recipe import LogitSettings, RecoverySettings
+from secateur.recipe import RecoverySettings
 from secateur.recovery.judge import Judge, distillation_loss, objective, teacher_log_p
 from secateur.recovery.pair import Block, Candidates, RecoveryText, blocks_per_step
 from secateur.report.measured import Verdicts, mean_kl
@@ -64,7 +64,7 @@ def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 class Distiller(Trainer):
     """Trains on `distillation_loss` and evaluates by the judge. `teach` None: there is no teacher."""
 
-    settings: LogitSettings
+    settings: RecoverySettings
     judge: Judge
     teach: Teach | None
     last_verdicts: Verdicts
@@ -147,7 +147,7 @@ class Listener(TrainerCallback):
         return {"step": state.global_step, "tokens": num_tokens, "tokens_per_second": round(rate, 1)}
 
 
-def teach_by(teacher: nn.Module | None, settings: LogitSettings) -> Teach | None:
+def teach_by(teacher: nn.Module | None, settings: RecoverySettings) -> Teach | None:
     """Return the teacher as a function of ids, None without one."""
     if teacher is None:
         return None
@@ -240,10 +240,10 @@ def recover_logits(work: Work, weights: dict[str, float]) -> int:
 
     Raises RecipeError if a step cannot be shared out over processes and devices, peft is missing, or FSDP is too old.
     """
-    if work.settings.logits.kl_share == 0:
+    if work.settings.kl_share == 0:
         work.teacher = None
     dtypes = {name: parameter.dtype for name, parameter in work.pruned.named_parameters()}
-    settings, dtype, length = work.settings.logits, work.pruned.dtype, work.text.sequence_length
+    settings, dtype, length = work.settings, work.pruned.dtype, work.text.sequence_length
     size = blocks_per_step(settings.batch_tokens, length)
     num_steps = len(work.text.blocks) // size
     for parameter in work.pruned.parameters():  # not .float(): buffers, such as rotary frequencies, stay as they are
@@ -287,15 +287,13 @@ def with_lora(model: PreTrainedModel, rank: int) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise RecipeError(
-            "recover.logits.train: lora needs the package peft; run pip install 'secateur[recover]'."
-        ) from None
+        raise RecipeError("recover.train: lora needs the package peft; run pip install 'secateur[recover]'.") from None
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with quiet_transformers():  # peft asks for what transformers deprecates
         return get_peft_model(model, config)
 
 
-def _to_train(settings: LogitSettings, model: PreTrainedModel) -> nn.Module:
+def _to_train(settings: RecoverySettings, model: PreTrainedModel) -> nn.Module:
     return with_lora(model, settings.lora_rank) if settings.train == "lora" else model
 
 
@@ -310,12 +308,12 @@ def _trainer(
         data_collator=collate,
         train_dataset=dataset,
         eval_dataset=dataset,
-        callbacks=[listener, EarlyStoppingCallback(work.settings.logits.patience)],
+        callbacks=[listener, EarlyStoppingCallback(work.settings.patience)],
     )
     trainer.remove_callback(PrinterCallback)
     # Blocks have equal length, so that a step's loss is the mean over its parts; the Trainer would sum them.
     trainer.model_accepts_loss_kwargs = False
-    trainer.settings, trainer.judge = work.settings.logits, work.judge
+    trainer.settings, trainer.judge = work.settings, work.judge
     teacher: Any = work.teacher
     if trainer.is_fsdp_enabled:
         save_whole(trainer.accelerator)
@@ -327,12 +325,12 @@ def _trainer(
             teacher = shard(teacher, trainer.accelerator)
         else:
             teacher = teacher.to(arguments.device)
-    trainer.teach = teach_by(teacher, work.settings.logits)
+    trainer.teach = teach_by(teacher, work.settings)
     return trainer
 
 
 def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int) -> TrainingArguments:
-    settings = work.settings.logits
+    settings = work.settings
     every = -(-num_steps // settings.evaluations)
     arguments = TrainingArguments(
         output_dir=str(work.directory / TRAINER_FOLDER),
@@ -367,7 +365,7 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int) -> Tra
     in_one_pass = arguments.per_device_train_batch_size * arguments.world_size
     if size % in_one_pass:
         raise RecipeError(
-            f"recover.logits.batch_tokens: a step of {size} blocks cannot be shared out over {arguments.world_size} "
+            f"recover.batch_tokens: a step of {size} blocks cannot be shared out over {arguments.world_size} "
             f"processes with {arguments.per_device_train_batch_size} blocks each at a time; make it a multiple of "
             f"{in_one_pass} blocks, or lower blocks_per_device."
         )
@@ -379,7 +377,7 @@ def _take_back(work: Work, trained: nn.Module, trainer: Distiller, dtypes: dict[
     """Give `work.pruned` the trained weights: unwrap it or put its shards together, merge low-rank additions."""
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     if trainer.is_fsdp_enabled:
-        whole = _to_train(work.settings.logits, work.pruned)
+        whole = _to_train(work.settings, work.pruned)
         places = dict(whole.named_parameters())
         for name, tensor in whole_parameters(trained):
             places[name].data = tensor.to(dtypes.get(name, tensor.dtype))  # additions are merged in float32

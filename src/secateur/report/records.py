@@ -8,7 +8,8 @@ from typing import Any
 from secateur.errors import CheckpointError
 from secateur.facts import Kind, Loss, Outcome, Record, Size, geometric_mean_perplexity, parse_json
 from secateur.log import LOG_FILE
-from secateur.recipe import MeasuredPrices, Recipe, load_recipe, parse_recipe
+from secateur.recipe import MeasuredPrices, Recipe
+from secateur.recipe_file import load_recipe, parse_recipe
 from secateur.report.measured import BENCH_FILE, EVALUATION_FILE, RECOVERY_FILE, BenchResult, Evaluation, RecoveryRecord
 
 

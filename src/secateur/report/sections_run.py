@@ -76,9 +76,9 @@ def scores(files: ResultFiles) -> Section:
     steps = [step for step in _last_round(files.steps) if step.score_quantiles]
     by_group = _by_group(steps)
     spreads = {group: {step.layer: step.score_quantiles for step in of} for group, of in by_group.items()}
-    is_obs = files.recipe.score == "obs" and set(by_group) != {EXPERTS}
-    text = [OBS_TEXT if is_obs else SCORE_TEXT, f"Score: {files.recipe.score}."]
-    if files.recipe.score == "obs" and EXPERTS in by_group:
+    is_obs = files.recipe.choose.score == "obs" and set(by_group) != {EXPERTS}
+    text = [OBS_TEXT if is_obs else SCORE_TEXT, f"Score: {files.recipe.choose.score}."]
+    if files.recipe.choose.score == "obs" and EXPERTS in by_group:
         text.insert(1, EXPERTS_TEXT)
     described = Text("scores-plot", "Scores by layer", f"{text[0]} The table has the quantiles.")
     rows = [(f"layer {step.layer}, {step.group}", *(f"{q:.3g}" for q in step.score_quantiles)) for step in steps]
@@ -105,7 +105,8 @@ def compensation(files: ResultFiles) -> Section:
     before, after = _mean_errors(steps)
     text = (
         f"What the cut changes in a layer's output on held-out text, as a share of the output's energy: {before:.1f}% "
-        f"on average, {after:.1f}% after compensation ({files.recipe.compensate}). Points are means over domains, bars "
+        f"on average, {after:.1f}% after compensation ({files.recipe.repair.compensate}). Points are means "
+        f"over domains, bars "
         "reach from the best domain to the worst.",
         f"Held-out text refused the compensation in {files.summary.guard_refusals} of {len(files.steps)} steps.",
     )

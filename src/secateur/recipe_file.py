@@ -1,0 +1,162 @@
+"""Recipes from YAML, mappings and command-line options: presets, merging, one sentence per mistake.
+
+In: YAML text or a mapping. Out: a frozen `Recipe`, or a RecipeError that says the key, what it got, what is allowed.
+"""
+
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from secateur.errors import RecipeError, advice, nearest
+from secateur.plugins import SOURCE_GROUP, plugin_names
+from secateur.recipe import Choose, Domain, Machine, Output, Recipe, Remove, Repair
+
+# Keys, or key=value, that were removed, with what to do instead. Keys inside mappings are written with dots.
+GONE: dict[str, str] = {
+    "bench": "run secateur bench OUT --against MODEL after the prune, which times both models in turns",
+    "choose.budget=search": "use curve",
+    "choose.domain_weighting=cvar": "use minimax",
+    "generations": "leave it out; budget curve plans without a search",
+    "hidden_size": "remove FFN channels (remove.groups) or whole layers (remove.depth) instead",
+    "offspring": "leave it out; budget curve plans without a search",
+    "recover.blocks": "leave it out; recovery trains on logits alone, see recover",
+    "recover.blocks_share": "leave it out; recovery trains on logits alone, see recover",
+    "recover.cache": "leave it out; the dense model is asked live",
+    "recover.top_words": "leave it out; the dense model is asked for all words",
+    "recover.stages": "leave it out; recovery trains on logits alone, see recover",
+    "choose.schedule=cubic": "use linear, or list what is gone after each round",
+    "sublayers": "leave it out; remove.depth removes whole layers",
+}
+GROUPS: dict[str, type[BaseModel]] = {
+    "remove": Remove, "choose": Choose, "repair": Repair, "machine": Machine, "output": Output,
+}  # fmt: skip
+# Keys that stood beside each other once: where they are now.
+MOVED: dict[str, str] = {key: f"{group}.{key}" for group, model in GROUPS.items() for key in model.model_fields} | {
+    "removed_layers": "remove.layers",
+    "recover.logits": "recover",
+}
+
+
+def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
+    """Return the validated recipe. `where` names the source in error messages. `preset` is one of `presets/`.
+
+    Raises RecipeError with one sentence: the key, what it got, what is allowed, the nearest known name.
+    """
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
+    if "preset" in data:
+        data = over_preset(data, where)
+    _check_names(data, where)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_sentence(error)}") from None
+
+
+def _check_names(data: dict[str, Any], where: str, above: str = "") -> None:
+    """Raise RecipeError for the first key or value that was removed, or that has another place now."""
+    for name, value in data.items():
+        key = f"{above}{name}"
+        if key in MOVED and key not in Recipe.model_fields:
+            raise RecipeError(f"{where}: {key} is {MOVED[key]} now; write it there.")
+        if key in GONE:
+            raise RecipeError(f"{where}: {key} is gone; {GONE[key]}.")
+        if (choice := f"{key}={value}") in GONE:
+            raise RecipeError(f"{where}: {key}: {value} is gone; {GONE[choice]}.")
+        if isinstance(value, dict):
+            _check_names(value, where, f"{key}.")
+
+
+def as_recipe(recipe: Recipe | dict[str, Any] | Path | str | None) -> Recipe:
+    """Return the recipe that is one, that a mapping or a YAML file holds, or the defaults. Raises RecipeError."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Path | str):
+        return parse_recipe(load_recipe(Path(recipe)), f"recipe {recipe}")
+    return parse_recipe(recipe or {})
+
+
+def over_preset(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the keys of the preset that `data` names, with its own keys over them, mapping by mapping.
+
+    Raises RecipeError if there is no such preset.
+    """
+    folder = resources.files("secateur") / "presets"
+    names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    own = dict(data)
+    name = own.pop("preset")
+    if name not in names:
+        hint = nearest(str(name), names)
+        raise RecipeError(f"{where}: unknown preset '{name}'; allowed: {', '.join(names)}; did you mean '{hint}'?")
+    return merged(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")), own)
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `changes` over it, mapping by mapping; `remove: 0.2` counts as `remove: {share: 0.2}`."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        if key == "remove" and (isinstance(old, dict) or isinstance(value, dict)):
+            old, value = (each if isinstance(each, dict) or each is None else {"share": each} for each in (old, value))
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe file as a plain mapping, so that command-line options can override keys before validation.
+
+    Raises RecipeError if the file is missing, not UTF-8 or not YAML.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"recipe {path}: cannot be read ({reason}); give a YAML file in UTF-8.") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {path}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
+    return data
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the recipe as YAML that `parse_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def _sentence(error: ValidationError) -> str:
+    errors = error.errors()
+    # Of a key that takes a name or a list, a list that is wrong is no wrong name.
+    first = next((e for e in errors if e["type"] != "literal_error" or isinstance(e["input"], str)), errors[0])
+    location = [part for part in map(str, first["loc"]) if not part.startswith(("literal[", "tuple["))]
+    key = ".".join(location) or "recipe"
+    kind, got = first["type"], first.get("input")
+    if kind == "extra_forbidden":
+        return f"unknown key '{key}'; did you mean '{nearest(location[-1], _allowed_keys(location[:-1]))}'?"
+    if kind == "literal_error":
+        allowed = first.get("ctx", {}).get("expected", "")
+        names = allowed.replace("'", "").replace(" or ", ", ").split(", ")
+        return f"unknown {key} '{got}'; allowed: {', '.join(names)}; {advice(str(got), names)}"
+    message = "must be a list" if kind == "tuple_type" else first["msg"].removeprefix("Value error, ")
+    if key == "remove.share":
+        shown = "NaN" if isinstance(got, float) and math.isnan(got) else got
+        message = "the share of total parameters to remove must be a number above 0 and below 1"
+        return f"remove: {message}, got {shown}."
+    return f"{key}: {message}, got {got!r}."
+
+
+def _allowed_keys(location: list[str]) -> list[str]:
+    """Return the keys that may stand at a place of the recipe."""
+    model: type[BaseModel] = Recipe
+    for name in location:
+        if name in model.model_fields:  # else it is the name of a domain
+            annotation = model.model_fields[name].annotation
+            model = next(
+                t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)
+            )
+    top = ["preset"] if model is Recipe else []
+    return [*top, *model.model_fields, *(plugin_names(SOURCE_GROUP) if model is Domain else ())]
