@@ -27,7 +27,8 @@ from secateur.methods.prices import PRICES
 from secateur.methods.scores import SCORES, ScoreInputs, find_score, scored
 from secateur.model import spec as arch_spec
 from secateur.model.config import quiet_transformers
-from secateur.recipe import SCORE_NAMES, SOURCE_NAMES, TargetName, parse_recipe
+from secateur.recipe import SCORE_NAMES, SOURCE_NAMES, TargetName
+from secateur.recipe_file import dump_recipe, parse_recipe
 from secateur.stream.statistics import Statistics
 
 DOCS = Path(__file__).parents[1] / "docs" / "extend.md"
