@@ -32,6 +32,7 @@ KEYS_OF_THE_RECIPE = {  # options of the command line, keys of `recipe` in Pytho
     "prune": "remove preset domains seed memory_budget device",
     "inspect": "remove preset memory_budget",
     "recover": "domains tasks limit",
+    "export": "out",  # with --format; FILE is `gguf` in Python
 }
 
 
@@ -128,7 +129,7 @@ def test_rotary_frequencies_rounded_and_cast_back_are_found_by_value():
 @pytest.mark.parametrize("kind", ["Recipe", "dict", "Path", "str"])
 def test_recipe_in_any_form(kind, small, tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**small, "remove": 0.3}))
+    path.write_text(yaml.safe_dump(grouped({**small, "remove": 0.3})))
     forms = {"Recipe": parse_recipe(grouped(dict(**small, remove=0.3))), "dict": {**small, "remove": 0.3}, "Path": path}
     result = secateur.prune(tiny_llama(), grouped(forms.get(kind, str(path))), tokenizer=TOKENIZER)
     assert result.recipe.remove.share == 0.3
@@ -167,7 +168,7 @@ def test_progress_reports_every_stage_to_its_end(recipe):
 
 def refused(match, *arguments, **options):
     with pytest.raises(secateur.SecateurError, match=match) as raised:
-        secateur.prune(*arguments, **options)
+        secateur.prune(arguments[0], *map(grouped, arguments[1:]), **options)
     assert "\n" not in str(raised.value)
 
 

@@ -105,7 +105,9 @@ def test_the_package_of_the_page_prunes_and_exports(site: Path, helium: Path, no
     domain = {"sqlite": {"file": str(notes), "query": "select body from notes"}, "share": 2}
     calibration = {"domains": {"notes": domain}, "num_tokens": 640, "sequence_length": 32}
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"score": "loudest", "align": 8, "calibration": calibration}), encoding="utf-8")
+    recipe.write_text(
+        yaml.safe_dump(grouped({"score": "loudest", "align": 8, "calibration": calibration})), encoding="utf-8"
+    )
     out, file = tmp_path / "out", tmp_path / "out.npz"
     pruned = secateur_from(site, "prune", helium, out, "--recipe", recipe, "--json")
     assert pruned.returncode == 0, pruned.stderr

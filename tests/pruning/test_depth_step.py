@@ -258,7 +258,7 @@ def test_inspect_table_card_and_report_say_what_happens(alone, recipe, tmp_path)
     dense(tiny_llama).save_pretrained(tmp_path / "dense")
     TOKENIZER.save_pretrained(tmp_path / "dense")
     asked = {**recipe, "depth": 2, "remove": share_of(2) if alone else 0.4}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(asked))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(grouped(asked)))
     options = ("--recipe", tmp_path / "recipe.yaml")
     inspected = run_cli("inspect", tmp_path / "dense", *options)
     assert inspected.status == 0 and "6 -> 4, each of" in inspected.stdout

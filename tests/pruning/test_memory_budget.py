@@ -94,5 +94,5 @@ def test_a_model_in_memory_cannot_stay_on_disk(recipe):
 
 def _write(folder: Path, recipe: dict[str, Any]) -> Path:
     path = folder / "recipe.yaml"
-    path.write_text(json.dumps(recipe))
+    path.write_text(json.dumps(grouped(recipe)))
     return path

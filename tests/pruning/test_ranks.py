@@ -13,6 +13,7 @@ import torch
 import yaml
 from models import tiny_ids, tiny_llama
 from ranks_child import main as run_jobs
+from recipes import grouped
 from run_cli import run_cli
 from run_ranks import run_machines, run_ranks, start_ranks
 from safetensors.torch import load_file
@@ -154,7 +155,7 @@ def test_four_ranks_make_what_one_makes(jobs):
 
 def command_of(model: Path, recipe: dict[str, Any], out: Path) -> list[object]:
     file = out.with_name("recipe.yaml")
-    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    file.write_text(yaml.safe_dump(grouped(recipe)), encoding="utf-8")
     return ["-m", "secateur", "prune", model, out, "--recipe", file, "--quiet"]
 
 
@@ -255,8 +256,8 @@ def study_file(model: Path, recipe: dict[str, Any], directory: Path) -> Path:
         "model": str(model),
         "ratios": [0.2],
         "seeds": [0, 1],
-        "recipe": recipe,
-        "methods": {"ours": {}, "wanda": {"recipe": {"score": "wanda", "compensate": "none"}}},
+        "recipe": grouped(recipe),
+        "methods": {"ours": {}, "wanda": {"recipe": {"choose": {"score": "wanda"}, "repair": {"compensate": "none"}}}},
     }
     file = directory / "study.yaml"
     file.write_text(yaml.safe_dump(study), encoding="utf-8")

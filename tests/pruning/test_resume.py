@@ -257,7 +257,7 @@ def test_other_inputs_are_refused_and_nothing_is_lost(changes, said, checkpoints
         file.write_text(file.read_text().replace("text", "book"))
     else:
         wanted |= changes
-    (tmp_path / "r.yaml").write_text(json.dumps(wanted))
+    (tmp_path / "r.yaml").write_text(json.dumps(grouped(wanted)))
     done = run_cli("prune", model, out, "--recipe", tmp_path / "r.yaml", "--resume", "--quiet")
     assert done.status == 2 and f"OUT {out}: cannot be resumed, since {said}; give " in done.stderr
     assert sorted(place_beside(out).iterdir()) == finished and not out.exists()

@@ -254,10 +254,10 @@ def test_summary_card_and_inspect_name_what_the_share_is_of(target, recipe, chec
 
 def test_inspect_shows_the_outcome_and_the_seconds_to_repeat_it(checkpoints, tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(recipe_of("flops", remove=0.2)), encoding="utf-8")
+    file.write_text(yaml.safe_dump(grouped(recipe_of("flops", remove=0.2))), encoding="utf-8")
     shown = run_cli("inspect", str(checkpoints["llama"]), "--recipe", str(file))
     assert shown.status == 0 and "FLOPs per prompt token" in " ".join(shown.stdout.split())
-    file.write_text(yaml.safe_dump(recipe_of("latency", groups=["ffn"], remove=0.2)), encoding="utf-8")
+    file.write_text(yaml.safe_dump(grouped(recipe_of("latency", groups=["ffn"], remove=0.2))), encoding="utf-8")
     shown = run_cli("inspect", str(checkpoints["llama"]), "--recipe", str(file), "--json")
     assert json.loads(shown.stdout)["prices"] == PRICES
     assert json.loads(shown.stdout)["outcome"]["total"] == "10 ms per decoded token"

@@ -26,7 +26,7 @@ from secateur.report.measured import RecoveryRecord, TrainingRecord, mean_kl, me
 
 # A random dense model knows nothing of the text, so only its predictions can be learnt.
 LOGITS = {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}
-CHANGES = {"recover": {"num_tokens": 2048, "logits": LOGITS}}
+CHANGES = {"recover": {"num_tokens": 2048, **LOGITS}}
 WEIGHTS = "model.safetensors"
 
 
@@ -57,7 +57,7 @@ def events(directory: Path) -> list[dict[str, Any]]:
 
 
 def with_logits(**settings: Any) -> dict[str, Any]:
-    return {"recover": {**CHANGES["recover"], "logits": {**LOGITS, **settings}}}
+    return {"recover": {**CHANGES["recover"], **settings}}
 
 
 def test_training_lowers_the_held_out_kl(recovered):
@@ -310,9 +310,9 @@ def test_mismatches_are_refused_before_anything_runs(pruned, checkpoints, tmp_pa
         ({"recover": {"stages": ["logits"]}}, r"recover\.stages is gone, .* use recover\.logits\.$"),
         ({"recover": {"blocks": {"epochs": 2}}}, r"recover\.blocks is gone, .* use recover\.logits\.$"),
         ({"recover": {"blocks_share": 0.1}}, r"recover\.blocks_share is gone, .* use recover\.logits\.$"),
-        ({"recover": {"logits": {"cache": True}}}, r"recover\.logits\.cache is gone, .* leave it out\.$"),
-        ({"recover": {"logits": {"top_words": 64}}}, r"recover\.logits\.top_words is gone, .* leave it out\.$"),
-        ({"recover": {"logits": {"tempertaure": 2}}}, "did you mean 'temperature'"),
+        ({"recover": {"cache": True}}, r"recover\.cache is gone, .* leave it out\.$"),
+        ({"recover": {"top_words": 64}}, r"recover\.top_words is gone, .* leave it out\.$"),
+        ({"recover": {"tempertaure": 2}}, "did you mean 'temperature'"),
         ({"recover": {"num_tokens": 10**7}}, "tokens of text after packing"),
     ],
 )

@@ -29,7 +29,9 @@ ARC = [
 ]
 TRAINING = {
     "num_tokens": 1024,
-    "logits": {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 1},
+    "batch_tokens": 128,
+    "learning_rate": 1e-3,
+    "evaluations": 1,
 }
 ASKED = {"recover": {**TRAINING, "evaluation": {"tasks": ["arc_easy"], "limit": 5}}}
 

@@ -24,7 +24,7 @@ def asked(recipe) -> Recipe:
 
 
 def settings(**changes) -> RecoverySettings:
-    return RecoverySettings.model_validate({"num_tokens": 4096, "logits": {"batch_tokens": 128}, **changes})
+    return RecoverySettings.model_validate({"num_tokens": 4096, "batch_tokens": 128, **changes})
 
 
 def drawn(recipe: Recipe, **changes) -> RecoveryText:

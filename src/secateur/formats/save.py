@@ -69,7 +69,7 @@ def save_checkpoint(
 
     Raises CheckpointError for disk errors, RecipeError for a bad `max_shard_size`.
     """
-    num_shard_bytes = parse_size("max_shard_size", max_shard_size)
+    num_shard_bytes = parse_size("output.max_shard_size", max_shard_size)
     with disk_errors(directory), quiet_transformers():
         tokenizer.save_pretrained(directory)
         _save_model(model, directory, num_shard_bytes)

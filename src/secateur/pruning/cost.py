@@ -64,7 +64,7 @@ def _on_cpu(opened: Opened, resolved: Resolved) -> MemoryPlan:
         return MemoryPlan(estimate_memory(opened, resolved, weights, 4), False, in_float32=True)
     whole = estimate_memory(opened, resolved, size.num_bytes, bytes_per_param)
     text = resolved.recipe.machine.memory_budget
-    if text is None or whole.peak <= parse_size("memory_budget", text):
+    if text is None or whole.peak <= parse_size("machine.memory_budget", text):
         return MemoryPlan(whole, False)
     if not _can_map(opened):
         raise RecipeError(
@@ -76,7 +76,7 @@ def _on_cpu(opened: Opened, resolved: Resolved) -> MemoryPlan:
     streamed = estimate_memory(opened, resolved, 0, bytes_per_param)
     # What a cut leaves of a layer is in memory until it is written.
     streamed = replace(streamed, solve=max(streamed.solve, layer))
-    if streamed.peak > parse_size("memory_budget", text):
+    if streamed.peak > parse_size("machine.memory_budget", text):
         raise RecipeError(
             f"machine.memory_budget: {text} cannot work; with all weights on disk the run still needs "
             f"{streamed.peak / 1e9:.2f} GB ({_parts(streamed)}); allow that, or {_remedy(streamed)}."
@@ -94,9 +94,13 @@ def _on_device(opened: Opened, resolved: Resolved) -> MemoryPlan:
     in_float32 = computes_in_float32(opened)
     bytes_per_param, text = 4 if in_float32 else size.num_bytes // size.num_params, recipe.machine.device_budget
     free = None if opened.checkpoint is None else free_bytes(opened.device)
-    budget = free if text is None else parse_size("device_budget", text)
+    budget = free if text is None else parse_size("machine.device_budget", text)
     whole = estimate_memory(opened, resolved, size.num_params * bytes_per_param, bytes_per_param)
-    host = None if recipe.machine.memory_budget is None else parse_size("memory_budget", recipe.machine.memory_budget)
+    host = (
+        None
+        if recipe.machine.memory_budget is None
+        else parse_size("machine.memory_budget", recipe.machine.memory_budget)
+    )
     on_disk = host is not None and size.num_bytes > host
     if on_disk and not _can_map(opened):
         raise RecipeError(
