@@ -25,8 +25,8 @@ SETTINGS = {
     "evaluations": 2,
     "kl_share": 1.0,
 }
-LORA = {**SETTINGS, **SETTINGS["logits"], "train": "lora", "lora_rank": 4, "learning_rate": 3e-3}
-GENTLE = {**SETTINGS, **SETTINGS["logits"], "learning_rate": 3e-4}
+LORA = {**SETTINGS, "train": "lora", "lora_rank": 4, "learning_rate": 3e-3}
+GENTLE = {**SETTINGS, "learning_rate": 3e-4}
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 FSDP = (
     "-m accelerate.commands.accelerate_cli launch --num_machines 1 --num_processes 2 --mixed_precision no "
