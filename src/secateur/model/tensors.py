@@ -1,8 +1,9 @@
-"""The safetensors files of a checkpoint directory: which there are, what their headers promise, and reading a tensor.
+"""The safetensors files of a checkpoint directory: which exist, what their headers say, their
+tensors.
 
-Headers alone tell a missing shard, a truncated file and every tensor's shape. Tensors are read into ordinary memory,
-where a layer made smaller gives back what it held, or mapped from their files, where they hold nothing but page cache.
- Not handled: pickle files (refused), weights stored in a quantised format.
+The headers alone reveal a missing shard, a truncated file and every tensor's shape. Tensors are
+read into ordinary memory, or mapped from their files, where they occupy page cache only. Not
+handled: pickle files (refused), weights stored in a quantised format.
 """
 
 import json
@@ -43,7 +44,7 @@ class StoredTensor:
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Return every tensor of the checkpoint by name, from the headers alone.
 
-    Raises CheckpointError for no safetensors weights, a missing shard, or a truncated or malformed file.
+    Raises CheckpointError if there are no safetensors weights, or a shard is missing or damaged.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(directory):
@@ -52,7 +53,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
-    """Return the tensor in memory of its own. Raises CheckpointError if the file has become shorter meanwhile."""
+    """Return the tensor in its own memory. Raises CheckpointError if the file has shrunk."""
     tensor = torch.empty(stored.shape, dtype=stored.dtype)
     buffer: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     with stored.file.open("rb") as file:
@@ -64,14 +65,14 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
 
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor by name, in memory of its own."""
+    """Return every tensor by name, each in its own memory."""
     return {name: read_tensor(stored) for name, stored in stored_tensors(directory).items()}
 
 
 def mapped_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor by name as a view of its mapped file; writing to one changes a copy of its pages.
+    """Return every tensor by name as a view of its mapped file; writing to one copies its pages.
 
-    Tensors whose place in the file does not suit their dtype are read into memory.
+    Tensors that are not aligned to their dtype are read into memory.
     """
     files: dict[Path, torch.Tensor] = {}
     tensors = {}
@@ -88,7 +89,7 @@ def mapped_tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`. Raises CheckpointError if it is unreadable, not JSON, or not an object."""
+    """Return the JSON object in `path`. Raises CheckpointError if it does not hold one."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -99,7 +100,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    # The same order of preference as transformers, so that both read the same weights.
+    # In transformers' order of preference, so that both read the same weights.
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
@@ -130,11 +131,10 @@ def _no_weights(directory: Path) -> str:
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     num_file_bytes = file.stat().st_size
     with file.open("rb") as opened:
-        num_header_bytes = int.from_bytes(opened.read(8), "little")
-        if num_file_bytes < 8 or num_header_bytes > num_file_bytes - 8:
+        data_start = 8 + int.from_bytes(opened.read(8), "little")
+        if data_start > num_file_bytes:
             raise CheckpointError(f"{file}: is truncated or not safetensors ({num_file_bytes} bytes); copy it again.")
-        raw = opened.read(num_header_bytes)
-    data_start = 8 + num_header_bytes
+        raw = opened.read(data_start - 8)
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)

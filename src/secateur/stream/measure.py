@@ -1,6 +1,6 @@
-"""Measure one group: run its layer over all batches and gather the reader's input statistics by domain.
+"""Measure one group: run its layer over all batches and collect the reader's input statistics.
 
-Domain weights that look at what a cut would do to each domain (`minimax`) are here too.
+Also computes the domain weights that depend on a cut's effect on each domain (`minimax`).
 """
 
 import torch
@@ -27,9 +27,9 @@ from secateur.stream.walk import Walk
 
 NUM_STEPS = 5
 STEP_SIZE = 0.5
-# A domain's weight is at least this part of an equal one.
+# A domain's least weight, as a share of an equal one.
 FLOOR = 1 / 3
-# Halvings until the scale of the weights is exact in float64.
+# Enough for the scale of the weights to be exact in float64.
 NUM_HALVINGS = 100
 
 
@@ -41,13 +41,14 @@ def minimax_weights(
     num_keep: int,
     damping: float,
 ) -> dict[str, float]:
-    """Return the weights q, which sum to 1, to pool the statistics with: H = sum_d q_d G_d / e_d.
+    """Return the weights q, which sum to 1, for pooling the statistics: H = sum_d q_d G_d / e_d.
 
-    Exponentiated gradient from the shares on: q_d *= exp(STEP_SIZE * err_d / mean err), brought back to
-    1 / (3 D) <= q_d <= 1, with err_d = `removal_damage` under H. The weights with the lowest error of the worst domain
-    win, the earlier on a tie. `reader_HF` is in float32.
+    Exponentiated gradient from the shares: q_d *= exp(STEP_SIZE * err_d / mean err), projected to 1
+    / (3 D) <= q_d <= 1, with err_d = `removal_damage` under H. The weights with the lowest error of
+    the worst domain win, the earlier on a tie. `reader_HF` is in float32.
 
-    Source: multiplicative weights for a minimax game, as group DRO uses them, Sagawa et al., arXiv 1911.08731, alg. 1.
+    Source: multiplicative weights for a minimax game, as in group DRO, Sagawa et al., arXiv
+    1911.08731, alg. 1.
     """
     floor = FLOOR / len(by_domain)
     weights_D = _at_least(torch.tensor([shares[name] for name in by_domain], dtype=torch.float64), floor)
@@ -71,20 +72,23 @@ def removal_damage(
     num_keep: int,
     damping: float,
 ) -> Float[Tensor, " D"]:
-    """Return each domain's output error as a share of its output energy, if the least units of OBS went at once.
+    """Return each domain's output error over its output energy if the lowest OBS units went at
+    once.
 
-    With H the damped pooled matrix and C the columns of the units that go, the reader's change after refitting is
-    Delta = W_C ([H^-1]_CC)^-1 [H^-1]_C,: and the error tr(Delta G_d Delta') / e_d; 0 for a silent domain.
+    With H the damped pooled matrix and C the columns of those units, refitting changes the reader
+    by Delta = W_C ([H^-1]_CC)^-1 [H^-1]_C,: and the error is tr(Delta G_d Delta') / e_d; 0 for a
+    silent domain.
+
     Source: Hassibi and Stork 1993, in the block form of OBC, arXiv 2208.11580, eq. 7.
     """
-    inverse, home = inverse_of(damped_gram(pooled, damping)), reader_HF.device
+    inverse, device = inverse_of(damped_gram(pooled, damping)), reader_HF.device
     reader_HF, columns_UW = reader_HF.to(inverse.device), columns_UW.to(inverse.device)
     stays = torch.zeros(len(columns_UW), dtype=torch.bool, device=inverse.device)
     stays[keep_highest(removal_errors(reader_HF, inverse, columns_UW), num_keep)] = True
     gone = columns_UW[~stays].flatten()
     rows_CF = inverse[gone]
     del inverse
-    change_HF = (reader_HF[:, gone].to(rows_CF) @ torch.linalg.solve(rows_CF[:, gone], rows_CF)).float().to(home)
+    change_HF = (reader_HF[:, gone].to(rows_CF) @ torch.linalg.solve(rows_CF[:, gone], rows_CF)).float().to(device)
     errors = []
     for statistics in by_domain.values():
         assert statistics.gram is not None
@@ -94,7 +98,7 @@ def removal_damage(
 
 
 def _output_energy(map_HF: Float[Tensor, "H F"], gram: Gram) -> float:
-    """Return tr(M G M'), reading the triangle that is stored: what lies left of the diagonal blocks counts twice."""
+    """Return tr(M G M') from the stored triangle; left of the diagonal blocks counts twice."""
     total = 0.0
     for start, stop, block in zip(gram.starts, gram.stops, gram.blocks, strict=True):
         product = (map_HF[:, start:stop] @ block.to(map_HF.dtype)).mul_(map_HF[:, :stop])
@@ -103,7 +107,7 @@ def _output_energy(map_HF: Float[Tensor, "H F"], gram: Gram) -> float:
 
 
 def _at_least(weights_D: Float[Tensor, " D"], floor: float) -> Float[Tensor, " D"]:
-    """Return clip(c * weights, floor, 1) with the c that makes the sum 1: the nearest such weights by KL."""
+    """Return clip(c * weights, floor, 1) with c such that the sum is 1: the nearest by KL."""
     low, high = 0.0, 1 / float(weights_D.min())
     for _ in range(NUM_HALVINGS):
         middle = (low + high) / 2
@@ -115,7 +119,7 @@ def _at_least(weights_D: Float[Tensor, " D"], floor: float) -> Float[Tensor, " D
 
 
 class _Gatherer:
-    """Takes reader inputs batch by batch; folds a domain into the pooled statistics as soon as the next one begins."""
+    """Collects reader inputs batch by batch, and pools a domain as soon as the next one begins."""
 
     def __init__(
         self, group: Group, reader: nn.Linear, weighting: str, shares: dict[str, float], gram: bool, drift: bool
@@ -131,10 +135,8 @@ class _Gatherer:
         self.by_domain: dict[str, Statistics] = {}
 
     def empty(self, dtype: torch.dtype | None = None) -> Statistics:
-        device, num_outputs = self.reader.weight.device, self.num_drift_outputs
-        return Statistics.empty(
-            self.reader.in_features, device, gram=self.gram, num_drift_outputs=num_outputs, dtype=dtype
-        )
+        size, device, drift = self.reader.in_features, self.reader.weight.device, self.num_drift_outputs
+        return Statistics.empty(size, device, gram=self.gram, num_drift_outputs=drift, dtype=dtype)
 
     def add(self, batch: Batch, x: Tensor, y: Tensor, drift: Tensor | None) -> None:
         x_TF, y_TH = x.flatten(0, -2), y.flatten(0, -2)
@@ -154,9 +156,8 @@ class _Gatherer:
                 f"layer {self.group.layer}, {self.group.reader.module}, domain {domain}: the input holds NaN "
                 f"or infinite numbers; use the model in bfloat16 or float32 and check its weights."
             )
-        weight = domain_weight(self.weighting, self.shares[domain], float(self.current.energy))
         self.energy[domain] = float(self.current.energy)
-        self.pooled.merge(self.current, weight)
+        self.pooled.merge(self.current, domain_weight(self.weighting, self.shares[domain], self.energy[domain]))
         if self.weighting in BY_DOMAIN:
             self.by_domain[domain] = self.empty(torch.float32)
             self.by_domain[domain].merge(self.current)
@@ -184,10 +185,11 @@ def measure(
     to_middle: bool = False,
     to_end: bool = False,
 ) -> Measurement:
-    """Return the group's statistics on the pruned stream. The walk must stand before the group's layer.
+    """Return the group's statistics on the pruned stream; the walk must stand before its layer.
 
-    `drift`: also those of (dense stream - pruned stream) behind the layer, whose dense stream must have moved already.
-    `to_middle`, `to_end`: leave the walk behind the layer's attention, or behind the layer; see `Walk.run`.
+    `drift`: also of (dense stream - pruned stream) after the layer; the dense stream must be
+    advanced already. `to_middle`, `to_end`: leave the walk after the attention or after the layer,
+    see `Walk.run`.
 
     Raises NumericsError naming layer, module and domain if an input is not finite.
     """
@@ -202,9 +204,9 @@ def measure(
         handle = reader.register_forward_hook(note)
         try:
             for position, (batch, output) in enumerate(walk.run(group.layer, to_middle=to_middle, to_end=to_end)):
-                # Both streams are rounded to their dtype already, so rounding their difference to it loses nothing.
-                behind = walk.dense_BTD[position] - output if drift else None
-                gatherer.add(batch, *seen.pop(), behind)
+                # Both streams have their dtype's precision, so their difference needs no more.
+                after = walk.dense_BTD[position] - output if drift else None
+                gatherer.add(batch, *seen.pop(), after)
         finally:
             handle.remove()
         return gatherer.finish()
