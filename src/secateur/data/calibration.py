@@ -81,8 +81,7 @@ class DomainBlocks:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSet:
-    """All domains' blocks. `content_hash`: SHA-256 over names, shares, shapes and token ids, in
-    order.
+    """All domains' blocks. `content_hash`: see the function of that name.
 
     `num_rounds`: over how many rounds the calibration blocks rotate; 1 without rotation.
     """
@@ -151,8 +150,7 @@ def build_calibration(
 
 
 def rotated(calibration: CalibrationSet, round_index: int) -> CalibrationSet:
-    """Return what round `round_index` (from 0) measures on: its own blocks if the set rotates, else
-    all.
+    """Return what round `round_index` (from 0) measures on: its own blocks, if the set rotates.
 
     With N blocks per round it has blocks [round_index * N, (round_index + 1) * N) of each domain.
     """
@@ -210,8 +208,7 @@ def _two_parts(
 def _pack(
     documents: Iterator[_Turns], late: deque[_Turns], num_tokens: int, eos: int | None
 ) -> tuple[list[int], deque[_Turns]]:
-    """Return the first `num_tokens` ids of the documents in turn, and the rest of the documents
-    used.
+    """Return the documents' first `num_tokens` ids in turn, and the rest of the documents used.
 
     `late` documents come after all others. Returns fewer ids if they run out too.
     """
@@ -287,14 +284,13 @@ def sample_blocks(
     tokenizer knows are drawn, on the CPU, so that a seed gives the same draws on any device.
     `progress` gets (tokens so far, all tokens).
 
-    Raises CalibrationError if the tokenizer has neither token, NumericsError if a logit is not
-    finite.
+    Raises CalibrationError without such a token, NumericsError if a logit is not finite.
     """
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if not isinstance(start, int):
+        advice = "set one in its tokenizer_config.json, or leave the domain out"
         raise CalibrationError(
-            "sampled domain: the tokenizer has no begin-of-text and no end-of-text token to start with; "
-            "set one in its tokenizer_config.json, or leave the domain out."
+            f"sampled domain: the tokenizer has no begin-of-text and no end-of-text token; {advice}."
         )
     generator, batches, num_done = torch.Generator().manual_seed(seed), list[Tensor](), 0
     progress(num_done, num_blocks * length)
@@ -318,8 +314,6 @@ def sample_blocks(
 def _draw(logits_BV: Tensor, generator: torch.Generator) -> Int64[Tensor, "B 1"]:
     probabilities_BV = logits_BV.float().softmax(dim=-1).cpu()
     if not torch.isfinite(probabilities_BV).all():
-        raise NumericsError(
-            "sampled domain: the dense model gives no finite logits; use the model in bfloat16 or float32 and check "
-            "its weights."
-        )
+        advice = "use the model in bfloat16 or float32 and check its weights"
+        raise NumericsError(f"sampled domain: the dense model gives no finite logits; {advice}.")
     return torch.multinomial(probabilities_BV, 1, generator=generator)

@@ -1,10 +1,8 @@
-"""Calibration text from installed Python packages, so that a run needs neither the network nor
-files.
+"""Calibration text from installed Python packages: a run with it needs no network and no files.
 
 In: the name of an installed text and a random order. Out: its documents; a file is read and parsed
 only when its document is due. Files are found through `importlib.metadata` and `sysconfig`, read as
-text and never imported. The text depends on what is installed; the calibration hash shows a
-difference.
+text and never imported. What is installed decides the text, and the calibration hash.
 """
 
 import ast
@@ -36,18 +34,15 @@ _Document = str | Callable[[], str]
 
 
 def installed_documents(kind: str, order: Random) -> Iterator[str]:
-    """Yield the documents of an installed text (a name in `recipe.INSTALLED_DOMAINS`), in random
-    order.
+    """Yield the documents of an installed text (see `recipe.INSTALLED_DOMAINS`) in random order.
 
     Raises CalibrationError if no package with this text is installed.
     """
     find, carriers = _KINDS[kind]
     documents = find()
     if not documents:
-        raise CalibrationError(
-            f"calibration text '{kind}': it comes from {carriers}, not found in this Python environment; "
-            "install it, or leave the domain out."
-        )
+        missing = f"it comes from {carriers}, not found in this Python environment"
+        raise CalibrationError(f"calibration text '{kind}': {missing}; install it, or leave the domain out.")
     order.shuffle(documents)
     for document in documents:
         text = document if isinstance(document, str) else document()

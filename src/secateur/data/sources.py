@@ -219,10 +219,8 @@ def _row_text(row: Any, column: str, tokenizer: Tokenizer, where: str) -> str:
         key = "messages" if chat else column
         if key not in row:
             columns = [str(name) for name in row if name]
-            raise CalibrationError(
-                f"{where}: no column '{key}'; there are: {', '.join(columns) or 'none'}; "
-                f"set `column`, perhaps to '{nearest(key, columns)}'."
-            )
+            advice = f"set `column`, perhaps to '{nearest(key, columns)}'"
+            raise CalibrationError(f"{where}: no column '{key}'; there are: {', '.join(columns) or 'none'}; {advice}.")
         row = _chat_text(row[key], tokenizer, where) if chat else row[key]
     if not isinstance(row, str):
         raise CalibrationError(f"{where}: the text must be a string, got {type(row).__name__}.")
@@ -240,7 +238,7 @@ def _chat_text(messages: Any, tokenizer: Tokenizer, where: str) -> str:
         raise CalibrationError(f"{where}: messages must be a list of objects with role and content.")
     if tokenizer.chat_template is None:
         raise CalibrationError(
-            f"{where}: the row is a chat, but the tokenizer has no chat template; give rows with a text column."
+            f"{where}: a chat, but the tokenizer has no chat template; give rows with a text column."
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))

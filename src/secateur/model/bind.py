@@ -1,5 +1,6 @@
 """A family's YAML bound to a model's real modules: groups, experts, head and layers."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.errors import ArchError, nearest
 from secateur.model.group import Axis, BiasSwitch, Experts, Group, Linears, Segments, Stacks, submodule
-from secateur.model.modules import Logits, head_with, linears_for_conv
+from secateur.model.modules import Logits, ScaledHead, linears_for_conv
 from secateur.model.spec import ArchSpec, ChannelsSpec, ExpertsSpec, GroupSpec, LogitsSpec, SegmentSpecs, find_spec
 
 
@@ -19,23 +20,21 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config()
 
 
-def layer_configs(config: Any) -> list[Any]:
-    """Return each layer's own config; they differ in a model with per-layer widths."""
-    per_layer = getattr(config, "per_layer_config", None)
-    return [config] * config.num_hidden_layers if per_layer is None else list(per_layer)
-
-
 def count_of(expression: str, config: Any, where: str, family: str) -> int:
     """Return the number that "KEY", "KEY / KEY" or "KEY or 4 x KEY" stands for.
 
     Raises ArchError if the config has no such number.
     """
     key, _, instead = expression.partition(" or ")
+    factor = "1"
     if instead and getattr(config, key, None) is None:
         factor, _, key = instead.partition(" x ")
-        return int(factor) * _number(key, config, where, family)
-    numbers = [_number(name, config, where, family) for name in key.split(" / ")]
-    return numbers[0] if len(numbers) == 1 else numbers[0] // numbers[1]
+    numbers: list[int] = []
+    for name in key.split(" / "):
+        numbers.append(getattr(config, name, None))
+        if not isinstance(numbers[-1], int):
+            raise ArchError(f"{where}: config has no number '{name}', which family {family} needs.")
+    return int(factor) * numbers[0] // math.prod(numbers[1:])
 
 
 def head_width(config: Any) -> int:
@@ -57,13 +56,6 @@ def segments_of(specs: SegmentSpecs, config: Any) -> Segments:
         queries = config.num_attention_heads // config.num_key_value_heads if width == "q" else 1
         segments += [head_width(config) * queries] * (getattr(config, repeat) if repeat else 1)
     return tuple(segments)
-
-
-def _number(key: str, config: Any, where: str, family: str) -> int:
-    number = getattr(config, key, None)
-    if not isinstance(number, int):
-        raise ArchError(f"{where}: config has no number '{key}', which family {family} needs.")
-    return number
 
 
 def bind_logits(spec: LogitsSpec, config: Any, family: str) -> Logits:
@@ -97,10 +89,8 @@ def bind_experts(layer: nn.Module, index: int, spec: ExpertsSpec, config: Any, f
     rows = [(name, _tensor(router, name, where, family)) for name in spec.router_rows]
     for name, tensor in [*stacks, *rows]:
         if tensor.shape[0] != num_units:
-            raise ArchError(
-                f"{where}: {name} has {tensor.shape[0]} entries, but config {spec.num_units}={num_units}; the "
-                f"checkpoint and its config disagree."
-            )
+            got = f"{name} has {tensor.shape[0]} entries, but config {spec.num_units}={num_units}"
+            raise ArchError(f"{where}: {got}; the checkpoint and its config disagree.")
     for name in spec.counts:
         parent, _, attribute = name.rpartition(".")
         if not hasattr(submodule(layer, parent, family), attribute):
@@ -135,8 +125,7 @@ def bind_experts(layer: nn.Module, index: int, spec: ExpertsSpec, config: Any, f
 def bind_expert_channels(layer: nn.Module, index: int, spec: ExpertsSpec, config: Any, family: str) -> Group:
     """Return the group of channels inside experts: a unit is one channel of every expert.
 
-    Which channel goes is chosen per expert. Raises ArchError if a stack is missing or contradicts
-    the config.
+    Each expert loses its own channels. Raises ArchError if a stack contradicts the config.
     """
     where, channels = f"layer {index}, group {EXPERT_CHANNELS}", spec.channels
     assert channels.num_units is not None
@@ -174,9 +163,7 @@ def _stacks(module: nn.Module, spec: ChannelsSpec, where: str, family: str) -> S
 def _tensor(module: nn.Module, name: str, where: str, family: str) -> Tensor:
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     if name not in tensors:
-        raise ArchError(
-            f"{where}: there is no tensor '{name}', which family {family} needs; there are {', '.join(tensors)}."
-        )
+        raise ArchError(f"{where}: no tensor '{name}', which family {family} needs; there are {', '.join(tensors)}.")
     return tensors[name]
 
 
@@ -184,8 +171,7 @@ def _tensor(module: nn.Module, name: str, where: str, family: str) -> Tensor:
 class Arch:
     """A family bound to one model. `groups` lists every layer's groups, layer by layer.
 
-    `params_per_layer`: all parameters of each layer, also those in no group. `omits`: what cannot
-    be cut, and why.
+    `params_per_layer`: all parameters of each layer. `omits`: what cannot be cut, and why.
     """
 
     family: str
@@ -225,18 +211,16 @@ class Arch:
         for name, other in combinations(names, 2):
             first, second = (next(group for group in chosen if group.name == n) for n in (name, other))
             if first.parts.module == second.parts.module:
-                raise ArchError(
-                    f"remove.groups: {name} and {other} cut the same {first.parts.module}; choose one of them."
-                )
+                raise ArchError(f"remove.groups: {name} and {other} cut the same {first.parts.module}; choose one.")
         return chosen
 
 
 def bind(model: nn.Module) -> Arch:
     """Check the family's spec against the model's modules and return it with real sizes.
 
-    Raises ArchError if the family is unknown, a named module is missing, or a size contradicts the
-    config. Works on the meta device. GPT-2's transposed linears become `TransposedLinear`, which
-    computes and saves the same.
+    Raises ArchError if the family is unknown, a module is missing, or a size contradicts the
+    config. Works on the meta device. GPT-2's linears become `TransposedLinear`, which saves the
+    same.
     """
     own_config: Any = model.config
     config = text_config(model)
@@ -249,7 +233,8 @@ def bind(model: nn.Module) -> Arch:
         name: why for name, group in spec.groups.items() for key, why in group.unless.items() if _is_on(config, key)
     }
     groups: list[Group] = []
-    for index, (layer, layer_config) in enumerate(zip(layers, layer_configs(config), strict=True)):
+    configs = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    for index, (layer, layer_config) in enumerate(zip(layers, configs, strict=True)):
         groups += _layer_groups(layer, index, spec, layer_config, family, forbidden)
     adds = spec.mlp_adds_directly
     return Arch(
@@ -275,10 +260,11 @@ def _layer_groups(
     for name in (spec.attention, spec.middle):
         if name is not None:
             submodule(layer, name, family)
+    present = dict(layer.named_modules())
     for name, group in spec.groups.items():
-        if name not in forbidden and not (group.in_some_layers and _is_absent(layer, next(iter(group.reader)))):
+        if name not in forbidden and not (group.in_some_layers and next(iter(group.reader)) not in present):
             yield _bind_group(layer, index, name, group, config, family, spec.heads_divide_hidden_size)
-    if spec.experts is not None and not _is_absent(layer, spec.experts.experts):
+    if spec.experts is not None and spec.experts.experts in present:
         yield bind_experts(layer, index, spec.experts, config, family)
         if spec.experts.channels.num_units is not None:
             yield bind_expert_channels(layer, index, spec.experts, config, family)
@@ -286,7 +272,8 @@ def _layer_groups(
 
 def head_of(model: nn.Module, arch: Arch) -> nn.Module:
     """Return what maps the last hidden state to logits: the head and the family's scaling."""
-    return head_with(model.get_submodule(arch.head), arch.logits)
+    head = model.get_submodule(arch.head)
+    return head if arch.logits is None else ScaledHead(head, arch.logits)
 
 
 def decoder_layers(model: nn.Module, arch: Arch) -> list[nn.Module]:
@@ -300,10 +287,6 @@ def _is_on(config: Any, key: str) -> bool:
         raise ArchError(f"spec: config has no switch '{key}', which the family's spec names.")
     value = getattr(config, name)
     return bool((value or {}).get(inside) if inside else value)
-
-
-def _is_absent(layer: nn.Module, name: str) -> bool:
-    return name not in dict(layer.named_modules())
 
 
 def _bind_group(
@@ -321,10 +304,8 @@ def _bind_group(
         rows_per_unit = sum(segments)
         size = found.out_features if is_writer else found.in_features
         if size != rows_per_unit * num_units:
-            raise ArchError(
-                f"{where}: {module} has {size} rows for its units, but config {spec.num_units}={num_units} "
-                f"asks for {rows_per_unit * num_units}; the checkpoint and its config disagree."
-            )
+            needs = f"config {spec.num_units}={num_units} asks for {rows_per_unit * num_units}"
+            raise ArchError(f"{where}: {module} has {size} rows, but {needs}; the checkpoint and its config disagree.")
         across = found.in_features + (found.bias is not None) if is_writer else found.out_features
         params_per_unit += rows_per_unit * across
         axes.append(Axis(module, segments))

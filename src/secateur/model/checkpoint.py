@@ -63,9 +63,7 @@ class Checkpoint:
 def open_checkpoint(reference: str | Path, *, weights: bool = True) -> Checkpoint:
     """Find the model and check its config and, if `weights`, the headers of its weight files.
 
-    Reads no weights. A hub id is downloaded, with `weights=False` only its JSON and tokenizer
-    files.
-
+    Reads no weights. Downloads a hub id, with `weights=False` only its JSON and tokenizer files.
     Raises CheckpointError if the model cannot be loaded, ArchError if it is no causal LM.
     """
     reference = str(reference)
@@ -88,9 +86,8 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
             auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
             return auto.from_config(config, trust_remote_code=False)
     except BAD_VALUE as error:
-        raise CheckpointError(
-            f"config of a {config.model_type} model: no model can be built from it ({one_line(error)})."
-        ) from None
+        reason = f"no model can be built from it ({one_line(error)})"
+        raise CheckpointError(f"config of a {config.model_type} model: {reason}.") from None
 
 
 def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
@@ -124,7 +121,7 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
     `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ... The default `dtype` is the
     saved one. Code in a checkpoint never runs.
 
-    Raises CheckpointError if it cannot be loaded or an option is wrong, ArchError if it is no
+    Raises CheckpointError if the path or an option is wrong, ArchError for a model that is no
     causal LM.
     """
     if "trust_remote_code" in options:
@@ -143,8 +140,7 @@ def load_model(checkpoint: Checkpoint, *, mapped: bool = False, **options: Any) 
     """Return the model in eval mode, in the dtype of its config (GGUF: bfloat16).
 
     `mapped`: weights stay in their files, which must be safetensors, and are paged in when used.
-    `options` go to `from_pretrained`. Raises CheckpointError if tensors are missing, unexpected,
-    misshapen, or not finite.
+    `options` go to `from_pretrained`. Raises CheckpointError if a tensor is missing or wrong.
     """
     with quiet_transformers():
         if checkpoint.gguf_file:
@@ -168,9 +164,7 @@ def check_finite(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         # aminmax propagates NaN and infinity, and unlike isfinite() allocates nothing.
         if parameter.numel() > 0 and not all(torch.isfinite(extreme) for extreme in parameter.detach().aminmax()):
-            raise CheckpointError(
-                f"weight {name} of the model holds NaN or infinity; use an intact checkpoint of this model."
-            )
+            raise CheckpointError(f"weight {name} of the model holds NaN or infinity; use an intact checkpoint.")
 
 
 def _load_safetensors(
@@ -194,9 +188,7 @@ def _load_gguf(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrai
     try:
         from transformers import GgufConfig
     except ImportError:
-        raise CheckpointError(
-            f"{checkpoint.reference}: GGUF weights need transformers 5.17 or newer; upgrade it."
-        ) from None
+        raise CheckpointError(f"{checkpoint.reference}: GGUF needs transformers 5.17 or newer; upgrade it.") from None
 
     # Cached: transformers builds the same name table once per module, half of the loading time.
     # Redirected: its GGUF reader draws a progress bar that ignores its own switch.
@@ -220,10 +212,8 @@ def _refuse(checkpoint: Checkpoint, *, mismatched: list[str], missing: list[str]
     for kind, names in (("wrong shape", mismatched), ("missing", missing), ("unexpected", unexpected)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(
-                f"{checkpoint.reference}: weights and config disagree, {kind}: {names[0]}{more}; "
-                "use the config.json and the weights of one and the same model."
-            )
+            got = f"{checkpoint.reference}: weights and config disagree, {kind}: {names[0]}{more}"
+            raise CheckpointError(f"{got}; use the config.json and the weights of the same model.")
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -257,8 +247,7 @@ def check_same_tokens(
 ) -> None:
     """Raise CheckpointError unless both models have the same tokens and number of logits.
 
-    `tokenizer`: the pruned model's. `option`: how the dense model was given. `instead`: the advice
-    if the tokenizers differ.
+    `tokenizer`: the pruned model's. `option`: how the dense model was given. `instead`: advice.
     """
     other = load_tokenizer(dense)
     if tokenizer.get_vocab() != other.get_vocab():
@@ -324,10 +313,8 @@ def check_in_memory(model: object, tokenizer: object) -> None:
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(f"model: must be a transformers PreTrainedModel or a path, got {type(model).__name__}.")
     if model.config.is_heterogeneous and not isinstance(model, PerLayerModel):
-        raise CheckpointError(
-            "model: its widths differ per layer and it runs code of its checkpoint; load it with secateur.load(path), "
-            "or give its path."
-        )
+        reason = "its widths differ per layer and it runs its checkpoint's code"
+        raise CheckpointError(f"model: {reason}; load it with secateur.load(path), or give its path.")
     if tokenizer is None:
         raise CheckpointError("tokenizer: a model in memory comes without one; pass tokenizer=.")
     if getattr(model.config, "quantization_config", None):
@@ -338,12 +325,11 @@ def check_in_memory(model: object, tokenizer: object) -> None:
 
 
 def restore_buffers(model: nn.Module) -> tuple[str, ...]:
-    """Recompute buffers that no checkpoint stores if they differ from what loading gives; note
-    each.
+    """Recompute buffers that no checkpoint stores if they differ from what loading gives.
 
     `model.to(torch.bfloat16)` rounds the rotary frequencies, while loading in bfloat16 keeps them
     in float32. The model in memory must match its saved checkpoint. Covers modules of buffers only,
-    which their config determines.
+    which their config determines. Returns one note per recomputed buffer.
     """
     notes = []
     for name, module in model.named_modules():

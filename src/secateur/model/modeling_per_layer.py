@@ -1,5 +1,4 @@
-"""Causal language models whose layers have their own widths, built from transformers' modelling
-code.
+"""Causal language models whose layers have their own widths, built on transformers' modelling.
 
 A checkpoint with `per_layer_config` in its config.json carries this file, so that
 `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it. `secateur.load`

@@ -49,17 +49,15 @@ class Logits:
     cap: float | None
 
 
-def head_with(head: nn.Module, logits: Logits | None) -> nn.Module:
-    """Return the head, followed by what `logits` says."""
-    return head if logits is None else _Head(head, logits)
+class ScaledHead(nn.Module):
+    """A head followed by what `logits` says."""
 
-
-class _Head(nn.Module):
     def __init__(self, head: nn.Module, logits: Logits) -> None:
         super().__init__()
         self.head, self.logits = head, logits
 
     def forward(self, hidden: Float[Tensor, "*P D"]) -> Float[Tensor, "*P V"]:
+        """Return the logits."""
         # In transformers' order of operations, so that rounding is the same.
         values = self.head(hidden)
         if self.logits.multiply != 1:

@@ -152,13 +152,9 @@ class ArchSpec(_Spec):
         return data
 
     @model_validator(mode="after")
-    def _check_gguf(self) -> "ArchSpec":
+    def _check(self) -> "ArchSpec":
         if unknown := sorted(set(self.gguf) - set(self.model_types)):
             raise ValueError(f"gguf: {unknown[0]} is no model type of the file; use {', '.join(self.model_types)}.")
-        return self
-
-    @model_validator(mode="after")
-    def _check_middle(self) -> "ArchSpec":
         if self.middle is not None and self.attention is None:
             raise ValueError("middle: needs an attention before it; set it to null.")
         return self
@@ -192,10 +188,8 @@ def _check_new(point: EntryPoint, added: dict[str, ArchSpec], known: dict[str, A
             raise PluginError(f"{where(point)}: there is a family '{family}' already; give the file another name.")
         for model_type in spec.model_types:
             if model_type in types:
-                raise PluginError(
-                    f"{where(point)}: model type '{model_type}' of family '{family}' is family '{types[model_type]}' "
-                    f"already; leave it out."
-                )
+                taken = f"model type '{model_type}' of family '{family}' is family '{types[model_type]}' already"
+                raise PluginError(f"{where(point)}: {taken}; leave it out.")
             types[model_type] = family
 
 

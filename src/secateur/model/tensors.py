@@ -1,5 +1,4 @@
-"""The safetensors files of a checkpoint directory: which exist, what their headers say, their
-tensors.
+"""The safetensors files of a checkpoint directory: their names, headers and tensors.
 
 The headers alone reveal a missing shard, a truncated file and every tensor's shape. Tensors are
 read into ordinary memory, or mapped from their files, where they occupy page cache only. Not
@@ -46,10 +45,8 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError if there are no safetensors weights, or a shard is missing or damaged.
     """
-    tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(directory):
-        tensors.update(_read_header(file))
-    return tensors
+    headers = (_read_header(file) for file in _weight_files(directory))
+    return {name: stored for header in headers for name, stored in header.items()}
 
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
@@ -145,10 +142,8 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{file}: its safetensors header is malformed; copy the file again.") from None
     end = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=data_start)
     if end != num_file_bytes:
-        raise CheckpointError(
-            f"{file}: is truncated or damaged: its header describes {end} bytes, the file has {num_file_bytes}; "
-            "copy it again."
-        )
+        sizes = f"its header describes {end} bytes, the file has {num_file_bytes}"
+        raise CheckpointError(f"{file}: is truncated or damaged: {sizes}; copy it again.")
     return tensors
 
 

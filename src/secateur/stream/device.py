@@ -85,8 +85,7 @@ def bring(
 ) -> None:
     """Move all weights and buffers to the device, except those of the modules `but`; ties stay.
 
-    `dtype`: a function of (module, name, parameter) that gives the parameter's dtype there; None:
-    its own.
+    `dtype`: a function of (module, name, parameter) that gives the parameter's dtype there.
     """
     left = {id(module) for each in but for module in each.modules()}
     moved: dict[int, nn.Parameter] = {}

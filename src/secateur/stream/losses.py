@@ -64,36 +64,28 @@ def standard_error(values: list[float]) -> float:
 
 def _mean_losses(model: nn.Module, arch: Arch, blocks: list[Tensor], layer_done: Callable[[], None]) -> list[float]:
     """Return each block's mean loss. All pass one layer before the next, each block separately."""
-    backbone, device = model.get_submodule(arch.backbone), next(model.parameters()).device
+    device = next(model.parameters()).device
     batches = [Batch("", True, ids_T[None].to(device)) for ids_T in blocks]
     walk = Walk(model, arch, batches)
     for index in range(arch.num_layers):
         walk.advance(index)
         layer_done()
-    found = []
-    for position, batch in enumerate(batches):
-        final_TD = walk.leave(backbone, position)[0]
-        found.append(float(_position_losses(head_of(model, arch), final_TD, batch.ids_BT[0]).mean()))
-    return found
+    states = (states_for_head(model, arch, *each) for each in zip(batches, walk.hidden_BTD, strict=True))
+    losses = (_position_losses(model, arch, *each) for each in zip(states, blocks, strict=True))
+    return [float(losses_P.mean()) for losses_P in losses]
 
 
 @torch.inference_mode()
 def block_losses(model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"]) -> Float[Tensor, " P"]:
     """Return -log p(token t+1 | tokens 0..t) in nats for every position of a block; P = T - 1."""
-    ids_1T = ids_1T.to(next(model.parameters()).device)
-    final_TD = model.get_submodule(arch.backbone)(ids_1T, use_cache=False).last_hidden_state[0]
-    return _position_losses(head_of(model, arch), final_TD, ids_1T[0])
+    return _position_losses(model, arch, final_states(model, arch, ids_1T), ids_1T[0])
 
 
 @torch.inference_mode()
-def _position_losses(head: nn.Module, final_TD: Tensor, ids_T: Tensor) -> Float[Tensor, " P"]:
-    parts = [
-        nn.functional.cross_entropy(head(piece_PD).float(), targets_P, reduction="none")
-        for piece_PD, targets_P in zip(
-            final_TD[:-1].split(HEAD_POSITIONS), ids_T[1:].split(HEAD_POSITIONS), strict=True
-        )
-    ]
-    return torch.cat(parts)
+def _position_losses(model: nn.Module, arch: Arch, states_PD: Tensor, ids_T: Tensor) -> Float[Tensor, " P"]:
+    head, targets_P = head_of(model, arch), ids_T[1:].to(states_PD.device)
+    pieces = zip(states_PD.split(HEAD_POSITIONS), targets_P.split(HEAD_POSITIONS), strict=True)
+    return torch.cat([nn.functional.cross_entropy(head(x_SD).float(), y_S, reduction="none") for x_SD, y_S in pieces])
 
 
 @torch.inference_mode()
@@ -112,8 +104,7 @@ CACHED_ROWS = 8
 
 @dataclass(frozen=True, slots=True)
 class DenseStates:
-    """What is saved of the dense model: its head, and the last hidden states per domain and block.
-    """
+    """The dense model's head, and its last hidden states per domain and block."""
 
     head: nn.Module
     states_NPD: dict[str, list[Tensor]]

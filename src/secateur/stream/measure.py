@@ -47,8 +47,7 @@ def minimax_weights(
     / (3 D) <= q_d <= 1, with err_d = `removal_damage` under H. The weights with the lowest error of
     the worst domain win, the earlier on a tie. `reader_HF` is in float32.
 
-    Source: multiplicative weights for a minimax game, as in group DRO, Sagawa et al., arXiv
-    1911.08731, alg. 1.
+    Source: multiplicative weights for a minimax game, as in group DRO, arXiv 1911.08731, alg. 1.
     """
     floor = FLOOR / len(by_domain)
     weights_D = _at_least(torch.tensor([shares[name] for name in by_domain], dtype=torch.float64), floor)
@@ -72,12 +71,11 @@ def removal_damage(
     num_keep: int,
     damping: float,
 ) -> Float[Tensor, " D"]:
-    """Return each domain's output error over its output energy if the lowest OBS units went at
-    once.
+    """Return each domain's output error over its output energy if the lowest OBS units went now.
 
     With H the damped pooled matrix and C the columns of those units, refitting changes the reader
-    by Delta = W_C ([H^-1]_CC)^-1 [H^-1]_C,: and the error is tr(Delta G_d Delta') / e_d; 0 for a
-    silent domain.
+    by Delta = W_C ([H^-1]_CC)^-1 [H^-1]_C,: and the error is tr(Delta G_d Delta') / e_d, 0 if e_d =
+    0.
 
     Source: Hassibi and Stork 1993, in the block form of OBC, arXiv 2208.11580, eq. 7.
     """
@@ -152,10 +150,9 @@ class _Gatherer:
     def fold(self, domain: str) -> None:
         self.current.sum_over_ranks()
         if not self.current.is_finite():
-            raise NumericsError(
-                f"layer {self.group.layer}, {self.group.reader.module}, domain {domain}: the input holds NaN "
-                f"or infinite numbers; use the model in bfloat16 or float32 and check its weights."
-            )
+            where = f"layer {self.group.layer}, {self.group.reader.module}, domain {domain}"
+            advice = "use the model in bfloat16 or float32 and check its weights"
+            raise NumericsError(f"{where}: the input holds NaN or infinite numbers; {advice}.")
         self.energy[domain] = float(self.current.energy)
         self.pooled.merge(self.current, domain_weight(self.weighting, self.shares[domain], self.energy[domain]))
         if self.weighting in BY_DOMAIN:
@@ -166,10 +163,8 @@ class _Gatherer:
     def finish(self) -> Measurement:
         self.domains.end()
         # Concatenate one domain at a time to bound peak memory.
-        held_out, drift = (
-            {name: torch.cat(pieces.pop(name)) for name in list(pieces)}
-            for pieces in (self.held_out, self.held_out_drift)
-        )
+        both = self.held_out, self.held_out_drift
+        held_out, drift = ({name: torch.cat(pieces.pop(name)) for name in list(pieces)} for pieces in both)
         return Measurement(self.pooled, self.energy, held_out, drift, self.by_domain)
 
 
@@ -187,9 +182,8 @@ def measure(
 ) -> Measurement:
     """Return the group's statistics on the pruned stream; the walk must stand before its layer.
 
-    `drift`: also of (dense stream - pruned stream) after the layer; the dense stream must be
-    advanced already. `to_middle`, `to_end`: leave the walk after the attention or after the layer,
-    see `Walk.run`.
+    `drift`: also of (dense stream - pruned stream) after the layer; the dense stream must be there
+    already. `to_middle`, `to_end`: leave the walk after the attention or the layer, see `Walk.run`.
 
     Raises NumericsError naming layer, module and domain if an input is not finite.
     """

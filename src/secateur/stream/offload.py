@@ -171,11 +171,9 @@ def offload(layer: nn.Module) -> None:
 
 
 class Placement:
-    """Moves a model to a device and back: all of it, or all but its layers, which come one at a
-    time.
+    """Moves a model to a device and back: whole, or with its layers onloaded one at a time.
 
-    `in_float32`: it computes in float32, its layers onloaded one at a time. Otherwise a CPU run
-    moves nothing.
+    `in_float32`: it computes in float32, one layer at a time. Otherwise a CPU run moves nothing.
     """
 
     def __init__(

@@ -66,11 +66,9 @@ class Gram:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> Float[Tensor, "R C"]:
-        """Return a new matrix of these rows and columns (both sorted), mirrored from the stored
-        half.
+        """Return a new matrix of these rows and columns (both sorted), on `device` if given.
 
-        `device`: the result's, by default that of the sum. First returns freed memory to the
-        system.
+        Only half is stored, so entries are mirrored. First returns freed memory to the system.
         """
         release_freed()
         result_RC = torch.empty(len(rows_R), len(columns_C), dtype=dtype, device=device or self.device)
@@ -133,8 +131,7 @@ class Statistics:
     """Weighted sums over tokens: `mass` = sum w, `sum_F` = sum w x, `energy` = sum w |y|^2.
 
     `gram` = sum w x x'; None if a score needs moments only. `sum_squares_F` = sum w x^2, its
-    diagonal. `cross_FH` = sum w x r', with r the drift that the reader shall compensate; None
-    without one.
+    diagonal. `cross_FH` = sum w x r', with r the drift for the reader to compensate, if any.
     """
 
     mass: float
@@ -154,7 +151,7 @@ class Statistics:
         num_drift_outputs: int = 0,
         dtype: torch.dtype | None = None,
     ) -> "Statistics":
-        """Return statistics of no tokens. `num_drift_outputs`: the reader's outputs, if it gets a
+        """Return statistics of no tokens. `num_drift_outputs`: the reader's outputs, or 0: no
         drift.
 
         `dtype`: of all but the energy; float32 for finished sums only, None for `sum_dtype`.
@@ -185,33 +182,30 @@ class Statistics:
                     for cross_RH, x_PR in rows:
                         cross_RH += x_PR.float().T @ drift_PH.float()
 
+    @property
+    def sums(self) -> list[Tensor]:
+        """All sums but the mass."""
+        blocks = [] if self.gram is None else self.gram.blocks
+        cross = [] if self.cross_FH is None else [self.cross_FH]
+        return [self.sum_F, self.sum_squares_F, self.energy, *blocks, *cross]
+
     def merge(self, other: "Statistics", weight: float = 1.0) -> None:
         """Add `weight` times another set of tokens; weight 1 equals one pass over both."""
         self.mass += weight * other.mass
-        self.sum_F.add_(other.sum_F, alpha=weight)
-        self.sum_squares_F.add_(other.sum_squares_F, alpha=weight)
-        self.energy.add_(other.energy, alpha=weight)
-        if self.gram is not None and other.gram is not None:
-            self.gram.merge(other.gram, weight)
-        if self.cross_FH is not None and other.cross_FH is not None:
-            self.cross_FH.add_(other.cross_FH, alpha=weight)
+        for mine, theirs in zip(self.sums, other.sums, strict=True):
+            mine.add_(theirs, alpha=weight)
 
     def sum_over_ranks(self) -> None:
         """Become the sums over all ranks' tokens."""
         mass = torch.tensor([self.mass], dtype=torch.float64)
-        parts = (part for part in (self.gram, self.cross_FH) if part is not None)
-        sum_over_ranks(mass, self.sum_F, self.sum_squares_F, self.energy, *parts)
+        sum_over_ranks(mass, *self.sums)
         self.mass = float(mass)
 
     def clear(self) -> None:
         """Remove every token, keeping the memory."""
         self.mass = 0.0
-        for tensor in (self.sum_F, self.sum_squares_F, self.energy):
+        for tensor in self.sums:
             tensor.zero_()
-        if self.gram is not None:
-            self.gram.clear()
-        if self.cross_FH is not None:
-            self.cross_FH.zero_()
 
     def is_finite(self) -> bool:
         """Say whether every sum is finite; the sum of squares reveals NaN and infinite inputs."""
@@ -237,8 +231,8 @@ def domain_weight(weighting: str, share: float, energy: float) -> float:
     """Return the factor of one domain's sums in the pooled ones.
 
     `tokens`: 1. `energy`: share_d / e_d with the output energy e_d = sum |y|^2, so that a loud
-    domain does not dominate; 0 if e_d = 0. `minimax` starts like `energy`; see
-    `measure.minimax_weights`.
+    domain does not dominate; 0 if e_d = 0. `minimax`: like `energy`, to start `minimax_weights`
+    from.
     """
     if weighting == "tokens":
         return 1.0
@@ -295,17 +289,14 @@ class InOrder:
 
     def begin(self, domain: str) -> None:
         """Say which domain the next batch belongs to."""
-        if domain != self.current:
-            self._until(domain)
+        if domain != self.current or not domain:
+            for ended in domains_ended(self.current, domain, self.domains):
+                self.fold(ended)
+            self.current = domain
 
     def end(self) -> None:
         """Say that no batch follows."""
-        self._until("")
-
-    def _until(self, begun: str) -> None:
-        for domain in domains_ended(self.current, begun, self.domains):
-            self.fold(domain)
-        self.current = begun
+        self.begin("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,8 +304,7 @@ class Measurement:
     """`pooled`: statistics weighted over domains. `energy`: sum |y|^2 by domain.
 
     `held_out_TF`: this rank's reader inputs by domain; `held_out_drift_TH`: if asked, the drift of
-    the same tokens. `by_domain`: each domain's own statistics, only for the weightings in
-    `BY_DOMAIN`.
+    the same tokens. `by_domain`: each domain's own statistics, if the weighting is in `BY_DOMAIN`.
     """
 
     pooled: Statistics
@@ -332,8 +322,7 @@ def damped_gram(gram: Gram, damping: float) -> Float[Tensor, "F F"]:
 
 
 def ridge_of(gram: Gram, damping: float) -> float:
-    """Return damping * mean(diag G), or 1 if every input is zero: no removal costs anything then.
-    """
+    """Return damping * mean(diag G), or 1 if every input is zero and removal costs nothing."""
     ridge = damping * float(gram.diagonal().mean())
     return ridge if ridge > 0 else 1.0
 
@@ -348,10 +337,10 @@ def inverse_of(hessian_FF: Float[Tensor, "F F"]) -> Float[Tensor, "F F"]:
 def removal_errors(
     weight_HF: Float[Tensor, "H F"], inverse_FF: Float[Tensor, "F F"], columns_UW: Int64[Tensor, "U w"]
 ) -> Float[Tensor, " U"]:
-    """Return tr(W_M ([H^-1]_MM)^-1 W_M') for each unit's columns M; one column: |W_j|^2 /
-    [H^-1]_jj.
+    """Return tr(W_M ([H^-1]_MM)^-1 W_M') for each unit's columns M.
 
-    Source: Hassibi and Stork 1993; block form: Frantar and Alistarh, OBC, arXiv 2208.11580, eq. 7.
+    One column j: |W_j|^2 / [H^-1]_jj. Source: Hassibi and Stork 1993; block form: Frantar and
+    Alistarh, OBC, arXiv 2208.11580, eq. 7.
     """
     if columns_UW.shape[1] == 1:
         # The norm allocates no squared copy of the weights.

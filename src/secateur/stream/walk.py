@@ -26,8 +26,7 @@ LAYERS_AT_ONCE = 4
 
 
 def make_batches(domain: str, ids_NT: Tensor, *, held_out: bool, batch_tokens: int | None = None) -> list[Batch]:
-    """Split a domain's blocks into batches of at most `batch_tokens` tokens, at least one block
-    each.
+    """Split a domain's blocks into batches of `batch_tokens` tokens at most, or of one block.
 
     None: as many as suit the device of the blocks.
     """
@@ -40,8 +39,7 @@ def make_batches(domain: str, ids_NT: Tensor, *, held_out: bool, batch_tokens: i
 class Walk:
     """Holds the stream: per batch the hidden states that enter the current layer.
 
-    With `dense`, `advance_dense` moves a second stream through the layers as they are before any
-    cut.
+    With `dense`, `advance_dense` moves a second stream through the layers before any cut.
     """
 
     def __init__(self, model: nn.Module, arch: Arch, batches: list[Batch], *, dense: bool = False) -> None:
@@ -60,9 +58,9 @@ class Walk:
         """Run layer `index` on every batch and yield (batch, the layer's output).
 
         The stream stays, with two exceptions. `to_middle` moves it through the attention, if the
-        family has a middle, so that `advance` runs the MLP only: the caller must not change the
-        attention any more. `to_end` moves it through the whole layer, which must not change, and
-        replaces `advance`.
+        family has a middle, so that `advance` runs the MLP only: the attention must not change any
+        more. `to_end` moves it through the whole layer, which must not change, instead of
+        `advance`.
         """
         to_middle = to_middle and self.arch.middle is not None
         entered: list[Tensor] = []
@@ -89,12 +87,6 @@ class Walk:
         """Move the dense stream through layer `index`, which must not have been cut yet."""
         for position, hidden in enumerate(self.dense_BTD):
             self.dense_BTD[position] = self.through(index, hidden)
-
-    @torch.inference_mode()
-    def leave(self, backbone: nn.Module, position: int) -> Tensor:
-        """Return the backbone's output for a batch whose stream has passed the last layer."""
-        with forwards_replaced(self.layers, lambda *_, **__: self.arch.layer_output(self.hidden_BTD[position])):
-            return backbone(self.batches[position].ids_BT, use_cache=False).last_hidden_state
 
     @torch.inference_mode()
     def through(self, index: int, hidden_BTD: Tensor, *, rest: bool = False) -> Tensor:
