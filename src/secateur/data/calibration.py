@@ -6,7 +6,6 @@ Text comes from files, data sets and installed packages, or the dense model writ
 import hashlib
 import json
 import math
-import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -64,6 +63,7 @@ class CalibrationText(Protocol):
     @property
     def domains(self) -> Mapping[str, DomainText]:
         """Every domain's text, by name."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def build_calibration(
             parts = [torch.empty(size, length, dtype=torch.int64, device="meta") for size in sizes]
         else:
             texts = _once(documents(name, domain, tokenizer, seed))
-            order = random.Random(f"{seed}:{name}:lines")
+            order = Random(f"{seed}:{name}:lines")
             turns = (_turns(text, tokenizer, length, order) for text in texts)
             parts = _two_parts(turns, name, sizes, length, eos, num_rounds)
         blocks.append(DomainBlocks(name, shares[name], *parts))
@@ -156,11 +156,9 @@ def rotated(calibration: CalibrationSet, round_index: int) -> CalibrationSet:
     """
     if calibration.num_rounds == 1:
         return calibration
-    domains = (
-        replace(domain, calibration_NT=domain.calibration_NT.chunk(calibration.num_rounds)[round_index])
-        for domain in calibration.domains
-    )
-    return replace(calibration, domains=tuple(domains), num_rounds=1)
+    parts = ((domain, domain.calibration_NT.chunk(calibration.num_rounds)) for domain in calibration.domains)
+    domains = tuple(replace(domain, calibration_NT=rounds[round_index]) for domain, rounds in parts)
+    return replace(calibration, domains=domains, num_rounds=1)
 
 
 def _once(texts: Iterator[str]) -> Iterator[str]:
@@ -172,7 +170,7 @@ def _once(texts: Iterator[str]) -> Iterator[str]:
             yield text
 
 
-def _turns(text: str, tokenizer: Tokenizer, length: int, order: random.Random) -> _Turns:
+def _turns(text: str, tokenizer: Tokenizer, length: int, order: Random) -> _Turns:
     """Yield ids in pieces of about `length` tokens; long texts start at a random line and wrap."""
     size = length * CHARACTERS_PER_TOKEN
     if len(text) > 2 * size:

@@ -60,14 +60,11 @@ def _code() -> list[_Document]:
 
 def _technical() -> list[_Document]:
     path = Path(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py")
-    topics = _topics(path) if path.is_file() else {}
+    body = ast.parse(path.read_bytes()).body if path.is_file() else []
+    values = [node.value for node in body if isinstance(node, ast.Assign)]
+    topics = next((ast.literal_eval(value) for value in values if isinstance(value, ast.Dict)), {})
     texts: list[_Document] = [topics[name] for name in sorted(topics) if len(topics[name]) >= MIN_DOCSTRING_CHARACTERS]
     return texts + _docstring_files({"numpy": "numpy"})
-
-
-def _topics(path: Path) -> dict[str, str]:
-    values = [node.value for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.Assign)]
-    return next((ast.literal_eval(value) for value in values if isinstance(value, ast.Dict)), {})
 
 
 def _readme() -> list[_Document]:

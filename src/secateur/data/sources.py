@@ -18,7 +18,7 @@ from secateur.model.checkpoint import Tokenizer
 from secateur.plugins import SOURCE_GROUP, look_up
 
 MIN_TXT_DOCUMENT_CHARACTERS = 8000
-MAX_CSV_FIELD_CHARACTERS = 2**31 - 1  # the csv module's limit on every platform
+MAX_CSV_FIELD_CHARACTERS = 2**31 - 1  # the largest that csv accepts on every platform
 
 Rows = list[tuple[str, Any]]
 
@@ -119,12 +119,7 @@ def _parquet_rows(path: Path, where: str) -> Rows:
     return [(f"{where}, row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
-_READERS: dict[str, Callable[[str, str], Rows]] = {
-    ".txt": _txt_rows,
-    ".jsonl": _jsonl_rows,
-    ".json": _json_rows,
-    ".csv": _csv_rows,
-}
+_READERS = {".txt": _txt_rows, ".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
 
 
 @runtime_checkable
@@ -140,6 +135,7 @@ class DomainText(Protocol):
     @property
     def source(self) -> tuple[str, Any]:
         """Return the source's key and what the user wrote there."""
+        ...
 
 
 class Row(NamedTuple):
@@ -196,8 +192,8 @@ def dataset_rows(wanted: HubDataset, order: Random) -> Iterator[Row]:
     except ImportError:
         raise CalibrationError(f"{where}: needs the package datasets; install secateur[data].") from None
     try:
-        # Streaming never reads the local cache, which is all there is offline.
-        rows = datasets.load_dataset(*wanted[:2], split=wanted.split, streaming=not offline)
+        streaming: Any = not offline  # streaming never reads the local cache
+        rows = datasets.load_dataset(*wanted[:2], split=wanted.split, streaming=streaming)
         for number, row in enumerate(rows.shuffle(seed=order.getrandbits(32)), start=1):
             yield Row(f"{where}, row {number} of its shuffled order", row)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:

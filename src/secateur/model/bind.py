@@ -29,7 +29,7 @@ def count_of(expression: str, config: Any, where: str, family: str) -> int:
     factor = "1"
     if instead and getattr(config, key, None) is None:
         factor, _, key = instead.partition(" x ")
-    numbers: list[int] = []
+    numbers: list[Any] = []
     for name in key.split(" / "):
         numbers.append(getattr(config, name, None))
         if not isinstance(numbers[-1], int):
@@ -63,11 +63,8 @@ def bind_logits(spec: LogitsSpec, config: Any, family: str) -> Logits:
     for key in (spec.multiply, spec.divide, spec.cap):
         if key is not None and not hasattr(config, key):
             raise ArchError(f"logits: config has no '{key}', which family {family} needs.")
-    return Logits(
-        multiply=1.0 if spec.multiply is None else float(getattr(config, spec.multiply)),
-        divide=1.0 if spec.divide is None else float(getattr(config, spec.divide)),
-        cap=None if spec.cap is None else getattr(config, spec.cap),
-    )
+    multiply, divide = (1.0 if key is None else float(getattr(config, key)) for key in (spec.multiply, spec.divide))
+    return Logits(multiply, divide, cap=None if spec.cap is None else getattr(config, spec.cap))
 
 
 EXPERTS, EXPERT_CHANNELS = "experts", "expert_ffn"

@@ -265,9 +265,8 @@ def check_same_tokens(
 
 def _check_tokenizer_files(directory: Path) -> None:
     if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
-        raise CheckpointError(
-            f"{directory}: has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); copy the model's own there."
-        )
+        looked = ", ".join(TOKENIZER_FILES)
+        raise CheckpointError(f"{directory}: has no tokenizer (looked for {looked}); copy the model's own there.")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (directory / name).is_file():
             read_json(directory / name)
@@ -318,10 +317,8 @@ def check_in_memory(model: object, tokenizer: object) -> None:
     if tokenizer is None:
         raise CheckpointError("tokenizer: a model in memory comes without one; pass tokenizer=.")
     if getattr(model.config, "quantization_config", None):
-        raise CheckpointError(
-            "model: it was loaded from quantised weights (config.quantization_config); give the path of its original "
-            "checkpoint or .gguf file instead of the loaded model."
-        )
+        advice = "give the path of its original checkpoint or .gguf file instead"
+        raise CheckpointError(f"model: it was loaded from quantised weights (config.quantization_config); {advice}.")
 
 
 def restore_buffers(model: nn.Module) -> tuple[str, ...]:

@@ -157,19 +157,16 @@ def directory_config(directory: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{path}: has no model_type; copy the model's own config.json there.")
     if model_type not in CONFIG_MAPPING:
         if "auto_map" in raw:
-            raise CheckpointError(
-                f"{path}: model_type '{model_type}' needs Python code from the checkpoint, which secateur never runs; "
-                "use a version of the model that transformers supports itself."
-            )
+            needs = f"model_type '{model_type}' needs Python code from the checkpoint, which secateur never runs"
+            raise CheckpointError(f"{path}: {needs}; use a version of the model that transformers supports itself.")
         known = nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         raise CheckpointError(f"{path}: transformers knows no model_type '{model_type}'; did you mean '{known}'?")
     _check_causal(path, model_type, raw.get("architectures"))
     if quantised := raw.get("quantization_config"):
         method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
-        raise CheckpointError(
-            f"{path}: the weights are quantised ({method or 'quantization_config'}), which cannot be pruned; "
-            "use the original checkpoint or one in bf16, prune it, and quantise the result."
-        )
+        reason = f"the weights are quantised ({method or 'quantization_config'}), which cannot be pruned"
+        advice = "use the original checkpoint or one in bf16, prune it, and quantise the result"
+        raise CheckpointError(f"{path}: {reason}; {advice}.")
     per_layer = [PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")]
     try:
         with quiet_transformers():

@@ -273,13 +273,6 @@ def cut(
         reader.bias.add_(reader_bias.to(reader.bias))
 
 
-@torch.no_grad()
-def zero_units(layer: nn.Module, group: Group, removed: Int64[Tensor, " R"]) -> None:
-    """Zero the removed units' reader columns instead of cutting; exactness tests compare this."""
-    reader = linear(layer, group.reader.module)
-    reader.weight[:, rows_of(removed, group.reader.segments, group.num_units)] = 0
-
-
 def add_zero_biases(layer: nn.Module, group: Group) -> None:
     """Give every linear of the group's bias switch that has no bias a bias of zeros."""
     assert group.bias_switch is not None

@@ -102,7 +102,13 @@ def _weight_files(directory: Path) -> list[Path]:
     if whole.is_file():
         return [whole]
     if not index.is_file():
-        raise CheckpointError(_no_weights(directory))
+        pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in directory.glob(f"*.{suffix}"))
+        found = f"only pickle files ({', '.join(pickles[:3])}), which can run code when opened" if pickles else "none"
+        raise CheckpointError(
+            f"{directory}: needs safetensors weights (model.safetensors or its index), found {found}; convert pickle "
+            'weights where you trust them: python -c "from transformers import AutoModelForCausalLM as M; '
+            "M.from_pretrained('DIR', dtype='auto').save_pretrained('NEW')\" and copy the tokenizer files."
+        )
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise CheckpointError(f"{index}: has no weight_map from tensor names to shard files; copy it again.")
@@ -113,16 +119,6 @@ def _weight_files(directory: Path) -> list[Path]:
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory}: shard {name} named in {index.name} is missing; copy it there.")
     return [directory / name for name in names]
-
-
-def _no_weights(directory: Path) -> str:
-    pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in directory.glob(f"*.{suffix}"))
-    found = f"only pickle files ({', '.join(pickles[:3])}), which can run code when opened" if pickles else "none"
-    return (
-        f"{directory}: needs safetensors weights (model.safetensors or its index), found {found}; convert pickle "
-        'weights where you trust them: python -c "from transformers import AutoModelForCausalLM as M; '
-        "M.from_pretrained('DIR', dtype='auto').save_pretrained('NEW')\" and copy the tokenizer files."
-    )
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
@@ -150,9 +146,8 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
 def _stored(file: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
     dtype = _DTYPES.get(entry["dtype"])
     if dtype is None:
-        raise CheckpointError(
-            f"{file}: stores weights as {entry['dtype']}, which secateur does not prune; allowed: {', '.join(_DTYPES)}."
-        )
+        allowed = ", ".join(_DTYPES)
+        raise CheckpointError(f"{file}: stores weights as {entry['dtype']}, not prunable; allowed: {allowed}.")
     begin, end = entry["data_offsets"]
     shape = tuple(int(size) for size in entry["shape"])
     if end - begin != math.prod(shape) * dtype.itemsize or min(begin, *shape, 0) < 0:

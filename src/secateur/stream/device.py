@@ -38,7 +38,7 @@ def _malloc_trim() -> "ctypes._NamedFuncPointer | None":
 Model = TypeVar("Model", bound=nn.Module)
 
 CPU = torch.device("cpu")
-# Of a device's free memory; the rest is for a batch's activations and for libraries.
+# Usable share of a device's free memory; the rest is for activations and libraries.
 USABLE_SHARE = 0.85
 LOW = (torch.bfloat16, torch.float16)
 

@@ -3,6 +3,9 @@
 Also computes the domain weights that depend on a cut's effect on each domain (`minimax`).
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -123,20 +126,17 @@ class _Gatherer:
         self, group: Group, reader: nn.Linear, weighting: str, shares: dict[str, float], gram: bool, drift: bool
     ) -> None:
         self.group, self.reader, self.weighting, self.shares = group, reader, weighting, shares
-        self.gram = gram or weighting in BY_DOMAIN
-        self.num_drift_outputs = reader.out_features if drift else 0
-        self.pooled, self.current = self.empty(torch.float32), self.empty()
+        sizes: Any = {"gram": gram or weighting in BY_DOMAIN, "drift_size": reader.out_features if drift else 0}
+        self.empty = partial(Statistics.empty, reader.in_features, reader.weight.device, **sizes)
+        self.pooled, self.current = self.empty(dtype=torch.float32), self.empty()
         self.domains = InOrder(shares, self.fold)
         self.energy: dict[str, float] = {}
         self.held_out: dict[str, list[Tensor]] = {}
         self.held_out_drift: dict[str, list[Tensor]] = {}
         self.by_domain: dict[str, Statistics] = {}
 
-    def empty(self, dtype: torch.dtype | None = None) -> Statistics:
-        size, device, drift = self.reader.in_features, self.reader.weight.device, self.num_drift_outputs
-        return Statistics.empty(size, device, gram=self.gram, num_drift_outputs=drift, dtype=dtype)
-
     def add(self, batch: Batch, x: Tensor, y: Tensor, drift: Tensor | None) -> None:
+        """Add one batch: its statistics, or its inputs if it is held out."""
         x_TF, y_TH = x.flatten(0, -2), y.flatten(0, -2)
         drift_TH = None if drift is None else drift.flatten(0, -2)
         if batch.held_out:
@@ -148,6 +148,7 @@ class _Gatherer:
         self.current.update(x_TF, y_TH if self.reader.bias is None else y_TH - self.reader.bias, drift_TH)
 
     def fold(self, domain: str) -> None:
+        """Pool the domain that has ended. Raises NumericsError if an input is not finite."""
         self.current.sum_over_ranks()
         if not self.current.is_finite():
             where = f"layer {self.group.layer}, {self.group.reader.module}, domain {domain}"
@@ -156,11 +157,12 @@ class _Gatherer:
         self.energy[domain] = float(self.current.energy)
         self.pooled.merge(self.current, domain_weight(self.weighting, self.shares[domain], self.energy[domain]))
         if self.weighting in BY_DOMAIN:
-            self.by_domain[domain] = self.empty(torch.float32)
+            self.by_domain[domain] = self.empty(dtype=torch.float32)
             self.by_domain[domain].merge(self.current)
         self.current.clear()
 
     def finish(self) -> Measurement:
+        """Pool the last domain and return the measurement."""
         self.domains.end()
         # Concatenate one domain at a time to bound peak memory.
         both = self.held_out, self.held_out_drift

@@ -72,7 +72,8 @@ class Gram:
         """
         release_freed()
         result_RC = torch.empty(len(rows_R), len(columns_C), dtype=dtype, device=device or self.device)
-        row_bounds, column_bounds = (self._bounds(index) for index in (rows_R, columns_C))
+        edges = torch.tensor([*self.starts, self.size], device=rows_R.device)
+        row_bounds, column_bounds = (torch.searchsorted(index, edges).tolist() for index in (rows_R, columns_C))
         for b, (start, block) in enumerate(zip(self.starts, self.blocks, strict=True)):
             (row, row_end), (column, column_end) = row_bounds[b : b + 2], column_bounds[b : b + 2]
             # This block's rows with columns up to its end; then its strictly left part, transposed.
@@ -85,10 +86,6 @@ class Gram:
         """Return the whole symmetric matrix as a new one, see `part`."""
         everything = torch.arange(self.size, device=self.device)
         return self.part(everything, everything, dtype, device)
-
-    def _bounds(self, index: Int64[Tensor, " N"]) -> list[int]:
-        edges = torch.tensor([*self.starts, self.size], device=index.device)
-        return torch.searchsorted(index, edges).tolist()
 
 
 def pieces(tensor_TX: Float[Tensor, "T X"]) -> tuple[Tensor, ...]:
@@ -143,22 +140,15 @@ class Statistics:
 
     @classmethod
     def empty(
-        cls,
-        num_inputs: int,
-        device: torch.device,
-        *,
-        gram: bool,
-        num_drift_outputs: int = 0,
-        dtype: torch.dtype | None = None,
+        cls, num_inputs: int, device: torch.device, *, gram: bool, drift_size: int = 0, dtype: torch.dtype | None = None
     ) -> "Statistics":
-        """Return statistics of no tokens. `num_drift_outputs`: the reader's outputs, or 0: no
-        drift.
+        """Return statistics of no tokens. `drift_size`: the outputs of the reader, or 0: no drift.
 
         `dtype`: of all but the energy; float32 for finished sums only, None for `sum_dtype`.
         """
         options: Any = {"device": device, "dtype": dtype or sum_dtype(device)}
         zeros, square = torch.zeros(num_inputs, **options), Gram(num_inputs, **options) if gram else None
-        cross_FH = torch.zeros(num_inputs, num_drift_outputs, **options) if num_drift_outputs else None
+        cross_FH = torch.zeros(num_inputs, drift_size, **options) if drift_size else None
         energy = torch.zeros((), device=device, dtype=sum_dtype(device))
         return cls(0.0, zeros, zeros.clone(), energy, square, cross_FH)
 
@@ -244,7 +234,7 @@ def pool(by_domain: dict[str, Statistics], weights: dict[str, float]) -> Statist
     first = next(iter(by_domain.values()))
     drift = 0 if first.cross_FH is None else first.cross_FH.shape[1]
     size, device, gram = len(first.sum_F), first.sum_F.device, first.gram is not None
-    pooled = Statistics.empty(size, device, gram=gram, num_drift_outputs=drift, dtype=torch.float32)
+    pooled = Statistics.empty(size, device, gram=gram, drift_size=drift, dtype=torch.float32)
     for name, statistics in by_domain.items():
         pooled.merge(statistics, domain_weight("energy", weights[name], float(statistics.energy)))
     return pooled
@@ -256,6 +246,7 @@ class Decide(Protocol):
 
     def __call__(self, compute: Callable[[], T], /) -> T:
         """Return what `compute` returns."""
+        ...
 
 
 def here(compute: Callable[[], T], /) -> T:

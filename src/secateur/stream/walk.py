@@ -32,8 +32,7 @@ def make_batches(domain: str, ids_NT: Tensor, *, held_out: bool, batch_tokens: i
     """
     suited = CPU_BATCH_TOKENS if ids_NT.device.type == "cpu" else DEVICE_BATCH_TOKENS
     size = max(1, (batch_tokens or suited) // ids_NT.shape[1])
-    parts = enumerate(ids_NT.split(size))
-    return [Batch(domain, held_out, ids_BT, number * size) for number, ids_BT in parts]
+    return [Batch(domain, held_out, ids_BT, number * size) for number, ids_BT in enumerate(ids_NT.split(size))]
 
 
 class Walk:
