@@ -27,7 +27,7 @@ from secateur.pruning import prepare as preparation
 from secateur.ranks import device_called
 from secateur.stream import walk
 from secateur.stream.device import float64_device, multiplies_in_software
-from secateur.stream.offload import LayersOnDevice, fetch, send_home
+from secateur.stream.offload import LayersOnDevice, fetch, offload
 
 RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -153,23 +153,23 @@ def test_an_interrupted_run_in_float32_ends_with_the_same_bytes(low, recipe, tmp
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_layers_take_home_what_was_changed_of_them():
+def test_offloading_keeps_what_was_changed():
     layers = [nn.Linear(4, 4).requires_grad_(False) for _ in range(3)]
-    homes = [layer.weight for layer in layers]
-    travelling, x = LayersOnDevice(layers, pretend_device.device()), torch.ones(1, 4).to("pretend")
+    hosts = [layer.weight for layer in layers]
+    onloaded, x = LayersOnDevice(layers, pretend_device.device()), torch.ones(1, 4).to("pretend")
     with torch.inference_mode():
         layers[0](x)
         layers[1](x)
-    assert layers[0].weight is homes[0] and layers[1].weight.device.type == "pretend"
-    layers[1].weight.mul_(2)  # in place, there
-    send_home(layers[1])
-    assert layers[1].weight.device.type == "cpu" and torch.equal(layers[1].weight, 2 * homes[1])
-    layers[2].weight.add_(1)  # at home, after its copy was on its way
+    assert layers[0].weight is hosts[0] and layers[1].weight.device.type == "pretend"
+    layers[1].weight.mul_(2)  # in place, on the device
+    offload(layers[1])
+    assert layers[1].weight.device.type == "cpu" and torch.equal(layers[1].weight, 2 * hosts[1])
+    layers[2].weight.add_(1)  # on the host, after its copy was prefetched
     found, bias = layers[2](x).cpu(), layers[2].bias.cpu()
-    assert torch.equal(found, nn.functional.linear(torch.ones(1, 4), homes[2], bias))
+    assert torch.equal(found, nn.functional.linear(torch.ones(1, 4), hosts[2], bias))
     fetch(layers[0])
-    layers[0].weight = nn.Parameter(torch.zeros(2, 4).to("pretend"), requires_grad=False)  # cut, there
-    travelling.end()
+    layers[0].weight = nn.Parameter(torch.zeros(2, 4).to("pretend"), requires_grad=False)  # cut, on the device
+    onloaded.end()
     assert [layer.weight.device.type for layer in layers] == ["cpu"] * 3 and layers[0].weight.shape == (2, 4)
 
 

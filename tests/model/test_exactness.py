@@ -18,7 +18,7 @@ from secateur.facts import Size
 from secateur.log import RunLog
 from secateur.methods.budget import uniform_plan
 from secateur.model.bind import bind, decoder_layers
-from secateur.model.group import add_zero_biases, cut, zero_units
+from secateur.model.group import Group, add_zero_biases, cut, linear, rows_of
 from secateur.pruning.loop import prune_in_place
 from secateur.pruning.resolve import resolve
 from secateur.pruning.run import Run
@@ -59,6 +59,12 @@ def random_calibration(num_domains: int = 2, blocks: int = 8, length: int = 32) 
         for seed in range(num_domains)
     ]
     return CalibrationSet(tuple(domains), length, "test")
+
+
+@torch.no_grad()
+def zero_units(layer: Any, group: Group, removed: torch.Tensor) -> None:
+    """Set the removed units' reader columns to zero: the mask that a cut must equal."""
+    linear(layer, group.reader.module).weight[:, rows_of(removed, group.reader.segments, group.num_units)] = 0
 
 
 def prune_tiny(model: Any, calibration: CalibrationSet, **recipe: Any) -> tuple[dict, list[dict[str, Any]]]:

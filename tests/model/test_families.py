@@ -17,14 +17,14 @@ from secateur.methods.experts import keep_experts
 from secateur.methods.prices import parameter_prices
 from secateur.methods.scores import taylor_scores
 from secateur.model.bind import EXPERT_CHANNELS, EXPERTS, bind, decoder_layers, head_of
-from secateur.model.group import OF_EXPERTS, Group, add_zero_biases, linear, zero_units
+from secateur.model.group import OF_EXPERTS, Group, add_zero_biases, linear
 from secateur.model.per_layer import record_widths
 from secateur.model.spec import ArchSpec, find_spec, load_specs
 from secateur.pruning.group_step import STEPS
 from secateur.stream.losses import states_for_head
 from secateur.stream.walk import Walk, make_batches
 from tests.families import FAMILIES, tiny_family
-from tests.model.test_exactness import logits_of, prune_tiny, random_calibration
+from tests.model.test_exactness import logits_of, prune_tiny, random_calibration, zero_units
 from tests.models import tiny_ids
 
 

@@ -98,7 +98,7 @@ def test_energy_weighting_gives_every_domain_the_same_say() -> None:
 def test_pooling_weighs_every_sum_by_share_and_energy() -> None:
     (x_TF, y_TH), by_domain = draw(5), {}
     for name, scale in {"loud": 10.0, "quiet": 1.0}.items():
-        by_domain[name] = Statistics.empty(5, torch.device("cpu"), gram=True, num_drift_outputs=7)
+        by_domain[name] = Statistics.empty(5, torch.device("cpu"), gram=True, drift_size=7)
         by_domain[name].update(scale * x_TF, scale * y_TH, y_TH)
     pooled, quiet = pool(by_domain, {"loud": 0.25, "quiet": 0.75}), by_domain["quiet"]
     assert float(pooled.energy) == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""The calibration set: blocks of token ids per domain, a tenth held out, with a content hash.
+"""The calibration set: blocks of token ids per domain, some held out, with a content hash.
 
 Text comes from files, data sets and installed packages, or the dense model writes it itself.
 """
@@ -6,10 +6,10 @@ Text comes from files, data sets and installed packages, or the dense model writ
 import hashlib
 import json
 import math
-import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from random import Random
 from typing import Any, Protocol, runtime_checkable
@@ -17,21 +17,20 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.sources import DomainText, documents
 from secateur.errors import CalibrationError, NumericsError
 from secateur.facts import NGRAM_TOKENS
 from secateur.log import Progress, silent
-from secateur.model.checkpoint import eval_mode
+from secateur.model.checkpoint import CausalLM, Tokenizer, eval_mode
 
 
 def ngram_overlap(
     calibration_NT: dict[str, Tensor], evaluation_NT: dict[str, Tensor], num_tokens: int = NGRAM_TOKENS
 ) -> dict[str, float | None]:
-    """Return, per evaluation domain, the share of its n-grams that occur in calibration blocks of any domain.
+    """Return, per evaluation domain, the share of its n-grams that occur in any calibration block.
 
-    Every position counts, repeats included. None where no evaluation block is `num_tokens` long.
+    Repeats count. None if no evaluation block has `num_tokens` tokens.
     """
     wanted = {ngram for blocks in evaluation_NT.values() for ngram in _ngrams(blocks, num_tokens)}
     seen = {ngram for blocks in calibration_NT.values() for ngram in _ngrams(blocks, num_tokens) if ngram in wanted}
@@ -47,16 +46,16 @@ def _ngrams(blocks_NT: Int64[Tensor, "N T"], num_tokens: int) -> Iterator[bytes]
 
 
 CALIBRATION_BLOCKS_PER_HELD_OUT = 9
-# As many characters as a token has in English code and prose, or a little more.
+# Slightly above the average for English code and prose.
 CHARACTERS_PER_TOKEN = 5
 
-# The token ids of one document, turn by turn.
+# The token ids of one document, piece by piece.
 _Turns = Iterator[list[int]]
 
 
 @runtime_checkable
 class CalibrationText(Protocol):
-    """What text is asked for: the domains' sources, the length of a block, and whether each round has its own."""
+    """The text asked for. `rotate`: each round gets its own blocks."""
 
     sequence_length: int | None
     rotate: bool
@@ -69,9 +68,9 @@ class CalibrationText(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DomainBlocks:
-    """One domain's token blocks. `share`: of the calibration tokens, summing to 1 over the domains.
+    """One domain's token blocks. `share`: of the calibration tokens; shares sum to 1.
 
-    Until a sampled domain is sampled, its blocks are on the meta device: they have a size and no ids.
+    The blocks of a sampled domain are on the meta device until they are sampled.
     """
 
     name: str
@@ -82,9 +81,9 @@ class DomainBlocks:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSet:
-    """All domains' blocks. `content_hash`: SHA-256 over names, shares, shapes and token ids, in order.
+    """All domains' blocks. `content_hash`: see the function of that name.
 
-    `num_rounds`: how many rounds the calibration blocks are for, where each round has its own; otherwise 1.
+    `num_rounds`: over how many rounds the calibration blocks rotate; 1 without rotation.
     """
 
     domains: tuple[DomainBlocks, ...]
@@ -99,13 +98,14 @@ class CalibrationSet:
 
     @property
     def num_held_out_tokens(self) -> int:
+        """Held-out tokens of all domains."""
         return sum(domain.held_out_NT.numel() for domain in self.domains)
 
 
 def build_calibration(
     calibration: CalibrationText,
     num_tokens: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     seed: int,
     progress: Progress = silent,
     *,
@@ -114,19 +114,20 @@ def build_calibration(
 ) -> CalibrationSet:
     """Read, tokenise and pack every domain.
 
-    A domain gets round(share x num_tokens / sequence_length) blocks, at least one, and a ninth as many held-out blocks,
-    rounded up; `more_held_out` blocks per domain come before those, for comparisons that judge runs of any size on the
-    same text. If the calibration rotates, it gets as many blocks for each of `num_rounds` rounds, and no more held out.
-    Equal documents within a domain are used once.
+    A domain gets max(1, round(share x num_tokens / sequence_length)) blocks, and a ninth as many
+    held-out blocks, rounded up. `more_held_out` blocks per domain precede those, so that runs of
+    different sizes are judged on the same text. With rotation, each of `num_rounds` rounds gets as
+    many blocks; held-out blocks stay the same. Equal documents within a domain are used once.
 
-    Raises CalibrationError for text that is unreadable, or too short for the blocks.
+    Raises CalibrationError for text that is unreadable or too short.
     """
     assert calibration.sequence_length is not None, "resolve fills it in"
     length = calibration.sequence_length
     total_share = sum(domain.share for domain in calibration.domains.values())
     shares = {name: domain.share / total_share for name, domain in calibration.domains.items()}
     num_blocks = {name: max(1, round(share * num_tokens / length)) for name, share in shares.items()}
-    num_held_out = {name: more_held_out + _num_held_out(count) for name, count in num_blocks.items()}
+    per_held_out = CALIBRATION_BLOCKS_PER_HELD_OUT
+    num_held_out = {name: more_held_out + math.ceil(count / per_held_out) for name, count in num_blocks.items()}
     num_rounds = num_rounds if calibration.rotate else 1
     num_total = num_rounds * sum(num_blocks.values()) + sum(num_held_out.values())
     eos = tokenizer.eos_token_id
@@ -139,9 +140,9 @@ def build_calibration(
             parts = [torch.empty(size, length, dtype=torch.int64, device="meta") for size in sizes]
         else:
             texts = _once(documents(name, domain, tokenizer, seed))
-            order = random.Random(f"{seed}:{name}:lines")
+            order = Random(f"{seed}:{name}:lines")
             turns = (_turns(text, tokenizer, length, order) for text in texts)
-            parts = _two_parts(turns, name, *sizes, length, eos, num_rounds)
+            parts = _two_parts(turns, name, sizes, length, eos, num_rounds)
         blocks.append(DomainBlocks(name, shares[name], *parts))
         num_done += sum(sizes)
         progress("calibration", num_done, num_total)
@@ -149,21 +150,15 @@ def build_calibration(
 
 
 def rotated(calibration: CalibrationSet, round_index: int) -> CalibrationSet:
-    """Return what round `round_index` (from 0) measures on: its own blocks if the set rotates, else all of them.
+    """Return what round `round_index` (from 0) measures on: its own blocks, if the set rotates.
 
-    Of N blocks per round it has [round_index * N, (round_index + 1) * N) of each domain; held-out blocks are the same.
+    With N blocks per round it has blocks [round_index * N, (round_index + 1) * N) of each domain.
     """
     if calibration.num_rounds == 1:
         return calibration
-    domains = (
-        replace(domain, calibration_NT=domain.calibration_NT.chunk(calibration.num_rounds)[round_index])
-        for domain in calibration.domains
-    )
-    return replace(calibration, domains=tuple(domains), num_rounds=1)
-
-
-def _num_held_out(num_blocks: int) -> int:
-    return math.ceil(num_blocks / CALIBRATION_BLOCKS_PER_HELD_OUT)
+    parts = ((domain, domain.calibration_NT.chunk(calibration.num_rounds)) for domain in calibration.domains)
+    domains = tuple(replace(domain, calibration_NT=rounds[round_index]) for domain, rounds in parts)
+    return replace(calibration, domains=domains, num_rounds=1)
 
 
 def _once(texts: Iterator[str]) -> Iterator[str]:
@@ -175,8 +170,8 @@ def _once(texts: Iterator[str]) -> Iterator[str]:
             yield text
 
 
-def _turns(text: str, tokenizer: PreTrainedTokenizerBase, length: int, order: random.Random) -> _Turns:
-    """Yield the ids of pieces of about `length` tokens; a long document begins at a random line and wraps around."""
+def _turns(text: str, tokenizer: Tokenizer, length: int, order: Random) -> _Turns:
+    """Yield ids in pieces of about `length` tokens; long texts start at a random line and wrap."""
     size = length * CHARACTERS_PER_TOKEN
     if len(text) > 2 * size:
         start = text.rfind("\n", 0, order.randrange(len(text))) + 1
@@ -185,25 +180,19 @@ def _turns(text: str, tokenizer: PreTrainedTokenizerBase, length: int, order: ra
     while position < len(text):
         limit = position + size
         end = limit if limit >= len(text) else text.rfind("\n", position, limit) + 1 or limit
-        # verbose=False: no warning that the text is longer than the model's context.
+        # verbose=False: no warning that the text exceeds the model's context.
         yield tokenizer(text[position:end], add_special_tokens=False, verbose=False)["input_ids"]
         position = end
 
 
 def _two_parts(
-    documents: Iterator[_Turns],
-    name: str,
-    num_blocks: int,
-    num_held_out: int,
-    length: int,
-    eos: int | None,
-    num_rounds: int,
+    documents: Iterator[_Turns], name: str, sizes: tuple[int, int], length: int, eos: int | None, num_rounds: int
 ) -> tuple[Int64[Tensor, "N T"], Int64[Tensor, "M T"]]:
     """Return the calibration and the held-out blocks of one domain."""
-    num_tokens = num_blocks * length
+    num_blocks, num_held_out = sizes
     held_out, used = _pack(documents, deque(), num_held_out * length, eos)
-    ids, _ = _pack(documents, used, num_tokens, eos)
-    if len(ids) < num_tokens:
+    ids, _ = _pack(documents, used, num_blocks * length, eos)
+    if len(ids) < num_blocks * length:
         rounds = f" ({num_rounds} rounds of fresh ones, as calibration.rotate asks)" if num_rounds > 1 else ""
         raise CalibrationError(
             f"domain '{name}': {len(held_out) + len(ids):,} tokens of text after packing, but {num_blocks} calibration "
@@ -217,9 +206,9 @@ def _two_parts(
 def _pack(
     documents: Iterator[_Turns], late: deque[_Turns], num_tokens: int, eos: int | None
 ) -> tuple[list[int], deque[_Turns]]:
-    """Return the first `num_tokens` ids of the documents in turn, and what is left of those that gave some.
+    """Return the documents' first `num_tokens` ids in turn, and the rest of the documents used.
 
-    The `late` documents come when all others are used up; fewer ids are returned if they too run out.
+    `late` documents come after all others. Returns fewer ids if they run out too.
     """
     packed: list[int] = []
     waiting: deque[_Turns] = deque()
@@ -242,7 +231,7 @@ def _pack(
 
 
 def content_hash(blocks: Iterable[DomainBlocks]) -> str:
-    """Return the SHA-256 over names, shares, shapes and token ids, in order; ids not sampled yet are left out."""
+    """Return the SHA-256 over names, shares, shapes and ids, in order; meta blocks have no ids."""
     digest = hashlib.sha256()
     for domain in blocks:
         parts = (domain.calibration_NT, domain.held_out_NT)
@@ -252,71 +241,57 @@ def content_hash(blocks: Iterable[DomainBlocks]) -> str:
     return digest.hexdigest()
 
 
-# Blocks written side by side, each with its keys and values in memory.
+# Blocks sampled together; each has its KV cache in memory.
 BATCH_BLOCKS = 16
-# Under which a model returns its keys and values and takes them: since transformers 5.24, and before.
+# The KV cache's name since transformers 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
 
 
 def with_sampled(
-    calibration: CalibrationSet,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    progress: Progress = silent,
+    calibration: CalibrationSet, model: CausalLM, tokenizer: Tokenizer, seed: int, progress: Progress = silent
 ) -> CalibrationSet:
-    """Return the set with every sampled domain written by `model`; the set itself if there is none.
+    """Return the set with every sampled domain written by `model`; the held-out blocks come first.
 
-    Held-out blocks are the first that are written. Raises what `sample_blocks` raises.
+    Raises what `sample_blocks` raises.
     """
     if not any(domain.calibration_NT.is_meta for domain in calibration.domains):
         return calibration
-    domains = [
-        _sampled(domain, model, tokenizer, seed, progress) if domain.calibration_NT.is_meta else domain
-        for domain in calibration.domains
-    ]
+    domains = list(calibration.domains)
+    for index, domain in enumerate(domains):
+        if domain.calibration_NT.is_meta:
+            num_held_out, (num_blocks, length) = len(domain.held_out_NT), domain.calibration_NT.shape
+            own_seed, tell = Random(f"{seed}:{domain.name}").getrandbits(63), partial(progress, f"sample {domain.name}")
+            ids_NT = sample_blocks(model, tokenizer, num_held_out + num_blocks, length, own_seed, tell)
+            held_out_NT, calibration_NT = ids_NT[:num_held_out], ids_NT[num_held_out:]
+            domains[index] = replace(domain, held_out_NT=held_out_NT, calibration_NT=calibration_NT)
     return replace(calibration, domains=tuple(domains), content_hash=content_hash(domains))
 
 
-def _sampled(
-    domain: DomainBlocks, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, progress: Progress
-) -> DomainBlocks:
-    num_held_out, (num_blocks, length) = len(domain.held_out_NT), domain.calibration_NT.shape
-    stage, own_seed = f"sample {domain.name}", Random(f"{seed}:{domain.name}").getrandbits(63)
-    num_tokens = (num_held_out + num_blocks) * length
-    progress(stage, 0, num_tokens)
-
-    def tokens_done(num_done: int) -> None:
-        progress(stage, num_done, num_tokens)
-
-    ids_NT = sample_blocks(model, tokenizer, num_held_out + num_blocks, length, own_seed, tokens_done)
-    return replace(domain, held_out_NT=ids_NT[:num_held_out], calibration_NT=ids_NT[num_held_out:])
-
-
 def sample_blocks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     num_blocks: int,
     length: int,
     seed: int,
-    tokens_done: Callable[[int], None] = lambda num_tokens: None,
+    progress: Callable[[int, int], None] = lambda num_done, num_tokens: None,
 ) -> Int64[Tensor, "N T"]:
-    """Sample blocks from the model's own distribution, temperature 1, beginning after the token that begins a text.
+    """Sample blocks from the model's own distribution at temperature 1.
 
-    That token (the tokenizer's begin-of-text token, or else its end-of-text token) is not part of the block, as no
-    other domain has it. A text that ends within a block is followed by another, as in packed blocks. Only tokens that
-    the tokenizer knows are drawn, on the CPU, so that one seed means the same draws on any device. `tokens_done` hears
-    how many tokens there are so far.
+    Sampling starts after the begin-of-text token (or else the end-of-text token), which is not part
+    of the block. A text that ends within a block is followed by another. Only tokens that the
+    tokenizer knows are drawn, on the CPU, so that a seed gives the same draws on any device.
+    `progress` gets (tokens so far, all tokens).
 
-    Raises CalibrationError if the tokenizer has neither token, NumericsError if the model gives no finite logits.
+    Raises CalibrationError without such a token, NumericsError if a logit is not finite.
     """
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if not isinstance(start, int):
+        advice = "set one in its tokenizer_config.json, or leave the domain out"
         raise CalibrationError(
-            "sampled domain: the tokenizer names no begin-of-text and no end-of-text token to begin with; "
-            "set one in its tokenizer_config.json, or leave the domain out."
+            f"sampled domain: the tokenizer has no begin-of-text and no end-of-text token; {advice}."
         )
-    generator, batches, done = torch.Generator().manual_seed(seed), list[Tensor](), 0
+    generator, batches, num_done = torch.Generator().manual_seed(seed), list[Tensor](), 0
+    progress(num_done, num_blocks * length)
     with torch.inference_mode(), eval_mode(model):
         for first in range(0, num_blocks, BATCH_BLOCKS):
             ids_B1 = torch.full((min(BATCH_BLOCKS, num_blocks - first), 1), start)
@@ -327,18 +302,16 @@ def sample_blocks(
                 cache = {name: output[name]}
                 ids_B1 = _draw(output.logits[:, -1, : len(tokenizer)], generator)
                 drawn.append(ids_B1)
-                done += len(ids_B1)
-                tokens_done(done)
+                num_done += len(ids_B1)
+                progress(num_done, num_blocks * length)
             batches.append(torch.cat(drawn, dim=1))
-    # Cloned outside, so that they are ordinary tensors.
+    # Cloned outside inference mode to get ordinary tensors.
     return torch.cat(batches).clone()
 
 
 def _draw(logits_BV: Tensor, generator: torch.Generator) -> Int64[Tensor, "B 1"]:
     probabilities_BV = logits_BV.float().softmax(dim=-1).cpu()
     if not torch.isfinite(probabilities_BV).all():
-        raise NumericsError(
-            "sampled domain: the dense model gives no finite logits; use the model in bfloat16 or float32 and check "
-            "its weights."
-        )
+        advice = "use the model in bfloat16 or float32 and check its weights"
+        raise NumericsError(f"sampled domain: the dense model gives no finite logits; {advice}.")
     return torch.multinomial(probabilities_BV, 1, generator=generator)

@@ -1,8 +1,8 @@
-"""Calibration text that installed Python packages carry, so that a run needs neither the network nor files.
+"""Calibration text from installed Python packages: a run with it needs no network and no files.
 
-In: the name of an installed text and a random order. Out: its documents, one by one; a file is read and parsed only
-when its document is asked for. Files are found through `importlib.metadata` and `sysconfig`, read as text and never
-imported. Which text there is depends on what is installed; the calibration hash tells two environments apart.
+In: the name of an installed text and a random order. Out: its documents; a file is read and parsed
+only when its document is due. Files are found through `importlib.metadata` and `sysconfig`, read as
+text and never imported. What is installed decides the text, and the calibration hash.
 """
 
 import ast
@@ -25,26 +25,24 @@ from secateur.errors import CalibrationError
 MIN_SOURCE_BYTES = 2000
 MIN_DOCSTRING_CHARACTERS = 200
 
-# Not code as people write it: character tables, documentation and build settings in the shape of Python.
+# Not ordinary code: character tables, documentation and build settings in Python syntax.
 _SKIPPED_LIBRARY = {"test", "tests", "idlelib", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 _LICENCE_NAME = re.compile(r"licen[cs]e|copying|notice", re.IGNORECASE)
 
-# A document, or what reads it when it is needed.
+# A document, or a function that reads it.
 _Document = str | Callable[[], str]
 
 
 def installed_documents(kind: str, order: Random) -> Iterator[str]:
-    """Yield the documents of an installed text (a name of `recipe.INSTALLED_DOMAINS`), shuffled by `order`.
+    """Yield the documents of an installed text (see `recipe.INSTALLED_DOMAINS`) in random order.
 
-    Raises CalibrationError if nothing that carries the text is installed.
+    Raises CalibrationError if no package with this text is installed.
     """
     find, carriers = _KINDS[kind]
     documents = find()
     if not documents:
-        raise CalibrationError(
-            f"calibration text '{kind}': it comes from {carriers}, not found in this Python environment; "
-            "install it, or leave the domain out."
-        )
+        missing = f"it comes from {carriers}, not found in this Python environment"
+        raise CalibrationError(f"calibration text '{kind}': {missing}; install it, or leave the domain out.")
     order.shuffle(documents)
     for document in documents:
         text = document if isinstance(document, str) else document()
@@ -57,30 +55,26 @@ def _code() -> list[_Document]:
     for directory, subdirectories, names in os.walk(library):
         subdirectories[:] = [name for name in subdirectories if name not in _SKIPPED_LIBRARY]
         paths += [Path(directory, name) for name in names if name.endswith(".py") and "_sysconfigdata" not in name]
-    paths = [path for path in paths if path.stat().st_size >= MIN_SOURCE_BYTES]
-    return [partial(_source, path) for path in sorted(paths)]
+    return [partial(_source, path) for path in sorted(paths) if path.stat().st_size >= MIN_SOURCE_BYTES]
 
 
 def _technical() -> list[_Document]:
     path = Path(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py")
-    topics = _topics(path) if path.is_file() else {}
+    body = ast.parse(path.read_bytes()).body if path.is_file() else []
+    values = [node.value for node in body if isinstance(node, ast.Assign)]
+    topics = next((ast.literal_eval(value) for value in values if isinstance(value, ast.Dict)), {})
     texts: list[_Document] = [topics[name] for name in sorted(topics) if len(topics[name]) >= MIN_DOCSTRING_CHARACTERS]
     return texts + _docstring_files({"numpy": "numpy"})
 
 
-def _topics(path: Path) -> dict[str, str]:
-    values = [node.value for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.Assign)]
-    return next((ast.literal_eval(value) for value in values if isinstance(value, ast.Dict)), {})
-
-
 def _readme() -> list[_Document]:
-    # Our own page is left out: an edit of it would change every calibration set.
+    # Without secateur's own, since editing it would change every calibration set.
     others = [found for found in _distributions() if _name(found) != "secateur"]
-    return list(dict.fromkeys(_field(found, "description") for found in others))
+    return list(dict.fromkeys(str(found.metadata.json.get("description", "")) for found in others))
 
 
 def _legal() -> list[_Document]:
-    """Licence files, each paragraph once: the same few licences lie beside most packages, with small changes."""
+    """Licence files, each paragraph once: most packages carry the same few, slightly changed."""
     seen: set[str] = set()
     documents: list[_Document] = []
     for found in _distributions():
@@ -93,7 +87,7 @@ def _legal() -> list[_Document]:
 
 
 def _new_paragraphs(text: str, seen: set[str]) -> str:
-    """Return the paragraphs whose words are not among the `seen` ones, which they join."""
+    """Return the paragraphs whose words are not in `seen`, and add them to it."""
     fresh = []
     for paragraph in re.split(r"\n\s*\n", text):
         words = " ".join(re.findall(r"[^\W\d]+", paragraph.lower()))
@@ -118,20 +112,20 @@ def _conversation(turns: list[list[dict[str, Any]]]) -> str:
 
 
 def _docstring_files(folders: dict[str, str]) -> list[_Document]:
-    """`folders`: distribution name to the folder its package is installed in. Those not installed give nothing."""
+    """`folders`: distribution name -> installed folder of its package."""
     files = [file for name, folder in folders.items() for file in _package_files(name) if file.parts[0] == folder]
     sources = [file for file in files if file.suffix == ".py" and not {"test", "tests"} & set(file.parts)]
     return [partial(_docstrings, file) for file in sorted(sources)]
 
 
 def _docstrings(file: PackagePath) -> str:
-    """Return the longer docstrings of a file, each under its qualified name; empty if the file is not parsable."""
+    """Return a file's longer docstrings under their qualified names; empty if not parsable."""
     parts = file.with_suffix("").parts
     module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
     try:
-        with warnings.catch_warnings(action="ignore"):  # on escapes in other people's strings
+        with warnings.catch_warnings(action="ignore"):  # about invalid escapes
             tree = ast.parse(Path(str(file.locate())).read_bytes())
-    except SyntaxError:  # packages ship templates and files for other Python versions
+    except SyntaxError:  # templates, other Python versions
         return ""
     return "\n\n".join(_node_docstrings(tree, module))
 
@@ -164,11 +158,7 @@ def _distributions() -> list[Distribution]:
 
 
 def _name(distribution: Distribution) -> str:
-    return _field(distribution, "name").lower()
-
-
-def _field(distribution: Distribution, name: str) -> str:
-    return str(distribution.metadata.json.get(name, ""))
+    return str(distribution.metadata.json.get("name", "")).lower()
 
 
 _KINDS: dict[str, tuple[Callable[[], list[_Document]], str]] = {

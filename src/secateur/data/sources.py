@@ -1,4 +1,4 @@
-"""A calibration domain to its documents, one by one, in an order that follows from the seed alone."""
+"""From a calibration domain to its documents, one by one, in an order that the seed decides."""
 
 import csv
 import gzip
@@ -11,14 +11,14 @@ from random import Random
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from huggingface_hub import constants
-from transformers import PreTrainedTokenizerBase
 
 from secateur.data.installed_text import installed_documents
 from secateur.errors import CalibrationError, nearest
+from secateur.model.checkpoint import Tokenizer
 from secateur.plugins import SOURCE_GROUP, look_up
 
 MIN_TXT_DOCUMENT_CHARACTERS = 8000
-MAX_CSV_FIELD_CHARACTERS = 2**31 - 1  # the largest that the csv module takes on every platform
+MAX_CSV_FIELD_CHARACTERS = 2**31 - 1  # the largest that csv accepts on every platform
 
 Rows = list[tuple[str, Any]]
 
@@ -26,8 +26,8 @@ Rows = list[tuple[str, Any]]
 def read_rows(path: Path) -> Rows:
     """Return the rows of a file.
 
-    Raises CalibrationError, naming the file and where it applies the line or byte: no such file, an unknown suffix,
-    empty, not UTF-8, broken in its format.
+    Raises CalibrationError, naming the file and if possible the line or byte, if it is missing,
+    empty, not UTF-8, broken or of an unknown format.
     """
     where = f"calibration file {path}"
     if not path.is_file():
@@ -74,7 +74,7 @@ def _txt_rows(text: str, where: str) -> Rows:
 
 
 def _jsonl_rows(text: str, where: str) -> Rows:
-    # Not splitlines: JSON strings may hold Unicode line separators.
+    # Not splitlines: JSON strings may contain Unicode line separators.
     lines = [(f"{where}, line {number}", line) for number, line in enumerate(text.split("\n"), start=1)]
     return [(place, _parse_json(line, place)) for place, line in lines if line.strip()]
 
@@ -119,17 +119,12 @@ def _parquet_rows(path: Path, where: str) -> Rows:
     return [(f"{where}, row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
-_READERS: dict[str, Callable[[str, str], Rows]] = {
-    ".txt": _txt_rows,
-    ".jsonl": _jsonl_rows,
-    ".json": _json_rows,
-    ".csv": _csv_rows,
-}
+_READERS = {".txt": _txt_rows, ".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
 
 
 @runtime_checkable
 class DomainText(Protocol):
-    """Where one domain's text comes from, and what of it is read."""
+    """The source of one domain's text, and what to read from it."""
 
     sampled: bool
     config: str | None
@@ -144,7 +139,7 @@ class DomainText(Protocol):
 
 
 class Row(NamedTuple):
-    """What a source gives: a document, or a mapping of columns, one of which is text. `where`: for errors."""
+    """A document, or a mapping of columns, one of which is text. `where`: for errors."""
 
     where: str
     content: Any
@@ -158,17 +153,17 @@ class HubDataset(NamedTuple):
     split: str
 
 
-# What else a domain may say, so that no package can take these for the name of a source.
+# A domain's other keys, which no source may use as its name.
 OTHER_KEYS = ("sampled", "config", "split", "column", "share", "protect")
-# What the user wrote, and the random order that follows from recipe seed and domain, to documents or rows of columns.
+# From the user's value and a random order (by seed and domain) to documents or rows.
 Source = Callable[[Any, Random], Iterable[str | dict[str, Any] | Row]]
 
 
-def documents(name: str, domain: DomainText, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[str]:
-    """Yield the documents of the domain called `name`, shuffled by seed and name; blank ones are left out.
+def documents(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int) -> Iterator[str]:
+    """Yield the documents of the domain `name`, shuffled by seed and name, without blank ones.
 
-    Raises CalibrationError, while iterating, for text that is missing, unreadable or not text; PluginError if an
-    installed package registers a source that cannot be used.
+    Raises CalibrationError, while iterating, for text that is missing, unreadable or not text;
+    PluginError if a package registers an unusable source.
     """
     key, value = domain.source
     if key == "dataset":
@@ -182,14 +177,14 @@ def documents(name: str, domain: DomainText, tokenizer: PreTrainedTokenizerBase,
 
 
 def file_rows(files: tuple[str, ...], order: Random) -> Iterator[Row]:
-    """Yield the rows of all files, shuffled together. Raises CalibrationError for a file that cannot be read."""
+    """Yield the rows of all files, shuffled together. Raises CalibrationError for a bad file."""
     rows = [Row(*row) for file in files for row in read_rows(Path(file))]
     order.shuffle(rows)
     yield from rows
 
 
 def dataset_rows(wanted: HubDataset, order: Random) -> Iterator[Row]:
-    """Yield the rows of a `datasets` hub id, streamed where there is a network. Raises CalibrationError."""
+    """Yield the rows of a `datasets` hub id, streamed while online. Raises CalibrationError."""
     where, offline = f"dataset {wanted.dataset}", constants.HF_HUB_OFFLINE
     try:
         import datasets
@@ -197,37 +192,31 @@ def dataset_rows(wanted: HubDataset, order: Random) -> Iterator[Row]:
     except ImportError:
         raise CalibrationError(f"{where}: needs the package datasets; install secateur[data].") from None
     try:
-        if offline:  # streaming never looks into the local cache, which is all there is now
-            rows = datasets.load_dataset(*wanted[:2], split=wanted.split)
-        else:
-            rows = datasets.load_dataset(*wanted[:2], split=wanted.split, streaming=True)
+        streaming: Any = not offline  # streaming never reads the local cache
+        rows = datasets.load_dataset(*wanted[:2], split=wanted.split, streaming=streaming)
         for number, row in enumerate(rows.shuffle(seed=order.getrandbits(32)), start=1):
             yield Row(f"{where}, row {number} of its shuffled order", row)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error).split())
         advice = "check its id, config and split, and the network"
         if offline:
-            advice = (
-                "HF_HUB_OFFLINE=1 forbids the network, so load it once with datasets.load_dataset while online to fill "
-                "the local cache, or give its text as files"
-            )
+            fill = "load it once with datasets.load_dataset while online to fill the local cache"
+            advice = f"HF_HUB_OFFLINE=1 forbids the network, so {fill}, or give its text as files"
         raise CalibrationError(f"{where}: cannot be loaded ({reason}); {advice}.") from None
 
 
-# `sampled` is not among them: the model writes that text, see `calibration_sampled`.
+# Without `sampled`: the model writes that text, see `calibration.sample_blocks`.
 SOURCES: dict[str, Source] = {"installed": installed_documents, "files": file_rows, "dataset": dataset_rows}
 
 
-def _row_text(row: Any, column: str, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+def _row_text(row: Any, column: str, tokenizer: Tokenizer, where: str) -> str:
     if isinstance(row, dict):
         chat = column == "messages" or (column == "text" and "text" not in row and "messages" in row)
         key = "messages" if chat else column
         if key not in row:
             columns = [str(name) for name in row if name]
-            raise CalibrationError(
-                f"{where}: no column '{key}'; there are: {', '.join(columns) or 'none'}; "
-                f"set `column`, perhaps to '{nearest(key, columns)}'."
-            )
+            advice = f"set `column`, perhaps to '{nearest(key, columns)}'"
+            raise CalibrationError(f"{where}: no column '{key}'; there are: {', '.join(columns) or 'none'}; {advice}.")
         row = _chat_text(row[key], tokenizer, where) if chat else row[key]
     if not isinstance(row, str):
         raise CalibrationError(f"{where}: the text must be a string, got {type(row).__name__}.")
@@ -238,14 +227,14 @@ def _row_text(row: Any, column: str, tokenizer: PreTrainedTokenizerBase, where: 
     return row
 
 
-def _chat_text(messages: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+def _chat_text(messages: Any, tokenizer: Tokenizer, where: str) -> str:
     from jinja2 import TemplateError
 
     if not isinstance(messages, list) or not all(isinstance(each, dict) and "role" in each for each in messages):
         raise CalibrationError(f"{where}: messages must be a list of objects with role and content.")
     if tokenizer.chat_template is None:
         raise CalibrationError(
-            f"{where}: the row is a chat, but the tokenizer has no chat template; give rows with a text column."
+            f"{where}: a chat, but the tokenizer has no chat template; give rows with a text column."
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))

@@ -1,5 +1,6 @@
 """A family's YAML bound to a model's real modules: groups, experts, head and layers."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -9,20 +10,14 @@ from torch import Tensor, nn
 
 from secateur.errors import ArchError, nearest
 from secateur.model.group import Axis, BiasSwitch, Experts, Group, Linears, Segments, Stacks, submodule
-from secateur.model.modules import Logits, head_with, linears_for_conv
-from secateur.model.spec import ChannelsSpec, ExpertsSpec, GroupSpec, LogitsSpec, SegmentSpecs, find_spec
+from secateur.model.modules import Logits, ScaledHead, linears_for_conv
+from secateur.model.spec import ArchSpec, ChannelsSpec, ExpertsSpec, GroupSpec, LogitsSpec, SegmentSpecs, find_spec
 
 
 def text_config(model: nn.Module) -> Any:
-    """Return the config of the language model: the model's own, or the part that a larger model has for it."""
+    """Return the config of the language model, which may be part of a larger model."""
     config: Any = model.config
     return config.get_text_config()
-
-
-def layer_configs(config: Any) -> list[Any]:
-    """Return each layer's own config: of a model with per-layer widths they differ."""
-    per_layer = getattr(config, "per_layer_config", None)
-    return [config] * config.num_hidden_layers if per_layer is None else list(per_layer)
 
 
 def count_of(expression: str, config: Any, where: str, family: str) -> int:
@@ -31,20 +26,24 @@ def count_of(expression: str, config: Any, where: str, family: str) -> int:
     Raises ArchError if the config has no such number.
     """
     key, _, instead = expression.partition(" or ")
+    factor = "1"
     if instead and getattr(config, key, None) is None:
         factor, _, key = instead.partition(" x ")
-        return int(factor) * _number(key, config, where, family)
-    numbers = [_number(name, config, where, family) for name in key.split(" / ")]
-    return numbers[0] if len(numbers) == 1 else numbers[0] // numbers[1]
+    numbers: list[Any] = []
+    for name in key.split(" / "):
+        numbers.append(getattr(config, name, None))
+        if not isinstance(numbers[-1], int):
+            raise ArchError(f"{where}: config has no number '{name}', which family {family} needs.")
+    return int(factor) * numbers[0] // math.prod(numbers[1:])
 
 
 def head_width(config: Any) -> int:
-    """Return head_dim, which follows from hidden_size where the config does not say it."""
+    """Return head_dim; it follows from hidden_size if the config does not state it."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def segments_of(specs: SegmentSpecs, config: Any) -> Segments:
-    """Return rows per unit, segment by segment. Raises ArchError if a segment is none of those of `arch_spec`."""
+    """Return rows per unit, segment by segment. Raises ArchError for an unknown segment."""
     segments: list[int] = []
     for spec in specs:
         if isinstance(spec, int):
@@ -52,44 +51,33 @@ def segments_of(specs: SegmentSpecs, config: Any) -> Segments:
             continue
         width, _, repeat = spec.partition(" x ")
         if width not in ("kv", "q") or (repeat and not hasattr(config, repeat)):
-            raise ArchError(
-                f"spec: segment '{spec}' is no number, 'kv', 'q', or one of these with ' x ' and a config key."
-            )
+            allowed = "a number, 'kv', 'q', or one of the latter with ' x ' and a config key"
+            raise ArchError(f"spec: segment '{spec}' is no number; it must be {allowed}.")
         queries = config.num_attention_heads // config.num_key_value_heads if width == "q" else 1
         segments += [head_width(config) * queries] * (getattr(config, repeat) if repeat else 1)
     return tuple(segments)
 
 
-def _number(key: str, config: Any, where: str, family: str) -> int:
-    number = getattr(config, key, None)
-    if not isinstance(number, int):
-        raise ArchError(f"{where}: config has no number '{key}', which family {family} needs.")
-    return number
-
-
 def bind_logits(spec: LogitsSpec, config: Any, family: str) -> Logits:
-    """Return the config's numbers. Raises ArchError if it lacks one that the spec names; only a cap may be None."""
+    """Return the config's numbers. Raises ArchError if one is missing; only a cap may be None."""
     for key in (spec.multiply, spec.divide, spec.cap):
         if key is not None and not hasattr(config, key):
             raise ArchError(f"logits: config has no '{key}', which family {family} needs.")
-    return Logits(
-        multiply=1.0 if spec.multiply is None else float(getattr(config, spec.multiply)),
-        divide=1.0 if spec.divide is None else float(getattr(config, spec.divide)),
-        cap=None if spec.cap is None else getattr(config, spec.cap),
-    )
+    multiply, divide = (1.0 if key is None else float(getattr(config, key)) for key in (spec.multiply, spec.divide))
+    return Logits(multiply, divide, cap=None if spec.cap is None else getattr(config, spec.cap))
 
 
 EXPERTS, EXPERT_CHANNELS = "experts", "expert_ffn"
-# Channels of experts that fill 16 bytes in half precision: transformers multiplies experts in rows of so many.
+# Channels that fill 16 bytes in half precision, the alignment of transformers' grouped matmul.
 CHANNEL_STEP = 8
 
 
 def bind_experts(layer: nn.Module, index: int, spec: ExpertsSpec, config: Any, family: str) -> Group:
     """Return the layer's group of experts.
 
-    At least as many stay as the router chooses. Where it chooses among the best `topk_group` of `n_group` groups, those
-    must hold as many, and every group the two by which it is judged.
-    Raises ArchError if a module or a tensor is missing or has another size than the config says.
+    At least as many remain as the router chooses. If it chooses within the best `topk_group` of
+    `n_group` groups, those must hold enough, and each group needs the two experts that rank it.
+    Raises ArchError if a tensor or module is missing, or its size contradicts the config.
     """
     where = f"layer {index}, group {EXPERTS}"
     num_units, top_k = (count_of(key, config, where, family) for key in (spec.num_units, spec.top_k))
@@ -98,10 +86,8 @@ def bind_experts(layer: nn.Module, index: int, spec: ExpertsSpec, config: Any, f
     rows = [(name, _tensor(router, name, where, family)) for name in spec.router_rows]
     for name, tensor in [*stacks, *rows]:
         if tensor.shape[0] != num_units:
-            raise ArchError(
-                f"{where}: {name} has {tensor.shape[0]} entries, but config {spec.num_units}={num_units}; the "
-                f"checkpoint and its config disagree."
-            )
+            got = f"{name} has {tensor.shape[0]} entries, but config {spec.num_units}={num_units}"
+            raise ArchError(f"{where}: {got}; the checkpoint and its config disagree.")
     for name in spec.counts:
         parent, _, attribute = name.rpartition(".")
         if not hasattr(submodule(layer, parent, family), attribute):
@@ -134,9 +120,9 @@ def bind_experts(layer: nn.Module, index: int, spec: ExpertsSpec, config: Any, f
 
 
 def bind_expert_channels(layer: nn.Module, index: int, spec: ExpertsSpec, config: Any, family: str) -> Group:
-    """Return the layer's group of channels inside experts: a unit is one channel of every expert, each its own.
+    """Return the group of channels inside experts: a unit is one channel of every expert.
 
-    Raises ArchError if a stack is missing or has another width than the config says.
+    Each expert loses its own channels. Raises ArchError if a stack contradicts the config.
     """
     where, channels = f"layer {index}, group {EXPERT_CHANNELS}", spec.channels
     assert channels.num_units is not None
@@ -171,12 +157,10 @@ def _stacks(module: nn.Module, spec: ChannelsSpec, where: str, family: str) -> S
     return Stacks(spec.writer, spec.writer_bias, spec.down, spec.alternating, spec.transposed)
 
 
-def _tensor(router: nn.Module, name: str, where: str, family: str) -> Tensor:
-    tensors = dict(router.named_parameters()) | dict(router.named_buffers())
+def _tensor(module: nn.Module, name: str, where: str, family: str) -> Tensor:
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     if name not in tensors:
-        raise ArchError(
-            f"{where}: there is no tensor '{name}', which family {family} needs; there are {', '.join(tensors)}."
-        )
+        raise ArchError(f"{where}: no tensor '{name}', which family {family} needs; there are {', '.join(tensors)}.")
     return tensors[name]
 
 
@@ -184,7 +168,7 @@ def _tensor(router: nn.Module, name: str, where: str, family: str) -> Tensor:
 class Arch:
     """A family bound to one model. `groups` lists every layer's groups, layer by layer.
 
-    `params_per_layer`: all parameters of each layer, those of no group included. `omits`: what cannot be cut, and why.
+    `params_per_layer`: all parameters of each layer. `omits`: what cannot be cut, and why.
     """
 
     family: str
@@ -202,11 +186,11 @@ class Arch:
     layers_give_tuples: bool
 
     def layer_output(self, hidden: Tensor) -> Any:
-        """Return hidden states as the backbone expects them of a layer."""
+        """Return hidden states in the form in which the backbone expects a layer's output."""
         return (hidden, None) if self.layers_give_tuples else hidden
 
     def is_in_attention(self, group: Group) -> bool:
-        """Say whether the group's units are the attention's."""
+        """Say whether the group's units belong to the attention."""
         return self.attention is not None and group.parts.module.startswith(f"{self.attention}.")
 
     def select(self, names: tuple[str, ...]) -> tuple[Group, ...]:
@@ -224,43 +208,31 @@ class Arch:
         for name, other in combinations(names, 2):
             first, second = (next(group for group in chosen if group.name == n) for n in (name, other))
             if first.parts.module == second.parts.module:
-                raise ArchError(
-                    f"remove.groups: {name} and {other} cut the same {first.parts.module}; choose one of them."
-                )
+                raise ArchError(f"remove.groups: {name} and {other} cut the same {first.parts.module}; choose one.")
         return chosen
 
 
 def bind(model: nn.Module) -> Arch:
     """Check the family's spec against the model's modules and return it with real sizes.
 
-    Raises ArchError if the family is unknown, a named module is missing (naming the closest one) or a size disagrees
-    with the config. Works on the meta device: no weight is read. GPT-2's transposed linears become `arch_conv`'s, which
-    compute and save the same.
+    Raises ArchError if the family is unknown, a module is missing, or a size contradicts the
+    config. Works on the meta device. GPT-2's linears become `TransposedLinear`, which saves the
+    same.
     """
-    config: Any = text_config(model)
-    family, spec = find_spec(_config(model).model_type)
+    own_config: Any = model.config
+    config = text_config(model)
+    family, spec = find_spec(own_config.model_type)
     linears_for_conv(submodule(model, spec.layers, family))
     layers = list(submodule(model, spec.layers, family).children())
-    configs = layer_configs(config)
     for name in (spec.backbone, spec.head):
         submodule(model, name, family)
-    for layer in layers:
-        for name in (spec.attention, spec.middle):
-            if name is not None:
-                submodule(layer, name, family)
     forbidden = {
         name: why for name, group in spec.groups.items() for key, why in group.unless.items() if _is_on(config, key)
     }
     groups: list[Group] = []
+    configs = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
     for index, (layer, layer_config) in enumerate(zip(layers, configs, strict=True)):
-        for name, group in spec.groups.items():
-            if name not in forbidden and not (group.in_some_layers and _is_absent(layer, next(iter(group.reader)))):
-                divide = spec.heads_divide_hidden_size
-                groups.append(_bind_group(layer, index, name, group, layer_config, family, divide))
-        if spec.experts is not None and not _is_absent(layer, spec.experts.experts):
-            groups.append(bind_experts(layer, index, spec.experts, layer_config, family))
-            if spec.experts.channels.num_units is not None:
-                groups.append(bind_expert_channels(layer, index, spec.experts, layer_config, family))
+        groups += _layer_groups(layer, index, spec, layer_config, family, forbidden)
     adds = spec.mlp_adds_directly
     return Arch(
         family=family,
@@ -279,18 +251,31 @@ def bind(model: nn.Module) -> Arch:
     )
 
 
+def _layer_groups(
+    layer: nn.Module, index: int, spec: ArchSpec, config: Any, family: str, forbidden: dict[str, str]
+) -> Iterator[Group]:
+    for name in (spec.attention, spec.middle):
+        if name is not None:
+            submodule(layer, name, family)
+    present = dict(layer.named_modules())
+    for name, group in spec.groups.items():
+        if name not in forbidden and not (group.in_some_layers and next(iter(group.reader)) not in present):
+            yield _bind_group(layer, index, name, group, config, family, spec.heads_divide_hidden_size)
+    if spec.experts is not None and spec.experts.experts in present:
+        yield bind_experts(layer, index, spec.experts, config, family)
+        if spec.experts.channels.num_units is not None:
+            yield bind_expert_channels(layer, index, spec.experts, config, family)
+
+
 def head_of(model: nn.Module, arch: Arch) -> nn.Module:
-    """Return what makes logits of the last hidden state: the head, and what the family does to its output."""
-    return head_with(model.get_submodule(arch.head), arch.logits)
+    """Return what maps the last hidden state to logits: the head and the family's scaling."""
+    head = model.get_submodule(arch.head)
+    return head if arch.logits is None else ScaledHead(head, arch.logits)
 
 
 def decoder_layers(model: nn.Module, arch: Arch) -> list[nn.Module]:
     """Return the model's decoder layers in order."""
     return list(model.get_submodule(arch.layers).children())
-
-
-def _config(model: nn.Module) -> Any:
-    return model.config
 
 
 def _is_on(config: Any, key: str) -> bool:
@@ -301,37 +286,30 @@ def _is_on(config: Any, key: str) -> bool:
     return bool((value or {}).get(inside) if inside else value)
 
 
-def _is_absent(layer: nn.Module, name: str) -> bool:
-    return name not in dict(layer.named_modules())
-
-
 def _bind_group(
     layer: nn.Module, index: int, name: str, spec: GroupSpec, config: Any, family: str, heads_divide: bool
 ) -> Group:
     where = f"layer {index}, group {name}"
     num_units = count_of(spec.num_units, config, where, family)
     params_per_unit, axes = 0, []
-    for module, segment_specs, is_writer in _axes(spec):
+    for module, segment_specs in (spec.writers | spec.reader).items():
+        is_writer = module in spec.writers
         found = submodule(layer, module, family)
         if not isinstance(found, nn.Linear):
             raise ArchError(f"{where}: {module} is a {type(found).__name__}, but family {family} cuts nn.Linear.")
         segments = segments_of(segment_specs, config)
-        size = found.out_features if is_writer else found.in_features
         rows_per_unit = sum(segments)
+        size = found.out_features if is_writer else found.in_features
         if size != rows_per_unit * num_units:
-            raise ArchError(
-                f"{where}: {module} has {size} rows for its units, but config {spec.num_units}={num_units} "
-                f"asks for {rows_per_unit * num_units}; the checkpoint and its config disagree."
-            )
+            needs = f"config {spec.num_units}={num_units} asks for {rows_per_unit * num_units}"
+            raise ArchError(f"{where}: {module} has {size} rows, but {needs}; the checkpoint and its config disagree.")
         across = found.in_features + (found.bias is not None) if is_writer else found.out_features
         params_per_unit += rows_per_unit * across
         axes.append(Axis(module, segments))
-    for module in (module for modules in spec.bias_switch.values() for module in modules):
-        submodule(layer, module, family)
     switch = next((BiasSwitch(*item) for item in spec.bias_switch.items()), None)
-    writers, reader = tuple(axes[:-1]), axes[-1]
-    # Units of several reader columns are heads.
-    is_head = sum(reader.segments) > 1
+    for module in switch.modules if switch else ():
+        submodule(layer, module, family)
+    is_head = sum(axes[-1].segments) > 1  # only heads have several reader columns
     divides = (config.num_attention_heads // num_units, config.hidden_size) if heads_divide and is_head else None
     return Group(
         layer=index,
@@ -340,7 +318,7 @@ def _bind_group(
         unit=spec.unit,
         num_units=num_units,
         params_per_unit=params_per_unit,
-        parts=Linears(writers, reader),
+        parts=Linears(tuple(axes[:-1]), axes[-1]),
         count=spec.count,
         bias_switch=switch,
         divides=divides,
@@ -348,8 +326,3 @@ def _bind_group(
         head_dim=head_width(config) if is_head else None,
         local_config=spec.local_config,
     )
-
-
-def _axes(spec: GroupSpec) -> Iterator[tuple[str, SegmentSpecs, bool]]:
-    yield from ((module, segments, True) for module, segments in spec.writers.items())
-    yield from ((module, segments, False) for module, segments in spec.reader.items())

@@ -1,6 +1,6 @@
-"""Reading a checkpoint: what the user typed becomes a config, a model in memory, a tokenizer.
+"""Reading a checkpoint: from what the user typed to a config, a model in memory and a tokenizer.
 
-A model handed over in memory is made ready here too.
+Also prepares a model that is handed over in memory.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from unittest.mock import patch
 
@@ -46,14 +45,14 @@ from secateur.model.modeling_per_layer import PerLayerModel, is_per_layer, per_l
 from secateur.model.modules import linears_for_conv
 from secateur.model.tensors import mapped_tensors, read_json, read_tensors, stored_tensors
 
-# The types of models and tokenizers, for modules that use transformers for nothing else.
+# For modules that need nothing else from transformers.
 CausalLM = PreTrainedModel
 Tokenizer = PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model that exists and can be loaded, as far as this can be known without reading its weights."""
+    """A model that exists and looks loadable; no weight has been read yet."""
 
     reference: str  # what the user typed
     directory: Path
@@ -62,11 +61,10 @@ class Checkpoint:
 
 
 def open_checkpoint(reference: str | Path, *, weights: bool = True) -> Checkpoint:
-    """Find the model and check its config and, if `weights`, the headers of its weight files; read no weights.
+    """Find the model and check its config and, if `weights`, the headers of its weight files.
 
-    A hub id is downloaded, with `weights=False` only its JSON and tokenizer files.
-
-    Raises CheckpointError for everything that keeps the model from being loaded, ArchError if it is no causal LM.
+    Reads no weights. Downloads a hub id, with `weights=False` only its JSON and tokenizer files.
+    Raises CheckpointError if the model cannot be loaded, ArchError if it is no causal LM.
     """
     reference = str(reference)
     directory, gguf_file = locate(reference, weights=weights)
@@ -75,30 +73,28 @@ def open_checkpoint(reference: str | Path, *, weights: bool = True) -> Checkpoin
         floating = [tensor.dtype for tensor in stored_tensors(directory).values() if tensor.dtype.is_floating_point]
         if config.dtype is None and floating:
             config.dtype = floating[0]
-    config.name_or_path = ""  # a path of this machine must not reach a saved file
+    config.name_or_path = ""  # saved files must not contain local paths
     return Checkpoint(reference, directory, gguf_file, config)
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the model without storage (meta device), in the config's dtype. Raises CheckpointError on bad values."""
-    own_class = _own_class(config)
+    """Return the model on the meta device, in the config's dtype. Raises CheckpointError."""
     try:
         with quiet_transformers(), torch.device("meta"):
-            if own_class is not None:
-                return own_class._from_config(config)
+            if is_per_layer(config):
+                return per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config).__bases__[0]])._from_config(config)
             auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
             return auto.from_config(config, trust_remote_code=False)
     except BAD_VALUE as error:
-        raise CheckpointError(
-            f"config of a {config.model_type} model: no model can be built from it ({one_line(error)})."
-        ) from None
+        reason = f"no model can be built from it ({one_line(error)})"
+        raise CheckpointError(f"config of a {config.model_type} model: {reason}.") from None
 
 
 def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Compare the tensors that the safetensors headers promise with those of `model` (the meta model will do).
+    """Compare the tensors in the safetensors headers with those of `model`, which may be on meta.
 
-    Tied weights may be absent. Families whose files hold tensors under other names than the model (fused experts) and
-    GGUF files are compared after loading instead. Raises CheckpointError naming the tensor, what it got and expected.
+    Tied weights may be absent. GGUF files, and families whose files name tensors differently than
+    the model (fused experts), are compared after loading instead. Raises CheckpointError.
     """
     if checkpoint.gguf_file or get_model_conversion_mapping(model, add_legacy=False):
         return
@@ -119,18 +115,17 @@ def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
 
 
 def load(path: str | Path, **options: Any) -> PreTrainedModel:
-    """Return the model in eval mode, ready to run or to train; a model of per-layer widths like any other.
+    """Return the model in eval mode, ready to run or train; per-layer widths work like any other.
 
-    `path`: a directory, a hub id, a `.gguf` file, or `smollm2-135m`. `options` go to transformers' `from_pretrained`:
-    `dtype`, `device_map`, `attn_implementation`, ... Without `dtype` the model is in the one it was saved in. Code that
-    a checkpoint carries never runs.
+    `path`: a directory, a hub id, a `.gguf` file, or `smollm2-135m`. `options` go to transformers'
+    `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ... The default `dtype` is the
+    saved one. Code in a checkpoint never runs.
 
-    Raises CheckpointError if it cannot be loaded or an option is wrong, ArchError if it is no causal LM.
+    Raises CheckpointError if the path or an option is wrong, ArchError for a model that is no
+    causal LM.
     """
     if "trust_remote_code" in options:
-        raise CheckpointError(
-            "load: never runs a checkpoint's own code and so needs no trust_remote_code; leave it out."
-        )
+        raise CheckpointError("load: never runs a checkpoint's own code, so leave trust_remote_code out.")
     checkpoint = open_checkpoint(path)
     try:
         return load_model(checkpoint, **options)
@@ -142,10 +137,10 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def load_model(checkpoint: Checkpoint, *, mapped: bool = False, **options: Any) -> PreTrainedModel:
-    """Return the model in eval mode, in the dtype of its config (GGUF: bfloat16), its weights in ordinary memory.
+    """Return the model in eval mode, in the dtype of its config (GGUF: bfloat16).
 
-    `mapped`: they stay in their files, which must be safetensors, and come in as they are used. `options` go to
-    `from_pretrained`. Raises CheckpointError if tensors are missing, unexpected, misshapen, or not finite.
+    `mapped`: weights stay in their files, which must be safetensors, and are paged in when used.
+    `options` go to `from_pretrained`. Raises CheckpointError if a tensor is missing or wrong.
     """
     with quiet_transformers():
         if checkpoint.gguf_file:
@@ -167,16 +162,9 @@ def load_model(checkpoint: Checkpoint, *, mapped: bool = False, **options: Any) 
 def check_finite(model: PreTrainedModel) -> None:
     """Raise CheckpointError naming the first weight that holds NaN or infinity."""
     for name, parameter in model.named_parameters():
-        # The extremes carry NaN and infinity along, and unlike isfinite() need no memory.
+        # aminmax propagates NaN and infinity, and unlike isfinite() allocates nothing.
         if parameter.numel() > 0 and not all(torch.isfinite(extreme) for extreme in parameter.detach().aminmax()):
-            raise CheckpointError(
-                f"weight {name} of the model holds NaN or infinity; use an intact checkpoint of this model."
-            )
-
-
-def _own_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """Return the package's own class for a model that secateur saved with per-layer widths, None for any other."""
-    return per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config).__bases__[0]]) if is_per_layer(config) else None
+            raise CheckpointError(f"weight {name} of the model holds NaN or infinity; use an intact checkpoint.")
 
 
 def _load_safetensors(
@@ -200,12 +188,10 @@ def _load_gguf(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrai
     try:
         from transformers import GgufConfig
     except ImportError:
-        raise CheckpointError(
-            f"{checkpoint.reference}: GGUF weights need transformers 5.17 or newer; upgrade it."
-        ) from None
+        raise CheckpointError(f"{checkpoint.reference}: GGUF needs transformers 5.17 or newer; upgrade it.") from None
 
-    # transformers asks for the same name table once per module, which is half of the load; and its GGUF reader draws
-    # a progress bar that ignores its own switch.
+    # Cached: transformers builds the same name table once per module, half of the loading time.
+    # Redirected: its GGUF reader draws a progress bar that ignores its own switch.
     one_table = patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
     try:
         with one_table, contextlib.redirect_stderr(io.StringIO()):
@@ -226,24 +212,30 @@ def _refuse(checkpoint: Checkpoint, *, mismatched: list[str], missing: list[str]
     for kind, names in (("wrong shape", mismatched), ("missing", missing), ("unexpected", unexpected)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(
-                f"{checkpoint.reference}: weights and config disagree, {kind}: {names[0]}{more}; "
-                "use the config.json and the weights of one and the same model."
-            )
+            got = f"{checkpoint.reference}: weights and config disagree, {kind}: {names[0]}{more}"
+            raise CheckpointError(f"{got}; use the config.json and the weights of the same model.")
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, its chat template included.
+    """Return the tokenizer with its chat template.
 
-    Raises CheckpointError if there is none, or it cannot be read without remote code or packages not installed.
+    Raises CheckpointError if none exists, or it needs remote code or missing packages.
     """
     directory = checkpoint.directory
-    with _tokenizer_errors(directory), quiet_transformers():
-        if checkpoint.gguf_file:
-            # AutoTokenizer would parse the whole file once more to find out that it wants this class.
-            return PreTrainedTokenizerFast.from_pretrained(directory, gguf_file=checkpoint.gguf_file)
-        _check_tokenizer_files(directory)
-        return AutoTokenizer.from_pretrained(directory, config=checkpoint.config, trust_remote_code=False)
+    try:
+        with quiet_transformers():
+            if checkpoint.gguf_file:
+                # AutoTokenizer would parse the whole file again to arrive at this class.
+                return PreTrainedTokenizerFast.from_pretrained(directory, gguf_file=checkpoint.gguf_file)
+            _check_tokenizer_files(directory)
+            return AutoTokenizer.from_pretrained(directory, config=checkpoint.config, trust_remote_code=False)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # tokenizers raises a bare Exception.
+        if type(error) is Exception or isinstance(error, (*BAD_GGUF, ImportError)):
+            raise CheckpointError(f"{directory}: its tokenizer cannot be loaded ({one_line(error)}).") from None
+        raise
 
 
 def check_same_tokens(
@@ -253,10 +245,9 @@ def check_same_tokens(
     option: str,
     instead: str = "give the model that was pruned",
 ) -> None:
-    """Raise CheckpointError unless both models read text as the same tokens and give as many logits.
+    """Raise CheckpointError unless both models have the same tokens and number of logits.
 
-    `tokenizer`: that of the pruned model. `option`: by which the dense model was given. `instead`: what to do where
-    the tokenizers differ.
+    `tokenizer`: the pruned model's. `option`: how the dense model was given. `instead`: advice.
     """
     other = load_tokenizer(dense)
     if tokenizer.get_vocab() != other.get_vocab():
@@ -272,50 +263,23 @@ def check_same_tokens(
         )
 
 
-class _tokenizer_errors:
-    """Turn what transformers and tokenizers raise for a tokenizer they cannot use into a CheckpointError.
-
-    tokenizers raises a bare Exception, which no except clause can name without catching everything.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is None or isinstance(error, CheckpointError):
-            return
-        if kind is Exception or isinstance(error, (*BAD_GGUF, ImportError)):
-            raise CheckpointError(f"{self.directory}: its tokenizer cannot be loaded ({one_line(error)}).") from None
-
-
 def _check_tokenizer_files(directory: Path) -> None:
     if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
-        raise CheckpointError(
-            f"{directory}: has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); copy the model's own there."
-        )
+        looked = ", ".join(TOKENIZER_FILES)
+        raise CheckpointError(f"{directory}: has no tokenizer (looked for {looked}); copy the model's own there.")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (directory / name).is_file():
             read_json(directory / name)
 
 
 SAMPLED_BYTES = 1 << 20
-_READ_BY_LOADING = (
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    *TOKENIZER_FILES,
-    "tokenizer_config.json",
-)
+_MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Return the SHA-256 over the names and bytes of the files that loading the model and its tokenizer reads."""
-    patterns = (checkpoint.gguf_file,) if checkpoint.gguf_file else _READ_BY_LOADING
+    """Return the SHA-256 over the files that loading the model and its tokenizer reads."""
+    read = (*_MODEL_FILES, *TOKENIZER_FILES, "tokenizer_config.json")
+    patterns = (checkpoint.gguf_file,) if checkpoint.gguf_file else read
     paths = {path for pattern in patterns for path in checkpoint.directory.glob(pattern) if path.is_file()}
     digest = hashlib.sha256()
     for path in sorted(paths):
@@ -325,7 +289,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def weight_digests(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return a hash of every weight file by its name: of its size and its first, middle and last megabyte."""
+    """Return a hash per weight file: of its size and its first, middle and last megabyte."""
     if checkpoint.gguf_file:
         files = {checkpoint.directory / checkpoint.gguf_file}
     else:
@@ -337,36 +301,32 @@ def _sampled(file: Path) -> str:
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as opened:
-        for place in (0, size // 2, max(0, size - SAMPLED_BYTES)):
-            opened.seek(place)
+        for offset in (0, size // 2, max(0, size - SAMPLED_BYTES)):
+            opened.seek(offset)
             digest.update(opened.read(SAMPLED_BYTES))
     return digest.hexdigest()
 
 
 def check_in_memory(model: object, tokenizer: object) -> None:
-    """Raise CheckpointError if this is no model that can be pruned in memory, or its tokenizer is missing."""
+    """Raise CheckpointError if the model in memory cannot be pruned or has no tokenizer."""
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(f"model: must be a transformers PreTrainedModel or a path, got {type(model).__name__}.")
     if model.config.is_heterogeneous and not isinstance(model, PerLayerModel):
-        raise CheckpointError(
-            "model: its widths differ per layer and it runs code of its checkpoint; load it with secateur.load(path), "
-            "or give its path."
-        )
+        reason = "its widths differ per layer and it runs its checkpoint's code"
+        raise CheckpointError(f"model: {reason}; load it with secateur.load(path), or give its path.")
     if tokenizer is None:
         raise CheckpointError("tokenizer: a model in memory comes without one; pass tokenizer=.")
     if getattr(model.config, "quantization_config", None):
-        raise CheckpointError(
-            "model: it was loaded from quantised weights (config.quantization_config); give the path of its original "
-            "checkpoint or .gguf file instead of the loaded model."
-        )
+        advice = "give the path of its original checkpoint or .gguf file instead"
+        raise CheckpointError(f"model: it was loaded from quantised weights (config.quantization_config); {advice}.")
 
 
 def restore_buffers(model: nn.Module) -> tuple[str, ...]:
-    """Recompute buffers that no checkpoint stores where they differ from what loading computes; say so, one note each.
+    """Recompute buffers that no checkpoint stores if they differ from what loading gives.
 
-    `model.to(torch.bfloat16)` rounds the rotary frequencies, while a model loaded in bfloat16 has them in float32. What
-    is measured must be what the saved checkpoint gives, so the model in memory moves to the checkpoint's numbers.
-    Looked at are modules of buffers alone, which are made from the config alone.
+    `model.to(torch.bfloat16)` rounds the rotary frequencies, while loading in bfloat16 keeps them
+    in float32. The model in memory must match its saved checkpoint. Covers modules of buffers only,
+    which their config determines. Returns one note per recomputed buffer.
     """
     notes = []
     for name, module in model.named_modules():
@@ -378,16 +338,14 @@ def restore_buffers(model: nn.Module) -> tuple[str, ...]:
             ours, theirs = module.get_buffer(buffer), loaded.get_buffer(buffer)
             if ours.dtype != theirs.dtype or not torch.equal(ours.cpu(), theirs):
                 setattr(module, buffer, theirs.to(ours.device))
-                notes.append(
-                    f"{name}.{buffer} differed from what loading the checkpoint computes, as after "
-                    ".to(torch.bfloat16), so it was computed anew."
-                )
+                cause = "differed from what loading the checkpoint computes, as after .to(torch.bfloat16)"
+                notes.append(f"{name}.{buffer} {cause}, so it was recomputed.")
     return tuple(notes)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off inside the block; every module is in its old mode afterwards."""
+    """Put every module in eval mode inside the block, and restore its mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

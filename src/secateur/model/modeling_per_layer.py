@@ -1,9 +1,10 @@
-"""Causal language models whose layers have widths of their own, built from transformers' own modelling.
+"""Causal language models whose layers have their own widths, built on transformers' modelling.
 
 A checkpoint with `per_layer_config` in its config.json carries this file, so that
-`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it; `secateur.load` uses the package's
-own copy and needs no trust. `PerLayer<Stock>` is transformers' class `<Stock>` with each layer built from the config of
-that layer. Needs only torch and transformers. Not handled: layers that are not made by `type(layer)(config, index)`.
+`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it. `secateur.load`
+uses the package's own copy and needs no trust. `PerLayer<Stock>` is transformers' class `<Stock>`,
+with each layer built from that layer's config. Needs only torch and transformers. Not handled:
+layers that `type(layer)(config, index)` does not build.
 """
 
 from functools import cache
@@ -22,7 +23,7 @@ PREFIX = "PerLayer"
 class PerLayerModel(PreTrainedModel):
     """What every `PerLayer<Stock>` adds to `<Stock>`."""
 
-    _auto_class = "AutoModelForCausalLM"  # so that save_pretrained writes this file and auto_map
+    _auto_class = "AutoModelForCausalLM"  # makes save_pretrained write this file and auto_map
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         overrides = config.to_dict().get("per_layer_config", {})
@@ -37,26 +38,26 @@ class PerLayerModel(PreTrainedModel):
         self.init_weights()
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Switch the attention of the layers' own configs too."""
         super().set_attn_implementation(*args, **kwargs)
-        layers = _layers(self)
-        for module in layers.modules():
+        for module in _layers(self).modules():
             if hasattr(module, "config"):
                 module.config._attn_implementation = self.config._attn_implementation
 
     def _get_static_cache_init_shape(self) -> None:
-        """Let every layer's static cache take the shape of the first keys that it gets."""
+        """Let each layer's static cache take the shape of its first keys."""
 
 
 @cache
 def per_layer_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Return transformers' model class `stock` with layers built from `config.per_layer_config`."""
+    """Return the model class `stock` with layers built from `config.per_layer_config`."""
     members = {"__module__": __name__, "config_class": per_layer_config_class(stock.config_class)}
     return type(PREFIX + stock.__name__, (PerLayerModel, stock, GenerationMixin), members)
 
 
 @cache
 def per_layer_config_class(stock: Any) -> type[PreTrainedConfig]:
-    """Return transformers' config class `stock`, checking layer by layer; Llama's asks for one number of heads."""
+    """Return the config class `stock`, which validates layer by layer."""
 
     def validate_architecture(self: PreTrainedConfig) -> None:
         for layer_config in self.per_layer_config:
@@ -67,18 +68,18 @@ def per_layer_config_class(stock: Any) -> type[PreTrainedConfig]:
 
 
 def _layers(model: PreTrainedModel) -> Any:
-    """Return the decoder's list of layers; in GPT-2 and Falcon it is called h."""
+    """Return the decoder's list of layers; GPT-2 and Falcon call it h."""
     decoder: Any = model.get_decoder()
     return decoder.layers if hasattr(decoder, "layers") else decoder.h
 
 
 def is_per_layer(config: PreTrainedConfig) -> bool:
-    """Tell a config of a `PerLayer<Stock>` from those whose family reads `per_layer_config` itself, as Gemma 4."""
+    """Say whether a config is of `PerLayer<Stock>`; Gemma 4's own is not."""
     return type(config).__module__ == __name__
 
 
 def __getattr__(name: str) -> type:
-    # auto_map names PerLayerLlamaForCausalLM and the like, which transformers looks up in this module.
+    # transformers looks up auto_map's names here, e.g. PerLayerLlamaForCausalLM.
     stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if stock is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Modules that need care: transposed linears (GPT-2), and heads that scale or cap their logits."""
+"""Special modules: transposed linears (GPT-2), and heads that scale or cap their logits."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,11 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-CONV = "Conv1D"
-
 
 class TransposedLinear(nn.Linear):
-    """A linear whose weight is (outputs, inputs) in memory and (inputs, outputs) in a state dict."""
+    """A linear whose weight is (outputs, inputs) in memory, (inputs, outputs) when saved."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -28,7 +26,7 @@ def linears_for_conv(parent: nn.Module) -> None:
     """Replace every `Conv1D` below `parent`, in place."""
     for module in list(parent.modules()):
         for name, child in list(module.named_children()):
-            if type(child).__name__ == CONV:
+            if type(child).__name__ == "Conv1D":
                 setattr(module, name, _linear(child))
 
 
@@ -44,25 +42,23 @@ def _linear(conv: Any) -> TransposedLinear:
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """logits = head(x) * multiply / divide; where there is a cap, cap * tanh(logits / cap)."""
+    """logits = head(x) * multiply / divide; with a cap, cap * tanh(logits / cap)."""
 
     multiply: float
     divide: float
     cap: float | None
 
 
-def head_with(head: nn.Module, logits: Logits | None) -> nn.Module:
-    """Return the head, followed by what `logits` says."""
-    return head if logits is None else _Head(head, logits)
+class ScaledHead(nn.Module):
+    """A head followed by what `logits` says."""
 
-
-class _Head(nn.Module):
     def __init__(self, head: nn.Module, logits: Logits) -> None:
         super().__init__()
         self.head, self.logits = head, logits
 
     def forward(self, hidden: Float[Tensor, "*P D"]) -> Float[Tensor, "*P V"]:
-        # One operation at a time, as transformers does it, so that rounding is the same.
+        """Return the logits."""
+        # In transformers' order of operations, so that rounding is the same.
         values = self.head(hidden)
         if self.logits.multiply != 1:
             values = values * self.logits.multiply

@@ -1,8 +1,7 @@
-"""Layers of different widths: from a model's real tensors to a config that says so, and to a class that reads it.
+"""Layers of different widths: derive the config from a pruned model's tensors.
 
-In: a model whose layers were cut. Out: the same model, its config derived from its tensors. Equal widths
-give the plain config of the family; different ones `per_layer_config` in transformers' form and a class that saves and
-loads it.
+Equal widths give the family's plain config. Different widths give `per_layer_config` in
+transformers' form, and a class that saves and loads it.
 """
 
 from collections import Counter
@@ -23,8 +22,8 @@ QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
 def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
     """Return the layer's widths under the config's names, read from the linears of its groups.
 
-    Channels: the reader's inputs. Heads: query heads = the reader's inputs / head_dim; KV heads = rows of the writer
-    that has one segment of one head, / head_dim (of a writer of queries, keys and values, half of what is left).
+    Channels: the reader's inputs. Query heads: the reader's inputs / head_dim. KV heads: rows /
+    head_dim of the writer with one segment of one head; from a fused qkv writer, half of the rest.
     """
     widths: dict[str, Any] = {}
     for group in groups:
@@ -46,42 +45,34 @@ def _num_kv_heads(layer: nn.Module, group: Group, num_heads: int) -> int:
 
 
 def split_widths(widths: list[dict[str, Any]]) -> tuple[dict[str, int], dict[int, dict[str, Any]]]:
-    """Return (what most layers have, per layer what it has instead). Of equally frequent widths the largest counts."""
+    """Return (the most frequent widths, per layer what differs). The larger width wins a tie."""
     names = sorted({name for layer in widths for name in layer})
-    base = {}
-    for name in names:
-        counts = Counter(layer[name] for layer in widths if name in layer)
-        base[name] = max(counts, key=lambda width: (counts[width], width))
-    overrides = {}
-    for index, layer in enumerate(widths):
-        different = {name: value for name, value in layer.items() if base.get(name) != value}
-        if different:
-            overrides[index] = different
-    return base, overrides
+    counted = {name: Counter(layer[name] for layer in widths if name in layer) for name in names}
+    base = {name: max(counts, key=lambda width: (counts[width], width)) for name, counts in counted.items()}
+    different = ({name: value for name, value in layer.items() if base[name] != value} for layer in widths)
+    return base, {index: layer for index, layer in enumerate(different) if layer}
 
 
 def record_widths(model: PreTrainedModel, arch: Arch) -> None:
-    """Derive the config from the layers as they are, and make the model's class one that saves and loads them.
+    """Derive the config from the layers as they are, and set a class that saves and loads it.
 
-    Layers of one width: the plain config and the stock class. Else `per_layer_config`, the class `PerLayer...` and, in
-    each layer, its own config and counts (heads per key-value head). Parameters stay the tensors that they are.
+    Layers of one width: the plain config and the stock class. Else `per_layer_config`, the class
+    `PerLayer...` and, in each layer, its own config and counts. Parameters are not copied.
     """
     layers = decoder_layers(model, arch)
     config: Any = text_config(model)
-    widths = [
-        layer_widths(layer, tuple(group for group in arch.groups if group.layer == index))
-        for index, layer in enumerate(layers)
-    ]
+    groups = [tuple(group for group in arch.groups if group.layer == index) for index in range(len(layers))]
+    widths = [layer_widths(*each) for each in zip(layers, groups, strict=True)]
     base, overrides = split_widths(widths)
     was_per_layer = isinstance(model, PerLayerModel)
     stock, stock_config = type(model), type(config)
     if was_per_layer:
         stock, stock_config = stock.__bases__[1], stock_config.__bases__[0]
     if was_per_layer or overrides:
-        vars(config).pop("auto_map", None)  # saving writes it anew; the source's names files that are not carried
+        vars(config).pop("auto_map", None)  # the source's names files that are not copied
     config.per_layer_config = None
     if {layer.get(QUERY_HEADS) for layer in widths} == {config.num_attention_heads}:
-        base.pop("head_dim", None)  # the config says or derives the right one as it is
+        base.pop("head_dim", None)  # the config states or derives it already
     for name, width in base.items():
         setattr(config, name, width)
     model.__class__ = per_layer_class(stock) if overrides else stock
@@ -95,7 +86,7 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
 
 
 def _adopt_config(layer: nn.Module, config: Any, index: int) -> None:
-    """Give every module of the layer the attributes that it has when it is built from `config`."""
+    """Give every module of the layer the attributes that building it from `config` gives."""
     with torch.device("meta"):
         layer_class: Any = type(layer)
         built = layer_class(config, index)

@@ -1,8 +1,8 @@
-"""The safetensors files of a checkpoint directory: which there are, what their headers promise, and reading a tensor.
+"""The safetensors files of a checkpoint directory: their names, headers and tensors.
 
-Headers alone tell a missing shard, a truncated file and every tensor's shape. Tensors are read into ordinary memory,
-where a layer made smaller gives back what it held, or mapped from their files, where they hold nothing but page cache.
- Not handled: pickle files (refused), weights stored in a quantised format.
+The headers alone reveal a missing shard, a truncated file and every tensor's shape. Tensors are
+read into ordinary memory, or mapped from their files, where they occupy page cache only. Not
+handled: pickle files (refused), weights stored in a quantised format.
 """
 
 import json
@@ -43,16 +43,14 @@ class StoredTensor:
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Return every tensor of the checkpoint by name, from the headers alone.
 
-    Raises CheckpointError for no safetensors weights, a missing shard, or a truncated or malformed file.
+    Raises CheckpointError if there are no safetensors weights, or a shard is missing or damaged.
     """
-    tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(directory):
-        tensors.update(_read_header(file))
-    return tensors
+    headers = (_read_header(file) for file in _weight_files(directory))
+    return {name: stored for header in headers for name, stored in header.items()}
 
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
-    """Return the tensor in memory of its own. Raises CheckpointError if the file has become shorter meanwhile."""
+    """Return the tensor in its own memory. Raises CheckpointError if the file has shrunk."""
     tensor = torch.empty(stored.shape, dtype=stored.dtype)
     buffer: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     with stored.file.open("rb") as file:
@@ -64,14 +62,14 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
 
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor by name, in memory of its own."""
+    """Return every tensor by name, each in its own memory."""
     return {name: read_tensor(stored) for name, stored in stored_tensors(directory).items()}
 
 
 def mapped_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor by name as a view of its mapped file; writing to one changes a copy of its pages.
+    """Return every tensor by name as a view of its mapped file; writing to one copies its pages.
 
-    Tensors whose place in the file does not suit their dtype are read into memory.
+    Tensors that are not aligned to their dtype are read into memory.
     """
     files: dict[Path, torch.Tensor] = {}
     tensors = {}
@@ -88,7 +86,7 @@ def mapped_tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`. Raises CheckpointError if it is unreadable, not JSON, or not an object."""
+    """Return the JSON object in `path`. Raises CheckpointError if it does not hold one."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -99,12 +97,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    # The same order of preference as transformers, so that both read the same weights.
+    # In transformers' order of preference, so that both read the same weights.
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
     if not index.is_file():
-        raise CheckpointError(_no_weights(directory))
+        pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in directory.glob(f"*.{suffix}"))
+        found = f"only pickle files ({', '.join(pickles[:3])}), which can run code when opened" if pickles else "none"
+        raise CheckpointError(
+            f"{directory}: needs safetensors weights (model.safetensors or its index), found {found}; convert pickle "
+            'weights where you trust them: python -c "from transformers import AutoModelForCausalLM as M; '
+            "M.from_pretrained('DIR', dtype='auto').save_pretrained('NEW')\" and copy the tokenizer files."
+        )
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise CheckpointError(f"{index}: has no weight_map from tensor names to shard files; copy it again.")
@@ -117,24 +121,13 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _no_weights(directory: Path) -> str:
-    pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in directory.glob(f"*.{suffix}"))
-    found = f"only pickle files ({', '.join(pickles[:3])}), which can run code when opened" if pickles else "none"
-    return (
-        f"{directory}: needs safetensors weights (model.safetensors or its index), found {found}; convert pickle "
-        'weights where you trust them: python -c "from transformers import AutoModelForCausalLM as M; '
-        "M.from_pretrained('DIR', dtype='auto').save_pretrained('NEW')\" and copy the tokenizer files."
-    )
-
-
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     num_file_bytes = file.stat().st_size
     with file.open("rb") as opened:
-        num_header_bytes = int.from_bytes(opened.read(8), "little")
-        if num_file_bytes < 8 or num_header_bytes > num_file_bytes - 8:
+        data_start = 8 + int.from_bytes(opened.read(8), "little")
+        if data_start > num_file_bytes:
             raise CheckpointError(f"{file}: is truncated or not safetensors ({num_file_bytes} bytes); copy it again.")
-        raw = opened.read(num_header_bytes)
-    data_start = 8 + num_header_bytes
+        raw = opened.read(data_start - 8)
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
@@ -145,19 +138,16 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{file}: its safetensors header is malformed; copy the file again.") from None
     end = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=data_start)
     if end != num_file_bytes:
-        raise CheckpointError(
-            f"{file}: is truncated or damaged: its header describes {end} bytes, the file has {num_file_bytes}; "
-            "copy it again."
-        )
+        sizes = f"its header describes {end} bytes, the file has {num_file_bytes}"
+        raise CheckpointError(f"{file}: is truncated or damaged: {sizes}; copy it again.")
     return tensors
 
 
 def _stored(file: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
     dtype = _DTYPES.get(entry["dtype"])
     if dtype is None:
-        raise CheckpointError(
-            f"{file}: stores weights as {entry['dtype']}, which secateur does not prune; allowed: {', '.join(_DTYPES)}."
-        )
+        allowed = ", ".join(_DTYPES)
+        raise CheckpointError(f"{file}: stores weights as {entry['dtype']}, not prunable; allowed: {allowed}.")
     begin, end = entry["data_offsets"]
     shape = tuple(int(size) for size in entry["shape"])
     if end - begin != math.prod(shape) * dtype.itemsize or min(begin, *shape, 0) < 0:

@@ -26,7 +26,7 @@ from secateur.pruning.round_plan import layer_seed, plan_round, whole_model_scor
 from secateur.pruning.run import Keeps, Run, SafetyNet, watched_losses
 from secateur.ranks import from_first
 from secateur.stream.device import peak_bytes, release_freed
-from secateur.stream.offload import LayersOnDisk, embeddings_on_disk, send_home
+from secateur.stream.offload import LayersOnDisk, embeddings_on_disk, offload
 from secateur.stream.walk import Batch, Walk
 
 
@@ -184,9 +184,9 @@ def _one_round(
         if index + 1 < run.arch.num_layers:
             walk.advance(index)
         if finished is not None:
-            send_home(walk.layers[index])  # mapped anew, it is to lie in its file and nowhere else
-            finished.keep(index, walk.layers[index], [])
-            finished.put_back(index, walk.layers[index])
+            offload(walk.layers[index])  # it is mapped again and must be in its file only
+            finished.save(index, walk.layers[index], [])
+            finished.restore(index, walk.layers[index])
         release_freed()
         run.services.progress(stage, index + 1, run.arch.num_layers)
 
@@ -219,11 +219,11 @@ def _step_name(number: int, group: Group) -> str:
 def _advance_dense(walk: Walk, index: int, groups: list[Group], dense_layers: LayersOnDisk, *, is_last: bool) -> None:
     """Move the dense stream through the layer as it was before the first round."""
     if index in dense_layers.indices:
-        with dense_layers.in_place(index, walk.layers[index]):
+        with dense_layers.restored(index, walk.layers[index]):
             walk.advance_dense(index)
         return
     if not is_last:
-        dense_layers.keep(index, walk.layers[index], groups)
+        dense_layers.save(index, walk.layers[index], groups)
     walk.advance_dense(index)
 
 

@@ -58,7 +58,7 @@ def _on_device(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> tuple[Op
     layers, device = decoder_layers(opened.model, opened.arch), CPU if opened.checkpoint is None else opened.device
     one_at_a_time, in_float32 = plan.one_layer_at_a_time, plan.in_float32
     placement = Placement(opened.model, layers, device, one_at_a_time=one_at_a_time, in_float32=in_float32)
-    placement.go()
+    placement.onload()
     return opened, resolved, placement
 
 

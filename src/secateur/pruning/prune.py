@@ -61,7 +61,7 @@ def _pruned(opened: Opened, run: Run, placement: Placement, directory: Path | No
     measured |= {"peak_bytes": peak_bytes(), "pruned_losses": run.losses("pruned")}
     services.store.note_found()
     measured |= {"device_peak_bytes": peak_bytes_on(opened.device)}
-    placement.come_home()
+    placement.offload()
     proof = None if checkpoint is None else save_and_prove(run, checkpoint, keeps)
     summary = summary_of(opened, run, keeps, proof, command=command, **measured)
     if directory is not None:
@@ -87,5 +87,5 @@ def _cut(
 
 
 def _save_round(placement: Placement, checkpoint: PrunedCheckpoint, number: int, keeps: Keeps) -> None:
-    with placement.at_home():
+    with placement.on_host():
         checkpoint.save_round(number, keeps)

@@ -119,7 +119,7 @@ class SafetyNet:
             return
         groups = self.run.resolved.groups
         for index, layer in enumerate(decoder_layers(self.run.model, self.run.arch)):
-            self._snapshot.keep(index, layer, [group for group in groups if group.layer == index])
+            self._snapshot.save(index, layer, [group for group in groups if group.layer == index])
         self._keeps = dict(keeps)
 
     def holds(self, number: int, keeps: Keeps) -> bool:
@@ -142,7 +142,7 @@ class SafetyNet:
         if number == 1:
             raise RecipeError(f"{said}, and there is no round before it to go back to; remove less or use more rounds.")
         for index, layer in enumerate(decoder_layers(self.run.model, self.run.arch)):
-            self._snapshot.put_back(index, layer)
+            self._snapshot.restore(index, layer)
         keeps.update(self._keeps)
         self.run.services.log.write({"event": "note", "text": f"{said}, so the result is that of round {number - 1}."})
         return False

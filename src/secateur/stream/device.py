@@ -1,4 +1,4 @@
-"""The device that a run computes on, found by its name, and the memory of it and of this process."""
+"""The device that a run computes on, and the memory of the device and of this process."""
 
 import ctypes
 import resource
@@ -19,10 +19,9 @@ def peak_bytes() -> int:
 
 
 def release_freed() -> None:
-    """Hand memory that was freed back to the system, where the C library keeps it otherwise (glibc).
+    """Return freed memory to the system, if the C library would hold it (glibc).
 
-    Matrices of a few megabytes come from the heap, whose holes stay resident: without this a prune of a small model
-    holds a tenth more than it uses.
+    Matrices of a few megabytes leave holes in the heap, a tenth of the memory of a small prune.
     """
     trim = _malloc_trim()
     if trim is not None:
@@ -39,13 +38,13 @@ def _malloc_trim() -> "ctypes._NamedFuncPointer | None":
 Model = TypeVar("Model", bound=nn.Module)
 
 CPU = torch.device("cpu")
-# Of what a device has free: the rest is for activations of a batch and for what its libraries hold.
+# Usable share of a device's free memory; the rest is for activations and libraries.
 USABLE_SHARE = 0.85
 LOW = (torch.bfloat16, torch.float16)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that a run may use of the device's memory; None for the CPU and where torch cannot tell."""
+    """Return the device memory that a run may use; None for the CPU and if torch cannot tell."""
     module: Any = None if device.type == "cpu" else torch.get_device_module(device)
     if hasattr(module, "mem_get_info"):
         return int(USABLE_SHARE * module.mem_get_info(device)[0])
@@ -55,15 +54,15 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def peak_bytes_on(device: torch.device) -> int | None:
-    """Return the most that was allocated on the device so far; None for the CPU and where torch does not count."""
+    """Return the peak allocation on the device; None for the CPU and if torch does not count."""
     module: Any = None if device.type == "cpu" else torch.get_device_module(device)
     return int(module.max_memory_allocated(device)) if hasattr(module, "max_memory_allocated") else None
 
 
 def multiplies_in_software(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether matrices of this dtype take many times as long there as those of float32.
+    """Say whether matmuls of this dtype are many times slower than those of float32.
 
-    So it is on processors without AVX-512 or an equal of it, where torch multiplies bfloat16 number by number.
+    True on CPUs without AVX-512 or an equivalent, where torch multiplies bfloat16 in software.
     """
     if device.type != "cpu" or dtype not in LOW:
         return False
@@ -73,7 +72,7 @@ def multiplies_in_software(device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def float64_device(device: torch.device) -> torch.device:
-    """Return where float64 is computed for this device: there, or on the CPU if it has none, as Apple's GPUs."""
+    """Return the device for float64: the same, or the CPU if it has none, as Apple's GPUs."""
     try:
         torch.zeros(1, dtype=torch.float64, device=device).add_(1).cpu()
     except (TypeError, RuntimeError):
@@ -84,9 +83,9 @@ def float64_device(device: torch.device) -> torch.device:
 def bring(
     root: nn.Module, device: torch.device, *, but: Iterable[nn.Module] = (), dtype: Callable[..., Any] | None = None
 ) -> None:
-    """Move all weights and buffers to the device, but not those of the modules `but`. Tied weights stay tied.
+    """Move all weights and buffers to the device, except those of the modules `but`; ties stay.
 
-    `dtype`: called with (module, name, parameter), says which one the parameter is to have there; None: its own.
+    `dtype`: a function of (module, name, parameter) that gives the parameter's dtype there.
     """
     left = {id(module) for each in but for module in each.modules()}
     moved: dict[int, nn.Parameter] = {}
@@ -107,7 +106,7 @@ def bring(
 
 
 def on_device(model: Model, device: torch.device) -> Model:
-    """Return the model, all of it on the device, in float32 where that multiplies its dtype in software."""
+    """Return the model on the device, in float32 if its dtype would multiply in software."""
     low = [p.dtype for p in model.parameters() if p.dtype in LOW]
     in_software = bool(low) and multiplies_in_software(device, low[0])
     bring(model, device, dtype=(lambda _, __, parameter: raised(parameter.dtype)) if in_software else None)
@@ -115,20 +114,20 @@ def on_device(model: Model, device: torch.device) -> Model:
 
 
 def raised(dtype: torch.dtype) -> torch.dtype:
-    """Return float32 for what is shorter, any other dtype as it is."""
+    """Return float32 for half precision, any other dtype unchanged."""
     return torch.float32 if dtype in LOW else dtype
 
 
 def parameter_on(device: torch.device, parameter: nn.Parameter, dtype: torch.dtype | None = None) -> nn.Parameter:
-    """Return the parameter as a new one on the device, in this dtype if one is given."""
-    # Made within inference mode it could not be changed outside of it.
+    """Return the parameter as a new one on the device, in this dtype if given."""
+    # Parameters made in inference mode could not be changed outside of it.
     with torch.inference_mode(False), torch.no_grad():
         tensor: Tensor = parameter.detach().to(device, dtype or parameter.dtype)
     return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
 
 def now(device: torch.device) -> float:
-    """Return the clock's seconds once the device has done what it was given."""
+    """Return the clock's seconds after the device has finished its work."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
     return time.perf_counter()

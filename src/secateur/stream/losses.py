@@ -20,20 +20,20 @@ from secateur.stream.walk import Walk, forwards_replaced
 
 # Positions per slice of logits: 64 x 150k words x float32 is 38 MB.
 HEAD_POSITIONS = 64
-# Tokens that go through the layers together, so that weights which are not in memory come once for all of them.
+# Tokens that pass the layers together, so that each layer is onloaded once for all of them.
 TOKENS_AT_ONCE = 1 << 15
 
 
 def domain_losses(
     model: nn.Module, arch: Arch, blocks_NT: dict[str, Tensor], progress: Progress = silent, stage: str = "evaluate"
 ) -> dict[str, Loss]:
-    """Return each domain's loss; ranks share the blocks and all get the numbers that one process would get.
+    """Return each domain's loss; ranks share the blocks, and all get the numbers of one process.
 
     Raises NumericsError naming the domain if a loss is not finite.
     """
     losses: dict[str, Loss] = {}
     blocks = [ids_T for domain_NT in blocks_NT.values() for ids_T in domain_NT]
-    # Every rank is to have some.
+    # Every rank should get some.
     at_once = min(max(1, TOKENS_AT_ONCE // len(blocks[0])), -(-len(blocks) // size()))
     pieces = [blocks[start : start + at_once] for start in range(0, len(blocks), at_once)]
     done, steps = 0, len(pieces) * arch.num_layers
@@ -63,42 +63,34 @@ def standard_error(values: list[float]) -> float:
 
 
 def _mean_losses(model: nn.Module, arch: Arch, blocks: list[Tensor], layer_done: Callable[[], None]) -> list[float]:
-    """Return each block's mean loss. All go through a layer before the next one is run, each as it would by itself."""
-    backbone, device = model.get_submodule(arch.backbone), next(model.parameters()).device
+    """Return each block's mean loss. All pass one layer before the next, each block separately."""
+    device = next(model.parameters()).device
     batches = [Batch("", True, ids_T[None].to(device)) for ids_T in blocks]
     walk = Walk(model, arch, batches)
     for index in range(arch.num_layers):
         walk.advance(index)
         layer_done()
-    found = []
-    for position, batch in enumerate(batches):
-        final_TD = walk.leave(backbone, position)[0]
-        found.append(float(_position_losses(head_of(model, arch), final_TD, batch.ids_BT[0]).mean()))
-    return found
+    states = (states_for_head(model, arch, *each) for each in zip(batches, walk.hidden_BTD, strict=True))
+    losses = (_position_losses(model, arch, *each) for each in zip(states, blocks, strict=True))
+    return [float(losses_P.mean()) for losses_P in losses]
 
 
 @torch.inference_mode()
 def block_losses(model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"]) -> Float[Tensor, " P"]:
-    """Return -log p(token t+1 | tokens up to t) for every position of one block, in nats; P = T - 1."""
-    ids_1T = ids_1T.to(next(model.parameters()).device)
-    final_TD = model.get_submodule(arch.backbone)(ids_1T, use_cache=False).last_hidden_state[0]
-    return _position_losses(head_of(model, arch), final_TD, ids_1T[0])
+    """Return -log p(token t+1 | tokens 0..t) in nats for every position of a block; P = T - 1."""
+    return _position_losses(model, arch, final_states(model, arch, ids_1T), ids_1T[0])
 
 
 @torch.inference_mode()
-def _position_losses(head: nn.Module, final_TD: Tensor, ids_T: Tensor) -> Float[Tensor, " P"]:
-    parts = [
-        nn.functional.cross_entropy(head(piece_PD).float(), targets_P, reduction="none")
-        for piece_PD, targets_P in zip(
-            final_TD[:-1].split(HEAD_POSITIONS), ids_T[1:].split(HEAD_POSITIONS), strict=True
-        )
-    ]
-    return torch.cat(parts)
+def _position_losses(model: nn.Module, arch: Arch, states_PD: Tensor, ids_T: Tensor) -> Float[Tensor, " P"]:
+    head, targets_P = head_of(model, arch), ids_T[1:].to(states_PD.device)
+    pieces = zip(states_PD.split(HEAD_POSITIONS), targets_P.split(HEAD_POSITIONS), strict=True)
+    return torch.cat([nn.functional.cross_entropy(head(x_SD).float(), y_S, reduction="none") for x_SD, y_S in pieces])
 
 
 @torch.inference_mode()
 def states_for_head(model: nn.Module, arch: Arch, batch: Batch, hidden_BTD: Tensor) -> Float[Tensor, "P D"]:
-    """Return what the head reads of a stream that has left the layers: the backbone runs with them bypassed."""
+    """Return the head's input from a stream that has left the layers, which are bypassed."""
     with forwards_replaced(decoder_layers(model, arch), lambda *_, **__: arch.layer_output(hidden_BTD)):
         final_BTD = model.get_submodule(arch.backbone)(batch.ids_BT, use_cache=False).last_hidden_state
     return final_BTD[:, :-1].flatten(0, 1)
@@ -106,13 +98,13 @@ def states_for_head(model: nn.Module, arch: Arch, batch: Batch, hidden_BTD: Tens
 
 # Positions per slice of logits: 2 models x 64 x 150k words x float32 is 77 MB.
 KL_POSITIONS = 64
-# Rows of logits at a time in float32: four times as fast on a CPU as 64, whose intermediate results fill 12 MB each.
+# Rows of logits at a time in float32: four times as fast on a CPU as 64 (12 MB each).
 CACHED_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class DenseStates:
-    """What is kept of the dense model: its head, and per domain the last hidden states of every block."""
+    """The dense model's head, and its last hidden states per domain and block."""
 
     head: nn.Module
     states_NPD: dict[str, list[Tensor]]
@@ -120,7 +112,7 @@ class DenseStates:
 
 @torch.inference_mode()
 def final_states(model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"]) -> Float[Tensor, "P D"]:
-    """Return what the head reads at every position that predicts a token of the block; P = T - 1."""
+    """Return the head's input at every position that predicts a token of the block; P = T - 1."""
     ids_1T = ids_1T.to(next(model.parameters()).device)
     return model.get_submodule(arch.backbone)(ids_1T, use_cache=False).last_hidden_state[0, :-1]
 
@@ -129,9 +121,9 @@ def final_states(model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"]) -> 
 def token_divergences(
     dense_PD: Float[Tensor, "P D"], dense_head: nn.Module, pruned_PD: Float[Tensor, "P E"], pruned_head: nn.Module
 ) -> Float[Tensor, " P"]:
-    """Return sum_v p(v) (log p(v) - log q(v)) per position, p of the dense and q of the pruned model.
+    """Return sum_v p(v) (log p(v) - log q(v)) per position, p: the dense model, q: the pruned one.
 
-    The softmax runs in float32 on the logits as the models give them. A model against itself: 0 everywhere.
+    The softmax runs in float32 on the models' logits. A model against itself gives 0 everywhere.
     """
     pairs = _logit_slices(dense_PD, dense_head, pruned_PD, pruned_head)
     return torch.cat([_divergences(dense_SV, pruned_SV) for dense_SV, pruned_SV in pairs])
@@ -141,7 +133,7 @@ def token_divergences(
 def token_divergences_and_agreements(
     dense_PD: Float[Tensor, "P D"], dense_head: nn.Module, pruned_PD: Float[Tensor, "P E"], pruned_head: nn.Module
 ) -> tuple[Float[Tensor, " P"], Bool[Tensor, " P"]]:
-    """Return `token_divergences`, and whether both models put the same token first."""
+    """Return `token_divergences`, and whether both models rank the same token first."""
     divergences, agreements = [], []
     for dense_SV, pruned_SV in _logit_slices(dense_PD, dense_head, pruned_PD, pruned_head):
         divergences.append(_divergences(dense_SV, pruned_SV))
@@ -157,7 +149,7 @@ def _logit_slices(
 
 
 def _divergences(dense_SV: Tensor, pruned_SV: Tensor) -> Tensor:
-    """Return the divergence per row of logits, a few rows at a time, which then stay in the processor's cache."""
+    """Return the divergence per row of logits, computed in pieces that fit the CPU's cache."""
     found = []
     for dense_RV, pruned_RV in zip(dense_SV.split(CACHED_ROWS), pruned_SV.split(CACHED_ROWS), strict=True):
         log_p, log_q = dense_RV.float().log_softmax(-1), pruned_RV.float().log_softmax(-1)
@@ -166,7 +158,7 @@ def _divergences(dense_SV: Tensor, pruned_SV: Tensor) -> Tensor:
 
 
 def summarise(domain: str, divergences_NP: list[Tensor], agreements_NP: list[Tensor]) -> Divergence:
-    """Return the figures over all tokens of a domain's blocks. Raises NumericsError if a divergence is not finite."""
+    """Return the figures over a domain's blocks. Raises NumericsError if one is not finite."""
     all_tokens = torch.cat(divergences_NP).cpu().double()
     if not bool(all_tokens.isfinite().all()):
         raise NumericsError(f"KL, domain {domain}: a divergence is not finite; one model gives no finite logits.")

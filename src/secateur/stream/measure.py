@@ -1,7 +1,10 @@
-"""Measure one group: run its layer over all batches and gather the reader's input statistics by domain.
+"""Measure one group: run its layer over all batches and collect the reader's input statistics.
 
-Domain weights that look at what a cut would do to each domain (`minimax`) are here too.
+Also computes the domain weights that depend on a cut's effect on each domain (`minimax`).
 """
+
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -27,9 +30,9 @@ from secateur.stream.walk import Walk
 
 NUM_STEPS = 5
 STEP_SIZE = 0.5
-# A domain's weight is at least this part of an equal one.
+# A domain's least weight, as a share of an equal one.
 FLOOR = 1 / 3
-# Halvings until the scale of the weights is exact in float64.
+# Enough for the scale of the weights to be exact in float64.
 NUM_HALVINGS = 100
 
 
@@ -41,13 +44,13 @@ def minimax_weights(
     num_keep: int,
     damping: float,
 ) -> dict[str, float]:
-    """Return the weights q, which sum to 1, to pool the statistics with: H = sum_d q_d G_d / e_d.
+    """Return the weights q, which sum to 1, for pooling the statistics: H = sum_d q_d G_d / e_d.
 
-    Exponentiated gradient from the shares on: q_d *= exp(STEP_SIZE * err_d / mean err), brought back to
-    1 / (3 D) <= q_d <= 1, with err_d = `removal_damage` under H. The weights with the lowest error of the worst domain
-    win, the earlier on a tie. `reader_HF` is in float32.
+    Exponentiated gradient from the shares: q_d *= exp(STEP_SIZE * err_d / mean err), projected to 1
+    / (3 D) <= q_d <= 1, with err_d = `removal_damage` under H. The weights with the lowest error of
+    the worst domain win, the earlier on a tie. `reader_HF` is in float32.
 
-    Source: multiplicative weights for a minimax game, as group DRO uses them, Sagawa et al., arXiv 1911.08731, alg. 1.
+    Source: multiplicative weights for a minimax game, as in group DRO, arXiv 1911.08731, alg. 1.
     """
     floor = FLOOR / len(by_domain)
     weights_D = _at_least(torch.tensor([shares[name] for name in by_domain], dtype=torch.float64), floor)
@@ -71,20 +74,22 @@ def removal_damage(
     num_keep: int,
     damping: float,
 ) -> Float[Tensor, " D"]:
-    """Return each domain's output error as a share of its output energy, if the least units of OBS went at once.
+    """Return each domain's output error over its output energy if the lowest OBS units went now.
 
-    With H the damped pooled matrix and C the columns of the units that go, the reader's change after refitting is
-    Delta = W_C ([H^-1]_CC)^-1 [H^-1]_C,: and the error tr(Delta G_d Delta') / e_d; 0 for a silent domain.
+    With H the damped pooled matrix and C the columns of those units, refitting changes the reader
+    by Delta = W_C ([H^-1]_CC)^-1 [H^-1]_C,: and the error is tr(Delta G_d Delta') / e_d, 0 if e_d =
+    0.
+
     Source: Hassibi and Stork 1993, in the block form of OBC, arXiv 2208.11580, eq. 7.
     """
-    inverse, home = inverse_of(damped_gram(pooled, damping)), reader_HF.device
+    inverse, device = inverse_of(damped_gram(pooled, damping)), reader_HF.device
     reader_HF, columns_UW = reader_HF.to(inverse.device), columns_UW.to(inverse.device)
     stays = torch.zeros(len(columns_UW), dtype=torch.bool, device=inverse.device)
     stays[keep_highest(removal_errors(reader_HF, inverse, columns_UW), num_keep)] = True
     gone = columns_UW[~stays].flatten()
     rows_CF = inverse[gone]
     del inverse
-    change_HF = (reader_HF[:, gone].to(rows_CF) @ torch.linalg.solve(rows_CF[:, gone], rows_CF)).float().to(home)
+    change_HF = (reader_HF[:, gone].to(rows_CF) @ torch.linalg.solve(rows_CF[:, gone], rows_CF)).float().to(device)
     errors = []
     for statistics in by_domain.values():
         assert statistics.gram is not None
@@ -94,7 +99,7 @@ def removal_damage(
 
 
 def _output_energy(map_HF: Float[Tensor, "H F"], gram: Gram) -> float:
-    """Return tr(M G M'), reading the triangle that is stored: what lies left of the diagonal blocks counts twice."""
+    """Return tr(M G M') from the stored triangle; left of the diagonal blocks counts twice."""
     total = 0.0
     for start, stop, block in zip(gram.starts, gram.stops, gram.blocks, strict=True):
         product = (map_HF[:, start:stop] @ block.to(map_HF.dtype)).mul_(map_HF[:, :stop])
@@ -103,7 +108,7 @@ def _output_energy(map_HF: Float[Tensor, "H F"], gram: Gram) -> float:
 
 
 def _at_least(weights_D: Float[Tensor, " D"], floor: float) -> Float[Tensor, " D"]:
-    """Return clip(c * weights, floor, 1) with the c that makes the sum 1: the nearest such weights by KL."""
+    """Return clip(c * weights, floor, 1) with c such that the sum is 1: the nearest by KL."""
     low, high = 0.0, 1 / float(weights_D.min())
     for _ in range(NUM_HALVINGS):
         middle = (low + high) / 2
@@ -115,28 +120,23 @@ def _at_least(weights_D: Float[Tensor, " D"], floor: float) -> Float[Tensor, " D
 
 
 class _Gatherer:
-    """Takes reader inputs batch by batch; folds a domain into the pooled statistics as soon as the next one begins."""
+    """Collects reader inputs batch by batch, and pools a domain as soon as the next one begins."""
 
     def __init__(
         self, group: Group, reader: nn.Linear, weighting: str, shares: dict[str, float], gram: bool, drift: bool
     ) -> None:
         self.group, self.reader, self.weighting, self.shares = group, reader, weighting, shares
-        self.gram = gram or weighting in BY_DOMAIN
-        self.num_drift_outputs = reader.out_features if drift else 0
-        self.pooled, self.current = self.empty(torch.float32), self.empty()
+        sizes: Any = {"gram": gram or weighting in BY_DOMAIN, "drift_size": reader.out_features if drift else 0}
+        self.empty = partial(Statistics.empty, reader.in_features, reader.weight.device, **sizes)
+        self.pooled, self.current = self.empty(dtype=torch.float32), self.empty()
         self.domains = InOrder(shares, self.fold)
         self.energy: dict[str, float] = {}
         self.held_out: dict[str, list[Tensor]] = {}
         self.held_out_drift: dict[str, list[Tensor]] = {}
         self.by_domain: dict[str, Statistics] = {}
 
-    def empty(self, dtype: torch.dtype | None = None) -> Statistics:
-        device, num_outputs = self.reader.weight.device, self.num_drift_outputs
-        return Statistics.empty(
-            self.reader.in_features, device, gram=self.gram, num_drift_outputs=num_outputs, dtype=dtype
-        )
-
     def add(self, batch: Batch, x: Tensor, y: Tensor, drift: Tensor | None) -> None:
+        """Add one batch: its statistics, or its inputs if it is held out."""
         x_TF, y_TH = x.flatten(0, -2), y.flatten(0, -2)
         drift_TH = None if drift is None else drift.flatten(0, -2)
         if batch.held_out:
@@ -148,27 +148,25 @@ class _Gatherer:
         self.current.update(x_TF, y_TH if self.reader.bias is None else y_TH - self.reader.bias, drift_TH)
 
     def fold(self, domain: str) -> None:
+        """Pool the domain that has ended. Raises NumericsError if an input is not finite."""
         self.current.sum_over_ranks()
         if not self.current.is_finite():
-            raise NumericsError(
-                f"layer {self.group.layer}, {self.group.reader.module}, domain {domain}: the input holds NaN "
-                f"or infinite numbers; use the model in bfloat16 or float32 and check its weights."
-            )
-        weight = domain_weight(self.weighting, self.shares[domain], float(self.current.energy))
+            where = f"layer {self.group.layer}, {self.group.reader.module}, domain {domain}"
+            advice = "use the model in bfloat16 or float32 and check its weights"
+            raise NumericsError(f"{where}: the input holds NaN or infinite numbers; {advice}.")
         self.energy[domain] = float(self.current.energy)
-        self.pooled.merge(self.current, weight)
+        self.pooled.merge(self.current, domain_weight(self.weighting, self.shares[domain], self.energy[domain]))
         if self.weighting in BY_DOMAIN:
-            self.by_domain[domain] = self.empty(torch.float32)
+            self.by_domain[domain] = self.empty(dtype=torch.float32)
             self.by_domain[domain].merge(self.current)
         self.current.clear()
 
     def finish(self) -> Measurement:
+        """Pool the last domain and return the measurement."""
         self.domains.end()
         # Concatenate one domain at a time to bound peak memory.
-        held_out, drift = (
-            {name: torch.cat(pieces.pop(name)) for name in list(pieces)}
-            for pieces in (self.held_out, self.held_out_drift)
-        )
+        both = self.held_out, self.held_out_drift
+        held_out, drift = ({name: torch.cat(pieces.pop(name)) for name in list(pieces)} for pieces in both)
         return Measurement(self.pooled, self.energy, held_out, drift, self.by_domain)
 
 
@@ -184,10 +182,10 @@ def measure(
     to_middle: bool = False,
     to_end: bool = False,
 ) -> Measurement:
-    """Return the group's statistics on the pruned stream. The walk must stand before the group's layer.
+    """Return the group's statistics on the pruned stream; the walk must stand before its layer.
 
-    `drift`: also those of (dense stream - pruned stream) behind the layer, whose dense stream must have moved already.
-    `to_middle`, `to_end`: leave the walk behind the layer's attention, or behind the layer; see `Walk.run`.
+    `drift`: also of (dense stream - pruned stream) after the layer; the dense stream must be there
+    already. `to_middle`, `to_end`: leave the walk after the attention or the layer, see `Walk.run`.
 
     Raises NumericsError naming layer, module and domain if an input is not finite.
     """
@@ -202,9 +200,9 @@ def measure(
         handle = reader.register_forward_hook(note)
         try:
             for position, (batch, output) in enumerate(walk.run(group.layer, to_middle=to_middle, to_end=to_end)):
-                # Both streams are rounded to their dtype already, so rounding their difference to it loses nothing.
-                behind = walk.dense_BTD[position] - output if drift else None
-                gatherer.add(batch, *seen.pop(), behind)
+                # Both streams have their dtype's precision, so their difference needs no more.
+                after = walk.dense_BTD[position] - output if drift else None
+                gatherer.add(batch, *seen.pop(), after)
         finally:
             handle.remove()
         return gatherer.finish()

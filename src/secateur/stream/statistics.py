@@ -1,4 +1,4 @@
-"""Statistics of a reader's inputs, per domain, and their pooling over domains: sums, Gram matrix, energy."""
+"""Statistics of a reader's inputs per domain and pooled over domains: sums, Gram matrix, energy."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,18 +14,18 @@ from secateur.stream.device import float64_device, release_freed
 
 # Block rows up to the diagonal cost (1 + 1/8) / 2 of the whole product.
 NUM_BLOCKS = 8
-# Tokens multiplied at a time, before their product is added to the sum: a batch of the CPU's, or half of one elsewhere,
-# where adding takes longer than multiplying so few.
+# Tokens per product that is added to the sum: one CPU batch, or half a device batch, since there
+# adding costs more than multiplying fewer.
 CPU_PIECE_TOKENS, DEVICE_PIECE_TOKENS = 512, 4096
-# Rows of a product made at a time, so that it takes little memory beside the sum.
+# Rows of a product computed at a time, to bound memory.
 PRODUCT_ROWS = 1024
 
 
 class Gram:
-    """`blocks[b]` holds rows `starts[b]` to `stops[b]`, and of those the columns before `stops[b]`."""
+    """`blocks[b]` holds rows `starts[b]` to `stops[b]`, each up to column `stops[b]`."""
 
     def __init__(self, size: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """Begin with zeros. `dtype`: float32 for what only holds a sum that is complete; None: `sum_dtype`."""
+        """Start with zeros. `dtype`: float32 if it only holds a finished sum; None: `sum_dtype`."""
         step = max(1, -(-size // NUM_BLOCKS))
         self.size, self.device = size, device
         self.starts = list(range(0, size, step))
@@ -51,7 +51,7 @@ class Gram:
             mine.add_(theirs, alpha=weight)
 
     def clear(self) -> None:
-        """Forget everything, keeping the memory."""
+        """Set everything to zero, keeping the memory."""
         for block in self.blocks:
             block.zero_()
 
@@ -66,16 +66,17 @@ class Gram:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> Float[Tensor, "R C"]:
-        """Return a new matrix of these rows and columns (both sorted), mirrored where the other half is stored.
+        """Return a new matrix of these rows and columns (both sorted), on `device` if given.
 
-        `device`: where it is to be, by default where the sum is. Memory freed before goes back to the system first.
+        Only half is stored, so entries are mirrored. First returns freed memory to the system.
         """
         release_freed()
         result_RC = torch.empty(len(rows_R), len(columns_C), dtype=dtype, device=device or self.device)
-        row_bounds, column_bounds = (self._bounds(index) for index in (rows_R, columns_C))
+        edges = torch.tensor([*self.starts, self.size], device=rows_R.device)
+        row_bounds, column_bounds = (torch.searchsorted(index, edges).tolist() for index in (rows_R, columns_C))
         for b, (start, block) in enumerate(zip(self.starts, self.blocks, strict=True)):
             (row, row_end), (column, column_end) = row_bounds[b : b + 2], column_bounds[b : b + 2]
-            # Rows of this block with columns up to its end; then its strictly left part, read the other way round.
+            # This block's rows with columns up to its end; then its strictly left part, transposed.
             lower, left = rows_R[row:row_end] - start, columns_C[column:column_end] - start
             result_RC[row:row_end, :column_end] = block[lower][:, columns_C[:column_end]].to(result_RC.device)
             result_RC[:row, column:column_end] = block[left][:, rows_R[:row]].T.to(result_RC.device)
@@ -86,27 +87,23 @@ class Gram:
         everything = torch.arange(self.size, device=self.device)
         return self.part(everything, everything, dtype, device)
 
-    def _bounds(self, index: Int64[Tensor, " N"]) -> list[int]:
-        edges = torch.tensor([*self.starts, self.size], device=index.device)
-        return torch.searchsorted(index, edges).tolist()
-
 
 def pieces(tensor_TX: Float[Tensor, "T X"]) -> tuple[Tensor, ...]:
-    """Return the tokens that are multiplied at a time."""
+    """Return the tokens in pieces that are multiplied at a time."""
     return tensor_TX.split(CPU_PIECE_TOKENS if tensor_TX.device.type == "cpu" else DEVICE_PIECE_TOKENS)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype that sums over batches are made in: float64, or float32 where the device has none."""
+    """Return the dtype of sums over batches: float64, or float32 if the device has none."""
     return torch.float64 if float64_device(device) == device else torch.float32
 
 
 @contextmanager
 def exact_product_precision(dtype: torch.dtype) -> Iterator[None]:
-    """Multiply float32 copies of bfloat16 values on the bfloat16 units, accumulating in float32.
+    """Multiply float32 copies of bfloat16 values on bfloat16 units, accumulating in float32.
 
-    A bfloat16 value loses nothing in that conversion, so only the order of float32 additions differs; about twice as
-    fast on processors that have such units. Other dtypes multiply in full float32.
+    The conversion loses nothing, so only the order of float32 additions differs. About twice as
+    fast on processors with such units. Other dtypes multiply in full float32.
     """
     if dtype != torch.bfloat16:
         yield
@@ -122,16 +119,16 @@ def exact_product_precision(dtype: torch.dtype) -> Iterator[None]:
 T = TypeVar("T")
 Key = TypeVar("Key")
 
-# Weightings that look at each domain by itself, and so need its statistics kept.
+# Weightings that need each domain's own statistics.
 BY_DOMAIN = frozenset({"minimax"})
 
 
 @dataclass(slots=True)
 class Statistics:
-    """Weighted sums over tokens: `mass` = sum w, `sum_F` = sum w x, `energy` = sum w |y|^2, `gram` = sum w x x'.
+    """Weighted sums over tokens: `mass` = sum w, `sum_F` = sum w x, `energy` = sum w |y|^2.
 
-    `cross_FH` = sum w x r' with r the drift that the reader is to make up for; None where nothing is.
-    `gram` is None where a score needs moments alone; then `sum_squares_F` = sum w x^2 stands in for its diagonal.
+    `gram` = sum w x x'; None if a score needs moments only. `sum_squares_F` = sum w x^2, its
+    diagonal. `cross_FH` = sum w x r', with r the drift for the reader to compensate, if any.
     """
 
     mass: float
@@ -143,28 +140,22 @@ class Statistics:
 
     @classmethod
     def empty(
-        cls,
-        num_inputs: int,
-        device: torch.device,
-        *,
-        gram: bool,
-        num_drift_outputs: int = 0,
-        dtype: torch.dtype | None = None,
+        cls, num_inputs: int, device: torch.device, *, gram: bool, drift_size: int = 0, dtype: torch.dtype | None = None
     ) -> "Statistics":
-        """Return statistics of no tokens. `num_drift_outputs`: the reader's outputs, where a drift will be given.
+        """Return statistics of no tokens. `drift_size`: the outputs of the reader, or 0: no drift.
 
-        `dtype`: of all but the energy: float32 for what only holds sums that are complete; None: `sum_dtype`.
+        `dtype`: of all but the energy; float32 for finished sums only, None for `sum_dtype`.
         """
-        place: Any = {"device": device, "dtype": dtype or sum_dtype(device)}
-        zeros, square = torch.zeros(num_inputs, **place), Gram(num_inputs, **place) if gram else None
-        cross_FH = torch.zeros(num_inputs, num_drift_outputs, **place) if num_drift_outputs else None
+        options: Any = {"device": device, "dtype": dtype or sum_dtype(device)}
+        zeros, square = torch.zeros(num_inputs, **options), Gram(num_inputs, **options) if gram else None
+        cross_FH = torch.zeros(num_inputs, drift_size, **options) if drift_size else None
         energy = torch.zeros((), device=device, dtype=sum_dtype(device))
         return cls(0.0, zeros, zeros.clone(), energy, square, cross_FH)
 
     def update(
         self, x_TF: Float[Tensor, "T F"], y_TH: Float[Tensor, "T H"], drift_TH: Float[Tensor, "T H"] | None = None
     ) -> None:
-        """Add one batch of reader inputs and outputs (the output without its bias), and the drift if there is one."""
+        """Add a batch of reader inputs, outputs (without bias) and, if used, the drift."""
         self.mass += len(x_TF)
         self.sum_F += x_TF.sum(dim=0, dtype=torch.float32)
         self.energy += torch.linalg.vector_norm(y_TH, dtype=torch.float32).square()
@@ -181,36 +172,33 @@ class Statistics:
                     for cross_RH, x_PR in rows:
                         cross_RH += x_PR.float().T @ drift_PH.float()
 
+    @property
+    def sums(self) -> list[Tensor]:
+        """All sums but the mass."""
+        blocks = [] if self.gram is None else self.gram.blocks
+        cross = [] if self.cross_FH is None else [self.cross_FH]
+        return [self.sum_F, self.sum_squares_F, self.energy, *blocks, *cross]
+
     def merge(self, other: "Statistics", weight: float = 1.0) -> None:
-        """Add `weight` times another set of tokens; weight 1 gives what one pass over both would have given."""
+        """Add `weight` times another set of tokens; weight 1 equals one pass over both."""
         self.mass += weight * other.mass
-        self.sum_F.add_(other.sum_F, alpha=weight)
-        self.sum_squares_F.add_(other.sum_squares_F, alpha=weight)
-        self.energy.add_(other.energy, alpha=weight)
-        if self.gram is not None and other.gram is not None:
-            self.gram.merge(other.gram, weight)
-        if self.cross_FH is not None and other.cross_FH is not None:
-            self.cross_FH.add_(other.cross_FH, alpha=weight)
+        for mine, theirs in zip(self.sums, other.sums, strict=True):
+            mine.add_(theirs, alpha=weight)
 
     def sum_over_ranks(self) -> None:
         """Become the sums over all ranks' tokens."""
         mass = torch.tensor([self.mass], dtype=torch.float64)
-        parts = (part for part in (self.gram, self.cross_FH) if part is not None)
-        sum_over_ranks(mass, self.sum_F, self.sum_squares_F, self.energy, *parts)
+        sum_over_ranks(mass, *self.sums)
         self.mass = float(mass)
 
     def clear(self) -> None:
-        """Forget every token, keeping the memory."""
+        """Remove every token, keeping the memory."""
         self.mass = 0.0
-        for tensor in (self.sum_F, self.sum_squares_F, self.energy):
+        for tensor in self.sums:
             tensor.zero_()
-        if self.gram is not None:
-            self.gram.clear()
-        if self.cross_FH is not None:
-            self.cross_FH.zero_()
 
     def is_finite(self) -> bool:
-        """Say whether every sum is finite: a NaN or infinite input shows in the sum of squares."""
+        """Say whether every sum is finite; the sum of squares reveals NaN and infinite inputs."""
         return bool(torch.isfinite(self.sum_squares_F).all() and torch.isfinite(self.energy))
 
     @property
@@ -232,9 +220,9 @@ class Statistics:
 def domain_weight(weighting: str, share: float, energy: float) -> float:
     """Return the factor of one domain's sums in the pooled ones.
 
-    `tokens`: 1, raw pooling. `energy`: share_d / e_d with e_d the domain's output energy sum |y|^2, so that a loud
-    domain does not decide everything; equal shares give every domain the same say. A silent domain (e_d = 0) gets 0.
-    `minimax` begins as `energy` does; see `domain_weights`.
+    `tokens`: 1. `energy`: share_d / e_d with the output energy e_d = sum |y|^2, so that a loud
+    domain does not dominate; 0 if e_d = 0. `minimax`: like `energy`, to start `minimax_weights`
+    from.
     """
     if weighting == "tokens":
         return 1.0
@@ -242,16 +230,11 @@ def domain_weight(weighting: str, share: float, energy: float) -> float:
 
 
 def pool(by_domain: dict[str, Statistics], weights: dict[str, float]) -> Statistics:
-    """Return sum_d q_d S_d / e_d as new statistics, with q the weights and e_d the domain's output energy."""
+    """Return sum_d q_d S_d / e_d as new statistics; q: the weights, e_d: the output energies."""
     first = next(iter(by_domain.values()))
-    num_drift_outputs = 0 if first.cross_FH is None else first.cross_FH.shape[1]
-    pooled = Statistics.empty(
-        len(first.sum_F),
-        first.sum_F.device,
-        gram=first.gram is not None,
-        num_drift_outputs=num_drift_outputs,
-        dtype=torch.float32,
-    )
+    drift = 0 if first.cross_FH is None else first.cross_FH.shape[1]
+    size, device, gram = len(first.sum_F), first.sum_F.device, first.gram is not None
+    pooled = Statistics.empty(size, device, gram=gram, drift_size=drift, dtype=torch.float32)
     for name, statistics in by_domain.items():
         pooled.merge(statistics, domain_weight("energy", weights[name], float(statistics.energy)))
     return pooled
@@ -259,7 +242,7 @@ def pool(by_domain: dict[str, Statistics], weights: dict[str, float]) -> Statist
 
 @runtime_checkable
 class Decide(Protocol):
-    """Returns on every rank what one of them has computed; `here`, in one process, what is computed."""
+    """Returns on every rank what one rank has computed; in one process see `here`."""
 
     def __call__(self, compute: Callable[[], T], /) -> T:
         """Return what `compute` returns."""
@@ -272,12 +255,12 @@ def here(compute: Callable[[], T], /) -> T:
 
 
 def sum_over_ranks(*parts: Tensor | Gram) -> None:
-    """Make every part the sum over all ranks, in place. Of a Gram matrix only the triangle that is stored travels."""
+    """Make every part the sum over all ranks, in place; a Gram matrix sends its stored triangle."""
     sum_tensors([tensor for part in parts for tensor in (part.blocks if isinstance(part, Gram) else [part])])
 
 
 def totals(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sums over all ranks of numbers or small tensors by name; a rank may lack some of the names."""
+    """Return the sums over all ranks of numbers or small tensors by name; ranks may lack names."""
     return sum_by_name(values)
 
 
@@ -287,36 +270,32 @@ def of_all_ranks(parts: Mapping[Key, T]) -> dict[Key, T]:
 
 
 class InOrder:
-    """Calls `fold` for a domain once its batches are over; on every rank for the same domains in the same order.
+    """Calls `fold` for a domain once its batches are done, in the same order on every rank.
 
-    A rank folds domains too that have no batch on it, since all ranks sum up together.
+    A rank also folds domains of which it has no batch, since all ranks sum up together.
     """
 
     def __init__(self, domains: Iterable[str], fold: Callable[[str], None]) -> None:
         self.domains, self.fold, self.current = list(domains), fold, ""
 
     def begin(self, domain: str) -> None:
-        """Say which domain the next batch is of."""
-        if domain != self.current:
-            self._until(domain)
+        """Say which domain the next batch belongs to."""
+        if domain != self.current or not domain:
+            for ended in domains_ended(self.current, domain, self.domains):
+                self.fold(ended)
+            self.current = domain
 
     def end(self) -> None:
         """Say that no batch follows."""
-        self._until("")
-
-    def _until(self, begun: str) -> None:
-        for domain in domains_ended(self.current, begun, self.domains):
-            self.fold(domain)
-        self.current = begun
+        self.begin("")
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """`pooled`: statistics weighted over domains. `energy`: sum |y|^2 by domain.
 
-    `held_out_TF`: this rank's inputs of the reader by domain; `held_out_drift_TH`: where asked, the drift on the same
-    tokens.
-    `by_domain`: each domain's own statistics, for the weightings of `stats.BY_DOMAIN` alone.
+    `held_out_TF`: this rank's reader inputs by domain; `held_out_drift_TH`: if asked, the drift of
+    the same tokens. `by_domain`: each domain's own statistics, if the weighting is in `BY_DOMAIN`.
     """
 
     pooled: Statistics
@@ -327,21 +306,21 @@ class Measurement:
 
 
 def damped_gram(gram: Gram, damping: float) -> Float[Tensor, "F F"]:
-    """Return H = G + damping * mean(diag G) * I as a new float64 matrix, on `float64_device`."""
+    """Return H = G + damping * mean(diag G) * I as a new float64 matrix on `float64_device`."""
     hessian = gram.full(torch.float64, float64_device(gram.device))
     hessian.diagonal().add_(ridge_of(gram, damping))
     return hessian
 
 
 def ridge_of(gram: Gram, damping: float) -> float:
-    """Return damping * mean(diag G), or 1 where every input is zero: any ridge then says that nothing is lost."""
+    """Return damping * mean(diag G), or 1 if every input is zero and removal costs nothing."""
     ridge = damping * float(gram.diagonal().mean())
     return ridge if ridge > 0 else 1.0
 
 
 def inverse_of(hessian_FF: Float[Tensor, "F F"]) -> Float[Tensor, "F F"]:
     """Return the inverse of a positive definite matrix, overwriting it to save memory."""
-    # The transposed view is column-major, as LAPACK wants it, so that both steps work in place without a copy.
+    # The transposed view is column-major as LAPACK needs, so both steps work in place.
     factor = torch.linalg.cholesky(hessian_FF.mT, out=hessian_FF.mT)
     return torch.cholesky_inverse(factor, out=hessian_FF.mT)
 
@@ -349,12 +328,13 @@ def inverse_of(hessian_FF: Float[Tensor, "F F"]) -> Float[Tensor, "F F"]:
 def removal_errors(
     weight_HF: Float[Tensor, "H F"], inverse_FF: Float[Tensor, "F F"], columns_UW: Int64[Tensor, "U w"]
 ) -> Float[Tensor, " U"]:
-    """Return tr(W_M ([H^-1]_MM)^-1 W_M') for the columns M of each unit; for one column |W_j|^2 / [H^-1]_jj.
+    """Return tr(W_M ([H^-1]_MM)^-1 W_M') for each unit's columns M.
 
-    Source: Hassibi and Stork 1993; the block form as in Frantar and Alistarh, OBC, arXiv 2208.11580, eq. 7.
+    One column j: |W_j|^2 / [H^-1]_jj. Source: Hassibi and Stork 1993; block form: Frantar and
+    Alistarh, OBC, arXiv 2208.11580, eq. 7.
     """
     if columns_UW.shape[1] == 1:
-        # The norm needs no squared copy of the weights.
+        # The norm allocates no squared copy of the weights.
         return torch.linalg.vector_norm(weight_HF, dim=0).square() / inverse_FF.diagonal()
     blocks_Uww = inverse_FF[columns_UW[:, :, None], columns_UW[:, None, :]]
     weight_UwH = weight_HF.T[columns_UW].to(inverse_FF.dtype)
@@ -362,6 +342,6 @@ def removal_errors(
 
 
 def keep_highest(scores_F: Float[Tensor, " F"], num_keep: int) -> Int64[Tensor, " K"]:
-    """Return the sorted indices of the `num_keep` highest scores; of equal scores the lower index stays."""
+    """Return the sorted indices of the `num_keep` highest scores; the lower index wins a tie."""
     order = torch.sort(scores_F, descending=True, stable=True).indices
     return order[:num_keep].sort().values

@@ -1,14 +1,14 @@
 """The walk: run a model layer by layer over calibration blocks, following the pruned stream.
 
-In: a model and token blocks. Out: each layer's inputs, replayed with that layer's own keyword arguments, as often as
-asked; `advance` moves the stream through a layer once it has its final shape. Blocks have equal length, no padding.
-Where layers come to a device one at a time, `at_hand` has one there.
+In: a model and token blocks of equal length, without padding. Out: each layer's inputs, replayed
+with that layer's own arguments, as often as asked. `advance` moves the stream through a layer once
+it has its final shape. `at_hand` onloads a layer if layers are offloaded.
 
 Letters: B blocks of a batch, T tokens of a block, D hidden size.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,29 +19,26 @@ from secateur.model.bind import Arch, decoder_layers
 from secateur.stream.device import release_freed
 from secateur.stream.offload import fetch, settle
 
-"""What a layer is called with besides the hidden states, by position and by name."""
-
-# Small batches stay in a processor's cache and hold little memory; other devices want work for thousands of cores.
+# Small batches stay in a CPU's cache; other devices need work for thousands of cores.
 CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS = 512, 8192
-# Layers without which a model is measured together: a few share their walk, many would be measured for nothing.
+# Layer removals that one walk measures together; more would often be wasted.
 LAYERS_AT_ONCE = 4
 
 
 def make_batches(domain: str, ids_NT: Tensor, *, held_out: bool, batch_tokens: int | None = None) -> list[Batch]:
-    """Split a domain's blocks into batches of at most `batch_tokens` tokens (at least one block each).
+    """Split a domain's blocks into batches of `batch_tokens` tokens at most, or of one block.
 
-    None: as many as suit the device that the blocks are on.
+    None: as many as suit the device of the blocks.
     """
     suited = CPU_BATCH_TOKENS if ids_NT.device.type == "cpu" else DEVICE_BATCH_TOKENS
     size = max(1, (batch_tokens or suited) // ids_NT.shape[1])
-    parts = enumerate(ids_NT.split(size))
-    return [Batch(domain, held_out, ids_BT, number * size) for number, ids_BT in parts]
+    return [Batch(domain, held_out, ids_BT, number * size) for number, ids_BT in enumerate(ids_NT.split(size))]
 
 
 class Walk:
-    """Holds the stream: one hidden-state tensor per batch, as it enters the current layer.
+    """Holds the stream: per batch the hidden states that enter the current layer.
 
-    With `dense`, a second stream follows the layers as they are when `advance_dense` is called, before any cut.
+    With `dense`, `advance_dense` moves a second stream through the layers before any cut.
     """
 
     def __init__(self, model: nn.Module, arch: Arch, batches: list[Batch], *, dense: bool = False) -> None:
@@ -52,19 +49,17 @@ class Walk:
         self.dense_BTD = list(self.hidden_BTD) if dense else []
         self._in_middle = False
 
-    @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """Within the context layer `index` is at hand, see `at_hand`."""
-        with at_hand(self.layers[index]) as layer:
-            yield layer
+    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Have layer `index` at hand inside the context, see `at_hand`."""
+        return at_hand(self.layers[index])
 
     def run(self, index: int, *, to_middle: bool = False, to_end: bool = False) -> Iterator[tuple[Batch, Tensor]]:
         """Run layer `index` on every batch and yield (batch, the layer's output).
 
-        The stream does not move; with `to_middle` it moves through the layer's attention, so that `advance` has only
-        the MLP left to do: the caller will change nothing of the attention any more. Where the family has no such
-        middle it does not move. With `to_end` it moves through the whole layer, which the caller will not change at
-        all, and `advance` must not be called.
+        The stream stays, with two exceptions. `to_middle` moves it through the attention, if the
+        family has a middle, so that `advance` runs the MLP only: the attention must not change any
+        more. `to_end` moves it through the whole layer, which must not change, instead of
+        `advance`.
         """
         to_middle = to_middle and self.arch.middle is not None
         entered: list[Tensor] = []
@@ -82,29 +77,23 @@ class Walk:
         self._in_middle = (to_middle or self._in_middle) and not to_end
 
     def advance(self, index: int) -> None:
-        """Move the stream through layer `index` as it is now, or through what `run` has left of it."""
+        """Move the stream through layer `index` as it is, or through what `run` left of it."""
         for position, hidden in enumerate(self.hidden_BTD):
             self.hidden_BTD[position] = self.through(index, hidden, rest=self._in_middle)
         self._in_middle = False
 
     def advance_dense(self, index: int) -> None:
-        """Move the dense stream through layer `index`, which must be as it was before the first cut."""
+        """Move the dense stream through layer `index`, which must not have been cut yet."""
         for position, hidden in enumerate(self.dense_BTD):
             self.dense_BTD[position] = self.through(index, hidden)
 
     @torch.inference_mode()
-    def leave(self, backbone: nn.Module, position: int) -> Tensor:
-        """Return what the backbone makes of a batch whose stream has moved through the last layer."""
-        with forwards_replaced(self.layers, lambda *_, **__: self.arch.layer_output(self.hidden_BTD[position])):
-            return backbone(self.batches[position].ids_BT, use_cache=False).last_hidden_state
-
-    @torch.inference_mode()
     def through(self, index: int, hidden_BTD: Tensor, *, rest: bool = False) -> Tensor:
-        """Return what layer `index` makes of a hidden state; no stream moves.
+        """Return the output of layer `index` for a hidden state; no stream moves.
 
-        With `rest` only what lies behind its attention runs, which then gives zeros.
+        With `rest` only the part after its attention runs, and the attention gives zeros.
         """
-        # Masks and rotary embeddings differ per layer in some families, so every layer gets its own arguments.
+        # Masks and rotary embeddings differ per layer in some families.
         args, kwargs = self._arguments[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
         attention = [self.layers[index].get_submodule(self.arch.attention or "")] if rest else []
         with forwards_replaced(attention, lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)):
@@ -113,9 +102,9 @@ class Walk:
 
     @torch.inference_mode()
     def _embed(self, backbone: nn.Module, ids_BT: Tensor) -> Tensor:
-        """Return what enters the first layer, and note every layer's arguments for this shape.
+        """Return the first layer's input, and note every layer's arguments for this shape.
 
-        The backbone's own forward runs with its layers bypassed, so whatever it prepares is prepared as always.
+        The backbone's own forward prepares them, with its layers bypassed.
         """
         entered: list[Tensor] = []
         noted: list[Arguments] = []
@@ -133,9 +122,9 @@ class Walk:
 
 @contextmanager
 def at_hand(layer: nn.Module) -> Iterator[nn.Module]:
-    """Within the context the layer's weights are where it computes, to be read and changed.
+    """Have the layer's weights on the device where it computes, to read and change them.
 
-    Afterwards what was changed is rounded to what the layer is stored in, and freed memory goes back to the system.
+    Afterwards changes are rounded to the stored dtype, and freed memory returns to the system.
     """
     fetch(layer)
     yield layer
@@ -143,16 +132,13 @@ def at_hand(layer: nn.Module) -> Iterator[nn.Module]:
     release_freed()
 
 
-class forwards_replaced:
-    """Within the context every module's forward is `forward`; afterwards its own again."""
-
-    def __init__(self, layers: list[nn.Module], forward: Callable[..., Any]) -> None:
-        self.layers, self.forward = layers, forward
-
-    def __enter__(self) -> None:
-        for layer in self.layers:
-            layer.forward = self.forward
-
-    def __exit__(self, *exception: object) -> None:
-        for layer in self.layers:
+@contextmanager
+def forwards_replaced(layers: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward` be every module's forward inside the context."""
+    for layer in layers:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
             del layer.forward
