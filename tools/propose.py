@@ -1,4 +1,4 @@
-"""A spec to start from, for a family that has none: `python tools/propose.py MODEL > src/secateur/archs/mine.yaml`.
+"""A spec to start from, for a family that has none: `python tools/propose.py MODEL > src/secateur/model/families/mine.yaml`.
 
 It is derived from the modules of the model on the meta device; see docs/extend.md.
 In: a model reference whose family is unknown. Out: YAML with what was found and, as comments, what a person must check.
