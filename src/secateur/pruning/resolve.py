@@ -134,7 +134,7 @@ def checked(opened: Opened) -> Opened:
     Raises ArchError or RecipeError, each naming the recipe key, for what this model cannot do.
     """
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
-    parse_size("max_shard_size", recipe.output.max_shard_size)
+    parse_size("output.max_shard_size", recipe.output.max_shard_size)
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
     if recipe.repair.compensate == "bias" and any(group.bias_switch is None for group in groups):
         raise RecipeError(
