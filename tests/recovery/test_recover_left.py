@@ -13,7 +13,9 @@ import secateur
 CHANGES = {
     "recover": {
         "num_tokens": 1024,
-        "logits": {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2},
+        "batch_tokens": 128,
+        "learning_rate": 1e-3,
+        "evaluations": 2,
     }
 }
 

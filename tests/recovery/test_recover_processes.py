@@ -19,10 +19,14 @@ import secateur
 WEIGHTS = "model.safetensors"
 SETTINGS = {
     "num_tokens": 2048,
-    "logits": {"batch_tokens": 128, "blocks_per_device": 1, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0},
+    "batch_tokens": 128,
+    "blocks_per_device": 1,
+    "learning_rate": 1e-3,
+    "evaluations": 2,
+    "kl_share": 1.0,
 }
-LORA = {**SETTINGS, "logits": {**SETTINGS["logits"], "train": "lora", "lora_rank": 4, "learning_rate": 3e-3}}
-GENTLE = {**SETTINGS, "logits": {**SETTINGS["logits"], "learning_rate": 3e-4}}
+LORA = {**SETTINGS, "train": "lora", "lora_rank": 4, "learning_rate": 3e-3}
+GENTLE = {**SETTINGS, "learning_rate": 3e-4}
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 FSDP = (
     "-m accelerate.commands.accelerate_cli launch --num_machines 1 --num_processes 2 --mixed_precision no "

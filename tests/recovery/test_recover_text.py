@@ -24,7 +24,7 @@ def asked(recipe) -> Recipe:
 
 
 def settings(**changes) -> RecoverySettings:
-    return RecoverySettings.model_validate({"num_tokens": 4096, "logits": {"batch_tokens": 128}, **changes})
+    return RecoverySettings.model_validate({"num_tokens": 4096, "batch_tokens": 128, **changes})
 
 
 def drawn(recipe: Recipe, **changes) -> RecoveryText:
@@ -50,7 +50,7 @@ def test_blocks_that_do_not_fill_a_step_are_left_out(asked):
 def test_text_that_judged_the_pruning_is_held_out_again_and_never_trained_on(asked, num_tokens):
     assert asked.calibration.num_tokens is not None
     before = build_calibration(asked.calibration, asked.calibration.num_tokens, TOKENIZER, asked.seed)
-    text = drawn(asked, num_tokens=num_tokens, held_out_blocks=8, logits={"batch_tokens": 32})
+    text = drawn(asked, num_tokens=num_tokens, held_out_blocks=8, batch_tokens=32)
     trained = rows(ids for _, ids in text.blocks)
     for domain in before.domains:
         judged = rows(domain.held_out_NT)
@@ -60,7 +60,7 @@ def test_text_that_judged_the_pruning_is_held_out_again_and_never_trained_on(ask
 
 def test_too_few_tokens_for_a_step_is_an_error(asked):
     with pytest.raises(RecipeError, match=r"recover\.num_tokens: 256 leave less than one step of 64 blocks"):
-        drawn(asked, num_tokens=256, logits={"batch_tokens": 2048})
+        drawn(asked, num_tokens=256, batch_tokens=2048)
 
 
 def test_operations_by_hand():
@@ -71,7 +71,7 @@ def test_operations_by_hand():
     flops = predict_flops(model, model, settings(), 200, 10, LENGTH)
     assert flops["training"] == pytest.approx((200 * whole, 200 * (2 * whole + layers)))
     assert flops["judge"] == pytest.approx((10 * whole, 10 * 6 * whole))
-    full = predict_flops(model, model, settings(logits={"train": "full"}), 200, 10, LENGTH)
+    full = predict_flops(model, model, settings(train="full"), 200, 10, LENGTH)
     assert full["training"] == pytest.approx((200 * whole, 200 * 3 * whole))
-    alone = settings(logits={"train": "lora", "kl_share": 0.0, "gradient_checkpointing": True})
+    alone = settings(train="lora", kl_share=0.0, gradient_checkpointing=True)
     assert predict_flops(model, model, alone, 200, 10, LENGTH)["training"] == pytest.approx((0, 600 * whole))
