@@ -1,13 +1,15 @@
-"""Cost of one round: seconds over a plain forward's of the same tokens, and memory over the checkpoint's bytes.
+"""Cost of one round: seconds relative to a plain forward, memory relative to the checkpoint.
 
-Forward, a round that compensates towards each layer's own output alone (`target_mix: 0`, one walk), and a round of the
-defaults (which follow the dense stream beside it) alternate in one process, each on a fresh copy of the model, and
-medians are quoted. The mark was set for the first; the defaults spend the difference on quality. Memory is that of the
-defaults, taken in a process of its own that calls `secateur.prune` from a safetensors directory to a finished output,
-evaluation included, speed measurement not: resident memory, sampled, less what the interpreter and the libraries hold
-after a tiny random model has gone the same way.
+Three things alternate in one process, each on a fresh copy of the model: a forward, a round with
+`target_mix: 0` (one walk), and a round of the defaults (which also follow the dense stream).
+Medians are printed. The mark was set for `target_mix: 0`; the defaults spend more, on quality.
 
-    python benchmarks/cost.py [--model smollm2-135m] [--num-tokens 18432] [--repeats 3] [--rows fast defaults best]
+Memory is that of the defaults, measured in a process of its own that calls `secateur.prune` from a
+safetensors directory to a finished output, evaluation included. It is sampled resident memory, less
+what interpreter and libraries hold after a tiny random model was pruned.
+
+    python benchmarks/cost.py [--model smollm2-135m] [--num-tokens 18432] [--repeats 3]
+                              [--rows fast defaults best]
 """
 
 import argparse
@@ -23,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipes import grouped
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur
@@ -42,7 +43,7 @@ from secateur.stream.walk import make_batches
 MAX_RATIO, MAX_MEMORY = 3.0, 1.25
 OWN_TARGET = "own target"
 ROWS: dict[str, dict[str, Any]] = {
-    OWN_TARGET: {"target_mix": 0},
+    OWN_TARGET: {"repair": {"target_mix": 0}},
     "defaults": {},
     "fast": {"preset": "fast"},
     "best": {"preset": "best"},
@@ -58,7 +59,7 @@ def resident(process: int | str = "self") -> dict[str, int]:
 
 
 def forward_seconds(model: Any, calibration: CalibrationSet) -> float:
-    """Time the model's own forward, logits included, over every block that the walk sees."""
+    """Time the model's own forward, logits included, over all calibration and held-out blocks."""
     start = time.perf_counter()
     with torch.inference_mode():
         for domain in calibration.domains:
@@ -69,7 +70,7 @@ def forward_seconds(model: Any, calibration: CalibrationSet) -> float:
 
 
 def round_seconds(directory: Path, resolved: Resolved, calibration: CalibrationSet) -> float:
-    """Time one whole prune of a fresh copy, from the loaded model to the cut one."""
+    """Time one prune of a fresh copy, loading not included."""
     model = load_model(open_checkpoint(directory))
     start = time.perf_counter()
     prune_in_place(Run(model=model, arch=resolved.arch, resolved=resolved, text=calibration))
@@ -77,7 +78,7 @@ def round_seconds(directory: Path, resolved: Resolved, calibration: CalibrationS
 
 
 def warm_up(tokenizer: Any) -> None:
-    """Prune a tiny random model, so that every library is loaded before memory counts."""
+    """Prune a tiny random model, which loads every library before memory is measured."""
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -90,15 +91,15 @@ def warm_up(tokenizer: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        settings = {"remove": 0.0005, "align": 8, "calibration": {"num_tokens": 6144}}
-        secateur.prune(folder, grouped(settings), out=Path(folder) / "out")
+        settings = {"remove": {"share": 0.0005, "align": 8}, "calibration": {"num_tokens": 6144}}
+        secateur.prune(folder, settings, out=Path(folder) / "out")
 
 
 def measure_memory(directory: Path, settings: dict[str, Any]) -> dict[str, int]:
-    """Prune in this process while a thread samples resident memory; return the peak and the start."""
+    """Prune in this process while a thread samples memory; return the peak and the start."""
     warm_up(load_tokenizer(open_checkpoint(directory)))
     gc.collect()
-    release_freed()  # else what the warm-up freed counts as held, or not, from run to run
+    release_freed()  # else what the warm-up freed may count as held
     before, peak, stop = resident(), {"RssAnon": 0, "RssFile": 0, "sum": 0}, threading.Event()
 
     def sample() -> None:
@@ -111,15 +112,15 @@ def measure_memory(directory: Path, settings: dict[str, Any]) -> dict[str, int]:
     thread.start()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            secateur.prune(directory, grouped(settings), out=Path(folder) / "out")
+            secateur.prune(directory, settings, out=Path(folder) / "out")
     finally:
-        stop.set()  # or an error would wait for the thread forever
+        stop.set()  # also after an error: the thread would run forever
         thread.join()
     return {"start": sum(before.values()), "start_anonymous": before["RssAnon"], **peak}
 
 
 def main() -> None:
-    """Print seconds, memory and the two ratios with their marks."""
+    """Print seconds and memory with their marks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--num-tokens", type=int, default=18432)
@@ -137,8 +138,8 @@ def main() -> None:
         model, tokenizer = load_model(opened), load_tokenizer(opened)
         save_checkpoint(model, tokenizer, directory, max_shard_size="5GB", carry_from=None)
         size = Size.of(model)
-        dense = open_model(directory, parse_recipe(grouped(settings)))
-        recipes = {name: parse_recipe(grouped(settings | ROWS[name])) for name in options.rows}
+        dense = open_model(directory, parse_recipe(settings))
+        recipes = {name: parse_recipe(settings | ROWS[name]) for name in options.rows}
         resolved = {name: resolve(checked(dense.asking(recipe))) for name, recipe in recipes.items()}
         recipe = resolved[options.rows[0]].recipe
         calibration = build_calibration(recipe.calibration, options.num_tokens, tokenizer, recipe.seed)
@@ -150,7 +151,7 @@ def main() -> None:
 def print_seconds(
     model: Any, directory: Path, resolved: dict[str, Resolved], calibration: CalibrationSet, repeats: int
 ) -> None:
-    """Alternate forward and the rounds, print medians and the ratios."""
+    """Alternate forward and rounds; print medians relative to the forward."""
     num_tokens = calibration.num_tokens + calibration.num_held_out_tokens
     print(f"{num_tokens:,} tokens in blocks of {calibration.sequence_length}, {torch.get_num_threads()} threads")
     forward_seconds(model, calibration)
@@ -167,7 +168,7 @@ def print_seconds(
 
 
 def print_memory(found: dict[str, int], size: Size) -> None:
-    """Print the peak and its ratio to the checkpoint's bytes."""
+    """Print the peak, also relative to the checkpoint's bytes."""
     used = found["sum"] - found["start"]
     anonymous = found["RssAnon"] - found["start_anonymous"]
     print(

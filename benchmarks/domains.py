@@ -1,11 +1,12 @@
 """Eight domains against one at equal tokens: seconds and peak memory of a prune.
 
-The two alternate, each on a fresh copy of the model, and medians are quoted. Seconds are of the pruning alone; memory
-is that of a whole `secateur.prune` in a process of its own, beyond the interpreter and the libraries. Both are measured
-as in `cost.py`. The one domain is `code`; the eight are all installed ones and `code` again under another name, which
-draws other documents.
+The two alternate, each on a fresh copy of the model; medians are printed. Seconds are of the
+pruning alone. Memory is that of a whole `secateur.prune` in a process of its own, beyond
+interpreter and libraries. Both are measured as in `cost.py`. The one domain is `code`. The eight
+are all installed ones and `code` under another name, which draws other documents.
 
-    python benchmarks/domains.py [--model smollm2-135m] [--num-blocks 9] [--repeats 3] [--weighting energy]
+    python benchmarks/domains.py [--model smollm2-135m] [--num-blocks 9] [--repeats 3]
+                                 [--weighting energy]
 """
 
 import argparse
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from cost import measure_memory, round_seconds
-from recipes import grouped
 
 from secateur.data.calibration import build_calibration
 from secateur.formats.save import save_checkpoint
@@ -35,15 +35,15 @@ MAX_RATIO = 1.1
 
 
 def settings_of(domains: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Return the recipe, of equal size for any of the sets."""
+    """Return the recipe, with equally many tokens for each set."""
     num_tokens = len(EIGHT) * options.num_blocks * LENGTH
     calibration = {"domains": domains, "num_tokens": num_tokens, "sequence_length": LENGTH}
-    return {"remove": 0.2, "domain_weighting": options.weighting, "calibration": calibration}
+    return {"remove": 0.2, "choose": {"domain_weighting": options.weighting}, "calibration": calibration}
 
 
 def seconds_of(directory: Path, settings: dict[str, Any]) -> float:
-    """Return the seconds of the pruning, text and model at hand."""
-    opened = checked(open_model(directory, parse_recipe(grouped(settings))))
+    """Return the seconds of the pruning, without loading text and model."""
+    opened = checked(open_model(directory, parse_recipe(settings)))
     resolved, tokenizer = resolve(opened), tokenizer_of(opened)
     recipe = resolved.recipe
     calibration = build_calibration(recipe.calibration, resolved.num_tokens, tokenizer, recipe.seed)
@@ -52,7 +52,7 @@ def seconds_of(directory: Path, settings: dict[str, Any]) -> float:
 
 
 def memory_of(directory: Path, name: str, options: argparse.Namespace) -> float:
-    """Return the peak in bytes, measured in a process of its own."""
+    """Return the peak in bytes, measured in its own process."""
     child = [sys.executable, __file__, "--memory-of", str(directory), "--set", name, "--weighting", options.weighting]
     child += ["--num-blocks", str(options.num_blocks)]
     found = json.loads(subprocess.run(child, capture_output=True, text=True, check=True).stdout)
@@ -60,7 +60,7 @@ def memory_of(directory: Path, name: str, options: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    """Print each run, then medians and the ratios with their mark."""
+    """Print each run, then eight domains relative to one with the mark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--num-blocks", type=int, default=9, help="per domain of eight; a multiple of 9, of which one "
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def run_all(directory: Path, options: argparse.Namespace) -> None:
-    """Alternate the sets; print every run and the ratios."""
+    """Alternate the sets; print every run and the medians' ratios."""
     seconds: dict[str, list[float]] = {name: [] for name in SETS}
     memory: dict[str, list[float]] = {name: [] for name in SETS}
     for _ in range(options.repeats):

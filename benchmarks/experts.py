@@ -1,12 +1,12 @@
-"""Which experts can go: their energy over domains, REAP, frequency, chance, on a small mixture trained here.
+"""Scores of whole experts compared on a small mixture that is trained here.
 
     python benchmarks/experts.py --steps 4000 --seeds 0 1 2 [--mixture DIRECTORY]
 
-Trains a Mixtral of a few million parameters on bytes of several domains of `../shared/data` (or SECATEUR_DATA), so that
-its experts differ (ten minutes on one core), then drops 25 and 50% of every layer's experts by each score, without a
-refit and with the defaults' least squares, the same for every score, and prints nats per byte on evaluation text, mean
-over domains. The mixture stays in DIRECTORY, and is used again from there. Every seed draws `random`'s choice, and the
-others' calibration, anew.
+Trains a Mixtral of a few million parameters on bytes of several domains of `../shared/data` (or
+SECATEUR_DATA), so that its experts differ; that takes ten minutes on one core. Then drops 25 and
+50% of every layer's experts by each score, without a refit and with least squares. Prints nats per
+byte on evaluation text, mean over domains. The mixture stays in DIRECTORY for the next run. Every
+seed draws the calibration text, and the choice of `random`, anew.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import statistics
 from pathlib import Path
 
 import torch
-from recipes import grouped
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from secateur.methods.experts import prune_experts
@@ -55,7 +54,7 @@ def blocks(name: str, which: str) -> torch.Tensor:
 
 
 def trained(text: dict[str, torch.Tensor], num_steps: int) -> MixtralForCausalLM:
-    """Return a mixture trained for so many steps on batches that mix all domains."""
+    """Return a mixture trained for `num_steps` steps on batches of all domains."""
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=256, hidden_size=96, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
@@ -78,13 +77,12 @@ def trained(text: dict[str, torch.Tensor], num_steps: int) -> MixtralForCausalLM
 
 
 def pruned_loss(model, calibration, evaluation, name: str, remove: float, seed: int, *, refit: bool) -> float:
-    """Return nats per byte, mean over domains, once so many of every layer's experts are gone."""
+    """Return nats per byte, mean over domains, without the share `remove` of all experts."""
     model = copy.deepcopy(model)
     score, weighting = SCORES[name]
     compensate, mix = ("least_squares", DEFAULT_TARGET_MIX) if refit else ("none", 0.0)
-    recipe = parse_recipe(
-        grouped({"score": score, "domain_weighting": weighting, "compensate": compensate, "target_mix": mix})
-    )
+    choose, repair = {"score": score, "domain_weighting": weighting}, {"compensate": compensate, "target_mix": mix}
+    recipe = parse_recipe({"choose": choose, "repair": repair})
     arch, shares = bind(model), {domain: 1 / len(calibration) for domain in calibration}
     generator = torch.Generator().manual_seed(seed)
     batches = []
@@ -105,6 +103,7 @@ def pruned_loss(model, calibration, evaluation, name: str, remove: float, seed: 
 
 
 def main() -> None:
+    """Train or load the mixture, then print a row per share, refit and score."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -1,14 +1,14 @@
-"""Peak memory and seconds of a prune whose weights stay on disk, against what `inspect` predicts, at a known size.
+"""Peak memory and seconds of a prune with its weights on disk, beside what `inspect` predicts.
 
-A random model of a known shape (`make_shape.py`) is pruned by `secateur prune` in a process of its own,
-from its directory to the finished output, reload check included, within `--budget`. Anonymous memory of that process
-and of the processes it starts is sampled and summed, page cache is stated beside it; what a process that has
-imported secateur holds before is taken off. (What is imported later, and the process that reloads, still count; with
-small shapes they outweigh the run.) `prune` itself has the result reloaded by stock transformers and
-compares all logits. `--keep` keeps the dense model and the result.
+A random model of a known shape (`make_shape.py`) is pruned by `secateur prune` in a process of its
+own within `--budget`, reload check included. Anonymous memory of that process and its children is
+sampled and summed, less what a process holds that has imported secateur. Later imports and the
+process that reloads still count; with small shapes they outweigh the run. Page cache is printed
+beside it. `--keep` leaves the dense model and the result on disk.
 
-    python benchmarks/large.py [--shape qwen2.5-7b] [--layers 28] [--remove 0.2] [--num-tokens 384] [--budget 6GB]
-                               [--preset fast] [--folder DIR] [--dense DIR] [--keep]
+    python benchmarks/large.py [--shape qwen2.5-7b] [--layers 28] [--remove 0.2]
+                               [--num-tokens 384] [--budget 6GB] [--preset fast]
+                               [--folder DIR] [--dense DIR] [--keep]
 """
 
 import argparse
@@ -23,7 +23,6 @@ from pathlib import Path
 
 from cost import resident
 from make_shape import SHAPES, write_shape
-from recipes import grouped
 
 from secateur.evaluation.inspect import inspect
 from secateur.recipe_file import parse_recipe
@@ -33,7 +32,7 @@ PREDICTION_MARK = 0.1
 
 
 def resident_with_children(process: int) -> dict[str, int]:
-    """Return anonymous and file-backed resident bytes of a process and all below it (Linux)."""
+    """Return anonymous and file-backed resident bytes of a process and its descendants (Linux)."""
     total = {"RssAnon": 0, "RssFile": 0}
     for pid in (process, *_below(process)):
         try:
@@ -57,7 +56,7 @@ def _below(process: int) -> list[int]:
 
 
 def sampled(command: list[str]) -> tuple[dict[str, int], float]:
-    """Run a command to its end and return the peaks of its resident memory, each by itself, and seconds."""
+    """Run a command; return the peak of each kind of resident memory, and seconds."""
     peak, start = {"RssAnon": 0, "RssFile": 0}, time.perf_counter()
     child = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     while child.poll() is None:
@@ -70,16 +69,16 @@ def sampled(command: list[str]) -> tuple[dict[str, int], float]:
 
 
 def main() -> None:
-    """Print predicted and measured peak, their ratio, seconds by stage, and what the reload shows."""
+    """Print predicted and measured peak with the mark, and seconds by stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="qwen2.5-7b")
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--remove", type=float, default=0.2, help="with few layers less, since embeddings weigh more")
+    parser.add_argument("--remove", type=float, default=0.2, help="less for few layers, where embeddings weigh more")
     parser.add_argument("--num-tokens", type=int, default=384)
     parser.add_argument("--budget", default="6GB")
     parser.add_argument("--preset", default="default")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--dense", type=Path, help="a model that is there already, in place of a shape")
+    parser.add_argument("--dense", type=Path, help="a local model, instead of a shape")
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=options.folder, prefix="large-"))
@@ -90,14 +89,13 @@ def main() -> None:
         dense = options.dense or dense
         asked = {
             "preset": options.preset,
-            "remove": options.remove,
-            "align": 256,
-            "memory_budget": options.budget,
+            "remove": {"share": options.remove, "align": 256},
+            "machine": {"memory_budget": options.budget},
             "calibration": {"num_tokens": options.num_tokens, "sequence_length": 64},
         }
         recipe.write_text(json.dumps(asked), encoding="utf-8")
-        found = inspect(dense, parse_recipe(grouped(asked)))
-        imports = "import secateur, secateur.cli, secateur.verify, time; time.sleep(2)"
+        found = inspect(dense, parse_recipe(asked))
+        imports = "import secateur, secateur.cli, secateur.formats.save, time; time.sleep(2)"
         before, _ = sampled([sys.executable, "-c", imports])
         peak, seconds = sampled(
             [sys.executable, "-m", "secateur", "prune", str(dense), str(out), "--recipe", str(recipe)]

@@ -1,7 +1,7 @@
-"""Write a checkpoint of random bfloat16 weights in the shape of a known model, sharded as on the hub, for runs of size.
+"""Write a sharded checkpoint of random bfloat16 weights in the shape of a known model.
 
-Weights are normal with standard deviation 0.02, norms 1; one layer's are drawn and written at a time, so that the
-largest shape needs no more memory than a shard's worth. The tokenizer is that of `--tokenizer` (any local model).
+Weights are normal with standard deviation 0.02, norms 1. At most one shard is in memory at a time.
+The tokenizer is that of `--tokenizer` (any local model).
 
     python benchmarks/make_shape.py qwen2.5-7b OUT [--layers 28] [--tokenizer smollm2-135m]
 """
@@ -94,7 +94,7 @@ def _write(out: Path, shard: dict[str, torch.Tensor], number: int, shard_of: dic
 
 
 def main() -> None:
-    """Write the checkpoint that the command line asks for."""
+    """Write the checkpoint named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=list(SHAPES))
     parser.add_argument("out", type=Path)

@@ -1,10 +1,10 @@
-"""Do tasks without the hub give the harness's own numbers? Runs each task twice on the same questions and compares.
+"""Compare tasks without the hub with the harness alone, question by question.
 
-Once as `secateur evaluate --tasks` runs it; once as the harness runs by itself: its own loading of parquet files that
-hold the same rows, its own loading and wrapping of the model. Prints one Markdown row per task; exits with 1 unless
-every single question is scored the same.
+Each task runs twice: as `secateur evaluate --tasks` runs it, and by the harness alone, which loads
+the same rows from parquet files and loads the model itself. Prints a Markdown row per task. Exits
+with 1 unless every question is scored the same.
 
-    HF_HUB_OFFLINE=1 python benchmarks/offline_tasks.py MODEL_DIRECTORY [--limit 100] [--batch-size 8]
+    HF_HUB_OFFLINE=1 python benchmarks/offline_tasks.py MODEL [--limit 100] [--batch-size 8]
 """
 
 import argparse
@@ -27,7 +27,7 @@ SPLITS = {"training_split": "train", "validation_split": "validation", "test_spl
 
 
 def harness_alone(task: Any, lm: Any, options: TaskOptions) -> dict[str, Any]:
-    """Return results and per-question scores; what the task's own file says is kept but for where its rows lie."""
+    """Return results and scores by question; only the location of the task's rows is changed."""
     rows = find_rows(task.config.dataset_path, task.config.dataset_name, None)
     assert rows is not None
     with tempfile.TemporaryDirectory() as scratch, quiet_harness():
@@ -56,7 +56,8 @@ def _scores(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
+    """Print a row per task; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--limit", type=int, default=100)

@@ -1,13 +1,12 @@
-"""Quality at 30% of every FFN's channels: every score, with and without compensation, hybrid and single-domain.
+"""Perplexity without 30% of every FFN's channels: scores, compensation, budgets, domains.
 
-Needs the development text (`../shared/data`, or SECATEUR_DATA). Calibrates on 6 x 6 blocks of 512 tokens of the
-`*_calib` files, evaluates on 4 blocks of 512 of each `*_eval` file; single-domain rows calibrate on as many tokens. The
-guard sees one more block per domain, which no statistic sees. Prints a Markdown table per seed and the marks.
+Needs the development text (`../shared/data`, or SECATEUR_DATA). Calibrates on 6 x 6 blocks of 512
+tokens of the `*_calib` files, evaluates on 4 blocks of 512 of each `*_eval` file. Single-domain
+rows calibrate on as many tokens. One more block per domain is held out of all statistics. Prints a
+Markdown table per seed and the marks. `--remove`: a share of all parameters, instead of `--share`.
 
-`--remove` sets the share of all parameters for every row.
-
-    python benchmarks/quality.py [--seeds 0 1 2] [--rows ours flap-bias] [--model smollm2-135m] [--share 0.3]
-                                 [--remove 0.3] [--num-blocks 6]
+    python benchmarks/quality.py [--seeds 0 1 2] [--rows ours flap-bias] [--model smollm2-135m]
+                                 [--share 0.3] [--remove 0.3] [--num-blocks 6]
 """
 
 import argparse
@@ -19,7 +18,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes import grouped
 from transformers import AutoTokenizer
 
 from secateur.data.calibration import CalibrationSet, build_calibration
@@ -32,7 +30,7 @@ from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.run import Run
 from secateur.recipe import Calibration, Domain
-from secateur.recipe_file import parse_recipe
+from secateur.recipe_file import merged, parse_recipe
 from secateur.stream.losses import domain_losses
 
 DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -48,9 +46,9 @@ HYBRID = tuple(FILES)
 
 
 class Cut(NamedTuple):
-    """`share`: of every FFN's channels, or as many over all layers. `num_blocks`: of calibration, per domain.
+    """`share`: of all FFN channels. `num_blocks`: of calibration, per domain.
 
-    `remove`: of all parameters, in place of `share`.
+    `remove`: a share of all parameters, instead of `share`.
     """
 
     share: float
@@ -60,34 +58,41 @@ class Cut(NamedTuple):
 
 LENGTH, CALIBRATION_BLOCKS, EVALUATION_BLOCKS, CUT_SHARE = 512, 6, 4, 0.30
 MAX_TIMES_DENSE, MIN_BELOW_FLAP = 1.73, 0.17
+CURVE, GRID = {"budget": "curve"}, (1.0, 10.0, 100.0)
 
 ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "ours": ({}, HYBRID),
-    "flap-bias": ({"score": "flap", "compensate": "bias", "domain_weighting": "tokens"}, HYBRID),
-    "ours-tokens": ({"domain_weighting": "tokens"}, HYBRID),
+    "flap-bias": (
+        {"choose": {"score": "flap", "domain_weighting": "tokens"}, "repair": {"compensate": "bias"}},
+        HYBRID,
+    ),
+    "ours-tokens": ({"choose": {"domain_weighting": "tokens"}}, HYBRID),
     "ours-web": ({}, ("web",)),
     "ours-wiki": ({}, ("wiki",)),
     **{
-        f"{score}{'' if compensate == 'none' else '-ls'}": ({"score": score, "compensate": compensate}, HYBRID)
+        f"{score}{'' if compensate == 'none' else '-ls'}": (
+            {"choose": {"score": score}, "repair": {"compensate": compensate}},
+            HYBRID,
+        )
         for score in ("random", "magnitude", "wanda", "flap", "obs")
         for compensate in ("none", "least_squares")
         if (score, compensate) != ("obs", "least_squares")
     },
-    "ours-own-target": ({"target_mix": 0.0}, HYBRID),
-    "ours-damping-grid": ({"damping_factors": (1.0, 10.0, 100.0)}, HYBRID),
-    "ours-own-grid": ({"target_mix": 0.0, "damping_factors": (1.0, 10.0, 100.0)}, HYBRID),
-    "ours-own-damping-10": ({"target_mix": 0.0, "damping": 0.01}, HYBRID),
-    "ours-3-rounds": ({"rounds": 3}, HYBRID),
-    "global": ({"budget": "global"}, HYBRID),
-    "curve": ({"budget": "curve", "align": 32}, HYBRID),
-    **{f"depth-{depth}": ({"budget": "curve", "align": 32, "depth": depth}, HYBRID) for depth in (1, 2, 3)},
-    "curve-kv": ({"budget": "curve", "align": 32, "groups": ["ffn", "kv_heads"]}, HYBRID),
-    "minimax": ({"domain_weighting": "minimax"}, HYBRID),
+    "ours-own-target": ({"repair": {"target_mix": 0.0}}, HYBRID),
+    "ours-damping-grid": ({"repair": {"damping_factors": GRID}}, HYBRID),
+    "ours-own-grid": ({"repair": {"target_mix": 0.0, "damping_factors": GRID}}, HYBRID),
+    "ours-own-damping-10": ({"repair": {"target_mix": 0.0, "damping": 0.01}}, HYBRID),
+    "ours-3-rounds": ({"choose": {"rounds": 3}}, HYBRID),
+    "global": ({"choose": {"budget": "global"}}, HYBRID),
+    "curve": ({"choose": CURVE, "remove": {"align": 32}}, HYBRID),
+    **{f"depth-{depth}": ({"choose": CURVE, "remove": {"align": 32, "depth": depth}}, HYBRID) for depth in (1, 2, 3)},
+    "curve-kv": ({"choose": CURVE, "remove": {"align": 32, "groups": ["ffn", "kv_heads"]}}, HYBRID),
+    "minimax": ({"choose": {"domain_weighting": "minimax"}}, HYBRID),
 }
 
 
 def draw(domains: tuple[str, ...], part: int, blocks: int, tokenizer: Any, seed: int) -> CalibrationSet:
-    """Return `blocks` blocks per domain of the six, spread over `domains`, of part 0 (calib) or 1 (eval)."""
+    """Return 6 x `blocks` blocks, spread over `domains`, of part 0 (calib) or 1 (eval)."""
     files = {name: Domain(files=(str(DATA / "text" / f"{FILES[name][part]}.jsonl.gz"),)) for name in domains}
     calibration = Calibration(domains=files, sequence_length=LENGTH)
     return build_calibration(calibration, blocks * len(HYBRID) * LENGTH, tokenizer, seed)
@@ -96,7 +101,7 @@ def draw(domains: tuple[str, ...], part: int, blocks: int, tokenizer: Any, seed:
 def run_row(
     checkpoint: Checkpoint, row: str, seed: int, tokenizer: Any, evaluation: CalibrationSet, size: Cut
 ) -> dict[str, float]:
-    """Prune by one row's recipe and return perplexity by domain; empty `row` evaluates the dense model."""
+    """Prune by one row's recipe; return perplexity by domain. Empty `row`: the dense model."""
     model = load_model(checkpoint)
     arch, num_params = bind(model), Size.of(model).num_params
     seconds = 0.0
@@ -104,10 +109,9 @@ def run_row(
         settings, domains = ROWS[row]
         channels = sum(group.num_units * group.params_per_unit for group in arch.select(("ffn",)))
         remove = size.remove or size.share * channels / num_params
-        recipe = {"remove": remove, "align": 1, "seed": seed, **settings}
-        num_tokens = size.num_blocks * len(HYBRID) * LENGTH
-        recipe["calibration"] = {"num_tokens": num_tokens, "sequence_length": LENGTH}
-        resolved = resolve(checked(open_model(model, parse_recipe(grouped(recipe)), tokenizer)))
+        calibration = {"num_tokens": size.num_blocks * len(HYBRID) * LENGTH, "sequence_length": LENGTH}
+        base = {"remove": {"share": remove, "align": 1}, "calibration": calibration, "seed": seed}
+        resolved = resolve(checked(open_model(model, parse_recipe(merged(base, settings)), tokenizer)))
         calibration = draw(domains, 0, size.num_blocks, tokenizer, seed)
         start = time.perf_counter()
         run = remove_depth(Run(model=model, arch=arch, resolved=resolved, text=calibration))
@@ -142,7 +146,7 @@ def main() -> None:
     options = parser.parse_args()
     opened = open_checkpoint(options.model)
     with tempfile.TemporaryDirectory() as folder:
-        # Written once as safetensors, so that each row's fresh copy loads in a second.
+        # As safetensors, of which each row loads a fresh copy in a second.
         save_checkpoint(load_model(opened), load_tokenizer(opened), Path(folder), max_shard_size="5GB", carry_from=None)
         run_all(
             open_checkpoint(folder), options.seeds, options.rows, Cut(options.share, options.num_blocks, options.remove)

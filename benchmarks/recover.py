@@ -1,13 +1,13 @@
-"""What training wins back: SmolLM2-135M pruned at 20, 30 and 50% of all parameters by the defaults, then recovered.
+"""What training wins back: SmolLM2-135M without 20, 30 and 50% of its parameters, then recovered.
 
-Needs the development text (`../shared/data`, or SECATEUR_DATA). Prunes and trains on the `*_calib` files of six
-domains, judges on 4 blocks of 512 of each `*_eval` file, which nothing is trained on. Rows: the defaults (`ours`), KL
-or cross-entropy alone, embedding and head trained too (`full`), and, at equal tokens, LoRA on the same loss, on KL or
-on plain cross-entropy (LLM-Pruner's recipe). Every finished model stays in the directory, so that an interrupted
-benchmark goes on. Prints a Markdown table.
+Needs the development text (`../shared/data`, or SECATEUR_DATA). Prunes by the defaults and trains
+on the `*_calib` files of six domains; evaluates on 4 blocks of 512 of each `*_eval` file. Rows: the
+defaults (`ours`), KL or cross-entropy alone, embedding and head trained too (`full`), and, at equal
+tokens, LoRA on the same loss, on KL or on cross-entropy (LLM-Pruner's recipe). Finished models stay
+in the directory, so that an interrupted benchmark goes on. Prints a Markdown table.
 
-    python benchmarks/recover.py DIRECTORY [--model smollm2-135m] [--removes 0.2 0.3 0.5] [--tokens 300000]
-                                 [--rows ours lora-ce]
+    python benchmarks/recover.py DIRECTORY [--model smollm2-135m] [--removes 0.2 0.3 0.5]
+                                 [--tokens 300000] [--rows ours lora-ce]
 """
 
 import argparse
@@ -16,8 +16,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from quality import FILES, HYBRID, LENGTH, draw
-from recipes import grouped
+from quality import DATA, FILES, HYBRID, LENGTH, draw
 
 from secateur.api import prune
 from secateur.model.bind import bind
@@ -28,39 +27,37 @@ from secateur.stream.losses import domain_losses
 CALIBRATION_TOKENS, EVALUATION_BLOCKS = 49_152, 4
 ROWS: dict[str, dict[str, Any]] = {
     "ours": {},
-    "kl": {"logits": {"kl_share": 1.0}},
-    "ce": {"logits": {"kl_share": 0.0}},
-    "full": {"logits": {"train": "full"}},
-    "lora": {"logits": {"train": "lora", "learning_rate": 2e-4}},
-    "lora-kl": {"logits": {"train": "lora", "kl_share": 1.0, "learning_rate": 2e-4}},
-    "lora-ce": {"logits": {"train": "lora", "kl_share": 0.0, "learning_rate": 2e-4}},
+    "kl": {"kl_share": 1.0},
+    "ce": {"kl_share": 0.0},
+    "full": {"train": "full"},
+    "lora": {"train": "lora", "learning_rate": 2e-4},
+    "lora-kl": {"train": "lora", "kl_share": 1.0, "learning_rate": 2e-4},
+    "lora-ce": {"train": "lora", "kl_share": 0.0, "learning_rate": 2e-4},
 }
 
 
 def domains() -> dict[str, Any]:
-    """Return the six domains' calibration files as a recipe has them."""
-    from quality import DATA
-
+    """Return the six domains of the recipe."""
     return {name: {"files": [str(DATA / "text" / f"{FILES[name][0]}.jsonl.gz")]} for name in HYBRID}
 
 
 def pruned_at(remove: float, model: str, place: Path) -> Path:
-    """Prune by the defaults, unless that was done before."""
+    """Prune by the defaults, unless an earlier run did."""
     out = place / f"pruned-{remove:g}"
     if not out.exists():
         calibration = {"domains": domains(), "num_tokens": CALIBRATION_TOKENS, "sequence_length": LENGTH}
-        prune(model, grouped({"remove": remove, "calibration": calibration}), out=out)
+        prune(model, {"remove": remove, "calibration": calibration}, out=out)
     return out
 
 
 def recovered_by(row: str, pruned: Path, model: str, num_tokens: int, learning_rate: float | None) -> Path:
-    """Recover by one row's settings, unless that was done before."""
+    """Recover by one row's settings, unless an earlier run did."""
     rate = "" if learning_rate is None else f"-{learning_rate:g}"
     out = pruned.with_name(f"{pruned.name}-{row}-{num_tokens}{rate}")
     if not out.exists():
         settings = {"num_tokens": num_tokens, **ROWS[row]}
         if learning_rate is not None:
-            settings["logits"] = {**settings.get("logits", {}), "learning_rate": learning_rate}
+            settings["learning_rate"] = learning_rate
         recover(pruned, model, {"recover": settings}, out=out, tell=lambda text: print(f"  {text}", flush=True))
     return out
 
@@ -79,7 +76,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--removes", type=float, nargs="+", default=[0.2, 0.3, 0.5])
     parser.add_argument("--tokens", type=int, default=300_000)
-    parser.add_argument("--learning-rate", type=float, help="instead of the row's own")
+    parser.add_argument("--learning-rate", type=float, help="instead of the row's")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["ours", "lora-ce"])
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
@@ -103,7 +100,7 @@ def main() -> None:
 
 
 def by_record(record: dict[str, Any]) -> str:
-    """Return the share that the training won back on the recovery's own held-out text, kept or not."""
+    """Return the share that training won back on its own held-out text."""
 
     def mean(verdicts: dict[str, Any]) -> float:
         return sum(verdict["nats_per_token"] for verdict in verdicts.values()) / len(verdicts)

@@ -1,9 +1,9 @@
-"""A spec to start from, for a family that has none: `python tools/propose.py MODEL > src/secateur/model/families/mine.yaml`.
+"""Propose a spec for an unknown family: `python tools/propose.py MODEL > mine.yaml`.
 
-It is derived from the modules of the model on the meta device; see docs/extend.md.
-In: a model reference whose family is unknown. Out: YAML with what was found and, as comments, what a person must check.
-Widths are recognised by their sizes; each group is proposed only if a config that says a smaller number builds the
-smaller linears. Nothing reads a proposal: it becomes a family once it lies in `archs/` and its tests pass.
+In: a model whose family has no spec. Out: YAML, with comments on what a person must check.
+It is derived from the model's modules on the meta device. Widths are recognised by their sizes; a
+group is proposed only if a config with a smaller number builds smaller linears. The proposal is a
+family once it lies in src/secateur/model/families and its tests pass; see docs/extend.md.
 """
 
 import argparse
@@ -25,12 +25,12 @@ LOGIT_KEYS = {"final_logit_softcapping": "cap", "logit_scale": "multiply", "logi
 
 
 def proposed_spec(reference: str | Path) -> str:
-    """Return the YAML for a model that `open_checkpoint` opens. Raises CheckpointError as it does; reads no weights."""
+    """Return the YAML for a model; read no weights. Raises CheckpointError as `open_checkpoint`."""
     return spec_text(meta_model(open_checkpoint(reference, weights=False).config))
 
 
 def spec_text(model: PreTrainedModel) -> str:
-    """Return the proposal, or what was missing for one as comments."""
+    """Return the proposal, or a comment on what is missing for one."""
     config: Any = text_config(model)
     found = _layers(model, config.num_hidden_layers)
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
@@ -61,12 +61,12 @@ def spec_text(model: PreTrainedModel) -> str:
 
 def _layers(model: nn.Module, num_layers: int) -> tuple[str, nn.Module] | None:
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
-    # The last layer: where the first ones differ, they are fewer.
+    # The last layer: the few layers that may differ come first.
     return next(((name, module[-1]) for name, module in lists), None)
 
 
 def _linears(layer: nn.Module) -> dict[str, nn.Module]:
-    """Return linears by name, GPT-2's transposed ones too."""
+    """Return linears by name, GPT-2's transposed ones among them."""
     return {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
 
 
@@ -84,7 +84,7 @@ def _channels(model: PreTrainedModel, layer: nn.Module, config: Any) -> Iterator
         if reader is None or name in done:
             continue
         if name == "shared" and any(width in p.shape for p in layer.parameters() if p.ndim == 3):
-            yield "  # No shared: routed experts are as wide, so that the config has one number for both."
+            yield "  # No shared: the config has one width for shared and routed experts."
             continue
         if not _follows(model, {key: width // 2}, reader, (config.hidden_size, width // 2)):
             continue
@@ -191,7 +191,7 @@ def _widths(config: Any) -> list[tuple[str, int]]:
 
 
 def _pins(model: PreTrainedModel, config: Any, reader: str) -> bool:
-    """Say whether fewer heads of the same width can be told by the config."""
+    """Say whether the config can have fewer heads of the same width."""
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     per_key = queries // keys
     fewer = max(keys // 2, 1)
@@ -213,7 +213,7 @@ def _follows(model: PreTrainedModel, changes: dict[str, int], linear: str, shape
 
 
 def main() -> None:
-    """Print the proposal for the model named on the command line; one sentence and status 2 if it cannot be opened."""
+    """Print the proposal; if the model cannot be opened, one sentence and status 2."""
     parser = argparse.ArgumentParser(description="Print a spec to start from, for a family that has none.")
     parser.add_argument("model", help="a local directory or a hub id; no weights are read")
     try:

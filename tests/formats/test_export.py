@@ -387,7 +387,10 @@ def test_a_weight_that_does_not_fit_leaves_no_file(value, type_name, message, tm
     [
         ({"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}}, "this one is Unigram"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, "has no merges"),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, r"a rule that GGUF export does not know \(Whitespace unusual\)"),
+        (
+            {"pre_tokenizer": {"type": "Whitespace"}},
+            r"a rule that GGUF export does not know \('Whitespace' 'unusual'\)",
+        ),
         ({"normalizer": {"type": "Lowercase"}}, "a rule that GGUF export does not know"),
     ],
 )

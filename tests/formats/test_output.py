@@ -87,7 +87,7 @@ def test_nothing_is_carried_from_a_directory_that_is_no_model(tmp_path):
 @pytest.mark.parametrize("size", ["5", "GB", "0GB", "-1GB", "five GB", "", "infGB", "nanGB"])
 def test_bad_shard_size(size):
     with pytest.raises(RecipeError, match=f"output.max_shard_size: must be .*got '{size}'"):
-        parse_size("max_shard_size", size)
+        parse_size("output.max_shard_size", size)
 
 
 def test_shard_size():

@@ -18,15 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur.model.checkpoint import load_model
-from secateur.recovery import recover as recover_job
+from secateur.recovery import open as recovery_open
 from secateur.recovery.judge import domain_weights, objective
-from secateur.recovery.recover import dry_run, judged, open_job, prepare, recover, train_guarded
+from secateur.recovery.open import dry_run, open_job, prepare
+from secateur.recovery.recover import judged, recover, train_guarded
 from secateur.recovery.train import Work, with_lora
 from secateur.report.measured import RecoveryRecord, TrainingRecord, mean_kl, mean_nats
 
 # A random dense model knows nothing of the text, so only its predictions can be learnt.
-LOGITS = {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}
-CHANGES = {"recover": {"num_tokens": 2048, **LOGITS}}
+TRAINING = {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}
+CHANGES = {"recover": {"num_tokens": 2048, **TRAINING}}
 WEIGHTS = "model.safetensors"
 
 
@@ -56,7 +57,7 @@ def events(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "run.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def with_logits(**settings: Any) -> dict[str, Any]:
+def training_with(**settings: Any) -> dict[str, Any]:
     return {"recover": {**CHANGES["recover"], **settings}}
 
 
@@ -147,7 +148,7 @@ def test_a_run_that_was_killed_after_its_training_does_not_train_again(recovered
 
 
 def test_weights_on_disk_give_the_bytes_of_weights_in_memory(recovered, pruned, checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(recover_job, "load_model", lambda checkpoint, **_: load_model(checkpoint))
+    monkeypatch.setattr(recovery_open, "load_model", lambda checkpoint, **_: load_model(checkpoint))
     recover(pruned, checkpoints["llama"], CHANGES, out=tmp_path / "whole")
     for name in (WEIGHTS, "config.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (recovered / name).read_bytes()
@@ -155,7 +156,7 @@ def test_weights_on_disk_give_the_bytes_of_weights_in_memory(recovered, pruned, 
 
 def train(pruned: Path, teacher: Path, changes: dict[str, Any], place: Path) -> tuple[Work, Any, TrainingRecord]:
     """Train alone, without writing a result; return what was worked on, the verdicts before, the record."""
-    work, _ = prepare(*open_job(pruned, teacher, changes), place)
+    work = prepare(*open_job(pruned, teacher, changes), place)
     return (work, *train_guarded(work))
 
 
@@ -164,7 +165,7 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_never_worse(pruned, checkpoints, tmp_path):
-    work, before, record = train(pruned, checkpoints["llama"], with_logits(learning_rate=3.0), tmp_path / "out")
+    work, before, record = train(pruned, checkpoints["llama"], training_with(learning_rate=3.0), tmp_path / "out")
     old = load_file(pruned / WEIGHTS)
     assert all(torch.equal(old[name], tensor) for name, tensor in weights(work.pruned).items())
     assert mean_kl(record.after) >= mean_kl(before) and not record.held
@@ -181,7 +182,7 @@ def test_never_worse(pruned, checkpoints, tmp_path):
     ],
 )
 def test_every_way_to_train_wins_back(pruned, checkpoints, tmp_path, settings):
-    work, before, record = train(pruned, checkpoints["llama"], with_logits(**settings), tmp_path / "out")
+    work, before, record = train(pruned, checkpoints["llama"], training_with(**settings), tmp_path / "out")
     assert record.held and mean_kl(record.after) < mean_kl(before)
     assert weights(work.pruned).keys() == set(load_file(pruned / WEIGHTS))
     words = "model.embed_tokens.weight"
@@ -213,7 +214,7 @@ def test_lora_without_peft_says_what_to_install(checkpoints, monkeypatch):
 def test_gradient_checkpointing_changes_nothing_and_cross_entropy_needs_no_teacher(pruned, checkpoints, tmp_path):
     found = []
     for checkpointing in (False, True):
-        changes = with_logits(kl_share=0.0, gradient_checkpointing=checkpointing, learning_rate=1e-4)
+        changes = training_with(kl_share=0.0, gradient_checkpointing=checkpointing, learning_rate=1e-4)
         work, before, record = train(pruned, checkpoints["llama"], changes, tmp_path / str(checkpointing))
         assert work.teacher is None
         # Without a teacher the loss says whether it helped, whatever the KL did.
@@ -225,7 +226,7 @@ def test_gradient_checkpointing_changes_nothing_and_cross_entropy_needs_no_teach
 
 
 def test_the_domains_that_lost_most_count_most(pruned, checkpoints, tmp_path):
-    work, _ = prepare(*open_job(pruned, checkpoints["llama"], CHANGES), tmp_path / "out")
+    work = prepare(*open_job(pruned, checkpoints["llama"], CHANGES), tmp_path / "out")
     before = judged(work)
     weighed = domain_weights(before, "lost")
     assert sorted(weighed, key=weighed.__getitem__) == sorted(before, key=lambda domain: before[domain].kl)
@@ -253,7 +254,7 @@ def test_prune_with_recover_in_the_recipe_is_prune_and_then_recover(recovered, p
 
 def test_the_command_line_end_to_end(pruned, checkpoints, texts, tmp_path):
     file = tmp_path / "r.yaml"
-    file.write_text(yaml.safe_dump(with_logits(learning_rate=3e-4)), encoding="utf-8")
+    file.write_text(yaml.safe_dump(training_with(learning_rate=3e-4)), encoding="utf-8")
     options = ["--tokens", "2048", "--recipe", file, "--domain", f"prose={texts['prose']}"]
     arguments = ["recover", pruned, "--teacher", checkpoints["llama"], *options]
     dry = run_cli(*arguments, "--dry-run")
@@ -307,11 +308,11 @@ def test_mismatches_are_refused_before_anything_runs(pruned, checkpoints, tmp_pa
     ("changes", "sentence"),
     [
         ({"recover": {"num_tokens": 64}}, "leave less than one step"),
-        ({"recover": {"stages": ["logits"]}}, r"recover\.stages is gone, .* use recover\.logits\.$"),
-        ({"recover": {"blocks": {"epochs": 2}}}, r"recover\.blocks is gone, .* use recover\.logits\.$"),
-        ({"recover": {"blocks_share": 0.1}}, r"recover\.blocks_share is gone, .* use recover\.logits\.$"),
-        ({"recover": {"cache": True}}, r"recover\.cache is gone, .* leave it out\.$"),
-        ({"recover": {"top_words": 64}}, r"recover\.top_words is gone, .* leave it out\.$"),
+        ({"recover": {"stages": ["logits"]}}, r"recover\.stages is gone; .* see recover\.$"),
+        ({"recover": {"blocks": {"epochs": 2}}}, r"recover\.blocks is gone; .* see recover\.$"),
+        ({"recover": {"blocks_share": 0.1}}, r"recover\.blocks_share is gone; .* see recover\.$"),
+        ({"recover": {"cache": True}}, r"recover\.cache is gone; leave it out"),
+        ({"recover": {"top_words": 64}}, r"recover\.top_words is gone; leave it out"),
         ({"recover": {"tempertaure": 2}}, "did you mean 'temperature'"),
         ({"recover": {"num_tokens": 10**7}}, "tokens of text after packing"),
     ],

@@ -27,12 +27,7 @@ ARC = [
     }
     for number in range(8)
 ]
-TRAINING = {
-    "num_tokens": 1024,
-    "batch_tokens": 128,
-    "learning_rate": 1e-3,
-    "evaluations": 1,
-}
+TRAINING = {"num_tokens": 1024, "batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 1}
 ASKED = {"recover": {**TRAINING, "evaluation": {"tasks": ["arc_easy"], "limit": 5}}}
 
 

@@ -46,7 +46,7 @@ def recover(
     asked = {"tasks": list(task_names(tasks, tasks_data)) or None, "limit": limit}
     changes = _changes(tokens, recipe, domain, asked)
     # Imported here so that --help and option errors do not wait for torch.
-    from secateur.recovery.recover import dry_run as predict
+    from secateur.recovery.open import dry_run as predict
     from secateur.recovery.recover import recover as recover_model
     from secateur.report.rows_measured import cost_table, recovery_table
 

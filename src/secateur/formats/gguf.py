@@ -1,4 +1,4 @@
-"""`secateur export`: a checkpoint directory as a GGUF file, tensor by tensor; it appears complete or not at all."""
+"""`secateur export`: a checkpoint in, a GGUF file out, complete or not at all."""
 
 import importlib.util
 import logging
@@ -24,9 +24,9 @@ from secateur.plugins import EXPORTER_GROUP, look_up
 
 
 def context_length(config: PreTrainedConfig, family: GgufSpec) -> int:
-    """Return for how many tokens llama.cpp computes what the model does.
+    """Return up to how many tokens llama.cpp computes what the model does.
 
-    A sliding window changes nothing up to its own length; architectures without one are right up to there.
+    Where llama.cpp has no sliding window, this is the window's length.
     """
     sizes: Any = config
     window = None if family.window_period else getattr(sizes, "sliding_window", None)
@@ -40,14 +40,14 @@ def add_metadata(writer: Any, config: PreTrainedConfig, family: GgufSpec) -> Non
     writer.add_context_length(context_length(config, family))
     writer.add_embedding_length(sizes.hidden_size)
     writer.add_block_count(sizes.num_hidden_layers)
-    layers = layer_widths(config)
-    writer.add_feed_forward_length(_one_or_all([layer.ffn_width for layer in layers]))
-    writer.add_head_count(_one_or_all([layer.num_heads for layer in layers]))
+    num_heads, num_kv_heads, ffn_widths = layer_widths(config)
+    writer.add_feed_forward_length(_one_or_all(ffn_widths))
+    writer.add_head_count(_one_or_all(num_heads))
     if family.latent_attention:
         _add_latent_attention(writer, sizes)
     else:
-        writer.add_head_count_kv(_one_or_all([layer.num_kv_heads for layer in layers]))
-        # Stated, or llama.cpp takes hidden size / heads, which pruned heads make wrong.
+        writer.add_head_count_kv(_one_or_all(num_kv_heads))
+        # Stated: the default, hidden size / heads, is wrong once heads are pruned.
         writer.add_key_length(head_dim(config))
         writer.add_value_length(head_dim(config))
     writer.add_rope_dimension_count(int(head_dim(config) * rotary(config).get("partial_rotary_factor", 1.0)))
@@ -67,7 +67,7 @@ def _one_or_all(values: list[int]) -> int | list[int]:
 
 
 def _add_latent_attention(writer: Any, sizes: Any) -> None:
-    """Write what one KV head per layer holds, the latent vector and the rotated channels, and what a head reads off."""
+    """Write the sizes of latent attention: one KV head a layer, of latent and rotated channels."""
     writer.add_head_count_kv(1)
     writer.add_key_length(sizes.kv_lora_rank + sizes.qk_rope_head_dim)
     writer.add_value_length(sizes.kv_lora_rank)
@@ -110,30 +110,26 @@ def _add_rotary(writer: Any, settings: dict[str, Any], family: GgufSpec) -> None
         return
     writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
     writer.add_rope_scaling_factor(settings["factor"])
-    if kind == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(settings["original_max_position_embeddings"])
-        if settings.get("mscale_all_dim"):
-            # A tenth for DeepSeek alone: llama.cpp's converter, TAG_DEEPSEEK2_YARN_LOG_MUL_FIX.
-            share = 0.1 if family.latent_attention else 1.0
-            writer.add_rope_scaling_yarn_log_mul(share * settings["mscale_all_dim"])
-        if settings.get("llama_4_scaling_beta"):
-            writer.add_attn_temperature_scale(settings["llama_4_scaling_beta"])
-        if settings.get("attention_factor") is not None:
-            writer.add_rope_scaling_yarn_attn_factor(settings["attention_factor"])
-        if settings.get("beta_fast") is not None:
-            writer.add_rope_scaling_yarn_beta_fast(settings["beta_fast"])
-        if settings.get("beta_slow") is not None:
-            writer.add_rope_scaling_yarn_beta_slow(settings["beta_slow"])
-
-
-_FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    if kind == "linear":
+        return
+    writer.add_rope_scaling_orig_ctx_len(settings["original_max_position_embeddings"])
+    if settings.get("mscale_all_dim"):
+        # A tenth for DeepSeek alone: llama.cpp's converter, TAG_DEEPSEEK2_YARN_LOG_MUL_FIX.
+        factor = 0.1 if family.latent_attention else 1.0
+        writer.add_rope_scaling_yarn_log_mul(factor * settings["mscale_all_dim"])
+    if settings.get("llama_4_scaling_beta"):
+        writer.add_attn_temperature_scale(settings["llama_4_scaling_beta"])
+    for key, name in (("attention_factor", "attn_factor"), ("beta_fast", "beta_fast"), ("beta_slow", "beta_slow")):
+        if settings.get(key) is not None:
+            getattr(writer, f"add_rope_scaling_yarn_{name}")(settings[key])
 
 
 def check_exportable(checkpoint: Checkpoint, type_name: str | None) -> str:
-    """Return the type to write, by default the weights' own, after every check that reads no weights.
+    """Return the type to write, by default the weights' own, after all checks that read no weights.
 
-    Raises RecipeError for an unknown type, ArchError for a family or structure that llama.cpp does not run,
-    CheckpointError for a missing package, a source that is GGUF already, or a tokenizer that cannot be written.
+    Raises RecipeError for an unknown type, ArchError for a family or structure that llama.cpp does
+    not run, CheckpointError for a missing package, a source that is GGUF already, or a tokenizer
+    that cannot be written.
     """
     if type_name is not None and type_name not in TYPES:
         raise RecipeError(
@@ -146,7 +142,8 @@ def check_exportable(checkpoint: Checkpoint, type_name: str | None) -> str:
         raise CheckpointError(f"{checkpoint.reference}: is GGUF already; give a directory with safetensors weights.")
     family = gguf_family(checkpoint)
     check_weights(checkpoint, meta_model(checkpoint.config))
-    check_tokenizer(load_tokenizer(checkpoint), _vocab_size(checkpoint), checkpoint.reference)
+    vocab_size = checkpoint.config.get_text_config().vocab_size
+    check_tokenizer(load_tokenizer(checkpoint), vocab_size, checkpoint.reference)
     type_name = type_name or OWN_TYPES.get(str(checkpoint.config.dtype))
     if type_name is None:
         raise RecipeError(
@@ -171,17 +168,15 @@ def export_gguf(checkpoint: Checkpoint, file: Path, type_name: str, progress: Pr
     try:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(Path(checkpoint.reference).name)
-        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[type_name]])
+        file_type = "ALL_F32" if type_name == "f32" else f"MOSTLY_{TYPES[type_name]}"
+        writer.add_file_type(gguf.LlamaFileType[file_type])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_metadata(writer, checkpoint.config, family)
-        add_tokenizer(writer, load_tokenizer(checkpoint), _vocab_size(checkpoint), checkpoint.reference)
+        vocab_size = checkpoint.config.get_text_config().vocab_size
+        add_tokenizer(writer, load_tokenizer(checkpoint), vocab_size, checkpoint.reference)
         _write(writer, file, tensors, read_gguf_arrays(tensors, family, checkpoint.config), progress)
     finally:
         writer.close()
-
-
-def _vocab_size(checkpoint: Checkpoint) -> int:
-    return checkpoint.config.get_text_config().vocab_size
 
 
 def _write(
@@ -190,11 +185,9 @@ def _write(
     import gguf
 
     for tensor in tensors:
-        kind = gguf.GGMLQuantizationType[TYPES[tensor.type_name]]
-        # The dtype given does not matter where the type is; only that it is not bytes, whose shape would be converted.
-        writer.add_tensor_info(
-            tensor.gguf_name, tensor.shape, np.dtype(np.float32), num_gguf_bytes(tensor), raw_dtype=kind
-        )
+        # raw_dtype decides, but uint8 before it would convert the shape.
+        shape, dtype, kind = tensor.shape, np.dtype(np.float32), gguf.GGMLQuantizationType[TYPES[tensor.type_name]]
+        writer.add_tensor_info(tensor.gguf_name, shape, dtype, num_gguf_bytes(tensor), raw_dtype=kind)
     writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -206,10 +199,10 @@ def _write(
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """How a written file is compared with the checkpoint, by a program that not everyone has installed.
+    """How a written file is compared with the checkpoint, by an optional program.
 
-    is_possible: whether that program is there. require(what): raises CheckpointError if it is not.
-    run(path, checkpoint, type name): returns the figures, or raises CheckpointError if the file is not the model.
+    is_possible: whether that program is installed. require(what): raises CheckpointError if not.
+    run(path, checkpoint, type name): returns the figures; raises CheckpointError if they differ.
     """
 
     is_possible: Callable[[], bool]
@@ -221,10 +214,10 @@ class Proof:
 class Exporter:
     """One format.
 
-    check(checkpoint, type name or None): returns the type of numbers to write, by default the weights' own. It reads no
-    weights and raises a SecateurError for whatever cannot be written.
-    write(checkpoint, path, type name, progress): writes the file, in a hidden place that becomes FILE at the end.
-    context_length(checkpoint): for how many tokens the file is right, where that is known.
+    check(checkpoint, type name or None): returns the number type to write, by default the weights'
+    own. It reads no weights and raises a SecateurError for what cannot be written.
+    write(checkpoint, path, type name, progress): writes the file, under a hidden name at first.
+    context_length(checkpoint): up to how many tokens the file is right, if known.
     """
 
     check: Callable[[Checkpoint, str | None], str]
@@ -245,9 +238,9 @@ EXPORTERS: dict[str, Exporter] = {
 
 @dataclass(frozen=True, slots=True)
 class Export(Record):
-    """The written file. `context_length`: for how many tokens it is right, None where the format does not say.
+    """The written file. `context_length`: up to how many tokens it is right, None if unknown.
 
-    `check` is None where it was not run.
+    `check`: None if it was not run.
     """
 
     file: str
@@ -260,13 +253,9 @@ class Export(Record):
 def find_exporter(name: str) -> Exporter:
     """Return a built-in exporter, or the one of that name that an installed package registers.
 
-    Raises RecipeError if there is none, PluginError if a package registers one that cannot be used.
+    Raises RecipeError if there is none, PluginError if a package registers an unusable one.
     """
-
-    def is_exporter(found: Any) -> bool:
-        return isinstance(found, Exporter)
-
-    return look_up(EXPORTER_GROUP, name, EXPORTERS, is_exporter, "a secateur.Exporter")
+    return look_up(EXPORTER_GROUP, name, EXPORTERS, lambda found: isinstance(found, Exporter), "a secateur.Exporter")
 
 
 def export(
@@ -279,18 +268,19 @@ def export(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Export:
-    """Write a model, its tokenizer and chat template as one file; it appears complete or not at all.
+    """Write a model with tokenizer and chat template as one file, complete or not at all.
 
-    `model`: a local directory, a hub id or `smollm2-135m`. `gguf`: the file to write. `format`: one of `EXPORTERS`, or
-    one that an installed package registers. `type_name`: f32, f16, bf16 or q8_0 (the option --type), by default the
-    weights' own. `check`: whether a program of that format (llama.cpp for GGUF) must agree with transformers before the
-    file appears; None: where it is installed. `overwrite`: replace the file if it exists. `progress`: called with
-    (stage, done, total).
+    `model`: a local directory, a hub id or `smollm2-135m`. `gguf`: the file to write.
+    `format`: one of `EXPORTERS`, or one that an installed package registers.
+    `type_name`: f32, f16, bf16 or q8_0 (the option --type), by default the weights' own.
+    `check`: whether llama.cpp (or the format's own program) must agree with transformers before the
+    file appears; None: if it is installed.
+    `overwrite`: replace the file if it exists. `progress`: called with (stage, done, total).
 
     Returns an `Export`: the file, its type and bytes, and what the check found.
 
-    Raises a SecateurError, one sentence, for everything that a user can correct: CheckpointError for a model that
-    llama.cpp cannot run, RecipeError for options.
+    Raises a SecateurError, one sentence, for everything that a user can correct: CheckpointError
+    for a model that llama.cpp cannot run, RecipeError for options.
     """
     file, exporter = Path(gguf), find_exporter(format)
     proof = _proof(exporter, format, check)
@@ -309,11 +299,13 @@ def export(
 
 
 def _proof(exporter: Exporter, name: str, check: bool | None) -> Proof | None:
-    """Return the proof to run. Raises RecipeError or CheckpointError if it is asked for and cannot be had."""
+    """Return the proof to run. Raises RecipeError or CheckpointError if --check is not possible."""
     if check is False:
         return None
-    if check and exporter.proof is None:
-        raise RecipeError(f"export --check: format {name} has nothing that checks it; leave --check out.")
-    if check and exporter.proof is not None:
+    if exporter.proof is None:
+        if check:
+            raise RecipeError(f"export --check: format {name} has nothing that checks it; leave --check out.")
+        return None
+    if check:
         exporter.proof.require("export --check")
-    return exporter.proof if exporter.proof is not None and exporter.proof.is_possible() else None
+    return exporter.proof if exporter.proof.is_possible() else None

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors as llama.cpp wants them: its names, its order of rotary channels, its number formats."""
+"""A checkpoint's tensors with llama.cpp's names, order of rotary channels and number formats."""
 
 import math
 import re
@@ -18,12 +18,12 @@ from secateur.model.checkpoint import Checkpoint, meta_model
 from secateur.model.spec import GgufSpec
 from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
 
-# Files that keep every expert apart: Mixtral's names of the matrices, and the name under which llama.cpp has the stack.
+# One expert's matrix in files that have them apart; Mixtral's names of its parts and llama.cpp's.
 _EXPERT = re.compile(r"(model\.layers\.\d+\.).*\bexperts\.(\d+)\.(\w+)\.weight")
 _EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _LATENT = ".kv_b_proj.weight"
 _QKV = re.compile(r"(.*\.self_attn\.)([qkv])_proj\.weight")
-# Parameters that are no module's weight or bias, and what gguf looks for.
+# Parameters that are no module's weight or bias, and the names that gguf looks for.
 _RENAMED = (
     (re.compile(r"\.sinks$"), ".sinks.weight"),
     (re.compile(r"\.e_score_correction_bias$"), ".e_score_correction.bias"),
@@ -34,9 +34,9 @@ _RENAMED = (
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor of the file. `sources`: where it lies, several where experts are stacked or q, k and v joined.
+    """A tensor of the file. `sources`: several if experts are stacked or q, k and v joined.
 
-    `half`: which of gate and input is meant, where a file keeps both in one matrix.
+    `half`: gate (0) or input (1), where a checkpoint has both in one matrix.
     """
 
     name: str  # transformers' name
@@ -46,7 +46,7 @@ class Part:
 
 
 def gguf_parts(checkpoint: Checkpoint, family: GgufSpec) -> Iterator[Part]:
-    """Yield what the file will hold, tied weights once; read no weights."""
+    """Yield the file's tensors, tied weights once; read no weights."""
     for name, sources, half in _sources(checkpoint, family):
         if name.endswith(_LATENT):
             yield from _latent_parts(name, sources, checkpoint.config)
@@ -55,14 +55,16 @@ def gguf_parts(checkpoint: Checkpoint, family: GgufSpec) -> Iterator[Part]:
 
 
 def read_part(part: Part, family: GgufSpec) -> Tensor:
-    """Return the part's values in float32, rows and channels as transformers has them."""
+    """Return the part's values in float32, in transformers' order of rows and channels."""
     values = [read_tensor(source).float() for source in part.sources]
     if _is_stack(part.name, part.sources):
         whole = torch.stack(values)
     else:
         whole = torch.cat(values) if len(values) > 1 else values[0]  # an embedding is not copied
     if family.latent_attention and "_b_proj." in part.name and len(part.shape) == 3:
-        return _read_latent(part, whole)
+        by_head = whole.reshape(part.shape[0], -1, whole.shape[1])
+        is_key = ".k_b_proj." in part.name
+        return by_head[:, : part.shape[2]].transpose(1, 2) if is_key else by_head[:, -part.shape[1] :]
     if _is_transposed(part.name, family):
         whole = whole.transpose(-1, -2)
     if part.half is None:
@@ -79,7 +81,9 @@ def _sources(checkpoint: Checkpoint, family: GgufSpec) -> Iterator[tuple[str, tu
     for stored_name, tensor in stored.items():
         if stored_name in model.all_tied_weights_keys or "rotary_emb" in stored_name:
             continue
-        name = _renamed(stored_name)
+        name = stored_name
+        for pattern, new in _RENAMED:
+            name = pattern.sub(new, name)
         if expert := _EXPERT.fullmatch(name):
             layer, index, part = expert.groups()
             stack = stacks.setdefault(f"{layer}mlp.experts.{_EXPERT_PARTS.get(part, part)}.weight", {})
@@ -100,25 +104,12 @@ def _sources(checkpoint: Checkpoint, family: GgufSpec) -> Iterator[tuple[str, tu
 
 
 def _latent_parts(name: str, sources: tuple[StoredTensor, ...], config: PreTrainedConfig) -> Iterator[Part]:
-    """Yield what reads a head's keys off the latent vector, transposed, and what reads its values."""
+    """Yield the matrices from the latent vector to a head's keys, transposed, and to its values."""
     sizes: Any = config
     heads, latent = sizes.num_attention_heads, sizes.kv_lora_rank
     layer = name.removesuffix(_LATENT)
     yield Part(f"{layer}.k_b_proj.weight", (heads, latent, sizes.qk_nope_head_dim), sources)
     yield Part(f"{layer}.v_b_proj.weight", (heads, sizes.v_head_dim, latent), sources)
-
-
-def _read_latent(part: Part, whole: Tensor) -> Tensor:
-    by_head = whole.reshape(part.shape[0], -1, whole.shape[1])
-    if ".k_b_proj." in part.name:
-        return by_head[:, : part.shape[2]].transpose(1, 2)
-    return by_head[:, -part.shape[1] :]
-
-
-def _renamed(name: str) -> str:
-    for pattern, new in _RENAMED:
-        name = pattern.sub(new, name)
-    return name
 
 
 def _shape(name: str, sources: tuple[StoredTensor, ...], half: int | None, family: GgufSpec) -> tuple[int, ...]:
@@ -134,7 +125,7 @@ def _shape(name: str, sources: tuple[StoredTensor, ...], half: int | None, famil
 
 
 def _is_stack(name: str, sources: tuple[StoredTensor, ...]) -> bool:
-    """Say whether experts lie apart in the file, be it one alone."""
+    """Say whether the checkpoint has one tensor per expert."""
     return ".mlp.experts." in name and len(sources[0].shape) == 2 and name.endswith(".weight")
 
 
@@ -145,16 +136,14 @@ def _is_transposed(name: str, family: GgufSpec) -> bool:
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # ours -> gguf.GGMLQuantizationType
 OWN_TYPES = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
 LARGEST_F16 = torch.finfo(torch.float16).max
-
-
-# Too small to gain from a smaller type, and llama.cpp takes some of them in float32 only.
+# Small tensors, some of which llama.cpp takes in float32 only.
 _ALWAYS_F32 = re.compile(r"\.ffn_gate_inp(_shexp)?\.|^position_embd\.|\.bias$")
 _FACTORS = "rope_freqs"
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor to write. `part` None: the factors by which Llama 3 slows its rotary frequencies."""
+    """One tensor to write. `part` None: Llama 3's factors of rotary frequencies."""
 
     part: Part | None
     gguf_name: str
@@ -168,7 +157,7 @@ class GgufTensor:
 
 
 def gguf_tensors(checkpoint: Checkpoint, family: GgufSpec, type_name: str) -> list[GgufTensor]:
-    """List what the file will hold, tied weights once; read no weights.
+    """List the file's tensors, tied weights once; read no weights.
 
     Raises CheckpointError if a row is no multiple of the type's block.
     """
@@ -204,7 +193,7 @@ def num_gguf_bytes(tensor: GgufTensor) -> int:
 
 
 def read_gguf_arrays(tensors: list[GgufTensor], family: GgufSpec, config: PreTrainedConfig) -> Iterator[np.ndarray]:
-    """Yield each tensor's array, read, reordered, norms shifted, and in its type.
+    """Yield each tensor's array: reordered, norms shifted, in its type.
 
     Raises NumericsError for NaN, infinity, or a weight beyond what f16 holds.
     """
@@ -213,12 +202,12 @@ def read_gguf_arrays(tensors: list[GgufTensor], family: GgufSpec, config: PreTra
     for tensor in tensors:
         values = read_part(tensor.part, family) if tensor.part else llama3_factors(config)
         _check_range(tensor, values)
-        values = _as_llama_cpp_has_it(values, tensor.name, family, config)
+        values = _reordered(values, tensor.name, family, config)
         yield gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[TYPES[tensor.type_name]])
 
 
-def _as_llama_cpp_has_it(values: Tensor, name: str, family: GgufSpec, config: PreTrainedConfig) -> Tensor:
-    """Return the values with rows of q and k in llama.cpp's order of rotary channels, and norms by its convention."""
+def _reordered(values: Tensor, name: str, family: GgufSpec, config: PreTrainedConfig) -> Tensor:
+    """Return the values with llama.cpp's order of rotary channels and its convention for norms."""
     if ".query_key_value." in name:
         return join_qkv(values, num_kv_heads(config), head_dim(config))
     if family.interleaved_rotary and (".q_proj." in name or ".k_proj." in name):
@@ -227,19 +216,19 @@ def _as_llama_cpp_has_it(values: Tensor, name: str, family: GgufSpec, config: Pr
 
 
 def interleave_rotary(rows: Float[Tensor, "... I"], num_heads: int) -> Float[Tensor, "... I"]:
-    """Reorder each head's rows from halves (0..d/2-1, d/2..d-1) to pairs (0, d/2, 1, d/2+1, ...)."""
+    """Reorder each head's rows from halves (0..d/2-1, d/2..d-1) to pairs (0, d/2, 1, d/2+1...)."""
     halves = rows.reshape(num_heads, 2, len(rows) // num_heads // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
 def join_qkv(rows: Float[Tensor, "... I"], num_kv_heads: int, dim: int) -> Float[Tensor, "... I"]:
-    """Reorder rows from groups (query heads, their key head, their value head) to all queries, all keys, all values."""
+    """Reorder rows from groups (queries, key, value) to all queries, all keys, all values."""
     groups = rows.reshape(num_kv_heads, -1, dim, *rows.shape[1:])
     return torch.cat([part.flatten(0, 2) for part in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])])
 
 
 def llama3_factors(config: PreTrainedConfig) -> Float[Tensor, " F"]:
-    """Return by how much Llama 3 slows each rotary frequency: theta^(-2i/d) / the frequency transformers uses."""
+    """Return Llama 3's factors of rotary frequencies: theta^(-2i/d) / transformers' frequency."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))

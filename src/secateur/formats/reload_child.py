@@ -1,9 +1,9 @@
-"""Run by path in a fresh process: load a directory with plain transformers and write its logits and some text.
+"""Run by path in a fresh process: load a directory with plain transformers, write its logits.
 
-In (argv): directory, a safetensors file with `input_ids`, the file to write, device, number of threads. Out: that file,
-with `logits`, and as metadata `problem` (what the loader reported; empty if nothing) and `text` (a greedy
-continuation). Imports nothing of secateur: the point is that a user needs nothing of it. Per-layer widths need the
-modelling file in the directory; for nothing else is code there run.
+In (argv): directory, a safetensors file with `input_ids`, the file to write, device, threads.
+Out: that file, with `logits`; as metadata `problem` (the loader's complaints, empty if none) and
+`text` (a greedy continuation). Imports nothing of secateur, as a user's program would not.
+The directory's code is run for per-layer widths alone.
 """
 
 import json
@@ -20,6 +20,7 @@ NUM_NEW_TOKENS = 24
 
 
 def main(directory: str, ids_file: str, out_file: str, device: str, num_threads: str) -> None:
+    """Load the directory, compute logits, generate text and write both."""
     torch.set_num_threads(int(num_threads))
     ids_BT = load_file(ids_file)["input_ids"].to(device)
     config = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
@@ -35,15 +36,11 @@ def main(directory: str, ids_file: str, out_file: str, device: str, num_threads:
         )
     new_ids = generated_1T[0, ids_BT.shape[1] :].tolist()
     problem = "; ".join(f"{kind}: {sorted(map(str, names))}" for kind, names in info.items() if names)
-    metadata = {"problem": problem, "text": _text(directory, new_ids, per_layer)}
-    save_file({"logits": logits_BTV.contiguous().cpu()}, out_file, metadata)
-
-
-def _text(directory: str, ids: list[int], per_layer: bool) -> str:
-    if not Path(directory, "tokenizer_config.json").is_file():
-        return " ".join(map(str, ids))
-    # AutoTokenizer reads the model's config, and some families' stock config class refuses per-layer head counts.
-    return str(AutoTokenizer.from_pretrained(directory, trust_remote_code=per_layer).decode(ids))
+    text = " ".join(map(str, new_ids))
+    if Path(directory, "tokenizer_config.json").is_file():
+        # AutoTokenizer reads the model's config; stock config classes may refuse per-layer heads.
+        text = str(AutoTokenizer.from_pretrained(directory, trust_remote_code=per_layer).decode(new_ids))
+    save_file({"logits": logits_BTV.contiguous().cpu()}, out_file, {"problem": problem, "text": text})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Writing a checkpoint, and proof that what was written is the model.
+"""A checkpoint written, and proof that the files are the model.
 
-By transformers in a fresh process; by llama.cpp for GGUF files, where it is installed.
+The proof runs transformers in a fresh process; llama.cpp for GGUF files, if it is installed.
 """
 
 import importlib.util
@@ -30,28 +30,13 @@ from secateur.files import disk_errors, parse_size
 from secateur.model.checkpoint import Checkpoint, load_model, load_tokenizer
 from secateur.model.config import quiet_transformers
 
-# What a model directory may hold beside the files that saving writes anew.
-_SIDE_FILES = (
-    "tokenizer.model",
-    "spiece.model",
-    "tekken.json",
-    "tiktoken.model",
-    "*.tiktoken",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*.jinja",
-    "chat_template.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+# Files of a model directory that saving does not write anew.
+_SIDE_FILES = """
+tokenizer.model spiece.model tekken.json tiktoken.model *.tiktoken vocab.json vocab.txt merges.txt
+added_tokens.json special_tokens_map.json chat_template*.jinja chat_template.json processor_config.json
+preprocessor_config.json video_preprocessor_config.json additional_chat_templates/*.jinja
+LICENSE* NOTICE* USE_POLICY*
+""".split()
 
 
 def save_checkpoint(
@@ -62,10 +47,10 @@ def save_checkpoint(
     max_shard_size: str,
     carry_from: Path | None,
 ) -> None:
-    """Write the model, its configs and its tokenizer into `directory`; the same model gives the same bytes.
+    """Write model, configs and tokenizer into `directory`; the same model gives the same bytes.
 
-    Tied weights are written once. `carry_from`, the directory the model came from, gives its generation config as it
-    is and the tokenizer and licence files that saving does not write; a directory without config.json gives nothing.
+    Tied weights are written once. `carry_from`: the source directory, whose generation config,
+    tokenizer and licence files are copied if it has a config.json.
 
     Raises CheckpointError for disk errors, RecipeError for a bad `max_shard_size`.
     """
@@ -78,7 +63,7 @@ def save_checkpoint(
 
 
 def _save_model(model: PreTrainedModel, directory: Path, num_shard_bytes: int) -> None:
-    # save_pretrained refuses settings that loading accepts (temperature without sampling); to_json_file writes them.
+    # save_pretrained refuses some settings that loading accepts; to_json_file writes them.
     generation = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -108,7 +93,7 @@ _CHILD = Path(__file__).with_name("reload_child.py")
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What the reload showed. `generated_text`: a greedy continuation of the first row (ids if no tokenizer)."""
+    """The reload's figures. `generated_text`: a greedy continuation (ids without a tokenizer)."""
 
     max_abs_difference: float
     seconds: float
@@ -121,13 +106,13 @@ def verify_reload(
     logits_BTV: Float[Tensor, "B T V"],
     tolerance: float = 1e-6,
 ) -> Verification:
-    """Load `directory` in a fresh process and compare its logits with `logits_BTV` of the model in memory.
+    """Load `directory` in a fresh process and compare its logits with those of the model in memory.
 
-    On the same machine, device and number of threads the difference is exactly zero; `tolerance` bounds its largest
-    absolute value, in logits. `input_ids_BT` must leave some positions free for the sample text.
+    On the same machine, device and number of threads they are equal. `tolerance`: the largest
+    allowed difference. `input_ids_BT` must leave some positions free for the sample text.
 
-    Raises CheckpointError if the process fails, the loader reports missing, unexpected or mismatched tensors, or the
-    logits differ by more than `tolerance`.
+    Raises CheckpointError if the process fails, the loader reports missing, unexpected or
+    mismatched tensors, or the logits differ by more.
     """
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="secateur-verify-") as scratch:
@@ -138,7 +123,7 @@ def verify_reload(
         raise CheckpointError(
             f"{directory}: reloaded logits have shape {list(reloaded_BTV.shape)}, not {list(logits_BTV.shape)}."
         )
-    # Row by row: the logits of a large vocabulary need no second copy in float32.
+    # Row by row: no second copy of all logits in float32.
     rows = zip(reloaded_BTV.flatten(0, -2), logits_BTV.detach().cpu().flatten(0, -2), strict=True)
     difference = torch.stack([(a_V.float() - b_V.float()).abs().max() for a_V, b_V in rows]).max().item()
     if not difference <= tolerance:  # so that NaN is refused too
@@ -152,11 +137,11 @@ def verify_reload(
 def _run_child(directory: Path, input_ids_BT: Tensor, scratch: Path) -> tuple[Tensor, dict[str, str]]:
     ids_file, out_file = scratch / "ids.safetensors", scratch / "logits.safetensors"
     save_file({"input_ids": input_ids_BT.contiguous().cpu()}, ids_file)
-    # -P: or the child would import secateur's modules (recipe, stats, ...) where a library means others.
+    # -P: else the script's folder, which has a gguf.py, would be on sys.path.
     command = [sys.executable, "-P", _CHILD, directory.absolute(), ids_file, out_file]
     command += [input_ids_BT.device, torch.get_num_threads()]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    environment["HF_MODULES_CACHE"] = str(scratch)  # or the carried modelling file would be copied to the user's cache
+    environment["HF_MODULES_CACHE"] = str(scratch)  # not the user's cache
     child = subprocess.run(
         [str(part) for part in command], env=environment, capture_output=True, text=True, check=False
     )
@@ -164,7 +149,7 @@ def _run_child(directory: Path, input_ids_BT: Tensor, scratch: Path) -> tuple[Te
         last = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
         raise CheckpointError(f"{directory}: stock transformers cannot reload it in a fresh process ({last}).")
     with safe_open(out_file, framework="pt") as opened:
-        # A copy: the file, which the tensor would be a view of, goes away with the scratch directory.
+        # A copy: the tensor is a view of the file, which is deleted.
         return opened.get_tensor("logits").clone(), opened.metadata()
 
 
@@ -180,23 +165,16 @@ def require_llama_cpp(what: str) -> None:
 
 
 def open_llama_cpp(file: Path, num_context: int, *, all_logits: bool) -> Any:
-    """Load a GGUF file on as many threads as torch uses; `all_logits` keeps those of every position.
+    """Load a GGUF file on as many threads as torch uses. `all_logits`: of every position.
 
     Raises CheckpointError if llama.cpp refuses the file.
     """
     import llama_cpp  # pyright: ignore[reportMissingImports]  # a package that few have
 
     threads = torch.get_num_threads()
+    options = {"n_threads": threads, "n_threads_batch": threads, "logits_all": all_logits}
     try:
-        return llama_cpp.Llama(
-            str(file),
-            n_ctx=num_context,
-            n_gpu_layers=0,
-            n_threads=threads,
-            n_threads_batch=threads,
-            logits_all=all_logits,
-            verbose=False,
-        )
+        return llama_cpp.Llama(str(file), n_ctx=num_context, n_gpu_layers=0, verbose=False, **options)
     except ValueError as error:
         raise CheckpointError(f"{file}: llama.cpp cannot load it ({error}).") from None
 
@@ -204,19 +182,11 @@ def open_llama_cpp(file: Path, num_context: int, *, all_logits: bool) -> Any:
 NUM_PROMPT, NUM_GREEDY = 48, 24
 
 
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """`perplexity_change`: a share. `gap_nats`: rounding may swap tokens that a model finds about equally likely."""
+# The largest relative change of perplexity, and gap in nats between about equally likely tokens.
+# q8_0 has 8-bit weights and activations, which move the perplexity of so short a text by up to 2%.
+EXACT, QUANTISED = (0.01, 0.1), (0.05, 0.5)
 
-    perplexity_change: float
-    gap_nats: float
-
-
-# With q8_0 llama.cpp rounds weights and activations to 8 bits, which moves the perplexity of so short a text by up to
-# some 2%, either way; an error in the conversion multiplies it.
-_EXACT, _QUANTISED = Tolerance(0.01, 0.1), Tolerance(0.05, 0.5)
-
-# Written for this check, so that no model was trained on it: prose, code, numbers, other scripts, odd spacing.
+# Written for this check: prose, code, numbers, other scripts, odd spacing.
 TEXT = """The ferry leaves Kirkwall at 06:15, an hour before the bakery on the corner opens its shutters, and whoever
 wants bread on board has to buy it the evening before. Marit had forgotten again. She counted what was left in the
 tin -- seven oatcakes, half a jar of rhubarb jam -- and decided that 3.5 hours without breakfast wouldn't kill anyone.
@@ -234,9 +204,9 @@ like loaves on a board.
 
 @dataclass(frozen=True, slots=True)
 class GgufCheck:
-    """Perplexities of the held-out text; greedy tokens that are transformers' own choice, and how many there were.
+    """Perplexities of the check's text; greedy tokens, and how many are transformers' own choice.
 
-    `largest_gap_nats`: how much likelier transformers finds its own choice than llama.cpp's, where they differ.
+    `largest_gap_nats`: how much likelier transformers finds its own token than llama.cpp's.
     """
 
     perplexity_transformers: float
@@ -250,29 +220,25 @@ class GgufCheck:
 def check_gguf(file: Path, checkpoint: Checkpoint, type_name: str) -> GgufCheck:
     """Compare `file`, of weights in `type_name`, in llama.cpp with `checkpoint` in transformers.
 
-    Raises CheckpointError if token ids differ, perplexity differs by more than 1% (q8_0: 5%), or llama.cpp takes a
-    token that transformers finds clearly less likely than its own.
+    Raises CheckpointError if token ids differ, perplexity differs by more than 1% (q8_0: 5%), or
+    llama.cpp takes a token that transformers finds clearly less likely than its own.
     """
-    # With the token that starts a text, where the model has one: without it some models write nonsense.
+    # With the model's token that starts a text: without it some models write nonsense.
     ids = list(load_tokenizer(checkpoint).encode(TEXT))
     with closing(open_llama_cpp(file, len(ids) + NUM_GREEDY, all_logits=True)) as model:
-        _check_ids(checkpoint, ids, model.tokenize(TEXT.encode(), add_bos=True, special=False))
+        if (theirs := model.tokenize(TEXT.encode(), add_bos=True, special=False)) != ids:
+            pairs = enumerate(zip(ids, theirs, strict=False))
+            position = next((number for number, (own, other) in pairs if own != other), len(ids))
+            raise CheckpointError(
+                f"{checkpoint.reference}: llama.cpp splits text into other tokens than transformers, first at token "
+                f"{position} of the check's text; the tokenizer cannot be exported."
+            )
         model.eval(ids)
         perplexity = _perplexity(torch.from_numpy(np.array(model.scores[: len(ids)])), ids)
         greedy = _greedy(model, ids[:NUM_PROMPT])
     check = _against_transformers(checkpoint, ids, perplexity, greedy)
-    _refuse(checkpoint, check, _QUANTISED if type_name == "q8_0" else _EXACT)
+    _refuse(checkpoint, check, *(QUANTISED if type_name == "q8_0" else EXACT))
     return check
-
-
-def _check_ids(checkpoint: Checkpoint, ids: list[int], theirs: list[int]) -> None:
-    if theirs == ids:
-        return
-    position = next((i for i, (a, b) in enumerate(zip(ids, theirs, strict=False)) if a != b), len(ids))
-    raise CheckpointError(
-        f"{checkpoint.reference}: llama.cpp splits text into other tokens than transformers, first at token "
-        f"{position} of the check's text; the tokenizer cannot be exported."
-    )
 
 
 @torch.inference_mode()
@@ -300,16 +266,16 @@ def _perplexity(logits_TV: torch.Tensor, ids: list[int]) -> float:
     return math.exp(cross_entropy(logits_TV[:-1].float(), torch.tensor(ids[1:])).item())
 
 
-def _refuse(checkpoint: Checkpoint, check: GgufCheck, allowed: Tolerance) -> None:
+def _refuse(checkpoint: Checkpoint, check: GgufCheck, largest_change: float, largest_gap: float) -> None:
     change = abs(check.perplexity_llama_cpp / check.perplexity_transformers - 1)
-    if not change <= allowed.perplexity_change:  # so that NaN is refused too
+    if not change <= largest_change:  # so that NaN is refused too
         raise CheckpointError(
             f"{checkpoint.reference}: llama.cpp's perplexity {check.perplexity_llama_cpp:.3f} is {change:.1%} from "
-            f"transformers' {check.perplexity_transformers:.3f}, allowed is {allowed.perplexity_change:.0%}; "
+            f"transformers' {check.perplexity_transformers:.3f}, allowed is {largest_change:.0%}; "
             "export with a more exact --type."
         )
-    if not check.largest_gap_nats <= allowed.gap_nats:
+    if not check.largest_gap_nats <= largest_gap:
         raise CheckpointError(
             f"{checkpoint.reference}: llama.cpp writes a token that transformers finds {check.largest_gap_nats:.2f} "
-            f"nats less likely than its own, allowed is {allowed.gap_nats}; export with a more exact --type."
+            f"nats less likely than its own, allowed is {largest_gap}; export with a more exact --type."
         )

@@ -1,11 +1,11 @@
-"""What other programs need to run a result: vLLM's published rules, and llama.cpp's row of a family.
+"""What vLLM and llama.cpp need to run a result.
 
-In: a checkpoint or its config. Out: what stands against it, in one sentence, or the row and the widths by layer.
+In: a checkpoint or its config. Out: a sentence with the problem, or llama.cpp's facts of the family
+and the widths by layer.
 """
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -21,7 +21,7 @@ QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
 
 
 def check_server(server: str, num_gpus: int) -> None:
-    """Raise RecipeError if the server is unknown, there are no GPUs, or llama.cpp is to split the model over some."""
+    """Raise RecipeError for an unknown server, no GPU, or more than one GPU with llama.cpp."""
     if server not in SERVERS:
         raise RecipeError(
             f"--check-for: unknown server '{server}'; allowed: {', '.join(SERVERS)}; {advice(server, SERVERS)}"
@@ -39,10 +39,10 @@ def check_vllm(
     *,
     heads_follow_hidden_size: bool = True,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what keeps vLLM from loading the model, by its rules, and what they do not settle.
+    """Return vLLM's problems with the model, and cautions about what its rules do not settle.
 
-    `widths`: by config key, all values that layers have of it. `heads_follow_hidden_size`: head_dim is
-    hidden_size / heads, as it is until heads are cut.
+    `widths`: by config key, the values of all layers. `heads_follow_hidden_size`: whether head_dim
+    is hidden_size / heads, as it is until heads are cut.
     """
     problems = [
         f"{key} differs by layer ({min(values)} to {max(values)}), and vLLM builds all layers alike"
@@ -54,7 +54,7 @@ def check_vllm(
             if key == KV_HEADS and value < num_gpus:
                 if num_gpus % value:
                     problems.append(f"{num_gpus} GPUs cannot share {value} KV heads evenly ({key})")
-            elif value % num_gpus and _is_split(key):
+            elif value % num_gpus and "experts" not in key:  # every GPU has slices of all experts
                 problems.append(f"{key} is {value}, which {num_gpus} GPUs cannot split evenly")
     cautions = ["checked by vLLM's published rules; vLLM was not run"]
     known = load_specs()[family].serving.get(VLLM)
@@ -68,13 +68,8 @@ def check_vllm(
     return tuple(problems), tuple(cautions)
 
 
-def _is_split(key: str) -> bool:
-    """Say whether tensor parallelism splits what the key counts: experts are whole on every GPU, in slices."""
-    return "experts" not in key
-
-
 def gguf_specs(*, per_layer: bool) -> dict[str, GgufSpec]:
-    """Return by model type how a model goes into GGUF, if it can; `per_layer`: one whose layers differ in width."""
+    """Return llama.cpp's facts by model type. `per_layer`: if layers differ in width."""
     rows = {model_type: row for spec in load_specs().values() for model_type, row in spec.gguf.items()}
     return {key: row.per_layer for key, row in rows.items() if row.per_layer} if per_layer else rows
 
@@ -86,10 +81,10 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def rotary(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the rotary settings, `rope_type` and `rope_theta` among them; those of layers without a sliding window.
+    """Return the rotary settings, with `rope_type` and `rope_theta`, of full-attention layers.
 
-    Hunyuan's `dynamic` with a fixed `alpha` is a larger theta, theta * alpha^(d / (d - 2)). A model without rotary
-    positions gets transformers' default, which nothing reads.
+    Hunyuan's `dynamic` with a fixed `alpha` is a larger theta, theta * alpha^(d / (d - 2)).
+    A model without rotary positions gets transformers' default, which nothing reads.
     """
     settings: Any = config
     parameters = getattr(settings, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
@@ -100,20 +95,12 @@ def rotary(config: PreTrainedConfig) -> dict[str, Any]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class LayerWidths:
-    """Heads and FFN channels of one layer."""
-
-    num_heads: int
-    num_kv_heads: int
-    ffn_width: int
-
-
-def layer_widths(config: PreTrainedConfig) -> list[LayerWidths]:
-    """Return every layer's widths."""
+def layer_widths(config: PreTrainedConfig) -> tuple[list[int], list[int], list[int]]:
+    """Return query heads, KV heads and FFN channels of every layer."""
     sizes: Any = config
     layers = sizes.per_layer_config if is_per_layer(config) else [sizes] * sizes.num_hidden_layers
-    return [LayerWidths(layer.num_attention_heads, num_kv_heads(layer), _ffn_width(layer)) for layer in layers]
+    num_heads = [layer.num_attention_heads for layer in layers]
+    return num_heads, [num_kv_heads(layer) for layer in layers], [_ffn_width(layer) for layer in layers]
 
 
 def num_kv_heads(config: PreTrainedConfig) -> int:
@@ -135,15 +122,15 @@ ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def gguf_family(checkpoint: Checkpoint) -> GgufSpec:
-    """Return how the checkpoint's family goes into GGUF. Raises ArchError for what llama.cpp would not run as it is."""
+    """Return llama.cpp's facts of the family. Raises ArchError for what llama.cpp cannot run."""
     config = checkpoint.config
     return _family(config, checkpoint.reference, per_layer=is_per_layer(config))
 
 
 def gguf_problem(config: Any, widths: Mapping[str, frozenset[int]], num_head_channels: int) -> str | None:
-    """Return what keeps a model of this config from GGUF once it has these widths, by config key, or None.
+    """Return why a model of this config with these widths, by config key, cannot be GGUF, or None.
 
-    `num_head_channels`: of one attention head; it stays where heads go.
+    `num_head_channels`: of one attention head; cutting heads does not change it.
     """
     planned, per_layer = copy.deepcopy(config), any(len(values) > 1 for values in widths.values())
     if not per_layer:
@@ -192,7 +179,7 @@ def _family(config: Any, reference: str, *, per_layer: bool) -> GgufSpec:
 
 
 def _taken(config: Any, family: GgufSpec) -> Iterator[tuple[str, Any]]:
-    """Yield what llama.cpp takes for granted, by config key, where it depends on the config for this one."""
+    """Yield (config key, value) of what llama.cpp assumes about this family."""
     yield from family.takes.items()
     yield from ((key, _value(config, other)) for key, other in family.same.items())
     yield from ((key, min(_value(config, key), limit)) for key, limit in family.at_most.items())
@@ -208,9 +195,9 @@ def _taken(config: Any, family: GgufSpec) -> Iterator[tuple[str, Any]]:
 
 
 def _value(config: Any, key: str) -> Any:
-    """Return what the config says of a key, None where it lacks it; a dot leads into a dictionary."""
+    """Return the config's value of a key, None if missing; a dot leads into a dictionary."""
     name, _, inner = key.partition(".")
     value = getattr(config, name, None)
-    if name == "hidden_activation":  # early configs of Gemma have the other key alone
+    if name == "hidden_activation":  # early configs of Gemma have hidden_act alone
         value = value or config.hidden_act
     return (value or {}).get(inner) if inner else value

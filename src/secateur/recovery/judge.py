@@ -1,4 +1,4 @@
-"""The distillation loss with its gradient, and the judge of a recovery: held-out KL and loss by domain."""
+"""The distillation loss with its gradient, and held-out KL and loss by domain."""
 
 import copy
 from collections.abc import Callable
@@ -12,22 +12,21 @@ from transformers import PreTrainedModel
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, head_of
 from secateur.report.measured import Verdict, Verdicts, mean_kl, mean_nats
-from secateur.stream.losses import KL_POSITIONS, final_states, summarise, token_divergences_and_agreements
+from secateur.stream.losses import final_states, summarise, token_divergences_and_agreements
 
-# Positions per slice of logits, as in `kl`.
-SLICE_POSITIONS = 64
+SLICE_POSITIONS = 64  # of logits that are computed at a time
 
 
 @torch.no_grad()
 def teacher_log_p(teacher: nn.Module, ids_BT: Int64[Tensor, "B T"], temperature: float = 1.0) -> Float[Tensor, "P V"]:
-    """Return the teacher's log probabilities at the B x (T - 1) positions that predict a token, block after block."""
+    """Return the teacher's log probabilities at the P = B * (T - 1) predicting positions."""
     logits_BTV = teacher(input_ids=ids_BT, use_cache=False).logits
     return log_probabilities(logits_BTV[:, :-1].flatten(0, 1), temperature)
 
 
 @torch.no_grad()
 def log_probabilities(logits_PV: Float[Tensor, "P V"], temperature: float = 1.0) -> Float[Tensor, "P V"]:
-    """Return log softmax(logits / temperature) in float32, made by slices of positions."""
+    """Return log softmax(logits / temperature) in float32, by slices of positions."""
     return torch.cat(
         [(piece_PV.float() / temperature).log_softmax(-1) for piece_PV in logits_PV.split(SLICE_POSITIONS)]
     )
@@ -42,10 +41,10 @@ def distillation_loss(
     temperature: float = 1.0,
     kl_share: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """Return the mean over positions of weight * (s * t^2 * KL(p_t || q_t) - (1 - s) * log q(next)), in nats.
+    """Return mean_P of weight * (s * t^2 * KL(p_t || q_t) - (1 - s) * log q(next)), in nats.
 
-    s: `kl_share`; t: `temperature`; q_t = softmax(logits / t); log p_t: `log_p_PV`, the teacher's. The factor t^2
-    keeps the gradient's size whatever the temperature. `log_p_PV` None: plain cross-entropy.
+    s: `kl_share`; t: `temperature`; q_t = softmax(logits / t); log p_t: `log_p_PV`, the teacher's.
+    The factor t^2 makes the gradient's size independent of t. `log_p_PV` None: plain cross-entropy.
 
     Source: Hinton, Vinyals, Dean, arXiv 1503.02531, section 2.1.
     """
@@ -64,6 +63,7 @@ class _Distillation(torch.autograd.Function):
         temperature: float,
         share: float,
     ) -> Tensor:
+        """Return the loss; compute its gradient on the way, slice by slice."""
         gradient_PV = torch.empty_like(logits_PV)
         total = logits_PV.new_zeros((), dtype=torch.float64)
         for start in range(0, len(logits_PV), SLICE_POSITIONS):
@@ -79,9 +79,10 @@ class _Distillation(torch.autograd.Function):
             if share > 0:
                 assert log_p_PV is not None
                 log_q = (logits / temperature).log_softmax(-1)
-                value_P, slope_PV = _divergence(log_p_PV[part].float(), log_q)
-                loss_P += share * temperature**2 * value_P
-                gradient += slope_PV.mul_(share * temperature)
+                log_p = log_p_PV[part].float()
+                p = log_p.exp()
+                loss_P += share * temperature**2 * (p * (log_p - log_q)).sum(-1)
+                gradient += log_q.exp_().sub_(p).mul_(share * temperature)  # q - p: the slope of KL(p || q)
             total += (weight * loss_P).double().sum()
             gradient_PV[part] = gradient.mul_(weight[:, None] / len(logits_PV)).to(gradient_PV.dtype)
         ctx.save_for_backward(gradient_PV)
@@ -89,23 +90,13 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Scale the saved gradient."""
         (gradient_PV,) = ctx.saved_tensors
         return gradient_PV * outer.to(gradient_PV.dtype), None, None, None, None, None
 
 
-def _divergence(log_p_PV: Tensor, log_q_PV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KL(p || q) per position and q - p, its slope by the logits behind q. `log_q_PV` is used up."""
-    p_PV = log_p_PV.exp()
-    value_P = (p_PV * (log_p_PV - log_q_PV)).sum(-1)
-    return value_P, log_q_PV.exp_().sub_(p_PV)
-
-
-# From blocks of ids to logits at every position, blocks x tokens x words.
-LogitsOf = Callable[[Tensor], Tensor]
-
-
 class Judge:
-    """Holds the held-out blocks and what the dense model made of them."""
+    """Judges models by held-out blocks, of which it has the dense model's final states."""
 
     def __init__(
         self,
@@ -115,7 +106,7 @@ class Judge:
         progress: Progress = silent,
     ) -> None:
         self.held_out_NT = held_out_NT
-        self._head = head_of(dense, arch)  # on whatever device the dense model goes to later
+        self._head = head_of(dense, arch)  # moves with the dense model
         self._states: dict[str, list[Tensor]] = {}
         num_blocks = sum(len(blocks) for blocks in held_out_NT.values())
         progress("judge dense", 0, num_blocks)
@@ -123,8 +114,8 @@ class Judge:
             self._states[domain] = [final_states(dense, arch, ids_T[None]) for ids_T in blocks]
             progress("judge dense", sum(map(len, self._states.values())), num_blocks)
 
-    def keep_head(self) -> None:
-        """Copy the head, so that the dense model may be taken apart."""
+    def copy_head(self) -> None:
+        """Copy the head, so that the dense model may be sharded."""
         self._head = copy.deepcopy(self._head)
 
     def dense(self) -> Verdicts:
@@ -132,8 +123,11 @@ class Judge:
         return self._verdicts(lambda domain, number, _: self._head(self._states[domain][number].to(self._device())))
 
     @torch.no_grad()
-    def verdicts(self, logits_of: LogitsOf) -> Verdicts:
-        """Return each domain's verdict. Raises NumericsError naming the domain if a divergence is not finite."""
+    def verdicts(self, logits_of: Callable[[Tensor], Tensor]) -> Verdicts:
+        """Return each domain's verdict. `logits_of`: (B, T) ids to (B, T, V) logits.
+
+        Raises NumericsError naming the domain if a divergence is not finite.
+        """
         return self._verdicts(lambda _, __, ids_T: logits_of(ids_T[None])[0, :-1])
 
     def _device(self) -> torch.device:
@@ -152,29 +146,24 @@ class Judge:
                 )
                 divergences.append(divergence_P)
                 agreements.append(agrees_P)
-                losses.append(next_token_losses(logits_PV, ids_T[1:].to(logits_PV.device)))
+                next_P = ids_T[1:].to(logits_PV.device)
+                slices = zip(logits_PV.split(SLICE_POSITIONS), next_P.split(SLICE_POSITIONS), strict=True)
+                losses += [nn.functional.cross_entropy(part.float(), ids, reduction="none") for part, ids in slices]
             summary = summarise(domain, divergences, agreements)
-            # Rounding may leave a divergence a hair below zero.
-            kl = max(summary.mean, 0.0)
+            kl = max(summary.mean, 0.0)  # rounding may leave it a hair below zero
             nats = float(torch.cat(losses).double().mean())
             found[domain] = Verdict(kl, summary.standard_error, nats, summary.top1_agreement, summary.num_tokens)
         return found
 
 
 def objective(verdicts: Verdicts, kl_share: float) -> float:
-    """Return what the training makes small, on this text: kl_share * KL + (1 - kl_share) * nats per token, means."""
+    """Return what training minimises: kl_share * KL + (1 - kl_share) * nats per token, means."""
     return kl_share * mean_kl(verdicts) + (1 - kl_share) * mean_nats(verdicts)
 
 
 def domain_weights(verdicts: Verdicts, weighting: str) -> dict[str, float]:
-    """Return what each domain's loss counts: 1 (`shares`), or its KL over the mean of all domains' (`lost`)."""
+    """Return each domain's weight in the loss: 1 (`shares`), or its KL over the mean (`lost`)."""
     mean = mean_kl(verdicts)
     if weighting == "shares" or mean == 0:
         return dict.fromkeys(verdicts, 1.0)
     return {domain: verdict.kl / mean for domain, verdict in verdicts.items()}
-
-
-def next_token_losses(logits_PV: Float[Tensor, "P V"], next_P: Int64[Tensor, " P"]) -> Float[Tensor, " P"]:
-    """Return -log q(next token) at every position, in nats; softmax in float32, by slices of positions."""
-    pieces = zip(logits_PV.split(KL_POSITIONS), next_P.split(KL_POSITIONS), strict=True)
-    return torch.cat([nn.functional.cross_entropy(piece.float(), ids, reduction="none") for piece, ids in pieces])

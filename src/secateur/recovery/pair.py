@@ -1,6 +1,6 @@
-"""The two models of a recovery and its text, opened and compared before anything runs.
+"""The two models of a recovery and its text, checked before anything runs.
 
-The text has blocks to train on and held-out blocks, of the domains that the model was calibrated on.
+In: references of both models; a recipe. Out: `Candidates`; blocks to train on and held-out blocks.
 """
 
 import json
@@ -43,9 +43,10 @@ class Candidates:
 
 
 def open_pair(pruned: str | Path, teacher: str | Path) -> Candidates:
-    """Open both and check that one can teach the other, token by token and layer by layer.
+    """Open both models and check that one can teach the other.
 
-    Raises CheckpointError if either cannot be opened, or vocabulary, tokenizer, family, hidden size or layers differ.
+    Raises CheckpointError if either cannot be opened, or if vocabulary, tokenizer, family, hidden
+    size or layers differ.
     """
     student, dense = open_checkpoint(pruned), open_checkpoint(teacher)
     shapes = meta_model(student.config), meta_model(dense.config)
@@ -70,7 +71,7 @@ def open_pair(pruned: str | Path, teacher: str | Path) -> Candidates:
 
 
 def _check_layers(student: Checkpoint, num_layers: int, num_dense: int, teacher: str) -> None:
-    """Check that the pruned model has the dense layers that stayed, by keep.json where any went."""
+    """Check that the pruned model has the layers that keep.json names, by default all."""
     path = student.directory / KEEP_FILE
     found: list[list[int]] = []
     if path.is_file():
@@ -88,13 +89,13 @@ def _check_layers(student: Checkpoint, num_layers: int, num_dense: int, teacher:
         )
 
 
-# A block and the domain that it is of.
+# A block and its domain.
 Block = tuple[str, Int64[Tensor, " T"]]
 
 
 @dataclass(frozen=True, slots=True)
 class RecoveryText:
-    """`blocks`: to train on, in the order of use. `content_hash`: of all text."""
+    """`blocks`: to train on, in order. `held_out_NT`: by domain. `content_hash`: of all text."""
 
     blocks: tuple[Block, ...]
     held_out_NT: dict[str, Int64[Tensor, "M T"]]
@@ -119,22 +120,15 @@ def recovery_text(
     teacher: PreTrainedModel,
     progress: Progress = silent,
 ) -> RecoveryText:
-    """Draw the text. Domains have the shares that the recipe gives them; they are mixed in a seeded order.
+    """Draw the text: domains by their shares, shuffled by the seed, in whole steps.
 
-    No more tokens are used than `settings` says: blocks that do not fill a step are left out.
-
-    Raises CalibrationError if the domains have less text, RecipeError if there are too few tokens for one step.
+    Raises CalibrationError if the domains have too little text, RecipeError if `num_tokens` does
+    not fill one step.
     """
     calibration, length = recipe.calibration.model_copy(update={"rotate": False}), recipe.calibration.sequence_length
     assert length is not None
-    built = build_calibration(
-        calibration,
-        settings.num_tokens,
-        tokenizer,
-        recipe.seed,
-        progress,
-        more_held_out=_more_held_out(recipe, settings),
-    )
+    more = _more_held_out(recipe, settings)
+    built = build_calibration(calibration, settings.num_tokens, tokenizer, recipe.seed, progress, more_held_out=more)
     built = with_sampled(built, teacher, tokenizer, recipe.seed, progress)
     blocks = [(domain.name, ids_T) for domain in built.domains for ids_T in domain.calibration_NT]
     random.Random(f"{recipe.seed}:recover").shuffle(blocks)
@@ -147,7 +141,7 @@ def recovery_text(
 
 
 def blocks_per_step(batch_tokens: int, sequence_length: int) -> int:
-    """Return how many blocks make one step of `batch_tokens` tokens; at least one."""
+    """Return how many blocks make one step of `batch_tokens` tokens, at least one."""
     return max(1, batch_tokens // sequence_length)
 
 
@@ -163,7 +157,7 @@ def _whole_steps(blocks: Sequence[Block], settings: RecoverySettings, length: in
 
 
 def _more_held_out(recipe: Recipe, settings: RecoverySettings) -> int:
-    """Return how many blocks to hold out beyond a tenth, so that all that judged the pruning are held out again."""
+    """Return how many blocks beyond a tenth keep pruning's held-out text held out."""
     calibration, length = recipe.calibration, recipe.calibration.sequence_length
     assert length is not None
     total = sum(domain.share for domain in calibration.domains.values())

@@ -1,100 +1,171 @@
-"""What a recovery writes, and the benchmark tasks that it asks the dense, the pruned and the recovered model."""
+"""What a recovery writes: checkpoint, proof by reload, task scores, recovery.json, card, page.
+
+In: a `Work` whose model is trained. Out: a complete directory and its `RecoveryRecord`.
+"""
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
 
 from secateur.evaluation.parts import open_subject, task_changes, task_parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks
-from secateur.formats.save import save_checkpoint
-from secateur.log import LOG_FILE, Progress
-from secateur.recipe import Recipe, TaskSettings
-from secateur.recipe_file import dump_recipe
-from secateur.report.measured import BENCH_FILE, RECOVERY_FILE, RecoveryRecord, TaskScore, TaskScores, task_scores
-from secateur.report.records import RESULT_FILE
+from secateur.formats.save import Verification, save_checkpoint, verify_reload
+from secateur.log import LOG_FILE, versions
+from secateur.recipe import TaskSettings
+from secateur.recipe_file import dump_recipe, load_recipe, parse_recipe
+from secateur.recovery.cost import cost_of
+from secateur.recovery.train import TRAINER_FOLDER, Work
+from secateur.report.measured import (
+    BENCH_FILE,
+    RECOVERY_FILE,
+    RecoveryRecord,
+    TaskScore,
+    TaskScores,
+    TrainingRecord,
+    Verdicts,
+    task_scores,
+)
+from secateur.report.records import RECIPE_FILE, RESULT_FILE
+from secateur.report.report import missing_plots, write_report
 from secateur.report.rows_measured import recovery_card
 from secateur.store import Store
+from secateur.stream.device import peak_bytes
 
-# What stays true of the model: which units it has, how it was pruned, how fast it is.
+# Files that stay true of the model: which units it has, how it was pruned, how fast it is.
 CARRIED = ("keep.json", RESULT_FILE, BENCH_FILE)
 CARD, HOW_MADE = "README.md", "\n## How it was made\n"
+PARTS_FOLDER, VERIFY_TOKENS = "tasks", 64
 
 
-def save_recovered(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, source: Path, directory: Path
-) -> None:
-    """Write weights, configs, tokenizer, the recipe, and what is carried over from `source`."""
-    save_checkpoint(model, tokenizer, directory, max_shard_size=recipe.output.max_shard_size, carry_from=source)
-    (directory / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+def write_result(
+    work: Work,
+    before: Verdicts,
+    training: TrainingRecord,
+    tasks: LoadedTasks | None,
+    directory: Path,
+    name: str | None,
+    command: str,
+) -> RecoveryRecord:
+    """Write everything that belongs to the result into `directory` and return its record.
+
+    `name`: what to call the pruned model, its reference by default.
+    """
+    with work.log.time("save"):
+        _save(work, directory)
+    with work.log.time("verify"):
+        proof = _verify(work, directory)
+    with work.log.time("tasks"):
+        scores = None if tasks is None else _score(work, tasks, directory)
+    pruned, teacher = work.candidates.pruned, work.candidates.teacher
+    record = RecoveryRecord(
+        name or pruned.reference,
+        teacher.reference,
+        command,
+        calibration=work.recipe.calibration.model_dump(mode="json", exclude_none=True),
+        settings=work.settings.model_dump(mode="json"),
+        seed=work.recipe.seed,
+        content_hash=work.text.content_hash,
+        sequence_length=work.text.sequence_length,
+        num_held_out_tokens=work.text.num_held_out_tokens,
+        dense=work.judge.dense(),
+        before=before,
+        training=training,
+        seconds={stage: round(seconds, 2) for stage, seconds in work.log.seconds.items()},
+        judge_flops=cost_of(work.candidates, work.settings, work.text).flops["judge"],
+        peak_bytes=peak_bytes(),
+        reload_max_abs_difference=proof.max_abs_difference,
+        notes=tuple(line["text"] for line in work.log.lines if line["event"] == "note"),
+        versions=versions(),
+        tasks=scores,
+    )
+    _write_record(record, work, directory)
+    return record
+
+
+def _save(work: Work, directory: Path) -> None:
+    """Write weights, configs, tokenizer, recipe, and what is carried over from the pruned model.
+
+    The recipe is the pruned model's own, which still describes it, with `recover` added. Where the
+    recovery used other text, recovery.json says which.
+    """
+    source, recipe = work.candidates.pruned.directory, work.recipe
+    if (path := source / RECIPE_FILE).is_file():
+        recipe = parse_recipe(load_recipe(path), f"recipe {path}").model_copy(update={"recover": recipe.recover})
+    max_shard_size = recipe.output.max_shard_size
+    save_checkpoint(work.pruned, work.candidates.tokenizer, directory, max_shard_size=max_shard_size, carry_from=source)
+    (directory / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
     for name in CARRIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
 
 
-def write_record(record: RecoveryRecord, lines: Iterable[dict[str, Any]], source: Path, directory: Path) -> None:
-    """Write recovery.json, continue the run log, and add to the model card."""
+def _verify(work: Work, directory: Path) -> Verification:
+    ids_1T = next(iter(work.text.held_out_NT.values()))[:1, :VERIFY_TOKENS].to(work.pruned.device)
+    work.progress("verify", 0, 1)
+    with torch.inference_mode():
+        logits = work.pruned(ids_1T, use_cache=False).logits
+    proof = verify_reload(directory, ids_1T, logits)
+    work.progress("verify", 1, 1)
+    return proof
+
+
+def tasks_of(settings: TaskSettings, directory: Path | None) -> LoadedTasks | None:
+    """Return the tasks with their rows, None if none are asked. Raises as `load_tasks`."""
+    return load_tasks(settings.tasks, _options(settings), directory) if settings.tasks else None
+
+
+def _options(settings: TaskSettings) -> TaskOptions:
+    return TaskOptions(limit=settings.limit, batch_size=settings.batch_size)
+
+
+def _score(work: Work, tasks: LoadedTasks, directory: Path) -> TaskScores:
+    """Return the scores of the dense, the pruned and the recovered model, loaded in turn."""
+    folder, asked = work.directory / PARTS_FOLDER, work.settings.evaluation
+    store = Store(folder, tell=work.tell)
+    folder.mkdir(exist_ok=True)
+    pruned, teacher = work.candidates.pruned, work.candidates.teacher
+    found: dict[str, dict[str, Any]] = {}
+    for which, reference in {"dense": teacher.reference, "pruned": pruned.reference, "recovered": directory}.items():
+        subject = open_subject(which, reference)
+        found[which] = task_parts(store, subject, work.candidates.tokenizer, tasks, _options(asked), work.progress)
+        subject.forget()
+    gains = task_changes(found["pruned"], found["recovered"])
+    return TaskScores(
+        **{which: task_scores(each["results"]) for which, each in found.items()},
+        gains={
+            task: {metric: TaskScore(gain.difference, gain.standard_error) for metric, gain in by_metric.items()}
+            for task, by_metric in gains.items()
+        },
+        sources=tasks.sources,
+        limit=asked.limit,
+        lm_eval_version=found["recovered"]["lm_eval_version"],
+        notes=tasks.notes,
+    )
+
+
+def _write_record(record: RecoveryRecord, work: Work, directory: Path) -> None:
+    """Write recovery.json and the page, continue the run log, add to the model card."""
+    source = work.candidates.pruned.directory
     (directory / RECOVERY_FILE).write_text(record.to_json(), encoding="utf-8")
-    log = source / LOG_FILE
-    earlier = log.read_text(encoding="utf-8") if log.is_file() else ""
-    added = "".join(json.dumps(line) + "\n" for line in lines)
+    lines = map(json.loads, (work.directory / LOG_FILE).read_text(encoding="utf-8").splitlines())
+    earlier = (source / LOG_FILE).read_text(encoding="utf-8") if (source / LOG_FILE).is_file() else ""
+    added = "".join(json.dumps(line) + "\n" for line in _last_lines(lines))
     (directory / LOG_FILE).write_text(earlier + added, encoding="utf-8")
     card = source / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {record.pruned}, recovered by secateur\n"
     before, heading, after = text.partition(HOW_MADE)
     (directory / CARD).write_text(f"{before.rstrip()}\n\n{recovery_card(record)}{heading}{after}", encoding="utf-8")
+    curves = work.directory / TRAINER_FOLDER / "runs"  # tensorboard's files, with report_to
+    if curves.is_dir():
+        shutil.copytree(curves, directory / "runs")
+    if not missing_plots() and (directory / RESULT_FILE).is_file():
+        write_report(directory)
 
 
-def last_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the lines without those that a restart wrote again: of one event and place the last one counts."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for line in lines:
-        key = (line["event"], line.get("step"), line.get("text"))
-        found[key] = line
-    return list(found.values())
-
-
-PARTS_FOLDER = "tasks"
-
-
-def tasks_of(settings: TaskSettings, directory: Path | None) -> LoadedTasks | None:
-    """Return the tasks with their rows, None where none are asked. Raises RecipeError as `evaluate` does."""
-    return load_tasks(settings.tasks, _options(settings), directory) if settings.tasks else None
-
-
-def score_tasks(
-    loaded: LoadedTasks,
-    settings: TaskSettings,
-    places: dict[str, str | Path],
-    tokenizer: PreTrainedTokenizerBase,
-    scratch: Path,
-    progress: Progress,
-    tell: Callable[[str], None] = lambda text: None,
-) -> TaskScores:
-    """Return every model's scores. `places`: the models by `dense`, `pruned` and `recovered`. `tell`: see `Store`."""
-    store = Store(scratch / PARTS_FOLDER, tell=tell)
-    (scratch / PARTS_FOLDER).mkdir(exist_ok=True)
-    found: dict[str, dict[str, Any]] = {}
-    for which, place in places.items():
-        subject = open_subject(which, place)
-        found[which] = task_parts(store, subject, tokenizer, loaded, _options(settings), progress)
-        subject.forget()
-    gains = task_changes(found["pruned"], found["recovered"])
-    return TaskScores(
-        **{which: task_scores(tasks["results"]) for which, tasks in found.items()},
-        gains={
-            task: {metric: TaskScore(gain.difference, gain.standard_error) for metric, gain in by_metric.items()}
-            for task, by_metric in gains.items()
-        },
-        sources=loaded.sources,
-        limit=settings.limit,
-        lm_eval_version=found["recovered"]["lm_eval_version"],
-        notes=loaded.notes,
-    )
-
-
-def _options(settings: TaskSettings) -> TaskOptions:
-    return TaskOptions(limit=settings.limit, batch_size=settings.batch_size)
+def _last_lines(lines: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Return the last line of each event, step and text: a restarted run writes some again."""
+    return {(line["event"], line.get("step"), line.get("text")): line for line in lines}.values()

@@ -1,21 +1,21 @@
 """Training: the pruned model learns to predict what the dense model predicts.
 
-In: both models, the text, the settings. Out: the trained model, in place. transformers' Trainer runs it, with our
-loss and our held-out text; under FSDP both models are in shards.
+In: both models, the text, the settings. Out: the trained model, in place. transformers' Trainer
+runs it, with our loss and our held-out text; FSDP shards both models.
 """
 
 import copy
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -28,70 +28,44 @@ from transformers import (
 )
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.log import Progress, silent
+from secateur.log import Progress, RunLog
 from secateur.model.config import quiet_transformers
-from secateur.recipe import RecoverySettings
+from secateur.recipe import Recipe, RecoverySettings
 from secateur.recovery.judge import Judge, distillation_loss, objective, teacher_log_p
-from secateur.recovery.pair import Block, Candidates, RecoveryText, blocks_per_step
-from secateur.report.measured import Verdicts, mean_kl
+from secateur.recovery.pair import Candidates, RecoveryText, blocks_per_step
+from secateur.report.measured import mean_kl
 from secateur.stream.offload import forget_weights
 
-STAGE = "recover"
-
-# From the ids of a batch to the teacher's log probabilities.
-Teach = Callable[[Tensor], Tensor]
-
-
-class BlockDataset(Dataset[dict[str, Tensor]]):
-    """Blocks in the order of use, each with its domain's weight."""
-
-    def __init__(self, blocks: Sequence[Block], weights: dict[str, float]) -> None:
-        self.blocks, self.weights = blocks, weights
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        domain, ids_T = self.blocks[number]
-        return {"input_ids": ids_T, "weight": torch.tensor(self.weights[domain])}
-
-
-def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack the items of a batch."""
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+STAGE, TRAINER_FOLDER = "recover", "trainer"
+FSDP_SWITCH = "ACCELERATE_USE_FSDP"  # set by `accelerate launch` with FSDP
 
 
 class Distiller(Trainer):
-    """Trains on `distillation_loss` and evaluates by the judge. `teach` None: there is no teacher."""
+    """Trains on `distillation_loss` and evaluates by the judge."""
 
     settings: RecoverySettings
     judge: Judge
-    teach: Teach | None
-    last_verdicts: Verdicts
+    teacher: nn.Module | None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        ids_BT = inputs["input_ids"]
-        log_p_PV = None if self.teach is None else self.teach(ids_BT)
+        """Return the loss of one batch."""
+        ids_BT, settings = inputs["input_ids"], self.settings
+        log_p_PV = None if self.teacher is None else teacher_log_p(self.teacher, ids_BT, settings.temperature)
         logits_PV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
         weight_P = inputs["weight"].repeat_interleave(ids_BT.shape[1] - 1)
-        return distillation_loss(
-            logits_PV,
-            ids_BT[:, 1:].flatten(),
-            log_p_PV,
-            weight_P,
-            temperature=self.settings.temperature,
-            kl_share=self.settings.kl_share,
-        )
+        weighting = {"temperature": settings.temperature, "kl_share": settings.kl_share}
+        return distillation_loss(logits_PV, ids_BT[:, 1:].flatten(), log_p_PV, weight_P, **weighting)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Return held-out KL, by domain and mean, and the objective."""
         model: Any = self.model_wrapped
         model.eval()
-        self.last_verdicts = self.judge.verdicts(
+        verdicts = self.judge.verdicts(
             lambda ids_BT: model(input_ids=ids_BT.to(self.args.device), use_cache=False).logits
         )
-        metrics = {f"eval_kl_{domain}": verdict.kl for domain, verdict in self.last_verdicts.items()}
-        metrics["eval_kl"] = mean_kl(self.last_verdicts)
-        metrics["eval_objective"] = objective(self.last_verdicts, self.settings.kl_share)
+        metrics = {f"eval_kl_{domain}": verdict.kl for domain, verdict in verdicts.items()}
+        metrics["eval_kl"] = mean_kl(verdicts)
+        metrics["eval_objective"] = objective(verdicts, self.settings.kl_share)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -99,7 +73,7 @@ class Distiller(Trainer):
 
 @dataclass
 class Listener(TrainerCallback):
-    """Writes losses and held-out KL to the run log, moves the progress, and asks for a last evaluation at the end.
+    """Logs losses and held-out KL, moves the progress, and asks for a last evaluation at the end.
 
     `tell`: gets a line of text at every evaluation.
     """
@@ -113,15 +87,18 @@ class Listener(TrainerCallback):
     loss: float = float("nan")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
         self.started, self.first_step = time.perf_counter(), state.global_step
-        self.progress(STAGE, state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step)
+        self._move(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress(STAGE, state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step)
+        """Move the progress; evaluate and save after the last step."""
+        self._move(state)
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log the loss of a step."""
         logs = kwargs["logs"]
         if "loss" in logs:
             self.loss = logs["loss"]
@@ -129,6 +106,7 @@ class Listener(TrainerCallback):
             self.log({"event": "recover_step", **self._place(state), **line})
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log the held-out KL and tell how far the training is."""
         metrics = kwargs["metrics"]
         by_domain = {name.removeprefix("eval_kl_"): kl for name, kl in metrics.items() if name.startswith("eval_kl_")}
         place = self._place(state)
@@ -140,6 +118,9 @@ class Listener(TrainerCallback):
             f"tokens/s, held-out KL {metrics['eval_kl']:.4f} ({domains}), {left / 60:,.1f} min left"
         )
 
+    def _move(self, state: TrainerState) -> None:
+        self.progress(STAGE, state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step)
+
     def _place(self, state: TrainerState) -> dict[str, Any]:
         num_steps = state.global_step - self.first_step
         rate = num_steps * self.tokens_per_step / (time.perf_counter() - self.started)
@@ -147,18 +128,8 @@ class Listener(TrainerCallback):
         return {"step": state.global_step, "tokens": num_tokens, "tokens_per_second": round(rate, 1)}
 
 
-def teach_by(teacher: nn.Module | None, settings: RecoverySettings) -> Teach | None:
-    """Return the teacher as a function of ids, None without one."""
-    if teacher is None:
-        return None
-    return lambda ids_BT: teacher_log_p(teacher, ids_BT, settings.temperature)
-
-
-FSDP_SWITCH = "ACCELERATE_USE_FSDP"  # what `accelerate launch` sets for its config's FSDP
-
-
 def wants_shards() -> bool:
-    """Say whether the launcher asked for FSDP, over several processes. Raises RecipeError if it asked for version 1."""
+    """Say whether the launcher asked for FSDP. Raises RecipeError if it asked for version 1."""
     if os.environ.get(FSDP_SWITCH, "false").lower() != "true" or os.environ.get("WORLD_SIZE", "1") == "1":
         return False
     version = os.environ.get("FSDP_VERSION", "1")
@@ -168,7 +139,7 @@ def wants_shards() -> bool:
 
 
 def let_cpu_shard(arguments: TrainingArguments) -> None:
-    """Let accelerate shard over processes without accelerators too, where it would copy the model to each of them.
+    """Let accelerate shard over processes without GPUs too.
 
     It looks for FSDP only in a state of several GPUs; gloo has every collective that FSDP2 needs.
     """
@@ -179,30 +150,16 @@ def let_cpu_shard(arguments: TrainingArguments) -> None:
         state.distributed_type = DistributedType.MULTI_GPU
 
 
-def save_whole(accelerator: Any) -> None:
-    """Have checkpoints written whole, which torch reads back as tensors alone; those in shards it unpickles."""
-    plugin = accelerator.state.fsdp_plugin
-    plugin.state_dict_config = plugin.optim_state_dict_config = None  # or those of the launcher's type would stay
-    plugin.set_state_dict_type("FULL_STATE_DICT")
-
-
 def handed_over(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy that takes over the model's weights, so that sharding the copy frees them; the model keeps none."""
+    """Return a copy that takes over the weights, so that sharding the copy frees them."""
     taken = {id(parameter): nn.Parameter(parameter.data) for parameter in model.parameters()}
     copied = copy.deepcopy(model, cast(dict[int, Any], taken))
     forget_weights(model)
     return copied
 
 
-def shard(model: nn.Module, accelerator: Any) -> nn.Module:
-    """Return a model that is only asked, in shards."""
-    from accelerate.utils import fsdp2_prepare_model
-
-    return fsdp2_prepare_model(accelerator, model)
-
-
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter whole and in ordinary memory, one at a time; every process must ask for all of them."""
+    """Yield every parameter whole and on the host; every process must ask for all."""
     from torch.distributed.tensor import DTensor
 
     for name, parameter in model.named_parameters():
@@ -210,12 +167,12 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, (data.full_tensor() if isinstance(data, DTensor) else data).cpu()
 
 
-STATE_FILE, TRAINER_FOLDER = "trainer_state.json", "trainer"
-
-
 @dataclass
 class Work:
-    """A recovery with everything at hand. `teacher` becomes None where nothing asks it."""
+    """A recovery that is ready to train. `directory`: hidden, for what an interrupted run leaves.
+
+    `teacher` becomes None with `kl_share: 0`. `settings`: the recipe's, with defaults filled in.
+    """
 
     candidates: Candidates
     pruned: PreTrainedModel
@@ -223,22 +180,23 @@ class Work:
     text: RecoveryText
     judge: Judge
     settings: RecoverySettings
-    seed: int
+    recipe: Recipe
     directory: Path
-    log: Callable[[dict[str, Any]], None] = lambda line: None
-    progress: Progress = silent
-    tell: Callable[[str], None] = lambda text: None
+    log: RunLog
+    progress: Progress
+    tell: Callable[[str], None]
 
 
 def recover_logits(work: Work, weights: dict[str, float]) -> int:
-    """Train `work.pruned` in place and return the tokens it was trained on, which are fewer after an early stop.
+    """Train `work.pruned` in place and return the tokens trained on, fewer after an early stop.
 
-    `weights`: what each domain's loss counts.
+    `weights`: of each domain's loss.
 
-    Weights are float32 while they are trained; a model in bfloat16 computes in bfloat16 (autocast) and ends in it.
-    AdamW without decay, cosine schedule after a tenth of warming up, gradients clipped to norm 1.
+    Weights are float32 in training; a bfloat16 model computes and ends in bfloat16 (autocast).
+    AdamW without decay, a tenth of warm-up, then a cosine schedule, gradients clipped to norm 1.
 
-    Raises RecipeError if a step cannot be shared out over processes and devices, peft is missing, or FSDP is too old.
+    Raises RecipeError if a step cannot be split over processes and devices, peft is missing, or
+    FSDP is too old.
     """
     if work.settings.kl_share == 0:
         work.teacher = None
@@ -246,19 +204,19 @@ def recover_logits(work: Work, weights: dict[str, float]) -> int:
     settings, dtype, length = work.settings, work.pruned.dtype, work.text.sequence_length
     size = blocks_per_step(settings.batch_tokens, length)
     num_steps = len(work.text.blocks) // size
-    for parameter in work.pruned.parameters():  # not .float(): buffers, such as rotary frequencies, stay as they are
-        parameter.data = parameter.data.to(torch.float32, copy=True)  # whoever holds the old ones wants them unchanged
+    for parameter in work.pruned.parameters():  # not .float(): buffers keep their dtype
+        parameter.data = parameter.data.to(torch.float32, copy=True)  # a copy: the old weights may be put back
     work.pruned.requires_grad_(True)
     if settings.train == "layers":
-        # Adam's steps do not shrink with the gradient: they would move words that the text hardly has as far as others.
+        # Adam's steps do not shrink with gradients: rare words would move as far as frequent ones.
         words: tuple[Any, ...] = (work.pruned.get_input_embeddings(), work.pruned.get_output_embeddings())
         for module in words:
             module.requires_grad_(False)
-    torch.manual_seed(work.seed)
+    torch.manual_seed(work.recipe.seed)
     trained = _to_train(settings, handed_over(work.pruned) if wants_shards() else work.pruned)
     with quiet_transformers():
         trainer = _trainer(work, trained, weights, _arguments(work, dtype, size, num_steps), size * length)
-        _run(trainer, _last_checkpoint(work.directory / TRAINER_FOLDER))
+        _run(trainer, work.directory / TRAINER_FOLDER)
         _take_back(work, trained, trainer, dtypes)
     work.pruned.requires_grad_(False)
     for name, parameter in work.pruned.named_parameters():
@@ -267,21 +225,24 @@ def recover_logits(work: Work, weights: dict[str, float]) -> int:
     return trainer.state.global_step * size * length
 
 
-def _run(trainer: Distiller, checkpoint: str | None) -> None:
-    """Train on from the checkpoint, if any. Raises CheckpointError if its pickles hold more than tensors."""
+def _run(trainer: Distiller, folder: Path) -> None:
+    """Train from the last complete checkpoint. Raises CheckpointError if it holds code."""
+    # The Trainer writes trainer_state.json last.
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    last = str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)  # the Trainer opens pickles with weights_only
+        trainer.train(resume_from_checkpoint=last)  # the Trainer opens pickles with weights_only
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{checkpoint}: is damaged or holds more than tensors, so it is not opened; delete the directory that it "
+            f"{last}: is damaged or holds more than tensors, so it is not opened; delete the directory that it "
             "lies in and start again."
         ) from None
 
 
 def with_lora(model: PreTrainedModel, rank: int) -> nn.Module:
-    """Return the model with low-rank additions to every linear but the head, and only these to be trained.
+    """Return the model with trainable low-rank additions to every linear but the head.
 
-    W + (2 rank / rank) B A, B zero at first: the model is what it was. Source: Hu et al., arXiv 2106.09685.
+    W + (2 rank / rank) B A, B zero at first. Source: Hu et al., arXiv 2106.09685.
     Raises RecipeError without peft.
     """
     try:
@@ -289,7 +250,7 @@ def with_lora(model: PreTrainedModel, rank: int) -> nn.Module:
     except ImportError:
         raise RecipeError("recover.train: lora needs the package peft; run pip install 'secateur[recover]'.") from None
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
-    with quiet_transformers():  # peft asks for what transformers deprecates
+    with quiet_transformers():  # peft uses what transformers deprecates
         return get_peft_model(model, config)
 
 
@@ -300,32 +261,37 @@ def _to_train(settings: RecoverySettings, model: PreTrainedModel) -> nn.Module:
 def _trainer(
     work: Work, trained: nn.Module, weights: dict[str, float], arguments: TrainingArguments, tokens_per_step: int
 ) -> Distiller:
-    listener = Listener(tokens_per_step, work.log, work.progress, work.tell)
-    dataset = BlockDataset(work.text.blocks, weights)
+    listener = Listener(tokens_per_step, work.log.write, work.progress, work.tell)
+    items = [{"input_ids": ids_T, "weight": torch.tensor(weights[domain])} for domain, ids_T in work.text.blocks]
+    dataset = cast(Dataset[dict[str, Tensor]], items)
     trainer = Distiller(
         model=trained,
         args=arguments,
-        data_collator=collate,
+        data_collator=default_collate,
         train_dataset=dataset,
         eval_dataset=dataset,
         callbacks=[listener, EarlyStoppingCallback(work.settings.patience)],
     )
     trainer.remove_callback(PrinterCallback)
-    # Blocks have equal length, so that a step's loss is the mean over its parts; the Trainer would sum them.
+    # Else the Trainer sums the losses of a step's parts; ours, of equal length, are averaged.
     trainer.model_accepts_loss_kwargs = False
     trainer.settings, trainer.judge = work.settings, work.judge
     teacher: Any = work.teacher
     if trainer.is_fsdp_enabled:
-        save_whole(trainer.accelerator)
+        # Checkpoints are written whole: torch reads those as tensors alone, but unpickles shards.
+        plugin: Any = trainer.accelerator.state.fsdp_plugin
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # else the launcher's stay
+        plugin.set_state_dict_type("FULL_STATE_DICT")
         text = f"recover: weights were in shards over {arguments.world_size} processes (FSDP)."
-        work.log({"event": "note", "text": text})
-    if teacher is not None:
-        if trainer.is_fsdp_enabled:
-            work.judge.keep_head()
-            teacher = shard(teacher, trainer.accelerator)
-        else:
-            teacher = teacher.to(arguments.device)
-    trainer.teach = teach_by(teacher, work.settings)
+        work.log.write({"event": "note", "text": text})
+    if teacher is not None and trainer.is_fsdp_enabled:
+        from accelerate.utils import fsdp2_prepare_model
+
+        work.judge.copy_head()
+        teacher = fsdp2_prepare_model(trainer.accelerator, teacher)
+    elif teacher is not None:
+        teacher = teacher.to(arguments.device)
+    trainer.teacher = teacher
     return trainer
 
 
@@ -357,11 +323,17 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int) -> Tra
         train_sampling_strategy="sequential",
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True,
-        restore_callback_states_from_checkpoint=True,  # or patience would begin anew
-        seed=work.seed,
+        restore_callback_states_from_checkpoint=True,  # else patience starts anew
+        seed=work.recipe.seed,
     )
     if wants_shards():
         let_cpu_shard(arguments)
+    arguments.gradient_accumulation_steps = _passes(arguments, size)
+    return arguments
+
+
+def _passes(arguments: TrainingArguments, size: int) -> int:
+    """Return the forward passes of a step of `size` blocks. Raises RecipeError for a remainder."""
     in_one_pass = arguments.per_device_train_batch_size * arguments.world_size
     if size % in_one_pass:
         raise RecipeError(
@@ -369,12 +341,11 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int) -> Tra
             f"processes with {arguments.per_device_train_batch_size} blocks each at a time; make it a multiple of "
             f"{in_one_pass} blocks, or lower blocks_per_device."
         )
-    arguments.gradient_accumulation_steps = size // in_one_pass
-    return arguments
+    return size // in_one_pass
 
 
 def _take_back(work: Work, trained: nn.Module, trainer: Distiller, dtypes: dict[str, torch.dtype]) -> None:
-    """Give `work.pruned` the trained weights: unwrap it or put its shards together, merge low-rank additions."""
+    """Give `work.pruned` the trained weights: unwrapped, gathered, with additions merged."""
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     if trainer.is_fsdp_enabled:
         whole = _to_train(work.settings, work.pruned)
@@ -386,9 +357,3 @@ def _take_back(work: Work, trained: nn.Module, trainer: Distiller, dtypes: dict[
         merged: Any = trained
         merged.merge_and_unload()
     work.pruned.to("cpu")  # type: ignore[arg-type]  # transformers' wrapper hides its arguments
-
-
-def _last_checkpoint(directory: Path) -> str | None:
-    """Return the last complete checkpoint: the state file is what the Trainer writes last."""
-    places = [path.parent for path in directory.glob(f"checkpoint-*/{STATE_FILE}")]
-    return str(max(places, key=lambda path: int(path.name.rpartition("-")[2]))) if places else None

@@ -1,0 +1,129 @@
+"""The start of a recovery: both models opened, the recipe completed, the text drawn, the cost told.
+
+In: references of both models, changes to the recipe. Out: a `Work` to train, or a `Cost`.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from secateur.errors import RecipeError
+from secateur.files import check_free_space, disk_errors
+from secateur.log import Progress, RunLog, silent
+from secateur.methods.prices import sequence_length
+from secateur.model.checkpoint import Checkpoint, load_model, weight_digests
+from secateur.recipe import Recipe, RecoverySettings
+from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
+from secateur.recovery.cost import cost_of, time_a_step
+from secateur.recovery.judge import Judge
+from secateur.recovery.pair import Candidates, RecoveryText, open_pair, recovery_text
+from secateur.recovery.train import Work
+from secateur.report.measured import Cost
+from secateur.report.records import RECIPE_FILE
+
+
+def changes_of(recipe: dict[str, Any] | Path | str | None, tokens: int | None) -> dict[str, Any]:
+    """Return the changes to the pruned model's recipe: a mapping or a file, and `tokens`."""
+    changes = load_recipe(Path(recipe)) if isinstance(recipe, Path | str) else recipe or {}
+    if "preset" in changes:
+        changes = over_preset(changes, "recipe")
+    return changes if tokens is None else merged(changes, {"recover": {"num_tokens": tokens}})
+
+
+def open_job(
+    pruned: str | Path, teacher: str | Path, changes: dict[str, Any] | None
+) -> tuple[Candidates, Recipe, RecoverySettings]:
+    """Return both checkpoints, the whole recipe and its recovery settings; read no weights.
+
+    Raises CheckpointError for models that do not fit each other, RecipeError for a bad recipe.
+    """
+    candidates = open_pair(pruned, teacher)
+    changes = changes or {}
+    path = candidates.pruned.directory / RECIPE_FILE
+    if not path.is_file() and "calibration" not in changes:
+        raise RecipeError(
+            f"{pruned}: has no {RECIPE_FILE}, so its domains are not known; say what to train on with --domain "
+            "NAME[=FILE] or --recipe FILE."
+        )
+    base = load_recipe(path) if path.is_file() else {}
+    if "domains" in changes.get("calibration", {}):  # they replace the old ones
+        base.get("calibration", {}).pop("domains", None)
+    recipe = parse_recipe(merged(base, changes), "recover")
+    length = sequence_length(recipe.calibration.sequence_length, candidates.pruned_shape.config.get_text_config())
+    calibration = recipe.calibration.model_copy(update={"sequence_length": length})
+    settings = recipe.recover or RecoverySettings()
+    return candidates, recipe.model_copy(update={"calibration": calibration, "recover": settings}), settings
+
+
+def prepare(
+    candidates: Candidates,
+    recipe: Recipe,
+    settings: RecoverySettings,
+    out: Path,
+    progress: Progress = silent,
+    tell: Callable[[str], None] = lambda text: None,
+    *,
+    write_log: bool = True,
+) -> Work:
+    """Open both models, draw the text, evaluate the dense model, make the hidden directory.
+
+    Weights are mapped from disk, so that only those that training changes fill memory.
+
+    Raises CalibrationError for too little text, CheckpointError for too little disk.
+    """
+    dense = _load(candidates.teacher)
+    text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
+    scratch = out.absolute().with_name(f".{out.name}.recover-{_fingerprint(candidates, recipe, text)}")
+    with disk_errors(out):
+        scratch.mkdir(parents=True, exist_ok=True)
+    for line in _left_behind(scratch, out):
+        tell(line)
+    check_free_space(scratch, cost_of(candidates, settings, text).scratch_bytes)
+    log = RunLog(scratch if write_log else None)
+    with log.time("judge"):
+        judge = Judge(dense, candidates.teacher_arch, text.held_out_NT, progress)
+    pruned = _load(candidates.pruned)
+    return Work(candidates, pruned, dense, text, judge, settings, recipe, scratch, log, progress, tell)
+
+
+def _left_behind(scratch: Path, out: Path) -> Iterator[str]:
+    """Yield a line per directory of an interrupted run: this run continues it, or nobody will."""
+    for place in sorted(path for path in scratch.parent.iterdir() if path.name.startswith(f".{out.name}.recover-")):
+        num_bytes = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        if num_bytes:
+            found = f"{place}: {num_bytes / 1e6:,.1f} MB that an interrupted run left"
+            end = "this one goes on from there" if place == scratch else "of other inputs; delete it if you are done"
+            yield f"{found}, {end}."
+
+
+def _load(checkpoint: Checkpoint) -> PreTrainedModel:
+    return load_model(checkpoint, mapped=checkpoint.gguf_file is None)
+
+
+def _fingerprint(candidates: Candidates, recipe: Recipe, text: RecoveryText) -> str:
+    """Return a short hash of what the trained weights depend on: recipe, text, both models."""
+    digests = [weight_digests(checkpoint) for checkpoint in (candidates.pruned, candidates.teacher)]
+    inputs = [recipe.model_dump(mode="json", exclude={"recover": {"evaluation"}}), text.content_hash, *digests]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
+
+
+def dry_run(
+    pruned: str | Path, teacher: str | Path, changes: dict[str, Any] | None = None, progress: Progress = silent
+) -> Cost:
+    """Return what `recover` would cost, with seconds from one step that is timed here.
+
+    Loads both models and writes nothing. Raises what `recover` raises before its first step.
+    """
+    candidates, recipe, settings = open_job(pruned, teacher, changes)
+    dense = _load(candidates.teacher)
+    text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
+    progress("time a step", 0, 1)
+    ids_BT = torch.stack([ids_T for _, ids_T in text.blocks[: settings.blocks_per_device]])
+    seconds_per_flop = time_a_step(_load(candidates.pruned), dense, settings, ids_BT)
+    progress("time a step", 1, 1)
+    return cost_of(candidates, settings, text, seconds_per_flop)
