@@ -223,7 +223,7 @@ def test_shipped_recipes_resolve_from_the_real_shapes(preset, sizes, num_params)
     assert Size.of(model).num_params == num_params
     resolved = resolve(opened(model, parse_recipe(grouped({"preset": preset}))))
     assert resolved.warnings == ()
-    assert resolved.plans[-1].removed_fraction == pytest.approx(0.2, abs=0.003)
+    assert resolved.plans[-1].removed_share == pytest.approx(0.2, abs=0.003)
     assert {count % 256 for count in resolved.plans[-1].num_keep.values()} == {0}
 
 

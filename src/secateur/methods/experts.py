@@ -1,10 +1,9 @@
-"""Experts as units: which a router needs least, and the cut that takes them with their rows of the router.
+"""Experts as units: remove those that the router needs least, with their rows of the router.
 
-In: the walk standing before a layer with experts. Out: the layer with fewer of them, the kept indices, the line of the
-run log. Whatever way a family stores its experts, one observer sees them: it notes what the module of all experts is
-called with and calls it again for one expert at a time. The router turns to those that stay, which are refitted to it.
+One observer serves all families: it notes the arguments of the experts' module and calls it again
+for one expert at a time. The router chooses among the remaining experts, which are then refitted.
 
-Letters: T tokens, k experts per token, D hidden size, E experts.
+T tokens, k experts per token, D hidden size, E experts.
 """
 
 import dataclasses
@@ -22,30 +21,26 @@ from secateur.model.group import Experts, Group
 from secateur.stream.statistics import keep_highest, totals
 from secateur.stream.walk import Walk
 
-# In so many steps experts go where those that stay are refitted: LOG, 2026-11-26.
+# With a refit, experts are removed in this many steps (LOG, 2026-11-26).
 NUM_STEPS = 4
 
 
 def observe_routing(
     walk: Walk, group: Group, *, to_middle: bool, target_mix: float = 0.0, keep: bool = False
 ) -> tuple[dict[str, Routing], list[Wanted]]:
-    """Return every domain's routing on the pruned stream, held-out text left out. The walk must stand before the layer.
+    """Return each domain's routing on the pruned stream, without held-out text, and what is wanted.
 
-    norms_j = sum over tokens t that chose expert j of g_j(t) |f_j(t)|, with g the router's weight and f the output;
-    energy_j of their squares.
-    With `keep` also what every batch's tokens got from the experts, moved by `target_mix` of the drift behind the layer
-    (dense stream minus pruned stream), whose dense stream must have moved already.
-    Raises NumericsError naming layer and domain if a norm is not finite.
+    The walk stands before the layer. norms_j = sum over tokens t that chose expert j of
+    g_j(t) |f_j(t)|, with g the router's weight and f the output; energy_j the same of the squares.
+    With `keep` also each batch's expert output, moved by `target_mix` of the drift behind the layer
+    (dense minus pruned stream), whose dense stream must have moved already.
+    Raises NumericsError, naming layer and domain, if a norm is not finite.
     """
     module, num_experts = walk.layers[group.layer].get_submodule(group.experts.module), group.num_units
     seen: list[tuple[Any, Tensor]] = []
     found: dict[str, Routing] = {}
     wanted: list[Wanted] = []
-
-    def note(_: nn.Module, inputs: Any, output: Tensor) -> None:
-        seen.append((inputs, output))
-
-    handle = module.register_forward_hook(note)
+    handle = module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output)))
     try:
         for position, (batch, behind_BTD) in enumerate(walk.run(group.layer, to_middle=to_middle)):
             call, output_TD = seen.pop()
@@ -57,8 +52,7 @@ def observe_routing(
             if group.experts.weighted_inputs:
                 new = _routing_of_weighted(call[0], output_TD, num_experts)
             else:
-                hidden_TD, chosen_Tk, weights_Tk = call
-                new = _routing(module, hidden_TD, chosen_Tk, weights_Tk, num_experts)
+                new = _routing(module, *call, num_experts)
             if not bool(new.norms_E.isfinite().all()):
                 raise NumericsError(
                     f"layer {group.layer}, {group.experts.module}, domain {batch.domain}: an expert gives NaN or "
@@ -79,26 +73,15 @@ def _wanted(output_TD: Tensor, drift_BTD: Tensor | None, target_mix: float, *, h
     return Wanted(output_TD + target_mix * drift_BTD.reshape(output_TD.shape), own_TD)
 
 
-def expert_scores(
-    score: str, routing: dict[str, Routing], shares: dict[str, float], weighting: str, seed: int
-) -> Float[Tensor, " E"]:
-    """Return every expert's score, higher = keep: one of experts, `random`, or for every other name its energy."""
-    return scored(score, ExpertInputs(routing, shares, weighting, seed))
-
-
 def keep_experts(scores_E: Float[Tensor, " E"], num_keep: int, experts: Experts) -> Int64[Tensor, " K"]:
-    """Return the sorted indices of the highest scores: as many of each group, where the router chooses groups first."""
-    size = len(scores_E) // experts.num_groups
-    parts = [
-        start * size + keep_highest(part, num_keep // experts.num_groups)
-        for start, part in enumerate(scores_E.split(size))
-    ]
-    return torch.cat(parts)
+    """Return the sorted indices of the highest scores, the same number in each router group."""
+    size, each = len(scores_E) // experts.num_groups, num_keep // experts.num_groups
+    return torch.cat([number * size + keep_highest(part, each) for number, part in enumerate(scores_E.split(size))])
 
 
 @torch.no_grad()
 def cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> None:
-    """Keep only these experts: their entries of every stack, their rows of the router, and the counts."""
+    """Keep these experts: their entries of every stack, their router rows, and the counts."""
     module = layer.get_submodule(group.experts.module)
     names = [f"{group.experts.module}.{name}" for name, _ in module.named_parameters()]
     for name in (*names, *group.experts.router_rows):
@@ -117,18 +100,19 @@ def cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> No
 def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     """Measure, select, cut and, with `compensate: least_squares`, refit one layer's experts.
 
-    With a refit they go in NUM_STEPS steps, each followed by one and measured anew, as a refit changes what the rest
-    is worth. Returns the kept indices and the log line: of the first measurement, and of the last refit. Its
-    `routed_share_kept`: by domain, the share of the router's choices that fell on experts which stayed.
+    With a refit they go in NUM_STEPS steps, each measured anew, because a refit changes their
+    worth. Returns the kept indices and the log line, of the first measurement and the last refit.
+    `routed_share_kept`: by domain, the share of the router's choices that fell on kept experts.
     """
     walk, method, layer, experts = task.walk, task.method, task.layer, task.group.experts
     num_units, num_keep = experts.num_units_left(layer), task.num_keep
     group = dataclasses.replace(task.group, num_units=num_units)
 
     def scores_of(routing: dict[str, Routing], seed: int) -> Tensor:
-        return task.decide(lambda: expert_scores(method.score, routing, task.shares, method.weighting, seed))
+        inputs = ExpertInputs(routing, task.shares, method.weighting, seed)
+        return task.decide(lambda: scored(method.score, inputs))
 
-    # Where a weight acts inside an expert, least squares over weighted outputs is not its refit.
+    # If the router's weight acts inside an expert, this least squares does not apply.
     refits = method.compensate == "least_squares" and num_keep < num_units and not experts.weighted_inputs
     first, wanted = observe_routing(walk, group, to_middle=True, target_mix=method.target_mix, keep=refits)
     first_scores_E = scores_of(first, task.seed)
@@ -161,7 +145,7 @@ def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
 
 
 def _steps(num_units: int, num_keep: int, num_groups: int) -> list[int]:
-    """Return how many experts are left after each step, as many in every group, each number once."""
+    """Return the numbers of experts left after each step, equal in every group, no repeats."""
     size, gone = num_units // num_groups, (num_units - num_keep) // num_groups
     taken = dict.fromkeys(-(-gone * step // NUM_STEPS) for step in range(1, NUM_STEPS + 1))
     return [num_groups * (size - each) for each in taken]
@@ -179,7 +163,7 @@ def _routing(
     for expert in chosen_Tk.unique().tolist():
         tokens, places = torch.where(chosen_Tk == expert)
         alone = torch.full_like(tokens, expert)[:, None]
-        # Its forward, not the module itself, whose hook would note this call too.
+        # Call forward, because the module's hook would note this call too.
         output_TD = module.forward(hidden_TD[tokens], alone, torch.ones_like(weights_Tk[tokens, :1]))
         norms[expert] = torch.linalg.vector_norm(output_TD.float(), dim=-1) * weights_Tk[tokens, places].float()
     return Routing.of(torch.tensor([len(each) for each in norms], device=hidden_TD.device), norms)
@@ -188,7 +172,7 @@ def _routing(
 def _routing_of_weighted(
     inputs_XD: Float[Tensor, "X D"], outputs_XD: Float[Tensor, "X D"], num_experts: int
 ) -> Routing:
-    """As `_routing`, where each expert in turn was called on all tokens (X = E T) times its weight, 0 for most."""
+    """As `_routing` if each expert sees all tokens (X = E T) times its weight, mostly 0."""
     chosen_ET = (inputs_XD != 0).any(dim=-1).view(num_experts, -1)
     norms_ET = torch.linalg.vector_norm(outputs_XD.float(), dim=-1).view(num_experts, -1)
     return Routing.of(chosen_ET.sum(dim=1), list(norms_ET))
