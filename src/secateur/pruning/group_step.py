@@ -1,7 +1,6 @@
-"""One group's step, whatever kind its units are of; and the same step again from what was kept of it.
+"""One group's step for any kind of unit, and the same step again from what the store has.
 
-In: the walk standing before the group's layer, how many units to keep. Out: the layer with fewer units, the kept
-indices, the line of the run log. `STEPS` says what is done with a kind of unit.
+In: the walk before the group's layer. Out: the cut layer, the kept indices, the log line.
 """
 
 import dataclasses
@@ -63,7 +62,7 @@ def cut_channels(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> N
 
 
 def _weights(task: Task, measured: Measurement, reader: nn.Linear) -> dict[str, float]:
-    """Return the domains' weights where they depend on what a cut does to them."""
+    """Return the domains' weights if they depend on what a cut does to them."""
     segments, num_units = task.group.reader.segments, reader.in_features // task.group.width
     columns_UW, damping = unit_columns(segments, num_units, reader.weight.device), task.method.damping
     return minimax_weights(measured.by_domain, task.shares, reader.weight.float(), columns_UW, task.num_keep, damping)
@@ -99,8 +98,8 @@ T = TypeVar("T")
 class Step:
     """What is done with one kind of unit.
 
-    `prune`: measure, select, repair and cut; returns the kept indices and the log line. `cut`: the cut alone, of the
-    layer and these indices. What the repair changed is `group.parts.refitted`.
+    `prune`: measure, select, repair and cut; returns the kept indices and the log line.
+    `cut`: cut the layer to these indices. `group.parts.refitted`: what the repair changed.
     """
 
     prune: Callable[[Task], tuple[Tensor, dict[str, Any]]]
@@ -117,7 +116,7 @@ STEPS: dict[Kind, Step] = {
 
 
 def method_of(recipe: Recipe) -> Method:
-    """Return what of the recipe says how units are chosen and readers repaired."""
+    """Return the recipe's settings for choosing units and repairing readers."""
     return Method(
         score=recipe.choose.score,
         obs_batch=recipe.choose.obs_batch,
@@ -141,7 +140,7 @@ def prune_group(
 ) -> tuple[Int64[Tensor, "*E K"], dict[str, Any]]:
     """Measure, select, compensate and cut one group; return the kept indices and the log line.
 
-    `scores_U`: the units' scores, where they were measured on the whole model before.
+    `scores_U`: the units' scores if they were measured on the whole model before.
     """
     with walk.layer(group.layer):
         task = Task(walk, group, num_keep, method_of(recipe), shares, seed, scores_U, _decided)
@@ -150,10 +149,7 @@ def prune_group(
 
 @torch.no_grad()
 def redo_group(layer: nn.Module, group: Group, stored: dict[str, Tensor]) -> Tensor:
-    """Do to the layer, bit for bit, what `prune_group` did to such a layer, and return the kept indices.
-
-    `stored`: what `outcome_of` said then.
-    """
+    """Repeat a step bit for bit from what `outcome_of` returned; return the kept indices."""
     keep = stored["keep"].to(next(layer.parameters()).device)
     STEPS[group.kind].cut(layer, group, keep)
     for name, parameter in group.parts.refitted(layer).items():
@@ -162,12 +158,12 @@ def redo_group(layer: nn.Module, group: Group, stored: dict[str, Tensor]) -> Ten
 
 
 def outcome_of(layer: nn.Module, group: Group, keep: Tensor) -> dict[str, Tensor]:
-    """Return what a layer as it was before the group's step does not tell: which units stay, what was refitted."""
+    """Return what `redo_group` needs: the kept indices and the refitted parameters."""
     return {"keep": keep, **group.parts.refitted(layer)}
 
 
 def _decided(compute: Callable[[], T], /) -> T:
-    """Return on every rank what the first computes; memory that it freed goes back to the system."""
+    """Return the first rank's result on every rank, and give freed memory back to the system."""
     found = from_first(compute)
     release_freed()
     return found
