@@ -98,10 +98,9 @@ def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align
 
     The share taken is remove * total / sum(units * price), rounded to the nearest step. Groups with
     large steps (heads) come first and those with small steps make up for their rounding, so the
-    target is met within half a step of the last kind per group.
-
-    Raises RecipeError with the largest possible `remove` if the groups do not hold enough, or with
-    the smallest if not even one step would go.
+    target is met within half a step of the last kind per group. Raises RecipeError with the largest
+    possible `remove` if the groups do not hold enough, or with the smallest if not even one step
+    would go.
     """
     steps = {group.name: align_of(group, align) * prices.of(group) for group in groups}
     names = sorted(steps, key=lambda name: (-steps[name], name))
@@ -170,10 +169,7 @@ def level_grid(num_units: int, step: int) -> tuple[int, ...]:
 
 
 def round_shares(rounds: int, schedule: str | tuple[float, ...]) -> list[float]:
-    """Return the share of the whole removal that is gone after each round: r/n for round r of n.
-
-    A list gives what is gone after each round, relative to its last entry.
-    """
+    """Return the share of the removal that is gone after each round: r/n, or as a list says."""
     if not isinstance(schedule, str):
         return [gone / schedule[-1] for gone in schedule]
     # Not `done / rounds`: its last bit differs, and saved plans are compared exactly.
@@ -221,7 +217,6 @@ def global_plan(
     `scores`: one number per unit that a group still has. Each group keeps the multiple of its step
     nearest to its count of units above the threshold, at least `min_keep`. The threshold is the
     lowest at which `remove` of the whole model's cost goes, counted from the groups' full widths.
-
     Raises RecipeError with the largest possible `remove` if so much cannot go.
     """
     standardised = {(group.layer, group.name): _standardised(scores[group.layer, group.name]) for group in groups}

@@ -3,6 +3,8 @@
 Ridge least squares, checked on held-out text: a correction that does not help is not taken.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -69,9 +71,8 @@ def least_squares(
     (`cross_FH` = x'r) and ridge = damping * mean(diag G), so
     W_S' = W_S + (W_C G_CS + mix (x_S' r)') (G_SS + ridge I)^-1.
     No column gone and no mix: exactly no change. Solved by Cholesky in float64. If that fails, the
-    damping is raised tenfold, at most three times; the value used is returned.
-
-    Raises NumericsError if it stays indefinite. Source: Hassibi and Stork 1993, in closed form.
+    damping is raised tenfold, at most three times; the value used is returned. Raises NumericsError
+    if it stays indefinite. Source: Hassibi and Stork 1993, in closed form.
     """
     is_gone = torch.ones(gram.size, dtype=torch.bool, device=keep.device)
     is_gone[keep] = False
@@ -127,14 +128,12 @@ def held_out_sums(
 
 
 def held_out_errors(sums: dict[str, HeldOutSums]) -> dict[str, HeldOutError]:
-    """Return each domain's |lost - a correction|^2 / output energy over all ranks.
-
-    `sums`: this rank's `held_out_sums`.
-    """
-    split = {domain: total.tolist() for domain, total in totals(sums).items()}
-    return {
-        domain: HeldOutError(*(dot / max(energy, 1e-30) for dot in dots)) for domain, (*dots, energy) in split.items()
-    }
+    """Return each domain's |lost - a correction|^2 / output energy, from all ranks' `sums`."""
+    found: dict[str, HeldOutError] = {}
+    for domain, total in totals(sums).items():
+        *dots, energy = total.tolist()
+        found[domain] = HeldOutError(*(dot / max(energy, 1e-30) for dot in dots))
+    return found
 
 
 def guard(errors: dict[str, HeldOutError]) -> Guard:
@@ -167,11 +166,11 @@ def repair(
     weight_HF, dtype = reader.weight.float(), reader.weight.dtype
     if method.compensate == "least_squares":
         return _least_squares(weight_HF, dtype, measured, columns, method, decide)
-    old_HS = weight_HF[:, columns]
+    unchanged_HS = torch.zeros_like(weight_HF[:, columns])
     if method.compensate == "none":
-        return Repair(guard=_judge(weight_HF, columns, measured, old_HS, old_HS))
+        return Repair(guard=_judge(weight_HF, columns, measured, unchanged_HS, None, 0.0))
     shift_H = decide(lambda: mean_shift(weight_HF, measured.pooled.mean_F, columns)).to(dtype).float()
-    judged = _judge(weight_HF, columns, measured, old_HS, old_HS, shift_H=shift_H)
+    judged = _judge(weight_HF, columns, measured, unchanged_HS, shift_H, 0.0)
     return Repair(bias_H=judged.step * shift_H, guard=judged)
 
 
@@ -187,7 +186,7 @@ def _least_squares(
         fit = decide(partial(least_squares, weight_HF, gram, columns, damping, cross_FH, mix))
         # The guard judges the weights as stored, rounding included.
         old_HS, new_HS = weight_HF[:, columns], fit.weight_HS.copy_(fit.weight_HS.to(dtype))
-        judged = _judge(weight_HF, columns, measured, old_HS, new_HS, mix=mix)
+        judged = _judge(weight_HF, columns, measured, new_HS - old_HS, None, mix)
         error = sum(judged.error_after.values())
         if error < best_error:
             stored_HS = {0.0: None, 1.0: new_HS}.get(judged.step, old_HS + judged.step * (new_HS - old_HS))
@@ -195,21 +194,26 @@ def _least_squares(
     return best
 
 
+@contextmanager
+def weight_replaced(reader: nn.Linear, weight_HF: Float[Tensor, "H F"]) -> Iterator[None]:
+    """Give the reader this weight within the context."""
+    own = reader.weight
+    reader.weight = nn.Parameter(weight_HF, requires_grad=False)
+    try:
+        yield
+    finally:
+        reader.weight = own
+
+
 def _judge(
-    weight_HF: Float[Tensor, "H F"],
-    columns: Int64[Tensor, " S"],
-    measured: Measurement,
-    old_HS: Float[Tensor, "H S"],
-    new_HS: Float[Tensor, "H S"],
-    *,
-    shift_H: Float[Tensor, " H"] | None = None,
-    mix: float = 0.0,
+    weight_HF: Tensor, columns: Tensor, measured: Measurement, change_HS: Tensor, shift_H: Tensor | None, mix: float
 ) -> Guard:
+    """Return the guard's verdict on a change of the columns that stay, and a bias."""
     is_gone = torch.ones(weight_HF.shape[1], dtype=torch.bool, device=weight_HF.device)
     is_gone[columns] = False
     gone = is_gone.nonzero().flatten()
     gone_HC = weight_HF[:, gone]
-    change_SH, sums = (new_HS - old_HS).T, {}
+    change_SH, sums = change_HS.T, {}
     for name, x_TF in measured.held_out_TF.items():
         dtype, x_TF = x_TF.dtype, x_TF.float()
         with exact_product_precision(dtype):

@@ -117,10 +117,8 @@ def curve_plan(
     than one level more if every level costs something. Groups keep at least `min_keep`.
     `domain_weights`: equal by default. `max_rise`: the highest predicted rise of some domains, in
     nats per token; if the best plan breaks a limit, limited domains weigh more, but no more than
-    needed.
-
-    Raises RecipeError with the largest possible `remove` if the groups or `max_rise` do not allow
-    it.
+    needed. Raises RecipeError with the largest possible `remove` if the groups or `max_rise` do not
+    allow it.
     """
     problem = _problem(groups, profiles, prices, min_keep or {})
     largest = sum(max(options) for options in problem.removals) / prices.total

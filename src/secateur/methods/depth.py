@@ -5,7 +5,7 @@ L layers. Held-out batches take no part in the choice.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secateur.errors import ArchError, NumericsError, RecipeError
 from secateur.facts import Batch
 from secateur.log import Progress, silent
-from secateur.methods.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares
+from secateur.methods.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares, weight_replaced
 from secateur.model.bind import Arch, bind, decoder_layers, head_of, text_config
 from secateur.model.group import linear
 from secateur.stream.losses import KL_POSITIONS, states_for_head, token_divergences
@@ -28,9 +28,8 @@ def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch
     """Remove whole layers in place and return the architecture bound anew; the old one is stale.
 
     The remaining layers are renumbered in the modules (a KV cache uses `layer_idx`) and in the
-    config: the number of layers, and every list with one entry per layer, as `layer_types`.
-
-    Raises RecipeError for a missing layer or if none would stay, ArchError for per-layer widths.
+    config: the number of layers, and every list with one entry per layer, as `layer_types`. Raises
+    RecipeError for a missing layer or if none would stay, ArchError for per-layer widths.
     """
     config: Any = text_config(model)
     missing = sorted(set(layers) - set(range(arch.num_layers)))
@@ -66,15 +65,12 @@ def fold_patch(
     hidden state, the new weight is argmin |x W' + d - x V'|^2 + ridge |V - W|^2 over V:
     `least_squares` with every column and d as the drift, summed and solved in float64. No new
     module or bias. The guard's errors are shares of |d|^2 on held-out batches, by domain: 1 means
-    that nothing is recovered. Without held-out batches the whole step is taken.
-
-    Raises RecipeError for the first layer, ArchError if the family norms its reader's output,
-    NumericsError as `least_squares`.
+    that nothing is recovered. Without held-out batches the whole step is taken. Raises RecipeError
+    for the first layer, ArchError if the family norms its reader's output, NumericsError as
+    `least_squares`.
     """
     if not 0 < layer < arch.num_layers:
-        raise RecipeError(
-            f"remove.depth: layer {layer} cannot be folded into the one before it; use 1 to {arch.num_layers - 1}."
-        )
+        raise RecipeError(f"remove.depth: layer {layer} cannot be folded; use 1 to {arch.num_layers - 1}.")
     reader, layers = _reader(model, arch, layer - 1), decoder_layers(model, arch)
     with at_hand(layers[layer - 1]):
         decide(lambda: _check_added_as_it_is(Walk(model, arch, batches[:1]), layer - 1, reader))
@@ -129,7 +125,7 @@ def narrow_readers(
                     gram.add_product(_reader_inputs(walk, index, reader, hidden_BTD)[0])
                 sum_over_ranks(gram)
                 found[index] = decide(partial(_narrow, reader.weight, gram, shares[index], damping))
-        with readers_replaced(model, arch, {index: found[index]} if index in found else {}):
+        with _replaced(model, arch, index, found.get(index)):
             walk.advance(index)
     return found
 
@@ -143,23 +139,14 @@ def _narrow(weight_DF: Tensor, gram: Gram, share: float, damping: float | None) 
     return narrow_DF
 
 
-@contextmanager
-def readers_replaced(model: nn.Module, arch: Arch, weights: Mapping[int, Tensor]) -> Iterator[None]:
-    """Give the FFN readers of these layers these weights within the context."""
-    readers = {index: _reader(model, arch, index) for index in weights}
-    own = {index: reader.weight for index, reader in readers.items()}
-    try:
-        for index, reader in readers.items():
-            reader.weight = nn.Parameter(weights[index], requires_grad=False)
-        yield
-    finally:
-        for index, reader in readers.items():
-            reader.weight = own[index]
-
-
 def _reader(model: nn.Module, arch: Arch, layer: int) -> nn.Linear:
     (group,) = (group for group in arch.select(("ffn",)) if group.layer == layer)
     return linear(decoder_layers(model, arch)[layer], group.reader.module)
+
+
+def _replaced(model: nn.Module, arch: Arch, layer: int, weight: Tensor | None) -> AbstractContextManager[None]:
+    """Give the layer's FFN reader this weight within the context; None: its own."""
+    return nullcontext() if weight is None else weight_replaced(_reader(model, arch, layer), weight)
 
 
 def _check_added_as_it_is(walk: Walk, index: int, reader: nn.Linear) -> None:
@@ -167,28 +154,20 @@ def _check_added_as_it_is(walk: Walk, index: int, reader: nn.Linear) -> None:
     walk.hidden_BTD = [torch.zeros_like(hidden_BTD) for hidden_BTD in walk.hidden_BTD]
 
     def with_reader_giving(value: float) -> Tensor:
-        handle = reader.register_forward_hook(lambda _, __, output: torch.full_like(output, value))
-        try:
+        with reader.register_forward_hook(lambda _, __, output: torch.full_like(output, value)):
             ((_, output_BTD),) = walk.run(index)
-        finally:
-            handle.remove()
         return output_BTD
 
     added_BTD = with_reader_giving(2.0) - with_reader_giving(0.0)
     if not torch.allclose(added_BTD, torch.full_like(added_BTD, 2.0), rtol=0.02):
-        raise ArchError(
-            "remove.depth: the family norms what an FFN gives, so no layer can be folded; remove it without."
-        )
+        raise ArchError("remove.depth: this family norms what an FFN gives; remove layers without folding them.")
 
 
 def _reader_inputs(walk: Walk, index: int, reader: nn.Linear, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """Return the reader's inputs (tokens x F) and the layer's output for `hidden_BTD`."""
     seen: list[Tensor] = []
-    handle = reader.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    try:
+    with reader.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0])):
         leaving_BTD = walk.through(index, hidden_BTD)
-    finally:
-        handle.remove()
     return seen[0].flatten(0, -2), leaving_BTD
 
 
@@ -300,7 +279,7 @@ def _divergences(
         streams, skipping, is_last = pruned.hidden_BTD, pruned.hidden_BTD[-1], index == asked[-1]
         if is_last:
             streams.pop()
-        with readers_replaced(model, arch, {index: readers[index]} if index in readers else {}):
+        with _replaced(model, arch, index, readers.get(index)):
             pruned.advance(index)
         if index in asked:
             streams.insert(len(streams) if is_last else len(streams) - 1, skipping)

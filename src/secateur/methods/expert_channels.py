@@ -26,7 +26,7 @@ from secateur.methods.expert_refit import (
     put_readers,
     reader_of,
 )
-from secateur.methods.select import Task, greedy_obs, units_at_once
+from secateur.methods.select import Task, greedy_obs, log_line, units_at_once
 from secateur.model.group import Group, Stacks
 from secateur.stream.statistics import Gram, InOrder, damped_gram, domain_weight, of_all_ranks, sum_over_ranks
 from secateur.stream.walk import Walk
@@ -37,7 +37,7 @@ NUM_SAMPLED = 2048
 
 @dataclass(slots=True)
 class _Observed:
-    """Per expert: the pooled Gram matrix of weight x channels, and its number of tokens.
+    """Per expert: pooled Gram matrix of weight x channels, and token count.
 
     `samples`: some tokens of every batch, by domain number and first block.
     """
@@ -51,7 +51,7 @@ class _Observed:
 
 @torch.no_grad()
 def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, Any]]:
-    """Measure, select, refit and cut one layer's experts; return kept channels, the log line.
+    """Prune a layer's experts; return kept channels and the log line.
 
     Raises NumericsError, naming layer and domain, if an expert's output is not finite.
     """
@@ -59,8 +59,7 @@ def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, A
     stacks, module = group.experts.stacks, layer.get_submodule(group.experts.module)
     num_experts, num_units = len(module.get_parameter(stacks.down)), num_channels(module, stacks)
     seen = _observe(task.walk, group, task.method.weighting, task.shares)
-    line: dict[str, Any] = {"layer": group.layer, "group": group.name, "kept": num_keep, "total": num_units}
-    line |= {"output_energy": seen.energy, "score_quantiles": []}
+    line = log_line(group, num_keep, num_units, seen.energy, torch.zeros(0))
     keep_EK = torch.arange(num_units).repeat(num_experts, 1)
     if num_keep < num_units:
         found = [task.decide(partial(_narrower, task, module, expert, seen)) for expert in range(num_experts)]
@@ -102,9 +101,8 @@ def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float])
     pooled, current = ([Gram(size, device, torch.float32) for _ in range(num_experts)] for _ in range(2))
     seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))
     calls: list[Call] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
     domains = InOrder(shares, lambda domain: _fold(seen, current, domain, group, weighting, shares[domain]))
-    try:
+    with module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs)):
         for batch, _ in walk.run(group.layer, to_middle=True):
             call = calls.pop()
             if batch.held_out:
@@ -115,8 +113,6 @@ def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float])
             place = (list(shares).index(domain) if domain in shares else 0, batch.first_block)
             seen.samples[place] = hidden_TD[:: max(1, len(hidden_TD) // 64)]
             seen.energy[domain] = seen.energy.get(domain, 0.0) + _add(module, stacks, call, current, seen)
-    finally:
-        handle.remove()
     domains.end()
     sum_over_ranks(seen.num_tokens_E)
     seen.samples = dict(sorted(of_all_ranks(seen.samples).items()))

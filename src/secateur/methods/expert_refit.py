@@ -54,10 +54,7 @@ def channel_inputs(module: Any, stacks: Stacks, expert: int, hidden_TD: Float[Te
 
 
 def put_readers(module: nn.Module, stacks: Stacks, readers_DF: list[Tensor], held_out: list[HeldOut]) -> Guard:
-    """Put in the share of the new readers that held-out text likes best; without it, all.
-
-    One step for all experts of the layer, because their outputs are summed.
-    """
+    """Put in the share of the new readers that held-out text likes best, one for all experts."""
     plain = module.get_parameter(stacks.down).clone()
     refitted = torch.stack([weight.T if stacks.transposed else weight for weight in readers_DF]).to(plain)
     masked = [module.forward(*each.call) for each in held_out]
@@ -66,14 +63,10 @@ def put_readers(module: nn.Module, stacks: Stacks, readers_DF: list[Tensor], hel
     for each, cut in zip(held_out, masked, strict=True):
         given = module.forward(*each.call) - cut
         parts.setdefault(each.domain, []).append((each.own_TD, each.target_TD - cut, given))
-    sums = {
-        domain: held_out_sums(
-            torch.cat([lost for _, lost, _ in pieces]).float(),
-            torch.cat([given for _, _, given in pieces]).float(),
-            float(torch.cat([own for own, _, _ in pieces]).float().square().sum()),
-        )
-        for domain, pieces in parts.items()
-    }
+    sums: dict[str, Tensor] = {}
+    for domain, pieces in parts.items():
+        own_TD, lost_TD, given_TD = (torch.cat(each).float() for each in zip(*pieces, strict=True))
+        sums[domain] = held_out_sums(lost_TD, given_TD, float(own_TD.square().sum()))
     judged = best_step(held_out_errors(sums))
     module.get_parameter(stacks.down).copy_(torch.lerp(plain.float(), refitted.float(), judged.step).to(plain))
     return judged
@@ -159,8 +152,7 @@ def _as_routed_now(
     seen: list[tuple[Call, Tensor]] = []
     tokens: dict[str, _Tokens] = {}
     held_out = []
-    handle = module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output)))
-    try:
+    with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
         for (batch, _), want in zip(walk.run(group.layer, to_middle=True), wanted, strict=True):
             call, given_TD = seen.pop()
             if want.own_TD is not None:
@@ -169,8 +161,6 @@ def _as_routed_now(
             domain = tokens.setdefault(batch.domain, _Tokens())
             domain.calls.append(call)
             domain.left.append(want.target_TD.float() - given_TD.float())
-    finally:
-        handle.remove()
     return tokens, held_out
 
 

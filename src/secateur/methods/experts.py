@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secateur.errors import NumericsError
 from secateur.methods.expert_refit import Wanted, refit_experts
 from secateur.methods.scores import ExpertInputs, Routing, scored
-from secateur.methods.select import Task
+from secateur.methods.select import Task, log_line
 from secateur.model.group import Experts, Group
 from secateur.stream.statistics import keep_highest, totals
 from secateur.stream.walk import Walk
@@ -33,20 +33,22 @@ def observe_routing(
     The walk stands before the layer. norms_j = sum over tokens t that chose expert j of
     g_j(t) |f_j(t)|, with g the router's weight and f the output; energy_j the same of the squares.
     With `keep` also each batch's expert output, moved by `target_mix` of the drift behind the layer
-    (dense minus pruned stream), whose dense stream must have moved already.
-    Raises NumericsError, naming layer and domain, if a norm is not finite.
+    (dense minus pruned stream), whose dense stream must have moved already. Raises NumericsError,
+    naming layer and domain, if a norm is not finite.
     """
     module, num_experts = walk.layers[group.layer].get_submodule(group.experts.module), group.num_units
     seen: list[tuple[Any, Tensor]] = []
     found: dict[str, Routing] = {}
     wanted: list[Wanted] = []
-    handle = module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output)))
-    try:
+    with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
         for position, (batch, behind_BTD) in enumerate(walk.run(group.layer, to_middle=to_middle)):
             call, output_TD = seen.pop()
             if keep:
-                drift_BTD = walk.dense_BTD[position] - behind_BTD if target_mix else None
-                wanted.append(_wanted(output_TD, drift_BTD, target_mix, held_out=batch.held_out))
+                target_TD = output_TD
+                if target_mix:
+                    drift_BTD = walk.dense_BTD[position] - behind_BTD
+                    target_TD = output_TD + target_mix * drift_BTD.reshape(output_TD.shape)
+                wanted.append(Wanted(target_TD, output_TD if batch.held_out else None))
             if batch.held_out:
                 continue
             if group.experts.weighted_inputs:
@@ -59,18 +61,9 @@ def observe_routing(
                     f"infinite numbers; use the model in bfloat16 or float32 and check its weights."
                 )
             found[batch.domain] = found[batch.domain].plus(new) if batch.domain in found else new
-    finally:
-        handle.remove()
     total = totals({name: torch.stack(dataclasses.astuple(each)).cpu() for name, each in found.items()})
     device = next(module.parameters()).device
     return {name: Routing(*sums_3E.to(device)) for name, sums_3E in total.items()}, wanted
-
-
-def _wanted(output_TD: Tensor, drift_BTD: Tensor | None, target_mix: float, *, held_out: bool) -> Wanted:
-    own_TD = output_TD if held_out else None
-    if drift_BTD is None:
-        return Wanted(output_TD, own_TD)
-    return Wanted(output_TD + target_mix * drift_BTD.reshape(output_TD.shape), own_TD)
 
 
 def keep_experts(scores_E: Float[Tensor, " E"], num_keep: int, experts: Experts) -> Int64[Tensor, " K"]:
@@ -129,18 +122,9 @@ def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
         if refits:
             refit = refit_experts(walk, now, wanted, method.damping, method.weighting, task.shares, task.decide)
             verdict = dataclasses.asdict(refit)
-    ordered = first_scores_E.sort().values
-    line = {
-        "layer": group.layer,
-        "group": group.name,
-        "kept": len(keep),
-        "total": num_units,
-        "output_energy": {domain: float(each.energy_E.sum()) for domain, each in first.items()},
-        "score_quantiles": [float(ordered[round(q * (num_units - 1))]) for q in (0.0, 0.25, 0.5, 0.75, 1.0)],
-        "routed_share_kept": {
-            domain: float(each.num_tokens_E[keep].sum() / each.num_tokens_E.sum()) for domain, each in first.items()
-        },
-    }
+    output_energy = {domain: float(each.energy_E.sum()) for domain, each in first.items()}
+    shares = {d: float(each.num_tokens_E[keep].sum() / each.num_tokens_E.sum()) for d, each in first.items()}
+    line = log_line(group, len(keep), num_units, output_energy, first_scores_E) | {"routed_share_kept": shares}
     return keep, line | verdict
 
 

@@ -102,7 +102,6 @@ def prices_of(
     flops: per token of a prompt of `prompt_tokens`, see `prefill_flops_per_token`.
     kv_bytes: per token of context, see `kv_cache_bytes_per_token`.
     latency: the measured `seconds`, in picoseconds per decoded token.
-
     Raises RecipeError if a group has no price, or if `latency` has no seconds.
     """
     return PRICES[target](arch, groups, model, prompt_tokens, seconds)
@@ -155,10 +154,7 @@ def flop_prices(arch: Arch, groups: tuple[Group, ...], model: Any, prompt_tokens
 
 
 def kv_byte_prices(arch: Arch, groups: tuple[Group, ...], model: Any) -> Prices:
-    """Return prices in bytes of KV cache per token of context: a unit's keys and values.
-
-    Raises RecipeError if a group other than the cached one is among them.
-    """
+    """Return prices in bytes of KV cache per token. Raises RecipeError for a group not cached."""
     for group in groups:
         if group.name != CACHED_GROUP:
             raise RecipeError(

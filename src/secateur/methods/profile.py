@@ -1,8 +1,6 @@
 """The profile: what each group loses at each width, and how much it matters. Nothing is cut."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +12,7 @@ from secateur.errors import NumericsError
 from secateur.facts import Batch
 from secateur.log import Progress, silent
 from secateur.methods.budget import levels_of
-from secateur.methods.compensate import least_squares
+from secateur.methods.compensate import least_squares, weight_replaced
 from secateur.methods.curve import GroupProfile
 from secateur.methods.select import greedy_obs, units_at_once
 from secateur.model.bind import Arch, head_of
@@ -93,10 +91,7 @@ def first_blocks(batches: list[Batch], num_blocks: int, *, after: int = 0) -> li
 
 @dataclass(frozen=True, slots=True)
 class ProfileSettings:
-    """The recipe's settings for a profile; `shares`: of the domains; `probe_blocks`: per domain.
-
-    `perturbation`: the share of a group's units removed to measure its slope.
-    """
+    """The recipe's settings. `perturbation`: the share of units removed to measure a slope."""
 
     weighting: str
     shares: dict[str, float]
@@ -181,7 +176,10 @@ def _profile_group(
     wanted = (1 - settings.perturbation) * levels[0]
     perturbed = min(range(1, len(levels)), key=lambda index: abs(levels[index] - wanted), default=0)
     if errors[perturbed] > 0:
-        with _columns_replaced(reader, *refit.at(levels[perturbed])):
+        columns, weight_HR = refit.at(levels[perturbed])
+        changed_HF = torch.zeros_like(reader.weight)
+        changed_HF[:, columns] = weight_HR
+        with weight_replaced(reader, changed_HF):
             slopes = {name: nats / errors[perturbed] for name, nats in probe.kl().items()}
     return GroupProfile(levels, errors, slopes)
 
@@ -199,18 +197,3 @@ def _error_curve(
     found = greedy_obs(reader.weight, hessian, columns_UW, levels[-1], batch)
     curve, energy = [0.0, *found.error_curve.tolist()], float(statistics.energy)
     return found.removed, tuple(curve[count // batch] / energy if energy > 0 else 0.0 for count in num_removed)
-
-
-@contextmanager
-def _columns_replaced(
-    reader: nn.Linear, columns_R: Int64[Tensor, " R"], weight_HR: Float[Tensor, "H R"]
-) -> Iterator[None]:
-    """Give the reader these columns, and zeros elsewhere, within the context."""
-    own = reader.weight
-    changed = torch.zeros_like(own)
-    changed[:, columns_R] = weight_HR
-    reader.weight = nn.Parameter(changed, requires_grad=False)
-    try:
-        yield
-    finally:
-        reader.weight = own

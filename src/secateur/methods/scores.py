@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -51,11 +51,9 @@ def taylor_scores(
     L is the mean next-token cross-entropy over all calibration tokens; held-out batches are
     skipped. A unit's weights are its rows of every writer, biases included, and its columns of the
     reader. Gradients are summed in float32 and divided by the number of tokens last, against
-    underflow.
-
-    Raises NumericsError with the domain if a loss, or with layer and module if a gradient is not
-    finite. Source: Ma et al., LLM-Pruner, arXiv 2305.11627, section 3.2, without the second-order
-    term, summed over the group, as `param_first` in their code.
+    underflow. Raises NumericsError with the domain if a loss, or with layer and module if a
+    gradient is not finite. Source: Ma et al., LLM-Pruner, arXiv 2305.11627, section 3.2, without
+    the second-order term, summed over the group, as `param_first` in their code.
     """
     layers, calls = decoder_layers(model, arch), _Calls()
     batches = [batch for batch in batches if not batch.held_out]
@@ -97,13 +95,11 @@ def _forward(model: nn.Module, arch: Arch, batch: Batch, calls: _Calls) -> _Pass
         return arch.layer_output(left[0])
 
     layers = decoder_layers(model, arch)
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    handles.append(layers[-1].register_forward_hook(begin_graph))
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
+        hooks.enter_context(layers[-1].register_forward_hook(begin_graph))
         final_BTD = model.get_submodule(arch.backbone)(batch.ids_BT, use_cache=False).last_hidden_state
-    finally:
-        for handle in handles:
-            handle.remove()
     (gradient_BTD,) = torch.autograd.grad(final_BTD, left[0], _final_gradient(head_of(model, arch), final_BTD, batch))
     # Arguments are kept once per shape and layer: in some families masks differ per layer.
     return _Pass(entered, calls.setdefault(tuple(batch.ids_BT.shape), noted), gradient_BTD)
@@ -347,10 +343,10 @@ def frequency(inputs: ExpertInputs) -> Float[Tensor, " E"]:
 
 
 def reap(inputs: ExpertInputs) -> Float[Tensor, " E"]:
-    """s_j = sum_d w_d norms_dj / sum_d w_d n_dj, expert j's mean norm over the tokens that chose it.
+    """s_j = sum_d w_d norms_dj / sum_d w_d n_dj, its mean norm over the tokens that chose it.
 
-    w_d = q_d / sum_i norms_di, so that loud domains do not dominate (`tokens`: w_d = 1). Experts
-    that no token chose get 0. Source: Lasby et al., REAP, arXiv 2510.13999, eq. 9, there for one
+    w_d = q_d / sum_i norms_di, so that loud domains do not dominate (`tokens`: w_d = 1). An expert
+    without tokens gets 0. Source: Lasby et al., REAP, arXiv 2510.13999, eq. 9, there for one
     domain.
     """
     first = next(iter(inputs.routing.values()))
@@ -377,10 +373,7 @@ SCORES: dict[str, Score] = {
 
 
 def find_score(name: str) -> Score:
-    """Return a built-in score, or the one that an installed package registers under this name.
-
-    Raises RecipeError if there is none, PluginError if the registered one cannot be used.
-    """
+    """Return a score. Raises RecipeError if there is none, PluginError if it is unusable."""
     return look_up(SCORE_GROUP, name, SCORES, lambda found: isinstance(found, Score), "a secateur.Score")
 
 

@@ -1,6 +1,7 @@
 """Which units of a group stay, given how many: by score, or greedily by OBS."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -87,10 +88,7 @@ def greedy_obs(
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The pruning of one group, before whose layer `walk` stands.
-
-    `scores_U`: the units' scores if they were measured on the whole model before.
-    """
+    """One group to prune; `walk` stands before its layer. `scores_U`: if measured before."""
 
     walk: Walk
     group: Group
@@ -107,6 +105,15 @@ class Task:
         return self.walk.layers[self.group.layer]
 
 
+def log_line(group: Group, kept: int, total: int, output_energy: dict[str, float], scores: Tensor) -> dict[str, Any]:
+    """Return the run log's line of a group's step: its counts, and the quartiles of its scores."""
+    ordered = scores.float().sort().values
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0) if len(ordered) else ()
+    quantiles = [float(ordered[round(share * (len(ordered) - 1))]) for share in shares]
+    line = {"layer": group.layer, "group": group.name, "kept": kept, "total": total}
+    return {**line, "output_energy": output_energy, "score_quantiles": quantiles}
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
     """`keep`: sorted indices among the current units; `scores`: all, or none if all stay."""
@@ -115,19 +122,9 @@ class Selection:
     scores: Tensor
 
 
-def select(
-    layer: nn.Module,
-    group: Group,
-    pooled: Statistics,
-    num_keep: int,
-    method: Method,
-    seed: int,
-    scores_U: Tensor | None = None,
-) -> Selection:
-    """Choose `num_keep` units: greedily for `obs`, else those of highest score.
-
-    `scores_U`: scores of all units measured before; None: compute the method's score.
-    """
+def select(task: Task, pooled: Statistics) -> Selection:
+    """Choose the units that stay: by known scores, greedily for `obs`, or by the score."""
+    layer, group, method, num_keep, scores_U = task.layer, task.group, task.method, task.num_keep, task.scores_U
     reader = linear(layer, group.reader.module)
     num_units = reader.in_features // group.width
     if num_keep == num_units:
@@ -140,7 +137,7 @@ def select(
         found = greedy_obs(reader.weight, hessian, columns_UW, num_keep, batch)
         return Selection(found.keep, found.scores_U)
     if scores_U is None:
-        scores_U = unit_scores(layer, group, pooled, method.score, method.damping, seed)
+        scores_U = unit_scores(layer, group, pooled, method.score, method.damping, task.seed)
     return Selection(keep_highest(scores_U, num_keep), scores_U)
 
 

@@ -30,8 +30,8 @@ HELD_OUT_FACTOR = 10 / 9
 class MemoryPlan:
     """A run's memory, whether weights stay on disk, and whether layers are onloaded one at a time.
 
-    `budget_bytes`: the limit on the device's memory; None: no limit known. `in_float32`: layers are
-    computed in float32, one at a time, and saved in the weights' own dtype.
+    `budget_bytes`: the device's limit, if known. `in_float32`: compute in it, store in the own
+    dtype.
     """
 
     estimate: MemoryEstimate
@@ -42,10 +42,7 @@ class MemoryPlan:
 
 
 def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
-    """Return how the run fits the memory that there is, or that its recipe allows.
-
-    Raises RecipeError, naming the least that can work, if nothing helps.
-    """
+    """Return how the run fits the memory. Raises RecipeError with the least that can work."""
     return _on_cpu(opened, resolved) if opened.device.type == "cpu" else _on_device(opened, resolved)
 
 
@@ -58,7 +55,7 @@ def _on_cpu(opened: Opened, resolved: Resolved) -> MemoryPlan:
     """Return how the run keeps `memory_budget`: weights in memory if they fit, else on disk."""
     size, per_layer = opened.size, opened.arch.params_per_layer
     bytes_per_param = size.num_bytes // size.num_params
-    if computes_in_float32(opened):  # in float32 too: what is in no layer, the running layer, the next
+    if computes_in_float32(opened):  # also what is in no layer, and two layers
         outside = size.num_params - sum(per_layer)
         weights = size.num_bytes + 4 * (outside + 2 * max(per_layer)) - outside * bytes_per_param
         return MemoryPlan(estimate_memory(opened, resolved, weights, 4), False, in_float32=True)
@@ -71,14 +68,14 @@ def _on_cpu(opened: Opened, resolved: Resolved) -> MemoryPlan:
             f"machine.memory_budget: {text} is less than the {whole.peak / 1e9:.2f} GB that the run needs with this "
             f"model's weights in memory; only safetensors weights, given by their path, can stay on disk."
         )
-    layer = max(per_layer) * bytes_per_param
     streamed = estimate_memory(opened, resolved, 0, bytes_per_param)
     # A cut layer is in memory until it is written.
-    streamed = replace(streamed, solve=max(streamed.solve, layer))
+    streamed = replace(streamed, solve=max(streamed.solve, max(per_layer) * bytes_per_param))
     if streamed.peak > parse_size("memory_budget", text):
+        parts, remedy = _explained(streamed)
         raise RecipeError(
             f"machine.memory_budget: {text} cannot work; with all weights on disk the run still needs "
-            f"{streamed.peak / 1e9:.2f} GB ({_parts(streamed)}); allow that, or {_remedy(streamed)}."
+            f"{streamed.peak / 1e9:.2f} GB ({parts}); allow that, or {remedy}."
         )
     return MemoryPlan(streamed, True)
 
@@ -109,37 +106,32 @@ def _on_device(opened: Opened, resolved: Resolved) -> MemoryPlan:
     weights = (size.num_params - max(apart, 0)) * bytes_per_param
     by_layers = estimate_memory(opened, resolved, weights, bytes_per_param)
     if by_layers.peak > budget:
+        parts, remedy = _explained(by_layers)
         raise RecipeError(
             f"machine.device_budget: {budget / 1e9:.2f} GB of the device cannot work; with two layers there at a time "
-            f"the run still needs {by_layers.peak / 1e9:.2f} GB (weights {by_layers.weights / 1e9:.2f}, "
-            f"{_parts(by_layers)}); free that much, {_remedy(by_layers)}, or give device: cpu."
+            f"the run still needs {by_layers.peak / 1e9:.2f} GB (weights {by_layers.weights / 1e9:.2f}, {parts}); "
+            f"free that much, {remedy}, or give device: cpu."
         )
     return MemoryPlan(by_layers, on_disk, True, budget, in_float32)
 
 
-def _parts(estimate: MemoryEstimate) -> str:
-    """Return the parts of the peak for a message."""
+def _explained(estimate: MemoryEstimate) -> tuple[str, str]:
+    """Return the parts of the peak, and what lowers it, for a message."""
     if estimate.is_of_layer_choice:
-        return f"choice of layers {estimate.layer_choice / 1e9:.2f}"
+        return f"choice of layers {estimate.layer_choice / 1e9:.2f}", "name them in removed_layers or give depth: 0"
     named = {"hidden states": estimate.hidden_states, "statistics": estimate.statistics, "solve": estimate.solve}
-    return ", ".join(f"{name} {part / 1e9:.2f}" for name, part in named.items())
-
-
-def _remedy(estimate: MemoryEstimate) -> str:
-    choice = "name them in removed_layers or give depth: 0"
-    return choice if estimate.is_of_layer_choice else "lower calibration.num_tokens"
+    return ", ".join(f"{name} {part / 1e9:.2f}" for name, part in named.items()), "lower calibration.num_tokens"
 
 
 def estimate_memory(opened: Opened, resolved: Resolved, weight_bytes: int, bytes_per_param: int) -> MemoryEstimate:
     """Return the bytes that the run needs beyond the interpreter.
 
-    hidden_states: tokens x hidden size in the model's dtype, twice with a dense stream. statistics:
-    Gram matrices as lower triangles, pooled in float32 and the current domain's in float64 with the
-    product being added (all domains' in float32 if their weights are computed), the same of the
-    drift, and the held-out inputs. solve: the pooled ones, and the larger of two: for `greedy_obs`
-    the float64 square that it inverts in place, a batch's rows four times and the reader in
-    float32; for least squares see `_fit_bytes`, and the reader in float32. layer_choice: see
-    `_layer_choice_bytes`.
+    hidden_states: tokens x hidden size, twice with a dense stream. statistics: Gram matrices as
+    lower triangles, pooled in float32, and the current domain's in float64 with the product being
+    added (all domains' in float32 if they get weights), the drift's, and the held-out inputs.
+    solve: the pooled ones and the larger of two: for `greedy_obs` the float64 square, a batch's
+    rows four times and the reader in float32; for least squares `_fit_bytes` and the reader in
+    float32.
     """
     recipe, hidden_size = resolved.recipe, text_config(opened.model).hidden_size
     num_tokens = round(resolved.num_tokens * HELD_OUT_FACTOR)
@@ -163,11 +155,11 @@ def estimate_memory(opened: Opened, resolved: Resolved, weight_bytes: int, bytes
 
 
 def _layer_choice_bytes(opened: Opened, resolved: Resolved, bytes_per_param: int) -> int:
-    """Return the bytes for choosing layers beside the weights: mainly the narrow readers of all layers.
+    """Return the bytes for choosing layers beside the weights; 0 if none are chosen.
 
-    To these add the larger of: the fit of one reader (hidden states of `TOKENS_PER_INPUT` tokens
-    per input, the float64 Gram matrix, least squares), and a batch's streams, one per layer, with
-    logits. 0 if no layer goes, or if the recipe names the layers.
+    The narrow readers of all layers, and the larger of: the fit of one reader (hidden states of
+    `TOKENS_PER_INPUT` tokens per input, float64 Gram matrix, least squares); a batch's streams, one
+    per layer, with logits.
     """
     recipe, arch, config = resolved.recipe, opened.arch, text_config(opened.model)
     if not resolved.depth or recipe.remove.layers:
@@ -214,12 +206,11 @@ ROWS, MOST_WIDTH, REPEATS = 512, 2048, 3
 def work_of(opened: Opened, resolved: Resolved) -> Work:
     """Return the operations of a run.
 
-    forward, per round: the pruned stream, and the dense stream if there is one, through every
-    layer, and cut layers once more; the held-out tenth through two models with head; for measured
-    budgets the probe's tokens through half of the layers and the head, per group; before the first
-    round the choice of layers. gram: the lower block triangle of x'x, twice for measured budgets.
-    solve, for F inputs, C that go and S that stay: inverse 2 F^3, updates 2 C F^2, Cholesky S^3 /
-    3, substitutions 2 S^2 H, right side 2 C S H.
+    forward, per round: the pruned and the dense stream through every layer, and cut layers once
+    more; the held-out tenth through two models; for measured budgets the probe's tokens through
+    half of the layers and the head, per group; the choice of layers. gram: the lower triangle of
+    x'x, twice for measured budgets. solve, for F inputs, C that go and S that stay: inverse 2 F^3,
+    updates 2 C F^2, Cholesky S^3 / 3, substitutions 2 S^2 H, right side 2 C S H.
     """
     recipe, num_rounds = resolved.recipe, len(resolved.plans)
     tokens, num_params = resolved.num_tokens, opened.size.num_params
@@ -237,25 +228,19 @@ def work_of(opened: Opened, resolved: Resolved) -> Work:
     if is_measured:
         probe = recipe.choose.probe_blocks * len(recipe.calibration.domains) * resolved.sequence_length
         forward += num_rounds * len(resolved.groups) * (2.0 * probe * (num_params - in_layers / 2))
-    for part in _layers_work(opened, resolved):
+    # Layers that the recipe names need no choice.
+    of_layers = [] if recipe.remove.layers else [_choice_work(opened, resolved)]
+    for part in [*of_layers, _fold_work(opened, resolved)] if resolved.depth else []:
         forward, gram, solve = forward + part.forward, gram + part.gram, solve + part.solve
     return Work(float(forward), float(gram), float(solve))
-
-
-def _layers_work(opened: Opened, resolved: Resolved) -> list[Work]:
-    """Return the operations of choosing layers, unless the recipe names them, and of folds."""
-    if not resolved.depth:
-        return []
-    fold = _fold_work(opened, resolved)
-    return [fold] if resolved.recipe.remove.layers else [_choice_work(opened, resolved), fold]
 
 
 def _choice_work(opened: Opened, resolved: Resolved) -> Work:
     """Return the operations of choosing layers.
 
-    The probe's tokens: a stream without each layer from there on, and the head; per further layer
-    about `LAYERS_AT_ONCE` of these again. The narrow readers: a few tokens per input, twice through
-    the model.
+    The probe's tokens: a stream without each layer from there on, and the head; about
+    `LAYERS_AT_ONCE` of these per further layer. The narrow readers: a few tokens per input, twice
+    through the model.
     """
     recipe, arch, depth = resolved.recipe, opened.arch, resolved.depth
     in_layers, num_params = sum(arch.params_per_layer), opened.size.num_params
@@ -319,9 +304,8 @@ def _rate(left: torch.Tensor, columns: int) -> float:
 def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> int:
     """Return the most bytes that a run needs on the disk of its output.
 
-    The result, at most as large as the dense model, once per saved round; the store's refitted
-    readers of every round; the dense layers if there are several rounds; finished layers if weights
-    stay on disk.
+    The result, at most as large as the dense model, once per saved round; each round's refitted
+    readers; the dense layers if there are several rounds; finished layers if weights stay on disk.
     """
     model, num_rounds = opened.model, len(resolved.plans)
     layers = decoder_layers(model, opened.arch)

@@ -9,8 +9,7 @@ medians. The overhead of `generate` is not counted.
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -40,7 +39,7 @@ PROMPT_TOKENS = Workload().prompt_tokens
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds per decoded token of the built layers, with `num_units` units of `group` in all of them.
+    """Seconds per decoded token of the built layers, with `num_units` units of `group` in all.
 
     Median over repeats, and the quartiles. `group`: the kind that has fewer units than before.
     """
@@ -55,9 +54,8 @@ def with_prices(opened: Opened, services: Services) -> Opened:
     """Return `opened` with measured `prices` in its recipe; unchanged if it has them or needs none.
 
     A resumed run takes them from its store, because a second measurement would differ. Only the
-    model's config and dtype count, so no weights are needed.
-
-    Raises ArchError if the family has no such group, RecipeError if fewer units save no time.
+    model's config and dtype count, so no weights are needed. Raises ArchError if the family has no
+    such group, RecipeError if fewer units save no time.
     """
     recipe, log = opened.recipe, services.log
     if recipe.remove.target != "latency" or recipe.remove.prices is not None:
@@ -65,9 +63,8 @@ def with_prices(opened: Opened, services: Services) -> Opened:
 
     def measured() -> dict[str, Any]:
         with log.time("latency"):
-            prices, timings = measure_latency(
-                opened.arch, recipe.remove.groups, opened.model, services.progress, opened.device
-            )
+            groups, progress = recipe.remove.groups, services.progress
+            prices, timings = measure_latency(opened.arch, groups, opened.model, progress, opened.device)
         for timing in timings:
             log.write({"event": "latency", "num_threads": torch.get_num_threads(), **asdict(timing)})
         log.write({"event": "prices", **prices.model_dump()})
@@ -136,14 +133,16 @@ def _narrower(shape: Any, arch: Arch, groups: tuple[Group, ...], counts: list[in
 
 
 def _step(model: Any, arch: Arch) -> Callable[[], tuple[float, float]]:
-    """Return a function that decodes a token and returns the seconds of the layers and of the rest."""
+    """Return a function that decodes a token and returns the layers' seconds and the rest."""
     ids_1T = torch.zeros(1, PROMPT_TOKENS, dtype=torch.long, device=model.device)
     output = model(ids_1T, use_cache=True, logits_to_keep=1)
-    cache = output["cache"] if "cache" in output else output["past_key_values"]  # new, old transformers
+    cache = output["cache"] if "cache" in output else output["past_key_values"]  # either
     layers = decoder_layers(model, arch)
 
     def step() -> tuple[float, float]:
-        with _clock_around(layers[0], layers[-1], model.device) as times:
+        times: list[float] = []
+        before = layers[0].register_forward_pre_hook(lambda *_: times.append(now(model.device)))
+        with before, layers[-1].register_forward_hook(lambda *_: times.append(now(model.device))):
             start = now(model.device)
             model(ids_1T[:, :1], None, None, cache, use_cache=True)
             total = now(model.device) - start
@@ -151,18 +150,6 @@ def _step(model: Any, arch: Arch) -> Callable[[], tuple[float, float]]:
         return span, total - span
 
     return step
-
-
-@contextmanager
-def _clock_around(first: nn.Module, last: nn.Module, device: torch.device) -> Iterator[list[float]]:
-    times: list[float] = []
-    start = first.register_forward_pre_hook(lambda *_: times.append(now(device)))
-    stop = last.register_forward_hook(lambda *_: times.append(now(device)))
-    try:
-        yield times
-    finally:
-        start.remove()
-        stop.remove()
 
 
 Key = tuple[str, int]

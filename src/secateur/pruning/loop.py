@@ -29,12 +29,12 @@ from secateur.stream.walk import Batch, Walk
 def remove_depth(run: Run) -> Run:
     """Remove the recipe's `depth` layers in place; call it before `prune_in_place`.
 
-    Which: the recipe's `removed_layers`, or else those of `choose_layers` on `probe_blocks` blocks
-    per domain of the first round, in a model about as narrow as the widths will make it. Layers go
-    from the first one on, so that each fold is fitted to what the layers before it give by then.
-    They are folded on all blocks of the first round if the recipe compensates by least squares, the
-    family adds an FFN's output as it is, and there is a layer before. All that follows starts from
-    this model, the dense stream too; only the safety net compares with the dense model.
+    Which: the recipe's `removed_layers`, or those of `choose_layers` on `probe_blocks` blocks per
+    domain of the first round, in a model about as narrow as the widths will make it. Layers go from
+    the first on, so that each fold is fitted to what the layers before it then give. They are
+    folded on all blocks of the first round if the recipe compensates by least squares and the
+    family adds an FFN's output as it is. All that follows starts from this model; only the safety
+    net compares with the dense one.
     """
     resolved, dense, services = run.resolved, run.arch, run.services
     if not resolved.depth:
@@ -73,10 +73,7 @@ def _chosen(run: Run, batches: list[Batch]) -> dict[int, float]:
 
 
 def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
-    """Return FFN readers about as narrow as the widths will make them; none if no FFN gets narrower.
-
-    They are fitted on a few blocks that the probe does not see.
-    """
+    """Return FFN readers about as narrow as the widths will be; none if none gets narrower."""
     recipe, plan = run.resolved.recipe, run.resolved.plans[-1]
     ffns = [group for group in run.resolved.groups if group.name == "ffn" and group.kind == "channels"]
     kept, total = sum(plan.num_keep[each.layer, each.name] for each in ffns), sum(each.num_units for each in ffns)
@@ -112,11 +109,10 @@ def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]
 
 
 def prune_in_place(run: Run) -> Keeps:
-    """Prune the model, all rounds, and return each group's kept units by their original indices.
+    """Prune the model, all rounds; return each group's kept units by their original indices.
 
-    `remove_depth` comes first; the indices number layers as the model then does. With
-    `max_loss_rise` the last round that held stays. Raises RecipeError if not even the first one
-    held.
+    Call `remove_depth` first; layers are numbered as the model then does. With `max_loss_rise` the
+    last round that held stays. Raises RecipeError if not even the first one held.
     """
     assert run.arch.num_layers == len(run.resolved.layers), "remove_depth comes first"
     keeps = {(group.layer, group.name): torch.arange(group.num_units) for group in run.resolved.groups}
@@ -135,8 +131,8 @@ def prune_in_place(run: Run) -> Keeps:
                 plan = plan_round(run, number, batches, net.allowed_rise(), scores)
                 net.before_round(keeps)
                 # A round that the store has whole needs no stream.
-                walked = [] if _is_finished(run, number) else batches
-                walk = Walk(run.model, run.arch, walked, dense=bool(run.resolved.target_mix))
+                stored = all(run.services.store.has(_step_name(number, group)) for group in run.resolved.groups)
+                walk = Walk(run.model, run.arch, [] if stored else batches, dense=bool(run.resolved.target_mix))
                 unload()
                 # Two alternating sets of files: one stays mapped until the next round replaces it.
                 finished = LayersOnDisk(Path(folder), f"finished-{number % 2}") if run.weights_on_disk else None
@@ -196,10 +192,6 @@ def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int, 
         run.services.store.keep(name, outcome_of(layer, group, keep), line)
     run.services.log.write(line)
     return keep
-
-
-def _is_finished(run: Run, number: int) -> bool:
-    return all(run.services.store.has(_step_name(number, group)) for group in run.resolved.groups)
 
 
 def _step_name(number: int, group: Group) -> str:

@@ -82,8 +82,8 @@ def open_model(
 ) -> Opened:
     """Return the model with its architecture bound; a checkpoint's weights are not read.
 
-    `weights`: the files of weights must be there, and fit the config.
-    Raises a SecateurError if the model cannot be opened or its family is not known.
+    `weights`: the files of weights must be there, and fit the config. Raises a SecateurError if the
+    model cannot be opened or its family is not known.
     """
     if isinstance(model, str | Path):
         checkpoint = open_checkpoint(model, weights=weights)
@@ -138,10 +138,7 @@ def tokenizer_of(opened: Opened) -> Tokenizer:
 
 
 def loaded(opened: Opened, *, on_disk: bool) -> tuple[Opened, tuple[str, ...]]:
-    """Return the model with its weights, in memory or mapped, and the changes made to one in memory.
-
-    `on_disk`: weights stay in their files.
-    """
+    """Return the model with weights, mapped if `on_disk`, and the changes to one in memory."""
     model, checkpoint = opened.model, opened.checkpoint
     if checkpoint is None:
         check_finite(model)

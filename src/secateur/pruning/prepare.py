@@ -3,9 +3,8 @@
 from dataclasses import replace
 from functools import partial
 
-from secateur.data.calibration import CalibrationSet, build_calibration, with_sampled
+from secateur.data.calibration import build_calibration, with_sampled
 from secateur.files import check_free_space
-from secateur.log import Progress
 from secateur.model.bind import decoder_layers
 from secateur.model.checkpoint import eval_mode
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for
@@ -30,22 +29,18 @@ def prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placement
     if services.scratch is not None:
         check_free_space(services.scratch, disk_bytes(opened, resolved, plan))
     opened = replace(opened, tokenizer=tokenizer_of(opened))
+    recipe, source = resolved.recipe, (tokenizer_of(opened), resolved.recipe.seed, services.progress)
     with log.time("calibration"):
-        text = from_first(partial(_text, opened, resolved, services.progress))
+        build = partial(build_calibration, recipe.calibration, resolved.num_tokens, *source)
+        text = from_first(partial(build, num_rounds=recipe.choose.rounds))
     with log.time("load"):
         opened, resolved, placement = _on_device(opened, resolved, plan)
-    model, seed = opened.model, opened.recipe.seed
+    model = opened.model
     with log.time("calibration"), eval_mode(model):
-        text = from_first(partial(with_sampled, text, model, tokenizer_of(opened), seed, services.progress))
+        text = from_first(partial(with_sampled, text, model, *source))
         services.store.check_input("calibration text", text.content_hash)
     facts = {"model": model, "arch": opened.arch, "resolved": resolved, "text": text, "services": services}
     return opened, Run(**facts, weights_on_disk=plan.weights_on_disk), placement
-
-
-def _text(opened: Opened, resolved: Resolved, progress: Progress) -> CalibrationSet:
-    recipe, tokens, tokenizer = resolved.recipe, resolved.num_tokens, tokenizer_of(opened)
-    rounds = recipe.choose.rounds
-    return build_calibration(recipe.calibration, tokens, tokenizer, recipe.seed, progress, num_rounds=rounds)
 
 
 def _on_device(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> tuple[Opened, Resolved, Placement]:

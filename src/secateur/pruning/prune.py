@@ -38,7 +38,7 @@ def prune_run(
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Result:
-    """Prune a causal LM; the recipe's `recover` is ignored. Arguments and errors: see `api.prune`."""
+    """Prune a causal LM, without the recipe's `recover`. Arguments, errors: see `api.prune`."""
     opened = checked(open_model(model, recipe, tokenizer))
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
     computes = {"device": str(opened.device), "in float32": computes_in_float32(opened)}
@@ -88,4 +88,4 @@ def _cut(
 
 def _save_round(placement: Placement, checkpoint: PrunedCheckpoint, number: int, keeps: Keeps) -> None:
     with placement.at_home():
-        checkpoint.save_round(number, keeps)
+        checkpoint.save(keeps, number)

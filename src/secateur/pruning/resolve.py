@@ -70,7 +70,7 @@ DEEP_KEEP = 0.3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """A run in plain numbers. `recipe`: as saved, with every `None` that depends on the model filled.
+    """A run in plain numbers. `recipe`: as saved, with every model-dependent `None` filled.
 
     `align` to `damping`: the recipe's keys of these names. `arch`, `prices`: the dense model's.
     `removals`: the share of the target's total that is gone after each round.
@@ -107,10 +107,7 @@ class Resolved:
         return Outcome(self.recipe.remove.target, self.prices.total_text, share)
 
     def with_layers(self, layers: tuple[int, ...]) -> "Resolved":
-        """Return the run with these layers left, and with plans of its own.
-
-        Raises RecipeError, naming the recipe key, if the widths cannot give what the layers leave.
-        """
+        """Return the run with these layers. Raises RecipeError if widths cannot give the rest."""
         recipe, prices = self.recipe, self.prices
         groups = groups_of(recipe, self.arch, layers)
         step = least_step(groups, prices, self.align, alike=recipe.choose.budget == "uniform")
@@ -138,9 +135,8 @@ def checked(opened: Opened) -> Opened:
         )
     check_experts(recipe, groups)
     if recipe.remove.target != "latency" and recipe.remove.prices is not None:
-        raise RecipeError(
-            f"remove.prices: are what target latency plans with; with target {recipe.remove.target} leave them out."
-        )
+        target = recipe.remove.target
+        raise RecipeError(f"remove.prices: are what target latency plans with; with target {target} leave them out.")
     num_rounds(recipe)
     if config.get_text_config() is not config and (recipe.choose.budget != "uniform" or recipe.remove.protected_layers):
         raise RecipeError(
@@ -154,10 +150,7 @@ def checked(opened: Opened) -> Opened:
 
 
 def recipe_prices(recipe: Recipe, arch: Arch, model: Any) -> Prices:
-    """Return the dense model's prices by the recipe's target and groups; see `prices_of`.
-
-    Raises RecipeError as `prices_of`, ArchError if the family has no such group.
-    """
+    """Return the dense model's prices by the recipe's target and groups. Raises as `prices_of`."""
     remove, length = recipe.remove, sequence_length(recipe.calibration.sequence_length, model.config)
     groups = arch.select(remove.groups)
     return prices_of(remove.target, arch, groups, model, prompt_tokens=length, seconds=remove.prices)
@@ -231,7 +224,7 @@ def _widths(recipe: Recipe, *, cuts: bool) -> str:
 
 
 def _check_within_reach(resolved: Resolved, remove: float) -> None:
-    """Raise RecipeError if a budget that measures could not reach the target in any case."""
+    """Raise RecipeError if a budget that measures could not reach the target at all."""
     recipe, groups, prices = resolved.recipe, resolved.groups, resolved.prices_left
     if recipe.choose.budget == "uniform":
         return

@@ -46,9 +46,8 @@ def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
 def _layers_named(key: str, layers: tuple[int, ...], num_layers: int) -> set[int]:
     for index in layers:
         if not -num_layers <= index < num_layers:
-            raise RecipeError(
-                f"{key}: there is no layer {index}; use 0 to {num_layers - 1}, or {-num_layers} to -1 from the end."
-            )
+            end = num_layers - 1
+            raise RecipeError(f"{key}: there is no layer {index}; use 0 to {end}, or {-num_layers} to -1 from the end.")
     return {index % num_layers for index in layers}
 
 
@@ -56,9 +55,7 @@ def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]
     """Return the layers that stay, by their dense numbers.
 
     If the recipe does not name those that go, the last unprotected ones do; an unknown `depth` is
-    0.
-
-    Raises RecipeError if so many cannot go, or if layers differ in size.
+    0. Raises RecipeError if so many cannot go, or if layers differ in size.
     """
     named = removed_layers(recipe, arch)
     free = sorted(set(range(arch.num_layers)) - protected_layers(recipe, arch))
@@ -80,14 +77,7 @@ def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]
 
 
 def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
-    """Return how many whole layers go: what the recipe says, or the default."""
-    if recipe.remove.depth is not None:
-        return recipe.remove.depth
-    return len(recipe.remove.layers) or default_depth(recipe, arch, config, prices)
-
-
-def default_depth(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
-    """Return how many whole layers go if the recipe does not say.
+    """Return how many whole layers go: the recipe's number, or a default.
 
     The first units are cheap to remove and the last ones ruin the model. With f the share of the
     recipe's units that would go if widths gave all, round(LAYERS_PER_UNIT * (f - UNITS_ALONE)) of
@@ -95,6 +85,8 @@ def default_depth(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> in
     parameters, 4 at 40%, 8 at 50%. 0 too if the recipe has rounds or a limit on the loss, counts
     something other than parameters or cuts no FFN, and if layers differ.
     """
+    if recipe.remove.depth is not None or recipe.remove.layers:
+        return len(recipe.remove.layers) if recipe.remove.depth is None else recipe.remove.depth
     groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
     choose, differ = recipe.choose, getattr(config, "is_heterogeneous", False)
     plain = recipe.remove.target == "parameters" and choose.rounds == 1 and isinstance(choose.schedule, str)

@@ -1,4 +1,4 @@
-"""What a run returns and writes: the checkpoint with its proof, kept units, summary, card, report."""
+"""What a run returns and writes: checkpoint, proof, kept units, summary, card, report."""
 
 import json
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ ROUNDS = "rounds"
 
 @dataclass(frozen=True, slots=True)
 class PrunedCheckpoint:
-    """`carry_from`: the dense checkpoint's directory, for its side files; None for a model in memory.
+    """`carry_from`: the dense checkpoint's directory with its side files; None for one in memory.
 
     `layers`: the dense layers that stayed. If any went, they are the first entry of keep.json,
     group `layers`; the other entries number layers as the result does: n is the n-th of these.
@@ -55,19 +55,12 @@ class PrunedCheckpoint:
     carry_from: Path | None
     layers: tuple[int, ...]
 
-    def save(self, keeps: Keeps) -> None:
-        """Write the result into the directory itself."""
-        self._write(keeps, self.directory)
-
-    def save_round(self, number: int, keeps: Keeps) -> None:
-        """Write a round's model under `rounds/NUMBER`; the last round's is the result itself."""
+    def save(self, keeps: Keeps, number: int | None = None) -> None:
+        """Write the model: a round's under `rounds/NUMBER`; the last round's is the result itself."""
         if number == self.recipe.choose.rounds:
             return
-        place = self.directory / ROUNDS / str(number)
-        place.mkdir(parents=True)
-        self._write(keeps, place)
-
-    def _write(self, keeps: Keeps, place: Path) -> None:
+        place = self.directory if number is None else self.directory / ROUNDS / str(number)
+        place.mkdir(parents=True, exist_ok=number is None)
         shard_size = self.recipe.output.max_shard_size
         save_checkpoint(self.model, self.tokenizer, place, max_shard_size=shard_size, carry_from=self.carry_from)
         (place / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")

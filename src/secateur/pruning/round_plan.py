@@ -1,5 +1,6 @@
 """A round's plan: how many units each group keeps, by the recipe's budget. Nothing is cut here."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -27,16 +28,18 @@ def plan_round(
 ) -> Plan:
     """Return the plan of round `number`, given the `scores` of `whole_model_scores`.
 
-    `max_rise`: how much each protected domain's loss may still rise.
-    Raises RecipeError if the round's share cannot go within these limits.
+    `max_rise`: how much each protected domain's loss may still rise. Raises RecipeError if the
+    round's share cannot go within these limits.
     """
     if run.resolved.recipe.choose.budget == "uniform":
         return run.resolved.plans[number - 1]
 
     def made() -> dict[str, Any]:
-        return _as_json(_planned(run, number, batches, max_rise, scores))
+        plan = _planned(run, number, batches, max_rise, scores)
+        return {**dataclasses.asdict(plan), "num_keep": [[*key, count] for key, count in plan.num_keep.items()]}
 
-    return _from_json(run.services.store.value(f"round-{number}-plan", made))
+    found = run.services.store.value(f"round-{number}-plan", made)
+    return Plan(**{**found, "num_keep": {(layer, name): count for layer, name, count in found["num_keep"]}})
 
 
 def _planned(
@@ -55,16 +58,6 @@ def _planned(
     predicted = predicted_rise(profiles, plan.num_keep)
     run.services.log.write({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
     return plan
-
-
-def _as_json(plan: Plan) -> dict[str, Any]:
-    num_keep = [[*key, number] for key, number in plan.num_keep.items()]
-    return {"num_keep": num_keep, "cost_before": plan.cost_before, "cost_after": plan.cost_after}
-
-
-def _from_json(found: dict[str, Any]) -> Plan:
-    num_keep = {(layer, name): number for layer, name, number in found["num_keep"]}
-    return Plan(num_keep, found["cost_before"], found["cost_after"])
 
 
 def whole_model_scores(run: Run, number: int, batches: list[Batch]) -> dict[GroupKey, Tensor]:
@@ -102,7 +95,7 @@ def _profile_settings(run: Run, number: int) -> ProfileSettings:
 
 
 def _weighting(recipe: Recipe) -> str:
-    """Return the weighting of pooled statistics; weights by domain enter through the slopes instead."""
+    """Return the weighting of pooled statistics. Weights by domain act through the slopes."""
     return "energy" if recipe.choose.domain_weighting in BY_DOMAIN else recipe.choose.domain_weighting
 
 

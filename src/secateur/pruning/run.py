@@ -29,10 +29,9 @@ Keeps = dict[GroupKey, Tensor]
 class Run:
     """What a prune works on, step by step. `text`: the calibration set.
 
-    `weights_on_disk`: finished layers are mapped from files, so that only one layer is in memory.
-    `after_round`: called with the number and kept units of every round that held, when the model
-    and its config are as that round left them. `dense_losses`: held-out nats per token by domain
-    before layers went, if something watches them.
+    `weights_on_disk`: finished layers are mapped from files. `after_round`: called with the number
+    and kept units of every round that held, with the model and its config as that round left them.
+    `dense_losses`: held-out nats per token by domain before layers went, if something watches them.
     """
 
     model: CausalLM
@@ -55,7 +54,7 @@ class Run:
         return {domain.name: domain.held_out_NT for domain in self.text.domains}
 
     def batches(self, number: int) -> list[Batch]:
-        """Return this rank's part of what round `number` (from 1) measures on, held-out text too."""
+        """Return this rank's part of the batches of round `number` (from 1), held-out text too."""
         device: torch.device = next(self.model.parameters()).device
         batches: list[Batch] = []
         for domain in rotated(self.text, number - 1).domains:
@@ -124,10 +123,7 @@ class SafetyNet:
         self._keeps = dict(keeps)
 
     def holds(self, number: int, keeps: Keeps) -> bool:
-        """Measure the round; if the mean loss rose too far, restore model and `keeps` and return False.
-
-        Raises RecipeError if there is no round to return to.
-        """
+        """Measure the round; undo it if the loss rose too far. Raises RecipeError for round 1."""
         if not self.now:
             return True
         self.now = watched_losses(self.run, f"round {number}")
