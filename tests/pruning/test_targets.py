@@ -145,7 +145,10 @@ def test_curve_and_global_meet_each_target_within_one_level(target):
         ({"target": "kv_bytes", "groups": ["query_heads"]}, "query_heads has nothing in the KV cache"),
         ({"target": "flops", "prices": PRICES}, "remove.prices: are what target latency plans with; with target flops"),
         ({"target": "latency", "prices": {**PRICES, "per_unit": {"kv_heads": 1}}}, "has no seconds for ffn"),
-        ({"target": "latency", "prices": {**PRICES, "totl": 1}}, r"unknown key 'prices.totl'; did you mean 'total'"),
+        (
+            {"target": "latency", "prices": {**PRICES, "totl": 1}},
+            r"unknown key 'remove.prices.totl'; did you mean 'total'",
+        ),
         ({"target": "latency", "compensate": "bias"}, "repair.compensate: family qwen2 cannot store a bias"),
         ({"target": "flop"}, "unknown target 'flop'; .* did you mean 'flops'"),
         ({"target": "flops", "remove": 0.9}, r"remove: 0.9 of all [\d,]+ FLOPs per prompt token is out of reach"),
@@ -254,10 +257,10 @@ def test_summary_card_and_inspect_name_what_the_share_is_of(target, recipe, chec
 
 def test_inspect_shows_the_outcome_and_the_seconds_to_repeat_it(checkpoints, tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(recipe_of("flops", remove=0.2)), encoding="utf-8")
+    file.write_text(yaml.safe_dump(grouped(recipe_of("flops", remove=0.2))), encoding="utf-8")
     shown = run_cli("inspect", str(checkpoints["llama"]), "--recipe", str(file))
     assert shown.status == 0 and "FLOPs per prompt token" in " ".join(shown.stdout.split())
-    file.write_text(yaml.safe_dump(recipe_of("latency", groups=["ffn"], remove=0.2)), encoding="utf-8")
+    file.write_text(yaml.safe_dump(grouped(recipe_of("latency", groups=["ffn"], remove=0.2))), encoding="utf-8")
     shown = run_cli("inspect", str(checkpoints["llama"]), "--recipe", str(file), "--json")
     assert json.loads(shown.stdout)["prices"] == PRICES
     assert json.loads(shown.stdout)["outcome"]["total"] == "10 ms per decoded token"

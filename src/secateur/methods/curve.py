@@ -84,10 +84,6 @@ class GroupProfile:
     errors: tuple[float, ...]
     slopes: dict[str, float]
 
-    def rise(self, domain: str, num_keep: int) -> float:
-        """Return a domain's predicted rise at one of the levels, in nats per token."""
-        return self.slopes[domain] * self.errors[self.levels.index(num_keep)]
-
 
 Profiles = Mapping[GroupKey, GroupProfile]
 
@@ -96,8 +92,9 @@ def predicted_rise(profiles: Profiles, num_keep: Mapping[GroupKey, int]) -> dict
     """Return, by domain, sum over groups of slope x error, in nats per token."""
     rise: dict[str, float] = {}
     for key, profile in profiles.items():
-        for domain in profile.slopes:
-            rise[domain] = rise.get(domain, 0.0) + profile.rise(domain, num_keep[key])
+        error = profile.errors[profile.levels.index(num_keep[key])]
+        for domain, slope in profile.slopes.items():
+            rise[domain] = rise.get(domain, 0.0) + slope * error
     return rise
 
 
@@ -196,10 +193,8 @@ def _within_limits(
 
 
 def _careful_weights(problem: _Problem, target: int, limits: dict[str, float]) -> dict[str, float] | None:
-    """Return weights over the limited domains that keep the limits; None if none was found.
-
-    Exact for one domain. For several: exponentiated gradient to the domain furthest over its limit.
-    """
+    """Return weights over the limited domains that keep the limits; None if none was found."""
+    # For several domains: exponentiated gradient to the domain furthest over its limit.
     raised = dict.fromkeys(limits, 0.0)
     for _ in range(WEIGHT_UPDATES if len(limits) > 1 else 1):
         weights = {domain: math.exp(raised[domain]) / limit for domain, limit in limits.items()}

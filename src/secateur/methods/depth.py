@@ -154,7 +154,10 @@ def _check_added_as_it_is(walk: Walk, index: int, reader: nn.Linear) -> None:
     walk.hidden_BTD = [torch.zeros_like(hidden_BTD) for hidden_BTD in walk.hidden_BTD]
 
     def with_reader_giving(value: float) -> Tensor:
-        with reader.register_forward_hook(lambda _, __, output: torch.full_like(output, value)):
+        def give(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return torch.full_like(output, value)
+
+        with reader.register_forward_hook(give):
             ((_, output_BTD),) = walk.run(index)
         return output_BTD
 

@@ -37,10 +37,7 @@ NUM_SAMPLED = 2048
 
 @dataclass(slots=True)
 class _Observed:
-    """Per expert: pooled Gram matrix of weight x channels, and token count.
-
-    `samples`: some tokens of every batch, by domain number and first block.
-    """
+    """Per expert: pooled Gram matrix, token count. `samples`: by domain number and first block."""
 
     grams: list[Gram]
     num_tokens_E: Tensor
@@ -51,10 +48,7 @@ class _Observed:
 
 @torch.no_grad()
 def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, Any]]:
-    """Prune a layer's experts; return kept channels and the log line.
-
-    Raises NumericsError, naming layer and domain, if an expert's output is not finite.
-    """
+    """Prune a layer's experts; return kept channels, log line. NumericsError if not finite."""
     group, num_keep, layer = task.group, task.num_keep, task.layer
     stacks, module = group.experts.stacks, layer.get_submodule(group.experts.module)
     num_experts, num_units = len(module.get_parameter(stacks.down)), num_channels(module, stacks)

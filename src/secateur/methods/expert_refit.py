@@ -149,7 +149,7 @@ def _as_routed_now(
     walk: Walk, group: Group, module: nn.Module, wanted: list[Wanted]
 ) -> tuple[dict[str, _Tokens], list[HeldOut]]:
     """Return by domain the router's choices among the experts left, and held-out batches."""
-    seen: list[tuple[Call, Tensor]] = []
+    seen: list[Any] = []
     tokens: dict[str, _Tokens] = {}
     held_out = []
     with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):

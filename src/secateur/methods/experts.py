@@ -37,7 +37,7 @@ def observe_routing(
     naming layer and domain, if a norm is not finite.
     """
     module, num_experts = walk.layers[group.layer].get_submodule(group.experts.module), group.num_units
-    seen: list[tuple[Any, Tensor]] = []
+    seen: list[Any] = []
     found: dict[str, Routing] = {}
     wanted: list[Wanted] = []
     with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
@@ -54,7 +54,8 @@ def observe_routing(
             if group.experts.weighted_inputs:
                 new = _routing_of_weighted(call[0], output_TD, num_experts)
             else:
-                new = _routing(module, *call, num_experts)
+                hidden_TD, chosen_Tk, weights_Tk = call
+                new = _routing(module, hidden_TD, chosen_Tk, weights_Tk, num_experts)
             if not bool(new.norms_E.isfinite().all()):
                 raise NumericsError(
                     f"layer {group.layer}, {group.experts.module}, domain {batch.domain}: an expert gives NaN or "

@@ -24,10 +24,7 @@ from secateur.stream.walk import Walk
 
 
 class Probe:
-    """Each block's hidden state before the current layer, and the dense logits (tokens x words).
-
-    It costs one run of its blocks; `kl` costs the layers from here on and the head.
-    """
+    """Each block's hidden state before the current layer, and the dense logits (tokens x words)."""
 
     def __init__(self, model: nn.Module, arch: Arch, batches: list[Batch], num_blocks: int) -> None:
         """Take the first `num_blocks` blocks of each domain, held-out batches excluded."""

@@ -231,10 +231,7 @@ class ScoreInputs:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Per expert, over a domain's tokens: how many chose it, sums of norms and of squared norms.
-
-    A norm is that of the expert's output times the router's weight.
-    """
+    """Per expert, for a domain: tokens, sums of weighted output norms and of their squares."""
 
     num_tokens_E: Tensor
     norms_E: Tensor

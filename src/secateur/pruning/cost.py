@@ -16,7 +16,7 @@ from secateur.model.bind import decoder_layers, text_config
 from secateur.model.group import Group
 from secateur.pruning.open import Opened, computes_in_float32
 from secateur.pruning.resolve import Resolved
-from secateur.pruning.resolve_depth import TOKENS_PER_INPUT
+from secateur.pruning.resolve_depth import NARROW_TOKENS_PER_INPUT
 from secateur.report.records import MemoryEstimate, Work
 from secateur.stream.device import float64_device, free_bytes
 from secateur.stream.statistics import BY_DOMAIN, NUM_BLOCKS, PRODUCT_ROWS, exact_product_precision
@@ -157,9 +157,8 @@ def estimate_memory(opened: Opened, resolved: Resolved, weight_bytes: int, bytes
 def _layer_choice_bytes(opened: Opened, resolved: Resolved, bytes_per_param: int) -> int:
     """Return the bytes for choosing layers beside the weights; 0 if none are chosen.
 
-    The narrow readers of all layers, and the larger of: the fit of one reader (hidden states of
-    `TOKENS_PER_INPUT` tokens per input, float64 Gram matrix, least squares); a batch's streams, one
-    per layer, with logits.
+    The narrow readers of all layers, and the larger of: the fit of one reader (hidden states of its
+    tokens, float64 Gram matrix, least squares); a batch's streams, one per layer, with logits.
     """
     recipe, arch, config = resolved.recipe, opened.arch, text_config(opened.model)
     if not resolved.depth or recipe.remove.layers:
@@ -167,7 +166,7 @@ def _layer_choice_bytes(opened: Opened, resolved: Resolved, bytes_per_param: int
     hidden_size, inputs = config.hidden_size, [group.num_inputs for group in arch.groups if group.name == "ffn"]
     readers, widest = sum(inputs) * hidden_size * bytes_per_param, max(inputs, default=0)
     fit = _fit_bytes(resolved, hidden_size) if recipe.repair.compensate == "least_squares" else 0
-    fitted, length = min(TOKENS_PER_INPUT * widest, resolved.num_tokens), resolved.sequence_length
+    fitted, length = min(NARROW_TOKENS_PER_INPUT * widest, resolved.num_tokens), resolved.sequence_length
     batch = max(length, min(recipe.choose.probe_blocks * length, DEVICE_BATCH_TOKENS))
     gram = 8 * _triangle(widest * widest) + _product_bytes(widest)
     streams = batch * (arch.num_layers * hidden_size + config.vocab_size) * bytes_per_param
@@ -248,7 +247,7 @@ def _choice_work(opened: Opened, resolved: Resolved) -> Work:
     probe = recipe.choose.probe_blocks * len(recipe.calibration.domains) * resolved.sequence_length
     num_streams = arch.num_layers + LAYERS_AT_ONCE * (depth - 1)
     passes = num_streams / 2 + 2 * depth
-    fitted = TOKENS_PER_INPUT * max((group.num_inputs for group in ffns), default=0)
+    fitted = NARROW_TOKENS_PER_INPUT * max((group.num_inputs for group in ffns), default=0)
     forward = 2 * probe * (passes * in_layers + (num_streams + depth) * (num_params - in_layers))
     # The count hardly matters to the operations: take half.
     parts = [_group_work(group, group.num_units // 2, fitted) for group in ffns]

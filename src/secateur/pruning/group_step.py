@@ -98,10 +98,7 @@ def method_of(recipe: Recipe) -> Method:
 def prune_group(
     walk: Walk, group: Group, num_keep: int, recipe: Recipe, shares: dict[str, float], seed: int, scores: Tensor | None
 ) -> tuple[Int64[Tensor, "*E K"], dict[str, Any]]:
-    """Measure, select, compensate and cut one group; return the kept indices and the log line.
-
-    `scores`: the units' scores if they were measured on the whole model before.
-    """
+    """Prune one group; return kept indices and log line. `scores`: if measured before."""
     with walk.layer(group.layer):
         task = Task(walk, group, num_keep, method_of(recipe), shares, seed, scores, _decided)
         return STEPS[group.kind].prune(task)

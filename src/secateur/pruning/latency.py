@@ -39,10 +39,7 @@ PROMPT_TOKENS = Workload().prompt_tokens
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds per decoded token of the built layers, with `num_units` units of `group` in all.
-
-    Median over repeats, and the quartiles. `group`: the kind that has fewer units than before.
-    """
+    """Median seconds and quartiles per decoded token, with `num_units` of `group` in all layers."""
 
     group: str
     num_units: int

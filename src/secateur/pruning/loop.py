@@ -17,7 +17,7 @@ from secateur.model.bind import Arch, decoder_layers
 from secateur.model.group import Group, add_zero_biases, linear, original_units
 from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
-from secateur.pruning.resolve_depth import TOKENS_PER_INPUT, protected_layers, removed_layers
+from secateur.pruning.resolve_depth import NARROW_TOKENS_PER_INPUT, protected_layers, removed_layers
 from secateur.pruning.round_plan import layer_seed, plan_round, whole_model_scores
 from secateur.pruning.run import Keeps, Run, SafetyNet, watched_losses
 from secateur.ranks import from_first
@@ -81,7 +81,7 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
         return {}
     # The plan is for the layers expected to stay, so only its share is of use.
     domains, widest = run.text.domains, max(group.num_units for group in ffns)
-    num_blocks = math.ceil(TOKENS_PER_INPUT * widest / (len(domains) * run.text.sequence_length))
+    num_blocks = math.ceil(NARROW_TOKENS_PER_INPUT * widest / (len(domains) * run.text.sequence_length))
     spare = min(len(domain.calibration_NT) for domain in domains) - recipe.choose.probe_blocks
     after = recipe.choose.probe_blocks if spare >= num_blocks else 0
     unprotected = set(range(run.arch.num_layers)) - protected_layers(recipe, run.arch)

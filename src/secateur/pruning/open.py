@@ -102,9 +102,7 @@ def _device_for(recipe: Recipe, checkpoint: Checkpoint | None, model: CausalLM) 
     if checkpoint is not None:
         return device_called(recipe.machine.device)
     if recipe.machine.device_budget is not None:
-        raise RecipeError(
-            "machine.device_budget: a model in memory is where it is; give its path, or leave device_budget out."
-        )
+        raise RecipeError("machine.device_budget: a model in memory stays where it is; give its path, or leave it out.")
     if recipe.machine.device is not None and device_called(recipe.machine.device).type != model.device.type:
         raise RecipeError(
             f"machine.device: is {recipe.machine.device}, and the model in memory is on {model.device}; "

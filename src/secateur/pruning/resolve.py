@@ -121,10 +121,7 @@ class Resolved:
 
 
 def checked(opened: Opened) -> Opened:
-    """Return `opened` if its recipe fits it, whatever units cost: prices are not measured yet.
-
-    Raises ArchError or RecipeError, naming the recipe key, for what this model cannot do.
-    """
+    """Return `opened`. Raises ArchError or RecipeError for what this model cannot do."""
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
     parse_size("max_shard_size", recipe.output.max_shard_size)
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
@@ -157,10 +154,7 @@ def recipe_prices(recipe: Recipe, arch: Arch, model: Any) -> Prices:
 
 
 def resolve(opened: Opened) -> Resolved:
-    """Fill what depends on the model and make the plans. `opened`: as `checked` returns it.
-
-    Raises RecipeError, naming the recipe key, for what cannot be reached.
-    """
+    """Fill what depends on the model and make plans. Raises RecipeError for what is unreachable."""
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
     prices = recipe_prices(recipe, arch, opened.model)
     depth = depth_of(recipe, arch, config, prices)

@@ -16,20 +16,17 @@ from secateur.recipe import Recipe
 # Layers go for the share of units beyond UNITS_ALONE: LAYERS_PER_UNIT times that share of layers.
 UNITS_ALONE, LAYERS_PER_UNIT = 0.5, 0.8
 # Readers used only to compare layers are fitted to this many tokens per input.
-TOKENS_PER_INPUT = 4
+NARROW_TOKENS_PER_INPUT = 4
 
 
 def protected_layers(recipe: Recipe, arch: Arch) -> set[int]:
     """Return the dense layers that stay whole. Raises RecipeError for a missing one."""
-    return _layers_named("protected_layers", recipe.remove.protected_layers, arch.num_layers)
+    return _layers_named("remove.protected_layers", recipe.remove.protected_layers, arch.num_layers)
 
 
 def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
-    """Return the dense layers that the recipe itself names for removal.
-
-    Raises RecipeError for one that is missing, named twice or protected, and for another `depth`.
-    """
-    named = _layers_named("removed_layers", recipe.remove.layers, arch.num_layers)
+    """Return the layers that the recipe names for removal. Raises RecipeError if they cannot go."""
+    named = _layers_named("remove.layers", recipe.remove.layers, arch.num_layers)
     shown = ", ".join(map(str, recipe.remove.layers))
     if len(named) < len(recipe.remove.layers):
         raise RecipeError(f"remove.layers: [{shown}] names a layer of {arch.num_layers} twice; name each once.")

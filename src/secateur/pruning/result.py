@@ -56,7 +56,7 @@ class PrunedCheckpoint:
     layers: tuple[int, ...]
 
     def save(self, keeps: Keeps, number: int | None = None) -> None:
-        """Write the model: a round's under `rounds/NUMBER`; the last round's is the result itself."""
+        """Write the model, a round's under `rounds/NUMBER`; the last round is the result itself."""
         if number == self.recipe.choose.rounds:
             return
         place = self.directory if number is None else self.directory / ROUNDS / str(number)
