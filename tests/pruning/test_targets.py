@@ -150,7 +150,7 @@ def test_curve_and_global_meet_each_target_within_one_level(target):
             r"unknown key 'remove.prices.totl'; did you mean 'total'",
         ),
         ({"target": "latency", "compensate": "bias"}, "repair.compensate: family qwen2 cannot store a bias"),
-        ({"target": "flop"}, "unknown target 'flop'; .* did you mean 'flops'"),
+        ({"target": "flop"}, "unknown remove.target 'flop'; .* did you mean 'flops'"),
         ({"target": "flops", "remove": 0.9}, r"remove: 0.9 of all [\d,]+ FLOPs per prompt token is out of reach"),
         ({"target": "flops", "remove": 1e-5}, r"of all [\d,]+ FLOPs per prompt token is less than half"),
         ({"target": "flops", "remove": 0.9, "budget": "curve"}, r"0.9 of all [\d,]+ FLOPs per prompt token is out"),
