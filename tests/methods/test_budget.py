@@ -33,13 +33,13 @@ def test_target_is_met_within_half_an_aligned_unit_per_layer(remove: float, alig
     plan = uniform_plan(SMOLLM, SMOLLM_PRICES, remove, align)
     assert all(width % align == 0 for width in plan.num_keep.values())
     slack = align / 2 * 1728 * 30 / SMOLLM_PARAMS
-    assert abs(plan.removed_fraction - remove) <= slack + 1e-9
+    assert abs(plan.removed_share - remove) <= slack + 1e-9
     gone = sum(1536 - width for width in plan.num_keep.values()) * 1728
     assert plan.cost_before - plan.cost_after == gone
 
 
 def test_more_asked_is_never_less_removed() -> None:
-    reached = [uniform_plan(SMOLLM, SMOLLM_PRICES, step / 100, 64).removed_fraction for step in range(2, 56)]
+    reached = [uniform_plan(SMOLLM, SMOLLM_PRICES, step / 100, 64).removed_share for step in range(2, 56)]
     assert all(left <= right for left, right in itertools.pairwise(reached))
 
 
@@ -54,7 +54,7 @@ def test_less_than_half_a_unit_says_the_smallest_possible_and_that_works() -> No
     with pytest.raises(RecipeError, match=r"at least 0\.0124") as caught:
         uniform_plan(SMOLLM, SMOLLM_PRICES, 0.001, 64)
     assert "nothing would go" in str(caught.value)
-    assert uniform_plan(SMOLLM, SMOLLM_PRICES, 0.0124, 64).removed_fraction > 0
+    assert uniform_plan(SMOLLM, SMOLLM_PRICES, 0.0124, 64).removed_share > 0
 
 
 def test_rounds_step_down_to_the_target() -> None:

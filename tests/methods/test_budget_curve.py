@@ -76,7 +76,7 @@ def test_knapsack_of_large_odd_prices_still_meets_the_target() -> None:
 def test_target_is_met_within_one_level(remove: float) -> None:
     groups, profiles = random_case(6, 0)
     plan = curve_plan(groups, profiles, prices_of(groups), remove)
-    assert 0 <= plan.removed_fraction - remove < 30_720 / NUM_PARAMS
+    assert 0 <= plan.removed_share - remove < 30_720 / NUM_PARAMS
     gone = sum((g.num_units - plan.num_keep[g.layer, g.name]) * g.params_per_unit for g in groups)
     assert plan.cost_before - plan.cost_after == gone
     assert all(plan.num_keep[key] in profile.levels for key, profile in profiles.items())
@@ -134,7 +134,7 @@ def test_out_of_reach_says_the_largest_possible_and_that_works() -> None:
     with pytest.raises(RecipeError, match=r"at most 0\.100 with each at its smallest width") as caught:
         curve_plan(groups, profiles, prices_of(groups), 0.5, min_keep=whole(groups, 0, 1))
     assert "10,000,000" in str(caught.value)
-    assert curve_plan(groups, profiles, prices_of(groups), 0.1, min_keep=whole(groups, 0, 1)).removed_fraction >= 0.1
+    assert curve_plan(groups, profiles, prices_of(groups), 0.1, min_keep=whole(groups, 0, 1)).removed_share >= 0.1
 
 
 def ends_of(groups, profiles, remove: float) -> dict[str, dict[str, float]]:
@@ -157,7 +157,7 @@ def test_a_limited_domain_keeps_within_its_limit_at_least_cost_to_the_average(se
     limit = (highest + ends["prose"]["prose"]) / 2
     limited = curve_plan(groups, profiles, prices_of(groups), 0.15, max_rise={"prose": limit})
     assert predicted_rise(profiles, limited.num_keep)["prose"] <= limit < highest
-    assert limited.removed_fraction >= 0.15
+    assert limited.removed_share >= 0.15
     assert weighted_rise(profiles, free) < weighted_rise(profiles, limited) < sum(ends["prose"].values()) / 2
 
 
@@ -204,7 +204,7 @@ def test_global_meets_its_target_within_one_step_and_has_one_threshold(remove: f
     groups, _ = random_case(4, 0)
     scores = random_scores(groups)
     plan = global_plan(groups, scores, prices_of(groups), remove, 32, min_keep=whole(groups))
-    assert 0 <= plan.removed_fraction - remove < 30_720 / NUM_PARAMS
+    assert 0 <= plan.removed_share - remove < 30_720 / NUM_PARAMS
     assert all(plan.num_keep[layer, "ffn"] % 32 == 0 for layer in range(4))
     exact = global_plan(groups, scores, prices_of(groups), remove, 1, min_keep=least_keep(groups, 1, 0.0))
     gone, stays = [], []

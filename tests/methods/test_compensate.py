@@ -5,7 +5,7 @@ import torch
 from grams import gram_from, gram_of
 
 from secateur.errors import NumericsError
-from secateur.methods.compensate import guard, held_out_error, least_squares, mean_shift
+from secateur.methods.compensate import guard, held_out_errors, held_out_sums, least_squares, mean_shift
 
 
 def problem(num_tokens: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +78,9 @@ def test_mean_shift_restores_the_mean_output() -> None:
 
 def test_guard_takes_the_largest_step_that_hurts_no_domain() -> None:
     lost = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    good, overshoot, bad = (held_out_error(lost, factor * lost, 10.0) for factor in (0.9, 3.0, -0.1))
+    factors = {"good": 0.9, "overshoot": 3.0, "bad": -0.1}
+    errors = held_out_errors({name: held_out_sums(lost, factor * lost, 10.0) for name, factor in factors.items()})
+    good, overshoot, bad = errors.values()
     assert guard({"a": good, "b": good}).step == 1.0
     assert guard({"a": good, "b": overshoot}).step == 0.5
     refused = guard({"a": good, "b": bad})

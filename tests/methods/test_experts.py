@@ -8,8 +8,8 @@ from recipes import grouped
 
 import secateur
 from secateur.errors import RecipeError
-from secateur.methods.experts import _steps, expert_scores, keep_experts, observe_routing
-from secateur.methods.scores import Routing
+from secateur.methods.experts import _steps, keep_experts, observe_routing
+from secateur.methods.scores import ExpertInputs, Routing, scored
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import Experts, Stacks
 from secateur.recipe_file import parse_recipe
@@ -69,21 +69,21 @@ def test_scores_are_their_formulae() -> None:
         "a": Routing(*torch.tensor([[4.0, 1, 0, 3], [8, 1, 0, 3], [16, 1, 0, 3]]).double()),
         "b": Routing(*torch.tensor([[1.0, 5, 0, 2], [10, 100, 0, 10], [100, 2500, 0, 150]]).double()),
     }
-    frequency = expert_scores("frequency", routing, SHARES, "energy", 0)
+    frequency = scored("frequency", ExpertInputs(routing, SHARES, "energy", 0))
     torch.testing.assert_close(frequency, torch.tensor([0.25 + 0.0625, 0.0625 + 0.3125, 0, 0.1875 + 0.125]))
-    pooled = expert_scores("reap", routing, SHARES, "tokens", 0)
+    pooled = scored("reap", ExpertInputs(routing, SHARES, "tokens", 0))
     torch.testing.assert_close(pooled, torch.tensor([18 / 5, 101 / 6, 0, 13 / 5]))
-    by_domain = expert_scores("reap", routing, SHARES, "energy", 0)
+    by_domain = scored("reap", ExpertInputs(routing, SHARES, "energy", 0))
     a, b = 0.5 / 12, 0.5 / 120
     expected = [(8 * a + 10 * b) / (4 * a + b), (a + 100 * b) / (a + 5 * b), 0, (3 * a + 10 * b) / (3 * a + 2 * b)]
     torch.testing.assert_close(by_domain, torch.tensor(expected))
-    energy = expert_scores("obs", routing, SHARES, "energy", 0)
+    energy = scored("obs", ExpertInputs(routing, SHARES, "energy", 0))
     torch.testing.assert_close(
         energy, torch.tensor([8 / 20 + 50 / 2750, 0.5 / 20 + 1250 / 2750, 0, 1.5 / 20 + 75 / 2750])
     )
-    pooled = expert_scores("obs", routing, SHARES, "tokens", 0)
+    pooled = scored("obs", ExpertInputs(routing, SHARES, "tokens", 0))
     torch.testing.assert_close(pooled, torch.tensor([116.0, 2501, 0, 153]))
-    assert not torch.equal(expert_scores("random", routing, SHARES, "energy", 1), by_domain)
+    assert not torch.equal(scored("random", ExpertInputs(routing, SHARES, "energy", 1)), by_domain)
 
 
 def test_steps_end_where_asked_and_take_from_every_group() -> None:

@@ -104,16 +104,16 @@ def test_a_protected_domain_is_planned_for(small):
         ({"protected_layers": [0, 1, 2]}, "remove.protected_layers: no layer is left"),
         ({"budget": "curve", "min_keep": 0.9, "remove": 0.2}, "remove: 0.2 of all .* at most 0.0"),
         ({"min_keep": 0.9, "remove": 0.2}, "remove.min_keep: 0.9 of each group is to stay"),
-        ({"budget": "curves"}, "unknown budget 'curves'; .* did you mean 'curve'"),
+        ({"budget": "curves"}, "unknown choose.budget 'curves'; .* did you mean 'curve'"),
         ({"max_loss_rise": 0}, "max_loss_rise"),
-        ({"schedule": "cubc"}, "recipe: unknown schedule 'cubc'; allowed: linear;"),
-        ({"budget": "search"}, "^recipe: budget: search is gone; use curve.$"),
+        ({"schedule": "cubc"}, "recipe: unknown choose.schedule 'cubc'; allowed: linear;"),
+        ({"budget": "search"}, "^recipe: choose.budget: search is gone; use curve.$"),
         ({"domain_weighting": "cvar"}, "choose.domain_weighting: cvar is gone; use minimax.$"),
         ({"schedule": "cubic"}, "choose.schedule: cubic is gone; use linear, or list what is gone after each round.$"),
-        ({"sublayers": False}, "^recipe: sublayers is gone; leave it out; depth removes whole layers.$"),
+        ({"sublayers": False}, "^recipe: sublayers is gone; leave it out; remove.depth removes whole layers.$"),
         ({"generations": 20}, "generations is gone; leave it out; budget curve plans without a search.$"),
         ({"offspring": 8}, "offspring is gone; leave it out; budget curve plans without a search.$"),
-        ({"schedule": [0, 0.2]}, "recipe: schedule.0: Input should be greater than 0"),
+        ({"schedule": [0, 0.2]}, "recipe: choose.schedule.0: Input should be greater than 0"),
         ({"schedule": [0.1, 0.3], "remove": 0.2}, "choose.schedule: a list .* rising to remove: 0.2, got .0.1, 0.3."),
         ({"schedule": [0.2, 0.1, 0.2], "remove": 0.2}, "choose.schedule: a list .* got .0.2, 0.1, 0.2."),
         ({"schedule": [0.1, 0.2], "remove": 0.2, "rounds": 3}, "choose.schedule: 2 rounds are listed, but rounds: 3"),
@@ -223,14 +223,15 @@ def test_shipped_recipes_resolve_from_the_real_shapes(preset, sizes, num_params)
     assert Size.of(model).num_params == num_params
     resolved = resolve(opened(model, parse_recipe(grouped({"preset": preset}))))
     assert resolved.warnings == ()
-    assert resolved.plans[-1].removed_fraction == pytest.approx(0.2, abs=0.003)
+    assert resolved.plans[-1].removed_share == pytest.approx(0.2, abs=0.003)
     assert {count % 256 for count in resolved.plans[-1].num_keep.values()} == {0}
 
 
 def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
     best = parse_recipe(grouped({"preset": "best"}))
-    assert best.budget == "curve" and parse_recipe(grouped({"preset": "default"})) == parse_recipe(grouped({}))
-    assert parse_recipe(grouped({"preset": "best", "budget": "global"})) == best.model_copy(update={"budget": "global"})
+    assert best.choose.budget == "curve" and parse_recipe(grouped({"preset": "default"})) == parse_recipe(grouped({}))
+    asked = parse_recipe(grouped({"preset": "best", "budget": "global"}))
+    assert asked == best.filled(choose={"budget": "global"})
     with pytest.raises(secateur.SecateurError, match=r"unknown preset 'bets'; .* did you mean 'best'"):
         parse_recipe(grouped({"preset": "bets"}))
     for preset in ("fast", "best", "paper"):

@@ -108,7 +108,7 @@ def test_each_target_is_met_within_half_a_step_per_group(target, remove):
     # As if any number of heads could be stated: what a family's config refuses is another matter.
     plan = uniform_plan(tuple(dataclasses.replace(group, divides=None) for group in groups), prices, remove, 8)
     half_steps = [prices.of(g) * (8 if g.width == 1 else 1) / 2 for g in groups if g.layer == 0]
-    assert abs(plan.removed_fraction - remove) * prices.total <= 3 * min(half_steps) + 1e-6
+    assert abs(plan.removed_share - remove) * prices.total <= 3 * min(half_steps) + 1e-6
     plans = round_plans(groups, prices, plan, round_shares(2, "linear"), 8)
     assert plans[0].cost_before == prices.total and plans[0].cost_after > plans[1].cost_after
 
@@ -130,7 +130,7 @@ def test_curve_and_global_meet_each_target_within_one_level(target):
         curve_plan(groups, profiles, prices, 0.2),
         global_plan(groups, scores, prices, 0.2, 8, min_keep=least_keep(groups, 8, 0.0)),
     ):
-        assert 0 <= (plan.removed_fraction - 0.2) * prices.total < dearest * 4
+        assert 0 <= (plan.removed_share - 0.2) * prices.total < dearest * 4
         assert plan.cost_before - plan.cost_after == prices.gone(groups, plan.num_keep)
 
 
@@ -145,9 +145,12 @@ def test_curve_and_global_meet_each_target_within_one_level(target):
         ({"target": "kv_bytes", "groups": ["query_heads"]}, "query_heads has nothing in the KV cache"),
         ({"target": "flops", "prices": PRICES}, "remove.prices: are what target latency plans with; with target flops"),
         ({"target": "latency", "prices": {**PRICES, "per_unit": {"kv_heads": 1}}}, "has no seconds for ffn"),
-        ({"target": "latency", "prices": {**PRICES, "totl": 1}}, r"unknown key 'prices.totl'; did you mean 'total'"),
+        (
+            {"target": "latency", "prices": {**PRICES, "totl": 1}},
+            r"unknown key 'remove.prices.totl'; did you mean 'total'",
+        ),
         ({"target": "latency", "compensate": "bias"}, "repair.compensate: family qwen2 cannot store a bias"),
-        ({"target": "flop"}, "unknown target 'flop'; .* did you mean 'flops'"),
+        ({"target": "flop"}, "unknown remove.target 'flop'; .* did you mean 'flops'"),
         ({"target": "flops", "remove": 0.9}, r"remove: 0.9 of all [\d,]+ FLOPs per prompt token is out of reach"),
         ({"target": "flops", "remove": 1e-5}, r"of all [\d,]+ FLOPs per prompt token is less than half"),
         ({"target": "flops", "remove": 0.9, "budget": "curve"}, r"0.9 of all [\d,]+ FLOPs per prompt token is out"),

@@ -1,4 +1,4 @@
-"""Budgets: how many units each group keeps. Arithmetic on shapes and scores; no weight is read here."""
+"""Budgets: how many units each group keeps, from shapes and scores. No weight is read here."""
 
 import dataclasses
 import math
@@ -11,18 +11,18 @@ from torch import Tensor
 from secateur.errors import RecipeError
 from secateur.model.group import ALIGNED, Group, GroupKey
 
-# Widths that keep tensor cores and quantisation blocks busy: the second from this many units on.
+# Widths that suit tensor cores and quantisation blocks: ALIGN_LARGE from LARGE_WIDTH units on.
 ALIGN_SMALL, ALIGN_LARGE, LARGE_WIDTH = 64, 128, 4096
-# An error curve needs no more points than this; wide groups step by several of their aligned units.
+# An error curve needs no more points than this; wide groups take larger steps.
 MAX_LEVELS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What one unit of each group costs of the quantity that is to shrink, and what the dense model costs of it.
+    """The cost of one unit of each group, and of the whole dense model, in the target's unit.
 
-    In whole numbers, so that sums are exact whatever their order. `per_layer`: whole layers, all that is in them.
-    `unit`: what the numbers count, for people, and how many of them it holds.
+    Whole numbers, so that sums are exact in any order. `per_layer`: the cost of whole layers.
+    `unit`, `unit_size`: for messages, the unit's name and how many of the numbers make one.
     """
 
     per_unit: Mapping[GroupKey, int]
@@ -33,7 +33,7 @@ class Prices:
 
     @property
     def total_text(self) -> str:
-        """Return the total for people, as `134,515,008 parameters`."""
+        """The total for people, as `134,515,008 parameters`."""
         return self.text(self.total)
 
     def text(self, amount: int) -> str:
@@ -46,15 +46,15 @@ class Prices:
         return self.per_unit[group.layer, group.name]
 
     def gone(self, groups: tuple[Group, ...], num_keep: Mapping[GroupKey, int]) -> int:
-        """Return what goes when each group keeps that many units, counted from its full width."""
+        """Return the cost that goes if each group keeps that many of its full width."""
         return sum((g.num_units - min(num_keep[g.layer, g.name], g.num_units)) * self.of(g) for g in groups)
 
     def of_all_but(self, layers: Collection[int]) -> int:
-        """Return what goes with all layers but these."""
+        """Return the cost of all layers but these."""
         return sum(price for index, price in enumerate(self.per_layer) if index not in layers)
 
     def with_only(self, layers: Collection[int]) -> "Prices":
-        """Return the same prices of the model that these layers make."""
+        """Return the same prices for the model that these layers make."""
         gone = self.of_all_but(layers)
         unit = f"{self.unit} that the layers left" if gone else self.unit
         return dataclasses.replace(self, total=self.total - gone, unit=unit)
@@ -62,20 +62,20 @@ class Prices:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How many units each group keeps, and what the model costs before and after, in the prices that it was made by."""
+    """How many units each group keeps, and the model's cost before and after."""
 
     num_keep: dict[GroupKey, int]
     cost_before: int
     cost_after: int
 
     @property
-    def removed_fraction(self) -> float:
-        """Share of the dense model's cost that goes."""
+    def removed_share(self) -> float:
+        """The share of the dense model's cost that goes."""
         return 1 - self.cost_after / self.cost_before
 
 
 def default_align(groups: tuple[Group, ...]) -> int:
-    """Return the alignment of widths where the recipe names none."""
+    """Return the alignment of widths for a recipe that names none."""
     narrow = [group.num_units for group in groups if group.kind in ALIGNED]
     return ALIGN_LARGE if min(narrow, default=0) >= LARGE_WIDTH else ALIGN_SMALL
 
@@ -86,7 +86,7 @@ def align_of(group: Group, align: int) -> int:
 
 
 def least_step(groups: tuple[Group, ...], prices: Prices, align: int, *, alike: bool) -> int:
-    """Return what goes at the least: a step of one group, or of all of a kind where they go `alike`."""
+    """Return the cost of the smallest step: one group's, or `alike` that of all of its kind."""
     kinds: dict[str, list[int]] = {}
     for group in groups:
         kinds.setdefault(group.name, []).append(align_of(group, align) * prices.of(group))
@@ -94,14 +94,13 @@ def least_step(groups: tuple[Group, ...], prices: Prices, align: int, *, alike: 
 
 
 def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align: int) -> Plan:
-    """Keep the same share of every group so that `remove` of what the whole model costs goes.
+    """Keep the same share of every group, so that `remove` of the whole model's cost goes.
 
-    The share taken is remove * total / sum(units * price); counts are the nearest multiples of their step. Kinds of
-    group with large steps (heads) come first and those with small ones make up for their rounding, so the target is
-    met within half a step of the last kind per group.
-
-    Raises RecipeError if the groups do not hold enough, saying the largest possible `remove`; or if not even
-    one step would go, saying the smallest.
+    The share taken is remove * total / sum(units * price), rounded to the nearest step. Groups with
+    large steps (heads) come first and those with small steps make up for their rounding, so the
+    target is met within half a step of the last kind per group. Raises RecipeError with the largest
+    possible `remove` if the groups do not hold enough, or with the smallest if not even one step
+    would go.
     """
     steps = {group.name: align_of(group, align) * prices.of(group) for group in groups}
     names = sorted(steps, key=lambda name: (-steps[name], name))
@@ -112,9 +111,9 @@ def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align
         keep_share = 1 - missing / sum(group.num_units * prices.of(group) for group in left)
         members = tuple(group for group in left if group.name == name)
         is_last = position == len(names) - 1
-        num_keep |= {
-            (g.layer, name): _nearest(g, keep_share, align_of(g, align), at_least=not is_last) for g in members
-        }
+        for group in members:
+            step, width = align_of(group, align), group.num_units * keep_share
+            num_keep[group.layer, name] = 0 if is_last and width < step / 2 else nearest_count(group, width, step)
         missing -= prices.gone(members, num_keep)
     largest = largest_remove(groups, prices, least_keep(groups, align, 0.0))
     if any(num_keep[group.layer, group.name] < align_of(group, align) for group in groups):
@@ -141,15 +140,12 @@ def plan_of(groups: tuple[Group, ...], prices: Prices, num_keep: dict[GroupKey, 
 
 
 def largest_remove(groups: tuple[Group, ...], prices: Prices, least: Mapping[GroupKey, int]) -> float:
-    """Return the share of the model's cost that goes when every group keeps its least."""
+    """Return the share of the model's cost that goes if every group keeps its least."""
     return prices.gone(groups, least) / prices.total
 
 
 def least_keep(groups: tuple[Group, ...], align: int, min_keep: float) -> dict[GroupKey, int]:
-    """Return the fewest units that each group may keep: the first multiple of its step from `min_keep` of all on.
-
-    At least one step.
-    """
+    """Return each group's lowest count: at least one step and `min_keep` of its units."""
     least: dict[GroupKey, int] = {}
     for group in groups:
         step = align_of(group, align)
@@ -160,23 +156,20 @@ def least_keep(groups: tuple[Group, ...], align: int, min_keep: float) -> dict[G
 
 
 def levels_of(group: Group, num_units: int, align: int) -> tuple[int, ...]:
-    """Return the counts that a group of `num_units` may keep, from all of them down; those the config can state."""
+    """Return the counts that a group may keep and its config can state, in falling order."""
     grid = level_grid(num_units, align_of(group, align))
     return (num_units, *(count for count in grid[1:] if group.allows(count)))
 
 
 def level_grid(num_units: int, step: int) -> tuple[int, ...]:
-    """Return all units and the multiples of `step` below, down to one; of more than `MAX_LEVELS` evenly spaced ones."""
+    """Return all units, then the multiples of `step` below, at most `MAX_LEVELS` of them."""
     stride = step * math.ceil(num_units / (step * MAX_LEVELS))
     highest = stride * ((num_units - 1) // stride)
     return (num_units, *range(highest, 0, -stride))
 
 
 def round_shares(rounds: int, schedule: str | tuple[float, ...]) -> list[float]:
-    """Return the share of all that goes which is gone after round r of n: r/n.
-
-    A list of what is to be gone after each round stands for itself, over the last.
-    """
+    """Return the share of the removal that is gone after each round: r/n, or as a list says."""
     if not isinstance(schedule, str):
         return [gone / schedule[-1] for gone in schedule]
     # Not `done / rounds`: its last bit differs, and saved plans are compared exactly.
@@ -184,7 +177,7 @@ def round_shares(rounds: int, schedule: str | tuple[float, ...]) -> list[float]:
 
 
 def round_plans(groups: tuple[Group, ...], prices: Prices, plan: Plan, shares: list[float], align: int) -> list[Plan]:
-    """Return the plans of all rounds, by shares of the way from the whole model to `plan`, each width aligned."""
+    """Return the plan of each round: `shares` of the way to `plan`, each width aligned."""
     plans = []
     for share in shares[:-1]:
         num_keep = {}
@@ -196,14 +189,8 @@ def round_plans(groups: tuple[Group, ...], prices: Prices, plan: Plan, shares: l
     return [*plans, plan]
 
 
-def _nearest(group: Group, keep_share: float, step: int, *, at_least: bool) -> int:
-    if not at_least and group.num_units * keep_share < step / 2:
-        return 0
-    return nearest_count(group, group.num_units * keep_share, step)
-
-
 def nearest_count(group: Group, width: float | int, step: int) -> int:
-    """Return the multiple of `step` that is nearest to `width` and that the config can state, or the full width."""
+    """Return the count nearest to `width` that the config can state, or the full width."""
     nearest = min(step * round(width / step), group.num_units)
     if nearest >= step and group.allows(nearest):
         return nearest
@@ -212,7 +199,7 @@ def nearest_count(group: Group, width: float | int, step: int) -> int:
 
 
 def round_down(fraction: float) -> str:
-    """Return a share to three decimals, never more than it is: what an error may promise."""
+    """Return a share to three decimals, rounded down: an error may promise it."""
     return f"{int(max(fraction, 0) * 1000) / 1000:.3f}"
 
 
@@ -225,13 +212,12 @@ def global_plan(
     *,
     min_keep: Mapping[GroupKey, int],
 ) -> Plan:
-    """Remove the units of least (score - mean) / std over their group, whatever group they are in.
+    """Remove the units with the lowest (score - mean) / std over their group, from any group.
 
-    `scores` has one number per unit that a group has now. Each group keeps the multiple of its step nearest to its
-    count of units above the threshold, at least `min_keep`; the threshold is the lowest with which `remove` of what
-    the whole model costs goes, counted from the groups' full widths.
-
-    Raises RecipeError if so much cannot go, saying the largest possible `remove`.
+    `scores`: one number per unit that a group still has. Each group keeps the multiple of its step
+    nearest to its count of units above the threshold, at least `min_keep`. The threshold is the
+    lowest at which `remove` of the whole model's cost goes, counted from the groups' full widths.
+    Raises RecipeError with the largest possible `remove` if so much cannot go.
     """
     standardised = {(group.layer, group.name): _standardised(scores[group.layer, group.name]) for group in groups}
     target = math.ceil(remove * prices.total)
@@ -243,10 +229,10 @@ def global_plan(
 
     largest = prices.gone(groups, widths(math.inf))
     if target > largest:
+        possible = round_down(largest / prices.total)
         raise RecipeError(
             f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at most "
-            f"{round_down(largest / prices.total)} with each at its smallest width; ask for less, or lower min_keep or "
-            f"align."
+            f"{possible} with each at its smallest width; ask for less, lower min_keep or align."
         )
     thresholds = [*torch.cat([torch.zeros(0), *standardised.values()]).unique().tolist(), math.inf]
     low, high = 0, len(thresholds) - 1

@@ -1,8 +1,10 @@
-"""Compensation: change the reader's remaining weights so that its output is closest to what it was.
+"""Compensation: refit a reader's remaining weights so that its output changes least.
 
-Least squares with a ridge, judged by held-out text: what does not help is not taken.
+Ridge least squares, checked on held-out text: a correction that does not help is not taken.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,14 +17,14 @@ from secateur.facts import Method
 from secateur.stream.device import float64_device
 from secateur.stream.statistics import Decide, Gram, Measurement, exact_product_precision, here, ridge_of, totals
 
-# Fractions of a correction that the guard tries, largest first; 0 means the old weights stay.
+# Shares of a correction that the guard tries, largest first; 0 means the old weights stay.
 GUARD_STEPS = (1.0, 0.5, 0.25)
 MAX_DAMPING_RETRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """`weight_HS`: remaining columns, refitted. `damping`: the relative ridge it took. `condition`: of the solve."""
+    """`weight_HS`: refitted columns; `damping`: the ridge used; `condition`: of the system."""
 
     weight_HS: Tensor
     damping: float
@@ -30,25 +32,25 @@ class Fit:
 
 
 HeldOutSums = Tensor
-"""|lost|^2, lost . correction, |correction|^2 and the output energy, float64."""
+"""|lost|^2, lost . correction, |correction|^2 and the output energy, in float64."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOutError:
-    """One domain's error as a parabola in the step: constant - 2 step linear + step^2 square, over output energy."""
+    """One domain's error by step a, over output energy: constant - 2 a linear + a^2 square."""
 
     constant: float
     linear: float
     square: float
 
     def of(self, step: float) -> float:
-        """Return the error of a step; rounding cannot make it negative."""
+        """Return the error of a step, at least 0 despite rounding."""
         return max(self.constant - 2 * step * self.linear + step * step * self.square, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """What the held-out text says of a correction. Errors are shares of the reader's own output energy, by domain."""
+    """The step taken, and each domain's held-out error as a share of its output energy."""
 
     step: float
     error_before: dict[str, float]
@@ -65,32 +67,32 @@ def least_squares(
 ) -> Fit:
     """Ridge least squares in the remaining weights, centred on the old ones.
 
-    W_S' = argmin |y + mix r - x_S W_S'|^2 + ridge |W_S' - W_S|^2 with y = x W, r the drift (`cross_FH` = x'r) and
-    ridge = damping * mean(diag G), so  W_S' = W_S + (W_C G_CS + mix (x_S' r)') (G_SS + ridge I)^-1.
-    Keep all, no mix -> exactly no change. Solved by Cholesky in float64; where that fails the damping is raised
-    tenfold, at most three times, and the value used is returned.
-
-    Raises NumericsError if the system stays indefinite. Source: the OBS update in closed form (Hassibi and Stork 1993).
+    W_S' = argmin |y + mix r - x_S W_S'|^2 + ridge |W_S' - W_S|^2 with y = x W, r the drift
+    (`cross_FH` = x'r) and ridge = damping * mean(diag G), so
+    W_S' = W_S + (W_C G_CS + mix (x_S' r)') (G_SS + ridge I)^-1.
+    No column gone and no mix: exactly no change. Solved by Cholesky in float64. If that fails, the
+    damping is raised tenfold, at most three times; the value used is returned. Raises NumericsError
+    if it stays indefinite. Source: Hassibi and Stork 1993, in closed form.
     """
     is_gone = torch.ones(gram.size, dtype=torch.bool, device=keep.device)
     is_gone[keep] = False
     if not is_gone.any() and (cross_FH is None or not mix):
         return Fit(reader_HF, damping, 1.0)
     gone, place = is_gone.nonzero().flatten(), (torch.float64, float64_device(gram.device))
-    # Column-major, for LAPACK. A device that has no float64 cannot convert to it either, so it goes to the other first.
+    # Column-major, for LAPACK. Change the device first: not every device has float64.
     right_SH = (reader_HF[:, gone].to(place[1]).to(place[0]) @ gram.part(gone, keep, *place)).mT
     if cross_FH is not None and mix:
         right_SH.add_(cross_FH[keep].to(place[1]), alpha=mix)
     for attempt in range(MAX_DAMPING_RETRIES + 1):
         used = damping * 10**attempt
-        block = gram.part(keep, keep, *place).mT  # column-major, so that all of it happens in place
+        block = gram.part(keep, keep, *place).mT  # column-major, to work in place
         block.diagonal().add_(ridge_of(gram, used))
         failed = torch.zeros((), dtype=torch.int32, device=block.device)
         factor, _ = torch.linalg.cholesky_ex(block, out=(block, failed))
         if not failed:
             pivots = factor.diagonal()
             condition = float((pivots.max() / pivots.min()) ** 2)
-            # In place, which cholesky_solve cannot.
+            # cholesky_solve cannot work in place.
             torch.linalg.solve_triangular(factor, right_SH, upper=False, out=right_SH)
             torch.linalg.solve_triangular(factor.mT, right_SH, upper=True, out=right_SH)
             del block, factor
@@ -102,7 +104,7 @@ def least_squares(
 def mean_shift(
     reader_HF: Float[Tensor, "H F"], mean_F: Float[Tensor, " F"], keep: Int64[Tensor, " S"]
 ) -> Float[Tensor, " H"]:
-    """Return the bias that stands in for the removed channels' mean output: b = W_C mean(x_C).
+    """Return the bias that replaces the removed channels' mean output: b = W_C mean(x_C).
 
     Source: An et al., FLAP, arXiv 2312.11983, eq. 8.
     """
@@ -111,20 +113,13 @@ def mean_shift(
     return reader_HF @ gone_mean_F
 
 
-def held_out_error(
-    lost_TH: Float[Tensor, "T H"], correction_TH: Float[Tensor, "T H"], output_energy: float
-) -> HeldOutError:
-    """Return the error of every step a at once: |lost - a correction|^2 / output energy = c - 2 b a + a^2 a2.
-
-    `lost_TH` = x_C W_C' is what the cut takes from the output, `correction_TH` what the compensation gives back.
-    """
-    return _error_of(held_out_sums(lost_TH, correction_TH, output_energy))
-
-
 def held_out_sums(
     lost_TH: Float[Tensor, "T H"], correction_TH: Float[Tensor, "T H"], output_energy: float
 ) -> HeldOutSums:
-    """Return what `held_out_error` is made of, as sums over tokens."""
+    """Return the sums over tokens that a `HeldOutError` needs.
+
+    `lost_TH` = x_C W_C': what the cut takes from the output. `correction_TH`: what the fit returns.
+    """
     dots = [
         torch.linalg.vecdot(left.flatten(), right.flatten()).item()
         for left, right in ((lost_TH, lost_TH), (lost_TH, correction_TH), (correction_TH, correction_TH))
@@ -133,17 +128,16 @@ def held_out_sums(
 
 
 def held_out_errors(sums: dict[str, HeldOutSums]) -> dict[str, HeldOutError]:
-    """Return each domain's error over the held-out text of all ranks. `sums`: this rank's `held_out_sums`."""
-    return {domain: _error_of(total) for domain, total in totals(sums).items()}
-
-
-def _error_of(sums: HeldOutSums) -> HeldOutError:
-    *dots, energy = sums.tolist()
-    return HeldOutError(*(dot / max(energy, 1e-30) for dot in dots))
+    """Return each domain's |lost - a correction|^2 / output energy, from all ranks' `sums`."""
+    found: dict[str, HeldOutError] = {}
+    for domain, total in totals(sums).items():
+        *dots, energy = total.tolist()
+        found[domain] = HeldOutError(*(dot / max(energy, 1e-30) for dot in dots))
+    return found
 
 
 def guard(errors: dict[str, HeldOutError]) -> Guard:
-    """Choose the largest step a of 1, 1/2, 1/4 that raises no domain's held-out error; 0 if none does."""
+    """Choose the largest step of 1, 1/2, 1/4 that raises no domain's held-out error, else 0."""
     before = {name: error.of(0.0) for name, error in errors.items()}
     for step in GUARD_STEPS:
         after = {name: error.of(step) for name, error in errors.items()}
@@ -154,7 +148,7 @@ def guard(errors: dict[str, HeldOutError]) -> Guard:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """What compensation does to a reader: new weights for its remaining columns, a bias, and how it was reached."""
+    """The compensation of a reader: weights of its remaining columns, a bias, and the verdict."""
 
     weight_HS: Tensor | None = None
     bias_H: Tensor | None = None
@@ -166,33 +160,33 @@ class Repair:
 def repair(
     reader: nn.Linear, measured: Measurement, columns: Int64[Tensor, " S"], method: Method, decide: Decide = here
 ) -> Repair:
-    """Return the repair that the method asks for; an empty one where every column stays."""
+    """Return the repair that the method asks for; an empty one if every column stays."""
     if len(columns) == reader.in_features:
         return Repair()
     weight_HF, dtype = reader.weight.float(), reader.weight.dtype
     if method.compensate == "least_squares":
         return _least_squares(weight_HF, dtype, measured, columns, method, decide)
-    old_HS = weight_HF[:, columns]
+    unchanged_HS = torch.zeros_like(weight_HF[:, columns])
     if method.compensate == "none":
-        return Repair(guard=_judge(weight_HF, columns, measured, old_HS, old_HS))
+        return Repair(guard=_judge(weight_HF, columns, measured, unchanged_HS, None, 0.0))
     shift_H = decide(lambda: mean_shift(weight_HF, measured.pooled.mean_F, columns)).to(dtype).float()
-    judged = _judge(weight_HF, columns, measured, old_HS, old_HS, shift_H=shift_H)
+    judged = _judge(weight_HF, columns, measured, unchanged_HS, shift_H, 0.0)
     return Repair(bias_H=judged.step * shift_H, guard=judged)
 
 
 def _least_squares(
     weight_HF: Tensor, dtype: torch.dtype, measured: Measurement, columns: Tensor, method: Method, decide: Decide
 ) -> Repair:
-    """Fit with each damping of the grid and keep the one that the held-out text likes best, the first on a tie."""
+    """Fit with each damping of the grid; return the one with the least held-out error."""
     mix = method.target_mix if measured.pooled.cross_FH is not None else 0.0
     gram, best, best_error = measured.pooled.gram, Repair(), torch.inf
     assert gram is not None
     for factor in method.damping_factors:
         damping, cross_FH = method.damping * factor, measured.pooled.cross_FH
         fit = decide(partial(least_squares, weight_HF, gram, columns, damping, cross_FH, mix))
-        # The guard judges what will be stored, rounding included.
+        # The guard judges the weights as stored, rounding included.
         old_HS, new_HS = weight_HF[:, columns], fit.weight_HS.copy_(fit.weight_HS.to(dtype))
-        judged = _judge(weight_HF, columns, measured, old_HS, new_HS, mix=mix)
+        judged = _judge(weight_HF, columns, measured, new_HS - old_HS, None, mix)
         error = sum(judged.error_after.values())
         if error < best_error:
             stored_HS = {0.0: None, 1.0: new_HS}.get(judged.step, old_HS + judged.step * (new_HS - old_HS))
@@ -200,21 +194,26 @@ def _least_squares(
     return best
 
 
+@contextmanager
+def weight_replaced(reader: nn.Linear, weight_HF: Float[Tensor, "H F"]) -> Iterator[None]:
+    """Give the reader this weight within the context."""
+    own = reader.weight
+    reader.weight = nn.Parameter(weight_HF, requires_grad=False)
+    try:
+        yield
+    finally:
+        reader.weight = own
+
+
 def _judge(
-    weight_HF: Float[Tensor, "H F"],
-    columns: Int64[Tensor, " S"],
-    measured: Measurement,
-    old_HS: Float[Tensor, "H S"],
-    new_HS: Float[Tensor, "H S"],
-    *,
-    shift_H: Float[Tensor, " H"] | None = None,
-    mix: float = 0.0,
+    weight_HF: Tensor, columns: Tensor, measured: Measurement, change_HS: Tensor, shift_H: Tensor | None, mix: float
 ) -> Guard:
+    """Return the guard's verdict on a change of the columns that stay, and a bias."""
     is_gone = torch.ones(weight_HF.shape[1], dtype=torch.bool, device=weight_HF.device)
     is_gone[columns] = False
     gone = is_gone.nonzero().flatten()
     gone_HC = weight_HF[:, gone]
-    change_SH, sums = (new_HS - old_HS).T, {}
+    change_SH, sums = change_HS.T, {}
     for name, x_TF in measured.held_out_TF.items():
         dtype, x_TF = x_TF.dtype, x_TF.float()
         with exact_product_precision(dtype):

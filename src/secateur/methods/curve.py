@@ -1,4 +1,4 @@
-"""The curve budget: widths per layer from measured error curves and KL slopes, chosen by a knapsack."""
+"""The curve budget: widths per layer from measured error curves and KL slopes, by a knapsack."""
 
 import dataclasses
 import math
@@ -17,14 +17,14 @@ MAX_STEPS = 50_000
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """After one group: the option chosen for each number of steps removed, and where an option came to the end from."""
+    """After one group: the option by number of steps, and each option's origin of the end."""
 
     choice: NDArray[numpy.int16]
     origin_of_end: list[int]
 
 
 def least_loss(removals: list[list[int]], losses: list[list[float]], target: int) -> list[int]:
-    """Return each group's option so that sum of removals >= target and the sum of losses is least.
+    """Return each group's option with the least total loss whose removals sum to `target` or more.
 
     `target` must be at most the sum of each group's largest removal. O(groups x options x steps).
     """
@@ -45,10 +45,9 @@ def least_loss(removals: list[list[int]], losses: list[list[float]], target: int
 def _add_group(
     best: NDArray[numpy.float64], steps: list[int], losses: list[float]
 ) -> tuple[NDArray[numpy.float64], _Stage]:
-    """Return the least loss by steps removed with this group too; the last entry stands for its number or more."""
+    """Return the least loss by steps removed; the last entry stands for that many or more."""
     end = len(best) - 1
-    after, choice = numpy.full_like(best, math.inf), numpy.zeros(end + 1, dtype=numpy.int16)
-    origins = []
+    after, choice, origins = numpy.full_like(best, math.inf), numpy.zeros(end + 1, dtype=numpy.int16), []
     for option, (removed, loss) in enumerate(zip(steps, losses, strict=True)):
         removed = min(removed, end)
         reached = numpy.full_like(best, math.inf)
@@ -70,24 +69,20 @@ def _read_back(stages: list[_Stage], steps: list[list[int]], end: int) -> list[i
     return chosen[::-1]
 
 
-# Updates of the weights over several limited domains, and halvings of the way between them and the usual weights.
+# Updates of the weights of limited domains; halvings between these weights and the given ones.
 WEIGHT_UPDATES, HALVINGS = 20, 10
 
 
 @dataclass(frozen=True, slots=True)
 class GroupProfile:
-    """What a group loses at each level. `levels`: units kept, from all of them down; `errors`: shares of output energy.
+    """What a group loses at each level, a number of units kept, from all of them down.
 
-    `slopes`: KL in nats per token for an error of 1, by domain.
+    `errors`: shares of output energy. `slopes`: by domain, KL in nats per token for an error of 1.
     """
 
     levels: tuple[int, ...]
     errors: tuple[float, ...]
     slopes: dict[str, float]
-
-    def rise(self, domain: str, num_keep: int) -> float:
-        """Return a domain's predicted rise at one of the levels, in nats per token."""
-        return self.slopes[domain] * self.errors[self.levels.index(num_keep)]
 
 
 Profiles = Mapping[GroupKey, GroupProfile]
@@ -97,8 +92,9 @@ def predicted_rise(profiles: Profiles, num_keep: Mapping[GroupKey, int]) -> dict
     """Return, by domain, sum over groups of slope x error, in nats per token."""
     rise: dict[str, float] = {}
     for key, profile in profiles.items():
-        for domain in profile.slopes:
-            rise[domain] = rise.get(domain, 0.0) + profile.rise(domain, num_keep[key])
+        error = profile.errors[profile.levels.index(num_keep[key])]
+        for domain, slope in profile.slopes.items():
+            rise[domain] = rise.get(domain, 0.0) + slope * error
     return rise
 
 
@@ -112,15 +108,14 @@ def curve_plan(
     domain_weights: Mapping[str, float] | None = None,
     max_rise: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Keep what makes the predicted rise, averaged over domains by `domain_weights` (default: equal), least.
+    """Return the plan with the least predicted rise, averaged over domains by `domain_weights`.
 
-    At least `remove` of what the whole model costs goes, counted from the groups' full widths, and where every level
-    costs something, less than one level more than that. Asking for more never predicts a lower weighted rise, unless
-    limits bind. Groups keep at least `min_keep`. `max_rise`: the highest
-    predicted rise of some domains, in nats per token; where the least average breaks one, limited domains weigh more,
-    no more than needed.
-
-    Raises RecipeError if so much cannot go, or not within `max_rise`, saying the largest possible `remove`.
+    At least `remove` of the whole model's cost goes, counted from the groups' full widths, and less
+    than one level more if every level costs something. Groups keep at least `min_keep`.
+    `domain_weights`: equal by default. `max_rise`: the highest predicted rise of some domains, in
+    nats per token; if the best plan breaks a limit, limited domains weigh more, but no more than
+    needed. Raises RecipeError with the largest possible `remove` if the groups or `max_rise` do not
+    allow it.
     """
     problem = _problem(groups, profiles, prices, min_keep or {})
     largest = sum(max(options) for options in problem.removals) / prices.total
@@ -146,27 +141,25 @@ def curve_plan(
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """The profiles with allowed levels alone, and what goes at each of them, group by group."""
+    """The profiles with their allowed levels, and the cost removed at each, group by group."""
 
     profiles: dict[GroupKey, GroupProfile]
     removals: list[list[int]]
 
     def solve(self, weights: Mapping[str, float], target: int) -> dict[GroupKey, int]:
+        """Return the counts that remove `target` with the least rise, weighted by domain."""
         losses = []
         for profile in self.profiles.values():
             slope = sum(weights.get(domain, 0.0) * each for domain, each in profile.slopes.items())
             losses.append([slope * error for error in profile.errors])
-        chosen = least_loss(self.removals, losses, target)
-        return {
-            key: profile.levels[option] for (key, profile), option in zip(self.profiles.items(), chosen, strict=True)
-        }
+        pairs = zip(self.profiles.items(), least_loss(self.removals, losses, target), strict=True)
+        return {key: profile.levels[option] for (key, profile), option in pairs}
 
 
 def _problem(
     groups: tuple[Group, ...], profiles: Profiles, prices: Prices, min_keep: Mapping[GroupKey, int]
 ) -> _Problem:
-    allowed: dict[GroupKey, GroupProfile] = {}
-    removals = []
+    allowed, removals = dict[GroupKey, GroupProfile](), []
     for group in groups:
         key = (group.layer, group.name)
         profile = profiles[key]
@@ -179,14 +172,14 @@ def _problem(
 def _within_limits(
     problem: _Problem, weights: dict[str, float], target: int, limits: dict[str, float]
 ) -> dict[GroupKey, int] | None:
-    """Return the plan of least weighted rise among those looked at that keep within the limits; None if none does."""
+    """Return the counts of least weighted rise found within the limits; None if there are none."""
     num_keep = problem.solve(weights, target)
     if _is_within(problem, num_keep, limits):
         return num_keep
     careful = _careful_weights(problem, target, limits)
     if careful is None:
         return None
-    # The share of the careful weights, by halving: the least that keeps within the limits.
+    # Find the least share of the careful weights that keeps the limits.
     low, high, best = 0.0, 1.0, problem.solve(careful, target)
     for _ in range(HALVINGS):
         share = (low + high) / 2
@@ -200,10 +193,8 @@ def _within_limits(
 
 
 def _careful_weights(problem: _Problem, target: int, limits: dict[str, float]) -> dict[str, float] | None:
-    """Return weights over limited domains alone whose plan keeps within the limits; None if none was found.
-
-    Exact for one limited domain. For several, exponentiated gradient towards the domain furthest beyond its limit.
-    """
+    """Return weights over the limited domains that keep the limits; None if none was found."""
+    # For several domains: exponentiated gradient to the domain furthest over its limit.
     raised = dict.fromkeys(limits, 0.0)
     for _ in range(WEIGHT_UPDATES if len(limits) > 1 else 1):
         weights = {domain: math.exp(raised[domain]) / limit for domain, limit in limits.items()}
@@ -214,15 +205,14 @@ def _careful_weights(problem: _Problem, target: int, limits: dict[str, float]) -
             return weights
         rise = predicted_rise(problem.profiles, num_keep)
         furthest = max(rise[domain] / limit for domain, limit in limits.items())
-        for domain, limit in limits.items():
-            raised[domain] += rise[domain] / limit / furthest
+        raised = {domain: raised[domain] + rise[domain] / limit / furthest for domain, limit in limits.items()}
     return None
 
 
 def _largest_within_limits(
     problem: _Problem, weights: dict[str, float], total: int, remove: float, limits: dict[str, float]
 ) -> float:
-    """Return the largest share in thousandths that was found to keep within the limits, by halving."""
+    """Return by bisection the largest share, in thousandths, that keeps the limits."""
     low, high = 0, math.ceil(remove * 1000)
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,14 +1,11 @@
-"""Which whole layers to remove: what each is worth, measured, and a greedy choice.
+"""Which whole layers to remove: measure what each layer is worth, then choose greedily.
 
-In: a model and calibration batches, of which held-out ones take no part; the narrow FFN readers that `narrow_readers`
-makes. Out: KL(dense || narrow model without a layer) by layer; the layers to remove, chosen one at a time. The model is
-not changed.
-
-Letters: B blocks of a batch, T tokens of a block, P positions that predict a token (T - 1), D hidden size, L layers.
+B blocks of a batch, T tokens of a block, P positions that predict a token (T - 1), D hidden size,
+L layers. Held-out batches take no part in the choice.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,7 +16,7 @@ from torch import Tensor, nn
 from secateur.errors import ArchError, NumericsError, RecipeError
 from secateur.facts import Batch
 from secateur.log import Progress, silent
-from secateur.methods.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares
+from secateur.methods.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares, weight_replaced
 from secateur.model.bind import Arch, bind, decoder_layers, head_of, text_config
 from secateur.model.group import linear
 from secateur.stream.losses import KL_POSITIONS, states_for_head, token_divergences
@@ -30,18 +27,16 @@ from secateur.stream.walk import LAYERS_AT_ONCE, Walk, at_hand
 def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch:
     """Remove whole layers in place and return the architecture bound anew; the old one is stale.
 
-    What is left is numbered without gaps, in the modules (a KV cache goes by their `layer_idx`) and in the config: its
-    number of layers and every list that has one entry per layer, as `layer_types`.
-
-    Raises RecipeError if a layer is not there or none would stay, ArchError if the config is one of per-layer widths.
+    The remaining layers are renumbered in the modules (a KV cache uses `layer_idx`) and in the
+    config: the number of layers, and every list with one entry per layer, as `layer_types`. Raises
+    RecipeError for a missing layer or if none would stay, ArchError for per-layer widths.
     """
     config: Any = text_config(model)
     missing = sorted(set(layers) - set(range(arch.num_layers)))
     if missing or len(set(layers)) == arch.num_layers:
         raise RecipeError(
-            f"remove.depth: cannot remove layers {sorted(set(layers))}; the model has layers 0 to "
-            f"{arch.num_layers - 1}, and "
-            f"one must stay."
+            f"remove.depth: cannot remove layers {sorted(set(layers))}; "
+            f"the model has layers 0 to {arch.num_layers - 1}, and one must stay."
         )
     if getattr(config, "is_heterogeneous", False):
         raise ArchError("remove.depth: the config has per_layer_config; remove layers before widths differ per layer.")
@@ -64,21 +59,18 @@ def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch
 def fold_patch(
     model: nn.Module, arch: Arch, layer: int, batches: list[Batch], damping: float, decide: Decide = here
 ) -> Guard:
-    """Let the layer before `layer` give what is linear in what `layer` adds. Call it before `remove_layers`.
+    """Fit the layer before `layer` to what `layer` adds. Call it before `remove_layers`.
 
-    With x the input of the previous layer's FFN reader, W its weight and d what `layer` adds to the hidden state, the
-    new weight is argmin |x W' + d - x V'|^2 + ridge |V - W|^2 over V: `least_squares` with every column kept and d as
-    the drift, summed and solved in float64; no new module, no new bias. The guard's errors are shares of |d|^2 on
-    held-out batches, by domain: 1 means that nothing of the layer is given back. Without held-out batches the whole
-    step is taken.
-
-    Raises RecipeError for the first layer, which has none before it, ArchError where the family norms what its reader
-    gives, NumericsError as `least_squares`.
+    With x the input of the previous layer's FFN reader, W its weight and d what `layer` adds to the
+    hidden state, the new weight is argmin |x W' + d - x V'|^2 + ridge |V - W|^2 over V:
+    `least_squares` with every column and d as the drift, summed and solved in float64. No new
+    module or bias. The guard's errors are shares of |d|^2 on held-out batches, by domain: 1 means
+    that nothing is recovered. Without held-out batches the whole step is taken. Raises RecipeError
+    for the first layer, ArchError if the family norms its reader's output, NumericsError as
+    `least_squares`.
     """
     if not 0 < layer < arch.num_layers:
-        raise RecipeError(
-            f"remove.depth: layer {layer} cannot be folded into the one before it; use 1 to {arch.num_layers - 1}."
-        )
+        raise RecipeError(f"remove.depth: layer {layer} cannot be folded; use 1 to {arch.num_layers - 1}.")
     reader, layers = _reader(model, arch, layer - 1), decoder_layers(model, arch)
     with at_hand(layers[layer - 1]):
         decide(lambda: _check_added_as_it_is(Walk(model, arch, batches[:1]), layer - 1, reader))
@@ -97,10 +89,10 @@ def fold_patch(
             gram.add_product(x_TF)
             cross_FD += x_TF.float().T @ added_TD
     sum_over_ranks(gram, cross_FD)
-    with at_hand(layers[layer - 1]):  # again: the layers above have been here since
+    with at_hand(layers[layer - 1]):
         every_F = torch.arange(reader.in_features, device=reader.weight.device)
         fit = decide(partial(least_squares, reader.weight.float(), gram, every_F, damping, cross_FD, 1.0))
-        # The guard judges what will be stored, rounding included.
+        # The guard judges the weights as stored, rounding included.
         change_DF = fit.weight_HS.to(reader.weight.dtype) - reader.weight.float()
         judged = _judge(held_out, change_DF)
         reader.weight += judged.step * change_DF
@@ -116,11 +108,11 @@ def narrow_readers(
     damping: float | None,
     decide: Decide = here,
 ) -> dict[int, Tensor]:
-    """Return, by layer, the weight of its FFN's reader with a share of its columns zero: what narrow widths would do.
+    """Return, by layer, its FFN reader's weight with some columns zero, to imitate narrow widths.
 
-    `shares`: by layer the share of columns that stays, those of the highest `wanda` score over all tokens. The others
-    are refitted by least squares with this damping on the narrow model's own stream; with None they stay as they are.
-    Nothing is changed. Held-out batches take no part.
+    `shares`: by layer the share of columns that stays, those of the highest `wanda` score. They are
+    refitted by least squares with this damping on the narrow model's own stream; None: not
+    refitted. The model is not changed. Held-out batches take no part.
     """
     walk = Walk(model, arch, [batch for batch in batches if not batch.held_out])
     found: dict[int, Tensor] = {}
@@ -133,7 +125,7 @@ def narrow_readers(
                     gram.add_product(_reader_inputs(walk, index, reader, hidden_BTD)[0])
                 sum_over_ranks(gram)
                 found[index] = decide(partial(_narrow, reader.weight, gram, shares[index], damping))
-        with readers_replaced(model, arch, {index: found[index]} if index in found else {}):
+        with _replaced(model, arch, index, found.get(index)):
             walk.advance(index)
     return found
 
@@ -147,55 +139,38 @@ def _narrow(weight_DF: Tensor, gram: Gram, share: float, damping: float | None) 
     return narrow_DF
 
 
-@contextmanager
-def readers_replaced(model: nn.Module, arch: Arch, weights: Mapping[int, Tensor]) -> Iterator[None]:
-    """Within the context the FFN readers of these layers have these weights, afterwards their own again."""
-    readers = {index: _reader(model, arch, index) for index in weights}
-    own = {index: reader.weight for index, reader in readers.items()}
-    try:
-        for index, reader in readers.items():
-            reader.weight = nn.Parameter(weights[index], requires_grad=False)
-        yield
-    finally:
-        for index, reader in readers.items():
-            reader.weight = own[index]
-
-
 def _reader(model: nn.Module, arch: Arch, layer: int) -> nn.Linear:
     (group,) = (group for group in arch.select(("ffn",)) if group.layer == layer)
     return linear(decoder_layers(model, arch)[layer], group.reader.module)
 
 
+def _replaced(model: nn.Module, arch: Arch, layer: int, weight: Tensor | None) -> AbstractContextManager[None]:
+    """Give the layer's FFN reader this weight within the context; None: its own."""
+    return nullcontext() if weight is None else weight_replaced(_reader(model, arch, layer), weight)
+
+
 def _check_added_as_it_is(walk: Walk, index: int, reader: nn.Linear) -> None:
-    """Raise ArchError if a norm stands between the reader's output and the hidden state that it is added to."""
+    """Raise ArchError if a norm stands between the reader's output and the hidden state."""
     walk.hidden_BTD = [torch.zeros_like(hidden_BTD) for hidden_BTD in walk.hidden_BTD]
 
     def with_reader_giving(value: float) -> Tensor:
         def give(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return torch.full_like(output, value)
 
-        handle = reader.register_forward_hook(give)
-        try:
+        with reader.register_forward_hook(give):
             ((_, output_BTD),) = walk.run(index)
-        finally:
-            handle.remove()
         return output_BTD
 
     added_BTD = with_reader_giving(2.0) - with_reader_giving(0.0)
     if not torch.allclose(added_BTD, torch.full_like(added_BTD, 2.0), rtol=0.02):
-        raise ArchError(
-            "remove.depth: this family norms what an FFN gives, so a layer cannot be folded; remove it without."
-        )
+        raise ArchError("remove.depth: this family norms what an FFN gives; remove layers without folding them.")
 
 
 def _reader_inputs(walk: Walk, index: int, reader: nn.Linear, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the reader's inputs (tokens x F) and what leaves layer `index` if `hidden_BTD` enters; no stream moves."""
+    """Return the reader's inputs (tokens x F) and the layer's output for `hidden_BTD`."""
     seen: list[Tensor] = []
-    handle = reader.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    try:
+    with reader.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0])):
         leaving_BTD = walk.through(index, hidden_BTD)
-    finally:
-        handle.remove()
     return seen[0].flatten(0, -2), leaving_BTD
 
 
@@ -216,12 +191,13 @@ def layer_kl(
     asked: Collection[int] | None = None,
     readers: Mapping[int, Tensor] | None = None,
 ) -> Float[Tensor, " L"]:
-    """Return KL(dense || model without `removed` and without layer i) per layer i, in nats per token.
+    """Return KL(dense || model without `removed` and layer i) per layer i, in nats per token.
 
-    Mean over all calibration tokens, over the whole vocabulary; infinite for the layers in `removed`, and where not
-    `asked` for (None: all are). `readers`: weights that the FFN readers of some layers have there, but not in the dense
-    model. One walk per batch carries a stream for each i, which branches off there: for all of them L^2 / 2 runs of a
-    layer and 2 L of the head. Raises NumericsError naming layer and domain if a divergence is not finite.
+    Mean over all calibration tokens and the whole vocabulary; infinite for layers in `removed` or
+    not `asked` for (None: all are). `readers`: the pruned model's FFN readers that differ. One walk
+    per batch carries a stream per layer i, which branches off there: L^2 / 2 runs of a layer and 2
+    L of the head for all. Raises NumericsError, naming layer and domain, if a divergence is not
+    finite.
     """
     asked = sorted(set(range(arch.num_layers) if asked is None else asked) - set(removed))
     sums_L = torch.zeros(arch.num_layers, dtype=torch.float64)
@@ -252,23 +228,22 @@ def choose_layers(
     protected: Collection[int] = (),
     progress: Progress = silent,
 ) -> dict[int, float]:
-    """Return the layers to remove, in the order chosen: each time the one whose removal now costs the least KL.
+    """Return the layers to remove, in order, and the KL then: each time the cheapest one now.
 
-    By layer KL(dense || model with `readers`, without it and those before it). Every beginning of the order is the
-    choice for that many layers. Of the layers that stay the ones that added least when last measured are measured anew,
-    a few at a time, until the next would, adding as much as it did then, cost more than the best of these. That is
-    exact where what a layer adds never shrinks; where it does, another layer of about that cost may be taken (LOG).
-    Raises RecipeError if so many layers cannot go. Source of the laziness: Minoux 1978, accelerated greedy.
+    The value is KL(dense || model with `readers`, without this layer and those before it). The
+    first n are the choice for n layers. Only the layers that added least when last measured are
+    measured again, until the next one would cost more than the best even if it added as little as
+    then. That is exact if what a layer adds never shrinks; else another of about that cost may win.
+    Raises RecipeError if so many layers cannot go. Source: Minoux 1978, accelerated greedy.
     """
     allowed = min(len(set(range(arch.num_layers)) - set(protected)), arch.num_layers - 1)
     if not 0 <= num_remove <= allowed:
         raise RecipeError(
-            f"remove.depth: {num_remove} of {arch.num_layers} layers cannot be removed; with "
-            f"{len(set(protected))} protected, "
-            f"ask for 0 to {allowed}."
+            f"remove.depth: {num_remove} of {arch.num_layers} layers cannot be removed; "
+            f"with {len(set(protected))} protected, ask for 0 to {allowed}."
         )
     chosen: dict[int, float] = {}
-    # By layer what it adds to the KL of those that have gone; before any has, to that of none: taken to be nothing.
+    # By layer, what its removal adds to the KL of those removed before.
     added: dict[int, float] = dict.fromkeys(set(range(arch.num_layers)) - set(protected), -torch.inf)
     before = 0.0
     for done in range(num_remove):
@@ -297,24 +272,24 @@ def _divergences(
     asked: list[int],
     readers: Mapping[int, Tensor],
 ) -> Iterator[Float[Tensor, " P"]]:
-    """Yield, for each layer asked for, the divergence at every position of the model without it and `removed`."""
+    """Yield, per asked layer, the divergence by position without it and `removed`."""
     dense, pruned = Walk(model, arch, [batch]), Walk(model, arch, [batch])
     for index in range(arch.num_layers):
         dense.advance(index)
         if index in removed:
             continue
-        # The last stream is the one that has skipped nothing asked for; what enters the layer is what skips it.
+        # The last stream has skipped no asked layer; a layer's input is the stream without it.
         streams, skipping, is_last = pruned.hidden_BTD, pruned.hidden_BTD[-1], index == asked[-1]
         if is_last:
             streams.pop()
-        with readers_replaced(model, arch, {index: readers[index]} if index in readers else {}):
+        with _replaced(model, arch, index, readers.get(index)):
             pruned.advance(index)
         if index in asked:
             streams.insert(len(streams) if is_last else len(streams) - 1, skipping)
     head = head_of(model, arch)
     with torch.inference_mode():
         states_PD = states_for_head(model, arch, batch, dense.hidden_BTD[0])
-        # In the model's own dtype, which holds them exactly; once for all streams.
+        # The model's own dtype holds the logits exactly.
         dense_PV = torch.cat([head(piece_PD) for piece_PD in states_PD.split(KL_POSITIONS)])
     for hidden_BTD in pruned.hidden_BTD:
         states_PD = states_for_head(model, arch, batch, hidden_BTD)

@@ -1,10 +1,9 @@
-"""Channels inside experts: every expert keeps as many, each its own, chosen and repaired on the tokens routed to it.
+"""Channels inside experts: each expert keeps the same number, chosen on the tokens routed to it.
 
-In: the walk standing before a layer with experts. Out: the layer with narrower experts, the channels that each kept,
-the line of the run log. An expert that few tokens chose is measured on all of the layer's tokens too: its Gram matrix
-is shrunk towards the one that it has on those. A guard on held-out text judges the layer's refit as a whole.
+An expert with few tokens is also measured on all of the layer's tokens: its Gram matrix is shrunk
+towards the one over those. A guard on held-out text judges the layer's refit as a whole.
 
-Letters: T tokens, D hidden size, E experts, F channels of an expert, K of them that stay.
+T tokens, D hidden size, E experts, F channels of an expert, K channels that stay.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -26,23 +25,19 @@ from secateur.methods.expert_refit import (
     num_channels,
     put_readers,
     reader_of,
-    stack,
 )
-from secateur.methods.select import Task, greedy_obs, units_at_once
+from secateur.methods.select import Task, greedy_obs, log_line, units_at_once
 from secateur.model.group import Group, Stacks
 from secateur.stream.statistics import Gram, InOrder, damped_gram, domain_weight, of_all_ranks, sum_over_ranks
 from secateur.stream.walk import Walk
 
-# Of all tokens, from which an expert with few of its own borrows, so many are looked at.
+# An expert with few tokens of its own borrows from this many.
 NUM_SAMPLED = 2048
 
 
 @dataclass(slots=True)
 class _Observed:
-    """Per expert: the Gram matrix of weight x channels, pooled over domains, and how many tokens chose it.
-
-    `samples`: some of every batch's tokens, by the place of the batch among those of all ranks.
-    """
+    """Per expert: pooled Gram matrix, token count. `samples`: by domain number and first block."""
 
     grams: list[Gram]
     num_tokens_E: Tensor
@@ -53,25 +48,16 @@ class _Observed:
 
 @torch.no_grad()
 def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, Any]]:
-    """Measure, select, refit and cut one layer's experts; return every expert's kept channels and the log line.
-
-    Raises NumericsError naming layer and domain if what an expert gives is not finite.
-    """
+    """Prune a layer's experts; return kept channels, log line. NumericsError if not finite."""
     group, num_keep, layer = task.group, task.num_keep, task.layer
     stacks, module = group.experts.stacks, layer.get_submodule(group.experts.module)
-    num_experts, num_units = len(stack(module, stacks.down)), num_channels(module, stacks)
+    num_experts, num_units = len(module.get_parameter(stacks.down)), num_channels(module, stacks)
     seen = _observe(task.walk, group, task.method.weighting, task.shares)
-    line: dict[str, Any] = {"layer": group.layer, "group": group.name, "kept": num_keep, "total": num_units}
-    line |= {"output_energy": seen.energy, "score_quantiles": []}
+    line = log_line(group, num_keep, num_units, seen.energy, torch.zeros(0))
     keep_EK = torch.arange(num_units).repeat(num_experts, 1)
     if num_keep < num_units:
-        chosen, refits = [], []
-        for expert in range(num_experts):
-            keep_K, refit = task.decide(partial(_narrower, task, module, expert, seen))
-            chosen.append(keep_K)
-            if refit is not None:
-                refits.append(refit)
-        keep_EK = torch.stack(chosen)
+        found = [task.decide(partial(_narrower, task, module, expert, seen)) for expert in range(num_experts)]
+        keep_EK, refits = torch.stack([keep_K for keep_K, _ in found]), [each for _, each in found if each is not None]
         calls = [(domain, call) for domain, each in seen.held_out.items() for call in each]
         held_out = [HeldOut(domain, call, own, own) for domain, call in calls for own in [module.forward(*call)]]
         cut_expert_channels(layer, group, keep_EK)
@@ -80,18 +66,17 @@ def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, A
 
 
 def _narrower(task: Task, module: nn.Module, expert: int, seen: _Observed) -> tuple[Int64[Tensor, " K"], Tensor | None]:
-    """Return an expert's channels that stay, and its reader refitted to them where the method compensates so."""
+    """Return an expert's kept channels and its refitted reader; None without least squares."""
     stacks, method = task.group.experts.stacks, task.method
     gram, weight_DF = _shrunk(module, stacks, expert, seen), reader_of(module, stacks, expert)
     keep_K = _select(weight_DF, gram, task.num_keep, method, task.seed + expert)
-    if method.compensate != "least_squares":
-        return keep_K, None
-    return keep_K, least_squares(weight_DF, gram, keep_K, method.damping).weight_HS
+    refits = method.compensate == "least_squares"
+    return keep_K, least_squares(weight_DF, gram, keep_K, method.damping).weight_HS if refits else None
 
 
 @torch.no_grad()
 def cut_expert_channels(layer: nn.Module, group: Group, keep_EK: Int64[Tensor, "E K"]) -> None:
-    """Keep only each expert's own channels: their rows of the stacked writers and their columns of the readers."""
+    """Keep these channels of each expert: rows of the writers, columns of the readers."""
     stacks, module = group.experts.stacks, layer.get_submodule(group.experts.module)
     rows = keep_EK.unsqueeze(-1) * 2 + torch.arange(2, device=keep_EK.device)
     halves = torch.cat([keep_EK, keep_EK + num_channels(module, stacks)], dim=1)
@@ -104,15 +89,14 @@ def cut_expert_channels(layer: nn.Module, group: Group, keep_EK: Int64[Tensor, "
 
 def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float]) -> _Observed:
     stacks, module = group.experts.stacks, walk.layers[group.layer].get_submodule(group.experts.module)
-    num_experts, size = len(stack(module, stacks.down)), num_channels(module, stacks)
-    device = stack(module, stacks.down).device
-    # In float32: so many Gram matrices are most of the memory.
+    num_experts, size = len(module.get_parameter(stacks.down)), num_channels(module, stacks)
+    device = module.get_parameter(stacks.down).device
+    # In float32: the Gram matrices take most of the memory.
     pooled, current = ([Gram(size, device, torch.float32) for _ in range(num_experts)] for _ in range(2))
     seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))
     calls: list[Call] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
     domains = InOrder(shares, lambda domain: _fold(seen, current, domain, group, weighting, shares[domain]))
-    try:
+    with module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs)):
         for batch, _ in walk.run(group.layer, to_middle=True):
             call = calls.pop()
             if batch.held_out:
@@ -123,8 +107,6 @@ def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float])
             place = (list(shares).index(domain) if domain in shares else 0, batch.first_block)
             seen.samples[place] = hidden_TD[:: max(1, len(hidden_TD) // 64)]
             seen.energy[domain] = seen.energy.get(domain, 0.0) + _add(module, stacks, call, current, seen)
-    finally:
-        handle.remove()
     domains.end()
     sum_over_ranks(seen.num_tokens_E)
     seen.samples = dict(sorted(of_all_ranks(seen.samples).items()))
@@ -132,7 +114,7 @@ def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float])
 
 
 def _add(module: Any, stacks: Stacks, call: Call, current: list[Gram], seen: _Observed) -> float:
-    """Add a call's tokens to the experts that they chose; return the energy of what these gave."""
+    """Add a call's tokens to the experts that they chose; return the output energy of these."""
     hidden_TD, chosen_Tk, weights_Tk = call
     energy = 0.0
     for expert in chosen_Tk.unique().tolist():
@@ -159,9 +141,9 @@ def _fold(seen: _Observed, current: list[Gram], domain: str, group: Group, weigh
 
 
 def _shrunk(module: Any, stacks: Stacks, expert: int, seen: _Observed) -> Gram:
-    """Return (1 - a) G / tr G + a P / tr P with P the Gram matrix on all tokens and a = n0 / (n0 + n).
+    """Return (1 - a) G / tr G + a P / tr P with P the Gram matrix on all tokens, a = n0 / (n0 + n).
 
-    n tokens chose the expert, n0 is its number of channels. With 10 n0 tokens or more: G as it is.
+    n tokens chose the expert, n0 is its number of channels. Return G itself from 10 n0 tokens on.
     """
     own, size = seen.grams[expert], seen.grams[expert].size
     num_tokens = int(seen.num_tokens_E[expert])
@@ -189,7 +171,7 @@ def _select(
 
 
 def _take(module: nn.Module, name: str, index_EK: Tensor, axis: int) -> None:
-    old = stack(module, name)
+    old = module.get_parameter(name)
     shape = [1] * old.ndim
     shape[0], shape[axis] = index_EK.shape
     kept = torch.take_along_dim(old.data, index_EK.to(old.device).view(shape), dim=axis)

@@ -1,4 +1,4 @@
-"""Least squares for experts: their stacks read one expert at a time, and readers refitted to the tokens sent there."""
+"""Least squares for experts: stacks read one expert at a time, readers refitted to their tokens."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,16 +13,16 @@ from secateur.model.group import Group, Stacks
 from secateur.stream.statistics import Decide, Gram, domain_weight, here, sum_over_ranks, totals
 from secateur.stream.walk import Walk
 
-# An expert with fewer tokens than this many per channel does not stand on them alone.
+# An expert with fewer tokens per channel than this is regularised more.
 FEW_TOKENS_PER_CHANNEL = 10
 
 Call = tuple[Tensor, Tensor, Tensor]
-"""What the module of all experts is called with: hidden states T x D, chosen experts and their weights T x k."""
+"""The arguments of the experts' module: hidden states T x D, chosen experts and weights T x k."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """A held-out batch: how the experts are called now, what they gave before the cut, what they are to give."""
+    """A held-out batch: the experts' call now, their output before the cut, the wanted output."""
 
     domain: str
     call: Call
@@ -30,27 +30,23 @@ class HeldOut:
     target_TD: Tensor
 
 
-def stack(module: nn.Module, name: str) -> nn.Parameter:
-    """Return the parameter that holds one kind of matrix of all experts."""
-    return module.get_parameter(name)
-
-
 def num_channels(module: nn.Module, stacks: Stacks) -> int:
-    """Return how many channels every expert has."""
-    return stack(module, stacks.down).shape[1 if stacks.transposed else 2]
+    """Return the number of channels of every expert."""
+    return module.get_parameter(stacks.down).shape[1 if stacks.transposed else 2]
 
 
 def reader_of(module: nn.Module, stacks: Stacks, expert: int) -> Float[Tensor, "D F"]:
     """Return one expert's reader in float32."""
-    weight = stack(module, stacks.down)[expert]
+    weight = module.get_parameter(stacks.down)[expert]
     return (weight.T if stacks.transposed else weight).float()
 
 
 def channel_inputs(module: Any, stacks: Stacks, expert: int, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T F"]:
-    """Return what the expert's reader gets: act(gate) * up, or what the family makes of alternating rows."""
-    both = hidden_TD @ _writer(module, stacks, expert).T
+    """Return the inputs of the expert's reader: act(gate) * up, or the family's own gate."""
+    writer = module.get_parameter(stacks.writer)[expert]
+    both = hidden_TD @ (writer if stacks.transposed else writer.T)
     if stacks.writer_bias is not None:
-        both = both + stack(module, stacks.writer_bias)[expert]
+        both = both + module.get_parameter(stacks.writer_bias)[expert]
     if stacks.alternating:
         return module._apply_gate(both)
     gate, up = both.chunk(2, dim=-1)
@@ -58,62 +54,49 @@ def channel_inputs(module: Any, stacks: Stacks, expert: int, hidden_TD: Float[Te
 
 
 def put_readers(module: nn.Module, stacks: Stacks, readers_DF: list[Tensor], held_out: list[HeldOut]) -> Guard:
-    """Put in as much of the new readers as held-out text likes best; without held-out text all of it.
-
-    One step for all experts of the layer: their outputs are summed before anything else sees them.
-    """
-    plain = stack(module, stacks.down).clone()
+    """Put in the share of the new readers that held-out text likes best, one for all experts."""
+    plain = module.get_parameter(stacks.down).clone()
     refitted = torch.stack([weight.T if stacks.transposed else weight for weight in readers_DF]).to(plain)
     masked = [module.forward(*each.call) for each in held_out]
-    stack(module, stacks.down).copy_(refitted)
+    module.get_parameter(stacks.down).copy_(refitted)
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for each, cut in zip(held_out, masked, strict=True):
         given = module.forward(*each.call) - cut
         parts.setdefault(each.domain, []).append((each.own_TD, each.target_TD - cut, given))
-    sums = {
-        domain: held_out_sums(
-            torch.cat([lost for _, lost, _ in pieces]).float(),
-            torch.cat([given for _, _, given in pieces]).float(),
-            float(torch.cat([own for own, _, _ in pieces]).float().square().sum()),
-        )
-        for domain, pieces in parts.items()
-    }
+    sums: dict[str, Tensor] = {}
+    for domain, pieces in parts.items():
+        own_TD, lost_TD, given_TD = (torch.cat(each).float() for each in zip(*pieces, strict=True))
+        sums[domain] = held_out_sums(lost_TD, given_TD, float(own_TD.square().sum()))
     judged = best_step(held_out_errors(sums))
-    stack(module, stacks.down).copy_(torch.lerp(plain.float(), refitted.float(), judged.step).to(plain))
+    module.get_parameter(stacks.down).copy_(torch.lerp(plain.float(), refitted.float(), judged.step).to(plain))
     return judged
 
 
 def best_step(errors: dict[str, HeldOutError]) -> Guard:
-    """Choose the step of 1, 1/2, 1/4, 0 with the least error, as a share of what it was, mean over domains.
+    """Choose the step of 1, 1/2, 1/4, 0 with the least relative error, averaged over domains.
 
-    Not as `compensate.guard`, which lets no domain's error rise: with one step for a whole layer's experts a hair of
-    one domain would undo what all others gain (LOG, 2026-11-26).
+    Unlike `compensate.guard` it lets one domain's error rise: a single step serves a whole layer's
+    experts, and a slight loss in one domain would undo the gain in all others (LOG, 2026-11-26).
     """
-    steps = (*GUARD_STEPS, 0.0)
-    by_step = {step: {name: error.of(step) for name, error in errors.items()} for step in steps}
+    by_step = {step: {name: error.of(step) for name, error in errors.items()} for step in (*GUARD_STEPS, 0.0)}
     before = by_step[0.0]
 
     def rise(step: float) -> float:
         rises = (after / before[name] if before[name] else 1 + after for name, after in by_step[step].items())
         return sum(rises, start=0.0)
 
-    step = min(steps, key=rise)  # the first, and largest, of equals
+    step = min(by_step, key=rise)  # the largest of equals
     return Guard(step, before, by_step[step])
 
 
-def _writer(module: nn.Module, stacks: Stacks, expert: int) -> Float[Tensor, "R D"]:
-    weight = stack(module, stacks.writer)[expert]
-    return weight.T if stacks.transposed else weight
-
-
-# Turns through all experts: five win another 0.5% of a loss at 50% of the experts (LOG, 2026-11-26).
+# Passes over all experts: five gain only 0.5% of the loss at 50% of the experts (LOG, 2026-11-26).
 NUM_SWEEPS = 2
 PIECE_TOKENS = 2048
 
 
 @dataclass(slots=True)
 class Wanted:
-    """What a batch's tokens are to get from the experts; `own_TD`: what they got, of held-out batches alone."""
+    """The wanted output for a batch's tokens; `own_TD`: the output so far, if held out."""
 
     target_TD: Tensor
     own_TD: Tensor | None
@@ -121,12 +104,13 @@ class Wanted:
 
 @dataclass(slots=True)
 class _Tokens:
-    """One domain's tokens on this rank: hidden states, chosen experts, their weights, and what is left over (T x D)."""
+    """A domain's tokens on this rank: the experts' calls, and the residual of each (T x D)."""
 
     calls: list[Call] = field(default_factory=list)
     left: list[Tensor] = field(default_factory=list)
 
     def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return hidden states, chosen experts, weights and residuals of all batches."""
         hidden, chosen, weights = (torch.cat(parts) for parts in zip(*self.calls, strict=True))
         return hidden, chosen, weights, torch.cat(self.left)
 
@@ -141,23 +125,22 @@ def refit_experts(
     shares: dict[str, float],
     decide: Decide = here,
 ) -> Guard:
-    """Refit the readers of the layer's experts towards `wanted`, one entry per batch, and return the guard's verdict.
+    """Refit the readers of the layer's experts towards `wanted`, one entry per batch.
 
-    In turns, for expert j over the tokens t that chose it, with g the router's weight and x the reader's inputs:
+    In turns, for expert j over its tokens t, with router weight g and reader input x:
     dW_j = argmin sum_t w_d(t) |e_t - g_tj x_tj dW'|^2 + ridge_j |dW|^2,  e_t -= g_tj x_tj dW_j',
-    e: wanted minus given; w_d = q_d / energy of what domain d is to get (`tokens`: one for all); ridge_j as in
-    `least_squares`, times 10 F / n_j for an expert with fewer than 10 F tokens. Nothing is over: exactly no change.
+    e: wanted minus given; w_d = q_d / energy of domain d's wanted output (`tokens`: one for all);
+    ridge_j as in `least_squares`, times 10 F / n_j if n_j < 10 F tokens. No residual: no change.
     """
     stacks, module = group.experts.stacks, walk.layers[group.layer].get_submodule(group.experts.module)
     tokens, held_out = _as_routed_now(walk, group, module, wanted)
     weights = _domain_weights(tokens, wanted, walk, weighting, shares)
     parts = {domain: each.joined() for domain, each in sorted(tokens.items())}
     tokens.clear()
-    num_experts = len(stack(module, stacks.down))
+    num_experts = len(module.get_parameter(stacks.down))
     readers_DF = [reader_of(module, stacks, expert) for expert in range(num_experts)]
     for _ in range(NUM_SWEEPS):
-        for expert in range(num_experts):
-            reader_DF = readers_DF[expert]
+        for expert, reader_DF in enumerate(readers_DF):
             readers_DF[expert] = _refit(module, stacks, expert, reader_DF, parts, weights, damping, decide)
     return put_readers(module, stacks, readers_DF, held_out)
 
@@ -165,16 +148,11 @@ def refit_experts(
 def _as_routed_now(
     walk: Walk, group: Group, module: nn.Module, wanted: list[Wanted]
 ) -> tuple[dict[str, _Tokens], list[HeldOut]]:
-    """Return by domain what the router does with the experts that are left, and the held-out batches."""
-    seen: list[tuple[Call, Tensor]] = []
+    """Return by domain the router's choices among the experts left, and held-out batches."""
+    seen: list[Any] = []
     tokens: dict[str, _Tokens] = {}
     held_out = []
-
-    def note(_: nn.Module, inputs: Call, output: Tensor) -> None:
-        seen.append((inputs, output))
-
-    handle = module.register_forward_hook(note)
-    try:
+    with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
         for (batch, _), want in zip(walk.run(group.layer, to_middle=True), wanted, strict=True):
             call, given_TD = seen.pop()
             if want.own_TD is not None:
@@ -183,8 +161,6 @@ def _as_routed_now(
             domain = tokens.setdefault(batch.domain, _Tokens())
             domain.calls.append(call)
             domain.left.append(want.target_TD.float() - given_TD.float())
-    finally:
-        handle.remove()
     return tokens, held_out
 
 
@@ -210,7 +186,7 @@ def _refit(
     damping: float,
     decide: Decide = here,
 ) -> Float[Tensor, "D F"]:
-    """Return one expert's new reader, and take what it gives more from what is left over."""
+    """Return one expert's new reader, and subtract what it adds from the residuals."""
     size, device = num_channels(module, stacks), reader_DF.device
     gram = Gram(size, device)
     cross_FD = gram.blocks[0].new_zeros(size, len(reader_DF))

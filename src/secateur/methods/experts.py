@@ -1,10 +1,9 @@
-"""Experts as units: which a router needs least, and the cut that takes them with their rows of the router.
+"""Experts as units: remove those that the router needs least, with their rows of the router.
 
-In: the walk standing before a layer with experts. Out: the layer with fewer of them, the kept indices, the line of the
-run log. Whatever way a family stores its experts, one observer sees them: it notes what the module of all experts is
-called with and calls it again for one expert at a time. The router turns to those that stay, which are refitted to it.
+One observer serves all families: it notes the arguments of the experts' module and calls it again
+for one expert at a time. The router chooses among the remaining experts, which are then refitted.
 
-Letters: T tokens, k experts per token, D hidden size, E experts.
+T tokens, k experts per token, D hidden size, E experts.
 """
 
 import dataclasses
@@ -17,41 +16,39 @@ from torch import Tensor, nn
 from secateur.errors import NumericsError
 from secateur.methods.expert_refit import Wanted, refit_experts
 from secateur.methods.scores import ExpertInputs, Routing, scored
-from secateur.methods.select import Task
+from secateur.methods.select import Task, log_line
 from secateur.model.group import Experts, Group
 from secateur.stream.statistics import keep_highest, totals
 from secateur.stream.walk import Walk
 
-# In so many steps experts go where those that stay are refitted: LOG, 2026-11-26.
+# With a refit, experts are removed in this many steps (LOG, 2026-11-26).
 NUM_STEPS = 4
 
 
 def observe_routing(
     walk: Walk, group: Group, *, to_middle: bool, target_mix: float = 0.0, keep: bool = False
 ) -> tuple[dict[str, Routing], list[Wanted]]:
-    """Return every domain's routing on the pruned stream, held-out text left out. The walk must stand before the layer.
+    """Return each domain's routing on the pruned stream, without held-out text, and what is wanted.
 
-    norms_j = sum over tokens t that chose expert j of g_j(t) |f_j(t)|, with g the router's weight and f the output;
-    energy_j of their squares.
-    With `keep` also what every batch's tokens got from the experts, moved by `target_mix` of the drift behind the layer
-    (dense stream minus pruned stream), whose dense stream must have moved already.
-    Raises NumericsError naming layer and domain if a norm is not finite.
+    The walk stands before the layer. norms_j = sum over tokens t that chose expert j of
+    g_j(t) |f_j(t)|, with g the router's weight and f the output; energy_j the same of the squares.
+    With `keep` also each batch's expert output, moved by `target_mix` of the drift behind the layer
+    (dense minus pruned stream), whose dense stream must have moved already. Raises NumericsError,
+    naming layer and domain, if a norm is not finite.
     """
     module, num_experts = walk.layers[group.layer].get_submodule(group.experts.module), group.num_units
-    seen: list[tuple[Any, Tensor]] = []
+    seen: list[Any] = []
     found: dict[str, Routing] = {}
     wanted: list[Wanted] = []
-
-    def note(_: nn.Module, inputs: Any, output: Tensor) -> None:
-        seen.append((inputs, output))
-
-    handle = module.register_forward_hook(note)
-    try:
+    with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
         for position, (batch, behind_BTD) in enumerate(walk.run(group.layer, to_middle=to_middle)):
             call, output_TD = seen.pop()
             if keep:
-                drift_BTD = walk.dense_BTD[position] - behind_BTD if target_mix else None
-                wanted.append(_wanted(output_TD, drift_BTD, target_mix, held_out=batch.held_out))
+                target_TD = output_TD
+                if target_mix:
+                    drift_BTD = walk.dense_BTD[position] - behind_BTD
+                    target_TD = output_TD + target_mix * drift_BTD.reshape(output_TD.shape)
+                wanted.append(Wanted(target_TD, output_TD if batch.held_out else None))
             if batch.held_out:
                 continue
             if group.experts.weighted_inputs:
@@ -65,40 +62,20 @@ def observe_routing(
                     f"infinite numbers; use the model in bfloat16 or float32 and check its weights."
                 )
             found[batch.domain] = found[batch.domain].plus(new) if batch.domain in found else new
-    finally:
-        handle.remove()
     total = totals({name: torch.stack(dataclasses.astuple(each)).cpu() for name, each in found.items()})
     device = next(module.parameters()).device
     return {name: Routing(*sums_3E.to(device)) for name, sums_3E in total.items()}, wanted
 
 
-def _wanted(output_TD: Tensor, drift_BTD: Tensor | None, target_mix: float, *, held_out: bool) -> Wanted:
-    own_TD = output_TD if held_out else None
-    if drift_BTD is None:
-        return Wanted(output_TD, own_TD)
-    return Wanted(output_TD + target_mix * drift_BTD.reshape(output_TD.shape), own_TD)
-
-
-def expert_scores(
-    score: str, routing: dict[str, Routing], shares: dict[str, float], weighting: str, seed: int
-) -> Float[Tensor, " E"]:
-    """Return every expert's score, higher = keep: one of experts, `random`, or for every other name its energy."""
-    return scored(score, ExpertInputs(routing, shares, weighting, seed))
-
-
 def keep_experts(scores_E: Float[Tensor, " E"], num_keep: int, experts: Experts) -> Int64[Tensor, " K"]:
-    """Return the sorted indices of the highest scores: as many of each group, where the router chooses groups first."""
-    size = len(scores_E) // experts.num_groups
-    parts = [
-        start * size + keep_highest(part, num_keep // experts.num_groups)
-        for start, part in enumerate(scores_E.split(size))
-    ]
-    return torch.cat(parts)
+    """Return the sorted indices of the highest scores, the same number in each router group."""
+    size, each = len(scores_E) // experts.num_groups, num_keep // experts.num_groups
+    return torch.cat([number * size + keep_highest(part, each) for number, part in enumerate(scores_E.split(size))])
 
 
 @torch.no_grad()
 def cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> None:
-    """Keep only these experts: their entries of every stack, their rows of the router, and the counts."""
+    """Keep these experts: their entries of every stack, their router rows, and the counts."""
     module = layer.get_submodule(group.experts.module)
     names = [f"{group.experts.module}.{name}" for name, _ in module.named_parameters()]
     for name in (*names, *group.experts.router_rows):
@@ -117,18 +94,19 @@ def cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> No
 def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     """Measure, select, cut and, with `compensate: least_squares`, refit one layer's experts.
 
-    With a refit they go in NUM_STEPS steps, each followed by one and measured anew, as a refit changes what the rest
-    is worth. Returns the kept indices and the log line: of the first measurement, and of the last refit. Its
-    `routed_share_kept`: by domain, the share of the router's choices that fell on experts which stayed.
+    With a refit they go in NUM_STEPS steps, each measured anew, because a refit changes their
+    worth. Returns the kept indices and the log line, of the first measurement and the last refit.
+    `routed_share_kept`: by domain, the share of the router's choices that fell on kept experts.
     """
     walk, method, layer, experts = task.walk, task.method, task.layer, task.group.experts
     num_units, num_keep = experts.num_units_left(layer), task.num_keep
     group = dataclasses.replace(task.group, num_units=num_units)
 
     def scores_of(routing: dict[str, Routing], seed: int) -> Tensor:
-        return task.decide(lambda: expert_scores(method.score, routing, task.shares, method.weighting, seed))
+        inputs = ExpertInputs(routing, task.shares, method.weighting, seed)
+        return task.decide(lambda: scored(method.score, inputs))
 
-    # Where a weight acts inside an expert, least squares over weighted outputs is not its refit.
+    # If the router's weight acts inside an expert, this least squares does not apply.
     refits = method.compensate == "least_squares" and num_keep < num_units and not experts.weighted_inputs
     first, wanted = observe_routing(walk, group, to_middle=True, target_mix=method.target_mix, keep=refits)
     first_scores_E = scores_of(first, task.seed)
@@ -145,23 +123,14 @@ def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
         if refits:
             refit = refit_experts(walk, now, wanted, method.damping, method.weighting, task.shares, task.decide)
             verdict = dataclasses.asdict(refit)
-    ordered = first_scores_E.sort().values
-    line = {
-        "layer": group.layer,
-        "group": group.name,
-        "kept": len(keep),
-        "total": num_units,
-        "output_energy": {domain: float(each.energy_E.sum()) for domain, each in first.items()},
-        "score_quantiles": [float(ordered[round(q * (num_units - 1))]) for q in (0.0, 0.25, 0.5, 0.75, 1.0)],
-        "routed_share_kept": {
-            domain: float(each.num_tokens_E[keep].sum() / each.num_tokens_E.sum()) for domain, each in first.items()
-        },
-    }
+    output_energy = {domain: float(each.energy_E.sum()) for domain, each in first.items()}
+    shares = {d: float(each.num_tokens_E[keep].sum() / each.num_tokens_E.sum()) for d, each in first.items()}
+    line = log_line(group, len(keep), num_units, output_energy, first_scores_E) | {"routed_share_kept": shares}
     return keep, line | verdict
 
 
 def _steps(num_units: int, num_keep: int, num_groups: int) -> list[int]:
-    """Return how many experts are left after each step, as many in every group, each number once."""
+    """Return the numbers of experts left after each step, equal in every group, no repeats."""
     size, gone = num_units // num_groups, (num_units - num_keep) // num_groups
     taken = dict.fromkeys(-(-gone * step // NUM_STEPS) for step in range(1, NUM_STEPS + 1))
     return [num_groups * (size - each) for each in taken]
@@ -179,7 +148,7 @@ def _routing(
     for expert in chosen_Tk.unique().tolist():
         tokens, places = torch.where(chosen_Tk == expert)
         alone = torch.full_like(tokens, expert)[:, None]
-        # Its forward, not the module itself, whose hook would note this call too.
+        # Call forward, because the module's hook would note this call too.
         output_TD = module.forward(hidden_TD[tokens], alone, torch.ones_like(weights_Tk[tokens, :1]))
         norms[expert] = torch.linalg.vector_norm(output_TD.float(), dim=-1) * weights_Tk[tokens, places].float()
     return Routing.of(torch.tensor([len(each) for each in norms], device=hidden_TD.device), norms)
@@ -188,7 +157,7 @@ def _routing(
 def _routing_of_weighted(
     inputs_XD: Float[Tensor, "X D"], outputs_XD: Float[Tensor, "X D"], num_experts: int
 ) -> Routing:
-    """As `_routing`, where each expert in turn was called on all tokens (X = E T) times its weight, 0 for most."""
+    """As `_routing` if each expert sees all tokens (X = E T) times its weight, mostly 0."""
     chosen_ET = (inputs_XD != 0).any(dim=-1).view(num_experts, -1)
     norms_ET = torch.linalg.vector_norm(outputs_XD.float(), dim=-1).view(num_experts, -1)
     return Routing.of(chosen_ET.sum(dim=1), list(norms_ET))

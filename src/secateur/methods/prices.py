@@ -1,4 +1,4 @@
-"""What one unit costs of a target (parameters, FLOPs, cache bytes, latency), and what a model needs at the least."""
+"""The cost of one unit in each target, and the least costs of a model."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -13,32 +13,27 @@ from secateur.model.group import Group, linear
 
 
 def least_costs(model: Any, workload: Workload) -> Costs:
-    """Return bytes per decoded token, operations per prompt token and cache bytes per token of context."""
-    return Costs(
-        decode_bytes_per_token(model, workload),
-        prefill_flops_per_token(model, workload.prompt_tokens),
-        kv_cache_bytes_per_token(model),
-    )
+    """Return bytes per decoded token, FLOPs per prompt token and cache bytes per token."""
+    flops = prefill_flops_per_token(model, workload.prompt_tokens)
+    return Costs(decode_bytes_per_token(model, workload), flops, kv_cache_bytes_per_token(model))
 
 
 def kv_cache_bytes_per_token(model: Any) -> int:
-    """Return what one token of context keeps in the cache: 2 (K and V) * L * KV heads * head_dim * bytes per value."""
+    """Return 2 (K and V) * L * KV heads * head_dim * bytes per value."""
     _, num_kv_channels = _attention(model)
     return 2 * num_kv_channels * model.dtype.itemsize
 
 
 def decode_bytes_per_token(model: Any, workload: Workload) -> float:
-    """Return the bytes read per decoded token: (weights + B * embedding row) / B + cache of the context.
+    """Return bytes per decoded token: (weights + B * embedding row) / B + cache of the context.
 
-    Every weight is read once for the whole batch; of the embedding only the B rows looked up, unless it is tied to the
-    head, which is read whole. Tied weights count once. The context is its mean over the N - 1 measured steps: the step
-    after the i-th new token attends to T + i tokens, so T + N / 2.
+    Every weight is read once per batch, tied ones too; of an embedding that is not the head, only B
+    rows are. The context is its mean over the measured steps: step i attends to T + i tokens, so
+    T + N / 2.
     """
     embedding, head = model.get_input_embeddings().weight, _head(model).weight
     assert isinstance(embedding, nn.Parameter)
-    weights = sum(
-        parameter.nbytes for parameter in model.parameters() if parameter is not embedding or head is embedding
-    )
+    weights = sum(each.nbytes for each in model.parameters() if each is not embedding or head is embedding)
     row = embedding.nbytes / len(embedding)
     mean_context = workload.prompt_tokens + workload.new_tokens / 2
     return weights / workload.batch + row + mean_context * kv_cache_bytes_per_token(model)
@@ -47,9 +42,9 @@ def decode_bytes_per_token(model: Any, workload: Workload) -> float:
 def prefill_flops_per_token(model: Any, prompt_tokens: int) -> float:
     """Return the operations per prompt token: 2 * weights of linears + attention + head / T.
 
-    Attention: every head multiplies each query with the keys up to its own and the weights with their values,
-    4 * head_dim operations per pair; a token attends to (T + 1) / 2 tokens on average. The head runs at the last
-    position only, as generation does it.
+    Attention multiplies each query with the keys up to its own, and the weights with their values:
+    4 * head_dim operations per pair. A token attends to (T + 1) / 2 tokens on average. As in
+    generation, the head runs at the last position only.
     """
     head = _head(model)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
@@ -65,7 +60,7 @@ def _head(model: Any) -> nn.Linear:
 
 
 def _attention(model: Any) -> tuple[int, int]:
-    """Return query and KV channels of all layers together: heads * head_dim, by each layer's own config."""
+    """Return the query and KV channels of all layers: heads * head_dim by each layer's config."""
     config: Any = model.config.get_text_config()
     layers = config.per_layer_config if config.is_heterogeneous else [config] * config.num_hidden_layers
     num_query_channels = num_kv_channels = 0
@@ -77,21 +72,21 @@ def _attention(model: Any) -> tuple[int, int]:
 
 
 def _num_kv_heads(config: Any) -> int:
-    """Return the number of KV heads; families without grouped queries have as many as query heads."""
+    """Return the number of KV heads: that of query heads in families without grouped queries."""
     if getattr(config, "multi_query", False):  # Falcon
         return config.num_kv_heads if config.new_decoder_architecture else 1
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 DEFAULT_SEQUENCE_LENGTH = 512
-# The group whose units are kept in the cache, by the name that every family's spec gives it.
+# The group whose units are in the cache, by its name in every family's spec.
 CACHED_GROUP = "kv_heads"
 PICOSECONDS, PICOSECONDS_PER_MS = 1e12, 10**9
 
 
 @runtime_checkable
 class Seconds(Protocol):
-    """Seconds per decoded token: of the dense model, of one of its layers, of one unit of each group by its name."""
+    """Seconds per decoded token: of the dense model, of one layer, of one unit by group name."""
 
     total: float
     per_layer: float
@@ -101,26 +96,25 @@ class Seconds(Protocol):
 def prices_of(
     target: str, arch: Arch, groups: tuple[Group, ...], model: Any, *, prompt_tokens: int, seconds: Seconds | None
 ) -> Prices:
-    """Return what the dense model costs of `target`, and a unit of each of these groups.
+    """Return the dense model's cost of `target`, and that of a unit of each of these groups.
 
-    parameters: weights and biases; all of the model's, tied ones once.
-    flops: per token of a prompt of `prompt_tokens`, see `ideal.prefill_flops_per_token`.
-    kv_bytes: per token of context, see `ideal.kv_cache_bytes_per_token`.
+    parameters: weights and biases; the total counts tied ones once.
+    flops: per token of a prompt of `prompt_tokens`, see `prefill_flops_per_token`.
+    kv_bytes: per token of context, see `kv_cache_bytes_per_token`.
     latency: the measured `seconds`, in picoseconds per decoded token.
-
-    Raises RecipeError if a group has no price, or if the seconds of `latency` are not there.
+    Raises RecipeError if a group has no price, or if `latency` has no seconds.
     """
     return PRICES[target](arch, groups, model, prompt_tokens, seconds)
 
 
 def sequence_length(asked: int | None, config: Any) -> int:
-    """Return the tokens of a calibration block. Raises RecipeError if the model has fewer positions."""
+    """Return the tokens of a block. Raises RecipeError if the model has fewer positions."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = asked or min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
     if longest is not None and length > longest:
         raise RecipeError(
-            f"calibration.sequence_length: {length} is longer than the model's {longest} positions; set it to at most "
-            f"{longest}."
+            f"calibration.sequence_length: {length} is longer than the model's {longest} positions; "
+            f"set it to at most {longest}."
         )
     return length
 
@@ -135,9 +129,9 @@ def parameter_prices(arch: Arch, groups: tuple[Group, ...], model: nn.Module) ->
 def flop_prices(arch: Arch, groups: tuple[Group, ...], model: Any, prompt_tokens: int) -> Prices:
     """Return prices in operations per prompt token.
 
-    A unit: 2 * weights of its rows and columns. One of attention also 4 * its query channels * (T + 1) / 2, for the
-    products of queries with keys and of weights with values at the mean context of a prompt of T tokens. Biases, as
-    all that is no matrix product, are free.
+    A unit costs 2 * weights of its rows and columns. In attention it also costs 4 * its query
+    channels * (T + 1) / 2, for its products with keys and values at the mean context of a prompt of
+    T tokens. Biases and all else that is no matrix product are free.
     """
     layers = decoder_layers(model, arch)
     per_unit = {}
@@ -148,7 +142,7 @@ def flop_prices(arch: Arch, groups: tuple[Group, ...], model: Any, prompt_tokens
         per_unit[group.layer, group.name] = 2 * weights
         if arch.is_in_attention(group):
             per_unit[group.layer, group.name] += 2 * group.width * (prompt_tokens + 1)
-    # Several groups may say how to cut one layer's attention; its query channels are the same in all.
+    # A layer's attention may have several groups, all with the same query channels.
     query_channels = {g.layer: g.num_units * g.width for g in arch.groups if arch.is_in_attention(g)}
     per_layer = tuple(
         2 * sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
@@ -160,57 +154,45 @@ def flop_prices(arch: Arch, groups: tuple[Group, ...], model: Any, prompt_tokens
 
 
 def kv_byte_prices(arch: Arch, groups: tuple[Group, ...], model: Any) -> Prices:
-    """Return prices in bytes of KV cache per token of context: of a unit, its keys and values.
-
-    Raises RecipeError naming the group that is in the cache if another one is among them.
-    """
+    """Return prices in bytes of KV cache per token. Raises RecipeError for a group not cached."""
     for group in groups:
         if group.name != CACHED_GROUP:
             raise RecipeError(
                 f"remove.groups: {group.name} has nothing in the KV cache, so target kv_bytes cannot be met by it; "
                 f"use groups: [{CACHED_GROUP}] alone."
             )
-    # The writers make queries, keys and values, of which the reader's inputs are as many as the queries.
+    # The writers make queries, keys and values; the reader has as many inputs as there are queries.
     bytes_of = {
         g.layer: (sum(sum(axis.segments) for axis in g.writers) - g.width) * model.dtype.itemsize for g in groups
     }
     units_of = {group.layer: group.num_units for group in groups}
-    total = kv_cache_bytes_per_token(model)
-    return Prices(
-        {(layer, CACHED_GROUP): price for layer, price in bytes_of.items()},
-        tuple(bytes_of.get(layer, 0) * units_of.get(layer, 0) for layer in range(arch.num_layers)),
-        total,
-        "bytes of KV cache per token",
-    )
+    per_unit = {(layer, CACHED_GROUP): price for layer, price in bytes_of.items()}
+    per_layer = tuple(bytes_of.get(layer, 0) * units_of.get(layer, 0) for layer in range(arch.num_layers))
+    return Prices(per_unit, per_layer, kv_cache_bytes_per_token(model), "bytes of KV cache per token")
 
 
 def _latency_prices(measured: Seconds | None, arch: Arch, groups: tuple[Group, ...]) -> Prices:
     if measured is None:
         raise RecipeError(
-            "remove.target: latency plans with measured seconds; `secateur inspect` with this recipe "
-            "measures them, put what "
-            "it shows under prices."
+            "remove.target: latency plans with measured seconds; "
+            "`secateur inspect` with this recipe measures them, put what it shows under prices."
         )
     for group in groups:
         if group.name not in measured.per_unit:
             raise RecipeError(
-                f"prices.per_unit: has no seconds for {group.name}, only for {', '.join(measured.per_unit)}; leave "
-                f"prices out to have them measured."
+                f"prices.per_unit: has no seconds for {group.name}, only for {', '.join(measured.per_unit)}; "
+                f"leave prices out to have them measured."
             )
 
     def whole(seconds: float) -> int:
         return max(1, round(seconds * PICOSECONDS))
 
-    return Prices(
-        {(g.layer, g.name): whole(measured.per_unit[g.name]) for g in groups},
-        (whole(measured.per_layer),) * arch.num_layers,
-        whole(measured.total),
-        "ms per decoded token",
-        PICOSECONDS_PER_MS,
-    )
+    per_unit = {(g.layer, g.name): whole(measured.per_unit[g.name]) for g in groups}
+    per_layer = (whole(measured.per_layer),) * arch.num_layers
+    return Prices(per_unit, per_layer, whole(measured.total), "ms per decoded token", PICOSECONDS_PER_MS)
 
 
-# By the recipe's `target`, whose names `recipe.TargetName` repeats.
+# By the recipe's `target`. `recipe.TargetName` repeats the names.
 PRICES: dict[str, Callable[[Arch, tuple[Group, ...], Any, int, Seconds | None], Prices]] = {
     "parameters": lambda arch, groups, model, *_: parameter_prices(arch, groups, model),
     "flops": lambda arch, groups, model, prompt_tokens, _: flop_prices(arch, groups, model, prompt_tokens),

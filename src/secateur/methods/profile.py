@@ -1,8 +1,6 @@
-"""The profile: what each group loses at each width, and how much each loss matters. Nothing is cut."""
+"""The profile: what each group loses at each width, and how much it matters. Nothing is cut."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +12,7 @@ from secateur.errors import NumericsError
 from secateur.facts import Batch
 from secateur.log import Progress, silent
 from secateur.methods.budget import levels_of
-from secateur.methods.compensate import least_squares
+from secateur.methods.compensate import least_squares, weight_replaced
 from secateur.methods.curve import GroupProfile
 from secateur.methods.select import greedy_obs, units_at_once
 from secateur.model.bind import Arch, head_of
@@ -26,18 +24,15 @@ from secateur.stream.walk import Walk
 
 
 class Probe:
-    """Holds each block's hidden state before the layer where it stands, and the logits as they were: tokens x words.
-
-    A probe costs one run of its blocks through the model; `kl` from layer i costs the layers from i on and the head.
-    """
+    """Each block's hidden state before the current layer, and the dense logits (tokens x words)."""
 
     def __init__(self, model: nn.Module, arch: Arch, batches: list[Batch], num_blocks: int) -> None:
-        """Take the first `num_blocks` blocks of each domain among the batches that are not held out."""
+        """Take the first `num_blocks` blocks of each domain, held-out batches excluded."""
         self.model, self.arch, self.position = model, arch, 0
         self._walk = Walk(model, arch, first_blocks(batches, num_blocks))
         self._head = head_of(model, arch)
         with torch.inference_mode():
-            # In the model's own dtype, which holds them exactly.
+            # The model's own dtype holds the logits exactly.
             self._logits_PV = [
                 torch.cat([self._head(piece_PD) for piece_PD in states_PD.split(KL_POSITIONS)])
                 for states_PD in self._states()
@@ -50,7 +45,7 @@ class Probe:
 
     @torch.inference_mode()
     def kl(self) -> dict[str, float]:
-        """Return each domain's divergence. Raises NumericsError naming layer and domain if one is not finite."""
+        """Return each domain's divergence. Raises NumericsError if one is not finite."""
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         for batch, logits_PV, now_PD in zip(self._walk.batches, self._logits_PV, self._states(), strict=True):
@@ -61,10 +56,10 @@ class Probe:
         for domain, total in sums.items():
             if not math.isfinite(total):
                 raise NumericsError(
-                    f"KL of a change from layer {self.position} on, domain {domain}: it is not finite; use the "
-                    f"model in bfloat16 or float32 and check its weights."
+                    f"KL of a change from layer {self.position} on, domain {domain}: it is not finite; "
+                    f"use the model in bfloat16 or float32 and check its weights."
                 )
-        # Rounding may leave a divergence a hair below zero.
+        # Rounding may leave a divergence slightly below zero.
         return {domain: max(total / counts[domain], 0.0) for domain, total in sums.items()}
 
     def _states(self) -> list[Tensor]:
@@ -78,9 +73,9 @@ class Probe:
 
 
 def first_blocks(batches: list[Batch], num_blocks: int, *, after: int = 0) -> list[Batch]:
-    """Return `num_blocks` blocks of each domain behind its first `after`, of the batches that are not held out.
+    """Return `num_blocks` blocks of each domain after the first `after`, held-out batches excluded.
 
-    Of a rank's batches those that hold some of them, so that all ranks together have the same blocks as one process.
+    A rank returns those of its own batches, so that all ranks together have one process's blocks.
     """
     chosen: list[Batch] = []
     for batch in (batch for batch in batches if not batch.held_out):
@@ -93,10 +88,7 @@ def first_blocks(batches: list[Batch], num_blocks: int, *, after: int = 0) -> li
 
 @dataclass(frozen=True, slots=True)
 class ProfileSettings:
-    """`perturbation`: the share of a group's units that goes to measure its slope. `probe_blocks`: per domain.
-
-    The others as in the recipe; `shares` of the domains.
-    """
+    """The recipe's settings. `perturbation`: the share of units removed to measure a slope."""
 
     weighting: str
     shares: dict[str, float]
@@ -120,13 +112,14 @@ def profile(
 ) -> dict[GroupKey, GroupProfile]:
     """Return every group's profile.
 
-    The error at a level is the squared error of the reader's output after greedy OBS with refit, as a share of its
-    output energy, both pooled over domains. The slope of a domain is KL(model || model with this one group refitted at
-    the level nearest to `perturbation`) over the error there; 0 for a group that has one level or loses nothing.
+    The error at a level is the squared error of the reader's output after greedy OBS with refit, as
+    a share of its output energy, both pooled over domains. A domain's slope is KL(model || model
+    with this group refitted at the level nearest to `perturbation`) over the error there; 0 for a
+    group that has one level or loses nothing.
 
-    Costs one pass of all batches, each layer run once for every group of it, and per group one OBS down to the lowest
-    level and the probe's blocks through the layers from its own on: half a pass of them on average, and the head.
-    Raises NumericsError as `measure` and `Probe.kl` do.
+    Costs one pass of all batches, each layer run once per group of it, and per group one OBS to the
+    lowest level and the probe's blocks through the rest of the model: half a pass on average, and
+    the head. Raises NumericsError as `measure` and `Probe.kl` do.
     """
     measured = [batch for batch in batches if not batch.held_out]
     walk, probe = Walk(model, arch, measured), Probe(model, arch, measured, settings.probe_blocks)
@@ -180,7 +173,10 @@ def _profile_group(
     wanted = (1 - settings.perturbation) * levels[0]
     perturbed = min(range(1, len(levels)), key=lambda index: abs(levels[index] - wanted), default=0)
     if errors[perturbed] > 0:
-        with _columns_replaced(reader, *refit.at(levels[perturbed])):
+        columns, weight_HR = refit.at(levels[perturbed])
+        changed_HF = torch.zeros_like(reader.weight)
+        changed_HF[:, columns] = weight_HR
+        with weight_replaced(reader, changed_HF):
             slopes = {name: nats / errors[perturbed] for name, nats in probe.kl().items()}
     return GroupProfile(levels, errors, slopes)
 
@@ -188,7 +184,7 @@ def _profile_group(
 def _error_curve(
     group: Group, reader: nn.Linear, statistics: Statistics, levels: tuple[int, ...], settings: ProfileSettings
 ) -> tuple[Int64[Tensor, " U"], tuple[float, ...]]:
-    """Return the units in order of removal, and the error at each level as a share of the output energy."""
+    """Return the units in order of removal, and each level's error over the output energy."""
     assert statistics.gram is not None
     num_removed = [levels[0] - level for level in levels]
     # Every level must fall on the end of a batch.
@@ -198,18 +194,3 @@ def _error_curve(
     found = greedy_obs(reader.weight, hessian, columns_UW, levels[-1], batch)
     curve, energy = [0.0, *found.error_curve.tolist()], float(statistics.energy)
     return found.removed, tuple(curve[count // batch] / energy if energy > 0 else 0.0 for count in num_removed)
-
-
-@contextmanager
-def _columns_replaced(
-    reader: nn.Linear, columns_R: Int64[Tensor, " R"], weight_HR: Float[Tensor, "H R"]
-) -> Iterator[None]:
-    """Within the context the reader has these weights in these columns and zeros elsewhere, then its own again."""
-    own = reader.weight
-    changed = torch.zeros_like(own)
-    changed[:, columns_R] = weight_HR
-    reader.weight = nn.Parameter(changed, requires_grad=False)
-    try:
-        yield
-    finally:
-        reader.weight = own

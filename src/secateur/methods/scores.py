@@ -1,11 +1,8 @@
-"""Scores: how important each unit is. Higher score = keep, always.
-
-In: a reader's input statistics, or gradients on the whole model (`taylor`). Out: one score per unit.
-"""
+"""Scores: how important each unit is, from statistics or gradients. The highest scores stay."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -30,16 +27,16 @@ from secateur.stream.statistics import (
 )
 from secateur.stream.walk import at_hand
 
-# Positions per slice of logits: 64 x 150k words x float32, logits and their gradient, is 77 MB.
+# Positions per slice of logits: with 150k words, logits and gradient take 77 MB in float32.
 HEAD_POSITIONS = 64
 
-# What every layer is called with besides the hidden states, by the shape of a batch.
+# Each layer's arguments besides the hidden states, by the shape of a batch.
 _Calls = dict[tuple[int, ...], list[Arguments]]
 
 
 @dataclass(slots=True)
 class _Pass:
-    """One batch: what entered each layer that the gradient has not reached, and the gradient on its way down."""
+    """One batch: each layer's inputs, and the gradient on its way down through the layers."""
 
     inputs_BTD: list[Tensor]
     calls: list[Arguments]
@@ -49,16 +46,14 @@ class _Pass:
 def taylor_scores(
     model: nn.Module, arch: Arch, groups: tuple[Group, ...], batches: list[Batch]
 ) -> dict[tuple[int, str], Tensor]:
-    """Return s_j = sum over all weights w of unit j of |w * dL/dw|, per (layer, group name).
+    """Return s_j = sum over all weights w of unit j of |w * dL/dw|, by (layer, group name).
 
-    L is the mean next-token cross-entropy over all calibration tokens (held-out batches take no part), so gradients
-    are summed over blocks first and only then multiplied and made absolute. A unit's weights are its rows of every
-    writer, biases included, and its columns of the reader. Gradients are summed over batches in float32, whatever the
-    model's dtype, and divided by the number of tokens last, so that they do not underflow in half precision.
-
-    Raises NumericsError naming the domain if a loss is not finite, or layer and module if a gradient is not.
-    Source: Ma et al., LLM-Pruner, arXiv 2305.11627, section 3.2, the element-wise importance without its second-order
-    term, summed over the group; as their code's `param_first` does, which has no biases to count.
+    L is the mean next-token cross-entropy over all calibration tokens; held-out batches are
+    skipped. A unit's weights are its rows of every writer, biases included, and its columns of the
+    reader. Gradients are summed in float32 and divided by the number of tokens last, against
+    underflow. Raises NumericsError with the domain if a loss, or with layer and module if a
+    gradient is not finite. Source: Ma et al., LLM-Pruner, arXiv 2305.11627, section 3.2, without
+    the second-order term, summed over the group, as `param_first` in their code.
     """
     layers, calls = decoder_layers(model, arch), _Calls()
     batches = [batch for batch in batches if not batch.held_out]
@@ -77,7 +72,7 @@ def taylor_scores(
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Within the context no parameter requires a gradient; afterwards those that did do again."""
+    """No parameter requires a gradient within the context. Restore the flags afterwards."""
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     try:
@@ -88,13 +83,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _forward(model: nn.Module, arch: Arch, batch: Batch, calls: _Calls) -> _Pass:
-    """Run the backbone; the graph begins where the last layer ends, because nothing before it requires a gradient.
-
-    `calls` is filled once per shape and layer, as in the walk: masks differ per layer in some families.
-    """
-    entered: list[Tensor] = []
-    noted: list[Arguments] = []
-    left: list[Tensor] = []
+    """Run the backbone; return the gradient at the last layer's output, where the graph begins."""
+    entered, noted, left = list[Tensor](), list[Arguments](), list[Tensor]()
 
     def note(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         entered.append(inputs[0])
@@ -105,19 +95,18 @@ def _forward(model: nn.Module, arch: Arch, batch: Batch, calls: _Calls) -> _Pass
         return arch.layer_output(left[0])
 
     layers = decoder_layers(model, arch)
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    handles.append(layers[-1].register_forward_hook(begin_graph))
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
+        hooks.enter_context(layers[-1].register_forward_hook(begin_graph))
         final_BTD = model.get_submodule(arch.backbone)(batch.ids_BT, use_cache=False).last_hidden_state
-    finally:
-        for handle in handles:
-            handle.remove()
     (gradient_BTD,) = torch.autograd.grad(final_BTD, left[0], _final_gradient(head_of(model, arch), final_BTD, batch))
+    # Arguments are kept once per shape and layer: in some families masks differ per layer.
     return _Pass(entered, calls.setdefault(tuple(batch.ids_BT.shape), noted), gradient_BTD)
 
 
 def _final_gradient(head: nn.Module, final_BTD: Float[Tensor, "B T D"], batch: Batch) -> Float[Tensor, "B T D"]:
-    """Return the gradient of the summed cross-entropy in what the head reads, slice by slice of positions."""
+    """Return the gradient of the summed cross-entropy at the head's input, slice by slice."""
     gradient_BTD, loss = torch.zeros_like(final_BTD), 0.0
     for final_TD, ids_T, gradient_TD in zip(final_BTD.detach(), batch.ids_BT, gradient_BTD, strict=True):
         slices = (part.split(HEAD_POSITIONS) for part in (final_TD[:-1], ids_T[1:], gradient_TD[:-1]))
@@ -128,14 +117,14 @@ def _final_gradient(head: nn.Module, final_BTD: Float[Tensor, "B T D"], batch: B
             loss += float(nats.detach())
     if not torch.isfinite(torch.tensor(loss)):
         raise NumericsError(
-            f"taylor score, domain {batch.domain}: the loss is {loss}; use the model in bfloat16 or float32 and check "
-            f"its weights."
+            f"taylor score, domain {batch.domain}: the loss is {loss}; "
+            f"use the model in bfloat16 or float32 and check its weights."
         )
     return gradient_BTD
 
 
 def _backward(layer: nn.Module, index: int, groups: list[Group], passes: list[_Pass]) -> dict[str, Tensor]:
-    """Move every pass's gradient down through the layer; return the groups' weight gradients, summed over passes."""
+    """Move all gradients down through the layer; return the groups' summed weight gradients."""
     parameters = _unit_parameters(layer, groups)
     sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     for parameter in parameters.values():
@@ -145,8 +134,8 @@ def _backward(layer: nn.Module, index: int, groups: list[Group], passes: list[_P
         args, kwargs = each.calls[index]
         output = layer(input_BTD, *args, **kwargs)
         output = output[0] if isinstance(output, tuple) else output
-        below, *found = torch.autograd.grad(output, [input_BTD, *parameters.values()], each.gradient_BTD)
-        each.gradient_BTD = below
+        inputs = [input_BTD, *parameters.values()]
+        each.gradient_BTD, *found = torch.autograd.grad(output, inputs, each.gradient_BTD)
         for total, gradient in zip(sums.values(), found, strict=True):
             total += gradient
     sum_over_ranks(*sums.values())
@@ -154,14 +143,14 @@ def _backward(layer: nn.Module, index: int, groups: list[Group], passes: list[_P
         parameter.requires_grad_(False)
         if not torch.isfinite(sums[name]).all():
             raise NumericsError(
-                f"layer {index}, {name.rpartition('.')[0]}: the gradient holds NaN or infinite numbers; use the model "
-                f"in bfloat16 or float32 and check its weights."
+                f"layer {index}, {name.rpartition('.')[0]}: the gradient holds NaN or infinite numbers; "
+                f"use the model in bfloat16 or float32 and check its weights."
             )
     return sums
 
 
 def _unit_parameters(layer: nn.Module, groups: list[Group]) -> dict[str, nn.Parameter]:
-    """Return what belongs to units: writers whole, and the reader's weight. The reader's bias belongs to none."""
+    """Return the writers' parameters and the readers' weights. A reader's bias has no unit."""
     names = [f"{axis.module}.{kind}" for group in groups for axis in group.writers for kind in ("weight", "bias")]
     names += [f"{group.reader.module}.weight" for group in groups]
     known = dict(layer.named_parameters())
@@ -185,7 +174,7 @@ def _unit_sums(layer: nn.Module, group: Group, gradients: dict[str, Tensor]) -> 
 
 
 def _per_unit(values_R: Float[Tensor, " R"], segments: Segments, num_units: int) -> Float[Tensor, " F"]:
-    """Sum the values of the rows that each unit owns, segment by segment; see `cut.rows_of`."""
+    """Sum the values of each unit's rows, segment by segment; see `rows_of`."""
     parts = values_R.split([width * num_units for width in segments])
     return torch.stack([part.view(num_units, -1).sum(dim=1) for part in parts]).sum(dim=0)
 
@@ -196,16 +185,14 @@ Units = Literal["channels and heads", "experts", "all"]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One score: its function, what must be measured for it, and which units it tells apart.
+    """A score: its function, what it needs to be measured, and the units it can rank.
 
-    needs, and what the function then takes and returns:
-    moments: `ScoreInputs` with sums and squares of the reader's inputs; one number per unit.
-    gram: the same with their Gram matrix.
-    gradients: the model, its architecture, groups, batches; numbers per unit by (layer, group name).
-    routing: `ExpertInputs`; one number per expert.
+    needs: `moments`, `gram`: the function takes `ScoreInputs` and returns one number per unit;
+    `gradients`: it takes model, architecture, groups and batches, and returns numbers per unit by
+    (layer, group name); `routing`: it takes `ExpertInputs` and returns one number per expert.
 
-    units: a recipe whose groups hold others is refused. `all`: channels and heads, and experts too, which are told
-    apart by `energy` (channels within them by OBS) whatever the score; by chance if that is `random`.
+    units: other units are refused. `all` also covers experts, which are ranked by `energy` (the
+    channels inside them by OBS), or at random if the score is `random`.
     """
 
     function: Callable[..., Any]
@@ -222,7 +209,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class ScoreInputs:
-    """What the scores of channels and heads may look at. `seed`: for `random` alone, differs by layer and round."""
+    """What the scores of channels and heads may use. Only `random` uses `seed`."""
 
     reader_HF: Tensor
     writer_squares_U: Tensor
@@ -233,21 +220,18 @@ class ScoreInputs:
 
     @property
     def num_units(self) -> int:
-        """How many numbers a score returns."""
+        """The number of scores to return."""
         return len(self.columns_UW)
 
     @property
     def device(self) -> torch.device:
-        """Where a score's numbers are to be."""
+        """The device of the scores."""
         return self.reader_HF.device
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What one domain's tokens did: per expert, how many chose it, and the sums of norms and energies of what it gave.
-
-    Of its output times the router's weight; an energy is a squared norm.
-    """
+    """Per expert, for a domain: tokens, sums of weighted output norms and of their squares."""
 
     num_tokens_E: Tensor
     norms_E: Tensor
@@ -255,22 +239,20 @@ class Routing:
 
     @classmethod
     def of(cls, num_tokens_E: Tensor, norms_TE: list[Tensor]) -> "Routing":
-        """Return the sums of every expert's norms, one per token that chose it."""
+        """Return the sums over every expert's norms, given one norm per token that chose it."""
         dtype = sum_dtype(num_tokens_E.device)
-        norms_E, energy_E = (
-            torch.stack([norms_T.to(dtype).pow(power).sum() for norms_T in norms_TE]) for power in (1, 2)
-        )
-        return cls(num_tokens_E.to(dtype), norms_E, energy_E)
+        sums = (torch.stack([norms_T.to(dtype).pow(power).sum() for norms_T in norms_TE]) for power in (1, 2))
+        return cls(num_tokens_E.to(dtype), *sums)
 
     def plus(self, other: "Routing") -> "Routing":
-        """Return the sums over both's tokens."""
+        """Return the sums over the tokens of both."""
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
         return Routing(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertInputs:
-    """What the scores of experts may look at: the routing by domain, the domains' shares and how they are pooled."""
+    """What the scores of experts may use: the routing and the share of each domain."""
 
     routing: dict[str, Routing]
     shares: dict[str, float]
@@ -279,23 +261,23 @@ class ExpertInputs:
 
     @property
     def num_units(self) -> int:
-        """How many numbers a score returns."""
+        """The number of scores to return."""
         return len(next(iter(self.routing.values())).norms_E)
 
     @property
     def device(self) -> torch.device:
-        """Where a score's numbers are to be."""
+        """The device of the scores."""
         return next(iter(self.routing.values())).norms_E.device
 
 
 def random(inputs: ScoreInputs | ExpertInputs) -> Float[Tensor, " U"]:
-    """Uniform random numbers: the floor that every other score must beat."""
+    """Uniform random numbers: the baseline that every other score must beat."""
     generator = torch.Generator().manual_seed(inputs.seed)
     return torch.rand(inputs.num_units, generator=generator).to(inputs.device)
 
 
 def magnitude(inputs: ScoreInputs) -> Float[Tensor, " U"]:
-    """Norm of all weights of the unit, reader columns and writer rows: s_j = sqrt(|W_j|^2 + sum_writers |V_j|^2).
+    """s_j = sqrt(|W_j|^2 + sum over writers of |V_j|^2), the norm of all weights of the unit.
 
     No data. Source: the L2 group norm of Ma et al., LLM-Pruner, arXiv 2305.11627, section 3.2.
     """
@@ -303,39 +285,38 @@ def magnitude(inputs: ScoreInputs) -> Float[Tensor, " U"]:
 
 
 def wanda(inputs: ScoreInputs) -> Float[Tensor, " U"]:
-    """s_j = sum over the unit's columns of sum_h |W_hj| * rms(x_j), with rms over the pooled tokens.
+    """s_j = sum over the unit's columns of sum_h |W_hj| * rms(x_j), rms over the pooled tokens.
 
-    Source: Sun et al., arXiv 2306.11695, eq. 1, summed over a channel (Wanda-sp of An et al., arXiv 2312.11983).
+    Source: Sun et al., arXiv 2306.11695, eq. 1, summed over a channel (Wanda-sp, arXiv 2312.11983).
     """
     return _summed(inputs.reader_HF.abs().sum(dim=0) * inputs.statistics.mean_square_F.sqrt(), inputs)
 
 
 def flap(inputs: ScoreInputs) -> Float[Tensor, " U"]:
-    """s_j = sum over the unit's columns of var(x_j) * |W_j|^2: what a bias cannot repair when unit j goes (WIFV).
+    """s_j = sum over the unit's columns of var(x_j) * |W_j|^2: the loss that a bias cannot repair.
 
-    Source: An et al., FLAP, arXiv 2312.11983, eq. 5.
+    Source: An et al., FLAP, arXiv 2312.11983, eq. 5 (WIFV).
     """
     return _summed(inputs.statistics.variance_F * inputs.reader_HF.square().sum(dim=0), inputs)
 
 
 def paper(inputs: ScoreInputs) -> Float[Tensor, " U"]:
-    """s_j = sqrt(sum over the unit's columns of mean(x_j^2) * |W_j|^2): the size of what unit j adds to the output.
+    """s_j = sqrt(sum over the unit's columns of mean(x_j^2) * |W_j|^2), the size of its output.
 
-    Our reconstruction of the activation-weighted channel score of arXiv 2601.02674, whose formula is not public to us.
+    Our reconstruction of the channel score of arXiv 2601.02674, whose formula we could not read.
     """
-    per_column_F = inputs.statistics.mean_square_F * inputs.reader_HF.square().sum(dim=0)
-    return _summed(per_column_F, inputs).sqrt()
+    return _summed(inputs.statistics.mean_square_F * inputs.reader_HF.square().sum(dim=0), inputs).sqrt()
 
 
 def obs(inputs: ScoreInputs) -> Float[Tensor, " U"]:
-    """Output error left when unit j goes and the others are refitted, see `removal_errors`.
+    """The output error if unit j goes and the others are refitted; see `removal_errors`.
 
-    H is the damped Gram matrix, see `damped_gram`. Exact for one removal. Source: Hassibi and Stork, 1993, eq. 5.
+    On the damped Gram matrix. Exact for one removal. Source: Hassibi and Stork, 1993, eq. 5.
     """
     assert inputs.statistics.gram is not None
     inverse = inverse_of(damped_gram(inputs.statistics.gram, inputs.damping))
     scores_U = removal_errors(inputs.reader_HF.to(inverse.device), inverse, inputs.columns_UW.to(inverse.device))
-    return scores_U.float().to(inputs.reader_HF.device)
+    return scores_U.float().to(inputs.device)
 
 
 def _summed(values_F: Float[Tensor, " F"], inputs: ScoreInputs) -> Float[Tensor, " U"]:
@@ -343,14 +324,12 @@ def _summed(values_F: Float[Tensor, " F"], inputs: ScoreInputs) -> Float[Tensor,
 
 
 def energy(inputs: ExpertInputs) -> Float[Tensor, " E"]:
-    """s_j = sum_d q_d energy_dj / sum_i energy_di (`tokens`: energies pooled): an expert's share of the layer's energy.
+    """s_j = sum_d q_d energy_dj / sum_i energy_di, an expert's share of the layer's output energy.
 
-    It is what least squares would have to make up for, and beats `reap` where half of the experts go: LOG, 2026-11-26.
+    `tokens`: the energies are pooled. Better than `reap` if half of the experts go (LOG).
     """
-    parts = [
-        domain_weight(inputs.weighting, inputs.shares[d], float(each.energy_E.sum())) * each.energy_E
-        for d, each in inputs.routing.items()
-    ]
+    energies = [(inputs.shares[d], each.energy_E) for d, each in inputs.routing.items()]
+    parts = [domain_weight(inputs.weighting, share, float(each_E.sum())) * each_E for share, each_E in energies]
     return torch.stack(parts).sum(dim=0).float()
 
 
@@ -361,10 +340,11 @@ def frequency(inputs: ExpertInputs) -> Float[Tensor, " E"]:
 
 
 def reap(inputs: ExpertInputs) -> Float[Tensor, " E"]:
-    """s_j = sum_d w_d norms_dj / sum_d w_d n_dj, the mean weighted norm of what expert j gave the tokens that chose it.
+    """s_j = sum_d w_d norms_dj / sum_d w_d n_dj, its mean norm over the tokens that chose it.
 
-    w_d = q_d / sum_i norms_di, so that a loud domain does not decide for the others (`tokens`: w_d = 1); 0 for an
-    expert that no token chose. Source: Lasby et al., REAP, arXiv 2510.13999, eq. 9; theirs is over one pool of text.
+    w_d = q_d / sum_i norms_di, so that loud domains do not dominate (`tokens`: w_d = 1). An expert
+    without tokens gets 0. Source: Lasby et al., REAP, arXiv 2510.13999, eq. 9, there for one
+    domain.
     """
     first = next(iter(inputs.routing.values()))
     norms_E, num_E = torch.zeros_like(first.norms_E), torch.zeros_like(first.norms_E)
@@ -386,24 +366,21 @@ SCORES: dict[str, Score] = {
     "reap": Score(reap, needs="routing", units="experts"),
     "frequency": Score(frequency, needs="routing", units="experts"),
 }
-"""The built-in scores by recipe name; `recipe.SCORE_NAMES` repeats the names."""
+"""The built-in scores by recipe name. `recipe.SCORE_NAMES` repeats the names."""
 
 
 def find_score(name: str) -> Score:
-    """Return a built-in score, or the one of that name that an installed package registers.
-
-    Raises RecipeError if there is none, PluginError if a package registers one that cannot be used.
-    """
+    """Return a score. Raises RecipeError if there is none, PluginError if it is unusable."""
     return look_up(SCORE_GROUP, name, SCORES, lambda found: isinstance(found, Score), "a secateur.Score")
 
 
 def needs_gram(name: str) -> bool:
-    """Say whether the score needs the Gram matrix; the others need moments alone."""
+    """Return whether the score needs the Gram matrix."""
     return find_score(name).needs == "gram"
 
 
 def scored(name: str, inputs: ScoreInputs | ExpertInputs) -> Float[Tensor, " U"]:
-    """Return the units' scores of one group. Raises PluginError if they are not one number per unit."""
+    """Return the scores of one group. Raises PluginError if they are not one number per unit."""
     score = find_score(name)
     if isinstance(inputs, ExpertInputs) and score.units != "experts":
         scores_U = random(inputs) if name == "random" else energy(inputs)

@@ -1,6 +1,7 @@
 """Which units of a group stay, given how many: by score, or greedily by OBS."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,16 +13,15 @@ from secateur.model.group import Group, linear, unit_columns
 from secateur.stream.statistics import Decide, Statistics, damped_gram, here, inverse_of, keep_highest, removal_errors
 from secateur.stream.walk import Walk
 
-# Every batch rewrites F^2 numbers, so their number, not their size, must be bounded for wide readers.
+# Every batch rewrites F^2 numbers, so wide readers need a bounded number of batches.
 MIN_BATCH_COLUMNS, MAX_BATCHES = 32, 48
 
 
 @dataclass(frozen=True, slots=True)
 class ObsSelection:
-    """`keep`: sorted units that stay. `scores_U`: all units' scores before any removal.
+    """`keep`: sorted units that stay; `scores_U`: all, before removal; `removed`: in order.
 
-    `removed`: the units that go, in order of removal. `error_curve[k]`: squared output error after k+1 batches, the
-    other columns refitted.
+    `error_curve[k]`: squared output error after k+1 batches, the other columns refitted.
     """
 
     keep: Tensor
@@ -33,7 +33,8 @@ class ObsSelection:
 def units_at_once(asked_columns: int | None, num_columns: int, width: int) -> int:
     """Return how many units of `width` columns go between two updates.
 
-    `asked_columns`: the recipe's `obs_batch`; None: a 48th of the reader's `num_columns`, and at least 32.
+    `asked_columns`: the recipe's `obs_batch`; None: a 48th of the reader's `num_columns`, at least
+    32.
     """
     return max(1, (asked_columns or max(MIN_BATCH_COLUMNS, num_columns // MAX_BATCHES)) // width)
 
@@ -47,13 +48,13 @@ def greedy_obs(
 ) -> ObsSelection:
     """Remove the units of least `removal_errors`, `batch` at a time, until `num_keep` stay.
 
-    After a batch with columns M, A = ([H^-1]_MM)^-1:  error += tr(W_M A W_M');  W -= W_M A [H^-1]_M;
-    H^-1 -= [H^-1]_M' A [H^-1]_M. With batch 1 every step is the exact best single removal. `hessian_FF` is overwritten;
-    all runs on its device and solves in its dtype, and what is returned is on the reader's.
-    Source: Hassibi and Stork 1993; block update as in Frantar and Alistarh, OBC, arXiv 2208.11580, eq. 7.
+    After a batch with columns M, A = ([H^-1]_MM)^-1:  error += tr(W_M A W_M'), W -= W_M A [H^-1]_M,
+    H^-1 -= [H^-1]_M' A [H^-1]_M. Batch 1: each removal is the exact best single. `hessian_FF` is
+    overwritten; the work runs on its device and in its dtype. The result is on the reader's.
+    Source: Hassibi and Stork 1993; block update: OBC, arXiv 2208.11580, eq. 7.
     """
     inverse = inverse_of(hessian_FF)
-    # Float32 is enough for the weights, which only rank; the inverse would lose its small pivots in it.
+    # Float32 is enough for the weights, which only rank; the inverse would lose small pivots.
     weight = reader_HF.to(hessian_FF.device, torch.float32, copy=True)
     columns_UW = columns_UW.to(weight.device)
     active = torch.ones(len(columns_UW), dtype=torch.bool, device=weight.device)
@@ -71,7 +72,7 @@ def greedy_obs(
         error = error + (gone * torch.linalg.solve(rows[:, columns], gone.T).T).sum()
         weight.addmm_(weight[:, columns], gain.float(), alpha=-1)
         inverse.addmm_(rows.T, gain, alpha=-1)
-        # Exact zeros would divide by zero above; the removed columns are masked, so any positive value serves.
+        # Removed columns are masked: 1.0 on their diagonal only avoids a division by zero.
         inverse[columns] = 0
         inverse[:, columns] = 0
         inverse.diagonal()[columns] = 1.0
@@ -80,16 +81,14 @@ def greedy_obs(
         curve.append(error)
         order.append(units)
     removed = torch.cat(order) if order else columns_UW.new_zeros(0)
-    errors, home = torch.stack(curve) if curve else inverse.new_zeros(0), reader_HF.device
-    return ObsSelection(active.nonzero().flatten().to(home), first_scores.float().to(home), removed.to(home), errors)
+    errors, device = torch.stack(curve) if curve else inverse.new_zeros(0), reader_HF.device
+    keep = active.nonzero().flatten().to(device)
+    return ObsSelection(keep, first_scores.float().to(device), removed.to(device), errors)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One group's step: what a kind of unit needs to prune it. `walk` stands before the group's layer.
-
-    `scores_U`: the units' scores, where they were measured on the whole model before.
-    """
+    """One group to prune; `walk` stands before its layer. `scores_U`: if measured before."""
 
     walk: Walk
     group: Group
@@ -106,27 +105,26 @@ class Task:
         return self.walk.layers[self.group.layer]
 
 
+def log_line(group: Group, kept: int, total: int, output_energy: dict[str, float], scores: Tensor) -> dict[str, Any]:
+    """Return the run log's line of a group's step: its counts, and the quartiles of its scores."""
+    ordered = scores.float().sort().values
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0) if len(ordered) else ()
+    quantiles = [float(ordered[round(share * (len(ordered) - 1))]) for share in shares]
+    line = {"layer": group.layer, "group": group.name, "kept": kept, "total": total}
+    return {**line, "output_energy": output_energy, "score_quantiles": quantiles}
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """`keep`: sorted indices among the units the group has now. `scores`: of all of them; none if all were to stay."""
+    """`keep`: sorted indices among the current units; `scores`: all, or none if all stay."""
 
     keep: Tensor
     scores: Tensor
 
 
-def select(
-    layer: nn.Module,
-    group: Group,
-    pooled: Statistics,
-    num_keep: int,
-    method: Method,
-    seed: int,
-    scores_U: Tensor | None = None,
-) -> Selection:
-    """Choose `num_keep` units: greedily for `obs`, else those of highest score.
-
-    `scores_U`: scores that were measured before, of all units; without them the method's score is taken.
-    """
+def select(task: Task, pooled: Statistics) -> Selection:
+    """Choose the units that stay: by known scores, greedily for `obs`, or by the score."""
+    layer, group, method, num_keep, scores_U = task.layer, task.group, task.method, task.num_keep, task.scores_U
     reader = linear(layer, group.reader.module)
     num_units = reader.in_features // group.width
     if num_keep == num_units:
@@ -139,26 +137,19 @@ def select(
         found = greedy_obs(reader.weight, hessian, columns_UW, num_keep, batch)
         return Selection(found.keep, found.scores_U)
     if scores_U is None:
-        scores_U = unit_scores(layer, group, pooled, method.score, method.damping, seed)
+        scores_U = unit_scores(layer, group, pooled, method.score, method.damping, task.seed)
     return Selection(keep_highest(scores_U, num_keep), scores_U)
 
 
 def unit_scores(
     layer: nn.Module, group: Group, pooled: Statistics, score: str, damping: float, seed: int
 ) -> Float[Tensor, " U"]:
-    """Return every unit's score as it is before any goes."""
+    """Return every unit's score before any goes."""
     weight_HF = linear(layer, group.reader.module).weight
     num_units = weight_HF.shape[1] // group.width
     columns_UW = unit_columns(group.reader.segments, num_units, weight_HF.device)
-    squares_U = _writer_squares(layer, group, num_units)
-    inputs = ScoreInputs(weight_HF.float(), squares_U, pooled, columns_UW, damping, seed)
-    return scored(score, inputs)
-
-
-def _writer_squares(layer: nn.Module, group: Group, num_units: int) -> Float[Tensor, " U"]:
-    total = 0
+    squares_U = weight_HF.new_zeros(num_units, dtype=torch.float32)
     for axis in group.writers:
-        weight = linear(layer, axis.module).weight.float()
-        total = total + weight.square().sum(dim=1)[unit_columns(axis.segments, num_units, weight.device)].sum(dim=1)
-    assert isinstance(total, Tensor)
-    return total
+        squares_R = linear(layer, axis.module).weight.float().square().sum(dim=1)
+        squares_U = squares_U + squares_R[unit_columns(axis.segments, num_units, squares_R.device)].sum(dim=1)
+    return scored(score, ScoreInputs(weight_HF.float(), squares_U, pooled, columns_UW, damping, seed))

@@ -1,7 +1,6 @@
-"""One group's step, whatever kind its units are of; and the same step again from what was kept of it.
+"""One group's step for any kind of unit, and the same step again from what the store has.
 
-In: the walk standing before the group's layer, how many units to keep. Out: the layer with fewer units, the kept
-indices, the line of the run log. `STEPS` says what is done with a kind of unit.
+In: the walk before the group's layer. Out: the cut layer, the kept indices, the log line.
 """
 
 import dataclasses
@@ -14,11 +13,11 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from secateur.facts import Method
-from secateur.methods.compensate import Repair, repair
+from secateur.methods.compensate import repair
 from secateur.methods.expert_channels import cut_expert_channels, prune_expert_channels
 from secateur.methods.experts import cut_experts, prune_experts
 from secateur.methods.scores import needs_gram
-from secateur.methods.select import Selection, Task, select
+from secateur.methods.select import Task, log_line, select
 from secateur.model.group import Group, Kind, cut, linear, rows_of, unit_columns
 from secateur.ranks import from_first
 from secateur.recipe import Recipe
@@ -34,26 +33,19 @@ def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     walk, group, method, layer = task.walk, task.group, task.method, task.layer
     is_mlp = not walk.arch.is_in_attention(group)
     reader, num_units = linear(layer, group.reader.module), group.parts.num_units_left(layer)
-    measured = measure(
-        walk,
-        group,
-        method.weighting,
-        task.shares,
-        gram=needs_gram(method.score) or method.compensate == "least_squares",
-        drift=is_mlp and bool(walk.dense_BTD),
-        to_middle=is_mlp,
-    )
+    gram, drift = needs_gram(method.score) or method.compensate == "least_squares", is_mlp and bool(walk.dense_BTD)
+    measured = measure(walk, group, method.weighting, task.shares, gram=gram, drift=drift, to_middle=is_mlp)
     weights: dict[str, float] = {}
     if measured.by_domain and task.num_keep < num_units:
         weights = task.decide(lambda: _weights(task, measured, reader))
         measured = dataclasses.replace(measured, pooled=pool(measured.by_domain, weights), by_domain={})
-    selection = task.decide(
-        lambda: select(layer, group, measured.pooled, task.num_keep, method, task.seed, task.scores_U)
-    )
+    selection = task.decide(lambda: select(task, measured.pooled))
     columns = rows_of(selection.keep, group.reader.segments, num_units)
     repaired = repair(reader, measured, columns, method, task.decide)
     cut(layer, group, selection.keep, num_units, repaired.weight_HS, repaired.bias_H)
-    line = _log_line(group, num_units, measured, selection, repaired)
+    line = log_line(group, len(selection.keep), num_units, measured.energy, selection.scores)
+    if repaired.guard is not None:
+        line |= dataclasses.asdict(repaired.guard) | {"damping": repaired.damping, "condition": repaired.condition}
     return selection.keep, line | ({"domain_weights": weights} if weights else {})
 
 
@@ -63,33 +55,10 @@ def cut_channels(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> N
 
 
 def _weights(task: Task, measured: Measurement, reader: nn.Linear) -> dict[str, float]:
-    """Return the domains' weights where they depend on what a cut does to them."""
+    """Return the domains' weights if they depend on what a cut does to them."""
     segments, num_units = task.group.reader.segments, reader.in_features // task.group.width
     columns_UW, damping = unit_columns(segments, num_units, reader.weight.device), task.method.damping
     return minimax_weights(measured.by_domain, task.shares, reader.weight.float(), columns_UW, task.num_keep, damping)
-
-
-def _log_line(
-    group: Group, num_units: int, measured: Measurement, selection: Selection, repaired: Repair
-) -> dict[str, Any]:
-    line: dict[str, Any] = {
-        "layer": group.layer,
-        "group": group.name,
-        "kept": len(selection.keep),
-        "total": num_units,
-        "output_energy": measured.energy,
-        "score_quantiles": _quantiles(selection.scores),
-    }
-    if repaired.guard is not None:
-        line |= dataclasses.asdict(repaired.guard) | {"damping": repaired.damping, "condition": repaired.condition}
-    return line
-
-
-def _quantiles(values: Tensor) -> list[float]:
-    if not len(values):
-        return []
-    ordered = values.float().sort().values
-    return [float(ordered[round(q * (len(ordered) - 1))]) for q in (0.0, 0.25, 0.5, 0.75, 1.0)]
 
 
 T = TypeVar("T")
@@ -97,11 +66,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is done with one kind of unit.
-
-    `prune`: measure, select, repair and cut; returns the kept indices and the log line. `cut`: the cut alone, of the
-    layer and these indices. What the repair changed is `group.parts.refitted`.
-    """
+    """`prune`: measure, select, repair, cut; returns indices, log line. `cut`: to these indices."""
 
     prune: Callable[[Task], tuple[Tensor, dict[str, Any]]]
     cut: Callable[[nn.Module, Group, Tensor], None]
@@ -117,7 +82,7 @@ STEPS: dict[Kind, Step] = {
 
 
 def method_of(recipe: Recipe) -> Method:
-    """Return what of the recipe says how units are chosen and readers repaired."""
+    """Return the recipe's settings for choosing units and repairing readers."""
     return Method(
         score=recipe.choose.score,
         obs_batch=recipe.choose.obs_batch,
@@ -131,29 +96,17 @@ def method_of(recipe: Recipe) -> Method:
 
 @torch.no_grad()
 def prune_group(
-    walk: Walk,
-    group: Group,
-    num_keep: int,
-    recipe: Recipe,
-    shares: dict[str, float],
-    seed: int,
-    scores_U: Tensor | None = None,
+    walk: Walk, group: Group, num_keep: int, recipe: Recipe, shares: dict[str, float], seed: int, scores: Tensor | None
 ) -> tuple[Int64[Tensor, "*E K"], dict[str, Any]]:
-    """Measure, select, compensate and cut one group; return the kept indices and the log line.
-
-    `scores_U`: the units' scores, where they were measured on the whole model before.
-    """
+    """Prune one group; return kept indices and log line. `scores`: if measured before."""
     with walk.layer(group.layer):
-        task = Task(walk, group, num_keep, method_of(recipe), shares, seed, scores_U, _decided)
+        task = Task(walk, group, num_keep, method_of(recipe), shares, seed, scores, _decided)
         return STEPS[group.kind].prune(task)
 
 
 @torch.no_grad()
 def redo_group(layer: nn.Module, group: Group, stored: dict[str, Tensor]) -> Tensor:
-    """Do to the layer, bit for bit, what `prune_group` did to such a layer, and return the kept indices.
-
-    `stored`: what `outcome_of` said then.
-    """
+    """Repeat a step bit for bit from what `outcome_of` returned; return the kept indices."""
     keep = stored["keep"].to(next(layer.parameters()).device)
     STEPS[group.kind].cut(layer, group, keep)
     for name, parameter in group.parts.refitted(layer).items():
@@ -162,12 +115,12 @@ def redo_group(layer: nn.Module, group: Group, stored: dict[str, Tensor]) -> Ten
 
 
 def outcome_of(layer: nn.Module, group: Group, keep: Tensor) -> dict[str, Tensor]:
-    """Return what a layer as it was before the group's step does not tell: which units stay, what was refitted."""
+    """Return what `redo_group` needs: the kept indices and the refitted parameters."""
     return {"keep": keep, **group.parts.refitted(layer)}
 
 
 def _decided(compute: Callable[[], T], /) -> T:
-    """Return on every rank what the first computes; memory that it freed goes back to the system."""
+    """Return the first rank's result on every rank, and give freed memory back to the system."""
     found = from_first(compute)
     release_freed()
     return found

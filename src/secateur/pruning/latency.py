@@ -1,16 +1,15 @@
-"""The seconds behind the target `latency`: what a decoded token costs on this machine, per unit, per layer, in all.
+"""The seconds behind the target `latency`: a decoded token's cost per unit, per layer and in all.
 
-In: an opened model. Out: its recipe with `prices`, and the measurements for the run log.
-Timed is one forward pass of one token at batch 1 after `PROMPT_TOKENS`, on copies with random weights of the model's
-dtype: whole, and with less of one kind of group at a time. Copies take turns, so that drift hits all alike. A unit's
-price is the slope of a least-squares line through the medians. Not counted: what `generate` does around the model.
+Each timing is a forward pass of one token at batch 1 after `PROMPT_TOKENS`, on copies with random
+weights: the whole model, and with fewer units of one kind of group at a time. Copies take turns, so
+that drift affects all alike. A unit's price is the slope of a least-squares line through the
+medians. The overhead of `generate` is not counted.
 """
 
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,20 +29,17 @@ from secateur.recipe import MeasuredPrices
 from secateur.store import Services
 from secateur.stream.device import CPU, now, on_device
 
-# Layers that are read again and again must not fit a processor's cache, as a whole model's do not.
+# The layers must not fit a processor's cache, as a whole model's do not.
 LEAST_BYTES = 2**28
 KEEP_SHARES = (0.25, 0.5, 0.75)
-# Small models take their turns for this long all together, so that a burst of other work moves no median.
+# Small models repeat for this long, so that a burst of other work moves no median.
 WARM_UPS, REPEATS, LEAST_SECONDS = 2, 15, 3.0
 PROMPT_TOKENS = Workload().prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds per decoded token of the layers that were built, with `num_units` units of `group` in them together.
-
-    Median over repeats and the quartiles. `group`: the kind that has fewer units than in the whole model.
-    """
+    """Median seconds and quartiles per decoded token, with `num_units` of `group` in all layers."""
 
     group: str
     num_units: int
@@ -52,12 +48,11 @@ class Timing:
 
 
 def with_prices(opened: Opened, services: Services) -> Opened:
-    """Return what was opened with measured `prices` in its recipe; as it is if it has them or needs none.
+    """Return `opened` with measured `prices` in its recipe; unchanged if it has them or needs none.
 
-    The run log says what they come from. Prices that an interrupted run has measured are in its store and hold on,
-    since a second measurement would differ. The model's config and dtype count alone, so that it needs no weights.
-
-    Raises ArchError if the family has no such group, RecipeError if a layer gets no faster with fewer units.
+    A resumed run takes them from its store, because a second measurement would differ. Only the
+    model's config and dtype count, so no weights are needed. Raises ArchError if the family has no
+    such group, RecipeError if fewer units save no time.
     """
     recipe, log = opened.recipe, services.log
     if recipe.remove.target != "latency" or recipe.remove.prices is not None:
@@ -65,9 +60,8 @@ def with_prices(opened: Opened, services: Services) -> Opened:
 
     def measured() -> dict[str, Any]:
         with log.time("latency"):
-            prices, timings = measure_latency(
-                opened.arch, recipe.remove.groups, opened.model, services.progress, opened.device
-            )
+            groups, progress = recipe.remove.groups, services.progress
+            prices, timings = measure_latency(opened.arch, groups, opened.model, progress, opened.device)
         for timing in timings:
             log.write({"event": "latency", "num_threads": torch.get_num_threads(), **asdict(timing)})
         log.write({"event": "prices", **prices.model_dump()})
@@ -81,10 +75,10 @@ def with_prices(opened: Opened, services: Services) -> Opened:
 def measure_latency(
     arch: Arch, names: tuple[str, ...], model: Any, progress: Progress = silent, device: torch.device = CPU
 ) -> tuple[MeasuredPrices, list[Timing]]:
-    """Return seconds per unit, per layer and per decoded token of the whole model, and what they were made of.
+    """Return seconds per unit, per layer and per decoded token of the whole model, and the timings.
 
-    Built are as many layers as hold `LEAST_BYTES`, at most all; times of layers are those of the built ones, of which
-    the whole model has num_layers / built times as much.
+    As many layers are built as hold `LEAST_BYTES`, at most all. Prices per unit are for these
+    layers.
     """
     shape = on_device(_random_model(arch, model), device)
     built = bind(shape)
@@ -114,7 +108,7 @@ def _random_model(arch: Arch, model: Any) -> Any:
     layers = decoder_layers(shape, arch)
     layer_bytes = sum(p.numel() for layer in layers for p in layer.parameters()) * model.dtype.itemsize // len(layers)
     surplus = range(-(-LEAST_BYTES // layer_bytes), len(layers))
-    # A model of per-layer widths cannot lose layers; it is timed whole.
+    # A model of per-layer widths cannot lose layers: time it whole.
     if surplus and not shape.config.is_heterogeneous:
         remove_layers(shape, arch, surplus)
     shape = shape.to(model.dtype).to_empty(device=CPU).eval()
@@ -136,35 +130,23 @@ def _narrower(shape: Any, arch: Arch, groups: tuple[Group, ...], counts: list[in
 
 
 def _step(model: Any, arch: Arch) -> Callable[[], tuple[float, float]]:
-    """Return what decodes one more token and says the seconds that its layers took, and those of all the rest."""
+    """Return a function that decodes a token and returns the layers' seconds and the rest."""
     ids_1T = torch.zeros(1, PROMPT_TOKENS, dtype=torch.long, device=model.device)
     output = model(ids_1T, use_cache=True, logits_to_keep=1)
-    cache = output["cache"] if "cache" in output else output["past_key_values"]  # from transformers 5.24 on; before
+    cache = output["cache"] if "cache" in output else output["past_key_values"]  # either
     layers = decoder_layers(model, arch)
 
     def step() -> tuple[float, float]:
-        with _clock_around(layers[0], layers[-1], model.device) as times:
+        times: list[float] = []
+        before = layers[0].register_forward_pre_hook(lambda *_: times.append(now(model.device)))
+        with before, layers[-1].register_forward_hook(lambda *_: times.append(now(model.device))):
             start = now(model.device)
             model(ids_1T[:, :1], None, None, cache, use_cache=True)
-            all_of_it = now(model.device) - start
+            total = now(model.device) - start
         span = times[1] - times[0]
-        return span, all_of_it - span
+        return span, total - span
 
     return step
-
-
-@contextmanager
-def _clock_around(first: nn.Module, last: nn.Module, device: torch.device) -> Iterator[list[float]]:
-    times: list[float] = []
-    handles = [
-        first.register_forward_pre_hook(lambda *_: times.append(now(device))),
-        last.register_forward_hook(lambda *_: times.append(now(device))),
-    ]
-    try:
-        yield times
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 Key = tuple[str, int]
@@ -195,7 +177,7 @@ def _timing(group: str, num_units: int, seconds: list[float]) -> Timing:
 
 
 def _slope(timings: list[Timing]) -> float:
-    """Return seconds per unit by least squares. Raises RecipeError if there are none to be saved."""
+    """Return seconds per unit by least squares. Raises RecipeError if none can be saved."""
     name, widths = timings[0].group, [timing.num_units for timing in timings]
     if len(widths) < 2:
         raise RecipeError(f"remove.target: latency has no price for {name}, of which no layer has more than one unit.")
@@ -203,8 +185,7 @@ def _slope(timings: list[Timing]) -> float:
     if slope <= 0:
         table = ", ".join(f"{timing.num_units:,}: {timing.seconds * 1000:.3f} ms" for timing in timings)
         raise RecipeError(
-            f"remove.target: latency has no price for {name}, since layers get no faster here with fewer "
-            f"units ({table}); let "
-            f"nothing else run meanwhile, or use target parameters, flops or kv_bytes."
+            f"remove.target: latency has no price for {name}, since layers get no faster here with fewer units "
+            f"({table}); let nothing else run meanwhile, or use target parameters, flops or kv_bytes."
         )
     return slope

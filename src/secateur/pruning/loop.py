@@ -1,8 +1,4 @@
-"""The loop: whole layers go first, then rounds over layers over groups, on the pruned stream.
-
-In: a run. Out: its model with smaller linears and a config that says so, and which units stayed. Every step is one
-line of the run log.
-"""
+"""The loop: whole layers go first, then rounds over layers over groups, on the pruned stream."""
 
 import dataclasses
 import math
@@ -21,7 +17,7 @@ from secateur.model.bind import Arch, decoder_layers
 from secateur.model.group import Group, add_zero_biases, linear, original_units
 from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
-from secateur.pruning.resolve_depth import TOKENS_PER_INPUT, protected_layers, removed_layers
+from secateur.pruning.resolve_depth import NARROW_TOKENS_PER_INPUT, protected_layers, removed_layers
 from secateur.pruning.round_plan import layer_seed, plan_round, whole_model_scores
 from secateur.pruning.run import Keeps, Run, SafetyNet, watched_losses
 from secateur.ranks import from_first
@@ -31,14 +27,14 @@ from secateur.stream.walk import Batch, Walk
 
 
 def remove_depth(run: Run) -> Run:
-    """Remove as many layers as the recipe's `depth` says, in place; call it before `prune_in_place`.
+    """Remove the recipe's `depth` layers in place; call it before `prune_in_place`.
 
-    Which: the recipe's `removed_layers`, or else those of `choose_layers` on `probe_blocks` blocks per domain of the
-    first round, in a model about as narrow as widths will make it, where the others must do without them. In what
-    order: from the first layer on, so that each patch is fitted to what the layers before it give by then, as
-    everywhere in a walk. Patched by least squares on all the blocks of the first round, where the recipe compensates
-    so, the family adds what an FFN gives as it is, and a layer stands before. Everything after, the dense stream
-    included, starts from this model; only the safety net still compares with the dense one.
+    Which: the recipe's `removed_layers`, or those of `choose_layers` on `probe_blocks` blocks per
+    domain of the first round, in a model about as narrow as the widths will make it. Layers go from
+    the first on, so that each fold is fitted to what the layers before it then give. They are
+    folded on all blocks of the first round if the recipe compensates by least squares and the
+    family adds an FFN's output as it is. All that follows starts from this model; only the safety
+    net compares with the dense one.
     """
     resolved, dense, services = run.resolved, run.arch, run.services
     if not resolved.depth:
@@ -65,47 +61,37 @@ def remove_depth(run: Run) -> Run:
 
 def _chosen(run: Run, batches: list[Batch]) -> dict[int, float]:
     """Return the KL of each layer to remove, in the order chosen."""
-    recipe, dense = run.resolved.recipe, run.arch
+    recipe, arch, progress = run.resolved.recipe, run.arch, run.services.progress
 
     def chosen() -> list[tuple[int, float]]:
-        costs = choose_layers(
-            run.model,
-            dense,
-            first_blocks(batches, recipe.choose.probe_blocks),
-            run.resolved.depth,
-            readers=_narrow_readers(run, batches),
-            protected=protected_layers(recipe, dense),
-            progress=run.services.progress,
-        )
+        blocks, depth = first_blocks(batches, recipe.choose.probe_blocks), run.resolved.depth
+        readers, protected = _narrow_readers(run, batches), protected_layers(recipe, arch)
+        costs = choose_layers(run.model, arch, blocks, depth, readers=readers, protected=protected, progress=progress)
         return list(costs.items())
 
     return dict(run.services.store.value("removed layers", chosen))
 
 
 def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
-    """Return FFN readers about as narrow as widths will make them, from a few blocks that the probe does not see.
-
-    None where no FFN becomes narrower.
-    """
+    """Return FFN readers about as narrow as the widths will be; none if none gets narrower."""
     recipe, plan = run.resolved.recipe, run.resolved.plans[-1]
     ffns = [group for group in run.resolved.groups if group.name == "ffn" and group.kind == "channels"]
-    kept = sum(plan.num_keep[group.layer, group.name] for group in ffns)
-    if kept == sum(group.num_units for group in ffns):
+    kept, total = sum(plan.num_keep[each.layer, each.name] for each in ffns), sum(each.num_units for each in ffns)
+    if kept == total:
         return {}
-    # Before layers are chosen plans are for those that are expected to stay; the share is what is of use.
-    share = kept / sum(group.num_units for group in ffns)
+    # The plan is for the layers expected to stay, so only its share is of use.
     domains, widest = run.text.domains, max(group.num_units for group in ffns)
-    num_blocks = math.ceil(TOKENS_PER_INPUT * widest / (len(domains) * run.text.sequence_length))
+    num_blocks = math.ceil(NARROW_TOKENS_PER_INPUT * widest / (len(domains) * run.text.sequence_length))
     spare = min(len(domain.calibration_NT) for domain in domains) - recipe.choose.probe_blocks
     after = recipe.choose.probe_blocks if spare >= num_blocks else 0
     unprotected = set(range(run.arch.num_layers)) - protected_layers(recipe, run.arch)
     damping = run.resolved.damping if recipe.repair.compensate == "least_squares" else None
     blocks = first_blocks(batches, num_blocks, after=after)
-    return narrow_readers(run.model, run.arch, blocks, dict.fromkeys(unprotected, share), damping, from_first)
+    return narrow_readers(run.model, run.arch, blocks, dict.fromkeys(unprotected, kept / total), damping, from_first)
 
 
 def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]) -> dict[str, Any]:
-    """Fold `layer`, now at `position`, into the one before it, if that can be; return what the held-out text says."""
+    """Fold `layer`, now at `position`, into the one before if possible; return the verdict."""
     recipe = run.resolved.recipe
     if position == 0 or recipe.repair.compensate != "least_squares" or not arch.mlp_adds_directly:
         return {}
@@ -123,10 +109,10 @@ def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]
 
 
 def prune_in_place(run: Run) -> Keeps:
-    """Prune the model, all rounds, and return each group's kept units by their original indices.
+    """Prune the model, all rounds; return each group's kept units by their original indices.
 
-    Layers of a recipe with `depth` have gone before, by `remove_depth`; keeps number layers as the model then does.
-    With `max_loss_rise` the last round that held is what stays. Raises RecipeError if not even the first one held.
+    Call `remove_depth` first; layers are numbered as the model then does. With `max_loss_rise` the
+    last round that held stays. Raises RecipeError if not even the first one held.
     """
     assert run.arch.num_layers == len(run.resolved.layers), "remove_depth comes first"
     keeps = {(group.layer, group.name): torch.arange(group.num_units) for group in run.resolved.groups}
@@ -138,17 +124,17 @@ def prune_in_place(run: Run) -> Keeps:
     with scratch as folder, embeddings_on_disk(run.model, Path(folder), are_there=run.weights_on_disk) as unload:
         dense_layers, net = LayersOnDisk(Path(folder), "dense"), SafetyNet(run, Path(folder))
         for number in range(1, len(run.resolved.plans) + 1):
-            # Of nothing that is left to the widths there is nothing to measure.
+            # No width left to remove in this round: skip it.
             if run.resolved.removals[number - 1] > 0:
                 batches = run.batches(number)
                 scores = whole_model_scores(run, number, batches)
                 plan = plan_round(run, number, batches, net.allowed_rise(), scores)
                 net.before_round(keeps)
-                # Through a round that the store has whole no stream needs to go.
-                walked = [] if _is_finished(run, number) else batches
-                walk = Walk(run.model, run.arch, walked, dense=bool(run.resolved.target_mix))
+                # A round that the store has whole needs no stream.
+                stored = all(run.services.store.has(_step_name(number, group)) for group in run.resolved.groups)
+                walk = Walk(run.model, run.arch, [] if stored else batches, dense=bool(run.resolved.target_mix))
                 unload()
-                # Two sets of files by turns: a round's are mapped until the next one's take their place.
+                # Two alternating sets of files: one stays mapped until the next round replaces it.
                 finished = LayersOnDisk(Path(folder), f"finished-{number % 2}") if run.weights_on_disk else None
                 _one_round(run, walk, plan, number, scores, keeps, dense_layers, finished)
             if not net.holds(number, keeps):
@@ -192,7 +178,7 @@ def _one_round(
 
 
 def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int, scores_U: Tensor | None) -> Tensor:
-    """Prune the group and return the kept indices, or do again what the store knows of it."""
+    """Prune the group, or repeat the stored step; return the kept indices."""
     layer, recipe, name = walk.layers[group.layer], run.resolved.recipe, _step_name(number, group)
     found = run.services.store.find(name)
     if found is not None:
@@ -206,10 +192,6 @@ def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int, 
         run.services.store.keep(name, outcome_of(layer, group, keep), line)
     run.services.log.write(line)
     return keep
-
-
-def _is_finished(run: Run, number: int) -> bool:
-    return all(run.services.store.has(_step_name(number, group)) for group in run.resolved.groups)
 
 
 def _step_name(number: int, group: Group) -> str:

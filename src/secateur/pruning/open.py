@@ -1,7 +1,6 @@
-"""The model of a run, opened: a bound architecture from what the user named, weights and text when they are asked for.
+"""A run's model, opened: its architecture bound once; weights and text only when asked for.
 
-In: a reference or a model in memory, the recipe. Out: an `Opened`, bound once; then the run with everything at hand.
-`resolve.checked` says whether the recipe fits. Everything that needs no weights is checked before one is read.
+All that needs no weights is checked before one is read; see `resolve.checked` for the recipe.
 """
 
 import hashlib
@@ -39,18 +38,18 @@ from secateur.recipe_file import dump_recipe
 from secateur.store import Store
 from secateur.stream.device import LOW, multiplies_in_software
 
-# Whatever of these a run has: the bytes of its result are the same.
+# These keys change no byte of the result.
 _WITHOUT_EFFECT = {"machine": {"memory_budget", "device_budget"}}
-# Of every parameter so many numbers are looked at: another revision differs in them, and no file is read whole.
+# Numbers hashed per parameter: enough to tell revisions apart without reading whole files.
 NUM_SAMPLED = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A dense model and the recipe for it. `checkpoint`: None for a model in memory.
+    """A dense model and its recipe. `checkpoint`: None for a model in memory.
 
-    `model`: the one in memory, or the checkpoint's, on the meta device until `loaded`. `size`: as it is stored.
-    `device`: where the run computes. `tokenizer`: the one that was handed over, if any.
+    `model`: the one in memory, or the checkpoint's, on the meta device until `loaded`. `size`: as
+    stored. `device`: where the run computes. `tokenizer`: the one handed over, if any.
     """
 
     checkpoint: Checkpoint | None
@@ -63,7 +62,7 @@ class Opened:
 
     @property
     def name(self) -> str:
-        """What the user calls the model."""
+        """The user's name for the model."""
         if self.checkpoint is not None:
             return self.checkpoint.reference
         return str(self.model.config._name_or_path or type(self.model).__name__)
@@ -79,16 +78,12 @@ class Opened:
 
 
 def open_model(
-    model: CausalLM | str | Path,
-    recipe: Recipe,
-    tokenizer: Tokenizer | None = None,
-    *,
-    weights: bool = True,
+    model: CausalLM | str | Path, recipe: Recipe, tokenizer: Tokenizer | None = None, *, weights: bool = True
 ) -> Opened:
-    """Return the model with its architecture bound, that of a checkpoint without its weights.
+    """Return the model with its architecture bound; a checkpoint's weights are not read.
 
-    `weights`: the files of weights must be there, and fit the config.
-    Raises a SecateurError if the model cannot be opened, or its family is not known.
+    `weights`: the files of weights must be there, and fit the config. Raises a SecateurError if the
+    model cannot be opened or its family is not known.
     """
     if isinstance(model, str | Path):
         checkpoint = open_checkpoint(model, weights=weights)
@@ -103,26 +98,23 @@ def open_model(
 
 
 def _device_for(recipe: Recipe, checkpoint: Checkpoint | None, model: CausalLM) -> torch.device:
-    """Return where the run computes; a model in memory stays where it is. Raises RecipeError if there is no such."""
+    """Return the run's device, that of a model in memory. Raises RecipeError if there is none."""
     if checkpoint is not None:
         return device_called(recipe.machine.device)
     if recipe.machine.device_budget is not None:
-        raise RecipeError(
-            "machine.device_budget: a model in memory is where it is; give its path, or leave device_budget out."
-        )
+        raise RecipeError("machine.device_budget: a model in memory stays where it is; give its path, or leave it out.")
     if recipe.machine.device is not None and device_called(recipe.machine.device).type != model.device.type:
         raise RecipeError(
             f"machine.device: is {recipe.machine.device}, and the model in memory is on {model.device}; "
-            f"move the model, or leave "
-            f"device out."
+            f"move the model, or leave device out."
         )
     return model.device
 
 
 def computes_in_float32(opened: Opened) -> bool:
-    """Say whether weights are to be in float32 while they are computed with, and no longer.
+    """Return whether layers are computed in float32 and stored in their own dtype.
 
-    By itself where the device multiplies their dtype in software, and the recipe sets no limit on memory.
+    Default: if the device multiplies their dtype in software and the recipe does not limit memory.
     Raises RecipeError if the recipe asks for it where it cannot be.
     """
     recipe, checkpoint, dtype = opened.recipe, opened.checkpoint, opened.model.dtype
@@ -131,9 +123,8 @@ def computes_in_float32(opened: Opened) -> bool:
         raise RecipeError(f"machine.compute_dtype: float32 does not go with {why}; leave one of them out.")
     if checkpoint is None or recipe.machine.memory_budget is not None or dtype not in LOW:
         return False
-    return recipe.machine.compute_dtype == "float32" or (
-        recipe.machine.compute_dtype is None and multiplies_in_software(opened.device, dtype)
-    )
+    asked = recipe.machine.compute_dtype
+    return asked == "float32" or (asked is None and multiplies_in_software(opened.device, dtype))
 
 
 def tokenizer_of(opened: Opened) -> Tokenizer:
@@ -145,15 +136,12 @@ def tokenizer_of(opened: Opened) -> Tokenizer:
 
 
 def loaded(opened: Opened, *, on_disk: bool) -> tuple[Opened, tuple[str, ...]]:
-    """Return the model with its weights, in ordinary memory or mapped, and what was changed of one in memory.
-
-    `on_disk`: weights stay in their files.
-    """
+    """Return the model with weights, mapped if `on_disk`, and the changes to one in memory."""
     model, checkpoint = opened.model, opened.checkpoint
     if checkpoint is None:
         check_finite(model)
         return opened, restore_buffers(model)
-    # On the way to a device weights need not pass through memory.
+    # Weights for a device need not pass through the host's memory.
     mapped = (on_disk or opened.device.type != "cpu") and checkpoint.gguf_file is None
     model = load_model(checkpoint, mapped=mapped)
     return replace(opened, model=model, size=Size.of(model)), ()
@@ -170,11 +158,11 @@ def store_for(
     overwrite: bool,
     tell: Callable[[str], None],
 ) -> AbstractContextManager[Store]:
-    """Return the store of a run that can be resumed, see `Store.open`; for any other one a store that keeps nothing.
+    """Return the store of a run that can be resumed, see `Store.open`; else one that saves nothing.
 
-    `checkpoint`: None for a model in memory, which a run cuts in place, so that it is not what it was.
-    `computes`: where and in what, as far as the recipe leaves that to the machine.
-    Raises CheckpointError if such a run is to `resume`.
+    `checkpoint`: None for a model in memory, which cannot be resumed because a run cuts it in
+    place. `computes`: the device and dtype that the recipe leaves to the machine. Raises
+    CheckpointError if a run that cannot be resumed is to `resume`.
     """
     if out is None or checkpoint is None:
         if resume:
@@ -191,10 +179,7 @@ def store_for(
 
 
 def inputs_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return all that the result depends on and that is known before a weight is read.
-
-    Calibration text and measured prices are not.
-    """
+    """Return what the result depends on before a weight is read: no text, no measured prices."""
     return {
         "recipe": recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
         "model config": json.loads(checkpoint.config.to_json_string(use_diff=False)),
@@ -204,7 +189,7 @@ def inputs_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def check_same_run(model: CausalLM, recipe: Recipe) -> None:
-    """Raise RankError if another rank has another recipe, model, precision or version of the packages."""
+    """Raise RankError if another rank has another recipe, model, precision or version."""
     if size() == 1:
         return
     check_same(

@@ -1,11 +1,10 @@
-"""From an opened model to a run: prices, memory, text, weights on the device, all ranks alike."""
+"""From an opened model to a run: prices, memory, text, weights on the device, equal ranks."""
 
 from dataclasses import replace
 from functools import partial
 
-from secateur.data.calibration import CalibrationSet, build_calibration, with_sampled
+from secateur.data.calibration import build_calibration, with_sampled
 from secateur.files import check_free_space
-from secateur.log import Progress
 from secateur.model.bind import decoder_layers
 from secateur.model.checkpoint import eval_mode
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for
@@ -20,9 +19,9 @@ from secateur.stream.offload import Placement
 
 
 def prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placement]:
-    """Return what was opened with weights and tokenizer, the run, and its model's way to the device, where it is now.
+    """Return what was opened with weights and tokenizer, the run, and its model's placement.
 
-    Raises a SecateurError for what the recipe, the memory or the text cannot do.
+    Raises a SecateurError for what the recipe, the memory or the text does not allow.
     """
     opened = with_prices(opened, services)
     resolved, log = resolve(opened), services.log
@@ -30,28 +29,22 @@ def prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placement
     if services.scratch is not None:
         check_free_space(services.scratch, disk_bytes(opened, resolved, plan))
     opened = replace(opened, tokenizer=tokenizer_of(opened))
+    recipe, source = resolved.recipe, (tokenizer_of(opened), resolved.recipe.seed, services.progress)
     with log.time("calibration"):
-        text = from_first(partial(_text, opened, resolved, services.progress))
+        build = partial(build_calibration, recipe.calibration, resolved.num_tokens, *source)
+        text = from_first(partial(build, num_rounds=recipe.choose.rounds))
     with log.time("load"):
         opened, resolved, placement = _on_device(opened, resolved, plan)
-    model, seed = opened.model, opened.recipe.seed
+    model = opened.model
     with log.time("calibration"), eval_mode(model):
-        text = from_first(partial(with_sampled, text, model, tokenizer_of(opened), seed, services.progress))
+        text = from_first(partial(with_sampled, text, model, *source))
         services.store.check_input("calibration text", text.content_hash)
     facts = {"model": model, "arch": opened.arch, "resolved": resolved, "text": text, "services": services}
     return opened, Run(**facts, weights_on_disk=plan.weights_on_disk), placement
 
 
-def _text(opened: Opened, resolved: Resolved, progress: Progress) -> CalibrationSet:
-    recipe, tokenizer = resolved.recipe, tokenizer_of(opened)
-    rounds = recipe.choose.rounds
-    return build_calibration(
-        recipe.calibration, resolved.num_tokens, tokenizer, recipe.seed, progress, num_rounds=rounds
-    )
-
-
 def _on_device(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> tuple[Opened, Resolved, Placement]:
-    """Load the model and bring it to the device; a model in memory stays where it is."""
+    """Load the model and onload it; a model in memory stays where it is."""
     opened, notes = loaded(opened, on_disk=plan.weights_on_disk)
     resolved = replace(resolved, warnings=resolved.warnings + notes + _notes(opened, plan))
     check_same_run(opened.model, resolved.recipe)
@@ -63,11 +56,11 @@ def _on_device(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> tuple[Op
 
 
 def _notes(opened: Opened, plan: MemoryPlan) -> tuple[str, ...]:
-    """Return what people should know of how the run keeps within memory."""
+    """Return notes for people on how the run keeps within memory."""
     notes: tuple[str, ...] = ()
     if plan.one_layer_at_a_time and plan.budget_bytes is not None:
-        gigabytes = f"{plan.budget_bytes / 1e9:.2f} GB"
-        notes += (f"layers came to {opened.device} one at a time to keep within {gigabytes}.",)
+        limit = f"{plan.budget_bytes / 1e9:.2f} GB"
+        notes += (f"layers came to {opened.device} one at a time to keep within {limit}.",)
     if plan.in_float32:
         stored = str(opened.model.dtype).removeprefix("torch.")
         notes += (f"computed in float32 on {opened.device}; stored in {stored} as before.",)

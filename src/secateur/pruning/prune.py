@@ -1,7 +1,7 @@
-"""One prune, step by step: open, resolve, text, load, remove layers, rounds, save, verify, result, report.
+"""One prune: open, resolve, text, load, remove layers, rounds, save, verify, result, report.
 
-In: a model (reference or in memory) and a recipe. Out: a `Result`, and, where `out` is given, a directory that stands
-on its own. Everything checkable without weights is checked before a weight is read. `api.prune` adds recovery.
+All that can be checked without weights is checked before a weight is read.
+`api.prune` adds recovery.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def prune_run(
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Result:
-    """Prune a causal LM; its recipe's key `recover` is not looked at. Arguments and errors are those of `api.prune`."""
+    """Prune a causal LM, without the recipe's `recover`. Arguments, errors: see `api.prune`."""
     opened = checked(open_model(model, recipe, tokenizer))
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
     computes = {"device": str(opened.device), "in float32": computes_in_float32(opened)}
@@ -55,7 +55,7 @@ def prune_run(
 
 
 def _pruned(opened: Opened, run: Run, placement: Placement, directory: Path | None, command: str) -> Result:
-    """Return the result of a run whose model is dense, and write it to the directory."""
+    """Return the result of a run whose model is still dense, and write it to the directory."""
     services, measured = run.services, dict[str, Any](dense_losses=run.losses("dense"))
     run, checkpoint, keeps = _cut(opened, run, placement, directory)
     measured |= {"peak_bytes": peak_bytes(), "pruned_losses": run.losses("pruned")}
@@ -72,7 +72,7 @@ def _pruned(opened: Opened, run: Run, placement: Placement, directory: Path | No
 def _cut(
     opened: Opened, run: Run, placement: Placement, directory: Path | None
 ) -> tuple[Run, PrunedCheckpoint | None, Keeps]:
-    """Remove layers, then prune all rounds. Return the run as it is then, what writes its model, and the keeps."""
+    """Remove layers, then prune all rounds; return the run then, the checkpoint and the keeps."""
     checkpoint = None
     with run.services.log.time("prune"):
         run = remove_depth(run)
@@ -88,4 +88,4 @@ def _cut(
 
 def _save_round(placement: Placement, checkpoint: PrunedCheckpoint, number: int, keeps: Keeps) -> None:
     with placement.on_host():
-        checkpoint.save_round(number, keeps)
+        checkpoint.save(keeps, number)

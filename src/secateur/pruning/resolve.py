@@ -1,7 +1,4 @@
-"""Turn a recipe and an architecture into concrete numbers. Every error that needs no weights surfaces here.
-
-In: an opened model and its recipe. Out: plain numbers, the recipe with every `None` filled, and the plans.
-"""
+"""From a recipe and an architecture to plain numbers and plans; errors that need no weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +32,7 @@ from secateur.stream.statistics import BY_DOMAIN
 
 
 def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
-    """Raise RecipeError for what experts do not have (budgets, targets, weightings, scores), or only they have."""
+    """Raise RecipeError for what experts do not support, or what only experts support."""
     have_experts = any(group.kind in OF_EXPERTS for group in groups)
     if have_experts and (recipe.choose.budget != "uniform" or recipe.remove.target != "parameters"):
         raise RecipeError(
@@ -45,44 +42,42 @@ def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
     units = find_score(recipe.choose.score).units
     if have_experts and units == "channels and heads":
         raise RecipeError(
-            f"choose.score: {recipe.choose.score} is of channels and heads, not of experts; use obs, or "
-            f"leave experts out of groups."
+            f"choose.score: {recipe.choose.score} is of channels and heads, not of experts; "
+            f"use obs, or leave experts out of groups."
         )
     if have_experts and recipe.choose.domain_weighting in BY_DOMAIN:
         raise RecipeError(
-            f"choose.domain_weighting: {recipe.choose.domain_weighting} looks at one reader's cut, which "
-            f"experts and their channels "
-            f"do not have; use energy or tokens, or leave experts out of groups."
+            f"choose.domain_weighting: {recipe.choose.domain_weighting} looks at one reader's cut, which experts and "
+            f"their channels do not have; use energy or tokens, or leave experts out of groups."
         )
     other = next((group.name for group in groups if group.kind != "experts"), None)
     if other and units == "experts":
         raise RecipeError(
-            f"choose.score: {recipe.choose.score} is of whole experts, groups has {other} too; use obs, or "
-            f"groups: [experts]."
+            f"choose.score: {recipe.choose.score} is of whole experts, groups has {other} too; "
+            f"use obs, or groups: [experts]."
         )
 
 
-# Least squares wants this many pooled tokens per reader input; with a fraction 1/n of them the damping is at least n
-# times its default. At least, not times: resolving a saved recipe must change nothing.
+# Least squares wants this many tokens per reader input; with 1/n of them the damping is at least n
+# times its default. `At least`, so that resolving a saved recipe changes nothing.
 TOKENS_PER_INPUT = 10
 DEFAULT_TOKENS_PER_INPUT = 16
 MIN_DEFAULT_TOKENS = 51200
 DEFAULT_TARGET_MIX = 0.5
-# At 15% of SmolLM2's channels perplexity is 10 to 20 times the dense one, whatever chooses them: LOG, 2026-11-25.
+# With 15% of SmolLM2's channels perplexity is 10 to 20 times the dense one: LOG, 2026-11-25.
 DEEP_KEEP = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """A run in concrete numbers. `recipe`: with every `None` filled that depends on the model, as it is saved.
+    """A run in plain numbers. `recipe`: as saved, with every model-dependent `None` filled.
 
-    `align` to `damping`: the recipe's keys of these names, as plain numbers.
+    `align` to `damping`: the recipe's keys of these names. `arch`, `prices`: the dense model's.
     `removals`: the share of the target's total that is gone after each round.
-    `arch`, `prices`: the dense model's, the prices by the recipe's target.
-    `plans`: one per round, the last is the target; a budget other than `uniform` departs from them layer by layer.
-    `groups`: those that lose units; layers that are protected have none.
-    `layers`: those that stay, by their numbers in the dense model; before any was measured, the last stand for those
-    that go. Everything else counts from the model that these layers make, and numbers layers as it does.
+    `plans`: one per round, the last is the target; budgets other than `uniform` depart from them.
+    `groups`: those that lose units, so none of protected layers.
+    `layers`: those that stay, by their dense numbers; the last ones go as long as none is measured.
+    All else counts from the model that these layers make, and numbers layers as it does.
     """
 
     recipe: Recipe
@@ -102,20 +97,17 @@ class Resolved:
 
     @property
     def prices_left(self) -> Prices:
-        """What is counted in plans: the prices of the model that `layers` make."""
+        """The prices of the model that `layers` make; plans count in these."""
         return self.prices.with_only(self.layers)
 
     def outcome(self, num_keep: Mapping[GroupKey, int]) -> Outcome:
-        """Return how much of the target is gone once only these units and `layers` are left."""
+        """Return how much of the target is gone if only these units and `layers` are left."""
         left = self.prices_left
         share = 1 - (left.total - left.gone(self.groups, num_keep)) / self.prices.total
         return Outcome(self.recipe.remove.target, self.prices.total_text, share)
 
     def with_layers(self, layers: tuple[int, ...]) -> "Resolved":
-        """Return the run for the case that these `depth` fewer layers stay, with plans of its own.
-
-        Raises RecipeError, naming the recipe key, if widths cannot give what the layers leave.
-        """
+        """Return the run with these layers. Raises RecipeError if widths cannot give the rest."""
         recipe, prices = self.recipe, self.prices
         groups = groups_of(recipe, self.arch, layers)
         step = least_step(groups, prices, self.align, alike=recipe.choose.budget == "uniform")
@@ -129,31 +121,25 @@ class Resolved:
 
 
 def checked(opened: Opened) -> Opened:
-    """Return what was opened, once its recipe is known to fit it, whatever units cost: before they are measured.
-
-    Raises ArchError or RecipeError, each naming the recipe key, for what this model cannot do.
-    """
+    """Return `opened`. Raises ArchError or RecipeError for what this model cannot do."""
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
     parse_size("output.max_shard_size", recipe.output.max_shard_size)
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
     if recipe.repair.compensate == "bias" and any(group.bias_switch is None for group in groups):
         raise RecipeError(
-            f"repair.compensate: family {arch.family} cannot store a bias in its readers (it would be "
-            f"dropped on reload); "
-            f"use least_squares or none."
+            f"repair.compensate: family {arch.family} cannot store a bias in its readers (it would be dropped on "
+            f"reload); use least_squares or none."
         )
     check_experts(recipe, groups)
     if recipe.remove.target != "latency" and recipe.remove.prices is not None:
-        raise RecipeError(
-            f"remove.prices: are what target latency plans with; with target {recipe.remove.target} leave them out."
-        )
+        target = recipe.remove.target
+        raise RecipeError(f"remove.prices: are what target latency plans with; with target {target} leave them out.")
     num_rounds(recipe)
     if config.get_text_config() is not config and (recipe.choose.budget != "uniform" or recipe.remove.protected_layers):
         raise RecipeError(
-            f"choose.budget: {recipe.choose.budget} with protected_layers "
-            f"{list(recipe.remove.protected_layers)} gives layers widths of "
-            f"their own, which a language model inside a larger class ({config.model_type}) cannot be saved with; use "
-            f"budget uniform without protected_layers."
+            f"choose.budget: {recipe.choose.budget} with protected_layers {list(recipe.remove.protected_layers)} gives "
+            f"layers widths of their own, which a language model inside a larger class ({config.model_type}) cannot be "
+            f"saved with; use budget uniform without protected_layers."
         )
     sequence_length(recipe.calibration.sequence_length, config)
     _target_mix(recipe, arch)
@@ -161,29 +147,21 @@ def checked(opened: Opened) -> Opened:
 
 
 def recipe_prices(recipe: Recipe, arch: Arch, model: Any) -> Prices:
-    """Return the dense model's prices by the recipe's target, those of the recipe's groups; see `prices_of`.
-
-    Raises RecipeError as `prices_of`, ArchError if the family has no such group.
-    """
-    groups, length = (
-        arch.select(recipe.remove.groups),
-        sequence_length(recipe.calibration.sequence_length, model.config),
-    )
-    return prices_of(recipe.remove.target, arch, groups, model, prompt_tokens=length, seconds=recipe.remove.prices)
+    """Return the dense model's prices by the recipe's target and groups. Raises as `prices_of`."""
+    remove, length = recipe.remove, sequence_length(recipe.calibration.sequence_length, model.config)
+    groups = arch.select(remove.groups)
+    return prices_of(remove.target, arch, groups, model, prompt_tokens=length, seconds=remove.prices)
 
 
 def resolve(opened: Opened) -> Resolved:
-    """Fill what depends on the model and make the plans. `opened`: as `checked` returns it.
-
-    Raises RecipeError, naming the recipe key, for what cannot be reached.
-    """
+    """Fill what depends on the model and make plans. Raises RecipeError for what is unreachable."""
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
     prices = recipe_prices(recipe, arch, opened.model)
     depth = depth_of(recipe, arch, config, prices)
     recipe = recipe.filled(remove={"depth": depth})
     layers = layers_to_expect(recipe, arch, config)
     groups = groups_of(recipe, arch, layers)
-    # A layer is folded into the FFN reader before it, whatever else is cut.
+    # A layer is folded into the FFN reader before it.
     fitted = groups + (arch.select(("ffn",)) if depth else ())
     widest = max(group.num_inputs for group in fitted)
     num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
@@ -213,12 +191,12 @@ def _too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:
 
 
 def _plans(resolved: Resolved, remove: float, shares: list[float]) -> list[Plan]:
-    """Return the rounds' plans for what is left to the widths, which may be nothing."""
+    """Return the rounds' plans for the widths' part of the removal, which may be nothing."""
     recipe, groups, prices = resolved.recipe, resolved.groups, resolved.prices_left
     if remove == 0:
         return [plan_of(groups, prices, {(group.layer, group.name): group.num_units for group in groups})]
     _check_within_reach(resolved, remove)
-    # Other budgets need the plan only to count with, and spread it over layers in steps of their own.
+    # Other budgets only count with this plan and spread it over layers in their own steps.
     align = resolved.align if recipe.choose.budget == "uniform" else 1
     plan = uniform_plan(groups, prices, remove, align)
     _check_least(recipe, groups, plan, remove, prices)
@@ -226,25 +204,21 @@ def _plans(resolved: Resolved, remove: float, shares: list[float]) -> list[Plan]
 
 
 def _widths(recipe: Recipe, *, cuts: bool) -> str:
-    """Return what the recipe's widths must be. Raises RecipeError if it says that they must not."""
-    if not cuts:
-        return recipe.choose.widths or "uniform"
-    reasons = [f"budget {recipe.choose.budget}"] * (recipe.choose.budget != "uniform") + ["protected_layers"] * bool(
-        recipe.remove.protected_layers
-    )
-    if not reasons:
+    """Return the recipe's `widths`, filled. Raises RecipeError if they do not fit the rest."""
+    reasons = [f"budget {recipe.choose.budget}"] * (recipe.choose.budget != "uniform")
+    reasons += ["protected_layers"] * bool(recipe.remove.protected_layers)
+    if not cuts or not reasons:
         return recipe.choose.widths or "uniform"
     if recipe.choose.widths == "uniform":
         raise RecipeError(
-            f"choose.widths: uniform cannot be met with {reasons[0]}, which gives layers widths of their "
-            f"own; leave it out, "
-            f"or use budget uniform without protected_layers."
+            f"choose.widths: uniform cannot be met with {reasons[0]}, which gives layers widths of their own; "
+            f"leave it out, or use budget uniform without protected_layers."
         )
     return "per_layer"
 
 
 def _check_within_reach(resolved: Resolved, remove: float) -> None:
-    """Raise RecipeError if a budget that plans layer by layer could not reach the target whatever it measures."""
+    """Raise RecipeError if a budget that measures could not reach the target at all."""
     recipe, groups, prices = resolved.recipe, resolved.groups, resolved.prices_left
     if recipe.choose.budget == "uniform":
         return
@@ -281,9 +255,8 @@ def _target_mix(recipe: Recipe, arch: Arch) -> float:
         return DEFAULT_TARGET_MIX if possible else 0.0
     if recipe.repair.target_mix > 0 and not arch.mlp_adds_directly:
         raise RecipeError(
-            f"repair.target_mix: family {arch.family} normalises what an MLP gives before adding it, so no "
-            f"drift can be made "
-            f"up for; got {recipe.repair.target_mix:g}, set it to 0 or leave it out."
+            f"repair.target_mix: family {arch.family} normalises what an MLP gives before adding it, so no drift can "
+            f"be made up for; got {recipe.repair.target_mix:g}, set it to 0 or leave it out."
         )
     return recipe.repair.target_mix if recipe.repair.compensate == "least_squares" else 0.0
 

@@ -1,7 +1,6 @@
-"""How many parameters whole layers take, and what is left for widths. Arithmetic, before any weight is read.
+"""How many parameters whole layers take, and what is left for the widths; no weight is read.
 
-In: a recipe with `depth`, the dense model's architecture and config. Out: which layers stay, the share that is left to
-the widths. All layers of a family have equal sizes, so which ones go changes no number; `choose_layers` says which.
+All layers of a family have equal sizes, so which ones go changes no number.
 """
 
 import dataclasses
@@ -14,23 +13,20 @@ from secateur.model.bind import Arch
 from secateur.model.group import OF_EXPERTS, Group
 from secateur.recipe import Recipe
 
-# Of the share of units beyond UNITS_ALONE that widths would have to give, this much as large a share of layers goes.
+# Layers go for the share of units beyond UNITS_ALONE: LAYERS_PER_UNIT times that share of layers.
 UNITS_ALONE, LAYERS_PER_UNIT = 0.5, 0.8
-# Readers that only serve to compare layers are fitted to so many tokens per input.
-TOKENS_PER_INPUT = 4
+# Readers used only to compare layers are fitted to this many tokens per input.
+NARROW_TOKENS_PER_INPUT = 4
 
 
 def protected_layers(recipe: Recipe, arch: Arch) -> set[int]:
-    """Return the dense model's layers that stay whole. Raises RecipeError for one that is not there."""
-    return _layers_named("protected_layers", recipe.remove.protected_layers, arch.num_layers)
+    """Return the dense layers that stay whole. Raises RecipeError for a missing one."""
+    return _layers_named("remove.protected_layers", recipe.remove.protected_layers, arch.num_layers)
 
 
 def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
-    """Return the dense model's layers that the recipe itself says are to go.
-
-    Raises RecipeError for one that is not there, is named twice or is protected, and for another number in `depth`.
-    """
-    named = _layers_named("removed_layers", recipe.remove.layers, arch.num_layers)
+    """Return the layers that the recipe names for removal. Raises RecipeError if they cannot go."""
+    named = _layers_named("remove.layers", recipe.remove.layers, arch.num_layers)
     shown = ", ".join(map(str, recipe.remove.layers))
     if len(named) < len(recipe.remove.layers):
         raise RecipeError(f"remove.layers: [{shown}] names a layer of {arch.num_layers} twice; name each once.")
@@ -38,9 +34,8 @@ def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
         raise RecipeError(f"remove.layers: layer {both[0]} is in protected_layers too; take it out of one of them.")
     if named and recipe.remove.depth not in (None, len(named)):
         raise RecipeError(
-            f"remove.depth: {recipe.remove.depth} is not the number of removed_layers: [{shown}]; leave "
-            f"depth out, or give "
-            f"{len(named)}."
+            f"remove.depth: {recipe.remove.depth} is not the number of removed_layers: [{shown}]; "
+            f"leave depth out, or give {len(named)}."
         )
     return named
 
@@ -48,18 +43,16 @@ def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
 def _layers_named(key: str, layers: tuple[int, ...], num_layers: int) -> set[int]:
     for index in layers:
         if not -num_layers <= index < num_layers:
-            raise RecipeError(
-                f"{key}: there is no layer {index}; use 0 to {num_layers - 1}, or {-num_layers} to -1 from the end."
-            )
+            end = num_layers - 1
+            raise RecipeError(f"{key}: there is no layer {index}; use 0 to {end}, or {-num_layers} to -1 from the end.")
     return {index % num_layers for index in layers}
 
 
 def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]:
-    """Return the layers that stay, by their numbers in the dense model.
+    """Return the layers that stay, by their dense numbers.
 
-    Where the recipe does not say which go, as if the last unprotected ones did; a `depth` not known yet counts as 0.
-
-    Raises RecipeError if so many cannot go, or if layers differ in size.
+    If the recipe does not name those that go, the last unprotected ones do; an unknown `depth` is
+    0. Raises RecipeError if so many cannot go, or if layers differ in size.
     """
     named = removed_layers(recipe, arch)
     free = sorted(set(range(arch.num_layers)) - protected_layers(recipe, arch))
@@ -81,45 +74,33 @@ def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]
 
 
 def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
-    """Return how many whole layers go: what the recipe says, or the default."""
-    if recipe.remove.depth is not None:
-        return recipe.remove.depth
-    return len(recipe.remove.layers) or default_depth(recipe, arch, config, prices)
+    """Return how many whole layers go: the recipe's number, or a default.
 
-
-def default_depth(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
-    """Return how many whole layers go where the recipe does not say.
-
-    Widths give the first units cheaply and the last ones at ruin. With f the share of the recipe's units that would go
-    if widths gave all, round(LAYERS_PER_UNIT * (f - UNITS_ALONE)) of all layers go, or none. Measured on SmolLM2-135M
-    (LOG, 2026-11-25), where that is 0 of 30 layers at 30% of all parameters, 4 at 40%, 8 at 50%. None either where the
-    recipe has rounds or a limit on the loss, counts something else than parameters or cuts no FFN, and where
-    layers differ.
+    The first units are cheap to remove and the last ones ruin the model. With f the share of the
+    recipe's units that would go if widths gave all, round(LAYERS_PER_UNIT * (f - UNITS_ALONE)) of
+    all layers go, or none. Measured on SmolLM2-135M (LOG, 2026-11-25): 0 of 30 layers at 30% of all
+    parameters, 4 at 40%, 8 at 50%. 0 too if the recipe has rounds or a limit on the loss, counts
+    something other than parameters or cuts no FFN, and if layers differ.
     """
+    if recipe.remove.depth is not None or recipe.remove.layers:
+        return len(recipe.remove.layers) if recipe.remove.depth is None else recipe.remove.depth
     groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
-    plain = (
-        recipe.remove.target == "parameters" and recipe.choose.rounds == 1 and isinstance(recipe.choose.schedule, str)
-    )
-    plain = plain and recipe.choose.max_loss_rise is None
+    choose, differ = recipe.choose, getattr(config, "is_heterogeneous", False)
+    plain = recipe.remove.target == "parameters" and choose.rounds == 1 and isinstance(choose.schedule, str)
+    plain = plain and choose.max_loss_rise is None and "ffn" in recipe.remove.groups
     alike = len(set(arch.params_per_layer)) == 1 and not any(group.kind in OF_EXPERTS for group in groups)
-    if (
-        not plain
-        or not alike
-        or "ffn" not in recipe.remove.groups
-        or not groups
-        or getattr(config, "is_heterogeneous", False)
-    ):
+    if not plain or not alike or not groups or differ:
         return 0
     asked, units = recipe.remove.share * prices.total, sum(group.num_units * prices.of(group) for group in groups)
     wanted = round(LAYERS_PER_UNIT * (asked / units - UNITS_ALONE) * arch.num_layers)
     free = arch.num_layers - len(protected_layers(recipe, arch))
     depth = max(0, min(wanted, int(asked // prices.per_layer[0]), free - 1))
-    # Where even then widths cannot give the rest, the error is to say what they can give by themselves.
+    # If even then widths cannot give the rest, the error is to name what they give alone.
     return depth if asked - depth * prices.per_layer[0] < units * (free - depth) / free else 0
 
 
 def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Group, ...]:
-    """Return the groups that lose units once only `layers` are left, numbered as they are then."""
+    """Return the groups that lose units if only `layers` are left, numbered as they are then."""
     protected = protected_layers(recipe, arch)
     chosen = arch.select(recipe.remove.groups)
     return tuple(
@@ -131,35 +112,33 @@ def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Grou
 
 
 def num_rounds(recipe: Recipe) -> int:
-    """Return the rounds that the recipe asks for. Raises RecipeError if its schedule is a list that cannot be met."""
+    """Return the recipe's number of rounds. Raises RecipeError for an impossible schedule."""
     gone = recipe.choose.schedule
     if isinstance(gone, str):
         return recipe.choose.rounds
     shown = ", ".join(f"{share:g}" for share in gone)
     if not gone or list(gone) != sorted(set(gone)) or gone[-1] != recipe.remove.share:
         raise RecipeError(
-            f"choose.schedule: a list says what is gone after each round, rising to remove: "
-            f"{recipe.remove.share:g}, got [{shown}]; "
-            f"end it with {recipe.remove.share:g}."
+            f"choose.schedule: a list says what is gone after each round, rising to remove: {recipe.remove.share:g}, "
+            f"got [{shown}]; end it with {recipe.remove.share:g}."
         )
     if recipe.choose.rounds not in (1, len(gone)):
         raise RecipeError(
-            f"choose.schedule: {len(gone)} rounds are listed, but rounds: {recipe.choose.rounds}; leave "
-            f"rounds out or list as many."
+            f"choose.schedule: {len(gone)} rounds are listed, but rounds: {recipe.choose.rounds}; "
+            f"leave rounds out or list as many."
         )
     if recipe.remove.depth or recipe.remove.layers:
         raise RecipeError(
-            "choose.schedule: layers (depth) go before the first round, so what is gone after each cannot "
-            "be listed; use "
-            "linear, or remove no layers."
+            "choose.schedule: layers (depth) go before the first round, so what is gone after each cannot be listed; "
+            "use linear, or remove no layers."
         )
     return len(gone)
 
 
 def share_for_widths(recipe: Recipe, depth: int, prices: Prices, num_gone: int, step: int) -> float:
-    """Return the share that widths must still take of what the layers leave; 0 if that is less than half a `step`.
+    """Return the widths' share of what the layers leave; 0 if that is less than half a `step`.
 
-    `num_gone`: what the `depth` layers that go take. `step`: the least that can go of the widths.
+    `num_gone`: the cost of the `depth` layers that go. `step`: the least that the widths can give.
     Raises RecipeError if the layers alone take more than half a step too much.
     """
     asked = recipe.remove.share * prices.total

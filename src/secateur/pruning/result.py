@@ -1,4 +1,4 @@
-"""What a run gives back and writes: the checkpoint with its proof, the kept units, the summary, card and page."""
+"""What a run returns and writes: checkpoint, proof, kept units, summary, card, report."""
 
 import json
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from secateur.report.rows import model_card
 
 
 def calibration_facts(calibration: CalibrationSet) -> CalibrationFacts:
-    """Return hash and token counts by domain, and how much of the held-out text the calibration text has too."""
+    """Return hash, token counts by domain, and the overlap of held-out and calibration text."""
     measured_on = {domain.name: domain.calibration_NT for domain in calibration.domains}
     held_out = {domain.name: domain.held_out_NT for domain in calibration.domains}
     return CalibrationFacts(
@@ -42,10 +42,10 @@ ROUNDS = "rounds"
 
 @dataclass(frozen=True, slots=True)
 class PrunedCheckpoint:
-    """`carry_from`: the dense checkpoint's directory, whose side files come along; None for a model in memory.
+    """`carry_from`: the dense checkpoint's directory with its side files; None for one in memory.
 
-    `layers`: the dense model's layers that stayed. In keep.json, where any went, they are the first entry, group
-    `layers`; the other entries number layers as the result does, so that number n there is the n-th of these.
+    `layers`: the dense layers that stayed. If any went, they are the first entry of keep.json,
+    group `layers`; the other entries number layers as the result does: n is the n-th of these.
     """
 
     model: CausalLM
@@ -55,19 +55,12 @@ class PrunedCheckpoint:
     carry_from: Path | None
     layers: tuple[int, ...]
 
-    def save(self, keeps: Keeps) -> None:
-        """Write the result into the directory itself."""
-        self._write(keeps, self.directory)
-
-    def save_round(self, number: int, keeps: Keeps) -> None:
-        """Write what a round has left under `rounds/NUMBER`; the last round's place is the directory itself."""
+    def save(self, keeps: Keeps, number: int | None = None) -> None:
+        """Write the model, a round's under `rounds/NUMBER`; the last round is the result itself."""
         if number == self.recipe.choose.rounds:
             return
-        place = self.directory / ROUNDS / str(number)
-        place.mkdir(parents=True)
-        self._write(keeps, place)
-
-    def _write(self, keeps: Keeps, place: Path) -> None:
+        place = self.directory if number is None else self.directory / ROUNDS / str(number)
+        place.mkdir(parents=True, exist_ok=number is None)
         shard_size = self.recipe.output.max_shard_size
         save_checkpoint(self.model, self.tokenizer, place, max_shard_size=shard_size, carry_from=self.carry_from)
         (place / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
@@ -81,9 +74,9 @@ VERIFY_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A pruned model. `keeps`: by (layer, group), the original indices of the units that stayed, sorted.
+    """A pruned model. `keeps`: by (layer, group), the original indices of the kept units, sorted.
 
-    `layers`: the dense model's layers that stayed; layer n of the result, and of `keeps`, was `layers[n]` there.
+    `layers`: the dense layers that stayed; layer n of the result, and of `keeps`, was `layers[n]`.
     """
 
     model: CausalLM
@@ -96,7 +89,7 @@ class Result:
 
 
 def save_and_prove(run: Run, checkpoint: PrunedCheckpoint, keeps: Keeps) -> Verification:
-    """Write the model and have a fresh process compute the logits that it gives here."""
+    """Save the model and have a fresh process compute the same logits."""
     services = run.services
     with services.log.time("save"):
         checkpoint.save(keeps)
@@ -111,7 +104,7 @@ def save_and_prove(run: Run, checkpoint: PrunedCheckpoint, keeps: Keeps) -> Veri
 
 
 def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | None, **measured: Any) -> Summary:
-    """Return what the run says of itself. `measured`: the command, losses and peaks of memory, by the field's name."""
+    """Return the run's summary. `measured`: command, losses and memory peaks, by field name."""
     recipe, log, pruned_size = run.resolved.recipe, run.services.log, Size.of(run.model)
     notes = tuple(line["text"] for line in log.lines if line["event"] == "note")
     return Summary(
@@ -146,7 +139,7 @@ def write_report_files(directory: Path, summary: Summary, log: RunLog) -> None:
 
 
 def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tensor]) -> dict[str, tuple[int, int, int]]:
-    """Return, by kind of group, units per layer before, and after in the narrowest and the widest layer."""
+    """Return, by kind of group: units per layer before, and the least and most of them after."""
     widths: dict[str, tuple[int, int, int]] = {}
     for group in groups:
         keep = keeps.get((group.layer, group.name))

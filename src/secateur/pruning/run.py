@@ -1,4 +1,4 @@
-"""A run: everything that the loop and the planning of its rounds work on, and its safety net."""
+"""A run: what the loop and the planning of its rounds work on, and its safety net."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,12 +27,11 @@ Keeps = dict[GroupKey, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Everything that a prune works on, step by step. `text`: the calibration set.
+    """What a prune works on, step by step. `text`: the calibration set.
 
-    `weights_on_disk`: finished layers are mapped from files, so that of the weights only one layer's fill memory.
-    `after_round`: is told the number of every round that held, while the model is as that round left it, its config
-    included, and which units are left.
-    `dense_losses`: held-out nats per token by domain before layers were removed, where something watches them.
+    `weights_on_disk`: finished layers are mapped from files. `after_round`: called with the number
+    and kept units of every round that held, with the model and its config as that round left them.
+    `dense_losses`: held-out nats per token by domain before layers went, if something watches them.
     """
 
     model: CausalLM
@@ -55,17 +54,17 @@ class Run:
         return {domain.name: domain.held_out_NT for domain in self.text.domains}
 
     def batches(self, number: int) -> list[Batch]:
-        """Return what round `number` (from 1) measures on, held-out batches marked; a rank's own part of it."""
+        """Return this rank's part of the batches of round `number` (from 1), held-out text too."""
         device: torch.device = next(self.model.parameters()).device
         batches: list[Batch] = []
         for domain in rotated(self.text, number - 1).domains:
             batches += make_batches(domain.name, domain.calibration_NT.to(device), held_out=False)
             batches += make_batches(domain.name, domain.held_out_NT.to(device), held_out=True)
-        # Dealt out whole, so that every hidden state is, bit for bit, what one process computes.
+        # Whole batches, so that every hidden state equals that of one process bit for bit.
         return own_part(batches)
 
     def losses(self, which: str) -> dict[str, Loss]:
-        """Return held-out losses by domain, in the run log too; none where the recipe asks for none."""
+        """Return held-out losses by domain and log them; none if the recipe asks for none."""
         if not self.resolved.recipe.output.evaluate:
             return {}
         log = self.services.log
@@ -82,12 +81,13 @@ class Run:
 
 
 class SafetyNet:
-    """`dense` and `now`: held-out nats per token by domain; empty where nothing asks for them.
+    """`dense` and `now`: held-out nats per token by domain; empty if nothing asks for them.
 
-    `now` is of the model as the first round finds it, so without the layers that the recipe's `depth` took.
+    `now` starts with the model of the first round, so without the layers that `depth` took.
     """
 
     def __init__(self, run: Run, directory: Path) -> None:
+        """Measure the model as it is; `directory` holds the snapshot of a round."""
         self.run = run
         self.limit = run.resolved.recipe.choose.max_loss_rise
         self.now = watched_losses(run, "without layers" if run.dense_losses else "dense")
@@ -114,7 +114,7 @@ class SafetyNet:
         return allowed
 
     def before_round(self, keeps: Keeps) -> None:
-        """Keep the layers and what is left of them, where a way back may be needed."""
+        """Save the layers and what is left of them, if a limit may undo the round."""
         if self.limit is None:
             return
         groups = self.run.resolved.groups
@@ -123,10 +123,7 @@ class SafetyNet:
         self._keeps = dict(keeps)
 
     def holds(self, number: int, keeps: Keeps) -> bool:
-        """Measure the round; if the mean loss rose too far, put model and `keeps` back and return False.
-
-        Raises RecipeError if there is no round to go back to.
-        """
+        """Measure the round; undo it if the loss rose too far. Raises RecipeError for round 1."""
         if not self.now:
             return True
         self.now = watched_losses(self.run, f"round {number}")
@@ -137,8 +134,8 @@ class SafetyNet:
         self.run.services.log.write(line)
         if held:
             return True
-        said = f"choose.max_loss_rise: round {number} raised the mean held-out loss by {rise:.1%} (allowed "
-        f"{self.limit:.1%})"
+        risen = f"round {number} raised the mean held-out loss by {rise:.1%} (allowed {self.limit:.1%})"
+        said = f"choose.max_loss_rise: {risen}"
         if number == 1:
             raise RecipeError(f"{said}, and there is no round before it to go back to; remove less or use more rounds.")
         for index, layer in enumerate(decoder_layers(self.run.model, self.run.arch)):
@@ -149,7 +146,7 @@ class SafetyNet:
 
 
 def watched_losses(run: Run, which: str) -> dict[str, float]:
-    """Return held-out nats per token by domain, or nothing if nothing in the recipe asks for them."""
+    """Return held-out nats per token by domain; none if nothing in the recipe asks for them."""
     recipe = run.resolved.recipe
     is_protected = any(domain.protect is not None for domain in recipe.calibration.domains.values())
     if recipe.choose.max_loss_rise is None and not is_protected and recipe.choose.rounds == 1:
