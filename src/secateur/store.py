@@ -69,6 +69,13 @@ class Store:
         self._promised: set[str] = set()
 
     @classmethod
+    def lasting(cls, directory: Path, tell: Callable[[str], None]) -> "Store":
+        """Return a store that stays in its directory; steps say what they `depends_on`."""
+        with disk_errors(directory.parent):
+            directory.mkdir(parents=True, exist_ok=True)
+        return cls(directory, tell=tell)
+
+    @classmethod
     @contextmanager
     def open(
         cls,

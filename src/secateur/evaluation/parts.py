@@ -1,6 +1,6 @@
-"""The parts of an evaluation: a domain, WikiText-2, a domain's KL, a task. Each is computed once and then read.
+"""The parts of an evaluation: a domain, WikiText-2, KL on a domain, a task; each computed once.
 
-In: one or two models, known by the fingerprint of their files and loaded when a part needs them. Out: plain numbers.
+In: one or two models, known by their files' fingerprint and loaded on demand. Out: plain numbers.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from secateur.stream.losses import (
 
 
 def differences(dense: Measured, pruned: Measured, tasks: dict[str, dict[str, TaskChange]] | None) -> Differences:
-    """Return the differences of text, in nats per token, and with them those of `tasks`."""
+    """Return the differences on text, in nats per token, together with those of `tasks`."""
     wikitext2 = None
     if dense.wikitext2 is not None and pruned.wikitext2 is not None:
         wikitext2 = _change(dense.wikitext2, pruned.wikitext2)
@@ -42,7 +42,7 @@ def differences(dense: Measured, pruned: Measured, tasks: dict[str, dict[str, Ta
 
 
 def task_changes(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, dict[str, TaskChange]]:
-    """Return the differences by task and metric of what `task_parts` returns for each model."""
+    """Return the differences by task and metric. In: `task_parts` of each model."""
     return {
         name: {metric: _task_change(name, metric, dense, pruned) for metric in task_metrics(results)}
         for name, results in pruned["results"].items()
@@ -59,9 +59,8 @@ def _task_change(name: str, metric: str, dense: dict[str, Any], pruned: dict[str
     before, after = dense["results"][name][metric], pruned["results"][name][metric]
     old, new = (side["item_scores"].get(name, {}).get(metric, []) for side in (dense, pruned))
     paired = _is_mean(old, before) and _is_mean(new, after)
-    return TaskChange(
-        after - before, standard_error([b - a for a, b in zip(old, new, strict=True)]) if paired else None
-    )
+    error = standard_error([b - a for a, b in zip(old, new, strict=True)]) if paired else None
+    return TaskChange(after - before, error)
 
 
 def _is_mean(scores: list[Any], value: float) -> bool:
@@ -74,7 +73,7 @@ Part = dict[str, Any]
 
 @dataclass(slots=True)
 class Subject:
-    """One of the two models. `which`: dense or pruned, for the progress bar. `device`: where it is loaded to."""
+    """A model to judge. `which`: its name in progress bars. `device`: where it is loaded."""
 
     which: str
     checkpoint: Checkpoint
@@ -86,25 +85,32 @@ class Subject:
     def model(self) -> PreTrainedModel:
         """Return the model, loading it at the first call."""
         if self.loaded is None:
-            self.loaded = on_device(load_model(self.checkpoint), self.device)
+            self.loaded = self.load()
         return self.loaded
 
+    def load(self) -> PreTrainedModel:
+        """Return the model, read anew, on the device."""
+        return on_device(load_model(self.checkpoint), self.device)
+
     def forget(self) -> None:
-        """Give the model's memory back."""
+        """Free the model's memory."""
         self.loaded = None
 
 
 def open_subject(which: str, reference: Any, device: str | None = None) -> Subject:
-    """Check the model as far as this needs no weights. Raises Checkpoint-, Arch- or RecipeError."""
+    """Check a model without its weights. Raises CheckpointError, ArchError or RecipeError."""
     checkpoint = open_checkpoint(reference)
-    return Subject(
-        which, checkpoint, bind(meta_model(checkpoint.config)), fingerprint(checkpoint), device_called(device)
-    )
+    return subject_of(which, checkpoint, bind(meta_model(checkpoint.config)), device_called(device))
+
+
+def subject_of(which: str, checkpoint: Checkpoint, arch: Arch, device: torch.device) -> Subject:
+    """Return the subject of a checkpoint whose architecture is bound."""
+    return Subject(which, checkpoint, arch, fingerprint(checkpoint), device)
 
 
 @dataclass(slots=True)
 class _Count:
-    """Steps done of a stage, those included that an earlier evaluation did."""
+    """Steps done of a stage, including those of an earlier evaluation."""
 
     progress: Progress
     stage: str
@@ -112,6 +118,7 @@ class _Count:
     done: int = 0
 
     def move(self, num_steps: int = 1) -> None:
+        """Advance by some steps and report it."""
         self.done = min(self.done + num_steps, self.total)
         self.progress(self.stage, self.done, self.total)
 
@@ -124,7 +131,7 @@ def quality_parts(
     blocks_NT: Blocks,
     progress: Progress,
 ) -> dict[str, Part]:
-    """Return `evaluate_domains.Quality` as a mapping, by domain."""
+    """Return `Quality` as a mapping, by domain."""
     count = _Count(progress, f"{subject.which}: {stage}", _num_blocks(blocks_NT))
     count.move(0)
     found = {}
@@ -132,7 +139,7 @@ def quality_parts(
         before = count.done
 
         def compute(domain: str = domain, domain_NT: Tensor = domain_NT) -> Part:
-            done = partial(count.move, size())  # each rank has as many, but for one
+            done = partial(count.move, size())  # ranks have equally many, plus or minus one
             quality = measure_quality(subject.model(), subject.arch, tokenizer, domain, domain_NT, done)
             return dataclasses.asdict(quality)
 
@@ -145,10 +152,7 @@ def quality_parts(
 def dense_states(
     store: Store, dense: Subject, pruned: Subject, blocks_NT: Blocks, progress: Progress
 ) -> DenseStates | None:
-    """Return what KL needs of the dense model for the domains whose KL is not known yet; None if all are.
-
-    Of a rank's own blocks alone.
-    """
+    """Return the dense model's part of KL on this rank's blocks; None if every KL is known."""
     unknown = {
         domain: domain_NT
         for domain, domain_NT in blocks_NT.items()
@@ -167,14 +171,9 @@ def dense_states(
 
 
 def kl_parts(
-    store: Store,
-    dense: Subject,
-    pruned: Subject,
-    states: DenseStates | None,
-    blocks_NT: Blocks,
-    progress: Progress,
+    store: Store, dense: Subject, pruned: Subject, states: DenseStates | None, blocks_NT: Blocks, progress: Progress
 ) -> dict[str, Part]:
-    """Return `kl.Divergence` as a mapping, by domain. `states`: of the domains whose KL is not known yet."""
+    """Return `Divergence` as a mapping, by domain. `states`: for domains without a known KL."""
     count = _Count(progress, "KL(dense || pruned)", _num_blocks(blocks_NT))
     found = {}
     for domain, domain_NT in blocks_NT.items():
@@ -205,9 +204,9 @@ def task_parts(
     options: TaskOptions,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Return the tasks' results in the harness's shape, with `sources` of their rows and `item_scores` by task.
+    """Return the tasks' results in the harness's shape, plus `sources` and `item_scores` by task.
 
-    Ranks take whole tasks by turns, so a rank asks a task's questions as one process would.
+    Ranks take whole tasks by turns, so each task is asked as by one process.
     """
     sizes = {name: num_questions(task, options) for name, task in loaded.tasks.items()}
     count = _Count(progress, f"{subject.which}: questions of tasks", sum(sizes.values()))
@@ -216,10 +215,10 @@ def task_parts(
     def result_of(name: str) -> Part:
         before, task = count.done, loaded.tasks[name]
 
-        def compute() -> Part:
-            def listen(done: int, total: int) -> None:
-                count.move(before + sizes[name] * done // total - count.done)
+        def listen(done: int, total: int) -> None:
+            count.move(before + sizes[name] * done // total - count.done)
 
+        def compute() -> Part:
             return run_task(task, subject.model(), tokenizer, options, listen)
 
         depends_on = {"model": subject.fingerprint, **dataclasses.asdict(options), **identity(task, loaded)}

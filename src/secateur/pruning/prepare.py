@@ -7,7 +7,7 @@ from secateur.data.calibration import CalibrationSet, build_calibration, with_sa
 from secateur.files import check_free_space
 from secateur.log import Progress
 from secateur.model.bind import decoder_layers
-from secateur.model.checkpoint import eval_mode
+from secateur.model.checkpoint import CausalLM, eval_mode
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for
 from secateur.pruning.latency import with_prices
 from secateur.pruning.open import Opened, check_same_run, loaded, tokenizer_of
@@ -31,7 +31,7 @@ def prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placement
         check_free_space(services.scratch, disk_bytes(opened, resolved, plan))
     opened = replace(opened, tokenizer=tokenizer_of(opened))
     with log.time("calibration"):
-        text = from_first(partial(_text, opened, resolved, services.progress))
+        text = from_first(partial(calibration_text, opened, resolved, services.progress))
     with log.time("load"):
         opened, resolved, placement = _on_device(opened, resolved, plan)
     model, seed = opened.model, opened.recipe.seed
@@ -42,12 +42,18 @@ def prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placement
     return opened, Run(**facts, weights_on_disk=plan.weights_on_disk), placement
 
 
-def _text(opened: Opened, resolved: Resolved, progress: Progress) -> CalibrationSet:
+def calibration_text(
+    opened: Opened,
+    resolved: Resolved,
+    progress: Progress,
+    model: CausalLM | None = None,
+    more_held_out: int = 0,
+) -> CalibrationSet:
+    """Return the recipe's calibration set. `model`: the dense one, for domains sampled from it."""
     recipe, tokenizer = resolved.recipe, tokenizer_of(opened)
-    rounds = recipe.choose.rounds
-    return build_calibration(
-        recipe.calibration, resolved.num_tokens, tokenizer, recipe.seed, progress, num_rounds=rounds
-    )
+    counts = {"more_held_out": more_held_out, "num_rounds": recipe.choose.rounds}
+    text = build_calibration(recipe.calibration, resolved.num_tokens, tokenizer, recipe.seed, progress, **counts)
+    return text if model is None else with_sampled(text, model, tokenizer, recipe.seed, progress)
 
 
 def _on_device(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> tuple[Opened, Resolved, Placement]:
