@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import secateur
 from secateur.cli import app
 from secateur.model.checkpoint import check_in_memory, restore_buffers
-from secateur.recipe import parse_recipe
+from secateur.recipe_file import parse_recipe
 
 TOKENIZER = tiny_tokenizer()
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from recipes import grouped
 from safetensors.torch import load_file
-from test_resume import Stopped, stopped_after, weights
 
 import secateur
 from secateur.errors import CheckpointError
 from secateur.formats.save import Verification
 from secateur.store import Store, place_beside
+from tests.pruning.test_resume import Stopped, stopped_after, weights
 
 # The second round is begun, so that a damaged step lies in a round through which no stream goes any more.
 RECIPE = {"remove": 0.35, "budget": "curve", "rounds": 2, "groups": ["ffn"]}

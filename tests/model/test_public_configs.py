@@ -17,7 +17,7 @@ from secateur.evaluation.inspect import inspect
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.per_layer import record_widths
 from secateur.model.spec import find_spec
-from secateur.recipe import parse_recipe
+from secateur.recipe_file import parse_recipe
 from secateur.report.records import Inspection, Serving
 from tests.families import tiny_family
 from tests.model.test_families import cut_units, kept_of

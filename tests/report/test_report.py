@@ -15,9 +15,9 @@ from run_cli import run_cli
 
 from secateur.api import prune
 from secateur.errors import CheckpointError
-from secateur.report import write_report
 from secateur.report.plots import Series, Text, dot_plot, spread_plot
 from secateur.report.records import Summary
+from secateur.report.report import write_report
 from secateur.report.rows import caveats, loss_rows, model_card, verdict
 
 HOSTILE = "<script>alert(1)</script>"
