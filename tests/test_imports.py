@@ -20,7 +20,7 @@ PACKAGES = [
     "stream",
     "data",
     "model",
-    "store files ranks recipe log plugins facts errors",
+    "store files ranks recipe recipe_file log plugins facts errors",
 ]
 GROUND = set(PACKAGES[-1].split())
 WITHOUT_RECIPE = {"model", "stream", "data", "methods"}

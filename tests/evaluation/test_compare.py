@@ -36,12 +36,15 @@ def grid(tmp_path: Path) -> dict[str, Any]:
         "model": str(tmp_path / "model"),
         "ratios": [0.1, 0.2],
         "seeds": [0, 1],
-        "recipe": {"align": 8, "calibration": {"num_tokens": 1024, "sequence_length": 32, "domains": domains}},
+        "recipe": {
+            "remove": {"align": 8},
+            "calibration": {"num_tokens": 1024, "sequence_length": 32, "domains": domains},
+        },
         "evaluation": {"num_blocks": 3},
         "methods": {
             "ours": {},
             "left alone": {"domains": ["left"]},
-            "wanda": {"recipe": {"score": "wanda", "compensate": "none"}},
+            "wanda": {"recipe": {"choose": {"score": "wanda"}, "repair": {"compensate": "none"}}},
         },
         "small": {"ratios": [0.2], "seeds": [0]},
     }
@@ -90,7 +93,7 @@ def test_a_changed_recipe_is_run_anew_and_the_rest_is_kept(grid: dict[str, Any],
     out = tmp_path / "out"
     compare(write(grid, tmp_path), out, small=True)
     before = set((out / "cells").iterdir())
-    grid["methods"]["wanda"]["recipe"]["score"] = "flap"
+    grid["methods"]["wanda"]["recipe"]["choose"]["score"] = "flap"
     compare(write(grid, tmp_path), out, small=True)
     assert before < set((out / "cells").iterdir())
     assert len(set((out / "cells").iterdir()) - before) == 1
@@ -102,7 +105,7 @@ def test_a_damaged_cell_is_run_again(grid: dict[str, Any], tmp_path: Path) -> No
     cell = next((out / "cells").glob("wanda-*.json"))
     cell.write_text(re.sub(r"\d\.\d", "9.9", cell.read_text(), count=1))
     again = compare(study, out, tell=heard.append)
-    assert [one.nats_per_token for one in again] == [one.nats_per_token for one in found]
+    assert [one.nats_per_token for one in again.cells] == [one.nats_per_token for one in found.cells]
     assert heard == [
         f"{cell.parent}: {cell.stem}, finished by an earlier run, is damaged on disk, so it is done again."
     ]
@@ -143,7 +146,7 @@ def test_every_shipped_study_is_valid_and_has_a_small_form() -> None:
         ({"method": {}}, "unknown key 'method'; did you mean 'methods'"),
         ({"ratios": [1.5]}, "ratios.0"),
         ({"methods": {"a": {"domains": ["lef"]}}}, "unknown domain 'lef'; did you mean 'left'"),
-        ({"methods": {"a": {"recipe": {"score": "obss"}}}}, "did you mean 'obs'"),
+        ({"methods": {"a": {"recipe": {"choose": {"score": "obss"}}}}}, "did you mean 'obs'"),
         ({"ratios": [0.9]}, "out of reach"),
     ],
 )

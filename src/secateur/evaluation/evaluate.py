@@ -36,6 +36,8 @@ from secateur.store import Store
 
 PARTS_FOLDER = "evaluation"
 
+_Found = tuple[Measured, dict[str, Any]]
+
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
@@ -50,14 +52,6 @@ class _Settings:
     task_options: TaskOptions
     tasks_data: Path | None
     device: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What was measured of one model. `harness`: all that `task_parts` returned."""
-
-    measured: Measured
-    harness: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,23 +130,24 @@ def _evaluate(
     check_same({"model": " ".join(models), "text": str([int(ids_NT.sum()) for ids_NT in text.blocks_NT.values()])})
     store = Store.lasting(directory / PARTS_FOLDER, tell)
     before = states = kl = changes = None
+    harness: dict[str, Any] = {}
     if dense is not None:
-        before = _measure(store, dense, text, settings.task_options, progress)
+        before, harness = _measure(store, dense, text, settings.task_options, progress)
         states = dense_states(store, dense, pruned, text.blocks_NT, progress)
         dense.forget()
-    after = _measure(store, pruned, text, settings.task_options, progress)
+    after, own_harness = _measure(store, pruned, text, settings.task_options, progress)
     if dense is not None and before is not None:
         found = kl_parts(store, dense, pruned, states, text.blocks_NT, progress)
         kl = {domain: Divergence(**part) for domain, part in found.items()}
-        tasks = task_changes(before.harness, after.harness) if text.tasks is not None else None
-        changes = differences(before.measured, after.measured, tasks)
+        tasks = task_changes(harness, own_harness) if text.tasks is not None else None
+        changes = differences(before, after, tasks)
     evaluation = Evaluation(
         model=pruned.checkpoint.reference,
         against=None if dense is None else dense.checkpoint.reference,
         settings=_plain(settings, text),
         notes=text.notes,
-        dense=None if before is None else before.measured,
-        pruned=after.measured,
+        dense=before,
+        pruned=after,
         kl=kl,
         differences=changes,
         versions=versions(),
@@ -194,6 +189,8 @@ def _prepare(settings: _Settings, pruned: Subject, tokenizer: PreTrainedTokenize
 
 
 def _measure(store: Store, subject: Subject, text: _Text, options: TaskOptions, progress: Progress) -> _Found:
+    """Return what was measured of one model, and all that `task_parts` returned."""
+
     def qualities(stage: str, blocks_NT: Blocks) -> dict[str, Quality]:
         parts: dict[str, dict[str, Any]] = quality_parts(store, subject, text.tokenizer, stage, blocks_NT, progress)
         for part in parts.values():
@@ -204,12 +201,12 @@ def _measure(store: Store, subject: Subject, text: _Text, options: TaskOptions, 
     if text.wikitext_NL is not None:
         wikitext2 = qualities("wikitext2", {"test": text.wikitext_NL})["test"]
     if text.tasks is None:
-        return _Found(Measured(domains, wikitext2), {})
+        return Measured(domains, wikitext2), {}
     harness = task_parts(store, subject, text.tokenizer, text.tasks, options, progress)
     # The parts save the thousands of scores by question; evaluation.json leaves them out.
     more = {key: value for key, value in harness.items() if key != "item_scores"}
     results = TaskResults(more.pop("results"), more.pop("sources"), more.pop("lm_eval_version"), more)
-    return _Found(Measured(domains, wikitext2, results), harness)
+    return Measured(domains, wikitext2, results), harness
 
 
 def _plain(settings: _Settings, text: _Text) -> dict[str, Any]:

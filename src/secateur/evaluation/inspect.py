@@ -14,7 +14,6 @@ from secateur.log import Progress, silent
 from secateur.methods.budget import Plan, largest_remove, least_keep
 from secateur.methods.prices import parameter_prices
 from secateur.model.bind import EXPERTS, Arch, head_width, text_config
-from secateur.model.group import Group
 from secateur.model.modeling_per_layer import is_per_layer
 from secateur.pruning.cost import disk_bytes, memory_for, seconds_for, work_of
 from secateur.pruning.latency import with_prices
@@ -28,17 +27,12 @@ from secateur.store import Services
 
 def possible_groups(arch: Arch) -> tuple[Possible, ...]:
     """Return every group that the family can prune. Some share tensors, see `Arch.select`."""
-    by_name: dict[str, list[Group]] = {}
-    for group in arch.groups:
-        by_name.setdefault(group.name, []).append(group)
-    return tuple(
-        Possible(name, members[0].unit, len(members), members[0].num_units, _num_params(members))
-        for name, members in by_name.items()
-    )
-
-
-def _num_params(groups: list[Group]) -> int:
-    return sum(group.num_units * group.params_per_unit for group in groups)
+    found = []
+    for name in dict.fromkeys(group.name for group in arch.groups):
+        members = [group for group in arch.groups if group.name == name]
+        num_params = sum(group.num_units * group.params_per_unit for group in members)
+        found.append(Possible(name, members[0].unit, len(members), members[0].num_units, num_params))
+    return tuple(found)
 
 
 def groups_to_inspect(recipe: Recipe, arch: Arch) -> tuple[Recipe, tuple[str, ...]]:
@@ -159,5 +153,5 @@ def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progre
 def _facts(name: str, resolved: Resolved, plan: Plan) -> GroupFacts:
     members = [group for group in resolved.groups if group.name == name]
     num_keep, first = round(mean(plan.num_keep[group.layer, name] for group in members)), members[0]
-    per_unit, num_params = first.params_per_unit, _num_params(members)
+    per_unit, num_params = first.params_per_unit, sum(group.num_units * group.params_per_unit for group in members)
     return GroupFacts(first.name, first.unit, len(members), first.num_units, num_keep, per_unit, num_params)

@@ -34,9 +34,8 @@ from secateur.stream.losses import (
 
 def differences(dense: Measured, pruned: Measured, tasks: dict[str, dict[str, TaskChange]] | None) -> Differences:
     """Return the differences on text, in nats per token, together with those of `tasks`."""
-    wikitext2 = None
-    if dense.wikitext2 is not None and pruned.wikitext2 is not None:
-        wikitext2 = _change(dense.wikitext2, pruned.wikitext2)
+    before, after = dense.wikitext2, pruned.wikitext2
+    wikitext2 = None if before is None or after is None else _change(before, after)
     domains = {domain: _change(dense.domains[domain], part) for domain, part in pruned.domains.items()}
     return Differences(domains, wikitext2, tasks)
 

@@ -170,8 +170,10 @@ def _pages(study: Study, found: list[FoundCell]) -> dict[str, str]:
     text = [f"# {study.question}", "", *(f"- {line}" for line in about), ""]
     for table in tables:
         text += [f"## {table.caption}", "", *markdown(table), ""]
+    rows = [row for row in rows_of(found) if row.ratio]
+    by_ratio = {row.ratio: [each for each in rows if each.ratio == row.ratio] for row in rows}
     sections = [
-        Section("quality", "Quality", plots=_plots(found), tables=tables),
+        Section("quality", "Quality", plots=[_plot(*each) for each in by_ratio.items()], tables=tables),
         Section("how", "How it was measured", text=about),
     ]
     page = Page(study.question, verdict(found), (), (), sections)
@@ -198,8 +200,7 @@ def overview(question: str, found: list[FoundCell]) -> Table:
 
 def verdict(found: list[FoundCell]) -> str:
     """Name the method with the lowest perplexity at each share, and the next best."""
-    parts = []
-    rows = [row for row in rows_of(found) if row.ratio]
+    parts, rows = [], [row for row in rows_of(found) if row.ratio]
     for ratio in dict.fromkeys(row.ratio for row in rows):
         ranked = sorted((row for row in rows if row.ratio == ratio), key=lambda row: _mean(row, _perplexity))
         best = f"at {ratio:.0%} removed {ranked[0].method} is best ({_mean(ranked[0], _perplexity):.2f}"
@@ -211,17 +212,15 @@ def verdict(found: list[FoundCell]) -> str:
 
 def _about(study: Study, found: list[FoundCell]) -> list[str]:
     tokens = sorted({sum(cell.num_tokens.values()) for cell in found if cell.num_tokens})
-    domains = next(iter(found)).nats_per_token
-    calibration = study.recipe.get("calibration", {})
-    length = calibration.get("sequence_length", "the model's default")
+    length = study.recipe.get("calibration", {}).get("sequence_length", "the model's default")
+    tasks, limit = ", ".join(study.evaluation.tasks) or "none", study.evaluation.limit
     return [
         f"model {study.model}; ratios are shares of total parameters, tied weights counted once",
         f"seeds {', '.join(map(str, study.seeds))}: each draws calibration and evaluation text anew",
         f"calibration tokens per run: {', '.join(f'{count:,}' for count in tokens)}, in blocks of {length}",
-        f"judged on {study.evaluation.num_blocks} held-out blocks of each of {len(domains)} domains, from documents "
-        "that no run calibrates on",
-        f"tasks: {', '.join(study.evaluation.tasks) or 'none'}"
-        + (f", the first {study.evaluation.limit} questions of each" if study.evaluation.limit else ""),
+        f"judged on {study.evaluation.num_blocks} held-out blocks of each of {len(found[0].nats_per_token)} domains, "
+        "from documents that no run calibrates on",
+        f"tasks: {tasks}" + (f", the first {limit} questions of each" if limit else ""),
     ]
 
 
@@ -266,11 +265,6 @@ def _task_table(found: list[FoundCell]) -> Table:
 def _score(cell: FoundCell, task: str) -> float:
     numbers = cell.tasks[task]
     return next((numbers[metric] for metric in TASK_METRICS if metric in numbers), math.nan)
-
-
-def _plots(found: list[FoundCell]) -> list[str]:
-    rows = [row for row in rows_of(found) if row.ratio]
-    return [_plot(ratio, [row for row in rows if row.ratio == ratio]) for ratio in dict.fromkeys(r.ratio for r in rows)]
 
 
 def _plot(ratio: float, rows: list[Row]) -> str:

@@ -110,7 +110,7 @@ BY_TASK = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-sa
 
 @dataclass(frozen=True, slots=True)
 class TaskOptions:
-    """`limit`: questions per task. `num_fewshot`: None for the task's own. `batch_size`: requests."""
+    """`limit`: questions per task. `num_fewshot`: None for the task's own number."""
 
     limit: int | None = None
     num_fewshot: int | None = None
@@ -119,9 +119,7 @@ class TaskOptions:
 
 @dataclass(frozen=True, slots=True)
 class LoadedTasks:
-    """The harness's tasks and groups by name. `sources`: by task, where rows not from the hub came
-    from.
-    """
+    """The harness's objects by name. `sources`: by task, where rows not from the hub came from."""
 
     tasks: dict[str, Any]
     groups: dict[str, Any]
@@ -178,7 +176,7 @@ class _Redirect:
             reason = "HF_HUB_OFFLINE=1" if constants.HF_HUB_OFFLINE else " ".join(str(error).split())
             where = f"{path}/{name or DEFAULT_CONFIG}"
             raise RecipeError(
-                f"task {self.task}: its data set {where} cannot be loaded from the hub ({reason}); {_advice(path, where)}."
+                f"task {self.task}: cannot load its data set {where} from the hub ({reason}); {_advice(path, where)}."
             ) from None
 
 

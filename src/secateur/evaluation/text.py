@@ -62,7 +62,7 @@ def named_blocks(
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress,
 ) -> Blocks:
-    """Return `num_blocks` blocks per domain. Raises CalibrationError for unreadable or short text."""
+    """Return `num_blocks` blocks per domain. Raises CalibrationError for missing text."""
     calibration = Calibration(domains=domains, sequence_length=sequence_length)
     # A calibration set holds one block in ten out; here all serve evaluation.
     num_calibration = math.ceil(num_blocks * 0.9)
@@ -93,17 +93,10 @@ def measure_quality(
     mean = sum(values) / len(values)
     if not math.isfinite(mean):
         raise NumericsError(f"evaluate, domain {domain}: the loss is {mean}; the model gives no finite logits.")
-    num_tokens = blocks_NT[:, 1:].numel()
+    num_tokens, error = blocks_NT[:, 1:].numel(), standard_error(values)
     num_bytes = sum(_num_bytes(ids_T, tokenizer) for ids_T in blocks_NT)
-    return Quality(
-        nats_per_token=mean,
-        standard_error=standard_error(values),
-        perplexity=math.exp(mean),
-        bits_per_byte=mean / math.log(2) * num_tokens / num_bytes,
-        num_tokens=num_tokens,
-        num_bytes=num_bytes,
-        block_nats=tuple(values),
-    )
+    bits_per_byte = mean / math.log(2) * num_tokens / num_bytes
+    return Quality(mean, error, math.exp(mean), bits_per_byte, num_tokens, num_bytes, tuple(values))
 
 
 def _num_bytes(ids_T: Int64[Tensor, " T"], tokenizer: PreTrainedTokenizerBase) -> int:
@@ -158,20 +151,18 @@ def _file_rows(path: Path) -> list[str]:
     if not path.is_file():
         raise CalibrationError(f"--wikitext2 {path}: there is no such file; give the rows of the raw test split.")
     if path.suffix in (".txt", ".raw"):
-        return _line_rows(path)
+        try:
+            with path.open(encoding="utf-8") as lines:
+                # Rows as in the data set: a line with its line end, or "" for a blank line.
+                return [line if line.strip() else "" for line in lines]
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalibrationError(
+                f"--wikitext2 {path}: cannot be read ({error}); give a text file in UTF-8."
+            ) from None
     rows: list[Any] = [row.get("text") if isinstance(row, dict) else row for _, row in read_rows(path)]
     if not all(isinstance(row, str) for row in rows):
         raise CalibrationError(f"--wikitext2 {path}: every row needs a `text` column with a string in it.")
     return rows
-
-
-def _line_rows(path: Path) -> list[str]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            # Rows as in the data set: a line with its line end, or "" for a blank line.
-            return [line if line.strip() else "" for line in lines]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"--wikitext2 {path}: cannot be read ({error}); give a text file in UTF-8.") from None
 
 
 def _hub_rows() -> list[str]:

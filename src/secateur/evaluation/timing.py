@@ -27,12 +27,13 @@ from secateur.methods.prices import kv_cache_bytes_per_token
 from secateur.report.measured import Ratio, Speed
 from secateur.stream.device import now
 
-# Returns the seconds from the start to each new token; the first one follows the whole prompt.
+# Returns the seconds from the start to each new token; the first follows the whole prompt.
 Runner = Callable[[], list[float]]
+PROFILED_TOKENS = 4
 
 
 def take_turns(runners: list[Runner], repeats: int, progress: Progress, stage: str) -> list[list[list[float]]]:
-    """Warm up, then run all in turn `repeats` times; return [runner][repeat] -> seconds per token."""
+    """Warm up, then run all in turn `repeats` times; return [runner][repeat] -> token times."""
     progress(stage, 0, repeats)
     for runner in runners:
         runner()
@@ -47,19 +48,10 @@ def take_turns(runners: list[Runner], repeats: int, progress: Progress, stage: s
 def speed(runs: list[list[float]], workload: Workload) -> Speed:
     """Return medians and ranges of `runs` (seconds to each token, per repeat)."""
     prefill, decode = prefill_rates(runs, workload), decode_rates(runs, workload)
-    first = [run[0] for run in runs]
-    return Speed(
-        prefill_tokens_per_second=statistics.median(prefill),
-        decode_tokens_per_second=statistics.median(decode),
-        first_token_seconds=statistics.median(first),
-        prefill_range=(min(prefill), max(prefill)),
-        decode_range=(min(decode), max(decode)),
-        first_token_range=(min(first), max(first)),
-        batch=workload.batch,
-        prompt_tokens=workload.prompt_tokens,
-        new_tokens=workload.new_tokens,
-        repeats=len(runs),
-    )
+    measured = (prefill, decode, [run[0] for run in runs])
+    medians = [statistics.median(values) for values in measured]
+    ranges = [(min(values), max(values)) for values in measured]
+    return Speed(*medians, *ranges, workload.batch, workload.prompt_tokens, workload.new_tokens, len(runs))
 
 
 def prefill_rates(runs: list[list[float]], workload: Workload) -> list[float]:
@@ -133,9 +125,6 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-PROFILED_TOKENS = 4
-
-
 def peak_model_bytes(model: PreTrainedModel, workload: Workload, *, compiled: bool = False) -> int:
     """Return weights, buffers and the most that a run allocates beyond them, with the cache.
 
@@ -157,7 +146,7 @@ def _cuda_bytes(runner: Runner, device: torch.device) -> int:
 
 
 def _cpu_bytes(runner: Runner) -> int:
-    # Not resident memory: pages that the C library retains from an earlier run hide what this needs.
+    # Not resident memory: pages that the C library retains hide what this run needs.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes to the user's terminal
     with tempfile.TemporaryDirectory(prefix="secateur-bench-") as scratch:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -1,10 +1,9 @@
-"""What a report says of the result: quality, speed, evaluation and recovery, dense against pruned."""
+"""A report's sections on the result: quality, speed, evaluation, recovery; dense and pruned."""
 
 import math
 import shlex
 from collections.abc import Sequence
 
-from secateur.facts import Loss
 from secateur.report.measured import PLOTTED_METRICS, BenchResult, Scores, mean_kl, won_back
 from secateur.report.page import KeyFigure, Section, Table
 from secateur.report.plots import Series, Text, dot_plot, line_plot
@@ -30,12 +29,16 @@ def quality(files: ResultFiles) -> Section:
     if not by_name:
         return Section("quality", title, ("Not measured: the recipe says evaluate: false.",))
     domains = list(summary.dense_losses)
-    series = [Series(name, name, *_means_and_bars([losses[d] for d in domains])) for name, losses in by_name.items()]
-    worst = max(domains, key=lambda d: summary.pruned_losses[d].nats_per_token - summary.dense_losses[d].nats_per_token)
-    rise = summary.pruned_losses[worst].nats_per_token - summary.dense_losses[worst].nats_per_token
+    series = []
+    for name, losses in by_name.items():
+        values = [losses[domain].nats_per_token for domain in domains]
+        series.append(Series(name, name, values, [(losses[domain].standard_error,) * 2 for domain in domains]))
+    dense, pruned = summary.dense_losses, summary.pruned_losses
+    rises = {domain: pruned[domain].nats_per_token - dense[domain].nats_per_token for domain in domains}
+    worst = max(domains, key=rises.__getitem__)
     text = (
         f"Held-out text of the calibration's own domains, in nats per token; lower is better. Worst change: "
-        f"{rise:+.3f} on {worst}. Bars and ± are one standard error over blocks of "
+        f"{rises[worst]:+.3f} on {worst}. Bars and ± are one standard error over blocks of "
         f"{summary.calibration.sequence_length} tokens.",
     )
     described = Text("quality-plot", "Held-out loss by domain", f"{text[0]} The table has every number.")
@@ -45,7 +48,7 @@ def quality(files: ResultFiles) -> Section:
 
 
 def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
-    """Return (phase, dense and pruned tokens per second, speed-up) where `secateur bench` has measured them."""
+    """Return (phase, dense and pruned tokens/s, speed-up), if measured by `secateur bench`."""
     bench = files.bench
     if bench is None or bench.dense is None:
         return []
@@ -57,12 +60,8 @@ def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
     return [(phase, *rates[phase], up.measured.median) for phase, up in bench.speed_ups.items()]
 
 
-def _means_and_bars(losses: Sequence[Loss]) -> tuple[list[float], list[tuple[float, float]]]:
-    return [loss.nats_per_token for loss in losses], [(loss.standard_error, loss.standard_error) for loss in losses]
-
-
 def speed(files: ResultFiles) -> Section:
-    """Size, and speed and memory beside the ideal where `secateur bench` has measured them."""
+    """Size, and if `secateur bench` has measured them, speed and memory beside the ideal."""
     summary, bench, title = files.summary, files.bench, "Speed and memory"
     sizes = Table("Size", ("", "dense", "pruned"), list(figure_rows(summary)))
     if bench is not None and bench.dense is not None:
@@ -118,7 +117,7 @@ def tasks(files: ResultFiles) -> Section:
 
 
 def task_plots(name: str, models: dict[str, tuple[str, Scores]]) -> list[str]:
-    """Return a plot of one metric of every task that has one to plot; no plot if none has.
+    """Return a plot of one metric per task, or none if no task has one.
 
     `models`: by label, the look of the model's marks and its scores.
     """
@@ -139,7 +138,7 @@ CURVE_POINTS = 60
 
 
 def recovery(files: ResultFiles) -> Section:
-    """What training after the cut won back."""
+    """What training after pruning won back."""
     record = files.recovery
     assert record is not None
     text = (
@@ -160,36 +159,26 @@ def recovery(files: ResultFiles) -> Section:
         plots.append(_curve(files.training, mean_kl(record.before)))
     tables, found = [table], record.tasks
     if found is not None:
-        models = {
-            "dense": ("dense", found.dense),
-            "pruned": ("before", found.pruned),
-            "recovered": ("pruned", found.recovered),
-        }
-        plots += task_plots("recovery-tasks-plot", models)
+        models = {"dense": ("dense", found.dense), "pruned": ("before", found.pruned)}
+        plots += task_plots("recovery-tasks-plot", models | {"recovered": ("pruned", found.recovered)})
         tables.append(recovery_task_table(record))
     return Section("recovery", "Recovery", text, tuple(plots), (*tables, costs, _steps(files.training)))
 
 
 def recovery_figures(files: ResultFiles) -> list[KeyFigure]:
-    """Return how much of what was lost came back, nothing where nothing was lost or no recovery ran."""
+    """Return the share of the loss that was won back; nothing if nothing was lost."""
     record = files.recovery
     share = math.nan if record is None else won_back(record.dense, record.before, record.after)
     if record is None or math.isnan(share):
         return []
-    return [
-        KeyFigure(
-            "lost log-perplexity won back", f"by {record.training.num_tokens:,} tokens of training", f"{share:.1%}"
-        )
-    ]
+    tokens = f"by {record.training.num_tokens:,} tokens of training"
+    return [KeyFigure("lost log-perplexity won back", tokens, f"{share:.1%}")]
 
 
 def _curve(steps: Sequence[TrainingStep], before: float) -> str:
     means = _thinned(steps)
-    described = Text(
-        "loss-plot",
-        "Training loss",
-        f"Means of neighbouring steps over trained tokens. The held-out KL before was {before:.4f}.",
-    )
+    about = f"Means of neighbouring steps over trained tokens. The held-out KL before was {before:.4f}."
+    described = Text("loss-plot", "Training loss", about)
     series = [Series("loss", "pruned", [mean.loss for mean in means])]
     return line_plot(described, [mean.tokens for mean in means], series, "trained tokens", "loss, nats")
 
@@ -200,7 +189,7 @@ def _steps(steps: Sequence[TrainingStep]) -> Table:
 
 
 def _thinned(steps: Sequence[TrainingStep]) -> list[TrainingStep]:
-    """Return at most CURVE_POINTS means of neighbours, each at the tokens of its last step."""
+    """Return at most CURVE_POINTS means of neighbours, each at its last step's tokens."""
     size = -(-len(steps) // CURVE_POINTS)
     parts = [steps[start : start + size] for start in range(0, len(steps), size)] if steps else []
     return [TrainingStep(part[-1].step, part[-1].tokens, sum(s.loss for s in part) / len(part)) for part in parts]
