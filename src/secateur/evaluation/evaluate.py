@@ -13,16 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import RecipeError
-from secateur.evaluation.parts import (
-    Subject,
-    dense_states,
-    differences,
-    kl_parts,
-    open_subject,
-    quality_parts,
-    task_changes,
-    task_parts,
-)
+from secateur.evaluation import parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks
 from secateur.evaluation.text import RECIPE, Blocks, named_blocks, recipe_blocks, wikitext_blocks
 from secateur.facts import Divergence
@@ -118,9 +109,9 @@ def _evaluate(
     progress: Progress,
     tell: Callable[[str], None],
 ) -> Evaluation:
-    pruned = open_subject("pruned", model, settings.device)
+    pruned = parts.open_subject("pruned", model, settings.device)
     directory = _output_directory(out, pruned)
-    dense = None if against is None else open_subject("dense", against, settings.device)
+    dense = None if against is None else parts.open_subject("dense", against, settings.device)
     tokenizer = load_tokenizer(pruned.checkpoint)
     if dense is not None:
         alone = "evaluate each alone and compare bits per byte"
@@ -133,14 +124,14 @@ def _evaluate(
     harness: dict[str, Any] = {}
     if dense is not None:
         before, harness = _measure(store, dense, text, settings.task_options, progress)
-        states = dense_states(store, dense, pruned, text.blocks_NT, progress)
+        states = parts.dense_states(store, dense, pruned, text.blocks_NT, progress)
         dense.forget()
     after, own_harness = _measure(store, pruned, text, settings.task_options, progress)
     if dense is not None and before is not None:
-        found = kl_parts(store, dense, pruned, states, text.blocks_NT, progress)
+        found = parts.kl_parts(store, dense, pruned, states, text.blocks_NT, progress)
         kl = {domain: Divergence(**part) for domain, part in found.items()}
-        tasks = task_changes(harness, own_harness) if text.tasks is not None else None
-        changes = differences(before, after, tasks)
+        tasks = parts.task_changes(harness, own_harness) if text.tasks is not None else None
+        changes = parts.differences(before, after, tasks)
     evaluation = Evaluation(
         model=pruned.checkpoint.reference,
         against=None if dense is None else dense.checkpoint.reference,
@@ -158,7 +149,7 @@ def _evaluate(
     return evaluation
 
 
-def _output_directory(out: Path | None, subject: Subject) -> Path:
+def _output_directory(out: Path | None, subject: parts.Subject) -> Path:
     checkpoint = subject.checkpoint
     if out is not None and out.exists() and not out.is_dir():
         raise RecipeError(f"--out {out}: is not a directory; choose another place.")
@@ -170,7 +161,9 @@ def _output_directory(out: Path | None, subject: Subject) -> Path:
     return out or checkpoint.directory
 
 
-def _prepare(settings: _Settings, pruned: Subject, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> _Text:
+def _prepare(
+    settings: _Settings, pruned: parts.Subject, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> _Text:
     directory, notes, wikitext_NL = pruned.checkpoint.directory, (), None
     if settings.wikitext2 is not None:
         config = pruned.checkpoint.config
@@ -188,21 +181,21 @@ def _prepare(settings: _Settings, pruned: Subject, tokenizer: PreTrainedTokenize
     return _Text(tokenizer, blocks_NT, wikitext_NL, tasks, notes)
 
 
-def _measure(store: Store, subject: Subject, text: _Text, options: TaskOptions, progress: Progress) -> _Found:
+def _measure(store: Store, subject: parts.Subject, text: _Text, options: TaskOptions, progress: Progress) -> _Found:
     """Return what was measured of one model, and all that `task_parts` returned."""
 
     def qualities(stage: str, blocks_NT: Blocks) -> dict[str, Quality]:
-        parts: dict[str, dict[str, Any]] = quality_parts(store, subject, text.tokenizer, stage, blocks_NT, progress)
-        for part in parts.values():
+        found = parts.quality_parts(store, subject, text.tokenizer, stage, blocks_NT, progress)
+        for part in found.values():
             part["block_nats"] = tuple(part["block_nats"])  # a list when read back from JSON
-        return {name: Quality(**part) for name, part in parts.items()}
+        return {name: Quality(**part) for name, part in found.items()}
 
     domains, wikitext2 = qualities("domains", text.blocks_NT), None
     if text.wikitext_NL is not None:
         wikitext2 = qualities("wikitext2", {"test": text.wikitext_NL})["test"]
     if text.tasks is None:
         return Measured(domains, wikitext2), {}
-    harness = task_parts(store, subject, text.tokenizer, text.tasks, options, progress)
+    harness = parts.task_parts(store, subject, text.tokenizer, text.tasks, options, progress)
     # The parts save the thousands of scores by question; evaluation.json leaves them out.
     more = {key: value for key, value in harness.items() if key != "item_scores"}
     results = TaskResults(more.pop("results"), more.pop("sources"), more.pop("lm_eval_version"), more)

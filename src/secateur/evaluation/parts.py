@@ -22,14 +22,8 @@ from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_
 from secateur.ranks import device_called, in_turns, own_part, size, spread
 from secateur.report.measured import Change, Differences, Measured, Quality, TaskChange, task_metrics
 from secateur.store import Store
+from secateur.stream import losses
 from secateur.stream.device import on_device
-from secateur.stream.losses import (
-    DenseStates,
-    final_states,
-    standard_error,
-    summarise,
-    token_divergences_and_agreements,
-)
 
 
 def differences(dense: Measured, pruned: Measured, tasks: dict[str, dict[str, TaskChange]] | None) -> Differences:
@@ -50,7 +44,7 @@ def task_changes(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, dic
 
 def _change(dense: Quality, pruned: Quality) -> Change:
     pairs = zip(dense.block_nats, pruned.block_nats, strict=True)
-    error = standard_error([after - before for before, after in pairs])
+    error = losses.standard_error([after - before for before, after in pairs])
     return Change(pruned.nats_per_token - dense.nats_per_token, error)
 
 
@@ -58,7 +52,7 @@ def _task_change(name: str, metric: str, dense: dict[str, Any], pruned: dict[str
     before, after = dense["results"][name][metric], pruned["results"][name][metric]
     old, new = (side["item_scores"].get(name, {}).get(metric, []) for side in (dense, pruned))
     paired = _is_mean(old, before) and _is_mean(new, after)
-    error = standard_error([b - a for a, b in zip(old, new, strict=True)]) if paired else None
+    error = losses.standard_error([b - a for a, b in zip(old, new, strict=True)]) if paired else None
     return TaskChange(after - before, error)
 
 
@@ -150,7 +144,7 @@ def quality_parts(
 
 def dense_states(
     store: Store, dense: Subject, pruned: Subject, blocks_NT: Blocks, progress: Progress
-) -> DenseStates | None:
+) -> losses.DenseStates | None:
     """Return the dense model's part of KL on this rank's blocks; None if every KL is known."""
     unknown = {
         domain: domain_NT
@@ -164,13 +158,18 @@ def dense_states(
     for domain, domain_NT in unknown.items():
         states[domain] = []
         for ids_T in own_part(list(domain_NT)):
-            states[domain].append(final_states(dense.model(), dense.arch, ids_T[None]))
+            states[domain].append(losses.final_states(dense.model(), dense.arch, ids_T[None]))
             count.move(size())
-    return DenseStates(head_of(dense.model(), dense.arch), states)
+    return losses.DenseStates(head_of(dense.model(), dense.arch), states)
 
 
 def kl_parts(
-    store: Store, dense: Subject, pruned: Subject, states: DenseStates | None, blocks_NT: Blocks, progress: Progress
+    store: Store,
+    dense: Subject,
+    pruned: Subject,
+    states: losses.DenseStates | None,
+    blocks_NT: Blocks,
+    progress: Progress,
 ) -> dict[str, Part]:
     """Return `Divergence` as a mapping, by domain. `states`: for domains without a known KL."""
     count = _Count(progress, "KL(dense || pruned)", _num_blocks(blocks_NT))
@@ -183,11 +182,11 @@ def kl_parts(
             head = head_of(pruned.model(), pruned.arch)
 
             def compare(ids_T: Tensor) -> tuple[Tensor, Tensor]:
-                pruned_PD = final_states(pruned.model(), pruned.arch, ids_T[None])
-                return token_divergences_and_agreements(next(own_states), dense_head, pruned_PD, head)
+                pruned_PD = losses.final_states(pruned.model(), pruned.arch, ids_T[None])
+                return losses.token_divergences_and_agreements(next(own_states), dense_head, pruned_PD, head)
 
             pairs = spread(compare, list(domain_NT))
-            return dataclasses.asdict(summarise(domain, *(list(parts) for parts in zip(*pairs, strict=True))))
+            return dataclasses.asdict(losses.summarise(domain, *(list(parts) for parts in zip(*pairs, strict=True))))
 
         depends_on = _kl_facts(dense, pruned, domain_NT)
         found[domain] = store.value(f"kl-{domain}", compute, depends_on=depends_on)

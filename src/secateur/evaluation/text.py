@@ -94,14 +94,10 @@ def measure_quality(
     if not math.isfinite(mean):
         raise NumericsError(f"evaluate, domain {domain}: the loss is {mean}; the model gives no finite logits.")
     num_tokens, error = blocks_NT[:, 1:].numel(), standard_error(values)
-    num_bytes = sum(_num_bytes(ids_T, tokenizer) for ids_T in blocks_NT)
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    num_bytes = sum(len(str(tokenizer.decode(ids_T[1:], **options)).encode()) for ids_T in blocks_NT)
     bits_per_byte = mean / math.log(2) * num_tokens / num_bytes
     return Quality(mean, error, math.exp(mean), bits_per_byte, num_tokens, num_bytes, tuple(values))
-
-
-def _num_bytes(ids_T: Int64[Tensor, " T"], tokenizer: PreTrainedTokenizerBase) -> int:
-    text = tokenizer.decode(ids_T[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return len(str(text).encode())
 
 
 def _changes(directory: Path, built: CalibrationSet) -> tuple[str, ...]:

@@ -8,11 +8,11 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from jaxtyping import Int64
@@ -99,7 +99,8 @@ def _generate(
     model: PreTrainedModel, ids_BT: Int64[Tensor, "B T"], new_tokens: int, options: dict[str, Any]
 ) -> list[float]:
     clock, generate = _Clock(), getattr(model, "generate")  # noqa: B009  # its type takes no arguments beyond tensors
-    with _plain_generation(model):
+    # The model's own settings (end of text, repetition penalty) could stop or slow a run.
+    with patch.object(model, "generation_config", GenerationConfig()):
         start = now(model.device)
         generate(
             ids_BT,
@@ -112,17 +113,6 @@ def _generate(
         )
     assert len(clock.times) == new_tokens
     return [seconds - start for seconds in clock.times]
-
-
-@contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    # The model's own settings (end of text, repetition penalty) could stop or slow a run.
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def peak_model_bytes(model: PreTrainedModel, workload: Workload, *, compiled: bool = False) -> int:

@@ -20,7 +20,7 @@ from secateur.stream.offload import Placement
 
 
 def prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placement]:
-    """Return what was opened with weights and tokenizer, the run, and its model's way to the device, where it is now.
+    """Return what was opened with weights and tokenizer, the run, and its placement on the device.
 
     Raises a SecateurError for what the recipe, the memory or the text cannot do.
     """

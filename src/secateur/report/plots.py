@@ -147,13 +147,17 @@ def spread_plot(text: Text, groups: ByLayer, y_label: str) -> str:
 
     `groups`: by layer, five quantiles, smallest first.
     """
+    from matplotlib import ticker
 
     def draw(axes: "Axes", layers: list[int], low: Any, first: Any, median: Any, third: Any, high: Any) -> None:
         axes.vlines(layers, low, high, color=DENSE, linewidth=0.8, label="all")
         axes.vlines(layers, first, third, color=PRUNED, linewidth=3, label="middle half")
         axes.plot(layers, median, linestyle="none", marker="_", markersize=6, color=INK, label="median")
         if min(low) > 0:
-            _log_scale(axes)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(numticks=5))
+            axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
     return _by_layer(text, groups, draw, height=150, y_label=y_label)
 
@@ -214,15 +218,6 @@ def _by_layer(text: Text, groups: ByLayer, draw: Callable[..., None], height: in
             draw(axes, list(numbers), *zip(*numbers.values(), strict=True))
         panels[-1].set_xlabel("layer")
         return _with_legend(figure, panels[0], text)
-
-
-def _log_scale(axes: "Axes") -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(numticks=5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _with_legend(figure: "Figure", axes: "Axes", text: Text) -> str:

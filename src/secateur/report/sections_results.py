@@ -4,20 +4,12 @@ import math
 import shlex
 from collections.abc import Sequence
 
+from secateur.report import rows_measured
 from secateur.report.measured import PLOTTED_METRICS, BenchResult, Scores, mean_kl, won_back
 from secateur.report.page import KeyFigure, Section, Table
 from secateur.report.plots import Series, Text, dot_plot, line_plot
 from secateur.report.records import ResultFiles, TrainingStep
 from secateur.report.rows import figure_rows, loss_rows
-from secateur.report.rows_measured import (
-    bench_tables,
-    cost_rows,
-    recovery_headline,
-    recovery_task_table,
-    task_table,
-    text_tables,
-    verdict_table,
-)
 
 SpeedFigures = tuple[str, float, float, float]
 
@@ -65,7 +57,9 @@ def speed(files: ResultFiles) -> Section:
     summary, bench, title = files.summary, files.bench, "Speed and memory"
     sizes = Table("Size", ("", "dense", "pruned"), list(figure_rows(summary)))
     if bench is not None and bench.dense is not None:
-        return Section("speed", title, (_how_timed(bench),), (_speed_up_plot(bench),), (*bench_tables(bench), sizes))
+        return Section(
+            "speed", title, (_how_timed(bench),), (_speed_up_plot(bench),), (*rows_measured.bench_tables(bench), sizes)
+        )
     command = f"secateur bench DIR --against {shlex.quote(summary.model)}"
     text = f"{command} times both models in turns and adds the ideal speed-up, peak memory and cache size."
     return Section("speed", title, (text,), (), (sizes,))
@@ -102,7 +96,7 @@ def distance(files: ResultFiles) -> Section:
     text = "KL in nats per token, over the whole vocabulary; how often both models put the same token first."
     if not found.kl:
         text = f"Measured without the dense model; {command} adds the divergence from it."
-    tables = [table for table in text_tables(found) if table.rows]
+    tables = [table for table in rows_measured.text_tables(found) if table.rows]
     return Section("distance", title, (text, *found.notes), tables=tables)
 
 
@@ -113,7 +107,7 @@ def tasks(files: ResultFiles) -> Section:
         return Section("tasks", title, ("secateur evaluate DIR --tasks NAMES adds benchmark tasks of lm-eval.",))
     text = "Measured by lm-evaluation-harness; higher is better, but for perplexity. Bars and ± are one standard error."
     models = {name: (name, measured.scores) for name, measured in found.models.items()}
-    return Section("tasks", title, (text,), task_plots("tasks-plot", models), (task_table(found),))
+    return Section("tasks", title, (text,), task_plots("tasks-plot", models), (rows_measured.task_table(found),))
 
 
 def task_plots(name: str, models: dict[str, tuple[str, Scores]]) -> list[str]:
@@ -142,13 +136,13 @@ def recovery(files: ResultFiles) -> Section:
     record = files.recovery
     assert record is not None
     text = (
-        f"{recovery_headline(record)}. Teacher: {record.teacher}. Both models are judged on "
+        f"{rows_measured.recovery_headline(record)}. Teacher: {record.teacher}. Both models are judged on "
         f"{record.num_held_out_tokens:,} held-out tokens that nothing was trained on; a training after which the mean "
         "KL to the dense model is not lower is undone. Figures elsewhere on this page are of the model before "
         "recovery, unless measured later.",
     )
-    table = verdict_table(record, "Held-out nats per token, KL to the dense model")
-    costs = Table("Cost", (), list(cost_rows(record)), numbers=False)
+    table = rows_measured.verdict_table(record, "Held-out nats per token, KL to the dense model")
+    costs = Table("Cost", (), list(rows_measured.cost_rows(record)), numbers=False)
     described = Text("recovery-plot", "Held-out KL by domain", "KL to the dense model, as in the table.")
     series = [
         Series("before", "before", [verdict.kl for verdict in record.before.values()]),
@@ -161,7 +155,7 @@ def recovery(files: ResultFiles) -> Section:
     if found is not None:
         models = {"dense": ("dense", found.dense), "pruned": ("before", found.pruned)}
         plots += task_plots("recovery-tasks-plot", models | {"recovered": ("pruned", found.recovered)})
-        tables.append(recovery_task_table(record))
+        tables.append(rows_measured.recovery_task_table(record))
     return Section("recovery", "Recovery", text, tuple(plots), (*tables, costs, _steps(files.training)))
 
 
