@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from huggingface_hub.serialization._base import parse_size_to_int
 
@@ -75,9 +75,7 @@ class disk_errors:  # reads as a statement: with disk_errors(place):
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         rust = re.search(r"\(os error (\d+)\)", str(error))
         number = error.errno if isinstance(error, OSError) else int(rust[1]) if rust else None
         if number not in _DISK_ERRORS:

@@ -25,6 +25,8 @@ from secateur.store import Store
 from secateur.stream import losses
 from secateur.stream.device import on_device
 
+Part = dict[str, Any]
+
 
 def differences(dense: Measured, pruned: Measured, tasks: dict[str, dict[str, TaskChange]] | None) -> Differences:
     """Return the differences on text, in nats per token, together with those of `tasks`."""
@@ -59,9 +61,6 @@ def _task_change(name: str, metric: str, dense: dict[str, Any], pruned: dict[str
 def _is_mean(scores: list[Any], value: float) -> bool:
     numbers = all(isinstance(score, int | float) for score in scores)
     return bool(scores) and numbers and math.isclose(sum(scores) / len(scores), value, rel_tol=1e-9, abs_tol=1e-12)
-
-
-Part = dict[str, Any]
 
 
 @dataclass(slots=True)

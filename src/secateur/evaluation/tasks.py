@@ -1,13 +1,12 @@
 """Benchmark tasks through lm-evaluation-harness itself, with or without the hub."""
 
-import contextlib
 import hashlib
 import io
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,7 +25,7 @@ from secateur.model.config import quiet_transformers
 def quiet_harness() -> Iterator[None]:
     """Silence the harness inside the block. Raises RecipeError if it is not installed."""
     # DISABLE_MULTIPROC: resample for standard errors in this process.
-    with quiet_transformers(), contextlib.redirect_stdout(io.StringIO()), patch.dict(os.environ, DISABLE_MULTIPROC="1"):
+    with quiet_transformers(), redirect_stdout(io.StringIO()), patch.dict(os.environ, DISABLE_MULTIPROC="1"):
         try:
             import datasets
             import lm_eval.api.task

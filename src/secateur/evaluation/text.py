@@ -25,6 +25,8 @@ from secateur.stream.losses import block_losses, standard_error
 
 Blocks = dict[str, Tensor]
 RECIPE = "recipe.yaml"
+HUB = "hub"
+DEFAULT_BLOCK_LENGTH = 2048
 SEED = 0  # for text that no recipe describes
 
 
@@ -111,10 +113,6 @@ def _changes(directory: Path, built: CalibrationSet) -> tuple[str, ...]:
         "the recipe's text is not what it was when the run was made (installed packages or files changed: sha256 "
         f"{built.content_hash[:16]}, then {used[:16]}), so the model may have been calibrated on some of it.",
     )
-
-
-HUB = "hub"
-DEFAULT_BLOCK_LENGTH = 2048
 
 
 def wikitext_blocks(

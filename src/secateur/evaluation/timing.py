@@ -48,10 +48,12 @@ def take_turns(runners: list[Runner], repeats: int, progress: Progress, stage: s
 def speed(runs: list[list[float]], workload: Workload) -> Speed:
     """Return medians and ranges of `runs` (seconds to each token, per repeat)."""
     prefill, decode = prefill_rates(runs, workload), decode_rates(runs, workload)
-    measured = (prefill, decode, [run[0] for run in runs])
-    medians = [statistics.median(values) for values in measured]
-    ranges = [(min(values), max(values)) for values in measured]
-    return Speed(*medians, *ranges, workload.batch, workload.prompt_tokens, workload.new_tokens, len(runs))
+    first = [run[0] for run in runs]
+    return Speed(
+        *(statistics.median(prefill), statistics.median(decode), statistics.median(first)),
+        *((min(prefill), max(prefill)), (min(decode), max(decode)), (min(first), max(first))),
+        *(workload.batch, workload.prompt_tokens, workload.new_tokens, len(runs)),
+    )
 
 
 def prefill_rates(runs: list[list[float]], workload: Workload) -> list[float]:

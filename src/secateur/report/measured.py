@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.facts import Costs, Divergence, Record, Size, Workload
 
-EVALUATION_FILE, BENCH_FILE = "evaluation.json", "bench.json"
+EVALUATION_FILE, BENCH_FILE, RECOVERY_FILE = "evaluation.json", "bench.json", "recovery.json"
 
 # A plot shows the last of these that a task has; tables show every metric.
 PLOTTED_METRICS = ("exact_match,none", "acc,none", "acc_norm,none")
@@ -255,9 +255,6 @@ class Comparison(Record):
 
     cells: tuple[FoundCell, ...]
     versions: dict[str, str]
-
-
-RECOVERY_FILE = "recovery.json"
 
 
 @dataclass(frozen=True, slots=True)

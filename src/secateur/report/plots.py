@@ -25,6 +25,7 @@ _PAGE_COLOURS = {
 
 # Points; the page shows a point as 1 to 1.5 pixels, so that a figure fits a phone.
 WIDTH, INCH = 360, 72
+LABEL_CHARACTERS = 16
 
 _STYLE: dict[Any, Any] = {
     **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), LINE),
@@ -83,9 +84,6 @@ def _of_the_page(tag: str, name: str) -> str:
     """Return a tag with ids unique in the page, and the page's colours."""
     tag = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", tag)
     return re.sub("|".join(_PAGE_COLOURS), lambda found: _PAGE_COLOURS[found[0]], tag)
-
-
-LABEL_CHARACTERS = 16
 
 
 @dataclass(frozen=True, slots=True)

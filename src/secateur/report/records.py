@@ -12,6 +12,10 @@ from secateur.recipe import MeasuredPrices, Recipe
 from secateur.recipe_file import load_recipe, parse_recipe
 from secateur.report.measured import BENCH_FILE, EVALUATION_FILE, RECOVERY_FILE, BenchResult, Evaluation, RecoveryRecord
 
+RESULT_FILE, RECIPE_FILE = "result.json", "recipe.yaml"
+
+Losses = dict[str, Loss]
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
@@ -144,11 +148,6 @@ class Inspection(Record):
         return data
 
 
-RESULT_FILE = "result.json"
-
-Losses = dict[str, Loss]
-
-
 @dataclass(frozen=True, slots=True)
 class CalibrationFacts:
     """Which text the run saw, by domain.
@@ -208,9 +207,6 @@ class Summary(Record):
         """Return the evaluated models' losses, dense first."""
         named = {"dense": self.dense_losses, "pruned": self.pruned_losses}
         return {name: losses for name, losses in named.items() if losses}
-
-
-RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,8 @@ def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str]]:
     yield "parameters", f"{dense.num_params:,}", f"{pruned.num_params:,}"
     yield "bytes", human_bytes(dense.num_bytes), human_bytes(pruned.num_bytes)
     if len(set(summary.num_layers)) > 1:
-        yield "layers", *map(str, summary.num_layers)
+        before, after = summary.num_layers
+        yield "layers", f"{before}", f"{after}"
     for group, (before, least, most) in summary.widths.items():
         yield f"{group} units per layer", f"{before:,}", f"{least:,}" if least == most else f"{least:,} to {most:,}"
 

@@ -12,6 +12,7 @@ from secateur.report.records import ResultFiles, TrainingStep
 from secateur.report.rows import figure_rows, loss_rows
 
 SpeedFigures = tuple[str, float, float, float]
+CURVE_POINTS = 60
 
 
 def quality(files: ResultFiles) -> Section:
@@ -24,7 +25,8 @@ def quality(files: ResultFiles) -> Section:
     series = []
     for name, losses in by_name.items():
         values = [losses[domain].nats_per_token for domain in domains]
-        series.append(Series(name, name, values, [(losses[domain].standard_error,) * 2 for domain in domains]))
+        errors = [losses[domain].standard_error for domain in domains]
+        series.append(Series(name, name, values, list(zip(errors, errors, strict=True))))
     dense, pruned = summary.dense_losses, summary.pruned_losses
     rises = {domain: pruned[domain].nats_per_token - dense[domain].nats_per_token for domain in domains}
     worst = max(domains, key=rises.__getitem__)
@@ -126,9 +128,6 @@ def task_plots(name: str, models: dict[str, tuple[str, Scores]]) -> list[str]:
         series.append(Series(label, look, [score.value for score in shown], errors))
     described = Text(name, "Scores by task", "Bars are one standard error. The table has the numbers.")
     return [dot_plot(described, list(plotted), series, "share right")]
-
-
-CURVE_POINTS = 60
 
 
 def recovery(files: ResultFiles) -> Section:
