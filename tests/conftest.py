@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from models import tiny_llama, tiny_qwen2
+from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.model.config import quiet_transformers
@@ -66,5 +67,5 @@ def recipe(texts: dict[str, Path]) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def recipe_file(recipe: dict[str, Any], shared: Path) -> Path:
     file = shared / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    file.write_text(yaml.safe_dump(grouped(recipe)), encoding="utf-8")
     return file
