@@ -181,7 +181,7 @@ class Store:
         self.num_found += outcome is not None
         return outcome
 
-    def keep(self, name: str, tensors: Mapping[str, Tensor], line: dict[str, Any]) -> None:
+    def save(self, name: str, tensors: Mapping[str, Tensor], line: dict[str, Any]) -> None:
         """Save a finished step: its tensors and a line, which the caller logs."""
         self._write(_stem(name), _named(name) | {"line": line}, tensors)
 

@@ -80,7 +80,7 @@ def _train(work: Work, weights: dict[str, float]) -> dict[str, Any]:
     share = num_tokens / work.text.num_tokens  # less than one after an early stop
     cost = {"num_tokens": num_tokens, "seconds": seconds, "flops": _training_flops(work) * share}
     with alone():
-        store.keep("trained", dict(work.pruned.named_parameters()), cost)
+        store.save("trained", dict(work.pruned.named_parameters()), cost)
     return cost
 
 
