@@ -38,7 +38,7 @@ def prune(recipe: dict[str, Any], model: Path, tmp_path: Path) -> Callable[..., 
 
     def run(*options: object, source: object = model, out: object = None, **changes: Any) -> Outcome:
         file = tmp_path / "recipe.yaml"
-        file.write_text(yaml.safe_dump({**recipe, **changes}), encoding="utf-8")
+        file.write_text(yaml.safe_dump(grouped({**recipe, **changes})), encoding="utf-8")
         before = sorted(tmp_path.rglob("*"))
         outcome = run_cli("prune", source, out or tmp_path / "out", "--recipe", file, *options)
         assert sorted(tmp_path.rglob("*")) == before
@@ -272,7 +272,7 @@ def test_disk_full_in_the_middle(model, recipe_file, tmp_path):
 def test_stopped_by_a_signal(model, recipe, tmp_path):
     """Ctrl-C and SIGTERM in the middle of the rounds of two processes."""
     recipe_file = tmp_path / "recipe.yaml"
-    recipe_file.write_text(yaml.safe_dump({**recipe, "rounds": 2000, "evaluate": False}))
+    recipe_file.write_text(yaml.safe_dump(grouped({**recipe, "rounds": 2000, "evaluate": False})))
     before = sorted(tmp_path.rglob("*"))
     command = [sys.executable, "-m", "secateur", "prune", model]
     options = ["--recipe", recipe_file, "--quiet"]
