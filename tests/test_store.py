@@ -140,7 +140,7 @@ def test_files_in_each_others_place(interrupted, whole, checkpoints, recipe, tmp
 def kept(directory: Path) -> Store:
     """Return a store with a step of either kind."""
     store = Store(directory)
-    store.keep("tensors", {"a": torch.arange(4.0), "b": torch.tensor([[7, 8]])}, {"seconds": 1.5})
+    store.save("tensors", {"a": torch.arange(4.0), "b": torch.tensor([[7, 8]])}, {"seconds": 1.5})
     store.value("number", lambda: 0.1)
     store.value("part", lambda: [1, 2], depends_on={"model": "abc"})
     return store
@@ -216,6 +216,6 @@ def test_a_step_that_was_promised_is_not_done_again_in_silence(tmp_path):
 
 def test_a_store_without_a_directory_keeps_nothing():
     store = Store()
-    store.keep("a", {}, {})
+    store.save("a", {}, {})
     assert store.value("b", lambda: (1, 2)) == [1, 2] and store.find("a") is None and not store.has("b")
-    assert store.num_kept == store.num_found == 0
+    assert store.num_saved == store.num_found == 0

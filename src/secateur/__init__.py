@@ -1,9 +1,9 @@
 """secateur makes large language models smaller and writes ordinary Hugging Face checkpoints.
 
-The verbs of the command line are functions here, with its words: `prune`, `inspect`, `evaluate`, `bench`, `recover`,
-`export` and `compare`; `load` opens what they wrote. The errors are what a user can correct. `Score` and `Exporter` are
-what other packages register (docs/extend.md). What needs torch is imported when it is first used, so that the command
-line's help does not wait for it.
+The command line's verbs are functions here: `prune`, `inspect`, `evaluate`, `bench`, `recover`,
+`export` and `compare`; `load` opens what they wrote. The errors are those that a user can correct.
+Other packages register a `Score` or an `Exporter` (docs/extend.md). What needs torch is imported on
+first use, so that the command line's help does not wait for it.
 """
 
 from importlib import import_module
@@ -55,22 +55,21 @@ __all__ = [
     "recover",
 ]
 
-_HOMES = {
-    "Exporter": "secateur.formats.gguf",
-    "Result": "secateur.api",
-    "Score": "secateur.methods.scores",
-    "bench": "secateur.evaluation.bench",
-    "compare": "secateur.evaluation.compare",
-    "evaluate": "secateur.evaluation.evaluate",
-    "export": "secateur.formats.gguf",
-    "inspect": "secateur.evaluation.inspect",
-    "load": "secateur.model.checkpoint",
-    "prune": "secateur.api",
-    "recover": "secateur.recovery.recover",
+_MODULES = {
+    "api": ("Result", "prune"),
+    "evaluation.bench": ("bench",),
+    "evaluation.compare": ("compare",),
+    "evaluation.evaluate": ("evaluate",),
+    "evaluation.inspect": ("inspect",),
+    "formats.gguf": ("Exporter", "export"),
+    "methods.scores": ("Score",),
+    "model.checkpoint": ("load",),
+    "recovery.recover": ("recover",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"secateur.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m secateur`: the command line, without relying on the console script."""
+"""`python -m secateur`: the command line without the console script."""
 
 from secateur.cli import main
 

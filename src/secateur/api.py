@@ -1,4 +1,4 @@
-"""The public functions that are made of several jobs: `prune`, and recovery after it where the recipe asks for it."""
+"""`prune`: a run, followed by recovery if the recipe asks for it."""
 
 import dataclasses
 import shutil
@@ -34,18 +34,23 @@ def prune(
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Result:
-    """Prune a causal LM by a recipe and return it with what it cost and kept.
+    """Prune a causal LM by a recipe; return it with what it cost and which units stayed.
 
-    `model`: a local directory, a hub id, a `.gguf` file, `smollm2-135m`, or a model in memory, which needs `tokenizer`
-    and is pruned in place. Buffers that no checkpoint stores, such as rotary frequencies that `.to(torch.bfloat16)`
-    rounded, are first set to what loading computes; a note in the summary's `warnings` says so.
-    `recipe`: a Recipe, a mapping, a YAML file, or None for the defaults. `out`: where to write the checkpoint; it
-    appears complete or not at all. `resume`: go on from what an interrupted run of the same inputs has finished, which
-    lies in a hidden directory beside `out`; from the beginning if there is none. `tell` gets a line of text about that.
-    `command`: how to repeat the run, for the model card. Under torchrun every process calls this and gets the same
-    model; the first one writes, and alone verifies.
-    With the recipe's key `recover` model and directory are those of the recovery, and the figures those of the pruning.
-    Raises a SecateurError, one sentence, for everything that a user can correct.
+    `model`: a local directory, a hub id, a `.gguf` file, `smollm2-135m`, or a model in memory. A
+    model in memory needs `tokenizer` and is pruned in place. Its buffers that no checkpoint stores,
+    such as rotary frequencies rounded by `.to(torch.bfloat16)`, are first computed anew; `warnings`
+    in the summary say so.
+
+    `recipe`: a Recipe, a mapping, a YAML file, or None for the defaults. `out`: the directory to
+    write; it appears complete or not at all. `resume`: continue an interrupted run of the same
+    inputs, whose steps are in a hidden directory beside `out`. `tell`: gets a line about that.
+    `command`: how to repeat the run, for the model card.
+
+    Under torchrun every process calls this and gets the same model; the first one writes and
+    verifies. With the recipe's key `recover`, model and directory are the recovered ones, and the
+    figures are those of pruning.
+
+    Raises a SecateurError, one sentence, for what a user can correct.
     """
     progress = progress if is_first() else silent
     parsed = as_recipe(recipe)
@@ -65,18 +70,17 @@ def prune(
 def _prune_then_recover(
     model: str | Path, recipe: Recipe, out: Path, overwrite: bool, options: dict[str, Any]
 ) -> Result:
-    """Return the pruning's result with the recovered model in the pruned one's place.
+    """Return the pruning's result with the recovered model in place of the pruned one.
 
-    The pruned checkpoint lies in a hidden directory beside `out` meanwhile and is gone afterwards, unless the pruning
-    was interrupted and can be resumed. An interrupted recovery goes on by itself, but is pruned for anew.
+    A hidden directory beside `out` has the pruned checkpoint meanwhile. It is removed unless the
+    pruning was interrupted. An interrupted recovery resumes by itself, after pruning again.
     """
     place = out.absolute()
     check_replaceable(place, overwrite=overwrite, protected=open_checkpoint(model, weights=False).directory)
     folder = place.with_name(f".{place.name}.pruned")
-    pruned = folder / "pruned"
-    without = recipe.model_copy(update={"recover": None})
+    pruned, without = folder / "pruned", recipe.model_copy(update={"recover": None})
     try:
-        # Overwritten, since a killed run may have left it.
+        # overwrite: a killed run may have left it.
         result = prune_run(model, without, out=pruned, overwrite=True, **options)
         meet("pruned")  # the first rank is still saving
         assert recipe.recover is not None

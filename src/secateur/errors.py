@@ -1,15 +1,7 @@
-"""Every error that a user's own input can cause. The sentence says what, where, got, allowed, and what to do.
+"""Errors that a user's input can cause. The sentence says what, where, got, allowed, what to do.
 
-SecateurError (a ValueError)
- |- RecipeError       the recipe or a command-line option
- |- ArchError         the model's family or structure
- |- CheckpointError   reading or writing a checkpoint
- |- CalibrationError  calibration text
- |- NumericsError     a non-finite or unsolvable number, with layer, module and domain
- |- PluginError       an installed package that extends secateur does it wrongly
- `- RankError         a run of several ranks: one was lost, or they do not run the same
-
-The command line prints the sentence and exits with status 2; anything else is a bug and shows its traceback.
+The command line prints the sentence and exits with status 2; any other exception is a bug and shows
+its traceback.
 """
 
 import difflib
@@ -37,27 +29,27 @@ class CalibrationError(SecateurError):
 
 
 class NumericsError(SecateurError):
-    """A number that must be finite is not, or a system cannot be solved."""
+    """A number is not finite, or a system cannot be solved; with layer, module and domain."""
 
 
 class PluginError(SecateurError):
-    """An installed package registers a score, family, source or exporter that cannot be used."""
+    """An installed package registers a score, family, source or exporter that is unusable."""
 
 
 class RankError(SecateurError):
     """One of several ranks was lost, or the ranks do not run the same."""
 
 
-# Below this likeness a name is no slip of the one that was meant.
+# Less similar names are not taken for typing errors.
 ALIKE = 0.6
 
 
 def advice(name: str, allowed: Iterable[str]) -> str:
-    """Return what to do about a name that is not allowed: the one that was meant where there is one so much alike."""
+    """Return what to do about a wrong name: the one that was probably meant, if any."""
     alike = difflib.get_close_matches(name, sorted(allowed), n=1, cutoff=ALIKE)
     return f"did you mean '{alike[0]}'?" if alike else "give one of these."
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Return the allowed name most like `name`, for "did you mean"; an empty string if nothing is allowed."""
+    """Return the allowed name most like `name`, for "did you mean"; "" if there is none."""
     return next(iter(difflib.get_close_matches(name, sorted(allowed), n=1, cutoff=0.0)), "")

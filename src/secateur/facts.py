@@ -1,4 +1,4 @@
-"""Plain facts that several packages state (sizes, losses, costs, batches), and records that are written as JSON."""
+"""Plain facts that several packages share (sizes, losses, costs, batches), and JSON records."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from secateur.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How units are chosen and readers repaired: plain numbers, and names as recipes have them."""
+    """How units are chosen and readers repaired: numbers, and names as in recipes."""
 
     score: str
     obs_batch: int | None
@@ -30,9 +30,9 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Blocks of one domain. `held_out` ones feed the guard and the evaluation, never a statistic.
+    """Blocks of one domain. `held_out`: for the guard and the evaluation, never for statistics.
 
-    `first_block`: the number of its first block among the domain's, of which a rank has only some.
+    `first_block`: the number of its first block in the domain; a rank has only some blocks.
     """
 
     domain: str
@@ -41,7 +41,7 @@ class Batch:
     first_block: int = 0
 
 
-# Overlap of texts is counted in pieces of so many tokens.
+# Tokens in an n-gram of `held_out_overlap`.
 NGRAM_TOKENS = 13
 
 
@@ -55,14 +55,13 @@ class Size:
     @classmethod
     def of(cls, model: Any) -> "Size":
         """Count a model's parameters."""
-        parameters = list(model.parameters())
-        num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        return cls(sum(parameter.numel() for parameter in parameters), num_bytes)
+        counts = [(parameter.numel(), parameter.element_size()) for parameter in model.parameters()]
+        return cls(sum(count for count, _ in counts), sum(count * size for count, size in counts))
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Mean negative log-likelihood of a block's tokens 2..T given those before. The error is over blocks."""
+    """Mean negative log-likelihood of tokens 2..T of a block. The standard error is over blocks."""
 
     nats_per_token: float
     standard_error: float
@@ -75,7 +74,7 @@ class Loss:
 
 
 def geometric_mean_perplexity(losses: dict[str, Loss]) -> float:
-    """exp of the mean over domains of nats per token: every domain counts the same, whatever its length."""
+    """Return exp(mean over domains of nats per token); domains count equally."""
     return math.exp(sum(loss.nats_per_token for loss in losses.values()) / len(losses))
 
 
@@ -92,9 +91,10 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How much of the recipe's `target` went: the `share_gone` of what the dense model has of it, `total` for people.
+    """How much of the recipe's `target` was removed.
 
-    Of `latency` it is what the prices predict, not a second measurement.
+    `share_gone`: of what the dense model has. `total`: that amount as text. For `latency` both are
+    predicted from prices, not measured.
     """
 
     target: str
@@ -104,7 +104,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What each run does: `batch` prompts of `prompt_tokens` each, `new_tokens` (at least 2) written after each."""
+    """What a run does: `batch` prompts of `prompt_tokens`, then `new_tokens` (>= 2) for each."""
 
     batch: int = 1
     prompt_tokens: int = 256
@@ -114,7 +114,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """The least work of one model at one workload."""
+    """The least work of a model at a workload."""
 
     decode_bytes_per_token: float
     prefill_flops_per_token: float
@@ -126,10 +126,10 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one command found, as plain numbers. It is written to JSON, read back and rendered from one dataclass."""
+    """A command's result as plain numbers: written to JSON, read back, and rendered."""
 
     def plain(self) -> dict[str, Any]:
-        """Return the fields as a mapping; a record adds what follows from them, or leaves out what was not measured."""
+        """Return the fields as a mapping; records may add derived numbers."""
         return dataclasses.asdict(self)
 
     def to_json(self) -> str:
@@ -138,12 +138,12 @@ class Record:
 
     @classmethod
     def from_json(cls: type[Kind], text: str | bytes, where: str) -> Kind:
-        """Return the record that `to_json` wrote. Raises CheckpointError, naming `where`, if it did not."""
+        """Return the record that `to_json` wrote. Raises CheckpointError, naming `where`."""
         return parse_json(cls, text, where)
 
 
 def parse_json(kind: type[Kind], text: str | bytes, where: str) -> Kind:
-    """Return the dataclass; keys that it has no field for are left out.
+    """Return the dataclass; unknown keys are ignored.
 
     Raises CheckpointError, naming `where` and the first field that is missing or wrong.
     """
@@ -154,5 +154,5 @@ def parse_json(kind: type[Kind], text: str | bytes, where: str) -> Kind:
         field = "".join(f"{part}: " for part in first["loc"])
         raise CheckpointError(
             f"{where}: {field}{first['msg'].lower()}; it was changed or written by another version of secateur; "
-            "make it anew."
+            "make it again."
         ) from None

@@ -1,7 +1,7 @@
-"""Files and directories that appear complete or not at all, and JSON read back into its dataclass.
+"""Files and directories that appear complete or not at all.
 
-In: a path and what is to be written. Out: the file or directory under its name, after an atomic rename; a hidden
-name before that. Errors of the disk are one sentence.
+In: a path and what to write. Out: the file or directory, first under a hidden name, then renamed.
+Errors of the disk become one sentence.
 """
 
 import errno
@@ -11,12 +11,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from huggingface_hub.serialization._base import parse_size_to_int
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.ranks import from_first, is_first, size
+from secateur.ranks import from_first, is_alive, is_first, size
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space or choose another place",
@@ -31,7 +31,7 @@ _DISK_ERRORS = {
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a hidden path beside `path`; when the block ends well, what was written there becomes `path`."""
+    """Yield a hidden path beside `path`; when the block succeeds, it is renamed to `path`."""
     staged = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         yield staged
@@ -43,7 +43,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what the file or directory holds by now."""
+    """Flush a file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -52,7 +52,7 @@ def sync(path: Path) -> None:
 
 
 def parse_size(key: str, text: str) -> int:
-    """Return the bytes that a size such as "5GB" stands for. Raises RecipeError, naming `key`, if it is none."""
+    """Return the bytes of a size such as "5GB". Raises RecipeError naming `key`."""
     try:
         num_bytes = parse_size_to_int(text)
     except (ValueError, OverflowError):
@@ -63,10 +63,10 @@ def parse_size(key: str, text: str) -> int:
 
 
 class disk_errors:  # reads as a statement: with disk_errors(place):
-    """Turn an error of the disk inside the block into a CheckpointError naming `place`; other errors pass.
+    """Turn a disk error inside the block into a CheckpointError naming `place`; others pass.
 
-    safetensors and tokenizers raise exceptions of their own (tokenizers: a bare Exception), whose text holds
-    "(os error 28)"; hence a class with `__exit__` and not an except clause.
+    A class with `__exit__`, since safetensors and tokenizers raise their own exceptions (tokenizers
+    a bare Exception) whose text has "(os error 28)".
     """
 
     def __init__(self, place: Path) -> None:
@@ -75,21 +75,19 @@ class disk_errors:  # reads as a statement: with disk_errors(place):
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         rust = re.search(r"\(os error (\d+)\)", str(error))
         number = error.errno if isinstance(error, OSError) else int(rust[1]) if rust else None
         if number not in _DISK_ERRORS:
             return
-        # Of a copy the second is where it was written to.
+        # The second name of a copy is its target.
         named = (error.filename2 or error.filename) if isinstance(error, OSError) else None
-        place = re.sub(r"\.([^/]+)\.(partial-\d+|resume)", r"\1", str(named or self.place))  # hidden names say nothing
+        place = re.sub(r"\.([^/]+)\.(partial-\d+|resume)", r"\1", str(named or self.place))  # not the hidden name
         raise CheckpointError(f"{place}: {_DISK_ERRORS[number]}.") from None
 
 
 def check_free_space(directory: Path, num_bytes: int) -> None:
-    """Raise CheckpointError if the disk of `directory` has fewer than `num_bytes` bytes free."""
+    """Raise CheckpointError if the disk of `directory` has less than `num_bytes` free."""
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
         raise CheckpointError(
@@ -100,11 +98,10 @@ def check_free_space(directory: Path, num_bytes: int) -> None:
 
 @contextmanager
 def staged_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yield a hidden path beside `path`; when the block ends well, what was written there becomes `path`.
+    """Like `whole_file`, with checks. After any exception an old file stays as it was.
 
-    After any exception, KeyboardInterrupt included, nothing is left and an old file stays as it was.
-
-    Raises CheckpointError if `path` exists and `overwrite` is False, or it cannot be a file, and for disk errors.
+    Raises CheckpointError if `path` exists and `overwrite` is False, or cannot be a file, and for
+    disk errors.
     """
     check_file(path, overwrite=overwrite)
     with disk_errors(path), whole_file(path) as staged:
@@ -113,7 +110,7 @@ def staged_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:
-    """Raise CheckpointError if `path` cannot be written as a file, or exists and may not be replaced."""
+    """Raise CheckpointError if `path` cannot be a file, or exists and must not be replaced."""
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: there is no directory {path.parent}; make it first or choose another place.")
     if path.is_dir():
@@ -124,26 +121,29 @@ def check_file(path: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def staging(out: Path, *, overwrite: bool, protected: Path | None = None) -> Iterator[Path]:
-    """Yield a hidden empty directory beside `out`; when the block ends well, it becomes `out` by one rename.
+    """Yield a hidden empty directory; when the block succeeds, it is renamed to `out`.
 
-    After any exception, KeyboardInterrupt included, nothing is left: neither the directory nor parents made for it.
-    With `overwrite` an old model directory stays in its place until the new one is complete. `protected`, the model
-    being read, and the directories above it are never replaced.
+    After any exception nothing is left, neither the directory nor new parents. With `overwrite` an
+    old model directory stays until the new one is complete. `protected`, the model being read, and
+    the directories above it are never replaced.
 
-    Raises CheckpointError, before the block runs, if `out` exists or cannot be made, and for disk errors in the block.
+    Raises CheckpointError, before the block, if `out` exists or cannot be made, and for disk
+    errors.
     """
     out = Path(os.path.abspath(out))
     _clear_after_dead(out)
     check_replaceable(out, overwrite=overwrite, protected=protected)
     made = missing_parents(out)
     staged = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(staged, ignore_errors=True)  # of a killed process that had this process's id
+    shutil.rmtree(staged, ignore_errors=True)  # from a killed process with this id
     done = False
     try:
         make_hidden(staged, out)
         with disk_errors(out):
             yield staged
-            _sync_tree(staged)
+            for root, _, files in os.walk(staged):
+                for name in (*files, ""):
+                    sync(Path(root, name))
             check_replaceable(out, overwrite=overwrite, protected=protected)  # another process may have made it
             _swap(staged, out)
         done = True
@@ -154,40 +154,39 @@ def staging(out: Path, *, overwrite: bool, protected: Path | None = None) -> Ite
 
 
 def staging_if_any(out: Path | None, *, overwrite: bool, protected: Path | None) -> AbstractContextManager[Path | None]:
-    """Return `staging` on the rank that writes; where nothing is to be written, a context that gives None."""
+    """Return `staging` on the rank that writes; else a context that gives None."""
     if out is None:
         return nullcontext()
-    # What is wrong with `out` is said before the others begin to wait for the first rank.
+    # Refuse `out` on all ranks before they wait for the first one.
     if size() > 1:
         from_first(lambda: check_replaceable(out, overwrite=overwrite, protected=protected))
     return staging(out, overwrite=overwrite, protected=protected) if is_first() else nullcontext()
 
 
 def missing_parents(out: Path) -> list[Path]:
-    """Return the directories above `out` that are yet to be made, innermost first."""
+    """Return the missing directories above `out`, innermost first."""
     return [path for path in out.parents if not os.path.lexists(path)]
 
 
 def remove_empty(directories: list[Path]) -> None:
-    """Remove those of the directories that nobody uses by now."""
+    """Remove those of the directories that are empty."""
     for directory in directories:
         with suppress(OSError):  # not empty
             directory.rmdir()
 
 
 def make_hidden(directory: Path, out: Path) -> None:
-    """Make a directory beside `out`, and its parents. Raises CheckpointError if that cannot be."""
-    # Trying is the only sure check: asking for permissions tells root that everything is writable.
+    """Make a directory beside `out`, and its parents. Raises CheckpointError if it cannot."""
+    # Trying is the only sure check: for root every permission looks fine.
     try:
         directory.mkdir(parents=True)
     except OSError as error:
-        raise CheckpointError(
-            f"OUT {out}: no directory can be made there ({error.strerror}); choose another place."
-        ) from None
+        reason = f"no directory can be made there ({error.strerror})"
+        raise CheckpointError(f"OUT {out}: {reason}; choose another place.") from None
 
 
 def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> None:
-    """Raise CheckpointError if what stands at `out` may not be replaced, or holds the model that is read."""
+    """Raise CheckpointError if `out` must not be replaced, or holds the model being read."""
     if protected is not None and out.resolve() in (protected.resolve(), *protected.resolve().parents):
         raise CheckpointError(f"OUT {out}: holds the model that is being pruned; choose another directory.")
     blocking = next((parent for parent in out.parents if os.path.lexists(parent)), out)
@@ -208,31 +207,16 @@ def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> 
 
 
 def _clear_after_dead(out: Path) -> None:
-    """Remove what killed processes have left beside `out`; one killed between two renames has left it aside."""
-    for name in _names_beside(out):
+    """Remove what killed processes left beside `out`; restore `out` if one moved it aside."""
+    beside = os.listdir(out.parent) if out.parent.is_dir() else []
+    for name in (name for name in beside if name.startswith(f".{out.name}.")):
         kind, _, process = name.removeprefix(f".{out.name}.").rpartition("-")
-        if kind not in ("partial", "replaced") or not process.isdecimal() or _is_alive(int(process)):
+        if kind not in ("partial", "replaced") or not process.isdecimal() or is_alive(int(process)):
             continue
         if kind == "replaced" and not os.path.lexists(out):
             out.with_name(name).rename(out)
         else:
             shutil.rmtree(out.with_name(name), ignore_errors=True)
-
-
-def _names_beside(out: Path) -> list[str]:
-    return [name for name in os.listdir(out.parent) if name.startswith(f".{out.name}.")] if out.parent.is_dir() else []
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OverflowError:
-        return False
-    except PermissionError:
-        pass  # somebody else's
-    return True
 
 
 def _swap(staged: Path, out: Path) -> None:
@@ -248,10 +232,3 @@ def _swap(staged: Path, out: Path) -> None:
             old.rename(out)
     sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync_tree(directory: Path) -> None:
-    for root, _, files in os.walk(directory):
-        for name in files:
-            sync(Path(root, name))
-        sync(Path(root))

@@ -1,4 +1,4 @@
-"""What a long job reports while it runs: progress to whoever watches, lines to `run.jsonl`, seconds by stage."""
+"""What a long job reports: progress to a listener, lines to `run.jsonl`, seconds by stage."""
 
 import importlib.metadata
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from secateur.plugins import plugin_packages
 
-# progress(stage, done, total): `done` and `total` in the stage's own steps, done = 0 when it starts.
+# progress(stage, done, total): steps of the stage; done = 0 at the start.
 Progress = Callable[[str, int, int], None]
 
 
@@ -23,7 +23,7 @@ LOG_FILE = "run.jsonl"
 
 
 class RunLog:
-    """Keeps the lines in memory and, given a directory, appends them to its `run.jsonl` as they come."""
+    """Lines in memory and, if there is a directory, in its `run.jsonl`."""
 
     def __init__(self, directory: Path | None = None) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -31,7 +31,7 @@ class RunLog:
         self._path = None if directory is None else directory / LOG_FILE
 
     def append_to(self, directory: Path) -> None:
-        """From now on write to the directory's `run.jsonl` too."""
+        """From now on also write to the directory's `run.jsonl`."""
         self._path = directory / LOG_FILE
 
     def write(self, line: dict[str, Any]) -> None:
@@ -43,14 +43,14 @@ class RunLog:
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
-        """Add the seconds that the block takes to the stage's."""
+        """Add the block's seconds to the stage's."""
         start = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a repeat of the run needs, those of packages that extend secateur among them."""
+    """Return the versions that a repeat needs, including packages that extend secateur."""
     packages = ("secateur", "torch", "transformers", "safetensors", "tokenizers")
     found: dict[str, Any] = {name: importlib.metadata.version(name) for name in packages}
     return {"python": platform.python_version(), **found, **plugin_packages()}

@@ -1,7 +1,7 @@
-"""What other installed packages add: scores, families, calibration sources, exporters, by their entry points.
+"""What other packages add by entry points: scores, families, calibration sources, exporters.
 
-In: a group of entry points and what is built in. Out: names, which import nothing; or what a name stands for, which
-imports its package. A package has to be installed and nothing more: docs/extend.md.
+In: a group of entry points, and what is built in. Out: names, or the objects, which imports their
+package. Installing a package is enough: docs/extend.md.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -21,21 +21,21 @@ Kind = TypeVar("Kind")
 
 
 def plugin_names(group: str) -> tuple[str, ...]:
-    """Return the names that installed packages register in a group, sorted. Nothing is imported."""
+    """Return the sorted names that packages register in a group. Imports nothing."""
     return tuple(sorted({point.name for point in _entry_points(group)}))
 
 
 def plugin_packages() -> dict[str, str]:
-    """Return the installed packages that register anything, with their versions. Nothing is imported."""
+    """Return the packages that register anything, with versions. Imports nothing."""
     groups = (SCORE_GROUP, FAMILY_GROUP, SOURCE_GROUP, EXPORTER_GROUP)
     found = (point.dist for group in groups for point in _entry_points(group))
     return dict(sorted((each.name, each.version) for each in found if each is not None))
 
 
 def plugins(group: str, taken: Collection[str]) -> dict[str, EntryPoint]:
-    """Return the entry points of a group by name. Nothing is imported.
+    """Return a group's entry points by name. Imports nothing.
 
-    Raises PluginError if a package registers a name that is `taken`, because it is built in, or that another has.
+    Raises PluginError if a name is `taken` (built in), or registered twice.
     """
     found: dict[str, EntryPoint] = {}
     for point in _entry_points(group):
@@ -48,7 +48,7 @@ def plugins(group: str, taken: Collection[str]) -> dict[str, EntryPoint]:
 
 
 def load(point: EntryPoint, is_right: Callable[[Any], bool], expected: str) -> Any:
-    """Return what the entry point stands for. Raises PluginError if it cannot be imported or is not as `expected`."""
+    """Return an entry point's object. Raises PluginError if it fails or is not as `expected`."""
     try:
         found = point.load()
     except Exception as error:  # whatever another package's import raises
@@ -69,9 +69,9 @@ def look_up(
     expected: str,
     taken: Collection[str] = (),
 ) -> Kind:
-    """Return what `name` stands for: what is built in, or what a package registers. `taken`: names also not free.
+    """Return what `name` stands for, built in or registered. `taken`: other names not free.
 
-    Raises RecipeError for an unknown name, saying which there are; PluginError as `plugins` and `load` do.
+    Raises RecipeError for an unknown name, listing the known ones; PluginError as above.
     """
     others = plugins(group, {*built_in, *taken})
     if name in built_in:
@@ -83,7 +83,7 @@ def look_up(
 
 
 def where(point: EntryPoint) -> str:
-    """Return what an entry point is called in an error: package, kind and name."""
+    """Return an entry point's description in errors: package, kind and name."""
     return f"package {_package(point)}, {_what(point.group)} '{point.name}'"
 
 
@@ -97,5 +97,5 @@ def _package(point: EntryPoint) -> str:
 
 @cache
 def _entry_points(group: str) -> tuple[EntryPoint, ...]:
-    """Read once a process: the metadata of every installed package is opened for it."""
+    """Read once per process, since it opens the metadata of every installed package."""
     return tuple(metadata.entry_points(group=group))

@@ -1,7 +1,7 @@
-"""Ranks: several processes that work on one run. Each has the whole model and its own part of the text.
+"""Ranks: processes that share one run. Each has the whole model and its own part of the text.
 
-Upper half: how ranks find each other, end together, and say once how it ended. Lower half: what they exchange.
-With one process every function returns its input.
+Upper half: how ranks find each other, end together, and report the end once. Lower half: what they
+exchange. In one process every function returns its input.
 """
 
 import io
@@ -23,33 +23,33 @@ from torch.distributed.rendezvous import rendezvous
 
 from secateur.errors import RankError, RecipeError, SecateurError
 
-# How long all ranks may take to start, and how long one may work alone while the others wait for what it finds. A
-# process that dies is noticed at once; this is for a machine that vanishes and leaves its connections open.
+# Limits for all ranks to start, and for waiting on one rank's result. A dead process is noticed at
+# once; these are for a machine that vanishes and leaves its connections open.
 START, TIMEOUT = timedelta(minutes=10), timedelta(hours=2)
-# How often a waiting rank looks, and how long a launcher may take to bury a dead process.
-LOOK_SECONDS, BURIAL_SECONDS = 0.1, 2.0
+# How often a waiting rank looks, and how long a launcher may take to reap a dead process.
+LOOK_SECONDS, REAP_SECONDS = 0.1, 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """`store`: small values that every rank can read, even when another is gone."""
+    """`store`: small values that every rank can read, even when another rank is gone."""
 
     store: c10d.Store
     rank: int
     size: int
 
 
-_groups: list[_Group] = []  # the one that `joined` made, if any
+_groups: list[_Group] = []  # the group that `joined` made, if any
 _joins = [0]
 
 
 def launched_size() -> int:
-    """Return how many ranks the launcher has started, 1 without one."""
+    """Return how many ranks the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def rank_device() -> torch.device:
-    """Return where this rank computes: the GPU of its local rank, or the CPU on a machine without GPUs."""
+    """Return this rank's device: the GPU of its local rank, or the CPU without GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -57,11 +57,11 @@ def rank_device() -> torch.device:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Make this process one of the ranks that the launcher started, until the block ends; all leave together.
+    """Join the ranks that the launcher started, until the block ends; all leave together.
 
-    Nothing happens in one process, nor where a process group is there already. After an exception the connections stay
-    open until the process ends: closed, they would have the others report a lost rank before this one says why it ends.
-    Raises RankError if not all ranks start.
+    Does nothing in one process, or if there is a process group already. After an exception the
+    connections stay open until the process ends; otherwise the others would report a lost rank
+    before this one says why it ends. Raises RankError if not all ranks start.
     """
     if launched_size() == 1 or dist.is_initialized():
         yield
@@ -72,7 +72,7 @@ def joined() -> Iterator[None]:
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=START)))
         _joins[0] += 1
-        store = c10d.PrefixStore(f"secateur-{_joins[0]}", store)  # what an earlier group left there is not for this one
+        store = c10d.PrefixStore(f"secateur-{_joins[0]}", store)  # not an earlier group's values
         store.set(f"process-{rank}", f"{socket.gethostname()} {os.getpid()}")
         _groups.append(_Group(store, rank, size))
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -83,27 +83,22 @@ def joined() -> Iterator[None]:
             f"torchrun or accelerate launch, all on one network."
         ) from None
     yield
-    meet("end")  # without a limit: the first rank may be saving
+    meet("end")  # no time limit: the first rank may be saving
     dist.barrier()
     dist.destroy_process_group()
     _groups.clear()
 
 
 def meet(name: str) -> None:
-    """Wait until every rank is here, however long one works by itself. Raises RankError if one is lost meanwhile."""
+    """Wait for every rank, however long one works alone. Raises RankError if one is lost."""
     if _groups:
         group = _groups[0]
         group.store.add(f"meet-{name}", 1)
         wait_until(lambda: group.store.add(f"meet-{name}", 0) >= group.size)
 
 
-def next_turn(name: str) -> int | None:
-    """Return the number of the next item of a list that no rank has taken yet; None where no store counts."""
-    return _groups[0].store.add(f"turn-{name}", 1) - 1 if _groups else None
-
-
 def wait_until(is_so: Callable[[], bool]) -> None:
-    """Look again and again, so that a signal is heard. Raises RankError if a rank is lost or the store is gone."""
+    """Poll, so that signals are handled. Raises RankError if a rank or the store is lost."""
     while not _asked(is_so):
         time.sleep(LOOK_SECONDS)
         if _asked(lambda: bool(lost_ranks())):
@@ -118,21 +113,21 @@ def _asked(is_so: Callable[[], bool]) -> bool:
 
 
 def lost_ranks() -> list[int]:
-    """Return the ranks of this machine whose process is gone without having said that it ends."""
+    """Return this machine's ranks whose process ended without `last_word`."""
     lost = []
     for group in _groups:
         for rank in range(group.size):
             if rank != group.rank and not group.store.check([f"ended-{rank}"]):
                 host, number = group.store.get(f"process-{rank}").decode().rsplit(" ", 1)
-                if host == socket.gethostname() and not _is_alive(int(number)):
+                if host == socket.gethostname() and not is_alive(int(number)):
                     lost.append(rank)
     return lost
 
 
 def lost_text(reason: str = "") -> str:
-    """Return the sentence on a lost rank, after looking for which one for as long as a launcher takes to bury it."""
+    """Return the sentence on a lost rank; waits for a launcher to reap it, to name it."""
     lost: list[int] = []
-    until = time.monotonic() + BURIAL_SECONDS
+    until = time.monotonic() + REAP_SECONDS
     try:
         while _groups and not lost and time.monotonic() < until:
             lost = lost_ranks()
@@ -144,15 +139,14 @@ def lost_text(reason: str = "") -> str:
     said = f" ({reason})" if reason and not lost else ""
     return (
         f"rank {which} was lost{said}, so all ranks end and nothing half-written is left; look for why in its own "
-        f"output (out of memory, a signal, its machine), then run the same command again "
-        f"(prune with --resume goes on)."
+        "output (out of memory, a signal, its machine), then run the same command again (prune with --resume goes on)."
     )
 
 
 def last_word(sentence: str) -> str | None:
-    """Return what this rank, which is about to end, is to tell people; None if another rank tells it.
+    """Return what this rank prints as it ends; None if another rank prints it.
 
-    The sentence itself, or that a rank was lost, where that is why a launcher ends this one.
+    That is the sentence, or that a rank was lost, if this is why a launcher ends this one.
     """
     if not _groups:
         return sentence if int(os.environ.get("RANK", "0")) == 0 else None
@@ -165,16 +159,17 @@ def last_word(sentence: str) -> str | None:
         return sentence if group.rank == 0 else None
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether the process runs; a zombie does not."""
     stat = Path(f"/proc/{process}/stat")
-    if stat.is_file():  # a dead process that nobody has buried yet is a zombie
+    if stat.is_file():
         return stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] != "Z"
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True
+        pass  # another user's
     return True
 
 
@@ -185,15 +180,15 @@ def _first_line(error: BaseException) -> str:
 T = TypeVar("T")
 Item = TypeVar("Item")
 
-# Tensors up to this many numbers travel in one buffer; larger ones by themselves, which costs no copy of them.
+# Tensors up to this many numbers share a buffer; larger ones are sent without a copy.
 SMALL = 1 << 16
 
 _alone = [False]
-_lists: list[int] = [0]  # how many lists have been worked through in turns
+_lists: list[int] = [0]  # lists worked through `in_turns`
 
 
 def size() -> int:
-    """Return the number of ranks, 1 without any."""
+    """Return the number of ranks; 1 without any."""
     if _alone[0] or not dist.is_available() or not dist.is_initialized():
         return 1
     return dist.get_world_size()
@@ -205,13 +200,13 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Say whether this is the rank that writes, prints and decides; so is every process without others."""
+    """Whether this rank writes, prints and decides; true for a process without others."""
     return rank() == 0
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within the context this rank works as one process does, whatever the others do meanwhile."""
+    """Within the block this rank works as one process, whatever the others do."""
     before = _alone[0]
     _alone[0] = True
     try:
@@ -221,15 +216,15 @@ def alone() -> Iterator[None]:
 
 
 def own_part(items: list[Item]) -> list[Item]:
-    """Return this rank's part of a list: item i is that of rank i mod the number of ranks."""
+    """Return this rank's part of a list: item i belongs to rank i mod the number of ranks."""
     return items[rank() :: size()]
 
 
 def domains_ended(ended: str, begun: str, order: Iterable[str]) -> list[str]:
-    """Return the domains that are over when batches of `begun` follow those of `ended`; "" stands for none.
+    """Return the domains that end when batches of `begun` follow those of `ended`; "" for none.
 
-    In one process the one that ended. A rank also passes domains that have no batch on it, and all ranks must sum up
-    the same domains in the same `order`, in which batches come.
+    In one process that is `ended`. A rank may have no batch of a domain, but all ranks must sum the
+    same domains in the same `order`, the order of batches.
     """
     if size() == 1:
         return [ended] if ended else []
@@ -238,7 +233,7 @@ def domains_ended(ended: str, begun: str, order: Iterable[str]) -> list[str]:
 
 
 def sum_tensors(tensors: Sequence[Tensor]) -> None:
-    """Replace every tensor by its sum over ranks, in place and in its own dtype. The same order on every rank."""
+    """Sum every tensor over ranks, in place and in its own dtype, in equal order on all ranks."""
     if size() == 1:
         return
     small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
@@ -255,7 +250,7 @@ def sum_tensors(tensors: Sequence[Tensor]) -> None:
 
 
 def sum_by_name(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sums over ranks of numbers or small tensors by name; a rank may lack some of the names.
+    """Return sums over ranks of numbers or small tensors by name; ranks may lack some names.
 
     Every rank adds in the order of ranks, so that all get the same bits.
     """
@@ -278,9 +273,9 @@ def gathered(value: T) -> list[T]:
 
 
 def from_first(compute: Callable[[], T]) -> T:
-    """Return on every rank what `compute` returns on the first one, the only one that runs it.
+    """Return on every rank what `compute` returns on the first one, which alone runs it.
 
-    A SecateurError that it raises is raised by all.
+    All ranks raise a SecateurError that it raises.
     """
     if size() == 1:
         return compute()
@@ -297,7 +292,7 @@ def from_first(compute: Callable[[], T]) -> T:
 
 
 def spread(function: Callable[[Item], T], items: list[Item]) -> list[T]:
-    """Return [function(item) for item in items], each item done by one rank, as `own_part` splits them."""
+    """Return [function(item) for item in items]; each rank does its `own_part`."""
     results: list[Any] = [None] * len(items)
     for number, part in enumerate(gathered([function(item) for item in own_part(items)])):
         results[number :: size()] = part
@@ -305,18 +300,18 @@ def spread(function: Callable[[Item], T], items: list[Item]) -> list[T]:
 
 
 def in_turns(function: Callable[[Item], T], items: list[Item]) -> list[T]:
-    """Return [function(item) for item in items]; a rank that is done with one takes the next that none has taken.
+    """Return [function(item) for item in items]; a free rank takes the next item.
 
-    Each is done as by one process, and may take any time. Without a store of our own: as `spread` does.
+    Each item is done as by one process. Without a store of our own: as `spread` does.
     """
     if size() == 1:
         return [function(item) for item in items]
     _lists[0] += 1
-    name, found, turn = str(_lists[0]), dict[int, T](), 0
+    name, found = str(_lists[0]), dict[int, T]()
     with alone():
-        while (turn := next_turn(name)) is not None and turn < len(items):
+        while _groups and (turn := _groups[0].store.add(f"turn-{name}", 1) - 1) < len(items):
             found[turn] = function(items[turn])
-    if turn is None:
+    if not _groups:
         with alone():
             mine = [function(item) for item in items[dist.get_rank() :: dist.get_world_size()]]
         found = dict(zip(range(rank(), len(items), size()), mine, strict=True))
@@ -326,7 +321,7 @@ def in_turns(function: Callable[[Item], T], items: list[Item]) -> list[T]:
 
 
 def check_same(facts: Mapping[str, str]) -> None:
-    """Raise RankError naming the first of the facts that is not the same on every rank, and a rank where it differs."""
+    """Raise RankError naming the first fact that differs between ranks, and such a rank."""
     for number, part in enumerate(gathered(dict(facts))):
         for name, value in facts.items():
             if part[name] != value:
@@ -340,7 +335,7 @@ def _call(collective: Callable[[], Any]) -> None:
     try:
         collective()
     except RuntimeError as error:  # gloo raises it plain, nccl as a DistBackendError
-        raise RankError(lost_text((str(error).splitlines() or [""])[0])) from error
+        raise RankError(lost_text(_first_line(error))) from error
 
 
 def _packed(value: Any) -> bytes:
@@ -357,16 +352,16 @@ def _unpacked(packed: bytes) -> Any:
 
 
 def device_called(name: str | None) -> torch.device:
-    """Return the device of this process. None: a CUDA or ROCm GPU if torch finds one, else the CPU.
+    """Return this process's device. None: a CUDA or ROCm GPU if torch finds one, else the CPU.
 
-    Of several ranks each has the GPU of its local rank. Raises RecipeError if torch knows or finds no such device.
+    With several ranks each has the GPU of its local rank. Raises RecipeError for unknown devices.
     """
     if name is None:
         return rank_device()
     try:
-        device = torch.empty(1, device=torch.device(name)).device  # with its number, as tensors there say it
+        device = torch.empty(1, device=torch.device(name)).device  # with its number, as tensors say it
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = _first_line(error).rstrip(".")
         raise RecipeError(
             f"machine.device: torch finds no '{name}' here ({reason}); give cpu, cuda, cuda:1, mps, or leave it out."
         ) from None

@@ -1,6 +1,6 @@
-"""The recipe: everything that a run does, in groups of keys. All defaults of the product are here.
+"""The recipe: all that a run does, in groups of keys. It holds all defaults of the product.
 
-What depends on the model is `None` here; `pruning.resolve` fills it in, and that copy is saved.
+What depends on the model is None here; `pruning.resolve` fills it in, and that copy is saved.
 """
 
 from typing import Annotated, Any, Literal, get_args
@@ -19,13 +19,15 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Strict(BaseModel):
+    """A frozen model that refuses unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TaskSettings(Strict):
-    """What is asked of the dense, the pruned and the recovered model at the end: tasks of lm-evaluation-harness.
+    """lm-evaluation-harness tasks for the dense, the pruned and the recovered model.
 
-    `limit`: questions per task; `batch_size`: of the harness's requests.
+    `limit`: questions per task. `batch_size`: requests at a time.
     """
 
     tasks: tuple[str, ...] = ()
@@ -34,17 +36,17 @@ class TaskSettings(Strict):
 
 
 class RecoverySettings(Strict):
-    """Training after the cut, until the model predicts more like the dense one.
+    """Training after pruning, until the model predicts more like the dense one.
 
-    num_tokens: of all domains together. held_out_blocks: per domain, to judge by.
-    domain_weighting: `shares`, or `lost`: a domain's loss counts as its held-out KL before over the
-    mean of all. batch_tokens: of one optimizer step, over all processes. blocks_per_device: of one
-    forward pass. kl_share, temperature: s and t of `distillation_loss`; s = 0 is plain fine-tuning.
-    train: all weights but embedding and head (`layers`), these too (`full`), or low-rank additions
-    that are merged at the end (`lora`, needs secateur[recover]).
-    evaluations: how often the held-out text is asked; the weights of the least loss stay.
-    patience: after so many without a fall it stops. report_to: as transformers' Trainer has it.
-    evaluation: tasks before and after; they change nothing of the training.
+    num_tokens: of all domains together. held_out_blocks: per domain, for judging. domain_weighting:
+    `shares`, or `lost`: a domain's loss is weighted by its initial held-out KL over the mean of
+    all. batch_tokens: per optimizer step, over all processes. blocks_per_device: per forward pass.
+    kl_share, temperature: s and t of `distillation_loss`; s = 0 is plain fine-tuning. train: all
+    weights but embedding and head (`layers`), all weights (`full`), or low-rank additions that are
+    merged at the end (`lora`, needs secateur[recover]). evaluations: number of held-out
+    evaluations; the weights of the least loss stay. patience: stop after so many without a fall.
+    report_to: as in transformers' Trainer. evaluation: tasks before and after; they do not affect
+    training.
     """
 
     num_tokens: Count = 300_000
@@ -75,25 +77,25 @@ ScheduleName = Literal["linear"]
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 DEFAULT_DOMAINS: tuple[InstalledDomain, ...] = ("code", "technical", "mathematics", "science", "readme")
 
-# The built-in names of `score.SCORES`, which imports torch. Packages add others, see `plugins`.
+# The built-in names of `scores.SCORES`, which imports torch. Packages add others, see `plugins`.
 SCORE_NAMES = ("random", "magnitude", "wanda", "flap", "obs", "taylor", "paper", "reap", "frequency")
-# Keys of a domain, one of which says where its text comes from. Packages add others.
+# A domain has exactly one of these keys, its source. Packages add others.
 SOURCE_NAMES = ("installed", "files", "dataset", "sampled")
 
 
 class Domain(Strict):
-    """One calibration domain: exactly one source, and its share of the calibration tokens relative to the others.
+    """A calibration domain: exactly one source, and its share of the tokens relative to others.
 
-    installed: text that installed Python packages carry.
-    files: local .txt .jsonl .json .csv .parquet files (each also with .gz), relative to the working directory.
-    dataset: a `datasets` hub id, with `config` and `split`.
-    sampled: text that the dense model itself writes, token by token, before it is pruned.
-    Or the name of a source that an installed package registers, with whatever that source takes.
-    column: the text column of structured files; a `messages` column goes through the tokenizer's chat template.
-    protect: the share by which this domain's held-out loss may rise, 0.05 for 5%; budget `curve` plans it.
+    installed: text in installed Python packages. files: local .txt .jsonl .json .csv .parquet files
+    (also with .gz), relative to the working directory. dataset: a `datasets` hub id, with `config`
+    and `split`. sampled: text that the dense model writes before it is pruned. Or the name of a
+    source that an installed package registers, with its value.
+
+    column: the text column of structured files; `messages` goes through the chat template. protect:
+    the share by which this domain's held-out loss may rise (0.05 for 5%), for budget `curve`.
     """
 
-    model_config = ConfigDict(extra="allow")  # sources of packages; any other key is refused below
+    model_config = ConfigDict(extra="allow")  # sources of packages; other keys are refused below
 
     installed: InstalledDomain | None = None
     files: tuple[str, ...] | None = None
@@ -114,10 +116,9 @@ class Domain(Strict):
     @classmethod
     def _refuse_unknown_keys(cls, data: Any) -> Any:
         unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
+        unknown = [key for key in unknown if key not in plugin_names(SOURCE_GROUP)]
         wrong: list[InitErrorDetails] = [
-            {"type": "extra_forbidden", "loc": (str(key),), "input": data[key]}
-            for key in unknown
-            if key not in plugin_names(SOURCE_GROUP)
+            {"type": "extra_forbidden", "loc": (str(key),), "input": data[key]} for key in unknown
         ]
         if wrong:
             raise ValidationError.from_exception_data(cls.__name__, wrong)
@@ -133,7 +134,7 @@ class Domain(Strict):
 
     @property
     def source(self) -> tuple[str, Any]:
-        """Return the source's key and what the user wrote there."""
+        """Return the source's key and value."""
         [found] = self._sources().items()
         return found
 
@@ -144,7 +145,7 @@ class Domain(Strict):
 
 
 class Calibration(Strict):
-    """What text the model is measured on. `num_tokens` counts all domains together, without the held-out tenth.
+    """The text to measure on. `num_tokens`: of all domains, without the held-out tenth.
 
     rotate: every round measures on `num_tokens` fresh ones; the held-out text stays the same.
     """
@@ -158,7 +159,7 @@ class Calibration(Strict):
 
 
 class MeasuredPrices(Strict):
-    """Seconds per decoded token: of the dense model, of one of its layers, of one unit of each group by its name."""
+    """Seconds per decoded token: of the dense model, a layer, and a unit of each group."""
 
     total: Positive
     per_layer: Positive
@@ -168,14 +169,13 @@ class MeasuredPrices(Strict):
 class Remove(Strict):
     """What to remove. `remove: 0.2` is short for `remove: {share: 0.2}`.
 
-    share: what goes of all that the dense model has of `target`.
-    target: parameters (all, tied weights once); flops per prompt token; kv_bytes, of cache per
-    token; latency, seconds per decoded token on this machine. prices: those seconds, as measured.
-    groups: the kinds of units that go.
-    depth: whole layers that go first, those whose absence changes predictions least; part of
-    `share`. None: as many as spare the widths the worst. layers: these layers, by number.
-    protected_layers: stay whole. Negative numbers of layers count from the end.
-    min_keep: the least share of a group that stays. align: widths are multiples of it.
+    share: of all that the dense model has of `target`. target: parameters (all, tied weights once);
+    flops per prompt token; kv_bytes, of cache per token; latency, seconds per decoded token on this
+    machine. prices: those seconds, as measured. groups: the kinds of units to remove. depth: number
+    of whole layers to remove first, those whose absence changes predictions least; part of `share`.
+    None: as many as spare the widths the worst. layers: remove these layers. protected_layers: stay
+    whole. Negative layer numbers count from the end. min_keep: the least share of a group that
+    stays. align: widths are multiples of it.
     """
 
     share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
@@ -190,14 +190,13 @@ class Remove(Strict):
 
 
 class Choose(Strict):
-    """How to choose the units that go. Higher score = keep.
+    """How to choose the units to remove. Higher score = keep.
 
-    budget: how many units each layer keeps. widths: `per_layer` where layers may differ.
-    probe_blocks: blocks per domain on which budget `curve` measures KL.
-    rounds: steps to the share, measuring anew in each. schedule: `linear`, or a list of what is
-    gone after each round, rising to the share; it also says how many rounds there are.
-    max_loss_rise: the share by which the mean held-out loss may rise; the last round that held
-    is the result.
+    budget: how many units each layer keeps. widths: `per_layer` if layers may differ. probe_blocks:
+    blocks per domain on which budget `curve` measures KL. rounds: steps to the share; each measures
+    again. schedule: `linear`, or a list of the share removed after each round, rising to `share`;
+    it also sets the number of rounds. max_loss_rise: the share by which the mean held-out loss may
+    rise; the result is the last round within it.
     """
 
     score: str = "obs"
@@ -213,9 +212,7 @@ class Choose(Strict):
     @field_validator("score", mode="before")
     @classmethod
     def _known_score(cls, value: Any) -> Any:
-        if value in SCORE_NAMES:  # before anything is read about installed packages
-            return value
-        names = (*SCORE_NAMES, *plugin_names(SCORE_GROUP))
+        names = SCORE_NAMES if value in SCORE_NAMES else (*SCORE_NAMES, *plugin_names(SCORE_GROUP))
         if value in names:
             return value
         raise PydanticCustomError("literal_error", "unknown score", {"expected": ", ".join(names)})
@@ -224,9 +221,9 @@ class Choose(Strict):
 class Repair(Strict):
     """How to repair what stays.
 
-    damping_factors: each group tries the damping times each of these, and takes what its held-out
-    text likes best. target_mix: the part of the drift (dense minus pruned stream) that an MLP's
-    reader makes up for.
+    damping_factors: each group tries the damping times each of these, and takes the best on
+    held-out text. target_mix: the part of the drift (dense minus pruned stream) that an MLP's
+    reader corrects.
     """
 
     compensate: CompensateName = "least_squares"
@@ -238,10 +235,10 @@ class Repair(Strict):
 class Machine(Strict):
     """Where a run computes, and in how much memory.
 
-    device: None is a GPU if torch finds one. device_budget: such as 20GB; layers come to the device
-    one at a time where all would not fit. memory_budget: such as 6GB, beyond interpreter and page
-    cache; weights stay on disk where they would not fit.
-    compute_dtype: None is float32 on CPUs that multiply bfloat16 in software.
+    device: None is a GPU if torch finds one. device_budget: such as 20GB; layers are onloaded one
+    at a time if they do not all fit. memory_budget: such as 6GB, beyond interpreter and page cache;
+    weights that do not fit stay on disk. compute_dtype: None is float32 on CPUs that multiply
+    bfloat16 in software.
     """
 
     device: str | None = None
@@ -251,7 +248,7 @@ class Machine(Strict):
 
 
 class Output(Strict):
-    """What is measured and written. keep_rounds: a checkpoint after every round but the last, too."""
+    """What to measure and write. keep_rounds: also a checkpoint after every other round."""
 
     evaluate: bool = True
     keep_rounds: bool = False
@@ -261,7 +258,7 @@ class Output(Strict):
 class Recipe(Strict):
     """One run: what to remove, how to choose, how to repair, the text, the machine, the output.
 
-    seed: of the calibration draw. recover: training after the cut.
+    seed: of the calibration draw. recover: training after pruning.
     """
 
     seed: Annotated[int, Field(ge=0)] = 0
@@ -274,7 +271,7 @@ class Recipe(Strict):
     recover: RecoverySettings | None = None
 
     def filled(self, **groups: dict[str, Any]) -> "Recipe":
-        """Return the recipe with other values in its groups: `filled(remove={"align": 64})`."""
+        """Return the recipe with other values in groups: `filled(remove={"align": 64})`."""
         update = {name: getattr(self, name).model_copy(update=values) for name, values in groups.items()}
         return self.model_copy(update=update)
 

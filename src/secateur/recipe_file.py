@@ -1,6 +1,7 @@
-"""Recipes from YAML, mappings and command-line options: presets, merging, one sentence per mistake.
+"""Recipes from YAML, mappings and options: presets, merging, one sentence per mistake.
 
-In: YAML text or a mapping. Out: a frozen `Recipe`, or a RecipeError that says the key, what it got, what is allowed.
+In: YAML text or a mapping. Out: a frozen `Recipe`, or a RecipeError: the key, what it got, what is
+allowed.
 """
 
 import math
@@ -15,7 +16,7 @@ from secateur.errors import RecipeError, advice, nearest
 from secateur.plugins import SOURCE_GROUP, plugin_names
 from secateur.recipe import Choose, Domain, Machine, Output, Recipe, Remove, Repair
 
-# Keys, or key=value, that were removed, with what to do instead. Keys inside mappings are written with dots.
+# Removed keys, or key=value, with what to do instead. Dots separate nested keys.
 GONE: dict[str, str] = {
     "bench": "run secateur bench OUT --against MODEL after the prune, which times both models in turns",
     "choose.budget=search": "use curve",
@@ -34,7 +35,7 @@ GONE: dict[str, str] = {
 GROUPS: dict[str, type[BaseModel]] = {
     "remove": Remove, "choose": Choose, "repair": Repair, "machine": Machine, "output": Output,
 }  # fmt: skip
-# Keys that stood beside each other once: where they are now.
+# Keys of the former flat recipe, and where they are now.
 MOVED: dict[str, str] = {key: f"{group}.{key}" for group, model in GROUPS.items() for key in model.model_fields} | {
     "removed_layers": "remove.layers",
     "recover.logits": "recover",
@@ -42,9 +43,9 @@ MOVED: dict[str, str] = {key: f"{group}.{key}" for group, model in GROUPS.items(
 
 
 def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
-    """Return the validated recipe. `where` names the source in error messages. `preset` is one of `presets/`.
+    """Return the validated recipe. `where`: its source, for messages. `preset`: one of `presets/`.
 
-    Raises RecipeError with one sentence: the key, what it got, what is allowed, the nearest known name.
+    Raises RecipeError: the key, what it got, what is allowed, the nearest known name.
     """
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
@@ -58,7 +59,7 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
 
 
 def _check_names(data: dict[str, Any], where: str, above: str = "") -> None:
-    """Raise RecipeError for the first key or value that was removed, or that has another place now."""
+    """Raise RecipeError for the first key or value that was removed or has moved."""
     for name, value in data.items():
         key = f"{above}{name}"
         if key in MOVED and key not in Recipe.model_fields:
@@ -72,7 +73,7 @@ def _check_names(data: dict[str, Any], where: str, above: str = "") -> None:
 
 
 def as_recipe(recipe: Recipe | dict[str, Any] | Path | str | None) -> Recipe:
-    """Return the recipe that is one, that a mapping or a YAML file holds, or the defaults. Raises RecipeError."""
+    """Return a recipe from a Recipe, a mapping, a YAML file or None. Raises RecipeError."""
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Path | str):
@@ -81,10 +82,7 @@ def as_recipe(recipe: Recipe | dict[str, Any] | Path | str | None) -> Recipe:
 
 
 def over_preset(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the keys of the preset that `data` names, with its own keys over them, mapping by mapping.
-
-    Raises RecipeError if there is no such preset.
-    """
+    """Return `data` merged over the preset that it names. Raises RecipeError if unknown."""
     folder = resources.files("secateur") / "presets"
     names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
     own = dict(data)
@@ -96,7 +94,7 @@ def over_preset(data: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with `changes` over it, mapping by mapping; `remove: 0.2` counts as `remove: {share: 0.2}`."""
+    """Return `base` with `changes` merged in; `remove: 0.2` is `remove: {share: 0.2}`."""
     result = dict(base)
     for key, value in changes.items():
         old = result.get(key)
@@ -107,7 +105,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe file as a plain mapping, so that command-line options can override keys before validation.
+    """Read a recipe file as a plain mapping, so that options can override keys before validation.
 
     Raises RecipeError if the file is missing, not UTF-8 or not YAML.
     """
@@ -130,7 +128,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _sentence(error: ValidationError) -> str:
     errors = error.errors()
-    # Of a key that takes a name or a list, a list that is wrong is no wrong name.
+    # A wrong list for a key that takes a name or a list is not a wrong name.
     first = next((e for e in errors if e["type"] != "literal_error" or isinstance(e["input"], str)), errors[0])
     location = [part for part in map(str, first["loc"]) if not part.startswith(("literal[", "tuple["))]
     key = ".".join(location) or "recipe"
@@ -155,8 +153,7 @@ def _allowed_keys(location: list[str]) -> list[str]:
     for name in location:
         if name in model.model_fields:  # else it is the name of a domain
             annotation = model.model_fields[name].annotation
-            model = next(
-                t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)
-            )
+            types = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
+            model = next(each for each in types if issubclass(each, BaseModel))
     top = ["preset"] if model is Recipe else []
     return [*top, *model.model_fields, *(plugin_names(SOURCE_GROUP) if model is Domain else ())]

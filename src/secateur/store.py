@@ -1,13 +1,13 @@
-"""The store: finished steps of a job, in a directory that outlives it, so that the same job can go on from there.
+"""The store: a job's finished steps in a directory, from which the same job can resume.
 
-In: a step's name and its outcome, as JSON or tensors. Out: the same when the step is met again; None if it is new.
-A step NAME is a record NAME.json and, if it has tensors, NAME.safetensors beside it. The record is written last, so a
-step is complete or not there at all. It begins with the sha256 of its own bytes and has that of the tensors. Both are
-checked at every reading: a damaged step is removed, said in a line, and done again, whichever others are there.
+In: a step's name and its outcome, as JSON or tensors. Out: the same when the step comes again; None
+if it is new. Step NAME has a record NAME.json and, for tensors, NAME.safetensors. The record is
+written last, so a step is complete or absent. It begins with the sha256 of its own bytes and has
+that of the tensors. Every read checks both: a damaged step is reported, removed and done again.
 
-The whole job has inputs, which `Store.open` checks and `inputs.json` keeps. Others become known on the way: they are
-kept as input-NAME.json, and where one of all these is damaged nothing there counts. With several ranks the first one
-reads and writes, and tells the others, who ask in the same order.
+`inputs.json` has the job's inputs, which `Store.open` checks. Inputs that become known later are in
+input-NAME.json. If any of these is damaged, the whole store is void. With several ranks the first
+one reads and writes and tells the others, who ask in the same order.
 """
 
 import errno
@@ -34,24 +34,24 @@ from secateur.ranks import from_first, is_first
 
 INPUTS, INPUT = "inputs", "input-"
 HOW = "the same command with --resume (in Python: resume=True) goes on from what is finished"
-_FORMAT = 1  # of the records; in the name of steps that say what they depend on, so that older ones are ignored
+_FORMAT = 1  # of records; part of the key of steps with `depends_on`, so older ones are ignored
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SEAL = b'{"sha256": "%s",'
 _SEAL_BYTES = len(_SEAL) - len(b"%s") + 64
-# The file is not there, or the disk cannot read it.
+# The file is missing, or the disk cannot read it.
 _UNREADABLE = {errno.ENOENT, errno.EIO}
-# A file system that knows no locks, as some of clusters: two runs for one OUT are then the user's to avoid.
+# File systems without locks, as on some clusters: users must avoid two runs for one OUT.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 Record = dict[str, Any]
 
 
 class Store:
-    """Finished steps by name. `directory` None: nothing is kept. Without `open` it has no inputs and no lock.
+    """Finished steps by name. `directory` None: nothing is saved. `open` adds inputs and a lock.
 
-    `log`: a step's lines of this log are kept with its value and written again. `label`: what the directory is called
-    in sentences. `tell` hears in a line of every damaged step. `num_found`: steps that an earlier run had finished;
-    `num_kept`: records that this one wrote.
+    `log`: a step's log lines are saved with its value and written again. `label`: the directory's
+    name in sentences. `tell`: gets a line about every damaged step. `num_found`: steps found from
+    an earlier run; `num_saved`: records written by this one.
     """
 
     def __init__(
@@ -65,8 +65,15 @@ class Store:
         self.directory, self.tell = directory, tell
         self.log = RunLog() if log is None else log
         self.label = label or str(directory)
-        self.num_found = self.num_kept = 0
+        self.num_found = self.num_saved = 0
         self._promised: set[str] = set()
+
+    @classmethod
+    def lasting(cls, directory: Path, tell: Callable[[str], None]) -> "Store":
+        """Return a store that stays in its directory; steps say what they `depends_on`."""
+        with disk_errors(directory.parent):
+            directory.mkdir(parents=True, exist_ok=True)
+        return cls(directory, tell=tell)
 
     @classmethod
     @contextmanager
@@ -81,15 +88,15 @@ class Store:
         protected: Path,
         tell: Callable[[str], None] = lambda text: None,
     ) -> Iterator["Store"]:
-        """Yield the store of the job that writes `out`, which only one process at a time has.
+        """Yield the store of the job that writes `out`; only one process at a time has it.
 
         `inputs`: all that the result depends on and that is known by now, as plain JSON by name.
-        The store is removed when the block ends well, when no step was finished, and after an error that the same
-        inputs would meet again. In every other case it stays, and the exception gets a note that says how to go on.
-        `tell` hears in a line what becomes of an earlier run's store.
+        The store is removed when the block succeeds, when no step was finished, and after an error
+        that the same inputs would cause again. Otherwise it stays, and a note on the exception says
+        how to resume. `tell`: gets a line on what happens to an earlier run's store.
 
-        Raises CheckpointError as `check_replaceable`, if another process has the store, or if with `resume` the inputs
-        have changed.
+        Raises CheckpointError like `check_replaceable`, if another process has the store, or if
+        with `resume` the inputs have changed.
         """
         directory, made = place_beside(out), missing_parents(out)
         if not overwrite and _is_outlived(directory, out):
@@ -105,7 +112,7 @@ class Store:
             yield store
             _remove(directory, [])
         except BaseException as error:
-            again = isinstance(error, RecipeError | NumericsError) and store.num_kept
+            again = isinstance(error, RecipeError | NumericsError) and store.num_saved
             if again or not _finished(directory):
                 _remove(directory, made)
             elif ours:
@@ -122,10 +129,11 @@ class Store:
         depends_on: Mapping[str, Any] | None = None,
         is_input: bool = False,
     ) -> Any:
-        """Return what `compute` gives, as JSON gives it back; its log lines are written either way.
+        """Return what `compute` gives, as read back from JSON; writes its log lines either way.
 
-        `depends_on`: what the value depends on, where the store was not opened for it; values that depend on something
-        else are ignored. `is_input`: later steps rest on the value, and a second computation would give another one.
+        `depends_on`: what the value depends on, if the store has no inputs; other values are
+        ignored. `is_input`: later steps rest on the value, and computing it again would give
+        another one.
         """
         stem = _stem(name, depends_on, is_input)
         found = from_first(lambda: self._record(stem))
@@ -135,12 +143,12 @@ class Store:
             self.num_found += not is_input
             return found["value"]
         first = len(self.log.lines)
-        value = json.loads(json.dumps(compute(), default=str))  # a first and a second run get the very same types
+        value = json.loads(json.dumps(compute(), default=str))  # a first run gets the same types
         self._write(stem, _named(name, depends_on, is_input) | {"value": value, "lines": self.log.lines[first:]})
         return value
 
     def check_input(self, name: str, text: str) -> None:
-        """Add an input that becomes known only now. Raises CheckpointError if an earlier run's was another."""
+        """Add an input that becomes known only now. Raises CheckpointError if it has changed."""
         if self.value(name, lambda: text, is_input=True) != text:
             raise CheckpointError(
                 f"OUT {self.label}: cannot be resumed, since the {name} has changed; give the {name.split()[-1]} that "
@@ -148,7 +156,7 @@ class Store:
             )
 
     def has(self, name: str, depends_on: Mapping[str, Any] | None = None) -> bool:
-        """Whether the step is finished; if so, the caller may rely on finding it."""
+        """Whether the step is finished; the caller may then rely on finding it."""
         stem = _stem(name, depends_on)
 
         def promised() -> bool:
@@ -159,49 +167,57 @@ class Store:
         return from_first(promised)
 
     def find(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the tensors and the line that `keep` got; None if the step is not finished."""
+        """Return the tensors and the line of a saved step; None if it is not finished."""
 
         def found() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             record = self._record(_stem(name))
-            return None if record is None else (self._tensors(_stem(name)), record["line"])
+            if record is None or self.directory is None:
+                return None
+            # Mapped from the file: a tensor fills memory only once it is used.
+            with safe_open(self.directory / f"{_stem(name)}.safetensors", framework="pt") as opened:
+                return {key: opened.get_tensor(key) for key in opened.keys()}, record["line"]
 
         outcome = from_first(found)
         self.num_found += outcome is not None
         return outcome
 
-    def keep(self, name: str, tensors: Mapping[str, Tensor], line: dict[str, Any]) -> None:
-        """Note a finished step: its tensors and a line, which the caller logs."""
+    def save(self, name: str, tensors: Mapping[str, Tensor], line: dict[str, Any]) -> None:
+        """Save a finished step: its tensors and a line, which the caller logs."""
         self._write(_stem(name), _named(name) | {"line": line}, tensors)
 
     def note_found(self) -> None:
-        """Say in the log that an earlier run did part of the work."""
+        """Log that an earlier run did part of the work."""
         if self.num_found:
             text = f"resumed: {self.num_found} finished steps are of an earlier run, and seconds leave them out."
             self.log.write({"event": "note", "text": text})
 
     def _begin(self, directory: Path, inputs: dict[str, Any], *, resume: bool) -> None:
-        """Leave the directory with these inputs, and what an earlier run of them had finished if `resume`."""
+        """Prepare the directory for these inputs; `resume` leaves an earlier run's steps there."""
         path = directory / f"{INPUTS}.json"
         finished = _finished(directory) if path.is_file() else []
         if finished and resume:
             damaged = self._check_inputs(directory, inputs)
             if not damaged:
-                self._go_on(directory, finished)
+                for file in directory.glob(".*"):
+                    file.unlink()  # half-written by a killed process
+                intact = [stem for stem in finished if self._record(stem) is not None]
+                if intact:
+                    self.tell(f"{self.label}: goes on from the {len(intact)} steps that an earlier run has finished.")
                 return
             self.tell(f"{self.label}: begins anew; {damaged} of an interrupted run is damaged on disk.")
         elif finished:
-            self.tell(f"{self.label}: begins anew; what an interrupted run had finished is removed (resume would go on "
-                      f"from it).")  # fmt: skip
+            gone = "what an interrupted run had finished is removed (resume would go on from it)"
+            self.tell(f"{self.label}: begins anew; {gone}.")
         elif resume:
             self.tell(f"{self.label}: nothing of an earlier run is there to go on from, so it begins anew.")
-        path.unlink(missing_ok=True)  # first of all, since without it nothing there counts
+        path.unlink(missing_ok=True)  # first: without it nothing counts
         for file in directory.iterdir():
             file.unlink()
         self._write(INPUTS, {"inputs": inputs})
-        self.num_kept = 0
+        self.num_saved = 0
 
     def _check_inputs(self, directory: Path, inputs: dict[str, Any]) -> str:
-        """Return the name of the first damaged input's file. Raises CheckpointError if the inputs have changed."""
+        """Return the first damaged input file. Raises CheckpointError for changed inputs."""
         before = _intact(directory / f"{INPUTS}.json")
         changed = [] if before is None else _changes(before["inputs"], inputs)
         if changed:
@@ -214,15 +230,8 @@ class Store:
         known = sorted(directory.glob(f"{INPUT}*.json"))
         return next((file.name for file in known if not _is_record_of(_intact(file), file.stem)), "")
 
-    def _go_on(self, directory: Path, finished: list[str]) -> None:
-        for file in directory.glob(".*"):
-            file.unlink()  # half-written by a killed process
-        intact = [stem for stem in finished if self._record(stem) is not None]
-        if intact:
-            self.tell(f"{self.label}: goes on from the {len(intact)} steps that an earlier run has finished.")
-
     def _record(self, stem: str) -> Record | None:
-        """Return the step's record if it and its tensors are there and whole."""
+        """Return the step's record if it and its tensors are present and undamaged."""
         path = self._path(stem)
         if path is None or (not path.is_file() and stem not in self._promised):
             return None
@@ -239,12 +248,6 @@ class Store:
             damaged.unlink(missing_ok=True)
         return None
 
-    def _tensors(self, stem: str) -> dict[str, Tensor]:
-        """Return the step's tensors, mapped from their file, so that they fill memory only where they are used."""
-        assert self.directory is not None
-        with safe_open(self.directory / f"{stem}.safetensors", framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}
-
     def _write(self, stem: str, record: Record, tensors: Mapping[str, Tensor] | None = None) -> None:
         path = self._path(stem)
         if path is None or not is_first():
@@ -257,7 +260,7 @@ class Store:
                     record = record | {"tensors": _sha256(staged)}
             with whole_file(path) as staged:
                 staged.write_bytes(_sealed(record))
-        self.num_kept += 1
+        self.num_saved += 1
 
     def _path(self, stem: str) -> Path | None:
         return None if self.directory is None else self.directory / f"{stem}.json"
@@ -265,10 +268,9 @@ class Store:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """What a long job reports to and goes on from. The defaults watch and keep nothing.
+    """What a long job reports to and resumes from. The defaults report and save nothing.
 
-    `store`: what an interrupted run of the same inputs has finished; without a directory it knows and keeps nothing.
-    `scratch`: a directory for files of this run alone; None: where the system has temporary files.
+    `scratch`: a directory for this run's files; None: the system's temporary directory.
     """
 
     progress: Progress = silent
@@ -278,7 +280,7 @@ class Services:
 
 
 def place_beside(out: Path) -> Path:
-    """Return where the store of a run that writes `out` is."""
+    """Return the path of the store of a run that writes `out`."""
     return out.with_name(f".{out.name}.resume")
 
 
@@ -295,18 +297,18 @@ def _stem(name: str, depends_on: Mapping[str, Any] | None = None, is_input: bool
 
 
 def _is_record_of(record: Record | None, stem: str) -> bool:
-    """Whether the record is there and belongs under this name: a whole file in another one's place is damage too."""
+    """Whether the record exists and has this name: a file in another's place is damage too."""
     return record is not None and "step" in record and _stem(*(record[part] for part in _named(""))) == stem
 
 
 def _sealed(record: Record) -> bytes:
-    """Return the record as JSON that begins with the sha256 of all that follows."""
+    """Return the record as JSON that begins with the sha256 of what follows."""
     body = json.dumps(record, indent=1, default=str)[1:].encode() + b"\n"
     return _SEAL % hashlib.sha256(body).hexdigest().encode() + body
 
 
 def _intact(path: Path) -> Record | None:
-    """Return the record in the file; None if a byte of it or of its tensors is not as it was written."""
+    """Return the file's record; None if a byte of it or of its tensors has changed."""
     try:
         raw = path.read_bytes()
         body = raw[_SEAL_BYTES:]
@@ -328,7 +330,7 @@ def _sha256(path: Path) -> str:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
-    """Return what differs, as "recipe remove was 0.2 and is 0.3"; digests only "have changed"."""
+    """Return differences such as "recipe remove was 0.2 and is 0.3"; digests "have changed"."""
     changed: list[str] = []
     for key in sorted({*before, *now}):
         old, new, name = before.get(key), now.get(key), f"{where} {key}".strip()
@@ -341,31 +343,31 @@ def _changes(before: dict[str, Any], now: dict[str, Any], where: str = "") -> li
 
 
 def _finished(directory: Path) -> list[str]:
-    """Return the names of finished steps, those not counted that only keep an input."""
+    """Return the names of finished steps, without inputs."""
     stems = sorted(file.stem for file in directory.glob("[!.]*.json"))
     return [stem for stem in stems if stem != INPUTS and not stem.startswith(INPUT)]
 
 
 def _is_outlived(directory: Path, out: Path) -> bool:
-    """Whether `out` was finished after the store's last step, so that its run was only killed before removing it."""
+    """Whether `out` is newer than the store: its run was killed before removing the store."""
     if not (directory.is_dir() and out.is_dir()):
         return False
     return out.stat().st_mtime >= max((file.stat().st_mtime for file in directory.iterdir()), default=0.0)
 
 
 def _remove(directory: Path, made: list[Path]) -> None:
-    (directory / f"{INPUTS}.json").unlink(missing_ok=True)  # so that a half-removed store counts for nothing
+    (directory / f"{INPUTS}.json").unlink(missing_ok=True)  # a half-removed store is void
     shutil.rmtree(directory, ignore_errors=True)
     remove_empty(made)
 
 
 def _lock(directory: Path, out: Path) -> int:
-    """Return a descriptor of the directory that no other process has, until it is closed."""
+    """Return a descriptor that locks the directory until it is closed."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not directory.is_dir() or not os.path.samestat(os.fstat(descriptor), directory.stat()):
-            raise BlockingIOError  # its owner has finished and removed it meanwhile
+            raise BlockingIOError  # its owner has just removed it
     except BlockingIOError:
         os.close(descriptor)
         raise CheckpointError(

@@ -223,7 +223,7 @@ def test_tied_qwen2_with_few_tokens_says_so(checkpoints, recipe, tmp_path):
     shown = " ".join(run.outcome.stdout.split())
     assert "note: calibration.num_tokens: 320 tokens are few for least squares over 112 channels" in shown
     saved = parse_recipe(grouped(yaml.safe_load((run.out / "recipe.yaml").read_text())))
-    assert saved.damping == pytest.approx(1e-3 * 10 * NUM_UNITS / 320)
+    assert saved.repair.damping == pytest.approx(1e-3 * 10 * NUM_UNITS / 320)
     assert resolved_for(tiny_qwen2(tied=True), saved) == saved
     assert "lm_head.weight" not in load_file(run.out / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(run.out)
@@ -249,7 +249,7 @@ def test_a_real_process_with_its_options(checkpoints, recipe, texts, tmp_path):
     assert result["command"] == shlex.join(["secateur", *arguments])
     assert list(result["calibration"]["num_tokens"]) == ["mine"]
     saved = parse_recipe(grouped(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())))
-    assert (saved.seed, saved.remove, file.name) == (7, 0.3, "r.yaml")
+    assert (saved.seed, saved.remove.share, file.name) == (7, 0.3, "r.yaml")
 
 
 def test_commands_and_flags_are_frozen():

@@ -110,10 +110,10 @@ class stopped_after:
             whole = getattr(Store, method)
 
             def counted(store: Store, *args: Any, _whole: Any = whole, **options: Any) -> Any:
-                before = store.num_kept
+                before = store.num_saved
                 found = _whole(store, *args, **options)
-                self.left -= store.num_kept - before
-                if self.left <= 0 and store.num_kept > before:
+                self.left -= store.num_saved - before
+                if self.left <= 0 and store.num_saved > before:
                     raise Stopped
                 return found
 

@@ -142,7 +142,7 @@ def test_rebuilding_gives_the_same_bytes(copy):
 def test_a_summary_goes_to_json_and_back(result):
     text = (result / "result.json").read_text(encoding="utf-8")
     assert Summary.from_json(text, "result.json").to_json() == text
-    with pytest.raises(CheckpointError, match=r"^here: dense_size\.?.*num_params: .*make it anew\.$"):
+    with pytest.raises(CheckpointError, match=r"^here: dense_size\.?.*num_params: .*make it again\.$"):
         Summary.from_json(text.replace('"num_params"', '"count"', 1), "here")
 
 
@@ -180,13 +180,13 @@ def test_what_bench_and_evaluate_measured_is_told(copy, checkpoints):
             r"result\.json cannot be read .*; give a directory",
         ),
         (lambda d: (d / "run.jsonl").unlink(), r"run\.jsonl cannot be read"),
-        (lambda d: (d / "result.json").write_text("{"), r"result\.json: .*make it anew"),
+        (lambda d: (d / "result.json").write_text("{"), r"result\.json: .*make it again"),
         (lambda d: (d / "run.jsonl").write_text('{"event": "group"}\n'), r"run\.jsonl: round: field required; .*"),
         (
             lambda d: (d / "recipe.yaml").write_text("remov: 1"),
             r"recipe .*unknown key 'remov'; did you mean 'remove'",
         ),
-        (lambda d: (d / "bench.json").write_text("[]"), r"bench\.json: .*make it anew"),
+        (lambda d: (d / "bench.json").write_text("[]"), r"bench\.json: .*make it again"),
         (lambda d: shutil.rmtree(d), r"result\.json cannot be read \(No such file or directory\)"),
     ],
 )

@@ -1,14 +1,14 @@
-"""The command line. Few commands, few flags; what a run needs beyond them is in the recipe.
+"""The command line: few commands, few flags; a recipe holds what else a run needs.
 
-A user's mistake ends in one sentence on standard error and exit status 2; Ctrl-C in exit status 130, SIGTERM in 143,
-with nothing left behind but what to resume from. Results go to standard output, progress to standard error. One module
-per command; importing it registers the command.
+A user's mistake ends in one sentence on standard error and exit status 2, Ctrl-C in status 130,
+SIGTERM in 143. An interrupted run leaves nothing but the steps that it can resume from. Results go
+to standard output, progress to standard error. Importing a command's module registers it.
 """
 
 import sys
 
 from secateur.cli import bench, compare, evaluate, export, prune, recover
-from secateur.cli.app import STOPPED_BY, app, last_word, launched, stoppable
+from secateur.cli.common import STOPPED_BY, app, last_word, launched, stoppable
 from secateur.errors import SecateurError
 
 __all__ = ["app", "bench", "compare", "evaluate", "export", "main", "prune", "recover"]
@@ -33,7 +33,7 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _say(*sentences: str) -> None:
-    """Print why the run ends: once, however many ranks end with it."""
+    """Print once, for all ranks, why the run ends."""
     said = last_word("\nsecateur: ".join(sentences))
     if said is not None:
         print(f"secateur: {said}", file=sys.stderr)

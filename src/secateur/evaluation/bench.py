@@ -1,30 +1,18 @@
-"""`secateur.bench`: a model, or a pruned one against the dense one it came from, timed in turns and held to the ideal.
+"""`secateur.bench`: time a model, or time a pruned and its dense model in turns.
 
-In: model references and a workload. Out: a `BenchResult`, which goes to `bench.json`. Everything checkable from the
-configs is checked before a weight is read.
+In: model references and a workload. Out: a `BenchResult`, saved as `bench.json`. Everything that
+the configs can tell is checked before any weights are read.
 """
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from secateur.errors import RecipeError, nearest
-from secateur.evaluation.timing import (
-    Runner,
-    decode_rates,
-    llama_cpp_runner,
-    paired_ratio,
-    peak_model_bytes,
-    prefill_rates,
-    speed,
-    take_turns,
-    transformers_runner,
-)
+from secateur.evaluation import timing
 from secateur.facts import Size, Workload
 from secateur.files import staged_file
 from secateur.formats.gguf import check_exportable, export_gguf
@@ -40,11 +28,11 @@ GGUF_TYPE, GGUF_DTYPE = "f16", torch.float16  # what llama.cpp runs, its cache t
 
 @dataclass(frozen=True, slots=True)
 class _Contender:
-    """A model ready to run. `shape` holds its sizes: the model itself, or one on the meta device."""
+    """A model ready to run. `shape`: the model, or one on the meta device, for its sizes."""
 
     name: str
     shape: PreTrainedModel
-    runner: Runner
+    runner: timing.Runner
     peak_bytes: int | None
 
 
@@ -61,26 +49,24 @@ def bench(
     engine: str = "transformers",
     progress: Progress = silent,
 ) -> BenchResult:
-    """Time a model, in turns with the dense one, and hold the speed-up to what its size allows at best.
+    """Time a model, in turns with the dense one, and compare the speed-up with the ideal.
 
-    `model`: a result of `prune`, or any other model; where it is a directory, bench.json is written into it. `against`:
-    the dense model. `batch`: prompts at a time, of `prompt_tokens` each, with `new_tokens` written after each;
-    `repeats`: runs of each model. `device`: cpu, cuda or cuda:0. `compiled`: through torch.compile. `engine`:
-    transformers, or llama.cpp, for which both are exported as GGUF first. `progress`: called with (stage, done, total).
+    `model`: a result of `prune`, or any other model; bench.json is written into it if it is a
+    directory. `against`: the dense model. `batch`: prompts at a time, of `prompt_tokens` each,
+    followed by `new_tokens` each. `repeats`: runs of each model. `device`: cpu, cuda or cuda:0.
+    `compiled`: use torch.compile. `engine`: transformers, or llama.cpp, which gets both models as
+    GGUF. `progress`: called with (stage, done, total).
 
-    Returns the `BenchResult` that the file holds.
-
-    Raises a SecateurError, one sentence, for everything that a user can correct: RecipeError for options,
-    CheckpointError for models and for a llama.cpp that is not installed.
+    Raises a SecateurError for what a user can correct: RecipeError for options, CheckpointError for
+    models and for a missing llama.cpp.
     """
     workload, settings = Workload(batch, prompt_tokens, new_tokens, repeats), BenchSettings(engine, device, compiled)
-    _check_numbers(workload)
     _check_settings(settings, workload)
     checkpoints = [open_checkpoint(reference) for reference in (model, against) if reference is not None]
     for checkpoint in checkpoints:
         _check_model(checkpoint, workload, settings)
     result = _bench(checkpoints, workload, settings, progress)
-    if Path(model).is_dir():  # a hub id's cache is not ours to write in
+    if Path(model).is_dir():  # never into the hub's cache
         with staged_file(Path(model, BENCH_FILE), overwrite=True) as staged:
             staged.write_text(result.to_json(), encoding="utf-8")
     return result
@@ -96,14 +82,15 @@ def _bench(
             progress("load", done, len(checkpoints))
             contenders.append(prepare(checkpoint, workload, settings, Path(scratch, f"{done}.gguf")))
         progress("load", len(checkpoints), len(checkpoints))
-        runs = take_turns([contender.runner for contender in contenders], workload.repeats, progress, "bench")
+        runs = timing.take_turns([contender.runner for contender in contenders], workload.repeats, progress, "bench")
     figures = [_figures(contender, run, workload) for contender, run in zip(contenders, runs, strict=True)]
     pruned, dense = figures[0], figures[1] if len(figures) == 2 else None
     prefill = decode = None
     if dense is not None:
-        compare = partial(_speed_up, runs, workload)
-        prefill = compare(prefill_rates, dense.costs.prefill_flops_per_token / pruned.costs.prefill_flops_per_token)
-        decode = compare(decode_rates, dense.costs.decode_bytes_per_token / pruned.costs.decode_bytes_per_token)
+        flops = dense.costs.prefill_flops_per_token / pruned.costs.prefill_flops_per_token
+        num_bytes = dense.costs.decode_bytes_per_token / pruned.costs.decode_bytes_per_token
+        prefill = _speed_up(*(timing.prefill_rates(run, workload) for run in runs), ideal=flops)
+        decode = _speed_up(*(timing.decode_rates(run, workload) for run in runs), ideal=num_bytes)
     return BenchResult(settings, torch.get_num_threads(), workload, pruned, dense, prefill, decode, versions())
 
 
@@ -112,50 +99,35 @@ def _prepare_transformers(checkpoint: Checkpoint, workload: Workload, settings: 
     torch.nn.Module.to(model, torch.device(settings.device))
     if settings.compiled:
         model.compile()
-        transformers_runner(model, workload, compiled=True)()  # compile now, or the compiler's memory is measured
-    peak = peak_model_bytes(model, workload, compiled=settings.compiled)
-    return _Contender(
-        checkpoint.reference, model, transformers_runner(model, workload, compiled=settings.compiled), peak
-    )
+        timing.transformers_runner(model, workload, compiled=True)()  # or the compiler's memory counts
+    peak = timing.peak_model_bytes(model, workload, compiled=settings.compiled)
+    runner = timing.transformers_runner(model, workload, compiled=settings.compiled)
+    return _Contender(checkpoint.reference, model, runner, peak)
 
 
 def _prepare_gguf(checkpoint: Checkpoint, workload: Workload, _: BenchSettings, file: Path) -> _Contender:
     export_gguf(checkpoint, file, GGUF_TYPE)
     shape = meta_model(checkpoint.config)
     torch.nn.Module.to(shape, GGUF_DTYPE)
-    return _Contender(checkpoint.reference, shape, llama_cpp_runner(file, workload), None)
+    return _Contender(checkpoint.reference, shape, timing.llama_cpp_runner(file, workload), None)
 
 
 def _figures(contender: _Contender, runs: list[list[float]], workload: Workload) -> ModelFigures:
-    shape = contender.shape
-    return ModelFigures(
-        contender.name,
-        str(shape.dtype).removeprefix("torch."),
-        Size.of(shape),
-        least_costs(shape, workload),
-        speed(runs, workload),
-        contender.peak_bytes,
-    )
+    shape, dtype = contender.shape, str(contender.shape.dtype).removeprefix("torch.")
+    costs, measured = least_costs(shape, workload), timing.speed(runs, workload)
+    return ModelFigures(contender.name, dtype, Size.of(shape), costs, measured, contender.peak_bytes)
 
 
-def _speed_up(
-    runs: list[list[list[float]]],
-    workload: Workload,
-    rates: Callable[[list[list[float]], Workload], list[float]],
-    ideal: float,
-) -> SpeedUp:
-    measured = paired_ratio(rates(runs[0], workload), rates(runs[1], workload))
+def _speed_up(pruned: list[float], dense: list[float], *, ideal: float) -> SpeedUp:
+    measured = timing.paired_ratio(pruned, dense)
     return SpeedUp(measured, ideal, measured.median / ideal)
 
 
-def _check_numbers(workload: Workload) -> None:
+def _check_settings(settings: BenchSettings, workload: Workload) -> None:
     for field, least in (("batch", 1), ("prompt_tokens", 1), ("new_tokens", 2), ("repeats", 1)):
         value = getattr(workload, field)
         if value < least:
             raise RecipeError(f"bench {field}: must be at least {least}, got {value}.")
-
-
-def _check_settings(settings: BenchSettings, workload: Workload) -> None:
     if settings.engine not in ENGINES:
         raise RecipeError(
             f"bench engine: unknown engine '{settings.engine}'; allowed: {', '.join(ENGINES)}; "

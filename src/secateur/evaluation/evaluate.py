@@ -1,6 +1,6 @@
-"""`secateur evaluate`: what a model can do, and, against its dense original, what pruning cost.
+"""`secateur evaluate`: what a model can do, and what pruning cost compared with the dense one.
 
-In: a model, text and tasks. Out: an evaluation, and `evaluation.json` where the model is a result directory.
+In: a model, text and tasks. Out: an `Evaluation`, and `evaluation.json` in a result directory.
 """
 
 import dataclasses
@@ -13,20 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import RecipeError
-from secateur.evaluation.parts import (
-    Subject,
-    dense_states,
-    differences,
-    kl_parts,
-    open_subject,
-    quality_parts,
-    task_changes,
-    task_parts,
-)
+from secateur.evaluation import parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks
 from secateur.evaluation.text import RECIPE, Blocks, named_blocks, recipe_blocks, wikitext_blocks
 from secateur.facts import Divergence
-from secateur.files import disk_errors, staged_file
+from secateur.files import staged_file
 from secateur.log import Progress, silent, versions
 from secateur.model.checkpoint import check_same_tokens, load_tokenizer
 from secateur.ranks import check_same, is_first, joined
@@ -36,10 +27,12 @@ from secateur.store import Store
 
 PARTS_FOLDER = "evaluation"
 
+_Found = tuple[Measured, dict[str, Any]]
+
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
-    """What to measure: the options of `evaluate`, in the order that the file has them."""
+    """The options of `evaluate` on what to measure, in the order of the file."""
 
     domains: dict[str, Domain] | None
     num_blocks: int
@@ -53,16 +46,8 @@ class _Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """What was measured of one model. `harness`: all that `task_parts` returned, scores by question included."""
-
-    measured: Measured
-    harness: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
 class _Text:
-    """Everything that is asked of both models."""
+    """Everything that both models are asked."""
 
     tokenizer: PreTrainedTokenizerBase
     blocks_NT: Blocks
@@ -91,22 +76,23 @@ def evaluate(
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
-    """Measure a model on text and tasks, and against the dense one what pruning cost; write `out`/evaluation.json.
+    """Measure a model, and the cost of pruning against a dense one; write evaluation.json.
 
-    `model`: a result of `prune`, or any other model. `against`: the dense model, for differences and KL by domain.
-    `domains`: text by name; None: the held-out text of the model's own recipe.yaml, if it has one. `num_blocks`,
-    `sequence_length`: of `domains`. `wikitext2`: a file with the rows of the raw test split, or `hub`;
-    `wikitext2_length`: tokens per block there, at most 2048 by default. `tasks`: names of lm-evaluation-harness;
-    `limit`: questions per task; `num_fewshot`: examples in each prompt; `batch_size`: questions at a time;
-    `tasks_data`: a directory that rows are looked for in first. `device`: as in a recipe. `out`: a
-    directory, by default `model`. `progress`: called with (stage, done, total). `tell`: gets a line of text about every
-    finished part that is damaged on disk and measured again.
+    `model`: a result of `prune`, or any other model. `against`: the dense model, for differences
+    and KL by domain. `domains`: text by name; None: the held-out text of the model's own
+    recipe.yaml. `num_blocks`, `sequence_length`: of `domains`. `wikitext2`: a file with the rows of
+    the raw test split, or `hub`. `wikitext2_length`: tokens per block there, at most 2048 by
+    default. `tasks`: names of lm-evaluation-harness. `limit`: questions per task. `num_fewshot`:
+    examples in each prompt. `batch_size`: questions at a time. `tasks_data`: a directory searched
+    first for rows. `device`: as in a recipe. `out`: a directory, by default `model`. `progress`:
+    called with (stage, done, total). `tell`: gets a line about every finished part that is damaged
+    on disk and measured again.
 
-    Returns the `Evaluation` that the file holds. Under torchrun every process calls this and gets it; the ranks share
-    blocks and tasks, and the first one writes. Interrupted, the same call goes on where it stopped.
+    Under torchrun every process calls this and gets the result; ranks share blocks and tasks, and
+    the first one writes. After an interruption the same call continues.
 
-    Raises a SecateurError, one sentence, for everything that a user can correct: RecipeError for options, text and
-    tasks, CheckpointError for models, NumericsError for a loss that is not finite.
+    Raises a SecateurError for what a user can correct: RecipeError for options, text and tasks,
+    CheckpointError for models, NumericsError for a loss that is not finite.
     """
     options = TaskOptions(limit, num_fewshot, batch_size)
     text = (domains, num_blocks, sequence_length, wikitext2, wikitext2_length)
@@ -123,9 +109,9 @@ def _evaluate(
     progress: Progress,
     tell: Callable[[str], None],
 ) -> Evaluation:
-    pruned = open_subject("pruned", model, settings.device)
+    pruned = parts.open_subject("pruned", model, settings.device)
     directory = _output_directory(out, pruned)
-    dense = None if against is None else open_subject("dense", against, settings.device)
+    dense = None if against is None else parts.open_subject("dense", against, settings.device)
     tokenizer = load_tokenizer(pruned.checkpoint)
     if dense is not None:
         alone = "evaluate each alone and compare bits per byte"
@@ -133,27 +119,26 @@ def _evaluate(
     text = _prepare(settings, pruned, tokenizer, progress)
     models = (each.fingerprint for each in (pruned, dense) if each is not None)
     check_same({"model": " ".join(models), "text": str([int(ids_NT.sum()) for ids_NT in text.blocks_NT.values()])})
-    with disk_errors(directory):
-        (directory / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
-    store = Store(directory / PARTS_FOLDER, tell=tell)
+    store = Store.lasting(directory / PARTS_FOLDER, tell)
     before = states = kl = changes = None
+    harness: dict[str, Any] = {}
     if dense is not None:
-        before = _measure(store, dense, text, settings.task_options, progress)
-        states = dense_states(store, dense, pruned, text.blocks_NT, progress)
+        before, harness = _measure(store, dense, text, settings.task_options, progress)
+        states = parts.dense_states(store, dense, pruned, text.blocks_NT, progress)
         dense.forget()
-    after = _measure(store, pruned, text, settings.task_options, progress)
+    after, own_harness = _measure(store, pruned, text, settings.task_options, progress)
     if dense is not None and before is not None:
-        found = kl_parts(store, dense, pruned, states, text.blocks_NT, progress)
+        found = parts.kl_parts(store, dense, pruned, states, text.blocks_NT, progress)
         kl = {domain: Divergence(**part) for domain, part in found.items()}
-        tasks = task_changes(before.harness, after.harness) if text.tasks is not None else None
-        changes = differences(before.measured, after.measured, tasks)
+        tasks = parts.task_changes(harness, own_harness) if text.tasks is not None else None
+        changes = parts.differences(before, after, tasks)
     evaluation = Evaluation(
         model=pruned.checkpoint.reference,
         against=None if dense is None else dense.checkpoint.reference,
         settings=_plain(settings, text),
         notes=text.notes,
-        dense=None if before is None else before.measured,
-        pruned=after.measured,
+        dense=before,
+        pruned=after,
         kl=kl,
         differences=changes,
         versions=versions(),
@@ -164,21 +149,22 @@ def _evaluate(
     return evaluation
 
 
-def _output_directory(out: Path | None, subject: Subject) -> Path:
+def _output_directory(out: Path | None, subject: parts.Subject) -> Path:
     checkpoint = subject.checkpoint
     if out is not None and out.exists() and not out.is_dir():
         raise RecipeError(f"--out {out}: is not a directory; choose another place.")
     if out is None and Path(checkpoint.reference) != checkpoint.directory:
         raise RecipeError(
-            f"model {checkpoint.reference}: is no directory that an evaluation could be written into; "
+            f"model {checkpoint.reference}: is not a directory to write the evaluation into; "
             "say where with --out DIRECTORY."
         )
     return out or checkpoint.directory
 
 
-def _prepare(settings: _Settings, pruned: Subject, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> _Text:
-    directory, notes = pruned.checkpoint.directory, ()
-    wikitext_NL = None
+def _prepare(
+    settings: _Settings, pruned: parts.Subject, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> _Text:
+    directory, notes, wikitext_NL = pruned.checkpoint.directory, (), None
     if settings.wikitext2 is not None:
         config = pruned.checkpoint.config
         wikitext_NL = wikitext_blocks(settings.wikitext2, settings.wikitext2_length, tokenizer, config)
@@ -195,27 +181,29 @@ def _prepare(settings: _Settings, pruned: Subject, tokenizer: PreTrainedTokenize
     return _Text(tokenizer, blocks_NT, wikitext_NL, tasks, notes)
 
 
-def _measure(store: Store, subject: Subject, text: _Text, options: TaskOptions, progress: Progress) -> _Found:
+def _measure(store: Store, subject: parts.Subject, text: _Text, options: TaskOptions, progress: Progress) -> _Found:
+    """Return what was measured of one model, and all that `task_parts` returned."""
+
     def qualities(stage: str, blocks_NT: Blocks) -> dict[str, Quality]:
-        parts: dict[str, dict[str, Any]] = quality_parts(store, subject, text.tokenizer, stage, blocks_NT, progress)
-        for part in parts.values():
-            part["block_nats"] = tuple(part["block_nats"])  # a list where the part was read from its file
-        return {name: Quality(**part) for name, part in parts.items()}
+        found = parts.quality_parts(store, subject, text.tokenizer, stage, blocks_NT, progress)
+        for part in found.values():
+            part["block_nats"] = tuple(part["block_nats"])  # a list when read back from JSON
+        return {name: Quality(**part) for name, part in found.items()}
 
     domains, wikitext2 = qualities("domains", text.blocks_NT), None
     if text.wikitext_NL is not None:
         wikitext2 = qualities("wikitext2", {"test": text.wikitext_NL})["test"]
     if text.tasks is None:
-        return _Found(Measured(domains, wikitext2), {})
-    harness = task_parts(store, subject, text.tokenizer, text.tasks, options, progress)
-    # Scores by question are thousands of numbers, which the parts keep.
+        return Measured(domains, wikitext2), {}
+    harness = parts.task_parts(store, subject, text.tokenizer, text.tasks, options, progress)
+    # The parts save the thousands of scores by question; evaluation.json leaves them out.
     more = {key: value for key, value in harness.items() if key != "item_scores"}
     results = TaskResults(more.pop("results"), more.pop("sources"), more.pop("lm_eval_version"), more)
-    return _Found(Measured(domains, wikitext2, results), harness)
+    return Measured(domains, wikitext2, results), harness
 
 
 def _plain(settings: _Settings, text: _Text) -> dict[str, Any]:
-    """Return the settings for the file; only names of files, since directories are this machine's."""
+    """Return the settings for the file. Names of files only: directories are this machine's."""
     data = dataclasses.asdict(settings)
     data |= {"domains": list(text.blocks_NT), "tasks": list(settings.tasks)}
     data["wikitext2"] = None if settings.wikitext2 is None else Path(settings.wikitext2).name

@@ -1,6 +1,6 @@
-"""`secateur.inspect`: what a model is made of and what a run would leave of it, from the config alone.
+"""`secateur.inspect`: what a model consists of and what a run would leave, from its config alone.
 
-In: a model reference and a recipe. Out: a frozen `Inspection`. No weight is read; the model exists on the meta device.
+In: a model reference and a recipe. Out: an `Inspection`. The model stays on the meta device.
 """
 
 from pathlib import Path
@@ -14,55 +14,46 @@ from secateur.log import Progress, silent
 from secateur.methods.budget import Plan, largest_remove, least_keep
 from secateur.methods.prices import parameter_prices
 from secateur.model.bind import EXPERTS, Arch, head_width, text_config
-from secateur.model.group import Group
 from secateur.model.modeling_per_layer import is_per_layer
-from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, seconds_for, work_of
+from secateur.pruning.cost import disk_bytes, memory_for, seconds_for, work_of
 from secateur.pruning.latency import with_prices
 from secateur.pruning.open import Opened, open_model
 from secateur.pruning.resolve import Resolved, checked, resolve
 from secateur.recipe import Recipe
 from secateur.recipe_file import as_recipe
-from secateur.report.records import GroupFacts, Inspection, Possible, Serving, Work
+from secateur.report.records import GroupFacts, Inspection, Possible, Serving
 from secateur.store import Services
 
 
 def possible_groups(arch: Arch) -> tuple[Possible, ...]:
-    """Return every group that the family can lose units of. Some cut the same tensors, see `Arch.select`."""
-    by_name: dict[str, list[Group]] = {}
-    for group in arch.groups:
-        by_name.setdefault(group.name, []).append(group)
-    return tuple(
-        Possible(
-            name,
-            members[0].unit,
-            len(members),
-            members[0].num_units,
-            sum(group.num_units * group.params_per_unit for group in members),
-        )
-        for name, members in by_name.items()
-    )
+    """Return every group that the family can prune. Some share tensors, see `Arch.select`."""
+    found = []
+    for name in dict.fromkeys(group.name for group in arch.groups):
+        members = [group for group in arch.groups if group.name == name]
+        num_params = sum(group.num_units * group.params_per_unit for group in members)
+        found.append(Possible(name, members[0].unit, len(members), members[0].num_units, num_params))
+    return tuple(found)
 
 
 def groups_to_inspect(recipe: Recipe, arch: Arch) -> tuple[Recipe, tuple[str, ...]]:
-    """Return the recipe and a note: where it names no groups and the model has experts, they are what is looked at.
+    """Return a recipe that prunes experts, and a note, if it names no groups and there are experts.
 
-    In such models the default group is in few layers or none.
+    In such models few layers or none have the default group.
     """
     names = {group.name for group in arch.groups}
     if "groups" in recipe.model_fields_set or EXPERTS not in names:
         return recipe, ()
     note = (
-        f"remove.groups: this recipe names none; {EXPERTS} are looked at here, as they hold most of the "
-        f"model. A run needs "
-        f"remove.groups: [{EXPERTS}] in its recipe."
+        f"remove.groups: this recipe names none; {EXPERTS} are looked at here, as they hold most of the model. "
+        f"A run needs remove.groups: [{EXPERTS}] in its recipe."
     )
     return recipe.filled(remove={"groups": (EXPERTS,)}), (note,)
 
 
 def serving_after(server: str, num_gpus: int, arch: Arch, model: Any, plan: Plan) -> Serving:
-    """Return whether a server could load the model once each group has lost what the plan says.
+    """Return whether a server could load the model once it has the widths of `plan`.
 
-    Raises RecipeError if the server is unknown or cannot use so many GPUs.
+    Raises RecipeError for an unknown server, or one that cannot use so many GPUs.
     """
     check_server(server, num_gpus)
     config: Any = text_config(model)
@@ -73,13 +64,12 @@ def serving_after(server: str, num_gpus: int, arch: Arch, model: Any, plan: Plan
     if server == VLLM:
         return Serving(server, num_gpus, *check_vllm(num_gpus, arch.family, widths, heads_follow_hidden_size=follows))
     problem = gguf_problem(model.config, widths, head_width(config))
-    return Serving(
-        server, num_gpus, (problem,) if problem else (), ("llama.cpp was not run; secateur export writes the file",)
-    )
+    caution = "llama.cpp was not run; secateur export writes the file"
+    return Serving(server, num_gpus, (problem,) if problem else (), (caution,))
 
 
 def _widths_after(arch: Arch, index: int, sizes: Any, plan: Plan) -> dict[str, int]:
-    """Return one layer's widths, by config key. `sizes`: the layer's config before the run."""
+    """Return a layer's widths by config key. `sizes`: the layer's config before the run."""
     widths = {key: getattr(sizes, key) for key in (QUERY_HEADS, KV_HEADS) if hasattr(sizes, key)}
     for group in (group for group in arch.groups if group.layer == index):
         kept = plan.num_keep.get((index, group.name), group.num_units)
@@ -103,26 +93,28 @@ def inspect(
     tp: int = 1,
     progress: Progress = silent,
 ) -> Inspection:
-    """Say what a model is made of, and what a run of the recipe would leave of it and cost, from its config alone.
+    """Say what a model consists of, and what a run would leave and cost, from its config alone.
 
-    `model`: a local directory, a hub id, a `.gguf` file or `smollm2-135m`; no weight is read. `recipe`: as in `prune`.
-    `check_for`: `vllm` or `llama.cpp`, to say what keeps it from running the result; `tp`: vLLM's tensor-parallel size.
-    `progress`: called with (stage, done, total).
+    `model`: a local directory, a hub id, a `.gguf` file or `smollm2-135m`. `recipe`: as in `prune`.
+    `check_for`: `vllm` or `llama.cpp`, to list what keeps it from running the result. `tp`: vLLM's
+    tensor-parallel size. `progress`: called with (stage, done, total).
 
-    Returns an `Inspection`: groups, widths before and after, bytes, memory, disk, seconds. For the seconds it measures,
-    for a moment, how fast the device multiplies matrices; for target `latency` without `prices` also a few layers.
+    Returns groups, widths before and after, bytes, memory, disk and seconds. The seconds rest on a
+    short matrix multiplication on the device. Target `latency` without `prices` also times a few
+    layers.
 
-    Raises the errors that `prune` would before it reads weights: RecipeError, CheckpointError or ArchError.
+    Raises what `prune` raises before it reads weights: RecipeError, CheckpointError or ArchError.
     """
-    return _inspection(model, as_recipe(recipe), check_for, tp, progress)
+    opened = open_model(model, as_recipe(recipe), weights=False)
+    return _inspection(opened, check_for, tp, progress)
 
 
-def _inspection(model: str | Path, recipe: Recipe, check_for: str | None, tp: int, progress: Progress) -> Inspection:
-    opened = open_model(model, recipe, weights=False)
+def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progress) -> Inspection:
     recipe, notes = groups_to_inspect(opened.recipe, opened.arch)
     opened = with_prices(checked(opened.asking(recipe)), Services(progress=progress))
     resolved, arch, size = resolve(opened), opened.arch, opened.size
     memory, operations = memory_for(opened, resolved), work_of(opened, resolved)
+    dtype = torch.float32 if memory.in_float32 else opened.model.dtype
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
     parameters = parameter_prices(arch, resolved.groups, opened.model).with_only(resolved.layers)
     num_params = parameters.total - parameters.gone(resolved.groups, plan.num_keep)
@@ -150,7 +142,7 @@ def _inspection(model: str | Path, recipe: Recipe, check_for: str | None, tp: in
         disk_bytes=disk_bytes(opened, resolved, memory),
         device=str(opened.device),
         operations=operations,
-        seconds=_seconds(opened, operations, memory),
+        seconds=seconds_for(operations, text_config(opened.model).hidden_size, dtype, opened.device),
         warnings=(*notes, *resolved.warnings),
         possible=possible_groups(arch),
         impossible=arch.omits,
@@ -158,16 +150,8 @@ def _inspection(model: str | Path, recipe: Recipe, check_for: str | None, tp: in
     )
 
 
-def _seconds(opened: Opened, operations: Work, memory: MemoryPlan) -> Work:
-    dtype = torch.float32 if memory.in_float32 else opened.model.dtype
-    return seconds_for(operations, text_config(opened.model).hidden_size, dtype, opened.device)
-
-
 def _facts(name: str, resolved: Resolved, plan: Plan) -> GroupFacts:
     members = [group for group in resolved.groups if group.name == name]
-    num_keep = round(mean(plan.num_keep[group.layer, name] for group in members))
-    first = members[0]
-    num_params = sum(group.num_units * group.params_per_unit for group in members)
-    return GroupFacts(
-        first.name, first.unit, len(members), first.num_units, num_keep, first.params_per_unit, num_params
-    )
+    num_keep, first = round(mean(plan.num_keep[group.layer, name] for group in members)), members[0]
+    per_unit, num_params = first.params_per_unit, sum(group.num_units * group.params_per_unit for group in members)
+    return GroupFacts(first.name, first.unit, len(members), first.num_units, num_keep, per_unit, num_params)

@@ -1,6 +1,6 @@
-"""The parts of an evaluation: a domain, WikiText-2, a domain's KL, a task. Each is computed once and then read.
+"""The parts of an evaluation: a domain, WikiText-2, KL on a domain, a task; each computed once.
 
-In: one or two models, known by the fingerprint of their files and loaded when a part needs them. Out: plain numbers.
+In: one or two models, known by their files' fingerprint and loaded on demand. Out: plain numbers.
 """
 
 import dataclasses
@@ -22,27 +22,22 @@ from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_
 from secateur.ranks import device_called, in_turns, own_part, size, spread
 from secateur.report.measured import Change, Differences, Measured, Quality, TaskChange, task_metrics
 from secateur.store import Store
+from secateur.stream import losses
 from secateur.stream.device import on_device
-from secateur.stream.losses import (
-    DenseStates,
-    final_states,
-    standard_error,
-    summarise,
-    token_divergences_and_agreements,
-)
+
+Part = dict[str, Any]
 
 
 def differences(dense: Measured, pruned: Measured, tasks: dict[str, dict[str, TaskChange]] | None) -> Differences:
-    """Return the differences of text, in nats per token, and with them those of `tasks`."""
-    wikitext2 = None
-    if dense.wikitext2 is not None and pruned.wikitext2 is not None:
-        wikitext2 = _change(dense.wikitext2, pruned.wikitext2)
+    """Return the differences on text, in nats per token, together with those of `tasks`."""
+    before, after = dense.wikitext2, pruned.wikitext2
+    wikitext2 = None if before is None or after is None else _change(before, after)
     domains = {domain: _change(dense.domains[domain], part) for domain, part in pruned.domains.items()}
     return Differences(domains, wikitext2, tasks)
 
 
 def task_changes(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, dict[str, TaskChange]]:
-    """Return the differences by task and metric of what `task_parts` returns for each model."""
+    """Return the differences by task and metric. In: `task_parts` of each model."""
     return {
         name: {metric: _task_change(name, metric, dense, pruned) for metric in task_metrics(results)}
         for name, results in pruned["results"].items()
@@ -51,7 +46,7 @@ def task_changes(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, dic
 
 def _change(dense: Quality, pruned: Quality) -> Change:
     pairs = zip(dense.block_nats, pruned.block_nats, strict=True)
-    error = standard_error([after - before for before, after in pairs])
+    error = losses.standard_error([after - before for before, after in pairs])
     return Change(pruned.nats_per_token - dense.nats_per_token, error)
 
 
@@ -59,9 +54,8 @@ def _task_change(name: str, metric: str, dense: dict[str, Any], pruned: dict[str
     before, after = dense["results"][name][metric], pruned["results"][name][metric]
     old, new = (side["item_scores"].get(name, {}).get(metric, []) for side in (dense, pruned))
     paired = _is_mean(old, before) and _is_mean(new, after)
-    return TaskChange(
-        after - before, standard_error([b - a for a, b in zip(old, new, strict=True)]) if paired else None
-    )
+    error = losses.standard_error([b - a for a, b in zip(old, new, strict=True)]) if paired else None
+    return TaskChange(after - before, error)
 
 
 def _is_mean(scores: list[Any], value: float) -> bool:
@@ -69,12 +63,9 @@ def _is_mean(scores: list[Any], value: float) -> bool:
     return bool(scores) and numbers and math.isclose(sum(scores) / len(scores), value, rel_tol=1e-9, abs_tol=1e-12)
 
 
-Part = dict[str, Any]
-
-
 @dataclass(slots=True)
 class Subject:
-    """One of the two models. `which`: dense or pruned, for the progress bar. `device`: where it is loaded to."""
+    """A model to judge. `which`: its name in progress bars. `device`: where it is loaded."""
 
     which: str
     checkpoint: Checkpoint
@@ -86,25 +77,32 @@ class Subject:
     def model(self) -> PreTrainedModel:
         """Return the model, loading it at the first call."""
         if self.loaded is None:
-            self.loaded = on_device(load_model(self.checkpoint), self.device)
+            self.loaded = self.load()
         return self.loaded
 
+    def load(self) -> PreTrainedModel:
+        """Return the model, read anew, on the device."""
+        return on_device(load_model(self.checkpoint), self.device)
+
     def forget(self) -> None:
-        """Give the model's memory back."""
+        """Free the model's memory."""
         self.loaded = None
 
 
 def open_subject(which: str, reference: Any, device: str | None = None) -> Subject:
-    """Check the model as far as this needs no weights. Raises Checkpoint-, Arch- or RecipeError."""
+    """Check a model without its weights. Raises CheckpointError, ArchError or RecipeError."""
     checkpoint = open_checkpoint(reference)
-    return Subject(
-        which, checkpoint, bind(meta_model(checkpoint.config)), fingerprint(checkpoint), device_called(device)
-    )
+    return subject_of(which, checkpoint, bind(meta_model(checkpoint.config)), device_called(device))
+
+
+def subject_of(which: str, checkpoint: Checkpoint, arch: Arch, device: torch.device) -> Subject:
+    """Return the subject of a checkpoint whose architecture is bound."""
+    return Subject(which, checkpoint, arch, fingerprint(checkpoint), device)
 
 
 @dataclass(slots=True)
 class _Count:
-    """Steps done of a stage, those included that an earlier evaluation did."""
+    """Steps done of a stage, including those of an earlier evaluation."""
 
     progress: Progress
     stage: str
@@ -112,6 +110,7 @@ class _Count:
     done: int = 0
 
     def move(self, num_steps: int = 1) -> None:
+        """Advance by some steps and report it."""
         self.done = min(self.done + num_steps, self.total)
         self.progress(self.stage, self.done, self.total)
 
@@ -124,7 +123,7 @@ def quality_parts(
     blocks_NT: Blocks,
     progress: Progress,
 ) -> dict[str, Part]:
-    """Return `evaluate_domains.Quality` as a mapping, by domain."""
+    """Return `Quality` as a mapping, by domain."""
     count = _Count(progress, f"{subject.which}: {stage}", _num_blocks(blocks_NT))
     count.move(0)
     found = {}
@@ -132,7 +131,7 @@ def quality_parts(
         before = count.done
 
         def compute(domain: str = domain, domain_NT: Tensor = domain_NT) -> Part:
-            done = partial(count.move, size())  # each rank has as many, but for one
+            done = partial(count.move, size())  # ranks have equally many, plus or minus one
             quality = measure_quality(subject.model(), subject.arch, tokenizer, domain, domain_NT, done)
             return dataclasses.asdict(quality)
 
@@ -144,11 +143,8 @@ def quality_parts(
 
 def dense_states(
     store: Store, dense: Subject, pruned: Subject, blocks_NT: Blocks, progress: Progress
-) -> DenseStates | None:
-    """Return what KL needs of the dense model for the domains whose KL is not known yet; None if all are.
-
-    Of a rank's own blocks alone.
-    """
+) -> losses.DenseStates | None:
+    """Return the dense model's part of KL on this rank's blocks; None if every KL is known."""
     unknown = {
         domain: domain_NT
         for domain, domain_NT in blocks_NT.items()
@@ -161,20 +157,20 @@ def dense_states(
     for domain, domain_NT in unknown.items():
         states[domain] = []
         for ids_T in own_part(list(domain_NT)):
-            states[domain].append(final_states(dense.model(), dense.arch, ids_T[None]))
+            states[domain].append(losses.final_states(dense.model(), dense.arch, ids_T[None]))
             count.move(size())
-    return DenseStates(head_of(dense.model(), dense.arch), states)
+    return losses.DenseStates(head_of(dense.model(), dense.arch), states)
 
 
 def kl_parts(
     store: Store,
     dense: Subject,
     pruned: Subject,
-    states: DenseStates | None,
+    states: losses.DenseStates | None,
     blocks_NT: Blocks,
     progress: Progress,
 ) -> dict[str, Part]:
-    """Return `kl.Divergence` as a mapping, by domain. `states`: of the domains whose KL is not known yet."""
+    """Return `Divergence` as a mapping, by domain. `states`: for domains without a known KL."""
     count = _Count(progress, "KL(dense || pruned)", _num_blocks(blocks_NT))
     found = {}
     for domain, domain_NT in blocks_NT.items():
@@ -185,11 +181,11 @@ def kl_parts(
             head = head_of(pruned.model(), pruned.arch)
 
             def compare(ids_T: Tensor) -> tuple[Tensor, Tensor]:
-                pruned_PD = final_states(pruned.model(), pruned.arch, ids_T[None])
-                return token_divergences_and_agreements(next(own_states), dense_head, pruned_PD, head)
+                pruned_PD = losses.final_states(pruned.model(), pruned.arch, ids_T[None])
+                return losses.token_divergences_and_agreements(next(own_states), dense_head, pruned_PD, head)
 
             pairs = spread(compare, list(domain_NT))
-            return dataclasses.asdict(summarise(domain, *(list(parts) for parts in zip(*pairs, strict=True))))
+            return dataclasses.asdict(losses.summarise(domain, *(list(parts) for parts in zip(*pairs, strict=True))))
 
         depends_on = _kl_facts(dense, pruned, domain_NT)
         found[domain] = store.value(f"kl-{domain}", compute, depends_on=depends_on)
@@ -205,9 +201,9 @@ def task_parts(
     options: TaskOptions,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Return the tasks' results in the harness's shape, with `sources` of their rows and `item_scores` by task.
+    """Return the tasks' results in the harness's shape, plus `sources` and `item_scores` by task.
 
-    Ranks take whole tasks by turns, so a rank asks a task's questions as one process would.
+    Ranks take whole tasks by turns, so each task is asked as by one process.
     """
     sizes = {name: num_questions(task, options) for name, task in loaded.tasks.items()}
     count = _Count(progress, f"{subject.which}: questions of tasks", sum(sizes.values()))
@@ -216,10 +212,10 @@ def task_parts(
     def result_of(name: str) -> Part:
         before, task = count.done, loaded.tasks[name]
 
-        def compute() -> Part:
-            def listen(done: int, total: int) -> None:
-                count.move(before + sizes[name] * done // total - count.done)
+        def listen(done: int, total: int) -> None:
+            count.move(before + sizes[name] * done // total - count.done)
 
+        def compute() -> Part:
             return run_task(task, subject.model(), tokenizer, options, listen)
 
         depends_on = {"model": subject.fingerprint, **dataclasses.asdict(options), **identity(task, loaded)}

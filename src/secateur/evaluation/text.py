@@ -1,4 +1,4 @@
-"""Evaluation text by domain and WikiText-2, and how well a model predicts it."""
+"""Evaluation text, by domain and from WikiText-2, and how well a model predicts it."""
 
 import json
 import math
@@ -25,34 +25,31 @@ from secateur.stream.losses import block_losses, standard_error
 
 Blocks = dict[str, Tensor]
 RECIPE = "recipe.yaml"
-SEED = 0  # of text that no recipe describes
+HUB = "hub"
+DEFAULT_BLOCK_LENGTH = 2048
+SEED = 0  # for text that no recipe describes
 
 
 def recipe_blocks(
     directory: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> tuple[Blocks, tuple[str, ...]]:
-    """Return the held-out blocks of the run that made `directory`, and a note if its text is no longer the same.
+    """Return the held-out blocks of the run that made `directory`, and notes.
 
-    Text sampled from the dense model is left out, with a note, since that model is not at hand.
-    Raises RecipeError if there is no recipe, CalibrationError if its text cannot be read any more.
+    A note says if the text has changed. Text sampled from the dense model is left out, with a note,
+    as that model is not available. Raises RecipeError without a recipe, CalibrationError for
+    unreadable text.
     """
     path = directory / RECIPE
     if not path.is_file():
         raise RecipeError(
-            f"{directory}: has no recipe.yaml, so its held-out text is not known; say what to evaluate on with "
+            f"{directory}: has no recipe.yaml, so its held-out text is unknown; say what to evaluate on with "
             "--domain NAME[=FILE], --wikitext2 or --tasks."
         )
     recipe = parse_recipe(load_recipe(path), f"recipe {path}")
-    if recipe.calibration.num_tokens is None:
+    if (num_tokens := recipe.calibration.num_tokens) is None:
         raise RecipeError(f"recipe {path}: calibration.num_tokens is missing; use the recipe.yaml that the run wrote.")
-    built = build_calibration(
-        recipe.calibration,
-        recipe.calibration.num_tokens,
-        tokenizer,
-        recipe.seed,
-        progress,
-        num_rounds=recipe.choose.rounds,
-    )
+    rounds = recipe.choose.rounds
+    built = build_calibration(recipe.calibration, num_tokens, tokenizer, recipe.seed, progress, num_rounds=rounds)
     blocks = {domain.name: domain.held_out_NT for domain in built.domains if not domain.held_out_NT.is_meta}
     sampled = ", ".join(domain.name for domain in built.domains if domain.name not in blocks)
     if sampled:
@@ -67,14 +64,13 @@ def named_blocks(
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress,
 ) -> Blocks:
-    """Return `num_blocks` blocks of each domain. Raises CalibrationError for unreadable or too little text."""
+    """Return `num_blocks` blocks per domain. Raises CalibrationError for missing text."""
     calibration = Calibration(domains=domains, sequence_length=sequence_length)
-    # Of every ten blocks that a calibration set draws, one is held out; here all are for evaluation.
+    # A calibration set holds one block in ten out; here all serve evaluation.
     num_calibration = math.ceil(num_blocks * 0.9)
     built = build_calibration(calibration, num_calibration * len(domains) * sequence_length, tokenizer, SEED, progress)
-    return {
-        domain.name: torch.cat([domain.held_out_NT, domain.calibration_NT])[:num_blocks] for domain in built.domains
-    }
+    drawn = {domain.name: torch.cat([domain.held_out_NT, domain.calibration_NT]) for domain in built.domains}
+    return {name: blocks_NT[:num_blocks] for name, blocks_NT in drawn.items()}
 
 
 def measure_quality(
@@ -85,7 +81,7 @@ def measure_quality(
     blocks_NT: Int64[Tensor, "N T"],
     block_done: Callable[[], None],
 ) -> Quality:
-    """Return the quality on one domain; ranks share the blocks. `block_done` hears of those of this rank.
+    """Return the quality on one domain; ranks share the blocks. `block_done`: called per own block.
 
     Raises NumericsError naming the domain if a loss is not finite.
     """
@@ -99,22 +95,11 @@ def measure_quality(
     mean = sum(values) / len(values)
     if not math.isfinite(mean):
         raise NumericsError(f"evaluate, domain {domain}: the loss is {mean}; the model gives no finite logits.")
-    num_tokens = blocks_NT[:, 1:].numel()
-    num_bytes = sum(_num_bytes(ids_T, tokenizer) for ids_T in blocks_NT)
-    return Quality(
-        nats_per_token=mean,
-        standard_error=standard_error(values),
-        perplexity=math.exp(mean),
-        bits_per_byte=mean / math.log(2) * num_tokens / num_bytes,
-        num_tokens=num_tokens,
-        num_bytes=num_bytes,
-        block_nats=tuple(values),
-    )
-
-
-def _num_bytes(ids_T: Int64[Tensor, " T"], tokenizer: PreTrainedTokenizerBase) -> int:
-    text = tokenizer.decode(ids_T[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return len(str(text).encode())
+    num_tokens, error = blocks_NT[:, 1:].numel(), standard_error(values)
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    num_bytes = sum(len(str(tokenizer.decode(ids_T[1:], **options)).encode()) for ids_T in blocks_NT)
+    bits_per_byte = mean / math.log(2) * num_tokens / num_bytes
+    return Quality(mean, error, math.exp(mean), bits_per_byte, num_tokens, num_bytes, tuple(values))
 
 
 def _changes(directory: Path, built: CalibrationSet) -> tuple[str, ...]:
@@ -130,18 +115,14 @@ def _changes(directory: Path, built: CalibrationSet) -> tuple[str, ...]:
     )
 
 
-HUB = "hub"
-DEFAULT_BLOCK_LENGTH = 2048
-
-
 def wikitext_blocks(
     source: str, block_length: int | None, tokenizer: PreTrainedTokenizerBase, config: Any
 ) -> Int64[Tensor, "N L"]:
-    """Return the test split as blocks. `source`: a file of rows (.jsonl .json .csv .parquet .txt .raw), or `hub`.
+    """Return the test split as blocks. `source`: a file of rows, or `hub`.
 
-    `block_length`: None for 2048, or the model's number of positions if that is smaller.
-
-    Raises CalibrationError if the rows cannot be read, are fewer than one block, or a block is longer than the model.
+    Files: .jsonl .json .csv .parquet .txt .raw. `block_length`: None for 2048, or the model's
+    number of positions if that is smaller. Raises CalibrationError if the rows cannot be read or
+    are less than one block, or if a block is longer than the model.
     """
     longest = getattr(config, "max_position_embeddings", None) or DEFAULT_BLOCK_LENGTH
     length = block_length or min(DEFAULT_BLOCK_LENGTH, longest)
@@ -164,20 +145,18 @@ def _file_rows(path: Path) -> list[str]:
     if not path.is_file():
         raise CalibrationError(f"--wikitext2 {path}: there is no such file; give the rows of the raw test split.")
     if path.suffix in (".txt", ".raw"):
-        return _line_rows(path)
+        try:
+            with path.open(encoding="utf-8") as lines:
+                # Rows as in the data set: a line with its line end, or "" for a blank line.
+                return [line if line.strip() else "" for line in lines]
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalibrationError(
+                f"--wikitext2 {path}: cannot be read ({error}); give a text file in UTF-8."
+            ) from None
     rows: list[Any] = [row.get("text") if isinstance(row, dict) else row for _, row in read_rows(path)]
     if not all(isinstance(row, str) for row in rows):
         raise CalibrationError(f"--wikitext2 {path}: every row needs a `text` column with a string in it.")
     return rows
-
-
-def _line_rows(path: Path) -> list[str]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            # As the data set has its rows: a line with its line end, or nothing for a blank line.
-            return [line if line.strip() else "" for line in lines]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"--wikitext2 {path}: cannot be read ({error}); give a text file in UTF-8.") from None
 
 
 def _hub_rows() -> list[str]:

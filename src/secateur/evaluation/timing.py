@@ -1,6 +1,6 @@
-"""How fast models read a prompt and write tokens, in transformers and llama.cpp, and their peak memory.
+"""How fast transformers and llama.cpp read prompts and generate tokens, and peak memory.
 
-Several models take turns, so that drift hits all of them alike.
+Models take turns, so that drift hits all of them alike.
 """
 
 import json
@@ -8,11 +8,11 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from jaxtyping import Int64
@@ -27,12 +27,13 @@ from secateur.methods.prices import kv_cache_bytes_per_token
 from secateur.report.measured import Ratio, Speed
 from secateur.stream.device import now
 
-# Seconds from the start of one generation to each of its tokens, the first one after the whole prompt.
+# Returns the seconds from the start to each new token; the first follows the whole prompt.
 Runner = Callable[[], list[float]]
+PROFILED_TOKENS = 4
 
 
 def take_turns(runners: list[Runner], repeats: int, progress: Progress, stage: str) -> list[list[list[float]]]:
-    """Run every runner once unmeasured, then in turn `repeats` times; return [runner][repeat] -> seconds per token."""
+    """Warm up, then run all in turn `repeats` times; return [runner][repeat] -> token times."""
     progress(stage, 0, repeats)
     for runner in runners:
         runner()
@@ -45,30 +46,23 @@ def take_turns(runners: list[Runner], repeats: int, progress: Progress, stage: s
 
 
 def speed(runs: list[list[float]], workload: Workload) -> Speed:
-    """Return the medians and ranges of `runs` (seconds to each token, per repeat)."""
+    """Return medians and ranges of `runs` (seconds to each token, per repeat)."""
     prefill, decode = prefill_rates(runs, workload), decode_rates(runs, workload)
     first = [run[0] for run in runs]
     return Speed(
-        prefill_tokens_per_second=statistics.median(prefill),
-        decode_tokens_per_second=statistics.median(decode),
-        first_token_seconds=statistics.median(first),
-        prefill_range=(min(prefill), max(prefill)),
-        decode_range=(min(decode), max(decode)),
-        first_token_range=(min(first), max(first)),
-        batch=workload.batch,
-        prompt_tokens=workload.prompt_tokens,
-        new_tokens=workload.new_tokens,
-        repeats=len(runs),
+        *(statistics.median(prefill), statistics.median(decode), statistics.median(first)),
+        *((min(prefill), max(prefill)), (min(decode), max(decode)), (min(first), max(first))),
+        *(workload.batch, workload.prompt_tokens, workload.new_tokens, len(runs)),
     )
 
 
 def prefill_rates(runs: list[list[float]], workload: Workload) -> list[float]:
-    """Return prompt tokens per second of each run: batch * prompt_tokens / time to the first token."""
+    """Return prompt tokens/s per run: batch * prompt_tokens / time to the first token."""
     return [workload.batch * workload.prompt_tokens / run[0] for run in runs]
 
 
 def decode_rates(runs: list[list[float]], workload: Workload) -> list[float]:
-    """Return new tokens per second of each run: batch * (new_tokens - 1) / time from the first token to the last."""
+    """Return new tokens/s per run: batch * (new_tokens - 1) / time from first token to last."""
     return [workload.batch * (len(run) - 1) / (run[-1] - run[0]) for run in runs]
 
 
@@ -79,12 +73,12 @@ def paired_ratio(rates: list[float], against: list[float]) -> Ratio:
 
 
 def prompt_ids(workload: Workload, vocab_size: int) -> list[int]:
-    """Return the token ids of the prompt, the same for every model of that vocabulary; no text is needed for timing."""
+    """Return the prompt's token ids, the same for all models; timing needs no real text."""
     return [position * 7919 % vocab_size for position in range(workload.prompt_tokens)]
 
 
 def transformers_runner(model: PreTrainedModel, workload: Workload, *, compiled: bool = False) -> Runner:
-    """Return a runner of `generate`; `compiled` if the model was compiled, which needs a cache that does not grow."""
+    """Return a runner of `generate`. `compiled`: the model is, so it needs a static cache."""
     row = torch.tensor(prompt_ids(workload, model.config.get_text_config().vocab_size), device=model.device)
     ids_BT = row.expand(workload.batch, -1).contiguous()
     options = {"cache_implementation": "static", "disable_compile": True} if compiled else {}
@@ -92,7 +86,7 @@ def transformers_runner(model: PreTrainedModel, workload: Workload, *, compiled:
 
 
 class _Clock(StoppingCriteria):
-    """Never stops; notes when each token is known, which `generate` tells a stopping criterion once per token."""
+    """Never stops; records when each token is known, since `generate` calls it once per token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -107,7 +101,8 @@ def _generate(
     model: PreTrainedModel, ids_BT: Int64[Tensor, "B T"], new_tokens: int, options: dict[str, Any]
 ) -> list[float]:
     clock, generate = _Clock(), getattr(model, "generate")  # noqa: B009  # its type takes no arguments beyond tensors
-    with _plain_generation(model):
+    # The model's own settings (end of text, repetition penalty) could stop or slow a run.
+    with patch.object(model, "generation_config", GenerationConfig()):
         start = now(model.device)
         generate(
             ids_BT,
@@ -122,24 +117,10 @@ def _generate(
     return [seconds - start for seconds in clock.times]
 
 
-@contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    # The model's own settings (end of text, repetition penalty) would stop or slow a run.
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-PROFILED_TOKENS = 4
-
-
 def peak_model_bytes(model: PreTrainedModel, workload: Workload, *, compiled: bool = False) -> int:
-    """Return weights and buffers, plus the most that a run has allocated beyond them, cache included.
+    """Return weights, buffers and the most that a run allocates beyond them, with the cache.
 
-    The prompt and the first few new tokens are measured; the cache of the tokens after those is added to it.
+    Prompt and first new tokens are measured; the cache of later tokens is added.
     """
     measured = replace(workload, new_tokens=min(workload.new_tokens, PROFILED_TOKENS))
     runner = transformers_runner(model, measured, compiled=compiled)
@@ -157,7 +138,7 @@ def _cuda_bytes(runner: Runner, device: torch.device) -> int:
 
 
 def _cpu_bytes(runner: Runner) -> int:
-    # Resident memory would not do: what an earlier run freed but the C library kept hides what this one needs.
+    # Not resident memory: pages that the C library retains hide what this run needs.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes to the user's terminal
     with tempfile.TemporaryDirectory(prefix="secateur-bench-") as scratch:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -169,7 +150,7 @@ def _cpu_bytes(runner: Runner) -> int:
 
 
 def llama_cpp_runner(file: Path, workload: Workload) -> Runner:
-    """Load the file and return a runner of greedy generation, its prompt the same as the transformers runner's."""
+    """Load the file and return a runner of greedy generation with the same prompt."""
     assert workload.batch == 1
     model = open_llama_cpp(file, workload.prompt_tokens + workload.new_tokens, all_logits=False)
     ids = prompt_ids(workload, model.n_vocab())

@@ -104,7 +104,7 @@ def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]
             weight.copy_(found[0]["weight"])
         return found[1]
     patch = dataclasses.asdict(fold_patch(run.model, arch, position, batches, run.resolved.damping, from_first))
-    run.services.store.keep(name, {"weight": weight}, patch)
+    run.services.store.save(name, {"weight": weight}, patch)
     return patch
 
 
@@ -189,7 +189,7 @@ def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int, 
         keep, line = prune_group(walk, group, num_keep, recipe, run.shares, seed, scores_U)
         seconds = round(time.perf_counter() - start, 3)
         line = {"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()}
-        run.services.store.keep(name, outcome_of(layer, group, keep), line)
+        run.services.store.save(name, outcome_of(layer, group, keep), line)
     run.services.log.write(line)
     return keep
 

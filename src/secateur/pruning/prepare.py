@@ -3,10 +3,11 @@
 from dataclasses import replace
 from functools import partial
 
-from secateur.data.calibration import build_calibration, with_sampled
+from secateur.data.calibration import CalibrationSet, build_calibration, with_sampled
 from secateur.files import check_free_space
+from secateur.log import Progress
 from secateur.model.bind import decoder_layers
-from secateur.model.checkpoint import eval_mode
+from secateur.model.checkpoint import CausalLM, eval_mode
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for
 from secateur.pruning.latency import with_prices
 from secateur.pruning.open import Opened, check_same_run, loaded, tokenizer_of
@@ -19,7 +20,7 @@ from secateur.stream.offload import Placement
 
 
 def prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placement]:
-    """Return what was opened with weights and tokenizer, the run, and its model's placement.
+    """Return what was opened with weights and tokenizer, the run, and its placement on the device.
 
     Raises a SecateurError for what the recipe, the memory or the text does not allow.
     """
@@ -29,10 +30,9 @@ def prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placement
     if services.scratch is not None:
         check_free_space(services.scratch, disk_bytes(opened, resolved, plan))
     opened = replace(opened, tokenizer=tokenizer_of(opened))
-    recipe, source = resolved.recipe, (tokenizer_of(opened), resolved.recipe.seed, services.progress)
+    source = (tokenizer_of(opened), resolved.recipe.seed, services.progress)
     with log.time("calibration"):
-        build = partial(build_calibration, recipe.calibration, resolved.num_tokens, *source)
-        text = from_first(partial(build, num_rounds=recipe.choose.rounds))
+        text = from_first(partial(calibration_text, opened, resolved, services.progress))
     with log.time("load"):
         opened, resolved, placement = _on_device(opened, resolved, plan)
     model = opened.model
@@ -41,6 +41,20 @@ def prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placement
         services.store.check_input("calibration text", text.content_hash)
     facts = {"model": model, "arch": opened.arch, "resolved": resolved, "text": text, "services": services}
     return opened, Run(**facts, weights_on_disk=plan.weights_on_disk), placement
+
+
+def calibration_text(
+    opened: Opened,
+    resolved: Resolved,
+    progress: Progress,
+    model: CausalLM | None = None,
+    more_held_out: int = 0,
+) -> CalibrationSet:
+    """Return the recipe's calibration set. `model`: the dense one, for domains sampled from it."""
+    recipe, tokenizer = resolved.recipe, tokenizer_of(opened)
+    counts = {"more_held_out": more_held_out, "num_rounds": recipe.choose.rounds}
+    text = build_calibration(recipe.calibration, resolved.num_tokens, tokenizer, recipe.seed, progress, **counts)
+    return text if model is None else with_sampled(text, model, tokenizer, recipe.seed, progress)
 
 
 def _on_device(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> tuple[Opened, Resolved, Placement]:

@@ -72,7 +72,7 @@ def whole_model_scores(run: Run, number: int, batches: list[Batch]) -> dict[Grou
         return {(groups[key].layer, groups[key].name): scores_U.to(device) for key, scores_U in found[0].items()}
     run.services.progress("score", 0, 1)
     scores = score.function(run.model, run.arch, run.resolved.groups, batches)
-    run.services.store.keep(name, {f"{layer} {group}": scores_U for (layer, group), scores_U in scores.items()}, {})
+    run.services.store.save(name, {f"{layer} {group}": scores_U for (layer, group), scores_U in scores.items()}, {})
     run.services.progress("score", 1, 1)
     return scores
 

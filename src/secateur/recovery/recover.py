@@ -68,7 +68,7 @@ def _train(work: Work, weights: dict[str, float]) -> dict[str, Any]:
     flops = cost_of(work.candidates, work.settings, work.text).flops["training"]
     cost = {"num_tokens": num_tokens, "seconds": seconds, "flops": flops * share}
     with alone():
-        store.keep("trained", dict(work.pruned.named_parameters()), cost)
+        store.save("trained", dict(work.pruned.named_parameters()), cost)
     return cost
 
 

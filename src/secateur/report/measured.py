@@ -1,4 +1,4 @@
-"""The records of what was measured of finished models: evaluation, speed, comparison, recovery."""
+"""Records of what was measured on finished models: evaluation, speed, comparison, recovery."""
 
 import dataclasses
 import math
@@ -8,17 +8,17 @@ from typing import Any
 
 from secateur.facts import Costs, Divergence, Record, Size, Workload
 
-EVALUATION_FILE, BENCH_FILE = "evaluation.json", "bench.json"
+EVALUATION_FILE, BENCH_FILE, RECOVERY_FILE = "evaluation.json", "bench.json", "recovery.json"
 
-# What a task is plotted by: the last of these that it has. Every metric is in the tables.
+# A plot shows the last of these that a task has; tables show every metric.
 PLOTTED_METRICS = ("exact_match,none", "acc,none", "acc_norm,none")
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """How well a model predicts tokens 2..T of every block, given those before. The error is over blocks.
+    """How well a model predicts tokens 2..T of every block. The standard error is over blocks.
 
-    `num_bytes`: UTF-8 bytes of the predicted tokens as text, end-of-text tokens counting none.
+    `num_bytes`: UTF-8 bytes of the predicted tokens; end-of-text tokens count none.
     `bits_per_byte`: nats_per_token / ln 2 x num_tokens / num_bytes, comparable across tokenizers.
     """
 
@@ -33,10 +33,10 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class TaskResults:
-    """lm-evaluation-harness's results. `sources`: by task, where its rows came from if not from the hub.
+    """lm-evaluation-harness's results. `sources`: by task, where rows not from the hub came from.
 
-    `results`: task -> "metric,filter" -> value, the standard error under "metric_stderr,filter". `more`: the other keys
-    of the harness's own mapping, which lie beside these in the file and are not read back.
+    `results`: task -> "metric,filter" -> value, the standard error under "metric_stderr,filter".
+    `more`: the harness's other keys; they are written to the file and not read back.
     """
 
     results: dict[str, dict[str, Any]]
@@ -47,13 +47,13 @@ class TaskResults:
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """One metric of one task, or a difference of two. `error`: its standard error, None where there is none."""
+    """A metric of a task, or a difference of two. `error`: the standard error, if it has one."""
 
     value: float
     error: float | None
 
     def text(self, sign: str = "") -> str:
-        """Return the score for people. `sign`: "+" for a difference."""
+        """Return the score as text. `sign`: "+" for a difference."""
         return f"{self.value:{sign}.3f}" + ("" if self.error is None else f" ± {self.error:.3f}")
 
 
@@ -61,12 +61,12 @@ Scores = dict[str, dict[str, TaskScore]]  # task -> "metric,filter" -> score
 
 
 def task_metrics(results: dict[str, Any]) -> list[str]:
-    """Return the metrics ("acc,none") of one task's results in the harness's shape."""
+    """Return the metrics ("acc,none") in one task's results."""
     return [key for key in results if "," in key and "_stderr," not in key]
 
 
 def task_scores(results: dict[str, dict[str, Any]]) -> Scores:
-    """Return every task's scores out of the harness's results."""
+    """Return every task's scores from the harness's results."""
 
     def score(of: dict[str, Any], metric: str) -> TaskScore:
         error = of.get(metric.replace(",", "_stderr,", 1))
@@ -77,7 +77,7 @@ def task_scores(results: dict[str, dict[str, Any]]) -> Scores:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What `secateur evaluate` measured of one model."""
+    """What `secateur evaluate` measured on one model."""
 
     domains: dict[str, Quality]
     wikitext2: Quality | None = None
@@ -85,7 +85,7 @@ class Measured:
 
     @property
     def scores(self) -> Scores:
-        """The tasks' scores, none where no task was asked."""
+        """The tasks' scores; empty without tasks."""
         return {} if self.tasks is None else task_scores(self.tasks.results)
 
 
@@ -99,7 +99,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class TaskChange:
-    """Pruned minus dense; the error is None for groups and for metrics that are no mean over questions."""
+    """Pruned minus dense. No error for groups and for metrics that are not means."""
 
     difference: float
     standard_error: float | None
@@ -107,7 +107,7 @@ class TaskChange:
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Pruned minus dense, over the same blocks or questions. What was not measured is None."""
+    """Pruned minus dense, over the same blocks or questions. None: not measured."""
 
     domains: dict[str, Change]
     wikitext2: Change | None = None
@@ -116,9 +116,9 @@ class Differences:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation(Record):
-    """`evaluation.json`. `pruned`: the model that was asked for; `dense`, `kl`, `differences`: where another was given.
+    """`evaluation.json`. `pruned`: the evaluated model. `kl`: KL(dense || pruned) by domain.
 
-    `model`, `against`: what the two are called. `kl`: of the pruned model from the dense one, by domain.
+    `model`, `against`: names of the two. Without `against`: no `dense`, `kl` and `differences`.
     """
 
     model: str
@@ -133,7 +133,7 @@ class Evaluation(Record):
 
     @property
     def models(self) -> dict[str, Measured]:
-        """The measured models by what they are called in tables, dense first."""
+        """The measured models by their names in tables, dense first."""
         return {"pruned": self.pruned} if self.dense is None else {"dense": self.dense, "pruned": self.pruned}
 
     def plain(self) -> dict[str, Any]:
@@ -150,9 +150,9 @@ class Evaluation(Record):
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Medians over repeats, and (lowest, highest) of them. All tokens of a batch count.
+    """Medians over repeats, and (lowest, highest). All tokens of a batch count.
 
-    `prefill`: prompt tokens per second until the first new token; `decode`: new tokens per second after the first.
+    `prefill`: prompt tokens/s up to the first new token. `decode`: new tokens/s after the first.
     """
 
     prefill_tokens_per_second: float
@@ -169,7 +169,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Speed of one model over that of another: median over repeats of the ratio within each, and the extremes."""
+    """One model's speed over another's: the ratio within each repeat, median and extremes."""
 
     median: float
     lowest: float
@@ -178,7 +178,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """How a bench runs. `compiled`: through torch.compile. llama.cpp runs on the CPU, one prompt at a time, in f16."""
+    """How a bench runs. llama.cpp runs on the CPU, one prompt at a time, in f16."""
 
     engine: str = "transformers"
     device: str = "cpu"
@@ -187,7 +187,7 @@ class BenchSettings:
 
 @dataclass(frozen=True, slots=True)
 class ModelFigures:
-    """One model's figures. `peak_bytes`: weights and the most a run allocates; None where the engine does not say."""
+    """A model's figures. `peak_bytes`: weights and the most that a run allocates, if known."""
 
     model: str
     dtype: str
@@ -199,7 +199,7 @@ class ModelFigures:
 
 @dataclass(frozen=True, slots=True)
 class SpeedUp:
-    """How much faster the pruned model is: measured, the ideal of the same run, and the share of the ideal reached."""
+    """Pruned over dense speed: measured, the ideal, and the share of the ideal."""
 
     measured: Ratio
     ideal: float
@@ -208,7 +208,7 @@ class SpeedUp:
 
 @dataclass(frozen=True, slots=True)
 class BenchResult(Record):
-    """`bench.json`. `dense`, `prefill` and `decode` are None unless a dense model was given."""
+    """`bench.json`. `dense`, `prefill` and `decode` are None without a dense model."""
 
     settings: BenchSettings
     num_threads: int
@@ -221,18 +221,18 @@ class BenchResult(Record):
 
     @property
     def models(self) -> dict[str, ModelFigures]:
-        """The timed models by what they are called in tables, dense first."""
+        """The timed models by their names in tables, dense first."""
         return {"model": self.pruned} if self.dense is None else {"dense": self.dense, "pruned": self.pruned}
 
     @property
     def speed_ups(self) -> dict[str, SpeedUp]:
-        """The speed-up by phase, nothing where there was no dense model."""
+        """The speed-up by phase; empty without a dense model."""
         return {name: up for name, up in (("prefill", self.prefill), ("decode", self.decode)) if up is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class FoundCell:
-    """One finished cell of a study. `tasks`: by task, the harness's numbers. `seconds`: of the pruning alone."""
+    """A finished cell of a study. `tasks`: the harness's numbers. `seconds`: of pruning alone."""
 
     method: str
     ratio: float
@@ -251,18 +251,15 @@ class FoundCell:
 
 @dataclass(frozen=True, slots=True)
 class Comparison(Record):
-    """`results.json`: every cell of a study's grid, the dense model's first in each seed."""
+    """`results.json`: all cells of a study's grid, the dense model's first in each seed."""
 
     cells: tuple[FoundCell, ...]
     versions: dict[str, str]
 
 
-RECOVERY_FILE = "recovery.json"
-
-
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Of one domain: KL(dense || model) and its error over blocks, nats per token, agreement on the likeliest word."""
+    """A domain's KL(dense || model) with its error over blocks, nats per token and agreement."""
 
     kl: float
     standard_error: float
@@ -275,24 +272,24 @@ Verdicts = dict[str, Verdict]
 
 
 def mean_kl(verdicts: Verdicts) -> float:
-    """Return the mean over domains of the KL, in nats per token: every domain counts the same."""
+    """Return the mean over domains of KL, in nats per token; domains count equally."""
     return sum(verdict.kl for verdict in verdicts.values()) / len(verdicts)
 
 
 def mean_nats(verdicts: Verdicts) -> float:
-    """Return the mean over domains of nats per token: the logarithm of the geometric-mean perplexity."""
+    """Return the mean over domains of nats per token, ln of the geometric-mean perplexity."""
     return sum(verdict.nats_per_token for verdict in verdicts.values()) / len(verdicts)
 
 
 def won_back(dense: Verdicts, before: Verdicts, after: Verdicts) -> float:
-    """Return the share of the lost nats per token that was won back; NaN if nothing was lost."""
+    """Return the share of the lost nats per token that was won back; NaN if none was lost."""
     lost = mean_nats(before) - mean_nats(dense)
     return (mean_nats(before) - mean_nats(after)) / lost if lost > 0 else math.nan
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRecord:
-    """Trained tokens, seconds, operations, the held-out verdicts after the training, and whether it was kept."""
+    """What a training took, and its held-out verdicts. `held`: its weights were saved."""
 
     num_tokens: int
     seconds: float
@@ -303,9 +300,9 @@ class TrainingRecord:
 
 @dataclass(frozen=True, slots=True)
 class TaskScores:
-    """By task and metric: each model's score, and recovered minus pruned over the same questions.
+    """By task and metric: each model's score, and recovered minus pruned on the same questions.
 
-    `sources`: by task, where its rows came from if not from the hub; `limit`: questions per task, None for all.
+    `sources`: by task, where rows not from the hub came from. `limit`: questions per task.
     """
 
     dense: Scores
@@ -320,12 +317,11 @@ class TaskScores:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryRecord(Record):
-    """Everything a recovery says of itself. `before`: of the pruned model as it came; KL is to the dense model.
+    """`recovery.json`. `before`: the pruned model as it came; every KL is to the dense model.
 
     `calibration`, `settings`: the domains and the recipe's part on recovery that were used.
-
-    `num_held_out_tokens` are judged on and never trained on. `seconds`: of everything, by this process. `tasks`: of the
-    model that was written, None where none were asked.
+    `num_held_out_tokens`: for judging only, never trained on. `seconds`: of this process. `tasks`:
+    scores of the written model, None without tasks.
     """
 
     pruned: str
@@ -350,25 +346,21 @@ class RecoveryRecord(Record):
 
     @property
     def after(self) -> Verdicts:
-        """The verdicts of the model that was written."""
+        """The verdicts of the written model."""
         return self.training.after if self.training.held else self.before
 
     def plain(self) -> dict[str, Any]:
-        """Return the fields as a mapping, with the means over domains that people ask for."""
+        """Return the fields as a mapping, with means over domains."""
         named = {"dense": self.dense, "before": self.before, "after": self.after}
         means = {name: {"kl": mean_kl(each), "nats_per_token": mean_nats(each)} for name, each in named.items()}
         won = won_back(self.dense, self.before, self.after)
-        derived = {
-            "means": means,
-            "share_won_back": won if won == won else None,
-            "num_tokens": self.training.num_tokens,
-        }
-        return {**dataclasses.asdict(self), **derived}
+        derived = {"means": means, "share_won_back": None if math.isnan(won) else won}
+        return {**dataclasses.asdict(self), **derived, "num_tokens": self.training.num_tokens}
 
 
 @dataclass(frozen=True, slots=True)
 class Cost(Record):
-    """`num_tokens`: trained on. `flops`, `seconds`: of `training` and of `judge`, the held-out evaluations. Bytes."""
+    """What a recovery would take. `flops`, `seconds`: of `training` and of `judge`."""
 
     num_tokens: int
     num_held_out_tokens: int

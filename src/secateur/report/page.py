@@ -1,19 +1,19 @@
-"""A page of HTML that needs nothing but itself. In: titles, sentences, tables and SVG. Out: the page as text.
+"""A self-contained HTML page. In: titles, sentences, tables and SVG. Out: the page as text.
 
-All text is escaped here, and only here; SVG is put in as it is.
+All text is escaped here, and only here; SVG is inserted as it is.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-# Of a table with more columns the last ones would be out of sight beside a plot.
+# A wider table does not fit beside a plot.
 MAX_PAIR_COLUMNS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of text, each beginning with what it is about. `numbers`: right-aligned. `folded`: opened on demand."""
+    """Rows of text. `numbers`: right-aligned. `folded`: closed until the reader opens it."""
 
     caption: str
     header: Sequence[str]
@@ -24,7 +24,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """`name`: the id in the page. `plots` are SVG elements; `code` is set as it is typed."""
+    """`name`: the id in the page. `plots`: SVG elements. `code`: preformatted text."""
 
     name: str
     title: str
@@ -35,7 +35,7 @@ class Section:
 
     @property
     def shape(self) -> str:
-        """How plots and tables stand: `pair` side by side, `stack` where a table needs the whole width, `alone`."""
+        """Layout: `pair` side by side, `stack` for wide tables, `alone` for one kind only."""
         if not (self.plots and self.tables):
             return "alone"
         return "pair" if all(len(table.header) <= MAX_PAIR_COLUMNS for table in self.tables) else "stack"
@@ -43,7 +43,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class KeyFigure:
-    """One number that everybody asks for, after and before."""
+    """A number that everybody asks for, after and before."""
 
     label: str
     before: str

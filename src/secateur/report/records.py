@@ -1,4 +1,4 @@
-"""The records of a run and of an inspection, as plain numbers, and a result directory read back."""
+"""Records of a run and of an inspection as plain numbers, and a result directory read back."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,12 +12,16 @@ from secateur.recipe import MeasuredPrices, Recipe
 from secateur.recipe_file import load_recipe, parse_recipe
 from secateur.report.measured import BENCH_FILE, EVALUATION_FILE, RECOVERY_FILE, BenchResult, Evaluation, RecoveryRecord
 
+RESULT_FILE, RECIPE_FILE = "result.json", "recipe.yaml"
+
+Losses = dict[str, Loss]
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes by part; `statistics` and `solve` are of the widest group. Weights in their files are none: page cache.
+    """Bytes by part; `statistics` and `solve`: of the widest group. Weights on disk count none.
 
-    `layer_choice`: what is there, beside the weights, while whole layers are chosen, before the first round.
+    `layer_choice`: bytes beside the weights while whole layers are chosen, before the first round.
     """
 
     weights: int
@@ -28,12 +32,12 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """Statistics of a domain are freed before the solve, and all of the choice before both: the largest counts."""
+        """The largest sum: parts of one stage are freed before the next."""
         return self.weights + max(self._in_a_round, self.layer_choice)
 
     @property
     def is_of_layer_choice(self) -> bool:
-        """Whether the peak is there, and not in a round."""
+        """Whether the choice of layers is the peak."""
         return self.layer_choice > self._in_a_round
 
     @property
@@ -43,9 +47,9 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Operations (an addition and a multiplication are two), or the seconds that they take.
+    """Operations (a multiply-add counts two), or the seconds that they take.
 
-    `forward`: passes through layers and head, in the model's dtype. `gram`: products of statistics, in float32.
+    `forward`: passes through layers and head, in the model's dtype. `gram`: statistics, in float32.
     `solve`: inverses, updates and least squares, in float64.
     """
 
@@ -55,13 +59,13 @@ class Work:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return self.forward + self.gram + self.solve
 
 
 @dataclass(frozen=True, slots=True)
 class Possible:
-    """One group of the family. `num_units` of the first layer that has it; `num_params` in all layers."""
+    """A group of the family. `num_units`: in the first layer. `num_params`: in all layers."""
 
     name: str
     unit: str
@@ -72,7 +76,7 @@ class Possible:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What a check found. `problems` keep the server from loading the model, `cautions` were not settled."""
+    """A check's findings. `problems` keep the server from loading; `cautions` are unsettled."""
 
     server: str
     num_gpus: int
@@ -81,14 +85,14 @@ class Serving:
 
     @property
     def where(self) -> str:
-        """The server, and how many GPUs where it splits models over them."""
+        """The server, and its number of GPUs if it splits models."""
         gpus = f" on {self.num_gpus} GPU{'s' if self.num_gpus > 1 else ''}" if self.server == "vllm" else ""
         return self.server + gpus
 
 
 @dataclass(frozen=True, slots=True)
 class GroupFacts:
-    """One kind of group over all layers that stay, but for protected ones. `num_keep`: mean units that a run leaves."""
+    """A kind of group over the unprotected layers that stay. `num_keep`: mean units after a run."""
 
     name: str
     unit: str
@@ -103,11 +107,11 @@ class GroupFacts:
 class Inspection(Record):
     """A model's structure and the outcome of a recipe's `remove`.
 
-    `remove_asked` and `largest_remove` are shares of what the recipe's target counts, see `outcome`; `remove_reached`
-    is one of all parameters. `prices`: seconds measured for target `latency`, as the recipe's key of that name.
-    `possible`, `impossible`: every group of the family, and those that it cannot have with the reason. `serving`: what
-    stands against serving the result, where asked. `operations` and `seconds` are of the whole run but for the choice
-    of whole layers; `disk_bytes` the most that it writes.
+    `remove_asked`, `largest_remove`: shares of what the recipe's target counts, see `outcome`;
+    `remove_reached`: of all parameters. `prices`: seconds measured for target `latency`.
+    `possible`, `impossible`: groups that the family has, and those it cannot have, with the reason.
+    `operations`, `seconds`: of the run without the choice of layers. `disk_bytes`: the most
+    written.
     """
 
     model: str
@@ -138,22 +142,17 @@ class Inspection(Record):
     serving: Serving | None
 
     def plain(self) -> dict[str, Any]:
-        """Return the fields as a mapping, the memory's peak included."""
+        """Return the fields as a mapping, with the memory's peak."""
         data = dataclasses.asdict(self)
         data["memory"]["peak"] = self.memory.peak
         return data
-
-
-RESULT_FILE = "result.json"
-
-Losses = dict[str, Loss]
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationFacts:
     """Which text the run saw, by domain.
 
-    `held_out_overlap`: share of the held-out text's 13-grams that the calibration text has too (see `overlap`).
+    `held_out_overlap`: share of the held-out 13-grams that the calibration text also has.
     """
 
     content_hash: str
@@ -165,9 +164,10 @@ class CalibrationFacts:
 
 @dataclass(frozen=True, slots=True)
 class Summary(Record):
-    """Everything a run can say about itself in numbers.
+    """Everything that a run reports in numbers.
 
-    `remove_asked` is a share of what the recipe's target counts, see `outcome`; `remove_reached` of all parameters.
+    `remove_asked`: a share of what the recipe's target counts, see `outcome`; `remove_reached`: of
+    all parameters.
     """
 
     model: str
@@ -179,7 +179,7 @@ class Summary(Record):
     dense_size: Size
     pruned_size: Size
     num_layers: tuple[int, int]  # before, after
-    widths: dict[str, tuple[int, int, int]]  # group -> units per layer before; after, in the narrowest and widest
+    widths: dict[str, tuple[int, int, int]]  # group -> units per layer before, least and most after
     calibration: CalibrationFacts
     dense_losses: Losses
     pruned_losses: Losses
@@ -194,29 +194,27 @@ class Summary(Record):
     device_peak_bytes: int | None = None  # allocated there, where torch counts it
 
     def plain(self) -> dict[str, Any]:
-        """Return the fields as a mapping, with derived perplexities beside the losses."""
+        """Return the fields as a mapping, with perplexities derived from the losses."""
         perplexities = {name: geometric_mean_perplexity(losses) for name, losses in self.losses_by_name().items()}
         return {**dataclasses.asdict(self), "geometric_mean_perplexity": perplexities}
 
     @property
     def has_layers_of_different_widths(self) -> bool:
-        """Say whether any group kept more units in one layer than in another."""
+        """Whether a group kept more units in one layer than in another."""
         return any(least != most for _, least, most in self.widths.values())
 
     def losses_by_name(self) -> dict[str, Losses]:
-        """Return the evaluated models' losses, dense first; those not evaluated are left out."""
+        """Return the evaluated models' losses, dense first."""
         named = {"dense": self.dense_losses, "pruned": self.pruned_losses}
         return {name: losses for name, losses in named.items() if losses}
 
 
-RECIPE_FILE = "recipe.yaml"
-
-
 @dataclass(frozen=True, slots=True)
 class GroupStep:
-    """One line of the run log: what one group kept in one round, and its held-out errors by domain.
+    """A line of the run log: what a group kept in a round, and its held-out errors by domain.
 
-    `total`: units before this round. Errors are shares of the reader's output energy. `step` 0: compensation refused.
+    `total`: units before the round. Errors: shares of the reader's output energy. `step` 0:
+    compensation refused.
     """
 
     round: int
@@ -233,11 +231,11 @@ class GroupStep:
 
 @dataclass(frozen=True, slots=True)
 class RemovedLayer:
-    """A layer that went as a whole, by its number in the dense model.
+    """A removed layer, by its number in the dense model.
 
-    `chosen`: its place in the order of choice. `kl`: nats per token without it and those chosen before it; none of both
-    where the recipe named it. Errors: what its patch leaves of what it added, as shares, by domain; none where it was
-    not patched.
+    `chosen`: its place in the order of choice. `kl`: nats per token without it and those chosen
+    before. Both are None for layers that the recipe names. Errors: what the patch leaves of what
+    the layer added, as shares by domain; None without a patch.
     """
 
     layer: int
@@ -250,7 +248,7 @@ class RemovedLayer:
 
 @dataclass(frozen=True, slots=True)
 class RoundEnd:
-    """What a round had left, and its held-out nats per token by domain; `held`: the run did not go back behind it."""
+    """A round's parameters and held-out nats per token. `held`: the run did not undo it."""
 
     round: int
     num_params: int
@@ -260,7 +258,7 @@ class RoundEnd:
 
 @dataclass(frozen=True, slots=True)
 class TrainingStep:
-    """One step of a recovery: tokens trained on so far, and its loss."""
+    """A step of a recovery: tokens trained on so far, and its loss."""
 
     step: int
     tokens: int
@@ -269,7 +267,7 @@ class TrainingStep:
 
 @dataclass(frozen=True, slots=True)
 class ResultFiles:
-    """Everything that a report tells of one run. `steps`: of rounds that held; `rounds`: none where nothing watched."""
+    """All that a report tells of a run. `steps`: of rounds that held. `rounds`: if evaluated."""
 
     summary: Summary
     removed_layers: tuple[RemovedLayer, ...]
@@ -284,19 +282,22 @@ class ResultFiles:
 
 
 def read_result(directory: Path) -> ResultFiles:
-    """Read a result directory. Raises CheckpointError or RecipeError for what is missing or unreadable."""
-    found = Summary.from_json(_read(directory, RESULT_FILE), str(directory / RESULT_FILE))
-    recipe_text = _read(directory, RECIPE_FILE)
-    recipe = parse_recipe(load_recipe(directory / RECIPE_FILE), f"recipe {directory / RECIPE_FILE}")
-    evaluation = _added(Evaluation, directory, EVALUATION_FILE)
-    bench = _added(BenchResult, directory, BENCH_FILE)
+    """Read a result directory. Raises CheckpointError or RecipeError if it is incomplete."""
+    summary = Summary.from_json(_read(directory, RESULT_FILE), str(directory / RESULT_FILE))
     rounds = _events(directory, "round", RoundEnd)
     undone = {end.round for end in rounds if not end.held}
-    steps = tuple(step for step in _events(directory, "group", GroupStep) if step.round not in undone)
-    removed = _events(directory, "layer", RemovedLayer)
-    recovery = _added(RecoveryRecord, directory, RECOVERY_FILE)
-    training = _events(directory, "recover_step", TrainingStep)
-    return ResultFiles(found, removed, steps, rounds, recipe, recipe_text, evaluation, bench, recovery, training)
+    return ResultFiles(
+        summary=summary,
+        removed_layers=_events(directory, "layer", RemovedLayer),
+        steps=tuple(step for step in _events(directory, "group", GroupStep) if step.round not in undone),
+        rounds=rounds,
+        recipe=parse_recipe(load_recipe(directory / RECIPE_FILE), f"recipe {directory / RECIPE_FILE}"),
+        recipe_text=_read(directory, RECIPE_FILE),
+        evaluation=_added(Evaluation, directory, EVALUATION_FILE),
+        bench=_added(BenchResult, directory, BENCH_FILE),
+        recovery=_added(RecoveryRecord, directory, RECOVERY_FILE),
+        training=_events(directory, "recover_step", TrainingStep),
+    )
 
 
 def _added(kind: type[Kind], directory: Path, name: str) -> Kind | None:

@@ -1,7 +1,4 @@
-"""`report.html`: what a run did, on one page that needs no network.
-
-In: a result directory. Out: the page in it.
-"""
+"""`report.html`: what a run did, on one page that needs no network. In: a result directory."""
 
 import importlib.util
 from collections.abc import Callable
@@ -10,48 +7,18 @@ from pathlib import Path
 from secateur.errors import RecipeError
 from secateur.facts import geometric_mean_perplexity
 from secateur.files import check_file, staged_file
+from secateur.report import sections_results as results
+from secateur.report import sections_run as run
 from secateur.report.page import KeyFigure, Page, Section, render
 from secateur.report.records import ResultFiles, Summary, read_result
 from secateur.report.rows import caveats, human_bytes, verdict
-from secateur.report.sections_results import (
-    SpeedFigures,
-    distance,
-    quality,
-    recovery,
-    recovery_figures,
-    speed,
-    speed_figures,
-    tasks,
-)
-from secateur.report.sections_run import (
-    calibration,
-    compensation,
-    depth,
-    environment,
-    recipe,
-    reproduction,
-    rounds,
-    scores,
-    widths,
-)
 
 PAGE_FILE = "report.html"
 
+OF_WIDTHS = (run.widths, run.scores, run.compensation, run.rounds)
 SECTIONS = (
-    quality,
-    recovery,
-    tasks,
-    distance,
-    speed,
-    depth,
-    widths,
-    scores,
-    compensation,
-    rounds,
-    calibration,
-    recipe,
-    environment,
-    reproduction,
+    *(results.quality, results.recovery, results.tasks, results.distance, results.speed),
+    *(run.depth, *OF_WIDTHS, run.calibration, run.recipe, run.environment, run.reproduction),
 )
 
 
@@ -63,12 +30,9 @@ def missing_plots() -> tuple[str, ...]:
 
 
 def write_report(directory: Path) -> Path:
-    """Write `report.html` into a result directory from the other files there, and return its path.
+    """Write `report.html` into a result directory from the other files there; return its path.
 
-    Everything is read before anything is written; the page appears complete or not at all.
-
-    Raises RecipeError without matplotlib, CheckpointError for what is missing or unreadable in the directory, or
-    cannot be written.
+    Raises RecipeError without matplotlib, CheckpointError for files that cannot be read or written.
     """
     for reason in missing_plots():
         raise RecipeError(reason)
@@ -81,26 +45,26 @@ def write_report(directory: Path) -> Path:
 
 
 def report_page(files: ResultFiles) -> Page:
-    """Return what the report of one run says."""
+    """Return the report of one run."""
     summary = files.summary
     title = f"{summary.model}, pruned by secateur"
     sections = [section(files) for section in SECTIONS if _has_any(section, files)]
-    rates = speed_figures(files)
+    rates = results.speed_figures(files)
     sentence = verdict(summary, {phase: ratio for phase, _, _, ratio in rates})
-    figures = [*key_figures(summary, rates), *recovery_figures(files)]
+    figures = [*key_figures(summary, rates), *results.recovery_figures(files)]
     return Page(title, sentence, caveats(summary), figures, sections)
 
 
 def _has_any(section: Callable[[ResultFiles], Section], files: ResultFiles) -> bool:
-    """Say whether the run has done what the section is about: recovered, removed layers, cut widths."""
-    if section is recovery:
+    """Whether the run did what the section is about: recover, remove layers, cut widths."""
+    if section is results.recovery:
         return files.recovery is not None
-    if section is depth:
+    if section is run.depth:
         return bool(files.removed_layers)
-    return bool(files.steps) or section not in (widths, scores, compensation, rounds)
+    return bool(files.steps) or section not in OF_WIDTHS
 
 
-def key_figures(summary: Summary, rates: list[SpeedFigures]) -> list[KeyFigure]:
+def key_figures(summary: Summary, rates: list[results.SpeedFigures]) -> list[KeyFigure]:
     """Return size, quality and speed, before and after."""
     dense, pruned = summary.dense_size, summary.pruned_size
     figures = [

@@ -1,4 +1,4 @@
-"""A run's and an inspection's numbers for people: the rows of terminal, model card and page."""
+"""Numbers of a run and of an inspection for people: rows of terminal, model card and page."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ from secateur.facts import NGRAM_TOKENS, geometric_mean_perplexity
 from secateur.report.page import Table
 from secateur.report.records import Inspection, Summary
 
-# A reader is warned of a share of n-grams above this.
+# Warn of a larger share of common n-grams.
 MUCH_OVERLAP = 0.1
 
 
@@ -19,9 +19,8 @@ def terminal(tables: Iterable[Table], notes: Iterable[tuple[str, ...]] = (), box
     """Return the tables that have rows, and the notes below them, for a terminal."""
     shown = []
     for table in (table for table in tables if table.rows):
-        made = rich_table.Table(
-            title=table.caption or None, title_justify="left", title_style="bold", box=box, pad_edge=box is HEAVY_HEAD
-        )
+        title = {"title": table.caption or None, "title_justify": "left", "title_style": "bold"}
+        made = rich_table.Table(**title, box=box, pad_edge=box is HEAVY_HEAD)
         for name in table.header:
             made.add_column(name, justify="right" if made.columns else "left", overflow="fold")
         for row in table.rows:
@@ -40,19 +39,19 @@ def markdown(table: Table) -> list[str]:
 
 
 def summary_table(summary: Summary) -> Group:
-    """Return the one table that a run ends with: quality by domain and size, dense against pruned."""
+    """Return the table that a run ends with: quality by domain and size, dense and pruned."""
     caption = f"{summary.model}: {headline(summary)}"
     return terminal([quality_and_size(summary, caption)], note_rows(summary))
 
 
 def quality_and_size(summary: Summary, caption: str = "") -> Table:
-    """Return quality by domain, where it was measured, and sizes and widths: dense against pruned."""
+    """Return quality by domain, if measured, sizes and widths: dense and pruned."""
     header = ("held-out nats/token (perplexity)" if summary.dense_losses else "", "dense", "pruned")
     return Table(caption, header, [*loss_rows(summary), *figure_rows(summary)])
 
 
 def headline(summary: Summary) -> str:
-    """Say how much went, of what, and what was asked."""
+    """Say how much was removed, of what, and what was asked."""
     parameters = f"{summary.remove_reached:.1%} of all {summary.dense_size.num_params:,} parameters"
     asked = f"asked {summary.remove_asked:.1%}"
     if summary.outcome.target == "parameters":
@@ -62,9 +61,9 @@ def headline(summary: Summary) -> str:
 
 
 def verdict(summary: Summary, speed_ups: dict[str, float] | None = None) -> str:
-    """Say in one sentence what pruning took, what it cost in quality and what it gave in speed.
+    """Say in one sentence what pruning removed, what it cost in quality and gained in speed.
 
-    `speed_ups`: by phase, where `secateur bench` has measured them.
+    `speed_ups`: by phase, if `secateur bench` has measured them.
     """
     sentence = [f"Pruning removed {summary.remove_reached:.1%} of the parameters"]
     if summary.dense_losses:
@@ -78,7 +77,7 @@ def verdict(summary: Summary, speed_ups: dict[str, float] | None = None) -> str:
 
 
 def caveats(summary: Summary) -> list[str]:
-    """Return what a reader must know before trusting the numbers: the run's own notes, overlap."""
+    """Return what a reader must know about the numbers: the run's notes, overlap of texts."""
     found = list(summary.warnings)
     overlap = {domain: share or 0.0 for domain, share in summary.calibration.held_out_overlap.items()}
     much = ", ".join(f"{domain} {share:.0%}" for domain, share in overlap.items() if share > MUCH_OVERLAP)
@@ -91,9 +90,9 @@ def caveats(summary: Summary) -> list[str]:
 
 
 def loss_rows(summary: Summary, *, errors: bool = False) -> Iterator[tuple[str, ...]]:
-    """Yield (label, cell per evaluated model): held-out nats per token and perplexity, domain by domain.
+    """Yield (domain, cell per model): held-out nats per token and perplexity.
 
-    `errors`: with the standard error of the nats per token, which one block alone does not have.
+    `errors`: with the standard error of the nats per token.
     """
     by_name = summary.losses_by_name()
     for domain in summary.dense_losses:
@@ -106,7 +105,7 @@ def loss_rows(summary: Summary, *, errors: bool = False) -> Iterator[tuple[str, 
 
 
 def plus_minus(standard_error: float) -> str:
-    """Return what follows a mean; nothing where it is of one value, which has no error."""
+    """Return what follows a mean; nothing for a single value, which has no error."""
     return f" ± {standard_error:.3f}" if standard_error else ""
 
 
@@ -145,7 +144,7 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
 
 
 def overlap_cell(share: float | None) -> str:
-    """Return a share of n-grams for people."""
+    """Return a share of n-grams as text."""
     return "blocks too short" if share is None else f"{share:.2%}"
 
 
@@ -158,13 +157,12 @@ def inspection_table(inspection: Inspection) -> Group:
         rows.append((f"{group.name} ({group.unit})", *(f"{number:,}" for number in numbers), share))
     caption = f"{inspection.model}: family {inspection.family}, {size.num_params:,} parameters, {inspection.dtype}"
     header = ("group (unit)", "layers", "units", "after", "per unit", "parameters", "share")
-    # Plain rules between columns, so that a 70B model's numbers fit a terminal of 80.
+    # Without column rules a 70B model's numbers fit 80 characters.
     return terminal([Table(caption, header, rows)], _inspection_notes(inspection), SIMPLE_HEAD)
 
 
 def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
-    size, memory = inspection.size, inspection.memory
-    outcome = inspection.outcome
+    size, memory, outcome, seconds = inspection.size, inspection.memory, inspection.outcome, inspection.seconds
     whole = "total parameters (tied weights once)" if outcome.target == "parameters" else f"all {outcome.total}"
     yield (
         "removing",
@@ -174,9 +172,8 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
     if inspection.prices:
         yield "measured", f"for a run by the same seconds, in its recipe: prices: {inspection.prices.model_dump()}"
     if len(set(inspection.num_layers)) > 1:
-        before, after = inspection.num_layers
         each = f"each of {inspection.params_per_layer:,} parameters"
-        yield "layers", f"{before} -> {after}, {each}; a run measures which"
+        yield "layers", "{} -> {}, {}; a run measures which".format(*inspection.num_layers, each)
     yield "parameters", f"{size.num_params:,} -> {inspection.num_params_after:,}"
     yield "bytes", f"{human_bytes(size.num_bytes)} -> {human_bytes(inspection.num_bytes_after)}"
     elsewhere = " (they stay on disk)" if inspection.weights_on_disk else ""
@@ -190,7 +187,6 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         f"{choosing}; the interpreter comes on top",
     )
     yield "disk", f"at most {human_bytes(inspection.disk_bytes)} while it runs"
-    seconds = inspection.seconds
     yield (
         "time",
         f"about {human_seconds(seconds.total)} on {inspection.device} at the speed of this machine now: passes "
@@ -232,31 +228,16 @@ def human_bytes(num_bytes: int | float) -> str:
 
 
 def model_card(summary: Summary) -> str:
-    """Return the card: what was removed, the measured table, how to load it, how it was made."""
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [secateur, structured-pruning]",
-        "---",
-        "",
-        f"# {summary.model}, pruned by secateur",
-        "",
-        verdict(summary),
-        "",
-        *_loading(summary),
-        "",
-        *markdown(quality_and_size(summary)),
-        "",
-        "## How it was made",
-        "",
-        f"- command: `{summary.command}`" if summary.command else "- from Python: `secateur.prune`",
-    ]
+    """Return the card: what was removed, measured, how to load it, how it was made."""
+    tags = "library_name: transformers\npipeline_tag: text-generation\ntags: [secateur, structured-pruning]"
+    title = f"# {summary.model}, pruned by secateur"
+    lines = ["---", tags, "---", "", title, "", verdict(summary), "", *_loading(summary), ""]
+    lines += [*markdown(quality_and_size(summary)), "", "## How it was made", ""]
+    lines += [f"- command: `{summary.command}`" if summary.command else "- from Python: `secateur.prune`"]
     lines += [f"- {label}: {text}" for label, text in note_rows(summary) if label != "it writes"]
     lines += [f"- versions: {', '.join(f'{name} {version}' for name, version in summary.versions.items())}"]
-    lines += [
-        "- all options: `recipe.yaml`; kept units: `keep.json`; every step: `run.jsonl`; all figures: `result.json`"
-    ]
+    files = "all options: `recipe.yaml`; kept units: `keep.json`; every step: `run.jsonl`; all figures: `result.json`"
+    lines += [f"- {files}"]
     lines += [f"- note: {caveat}" for caveat in caveats(summary)]
     return "\n".join(lines) + "\n"
 
@@ -266,7 +247,7 @@ def _loading(summary: Summary) -> list[str]:
     if summary.has_layers_of_different_widths:
         how = (
             "Its layers have widths of their own, which stock modelling cannot build. Load it with secateur, or let "
-            "transformers run the modelling file that lies beside the weights:"
+            "transformers run the modelling file beside the weights:"
         )
         first = ["import secateur", "", 'model = secateur.load("path/to/this/directory")', ""]
         trust = ", trust_remote_code=True"

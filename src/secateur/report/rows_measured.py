@@ -1,4 +1,4 @@
-"""The rows of what was measured of finished models: evaluation, speed, recovery."""
+"""Rows of what was measured on finished models: evaluation, speed, recovery."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +14,6 @@ from secateur.report.measured import (
     Quality,
     RecoveryRecord,
     TaskScore,
-    Verdicts,
     mean_kl,
     mean_nats,
     won_back,
@@ -26,7 +25,7 @@ Row = tuple[str, ...]
 
 
 def evaluation_table(evaluation: Evaluation) -> Group:
-    """Return text, KL and tasks; of dense, pruned and difference, or of the one model alone."""
+    """Return text, KL and tasks, for dense, pruned and difference, or for one model."""
     notes = [(f"note: {note}",) for note in (*_legend(evaluation), *evaluation.notes)]
     return terminal([*text_tables(evaluation), task_table(evaluation)], notes)
 
@@ -43,7 +42,7 @@ def text_tables(evaluation: Evaluation) -> list[Table]:
 
 
 def task_table(evaluation: Evaluation) -> Table:
-    """Return the scores by task and metric, with the differences where they were measured."""
+    """Return the scores by task and metric, and their differences if measured."""
     changes = evaluation.differences.tasks if evaluation.differences else None
     scores = [measured.scores for measured in evaluation.models.values()]
     rows = []
@@ -59,7 +58,7 @@ def task_table(evaluation: Evaluation) -> Table:
 
 
 def task_label(task: str, metric: str) -> str:
-    """Return what a row of scores is about; the harness's filter is named where there is one."""
+    """Return the label of a row of scores; it names the harness's filter, if any."""
     return f"{task}, {metric.removesuffix(',none')}"
 
 
@@ -69,19 +68,19 @@ def _models(evaluation: Evaluation) -> list[str]:
 
 def _nats_rows(evaluation: Evaluation) -> Iterator[Row]:
     models, changes = list(evaluation.models.values()), evaluation.differences
+
+    def row(label: str, parts: list[Quality], change: Change | None) -> Row:
+        cells = [f"{part.nats_per_token:.3f} ({part.perplexity:.2f})" for part in parts]
+        if change is not None:
+            cells.append(f"{change.nats_per_token:+.3f}{plus_minus(change.standard_error)}")
+        return label, *cells
+
     for domain in evaluation.pruned.domains:
-        yield domain, *_nats([each.domains[domain] for each in models], changes.domains[domain] if changes else None)
+        yield row(domain, [each.domains[domain] for each in models], changes.domains[domain] if changes else None)
     if evaluation.pruned.wikitext2 is not None:
         label = f"WikiText-2, blocks of {evaluation.settings['wikitext2_length']}"
         parts = [each.wikitext2 for each in models if each.wikitext2 is not None]
-        yield label, *_nats(parts, changes.wikitext2 if changes else None)
-
-
-def _nats(parts: list[Quality], change: Change | None) -> Iterator[str]:
-    for part in parts:
-        yield f"{part.nats_per_token:.3f} ({part.perplexity:.2f})"
-    if change is not None:
-        yield f"{change.nats_per_token:+.3f}{plus_minus(change.standard_error)}"
+        yield row(label, parts, changes.wikitext2 if changes else None)
 
 
 def _bits_rows(evaluation: Evaluation) -> Iterator[Row]:
@@ -108,12 +107,12 @@ def _legend(evaluation: Evaluation) -> Iterator[str]:
 
 
 def bench_table(result: BenchResult) -> Group:
-    """Return the figures of each model, the speed-up against the ideal, and what the run was."""
+    """Return each model's figures, the speed-up and the ideal, and how the run was made."""
     return terminal(bench_tables(result), _notes(result))
 
 
 def bench_tables(result: BenchResult) -> list[Table]:
-    """Return the figures of each model, and the speed-up against the ideal, empty for one model alone."""
+    """Return each model's figures, and the speed-up beside the ideal, if there are two models."""
     work = result.workload
     caption = f"batch {work.batch}, {work.prompt_tokens} prompt tokens, {work.new_tokens} new tokens"
     models = result.models
@@ -163,7 +162,7 @@ def recovery_table(record: RecoveryRecord) -> Group:
 
 
 def recovery_headline(record: RecoveryRecord) -> str:
-    """Say how much of what was lost came back."""
+    """Say how much of the loss was won back."""
     if not record.training.held:
         return f"{record.pruned}: held-out KL did not fall, so the weights are those that were given"
     won = won_back(record.dense, record.before, record.after)
@@ -171,16 +170,10 @@ def recovery_headline(record: RecoveryRecord) -> str:
     return f"{record.pruned}: {share} with {record.training.num_tokens:,} tokens"
 
 
-def recovery_models(record: RecoveryRecord) -> dict[str, Verdicts]:
-    """Return the verdicts of every model that was judged, by what it is called."""
-    training = record.training
-    name = "recovered" if training.held else "recovered (undone)"
-    return {"dense": record.dense, "pruned": record.before, name: training.after}
-
-
 def verdict_table(record: RecoveryRecord, caption: str = "") -> Table:
-    """Return nats per token and KL of every model, domain by domain, and their means."""
-    columns = recovery_models(record)
+    """Return nats per token and KL of every model, by domain, and their means."""
+    name = "recovered" if record.training.held else "recovered (undone)"
+    columns = {"dense": record.dense, "pruned": record.before, name: record.training.after}
     rows = [
         (domain, *(f"{of[domain].nats_per_token:.3f}, {of[domain].kl:.3f}" for of in columns.values()))
         for domain in record.dense
@@ -191,30 +184,24 @@ def verdict_table(record: RecoveryRecord, caption: str = "") -> Table:
 
 
 def recovery_task_table(record: RecoveryRecord) -> Table:
-    """Return every model's scores by task and metric, and the gain; no rows where no task was asked."""
+    """Return every model's scores by task and metric, and the gain; no rows without tasks."""
     rows, found = [], record.tasks
-    for task, metrics in found.recovered.items() if found else ():
-        for metric in metrics:
-            assert found is not None
-            scores = [of[task][metric].text() for of in (found.dense, found.pruned, found.recovered)]
-            rows.append((task_label(task, metric), *scores, found.gains[task][metric].text("+")))
-    return Table(
-        "score ± standard error; gain: recovered minus pruned", ("task", "dense", "pruned", "recovered", "gain"), rows
-    )
+    for task, metric in [(task, metric) for task, of in found.recovered.items() for metric in of] if found else ():
+        assert found is not None
+        scores = [of[task][metric].text() for of in (found.dense, found.pruned, found.recovered)]
+        rows.append((task_label(task, metric), *scores, found.gains[task][metric].text("+")))
+    header = ("task", "dense", "pruned", "recovered", "gain")
+    return Table("score ± standard error; gain: recovered minus pruned", header, rows)
 
 
 def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
-    """Yield what the recovery took: tokens, seconds, operations, memory; proof of reload; notes."""
+    """Yield what the recovery took (tokens, seconds, operations, memory), reload and notes."""
     ours = record.training
     rate = ours.num_tokens / ours.seconds if ours.seconds else 0.0
-    yield (
-        "training",
-        f"{ours.num_tokens:,} tokens, {ours.seconds:,.1f} s, {rate:,.0f} tokens/s, {ours.flops:.3g} FLOPs",
-    )
-    yield (
-        "judged on",
-        f"{record.num_held_out_tokens:,} held-out tokens, never trained on; {record.judge_flops:.3g} FLOPs",
-    )
+    took = f"{ours.seconds:,.1f} s, {rate:,.0f} tokens/s, {ours.flops:.3g} FLOPs"
+    yield "training", f"{ours.num_tokens:,} tokens, {took}"
+    held_out = f"{record.num_held_out_tokens:,} held-out tokens, never trained on"
+    yield "judged on", f"{held_out}; {record.judge_flops:.3g} FLOPs"
     yield "peak memory", f"{human_bytes(record.peak_bytes)} resident, interpreter included"
     if record.tasks is not None:
         sources = ", ".join(sorted(set(record.tasks.sources.values()))) or "the hub"
@@ -229,35 +216,27 @@ def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
 
 def cost_table(cost: Cost) -> Group:
     """Return what `--dry-run` shows."""
-    return terminal([], _cost_rows(cost))
-
-
-def _cost_rows(cost: Cost) -> Iterator[tuple[str, str]]:
+    rows = []
     for part, flops in cost.flops.items():
         tokens = f"{cost.num_tokens:,} tokens, " if part == "training" else ""
         seconds = f", {cost.seconds[part]:,.0f} s at the speed of one step timed here" if cost.seconds else ""
-        yield part, f"{tokens}{flops:.3g} FLOPs{seconds}"
-    yield "total", f"{sum(cost.flops.values()):.3g} FLOPs, {sum(cost.seconds.values()):,.0f} s"
-    yield "held out", f"{cost.num_held_out_tokens:,} tokens, never trained on"
-    yield "peak memory", f"about {human_bytes(cost.peak_bytes)} beyond the interpreter"
-    yield "scratch on disk", f"{human_bytes(cost.scratch_bytes)} of checkpoints until the end"
+        rows.append((part, f"{tokens}{flops:.3g} FLOPs{seconds}"))
+    rows.append(("total", f"{sum(cost.flops.values()):.3g} FLOPs, {sum(cost.seconds.values()):,.0f} s"))
+    rows.append(("held out", f"{cost.num_held_out_tokens:,} tokens, never trained on"))
+    rows.append(("peak memory", f"about {human_bytes(cost.peak_bytes)} beyond the interpreter"))
+    rows.append(("scratch on disk", f"{human_bytes(cost.scratch_bytes)} of checkpoints until the end"))
+    return terminal([], rows)
 
 
 def recovery_card(record: RecoveryRecord) -> str:
-    """Return the model card's part on the recovery, in Markdown."""
+    """Return the model card's section on the recovery, in Markdown."""
     tasks = recovery_task_table(record)
-    lines = [
-        "## Recovery",
-        "",
+    about = (
         f"{recovery_headline(record)}. The table shows held-out nats per token and KL to the dense model; figures "
-        "elsewhere on this card are of the model before recovery.",
-        "",
-        *markdown(verdict_table(record)),
-        "",
-        *([*markdown(tasks), ""] if tasks.rows else []),
-        f"- teacher: {record.teacher}",
-    ]
-    if record.command:
-        lines.append(f"- command: `{record.command}`")
+        "elsewhere on this card are of the model before recovery."
+    )
+    lines = ["## Recovery", "", about, "", *markdown(verdict_table(record)), ""]
+    lines += [*([*markdown(tasks), ""] if tasks.rows else []), f"- teacher: {record.teacher}"]
+    lines += [f"- command: `{record.command}`"] if record.command else []
     lines += [f"- {label}: {text}" for label, text in cost_rows(record)]
     return "\n".join(lines) + "\n"

@@ -1,26 +1,18 @@
-"""What a report says of the result: quality, speed, evaluation and recovery, dense against pruned."""
+"""A report's sections on the result: quality, speed, evaluation, recovery; dense and pruned."""
 
 import math
 import shlex
 from collections.abc import Sequence
 
-from secateur.facts import Loss
+from secateur.report import rows_measured
 from secateur.report.measured import PLOTTED_METRICS, BenchResult, Scores, mean_kl, won_back
 from secateur.report.page import KeyFigure, Section, Table
 from secateur.report.plots import Series, Text, dot_plot, line_plot
 from secateur.report.records import ResultFiles, TrainingStep
 from secateur.report.rows import figure_rows, loss_rows
-from secateur.report.rows_measured import (
-    bench_tables,
-    cost_rows,
-    recovery_headline,
-    recovery_task_table,
-    task_table,
-    text_tables,
-    verdict_table,
-)
 
 SpeedFigures = tuple[str, float, float, float]
+CURVE_POINTS = 60
 
 
 def quality(files: ResultFiles) -> Section:
@@ -30,12 +22,17 @@ def quality(files: ResultFiles) -> Section:
     if not by_name:
         return Section("quality", title, ("Not measured: the recipe says evaluate: false.",))
     domains = list(summary.dense_losses)
-    series = [Series(name, name, *_means_and_bars([losses[d] for d in domains])) for name, losses in by_name.items()]
-    worst = max(domains, key=lambda d: summary.pruned_losses[d].nats_per_token - summary.dense_losses[d].nats_per_token)
-    rise = summary.pruned_losses[worst].nats_per_token - summary.dense_losses[worst].nats_per_token
+    series = []
+    for name, losses in by_name.items():
+        values = [losses[domain].nats_per_token for domain in domains]
+        errors = [losses[domain].standard_error for domain in domains]
+        series.append(Series(name, name, values, list(zip(errors, errors, strict=True))))
+    dense, pruned = summary.dense_losses, summary.pruned_losses
+    rises = {domain: pruned[domain].nats_per_token - dense[domain].nats_per_token for domain in domains}
+    worst = max(domains, key=rises.__getitem__)
     text = (
         f"Held-out text of the calibration's own domains, in nats per token; lower is better. Worst change: "
-        f"{rise:+.3f} on {worst}. Bars and ± are one standard error over blocks of "
+        f"{rises[worst]:+.3f} on {worst}. Bars and ± are one standard error over blocks of "
         f"{summary.calibration.sequence_length} tokens.",
     )
     described = Text("quality-plot", "Held-out loss by domain", f"{text[0]} The table has every number.")
@@ -45,7 +42,7 @@ def quality(files: ResultFiles) -> Section:
 
 
 def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
-    """Return (phase, dense and pruned tokens per second, speed-up) where `secateur bench` has measured them."""
+    """Return (phase, dense and pruned tokens/s, speed-up), if measured by `secateur bench`."""
     bench = files.bench
     if bench is None or bench.dense is None:
         return []
@@ -57,16 +54,14 @@ def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
     return [(phase, *rates[phase], up.measured.median) for phase, up in bench.speed_ups.items()]
 
 
-def _means_and_bars(losses: Sequence[Loss]) -> tuple[list[float], list[tuple[float, float]]]:
-    return [loss.nats_per_token for loss in losses], [(loss.standard_error, loss.standard_error) for loss in losses]
-
-
 def speed(files: ResultFiles) -> Section:
-    """Size, and speed and memory beside the ideal where `secateur bench` has measured them."""
+    """Size, and if `secateur bench` has measured them, speed and memory beside the ideal."""
     summary, bench, title = files.summary, files.bench, "Speed and memory"
     sizes = Table("Size", ("", "dense", "pruned"), list(figure_rows(summary)))
     if bench is not None and bench.dense is not None:
-        return Section("speed", title, (_how_timed(bench),), (_speed_up_plot(bench),), (*bench_tables(bench), sizes))
+        return Section(
+            "speed", title, (_how_timed(bench),), (_speed_up_plot(bench),), (*rows_measured.bench_tables(bench), sizes)
+        )
     command = f"secateur bench DIR --against {shlex.quote(summary.model)}"
     text = f"{command} times both models in turns and adds the ideal speed-up, peak memory and cache size."
     return Section("speed", title, (text,), (), (sizes,))
@@ -103,7 +98,7 @@ def distance(files: ResultFiles) -> Section:
     text = "KL in nats per token, over the whole vocabulary; how often both models put the same token first."
     if not found.kl:
         text = f"Measured without the dense model; {command} adds the divergence from it."
-    tables = [table for table in text_tables(found) if table.rows]
+    tables = [table for table in rows_measured.text_tables(found) if table.rows]
     return Section("distance", title, (text, *found.notes), tables=tables)
 
 
@@ -114,11 +109,11 @@ def tasks(files: ResultFiles) -> Section:
         return Section("tasks", title, ("secateur evaluate DIR --tasks NAMES adds benchmark tasks of lm-eval.",))
     text = "Measured by lm-evaluation-harness; higher is better, but for perplexity. Bars and ± are one standard error."
     models = {name: (name, measured.scores) for name, measured in found.models.items()}
-    return Section("tasks", title, (text,), task_plots("tasks-plot", models), (task_table(found),))
+    return Section("tasks", title, (text,), task_plots("tasks-plot", models), (rows_measured.task_table(found),))
 
 
 def task_plots(name: str, models: dict[str, tuple[str, Scores]]) -> list[str]:
-    """Return a plot of one metric of every task that has one to plot; no plot if none has.
+    """Return a plot of one metric per task, or none if no task has one.
 
     `models`: by label, the look of the model's marks and its scores.
     """
@@ -135,21 +130,18 @@ def task_plots(name: str, models: dict[str, tuple[str, Scores]]) -> list[str]:
     return [dot_plot(described, list(plotted), series, "share right")]
 
 
-CURVE_POINTS = 60
-
-
 def recovery(files: ResultFiles) -> Section:
-    """What training after the cut won back."""
+    """What training after pruning won back."""
     record = files.recovery
     assert record is not None
     text = (
-        f"{recovery_headline(record)}. Teacher: {record.teacher}. Both models are judged on "
+        f"{rows_measured.recovery_headline(record)}. Teacher: {record.teacher}. Both models are judged on "
         f"{record.num_held_out_tokens:,} held-out tokens that nothing was trained on; a training after which the mean "
         "KL to the dense model is not lower is undone. Figures elsewhere on this page are of the model before "
         "recovery, unless measured later.",
     )
-    table = verdict_table(record, "Held-out nats per token, KL to the dense model")
-    costs = Table("Cost", (), list(cost_rows(record)), numbers=False)
+    table = rows_measured.verdict_table(record, "Held-out nats per token, KL to the dense model")
+    costs = Table("Cost", (), list(rows_measured.cost_rows(record)), numbers=False)
     described = Text("recovery-plot", "Held-out KL by domain", "KL to the dense model, as in the table.")
     series = [
         Series("before", "before", [verdict.kl for verdict in record.before.values()]),
@@ -160,36 +152,26 @@ def recovery(files: ResultFiles) -> Section:
         plots.append(_curve(files.training, mean_kl(record.before)))
     tables, found = [table], record.tasks
     if found is not None:
-        models = {
-            "dense": ("dense", found.dense),
-            "pruned": ("before", found.pruned),
-            "recovered": ("pruned", found.recovered),
-        }
-        plots += task_plots("recovery-tasks-plot", models)
-        tables.append(recovery_task_table(record))
+        models = {"dense": ("dense", found.dense), "pruned": ("before", found.pruned)}
+        plots += task_plots("recovery-tasks-plot", models | {"recovered": ("pruned", found.recovered)})
+        tables.append(rows_measured.recovery_task_table(record))
     return Section("recovery", "Recovery", text, tuple(plots), (*tables, costs, _steps(files.training)))
 
 
 def recovery_figures(files: ResultFiles) -> list[KeyFigure]:
-    """Return how much of what was lost came back, nothing where nothing was lost or no recovery ran."""
+    """Return the share of the loss that was won back; nothing if nothing was lost."""
     record = files.recovery
     share = math.nan if record is None else won_back(record.dense, record.before, record.after)
     if record is None or math.isnan(share):
         return []
-    return [
-        KeyFigure(
-            "lost log-perplexity won back", f"by {record.training.num_tokens:,} tokens of training", f"{share:.1%}"
-        )
-    ]
+    tokens = f"by {record.training.num_tokens:,} tokens of training"
+    return [KeyFigure("lost log-perplexity won back", tokens, f"{share:.1%}")]
 
 
 def _curve(steps: Sequence[TrainingStep], before: float) -> str:
     means = _thinned(steps)
-    described = Text(
-        "loss-plot",
-        "Training loss",
-        f"Means of neighbouring steps over trained tokens. The held-out KL before was {before:.4f}.",
-    )
+    about = f"Means of neighbouring steps over trained tokens. The held-out KL before was {before:.4f}."
+    described = Text("loss-plot", "Training loss", about)
     series = [Series("loss", "pruned", [mean.loss for mean in means])]
     return line_plot(described, [mean.tokens for mean in means], series, "trained tokens", "loss, nats")
 
@@ -200,7 +182,7 @@ def _steps(steps: Sequence[TrainingStep]) -> Table:
 
 
 def _thinned(steps: Sequence[TrainingStep]) -> list[TrainingStep]:
-    """Return at most CURVE_POINTS means of neighbours, each at the tokens of its last step."""
+    """Return at most CURVE_POINTS means of neighbours, each at its last step's tokens."""
     size = -(-len(steps) // CURVE_POINTS)
     parts = [steps[start : start + size] for start in range(0, len(steps), size)] if steps else []
     return [TrainingStep(part[-1].step, part[-1].tokens, sum(s.loss for s in part) / len(part)) for part in parts]

@@ -1,6 +1,6 @@
-"""What a report says of the run itself: what was cut where, what it changed, on which text, and how to do it again.
+"""A report's sections on the run: what was cut, what that changed, the text, how to repeat it.
 
-In: a `ResultFiles`. Out: sections with plots and tables. Pure; rows that the model card has too come from `tables`.
+In: a `ResultFiles`. Out: sections with plots and tables. Pure functions.
 """
 
 import math
@@ -11,7 +11,7 @@ from secateur.facts import NGRAM_TOKENS
 from secateur.recipe import Domain
 from secateur.report.page import Section, Table
 from secateur.report.plots import Series, Text, error_plot, line_plot, spread_plot, width_plot
-from secateur.report.records import GroupStep, ResultFiles, RoundEnd
+from secateur.report.records import GroupStep, ResultFiles
 from secateur.report.rows import note_rows, overlap_cell
 
 SCORE_TEXT = (
@@ -19,18 +19,17 @@ SCORE_TEXT = (
 )
 ROUND_COLUMNS = ("parameters left", "held-out perplexity")
 OBS_TEXT = (
-    "The error that is left when one unit goes and the others are refitted, weighted over domains, before any is gone; "
-    "OBS removes the cheapest batch by batch and scores the rest anew after each."
+    "The error that remains when one unit goes and the others are refitted, weighted over domains, before any is gone; "
+    "OBS removes the cheapest batch by batch and scores the rest again after each."
 )
 EXPERTS_TEXT = (
-    "Of whole experts it is the share of the energy that the layer's experts give, weighted over domains, before any "
-    "is gone."
+    "For whole experts it is the share of the energy of the layer's experts, weighted over domains, before any is gone."
 )
 EXPERTS = "experts"  # the group of that name in every family that has it
 
 
 def depth(files: ResultFiles) -> Section:
-    """Layers that went as a whole, and what their patches gave back."""
+    """Removed layers, and what their patches gave back."""
     before, after = files.summary.num_layers
     rows = []
     for removed in sorted(files.removed_layers, key=lambda removed: removed.chosen or removed.layer):
@@ -38,9 +37,9 @@ def depth(files: ResultFiles) -> Section:
         choice = () if removed.kl is None else (str(removed.chosen), f"{removed.kl:.4f}")
         rows.append((f"layer {removed.layer}", *choice, left))
     how = (
-        "Each time the layer went without which predictions change the least; KL is that "
-        "of the model without it and those chosen before it, before any patch and with FFNs about as narrow as widths "
-        "will make them, so most of it is the widths', in nats per token."
+        "Each time the layer went whose absence changes predictions least. KL, in nats per token, is that of the model "
+        "without it and those chosen before, before any patch, and with FFNs about as narrow as widths will make them, "
+        "so most of it comes from the widths."
     )
     measured = any(removed.kl is not None for removed in files.removed_layers)
     text = (
@@ -60,19 +59,18 @@ def widths(files: ResultFiles) -> Section:
     sums = {group: [sum(column) for column in zip(*units.values(), strict=True)] for group, units in groups.items()}
     shares = ", ".join(f"{kept / before:.1%} of {group}" for group, (before, kept) in sums.items())
     described = Text("widths-plot", "Kept units by layer", f"A bar per layer; kept: {shares}.")
-    # Layers may differ in the groups that they have: experts in some, an MLP in others.
+    # Layers may have different groups: experts in some, an MLP in others.
     rows = []
     for layer in sorted({layer for units in groups.values() for layer in units}):
         cells = ["{:,} → {:,}".format(*units[layer]) if layer in units else "" for units in groups.values()]
         rows.append((f"layer {layer}", *cells))
     table = Table("Units by layer, before → kept", ("", *groups), rows, folded=True)
-    return Section(
-        "widths", "Kept width by layer", (f"Kept: {shares} units.",), (width_plot(described, groups),), (table,)
-    )
+    plots = (width_plot(described, groups),)
+    return Section("widths", "Kept width by layer", (f"Kept: {shares} units.",), plots, (table,))
 
 
 def scores(files: ResultFiles) -> Section:
-    """How scores spread within each layer."""
+    """Spread of the scores within each layer."""
     steps = [step for step in _last_round(files.steps) if step.score_quantiles]
     by_group = _by_group(steps)
     spreads = {group: {step.layer: step.score_quantiles for step in of} for group, of in by_group.items()}
@@ -84,11 +82,8 @@ def scores(files: ResultFiles) -> Section:
     rows = [(f"layer {step.layer}, {step.group}", *(f"{q:.3g}" for q in step.score_quantiles)) for step in steps]
     header = ("", "smallest", "25%", "median", "75%", "largest")
     table = Table("Quantiles by layer", header, rows, folded=True)
-    plots = (
-        (spread_plot(described, spreads, "squared error" if is_obs and EXPERTS not in by_group else "score"),)
-        if spreads
-        else ()
-    )
+    label = "squared error" if is_obs and EXPERTS not in by_group else "score"
+    plots = (spread_plot(described, spreads, label),) if spreads else ()
     return Section("scores", "Score distributions by layer", tuple(text), plots, (table,))
 
 
@@ -105,9 +100,8 @@ def compensation(files: ResultFiles) -> Section:
     before, after = _mean_errors(steps)
     text = (
         f"What the cut changes in a layer's output on held-out text, as a share of the output's energy: {before:.1f}% "
-        f"on average, {after:.1f}% after compensation ({files.recipe.repair.compensate}). Points are means "
-        f"over domains, bars "
-        "reach from the best domain to the worst.",
+        f"on average, {after:.1f}% after compensation ({files.recipe.repair.compensate}). Points are means over "
+        "domains, bars reach from the best domain to the worst.",
         f"Held-out text refused the compensation in {files.summary.guard_refusals} of {len(files.steps)} steps.",
     )
     described = Text("compensation-plot", "Held-out error by layer", f"{text[0]} The table has the means.")
@@ -123,8 +117,10 @@ def rounds(files: ResultFiles) -> Section:
     numbers = sorted({step.round for step in files.steps})
     by_round = [[step for step in files.steps if step.round == number] for number in numbers]
     errors = [_mean_errors(steps) for steps in by_round]
-    ends = {end.round: _round_cells(end) for end in files.rounds}
-    rows = []
+    ends, rows = {}, []
+    for end in files.rounds:
+        perplexity = math.exp(_mean(list(end.nats_per_token.values())))
+        ends[end.round] = (f"{end.num_params:,}", f"{perplexity:.2f}")
     for number, steps, (before, after) in zip(numbers, by_round, errors, strict=True):
         units = f"{sum(step.total for step in steps):,} → {sum(step.kept for step in steps):,}"
         seconds = sum(step.seconds for step in steps)
@@ -141,12 +137,8 @@ def rounds(files: ResultFiles) -> Section:
     return Section("rounds", "Rounds", (f"{len(numbers)} rounds, each measured anew.",), (plot,), (table,))
 
 
-def _round_cells(end: RoundEnd) -> tuple[str, str]:
-    return f"{end.num_params:,}", f"{math.exp(_mean(list(end.nats_per_token.values()))):.2f}"
-
-
 def calibration(files: ResultFiles) -> Section:
-    """Which text, how much, and whether held-out text leaked into it."""
+    """Which text, how much, and whether calibration saw held-out text."""
     facts, domains = files.summary.calibration, files.recipe.calibration.domains
     text = (
         f"{sum(facts.num_tokens.values()):,} tokens to measure on and {sum(facts.num_held_out_tokens.values()):,} held "
@@ -211,7 +203,7 @@ def _by_group(steps: Sequence[GroupStep]) -> dict[str, list[GroupStep]]:
 
 
 def _mean_errors(steps: Sequence[GroupStep]) -> tuple[float, float]:
-    """Return the mean over steps and domains before and after compensation, in percent; 0 where nothing was removed."""
+    """Return the mean errors in percent before and after compensation; 0 without removals."""
     before, after = (
         [_mean(_percent(error)) for error in errors if error]
         for errors in ([step.error_before for step in steps], [step.error_after for step in steps])

@@ -1,4 +1,4 @@
-"""The command line's application: shared option types, the progress bar, and how a process ends."""
+"""The command line's application: shared options, the progress bar, how a process ends."""
 
 import os
 import signal
@@ -22,24 +22,18 @@ from secateur.recipe import INSTALLED_DOMAINS
 
 @contextmanager
 def progress_bar(*, enabled: bool) -> Iterator[Progress]:
-    """Yield a listener that draws one bar per stage; a silent one where bars are not wanted."""
+    """Yield a listener that draws a bar per stage, or a silent one."""
     if not enabled:
         yield silent
         return
-    columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    bars = RichProgress(*columns, console=Console(stderr=True))
+    columns = (TextColumn("{task.description:<24}"), BarColumn(bar_width=30), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    bars = RichProgress(*columns, *times, console=Console(stderr=True))
     tasks = {}
 
     def listen(stage: str, done: int, total: int) -> None:
         if stage not in tasks:
-            bars.start()  # not before: a run that fails at once prints its one sentence and nothing else
+            bars.start()  # not before: a run that fails at once prints only its sentence
             tasks[stage] = bars.add_task(stage, total=total)
         bars.update(tasks[stage], completed=done, total=total)
 
@@ -54,7 +48,7 @@ IN_ONE_PROCESS = frozenset({"bench", "export", "inspect", "report"})
 
 
 def has_ranks() -> bool:
-    """Say whether a launcher started more than one process."""
+    """Whether a launcher started more than one process."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -77,13 +71,13 @@ def launched() -> Iterator[None]:
             )
         try:
             yield
-        except SystemExit as end:  # how the command line ends well, too
+        except SystemExit as end:  # also raised on success
             if end.code:
                 raise
 
 
 def last_word(sentence: str) -> str | None:
-    """Return what to print of why this process ends; None if another rank prints it."""
+    """Return the sentence to print as this process ends; None if another rank prints it."""
     if not has_ranks():
         return sentence
     from secateur.ranks import last_word
@@ -97,7 +91,10 @@ PATIENCE_SECONDS = 5.0
 
 @contextmanager
 def stoppable(patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
-    """Within the block both signals raise SystemExit with status 128 + signal, or end the process with it in time."""
+    """Within the block SIGINT and SIGTERM raise SystemExit with status 128 + signal.
+
+    If the block does not end within `patience_seconds`, the process exits with that status.
+    """
     handlers = {number: signal.signal(number, _stop) for number in STOPPED_BY.values()}
     heard, told = socket.socketpair()
     told.setblocking(False)
@@ -107,14 +104,14 @@ def stoppable(patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        told.close()  # which ends the thread
+        told.close()  # ends the thread
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def _stop(number: int, frame: object) -> None:
-    # An exception and not the default action, so that half-written directories are removed on the way out; and not
-    # KeyboardInterrupt, which typer turns into an exit of its own.
+    # An exception, so that half-written directories are removed; not KeyboardInterrupt, which typer
+    # turns into an exit of its own.
     raise SystemExit(128 + number)
 
 
@@ -143,18 +140,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Paths and generated text are shown as they are, whatever brackets and colons they hold.
+# Shows paths and generated text as they are, with brackets and colons.
 CONSOLE = Console(markup=False, emoji=False, highlight=False)
 
 Model = Annotated[str, typer.Argument(help="A local directory, a hub id, a .gguf file, or smollm2-135m.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier result.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from what an interrupted run has finished.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 MemoryBudget = Annotated[
-    str | None, typer.Option(help="Such as 6GB, beyond the interpreter: weights that do not fit stay on disk.")
+    str | None, typer.Option(help="Such as 6GB, beyond the interpreter; weights that do not fit stay on disk.")
 ]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; without it a GPU if torch finds one, else the CPU.")
-]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; by default a GPU if torch finds one.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; the options here override it.")]
@@ -164,7 +159,7 @@ Preset = Annotated[
         help="Start from fast, default, best, paper, qwen2.5-7b or qwen2.5-32b; --recipe and options override it."
     ),
 ]
-Remove = Annotated[float | None, typer.Option(help="Share of total parameters to remove, tied weights counted once.")]
+Remove = Annotated[float | None, typer.Option(help="Share of all parameters to remove; tied weights count once.")]
 Domains = Annotated[
     list[str] | None,
     typer.Option(
@@ -174,40 +169,35 @@ Domains = Annotated[
     ),
 ]
 Tasks = Annotated[
-    str | None,
-    typer.Option(help="Also these tasks of lm-evaluation-harness, with commas between: arc_easy,piqa."),
+    str | None, typer.Option(help="Also these tasks of lm-evaluation-harness, separated by commas: arc_easy,piqa.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many questions per task.")]
 TasksData = Annotated[
     Path | None,
-    typer.Option(help="Take the tasks' rows from DIR/<hub id>/<config>, as datasets' save_to_disk writes them."),
+    typer.Option(help="Read the tasks' rows from DIR/<hub id>/<config>, as written by save_to_disk of datasets."),
 ]
 
 
 def task_names(tasks: str | None, directory: Path | None) -> tuple[str, ...]:
-    """Return the names that `--tasks` says. Raises RecipeError if `--tasks-data` is no directory."""
+    """Return the names in `--tasks`. Raises RecipeError if `--tasks-data` is no directory."""
     if directory is not None and not directory.is_dir():
         raise RecipeError(f"--tasks-data {directory}: there is no such directory.")
     return tuple(name.strip() for name in tasks.split(",")) if tasks else ()
 
 
 def tell(text: str) -> None:
-    """Print a line that is no result."""
+    """Print a line that is not a result."""
     print(text, file=sys.stderr)
 
 
 def parse_domains(texts: list[str]) -> dict[str, dict[str, Any]]:
-    """Return what `--domain` says as a recipe's `calibration.domains`."""
+    """Return `--domain` as a recipe's `calibration.domains`."""
     found: dict[str, dict[str, Any]] = {}
-    for name, source in map(_domain, texts):
+    for text in texts:
+        name, separator, file = text.partition("=")
+        if separator and not (name and file):
+            raise RecipeError(f"--domain {text}: give NAME=FILE, or one of {', '.join(INSTALLED_DOMAINS)}.")
         if name in found:
             raise RecipeError(f"--domain {name}: given twice; list several files of one domain in a recipe.")
-        found[name] = source
+        found[name] = {"files": [file]} if separator else {"installed": name}
     return found
-
-
-def _domain(text: str) -> tuple[str, dict[str, Any]]:
-    name, separator, file = text.partition("=")
-    if separator and not (name and file):
-        raise RecipeError(f"--domain {text}: give NAME=FILE, or one of {', '.join(INSTALLED_DOMAINS)}.")
-    return name, {"files": [file]} if separator else {"installed": name}
