@@ -114,7 +114,9 @@ def test_the_package_of_the_page_prunes_and_exports(site: Path, helium: Path, no
     result = json.loads(pruned.stdout)
     assert result["calibration"]["num_tokens"] == {"notes": 640} and result["versions"]["secateur-example"] == "0.1"
     used = yaml.safe_load((out / "recipe.yaml").read_text())
-    assert used["score"] == "loudest" and used["calibration"]["domains"]["notes"]["sqlite"] == domain["sqlite"]
+    assert (
+        used["choose"]["score"] == "loudest" and used["calibration"]["domains"]["notes"]["sqlite"] == domain["sqlite"]
+    )
     assert "sqlite {" in (out / "report.html").read_text()
 
     written = secateur_from(site, "export", out, "--format", "npz", "--out", file, "--quiet")
@@ -130,7 +132,7 @@ def test_the_package_of_the_page_prunes_and_exports(site: Path, helium: Path, no
 
 def test_without_the_package_its_names_are_unknown(helium: Path, tmp_path: Path) -> None:
     assert NO_FAMILY in secateur_from(None, "inspect", helium).stderr
-    with pytest.raises(RecipeError, match=r"unknown score 'loudest'; allowed: random, .* give one of these"):
+    with pytest.raises(RecipeError, match=r"unknown choose.score 'loudest'; allowed: random, .* give one of these"):
         parse_recipe(grouped({"score": "loudest"}))
     with pytest.raises(RecipeError, match=r"unknown key 'calibration\.domains\.notes\.sqlite'"):
         parse_recipe(grouped({"calibration": {"domains": {"notes": {"sqlite": "notes.db"}}}}))
@@ -160,11 +162,12 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_names_are_checked_without_an_import(installed: Installed) -> None:
     points = {"secateur.scores": {"mine": "absent_module:mine"}, "secateur.sources": {"mail": "absent_module:mail"}}
     installed("absent", {}, points)
-    assert parse_recipe(grouped({"score": "mine"})).score == "mine"
+    assert parse_recipe(grouped({"score": "mine"})).choose.score == "mine"
     recipe = parse_recipe(grouped({"calibration": {"domains": {"a": {"mail": ["inbox", 3]}}}}))
     assert recipe.calibration.domains["a"].source == ("mail", ["inbox", 3])
     assert parse_recipe(grouped(yaml.safe_load(dump_recipe(recipe)))) == recipe
-    with pytest.raises(RecipeError, match=r"unknown score 'mino'; allowed: .*, frequency, mine; did you mean 'mine'\?"):
+    sentence = r"unknown choose.score 'mino'; allowed: .*, frequency, mine; did you mean 'mine'\?"
+    with pytest.raises(RecipeError, match=sentence):
         parse_recipe(grouped({"score": "mino"}))
     with pytest.raises(RecipeError, match=r"unknown key 'calibration.domains.a.mial'; did you mean 'mail'?"):
         parse_recipe(grouped({"calibration": {"domains": {"a": {"mial": 1}}}}))

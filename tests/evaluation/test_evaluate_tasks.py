@@ -140,7 +140,7 @@ def test_pairs_of_answers_give_the_error_of_a_difference(checkpoints, saved, out
     for which, model in models.items():
         evaluate(model, tasks=("arc_easy",), tasks_data=saved, out=out / which)
         (part,) = (out / which / "evaluation").iterdir()
-        scores[which] = json.loads(part.read_text())["result"]["item_scores"]["acc,none"]
+        scores[which] = json.loads(part.read_text())["value"]["item_scores"]["acc,none"]
     pairs = [after - before for before, after in zip(scores["dense"], scores["pruned"], strict=True)]
     assert any(pairs)
     assert found.differences is not None and found.differences.tasks is not None

@@ -334,7 +334,7 @@ def test_layers_go_by_themselves_where_widths_alone_would_be_ruin(small, tmp_pat
     assert len(result.layers) == 4 and result.recipe.remove.depth == 2
     assert result.summary.remove_reached == pytest.approx(asked["remove"], abs=0.01)
     again = parse_recipe(grouped(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())))
-    assert again.depth == 2
+    assert again.remove.depth == 2
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neox", "smollm3", "cohere2", "gemma3_multimodal"])

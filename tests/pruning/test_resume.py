@@ -106,7 +106,7 @@ class stopped_after:
         self.left, self.patches = num_steps, []
 
     def __enter__(self) -> None:
-        for method in ("keep", "value"):
+        for method in ("save", "value"):
             whole = getattr(Store, method)
 
             def counted(store: Store, *args: Any, _whole: Any = whole, **options: Any) -> Any:

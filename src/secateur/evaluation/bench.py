@@ -57,6 +57,8 @@ def bench(
     `compiled`: use torch.compile. `engine`: transformers, or llama.cpp, which gets both models as
     GGUF. `progress`: called with (stage, done, total).
 
+    Returns the figures of each model, and the speed-up beside the ideal.
+
     Raises a SecateurError for what a user can correct: RecipeError for options, CheckpointError for
     models and for a missing llama.cpp.
     """

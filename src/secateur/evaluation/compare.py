@@ -65,7 +65,7 @@ def compare(
     short form. `progress`: called with (stage, done, total). `tell`: gets a line about every
     finished cell that is damaged on disk and runs again.
 
-    Under torchrun or `accelerate launch` every process calls this. Ranks take whole cells by
+    Returns the record of all cells. Under torchrun every process calls this. Ranks take whole cells by
     turns, each runs its cell as one process would, and the first one writes.
 
     Raises a SecateurError for what a user can correct, before the first cell runs if a method

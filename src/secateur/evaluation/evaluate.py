@@ -88,7 +88,7 @@ def evaluate(
     called with (stage, done, total). `tell`: gets a line about every finished part that is damaged
     on disk and measured again.
 
-    Under torchrun every process calls this and gets the result; ranks share blocks and tasks, and
+    Returns the record. Under torchrun every process calls this and gets it; ranks share blocks and tasks, and
     the first one writes. After an interruption the same call continues.
 
     Raises a SecateurError for what a user can correct: RecipeError for options, text and tasks,
