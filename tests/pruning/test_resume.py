@@ -235,7 +235,7 @@ def begun(model: Path, recipe: dict[str, Any], out: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"remove": 0.3}, "recipe remove was 0.35 and is 0.3"),
+        ({"remove": 0.3}, "recipe remove share was 0.35 and is 0.3"),
         ({"seed": 1}, "recipe seed was 0 and is 1"),
         ("weights", "model file model.safetensors has changed"),
         ("text", "the calibration text has changed"),
