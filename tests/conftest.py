@@ -12,11 +12,16 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import settings
 from models import tiny_llama, tiny_qwen2
 from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.model.config import quiet_transformers
+
+# The same examples on each run and machine; how long one takes proves nothing.
+settings.register_profile("same", derandomize=True, deadline=None, database=None)
+settings.load_profile("same")
 
 WORDS = "the pruned channels of a layer are read by one linear map and written by two others".split()
 CODE = "def keep(units):", "    return sorted(units)", "for layer in layers:", "    cut(layer)", "import torch"

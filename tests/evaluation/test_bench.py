@@ -11,8 +11,8 @@ from models import tiny_llama
 from run_cli import run_cli
 
 from secateur.errors import CheckpointError, RecipeError, SecateurError
-from secateur.evaluation.bench import bench
-from secateur.evaluation.timing import (
+from secateur.evaluation.bench import (
+    bench,
     decode_rates,
     paired_ratio,
     peak_model_bytes,

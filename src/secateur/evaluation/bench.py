@@ -4,26 +4,39 @@ In: model references and a workload. Out: a `BenchResult`, saved as `bench.json`
 the configs can tell is checked before any weights are read.
 """
 
+import json
+import os
+import statistics
 import tempfile
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
-from transformers import PreTrainedModel
+from jaxtyping import Int64
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from secateur.errors import RecipeError, nearest
-from secateur.evaluation import timing
 from secateur.facts import Size, Workload
 from secateur.files import staged_file
 from secateur.formats.gguf import check_exportable, export_gguf
-from secateur.formats.save import require_llama_cpp
+from secateur.formats.save import open_llama_cpp, require_llama_cpp
 from secateur.log import Progress, silent, versions
-from secateur.methods.prices import least_costs
+from secateur.methods.prices import kv_cache_bytes_per_token, least_costs
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
-from secateur.report.measured import BENCH_FILE, BenchResult, BenchSettings, ModelFigures, SpeedUp
+from secateur.report.measured import BENCH_FILE, BenchResult, BenchSettings, ModelFigures, Ratio, Speed, SpeedUp
+from secateur.stream.device import now
 
 ENGINES = ("transformers", "llama.cpp")
 GGUF_TYPE, GGUF_DTYPE = "f16", torch.float16  # what llama.cpp runs, its cache too
+# Returns the seconds from the start to each new token; the first follows the whole prompt.
+Runner = Callable[[], list[float]]
+PROFILED_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +45,7 @@ class _Contender:
 
     name: str
     shape: PreTrainedModel
-    runner: timing.Runner
+    runner: Runner
     peak_bytes: int | None
 
 
@@ -84,15 +97,15 @@ def _bench(
             progress("load", done, len(checkpoints))
             contenders.append(prepare(checkpoint, workload, settings, Path(scratch, f"{done}.gguf")))
         progress("load", len(checkpoints), len(checkpoints))
-        runs = timing.take_turns([contender.runner for contender in contenders], workload.repeats, progress, "bench")
+        runs = take_turns([contender.runner for contender in contenders], workload.repeats, progress, "bench")
     figures = [_figures(contender, run, workload) for contender, run in zip(contenders, runs, strict=True)]
     pruned, dense = figures[0], figures[1] if len(figures) == 2 else None
     prefill = decode = None
     if dense is not None:
         flops = dense.costs.prefill_flops_per_token / pruned.costs.prefill_flops_per_token
         num_bytes = dense.costs.decode_bytes_per_token / pruned.costs.decode_bytes_per_token
-        prefill = _speed_up(*(timing.prefill_rates(run, workload) for run in runs), ideal=flops)
-        decode = _speed_up(*(timing.decode_rates(run, workload) for run in runs), ideal=num_bytes)
+        prefill = _speed_up(*(prefill_rates(run, workload) for run in runs), ideal=flops)
+        decode = _speed_up(*(decode_rates(run, workload) for run in runs), ideal=num_bytes)
     return BenchResult(settings, torch.get_num_threads(), workload, pruned, dense, prefill, decode, versions())
 
 
@@ -101,9 +114,9 @@ def _prepare_transformers(checkpoint: Checkpoint, workload: Workload, settings: 
     torch.nn.Module.to(model, torch.device(settings.device))
     if settings.compiled:
         model.compile()
-        timing.transformers_runner(model, workload, compiled=True)()  # or the compiler's memory counts
-    peak = timing.peak_model_bytes(model, workload, compiled=settings.compiled)
-    runner = timing.transformers_runner(model, workload, compiled=settings.compiled)
+        transformers_runner(model, workload, compiled=True)()  # or the compiler's memory counts
+    peak = peak_model_bytes(model, workload, compiled=settings.compiled)
+    runner = transformers_runner(model, workload, compiled=settings.compiled)
     return _Contender(checkpoint.reference, model, runner, peak)
 
 
@@ -111,17 +124,17 @@ def _prepare_gguf(checkpoint: Checkpoint, workload: Workload, _: BenchSettings, 
     export_gguf(checkpoint, file, GGUF_TYPE)
     shape = meta_model(checkpoint.config)
     torch.nn.Module.to(shape, GGUF_DTYPE)
-    return _Contender(checkpoint.reference, shape, timing.llama_cpp_runner(file, workload), None)
+    return _Contender(checkpoint.reference, shape, llama_cpp_runner(file, workload), None)
 
 
 def _figures(contender: _Contender, runs: list[list[float]], workload: Workload) -> ModelFigures:
     shape, dtype = contender.shape, str(contender.shape.dtype).removeprefix("torch.")
-    costs, measured = least_costs(shape, workload), timing.speed(runs, workload)
+    costs, measured = least_costs(shape, workload), speed(runs, workload)
     return ModelFigures(contender.name, dtype, Size.of(shape), costs, measured, contender.peak_bytes)
 
 
 def _speed_up(pruned: list[float], dense: list[float], *, ideal: float) -> SpeedUp:
-    measured = timing.paired_ratio(pruned, dense)
+    measured = paired_ratio(pruned, dense)
     return SpeedUp(measured, ideal, measured.median / ideal)
 
 
@@ -163,3 +176,138 @@ def _check_model(checkpoint: Checkpoint, workload: Workload, settings: BenchSett
         )
     if settings.engine == "llama.cpp":
         check_exportable(checkpoint, GGUF_TYPE)
+
+
+def take_turns(runners: list[Runner], repeats: int, progress: Progress, stage: str) -> list[list[list[float]]]:
+    """Warm up, then run all in turn `repeats` times; return [runner][repeat] -> token times."""
+    progress(stage, 0, repeats)
+    for runner in runners:
+        runner()
+    measured: list[list[list[float]]] = [[] for _ in runners]
+    for done in range(1, repeats + 1):
+        for runner, runs in zip(runners, measured, strict=True):
+            runs.append(runner())
+        progress(stage, done, repeats)
+    return measured
+
+
+def speed(runs: list[list[float]], workload: Workload) -> Speed:
+    """Return medians and ranges of `runs` (seconds to each token, per repeat)."""
+    prefill, decode = prefill_rates(runs, workload), decode_rates(runs, workload)
+    first = [run[0] for run in runs]
+    return Speed(
+        *(statistics.median(prefill), statistics.median(decode), statistics.median(first)),
+        *((min(prefill), max(prefill)), (min(decode), max(decode)), (min(first), max(first))),
+        *(workload.batch, workload.prompt_tokens, workload.new_tokens, len(runs)),
+    )
+
+
+def prefill_rates(runs: list[list[float]], workload: Workload) -> list[float]:
+    """Return prompt tokens/s per run: batch * prompt_tokens / time to the first token."""
+    return [workload.batch * workload.prompt_tokens / run[0] for run in runs]
+
+
+def decode_rates(runs: list[list[float]], workload: Workload) -> list[float]:
+    """Return new tokens/s per run: batch * (new_tokens - 1) / time from first token to last."""
+    return [workload.batch * (len(run) - 1) / (run[-1] - run[0]) for run in runs]
+
+
+def paired_ratio(rates: list[float], against: list[float]) -> Ratio:
+    """Return how much faster `rates` are than `against`, repeat by repeat."""
+    ratios = [rate / other for rate, other in zip(rates, against, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+
+def prompt_ids(workload: Workload, vocab_size: int) -> list[int]:
+    """Return the prompt's token ids, the same for all models; timing needs no real text."""
+    return [position * 7919 % vocab_size for position in range(workload.prompt_tokens)]
+
+
+def transformers_runner(model: PreTrainedModel, workload: Workload, *, compiled: bool = False) -> Runner:
+    """Return a runner of `generate`. `compiled`: the model is, so it needs a static cache."""
+    row = torch.tensor(prompt_ids(workload, model.config.get_text_config().vocab_size), device=model.device)
+    ids_BT = row.expand(workload.batch, -1).contiguous()
+    options = {"cache_implementation": "static", "disable_compile": True} if compiled else {}
+    return lambda: _generate(model, ids_BT, workload.new_tokens, options)
+
+
+class _Clock(StoppingCriteria):
+    """Never stops; records when each token is known, since `generate` calls it once per token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        self.times.append(now(input_ids.device))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@torch.inference_mode()
+def _generate(
+    model: PreTrainedModel, ids_BT: Int64[Tensor, "B T"], new_tokens: int, options: dict[str, Any]
+) -> list[float]:
+    clock, generate = _Clock(), getattr(model, "generate")  # noqa: B009  # its type takes no arguments beyond tensors
+    # The model's own settings (end of text, repetition penalty) could stop or slow a run.
+    with patch.object(model, "generation_config", GenerationConfig()):
+        start = now(model.device)
+        generate(
+            ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            **options,
+        )
+    assert len(clock.times) == new_tokens
+    return [seconds - start for seconds in clock.times]
+
+
+def peak_model_bytes(model: PreTrainedModel, workload: Workload, *, compiled: bool = False) -> int:
+    """Return weights, buffers and the most that a run allocates beyond them, with the cache.
+
+    Prompt and first new tokens are measured; the cache of later tokens is added.
+    """
+    measured = replace(workload, new_tokens=min(workload.new_tokens, PROFILED_TOKENS))
+    runner = transformers_runner(model, measured, compiled=compiled)
+    resident = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    run = _cuda_bytes(runner, model.device) if model.device.type == "cuda" else _cpu_bytes(runner)
+    later_tokens = workload.batch * (workload.new_tokens - measured.new_tokens)
+    return resident + run + later_tokens * kv_cache_bytes_per_token(model)
+
+
+def _cuda_bytes(runner: Runner, device: torch.device) -> int:
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    runner()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _cpu_bytes(runner: Runner) -> int:
+    # Not resident memory: pages that the C library retains hide what this run needs.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes to the user's terminal
+    with tempfile.TemporaryDirectory(prefix="secateur-bench-") as scratch:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            runner()
+        trace = Path(scratch, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_bytes())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
+
+
+def llama_cpp_runner(file: Path, workload: Workload) -> Runner:
+    """Load the file and return a runner of greedy generation with the same prompt."""
+    assert workload.batch == 1
+    model = open_llama_cpp(file, workload.prompt_tokens + workload.new_tokens, all_logits=False)
+    ids = prompt_ids(workload, model.n_vocab())
+
+    def run() -> list[float]:
+        model.reset()
+        start, times, pending = time.perf_counter(), list[float](), ids
+        for _ in range(workload.new_tokens):
+            model.eval(pending)
+            pending = [model.sample(temp=0.0)]
+            times.append(time.perf_counter() - start)
+        return times
+
+    return run
