@@ -13,6 +13,7 @@ from secateur.data.calibration import CalibrationSet, ngram_overlap
 from secateur.facts import Size
 from secateur.formats.save import Verification, save_checkpoint, verify_reload
 from secateur.log import RunLog, versions
+from secateur.methods.compensate import LARGEST_CONDITION
 from secateur.model.checkpoint import CausalLM, Tokenizer
 from secateur.model.group import Group
 from secateur.pruning.open import Opened
@@ -106,7 +107,7 @@ def save_and_prove(run: Run, checkpoint: PrunedCheckpoint, keeps: Keeps) -> Veri
 def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | None, **measured: Any) -> Summary:
     """Return the run's summary. `measured`: command, losses and memory peaks, by field name."""
     recipe, log, pruned_size = run.resolved.recipe, run.services.log, Size.of(run.model)
-    notes = tuple(line["text"] for line in log.lines if line["event"] == "note")
+    notes = tuple(line["text"] for line in log.lines if line["event"] == "note") + ill_conditioned(log.lines, recipe)
     return Summary(
         model=opened.name,
         family=run.arch.family,
@@ -126,6 +127,21 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
         versions=versions(),
         device=str(opened.device),
         **measured,
+    )
+
+
+def ill_conditioned(lines: list[dict[str, Any]], recipe: Recipe) -> tuple[str, ...]:
+    """Return a warning if rounding spoiled a fit, or only more damping than asked made one."""
+    asked = {recipe.repair.damping * factor for factor in recipe.repair.damping_factors}
+    fits = [line for line in lines if line.get("condition") is not None]
+    spoiled = [line for line in fits if line["condition"] > LARGEST_CONDITION or line["damping"] not in asked]
+    if not spoiled:
+        return ()
+    worst = max(spoiled, key=lambda line: (line["damping"], line["condition"]))
+    return (
+        f"repair.damping: channels of {len(spoiled)} of {len(fits)} fits are so alike that rounding shows, in layer "
+        f"{worst['layer']}, {worst['group']} with condition {worst['condition']:.1e} and damping {worst['damping']:g}; "
+        f"use a larger damping or more calibration tokens.",
     )
 
 
