@@ -19,5 +19,7 @@ def test_a_warning_names_the_worst_fit_and_only_where_one_is_spoiled() -> None:
     (warning,) = ill_conditioned(lines, recipe)
     assert "1 of 3 fits" in warning and "in layer 1, ffn with condition" in warning
     assert ill_conditioned(lines[:1], recipe) == ()
-    raised = [{**lines[0], "damping": 1e-7}]
-    assert "damping 1e-07" in ill_conditioned(raised, recipe)[0]
+    raised = [{**lines[0], "damping": 1e-7}, {**lines[2], "condition": 2.0**21}]
+    assert "2 of 2 fits" in ill_conditioned(raised, recipe)[0] and "layer 0" in ill_conditioned(raised, recipe)[0]
+    both = [{**lines[0], "condition": 2.0**21}, {**lines[2], "condition": 2.0**22}]
+    assert "in layer 2, ffn with condition 4.2e+06 and damping 1e-09" in ill_conditioned(both, recipe)[0]
