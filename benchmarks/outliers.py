@@ -1,14 +1,14 @@
 """How loud are single channels, and what does the ridge of least squares make of them?
 
-Needs the development text as `quality.py` does. Per layer: the loudest FFN channel's energy over
-the mean one's, how many channels are above 30, 100 and 300 times the mean, and the held-out error
-without `--share` of the channels, mean over domains: nothing refitted; refitted with one ridge for
-all channels, `damping` times the mean of the Gram matrix's diagonal; with a ridge for each channel,
+Needs the development text as `quality.py` does. Per layer: the energy of the loudest input of the
+group's reader over the mean one's, how many are above 30, 100 and 300 times the mean, and the
+held-out error without `--share` of the units, mean over domains: nothing refitted; refitted with one
+ridge for all inputs, `damping` times the mean of the Gram matrix's diagonal; with a ridge for each,
 `damping` times its own entry, as the product does. OBS chooses with the same ridge, on the dense
-model's stream. Nothing is guarded. `--layers`: of these only, the channels are counted everywhere.
+model's stream. Nothing is guarded. `--layers`: errors of these only, inputs are counted everywhere.
 
-    python benchmarks/outliers.py [--model smollm2-135m] [--share 0.3] [--num-blocks 6] [--seed 0]
-                                  [--damping 0.001] [--layers 0 2 29]
+    python benchmarks/outliers.py [--model smollm2-135m] [--group ffn] [--share 0.3] [--num-blocks 6]
+                                  [--seed 0] [--damping 0.001] [--layers 0 2 29]
 """
 
 import argparse
@@ -24,7 +24,7 @@ from secateur.methods import compensate
 from secateur.methods.select import greedy_obs, units_at_once
 from secateur.model.bind import bind
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
-from secateur.model.group import linear
+from secateur.model.group import Group, linear, unit_columns
 from secateur.stream import statistics
 from secateur.stream.measure import measure
 from secateur.stream.statistics import Gram, Measurement
@@ -46,14 +46,18 @@ def one_ridge_for_all() -> Iterator[None]:
         yield
 
 
-def refitted(reader: nn.Linear, measured: Measurement, num_keep: int, damping: float) -> tuple[Tensor, Tensor]:
-    """Return the columns that OBS keeps and their refitted weights."""
-    columns_U1 = torch.arange(reader.in_features)[:, None]
-    gram, batch = measured.pooled.gram, units_at_once(None, reader.in_features, 1)
+def refitted(
+    group: Group, reader: nn.Linear, measured: Measurement, share: float, damping: float
+) -> tuple[Tensor, Tensor]:
+    """Return the columns of the units that OBS keeps, and their refitted weights."""
+    num_units, gram = reader.in_features // group.width, measured.pooled.gram
     assert gram is not None
-    hessian = statistics.damped_gram(gram, damping)
-    keep = greedy_obs(reader.weight, hessian, columns_U1, num_keep, batch).keep
-    return keep, compensate.least_squares(reader.weight.float(), gram, keep, damping).weight_HS
+    columns_UW = unit_columns(group.reader.segments, num_units, reader.weight.device)
+    batch = units_at_once(None, gram.size, group.width)
+    num_keep = num_units - max(1, round(share * num_units))
+    kept = greedy_obs(reader.weight, statistics.damped_gram(gram, damping), columns_UW, num_keep, batch).keep
+    columns = columns_UW[kept].flatten().sort().values
+    return columns, compensate.least_squares(reader.weight.float(), gram, columns, damping).weight_HS
 
 
 def held_out_error(reader: nn.Linear, measured: Measurement, keep: Tensor, weight_HS: Tensor) -> float:
@@ -66,13 +70,13 @@ def held_out_error(reader: nn.Linear, measured: Measurement, keep: Tensor, weigh
     return sum(errors) / len(errors)
 
 
-def errors_of(reader: nn.Linear, measured: Measurement, num_keep: int, damping: float) -> list[float]:
+def errors_of(group: Group, reader: nn.Linear, measured: Measurement, share: float, damping: float) -> list[float]:
     """Return the held-out error of nothing refitted, of one ridge for all, of one for each."""
     with one_ridge_for_all():
-        fits = [refitted(reader, measured, num_keep, damping)]
-    fits.append(refitted(reader, measured, num_keep, damping))
-    keep = fits[1][0]
-    fits.insert(0, (keep, reader.weight.float()[:, keep]))
+        fits = [refitted(group, reader, measured, share, damping)]
+    fits.append(refitted(group, reader, measured, share, damping))
+    columns = fits[1][0]
+    fits.insert(0, (columns, reader.weight.float()[:, columns]))
     return [held_out_error(reader, measured, *fit) for fit in fits]
 
 
@@ -81,6 +85,7 @@ def main() -> None:
     """Print a row per layer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--group", default="ffn")
     parser.add_argument("--share", type=float, default=0.3)
     parser.add_argument("--num-blocks", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
@@ -97,17 +102,16 @@ def main() -> None:
         for batch in make_batches(domain.name, ids_NT, held_out=held_out)
     ]
     walk, shares = Walk(model, arch, batches), {domain.name: domain.share for domain in text.domains}
-    print("| layer | channels | loudest | " + " | ".join(f"over {times}" for times in TIMES_MEAN), end="")
+    print("| layer | inputs | loudest | " + " | ".join(f"over {times}" for times in TIMES_MEAN), end="")
     print(" | not refitted | one ridge | a ridge each |\n|" + "---:|" * 9)
-    for group in arch.select(("ffn",)):
+    for group in arch.select((options.group,)):
         with walk.layer(group.layer) as layer:
             reader = linear(layer, group.reader.module)
             measured = measure(walk, group, "energy", shares, gram=True, to_end=True)
         relative_F = measured.pooled.sum_squares_F / measured.pooled.sum_squares_F.mean()
         counts = [int((relative_F > times).sum()) for times in TIMES_MEAN]
-        num_keep = reader.in_features - round(options.share * reader.in_features)
         asked = options.layers is None or group.layer in options.layers
-        errors = errors_of(reader, measured, num_keep, options.damping) if asked else []
+        errors = errors_of(group, reader, measured, options.share, options.damping) if asked else []
         cells = [group.layer, len(relative_F), f"{float(relative_F.max()):.0f}", *counts]
         print("| " + " | ".join(map(str, [*cells, *(f"{error:.4f}" for error in errors)])) + " |", flush=True)
 
