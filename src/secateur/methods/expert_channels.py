@@ -104,7 +104,12 @@ def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float],
     pooled, current = ([Gram(size, device, torch.float32) for _ in range(num_experts)] for _ in range(2))
     seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))
     calls: list[Call] = []
-    domains = InOrder(shares, lambda domain: _fold(seen, current, domain, group, weighting, shares[domain]))
+    domains = InOrder(shares)
+
+    def pool_ended(begins: str) -> None:
+        for domain in domains.begin(begins):
+            _fold(seen, current, domain, group, weighting, shares[domain])
+
     with module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs)):
         for batch, _ in walk.run(group.layer, to_middle=True):
             call = calls.pop()
@@ -112,10 +117,10 @@ def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float],
                 seen.held_out.setdefault(batch.domain, []).append(call)
                 continue
             domain = batch.domain
-            domains.begin(domain)
+            pool_ended(domain)
             seen.drawn = [_lowest([*seen.drawn, _numbered(batch, call[0], seed)], shares[domain])]
             seen.energy[domain] = seen.energy.get(domain, 0.0) + _add(module, stacks, call, current, seen)
-    domains.end()
+    pool_ended("")
     sum_over_ranks(seen.num_tokens_E)
     return seen
 
