@@ -23,10 +23,14 @@ def pruned_layers(num_layers: int) -> range:
 
 
 def group_scores(attention: nn.Module, heads: Heads) -> Tensor:
-    """The score of each key/value head with the query heads that read it."""
+    """The score of each key/value head with the query heads that read it.
+
+    With grouped heads the code adds the rows of `q_proj` and the columns of `o_proj` to the
+    key/value heads in turn (query head i to i modulo the groups), though neighbours share one.
+    """
     parts = [salience(linear.weight).sum(1) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
     parts.append(salience(attention.o_proj.weight).sum(0))
-    return torch.stack([part.unflatten(0, (heads.groups, -1)).sum(1) for part in parts]).sum(0)
+    return torch.stack([part.view(-1, heads.groups, heads.dim).sum((0, 2)) for part in parts]).sum(0)
 
 
 def channel_scores(mlp: nn.Module) -> Tensor:
