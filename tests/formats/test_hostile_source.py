@@ -12,7 +12,7 @@ from bpe_tokenizer import bpe_tokenizer
 from models import tiny_ids, tiny_llama
 from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import secateur
 from secateur.errors import CheckpointError
@@ -138,8 +138,34 @@ def unproved(monkeypatch) -> None:
 def test_a_result_of_equal_widths_names_no_code(place, recipe, unproved, tmp_path):
     out = tmp_path / "even"
     pruned = secateur.prune(place / "hub", grouped({**recipe, "remove": 0.1, "evaluate": False}), out=out)
-    assert not any("auto_map" in file.read_text(encoding="utf-8") for file in out.glob("*.json"))
+    said = " ".join(file.read_text(encoding="utf-8") for file in out.glob("*.json"))
+    assert "auto_map" not in said and "custom_pipelines" not in said and "evil" not in said
     assert list(out.glob("*.py")) == [] and not hasattr(pruned.model.config, "auto_map")
+
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    """A class of this file, which saving a tokenizer would copy."""
+
+    _auto_class = "AutoTokenizer"
+
+
+def test_a_class_that_a_user_registered_is_not_copied(tmp_path):
+    tokenizer = OwnTokenizer(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs" / Path(__file__).name).is_file()
+    (tmp_path / "out").mkdir()
+    save_checkpoint(tiny_llama(), tokenizer, tmp_path / "out", max_shard_size="5GB", carry_from=None)
+    assert list((tmp_path / "out").glob("*.py")) == []
+    assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text(encoding="utf-8")
+
+
+def test_a_config_that_is_not_json_is_not_carried(tmp_path):
+    source = save_source(tmp_path / "source")
+    (source / "processor_config.json").write_text("[" * 100_000)
+    (source / "preprocessor_config.json").write_text('{"auto_map"')
+    save(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "processor_config.json").exists()
+    assert not (tmp_path / "out" / "preprocessor_config.json").exists()
 
 
 def test_a_word_called_auto_map_stays_in_the_vocabulary(tmp_path):

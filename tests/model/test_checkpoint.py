@@ -270,7 +270,7 @@ def test_bytes_that_are_not_of_one_tensor_are_refused_as_safetensors_does(places
 
 def test_a_tensor_of_no_bytes_shares_none(directory):
     file = directory / "model.safetensors"
-    write_layout(file, (0, 16), (16, 16), (16, 32), num_bytes=32)
+    write_layout(file, (0, 16), (16, 32), (16, 16), num_bytes=32)
     assert {name: tuple(tensor.shape) for name, tensor in read_tensors(directory).items()} == {
         name: tuple(tensor.shape) for name, tensor in load_file(file).items()
     }
