@@ -289,10 +289,11 @@ def read_summary(directory: Path) -> Summary:
 
 def read_result(directory: Path) -> ResultFiles:
     """Read a result directory. Raises CheckpointError or RecipeError if it is incomplete."""
+    summary = read_summary(directory)
     rounds = _events(directory, "round", RoundEnd)
     undone = {end.round for end in rounds if not end.held}
     return ResultFiles(
-        summary=read_summary(directory),
+        summary=summary,
         removed_layers=_events(directory, "layer", RemovedLayer),
         steps=tuple(step for step in _events(directory, "group", GroupStep) if step.round not in undone),
         rounds=rounds,
