@@ -28,7 +28,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.errors import CheckpointError, NumericsError, RecipeError
-from secateur.files import check_replaceable, disk_errors, make_hidden, missing_parents, remove_empty, whole_file
+from secateur.files import (
+    check_replaceable,
+    disk_errors,
+    json_of,
+    make_hidden,
+    missing_parents,
+    remove_empty,
+    whole_file,
+)
 from secateur.log import Progress, RunLog, silent
 from secateur.ranks import from_first, is_first
 
@@ -314,12 +322,14 @@ def _intact(path: Path) -> Record | None:
         body = raw[_SEAL_BYTES:]
         if raw[:_SEAL_BYTES] != _SEAL % hashlib.sha256(body).hexdigest().encode():
             return None
-        record = json.loads(raw)
+        record = json_of(raw)
         if "tensors" in record and _sha256(path.with_name(f"{path.stem}.safetensors")) != record["tensors"]:
             return None
     except OSError as error:
         if error.errno not in _UNREADABLE:
             raise
+        return None
+    except ValueError:  # sealed by another program
         return None
     return record
 

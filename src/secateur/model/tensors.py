@@ -5,7 +5,6 @@ read into ordinary memory, or mapped from their files, where they occupy page ca
 handled: pickle files (refused), weights stored in a quantised format.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from secateur.errors import CheckpointError
+from secateur.files import json_of
 
 _DTYPES = {
     "F64": torch.float64,
@@ -88,7 +88,7 @@ def mapped_tensors(directory: Path) -> dict[str, torch.Tensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`. Raises CheckpointError if it does not hold one."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json_of(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download or copy it again.") from None
     if not isinstance(data, dict):
@@ -129,7 +129,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{file}: is truncated or not safetensors ({num_file_bytes} bytes); copy it again.")
         raw = opened.read(data_start - 8)
     try:
-        header = json.loads(raw)
+        header = json_of(raw)
         header.pop("__metadata__", None)
         tensors = {name: _stored(file, data_start, entry) for name, entry in header.items()}
     except CheckpointError:
