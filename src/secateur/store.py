@@ -226,8 +226,8 @@ class Store:
 
     def _check_inputs(self, directory: Path, inputs: dict[str, Any]) -> str:
         """Return the first damaged input file. Raises CheckpointError for changed inputs."""
-        before = _intact(directory / f"{INPUTS}.json")
-        changed = [] if before is None else _changes(before["inputs"], inputs)
+        before = (_intact(directory / f"{INPUTS}.json") or {}).get("inputs")
+        changed = [] if before is None else _changes(before, inputs)
         if changed:
             raise CheckpointError(
                 f"OUT {self.label}: cannot be resumed, since {', '.join(changed[:3])}; give what it was begun with, or "
@@ -329,9 +329,21 @@ def _intact(path: Path) -> Record | None:
         if error.errno not in _UNREADABLE:
             raise
         return None
-    except ValueError:  # sealed by another program
+    except ValueError:  # sealed by another program, which may have written anything
         return None
-    return record
+    return record if _is_whole(record) else None
+
+
+def _is_whole(record: Record) -> bool:
+    """Whether the record has what its readers take from it."""
+    if "step" not in record:
+        return isinstance(record.get("inputs"), dict)
+    if not isinstance(record["step"], str) or not record.keys() >= _named("").keys():
+        return False
+    if "tensors" in record:
+        return isinstance(record.get("line"), dict)
+    lines = record.get("lines")
+    return "value" in record and isinstance(lines, list) and all(isinstance(line, dict) for line in lines)
 
 
 def _sha256(path: Path) -> str:

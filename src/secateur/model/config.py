@@ -146,9 +146,9 @@ _MOST = (
 )
 
 # What transformers raises for unusable values, and gguf for a truncated or corrupt file.
-_WRONG_TYPES = (ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError)
+_WRONG_TYPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError)
 BAD_VALUE = (*_WRONG_TYPES, OSError, RuntimeError, StrictDataclassError)
-BAD_GGUF = (*BAD_VALUE, struct.error, OverflowError, MemoryError)
+BAD_GGUF = (*BAD_VALUE, struct.error)
 
 
 def directory_config(directory: Path) -> PreTrainedConfig:
