@@ -60,7 +60,17 @@ HANG_SECONDS, MEMORY_BYTES = 30, 6 << 30
 FAMILIES = ("llama", "qwen2", "mixtral", "gemma2", "gpt2", "deepseek_v3")
 HUGE = (-1, 0, 1, 3, 1e7, 10**7, 2**31, 2**63, 2**64, 10**30, -(10**30), 1e308, float("nan"), float("inf"), 0.5)
 STRANGE = ("", "\x00", "\u202e", "\ud800", "\ufeff", "🙂" * 9, "../../x", "/", "null", "1e7", "%s", "a" * 5000)
-YAML_WORDS = ("&a [*a]", "*b", "!!timestamp x", "!!bool x", "0x_", "2001-99-99", "<<: *a", "!!python/name:os.system", "? ")
+YAML_WORDS = (
+    "&a [*a]",
+    "*b",
+    "!!timestamp x",
+    "!!bool x",
+    "0x_",
+    "2001-99-99",
+    "<<: *a",
+    "!!python/name:os.system",
+    "? ",
+)
 TEMPLATES = (
     "{% for i in range(10**9) %}{% endfor %}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -238,7 +248,9 @@ def _recipes(model: Path) -> Kind:
     presets = sorted((ROOT / "src" / "secateur" / "presets").glob("*.yaml"))
     texts = [*(file.read_text() for file in presets), dump_recipe(parse_recipe(full)), "preset: best\nremove: 0.2\n"]
     texts.append("a: &a [x, x]\nb: &b [*a, *a]\nremove: {share: 0.2, layers: *b}\n")
-    return Kind([Seed("recipe.yaml", text.encode(), "yaml") for text in texts], lambda at: as_recipe(at / "recipe.yaml"))
+    return Kind(
+        [Seed("recipe.yaml", text.encode(), "yaml") for text in texts], lambda at: as_recipe(at / "recipe.yaml")
+    )
 
 
 def _configs(model: Path) -> Kind:

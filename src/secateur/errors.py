@@ -7,7 +7,6 @@ its traceback.
 import difflib
 from collections.abc import Iterable
 
-
 # Longer values of foreign files are left out of the middle of a sentence.
 MAX_SENTENCE = 1500
 

@@ -338,12 +338,10 @@ def _is_whole(record: Record) -> bool:
     """Whether the record has what its readers take from it."""
     if "step" not in record:
         return isinstance(record.get("inputs"), dict)
-    if not isinstance(record["step"], str) or not record.keys() >= _named("").keys():
-        return False
-    if "tensors" in record:
-        return isinstance(record.get("line"), dict)
-    lines = record.get("lines")
-    return "value" in record and isinstance(lines, list) and all(isinstance(line, dict) for line in lines)
+    kinds: dict[str, Any] = {"step": str, "depends_on": dict | None, "is_input": bool}
+    kinds |= {"line": dict} if "tensors" in record else {"value": object, "lines": list}
+    has_all = all(key in record and isinstance(record[key], kind) for key, kind in kinds.items())
+    return has_all and all(isinstance(line, dict) for line in record.get("lines", ()))
 
 
 def _sha256(path: Path) -> str:

@@ -13,9 +13,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from damage import flip_a_bit
 from families import tiny_family
 from models import tiny_llama
-from damage import flip_a_bit
 from recipes import grouped
 from run_cli import run_cli
 from safetensors.torch import load_file, save_file

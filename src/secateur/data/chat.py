@@ -75,7 +75,7 @@ def _bounded_products() -> Iterator[None]:
         yield
 
 
-def _product_size(operator: str, left: Any, right: Any) -> float:
+def _product_size(operator: str, left: Any, right: Any) -> int | float:
     """Return the bits of a product or power of integers, or the length of a repeated text or list."""
     bits, lengths = [], []
     for value in (left, right):

@@ -223,7 +223,7 @@ def _whole_gguf() -> Iterator[None]:
 
     read = gguf.GGUFReader._get_field_parts
 
-    def checked(self: Any, offset: int, kind: int) -> Any:
+    def checked(self: Any, offset: Any, kind: Any) -> Any:
         if offset >= len(self.data):
             raise ValueError("it ends within its header")
         return read(self, offset, kind)
