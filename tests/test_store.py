@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur.errors import CheckpointError
+from secateur.files import sha256_of
 from secateur.formats.save import Verification
-from secateur.store import Store, _sha256, place_beside
+from secateur.store import Store, place_beside
 from tests.pruning.test_resume import Stopped, stopped_after, weights
 
 # The second round is begun, so that a damaged step lies in a round through which no stream goes any more.
@@ -238,7 +239,7 @@ FOREIGN = {
 def test_what_another_program_has_sealed_is_damage(name, tmp_path):
     """Its digest is right, and it has not what a step has."""
     kept(tmp_path)
-    digest = _sha256(tmp_path / "tensors.safetensors")
+    digest = sha256_of(tmp_path / "tensors.safetensors")
     (tmp_path / "number.safetensors").write_bytes((tmp_path / "tensors.safetensors").read_bytes())
     text = json.dumps(FOREIGN[name]).replace("TENSORS", digest).replace('"DEEP"', "[" * 5000 + "]" * 5000)
     body = text[1:].encode()

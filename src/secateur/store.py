@@ -35,6 +35,7 @@ from secateur.files import (
     make_hidden,
     missing_parents,
     remove_empty,
+    sha256_of,
     whole_file,
 )
 from secateur.log import Progress, RunLog, silent
@@ -265,7 +266,7 @@ class Store:
                 held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
                 with whole_file(path.with_name(f"{stem}.safetensors")) as staged:
                     save_file(held, staged)
-                    record = record | {"tensors": _sha256(staged)}
+                    record = record | {"tensors": sha256_of(staged)}
             with whole_file(path) as staged:
                 staged.write_bytes(_sealed(record))
         self.num_saved += 1
@@ -323,7 +324,7 @@ def _intact(path: Path) -> Record | None:
         if raw[:_SEAL_BYTES] != _SEAL % hashlib.sha256(body).hexdigest().encode():
             return None
         record = json_of(raw)
-        if "tensors" in record and _sha256(path.with_name(f"{path.stem}.safetensors")) != record["tensors"]:
+        if "tensors" in record and sha256_of(path.with_name(f"{path.stem}.safetensors")) != record["tensors"]:
             return None
     except OSError as error:
         if error.errno not in _UNREADABLE:
@@ -342,11 +343,6 @@ def _is_whole(record: Record) -> bool:
     kinds |= {"line": dict} if "tensors" in record else {"value": object, "lines": list}
     has_all = all(key in record and isinstance(record[key], kind) for key, kind in kinds.items())
     return has_all and all(isinstance(line, dict) for line in record.get("lines", ()))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
