@@ -131,6 +131,17 @@ def test_a_deep_header(model):
         open_checkpoint(model)
 
 
+def test_a_header_and_an_index_with_what_no_disk_has(model):
+    header = b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}'
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0000")
+    with pytest.raises(CheckpointError, match="its safetensors header is malformed"):
+        open_checkpoint(model)
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "9" * 5000}}))
+    with pytest.raises(CheckpointError, match=r"shard 9+.* named in model.safetensors.index.json is missing"):
+        open_checkpoint(model)
+
+
 @pytest.mark.parametrize("text", [DEEP["lists"], "{", '{"pad_token_id": {"a": 0}}', "[]"])
 def test_a_damaged_generation_config(text, model):
     (model / "generation_config.json").write_text(text)
@@ -193,6 +204,7 @@ TEMPLATES = {
     "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}": "* would give",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "maximum recursion depth|more than 100,000 steps",
     "{{ 1 / 0 }}": "division by zero",
+    "{{ messages[0][1e999] }}": "name 'inf' is not defined",
     "{{ [].pop() }}": "not safely callable|immutable|SecurityError|pop",
     "{{ messages[0].x.y }}": "has no attribute 'x'",
 }

@@ -29,7 +29,16 @@ def chat_text(messages: Any, tokenizer: Tokenizer, where: str) -> str:
         raise CalibrationError(
             f"{where}: a chat, but the tokenizer has no chat template; give rows with a text column."
         )
-    raised = (TemplateError, ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RuntimeError)
+    raised = (
+        TemplateError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        NameError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    )
     try:
         with _bounded_products(), _bounded_steps():
             return str(tokenizer.apply_chat_template(messages, tokenize=False))

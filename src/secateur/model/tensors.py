@@ -7,6 +7,7 @@ handled: pickle files (refused), weights stored in a quantised format.
 
 import math
 import operator
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def _weight_files(directory: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name:
             raise CheckpointError(f"{index}: shard '{name}' must be a plain file name inside {directory}.")
-        if not (directory / name).is_file():
+        if not os.path.isfile(directory / name):  # unlike Path.is_file, False for a name that no disk takes
             raise CheckpointError(f"{directory}: shard {name} named in {index.name} is missing; copy it there.")
     return [directory / name for name in names]
 
@@ -135,7 +136,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         tensors = {name: _stored(file, data_start, entry) for name, entry in header.items()}
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise CheckpointError(f"{file}: its safetensors header is malformed; copy the file again.") from None
     end = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=data_start)
     if end != num_file_bytes:
