@@ -177,8 +177,13 @@ def _load_safetensors(
         None, config=checkpoint.config, state_dict=weights, output_loading_info=True, **{"dtype": "auto", **options}
     )
     model, info = loaded
-    if (checkpoint.directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+    path = checkpoint.directory / "generation_config.json"
+    if path.is_file():
+        read_json(path)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path.parent)
+        except BAD_VALUE as error:
+            raise CheckpointError(f"{path}: transformers cannot use it ({one_line(error)}).") from None
     return model, info
 
 
@@ -228,7 +233,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
                 # AutoTokenizer would parse the whole file again to arrive at this class.
                 return PreTrainedTokenizerFast.from_pretrained(directory, gguf_file=checkpoint.gguf_file)
             _check_tokenizer_files(directory)
-            return AutoTokenizer.from_pretrained(directory, config=checkpoint.config, trust_remote_code=False)
+            found = AutoTokenizer.from_pretrained(directory, config=checkpoint.config, trust_remote_code=False)
+            found("a word", verbose=False)  # some settings are read only now
+            return found
     except CheckpointError:
         raise
     except Exception as error:
