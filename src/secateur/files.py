@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -230,18 +230,6 @@ def staging(out: Path, *, overwrite: bool, protected: Path | None = None) -> Ite
             remove_empty(made)
 
 
-def staging_if_any(out: Path | None, *, overwrite: bool, protected: Path | None) -> AbstractContextManager[Path | None]:
-    """Return `staging` on the rank that writes; else a context that gives None."""
-    from secateur.ranks import from_first, is_first, size  # not above: recipes are read without torch
-
-    if out is None:
-        return nullcontext()
-    # Refuse `out` on all ranks before they wait for the first one.
-    if size() > 1:
-        from_first(lambda: check_replaceable(out, overwrite=overwrite, protected=protected))
-    return staging(out, overwrite=overwrite, protected=protected) if is_first() else nullcontext()
-
-
 def missing_parents(out: Path) -> list[Path]:
     """Return the missing directories above `out`, innermost first."""
     return [path for path in out.parents if not os.path.lexists(path)]
@@ -287,8 +275,6 @@ def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> 
 
 def _clear_after_dead(out: Path) -> None:
     """Remove what killed processes left beside `out`; restore `out` if one moved it aside."""
-    from secateur.ranks import is_alive
-
     beside = os.listdir(out.parent) if out.parent.is_dir() else []
     for name in (name for name in beside if name.startswith(f".{out.name}.")):
         kind, _, process = name.removeprefix(f".{out.name}.").rpartition("-")
@@ -313,3 +299,17 @@ def _swap(staged: Path, out: Path) -> None:
             old.rename(out)
     sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def is_alive(process: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    stat = Path(f"/proc/{process}/stat")
+    if stat.is_file():
+        return stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] != "Z"
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
