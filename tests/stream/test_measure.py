@@ -1,4 +1,4 @@
-"""`measure()` end to end against plain hooks on the whole model in float64: every sum, every domain, held-out inputs."""
+"""`measure()` against plain hooks on the whole model in float64: every sum, every domain, held-out inputs."""
 
 import copy
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from secateur.model.group import Group, linear
 from secateur.stream.measure import measure
 from secateur.stream.statistics import Measurement, Statistics
 from secateur.stream.walk import Walk, make_batches
-from tests.families import FAMILIES, SIZES
-from tests.models import randomised, tiny_ids, tiny_llama, tiny_qwen2
+from tests.families import tiny_family
+from tests.models import tiny_ids, tiny_llama, tiny_qwen2
 from tests.reference import FLOAT32_STEP, Sums, domain_factor, domain_sums, weighted
 
 LENGTH = 12
@@ -29,19 +29,12 @@ NUM_TERMS = 3 * 112 + max(NUM_BLOCKS.values()) * LENGTH
 TOLERANCE = NUM_TERMS * FLOAT32_STEP
 
 
-def phi() -> Any:
-    """A family whose attention and MLP read the same input, with biases everywhere."""
-    from transformers import PhiConfig, PhiForCausalLM
-
-    return randomised(PhiForCausalLM(PhiConfig(**{**SIZES, **FAMILIES["phi"][1]})), 0)
-
-
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "ffn": (tiny_llama, "ffn"),
     "ffn with bias": (lambda: tiny_llama(mlp_bias=True), "ffn"),
     "kv heads": (tiny_qwen2, "kv_heads"),
     "kv heads with bias": (lambda: tiny_llama(attention_bias=True), "kv_heads"),
-    "parallel with bias": (phi, "ffn"),
+    "parallel with bias": (lambda: tiny_family("phi"), "ffn"),
 }
 
 
