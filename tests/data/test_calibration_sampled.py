@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from models import tiny_llama
 from recipes import grouped
+from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.data.calibration import BATCH_BLOCKS, CalibrationSet, build_calibration, sample_blocks, with_sampled
@@ -13,8 +15,6 @@ from secateur.errors import CalibrationError, NumericsError
 from secateur.evaluation.text import recipe_blocks
 from secateur.log import silent
 from secateur.recipe import Calibration, Domain
-from tests.models import tiny_llama
-from tests.tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 LENGTH = 16

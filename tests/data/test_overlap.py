@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from models import tiny_ids
 
 from secateur.data.calibration import ngram_overlap
 from secateur.facts import NGRAM_TOKENS
-from tests.models import tiny_ids
 
 BLOCKS = tiny_ids(batch=3, length=40, seed=1)
 

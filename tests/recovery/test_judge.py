@@ -6,14 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
-from secateur.errors import NumericsError
-from secateur.model.bind import bind
-from secateur.recovery.judge import Judge, distillation_loss, domain_weights, log_probabilities, objective
-from secateur.report.measured import Verdict
-from tests.models import tiny_ids, tiny_llama
-from tests.reference import (
+from models import tiny_ids, tiny_llama
+from reference import (
     FLOAT32_STEP,
     distillation,
     kl_per_token,
@@ -21,6 +15,12 @@ from tests.reference import (
     mean_error,
     next_token_nats,
 )
+from torch import Tensor
+
+from secateur.errors import NumericsError
+from secateur.model.bind import bind
+from secateur.recovery.judge import Judge, distillation_loss, domain_weights, log_probabilities, objective
+from secateur.report.measured import Verdict
 
 MODEL_TOLERANCE = (3 * 112 + 320) * FLOAT32_STEP  # layers of 112 inputs, 320 words
 

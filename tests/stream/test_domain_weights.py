@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from models import tiny_ids, tiny_llama
 
 from secateur.methods.compensate import least_squares
 from secateur.model.bind import bind
 from secateur.stream.measure import FLOOR, _at_least, measure, minimax_weights, removal_damage
 from secateur.stream.statistics import Statistics, damped_gram, inverse_of, keep_highest, pool, removal_errors
 from secateur.stream.walk import Walk, make_batches
-from tests.models import tiny_ids, tiny_llama
 
 NUM_COLUMNS, NUM_KEEP, DAMPING = 24, 15, 1e-3
 COLUMNS = torch.arange(NUM_COLUMNS)[:, None]

@@ -5,8 +5,12 @@ import math
 
 import pytest
 import torch
+from families import tiny_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import tiny_ids, tiny_llama
+from reference import FLOAT32_STEP, bits_per_byte, kl_per_token, mean_error, next_token_nats, quantile
+from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
@@ -23,10 +27,6 @@ from secateur.stream.losses import (
     token_divergences,
     token_divergences_and_agreements,
 )
-from tests.families import tiny_family
-from tests.models import tiny_ids, tiny_llama
-from tests.reference import FLOAT32_STEP, bits_per_byte, kl_per_token, mean_error, next_token_nats, quantile
-from tests.tiny_tokenizer import tiny_tokenizer
 
 # Behind each logit lie three layers of 112 inputs; a softmax sums 320 words.
 TOLERANCE = (3 * 112 + 320) * FLOAT32_STEP

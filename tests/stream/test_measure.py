@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_family
+from models import tiny_ids, tiny_llama, tiny_qwen2
+from reference import FLOAT32_STEP, Sums, domain_factor, domain_sums, weighted
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
@@ -16,9 +19,6 @@ from secateur.model.group import Group, linear
 from secateur.stream.measure import measure
 from secateur.stream.statistics import Measurement, Statistics
 from secateur.stream.walk import Walk, make_batches
-from tests.families import tiny_family
-from tests.models import tiny_ids, tiny_llama, tiny_qwen2
-from tests.reference import FLOAT32_STEP, Sums, domain_factor, domain_sums, weighted
 
 LENGTH = 12
 # Blocks per domain; the last has one block only, and each batch holds two at most.

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models import tiny_ids, tiny_llama
 from torch import Tensor, nn
 
 from secateur.model.bind import bind, decoder_layers
@@ -33,7 +34,6 @@ from secateur.stream.offload import (
     offload,
     settle,
 )
-from tests.models import tiny_ids, tiny_llama
 
 CPU = torch.device("cpu")
 THIRD = 1 / 3  # no number of bfloat16
