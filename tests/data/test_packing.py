@@ -276,3 +276,10 @@ def test_rounds_have_blocks_of_their_own_in_the_order_of_the_text(domain: Domain
 def test_numbers_of_tokens_count_every_domain(domain: Domain) -> None:
     found: CalibrationSet = build(36 * LENGTH, a=domain, b=domain.model_copy(update={"share": 3.0}))
     assert found.num_tokens == 36 * LENGTH and found.num_held_out_tokens == (1 + 3) * LENGTH
+
+
+def test_progress_counts_the_blocks_of_all_rounds(domain: Domain) -> None:
+    seen: list[tuple[str, int, int]] = []
+    calibration = Calibration(domains={"a": domain, "b": domain}, sequence_length=LENGTH, rotate=True)
+    build_calibration(calibration, 20 * LENGTH, TOKENIZER, 0, lambda *step: seen.append(step), num_rounds=3)
+    assert seen == [("calibration", done, 2 * (3 * 10 + 2)) for done in (0, 32, 64)]

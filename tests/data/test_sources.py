@@ -163,6 +163,27 @@ def test_broken_archives(tmp_path: Path) -> None:
     assert "broken parquet" in sentence(put(tmp_path / "a.parquet", "PAR1 no"))
 
 
+def test_suffixes_in_capitals_are_known(tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "x"}'))
+    assert read(tmp_path / "A.JSONL.GZ") == ["x"]
+
+
+def test_blank_documents_are_left_out(tmp_path: Path) -> None:
+    assert read(put_rows(tmp_path / "a.jsonl", [{"text": text} for text in ("", "x", " \n\t")])) == ["x"]
+
+
+def test_several_files_are_shuffled_together(tmp_path: Path) -> None:
+    files = [put_rows(tmp_path / f"{name}.jsonl", [{"text": f"{name}{at}"} for at in range(20)]) for name in ("a", "b")]
+    found = list(documents("mine", Domain(files=tuple(map(str, files))), TOKENIZER, 0))
+    assert sorted(found) == sorted(f"{name}{at}" for name in "ab" for at in range(20))
+    assert {text[0] for text in found[:20]} == {"a", "b"}
+
+
+def test_messages_need_a_role(tmp_path: Path) -> None:
+    message = sentence(put_rows(tmp_path / "chat.jsonl", [{"messages": [CHAT[0], {"content": "hello"}]}]))
+    assert "line 1: messages must be a list of objects with role and content" in message
+
+
 READ_ALL = """
 import hashlib, itertools, sys
 from random import Random
