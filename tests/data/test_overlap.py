@@ -33,6 +33,11 @@ def test_ngrams_do_not_reach_over_the_end_of_a_block():
     assert ngram_overlap({"a": BLOCKS}, {"a": joined}) == {"a": 0.0}
 
 
+def test_tokens_are_compared_whole():
+    small = BLOCKS % 64
+    assert ngram_overlap({"a": small}, {"byte": small + 256, "word": small + 2**16}) == {"byte": 0.0, "word": 0.0}
+
+
 def test_blocks_shorter_than_an_ngram_have_no_share():
     assert ngram_overlap({"a": BLOCKS[:, :12]}, {"a": BLOCKS[:, :12]}) == {"a": None}
 

@@ -190,9 +190,9 @@ def test_equal_documents_are_one() -> None:
 # The whole set
 
 
-def put(path: Path, num_lines: int = 4000) -> Domain:
-    """Documents of 24 lines or so, each line with a number of its own."""
-    documents = [[f"{path.stem} {at:05d}" for at in range(start, start + 24)] for start in range(0, num_lines, 24)]
+def put(path: Path, num_lines: int = 4000, size: int = 24) -> Domain:
+    """Documents of `size` lines, each line with a number of its own."""
+    documents = [[f"{path.stem} {at:05d}" for at in range(start, start + size)] for start in range(0, num_lines, size)]
     path.write_text("\n".join('{"text": "' + "\\n".join(each) + '"}' for each in documents))
     return Domain(files=(str(path),))
 
@@ -239,7 +239,10 @@ def test_more_held_out_blocks_come_first_so_that_all_runs_share_them(domain: Dom
     assert torch.equal(small.held_out_NT, large.held_out_NT[:4])
 
 
-def test_domains_and_seeds_have_orders_of_their_own(domain: Domain) -> None:
+@pytest.mark.parametrize("size", [4, 24])  # too short to begin at a random line, and long enough
+def test_domains_and_seeds_have_orders_of_their_own(tmp_path: Path, size: int) -> None:
+    domain = put(tmp_path / "a.jsonl", size=size)
+
     def first(seed: int, name: str) -> list[str]:
         return rows(build(30 * LENGTH, seed, **{name: domain}).domains[0].calibration_NT)
 

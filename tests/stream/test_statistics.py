@@ -103,6 +103,15 @@ def test_merging_adds_weighted_sums(examples: list[Drawn], data: st.DataObject) 
     assert_sums(found, weighted(expected), weighted(sizes), 40 + len(examples))
 
 
+def test_gram_matrices_merge_by_weight_and_clear() -> None:
+    mine, theirs = (hessian_of(Drawn(seed, 10, 9))[0] for seed in (1, 2))
+    expected = mine.full(torch.float64) + 0.25 * theirs.full(torch.float64)
+    mine.merge(theirs, 0.25)
+    assert torch.equal(mine.full(torch.float64), expected)
+    theirs.clear()
+    assert not bool(theirs.full().any()) and torch.equal(mine.full(torch.float64), expected)
+
+
 def test_merging_without_a_weight_is_one_pass_over_both() -> None:
     first, second = (drawn_sums(Drawn(seed, 10, 4))[0] for seed in (1, 2))
     halves = [float(each.sum()) for each in first.sums], [float(each.sum()) for each in second.sums]
