@@ -184,12 +184,18 @@ def test_licences_give_each_paragraph_once(site: Site) -> None:
     }
     site.install("a", files)
     site.install("b", {"INFO/Licence.md": "PERMISSION, is granted;\n \t\nCopyright 2021 by B.\n"})
-    site.install("c", {"INFO/NOTICE": "permission is granted"})
+    site.install("c", {"INFO/NOTICE": "permission is granted\n\nA notice.", "INFO/MIT-LICENSE.txt": "As MIT says."})
     with (site.packages / "c-1.dist-info" / "RECORD").open("a") as record:
         record.write("c-1.dist-info/LICENSE,,\n")  # which is gone
     found = texts("legal")
     assert sorted(found) == sorted(
-        ["Permission is granted.\n\nCopyright 2020 by A.", "Another one.", "Copyright 2021 by B."]
+        [
+            "Permission is granted.\n\nCopyright 2020 by A.",
+            "Another one.",
+            "Copyright 2021 by B.",
+            "A notice.",
+            "As MIT says.",
+        ]
     )
 
 

@@ -111,6 +111,14 @@ def check_turns(documents: list[list[int]], held_out: list[int]) -> None:
         assert len(first) == len(documents) and max(first) < min(second)
 
 
+def test_second_turns_come_in_the_order_of_the_first() -> None:
+    held_out, calibration = parts_of([[2, 3], [1, 2], [1, 6], [9]], (1, 1), None)
+    first, second, third = ([token(number, place) for place in range(8)] for number in range(3))
+    assert held_out == first[:2] + second[:1] + third[:1] + [token(3, place) for place in range(4)]
+    # What is left of the first three, and of the last one's turn that did not fit.
+    assert calibration == first[2:5] + second[1:3] + third[1:4]
+
+
 def test_a_rest_that_did_not_fit_is_the_documents_next_turn() -> None:
     # Document 0 has three tokens left, which come when the others have run out.
     held_out, calibration = parts_of([[11], [4], [1]], (1, 1), None)

@@ -23,6 +23,7 @@ from secateur.stream.walk import Walk, make_batches
 LENGTH = 12
 # Blocks per domain; the last has one block only, and each batch holds two at most.
 NUM_BLOCKS = {"a": 5, "b": 2, "c": 1}
+NUM_HELD_OUT = 3
 SHARES = {"a": 0.5, "b": 0.3, "c": 0.2}
 # A sum of so many terms lies behind each number: layers of 112 inputs, and the tokens of a domain.
 NUM_TERMS = 3 * 112 + max(NUM_BLOCKS.values()) * LENGTH
@@ -42,7 +43,7 @@ def batches_of(num_blocks: dict[str, int] = NUM_BLOCKS) -> list[Batch]:
     """Calibration blocks and held-out blocks of each domain; the held-out ones of c come first."""
     found = []
     for seed, (name, number) in enumerate(num_blocks.items()):
-        parts = [(number, 10 * seed, False), (2, 10 * seed + 1, True)]
+        parts = [(number, 10 * seed, False), (NUM_HELD_OUT, 10 * seed + 1, True)]
         for count, own_seed, held_out in parts if name != "c" else parts[::-1]:
             ids_NT = tiny_ids(batch=count, length=LENGTH, seed=own_seed)
             found += make_batches(name, ids_NT, held_out=held_out, batch_tokens=2 * LENGTH)
@@ -123,6 +124,7 @@ def test_every_sum_is_that_of_the_model_in_float64(name: str, weighting: str) ->
     found = measure(walk, group, weighting, SHARES, gram=True)
     pooled, own = pooled_reference(seen, weighting)
     assert_statistics(found.pooled, pooled)
+    assert {each.dtype for each in found.pooled.sums} == {torch.float32, found.pooled.energy.dtype}  # half the memory
     assert found.pooled.cross_FH is None and found.held_out_drift_TH == {}
     assert list(found.energy) == list(SHARES)
     for domain, sums in own.items():
@@ -138,7 +140,7 @@ def assert_held_out(found: dict[str, Tensor], seen: dict[tuple[str, bool], Tenso
     assert set(found) == set(SHARES)
     for domain, x_TF in found.items():
         expected = seen[domain, True]
-        assert x_TF.shape == expected.shape == (2 * LENGTH, expected.shape[1])
+        assert x_TF.shape == expected.shape == (NUM_HELD_OUT * LENGTH, expected.shape[1])
         near(x_TF, expected, expected.norm(dim=1, keepdim=True))
 
 
