@@ -3,8 +3,10 @@
 The device is the processor, and what moves is the dtype; `test_device` has a device of its own.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +88,9 @@ def test_changes_survive_in_the_stored_dtype(layers: list[nn.Module]) -> None:
     layers[1].linear.bias = nn.Parameter(torch.full((4,), THIRD), requires_grad=False)  # anew
     settle(layers[1])
     assert set(layers[1].linear.bias.tolist()) == {rounded}
+    layers[1].linear.bias = nn.Parameter(layers[1].linear.bias.bfloat16(), requires_grad=False)  # anew, as stored
+    fetch(layers[1])
+    assert layers[1].linear.bias.dtype == torch.float32
     offload(layers[1])
     assert weights(layers)[1].dtype == layers[1].linear.bias.dtype == torch.bfloat16
     assert set(weights(layers)[1].flatten().tolist()) == set(layers[1].linear.bias.tolist()) == {rounded}
@@ -248,6 +253,8 @@ def test_embeddings_are_on_disk_inside_the_context_alone(tmp_path: Path) -> None
         mapped = weight.data_ptr()
         map_again()
         assert weight.data_ptr() != mapped
+        mapped = weight.data_ptr()
+    assert weight.data_ptr() != mapped  # in memory of its own
     assert list(tmp_path.iterdir()) == [] and torch.equal(model(tiny_ids()).logits, expected)
     assert model.lm_head.weight is weight
     with embeddings_on_disk(model, tmp_path, are_there=True) as nothing:
@@ -259,25 +266,38 @@ def test_embeddings_are_on_disk_inside_the_context_alone(tmp_path: Path) -> None
 def test_a_layer_on_disk_is_what_it_was_when_saved(tmp_path: Path, way: str) -> None:
     model = tiny_llama()
     arch, saved = bind(model), LayersOnDisk(tmp_path, "dense")
-    layer, groups = decoder_layers(model, arch)[1], [group for group in arch.groups if group.layer == 1]
+    layer, kinds = decoder_layers(model, arch)[1], ("ffn", "kv_heads")
+    groups = [group for group in arch.groups if group.layer == 1 and group.name in kinds]
+    # As in a family whose modules count their units.
+    groups = [replace(group, count=f"self_attn.{group.name}_left") for group in groups]
+    layer.self_attn.ffn_left, layer.self_attn.kv_heads_left = 112, 2  # type: ignore[assignment, union-attr]
     dense = model(tiny_ids()).logits
     saved.save(1, layer, groups)
     assert saved.indices == [1] and [path.name for path in tmp_path.iterdir()] == ["dense-1.safetensors"]
     for group in groups:
-        if group.name in ("ffn", "kv_heads"):
-            cut(layer, group, torch.arange(1, group.num_units), group.num_units)
+        cut(layer, group, torch.arange(1, group.num_units), group.num_units)
     pruned = model(tiny_ids()).logits
     assert not torch.allclose(pruned, dense)
+    found = [counts(layer)]
     if way == "restore":
         saved.restore(1, layer)
+        found.append(counts(layer))
         assert torch.equal(model(tiny_ids()).logits, dense)
     else:
         with pytest.raises(KeyError), saved.restored(1, layer):
+            found.append(counts(layer))
             assert torch.equal(model(tiny_ids()).logits, dense)
             raise KeyError
+        assert counts(layer) == (111, 1)
         assert torch.equal(model(tiny_ids()).logits, pruned)
+    assert found == [(111, 1), (112, 2)]
     sizes = {(module.out_features, module.in_features) == module.weight.shape for module in linears(layer)}
     assert sizes == {True}
+
+
+def counts(layer: nn.Module) -> tuple[int, int]:
+    attention: Any = layer.get_submodule("self_attn")
+    return attention.ffn_left, attention.kv_heads_left
 
 
 def linears(layer: nn.Module) -> list[nn.Linear]:

@@ -95,10 +95,10 @@ def test_the_dense_stream_passes_layers_before_their_cut() -> None:
     walk = Walk(model, arch, batches(), dense=True)
     assert_at(walk.dense_BTD, before, 0)
     for layer in range(3):
-        walk.advance_dense(layer)
+        list(walk.run(layer, to_middle=True))
+        walk.advance_dense(layer)  # through all of the layer, where the other stream stands in its middle
         with torch.no_grad():
             walk.layers[layer].mlp.down_proj.weight[:, ::2] = 0
-        list(walk.run(layer, to_middle=True))
         assert_at(walk.dense_BTD, before, layer + 1)
         walk.advance(layer)
         assert_at(walk.hidden_BTD, entered(model, batches()), layer + 1)
