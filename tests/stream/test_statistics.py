@@ -283,8 +283,8 @@ def test_the_nearest_weights_above_a_floor(weights: list[float], part: float) ->
     torch.testing.assert_close(found, scaled_into(weights_D, floor), rtol=1e-9, atol=1e-12)
 
 
-# The last step is the best, and the third.
-@pytest.mark.parametrize(("seed", "best"), [(1, 4), (37, 2)])
+# The last step is the best, or the one before.
+@pytest.mark.parametrize(("seed", "best"), [(1, 4), (28, 3)])
 def test_minimax_takes_the_best_of_five_steps(seed: int, best: int) -> None:
     shares = {"0": 0.2, "1": 0.3, "2": 0.5}
     examples = [Drawn(seed, 4, 12), Drawn(seed + 100, 30, 12), Drawn(seed + 200, 7, 12, ("dead",))]
