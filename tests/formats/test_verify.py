@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.errors import CheckpointError
+from secateur.formats import save as save_module
 from secateur.formats.save import save_checkpoint, verify_reload
 from secateur.model.checkpoint import load_model, open_checkpoint
 
@@ -64,3 +65,24 @@ def test_a_directory_that_does_not_load_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot reload it in a fresh process"):
         verify_reload(tmp_path, tiny_ids(), logits)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["reloaded", "in memory", "both"])
+def test_logits_that_are_no_numbers_are_no_proof(tmp_path, monkeypatch, value, where):
+    """One value of many; infinite in both, too, since nothing can be said about their difference."""
+    in_memory, reloaded = torch.zeros(2, 16, 5), torch.zeros(2, 16, 5)
+    monkeypatch.setattr(save_module, "_run_child", lambda *_: (reloaded, {"problem": "", "text": "x"}))
+    assert verify_reload(tmp_path, tiny_ids(), in_memory).max_abs_difference == 0
+    for name, logits in {"reloaded": reloaded, "in memory": in_memory}.items():
+        if where in (name, "both"):
+            logits[1, 3, 2] = value
+    said = r"logits (hold NaN|differ from those in memory by (nan|inf), allowed is 1e-06)"
+    with pytest.raises(CheckpointError, match=said):
+        verify_reload(tmp_path, tiny_ids(), in_memory)
+
+
+def test_logits_of_another_shape_are_no_proof(tmp_path, monkeypatch):
+    monkeypatch.setattr(save_module, "_run_child", lambda *_: (torch.zeros(2, 16, 5), {"problem": "", "text": "x"}))
+    with pytest.raises(CheckpointError, match=r"reloaded logits have shape \[2, 16, 5\], not \[2, 16, 6\]"):
+        verify_reload(tmp_path, tiny_ids(), torch.zeros(2, 16, 6))

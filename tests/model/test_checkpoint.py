@@ -298,10 +298,18 @@ def test_weights_and_config_disagree(directory, name, tensor, expected):
         load_model(open_checkpoint(directory))
 
 
-def test_old_rotary_buffers_are_no_error(directory):
+def test_old_rotary_buffers_are_no_error_and_change_nothing(directory):
+    with torch.no_grad():
+        expected = load_model(open_checkpoint(directory))(tiny_ids()).logits
     edit_tensor(directory, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.zeros(6))
     check_headers(directory)
-    load_model(open_checkpoint(directory))
+    model = load_model(open_checkpoint(directory))
+    assert not any("layers.0.self_attn.rotary_emb" in name for name, _ in model.named_buffers())
+    with torch.no_grad():
+        assert torch.equal(model(tiny_ids()).logits, expected)
+    edit_tensor(directory, "model.layers.0.self_attn.rotary.inv_freq", torch.zeros(6))  # of no model that was
+    with pytest.raises(CheckpointError, match=r"unexpected: model\.layers\.0\.self_attn\.rotary\.inv_freq"):
+        check_headers(directory)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
