@@ -151,8 +151,9 @@ def flap_scores(reader_HF: Array, mean_F: Array, mean_square_F: Array, units: Se
 
 def nearest(width: float, step: int, num_units: int, allows: Callable[[int], bool] = lambda _: True) -> int:
     """The multiple of `step` nearest to the width (halves to even), no more than all; else the nearest allowed."""
-    best = min(range(num_units // step + 2), key=lambda k: (abs(Fraction(width) - k * step), k % 2)) * step
-    best = min(best, num_units)
+    below, half = divmod(Fraction(width), step)
+    above = 2 * half > step or (2 * half == step and below % 2 == 1)
+    best = min((int(below) + above) * step, num_units)
     if best >= step and allows(best):
         return best
     counts = [count for count in range(step, num_units, step) if allows(count)]
@@ -197,11 +198,12 @@ def global_widths(
     for each in scores:
         spread = math.sqrt(((each - each.mean()) ** 2).mean())
         standard.append((each - each.mean()) / spread if spread > 1e-30 else np.zeros(len(each)))
-    thresholds = sorted({float(np.float32(value)) for each in standard for value in each})
+    standard = [each.astype(np.float32) for each in standard]
+    thresholds = sorted({float(value) for each in standard for value in each})
     for threshold in [*thresholds, math.inf]:
         widths = []
         for each, units, step, lowest in zip(standard, full, steps, least, strict=True):
-            above = sum(float(np.float32(value)) >= threshold for value in each)
+            above = int((each >= threshold).sum())
             widths.append(min(max(nearest(above, step, units), lowest), len(each)))
         if sum((units - width) * price for units, width, price in zip(full, widths, prices, strict=True)) >= target:
             return widths
