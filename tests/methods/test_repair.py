@@ -98,7 +98,7 @@ def is_near(found_HS: torch.Tensor, expected_HS: np.ndarray, gram_SS: np.ndarray
 
 
 @given(readers(), st.sampled_from([1e-4, 1e-2, 1.0]), st.sampled_from([0.0, 0.5, 1.0]), st.data())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_a_fit_is_the_least_squares_of_the_reference(case: Reader, damping: float, mix: float, data) -> None:
     own, size = Reference(case, "energy"), case.weight_HF.shape[1]
     keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1)))
@@ -116,6 +116,7 @@ def test_a_fit_is_the_least_squares_of_the_reference(case: Reader, damping: floa
 
 
 @given(readers(), st.sampled_from(["energy", "tokens"]), st.data())
+@settings(max_examples=40)
 def test_the_bias_is_the_mean_output_of_what_goes(case: Reader, weighting: str, data) -> None:
     own, size = Reference(case, weighting), case.weight_HF.shape[1]
     keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1)))
@@ -151,7 +152,7 @@ def assert_errors(found: dict[str, float], expected: dict[str, float]) -> None:
 
 
 @given(readers(), st.sampled_from([(1.0,), (1.0, 100.0), (1e3, 1.0, 10.0)]), st.sampled_from([0.0, 0.5]), st.data())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_least_squares_takes_the_best_damping_and_the_guards_step(case: Reader, factors, mix: float, data) -> None:
     size = case.weight_HF.shape[1]
     keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=size - 1)))
@@ -177,6 +178,7 @@ def test_least_squares_takes_the_best_damping_and_the_guards_step(case: Reader, 
 
 
 @given(readers(), st.data())
+@settings(max_examples=25)
 def test_without_drift_in_the_statistics_the_mix_has_no_effect(case: Reader, data) -> None:
     keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, case.weight_HF.shape[1] - 1), min_size=1))))
     numbers = measured(case, "energy", drift=False)
@@ -186,6 +188,7 @@ def test_without_drift_in_the_statistics_the_mix_has_no_effect(case: Reader, dat
 
 
 @given(readers(), st.sampled_from([0.0, 0.5]), st.data())
+@settings(max_examples=25)
 def test_no_repair_is_judged_by_what_the_cut_loses(case: Reader, mix: float, data) -> None:
     size = case.weight_HF.shape[1]
     keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=size - 1)))
@@ -198,7 +201,7 @@ def test_no_repair_is_judged_by_what_the_cut_loses(case: Reader, mix: float, dat
 
 
 @given(readers(), st.sampled_from(["energy", "tokens"]), st.sampled_from(["float32", "bfloat16", "float16"]), st.data())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_a_bias_is_judged_as_stored_and_taken_in_the_guards_share(
     case: Reader, weighting: str, dtype: str, data
 ) -> None:
@@ -223,6 +226,7 @@ def test_a_bias_is_judged_as_stored_and_taken_in_the_guards_share(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@settings(max_examples=40)
 @given(case=readers(min_channels=4), mix=st.sampled_from([0.0, 0.5]), data=st.data())
 def test_weights_are_judged_as_they_are_stored(dtype: str, case: Reader, mix: float, data) -> None:
     size = case.weight_HF.shape[1]

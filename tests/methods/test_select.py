@@ -35,7 +35,7 @@ def units_of(num_columns: int, width: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("width", [1, 2])
 @given(case=readers(multiple_of=2, max_channels=8), damping=st.sampled_from([1e-3, 0.1]), data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_greedy_obs_takes_the_least_errors_of_the_reference(width: int, case: Reader, damping: float, data) -> None:
     weight_HF, x_TF = inputs_of(case)
     units = units_of(x_TF.shape[1], width)
@@ -85,6 +85,7 @@ def test_of_equals_the_lower_number_goes() -> None:
 
 
 @given(readers(multiple_of=2, max_channels=8), st.sampled_from(["energy", "tokens"]), st.sampled_from([1, 2]))
+@settings(max_examples=40)
 def test_scores_are_their_formulae_over_weighted_domains(case: Reader, weighting: str, width: int) -> None:
     weight_HF = case.weight_HF.astype(float)
     num_inputs, reader = weight_HF.shape[1], torch.from_numpy(case.weight_HF)
