@@ -246,6 +246,57 @@ def test_weights_are_judged_as_they_are_stored(dtype: str, case: Reader, mix: fl
         np.testing.assert_array_equal(now_HS, reference.rounded(now_HS, dtype))
 
 
+def by_hand(betas: dict[str, float], noise: float = 0.0) -> Measurement:
+    """Two equal channels, of which the second goes: the first takes over c = 1 / (1 + damping) of it.
+
+    In held-out domain d the second channel is beta_d times the first, plus noise that nothing makes up for.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x_T, n_T = torch.linalg.qr(torch.randn(40, 2, generator=generator)).Q.T
+    pair_TF = torch.stack([x_T, x_T], dim=1)
+    found = Statistics.empty(2, torch.device("cpu"), gram=True)
+    found.update(pair_TF, pair_TF.sum(dim=1, keepdim=True))
+    held_out = {name: torch.stack([x_T, beta * x_T + noise * n_T], dim=1) for name, beta in betas.items()}
+    return Measurement(found, {"a": 4.0}, held_out, {})
+
+
+@pytest.mark.parametrize(
+    ("beta", "step"),
+    [(1.0, 1.0), (0.46, 1.0), (0.44, 0.5), (0.23, 0.5), (0.22, 0.25), (0.12, 0.25), (0.1, 0.0), (-0.5, 0.0)],
+)
+def test_steps_by_hand(beta: float, step: float) -> None:
+    # With c = 0.9 a step s lowers the error of a domain as long as 0.9 s < 2 beta.
+    reader = torch.nn.Linear(2, 1, bias=False)
+    reader.weight = torch.nn.Parameter(torch.ones(1, 2), requires_grad=False)
+    settings = method(damping=1 / 9)
+    for numbers in (by_hand({"d": beta}), by_hand({"good": 1.0, "d": beta}), by_hand({"d": beta, "good": 1.0})):
+        found = repair(reader, numbers, torch.tensor([0]), settings)
+        assert found.guard is not None and found.guard.step == step
+        expected = (beta - 0.9 * step) ** 2 / (1 + beta) ** 2
+        assert found.guard.error_after["d"] == pytest.approx(expected, rel=1e-3)
+        if step:
+            assert float(found.weight_HS) == pytest.approx(1 + 0.9 * step, rel=1e-4)
+        else:
+            assert found.weight_HS is None and found.guard.error_after == found.guard.error_before
+
+
+def test_the_damping_with_the_least_sum_of_errors_wins_and_of_equals_the_first() -> None:
+    reader = torch.nn.Linear(2, 1, bias=False)
+    reader.weight = torch.nn.Parameter(torch.ones(1, 2), requires_grad=False)
+    # a: 0.0025 with c = 0.9, 0.0625 with 0.5. b, mostly noise: 0.392 and 0.372. The larger of both would say 0.5.
+    numbers = by_hand({"a": 1.0, "b": 0.6})
+    noisy = by_hand({"b": 0.6}, noise=1.5**0.5)
+    numbers.held_out_TF["b"] = noisy.held_out_TF["b"]
+    for factors in ((1.0, 9.0), (9.0, 1.0)):
+        found = repair(reader, numbers, torch.tensor([0]), method(damping=1 / 9, damping_factors=factors))
+        assert found.damping == pytest.approx(1 / 9)
+        assert float(found.weight_HS) == pytest.approx(1.9, rel=1e-4)
+        refused = repair(
+            reader, by_hand({"a": -0.5}), torch.tensor([0]), method(damping=1 / 9, damping_factors=factors)
+        )
+        assert refused.weight_HS is None and refused.damping == pytest.approx(factors[0] / 9)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("score", ["wanda", "flap", "paper", "obs"])
 @pytest.mark.parametrize("compensate", ["bias", "least_squares"])
