@@ -401,6 +401,11 @@ def test_more_steps_than_a_table_holds_are_rounded_up() -> None:
     assert least_loss(removals, losses, 0) == [0, 0]
 
 
+def test_a_common_factor_of_all_removals_keeps_the_table_small_and_exact() -> None:
+    removals = [[0, 7 * 1_000_003], [0, 7 * 1_000_003]]
+    assert least_loss(removals, [[0.0, 1.0], [0.0, 2.0]], 7 * 1_000_003) == [1, 0]
+
+
 def test_of_equal_losses_the_first_option_is_taken() -> None:
     assert least_loss([[0, 5, 5]], [[0.0, 1.0, 1.0]], 5) == [1]
     assert least_loss([[0, 5], [0, 5]], [[0.0, 1.0], [0.0, 1.0]], 5) == [1, 0]

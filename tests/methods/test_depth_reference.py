@@ -41,18 +41,23 @@ def seen_by(model, ids_BT: torch.Tensor, layer: int) -> tuple[np.ndarray, np.nda
 
 
 @pytest.mark.parametrize(
-    ("dtype", "damping", "blocks", "step"),
+    ("dtype", "damping", "blocks", "step", "loud"),
     [
-        ("float32", 0.1, 24, 1.0),
-        ("float32", 1e-4, 24, 0.5),
-        ("float32", 1e-3, 6, 0.25),
-        ("float32", 1e-4, 2, 0.0),
-        ("bfloat16", 0.1, 24, 1.0),
-        ("bfloat16", 1e-4, 24, 0.5),
+        ("float32", 0.1, 24, 1.0, 1),
+        ("float32", 1e-4, 24, 0.5, 1),
+        ("float32", 1e-3, 6, 0.25, 1),
+        ("float32", 1e-4, 2, 0.0, 1),
+        ("bfloat16", 0.1, 24, 1.0, 1),
+        ("bfloat16", 1e-4, 24, 0.5, 1),
+        ("bfloat16", 0.1, 24, 1.0, 256),  # the stored reader is coarse for what the fold would change
     ],
 )
-def test_a_fold_is_the_least_squares_of_the_reference(dtype: str, damping: float, blocks: int, step: float) -> None:
-    model = tiny_llama().to(getattr(torch, dtype))
+def test_a_fold_is_the_least_squares_of_the_reference(
+    dtype: str, damping: float, blocks: int, step: float, loud: int
+) -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp.down_proj.weight.data *= loud
+    model = model.to(getattr(torch, dtype))
     text = {name: ids[:blocks] for name, ids in TEXT.items()}
     before = copy.deepcopy(model)
     parts = [seen_by(before, ids, 2) for ids in text.values()]
@@ -70,13 +75,13 @@ def test_a_fold_is_the_least_squares_of_the_reference(dtype: str, damping: float
 
     assert judged.step == reference.guard(errors) == step
     # In bfloat16 what a layer adds is a difference of rounded hidden states.
-    tolerance = 1e-3 if dtype == "float32" else 0.02
+    tolerance = 1e-3 if dtype == "float32" else 0.01
     assert judged.error_before == pytest.approx(errors(0.0), rel=tolerance)
     assert judged.error_after == pytest.approx(errors(step), rel=tolerance)
     found_DF = model.model.layers[1].mlp.down_proj.weight.detach().double().numpy()
     expected_DF = old_DF + step * (whole_DF - old_DF)
     # bfloat16 has eight bits, and a number that falls on the other side of a half is one of them off.
-    np.testing.assert_allclose(found_DF, expected_DF, rtol=2**-7 if dtype == "bfloat16" else 0, atol=2e-3)
+    np.testing.assert_allclose(found_DF, expected_DF, rtol=2**-7 if dtype == "bfloat16" else 0, atol=2e-3 * loud)
 
 
 def test_without_held_out_text_the_whole_fold_is_taken() -> None:
@@ -168,6 +173,15 @@ def test_layers_are_measured_again_until_none_can_be_cheaper(monkeypatch) -> Non
     costs |= {frozenset({0, 1}): 4.0}
     chosen, calls = chosen_by(costs, 8, 2, monkeypatch)
     assert calls == [list(range(8)), [1, 2, 3, 4]] and chosen == {0: 1.0, 1: 4.0}
+
+
+def test_what_a_layer_added_counts_from_what_was_gone_before(monkeypatch) -> None:
+    single = {0: 1.0, 1: 2.0, 2: 3.0, 3: 3.1, 4: 3.2, 5: 3.5, 6: 3.6, 7: 3.7}
+    costs = {frozenset({index}): cost for index, cost in single.items()}
+    costs |= {frozenset({0, index}): 1 + cost for index, cost in single.items() if index}
+    costs |= {frozenset({0, 1, index}): 3 + cost for index, cost in single.items() if index > 1}
+    chosen, calls = chosen_by(costs, 8, 3, monkeypatch)
+    assert calls[1:] == [[1, 2, 3, 4], [2, 3, 4, 5]] and list(chosen) == [0, 1, 2]
 
 
 def test_protected_layers_are_neither_measured_nor_removed(monkeypatch) -> None:

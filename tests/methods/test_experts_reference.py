@@ -12,8 +12,8 @@ from secateur.errors import NumericsError
 from secateur.facts import Batch, Method
 from secateur.methods import expert_channels
 from secateur.methods.expert_channels import prune_expert_channels
-from secateur.methods.expert_refit import refit_experts
-from secateur.methods.experts import cut_experts, observe_routing, prune_experts
+from secateur.methods.expert_refit import _refit, channel_inputs, refit_experts
+from secateur.methods.experts import _routing_of_weighted, cut_experts, observe_routing, prune_experts
 from secateur.methods.select import Task
 from secateur.model.bind import bind
 from secateur.stream.walk import Walk, make_batches
@@ -26,12 +26,12 @@ HELD_OUT = {"a": tiny_ids(batch=2, length=20, seed=3), "b": tiny_ids(batch=2, le
 CHANNELS = 112
 
 
-def batches_of() -> list[Batch]:
+def batches_of(text: dict[str, torch.Tensor]) -> list[Batch]:
     """Each domain's text in batches of 60 tokens, its held-out text behind it."""
     return [
         batch
         for name in SHARES
-        for held_out, ids in ((False, TEXT[name]), (True, HELD_OUT[name]))
+        for held_out, ids in ((False, text[name]), (True, HELD_OUT[name]))
         for batch in make_batches(name, ids, held_out=held_out, batch_tokens=60)
     ]
 
@@ -89,8 +89,8 @@ class Layer:
         return np.array(tokens, dtype=int), self.inputs_of(name, expert)[tokens] * gate_T[:, None]
 
 
-def walk_to(model, index: int) -> Walk:
-    walk = Walk(model, bind(model), batches_of())
+def walk_to(model, index: int, text: dict[str, torch.Tensor] = TEXT) -> Walk:
+    walk = Walk(model, bind(model), batches_of(text))
     for before in range(index):
         walk.advance(before)
     return walk
@@ -124,6 +124,11 @@ def test_the_experts_of_least_score_go_and_the_line_says_what_is_left(score: str
     assert torch.equal(mlp.experts.down_proj, old.experts.down_proj[expected])
     assert torch.equal(mlp.experts.gate_up_proj, old.experts.gate_up_proj[expected])
     assert torch.equal(mlp.gate.weight, old.gate.weight[expected])
+    counts = group_of(before, "experts", 1).experts.counts
+    assert counts
+    for name in counts:
+        parent, _, attribute = name.rpartition(".")
+        assert getattr(model.model.layers[1].get_submodule(parent), attribute) == 4
 
 
 @torch.no_grad()
@@ -174,7 +179,9 @@ def test_with_a_refit_experts_go_in_steps_measured_on_what_the_last_step_left() 
     assert torch.equal(model.model.layers[1].mlp.experts.down_proj, stepwise.model.layers[1].mlp.experts.down_proj)
 
 
-@pytest.mark.parametrize(("weighting", "mix", "damping"), [("energy", 0.5, 0.3), ("tokens", 0.0, 0.03)])
+@pytest.mark.parametrize(
+    ("weighting", "mix", "damping"), [("energy", 0.5, 0.3), ("tokens", 0.0, 0.03), ("energy", 0.0, 1e-3)]
+)
 @torch.no_grad()
 def test_a_refit_is_two_sweeps_of_damped_least_squares_towards_the_output_and_a_part_of_the_drift(
     weighting: str, mix: float, damping: float
@@ -221,23 +228,31 @@ def test_a_refit_is_two_sweeps_of_damped_least_squares_towards_the_output_and_a_
         return found
 
     step = reference.best_step(errors)
-    assert step > 0 and judged.step == step
+    assert judged.step == step and (step > 0) == (damping > 1e-2)
     assert judged.error_before == pytest.approx(errors(0.0), rel=1e-3)
     assert judged.error_after == pytest.approx(errors(step), rel=1e-3)
     expected = np.stack([now[0].reader(expert) for expert in range(4)]) + step * change
     np.testing.assert_allclose(numbers(model.model.layers[1].mlp.experts.down_proj), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("weighting", "compensate"), [("energy", "least_squares"), ("tokens", "none")])
+FEW = {name: ids[:1, :2] for name, ids in TEXT.items()}  # four tokens, so that some expert has none
+
+
+@pytest.mark.parametrize(
+    ("weighting", "compensate", "text"),
+    [("energy", "least_squares", TEXT), ("tokens", "none", TEXT), ("energy", "none", FEW)],
+    ids=["energy", "tokens", "few"],
+)
 @torch.no_grad()
-def test_channels_of_every_expert_go_as_the_reference_says(weighting: str, compensate: str) -> None:
+def test_channels_of_every_expert_go_as_the_reference_says(weighting: str, compensate: str, text) -> None:
     model = tiny_family("mixtral")
     before, group = copy.deepcopy(model), group_of(model, "expert_ffn", 1)
     settings = method(weighting=weighting, compensate=compensate, obs_batch=16)
-    keep_EK, line = prune_expert_channels(Task(walk_to(model, 1), group, 80, settings, SHARES, 0))
+    keep_EK, line = prune_expert_channels(Task(walk_to(model, 1, text), group, 80, settings, SHARES, 0))
 
-    own = Layer(before, 1, TEXT)
+    own = Layer(before, 1, text)
     energy = {name: float(own.routing(name)[2].sum()) for name in TEXT}
+    assert (0 in sum(own.routing(name)[0] for name in TEXT)) == (text is FEW)
     assert line["output_energy"] == pytest.approx(energy, rel=1e-4)
     factors = {name: reference.domain_factor(weighting, SHARES[name], energy[name]) for name in TEXT}
     change = np.zeros((6, 48, 80))
@@ -287,3 +302,28 @@ def test_an_expert_that_gives_no_numbers_is_named(name: str) -> None:
     prune = prune_experts if name == "experts" else expert_channels.prune_expert_channels
     with pytest.raises(NumericsError, match=r"layer 1, mlp\.experts, domain a: an expert gives NaN"):
         prune(Task(walk_to(model, 1), group_of(model, name, 1), 4, method(), SHARES, 0))
+
+
+@torch.no_grad()
+def test_an_expert_with_many_tokens_is_damped_as_asked() -> None:
+    model = tiny_family("mixtral")
+    group, experts = group_of(model, "experts", 0), model.model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = 10 * CHANNELS + 7
+    hidden_TD, left_TD = (torch.randn(num_tokens, 48, generator=generator) for _ in range(2))
+    parts = {"a": (hidden_TD, torch.ones(num_tokens, 1, dtype=torch.long), torch.rand(num_tokens, 1), left_TD.clone())}
+    reader_DF = experts.down_proj[1].clone()
+    new_DF = _refit(experts, group.experts.stacks, 1, reader_DF, parts, {"a": 1.0}, 0.1)
+    x_TF = numbers(channel_inputs(experts, group.experts.stacks, 1, hidden_TD) * parts["a"][2])
+    ridge_F = reference.ridge(x_TF.T @ x_TF, 0.1)
+    expected_DF = reference.refit(np.zeros((48, CHANNELS)), x_TF, range(CHANNELS), ridge_F, numbers(left_TD))
+    np.testing.assert_allclose(numbers(new_DF - reader_DF), expected_DF, atol=1e-5)
+
+
+def test_weighted_inputs_count_tokens_that_are_not_zero() -> None:
+    """Two experts that see all three tokens, each times its weight: expert 0 has tokens 0 and 2, expert 1 token 1."""
+    inputs_XD = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    outputs_XD = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0], [0.0, 0.0], [6.0, 8.0], [0.0, 0.0]])
+    found = _routing_of_weighted(inputs_XD, outputs_XD, 2)
+    assert found.num_tokens_E.tolist() == [2, 1]
+    assert found.norms_E.tolist() == [7, 10] and found.energy_E.tolist() == [29, 100]

@@ -1,5 +1,7 @@
 """Selection against the reference: greedy OBS unit by unit and in batches, scores of every unit, whole steps."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import reference_methods as reference
@@ -12,11 +14,13 @@ from random_readers import Reader, readers
 
 from secateur.facts import Method
 from secateur.methods.scores import SCORES, ScoreInputs
-from secateur.methods.select import Task, greedy_obs, select, unit_scores, units_at_once
+from secateur.methods.select import Task, greedy_obs, log_line, select, unit_scores, units_at_once
 from secateur.model.bind import bind
 from secateur.model.group import Axis, Group, Linears
+from secateur.pruning.round_plan import layer_seed
 from secateur.stream.statistics import Statistics, damped_gram, domain_weight
 from secateur.stream.walk import Walk, make_batches
+from tests.model.test_exactness import prune_tiny, random_calibration
 
 # Scores and weights are float32 sums over outputs; damping 1e-3 and pivots in float64 lose little more.
 SCORE = 1e-4
@@ -94,9 +98,7 @@ def test_scores_are_their_formulae_over_weighted_domains(case: Reader, weighting
     x_TF, one_T1 = reference.pooled(
         {n: (x.astype(float), np.ones((len(x), 1))) for n, x in case.inputs_TF.items()}, factors
     )
-    mass = float((one_T1**2).sum())
-    if mass == 0:
-        return
+    mass = float((one_T1**2).sum()) or 1.0  # no domain counts if all are silent: every mean is 0
     statistics = Statistics.empty(num_inputs, torch.device("cpu"), gram=True, dtype=torch.float32)
     for name, x in case.inputs_TF.items():
         own = Statistics.empty(num_inputs, torch.device("cpu"), gram=True)
@@ -208,6 +210,25 @@ def test_obs_is_greedy_in_the_methods_batches_and_ridge() -> None:
 
 
 @torch.no_grad()
+def test_a_batch_of_wide_units_has_as_many_columns_as_asked() -> None:
+    task, statistics = task_of(0, obs_batch=12)
+    units = units_of(48, 6)
+    segments = Linears((), Axis("self_attn.o_proj", (1,) * 6))
+    heads = Group(0, "kv_heads", "heads", "head", 8, 1, segments)
+    generator = torch.Generator().manual_seed(2)
+    x_TF = torch.randn(60, 48, generator=generator) @ torch.randn(48, 48, generator=generator)
+    statistics = Statistics.empty(48, torch.device("cpu"), gram=True)
+    statistics.update(x_TF, x_TF)
+    weight_HF = task.walk.layers[0].self_attn.o_proj.weight
+    for num_keep in (2, 3, 4):
+        found = select(dataclasses.replace(task, group=heads, num_keep=num_keep), statistics)
+        expected = greedy_obs(weight_HF, damped_gram(statistics.gram, 1e-3), torch.tensor(units), num_keep, 2)
+        assert torch.equal(found.keep, expected.keep)
+    at_once = greedy_obs(weight_HF, damped_gram(statistics.gram, 1e-3), torch.tensor(units), 2, 8)
+    assert not torch.equal(at_once.keep, select(dataclasses.replace(task, group=heads, num_keep=2), statistics).keep)
+
+
+@torch.no_grad()
 def test_each_seed_draws_its_own_units() -> None:
     first, again, other = (select(*task_of(60, seed=seed, score="random")).keep for seed in (5, 5, 6))
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -217,3 +238,23 @@ def test_each_seed_draws_its_own_units() -> None:
 def test_all_units_stay_without_a_score() -> None:
     found = select(*task_of(112, torch.rand(112)))
     assert found.keep.tolist() == list(range(112)) and len(found.scores) == 0
+    for score in ("obs", "wanda"):
+        assert len(select(*task_of(111, score=score)).keep) == 111
+
+
+def test_a_groups_line_has_its_counts_and_the_quartiles_of_its_scores() -> None:
+    group = heads_of(None)
+    scores = torch.tensor([9.0, 3.0, 5.0, 1.0, 7.0, 2.0, 8.0])
+    line = log_line(group, 2, 7, {"a": 1.5}, scores)
+    # Sorted they are 1 2 3 5 7 8 9, and places 0, 1.5, 3, 4.5 and 6 are rounded to even.
+    assert line["score_quantiles"] == [1.0, 3.0, 5.0, 7.0, 9.0]
+    assert (line["layer"], line["group"], line["kept"], line["total"]) == (0, "kv_heads", 2, 7)
+    assert line["output_energy"] == {"a": 1.5}
+    assert log_line(group, 2, 2, {}, torch.zeros(0))["score_quantiles"] == []
+
+
+def test_layers_and_rounds_have_seeds_of_their_own() -> None:
+    seeds = {layer_seed(seed, number, layer) for seed in range(3) for number in range(4) for layer in range(5)}
+    assert len(seeds) == 3 * 4 * 5
+    keeps, _ = prune_tiny(tiny_llama(), random_calibration(), score="random", compensate="none")
+    assert len({tuple(keep.tolist()) for keep in keeps.values()}) == 3
