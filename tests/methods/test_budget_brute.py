@@ -310,7 +310,7 @@ def test_curve_has_the_least_loss_of_all_choices(
 @given(
     cases(max_layers=2), st.integers(0, 999), SHARE, st.floats(0, 1.2), st.sampled_from([("code",), ("prose", "code")])
 )
-@settings(max_examples=150)
+@settings(max_examples=40)
 def test_a_limited_curve_keeps_its_limits_and_promises_no_more_than_brute_force(
     case: Case, seed: int, remove: float, tight: float, names: tuple[str, ...]
 ) -> None:
