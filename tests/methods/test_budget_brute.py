@@ -161,6 +161,21 @@ def test_a_tie_of_dearest_steps_goes_by_name_and_heads_come_before_channels() ->
     assert even.num_keep == {(0, "ffn"): 90, (0, "heads"): 9}
 
 
+def test_the_last_step_stays_where_it_is_the_nearest() -> None:
+    channels, heads = group_of(0, "ffn", 400), group_of(0, "heads", 4)
+    both = prices_of((heads, channels), {"heads": 10, "ffn": 1}, 440)
+    # A tenth of four heads is nearer to none, but one must stay and channels make up for it.
+    assert uniform_plan((heads, channels), both, 0.9, 1).num_keep == {(0, "heads"): 1, (0, "ffn"): 34}
+    alone = prices_of((channels,), {"ffn": 1}, 400)
+    assert uniform_plan((channels,), alone, 394 / 400, 8).num_keep == {(0, "ffn"): 8}
+    with pytest.raises(RecipeError, match="out of reach"):
+        uniform_plan((channels,), alone, 397 / 400, 8)
+
+
+def test_64_levels_are_not_too_many() -> None:
+    assert len(level_grid(64 * 64, 64)) == 64 and len(level_grid(65 * 64, 64)) == 33
+
+
 @given(cases(), st.floats(0, 1))
 @settings(max_examples=50)
 def test_least_counts_are_the_first_that_are_enough(case: Case, min_keep: float) -> None:
@@ -364,6 +379,28 @@ def test_global_has_the_lowest_threshold_that_is_enough(case: Case, remove: floa
         return
     plan = global_plan(case.groups, scores, case.prices, remove, case.align, min_keep=least)
     assert list(plan.num_keep.values()) == expected
+
+
+def test_global_by_hand() -> None:
+    groups = (group_of(0, "ffn", 4), group_of(1, "ffn", 4))
+    prices, least = prices_of(groups, {"ffn": 1}, 8), {(0, "ffn"): 1, (1, "ffn"): 1}
+
+    def kept(first: list[float], second: list[float], remove: float) -> list[int]:
+        scores = {(0, "ffn"): torch.tensor(first), (1, "ffn"): torch.tensor(second)}
+        return list(global_plan(groups, scores, prices, remove, 1, min_keep=least).num_keep.values())
+
+    # The second group is louder and else the same: both lose their lowest unit.
+    assert kept([0.0, 1.0, 2.0, 10.0], [100.0, 101.0, 102.0, 110.0], 0.25) == [3, 3]
+    # Around the mean and per standard deviation: -0.66 -0.58 -0.50 1.73 and -1.73 0.50 0.58 0.66.
+    assert kept([0.0, 1.0, 2.0, 30.0], [0.0, 28.0, 29.0, 30.0], 0.125) == [4, 3]
+    assert kept([0.0, 1.0, 2.0, 30.0], [0.0, 28.0, 29.0, 30.0], 0.375) == [2, 3]
+    # All equal: no unit lies below the others, so all go that may.
+    assert kept([1.0, 1.0, 1.0, 1.0], [0.0, 28.0, 29.0, 30.0], 0.25) == [1, 3]
+    assert kept([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], 0.75) == [1, 1]
+    # 2.16 of 8 units are three, never two.
+    assert kept([0.0, 1.0, 2.0, 30.0], [0.0, 28.0, 29.0, 30.0], 0.27) == [2, 3]
+    # Not by the largest value: -1 1 1 -1 and -1.73 0.58 0.58 0.58.
+    assert kept([4.0, 6.0, 6.0, 4.0], [0.0, 100.0, 100.0, 100.0], 0.375) == [2, 3]
 
 
 def test_prices_count_what_goes_and_what_layers_leave() -> None:

@@ -309,8 +309,9 @@ def test_a_silent_layer_stays_silent(score: str, compensate: str) -> None:
     batches = [b for held_out in (False, True) for b in make_batches("a", tiny_ids(), held_out=held_out)]
     bias_H = mlp.down_proj.bias.clone()
     task = Task(Walk(model, bind(model), batches), group, 80, method(score=score, compensate=compensate), {"a": 1.0}, 0)
-    keep, _ = prune_channels(task)
+    keep, line = prune_channels(task)
     assert len(keep) == 80 and not mlp.down_proj.weight.any()
+    assert line["score_quantiles"] == [0.0] * 5
     assert torch.equal(mlp.down_proj.bias, bias_H)
 
 

@@ -16,7 +16,7 @@ from secateur.facts import Method
 from secateur.methods.scores import SCORES, ScoreInputs
 from secateur.methods.select import Task, greedy_obs, log_line, select, unit_scores, units_at_once
 from secateur.model.bind import bind
-from secateur.model.group import Axis, Group, Linears
+from secateur.model.group import Axis, Group, Linears, cut
 from secateur.pruning.round_plan import layer_seed
 from secateur.stream.statistics import Statistics, damped_gram, domain_weight
 from secateur.stream.walk import Walk, make_batches
@@ -173,6 +173,10 @@ def test_a_groups_scores_count_the_rows_of_every_writer() -> None:
         mlp.gate_proj.weight.square().sum(1) + mlp.up_proj.weight.square().sum(1) + mlp.down_proj.weight.square().sum(0)
     )
     torch.testing.assert_close(found, squares.sqrt())
+    # In a later round the layer has less units than the group began with.
+    cut(layer, ffn, torch.arange(40), 112)
+    found = unit_scores(layer, ffn, Statistics.empty(40, torch.device("cpu"), gram=False), "magnitude", 1e-3, 0)
+    torch.testing.assert_close(found, squares.sqrt()[:40])
 
 
 def task_of(num_keep: int, scores_U: torch.Tensor | None = None, seed: int = 0, **changes) -> tuple[Task, Statistics]:
@@ -239,7 +243,8 @@ def test_all_units_stay_without_a_score() -> None:
     found = select(*task_of(112, torch.rand(112)))
     assert found.keep.tolist() == list(range(112)) and len(found.scores) == 0
     for score in ("obs", "wanda"):
-        assert len(select(*task_of(111, score=score)).keep) == 111
+        found = select(*task_of(111, score=score))
+        assert len(found.keep) == 111 and len(found.scores) == 112
 
 
 def test_a_groups_line_has_its_counts_and_the_quartiles_of_its_scores() -> None:
