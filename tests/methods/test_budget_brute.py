@@ -33,7 +33,7 @@ from secateur.methods.budget import (
     round_shares,
     uniform_plan,
 )
-from secateur.methods.curve import MAX_STEPS, GroupProfile, curve_plan, least_loss, predicted_rise
+from secateur.methods.curve import GroupProfile, curve_plan, least_loss, predicted_rise
 from secateur.model.group import Axis, Group, Linears
 
 AXIS = Linears((Axis("writer", (1,)),), Axis("reader", (1,)))
@@ -431,11 +431,17 @@ def test_a_promise_is_rounded_down() -> None:
 
 
 def test_more_steps_than_a_table_holds_are_rounded_up() -> None:
-    # Coprime removals of 50,001 steps in all: the table is halved, and the target still met.
-    removals, losses = [[0, MAX_STEPS // 2], [0, MAX_STEPS // 2 + 1]], [[0.0, 1.0], [0.0, 2.0]]
-    assert least_loss(removals, losses, MAX_STEPS // 2) == [1, 0]
-    assert least_loss(removals, losses, MAX_STEPS // 2 + 2) == [1, 1]
+    # Coprime removals of 50,001 in all: the table counts in twos, down, and the target still is met.
+    removals, losses = [[0, 25_000], [0, 25_001]], [[0.0, 1.0], [0.0, 2.0]]
     assert least_loss(removals, losses, 0) == [0, 0]
+    assert least_loss(removals, losses, 25_000) == [1, 0]
+    assert least_loss(removals, losses, 25_001) == least_loss(removals, losses, 25_002) == [1, 1]
+
+
+def test_all_that_can_go_may_be_asked() -> None:
+    (group,) = groups = (group_of(0, "ffn", 4),)
+    profiles = {(0, "ffn"): GroupProfile((4, 2, 1), (0.0, 0.1, 0.2), {"a": 1.0})}
+    assert curve_plan(groups, profiles, prices_of(groups, {"ffn": 1}, 8), 3 / 8).num_keep == {(group.layer, "ffn"): 1}
 
 
 def test_a_common_factor_of_all_removals_keeps_the_table_small_and_exact() -> None:

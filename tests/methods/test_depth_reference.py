@@ -8,6 +8,7 @@ import reference_methods as reference
 import torch
 from models import tiny_ids, tiny_llama
 
+from secateur.errors import NumericsError
 from secateur.facts import Batch
 from secateur.methods import depth
 from secateur.methods.depth import choose_layers, fold_patch, layer_kl, narrow_readers
@@ -140,6 +141,13 @@ def test_a_divergence_is_the_mean_over_all_tokens_of_all_domains() -> None:
     assert float(found[1]) == pytest.approx(total / count, rel=1e-4)
 
 
+def test_one_divergence_that_is_no_number_is_enough(monkeypatch) -> None:
+    monkeypatch.setattr(depth, "_divergences", lambda *_: [torch.tensor([1.0, torch.inf, 2.0])])
+    model = tiny_llama()
+    with pytest.raises(NumericsError, match="KL without layer 1, domain a"):
+        layer_kl(model, bind(model), batches_of(TEXT, {})[:1], (), [1])
+
+
 def chosen_by(costs: dict[frozenset, float], num_layers: int, num_remove: int, monkeypatch, **options) -> tuple:
     """Choose by these costs of sets of removed layers; return the choice and what was measured, call by call."""
     model, calls = tiny_llama(num_layers=num_layers), []
@@ -169,10 +177,10 @@ def test_layers_are_measured_again_until_none_can_be_cheaper(monkeypatch) -> Non
     chosen, calls = chosen_by(costs, 8, 2, monkeypatch)
     assert calls == [list(range(8)), [1, 2, 3, 4], [5, 6, 7]]
     assert chosen == {0: 1.0, 5: 8.5}
-    # What layer 4 adds at least, 5 on top of 1, is more than what layer 1 now costs: one call is enough.
-    costs |= {frozenset({0, 1}): 4.0}
+    # Layer 5 adds at least 6 to the 1 of before, which is more than what layer 1 now costs: one call is enough.
+    costs |= {frozenset({0, 1}): 6.5}
     chosen, calls = chosen_by(costs, 8, 2, monkeypatch)
-    assert calls == [list(range(8)), [1, 2, 3, 4]] and chosen == {0: 1.0, 1: 4.0}
+    assert calls == [list(range(8)), [1, 2, 3, 4]] and chosen == {0: 1.0, 1: 6.5}
 
 
 def test_what_a_layer_added_counts_from_what_was_gone_before(monkeypatch) -> None:
