@@ -95,7 +95,12 @@ def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float])
     pooled, current = ([Gram(size, device, torch.float32) for _ in range(num_experts)] for _ in range(2))
     seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))
     calls: list[Call] = []
-    domains = InOrder(shares, lambda domain: _fold(seen, current, domain, group, weighting, shares[domain]))
+    domains = InOrder(shares)
+
+    def pool_ended(begins: str) -> None:
+        for domain in domains.begin(begins):
+            _fold(seen, current, domain, group, weighting, shares[domain])
+
     with module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs)):
         for batch, _ in walk.run(group.layer, to_middle=True):
             call = calls.pop()
@@ -103,11 +108,11 @@ def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float])
                 seen.held_out.setdefault(batch.domain, []).append(call)
                 continue
             domain, hidden_TD = batch.domain, call[0]
-            domains.begin(domain)
+            pool_ended(domain)
             place = (list(shares).index(domain) if domain in shares else 0, batch.first_block)
             seen.samples[place] = hidden_TD[:: max(1, len(hidden_TD) // 64)]
             seen.energy[domain] = seen.energy.get(domain, 0.0) + _add(module, stacks, call, current, seen)
-    domains.end()
+    pool_ended("")
     sum_over_ranks(seen.num_tokens_E)
     seen.samples = dict(sorted(of_all_ranks(seen.samples).items()))
     return seen

@@ -270,24 +270,19 @@ def of_all_ranks(parts: Mapping[Key, T]) -> dict[Key, T]:
 
 
 class InOrder:
-    """Calls `fold` for a domain once its batches are done, in the same order on every rank.
+    """Says which domains are done, in the same order on every rank.
 
-    A rank also folds domains of which it has no batch, since all ranks sum up together.
+    A rank also hears of domains of which it has no batch, since all ranks sum up together.
     """
 
-    def __init__(self, domains: Iterable[str], fold: Callable[[str], None]) -> None:
-        self.domains, self.fold, self.current = list(domains), fold, ""
+    def __init__(self, domains: Iterable[str]) -> None:
+        self.domains, self.current = list(domains), ""
 
-    def begin(self, domain: str) -> None:
-        """Say which domain the next batch belongs to."""
-        if domain != self.current or not domain:
-            for ended in domains_ended(self.current, domain, self.domains):
-                self.fold(ended)
-            self.current = domain
-
-    def end(self) -> None:
-        """Say that no batch follows."""
-        self.begin("")
+    def begin(self, domain: str) -> list[str]:
+        """Return the domains that end as the next batch belongs to this one; "" ends the last."""
+        ended = domains_ended(self.current, domain, self.domains) if domain != self.current or not domain else []
+        self.current = domain
+        return list(ended)
 
 
 @dataclass(frozen=True, slots=True)
