@@ -88,6 +88,7 @@ def test_formulae() -> None:
         "magnitude": (columns.square().sum(0) + torch.arange(1, 9)).sqrt(),
         "wanda": columns.abs().sum(0) * x.square().mean(0).sqrt(),
         "flap": x.var(0, correction=0) * columns.square().sum(0),
+        "paper": (x.square().mean(0) * columns.square().sum(0)).sqrt(),
     }
     for name, value in expected.items():
         torch.testing.assert_close(SCORES[name].function(inputs).double(), value, rtol=1e-4, atol=1e-5)

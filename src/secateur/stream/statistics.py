@@ -207,13 +207,13 @@ class Statistics:
 
     @property
     def mean_F(self) -> Float[Tensor, " F"]:
-        """Mean input per channel."""
-        return self.sum_F / self.mass
+        """Mean input per channel; 0 if no token counts, as where every domain's output is silent."""
+        return self.sum_F / (self.mass or 1.0)
 
     @property
     def mean_square_F(self) -> Float[Tensor, " F"]:
-        """Mean squared input per channel."""
-        return self.sum_squares_F / self.mass
+        """Mean squared input per channel, see `mean_F`."""
+        return self.sum_squares_F / (self.mass or 1.0)
 
     @property
     def variance_F(self) -> Float[Tensor, " F"]:
