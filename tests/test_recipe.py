@@ -159,3 +159,10 @@ def test_a_domain_is_frozen_and_has_a_share_above_nothing():
         parse_recipe({"calibration": {"domains": {"a": {"sampled": True, "share": 0}}}})
     with pytest.raises(ValueError, match="frozen"):
         Domain(sampled=True).share = math.pi  # type: ignore[misc]
+
+
+def test_a_written_recipe_says_every_default():
+    """A later version with other defaults must repeat the run."""
+    written = yaml.safe_load(dump_recipe(Recipe()))
+    assert written["repair"]["damping"] == 0.001 and written["choose"]["budget"] == "uniform"
+    assert list(written) == ["seed", *GROUPS[:4], "machine", "output"]

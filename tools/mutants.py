@@ -89,7 +89,7 @@ def _run_tests(source: Path, log: Path, tests: tuple[str, ...]) -> None:
     os.setpgid(0, 0)
     os.chdir(ROOT)
     os.environ["PYTHONPATH"] = str(source)  # for the processes that tests start
-    sys.path.insert(0, str(source))
+    sys.path[:0] = [str(source), str(ROOT)]  # as `python -m pytest` has it
     sys.dont_write_bytecode = True
     with log.open("w") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
         import pytest

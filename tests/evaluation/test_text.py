@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from secateur.data.calibration import build_calibration
 from secateur.errors import CalibrationError, NumericsError, RecipeError
+from secateur.evaluation import text
 from secateur.evaluation.text import measure_quality, named_blocks, recipe_blocks, wikitext_blocks
 from secateur.log import silent
 from secateur.model.bind import bind
@@ -142,3 +143,26 @@ def test_rows_without_text_are_refused(tmp_path):
     (tmp_path / "rows.raw").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(CalibrationError, match="give a text file in UTF-8"):
         wikitext_blocks(str(tmp_path / "rows.raw"), 8, TOKENIZER, Positions(256))
+
+
+def test_rounds_of_fresh_text_are_drawn_as_the_run_drew_them(recipe, tmp_path):
+    """With `rotate` every round takes blocks of its own, which moves what is held out."""
+    calibration = {**recipe["calibration"], "rotate": True, "num_tokens": 640}
+    asked = parse_recipe(grouped({**recipe, "calibration": calibration, "rounds": 3}))
+    drawn = build_calibration(asked.calibration, 640, TOKENIZER, 0, silent, num_rounds=3)
+    out = result_of(tmp_path / "out", recipe, drawn.content_hash, calibration=calibration, rounds=3)
+    blocks, notes = recipe_blocks(out, TOKENIZER, silent)
+    assert notes == () and all(torch.equal(blocks[each.name], each.held_out_NT) for each in drawn.domains)
+
+
+def test_a_mean_that_is_infinite_is_refused_too(monkeypatch):
+    monkeypatch.setattr(text, "block_losses", lambda *_: torch.tensor([1.0, math.inf]))
+    with pytest.raises(NumericsError, match=r"the loss is inf"):
+        measure_quality(
+            tiny_llama(), bind(tiny_llama()), TOKENIZER, "mine", torch.zeros(1, 3, dtype=torch.long), lambda: None
+        )
+
+
+def test_a_model_of_many_positions_is_judged_as_in_the_literature(tmp_path):
+    (tmp_path / "rows.txt").write_text("a row of it \n" * 600)
+    assert wikitext_blocks(str(tmp_path / "rows.txt"), None, TOKENIZER, Positions(8192)).shape[1] == 2048

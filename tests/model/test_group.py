@@ -213,3 +213,32 @@ def test_the_config_says_what_the_tensors_are(name):
         assert model(tiny_ids(), use_cache=False).logits.isfinite().all()
     reader = linear(decoder_layers(model, arch)[0], arch.select(("ffn",))[0].reader.module)
     assert reader.in_features == 40
+
+
+def test_widths_that_are_equal_again_give_the_plain_config():
+    model = tiny_llama()
+    arch, stock = bind(model), type(model)
+    groups = arch.select(("ffn",))
+    cut(model.model.layers[0], groups[0], torch.arange(40), 112)
+    record_widths(model, arch)
+    assert type(model) is not stock and type(model.config).__name__.startswith("PerLayer")
+    for group in groups[1:]:
+        cut(model.model.layers[group.layer], group, torch.arange(40), 112)
+    record_widths(model, arch)
+    assert type(model) is stock and type(model.config).__name__ == "LlamaConfig"
+    assert not model.config.is_heterogeneous and model.config.intermediate_size == 40
+
+
+def test_a_transposed_linear_is_saved_and_loaded_as_it_was():
+    """GPT-2's files hold inputs x outputs; in memory it is a linear like all others."""
+    model, plain = tiny_family("gpt2"), tiny_family("gpt2")
+    bind(model)
+    ours, theirs = model.state_dict(), plain.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+    other = tiny_family("gpt2", seed=1)
+    bind(other)
+    other.load_state_dict(theirs)
+    for (name, ours), theirs in zip(other.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs[1]), name

@@ -2,16 +2,20 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import tiny_llama
+from recipes import grouped
 
+import secateur
+from secateur.errors import CheckpointError
 from secateur.methods.compensate import Guard, Repair
 from secateur.model.bind import decoder_layers
 from secateur.model.group import add_zero_biases
-from secateur.pruning import group_step
+from secateur.pruning import group_step, result
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
 from secateur.pruning.result import PrunedCheckpoint, calibration_facts, group_widths, summary_of
 from secateur.pruning.run import Run
@@ -185,3 +189,21 @@ def test_a_round_s_checkpoint_has_a_place_of_its_own_and_the_last_one_none(tmp_p
     plain = PrunedCheckpoint(tiny_llama(), tiny_tokenizer(), Recipe(), tmp_path / "plain", None, (0, 1, 2))
     plain.save({(0, "ffn"): torch.tensor([1])})
     assert (tmp_path / "plain" / "keep.json").read_text() == '[{"layer": 0, "group": "ffn", "keep": [1]}]\n'
+
+
+def test_a_result_that_does_not_reload_is_not_there(recipe, tmp_path, monkeypatch):
+    seen: list[Any] = []
+
+    def refuse(directory: Path, ids: torch.Tensor, logits: torch.Tensor) -> None:
+        seen.append((directory, ids, logits))
+        raise CheckpointError("the directory does not hold this model.")
+
+    monkeypatch.setattr(result, "verify_reload", refuse)
+    model = tiny_llama()
+    asked = {**recipe, "evaluate": False}
+    with pytest.raises(CheckpointError, match="does not hold this model"):
+        secateur.prune(model, grouped(asked), tokenizer=tiny_tokenizer(), out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    ((_, ids, logits),) = seen
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, logits), "the logits are those of the pruned model"

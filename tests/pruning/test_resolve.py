@@ -285,3 +285,14 @@ def test_nothing_of_the_recipe_is_lost():
 def test_a_group_that_is_not_in_the_family_is_named():
     with pytest.raises(Exception, match=r"no group 'fnn'; .* did you mean 'ffn'"):
         bind(tiny_llama()).select(("fnn",))
+
+
+@pytest.mark.parametrize(("budget", "least"), [("global", 520), ("curve", 528)])
+def test_a_curve_has_64_levels_at_most_and_the_least_is_one_of_them(budget, least):
+    """1,024 channels in steps of 8 are 128 steps, so that levels are multiples of 16; 520 is none."""
+    model = wide(1024)
+    largest = 3 * (1024 - least) * UNIT / Size.of(model).num_params
+    asked = {"budget": budget, "min_keep": 520 / 1024, "calibration": {"num_tokens": 10240, "sequence_length": 32}}
+    resolved(model, remove=largest - 1e-6, **asked)
+    with pytest.raises(RecipeError, match=r"out of reach"):
+        resolved(model, remove=largest + 1e-6, **asked)

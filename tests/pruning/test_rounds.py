@@ -1,5 +1,6 @@
 """The loop over rounds: one seed a layer and round, slopes at the round's own cut, and the safety net's arithmetic."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from secateur.pruning.resolve import resolve
 from secateur.pruning.round_plan import layer_seed
 from secateur.pruning.run import Run, SafetyNet, watched_losses
 from secateur.recipe_file import parse_recipe
-from secateur.store import Services
+from secateur.store import Services, Store
 from secateur.stream.walk import Walk
 from tests.model.test_exactness import random_calibration
 
@@ -299,3 +300,57 @@ def test_removed_layers_are_gone_from_the_run(tmp_path: Path):
     assert all({"error_before", "error_after", "step"} <= set(line) for line in lines)
     with pytest.raises(AssertionError, match="remove_depth comes first"):
         prune_in_place(run_of(tiny_llama(num_layers=6), removed_layers=[1, 3], remove=0.45))
+
+
+def test_the_first_layer_has_none_before_it_to_be_folded_into():
+    model = tiny_llama(num_layers=6)
+    before = [layer.mlp.down_proj.weight.detach().clone() for layer in model.model.layers]
+    found = loop.remove_depth(run_of(model, removed_layers=[0], remove=0.2))
+    (line,) = (line for line in found.services.log.lines if line["event"] == "layer")
+    assert "error_after" not in line and "step" not in line
+    for layer, weight in zip(model.model.layers, before[1:], strict=True):
+        assert torch.equal(layer.mlp.down_proj.weight, weight)
+
+
+def test_a_fold_that_is_stored_is_repeated_bit_for_bit(tmp_path):
+    folded = []
+    for _ in range(2):
+        model = tiny_llama(num_layers=6)
+        found = run_of(model, random_calibration(blocks=32), removed_layers=[2], remove=0.2)
+        services = Services(log=RunLog(), store=Store(tmp_path))
+        loop.remove_depth(replace(found, services=services))
+        folded.append(model.model.layers[1].mlp.down_proj.weight)
+    assert services.store.num_found == 1 and torch.equal(*folded)
+    assert not torch.equal(folded[0], tiny_llama(num_layers=6).model.layers[1].mlp.down_proj.weight)
+
+
+def test_scores_that_plan_the_widths_never_see_held_out_text(monkeypatch):
+    """Nor do layers that lose nothing stand still: the groups behind them are scored on what they give."""
+    text, seen = random_calibration(blocks=3), dict[int, list[torch.Tensor]]()
+    original = round_plan.measure
+
+    def spy(walk: Walk, group: Any, *arguments: Any, **named: Any) -> Any:
+        assert not any(batch.held_out for batch in walk.batches)
+        seen[group.layer] = [hidden.clone() for hidden in walk.hidden_BTD]
+        return original(walk, group, *arguments, **named)
+
+    monkeypatch.setattr(round_plan, "measure", spy)
+    model = tiny_llama()
+    found = run_of(model, text, budget="global", score="wanda", protected_layers=[1], remove=0.1)
+    round_plan.plan_round(found, 1, found.batches(1), {}, {})
+    assert sorted(seen) == [0, 2]
+    walk = Walk(model, found.arch, [batch for batch in found.batches(1) if not batch.held_out])
+    for index in range(2):
+        torch.testing.assert_close(torch.cat(seen.get(index, walk.hidden_BTD)), torch.cat(walk.hidden_BTD))
+        walk.advance(index)
+    torch.testing.assert_close(torch.cat(seen[2]), torch.cat(walk.hidden_BTD), rtol=0, atol=0)
+
+
+def test_rotated_text_is_fresh_in_every_round():
+    asked: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run, "rotated", lambda drawn, number: asked.append(number) or drawn)
+        found = run_of(tiny_llama(), rounds=2)
+        for number in (1, 2):
+            found.batches(number)
+    assert asked == [0, 1]

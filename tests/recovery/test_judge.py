@@ -9,7 +9,9 @@ from models import tiny_llama
 from torch import nn
 
 from secateur.errors import NumericsError
+from secateur.facts import Divergence
 from secateur.model.bind import bind
+from secateur.recovery import judge as module
 from secateur.recovery.judge import Judge, domain_weights, objective
 from secateur.report.measured import Verdict, mean_kl, mean_nats
 from tests.families import tiny_family
@@ -108,3 +110,10 @@ def test_the_head_is_the_familys():
     dense = tiny_family("granite")
     judge = Judge(dense, bind(dense), TEXT)
     assert not isinstance(judge._head, nn.Linear)
+
+
+def test_rounding_leaves_no_divergence_below_zero(monkeypatch):
+    monkeypatch.setattr(module, "summarise", lambda *_: Divergence(-1e-9, 0.0, 0.0, 1.0, 3))
+    dense = tiny_llama()
+    found = Judge(dense, bind(dense), TEXT).verdicts(lambda ids_BT: logits_of(dense, ids_BT))
+    assert {verdict.kl for verdict in found.values()} == {0.0}

@@ -12,6 +12,8 @@ from transformers import TrainerControl, TrainerState
 from secateur.errors import RecipeError
 from secateur.model.config import quiet_transformers
 from secateur.recipe import Recipe, RecoverySettings
+from secateur.recovery import train
+from secateur.recovery.pair import RecoveryText
 from secateur.recovery.train import Distiller, Listener, Work, _arguments, _passes, wants_shards, with_lora
 from secateur.report.measured import Verdict
 
@@ -146,3 +148,31 @@ def test_shards_are_for_several_processes_and_version_two(monkeypatch):
     assert wants_shards()
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert not wants_shards()
+
+
+def test_words_stay_and_all_else_moves_in_the_weights_own_dtype(monkeypatch, tmp_path):
+    """What is free to move while the Trainer runs, in which dtype, and in which dtype it ends."""
+    seen: dict[str, tuple[torch.dtype, bool]] = {}
+    monkeypatch.setattr(train, "_trainer", lambda *_: SimpleNamespace(state=SimpleNamespace(global_step=3)))
+    monkeypatch.setattr(train, "_take_back", lambda *_: None)
+
+    def run(trainer: Any, folder: Any) -> None:
+        seen.update({name: (each.dtype, each.requires_grad) for name, each in work.pruned.named_parameters()})
+
+    monkeypatch.setattr(train, "_run", run)
+    words = {"model.embed_tokens.weight", "lm_head.weight"}
+    for settings, moves, has_teacher in (
+        ({"train": "layers", "kl_share": 0.0}, False, False),
+        ({"train": "full", "kl_share": 0.5}, True, True),
+    ):
+        work = work_with(tmp_path, batch_tokens=64, **settings)
+        work.pruned, work.teacher = tiny_llama().to(torch.bfloat16), tiny_llama()
+        work.text = RecoveryText((("a", torch.zeros(32, dtype=torch.long)),) * 8, {}, 32, "")
+        before = {name: each.detach().clone() for name, each in work.pruned.named_parameters()}
+        assert train.recover_logits(work, {"a": 1.0}) == 3 * 2 * 32
+        assert (work.teacher is not None) == has_teacher
+        assert {dtype for dtype, _ in seen.values()} == {torch.float32}
+        assert {name for name, (_, free) in seen.items() if not free} == (set() if moves else words)
+        for name, parameter in work.pruned.named_parameters():
+            assert parameter.dtype == torch.bfloat16 and not parameter.requires_grad
+            assert torch.equal(parameter, before[name])
