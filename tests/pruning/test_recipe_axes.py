@@ -1,5 +1,6 @@
 """What the recipe adds to a plain run: budgets, protection, domain weights, other scores, rounds, the safety net."""
 
+import itertools
 import json
 from importlib import resources
 from pathlib import Path
@@ -175,7 +176,7 @@ def test_rounds_can_be_kept_and_each_loads(small, tmp_path):
             assert ours.down_proj.in_features == model.config.intermediate_size == len(entry["keep"])
         with torch.no_grad():
             assert not torch.allclose(model(tiny_ids()).logits, dense(tiny_ids()).logits, atol=1e-3)
-    for one, other in zip(kept, kept[1:], strict=False):  # what is gone stays gone
+    for one, other in itertools.pairwise(kept):  # what is gone stays gone
         assert all(set(b["keep"]) < set(a["keep"]) for a, b in zip(one, other, strict=True))
     sizes = [num_params(model) for model, _ in rounds]
     assert [line["num_params"] for line in lines_of(out, "round")] == [*sizes, num_params(result.model)]

@@ -108,6 +108,8 @@ def test_damping_rises_by_the_tokens_that_are_missing_and_resolving_again_change
     for asked in ({"damping": 0.01}, {"compensate": "none"}, {"calibration": {**few, "num_tokens": 1120}}):
         left = resolved(**{"calibration": few, **asked})
         assert left.damping == asked.get("damping", 0.001) and left.warnings == ()
+    enough = {**few, "num_tokens": 1120}
+    assert resolved(calibration=enough, damping=1e-4).damping == 1e-4
     # 0.0015 is more than the default and still less than what is missing asks for.
     assert resolved(calibration=few, damping=0.0015).damping == pytest.approx(0.0025, rel=1e-12)
 

@@ -354,3 +354,10 @@ def test_rotated_text_is_fresh_in_every_round():
         for number in (1, 2):
             found.batches(number)
     assert asked == [0, 1]
+
+
+def test_a_plan_by_random_scores_draws_them_layer_by_layer():
+    """Were they the same in all layers, all layers would keep the same number."""
+    found = run_of(tiny_llama(), budget="global", align=1, **RANDOM)
+    plan = round_plan.plan_round(found, 1, found.batches(1), {}, {})
+    assert len(set(plan.num_keep.values())) > 1

@@ -39,7 +39,7 @@ def by_hand(dense: Any, model: Any, ids_BT: torch.Tensor) -> dict[str, float]:
     return {"kl": float(kl_BP.mean()), "error": error, "nats": float(nats), "agreement": float(agreement)}
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "cohere"])
 def test_verdicts_are_sums_over_whole_logits(name):
     """Families that scale or cap their logits too: the judge holds the dense model's last states alone."""
     dense, model = tiny_family(name), tiny_family(name, seed=1)
