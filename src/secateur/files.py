@@ -1,10 +1,12 @@
-"""Files and directories that appear complete or not at all.
+"""Files: written, they appear complete or not at all; JSON and YAML of others are read within limits.
 
 In: a path and what to write. Out: the file or directory, first under a hidden name, then renamed.
-Errors of the disk become one sentence.
+Errors of the disk become one sentence. In: text. Out: its value, or a ValueError that says why not.
 """
 
 import errno
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -13,10 +15,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub.serialization._base import parse_size_to_int
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.ranks import from_first, is_alive, is_first, size
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space or choose another place",
@@ -27,6 +29,65 @@ _DISK_ERRORS = {
     errno.EROFS: "it is on a read-only file system; choose another place",
     errno.EIO: "the disk reports an input/output error; choose another disk",
 }
+
+# No file that we read nests ten levels or holds a thousand values of YAML. Python's stack ends near
+# a thousand levels, and a dozen aliases of aliases can stand for billions of values.
+MAX_LEVELS, MAX_YAML_VALUES = 100, 100_000
+_TOO_DEEP = f"it nests more than {MAX_LEVELS} levels"
+
+
+def json_of(text: str | bytes) -> Any:
+    """Return the value of JSON. Raises ValueError if it is none or nests too deeply."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    _check_levels(value)
+    return value
+
+
+def yaml_of(text: str) -> Any:
+    """Return the value of YAML.
+
+    Raises ValueError if it is none, nests too deeply or, with aliases written out, is too long.
+    """
+    try:
+        _check_aliases(text)
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, LookupError, AttributeError, TypeError) as error:  # the others: for wrong tags
+        raise ValueError(" ".join(str(error).split())) from None
+    _check_levels(value)
+    return value
+
+
+def _check_levels(value: Any) -> None:
+    inside = [[value]]
+    for _ in range(MAX_LEVELS + 1):
+        each_of = (each for outer in inside for each in (outer.values() if isinstance(outer, dict) else outer))
+        inside = [each for each in each_of if isinstance(each, dict | list | tuple)]
+    if inside:
+        raise ValueError(_TOO_DEEP)
+
+
+def _check_aliases(text: str) -> None:
+    """Raise ValueError before anything is built: an alias counts as all values that it stands for."""
+    num_values: dict[str | None, int] = {}  # by anchor
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # anchor, values so far
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, 1))
+        elif isinstance(event, yaml.NodeEvent | yaml.CollectionEndEvent):
+            anchor, found = open_nodes.pop() if isinstance(event, yaml.CollectionEndEvent) else (event.anchor, 1)
+            if isinstance(event, yaml.AliasEvent):
+                if anchor not in num_values:
+                    raise ValueError(f"the alias *{anchor} stands before the end of its anchor")
+                found = num_values[anchor]
+            num_values[anchor] = found
+            open_nodes[-1] = (open_nodes[-1][0], open_nodes[-1][1] + found)
+        if len(open_nodes) > MAX_LEVELS + 1:
+            raise ValueError(_TOO_DEEP)
+        if open_nodes[-1][1] > MAX_YAML_VALUES:
+            raise ValueError(f"it holds more than {MAX_YAML_VALUES:,} values, with aliases written out")
 
 
 @contextmanager
@@ -49,6 +110,22 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(file: Path) -> str:
+    """Return the sha256 of the file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def lies_in(directory: Path, file: Path) -> bool:
+    """Whether the file is in the directory, also through links.
+
+    A snapshot of the hub's cache links to the blobs of its repository, which count as its own.
+    """
+    root, real = directory.resolve(), file.resolve()
+    is_blob = root.parent.name == "snapshots" and real.parent == root.parents[1] / "blobs"
+    return real.is_relative_to(root) or is_blob
 
 
 def parse_size(key: str, text: str) -> int:
@@ -155,6 +232,8 @@ def staging(out: Path, *, overwrite: bool, protected: Path | None = None) -> Ite
 
 def staging_if_any(out: Path | None, *, overwrite: bool, protected: Path | None) -> AbstractContextManager[Path | None]:
     """Return `staging` on the rank that writes; else a context that gives None."""
+    from secateur.ranks import from_first, is_first, size  # not above: recipes are read without torch
+
     if out is None:
         return nullcontext()
     # Refuse `out` on all ranks before they wait for the first one.
@@ -208,6 +287,8 @@ def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> 
 
 def _clear_after_dead(out: Path) -> None:
     """Remove what killed processes left beside `out`; restore `out` if one moved it aside."""
+    from secateur.ranks import is_alive
+
     beside = os.listdir(out.parent) if out.parent.is_dir() else []
     for name in (name for name in beside if name.startswith(f".{out.name}.")):
         kind, _, process = name.removeprefix(f".{out.name}.").rpartition("-")

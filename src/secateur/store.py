@@ -28,7 +28,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.errors import CheckpointError, NumericsError, RecipeError
-from secateur.files import check_replaceable, disk_errors, make_hidden, missing_parents, remove_empty, whole_file
+from secateur.files import (
+    check_replaceable,
+    disk_errors,
+    json_of,
+    make_hidden,
+    missing_parents,
+    remove_empty,
+    sha256_of,
+    whole_file,
+)
 from secateur.log import Progress, RunLog, silent
 from secateur.ranks import from_first, is_first
 
@@ -218,8 +227,8 @@ class Store:
 
     def _check_inputs(self, directory: Path, inputs: dict[str, Any]) -> str:
         """Return the first damaged input file. Raises CheckpointError for changed inputs."""
-        before = _intact(directory / f"{INPUTS}.json")
-        changed = [] if before is None else _changes(before["inputs"], inputs)
+        before = (_intact(directory / f"{INPUTS}.json") or {}).get("inputs")
+        changed = [] if before is None else _changes(before, inputs)
         if changed:
             raise CheckpointError(
                 f"OUT {self.label}: cannot be resumed, since {', '.join(changed[:3])}; give what it was begun with, or "
@@ -257,7 +266,7 @@ class Store:
                 held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
                 with whole_file(path.with_name(f"{stem}.safetensors")) as staged:
                     save_file(held, staged)
-                    record = record | {"tensors": _sha256(staged)}
+                    record = record | {"tensors": sha256_of(staged)}
             with whole_file(path) as staged:
                 staged.write_bytes(_sealed(record))
         self.num_saved += 1
@@ -314,19 +323,26 @@ def _intact(path: Path) -> Record | None:
         body = raw[_SEAL_BYTES:]
         if raw[:_SEAL_BYTES] != _SEAL % hashlib.sha256(body).hexdigest().encode():
             return None
-        record = json.loads(raw)
-        if "tensors" in record and _sha256(path.with_name(f"{path.stem}.safetensors")) != record["tensors"]:
+        record = json_of(raw)
+        if "tensors" in record and sha256_of(path.with_name(f"{path.stem}.safetensors")) != record["tensors"]:
             return None
     except OSError as error:
         if error.errno not in _UNREADABLE:
             raise
         return None
-    return record
+    except ValueError:  # sealed by another program, which may have written anything
+        return None
+    return record if _is_whole(record) else None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _is_whole(record: Record) -> bool:
+    """Whether the record has what its readers take from it."""
+    if "step" not in record:
+        return isinstance(record.get("inputs"), dict)
+    kinds: dict[str, Any] = {"step": str, "depends_on": dict | None, "is_input": bool}
+    kinds |= {"line": dict} if "tensors" in record else {"value": object, "lines": list}
+    has_all = all(key in record and isinstance(record[key], kind) for key, kind in kinds.items())
+    return has_all and all(isinstance(line, dict) for line in record.get("lines", ()))
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from grams import gram_of
 
+from secateur.errors import NumericsError
 from secateur.methods.scores import SCORES, ScoreInputs
 from secateur.methods.select import greedy_obs
 from secateur.stream.statistics import Statistics, damped_gram, inverse_of, keep_highest, removal_errors
@@ -107,12 +108,32 @@ def test_silent_group_still_has_an_inverse() -> None:
     assert torch.equal(inverse, torch.eye(4, dtype=torch.float64))
 
 
+def test_a_matrix_that_rounding_made_indefinite_is_refused() -> None:
+    x_TF = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    for damping in (1e-12, 1e-15):
+        with pytest.raises(NumericsError, match=r"obs: a damped Gram matrix has no inverse; raise repair.damping or"):
+            inverse_of(damped_gram(gram_of(x_TF), damping))
+    assert torch.isfinite(inverse_of(damped_gram(gram_of(x_TF), 1e-3))).all()
+
+
 def test_keep_all_and_dead_channels() -> None:
     reader_HF, x_TF = problem()
     x_TF[:, 2] = 0
     hessian = damped_gram(gram_of(x_TF), DAMPING)
     assert greedy_obs(reader_HF, hessian.clone(), SINGLE, 8, 4).keep.tolist() == list(range(8))
     assert 2 not in greedy_obs(reader_HF, hessian.clone(), SINGLE, 7, 4).keep.tolist()
+
+
+@pytest.mark.parametrize("times", [2.0**-20, 2.0**10, 2.0**30])
+def test_one_loud_or_quiet_channel_does_not_change_the_choice(times: float) -> None:
+    reader_HF, x_TF = problem()
+    plain = greedy_obs(reader_HF, damped_gram(gram_of(x_TF), DAMPING), SINGLE, 3, 1)
+    reader_HF[:, 5] /= times
+    x_TF[:, 5] *= times
+    found = greedy_obs(reader_HF, damped_gram(gram_of(x_TF), DAMPING), SINGLE, 3, 1)
+    assert found.removed.tolist() == plain.removed.tolist()
+    torch.testing.assert_close(found.error_curve, plain.error_curve, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(found.scores_U, plain.scores_U, rtol=1e-5, atol=0.0)
 
 
 WIDE = torch.tensor([[0, 4], [1, 5], [2, 6], [3, 7]])  # four units of two columns each

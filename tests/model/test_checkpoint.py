@@ -3,11 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
 from models import tiny_ids, tiny_llama, tiny_qwen2
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, T5Config
@@ -15,6 +17,7 @@ from transformers import LlamaConfig, T5Config
 from secateur.errors import ArchError, CheckpointError
 from secateur.model.checkpoint import check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
 from secateur.model.config import quiet_transformers
+from secateur.model.tensors import read_tensors
 
 
 @pytest.fixture
@@ -232,6 +235,53 @@ def test_malformed_header_and_unknown_dtype(directory):
         open_checkpoint(directory)
 
 
+def write_layout(file: Path, *places: tuple[Any, Any], num_bytes: int, shape: Any = None) -> None:
+    """Write a file of float32 vectors a, b, ... that lie at these places of its data."""
+    vectors = {
+        name: {"dtype": "F32", "shape": shape or [int(end - begin) // 4], "data_offsets": [begin, end]}
+        for name, (begin, end) in zip("abc", places, strict=False)
+    }
+    header = json.dumps(vectors).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(num_bytes))
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([(0, 16), (0, 16)], "tensors a and b share bytes"),
+        ([(0, 16), (12, 32)], "tensors a and b share bytes"),
+        ([(0, 32), (8, 16), (32, 48)], "tensors a and b share bytes"),
+        ([(4, 16)], "the 4 bytes before tensor a belong to no tensor"),
+        ([(24, 32), (0, 16)], "the 8 bytes before tensor a belong to no tensor"),
+        ([(0.0, 16.0)], "header is malformed"),
+        ([(-4, 16)], "header is malformed"),
+        ([(0, 16), (32, 16)], "header is malformed"),
+    ],
+)
+def test_bytes_that_are_not_of_one_tensor_are_refused_as_safetensors_does(places, expected, directory):
+    file = directory / "model.safetensors"
+    write_layout(file, *places, num_bytes=int(max(end for _, end in places)))
+    with pytest.raises(CheckpointError, match=expected) as raised:
+        open_checkpoint(directory)
+    assert str(file) in str(raised.value) and "\n" not in str(raised.value)
+    with pytest.raises(SafetensorError):
+        load_file(file)
+
+
+def test_a_tensor_of_no_bytes_shares_none(directory):
+    file = directory / "model.safetensors"
+    write_layout(file, (0, 16), (16, 32), (16, 16), num_bytes=32)
+    assert {name: tuple(tensor.shape) for name, tensor in read_tensors(directory).items()} == {
+        name: tuple(tensor.shape) for name, tensor in load_file(file).items()
+    }
+
+
+def test_sizes_are_numbers(directory):
+    write_layout(directory / "model.safetensors", (0, 16), num_bytes=16, shape=["4"])
+    with pytest.raises(CheckpointError, match="header is malformed"):
+        open_checkpoint(directory)
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "expected"),
     [
@@ -332,3 +382,34 @@ def test_broken_gguf(tmp_path, kept_share):
     with pytest.raises(CheckpointError, match=r"tiny.gguf: (is not a GGUF file|this GGUF file is broken)") as raised:
         open_checkpoint(path)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_types", "said"),
+    [
+        (10**7, 3, "num_hidden_layers is 1e+07, more than 2,000; copy the model's own file there."),
+        (3, 2**40, "this GGUF file is broken or of an unknown kind"),
+    ],
+)
+def test_a_gguf_file_that_asks_for_too_much(num_layers, num_types, said, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "long.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(num_layers)
+    writer.add_token_types([1, 2, 3])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    begin, key, rest = path.read_bytes().partition(b"tokenizer.ggml.token_type")
+    path.write_bytes(begin + key + rest[:8] + num_types.to_bytes(8, "little") + rest[16:])
+    with pytest.raises(CheckpointError, match=r"long.gguf: ") as raised:
+        open_checkpoint(path)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("changes", [{"pad_token_id": 320, "vocab_size": 320}, {"intermediate_size": -(10**30)}])
+def test_values_that_only_the_modules_refuse(changes, directory):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(CheckpointError, match="config of a llama model: no model can be built from it"):
+        meta_model(open_checkpoint(directory, weights=False).config)

@@ -298,3 +298,8 @@ def test_a_curve_has_64_levels_at_most_and_the_least_is_one_of_them(budget, leas
     resolved(model, remove=largest - 1e-6, **asked)
     with pytest.raises(RecipeError, match=r"out of reach"):
         resolved(model, remove=largest + 1e-6, **asked)
+
+
+def test_blocks_longer_than_the_model_are_refused_when_it_is_opened():
+    with pytest.raises(RecipeError, match="257 is longer than the model's 256 positions"):
+        opened(tiny_llama(), parse_recipe({"calibration": {"sequence_length": 257}}))

@@ -295,6 +295,9 @@ def test_removed_layers_are_gone_from_the_run(tmp_path: Path):
     model = tiny_llama(num_layers=6)
     found = loop.remove_depth(run_of(model, removed_layers=[1, 3], remove=0.45))
     assert found.resolved.layers == (0, 2, 4, 5) and found.arch.num_layers == 4
+    dense = tiny_llama(num_layers=6).model.layers
+    for layer, index in zip(model.model.layers, (0, 2, 4, 5), strict=True):
+        assert torch.equal(layer.mlp.up_proj.weight, dense[index].mlp.up_proj.weight)
     lines = [line for line in found.services.log.lines if line["event"] == "layer"]
     assert [line["layer"] for line in lines] == [1, 3] and all("chosen" not in line for line in lines)
     assert all({"error_before", "error_after", "step"} <= set(line) for line in lines)

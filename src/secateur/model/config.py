@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from secateur.errors import ArchError, CheckpointError, nearest
+from secateur.files import lies_in
 from secateur.model.modeling_per_layer import PREFIX, per_layer_config_class
 from secateur.model.tensors import read_json
 
@@ -64,6 +66,11 @@ TOKENIZER_FILES = (
     *_TIKTOKEN_FILES,
 )
 _HUB_SMALL_FILES = ("*.json", "merges.txt", *TOKENIZER_FILES, "*.jinja", "LICENSE*")
+# What is read of these files is written into a result.
+_READ_INTO_RESULTS = (
+    *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "merges.txt", "dict.txt"),
+    *TOKENIZER_FILES,
+)
 
 
 def locate(reference: str, *, weights: bool) -> tuple[Path, str | None]:
@@ -136,10 +143,31 @@ def _similar(reference: str) -> str:
     return f"; did you mean {' or '.join(str(parent / name) for name in names)}" if names else ""
 
 
+# The most that a config may ask for: many times what public models have. A module takes milliseconds
+# to build even without weights; wider tensors than these no machine holds.
+_MOST = (
+    (re.compile(r"layers?|layers?_.*|depth|.*_(layers?|experts|depth)"), 2_000),
+    (re.compile(r".*_(size|dim|rank|heads?|positions|embeddings|embd|inner|ctx)|d_(model|ff|kv)"), 1 << 24),
+)
+
 # What transformers raises for unusable values, and gguf for a truncated or corrupt file.
-_WRONG_TYPES = (ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError)
+_WRONG_TYPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError)
 BAD_VALUE = (*_WRONG_TYPES, OSError, RuntimeError, StrictDataclassError)
-BAD_GGUF = (*BAD_VALUE, struct.error, OverflowError, MemoryError)
+BAD_GGUF = (*BAD_VALUE, struct.error)
+
+
+def check_links(directory: Path) -> None:
+    """Raise CheckpointError if a config or a tokenizer's file is a link out of the directory.
+
+    Else a strange directory could make a result carry a private file of its user. Weights may be
+    links: a file that is not safetensors is never read as weights.
+    """
+    for file in sorted({file for pattern in _READ_INTO_RESULTS for file in directory.glob(pattern)}):
+        if file.is_file() and not file.name.endswith(".index.json") and not lies_in(directory, file):
+            raise CheckpointError(
+                f"{file}: is a link to a file outside the model's directory, and its text would go into a result; "
+                "copy the file there if it belongs to the model."
+            )
 
 
 def directory_config(directory: Path) -> PreTrainedConfig:
@@ -148,6 +176,7 @@ def directory_config(directory: Path) -> PreTrainedConfig:
     Raises CheckpointError if it is missing, broken, quantised, unknown to transformers, or needs
     remote code; ArchError if the model is no causal LM.
     """
+    check_links(directory)
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory}: has no config.json, so it is no model; give the directory that holds one.")
@@ -167,6 +196,7 @@ def directory_config(directory: Path) -> PreTrainedConfig:
         reason = f"the weights are quantised ({method or 'quantization_config'}), which cannot be pruned"
         advice = "use the original checkpoint or one in bf16, prune it, and quantise the result"
         raise CheckpointError(f"{path}: {reason}; {advice}.")
+    _check_sizes(raw, path)
     per_layer = [PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")]
     try:
         with quiet_transformers():
@@ -189,13 +219,31 @@ def gguf_config(path: Path) -> PreTrainedConfig:
             raise CheckpointError(f"{path}: is not a GGUF file (it does not start with GGUF); download it again.")
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+            raw, _ = PreTrainedConfig.get_config_dict(path.parent, gguf_file=path.name)
+            _check_sizes(raw, path)
+            config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except CheckpointError:
+        raise
     except BAD_GGUF as error:
         raise CheckpointError(f"{path}: this GGUF file is broken or of an unknown kind ({one_line(error)}).") from None
     _check_causal(path, config.model_type, None)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.dtype = torch.bfloat16
     return config
+
+
+def _check_sizes(raw: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError for a size that nothing can be built from; the config's class is next."""
+    inside: list[Any] = [raw]
+    while inside:
+        each = inside.pop()
+        for key, value in each.items() if isinstance(each, dict) else enumerate(each):
+            most = next((most for names, most in _MOST if names.fullmatch(str(key))), None)
+            if isinstance(value, dict | list):
+                inside.append(value)
+            elif most is not None and isinstance(value, int | float) and not value <= most:
+                advice = "copy the model's own file there"
+                raise CheckpointError(f"{path}: {key} is {value:g}, more than {most:,}; {advice}.")
 
 
 def _check_causal(path: Path, model_type: str, architectures: Any) -> None:

@@ -5,8 +5,9 @@ read into ordinary memory, or mapped from their files, where they occupy page ca
 handled: pickle files (refused), weights stored in a quantised format.
 """
 
-import json
 import math
+import operator
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from secateur.errors import CheckpointError
+from secateur.files import json_of
 
 _DTYPES = {
     "F64": torch.float64,
@@ -88,7 +90,7 @@ def mapped_tensors(directory: Path) -> dict[str, torch.Tensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`. Raises CheckpointError if it does not hold one."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json_of(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download or copy it again.") from None
     if not isinstance(data, dict):
@@ -116,7 +118,7 @@ def _weight_files(directory: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name:
             raise CheckpointError(f"{index}: shard '{name}' must be a plain file name inside {directory}.")
-        if not (directory / name).is_file():
+        if not os.path.isfile(directory / name):  # unlike Path.is_file, False for a name that no disk takes
             raise CheckpointError(f"{directory}: shard {name} named in {index.name} is missing; copy it there.")
     return [directory / name for name in names]
 
@@ -129,18 +131,31 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{file}: is truncated or not safetensors ({num_file_bytes} bytes); copy it again.")
         raw = opened.read(data_start - 8)
     try:
-        header = json.loads(raw)
+        header = json_of(raw)
         header.pop("__metadata__", None)
         tensors = {name: _stored(file, data_start, entry) for name, entry in header.items()}
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise CheckpointError(f"{file}: its safetensors header is malformed; copy the file again.") from None
     end = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=data_start)
     if end != num_file_bytes:
         sizes = f"its header describes {end} bytes, the file has {num_file_bytes}"
         raise CheckpointError(f"{file}: is truncated or damaged: {sizes}; copy it again.")
+    _check_layout(file, data_start, tensors)
     return tensors
+
+
+def _check_layout(file: Path, data_start: int, tensors: dict[str, StoredTensor]) -> None:
+    """Raise CheckpointError unless every byte belongs to one tensor, as the format demands."""
+    end, before = data_start, ""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if tensor.offset < end:
+            raise CheckpointError(f"{file}: tensors {before} and {name} share bytes; get the file from its source.")
+        if tensor.offset > end:
+            gap = f"the {tensor.offset - end} bytes before tensor {name} belong to no tensor"
+            raise CheckpointError(f"{file}: {gap}; get the file from its source.")
+        end, before = tensor.offset + tensor.num_bytes, name
 
 
 def _stored(file: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
@@ -148,8 +163,8 @@ def _stored(file: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
     if dtype is None:
         allowed = ", ".join(_DTYPES)
         raise CheckpointError(f"{file}: stores weights as {entry['dtype']}, not prunable; allowed: {allowed}.")
-    begin, end = entry["data_offsets"]
-    shape = tuple(int(size) for size in entry["shape"])
+    begin, end = map(operator.index, entry["data_offsets"])
+    shape = tuple(map(operator.index, entry["shape"]))
     if end - begin != math.prod(shape) * dtype.itemsize or min(begin, *shape, 0) < 0:
         raise ValueError("offsets and shape disagree")
     return StoredTensor(file, dtype, shape, data_start + begin, end - begin)
