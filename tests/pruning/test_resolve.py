@@ -11,6 +11,7 @@ from recipes import grouped
 
 from secateur.errors import RecipeError
 from secateur.facts import Size
+from secateur.methods.budget import plan_of, round_plans
 from secateur.model.bind import bind
 from secateur.model.group import GroupKey
 from secateur.pruning.group_step import method_of
@@ -303,3 +304,11 @@ def test_a_curve_has_64_levels_at_most_and_the_least_is_one_of_them(budget, leas
 def test_blocks_longer_than_the_model_are_refused_when_it_is_opened():
     with pytest.raises(RecipeError, match="257 is longer than the model's 256 positions"):
         opened(tiny_llama(), parse_recipe({"calibration": {"sequence_length": 257}}))
+
+
+def test_a_group_that_stays_whole_is_whole_in_every_round():
+    """90 channels lie nearer to one step of 64 than to two."""
+    found = resolved(tiny_llama(intermediate_size=90), align=8, remove=0.1)
+    whole = plan_of(found.groups, found.prices, {(layer, "ffn"): 90 for layer in range(3)})
+    plans = round_plans(found.groups, found.prices, whole, [0.5, 1.0], 64)
+    assert [set(kept(plan).values()) for plan in plans] == [{90}, {90}]
