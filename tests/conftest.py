@@ -15,6 +15,7 @@ import yaml
 from hypothesis import Phase, settings
 from models import tiny_llama, tiny_qwen2
 from recipes import grouped
+from skips import pytest_terminal_summary  # noqa: F401  # a hook
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.model.config import quiet_transformers

@@ -223,6 +223,13 @@ def test_a_store_without_a_directory_keeps_nothing():
     assert store.num_saved == store.num_found == 0
 
 
+def test_a_file_in_anothers_place_is_damage(tmp_path):
+    kept(tmp_path)
+    (tmp_path / "number.json").rename(tmp_path / "other.json")
+    heard = list[str]()
+    assert Store(tmp_path, tell=heard.append).value("other", lambda: "anew") == "anew" and len(heard) == 1
+
+
 FOREIGN = {
     "no mapping": [],
     "no name": {"depends_on": None, "is_input": False, "value": 1, "lines": []},
