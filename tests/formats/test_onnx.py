@@ -49,7 +49,7 @@ def row(name: str) -> Any:
     return pytest.param(name, marks=[pytest.mark.xfail(reason=why, strict=True)] if why else [])
 
 
-@pytest.mark.parametrize("name", map(row, FAMILIES))
+@pytest.mark.parametrize("name", [row(name) for name in FAMILIES])
 def test_onnx_runtime_gives_the_pruned_models_logits(name: str) -> None:
     model, ids_BT = tiny_family(name), tiny_ids()
     arch = bind(model)
