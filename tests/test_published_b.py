@@ -4,6 +4,7 @@ import copy
 import importlib
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ from pruned import count_parameters
 
 SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_layers": 4, "tied": True}
 METHODS = ("shortgpt", "two_ssp", "slicegpt", "slicegpt_tied", "paper")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
 def one_step(name: str, model: Any) -> int:
@@ -69,7 +76,7 @@ def test_2ssp_judges_each_attention_by_the_whole_model() -> None:
         without = copy.deepcopy(model)
         without.model.layers[index].self_attn = two_ssp.NoAttention()
         wanted = without(ids_T[None], labels=ids_T[None]).loss
-        assert loss == pytest.approx(float(wanted.detach()), rel=1e-5)
+        assert loss == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_2ssp_keeps_the_loudest_channels() -> None:
@@ -123,7 +130,7 @@ def test_answers_are_scored_as_one_by_one() -> None:
     prompt, answers = [5, 9, 11, 3], [[7], [8, 2, 90], [4, 4]]
     for answer, (loglik, greedy) in zip(answers, judge.answer_logliks(model, prompt, answers), strict=True):
         log_p = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-        rows = log_p.detach()[len(prompt) - 1 : len(prompt) + len(answer) - 1]
+        rows = log_p[len(prompt) - 1 : len(prompt) + len(answer) - 1]
         assert loglik == pytest.approx(float(rows[range(len(answer)), answer].sum()), rel=1e-5)
         assert greedy == (rows.argmax(-1).tolist() == answer)
 
