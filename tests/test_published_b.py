@@ -135,18 +135,19 @@ def test_answers_are_scored_as_one_by_one() -> None:
         assert greedy == (rows.argmax(-1).tolist() == answer)
 
 
-def line(row: str, draw: int, nats: list[float], acc: list[float]) -> dict[str, Any]:
-    """A finished row of two domains, the second constant."""
+def finished(row: str, draw: int, nats: list[float], acc: list[float]) -> list[dict[str, Any]]:
+    """The two lines of a row of two domains, the second constant."""
     domains = {"web": nats, "code": [1.0, 1.0], "wikitext2": [math.log(20.0)]}
     facts = {"removed": 0.2, "repair": "none", "notes": "", "prune_seconds": 3.0}
-    return {"row": row, "share": 0.2, "draw": draw, "nats": domains, "tasks": {"piqa": {"acc": acc}}} | facts
+    key = {"row": row, "share": 0.2, "draw": draw}
+    return [key | {"part": "text", "nats": domains} | facts, key | {"part": "tasks", "tasks": {"piqa": {"acc": acc}}}]
 
 
 def test_table_compares_block_by_block() -> None:
     """A row that is worse by the same amount on each block is worse by that amount without error."""
     ours, theirs = [[2.0, 4.0], [3.0, 9.0]], [[2.5, 4.5], [3.5, 9.5]]
-    lines = [line("secateur", draw, nats, [1.0, 0.0]) for draw, nats in enumerate(ours)]
-    lines += [line("wanda_sp", draw, nats, [1.0, 1.0]) for draw, nats in enumerate(theirs)]
+    lines = [line for draw, nats in enumerate(ours) for line in finished("secateur", draw, nats, [1.0, 0.0])]
+    lines += [line for draw, nats in enumerate(theirs) for line in finished("wanda_sp", draw, nats, [1.0, 1.0])]
     printed = table.markdown(lines)
     row = next(text for text in printed.splitlines() if text.startswith("| Wanda-sp |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]

