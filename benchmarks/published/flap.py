@@ -31,7 +31,7 @@ class Fluctuation:
         self.fluctuation_C = torch.zeros(linear.in_features)
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        for sample_TC in args[0]:
+        for sample_TC in args[0].float():
             self.mean_C = (self.mean_C * self.num + sample_TC.mean(0)) / (self.num + 1)
             if self.num > 0:
                 self.fluctuation_C *= (self.num - 1) / self.num
@@ -83,7 +83,7 @@ def compensate(model: PreTrainedModel, kept: Kept, attention: list[Fluctuation],
     keep_LD = kept.heads.repeat_interleave(heads_of(model).dim, dim=1)
     for watchers, keeps in ((attention, keep_LD), (ffn, kept.channels)):
         for watcher, keep_C in zip(watchers, keeps, strict=True):
-            bias = (watcher.mean_C * ~keep_C) @ watcher.linear.weight.data.T
+            bias = (watcher.linear.weight.data * (watcher.mean_C * ~keep_C)).sum(1)
             old = watcher.linear.bias
             watcher.linear.bias = nn.Parameter(bias if old is None else bias + old.data)
 

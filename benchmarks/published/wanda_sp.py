@@ -46,7 +46,7 @@ def norms(layer: nn.Module, batches: list[tuple[Tensor, dict[str, Any]]]) -> tup
     sums = [torch.zeros(linear.in_features) for linear in linears]
 
     def add(index: int, x_NTC: Tensor) -> None:
-        sums[index] += x_NTC.square().sum((0, 1))
+        sums[index] += x_NTC.float().square().sum((0, 1))
 
     handles = [
         linear.register_forward_pre_hook(lambda _, args, index=index: add(index, args[0]))
