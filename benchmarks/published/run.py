@@ -18,6 +18,7 @@ import importlib
 import json
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,34 +136,43 @@ def run_all(arguments: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(arguments.model)
     model, tokenizer = load_model(checkpoint).to(torch.bfloat16), load_tokenizer(checkpoint)
     rows = [(row, share) for row in arguments.rows for share in ([0.0] if row == "dense" else arguments.shares)]
-    for draw in range(arguments.draws):
-        text = drawn(0, arguments.num_tokens, tokenizer, draw)
-        # All that was drawn: the product holds its part out for the guard, a published method has no guard.
-        blocks_NT = torch.cat([torch.cat([each.calibration_NT, each.held_out_NT]) for each in text.domains])
-        order = torch.randperm(len(blocks_NT), generator=torch.Generator().manual_seed(draw))
-        judged_by = text_of(draw, tokenizer, model.config, arguments)
-        for row, share in missing(rows, draw, "text", arguments):
-            pruned, facts = pruned_by(row, share, draw, arguments, (model, tokenizer, blocks_NT[order]))
-            facts["nats"] = {name: block_nats(pruned.model, blocks) for name, blocks in judged_by.items()}
-            facts |= {"calibration_tokens": text.num_tokens, "held_out_tokens": text.num_held_out_tokens}
-            if draw < arguments.task_draws:
-                torch.save(pruned.model, kept_model(row, share, draw, arguments))
-            add_line(row, share, draw, "text", facts, arguments)
-            nats = mean([mean(values) for name, values in facts["nats"].items() if name != WIKITEXT])
-            took = f"{facts['prune_seconds']:.0f} s"
-            print(f"draw {draw} {row} {share}: removed {facts['removed']:.4f}, {nats:.4f} nats, {took}", flush=True)
+    for draw in range(arguments.from_draw, arguments.draws):
+        judge_by_text(rows, draw, model, tokenizer, arguments)
     loaded = load_tasks(tuple(arguments.tasks), TaskOptions(limit=arguments.limit), None)
-    for draw in range(min(arguments.task_draws, arguments.draws)):
+    for draw in range(arguments.from_draw, min(arguments.task_draws, arguments.draws)):
         for row, share in missing(rows, draw, "tasks", arguments):
             file = kept_model(row, share, draw, arguments)
-            pruned_model = torch.load(file, weights_only=False)  # Our own file: it holds modules of ours.
-            scores = task_scores(pruned_model, tokenizer, loaded, arguments.limit)
-            add_line(row, share, draw, "tasks", {"tasks": scores}, arguments)
-            file.unlink()
-            print(
-                f"draw {draw} {row} {share}: {sum(len(each['acc']) for each in scores.values())} questions asked",
-                flush=True,
-            )
+            if file.exists():  # Else the row failed.
+                judged = torch.load(file, weights_only=False)  # Our own file: it holds modules of ours.
+                scores = task_scores(judged, tokenizer, loaded, arguments.limit)
+                add_line(row, share, draw, "tasks", {"tasks": scores}, arguments)
+                file.unlink()
+                print(f"draw {draw} {row} {share}: asked {', '.join(scores)}", flush=True)
+
+
+def judge_by_text(
+    rows: list[tuple[str, float]], draw: int, model: Any, tokenizer: Any, arguments: argparse.Namespace
+) -> None:
+    """Prune by each row and write what its text says; a row that fails is named, the others go on."""
+    text = drawn(0, arguments.num_tokens, tokenizer, draw)
+    # All that was drawn: the product holds its part out for the guard, a published method has no guard.
+    blocks_NT = torch.cat([torch.cat([each.calibration_NT, each.held_out_NT]) for each in text.domains])
+    order = torch.randperm(len(blocks_NT), generator=torch.Generator().manual_seed(draw))
+    judged_by = text_of(draw, tokenizer, model.config, arguments)
+    counts = {"calibration_tokens": text.num_tokens, "held_out_tokens": text.num_held_out_tokens}
+    for row, share in missing(rows, draw, "text", arguments):
+        try:
+            pruned, facts = pruned_by(row, share, draw, arguments, (model, tokenizer, blocks_NT[order]))
+            facts["nats"] = {name: block_nats(pruned.model, blocks) for name, blocks in judged_by.items()}
+        except Exception:
+            print(f"draw {draw} {row} {share}: FAILED\n{traceback.format_exc()}", flush=True)
+            continue
+        if draw < arguments.task_draws:
+            torch.save(pruned.model, kept_model(row, share, draw, arguments))
+        add_line(row, share, draw, "text", facts | counts, arguments)
+        nats = mean([mean(values) for name, values in facts["nats"].items() if name != WIKITEXT])
+        took = f"{facts['prune_seconds']:.0f} s"
+        print(f"draw {draw} {row} {share}: removed {facts['removed']:.4f}, {nats:.4f} nats, {took}", flush=True)
 
 
 def kept_model(row: str, share: float, draw: int, arguments: argparse.Namespace) -> Path:
@@ -207,6 +217,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.3])
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--from-draw", type=int, default=0, help="two processes may share OUT, each with other draws")
     parser.add_argument("--num-tokens", type=int, default=9216)
     parser.add_argument("--eval-blocks", type=int, default=2, help="of each domain, of 512 tokens")
     parser.add_argument("--wikitext-blocks", type=int, default=1, help="of 2,048 tokens")
