@@ -7,13 +7,13 @@ from transformers import PreTrainedModel
 
 
 class Uniform(NamedTuple):
-    """What every pruned layer loses."""
+    """What every pruned layer loses. A unit of attention is a head, or a key/value head with its readers."""
 
     num_heads: int
     num_channels: int
 
     def __str__(self) -> str:
-        return f"{self.num_heads} heads and {self.num_channels} channels a layer"
+        return f"{self.num_heads} attention units and {self.num_channels} channels a layer"
 
 
 def uniform(model: PreTrainedModel, num_layers: int, num_units: int, unit_rows: int, share: float) -> Uniform:
