@@ -87,7 +87,8 @@ def by_recipe(row: str, share: float, draw: int, arguments: argparse.Namespace, 
         "output": {"evaluate": False},
     }
     result = secateur.prune(model, recipe, tokenizer=tokenizer)
-    return Pruned(result.model, count_parameters(result.model), "least squares, half the drift, guard", "")
+    notes = f"calibration {result.summary.calibration.content_hash}"  # Equal to the line's own: the same text.
+    return Pruned(result.model, count_parameters(result.model), "least squares, half the drift, guard", notes)
 
 
 def as_published(row: str, share: float, draw: int, blocks_NT: Tensor, model: PreTrainedModel) -> Pruned:
@@ -160,7 +161,8 @@ def judge_by_text(
     blocks_NT = torch.cat([torch.cat([each.calibration_NT, each.held_out_NT]) for each in text.domains])
     order = torch.randperm(len(blocks_NT), generator=torch.Generator().manual_seed(draw))
     judged_by = text_of(draw, tokenizer, model.config, arguments)
-    counts = {"calibration_tokens": text.num_tokens, "held_out_tokens": text.num_held_out_tokens}
+    counts: dict[str, Any] = {"calibration_tokens": text.num_tokens, "held_out_tokens": text.num_held_out_tokens}
+    counts["calibration"] = text.content_hash
     for row, share in missing(rows, draw, "text", arguments):
         try:
             pruned, facts = pruned_by(row, share, draw, arguments, (model, tokenizer, blocks_NT[order]))
