@@ -27,7 +27,7 @@ def small(recipe):
     return {**recipe, "evaluate": False}
 
 
-VERBS = ("prune", "inspect", "evaluate", "bench", "recover", "export", "compare")
+VERBS = ("prune", "inspect", "evaluate", "bench", "recover", "export", "verify", "compare")
 KEYS_OF_THE_RECIPE = {  # options of the command line, keys of `recipe` in Python
     "prune": "remove preset domains seed memory_budget device",
     "inspect": "remove preset memory_budget",

@@ -1,7 +1,7 @@
 """secateur makes large language models smaller and writes ordinary Hugging Face checkpoints.
 
 The command line's verbs are functions here: `prune`, `inspect`, `evaluate`, `bench`, `recover`,
-`export` and `compare`; `load` opens what they wrote. The errors are those that a user can correct.
+`export`, `verify` and `compare`; `load` opens what they wrote. The errors are those that a user can correct.
 Other packages register a `Score` or an `Exporter` (docs/extend.md). What needs torch is imported on
 first use, so that the command line's help does not wait for it.
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from secateur.evaluation.compare import compare
     from secateur.evaluation.evaluate import evaluate
     from secateur.evaluation.inspect import inspect
+    from secateur.evaluation.verify import verify
     from secateur.formats.gguf import Exporter, export
     from secateur.methods.scores import Score
     from secateur.model.checkpoint import load
@@ -53,6 +54,7 @@ __all__ = [
     "load",
     "prune",
     "recover",
+    "verify",
 ]
 
 _MODULES = {
@@ -61,6 +63,7 @@ _MODULES = {
     "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate",),
     "evaluation.inspect": ("inspect",),
+    "evaluation.verify": ("verify",),
     "formats.gguf": ("Exporter", "export"),
     "methods.scores": ("Score",),
     "model.checkpoint": ("load",),

@@ -16,6 +16,7 @@ from secateur.ranks import is_first, joined, meet
 from secateur.recipe import Recipe
 from secateur.recipe_file import as_recipe
 from secateur.recovery.recover import recover
+from secateur.report.records import read_summary
 from secateur.store import place_beside
 
 __all__ = ["Result", "prune"]
@@ -90,4 +91,4 @@ def _prune_then_recover(
     finally:
         if is_first() and not place_beside(pruned).exists():
             shutil.rmtree(folder, ignore_errors=True)
-    return dataclasses.replace(result, model=load(place), recipe=recipe, out=out)
+    return dataclasses.replace(result, model=load(place), recipe=recipe, summary=read_summary(place), out=out)

@@ -5,6 +5,7 @@ Errors of the disk become one sentence.
 """
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -49,6 +50,22 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(file: Path) -> str:
+    """Return the sha256 of the file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def lies_in(directory: Path, file: Path) -> bool:
+    """Whether the file is in the directory, also through links.
+
+    A snapshot of the hub's cache links to the blobs of its repository, which count as its own.
+    """
+    root, real = directory.resolve(), file.resolve()
+    is_blob = root.parent.name == "snapshots" and real.parent == root.parents[1] / "blobs"
+    return real.is_relative_to(root) or is_blob
 
 
 def parse_size(key: str, text: str) -> int:

@@ -28,7 +28,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.errors import CheckpointError, NumericsError, RecipeError
-from secateur.files import check_replaceable, disk_errors, make_hidden, missing_parents, remove_empty, whole_file
+from secateur.files import (
+    check_replaceable,
+    disk_errors,
+    make_hidden,
+    missing_parents,
+    remove_empty,
+    sha256_of,
+    whole_file,
+)
 from secateur.log import Progress, RunLog, silent
 from secateur.ranks import from_first, is_first
 
@@ -257,7 +265,7 @@ class Store:
                 held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
                 with whole_file(path.with_name(f"{stem}.safetensors")) as staged:
                     save_file(held, staged)
-                    record = record | {"tensors": _sha256(staged)}
+                    record = record | {"tensors": sha256_of(staged)}
             with whole_file(path) as staged:
                 staged.write_bytes(_sealed(record))
         self.num_saved += 1
@@ -315,18 +323,13 @@ def _intact(path: Path) -> Record | None:
         if raw[:_SEAL_BYTES] != _SEAL % hashlib.sha256(body).hexdigest().encode():
             return None
         record = json.loads(raw)
-        if "tensors" in record and _sha256(path.with_name(f"{path.stem}.safetensors")) != record["tensors"]:
+        if "tensors" in record and sha256_of(path.with_name(f"{path.stem}.safetensors")) != record["tensors"]:
             return None
     except OSError as error:
         if error.errno not in _UNREADABLE:
             raise
         return None
     return record
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:

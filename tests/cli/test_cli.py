@@ -36,6 +36,7 @@ COMMANDS = {
     "--quiet --json",
     "inspect": "MODEL --remove --recipe --preset --memory-budget --check-for --tp --json",
     "demo": "OUT --overwrite --quiet --json",
+    "verify": "RESULT --quiet --json",
     "recover": "PRUNED --teacher --out --tokens --recipe --domain --tasks --limit --tasks-data --dry-run "
     "--overwrite --quiet --json",
 }
@@ -141,6 +142,11 @@ def test_recipe_and_calibration_hash_are_those_of_the_run(happy):
     told = happy.json("result.json")["calibration"]
     assert told["content_hash"] == text.content_hash
     assert told["num_tokens"] == {"code": 640, "prose": 640}
+
+
+def test_the_result_as_written_is_verified(happy):
+    outcome = run_cli("verify", happy.out, "--json")
+    assert (outcome.status, outcome.stderr) == (0, "") and json.loads(outcome.stdout)["mismatches"] == []
 
 
 def test_result_json_and_run_log_agree(happy):

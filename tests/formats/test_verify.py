@@ -36,6 +36,18 @@ def test_other_weights_are_refused(tmp_path):
         verify_reload(tmp_path, tiny_ids(), logits + 1e-3)
 
 
+def test_logits_that_are_nan_are_refused(tmp_path):
+    model = tiny_llama()
+    logits = save(tmp_path / "whole", model)
+    logits = logits.clone()
+    logits[0, 0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match="differ from those in memory by nan"):
+        verify_reload(tmp_path / "whole", tiny_ids(), logits)
+    model.lm_head.weight.data[0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match="the reloaded model's logits hold NaN"):
+        verify_reload(tmp_path / "nan", tiny_ids(), save(tmp_path / "nan", model))
+
+
 def test_a_tensor_that_reloading_would_drop_is_refused(tmp_path):
     logits = save(tmp_path, tiny_llama())
     tensors = {name: tensor for shard in tmp_path.glob("*.safetensors") for name, tensor in load_file(shard).items()}

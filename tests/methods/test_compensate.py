@@ -29,15 +29,50 @@ def test_without_damping_the_residual_is_orthogonal_to_the_kept_inputs() -> None
     assert float((x_TF[:, KEEP].T @ residual_TH).abs().max()) < 1e-2 * float((x_TF.T @ x_TF).diagonal().max()) * 1e-2
 
 
-def test_equals_ridge_centred_on_the_old_weights() -> None:
+def test_equals_ridge_centred_on_the_old_weights_with_a_ridge_for_each_channel() -> None:
     reader_HF, x_TF = problem()
-    damping = 0.1
+    damping, x_TF = 0.1, x_TF * torch.logspace(-2, 2, 10)
     fit = least_squares(reader_HF, gram_of(x_TF), KEEP, damping)
-    ridge = damping * float((x_TF.T @ x_TF).diagonal().mean())
     x, target, old = x_TF[:, KEEP].double(), (x_TF @ reader_HF.T).double(), reader_HF[:, KEEP].double()
-    rows = torch.cat([x, ridge**0.5 * torch.eye(6, dtype=torch.float64)])
-    expected = torch.linalg.lstsq(rows, torch.cat([target, ridge**0.5 * old.T])).solution.T
+    root = (damping * x.square().sum(dim=0)).sqrt()
+    rows = torch.cat([x, torch.diag(root)])
+    expected = torch.linalg.lstsq(rows, torch.cat([target, root[:, None] * old.T])).solution.T
     torch.testing.assert_close(fit.weight_HS.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("times", [2.0**-20, 2.0**8, 2.0**13, 2.0**30])
+@pytest.mark.parametrize("channel", [2, 4])  # one that stays, one that goes
+def test_one_loud_or_quiet_channel_does_not_change_the_fit(channel: int, times: float) -> None:
+    # Louder with smaller weights it is the same reader. Powers of two make rounding the same too.
+    reader_HF, x_TF = problem()
+    plain = least_squares(reader_HF, gram_of(x_TF), KEEP, 1e-3)
+    reader_HF[:, channel] /= times
+    x_TF[:, channel] *= times
+    fit = least_squares(reader_HF, gram_of(x_TF), KEEP, 1e-3)
+    fit.weight_HS[:, KEEP == channel] *= times
+    torch.testing.assert_close(fit.weight_HS, plain.weight_HS, rtol=1e-5, atol=1e-6)
+    assert fit.condition == pytest.approx(plain.condition, rel=1e-6)
+
+
+def test_dead_channels_keep_their_weights_and_leave_the_rest_alone() -> None:
+    reader_HF, x_TF = problem()
+    without = least_squares(reader_HF[:, 1:], gram_of(x_TF[:, 1:]), KEEP[1:] - 1, 1e-3)
+    x_TF[:, 0] = 0
+    fit = least_squares(reader_HF, gram_of(x_TF), KEEP, 1e-3)
+    assert torch.equal(fit.weight_HS[:, 0], reader_HF[:, 0])
+    torch.testing.assert_close(fit.weight_HS[:, 1:], without.weight_HS, rtol=1e-5, atol=1e-6)
+    silent = least_squares(reader_HF, gram_of(torch.zeros_like(x_TF)), KEEP, 1e-3)
+    assert torch.equal(silent.weight_HS, reader_HF[:, KEEP])
+
+
+def test_a_channel_and_its_louder_copy_share_what_a_third_copy_gave() -> None:
+    reader_HF, x_TF = problem()
+    x_TF[:, 2], x_TF[:, 3] = x_TF[:, 4], 1024 * x_TF[:, 4]
+    keep = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9])
+    fit = least_squares(reader_HF, gram_of(x_TF), keep, 1e-4)
+    change = fit.weight_HS - reader_HF[:, keep]
+    torch.testing.assert_close(change[:, 2], reader_HF[:, 4] / 2, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(1024 * change[:, 3], reader_HF[:, 4] / 2, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("damping", [1e-6, 1e-3, 1.0, 100.0])

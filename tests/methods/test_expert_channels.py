@@ -9,6 +9,7 @@ from recipes import grouped
 
 import secateur
 from secateur.errors import RecipeError
+from secateur.methods import expert_channels
 from secateur.methods.expert_channels import _observe, _shrunk, prune_expert_channels
 from secateur.methods.expert_refit import FEW_TOKENS_PER_CHANNEL, channel_inputs
 from secateur.methods.select import Task
@@ -76,7 +77,7 @@ def test_an_expert_with_few_tokens_borrows_from_all_tokens() -> None:
     module = decoder_layers(model, arch)[0].get_submodule(group.experts.module)
     walk = Walk(model, arch, make_batches("a", tiny_ids(batch=4), held_out=False))
     channels = group.experts.stacks
-    seen = _observe(walk, group, "tokens", {"a": 1.0})
+    seen = _observe(walk, group, "tokens", {"a": 1.0}, seed=0)
     assert int(seen.num_tokens_E.sum()) == 2 * 4 * 16  # two experts for each of 64 tokens
     expert = int(seen.num_tokens_E.argmin())
     own, count = seen.grams[expert].full(), int(seen.num_tokens_E[expert])
@@ -86,6 +87,41 @@ def test_an_expert_with_few_tokens_borrows_from_all_tokens() -> None:
     torch.testing.assert_close(_shrunk(module, channels, expert, seen).full(), expected, atol=1e-6, rtol=1e-4)
     seen.num_tokens_E[expert] = FEW_TOKENS_PER_CHANNEL * 112
     torch.testing.assert_close(_shrunk(module, channels, expert, seen).full(), own)
+
+
+@torch.no_grad()
+def test_the_sample_is_of_every_domain_by_its_share(monkeypatch) -> None:
+    monkeypatch.setattr(expert_channels, "NUM_SAMPLED", 40)
+    model, shares = tiny_family("mixtral"), {"a": 0.5, "b": 0.3, "c": 0.2}
+    arch = bind(model)
+    group = arch.select(CHANNELS)[0]
+    batches = {
+        name: make_batches(name, tiny_ids(batch=4, seed=number), held_out=False, batch_tokens=16)
+        for number, name in enumerate(shares)
+    }
+
+    def sampled(seed: int, order: int) -> dict[str, torch.Tensor]:
+        walk = Walk(model, arch, [batch for each in batches.values() for batch in each[::order]])
+        return _observe(walk, group, "energy", shares, seed).samples
+
+    found, backwards, other = sampled(0, 1), sampled(0, -1), sampled(1, 1)
+    assert {name: len(each_TD) for name, each_TD in found.items()} == {"a": 20, "b": 12, "c": 8}
+    for name, each_TD in found.items():
+        inputs = expert_inputs(model, arch, group, batches[name])
+        blocks = [[place for place, x_TD in enumerate(inputs) if (x_TD == token_D).all(1).any()] for token_D in each_TD]
+        assert all(len(places) == 1 for places in blocks) and len({place for (place,) in blocks}) > 2
+        # A rank sees some batches only, so what came before must not count.
+        assert torch.equal(backwards[name], each_TD)
+        assert not torch.equal(other[name], each_TD)
+
+
+def expert_inputs(model, arch, group, batches) -> list[torch.Tensor]:
+    """Return what the experts' module gets of each batch."""
+    calls: list[torch.Tensor] = []
+    module = decoder_layers(model, arch)[group.layer].get_submodule(group.experts.module)
+    with module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0])):
+        list(Walk(model, arch, batches).run(group.layer))
+    return calls
 
 
 def test_units_are_followed_back_through_rounds() -> None:

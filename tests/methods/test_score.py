@@ -115,6 +115,18 @@ def test_keep_all_and_dead_channels() -> None:
     assert 2 not in greedy_obs(reader_HF, hessian.clone(), SINGLE, 7, 4).keep.tolist()
 
 
+@pytest.mark.parametrize("times", [2.0**-20, 2.0**10, 2.0**30])
+def test_one_loud_or_quiet_channel_does_not_change_the_choice(times: float) -> None:
+    reader_HF, x_TF = problem()
+    plain = greedy_obs(reader_HF, damped_gram(gram_of(x_TF), DAMPING), SINGLE, 3, 1)
+    reader_HF[:, 5] /= times
+    x_TF[:, 5] *= times
+    found = greedy_obs(reader_HF, damped_gram(gram_of(x_TF), DAMPING), SINGLE, 3, 1)
+    assert found.removed.tolist() == plain.removed.tolist()
+    torch.testing.assert_close(found.error_curve, plain.error_curve, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(found.scores_U, plain.scores_U, rtol=1e-5, atol=0.0)
+
+
 WIDE = torch.tensor([[0, 4], [1, 5], [2, 6], [3, 7]])  # four units of two columns each
 
 

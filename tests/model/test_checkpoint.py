@@ -3,11 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
 from models import tiny_ids, tiny_llama, tiny_qwen2
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, T5Config
@@ -15,6 +17,7 @@ from transformers import LlamaConfig, T5Config
 from secateur.errors import ArchError, CheckpointError
 from secateur.model.checkpoint import check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
 from secateur.model.config import quiet_transformers
+from secateur.model.tensors import read_tensors
 
 
 @pytest.fixture
@@ -229,6 +232,53 @@ def test_malformed_header_and_unknown_dtype(directory):
         open_checkpoint(directory)
     save_file({"a": torch.zeros(4).to(torch.float8_e4m3fn)}, file)
     with pytest.raises(CheckpointError, match="stores weights as F8_E4M3"):
+        open_checkpoint(directory)
+
+
+def write_layout(file: Path, *places: tuple[Any, Any], num_bytes: int, shape: Any = None) -> None:
+    """Write a file of float32 vectors a, b, ... that lie at these places of its data."""
+    vectors = {
+        name: {"dtype": "F32", "shape": shape or [int(end - begin) // 4], "data_offsets": [begin, end]}
+        for name, (begin, end) in zip("abc", places, strict=False)
+    }
+    header = json.dumps(vectors).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(num_bytes))
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([(0, 16), (0, 16)], "tensors a and b share bytes"),
+        ([(0, 16), (12, 32)], "tensors a and b share bytes"),
+        ([(0, 32), (8, 16), (32, 48)], "tensors a and b share bytes"),
+        ([(4, 16)], "the 4 bytes before tensor a belong to no tensor"),
+        ([(24, 32), (0, 16)], "the 8 bytes before tensor a belong to no tensor"),
+        ([(0.0, 16.0)], "header is malformed"),
+        ([(-4, 16)], "header is malformed"),
+        ([(0, 16), (32, 16)], "header is malformed"),
+    ],
+)
+def test_bytes_that_are_not_of_one_tensor_are_refused_as_safetensors_does(places, expected, directory):
+    file = directory / "model.safetensors"
+    write_layout(file, *places, num_bytes=int(max(end for _, end in places)))
+    with pytest.raises(CheckpointError, match=expected) as raised:
+        open_checkpoint(directory)
+    assert str(file) in str(raised.value) and "\n" not in str(raised.value)
+    with pytest.raises(SafetensorError):
+        load_file(file)
+
+
+def test_a_tensor_of_no_bytes_shares_none(directory):
+    file = directory / "model.safetensors"
+    write_layout(file, (0, 16), (16, 32), (16, 16), num_bytes=32)
+    assert {name: tuple(tensor.shape) for name, tensor in read_tensors(directory).items()} == {
+        name: tuple(tensor.shape) for name, tensor in load_file(file).items()
+    }
+
+
+def test_sizes_are_numbers(directory):
+    write_layout(directory / "model.safetensors", (0, 16), num_bytes=16, shape=["4"])
+    with pytest.raises(CheckpointError, match="header is malformed"):
         open_checkpoint(directory)
 
 

@@ -100,6 +100,7 @@ def jobs(checkpoints, recipe, texts, tmp_path_factory) -> tuple[Path, Path]:
     }
     experts = {**more, "groups": ["experts"], "align": 1}
     few_experts = {**experts, "calibration": recipes["few"]["calibration"]}
+    channels = {**few_experts, "groups": ["expert_ffn"]}
     place = tmp_path_factory.mktemp("ranks")
     tiny_family("mixtral").save_pretrained(place / "mixtral")
     tiny_tokenizer().save_pretrained(place / "mixtral")
@@ -108,7 +109,8 @@ def jobs(checkpoints, recipe, texts, tmp_path_factory) -> tuple[Path, Path]:
     tiny_tokenizer().save_pretrained(place / "bfloat16")
     described = {name: {"model": model, "recipe": each, "write": name == "uniform"} for name, each in recipes.items()}
     described["bfloat16"] = {"model": str(place / "bfloat16"), "recipe": more, "write": False}
-    for name, each in (("experts", experts), ("few tokens for experts", few_experts)):
+    of_experts = {"experts": experts, "few tokens for experts": few_experts, "channels in experts": channels}
+    for name, each in of_experts.items():
         described[name] = {"model": str(place / "mixtral"), "recipe": each, "write": False}
     (place / "jobs.json").write_text(json.dumps(described), encoding="utf-8")
     num_threads = torch.get_num_threads()

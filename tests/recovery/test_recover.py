@@ -23,6 +23,7 @@ from secateur.recovery.judge import domain_weights, objective
 from secateur.recovery.open import dry_run, open_job, prepare
 from secateur.recovery.recover import judged, recover, train_guarded
 from secateur.recovery.train import Work, with_lora
+from secateur.report.digests import mismatches, read_digests
 from secateur.report.measured import RecoveryRecord, TrainingRecord, mean_kl, mean_nats
 
 # A random dense model knows nothing of the text, so only its predictions can be learnt.
@@ -80,6 +81,27 @@ def test_the_directory_is_complete_and_loads_in_stock_transformers(recovered, pr
     assert len(AutoTokenizer.from_pretrained(recovered)) == len(AutoTokenizer.from_pretrained(pruned))
     assert (recovered / "keep.json").read_bytes() == (pruned / "keep.json").read_bytes()
     assert yaml.safe_load((recovered / "recipe.yaml").read_text())["recover"]["num_tokens"] == 2048
+
+
+def test_the_digests_are_those_of_the_recovered_files(recovered):
+    digests = read_digests(recovered)
+    assert digests is not None and {WEIGHTS, "recovery.json", "README.md", "run.jsonl"} < set(digests)
+    assert list(mismatches(recovered, digests, lambda *_: None)) == []
+
+
+def test_links_of_the_pruned_directory_are_not_followed(pruned, checkpoints, tmp_path):
+    source = Path(shutil.copytree(pruned, tmp_path / "source"))
+    (tmp_path / "secret").write_text("a private key")
+    linked = ("README.md", "run.jsonl", "NOTICE")  # one of a .json file is refused
+    for name in linked:
+        (source / name).unlink(missing_ok=True)
+        (source / name).symlink_to(tmp_path / "secret")
+    (source / "report.html").unlink()
+    (source / "result.json").unlink()  # the report reads what is gone
+    recover(source, checkpoints["llama"], CHANGES, out=tmp_path / "out")
+    written = {path.name: path.read_text(errors="replace") for path in (tmp_path / "out").iterdir()}
+    assert not any("a private key" in text for text in written.values())
+    assert "NOTICE: is a link to a file outside" in " ".join(record_of(tmp_path / "out").notes)
 
 
 def test_the_run_log_goes_on_and_the_report_and_the_card_tell_of_it(recovered, pruned):

@@ -18,7 +18,7 @@ from secateur.errors import CheckpointError
 from secateur.report.plots import Series, Text, dot_plot, spread_plot
 from secateur.report.records import Summary
 from secateur.report.report import write_report
-from secateur.report.rows import caveats, loss_rows, model_card, verdict
+from secateur.report.rows import caveats, escaped, loss_rows, model_card, verdict
 
 HOSTILE = "<script>alert(1)</script>"
 ODD = "$\\frac$ 日本 & \x07co"
@@ -115,7 +115,7 @@ def test_page_and_card_warn_of_overlap(copy):
     shares = dataclasses.replace(summary.calibration, held_out_overlap={HOSTILE: 0.604, ODD: None})
     doubtful = dataclasses.replace(summary, calibration=shares)
     (note,) = caveats(doubtful)
-    assert f"({HOSTILE} 60%)" in note and note in model_card(doubtful)
+    assert f"({HOSTILE} 60%)" in note and escaped(note) in model_card(doubtful)
     (copy / "result.json").write_text(doubtful.to_json(), encoding="utf-8")
     write_report(copy)
     assert page_of(copy).count("is flattered.") == 1
@@ -211,7 +211,8 @@ def test_without_matplotlib_prune_says_that_there_is_no_report(checkpoints, reci
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = prune(checkpoints["llama"], grouped({**recipe, "evaluate": False}), out=tmp_path / "out")
     (note,) = [warning for warning in done.summary.warnings if "report" in warning]
-    assert "pip install 'secateur[report]'" in note and note in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "pip install 'secateur[report]'" in note and escaped(note) in card
     assert not (tmp_path / "out" / "report.html").exists()
     outcome = run_cli("report", tmp_path / "out")
     assert outcome.status == 2 and "matplotlib" in outcome.stderr

@@ -44,7 +44,7 @@ def progress_bar(*, enabled: bool) -> Iterator[Progress]:
             bars.stop()
 
 
-IN_ONE_PROCESS = frozenset({"bench", "export", "inspect", "report"})
+IN_ONE_PROCESS = frozenset({"bench", "export", "inspect", "report", "verify"})
 
 
 def has_ranks() -> bool:

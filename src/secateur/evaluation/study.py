@@ -19,7 +19,7 @@ from secateur.recipe_file import load_recipe, merged, parse_recipe
 from secateur.report.measured import Comparison, FoundCell
 from secateur.report.page import Page, Section, Table, render
 from secateur.report.plots import Series, Text, dot_plot
-from secateur.report.rows import markdown
+from secateur.report.rows import escaped, markdown
 
 SHIPPED = "studies"
 SMALL = "small"
@@ -167,9 +167,9 @@ def _pages(study: Study, found: list[FoundCell]) -> dict[str, str]:
     quality = _quality_table(found)
     tables = [quality, *([_task_table(found)] if any(cell.tasks for cell in found) else [])]
     about = _about(study, found)
-    text = [f"# {study.question}", "", *(f"- {line}" for line in about), ""]
+    text = [f"# {escaped(study.question)}", "", *(f"- {escaped(line)}" for line in about), ""]
     for table in tables:
-        text += [f"## {table.caption}", "", *markdown(table), ""]
+        text += [f"## {escaped(table.caption)}", "", *markdown(table), ""]
     rows = [row for row in rows_of(found) if row.ratio]
     by_ratio = {row.ratio: [each for each in rows if each.ratio == row.ratio] for row in rows}
     sections = [

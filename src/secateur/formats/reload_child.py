@@ -3,10 +3,12 @@
 In (argv): directory, a safetensors file with `input_ids`, the file to write, device, threads.
 Out: that file, with `logits`; as metadata `problem` (the loader's complaints, empty if none) and
 `text` (a greedy continuation). Imports nothing of secateur, as a user's program would not.
-The directory's code is run for per-layer widths alone.
+Only the package's own modelling file is ever run, for per-layer widths: a directory that holds or
+names other code is loaded without any, and the tokenizer always is.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 NUM_NEW_TOKENS = 24
+OWN_CODE = Path(__file__).parents[1] / "model" / "modeling_per_layer.py"
 
 
 def main(directory: str, ids_file: str, out_file: str, device: str, num_threads: str) -> None:
@@ -24,10 +27,11 @@ def main(directory: str, ids_file: str, out_file: str, device: str, num_threads:
     torch.set_num_threads(int(num_threads))
     ids_BT = load_file(ids_file)["input_ids"].to(device)
     config = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
-    per_layer = "per_layer_config" in config
     is_wrapped = config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     auto: Any = AutoModelForImageTextToText if is_wrapped else AutoModelForCausalLM
-    loaded: Any = auto.from_pretrained(directory, output_loading_info=True, trust_remote_code=per_layer)
+    loaded: Any = auto.from_pretrained(
+        directory, output_loading_info=True, trust_remote_code=runs_own_code(directory, config)
+    )
     model, info = loaded[0].to(device), loaded[1]
     with torch.inference_mode():
         logits_BTV = model(ids_BT, use_cache=False).logits
@@ -35,12 +39,24 @@ def main(directory: str, ids_file: str, out_file: str, device: str, num_threads:
             ids_BT[:1], attention_mask=torch.ones_like(ids_BT[:1]), max_new_tokens=NUM_NEW_TOKENS, do_sample=False
         )
     new_ids = generated_1T[0, ids_BT.shape[1] :].tolist()
+    # The loader only warns if both of two tied tensors are stored, and differ.
+    tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+    parameter = model.get_parameter_or_buffer
+    info["untied"] = [name for name, source in tied.items() if parameter(name) is not parameter(source)]
     problem = "; ".join(f"{kind}: {sorted(map(str, names))}" for kind, names in info.items() if names)
     text = " ".join(map(str, new_ids))
     if Path(directory, "tokenizer_config.json").is_file():
-        # AutoTokenizer reads the model's config; stock config classes may refuse per-layer heads.
-        text = str(AutoTokenizer.from_pretrained(directory, trust_remote_code=per_layer).decode(new_ids))
+        # Without `config` it reads the model's, which stock config classes may refuse for per-layer heads.
+        tokenizer = AutoTokenizer.from_pretrained(directory, config=model.config, trust_remote_code=False)
+        text = str(tokenizer.decode(new_ids))
     save_file({"logits": logits_BTV.contiguous().cpu()}, out_file, {"problem": problem, "text": text})
+
+
+def runs_own_code(directory: str, config: dict[str, Any]) -> bool:
+    """Whether the config names the package's modelling file, and the directory holds no other."""
+    names = config.get("auto_map", {})
+    is_ours = bool(names) and all(re.fullmatch(rf"{OWN_CODE.stem}\.\w+", str(name)) for name in names.values())
+    return is_ours and all(file.read_bytes() == OWN_CODE.read_bytes() for file in Path(directory).rglob("*.py"))
 
 
 if __name__ == "__main__":

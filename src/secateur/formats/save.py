@@ -4,6 +4,7 @@ The proof runs transformers in a fresh process; llama.cpp for GGUF files, if it 
 """
 
 import importlib.util
+import json
 import math
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,8 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import CheckpointError
-from secateur.files import disk_errors, parse_size
+from secateur.files import disk_errors, lies_in, parse_size
+from secateur.model import modeling_per_layer
 from secateur.model.checkpoint import Checkpoint, load_model, load_tokenizer
 from secateur.model.config import quiet_transformers
 
@@ -37,6 +40,8 @@ added_tokens.json special_tokens_map.json chat_template*.jinja chat_template.jso
 preprocessor_config.json video_preprocessor_config.json additional_chat_templates/*.jinja
 LICENSE* NOTICE* USE_POLICY*
 """.split()
+# By these keys transformers finds code, at any depth of a config.
+_NAMES_OF_CODE = ("auto_map", "custom_pipelines")
 
 
 def save_checkpoint(
@@ -46,11 +51,12 @@ def save_checkpoint(
     *,
     max_shard_size: str,
     carry_from: Path | None,
-) -> None:
+) -> tuple[str, ...]:
     """Write model, configs and tokenizer into `directory`; the same model gives the same bytes.
 
     Tied weights are written once. `carry_from`: the source directory, whose generation config,
-    tokenizer and licence files are copied if it has a config.json.
+    tokenizer and licence files are copied if it has a config.json. Returns a sentence about every
+    file that was not, because it is a link to somewhere else. The files name no code but ours.
 
     Raises CheckpointError for disk errors, RecipeError for a bad `max_shard_size`.
     """
@@ -58,8 +64,11 @@ def save_checkpoint(
     with disk_errors(directory), quiet_transformers():
         tokenizer.save_pretrained(directory)
         _save_model(model, directory, num_shard_bytes)
+        left = ()
         if carry_from is not None and (carry_from / "config.json").is_file():
-            _carry(carry_from, directory)
+            left = tuple(_carry(carry_from, directory))
+        _name_own_code_only(model, directory)
+    return left
 
 
 def _save_model(model: PreTrainedModel, directory: Path, num_shard_bytes: int) -> None:
@@ -77,18 +86,50 @@ def _save_model(model: PreTrainedModel, directory: Path, num_shard_bytes: int) -
         file.chmod(readable)  # safetensors lets only the owner read
 
 
-def _carry(source: Path, directory: Path) -> None:
-    if (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", directory / "generation_config.json")
-    for pattern in _SIDE_FILES:
+def _carry(source: Path, directory: Path) -> Iterator[str]:
+    """Copy what saving does not write anew; yield a sentence about every file left behind."""
+    for pattern in ("generation_config.json", *_SIDE_FILES):
         for file in sorted(source.glob(pattern)):
             target = directory / file.relative_to(source)
-            if file.is_file() and not target.exists():
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)
+            if not file.is_file() or (target.exists() and pattern != "generation_config.json"):
+                continue
+            if not lies_in(source, file):
+                yield f"{target.name}: is a link to a file outside the model's directory, so it was not carried over."
+                continue
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def _name_own_code_only(model: PreTrainedModel, directory: Path) -> None:
+    """Remove code from `directory`, and names of code from its configs, except the package's own.
+
+    A config that is not JSON, which transformers cannot read either, is removed.
+    """
+    own: dict[str, str] = {}
+    if modeling_per_layer.is_per_layer(model.config):
+        classes = {"AutoConfig": type(model.config), "AutoModelForCausalLM": type(model)}
+        own = {auto: f"{OWN_CODE.stem}.{each.__name__}" for auto, each in classes.items()}
+    for file in directory.glob("*.py"):
+        if not own or file.name != OWN_CODE.name:
+            file.unlink()
+    for file in directory.glob("*config.json"):
+        try:
+            text = file.read_text(encoding="utf-8")
+            said, clean = json.loads(text), json.loads(text, object_hook=_without_code)
+            if own and file.name == "config.json":
+                clean["auto_map"] = own
+            if clean != said:
+                file.write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
+        except (ValueError, RecursionError):
+            file.unlink()
+
+
+def _without_code(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _NAMES_OF_CODE}
 
 
 _CHILD = Path(__file__).with_name("reload_child.py")
+OWN_CODE = Path(modeling_per_layer.__file__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +164,8 @@ def verify_reload(
         raise CheckpointError(
             f"{directory}: reloaded logits have shape {list(reloaded_BTV.shape)}, not {list(logits_BTV.shape)}."
         )
+    if reloaded_BTV.isnan().any():
+        raise CheckpointError(f"{directory}: the reloaded model's logits hold NaN.")
     # Row by row: no second copy of all logits in float32.
     rows = zip(reloaded_BTV.flatten(0, -2), logits_BTV.detach().cpu().flatten(0, -2), strict=True)
     difference = torch.stack([(a_V.float() - b_V.float()).abs().max() for a_V, b_V in rows]).max().item()

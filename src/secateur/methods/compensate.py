@@ -20,11 +20,13 @@ from secateur.stream.statistics import Decide, Gram, Measurement, exact_product_
 # Shares of a correction that the guard tries, largest first; 0 means the old weights stay.
 GUARD_STEPS = (1.0, 0.5, 0.25)
 MAX_DAMPING_RETRIES = 3
+# Sums in float32 are off by 2^-24: from here on that is a good part of the least pivot.
+LARGEST_CONDITION = 2.0**20
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """`weight_HS`: refitted columns; `damping`: the ridge used; `condition`: of the system."""
+    """`weight_HS`: refitted columns; `damping`: the one used; `condition`: of the system."""
 
     weight_HS: Tensor
     damping: float
@@ -67,9 +69,9 @@ def least_squares(
 ) -> Fit:
     """Ridge least squares in the remaining weights, centred on the old ones.
 
-    W_S' = argmin |y + mix r - x_S W_S'|^2 + ridge |W_S' - W_S|^2 with y = x W, r the drift
-    (`cross_FH` = x'r) and ridge = damping * mean(diag G), so
-    W_S' = W_S + (W_C G_CS + mix (x_S' r)') (G_SS + ridge I)^-1.
+    W_S' = argmin |y + mix r - x_S W_S'|^2 + sum_j ridge_j |W_j' - W_j|^2 with y = x W, r the drift
+    (`cross_FH` = x'r) and ridge_j = damping * G_jj, see `ridge_of`, so
+    W_S' = W_S + (W_C G_CS + mix (x_S' r)') (G_SS + diag(ridge_S))^-1.
     No column gone and no mix: exactly no change. Solved by Cholesky in float64. If that fails, the
     damping is raised tenfold, at most three times; the value used is returned. Raises NumericsError
     if it stays indefinite. Source: Hassibi and Stork 1993, in closed form.
@@ -86,11 +88,12 @@ def least_squares(
     for attempt in range(MAX_DAMPING_RETRIES + 1):
         used = damping * 10**attempt
         block = gram.part(keep, keep, *place).mT  # column-major, to work in place
-        block.diagonal().add_(ridge_of(gram, used))
+        sizes_S = block.diagonal().add_(ridge_of(gram, used)[keep.to(place[1])]).sqrt()
         failed = torch.zeros((), dtype=torch.int32, device=block.device)
         factor, _ = torch.linalg.cholesky_ex(block, out=(block, failed))
         if not failed:
-            pivots = factor.diagonal()
+            # Of the system with every channel scaled to size 1: the solution is as exact as there.
+            pivots = factor.diagonal() / sizes_S
             condition = float((pivots.max() / pivots.min()) ** 2)
             # cholesky_solve cannot work in place.
             torch.linalg.solve_triangular(factor, right_SH, upper=False, out=right_SH)

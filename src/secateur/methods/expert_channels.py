@@ -1,11 +1,13 @@
 """Channels inside experts: each expert keeps the same number, chosen on the tokens routed to it.
 
-An expert with few tokens is also measured on all of the layer's tokens: its Gram matrix is shrunk
-towards the one over those. A guard on held-out text judges the layer's refit as a whole.
+An expert with few tokens is also measured on tokens that chose other experts: its Gram matrix is
+shrunk towards the one over a random sample of the layer's tokens, in which each domain has its
+share. A guard on held-out text judges the layer's refit as a whole.
 
 T tokens, D hidden size, E experts, F channels of an expert, K channels that stay.
 """
 
+import random
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
-from secateur.facts import Method
+from secateur.facts import Batch, Method
 from secateur.methods.compensate import least_squares
 from secateur.methods.expert_refit import (
     FEW_TOKENS_PER_CHANNEL,
@@ -31,18 +33,25 @@ from secateur.model.group import Group, Stacks
 from secateur.stream.statistics import Gram, InOrder, damped_gram, domain_weight, of_all_ranks, sum_over_ranks
 from secateur.stream.walk import Walk
 
-# An expert with few tokens of its own borrows from this many.
+# An expert with few tokens of its own borrows from this many, or as many as there are.
 NUM_SAMPLED = 2048
+
+Drawn = tuple[Tensor, Tensor]
+"""Tokens of one domain: the random number of each, ascending, and its hidden state."""
 
 
 @dataclass(slots=True)
 class _Observed:
-    """Per expert: pooled Gram matrix, token count. `samples`: by domain number and first block."""
+    """Per expert: pooled Gram matrix, token count. `drawn`: of the current domain, on this rank.
+
+    `samples`: by domain, hidden states of tokens sampled from all ranks.
+    """
 
     grams: list[Gram]
     num_tokens_E: Tensor
     energy: dict[str, float] = field(default_factory=dict)
-    samples: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    drawn: list[Drawn] = field(default_factory=list)
+    samples: dict[str, Tensor] = field(default_factory=dict)
     held_out: dict[str, list[Call]] = field(default_factory=dict)
 
 
@@ -52,7 +61,7 @@ def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, A
     group, num_keep, layer = task.group, task.num_keep, task.layer
     stacks, module = group.experts.stacks, layer.get_submodule(group.experts.module)
     num_experts, num_units = len(module.get_parameter(stacks.down)), num_channels(module, stacks)
-    seen = _observe(task.walk, group, task.method.weighting, task.shares)
+    seen = _observe(task.walk, group, task.method.weighting, task.shares, task.seed)
     line = log_line(group, num_keep, num_units, seen.energy, torch.zeros(0))
     keep_EK = torch.arange(num_units).repeat(num_experts, 1)
     if num_keep < num_units:
@@ -87,7 +96,7 @@ def cut_expert_channels(layer: nn.Module, group: Group, keep_EK: Int64[Tensor, "
     _take(module, stacks.down, keep_EK, 1 if stacks.transposed else 2)
 
 
-def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float]) -> _Observed:
+def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float], seed: int) -> _Observed:
     stacks, module = group.experts.stacks, walk.layers[group.layer].get_submodule(group.experts.module)
     num_experts, size = len(module.get_parameter(stacks.down)), num_channels(module, stacks)
     device = module.get_parameter(stacks.down).device
@@ -95,22 +104,39 @@ def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float])
     pooled, current = ([Gram(size, device, torch.float32) for _ in range(num_experts)] for _ in range(2))
     seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))
     calls: list[Call] = []
-    domains = InOrder(shares, lambda domain: _fold(seen, current, domain, group, weighting, shares[domain]))
+    domains = InOrder(shares)
+
+    def pool_ended(begins: str) -> None:
+        for domain in domains.begin(begins):
+            _fold(seen, current, domain, group, weighting, shares[domain])
+
     with module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs)):
         for batch, _ in walk.run(group.layer, to_middle=True):
             call = calls.pop()
             if batch.held_out:
                 seen.held_out.setdefault(batch.domain, []).append(call)
                 continue
-            domain, hidden_TD = batch.domain, call[0]
-            domains.begin(domain)
-            place = (list(shares).index(domain) if domain in shares else 0, batch.first_block)
-            seen.samples[place] = hidden_TD[:: max(1, len(hidden_TD) // 64)]
+            domain = batch.domain
+            pool_ended(domain)
+            seen.drawn = [_lowest([*seen.drawn, _numbered(batch, call[0], seed)], shares[domain])]
             seen.energy[domain] = seen.energy.get(domain, 0.0) + _add(module, stacks, call, current, seen)
-    domains.end()
+    pool_ended("")
     sum_over_ranks(seen.num_tokens_E)
-    seen.samples = dict(sorted(of_all_ranks(seen.samples).items()))
     return seen
+
+
+def _numbered(batch: Batch, hidden_TD: Float[Tensor, "T D"], seed: int) -> Drawn:
+    """Give each token a random number by seed, domain and place: any rank gives the same."""
+    place = random.Random(f"{seed}:{batch.domain}:{batch.first_block}").getrandbits(63)
+    generator = torch.Generator().manual_seed(place)
+    return torch.rand(len(hidden_TD), generator=generator, dtype=torch.float64), hidden_TD
+
+
+def _lowest(parts: list[Drawn], share: float) -> Drawn:
+    """Return the tokens of the lowest numbers, as many as are a domain's share of the sample."""
+    numbers_T, hidden_TD = (torch.cat(each) for each in zip(*parts, strict=True))
+    order = numbers_T.argsort()[: max(1, round(share * NUM_SAMPLED))]
+    return numbers_T[order], hidden_TD[order.to(hidden_TD.device)]
 
 
 def _add(module: Any, stacks: Stacks, call: Call, current: list[Gram], seen: _Observed) -> float:
@@ -135,21 +161,27 @@ def _fold(seen: _Observed, current: list[Gram], domain: str, group: Group, weigh
             f"layer {group.layer}, {group.experts.module}, domain {domain}: an expert gives NaN or infinite numbers; "
             f"use the model in bfloat16 or float32 and check its weights."
         )
+    # No two ranks have the same lowest number.
+    parts = of_all_ranks({float(each[0][0]): each for each in seen.drawn})
+    seen.samples[domain] = _lowest(list(parts.values()), share)[1]
+    seen.drawn = []
     for mine, theirs in zip(seen.grams, current, strict=True):
         mine.merge(theirs, domain_weight(weighting, share, energy))
         theirs.clear()
 
 
 def _shrunk(module: Any, stacks: Stacks, expert: int, seen: _Observed) -> Gram:
-    """Return (1 - a) G / tr G + a P / tr P with P the Gram matrix on all tokens, a = n0 / (n0 + n).
+    """Return (1 - a) G / tr G + a P / tr P with P the Gram matrix on the sample, a = n0 / (n0 + n).
 
     n tokens chose the expert, n0 is its number of channels. Return G itself from 10 n0 tokens on.
+    The sample: `NUM_SAMPLED` of the layer's tokens at random, each domain by its share; all tokens
+    of a domain that has fewer.
     """
     own, size = seen.grams[expert], seen.grams[expert].size
     num_tokens = int(seen.num_tokens_E[expert])
     if num_tokens >= FEW_TOKENS_PER_CHANNEL * size:
         return own
-    sample_TD = torch.cat(list(seen.samples.values()))[:NUM_SAMPLED]
+    sample_TD = torch.cat(list(seen.samples.values()))
     everyone, mixed = (Gram(size, own.device, torch.float32) for _ in range(2))
     everyone.add_product(channel_inputs(module, stacks, expert, sample_TD))
     share = size / (size + num_tokens)

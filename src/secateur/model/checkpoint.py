@@ -267,9 +267,15 @@ def _check_tokenizer_files(directory: Path) -> None:
     if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
         looked = ", ".join(TOKENIZER_FILES)
         raise CheckpointError(f"{directory}: has no tokenizer (looked for {looked}); copy the model's own there.")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (directory / name).is_file():
-            read_json(directory / name)
+    if (directory / "tokenizer.json").is_file():
+        read_json(directory / "tokenizer.json")
+    path = directory / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    # transformers would read the file that these name, wherever it lies, as the vocabulary.
+    named = [key for key in ("vocab", "merges") if isinstance(config.get(key), str)]
+    named += ["init_inputs"] if config.get("init_inputs") else []
+    if named:
+        raise CheckpointError(f"{path}: its key '{named[0]}' can name a file outside the directory; remove the key.")
 
 
 SAMPLED_BYTES = 1 << 20
@@ -314,6 +320,10 @@ def check_in_memory(model: object, tokenizer: object) -> None:
     if model.config.is_heterogeneous and not isinstance(model, PerLayerModel):
         reason = "its widths differ per layer and it runs its checkpoint's code"
         raise CheckpointError(f"model: {reason}; load it with secateur.load(path), or give its path.")
+    for name, each in {"model": model, "tokenizer": tokenizer}.items():
+        if type(each).__module__.startswith("transformers_modules."):
+            reason = "it runs its checkpoint's code, which no result carries"
+            raise CheckpointError(f"{name}: {reason}; load it without trust_remote_code.")
     if tokenizer is None:
         raise CheckpointError("tokenizer: a model in memory comes without one; pass tokenizer=.")
     if getattr(model.config, "quantization_config", None):

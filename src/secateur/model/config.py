@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from secateur.errors import ArchError, CheckpointError, nearest
+from secateur.files import lies_in
 from secateur.model.modeling_per_layer import PREFIX, per_layer_config_class
 from secateur.model.tensors import read_json
 
@@ -64,6 +65,11 @@ TOKENIZER_FILES = (
     *_TIKTOKEN_FILES,
 )
 _HUB_SMALL_FILES = ("*.json", "merges.txt", *TOKENIZER_FILES, "*.jinja", "LICENSE*")
+# What is read of these files is written into a result.
+_READ_INTO_RESULTS = (
+    *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "merges.txt", "dict.txt"),
+    *TOKENIZER_FILES,
+)
 
 
 def locate(reference: str, *, weights: bool) -> tuple[Path, str | None]:
@@ -142,12 +148,27 @@ BAD_VALUE = (*_WRONG_TYPES, OSError, RuntimeError, StrictDataclassError)
 BAD_GGUF = (*BAD_VALUE, struct.error, OverflowError, MemoryError)
 
 
+def check_links(directory: Path) -> None:
+    """Raise CheckpointError if a config or a tokenizer's file is a link out of the directory.
+
+    Else a strange directory could make a result carry a private file of its user. Weights may be
+    links: a file that is not safetensors is never read as weights.
+    """
+    for file in sorted({file for pattern in _READ_INTO_RESULTS for file in directory.glob(pattern)}):
+        if file.is_file() and not file.name.endswith(".index.json") and not lies_in(directory, file):
+            raise CheckpointError(
+                f"{file}: is a link to a file outside the model's directory, and its text would go into a result; "
+                "copy the file there if it belongs to the model."
+            )
+
+
 def directory_config(directory: Path) -> PreTrainedConfig:
     """Return the config of a model directory.
 
     Raises CheckpointError if it is missing, broken, quantised, unknown to transformers, or needs
     remote code; ArchError if the model is no causal LM.
     """
+    check_links(directory)
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory}: has no config.json, so it is no model; give the directory that holds one.")

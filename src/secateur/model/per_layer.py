@@ -68,8 +68,8 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     stock, stock_config = type(model), type(config)
     if was_per_layer:
         stock, stock_config = stock.__bases__[1], stock_config.__bases__[0]
-    if was_per_layer or overrides:
-        vars(config).pop("auto_map", None)  # the source's names files that are not copied
+    for each in (model.config, config):
+        vars(each).pop("auto_map", None)  # names the source's code
     config.per_layer_config = None
     if {layer.get(QUERY_HEADS) for layer in widths} == {config.num_attention_heads}:
         base.pop("head_dim", None)  # the config states or derives it already

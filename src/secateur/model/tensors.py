@@ -7,6 +7,7 @@ handled: pickle files (refused), weights stored in a quantised format.
 
 import json
 import math
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,20 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     if end != num_file_bytes:
         sizes = f"its header describes {end} bytes, the file has {num_file_bytes}"
         raise CheckpointError(f"{file}: is truncated or damaged: {sizes}; copy it again.")
+    _check_layout(file, data_start, tensors)
     return tensors
+
+
+def _check_layout(file: Path, data_start: int, tensors: dict[str, StoredTensor]) -> None:
+    """Raise CheckpointError unless every byte belongs to one tensor, as the format demands."""
+    end, before = data_start, ""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if tensor.offset < end:
+            raise CheckpointError(f"{file}: tensors {before} and {name} share bytes; get the file from its source.")
+        if tensor.offset > end:
+            gap = f"the {tensor.offset - end} bytes before tensor {name} belong to no tensor"
+            raise CheckpointError(f"{file}: {gap}; get the file from its source.")
+        end, before = tensor.offset + tensor.num_bytes, name
 
 
 def _stored(file: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
@@ -148,8 +162,8 @@ def _stored(file: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
     if dtype is None:
         allowed = ", ".join(_DTYPES)
         raise CheckpointError(f"{file}: stores weights as {entry['dtype']}, not prunable; allowed: {allowed}.")
-    begin, end = entry["data_offsets"]
-    shape = tuple(int(size) for size in entry["shape"])
+    begin, end = map(operator.index, entry["data_offsets"])
+    shape = tuple(map(operator.index, entry["shape"]))
     if end - begin != math.prod(shape) * dtype.itemsize or min(begin, *shape, 0) < 0:
         raise ValueError("offsets and shape disagree")
     return StoredTensor(file, dtype, shape, data_start + begin, end - begin)

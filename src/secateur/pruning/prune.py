@@ -65,7 +65,7 @@ def _pruned(opened: Opened, run: Run, placement: Placement, directory: Path | No
     proof = None if checkpoint is None else save_and_prove(run, checkpoint, keeps)
     summary = summary_of(opened, run, keeps, proof, command=command, **measured)
     if directory is not None:
-        write_report_files(directory, summary, services.log)
+        summary = write_report_files(directory, summary, services.log)
     return Result(run.model, tokenizer_of(opened), run.resolved.recipe, keeps, run.resolved.layers, summary)
 
 

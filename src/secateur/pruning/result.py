@@ -13,12 +13,14 @@ from secateur.data.calibration import CalibrationSet, ngram_overlap
 from secateur.facts import Size
 from secateur.formats.save import Verification, save_checkpoint, verify_reload
 from secateur.log import RunLog, versions
+from secateur.methods.compensate import LARGEST_CONDITION
 from secateur.model.checkpoint import CausalLM, Tokenizer
 from secateur.model.group import Group
 from secateur.pruning.open import Opened
 from secateur.pruning.run import Keeps, Run
 from secateur.recipe import Recipe
 from secateur.recipe_file import dump_recipe
+from secateur.report.digests import write_summary
 from secateur.report.records import CalibrationFacts, Summary
 from secateur.report.report import missing_plots, write_report
 from secateur.report.rows import model_card
@@ -55,18 +57,23 @@ class PrunedCheckpoint:
     carry_from: Path | None
     layers: tuple[int, ...]
 
-    def save(self, keeps: Keeps, number: int | None = None) -> None:
-        """Write the model, a round's under `rounds/NUMBER`; the last round is the result itself."""
+    def save(self, keeps: Keeps, number: int | None = None) -> tuple[str, ...]:
+        """Write the model, a round's under `rounds/NUMBER`; the last round is the result itself.
+
+        Returns a sentence about every side file of the source that was left behind.
+        """
         if number == self.recipe.choose.rounds:
-            return
+            return ()
         place = self.directory if number is None else self.directory / ROUNDS / str(number)
         place.mkdir(parents=True, exist_ok=number is None)
         shard_size = self.recipe.output.max_shard_size
-        save_checkpoint(self.model, self.tokenizer, place, max_shard_size=shard_size, carry_from=self.carry_from)
+        options: dict[str, Any] = {"max_shard_size": shard_size, "carry_from": self.carry_from}
+        left = save_checkpoint(self.model, self.tokenizer, place, **options)
         (place / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
         layers = [{"group": "layers", "keep": self.layers}] if self.recipe.remove.depth else []
         kept = [{"layer": layer, "group": group, "keep": keep.tolist()} for (layer, group), keep in keeps.items()]
         (place / "keep.json").write_text(json.dumps([*layers, *kept]) + "\n", encoding="utf-8")
+        return left
 
 
 VERIFY_TOKENS = 64
@@ -92,7 +99,8 @@ def save_and_prove(run: Run, checkpoint: PrunedCheckpoint, keeps: Keeps) -> Veri
     """Save the model and have a fresh process compute the same logits."""
     services = run.services
     with services.log.time("save"):
-        checkpoint.save(keeps)
+        for sentence in checkpoint.save(keeps):
+            services.log.write({"event": "note", "text": sentence})
     with services.log.time("verify"):
         services.progress("verify", 0, 1)
         ids_1T = run.text.domains[0].held_out_NT[:1, :VERIFY_TOKENS].to(run.model.device)
@@ -106,7 +114,7 @@ def save_and_prove(run: Run, checkpoint: PrunedCheckpoint, keeps: Keeps) -> Veri
 def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | None, **measured: Any) -> Summary:
     """Return the run's summary. `measured`: command, losses and memory peaks, by field name."""
     recipe, log, pruned_size = run.resolved.recipe, run.services.log, Size.of(run.model)
-    notes = tuple(line["text"] for line in log.lines if line["event"] == "note")
+    notes = tuple(line["text"] for line in log.lines if line["event"] == "note") + ill_conditioned(log.lines, recipe)
     return Summary(
         model=opened.name,
         family=run.arch.family,
@@ -129,13 +137,29 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
     )
 
 
-def write_report_files(directory: Path, summary: Summary, log: RunLog) -> None:
-    """Write the summary, the model card and the report."""
+def ill_conditioned(lines: list[dict[str, Any]], recipe: Recipe) -> tuple[str, ...]:
+    """Return a warning if rounding spoiled a fit, or only more damping than asked made one."""
+    asked = {recipe.repair.damping * factor for factor in recipe.repair.damping_factors}
+    fits = [line for line in lines if line.get("condition") is not None]
+    spoiled = [line for line in fits if line["condition"] > LARGEST_CONDITION or line["damping"] not in asked]
+    if not spoiled:
+        return ()
+    worst = max(spoiled, key=lambda line: (line["damping"], line["condition"]))
+    return (
+        f"repair.damping: channels of {len(spoiled)} of {len(fits)} fits are so alike that rounding shows, in layer "
+        f"{worst['layer']}, {worst['group']} with condition {worst['condition']:.1e} and damping {worst['damping']:g}; "
+        f"use a larger damping or more calibration tokens.",
+    )
+
+
+def write_report_files(directory: Path, summary: Summary, log: RunLog) -> Summary:
+    """Write the model card, the summary and the report; return the summary with all digests."""
     log.write({"event": "seconds", **summary.seconds})
-    (directory / "result.json").write_text(summary.to_json(), encoding="utf-8")
     (directory / "README.md").write_text(model_card(summary), encoding="utf-8")
+    summary = write_summary(directory, summary)
     if not missing_plots():
         write_report(directory)
+    return summary
 
 
 def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tensor]) -> dict[str, tuple[int, int, int]]:

@@ -13,12 +13,14 @@ import torch
 
 from secateur.evaluation.parts import open_subject, task_changes, task_parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks
+from secateur.files import lies_in
 from secateur.formats.save import Verification, save_checkpoint, verify_reload
 from secateur.log import LOG_FILE, versions
 from secateur.recipe import TaskSettings
 from secateur.recipe_file import dump_recipe, load_recipe, parse_recipe
 from secateur.recovery.cost import cost_of
 from secateur.recovery.train import TRAINER_FOLDER, Work
+from secateur.report.digests import write_summary
 from secateur.report.measured import (
     BENCH_FILE,
     RECOVERY_FILE,
@@ -29,8 +31,9 @@ from secateur.report.measured import (
     Verdicts,
     task_scores,
 )
-from secateur.report.records import RECIPE_FILE, RESULT_FILE
+from secateur.report.records import RECIPE_FILE, RESULT_FILE, read_summary
 from secateur.report.report import missing_plots, write_report
+from secateur.report.rows import escaped
 from secateur.report.rows_measured import recovery_card
 from secateur.store import Store
 from secateur.stream.device import peak_bytes
@@ -95,12 +98,18 @@ def _save(work: Work, directory: Path) -> None:
     source, recipe = work.candidates.pruned.directory, work.recipe
     if (path := source / RECIPE_FILE).is_file():
         recipe = parse_recipe(load_recipe(path), f"recipe {path}").model_copy(update={"recover": recipe.recover})
-    max_shard_size = recipe.output.max_shard_size
-    save_checkpoint(work.pruned, work.candidates.tokenizer, directory, max_shard_size=max_shard_size, carry_from=source)
+    options: dict[str, Any] = {"max_shard_size": recipe.output.max_shard_size, "carry_from": source}
+    for sentence in save_checkpoint(work.pruned, work.candidates.tokenizer, directory, **options):
+        work.log.write({"event": "note", "text": sentence})
     (directory / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
     for name in CARRIED:
-        if (source / name).is_file():
+        if _has_own(source, name):
             shutil.copyfile(source / name, directory / name)
+
+
+def _has_own(source: Path, name: str) -> bool:
+    """Whether the directory has the file, and not as a link to somewhere else."""
+    return (source / name).is_file() and lies_in(source, source / name)
 
 
 def _verify(work: Work, directory: Path) -> Verification:
@@ -152,18 +161,20 @@ def _write_record(record: RecoveryRecord, work: Work, directory: Path) -> None:
     source = work.candidates.pruned.directory
     (directory / RECOVERY_FILE).write_text(record.to_json(), encoding="utf-8")
     lines = map(json.loads, (work.directory / LOG_FILE).read_text(encoding="utf-8").splitlines())
-    earlier = (source / LOG_FILE).read_text(encoding="utf-8") if (source / LOG_FILE).is_file() else ""
+    earlier = (source / LOG_FILE).read_text(encoding="utf-8") if _has_own(source, LOG_FILE) else ""
     added = "".join(json.dumps(line) + "\n" for line in _last_lines(lines))
     (directory / LOG_FILE).write_text(earlier + added, encoding="utf-8")
-    card = source / CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {record.pruned}, recovered by secateur\n"
+    title = f"# {escaped(record.pruned)}, recovered by secateur\n"
+    text = (source / CARD).read_text(encoding="utf-8") if _has_own(source, CARD) else title
     before, heading, after = text.partition(HOW_MADE)
     (directory / CARD).write_text(f"{before.rstrip()}\n\n{recovery_card(record)}{heading}{after}", encoding="utf-8")
     curves = work.directory / TRAINER_FOLDER / "runs"  # tensorboard's files, with report_to
     if curves.is_dir():
         shutil.copytree(curves, directory / "runs")
-    if not missing_plots() and (directory / RESULT_FILE).is_file():
-        write_report(directory)
+    if (directory / RESULT_FILE).is_file():
+        write_summary(directory, read_summary(directory))
+        if not missing_plots():
+            write_report(directory)
 
 
 def _last_lines(lines: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Records of a run and of an inspection as plain numbers, and a result directory read back."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,7 @@ class Summary(Record):
     versions: dict[str, str]
     device: str = "cpu"
     device_peak_bytes: int | None = None  # allocated there, where torch counts it
+    files: dict[str, str] = field(default_factory=dict[str, str])  # sha256 by path, of what the run wrote
 
     def plain(self) -> dict[str, Any]:
         """Return the fields as a mapping, with perplexities derived from the losses."""
@@ -281,9 +282,14 @@ class ResultFiles:
     training: tuple[TrainingStep, ...] = ()
 
 
+def read_summary(directory: Path) -> Summary:
+    """Read `result.json`. Raises CheckpointError if it is missing or damaged."""
+    return Summary.from_json(_read(directory, RESULT_FILE), str(directory / RESULT_FILE))
+
+
 def read_result(directory: Path) -> ResultFiles:
     """Read a result directory. Raises CheckpointError or RecipeError if it is incomplete."""
-    summary = Summary.from_json(_read(directory, RESULT_FILE), str(directory / RESULT_FILE))
+    summary = read_summary(directory)
     rounds = _events(directory, "round", RoundEnd)
     undone = {end.round for end in rounds if not end.held}
     return ResultFiles(

@@ -1,6 +1,7 @@
 """Numbers of a run and of an inspection for people: rows of terminal, model card and page."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 
 from rich import table as rich_table
@@ -32,10 +33,28 @@ def terminal(tables: Iterable[Table], notes: Iterable[tuple[str, ...]] = (), box
     return Group(*shown, grid)
 
 
+# What Markdown or HTML would read as more than text; an underscore inside a word is text.
+_MARKUP = re.compile(r"[\\`*\[\]<>&|~$]|\b_+|_+\b")
+
+
+def escaped(text: str) -> str:
+    """Return the text for Markdown, on one line: names of models and domains are shown as they are."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return _MARKUP.sub(lambda found: "".join(f"&#{ord(c)};" for c in found[0]), line)
+
+
+def code(text: str) -> str:
+    """Return the text as code in Markdown, on one line; other than printable characters as escapes."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
+
+
 def markdown(table: Table) -> list[str]:
     """Return the table's lines in Markdown, without its caption."""
     rule = "|---|" + "---:|" * (len(table.header) - 1)
-    return ["| " + " | ".join(table.header) + " |", rule, *("| " + " | ".join(row) + " |" for row in table.rows)]
+    header, *rows = ("| " + " | ".join(map(escaped, cells)) + " |" for cells in (table.header, *table.rows))
+    return [header, rule, *rows]
 
 
 def summary_table(summary: Summary) -> Group:
@@ -230,35 +249,35 @@ def human_bytes(num_bytes: int | float) -> str:
 def model_card(summary: Summary) -> str:
     """Return the card: what was removed, measured, how to load it, how it was made."""
     tags = "library_name: transformers\npipeline_tag: text-generation\ntags: [secateur, structured-pruning]"
-    title = f"# {summary.model}, pruned by secateur"
-    lines = ["---", tags, "---", "", title, "", verdict(summary), "", *_loading(summary), ""]
+    title = f"# {escaped(summary.model)}, pruned by secateur"
+    lines = ["---", tags, "---", "", title, "", escaped(verdict(summary)), "", *_loading(summary), ""]
     lines += [*markdown(quality_and_size(summary)), "", "## How it was made", ""]
-    lines += [f"- command: `{summary.command}`" if summary.command else "- from Python: `secateur.prune`"]
-    lines += [f"- {label}: {text}" for label, text in note_rows(summary) if label != "it writes"]
-    lines += [f"- versions: {', '.join(f'{name} {version}' for name, version in summary.versions.items())}"]
+    lines += [f"- command: {code(summary.command)}" if summary.command else "- from Python: `secateur.prune`"]
+    lines += [f"- {label}: {escaped(text)}" for label, text in note_rows(summary) if label != "it writes"]
+    lines += [f"- versions: {escaped(', '.join(map(' '.join, summary.versions.items())))}"]
     files = "all options: `recipe.yaml`; kept units: `keep.json`; every step: `run.jsonl`; all figures: `result.json`"
     lines += [f"- {files}"]
-    lines += [f"- note: {caveat}" for caveat in caveats(summary)]
+    lines += [f"- note: {escaped(caveat)}" for caveat in caveats(summary)]
     return "\n".join(lines) + "\n"
 
 
 def _loading(summary: Summary) -> list[str]:
-    how, first, trust = "Loads with stock transformers:", [], ""
+    how, first, trust, config = "Loads with stock transformers:", [], "", ""
     if summary.has_layers_of_different_widths:
         how = (
             "Its layers have widths of their own, which stock modelling cannot build. Load it with secateur, or let "
             "transformers run the modelling file beside the weights:"
         )
         first = ["import secateur", "", 'model = secateur.load("path/to/this/directory")', ""]
-        trust = ", trust_remote_code=True"
+        trust, config = ", trust_remote_code=True", ", config=model.config"
     return [
-        f"{headline(summary)}. {how}",
+        f"{escaped(headline(summary))}. {how}",
         "",
         "```python",
         *first,
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{trust})',
-        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory"{trust})',
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory"{config})',
         "```",
     ]

@@ -19,7 +19,7 @@ from secateur.report.measured import (
     won_back,
 )
 from secateur.report.page import Table
-from secateur.report.rows import human_bytes, markdown, plus_minus, terminal
+from secateur.report.rows import code, escaped, human_bytes, markdown, plus_minus, terminal
 
 Row = tuple[str, ...]
 
@@ -235,8 +235,8 @@ def recovery_card(record: RecoveryRecord) -> str:
         f"{recovery_headline(record)}. The table shows held-out nats per token and KL to the dense model; figures "
         "elsewhere on this card are of the model before recovery."
     )
-    lines = ["## Recovery", "", about, "", *markdown(verdict_table(record)), ""]
-    lines += [*([*markdown(tasks), ""] if tasks.rows else []), f"- teacher: {record.teacher}"]
-    lines += [f"- command: `{record.command}`"] if record.command else []
-    lines += [f"- {label}: {text}" for label, text in cost_rows(record)]
+    lines = ["## Recovery", "", escaped(about), "", *markdown(verdict_table(record)), ""]
+    lines += [*([*markdown(tasks), ""] if tasks.rows else []), f"- teacher: {escaped(record.teacher)}"]
+    lines += [f"- command: {code(record.command)}"] if record.command else []
+    lines += [f"- {label}: {escaped(text)}" for label, text in cost_rows(record)]
     return "\n".join(lines) + "\n"

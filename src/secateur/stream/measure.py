@@ -129,7 +129,7 @@ class _Gatherer:
         sizes: Any = {"gram": gram or weighting in BY_DOMAIN, "drift_size": reader.out_features if drift else 0}
         self.empty = partial(Statistics.empty, reader.in_features, reader.weight.device, **sizes)
         self.pooled, self.current = self.empty(dtype=torch.float32), self.empty()
-        self.domains = InOrder(shares, self.fold)
+        self.domains = InOrder(shares)
         self.energy: dict[str, float] = {}
         self.held_out: dict[str, list[Tensor]] = {}
         self.held_out_drift: dict[str, list[Tensor]] = {}
@@ -144,8 +144,13 @@ class _Gatherer:
             if drift_TH is not None:
                 self.held_out_drift.setdefault(batch.domain, []).append(drift_TH)
             return
-        self.domains.begin(batch.domain)
+        self.pool_ended(batch.domain)
         self.current.update(x_TF, y_TH if self.reader.bias is None else y_TH - self.reader.bias, drift_TH)
+
+    def pool_ended(self, begins: str) -> None:
+        """Pool the domains that end where this one begins."""
+        for domain in self.domains.begin(begins):
+            self.fold(domain)
 
     def fold(self, domain: str) -> None:
         """Pool the domain that has ended. Raises NumericsError if an input is not finite."""
@@ -163,7 +168,7 @@ class _Gatherer:
 
     def finish(self) -> Measurement:
         """Pool the last domain and return the measurement."""
-        self.domains.end()
+        self.pool_ended("")
         # Concatenate one domain at a time to bound peak memory.
         both = self.held_out, self.held_out_drift
         held_out, drift = ({name: torch.cat(pieces.pop(name)) for name in list(pieces)} for pieces in both)

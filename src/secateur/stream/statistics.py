@@ -17,6 +17,9 @@ NUM_BLOCKS = 8
 # Tokens per product that is added to the sum: one CPU batch, or half a device batch, since there
 # adding costs more than multiplying fewer.
 CPU_PIECE_TOKENS, DEVICE_PIECE_TOKENS = 512, 4096
+# A channel of less energy than this share of the mean is silent. It is far below what rounding of
+# float32 sums does to any channel, whatever its size, and far above the least float32.
+SILENT = 2.0**-64
 # Rows of a product computed at a time, to bound memory.
 PRODUCT_ROWS = 1024
 
@@ -270,24 +273,19 @@ def of_all_ranks(parts: Mapping[Key, T]) -> dict[Key, T]:
 
 
 class InOrder:
-    """Calls `fold` for a domain once its batches are done, in the same order on every rank.
+    """Says which domains are done, in the same order on every rank.
 
-    A rank also folds domains of which it has no batch, since all ranks sum up together.
+    A rank also hears of domains of which it has no batch, since all ranks sum up together.
     """
 
-    def __init__(self, domains: Iterable[str], fold: Callable[[str], None]) -> None:
-        self.domains, self.fold, self.current = list(domains), fold, ""
+    def __init__(self, domains: Iterable[str]) -> None:
+        self.domains, self.current = list(domains), ""
 
-    def begin(self, domain: str) -> None:
-        """Say which domain the next batch belongs to."""
-        if domain != self.current or not domain:
-            for ended in domains_ended(self.current, domain, self.domains):
-                self.fold(ended)
-            self.current = domain
-
-    def end(self) -> None:
-        """Say that no batch follows."""
-        self.begin("")
+    def begin(self, domain: str) -> list[str]:
+        """Return the domains that end as the next batch belongs to this one; "" ends the last."""
+        ended = domains_ended(self.current, domain, self.domains) if domain != self.current or not domain else []
+        self.current = domain
+        return list(ended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,16 +304,21 @@ class Measurement:
 
 
 def damped_gram(gram: Gram, damping: float) -> Float[Tensor, "F F"]:
-    """Return H = G + damping * mean(diag G) * I as a new float64 matrix on `float64_device`."""
+    """Return H = G + diag(ridge), see `ridge_of`, as a new float64 matrix on `float64_device`."""
     hessian = gram.full(torch.float64, float64_device(gram.device))
-    hessian.diagonal().add_(ridge_of(gram, damping))
+    hessian.diagonal().add_(ridge_of(gram, damping).to(hessian.device))
     return hessian
 
 
-def ridge_of(gram: Gram, damping: float) -> float:
-    """Return damping * mean(diag G), or 1 if every input is zero and removal costs nothing."""
-    ridge = damping * float(gram.diagonal().mean())
-    return ridge if ridge > 0 else 1.0
+def ridge_of(gram: Gram, damping: float) -> Float[Tensor, " F"]:
+    """Return damping * G_jj in float64 for each channel j, as if all were first scaled to one size.
+
+    So a loud channel does not damp the others. A channel that is silent, or nearly, gets a trace of
+    the mean, so that the system is solvable. 1 if all are silent and removal costs nothing.
+    """
+    diagonal_F = gram.diagonal().to(float64_device(gram.device)).to(torch.float64)
+    mean = float(diagonal_F.mean())
+    return damping * diagonal_F.clamp_min(SILENT * mean) if mean > 0 else torch.ones_like(diagonal_F)
 
 
 def inverse_of(hessian_FF: Float[Tensor, "F F"]) -> Float[Tensor, "F F"]:

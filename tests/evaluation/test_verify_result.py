@@ -1,0 +1,196 @@
+"""`secateur verify`: whatever of a finished result is damaged, missing or added is found, and a whole one passes."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from recipes import grouped
+from run_cli import run_cli
+from safetensors.torch import load_file, save_file
+from test_store import flip
+
+import secateur
+from secateur.errors import CheckpointError
+from secateur.files import sha256_of
+from secateur.formats.save import Verification
+from secateur.report.digests import LATER_FILES, Mismatch, read_digests, write_summary
+from secateur.report.records import read_summary
+
+SHARDED = {"max_shard_size": "60KB", "keep_rounds": True, "rounds": 2}
+
+
+@pytest.fixture(scope="module")
+def results(checkpoints, recipe, tmp_path_factory) -> dict[str, Path]:
+    """A whole result, and one in shards of tied weights that keeps its rounds."""
+    place, found = tmp_path_factory.mktemp("verify"), {}
+    with pytest.MonkeyPatch.context() as patched:  # what is reloaded below
+        patched.setattr("secateur.pruning.result.verify_reload", lambda *_: Verification(0.0, 0.0, ""))
+        for name, source, changes in (("whole", "llama", {}), ("sharded", "qwen2-tied", SHARDED)):
+            asked = grouped({**recipe, **changes, "evaluate": False})
+            found[name] = place / name
+            result = secateur.prune(checkpoints[source], asked, out=found[name])
+            assert result.summary == read_summary(found[name])
+    return found
+
+
+@pytest.fixture(params=["whole", "sharded"])
+def copy(request, results, tmp_path) -> Path:
+    return Path(shutil.copytree(results[request.param], tmp_path / "copy"))
+
+
+@pytest.fixture
+def unloaded(monkeypatch) -> None:
+    """Files alone; the reload takes a process of its own."""
+    monkeypatch.setattr("secateur.evaluation.verify._reload", lambda _: Verification(0.0, 0.0, ""))
+
+
+def files_of(directory: Path) -> list[str]:
+    return sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file())
+
+
+def test_a_whole_result_passes_and_is_reloaded(copy):
+    outcome = run_cli("verify", copy, "--quiet")
+    assert (outcome.status, outcome.stderr) == (0, "")
+    files = [name for name in files_of(copy) if name not in LATER_FILES]
+    assert f"{len(files)} files match" in outcome.stdout
+    assert "stock transformers in a fresh process: largest logit difference 0" in outcome.stdout
+    assert [len(line) <= 80 for line in outcome.stdout.splitlines()] == [True] * 2
+
+
+def test_every_file_but_those_that_come_later_has_its_digest(results):
+    for directory in results.values():
+        digests = read_digests(directory)
+        assert digests is not None
+        assert sorted(digests) == [name for name in files_of(directory) if name not in LATER_FILES]
+        assert all(sha256_of(directory / name) == digest for name, digest in digests.items() if name != "result.json")
+    assert sum(name.endswith(".safetensors") for name in files_of(results["sharded"])) > 4
+    assert "rounds/1/model.safetensors.index.json" in files_of(results["sharded"])
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_a_flipped_bit_in_any_file_is_found(place, copy, unloaded):
+    for name in files_of(copy):
+        file = copy / name
+        intact, size = file.read_bytes(), file.stat().st_size
+        flip(file, {"first": 0, "middle": size // 2, "last": size - 1}[place], bit=size % 8)
+        found = secateur.verify(copy)
+        wrong = [each.what for each in found.mismatches]
+        assert wrong == ([] if name in LATER_FILES else [name])
+        assert name in LATER_FILES or found.max_abs_difference is None, "nothing is loaded then"
+        file.write_bytes(intact)
+    assert secateur.verify(copy).mismatches == ()
+
+
+def test_every_bit_of_result_json_is_sealed(results, unloaded, tmp_path):
+    (tmp_path / "result.json").write_bytes((results["whole"] / "result.json").read_bytes())
+    size = (tmp_path / "result.json").stat().st_size
+    for place in range(0, size, 7):
+        flip(tmp_path / "result.json", place, bit=place % 8)
+        assert read_digests(tmp_path) is None, place
+        flip(tmp_path / "result.json", place, bit=place % 8)
+    assert read_digests(tmp_path) is not None
+
+
+def test_what_is_damaged_is_told_in_one_line_with_status_1(copy, unloaded):
+    shard = next(name for name in files_of(copy) if name.endswith(".safetensors") and "/" not in name)
+    before = sha256_of(copy / shard)
+    flip(copy / shard, 1000)
+    (copy / "keep.json").unlink()
+    (copy / "adapter_config.json").write_text("{}")
+    (copy / "notes.md").write_text("mine")
+    (copy / ".cache").mkdir()
+    (copy / ".cache" / "x.json").write_text("{}")
+    outcome = run_cli("verify", copy, "--quiet")
+    assert outcome.status == 1 and outcome.stderr == ""
+    shown = [line for line in outcome.stdout.splitlines() if ": expected " in line]
+    assert shown[-1] == "adapter_config.json: expected no such file, found a file that is not of the result."
+    assert f"{shard}: expected sha256 {before}, found sha256 {sha256_of(copy / shard)}." in shown
+    assert any(line.startswith("keep.json: expected sha256 ") and "found no such file." in line for line in shown)
+    assert len(shown) == 3
+    told = json.loads(run_cli("verify", copy, "--json").stdout)
+    assert [each["what"] for each in told["mismatches"]] == [line.split(":")[0] for line in shown]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "evil.py", "custom_generate/generate.py", "pytorch_model.bin"])
+def test_a_file_that_loading_would_take_is_not_of_the_result(name, results, unloaded, tmp_path):
+    copy = Path(shutil.copytree(results["sharded"], tmp_path / "copy"))
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_bytes(b"")
+    assert [each.what for each in secateur.verify(copy).mismatches] == [name]
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"\xff", b"[]", b"[" * 100_000])
+def test_a_result_json_that_is_none_is_damage(raw, results, tmp_path, unloaded):
+    copy = Path(shutil.copytree(results["whole"], tmp_path / "copy"))
+    (copy / "result.json").write_bytes(raw)
+    [wrong] = secateur.verify(copy).mismatches
+    assert wrong == Mismatch("result.json", "the bytes that were written", "others, so no digest can be trusted")
+    assert run_cli("verify", copy, "--quiet").status == 1
+
+
+def test_mistakes_are_one_sentence_with_status_2(results, checkpoints, tmp_path):
+    copy = Path(shutil.copytree(results["whole"], tmp_path / "copy"))
+    old = json.loads((copy / "result.json").read_text(encoding="utf-8"))
+    del old["files"]
+    (copy / "result.json").write_text(json.dumps(old), encoding="utf-8")
+    for place, said in (
+        (tmp_path / "nowhere", "has no result.json, so it is no result; give a directory that secateur prune has"),
+        (checkpoints["llama"], "has no result.json, so it is no result"),
+        (copy, "its result.json has no digests, as an older secateur wrote it; prune again to have them."),
+    ):
+        outcome = run_cli("verify", place)
+        assert (outcome.status, outcome.stdout) == (2, "") and outcome.stderr.count("\n") == 1
+        assert f"{place}: {said}" in outcome.stderr
+
+
+def sealed_again(directory: Path) -> None:
+    """Write the digests anew, as who changes a result on purpose can."""
+    write_summary(directory, dataclasses.replace(read_summary(directory), files={}))
+
+
+def test_the_reload_finds_tied_weights_that_are_stored_twice_and_differ(results, tmp_path):
+    copy = Path(shutil.copytree(results["sharded"], tmp_path / "copy"))
+    shutil.rmtree(copy / "rounds")
+    shards = sorted(copy.glob("*.safetensors"))
+    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    for file in (*shards, copy / "model.safetensors.index.json"):
+        file.unlink()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    sealed_again(copy)
+    [wrong] = secateur.verify(copy).mismatches
+    assert wrong.what == "reload" and "untied: ['lm_head.weight']" in wrong.found
+
+
+@pytest.mark.parametrize(("value", "said"), [(torch.nan, "NaN or infinity"), (3e38, "logits hold NaN or infinity")])
+def test_the_reload_finds_what_is_not_finite(value, said, results, tmp_path):
+    copy = Path(shutil.copytree(results["whole"], tmp_path / "copy"))
+    tensors = load_file(copy / "model.safetensors")
+    tensors["lm_head.weight"][:] = value
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    sealed_again(copy)
+    [wrong] = secateur.verify(copy).mismatches
+    assert wrong.what == "reload" and said in wrong.found
+
+
+def test_a_result_that_does_not_open_is_a_mismatch_too(results, tmp_path):
+    copy = Path(shutil.copytree(results["whole"], tmp_path / "copy"))
+    (copy / "model.safetensors").unlink()
+    sealed_again(copy)
+    outcome = run_cli("verify", copy, "--quiet")
+    assert outcome.status == 1 and "needs safetensors weights" in outcome.stdout
+
+
+def test_what_comes_later_does_not_break_it(results, unloaded, tmp_path, checkpoints):
+    copy = Path(shutil.copytree(results["whole"], tmp_path / "copy"))
+    secateur.evaluate(copy)
+    (copy / "bench.json").write_text("{}")
+    assert (copy / "evaluation.json").is_file() and secateur.verify(copy).mismatches == ()
+
+
+def test_a_damaged_directory_raises_nothing_else(results):
+    with pytest.raises(CheckpointError, match=r"has no result\.json"):
+        secateur.verify(results["whole"] / "model.safetensors")

@@ -1,0 +1,32 @@
+"""What a step has measured is freed as the step ends, not when Python next looks for cycles."""
+
+import gc
+
+import pytest
+import torch
+
+from secateur.pruning import loop
+from secateur.stream.statistics import Gram, Statistics
+from tests.families import tiny_family
+from tests.model.test_exactness import prune_tiny, random_calibration
+from tests.models import tiny_llama
+
+
+@pytest.mark.parametrize("group", ["ffn", "kv_heads", "expert_ffn", "experts"])
+def test_no_statistics_outlive_their_group(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[object] = []
+
+    def count() -> None:
+        # The caller has just finished a layer.
+        left.extend(each for each in gc.get_objects() if type(each) in (Statistics, Gram))
+
+    monkeypatch.setattr(loop, "release_freed", count)
+    model = tiny_family("mixtral") if "expert" in group else tiny_llama()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            prune_tiny(model, random_calibration(), groups=(group,), remove=0.2 if group == "ffn" else 0.1)
+    finally:
+        gc.enable()
+    assert not left

@@ -1,0 +1,110 @@
+"""The model card read as Markdown: names of models and domains are text, whatever they hold."""
+
+import html
+import re
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from secateur.facts import Loss, Outcome, Size
+from secateur.report.measured import RecoveryRecord, TrainingRecord, Verdict
+from secateur.report.page import Table
+from secateur.report.records import CalibrationFacts, Summary
+from secateur.report.rows import code, escaped, markdown, model_card
+from secateur.report.rows_measured import recovery_card
+
+READER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "a\n# Owned\n\nfree",
+    "a\r\n---\r\nlicense: evil\r\n---",
+    "a | b | c",
+    "`code` and ``more",
+    "**bold** _it_ __init__ ~~gone~~",
+    "[link](javascript:alert(1)) ![x](http://evil)",
+    "&lt;b&gt; &#35; \\| \\`",
+    "<!-- open",
+    "```\nfence",
+    "- item\n- item\n1. one",
+    "bidi\u202e\x07\x1b[31m\u2028x",
+    "lone\udc80",
+]
+
+
+def summary(model: str, domain: str, note: str, command: str) -> Summary:
+    loss = {domain: Loss(3.0, 0.1, 100)}
+    facts = CalibrationFacts("0" * 64, 32, {domain: 640}, {domain: 64}, {domain: 0.5})
+    size = Size(100, 400)
+    return Summary(
+        *(model, "llama", command, 0.2, 0.2, Outcome("parameters", "100 parameters", 0.2), size, size, (3, 3)),
+        *({"ffn": (112, 64, 72)}, facts, loss, loss, 0, {"prune": 1.0}, 1000, 0.0, None, (note,), {"torch": "2"}),
+    )
+
+
+def recovery(name: str) -> RecoveryRecord:
+    verdicts = {name: Verdict(0.5, 0.1, 3.0, 0.9, 100)}
+    training = TrainingRecord(100, 1.0, 1.0, verdicts, held=True)
+    figures = {"seed": 0, "content_hash": "0", "sequence_length": 32, "num_held_out_tokens": 64, "seconds": {}}
+    figures |= {"judge_flops": 1.0, "peak_bytes": 1, "reload_max_abs_difference": 0.0, "versions": {}}
+    parts = {"dense": verdicts, "before": verdicts, "training": training, "notes": (name,)}
+    return RecoveryRecord(name, name, f"secateur recover {name}", {}, {}, **figures, **parts)
+
+
+def tokens(text: str) -> list[Token]:
+    found = READER.parse(text)
+    return [each for token in found for each in (token, *(token.children or ()))]
+
+
+def shown(text: str) -> str:
+    """Return how a reader sees a name: on one line, what cannot be printed as a space."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_text_in_the_card(name):
+    card = model_card(summary(name, name, name, f"secateur prune {name} out"))
+    plain = model_card(summary("name", "name", "name", "secateur prune name out"))
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front) == yaml.safe_load(plain.split("---\n", 2)[1])
+    quiet = plain.split("---\n", 2)[2]
+    assert [token.type for token in tokens(body)] == [token.type for token in tokens(quiet)]
+    seen = html.unescape(re.sub(r"<[^>]*>", "", READER.render(body)))
+    # Title, verdict, row, calibration, overlap, note and caveat; the command shows it as code.
+    assert seen.count(shown(name)) >= 7
+    assert "<script" not in READER.render(body) and card.encode()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_text_in_the_section_on_recovery(name):
+    found, quiet = (tokens(recovery_card(recovery(each))) for each in (name, "name"))
+    assert [token.type for token in found] == [token.type for token in quiet]
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_one_paragraph_of_the_same_text(text):
+    found = tokens(f"- label: {escaped(text)}")
+    kinds = {token.type for token in found} - {"text", "text_special", "inline"}
+    assert kinds == {f"{kind}_{end}" for kind in ("bullet_list", "list_item", "paragraph") for end in ("open", "close")}
+    seen = "".join(token.content for token in found if token.type in ("text", "text_special"))
+    assert seen == f"label: {shown(text)}".strip()
+
+
+@given(st.text(min_size=1, max_size=40))
+def test_any_command_is_one_piece_of_code(text):
+    pieces = [
+        token.content for token in tokens(f"- command: {code(f'secateur {text}')}") if token.type == "code_inline"
+    ]
+    escapes = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    assert [piece.strip() for piece in pieces] == [f"secateur {escapes}".strip()]
+
+
+@given(st.lists(st.text(max_size=20), min_size=2, max_size=2))
+def test_a_row_keeps_its_cells(cells):
+    table = Table("", ("name", "value"), [cells])
+    found = tokens("\n".join(markdown(table)))
+    assert [token.type for token in found].count("td_open") == 2
+    assert not any(token.type.startswith(("html", "link", "code")) for token in found)
