@@ -16,6 +16,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "published"))
 
 import judge
+import run
 import shortgpt
 import slicegpt
 import table
@@ -155,3 +156,19 @@ def test_table_compares_block_by_block() -> None:
     error = math.sqrt(sum((x - 5) ** 2 for x in (2.5, 4.5, 3.5, 9.5)) / 3 / 4) / 2
     assert cells[1:7] == ["20.0%", "none", "2", f"3.000 ± {error:.3f}", "+0.250 ± 0.000", "20"]
     assert cells[7:] == ["1.000 ± 0.000", "1.000 ± 0.000", "3"]
+
+
+def test_only_the_tables_of_a_page_change(tmp_path: Path) -> None:
+    """What is between the comments is replaced, twice too; what is around them stays."""
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{run.BEGIN}\nold\n{run.END}\nafter\n", encoding="utf-8")
+    for tables in ("first", "second"):
+        run.write_into(page, tables)
+    assert page.read_text(encoding="utf-8") == f"before\n{run.BEGIN}\n\nsecond\n\n{run.END}\nafter\n"
+
+
+def test_finished_rows_are_read_without_a_torn_line(tmp_path: Path) -> None:
+    """A run that was killed in the middle of a line does that row again."""
+    assert run.read_lines(tmp_path) == []
+    (tmp_path / run.LINES).write_text('{"row": "flap"}\n{"row": "wan', encoding="utf-8")
+    assert run.read_lines(tmp_path) == [{"row": "flap"}]

@@ -10,6 +10,7 @@ Models compute in bfloat16. Seconds are the processor's.
     HF_HUB_OFFLINE=1 python benchmarks/published/run.py [--model smollm2-135m] [--shares 0.2 0.3]
         [--draws 3] [--num-tokens 9216] [--tasks hellaswag piqa arc_easy lambada_openai]
         [--limit 40] [--task-draws 1] [--rows dense secateur ...] [--out DIR] [--table]
+        [--page docs/results/published.md]
 """
 
 import argparse
@@ -47,6 +48,7 @@ FILES = {
     "science": ("science_qasper_calib", "science_qasper_eval"),
 }
 LENGTH, ALIGN, LINES = 512, 8, "rows.jsonl"
+BEGIN, END = "<!-- tables: run.py --page -->", "<!-- end of tables -->"
 TASKS = ("hellaswag", "piqa", "arc_easy", "lambada_openai")
 
 # Recipes of the product's own rows. `-ls`: a published score with our least squares.
@@ -214,6 +216,13 @@ def read_lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
+def write_into(page: Path, tables: str) -> None:
+    """Put the tables between the page's comments BEGIN and END; the rest stays."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", encoding="utf-8")
+
+
 def main() -> None:
     """Run what is missing, or only print the table of what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -230,10 +239,14 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(DEFAULT_ROWS))
     parser.add_argument("--out", type=Path, default=Path("published"))
     parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--page", type=Path, help="a Markdown page; the tables go between its two comments")
     arguments = parser.parse_args()
     if not arguments.table:
         run_all(arguments)
-    print(markdown(read_lines(arguments.out)))
+    tables = markdown(read_lines(arguments.out))
+    print(tables)
+    if arguments.page:
+        write_into(arguments.page, tables)
 
 
 if __name__ == "__main__":
