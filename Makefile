@@ -25,6 +25,9 @@ slow: .venv/dev.installed  ## the tests that take minutes or need optional softw
 mutants: .venv/dev.installed  ## change the code in 200 places and more, one at a time: the tests must notice
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tools/mutants.py $(MUTANTS)
 
+fuzz: .venv/dev.installed  ## damage every kind of file that users and models bring; at most five minutes a kind
+	$(BIN)/python -W ignore tools/fuzz.py $(FUZZ)
+
 clean:
 	rm -rf .venv demo-out
 

@@ -7,14 +7,13 @@ do: parallel blocks, norms before or after, fused linears.
 from typing import Any
 
 import torch
+from models import randomised
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
 )
-
-from tests.models import randomised
 
 SIZES = {
     "hidden_size": 48,

@@ -2,22 +2,26 @@
 
 Arguments: model, recipe (JSON), an empty directory, the first call to fail, every how many calls one fails, how
 many at most, the error (an errno name, or SHORT for a write that writes half and a disk that is full from then on).
-Prints one JSON line per failing call, and at the end how many writing calls a run has.
+A bit of what a failed run leaves in its store flips before the run goes on. Prints one JSON line per failing call, and
+at the end how many writing calls a run has.
 """
 
 import ctypes
 import errno
 import json
+import random
 import shutil
 import sys
 from hashlib import sha256
 from pathlib import Path
 
+from damage import flip_a_bit
 from recipes import grouped
 
 import secateur
 import secateur.pruning.result
 from secateur.formats.save import Verification
+from secateur.store import place_beside
 
 FAULTS = ctypes.CDLL(None)
 LOADED_BY = ("model.safetensors", "config.json", "tokenizer.json", "result.json")
@@ -55,8 +59,10 @@ def main() -> None:
         left = sorted(path.name for path in place.iterdir())
         is_there = out.exists()
         whole = is_there and digest(out) == expected and all((out / name).is_file() for name in LOADED_BY)
+        flipped = not is_there and flip_a_bit(place_beside(out), random.Random(fail_at))
         again = "" if is_there else prune(fail_at=-1, resume=True)
         found = {"call": fail_at, "said": said, "left": left, "there": is_there, "whole": whole, "again": again}
+        found["flipped"] = flipped
         found["same"], found["after"] = digest(out) == expected, sorted(path.name for path in place.iterdir())
         print(json.dumps(found), flush=True)
         for path in place.iterdir():

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 
 from recipes import grouped
 
@@ -24,6 +25,8 @@ def run(asked: dict[str, object]) -> None:
     try:
         secateur.prune(asked["model"], grouped(asked["recipe"]), out=asked["out"], resume=True)
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(status)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur.errors import CheckpointError
+from secateur.files import sha256_of
 from secateur.formats.save import Verification
 from secateur.store import Store, place_beside
 from tests.pruning.test_resume import Stopped, stopped_after, weights
@@ -219,3 +221,38 @@ def test_a_store_without_a_directory_keeps_nothing():
     store.save("a", {}, {})
     assert store.value("b", lambda: (1, 2)) == [1, 2] and store.find("a") is None and not store.has("b")
     assert store.num_saved == store.num_found == 0
+
+
+def test_a_file_in_anothers_place_is_damage(tmp_path):
+    kept(tmp_path)
+    (tmp_path / "number.json").rename(tmp_path / "other.json")
+    heard = list[str]()
+    assert Store(tmp_path, tell=heard.append).value("other", lambda: "anew") == "anew" and len(heard) == 1
+
+
+FOREIGN = {
+    "no mapping": [],
+    "no name": {"depends_on": None, "is_input": False, "value": 1, "lines": []},
+    "name of another kind": {"step": 3, "depends_on": None, "is_input": False, "value": 1, "lines": []},
+    "no dependencies": {"step": "number", "is_input": False, "value": 1, "lines": []},
+    "no value": {"step": "number", "depends_on": None, "is_input": False, "lines": []},
+    "lines of another kind": {"step": "number", "depends_on": None, "is_input": False, "value": 1, "lines": [7]},
+    "tensors without a line": {"step": "number", "depends_on": None, "is_input": False, "tensors": "TENSORS"},
+    "deep": {"step": "number", "depends_on": None, "is_input": False, "value": "DEEP", "lines": []},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_another_program_has_sealed_is_damage(name, tmp_path):
+    """Its digest is right, and it has not what a step has."""
+    kept(tmp_path)
+    digest = sha256_of(tmp_path / "tensors.safetensors")
+    (tmp_path / "number.safetensors").write_bytes((tmp_path / "tensors.safetensors").read_bytes())
+    text = json.dumps(FOREIGN[name]).replace("TENSORS", digest).replace('"DEEP"', "[" * 5000 + "]" * 5000)
+    body = text[1:].encode()
+    (tmp_path / "number.json").write_bytes(b'{"sha256": "%s",' % sha256(body).hexdigest().encode() + body)
+    heard = list[str]()
+    assert Store(tmp_path, tell=heard.append).value("number", lambda: "anew") == "anew"
+    assert len(heard) == 1 and heard[0].endswith(
+        "number, finished by an earlier run, is damaged on disk, so it is done again."
+    )

@@ -89,13 +89,20 @@ def _run_tests(source: Path, log: Path, tests: tuple[str, ...]) -> None:
     os.setpgid(0, 0)
     os.chdir(ROOT)
     os.environ["PYTHONPATH"] = str(source)  # for the processes that tests start
-    sys.path.insert(0, str(source))
+    sys.path[:0] = [str(source), str(ROOT)]  # as `python -m pytest` has it
     sys.dont_write_bytecode = True
     with log.open("w") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
         import pytest
 
         # No cache: several run at once. The warning is about what the parent imported.
-        options = ["-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        options = [
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "--hypothesis-profile=first",
+            "-W",
+            "ignore::pytest.PytestAssertRewriteWarning",
+        ]
         code = pytest.main([*options, *(f"tests/{test}" for test in tests)])
     os._exit(int(code))
 
@@ -113,8 +120,7 @@ def main() -> None:
     chosen = [each for each in everything if not each.equivalent]
     if options.sample:
         chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
-    import torch  # noqa: F401  # loaded once: each fork then starts in no time
-    import transformers  # noqa: F401
+    load_heavy_packages()
 
     with ThreadPoolExecutor(options.processes) as pool:
         unchanged = sorted({each.tests for each in chosen})
@@ -130,6 +136,22 @@ def main() -> None:
                 print(f"{len(results)} of {len(chosen)} tried", flush=True)
     print_counts(chosen, results, sum(bool(each.equivalent) for each in everything))
     sys.exit(any(found != KILLED for found in results))
+
+
+def load_heavy_packages() -> None:
+    """Import what most tests import, secateur excepted: each fork then starts in no time."""
+    import beartype  # noqa: F401
+    import hypothesis.strategies  # noqa: F401
+    import torch  # noqa: F401
+    from transformers import (  # noqa: F401  # noqa: F401
+        Gemma3ForCausalLM,
+        GemmaForCausalLM,
+        LlamaForCausalLM,
+        MistralForCausalLM,
+        PreTrainedTokenizerFast,
+        Qwen2ForCausalLM,
+        Qwen3ForCausalLM,
+    )
 
 
 def print_counts(chosen: list[Mutation], results: list[str], num_equivalent: int) -> None:

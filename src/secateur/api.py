@@ -9,7 +9,8 @@ from typing import Any
 from secateur.errors import RecipeError
 from secateur.files import check_replaceable
 from secateur.log import Progress, silent
-from secateur.model.checkpoint import CausalLM, Tokenizer, load, open_checkpoint
+from secateur.model.checkpoint import Tokenizer, load, open_checkpoint
+from secateur.model.modules import CausalLM
 from secateur.pruning.prune import prune_run
 from secateur.pruning.result import Result
 from secateur.ranks import is_first, joined, meet

@@ -7,9 +7,17 @@ its traceback.
 import difflib
 from collections.abc import Iterable
 
+# Longer values of foreign files are left out of the middle of a sentence.
+MAX_SENTENCE = 1500
+
 
 class SecateurError(ValueError):
-    """Base of all errors that a user can cause and correct."""
+    """Base of all errors that a user can cause and correct: one line, of bounded length."""
+
+    def __init__(self, sentence: str) -> None:
+        line = " ".join(sentence.splitlines())
+        half = MAX_SENTENCE // 2
+        super().__init__(line if len(line) <= MAX_SENTENCE else f"{line[:half]} … {line[-half:]}")
 
 
 class RecipeError(SecateurError):

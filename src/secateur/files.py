@@ -1,23 +1,24 @@
-"""Files and directories that appear complete or not at all.
+"""Files: written, they appear complete or not at all; JSON and YAML of others are read within limits.
 
 In: a path and what to write. Out: the file or directory, first under a hidden name, then renamed.
-Errors of the disk become one sentence.
+Errors of the disk become one sentence. In: text. Out: its value, or a ValueError that says why not.
 """
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub.serialization._base import parse_size_to_int
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.ranks import from_first, is_alive, is_first, size
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space or choose another place",
@@ -28,6 +29,65 @@ _DISK_ERRORS = {
     errno.EROFS: "it is on a read-only file system; choose another place",
     errno.EIO: "the disk reports an input/output error; choose another disk",
 }
+
+# No file that we read nests ten levels or holds a thousand values of YAML. Python's stack ends near
+# a thousand levels, and a dozen aliases of aliases can stand for billions of values.
+MAX_LEVELS, MAX_YAML_VALUES = 100, 100_000
+_TOO_DEEP = f"it nests more than {MAX_LEVELS} levels"
+
+
+def json_of(text: str | bytes) -> Any:
+    """Return the value of JSON. Raises ValueError if it is none or nests too deeply."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    _check_levels(value)
+    return value
+
+
+def yaml_of(text: str) -> Any:
+    """Return the value of YAML.
+
+    Raises ValueError if it is none, nests too deeply or, with aliases written out, is too long.
+    """
+    try:
+        _check_aliases(text)
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, LookupError, AttributeError, TypeError) as error:  # the others: for wrong tags
+        raise ValueError(" ".join(str(error).split())) from None
+    _check_levels(value)
+    return value
+
+
+def _check_levels(value: Any) -> None:
+    inside = [[value]]
+    for _ in range(MAX_LEVELS + 1):
+        each_of = (each for outer in inside for each in (outer.values() if isinstance(outer, dict) else outer))
+        inside = [each for each in each_of if isinstance(each, dict | list | tuple)]
+    if inside:
+        raise ValueError(_TOO_DEEP)
+
+
+def _check_aliases(text: str) -> None:
+    """Raise ValueError before anything is built: an alias counts as all values that it stands for."""
+    num_values: dict[str | None, int] = {}  # by anchor
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # anchor, values so far
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, 1))
+        elif isinstance(event, yaml.NodeEvent | yaml.CollectionEndEvent):
+            anchor, found = open_nodes.pop() if isinstance(event, yaml.CollectionEndEvent) else (event.anchor, 1)
+            if isinstance(event, yaml.AliasEvent):
+                if anchor not in num_values:
+                    raise ValueError(f"the alias *{anchor} stands before the end of its anchor")
+                found = num_values[anchor]
+            num_values[anchor] = found
+            open_nodes[-1] = (open_nodes[-1][0], open_nodes[-1][1] + found)
+        if len(open_nodes) > MAX_LEVELS + 1:
+            raise ValueError(_TOO_DEEP)
+        if open_nodes[-1][1] > MAX_YAML_VALUES:
+            raise ValueError(f"it holds more than {MAX_YAML_VALUES:,} values, with aliases written out")
 
 
 @contextmanager
@@ -170,16 +230,6 @@ def staging(out: Path, *, overwrite: bool, protected: Path | None = None) -> Ite
             remove_empty(made)
 
 
-def staging_if_any(out: Path | None, *, overwrite: bool, protected: Path | None) -> AbstractContextManager[Path | None]:
-    """Return `staging` on the rank that writes; else a context that gives None."""
-    if out is None:
-        return nullcontext()
-    # Refuse `out` on all ranks before they wait for the first one.
-    if size() > 1:
-        from_first(lambda: check_replaceable(out, overwrite=overwrite, protected=protected))
-    return staging(out, overwrite=overwrite, protected=protected) if is_first() else nullcontext()
-
-
 def missing_parents(out: Path) -> list[Path]:
     """Return the missing directories above `out`, innermost first."""
     return [path for path in out.parents if not os.path.lexists(path)]
@@ -249,3 +299,17 @@ def _swap(staged: Path, out: Path) -> None:
             old.rename(out)
     sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def is_alive(process: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    stat = Path(f"/proc/{process}/stat")
+    if stat.is_file():
+        return stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] != "Z"
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True

@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
 from secateur.errors import RankError, RecipeError, SecateurError
+from secateur.files import check_replaceable, is_alive, staging
 
 # Limits for all ranks to start, and for waiting on one rank's result. A dead process is noticed at
 # once; these are for a machine that vanishes and leaves its connections open.
@@ -157,20 +158,6 @@ def last_word(sentence: str) -> str | None:
         return None if group.store.add("said", 1) > 1 else lost_text() if lost else sentence
     except RuntimeError:  # the store went with the launcher
         return sentence if group.rank == 0 else None
-
-
-def is_alive(process: int) -> bool:
-    """Whether the process runs; a zombie does not."""
-    stat = Path(f"/proc/{process}/stat")
-    if stat.is_file():
-        return stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] != "Z"
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True
 
 
 def _first_line(error: BaseException) -> str:
@@ -374,3 +361,13 @@ def device_called(name: str | None) -> torch.device:
             )
         return rank_device()
     return device
+
+
+def staging_if_any(out: Path | None, *, overwrite: bool, protected: Path | None) -> AbstractContextManager[Path | None]:
+    """Return `staging` on the rank that writes; else a context that gives None."""
+    if out is None:
+        return nullcontext()
+    # Refuse `out` on all ranks before they wait for the first one.
+    if size() > 1:
+        from_first(lambda: check_replaceable(out, overwrite=overwrite, protected=protected))
+    return staging(out, overwrite=overwrite, protected=protected) if is_first() else nullcontext()

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from secateur.errors import RecipeError, advice, nearest
+from secateur.files import yaml_of
 from secateur.plugins import SOURCE_GROUP, plugin_names
 from secateur.recipe import Choose, Domain, Machine, Output, Recipe, Remove, Repair
 
@@ -110,8 +111,8 @@ def load_recipe(path: Path) -> dict[str, Any]:
     Raises RecipeError if the file is missing, not UTF-8 or not YAML.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        data = yaml_of(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"recipe {path}: cannot be read ({reason}); give a YAML file in UTF-8.") from None
     if data is None:

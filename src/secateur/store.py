@@ -31,6 +31,7 @@ from secateur.errors import CheckpointError, NumericsError, RecipeError
 from secateur.files import (
     check_replaceable,
     disk_errors,
+    json_of,
     make_hidden,
     missing_parents,
     remove_empty,
@@ -226,8 +227,8 @@ class Store:
 
     def _check_inputs(self, directory: Path, inputs: dict[str, Any]) -> str:
         """Return the first damaged input file. Raises CheckpointError for changed inputs."""
-        before = _intact(directory / f"{INPUTS}.json")
-        changed = [] if before is None else _changes(before["inputs"], inputs)
+        before = (_intact(directory / f"{INPUTS}.json") or {}).get("inputs")
+        changed = [] if before is None else _changes(before, inputs)
         if changed:
             raise CheckpointError(
                 f"OUT {self.label}: cannot be resumed, since {', '.join(changed[:3])}; give what it was begun with, or "
@@ -322,14 +323,26 @@ def _intact(path: Path) -> Record | None:
         body = raw[_SEAL_BYTES:]
         if raw[:_SEAL_BYTES] != _SEAL % hashlib.sha256(body).hexdigest().encode():
             return None
-        record = json.loads(raw)
+        record = json_of(raw)
         if "tensors" in record and sha256_of(path.with_name(f"{path.stem}.safetensors")) != record["tensors"]:
             return None
     except OSError as error:
         if error.errno not in _UNREADABLE:
             raise
         return None
-    return record
+    except ValueError:  # sealed by another program, which may have written anything
+        return None
+    return record if _is_whole(record) else None
+
+
+def _is_whole(record: Record) -> bool:
+    """Whether the record has what its readers take from it."""
+    if "step" not in record:
+        return isinstance(record.get("inputs"), dict)
+    kinds: dict[str, Any] = {"step": str, "depends_on": dict | None, "is_input": bool}
+    kinds |= {"line": dict} if "tensors" in record else {"value": object, "lines": list}
+    has_all = all(key in record and isinstance(record[key], kind) for key, kind in kinds.items())
+    return has_all and all(isinstance(line, dict) for line in record.get("lines", ()))
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:

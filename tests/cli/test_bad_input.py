@@ -98,6 +98,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda model: edit_tensor(model, UP_PROJ, lambda weight: weight.index_fill(0, torch.tensor([3]), torch.nan)),
         f"weight {UP_PROJ} of the model holds NaN or infinity",
     ),
+    "deep config": (
+        lambda model: (model / "config.json").write_text('{"a": ' * 100_000),
+        "config.json: cannot be read as JSON (it nests more than 100 levels); download or copy it again.",
+    ),
+    "ten million layers": (
+        lambda model: edit_config(model, num_hidden_layers=10**7),
+        "config.json: num_hidden_layers is 1e+07, more than 2,000; copy the model's own file there.",
+    ),
+    "damaged generation config": (
+        lambda model: (model / "generation_config.json").write_text("{"),
+        "generation_config.json: cannot be read as JSON",
+    ),
     "no tokenizer": (no_tokenizer, "has no tokenizer (looked for tokenizer.json"),
 }
 
@@ -171,10 +183,29 @@ def test_an_option_does_not_hide_a_mistake_in_the_recipe(prune, texts):
     refused(prune("--domain", grouped(f"mine={texts['prose']}"), calibration=3), "recipe.yaml: calibration: ")
 
 
-@pytest.mark.parametrize("text", ["- a list", "remove: [", "\tremove: 0.2"])
+BOMB = "\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]" for n in range(1, 12))])
+
+
+@pytest.mark.parametrize("text", ["- a list", "remove: [", "\tremove: 0.2", "[" * 5000, "seed: 2001-99-99", BOMB])
 def test_a_recipe_that_is_no_mapping(text, prune, tmp_path):
     (tmp_path / "bad.yaml").write_text(text)
     refused(prune("--recipe", grouped(tmp_path / "bad.yaml")), f"recipe {tmp_path / 'bad.yaml'}: ")
+
+
+def test_too_little_damping_for_so_few_tokens(prune, recipe):
+    """Nothing else inverts the Gram matrix, so no fit has raised the damping before."""
+    few = {**recipe["calibration"], "num_tokens": 64}
+    outcome = prune(calibration=few, compensate="none", damping=1e-15)
+    refused(outcome, "obs: a damped Gram matrix has no inverse; raise repair.damping or use more tokens.")
+
+
+def test_a_chat_template_that_loops(prune, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.data.chat.MAX_STEPS", 100_000)
+    loop = "{% for i in range(99999) %}"
+    (model / "chat_template.jinja").write_text(loop * 3 + "{% endfor %}" * 3)
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    outcome = prune("--domain", f"chat={tmp_path / 'chat.jsonl'}")
+    refused(outcome, "chat.jsonl, line 1: the tokenizer's chat template refuses it (it takes more than 100,000 steps)")
 
 
 def test_bias_compensation_where_the_family_has_no_bias(checkpoints, prune):

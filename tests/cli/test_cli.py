@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import secateur
 from secateur.cli import app, main
 from secateur.data.calibration import build_calibration
 from secateur.facts import Size
@@ -113,7 +114,14 @@ def test_stock_transformers_loads_it(happy):
     assert not any(info.values())
     assert model.config.intermediate_size == NUM_KEEP
     assert Size.of(model).num_params == happy.json("result.json")["pruned_size"]["num_params"]
-    assert torch.isfinite(model(tiny_ids()).logits).all()
+    ours, theirs = secateur.load(happy.out), model.eval()
+    with torch.no_grad():
+        logits = theirs(tiny_ids(), use_cache=False).logits
+        assert torch.equal(logits, ours(tiny_ids(), use_cache=False).logits)
+        # It is a model that was cut, and still the dense one's: nearer to it than another one is.
+        dense, other = (each(tiny_ids(), use_cache=False).logits for each in (tiny_llama(), tiny_llama(seed=1)))
+    errors = [float((logits - each).square().mean()) for each in (dense, other)]
+    assert 0 < errors[0] < errors[1] / 2
     tokenizer = AutoTokenizer.from_pretrained(happy.out)
     assert tokenizer.chat_template == tiny_tokenizer().chat_template
     assert tokenizer("Näh").input_ids == tiny_tokenizer()("Näh").input_ids

@@ -1,11 +1,14 @@
 """Text that the dense model writes: its own distribution, the same for the same seed, a domain like any other."""
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
+from models import tiny_llama
 from recipes import grouped
+from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.data.calibration import BATCH_BLOCKS, CalibrationSet, build_calibration, sample_blocks, with_sampled
@@ -13,8 +16,6 @@ from secateur.errors import CalibrationError, NumericsError
 from secateur.evaluation.text import recipe_blocks
 from secateur.log import silent
 from secateur.recipe import Calibration, Domain
-from tests.models import tiny_llama
-from tests.tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 LENGTH = 16
@@ -88,6 +89,51 @@ def test_a_sampled_domain_has_a_size_first_and_ids_later(tmp_path: Path) -> None
     assert with_sampled(after, model, TOKENIZER, 0) is after
     assert seen[0] == ("sample self", 0, 20 * LENGTH) and seen[-1] == ("sample self", 20 * LENGTH, 20 * LENGTH)
     assert model.training
+
+
+def test_held_out_blocks_are_sampled_first(tmp_path: Path) -> None:
+    model, before = tiny_llama(), unsampled(tmp_path / "a.txt")
+    after = with_sampled(before, model, TOKENIZER, 3)
+    own_seed = Random("3:self").getrandbits(63)
+    ids_NT = sample_blocks(model, TOKENIZER, 20, LENGTH, own_seed)
+    assert torch.equal(torch.cat([after.domains[0].held_out_NT, after.domains[0].calibration_NT]), ids_NT)
+
+
+def test_sampled_domains_differ() -> None:
+    domains = {name: Domain(sampled=True) for name in ("a", "b")}
+    both = build_calibration(Calibration(domains=domains, sequence_length=LENGTH), 4 * LENGTH, TOKENIZER, 0)
+    first, second = with_sampled(both, tiny_llama(), TOKENIZER, 0).domains
+    assert not torch.equal(first.held_out_NT, second.held_out_NT)
+
+
+def test_sampling_starts_behind_the_token_that_begins_a_text() -> None:
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight *= 1e4  # so certain that sampling is taking the likeliest
+    starts = {"eos": tokenizer.eos_token_id}
+    behind_end = sample_blocks(model, tokenizer, 1, LENGTH, 0)
+    tokenizer.bos_token = "A"
+    starts["bos"] = tokenizer.bos_token_id
+    behind_start = sample_blocks(model, tokenizer, 1, LENGTH, 0)
+    for start, block in ((starts["eos"], behind_end), (starts["bos"], behind_start)):
+        with torch.no_grad():
+            [likeliest] = model(torch.tensor([[start]])).logits[:, -1, : len(tokenizer)].argmax(-1).tolist()
+        assert int(block[0, 0]) == likeliest
+    assert behind_end[0, 0] != behind_start[0, 0]
+
+
+def test_a_model_in_training_samples_as_in_evaluation() -> None:
+    model = tiny_llama(attention_dropout=0.9)
+    assert torch.equal(
+        sample_blocks(model.train(), TOKENIZER, 2, LENGTH, 0), sample_blocks(model.eval(), TOKENIZER, 2, LENGTH, 0)
+    )
+
+
+def test_every_batch_of_blocks_begins_anew() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight *= 1e4
+    assert len(sample_blocks(model, TOKENIZER, 2 * BATCH_BLOCKS, 4, 0).unique(dim=0)) == 1
 
 
 @pytest.fixture(scope="module")

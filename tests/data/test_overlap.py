@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from models import tiny_ids
 
 from secateur.data.calibration import ngram_overlap
 from secateur.facts import NGRAM_TOKENS
-from tests.models import tiny_ids
 
 BLOCKS = tiny_ids(batch=3, length=40, seed=1)
 
@@ -31,6 +31,11 @@ def test_twelve_tokens_in_common_are_no_overlap():
 def test_ngrams_do_not_reach_over_the_end_of_a_block():
     joined = torch.cat([BLOCKS[0, -7:], BLOCKS[1, :7]])[None]
     assert ngram_overlap({"a": BLOCKS}, {"a": joined}) == {"a": 0.0}
+
+
+def test_tokens_are_compared_whole():
+    small = BLOCKS % 64
+    assert ngram_overlap({"a": small}, {"byte": small + 256, "word": small + 2**16}) == {"byte": 0.0, "word": 0.0}
 
 
 def test_blocks_shorter_than_an_ngram_have_no_share():

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -160,7 +162,59 @@ def test_broken_archives(tmp_path: Path) -> None:
         path = tmp_path / f"{name}.txt.gz"
         path.write_bytes(data)
         assert "broken gzip" in sentence(path)
+    path = tmp_path / "code.txt.gz"
+    path.write_bytes(packed[:10] + b"\x07" + packed[11:])  # no block of this type
+    assert "broken gzip (Error -3" in sentence(path)
     assert "broken parquet" in sentence(put(tmp_path / "a.parquet", "PAR1 no"))
+
+
+def test_suffixes_in_capitals_are_known(tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "x"}'))
+    assert read(tmp_path / "A.JSONL.GZ") == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"), [(".csv", "text\nx\n"), (".jsonl", '{"text": "x"}'), (".json", '["x"]'), (".txt", "x")]
+)
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, suffix: str, text: str) -> None:
+    assert read(put(tmp_path / f"a{suffix}", text.encode("utf-8-sig"))) == ["x"]
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_datasets_are_streamed_where_there_is_a_network(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+    asked: list[Any] = []
+
+    class Rows(list):
+        def shuffle(self, seed: int) -> "Rows":
+            asked.append(seed)
+            return self
+
+    def load(*arguments: Any, **options: Any) -> Rows:
+        asked.append((arguments, options))
+        return Rows([{"body": "x"}, {"body": "y"}])
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    domain = Domain(dataset="somebody/something", config="small", split="test", column="body")
+    assert list(documents("mine", domain, TOKENIZER, 3)) == ["x", "y"]
+    assert asked[0] == (("somebody/something", "small"), {"split": "test", "streaming": not offline})
+    assert asked[1] == Random("3:mine").getrandbits(32)
+
+
+def test_blank_documents_are_left_out(tmp_path: Path) -> None:
+    assert read(put_rows(tmp_path / "a.jsonl", [{"text": text} for text in ("", "x", " \n\t")])) == ["x"]
+
+
+def test_several_files_are_shuffled_together(tmp_path: Path) -> None:
+    files = [put_rows(tmp_path / f"{name}.jsonl", [{"text": f"{name}{at}"} for at in range(20)]) for name in ("a", "b")]
+    found = list(documents("mine", Domain(files=tuple(map(str, files))), TOKENIZER, 0))
+    assert sorted(found) == sorted(f"{name}{at}" for name in "ab" for at in range(20))
+    assert {text[0] for text in found[:20]} == {"a", "b"}
+
+
+def test_messages_need_a_role(tmp_path: Path) -> None:
+    message = sentence(put_rows(tmp_path / "chat.jsonl", [{"messages": [CHAT[0], {"content": "hello"}]}]))
+    assert "line 1: messages must be a list of objects with role and content" in message
 
 
 READ_ALL = """

@@ -21,8 +21,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from secateur.api import prune
+from secateur.data.calibration import CalibrationSet
+from secateur.errors import CheckpointError
 from secateur.evaluation.evaluate import evaluate
-from secateur.evaluation.text import measure_quality, named_blocks, wikitext_blocks
+from secateur.evaluation.text import _changes, measure_quality, named_blocks, wikitext_blocks
 from secateur.log import silent
 from secateur.recipe import Domain
 from secateur.report.measured import Evaluation
@@ -63,6 +65,13 @@ def literature_perplexity(directory: Path, rows: list[str], tokenizer, length: i
         loss = cross_entropy(logits[0, :-1].float(), batch[0, 1:])
         nlls.append(loss * length)
     return math.exp(torch.stack(nlls).double().sum() / (num_blocks * length))
+
+
+@pytest.mark.parametrize("text", ["{}", "[" * 5000, '{"calibration": 1}'])
+def test_a_damaged_result_is_a_sentence(text, tmp_path):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"result.json: .*make it again"):
+        _changes(tmp_path, CalibrationSet((), 32, ""))
 
 
 def test_against_the_dense_model(copy, checkpoints):

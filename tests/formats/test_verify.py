@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.errors import CheckpointError
+from secateur.formats import save as proof
 from secateur.formats.save import save_checkpoint, verify_reload
 from secateur.model.checkpoint import load_model, open_checkpoint
 
@@ -41,7 +42,7 @@ def test_logits_that_are_nan_are_refused(tmp_path):
     logits = save(tmp_path / "whole", model)
     logits = logits.clone()
     logits[0, 0, 0] = torch.nan
-    with pytest.raises(CheckpointError, match="differ from those in memory by nan"):
+    with pytest.raises(CheckpointError, match=r"hold NaN|differ from those in memory by nan"):
         verify_reload(tmp_path / "whole", tiny_ids(), logits)
     model.lm_head.weight.data[0, 0] = torch.nan
     with pytest.raises(CheckpointError, match="the reloaded model's logits hold NaN"):
@@ -64,3 +65,77 @@ def test_a_directory_that_does_not_load_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot reload it in a fresh process"):
         verify_reload(tmp_path, tiny_ids(), logits)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["reloaded", "in memory", "both"])
+def test_logits_that_are_no_numbers_are_no_proof(tmp_path, monkeypatch, value, where):
+    """One value of many; infinite in both, too, since nothing can be said about their difference."""
+    in_memory, reloaded = torch.zeros(2, 16, 5), torch.zeros(2, 16, 5)
+    monkeypatch.setattr(proof, "_run_child", lambda *_: (reloaded, {"problem": "", "text": "x"}))
+    assert verify_reload(tmp_path, tiny_ids(), in_memory).max_abs_difference == 0
+    for name, logits in {"reloaded": reloaded, "in memory": in_memory}.items():
+        if where in (name, "both"):
+            logits[1, 3, 2] = value
+    said = r"logits (hold NaN|differ from those in memory by (nan|inf), allowed is 1e-06)"
+    with pytest.raises(CheckpointError, match=said):
+        verify_reload(tmp_path, tiny_ids(), in_memory)
+
+
+def test_logits_of_another_shape_are_no_proof(tmp_path, monkeypatch):
+    monkeypatch.setattr(proof, "_run_child", lambda *_: (torch.zeros(2, 16, 5), {"problem": "", "text": "x"}))
+    with pytest.raises(CheckpointError, match=r"reloaded logits have shape \[2, 16, 5\], not \[2, 16, 6\]"):
+        verify_reload(tmp_path, tiny_ids(), torch.zeros(2, 16, 6))
+
+
+IDS = tiny_ids(batch=2, length=3)
+
+
+def reloaded_as(monkeypatch: pytest.MonkeyPatch, logits: torch.Tensor, problem: str = "") -> None:
+    """Let the fresh process say this."""
+    monkeypatch.setattr(proof, "_run_child", lambda *_: (logits, {"problem": problem, "text": "and so on"}))
+
+
+def test_the_figures_are_those_of_the_largest_difference(monkeypatch, tmp_path):
+    logits = torch.zeros(2, 3, 5)
+    reloaded_as(monkeypatch, logits)
+    for place in ((0, 0, 0), (1, 2, 4)):
+        for sign in (1, -1):
+            other = logits.clone()
+            other[place] = sign * 0.25
+            found = verify_reload(tmp_path, IDS, other, tolerance=0.25)
+            assert found.max_abs_difference == 0.25 and found.generated_text == "and so on"
+            with pytest.raises(CheckpointError, match=r"differ from those in memory by 0\.25, allowed is 0\.249"):
+                verify_reload(tmp_path, IDS, other, tolerance=0.249)
+
+
+def test_by_default_a_millionth_is_too_much(monkeypatch, tmp_path):
+    reloaded_as(monkeypatch, torch.zeros(2, 3, 2))
+    assert verify_reload(tmp_path, IDS, torch.full((2, 3, 2), 9e-7)).max_abs_difference < 1e-6
+    with pytest.raises(CheckpointError, match="allowed is 1e-06"):
+        verify_reload(tmp_path, IDS, torch.full((2, 3, 2), 1.1e-6))
+
+
+@pytest.mark.parametrize("where", ["reloaded", "memory", "both"])
+def test_logits_that_are_no_numbers_are_refused(where, monkeypatch, tmp_path):
+    whole, odd = torch.zeros(2, 3, 5), torch.zeros(2, 3, 5)
+    odd[1, 1, 3] = torch.nan
+    reloaded_as(monkeypatch, whole if where == "memory" else odd)
+    with pytest.raises(CheckpointError, match=r"hold NaN|differ from those in memory by nan"):
+        verify_reload(tmp_path, IDS, whole if where == "reloaded" else odd)
+
+
+def test_differences_are_taken_in_float32(monkeypatch, tmp_path):
+    """The difference of two numbers in bfloat16 is rounded to one in bfloat16, but not in float32."""
+    reloaded_as(monkeypatch, torch.full((2, 3, 1), 257.0).to(torch.bfloat16))
+    found = verify_reload(tmp_path, IDS, torch.full((2, 3, 1), 1.0 / 3).to(torch.bfloat16), tolerance=1e3)
+    assert found.max_abs_difference == 256.0 - float(torch.tensor(1.0 / 3).to(torch.bfloat16))
+
+
+def test_another_shape_and_the_loaders_complaints_are_refused(monkeypatch, tmp_path):
+    reloaded_as(monkeypatch, torch.zeros(2, 3, 6))
+    with pytest.raises(CheckpointError, match=r"have shape \[2, 3, 6\], not \[2, 3, 5\]"):
+        verify_reload(tmp_path, IDS, torch.zeros(2, 3, 5))
+    reloaded_as(monkeypatch, torch.zeros(2, 3, 5), "missing_keys: ['a']")
+    with pytest.raises(CheckpointError, match=r"reloads it with problems \(missing_keys: \['a'\]\)"):
+        verify_reload(tmp_path, IDS, torch.zeros(2, 3, 5))

@@ -104,6 +104,12 @@ def test_damping_rises_until_the_system_is_solvable_and_is_reported() -> None:
         least_squares(reader_HF, gram_from(hopeless), KEEP, 1e-3)
 
 
+def test_the_condition_is_the_ratio_of_the_squared_pivots() -> None:
+    pair_FF = torch.tensor([[1.0, 0.995, 0.0], [0.995, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    fit = least_squares(torch.ones(1, 3), gram_from(7 * pair_FF), torch.tensor([0, 1]), 1e-9)
+    assert fit.condition == pytest.approx(1 / (1 - 0.995**2), rel=1e-4)
+
+
 def test_mean_shift_restores_the_mean_output() -> None:
     reader_HF, x_TF = problem()
     shift_H = mean_shift(reader_HF, x_TF.mean(dim=0), KEEP)

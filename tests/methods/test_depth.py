@@ -111,6 +111,21 @@ def test_narrow_readers_lose_the_columns_that_matter_least_and_are_refitted_on_t
         reader.weight.data = readers[index]  # the next layer sees what this one gives now
 
 
+def test_narrow_readers_never_see_held_out_text():
+    model, fit = tiny_llama(), batches_of(tiny_ids(batch=24, length=32, seed=3), batch_tokens=512)
+    unseen = batches_of(tiny_ids(batch=24, length=32, seed=4), held_out=True, batch_tokens=512)
+    alone, beside = (narrow_readers(model, bind(model), batches, {0: 0.5}, 1e-3) for batches in (fit, fit + unseen))
+    assert torch.equal(alone[0], beside[0])
+    held_in = batches_of(torch.cat([batch.ids_BT for batch in unseen]), batch_tokens=512)
+    assert not torch.equal(alone[0], narrow_readers(model, bind(model), fit + held_in, {0: 0.5}, 1e-3)[0])
+
+
+def test_what_a_layer_costs_is_not_measured_on_held_out_text():
+    model, fit = tiny_llama(), batches_of(tiny_ids(batch=3, length=24, seed=3))
+    unseen = batches_of(tiny_ids(batch=3, length=24, seed=4), held_out=True)
+    assert torch.equal(layer_kl(model, bind(model), fit), layer_kl(model, bind(model), fit + unseen))
+
+
 def test_a_choice_measures_few_layers_anew(monkeypatch):
     model, batches = tiny_llama(num_layers=16), batches_of(tiny_ids(batch=2, length=24))
     with torch.no_grad():  # layers that cost from little to much

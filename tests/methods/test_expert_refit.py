@@ -82,6 +82,8 @@ def test_the_step_is_the_best_for_the_mean_over_domains() -> None:
     far = HeldOutError(1.0, 1.0, 3.0)  # 1 -> 2 with a whole step, 0.69 with a quarter
     assert best_step({"a": far}).step == 0.25
     assert best_step({"a": HeldOutError(1.0, -1.0, 1.0)}).step == 0.0
+    # Each domain counts by what its error was: 10 -> 9.2 is less than 0.1 -> 0.14.
+    assert best_step({"loud": HeldOutError(10.0, 0.4, 0.0), "quiet": HeldOutError(0.1, -0.02, 0.0)}).step == 0.0
     assert best_step({}) == Guard(1.0, {}, {})
 
 

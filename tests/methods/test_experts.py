@@ -105,7 +105,7 @@ def test_as_many_stay_as_the_router_needs(name: str, counts: set[int]) -> None:
     assert {n for n in range(group.num_units + 1) if group.allows(n)} == counts
 
 
-def test_the_experts_of_least_score_go() -> None:
+def test_a_run_cuts_every_layer_alike_and_logs_each_domains_share_of_choices_left() -> None:
     model = tiny_family("mixtral")
     keeps, lines = prune_tiny(model, random_calibration(), groups=("experts",), remove=0.3)
     assert {len(keep) for keep in keeps.values()} == {4}

@@ -1,6 +1,7 @@
 """The profile equals brute force, level by level and domain by domain; the model is as before afterwards."""
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 from unittest.mock import patch
 
@@ -12,7 +13,7 @@ from torch.nn.functional import log_softmax
 from secateur.errors import NumericsError
 from secateur.facts import Batch
 from secateur.methods.budget import MAX_LEVELS, level_grid
-from secateur.methods.profile import ProfileSettings, _Refit, profile
+from secateur.methods.profile import ProfileSettings, _Refit, first_blocks, profile
 from secateur.model.bind import bind
 from secateur.model.group import linear
 from secateur.stream.walk import make_batches
@@ -166,6 +167,34 @@ def test_a_silent_group_has_no_slope_and_a_broken_one_is_named():
         model.lm_head.weight[5] = torch.nan
     with pytest.raises(NumericsError, match="layer 1 on, domain prose"):
         profile(model, arch, arch.select(("ffn",)), batches_of(), SETTINGS)
+
+
+@torch.no_grad()
+def test_errors_are_shares_of_the_energy_under_any_weighting():
+    model, refits = tiny_llama(num_layers=1), []
+    before, arch = copy.deepcopy(model), bind(model)
+    (group,) = arch.select(("ffn",))
+    with patch("secateur.methods.profile._Refit", lambda *args: refits.append(_Refit(*args)) or refits[-1]):
+        (found,) = profile(model, arch, (group,), batches_of(), replace(SETTINGS, weighting="tokens")).values()
+    parts = [run(before, reader_of(before, group), ids_of(domain))[1:] for domain in SHARES]
+    x_TF, y_TH = (torch.cat(each) for each in zip(*parts, strict=True))
+    columns, weight_HR = refits[0].at(48)
+    lost = float((x_TF[:, columns] @ weight_HR.double().T - y_TH).square().sum() / y_TH.square().sum())
+    assert found.errors[found.levels.index(48)] == pytest.approx(lost, rel=1e-3)
+
+
+def test_first_blocks_are_the_same_whoever_has_them():
+    ids_NT = tiny_ids(batch=10, length=8)
+    mine = make_batches("a", ids_NT, held_out=False, batch_tokens=32)
+    apart = make_batches("a", tiny_ids(batch=4, length=8, seed=5), held_out=True)
+    assert [batch.first_block for batch in mine] == [0, 4, 8]
+    chosen = first_blocks([*apart, *mine], 5, after=2)
+    assert [(batch.first_block, len(batch.ids_BT)) for batch in chosen] == [(2, 2), (4, 3)]
+    assert torch.equal(torch.cat([batch.ids_BT for batch in chosen]), ids_NT[2:7])
+    (of_a_rank,) = first_blocks(mine[1:], 5, after=2)
+    assert torch.equal(of_a_rank.ids_BT, ids_NT[4:7]) and not of_a_rank.held_out
+    assert [len(batch.ids_BT) for batch in first_blocks(mine, 5)] == [4, 1]
+    assert first_blocks(mine, 0) == [] and first_blocks(mine, 3, after=10) == []
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from grams import gram_of
 
+from secateur.errors import NumericsError
 from secateur.methods.scores import SCORES, ScoreInputs
 from secateur.methods.select import greedy_obs
 from secateur.stream.statistics import Statistics, damped_gram, inverse_of, keep_highest, removal_errors
@@ -87,6 +88,7 @@ def test_formulae() -> None:
         "magnitude": (columns.square().sum(0) + torch.arange(1, 9)).sqrt(),
         "wanda": columns.abs().sum(0) * x.square().mean(0).sqrt(),
         "flap": x.var(0, correction=0) * columns.square().sum(0),
+        "paper": (x.square().mean(0) * columns.square().sum(0)).sqrt(),
     }
     for name, value in expected.items():
         torch.testing.assert_close(SCORES[name].function(inputs).double(), value, rtol=1e-4, atol=1e-5)
@@ -105,6 +107,14 @@ def test_keep_highest_is_sorted_and_ties_keep_the_lower_index() -> None:
 def test_silent_group_still_has_an_inverse() -> None:
     inverse = inverse_of(damped_gram(gram_of(torch.zeros(4, 4)), DAMPING))
     assert torch.equal(inverse, torch.eye(4, dtype=torch.float64))
+
+
+def test_a_matrix_that_rounding_made_indefinite_is_refused() -> None:
+    x_TF = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    for damping in (1e-12, 1e-15):
+        with pytest.raises(NumericsError, match=r"obs: a damped Gram matrix has no inverse; raise repair.damping or"):
+            inverse_of(damped_gram(gram_of(x_TF), damping))
+    assert torch.isfinite(inverse_of(damped_gram(gram_of(x_TF), 1e-3))).all()
 
 
 def test_keep_all_and_dead_channels() -> None:

@@ -8,6 +8,7 @@ from secateur.errors import ArchError
 from secateur.model.bind import bind
 from secateur.model.group import rows_of
 from secateur.model.spec import ArchSpec, find_spec, load_specs
+from tests.families import tiny_family
 from tests.models import tiny_gemma, tiny_gemma3, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 
@@ -117,3 +118,36 @@ def test_rows_of_units_go_segment_by_segment() -> None:
     assert rows_of(keep, (1,), 3).tolist() == [0, 2]
     assert rows_of(keep, (2,), 3).tolist() == [0, 1, 4, 5]
     assert rows_of(keep, (1, 2), 3).tolist() == [0, 2, 3, 4, 7, 8]
+
+
+@pytest.mark.parametrize(("name", "biases"), [("mixtral", 0), ("qwen3_moe", 0), ("gpt_oss", 2)])
+def test_channels_inside_experts_count_what_goes_with_one(name: str, biases: int) -> None:
+    """One channel of each of six experts: two rows and a column, and two numbers of the writer's bias."""
+    groups = [group for group in bind(tiny_family(name)).groups if group.name == "expert_ffn"]
+    assert groups and {group.multiple_of for group in groups} == {8}
+    assert {group.params_per_unit for group in groups} == {6 * (3 * 48 + biases)}
+    assert not groups[0].allows(12) and groups[0].allows(16)
+
+
+def test_a_stack_of_experts_that_the_config_contradicts_is_an_error() -> None:
+    model = tiny_family("mixtral")
+    model.config.num_local_experts = 5
+    with pytest.raises(ArchError, match=r"has 6 entries, but config num_local_experts=5; the checkpoint and its"):
+        bind(model)
+    model = tiny_family("mixtral")
+    model.config.intermediate_size = 111
+    with pytest.raises(ArchError, match=r"are \[6, 224, 48\] and \[6, 48, 112\], but config intermediate_size=111"):
+        bind(model)
+
+
+def test_layers_are_counted_one_by_one() -> None:
+    model = tiny_family("qwen3_moe-mixed")
+    counts = bind(model).params_per_layer
+    assert counts == tuple(sum(p.numel() for p in layer.parameters()) for layer in model.model.layers)
+    assert counts[0] != counts[1]
+
+
+def test_a_switch_of_the_config_says_whether_an_mlp_adds_directly() -> None:
+    """Granite scales what is added; OPT norms it if its config says so."""
+    assert bind(tiny_family("opt")).mlp_adds_directly and not bind(tiny_family("opt-post-norm")).mlp_adds_directly
+    assert bind(tiny_llama()).mlp_adds_directly and not bind(tiny_gemma3()).mlp_adds_directly

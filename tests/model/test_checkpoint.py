@@ -298,10 +298,18 @@ def test_weights_and_config_disagree(directory, name, tensor, expected):
         load_model(open_checkpoint(directory))
 
 
-def test_old_rotary_buffers_are_no_error(directory):
+def test_old_rotary_buffers_are_no_error_and_change_nothing(directory):
+    with torch.no_grad():
+        expected = load_model(open_checkpoint(directory))(tiny_ids()).logits
     edit_tensor(directory, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.zeros(6))
     check_headers(directory)
-    load_model(open_checkpoint(directory))
+    model = load_model(open_checkpoint(directory))
+    assert not any("layers.0.self_attn.rotary_emb" in name for name, _ in model.named_buffers())
+    with torch.no_grad():
+        assert torch.equal(model(tiny_ids()).logits, expected)
+    edit_tensor(directory, "model.layers.0.self_attn.rotary.inv_freq", torch.zeros(6))  # of no model that was
+    with pytest.raises(CheckpointError, match=r"unexpected: model\.layers\.0\.self_attn\.rotary\.inv_freq"):
+        check_headers(directory)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -382,3 +390,34 @@ def test_broken_gguf(tmp_path, kept_share):
     with pytest.raises(CheckpointError, match=r"tiny.gguf: (is not a GGUF file|this GGUF file is broken)") as raised:
         open_checkpoint(path)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_types", "said"),
+    [
+        (10**7, 3, "num_hidden_layers is 1e+07, more than 2,000; copy the model's own file there."),
+        (3, 2**40, "this GGUF file is broken or of an unknown kind"),
+    ],
+)
+def test_a_gguf_file_that_asks_for_too_much(num_layers, num_types, said, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "long.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(num_layers)
+    writer.add_token_types([1, 2, 3])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    begin, key, rest = path.read_bytes().partition(b"tokenizer.ggml.token_type")
+    path.write_bytes(begin + key + rest[:8] + num_types.to_bytes(8, "little") + rest[16:])
+    with pytest.raises(CheckpointError, match=r"long.gguf: ") as raised:
+        open_checkpoint(path)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("changes", [{"pad_token_id": 320, "vocab_size": 320}, {"intermediate_size": -(10**30)}])
+def test_values_that_only_the_modules_refuse(changes, directory):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(CheckpointError, match="config of a llama model: no model can be built from it"):
+        meta_model(open_checkpoint(directory, weights=False).config)

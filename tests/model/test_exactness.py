@@ -19,6 +19,7 @@ from secateur.log import RunLog
 from secateur.methods.budget import uniform_plan
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import Group, add_zero_biases, cut, linear, rows_of
+from secateur.pruning import loop
 from secateur.pruning.loop import prune_in_place
 from secateur.pruning.resolve import resolve
 from secateur.pruning.run import Run
@@ -152,27 +153,40 @@ def test_keep_all_leaves_every_weight_bit_identical(factory: Factory) -> None:
         assert torch.equal(tensor, before[name]), name
 
 
+def output_of(module: torch.nn.Module, model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Return what the module of the model gives on the blocks."""
+    outputs = []
+    handle = module.register_forward_hook(lambda _, __, output: outputs.append(output))
+    logits_of(model, ids_BT)
+    handle.remove()
+    return outputs[0]
+
+
 @pytest.mark.parametrize("factory", FAMILIES)
 @pytest.mark.parametrize("score", ["random", "obs"])
 @pytest.mark.parametrize(("groups", "remove"), GROUPS[::3])
 def test_compensation_never_raises_held_out_error(
     factory: Factory, score: str, groups: tuple[str, ...], remove: float
 ) -> None:
-    model = factory()
-    _, lines = prune_tiny(model, random_calibration(), score=score, groups=groups, remove=remove)
+    """As the steps say themselves, and for the first one as the model's own reader shows, with and without it."""
+    model, dense, plain, calibration = factory(), factory(), factory(), random_calibration()
+    keeps, lines = prune_tiny(model, calibration, score=score, groups=groups, remove=remove)
     assert len(lines) == model.config.num_hidden_layers * len(groups)
     for line in lines:
         assert set(line["error_after"]) == {"d0", "d1"}
         assert all(line["error_after"][name] <= line["error_before"][name] for name in line["error_after"])
     assert any(line["step"] > 0 for line in lines)
-
-
-def mlp_output(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
-    outputs = []
-    handle = model.model.layers[0].mlp.register_forward_hook(lambda _, __, output: outputs.append(output))
-    logits_of(model, ids_BT)
-    handle.remove()
-    return outputs[0]
+    first = lines[0]
+    group = next(each for each in bind(dense).select((first["group"],)) if each.layer == 0)
+    cut(plain.model.layers[0], group, keeps[0, group.name], group.num_units)
+    for domain in calibration.domains:
+        whole, without, repaired = (
+            output_of(each.model.layers[0].get_submodule(group.reader.module), each, domain.held_out_NT)
+            for each in (dense, plain, model)
+        )
+        for output, name in ((without, "error_before"), (repaired, "error_after")):
+            error = float((output - whole).square().sum() / whole.square().sum())
+            assert error == pytest.approx(first[name][domain.name], rel=1e-3), name
 
 
 def test_compensation_lowers_the_layers_true_output_error() -> None:
@@ -182,7 +196,8 @@ def test_compensation_lowers_the_layers_true_output_error() -> None:
         model, dense = tiny_llama(num_layers=1), tiny_llama(num_layers=1)
         calibration = random_calibration(num_domains=1, blocks=64)
         _, (line,) = prune_tiny(model, calibration, compensate=compensate)
-        outputs = [mlp_output(each, calibration.domains[0].held_out_NT) for each in (dense, model)]
+        held_out_NT = calibration.domains[0].held_out_NT
+        outputs = [output_of(each.model.layers[0].mlp, each, held_out_NT) for each in (dense, model)]
         errors[compensate] = float((outputs[1] - outputs[0]).square().sum() / outputs[0].square().sum())
         assert errors[compensate] == pytest.approx(line["error_after"]["d0"], rel=1e-3)
     assert errors["least_squares"] < errors["none"]
@@ -210,16 +225,33 @@ def test_rounds_measure_anew_and_keeps_are_original_indices() -> None:
 
 
 def test_bias_compensation_survives_the_stock_reload(tmp_path: Path) -> None:
-    model, plain = tiny_llama(), tiny_llama()
+    model, plain, dense, calibration = tiny_llama(), tiny_llama(), tiny_llama(), random_calibration()
     settings = {"score": "flap", "domain_weighting": "tokens"}
-    keeps, lines = prune_tiny(model, random_calibration(), compensate="bias", **settings)
-    prune_tiny(plain, random_calibration(), compensate="none", **settings)
-    assert any(line["step"] > 0 for line in lines)
+    keeps, lines = prune_tiny(model, calibration, compensate="bias", **settings)
+    prune_tiny(plain, calibration, compensate="none", **settings)
     assert model.config.mlp_bias
-    assert any(float(layer.mlp.down_proj.bias.detach().abs().sum()) > 0 for layer in model.model.layers)
-    assert float(model.model.layers[1].mlp.gate_proj.bias.detach().abs().sum()) == 0
+    # The bias of the first layer is its formula: what the channels that went gave in the mean over all tokens.
+    inputs: list[torch.Tensor] = []
+    mlp = dense.model.layers[0].mlp
+    handle = mlp.down_proj.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1).double()))
+    for domain in calibration.domains:
+        logits_of(dense, domain.calibration_NT)
+    handle.remove()
+    gone = torch.ones(112, dtype=torch.bool)
+    gone[keeps[0, "ffn"]] = False
+    with torch.no_grad():
+        shift = mlp.down_proj.weight[:, gone].double() @ torch.cat(inputs).mean(0)[gone]
+        found = model.model.layers[0].mlp.down_proj.bias
+    torch.testing.assert_close(found, (lines[0]["step"] * shift).float(), rtol=1e-4, atol=1e-5)
+    assert lines[0]["step"] > 0
+    for layer, line in zip(model.model.layers, lines, strict=True):
+        assert bool(layer.mlp.down_proj.bias.any()) == (line["step"] > 0)
+        assert not layer.mlp.gate_proj.bias.any() and not layer.mlp.up_proj.bias.any()
     model.save_pretrained(tmp_path)
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    reloaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    for ours, theirs in zip(model.model.layers, reloaded.model.layers, strict=True):
+        assert torch.equal(ours.mlp.down_proj.bias, theirs.mlp.down_proj.bias)
     ids_BT = tiny_ids()
     torch.testing.assert_close(logits_of(reloaded, ids_BT), logits_of(model, ids_BT))
     assert not torch.allclose(logits_of(model, ids_BT), logits_of(plain, ids_BT))
@@ -236,12 +268,16 @@ def test_zero_biases_change_nothing() -> None:
 
 
 def test_half_cut_model_runs() -> None:
-    model = tiny_llama()
+    """With one KV head and 40 channels in one layer alone, it gives what the masked model gives."""
+    model, masked = tiny_llama(), tiny_llama()
     arch = bind(model)
-    for group, kept in zip(arch.groups[3:6], (1, 1, 40), strict=True):
-        if group.name != "query_heads":  # of the one KV head that is left
-            cut(decoder_layers(model, arch)[1], group, torch.arange(kept), group.num_units)
-    assert torch.isfinite(logits_of(model, tiny_ids())).all()
+    for group in arch.groups[3:6]:
+        kept = {"kv_heads": 1, "ffn": 40}.get(group.name)
+        if kept is not None:
+            zero_units(masked.model.layers[1], group, torch.arange(kept, group.num_units))
+            cut(model.model.layers[1], group, torch.arange(kept), group.num_units)
+    assert (model.model.layers[1].mlp.up_proj.out_features, model.model.layers[0].mlp.up_proj.out_features) == (40, 112)
+    torch.testing.assert_close(logits_of(model, tiny_ids()), logits_of(masked, tiny_ids()), atol=1e-6, rtol=1e-6)
 
 
 def test_the_dense_stream_stays_the_dense_model_in_later_rounds() -> None:
@@ -269,14 +305,17 @@ def test_the_dense_stream_stays_the_dense_model_in_later_rounds() -> None:
 
 
 def test_a_part_of_the_drift_in_the_target_brings_the_model_nearer_to_the_dense_one() -> None:
+    """Half of it, which is the default, and which is not the same as all of it."""
     calibration = random_calibration(num_domains=1, blocks=128)
     ids_NT = calibration.domains[0].held_out_NT
-    expected, errors = logits_of(tiny_llama(), ids_NT), {}
-    for mix in (0.0, 0.5):
+    expected, found = logits_of(tiny_llama(), ids_NT), {}
+    for mix in (None, 0.0, 0.5, 1.0):
         model = tiny_llama()
-        prune_tiny(model, calibration, target_mix=mix, remove=0.25)
-        errors[mix] = float((logits_of(model, ids_NT) - expected).square().mean())
+        prune_tiny(model, calibration, remove=0.25, **({} if mix is None else {"target_mix": mix}))
+        found[mix] = logits_of(model, ids_NT)
+    errors = {mix: float((logits - expected).square().mean()) for mix, logits in found.items()}
     assert errors[0.5] < errors[0.0]
+    assert torch.equal(found[None], found[0.5]) and not torch.equal(found[1.0], found[0.5])
 
 
 def test_embeddings_come_back_bit_for_bit() -> None:
@@ -286,3 +325,25 @@ def test_embeddings_come_back_bit_for_bit() -> None:
         assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
         assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_every_layer_reads_the_stream_that_the_cut_layers_before_it_give() -> None:
+    """What the walk has in front of the last layer is what the pruned model itself gives there."""
+    model, seen = tiny_llama(), list[torch.Tensor]()
+    original = loop.prune_group
+
+    def spy(walk: Walk, group: Group, *arguments: Any) -> Any:
+        if group.layer == 2:
+            seen.extend(hidden.clone() for hidden in walk.hidden_BTD)
+        return original(walk, group, *arguments)
+
+    calibration = random_calibration(num_domains=1, blocks=2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "prune_group", spy)
+        prune_tiny(model, calibration, remove=0.3)
+    expected: list[torch.Tensor] = []
+    handle = model.model.layers[2].register_forward_pre_hook(lambda _, inputs: expected.append(inputs[0]))
+    for part in (calibration.domains[0].calibration_NT, calibration.domains[0].held_out_NT):
+        logits_of(model, part)
+    handle.remove()
+    torch.testing.assert_close(torch.cat(seen), torch.cat(expected), atol=1e-5, rtol=1e-5)

@@ -17,7 +17,7 @@ from secateur.methods.experts import keep_experts
 from secateur.methods.prices import parameter_prices
 from secateur.methods.scores import taylor_scores
 from secateur.model.bind import EXPERT_CHANNELS, EXPERTS, bind, decoder_layers, head_of
-from secateur.model.group import OF_EXPERTS, Group, add_zero_biases, linear
+from secateur.model.group import OF_EXPERTS, Group, add_zero_biases, linear, rows_of
 from secateur.model.per_layer import record_widths
 from secateur.model.spec import ArchSpec, find_spec, load_specs
 from secateur.pruning.group_step import STEPS
@@ -182,6 +182,17 @@ def test_walk_equals_forward(name: str, to_middle: bool) -> None:
     torch.testing.assert_close(logits_PV, logits_of(model, ids_BT)[:, :-1].flatten(0, 1), atol=1e-5, rtol=1e-5)
 
 
+def check_what_stayed(model: Any, dense: Any, group: Group, keep: torch.Tensor, lines: list[dict[str, Any]]) -> None:
+    """Writers have the dense model's rows of the kept units; the reader has other columns if a step changed them."""
+    layer, whole = (decoder_layers(each, bind(each))[group.layer] for each in (model, dense))
+    for axis in group.writers:
+        rows = rows_of(keep, axis.segments, group.num_units)
+        assert torch.equal(linear(layer, axis.module).weight, linear(whole, axis.module).weight[rows]), axis.module
+    columns = rows_of(keep, group.reader.segments, group.num_units)
+    left = torch.equal(linear(layer, group.reader.module).weight, linear(whole, group.reader.module).weight[:, columns])
+    assert left == all(line.get("step", 0) == 0 for line in lines)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rounds_of_measuring_and_compensating_run(name: str) -> None:
     """The whole loop: two rounds with the dense stream beside, layers put back from disk, every group of the family."""
@@ -189,10 +200,23 @@ def test_rounds_of_measuring_and_compensating_run(name: str) -> None:
     names = {group.name for group in bind(model).groups}
     groups = tuple(sorted(names - {"query_heads", EXPERT_CHANNELS}))
     dense_size = num_params(model)
+    dense = copy.deepcopy(model)
     keeps, lines = prune_tiny(model, random_calibration(), groups=groups, rounds=2, remove=0.12)
     assert {group for _, group in keeps} == set(groups)
     assert len(lines) == 2 * len(keeps)
     assert num_params(model) == pytest.approx(0.88 * dense_size, rel=0.07)
+    arch = bind(dense)
+    chosen = arch.select(groups)
+    counts = {(group.layer, group.name): keeps[group.layer, group.name].shape[-1] for group in chosen}
+    assert num_params(model) == dense_size - parameter_prices(arch, chosen, dense).gone(chosen, counts)
+    for group in chosen:
+        mine = [line for line in lines if (line["layer"], line["group"]) == (group.layer, group.name)]
+        assert [line["round"] for line in mine] == [1, 2] and mine[1]["total"] == mine[0]["kept"]
+        assert mine[1]["kept"] == counts[group.layer, group.name] <= mine[0]["kept"]
+        if group.kind not in OF_EXPERTS:
+            check_what_stayed(model, dense, group, keeps[group.layer, group.name], mine)
+    steps = [line["step"] for line in lines if "step" in line and line["group"] != EXPERTS]
+    assert not steps or max(steps) > 0, "some of it is compensated"
     for line in (line for line in lines if "step" in line):
         rises = [line["error_after"][d] / before for d, before in line["error_before"].items() if before]
         # One step for all of a layer's experts, by the mean over domains.

@@ -1,11 +1,14 @@
 """What the recipe adds to a plain run: budgets, protection, domain weights, other scores, rounds, the safety net."""
 
+import itertools
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from models import opened, tiny_ids, tiny_llama, tiny_qwen2
 from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
@@ -14,6 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 import secateur
 from secateur.facts import Size
 from secateur.pruning.resolve import resolve
+from secateur.recipe import Recipe
 from secateur.recipe_file import GONE, parse_recipe
 
 TOKENIZER = tiny_tokenizer()
@@ -139,17 +143,42 @@ def test_domain_weights_are_found_per_group_and_logged(small, tmp_path):
 
 @pytest.mark.parametrize("score", ["taylor", "paper"])
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
-def test_scores_of_other_methods_run_in_rounds(score, factory, small):
-    settings = {**small, "score": score, "compensate": "none", "rounds": 2, "groups": ["ffn", "kv_heads"]}
-    result = secateur.prune(factory(), grouped(settings), tokenizer=TOKENIZER)
-    assert result.summary.remove_reached == pytest.approx(0.2, abs=0.01)
+def test_scores_of_other_methods_run_in_rounds(score, factory, small, tmp_path):
+    """Each round scores the units that are left anew, by the score asked for: others choose other units."""
+    settings = {**small, "compensate": "none", "rounds": 2, "groups": ["ffn", "kv_heads"]}
+    kept = {}
+    for name in (score, "magnitude"):
+        out = tmp_path / name
+        result = secateur.prune(factory(), grouped({**settings, "score": name}), tokenizer=TOKENIZER, out=out)
+        assert result.summary.remove_reached == pytest.approx(0.2, abs=0.01)
+        kept[name] = [tuple(keep.tolist()) for (_, group), keep in result.keeps.items() if group == "ffn"]
+    lines = lines_of(tmp_path / score, "group")
+    assert [line["round"] for line in lines] == [1] * 6 + [2] * 6
+    for first, second in zip(lines[:6], lines[6:], strict=True):
+        assert first["kept"] == second["total"] >= second["kept"] == len(result.keeps[second["layer"], second["group"]])
+        assert first["score_quantiles"] != second["score_quantiles"] or first["group"] == "kv_heads"
+    assert all(ours != theirs for ours, theirs in zip(kept[score], kept["magnitude"], strict=True))
 
 
 def test_rounds_can_be_kept_and_each_loads(small, tmp_path):
     out = tmp_path / "out"
     settings = {**small, "rounds": 3, "keep_rounds": True, "remove": 0.3}
     result = secateur.prune(tiny_llama(), grouped(settings), tokenizer=TOKENIZER, out=out)
-    sizes = [num_params(AutoModelForCausalLM.from_pretrained(out / "rounds" / str(number))) for number in (1, 2)]
+    places = [out / "rounds" / str(number) for number in (1, 2)]
+    rounds = [AutoModelForCausalLM.from_pretrained(place, output_loading_info=True) for place in places]
+    assert not any(any(info.values()) for _, info in rounds)
+    dense, kept = tiny_llama(), [json.loads((place / "keep.json").read_text()) for place in (*places, out)]
+    for (model, _), entries in zip([*rounds, (result.model, {})], kept, strict=True):
+        assert [(entry["layer"], entry["group"]) for entry in entries] == [(layer, "ffn") for layer in range(3)]
+        for entry in entries:
+            ours, whole = (each.model.layers[entry["layer"]].mlp for each in (model, dense))
+            assert torch.equal(ours.up_proj.weight, whole.up_proj.weight[entry["keep"]])
+            assert ours.down_proj.in_features == model.config.intermediate_size == len(entry["keep"])
+        with torch.no_grad():
+            assert not torch.allclose(model(tiny_ids()).logits, dense(tiny_ids()).logits, atol=1e-3)
+    for one, other in itertools.pairwise(kept):  # what is gone stays gone
+        assert all(set(b["keep"]) < set(a["keep"]) for a, b in zip(one, other, strict=True))
+    sizes = [num_params(model) for model, _ in rounds]
     assert [line["num_params"] for line in lines_of(out, "round")] == [*sizes, num_params(result.model)]
     assert not (out / "rounds" / "3").exists()
     gone = [1 - size / num_params(tiny_llama()) for size in sizes]
@@ -237,6 +266,14 @@ def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
     for preset in ("fast", "best", "paper"):
         result = secateur.prune(tiny_qwen2(), grouped({**small, "preset": preset}), tokenizer=TOKENIZER)
         assert result.summary.remove_reached == pytest.approx(0.2, abs=0.01)
+        # What ran is what the preset's file says, and nothing else of these groups but what the model fills in.
+        file = resources.files("secateur") / "presets" / f"{preset}.yaml"
+        said, ran = yaml.safe_load(file.read_text(encoding="utf-8")), result.recipe.model_dump(mode="json")
+        for group, keys in said.items():
+            assert {key: ran[group][key] for key in keys} == keys, preset
+        plain = Recipe().model_dump(mode="json")
+        left = {key for key, value in plain["choose"].items() if ran["choose"][key] != value}
+        assert left <= set(said.get("choose", {})) | {"widths"}
 
 
 @pytest.mark.parametrize("key", [key for key in GONE if "=" not in key])

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from damage import flip_a_bit
 from families import tiny_family
 from models import tiny_llama
 from recipes import grouped
@@ -146,7 +147,10 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bytes(name, checkpoints
 @pytest.mark.parametrize("num_kills", [4, pytest.param(30, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["rounds"])
 def test_killed_at_random_instants(name, num_kills, checkpoints, recipe, expected, tmp_path):
-    """SIGKILL, each time at an instant drawn from the seconds of a whole run; then on until it is done."""
+    """SIGKILL, each time at an instant drawn from the seconds of a whole run; then on until it is done.
+
+    After every other kill one bit of the store flips: the step, or the whole store, must be done again.
+    """
     out, choose = tmp_path / "out", random.Random(0)
     wanted = {"model": str(checkpoints["llama"]), "recipe": asked(name, checkpoints["llama"], recipe), "out": str(out)}
     child = subprocess.Popen(
@@ -168,15 +172,17 @@ def test_killed_at_random_instants(name, num_kills, checkpoints, recipe, expecte
         status, whole_seconds = run(None)
         assert status == 0 and weights(out) == weights(expected(name))
         shutil.rmtree(out)
-        kills = 0
+        kills = flips = 0
         while kills < num_kills:
             status, _ = run(choose.uniform(0.05, 1) * whole_seconds)
             kills += status == -9
+            flips += kills % 2 and flip_a_bit(place_beside(out), choose)
             assert status in (0, -9)
             assert out.exists() or status == -9
             if out.exists():  # also where the kill came between the last rename and the end
                 assert weights(out) == weights(expected(name))
                 shutil.rmtree(out)
+        assert flips >= num_kills // 4
         if not out.exists():
             assert run(None)[0] == 0
         assert child.stdin
@@ -206,7 +212,10 @@ def faults(tmp_path_factory) -> Path:
     ],
 )
 def test_a_failing_write_leaves_nothing_half(error, first, step, faults, checkpoints, recipe, tmp_path):
-    """The n-th call that writes below the directory of OUT fails, for n = first, first + step, ..."""
+    """The n-th call that writes below the directory of OUT fails, for n = first, first + step, ...
+
+    Where that leaves a store, one bit of it flips before the run goes on.
+    """
     wanted = {**asked("defaults", checkpoints["llama"], recipe), "rounds": 2}
     arguments = [checkpoints["llama"], json.dumps(wanted), tmp_path, first, step, 10**6, error]
     done = subprocess.run(
@@ -224,6 +233,7 @@ def test_a_failing_write_leaves_nothing_half(error, first, step, faults, checkpo
         assert set(each["left"]) <= {".out.resume", "out"}, each
         assert each["again"] == "" and each["same"], each
         assert each["there"] or each["after"] == ["out"], each
+    assert sum(each["flipped"] for each in found) >= len(found) // 2
 
 
 def begun(model: Path, recipe: dict[str, Any], out: Path) -> None:

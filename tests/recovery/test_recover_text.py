@@ -11,7 +11,7 @@ from secateur.errors import RecipeError
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import parse_recipe
 from secateur.recovery.cost import predict_flops
-from secateur.recovery.pair import RecoveryText, recovery_text
+from secateur.recovery.pair import RecoveryText, blocks_per_step, recovery_text
 
 TOKENIZER, LENGTH = tiny_tokenizer(), 32
 
@@ -75,3 +75,7 @@ def test_operations_by_hand():
     assert full["training"] == pytest.approx((200 * whole, 200 * 3 * whole))
     alone = settings(train="lora", kl_share=0.0, gradient_checkpointing=True)
     assert predict_flops(model, model, alone, 200, 10, LENGTH)["training"] == pytest.approx((0, 600 * whole))
+
+
+def test_a_step_is_at_least_one_block():
+    assert [blocks_per_step(tokens, 32) for tokens in (1, 32, 63, 64, 512)] == [1, 1, 1, 2, 16]

@@ -30,6 +30,10 @@ HOSTILE = [
     "<!-- open",
     "```\nfence",
     "- item\n- item\n1. one",
+    "1. one",
+    "2) two",
+    "+ plus",
+    "# head",
     "bidi\u202e\x07\x1b[31m\u2028x",
     "lone\udc80",
 ]

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from models import tiny_ids, tiny_llama
 
+from secateur.facts import Batch
 from secateur.methods.compensate import least_squares
 from secateur.model.bind import bind
 from secateur.stream.measure import FLOOR, _at_least, measure, minimax_weights, removal_damage
 from secateur.stream.statistics import Statistics, damped_gram, inverse_of, keep_highest, pool, removal_errors
 from secateur.stream.walk import Walk, make_batches
-from tests.models import tiny_ids, tiny_llama
 
 NUM_COLUMNS, NUM_KEEP, DAMPING = 24, 15, 1e-3
 COLUMNS = torch.arange(NUM_COLUMNS)[:, None]
@@ -143,9 +144,27 @@ def test_measure_keeps_domains_only_for_weightings_that_look_at_them(weighting: 
         return
     assert list(found.by_domain) == list("abc")
     assert {name: float(each.energy) for name, each in found.by_domain.items()} == found.energy
+    # Each its own tokens and no others: hooks say what they are.
+    for name, each in found.by_domain.items():
+        x_TF = reader_inputs(model, [batch for batch in batches if batch.domain == name and not batch.held_out])
+        assert each.mass == len(x_TF) == 64
+        gram_FF = x_TF.double().T @ x_TF.double()
+        bound = len(x_TF) * 2**-23 * torch.sqrt(gram_FF.diagonal()[:, None] * gram_FF.diagonal())
+        assert bool(((each.gram.full(torch.float64) - gram_FF).abs() <= bound).all())
     by_energy = measure(walk, group, "energy", shares, gram=True).pooled
     for pooled in (found.pooled, pool(found.by_domain, shares)):
         torch.testing.assert_close(pooled.gram.full(), by_energy.gram.full(), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(pooled.sum_F, by_energy.sum_F, rtol=1e-6, atol=1e-6)
     # A score of moments alone does without a Gram matrix; this weighting does not.
     assert measure(walk, group, weighting, shares, gram=False).by_domain["a"].gram is not None
+
+
+@torch.no_grad()
+def reader_inputs(model: torch.nn.Module, batches: list[Batch]) -> torch.Tensor:
+    """Return what enters the first layer's FFN reader in a plain forward."""
+    found: list[torch.Tensor] = []
+    reader = model.get_submodule("model.layers.0.mlp.down_proj")
+    with reader.register_forward_hook(lambda _, inputs, __: found.append(inputs[0].flatten(0, 1))):
+        for batch in batches:
+            model(batch.ids_BT, use_cache=False)
+    return torch.cat(found)

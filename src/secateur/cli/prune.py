@@ -1,4 +1,4 @@
-"""The commands `prune`, `inspect`, `demo` and `report`."""
+"""The commands `prune`, `inspect`, `demo`, `report` and `verify`."""
 
 import shlex
 import sys
@@ -143,3 +143,32 @@ def _without_none(said: dict[str, Any]) -> dict[str, Any]:
     """Return what was given on the command line, mapping by mapping."""
     found = {key: _without_none(value) if isinstance(value, dict) else value for key, value in said.items()}
     return {key: value for key, value in found.items() if value is not None and value != {}}
+
+
+@common.app.command(epilog="Example: secateur verify smaller")
+def verify(
+    result: Annotated[Path, typer.Argument(help="A directory that prune or recover has written.")],
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+) -> None:
+    """Check that RESULT is as it was written, by the sha256 of its files, and that it reloads.
+
+    Status 0 if all is well, 1 if something does not match.
+    """
+    from secateur.report.rows import human_bytes, terminal
+
+    with common.progress_bar(enabled=not (quiet or as_json)) as progress:
+        found = secateur.verify(result, progress=progress)
+    if as_json:
+        print(found.to_json(), end="")
+    else:
+        rows = [("sha256", f"{found.num_files} files match, {human_bytes(found.num_bytes)}")]
+        if found.max_abs_difference is not None:
+            difference = f"largest logit difference {found.max_abs_difference:g}"
+            rows.append(("reload", f"stock transformers in a fresh process: {difference}"))
+        common.CONSOLE.print(terminal([], rows))
+        for each in found.mismatches:
+            text = f"{each.what}: expected {each.expected}, found {each.found.removesuffix('.')}."
+            common.CONSOLE.print(text, soft_wrap=True)
+    if found.mismatches:
+        raise typer.Exit(1)

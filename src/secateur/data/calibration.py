@@ -22,7 +22,8 @@ from secateur.data.sources import DomainText, documents
 from secateur.errors import CalibrationError, NumericsError
 from secateur.facts import NGRAM_TOKENS
 from secateur.log import Progress, silent
-from secateur.model.checkpoint import CausalLM, Tokenizer, eval_mode
+from secateur.model.checkpoint import Tokenizer, eval_mode
+from secateur.model.modules import CausalLM
 
 
 def ngram_overlap(

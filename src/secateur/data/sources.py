@@ -3,7 +3,6 @@
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from huggingface_hub import constants
 
+from secateur.data.chat import chat_text
 from secateur.data.installed_text import installed_documents
 from secateur.errors import CalibrationError, nearest
+from secateur.files import json_of
 from secateur.model.checkpoint import Tokenizer
 from secateur.plugins import SOURCE_GROUP, look_up
 
@@ -89,8 +90,8 @@ def _json_rows(text: str, where: str) -> Rows:
 
 def _parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return json_of(text)
+    except ValueError as error:
         raise CalibrationError(f"{where}: not valid JSON ({error}); correct or remove it.") from None
 
 
@@ -217,7 +218,7 @@ def _row_text(row: Any, column: str, tokenizer: Tokenizer, where: str) -> str:
             columns = [str(name) for name in row if name]
             advice = f"set `column`, perhaps to '{nearest(key, columns)}'"
             raise CalibrationError(f"{where}: no column '{key}'; there are: {', '.join(columns) or 'none'}; {advice}.")
-        row = _chat_text(row[key], tokenizer, where) if chat else row[key]
+        row = chat_text(row[key], tokenizer, where) if chat else row[key]
     if not isinstance(row, str):
         raise CalibrationError(f"{where}: the text must be a string, got {type(row).__name__}.")
     try:
@@ -225,18 +226,3 @@ def _row_text(row: Any, column: str, tokenizer: Tokenizer, where: str) -> str:
     except UnicodeEncodeError:  # JSON can escape what UTF-8 cannot hold
         raise CalibrationError(f"{where}: the text holds half of a surrogate pair; remove it.") from None
     return row
-
-
-def _chat_text(messages: Any, tokenizer: Tokenizer, where: str) -> str:
-    from jinja2 import TemplateError
-
-    if not isinstance(messages, list) or not all(isinstance(each, dict) and "role" in each for each in messages):
-        raise CalibrationError(f"{where}: messages must be a list of objects with role and content.")
-    if tokenizer.chat_template is None:
-        raise CalibrationError(
-            f"{where}: a chat, but the tokenizer has no chat template; give rows with a text column."
-        )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, TypeError) as error:
-        raise CalibrationError(f"{where}: the tokenizer's chat template refuses it ({error}); correct it.") from None

@@ -1,6 +1,5 @@
 """Evaluation text, by domain and from WikiText-2, and how well a model predicts it."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from secateur.ranks import spread
 from secateur.recipe import Calibration, Domain
 from secateur.recipe_file import load_recipe, parse_recipe
 from secateur.report.measured import Quality
+from secateur.report.records import Summary
 from secateur.stream.losses import block_losses, standard_error
 
 Blocks = dict[str, Tensor]
@@ -106,7 +106,7 @@ def _changes(directory: Path, built: CalibrationSet) -> tuple[str, ...]:
     path = directory / "result.json"
     if not path.is_file():
         return (f"{path} is missing, so it is not known whether this text is what the run held out.",)
-    used = json.loads(path.read_text(encoding="utf-8"))["calibration"]["content_hash"]
+    used = Summary.from_json(path.read_bytes(), str(path)).calibration.content_hash
     if used == built.content_hash:
         return ()
     return (

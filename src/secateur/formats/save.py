@@ -100,6 +100,11 @@ def _carry(source: Path, directory: Path) -> Iterator[str]:
             shutil.copyfile(file, target)
 
 
+def has_own(directory: Path, name: str) -> bool:
+    """Whether the directory has the file, and not as a link to somewhere else."""
+    return (directory / name).is_file() and lies_in(directory, directory / name)
+
+
 def _name_own_code_only(model: PreTrainedModel, directory: Path) -> None:
     """Remove code from `directory`, and names of code from its configs, except the package's own.
 

@@ -20,8 +20,6 @@ from secateur.stream.statistics import Decide, Gram, Measurement, exact_product_
 # Shares of a correction that the guard tries, largest first; 0 means the old weights stay.
 GUARD_STEPS = (1.0, 0.5, 0.25)
 MAX_DAMPING_RETRIES = 3
-# Sums in float32 are off by 2^-24: from here on that is a good part of the least pivot.
-LARGEST_CONDITION = 2.0**20
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,11 +42,10 @@ from secateur.model.config import (
     quiet_transformers,
 )
 from secateur.model.modeling_per_layer import PerLayerModel, is_per_layer, per_layer_class
-from secateur.model.modules import linears_for_conv
+from secateur.model.modules import CausalLM, linears_for_conv
 from secateur.model.tensors import mapped_tensors, read_json, read_tensors, stored_tensors
 
 # For modules that need nothing else from transformers.
-CausalLM = PreTrainedModel
 Tokenizer = PreTrainedTokenizerBase
 
 
@@ -114,7 +113,7 @@ def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     )
 
 
-def load(path: str | Path, **options: Any) -> PreTrainedModel:
+def load(path: str | Path, **options: Any) -> CausalLM:
     """Return the model in eval mode, ready to run or train; per-layer widths work like any other.
 
     `path`: a directory, a hub id, a `.gguf` file, or `smollm2-135m`. `options` go to transformers'
@@ -159,7 +158,7 @@ def load_model(checkpoint: Checkpoint, *, mapped: bool = False, **options: Any) 
     return model
 
 
-def check_finite(model: PreTrainedModel) -> None:
+def check_finite(model: CausalLM) -> None:
     """Raise CheckpointError naming the first weight that holds NaN or infinity."""
     for name, parameter in model.named_parameters():
         # aminmax propagates NaN and infinity, and unlike isfinite() allocates nothing.
@@ -177,8 +176,13 @@ def _load_safetensors(
         None, config=checkpoint.config, state_dict=weights, output_loading_info=True, **{"dtype": "auto", **options}
     )
     model, info = loaded
-    if (checkpoint.directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+    path = checkpoint.directory / "generation_config.json"
+    if path.is_file():
+        read_json(path)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path.parent)
+        except BAD_VALUE as error:
+            raise CheckpointError(f"{path}: transformers cannot use it ({one_line(error)}).") from None
     return model, info
 
 
@@ -228,7 +232,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
                 # AutoTokenizer would parse the whole file again to arrive at this class.
                 return PreTrainedTokenizerFast.from_pretrained(directory, gguf_file=checkpoint.gguf_file)
             _check_tokenizer_files(directory)
-            return AutoTokenizer.from_pretrained(directory, config=checkpoint.config, trust_remote_code=False)
+            found = AutoTokenizer.from_pretrained(directory, config=checkpoint.config, trust_remote_code=False)
+            found("a word", verbose=False)  # some settings are read only now
+            return found
     except CheckpointError:
         raise
     except Exception as error:

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -142,10 +143,17 @@ def _similar(reference: str) -> str:
     return f"; did you mean {' or '.join(str(parent / name) for name in names)}" if names else ""
 
 
+# The most that a config may ask for: many times what public models have. A module takes milliseconds
+# to build even without weights; wider tensors than these no machine holds.
+_MOST = (
+    (re.compile(r"layers?|layers?_.*|depth|.*_(layers?|experts|depth)"), 2_000),
+    (re.compile(r".*_(size|dim|rank|heads?|positions|embeddings|embd|inner|ctx)|d_(model|ff|kv)"), 1 << 24),
+)
+
 # What transformers raises for unusable values, and gguf for a truncated or corrupt file.
-_WRONG_TYPES = (ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError)
+_WRONG_TYPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError)
 BAD_VALUE = (*_WRONG_TYPES, OSError, RuntimeError, StrictDataclassError)
-BAD_GGUF = (*BAD_VALUE, struct.error, OverflowError, MemoryError)
+BAD_GGUF = (*BAD_VALUE, struct.error)
 
 
 def check_links(directory: Path) -> None:
@@ -188,6 +196,7 @@ def directory_config(directory: Path) -> PreTrainedConfig:
         reason = f"the weights are quantised ({method or 'quantization_config'}), which cannot be pruned"
         advice = "use the original checkpoint or one in bf16, prune it, and quantise the result"
         raise CheckpointError(f"{path}: {reason}; {advice}.")
+    _check_sizes(raw, path)
     per_layer = [PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")]
     try:
         with quiet_transformers():
@@ -210,13 +219,31 @@ def gguf_config(path: Path) -> PreTrainedConfig:
             raise CheckpointError(f"{path}: is not a GGUF file (it does not start with GGUF); download it again.")
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+            raw, _ = PreTrainedConfig.get_config_dict(path.parent, gguf_file=path.name)
+            _check_sizes(raw, path)
+            config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except CheckpointError:
+        raise
     except BAD_GGUF as error:
         raise CheckpointError(f"{path}: this GGUF file is broken or of an unknown kind ({one_line(error)}).") from None
     _check_causal(path, config.model_type, None)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.dtype = torch.bfloat16
     return config
+
+
+def _check_sizes(raw: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError for a size that nothing can be built from; the config's class is next."""
+    inside: list[Any] = [raw]
+    while inside:
+        each = inside.pop()
+        for key, value in each.items() if isinstance(each, dict) else enumerate(each):
+            most = next((most for names, most in _MOST if names.fullmatch(str(key))), None)
+            if isinstance(value, dict | list):
+                inside.append(value)
+            elif most is not None and isinstance(value, int | float) and not value <= most:
+                advice = "copy the model's own file there"
+                raise CheckpointError(f"{path}: {key} is {value:g}, more than {most:,}; {advice}.")
 
 
 def _check_causal(path: Path, model_type: str, architectures: Any) -> None:

@@ -6,6 +6,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# For modules that need nothing else from transformers.
+CausalLM = PreTrainedModel
 
 
 class TransposedLinear(nn.Linear):

@@ -5,9 +5,9 @@ read into ordinary memory, or mapped from their files, where they occupy page ca
 handled: pickle files (refused), weights stored in a quantised format.
 """
 
-import json
 import math
 import operator
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from secateur.errors import CheckpointError
+from secateur.files import json_of
 
 _DTYPES = {
     "F64": torch.float64,
@@ -89,7 +90,7 @@ def mapped_tensors(directory: Path) -> dict[str, torch.Tensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`. Raises CheckpointError if it does not hold one."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json_of(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download or copy it again.") from None
     if not isinstance(data, dict):
@@ -117,7 +118,7 @@ def _weight_files(directory: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name:
             raise CheckpointError(f"{index}: shard '{name}' must be a plain file name inside {directory}.")
-        if not (directory / name).is_file():
+        if not os.path.isfile(directory / name):  # unlike Path.is_file, False for a name that no disk takes
             raise CheckpointError(f"{directory}: shard {name} named in {index.name} is missing; copy it there.")
     return [directory / name for name in names]
 
@@ -130,12 +131,12 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{file}: is truncated or not safetensors ({num_file_bytes} bytes); copy it again.")
         raw = opened.read(data_start - 8)
     try:
-        header = json.loads(raw)
+        header = json_of(raw)
         header.pop("__metadata__", None)
         tensors = {name: _stored(file, data_start, entry) for name, entry in header.items()}
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise CheckpointError(f"{file}: its safetensors header is malformed; copy the file again.") from None
     end = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=data_start)
     if end != num_file_bytes:

@@ -11,15 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from secateur.files import staging_if_any
 from secateur.log import Progress, RunLog, silent
-from secateur.model.checkpoint import CausalLM, Tokenizer, eval_mode
+from secateur.model.checkpoint import Tokenizer, eval_mode
+from secateur.model.modules import CausalLM
 from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import Opened, computes_in_float32, open_model, store_for, tokenizer_of
 from secateur.pruning.prepare import prepared
 from secateur.pruning.resolve import checked
 from secateur.pruning.result import PrunedCheckpoint, Result, save_and_prove, summary_of, write_report_files
 from secateur.pruning.run import Keeps, Run
+from secateur.ranks import staging_if_any
 from secateur.recipe import Recipe
 from secateur.store import Services
 from secateur.stream.device import peak_bytes, peak_bytes_on

@@ -13,16 +13,14 @@ from secateur.data.calibration import CalibrationSet, ngram_overlap
 from secateur.facts import Size
 from secateur.formats.save import Verification, save_checkpoint, verify_reload
 from secateur.log import RunLog, versions
-from secateur.methods.compensate import LARGEST_CONDITION
 from secateur.model.checkpoint import CausalLM, Tokenizer
 from secateur.model.group import Group
 from secateur.pruning.open import Opened
 from secateur.pruning.run import Keeps, Run
 from secateur.recipe import Recipe
 from secateur.recipe_file import dump_recipe
-from secateur.report.digests import write_summary
 from secateur.report.records import CalibrationFacts, Summary
-from secateur.report.report import missing_plots, write_report
+from secateur.report.report import complete, missing_plots
 from secateur.report.rows import model_card
 
 
@@ -77,6 +75,8 @@ class PrunedCheckpoint:
 
 
 VERIFY_TOKENS = 64
+# Sums in float32 are off by 2^-24: from here on that is a good part of the least pivot.
+LARGEST_CONDITION = 2.0**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +156,7 @@ def write_report_files(directory: Path, summary: Summary, log: RunLog) -> Summar
     """Write the model card, the summary and the report; return the summary with all digests."""
     log.write({"event": "seconds", **summary.seconds})
     (directory / "README.md").write_text(model_card(summary), encoding="utf-8")
-    summary = write_summary(directory, summary)
-    if not missing_plots():
-        write_report(directory)
-    return summary
+    return complete(directory, summary)
 
 
 def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tensor]) -> dict[str, tuple[int, int, int]]:

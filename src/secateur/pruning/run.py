@@ -13,8 +13,8 @@ from secateur.data.calibration import CalibrationSet, rotated
 from secateur.errors import RecipeError
 from secateur.facts import Batch, Loss
 from secateur.model.bind import Arch, decoder_layers
-from secateur.model.checkpoint import CausalLM
 from secateur.model.group import GroupKey
+from secateur.model.modules import CausalLM
 from secateur.pruning.resolve import Resolved
 from secateur.ranks import own_part
 from secateur.store import Services

@@ -3,7 +3,6 @@
 In: references of both models; a recipe. Out: `Candidates`; blocks to train on and held-out blocks.
 """
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.calibration import CALIBRATION_BLOCKS_PER_HELD_OUT, build_calibration, with_sampled
 from secateur.errors import CheckpointError, RecipeError
+from secateur.files import json_of
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, bind
 from secateur.model.checkpoint import (
@@ -76,12 +76,12 @@ def _check_layers(student: Checkpoint, num_layers: int, num_dense: int, teacher:
     found: list[list[int]] = []
     if path.is_file():
         try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-            found = [entry["keep"] for entry in entries if entry["group"] == "layers"]
+            entries = json_of(path.read_text(encoding="utf-8"))
+            found = [[int(index) for index in entry["keep"]] for entry in entries if entry["group"] == "layers"]
         except (OSError, ValueError, TypeError, KeyError):
             raise CheckpointError(f"{path}: cannot be read; use the file that secateur prune wrote.") from None
     layers = tuple(found[0]) if found else tuple(range(num_dense))
-    if len(layers) != num_layers or layers[-1] >= num_dense:
+    if len(layers) != num_layers or max(layers) >= num_dense:
         says = f"{path} names {len(layers)} that stayed" if found else f"no {KEEP_FILE} says that any went"
         raise CheckpointError(
             f"--teacher {teacher}: has {num_dense} layers and {student.reference} {num_layers}, and {says}; give the "

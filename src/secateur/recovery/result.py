@@ -13,14 +13,12 @@ import torch
 
 from secateur.evaluation.parts import open_subject, task_changes, task_parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks
-from secateur.files import lies_in
-from secateur.formats.save import Verification, save_checkpoint, verify_reload
+from secateur.formats.save import Verification, has_own, save_checkpoint, verify_reload
 from secateur.log import LOG_FILE, versions
 from secateur.recipe import TaskSettings
 from secateur.recipe_file import dump_recipe, load_recipe, parse_recipe
 from secateur.recovery.cost import cost_of
 from secateur.recovery.train import TRAINER_FOLDER, Work
-from secateur.report.digests import write_summary
 from secateur.report.measured import (
     BENCH_FILE,
     RECOVERY_FILE,
@@ -32,15 +30,14 @@ from secateur.report.measured import (
     task_scores,
 )
 from secateur.report.records import RECIPE_FILE, RESULT_FILE, read_summary
-from secateur.report.report import missing_plots, write_report
-from secateur.report.rows import escaped
-from secateur.report.rows_measured import recovery_card
+from secateur.report.report import complete
+from secateur.report.rows_measured import recovered_card
 from secateur.store import Store
 from secateur.stream.device import peak_bytes
 
 # Files that stay true of the model: which units it has, how it was pruned, how fast it is.
 CARRIED = ("keep.json", RESULT_FILE, BENCH_FILE)
-CARD, HOW_MADE = "README.md", "\n## How it was made\n"
+CARD = "README.md"
 PARTS_FOLDER, VERIFY_TOKENS = "tasks", 64
 
 
@@ -103,13 +100,8 @@ def _save(work: Work, directory: Path) -> None:
         work.log.write({"event": "note", "text": sentence})
     (directory / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
     for name in CARRIED:
-        if _has_own(source, name):
+        if has_own(source, name):
             shutil.copyfile(source / name, directory / name)
-
-
-def _has_own(source: Path, name: str) -> bool:
-    """Whether the directory has the file, and not as a link to somewhere else."""
-    return (source / name).is_file() and lies_in(source, source / name)
 
 
 def _verify(work: Work, directory: Path) -> Verification:
@@ -161,20 +153,16 @@ def _write_record(record: RecoveryRecord, work: Work, directory: Path) -> None:
     source = work.candidates.pruned.directory
     (directory / RECOVERY_FILE).write_text(record.to_json(), encoding="utf-8")
     lines = map(json.loads, (work.directory / LOG_FILE).read_text(encoding="utf-8").splitlines())
-    earlier = (source / LOG_FILE).read_text(encoding="utf-8") if _has_own(source, LOG_FILE) else ""
+    earlier = (source / LOG_FILE).read_text(encoding="utf-8") if has_own(source, LOG_FILE) else ""
     added = "".join(json.dumps(line) + "\n" for line in _last_lines(lines))
     (directory / LOG_FILE).write_text(earlier + added, encoding="utf-8")
-    title = f"# {escaped(record.pruned)}, recovered by secateur\n"
-    text = (source / CARD).read_text(encoding="utf-8") if _has_own(source, CARD) else title
-    before, heading, after = text.partition(HOW_MADE)
-    (directory / CARD).write_text(f"{before.rstrip()}\n\n{recovery_card(record)}{heading}{after}", encoding="utf-8")
+    card = (source / CARD).read_text(encoding="utf-8") if has_own(source, CARD) else None
+    (directory / CARD).write_text(recovered_card(card, record), encoding="utf-8")
     curves = work.directory / TRAINER_FOLDER / "runs"  # tensorboard's files, with report_to
     if curves.is_dir():
         shutil.copytree(curves, directory / "runs")
     if (directory / RESULT_FILE).is_file():
-        write_summary(directory, read_summary(directory))
-        if not missing_plots():
-            write_report(directory)
+        complete(directory, read_summary(directory))
 
 
 def _last_lines(lines: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:

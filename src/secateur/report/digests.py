@@ -15,8 +15,7 @@ from secateur.errors import CheckpointError
 from secateur.files import sha256_of
 from secateur.log import Progress
 from secateur.report.measured import BENCH_FILE, EVALUATION_FILE
-from secateur.report.records import RESULT_FILE, Summary
-from secateur.report.report import PAGE_FILE
+from secateur.report.records import PAGE_FILE, RESULT_FILE, Summary
 
 # Later commands write these again, so they have no digest.
 LATER_FILES = (EVALUATION_FILE, BENCH_FILE, PAGE_FILE)

@@ -12,7 +12,7 @@ from secateur.recipe import MeasuredPrices, Recipe
 from secateur.recipe_file import load_recipe, parse_recipe
 from secateur.report.measured import BENCH_FILE, EVALUATION_FILE, RECOVERY_FILE, BenchResult, Evaluation, RecoveryRecord
 
-RESULT_FILE, RECIPE_FILE = "result.json", "recipe.yaml"
+RESULT_FILE, RECIPE_FILE, PAGE_FILE = "result.json", "recipe.yaml", "report.html"
 
 Losses = dict[str, Loss]
 

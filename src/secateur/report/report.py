@@ -9,11 +9,10 @@ from secateur.facts import geometric_mean_perplexity
 from secateur.files import check_file, staged_file
 from secateur.report import sections_results as results
 from secateur.report import sections_run as run
+from secateur.report.digests import write_summary
 from secateur.report.page import KeyFigure, Page, Section, render
-from secateur.report.records import ResultFiles, Summary, read_result
+from secateur.report.records import PAGE_FILE, ResultFiles, Summary, read_result
 from secateur.report.rows import caveats, human_bytes, verdict
-
-PAGE_FILE = "report.html"
 
 OF_WIDTHS = (run.widths, run.scores, run.compensation, run.rounds)
 SECTIONS = (
@@ -27,6 +26,14 @@ def missing_plots() -> tuple[str, ...]:
     if importlib.util.find_spec("matplotlib") is not None:
         return ()
     return (f"no {PAGE_FILE}: its plots need matplotlib; run pip install 'secateur[report]', then secateur report.",)
+
+
+def complete(directory: Path, summary: Summary) -> Summary:
+    """Write `result.json` with all digests, and the page if it can be made; return the summary."""
+    summary = write_summary(directory, summary)
+    if not missing_plots():
+        write_report(directory)
+    return summary
 
 
 def write_report(directory: Path) -> Path:

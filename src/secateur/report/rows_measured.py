@@ -228,6 +228,13 @@ def cost_table(cost: Cost) -> Group:
     return terminal([], rows)
 
 
+def recovered_card(card: str | None, record: RecoveryRecord) -> str:
+    """Return the pruned model's card, or a new one, with a section on the recovery."""
+    text = f"# {escaped(record.pruned)}, recovered by secateur\n" if card is None else card
+    before, heading, after = text.partition("\n## How it was made\n")
+    return f"{before.rstrip()}\n\n{recovery_card(record)}{heading}{after}"
+
+
 def recovery_card(record: RecoveryRecord) -> str:
     """Return the model card's section on the recovery, in Markdown."""
     tasks = recovery_task_table(record)

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from secateur.model.checkpoint import CausalLM
 from secateur.model.group import Group
+from secateur.model.modules import CausalLM
 from secateur.stream.device import CPU, bring, parameter_on, raised
 
 # Which object onloads a layer: fetch, settle and offload get the layer alone.

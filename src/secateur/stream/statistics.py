@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from secateur.errors import NumericsError
 from secateur.ranks import domains_ended, gathered, sum_by_name, sum_tensors
 from secateur.stream.device import float64_device, release_freed
 
@@ -206,13 +207,13 @@ class Statistics:
 
     @property
     def mean_F(self) -> Float[Tensor, " F"]:
-        """Mean input per channel."""
-        return self.sum_F / self.mass
+        """Mean input per channel; 0 if no token counts, as where every domain's output is silent."""
+        return self.sum_F / (self.mass or 1.0)
 
     @property
     def mean_square_F(self) -> Float[Tensor, " F"]:
-        """Mean squared input per channel."""
-        return self.sum_squares_F / self.mass
+        """Mean squared input per channel, see `mean_F`."""
+        return self.sum_squares_F / (self.mass or 1.0)
 
     @property
     def variance_F(self) -> Float[Tensor, " F"]:
@@ -322,9 +323,15 @@ def ridge_of(gram: Gram, damping: float) -> Float[Tensor, " F"]:
 
 
 def inverse_of(hessian_FF: Float[Tensor, "F F"]) -> Float[Tensor, "F F"]:
-    """Return the inverse of a positive definite matrix, overwriting it to save memory."""
+    """Return the inverse of a positive definite matrix, overwriting it to save memory.
+
+    Raises NumericsError if it is not: few tokens and little damping leave rounding below zero.
+    """
     # The transposed view is column-major as LAPACK needs, so both steps work in place.
-    factor = torch.linalg.cholesky(hessian_FF.mT, out=hessian_FF.mT)
+    failed = torch.zeros((), dtype=torch.int32, device=hessian_FF.device)
+    factor, _ = torch.linalg.cholesky_ex(hessian_FF.mT, out=(hessian_FF.mT, failed))
+    if failed:
+        raise NumericsError("obs: a damped Gram matrix has no inverse; raise repair.damping or use more tokens.")
     return torch.cholesky_inverse(factor, out=hessian_FF.mT)
 
 

@@ -1,0 +1,131 @@
+"""The commands that measure: `evaluate`, `bench` and `compare`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import secateur
+import secateur.cli.common as common
+from secateur.recipe_file import parse_recipe
+
+Wikitext = Annotated[
+    str | None, typer.Option(help="Also WikiText-2 perplexity: a file with the rows of the raw test split, or `hub`.")
+]
+
+
+@common.app.command(
+    epilog="Example: secateur evaluate smaller --against Qwen/Qwen2.5-0.5B --tasks arc_easy,hellaswag --limit 500"
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A result of prune, or any other model.")],
+    against: Annotated[str | None, typer.Option(help="The dense model: differences, and KL per domain.")] = None,
+    domain: common.Domains = None,
+    num_blocks: Annotated[int, typer.Option(min=1, help="Blocks per --domain.")] = 16,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens per block of --domain.")] = 512,
+    wikitext2: Wikitext = None,
+    wikitext2_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per block there; default 2048, or the model's longest if less.")
+    ] = None,
+    tasks: common.Tasks = None,
+    limit: common.Limit = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in each prompt of the tasks.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions of a task at a time.")] = 1,
+    tasks_data: common.TasksData = None,
+    device: common.Device = None,
+    out: Annotated[Path | None, typer.Option(help="Where evaluation.json goes, if not into DIR.")] = None,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+) -> None:
+    """Measure DIR on its recipe's held-out text (or --domain) and on tasks; resumes by itself."""
+    domains = None
+    if domain:
+        asked = {"calibration": {"domains": common.parse_domains(domain)}}
+        domains = parse_recipe(asked, "--domain").calibration.domains
+    names = common.task_names(tasks, tasks_data)
+
+    # Imported here so that --help and option errors do not wait for torch.
+    from secateur.ranks import is_first
+    from secateur.report.rows_measured import evaluation_table
+
+    with common.progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
+        text: dict[str, Any] = {"domains": domains, "num_blocks": num_blocks, "sequence_length": sequence_length}
+        text |= {"wikitext2": wikitext2, "wikitext2_length": wikitext2_length}
+        asked: dict[str, Any] = {"tasks": names, "limit": limit, "num_fewshot": num_fewshot}
+        asked |= {"batch_size": batch_size, "tasks_data": tasks_data}
+        result = secateur.evaluate(
+            model, against, **text, **asked, device=device, out=out, progress=progress, tell=common.tell
+        )
+    if not is_first():
+        return
+    if as_json:
+        print(result.to_json(), end="")
+        return
+    common.CONSOLE.print(evaluation_table(result))
+    common.CONSOLE.print(f"Written to {(out or Path(model)) / 'evaluation.json'}.", soft_wrap=True)
+
+
+@common.app.command(epilog="Example: secateur bench smaller --against Qwen/Qwen2.5-0.5B --prompt-tokens 512")
+def bench(
+    model: common.Model,
+    against: Annotated[str | None, typer.Option(metavar="DENSE", help="The model that MODEL was pruned from.")] = None,
+    batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens in each prompt.")] = 256,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate after each.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Runs of each model, in turns.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")] = "cpu",
+    compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    engine: Annotated[
+        str, typer.Option(help="transformers, or llama.cpp (exports both as GGUF first).")
+    ] = "transformers",
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+) -> None:
+    """Time MODEL, in turns with DENSE, and compare the speed-up with the ideal for its size."""
+    from secateur.report.measured import BENCH_FILE
+    from secateur.report.rows_measured import bench_table
+
+    workload = {
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+    }
+    with common.progress_bar(enabled=not (quiet or as_json)) as progress:
+        options: dict[str, Any] = {"device": device, "compiled": compiled, "engine": engine, "progress": progress}
+        result = secateur.bench(model, against, **workload, **options)
+    if as_json:
+        print(result.to_json(), end="")
+        return
+    common.CONSOLE.print(bench_table(result))
+    if Path(model).is_dir():
+        common.CONSOLE.print(f"Written to {Path(model, BENCH_FILE)}.")
+
+
+@common.app.command(epilog="Example: secateur compare paper out --small --model smollm2-135m")
+def compare(
+    study: Annotated[str, typer.Argument(help="A study's YAML file, or a shipped one: paper, methods, tokens.")],
+    out: Annotated[Path, typer.Argument(help="The directory for cells, table and page; finished cells stay.")],
+    model: Annotated[str | None, typer.Option(help="Replaces the study's model.")] = None,
+    small: Annotated[bool, typer.Option("--small", help="The study's short form.")] = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+) -> None:
+    """Run a grid of methods, shares and seeds; after an interruption it continues."""
+    from secateur.evaluation.study import load_study, overview, verdict
+    from secateur.ranks import is_first
+    from secateur.report.rows import terminal
+
+    parsed = load_study(study, small=small, model=model)
+    with common.progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
+        found = list(secateur.compare(parsed, out, progress=progress, tell=common.tell).cells)
+    if not is_first():
+        return
+    if as_json:
+        print(json.dumps([dataclasses.asdict(cell) for cell in found], indent=2))
+        return
+    common.CONSOLE.print(terminal([overview(parsed.question, found)]))
+    common.CONSOLE.print(verdict(found))
+    common.CONSOLE.print(f"Written to {out}: report.html, table.md, results.json.", soft_wrap=True)

@@ -1,0 +1,96 @@
+"""A chat as text: by the tokenizer's template, a program from the checkpoint, within limits.
+
+In: messages and a tokenizer. Out: text, or a CalibrationError. jinja's sandbox keeps a template from
+everything but the messages. Its work is bounded here.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from secateur.errors import CalibrationError
+from secateur.model.checkpoint import Tokenizer
+
+# Lines of Python, a few seconds. Compiling a long template takes a tenth, a chat a thousandth.
+MAX_STEPS = 10_000_000
+# Characters, items or bits that one multiplication or power may give.
+MAX_PRODUCT = 10_000_000
+
+
+def chat_text(messages: Any, tokenizer: Tokenizer, where: str) -> str:
+    """Return the chat as the template writes it. Raises CalibrationError, naming `where`."""
+    from jinja2 import TemplateError
+
+    if not isinstance(messages, list) or not all(isinstance(each, dict) and "role" in each for each in messages):
+        raise CalibrationError(f"{where}: messages must be a list of objects with role and content.")
+    if tokenizer.chat_template is None:
+        raise CalibrationError(
+            f"{where}: a chat, but the tokenizer has no chat template; give rows with a text column."
+        )
+    raised = (
+        TemplateError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        NameError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    )
+    try:
+        with _bounded_products(), _bounded_steps():
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (*raised, MemoryError) as error:  # a program may raise any of these
+        reason = f"{error}" or type(error).__name__
+        raise CalibrationError(f"{where}: the tokenizer's chat template refuses it ({reason}); correct it.") from None
+
+
+@contextmanager
+def _bounded_steps() -> Iterator[None]:
+    """Raise RuntimeError within the block once it has run `MAX_STEPS` lines of Python."""
+    num_left, before = MAX_STEPS, sys.gettrace()
+
+    def count(*_: Any) -> Any:
+        nonlocal num_left
+        num_left -= 1
+        if num_left < 0:
+            raise RuntimeError(f"it takes more than {MAX_STEPS:,} steps")
+        return count
+
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@contextmanager
+def _bounded_products() -> Iterator[None]:
+    """Let templates that are compiled within the block raise ValueError for `10 ** 10 ** 10`.
+
+    No count of steps bounds such an operation, since it is one.
+    """
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
+
+    def call_binop(self: SandboxedEnvironment, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if _product_size(operator, left, right) > MAX_PRODUCT:
+            raise ValueError(f"{operator} would give more than {MAX_PRODUCT:,} characters or bits")
+        return SandboxedEnvironment.call_binop(self, context, operator, left, right)
+
+    changes: dict[str, Any] = {"intercepted_binops": frozenset({"*", "**"}), "call_binop": call_binop}
+    with patch.multiple(ImmutableSandboxedEnvironment, **changes):
+        yield
+
+
+def _product_size(operator: str, left: Any, right: Any) -> int | float:
+    """Return the bits of a product or power of integers, or the length of a repeated text or list."""
+    bits, lengths = [], []
+    for value in (left, right):
+        bits.append(value.bit_length() if isinstance(value, int) else 0)
+        lengths.append(len(value) if hasattr(value, "__len__") else 0)
+    if operator == "**":
+        return bits[0] * right if isinstance(right, int | float) else 0
+    repeated = (length * times for length, times in zip(lengths, (right, left), strict=True) if isinstance(times, int))
+    return max(sum(bits) if all(bits) else 0, *repeated, 0)

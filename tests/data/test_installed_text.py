@@ -1,0 +1,225 @@
+"""Text of installed packages, from packages and a standard library made for the test: which files, and what of them."""
+
+import importlib.metadata
+import json
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from secateur.data.installed_text import MIN_DOCSTRING_CHARACTERS, MIN_SOURCE_BYTES, installed_documents
+from secateur.errors import CalibrationError
+
+LONG = "x" * MIN_DOCSTRING_CHARACTERS
+SHORT = "x" * (MIN_DOCSTRING_CHARACTERS - 1)
+SOURCE = "# source\n" + "pass\n" * (MIN_SOURCE_BYTES // 5)
+
+
+class Site:
+    """Where the test's packages are installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.packages, self.library = folder / "site", folder / "library"
+        self.packages.mkdir()
+        self.library.mkdir()
+
+    def install(self, name: str, files: dict[str, str] | None = None, description: str = "") -> None:
+        """Install a package with files by path; those below `INFO/` belong to its metadata."""
+        info = f"{name.replace('-', '_')}-1.dist-info"
+        held = {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n\n{description}"}
+        held |= {path.replace("INFO", info): text for path, text in (files or {}).items()}
+        for path, text in held.items():
+            file = self.packages / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(text.encode("utf-8", "surrogateescape"))
+        (self.packages / info / "RECORD").write_text("".join(f"{path},,\n" for path in held))
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    made, all_of_them = Site(tmp_path), importlib.metadata.distributions
+
+    def one(name: str) -> importlib.metadata.Distribution:
+        found = [each for each in all_of_them(path=[str(made.packages)]) if each.metadata["Name"] == name]
+        if not found:
+            raise PackageNotFoundError(name)
+        return found[0]
+
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: all_of_them(path=[str(made.packages)]))
+    monkeypatch.setattr(importlib.metadata, "distribution", one)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(made.library) if name == "stdlib" else None)
+    return made
+
+
+def texts(kind: str, seed: int = 0) -> list[str]:
+    return list(installed_documents(kind, Random(seed)))
+
+
+def put(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def test_code_is_the_librarys_own_and_not_tables_or_tests(site: Site) -> None:
+    wanted = {"a.py": SOURCE + "#a", "folder/b.py": SOURCE + "#b", "folder/deep/c.py": SOURCE + "#c"}
+    skipped = ("test", "tests", "idlelib", "site-packages", "dist-packages", "encodings", "pydoc_data")
+    put(site.library, wanted)
+    put(site.library, {f"{name}/d.py": SOURCE for name in skipped} | {"folder/test/e.py": SOURCE})
+    put(site.library, {"_sysconfigdata_linux.py": SOURCE, "small.py": "p" * (MIN_SOURCE_BYTES - 1)})
+    (site.library / "notes.txt").write_text(SOURCE)
+    assert sorted(texts("code")) == sorted(wanted.values())
+    put(site.library, {"exact.py": "p" * MIN_SOURCE_BYTES})
+    assert "p" * MIN_SOURCE_BYTES in texts("code")
+
+
+def test_code_is_read_in_the_coding_that_it_names(site: Site) -> None:
+    text = "# -*- coding: latin-1 -*-\n# schön\n" + SOURCE
+    (site.library / "old.py").write_bytes(text.encode("latin-1"))
+    assert texts("code") == [text]
+
+
+def test_the_seed_decides_the_order_and_nothing_else(site: Site) -> None:
+    put(site.library, {f"m{number}.py": f"{SOURCE}# {number}" for number in range(12)})
+    first = texts("code")
+    assert first == texts("code") != texts("code", 1)
+    assert sorted(first) == sorted(texts("code", 1)) and first != sorted(first)
+
+
+def test_documents_are_read_when_they_are_due(site: Site) -> None:
+    put(site.library, {f"m{number}.py": f"{SOURCE}# {number}" for number in range(3)})
+    found = installed_documents("code", Random(0))
+    next(found)
+    for file in site.library.iterdir():
+        file.write_text(SOURCE + "# changed")
+    assert list(found) == [SOURCE + "# changed"] * 2
+
+
+MODULE = f'''"""The module. {LONG}"""
+
+def plain():
+    """{LONG} plain"""
+    def inner():
+        """{LONG} inner"""
+
+async def waits():
+    """{LONG} waits"""
+
+def short():
+    """{SHORT}"""
+
+def exact():
+    """{LONG}"""
+
+class Thing:
+    """{LONG} thing"""
+    def method(self):
+        """First line.
+
+        {LONG} method
+        """
+
+value = "{LONG}"
+'''
+
+
+@pytest.mark.parametrize("kind", ["technical", "mathematics", "science"])
+def test_docstrings_stand_under_their_qualified_names(site: Site, kind: str) -> None:
+    package = {"technical": "numpy", "mathematics": "sympy", "science": "scipy"}[kind]
+    site.install(package, {f"{package}/part/module.py": MODULE})
+    where = f"{package}.part.module"
+    expected = [
+        f"{where}\n\nThe module. {LONG}",
+        f"{where}.plain\n\n{LONG} plain",
+        f"{where}.plain.inner\n\n{LONG} inner",
+        f"{where}.waits\n\n{LONG} waits",
+        f"{where}.exact\n\n{LONG}",
+        f"{where}.Thing\n\n{LONG} thing",
+        f"{where}.Thing.method\n\nFirst line.\n\n{LONG} method",
+    ]
+    assert texts(kind) == ["\n\n".join(expected)]
+
+
+def test_docstrings_of_a_packages_own_files_alone(site: Site) -> None:
+    documented = f'"""{LONG}"""'
+    files = {
+        "sklearn/__init__.py": documented,
+        "sklearn/a.py": documented,
+        "sklearn/tests/b.py": documented,
+        "sklearn/test/c.py": documented,
+        "sklearn/d.txt": documented,
+        "sklearn/e.py": "this is no Python (",
+        "sklearn/f.py": "value = 1",
+        "other/g.py": documented,
+    }
+    site.install("scikit-learn", files)
+    assert sorted(texts("science")) == [f"sklearn\n\n{LONG}", f"sklearn.a\n\n{LONG}"]
+
+
+def test_topics_of_the_library_join_the_technical_text(site: Site) -> None:
+    (site.library / "pydoc_data").mkdir()
+    topics = {"b": LONG + " b", "a": LONG, "c": SHORT}
+    (site.library / "pydoc_data" / "topics.py").write_text(f"# made by hand\nother = 1\ntopics = {topics!r}\n")
+    assert sorted(texts("technical")) == [LONG, LONG + " b"]
+    site.install("numpy", {"numpy/m.py": f'"""{LONG}"""'})
+    assert sorted(texts("technical")) == sorted([LONG, LONG + " b", f"numpy.m\n\n{LONG}"])
+
+
+def test_descriptions_are_each_read_once_and_not_our_own(site: Site) -> None:
+    for name, text in {"B": "second", "a": "first", "c": "first", "d": "  ", "secateur": "ours"}.items():
+        site.install(name, description=text)
+    assert sorted(texts("readme")) == ["first", "second"]
+    orders = {tuple(texts("readme", seed)) for seed in range(10)}
+    assert orders == {("first", "second"), ("second", "first")}
+
+
+def test_licences_give_each_paragraph_once(site: Site) -> None:
+    files = {
+        "INFO/LICENSE": "Permission is granted.\n\nCopyright 2020 by A.\n",
+        "INFO/licenses/COPYING.txt": "Another one.\n\nAnother  ONE 2!\n",
+        "a/LICENSE": "not in the metadata",
+        "INFO/other.txt": "no licence",
+    }
+    site.install("a", files)
+    site.install("b", {"INFO/Licence.md": "PERMISSION, is granted;\n \t\nCopyright 2021 by B.\n"})
+    site.install("c", {"INFO/NOTICE": "permission is granted\n\nA notice.", "INFO/MIT-LICENSE.txt": "As MIT says."})
+    with (site.packages / "c-1.dist-info" / "RECORD").open("a") as record:
+        record.write("c-1.dist-info/LICENSE,,\n")  # which is gone
+    found = texts("legal")
+    assert sorted(found) == sorted(
+        [
+            "Permission is granted.\n\nCopyright 2020 by A.",
+            "Another one.",
+            "Copyright 2021 by B.",
+            "A notice.",
+            "As MIT says.",
+        ]
+    )
+
+
+def test_a_licence_that_is_no_utf8_is_read_all_the_same(site: Site) -> None:
+    site.install("a", {"INFO/LICENSE": "\udce4hnlich"})
+    assert texts("legal") == ["\ufffdhnlich"]
+
+
+def test_dialogue_names_speakers_by_letters_in_their_order(site: Site) -> None:
+    def turn(*messages: tuple[str, str]) -> list[dict[str, str]]:
+        return [{"sender": sender, "text": text} for sender, text in messages]
+
+    conversations = {
+        "2": {"messages": [turn(("zoe", "hi")), turn(("amy", "hello"), ("zoe", "how are you"))]},
+        "1": {"messages": [turn(("amy", "morning"), ("bob", "evening"), ("amy", "night"))]},
+    }
+    site.install("chitchat-dataset", {"chitchat_dataset/dataset.json": json.dumps(conversations)})
+    assert sorted(texts("dialogue")) == sorted(["A: hi\nB: hello\nA: how are you", "A: morning\nB: evening\nA: night"])
+    assert {texts("dialogue", seed)[0][3] for seed in range(10)} == {"h", "m"}
+
+
+@pytest.mark.parametrize("kind", ["code", "technical", "mathematics", "science", "readme", "legal", "dialogue"])
+def test_what_is_not_installed_is_one_sentence(site: Site, kind: str) -> None:
+    with pytest.raises(
+        CalibrationError, match=rf"^calibration text '{kind}': it comes from .*not found.*install it.*\.$"
+    ):
+        texts(kind)

@@ -1,0 +1,112 @@
+"""What a cell of a study is made from and judged on: the same blocks for all, unseen by every one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_llama
+from tiny_tokenizer import tiny_tokenizer
+
+from secateur.evaluation import compare as module
+from secateur.evaluation.study import Evaluation, Study
+from secateur.report.measured import Comparison
+
+NUM_BLOCKS = 2
+
+
+@pytest.fixture(scope="module")
+def seen(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Run two cells of one draw; return what they were made from and judged on, and what came out."""
+    place, found = tmp_path_factory.mktemp("cells"), dict[str, Any](texts=[], judged=[], depends=[], progress=[])
+    tiny_llama().save_pretrained(place / "model")
+    tiny_tokenizer().save_pretrained(place / "model")
+    domains = {name: {"files": [str(file)]} for name, file in texts.items()}
+    calibration = {"num_tokens": 1280, "sequence_length": 32, "domains": domains}
+    study = Study(
+        question="Which?",
+        model=str(place / "model"),
+        ratios=(0.2,),
+        seeds=(1,),
+        recipe={"remove": {"align": 8}, "calibration": calibration},
+        methods={"ours": {}, "prose alone": {"domains": ("prose",)}},  # type: ignore[dict-item]
+        evaluation=Evaluation(num_blocks=NUM_BLOCKS),
+    )
+    prune, losses, depends = module.prune_in_place, module.domain_losses, module._depends_on
+
+    def spy_prune(run: Any) -> Any:
+        found["texts"].append(run.text)
+        return prune(run)
+
+    def spy_losses(model: Any, arch: Any, blocks: dict[str, torch.Tensor], *more: Any) -> Any:
+        found["judged"].append((sum(p.numel() for p in model.parameters()), blocks))
+        return losses(model, arch, blocks, *more)
+
+    def spy_depends(*arguments: Any) -> Any:
+        found["depends"].append((arguments, depends(*arguments)))
+        return found["depends"][-1][1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "prune_in_place", spy_prune)
+        patched.setattr(module, "domain_losses", spy_losses)
+        patched.setattr(module, "_depends_on", spy_depends)
+        progress = lambda *where: found["progress"].append(where) if where[0] == "cells" else None  # noqa: E731
+        found["result"] = module.compare(study, place / "out", progress=progress)
+    return found
+
+
+def rows(blocks_NT: torch.Tensor) -> set[tuple[int, ...]]:
+    return {tuple(ids) for ids in blocks_NT.tolist()}
+
+
+def test_all_cells_of_a_draw_are_judged_on_the_same_blocks(seen):
+    (size, first), *others = seen["judged"]
+    assert size == sum(parameter.numel() for parameter in tiny_llama().parameters())
+    assert {name: tuple(blocks.shape) for name, blocks in first.items()} == {
+        name: (NUM_BLOCKS, 32) for name in ("prose", "code")
+    }
+    assert len(others) == 2
+    for other, blocks in others:
+        assert other < size and all(torch.equal(blocks[name], first[name]) for name in first)
+
+
+def test_no_cell_saw_what_it_is_judged_on_not_even_its_guard(seen):
+    _, judged = seen["judged"][0]
+    assert [[domain.name for domain in text.domains] for text in seen["texts"]] == [["prose", "code"], ["prose"]]
+    for text in seen["texts"]:
+        for domain in text.domains:
+            unseen = rows(judged[domain.name])
+            assert not unseen & rows(domain.held_out_NT) and not unseen & rows(domain.calibration_NT)
+            # The guard has as much as in a run of its own: a block for every nine.
+            assert len(domain.held_out_NT) == -(-len(domain.calibration_NT) // 9)
+
+
+def test_the_record_says_what_was_done(seen):
+    result: Comparison = seen["result"]
+    dense, ours, alone = result.cells
+    assert (dense.method, dense.ratio, dense.seed, dense.remove_reached) == ("dense", 0.0, 1, 0.0)
+    assert ours.num_tokens == {"prose": 640, "code": 640} and alone.num_tokens == {"prose": 1280}
+    sizes = [size for size, _ in seen["judged"]]
+    for cell, size in zip((ours, alone), sizes[1:], strict=True):
+        assert cell.remove_reached == pytest.approx(1 - size / sizes[0], rel=1e-12)
+        assert cell.seconds > 0 and cell.seed == 1 and set(cell.nats_per_token) == {"prose", "code"}
+    assert seen["progress"] == [("cells", done, 3) for done in range(4)]
+
+
+def test_a_cell_is_its_own_and_depends_on_all_that_could_change_it(seen):
+    dense, *cells = seen["depends"]
+    assert dense[0][2] == {} and all(arguments[2]["remove"]["share"] == 0.2 for arguments, _ in cells)
+    (shared, seed, recipe, blocks), first = cells[0]
+    assert first == module._depends_on(shared, seed, recipe, blocks)
+    other_model = module.replace(shared, dense=module.replace(shared.dense, fingerprint="other"))
+    more_blocks = shared.study.model_copy(update={"evaluation": Evaluation(num_blocks=3)})
+    changes = [
+        (other_model, seed, recipe, blocks),
+        (module.replace(shared, study=more_blocks), seed, recipe, blocks),
+        (shared, seed + 1, recipe, blocks),
+        (shared, seed, recipe | {"seed": 9}, blocks),
+        (shared, seed, recipe, blocks | {"code": blocks["code"] + 1}),
+    ]
+    found = [module._depends_on(*arguments) for arguments in changes]
+    assert all(each != first for each in found) and len({str(each) for each in found}) == len(changes)
+    assert first["device"] == "cpu" and "torch" in first["versions"]

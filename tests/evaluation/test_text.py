@@ -1,0 +1,168 @@
+"""What a model is judged on: the run's own held-out text, with a note if it is not that; figures that are none."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from models import tiny_llama
+from recipes import grouped
+from tiny_tokenizer import tiny_tokenizer
+from torch.nn.functional import cross_entropy
+
+from secateur.data.calibration import build_calibration
+from secateur.errors import CalibrationError, NumericsError, RecipeError
+from secateur.evaluation import text
+from secateur.evaluation.text import measure_quality, named_blocks, recipe_blocks, wikitext_blocks
+from secateur.log import silent
+from secateur.model.bind import bind
+from secateur.recipe import Domain
+from secateur.recipe_file import parse_recipe
+
+TOKENIZER = tiny_tokenizer()
+
+
+def result_of(directory: Path, recipe: dict[str, Any], content_hash: str | None, **changes: Any) -> Path:
+    """Return a directory with a recipe and, unless the hash is None, a result.json that has it."""
+    directory.mkdir(exist_ok=True)
+    (directory / "recipe.yaml").write_text(
+        yaml.safe_dump(grouped({**recipe, **changes}), sort_keys=False), encoding="utf-8"
+    )
+    if content_hash is not None:
+        (directory / "result.json").write_text(json.dumps({"calibration": {"content_hash": content_hash}}))
+    return directory
+
+
+@pytest.fixture
+def drawn(recipe) -> Any:
+    asked = parse_recipe(grouped({**recipe, "seed": 3, "rounds": 2}))
+    assert asked.calibration.num_tokens is not None
+    return build_calibration(asked.calibration, asked.calibration.num_tokens, TOKENIZER, 3, silent, num_rounds=2)
+
+
+def test_the_blocks_are_those_that_the_run_held_out(recipe, drawn, tmp_path):
+    out = result_of(tmp_path / "out", recipe, drawn.content_hash, seed=3, rounds=2)
+    blocks, notes = recipe_blocks(out, TOKENIZER, silent)
+    assert notes == () and list(blocks) == ["prose", "code"]
+    for domain in drawn.domains:
+        assert torch.equal(blocks[domain.name], domain.held_out_NT)
+
+
+def test_text_that_is_not_the_runs_is_noted(recipe, drawn, tmp_path):
+    out = result_of(tmp_path / "out", recipe, "0" * 64, seed=3, rounds=2)
+    (note,) = recipe_blocks(out, TOKENIZER, silent)[1]
+    assert f"sha256 {drawn.content_hash[:16]}, then {'0' * 16})" in note and "may have been calibrated" in note
+    (out / "result.json").unlink()
+    (note,) = recipe_blocks(out, TOKENIZER, silent)[1]
+    assert note.startswith(f"{out / 'result.json'} is missing, so it is not known")
+
+
+def test_text_that_the_dense_model_wrote_is_left_out(recipe, tmp_path):
+    domains = {**recipe["calibration"]["domains"], "own": {"sampled": True}}
+    changed = {"calibration": {**recipe["calibration"], "domains": domains}}
+    blocks, notes = recipe_blocks(result_of(tmp_path / "out", recipe, "0" * 64, **changed), TOKENIZER, silent)
+    assert list(blocks) == ["prose", "code"]
+    assert notes == ("text sampled from the dense model is left out (own), and so its hash is not compared.",)
+
+
+def test_a_directory_that_does_not_say_its_text_is_an_error(recipe, tmp_path):
+    with pytest.raises(RecipeError, match=r"has no recipe\.yaml, so its held-out text is unknown"):
+        recipe_blocks(tmp_path, TOKENIZER, silent)
+    calibration = {**recipe["calibration"], "num_tokens": None}
+    out = result_of(tmp_path / "out", recipe, None, calibration=calibration)
+    with pytest.raises(RecipeError, match=r"calibration\.num_tokens is missing"):
+        recipe_blocks(out, TOKENIZER, silent)
+
+
+def test_blocks_of_named_text_differ_and_come_from_all_of_it(texts):
+    (blocks,) = named_blocks({"prose": Domain(files=(str(texts["prose"]),))}, 11, 24, TOKENIZER, silent).values()
+    assert blocks.shape == (11, 24) and len({tuple(ids) for ids in blocks.tolist()}) == 11
+
+
+def test_quality_is_the_mean_over_blocks_with_its_error():
+    model, ids_NT = tiny_llama(), torch.randint(3, 250, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(ids_NT, use_cache=False).logits[:, :-1]
+    each = [float(cross_entropy(row, ids[1:]).double()) for row, ids in zip(logits, ids_NT, strict=True)]
+    done: list[int] = []
+    found = measure_quality(model, bind(model), TOKENIZER, "mine", ids_NT, lambda: done.append(1))
+    mean = sum(each) / 3
+    spread = math.sqrt(sum((value - mean) ** 2 for value in each) / 2 / 3)
+    # Float32 sums of 320 terms in another order.
+    assert found.nats_per_token == pytest.approx(mean, rel=1e-5)
+    assert found.standard_error == pytest.approx(spread, rel=1e-3)
+    assert found.perplexity == pytest.approx(math.exp(mean), rel=1e-4)
+    assert found.block_nats == pytest.approx(each, rel=1e-5) and len(done) == 3
+    assert found.num_tokens == 57
+    num_bytes = sum(len(TOKENIZER.decode(ids[1:]).encode()) for ids in ids_NT)
+    assert found.num_bytes == num_bytes
+    assert found.bits_per_byte == pytest.approx(mean / math.log(2) * 57 / num_bytes, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_names_its_domain(value):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[5, 0] = value
+    with pytest.raises(NumericsError, match=r"evaluate, domain mine: the loss is (nan|inf)"):
+        measure_quality(model, bind(model), TOKENIZER, "mine", torch.randint(3, 250, (1, 20)), lambda: None)
+
+
+@dataclass
+class Positions:
+    """A config of so many positions."""
+
+    max_position_embeddings: int | None
+
+
+def test_wikitext_blocks_follow_each_other_and_a_rest_is_dropped(tmp_path):
+    rows = [f"row {number} of it \n" if number % 3 else " \n" for number in range(60)]
+    (tmp_path / "rows.txt").write_text("".join(rows))
+    ids = TOKENIZER("\n\n".join(row if row.strip() else "" for row in rows))["input_ids"]
+    config = Positions(256)
+    blocks = wikitext_blocks(str(tmp_path / "rows.txt"), 100, TOKENIZER, config)
+    assert blocks.shape == (len(ids) // 100, 100)
+    assert blocks.flatten().tolist() == ids[: len(ids) // 100 * 100]
+    assert wikitext_blocks(str(tmp_path / "rows.txt"), None, TOKENIZER, config).shape[1] == 256
+    with pytest.raises(CalibrationError, match=r"257 is longer than the model's 256 positions"):
+        wikitext_blocks(str(tmp_path / "rows.txt"), 257, TOKENIZER, config)
+    with pytest.raises(CalibrationError, match=r"tokens are less than one block of 2048"):
+        wikitext_blocks(str(tmp_path / "rows.txt"), None, TOKENIZER, replace(config, max_position_embeddings=None))
+
+
+def test_rows_without_text_are_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"other": "b"}\n')
+    with pytest.raises(CalibrationError, match="every row needs a `text` column"):
+        wikitext_blocks(str(tmp_path / "rows.jsonl"), 8, TOKENIZER, Positions(256))
+    with pytest.raises(CalibrationError, match="there is no such file"):
+        wikitext_blocks(str(tmp_path / "none.jsonl"), 8, TOKENIZER, Positions(256))
+    (tmp_path / "rows.raw").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(CalibrationError, match="give a text file in UTF-8"):
+        wikitext_blocks(str(tmp_path / "rows.raw"), 8, TOKENIZER, Positions(256))
+
+
+def test_rounds_of_fresh_text_are_drawn_as_the_run_drew_them(recipe, tmp_path):
+    """With `rotate` every round takes blocks of its own, which moves what is held out."""
+    calibration = {**recipe["calibration"], "rotate": True, "num_tokens": 640}
+    asked = parse_recipe(grouped({**recipe, "calibration": calibration, "rounds": 3}))
+    drawn = build_calibration(asked.calibration, 640, TOKENIZER, 0, silent, num_rounds=3)
+    out = result_of(tmp_path / "out", recipe, drawn.content_hash, calibration=calibration, rounds=3)
+    blocks, notes = recipe_blocks(out, TOKENIZER, silent)
+    assert notes == () and all(torch.equal(blocks[each.name], each.held_out_NT) for each in drawn.domains)
+
+
+def test_a_mean_that_is_infinite_is_refused_too(monkeypatch):
+    monkeypatch.setattr(text, "block_losses", lambda *_: torch.tensor([1.0, math.inf]))
+    with pytest.raises(NumericsError, match=r"the loss is inf"):
+        measure_quality(
+            tiny_llama(), bind(tiny_llama()), TOKENIZER, "mine", torch.zeros(1, 3, dtype=torch.long), lambda: None
+        )
+
+
+def test_a_model_of_many_positions_is_judged_as_in_the_literature(tmp_path):
+    (tmp_path / "rows.txt").write_text("a row of it \n" * 600)
+    assert wikitext_blocks(str(tmp_path / "rows.txt"), None, TOKENIZER, Positions(8192)).shape[1] == 2048

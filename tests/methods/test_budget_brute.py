@@ -1,0 +1,454 @@
+"""Budgets against brute force on random groups: every choice tried, ties, limits of configs, narrowed groups."""
+
+import dataclasses
+import itertools
+import math
+import random
+from fractions import Fraction
+from functools import cached_property
+
+import numpy as np
+import pytest
+import reference_methods as reference
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from secateur.errors import RecipeError
+from secateur.methods.budget import (
+    MAX_LEVELS,
+    Plan,
+    Prices,
+    default_align,
+    global_plan,
+    largest_remove,
+    least_keep,
+    least_step,
+    level_grid,
+    levels_of,
+    nearest_count,
+    plan_of,
+    round_down,
+    round_plans,
+    round_shares,
+    uniform_plan,
+)
+from secateur.methods.curve import GroupProfile, curve_plan, least_loss, predicted_rise
+from secateur.model.group import Axis, Group, Linears
+
+AXIS = Linears((Axis("writer", (1,)),), Axis("reader", (1,)))
+SHARE = st.floats(0.001, 0.999)
+
+
+def group_of(layer: int, name: str, num_units: int, **limits) -> Group:
+    return Group(layer, name, "channels" if name == "ffn" else "heads", "unit", num_units, 0, AXIS, **limits)
+
+
+def prices_of(groups: tuple[Group, ...], per_unit: dict[str, int], total: int) -> Prices:
+    return Prices({(g.layer, g.name): per_unit[g.name] for g in groups}, (), total, "parameters")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Layers with FFN channels in steps of `align`, heads one by one, or both; `demand`: what configs say of heads."""
+
+    num_layers: int
+    num_units: dict[str, int]
+    per_unit: dict[str, int]
+    align: int
+    demand: dict
+    rest: float
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(
+            group_of(layer, name, count, **self.demand if name == "heads" else {})
+            for layer in range(self.num_layers)
+            for name, count in self.num_units.items()
+        )
+
+    @cached_property
+    def prices(self) -> Prices:
+        inside = sum(group.num_units * self.per_unit[group.name] for group in self.groups)
+        return prices_of(self.groups, self.per_unit, inside + int(self.rest * inside))
+
+    def step(self, group: Group) -> int:
+        return self.align if group.name == "ffn" else 1
+
+    def key(self, group: Group) -> tuple[int, str]:
+        return group.layer, group.name
+
+
+def cases(*, limits: bool = True, max_layers: int = 3) -> st.SearchStrategy[Case]:
+    units = {"ffn": st.integers(8, 40), "heads": st.integers(2, 6)}
+    demands = [{}, {"at_least": 2}, {"multiple_of": 2}, {"divides": (2, 24)}] if limits else [{}]
+    return st.builds(
+        Case,
+        st.integers(1, max_layers),
+        st.sampled_from([("ffn",), ("heads",), ("heads", "ffn")]).flatmap(
+            lambda names: st.fixed_dictionaries({name: units[name] for name in names})
+        ),
+        st.fixed_dictionaries({name: st.integers(1, 60) for name in units}),
+        st.integers(1, 8),
+        st.sampled_from(demands),
+        st.floats(0, 1),
+    )
+
+
+def is_nearest(count: int, width: Fraction, case: Case, group: Group) -> bool:
+    """Floats may decide between two counts of the same distance, no more."""
+    near = (width + sign * Fraction(1, 10**9) for sign in (-1, 0, 1))
+    return count in {reference.nearest(each, case.step(group), group.num_units, group.allows) for each in near}
+
+
+@given(cases(), SHARE)
+@settings(max_examples=80)
+def test_uniform_takes_the_nearest_count_of_what_is_still_missing(case: Case, remove: float) -> None:
+    prices, groups = case.prices, case.groups
+    try:
+        plan = uniform_plan(groups, prices, remove, case.align)
+    except RecipeError as error:
+        assert "out of reach" in str(error) or "nothing would go" in str(error)
+        return
+    left, missing = list(groups), Fraction(remove) * prices.total
+    dearest_first = sorted(
+        {g.name for g in groups}, key=lambda n: -max(case.step(g) * prices.of(g) for g in groups if g.name == n)
+    )
+    if len(dearest_first) == 2 and len({case.step(g) * prices.of(g) for g in groups}) == 1:
+        dearest_first = sorted(dearest_first)
+    for name in dearest_first:
+        share = 1 - missing / sum(group.num_units * prices.of(group) for group in left)
+        for group in (group for group in left if group.name == name):
+            count = plan.num_keep[case.key(group)]
+            assert is_nearest(count, group.num_units * share, case, group), (name, count)
+            missing -= (group.num_units - count) * prices.of(group)
+        left = [group for group in left if group.name != name]
+    gone = sum((group.num_units - plan.num_keep[case.key(group)]) * prices.of(group) for group in groups)
+    assert (plan.cost_before, plan.cost_after) == (prices.total, prices.total - gone) and gone > 0
+    assert plan.removed_share == pytest.approx(gone / prices.total, rel=1e-12)
+
+
+@given(cases(limits=False), SHARE)
+@settings(max_examples=50)
+def test_uniform_of_one_kind_is_the_nearest_of_all_equal_widths(case: Case, remove: float) -> None:
+    assume(len({group.name for group in case.groups}) == 1)
+    first = case.groups[0]
+    widths = [*range(case.step(first), first.num_units, case.step(first)), first.num_units]
+
+    def distance(width: int) -> Fraction:
+        gone = len(case.groups) * (first.num_units - width) * case.prices.of(first)
+        return abs(gone - Fraction(remove) * case.prices.total)
+
+    best = min(distance(width) for width in widths)
+    try:
+        (width,) = set(uniform_plan(case.groups, case.prices, remove, case.align).num_keep.values())
+    except RecipeError as error:
+        # Nothing goes where all units are the nearest; out of reach is what needs less than half a step.
+        needed = Fraction(remove) * case.prices.total / (len(case.groups) * case.prices.of(first))
+        left, half = first.num_units - needed, Fraction(case.step(first), 2)
+        assert left < half if "out of reach" in str(error) else distance(first.num_units) <= best
+        return
+    # A width of all units is rounded like a multiple, though it need not be one.
+    assert distance(width) <= best + len(case.groups) * case.prices.of(first) * (first.num_units % case.step(first)) + 1
+
+
+def test_a_tie_of_dearest_steps_goes_by_name_and_heads_come_before_channels() -> None:
+    groups = tuple(group_of(0, name, units) for name, units in (("ffn", 100), ("heads", 10)))
+    plan = uniform_plan(groups, prices_of(groups, {"ffn": 1, "heads": 10}, 1000), 0.053, 1)
+    # 53 of 200: 26.5% of ten heads are 3, and 23 channels make up for the rest.
+    assert plan.num_keep == {(0, "heads"): 7, (0, "ffn"): 77}
+    even = uniform_plan(groups, prices_of(groups, {"ffn": 10, "heads": 10}, 1100), 0.1, 1)
+    assert even.num_keep == {(0, "ffn"): 90, (0, "heads"): 9}
+
+
+def test_the_last_step_stays_where_it_is_the_nearest() -> None:
+    channels, heads = group_of(0, "ffn", 400), group_of(0, "heads", 4)
+    both = prices_of((heads, channels), {"heads": 10, "ffn": 1}, 440)
+    # A tenth of four heads is nearer to none, but one must stay and channels make up for it.
+    assert uniform_plan((heads, channels), both, 0.9, 1).num_keep == {(0, "heads"): 1, (0, "ffn"): 34}
+    alone = prices_of((channels,), {"ffn": 1}, 400)
+    assert uniform_plan((channels,), alone, 394 / 400, 8).num_keep == {(0, "ffn"): 8}
+    with pytest.raises(RecipeError, match="out of reach"):
+        uniform_plan((channels,), alone, 397 / 400, 8)
+
+
+def test_64_levels_are_not_too_many() -> None:
+    assert len(level_grid(64 * 64, 64)) == 64 and len(level_grid(65 * 64, 64)) == 33
+
+
+@given(cases(), st.floats(0, 1))
+@settings(max_examples=50)
+def test_least_counts_are_the_first_that_are_enough(case: Case, min_keep: float) -> None:
+    for group in case.groups:
+        found = least_keep(case.groups, case.align, min_keep)[case.key(group)]
+        assert found == reference.smallest(group.num_units, case.step(group), min_keep, group.allows)
+
+
+def test_a_share_between_two_steps_is_rounded_up() -> None:
+    groups = (group_of(0, "ffn", 100), group_of(0, "heads", 6))
+    assert least_keep(groups, 16, 0.5) == {(0, "ffn"): 64, (0, "heads"): 3}
+    assert least_keep(groups, 16, 0.51) == {(0, "ffn"): 64, (0, "heads"): 4}
+    assert least_keep(groups, 16, 0.0) == {(0, "ffn"): 16, (0, "heads"): 1}
+    assert least_keep(groups, 16, 0.97) == {(0, "ffn"): 100, (0, "heads"): 6}
+
+
+@given(cases(), st.fractions(0, 50))
+@settings(max_examples=50)
+def test_counts_are_the_nearest_that_the_config_can_state(case: Case, width: Fraction) -> None:
+    for group in case.groups:
+        count = nearest_count(group, float(width), case.step(group))
+        assert is_nearest(count, Fraction(float(width)), case, group)
+        assert count == group.num_units or (group.allows(count) and count % case.step(group) == 0)
+
+
+def test_halves_go_to_the_even_multiple_and_never_above_all() -> None:
+    group = group_of(0, "ffn", 100)
+    assert [nearest_count(group, width, 16) for width in (8, 24, 40, 56, 200, 95, 100)] == [16, 32, 32, 64, 100, 96, 96]
+    allowed = group_of(0, "heads", 12, divides=(1, 12))  # 1, 2, 3, 4, 6, 12
+    assert [nearest_count(allowed, width, 1) for width in (5, 7, 8, 10, 0)] == [4, 6, 6, 12, 1]
+
+
+@given(st.integers(1, 3000), st.integers(1, 64))
+def test_levels_are_multiples_of_the_least_stride_that_gives_few_enough(num_units: int, step: int) -> None:
+    stride = next(step * k for k in itertools.count(1) if num_units <= MAX_LEVELS * step * k)
+    expected = [num_units, *(count for count in range(num_units - 1, 0, -1) if count % stride == 0)]
+    assert list(level_grid(num_units, step)) == expected
+
+
+@given(cases())
+@settings(max_examples=40)
+def test_levels_leave_out_what_the_config_cannot_state(case: Case) -> None:
+    for group in case.groups:
+        counts = range(group.num_units - 1, 0, -1)
+        expected = [n for n in counts if n % case.step(group) == 0 and group.allows(n)]
+        assert list(levels_of(group, group.num_units, case.align)) == [group.num_units, *expected]
+
+
+@settings(max_examples=50)
+@given(cases(), st.lists(st.floats(0.01, 0.99), min_size=1, max_size=3), st.randoms(use_true_random=False))
+def test_rounds_are_on_the_way_and_never_past_the_target(case: Case, shares: list[float], choose) -> None:
+    groups = case.groups
+    target = {case.key(g): choose.choice(levels_of(g, g.num_units, case.align)) for g in groups}
+    plan = plan_of(groups, case.prices, target)
+    *rounds, last = round_plans(groups, case.prices, plan, [*shares, 1.0], case.align)
+    assert last is plan and len(rounds) == len(shares)
+    for share, found in zip(shares, rounds, strict=True):
+        for group in groups:
+            goal = target[case.key(group)]
+            count, width = found.num_keep[case.key(group)], group.num_units - (group.num_units - goal) * Fraction(share)
+            assert count >= goal
+            assert count == goal or is_nearest(count, width, case, group)
+        gone = sum((g.num_units - found.num_keep[case.key(g)]) * case.prices.of(g) for g in groups)
+        assert found.cost_after == case.prices.total - gone
+
+
+def test_a_round_stops_at_a_target_that_is_no_multiple() -> None:
+    groups = (group_of(0, "ffn", 100),)
+    plan = Plan({(0, "ffn"): 41}, 100, 41)
+    rounds = round_plans(groups, prices_of(groups, {"ffn": 1}, 100), plan, [0.5, 0.98, 1.0], 8)
+    assert [each.num_keep[0, "ffn"] for each in rounds] == [72, 41, 41]
+
+
+def test_shares_of_rounds() -> None:
+    assert round_shares(4, "linear") == pytest.approx([0.25, 0.5, 0.75, 1.0], rel=1e-12)
+    assert round_shares(1, "linear") == [1.0]
+    assert round_shares(3, (0.2, 0.5, 0.8)) == pytest.approx([0.25, 0.625, 1.0])
+
+
+def profiles_of(case: Case, seed: int) -> dict:
+    """A few levels per group; losses are whole numbers or multiples of 0.37, so that many choices tie."""
+    choose, profiles = random.Random(seed), {}
+    for group in case.groups:
+        every = levels_of(group, group.num_units, case.align)
+        levels = (every[0], *sorted(choose.sample(every[1:], min(3, len(every) - 1)), reverse=True))
+        errors = itertools.accumulate(choose.randint(0, 3) * (0.37 if seed % 2 else 1.0) for _ in levels[1:])
+        slopes = {"prose": float(choose.randint(0, 3)), "code": float(choose.randint(1, 4))}
+        profiles[case.key(group)] = GroupProfile(levels, (0.0, *errors), slopes)
+    return profiles
+
+
+WEIGHTS = st.sampled_from([None, {"prose": 1.0, "code": 1.0}, {"prose": 3.0, "code": 1.0}, {"prose": 0.0, "code": 1.0}])
+
+
+class Brute:
+    """The same groups, every choice of levels tried."""
+
+    def __init__(self, case: Case, profiles: dict, weights: dict[str, float] | None, least: dict) -> None:
+        weights = weights or {"prose": 1.0, "code": 1.0}
+        total = sum(weights.values())
+        self.profiles = [profiles[case.key(group)] for group in case.groups]
+        self.weights = {name: weight / total for name, weight in weights.items()}
+        self.levels = []
+        for group, profile in zip(case.groups, self.profiles, strict=True):
+            enough = [level for level in profile.levels if level >= least.get(case.key(group), 0)]
+            self.levels.append(enough or [profile.levels[0]])
+        self.prices, self.keys = [case.prices.of(group) for group in case.groups], [case.key(g) for g in case.groups]
+
+    def losses(self, weights: dict[str, float]) -> list[list[float]]:
+        return [[sum(weights[d] * p.slopes[d] for d in weights) * e for e in p.errors] for p in self.profiles]
+
+    def rise(self, options: tuple[int, ...]) -> dict[str, float]:
+        chosen = list(zip(self.profiles, options, strict=True))
+        return {name: sum(p.slopes[name] * p.errors[o] for p, o in chosen) for name in self.weights}
+
+    def best(self, target: int, accept=lambda _: True):
+        return reference.curve(self.levels, self.losses(self.weights), self.prices, target, accept)
+
+    def largest(self) -> int:
+        return sum((levels[0] - levels[-1]) * price for levels, price in zip(self.levels, self.prices, strict=True))
+
+    def counts(self, options: tuple[int, ...]) -> dict:
+        return {key: levels[o] for key, levels, o in zip(self.keys, self.levels, options, strict=True)}
+
+
+@given(cases(max_layers=2), st.integers(0, 999), SHARE, WEIGHTS, st.floats(0, 0.7), st.booleans())
+@settings(max_examples=80)
+def test_curve_has_the_least_loss_of_all_choices(
+    case: Case, seed: int, remove: float, weights: dict[str, float] | None, min_keep: float, scaled: bool
+) -> None:
+    profiles = profiles_of(case, seed)
+    least = least_keep(case.groups, case.align, min_keep)
+    brute = Brute(case, profiles, weights, least)
+    if scaled:  # exactly what some choice removes, up to all that can go
+        remove = brute.largest() * round(remove * 4) / 4 / case.prices.total
+    target = math.ceil(Fraction(remove) * case.prices.total - Fraction(1, 10**6))
+    if target > brute.largest():
+        with pytest.raises(RecipeError, match=f"at most {round_down(brute.largest() / case.prices.total)} with each"):
+            curve_plan(case.groups, profiles, case.prices, remove, min_keep=least, domain_weights=weights)
+        return
+    plan = curve_plan(case.groups, profiles, case.prices, remove, min_keep=least, domain_weights=weights)
+    loss, choices = brute.best(target)
+    assert plan.num_keep in [brute.counts(options) for options in choices], loss
+    assert plan.cost_before - plan.cost_after >= target
+
+
+@given(
+    cases(max_layers=2), st.integers(0, 999), SHARE, st.floats(0, 1.2), st.sampled_from([("code",), ("prose", "code")])
+)
+@settings(max_examples=40)
+def test_a_limited_curve_keeps_its_limits_and_promises_no_more_than_brute_force(
+    case: Case, seed: int, remove: float, tight: float, names: tuple[str, ...]
+) -> None:
+    profiles = profiles_of(case, seed)
+    brute = Brute(case, profiles, None, {})
+    remove = remove * brute.largest() / case.prices.total
+    assume(remove > 0)
+    target = math.ceil(remove * case.prices.total)
+    _, free = brute.best(target)
+    limits = {name: tight * max(brute.rise(options)[name] for options in free) + 1e-3 for name in names}
+
+    def within(options: tuple[int, ...]) -> bool:
+        return all(brute.rise(options)[name] <= limit for name, limit in limits.items())
+
+    possible, _ = brute.best(target, within)
+    try:
+        plan = curve_plan(case.groups, profiles, case.prices, remove, max_rise=limits)
+    except RecipeError as error:
+        promised = float(str(error).partition("at most ")[2][:5])
+        assert "prose" in limits or possible == math.inf  # one domain alone: the search is exact
+        assert promised < remove + 1e-3
+        assert brute.best(math.ceil(promised * case.prices.total), within)[0] < math.inf
+        return
+    rise = predicted_rise(profiles, plan.num_keep)
+    assert all(rise[name] <= limit for name, limit in limits.items())
+    assert plan.cost_before - plan.cost_after >= target
+    loss = sum(rise[name] / 2 for name in rise)
+    assert loss >= possible - 1e-9
+    if all(within(options) for options in free):
+        assert loss == pytest.approx(possible, abs=1e-9)
+
+
+@given(cases(limits=False), st.floats(0.001, 1), st.floats(0, 0.7), st.data())
+@settings(max_examples=60)
+def test_global_has_the_lowest_threshold_that_is_enough(case: Case, remove: float, min_keep: float, data) -> None:
+    choose = np.random.default_rng(data.draw(st.integers(0, 999)))
+    scores, least = {}, least_keep(case.groups, case.align, min_keep)
+    for group in case.groups:
+        # A group may have lost units in rounds before; whole numbers tie.
+        left = data.draw(st.integers(least[case.key(group)], group.num_units))
+        values = choose.integers(0, 4, left) if data.draw(st.booleans()) else 10 * choose.random(left) ** 2
+        scores[case.key(group)] = torch.from_numpy(values.astype(np.float64))
+    full = [group.num_units for group in case.groups]
+    steps, unit_prices = [case.step(g) for g in case.groups], [case.prices.of(g) for g in case.groups]
+    lowest = [least[case.key(group)] for group in case.groups]
+    target = math.ceil(remove * case.prices.total)
+    expected = reference.global_widths([s.numpy() for s in scores.values()], full, steps, unit_prices, lowest, target)
+    if expected is None:
+        with pytest.raises(RecipeError, match="is out of reach"):
+            global_plan(case.groups, scores, case.prices, remove, case.align, min_keep=least)
+        return
+    plan = global_plan(case.groups, scores, case.prices, remove, case.align, min_keep=least)
+    assert list(plan.num_keep.values()) == expected
+
+
+def test_global_by_hand() -> None:
+    groups = (group_of(0, "ffn", 4), group_of(1, "ffn", 4))
+    prices, least = prices_of(groups, {"ffn": 1}, 8), {(0, "ffn"): 1, (1, "ffn"): 1}
+
+    def kept(first: list[float], second: list[float], remove: float) -> list[int]:
+        scores = {(0, "ffn"): torch.tensor(first), (1, "ffn"): torch.tensor(second)}
+        return list(global_plan(groups, scores, prices, remove, 1, min_keep=least).num_keep.values())
+
+    # The second group is louder and else the same: both lose their lowest unit.
+    assert kept([0.0, 1.0, 2.0, 10.0], [100.0, 101.0, 102.0, 110.0], 0.25) == [3, 3]
+    # Around the mean and per standard deviation: -0.66 -0.58 -0.50 1.73 and -1.73 0.50 0.58 0.66.
+    assert kept([0.0, 1.0, 2.0, 30.0], [0.0, 28.0, 29.0, 30.0], 0.125) == [4, 3]
+    assert kept([0.0, 1.0, 2.0, 30.0], [0.0, 28.0, 29.0, 30.0], 0.375) == [2, 3]
+    # All equal: no unit lies below the others, so all go that may.
+    assert kept([1.0, 1.0, 1.0, 1.0], [0.0, 28.0, 29.0, 30.0], 0.25) == [1, 3]
+    assert kept([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], 0.75) == [1, 1]
+    # 2.16 of 8 units are three, never two.
+    assert kept([0.0, 1.0, 2.0, 30.0], [0.0, 28.0, 29.0, 30.0], 0.27) == [2, 3]
+    # Not by the largest value: -1 1 1 -1 and -1.73 0.58 0.58 0.58.
+    assert kept([4.0, 6.0, 6.0, 4.0], [0.0, 100.0, 100.0, 100.0], 0.375) == [2, 3]
+
+
+def test_prices_count_what_goes_and_what_layers_leave() -> None:
+    groups = (group_of(0, "ffn", 10), group_of(1, "ffn", 10), group_of(0, "heads", 4))
+    per_unit = {(0, "ffn"): 3, (1, "ffn"): 5, (0, "heads"): 7}
+    prices = Prices(per_unit, (100, 50, 30), 500, "FLOPs", 10)
+    assert prices.gone(groups, {(0, "ffn"): 4, (1, "ffn"): 12, (0, "heads"): 3}) == 6 * 3 + 7  # no group grows
+    assert prices.of_all_but((0, 2)) == 50 and prices.of_all_but(()) == 180
+    left = prices.with_only((0, 2))
+    assert (left.total, left.unit, left.per_unit) == (450, "FLOPs that the layers left", per_unit)
+    assert prices.with_only((0, 1, 2)) == prices
+    assert prices.total_text == "50 FLOPs" and dataclasses.replace(prices, unit_size=1).text(12345) == "12,345 FLOPs"
+    assert largest_remove(groups, prices, {(0, "ffn"): 1, (1, "ffn"): 1, (0, "heads"): 1}) == (27 + 45 + 21) / 500
+    # The smallest step: eight channels of layer 0 cost 24, a head 7; of all layers at once 64 and 7.
+    assert least_step(groups, prices, 8, alike=False) == 7 and least_step(groups, prices, 1, alike=False) == 3
+    assert least_step(groups[:2], prices, 8, alike=True) == 8 * 3 + 8 * 5
+
+
+def test_wide_models_get_a_coarser_alignment() -> None:
+    sizes = {4095: 64, 4096: 128}
+    for num_units, expected in sizes.items():
+        assert default_align((group_of(0, "ffn", num_units), group_of(1, "ffn", 9000))) == expected
+    assert default_align((group_of(0, "heads", 9000),)) == 64  # heads have no alignment
+
+
+def test_a_promise_is_rounded_down() -> None:
+    assert [round_down(share) for share in (0.1239, 0.5, 0.9999, -1.0)] == ["0.123", "0.500", "0.999", "0.000"]
+
+
+def test_more_steps_than_a_table_holds_are_rounded_up() -> None:
+    # Coprime removals of 50,001 in all: the table counts in twos, down, and the target still is met.
+    removals, losses = [[0, 25_000], [0, 25_001]], [[0.0, 1.0], [0.0, 2.0]]
+    assert least_loss(removals, losses, 0) == [0, 0]
+    assert least_loss(removals, losses, 25_000) == [1, 0]
+    assert least_loss(removals, losses, 25_001) == least_loss(removals, losses, 25_002) == [1, 1]
+
+
+def test_all_that_can_go_may_be_asked() -> None:
+    (group,) = groups = (group_of(0, "ffn", 4),)
+    profiles = {(0, "ffn"): GroupProfile((4, 2, 1), (0.0, 0.1, 0.2), {"a": 1.0})}
+    assert curve_plan(groups, profiles, prices_of(groups, {"ffn": 1}, 8), 3 / 8).num_keep == {(group.layer, "ffn"): 1}
+
+
+def test_a_common_factor_of_all_removals_keeps_the_table_small_and_exact() -> None:
+    removals = [[0, 7 * 1_000_003], [0, 7 * 1_000_003]]
+    assert least_loss(removals, [[0.0, 1.0], [0.0, 2.0]], 7 * 1_000_003) == [1, 0]
+
+
+def test_of_equal_losses_the_first_option_is_taken() -> None:
+    assert least_loss([[0, 5, 5]], [[0.0, 1.0, 1.0]], 5) == [1]
+    assert least_loss([[0, 5], [0, 5]], [[0.0, 1.0], [0.0, 1.0]], 5) == [1, 0]

@@ -1,0 +1,197 @@
+"""Folded layers, narrow readers and the choice of layers against the reference; several domains, ties, text apart."""
+
+import copy
+
+import numpy as np
+import pytest
+import reference_methods as reference
+import torch
+from models import tiny_ids, tiny_llama
+
+from secateur.errors import NumericsError
+from secateur.facts import Batch
+from secateur.methods import depth
+from secateur.methods.depth import choose_layers, fold_patch, layer_kl, narrow_readers
+from secateur.model.bind import bind
+from secateur.stream.walk import make_batches
+
+# Domains of unequal size: a fold and a divergence are sums over tokens, not means over domains.
+TEXT = {"a": tiny_ids(batch=24, length=20, seed=1), "b": tiny_ids(batch=6, length=20, seed=2) % 20}
+HELD_OUT = {"a": tiny_ids(batch=3, length=20, seed=3), "b": tiny_ids(batch=2, length=20, seed=4) % 20}
+
+
+def batches_of(text: dict[str, torch.Tensor], held_out: dict[str, torch.Tensor]) -> list[Batch]:
+    parts = [(text, False), (held_out, True)]
+    return [b for ids, flag in parts for name, each in ids.items() for b in make_batches(name, each, held_out=flag)]
+
+
+@torch.no_grad()
+def seen_by(model, ids_BT: torch.Tensor, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """The FFN reader's inputs in the layer before `layer`, and what `layer` adds to the hidden state."""
+    inputs, streams = [], []
+    reader = model.model.layers[layer - 1].mlp.down_proj
+    handle = reader.register_forward_hook(lambda _, arguments, __: inputs.append(arguments[0].flatten(0, 1)))
+    hook = model.model.layers[layer].register_forward_hook(
+        lambda _, arguments, output: streams.extend((arguments[0], output))
+    )
+    model(ids_BT, use_cache=False)
+    handle.remove()
+    hook.remove()
+    before, after = (each.flatten(0, 1).double() for each in streams)
+    return inputs[0].double().numpy(), (after - before).numpy()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "damping", "blocks", "step", "loud"),
+    [
+        ("float32", 0.1, 24, 1.0, 1),
+        ("float32", 1e-4, 24, 0.5, 1),
+        ("float32", 1e-3, 6, 0.25, 1),
+        ("float32", 1e-4, 2, 0.0, 1),
+        ("bfloat16", 0.1, 24, 1.0, 1),
+        ("bfloat16", 1e-4, 24, 0.5, 1),
+        ("bfloat16", 0.1, 24, 1.0, 256),  # the stored reader is coarse for what the fold would change
+    ],
+)
+def test_a_fold_is_the_least_squares_of_the_reference(
+    dtype: str, damping: float, blocks: int, step: float, loud: int
+) -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp.down_proj.weight.data *= loud
+    model = model.to(getattr(torch, dtype))
+    text = {name: ids[:blocks] for name, ids in TEXT.items()}
+    before = copy.deepcopy(model)
+    parts = [seen_by(before, ids, 2) for ids in text.values()]
+    held_out = {name: seen_by(before, ids, 2) for name, ids in HELD_OUT.items()}
+    judged = fold_patch(model, bind(model), 2, batches_of(text, HELD_OUT), damping)
+
+    x_TF, d_TD = (np.concatenate(each) for each in zip(*parts, strict=True))
+    old_DF = before.model.layers[1].mlp.down_proj.weight.detach().double().numpy()
+    ridge_F = reference.ridge(x_TF.T @ x_TF, damping)
+    whole_DF = reference.rounded(reference.refit(old_DF, x_TF, range(112), ridge_F, d_TD), dtype)
+
+    def errors(share: float) -> dict[str, float]:
+        change_DF = share * (whole_DF - old_DF)
+        return {n: float(((d - x @ change_DF.T) ** 2).sum() / (d**2).sum()) for n, (x, d) in held_out.items()}
+
+    assert judged.step == reference.guard(errors) == step
+    # In bfloat16 what a layer adds is a difference of rounded hidden states.
+    tolerance = 1e-3 if dtype == "float32" else 0.01
+    assert judged.error_before == pytest.approx(errors(0.0), rel=tolerance)
+    assert judged.error_after == pytest.approx(errors(step), rel=tolerance)
+    found_DF = model.model.layers[1].mlp.down_proj.weight.detach().double().numpy()
+    expected_DF = old_DF + step * (whole_DF - old_DF)
+    # bfloat16 has eight bits, and a number that falls on the other side of a half is one of them off.
+    np.testing.assert_allclose(found_DF, expected_DF, rtol=2**-7 if dtype == "bfloat16" else 0, atol=2e-3 * loud)
+
+
+def test_without_held_out_text_the_whole_fold_is_taken() -> None:
+    model = tiny_llama()
+    old_DF = model.model.layers[0].mlp.down_proj.weight.detach().clone()
+    judged = fold_patch(model, bind(model), 1, batches_of(TEXT, {}), 1e-3)
+    assert (judged.step, judged.error_before, judged.error_after) == (1.0, {}, {})
+    assert not torch.equal(model.model.layers[0].mlp.down_proj.weight, old_DF)
+
+
+def test_narrow_readers_do_not_see_held_out_text() -> None:
+    model = tiny_llama()
+    shares = {0: 0.3, 1: 0.5}
+    alone, beside, only = (
+        narrow_readers(model, bind(model), batches_of(*texts), shares, 1e-2)
+        for texts in ((TEXT, {}), (TEXT, HELD_OUT), (HELD_OUT, {}))
+    )
+    for index in shares:
+        assert torch.equal(alone[index], beside[index])
+        assert not torch.equal(alone[index], only[index])
+
+
+@torch.no_grad()
+def test_a_narrow_reader_is_the_least_squares_of_the_reference_on_the_columns_of_highest_wanda_score() -> None:
+    model = tiny_llama()
+    (found,) = narrow_readers(model, bind(model), batches_of(TEXT, {}), {1: 0.451}, 1e-2).values()
+    x_TF = np.concatenate([seen_by(model, ids, 2)[0] for ids in TEXT.values()])
+    weight_DF = model.model.layers[1].mlp.down_proj.weight.double().numpy()
+    scores = reference.unit_scores("wanda", weight_DF, x_TF, len(x_TF), [[j] for j in range(112)], np.zeros(112))
+    keep = sorted(np.argsort(scores)[-51:])  # 0.451 x 112 = 50.5
+    expected_DF = np.zeros_like(weight_DF)
+    expected_DF[:, keep] = reference.refit(weight_DF, x_TF, keep, reference.ridge(x_TF.T @ x_TF, 1e-2))
+    np.testing.assert_allclose(found.double().numpy(), expected_DF, atol=1e-4)
+
+
+def test_at_least_one_column_stays() -> None:
+    model = tiny_llama(num_layers=1)
+    (found,) = narrow_readers(model, bind(model), batches_of(TEXT, {}), {0: 0.001}, None).values()
+    assert int((found != 0).any(dim=0).sum()) == 1
+
+
+@torch.no_grad()
+def test_a_divergence_is_the_mean_over_all_tokens_of_all_domains() -> None:
+    model = tiny_llama(num_layers=3)
+    skipped = copy.deepcopy(model)
+    del skipped.model.layers[1]
+    skipped.config.num_hidden_layers = 2
+    total, count = 0.0, 0
+    for ids in TEXT.values():
+        log_p, log_q = (
+            torch.log_softmax(each(ids, use_cache=False).logits[:, :-1].double(), -1) for each in (model, skipped)
+        )
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+        count += ids[:, 1:].numel()
+    found = layer_kl(model, bind(model), batches_of(TEXT, HELD_OUT), (), [1])
+    assert float(found[1]) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_one_divergence_that_is_no_number_is_enough(monkeypatch) -> None:
+    monkeypatch.setattr(depth, "_divergences", lambda *_: [torch.tensor([1.0, torch.inf, 2.0])])
+    model = tiny_llama()
+    with pytest.raises(NumericsError, match="KL without layer 1, domain a"):
+        layer_kl(model, bind(model), batches_of(TEXT, {})[:1], (), [1])
+
+
+def chosen_by(costs: dict[frozenset, float], num_layers: int, num_remove: int, monkeypatch, **options) -> tuple:
+    """Choose by these costs of sets of removed layers; return the choice and what was measured, call by call."""
+    model, calls = tiny_llama(num_layers=num_layers), []
+
+    def layer_costs(_model, _arch, _batches, removed, asked, _readers) -> torch.Tensor:
+        calls.append(list(asked))
+        found = torch.full((num_layers,), torch.inf, dtype=torch.float64)
+        for index in asked:
+            found[index] = costs[frozenset({*removed, index})]
+        return found
+
+    monkeypatch.setattr(depth, "layer_kl", layer_costs)
+    return choose_layers(model, bind(model), [], num_remove, **options), calls
+
+
+def test_of_equal_layers_the_first_goes(monkeypatch) -> None:
+    costs = {frozenset(each): float(len(each)) for each in ({0}, {1}, {2}, {0, 1}, {0, 2}, {1, 2})}
+    assert chosen_by(costs, 3, 2, monkeypatch)[0] == {0: 1.0, 1: 2.0}
+
+
+def test_layers_are_measured_again_until_none_can_be_cheaper(monkeypatch) -> None:
+    single = {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0, 4: 5.0, 5: 6.0, 6: 7.0, 7: 8.0}
+    costs = {frozenset({index}): cost for index, cost in single.items()}
+    # After layer 0 each adds what it did alone and more: the first four are dearer than layer 5 was alone.
+    more = {1: 9.0, 2: 9.0, 3: 9.0, 4: 9.5, 5: 8.5, 6: 9.0, 7: 9.0}
+    costs |= {frozenset({0, index}): cost for index, cost in more.items()}
+    chosen, calls = chosen_by(costs, 8, 2, monkeypatch)
+    assert calls == [list(range(8)), [1, 2, 3, 4], [5, 6, 7]]
+    assert chosen == {0: 1.0, 5: 8.5}
+    # Layer 5 adds at least 6 to the 1 of before, which is more than what layer 1 now costs: one call is enough.
+    costs |= {frozenset({0, 1}): 6.5}
+    chosen, calls = chosen_by(costs, 8, 2, monkeypatch)
+    assert calls == [list(range(8)), [1, 2, 3, 4]] and chosen == {0: 1.0, 1: 6.5}
+
+
+def test_what_a_layer_added_counts_from_what_was_gone_before(monkeypatch) -> None:
+    single = {0: 1.0, 1: 2.0, 2: 3.0, 3: 3.1, 4: 3.2, 5: 3.5, 6: 3.6, 7: 3.7}
+    costs = {frozenset({index}): cost for index, cost in single.items()}
+    costs |= {frozenset({0, index}): 1 + cost for index, cost in single.items() if index}
+    costs |= {frozenset({0, 1, index}): 3 + cost for index, cost in single.items() if index > 1}
+    chosen, calls = chosen_by(costs, 8, 3, monkeypatch)
+    assert calls[1:] == [[1, 2, 3, 4], [2, 3, 4, 5]] and list(chosen) == [0, 1, 2]
+
+
+def test_protected_layers_are_neither_measured_nor_removed(monkeypatch) -> None:
+    costs = {frozenset({index}): 5.0 - index for index in range(4)}
+    assert chosen_by(costs, 4, 1, monkeypatch, protected=(3, 0)) == ({2: 3.0}, [[1, 2]])

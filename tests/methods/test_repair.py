@@ -1,0 +1,410 @@
+"""Repairs against the reference: fits on random and degenerate inputs, bias, the guard, and `repair` end to end."""
+
+import copy
+
+import numpy as np
+import pytest
+import reference_methods as reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import tiny_ids, tiny_llama
+from random_readers import Reader, readers
+
+from secateur.facts import Method
+from secateur.methods.compensate import least_squares, mean_shift, repair
+from secateur.methods.select import Task
+from secateur.model.bind import bind
+from secateur.model.group import cut
+from secateur.pruning.group_step import prune_channels
+from secateur.stream.statistics import Measurement, Statistics, domain_weight
+from secateur.stream.walk import Walk, make_batches
+
+# Sums of float32 products: a few hundred times 2^-24, over the root of the smallest damping (1e-4) in the fit's norm.
+FIT, ERROR = 1e-3, 1e-4
+
+
+def method(**changes) -> Method:
+    settings = {"score": "obs", "obs_batch": None, "compensate": "least_squares", "damping": 1e-3}
+    return Method(**settings | {"damping_factors": (1.0,), "target_mix": 0.0, "weighting": "energy"} | changes)
+
+
+def as64(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: part.astype(np.float64) for name, part in parts.items()}
+
+
+def measured(case: Reader, weighting: str, *, drift: bool, dtype: torch.dtype = torch.float32) -> Measurement:
+    """What `measure` would return for these inputs."""
+    weight_HF = torch.from_numpy(case.weight_HF)
+    num_outputs, num_inputs = weight_HF.shape
+    sizes = {"gram": True, "drift_size": num_outputs if drift else 0}
+    found = Statistics.empty(num_inputs, torch.device("cpu"), dtype=torch.float32, **sizes)
+    energy = {}
+    for name, x in case.inputs_TF.items():
+        x_TF, own = torch.from_numpy(x).to(dtype), Statistics.empty(num_inputs, torch.device("cpu"), **sizes)
+        own.update(x_TF, x_TF.float() @ weight_HF.T, torch.from_numpy(case.drift_TH[name]) if drift else None)
+        energy[name] = float(own.energy)
+        found.merge(own, domain_weight(weighting, case.shares[name], energy[name]))
+    held_out = {name: torch.from_numpy(x).to(dtype) for name, x in case.held_out_TF.items()}
+    drifts = {name: torch.from_numpy(r) for name, r in case.held_out_drift_TH.items()} if drift else {}
+    return Measurement(found, energy, held_out, drifts)
+
+
+class Reference:
+    """The same by the reference: tokens of all domains under each other, rows weighted."""
+
+    def __init__(self, case: Reader, weighting: str) -> None:
+        self.weight_HF, self.inputs, self.drift = (
+            case.weight_HF.astype(float),
+            as64(case.inputs_TF),
+            as64(case.drift_TH),
+        )
+        self.held_out, self.held_out_drift = as64(case.held_out_TF), as64(case.held_out_drift_TH)
+        energy = {name: float(((x @ self.weight_HF.T) ** 2).sum()) for name, x in self.inputs.items()}
+        factors = {n: reference.domain_factor(weighting, case.shares[n], energy[n]) for n in energy}
+        parts = {n: (x, self.drift[n], np.ones((len(x), 1))) for n, x in self.inputs.items()}
+        self.x_TF, self.r_TH, self.one_T1 = reference.pooled(parts, factors)
+        self.gram_FF = self.x_TF.T @ self.x_TF
+        mass = float((self.one_T1**2).sum())
+        self.mean_F = (self.x_TF * self.one_T1).sum(axis=0) / mass if mass else np.zeros(self.x_TF.shape[1])
+
+    def refit(self, keep: list[int], damping: float, mix: float) -> np.ndarray:
+        ridge_F = reference.ridge(self.gram_FF, damping)
+        return reference.refit(self.weight_HF, self.x_TF, keep, ridge_F, mix * self.r_TH)
+
+    def errors(self, keep: list[int], new_HS: np.ndarray, *, bias: np.ndarray | float = 0.0, mix: float = 0.0):
+        return {
+            name: reference.output_error(
+                self.weight_HF, x, keep, new_HS, bias_H=bias, extra_TH=mix * self.held_out_drift[name]
+            )
+            for name, x in self.held_out.items()
+        }
+
+    def repair(self, keep: list[int], dampings: list[float], mix: float, dtype: str = "float32"):
+        """Per damping: the sum of the errors at the guard's step, the damping, and the errors at every step."""
+        old_HS, tried = self.weight_HF[:, keep], []
+        for damping in dampings:
+            change_HS = reference.rounded(self.refit(keep, damping, mix), dtype) - old_HS
+            by_step = {s: self.errors(keep, old_HS + s * change_HS, mix=mix) for s in (*reference.GUARD_STEPS, 0.0)}
+            step = reference.guard(by_step.__getitem__)
+            tried.append((sum(by_step[step].values()), damping, by_step))
+        return tried
+
+
+def is_near(found_HS: torch.Tensor, expected_HS: np.ndarray, gram_SS: np.ndarray, ridge_S: np.ndarray, scale: float):
+    """Compare in the norm of the system that was solved: a direction that nothing sees may differ."""
+    change = found_HS.double().numpy() - expected_HS
+    return np.trace(change @ (gram_SS + np.diag(ridge_S)) @ change.T) <= FIT**2 * scale
+
+
+@given(readers(), st.sampled_from([1e-4, 1e-2, 1.0]), st.sampled_from([0.0, 0.5, 1.0]), st.data())
+@settings(max_examples=60)
+def test_a_fit_is_the_least_squares_of_the_reference(case: Reader, damping: float, mix: float, data) -> None:
+    own, size = Reference(case, "energy"), case.weight_HF.shape[1]
+    keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1)))
+    found = measured(case, "energy", drift=True).pooled
+    weight_HF = torch.from_numpy(case.weight_HF)
+    fit = least_squares(weight_HF, found.gram, torch.tensor(keep), damping, found.cross_FH, mix)
+    assert fit.damping == damping
+    ridge_F = reference.ridge(own.gram_FF, damping)
+    scale = ((own.x_TF @ own.weight_HF.T) ** 2).sum() + mix**2 * (own.r_TH**2).sum() + 1e-12
+    inner = own.gram_FF[np.ix_(keep, keep)]
+    assert is_near(fit.weight_HS, own.refit(keep, damping, mix), inner, ridge_F[keep], scale)
+    if len(keep) < size or mix:
+        eigenvalues = np.linalg.eigvalsh(inner + np.diag(ridge_F[keep]))
+        assert 0.99 <= fit.condition <= 1.01 * len(keep) * eigenvalues[-1] / eigenvalues[0]
+
+
+@given(readers(), st.sampled_from(["energy", "tokens"]), st.data())
+@settings(max_examples=40)
+def test_the_bias_is_the_mean_output_of_what_goes(case: Reader, weighting: str, data) -> None:
+    own, size = Reference(case, weighting), case.weight_HF.shape[1]
+    keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1)))
+    statistics = measured(case, weighting, drift=False).pooled
+    found = mean_shift(torch.from_numpy(case.weight_HF), statistics.mean_F, torch.tensor(keep))
+    expected = reference.flap_bias(own.weight_HF, own.mean_F, keep)
+    scale = float(np.abs(own.weight_HF).max() * np.abs(own.mean_F).sum())
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5 * scale, rtol=0)
+
+
+def agrees(step: float, by_step: dict[float, dict[str, float]]) -> bool:
+    """Say whether the guard may have taken this step, within the rounding of float32 dot products."""
+    before = by_step[0.0]
+
+    def harmless(at: float, slack: float) -> bool:
+        return all(by_step[at][name] <= before[name] + slack * (1 + before[name]) for name in before)
+
+    larger = [each for each in reference.GUARD_STEPS if each > step]
+    return (step == 0 or harmless(step, ERROR)) and not any(harmless(each, -ERROR) for each in larger)
+
+
+def linear_of(case: Reader, dtype: torch.dtype = torch.float32, bias: bool = False) -> torch.nn.Linear:
+    reader = torch.nn.Linear(case.weight_HF.shape[1], len(case.weight_HF), bias=bias)
+    reader.weight = torch.nn.Parameter(torch.from_numpy(case.weight_HF).to(dtype), requires_grad=False)
+    return reader
+
+
+def assert_errors(found: dict[str, float], expected: dict[str, float]) -> None:
+    """The parabola's terms cancel, so an error is as exact as the largest of them."""
+    assert found.keys() == expected.keys()
+    for name, error in found.items():
+        assert error == pytest.approx(expected[name], rel=ERROR, abs=ERROR * (1 + expected[name])), name
+
+
+@given(readers(), st.sampled_from([(1.0,), (1.0, 100.0), (1e3, 1.0, 10.0)]), st.sampled_from([0.0, 0.5]), st.data())
+@settings(max_examples=60)
+def test_least_squares_takes_the_best_damping_and_the_guards_step(case: Reader, factors, mix: float, data) -> None:
+    size = case.weight_HF.shape[1]
+    keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=size - 1)))
+    own, numbers = Reference(case, "energy"), measured(case, "energy", drift=True)
+    found = repair(linear_of(case), numbers, torch.tensor(keep), method(damping_factors=factors, target_mix=mix))
+    tried = own.repair(keep, [1e-3 * factor for factor in factors], mix)
+    assert found.guard is not None and found.bias_H is None
+    ((error, _, by_step),) = [each for each in tried if each[1] == found.damping]
+    assert agrees(found.guard.step, by_step)
+    assert_errors(found.guard.error_before, by_step[0.0])
+    assert_errors(found.guard.error_after, by_step[found.guard.step])
+    assert sum(found.guard.error_after.values()) <= min(each[0] for each in tried) + ERROR * len(by_step[0.0]) * (
+        1 + error
+    )
+    if found.guard.step == 0:
+        assert found.weight_HS is None
+        return
+    ridge_F = reference.ridge(own.gram_FF, found.damping)[keep]
+    step, change_HS = found.guard.step, own.refit(keep, found.damping, mix) - own.weight_HF[:, keep]
+    scale = ((own.x_TF @ own.weight_HF.T) ** 2).sum() + mix**2 * (own.r_TH**2).sum()
+    expected_HS = own.weight_HF[:, keep] + step * change_HS
+    assert is_near(found.weight_HS, expected_HS, own.gram_FF[np.ix_(keep, keep)], ridge_F, scale)
+
+
+@given(readers(), st.data())
+@settings(max_examples=25)
+def test_without_drift_in_the_statistics_the_mix_has_no_effect(case: Reader, data) -> None:
+    keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, case.weight_HF.shape[1] - 1), min_size=1))))
+    numbers = measured(case, "energy", drift=False)
+    mixed, plain = (repair(linear_of(case), numbers, keep, method(target_mix=mix)) for mix in (0.5, 0.0))
+    assert mixed.guard == plain.guard and mixed.damping == plain.damping
+    assert mixed.weight_HS is plain.weight_HS is None or torch.equal(mixed.weight_HS, plain.weight_HS)
+
+
+@given(readers(), st.sampled_from([0.0, 0.5]), st.data())
+@settings(max_examples=25)
+def test_no_repair_is_judged_by_what_the_cut_loses(case: Reader, mix: float, data) -> None:
+    size = case.weight_HF.shape[1]
+    keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=size - 1)))
+    numbers, own = measured(case, "energy", drift=True), Reference(case, "energy")
+    found = repair(linear_of(case), numbers, torch.tensor(keep), method(compensate="none", target_mix=mix))
+    assert (found.weight_HS, found.bias_H, found.damping) == (None, None, None) and found.guard is not None
+    # Nothing is refitted, so nothing is to make up for the drift.
+    assert_errors(found.guard.error_before, own.errors(keep, own.weight_HF[:, keep]))
+    assert found.guard.error_after == found.guard.error_before
+
+
+@given(readers(), st.sampled_from(["energy", "tokens"]), st.sampled_from(["float32", "bfloat16", "float16"]), st.data())
+@settings(max_examples=60)
+def test_a_bias_is_judged_as_stored_and_taken_in_the_guards_share(
+    case: Reader, weighting: str, dtype: str, data
+) -> None:
+    size = case.weight_HF.shape[1]
+    keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=size - 1)))
+    case.weight_HF[:] = reference.rounded(case.weight_HF.astype(float), dtype)
+    numbers, own = measured(case, weighting, drift=True), Reference(case, weighting)
+    reader = linear_of(case, getattr(torch, dtype))
+    found = repair(reader, numbers, torch.tensor(keep), method(compensate="bias", target_mix=0.5, weighting=weighting))
+    assert found.guard is not None and found.bias_H is not None
+    assert (found.weight_HS, found.damping, found.condition) == (None, None, None)
+    exact_H = reference.flap_bias(own.weight_HF, own.mean_F, keep)
+    bias_H = mean_shift(torch.from_numpy(case.weight_HF), numbers.pooled.mean_F, torch.tensor(keep)).double().numpy()
+    scale = float(np.abs(own.weight_HF).max() * np.abs(own.mean_F).sum())
+    np.testing.assert_allclose(bias_H, exact_H, atol=1e-5 * scale, rtol=0)
+    bias_H = reference.rounded(bias_H, dtype)
+    by_step = {s: own.errors(keep, own.weight_HF[:, keep], bias=s * bias_H) for s in (*reference.GUARD_STEPS, 0.0)}
+    assert agrees(found.guard.step, by_step)
+    assert_errors(found.guard.error_before, by_step[0.0])
+    assert_errors(found.guard.error_after, by_step[found.guard.step])
+    np.testing.assert_array_equal(found.bias_H.double().numpy(), found.guard.step * bias_H)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@settings(max_examples=40)
+@given(case=readers(min_channels=4), mix=st.sampled_from([0.0, 0.5]), data=st.data())
+def test_weights_are_judged_as_they_are_stored(dtype: str, case: Reader, mix: float, data) -> None:
+    size = case.weight_HF.shape[1]
+    keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=size - 1)))
+    case.weight_HF[:] = reference.rounded(case.weight_HF.astype(float), dtype)
+    own, numbers = Reference(case, "energy"), measured(case, "energy", drift=True)
+    found = repair(linear_of(case, getattr(torch, dtype)), numbers, torch.tensor(keep), method(target_mix=mix))
+    assert found.guard is not None
+    assert_errors(found.guard.error_before, own.errors(keep, own.weight_HF[:, keep], mix=mix))
+    if found.weight_HS is None:
+        assert found.guard.step == 0 and found.guard.error_after == found.guard.error_before
+        return
+    # What is returned is what was judged: whole steps are the stored numbers themselves.
+    now_HS = found.weight_HS.double().numpy()
+    assert_errors(found.guard.error_after, own.errors(keep, now_HS, mix=mix))
+    if found.guard.step == 1:
+        np.testing.assert_array_equal(now_HS, reference.rounded(now_HS, dtype))
+
+
+def by_hand(betas: dict[str, float], noise: float = 0.0) -> Measurement:
+    """Two equal channels, of which the second goes: the first takes over c = 1 / (1 + damping) of it.
+
+    In held-out domain d the second channel is beta_d times the first, plus noise that nothing makes up for.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x_T, n_T = torch.linalg.qr(torch.randn(40, 2, generator=generator)).Q.T
+    pair_TF = torch.stack([x_T, x_T], dim=1)
+    found = Statistics.empty(2, torch.device("cpu"), gram=True)
+    found.update(pair_TF, pair_TF.sum(dim=1, keepdim=True))
+    held_out = {name: torch.stack([x_T, beta * x_T + noise * n_T], dim=1) for name, beta in betas.items()}
+    return Measurement(found, {"a": 4.0}, held_out, {})
+
+
+@pytest.mark.parametrize(
+    ("beta", "step"),
+    [(1.0, 1.0), (0.46, 1.0), (0.44, 0.5), (0.23, 0.5), (0.22, 0.25), (0.12, 0.25), (0.1, 0.0), (-0.5, 0.0)],
+)
+def test_steps_by_hand(beta: float, step: float) -> None:
+    # With c = 0.9 a step s lowers the error of a domain as long as 0.9 s < 2 beta.
+    reader = torch.nn.Linear(2, 1, bias=False)
+    reader.weight = torch.nn.Parameter(torch.ones(1, 2), requires_grad=False)
+    settings = method(damping=1 / 9)
+    for numbers in (by_hand({"d": beta}), by_hand({"good": 1.0, "d": beta}), by_hand({"d": beta, "good": 1.0})):
+        found = repair(reader, numbers, torch.tensor([0]), settings)
+        assert found.guard is not None and found.guard.step == step
+        expected = (beta - 0.9 * step) ** 2 / (1 + beta) ** 2
+        assert found.guard.error_after["d"] == pytest.approx(expected, rel=1e-3)
+        if step:
+            assert float(found.weight_HS) == pytest.approx(1 + 0.9 * step, rel=1e-4)
+        else:
+            assert found.weight_HS is None and found.guard.error_after == found.guard.error_before
+
+
+def test_the_damping_with_the_least_sum_of_errors_wins_and_of_equals_the_first() -> None:
+    reader = torch.nn.Linear(2, 1, bias=False)
+    reader.weight = torch.nn.Parameter(torch.ones(1, 2), requires_grad=False)
+    # a: 0.0025 with c = 0.9, 0.0625 with 0.5. b, mostly noise: 0.392 and 0.372. The larger of both would say 0.5.
+    numbers = by_hand({"a": 1.0, "b": 0.6})
+    noisy = by_hand({"b": 0.6}, noise=1.5**0.5)
+    numbers.held_out_TF["b"] = noisy.held_out_TF["b"]
+    for factors in ((1.0, 9.0), (9.0, 1.0)):
+        found = repair(reader, numbers, torch.tensor([0]), method(damping=1 / 9, damping_factors=factors))
+        assert found.damping == pytest.approx(1 / 9)
+        assert float(found.weight_HS) == pytest.approx(1.9, rel=1e-4)
+        refused = repair(
+            reader, by_hand({"a": -0.5}), torch.tensor([0]), method(damping=1 / 9, damping_factors=factors)
+        )
+        assert refused.weight_HS is None and refused.damping == pytest.approx(factors[0] / 9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("score", ["wanda", "flap", "paper", "obs"])
+@pytest.mark.parametrize("compensate", ["bias", "least_squares"])
+def test_a_silent_layer_stays_silent(score: str, compensate: str) -> None:
+    """No domain has any output energy, so none counts and there is no mean input."""
+    model = tiny_llama(num_layers=1, mlp_bias=True)
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj.weight.zero_()
+    (group,) = bind(model).select(("ffn",))
+    batches = [b for held_out in (False, True) for b in make_batches("a", tiny_ids(), held_out=held_out)]
+    bias_H = mlp.down_proj.bias.clone()
+    task = Task(Walk(model, bind(model), batches), group, 80, method(score=score, compensate=compensate), {"a": 1.0}, 0)
+    keep, line = prune_channels(task)
+    assert len(keep) == 80 and not mlp.down_proj.weight.any()
+    assert line["score_quantiles"] == [0.0] * 5
+    assert torch.equal(mlp.down_proj.bias, bias_H)
+
+
+def numbers_of(seen: list[torch.Tensor]) -> np.ndarray:
+    return torch.cat([each.flatten(0, 1) for each in seen]).double().numpy()
+
+
+@torch.no_grad()
+def observed(model, ids_BT: torch.Tensor, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """The FFN reader's inputs and the layer's output, by the model's own forward."""
+    inputs, outputs = [], []
+    module = model.model.layers[layer]
+    hooks = (
+        module.mlp.down_proj.register_forward_hook(lambda _, arguments, __: inputs.append(arguments[0])),
+        module.register_forward_hook(lambda _, __, output: outputs.append(output)),
+    )
+    model(ids_BT, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return numbers_of(inputs), numbers_of(outputs)
+
+
+SHARES = {"a": 0.7, "b": 0.3}
+TEXT = {"a": tiny_ids(batch=12, length=20, seed=1), "b": tiny_ids(batch=6, length=20, seed=2) % 30}
+HELD_OUT = {"a": tiny_ids(batch=2, length=20, seed=3), "b": tiny_ids(batch=2, length=20, seed=4) % 30}
+
+
+@pytest.mark.parametrize("compensate", ["least_squares", "bias", "none"])
+@torch.no_grad()
+def test_a_layer_of_a_half_cut_model_gets_the_weights_of_the_reference(compensate: str) -> None:
+    """Layer 0 has been cut, so the streams differ; layer 1 is pruned, towards half of the drift behind it."""
+    dense, model = (tiny_llama(num_layers=2, mlp_bias=True) for _ in range(2))
+    arch = bind(model)
+    first, group = arch.select(("ffn",))
+    cut(model.model.layers[0], first, torch.arange(0, 112, 2), 112)
+    before = copy.deepcopy(model)
+    batches = [
+        batch
+        for name in SHARES
+        for held_out, ids in ((False, TEXT[name]), (True, HELD_OUT[name]))
+        for batch in make_batches(name, ids, held_out=held_out, batch_tokens=60)
+    ]
+    mix = 0.5 if compensate == "least_squares" else 0.0
+    walk, of_dense = (Walk(each, arch, batches) for each in (model, dense))
+    walk.dense_BTD = of_dense.hidden_BTD if mix else []
+    for index in range(2):
+        if index == 0:
+            walk.advance(0)
+        of_dense.advance(index)
+    settings = method(compensate=compensate, target_mix=mix, obs_batch=8, damping=1e-2, damping_factors=(10.0, 1.0))
+    keep, line = prune_channels(Task(walk, group, 80, settings, SHARES, 0))
+
+    reader = before.model.layers[1].mlp.down_proj
+    parts = {n: observed(before, ids, 1) for n, ids in TEXT.items()}
+    held_out = {n: observed(before, ids, 1) for n, ids in HELD_OUT.items()}
+    drift, held_out_drift = (
+        {n: (observed(dense, ids, 1)[1] - each[n][1]) for n, ids in text.items()}
+        for each, text in ((parts, TEXT), (held_out, HELD_OUT))
+    )
+    case = Reader(
+        reader.weight.double().numpy(),
+        {n: x for n, (x, _) in parts.items()},
+        drift,
+        {n: x for n, (x, _) in held_out.items()},
+        held_out_drift,
+        SHARES,
+    )
+    own = Reference(case, "energy")
+    hessian_FF = own.gram_FF + np.diag(reference.ridge(own.gram_FF, 1e-2))
+    gone = reference.greedy_obs(own.weight_HF, hessian_FF, [[unit] for unit in range(112)], 80, 8)
+    columns = sorted(set(range(112)) - {unit for each in gone for unit in each})
+    assert keep.tolist() == columns and line["kept"] == 80
+    now = model.model.layers[1].mlp.down_proj
+    old_HS, bias_H = own.weight_HF[:, columns], reader.bias.double().numpy()
+    if compensate == "least_squares":
+        tried = own.repair(columns, [0.1, 1e-2], mix)
+        _, damping, by_step = min(tried, key=lambda each: each[0])
+        step = reference.guard(by_step.__getitem__)
+        assert step > 0 and line["damping"] == damping
+        expected_HS = old_HS + step * (own.refit(columns, damping, mix) - old_HS)
+        np.testing.assert_allclose(now.weight.numpy(), expected_HS, atol=1e-4)
+        np.testing.assert_array_equal(now.bias.double().numpy(), bias_H)
+    elif compensate == "bias":
+        shift_H = reference.flap_bias(own.weight_HF, own.mean_F, columns)
+        by_step = {s: own.errors(columns, old_HS, bias=s * shift_H) for s in (*reference.GUARD_STEPS, 0.0)}
+        step = reference.guard(by_step.__getitem__)
+        assert step > 0
+        # The reader has a bias of its own, to which the removed channels' mean output comes.
+        np.testing.assert_allclose(now.bias.double().numpy(), bias_H + step * shift_H, atol=1e-5)
+        np.testing.assert_array_equal(now.weight.double().numpy(), old_HS)
+    else:
+        by_step, step = dict.fromkeys((0.0, 1.0), own.errors(columns, old_HS)), 1.0  # the whole of nothing
+        np.testing.assert_array_equal(now.weight.double().numpy(), old_HS)
+    assert line["step"] == step
+    for key, at in (("error_before", 0.0), ("error_after", step)):
+        assert line[key] == pytest.approx(by_step[at], rel=1e-3)

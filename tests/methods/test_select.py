@@ -1,0 +1,265 @@
+"""Selection against the reference: greedy OBS unit by unit and in batches, scores of every unit, whole steps."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import reference_methods as reference
+import torch
+from grams import gram_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import tiny_ids, tiny_llama, tiny_qwen2
+from random_readers import Reader, readers
+
+from secateur.facts import Method
+from secateur.methods.scores import SCORES, ScoreInputs
+from secateur.methods.select import Task, greedy_obs, log_line, select, unit_scores, units_at_once
+from secateur.model.bind import bind
+from secateur.model.group import Axis, Group, Linears, cut
+from secateur.pruning.round_plan import layer_seed
+from secateur.stream.statistics import Statistics, damped_gram, domain_weight
+from secateur.stream.walk import Walk, make_batches
+from tests.model.test_exactness import prune_tiny, random_calibration
+
+# Scores and weights are float32 sums over outputs; damping 1e-3 and pivots in float64 lose little more.
+SCORE = 1e-4
+
+
+def inputs_of(case: Reader) -> tuple[np.ndarray, np.ndarray]:
+    """The weight, and the first domain's inputs, in float64."""
+    return case.weight_HF.astype(float), case.inputs_TF["a"].astype(float)
+
+
+def units_of(num_columns: int, width: int) -> list[list[int]]:
+    """Unit i owns column i of each of `width` segments."""
+    size = num_columns // width
+    return [[unit + size * segment for segment in range(width)] for unit in range(size)]
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@given(case=readers(multiple_of=2, max_channels=8), damping=st.sampled_from([1e-3, 0.1]), data=st.data())
+@settings(max_examples=40)
+def test_greedy_obs_takes_the_least_errors_of_the_reference(width: int, case: Reader, damping: float, data) -> None:
+    weight_HF, x_TF = inputs_of(case)
+    units = units_of(x_TF.shape[1], width)
+    num_keep, batch = (data.draw(st.integers(low, len(units))) for low in (0, 1))
+    gram_FF = x_TF.T @ x_TF
+    hessian_FF = gram_FF + np.diag(reference.ridge(gram_FF, damping))
+    product_FF = damped_gram(gram_of(torch.from_numpy(case.inputs_TF["a"])), damping)
+    found = greedy_obs(torch.from_numpy(case.weight_HF), product_FF, torch.tensor(units), num_keep, batch)
+    whole = reference.removal_error(weight_HF, hessian_FF, range(weight_HF.shape[1]))
+    slack = SCORE * whole
+    first = reference.greedy_errors(weight_HF, hessian_FF, units, [])
+    np.testing.assert_allclose(found.scores_U.numpy(), [first[u] for u in range(len(units))], atol=slack, rtol=SCORE)
+    removed = found.removed.tolist()
+    assert sorted([*removed, *found.keep.tolist()]) == list(range(len(units)))
+    assert found.keep.tolist() == sorted(found.keep.tolist()) and len(found.keep) == num_keep
+    assert len(found.error_curve) == -(-(len(units) - num_keep) // batch)
+    for number, start in enumerate(range(0, len(removed), batch)):
+        # Rounding may decide between equals, so what was chosen is compared with the best, not the numbers.
+        errors = reference.greedy_errors(weight_HF, hessian_FF, units, removed[:start])
+        mine = removed[start : start + batch]
+        others = [error for unit, error in errors.items() if unit not in mine]
+        assert mine == sorted(mine) and len(mine) == min(batch, len(units) - num_keep - start)
+        assert max(errors[unit] for unit in mine) <= min(others, default=np.inf) + slack
+        gone = [column for unit in removed[: start + batch] for column in units[unit]]
+        expected = reference.removal_error(weight_HF, hessian_FF, gone)
+        assert float(found.error_curve[number]) == pytest.approx(expected, rel=SCORE, abs=slack)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_the_order_is_that_of_the_reference(batch: int) -> None:
+    rng = np.random.default_rng(4)
+    x_TF = (rng.standard_normal((100, 12)) @ rng.standard_normal((12, 12))).astype(np.float32)
+    weight_HF = rng.standard_normal((3, 12)).astype(np.float32)
+    gram = gram_of(torch.from_numpy(x_TF))
+    hessian_FF = x_TF.T.astype(float) @ x_TF.astype(float)
+    hessian_FF += np.diag(reference.ridge(hessian_FF, 1e-3))
+    found = greedy_obs(torch.from_numpy(weight_HF), damped_gram(gram, 1e-3), torch.arange(12)[:, None], 2, batch)
+    expected = reference.greedy_obs(weight_HF.astype(float), hessian_FF, units_of(12, 1), 2, batch)
+    assert found.removed.tolist() == [unit for each in expected for unit in each]
+
+
+def test_of_equals_the_lower_number_goes() -> None:
+    x_TF = torch.eye(6)
+    for batch in (1, 4):
+        found = greedy_obs(torch.ones(2, 6), damped_gram(gram_of(x_TF), 1e-3), torch.arange(6)[:, None], 2, batch)
+        assert found.removed.tolist() == [0, 1, 2, 3]
+
+
+@given(readers(multiple_of=2, max_channels=8), st.sampled_from(["energy", "tokens"]), st.sampled_from([1, 2]))
+@settings(max_examples=40)
+def test_scores_are_their_formulae_over_weighted_domains(case: Reader, weighting: str, width: int) -> None:
+    weight_HF = case.weight_HF.astype(float)
+    num_inputs, reader = weight_HF.shape[1], torch.from_numpy(case.weight_HF)
+    energy = {n: float(((x.astype(float) @ weight_HF.T) ** 2).sum()) for n, x in case.inputs_TF.items()}
+    factors = {n: reference.domain_factor(weighting, case.shares[n], energy[n]) for n in energy}
+    x_TF, one_T1 = reference.pooled(
+        {n: (x.astype(float), np.ones((len(x), 1))) for n, x in case.inputs_TF.items()}, factors
+    )
+    mass = float((one_T1**2).sum()) or 1.0  # no domain counts if all are silent: every mean is 0
+    statistics = Statistics.empty(num_inputs, torch.device("cpu"), gram=True, dtype=torch.float32)
+    for name, x in case.inputs_TF.items():
+        own = Statistics.empty(num_inputs, torch.device("cpu"), gram=True)
+        own.update(torch.from_numpy(x), torch.from_numpy(x) @ reader.T)
+        statistics.merge(own, domain_weight(weighting, case.shares[name], float(own.energy)))
+    units, writers_U = units_of(num_inputs, width), np.arange(1.0, num_inputs // width + 1)
+    columns_UW = torch.tensor(units)
+    inputs = ScoreInputs(reader, torch.from_numpy(writers_U).float(), statistics, columns_UW, 1e-3, 0)
+    for name in ("magnitude", "wanda", "paper"):
+        expected = reference.unit_scores(name, weight_HF, x_TF, mass, units, writers_U)
+        np.testing.assert_allclose(SCORES[name].function(inputs).numpy(), expected, rtol=SCORE, err_msg=name)
+    mean_F, square_F = (x_TF * one_T1).sum(axis=0) / mass, (x_TF**2).sum(axis=0) / mass
+    flap = reference.flap_scores(weight_HF, mean_F, square_F, units)
+    # A variance is a difference of float32 sums.
+    scale = SCORE * max(reference.flap_scores(weight_HF, 0 * mean_F, square_F, units))
+    np.testing.assert_allclose(SCORES["flap"].function(inputs).numpy(), flap, atol=scale, rtol=0)
+    gram_FF = x_TF.T @ x_TF
+    hessian_FF = gram_FF + np.diag(reference.ridge(gram_FF, 1e-3))
+    errors = [reference.removal_error(weight_HF, hessian_FF, columns) for columns in units]
+    whole = reference.removal_error(weight_HF, hessian_FF, range(num_inputs))
+    np.testing.assert_allclose(SCORES["obs"].function(inputs).numpy(), errors, atol=SCORE * whole, rtol=SCORE)
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_columns", "width", "expected"),
+    [
+        (None, 112, 1, 32),  # at least 32 columns
+        (None, 1536, 1, 32),
+        (None, 18944, 1, 394),  # a 48th of the columns
+        (None, 18944, 128, 3),
+        (None, 112, 48, 1),  # a unit wider than that goes alone
+        (1, 112, 1, 1),
+        (7, 112, 2, 3),
+        (7, 112, 8, 1),
+    ],
+)
+def test_so_many_units_go_at_once(asked: int | None, num_columns: int, width: int, expected: int) -> None:
+    assert units_at_once(asked, num_columns, width) == expected
+
+
+def method(**changes) -> Method:
+    plain = {"score": "obs", "obs_batch": 4, "compensate": "none", "damping": 1e-3, "damping_factors": (1.0,)}
+    return Method(**plain | {"target_mix": 0.0, "weighting": "energy"} | changes)
+
+
+def heads_of(model) -> Group:
+    """Layer 0's KV groups with their two query heads, as `test_taylor` has them: three writers, wide units."""
+    writers = tuple(
+        Axis(f"self_attn.{name}", (12 * rows,)) for name, rows in (("q_proj", 2), ("k_proj", 1), ("v_proj", 1))
+    )
+    return Group(0, "kv_heads", "heads", "head", 2, 1, Linears(writers, Axis("self_attn.o_proj", (24,))))
+
+
+@torch.no_grad()
+def test_a_groups_scores_count_the_rows_of_every_writer() -> None:
+    model = tiny_qwen2(num_layers=1)
+    layer, group, arch = model.model.layers[0], heads_of(model), bind(model)
+    found = unit_scores(layer, group, Statistics.empty(48, torch.device("cpu"), gram=False), "magnitude", 1e-3, 0)
+    attention = layer.self_attn
+    for unit in range(2):
+        parts = (
+            attention.q_proj.weight[24 * unit : 24 * unit + 24],
+            attention.k_proj.weight[12 * unit : 12 * unit + 12],
+            attention.v_proj.weight[12 * unit : 12 * unit + 12],
+            attention.o_proj.weight[:, 24 * unit : 24 * unit + 24],
+        )
+        assert float(found[unit]) == pytest.approx(sum(float(part.square().sum()) for part in parts) ** 0.5, rel=1e-5)
+    (ffn,) = (each for each in arch.groups if each.name == "ffn")
+    found = unit_scores(layer, ffn, Statistics.empty(112, torch.device("cpu"), gram=False), "magnitude", 1e-3, 0)
+    mlp = layer.mlp
+    squares = (
+        mlp.gate_proj.weight.square().sum(1) + mlp.up_proj.weight.square().sum(1) + mlp.down_proj.weight.square().sum(0)
+    )
+    torch.testing.assert_close(found, squares.sqrt())
+    # In a later round the layer has less units than the group began with.
+    cut(layer, ffn, torch.arange(40), 112)
+    found = unit_scores(layer, ffn, Statistics.empty(40, torch.device("cpu"), gram=False), "magnitude", 1e-3, 0)
+    torch.testing.assert_close(found, squares.sqrt()[:40])
+
+
+def task_of(num_keep: int, scores_U: torch.Tensor | None = None, seed: int = 0, **changes) -> tuple[Task, Statistics]:
+    """Layer 0's FFN of a small model, and statistics of inputs that know of each other."""
+    model = tiny_llama(num_layers=1)
+    arch = bind(model)
+    (group,) = arch.select(("ffn",))
+    walk = Walk(model, arch, make_batches("a", tiny_ids(), held_out=False))
+    statistics = Statistics.empty(112, torch.device("cpu"), gram=True)
+    generator = torch.Generator().manual_seed(1)
+    x_TF = torch.randn(150, 112, generator=generator) @ torch.randn(112, 112, generator=generator)
+    statistics.update(x_TF, x_TF[:, :48])
+    return Task(walk, group, num_keep, method(**changes), {"a": 1.0}, seed, scores_U), statistics
+
+
+@torch.no_grad()
+def test_known_scores_decide_whatever_the_method_would_measure() -> None:
+    scores_U = torch.rand(112, generator=torch.Generator().manual_seed(3))
+    expected = scores_U.sort(descending=True).indices[:40].sort().values
+    for score in ("obs", "wanda", "random"):
+        found = select(*task_of(40, scores_U, score=score))
+        assert torch.equal(found.keep, expected) and torch.equal(found.scores, scores_U)
+
+
+@torch.no_grad()
+def test_obs_is_greedy_in_the_methods_batches_and_ridge() -> None:
+    task, statistics = task_of(60, obs_batch=5, damping=0.3)
+    weight_HF = task.walk.layers[0].mlp.down_proj.weight
+    hessian = damped_gram(statistics.gram, 0.3)
+    expected = greedy_obs(weight_HF, hessian, torch.arange(112)[:, None], 60, 5)
+    found = select(task, statistics)
+    assert torch.equal(found.keep, expected.keep) and torch.equal(found.scores, expected.scores_U)
+    others = [task_of(60, obs_batch=5), task_of(60, obs_batch=1, damping=0.3)]
+    assert not any(torch.equal(select(*each).keep, found.keep) for each in others)
+
+
+@torch.no_grad()
+def test_a_batch_of_wide_units_has_as_many_columns_as_asked() -> None:
+    task, statistics = task_of(0, obs_batch=12)
+    units = units_of(48, 6)
+    segments = Linears((), Axis("self_attn.o_proj", (1,) * 6))
+    heads = Group(0, "kv_heads", "heads", "head", 8, 1, segments)
+    generator = torch.Generator().manual_seed(2)
+    x_TF = torch.randn(60, 48, generator=generator) @ torch.randn(48, 48, generator=generator)
+    statistics = Statistics.empty(48, torch.device("cpu"), gram=True)
+    statistics.update(x_TF, x_TF)
+    weight_HF = task.walk.layers[0].self_attn.o_proj.weight
+    for num_keep in (2, 3, 4):
+        found = select(dataclasses.replace(task, group=heads, num_keep=num_keep), statistics)
+        expected = greedy_obs(weight_HF, damped_gram(statistics.gram, 1e-3), torch.tensor(units), num_keep, 2)
+        assert torch.equal(found.keep, expected.keep)
+    at_once = greedy_obs(weight_HF, damped_gram(statistics.gram, 1e-3), torch.tensor(units), 2, 8)
+    assert not torch.equal(at_once.keep, select(dataclasses.replace(task, group=heads, num_keep=2), statistics).keep)
+
+
+@torch.no_grad()
+def test_each_seed_draws_its_own_units() -> None:
+    first, again, other = (select(*task_of(60, seed=seed, score="random")).keep for seed in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@torch.no_grad()
+def test_all_units_stay_without_a_score() -> None:
+    found = select(*task_of(112, torch.rand(112)))
+    assert found.keep.tolist() == list(range(112)) and len(found.scores) == 0
+    for score in ("obs", "wanda"):
+        found = select(*task_of(111, score=score))
+        assert len(found.keep) == 111 and len(found.scores) == 112
+
+
+def test_a_groups_line_has_its_counts_and_the_quartiles_of_its_scores() -> None:
+    group = heads_of(None)
+    scores = torch.tensor([9.0, 3.0, 5.0, 1.0, 7.0, 2.0, 8.0])
+    line = log_line(group, 2, 7, {"a": 1.5}, scores)
+    # Sorted they are 1 2 3 5 7 8 9, and places 0, 1.5, 3, 4.5 and 6 are rounded to even.
+    assert line["score_quantiles"] == [1.0, 3.0, 5.0, 7.0, 9.0]
+    assert (line["layer"], line["group"], line["kept"], line["total"]) == (0, "kv_heads", 2, 7)
+    assert line["output_energy"] == {"a": 1.5}
+    assert log_line(group, 2, 2, {}, torch.zeros(0))["score_quantiles"] == []
+
+
+def test_layers_and_rounds_have_seeds_of_their_own() -> None:
+    seeds = {layer_seed(seed, number, layer) for seed in range(3) for number in range(4) for layer in range(5)}
+    assert len(seeds) == 3 * 4 * 5
+    keeps, _ = prune_tiny(tiny_llama(), random_calibration(), score="random", compensate="none")
+    assert len({tuple(keep.tolist()) for keep in keeps.values()}) == 3

@@ -1,0 +1,255 @@
+"""The cut itself against plain indexing: rows, columns, biases, counts, and the units' first names."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import tiny_ids, tiny_llama, tiny_qwen2
+from torch import nn
+
+from secateur.errors import ArchError
+from secateur.model.bind import bind, count_of, decoder_layers, head_width, segments_of
+from secateur.model.group import (
+    Axis,
+    Group,
+    Linears,
+    add_zero_biases,
+    cut,
+    linear,
+    original_units,
+    rows_of,
+    unit_columns,
+)
+from secateur.model.per_layer import record_widths, split_widths
+from tests.families import tiny_family
+
+SEGMENTS = st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any).map(tuple)
+
+
+@st.composite
+def units(draw: st.DrawFn) -> tuple[tuple[int, ...], int, list[int]]:
+    num_units = draw(st.integers(1, 7))
+    keep = draw(st.sets(st.integers(0, num_units - 1), min_size=1).map(sorted))
+    return draw(SEGMENTS), num_units, keep
+
+
+@given(units())
+def test_rows_are_those_that_a_labelled_tensor_shows(case):
+    """Label every row with its unit, segment by segment, and read off who owns what."""
+    segments, num_units, keep = case
+    owners = [unit for width in segments for unit in range(num_units) for _ in range(width)]
+    expected = [row for row, owner in enumerate(owners) if owner in keep]
+    found = rows_of(torch.tensor(keep), segments, num_units)
+    assert found.tolist() == expected
+    columns = unit_columns(segments, num_units, torch.device("cpu"))
+    assert [sorted(row.tolist()) for row in columns] == [
+        [row for row, owner in enumerate(owners) if owner == unit] for unit in range(num_units)
+    ]
+
+
+def parts_of(layer: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in layer.named_parameters()}
+
+
+def with_biases(model: Any) -> Any:
+    """Return the model with a bias of random numbers in every linear of its FFNs and attentions."""
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                module.bias = nn.Parameter(torch.randn(module.out_features))
+    return model
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_a_cut_takes_rows_of_writers_columns_of_the_reader_and_nothing_else(compensated):
+    torch.manual_seed(0)
+    model = with_biases(tiny_llama())
+    arch, layer = bind(model), model.model.layers[1]
+    (group,) = (each for each in arch.select(("ffn",)) if each.layer == 1)
+    layer.mlp.up_proj.weight.requires_grad_(False)
+    before, keep = parts_of(layer), torch.tensor([0, 3, 50, 111])
+    weight, shift = torch.randn(48, 4, dtype=torch.float64), torch.randn(48, dtype=torch.float64)
+    cut(layer, group, keep, 112, *((weight, shift) if compensated else ()))
+    expected = dict(before)
+    for name in ("gate_proj", "up_proj"):
+        for part in ("weight", "bias"):
+            expected[f"mlp.{name}.{part}"] = before[f"mlp.{name}.{part}"][keep]
+    expected["mlp.down_proj.weight"] = before["mlp.down_proj.weight"][:, keep]
+    if compensated:
+        expected["mlp.down_proj.weight"] = weight.float()
+        # What the reader has stays its own; the shift comes on top.
+        expected["mlp.down_proj.bias"] = before["mlp.down_proj.bias"] + shift.float()
+    found = parts_of(layer)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    mlp = layer.mlp
+    assert mlp.up_proj.out_features == mlp.gate_proj.out_features == mlp.down_proj.in_features == 4
+    assert not mlp.up_proj.weight.requires_grad and mlp.gate_proj.weight.requires_grad
+    assert all(parameter.is_contiguous() for parameter in layer.parameters())
+
+
+def test_a_module_that_counts_its_units_counts_those_left():
+    """Attention that repeats keys and values by hand needs the number; the fused one does without."""
+    for name, implementation in (("llama", "eager"), ("gemma", "sdpa")):
+        model = tiny_family(name, attn_implementation=implementation)
+        group = bind(model).select(("query_heads",))[1]
+        cut(model.model.layers[1], group, torch.tensor([1]), 2)
+        assert [layer.self_attn.num_key_value_groups for layer in model.model.layers] == [2, 1, 2]
+        with torch.no_grad():
+            assert model(tiny_ids(), use_cache=False).logits.isfinite().all()
+
+
+def test_a_bias_of_zeros_is_given_where_there_is_none_and_left_where_there_is_one():
+    model = tiny_llama()
+    group, layer = bind(model).select(("ffn",))[0], model.model.layers[0]
+    layer.mlp.gate_proj.bias = nn.Parameter(torch.ones(112))
+    layer.mlp.up_proj.weight.requires_grad_(False)
+    add_zero_biases(layer, group)
+    assert torch.equal(layer.mlp.gate_proj.bias, torch.ones(112))
+    assert torch.equal(layer.mlp.up_proj.bias, torch.zeros(112)) and not layer.mlp.up_proj.bias.requires_grad
+    assert torch.equal(layer.mlp.down_proj.bias, torch.zeros(48)) and layer.mlp.down_proj.bias.requires_grad
+
+
+def test_units_keep_their_first_names_through_rounds():
+    first, second = torch.tensor([1, 3, 4, 8]), torch.tensor([0, 2])
+    assert original_units(first, second).tolist() == [1, 4]
+    by_expert = original_units(first, torch.tensor([[0, 2], [1, 3]]))
+    assert by_expert.tolist() == [[1, 4], [3, 8]]
+    assert original_units(by_expert, torch.tensor([[1], [0]])).tolist() == [[4], [3]]
+
+
+def group_that(**limits: Any) -> Group:
+    axis = Axis("down", (1,))
+    return Group(0, "ffn", "channels", "channel", 12, 1, Linears((axis,), axis), **limits)
+
+
+def test_counts_that_a_config_cannot_state_or_a_model_cannot_run():
+    assert [count for count in range(1, 13) if group_that(at_least=6, multiple_of=3).allows(count)] == [6, 9, 12]
+    assert [count for count in range(1, 13) if group_that(divides=(4, 48)).allows(count)] == [1, 2, 3, 4, 6, 12]
+    assert all(group_that().allows(count) for count in range(1, 13))
+
+
+class Config:
+    """A config of the attributes given."""
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+def test_numbers_from_a_config():
+    config = Config(heads=12, kv=3, ffn=None, hidden=10)
+    assert count_of("heads", config, "here", "f") == 12
+    assert count_of("heads / kv", config, "here", "f") == 4
+    assert count_of("ffn or 4 x hidden", config, "here", "f") == 40
+    assert count_of("kv or 4 x hidden", config, "here", "f") == 3
+    for expression, missing in (("ffn", "ffn"), ("heads / keys", "keys"), ("ffn or 4 x hid", "hid")):
+        with pytest.raises(ArchError, match=f"^here: config has no number '{missing}', which family f needs"):
+            count_of(expression, config, "here", "f")
+
+
+def test_widths_of_heads_and_segments():
+    config = Config(hidden_size=96, num_attention_heads=12, num_key_value_heads=3, shared=2)
+    assert head_width(config) == 8
+    assert segments_of((1, "kv", "q", "kv x shared"), config) == (1, 8, 32, 8, 8)
+    config.head_dim = 16
+    assert head_width(config) == 16 and segments_of(("q",), config) == (64,)
+    for wrong in ("v", "kv x unknown"):
+        with pytest.raises(ArchError, match=f"segment '{wrong}' is no number"):
+            segments_of((wrong,), config)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "at_least", "multiple_of"),
+    [
+        ("mixtral", {}, 2, 1),  # as many as each token gets
+        ("mixtral", {"num_experts_per_tok": 3}, 3, 1),
+        ("deepseek_v3", {}, 6, 3),  # three groups with the two experts that rank each
+        ("deepseek_v3", {"num_experts_per_tok": 5, "topk_group": 2}, 9, 3),  # ceil(5 / 2) in each
+        ("deepseek_v3", {"num_experts_per_tok": 4, "topk_group": 2}, 6, 3),
+        ("deepseek_v3", {"n_group": 1, "topk_group": 1}, 2, 1),
+    ],
+)
+def test_as_many_experts_stay_as_the_router_needs(name, changes, at_least, multiple_of):
+    groups = [group for group in bind(tiny_family(name, **changes)).groups if group.name == "experts"]
+    assert {(group.at_least, group.multiple_of) for group in groups} == {(at_least, multiple_of)}
+
+
+def test_groups_are_those_named_and_whole_families_say_why_not():
+    arch = bind(tiny_qwen2())
+    assert [(group.layer, group.name) for group in arch.select(("ffn",))] == [(0, "ffn"), (1, "ffn"), (2, "ffn")]
+    assert {group.name for group in arch.select(("ffn", "kv_heads"))} == {"ffn", "kv_heads"}
+    assert [arch.is_in_attention(group) for group in arch.groups[:3]] == [
+        group.name.endswith("heads") for group in arch.groups[:3]
+    ]
+    with pytest.raises(ArchError, match=r"remove.groups: family falcon cannot lose .*: "):
+        bind(tiny_family("falcon-new")).select(("ffn", *bind(tiny_family("falcon-new")).omits))
+
+
+def test_the_most_frequent_width_is_the_config_s_and_the_larger_one_wins_a_tie():
+    widths = [{"ffn": 8, "heads": 2}, {"ffn": 8, "heads": 1}, {"ffn": 4}, {"ffn": 2, "heads": 1}]
+    assert split_widths(widths) == ({"ffn": 8, "heads": 1}, {0: {"heads": 2}, 2: {"ffn": 4}, 3: {"ffn": 2}})
+    assert split_widths([{"a": 1}, {"a": 3}, {"a": 2}]) == ({"a": 3}, {0: {"a": 1}, 2: {"a": 2}})
+
+
+def test_a_config_that_named_code_of_its_own_names_none_once_widths_differ():
+    model = tiny_llama()
+    model.config.auto_map = {"AutoModelForCausalLM": "theirs.Model"}
+    arch = bind(model)
+    group = arch.select(("ffn",))[1]
+    cut(decoder_layers(model, arch)[1], group, torch.arange(40), 112)
+    record_widths(model, arch)
+    assert "auto_map" not in vars(model.config)
+    assert [model.config.per_layer_config[index].intermediate_size for index in range(3)] == [112, 40, 112]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gpt2", "qwen3", "olmo"])
+def test_the_config_says_what_the_tensors_are(name):
+    """Heads too: read from the linears, also from one that makes queries, keys and values in one go."""
+    model = tiny_family(name)
+    arch = bind(model)
+    names = {group.name for group in arch.groups} & {"ffn", "kv_heads"}
+    for group in arch.select(tuple(sorted(names))):
+        count = 40 if group.name == "ffn" else 1
+        cut(decoder_layers(model, arch)[group.layer], group, torch.arange(count), group.num_units)
+    record_widths(model, arch)
+    bound = bind(copy.deepcopy(model))
+    assert {(group.name, group.num_units) for group in bound.select(tuple(sorted(names)))} == {
+        (name, 40 if name == "ffn" else 1) for name in names
+    }
+    with torch.no_grad():
+        assert model(tiny_ids(), use_cache=False).logits.isfinite().all()
+    reader = linear(decoder_layers(model, arch)[0], arch.select(("ffn",))[0].reader.module)
+    assert reader.in_features == 40
+
+
+def test_widths_that_are_equal_again_give_the_plain_config():
+    model = tiny_llama()
+    arch, stock = bind(model), type(model)
+    groups = arch.select(("ffn",))
+    cut(model.model.layers[0], groups[0], torch.arange(40), 112)
+    record_widths(model, arch)
+    assert type(model) is not stock and type(model.config).__name__.startswith("PerLayer")
+    for group in groups[1:]:
+        cut(model.model.layers[group.layer], group, torch.arange(40), 112)
+    record_widths(model, arch)
+    assert type(model) is stock and type(model.config).__name__ == "LlamaConfig"
+    assert not model.config.is_heterogeneous and model.config.intermediate_size == 40
+
+
+def test_a_transposed_linear_is_saved_and_loaded_as_it_was():
+    """GPT-2's files hold inputs x outputs; in memory it is a linear like all others."""
+    model, plain = tiny_family("gpt2"), tiny_family("gpt2")
+    bind(model)
+    ours, theirs = model.state_dict(), plain.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+    other = tiny_family("gpt2", seed=1)
+    bind(other)
+    other.load_state_dict(theirs)
+    for (name, ours), theirs in zip(other.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs[1]), name

@@ -1,0 +1,209 @@
+"""One group's step: what is measured, what the cut gets, what a later run repeats, and what the summary counts."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_llama
+from recipes import grouped
+
+import secateur
+from secateur.errors import CheckpointError
+from secateur.methods.compensate import Guard, Repair
+from secateur.model.bind import decoder_layers
+from secateur.model.group import add_zero_biases
+from secateur.pruning import group_step, result
+from secateur.pruning.group_step import outcome_of, prune_group, redo_group
+from secateur.pruning.result import PrunedCheckpoint, calibration_facts, group_widths, summary_of
+from secateur.pruning.run import Run
+from secateur.recipe import Recipe
+from secateur.stream.statistics import pool
+from secateur.stream.walk import Walk
+from tests.families import tiny_family
+from tests.models import opened
+from tests.pruning.test_rounds import run_of
+from tests.tiny_tokenizer import tiny_tokenizer
+
+
+def step(run: Run, number: int = 0, num_keep: int = 64) -> tuple[torch.Tensor, dict[str, Any], Walk]:
+    """Prune the run's group of that number."""
+    group = run.resolved.groups[number]
+    walk = Walk(run.model, run.arch, run.batches(1), dense=bool(run.resolved.target_mix))
+    if run.resolved.target_mix:
+        walk.advance_dense(0)
+    keep, line = prune_group(walk, group, num_keep, run.resolved.recipe, run.shares, 0, None)
+    return keep, line, walk
+
+
+def test_the_cut_gets_what_repair_gives_and_the_line_its_verdict(monkeypatch):
+    run = run_of(tiny_llama(), compensate="bias", score="flap")
+    layer, group = decoder_layers(run.model, run.arch)[0], run.resolved.groups[0]
+    add_zero_biases(layer, group)
+    with torch.no_grad():
+        layer.mlp.down_proj.bias.fill_(1.0)
+    weight, bias, guard = torch.randn(48, 64), torch.randn(48), Guard(0.5, {"d0": 0.25}, {"d0": 0.125})
+    monkeypatch.setattr(group_step, "repair", lambda *_: Repair(weight, bias, guard, 0.25, 8.0))
+    keep, line, _ = step(run)
+    assert torch.equal(layer.mlp.down_proj.weight, weight) and torch.equal(layer.mlp.down_proj.bias, 1 + bias)
+    assert len(keep) == 64 and (line["kept"], line["total"]) == (64, 112)
+    expected = {"step": 0.5, "error_before": {"d0": 0.25}, "error_after": {"d0": 0.125}, "damping": 0.25}
+    assert {key: line[key] for key in expected} == expected and line["condition"] == 8.0
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [("llama", "ffn"), ("llama", "kv_heads"), ("qwen2", "ffn"), ("mixtral", "experts"), ("mixtral", "expert_ffn")],
+)
+def test_a_stored_step_is_repeated_bit_for_bit(name, group):
+    model = tiny_family(name)
+    again = copy.deepcopy(model)
+    run = run_of(model, groups=[group], remove=0.1)
+    layer, other = (decoder_layers(each, run.arch)[0] for each in (model, again))
+    width = run.resolved.groups[0].num_units
+    keep, _, _ = step(run, num_keep={"ffn": 64, "kv_heads": 1, "experts": 4, "expert_ffn": 40}[group])
+    stored = {name: tensor.clone() for name, tensor in outcome_of(layer, run.resolved.groups[0], keep).items()}
+    found = redo_group(other, run.resolved.groups[0], stored)
+    assert torch.equal(found, keep) and keep.shape[-1] < width
+    for key, tensor in layer.state_dict().items():
+        assert torch.equal(other.state_dict()[key], tensor), key
+    dense = decoder_layers(tiny_family(name), run.arch)[0].state_dict()
+    (refitted, *_) = (key for key in stored if key != "keep")
+    key = next(key for key in dense if key.endswith(refitted) and key.split(".")[-1] == refitted.split(".")[-1])
+    assert stored[refitted].shape != dense[key].shape or not torch.equal(stored[refitted], dense[key])
+
+
+@pytest.mark.parametrize(
+    ("asked", "number", "expected"),
+    [
+        ({}, 0, {"gram": True, "drift": True, "to_middle": True}),
+        ({"target_mix": 0.0}, 0, {"gram": True, "drift": False, "to_middle": True}),
+        ({"score": "wanda", "compensate": "none"}, 0, {"gram": False, "drift": False, "to_middle": True}),
+        ({"score": "wanda"}, 0, {"gram": True, "drift": True, "to_middle": True}),
+        ({"score": "obs", "compensate": "none"}, 0, {"gram": True, "drift": False, "to_middle": True}),
+        ({"groups": ["kv_heads", "ffn"]}, 0, {"gram": True, "drift": False, "to_middle": False}),
+    ],
+)
+def test_no_more_is_measured_than_the_step_needs(asked, number, expected, monkeypatch):
+    seen: list[dict[str, Any]] = []
+    original = group_step.measure
+
+    def spy(*arguments: Any, **named: Any) -> Any:
+        seen.append(named)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(group_step, "measure", spy)
+    run = run_of(tiny_llama(), **asked)
+    step(run, number, num_keep=64 if run.resolved.groups[number].name == "ffn" else 1)
+    assert seen == [expected]
+
+
+def test_domains_count_by_the_weights_found_for_this_reader(monkeypatch):
+    """All weight on one domain: units are chosen as that domain alone would choose them."""
+    chosen: list[Any] = []
+    original = group_step.select
+
+    def spy(task: Any, pooled: Any) -> Any:
+        chosen.append(pooled)
+        return original(task, pooled)
+
+    measured: list[Any] = []
+    original_measure = group_step.measure
+
+    def keep_measured(*arguments: Any, **named: Any) -> Any:
+        measured.append(original_measure(*arguments, **named))
+        return measured[-1]
+
+    monkeypatch.setattr(group_step, "select", spy)
+    monkeypatch.setattr(group_step, "measure", keep_measured)
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        group_step, "minimax_weights", lambda *arguments: asked.append(arguments) or {"d0": 1.0, "d1": 0.0}
+    )
+    run = run_of(tiny_llama(), domain_weighting="minimax", damping=0.01)
+    _, line, _ = step(run)
+    assert line["domain_weights"] == {"d0": 1.0, "d1": 0.0}
+    expected = pool(measured[0].by_domain, {"d0": 1.0, "d1": 0.0})
+    torch.testing.assert_close(chosen[0].gram.full(), expected.gram.full(), rtol=0, atol=0)
+    ((by_domain, shares, weight, columns, num_keep, damping),) = asked
+    assert set(by_domain) == {"d0", "d1"} and shares == run.shares and (num_keep, damping) == (64, 0.01)
+    assert weight.shape == (48, 112) and columns.tolist() == [[unit] for unit in range(112)]
+    whole = run_of(tiny_llama(), domain_weighting="minimax")
+    assert "domain_weights" not in step(whole, num_keep=112)[1] and len(asked) == 1
+
+
+def test_widths_are_the_least_and_the_most_of_a_kind_and_dense_where_nothing_was_cut():
+    groups = run_of(tiny_llama(), groups=["ffn", "kv_heads"]).arch.select(("ffn", "kv_heads"))
+    keeps = {(0, "ffn"): torch.arange(40), (1, "ffn"): torch.arange(72), (0, "kv_heads"): torch.arange(1)}
+    assert group_widths(groups, keeps) == {"ffn": (112, 40, 112), "kv_heads": (2, 1, 2)}
+    experts = {(layer, "ffn"): torch.zeros(6, 50, dtype=torch.long) for layer in range(3)}
+    assert group_widths(tuple(g for g in groups if g.name == "ffn"), experts) == {"ffn": (112, 50, 50)}
+
+
+def test_the_summary_counts_refusals_and_what_is_gone():
+    model = tiny_llama()
+    run = run_of(model)
+    first = opened(model, run.resolved.recipe)
+    keeps = {(layer, "ffn"): torch.arange(64) for layer in range(3)}
+    for line in ({"step": 1.0}, {"step": 0.0}, {}, {"step": 0}, {"step": 0.25}):
+        run.services.log.write({"event": "group", **line})
+    run.services.log.write({"event": "note", "text": "noted."})
+    cut_down = tiny_llama(intermediate_size=64)
+    after = dataclasses.replace(run, model=cut_down)
+    none: dict[str, Any] = {"dense_losses": {}, "pruned_losses": {}, "peak_bytes": 1, "command": ""}
+    found = summary_of(first, after, keeps, None, **none)
+    assert found.guard_refusals == 2
+    assert found.widths == {"ffn": (112, 64, 64)} and found.num_layers == (3, 3)
+    dense, pruned = (sum(p.numel() for p in each.parameters()) for each in (model, cut_down))
+    assert (found.dense_size.num_params, found.pruned_size.num_params) == (dense, pruned)
+    assert found.remove_reached == found.outcome.share_gone == pytest.approx(1 - pruned / dense, rel=1e-12)
+    assert (found.remove_asked, found.device, found.family) == (0.3, "cpu", "llama")
+    assert "noted." in found.warnings and found.reload_max_abs_difference is None
+
+
+def test_facts_of_the_text_count_what_was_measured_on_and_what_was_held_out():
+    text = run_of(tiny_llama()).text
+    facts = calibration_facts(text)
+    assert facts.num_tokens == {"d0": 64, "d1": 64} and facts.num_held_out_tokens == {"d0": 64, "d1": 64}
+    assert (facts.content_hash, facts.sequence_length) == ("test", 32)
+    assert facts.held_out_overlap == {"d0": 0.0, "d1": 0.0}
+
+
+def test_a_round_s_checkpoint_has_a_place_of_its_own_and_the_last_one_none(tmp_path):
+    recipe = Recipe().filled(choose={"rounds": 2}, remove={"depth": 1})
+    saved = PrunedCheckpoint(tiny_llama(), tiny_tokenizer(), recipe, tmp_path / "out", None, (0, 2))
+    keeps = {(0, "ffn"): torch.tensor([1, 5]), (1, "ffn"): torch.tensor([[0], [2]])}
+    saved.save(keeps, 2)
+    assert not (tmp_path / "out").exists()
+    saved.save(keeps, 1)
+    (tmp_path / "out").joinpath("rounds", "1", "model.safetensors").stat()
+    saved.save(keeps)
+    text = (tmp_path / "out" / "keep.json").read_text()
+    layers = '{"group": "layers", "keep": [0, 2]}'
+    first, second = ('{"layer": 0, "group": "ffn", "keep": [1, 5]}', '{"layer": 1, "group": "ffn", "keep": [[0], [2]]}')
+    assert text == f"[{layers}, {first}, {second}]\n"
+    with pytest.raises(FileExistsError):
+        saved.save(keeps, 1)
+    plain = PrunedCheckpoint(tiny_llama(), tiny_tokenizer(), Recipe(), tmp_path / "plain", None, (0, 1, 2))
+    plain.save({(0, "ffn"): torch.tensor([1])})
+    assert (tmp_path / "plain" / "keep.json").read_text() == '[{"layer": 0, "group": "ffn", "keep": [1]}]\n'
+
+
+def test_a_result_that_does_not_reload_is_not_there(recipe, tmp_path, monkeypatch):
+    seen: list[Any] = []
+
+    def refuse(directory: Path, ids: torch.Tensor, logits: torch.Tensor) -> None:
+        seen.append((directory, ids, logits))
+        raise CheckpointError("the directory does not hold this model.")
+
+    monkeypatch.setattr(result, "verify_reload", refuse)
+    model = tiny_llama()
+    asked = {**recipe, "evaluate": False}
+    with pytest.raises(CheckpointError, match="does not hold this model"):
+        secateur.prune(model, grouped(asked), tokenizer=tiny_tokenizer(), out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    ((_, ids, logits),) = seen
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, logits), "the logits are those of the pruned model"

@@ -1,0 +1,366 @@
+"""The loop over rounds: one seed a layer and round, slopes at the round's own cut, and the safety net's arithmetic."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import opened, tiny_gemma3, tiny_llama
+from recipes import grouped
+
+from secateur.data.calibration import CalibrationSet
+from secateur.errors import RecipeError
+from secateur.log import RunLog
+from secateur.methods.profile import ProfileSettings
+from secateur.model.bind import bind, decoder_layers
+from secateur.model.group import cut
+from secateur.pruning import loop, round_plan, run
+from secateur.pruning.loop import prune_in_place
+from secateur.pruning.resolve import resolve
+from secateur.pruning.round_plan import layer_seed
+from secateur.pruning.run import Run, SafetyNet, watched_losses
+from secateur.recipe_file import parse_recipe
+from secateur.store import Services, Store
+from secateur.stream.walk import Walk
+from tests.model.test_exactness import random_calibration
+
+RANDOM = {"score": "random", "compensate": "none"}
+
+
+def run_of(model: Any, text: CalibrationSet | None = None, **short: Any) -> Run:
+    """Return a run on random text with what a recipe in short asks for."""
+    settings = {"align": 8, "remove": 0.3, "calibration": {"num_tokens": 4096}, **short}
+    resolved, log = resolve(opened(model, parse_recipe(grouped(settings)))), RunLog()
+    text = text or random_calibration(blocks=2)
+    return Run(model=model, arch=resolved.arch, resolved=resolved, text=text, services=Services(log=log))
+
+
+def test_a_seed_is_of_one_layer_in_one_round_of_one_draw():
+    found = [layer_seed(seed, number, layer) for seed in range(4) for number in range(1, 5) for layer in range(200)]
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "global"])
+def test_random_units_are_drawn_anew_in_every_layer_and_for_every_seed(budget):
+    drawn = [prune_in_place(run_of(tiny_llama(), budget=budget, seed=seed, **RANDOM)) for seed in (0, 1)]
+    chosen = [tuple(keep.tolist()) for keeps in drawn for keep in keeps.values()]
+    assert len(chosen) == 6 and len(set(chosen)) == 6
+    # Not even by much the same numbers: of 112 channels two draws have about kept^2 / 112 in common.
+    first, second = (set(chosen[layer]) for layer in (0, 1))
+    if budget == "uniform":
+        assert len(first & second) < 0.8 * len(first)
+
+
+def test_random_units_are_drawn_anew_in_every_round():
+    runs, drawn = run_of(tiny_llama(), rounds=2, **RANDOM), []
+    original = loop.prune_group
+
+    def spy(*arguments: Any) -> Any:
+        drawn.append(arguments[5])
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "prune_group", spy)
+        prune_in_place(runs)
+    assert len(drawn) == len(set(drawn)) == 6
+
+
+def test_whole_model_scores_are_taken_for_the_groups_they_are_of(monkeypatch):
+    """Every group gets its own scores, and the channels that they rank highest stay."""
+    found = run_of(tiny_llama(), score="taylor", compensate="none")
+    scores = {(layer, "ffn"): torch.arange(112.0).roll(10 * layer) for layer in range(3)}
+    monkeypatch.setattr(loop, "whole_model_scores", lambda *_: scores)
+    for (layer, _), keep in prune_in_place(found).items():
+        expected = scores[layer, "ffn"].argsort(descending=True)[: len(keep)].sort().values
+        assert torch.equal(keep, expected)
+
+
+def settings_of(model: Any, number: int, **short: Any) -> ProfileSettings:
+    return round_plan._profile_settings(run_of(model, budget="curve", rounds=2, **short), number)
+
+
+def test_slopes_are_measured_at_the_share_that_this_round_takes():
+    """Of what is left in parameters: of channels and heads together, and in the second round of what the first left."""
+    model, asked = tiny_llama(), {"groups": ["ffn", "kv_heads"], "remove": 0.4}
+    plans = run_of(model, budget="curve", rounds=2, **asked).resolved.plans
+    prices = {"ffn": 3 * 48, "kv_heads": 6 * 12 * 48}
+
+    def size(num_keep: dict[tuple[int, str], int]) -> int:
+        return sum(count * prices[name] for (_, name), count in num_keep.items())
+
+    whole = size({(layer, name): count for layer in range(3) for name, count in (("ffn", 112), ("kv_heads", 2))})
+    first, second = (size(plan.num_keep) for plan in plans)
+    assert whole > first > second
+    assert settings_of(model, 1, **asked).perturbation == pytest.approx(1 - first / whole, rel=1e-12)
+    arch = bind(model)
+    for group in arch.select(("ffn", "kv_heads")):
+        count = plans[0].num_keep[group.layer, group.name]
+        cut(decoder_layers(model, arch)[group.layer], group, torch.arange(count), group.num_units)
+    settings = settings_of(tiny_llama(), 2, **asked)
+    assert settings.perturbation == pytest.approx(1 - second / whole, rel=1e-12)
+    run = run_of(tiny_llama(), budget="curve", rounds=2, **asked)
+    cut_run = Run(model=model, arch=run.arch, resolved=run.resolved, text=run.text)
+    assert round_plan._profile_settings(cut_run, 2).perturbation == pytest.approx(1 - second / first, rel=1e-12)
+
+
+def test_slopes_are_measured_as_the_recipe_asks():
+    asked = {"damping": 0.25, "obs_batch": 7, "probe_blocks": 3, "domain_weighting": "tokens"}
+    found = settings_of(tiny_llama(), 1, **asked)
+    assert (found.damping, found.obs_batch, found.probe_blocks, found.align) == (0.25, 7, 3, 8)
+    assert found.weighting == "tokens" and found.shares == {"d0": 0.5, "d1": 0.5}
+    # Weights that are found domain by domain act through the slopes.
+    assert settings_of(tiny_llama(), 1, domain_weighting="minimax").weighting == "energy"
+
+
+@pytest.mark.parametrize(
+    ("factory", "asked", "expected"),
+    [(tiny_llama, {}, True), (tiny_llama, {"target_mix": 0.0}, False), (tiny_gemma3, {}, False)],
+)
+def test_the_dense_stream_runs_beside_where_drift_is_made_up_for(factory, asked, expected, monkeypatch):
+    made: list[bool] = []
+    original = Walk.__init__
+
+    def spy(walk: Walk, *arguments: Any, **named: Any) -> None:
+        original(walk, *arguments, **named)
+        made.append(bool(walk.dense_BTD))
+
+    monkeypatch.setattr(Walk, "__init__", spy)
+    prune_in_place(run_of(factory(), **asked))
+    assert made == [expected]
+
+
+DENSE = {"d0": 2.0, "d1": 4.0}
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, *losses: dict[str, float]) -> list[str]:
+    """Let the losses come one after the other; return what they were asked for by name."""
+    asked, given = list[str](), iter(losses)
+
+    def next_losses(_: Run, which: str) -> dict[str, float]:
+        asked.append(which)
+        return next(given)
+
+    monkeypatch.setattr(run, "watched_losses", next_losses)
+    return asked
+
+
+def protected(**shares: float) -> dict[str, Any]:
+    domains = {name: {"files": ["x.txt"], **({"protect": shares[name]} if name in shares else {})} for name in DENSE}
+    return {"calibration": {"num_tokens": 4096, "domains": domains}}
+
+
+def test_a_protected_domain_may_rise_by_its_share_of_the_dense_loss(monkeypatch, tmp_path):
+    scripted(monkeypatch, DENSE, {"d0": 2.25, "d1": 9.0}, {"d0": 3.0, "d1": 4.0})
+    net = SafetyNet(run_of(tiny_llama(), budget="curve", rounds=3, **protected(d0=0.5)), tmp_path)
+    assert net.allowed_rise() == {"d0": 1.0}
+    assert net.holds(1, {}) and net.allowed_rise() == {"d0": 0.75}
+    assert net.holds(2, {})
+    with pytest.raises(
+        RecipeError, match=r"domains\.d0\.protect: its held-out loss has risen from 2\.000 to 3\.000 nats"
+    ):
+        net.allowed_rise()
+
+
+def test_what_layers_took_counts_against_the_limits(monkeypatch, tmp_path):
+    asked = scripted(monkeypatch, {"d0": 2.5, "d1": 4.0})
+    found = run_of(tiny_llama(), budget="curve", rounds=3, **protected(d0=0.5))
+    net = SafetyNet(
+        Run(model=found.model, arch=found.arch, resolved=found.resolved, text=found.text, dense_losses=DENSE), tmp_path
+    )
+    assert net.allowed_rise() == {"d0": 0.5} and asked == ["without layers"]
+
+
+def test_a_round_holds_up_to_the_limit_and_is_undone_beyond(monkeypatch, tmp_path):
+    """The mean over domains of 3 may rise by half, to 4.5 and not by more."""
+    asked = scripted(monkeypatch, DENSE, {"d0": 4.0, "d1": 5.0}, {"d0": 4.0, "d1": 5.001})
+    found = run_of(tiny_llama(), rounds=3, max_loss_rise=0.5, **RANDOM)
+    net, group = SafetyNet(found, tmp_path), found.resolved.groups[0]
+    layer = decoder_layers(found.model, found.arch)[0]
+    keeps = {(0, "ffn"): torch.arange(112)}
+    net.before_round(keeps)
+    cut(layer, group, torch.arange(100), 112)
+    keeps[0, "ffn"] = torch.arange(100)
+    assert net.holds(1, keeps)
+    net.before_round(keeps)
+    before = layer.mlp.down_proj.weight.detach().clone()
+    cut(layer, group, torch.arange(3, 90), 100)
+    keeps[0, "ffn"] = torch.arange(3, 90)
+    assert not net.holds(2, keeps)
+    assert asked == ["dense", "round 1", "round 2"]
+    assert torch.equal(keeps[0, "ffn"], torch.arange(100))
+    assert torch.equal(layer.mlp.down_proj.weight, before) and layer.mlp.up_proj.out_features == 100
+    lines = [line for line in found.services.log.lines if line["event"] in ("round", "note")]
+    assert [line.get("held") for line in lines] == [True, False, None]
+    assert "choose.max_loss_rise: round 2 raised" in lines[-1]["text"] and "is that of round 1." in lines[-1]["text"]
+
+
+def test_a_first_round_that_does_not_hold_is_an_error(monkeypatch, tmp_path):
+    scripted(monkeypatch, DENSE, {"d0": 4.0, "d1": 6.0})
+    net = SafetyNet(run_of(tiny_llama(), rounds=3, max_loss_rise=0.5), tmp_path)
+    net.before_round({})
+    with pytest.raises(RecipeError, match=r"round 1 raised the mean held-out loss by 66\.7% \(allowed 50\.0%\)"):
+        net.holds(1, {})
+
+
+def test_a_round_that_was_undone_is_the_last_one(monkeypatch):
+    losses = [DENSE, {"d0": 2.1, "d1": 4.0}, {"d0": 20.0, "d1": 4.0}]
+    scripted(monkeypatch, *losses)  # a fourth would be one too many
+    rounds, left = [], []
+
+    def after_round(number: int, keeps: Any) -> None:
+        rounds.append(number)
+        left.extend(len(keep) for keep in keeps.values())
+
+    found = run_of(tiny_llama(), rounds=3, max_loss_rise=0.5, **RANDOM)
+    found = Run(model=found.model, arch=found.arch, resolved=found.resolved, text=found.text, after_round=after_round)
+    keeps = prune_in_place(found)
+    assert rounds == [1] and [len(keep) for keep in keeps.values()] == left
+    assert {layer.mlp.up_proj.out_features for layer in found.model.model.layers} == set(left)
+    assert found.model.config.intermediate_size == left[0]
+    assert left == [found.resolved.plans[0].num_keep[layer, "ffn"] for layer in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_watched"),
+    [
+        ({}, False),
+        ({"rounds": 2}, True),
+        ({"max_loss_rise": 0.5}, True),
+        ({"budget": "curve", **protected(d1=0.5)}, True),
+        ({"budget": "curve", **protected()}, False),
+    ],
+)
+def test_losses_are_watched_where_the_recipe_asks_for_them(asked, is_watched):
+    found = watched_losses(run_of(tiny_llama(), **asked), "dense")
+    assert set(found) == ({"d0", "d1"} if is_watched else set())
+
+
+def test_batches_are_the_rounds_own_and_say_which_text_was_held_out():
+    text = random_calibration(blocks=4)
+    found = run_of(tiny_llama(), text, rounds=2)
+    for batches in (found.batches(1), found.batches(2)):  # not rotated: both the same
+        for domain in text.domains:
+            for held_out, blocks in ((False, domain.calibration_NT), (True, domain.held_out_NT)):
+                mine = [batch for batch in batches if (batch.domain, batch.held_out) == (domain.name, held_out)]
+                assert torch.equal(torch.cat([batch.ids_BT for batch in mine]), blocks)
+    assert found.shares == {"d0": 0.5, "d1": 0.5}
+    assert {name: blocks.data_ptr() for name, blocks in found.held_out.items()} == {
+        domain.name: domain.held_out_NT.data_ptr() for domain in text.domains
+    }
+
+
+def test_a_bias_makes_the_config_say_so_and_none_does_not():
+    for compensate, expected in (("bias", True), ("none", False)):
+        found = run_of(tiny_llama(), compensate=compensate, score="flap")
+        prune_in_place(found)
+        assert found.model.config.mlp_bias == expected
+        assert found.model.config.intermediate_size == found.resolved.plans[-1].num_keep[0, "ffn"]
+
+
+def narrow(monkeypatch: pytest.MonkeyPatch, text: CalibrationSet, **short: Any) -> tuple[list[Any], Any, Any]:
+    """Return the blocks, the shares and the damping that readers are made narrow with."""
+    seen: list[Any] = []
+    monkeypatch.setattr(loop, "narrow_readers", lambda *arguments: seen.append(arguments) or {})
+    found = run_of(tiny_llama(num_layers=6), text, depth=2, remove=0.45, **short)
+    loop._narrow_readers(found, found.batches(1))
+    ((_, _, batches, shares, damping, _),) = seen
+    return batches, shares, damping
+
+
+def test_narrow_readers_are_fitted_to_text_that_neither_judges_nor_is_held_out(monkeypatch):
+    """4 x 112 tokens of two domains: 7 blocks of 32 each, after the block that layers are judged on."""
+    text = random_calibration(blocks=12)
+    batches, shares, damping = narrow(monkeypatch, text, protected_layers=[0])
+    assert not any(batch.held_out for batch in batches)
+    for domain in text.domains:
+        mine = torch.cat([batch.ids_BT for batch in batches if batch.domain == domain.name])
+        assert torch.equal(mine, domain.calibration_NT[1:8])
+    assert sorted(shares) == [1, 2, 3, 4, 5] and damping == 0.001
+    (share,) = set(shares.values())
+    plan = run_of(tiny_llama(num_layers=6), text, depth=2, remove=0.45, protected_layers=[0]).resolved.plans[-1]
+    assert share == pytest.approx(sum(plan.num_keep.values()) / (112 * len(plan.num_keep)), rel=1e-12)
+
+
+def test_narrow_readers_take_the_judging_blocks_too_where_there_are_no_others(monkeypatch):
+    text = random_calibration(blocks=7)
+    batches, _, damping = narrow(monkeypatch, text, compensate="none", score="wanda")
+    for domain in text.domains:
+        mine = torch.cat([batch.ids_BT for batch in batches if batch.domain == domain.name])
+        assert torch.equal(mine, domain.calibration_NT)
+    assert damping is None
+
+
+def test_removed_layers_are_gone_from_the_run(tmp_path: Path):
+    model = tiny_llama(num_layers=6)
+    found = loop.remove_depth(run_of(model, removed_layers=[1, 3], remove=0.45))
+    assert found.resolved.layers == (0, 2, 4, 5) and found.arch.num_layers == 4
+    dense = tiny_llama(num_layers=6).model.layers
+    for layer, index in zip(model.model.layers, (0, 2, 4, 5), strict=True):
+        assert torch.equal(layer.mlp.up_proj.weight, dense[index].mlp.up_proj.weight)
+    lines = [line for line in found.services.log.lines if line["event"] == "layer"]
+    assert [line["layer"] for line in lines] == [1, 3] and all("chosen" not in line for line in lines)
+    assert all({"error_before", "error_after", "step"} <= set(line) for line in lines)
+    with pytest.raises(AssertionError, match="remove_depth comes first"):
+        prune_in_place(run_of(tiny_llama(num_layers=6), removed_layers=[1, 3], remove=0.45))
+
+
+def test_the_first_layer_has_none_before_it_to_be_folded_into():
+    model = tiny_llama(num_layers=6)
+    before = [layer.mlp.down_proj.weight.detach().clone() for layer in model.model.layers]
+    found = loop.remove_depth(run_of(model, removed_layers=[0], remove=0.2))
+    (line,) = (line for line in found.services.log.lines if line["event"] == "layer")
+    assert "error_after" not in line and "step" not in line
+    for layer, weight in zip(model.model.layers, before[1:], strict=True):
+        assert torch.equal(layer.mlp.down_proj.weight, weight)
+
+
+def test_a_fold_that_is_stored_is_repeated_bit_for_bit(tmp_path):
+    folded = []
+    for _ in range(2):
+        model = tiny_llama(num_layers=6)
+        found = run_of(model, random_calibration(blocks=32), removed_layers=[2], remove=0.2)
+        services = Services(log=RunLog(), store=Store(tmp_path))
+        loop.remove_depth(replace(found, services=services))
+        folded.append(model.model.layers[1].mlp.down_proj.weight)
+    assert services.store.num_found == 1 and torch.equal(*folded)
+    assert not torch.equal(folded[0], tiny_llama(num_layers=6).model.layers[1].mlp.down_proj.weight)
+
+
+def test_scores_that_plan_the_widths_never_see_held_out_text(monkeypatch):
+    """Nor do layers that lose nothing stand still: the groups behind them are scored on what they give."""
+    text, seen = random_calibration(blocks=3), dict[int, list[torch.Tensor]]()
+    original = round_plan.measure
+
+    def spy(walk: Walk, group: Any, *arguments: Any, **named: Any) -> Any:
+        assert not any(batch.held_out for batch in walk.batches)
+        seen[group.layer] = [hidden.clone() for hidden in walk.hidden_BTD]
+        return original(walk, group, *arguments, **named)
+
+    monkeypatch.setattr(round_plan, "measure", spy)
+    model = tiny_llama()
+    found = run_of(model, text, budget="global", score="wanda", protected_layers=[1], remove=0.1)
+    round_plan.plan_round(found, 1, found.batches(1), {}, {})
+    assert sorted(seen) == [0, 2]
+    walk = Walk(model, found.arch, [batch for batch in found.batches(1) if not batch.held_out])
+    for index in range(2):
+        torch.testing.assert_close(torch.cat(seen.get(index, walk.hidden_BTD)), torch.cat(walk.hidden_BTD))
+        walk.advance(index)
+    torch.testing.assert_close(torch.cat(seen[2]), torch.cat(walk.hidden_BTD), rtol=0, atol=0)
+
+
+def test_rotated_text_is_fresh_in_every_round():
+    asked: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run, "rotated", lambda drawn, number: asked.append(number) or drawn)
+        found = run_of(tiny_llama(), rounds=2)
+        for number in (1, 2):
+            found.batches(number)
+    assert asked == [0, 1]
+
+
+def test_a_plan_by_random_scores_draws_them_layer_by_layer():
+    """Were they the same in all layers, all layers would keep the same number."""
+    found = run_of(tiny_llama(), budget="global", align=1, **RANDOM)
+    plan = round_plan.plan_round(found, 1, found.batches(1), {}, {})
+    assert len(set(plan.num_keep.values())) > 1

@@ -1,0 +1,178 @@
+"""What the Trainer is given: steps, warm-up, evaluations, the loss of a batch; and what its events turn into."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_llama
+from torch.nn.functional import cross_entropy
+from transformers import TrainerControl, TrainerState
+
+from secateur.errors import RecipeError
+from secateur.model.config import quiet_transformers
+from secateur.recipe import Recipe, RecoverySettings
+from secateur.recovery import train
+from secateur.recovery.pair import RecoveryText
+from secateur.recovery.train import Distiller, Listener, Work, _arguments, _passes, wants_shards, with_lora
+from secateur.report.measured import Verdict
+
+
+def work_with(place: Any, **settings: Any) -> Work:
+    """Return what `_arguments` reads of a recovery."""
+    work = object.__new__(Work)
+    work.settings, work.directory, work.recipe = RecoverySettings(**settings), place, Recipe(seed=7)
+    return work
+
+
+def arguments_of(place: Any, num_steps: int, size: int = 4, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    with quiet_transformers():
+        return _arguments(work_with(place, **settings), dtype, size, num_steps)
+
+
+def test_the_schedule_is_the_one_that_the_docs_tell(tmp_path):
+    found = arguments_of(tmp_path, 95, learning_rate=0.25, evaluations=4)
+    assert (found.max_steps, found.warmup_steps, found.learning_rate) == (95, 9, 0.25)
+    assert (found.lr_scheduler_type, found.weight_decay, found.max_grad_norm) == ("cosine", 0.0, 1.0)
+    # Four evaluations at most: every 24 steps, and at the end.
+    assert found.eval_steps == found.save_steps == 24 and found.save_total_limit == 1
+    assert found.load_best_model_at_end and found.metric_for_best_model == "eval_objective"
+    assert found.greater_is_better is False and found.seed == 7 and found.bf16 is False
+    assert found.train_sampling_strategy == "sequential"
+    assert found.restore_callback_states_from_checkpoint
+    assert arguments_of(tmp_path, 5).warmup_steps == 1
+    assert arguments_of(tmp_path, 8, evaluations=4).eval_steps == 2
+    assert arguments_of(tmp_path, 8, evaluations=1).eval_steps == 8
+
+
+def test_a_step_is_shared_out_over_passes(tmp_path):
+    found = arguments_of(tmp_path, 8, size=4, blocks_per_device=2)
+    assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (2, 2)
+    small = arguments_of(tmp_path, 8, size=1, blocks_per_device=2)
+    assert (small.per_device_train_batch_size, small.gradient_accumulation_steps) == (1, 1)
+    with pytest.raises(
+        RecipeError, match=r"a step of 5 blocks cannot be .* 1 processes with 2 .* multiple of 2 blocks"
+    ):
+        arguments_of(tmp_path, 8, size=5, blocks_per_device=2)
+    several: Any = SimpleNamespace(per_device_train_batch_size=2, world_size=3)
+    passes = getattr(_passes, "__wrapped__", _passes)
+    assert passes(several, 12) == 2
+    with pytest.raises(RecipeError, match="over 3 processes with 2 blocks each"):
+        passes(several, 8)
+
+
+@pytest.mark.parametrize(("kl_share", "temperature"), [(1.0, 1.0), (0.25, 2.0), (0.0, 1.0)])
+def test_the_loss_of_a_batch_is_the_formula_with_the_domains_weights(kl_share, temperature):
+    student, teacher = tiny_llama(seed=1), tiny_llama()
+    ids_BT = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    weights = torch.tensor([0.5, 1.5])
+    trainer = object.__new__(Distiller)
+    trainer.settings = RecoverySettings(kl_share=kl_share, temperature=temperature)
+    trainer.teacher = None if kl_share == 0 else teacher
+    found = trainer.compute_loss(student, {"input_ids": ids_BT, "weight": weights})
+    with torch.no_grad():
+        ours, theirs = (each(ids_BT, use_cache=False).logits[:, :-1].double() for each in (student, teacher))
+        log_p, log_q = (theirs / temperature).log_softmax(-1), (ours / temperature).log_softmax(-1)
+        kl_BP = (log_p.exp() * (log_p - log_q)).sum(-1) * temperature**2
+        plain_BP = cross_entropy(ours.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none").view(2, 8)
+        expected = (weights[:, None] * (kl_share * kl_BP + (1 - kl_share) * plain_BP)).mean()
+    assert float(found.detach()) == pytest.approx(float(expected), rel=1e-5)
+    found.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_an_evaluation_says_kl_by_domain_its_mean_and_the_objective():
+    logged: list[dict[str, float]] = []
+    trainer = object.__new__(Distiller)
+    model = tiny_llama().train()
+    verdicts = {"a": Verdict(0.1, 0.0, 3.0, 1.0, 1), "b": Verdict(0.5, 0.0, 4.0, 1.0, 1)}
+    trainer.judge = SimpleNamespace(verdicts=lambda _: verdicts)  # type: ignore[assignment]
+    trainer.settings, trainer.model_wrapped, trainer.log = RecoverySettings(kl_share=0.25), model, logged.append
+    trainer.args = trainer.state = trainer.control = None  # type: ignore[assignment]
+    trainer.callback_handler = SimpleNamespace(on_evaluate=lambda *_: "control")  # type: ignore[assignment]
+    found = trainer.evaluate()
+    assert found == pytest.approx(
+        {"eval_kl_a": 0.1, "eval_kl_b": 0.5, "eval_kl": 0.3, "eval_objective": 0.25 * 0.3 + 0.75 * 3.5}
+    )
+    assert logged == [found] and trainer.control == "control" and not model.training
+
+
+def listener() -> tuple[Listener, list[dict[str, Any]], list[tuple[str, int, int]], list[str]]:
+    lines, moves, said = list[dict[str, Any]](), list[tuple[str, int, int]](), list[str]()
+    return Listener(100, lines.append, lambda *where: moves.append(where), said.append), lines, moves, said
+
+
+def test_progress_counts_tokens_and_a_resumed_run_times_its_own_steps_alone(tmp_path):
+    heard, lines, moves, said = listener()
+    arguments, control = arguments_of(tmp_path, 10), TrainerControl()
+    heard.on_train_begin(arguments, TrainerState(global_step=4, max_steps=10), control)
+    heard.started -= 2.0  # as if two seconds had gone
+    state = TrainerState(global_step=6, max_steps=10)
+    heard.on_step_end(arguments, state, control)
+    assert moves == [("recover", 400, 1000), ("recover", 600, 1000)] and not control.should_evaluate
+    heard.on_log(arguments, state, control, logs={"loss": 1.25, "learning_rate": 0.5})
+    heard.on_log(arguments, state, control, logs={"eval_kl": 0.5})
+    (line,) = lines
+    assert (line["event"], line["step"], line["tokens"], line["loss"]) == ("recover_step", 6, 600, 1.25)
+    assert 0 < line["tokens_per_second"] <= 100.0, "two steps of 100 tokens in two seconds, and a little more"
+    heard.on_evaluate(arguments, state, control, metrics={"eval_kl_a": 0.5, "eval_kl": 0.5, "eval_objective": 9.0})
+    assert lines[1]["event"] == "recover_kl" and lines[1]["kl"] == {"a": 0.5}
+    assert said[0].startswith("step 6 of 10: loss 1.250, ") and "held-out KL 0.5000 (a 0.500)" in said[0]
+    heard.on_step_end(arguments, TrainerState(global_step=10, max_steps=10), control)
+    assert control.should_evaluate and control.should_save
+
+
+def test_low_rank_additions_start_at_nothing_and_count_twice():
+    torch.manual_seed(0)
+    model = tiny_llama()
+    ids_BT = torch.randint(3, 300, (1, 8))
+    with torch.no_grad():
+        before = model(ids_BT, use_cache=False).logits
+    trained: Any = with_lora(model, 4)
+    with torch.no_grad():
+        assert torch.equal(trained(ids_BT, use_cache=False).logits, before)
+    layer = trained.base_model.model.model.layers[0].mlp.up_proj
+    assert layer.scaling == {"default": 2.0} and layer.lora_A["default"].weight.shape == (4, 48)
+    free = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
+    assert len(free) == 2 * 7 * 3 and not any("lm_head" in name for name in free)
+
+
+def test_shards_are_for_several_processes_and_version_two(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not wants_shards()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match="asks for version 1, allowed is 2"):
+        wants_shards()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert wants_shards()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not wants_shards()
+
+
+def test_words_stay_and_all_else_moves_in_the_weights_own_dtype(monkeypatch, tmp_path):
+    """What is free to move while the Trainer runs, in which dtype, and in which dtype it ends."""
+    seen: dict[str, tuple[torch.dtype, bool]] = {}
+    monkeypatch.setattr(train, "_trainer", lambda *_: SimpleNamespace(state=SimpleNamespace(global_step=3)))
+    monkeypatch.setattr(train, "_take_back", lambda *_: None)
+
+    def run(trainer: Any, folder: Any) -> None:
+        seen.update({name: (each.dtype, each.requires_grad) for name, each in work.pruned.named_parameters()})
+
+    monkeypatch.setattr(train, "_run", run)
+    words = {"model.embed_tokens.weight", "lm_head.weight"}
+    for settings, moves, has_teacher in (
+        ({"train": "layers", "kl_share": 0.0}, False, False),
+        ({"train": "full", "kl_share": 0.5}, True, True),
+    ):
+        work = work_with(tmp_path, batch_tokens=64, **settings)
+        work.pruned, work.teacher = tiny_llama().to(torch.bfloat16), tiny_llama()
+        work.text = RecoveryText((("a", torch.zeros(32, dtype=torch.long)),) * 8, {}, 32, "")
+        before = {name: each.detach().clone() for name, each in work.pruned.named_parameters()}
+        assert train.recover_logits(work, {"a": 1.0}) == 3 * 2 * 32
+        assert (work.teacher is not None) == has_teacher
+        assert {dtype for dtype, _ in seen.values()} == {torch.float32}
+        assert {name for name, (_, free) in seen.items() if not free} == (set() if moves else words)
+        for name, parameter in work.pruned.named_parameters():
+            assert parameter.dtype == torch.bfloat16 and not parameter.requires_grad
+            assert torch.equal(parameter, before[name])

@@ -1,0 +1,119 @@
+"""The judge's verdicts against plain float64 sums over whole logits, and what follows from them."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_llama
+from torch import nn
+
+from secateur.errors import NumericsError
+from secateur.facts import Divergence
+from secateur.model.bind import bind
+from secateur.recovery import judge as module
+from secateur.recovery.judge import Judge, domain_weights, objective
+from secateur.report.measured import Verdict, mean_kl, mean_nats
+from tests.families import tiny_family
+
+TEXT = {
+    name: torch.randint(3, 300, (blocks, 70), generator=torch.Generator().manual_seed(blocks))
+    for name, blocks in (("one", 1), ("three", 3))
+}
+
+
+def logits_of(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids_BT, use_cache=False).logits
+
+
+def by_hand(dense: Any, model: Any, ids_BT: torch.Tensor) -> dict[str, float]:
+    """Return KL, its error over blocks, nats and agreement in float64 from whole logits."""
+    ours, theirs = (logits_of(each, ids_BT)[:, :-1].double() for each in (dense, model))
+    log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
+    kl_BP = (log_p.exp() * (log_p - log_q)).sum(-1)
+    nats = -log_q.gather(2, ids_BT[:, 1:, None]).mean()
+    means = kl_BP.mean(1)
+    error = float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else 0.0
+    agreement = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
+    return {"kl": float(kl_BP.mean()), "error": error, "nats": float(nats), "agreement": float(agreement)}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "cohere"])
+def test_verdicts_are_sums_over_whole_logits(name):
+    """Families that scale or cap their logits too: the judge holds the dense model's last states alone."""
+    dense, model = tiny_family(name), tiny_family(name, seed=1)
+    judge = Judge(dense, bind(dense), TEXT)
+    found = judge.verdicts(lambda ids_BT: logits_of(model, ids_BT))
+    for domain, ids_BT in TEXT.items():
+        expected, verdict = by_hand(dense, model, ids_BT), found[domain]
+        # Logits are float32 either way, whose errors the softmax's sums of 320 terms carry.
+        assert verdict.kl == pytest.approx(expected["kl"], rel=1e-4)
+        assert verdict.standard_error == pytest.approx(expected["error"], rel=1e-3, abs=1e-9)
+        assert verdict.nats_per_token == pytest.approx(expected["nats"], rel=1e-5)
+        assert verdict.top1_agreement == expected["agreement"]
+        assert verdict.num_tokens == ids_BT[:, 1:].numel()
+
+
+def test_the_dense_model_agrees_with_itself():
+    dense = tiny_llama()
+    found = Judge(dense, bind(dense), TEXT).dense()
+    for domain, ids_BT in TEXT.items():
+        verdict = found[domain]
+        assert (verdict.kl, verdict.standard_error, verdict.top1_agreement) == (0.0, 0.0, 1.0)
+        assert verdict.nats_per_token == pytest.approx(by_hand(dense, dense, ids_BT)["nats"], rel=1e-5)
+
+
+def test_the_judge_stands_without_the_dense_model():
+    dense, model = tiny_llama(), tiny_llama(seed=1)
+    judge = Judge(dense, bind(dense), TEXT)
+    before = judge.verdicts(lambda ids_BT: logits_of(model, ids_BT))
+    judge.copy_head()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.zero_()
+    assert judge.verdicts(lambda ids_BT: logits_of(model, ids_BT)) == before
+
+
+def test_predictions_that_are_no_numbers_are_an_error():
+    dense = tiny_llama()
+    with pytest.raises(NumericsError, match="KL, domain one: a divergence is not finite"):
+        Judge(dense, bind(dense), TEXT).verdicts(lambda ids_BT: logits_of(dense, ids_BT) * math.nan)
+
+
+def test_progress_counts_blocks():
+    seen: list[tuple[str, int, int]] = []
+    Judge(tiny_llama(), bind(tiny_llama()), TEXT, lambda *where: seen.append(where))
+    assert seen == [("judge dense", done, 4) for done in (0, 1, 4)]
+
+
+def verdicts(**kl: float) -> dict[str, Verdict]:
+    return {name: Verdict(value, 0.0, 10 * value, 1.0, 1) for name, value in kl.items()}
+
+
+def test_domains_count_equally_and_the_objective_mixes_both():
+    found = verdicts(a=0.1, b=0.5)
+    assert mean_kl(found) == pytest.approx(0.3) and mean_nats(found) == pytest.approx(3.0)
+    assert objective(found, 1.0) == pytest.approx(0.3) and objective(found, 0.0) == pytest.approx(3.0)
+    assert objective(found, 0.75) == pytest.approx(0.75 * 0.3 + 0.25 * 3.0)
+
+
+def test_weights_of_domains():
+    found = verdicts(a=0.1, b=0.5)
+    assert domain_weights(found, "shares") == {"a": 1.0, "b": 1.0}
+    assert domain_weights(found, "lost") == pytest.approx({"a": 1 / 3, "b": 5 / 3})
+    assert domain_weights(verdicts(a=0.0, b=0.0), "lost") == {"a": 1.0, "b": 1.0}
+
+
+def test_the_head_is_the_familys():
+    """A plain head would leave Granite's scaling out."""
+    dense = tiny_family("granite")
+    judge = Judge(dense, bind(dense), TEXT)
+    assert not isinstance(judge._head, nn.Linear)
+
+
+def test_rounding_leaves_no_divergence_below_zero(monkeypatch):
+    monkeypatch.setattr(module, "summarise", lambda *_: Divergence(-1e-9, 0.0, 0.0, 1.0, 3))
+    dense = tiny_llama()
+    found = Judge(dense, bind(dense), TEXT).verdicts(lambda ids_BT: logits_of(dense, ids_BT))
+    assert {verdict.kl for verdict in found.values()} == {0.0}

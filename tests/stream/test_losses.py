@@ -1,0 +1,190 @@
+"""Losses and divergences against float64 formulae: by block, by domain, with scaled heads, on degenerate logits."""
+
+import copy
+import math
+
+import pytest
+import torch
+from families import tiny_family
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import tiny_ids, tiny_llama
+from reference import FLOAT32_STEP, bits_per_byte, kl_per_token, mean_error, next_token_nats, quantile
+from tiny_tokenizer import tiny_tokenizer
+from torch import Tensor, nn
+
+from secateur.errors import NumericsError
+from secateur.evaluation.text import measure_quality
+from secateur.model.bind import bind
+from secateur.stream import losses as product
+from secateur.stream.losses import (
+    DenseStates,
+    block_losses,
+    domain_losses,
+    final_states,
+    standard_error,
+    summarise,
+    token_divergences,
+    token_divergences_and_agreements,
+)
+
+# Behind each logit lie three layers of 112 inputs; a softmax sums 320 words.
+TOLERANCE = (3 * 112 + 320) * FLOAT32_STEP
+
+
+def logits64(model: nn.Module, ids_BT: Tensor) -> Tensor:
+    """Return a plain forward in float64."""
+    with torch.no_grad():
+        return copy.deepcopy(model).double()(ids_BT, use_cache=False).logits
+
+
+def reference_nats(model: nn.Module, ids_NT: Tensor) -> list[Tensor]:
+    return [next_token_nats(logits64(model, ids_T[None])[0, :-1], ids_T[1:]) for ids_T in ids_NT]
+
+
+# One family plain, one whose logits are capped, one whose logits are scaled.
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "falcon-new"])
+def test_losses_are_those_of_a_plain_forward_in_float64(family: str) -> None:
+    model = tiny_family(family)
+    blocks = {"a": tiny_ids(batch=3, length=20, seed=1), "b": tiny_ids(batch=1, length=20, seed=2)}
+    found = domain_losses(model, bind(model), blocks)
+    assert list(found) == ["a", "b"]
+    for domain, ids_NT in blocks.items():
+        nats = reference_nats(model, ids_NT)
+        means = [float(each.mean()) for each in nats]
+        assert found[domain].num_tokens == len(ids_NT) * 19
+        assert found[domain].nats_per_token == pytest.approx(sum(means) / len(means), rel=TOLERANCE)
+        assert found[domain].standard_error == pytest.approx(mean_error(means), abs=2 * TOLERANCE * max(means))
+        for ids_T, each in zip(ids_NT, nats, strict=True):
+            alone = block_losses(model, bind(model), ids_T[None])
+            torch.testing.assert_close(alone.double(), each, rtol=TOLERANCE, atol=TOLERANCE * float(each.max()))
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 1 << 15])
+def test_how_many_blocks_pass_together_changes_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    blocks = {"a": tiny_ids(batch=3, length=20, seed=1), "b": tiny_ids(batch=2, length=20, seed=2)}
+    expected = domain_losses(model, bind(model), blocks)
+    seen: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(product, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(product, "HEAD_POSITIONS", 7)
+    found = domain_losses(model, bind(model), blocks, lambda *step: seen.append(step), "judge")
+    for domain, loss in expected.items():
+        assert found[domain].nats_per_token == pytest.approx(loss.nats_per_token, rel=TOLERANCE)
+        assert found[domain].standard_error == pytest.approx(loss.standard_error, rel=1e-3)
+    num_steps = {1: 5, 40: 3, 1 << 15: 1}[at_once] * 3
+    assert seen == [("judge", done, num_steps) for done in range(num_steps + 1)]
+
+
+def test_a_loss_that_is_no_number_names_the_domain() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[0] = torch.nan
+    blocks = {"prose": tiny_ids(batch=2, length=20)}
+    with pytest.raises(NumericsError, match=r"^judge, domain prose: the loss is nan.*\.$"):
+        domain_losses(model, bind(model), blocks, stage="judge")
+    with pytest.raises(NumericsError, match=r"^evaluate, domain prose: the loss is nan.*\.$"):
+        measure_quality(model, bind(model), tiny_tokenizer(), "prose", blocks["prose"] % 256, lambda: None)
+
+
+@given(values=st.lists(st.floats(-100, 100), min_size=1, max_size=12))
+def test_the_standard_error_of_a_mean(values: list[float]) -> None:
+    assert standard_error(values) == pytest.approx(mean_error(values), rel=1e-12, abs=1e-12)
+
+
+def test_bits_per_byte_over_several_blocks() -> None:
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    texts = "one token for each byte.", "schöne Wörter, 2 mal a", "the end of text follows."
+    ids_NT = torch.tensor([tokenizer(text)["input_ids"][:24] for text in texts])
+    ids_NT[2, 5] = tokenizer.eos_token_id  # predicted, but no byte of text
+    done: list[None] = []
+    found = measure_quality(model, bind(model), tokenizer, "mine", ids_NT, lambda: done.append(None))
+    nats = [each.tolist() for each in reference_nats(model, ids_NT)]
+    num_bytes = 3 * 23 - 1
+    assert (found.num_tokens, found.num_bytes, len(done)) == (3 * 23, num_bytes, 3)
+    everything = [value for block in nats for value in block]
+    assert found.bits_per_byte == pytest.approx(bits_per_byte(everything, num_bytes), rel=TOLERANCE)
+    means = [sum(block) / len(block) for block in nats]
+    assert found.block_nats == pytest.approx(means, rel=TOLERANCE)
+    assert found.nats_per_token == pytest.approx(sum(everything) / len(everything), rel=TOLERANCE)
+    assert found.perplexity == pytest.approx(math.exp(sum(means) / 3), rel=10 * TOLERANCE)
+    assert found.standard_error == pytest.approx(mean_error(means), abs=2 * TOLERANCE * max(means))
+
+
+logits = st.builds(
+    lambda seed, positions, words, scale, kind: degenerate_logits(seed, positions, words, scale, kind),
+    st.integers(0, 999),
+    st.integers(1, 20),
+    st.integers(2, 30),
+    st.sampled_from([0.0, 1.0, 30.0]),
+    st.sampled_from(["", "sure", "shifted"]),
+)
+
+
+def degenerate_logits(seed: int, positions: int, words: int, scale: float, kind: str) -> tuple[Tensor, Tensor]:
+    """Return a dense and a pruned model's logits: equal words, one word sure, or far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    dense, pruned = (scale * torch.randn(positions, words, generator=generator) for _ in range(2))
+    if kind == "sure":
+        dense[:, 0] += 80
+    return (dense + 1000, pruned - 500) if kind == "shifted" else (dense, pruned)
+
+
+@settings(max_examples=50)
+@given(pair=logits)
+def test_divergences_are_those_of_the_formula(pair: tuple[Tensor, Tensor]) -> None:
+    dense, pruned = pair
+    found, agree = token_divergences_and_agreements(dense, nn.Identity(), pruned, nn.Identity())
+    expected = kl_per_token(dense, pruned)
+    # log p rounds to a step of its own size, and p sums to one.
+    size = dense.abs().amax() + pruned.abs().amax() + 10
+    assert bool(((found.double() - expected).abs() <= 8 * FLOAT32_STEP * size).all())
+    assert torch.equal(found, token_divergences(dense, nn.Identity(), pruned, nn.Identity()))
+    best = [int(row.argmax()) for row in dense], [int(row.argmax()) for row in pruned]
+    assert agree.tolist() == [a == b for a, b in zip(*best, strict=True)]
+
+
+def test_slices_of_positions_and_rows_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, pruned = degenerate_logits(5, 50, 9, 2.0, "")
+    heads = nn.Linear(9, 11), nn.Linear(9, 11)
+    with torch.no_grad():
+        expected = kl_per_token(heads[0](dense), heads[1](pruned))
+    monkeypatch.setattr(product, "KL_POSITIONS", 7)
+    monkeypatch.setattr(product, "CACHED_ROWS", 3)
+    found = token_divergences(dense, heads[0], pruned, heads[1])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=40 * FLOAT32_STEP)
+    assert not bool(token_divergences(dense, heads[0], dense, heads[0]).any())
+
+
+@settings(max_examples=50)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_figures_of_a_domain_are_those_of_the_formulae(sizes: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    blocks = [torch.rand(size, generator=generator) for size in sizes]
+    agree = [torch.rand(size, generator=generator) < 0.6 for size in sizes]
+    found = summarise("mine", blocks, agree)
+    values = [float(value) for block in blocks for value in block]
+    assert found.mean == pytest.approx(sum(values) / len(values), rel=1e-12)
+    means = [sum(block.tolist()) / len(block) for block in blocks]
+    assert found.standard_error == pytest.approx(mean_error(means), rel=1e-9, abs=1e-12)
+    assert found.p95 == pytest.approx(quantile(values, 0.95), rel=1e-12)
+    hits = [bool(value) for block in agree for value in block]
+    assert found.top1_agreement == pytest.approx(sum(hits) / len(hits), rel=1e-12)
+    assert found.num_tokens == sum(sizes)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_value_that_is_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(NumericsError, match=r"^KL, domain legal: .*\.$"):
+        summarise("legal", [torch.ones(3), torch.tensor([1.0, value])], [torch.ones(5, dtype=torch.bool)])
+
+
+def test_the_heads_input_is_where_a_token_follows() -> None:
+    model, ids_1T = tiny_llama(), tiny_ids(batch=1, length=9)
+    states_PD = final_states(model, bind(model), ids_1T)
+    assert states_PD.shape == (8, 48)
+    dense = DenseStates(model.lm_head, {"a": [states_PD]})
+    with torch.no_grad():
+        logits_PV = dense.head(states_PD).double()
+    expected = logits64(model, ids_1T)[0, :-1]
+    assert float((logits_PV - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())

@@ -1,0 +1,57 @@
+"""A short slice of `make fuzz`, the same on each run: damaged files end in success or in one sentence."""
+
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from secateur.errors import RecipeError
+
+TOOL = Path(__file__).parents[1] / "tools" / "fuzz.py"
+# A few seconds in all on two idle cores.
+INPUTS = {"recipes": 60, "configs": 40, "headers": 30, "gguf": 40, "jsonl": 60, "tokenizers": 30, "journals": 40}
+
+
+@pytest.fixture(scope="module")
+def fuzz() -> Any:
+    spec = spec_from_file_location("fuzz", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def makers(fuzz, tmp_path_factory) -> Any:
+    return fuzz.kinds(tmp_path_factory.mktemp("seeds"))
+
+
+def test_every_kind_has_its_inputs(makers):
+    assert makers.keys() == INPUTS.keys()
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers and numpy on values that make no sense
+@pytest.mark.parametrize("name", INPUTS)
+def test_damaged_files_end_in_a_sentence(name, fuzz, makers):
+    counts, findings = fuzz.run(makers[name](), INPUTS[name], float("inf"), seed=0)
+    assert not findings
+    assert counts.total() == INPUTS[name] and min(counts["accepted"], counts["refused"]) >= INPUTS[name] // 20
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda place: {}["x"], "KeyError: 'x'"),
+        (lambda place: (place.parent / "stray").mkdir(), "left files outside its directory: ['stray']"),
+        (lambda place: (_ for _ in ()).throw(RecipeError("")), "no sentence"),
+        (lambda place: [None for _ in iter(int, 1)], "Hang"),
+    ],
+    ids=["exception", "stray file", "no sentence", "hang"],
+)
+def test_what_counts_as_a_finding(damage, found, fuzz, monkeypatch):
+    monkeypatch.setattr(fuzz, "HANG_SECONDS", 0.2)
+    counts, findings = fuzz.run(fuzz.Kind([fuzz.Seed("a", b"x")], damage), 3, float("inf"), seed=5)
+    assert counts == {"findings": 3}
+    ((said, seed),) = findings.items()
+    assert found in said and seed == 5

@@ -1,0 +1,231 @@
+"""Foreign files that nest, repeat or ask without end: one sentence, before anything is built from them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_tokenizer import tiny_tokenizer
+
+from secateur.data.chat import MAX_PRODUCT, chat_text
+from secateur.errors import MAX_SENTENCE, CalibrationError, CheckpointError, RecipeError
+from secateur.files import MAX_LEVELS, MAX_YAML_VALUES, json_of, yaml_of
+from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.model.config import directory_config
+from secateur.recipe_file import as_recipe
+from secateur.recovery.pair import KEEP_FILE, _check_layers
+from secateur.report.records import Summary
+
+CHAT = [{"role": "user", "content": "hi"}]
+DEEP = {"lists": "[" * 100_000, "objects": '{"a": ' * 100_000, "closed": "[" * 200 + "]" * 200}
+
+
+def nested(levels: int, text: str = "[]") -> str:
+    return "[" * (levels - 1) + text + "]" * (levels - 1)
+
+
+def bomb(first: str, join: str) -> str:
+    """Return YAML of ten lines that stands for a billion values."""
+    lines = [first, *(f"a{n}: &a{n} {join % ', '.join([f'*a{n - 1}'] * 9)}" for n in range(1, 10))]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("read", [json_of, yaml_of])
+def test_levels_are_counted(read):
+    assert read(nested(MAX_LEVELS)) == json.loads(nested(MAX_LEVELS))
+    with pytest.raises(ValueError, match="it nests more than 100 levels"):
+        read(nested(MAX_LEVELS + 1))
+    with pytest.raises(ValueError, match="it nests more than 100 levels"):
+        read(nested(MAX_LEVELS, '{"a": []}'))
+
+
+@pytest.mark.parametrize("text", DEEP.values(), ids=DEEP)
+def test_no_depth_of_json_exhausts_the_stack(text, tmp_path):
+    for given in (text, text.encode()):
+        with pytest.raises(ValueError, match="it nests more than 100 levels"):
+            json_of(given)
+
+
+def test_no_depth_of_yaml_exhausts_the_stack():
+    for text in ("[" * 100_000, "\n".join(" " * n + "a:" for n in range(2000)), "- " * 5000 + "a"):
+        with pytest.raises(ValueError, match="it nests more than 100 levels"):
+            yaml_of(text)
+
+
+def test_aliases_add_up_their_levels():
+    """Each is shallow, and their sum is not."""
+    lines = [f"a0: &a0 {nested(40)}", *(f"a{n}: &a{n} {nested(40, f'[*a{n - 1}]')}" for n in (1, 2))]
+    assert yaml_of("\n".join(lines[:2]))["a1"]
+    with pytest.raises(ValueError, match="it nests more than 100 levels"):
+        yaml_of("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    "text", [bomb("a0: &a0 [x, x]", "[%s]"), bomb("a0: &a0 {x: 1}", "{<<: [%s]}")], ids=["lists", "merges"]
+)
+def test_aliases_of_aliases_are_refused_before_they_are_built(text):
+    with pytest.raises(ValueError, match=f"it holds more than {MAX_YAML_VALUES:,} values, with aliases written out"):
+        yaml_of(text)
+
+
+def test_aliases_are_values_as_often_as_they_stand_for_them():
+    text = "a: &a [x, y]\nb: [*a, *a]\nc: &c 7\nd: *c\n"
+    assert yaml_of(text) == {"a": ["x", "y"], "b": [["x", "y"]] * 2, "c": 7, "d": 7}
+    rows = "a: &a [" + "x, " * 999 + "x]\nb: ["
+    assert len(yaml_of(rows + "*a, " * 97 + "*a]")["b"]) == 98
+    with pytest.raises(ValueError, match="with aliases written out"):
+        yaml_of(rows + "*a, " * 99 + "*a]")
+
+
+def test_an_alias_may_not_stand_for_itself():
+    with pytest.raises(ValueError, match=r"the alias \*a stands before the end of its anchor"):
+        yaml_of("a: &a [1, *a]")
+
+
+TAGS = ["!!timestamp x", "!!bool maybe", "!!int abc", "!!int ''", "0x_", "2001-99-99", "9" * 5000, "[", "*b", "\x00"]
+
+
+@pytest.mark.parametrize("value", TAGS, ids=range(len(TAGS)))
+def test_a_recipe_with_a_value_that_is_none(value, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"seed: {value}\n")
+    with pytest.raises(RecipeError, match=r"recipe.yaml: cannot be read \(.*\); give a YAML file in UTF-8.$"):
+        as_recipe(file)
+
+
+def test_a_sentence_is_one_line_of_bounded_length():
+    error = RecipeError("recipe a\nb: seed: must be " + "x" * 10**6 + ", got 1.")
+    assert len(str(error)) <= MAX_SENTENCE + 3 and "\n" not in str(error)
+    assert str(error).startswith("recipe a b: seed") and str(error).endswith("x, got 1.")
+    assert str(RecipeError("x" * MAX_SENTENCE)) == "x" * MAX_SENTENCE
+
+
+@pytest.fixture
+def model(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the llama checkpoint whose files a test replaces."""
+    for file in checkpoints["llama"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json"])
+def test_deep_files_of_a_model(name, model):
+    (model / name).write_text(DEEP["objects"])
+    if name == "model.safetensors.index.json":
+        (model / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=rf"{name}: cannot be read as JSON \(it nests more than 100 levels\)"):
+        load_tokenizer(open_checkpoint(model))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+def test_deep_files_of_a_tokenizer(name, model):
+    (model / name).write_text(DEEP["objects"])
+    with pytest.raises(CheckpointError, match=r"nests more than 100 levels|its tokenizer cannot be loaded"):
+        load_tokenizer(open_checkpoint(model))
+
+
+def test_a_deep_header(model):
+    (model / "model.safetensors").write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+    with pytest.raises(CheckpointError, match="its safetensors header is malformed"):
+        open_checkpoint(model)
+
+
+def test_a_header_and_an_index_with_what_no_disk_has(model):
+    header = b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}'
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0000")
+    with pytest.raises(CheckpointError, match="its safetensors header is malformed"):
+        open_checkpoint(model)
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "9" * 5000}}))
+    with pytest.raises(CheckpointError, match=r"shard 9+.* named in model.safetensors.index.json is missing"):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize("text", [DEEP["lists"], "{", '{"pad_token_id": {"a": 0}}', "[]"])
+def test_a_damaged_generation_config(text, model):
+    (model / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"generation_config.json: "):
+        load_model(open_checkpoint(model))
+
+
+def test_a_tokenizer_with_a_setting_that_only_its_use_reads(model):
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": [9]}))
+    with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(open_checkpoint(model))
+
+
+def test_a_deep_result(tmp_path):
+    for text in DEEP.values():
+        with pytest.raises(CheckpointError, match="where: "):
+            Summary.from_json(text, "where")
+
+
+@pytest.mark.parametrize("text", [DEEP["lists"], "{}", "7", '[{"group": "layers", "keep": ["a"]}]', '[{"keep": []}]'])
+def test_a_damaged_list_of_layers(text, model):
+    checkpoint = open_checkpoint(model)
+    (model / KEEP_FILE).write_text(text)
+    if text == "{}":
+        return _check_layers(checkpoint, 3, 3, "dense")  # names no layers, so all stayed
+    with pytest.raises(CheckpointError, match=r"keep.json: cannot be read"):
+        _check_layers(checkpoint, 3, 3, "dense")
+
+
+SIZES: list[tuple[dict[str, Any], str]] = [
+    ({"num_hidden_layers": 10**7}, "num_hidden_layers is 1e+07, more than 2,000"),
+    ({"num_hidden_layers": 1e300}, "num_hidden_layers is 1e+300, more than 2,000"),
+    ({"num_hidden_layers": float("nan")}, "num_hidden_layers is nan, more than 2,000"),
+    ({"num_local_experts": 10**7}, "num_local_experts is 1e+07, more than 2,000"),
+    ({"hidden_size": 10**9}, "hidden_size is 1e+09, more than 16,777,216"),
+    ({"intermediate_size": 10**30}, "intermediate_size is 1e+30, more than 16,777,216"),
+    ({"num_key_value_heads": 10**12}, "num_key_value_heads is 1e+12, more than 16,777,216"),
+    ({"vocab_size": 2**60}, "vocab_size is 1.15292e+18, more than 16,777,216"),
+    ({"text_config": {"layers": [{"n_layer": 10**7}]}}, "n_layer is 1e+07, more than 2,000"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), SIZES, ids=[said.split()[0] for _, said in SIZES])
+def test_sizes_that_nothing_can_be_built_from(changes, said, model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(CheckpointError) as raised:
+        directory_config(model)
+    assert f"config.json: {said}; copy the model's own file there." in str(raised.value)
+
+
+TEMPLATES = {
+    "{% for i in range(10**9) %}x{% endfor %}": "Range too big",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "more than 100,000 steps",
+    "{{ lipsum(n=1000000) }}": "more than 100,000 steps",
+    "{{ 10 ** (10 ** 10) }}": f"** would give more than {MAX_PRODUCT:,} characters or bits",
+    "{{ 'x' * 10 ** 12 }}": f"* would give more than {MAX_PRODUCT:,}",
+    "{{ 10 ** 12 * [1] }}": f"* would give more than {MAX_PRODUCT:,}",
+    "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}": "* would give",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "maximum recursion depth|more than 100,000 steps",
+    "{{ 1 / 0 }}": "division by zero",
+    "{{ messages[0][1e999] }}": "name 'inf' is not defined",
+    "{{ [].pop() }}": "not safely callable|immutable|SecurityError|pop",
+    "{{ messages[0].x.y }}": "has no attribute 'x'",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=range(len(TEMPLATES)))
+def test_hostile_chat_templates(template, monkeypatch):
+    monkeypatch.setattr("secateur.data.chat.MAX_STEPS", 100_000)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(CalibrationError, match="row 1: the tokenizer's chat template refuses it") as raised:
+        chat_text(CHAT, tokenizer, "row 1")
+    assert any(part in str(raised.value) for part in TEMPLATES[template].split("|")), str(raised.value)
+
+
+def test_ordinary_products_stay_what_they_are():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ 2 ** 100 }} {{ 3 * 4 }} {{ 'ab' * 3 }} {{ 2 * [1] }} {{ 1.5 * 2 }} {{ 2 ** 0.5 }}"
+    assert chat_text(CHAT, tokenizer, "") == f"{2**100} 12 ababab [1, 1] 3.0 {2**0.5}"
+
+
+def test_yaml_of_ordinary_text_is_that_of_pyyaml():
+    text = yaml.safe_dump({"a": [1, {"b": None}], "c": "x: y"})
+    assert yaml_of(text) == yaml.safe_load(text) and yaml_of("") is None

@@ -1,0 +1,168 @@
+"""The recipe's keys: defaults as docs/recipe.md tells them, limits, merging, and one sentence per mistake."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from secateur.errors import RecipeError
+from secateur.recipe import Domain, Recipe, RecoverySettings
+from secateur.recipe_file import as_recipe, dump_recipe, load_recipe, merged, parse_recipe
+
+DOCS = Path(__file__).parents[1] / "docs"
+GROUPS = ("remove", "choose", "repair", "calibration", "machine", "output")
+# Defaults that the docs put in words, because they follow from the model or the machine.
+IN_WORDS = {
+    "remove": {"prices": None, "depth": None, "layers": (), "protected_layers": (), "align": None},
+    "choose": {"obs_batch": None, "widths": None, "max_loss_rise": None},
+    "repair": {"target_mix": None},
+    "calibration": {"num_tokens": None, "sequence_length": None},
+    "machine": {"device": None, "device_budget": None, "memory_budget": None, "compute_dtype": None},
+}
+
+
+def told(group: str) -> Iterator[tuple[str, str]]:
+    """Yield keys and defaults of the group's table in docs/recipe.md."""
+    section = re.split(rf"^## `{group}`.*$", (DOCS / "recipe.md").read_text(encoding="utf-8"), flags=re.M)[1]
+    for key, default in re.findall(r"^\| `(\w+)` \| (.*?) \|", section.split("\n## ")[0], flags=re.M):
+        if key not in ("code", "technical", "mathematics", "science", "readme", "dialogue"):  # of another table
+            yield key, default
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_defaults_are_those_of_the_docs(group):
+    found = getattr(Recipe(), group)
+    table = dict(told(group))
+    assert table.keys() == type(found).model_fields.keys()
+    words = IN_WORDS.get(group, {})
+    for key, default in table.items():
+        value = getattr(found, key)
+        if key in words:
+            assert value == words[key], key
+        elif key == "domains":
+            assert {name: domain.source for name, domain in value.items()} == {
+                name: ("installed", name) for name in default.split(", ")
+            }
+        else:
+            plain = json.loads(json.dumps(value))
+            assert plain == yaml.safe_load(re.fullmatch(r"`(.*)`", default)[1]), key
+
+
+def test_the_defaults_of_recovery_are_those_of_the_docs():
+    text = (DOCS / "recovery.md").read_text(encoding="utf-8")
+    (block,) = (part for part in re.findall(r"```yaml\n(.*?)```", text, flags=re.S) if "learning_rate" in part)
+    expected = yaml.safe_load(block)["recover"]
+    assert RecoverySettings().model_dump(mode="json") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("remove: {share: 0}", r"^recipe: remove: the share of total parameters .* above 0 and below 1, got 0\.$"),
+        ("remove: 1", r"above 0 and below 1, got 1\.$"),
+        ("remove: .nan", r"above 0 and below 1, got NaN\.$"),
+        ("remove: .inf", r"above 0 and below 1, got inf\.$"),
+        ("remove: {min_keep: 1}", r"remove\.min_keep: .*less than 1, got 1\.$"),
+        ("remove: {groups: []}", r"remove\.groups: .*at least 1"),
+        ("remove: {depth: -1}", r"remove\.depth: .*greater than or equal to 0"),
+        ("remove: {align: 0}", r"remove\.align: .*greater than or equal to 1"),
+        ("choose: {obs_batch: 0}", r"choose\.obs_batch: "),
+        ("choose: {rounds: 0}", r"choose\.rounds: "),
+        ("choose: {score: obss}", r"unknown choose\.score 'obss'; allowed: random, .*did you mean 'obs'\?"),
+        ("choose: {max_loss_rise: .inf}", r"choose\.max_loss_rise: .*finite"),
+        ("repair: {damping: 0}", r"repair\.damping: .*greater than 0"),
+        ("repair: {damping_factors: []}", r"repair\.damping_factors: "),
+        ("repair: {target_mix: 1.01}", r"repair\.target_mix: .*less than or equal to 1"),
+        ("calibration: {sequence_length: 7}", r"calibration\.sequence_length: .*greater than or equal to 8"),
+        ("calibration: {domains: {}}", r"calibration\.domains: "),
+        ("calibration: {domains: {a: {}}}", r"calibration\.domains\.a: needs exactly one of .*; got none"),
+        ("calibration: {domains: {a: {sampled: true, installed: code}}}", r"got installed and sampled"),
+        (
+            "calibration: {domains: {a: {file: x}}}",
+            r"unknown key 'calibration\.domains\.a\.file'; did you mean 'files'",
+        ),
+        ("recover: {kl_share: 1.5}", r"recover\.kl_share: "),
+        ("seed: -1", r"seed: "),
+        ("ouput: {}", r"unknown key 'ouput'; did you mean 'output'\?"),
+        ("share: 0.3", r"share is remove\.share now; write it there\.$"),
+        ("score: obs", r"score is choose\.score now; write it there\.$"),
+        ("removed_layers: [1]", r"removed_layers is remove\.layers now"),
+        ("preset: bset", r"unknown preset 'bset'; allowed: best, .*; did you mean 'best'\?"),
+        ("remove: [0.2]", r"remove"),
+        ("[1, 2]", r"a recipe is a mapping of keys to values, got list\.$"),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_the_key(text, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        parse_recipe(yaml.safe_load(text))
+    assert "\n" not in str(caught.value)
+
+
+def test_bounds_are_allowed_where_the_text_says_so():
+    edge = {"remove": {"min_keep": 0}, "repair": {"target_mix": 1}, "calibration": {"sequence_length": 8}}
+    found = parse_recipe({**edge, "recover": {"kl_share": 0}})
+    assert (found.remove.min_keep, found.repair.target_mix, found.calibration.sequence_length) == (0, 1, 8)
+    assert found.recover is not None and found.recover.kl_share == 0
+
+
+def test_a_number_is_the_share_also_where_one_is_merged_over_the_other():
+    assert parse_recipe({"remove": 0.4}) == parse_recipe({"remove": {"share": 0.4}})
+    assert merged({"remove": 0.2}, {"remove": {"align": 64}}) == {"remove": {"share": 0.2, "align": 64}}
+    assert merged({"remove": {"align": 64}}, {"remove": 0.2}) == {"remove": {"align": 64, "share": 0.2}}
+    assert merged({"remove": 0.2}, {"remove": 0.3}) == {"remove": 0.3}
+    base = {"a": {"b": 1, "c": [1]}, "d": 1}
+    assert merged(base, {"a": {"c": [2]}, "e": 3}) == {"a": {"b": 1, "c": [2]}, "d": 1, "e": 3}
+    assert base == {"a": {"b": 1, "c": [1]}, "d": 1}, "neither of the two is changed"
+    assert merged({"a": {"b": 1}}, {"a": 2}) == {"a": 2}
+
+
+def test_what_is_written_is_read_back_the_same(tmp_path):
+    asked = {
+        "remove": {"share": 0.35, "groups": ["ffn", "kv_heads"], "layers": [1, -2]},
+        "choose": {"schedule": [0.1, 0.35], "max_loss_rise": 0.5},
+        "calibration": {"domains": {"a": {"files": "x.txt", "share": 2}, "b": {"sampled": True, "protect": 0.1}}},
+        "recover": {"num_tokens": 99},
+    }
+    recipe = parse_recipe(asked)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    assert as_recipe(tmp_path / "recipe.yaml") == as_recipe(str(tmp_path / "recipe.yaml")) == recipe
+    assert as_recipe(recipe) is recipe and as_recipe(None) == Recipe() and as_recipe(asked) == recipe
+    assert recipe.calibration.domains["a"].source == ("files", ("x.txt",))
+    assert recipe.calibration.domains["b"].source == ("sampled", True)
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    file = tmp_path / "r.yaml"
+    for content, message in ((b"\xff", "give a YAML file in UTF-8"), (b"a: [", "cannot be read"), (b"- 1", "got list")):
+        file.write_bytes(content)
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(file)
+    file.write_bytes(b"")
+    assert load_recipe(file) == {}
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_presets_lie_below_what_is_asked():
+    best = parse_recipe({"preset": "best", "repair": {"damping": 0.5}})
+    assert best.choose.budget == "curve" and best.repair.damping_factors == (1, 10, 100) and best.repair.damping == 0.5
+    fast = parse_recipe({"preset": "fast", "remove": 0.3})
+    assert (fast.remove.share, fast.remove.depth, fast.choose.score, fast.repair.target_mix) == (0.3, 0, "wanda", 0)
+
+
+def test_a_domain_is_frozen_and_has_a_share_above_nothing():
+    with pytest.raises(RecipeError, match=r"share: .*greater than 0"):
+        parse_recipe({"calibration": {"domains": {"a": {"sampled": True, "share": 0}}}})
+    with pytest.raises(ValueError, match="frozen"):
+        Domain(sampled=True).share = math.pi  # type: ignore[misc]
+
+
+def test_a_written_recipe_says_every_default():
+    """A later version with other defaults must repeat the run."""
+    written = yaml.safe_load(dump_recipe(Recipe()))
+    assert written["repair"]["damping"] == 0.001 and written["choose"]["budget"] == "uniform"
+    assert list(written) == ["seed", *GROUPS[:4], "machine", "output"]

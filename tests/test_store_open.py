@@ -1,0 +1,374 @@
+"""A job's store from its opening to its end: who may have it, what it goes on from, when it stays."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from secateur.errors import CheckpointError, NumericsError, RecipeError
+from secateur.log import RunLog
+from secateur.store import HOW, Store, _changes, _stem, place_beside
+
+INPUTS = {"recipe": {"remove": {"share": 0.2}, "seed": 0}, "model file": "a" * 64}
+
+
+class Job:
+    """A job that writes `out`: what it said, and what it computed anew."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.said, self.anew = out, list[str](), list[str]()
+        self.log = RunLog()
+
+    @contextmanager
+    def begun(
+        self, inputs: dict[str, Any] = INPUTS, *, resume: bool = False, overwrite: bool = False
+    ) -> Iterator[Store]:
+        """Open the store."""
+        options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "protected": self.out.parent / "model"}
+        with Store.open(self.out, inputs, self.log, tell=self.said.append, **options) as store:
+            yield store
+
+    def value(self, store: Store, name: str, found: Any = 1, **named: Any) -> Any:
+        """Return a step's value and note whether it was computed."""
+        return store.value(name, lambda: self.anew.append(name) or found, **named)
+
+
+def interrupted(out: Path, error: BaseException | None = None, steps: tuple[str, ...] = ("one", "two")) -> Job:
+    """Return a job that ended by an error behind these steps."""
+    job, error = Job(out), error or KeyboardInterrupt()
+    with pytest.raises(type(error)) as caught, job.begun() as store:
+        job.value(store, "text", "hash", is_input=True)
+        for name in steps:
+            job.value(store, name)
+        raise error
+    job.said += getattr(caught.value, "__notes__", [])
+    return job
+
+
+def test_nothing_is_left_of_a_job_that_ends_well(tmp_path):
+    job = Job(tmp_path / "out")
+    with job.begun() as store:
+        assert place_beside(job.out).is_dir() and job.value(store, "one") == 1
+        assert (store.num_found, store.num_saved) == (0, 1)
+    assert list(tmp_path.iterdir()) == [] and job.said == []
+
+
+def test_an_interrupted_job_says_how_to_go_on_and_goes_on(tmp_path):
+    job = interrupted(tmp_path / "out")
+    assert job.anew == ["text", "one", "two"] and job.said == [HOW]
+    again = Job(tmp_path / "out")
+    with again.begun(resume=True) as store:
+        store.check_input("text", "hash")
+        assert again.value(store, "one", 5) == 1 and again.value(store, "three") == 1
+        assert again.anew == ["three"] and (store.num_found, store.num_saved) == (1, 1)
+        store.note_found()
+    assert again.said == [f"{again.out}: goes on from the 2 steps that an earlier run has finished."]
+    (note,) = (line["text"] for line in again.log.lines)
+    assert note.startswith("resumed: 1 finished steps are of an earlier run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_resume_it_begins_anew_and_says_what_is_gone(tmp_path):
+    interrupted(tmp_path / "out")
+    again = Job(tmp_path / "out")
+    with again.begun() as store:
+        assert again.value(store, "one", 5) == 5
+    assert again.said == [
+        f"{again.out}: begins anew; what an interrupted run had finished is removed (resume would go on from it)."
+    ]
+
+
+def test_there_may_be_nothing_to_go_on_from(tmp_path):
+    job = Job(tmp_path / "out")
+    with job.begun(resume=True) as store:
+        job.value(store, "one")
+        store.note_found()
+    assert job.said == [f"{job.out}: nothing of an earlier run is there to go on from, so it begins anew."]
+    assert job.log.lines == [], "nothing is of an earlier run"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"recipe": {"remove": {"share": 0.3}, "seed": 0}}, "recipe remove share was 0.2 and is 0.3"),
+        ({"recipe": {"remove": {"share": 0.2}}}, "recipe seed was 0 and is None"),
+        ({"model file": "b" * 64}, "model file has changed"),
+        ({"new": 1}, "new was None and is 1"),
+    ],
+)
+def test_a_job_with_other_inputs_does_not_go_on(changed, said, tmp_path):
+    interrupted(tmp_path / "out")
+    again = Job(tmp_path / "out")
+    with (
+        pytest.raises(CheckpointError, match=f"cannot be resumed, since {said}; give what"),
+        again.begun({**INPUTS, **changed}, resume=True),
+    ):
+        pytest.fail("it went on")
+    with again.begun(resume=True) as store:  # and what is finished stays
+        assert again.value(store, "one", 5) == 1
+
+
+def test_text_that_becomes_known_later_is_an_input_too(tmp_path):
+    interrupted(tmp_path / "out")
+    again = Job(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="since the text has changed; give the text that it was begun with"):
+        with again.begun(resume=True) as store:
+            store.check_input("text", "other")
+    assert place_beside(again.out).is_dir()
+
+
+@pytest.mark.parametrize("error", [RecipeError("x: y."), NumericsError("x: y.")])
+def test_what_would_fail_again_is_not_kept(error, tmp_path):
+    job = interrupted(tmp_path / "out", error)
+    assert list(tmp_path.iterdir()) == [] and job.said == []
+
+
+@pytest.mark.parametrize("error", [CheckpointError("x: y."), OSError("disk"), ValueError("bug"), KeyboardInterrupt()])
+def test_what_may_go_well_next_time_is_kept(error, tmp_path):
+    job = interrupted(tmp_path / "out", error)
+    assert place_beside(job.out).is_dir() and job.said == [HOW]
+
+
+def test_a_mistake_before_any_step_of_this_run_leaves_an_earlier_runs_steps(tmp_path):
+    interrupted(tmp_path / "out")
+    again = Job(tmp_path / "out")
+    with pytest.raises(RecipeError), again.begun(resume=True):
+        raise RecipeError("x: y.")
+    assert place_beside(again.out).is_dir()
+
+
+def test_nothing_is_kept_where_no_step_was_finished(tmp_path):
+    job = interrupted(tmp_path / "deep" / "er" / "out", steps=())
+    assert list(tmp_path.iterdir()) == [] and job.said == []
+
+
+def test_only_one_has_it_at_a_time(tmp_path):
+    job, other = Job(tmp_path / "out"), Job(tmp_path / "out")
+    with job.begun() as store:
+        job.value(store, "one")
+        with pytest.raises(CheckpointError, match="another process is writing it"), other.begun(resume=True):
+            pytest.fail("both have it")
+        with pytest.raises(CheckpointError, match="another process is writing it"), other.begun():
+            pytest.fail("both have it")
+        assert job.value(store, "one", 5) == 1, "the other one has removed nothing"
+    with other.begun():
+        pass
+
+
+def test_a_store_older_than_its_result_is_of_a_job_that_ended(tmp_path):
+    """Killed between the last renaming and the removal of the store."""
+    interrupted(tmp_path / "out")
+    store, out = place_beside(tmp_path / "out"), tmp_path / "out"
+    out.mkdir()
+    newest = max(file.stat().st_mtime for file in store.iterdir())
+    os.utime(out, (newest + 10, newest + 10))
+    with pytest.raises(CheckpointError), Job(out).begun(resume=True):
+        pytest.fail("OUT is there")
+    assert not store.exists()
+    out.rmdir()
+    interrupted(out)
+    out.mkdir()
+    os.utime(out, (newest - 10, newest - 10))
+    with pytest.raises(CheckpointError), Job(out).begun(resume=True):
+        pytest.fail("OUT is there")
+    assert store.exists()
+
+
+def test_half_written_files_of_a_killed_job_go(tmp_path):
+    interrupted(tmp_path / "out")
+    half = place_beside(tmp_path / "out") / ".one.json.tmp"
+    half.write_text("{")
+    job = Job(tmp_path / "out")
+    with job.begun(resume=True):
+        assert not half.exists()
+
+
+def test_log_lines_of_a_step_are_written_again_and_those_before_it_are_not_its_own(tmp_path):
+    def compute(log: RunLog) -> int:
+        log.write({"event": "inner"})
+        return 1
+
+    log, again = RunLog(), RunLog()
+    log.write({"event": "before"})
+    store = Store(tmp_path, log=log)
+    store.value("one", lambda: compute(log))
+    assert Store(tmp_path, log=again).value("one", lambda: 2) == 1
+    assert [line["event"] for line in log.lines] == ["before", "inner"]
+    assert [line["event"] for line in again.lines] == ["inner"]
+
+
+def test_a_first_run_gets_the_types_that_a_later_one_reads(tmp_path):
+    store = Store(tmp_path)
+    made = store.value("one", lambda: {1: (2, 3), "path": Path("x")})
+    assert made == {"1": [2, 3], "path": "x"} == Store(tmp_path).value("one", lambda: None)
+
+
+def test_steps_of_a_lasting_store_are_known_by_what_they_depend_on(tmp_path):
+    store = Store.lasting(tmp_path / "a" / "b", lambda text: None)
+    assert [store.value("x y/z", lambda found=found: found, depends_on={"n": found}) for found in (1, 2, 1)] == [
+        1,
+        2,
+        1,
+    ]
+    assert store.num_saved == 2 and store.num_found == 1
+    stems = {file.stem for file in (tmp_path / "a" / "b").iterdir()}
+    assert len(stems) == 2 and all(stem.startswith("x-y-z-") for stem in stems)
+    assert _stem("x", {"a": 1, "b": 2}) == _stem("x", {"b": 2, "a": 1})
+    names = [_stem("x"), _stem("x", None, True), *(_stem(name, {}) for name in ("x", "y", "x y", "x-y"))]
+    assert len(set(names)) == 6
+
+
+def test_tensors_come_back_as_they_were(tmp_path):
+    tensors = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.tensor([1, 2]), "c": torch.ones(2, dtype=torch.bfloat16)}
+    Store(tmp_path).save("step", tensors, {"seconds": 1})
+    store = Store(tmp_path)
+    found, line = store.find("step") or ({}, {})
+    assert line == {"seconds": 1} and store.num_found == 1
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+
+
+def test_a_promise_is_asked_once_and_not_given_for_what_is_missing(tmp_path):
+    store = Store(tmp_path)
+    assert not store.has("step")
+    store.save("step", {}, {})
+    assert store.has("step") and Store(tmp_path).has("step")
+    (tmp_path / "step.json").unlink()
+    with pytest.raises(CheckpointError, match="step, a step that this run goes on from, was damaged"):
+        store.find("step")
+    assert Store(tmp_path).find("step") is None
+
+
+def test_changes_are_told_in_order_and_digests_are_not_spelt_out():
+    before = {"b": {"x": 1, "y": 2}, "a": "f" * 64, "same": 1}
+    now = {"b": {"x": 3}, "a": "0" * 64, "same": 1}
+    assert _changes(before, now) == ["a has changed", "b x was 1 and is 3", "b y was 2 and is None"]
+    assert _changes({"a": "f" * 64}, {}) == _changes({}, {"a": "f" * 64}) == ["a has changed"]
+
+
+def test_records_can_be_read_by_people_and_begin_with_their_digest(tmp_path):
+    Store(tmp_path).value("one", lambda: [1.5])
+    record = json.loads((tmp_path / "one.json").read_text())
+    assert next(iter(record)) == "sha256" and record["value"] == [1.5] and record["step"] == "one"
+
+
+def flip(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[-3] ^= 1
+    file.write_bytes(raw)
+
+
+def test_a_damaged_step_is_removed_and_done_once(tmp_path):
+    store = Store(tmp_path)
+    store.save("step", {"a": torch.ones(2)}, {})
+    flip(tmp_path / "step.json")
+    said = list[str]()
+    again = Store(tmp_path, tell=said.append)
+    assert again.find("step") is None and again.find("step") is None and not again.has("step")
+    assert said == [f"{tmp_path}: step, finished by an earlier run, is damaged on disk, so it is done again."]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["inputs", "input-text"])
+def test_without_its_inputs_nothing_of_it_counts(name, tmp_path):
+    interrupted(tmp_path / "out")
+    flip(place_beside(tmp_path / "out") / f"{name}.json")
+    job = Job(tmp_path / "out")
+    with job.begun(resume=True) as store:
+        assert job.value(store, "text", "other", is_input=True) == "other" and job.value(store, "one", 5) == 5
+    assert job.said == [f"{job.out}: begins anew; {name}.json of an interrupted run is damaged on disk."]
+
+
+def test_a_job_that_may_not_go_on_is_not_told_how_to(tmp_path):
+    interrupted(tmp_path / "out")
+    with pytest.raises(CheckpointError) as caught, Job(tmp_path / "out").begun({"other": 1}, resume=True):
+        pytest.fail("it went on")
+    assert getattr(caught.value, "__notes__", []) == []
+
+
+def test_a_store_half_removed_is_void(tmp_path, monkeypatch):
+    """Killed while the store is being removed: without its inputs what is left does not count."""
+    monkeypatch.setattr("secateur.store.shutil.rmtree", lambda *_, **__: None)
+    job = Job(tmp_path / "out")
+    with job.begun() as store:
+        job.value(store, "one")
+    monkeypatch.undo()
+    again = Job(tmp_path / "out")
+    with again.begun(resume=True) as store:
+        assert again.value(store, "one", 5) == 5
+
+
+def test_a_file_that_may_not_be_read_is_no_damage(tmp_path, monkeypatch):
+    """Steps are not thrown away because of a permission or a mistake of the system."""
+    store = Store(tmp_path)
+    store.value("one", lambda: 1)
+
+    def refused(path: Path) -> bytes:
+        raise PermissionError(13, "denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(PermissionError):
+        Store(tmp_path).value("one", lambda: 2)
+    monkeypatch.undo()
+    assert Store(tmp_path).value("one", lambda: 2) == 1
+
+
+def test_the_models_own_directory_is_never_out(tmp_path):
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError), Job(out).begun(overwrite=True):
+        pytest.fail("it would be replaced")
+    assert (out / "config.json").read_text() == "{}" and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_bit_anywhere_is_noticed_and_told(tmp_path):
+    """In the digest, in the record, in the header and in the numbers of the tensors."""
+    store = Store(tmp_path / "store")
+    (tmp_path / "store").mkdir()
+    store.save("step", {"a": torch.arange(4.0)}, {"seconds": 1.5})
+    for file in sorted((tmp_path / "store").iterdir()):
+        for place in (0, 13, 40, -20, -1):
+            raw = file.read_bytes()
+            changed = bytearray(raw)
+            changed[place] ^= 1 << place % 8
+            other = tmp_path / "other"
+            shutil.copytree(tmp_path / "store", other)
+            (other / file.name).write_bytes(changed)
+            said = list[str]()
+            again = Store(other, tell=said.append)
+            assert again.find("step") is None and len(said) == 1, (file.name, place)
+            shutil.rmtree(other)
+
+
+def test_inputs_alone_are_nothing_to_go_on_from(tmp_path):
+    """Killed before its first step was finished; other inputs do not matter then."""
+    interrupted(tmp_path / "out")
+    for name in ("one", "two"):
+        (place_beside(tmp_path / "out") / f"{name}.json").unlink()
+    job = Job(tmp_path / "out")
+    with job.begun({"other": 1}, resume=True) as store:
+        assert job.value(store, "one", 5) == 5
+    assert job.said == [f"{job.out}: nothing of an earlier run is there to go on from, so it begins anew."]
+
+
+def test_beginning_anew_voids_the_old_steps_before_it_removes_them(tmp_path, monkeypatch):
+    """Killed in between, none of the steps that are left may count."""
+    interrupted(tmp_path / "out")
+    gone, unlink, names = list[str](), Path.unlink, Path.iterdir
+
+    def spy(path: Path, missing_ok: bool = False) -> None:
+        gone.append(path.name)
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "iterdir", lambda place: iter(sorted(names(place), reverse=True)))
+    monkeypatch.setattr(Path, "unlink", spy)
+    with Job(tmp_path / "out").begun():
+        whole = [name for name in gone if "partial" not in name]
+        assert whole == ["inputs.json", "two.json", "one.json", "input-text.json"]
