@@ -18,9 +18,13 @@ GUARD_STEPS = (1.0, 0.5, 0.25)
 
 
 def ridge(gram_FF: Array, damping: float) -> Array:
-    """The ridge of each channel; 1 for all if no channel has any input."""
-    mean = damping * sum(gram_FF[channel, channel] for channel in range(len(gram_FF))) / len(gram_FF)
-    return np.full(len(gram_FF), mean if mean > 0 else 1.0)
+    """The ridge of each channel: its own energy's share, a trace of the mean if it is silent.
+
+    1 for all if no channel has any input.
+    """
+    energies = [gram_FF[channel, channel] for channel in range(len(gram_FF))]
+    mean = sum(energies) / len(energies)
+    return np.array([damping * max(each, mean / 2**64) if mean > 0 else 1.0 for each in energies])
 
 
 def rounded(numbers: Array, dtype: str) -> Array:

@@ -1,6 +1,5 @@
 """What a model is judged on: the run's own held-out text, with a note if it is not that; figures that are none."""
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +17,12 @@ from secateur.data.calibration import build_calibration
 from secateur.errors import CalibrationError, NumericsError, RecipeError
 from secateur.evaluation import text
 from secateur.evaluation.text import measure_quality, named_blocks, recipe_blocks, wikitext_blocks
+from secateur.facts import Loss, Outcome, Size
 from secateur.log import silent
 from secateur.model.bind import bind
 from secateur.recipe import Domain
 from secateur.recipe_file import parse_recipe
+from secateur.report.records import CalibrationFacts, Summary
 
 TOKENIZER = tiny_tokenizer()
 
@@ -33,8 +34,17 @@ def result_of(directory: Path, recipe: dict[str, Any], content_hash: str | None,
         yaml.safe_dump(grouped({**recipe, **changes}), sort_keys=False), encoding="utf-8"
     )
     if content_hash is not None:
-        (directory / "result.json").write_text(json.dumps({"calibration": {"content_hash": content_hash}}))
+        text = CalibrationFacts(content_hash, 32, {"prose": 640}, {"prose": 64}, {"prose": 1.0})
+        (directory / "result.json").write_text(summary_with(text).to_json(), encoding="utf-8")
     return directory
+
+
+def summary_with(text: CalibrationFacts) -> Summary:
+    """Return a result whose calibration is this; the rest says nothing."""
+    size, loss = Size(100, 400), {"prose": Loss(3.0, 0.1, 100)}
+    outcome = Outcome("parameters", "100 parameters", 0.2)
+    facts = ("model", "llama", "", 0.2, 0.2, outcome, size, size, (3, 3), {"ffn": (112, 64, 72)}, text)
+    return Summary(*facts, loss, loss, 0, {"prune": 1.0}, 1000, 0.0, None, (), {"torch": "2"})
 
 
 @pytest.fixture

@@ -183,14 +183,17 @@ def test_walk_equals_forward(name: str, to_middle: bool) -> None:
 
 
 def check_what_stayed(model: Any, dense: Any, group: Group, keep: torch.Tensor, lines: list[dict[str, Any]]) -> None:
-    """Writers have the dense model's rows of the kept units; the reader has other columns if a step changed them."""
+    """Writers have the dense model's rows of the kept units; the reader has other columns only if a step changed them.
+
+    A step may change nothing: where all that went was silent, nothing was lost.
+    """
     layer, whole = (decoder_layers(each, bind(each))[group.layer] for each in (model, dense))
     for axis in group.writers:
         rows = rows_of(keep, axis.segments, group.num_units)
         assert torch.equal(linear(layer, axis.module).weight, linear(whole, axis.module).weight[rows]), axis.module
     columns = rows_of(keep, group.reader.segments, group.num_units)
     left = torch.equal(linear(layer, group.reader.module).weight, linear(whole, group.reader.module).weight[:, columns])
-    assert left == all(line.get("step", 0) == 0 for line in lines)
+    assert left or any(line.get("step", 0) > 0 for line in lines)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

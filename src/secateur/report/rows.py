@@ -35,7 +35,7 @@ def terminal(tables: Iterable[Table], notes: Iterable[tuple[str, ...]] = (), box
 
 # What Markdown or HTML would read as more than text: an underscore inside a word is text, a mark of
 # a list or heading counts at the beginning.
-_MARKUP = re.compile(r"[\\`*\[\]<>&|~$]|\b_+|_+\b|^[-+#]|^\d+(?=[.)])")
+_MARKUP = re.compile(r"[\\`*\[\]<>&|~$]|\b_+|_+\b|^[-+#](?=[-+# ]|$)|^\d+(?=[.)]( |$))")
 
 
 def escaped(text: str) -> str:
