@@ -12,6 +12,7 @@ from bpe_tokenizer import bpe_tokenizer
 from models import tiny_ids, tiny_llama
 from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
+from tokenizers import Tokenizer as BackendTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import secateur
@@ -169,11 +170,12 @@ def test_a_config_that_is_not_json_is_not_carried(tmp_path):
 
 
 def test_a_word_called_auto_map_stays_in_the_vocabulary(tmp_path):
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["auto_map"])
+    said = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    size = said["model"]["vocab"]["auto_map"] = len(said["model"]["vocab"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=BackendTokenizer.from_str(json.dumps(said)))
     (tmp_path / "out").mkdir()
-    save_checkpoint(tiny_llama(vocab_size=258), tokenizer, tmp_path / "out", max_shard_size="5GB", carry_from=None)
-    assert load_tokenizer(open_checkpoint(tmp_path / "out")).get_vocab()["auto_map"] == 257
+    save_checkpoint(tiny_llama(vocab_size=size + 1), tokenizer, tmp_path / "out", max_shard_size="5GB", carry_from=None)
+    assert load_tokenizer(open_checkpoint(tmp_path / "out")).get_vocab()["auto_map"] == size
 
 
 def test_the_proof_trusts_its_own_file_alone(results, marker, tmp_path):
