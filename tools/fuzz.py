@@ -11,6 +11,7 @@ with status 1 if there is any.
 """
 
 import argparse
+import copy
 import faulthandler
 import json
 import os
@@ -196,7 +197,8 @@ def _with_value(value: Any, choose: Random) -> Any:
     elif what < 0.2 and isinstance(outer, dict):
         outer[choose.choice(STRANGE)] = outer.pop(key)
     elif what < 0.3 and isinstance(outer, dict):
-        outer[key] = choose.choice(_values(choose.choice(inside)) or [None])
+        # A copy: else a value could come to hold itself.
+        outer[key] = copy.deepcopy(choose.choice(_values(choose.choice(inside)) or [None]))
     else:
         outer[key] = _strange(outer[key], choose)
     return value
