@@ -191,6 +191,15 @@ def test_what_comes_later_does_not_break_it(results, unloaded, tmp_path, checkpo
     assert (copy / "evaluation.json").is_file() and secateur.verify(copy).mismatches == ()
 
 
+def test_hidden_files_are_not_of_the_result(results, unloaded, tmp_path):
+    """A file manager or a download leaves such; loading reads none of them."""
+    copy = Path(shutil.copytree(results["whole"], tmp_path / "copy"))
+    (copy / ".cache").mkdir()
+    for name in (".notes.json", ".cache/of_a_download.py"):
+        (copy / name).write_text("{}")
+    assert secateur.verify(copy).mismatches == ()
+
+
 def test_a_damaged_directory_raises_nothing_else(results):
     with pytest.raises(CheckpointError, match=r"has no result\.json"):
         secateur.verify(results["whole"] / "model.safetensors")

@@ -112,3 +112,8 @@ def test_a_row_keeps_its_cells(cells):
     found = tokens("\n".join(markdown(table)))
     assert [token.type for token in found].count("td_open") == 2
     assert not any(token.type.startswith(("html", "link", "code")) for token in found)
+
+
+def test_a_bar_ends_no_cell():
+    header, rule, row = markdown(Table("a | b", ("c | d", "e"), (("f | g", "h"),)))
+    assert [line.count("|") for line in (header, rule, row)] == [3, 3, 3]
