@@ -5,7 +5,7 @@ everything but the messages. Its work is bounded here.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -89,7 +89,7 @@ def _product_size(operator: str, left: Any, right: Any) -> int | float:
     bits, lengths = [], []
     for value in (left, right):
         bits.append(value.bit_length() if isinstance(value, int) else 0)
-        lengths.append(len(value) if hasattr(value, "__len__") else 0)
+        lengths.append(len(value) if isinstance(value, Sized) else 0)
     if operator == "**":
         return bits[0] * right if isinstance(right, int | float) else 0
     repeated = (length * times for length, times in zip(lengths, (right, left), strict=True) if isinstance(times, int))
