@@ -116,6 +116,20 @@ def ids_in(config: Any) -> dict[str, Any]:
     return dict(_found(config.to_dict(), ()))
 
 
+def ids_named_by(model: CausalLM) -> set[int]:
+    """Return the ids that the model's config and generation config name."""
+    configs = [model.config, *([] if model.generation_config is None else [model.generation_config])]
+    return {index for config in configs for value in ids_in(config).values() for index in _numbers(value)}
+
+
+def _numbers(value: Any) -> Iterable[int]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for each in value:
+            yield from _numbers(each)
+
+
 def _found(values: dict[str, Any], path: tuple[str, ...]) -> Iterable[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict):
@@ -128,8 +142,8 @@ _ENDINGS = ("_token_id", "_token_ids", "_token_index", "_tokens_ids")
 _LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias")
 
 
-def _names_ids(key: str) -> bool:
-    return key.endswith(_ENDINGS) or key in _LISTS
+def _names_ids(key: Any) -> bool:
+    return isinstance(key, str) and (key.endswith(_ENDINGS) or key in _LISTS)
 
 
 def _renumber(config: Any, kept: KeptTokens) -> None:
