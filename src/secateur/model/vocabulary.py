@@ -7,7 +7,7 @@ model's own side, rows and configs, is `model.kept_tokens`.
 import json
 import math
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from tokenizers import models, pre_tokenizers
 from secateur.errors import CheckpointError
 from secateur.model.checkpoint import Tokenizer
 from secateur.model.config import quiet_transformers
-from secateur.model.kept_tokens import KeptTokens, ids_named_by
+from secateur.model.kept_tokens import KeptTokens, check_weights_by_token, ids_named_by
 from secateur.model.modules import CausalLM
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how pieces spell a space
@@ -34,7 +34,8 @@ class Vocabulary:
     `kind`: what the tokenizer is, in words. `num_rows`: rows of the embedding. `texts`: each
     token's text; half characters are shown as U+FFFD. `parts`: what a token is merged from, or
     becomes without it (Unigram); bytes and single characters have none. `needs_parts`: whether a
-    token that stays needs its parts, as merges do. `fixed`: ids that never go.
+    token that stays needs its parts, as merges do. `fixed`: ids that never go; of padding rows only
+    those that a config names.
     """
 
     kind: str
@@ -51,24 +52,27 @@ def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
     Raises CheckpointError for a tokenizer whose tokens cannot go: without a backend, of another
     kind than BPE or Unigram, or with tokens that have no row in the model's embedding.
     """
+    check_weights_by_token(model)
     embedding: Any = model.get_input_embeddings()
     backend, parsed = _backend_of(tokenizer)
-    ids = _ids(parsed, embedding.num_embeddings)
-    num_rows, is_bpe = embedding.num_embeddings, parsed["model"]["type"] == "BPE"
-    pieces = {text: index for text, index in _model_ids(parsed).items() if index < num_rows}
-    parts = _merged_from(parsed["model"], pieces) if is_bpe else _best_without(parsed["model"])
-    parts |= _spelt_in_bytes(parsed["model"], pieces)
+    num_rows, rules = embedding.num_embeddings, parsed["model"]
+    ids = _ids(parsed, num_rows)
+    pieces = {text: ids[text] for text in _model_ids(parsed) if text in ids}
+    is_bpe = rules["type"] == "BPE"
+    parts = (_merged_from(rules, pieces) if is_bpe else _best_without(rules)) | _spelt_in_bytes(rules, pieces)
     fixed = {index for text, index in pieces.items() if len(text) == 1 and index not in parts}
-    fixed |= set(_byte_tokens(pieces)) if parsed["model"].get("byte_fallback") else set()
-    fixed |= _told_apart(backend, pieces, parts) | _without_cover(parsed["model"], pieces)
+    fixed |= (
+        {pieces[name] for name in _byte_names(range(256)) if name in pieces} if rules.get("byte_fallback") else set()
+    )
+    fixed |= _told_apart(backend, pieces, parts) | _without_cover(rules, pieces)
     fixed |= _named(tokenizer, backend, parsed) | ids_named_by(model)
     return Vocabulary(
         kind=_kind(parsed),
         num_rows=num_rows,
         texts=_texts(parsed, ids),
-        parts={index: those for index, those in parts.items() if those},
+        parts=parts,
         needs_parts=is_bpe,
-        fixed=frozenset(index for index in fixed if index in ids.values()),
+        fixed=frozenset(fixed & set(range(num_rows))),
     )
 
 
@@ -173,47 +177,53 @@ def _bytes_by_symbol() -> dict[str, int]:
     return found | {chr(256 + position): byte for position, byte in enumerate(others)}
 
 
-def _byte_tokens(pieces: dict[str, int]) -> list[int]:
-    """Return the ids of the byte fallback's tokens, or none if one is missing."""
-    found = [pieces.get(f"<0x{byte:02X}>") for byte in range(256)]
-    return [index for index in found if index is not None]
+def _byte_names(values: Iterable[int]) -> list[str]:
+    """Return how the byte fallback spells bytes."""
+    return [f"<0x{byte:02X}>" for byte in values]
 
 
 def _merged_from(model: dict[str, Any], pieces: dict[str, int]) -> dict[int, tuple[int, ...]]:
     """Return the pair that each token is merged from last.
 
-    Where several merges make a token, the tokenizer without the merges that make tokens as long or
-    longer splits it into the pair that it has before the last merge; tokens that no merges arrive
-    at are left out.
+    Where several merges make a token, the tokenizer without them splits it into the pair that it
+    has before the last merge. Tokens that no merge makes are left out.
     """
-    merges = [tuple(each.split(" ")) if isinstance(each, str) else tuple(each) for each in model["merges"]]
-    made = Counter(left + right for left, right in merges)
-    pairs = {left + right: (left, right) for left, right in merges if made[left + right] == 1}
+    merges: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
+    for rank, each in enumerate(model["merges"]):
+        left, right = each.split(" ") if isinstance(each, str) else each
+        merges[left + right].append((rank, left, right))
+    pairs = {text: each[0][1:] for text, each in merges.items() if len(each) == 1}
     unclear = defaultdict(list)
-    for text, number in made.items():
-        if number > 1:
+    for text, each in merges.items():
+        if len(each) > 1:
             unclear[len(text)].append(text)
-    for length, texts in unclear.items():
-        shorter = [(left, right) for left, right in merges if len(left) + len(right) < length]
-        bpe: Any = models.BPE(model["vocab"], shorter)
-        for text in texts:
-            pair = tuple(token.value for token in bpe.tokenize(text))
-            if len(pair) == 2 and "".join(pair) == text:
-                pairs[text] = pair
-    known = {text: pair for text, pair in pairs.items() if text in pieces and pieces.keys() >= set(pair)}
-    return {pieces[text]: (pieces[left], pieces[right]) for text, (left, right) in known.items()}
+    for texts in unclear.values():  # of one length, so none is merged from another
+        bpe = _shorter_merges(texts, merges, pieces)
+        pairs |= {text: tuple(token.value for token in bpe.tokenize(text)) for text in texts}
+    known = {text: pair for text, pair in pairs.items() if "".join(pair) == text and pieces.keys() >= {text, *pair}}
+    return {pieces[text]: (pieces[pair[0]], pieces[pair[1]]) for text, pair in known.items() if len(pair) == 2}
+
+
+def _shorter_merges(texts: list[str], merges: dict[str, list[tuple[int, str, str]]], pieces: dict[str, int]) -> Any:
+    """Return BPE with the merges that make what is within the texts, but not the texts themselves."""
+    length = len(texts[0])
+    within = {text[start:end] for text in texts for start in range(length) for end in range(start + 1, length + 1)}
+    within &= pieces.keys() - set(texts)
+    ranked = sorted(merge for text in within for merge in merges.get(text, ()))
+    known = [(left, right) for _, left, right in ranked if left in within and right in within]
+    return models.BPE({text: number for number, text in enumerate(sorted(within))}, known)
+
+
+def _in_bytes(symbol: str, model: dict[str, Any], pieces: dict[str, int]) -> tuple[int, ...] | None:
+    """Return the tokens of the character's bytes; None if the byte fallback does not cover it."""
+    names = _byte_names(symbol.encode())
+    covered = model.get("byte_fallback") and pieces.keys() >= set(names)
+    return tuple(pieces[name] for name in names) if covered else None
 
 
 def _spelt_in_bytes(model: dict[str, Any], pieces: dict[str, int]) -> dict[int, tuple[int, ...]]:
-    """Return the byte tokens of every single character that the byte fallback covers."""
-    if not model.get("byte_fallback"):
-        return {}
-    found = {}
-    for text, index in pieces.items():
-        spelt = [pieces.get(f"<0x{byte:02X}>") for byte in text.encode(errors="replace")] if len(text) == 1 else []
-        if spelt and None not in spelt:
-            found[index] = tuple(spelt)
-    return found
+    spelt = {index: _in_bytes(text, model, pieces) for text, index in pieces.items() if len(text) == 1}
+    return {index: those for index, those in spelt.items() if those}
 
 
 def _best_without(model: dict[str, Any]) -> dict[int, tuple[int, ...]]:
@@ -232,33 +242,26 @@ def _best_without(model: dict[str, Any]) -> dict[int, tuple[int, ...]]:
                 score = scores.get(part, unknown if end - start == 1 else -math.inf)
                 if part != piece and best[start][0] + score > best[end][0]:
                     best[end] = (best[start][0] + score, start)
-        parts[index] = _path(piece, best, ids)
+        parts[index] = _path(piece, best, model, ids)
     return parts
 
 
-def _path(piece: str, best: list[tuple[float, int]], ids: dict[str, int]) -> tuple[int, ...]:
-    """Return the ids along the best path; characters that are no piece are spelt in bytes, if there are any."""
-    found: list[int | None] = []
+def _path(piece: str, best: list[tuple[float, int]], model: dict[str, Any], ids: dict[str, int]) -> tuple[int, ...]:
+    """Return the ids along the best path; characters that are no piece are in bytes, or left out."""
+    found: tuple[int, ...] = ()
     end = len(piece)
     while end:
         start = best[end][1]
         part = piece[start:end]
-        spelt = [part] if part in ids else [f"<0x{byte:02X}>" for byte in part.encode(errors="replace")]
-        found += [ids.get(each) for each in reversed(spelt)]
+        found = ((ids[part],) if part in ids else _in_bytes(part, model, ids) or ()) + found
         end = start
-    return tuple(index for index in reversed(found) if index is not None)
+    return found
 
 
 def _without_cover(model: dict[str, Any], pieces: dict[str, int]) -> set[int]:
     """Return the tokens that hold a character which neither a token nor the byte fallback spells."""
-    alone = {text for text in pieces if len(text) == 1}
-    fallback = model.get("byte_fallback")
-
-    def spelt(symbol: str) -> bool:
-        names = (f"<0x{byte:02X}>" for byte in symbol.encode(errors="replace"))
-        return symbol in alone or bool(fallback and all(name in pieces for name in names))
-
-    unspelt = {symbol for symbol in set().union(*pieces) if not spelt(symbol)}
+    symbols = set().union(*pieces)
+    unspelt = {each for each in symbols if each not in pieces and not _in_bytes(each, model, pieces)}
     return {index for text, index in pieces.items() if not unspelt.isdisjoint(text)}
 
 
