@@ -1,0 +1,207 @@
+"""A model without some tokens: logits of the others as before, ids in its configs, what cannot be cut."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from models import tiny_gemma3, tiny_llama, tiny_qwen2
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
+
+from secateur.errors import CheckpointError
+from secateur.model.kept_tokens import (
+    KeptTokens,
+    check_weights_by_token,
+    ids_named_by,
+    keep_tokens,
+    kept_tokens_of,
+)
+from tests.families import FAMILIES, SIZES, tiny_family
+
+NUM_ROWS = 331  # no other size of the tiny models
+
+
+def kept_of(model: nn.Module, seed: int = 0) -> KeptTokens:
+    """Return about half of the model's tokens, with those that its configs name."""
+    drawn = torch.rand(NUM_ROWS, generator=torch.Generator().manual_seed(seed)) < 0.5
+    named = {index for index in ids_named_by(model) if 0 <= index < NUM_ROWS}
+    return KeptTokens(tuple(sorted({*drawn.nonzero().flatten().tolist(), *named})), NUM_ROWS)
+
+
+def logits(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids_BT, use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_the_dense_ones_of_the_kept_tokens(name):
+    text = FAMILIES[name][1].get("text_config")
+    sizes = {"vocab_size": NUM_ROWS}
+    model = tiny_family(name, **(sizes if text is None else {"text_config": SIZES | text | sizes}))
+    kept = kept_of(model)
+    new_BT = torch.randint(len(kept.dense_ids), (2, 12), generator=torch.Generator().manual_seed(1))
+    dense_BTV = logits(model, torch.tensor(kept.dense_ids)[new_BT])[..., list(kept.dense_ids)]
+    cut = copy.deepcopy(model)
+    keep_tokens(cut, kept)
+    # Hidden states are the same bits; a product with fewer rows may add up its 48 terms in another order.
+    torch.testing.assert_close(logits(cut, new_BT), dense_BTV, rtol=1e-6, atol=1e-6)
+    assert cut.config.get_text_config().vocab_size == len(kept.dense_ids)
+    assert cut.get_input_embeddings().num_embeddings == len(kept.dense_ids)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert (cut.get_output_embeddings().weight is cut.get_input_embeddings().weight) == tied
+    assert all(NUM_ROWS not in each.shape for each in cut.parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_ids_and_rows(tied):
+    model = tiny_qwen2(tied=tied, vocab_size=NUM_ROWS, pad_token_id=9)
+    model.generation_config = GenerationConfig(
+        bos_token_id=1,
+        eos_token_id=[2, 30],
+        suppress_tokens=[40, -1],
+        bad_words_ids=[[50, 51]],
+        sequence_bias=[[[60], 61], [[62, 63], -2.0]],
+        max_length=70,
+    )
+    model.config.image_token_id, model.config.vision_start_token_id = 90, NUM_ROWS + 5
+    assert ids_named_by(model) == {1, 2, 9, 30, 40, -1, 50, 51, 60, 62, 63, 90, NUM_ROWS + 5}
+    kept = KeptTokens((1, 2, 9, 30, 40, 50, 51, 60, 62, 63, 90, 100), NUM_ROWS)
+    embedding, head = model.get_input_embeddings().weight.clone(), model.get_output_embeddings().weight.clone()
+    keep_tokens(model, kept)
+    assert torch.equal(model.get_input_embeddings().weight, embedding[list(kept.dense_ids)])
+    assert torch.equal(model.get_output_embeddings().weight, head[list(kept.dense_ids)])
+    assert model.get_input_embeddings().padding_idx == model.model.padding_idx == model.config.pad_token_id == 2
+    assert model.vocab_size == model.model.vocab_size == model.get_output_embeddings().out_features == 12
+    config, said = model.config, model.generation_config
+    assert (config.bos_token_id, config.eos_token_id, config.image_token_id) == (0, 1, 10)
+    assert config.vision_start_token_id == NUM_ROWS + 5
+    assert (said.bos_token_id, said.eos_token_id, said.suppress_tokens) == (0, [1, 3], [4, -1])
+    assert said.bad_words_ids == [[5, 6]] and said.sequence_bias == [[[7], 61], [[8, 9], -2.0]]
+    assert said.max_length == 70
+
+
+def test_a_bias_by_tokens_as_a_dict_and_a_head_s_bias():
+    model = tiny_llama(vocab_size=NUM_ROWS)
+    model.lm_head.bias = nn.Parameter(torch.arange(NUM_ROWS, dtype=torch.float32), requires_grad=False)
+    model.generation_config.sequence_bias = {(5, 6): 7.0, (8,): -1.0}
+    keep_tokens(model, KeptTokens((0, 1, 2, 5, 6, 8, 330), NUM_ROWS))
+    assert model.generation_config.sequence_bias == {(3, 4): 7.0, (5,): -1.0}
+    assert model.lm_head.bias.tolist() == [0, 1, 2, 5, 6, 8, 330] and not model.lm_head.bias.requires_grad
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_models_without_weights(tied):
+    with torch.device("meta"):
+        model = tiny_llama(tied=tied, vocab_size=NUM_ROWS)
+    keep_tokens(model, kept := kept_of(model))
+    head = model.get_output_embeddings().weight
+    assert head.shape == model.get_input_embeddings().weight.shape == (len(kept.dense_ids), 48)
+    assert head.is_meta and (head is model.get_input_embeddings().weight) == tied
+
+
+def test_a_model_without_a_generation_config_or_with_a_padding_id_below_zero():
+    model = tiny_llama(vocab_size=NUM_ROWS, pad_token_id=-1)
+    model.generation_config = None
+    keep_tokens(model, KeptTokens((1, 2, 3), NUM_ROWS))
+    assert model.config.pad_token_id == -1 and model.config.bos_token_id == 0
+
+
+class SecondEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_token = nn.Embedding(NUM_ROWS, 4)
+
+
+def with_second(model: nn.Module) -> None:
+    model.model.layers[1].other = SecondEmbedding()
+
+
+def with_buffer(model: nn.Module) -> None:
+    model.register_buffer("final_logits_bias", torch.zeros(1, NUM_ROWS))
+
+
+def with_per_layer(model: nn.Module) -> None:
+    model.config.vocab_size_per_layer_input = 100
+
+
+def with_other_head(model: nn.Module) -> None:
+    model.lm_head = nn.Linear(48, NUM_ROWS - 1, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (with_second, "model.layers.1.other.by_token.weight"),
+        (with_buffer, "final_logits_bias"),
+        (with_per_layer, "vocab_size_per_layer_input"),
+        (with_other_head, "head"),
+    ],
+)
+def test_other_weights_by_token_are_refused_and_nothing_is_changed(change, name):
+    model = tiny_llama(vocab_size=NUM_ROWS)
+    check_weights_by_token(model)
+    change(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for refuse in (check_weights_by_token, lambda model: keep_tokens(model, kept_of(model))):
+        with pytest.raises(CheckpointError, match=rf"\({re.escape(name)}\), so tokens cannot go"):
+            refuse(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_wrong_sets_are_refused_and_nothing_is_changed():
+    model = tiny_gemma3(vocab_size=NUM_ROWS)
+    said = model.config.to_dict()
+    with pytest.raises(CheckpointError, match=r"is of a model with 300 tokens, and this one has 331"):
+        keep_tokens(model, KeptTokens((0, 1, 2), 300))
+    model.generation_config.suppress_tokens = [77]
+    with pytest.raises(CheckpointError, match="names token 77, which is not kept; keep it"):
+        keep_tokens(model, KeptTokens((0, 1, 2, 3), NUM_ROWS))
+    assert model.config.to_dict() == said and model.get_input_embeddings().num_embeddings == NUM_ROWS
+
+
+# What families' configs say of tokens without naming one.
+NO_ID = {"num_experts_per_tok", "mm_tokens_per_image", "img_max_token_num", "tokens_per_second"}
+
+
+@pytest.mark.parametrize(
+    "model_type", sorted({model_type for model_type, _ in FAMILIES.values()} | {"hunyuan_vl", "molmo2"})
+)
+def test_every_id_that_a_family_s_config_names_is_found(model_type):
+    config = CONFIG_MAPPING[model_type]()
+    names = re.compile(r"token|(_id|_ids|_index)$|^suppress|pad_|eos|bos")
+
+    def named(values: dict) -> set[int]:
+        found: set[int] = set()
+        for key, value in values.items():
+            if isinstance(value, dict):
+                found |= named(value)
+            elif isinstance(key, str) and names.search(key) and key not in NO_ID and not isinstance(value, bool):
+                found |= {value} if isinstance(value, int) else set(value) if isinstance(value, list) else set()
+        return found
+
+    model = tiny_llama(num_layers=1)
+    model.config, model.generation_config = config, None
+    assert ids_named_by(model) == named(config.to_dict())
+
+
+def test_the_map_is_written_and_read(tmp_path):
+    kept = KeptTokens((0, 2, 5), 7)
+    kept.write(tmp_path)
+    written = json.loads((tmp_path / "tokens.json").read_text(encoding="utf-8"))
+    assert written == {"num_dense": 7, "num_kept": 3, "new_ids": [0, None, 1, None, None, 2, None]}
+    assert kept_tokens_of(tmp_path) == kept and kept_tokens_of(tmp_path / "none") is None
+    for damage in ("{", "[]", '{"new_ids": 3}', '{"new_ids": [1, 0]}', '{"new_ids": [0, 2]}', "{}"):
+        (tmp_path / "tokens.json").write_text(damage, encoding="utf-8")
+        with pytest.raises(CheckpointError, match=r"tokens\.json: cannot be read"):
+            kept_tokens_of(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_cut_model_is_saved_and_loaded(tied, tmp_path):
+    model = tiny_llama(tied=tied, vocab_size=NUM_ROWS)
+    keep_tokens(model, kept := kept_of(model))
+    model.save_pretrained(tmp_path)
+    ids_BT = torch.arange(len(kept.dense_ids))[None, :20]
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids_BT), logits(model, ids_BT))
