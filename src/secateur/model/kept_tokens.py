@@ -4,7 +4,7 @@ The tokenizer's own side of it is `model.vocabulary`.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,27 +63,30 @@ def kept_tokens_of(directory: Path) -> KeptTokens | None:
 def keep_tokens(model: CausalLM, kept: KeptTokens) -> None:
     """Leave the kept tokens' rows in embedding and head, and give the configs the new ids, in place.
 
-    Tied weights stay tied; a model on the meta device works too. Raises CheckpointError if the
-    model has other parameters by token, or its rows are not those that `kept` counts.
+    Tied weights stay tied; a model on the meta device works too. Raises CheckpointError, before
+    anything is changed, if the model has other weights by token, its rows are not those that
+    `kept` counts, or its configs name a token that is not kept.
     """
+    check_weights_by_token(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, nn.Embedding)
-    _check_rows(model, embedding, head, kept)
+    _check_ids(model, embedding.num_embeddings, kept)
     index = torch.tensor(kept.dense_ids, device=embedding.weight.device)
     was_tied = head is not None and head.weight is embedding.weight
     embedding.weight = _rows_of(embedding.weight, index)
     embedding.num_embeddings = len(kept.dense_ids)
-    if embedding.padding_idx is not None:
-        embedding.padding_idx = kept.new_ids[embedding.padding_idx]
     if isinstance(head, nn.Linear):
         head.weight = embedding.weight if was_tied else _rows_of(head.weight, index)
         head.bias = None if head.bias is None else _rows_of(head.bias, index)
         head.out_features = len(kept.dense_ids)
-    if isinstance(getattr(model, "vocab_size", None), int):
-        model.vocab_size = len(kept.dense_ids)
-    _renumber(model.config, kept)
-    if model.generation_config is not None:
-        _renumber(model.generation_config, kept)
+    sized = [module for module in model.modules() if getattr(module, "vocab_size", None) == kept.num_dense]
+    for module in sized:
+        module.vocab_size = len(kept.dense_ids)
+    for module in (embedding, *sized):
+        if (padding := getattr(module, "padding_idx", None)) is not None and padding >= 0:
+            module.padding_idx = kept.new_ids[padding]
+    for config in _configs(model):
+        _renumber(config, kept)
     model.config.get_text_config().vocab_size = len(kept.dense_ids)
 
 
@@ -91,64 +94,81 @@ def _rows_of(parameter: nn.Parameter | torch.Tensor, index: torch.Tensor) -> nn.
     return nn.Parameter(parameter.index_select(0, index.to(parameter.device)), requires_grad=parameter.requires_grad)
 
 
-def _check_rows(model: CausalLM, embedding: nn.Embedding, head: nn.Module | None, kept: KeptTokens) -> None:
-    num_rows, allowed = embedding.num_embeddings, {id(embedding.weight)}
-    allowed |= {id(each) for each in ([] if head is None else head.parameters())}
-    others = [name for name, each in model.named_parameters() if num_rows in each.shape and id(each) not in allowed]
+def check_weights_by_token(model: CausalLM) -> None:
+    """Raise CheckpointError if the model has other weights by token than embedding and head."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    num_rows, known = embedding.num_embeddings, {id(embedding.weight)}
+    known |= {id(each) for each in ([] if head is None else head.parameters())}
+    weights = [*model.named_parameters(), *model.named_buffers()]
+    others = [name for name, each in weights if num_rows in each.shape and id(each) not in known]
+    others += ["head"] if isinstance(head, nn.Linear) and head.out_features != num_rows else []
+    # Gemma 3n's embeddings of each layer have fewer rows than the first one.
+    others += [key for key in vars(model.config.get_text_config()) if key.startswith("vocab_size_")]
     if others:
         raise CheckpointError(
             f"vocabulary: the model has other weights by token than embedding and head ({others[0]}), so tokens "
             "cannot go; leave vocabulary out."
         )
+
+
+def _check_ids(model: CausalLM, num_rows: int, kept: KeptTokens) -> None:
     if num_rows != kept.num_dense:
         raise CheckpointError(
             f"{TOKENS_FILE}: is of a model with {kept.num_dense:,} tokens, and this one has {num_rows:,}; give the "
             "model that was pruned."
         )
+    if lost := sorted(ids_named_by(model) & set(range(num_rows)) - set(kept.dense_ids)):
+        raise CheckpointError(
+            f"vocabulary: the model's config or generation config names token {lost[0]}, which is not kept; keep it."
+        )
 
 
-def ids_in(config: Any) -> dict[str, Any]:
-    """Return the config's keys that hold token ids, with their values, at any depth.
+def ids_named_by(model: CausalLM) -> set[int]:
+    """Return the ids that the model's config and generation config name, at any depth.
 
-    Such keys end in `_token_id`, `_token_ids` or `_token_index`, or are generation settings that
-    hold lists of ids. Negative ids, which name no token, are left as they are.
+    Negative ids, and those beyond the embedding's rows, name no token of the model.
     """
-    return dict(_found(config.to_dict(), ()))
+    found: set[int] = set()
+    for config in _configs(model):
+        _change(config, lambda index: found.add(index) or index)
+    return found
 
 
-def _found(values: dict[str, Any], path: tuple[str, ...]) -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _found(value, (*path, key))
-        elif value is not None and _names_ids(key):
-            yield ".".join((*path, key)), value
-
-
-_ENDINGS = ("_token_id", "_token_ids", "_token_index", "_tokens_ids")
-_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias")
-
-
-def _names_ids(key: str) -> bool:
-    return key.endswith(_ENDINGS) or key in _LISTS
+def _configs(model: CausalLM) -> list[Any]:
+    return [model.config, *([] if model.generation_config is None else [model.generation_config])]
 
 
 def _renumber(config: Any, kept: KeptTokens) -> None:
     """Give every id in the config, and in the configs inside it, its new number."""
+    new_ids = kept.new_ids
+    _change(config, lambda index: new_ids[index] if 0 <= index < len(new_ids) else index)
+
+
+# Token ids in configs: keys that end so, and single keys of transformers' families and of generation.
+_ENDINGS = ("_token_id", "_token_ids", "_token_index", "_tokens_ids")
+_KEYS = """
+suppress_tokens begin_suppress_tokens bad_words_ids force_words_ids sequence_bias
+im_start_id im_end_id im_newline_id image_start_id image_end_id image_patch_id slice_start_id slice_end_id newline_id
+bos_index eos_index pad_index unk_index mask_index
+""".split()
+
+
+def _change(config: Any, new: Callable[[int], Any]) -> None:
+    """Replace every token id in the config, and in the configs inside it, by `new` of it."""
     for key, value in list(vars(config).items()):
         if hasattr(value, "to_dict") and not isinstance(value, type):
-            _renumber(value, kept)
-        elif value is not None and _names_ids(key):
-            setattr(config, key, _renumbered(value, kept, key))
+            _change(value, new)
+        elif key.endswith(_ENDINGS) or key in _KEYS:
+            if key == "sequence_bias" and isinstance(value, list):
+                setattr(config, key, [[_changed(ids, new), bias] for ids, bias in value])
+            elif value is not None:
+                setattr(config, key, _changed(value, new))
 
 
-def _renumbered(value: Any, kept: KeptTokens, key: str) -> Any:
+def _changed(value: Any, new: Callable[[int], Any]) -> Any:
     if isinstance(value, list | tuple):
-        return type(value)(_renumbered(each, kept, key) for each in value)
-    if isinstance(value, dict):
-        return {_renumbered(one, kept, key): other for one, other in value.items()}
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < kept.num_dense:
-        return value
-    new = kept.new_ids[value]
-    if new is None:
-        raise CheckpointError(f"vocabulary: config key '{key}' names token {value}, which is not kept.")
-    return new
+        return type(value)(_changed(each, new) for each in value)
+    if isinstance(value, dict):  # of a bias by tokens
+        return {_changed(ids, new): bias for ids, bias in value.items()}
+    return new(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -1,0 +1,390 @@
+"""A tokenizer's tokens: which may go, what they are merged from, and the tokenizer of those that stay.
+
+All of it is read from the backend's JSON; texts are split by the `tokenizers` library alone. The
+model's own side, rows and configs, is `model.kept_tokens`.
+"""
+
+import json
+import math
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from jinja2.exceptions import TemplateSyntaxError
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
+
+from secateur.errors import CheckpointError
+from secateur.model.checkpoint import Tokenizer
+from secateur.model.config import quiet_transformers
+from secateur.model.kept_tokens import KeptTokens, check_weights_by_token, ids_named_by
+from secateur.model.modules import CausalLM
+
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how pieces spell a space
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """A model's tokens; rows of the embedding that are in none of the dicts are padding rows.
+
+    `kind`: what the tokenizer is, in words. `num_rows`: rows of the embedding. `texts`: each
+    token's text; half characters are shown as U+FFFD. `parts`: what a token is merged from, or
+    becomes without it (Unigram); bytes and single characters have none. `needs_parts`: whether a
+    token that stays needs its parts, as merges do. `fixed`: ids that never go; of padding rows only
+    those that a config names.
+    """
+
+    kind: str
+    num_rows: int
+    texts: dict[int, str]
+    parts: dict[int, tuple[int, ...]]
+    needs_parts: bool
+    fixed: frozenset[int]
+
+
+def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
+    """Read the tokenizer's tokens and those that the model's configs name.
+
+    Raises CheckpointError for a tokenizer whose tokens cannot go: without a backend, of another
+    kind than BPE or Unigram, or with tokens that have no row in the model's embedding.
+    """
+    check_weights_by_token(model)
+    embedding: Any = model.get_input_embeddings()
+    backend, parsed = _backend_of(tokenizer)
+    num_rows, rules = embedding.num_embeddings, parsed["model"]
+    ids = _ids(parsed, num_rows)
+    pieces = {text: ids[text] for text in _model_ids(parsed) if text in ids}
+    is_bpe = rules["type"] == "BPE"
+    parts = (_merged_from(rules, pieces) if is_bpe else _best_without(rules)) | _spelt_in_bytes(rules, pieces)
+    fixed = {index for text, index in pieces.items() if len(text) == 1 and index not in parts}
+    fixed |= (
+        {pieces[name] for name in _byte_names(range(256)) if name in pieces} if rules.get("byte_fallback") else set()
+    )
+    fixed |= _told_apart(backend, pieces, parts) | _without_cover(rules, pieces)
+    fixed |= _named(tokenizer, backend, parsed) | ids_named_by(model)
+    return Vocabulary(
+        kind=_kind(parsed),
+        num_rows=num_rows,
+        texts=_texts(parsed, ids),
+        parts=parts,
+        needs_parts=is_bpe,
+        fixed=frozenset(fixed & set(range(num_rows))),
+    )
+
+
+def with_parts(vocabulary: Vocabulary, ids: Iterable[int]) -> set[int]:
+    """Return `ids`, those that never go, and all that these are merged from."""
+    found, left = set(), [*ids, *vocabulary.fixed]
+    while left:
+        index = left.pop()
+        if index not in found:
+            found.add(index)
+            left += vocabulary.parts.get(index, ()) if vocabulary.needs_parts else ()
+    return found
+
+
+def _backend_of(tokenizer: Tokenizer) -> tuple[Any, dict[str, Any]]:
+    backend, name = getattr(tokenizer, "backend_tokenizer", None), type(tokenizer).__name__
+    if not isinstance(backend, Backend):
+        raise CheckpointError(
+            f"vocabulary: the model's tokenizer ({name}) has no tokenizer.json, so its tokens cannot go; save it as a "
+            "fast tokenizer first, or leave vocabulary out."
+        )
+    parsed = json.loads(backend.to_str())
+    model = parsed["model"]
+    if model["type"] not in ("BPE", "Unigram"):
+        raise CheckpointError(
+            f"vocabulary: the model's tokenizer is {model['type']}, and tokens of BPE or Unigram alone can go; leave "
+            "vocabulary out."
+        )
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or backend.decoder is None:
+        raise CheckpointError(
+            "vocabulary: the model's tokenizer marks the parts of words by a prefix or suffix, or has no decoder, so "
+            "its tokens cannot go; leave vocabulary out."
+        )
+    return backend, parsed
+
+
+def _model_ids(parsed: dict[str, Any]) -> dict[str, int]:
+    """Return the ids of the model's own tokens, without those that were only added."""
+    vocabulary = parsed["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        return vocabulary
+    return {piece: index for index, (piece, _) in enumerate(vocabulary)}
+
+
+def _ids(parsed: dict[str, Any], num_rows: int) -> dict[str, int]:
+    """Return every token's id; special tokens without a row, which some multimodal families have, are left out."""
+    ids = dict(_model_ids(parsed))
+    special = {token["content"] for token in parsed["added_tokens"] if token["special"]}
+    ids |= {token["content"]: token["id"] for token in parsed["added_tokens"]}
+    lacking = [index for text, index in ids.items() if index >= num_rows and text not in special]
+    if lacking:
+        raise CheckpointError(
+            f"vocabulary: the tokenizer has id {max(lacking):,}, the model only {num_rows:,} rows; use the tokenizer "
+            "and the weights of one and the same model."
+        )
+    return {text: index for text, index in ids.items() if index < num_rows}
+
+
+def _steps(step: dict[str, Any] | None) -> Iterable[dict[str, Any]]:
+    """Yield every step of a pre-tokenizer, decoder or post-processor."""
+    if step is None:
+        return
+    inner = next((step[key] for key in ("pretokenizers", "decoders", "processors") if key in step), None)
+    if inner is None:
+        yield step
+    for each in inner or ():
+        yield from _steps(each)
+
+
+def _is_byte_level(parsed: dict[str, Any]) -> bool:
+    return any(step["type"] == "ByteLevel" for step in _steps(parsed["decoder"]))
+
+
+def _kind(parsed: dict[str, Any]) -> str:
+    kind = parsed["model"]["type"]
+    if _is_byte_level(parsed):
+        return f"byte-level {kind}"
+    return f"{kind} with byte fallback" if parsed["model"].get("byte_fallback") else kind
+
+
+def _texts(parsed: dict[str, Any], ids: dict[str, int]) -> dict[int, str]:
+    added = {token["content"] for token in parsed["added_tokens"]}
+    if not _is_byte_level(parsed):
+        return {index: text if text in added else text.replace(SPACE, " ") for text, index in ids.items()}
+    byte_of = _bytes_by_symbol()
+    return {
+        index: text
+        if text in added or not byte_of.keys() >= set(text)
+        else bytes(byte_of[symbol] for symbol in text).decode(errors="replace")
+        for text, index in ids.items()
+    }
+
+
+def _bytes_by_symbol() -> dict[str, int]:
+    """Return the byte that each symbol of byte-level BPE stands for.
+
+    Printable bytes of Latin-1 stand for themselves; the others, in order, for U+0100 and on.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    found = {symbol: ord(symbol) for symbol in alphabet if ord(symbol) < 256}
+    others = sorted(set(range(256)) - set(found.values()))
+    return found | {chr(256 + position): byte for position, byte in enumerate(others)}
+
+
+def _byte_names(values: Iterable[int]) -> list[str]:
+    """Return how the byte fallback spells bytes."""
+    return [f"<0x{byte:02X}>" for byte in values]
+
+
+def _merged_from(model: dict[str, Any], pieces: dict[str, int]) -> dict[int, tuple[int, ...]]:
+    """Return the pair that each token is merged from last.
+
+    Where several merges make a token, the tokenizer without them splits it into the pair that it
+    has before the last merge. Tokens that no merge makes are left out.
+    """
+    merges: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
+    for rank, each in enumerate(model["merges"]):
+        left, right = each.split(" ") if isinstance(each, str) else each
+        merges[left + right].append((rank, left, right))
+    pairs = {text: each[0][1:] for text, each in merges.items() if len(each) == 1}
+    unclear = defaultdict(list)
+    for text, each in merges.items():
+        if len(each) > 1:
+            unclear[len(text)].append(text)
+    for texts in unclear.values():  # of one length, so none is merged from another
+        bpe = _shorter_merges(texts, merges, pieces)
+        pairs |= {text: tuple(token.value for token in bpe.tokenize(text)) for text in texts}
+    known = {text: pair for text, pair in pairs.items() if "".join(pair) == text and pieces.keys() >= {text, *pair}}
+    return {pieces[text]: (pieces[pair[0]], pieces[pair[1]]) for text, pair in known.items() if len(pair) == 2}
+
+
+def _shorter_merges(texts: list[str], merges: dict[str, list[tuple[int, str, str]]], pieces: dict[str, int]) -> Any:
+    """Return BPE with the merges that make what is within the texts, but not the texts themselves."""
+    length = len(texts[0])
+    within = {text[start:end] for text in texts for start in range(length) for end in range(start + 1, length + 1)}
+    within &= pieces.keys() - set(texts)
+    ranked = sorted(merge for text in within for merge in merges.get(text, ()))
+    known = [(left, right) for _, left, right in ranked if left in within and right in within]
+    return models.BPE({text: number for number, text in enumerate(sorted(within))}, known)
+
+
+def _in_bytes(symbol: str, model: dict[str, Any], pieces: dict[str, int]) -> tuple[int, ...] | None:
+    """Return the tokens of the character's bytes; None if the byte fallback does not cover it."""
+    names = _byte_names(symbol.encode())
+    covered = model.get("byte_fallback") and pieces.keys() >= set(names)
+    return tuple(pieces[name] for name in names) if covered else None
+
+
+def _spelt_in_bytes(model: dict[str, Any], pieces: dict[str, int]) -> dict[int, tuple[int, ...]]:
+    spelt = {index: _in_bytes(text, model, pieces) for text, index in pieces.items() if len(text) == 1}
+    return {index: those for index, those in spelt.items() if those}
+
+
+def _best_without(model: dict[str, Any]) -> dict[int, tuple[int, ...]]:
+    """Return how a Unigram tokenizer would split each piece if it were not there: the best sum of scores."""
+    scores = dict(model["vocab"])
+    ids = {piece: index for index, (piece, _) in enumerate(model["vocab"])}
+    longest, unknown = max(map(len, scores)), min(scores.values()) - 10  # the library's penalty
+    parts = {}
+    for piece, index in ids.items():
+        if len(piece) == 1:
+            continue
+        best = [(0.0, 0), *[(-math.inf, 0)] * len(piece)]
+        for end in range(1, len(piece) + 1):
+            for start in range(max(0, end - longest), end):
+                part = piece[start:end]
+                score = scores.get(part, unknown if end - start == 1 else -math.inf)
+                if part != piece and best[start][0] + score > best[end][0]:
+                    best[end] = (best[start][0] + score, start)
+        parts[index] = _path(piece, best, model, ids)
+    return parts
+
+
+def _path(piece: str, best: list[tuple[float, int]], model: dict[str, Any], ids: dict[str, int]) -> tuple[int, ...]:
+    """Return the ids along the best path; characters that are no piece are in bytes, or left out."""
+    found: tuple[int, ...] = ()
+    end = len(piece)
+    while end:
+        start = best[end][1]
+        part = piece[start:end]
+        found = ((ids[part],) if part in ids else _in_bytes(part, model, ids) or ()) + found
+        end = start
+    return found
+
+
+def _without_cover(model: dict[str, Any], pieces: dict[str, int]) -> set[int]:
+    """Return the tokens that hold a character which neither a token nor the byte fallback spells."""
+    symbols = set().union(*pieces)
+    unspelt = {each for each in symbols if each not in pieces and not _in_bytes(each, model, pieces)}
+    return {index for text, index in pieces.items() if not unspelt.isdisjoint(text)}
+
+
+def _told_apart(backend: Any, pieces: dict[str, int], parts: dict[int, tuple[int, ...]]) -> set[int]:
+    """Return the tokens whose parts do not decode to the same text, at the start and later."""
+    text_of = {index: text for text, index in pieces.items()}
+    decode = backend.decoder.decode
+    return {
+        index
+        for index, those in parts.items()
+        if decode([text_of[index]] * 2) != decode([text_of[each] for each in those] * 2)
+    }
+
+
+def _named(tokenizer: Tokenizer, backend: Any, parsed: dict[str, Any]) -> set[int]:
+    """Return special and added tokens, those of the post-processor and of the chat template's own text."""
+    special: Any = tokenizer.all_special_ids
+    found = {token["id"] for token in parsed["added_tokens"]} | set(special)
+    for step in _steps(parsed["post_processor"]):
+        found |= {index for each in step.get("special_tokens", {}).values() for index in each["ids"]}
+        found |= {step[key][1] for key in ("sep", "cls") if key in step}
+    if (unknown := parsed["model"].get("unk_id")) is not None:
+        found.add(unknown)
+    if unknown := parsed["model"].get("unk_token"):
+        found.add(backend.token_to_id(unknown))
+    for text in _template_texts(tokenizer.chat_template):
+        found |= set(backend.encode(text, add_special_tokens=False).ids)
+    return found - {None}
+
+
+def _template_texts(template: Any) -> set[str]:
+    """Return the text that chat templates write themselves: what is outside of tags, and strings in them."""
+    found = set()
+    for source in template.values() if isinstance(template, dict) else [template] if template else []:
+        try:
+            tokens = list(Environment(trim_blocks=True, lstrip_blocks=True).lex(source))
+        except TemplateSyntaxError:
+            continue  # nor can transformers write text with it
+        found |= {text for _, kind, text in tokens if kind == "data"}
+        found |= {text[1:-1].replace("\\n", "\n") for _, kind, text in tokens if kind == "string"}
+    return found
+
+
+def trimmed_tokenizer(tokenizer: Tokenizer, kept: KeptTokens) -> Tokenizer:
+    """Return a tokenizer of the same class that has the kept tokens alone, under their new ids.
+
+    Merges of other tokens are gone; text is prepared, cut and decoded as before. It is made by
+    saving, rewriting and loading, so it is what a user of the saved files gets. Raises
+    CheckpointError if the class makes other ids of the files.
+    """
+    _, parsed = _backend_of(tokenizer)
+    ids = _ids(parsed, kept.num_dense)
+    expected = {text: new for text, index in ids.items() if (new := kept.new_ids[index]) is not None}
+    with tempfile.TemporaryDirectory(prefix="secateur-tokenizer-") as scratch, quiet_transformers():
+        tokenizer.save_pretrained(scratch)
+        for file in Path(scratch).iterdir():
+            if file.is_file() and file.name not in ("tokenizer_config.json", "chat_template.jinja"):
+                file.unlink()
+        _write_json(Path(scratch) / "tokenizer.json", _trimmed(parsed, kept))
+        gone = {token["content"] for token in parsed["added_tokens"]} - expected.keys()
+        config = Path(scratch) / "tokenizer_config.json"
+        _write_json(config, _without(json.loads(config.read_text(encoding="utf-8")), gone))
+        found: Any = type(tokenizer).from_pretrained(scratch)
+    found.name_or_path = found.init_kwargs["name_or_path"] = tokenizer.name_or_path
+    if found.get_vocab() != expected:
+        raise CheckpointError(
+            f"vocabulary: {type(tokenizer).__name__} gives the kept tokens other ids than their files say, so tokens "
+            "cannot go; leave vocabulary out."
+        )
+    return found
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def _without(value: Any, gone: set[str]) -> Any:
+    """Return the tokenizer's config without tokens that are gone."""
+    if isinstance(value, dict):
+        return {key: _without(each, gone) for key, each in value.items() if not _names(each, gone)}
+    if isinstance(value, list):
+        return [_without(each, gone) for each in value if not _names(each, gone)]
+    return value
+
+
+def _names(value: Any, gone: set[str]) -> bool:
+    text = value.get("content") if isinstance(value, dict) else value
+    return isinstance(text, str) and text in gone
+
+
+def _trimmed(parsed: dict[str, Any], kept: KeptTokens) -> dict[str, Any]:
+    """Return the backend's JSON with the kept tokens alone, ids renumbered everywhere."""
+    new_ids, model = kept.new_ids, dict(parsed["model"])
+
+    def new(index: int) -> int | None:
+        return new_ids[index] if index < kept.num_dense else None
+
+    if model["type"] == "BPE":
+        model["vocab"] = {text: new(index) for text, index in model["vocab"].items() if new(index) is not None}
+        model["merges"] = [
+            [left, right] for left, right in model["merges"] if model["vocab"].keys() >= {left, right, left + right}
+        ]
+    else:
+        model["vocab"] = [each for index, each in enumerate(model["vocab"]) if new(index) is not None]
+        model["unk_id"] = None if model["unk_id"] is None else new(model["unk_id"])
+    added = [{**each, "id": new(each["id"])} for each in parsed["added_tokens"] if new(each["id"]) is not None]
+    found = {**parsed, "model": model, "added_tokens": added}
+    found["post_processor"] = _renumbered(parsed["post_processor"], new)
+    if found["padding"]:
+        found["padding"] = {**found["padding"], "pad_id": new(found["padding"]["pad_id"])}
+    return found
+
+
+def _renumbered(step: dict[str, Any] | None, new: Any) -> dict[str, Any] | None:
+    """Return the post-processor with the ids of its tokens renumbered."""
+    if step is None:
+        return None
+    step = dict(step)
+    if "processors" in step:
+        step["processors"] = [_renumbered(each, new) for each in step["processors"]]
+    if step["type"] == "TemplateProcessing":
+        named = step["special_tokens"].items()
+        step["special_tokens"] = {name: {**each, "ids": [new(index) for index in each["ids"]]} for name, each in named}
+    for key in {"sep", "cls"} & step.keys():
+        step[key] = [step[key][0], new(step[key][1])]
+    return step
