@@ -174,6 +174,8 @@ def test_a_damaged_list_of_layers(text, model):
 
 SIZES: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 10**7}, "num_hidden_layers is 1e+07, more than 2,000"),
+    ({"num_hidden_layers": -3}, "num_hidden_layers is -3, less than 1"),
+    ({"n_layer": 0}, "n_layer is 0, less than 1"),
     ({"num_hidden_layers": 1e300}, "num_hidden_layers is 1e+300, more than 2,000"),
     ({"num_hidden_layers": float("nan")}, "num_hidden_layers is nan, more than 2,000"),
     ({"num_local_experts": 10**7}, "num_local_experts is 1e+07, more than 2,000"),

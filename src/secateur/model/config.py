@@ -150,6 +150,8 @@ _MOST = (
     (re.compile(r".*_(size|dim|rank|heads?|positions|embeddings|embd|inner|ctx)|d_(model|ff|kv)"), 1 << 24),
 )
 
+_NUM_LAYERS = re.compile(r"(num_hidden|num|n)_layers?")
+
 # What transformers raises for unusable values, and gguf for a truncated or corrupt file.
 _WRONG_TYPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError)
 BAD_VALUE = (*_WRONG_TYPES, OSError, RuntimeError, StrictDataclassError)
@@ -241,9 +243,11 @@ def _check_sizes(raw: dict[str, Any], path: Path) -> None:
             most = next((most for names, most in _MOST if names.fullmatch(str(key))), None)
             if isinstance(value, dict | list):
                 inside.append(value)
-            elif most is not None and isinstance(value, int | float) and not value <= most:
-                advice = "copy the model's own file there"
-                raise CheckpointError(f"{path}: {key} is {value:g}, more than {most:,}; {advice}.")
+            elif most is not None and isinstance(value, int | float):
+                less = value < 1 and _NUM_LAYERS.fullmatch(str(key))  # others may be 0, or -2 from the end
+                if less or not value <= most:
+                    bound, advice = "less than 1" if less else f"more than {most:,}", "copy the model's own file there"
+                    raise CheckpointError(f"{path}: {key} is {value:g}, {bound}; {advice}.")
 
 
 def _check_causal(path: Path, model_type: str, architectures: Any) -> None:
