@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from secateur.errors import CheckpointError, RecipeError
 from secateur.files import check_free_space, parse_size, staging
 from secateur.formats.save import save_checkpoint
+from secateur.model.kept_tokens import KeptTokens, keep_tokens, kept_tokens_of
+from secateur.model.vocabulary import trimmed_tokenizer
 
 
 def save(directory: Path, model: torch.nn.Module, max_shard_size: str = "5GB", carry_from: Path | None = None) -> Path:
@@ -226,3 +228,26 @@ def test_disk_full_in_the_middle_of_saving(tmp_path):
     sentence = f"{tmp_path / 'deep' / 'out'}: no file there may become that large; raise the limit"
     assert [line.startswith(sentence) for line in child.stdout.splitlines()] == [True] * 3, child.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_some_tokens_has_no_file_of_the_old_ids(tmp_path):
+    old = {"generation_config.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "tekken.json"}
+    old |= {"tiktoken.model", "a.tiktoken", "added_tokens.json", "special_tokens_map.json", "vocab.txt"}
+    source = save(tmp_path / "source", tiny_llama())
+    for name in (*old, "LICENSE", "preprocessor_config.json"):
+        (source / name).write_text('{"eos_token_id": 300}')
+    dense, model = save(tmp_path / "dense", tiny_llama(), carry_from=source), tiny_llama()
+    assert old < contents(dense).keys()
+    kept = KeptTokens((0, 1, *range(2, 257, 2)), 320)
+    model.generation_config.suppress_tokens = [256]
+    keep_tokens(model, kept)
+    (tmp_path / "out").mkdir()
+    tokenizer = trimmed_tokenizer(tiny_tokenizer(), kept)
+    save_checkpoint(model, tokenizer, tmp_path / "out", max_shard_size="5GB", carry_from=source, kept=kept)
+    written = contents(tmp_path / "out")
+    assert (
+        written.keys() & old == {"generation_config.json"} and written["LICENSE"] == written["preprocessor_config.json"]
+    )
+    said = json.loads(written["generation_config.json"])
+    assert said["suppress_tokens"] == [len(kept.dense_ids) - 1] and said["eos_token_id"] == 2
+    assert kept_tokens_of(tmp_path / "out") == kept

@@ -32,13 +32,18 @@ from secateur.files import disk_errors, lies_in, parse_size
 from secateur.model import modeling_per_layer
 from secateur.model.checkpoint import Checkpoint, load_model, load_tokenizer
 from secateur.model.config import quiet_transformers
+from secateur.model.kept_tokens import KeptTokens
 
 # Files of a model directory that saving does not write anew.
 _SIDE_FILES = """
-tokenizer.model spiece.model tekken.json tiktoken.model *.tiktoken vocab.json vocab.txt merges.txt
-added_tokens.json special_tokens_map.json chat_template*.jinja chat_template.json processor_config.json
+chat_template*.jinja chat_template.json processor_config.json
 preprocessor_config.json video_preprocessor_config.json additional_chat_templates/*.jinja
 LICENSE* NOTICE* USE_POLICY*
+""".split()
+# Those of them that name tokens by the source's ids.
+_FILES_BY_TOKEN = """
+generation_config.json tokenizer.model spiece.model tekken.json tiktoken.model *.tiktoken vocab.json vocab.txt
+merges.txt added_tokens.json special_tokens_map.json
 """.split()
 # By these keys transformers finds code, at any depth of a config.
 _NAMES_OF_CODE = ("auto_map", "custom_pipelines")
@@ -51,12 +56,15 @@ def save_checkpoint(
     *,
     max_shard_size: str,
     carry_from: Path | None,
+    kept: KeptTokens | None = None,
 ) -> tuple[str, ...]:
     """Write model, configs and tokenizer into `directory`; the same model gives the same bytes.
 
     Tied weights are written once. `carry_from`: the source directory, whose generation config,
-    tokenizer and licence files are copied if it has a config.json. Returns a sentence about every
-    file that was not, because it is a link to somewhere else. The files name no code but ours.
+    tokenizer and licence files are copied if it has a config.json. `kept`: the source's tokens that
+    the model still has; then `tokens.json` is written, and nothing copied that has the old ids.
+    Returns a sentence about every file that was not copied, because it is a link to somewhere else.
+    The files name no code but ours.
 
     Raises CheckpointError for disk errors, RecipeError for a bad `max_shard_size`.
     """
@@ -66,7 +74,10 @@ def save_checkpoint(
         _save_model(model, directory, num_shard_bytes)
         left = ()
         if carry_from is not None and (carry_from / "config.json").is_file():
-            left = tuple(_carry(carry_from, directory))
+            patterns = [*([] if kept else _FILES_BY_TOKEN), *_SIDE_FILES]
+            left = tuple(_carry(carry_from, directory, patterns))
+        if kept:
+            kept.write(directory)
         _name_own_code_only(model, directory)
     return left
 
@@ -86,9 +97,9 @@ def _save_model(model: PreTrainedModel, directory: Path, num_shard_bytes: int) -
         file.chmod(readable)  # safetensors lets only the owner read
 
 
-def _carry(source: Path, directory: Path) -> Iterator[str]:
+def _carry(source: Path, directory: Path, patterns: list[str]) -> Iterator[str]:
     """Copy what saving does not write anew; yield a sentence about every file left behind."""
-    for pattern in ("generation_config.json", *_SIDE_FILES):
+    for pattern in patterns:
         for file in sorted(source.glob(pattern)):
             target = directory / file.relative_to(source)
             if not file.is_file() or (target.exists() and pattern != "generation_config.json"):
