@@ -23,6 +23,8 @@ from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS
 from secateur.formats.save import have_llama_cpp, open_llama_cpp, save_checkpoint
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.model.config import quiet_transformers
+from secateur.model.kept_tokens import KeptTokens, keep_tokens
+from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer, with_parts
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODELS = {
@@ -211,6 +213,70 @@ def test_sentencepiece_gives_the_same_ids(rule, tmp_path):
         assert after.encode(text) == ids
         assert after.decode(ids) == before.decode(ids)
     assert ids[0] == after.bos_token_id and after.chat_template == before.chat_template is not None
+
+
+def trimmed(directory: Path, name: str, rule: str) -> tuple[Path, Any]:
+    """Save a model without some of its tokens; return its directory and its tokenizer."""
+    directory.mkdir()
+    model, is_bytes = MODELS[name](), rule not in SENTENCEPIECE
+    dense = bpe_tokenizer(rule) if is_bytes else sentencepiece_tokenizer(rule)
+    vocabulary = read_vocabulary(dense, model)
+    kept_ids = with_parts(vocabulary, list(vocabulary.texts)[::3])
+    kept = KeptTokens(tuple(sorted(kept_ids)), vocabulary.num_rows)
+    keep_tokens(model, kept)
+    tokenizer = trimmed_tokenizer(dense, kept)
+    save_checkpoint(model, tokenizer, directory, max_shard_size="5GB", carry_from=None, kept=kept)
+    assert len(kept_ids) < len(dense)
+    return directory, tokenizer
+
+
+TRIMMED = [("llama", "llama-bpe"), ("llama-tied", "qwen2"), ("mistral", "mistral"), ("gemma-tied", "gemma")]
+
+
+@pytest.mark.parametrize(("name", "rule"), TRIMMED)
+def test_a_trimmed_model_has_its_own_tokens_in_the_file(name, rule, tmp_path):
+    source, tokenizer = trimmed(tmp_path / "source", name, rule)
+    export(source, tmp_path / "model.gguf", check=False)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    said = {key.removeprefix("tokenizer.ggml."): field.contents() for key, field in reader.fields.items()}
+    names = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    assert said["tokens"] == names
+    assert (said["bos_token_id"], said["eos_token_id"]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    kinds = {token: gguf.TokenType(kind).name for token, kind in zip(names, said["token_type"], strict=True)}
+    special = {str(each) for each in tokenizer.added_tokens_decoder.values() if each.special}
+    assert {token for token, kind in kinds.items() if kind == "CONTROL"} == special and "UNUSED" not in kinds.values()
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    if rule in SENTENCEPIECE:
+        made = {left + right for left, right in merges} - {"\n\n"}  # cut out before merging
+        ranked = sorted(made, key=dict(zip(names, said["scores"], strict=True)).get, reverse=True)
+        assert ranked == sorted(made, key=[left + right for left, right in merges].index)
+    else:
+        assert said["merges"] == [f"{left} {right}" for left, right in merges]
+    rows = {tensor.name: tensor.shape[-1] for tensor in reader.tensors}
+    assert rows["token_embd.weight"] == len(names) == rows.get("output.weight", len(names))
+    if rule != "gemma":
+        after = load_tokenizer(open_checkpoint(tmp_path / "model.gguf"))
+        for text in PLAIN_PIECES:
+            assert after.encode(text) == tokenizer.encode(text)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not have_llama_cpp(), reason="needs llama-cpp-python")
+@pytest.mark.parametrize(("name", "rule"), TRIMMED)
+def test_llama_cpp_gives_a_trimmed_model_s_ids_and_logits(name, rule, tmp_path):
+    source, tokenizer = trimmed(tmp_path / "source", name, rule)
+    export(source, tmp_path / "model.gguf", check=False)
+    reference = load_model(open_checkpoint(source))
+    with closing(open_llama_cpp(tmp_path / "model.gguf", 256, all_logits=True)) as model:
+        for text in PLAIN_PIECES:
+            ids = list(tokenizer.encode(text))
+            assert model.tokenize(text.encode(), add_bos=True, special=False) == ids
+            model.reset()
+            model.eval(ids)
+            with torch.inference_mode():
+                expected = reference(torch.tensor([ids]), use_cache=False).logits[0]
+            got = torch.from_numpy(np.array(model.scores[: len(ids)]))
+            assert (got - expected).norm() / expected.norm() < 2e-3  # llama.cpp keeps keys and values in half precision
 
 
 def test_kinds_of_pieces(tmp_path):

@@ -12,6 +12,8 @@ from secateur.errors import CheckpointError
 from secateur.formats import save as proof
 from secateur.formats.save import save_checkpoint, verify_reload
 from secateur.model.checkpoint import load_model, open_checkpoint
+from secateur.model.kept_tokens import KeptTokens, keep_tokens
+from secateur.model.vocabulary import trimmed_tokenizer
 
 
 def save(directory: Path, model: torch.nn.Module) -> torch.Tensor:
@@ -139,3 +141,17 @@ def test_another_shape_and_the_loaders_complaints_are_refused(monkeypatch, tmp_p
     reloaded_as(monkeypatch, torch.zeros(2, 3, 5), "missing_keys: ['a']")
     with pytest.raises(CheckpointError, match=r"reloads it with problems \(missing_keys: \['a'\]\)"):
         verify_reload(tmp_path, IDS, torch.zeros(2, 3, 5))
+
+
+def test_a_model_without_some_tokens_reloads_exactly(tmp_path):
+    model, kept = tiny_qwen2(tied=True), KeptTokens((0, 1, *range(2, 257, 2)), 320)
+    keep_tokens(model, kept)
+    save_checkpoint(
+        model, trimmed_tokenizer(tiny_tokenizer(), kept), tmp_path, max_shard_size="5GB", carry_from=None, kept=kept
+    )
+    ids_BT = tiny_ids(vocab_size=len(kept.dense_ids))
+    with torch.inference_mode():
+        logits_BTV = model(ids_BT, use_cache=False).logits
+    assert logits_BTV.shape[-1] == len(kept.dense_ids) == 130
+    verification = verify_reload(tmp_path, ids_BT, logits_BTV)
+    assert verification.max_abs_difference == 0 and verification.generated_text
