@@ -291,6 +291,18 @@ def test_parts_of_pieces_are_the_library_s_own_without_them(kind):
         assert [ids[each] for each in found] == list(vocabulary.parts[ids[piece]]), piece
 
 
+@pytest.mark.parametrize("kind", UNIGRAM)
+def test_pieces_do_not_need_their_parts(kind):
+    tokenizer, vocabulary = made(kind)
+    lone = [index for index in vocabulary.parts if not with_parts(vocabulary, []) >= set(vocabulary.parts[index])]
+    for index in lone[:20]:
+        kept = with_parts(vocabulary, [index])
+        assert kept == vocabulary.fixed | {index}
+        trimmed = trimmed_tokenizer(tokenizer, KeptTokens(tuple(sorted(kept)), vocabulary.num_rows))
+        (token,) = trimmed.backend_tokenizer.model.tokenize(tokenizer.convert_ids_to_tokens(index))
+        assert token.id == sorted(kept).index(index)
+
+
 @pytest.mark.parametrize("kind", MADE)
 def test_what_never_goes(kind):
     tokenizer, vocabulary = made(kind)
@@ -333,8 +345,9 @@ def test_tokens_of_post_processors_and_the_unknown_token_stay():
     written = json.loads(tokenizer.backend_tokenizer.to_str())
     written["model"]["unk_id"] = unknown
     written["added_tokens"] = []
-    written["padding"] = None
     names = [piece for piece, _ in written["model"]["vocab"]]
+    written["padding"] = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None}
+    written["padding"] |= {"pad_id": one, "pad_type_id": 0, "pad_token": names[one]}
     backend = Tokenizer.from_str(json.dumps(written))
     backend.post_processor = processors.Sequence(
         [
@@ -350,7 +363,8 @@ def test_tokens_of_post_processors_and_the_unknown_token_stay():
     roberta, template = trimmed["post_processor"]["processors"]
     assert roberta["sep"] == [names[one], kept.new_ids[one]] and roberta["cls"] == [names[two], kept.new_ids[two]]
     assert template["special_tokens"][names[one]]["ids"] == [kept.new_ids[one]]
-    assert trimmed["model"]["unk_id"] == kept.new_ids[unknown]
+    assert trimmed["model"]["unk_id"] == kept.new_ids[unknown] != unknown
+    assert trimmed["padding"]["pad_id"] == kept.new_ids[one] != one
 
 
 def test_tokens_whose_parts_decode_to_something_else_stay():

@@ -266,14 +266,10 @@ def _without_cover(model: dict[str, Any], pieces: dict[str, int]) -> set[int]:
 
 
 def _told_apart(backend: Any, pieces: dict[str, int], parts: dict[int, tuple[int, ...]]) -> set[int]:
-    """Return the tokens whose parts do not decode to the same text, at the start and later."""
+    """Return the tokens whose parts do not decode to the same text."""
     text_of = {index: text for text, index in pieces.items()}
     decode = backend.decoder.decode
-    return {
-        index
-        for index, those in parts.items()
-        if decode([text_of[index]] * 2) != decode([text_of[each] for each in those] * 2)
-    }
+    return {index for index, those in parts.items() if decode([text_of[index]]) != decode([text_of[i] for i in those])}
 
 
 def _named(tokenizer: Tokenizer, backend: Any, parsed: dict[str, Any]) -> set[int]:
