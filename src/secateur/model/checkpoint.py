@@ -178,6 +178,7 @@ def _load_safetensors(
     model, info = loaded
     path = checkpoint.directory / "generation_config.json"
     if path.is_file():
+        read_json(path)
         try:
             model.generation_config = GenerationConfig.from_pretrained(path.parent)
         except BAD_VALUE as error:
