@@ -77,9 +77,10 @@ def keep_tokens(model: CausalLM, kept: KeptTokens) -> None:
     embedding.num_embeddings = len(kept.dense_ids)
     if isinstance(head, nn.Linear):
         head.weight = embedding.weight if was_tied else _rows_of(head.weight, index)
-        head.bias = None if head.bias is None else _rows_of(head.bias, index)
+        if head.bias is not None:
+            head.bias = _rows_of(head.bias, index)
         head.out_features = len(kept.dense_ids)
-    sized = [module for module in model.modules() if getattr(module, "vocab_size", None) == kept.num_dense]
+    sized: list[Any] = [module for module in model.modules() if getattr(module, "vocab_size", None) == kept.num_dense]
     for module in sized:
         module.vocab_size = len(kept.dense_ids)
     for module in (embedding, *sized):
