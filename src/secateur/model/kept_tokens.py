@@ -15,6 +15,7 @@ from torch import nn
 
 from secateur.errors import CheckpointError
 from secateur.files import json_of
+from secateur.model.checkpoint import Tokenizer
 from secateur.model.modules import CausalLM
 
 TOKENS_FILE = "tokens.json"
@@ -42,6 +43,15 @@ class KeptTokens:
         """Write the map from dense ids to new ones as `tokens.json`."""
         content = {"num_dense": self.num_dense, "num_kept": len(self.dense_ids), "new_ids": self.new_ids}
         (directory / TOKENS_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """A trim of the vocabulary: the dense tokens that stay, and both models' tokenizers."""
+
+    kept: KeptTokens
+    dense_tokenizer: Tokenizer
+    tokenizer: Tokenizer
 
 
 def kept_tokens_of(directory: Path) -> KeptTokens | None:
