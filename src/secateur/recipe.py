@@ -75,6 +75,7 @@ TargetName = Literal["parameters", "flops", "kv_bytes", "latency"]
 ScheduleName = Literal["linear"]
 
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
+VOCABULARY = "vocabulary"
 DEFAULT_DOMAINS: tuple[InstalledDomain, ...] = ("code", "technical", "mathematics", "science", "readme")
 
 # The built-in names of `scores.SCORES`, which imports torch. Packages add others, see `plugins`.
@@ -176,17 +177,44 @@ class Remove(Strict):
     None: as many as spare the widths the worst. layers: remove these layers. protected_layers: stay
     whole. Negative layer numbers count from the end. min_keep: the least share of a group that
     stays. align: widths are multiples of it.
+
+    vocabulary: the number of tokens that stay, a multiple of 64, or `auto`: as many as make tokens
+    and units cost the least together; what goes is part of `share`. Group `vocabulary` is short for
+    `auto`. With `groups: []` tokens go alone. keep_text: files whose every token stays.
+    keep_scripts: as [latin, cyrillic], scripts whose tokens stay.
     """
 
     share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
     target: TargetName = "parameters"
     prices: MeasuredPrices | None = None
-    groups: Annotated[tuple[str, ...], Field(min_length=1)] = ("ffn",)
+    groups: tuple[str, ...] = ("ffn",)
     depth: Annotated[int, Field(ge=0)] | None = None
     layers: tuple[int, ...] = ()
     protected_layers: tuple[int, ...] = ()
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
     align: Count | None = None
+    vocabulary: Count | Literal["auto"] | None = None
+    keep_text: tuple[str, ...] = ()
+    keep_scripts: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_group_is_the_key(cls, data: Any) -> Any:
+        groups = data.get("groups") if isinstance(data, dict) else None
+        if not isinstance(groups, list | tuple) or VOCABULARY not in groups:
+            return data
+        rest = [name for name in groups if name != VOCABULARY]
+        return {**data, "groups": rest, VOCABULARY: data.get(VOCABULARY) or "auto"}
+
+    @model_validator(mode="after")
+    def _something_goes(self) -> "Remove":
+        if self.vocabulary is None and not self.groups:
+            raise ValueError("groups is empty and vocabulary is not given, so nothing would go; name a group")
+        if self.vocabulary is None and (self.keep_text or self.keep_scripts):
+            raise ValueError(
+                "keep_text and keep_scripts say which tokens stay, so they need vocabulary: auto or a number"
+            )
+        return self
 
 
 class Choose(Strict):

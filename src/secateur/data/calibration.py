@@ -140,14 +140,58 @@ def build_calibration(
         if domain.sampled:
             parts = [torch.empty(size, length, dtype=torch.int64, device="meta") for size in sizes]
         else:
-            texts = _once(documents(name, domain, tokenizer, seed))
-            order = Random(f"{seed}:{name}:lines")
-            turns = (_turns(text, tokenizer, length, order) for text in texts)
+            turns = _pieces(name, domain, tokenizer, seed, length)
             parts = _two_parts(turns, name, sizes, length, eos, num_rounds)
         blocks.append(DomainBlocks(name, shares[name], *parts))
         num_done += sum(sizes)
         progress("calibration", num_done, num_total)
     return CalibrationSet(tuple(blocks), length, content_hash(blocks), num_rounds)
+
+
+# Tokens of a domain beyond these hardly move what is counted.
+MOST_COUNTED = 1_000_000
+
+
+def token_counts(
+    calibration: CalibrationText,
+    num_tokens: int,
+    tokenizer: Tokenizer,
+    seed: int,
+    num_rows: int,
+    progress: Progress = silent,
+) -> dict[str, Int64[Tensor, " V"]]:
+    """Return how often each domain's text has each token, without the text that is held out.
+
+    V: `num_rows`, of the embedding. At most `MOST_COUNTED` tokens of a domain count. Sampled
+    domains, whose text is not written yet, are left out. Raises CalibrationError for unreadable
+    text, or if no domain is left.
+    """
+    assert calibration.sequence_length is not None, "resolve fills it in"
+    length, found = calibration.sequence_length, dict[str, Tensor]()
+    total_share = sum(domain.share for domain in calibration.domains.values())
+    read = {name: domain for name, domain in calibration.domains.items() if not domain.sampled}
+    for done, (name, domain) in enumerate(read.items()):
+        progress("count tokens", done, len(read))
+        num_blocks = max(1, round(domain.share / total_share * num_tokens / length))
+        num_held_out = math.ceil(num_blocks / CALIBRATION_BLOCKS_PER_HELD_OUT)
+        pieces = _pieces(name, domain, tokenizer, seed, length)
+        _, used = _pack(pieces, deque(), num_held_out * length, None)
+        counts, num_counted = torch.zeros(num_rows, dtype=torch.int64), 0
+        for ids in chain.from_iterable(chain(used, pieces)):
+            if num_counted >= MOST_COUNTED:
+                break
+            counts += torch.bincount(torch.tensor(ids), minlength=num_rows)
+            num_counted += len(ids)
+        if not num_counted:
+            raise CalibrationError(f"domain '{name}': no text is left to count tokens of; add text.")
+        found[name] = counts
+    if not found:
+        raise CalibrationError(
+            "remove.vocabulary: every domain is sampled from the model, so there is no text to count tokens of; add a "
+            "domain of files or installed text."
+        )
+    progress("count tokens", len(read), len(read))
+    return found
 
 
 def rotated(calibration: CalibrationSet, round_index: int) -> CalibrationSet:
@@ -160,6 +204,13 @@ def rotated(calibration: CalibrationSet, round_index: int) -> CalibrationSet:
     parts = ((domain, domain.calibration_NT.chunk(calibration.num_rounds)) for domain in calibration.domains)
     domains = tuple(replace(domain, calibration_NT=rounds[round_index]) for domain, rounds in parts)
     return replace(calibration, domains=domains, num_rounds=1)
+
+
+def _pieces(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, length: int) -> Iterator[_Turns]:
+    """Yield the domain's documents, each as the ids of its pieces."""
+    order = Random(f"{seed}:{name}:lines")
+    for text in _once(documents(name, domain, tokenizer, seed)):
+        yield _turns(text, tokenizer, length, order)
 
 
 def _once(texts: Iterator[str]) -> Iterator[str]:
@@ -249,11 +300,16 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def with_sampled(
-    calibration: CalibrationSet, model: CausalLM, tokenizer: Tokenizer, seed: int, progress: Progress = silent
+    calibration: CalibrationSet,
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    seed: int,
+    progress: Progress = silent,
+    dense_ids: Int64[Tensor, " K"] | None = None,
 ) -> CalibrationSet:
     """Return the set with every sampled domain written by `model`; the held-out blocks come first.
 
-    Raises what `sample_blocks` raises.
+    `dense_ids`, errors: as in `sample_blocks`.
     """
     if not any(domain.calibration_NT.is_meta for domain in calibration.domains):
         return calibration
@@ -262,7 +318,8 @@ def with_sampled(
         if domain.calibration_NT.is_meta:
             num_held_out, (num_blocks, length) = len(domain.held_out_NT), domain.calibration_NT.shape
             own_seed, tell = Random(f"{seed}:{domain.name}").getrandbits(63), partial(progress, f"sample {domain.name}")
-            ids_NT = sample_blocks(model, tokenizer, num_held_out + num_blocks, length, own_seed, tell)
+            num_all = num_held_out + num_blocks
+            ids_NT = sample_blocks(model, tokenizer, num_all, length, own_seed, tell, dense_ids)
             held_out_NT, calibration_NT = ids_NT[:num_held_out], ids_NT[num_held_out:]
             domains[index] = replace(domain, held_out_NT=held_out_NT, calibration_NT=calibration_NT)
     return replace(calibration, domains=tuple(domains), content_hash=content_hash(domains))
@@ -275,13 +332,15 @@ def sample_blocks(
     length: int,
     seed: int,
     progress: Callable[[int, int], None] = lambda num_done, num_tokens: None,
+    dense_ids: Int64[Tensor, " K"] | None = None,
 ) -> Int64[Tensor, "N T"]:
     """Sample blocks from the model's own distribution at temperature 1.
 
     Sampling starts after the begin-of-text token (or else the end-of-text token), which is not part
     of the block. A text that ends within a block is followed by another. Only tokens that the
     tokenizer knows are drawn, on the CPU, so that a seed gives the same draws on any device.
-    `progress` gets (tokens so far, all tokens).
+    `progress` gets (tokens so far, all tokens). `dense_ids`: the model's ids of the tokenizer's tokens,
+    if the model has more; no other token is drawn.
 
     Raises CalibrationError without such a token, NumericsError if a logit is not finite.
     """
@@ -298,10 +357,12 @@ def sample_blocks(
             ids_B1 = torch.full((min(BATCH_BLOCKS, num_blocks - first), 1), start)
             cache, drawn = dict[str, Any](), list[Tensor]()
             for _ in range(length):
-                output = model(ids_B1.to(model.device), use_cache=True, **cache)
+                fed_B1 = ids_B1 if dense_ids is None else dense_ids[ids_B1]
+                output = model(fed_B1.to(model.device), use_cache=True, **cache)
                 name = next(each for each in CACHE_NAMES if each in output)
                 cache = {name: output[name]}
-                ids_B1 = _draw(output.logits[:, -1, : len(tokenizer)], generator)
+                logits_BV = output.logits[:, -1] if dense_ids is None else output.logits[:, -1, dense_ids]
+                ids_B1 = _draw(logits_BV[:, : len(tokenizer)], generator)
                 drawn.append(ids_B1)
                 num_done += len(ids_B1)
                 progress(num_done, num_blocks * length)

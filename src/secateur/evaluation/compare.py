@@ -19,7 +19,7 @@ from secateur.facts import Size
 from secateur.log import Progress, silent, versions
 from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import Opened, open_model, tokenizer_of
-from secateur.pruning.prepare import calibration_text
+from secateur.pruning.prune import calibration_text
 from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.run import Run
 from secateur.ranks import in_turns, is_first, joined

@@ -22,6 +22,7 @@ class Prices:
     """The cost of one unit of each group, and of the whole dense model, in the target's unit.
 
     Whole numbers, so that sums are exact in any order. `per_layer`: the cost of whole layers.
+    `tokens`: the cost of the tokens that go; it is in the total.
     `unit`, `unit_size`: for messages, the unit's name and how many of the numbers make one.
     """
 
@@ -30,6 +31,7 @@ class Prices:
     total: int
     unit: str
     unit_size: int = 1
+    tokens: int = 0
 
     @property
     def total_text(self) -> str:
@@ -54,10 +56,11 @@ class Prices:
         return sum(price for index, price in enumerate(self.per_layer) if index not in layers)
 
     def with_only(self, layers: Collection[int]) -> "Prices":
-        """Return the same prices for the model that these layers make."""
+        """Return the same prices for the model that these layers and the tokens left make."""
         gone = self.of_all_but(layers)
-        unit = f"{self.unit} that the layers left" if gone else self.unit
-        return dataclasses.replace(self, total=self.total - gone, unit=unit)
+        what = " and ".join(["layers"] * bool(gone) + ["tokens"] * bool(self.tokens))
+        unit = f"{self.unit} that the {what} left" if what else self.unit
+        return dataclasses.replace(self, total=self.total - gone - self.tokens, unit=unit, tokens=0)
 
 
 @dataclass(frozen=True, slots=True)

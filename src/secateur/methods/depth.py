@@ -4,6 +4,7 @@ B blocks of a batch, T tokens of a block, P positions that predict a token (T - 
 L layers. Held-out batches take no part in the choice.
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -128,6 +129,28 @@ def narrow_readers(
         with _replaced(model, arch, index, found.get(index)):
             walk.advance(index)
     return found
+
+
+def narrow_kl(model: nn.Module, arch: Arch, batches: list[Batch], readers: Mapping[int, Tensor]) -> float:
+    """Return KL(dense || model with these FFN readers), in nats per token of the calibration batches.
+
+    Raises NumericsError if it is not finite.
+    """
+    total, num_tokens, head = 0.0, 0, head_of(model, arch)
+    for batch in (batch for batch in batches if not batch.held_out):
+        dense, narrow = Walk(model, arch, [batch]), Walk(model, arch, [batch])
+        for index in range(arch.num_layers):
+            dense.advance(index)
+            with _replaced(model, arch, index, readers.get(index)):
+                narrow.advance(index)
+        states = [states_for_head(model, arch, batch, each.hidden_BTD[0]) for each in (dense, narrow)]
+        total += float(token_divergences(states[0], head, states[1], head).double().sum())
+        num_tokens += len(states[0])
+    sums = totals({"kl": torch.tensor(total), "tokens": num_tokens})
+    kl = float(sums["kl"]) / sums["tokens"]
+    if not math.isfinite(kl):
+        raise NumericsError("KL with narrow FFNs: it is not finite; use the model in bfloat16 or float32.")
+    return kl
 
 
 def _narrow(weight_DF: Tensor, gram: Gram, share: float, damping: float | None) -> Float[Tensor, "D F"]:

@@ -119,6 +119,22 @@ def sequence_length(asked: int | None, config: Any) -> int:
     return length
 
 
+def token_prices(target: str, model: Any, num_tokens: int, prompt_tokens: int) -> int:
+    """Return what tokens cost: their rows of embedding and head, or the head's FLOPs for them.
+
+    Raises RecipeError for a target in which tokens have no price.
+    """
+    embedding, head = model.get_input_embeddings(), _head(model)
+    if target == "flops":
+        return round(num_tokens * 2 * head.in_features / prompt_tokens)
+    if target != "parameters":
+        raise RecipeError(
+            f"remove.vocabulary: tokens have no price in target {target}; use parameters or flops, or leave it out."
+        )
+    own = 0 if head.weight is embedding.weight else head.in_features
+    return num_tokens * (embedding.embedding_dim + own + (head.bias is not None))
+
+
 def parameter_prices(arch: Arch, groups: tuple[Group, ...], model: nn.Module) -> Prices:
     """Return prices in parameters."""
     per_unit = {(group.layer, group.name): group.params_per_unit for group in groups}

@@ -139,7 +139,7 @@ def estimate_memory(opened: Opened, resolved: Resolved, weight_bytes: int, bytes
     """
     recipe, hidden_size = resolved.recipe, text_config(opened.model).hidden_size
     num_tokens = round(resolved.num_tokens * HELD_OUT_FACTOR)
-    widest = max(group.num_inputs for group in resolved.groups)
+    widest = max((group.num_inputs for group in resolved.groups), default=0)
     has_gram = needs_gram(recipe.choose.score) or recipe.repair.compensate == "least_squares"
     square, reader = widest * widest if has_gram else 0, widest * hidden_size
     has_drift = bool(resolved.target_mix)
@@ -199,7 +199,7 @@ def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:
         kept = plan.num_keep[group.layer, group.name] * group.width if uniform else group.num_inputs
         gone = group.num_inputs - kept
         needs.append(8 * (kept * kept + gone * kept + (gone + kept) * num_outputs))
-    return max(needs)
+    return max(needs, default=0)
 
 
 # The timed products have as many rows as a batch has tokens.

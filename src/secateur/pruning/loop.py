@@ -39,7 +39,7 @@ def remove_depth(run: Run) -> Run:
     resolved, dense, services = run.resolved, run.arch, run.services
     if not resolved.depth:
         return run
-    dense_losses = watched_losses(run, "dense")
+    dense_losses = run.dense_losses or watched_losses(run, "dense")
     batches = run.batches(1)
     named = removed_layers(resolved.recipe, dense)
     costs = {} if named else _chosen(run, batches)
@@ -121,7 +121,8 @@ def prune_in_place(run: Run) -> Keeps:
         for group in run.resolved.groups:
             add_zero_biases(layers[group.layer], group)
     scratch = TemporaryDirectory(prefix="prune-", dir=run.services.scratch)
-    with scratch as folder, embeddings_on_disk(run.model, Path(folder), are_there=run.weights_on_disk) as unload:
+    on_disk = run.weights_on_disk and not run.growth  # a trim leaves embedding and head in memory
+    with scratch as folder, embeddings_on_disk(run.model, Path(folder), are_there=on_disk) as unload:
         dense_layers, net = LayersOnDisk(Path(folder), "dense"), SafetyNet(run, Path(folder))
         for number in range(1, len(run.resolved.plans) + 1):
             # No width left to remove in this round: skip it.

@@ -32,6 +32,7 @@ from secateur.model.checkpoint import (
     restore_buffers,
     weight_digests,
 )
+from secateur.model.kept_tokens import Trim
 from secateur.ranks import check_same, device_called, is_first, size
 from secateur.recipe import Recipe
 from secateur.recipe_file import dump_recipe
@@ -49,7 +50,8 @@ class Opened:
     """A dense model and its recipe. `checkpoint`: None for a model in memory.
 
     `model`: the one in memory, or the checkpoint's, on the meta device until `loaded`. `size`: as
-    stored. `device`: where the run computes. `tokenizer`: the one handed over, if any.
+    stored. `device`: where the run computes. `tokenizer`: the one handed over, if any. `trim`: what
+    goes of the vocabulary, decided before the weights are cut.
     """
 
     checkpoint: Checkpoint | None
@@ -59,6 +61,7 @@ class Opened:
     recipe: Recipe
     device: torch.device
     tokenizer: Tokenizer | None = None
+    trim: Trim | None = None
 
     @property
     def name(self) -> str:
@@ -128,7 +131,9 @@ def computes_in_float32(opened: Opened) -> bool:
 
 
 def tokenizer_of(opened: Opened) -> Tokenizer:
-    """Return the tokenizer that was handed over, or the checkpoint's."""
+    """Return the trimmed tokenizer, the one that was handed over, or the checkpoint's."""
+    if opened.trim is not None:
+        return opened.trim.tokenizer
     if opened.tokenizer is not None:
         return opened.tokenizer
     assert opened.checkpoint is not None, "no model in memory is opened without a tokenizer"

@@ -1,29 +1,44 @@
-"""One prune: open, resolve, text, load, remove layers, rounds, save, verify, result, report.
+"""One prune: open, tokens, resolve, text, load, layers, rounds, save, verify, result, report.
 
 All that can be checked without weights is checked before a weight is read.
 `api.prune` adds recovery.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from secateur.data.calibration import CalibrationSet, build_calibration, with_sampled
+from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, silent
+from secateur.model.bind import decoder_layers
 from secateur.model.checkpoint import Tokenizer, eval_mode
 from secateur.model.modules import CausalLM
+from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for
+from secateur.pruning.latency import with_prices
 from secateur.pruning.loop import prune_in_place, remove_depth
-from secateur.pruning.open import Opened, computes_in_float32, open_model, store_for, tokenizer_of
-from secateur.pruning.prepare import prepared
-from secateur.pruning.resolve import checked
+from secateur.pruning.open import (
+    Opened,
+    check_same_run,
+    computes_in_float32,
+    loaded,
+    open_model,
+    store_for,
+    tokenizer_of,
+)
+from secateur.pruning.resolve import Resolved, checked, resolve
 from secateur.pruning.result import PrunedCheckpoint, Result, save_and_prove, summary_of, write_report_files
-from secateur.pruning.run import Keeps, Run
-from secateur.ranks import staging_if_any
+from secateur.pruning.run import Keeps, Run, without_tokens
+from secateur.pruning.trim import plan_trim
+from secateur.ranks import from_first, staging_if_any
 from secateur.recipe import Recipe
 from secateur.store import Services
-from secateur.stream.device import peak_bytes, peak_bytes_on
+from secateur.stream.device import CPU, peak_bytes, peak_bytes_on
 from secateur.stream.offload import Placement
 
 
@@ -49,10 +64,10 @@ def prune_run(
         if directory is not None:
             log.append_to(directory)
         services = Services(progress=progress, log=log, store=store, scratch=directory)
-        opened, run, placement = prepared(opened, services)
+        opened, run, placement = _prepared(opened, services)
         with eval_mode(run.model):
             result = _pruned(opened, run, placement, directory, command)
-    return dataclasses.replace(result, out=None if out is None else Path(out))
+    return replace(result, out=None if out is None else Path(out))
 
 
 def _pruned(opened: Opened, run: Run, placement: Placement, directory: Path | None, command: str) -> Result:
@@ -79,10 +94,10 @@ def _cut(
         run = remove_depth(run)
         recipe = run.resolved.recipe
         if directory is not None:
-            facts = (directory, opened.directory, run.resolved.layers)
+            facts = (directory, opened.directory, run.resolved.layers, opened.trim)
             checkpoint = PrunedCheckpoint(run.model, tokenizer_of(opened), recipe, *facts)
             if recipe.output.keep_rounds:
-                run = dataclasses.replace(run, after_round=partial(_save_round, placement, checkpoint))
+                run = replace(run, after_round=partial(_save_round, placement, checkpoint))
         keeps = prune_in_place(run)
     return run, checkpoint, keeps
 
@@ -90,3 +105,72 @@ def _cut(
 def _save_round(placement: Placement, checkpoint: PrunedCheckpoint, number: int, keeps: Keeps) -> None:
     with placement.on_host():
         checkpoint.save(keeps, number)
+
+
+def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placement]:
+    """Return what was opened with weights and tokenizer, the run, and its placement on the device.
+
+    Raises a SecateurError for what the recipe, the memory or the text does not allow.
+    """
+    opened = with_prices(replace(opened, tokenizer=tokenizer_of(opened)), services)
+    if opened.recipe.remove.vocabulary is not None:
+        opened = replace(opened, trim=plan_trim(opened, services))
+    resolved, log = resolve(opened), services.log
+    plan = memory_for(opened, resolved)
+    if services.scratch is not None:
+        check_free_space(services.scratch, disk_bytes(opened, resolved, plan))
+    with log.time("calibration"):
+        text = from_first(partial(calibration_text, opened, resolved, services.progress))
+    with log.time("load"):
+        opened, resolved, placement = _on_device(opened, resolved, plan)
+    model = opened.model
+    with log.time("calibration"), eval_mode(model):
+        text = from_first(partial(sampled_text, text, opened, model, services.progress))
+        services.store.check_input("calibration text", text.content_hash)
+    facts = {"model": model, "arch": opened.arch, "resolved": resolved, "text": text, "services": services}
+    run = Run(**facts, weights_on_disk=plan.weights_on_disk)
+    return opened, run if opened.trim is None else without_tokens(run, opened.trim), placement
+
+
+def calibration_text(
+    opened: Opened,
+    resolved: Resolved,
+    progress: Progress,
+    model: CausalLM | None = None,
+    more_held_out: int = 0,
+) -> CalibrationSet:
+    """Return the recipe's calibration set. `model`: the dense one, for domains sampled from it."""
+    recipe, tokenizer = resolved.recipe, tokenizer_of(opened)
+    counts = {"more_held_out": more_held_out, "num_rounds": recipe.choose.rounds}
+    text = build_calibration(recipe.calibration, resolved.num_tokens, tokenizer, recipe.seed, progress, **counts)
+    return text if model is None else sampled_text(text, opened, model, progress)
+
+
+def sampled_text(text: CalibrationSet, opened: Opened, model: CausalLM, progress: Progress) -> CalibrationSet:
+    """Return the text with what the dense model writes, of tokens that stay."""
+    dense_ids = None if opened.trim is None else torch.tensor(opened.trim.kept.dense_ids)
+    return with_sampled(text, model, tokenizer_of(opened), opened.recipe.seed, progress, dense_ids)
+
+
+def _on_device(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> tuple[Opened, Resolved, Placement]:
+    """Load the model and onload it; a model in memory stays where it is."""
+    opened, notes = loaded(opened, on_disk=plan.weights_on_disk)
+    resolved = replace(resolved, warnings=resolved.warnings + notes + _notes(opened, plan))
+    check_same_run(opened.model, resolved.recipe)
+    layers, device = decoder_layers(opened.model, opened.arch), CPU if opened.checkpoint is None else opened.device
+    one_at_a_time, in_float32 = plan.one_layer_at_a_time, plan.in_float32
+    placement = Placement(opened.model, layers, device, one_at_a_time=one_at_a_time, in_float32=in_float32)
+    placement.onload()
+    return opened, resolved, placement
+
+
+def _notes(opened: Opened, plan: MemoryPlan) -> tuple[str, ...]:
+    """Return notes for people on how the run keeps within memory."""
+    notes: tuple[str, ...] = ()
+    if plan.one_layer_at_a_time and plan.budget_bytes is not None:
+        limit = f"{plan.budget_bytes / 1e9:.2f} GB"
+        notes += (f"layers came to {opened.device} one at a time to keep within {limit}.",)
+    if plan.in_float32:
+        stored = str(opened.model.dtype).removeprefix("torch.")
+        notes += (f"computed in float32 on {opened.device}; stored in {stored} as before.",)
+    return notes

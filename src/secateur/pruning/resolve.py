@@ -21,7 +21,7 @@ from secateur.methods.budget import (
     round_shares,
     uniform_plan,
 )
-from secateur.methods.prices import prices_of, sequence_length
+from secateur.methods.prices import prices_of, sequence_length, token_prices
 from secateur.methods.scores import find_score
 from secateur.model.bind import Arch
 from secateur.model.group import OF_EXPERTS, Group, GroupKey
@@ -110,8 +110,11 @@ class Resolved:
         """Return the run with these layers. Raises RecipeError if widths cannot give the rest."""
         recipe, prices = self.recipe, self.prices
         groups = groups_of(recipe, self.arch, layers)
-        step = least_step(groups, prices, self.align, alike=recipe.choose.budget == "uniform")
-        remove = share_for_widths(recipe, self.depth, prices, prices.of_all_but(layers), step)
+        remove = 0.0
+        if groups:
+            step = least_step(groups, prices, self.align, alike=recipe.choose.budget == "uniform")
+            gone = prices.tokens + prices.of_all_but(layers)
+            remove = share_for_widths(recipe, self.depth, prices, gone, step)
         rounds = num_rounds(recipe) if remove > 0 else 1
         recipe = recipe.filled(choose={"widths": _widths(recipe, cuts=remove > 0), "rounds": rounds})
         shares = round_shares(rounds, recipe.choose.schedule)
@@ -141,13 +144,15 @@ def checked(opened: Opened) -> Opened:
             f"layers widths of their own, which a language model inside a larger class ({config.model_type}) cannot be "
             f"saved with; use budget uniform without protected_layers."
         )
-    sequence_length(recipe.calibration.sequence_length, config)
+    length = sequence_length(recipe.calibration.sequence_length, config)
+    if recipe.remove.vocabulary is not None:
+        token_prices(recipe.remove.target, opened.model, 1, length)
     _target_mix(recipe, arch)
     return opened
 
 
 def recipe_prices(recipe: Recipe, arch: Arch, model: Any) -> Prices:
-    """Return the dense model's prices by the recipe's target and groups. Raises as `prices_of`."""
+    """Return the model's prices by the recipe's target and groups. Raises as `prices_of`."""
     remove, length = recipe.remove, sequence_length(recipe.calibration.sequence_length, model.config)
     groups = arch.select(remove.groups)
     return prices_of(remove.target, arch, groups, model, prompt_tokens=length, seconds=remove.prices)
@@ -157,23 +162,34 @@ def resolve(opened: Opened) -> Resolved:
     """Fill what depends on the model and make plans. Raises RecipeError for what is unreachable."""
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
     prices = recipe_prices(recipe, arch, opened.model)
+    if opened.trim is not None:
+        kept, length = opened.trim.kept, sequence_length(recipe.calibration.sequence_length, config)
+        num_gone = kept.num_dense - len(kept.dense_ids)
+        tokens = token_prices(recipe.remove.target, opened.model, num_gone, length)
+        prices = replace(prices, tokens=tokens)
+        recipe = recipe.filled(remove={"vocabulary": len(kept.dense_ids)})
     depth = depth_of(recipe, arch, config, prices)
     recipe = recipe.filled(remove={"depth": depth})
     layers = layers_to_expect(recipe, arch, config)
     groups = groups_of(recipe, arch, layers)
     # A layer is folded into the FFN reader before it.
     fitted = groups + (arch.select(("ffn",)) if depth else ())
-    widest = max(group.num_inputs for group in fitted)
-    num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
-    length = sequence_length(recipe.calibration.sequence_length, config)
-    text: dict[str, Any] = {"num_tokens": num_tokens, "sequence_length": length}
-    damping, warnings = _damping(recipe, num_tokens, widest)
+    text, widest = text_for(recipe, fitted, config)
+    damping, warnings = _damping(recipe, text["num_tokens"], widest)
     remove = {"align": recipe.remove.align or default_align(groups), "depth": depth}
     repair = {"damping": damping, "target_mix": _target_mix(recipe, arch)}
     recipe = recipe.filled(remove=remove, repair=repair, calibration=text)
     facts: dict[str, Any] = {"recipe": recipe, "arch": arch, "prices": prices, "layers": layers, "warnings": warnings}
     resolved = Resolved(**facts, **remove, **repair, **text).with_layers(layers)
     return replace(resolved, warnings=warnings + _too_deep(resolved.groups, resolved.plans[-1]))
+
+
+def text_for(recipe: Recipe, groups: Sequence[Group], config: Any) -> tuple[dict[str, int], int]:
+    """Return `num_tokens` and `sequence_length`, filled, and the widest reader's inputs."""
+    widest = max((group.num_inputs for group in groups), default=1)
+    num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
+    length = sequence_length(recipe.calibration.sequence_length, config)
+    return {"num_tokens": num_tokens, "sequence_length": length}, widest
 
 
 def _too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:

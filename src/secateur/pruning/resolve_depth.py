@@ -91,7 +91,10 @@ def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
     alike = len(set(arch.params_per_layer)) == 1 and not any(group.kind in OF_EXPERTS for group in groups)
     if not plain or not alike or not groups or differ:
         return 0
-    asked, units = recipe.remove.share * prices.total, sum(group.num_units * prices.of(group) for group in groups)
+    asked, units = (
+        recipe.remove.share * prices.total - prices.tokens,
+        sum(group.num_units * prices.of(group) for group in groups),
+    )
     wanted = round(LAYERS_PER_UNIT * (asked / units - UNITS_ALONE) * arch.num_layers)
     free = arch.num_layers - len(protected_layers(recipe, arch))
     depth = max(0, min(wanted, int(asked // prices.per_layer[0]), free - 1))
@@ -136,19 +139,27 @@ def num_rounds(recipe: Recipe) -> int:
 
 
 def share_for_widths(recipe: Recipe, depth: int, prices: Prices, num_gone: int, step: int) -> float:
-    """Return the widths' share of what the layers leave; 0 if that is less than half a `step`.
+    """Return the widths' share of what layers and tokens leave; 0 if that is less than half a `step`.
 
-    `num_gone`: the cost of the `depth` layers that go. `step`: the least that the widths can give.
-    Raises RecipeError if the layers alone take more than half a step too much.
+    `num_gone`: the cost of the `depth` layers and the tokens that go. `step`: the least that the
+    widths can give. Raises RecipeError if these alone take more than half a step too much.
     """
     asked = recipe.remove.share * prices.total
     if not num_gone:
         return recipe.remove.share
     if abs(asked - num_gone) <= step / 2:
         return 0.0
+    if num_gone > asked and not depth:
+        raise RecipeError(
+            f"remove.vocabulary: the tokens that go are {num_gone / prices.total:.4f} of all {prices.total_text}, more "
+            f"than remove: {recipe.remove.share:g}; keep more tokens, or remove at least that."
+        )
     if num_gone > asked:
-        per_layer = num_gone // depth
-        most, least = int((asked + step / 2) // per_layer), math.ceil(1e4 * num_gone / prices.total) / 1e4
+        per_layer = (num_gone - prices.tokens) // depth
+        most, least = (
+            int((asked - prices.tokens + step / 2) // per_layer),
+            math.ceil(1e4 * num_gone / prices.total) / 1e4,
+        )
         raise RecipeError(
             f"remove.depth: {depth} layers of {prices.text(per_layer)} each make it {num_gone / prices.total:.3f} of "
             f"all {prices.total_text}, more than remove: {recipe.remove.share:g}; use depth {most} at most, "

@@ -15,6 +15,7 @@ from secateur.formats.save import Verification, save_checkpoint, verify_reload
 from secateur.log import RunLog, versions
 from secateur.model.checkpoint import CausalLM, Tokenizer
 from secateur.model.group import Group
+from secateur.model.kept_tokens import Trim
 from secateur.pruning.open import Opened
 from secateur.pruning.run import Keeps, Run
 from secateur.recipe import Recipe
@@ -54,6 +55,7 @@ class PrunedCheckpoint:
     directory: Path
     carry_from: Path | None
     layers: tuple[int, ...]
+    trim: Trim | None = None
 
     def save(self, keeps: Keeps, number: int | None = None) -> tuple[str, ...]:
         """Write the model, a round's under `rounds/NUMBER`; the last round is the result itself.
@@ -66,7 +68,8 @@ class PrunedCheckpoint:
         place.mkdir(parents=True, exist_ok=number is None)
         shard_size = self.recipe.output.max_shard_size
         options: dict[str, Any] = {"max_shard_size": shard_size, "carry_from": self.carry_from}
-        left = save_checkpoint(self.model, self.tokenizer, place, **options)
+        kept = None if self.trim is None else self.trim.kept
+        left = save_checkpoint(self.model, self.tokenizer, place, kept=kept, **options)
         (place / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
         layers = [{"group": "layers", "keep": self.layers}] if self.recipe.remove.depth else []
         kept = [{"layer": layer, "group": group, "keep": keep.tolist()} for (layer, group), keep in keeps.items()]
@@ -114,12 +117,13 @@ def save_and_prove(run: Run, checkpoint: PrunedCheckpoint, keeps: Keeps) -> Veri
 def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | None, **measured: Any) -> Summary:
     """Return the run's summary. `measured`: command, losses and memory peaks, by field name."""
     recipe, log, pruned_size = run.resolved.recipe, run.services.log, Size.of(run.model)
+    reached = 1 - pruned_size.num_params / opened.size.num_params
     notes = tuple(line["text"] for line in log.lines if line["event"] == "note") + ill_conditioned(log.lines, recipe)
     return Summary(
         model=opened.name,
         family=run.arch.family,
-        remove_asked=recipe.remove.share,
-        remove_reached=1 - pruned_size.num_params / opened.size.num_params,
+        remove_asked=recipe.remove.share if recipe.remove.groups else reached,  # tokens alone: their number
+        remove_reached=reached,
         outcome=run.resolved.outcome({key: keep.shape[-1] for key, keep in keeps.items()}),
         dense_size=opened.size,
         pruned_size=pruned_size,

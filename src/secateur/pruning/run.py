@@ -14,6 +14,7 @@ from secateur.errors import RecipeError
 from secateur.facts import Batch, Loss
 from secateur.model.bind import Arch, decoder_layers
 from secateur.model.group import GroupKey
+from secateur.model.kept_tokens import Trim, keep_tokens
 from secateur.model.modules import CausalLM
 from secateur.pruning.resolve import Resolved
 from secateur.ranks import own_part
@@ -32,6 +33,9 @@ class Run:
     `weights_on_disk`: finished layers are mapped from files. `after_round`: called with the number
     and kept units of every round that held, with the model and its config as that round left them.
     `dense_losses`: held-out nats per token by domain before layers went, if something watches them.
+    `dense`: the dense model's losses, if its vocabulary is trimmed and something asks for them.
+    `growth`: by domain, how many tokens of the trimmed tokenizer make one of the dense one. All
+    losses are nats per dense token.
     """
 
     model: CausalLM
@@ -42,6 +46,8 @@ class Run:
     weights_on_disk: bool = False
     after_round: Callable[[int, Keeps], None] | None = None
     dense_losses: dict[str, float] = field(default_factory=dict[str, float])
+    dense: dict[str, Loss] = field(default_factory=dict[str, Loss])
+    growth: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
     def shares(self) -> dict[str, float]:
@@ -67,17 +73,50 @@ class Run:
         """Return held-out losses by domain and log them; none if the recipe asks for none."""
         if not self.resolved.recipe.output.evaluate:
             return {}
-        log = self.services.log
+        found = self._measured(which, self.held_out) if which == "pruned" or not self.dense else self.dense
+        for domain, loss in found.items():
+            self.services.log.write({"event": "loss", "model": which, "domain": domain, **dataclasses.asdict(loss)})
+        return found
 
+    def _measured(self, which: str, blocks: dict[str, Any]) -> dict[str, Loss]:
         def measured() -> dict[str, Any]:
-            losses = domain_losses(self.model, self.arch, self.held_out, self.services.progress, f"evaluate {which}")
+            losses = domain_losses(self.model, self.arch, blocks, self.services.progress, f"evaluate {which}")
             return {domain: dataclasses.asdict(loss) for domain, loss in losses.items()}
 
-        with log.time("evaluate"):
+        with self.services.log.time("evaluate"):
             found = self.services.store.value(f"evaluate {which}", measured)
-        for domain, loss in found.items():
-            log.write({"event": "loss", "model": which, "domain": domain, **loss})
-        return {domain: Loss(**loss) for domain, loss in found.items()}
+        return {domain: _grown(Loss(**loss), self.growth.get(domain, 1.0)) for domain, loss in found.items()}
+
+
+def _grown(loss: Loss, growth: float) -> Loss:
+    """Return a loss per token of the trimmed tokenizer as nats per token of the dense one."""
+    if growth == 1:
+        return loss
+    return Loss(loss.nats_per_token * growth, loss.standard_error * growth, round(loss.num_tokens / growth))
+
+
+def dense_blocks(held_out: dict[str, Tensor], trim: Trim) -> dict[str, list[Tensor]]:
+    """Return the text of each domain's blocks in the dense tokenizer."""
+    spelt = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    texts = {name: [trim.tokenizer.decode(ids_T, **spelt) for ids_T in ids_NT] for name, ids_NT in held_out.items()}
+    plain = {"add_special_tokens": False, "verbose": False}
+    return {
+        name: [torch.tensor(trim.dense_tokenizer(text, **plain)["input_ids"]) for text in domain]
+        for name, domain in texts.items()
+    }
+
+
+def without_tokens(run: Run, trim: Trim) -> Run:
+    """Cut the tokens that go out of the model, in place; measure the dense one first if asked."""
+    blocks = dense_blocks(run.held_out, trim)
+    if run.resolved.recipe.output.evaluate or _is_watched(run):
+        run = dataclasses.replace(run, dense=run._measured("dense", blocks))
+    keep_tokens(run.model, trim.kept)
+    growth = {
+        name: run.held_out[name][:, 1:].numel() / sum(len(ids_T) - 1 for ids_T in blocks[name]) for name in blocks
+    }
+    dense_losses = {name: loss.nats_per_token for name, loss in run.dense.items()} if _is_watched(run) else {}
+    return dataclasses.replace(run, growth=growth, dense_losses=dense_losses)
 
 
 class SafetyNet:
@@ -96,15 +135,15 @@ class SafetyNet:
         self._keeps: Keeps = {}
 
     def allowed_rise(self) -> dict[str, float]:
-        """Return how much each protected domain's loss may still rise, in nats per token.
+        """Return how much each protected domain's loss may still rise, in nats per token of the model.
 
-        allowed = dense (1 + protect) - now. Raises RecipeError if a domain has nothing left.
+        allowed = (dense (1 + protect) - now) / growth. Raises RecipeError if a domain has nothing left.
         """
         allowed: dict[str, float] = {}
         for name, domain in self.run.resolved.recipe.calibration.domains.items():
             if domain.protect is None:
                 continue
-            allowed[name] = self.dense[name] * (1 + domain.protect) - self.now[name]
+            allowed[name] = (self.dense[name] * (1 + domain.protect) - self.now[name]) / self.run.growth.get(name, 1.0)
             if allowed[name] <= 0:
                 raise RecipeError(
                     f"calibration.domains.{name}.protect: its held-out loss has risen from {self.dense[name]:.3f} to "
@@ -147,16 +186,22 @@ class SafetyNet:
 
 def watched_losses(run: Run, which: str) -> dict[str, float]:
     """Return held-out nats per token by domain; none if nothing in the recipe asks for them."""
-    recipe = run.resolved.recipe
-    is_protected = any(domain.protect is not None for domain in recipe.calibration.domains.values())
-    if recipe.choose.max_loss_rise is None and not is_protected and recipe.choose.rounds == 1:
+    if not _is_watched(run):
         return {}
 
     def measured() -> dict[str, float]:
         losses = domain_losses(run.model, run.arch, run.held_out, run.services.progress, f"held-out loss, {which}")
         return {name: loss.nats_per_token for name, loss in losses.items()}
 
-    return run.services.store.value(f"held-out {which}", measured)
+    found = run.services.store.value(f"held-out {which}", measured)
+    return {name: nats * run.growth.get(name, 1.0) for name, nats in found.items()}
+
+
+def _is_watched(run: Run) -> bool:
+    """Return whether the recipe asks for held-out losses between rounds."""
+    recipe = run.resolved.recipe
+    is_protected = any(domain.protect is not None for domain in recipe.calibration.domains.values())
+    return recipe.choose.max_loss_rise is not None or is_protected or recipe.choose.rounds > 1
 
 
 def _mean(losses: dict[str, float]) -> float:

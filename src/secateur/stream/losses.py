@@ -1,7 +1,7 @@
 """Losses on token blocks, domain by domain: nats per token, and KL to the dense model."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -25,7 +25,11 @@ TOKENS_AT_ONCE = 1 << 15
 
 
 def domain_losses(
-    model: nn.Module, arch: Arch, blocks_NT: dict[str, Tensor], progress: Progress = silent, stage: str = "evaluate"
+    model: nn.Module,
+    arch: Arch,
+    blocks_NT: Mapping[str, Sequence[Tensor] | Tensor],
+    progress: Progress = silent,
+    stage: str = "evaluate",
 ) -> dict[str, Loss]:
     """Return each domain's loss; ranks share the blocks, and all get the numbers of one process.
 
@@ -51,7 +55,7 @@ def domain_losses(
         mean = sum(values) / len(values)
         if not math.isfinite(mean):
             raise NumericsError(f"{stage}, domain {domain}: the loss is {mean}; the model gives no finite logits.")
-        losses[domain] = Loss(mean, standard_error(values), domain_NT[:, 1:].numel())
+        losses[domain] = Loss(mean, standard_error(values), sum(len(ids_T) - 1 for ids_T in domain_NT))
     release_freed()
     return losses
 

@@ -1,0 +1,232 @@
+"""Which tokens go: what each one is worth, the order in which they go, and how many go.
+
+In: token counts by domain, a `Vocabulary`, prices. Out: ids in the order in which they go, and what
+a text then costs. V: rows of the embedding, R: tokens that may go.
+"""
+
+import heapq
+import math
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from secateur.errors import RecipeError
+from secateur.facts import Batch
+from secateur.log import Progress
+from secateur.methods.depth import narrow_kl, narrow_readers
+from secateur.methods.profile import first_blocks
+from secateur.model.bind import Arch, head_of
+from secateur.model.kept_tokens import Trim
+from secateur.model.vocabulary import Vocabulary, with_parts
+from secateur.stream.losses import HEAD_POSITIONS, final_states
+from secateur.stream.statistics import Decide
+
+# Sizes that suit tensor cores.
+ALIGN_TOKENS = 64
+# The share of a token's use that is its neighbours': what the domains' text happens not to contain.
+PRIOR_SHARE, NEIGHBOURS = 0.5, 1024
+# Blocks per domain on which the nats of further tokens, and those of narrow FFNs, are measured.
+TOKEN_BLOCKS, NARROW_BLOCKS = 4, 2
+# Readers fitted to few tokens lose so much more than those of a run: 0.44, 0.86 and 1.33 nats where
+# runs of SmolLM2-135M lost two thirds of it, at 10, 20 and 30% of all parameters.
+NARROW_TOKENS_PER_INPUT, NARROW_OVERSTATES = 4, 1.5
+
+
+def token_use(
+    counts: Mapping[str, Int64[Tensor, " V"]], shares: Mapping[str, float], *, minimax: bool = False
+) -> Float[Tensor, " V"]:
+    """Return how often a token is used, per token of text.
+
+    use = sum_d share_d counts_d / total_d over the counted domains; with `minimax` the largest of
+    counts_d / total_d.
+    """
+    used_DV = torch.stack([count.double() / count.sum() for count in counts.values()])
+    shares_D = used_DV.new_tensor([shares[name] for name in counts])
+    return used_DV.amax(0) if minimax else shares_D @ used_DV / shares_D.sum()
+
+
+def with_prior(use_V: Float[Tensor, " V"], ids: list[int], share: float = PRIOR_SHARE) -> Float[Tensor, " V"]:
+    """Return the use with `share` of it taken from the mean of each token's neighbours among `ids`.
+
+    Tokenizers number tokens in the order in which they were learnt, so neighbours are about as
+    frequent in the text that the tokenizer was made for.
+    """
+    index = torch.tensor(sorted(ids))
+    sums = torch.cat([use_V.new_zeros(1), use_V[index].cumsum(0)])
+    first = (torch.arange(len(index)) - NEIGHBOURS // 2).clamp(min=0)
+    last = (first + NEIGHBOURS).clamp(max=len(index))
+    mixed_V = use_V.clone()
+    mixed_V[index] = (1 - share) * use_V[index] + share * (sums[last] - sums[first]) / (last - first)
+    return mixed_V
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """`ids`: in the order in which they go. `more_R`: tokens that a text then has more, per token."""
+
+    ids: list[int]
+    more_R: Float[Tensor, " R"]
+
+
+def removal_order(vocabulary: Vocabulary, use_V: Float[Tensor, " V"], stay: Iterable[int] = ()) -> Removal:
+    """Return all tokens that may go, each time the one that lengthens text least.
+
+    A token of use u that is spelt in n others costs u (n - 1), and its use becomes theirs. Rows
+    without a token go first. `stay`: tokens that never go, beside the vocabulary's own; nor does
+    what any of them is merged from.
+    """
+    fixed = with_parts(vocabulary, stay)
+    padding = [index for index in range(vocabulary.num_rows) if index not in vocabulary.texts and index not in fixed]
+    use, gone = use_V.tolist(), set(padding)
+    needed_by = [0] * vocabulary.num_rows
+    for parts in vocabulary.parts.values() if vocabulary.needs_parts else ():
+        for part in set(parts):
+            needed_by[part] += 1
+    free = {index for index in vocabulary.texts if index not in fixed and vocabulary.parts.get(index)}
+
+    def spelt(index: int) -> list[int]:
+        parts = vocabulary.parts[index]
+        return [end for part in parts for end in (spelt(part) if part in gone else [part])]
+
+    def cost(index: int) -> float:
+        return use[index] * (len(spelt(index)) - 1)
+
+    waiting = [(cost(index), index) for index in free if not needed_by[index]]
+    heapq.heapify(waiting)
+    ids, more, total = list(padding), [0.0] * len(padding), 0.0
+    while waiting:
+        known, index = heapq.heappop(waiting)
+        if (now := cost(index)) > known:  # others passed their use on to it
+            heapq.heappush(waiting, (now, index))
+            continue
+        total += now
+        for part in spelt(index):
+            use[part] += use[index]
+        gone.add(index)
+        ids.append(index)
+        more.append(total)
+        for part in set(vocabulary.parts[index]) if vocabulary.needs_parts else ():
+            needed_by[part] -= 1
+            if not needed_by[part] and part in free:
+                heapq.heappush(waiting, (cost(part), part))
+    return Removal(ids, torch.tensor(more, dtype=torch.float64))
+
+
+def kept_after(removal: Removal, num_rows: int, num_gone: int) -> tuple[int, ...]:
+    """Return the ids that stay once the first `num_gone` are gone."""
+    gone = set(removal.ids[:num_gone])
+    return tuple(index for index in range(num_rows) if index not in gone)
+
+
+def count_for_size(removal: Removal, num_rows: int, size: int) -> int:
+    """Return how many tokens go for `size` to stay. Raises RecipeError if so many cannot stay."""
+    least = -(-(num_rows - len(removal.ids)) // ALIGN_TOKENS) * ALIGN_TOKENS
+    if size % ALIGN_TOKENS or not least <= size <= num_rows:
+        below = size // ALIGN_TOKENS * ALIGN_TOKENS
+        nearest = f" (such as {below:,} or {below + ALIGN_TOKENS:,})" if size % ALIGN_TOKENS else ""
+        raise RecipeError(
+            f"remove.vocabulary: {size:,} of the model's {num_rows:,} rows cannot stay; give a multiple of "
+            f"{ALIGN_TOKENS}{nearest} from {least:,}, without which some text could not be read, to {num_rows:,}."
+        )
+    return num_rows - size
+
+
+def sizes_within(removal: Removal, num_rows: int, most_gone: int) -> Int64[Tensor, " N"]:
+    """Return all counts of tokens that may go, ascending, that leave a multiple of 64 rows."""
+    first = num_rows % ALIGN_TOKENS
+    counts = torch.arange(first, min(len(removal.ids), most_gone) + 1, ALIGN_TOKENS)
+    return torch.cat([counts.new_zeros(1 if first else 0), counts])
+
+
+@torch.inference_mode()
+def nats_over(model: nn.Module, arch: Arch, ids_T: Int64[Tensor, " T"], kept_K: Int64[Tensor, " K"]) -> float:
+    """Return the nats of a text's tokens after the first, if the model had the tokens `kept_K` alone.
+
+    `ids_T` are ids of the model. The softmax is over the kept tokens.
+    """
+    states_PD, head = final_states(model, arch, ids_T[None]), head_of(model, arch)
+    index = kept_K.to(states_PD.device)
+    targets_P = torch.searchsorted(index, ids_T[1:].to(states_PD.device))
+    pieces = zip(states_PD.split(HEAD_POSITIONS), targets_P.split(HEAD_POSITIONS), strict=True)
+    sums = (nn.functional.cross_entropy(head(x_SD)[:, index].float(), y_S, reduction="sum") for x_SD, y_S in pieces)
+    return float(sum(sums))
+
+
+def nats_per_token(
+    model: nn.Module, arch: Arch, trim: Trim, blocks: list[Int64[Tensor, "N T"]], progress: Progress
+) -> float:
+    """Return the nats that text costs more after the trim, per token that it then has more.
+
+    The first `TOKEN_BLOCKS` blocks of each domain are measured, in both tokenizers' tokens.
+    """
+    kept_K, every_V = torch.tensor(trim.kept.dense_ids), torch.arange(trim.kept.num_dense)
+    asked, nats, more = [ids_T for ids_NT in blocks for ids_T in ids_NT[:TOKEN_BLOCKS]], 0.0, 0
+    for done, ids_T in enumerate(asked):
+        progress("nats of further tokens", done, len(asked))
+        text = trim.dense_tokenizer.decode(ids_T, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        new_T = kept_K[torch.tensor(trim.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])]
+        nats += nats_over(model, arch, new_T, kept_K) - nats_over(model, arch, ids_T, every_V)
+        more += len(new_T) - len(ids_T)
+    progress("nats of further tokens", len(asked), len(asked))
+    return max(0.0, nats) / max(1, more)
+
+
+# From a share of the FFN channels to nats per token.
+Law = Callable[[Tensor], Tensor]
+
+
+def channel_law(
+    model: nn.Module, arch: Arch, batches: list[Batch], num_domains: int, most: float, damping: float, decide: Decide
+) -> Law:
+    """Return what a share of the FFN channels costs: a share^b through `most` and half of it.
+
+    Both are KL(dense || narrow) over `NARROW_OVERSTATES`, with readers fitted to
+    `NARROW_TOKENS_PER_INPUT` tokens an input, on other blocks than the `NARROW_BLOCKS` judged.
+    """
+    widest, length = max(group.num_inputs for group in arch.select(("ffn",))), batches[0].ids_BT.shape[1]
+    num_fit = -(-NARROW_TOKENS_PER_INPUT * widest // (num_domains * length))
+    fitted, judged = first_blocks(batches, num_fit, after=NARROW_BLOCKS), first_blocks(batches, NARROW_BLOCKS)
+    costs = []
+    for share in (most / 2, most):
+        readers = narrow_readers(model, arch, fitted, dict.fromkeys(range(arch.num_layers), 1 - share), damping, decide)
+        costs.append(max(1e-9, narrow_kl(model, arch, judged, readers) / NARROW_OVERSTATES))
+    exponent = math.log2(costs[1] / costs[0])
+    return lambda share: costs[1] * (share.clamp(min=0) / most) ** exponent
+
+
+def cheapest_count(
+    removal: Removal, counts_N: Int64[Tensor, " N"], nats_per_token: float, channels_N: Float[Tensor, " N"]
+) -> int:
+    """Return the count of `counts_N` at which tokens and channels together cost the fewest nats.
+
+    cost(n) = nats_per_token * more tokens of text after n + nats of the channels then. At the least
+    of it a further token costs as many nats per parameter as a further channel.
+    """
+    more_N = torch.cat([removal.more_R.new_zeros(1), removal.more_R])[counts_N]
+    return int(counts_N[(nats_per_token * more_N + channels_N).argmin()])
+
+
+# Words in the Unicode names of letters; the first word is the script, if it is none of these.
+_LETTERS, _NO_SCRIPTS = {"LETTER", "IDEOGRAPH", "SYLLABLE", "CHARACTER"}, {"MODIFIER", "FULLWIDTH", "HALFWIDTH"}
+
+
+def scripts_of(text: str) -> set[str]:
+    """Return the scripts of the text's letters, as `latin`, `cyrillic` or `cjk`."""
+    names = ([*unicodedata.name(each, "?").replace("-", " ").split()] for each in text if each.isalpha())
+    return {words[0].lower() for words in names if words[0] not in _NO_SCRIPTS and not _LETTERS.isdisjoint(words)}
+
+
+def of_scripts(vocabulary: Vocabulary, scripts: Iterable[str]) -> set[int]:
+    """Return the tokens with letters of these scripts. Raises RecipeError for one that no token has."""
+    known = {index: scripts_of(text) for index, text in vocabulary.texts.items()}
+    for script in (wanted := set(scripts)):
+        if not any(script in each for each in known.values()):
+            raise RecipeError(
+                f"remove.keep_scripts: no token of the model has a letter of {script}; its scripts are "
+                f"{', '.join(sorted(set().union(*known.values())))}."
+            )
+    return {index for index, each in known.items() if each & wanted}

@@ -1,0 +1,154 @@
+"""Tokens go first: which ones, how many, and the tokenizer of those that stay.
+
+In: an opened dense model whose recipe has `vocabulary`. Out: a `Trim`. The model is cut once it is
+loaded.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from secateur.data.calibration import build_calibration, token_counts
+from secateur.data.sources import read_rows
+from secateur.errors import RecipeError
+from secateur.facts import Batch
+from secateur.methods import vocabulary as methods
+from secateur.methods.prices import token_prices
+from secateur.model.bind import decoder_layers
+from secateur.model.checkpoint import Tokenizer, eval_mode
+from secateur.model.kept_tokens import KeptTokens, Trim
+from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
+from secateur.pruning.cost import memory_for
+from secateur.pruning.open import Opened, loaded, tokenizer_of
+from secateur.pruning.resolve import recipe_prices, resolve, text_for
+from secateur.ranks import from_first, own_part
+from secateur.store import Services
+from secateur.stream.device import CPU
+from secateur.stream.offload import Placement
+from secateur.stream.walk import make_batches
+
+# FFNs that lose more of their channels than this are extrapolated, not measured.
+MOST_CHANNELS = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class _Dense:
+    """The dense model before any token goes. `opened`: with the recipe's text filled in."""
+
+    opened: Opened
+    services: Services
+    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+    removal: methods.Removal
+
+    def trim(self, num_gone: int) -> Trim:
+        """Return the trim after which so many tokens are gone."""
+        num_rows = self.vocabulary.num_rows
+        kept = KeptTokens(methods.kept_after(self.removal, num_rows, num_gone), num_rows)
+        new = trimmed_tokenizer(self.tokenizer, kept)
+        return Trim(kept, self.tokenizer, new)
+
+
+def plan_trim(opened: Opened, services: Services) -> Trim:
+    """Return which tokens stay by the recipe's `vocabulary`, and both tokenizers.
+
+    `auto` loads the model and measures, see `_cheapest`; with `groups: []` it takes the number of
+    tokens nearest to the recipe's share. Raises RecipeError for a size that cannot be, and what
+    `read_vocabulary` raises.
+    """
+    remove, log = opened.recipe.remove, services.log
+    with log.time("vocabulary"):
+        dense = from_first(partial(_read, opened, services))
+        num_rows = dense.vocabulary.num_rows
+        if isinstance(remove.vocabulary, int):
+            num_gone = methods.count_for_size(dense.removal, num_rows, remove.vocabulary)
+        else:
+            num_gone = services.store.value("vocabulary", partial(_count, dense), is_input=True)
+        trim = dense.trim(num_gone)
+        log.write({"event": "vocabulary", "kept": len(trim.kept.dense_ids), "dense": num_rows})
+    return trim
+
+
+def _read(opened: Opened, services: Services) -> _Dense:
+    """Read the vocabulary, count the domains' tokens, and put them in the order in which they go."""
+    tokenizer, recipe = tokenizer_of(opened), opened.recipe
+    text, _ = text_for(recipe, opened.arch.select(recipe.remove.groups), opened.model.config)
+    recipe = recipe.filled(calibration=text)
+    vocabulary = read_vocabulary(tokenizer, opened.model)
+    stay = methods.of_scripts(vocabulary, recipe.remove.keep_scripts) | _ids_in(recipe.remove.keep_text, tokenizer)
+    calibrated = (recipe.calibration, text["num_tokens"], tokenizer, recipe.seed)
+    counts = token_counts(*calibrated, vocabulary.num_rows, services.progress)
+    shares = {name: domain.share for name, domain in recipe.calibration.domains.items()}
+    use_V = methods.token_use(counts, shares, minimax=recipe.choose.domain_weighting == "minimax")
+    use_V = methods.with_prior(use_V, sorted(vocabulary.texts.keys() - vocabulary.fixed))
+    removal = methods.removal_order(vocabulary, use_V, stay)
+    return _Dense(opened.asking(recipe), services, tokenizer, vocabulary, removal)
+
+
+def _ids_in(files: tuple[str, ...], tokenizer: Tokenizer) -> set[int]:
+    found: set[int] = set()
+    for file in files:
+        for where, row in read_rows(Path(file)):
+            text = row.get("text") if isinstance(row, dict) else row
+            if not isinstance(text, str):
+                raise RecipeError(f"remove.keep_text: {where} has no text; give .txt, or rows with a `text` column.")
+            found |= set(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return found
+
+
+def _count(dense: _Dense) -> int:
+    """Return how many tokens go with `auto`. Raises RecipeError if no FFN channels are to go."""
+    opened, num_rows = dense.opened, dense.vocabulary.num_rows
+    remove, arch = opened.recipe.remove, opened.arch
+    prices, length = recipe_prices(opened.recipe, arch, opened.model), opened.recipe.calibration.sequence_length
+    assert length is not None
+    if remove.groups and "ffn" not in remove.groups:
+        raise RecipeError(
+            f"remove.vocabulary: auto weighs tokens against FFN channels, which groups {list(remove.groups)} does not "
+            "have; say how many tokens stay, or add ffn."
+        )
+    asked = remove.share * prices.total
+    per_token = token_prices(remove.target, opened.model, 1000, length) / 1000
+    counts_N = methods.sizes_within(dense.removal, num_rows, int(asked // per_token))
+    if not remove.groups:
+        return int(counts_N[-1])
+    channels = sum(group.num_units * prices.of(group) for group in arch.select(("ffn",)))
+    nats, law = _measured(dense, min(MOST_CHANNELS, asked / channels))
+    rest_N = (asked - per_token * counts_N) / channels
+    cost_N = torch.where(rest_N > 1 - remove.min_keep, torch.inf, law(rest_N))
+    found = methods.cheapest_count(dense.removal, counts_N, nats, cost_N)
+    line = {"event": "note", "text": f"vocabulary: a further token of text costs {nats:.2f} nats, so {found:,} go."}
+    dense.services.log.write(line)
+    return found
+
+
+def _measured(dense: _Dense, most: float) -> tuple[float, methods.Law]:
+    """Return the nats of a further token of text, and those of a share of FFN channels less.
+
+    The first with half of the tokens gone that may go, the second up to `most` of the channels.
+    """
+    opened, services, recipe = dense.opened, dense.services, dense.opened.recipe
+    # A recipe that every model can meet: memory depends on its text.
+    plain = recipe.filled(remove={"vocabulary": None, "share": 0.05, "align": 1, "depth": 0, "groups": ("ffn",)})
+    resolved = resolve(opened.asking(plain))
+    plan = memory_for(opened.asking(plain), resolved)
+    opened, _ = loaded(opened, on_disk=plan.weights_on_disk)
+    model, arch = opened.model, opened.arch
+    layers, device = decoder_layers(model, arch), CPU if opened.checkpoint is None else opened.device
+    options = {"one_at_a_time": plan.one_layer_at_a_time, "in_float32": plan.in_float32}
+    placement = Placement(model, layers, device, **options)
+    text = (recipe.calibration, resolved.num_tokens, dense.tokenizer, recipe.seed)
+    drawn = from_first(lambda: build_calibration(*text, services.progress))
+    placement.onload()
+    written = [domain.calibration_NT for domain in drawn.domains if not domain.calibration_NT.is_meta]
+    batches: list[Batch] = []
+    for number, ids_NT in enumerate(written):
+        batches += own_part(make_batches(str(number), ids_NT.to(model.device), held_out=False))
+    with eval_mode(model):
+        half = dense.trim(len(dense.removal.ids) // 2)
+        nats = from_first(partial(methods.nats_per_token, model, arch, half, written, services.progress))
+        law = methods.channel_law(model, arch, batches, len(written), most, resolved.damping, from_first)
+    placement.offload()
+    return nats, law
