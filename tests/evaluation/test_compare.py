@@ -134,7 +134,7 @@ def test_killed_at_any_time_it_goes_on(grid: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_every_shipped_study_is_valid_and_has_a_small_form() -> None:
-    assert shipped_studies() == ["methods", "paper", "tokens"]
+    assert shipped_studies() == ["methods", "paper", "tokens", "vocabulary"]
     for name in shipped_studies():
         whole, small = (list(cells(load_study(name, small=small))) for small in (False, True))
         assert 0 < len(small) < len(whole)

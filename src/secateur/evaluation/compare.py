@@ -8,24 +8,37 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from secateur.data.retokenised import retokenised
 from secateur.evaluation.parts import Subject, subject_of
 from secateur.evaluation.study import Cell, Study, cells, load_study, save_comparison, study_recipe
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks, run_task
+from secateur.evaluation.text import named_blocks
 from secateur.facts import Size
 from secateur.log import Progress, silent, versions
+from secateur.model.bind import Arch
+from secateur.model.kept_tokens import Trim
 from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.prune import calibration_text
 from secateur.pruning.resolve import checked, resolve
-from secateur.pruning.run import Run
+from secateur.pruning.run import Run, without_tokens
+from secateur.pruning.trim import plan_trim
 from secateur.ranks import in_turns, is_first, joined
 from secateur.report.measured import Comparison, FoundCell
 from secateur.store import Services, Store
 from secateur.stream.losses import domain_losses
+
+
+class Judged(NamedTuple):
+    """Blocks of the dense tokenizer by domain: held out of what the study calibrates on, and others."""
+
+    held_out: dict[str, Tensor]
+    others: dict[str, Tensor]
+
 
 CELLS_FOLDER = "cells"
 DENSE = "dense"
@@ -88,7 +101,7 @@ def _compare(study: Study, out: Path, progress: Progress, tell: Callable[[str], 
     store = Store.lasting(out / CELLS_FOLDER, tell)
     dense = subject_of(DENSE, opened.checkpoint, opened.arch, opened.device)
     shared = _Shared(study, opened, dense, tasks, store, progress)
-    blocks: dict[int, dict[str, Tensor]] = {}
+    blocks: dict[int, Judged] = {}
     work: list[tuple[int, Cell | None]] = []  # None: the dense model
     for seed in study.seeds:
         work += [(seed, None), *((seed, cell) for cell in grid if cell.seed == seed)]
@@ -108,62 +121,90 @@ def _compare(study: Study, out: Path, progress: Progress, tell: Callable[[str], 
     return comparison
 
 
-def _judged_on(shared: _Shared, seed: int) -> dict[str, Tensor]:
-    """Return the blocks by domain that a seed's cells are judged on: the first held-out ones."""
+def _judged_on(shared: _Shared, seed: int) -> Judged:
+    """Return the blocks that a seed's cells are judged on: the first held-out ones, and the others."""
     opened = checked(shared.opened.asking(study_recipe(shared.study, seed)))
     samples = any(domain.sampled for domain in opened.recipe.calibration.domains.values())
     model = shared.dense.load() if samples else None
     drawn = calibration_text(opened, resolve(opened), shared.progress, model, shared.num_blocks)
-    return {domain.name: domain.held_out_NT[: shared.num_blocks] for domain in drawn.domains}
+    others, length = shared.study.evaluation.others, drawn.sequence_length
+    unseen = others and named_blocks(others, shared.num_blocks, length, tokenizer_of(opened), shared.progress)
+    return Judged({domain.name: domain.held_out_NT[: shared.num_blocks] for domain in drawn.domains}, unseen)
 
 
-def _dense_cell(shared: _Shared, seed: int, blocks: dict[str, Tensor]) -> FoundCell:
+def _dense_cell(shared: _Shared, seed: int, blocks: Judged) -> FoundCell:
     def compute() -> dict[str, Any]:
-        return {"remove_reached": 0.0, "seconds": 0.0} | _judge(shared, replace(shared.dense), blocks)
+        return {"remove_reached": 0.0, "seconds": 0.0} | _judge(shared, replace(shared.dense), blocks, None)
 
     result = shared.store.value(f"{DENSE}-{seed}", compute, depends_on=_depends_on(shared, seed, {}, blocks))
     return FoundCell(DENSE, 0.0, seed, **result)
 
 
-def _cell(shared: _Shared, cell: Cell, blocks: dict[str, Tensor]) -> FoundCell:
+def _cell(shared: _Shared, cell: Cell, blocks: Judged) -> FoundCell:
     def compute() -> dict[str, Any]:
-        model, opened = shared.dense.load(), shared.opened.asking(cell.recipe)
-        resolved, num_params = resolve(opened), Size.of(model).num_params
-        drawn = calibration_text(opened, resolved, shared.progress, model, shared.num_blocks)
-        # The guard must not see the blocks that cells are judged on.
-        unseen = (replace(domain, held_out_NT=domain.held_out_NT[shared.num_blocks :]) for domain in drawn.domains)
+        opened, services = shared.opened.asking(cell.recipe), Services(progress=shared.progress)
+        start = time.perf_counter()
+        if cell.recipe.remove.vocabulary is not None:
+            opened = replace(opened, trim=plan_trim(opened, services))
+        resolved, trim, model = resolve(opened), opened.trim, shared.dense.load()
+        num_params = Size.of(model).num_params
+        # The guard must not see the blocks that cells are judged on, which may be more tokens now.
+        skipped = max(-(-length // resolved.sequence_length) for length in _lengths(blocks.held_out, trim))
+        drawn = calibration_text(opened, resolved, shared.progress, model, skipped)
+        unseen = (replace(domain, held_out_NT=domain.held_out_NT[skipped:]) for domain in drawn.domains)
         text = replace(drawn, domains=tuple(unseen))
-        start, services = time.perf_counter(), Services(progress=shared.progress)
-        run = remove_depth(Run(model=model, arch=opened.arch, resolved=resolved, text=text, services=services))
+        run = Run(model=model, arch=opened.arch, resolved=resolved, text=text, services=services)
+        if trim is not None:
+            run = without_tokens(run, trim)
+        run = remove_depth(run)
         prune_in_place(run)
         seconds = time.perf_counter() - start
         reached = 1 - Size.of(model).num_params / num_params
         num_tokens = {domain.name: domain.calibration_NT.numel() for domain in text.domains}
         facts = {"remove_reached": reached, "seconds": seconds, "num_tokens": num_tokens}
-        return facts | _judge(shared, replace(shared.dense, arch=run.arch, loaded=model), blocks)
+        return facts | _judge(shared, replace(shared.dense, arch=run.arch, loaded=model), blocks, trim)
 
     depends_on = _depends_on(shared, cell.seed, cell.recipe.model_dump(mode="json"), blocks)
     result = shared.store.value(f"{cell.method}-{cell.ratio:g}-{cell.seed}", compute, depends_on=depends_on)
     return FoundCell(cell.method, cell.ratio, cell.seed, **result)
 
 
-def _depends_on(shared: _Shared, seed: int, recipe: dict[str, Any], blocks: dict[str, Tensor]) -> dict[str, Any]:
+def _lengths(blocks: dict[str, Tensor], trim: Trim | None) -> list[int]:
+    """Return the tokens of each domain's blocks, after the trim if there is one."""
+    if trim is None:
+        return [ids_NT.numel() for ids_NT in blocks.values()]
+    return [sum(map(len, ids)) for ids in retokenised(blocks, trim.dense_tokenizer, trim.tokenizer).values()]
+
+
+def _depends_on(shared: _Shared, seed: int, recipe: dict[str, Any], blocks: Judged) -> dict[str, Any]:
     return {
         "model": shared.dense.fingerprint,
         "recipe": recipe,
         "seed": seed,
         "device": shared.dense.device.type,
         "evaluation": shared.study.evaluation.model_dump(mode="json"),
-        "judged_on": {name: int(ids_NT.sum()) for name, ids_NT in blocks.items()},
+        "judged_on": {name: int(ids_NT.sum()) for part in blocks for name, ids_NT in part.items()},
         "versions": versions(),
     }
 
 
-def _judge(shared: _Shared, subject: Subject, blocks: dict[str, Tensor]) -> dict[str, Any]:
+def _judge(shared: _Shared, subject: Subject, blocks: Judged, trim: Trim | None) -> dict[str, Any]:
     model, evaluation, tasks = subject.model(), shared.study.evaluation, {}
-    losses = domain_losses(model, subject.arch, blocks, shared.progress)
+    nats = [_nats(model, subject.arch, part, trim, shared.progress) if part else {} for part in blocks]
     options = TaskOptions(limit=evaluation.limit, batch_size=evaluation.batch_size)
+    tokenizer = tokenizer_of(shared.opened) if trim is None else trim.tokenizer
     for name, task in (shared.tasks.tasks if shared.tasks else {}).items():
-        found = run_task(task, model, tokenizer_of(shared.opened), options, partial(shared.progress, name))
+        found = run_task(task, model, tokenizer, options, partial(shared.progress, name))
         tasks[name] = {key: value for key, value in found["results"][name].items() if isinstance(value, int | float)}
-    return {"nats_per_token": {name: loss.nats_per_token for name, loss in losses.items()}, "tasks": tasks}
+    return {"nats_per_token": nats[0], "others": nats[1], "tasks": tasks}
+
+
+def _nats(model: Any, arch: Arch, blocks: dict[str, Tensor], trim: Trim | None, progress: Progress) -> dict[str, float]:
+    """Return nats per token of the dense tokenizer by domain."""
+    if trim is None:
+        found = domain_losses(model, arch, blocks, progress)
+    else:
+        counts = {name: [len(ids_T) - 1 for ids_T in ids_NT] for name, ids_NT in blocks.items()}
+        read = retokenised(blocks, trim.dense_tokenizer, trim.tokenizer)
+        found = domain_losses(model, arch, read, progress, num_tokens=counts)
+    return {name: loss.nats_per_token for name, loss in found.items()}

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from secateur.errors import RecipeError, nearest
 from secateur.files import staged_file
-from secateur.recipe import Recipe, Strict
+from secateur.recipe import Domain, Recipe, Strict
 from secateur.recipe_file import load_recipe, merged, parse_recipe
 from secateur.report.measured import Comparison, FoundCell
 from secateur.report.page import Page, Section, Table, render
@@ -24,6 +24,7 @@ from secateur.report.rows import escaped, markdown
 SHIPPED = "studies"
 SMALL = "small"
 _perplexity: Callable[[FoundCell], float] = attrgetter("perplexity")
+_other_perplexity: Callable[[FoundCell], float] = attrgetter("other_perplexity")
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
@@ -38,10 +39,12 @@ class Method(Strict):
 class Evaluation(Strict):
     """What judges every cell: held-out blocks per domain, and lm-evaluation-harness tasks.
 
-    `limit`: questions per task. `batch_size`: requests at a time; padding may change last digits.
+    `others`: text of kinds that no run calibrates on, as many blocks of each. `limit`: questions
+    per task. `batch_size`: requests at a time; padding may change last digits.
     """
 
     num_blocks: Annotated[int, Field(ge=1)] = 8
+    others: dict[str, Domain] = Field(default={})
     tasks: tuple[str, ...] = ()
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 1
@@ -165,7 +168,8 @@ def save_comparison(study: Study, comparison: Comparison, out: Path) -> None:
 
 def _pages(study: Study, found: list[FoundCell]) -> dict[str, str]:
     quality = _quality_table(found)
-    tables = [quality, *([_task_table(found)] if any(cell.tasks for cell in found) else [])]
+    others = [_others_table(found)] if found[0].others else []
+    tables = [quality, *others, *([_task_table(found)] if any(cell.tasks for cell in found) else [])]
     about = _about(study, found)
     text = [f"# {escaped(study.question)}", "", *(f"- {escaped(line)}" for line in about), ""]
     for table in tables:
@@ -239,13 +243,25 @@ def _quality_table(found: list[FoundCell]) -> Table:
     return Table("Perplexity by domain, mean ± spread over seeds", header, rows)
 
 
-def _paired(row: Row, other: Row) -> str:
-    """Return the row's perplexity over another's on the same draw: mean, lowest and highest.
+def _others_table(found: list[FoundCell]) -> Table:
+    kinds, all_rows = list(found[0].others), rows_of(found)
+    first = {row.ratio: row for row in reversed(all_rows) if row.ratio}
+    rows = []
+    for row in all_rows:
+        by_kind = [_show(row, lambda cell, name=name: math.exp(cell.others[name])) for name in kinds]
+        over = _paired(row, first[row.ratio], _other_perplexity) if row.ratio else ""
+        rows.append((row.method, f"{row.ratio:.0%}", _show(row, _other_perplexity), over, *by_kind))
+    caption = "Perplexity on kinds of text that no run saw"
+    return Table(caption, ("method", "asked", "perplexity (geometric mean)", "draw by draw", *kinds), rows)
+
+
+def _paired(row: Row, other: Row, value: Callable[[FoundCell], float] = _perplexity) -> str:
+    """Return the row's value over another's on the same draw: mean, lowest and highest.
 
     Draws of text differ more than methods do; on the same draw that difference cancels.
     """
-    theirs = {cell.seed: cell.perplexity for cell in other.cells}
-    ratios = [cell.perplexity / theirs[cell.seed] for cell in row.cells if cell.seed in theirs]
+    theirs = {cell.seed: value(cell) for cell in other.cells}
+    ratios = [value(cell) / theirs[cell.seed] for cell in row.cells if cell.seed in theirs]
     if row is other or not ratios:
         return ""
     mean = f"{statistics.mean(ratios):.3f}"

@@ -121,7 +121,7 @@ def prune_in_place(run: Run) -> Keeps:
         for group in run.resolved.groups:
             add_zero_biases(layers[group.layer], group)
     scratch = TemporaryDirectory(prefix="prune-", dir=run.services.scratch)
-    on_disk = run.weights_on_disk and not run.growth  # a trim leaves embedding and head in memory
+    on_disk = run.weights_on_disk and run.dense_tokens is None  # a trim leaves embedding and head in memory
     with scratch as folder, embeddings_on_disk(run.model, Path(folder), are_there=on_disk) as unload:
         dense_layers, net = LayersOnDisk(Path(folder), "dense"), SafetyNet(run, Path(folder))
         for number in range(1, len(run.resolved.plans) + 1):

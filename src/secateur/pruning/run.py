@@ -1,7 +1,7 @@
 """A run: what the loop and the planning of its rounds work on, and its safety net."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.data.calibration import CalibrationSet, rotated
+from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.facts import Batch, Loss
 from secateur.model.bind import Arch, decoder_layers
@@ -19,7 +20,7 @@ from secateur.model.modules import CausalLM
 from secateur.pruning.resolve import Resolved
 from secateur.ranks import own_part
 from secateur.store import Services
-from secateur.stream.losses import domain_losses
+from secateur.stream.losses import Blocks, domain_losses
 from secateur.stream.offload import LayersOnDisk
 from secateur.stream.walk import make_batches
 
@@ -34,8 +35,8 @@ class Run:
     and kept units of every round that held, with the model and its config as that round left them.
     `dense_losses`: held-out nats per token by domain before layers went, if something watches them.
     `dense`: the dense model's losses, if its vocabulary is trimmed and something asks for them.
-    `growth`: by domain, how many tokens of the trimmed tokenizer make one of the dense one. All
-    losses are nats per dense token.
+    `dense_tokens`: then the tokens of held-out blocks in the dense tokenizer, in nats per which all
+    losses are.
     """
 
     model: CausalLM
@@ -47,7 +48,7 @@ class Run:
     after_round: Callable[[int, Keeps], None] | None = None
     dense_losses: dict[str, float] = field(default_factory=dict[str, float])
     dense: dict[str, Loss] = field(default_factory=dict[str, Loss])
-    growth: dict[str, float] = field(default_factory=dict[str, float])
+    dense_tokens: dict[str, list[int]] | None = None
 
     @property
     def shares(self) -> dict[str, float]:
@@ -78,45 +79,26 @@ class Run:
             self.services.log.write({"event": "loss", "model": which, "domain": domain, **dataclasses.asdict(loss)})
         return found
 
-    def _measured(self, which: str, blocks: dict[str, Any]) -> dict[str, Loss]:
+    def _measured(self, which: str, blocks: Mapping[str, Blocks]) -> dict[str, Loss]:
         def measured() -> dict[str, Any]:
-            losses = domain_losses(self.model, self.arch, blocks, self.services.progress, f"evaluate {which}")
-            return {domain: dataclasses.asdict(loss) for domain, loss in losses.items()}
+            facts = (self.model, self.arch, blocks, self.services.progress, f"evaluate {which}", self.dense_tokens)
+            return {domain: dataclasses.asdict(loss) for domain, loss in domain_losses(*facts).items()}
 
         with self.services.log.time("evaluate"):
             found = self.services.store.value(f"evaluate {which}", measured)
-        return {domain: _grown(Loss(**loss), self.growth.get(domain, 1.0)) for domain, loss in found.items()}
-
-
-def _grown(loss: Loss, growth: float) -> Loss:
-    """Return a loss per token of the trimmed tokenizer as nats per token of the dense one."""
-    if growth == 1:
-        return loss
-    return Loss(loss.nats_per_token * growth, loss.standard_error * growth, round(loss.num_tokens / growth))
-
-
-def dense_blocks(held_out: dict[str, Tensor], trim: Trim) -> dict[str, list[Tensor]]:
-    """Return the text of each domain's blocks in the dense tokenizer."""
-    spelt = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    texts = {name: [trim.tokenizer.decode(ids_T, **spelt) for ids_T in ids_NT] for name, ids_NT in held_out.items()}
-    plain = {"add_special_tokens": False, "verbose": False}
-    return {
-        name: [torch.tensor(trim.dense_tokenizer(text, **plain)["input_ids"]) for text in domain]
-        for name, domain in texts.items()
-    }
+        return {domain: Loss(**loss) for domain, loss in found.items()}
 
 
 def without_tokens(run: Run, trim: Trim) -> Run:
     """Cut the tokens that go out of the model, in place; measure the dense one first if asked."""
-    blocks = dense_blocks(run.held_out, trim)
+    blocks = retokenised(run.held_out, trim.tokenizer, trim.dense_tokenizer)
+    counts = {name: [len(ids_T) - 1 for ids_T in domain] for name, domain in blocks.items()}
+    run = dataclasses.replace(run, dense_tokens=counts)
     if run.resolved.recipe.output.evaluate or _is_watched(run):
         run = dataclasses.replace(run, dense=run._measured("dense", blocks))
     keep_tokens(run.model, trim.kept)
-    growth = {
-        name: run.held_out[name][:, 1:].numel() / sum(len(ids_T) - 1 for ids_T in blocks[name]) for name in blocks
-    }
     dense_losses = {name: loss.nats_per_token for name, loss in run.dense.items()} if _is_watched(run) else {}
-    return dataclasses.replace(run, growth=growth, dense_losses=dense_losses)
+    return dataclasses.replace(run, dense_losses=dense_losses)
 
 
 class SafetyNet:
@@ -137,13 +119,16 @@ class SafetyNet:
     def allowed_rise(self) -> dict[str, float]:
         """Return how much each protected domain's loss may still rise, in nats per token of the model.
 
-        allowed = (dense (1 + protect) - now) / growth. Raises RecipeError if a domain has nothing left.
+        allowed = dense (1 + protect) - now, and after a trim that times dense tokens over tokens.
+        Raises RecipeError if a domain has nothing left.
         """
         allowed: dict[str, float] = {}
         for name, domain in self.run.resolved.recipe.calibration.domains.items():
             if domain.protect is None:
                 continue
-            allowed[name] = (self.dense[name] * (1 + domain.protect) - self.now[name]) / self.run.growth.get(name, 1.0)
+            allowed[name] = self.dense[name] * (1 + domain.protect) - self.now[name]
+            if self.run.dense_tokens is not None:
+                allowed[name] *= sum(self.run.dense_tokens[name]) / self.run.held_out[name][:, 1:].numel()
             if allowed[name] <= 0:
                 raise RecipeError(
                     f"calibration.domains.{name}.protect: its held-out loss has risen from {self.dense[name]:.3f} to "
@@ -190,11 +175,10 @@ def watched_losses(run: Run, which: str) -> dict[str, float]:
         return {}
 
     def measured() -> dict[str, float]:
-        losses = domain_losses(run.model, run.arch, run.held_out, run.services.progress, f"held-out loss, {which}")
-        return {name: loss.nats_per_token for name, loss in losses.items()}
+        facts = (run.model, run.arch, run.held_out, run.services.progress, f"held-out loss, {which}", run.dense_tokens)
+        return {name: loss.nats_per_token for name, loss in domain_losses(*facts).items()}
 
-    found = run.services.store.value(f"held-out {which}", measured)
-    return {name: nats * run.growth.get(name, 1.0) for name, nats in found.items()}
+    return run.services.store.value(f"held-out {which}", measured)
 
 
 def _is_watched(run: Run) -> bool:

@@ -30,7 +30,7 @@ from secateur.stream.offload import Placement
 from secateur.stream.walk import make_batches
 
 # FFNs that lose more of their channels than this are extrapolated, not measured.
-MOST_CHANNELS = 0.6
+MOST_CHANNELS = 0.85
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def plan_trim(opened: Opened, services: Services) -> Trim:
         if isinstance(remove.vocabulary, int):
             num_gone = methods.count_for_size(dense.removal, num_rows, remove.vocabulary)
         else:
-            num_gone = services.store.value("vocabulary", partial(_count, dense), is_input=True)
+            num_gone = services.store.value("vocabulary", partial(_count, dense))
         trim = dense.trim(num_gone)
         log.write({"event": "vocabulary", "kept": len(trim.kept.dense_ids), "dense": num_rows})
     return trim

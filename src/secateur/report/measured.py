@@ -232,7 +232,10 @@ class BenchResult(Record):
 
 @dataclass(frozen=True, slots=True)
 class FoundCell:
-    """A finished cell of a study. `tasks`: the harness's numbers. `seconds`: of pruning alone."""
+    """A finished cell of a study. `tasks`: the harness's numbers. `seconds`: of pruning alone.
+
+    All nats are per token of the dense tokenizer. `others`: on text of kinds that no run saw.
+    """
 
     method: str
     ratio: float
@@ -242,11 +245,17 @@ class FoundCell:
     nats_per_token: dict[str, float]
     tasks: dict[str, dict[str, float]]
     num_tokens: dict[str, int] = field(default_factory=dict)
+    others: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
         """Geometric mean over domains."""
         return math.exp(statistics.mean(self.nats_per_token.values()))
+
+    @property
+    def other_perplexity(self) -> float:
+        """Geometric mean over the other kinds of text."""
+        return math.exp(statistics.mean(self.others.values()))
 
 
 @dataclass(frozen=True, slots=True)

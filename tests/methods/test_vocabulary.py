@@ -1,0 +1,236 @@
+"""Which tokens go: against brute force, and against independent computations in plain torch."""
+
+import math
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from bpe_tokenizer import CORPUS, bpe_tokenizer
+from models import tiny_ids, tiny_llama
+
+from secateur.errors import RecipeError
+from secateur.methods import vocabulary as module
+from secateur.methods.depth import narrow_kl, narrow_readers
+from secateur.methods.vocabulary import (
+    Removal,
+    channel_law,
+    cheapest_count,
+    count_for_size,
+    kept_after,
+    nats_over,
+    nats_per_token,
+    of_scripts,
+    removal_order,
+    scripts_of,
+    sizes_within,
+    token_use,
+    with_prior,
+)
+from secateur.model.bind import bind
+from secateur.model.kept_tokens import KeptTokens, Trim
+from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
+from secateur.stream.walk import make_batches
+
+
+def vocabulary_of(*, needs_parts: bool, seed: int, num_tokens: int = 40, num_padding: int = 3) -> Vocabulary:
+    """Return tokens of which the first eight have no parts; later ones are made of two or three before them."""
+    draw = random.Random(seed)
+    parts = {
+        index: tuple(draw.randrange(index) for _ in range(2 if needs_parts else draw.randint(2, 3)))
+        for index in range(8, num_tokens)
+    }
+    texts = {index: "abcdefgh"[index] for index in range(8)}
+    for index, those in parts.items():
+        texts[index] = "".join(texts[part] for part in those)
+    return Vocabulary("toy", num_tokens + num_padding, texts, parts, needs_parts, frozenset(range(8)))
+
+
+def brute_force(vocabulary: Vocabulary, use: list[float], fixed: set[int]) -> tuple[list[int], list[float]]:
+    """Try every token that may go, each time; respell all tokens from the start."""
+    alive, use, gone, total, more = set(vocabulary.texts), list(use), [], 0.0, []
+
+    def spelt(index: int) -> list[int]:
+        found: list[int] = []
+        for part in vocabulary.parts[index]:
+            found += [part] if part in alive else spelt(part)
+        return found
+
+    while True:
+        needed = (
+            {part for index in alive for part in vocabulary.parts.get(index, ())} if vocabulary.needs_parts else set()
+        )
+        free = [index for index in alive - fixed - needed if index in vocabulary.parts]
+        if not free:
+            return gone, more
+        cost, index = min((use[index] * (len(spelt(index)) - 1), index) for index in free)
+        for part in spelt(index):
+            use[part] += use[index]
+        alive.remove(index)
+        gone.append(index)
+        total += cost
+        more.append(total)
+
+
+@pytest.mark.parametrize("needs_parts", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_is_that_of_trying_every_token_each_time(needs_parts, seed):
+    vocabulary = vocabulary_of(needs_parts=needs_parts, seed=seed)
+    use_V = torch.rand(vocabulary.num_rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    kept = 25
+    found = removal_order(vocabulary, use_V, [kept])
+    fixed, left = set(range(8)), [kept]
+    while left:
+        index = left.pop()
+        fixed.add(index)
+        left += vocabulary.parts.get(index, ()) if needs_parts else ()
+    ids, more = brute_force(vocabulary, use_V.tolist(), fixed)
+    padding = [40, 41, 42]
+    assert found.ids == padding + ids and kept not in found.ids
+    assert found.more_R.tolist() == pytest.approx([0.0] * 3 + more, rel=1e-12)
+
+
+def test_the_cost_is_the_number_of_tokens_that_a_text_has_more():
+    vocabulary = vocabulary_of(needs_parts=True, seed=3)
+    draw = random.Random(0)
+    text = [draw.randrange(40) for _ in range(500)]
+    counts = torch.bincount(torch.tensor(text), minlength=vocabulary.num_rows)
+    found = removal_order(vocabulary, token_use({"d": counts}, {"d": 2.0}))
+    for number in (5, 20, len(found.ids)):
+        gone = set(found.ids[:number])
+
+        def spelt(index: int, gone: set[int] = gone) -> int:
+            return 1 if index not in gone else sum(map(spelt, vocabulary.parts[index]))
+
+        more = sum(map(spelt, text)) / len(text) - 1
+        assert float(found.more_R[number - 1]) == pytest.approx(more, rel=1e-12)
+
+
+def test_use_weighs_domains_by_their_shares_or_takes_the_largest():
+    counts = {"a": torch.tensor([3, 1, 0]), "b": torch.tensor([0, 10, 30])}
+    assert token_use(counts, {"a": 1.0, "b": 3.0, "unread": 5.0}).tolist() == pytest.approx([0.1875, 0.25, 0.5625])
+    assert token_use(counts, {"a": 1.0, "b": 3.0}, minimax=True).tolist() == pytest.approx([0.75, 0.25, 0.75])
+
+
+def test_the_prior_is_the_mean_of_the_neighbours_among_those_that_may_go(monkeypatch):
+    monkeypatch.setattr(module, "NEIGHBOURS", 4)
+    use_V, ids = torch.rand(30, dtype=torch.float64), sorted(random.Random(1).sample(range(30), 20))
+    found = with_prior(use_V, ids, 0.25)
+    for place, index in enumerate(ids):
+        near = ids[max(0, place - 2) : max(0, place - 2) + 4]
+        mean = sum(float(use_V[each]) for each in near) / len(near)
+        assert float(found[index]) == pytest.approx(0.75 * float(use_V[index]) + 0.25 * mean, rel=1e-12)
+    others = [index for index in range(30) if index not in ids]
+    assert torch.equal(found[others], use_V[others]) and torch.equal(with_prior(use_V, ids, 0.0), use_V)
+
+
+REMOVAL = Removal(list(range(300, 100, -1)), torch.arange(200, dtype=torch.float64) ** 2)
+
+
+def test_sizes_are_multiples_and_leave_what_must_stay():
+    assert kept_after(REMOVAL, 310, 3) == tuple(index for index in range(310) if index not in (300, 299, 298))
+    assert count_for_size(REMOVAL, 310, 128) == 182
+    assert sizes_within(REMOVAL, 310, 182).tolist() == [0, 54, 118, 182]
+    assert sizes_within(REMOVAL, 310, 181).tolist() == [0, 54, 118]
+    assert sizes_within(Removal(REMOVAL.ids, REMOVAL.more_R), 320, 500).tolist() == [0, 64, 128, 192]
+    for size in (64, 100, 384):
+        with pytest.raises(RecipeError, match=r"remove\.vocabulary: .* from 128, .* to 310"):
+            count_for_size(REMOVAL, 310, size)
+
+
+def test_tokens_and_channels_meet_where_their_sum_is_least():
+    counts = torch.arange(0, 201, 10)
+    channels = 3000.0 - 30 * counts
+    sums = {int(n): 0.01 * (float(REMOVAL.more_R[n - 1]) if n else 0) + 3000 - 30 * int(n) for n in counts}
+    assert cheapest_count(REMOVAL, counts, 0.01, channels.double()) == min(sums, key=sums.__getitem__)
+    best = cheapest_count(REMOVAL, counts, 0.2, channels.double())
+    assert 0 < best < 200  # a marginal token costs 0.4 n, a channel 30
+
+
+def test_nats_are_over_the_kept_tokens_alone():
+    model = tiny_llama()
+    kept_K = torch.tensor(sorted(random.Random(0).sample(range(320), 200)))
+    ids_T = kept_K[torch.randint(200, (25,), generator=torch.Generator().manual_seed(1))]
+    with torch.no_grad():
+        log_p = model(ids_T[None]).logits[0, :-1][:, kept_K].double().log_softmax(-1)
+    expected = -sum(float(log_p[n, (kept_K == ids_T[n + 1]).nonzero()[0, 0]]) for n in range(24))
+    assert nats_over(model, bind(model), ids_T, kept_K) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_further_token_costs_the_nats_that_text_costs_more():
+    dense_tokenizer = bpe_tokenizer(vocab_size=310)
+    num_rows = len(dense_tokenizer)
+    model = tiny_llama(vocab_size=num_rows)
+    vocabulary = read_vocabulary(dense_tokenizer, model)
+    removal = removal_order(vocabulary, torch.rand(num_rows, dtype=torch.float64))
+    kept = KeptTokens(kept_after(removal, num_rows, len(removal.ids) // 2), num_rows)
+    trim = Trim(kept, dense_tokenizer, trimmed_tokenizer(dense_tokenizer, kept))
+    ids = torch.tensor(dense_tokenizer("".join(CORPUS))["input_ids"])
+    blocks, told = [ids[:180].view(6, 30), ids[180:240].view(2, 30)], []
+    found = nats_per_token(model, bind(model), trim, blocks, lambda *each: told.append(each))
+    nats, more, kept_K = 0.0, 0, torch.tensor(kept.dense_ids)
+    for ids_T in (*blocks[0][:4], *blocks[1]):
+        new_T = torch.tensor(trim.tokenizer(dense_tokenizer.decode(ids_T))["input_ids"])
+        with torch.no_grad():
+            before = model(ids_T[None]).logits[0, :-1].double().log_softmax(-1)
+            after = model(kept_K[new_T][None]).logits[0, :-1][:, kept_K].double().log_softmax(-1)
+        nats -= float(after.gather(1, new_T[1:, None]).sum()) - float(before.gather(1, ids_T[1:, None]).sum())
+        more += len(new_T) - len(ids_T)
+    assert more > 20 and found == pytest.approx(nats / more, rel=1e-5)
+    assert told[-1][1:] == (6, 6)
+
+
+@pytest.fixture(scope="module")
+def narrow() -> dict[str, Any]:
+    model = tiny_llama()
+    arch = bind(model)
+    batches = make_batches("d", tiny_ids(batch=60, length=32), held_out=False, batch_tokens=64)
+    return {"model": model, "arch": arch, "batches": batches}
+
+
+def test_narrow_kl_is_that_of_the_model_with_these_readers(narrow):
+    model, arch, batches = narrow["model"], narrow["arch"], narrow["batches"][:3]
+    readers = narrow_readers(model, arch, narrow["batches"], dict.fromkeys(range(3), 0.5), 1e-3)
+    dense, sums, count = [], 0.0, 0
+    with torch.no_grad():
+        dense = [model(batch.ids_BT).logits[:, :-1].double().log_softmax(-1) for batch in batches]
+        own = [layer.mlp.down_proj.weight for layer in model.model.layers]
+        for layer, reader in zip(model.model.layers, readers.values(), strict=True):
+            layer.mlp.down_proj.weight = torch.nn.Parameter(reader)
+        for batch, log_p in zip(batches, dense, strict=True):
+            log_q = model(batch.ids_BT).logits[:, :-1].double().log_softmax(-1)
+            sums += float((log_p.exp() * (log_p - log_q)).sum())
+            count += log_p.shape[0] * log_p.shape[1]
+        for layer, weight in zip(model.model.layers, own, strict=True):
+            layer.mlp.down_proj.weight = weight
+    assert narrow_kl(model, arch, batches, readers) == pytest.approx(sums / count, rel=1e-5)
+    assert narrow_kl(model, arch, batches, {}) == 0
+
+
+def test_the_law_goes_through_both_measured_points(narrow):
+    model, arch, batches = narrow["model"], narrow["arch"], narrow["batches"]
+    law = channel_law(model, arch, batches, 1, 0.6, 1e-3, lambda compute: compute())
+    fitted, judged = [batch for batch in batches if batch.first_block >= 2], batches[:1]
+    num_fit = math.ceil(4 * 112 / 32)
+    for share in (0.3, 0.6):
+        readers = narrow_readers(
+            model, arch, fitted[: math.ceil(num_fit / 2)], dict.fromkeys(range(3), 1 - share), 1e-3
+        )
+        expected = narrow_kl(model, arch, judged, readers) / module.NARROW_OVERSTATES
+        assert float(law(torch.tensor(share))) == pytest.approx(expected, rel=1e-4)
+    assert float(law(torch.tensor(0.0))) == 0 and float(law(torch.tensor(-0.1))) == 0
+    exponent = math.log2(float(law(torch.tensor(0.6))) / float(law(torch.tensor(0.3))))
+    assert float(law(torch.tensor(0.9))) == pytest.approx(float(law(torch.tensor(0.6))) * 1.5**exponent, rel=1e-4)
+
+
+def test_scripts_are_those_of_letters():
+    assert scripts_of("naïve Паром 海 ひ 한 1+2 µ ʰ 🚀 \ufffd") == {"latin", "cyrillic", "cjk", "hiragana", "hangul"}
+    assert scripts_of("12 :)") == set()
+    vocabulary = Vocabulary("toy", 3, {0: "abc", 1: "Паром", 2: "7"}, {}, True, frozenset())
+    assert of_scripts(vocabulary, ["cyrillic"]) == {1} and of_scripts(vocabulary, []) == set()
+    with pytest.raises(
+        RecipeError, match=r"no token of the model has a letter of greek; its scripts are cyrillic, latin"
+    ):
+        of_scripts(vocabulary, ["greek"])
+    assert Counter(map(len, (scripts_of("µ"), scripts_of("μ")))) == Counter({0: 1, 1: 1})

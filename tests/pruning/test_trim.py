@@ -1,0 +1,224 @@
+"""Tokens in a run's budget: what the model loses, what the losses count, and the same bytes by every way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import opened, tiny_llama
+from recipes import grouped
+from run_ranks import run_ranks
+from safetensors.torch import load_file
+from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import secateur
+from secateur.data.calibration import build_calibration, token_counts
+from secateur.formats.save import Verification
+from secateur.methods.prices import token_prices
+from secateur.model.kept_tokens import kept_tokens_of
+from secateur.pruning.resolve import resolve
+from secateur.pruning.trim import plan_trim
+from secateur.recipe_file import parse_recipe
+from secateur.store import Services
+from tests.model.test_vocabulary import NUM_PADDING, made
+from tests.pruning.test_resume import Stopped, stopped_after, weights
+
+TEST_WITH_PROOF = "test_tokens_and_channels_together_reach_the_share"
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch) -> None:
+    """Neither reload nor report, but in one test."""
+    if request.node.originalname != TEST_WITH_PROOF:
+        monkeypatch.setattr("secateur.pruning.result.verify_reload", lambda *_: Verification(0.0, 0.0, ""))
+        monkeypatch.setattr("secateur.pruning.result.missing_plots", lambda: ("no plots",))
+
+
+CHILD = Path(__file__).parents[1].joinpath("ranks_child.py")
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def dense(request, tmp_path_factory) -> Path:
+    return saved(tmp_path_factory.mktemp("dense"), tied=request.param)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory) -> Path:
+    return saved(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+def saved(place: Path, *, tied: bool) -> Path:
+    tokenizer, _ = made("byte-level")
+    tiny_llama(tied=tied, vocab_size=len(tokenizer) + NUM_PADDING).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def asked(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {**recipe, "remove": 0.3, "vocabulary": 448}
+
+
+def num_params(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_tokens_and_channels_together_reach_the_share(dense, asked, tmp_path):
+    found = secateur.prune(dense, grouped(asked), out=tmp_path / "out")
+    before, after = (AutoModelForCausalLM.from_pretrained(each) for each in (dense, tmp_path / "out"))
+    kept = kept_tokens_of(tmp_path / "out")
+    assert kept is not None and len(kept.dense_ids) == 448 == after.config.vocab_size
+    # Half a step of all three layers: 4 channels of 144 parameters each.
+    assert abs(num_params(before) - num_params(after) - 0.3 * num_params(before)) <= 3 * 4 * 144
+    assert found.summary.remove_reached == 1 - num_params(after) / num_params(before)
+    assert found.summary.outcome.share_gone == pytest.approx(found.summary.remove_reached, rel=1e-12)
+    assert torch.equal(
+        after.get_input_embeddings().weight, before.get_input_embeddings().weight[torch.tensor(kept.dense_ids)]
+    )
+    assert found.recipe.remove.vocabulary == 448
+
+
+def test_a_saved_recipe_repeats_the_run(tied, asked, tmp_path):
+    found = secateur.prune(tied, grouped({**asked, "vocabulary": "auto"}), out=tmp_path / "out")
+    assert isinstance(found.recipe.remove.vocabulary, int)
+    assert secateur.prune(tied, found.recipe, out=tmp_path / "again").recipe == found.recipe
+    assert weights(tmp_path / "again") == weights(tmp_path / "out")
+
+
+def test_losses_are_nats_per_token_of_the_dense_tokenizer(tied, asked, tmp_path):
+    found = secateur.prune(tied, grouped({**asked, "groups": [], "vocabulary": 320}), out=tmp_path / "out").summary
+    models = {"dense": tied, "pruned": tmp_path / "out"}
+    tokenizers = {name: AutoTokenizer.from_pretrained(each) for name, each in models.items()}
+    held_out = build_calibration(parse_recipe(grouped(asked)).calibration, 1280, tokenizers["pruned"], 0).domains
+    for domain in held_out:
+        nats, tokens = {"dense": 0.0, "pruned": 0.0}, {"dense": 0, "pruned": 0}
+        for ids_T in domain.held_out_NT:
+            # Plain ASCII: the first token is context, and what follows is the same text.
+            text = tokenizers["pruned"].decode(ids_T[1:])
+            dense_ids = kept_tokens_of(tmp_path / "out").dense_ids  # type: ignore[union-attr]
+            first = dense_ids[int(ids_T[0])]
+            blocks = {"pruned": ids_T, "dense": torch.tensor([first, *tokenizers["dense"](text)["input_ids"]])}
+            for name, block_T in blocks.items():
+                model = AutoModelForCausalLM.from_pretrained(models[name]).eval()
+                with torch.no_grad():
+                    log_p = model(block_T[None]).logits[0, :-1].double().log_softmax(-1)
+                nats[name] -= float(log_p.gather(1, block_T[1:, None]).sum())
+                tokens[name] += len(block_T) - 1
+        assert tokens["pruned"] > tokens["dense"]
+        for name, losses in (("dense", found.dense_losses), ("pruned", found.pruned_losses)):
+            assert losses[domain.name].nats_per_token == pytest.approx(nats[name] / tokens["dense"], rel=1e-5)
+            assert losses[domain.name].num_tokens == tokens["dense"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocabulary": "auto"},
+        {"rounds": 2, "max_loss_rise": 9.0, "keep_rounds": True},
+        {"depth": 1, "evaluate": False},
+        {"groups": []},
+    ],
+    ids=["auto", "rounds", "depth", "alone"],
+)
+def test_stopped_or_streamed_or_shared_the_bytes_are_the_same(changes, tied, asked, tmp_path):
+    wanted = {**asked, **changes}
+    whole = secateur.prune(tied, grouped(wanted), out=tmp_path / "whole")
+    num_stops = 0
+    while not (tmp_path / "resumed").exists():
+        try:
+            with stopped_after(2):
+                secateur.prune(tied, grouped(wanted), out=tmp_path / "resumed", resume=True)
+        except Stopped:
+            num_stops += 1
+    assert num_stops >= 1 and weights(tmp_path / "resumed") == weights(tmp_path / "whole")
+    # Enough for all but the weights.
+    secateur.prune(tied, grouped({**wanted, "memory_budget": "1.7MB"}), out=tmp_path / "streamed")
+    assert weights(tmp_path / "streamed")["model.safetensors"] == weights(tmp_path / "whole")["model.safetensors"]
+    jobs = {"trim": {"model": str(tied), "recipe": wanted, "write": False}}
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    status, _, said = run_ranks(2, CHILD, tmp_path / "jobs.json", tmp_path / "ranks")
+    assert status == 0, said
+    shared, ours = load_file(tmp_path / "ranks" / "trim.safetensors"), dict(whole.model.state_dict())
+    assert shared.keys() == ours.keys() and all(torch.equal(shared[name], ours[name]) for name in ours)
+
+
+def test_auto_takes_what_a_share_asks_if_nothing_else_goes(tied, asked):
+    recipe = parse_recipe(grouped({**asked, "groups": [], "vocabulary": "auto", "remove": 0.1}))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
+    trim = plan_trim(secateur.pruning.open.replace(opened(model, recipe), tokenizer=tokenizer), Services())  # type: ignore[attr-defined]
+    gone, price = trim.kept.num_dense - len(trim.kept.dense_ids), token_prices("parameters", model, 1, 32)
+    assert len(trim.kept.dense_ids) % 64 == 0 and gone * price <= 0.1 * num_params(model) < (gone + 64) * price
+
+
+def test_a_model_in_memory_loses_its_tokens_in_place(tied, asked):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
+    found = secateur.prune(model, grouped(asked), tokenizer=tokenizer)
+    assert found.model is model and model.config.vocab_size == 448 == len(found.tokenizer)
+    text = "ferry Паром 🚀"
+    assert found.tokenizer.decode(found.tokenizer(text)["input_ids"]) == text
+
+
+def test_what_stays_is_said_by_files_and_scripts(tied, asked, tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("Паром шёл медленно")
+    tokenizer = AutoTokenizer.from_pretrained(tied)
+    needed = set(tokenizer(mine.read_text())["input_ids"])
+    lost = secateur.prune(tied, grouped({**asked, "groups": [], "evaluate": False}), out=tmp_path / "lost")
+    assert not needed <= set(kept_tokens_of(lost.out).dense_ids)  # type: ignore[union-attr,arg-type]
+    for number, more in enumerate(({"keep_text": [str(mine)]}, {"keep_scripts": ["cyrillic"]})):
+        options = {**asked, "groups": [], "evaluate": False, **more}
+        found = secateur.prune(tied, grouped(options), out=tmp_path / str(number))
+        assert needed <= set(kept_tokens_of(found.out).dense_ids)  # type: ignore[union-attr,arg-type]
+
+
+def test_counts_leave_out_what_is_held_out(recipe, texts):
+    tokenizer = tiny_tokenizer()
+    calibration = parse_recipe(grouped(recipe)).calibration
+    drawn = build_calibration(calibration, 1280, tokenizer, 0)
+    counts = token_counts(calibration, 1280, tokenizer, 0, 320)
+    for domain in drawn.domains:
+        documents = texts[domain.name].read_text()
+        everything = torch.bincount(torch.tensor(tokenizer(documents)["input_ids"]), minlength=320)
+        held_out = torch.bincount(domain.held_out_NT.flatten(), minlength=320)
+        # The end of a text that packing adds is no token of the text; line ends may split otherwise.
+        missing = everything.sum() - counts[domain.name].sum()
+        assert abs(int(missing) - int(held_out.sum())) <= 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vocabulary": 64}, r"remove\.vocabulary: 64 of the model's .* from 320"),
+        ({"vocabulary": 450}, r"450 of .* cannot stay; give a multiple of 64 \(such as 448 or 512\)"),
+        ({"vocabulary": 448, "remove": 0.01}, r"remove\.vocabulary: the tokens that go are 0\.\d+ of all"),
+        ({"vocabulary": "auto", "groups": ["kv_heads"]}, "auto weighs tokens against FFN channels"),
+        ({"target": "kv_bytes", "groups": ["kv_heads"]}, "tokens have no price in target kv_bytes"),
+        ({"keep_scripts": ["klingon"]}, "no token of the model has a letter of klingon"),
+        ({"keep_text": ["missing.txt"]}, "there is no such file"),
+        ({"vocabulary": None, "groups": []}, "nothing would go"),
+        ({"vocabulary": None, "keep_scripts": ["latin"]}, "they need vocabulary"),
+        ({"vocabulary": "some"}, "vocabulary"),
+    ],
+)
+def test_mistakes_are_one_sentence(changes, said, tied, asked, tmp_path):
+    with pytest.raises(secateur.SecateurError, match=said) as error:
+        secateur.prune(tied, grouped({**asked, **changes}), out=tmp_path / "out")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_group_named_vocabulary_is_short_for_auto():
+    remove = parse_recipe({"remove": {"groups": ["vocabulary", "ffn"]}}).remove
+    assert (remove.groups, remove.vocabulary) == (("ffn",), "auto")
+    remove = parse_recipe({"remove": {"groups": ["vocabulary"], "vocabulary": 640}}).remove
+    assert (remove.groups, remove.vocabulary) == ((), 640)
+
+
+def test_flops_count_the_head_of_the_tokens_that_go(tied, asked):
+    recipe = parse_recipe(grouped({**asked, "target": "flops"}))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
+    ready = secateur.pruning.open.replace(opened(model, recipe), tokenizer=tokenizer)  # type: ignore[attr-defined]
+    ready = secateur.pruning.open.replace(ready, trim=plan_trim(ready, Services()))  # type: ignore[attr-defined]
+    gone = len(tokenizer) + NUM_PADDING - 448
+    assert resolve(ready).prices.tokens == round(2 * gone * 48 / 32)
