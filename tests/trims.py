@@ -56,11 +56,14 @@ class TrimmedPair:
         return logits[:, dense_ids].double().log_softmax(-1)
 
 
-def trimmed_pair(directory: Path, *, tied: bool = False, noise: float = 0.0) -> TrimmedPair:
-    """Save both models. `noise`: how far the pruned one's other weights are from the dense one's."""
+def trimmed_pair(directory: Path, *, tied: bool = False, noise: float = 0.0, share: float = 0.5) -> TrimmedPair:
+    """Save both models. `noise`: how far the pruned one's other weights are from the dense one's.
+
+    `share`: of the tokens that stay; of the dense model's padding rows none does.
+    """
     tokenizer, _ = made("byte-level")
     dense = tiny_llama(tied=tied, vocab_size=len(tokenizer) + NUM_PADDING)
-    kept = some_kept(read_vocabulary(tokenizer, dense), 3)
+    kept = some_kept(read_vocabulary(tokenizer, dense), 3, share)
     pruned, trimmed = copy.deepcopy(dense), trimmed_tokenizer(tokenizer, kept)
     keep_tokens(pruned, kept)
     with torch.no_grad():
