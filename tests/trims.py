@@ -1,7 +1,7 @@
 """Tokenizers and models without some tokens, for tests of what compares them with the dense ones."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,17 @@ class TrimmedPair:
         return logits[:, dense_ids].double().log_softmax(-1)
 
 
-def trimmed_pair(directory: Path, *, tied: bool = False, noise: float = 0.0, share: float = 0.5) -> TrimmedPair:
+def trimmed_pair(
+    directory: Path, *, tied: bool = False, noise: float = 0.0, share: float = 0.5, padding: int = 0
+) -> TrimmedPair:
     """Save both models. `noise`: how far the pruned one's other weights are from the dense one's.
 
-    `share`: of the tokens that stay; of the dense model's padding rows none does.
+    `share`: of the tokens that stay. `padding`: how many of the dense model's 7 padding rows do.
     """
     tokenizer, _ = made("byte-level")
     dense = tiny_llama(tied=tied, vocab_size=len(tokenizer) + NUM_PADDING)
     kept = some_kept(read_vocabulary(tokenizer, dense), 3, share)
+    kept = replace(kept, dense_ids=(*kept.dense_ids, *range(len(tokenizer), len(tokenizer) + padding)))
     pruned, trimmed = copy.deepcopy(dense), trimmed_tokenizer(tokenizer, kept)
     keep_tokens(pruned, kept)
     with torch.no_grad():

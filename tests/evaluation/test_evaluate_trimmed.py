@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,6 +108,23 @@ def test_a_trim_alone_has_no_divergence(domains, tmp_path):
     pair = trimmed_pair(tmp_path / "models")
     found = evaluate(pair.pruned, pair.dense, domains=domains, num_blocks=2, sequence_length=LENGTH, out=tmp_path)
     assert found.kl is not None and found.kl["prose"].mean == pytest.approx(0, abs=1e-6)
+
+
+def test_a_lost_divergence_is_measured_again_over_the_kept_tokens(pair, domains, tmp_path):
+    options: dict[str, Any] = {"domains": domains, "num_blocks": 2, "sequence_length": LENGTH, "out": tmp_path}
+    first = evaluate(pair.pruned, pair.dense, **options)
+    (file,) = (tmp_path / "evaluation").glob("kl-prose-*.json")
+    file.unlink()
+    assert evaluate(pair.pruned, pair.dense, **options).to_json() == first.to_json()
+
+
+def test_another_trim_of_the_same_files_is_measured_anew(domains, tmp_path):
+    pair = trimmed_pair(tmp_path / "models", noise=0.03, padding=1)
+    options: dict[str, Any] = {"domains": domains, "num_blocks": 2, "sequence_length": LENGTH, "out": tmp_path}
+    first = evaluate(pair.pruned, pair.dense, **options)
+    replace(pair.kept, dense_ids=(*pair.kept.dense_ids[:-1], pair.kept.num_dense - 1)).write(pair.pruned)
+    again = evaluate(pair.pruned, pair.dense, **options)
+    assert first.kl is not None and again.kl is not None and first.kl["prose"].mean != again.kl["prose"].mean
 
 
 def test_wikitext_is_the_same_rows_for_both(pair, tmp_path):
