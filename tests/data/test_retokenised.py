@@ -68,7 +68,7 @@ def test_half_characters_leave_the_rest_of_a_block_as_it_is_split(kind):
         assert found.tolist() == [*same[1:], *encoded(target, text), *same[:2]]
         ids_T = torch.tensor([*encoded(source, text), *four[:2], *encoded(source, text)])
         (within,) = retokenised({"mine": [ids_T]}, source, target)["mine"]
-        assert bytes_of(target, within) == bytes_of(source, ids_T)
+        assert bytes_of(target, within[1:]) == bytes_of(source, ids_T[1:])
         assert encoded(target, text) != target.convert_tokens_to_ids(
             source.convert_ids_to_tokens(encoded(source, text))
         )
