@@ -55,6 +55,25 @@ def test_a_text_is_split_as_the_other_tokenizer_splits_it(kind):
             assert found.tolist() == [first[1], *encoded(target, text)], text
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "ignore-merges", "gemma"])
+def test_half_characters_leave_the_rest_of_a_block_as_it_is_split(kind):
+    tokenizer, vocabulary = made(kind)
+    trimmed = trimmed_tokenizer(tokenizer, some_kept(vocabulary, 2))
+    for source, target in ((tokenizer, trimmed), (trimmed, tokenizer)):
+        text, four = " they said that the layers of the model are pruned", encoded(source, "\U0001d6c0")
+        assert len(four) == 4
+        ids_T = torch.tensor([*four[1:], *encoded(source, text), *four[:2]])
+        (found,) = retokenised({"mine": [ids_T]}, source, target)["mine"]
+        same = target.convert_tokens_to_ids(source.convert_ids_to_tokens(four))
+        assert found.tolist() == [*same[1:], *encoded(target, text), *same[:2]]
+        ids_T = torch.tensor([*encoded(source, text), *four[:2], *encoded(source, text)])
+        (within,) = retokenised({"mine": [ids_T]}, source, target)["mine"]
+        assert bytes_of(target, within[1:]) == bytes_of(source, ids_T[1:])
+        assert encoded(target, text) != target.convert_tokens_to_ids(
+            source.convert_ids_to_tokens(encoded(source, text))
+        )
+
+
 @pytest.mark.parametrize("kind", MADE)
 def test_a_trim_that_keeps_all_is_the_identity(kind):
     tokenizer, vocabulary = made(kind)

@@ -25,6 +25,7 @@ from secateur.facts import Workload
 from secateur.formats.save import have_llama_cpp, save_checkpoint
 from secateur.methods.prices import kv_cache_bytes_per_token
 from secateur.report.measured import BenchResult, Ratio
+from tests.trims import trimmed_pair
 
 SMALL = Workload(batch=2, prompt_tokens=8, new_tokens=3, repeats=2)
 
@@ -126,6 +127,19 @@ def test_json_and_no_dense_model(pair, tmp_path):
     assert (shown["dense"], shown["decode"], shown["workload"]["repeats"]) == (None, None, 1)
     assert json.loads((pair[0] / "bench.json").read_text()) == shown
     assert not list(pair[0].glob(".bench*"))
+
+
+def test_vocabularies_that_differ_are_a_note(pair, tmp_path):
+    trimmed = trimmed_pair(tmp_path)
+    sizes = {"batch": 1, "prompt_tokens": 4, "new_tokens": 2, "repeats": 1}
+    (note,) = bench(trimmed.pruned, trimmed.dense, **sizes).notes
+    assert note.startswith(
+        f"the vocabularies differ ({trimmed.kept.num_dense} and {len(trimmed.kept.dense_ids)} tokens): "
+    )
+    assert bench(trimmed.pruned, trimmed.pruned, **sizes).notes == bench(trimmed.pruned, **sizes).notes == ()
+    assert bench(*pair, **sizes).notes == ()
+    shown = run_cli("bench", trimmed.pruned, "--against", trimmed.dense, "--repeats", 1, "--prompt-tokens", 4)
+    assert note in " ".join(shown.stdout.split())
 
 
 @pytest.mark.parametrize(

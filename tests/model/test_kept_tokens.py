@@ -3,6 +3,9 @@
 import copy
 import json
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +14,17 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
 from secateur.errors import CheckpointError
+from secateur.model.checkpoint import open_checkpoint
 from secateur.model.kept_tokens import (
     KeptTokens,
     check_weights_by_token,
     ids_named_by,
     keep_tokens,
     kept_tokens_of,
+    trim_between,
 )
 from tests.families import FAMILIES, SIZES, tiny_family
+from tests.trims import trimmed_pair
 
 NUM_ROWS = 331  # no other size of the tiny models
 
@@ -205,3 +211,53 @@ def test_a_cut_model_is_saved_and_loaded(tied, tmp_path):
     model.save_pretrained(tmp_path)
     ids_BT = torch.arange(len(kept.dense_ids))[None, :20]
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids_BT), logits(model, ids_BT))
+
+
+def changed(directory: Path, file: str, change: Callable[[Any], None]) -> None:
+    """Change a JSON file of the directory in place."""
+    content = json.loads((directory / file).read_text(encoding="utf-8"))
+    change(content)
+    (directory / file).write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_the_trim_between_two_models(tmp_path):
+    pair = trimmed_pair(tmp_path)
+    pruned, dense = open_checkpoint(pair.pruned), open_checkpoint(pair.dense)
+    trim = trim_between(pruned, dense, "--against")
+    assert trim is not None and trim.kept == pair.kept
+    assert trim.tokenizer.get_vocab() == pair.tokenizer.get_vocab()
+    assert trim.dense_tokenizer.get_vocab() == pair.dense_tokenizer.get_vocab()
+    assert trim_between(pruned, pruned, "--against") is None and trim_between(dense, dense, "--against") is None
+    message = (
+        r"^--against .*dense: its tokenizer \(701 tokens\) is not that of .*pruned \(\d+ tokens\), so .*; or else\.$"
+    )
+    for damage in (
+        lambda content: content["new_ids"].append(None),  # of a model with another row
+        lambda content: content["new_ids"].insert(0, content["new_ids"].pop()),  # of other tokens
+        lambda content: content.update(new_ids=content["new_ids"][:-1]),
+    ):
+        before = (pair.pruned / "tokens.json").read_text(encoding="utf-8")
+        changed(pair.pruned, "tokens.json", damage)
+        with pytest.raises(CheckpointError, match=message):
+            trim_between(pruned, dense, "--against", "or else")
+        (pair.pruned / "tokens.json").write_text(before, encoding="utf-8")
+    (pair.pruned / "tokens.json").unlink()
+    with pytest.raises(CheckpointError, match=message):
+        trim_between(pruned, dense, "--against", "or else")
+
+
+def test_a_trim_of_padding_rows_alone_and_special_tokens_without_a_row(tmp_path):
+    def without_row(content: Any) -> None:
+        content["added_tokens"].append({**content["added_tokens"][0], "id": 5000, "content": "<|image|>"})
+
+    pair = trimmed_pair(tmp_path, share=1.0)
+    pruned, dense = open_checkpoint(pair.pruned), open_checkpoint(pair.dense)
+    assert pair.tokenizer.get_vocab() == pair.dense_tokenizer.get_vocab()
+    found = trim_between(pruned, dense, "--against")
+    assert found is not None and found.kept.dense_ids == tuple(range(701)) and found.kept.num_dense == 708
+    for directory in (pair.dense, pair.pruned):  # a tokenizer that has lost it, and one that was saved with it
+        changed(directory, "tokenizer.json", without_row)
+        assert trim_between(pruned, dense, "--against") is not None
+    (pair.pruned / "tokens.json").unlink()
+    with pytest.raises(CheckpointError, match=r"it gives 708 logits and .*pruned 701, so their predictions"):
+        trim_between(pruned, dense, "--against")

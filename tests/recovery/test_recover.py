@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur.model.checkpoint import load_model
-from secateur.recovery import open as recovery_open
+from secateur.recovery import pair as recovery_pair
 from secateur.recovery.judge import domain_weights, objective
 from secateur.recovery.open import dry_run, open_job, prepare
 from secateur.recovery.recover import judged, recover, train_guarded
@@ -170,7 +170,7 @@ def test_a_run_that_was_killed_after_its_training_does_not_train_again(recovered
 
 
 def test_weights_on_disk_give_the_bytes_of_weights_in_memory(recovered, pruned, checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(recovery_open, "load_model", lambda checkpoint, **_: load_model(checkpoint))
+    monkeypatch.setattr(recovery_pair, "load_model", lambda checkpoint, **_: load_model(checkpoint))
     recover(pruned, checkpoints["llama"], CHANGES, out=tmp_path / "whole")
     for name in (WEIGHTS, "config.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (recovered / name).read_bytes()

@@ -87,6 +87,24 @@ def test_a_loss_that_is_no_number_names_the_domain() -> None:
         measure_quality(model, bind(model), tiny_tokenizer(), "prose", blocks["prose"] % 256, lambda: None)
 
 
+def test_losses_of_blocks_of_other_lengths_per_token_of_another_tokenizer() -> None:
+    model = tiny_llama()
+    lengths, counts = {"a": [20, 9, 14], "b": [31]}, {"a": [15, 8, 16], "b": [7]}
+    ids_T = tiny_ids(batch=1, length=120)[0]
+    blocks = {domain: [ids_T[size : 2 * size] for size in sizes] for domain, sizes in lengths.items()}
+    found = domain_losses(model, bind(model), blocks, num_tokens=counts)
+    for domain, own in counts.items():
+        nats = [float(reference_nats(model, each[None])[0].sum()) for each in blocks[domain]]
+        rate, number = sum(nats) / sum(own), len(own)
+        squares = sum((a - rate * b) ** 2 for a, b in zip(nats, own, strict=True))
+        error = math.sqrt(squares / number / max(number - 1, 1)) / (sum(own) / number)
+        assert found[domain].num_tokens == sum(own)
+        assert found[domain].nats_per_token == pytest.approx(rate, rel=TOLERANCE)
+        assert found[domain].standard_error == pytest.approx(error, rel=1e-3, abs=TOLERANCE)
+    own_tokens = domain_losses(model, bind(model), blocks)
+    assert own_tokens["a"].num_tokens == 19 + 8 + 13
+
+
 @given(values=st.lists(st.floats(-100, 100), min_size=1, max_size=12))
 def test_the_standard_error_of_a_mean(values: list[float]) -> None:
     assert standard_error(values) == pytest.approx(mean_error(values), rel=1e-12, abs=1e-12)

@@ -100,6 +100,8 @@ def bench(
         print(result.to_json(), end="")
         return
     common.CONSOLE.print(bench_table(result))
+    for note in result.notes:
+        common.CONSOLE.print(f"note: {note}", soft_wrap=True)
     if Path(model).is_dir():
         common.CONSOLE.print(f"Written to {Path(model, BENCH_FILE)}.")
 

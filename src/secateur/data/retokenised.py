@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int64
@@ -31,14 +31,17 @@ def retokenised(
     to one, parts of a character at the ends of a text byte by byte; all else is split as `target`
     splits it.
     """
-    splitter, added = _Splitter.of(target), source.get_added_vocab().keys()
+    splitter, reader = _Splitter.of(target), cast(Any, source)  # a fast tokenizer, as trims are of
+    added = set(reader.get_added_vocab())
 
     def ids_of(pieces: list[str]) -> list[int]:
-        runs = groupby(pieces, added.__contains__)
-        return [each for is_added, run in runs for each in (splitter.spelt if is_added else splitter.split)(list(run))]
+        found: list[int] = []
+        for is_added, run in groupby(pieces, lambda piece: piece in added):
+            found += (splitter.spelt if is_added else splitter.split)(list(run))
+        return found
 
     def block(ids_T: Tensor) -> Tensor:
-        pieces = source.convert_ids_to_tokens(ids_T.tolist())
+        pieces = reader.convert_ids_to_tokens(ids_T.tolist())
         given, ids = splitter.spelt(pieces[:1]), ids_of(pieces)
         if ids[: len(given)] != given:  # a token of the target spells the end of the first one and more
             ids = given + ids_of(pieces[1:])
@@ -57,7 +60,7 @@ class _Splitter:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "_Splitter":
-        backend: Any = getattr(tokenizer, "backend_tokenizer")  # noqa: B009  # fast tokenizers alone can be trimmed
+        backend = cast(Any, tokenizer).backend_tokenizer
         return cls(backend, tokenizer.get_vocab(), is_byte_level(json.loads(backend.to_str())))
 
     def spelt(self, pieces: list[str]) -> list[int]:

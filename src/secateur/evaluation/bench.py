@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from secateur.formats.save import open_llama_cpp, require_llama_cpp
 from secateur.log import Progress, silent, versions
 from secateur.methods.prices import kv_cache_bytes_per_token, least_costs
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
+from secateur.model.kept_tokens import kept_tokens_of
 from secateur.report.measured import BENCH_FILE, BenchResult, BenchSettings, ModelFigures, Ratio, Speed, SpeedUp
 from secateur.stream.device import now
 
@@ -106,7 +107,18 @@ def _bench(
         num_bytes = dense.costs.decode_bytes_per_token / pruned.costs.decode_bytes_per_token
         prefill = _speed_up(*(prefill_rates(run, workload) for run in runs), ideal=flops)
         decode = _speed_up(*(decode_rates(run, workload) for run in runs), ideal=num_bytes)
-    return BenchResult(settings, torch.get_num_threads(), workload, pruned, dense, prefill, decode, versions())
+    notes = tuple(_notes(checkpoints))
+    return BenchResult(settings, torch.get_num_threads(), workload, pruned, dense, prefill, decode, versions(), notes)
+
+
+def _notes(checkpoints: list[Checkpoint]) -> Iterator[str]:
+    kept = [kept_tokens_of(checkpoint.directory) for checkpoint in checkpoints]
+    if len(kept) == 2 and kept[0] != kept[1]:
+        sizes = " and ".join(f"{each.config.get_text_config().vocab_size:,}" for each in reversed(checkpoints))
+        yield (
+            f"the vocabularies differ ({sizes} tokens): tokens/s count each model's own tokens, of which the same text "
+            "is more where the vocabulary was trimmed."
+        )
 
 
 def _prepare_transformers(checkpoint: Checkpoint, workload: Workload, settings: BenchSettings, _: Path) -> _Contender:

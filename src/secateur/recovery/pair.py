@@ -3,6 +3,7 @@
 In: references of both models; a recipe. Out: `Candidates`; blocks to train on and held-out blocks.
 """
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def open_pair(pruned: str | Path, teacher: str | Path) -> Candidates:
     size or layers differ.
     """
     student, dense = open_checkpoint(pruned), open_checkpoint(teacher)
-    shapes = meta_model(student.config), meta_model(dense.config)
+    shapes = meta_model(student.config), meta_model(copy.deepcopy(dense.config))  # whose tokens may go
     archs = bind(shapes[0]), bind(shapes[1])
     trim = trim_between(student, dense, "--teacher")
     if archs[0].family != archs[1].family:

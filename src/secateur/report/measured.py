@@ -208,7 +208,10 @@ class SpeedUp:
 
 @dataclass(frozen=True, slots=True)
 class BenchResult(Record):
-    """`bench.json`. `dense`, `prefill` and `decode` are None without a dense model."""
+    """`bench.json`. `dense`, `prefill` and `decode` are None without a dense model.
+
+    `notes`: sentences on what the figures do not say.
+    """
 
     settings: BenchSettings
     num_threads: int
@@ -218,6 +221,7 @@ class BenchResult(Record):
     prefill: SpeedUp | None
     decode: SpeedUp | None
     versions: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     @property
     def models(self) -> dict[str, ModelFigures]:

@@ -1,0 +1,96 @@
+"""Recovery of a model whose vocabulary was trimmed: the teacher's predictions are the dense ones of the kept tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from secateur.evaluation.tasks import LoadedTasks
+from secateur.model.kept_tokens import kept_tokens_of
+from secateur.recovery import result
+from secateur.recovery.judge import Judge, teacher_log_p
+from secateur.recovery.open import dry_run
+from secateur.recovery.pair import open_pair
+from secateur.recovery.recover import recover
+from secateur.report.measured import RecoveryRecord, mean_kl
+from tests.trims import TrimmedPair, prose_file, trimmed_pair
+
+TRAINING = {"num_tokens": 1024, "batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def pair(request, tmp_path_factory) -> TrimmedPair:
+    return trimmed_pair(tmp_path_factory.mktemp("trimmed"), tied=request.param, noise=0.1)
+
+
+@pytest.fixture(scope="module")
+def changes(tmp_path_factory) -> dict[str, Any]:
+    domains = {
+        "prose": {"files": [str(prose_file(tmp_path_factory.mktemp("text")))]},
+        "own": {"sampled": True},
+    }
+    return {"calibration": {"domains": domains, "sequence_length": 32}, "recover": TRAINING}
+
+
+def log_q(model: Any, ids_T: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids_T[None]).logits[0, :-1].double().log_softmax(-1)
+
+
+def test_the_teacher_s_predictions_are_the_dense_ones_of_the_kept_tokens(pair):
+    candidates = open_pair(pair.pruned, pair.dense)
+    assert candidates.trim is not None and candidates.trim.kept == pair.kept
+    dense, pruned = pair.models()
+    teacher = candidates.load_teacher()
+    ids_BT = torch.randint(len(pair.kept.dense_ids), (2, 20), generator=torch.Generator().manual_seed(1))
+    expected = torch.cat([pair.dense_log_p(dense, ids_T) for ids_T in ids_BT])
+    torch.testing.assert_close(teacher_log_p(teacher, ids_BT).double(), expected, rtol=1e-5, atol=1e-5)
+    judge = Judge(teacher, candidates.teacher_arch, {"mine": ids_BT})
+    verdict = judge.verdicts(lambda ids_BT: pruned(ids_BT).logits)["mine"]
+    others = torch.cat([log_q(pruned, ids_T) for ids_T in ids_BT])
+    assert verdict.kl == pytest.approx(float((expected.exp() * (expected - others)).sum(-1).mean()), rel=1e-4)
+    nats = -expected.gather(1, ids_BT[:, 1:].reshape(-1, 1)).mean()
+    assert judge.dense()["mine"].nats_per_token == pytest.approx(float(nats), rel=1e-5)
+    sizes = [each.get_input_embeddings().num_embeddings for each in (candidates.teacher_shape, teacher)]
+    assert sizes == [len(pair.kept.dense_ids)] * 2
+
+
+def test_a_recovery_runs_end_to_end(pair, changes, tmp_path):
+    out = tmp_path / "recovered"
+    record = recover(pair.pruned, pair.dense, changes, out=out)
+    assert record is not None and mean_kl(record.before) > mean_kl(record.after) > 0 and record.training.held
+    assert set(record.before) == {"prose", "own"}
+    assert kept_tokens_of(out) == pair.kept == kept_tokens_of(pair.pruned)
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == pair.tokenizer.get_vocab()
+    config, before = AutoModelForCausalLM.from_pretrained(out).config, pair.models()[1].config
+    for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(config, key) == getattr(before, key)
+    assert config.vocab_size == len(pair.kept.dense_ids)
+    kept = f"{len(pair.kept.dense_ids)} of its {pair.kept.num_dense} tokens"
+    assert record.notes == (f"recover: the teacher predicts {kept}, those that the model has.",)
+    assert RecoveryRecord.from_json((out / "recovery.json").read_text(encoding="utf-8"), "there") == record
+
+
+def test_a_dry_run_counts_the_teacher_s_kept_tokens(pair, changes):
+    cost = dry_run(pair.pruned, pair.dense, changes)
+    same = dry_run(pair.pruned, pair.pruned, changes)
+    assert cost.flops == same.flops and cost.peak_bytes == same.peak_bytes
+
+
+def test_each_model_s_tasks_are_asked_in_its_own_tokens(pair, changes, tmp_path, monkeypatch):
+    asked = {}
+
+    def task_parts(store: Any, subject: Any, tokenizer: Any, *_: Any) -> dict[str, Any]:
+        asked[subject.which] = tokenizer.get_vocab()
+        return {"results": {}, "sources": {}, "lm_eval_version": "0", "item_scores": {}}
+
+    monkeypatch.setattr(result, "load_tasks", lambda *_: LoadedTasks({}, {}, {}, ()))
+    monkeypatch.setattr(result, "task_parts", task_parts)
+    training = TRAINING | {"num_tokens": 256, "evaluation": {"tasks": ["mine"]}}
+    record = recover(pair.pruned, pair.dense, changes | {"recover": training}, out=tmp_path / "out")
+    own = pair.tokenizer.get_vocab()
+    assert asked == {"dense": pair.dense_tokenizer.get_vocab(), "pruned": own, "recovered": own}
+    assert json.loads((Path(tmp_path) / "out" / "recovery.json").read_text())["tasks"] is not None and record
