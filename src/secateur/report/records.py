@@ -163,6 +163,22 @@ class CalibrationFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class VocabularyFacts:
+    """A trimmed vocabulary; pairs are counts in the dense and in the trimmed tokenizer.
+
+    `by_domain`: tokens of the held-out text. `samples`: tokens of a few sentences of languages that
+    the domains may not have. `scripts`: tokens with letters of a script. `longest_lost`: words.
+    """
+
+    num_before: int
+    num_after: int
+    by_domain: dict[str, tuple[int, int]]
+    samples: dict[str, tuple[int, int]]
+    scripts: dict[str, tuple[int, int]]
+    longest_lost: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Summary(Record):
     """Everything that a run reports in numbers.
 
@@ -192,6 +208,7 @@ class Summary(Record):
     versions: dict[str, str]
     device: str = "cpu"
     device_peak_bytes: int | None = None  # allocated there, where torch counts it
+    vocabulary: VocabularyFacts | None = None  # if it was trimmed; losses are then per dense token
     files: dict[str, str] = field(default_factory=dict[str, str])  # sha256 by path, of what the run wrote
 
     def plain(self) -> dict[str, Any]:
