@@ -104,6 +104,23 @@ class GroupFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class InspectedVocabulary:
+    """A model's vocabulary. `num_params`: of all rows of embedding and head, tied ones once.
+
+    `used`: by domain, the distinct tokens of `num_counted` tokens of its text. `smallest`: the size
+    at which all of these stay; `params_freed`: by a trim to it. `problem`: why nothing is counted.
+    """
+
+    num_tokens: int
+    num_params: int
+    used: dict[str, int] = field(default_factory=dict[str, int])
+    num_counted: dict[str, int] = field(default_factory=dict[str, int])
+    smallest: int | None = None
+    params_freed: int | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection(Record):
     """A model's structure and the outcome of a recipe's `remove`.
 
@@ -140,6 +157,7 @@ class Inspection(Record):
     possible: tuple[Possible, ...]
     impossible: dict[str, str]
     serving: Serving | None
+    vocabulary: InspectedVocabulary
 
     def plain(self) -> dict[str, Any]:
         """Return the fields as a mapping, with the memory's peak."""

@@ -11,7 +11,7 @@ from rich.console import Group
 from secateur.facts import NGRAM_TOKENS, geometric_mean_perplexity
 from secateur.report.page import Table
 from secateur.report.records import Inspection, Summary
-from secateur.report.rows_vocabulary import of_dense, vocabulary_notes, vocabulary_row, who_suffers
+from secateur.report.rows_vocabulary import of_dense, vocabulary_cell, vocabulary_notes, vocabulary_row, who_suffers
 
 # Warn of a larger share of common n-grams.
 MUCH_OVERLAP = 0.1
@@ -218,6 +218,7 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         f"{human_seconds(seconds.forward)}, statistics {human_seconds(seconds.gram)}, solves "
         f"{human_seconds(seconds.solve)}; text and the reload check come on top",
     )
+    yield "vocabulary", vocabulary_cell(inspection)
     yield from _groups_and_server(inspection)
     for warning in inspection.warnings:
         yield "note", warning

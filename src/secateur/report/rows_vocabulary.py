@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from secateur.report.page import Section, Table
-from secateur.report.records import ResultFiles, Summary, VocabularyFacts
+from secateur.report.records import Inspection, ResultFiles, Summary, VocabularyFacts
 
 # Languages whose text grows by less are not named; nor are scripts of fewer tokens in the terminal.
 LEAST_GROWTH, LEAST_TOKENS, MOST_SCRIPTS = 0.01, 16, 5
@@ -53,6 +53,21 @@ def vocabulary_notes(facts: VocabularyFacts) -> Iterator[tuple[str, str]]:
 
 def _growths(counts: TokenCounts, digits: int) -> str:
     return ", ".join(f"{name} {growth(*pair):+.{digits}%}" for name, pair in counts.items())
+
+
+def vocabulary_cell(inspection: Inspection) -> str:
+    """Say what share of the model its tokens are, how many the domains use, and what a trim can free."""
+    found, total = inspection.vocabulary, inspection.size.num_params
+    said = f"{found.num_tokens:,} tokens, {found.num_params / total:.1%} of all parameters"
+    if found.smallest is None or found.params_freed is None:
+        return f"{said}; what the domains use is not known: {found.problem}"
+    used = ", ".join(f"{name} {count:,}" for name, count in found.used.items())
+    num_counted = sum(found.num_counted.values())
+    return (
+        f"{said}; in {num_counted:,} tokens of the domains' text are so many different ones: {used}. A trim frees up "
+        f"to {found.params_freed / total:.1%} before it takes one of these ({found.smallest:,} tokens stay); other text "
+        "then takes more tokens"
+    )
 
 
 def vocabulary(files: ResultFiles) -> Section:
