@@ -65,8 +65,8 @@ def vocabulary_cell(inspection: Inspection) -> str:
     num_counted = sum(found.num_counted.values())
     return (
         f"{said}; in {num_counted:,} tokens of the domains' text are so many different ones: {used}. A trim frees up "
-        f"to {found.params_freed / total:.1%} before it takes one of these ({found.smallest:,} tokens stay); other text "
-        "then takes more tokens"
+        f"to {found.params_freed / total:.1%} before it takes one of these ({found.smallest:,} tokens stay); other "
+        "text then takes more tokens"
     )
 
 
