@@ -5,25 +5,28 @@ In: a model, text and tasks. Out: an `Evaluation`, and `evaluation.json` in a re
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.evaluation import parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks
-from secateur.evaluation.text import RECIPE, Blocks, named_blocks, recipe_blocks, wikitext_blocks
+from secateur.evaluation.text import RECIPE, named_blocks, recipe_blocks, wikitext_blocks
 from secateur.facts import Divergence
 from secateur.files import staged_file
 from secateur.log import Progress, silent, versions
-from secateur.model.checkpoint import check_same_tokens, load_tokenizer
+from secateur.model.checkpoint import load_tokenizer
+from secateur.model.kept_tokens import Trim, kept_tokens_of, trim_between
 from secateur.ranks import check_same, is_first, joined
 from secateur.recipe import Domain
 from secateur.report.measured import EVALUATION_FILE, Evaluation, Measured, Quality, TaskResults
 from secateur.store import Store
+from secateur.stream.losses import Blocks
 
 PARTS_FOLDER = "evaluation"
 
@@ -47,13 +50,17 @@ class _Settings:
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """Everything that both models are asked."""
+    """Everything that a model is asked, in its own tokens.
+
+    `blocks`: by stage ("domains", "wikitext2") and domain. `num_tokens`: of each block, in nats per
+    which losses are; None: the blocks' own.
+    """
 
     tokenizer: PreTrainedTokenizerBase
-    blocks_NT: Blocks
-    wikitext_NL: Tensor | None
+    blocks: dict[str, dict[str, Blocks]]
     tasks: LoadedTasks | None
     notes: tuple[str, ...]
+    num_tokens: dict[str, dict[str, list[int]]] | None = None
 
 
 @joined()
@@ -112,23 +119,30 @@ def _evaluate(
     pruned = parts.open_subject("pruned", model, settings.device)
     directory = _output_directory(out, pruned)
     dense = None if against is None else parts.open_subject("dense", against, settings.device)
-    tokenizer = load_tokenizer(pruned.checkpoint)
-    if dense is not None:
-        alone = "evaluate each alone and compare bits per byte"
-        check_same_tokens(pruned.checkpoint, dense.checkpoint, tokenizer, "--against", alone)
-    text = _prepare(settings, pruned, tokenizer, progress)
+    alone = "evaluate each alone and compare bits per byte"
+    trim = None if dense is None else trim_between(pruned.checkpoint, dense.checkpoint, "--against", alone)
+    text = dense_text = _prepare(settings, pruned, progress)
+    domains = cast(dict[str, Tensor], text.blocks["domains"])
     models = (each.fingerprint for each in (pruned, dense) if each is not None)
-    check_same({"model": " ".join(models), "text": str([int(ids_NT.sum()) for ids_NT in text.blocks_NT.values()])})
+    check_same({"model": " ".join(models), "text": str([int(ids_NT.sum()) for ids_NT in domains.values()])})
+    if trim is not None:
+        text, dense_text = _in_both(text, trim)
+    elif (kept := kept_tokens_of(pruned.checkpoint.directory)) is not None:
+        sizes = f"{kept.num_dense:,} to {len(kept.dense_ids):,} tokens"
+        note = f"the vocabulary was trimmed ({sizes}): losses are nats per token of the model's own tokenizer."
+        text = replace(text, notes=(*text.notes, note))
     store = Store.lasting(directory / PARTS_FOLDER, tell)
     before = states = kl = changes = None
     harness: dict[str, Any] = {}
     if dense is not None:
-        before, harness = _measure(store, dense, text, settings.task_options, progress)
-        states = parts.dense_states(store, dense, pruned, text.blocks_NT, progress)
+        before, harness = _measure(store, dense, dense_text, settings.task_options, progress)
+        if trim is not None:
+            dense.keep(trim.kept)
+        states = parts.dense_states(store, dense, pruned, domains, progress)
         dense.forget()
     after, own_harness = _measure(store, pruned, text, settings.task_options, progress)
     if dense is not None and before is not None:
-        found = parts.kl_parts(store, dense, pruned, states, text.blocks_NT, progress)
+        found = parts.kl_parts(store, dense, pruned, states, domains, progress)
         kl = {domain: Divergence(**part) for domain, part in found.items()}
         tasks = parts.task_changes(harness, own_harness) if text.tasks is not None else None
         changes = parts.differences(before, after, tasks)
@@ -161,38 +175,51 @@ def _output_directory(out: Path | None, subject: parts.Subject) -> Path:
     return out or checkpoint.directory
 
 
-def _prepare(
-    settings: _Settings, pruned: parts.Subject, tokenizer: PreTrainedTokenizerBase, progress: Progress
-) -> _Text:
-    directory, notes, wikitext_NL = pruned.checkpoint.directory, (), None
+def _prepare(settings: _Settings, pruned: parts.Subject, progress: Progress) -> _Text:
+    """Return the text in the pruned model's tokens."""
+    directory, notes, config = pruned.checkpoint.directory, (), pruned.checkpoint.config
+    tokenizer, blocks = load_tokenizer(pruned.checkpoint), dict[str, dict[str, Any]]({"domains": {}})
     if settings.wikitext2 is not None:
-        config = pruned.checkpoint.config
-        wikitext_NL = wikitext_blocks(settings.wikitext2, settings.wikitext2_length, tokenizer, config)
-    blocks_NT: Blocks = {}
+        rows_NL = wikitext_blocks(settings.wikitext2, settings.wikitext2_length, tokenizer, config)
+        blocks["wikitext2"] = {"test": rows_NL}
     if settings.domains is not None:
         num_blocks, length = settings.num_blocks, settings.sequence_length
-        blocks_NT = named_blocks(settings.domains, num_blocks, length, tokenizer, progress)
+        blocks["domains"] = named_blocks(settings.domains, num_blocks, length, tokenizer, progress)
     elif (directory / RECIPE).is_file() or not (settings.tasks or settings.wikitext2):
-        blocks_NT, notes = recipe_blocks(directory, tokenizer, progress)
+        blocks["domains"], notes = recipe_blocks(directory, tokenizer, progress)
     tasks = None
     if settings.tasks:
         tasks = load_tasks(settings.tasks, settings.task_options, settings.tasks_data)
         notes += tasks.notes
-    return _Text(tokenizer, blocks_NT, wikitext_NL, tasks, notes)
+    return _Text(tokenizer, blocks, tasks, notes)
+
+
+def _in_both(text: _Text, trim: Trim) -> tuple[_Text, _Text]:
+    """Return the text for the pruned and for the dense model, in nats per token of the dense one's."""
+    blocks = {stage: retokenised(each, trim.tokenizer, trim.dense_tokenizer) for stage, each in text.blocks.items()}
+    counts = {
+        stage: {domain: [len(ids_T) - 1 for ids_T in ids_NT] for domain, ids_NT in each.items()}
+        for stage, each in blocks.items()
+    }
+    note = (
+        f"the tokenizers differ ({trim.kept.num_dense:,} and {len(trim.kept.dense_ids):,} tokens): losses are nats per "
+        "token of the dense tokenizer; KL is over the kept tokens on the trimmed text."
+    )
+    own = replace(text, notes=(*text.notes, note), num_tokens=counts)
+    return own, replace(own, tokenizer=trim.dense_tokenizer, blocks=blocks)
 
 
 def _measure(store: Store, subject: parts.Subject, text: _Text, options: TaskOptions, progress: Progress) -> _Found:
     """Return what was measured of one model, and all that `task_parts` returned."""
 
-    def qualities(stage: str, blocks_NT: Blocks) -> dict[str, Quality]:
-        found = parts.quality_parts(store, subject, text.tokenizer, stage, blocks_NT, progress)
+    def qualities(stage: str) -> dict[str, Quality]:
+        blocks, counts = text.blocks.get(stage, {}), None if text.num_tokens is None else text.num_tokens.get(stage)
+        found = parts.quality_parts(store, subject, text.tokenizer, stage, blocks, progress, counts)
         for part in found.values():
             part["block_nats"] = tuple(part["block_nats"])  # a list when read back from JSON
         return {name: Quality(**part) for name, part in found.items()}
 
-    domains, wikitext2 = qualities("domains", text.blocks_NT), None
-    if text.wikitext_NL is not None:
-        wikitext2 = qualities("wikitext2", {"test": text.wikitext_NL})["test"]
+    domains, wikitext2 = qualities("domains"), qualities("wikitext2").get("test")
     if text.tasks is None:
         return Measured(domains, wikitext2), {}
     harness = parts.task_parts(store, subject, text.tokenizer, text.tasks, options, progress)
@@ -205,8 +232,9 @@ def _measure(store: Store, subject: parts.Subject, text: _Text, options: TaskOpt
 def _plain(settings: _Settings, text: _Text) -> dict[str, Any]:
     """Return the settings for the file. Names of files only: directories are this machine's."""
     data = dataclasses.asdict(settings)
-    data |= {"domains": list(text.blocks_NT), "tasks": list(settings.tasks)}
+    wikitext2 = text.blocks.get("wikitext2")
+    data |= {"domains": list(text.blocks["domains"]), "tasks": list(settings.tasks)}
     data["wikitext2"] = None if settings.wikitext2 is None else Path(settings.wikitext2).name
-    data["wikitext2_length"] = None if text.wikitext_NL is None else text.wikitext_NL.shape[1]
+    data["wikitext2_length"] = None if wikitext2 is None else len(wikitext2["test"][0])
     data["tasks_data"] = None if settings.tasks_data is None else settings.tasks_data.name
     return data

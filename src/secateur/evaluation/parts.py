@@ -6,6 +6,7 @@ In: one or two models, known by their files' fingerprint and loaded on demand. O
 import dataclasses
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,15 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, identity, merge, num_questions, run_task
-from secateur.evaluation.text import Blocks, measure_quality
+from secateur.evaluation.text import measure_quality
 from secateur.log import Progress
 from secateur.model.bind import Arch, bind, head_of
 from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_model, open_checkpoint
+from secateur.model.kept_tokens import KeptTokens, keep_tokens
 from secateur.ranks import device_called, in_turns, own_part, size, spread
 from secateur.report.measured import Change, Differences, Measured, Quality, TaskChange, task_metrics
 from secateur.store import Store
 from secateur.stream import losses
 from secateur.stream.device import on_device
+from secateur.stream.losses import Blocks
 
 Part = dict[str, Any]
 
@@ -65,7 +68,10 @@ def _is_mean(scores: list[Any], value: float) -> bool:
 
 @dataclass(slots=True)
 class Subject:
-    """A model to judge. `which`: its name in progress bars. `device`: where it is loaded."""
+    """A model to judge. `which`: its name in progress bars. `device`: where it is loaded.
+
+    `kept`: the only tokens that it has once it is loaded; None for all of its own.
+    """
 
     which: str
     checkpoint: Checkpoint
@@ -73,6 +79,7 @@ class Subject:
     fingerprint: str
     device: torch.device
     loaded: PreTrainedModel | None = None
+    kept: KeptTokens | None = None
 
     def model(self) -> PreTrainedModel:
         """Return the model, loading it at the first call."""
@@ -82,7 +89,16 @@ class Subject:
 
     def load(self) -> PreTrainedModel:
         """Return the model, read anew, on the device."""
-        return on_device(load_model(self.checkpoint), self.device)
+        model = on_device(load_model(self.checkpoint), self.device)
+        if self.kept is not None:
+            keep_tokens(model, self.kept)
+        return model
+
+    def keep(self, kept: KeptTokens) -> None:
+        """Leave it the kept tokens alone, which then are its words, under their new ids."""
+        self.kept = kept
+        if self.loaded is not None:
+            keep_tokens(self.loaded, kept)
 
     def forget(self) -> None:
         """Free the model's memory."""
@@ -120,29 +136,30 @@ def quality_parts(
     subject: Subject,
     tokenizer: PreTrainedTokenizerBase,
     stage: str,
-    blocks_NT: Blocks,
+    blocks_NT: Mapping[str, Blocks],
     progress: Progress,
+    num_tokens: dict[str, list[int]] | None = None,
 ) -> dict[str, Part]:
-    """Return `Quality` as a mapping, by domain."""
+    """Return `Quality` as a mapping, by domain. `num_tokens`: as in `measure_quality`, by domain."""
     count = _Count(progress, f"{subject.which}: {stage}", _num_blocks(blocks_NT))
     count.move(0)
     found = {}
     for domain, domain_NT in blocks_NT.items():
-        before = count.done
+        before, counts = count.done, None if num_tokens is None else num_tokens[domain]
 
-        def compute(domain: str = domain, domain_NT: Tensor = domain_NT) -> Part:
+        def compute(domain: str = domain, domain_NT: Blocks = domain_NT, counts: list[int] | None = counts) -> Part:
             done = partial(count.move, size())  # ranks have equally many, plus or minus one
-            quality = measure_quality(subject.model(), subject.arch, tokenizer, domain, domain_NT, done)
+            quality = measure_quality(subject.model(), subject.arch, tokenizer, domain, domain_NT, done, counts)
             return dataclasses.asdict(quality)
 
-        depends_on = {"model": subject.fingerprint, **_facts(domain_NT)}
+        depends_on = {"model": subject.fingerprint, **_facts(domain_NT), **({"per": counts} if counts else {})}
         found[domain] = store.value(f"{stage}-{domain}", compute, depends_on=depends_on)
         count.move(before + len(domain_NT) - count.done)
     return found
 
 
 def dense_states(
-    store: Store, dense: Subject, pruned: Subject, blocks_NT: Blocks, progress: Progress
+    store: Store, dense: Subject, pruned: Subject, blocks_NT: dict[str, Tensor], progress: Progress
 ) -> losses.DenseStates | None:
     """Return the dense model's part of KL on this rank's blocks; None if every KL is known."""
     unknown = {
@@ -167,7 +184,7 @@ def kl_parts(
     dense: Subject,
     pruned: Subject,
     states: losses.DenseStates | None,
-    blocks_NT: Blocks,
+    blocks_NT: dict[str, Tensor],
     progress: Progress,
 ) -> dict[str, Part]:
     """Return `Divergence` as a mapping, by domain. `states`: for domains without a known KL."""
@@ -229,13 +246,14 @@ def task_parts(
     return {**merge(list(results.values()), loaded), "sources": loaded.sources, "item_scores": item_scores}
 
 
-def _num_blocks(blocks_NT: Blocks) -> int:
+def _num_blocks(blocks_NT: Mapping[str, Blocks]) -> int:
     return sum(len(domain_NT) for domain_NT in blocks_NT.values())
 
 
-def _facts(blocks_NT: Tensor) -> Part:
-    digest = hashlib.sha256(blocks_NT.numpy().astype("<i8").tobytes()).hexdigest()
-    return {"blocks": list(blocks_NT.shape), "sha256": digest}
+def _facts(blocks_NT: Blocks) -> Part:
+    digest = hashlib.sha256(b"".join(ids_T.numpy().astype("<i8").tobytes() for ids_T in blocks_NT)).hexdigest()
+    lengths = [len(ids_T) for ids_T in blocks_NT]
+    return {"blocks": lengths if len(set(lengths)) > 1 else [len(lengths), lengths[0]], "sha256": digest}
 
 
 def _kl_facts(dense: Subject, pruned: Subject, blocks_NT: Tensor) -> Part:

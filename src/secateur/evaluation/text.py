@@ -21,9 +21,8 @@ from secateur.recipe import Calibration, Domain
 from secateur.recipe_file import load_recipe, parse_recipe
 from secateur.report.measured import Quality
 from secateur.report.records import Summary
-from secateur.stream.losses import block_losses, standard_error
+from secateur.stream.losses import Blocks, block_losses, per_token, standard_error
 
-Blocks = dict[str, Tensor]
 RECIPE = "recipe.yaml"
 HUB = "hub"
 DEFAULT_BLOCK_LENGTH = 2048
@@ -32,7 +31,7 @@ SEED = 0  # for text that no recipe describes
 
 def recipe_blocks(
     directory: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress
-) -> tuple[Blocks, tuple[str, ...]]:
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return the held-out blocks of the run that made `directory`, and notes.
 
     A note says if the text has changed. Text sampled from the dense model is left out, with a note,
@@ -63,7 +62,7 @@ def named_blocks(
     sequence_length: int,
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress,
-) -> Blocks:
+) -> dict[str, Tensor]:
     """Return `num_blocks` blocks per domain. Raises CalibrationError for missing text."""
     calibration = Calibration(domains=domains, sequence_length=sequence_length)
     # A calibration set holds one block in ten out; here all serve evaluation.
@@ -78,12 +77,14 @@ def measure_quality(
     arch: Arch,
     tokenizer: PreTrainedTokenizerBase,
     domain: str,
-    blocks_NT: Int64[Tensor, "N T"],
+    blocks_NT: Blocks,
     block_done: Callable[[], None],
+    num_tokens: list[int] | None = None,
 ) -> Quality:
     """Return the quality on one domain; ranks share the blocks. `block_done`: called per own block.
 
-    Raises NumericsError naming the domain if a loss is not finite.
+    `num_tokens`: of each block, in nats per which the quality is, if not the blocks' own; see
+    `per_token`. Raises NumericsError naming the domain if a loss is not finite.
     """
 
     def mean_loss(ids_T: Tensor) -> float:
@@ -91,15 +92,17 @@ def measure_quality(
         block_done()
         return value
 
-    values = spread(mean_loss, list(blocks_NT))
+    values, counts = spread(mean_loss, list(blocks_NT)), [len(ids_T) - 1 for ids_T in blocks_NT]
+    if num_tokens is not None:
+        values, counts = per_token(values, counts, num_tokens), num_tokens
     mean = sum(values) / len(values)
     if not math.isfinite(mean):
         raise NumericsError(f"evaluate, domain {domain}: the loss is {mean}; the model gives no finite logits.")
-    num_tokens, error = blocks_NT[:, 1:].numel(), standard_error(values)
+    total, error = sum(counts), standard_error(values)
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     num_bytes = sum(len(str(tokenizer.decode(ids_T[1:], **options)).encode()) for ids_T in blocks_NT)
-    bits_per_byte = mean / math.log(2) * num_tokens / num_bytes
-    return Quality(mean, error, math.exp(mean), bits_per_byte, num_tokens, num_bytes, tuple(values))
+    bits_per_byte = mean / math.log(2) * total / num_bytes
+    return Quality(mean, error, math.exp(mean), bits_per_byte, total, num_bytes, tuple(values))
 
 
 def _changes(directory: Path, built: CalibrationSet) -> tuple[str, ...]:

@@ -244,31 +244,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         raise
 
 
-def check_same_tokens(
-    pruned: Checkpoint,
-    dense: Checkpoint,
-    tokenizer: PreTrainedTokenizerBase,
-    option: str,
-    instead: str = "give the model that was pruned",
-) -> None:
-    """Raise CheckpointError unless both models have the same tokens and number of logits.
-
-    `tokenizer`: the pruned model's. `option`: how the dense model was given. `instead`: advice.
-    """
-    other = load_tokenizer(dense)
-    if tokenizer.get_vocab() != other.get_vocab():
-        raise CheckpointError(
-            f"{option} {dense.reference}: its tokenizer ({len(other):,} tokens) is not that of {pruned.reference} "
-            f"({len(tokenizer):,} tokens), so both would read different text; {instead}."
-        )
-    num_logits, num_other = (each.config.get_text_config().vocab_size for each in (pruned, dense))
-    if num_logits != num_other:
-        raise CheckpointError(
-            f"{option} {dense.reference}: it gives {num_other:,} logits and {pruned.reference} {num_logits:,}, so "
-            "their predictions cannot be compared; give the model that was pruned."
-        )
-
-
 def _check_tokenizer_files(directory: Path) -> None:
     if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
         looked = ", ".join(TOKENIZER_FILES)
@@ -285,12 +260,13 @@ def _check_tokenizer_files(directory: Path) -> None:
 
 
 SAMPLED_BYTES = 1 << 20
+TOKENS_FILE = "tokens.json"  # of `model.kept_tokens`: the dense model's tokens that stayed
 _MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Return the SHA-256 over the files that loading the model and its tokenizer reads."""
-    read = (*_MODEL_FILES, *TOKENIZER_FILES, "tokenizer_config.json")
+    """Return the SHA-256 over the files that loading the model and its tokenizer reads, and `tokens.json`."""
+    read = (*_MODEL_FILES, *TOKENIZER_FILES, "tokenizer_config.json", TOKENS_FILE)
     patterns = (checkpoint.gguf_file,) if checkpoint.gguf_file else read
     paths = {path for pattern in patterns for path in checkpoint.directory.glob(pattern) if path.is_file()}
     digest = hashlib.sha256()

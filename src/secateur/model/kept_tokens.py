@@ -15,10 +15,8 @@ from torch import nn
 
 from secateur.errors import CheckpointError
 from secateur.files import json_of
-from secateur.model.checkpoint import Tokenizer
+from secateur.model.checkpoint import TOKENS_FILE, Checkpoint, Tokenizer, load_tokenizer
 from secateur.model.modules import CausalLM
-
-TOKENS_FILE = "tokens.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,38 @@ def kept_tokens_of(directory: Path) -> KeptTokens | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); use the file that secateur wrote.") from None
     return KeptTokens(dense_ids, len(new_ids))
+
+
+def trim_between(
+    pruned: Checkpoint, dense: Checkpoint, option: str, instead: str = "give the model that was pruned"
+) -> Trim | None:
+    """Return the trim that made the pruned model's tokens of the dense one's; None if both have the same.
+
+    `option`: how the dense model was given. `instead`: advice. Raises CheckpointError if the
+    tokens are others and no `tokens.json` of the pruned model explains it, or the numbers of
+    logits differ.
+    """
+    tokenizer, other = load_tokenizer(pruned), load_tokenizer(dense)
+    num_logits, num_dense = (each.config.get_text_config().vocab_size for each in (pruned, dense))
+    ids, dense_ids = tokenizer.get_vocab(), other.get_vocab()
+    if ids == dense_ids and num_logits == num_dense:
+        return None
+    kept = kept_tokens_of(pruned.directory)
+    if kept is not None and (len(kept.dense_ids), kept.num_dense) == (num_logits, num_dense):
+        # Some multimodal families have special tokens without a row.
+        new_ids = {text: kept.new_ids[index] for text, index in dense_ids.items() if index < num_dense}
+        stayed = {text: new for text, new in new_ids.items() if new is not None}
+        if stayed == {text: index for text, index in ids.items() if index < num_logits}:
+            return Trim(kept, other, tokenizer)
+    if ids != dense_ids:
+        raise CheckpointError(
+            f"{option} {dense.reference}: its tokenizer ({len(other):,} tokens) is not that of {pruned.reference} "
+            f"({len(tokenizer):,} tokens), so both would read different text; {instead}."
+        )
+    raise CheckpointError(
+        f"{option} {dense.reference}: it gives {num_dense:,} logits and {pruned.reference} {num_logits:,}, so "
+        "their predictions cannot be compared; give the model that was pruned."
+    )
 
 
 @torch.no_grad()

@@ -142,20 +142,21 @@ def _steps(step: dict[str, Any] | None) -> Iterable[dict[str, Any]]:
         yield from _steps(each)
 
 
-def _is_byte_level(parsed: dict[str, Any]) -> bool:
+def is_byte_level(parsed: dict[str, Any]) -> bool:
+    """Say whether the backend, as JSON, spells text as symbols that each stand for a byte."""
     return any(step["type"] == "ByteLevel" for step in _steps(parsed["decoder"]))
 
 
 def _kind(parsed: dict[str, Any]) -> str:
     kind = parsed["model"]["type"]
-    if _is_byte_level(parsed):
+    if is_byte_level(parsed):
         return f"byte-level {kind}"
     return f"{kind} with byte fallback" if parsed["model"].get("byte_fallback") else kind
 
 
 def _texts(parsed: dict[str, Any], ids: dict[str, int]) -> dict[int, str]:
     added = {token["content"] for token in parsed["added_tokens"]}
-    if not _is_byte_level(parsed):
+    if not is_byte_level(parsed):
         return {index: text if text in added else text.replace(SPACE, " ") for text, index in ids.items()}
     byte_of = _bytes_by_symbol()
     return {

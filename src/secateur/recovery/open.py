@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from secateur.errors import RecipeError
 from secateur.files import check_free_space, disk_errors
 from secateur.log import Progress, RunLog, silent
 from secateur.methods.prices import sequence_length
-from secateur.model.checkpoint import Checkpoint, load_model, weight_digests
+from secateur.model.checkpoint import weight_digests
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
 from secateur.recovery.cost import cost_of, time_a_step
@@ -76,7 +75,7 @@ def prepare(
 
     Raises CalibrationError for too little text, CheckpointError for too little disk.
     """
-    dense = _load(candidates.teacher)
+    dense = candidates.load_teacher()
     text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
     scratch = out.absolute().with_name(f".{out.name}.recover-{_fingerprint(candidates, recipe, text)}")
     with disk_errors(out):
@@ -85,9 +84,12 @@ def prepare(
         tell(line)
     check_free_space(scratch, cost_of(candidates, settings, text).scratch_bytes)
     log = RunLog(scratch if write_log else None)
+    if candidates.trim is not None:
+        text_of = f"{len(candidates.trim.kept.dense_ids):,} of its {candidates.trim.kept.num_dense:,} tokens"
+        log.write({"event": "note", "text": f"recover: the teacher predicts {text_of}, those that the model has."})
     with log.time("judge"):
         judge = Judge(dense, candidates.teacher_arch, text.held_out_NT, progress)
-    pruned = _load(candidates.pruned)
+    pruned = candidates.load_pruned()
     return Work(candidates, pruned, dense, text, judge, settings, recipe, scratch, log, progress, tell)
 
 
@@ -99,10 +101,6 @@ def _left_behind(scratch: Path, out: Path) -> Iterator[str]:
             found = f"{place}: {num_bytes / 1e6:,.1f} MB that an interrupted run left"
             end = "this one goes on from there" if place == scratch else "of other inputs; delete it if you are done"
             yield f"{found}, {end}."
-
-
-def _load(checkpoint: Checkpoint) -> PreTrainedModel:
-    return load_model(checkpoint, mapped=checkpoint.gguf_file is None)
 
 
 def _fingerprint(candidates: Candidates, recipe: Recipe, text: RecoveryText) -> str:
@@ -120,10 +118,10 @@ def dry_run(
     Loads both models and writes nothing. Raises what `recover` raises before its first step.
     """
     candidates, recipe, settings = open_job(pruned, teacher, changes)
-    dense = _load(candidates.teacher)
+    dense = candidates.load_teacher()
     text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
     progress("time a step", 0, 1)
     ids_BT = torch.stack([ids_T for _, ids_T in text.blocks[: settings.blocks_per_device]])
-    seconds_per_flop = time_a_step(_load(candidates.pruned), dense, settings, ids_BT)
+    seconds_per_flop = time_a_step(candidates.load_pruned(), dense, settings, ids_BT)
     progress("time a step", 1, 1)
     return cost_of(candidates, settings, text, seconds_per_flop)

@@ -19,12 +19,13 @@ from secateur.log import Progress, silent
 from secateur.model.bind import Arch, bind
 from secateur.model.checkpoint import (
     Checkpoint,
-    check_same_tokens,
     check_weights,
+    load_model,
     load_tokenizer,
     meta_model,
     open_checkpoint,
 )
+from secateur.model.kept_tokens import Trim, keep_tokens, trim_between
 from secateur.recipe import Recipe, RecoverySettings
 
 KEEP_FILE = "keep.json"
@@ -32,7 +33,10 @@ KEEP_FILE = "keep.json"
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Both checkpoints and their shapes."""
+    """Both checkpoints and their shapes; the teacher's without the tokens that the pruned model lacks.
+
+    `trim`: what took them; None if both have the same.
+    """
 
     pruned: Checkpoint
     teacher: Checkpoint
@@ -40,6 +44,21 @@ class Candidates:
     teacher_shape: PreTrainedModel
     teacher_arch: Arch
     tokenizer: PreTrainedTokenizerBase
+    trim: Trim | None = None
+
+    def load_pruned(self) -> PreTrainedModel:
+        """Return the pruned model, its weights mapped from disk."""
+        return load_model(self.pruned, mapped=self.pruned.gguf_file is None)
+
+    def load_teacher(self) -> PreTrainedModel:
+        """Return the teacher, its weights mapped from disk, with the tokens of the pruned model alone.
+
+        Its predictions are the whole teacher's over these tokens, renormalised.
+        """
+        teacher = load_model(self.teacher, mapped=self.teacher.gguf_file is None)
+        if self.trim is not None:
+            keep_tokens(teacher, self.trim.kept)
+        return teacher
 
 
 def open_pair(pruned: str | Path, teacher: str | Path) -> Candidates:
@@ -51,8 +70,7 @@ def open_pair(pruned: str | Path, teacher: str | Path) -> Candidates:
     student, dense = open_checkpoint(pruned), open_checkpoint(teacher)
     shapes = meta_model(student.config), meta_model(dense.config)
     archs = bind(shapes[0]), bind(shapes[1])
-    tokenizer = load_tokenizer(student)
-    check_same_tokens(student, dense, tokenizer, "--teacher")
+    trim = trim_between(student, dense, "--teacher")
     if archs[0].family != archs[1].family:
         raise CheckpointError(
             f"--teacher {teacher}: is a {archs[1].family} model and {pruned} a {archs[0].family} one; give the model "
@@ -67,7 +85,10 @@ def open_pair(pruned: str | Path, teacher: str | Path) -> Candidates:
     _check_layers(student, archs[0].num_layers, archs[1].num_layers, str(teacher))
     for checkpoint, shape in zip((student, dense), shapes, strict=True):
         check_weights(checkpoint, shape)
-    return Candidates(student, dense, *shapes, archs[1], tokenizer)
+    if trim is not None:
+        keep_tokens(shapes[1], trim.kept)
+    tokenizer = load_tokenizer(student) if trim is None else trim.tokenizer
+    return Candidates(student, dense, *shapes, archs[1], tokenizer, trim)
 
 
 def _check_layers(student: Checkpoint, num_layers: int, num_dense: int, teacher: str) -> None:

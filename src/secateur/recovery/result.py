@@ -15,6 +15,7 @@ from secateur.evaluation.parts import open_subject, task_changes, task_parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks
 from secateur.formats.save import Verification, has_own, save_checkpoint, verify_reload
 from secateur.log import LOG_FILE, versions
+from secateur.model.checkpoint import TOKENS_FILE
 from secateur.recipe import TaskSettings
 from secateur.recipe_file import dump_recipe, load_recipe, parse_recipe
 from secateur.recovery.cost import cost_of
@@ -35,8 +36,8 @@ from secateur.report.rows_measured import recovered_card
 from secateur.store import Store
 from secateur.stream.device import peak_bytes
 
-# Files that stay true of the model: which units it has, how it was pruned, how fast it is.
-CARRIED = ("keep.json", RESULT_FILE, BENCH_FILE)
+# Files that stay true of the model: which units and tokens it has, how it was pruned, how fast it is.
+CARRIED = ("keep.json", TOKENS_FILE, RESULT_FILE, BENCH_FILE)
 CARD = "README.md"
 PARTS_FOLDER, VERIFY_TOKENS = "tasks", 64
 
@@ -131,8 +132,10 @@ def _score(work: Work, tasks: LoadedTasks, directory: Path) -> TaskScores:
     pruned, teacher = work.candidates.pruned, work.candidates.teacher
     found: dict[str, dict[str, Any]] = {}
     for which, reference in {"dense": teacher.reference, "pruned": pruned.reference, "recovered": directory}.items():
-        subject = open_subject(which, reference)
-        found[which] = task_parts(store, subject, work.candidates.tokenizer, tasks, _options(asked), work.progress)
+        subject, tokenizer = open_subject(which, reference), work.candidates.tokenizer
+        if which == "dense" and work.candidates.trim is not None:
+            tokenizer = work.candidates.trim.dense_tokenizer
+        found[which] = task_parts(store, subject, tokenizer, tasks, _options(asked), work.progress)
         subject.forget()
     gains = task_changes(found["pruned"], found["recovered"])
     return TaskScores(

@@ -18,6 +18,9 @@ from secateur.ranks import size, spread
 from secateur.stream.device import release_freed
 from secateur.stream.walk import Walk, forwards_replaced
 
+# A domain's blocks of token ids; of different lengths where a text is given in other tokens.
+Blocks = Tensor | Sequence[Tensor]
+
 # Positions per slice of logits: 64 x 150k words x float32 is 38 MB.
 HEAD_POSITIONS = 64
 # Tokens that pass the layers together, so that each layer is onloaded once for all of them.
@@ -27,18 +30,20 @@ TOKENS_AT_ONCE = 1 << 15
 def domain_losses(
     model: nn.Module,
     arch: Arch,
-    blocks_NT: Mapping[str, Sequence[Tensor] | Tensor],
+    blocks_NT: Mapping[str, Blocks],
     progress: Progress = silent,
     stage: str = "evaluate",
+    num_tokens: Mapping[str, list[int]] | None = None,
 ) -> dict[str, Loss]:
     """Return each domain's loss; ranks share the blocks, and all get the numbers of one process.
 
-    Raises NumericsError naming the domain if a loss is not finite.
+    `num_tokens`: by domain and block, in nats per which the losses are; see `per_token`. Raises
+    NumericsError naming the domain if a loss is not finite.
     """
     losses: dict[str, Loss] = {}
     blocks = [ids_T for domain_NT in blocks_NT.values() for ids_T in domain_NT]
     # Every rank should get some.
-    at_once = min(max(1, TOKENS_AT_ONCE // len(blocks[0])), -(-len(blocks) // size()))
+    at_once = min(max(1, TOKENS_AT_ONCE // max(map(len, blocks))), -(-len(blocks) // size()))
     pieces = [blocks[start : start + at_once] for start in range(0, len(blocks), at_once)]
     done, steps = 0, len(pieces) * arch.num_layers
 
@@ -52,12 +57,28 @@ def domain_losses(
     all_values = (value for values in found for value in values)
     for domain, domain_NT in blocks_NT.items():
         values = list(islice(all_values, len(domain_NT)))
+        counts = [len(ids_T) - 1 for ids_T in domain_NT]
+        if num_tokens is not None:
+            values, counts = per_token(values, counts, num_tokens[domain]), num_tokens[domain]
         mean = sum(values) / len(values)
         if not math.isfinite(mean):
             raise NumericsError(f"{stage}, domain {domain}: the loss is {mean}; the model gives no finite logits.")
-        losses[domain] = Loss(mean, standard_error(values), sum(len(ids_T) - 1 for ids_T in domain_NT))
+        losses[domain] = Loss(mean, standard_error(values), sum(counts))
     release_freed()
     return losses
+
+
+def per_token(means: list[float], counts: list[int], num_tokens: list[int]) -> list[float]:
+    """Return each block's part in the nats per token, for blocks of other numbers of tokens.
+
+    `means`: nats per predicted token of each block, which has `counts`. `num_tokens`: tokens that
+    share out the same nats, as those of the dense tokenizer. With the ratio r = all nats / all
+    tokens, block b has r + (nats_b - r tokens_b) / mean tokens: their mean is r, and their spread
+    is that of a ratio's linear expansion.
+    """
+    nats = [mean * count for mean, count in zip(means, counts, strict=True)]
+    ratio, tokens = sum(nats) / sum(num_tokens), sum(num_tokens) / len(num_tokens)
+    return [ratio + (a - ratio * b) / tokens for a, b in zip(nats, num_tokens, strict=True)]
 
 
 def standard_error(values: list[float]) -> float:

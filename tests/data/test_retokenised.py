@@ -1,0 +1,67 @@
+"""A text in another tokenizer's tokens: the same bytes, split as that tokenizer splits them."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from secateur.data.retokenised import retokenised
+from secateur.model.kept_tokens import KeptTokens
+from secateur.model.vocabulary import trimmed_tokenizer
+from tests.model.test_vocabulary import MADE, made, random_texts, some_kept
+from tests.trims import bytes_of
+
+LENGTH = 24
+
+
+def encoded(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def blocks_of(tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    """Return the texts one after another, with end-of-text between, cut wherever a block is full."""
+    end = tokenizer.eos_token_id or tokenizer.unk_token_id
+    ids = [index for text in texts for index in (*encoded(tokenizer, text), end)]
+    return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_same_bytes_are_predicted_in_either(kind, share):
+    tokenizer, vocabulary = made(kind)
+    trimmed = trimmed_tokenizer(tokenizer, some_kept(vocabulary, 1, share))
+    texts = random_texts(vocabulary, 300, 5)
+    for source, target in ((tokenizer, trimmed), (trimmed, tokenizer)):
+        blocks_NT = blocks_of(source, texts)
+        found = retokenised({"mine": blocks_NT}, source, target)["mine"]
+        assert len(found) == len(blocks_NT) > 50
+        for ids_T, others_M in zip(blocks_NT, found, strict=True):
+            assert others_M.dtype == torch.int64
+            assert bytes_of(target, others_M[1:]) == bytes_of(source, ids_T[1:])
+            assert bytes_of(source, ids_T[:1]).endswith(bytes_of(target, others_M[:1]))
+        assert any(len(others_M) != LENGTH for others_M in found)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_text_is_split_as_the_other_tokenizer_splits_it(kind):
+    tokenizer, vocabulary = made(kind)
+    trimmed = trimmed_tokenizer(tokenizer, some_kept(vocabulary, 2))
+    for source, target in ((tokenizer, trimmed), (trimmed, tokenizer)):
+        for text in random_texts(vocabulary, 200, 6):
+            text = text.replace("\N{REPLACEMENT CHARACTER}", "")  # taken for half a character
+            first = [each.eos_token_id or each.unk_token_id for each in (source, target)]
+            ids_T = torch.tensor([first[0], *encoded(source, text)])
+            (found,) = retokenised({"mine": [ids_T]}, source, target)["mine"]
+            assert found.tolist() == [first[1], *encoded(target, text)], text
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_trim_that_keeps_all_is_the_identity(kind):
+    tokenizer, vocabulary = made(kind)
+    everything = KeptTokens(tuple(range(vocabulary.num_rows)), vocabulary.num_rows)
+    blocks_NT = blocks_of(tokenizer, random_texts(vocabulary, 100, 7))
+    found = retokenised({"a": blocks_NT, "b": blocks_NT[:2]}, tokenizer, trimmed_tokenizer(tokenizer, everything))
+    assert [each.tolist() for each in found["b"]] == blocks_NT[:2].tolist()
+    others = [(a, b) for a, b in zip(blocks_NT.tolist(), found["a"], strict=True) if a != b.tolist()]
+    # GPT-2 splits spaces by what follows, which may lie beyond the block, and "'s" off what it is behind.
+    assert len(others) <= 2 * (kind == "class-gpt2")
