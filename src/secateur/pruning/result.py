@@ -17,10 +17,10 @@ from secateur.model.checkpoint import CausalLM, Tokenizer
 from secateur.model.group import Group
 from secateur.model.kept_tokens import Trim
 from secateur.pruning.open import Opened
-from secateur.pruning.run import Keeps, Run, dense_blocks
+from secateur.pruning.run import Keeps, Run
 from secateur.recipe import Recipe
 from secateur.recipe_file import dump_recipe
-from secateur.report.records import CalibrationFacts, Summary, VocabularyFacts
+from secateur.report.records import CalibrationFacts, Summary
 from secateur.report.report import complete, missing_plots
 from secateur.report.rows import model_card
 from secateur.report.vocabulary import vocabulary_facts
@@ -138,13 +138,9 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
         warnings=(*run.resolved.warnings, *notes, *(missing_plots() if proof else ())),
         versions=versions(),
         device=str(opened.device),
-        vocabulary=None if (trim := opened.trim) is None else _trimmed(run, trim),
+        vocabulary=None if opened.trim is None else vocabulary_facts(opened.trim, run.held_out),
         **measured,
     )
-
-
-def _trimmed(run: Run, trim: Trim) -> VocabularyFacts:
-    return vocabulary_facts(trim, run.held_out, dense_blocks(run.held_out, trim))
 
 
 def ill_conditioned(lines: list[dict[str, Any]], recipe: Recipe) -> tuple[str, ...]:

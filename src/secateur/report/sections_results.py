@@ -97,7 +97,9 @@ def distance(files: ResultFiles) -> Section:
     if found is None:
         text = f"{command} adds bits per byte and the divergence from the dense model's predictions."
         return Section("distance", title, (text,))
-    text = "KL in nats per token, over the whole vocabulary; how often both models put the same token first."
+    text = (
+        "KL in nats per token, over all tokens that both models have; how often both models put the same token first."
+    )
     if not found.kl:
         text = f"Measured without the dense model; {command} adds the divergence from it."
     tables = [table for table in rows_measured.text_tables(found) if table.rows]

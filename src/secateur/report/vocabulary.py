@@ -1,14 +1,15 @@
 """What a trim of the vocabulary did to text: tokens by domain and language, words and scripts lost.
 
-In: a `Trim` and the held-out blocks in both tokenizers. Out: `VocabularyFacts`.
+In: a `Trim` and held-out blocks of the trimmed tokenizer. Out: `VocabularyFacts`.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from secateur.data.retokenised import retokenised
 from secateur.methods.vocabulary import scripts_of
 from secateur.model.checkpoint import Tokenizer
 from secateur.model.kept_tokens import Trim
@@ -34,10 +35,9 @@ SAMPLES = {
 }
 
 
-def vocabulary_facts(
-    trim: Trim, held_out: Mapping[str, Tensor], dense: Mapping[str, Sequence[Tensor]]
-) -> VocabularyFacts:
-    """Return what the trim did. `held_out`: trimmed ids by domain; `dense`: the same text's dense ids."""
+def vocabulary_facts(trim: Trim, held_out: Mapping[str, Tensor]) -> VocabularyFacts:
+    """Return what the trim did. `held_out`: the domains' blocks in the trimmed tokenizer, blocks x tokens."""
+    dense = retokenised(held_out, trim.tokenizer, trim.dense_tokenizer)
     kept, texts = trim.kept, _texts(trim.dense_tokenizer, trim.kept.num_dense)
     lost = [text for index, text in texts.items() if kept.new_ids[index] is None]
     words = {text.strip() for text in lost if text.strip().isalpha()}
