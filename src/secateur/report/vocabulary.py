@@ -40,7 +40,8 @@ def vocabulary_facts(trim: Trim, held_out: Mapping[str, Tensor]) -> VocabularyFa
     dense = retokenised(held_out, trim.tokenizer, trim.dense_tokenizer)
     kept, texts = trim.kept, _texts(trim.dense_tokenizer, trim.kept.num_dense)
     lost = [text for index, text in texts.items() if kept.new_ids[index] is None]
-    words = {text.strip() for text in lost if text.strip().isalpha()}
+    stay = {text.strip() for index, text in texts.items() if kept.new_ids[index] is not None}
+    words = {word for word in map(str.strip, lost) if word.isalpha()} - stay
     before = Counter(script for text in texts.values() for script in scripts_of(text))
     before.subtract(gone := Counter(script for text in lost for script in scripts_of(text)))
     return VocabularyFacts(
