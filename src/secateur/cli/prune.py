@@ -77,7 +77,7 @@ def inspect(
     num_gpus: Annotated[int, typer.Option("--tp", help="With --check-for: tensor-parallel size.")] = 1,
     as_json: common.Json = False,
 ) -> None:
-    """Say what MODEL consists of, and what a run would leave or could remove, from its config."""
+    """Say what MODEL consists of, and what a run would leave or could remove, without its weights."""
     from secateur.report.rows import inspection_table
 
     asked = _recipe(recipe, preset, {"share": remove}, None, memory_budget=memory_budget)
