@@ -1,5 +1,7 @@
 """BPE tokenizers trained on a few sentences: byte-level and SentencePiece's, under each rule that GGUF export knows."""
 
+from collections.abc import Sequence
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,7 +24,9 @@ CORPUS = [
 ] * 9
 
 
-def bpe_tokenizer(rule: str = "gpt-2", vocab_size: int = 310) -> PreTrainedTokenizerFast:
+def bpe_tokenizer(
+    rule: str = "gpt-2", vocab_size: int = 310, corpus: Sequence[str] = CORPUS
+) -> PreTrainedTokenizerFast:
     """Return a tokenizer with two special tokens and one added word that is not special."""
     backend = Tokenizer(models.BPE(ignore_merges=rule in ("llama-bpe", "tekken")))
     backend.pre_tokenizer = _rule(rule)
@@ -35,7 +39,7 @@ def bpe_tokenizer(rule: str = "gpt-2", vocab_size: int = 310) -> PreTrainedToken
         special_tokens=["<|start|>", "<|end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    backend.train_from_iterator(CORPUS, trainer)
+    backend.train_from_iterator(corpus, trainer)
     backend.add_tokens([AddedToken("<think>", normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|start|>", eos_token="<|end|>", chat_template=TEMPLATE

@@ -17,7 +17,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 GROUPS = ("remove", "choose", "repair", "calibration", "machine", "output")
 # Defaults that the docs put in words, because they follow from the model or the machine.
 IN_WORDS = {
-    "remove": {"prices": None, "depth": None, "layers": (), "protected_layers": (), "align": None},
+    "remove": {"prices": None, "depth": None, "layers": (), "protected_layers": (), "align": None, "vocabulary": None}
+    | {"keep_text": (), "keep_scripts": ()},
     "choose": {"obs_batch": None, "widths": None, "max_loss_rise": None},
     "repair": {"target_mix": None},
     "calibration": {"num_tokens": None, "sequence_length": None},
@@ -67,7 +68,14 @@ def test_the_defaults_of_recovery_are_those_of_the_docs():
         ("remove: .nan", r"above 0 and below 1, got NaN\.$"),
         ("remove: .inf", r"above 0 and below 1, got inf\.$"),
         ("remove: {min_keep: 1}", r"remove\.min_keep: .*less than 1, got 1\.$"),
-        ("remove: {groups: []}", r"remove\.groups: .*at least 1"),
+        (
+            "remove: {groups: []}",
+            r"remove: groups is empty and vocabulary is not given, so nothing would go; name a group",
+        ),
+        (
+            "remove: {vocabulary: many}",
+            r"remove\.vocabulary: must be auto, or how many tokens stay, a multiple of 64, got",
+        ),
         ("remove: {depth: -1}", r"remove\.depth: .*greater than or equal to 0"),
         ("remove: {align: 0}", r"remove\.align: .*greater than or equal to 1"),
         ("choose: {obs_batch: 0}", r"choose\.obs_batch: "),

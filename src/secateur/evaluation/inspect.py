@@ -1,27 +1,34 @@
-"""`secateur.inspect`: what a model consists of and what a run would leave, from its config alone.
+"""`secateur.inspect`: what a model consists of and what a run would leave, without its weights.
 
 In: a model reference and a recipe. Out: an `Inspection`. The model stays on the meta device.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 
+from secateur.data.sources import documents
+from secateur.errors import SecateurError
 from secateur.formats.serving import KV_HEADS, QUERY_HEADS, VLLM, check_server, check_vllm, gguf_problem
 from secateur.log import Progress, silent
+from secateur.methods import vocabulary as methods
 from secateur.methods.budget import Plan, largest_remove, least_keep
-from secateur.methods.prices import parameter_prices
+from secateur.methods.prices import parameter_prices, token_prices
 from secateur.model.bind import EXPERTS, Arch, head_width, text_config
+from secateur.model.checkpoint import Tokenizer
+from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.modeling_per_layer import is_per_layer
+from secateur.model.vocabulary import read_vocabulary, with_parts
 from secateur.pruning.cost import disk_bytes, memory_for, seconds_for, work_of
 from secateur.pruning.latency import with_prices
-from secateur.pruning.open import Opened, open_model
+from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.resolve import Resolved, checked, resolve
 from secateur.recipe import Recipe
 from secateur.recipe_file import as_recipe
-from secateur.report.records import GroupFacts, Inspection, Possible, Serving
+from secateur.report.records import GroupFacts, InspectedVocabulary, Inspection, Possible, Serving
 from secateur.store import Services
 
 
@@ -85,6 +92,74 @@ def _widths_after(arch: Arch, index: int, sizes: Any, plan: Plan) -> dict[str, i
     return widths
 
 
+# Tokens of a domain's text that are looked at: seconds, where all of it may take minutes. Text of
+# more characters a token is rare.
+MOST_COUNTED, MOST_CHARACTERS = 100_000, 8
+
+
+def inspected_vocabulary(opened: Opened, progress: Progress) -> InspectedVocabulary:
+    """Return the vocabulary's share of the model, and what a trim can free before it costs the domains.
+
+    If tokens cannot go or the text cannot be read, the record says why.
+    """
+    num_rows = opened.model.get_input_embeddings().num_embeddings
+
+    def params(num_tokens: int) -> int:
+        return token_prices("parameters", opened.model, num_tokens, 1)
+
+    try:
+        tokenizer = tokenizer_of(opened)
+        vocabulary = read_vocabulary(tokenizer, opened.model)
+        used, num_counted = _used(opened.recipe, tokenizer, progress)
+    except SecateurError as error:
+        return InspectedVocabulary(num_rows, params(num_rows), problem=str(error).removeprefix("vocabulary: "))
+    if not used:
+        problem = "every domain is sampled from the model, so there is no text to count tokens of."
+        return InspectedVocabulary(num_rows, params(num_rows), problem=problem)
+    needed = len(with_parts(vocabulary, set[int]().union(*used.values())))
+    smallest = min(num_rows, -(-needed // methods.ALIGN_TOKENS) * methods.ALIGN_TOKENS)
+    counts = {name: len(ids) for name, ids in used.items()}
+    return InspectedVocabulary(num_rows, params(num_rows), counts, num_counted, smallest, params(num_rows - smallest))
+
+
+def _used(recipe: Recipe, tokenizer: Tokenizer, progress: Progress) -> tuple[dict[str, set[int]], dict[str, int]]:
+    """Return the tokens that each domain's text has, and how many of its tokens were looked at."""
+    used, num_counted = dict[str, set[int]](), dict[str, int]()
+    domains = {name: domain for name, domain in recipe.calibration.domains.items() if not domain.sampled}
+    for done, (name, domain) in enumerate(domains.items()):
+        progress("count tokens", done, len(domains))
+        used[name], num_counted[name] = set(), 0
+        for text in documents(name, domain, tokenizer, recipe.seed):
+            left = MOST_CHARACTERS * (MOST_COUNTED - num_counted[name])
+            ids = tokenizer(text[:left], add_special_tokens=False, verbose=False)["input_ids"]
+            used[name].update(ids)
+            num_counted[name] += len(ids)
+            if num_counted[name] >= MOST_COUNTED:
+                break
+    progress("count tokens", len(domains), len(domains))
+    return used, num_counted
+
+
+def _trimmed(opened: Opened) -> tuple[Opened, tuple[str, ...]]:
+    """Return the model with as many tokens gone as the recipe says, and a note if a run measures it.
+
+    Which tokens they are is not looked at. Raises what `prune` raises for a size that cannot be.
+    """
+    size, num_rows = opened.recipe.remove.vocabulary, opened.model.get_input_embeddings().num_embeddings
+    if size is None:
+        return opened, ()
+    if size == "auto":
+        note = (
+            "remove.vocabulary: auto measures in the run how many tokens go; here all is asked of the groups, and if "
+            "there are none, nothing."
+        )
+        return opened, (note,)
+    tokenizer = tokenizer_of(opened)
+    removal = methods.removal_order(read_vocabulary(tokenizer, opened.model), torch.zeros(num_rows))
+    kept = num_rows - methods.count_for_size(removal, num_rows, size)
+    return replace(opened, trim=Trim(KeptTokens(tuple(range(kept)), num_rows), tokenizer, tokenizer)), ()
+
+
 def inspect(
     model: str | Path,
     recipe: Recipe | dict[str, Any] | Path | str | None = None,
@@ -93,13 +168,14 @@ def inspect(
     tp: int = 1,
     progress: Progress = silent,
 ) -> Inspection:
-    """Say what a model consists of, and what a run would leave and cost, from its config alone.
+    """Say what a model consists of, and what a run would leave and cost, without its weights.
 
     `model`: a local directory, a hub id, a `.gguf` file or `smollm2-135m`. `recipe`: as in `prune`.
     `check_for`: `vllm` or `llama.cpp`, to list what keeps it from running the result. `tp`: vLLM's
     tensor-parallel size. `progress`: called with (stage, done, total).
 
-    Returns groups, widths before and after, bytes, memory, disk and seconds. The seconds rest on a
+    Returns groups, widths before and after, bytes, memory, disk and seconds, and how much of the
+    model its vocabulary is and how many of its tokens the domains' text has. The seconds rest on a
     short matrix multiplication on the device. Target `latency` without `prices` also times a few
     layers.
 
@@ -112,14 +188,17 @@ def inspect(
 def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progress) -> Inspection:
     recipe, notes = groups_to_inspect(opened.recipe, opened.arch)
     opened = with_prices(checked(opened.asking(recipe)), Services(progress=progress))
+    opened, measured_later = _trimmed(opened)
     resolved, arch, size = resolve(opened), opened.arch, opened.size
     memory, operations = memory_for(opened, resolved), work_of(opened, resolved)
     dtype = torch.float32 if memory.in_float32 else opened.model.dtype
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
     parameters = parameter_prices(arch, resolved.groups, opened.model).with_only(resolved.layers)
-    num_params = parameters.total - parameters.gone(resolved.groups, plan.num_keep)
+    num_gone = 0 if opened.trim is None else opened.trim.kept.num_dense - len(opened.trim.kept.dense_ids)
+    of_tokens = token_prices("parameters", opened.model, num_gone, 1) if num_gone else 0
+    num_params = parameters.total - of_tokens - parameters.gone(resolved.groups, plan.num_keep)
     least = least_keep(resolved.groups, resolved.align, recipe.remove.min_keep)
-    taken = resolved.prices.of_all_but(resolved.layers) / resolved.prices.total
+    taken = (resolved.prices.of_all_but(resolved.layers) + resolved.prices.tokens) / resolved.prices.total
     return Inspection(
         model=opened.name,
         family=arch.family,
@@ -143,10 +222,11 @@ def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progre
         device=str(opened.device),
         operations=operations,
         seconds=seconds_for(operations, text_config(opened.model).hidden_size, dtype, opened.device),
-        warnings=(*notes, *resolved.warnings),
+        warnings=(*notes, *measured_later, *resolved.warnings),
         possible=possible_groups(arch),
         impossible=arch.omits,
         serving=None if check_for is None else serving_after(check_for, tp, arch, opened.model, plan),
+        vocabulary=inspected_vocabulary(opened, progress),
     )
 
 

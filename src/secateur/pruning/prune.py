@@ -34,7 +34,7 @@ from secateur.pruning.open import (
 from secateur.pruning.resolve import Resolved, checked, resolve
 from secateur.pruning.result import PrunedCheckpoint, Result, save_and_prove, summary_of, write_report_files
 from secateur.pruning.run import Keeps, Run, without_tokens
-from secateur.pruning.trim import plan_trim
+from secateur.pruning.trim import plan_trim, would_have_paid
 from secateur.ranks import from_first, staging_if_any
 from secateur.recipe import Recipe
 from secateur.store import Services
@@ -127,6 +127,8 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placemen
     with log.time("calibration"), eval_mode(model):
         text = from_first(partial(sampled_text, text, opened, model, services.progress))
         services.store.check_input("calibration text", text.content_hash)
+        if opened.trim is None and (note := would_have_paid(opened, text)) is not None:
+            resolved = replace(resolved, warnings=(*resolved.warnings, note))
     facts = {"model": model, "arch": opened.arch, "resolved": resolved, "text": text, "services": services}
     run = Run(**facts, weights_on_disk=plan.weights_on_disk)
     return opened, run if opened.trim is None else without_tokens(run, opened.trim), placement

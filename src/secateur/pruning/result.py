@@ -23,6 +23,7 @@ from secateur.recipe_file import dump_recipe
 from secateur.report.records import CalibrationFacts, Summary
 from secateur.report.report import complete, missing_plots
 from secateur.report.rows import model_card
+from secateur.report.vocabulary import vocabulary_facts
 
 
 def calibration_facts(calibration: CalibrationSet) -> CalibrationFacts:
@@ -137,6 +138,7 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
         warnings=(*run.resolved.warnings, *notes, *(missing_plots() if proof else ())),
         versions=versions(),
         device=str(opened.device),
+        vocabulary=None if opened.trim is None else vocabulary_facts(opened.trim, run.held_out),
         **measured,
     )
 

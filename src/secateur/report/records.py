@@ -104,6 +104,23 @@ class GroupFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class InspectedVocabulary:
+    """A model's vocabulary. `num_params`: of all rows of embedding and head, tied ones once.
+
+    `used`: by domain, the distinct tokens of `num_counted` tokens of its text. `smallest`: the size
+    at which all of these stay; `params_freed`: by a trim to it. `problem`: why nothing is counted.
+    """
+
+    num_tokens: int
+    num_params: int
+    used: dict[str, int] = field(default_factory=dict[str, int])
+    num_counted: dict[str, int] = field(default_factory=dict[str, int])
+    smallest: int | None = None
+    params_freed: int | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection(Record):
     """A model's structure and the outcome of a recipe's `remove`.
 
@@ -140,6 +157,7 @@ class Inspection(Record):
     possible: tuple[Possible, ...]
     impossible: dict[str, str]
     serving: Serving | None
+    vocabulary: InspectedVocabulary
 
     def plain(self) -> dict[str, Any]:
         """Return the fields as a mapping, with the memory's peak."""
@@ -160,6 +178,22 @@ class CalibrationFacts:
     num_tokens: dict[str, int]
     num_held_out_tokens: dict[str, int]
     held_out_overlap: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyFacts:
+    """A trimmed vocabulary; pairs are counts in the dense and in the trimmed tokenizer.
+
+    `by_domain`: tokens of the held-out text. `samples`: tokens of a few sentences of languages that
+    the domains may not have. `scripts`: tokens with letters of a script. `longest_lost`: words.
+    """
+
+    num_before: int
+    num_after: int
+    by_domain: dict[str, tuple[int, int]]
+    samples: dict[str, tuple[int, int]]
+    scripts: dict[str, tuple[int, int]]
+    longest_lost: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +226,7 @@ class Summary(Record):
     versions: dict[str, str]
     device: str = "cpu"
     device_peak_bytes: int | None = None  # allocated there, where torch counts it
+    vocabulary: VocabularyFacts | None = None  # if it was trimmed; losses are then per dense token
     files: dict[str, str] = field(default_factory=dict[str, str])  # sha256 by path, of what the run wrote
 
     def plain(self) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from secateur.report.digests import write_summary
 from secateur.report.page import KeyFigure, Page, Section, render
 from secateur.report.records import PAGE_FILE, ResultFiles, Summary, read_result
 from secateur.report.rows import caveats, human_bytes, verdict
+from secateur.report.rows_vocabulary import vocabulary
 
 OF_WIDTHS = (run.widths, run.scores, run.compensation, run.rounds)
 SECTIONS = (
     *(results.quality, results.recovery, results.tasks, results.distance, results.speed),
-    *(run.depth, *OF_WIDTHS, run.calibration, run.recipe, run.environment, run.reproduction),
+    *(vocabulary, run.depth, *OF_WIDTHS, run.calibration, run.recipe, run.environment, run.reproduction),
 )
 
 
@@ -63,7 +64,9 @@ def report_page(files: ResultFiles) -> Page:
 
 
 def _has_any(section: Callable[[ResultFiles], Section], files: ResultFiles) -> bool:
-    """Whether the run did what the section is about: recover, remove layers, cut widths."""
+    """Whether the run did what the section is about: recover, trim tokens, remove layers, cut widths."""
+    if section is vocabulary:
+        return files.summary.vocabulary is not None
     if section is results.recovery:
         return files.recovery is not None
     if section is run.depth:

@@ -11,6 +11,7 @@ from rich.console import Group
 from secateur.facts import NGRAM_TOKENS, geometric_mean_perplexity
 from secateur.report.page import Table
 from secateur.report.records import Inspection, Summary
+from secateur.report.rows_vocabulary import of_dense, vocabulary_cell, vocabulary_notes, vocabulary_row, who_suffers
 
 # Warn of a larger share of common n-grams.
 MUCH_OVERLAP = 0.1
@@ -66,7 +67,7 @@ def summary_table(summary: Summary) -> Group:
 
 def quality_and_size(summary: Summary, caption: str = "") -> Table:
     """Return quality by domain, if measured, sizes and widths: dense and pruned."""
-    header = ("held-out nats/token (perplexity)" if summary.dense_losses else "", "dense", "pruned")
+    header = (f"held-out nats/token{of_dense(summary)} (perplexity)" if summary.dense_losses else "", "dense", "pruned")
     return Table(caption, header, [*loss_rows(summary), *figure_rows(summary)])
 
 
@@ -134,6 +135,8 @@ def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str]]:
     dense, pruned = summary.dense_size, summary.pruned_size
     yield "parameters", f"{dense.num_params:,}", f"{pruned.num_params:,}"
     yield "bytes", human_bytes(dense.num_bytes), human_bytes(pruned.num_bytes)
+    if summary.vocabulary is not None:
+        yield vocabulary_row(summary.vocabulary)
     if len(set(summary.num_layers)) > 1:
         before, after = summary.num_layers
         yield "layers", f"{before}", f"{after}"
@@ -154,6 +157,8 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     if summary.dense_losses:
         held_out = sum(facts.num_held_out_tokens.values())
         yield "quality on", f"{held_out:,} held-out tokens of the same domains, seen by no statistic"
+    if summary.vocabulary is not None:
+        yield from vocabulary_notes(summary.vocabulary)
     if summary.guard_refusals:
         yield "guard", f"compensation refused by held-out text in {summary.guard_refusals} groups"
     if summary.reload_max_abs_difference is not None:
@@ -213,6 +218,7 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         f"{human_seconds(seconds.forward)}, statistics {human_seconds(seconds.gram)}, solves "
         f"{human_seconds(seconds.solve)}; text and the reload check come on top",
     )
+    yield "vocabulary", vocabulary_cell(inspection)
     yield from _groups_and_server(inspection)
     for warning in inspection.warnings:
         yield "note", warning
@@ -251,7 +257,8 @@ def model_card(summary: Summary) -> str:
     """Return the card: what was removed, measured, how to load it, how it was made."""
     tags = "library_name: transformers\npipeline_tag: text-generation\ntags: [secateur, structured-pruning]"
     title = f"# {escaped(summary.model)}, pruned by secateur"
-    lines = ["---", tags, "---", "", title, "", escaped(verdict(summary)), "", *_loading(summary), ""]
+    trimmed = [] if summary.vocabulary is None else [escaped(who_suffers(summary.vocabulary)), ""]
+    lines = ["---", tags, "---", "", title, "", *trimmed, escaped(verdict(summary)), "", *_loading(summary), ""]
     lines += [*markdown(quality_and_size(summary)), "", "## How it was made", ""]
     lines += [f"- command: {code(summary.command)}" if summary.command else "- from Python: `secateur.prune`"]
     lines += [f"- {label}: {escaped(text)}" for label, text in note_rows(summary) if label != "it writes"]

@@ -99,7 +99,7 @@ def _legend(evaluation: Evaluation) -> Iterator[str]:
     pruned = evaluation.pruned
     if pruned.domains:
         num_tokens = sum(part.num_tokens for part in pruned.domains.values())
-        yield f"domains: {num_tokens:,} predicted tokens; KL in nats per token, over the whole vocabulary."
+        yield f"domains: {num_tokens:,} predicted tokens; KL in nats per token, over all tokens that both models have."
     if pruned.tasks is not None:
         sources = sorted(set(pruned.tasks.sources.values())) or ["the hub"]
         yield f"tasks: lm-evaluation-harness {pruned.tasks.lm_eval_version}, rows from {', '.join(sources)}."

@@ -10,6 +10,7 @@ from secateur.report.page import KeyFigure, Section, Table
 from secateur.report.plots import Series, Text, dot_plot, line_plot
 from secateur.report.records import ResultFiles, TrainingStep
 from secateur.report.rows import figure_rows, loss_rows
+from secateur.report.rows_vocabulary import of_dense
 
 SpeedFigures = tuple[str, float, float, float]
 CURVE_POINTS = 60
@@ -30,15 +31,16 @@ def quality(files: ResultFiles) -> Section:
     dense, pruned = summary.dense_losses, summary.pruned_losses
     rises = {domain: pruned[domain].nats_per_token - dense[domain].nats_per_token for domain in domains}
     worst = max(domains, key=rises.__getitem__)
+    unit = f"nats per token{of_dense(summary)}"
     text = (
-        f"Held-out text of the calibration's own domains, in nats per token; lower is better. Worst change: "
+        f"Held-out text of the calibration's own domains, in {unit}; lower is better. Worst change: "
         f"{rises[worst]:+.3f} on {worst}. Bars and ± are one standard error over blocks of "
         f"{summary.calibration.sequence_length} tokens.",
     )
     described = Text("quality-plot", "Held-out loss by domain", f"{text[0]} The table has every number.")
     rows = list(loss_rows(summary, errors=True))
-    table = Table("Nats per token ± standard error (perplexity)", ("domain", *by_name), rows)
-    return Section("quality", title, text, (dot_plot(described, domains, series, "nats per token"),), (table,))
+    table = Table(f"{unit.capitalize()} ± standard error (perplexity)", ("domain", *by_name), rows)
+    return Section("quality", title, text, (dot_plot(described, domains, series, unit),), (table,))
 
 
 def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
@@ -95,7 +97,9 @@ def distance(files: ResultFiles) -> Section:
     if found is None:
         text = f"{command} adds bits per byte and the divergence from the dense model's predictions."
         return Section("distance", title, (text,))
-    text = "KL in nats per token, over the whole vocabulary; how often both models put the same token first."
+    text = (
+        "KL in nats per token, over all tokens that both models have; how often both models put the same token first."
+    )
     if not found.kl:
         text = f"Measured without the dense model; {command} adds the divergence from it."
     tables = [table for table in rows_measured.text_tables(found) if table.rows]

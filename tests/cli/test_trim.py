@@ -1,0 +1,135 @@
+"""`secateur trim` end to end: tokens go and nothing else, and every text reads back as it was."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bpe_tokenizer import CORPUS, bpe_tokenizer
+from models import tiny_llama
+from run_cli import Outcome, run_cli
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from secateur.model.config import quiet_transformers
+from secateur.report.vocabulary import SAMPLES
+
+NUM_ROWS, SIZE = 640, 448
+PROSE = "the pruned channels of a layer are read by one linear map and written by two others".split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a model whose tokenizer knows several scripts, and a text that speaks English alone."""
+    place = tmp_path_factory.mktemp("trim")
+    with quiet_transformers():
+        tiny_llama(vocab_size=NUM_ROWS).save_pretrained(place / "model")
+        bpe_tokenizer(vocab_size=630, corpus=[*CORPUS, *SAMPLES.values(), " ".join(PROSE)] * 4).save_pretrained(
+            place / "model"
+        )
+    lines = [" ".join(PROSE[start % 17 :] + PROSE[: start % 7]) for start in range(3000)]
+    (place / "prose.txt").write_text("\n".join(f"{line} {number}" for number, line in enumerate(lines)))
+    return place
+
+
+def trim(place: Path, out: Path, *options: object) -> Outcome:
+    return run_cli("trim", place / "model", out, "--domain", f"prose={place / 'prose.txt'}", *options)
+
+
+@pytest.fixture(scope="module")
+def done(place: Path) -> Outcome:
+    return trim(place, place / "smaller", "--vocabulary", SIZE, "--seed", "3")
+
+
+def kept_ids(out: Path) -> list[int]:
+    new_ids = json.loads((out / "tokens.json").read_text())["new_ids"]
+    return [index for index, new in enumerate(new_ids) if new is not None]
+
+
+def test_tokens_alone_go_and_the_logits_are_those_of_the_dense_model(place, done):
+    assert done.status == 0, done.stderr
+    dense, small = (AutoModelForCausalLM.from_pretrained(place / name) for name in ("model", "smaller"))
+    assert small.config.vocab_size == SIZE and small.config.intermediate_size == dense.config.intermediate_size
+    ids = torch.tensor(kept_ids(place / "smaller"))
+    asked = torch.randint(SIZE, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.allclose(small(asked).logits, dense(ids[asked]).logits[..., ids], atol=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(place / "smaller")
+    for text in (*SAMPLES.values(), " ".join(PROSE)):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_it_says_what_went_and_measures_nothing(place, done):
+    result = json.loads((place / "smaller" / "result.json").read_text())
+    assert result["dense_losses"] == {} and "evaluate" not in result["seconds"] and result["widths"] == {}
+    vocabulary = result["vocabulary"]
+    assert (vocabulary["num_before"], vocabulary["num_after"]) == (NUM_ROWS, SIZE)
+    assert result["dense_size"]["num_params"] - result["pruned_size"]["num_params"] == (NUM_ROWS - SIZE) * 2 * 48
+    assert result["reload_max_abs_difference"] == 0
+    shown = " ".join(done.stdout.split())
+    assert re.search(r"vocabulary │ +640 tokens │ +448 tokens", shown) and "prose +" in shown
+    assert "The vocabulary was trimmed from 640 to 448 tokens. " in (place / "smaller" / "README.md").read_text()
+    saved = (place / "smaller" / "recipe.yaml").read_text()
+    assert "seed: 3" in saved and "vocabulary: 448" in saved and "groups: []" in saved
+
+
+def test_text_and_scripts_that_are_to_stay_do(place, tmp_path):
+    (tmp_path / "mine.txt").write_text(SAMPLES["German"], encoding="utf-8")
+    options = ("--keep-text", tmp_path / "mine.txt", "--keep-script", "cyrillic,devanagari", "--evaluate", "--json")
+    outcome = trim(place, tmp_path / "out", "--vocabulary", SIZE + 64, *options)
+    vocabulary = json.loads(outcome.stdout)["vocabulary"]
+    assert vocabulary["samples"]["German"][0] == vocabulary["samples"]["German"][1]
+    for script in ("cyrillic", "devanagari"):
+        assert vocabulary["scripts"][script][0] == vocabulary["scripts"][script][1]
+    assert vocabulary["samples"]["Arabic"][0] < vocabulary["samples"]["Arabic"][1]
+    assert json.loads(outcome.stdout)["dense_losses"]["prose"]["nats_per_token"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ("--vocabulary", "500"),
+            "500 of the model's 640 rows cannot stay; give a multiple of 64 (such as 448 or 512)",
+        ),
+        (("--vocabulary", "128"), "remove.vocabulary: 128 of the model's 640 rows cannot stay"),
+        (("--vocabulary", "6400"), "remove.vocabulary: 6,400 of the model's 640 rows cannot stay"),
+        (
+            ("--vocabulary", "448", "--keep-script", "klingon"),
+            "remove.keep_scripts: no token of the model has a letter",
+        ),
+        (("--vocabulary", "448", "--keep-text", "nowhere.txt"), "nowhere.txt"),
+        (("--vocabulary", "448", "--domain", "klingon"), "'klingon'; allowed: code"),
+    ],
+)
+def test_bad_values_are_one_sentence(place, tmp_path, options, expected):
+    outcome = trim(place, tmp_path / "out", *options)
+    assert outcome.status == 2 and outcome.stdout == "" and list(tmp_path.iterdir()) == []
+    *bars, sentence = outcome.stderr.splitlines()
+    assert all("━" in line or "left -:--:--" in line for line in bars)
+    assert sentence.startswith("secateur: ") and expected in sentence and sentence.endswith(".")
+
+
+@pytest.mark.parametrize("value", ["many", "0", "1.5", "-64"])
+def test_prune_takes_a_number_or_auto(place, tmp_path, value):
+    outcome = run_cli("prune", place / "model", tmp_path / "out", "--vocabulary", value)
+    expected = "remove.vocabulary: must be auto, or how many tokens stay, a multiple of 64, got "
+    assert outcome.status == 2 and outcome.stderr == f"secateur: command line: {expected}'{value}'.\n"
+
+
+def test_prune_and_its_options_lay_tokens_into_the_recipe(place, tmp_path):
+    arguments: list[Any] = ["prune", place / "model", tmp_path / "out", "--remove", "0.3", "--vocabulary", SIZE]
+    arguments += ["--domain", f"prose={place / 'prose.txt'}", "--keep-script", "cyrillic", "--json"]
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("{remove: {align: 8}, calibration: {num_tokens: 1280, sequence_length: 32}}")
+    outcome = run_cli(*arguments, "--recipe", recipe)
+    assert outcome.status == 0, outcome.stderr
+    result = json.loads(outcome.stdout)
+    assert result["vocabulary"]["num_after"] == SIZE and result["widths"]["ffn"][1] < 112
+    assert result["remove_reached"] == pytest.approx(0.3, abs=0.02)
+    told = json.loads(
+        run_cli("inspect", place / "model", "--recipe", tmp_path / "out" / "recipe.yaml", "--json").stdout
+    )
+    assert told["num_params_after"] == result["pruned_size"]["num_params"]
+    assert told["remove_reached"] == pytest.approx(result["remove_reached"])

@@ -1,0 +1,150 @@
+"""What a trim of the vocabulary is said to do: tokens counted independently, and every text shown as text."""
+
+import dataclasses
+import html
+import io
+import re
+from typing import Any
+
+import pytest
+import torch
+from bpe_tokenizer import CORPUS, bpe_tokenizer
+from models import tiny_llama
+from page_checks import PageChecks
+from rich.console import Console
+from test_card import HOSTILE, READER, shown, summary, tokens
+
+from secateur.model.kept_tokens import KeptTokens, Trim
+from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer, with_parts
+from secateur.recipe import Recipe
+from secateur.report import rows_vocabulary as rows
+from secateur.report.page import Page, render
+from secateur.report.records import ResultFiles, Summary, VocabularyFacts
+from secateur.report.rows import model_card, summary_table
+from secateur.report.vocabulary import MOST_WORDS, SAMPLES, vocabulary_facts
+
+LEARNT = [
+    *CORPUS,
+    *SAMPLES.values(),
+    "institutional neurotransmitters understood assertAlmostEqual",
+    "Паром море море",
+] * 4
+
+
+@pytest.fixture(scope="module")
+def trim() -> Trim:
+    """All that may go of every second token is gone."""
+    dense = bpe_tokenizer(vocab_size=900, corpus=LEARNT)
+    vocabulary = read_vocabulary(dense, tiny_llama(vocab_size=960))
+    stay = with_parts(vocabulary, range(0, 900, 2))
+    kept = KeptTokens(tuple(index for index in range(960) if index in stay or index > 950), 960)
+    return Trim(kept, dense, trimmed_tokenizer(dense, kept))
+
+
+@pytest.fixture(scope="module")
+def facts(trim: Trim) -> VocabularyFacts:
+    texts = {"prose": CORPUS[0] * 4, "море": "Паром море " * 9}
+    return vocabulary_facts(
+        trim, {name: torch.tensor([trim.tokenizer(text)["input_ids"]]) for name, text in texts.items()}
+    )
+
+
+def test_tokens_are_counted_in_both_tokenizers(trim, facts):
+    assert (facts.num_before, facts.num_after) == (960, len(trim.kept.dense_ids))
+    for name, text in (("prose", CORPUS[0] * 4), ("море", "Паром море " * 9)):
+        assert facts.by_domain[name] == tuple(
+            len(each.tokenize(text)) for each in (trim.dense_tokenizer, trim.tokenizer)
+        )
+    assert facts.by_domain["prose"][1] > facts.by_domain["prose"][0]
+    for name, text in SAMPLES.items():
+        assert facts.samples[name] == tuple(len(each.tokenize(text)) for each in (trim.dense_tokenizer, trim.tokenizer))
+        assert facts.samples[name][1] >= facts.samples[name][0]
+    assert any(after > before for before, after in facts.samples.values())
+
+
+def test_lost_words_are_letters_alone_and_the_longest_come_first(trim, facts):
+    gone = [trim.dense_tokenizer.decode([index]) for index, new in enumerate(trim.kept.new_ids) if new is None]
+    stay = {trim.tokenizer.decode([index]).strip() for index in range(len(trim.tokenizer))}
+    words = sorted(
+        {text.strip() for text in gone if text.strip() not in stay and re.fullmatch(r"\s*[^\W\d_]+\s*", text)},
+        key=lambda w: (-len(w), w),
+    )
+    assert list(facts.longest_lost) == words[:MOST_WORDS] and len(words) > 1
+    assert any(text.strip() in stay for text in gone)
+
+
+def test_scripts_count_tokens_that_have_their_letters(trim, facts):
+    def count(ids: Any, letters: str) -> int:
+        return sum(bool(re.search(letters, trim.dense_tokenizer.decode([index]))) for index in ids if index < 900)
+
+    for script, letters in (
+        ("cyrillic", "[\u0400-\u04ff]"),
+        ("latin", "[a-zA-ZñáäöüéíóúßÄÖÜ]"),
+        ("devanagari", "[\u0904-\u0939]"),
+    ):
+        expected = (count(range(900), letters), count(trim.kept.dense_ids, letters))
+        assert facts.scripts[script] == expected and expected[0] > expected[1] > 0, script
+
+
+def made(samples: dict[str, tuple[int, int]], **changes: Any) -> VocabularyFacts:
+    plain = VocabularyFacts(1024, 512, {"a": (100, 110), "b": (300, 302)}, samples, {"latin": (900, 400)}, ("word",))
+    return dataclasses.replace(plain, **changes)
+
+
+def test_the_sentence_names_the_worst_language_first_and_leaves_out_those_that_lose_nothing():
+    said = rows.who_suffers(made({"German": (100, 104), "Chinese": (100, 165), "Spanish": (1000, 1009)}))
+    assert said == (
+        "The vocabulary was trimmed from 1,024 to 512 tokens. Chinese text takes 65% more tokens, German 4%; text of "
+        "the run's own domains 3.0%."
+    )
+    said = rows.who_suffers(made({"Spanish": (1000, 1009)}))
+    assert "own domains takes 3.0% more tokens, samples of other languages about none." in said
+
+
+def trimmed(facts: VocabularyFacts | None, name: str = "model") -> Summary:
+    return dataclasses.replace(summary(name, name, name, "secateur prune model out"), vocabulary=facts)
+
+
+def terminal(found: Summary) -> str:
+    console = Console(width=200, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(summary_table(found))
+    return capture.get()
+
+
+def test_the_card_says_it_in_its_first_line_and_the_terminal_in_its_rows():
+    facts = made({"Chinese": (100, 165)}, scripts={"latin": (900, 400), "cjk": (20, 1), "thai": (15, 0)})
+    card = model_card(trimmed(facts))
+    after_title = card.split("pruned by secateur\n\n", 1)[1]
+    assert html.unescape(after_title).startswith(
+        "The vocabulary was trimmed from 1,024 to 512 tokens. Chinese text takes"
+    )
+    said = terminal(trimmed(facts))
+    assert re.search(r"vocabulary +│ +1,024 tokens +│ +512 tokens", said)
+    assert "a +10.0%, b +0.7% more tokens" in said and "Chinese +65%" in said
+    assert re.search(r"tokens that stay: cjk 1 of 20, latin 400 of 900 *\n", said)  # thai has too few to name
+    assert "held-out nats/token of the dense tokenizer (perplexity)" in said
+    plain = terminal(trimmed(None))
+    assert "vocabulary" not in plain and "held-out nats/token (perplexity)" in plain
+    assert "vocabulary" not in model_card(trimmed(None))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_texts_of_tokens_and_names_are_text(name):
+    def facts(each: str) -> VocabularyFacts:
+        return made({each: (1, 2)}, by_domain={each: (1, 2)}, scripts={each: (20, 2)}, longest_lost=(each, each))
+
+    card, plain = (model_card(trimmed(facts(each), each)) for each in (name, "name"))
+    body, quiet = (text.split("---\n", 2)[2] for text in (card, plain))
+    assert [token.type for token in tokens(body)] == [token.type for token in tokens(quiet)]
+    assert shown(name) in html.unescape(re.sub(r"<[^>]*>", "", READER.render(body)))
+    assert "<script" not in READER.render(body)
+    page, plain = (PageChecks(page_of(facts(each))) for each in (name, "name"))
+    assert (page.problems, page.tags) == ([], plain.tags) and html.escape(name) in page_of(facts(name)).replace(
+        "&#39;", "&#x27;"
+    ).replace("&#34;", "&quot;")
+
+
+def page_of(facts: VocabularyFacts) -> str:
+    files = ResultFiles(trimmed(facts), (), (), (), Recipe(), "", None, None)
+    return render(Page("title", "verdict", (), (), (rows.vocabulary(files),)))
