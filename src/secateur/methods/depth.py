@@ -132,12 +132,12 @@ def narrow_readers(
 
 
 def narrow_kl(model: nn.Module, arch: Arch, batches: list[Batch], readers: Mapping[int, Tensor]) -> float:
-    """Return KL(dense || model with these FFN readers), in nats per token of the calibration batches.
+    """Return KL(dense || model with these FFN readers), in nats per token of the batches.
 
     Raises NumericsError if it is not finite.
     """
     total, num_tokens, head = 0.0, 0, head_of(model, arch)
-    for batch in (batch for batch in batches if not batch.held_out):
+    for batch in batches:
         dense, narrow = Walk(model, arch, [batch]), Walk(model, arch, [batch])
         for index in range(arch.num_layers):
             dense.advance(index)

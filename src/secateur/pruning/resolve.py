@@ -177,14 +177,14 @@ def resolve(opened: Opened) -> Resolved:
     text, widest = text_for(recipe, fitted, config)
     damping, warnings = _damping(recipe, text["num_tokens"], widest)
     remove = {"align": recipe.remove.align or default_align(groups), "depth": depth}
-    repair = {"damping": damping, "target_mix": _target_mix(recipe, arch)}
+    repair: dict[str, Any] = {"damping": damping, "target_mix": _target_mix(recipe, arch)}
     recipe = recipe.filled(remove=remove, repair=repair, calibration=text)
     facts: dict[str, Any] = {"recipe": recipe, "arch": arch, "prices": prices, "layers": layers, "warnings": warnings}
     resolved = Resolved(**facts, **remove, **repair, **text).with_layers(layers)
     return replace(resolved, warnings=warnings + _too_deep(resolved.groups, resolved.plans[-1]))
 
 
-def text_for(recipe: Recipe, groups: Sequence[Group], config: Any) -> tuple[dict[str, int], int]:
+def text_for(recipe: Recipe, groups: Sequence[Group], config: Any) -> tuple[dict[str, Any], int]:
     """Return `num_tokens` and `sequence_length`, filled, and the widest reader's inputs."""
     widest = max((group.num_inputs for group in groups), default=1)
     num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)

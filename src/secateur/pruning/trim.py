@@ -15,6 +15,7 @@ from secateur.data.sources import read_rows
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Batch
 from secateur.methods import vocabulary as methods
+from secateur.methods.budget import default_align, least_step
 from secateur.methods.prices import token_prices
 from secateur.model.bind import decoder_layers
 from secateur.model.checkpoint import Tokenizer, eval_mode
@@ -64,7 +65,7 @@ def plan_trim(opened: Opened, services: Services) -> Trim:
     """
     remove, log = opened.recipe.remove, services.log
     with log.time("vocabulary"):
-        dense = from_first(partial(_read, opened, services))
+        dense = _read(opened, services)
         num_rows = dense.vocabulary.num_rows
         if isinstance(remove.vocabulary, int):
             num_gone = methods.count_for_size(dense.removal, num_rows, remove.vocabulary)
@@ -109,15 +110,21 @@ def _read(opened: Opened, services: Services) -> _Dense:
     tokenizer, recipe = tokenizer_of(opened), opened.recipe
     text, _ = text_for(recipe, opened.arch.select(recipe.remove.groups), opened.model.config)
     recipe = recipe.filled(calibration=text)
-    vocabulary = read_vocabulary(tokenizer, opened.model)
+    opened, vocabulary = opened.asking(recipe), read_vocabulary(tokenizer, opened.model)
+    removal = from_first(partial(_removal, opened, vocabulary, tokenizer, services))
+    return _Dense(opened, services, tokenizer, vocabulary, removal)
+
+
+def _removal(opened: Opened, vocabulary: Vocabulary, tokenizer: Tokenizer, services: Services) -> methods.Removal:
+    recipe = opened.recipe
     stay = methods.of_scripts(vocabulary, recipe.remove.keep_scripts) | _ids_in(recipe.remove.keep_text, tokenizer)
-    calibrated = (recipe.calibration, text["num_tokens"], tokenizer, recipe.seed)
+    assert recipe.calibration.num_tokens is not None
+    calibrated = (recipe.calibration, recipe.calibration.num_tokens, tokenizer, recipe.seed)
     counts = token_counts(*calibrated, vocabulary.num_rows, services.progress)
     shares = {name: domain.share for name, domain in recipe.calibration.domains.items()}
     use_V = methods.token_use(counts, shares, minimax=recipe.choose.domain_weighting == "minimax")
     use_V = methods.with_prior(use_V, sorted(vocabulary.texts.keys() - vocabulary.fixed))
-    removal = methods.removal_order(vocabulary, use_V, stay)
-    return _Dense(opened.asking(recipe), services, tokenizer, vocabulary, removal)
+    return methods.removal_order(vocabulary, use_V, stay)
 
 
 def _ids_in(files: tuple[str, ...], tokenizer: Tokenizer) -> set[int]:
@@ -147,9 +154,12 @@ def _count(dense: _Dense) -> int:
     counts_N = methods.sizes_within(dense.removal, num_rows, int(asked // per_token))
     if not remove.groups:
         return int(counts_N[-1])
-    channels = sum(group.num_units * prices.of(group) for group in arch.select(("ffn",)))
+    ffns = arch.select(("ffn",))
+    channels = sum(group.num_units * prices.of(group) for group in ffns)
     nats, law = _measured(dense, min(MOST_CHANNELS, asked / channels))
-    rest_N = (asked - per_token * counts_N) / channels
+    # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
+    step = least_step(ffns, prices, remove.align or default_align(ffns), alike=True)
+    rest_N = ((asked - per_token * counts_N) / step).ceil() * step / channels
     cost_N = torch.where(rest_N > 1 - remove.min_keep, torch.inf, law(rest_N))
     found = methods.cheapest_count(dense.removal, counts_N, nats, cost_N)
     line = {"event": "note", "text": f"vocabulary: a further token of text costs {nats:.2f} nats, so {found:,} go."}
