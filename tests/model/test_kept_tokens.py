@@ -248,7 +248,8 @@ def test_the_trim_between_two_models(tmp_path):
 
 def test_a_trim_of_padding_rows_alone_and_special_tokens_without_a_row(tmp_path):
     def without_row(content: Any) -> None:
-        content["added_tokens"].append({**content["added_tokens"][0], "id": 5000, "content": "<|image|>"})
+        special = content["added_tokens"][0]  # behind the 701 tokens, the last two also behind the 7 padding rows
+        content["added_tokens"] += [{**special, "id": 701 + i, "content": f"<|image{i}|>"} for i in range(9)]
 
     pair = trimmed_pair(tmp_path, share=1.0)
     pruned, dense = open_checkpoint(pair.pruned), open_checkpoint(pair.dense)
