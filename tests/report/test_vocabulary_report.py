@@ -23,11 +23,13 @@ from secateur.report.records import ResultFiles, Summary, VocabularyFacts
 from secateur.report.rows import model_card, summary_table
 from secateur.report.vocabulary import MOST_WORDS, SAMPLES, vocabulary_facts
 
+RULES = " ".join(sign * 32 for sign in "=-+*#~") * 2
 LEARNT = [
     *CORPUS,
     *SAMPLES.values(),
     "institutional neurotransmitters understood assertAlmostEqual",
     "Паром море море",
+    RULES,
 ] * 4
 
 
@@ -52,9 +54,9 @@ def facts(trim: Trim) -> VocabularyFacts:
 def test_tokens_are_counted_in_both_tokenizers(trim, facts):
     assert (facts.num_before, facts.num_after) == (960, len(trim.kept.dense_ids))
     for name, text in (("prose", CORPUS[0] * 4), ("море", "Паром море " * 9)):
-        assert facts.by_domain[name] == tuple(
-            len(each.tokenize(text)) for each in (trim.dense_tokenizer, trim.tokenizer)
-        )
+        first, *rest = trim.tokenizer.tokenize(text)  # context alone, in both
+        behind = text.removeprefix(trim.tokenizer.convert_tokens_to_string([first]))
+        assert facts.by_domain[name] == (len(trim.dense_tokenizer.tokenize(behind)), len(rest))
     assert facts.by_domain["prose"][1] > facts.by_domain["prose"][0]
     for name, text in SAMPLES.items():
         assert facts.samples[name] == tuple(len(each.tokenize(text)) for each in (trim.dense_tokenizer, trim.tokenizer))
@@ -71,6 +73,7 @@ def test_lost_words_are_letters_alone_and_the_longest_come_first(trim, facts):
     )
     assert list(facts.longest_lost) == words[:MOST_WORDS] and len(words) > 1
     assert any(text.strip() in stay for text in gone)
+    assert any(len(text.strip()) > len(facts.longest_lost[-1]) and not text.strip().isalpha() for text in gone)
 
 
 def test_scripts_count_tokens_that_have_their_letters(trim, facts):

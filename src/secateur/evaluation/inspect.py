@@ -102,7 +102,7 @@ def inspected_vocabulary(opened: Opened, progress: Progress) -> InspectedVocabul
 
     If tokens cannot go or the text cannot be read, the record says why.
     """
-    num_rows = opened.model.get_input_embeddings().num_embeddings
+    num_rows = _num_rows(opened.model)
 
     def params(num_tokens: int) -> int:
         return token_prices("parameters", opened.model, num_tokens, 1)
@@ -120,6 +120,10 @@ def inspected_vocabulary(opened: Opened, progress: Progress) -> InspectedVocabul
     smallest = min(num_rows, -(-needed // methods.ALIGN_TOKENS) * methods.ALIGN_TOKENS)
     counts = {name: len(ids) for name, ids in used.items()}
     return InspectedVocabulary(num_rows, params(num_rows), counts, num_counted, smallest, params(num_rows - smallest))
+
+
+def _num_rows(model: Any) -> int:
+    return model.get_input_embeddings().num_embeddings
 
 
 def _used(recipe: Recipe, tokenizer: Tokenizer, progress: Progress) -> tuple[dict[str, set[int]], dict[str, int]]:
@@ -145,7 +149,7 @@ def _trimmed(opened: Opened) -> tuple[Opened, tuple[str, ...]]:
 
     Which tokens they are is not looked at. Raises what `prune` raises for a size that cannot be.
     """
-    size, num_rows = opened.recipe.remove.vocabulary, opened.model.get_input_embeddings().num_embeddings
+    size, num_rows = opened.recipe.remove.vocabulary, _num_rows(opened.model)
     if size is None:
         return opened, ()
     if size == "auto":

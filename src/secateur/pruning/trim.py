@@ -81,7 +81,6 @@ def would_have_paid(opened: Opened, text: CalibrationSet) -> str | None:
 
     None if they could not, or if the tokenizer's tokens cannot go at all.
     """
-    num_rows, total = opened.model.get_input_embeddings().num_embeddings, opened.size.num_params
     if opened.recipe.remove.target != "parameters":
         return None
     try:
@@ -90,12 +89,13 @@ def would_have_paid(opened: Opened, text: CalibrationSet) -> str | None:
         return None
     if not (ids := sorted(vocabulary.texts.keys() - vocabulary.fixed)):
         return None
+    num_rows = vocabulary.num_rows
     counts = {each.name: each.calibration_NT.flatten().bincount(minlength=num_rows) for each in text.domains}
     use_V = methods.token_use(counts, {each.name: each.share for each in text.domains})
     removal = methods.removal_order(vocabulary, methods.with_prior(use_V, ids))
     cheap = int((removal.more_R <= ALMOST_FREE).sum())
     num_gone = int(methods.sizes_within(removal, num_rows, cheap)[-1])
-    share = token_prices("parameters", opened.model, num_gone, 1) / total
+    share = token_prices("parameters", opened.model, num_gone, 1) / opened.size.num_params
     if share < WORTH_SAYING:
         return None
     more = removal.more_R[num_gone - 1]

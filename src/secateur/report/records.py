@@ -184,8 +184,9 @@ class CalibrationFacts:
 class VocabularyFacts:
     """A trimmed vocabulary; pairs are counts in the dense and in the trimmed tokenizer.
 
-    `by_domain`: tokens of the held-out text. `samples`: tokens of a few sentences of languages that
-    the domains may not have. `scripts`: tokens with letters of a script. `longest_lost`: words.
+    `by_domain`: predicted tokens of the held-out text. `samples`: tokens of a few sentences of
+    languages that the domains may not have. `scripts`: tokens with letters of a script.
+    `longest_lost`: words.
     """
 
     num_before: int

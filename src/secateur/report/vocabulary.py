@@ -4,7 +4,7 @@ In: a `Trim` and held-out blocks of the trimmed tokenizer. Out: `VocabularyFacts
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -47,7 +47,7 @@ def vocabulary_facts(trim: Trim, held_out: Mapping[str, Tensor]) -> VocabularyFa
     return VocabularyFacts(
         num_before=kept.num_dense,
         num_after=len(kept.dense_ids),
-        by_domain={name: (sum(map(len, dense[name])), ids_NT.numel()) for name, ids_NT in held_out.items()},
+        by_domain={name: (_predicted(dense[name]), _predicted(ids_NT)) for name, ids_NT in held_out.items()},
         samples={
             name: (_count(trim.dense_tokenizer, text), _count(trim.tokenizer, text)) for name, text in SAMPLES.items()
         },
@@ -61,6 +61,10 @@ def _texts(tokenizer: Tokenizer, num_rows: int) -> dict[int, str]:
     backend: Any = tokenizer.backend_tokenizer
     ids = sorted(index for index in backend.get_vocab().values() if index < num_rows)
     return dict(zip(ids, backend.decode_batch([[index] for index in ids], skip_special_tokens=False), strict=True))
+
+
+def _predicted(blocks: Iterable[Tensor]) -> int:
+    return sum(len(ids_T) - 1 for ids_T in blocks)
 
 
 def _count(tokenizer: Tokenizer, text: str) -> int:
