@@ -123,6 +123,7 @@ def test_the_prior_is_the_mean_of_the_neighbours_among_those_that_may_go(monkeyp
         assert float(found[index]) == pytest.approx(0.75 * float(use_V[index]) + 0.25 * mean, rel=1e-12)
     others = [index for index in range(30) if index not in ids]
     assert torch.equal(found[others], use_V[others]) and torch.equal(with_prior(use_V, ids, 0.0), use_V)
+    assert torch.equal(with_prior(use_V, []), use_V)
 
 
 REMOVAL = Removal(list(range(300, 100, -1)), torch.arange(200, dtype=torch.float64) ** 2)

@@ -55,7 +55,7 @@ def with_prior(use_V: Float[Tensor, " V"], ids: list[int], share: float = PRIOR_
     Tokenizers number tokens in the order in which they were learnt, so neighbours are about as
     frequent in the text that the tokenizer was made for.
     """
-    index = torch.tensor(sorted(ids))
+    index = torch.tensor(sorted(ids), dtype=torch.long)
     sums = torch.cat([use_V.new_zeros(1), use_V[index].cumsum(0)])
     first = (torch.arange(len(index)) - NEIGHBOURS // 2).clamp(min=0)
     last = (first + NEIGHBOURS).clamp(max=len(index))
