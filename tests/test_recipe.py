@@ -158,6 +158,10 @@ def test_files_that_are_no_recipes(tmp_path):
 def test_presets_lie_below_what_is_asked():
     best = parse_recipe({"preset": "best", "repair": {"damping": 0.5}})
     assert best.choose.budget == "curve" and best.repair.damping_factors == (1, 10, 100) and best.repair.damping == 0.5
+    assert best.remove.vocabulary == "auto" and best.remove.share == 0.2
+    smallest = parse_recipe({"preset": "smallest"})
+    assert smallest == best.filled(remove={"share": 0.5}, repair={"damping": 0.001})
+    assert parse_recipe({"preset": "best", "remove": {"vocabulary": None}}).remove.vocabulary is None
     fast = parse_recipe({"preset": "fast", "remove": 0.3})
     assert (fast.remove.share, fast.remove.depth, fast.choose.score, fast.repair.target_mix) == (0.3, 0, "wanda", 0)
 
