@@ -15,6 +15,7 @@ from secateur.data.calibration import BATCH_BLOCKS, CalibrationSet, build_calibr
 from secateur.errors import CalibrationError, NumericsError
 from secateur.evaluation.text import recipe_blocks
 from secateur.log import silent
+from secateur.model.kept_tokens import KeptTokens, keep_tokens
 from secateur.recipe import Calibration, Domain
 
 TOKENIZER = tiny_tokenizer()
@@ -34,6 +35,14 @@ def test_the_seed_decides_and_only_known_tokens_are_drawn() -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert len(TOKENIZER) < model.config.vocab_size and int(first.max()) < len(TOKENIZER)
     assert len(first.unique(dim=0)) == len(first) and not first.is_inference()
+
+
+def test_a_model_with_more_tokens_draws_what_it_would_without_them() -> None:
+    dense, cut = tiny_llama(), tiny_llama()
+    dense_ids = torch.tensor([index for index in range(320) if index % 7 != 5])
+    keep_tokens(cut, KeptTokens(tuple(dense_ids.tolist()), 320))
+    drawn = sample_blocks(dense, TOKENIZER, 3, LENGTH, 0, dense_ids=dense_ids)
+    assert torch.equal(drawn, sample_blocks(cut, TOKENIZER, 3, LENGTH, 0)) and len(drawn.unique()) > 9
 
 
 def test_the_first_token_has_the_models_distribution() -> None:

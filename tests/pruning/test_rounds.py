@@ -1,5 +1,6 @@
 """The loop over rounds: one seed a layer and round, slopes at the round's own cut, and the safety net's arithmetic."""
 
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -364,3 +365,20 @@ def test_a_plan_by_random_scores_draws_them_layer_by_layer():
     found = run_of(tiny_llama(), budget="global", align=1, **RANDOM)
     plan = round_plan.plan_round(found, 1, found.batches(1), {}, {})
     assert len(set(plan.num_keep.values())) > 1
+
+
+def test_after_a_trim_a_protected_domain_may_rise_as_much_in_fewer_nats_per_token():
+    domains = {"d0": {"files": ["x"], "protect": 0.1}}
+    found = run_of(tiny_llama(), calibration={"num_tokens": 4096, "domains": domains})
+    held_out = found.held_out["d0"][:, 1:].numel()
+    net = object.__new__(run.SafetyNet)
+    net.dense, net.now = {"d0": 2.0}, {"d0": 2.05}
+    assert net_of(found, net).allowed_rise() == {"d0": pytest.approx(0.15, rel=1e-12)}
+    fewer = dataclasses.replace(found, dense_tokens={"d0": [held_out // 2, held_out // 4]})
+    share = (held_out // 2 + held_out // 4) / held_out
+    assert net_of(fewer, net).allowed_rise() == {"d0": pytest.approx(0.15 * share, rel=1e-12)}
+
+
+def net_of(found: Run, net: Any) -> Any:
+    net.run = found
+    return net
