@@ -163,6 +163,7 @@ lines = st.lists(st.integers(0, 70), min_size=1, max_size=30)
 @settings(max_examples=150)
 @given(sizes=lines, length=st.integers(1, 6), seed=st.integers(0, 20))
 @example(sizes=[2, 2], length=1, seed=0)  # as long as a piece
+@example(sizes=[3, 4], length=1, seed=0)  # of one to two pieces
 def test_pieces_of_a_document_are_the_document_from_some_line_on(sizes: list[int], length: int, seed: int) -> None:
     text = "\n".join(chr(ord("a") + number % 26) * size for number, size in enumerate(sizes))
     ASKED.clear()
