@@ -157,7 +157,7 @@ def nats_over(model: nn.Module, arch: Arch, ids_T: Int64[Tensor, " T"], kept_K: 
 
 
 def nats_per_token(
-    model: nn.Module, arch: Arch, trim: Trim, blocks: list[Int64[Tensor, "N T"]], progress: Progress
+    model: nn.Module, arch: Arch, trim: Trim, blocks: list[Tensor], progress: Progress
 ) -> float:
     """Return the nats that text costs more after the trim, per token that it then has more.
 
