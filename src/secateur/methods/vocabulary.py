@@ -156,9 +156,7 @@ def nats_over(model: nn.Module, arch: Arch, ids_T: Int64[Tensor, " T"], kept_K: 
     return float(sum(sums))
 
 
-def nats_per_token(
-    model: nn.Module, arch: Arch, trim: Trim, blocks: list[Tensor], progress: Progress
-) -> float:
+def nats_per_token(model: nn.Module, arch: Arch, trim: Trim, blocks: list[Tensor], progress: Progress) -> float:
     """Return the nats that text costs more after the trim, per token that it then has more.
 
     The first `TOKEN_BLOCKS` blocks of each domain are measured, in both tokenizers' tokens.

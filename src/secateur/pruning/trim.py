@@ -59,9 +59,8 @@ class _Dense:
 def plan_trim(opened: Opened, services: Services) -> Trim:
     """Return which tokens stay by the recipe's `vocabulary`, and both tokenizers.
 
-    `auto` loads the model and measures, see `_cheapest`; with `groups: []` it takes the number of
-    tokens nearest to the recipe's share. Raises RecipeError for a size that cannot be, and what
-    `read_vocabulary` raises.
+    `auto` loads the model and measures, see `_count`; with `groups: []` as many go as the share
+    holds. Raises RecipeError for a size that cannot be, and what `read_vocabulary` raises.
     """
     remove, log = opened.recipe.remove, services.log
     with log.time("vocabulary"):
@@ -147,7 +146,7 @@ def _count(dense: _Dense) -> int:
     if remove.groups and "ffn" not in remove.groups:
         raise RecipeError(
             f"remove.vocabulary: auto weighs tokens against FFN channels, which groups {list(remove.groups)} does not "
-            "have; say how many tokens stay, or add ffn."
+            "have; say how many tokens stay, add ffn, or set vocabulary: null."
         )
     asked = remove.share * prices.total
     per_token = token_prices(remove.target, opened.model, 1000, length) / 1000
