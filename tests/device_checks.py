@@ -23,11 +23,13 @@ import secateur
 from secateur.errors import CheckpointError, RecipeError
 from secateur.model.config import quiet_transformers
 from secateur.pruning import cost as estimate
-from secateur.pruning import prepare as preparation
+from secateur.pruning import prune as preparation
+from secateur.pruning import trim
 from secateur.ranks import device_called
 from secateur.stream import walk
 from secateur.stream.device import float64_device, multiplies_in_software
 from secateur.stream.offload import LayersOnDevice, fetch, offload
+from tests.model.test_vocabulary import NUM_PADDING, made
 
 RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -89,6 +91,25 @@ def test_a_device_gives_what_the_cpu_gives(name, by_layers, checkpoints, recipe,
     assert found.summary.device == "pretend:0" and expected.summary.device == "cpu"
     assert any("one at a time" in note for note in found.summary.warnings) == by_layers
     assert {p.device.type for p in found.model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("by_layers", [True, False])
+def test_tokens_go_on_a_device_as_on_the_cpu(by_layers, recipe, tmp_path, monkeypatch):
+    tokenizer, _ = made("byte-level")
+    tiny_llama(tied=True, vocab_size=len(tokenizer) + NUM_PADDING).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    asked = {**recipe, "remove": 0.3, "vocabulary": "auto"}
+    expected = secateur.prune(tmp_path, grouped({**asked, "device": "cpu"}))
+    if by_layers:
+        planned, apart = estimate.memory_for, partial(dataclasses.replace, one_layer_at_a_time=True, budget_bytes=10**6)
+        for module in (preparation, trim):
+            monkeypatch.setattr(module, "memory_for", lambda *facts: apart(planned(*facts)))
+    found = secateur.prune(tmp_path, grouped({**asked, "device": "pretend"}))
+    theirs = expected.model.state_dict()
+    assert found.recipe.remove == expected.recipe.remove and isinstance(found.recipe.remove.vocabulary, int)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in found.model.state_dict().items())
+    assert found.summary.pruned_losses == expected.summary.pruned_losses
+    assert found.summary.dense_losses == expected.summary.dense_losses
 
 
 @pytest.mark.parametrize("name", ["defaults", "heads", "curve", "minimax", "depth"])
