@@ -13,7 +13,10 @@ SHORT = {"removed_layers": ("remove", "layers"), "remove": ("remove", "share")} 
 
 
 def grouped(short: Any) -> Any:
-    """Return the recipe with its keys in their groups; what is no mapping, or a key of no group, stays as it is."""
+    """Return the recipe with its keys in their groups and no polish, unless it names one.
+
+    What is no mapping, or a key of no group, stays as it is.
+    """
     if not isinstance(short, dict):
         return short
     found: dict[str, Any] = {}
@@ -23,4 +26,5 @@ def grouped(short: Any) -> Any:
             found[key] = (found.get(key, {}) | value) if isinstance(value, dict) else value
         else:
             found.setdefault(group, {})[name] = value
+    found.setdefault("polish", False)  # trained only where a test is about that
     return found

@@ -29,8 +29,8 @@ def small(recipe):
 
 VERBS = ("prune", "inspect", "evaluate", "bench", "recover", "export", "verify", "compare")
 KEYS_OF_THE_RECIPE = {  # options of the command line, keys of `recipe` in Python
-    "prune": "remove preset domains vocabulary keep_text keep_script seed memory_budget device",
-    "inspect": "remove preset memory_budget",
+    "prune": "remove preset domains vocabulary keep_text keep_script polish seed memory_budget device",
+    "inspect": "remove preset polish memory_budget",
     "recover": "domains tasks limit",
     "export": "out",  # with --format; FILE is `gguf` in Python
 }

@@ -94,6 +94,9 @@ def test_the_defaults_of_recovery_are_those_of_the_docs():
             r"unknown key 'calibration\.domains\.a\.file'; did you mean 'files'",
         ),
         ("recover: {kl_share: 1.5}", r"recover\.kl_share: "),
+        ("polish: {num_tokens: -1}", r"polish\.num_tokens: .*greater than or equal to 0, got -1\.$"),
+        ("polish: much", r"polish: must be default, false or a mapping of its keys, got 'much'\.$"),
+        ("polish: {held_out_blocks: 3}", r"unknown key 'polish\.held_out_blocks'"),
         ("seed: -1", r"seed: "),
         ("ouput: {}", r"unknown key 'ouput'; did you mean 'output'\?"),
         ("share: 0.3", r"share is remove\.share now; write it there\.$"),
@@ -177,4 +180,4 @@ def test_a_written_recipe_says_every_default():
     """A later version with other defaults must repeat the run."""
     written = yaml.safe_load(dump_recipe(Recipe()))
     assert written["repair"]["damping"] == 0.001 and written["choose"]["budget"] == "uniform"
-    assert list(written) == ["seed", *GROUPS[:4], "machine", "output"]
+    assert list(written) == ["seed", *GROUPS[:4], "machine", "output", "polish"]

@@ -21,7 +21,7 @@ from secateur.errors import (
 from secateur.recipe import Calibration, Domain, Recipe
 
 if TYPE_CHECKING:
-    from secateur.api import Result, prune
+    from secateur.api import Result, prune, recover
     from secateur.evaluation.bench import bench
     from secateur.evaluation.compare import compare
     from secateur.evaluation.evaluate import evaluate
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from secateur.formats.gguf import Exporter, export
     from secateur.methods.scores import Score
     from secateur.model.checkpoint import load
-    from secateur.recovery.recover import recover
 
 __all__ = [
     "ArchError",
@@ -58,7 +57,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": ("Result", "prune"),
+    "api": ("Result", "prune", "recover"),
     "evaluation.bench": ("bench",),
     "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate",),
@@ -67,7 +66,6 @@ _MODULES = {
     "formats.gguf": ("Exporter", "export"),
     "methods.scores": ("Score",),
     "model.checkpoint": ("load",),
-    "recovery.recover": ("recover",),
 }
 
 

@@ -1,12 +1,15 @@
-"""`prune`: a run, followed by recovery if the recipe asks for it."""
+"""`prune`: a run, followed by recovery if the recipe asks for it. `recover`: that alone, with tasks."""
 
 import dataclasses
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import RecipeError
+from secateur.evaluation.parts import recovered_scores
+from secateur.evaluation.tasks import TaskOptions, load_tasks
 from secateur.files import check_replaceable
 from secateur.log import Progress, silent
 from secateur.model.checkpoint import Tokenizer, load, open_checkpoint
@@ -14,13 +17,14 @@ from secateur.model.modules import CausalLM
 from secateur.pruning.prune import prune_run
 from secateur.pruning.result import Result
 from secateur.ranks import is_first, joined, meet
-from secateur.recipe import Recipe
+from secateur.recipe import Recipe, TaskSettings
 from secateur.recipe_file import as_recipe
-from secateur.recovery.recover import recover
+from secateur.recovery import recover as recovery
+from secateur.report.measured import RecoveryRecord
 from secateur.report.records import read_summary
 from secateur.store import place_beside
 
-__all__ = ["Result", "prune"]
+__all__ = ["Result", "prune", "recover"]
 
 
 @joined()
@@ -93,3 +97,45 @@ def _prune_then_recover(
         if is_first() and not place_beside(pruned).exists():
             shutil.rmtree(folder, ignore_errors=True)
     return dataclasses.replace(result, model=load(place), recipe=recipe, summary=read_summary(place), out=out)
+
+
+def recover(
+    pruned: str | Path,
+    teacher: str | Path,
+    recipe: dict[str, Any] | Path | str | None = None,
+    *,
+    out: str | Path,
+    tokens: int | None = None,
+    overwrite: bool = False,
+    command: str = "",
+    name: str | None = None,
+    tasks_data: Path | None = None,
+    progress: Progress = silent,
+    tell: Callable[[str], None] = lambda text: None,
+) -> RecoveryRecord | None:
+    """Train `pruned` to win back what pruning took from the dense `teacher`; write it to `out`.
+
+    `recipe`: changes to the recipe.yaml of `pruned`, as keys or a YAML file. Its key `recover` says
+    how to train, on how many tokens, and which tasks are asked before and after.
+    `tokens`: to train on, all domains together. `overwrite`: replace `out` if it is a result.
+    `command`: how to repeat the run, for the model card. `name`: what to call `pruned`.
+    `tasks_data`: a directory where rows of tasks are looked for first. `progress`: called with
+    (stage, done, total). `tell`: gets lines of text, at every evaluation and of interrupted runs.
+
+    Returns the `RecoveryRecord` that recovery.json holds. The result is never worse: if the
+    held-out KL to the dense model did not fall, the old weights are written, and a note says so.
+    Under torchrun or `accelerate launch` every process calls this; the first one writes, the others
+    return None.
+
+    Raises a SecateurError, one sentence, for everything that a user can correct: RecipeError for
+    the recipe and for missing packages, CheckpointError for models that do not fit each other.
+    """
+
+    def scorer(asked: TaskSettings) -> recovery.Scorer | None:
+        options = TaskOptions(limit=asked.limit, batch_size=asked.batch_size)
+        tasks = load_tasks(asked.tasks, options, tasks_data) if asked.tasks else None
+        return None if tasks is None else partial(recovered_scores, tasks, options)
+
+    options: dict[str, Any] = {"tokens": tokens, "overwrite": overwrite, "command": command, "name": name}
+    options |= {"scorer": scorer, "progress": progress, "tell": tell}
+    return recovery.recover(pruned, teacher, recipe, out=out, **options)

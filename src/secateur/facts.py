@@ -1,4 +1,4 @@
-"""Plain facts that several packages share (sizes, losses, costs, batches), and JSON records."""
+"""Plain facts that several packages share (sizes, losses, verdicts, costs, batches), and JSON records."""
 
 import dataclasses
 import json
@@ -156,3 +156,70 @@ def parse_json(kind: type[Kind], text: str | bytes, where: str) -> Kind:
             f"{where}: {field}{first['msg'].lower()}; it was changed or written by another version of secateur; "
             "make it again."
         ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A domain's KL(dense || model) with its error over blocks, nats per token and agreement."""
+
+    kl: float
+    standard_error: float
+    nats_per_token: float
+    top1_agreement: float
+    num_tokens: int
+
+
+Verdicts = dict[str, Verdict]
+
+
+def mean_kl(verdicts: Verdicts) -> float:
+    """Return the mean over domains of KL, in nats per token; domains count equally."""
+    return sum(verdict.kl for verdict in verdicts.values()) / len(verdicts)
+
+
+def mean_nats(verdicts: Verdicts) -> float:
+    """Return the mean over domains of nats per token, ln of the geometric-mean perplexity."""
+    return sum(verdict.nats_per_token for verdict in verdicts.values()) / len(verdicts)
+
+
+def won_back(dense: Verdicts, before: Verdicts, after: Verdicts) -> float:
+    """Return the share of the lost nats per token that was won back; NaN if none was lost."""
+    lost = mean_nats(before) - mean_nats(dense)
+    return (mean_nats(before) - mean_nats(after)) / lost if lost > 0 else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRecord:
+    """What a training took, and its held-out verdicts. `held`: its weights were saved."""
+
+    num_tokens: int
+    seconds: float
+    flops: float
+    after: Verdicts
+    held: bool
+
+
+class Trained:
+    """What the records of a polish and of a recovery have in common.
+
+    `before`: the verdicts of the pruned model as it came; every KL is to the dense model.
+    """
+
+    __slots__ = ()
+    dense: Verdicts
+    before: Verdicts
+    training: TrainingRecord
+
+    @property
+    def after(self) -> Verdicts:
+        """The verdicts of the written model."""
+        return self.training.after if self.training.held else self.before
+
+    @property
+    def headline(self) -> str:
+        """How much of the loss was won back."""
+        if not self.training.held:
+            return "held-out KL did not fall, so the weights are those from before the training"
+        won = won_back(self.dense, self.before, self.after)
+        share = "nothing had been lost" if math.isnan(won) else f"{won:.1%} of the lost log-perplexity won back"
+        return f"{share} with {self.training.num_tokens:,} tokens"

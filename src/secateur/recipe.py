@@ -35,22 +35,18 @@ class TaskSettings(Strict):
     batch_size: Count = 1
 
 
-class RecoverySettings(Strict):
-    """Training after pruning, until the model predicts more like the dense one.
+class Training(Strict):
+    """End-to-end training, until the model predicts more like the dense one.
 
-    num_tokens: of all domains together. held_out_blocks: per domain, for judging. domain_weighting:
-    `shares`, or `lost`: a domain's loss is weighted by its initial held-out KL over the mean of
-    all. batch_tokens: per optimizer step, over all processes. blocks_per_device: per forward pass.
-    kl_share, temperature: s and t of `distillation_loss`; s = 0 is plain fine-tuning. train: all
-    weights but embedding and head (`layers`), all weights (`full`), or low-rank additions that are
-    merged at the end (`lora`, needs secateur[recover]). evaluations: number of held-out
-    evaluations; the weights of the least loss stay. patience: stop after so many without a fall.
-    report_to: as in transformers' Trainer. evaluation: tasks before and after; they do not affect
-    training.
+    domain_weighting: `shares`, or `lost`: a domain's loss is weighted by its initial held-out KL
+    over the mean of all. batch_tokens: per optimizer step, over all processes. blocks_per_device:
+    per forward pass. kl_share, temperature: s and t of `distillation_loss`; s = 0 is plain
+    fine-tuning. train: all weights but embedding and head
+    (`layers`), all weights (`full`), or low-rank additions that are merged at the end (`lora`,
+    needs secateur[recover]). evaluations: number of held-out evaluations; the weights of the least
+    loss stay. patience: stop after so many without a fall. report_to: as in transformers' Trainer.
     """
 
-    num_tokens: Count = 300_000
-    held_out_blocks: Count = 4
     domain_weighting: RecoveryWeightingName = "shares"
     learning_rate: Positive = 1e-4
     batch_tokens: Count = 512
@@ -63,6 +59,26 @@ class RecoverySettings(Strict):
     evaluations: Count = 4
     patience: Count = 2
     report_to: tuple[str, ...] = ()
+
+
+class PolishSettings(Training):
+    """Training as the last step of a prune. `polish: false` is short for `{num_tokens: 0}`.
+
+    num_tokens: of all domains together. None for as many as the calibration has, and for none
+    unless `repair.compensate` is `least_squares` and more than tokens goes.
+    """
+
+    num_tokens: Annotated[int, Field(ge=0)] | None = None
+
+
+class RecoverySettings(Training):
+    """Training after pruning. num_tokens: of all domains together.
+
+    held_out_blocks: per domain, for judging. evaluation: tasks before and after; they do not affect training.
+    """
+
+    num_tokens: Count = 300_000
+    held_out_blocks: Count = 4
     evaluation: TaskSettings = TaskSettings()
 
 
@@ -286,7 +302,8 @@ class Output(Strict):
 class Recipe(Strict):
     """One run: what to remove, how to choose, how to repair, the text, the machine, the output.
 
-    seed: of the calibration draw. recover: training after pruning.
+    seed: of the calibration draw. polish: training as the last step, with its defaults if it is
+    `default`, none if it is false. recover: training after pruning.
     """
 
     seed: Annotated[int, Field(ge=0)] = 0
@@ -296,12 +313,22 @@ class Recipe(Strict):
     calibration: Calibration = Calibration()
     machine: Machine = Machine()
     output: Output = Output()
+    polish: PolishSettings = PolishSettings()
     recover: RecoverySettings | None = None
 
     def filled(self, **groups: dict[str, Any]) -> "Recipe":
         """Return the recipe with other values in groups: `filled(remove={"align": 64})`."""
         update = {name: getattr(self, name).model_copy(update=values) for name, values in groups.items()}
         return self.model_copy(update=update)
+
+    @field_validator("polish", mode="before")
+    @classmethod
+    def _a_word_is_short(cls, value: Any) -> Any:
+        if isinstance(value, dict | PolishSettings):
+            return value
+        if value not in ("default", False):
+            raise ValueError("must be default, false or a mapping of its keys")
+        return {} if value else {"num_tokens": 0}
 
     @field_validator("remove", mode="before")
     @classmethod

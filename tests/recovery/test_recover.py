@@ -17,14 +17,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
+from secateur.facts import TrainingRecord, mean_kl, mean_nats
 from secateur.model.checkpoint import load_model
 from secateur.recovery import pair as recovery_pair
 from secateur.recovery.judge import domain_weights, objective
 from secateur.recovery.open import dry_run, open_job, prepare
-from secateur.recovery.recover import judged, recover, train_guarded
-from secateur.recovery.train import Work, with_lora
+from secateur.recovery.recover import recover
+from secateur.recovery.train import Work, judged, train_guarded, with_lora
 from secateur.report.digests import mismatches, read_digests
-from secateur.report.measured import RecoveryRecord, TrainingRecord, mean_kl, mean_nats
+from secateur.report.measured import RecoveryRecord
 
 # A random dense model knows nothing of the text, so only its predictions can be learnt.
 TRAINING = {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}
@@ -178,7 +179,7 @@ def test_weights_on_disk_give_the_bytes_of_weights_in_memory(recovered, pruned, 
 
 def train(pruned: Path, teacher: Path, changes: dict[str, Any], place: Path) -> tuple[Work, Any, TrainingRecord]:
     """Train alone, without writing a result; return what was worked on, the verdicts before, the record."""
-    work = prepare(*open_job(pruned, teacher, changes), place)
+    work = prepare(open_job(pruned, teacher, changes), place)
     return (work, *train_guarded(work))
 
 
@@ -248,7 +249,7 @@ def test_gradient_checkpointing_changes_nothing_and_cross_entropy_needs_no_teach
 
 
 def test_the_domains_that_lost_most_count_most(pruned, checkpoints, tmp_path):
-    work = prepare(*open_job(pruned, checkpoints["llama"], CHANGES), tmp_path / "out")
+    work = prepare(open_job(pruned, checkpoints["llama"], CHANGES), tmp_path / "out")
     before = judged(work)
     weighed = domain_weights(before, "lost")
     assert sorted(weighed, key=weighed.__getitem__) == sorted(before, key=lambda domain: before[domain].kl)

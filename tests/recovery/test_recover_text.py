@@ -10,7 +10,7 @@ from secateur.data.calibration import build_calibration
 from secateur.errors import RecipeError
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import parse_recipe
-from secateur.recovery.cost import predict_flops
+from secateur.recovery.cost import forward_flops, predict_flops
 from secateur.recovery.pair import RecoveryText, blocks_per_step, recovery_text
 
 TOKENIZER, LENGTH = tiny_tokenizer(), 32
@@ -68,13 +68,14 @@ def test_operations_by_hand():
     linears = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear))
     layers = 2 * linears + 4 * (2 * 4 * 12) * (LENGTH + 1) / 2  # two layers of four heads of 12 channels
     whole = layers + 2 * model.lm_head.weight.numel()
-    flops = predict_flops(model, model, settings(), 200, 10, LENGTH)
+    both = forward_flops(model, LENGTH), forward_flops(model, LENGTH)
+    flops = predict_flops(*both, settings(), 200, 10)
     assert flops["training"] == pytest.approx((200 * whole, 200 * (2 * whole + layers)))
     assert flops["judge"] == pytest.approx((10 * whole, 10 * 6 * whole))
-    full = predict_flops(model, model, settings(train="full"), 200, 10, LENGTH)
+    full = predict_flops(*both, settings(train="full"), 200, 10)
     assert full["training"] == pytest.approx((200 * whole, 200 * 3 * whole))
     alone = settings(train="lora", kl_share=0.0, gradient_checkpointing=True)
-    assert predict_flops(model, model, alone, 200, 10, LENGTH)["training"] == pytest.approx((0, 600 * whole))
+    assert predict_flops(*both, alone, 200, 10)["training"] == pytest.approx((0, 600 * whole))
 
 
 def test_a_step_is_at_least_one_block():

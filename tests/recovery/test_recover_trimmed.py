@@ -8,14 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from secateur import api
+from secateur.evaluation import parts
 from secateur.evaluation.tasks import LoadedTasks
+from secateur.facts import mean_kl
 from secateur.model.kept_tokens import kept_tokens_of
-from secateur.recovery import result
 from secateur.recovery.judge import Judge, teacher_log_p
 from secateur.recovery.open import dry_run
 from secateur.recovery.pair import open_pair
 from secateur.recovery.recover import recover
-from secateur.report.measured import RecoveryRecord, mean_kl
+from secateur.report.measured import RecoveryRecord
 from tests.trims import TrimmedPair, prose_file, trimmed_pair
 
 TRAINING = {"num_tokens": 1024, "batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}
@@ -87,10 +89,10 @@ def test_each_model_s_tasks_are_asked_in_its_own_tokens(pair, changes, tmp_path,
         asked[subject.which] = tokenizer.get_vocab()
         return {"results": {}, "sources": {}, "lm_eval_version": "0", "item_scores": {}}
 
-    monkeypatch.setattr(result, "load_tasks", lambda *_: LoadedTasks({}, {}, {}, ()))
-    monkeypatch.setattr(result, "task_parts", task_parts)
+    monkeypatch.setattr(api, "load_tasks", lambda *_: LoadedTasks({}, {}, {}, ()))
+    monkeypatch.setattr(parts, "task_parts", task_parts)
     training = TRAINING | {"num_tokens": 256, "evaluation": {"tasks": ["mine"]}}
-    record = recover(pair.pruned, pair.dense, changes | {"recover": training}, out=tmp_path / "out")
+    record = api.recover(pair.pruned, pair.dense, changes | {"recover": training}, out=tmp_path / "out")
     own = pair.tokenizer.get_vocab()
     assert asked == {"dense": pair.dense_tokenizer.get_vocab(), "pruned": own, "recovered": own}
     assert json.loads((Path(tmp_path) / "out" / "recovery.json").read_text())["tasks"] is not None and record

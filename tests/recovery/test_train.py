@@ -10,18 +10,19 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerControl, TrainerState
 
 from secateur.errors import RecipeError
+from secateur.facts import Verdict
 from secateur.model.config import quiet_transformers
-from secateur.recipe import Recipe, RecoverySettings
+from secateur.recipe import RecoverySettings
 from secateur.recovery import train
 from secateur.recovery.pair import RecoveryText
-from secateur.recovery.train import Distiller, Listener, Work, _arguments, _passes, wants_shards, with_lora
-from secateur.report.measured import Verdict
+from secateur.recovery.shards import wants_shards
+from secateur.recovery.train import Distiller, Listener, Work, _arguments, _passes, with_lora
 
 
 def work_with(place: Any, **settings: Any) -> Work:
     """Return what `_arguments` reads of a recovery."""
     work = object.__new__(Work)
-    work.settings, work.directory, work.recipe = RecoverySettings(**settings), place, Recipe(seed=7)
+    work.settings, work.directory, work.seed = RecoverySettings(**settings), place, 7
     return work
 
 
@@ -99,7 +100,7 @@ def test_an_evaluation_says_kl_by_domain_its_mean_and_the_objective():
 
 def listener() -> tuple[Listener, list[dict[str, Any]], list[tuple[str, int, int]], list[str]]:
     lines, moves, said = list[dict[str, Any]](), list[tuple[str, int, int]](), list[str]()
-    return Listener(100, lines.append, lambda *where: moves.append(where), said.append), lines, moves, said
+    return Listener("recover", 100, lines.append, lambda *where: moves.append(where), said.append), lines, moves, said
 
 
 def test_progress_counts_tokens_and_a_resumed_run_times_its_own_steps_alone(tmp_path):
@@ -166,7 +167,7 @@ def test_words_stay_and_all_else_moves_in_the_weights_own_dtype(monkeypatch, tmp
         ({"train": "full", "kl_share": 0.5}, True, True),
     ):
         work = work_with(tmp_path, batch_tokens=64, **settings)
-        work.pruned, work.teacher = tiny_llama().to(torch.bfloat16), tiny_llama()
+        work.pruned, work.teacher, work.states = tiny_llama().to(torch.bfloat16), tiny_llama(), None
         work.text = RecoveryText((("a", torch.zeros(32, dtype=torch.long)),) * 8, {}, 32, "")
         before = {name: each.detach().clone() for name, each in work.pruned.named_parameters()}
         assert train.recover_logits(work, {"a": 1.0}) == 3 * 2 * 32

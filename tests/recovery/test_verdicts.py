@@ -9,11 +9,10 @@ from models import tiny_llama
 from torch import nn
 
 from secateur.errors import NumericsError
-from secateur.facts import Divergence
+from secateur.facts import Divergence, Verdict, mean_kl, mean_nats
 from secateur.model.bind import bind
 from secateur.recovery import judge as module
 from secateur.recovery.judge import Judge, domain_weights, objective
-from secateur.report.measured import Verdict, mean_kl, mean_nats
 from tests.families import tiny_family
 
 TEXT = {
@@ -81,10 +80,10 @@ def test_predictions_that_are_no_numbers_are_an_error():
         Judge(dense, bind(dense), TEXT).verdicts(lambda ids_BT: logits_of(dense, ids_BT) * math.nan)
 
 
-def test_progress_counts_blocks():
+def test_progress_counts_layers():
     seen: list[tuple[str, int, int]] = []
     Judge(tiny_llama(), bind(tiny_llama()), TEXT, lambda *where: seen.append(where))
-    assert seen == [("judge dense", done, 4) for done in (0, 1, 4)]
+    assert seen == [("judge dense", done, 3) for done in range(4)]
 
 
 def verdicts(**kl: float) -> dict[str, Verdict]:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from secateur.facts import Loss, Outcome, Size
-from secateur.report.measured import RecoveryRecord, TrainingRecord, Verdict
+from secateur.facts import Loss, Outcome, Size, TrainingRecord, Verdict
+from secateur.report.measured import RecoveryRecord
 from secateur.report.page import Table
 from secateur.report.records import CalibrationFacts, Summary
 from secateur.report.rows import code, escaped, markdown, model_card

@@ -33,6 +33,9 @@ def report(
 Server = Annotated[
     str | None, typer.Option("--check-for", help="Also say what keeps vllm or llama.cpp from running the result.")
 ]
+Polish = Annotated[
+    int | None, typer.Option(min=0, metavar="TOKENS", help="Tokens to train on at the end; 0 for no training.")
+]
 DEMO_MODEL = "smollm2-135m"
 
 
@@ -52,6 +55,7 @@ def prune(
     ] = None,
     keep_text: common.KeepText = None,
     keep_script: common.KeepScript = None,
+    polish: Polish = None,
     seed: common.Seed = None,
     memory_budget: common.MemoryBudget = None,
     device: common.Device = None,
@@ -62,7 +66,8 @@ def prune(
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
     goes = {"share": remove, "vocabulary": vocabulary, **common.kept(keep_text, keep_script)}
-    parsed = _recipe(recipe, preset, goes, domain, seed=seed, memory_budget=memory_budget, device=device)
+    machine = {"memory_budget": memory_budget, "device": device}
+    parsed = _recipe(recipe, preset, goes, domain, polish, seed, **machine)
     prune_and_tell(model, out, parsed, resume=resume, overwrite=overwrite, quiet=quiet, as_json=as_json)
 
 
@@ -72,6 +77,7 @@ def inspect(
     remove: common.Remove = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
+    polish: Polish = None,
     memory_budget: common.MemoryBudget = None,
     server: Server = None,
     num_gpus: Annotated[int, typer.Option("--tp", help="With --check-for: tensor-parallel size.")] = 1,
@@ -80,7 +86,7 @@ def inspect(
     """Say what MODEL consists of, and what a run would leave or could remove, without its weights."""
     from secateur.report.rows import inspection_table
 
-    asked = _recipe(recipe, preset, {"share": remove}, None, memory_budget=memory_budget)
+    asked = _recipe(recipe, preset, {"share": remove}, None, polish, memory_budget=memory_budget)
     with common.progress_bar(enabled=not as_json) as progress:
         found = secateur.inspect(model, asked, check_for=server, tp=num_gpus, progress=progress)
     if as_json:
@@ -133,6 +139,7 @@ def _recipe(
     preset: str | None,
     remove: dict[str, Any],
     domains: list[str] | None,
+    polish: int | None = None,
     seed: int | None = None,
     **options: str | None,
 ) -> Recipe:
@@ -140,7 +147,7 @@ def _recipe(
     parse_recipe(data, f"recipe {file}")  # or errors in options would name the file
     if preset is not None:
         data = over_preset({"preset": preset, **{k: v for k, v in data.items() if k != "preset"}}, "--preset")
-    said = {"remove": remove, "machine": options, "seed": seed}
+    said = {"remove": remove, "machine": options, "seed": seed, "polish": {"num_tokens": polish}}
     data = merged(data, _without_none(said))
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data

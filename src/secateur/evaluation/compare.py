@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from secateur.data.retokenised import retokenised
@@ -28,8 +29,10 @@ from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.run import Run, without_tokens
 from secateur.pruning.trim import plan_trim
 from secateur.ranks import in_turns, is_first, joined
+from secateur.recovery.polish import learn, polish
 from secateur.report.measured import Comparison, FoundCell
 from secateur.store import Services, Store
+from secateur.stream.device import on_device
 from secateur.stream.losses import domain_losses
 
 
@@ -156,8 +159,14 @@ def _cell(shared: _Shared, cell: Cell, blocks: Judged) -> FoundCell:
         run = Run(model=model, arch=opened.arch, resolved=resolved, text=text, services=services)
         if trim is not None:
             run = without_tokens(run, trim)
+        dense_ids = None if trim is None else torch.tensor(trim.kept.dense_ids)
+        facts = (run.resolved.recipe, tokenizer_of(opened), services)
+        lesson = learn(model, run.arch, text, *facts, dense_ids=dense_ids, skipped=skipped)
         run = remove_depth(run)
         prune_in_place(run)
+        if lesson is not None:
+            polish(model, lesson, cell.recipe.seed, services)
+            on_device(model, opened.device)
         seconds = time.perf_counter() - start
         reached = 1 - Size.of(model).num_params / num_params
         num_tokens = {domain.name: domain.calibration_NT.numel() for domain in text.domains}

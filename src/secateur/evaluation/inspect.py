@@ -16,13 +16,13 @@ from secateur.formats.serving import KV_HEADS, QUERY_HEADS, VLLM, check_server, 
 from secateur.log import Progress, silent
 from secateur.methods import vocabulary as methods
 from secateur.methods.budget import Plan, largest_remove, least_keep
-from secateur.methods.prices import parameter_prices, token_prices
+from secateur.methods.prices import token_prices
 from secateur.model.bind import EXPERTS, Arch, head_width, text_config
 from secateur.model.checkpoint import Tokenizer
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.modeling_per_layer import is_per_layer
 from secateur.model.vocabulary import read_vocabulary, with_parts
-from secateur.pruning.cost import disk_bytes, memory_for, seconds_for, work_of
+from secateur.pruning.cost import disk_bytes, memory_for, params_after, seconds_for, with_polish_that_fits, work_of
 from secateur.pruning.latency import with_prices
 from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.resolve import Resolved, checked, resolve
@@ -193,14 +193,11 @@ def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progre
     recipe, notes = groups_to_inspect(opened.recipe, opened.arch)
     opened = with_prices(checked(opened.asking(recipe)), Services(progress=progress))
     opened, measured_later = _trimmed(opened)
-    resolved, arch, size = resolve(opened), opened.arch, opened.size
+    resolved, arch, size = with_polish_that_fits(opened, resolve(opened)), opened.arch, opened.size
     memory, operations = memory_for(opened, resolved), work_of(opened, resolved)
     dtype = torch.float32 if memory.in_float32 else opened.model.dtype
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
-    parameters = parameter_prices(arch, resolved.groups, opened.model).with_only(resolved.layers)
-    num_gone = 0 if opened.trim is None else opened.trim.kept.num_dense - len(opened.trim.kept.dense_ids)
-    of_tokens = token_prices("parameters", opened.model, num_gone, 1) if num_gone else 0
-    num_params = parameters.total - of_tokens - parameters.gone(resolved.groups, plan.num_keep)
+    num_params = params_after(opened, resolved)
     least = least_keep(resolved.groups, resolved.align, recipe.remove.min_keep)
     taken = (resolved.prices.of_all_but(resolved.layers) + resolved.prices.tokens) / resolved.prices.total
     return Inspection(

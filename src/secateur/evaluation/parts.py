@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,19 @@ from secateur.model.bind import Arch, bind, head_of
 from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_model, open_checkpoint
 from secateur.model.kept_tokens import KeptTokens, keep_tokens
 from secateur.ranks import device_called, in_turns, own_part, size, spread
-from secateur.report.measured import Change, Differences, Measured, Quality, TaskChange, task_metrics
+from secateur.recovery.pair import Candidates
+from secateur.recovery.train import Work
+from secateur.report.measured import (
+    Change,
+    Differences,
+    Measured,
+    Quality,
+    TaskChange,
+    TaskScore,
+    TaskScores,
+    task_metrics,
+    task_scores,
+)
 from secateur.store import Store
 from secateur.stream import losses
 from secateur.stream.device import on_device
@@ -244,6 +257,34 @@ def task_parts(
     results = dict(zip(names, in_turns(result_of, names), strict=True))
     item_scores = {name: result["item_scores"] for name, result in results.items()}
     return {**merge(list(results.values()), loaded), "sources": loaded.sources, "item_scores": item_scores}
+
+
+def recovered_scores(
+    tasks: LoadedTasks, options: TaskOptions, work: Work, candidates: Candidates, recovered: Path
+) -> TaskScores:
+    """Return the scores of the dense, the pruned and the recovered model, loaded in turn."""
+    folder = work.directory / "tasks"
+    folder.mkdir(exist_ok=True)
+    store, found = Store(folder, tell=work.tell), dict[str, dict[str, Any]]()
+    references = {"dense": candidates.teacher.reference, "pruned": candidates.pruned.reference, "recovered": recovered}
+    for which, reference in references.items():
+        subject, tokenizer = open_subject(which, reference), candidates.tokenizer
+        if which == "dense" and candidates.trim is not None:
+            tokenizer = candidates.trim.dense_tokenizer
+        found[which] = task_parts(store, subject, tokenizer, tasks, options, work.progress)
+        subject.forget()
+    gains = task_changes(found["pruned"], found["recovered"])
+    return TaskScores(
+        **{which: task_scores(each["results"]) for which, each in found.items()},
+        gains={
+            task: {metric: TaskScore(gain.difference, gain.standard_error) for metric, gain in by_metric.items()}
+            for task, by_metric in gains.items()
+        },
+        sources=tasks.sources,
+        limit=options.limit,
+        lm_eval_version=found["recovered"]["lm_eval_version"],
+        notes=tasks.notes,
+    )
 
 
 def _num_blocks(blocks_NT: Mapping[str, Blocks]) -> int:

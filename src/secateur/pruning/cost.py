@@ -3,13 +3,16 @@
 All from shapes, except for the machine's rates, which one short product measures.
 """
 
+import importlib.util
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from secateur.errors import RecipeError
 from secateur.files import parse_size
+from secateur.methods.prices import parameter_prices, token_prices
 from secateur.methods.scores import needs_gram
 from secateur.methods.select import units_at_once
 from secateur.model.bind import decoder_layers, text_config
@@ -17,6 +20,8 @@ from secateur.model.group import Group
 from secateur.pruning.open import Opened, computes_in_float32
 from secateur.pruning.resolve import Resolved
 from secateur.pruning.resolve_depth import NARROW_TOKENS_PER_INPUT
+from secateur.recovery.cost import polish_work, training_bytes
+from secateur.recovery.polish import polish_settings
 from secateur.report.records import MemoryEstimate, Work
 from secateur.stream.device import float64_device, free_bytes
 from secateur.stream.statistics import BY_DOMAIN, NUM_BLOCKS, PRODUCT_ROWS, exact_product_precision
@@ -155,6 +160,7 @@ def estimate_memory(opened: Opened, resolved: Resolved, weight_bytes: int, bytes
         statistics=(1 + num_domains + 2) * sums + _product_bytes(widest) + held_out,
         solve=max(1, num_domains) * sums + held_out + max(obs, fit),
         layer_choice=_layer_choice_bytes(opened, resolved, bytes_per_param),
+        polish=polish_bytes(opened, resolved),
     )
 
 
@@ -202,8 +208,58 @@ def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:
     return max(needs, default=0)
 
 
+def params_after(opened: Opened, resolved: Resolved) -> int:
+    """Return the parameters that the last plan leaves."""
+    prices = parameter_prices(opened.arch, resolved.groups, opened.model).with_only(resolved.layers)
+    kept = None if opened.trim is None else opened.trim.kept
+    num_gone = 0 if kept is None else kept.num_dense - len(kept.dense_ids)
+    of_tokens = token_prices("parameters", opened.model, num_gone, 1) if num_gone else 0
+    return round(prices.total - of_tokens - prices.gone(resolved.groups, resolved.plans[-1].num_keep))
+
+
+def polish_bytes(opened: Opened, resolved: Resolved) -> int:
+    """Return the bytes of the polish: the weights before it, what the dense model leaves, training."""
+    settings, model = polish_settings(resolved.recipe), opened.model
+    if settings is None:
+        return 0
+    hidden_size, num_params = text_config(model).hidden_size, params_after(opened, resolved)
+    numbers = num_params + (settings.num_tokens + text_config(model).vocab_size) * hidden_size
+    trained = training_bytes(model, num_params, settings, resolved.sequence_length)
+    return (4 if computes_in_float32(opened) else model.dtype.itemsize) * numbers + trained
+
+
+def with_polish_that_fits(opened: Opened, resolved: Resolved) -> Resolved:
+    """Return the run with low-rank additions, or no polish, if optimizer states exceed the memory.
+
+    The memory is the device's, or the recipe's `memory_budget`. A warning says what was changed.
+    """
+    recipe = resolved.recipe
+    key, text = "machine.memory_budget", recipe.machine.memory_budget
+    if opened.device.type != "cpu":
+        key, text = "machine.device_budget", recipe.machine.device_budget
+    free = None if opened.checkpoint is None else free_bytes(opened.device)
+    budget = free if text is None else parse_size(key, text)
+    needed = polish_bytes(opened, resolved)
+    if budget is None or needed <= budget:
+        return resolved
+    lora = recipe.filled(polish={"train": "lora"})
+    least = polish_bytes(opened, replace(resolved, recipe=lora))
+    fits, has_peft = least <= budget, importlib.util.find_spec("peft") is not None
+    asked = (
+        f"polish: needs {needed / 1e9:.2f} GB for all weights of layers, more than the {budget / 1e9:.2f} GB there are"
+    )
+    if fits and has_peft:
+        warning = f"{asked}, so low-rank additions are trained, which need {least / 1e9:.2f} GB."
+        return replace(resolved, recipe=lora, warnings=(*resolved.warnings, warning))
+    reason = (
+        "low-rank additions need peft (pip install 'secateur[recover]')" if fits else f"{least / 1e9:.2f} GB at least"
+    )
+    warning = f"{asked}, and {reason}, so there is none; secateur recover can train the result on another machine."
+    return replace(resolved, recipe=recipe.filled(polish={"num_tokens": 0}), warnings=(*resolved.warnings, warning))
+
+
 # The timed products have as many rows as a batch has tokens.
-ROWS, MOST_WIDTH, REPEATS = 512, 2048, 3
+ROWS, MOST_WIDTH, REPEATS, COPIED = 512, 2048, 3, 1 << 24
 
 
 def work_of(opened: Opened, resolved: Resolved) -> Work:
@@ -235,7 +291,10 @@ def work_of(opened: Opened, resolved: Resolved) -> Work:
     of_layers = [] if recipe.remove.layers else [_choice_work(opened, resolved)]
     for part in [*of_layers, _fold_work(opened, resolved)] if resolved.depth else []:
         forward, gram, solve = forward + part.forward, gram + part.gram, solve + part.solve
-    return Work(float(forward), float(gram), float(solve))
+    settings = polish_settings(recipe)
+    facts = (opened.model, params_after(opened, resolved), round(held_out), resolved.sequence_length)
+    training = (0.0, 0.0) if settings is None else polish_work(settings, *facts)
+    return Work(float(forward), float(gram), float(solve), *training)
 
 
 def _choice_work(opened: Opened, resolved: Resolved) -> Work:
@@ -281,27 +340,37 @@ def _group_work(group: Group, num_keep: int, tokens: int) -> tuple[float, float,
 def seconds_for(work: Work, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Work:
     """Return the seconds of the work at `measured_rates`, computed in `dtype`."""
     rates = measured_rates(device, dtype, min(MOST_WIDTH, hidden_size))
-    return Work(work.forward / rates.forward, work.gram / rates.gram, work.solve / rates.solve)
+    training = work.training / rates.forward + work.moved / rates.moved
+    return Work(work.forward / rates.forward, work.gram / rates.gram, work.solve / rates.solve, training)
 
 
 @torch.inference_mode()
 def measured_rates(device: torch.device, dtype: torch.dtype, width: int, rows: int = ROWS) -> Work:
-    """Return operations per second of products like those of each kind, best of a few."""
+    """Return operations per second of products like those of each kind, and bytes moved per second.
+
+    The best of a few each.
+    """
     forward = _rate(torch.zeros(rows, width, dtype=dtype, device=device), 4 * width)
     with exact_product_precision(dtype):
         gram = _rate(torch.zeros(rows, width, device=device), 4 * width)
     solve = _rate(torch.zeros(rows, ROWS, dtype=torch.float64, device=float64_device(device)), ROWS)
-    return Work(forward, gram, solve)
+    numbers = torch.zeros(COPIED, device=device)
+    copied = 2 * numbers.nbytes / _best_seconds(lambda: numbers.clone()[0].item())
+    return Work(forward, gram, solve, forward, copied)
 
 
 def _rate(left: torch.Tensor, columns: int) -> float:
     right = left.new_zeros(columns, left.shape[1])
+    return 2 * left.numel() * columns / _best_seconds(lambda: (left @ right.T)[0, 0].item())
+
+
+def _best_seconds(work: Callable[[], object]) -> float:
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        (left @ right.T)[0, 0].item()
+        work()
         seconds.append(time.perf_counter() - start)
-    return 2 * left.numel() * columns / min(seconds)
+    return min(seconds)
 
 
 def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> int:

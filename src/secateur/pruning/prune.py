@@ -1,4 +1,4 @@
-"""One prune: open, tokens, resolve, text, load, layers, rounds, save, verify, result, report.
+"""One prune: open, tokens, resolve, text, load, layers, rounds, polish, save, verify, result, report.
 
 All that can be checked without weights is checked before a weight is read.
 `api.prune` adds recovery.
@@ -19,7 +19,7 @@ from secateur.log import Progress, RunLog, silent
 from secateur.model.bind import decoder_layers
 from secateur.model.checkpoint import Tokenizer, eval_mode
 from secateur.model.modules import CausalLM
-from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for
+from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.latency import with_prices
 from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import (
@@ -37,6 +37,7 @@ from secateur.pruning.run import Keeps, Run, without_tokens
 from secateur.pruning.trim import plan_trim, would_have_paid
 from secateur.ranks import from_first, staging_if_any
 from secateur.recipe import Recipe
+from secateur.recovery.polish import learn, polish
 from secateur.store import Services
 from secateur.stream.device import CPU, peak_bytes, peak_bytes_on
 from secateur.stream.offload import Placement
@@ -73,7 +74,13 @@ def prune_run(
 def _pruned(opened: Opened, run: Run, placement: Placement, directory: Path | None, command: str) -> Result:
     """Return the result of a run whose model is still dense, and write it to the directory."""
     services, measured = run.services, dict[str, Any](dense_losses=run.losses("dense"))
+    recipe, dense_ids = run.resolved.recipe, None if opened.trim is None else torch.tensor(opened.trim.kept.dense_ids)
+    lesson = learn(run.model, run.arch, run.text, recipe, tokenizer_of(opened), services, dense_ids=dense_ids)
     run, checkpoint, keeps = _cut(opened, run, placement, directory)
+    if lesson is not None:
+        with placement.on_host():
+            measured["polish"] = polish(run.model, lesson, recipe.seed, services)
+        lesson = None
     measured |= {"peak_bytes": peak_bytes(), "pruned_losses": run.losses("pruned")}
     services.store.note_found()
     measured |= {"device_peak_bytes": peak_bytes_on(opened.device)}
@@ -115,7 +122,7 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placemen
     opened = with_prices(replace(opened, tokenizer=tokenizer_of(opened)), services)
     if opened.recipe.remove.vocabulary is not None:
         opened = replace(opened, trim=plan_trim(opened, services))
-    resolved, log = resolve(opened), services.log
+    resolved, log = with_polish_that_fits(opened, resolve(opened)), services.log
     plan = memory_for(opened, resolved)
     if services.scratch is not None:
         check_free_space(services.scratch, disk_bytes(opened, resolved, plan))

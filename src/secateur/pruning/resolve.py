@@ -179,6 +179,9 @@ def resolve(opened: Opened) -> Resolved:
     remove = {"align": recipe.remove.align or default_align(groups), "depth": depth}
     repair: dict[str, Any] = {"damping": damping, "target_mix": _target_mix(recipe, arch)}
     recipe = recipe.filled(remove=remove, repair=repair, calibration=text)
+    if recipe.polish.num_tokens is None:
+        trains = bool(groups or depth) and recipe.repair.compensate == "least_squares"
+        recipe = recipe.filled(polish={"num_tokens": text["num_tokens"] if trains else 0})
     facts: dict[str, Any] = {"recipe": recipe, "arch": arch, "prices": prices, "layers": layers, "warnings": warnings}
     resolved = Resolved(**facts, **remove, **repair, **text).with_layers(layers)
     return replace(resolved, warnings=warnings + _too_deep(resolved.groups, resolved.plans[-1]))

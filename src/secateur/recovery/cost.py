@@ -16,12 +16,14 @@ from secateur.facts import Size
 from secateur.methods.prices import prefill_flops_per_token
 from secateur.recipe import RecoverySettings
 from secateur.recovery.judge import distillation_loss, teacher_log_p
-from secateur.recovery.pair import Candidates, RecoveryText
+from secateur.recovery.pair import Candidates, RecoveryText, blocks_per_step
 from secateur.report.measured import Cost
 
 # Activations that a layer stores per token for backward, in hidden sizes: inputs of norms and
 # linears, queries, keys, values; gate, up and product of the MLP at three to four each.
 ACTIVATION_WIDTHS = 20
+# FLOPs per token of a block: of the layers, and with the head at every position.
+Forward = tuple[float, float]
 
 
 def cost_of(
@@ -36,7 +38,7 @@ def cost_of(
     """
     pruned, teacher, length = candidates.pruned_shape, candidates.teacher_shape, text.sequence_length
     tokens = text.num_tokens, text.num_held_out_tokens
-    flops = predict_flops(pruned, teacher, settings, *tokens, length)
+    flops = predict_flops(forward_flops(pruned, length), forward_flops(teacher, length), settings, *tokens)
     seconds = {}
     if seconds_per_flop is not None:
         seconds = {
@@ -44,18 +46,14 @@ def cost_of(
         }
     size = Size.of(pruned)
     # Checkpoints of weights and two moments: the best, the last, one being written; the result.
-    scratch_bytes = 3 * 4 * (size.num_params + 2 * _num_trained(pruned, settings)) + size.num_bytes
+    scratch_bytes = 3 * 4 * (size.num_params + 2 * num_trained(pruned, settings)) + size.num_bytes
     total = {part: sum(ours) for part, ours in flops.items()}
-    return Cost(*tokens, total, _peak_bytes(pruned, Size.of(teacher), settings, length), scratch_bytes, seconds)
+    peak = Size.of(teacher).num_bytes + training_bytes(pruned, size.num_params, settings, length)
+    return Cost(*tokens, total, peak, scratch_bytes, seconds)
 
 
 def predict_flops(
-    pruned: PreTrainedModel,
-    teacher: PreTrainedModel,
-    settings: RecoverySettings,
-    num_tokens: int,
-    num_held_out_tokens: int,
-    length: int,
+    pruned: Forward, teacher: Forward, settings: RecoverySettings, num_tokens: int, num_held_out_tokens: int
 ) -> dict[str, tuple[float, float]]:
     """Return FLOPs by part of the work: (of the teacher, of the pruned model).
 
@@ -64,7 +62,7 @@ def predict_flops(
     LoRA, no head with `layers`). Once more with gradient checkpointing.
     judge: the teacher once, the pruned model before, after and at every evaluation.
     """
-    (small_layers, small), (_, big) = (_forward(model, length) for model in (pruned, teacher))
+    (small_layers, small), (_, big) = pruned, teacher
     passes = 2 + settings.gradient_checkpointing
     gradients = {"lora": 0.0, "layers": small_layers, "full": small}[settings.train]
     asked = big if settings.kl_share > 0 else 0.0
@@ -72,6 +70,14 @@ def predict_flops(
         "training": (num_tokens * asked, num_tokens * (passes * small + gradients)),
         "judge": (num_held_out_tokens * big, num_held_out_tokens * (2 + settings.evaluations) * small),
     }
+
+
+def forward_flops(model: PreTrainedModel, length: int) -> Forward:
+    """Return FLOPs per token of a block: of the layers, and with the head at every position."""
+    head: Any = model.get_output_embeddings()
+    at_each = 2 * head.weight.numel()
+    layers = prefill_flops_per_token(model, length) - at_each / length
+    return layers, layers + at_each
 
 
 def time_a_step(
@@ -83,7 +89,7 @@ def time_a_step(
     """
     length, dtype = ids_BT.shape[1], pruned.dtype
     next_P = ids_BT[:, 1:].flatten()
-    (_, small), (_, big) = (_forward(model, length) for model in (pruned, teacher))
+    (_, small), (_, big) = (forward_flops(model, length) for model in (pruned, teacher))
     for parameter in pruned.parameters():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
@@ -100,15 +106,7 @@ def time_a_step(
     return teaching / (ids_BT.numel() * big), training / (ids_BT.numel() * 3 * small)
 
 
-def _forward(model: PreTrainedModel, length: int) -> tuple[float, float]:
-    """Return FLOPs per token of a block: of the layers, and with the head at every position."""
-    head: Any = model.get_output_embeddings()
-    at_each = 2 * head.weight.numel()
-    layers = prefill_flops_per_token(model, length) - at_each / length
-    return layers, layers + at_each
-
-
-def _num_trained(model: PreTrainedModel, settings: RecoverySettings) -> int:
+def num_trained(model: PreTrainedModel, settings: RecoverySettings) -> int:
     """Return how many of the model's own parameters are trained; LoRA trains none of them."""
     if settings.train == "lora":
         return 0
@@ -117,15 +115,39 @@ def _num_trained(model: PreTrainedModel, settings: RecoverySettings) -> int:
     return Size.of(model).num_params - sum(weight.numel() for weight in frozen)
 
 
-def _peak_bytes(pruned: PreTrainedModel, dense: Size, settings: RecoverySettings, length: int) -> int:
-    """Return the bytes of training, page cache not counted.
+def training_bytes(model: PreTrainedModel, num_params: int, settings: RecoverySettings, length: int) -> int:
+    """Return the bytes of training a model like this one with `num_params` parameters.
 
-    The teacher; float32 weights; float32 gradients and two moments of what is trained; activations;
-    three matrices of logits.
+    float32 weights; float32 gradients and two moments of what is trained; activations; three
+    matrices of logits.
     """
-    config: Any = pruned.config.get_text_config()
-    states = 4 * Size.of(pruned).num_params + 12 * _num_trained(pruned, settings)
-    tokens = settings.blocks_per_device * length
+    config: Any = model.config.get_text_config()
+    words = Size.of(model).num_params - num_trained(model, settings)
+    states = 4 * num_params + 12 * max(0, num_params - words)
+    tokens = min(settings.blocks_per_device, blocks_per_step(settings.batch_tokens, length)) * length
     layers = 1 if settings.gradient_checkpointing else config.num_hidden_layers
-    activations = tokens * ACTIVATION_WIDTHS * config.hidden_size * layers * pruned.dtype.itemsize
-    return dense.num_bytes + states + activations + 3 * 4 * tokens * config.vocab_size
+    activations = tokens * ACTIVATION_WIDTHS * config.hidden_size * layers * model.dtype.itemsize
+    return states + activations + 3 * 4 * tokens * config.vocab_size
+
+
+# Bytes that training moves beside its products: per logit; per trained parameter and step; per
+# number of the stream and layer. Fitted to SmolLM2-135M on one AMX core.
+LOGIT_BYTES, PARAMETER_BYTES, STREAM_BYTES = 60, 40, 600
+
+
+def polish_work(
+    settings: RecoverySettings, dense: PreTrainedModel, num_params: int, held_out: int, length: int
+) -> tuple[float, float]:
+    """Return FLOPs of a polish, and the bytes that it moves beside them.
+
+    The dense model once over all text, training, and `held_out` tokens that judge.
+    `num_params`: of the pruned model, whose layers are taken to be smaller in proportion.
+    """
+    config: Any = dense.config.get_text_config()
+    tokens, (layers, whole) = settings.num_tokens, forward_flops(dense, length)
+    left = layers * num_params / Size.of(dense).num_params
+    flops = predict_flops((left, left + whole - layers), (layers, whole), settings, tokens, held_out)
+    steps = tokens / settings.batch_tokens
+    stream = tokens * config.hidden_size * config.num_hidden_layers
+    moved = LOGIT_BYTES * tokens * config.vocab_size + PARAMETER_BYTES * num_trained(dense, settings) * steps
+    return sum(map(sum, flops.values())), float(moved + STREAM_BYTES * stream)

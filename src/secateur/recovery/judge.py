@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -9,12 +10,12 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.facts import Verdict, Verdicts, mean_kl, mean_nats
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, head_of
-from secateur.report.measured import Verdict, Verdicts, mean_kl, mean_nats
-from secateur.stream.losses import final_states, summarise, token_divergences_and_agreements
+from secateur.stream.losses import head_inputs, summarise, token_divergences_and_agreements
 
-SLICE_POSITIONS = 64  # of logits that are computed at a time
+SLICE_POSITIONS = 8  # of logits that are computed at a time; more do not fit the cache of a core
 
 
 @torch.no_grad()
@@ -69,20 +70,20 @@ class _Distillation(torch.autograd.Function):
         for start in range(0, len(logits_PV), SLICE_POSITIONS):
             part = slice(start, start + SLICE_POSITIONS)
             logits, weight = logits_PV[part].float(), weight_P[part].float()
-            gradient = torch.zeros_like(logits)
-            loss_P = torch.zeros_like(weight)
-            if share < 1:
-                log_q = logits.log_softmax(-1)
-                loss_P -= (1 - share) * log_q.gather(1, next_P[part, None])[:, 0]
-                gradient += log_q.exp_().mul_(1 - share)
-                gradient.scatter_add_(1, next_P[part, None], torch.full_like(weight[:, None], share - 1))
+            log_q = logits.log_softmax(-1)
+            q = log_q.exp()
+            loss_P = (share - 1) * log_q.gather(1, next_P[part, None])[:, 0]
+            gradient = q * (1 - share)
+            gradient.scatter_add_(1, next_P[part, None], torch.full_like(weight[:, None], share - 1))
             if share > 0:
                 assert log_p_PV is not None
-                log_q = (logits / temperature).log_softmax(-1)
+                if temperature != 1:
+                    log_q = (logits / temperature).log_softmax(-1)
+                    q = log_q.exp()
                 log_p = log_p_PV[part].float()
                 p = log_p.exp()
-                loss_P += share * temperature**2 * (p * (log_p - log_q)).sum(-1)
-                gradient += log_q.exp_().sub_(p).mul_(share * temperature)  # q - p: the slope of KL(p || q)
+                loss_P += share * temperature**2 * torch.linalg.vecdot(p, log_p - log_q)
+                gradient += q.sub_(p).mul_(share * temperature)  # q - p: the slope of KL(p || q)
             total += (weight * loss_P).double().sum()
             gradient_PV[part] = gradient.mul_(weight[:, None] / len(logits_PV)).to(gradient_PV.dtype)
         ctx.save_for_backward(gradient_PV)
@@ -96,7 +97,7 @@ class _Distillation(torch.autograd.Function):
 
 
 class Judge:
-    """Judges models by held-out blocks, of which it has the dense model's final states."""
+    """Judges models by held-out blocks, of which it has what the dense model's head reads, and the head."""
 
     def __init__(
         self,
@@ -107,16 +108,18 @@ class Judge:
     ) -> None:
         self.held_out_NT = held_out_NT
         self._head = head_of(dense, arch)  # moves with the dense model
-        self._states: dict[str, list[Tensor]] = {}
-        num_blocks = sum(len(blocks) for blocks in held_out_NT.values())
-        progress("judge dense", 0, num_blocks)
-        for domain, blocks in held_out_NT.items():
-            self._states[domain] = [final_states(dense, arch, ids_T[None]) for ids_T in blocks]
-            progress("judge dense", sum(map(len, self._states.values())), num_blocks)
+        blocks = [ids_T for domain_NT in held_out_NT.values() for ids_T in domain_NT]
+        states = head_inputs(dense, arch, blocks, progress, "judge dense")
+        self._states = {domain: list(islice(states, len(held))) for domain, held in held_out_NT.items()}
 
     def copy_head(self) -> None:
         """Copy the head, so that the dense model may be sharded."""
         self._head = copy.deepcopy(self._head)
+
+    @torch.no_grad()
+    def log_p(self, states_PD: Float[Tensor, "P D"], temperature: float = 1.0) -> Float[Tensor, "P V"]:
+        """Return the dense model's log probabilities from what its head reads."""
+        return log_probabilities(self._head(states_PD.to(self._device())), temperature)
 
     def dense(self) -> Verdicts:
         """Return the dense model's own verdicts: a KL of zero, and its loss."""

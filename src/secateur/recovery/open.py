@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,14 @@ from secateur.report.measured import Cost
 from secateur.report.records import RECIPE_FILE
 
 
+class Job(NamedTuple):
+    """A recovery before any weight is read: both checkpoints, the whole recipe, its part on recovery."""
+
+    candidates: Candidates
+    recipe: Recipe
+    settings: RecoverySettings
+
+
 def changes_of(recipe: dict[str, Any] | Path | str | None, tokens: int | None) -> dict[str, Any]:
     """Return the changes to the pruned model's recipe: a mapping or a file, and `tokens`."""
     changes = load_recipe(Path(recipe)) if isinstance(recipe, Path | str) else recipe or {}
@@ -34,9 +42,7 @@ def changes_of(recipe: dict[str, Any] | Path | str | None, tokens: int | None) -
     return changes if tokens is None else merged(changes, {"recover": {"num_tokens": tokens}})
 
 
-def open_job(
-    pruned: str | Path, teacher: str | Path, changes: dict[str, Any] | None
-) -> tuple[Candidates, Recipe, RecoverySettings]:
+def open_job(pruned: str | Path, teacher: str | Path, changes: dict[str, Any] | None) -> Job:
     """Return both checkpoints, the whole recipe and its recovery settings; read no weights.
 
     Raises CheckpointError for models that do not fit each other, RecipeError for a bad recipe.
@@ -56,13 +62,11 @@ def open_job(
     length = sequence_length(recipe.calibration.sequence_length, candidates.pruned_shape.config.get_text_config())
     calibration = recipe.calibration.model_copy(update={"sequence_length": length})
     settings = recipe.recover or RecoverySettings()
-    return candidates, recipe.model_copy(update={"calibration": calibration, "recover": settings}), settings
+    return Job(candidates, recipe.model_copy(update={"calibration": calibration, "recover": settings}), settings)
 
 
 def prepare(
-    candidates: Candidates,
-    recipe: Recipe,
-    settings: RecoverySettings,
+    job: Job,
     out: Path,
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
@@ -75,6 +79,7 @@ def prepare(
 
     Raises CalibrationError for too little text, CheckpointError for too little disk.
     """
+    candidates, recipe, settings = job
     dense = candidates.load_teacher()
     text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
     scratch = out.absolute().with_name(f".{out.name}.recover-{_fingerprint(candidates, recipe, text)}")
@@ -82,7 +87,8 @@ def prepare(
         scratch.mkdir(parents=True, exist_ok=True)
     for line in _left_behind(scratch, out):
         tell(line)
-    check_free_space(scratch, cost_of(candidates, settings, text).scratch_bytes)
+    cost = cost_of(candidates, settings, text)
+    check_free_space(scratch, cost.scratch_bytes)
     log = RunLog(scratch if write_log else None)
     if candidates.trim is not None:
         text_of = f"{len(candidates.trim.kept.dense_ids):,} of its {candidates.trim.kept.num_dense:,} tokens"
@@ -90,7 +96,8 @@ def prepare(
     with log.time("judge"):
         judge = Judge(dense, candidates.teacher_arch, text.held_out_NT, progress)
     pruned = candidates.load_pruned()
-    return Work(candidates, pruned, dense, text, judge, settings, recipe, scratch, log, progress, tell)
+    flops = cost.flops["training"]
+    return Work(pruned, dense, text, judge, settings, recipe.seed, flops, scratch, log, progress, tell)
 
 
 def _left_behind(scratch: Path, out: Path) -> Iterator[str]:

@@ -155,7 +155,7 @@ def recovery_text(
     blocks = [(domain.name, ids_T) for domain in built.domains for ids_T in domain.calibration_NT]
     random.Random(f"{recipe.seed}:recover").shuffle(blocks)
     return RecoveryText(
-        tuple(_whole_steps(blocks, settings, length)),
+        tuple(whole_steps(blocks, settings, length, "recover")),
         {domain.name: domain.held_out_NT[: settings.held_out_blocks] for domain in built.domains},
         length,
         built.content_hash,
@@ -167,13 +167,14 @@ def blocks_per_step(batch_tokens: int, sequence_length: int) -> int:
     return max(1, batch_tokens // sequence_length)
 
 
-def _whole_steps(blocks: Sequence[Block], settings: RecoverySettings, length: int) -> Sequence[Block]:
+def whole_steps(blocks: Sequence[Block], settings: RecoverySettings, length: int, key: str) -> Sequence[Block]:
+    """Return as many blocks as whole steps take. Raises RecipeError, naming the recipe's `key`, for none."""
     size = blocks_per_step(settings.batch_tokens, length)
     num_blocks = min(len(blocks), settings.num_tokens // length) // size * size
     if num_blocks == 0:
         raise RecipeError(
-            f"recover.num_tokens: {settings.num_tokens:,} leave less than one step of {size} blocks of {length} "
-            "tokens; raise it, or lower recover.batch_tokens."
+            f"{key}.num_tokens: {settings.num_tokens:,} leave less than one step of {size} blocks of {length} "
+            f"tokens; raise it, or lower {key}.batch_tokens."
         )
     return blocks[:num_blocks]
 

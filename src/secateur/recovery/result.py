@@ -5,70 +5,60 @@ In: a `Work` whose model is trained. Out: a complete directory and its `Recovery
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from secateur.evaluation.parts import open_subject, task_changes, task_parts
-from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks
+from secateur.facts import TrainingRecord, Verdicts
 from secateur.formats.save import Verification, has_own, save_checkpoint, verify_reload
 from secateur.log import LOG_FILE, versions
 from secateur.model.checkpoint import TOKENS_FILE
-from secateur.recipe import TaskSettings
 from secateur.recipe_file import dump_recipe, load_recipe, parse_recipe
 from secateur.recovery.cost import cost_of
+from secateur.recovery.open import Job
 from secateur.recovery.train import TRAINER_FOLDER, Work
-from secateur.report.measured import (
-    BENCH_FILE,
-    RECOVERY_FILE,
-    RecoveryRecord,
-    TaskScore,
-    TaskScores,
-    TrainingRecord,
-    Verdicts,
-    task_scores,
-)
+from secateur.report.measured import BENCH_FILE, RECOVERY_FILE, RecoveryRecord, TaskScores
 from secateur.report.records import RECIPE_FILE, RESULT_FILE, read_summary
 from secateur.report.report import complete
 from secateur.report.rows_measured import recovered_card
-from secateur.store import Store
 from secateur.stream.device import peak_bytes
 
 # Files that stay true of the model: which units and tokens it has, how it was pruned, how fast it is.
 CARRIED = ("keep.json", TOKENS_FILE, RESULT_FILE, BENCH_FILE)
 CARD = "README.md"
-PARTS_FOLDER, VERIFY_TOKENS = "tasks", 64
+VERIFY_TOKENS = 64
 
 
 def write_result(
     work: Work,
+    job: Job,
     before: Verdicts,
     training: TrainingRecord,
-    tasks: LoadedTasks | None,
+    score: Callable[[Path], TaskScores] | None,
     directory: Path,
     name: str | None,
     command: str,
 ) -> RecoveryRecord:
     """Write everything that belongs to the result into `directory` and return its record.
 
-    `name`: what to call the pruned model, its reference by default.
+    `score`: asks the tasks. `name`: what to call the pruned model, its reference by default.
     """
     with work.log.time("save"):
-        _save(work, directory)
+        _save(work, job, directory)
     with work.log.time("verify"):
         proof = _verify(work, directory)
     with work.log.time("tasks"):
-        scores = None if tasks is None else _score(work, tasks, directory)
-    pruned, teacher = work.candidates.pruned, work.candidates.teacher
+        scores = None if score is None else score(directory)
+    pruned, teacher = job.candidates.pruned, job.candidates.teacher
     record = RecoveryRecord(
         name or pruned.reference,
         teacher.reference,
         command,
-        calibration=work.recipe.calibration.model_dump(mode="json", exclude_none=True),
+        calibration=job.recipe.calibration.model_dump(mode="json", exclude_none=True),
         settings=work.settings.model_dump(mode="json"),
-        seed=work.recipe.seed,
+        seed=work.seed,
         content_hash=work.text.content_hash,
         sequence_length=work.text.sequence_length,
         num_held_out_tokens=work.text.num_held_out_tokens,
@@ -76,28 +66,28 @@ def write_result(
         before=before,
         training=training,
         seconds={stage: round(seconds, 2) for stage, seconds in work.log.seconds.items()},
-        judge_flops=cost_of(work.candidates, work.settings, work.text).flops["judge"],
+        judge_flops=cost_of(job.candidates, work.settings, work.text).flops["judge"],
         peak_bytes=peak_bytes(),
         reload_max_abs_difference=proof.max_abs_difference,
         notes=tuple(line["text"] for line in work.log.lines if line["event"] == "note"),
         versions=versions(),
         tasks=scores,
     )
-    _write_record(record, work, directory)
+    _write_record(record, work, job.candidates.pruned.directory, directory)
     return record
 
 
-def _save(work: Work, directory: Path) -> None:
+def _save(work: Work, job: Job, directory: Path) -> None:
     """Write weights, configs, tokenizer, recipe, and what is carried over from the pruned model.
 
     The recipe is the pruned model's own, which still describes it, with `recover` added. Where the
     recovery used other text, recovery.json says which.
     """
-    source, recipe = work.candidates.pruned.directory, work.recipe
+    source, recipe = job.candidates.pruned.directory, job.recipe
     if (path := source / RECIPE_FILE).is_file():
         recipe = parse_recipe(load_recipe(path), f"recipe {path}").model_copy(update={"recover": recipe.recover})
     options: dict[str, Any] = {"max_shard_size": recipe.output.max_shard_size, "carry_from": source}
-    for sentence in save_checkpoint(work.pruned, work.candidates.tokenizer, directory, **options):
+    for sentence in save_checkpoint(work.pruned, job.candidates.tokenizer, directory, **options):
         work.log.write({"event": "note", "text": sentence})
     (directory / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
     for name in CARRIED:
@@ -115,45 +105,8 @@ def _verify(work: Work, directory: Path) -> Verification:
     return proof
 
 
-def tasks_of(settings: TaskSettings, directory: Path | None) -> LoadedTasks | None:
-    """Return the tasks with their rows, None if none are asked. Raises as `load_tasks`."""
-    return load_tasks(settings.tasks, _options(settings), directory) if settings.tasks else None
-
-
-def _options(settings: TaskSettings) -> TaskOptions:
-    return TaskOptions(limit=settings.limit, batch_size=settings.batch_size)
-
-
-def _score(work: Work, tasks: LoadedTasks, directory: Path) -> TaskScores:
-    """Return the scores of the dense, the pruned and the recovered model, loaded in turn."""
-    folder, asked = work.directory / PARTS_FOLDER, work.settings.evaluation
-    store = Store(folder, tell=work.tell)
-    folder.mkdir(exist_ok=True)
-    pruned, teacher = work.candidates.pruned, work.candidates.teacher
-    found: dict[str, dict[str, Any]] = {}
-    for which, reference in {"dense": teacher.reference, "pruned": pruned.reference, "recovered": directory}.items():
-        subject, tokenizer = open_subject(which, reference), work.candidates.tokenizer
-        if which == "dense" and work.candidates.trim is not None:
-            tokenizer = work.candidates.trim.dense_tokenizer
-        found[which] = task_parts(store, subject, tokenizer, tasks, _options(asked), work.progress)
-        subject.forget()
-    gains = task_changes(found["pruned"], found["recovered"])
-    return TaskScores(
-        **{which: task_scores(each["results"]) for which, each in found.items()},
-        gains={
-            task: {metric: TaskScore(gain.difference, gain.standard_error) for metric, gain in by_metric.items()}
-            for task, by_metric in gains.items()
-        },
-        sources=tasks.sources,
-        limit=asked.limit,
-        lm_eval_version=found["recovered"]["lm_eval_version"],
-        notes=tasks.notes,
-    )
-
-
-def _write_record(record: RecoveryRecord, work: Work, directory: Path) -> None:
+def _write_record(record: RecoveryRecord, work: Work, source: Path, directory: Path) -> None:
     """Write recovery.json and the page, continue the run log, add to the model card."""
-    source = work.candidates.pruned.directory
     (directory / RECOVERY_FILE).write_text(record.to_json(), encoding="utf-8")
     lines = map(json.loads, (work.directory / LOG_FILE).read_text(encoding="utf-8").splitlines())
     earlier = (source / LOG_FILE).read_text(encoding="utf-8") if has_own(source, LOG_FILE) else ""

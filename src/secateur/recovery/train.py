@@ -1,14 +1,12 @@
-"""Training: the pruned model learns to predict what the dense model predicts.
+"""Training: the pruned model learns to predict what the dense model predicts; never for the worse.
 
 In: both models, the text, the settings. Out: the trained model, in place. transformers' Trainer
 runs it, with our loss and our held-out text; FSDP shards both models.
 """
 
-import copy
-import os
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,16 +26,18 @@ from transformers import (
 )
 
 from secateur.errors import CheckpointError, RecipeError
+from secateur.facts import TrainingRecord, Verdicts, mean_kl, mean_nats
 from secateur.log import Progress, RunLog
 from secateur.model.config import quiet_transformers
-from secateur.recipe import Recipe, RecoverySettings
-from secateur.recovery.judge import Judge, distillation_loss, objective, teacher_log_p
-from secateur.recovery.pair import Candidates, RecoveryText, blocks_per_step
-from secateur.report.measured import mean_kl
-from secateur.stream.offload import forget_weights
+from secateur.ranks import alone
+from secateur.recipe import RecoverySettings
+from secateur.recovery.judge import Judge, distillation_loss, domain_weights, objective, teacher_log_p
+from secateur.recovery.pair import RecoveryText, blocks_per_step
+from secateur.recovery.shards import handed_over, let_cpu_shard, wants_shards, whole_parameters
+from secateur.store import Store
+from secateur.stream.device import CPU, multiplies_in_software
 
-STAGE, TRAINER_FOLDER = "recover", "trainer"
-FSDP_SWITCH = "ACCELERATE_USE_FSDP"  # set by `accelerate launch` with FSDP
+TRAINER_FOLDER, TRAINED_FOLDER = "trainer", "trained"
 
 
 class Distiller(Trainer):
@@ -50,7 +50,11 @@ class Distiller(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """Return the loss of one batch."""
         ids_BT, settings = inputs["input_ids"], self.settings
-        log_p_PV = None if self.teacher is None else teacher_log_p(self.teacher, ids_BT, settings.temperature)
+        log_p_PV = None
+        if "states" in inputs:
+            log_p_PV = self.judge.log_p(inputs["states"].flatten(0, 1), settings.temperature)
+        elif self.teacher is not None:
+            log_p_PV = teacher_log_p(self.teacher, ids_BT, settings.temperature)
         logits_PV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
         weight_P = inputs["weight"].repeat_interleave(ids_BT.shape[1] - 1)
         weighting = {"temperature": settings.temperature, "kl_share": settings.kl_share}
@@ -75,9 +79,10 @@ class Distiller(Trainer):
 class Listener(TrainerCallback):
     """Logs losses and held-out KL, moves the progress, and asks for a last evaluation at the end.
 
-    `tell`: gets a line of text at every evaluation.
+    `name`: of the training, as in `Work`. `tell`: gets a line of text at every evaluation.
     """
 
+    name: str
     tokens_per_step: int
     log: Callable[[dict[str, Any]], None]
     progress: Progress
@@ -87,8 +92,11 @@ class Listener(TrainerCallback):
     loss: float = float("nan")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock."""
+        """Start the clock; log the losses of an interrupted run's steps again."""
         self.started, self.first_step = time.perf_counter(), state.global_step
+        for logs in state.log_history:
+            if "loss" in logs:
+                self._log_step(logs["step"], logs, {})
         self._move(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -102,15 +110,15 @@ class Listener(TrainerCallback):
         logs = kwargs["logs"]
         if "loss" in logs:
             self.loss = logs["loss"]
-            line = {"loss": logs["loss"], "learning_rate": logs["learning_rate"]}
-            self.log({"event": "recover_step", **self._place(state), **line})
+            place = self._place(state)
+            self._log_step(place["step"], logs, {"tokens_per_second": place["tokens_per_second"]})
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the held-out KL and tell how far the training is."""
         metrics = kwargs["metrics"]
         by_domain = {name.removeprefix("eval_kl_"): kl for name, kl in metrics.items() if name.startswith("eval_kl_")}
         place = self._place(state)
-        self.log({"event": "recover_kl", **place, "kl": by_domain})
+        self.log({"event": f"{self.name}_kl", **place, "kl": by_domain})
         left = (state.max_steps - state.global_step) * self.tokens_per_step / max(place["tokens_per_second"], 1e-9)
         domains = ", ".join(f"{domain} {kl:.3f}" for domain, kl in by_domain.items())
         self.tell(
@@ -118,8 +126,13 @@ class Listener(TrainerCallback):
             f"tokens/s, held-out KL {metrics['eval_kl']:.4f} ({domains}), {left / 60:,.1f} min left"
         )
 
+    def _log_step(self, step: int, logs: dict[str, Any], rate: dict[str, float]) -> None:
+        place = {"step": step, "tokens": step * self.tokens_per_step, **rate}
+        line = {"loss": logs["loss"], "learning_rate": logs["learning_rate"]}
+        self.log({"event": f"{self.name}_step", **place, **line})
+
     def _move(self, state: TrainerState) -> None:
-        self.progress(STAGE, state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step)
+        self.progress(self.name, state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step)
 
     def _place(self, state: TrainerState) -> dict[str, Any]:
         num_steps = state.global_step - self.first_step
@@ -128,63 +141,79 @@ class Listener(TrainerCallback):
         return {"step": state.global_step, "tokens": num_tokens, "tokens_per_second": round(rate, 1)}
 
 
-def wants_shards() -> bool:
-    """Say whether the launcher asked for FSDP. Raises RecipeError if it asked for version 1."""
-    if os.environ.get(FSDP_SWITCH, "false").lower() != "true" or os.environ.get("WORLD_SIZE", "1") == "1":
-        return False
-    version = os.environ.get("FSDP_VERSION", "1")
-    if version != "2":
-        raise RecipeError(f"FSDP: the launcher asks for version {version}, allowed is 2; set fsdp_version to 2.")
-    return True
-
-
-def let_cpu_shard(arguments: TrainingArguments) -> None:
-    """Let accelerate shard over processes without GPUs too.
-
-    It looks for FSDP only in a state of several GPUs; gloo has every collective that FSDP2 needs.
-    """
-    from accelerate.utils import DistributedType
-
-    state = arguments.distributed_state
-    if state is not None and state.distributed_type == DistributedType.MULTI_CPU:
-        state.distributed_type = DistributedType.MULTI_GPU
-
-
-def handed_over(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy that takes over the weights, so that sharding the copy frees them."""
-    taken = {id(parameter): nn.Parameter(parameter.data) for parameter in model.parameters()}
-    copied = copy.deepcopy(model, cast(dict[int, Any], taken))
-    forget_weights(model)
-    return copied
-
-
-def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter whole and on the host; every process must ask for all."""
-    from torch.distributed.tensor import DTensor
-
-    for name, parameter in model.named_parameters():
-        data = parameter.detach()
-        yield name, (data.full_tensor() if isinstance(data, DTensor) else data).cpu()
-
-
 @dataclass
 class Work:
-    """A recovery that is ready to train. `directory`: hidden, for what an interrupted run leaves.
+    """A pruned model that is ready to train. `directory`: for what an interrupted run leaves.
 
-    `teacher` becomes None with `kl_share: 0`. `settings`: the recipe's, with defaults filled in.
+    `teacher`: the dense model. `states`: in its place, what its head reads for each block of text.
+    With `kl_share: 0` neither is used. `flops`: of training on all text. `name`: recover or polish.
     """
 
-    candidates: Candidates
     pruned: PreTrainedModel
     teacher: PreTrainedModel | None
     text: RecoveryText
     judge: Judge
     settings: RecoverySettings
-    recipe: Recipe
+    seed: int
+    flops: float
     directory: Path
     log: RunLog
     progress: Progress
     tell: Callable[[str], None]
+    states: Sequence[Tensor] | None = None
+    name: str = "recover"
+
+
+def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
+    """Train the pruned model; return the verdicts before the training and the record of it.
+
+    The weights are put back if the mean held-out KL did not fall; plain fine-tuning, which has no
+    teacher, goes by the held-out loss.
+    """
+    before = judged(work)
+    old = {name: parameter.data for name, parameter in work.pruned.named_parameters()}  # replaced, never changed
+    cost = _train(work, domain_weights(before, work.settings.domain_weighting))
+    after = judged(work)
+    name, mean = ("loss", mean_nats) if work.settings.kl_share == 0 else ("KL", mean_kl)
+    held = mean(after) < mean(before)
+    if not held:
+        for key, parameter in work.pruned.named_parameters():
+            parameter.data = old[key]
+        what = f"{work.name}: held-out {name} did not fall ({mean(before):.4f} -> {mean(after):.4f} nats per token)"
+        work.log.write({"event": "note", "text": f"{what}, so the weights are those from before the training."})
+    kl = {domain: verdict.kl for domain, verdict in after.items()}
+    work.log.write({"event": f"{work.name}_judged", "held": held, "kl": kl})
+    return before, TrainingRecord(**cost, after=after, held=held)
+
+
+def judged(work: Work) -> Verdicts:
+    """Return the pruned model's verdicts as its weights are now."""
+    device = next(work.pruned.parameters()).device
+    return work.judge.verdicts(lambda ids_BT: work.pruned(input_ids=ids_BT.to(device), use_cache=False).logits)
+
+
+def _train(work: Work, weights: dict[str, float]) -> dict[str, Any]:
+    """Train, or load what an interrupted run had trained; return tokens, seconds and FLOPs."""
+    folder = work.directory / TRAINED_FOLDER
+    store = Store(folder, label=work.name, tell=work.tell)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone():  # every process has the whole model, and reads and writes it by itself
+        found = store.find("trained")
+    if found is not None:
+        for name, parameter in work.pruned.named_parameters():
+            parameter.data = found[0][name].to(parameter.device)
+        for line in found[1]["lines"]:
+            work.log.write(line)
+        return found[1]["cost"]
+    start = time.perf_counter()
+    num_tokens = recover_logits(work, weights)
+    seconds = round(time.perf_counter() - start, 2)
+    share = num_tokens / work.text.num_tokens  # less than one after an early stop
+    cost = {"num_tokens": num_tokens, "seconds": seconds, "flops": work.flops * share}
+    lines = [line for line in work.log.lines if line["event"] in (f"{work.name}_step", f"{work.name}_kl")]
+    with alone():
+        store.save("trained", dict(work.pruned.named_parameters()), {"cost": cost, "lines": lines})
+    return cost
 
 
 def recover_logits(work: Work, weights: dict[str, float]) -> int:
@@ -199,7 +228,7 @@ def recover_logits(work: Work, weights: dict[str, float]) -> int:
     FSDP is too old.
     """
     if work.settings.kl_share == 0:
-        work.teacher = None
+        work.teacher = work.states = None
     dtypes = {name: parameter.dtype for name, parameter in work.pruned.named_parameters()}
     settings, dtype, length = work.settings, work.pruned.dtype, work.text.sequence_length
     size = blocks_per_step(settings.batch_tokens, length)
@@ -212,7 +241,7 @@ def recover_logits(work: Work, weights: dict[str, float]) -> int:
         words: tuple[Any, ...] = (work.pruned.get_input_embeddings(), work.pruned.get_output_embeddings())
         for module in words:
             module.requires_grad_(False)
-    torch.manual_seed(work.recipe.seed)
+    torch.manual_seed(work.seed)
     trained = _to_train(settings, handed_over(work.pruned) if wants_shards() else work.pruned)
     with quiet_transformers():
         trainer = _trainer(work, trained, weights, _arguments(work, dtype, size, num_steps), size * length)
@@ -261,8 +290,11 @@ def _to_train(settings: RecoverySettings, model: PreTrainedModel) -> nn.Module:
 def _trainer(
     work: Work, trained: nn.Module, weights: dict[str, float], arguments: TrainingArguments, tokens_per_step: int
 ) -> Distiller:
-    listener = Listener(tokens_per_step, work.log.write, work.progress, work.tell)
+    tell = work.tell if work.name == "recover" else lambda text: None  # within a prune the progress says enough
+    listener = Listener(work.name, tokens_per_step, work.log.write, work.progress, tell)
     items = [{"input_ids": ids_T, "weight": torch.tensor(weights[domain])} for domain, ids_T in work.text.blocks]
+    if work.states is not None:
+        items = [{**item, "states": states_PD} for item, states_PD in zip(items, work.states, strict=True)]
     dataset = cast(Dataset[dict[str, Tensor]], items)
     trainer = Distiller(
         model=trained,
@@ -282,7 +314,7 @@ def _trainer(
         plugin: Any = trainer.accelerator.state.fsdp_plugin
         plugin.state_dict_config = plugin.optim_state_dict_config = None  # else the launcher's stay
         plugin.set_state_dict_type("FULL_STATE_DICT")
-        text = f"recover: weights were in shards over {arguments.world_size} processes (FSDP)."
+        text = f"{work.name}: weights were in shards over {arguments.world_size} processes (FSDP)."
         work.log.write({"event": "note", "text": text})
     if teacher is not None and trainer.is_fsdp_enabled:
         from accelerate.utils import fsdp2_prepare_model
@@ -297,7 +329,7 @@ def _trainer(
 
 def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int) -> TrainingArguments:
     settings = work.settings
-    every = -(-num_steps // settings.evaluations)
+    every, on_cpu = -(-num_steps // settings.evaluations), not torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(work.directory / TRAINER_FOLDER),
         per_device_train_batch_size=min(settings.blocks_per_device, size),
@@ -307,7 +339,7 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int) -> Tra
         warmup_steps=max(1, num_steps // 10),
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=dtype == torch.bfloat16,
+        bf16=dtype == torch.bfloat16 and not (on_cpu and multiplies_in_software(CPU, dtype)),
         gradient_checkpointing=settings.gradient_checkpointing,
         logging_steps=1,
         eval_strategy="steps",
@@ -321,10 +353,10 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int) -> Tra
         report_to=list(settings.report_to) or "none",
         remove_unused_columns=False,
         train_sampling_strategy="sequential",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=on_cpu,
         disable_tqdm=True,
         restore_callback_states_from_checkpoint=True,  # else patience starts anew
-        seed=work.recipe.seed,
+        seed=work.seed,
     )
     if wants_shards():
         let_cpu_shard(arguments)

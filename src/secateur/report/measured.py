@@ -6,7 +6,19 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur.facts import Costs, Divergence, Record, Size, Workload
+from secateur.facts import (
+    Costs,
+    Divergence,
+    Record,
+    Size,
+    Trained,
+    TrainingRecord,
+    Verdicts,
+    Workload,
+    mean_kl,
+    mean_nats,
+    won_back,
+)
 
 EVALUATION_FILE, BENCH_FILE, RECOVERY_FILE = "evaluation.json", "bench.json", "recovery.json"
 
@@ -271,44 +283,17 @@ class Comparison(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """A domain's KL(dense || model) with its error over blocks, nats per token and agreement."""
+class PolishRecord(Trained):
+    """The training at the end of a prune. `settings`: as they were used.
 
-    kl: float
-    standard_error: float
-    nats_per_token: float
-    top1_agreement: float
-    num_tokens: int
+    `num_held_out_tokens`: for judging only, never trained on.
+    """
 
-
-Verdicts = dict[str, Verdict]
-
-
-def mean_kl(verdicts: Verdicts) -> float:
-    """Return the mean over domains of KL, in nats per token; domains count equally."""
-    return sum(verdict.kl for verdict in verdicts.values()) / len(verdicts)
-
-
-def mean_nats(verdicts: Verdicts) -> float:
-    """Return the mean over domains of nats per token, ln of the geometric-mean perplexity."""
-    return sum(verdict.nats_per_token for verdict in verdicts.values()) / len(verdicts)
-
-
-def won_back(dense: Verdicts, before: Verdicts, after: Verdicts) -> float:
-    """Return the share of the lost nats per token that was won back; NaN if none was lost."""
-    lost = mean_nats(before) - mean_nats(dense)
-    return (mean_nats(before) - mean_nats(after)) / lost if lost > 0 else math.nan
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingRecord:
-    """What a training took, and its held-out verdicts. `held`: its weights were saved."""
-
-    num_tokens: int
-    seconds: float
-    flops: float
-    after: Verdicts
-    held: bool
+    settings: dict[str, Any]
+    num_held_out_tokens: int
+    dense: Verdicts
+    before: Verdicts
+    training: TrainingRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +314,7 @@ class TaskScores:
 
 
 @dataclass(frozen=True, slots=True)
-class RecoveryRecord(Record):
+class RecoveryRecord(Trained, Record):
     """`recovery.json`. `before`: the pruned model as it came; every KL is to the dense model.
 
     `calibration`, `settings`: the domains and the recipe's part on recovery that were used.
@@ -356,11 +341,6 @@ class RecoveryRecord(Record):
     notes: tuple[str, ...]
     versions: dict[str, str]
     tasks: TaskScores | None = None
-
-    @property
-    def after(self) -> Verdicts:
-        """The verdicts of the written model."""
-        return self.training.after if self.training.held else self.before
 
     def plain(self) -> dict[str, Any]:
         """Return the fields as a mapping, with means over domains."""

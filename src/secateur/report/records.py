@@ -10,7 +10,15 @@ from secateur.facts import Kind, Loss, Outcome, Record, Size, geometric_mean_per
 from secateur.log import LOG_FILE
 from secateur.recipe import MeasuredPrices, Recipe
 from secateur.recipe_file import load_recipe, parse_recipe
-from secateur.report.measured import BENCH_FILE, EVALUATION_FILE, RECOVERY_FILE, BenchResult, Evaluation, RecoveryRecord
+from secateur.report.measured import (
+    BENCH_FILE,
+    EVALUATION_FILE,
+    RECOVERY_FILE,
+    BenchResult,
+    Evaluation,
+    PolishRecord,
+    RecoveryRecord,
+)
 
 RESULT_FILE, RECIPE_FILE, PAGE_FILE = "result.json", "recipe.yaml", "report.html"
 
@@ -22,6 +30,7 @@ class MemoryEstimate:
     """Bytes by part; `statistics` and `solve`: of the widest group. Weights on disk count none.
 
     `layer_choice`: bytes beside the weights while whole layers are chosen, before the first round.
+    `polish`: all bytes while what is left trains, with its weights.
     """
 
     weights: int
@@ -29,11 +38,12 @@ class MemoryEstimate:
     statistics: int
     solve: int
     layer_choice: int = 0
+    polish: int = 0
 
     @property
     def peak(self) -> int:
         """The largest sum: parts of one stage are freed before the next."""
-        return self.weights + max(self._in_a_round, self.layer_choice)
+        return max(self.weights + max(self._in_a_round, self.layer_choice), self.polish)
 
     @property
     def is_of_layer_choice(self) -> bool:
@@ -50,17 +60,20 @@ class Work:
     """Operations (a multiply-add counts two), or the seconds that they take.
 
     `forward`: passes through layers and head, in the model's dtype. `gram`: statistics, in float32.
-    `solve`: inverses, updates and least squares, in float64.
+    `solve`: inverses, updates and least squares, in float64. `training`: of the polish. `moved`:
+    not operations but the bytes that the polish moves beside its products; no seconds of their own.
     """
 
     forward: float
     gram: float
     solve: float
+    training: float = 0.0
+    moved: float = 0.0
 
     @property
     def total(self) -> float:
-        """The sum of all parts."""
-        return self.forward + self.gram + self.solve
+        """The sum of all parts but `moved`."""
+        return self.forward + self.gram + self.solve + self.training
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +240,7 @@ class Summary(Record):
     versions: dict[str, str]
     device: str = "cpu"
     device_peak_bytes: int | None = None  # allocated there, where torch counts it
+    polish: PolishRecord | None = None  # if it was trained; `pruned_losses` are of the model after that
     vocabulary: VocabularyFacts | None = None  # if it was trimmed; losses are then per dense token
     files: dict[str, str] = field(default_factory=dict[str, str])  # sha256 by path, of what the run wrote
 
@@ -295,7 +309,7 @@ class RoundEnd:
 
 @dataclass(frozen=True, slots=True)
 class TrainingStep:
-    """A step of a recovery: tokens trained on so far, and its loss."""
+    """A step of a training: tokens trained on so far, and its loss."""
 
     step: int
     tokens: int
@@ -315,7 +329,8 @@ class ResultFiles:
     evaluation: Evaluation | None
     bench: BenchResult | None
     recovery: RecoveryRecord | None = None
-    training: tuple[TrainingStep, ...] = ()
+    polish_steps: tuple[TrainingStep, ...] = ()
+    recovery_steps: tuple[TrainingStep, ...] = ()
 
 
 def read_summary(directory: Path) -> Summary:
@@ -338,7 +353,8 @@ def read_result(directory: Path) -> ResultFiles:
         evaluation=_added(Evaluation, directory, EVALUATION_FILE),
         bench=_added(BenchResult, directory, BENCH_FILE),
         recovery=_added(RecoveryRecord, directory, RECOVERY_FILE),
-        training=_events(directory, "recover_step", TrainingStep),
+        polish_steps=_events(directory, "polish_step", TrainingStep),
+        recovery_steps=_events(directory, "recover_step", TrainingStep),
     )
 
 

@@ -17,7 +17,7 @@ from secateur.report.rows_vocabulary import vocabulary
 
 OF_WIDTHS = (run.widths, run.scores, run.compensation, run.rounds)
 SECTIONS = (
-    *(results.quality, results.recovery, results.tasks, results.distance, results.speed),
+    *(results.quality, results.polish, results.recovery, results.tasks, results.distance, results.speed),
     *(vocabulary, run.depth, *OF_WIDTHS, run.calibration, run.recipe, run.environment, run.reproduction),
 )
 
@@ -64,9 +64,11 @@ def report_page(files: ResultFiles) -> Page:
 
 
 def _has_any(section: Callable[[ResultFiles], Section], files: ResultFiles) -> bool:
-    """Whether the run did what the section is about: recover, trim tokens, remove layers, cut widths."""
+    """Whether the run did what the section is about: polish, recover, trim tokens, remove layers, cut widths."""
     if section is vocabulary:
         return files.summary.vocabulary is not None
+    if section is results.polish:
+        return files.summary.polish is not None
     if section is results.recovery:
         return files.recovery is not None
     if section is run.depth:

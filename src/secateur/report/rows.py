@@ -110,15 +110,12 @@ def caveats(summary: Summary) -> list[str]:
     return found
 
 
-def loss_rows(summary: Summary, *, errors: bool = False) -> Iterator[tuple[str, ...]]:
-    """Yield (domain, cell per model): held-out nats per token and perplexity.
-
-    `errors`: with the standard error of the nats per token.
-    """
+def loss_rows(summary: Summary) -> Iterator[tuple[str, ...]]:
+    """Yield (domain, cell per model): held-out nats per token, standard error and perplexity."""
     by_name = summary.losses_by_name()
     for domain in summary.dense_losses:
         losses = [by_name[name][domain] for name in by_name]
-        pluses = [plus_minus(x.standard_error) if errors else "" for x in losses]
+        pluses = [plus_minus(x.standard_error) for x in losses]
         yield domain, *(f"{x.nats_per_token:.3f}{p} ({x.perplexity:.2f})" for x, p in zip(losses, pluses, strict=True))
     if by_name:
         means = [sum(x.nats_per_token for x in losses.values()) / len(losses) for losses in by_name.values()]
@@ -159,6 +156,8 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "quality on", f"{held_out:,} held-out tokens of the same domains, seen by no statistic"
     if summary.vocabulary is not None:
         yield from vocabulary_notes(summary.vocabulary)
+    if summary.polish is not None:
+        yield "polish", f"{summary.polish.headline}, of the run's own domains"
     if summary.guard_refusals:
         yield "guard", f"compensation refused by held-out text in {summary.guard_refusals} groups"
     if summary.reload_max_abs_difference is not None:
@@ -202,21 +201,23 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{size.num_params:,} -> {inspection.num_params_after:,}"
     yield "bytes", f"{human_bytes(size.num_bytes)} -> {human_bytes(inspection.num_bytes_after)}"
     elsewhere = " (they stay on disk)" if inspection.weights_on_disk else ""
-    parts = (memory.weights, memory.hidden_states, memory.statistics, memory.solve, memory.layer_choice)
-    weights, hidden, statistics, solve, choice = (human_bytes(part) for part in parts)
+    parts = (memory.weights, memory.hidden_states, memory.statistics, memory.solve, memory.layer_choice, memory.polish)
+    weights, hidden, statistics, solve, choice, training = (human_bytes(part) for part in parts)
     choosing = f"; {choice} beside the weights while layers are chosen, before that" if memory.layer_choice else ""
+    polish = f"; {training} in all for the polish, after that" if memory.polish else ""
     yield (
         "memory",
         f"about {human_bytes(memory.peak)} at the peak of a run with {inspection.num_calibration_tokens:,} calibration "
         f"tokens: weights {weights}{elsewhere}, hidden states {hidden}, statistics {statistics}, solve {solve}"
-        f"{choosing}; the interpreter comes on top",
+        f"{choosing}{polish}; the interpreter comes on top",
     )
     yield "disk", f"at most {human_bytes(inspection.disk_bytes)} while it runs"
     yield (
         "time",
         f"about {human_seconds(seconds.total)} on {inspection.device} at the speed of this machine now: passes "
         f"{human_seconds(seconds.forward)}, statistics {human_seconds(seconds.gram)}, solves "
-        f"{human_seconds(seconds.solve)}; text and the reload check come on top",
+        f"{human_seconds(seconds.solve)}, polish {human_seconds(seconds.training)}; text and the reload check come on "
+        "top",
     )
     yield "vocabulary", vocabulary_cell(inspection)
     yield from _groups_and_server(inspection)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Group
 
+from secateur.facts import Trained, Verdict, mean_kl, mean_nats
 from secateur.report.measured import (
     BenchResult,
     Change,
@@ -14,9 +15,6 @@ from secateur.report.measured import (
     Quality,
     RecoveryRecord,
     TaskScore,
-    mean_kl,
-    mean_nats,
-    won_back,
 )
 from secateur.report.page import Table
 from secateur.report.rows import code, escaped, human_bytes, markdown, plus_minus, terminal
@@ -163,24 +161,24 @@ def recovery_table(record: RecoveryRecord) -> Group:
 
 def recovery_headline(record: RecoveryRecord) -> str:
     """Say how much of the loss was won back."""
-    if not record.training.held:
-        return f"{record.pruned}: held-out KL did not fall, so the weights are those that were given"
-    won = won_back(record.dense, record.before, record.after)
-    share = "nothing had been lost" if math.isnan(won) else f"{won:.1%} of the lost log-perplexity won back"
-    return f"{record.pruned}: {share} with {record.training.num_tokens:,} tokens"
+    return f"{record.pruned}: {record.headline}"
 
 
-def verdict_table(record: RecoveryRecord, caption: str = "") -> Table:
+def verdict_table(record: Trained, caption: str = "", name: str = "recovered") -> Table:
     """Return nats per token and KL of every model, by domain, and their means."""
-    name = "recovered" if record.training.held else "recovered (undone)"
+    name += "" if record.training.held else " (undone)"
     columns = {"dense": record.dense, "pruned": record.before, name: record.training.after}
     rows = [
-        (domain, *(f"{of[domain].nats_per_token:.3f}, {of[domain].kl:.3f}" for of in columns.values()))
+        (domain, *(f"{of[domain].nats_per_token:.3f}, {_kl_cell(of[domain])}" for of in columns.values()))
         for domain in record.dense
     ]
     rows.append(("mean", *(f"{mean_nats(of):.3f}, {mean_kl(of):.3f}" for of in columns.values())))
     rows.append(("geometric-mean perplexity", *(f"{math.exp(mean_nats(of)):.2f}" for of in columns.values())))
     return Table(caption, ("nats/token, KL to dense", *columns), rows)
+
+
+def _kl_cell(verdict: Verdict) -> str:
+    return f"{verdict.kl:.3f}{plus_minus(verdict.standard_error)}"
 
 
 def recovery_task_table(record: RecoveryRecord) -> Table:

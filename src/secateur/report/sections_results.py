@@ -1,11 +1,13 @@
-"""A report's sections on the result: quality, speed, evaluation, recovery; dense and pruned."""
+"""A report's sections on the result: quality, polish, speed, evaluation, recovery; dense and pruned."""
 
 import math
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 
+from secateur.facts import Trained, mean_kl, won_back
 from secateur.report import rows_measured
-from secateur.report.measured import PLOTTED_METRICS, BenchResult, Scores, mean_kl, won_back
+from secateur.report.measured import PLOTTED_METRICS, BenchResult, Scores
 from secateur.report.page import KeyFigure, Section, Table
 from secateur.report.plots import Series, Text, dot_plot, line_plot
 from secateur.report.records import ResultFiles, TrainingStep
@@ -38,7 +40,7 @@ def quality(files: ResultFiles) -> Section:
         f"{summary.calibration.sequence_length} tokens.",
     )
     described = Text("quality-plot", "Held-out loss by domain", f"{text[0]} The table has every number.")
-    rows = list(loss_rows(summary, errors=True))
+    rows = list(loss_rows(summary))
     table = Table(f"{unit.capitalize()} ± standard error (perplexity)", ("domain", *by_name), rows)
     return Section("quality", title, text, (dot_plot(described, domains, series, unit),), (table,))
 
@@ -144,22 +146,49 @@ def recovery(files: ResultFiles) -> Section:
         "KL to the dense model is not lower is undone. Figures elsewhere on this page are of the model before "
         "recovery, unless measured later.",
     )
-    table = rows_measured.verdict_table(record, "Held-out nats per token, KL to the dense model")
     costs = Table("Cost", (), list(rows_measured.cost_rows(record)), numbers=False)
-    described = Text("recovery-plot", "Held-out KL by domain", "KL to the dense model, as in the table.")
-    series = [
-        Series("before", "before", [verdict.kl for verdict in record.before.values()]),
-        Series("after", "pruned", [verdict.kl for verdict in record.after.values()]),
-    ]
-    plots = [dot_plot(described, list(record.before), series, "KL to the dense model, nats per token")]
-    if files.training:
-        plots.append(_curve(files.training, mean_kl(record.before)))
-    tables, found = [table], record.tasks
+    section = _training("recovery", "Recovery", text, record, files.recovery_steps)
+    plots, tables, found = list(section.plots), list(section.tables), record.tasks
     if found is not None:
         models = {"dense": ("dense", found.dense), "pruned": ("before", found.pruned)}
         plots += task_plots("recovery-tasks-plot", models | {"recovered": ("pruned", found.recovered)})
         tables.append(rows_measured.recovery_task_table(record))
-    return Section("recovery", "Recovery", text, tuple(plots), (*tables, costs, _steps(files.training)))
+    return replace(section, plots=tuple(plots), tables=(*tables, costs))
+
+
+def polish(files: ResultFiles) -> Section:
+    """What the training at the end of the prune won back."""
+    record = files.summary.polish
+    assert record is not None
+    training = record.training
+    text = (
+        f"{record.headline}, in {training.seconds:,.0f} s and {training.flops:.2e} floating-point operations. The last "
+        f"step of the prune trains what is left to predict as the dense model does. {record.num_held_out_tokens:,} "
+        "held-out tokens judge it; where their mean KL does not fall, the training is undone.",
+    )
+    return _training("polish", "Polish", text, record, files.polish_steps, "polished")
+
+
+def _training(
+    key: str,
+    title: str,
+    text: tuple[str, ...],
+    record: Trained,
+    steps: Sequence[TrainingStep],
+    name: str = "recovered",
+) -> Section:
+    table = rows_measured.verdict_table(record, "Held-out nats per token, KL to the dense model", name)
+    described = Text(f"{key}-plot", "Held-out KL by domain", "KL to the dense model, as in the table.")
+    series = [
+        Series(
+            label, look, [each.kl for each in verdicts.values()], [(e.standard_error,) * 2 for e in verdicts.values()]
+        )
+        for label, look, verdicts in (("before", "before", record.before), ("after", "pruned", record.after))
+    ]
+    plots = [dot_plot(described, list(record.before), series, "KL to the dense model, nats per token")]
+    if steps:
+        plots.append(_curve(f"{key}-loss-plot", steps, mean_kl(record.before)))
+    return Section(key, title, text, tuple(plots), (table, _steps(steps)))
 
 
 def recovery_figures(files: ResultFiles) -> list[KeyFigure]:
@@ -172,10 +201,10 @@ def recovery_figures(files: ResultFiles) -> list[KeyFigure]:
     return [KeyFigure("lost log-perplexity won back", tokens, f"{share:.1%}")]
 
 
-def _curve(steps: Sequence[TrainingStep], before: float) -> str:
+def _curve(name: str, steps: Sequence[TrainingStep], before: float) -> str:
     means = _thinned(steps)
     about = f"Means of neighbouring steps over trained tokens. The held-out KL before was {before:.4f}."
-    described = Text("loss-plot", "Training loss", about)
+    described = Text(name, "Training loss", about)
     series = [Series("loss", "pruned", [mean.loss for mean in means])]
     return line_plot(described, [mean.tokens for mean in means], series, "trained tokens", "loss, nats")
 

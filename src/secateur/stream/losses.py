@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from typing import TypeVar
 
 import numpy
 import torch
@@ -17,6 +18,8 @@ from secateur.model.bind import Arch, decoder_layers, head_of
 from secateur.ranks import size, spread
 from secateur.stream.device import release_freed
 from secateur.stream.walk import Walk, forwards_replaced
+
+T = TypeVar("T")
 
 # A domain's blocks of token ids; of different lengths where a text is given in other tokens.
 Blocks = Tensor | Sequence[Tensor]
@@ -42,19 +45,11 @@ def domain_losses(
     """
     losses: dict[str, Loss] = {}
     blocks = [ids_T for domain_NT in blocks_NT.values() for ids_T in domain_NT]
-    # Every rank should get some.
-    at_once = min(max(1, TOKENS_AT_ONCE // max(map(len, blocks))), -(-len(blocks) // size()))
-    pieces = [blocks[start : start + at_once] for start in range(0, len(blocks), at_once)]
-    done, steps = 0, len(pieces) * arch.num_layers
 
-    def one_more() -> None:
-        nonlocal done
-        done = min(done + size(), steps)
-        progress(stage, done, steps)
+    def mean_losses(piece: list[Tensor], states: Iterator[Tensor]) -> list[float]:
+        return [float(_position_losses(model, arch, *each).mean()) for each in zip(states, piece, strict=True)]
 
-    progress(stage, 0, steps)
-    found = spread(lambda piece: _mean_losses(model, arch, piece, one_more), pieces)
-    all_values = (value for values in found for value in values)
+    all_values = chain.from_iterable(_by_layers(model, arch, blocks, mean_losses, progress, stage))
     for domain, domain_NT in blocks_NT.items():
         values = list(islice(all_values, len(domain_NT)))
         counts = [len(ids_T) - 1 for ids_T in domain_NT]
@@ -87,17 +82,45 @@ def standard_error(values: list[float]) -> float:
     return math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1) / len(values))
 
 
-def _mean_losses(model: nn.Module, arch: Arch, blocks: list[Tensor], layer_done: Callable[[], None]) -> list[float]:
-    """Return each block's mean loss. All pass one layer before the next, each block separately."""
-    device = next(model.parameters()).device
-    batches = [Batch("", True, ids_T[None].to(device)) for ids_T in blocks]
-    walk = Walk(model, arch, batches)
-    for index in range(arch.num_layers):
-        walk.advance(index)
-        layer_done()
-    states = (states_for_head(model, arch, *each) for each in zip(batches, walk.hidden_BTD, strict=True))
-    losses = (_position_losses(model, arch, *each) for each in zip(states, blocks, strict=True))
-    return [float(losses_P.mean()) for losses_P in losses]
+def head_inputs(
+    model: nn.Module, arch: Arch, blocks: Sequence[Tensor], progress: Progress = silent, stage: str = "evaluate"
+) -> Iterator[Float[Tensor, "P D"]]:
+    """Yield `final_states` of each block, on the CPU; ranks share the blocks, and all get all."""
+    found = _by_layers(model, arch, list(blocks), lambda _, states: [each.cpu() for each in states], progress, stage)
+    return chain.from_iterable(found)
+
+
+def _by_layers(
+    model: nn.Module,
+    arch: Arch,
+    blocks: list[Tensor],
+    finish: Callable[[list[Tensor], Iterator[Tensor]], list[T]],
+    progress: Progress,
+    stage: str,
+) -> list[list[T]]:
+    """Return what `finish` makes of blocks and what the head reads of each, for pieces of the text.
+
+    The blocks of a piece all pass one layer before the next, each block separately.
+    """
+    # Every rank should get some.
+    at_once = min(max(1, TOKENS_AT_ONCE // max(map(len, blocks))), -(-len(blocks) // size()))
+    pieces = [blocks[start : start + at_once] for start in range(0, len(blocks), at_once)]
+    done, steps = 0, len(pieces) * arch.num_layers
+    progress(stage, 0, steps)
+
+    def passed(piece: list[Tensor]) -> list[T]:
+        nonlocal done
+        device = next(model.parameters()).device
+        batches = [Batch("", True, ids_T[None].to(device)) for ids_T in piece]
+        walk = Walk(model, arch, batches)
+        for index in range(arch.num_layers):
+            walk.advance(index)
+            done = min(done + size(), steps)
+            progress(stage, done, steps)
+        pairs = zip(batches, walk.hidden_BTD, strict=True)
+        return finish(piece, (states_for_head(model, arch, *pair) for pair in pairs))
+
+    return spread(passed, pieces)
 
 
 @torch.inference_mode()

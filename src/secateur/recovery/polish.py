@@ -1,0 +1,136 @@
+"""Polish: the last steps of a prune, end to end, on the text that it measured the model on.
+
+In: the dense model before the cut, for `learn`; the pruned one after it, for `polish`. Out: the
+trained model, in place, and its record. The dense model is asked once, block by block: its head's
+inputs and its head stand for it, so that it need not be in memory beside the pruned one.
+"""
+
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from secateur.data.calibration import CalibrationSet, build_calibration, rotated, with_sampled
+from secateur.model.bind import Arch
+from secateur.model.checkpoint import Tokenizer
+from secateur.model.modules import CausalLM
+from secateur.ranks import from_first, size
+from secateur.recipe import Recipe, RecoverySettings
+from secateur.recovery.cost import Forward, forward_flops, predict_flops
+from secateur.recovery.judge import Judge
+from secateur.recovery.pair import Block, RecoveryText, blocks_per_step, whole_steps
+from secateur.recovery.train import Work, train_guarded
+from secateur.report.measured import PolishRecord
+from secateur.store import Services
+from secateur.stream.losses import head_inputs
+
+STAGE, FOLDER = "polish", "polish"
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What the dense model leaves for the training. `states`: what its head reads, by block of text.
+
+    `forward`: the dense model's FLOPs per token.
+    """
+
+    text: RecoveryText
+    judge: Judge
+    states: tuple[Tensor, ...]
+    settings: RecoverySettings
+    forward: Forward
+
+
+def polish_settings(recipe: Recipe) -> RecoverySettings | None:
+    """Return how a resolved recipe trains; None if it does not."""
+    return RecoverySettings(**recipe.polish.model_dump()) if recipe.polish.num_tokens else None
+
+
+def learn(
+    dense: CausalLM,
+    arch: Arch,
+    text: CalibrationSet,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    services: Services,
+    *,
+    dense_ids: Tensor | None = None,
+    skipped: int = 0,
+) -> Lesson | None:
+    """Ask the dense model for all that the polish needs; None if the recipe asks for no polish.
+
+    `text`: the calibration set, whose held-out blocks judge. `dense_ids`: as for `with_sampled`.
+    `skipped`: held-out blocks of a domain that the set lacks and nothing may train on.
+
+    Raises CalibrationError or RecipeError for too little text.
+    """
+    settings, progress = polish_settings(recipe), services.progress
+    if settings is None:
+        return None
+    assert recipe.calibration.num_tokens is not None, "resolve fills it in"
+    if settings.num_tokens > recipe.calibration.num_tokens:
+        # Held-out blocks come first in a domain's text, so these are the same and more.
+        calibration = recipe.calibration.model_copy(update={"rotate": False})
+        more = skipped + max(len(domain.held_out_NT) for domain in text.domains)
+        facts = (calibration, settings.num_tokens, tokenizer, recipe.seed, progress)
+        drawn = build_calibration(*facts, more_held_out=more)
+        drawn = with_sampled(drawn, dense, tokenizer, recipe.seed, progress, dense_ids)
+    else:
+        drawn = rotated(text, 0)
+    blocks: list[Block] = [(domain.name, ids_T) for domain in drawn.domains for ids_T in domain.calibration_NT]
+    random.Random(f"{recipe.seed}:{STAGE}").shuffle(blocks)
+    settings = _steps(settings, len(blocks), text.sequence_length)
+    blocks = list(whole_steps(blocks, settings, text.sequence_length, STAGE))
+    held_out = {domain.name: domain.held_out_NT for domain in text.domains}
+    chosen = RecoveryText(tuple(blocks), held_out, text.sequence_length, drawn.content_hash)
+    forward = forward_flops(dense, text.sequence_length)
+    with services.log.time(STAGE):
+        judge = Judge(dense, arch, held_out, progress)
+        judge.copy_head()  # the model's own is trained, or cut
+        states = tuple(head_inputs(dense, arch, [ids_T for _, ids_T in blocks], progress, "ask the dense model"))
+    return Lesson(chosen, judge, states, settings, forward)
+
+
+def _steps(settings: RecoverySettings, num_blocks: int, length: int) -> RecoverySettings:
+    """Return settings whose steps the text fills and the ranks share out."""
+    per_rank = -(-min(blocks_per_step(settings.batch_tokens, length), num_blocks) // size())
+    at_once = max(count for count in range(1, settings.blocks_per_device + 1) if per_rank % count == 0)
+    changes = {"batch_tokens": per_rank * size() * length, "blocks_per_device": at_once}
+    return settings.model_copy(update=changes)
+
+
+def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services) -> PolishRecord:
+    """Train the pruned model, which is in host memory, in place; the weights never get worse.
+
+    With a store an interrupted training goes on from its last checkpoint.
+    """
+    settings, text = lesson.settings, lesson.text
+    counts = text.num_tokens, text.num_held_out_tokens
+    flops = predict_flops(forward_flops(model, text.sequence_length), lesson.forward, settings, *counts)
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    with _folder(services) as place, services.log.time(STAGE):
+        facts = (text, lesson.judge, settings, seed, sum(flops["training"]), place)
+        reports = (services.log, services.progress, services.store.tell)
+        before, training = train_guarded(Work(model, None, *facts, *reports, lesson.states, STAGE))
+    model.requires_grad_(True)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return PolishRecord(
+        settings=settings.model_dump(mode="json", exclude={"evaluation"}),
+        num_held_out_tokens=text.num_held_out_tokens,
+        dense=lesson.judge.dense(),
+        before=before,
+        training=training,
+    )
+
+
+@contextmanager
+def _folder(services: Services) -> Iterator[Path]:
+    """Yield the directory of the training, the same for all ranks: in the store if there is one."""
+    with tempfile.TemporaryDirectory(prefix="polish-", dir=services.scratch) as own:
+        store = services.store.directory
+        yield from_first(lambda: Path(own) if store is None else store / FOLDER)

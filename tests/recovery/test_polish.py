@@ -1,0 +1,222 @@
+"""The last step of a prune: what it trains on, that it resumes, and that it is never worse."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_llama
+from recipes import grouped
+from tiny_tokenizer import tiny_tokenizer
+from torch.nn.functional import kl_div
+
+import secateur
+from secateur.data.calibration import build_calibration
+from secateur.evaluation.inspect import inspect
+from secateur.facts import mean_kl
+from secateur.model.bind import bind
+from secateur.pruning.cost import memory_for, polish_bytes, with_polish_that_fits
+from secateur.pruning.open import open_model
+from secateur.pruning.resolve import checked, resolve
+from secateur.recipe import Recipe
+from secateur.recipe_file import parse_recipe
+from secateur.recovery import train
+from secateur.recovery.cost import forward_flops, polish_work
+from secateur.recovery.polish import Lesson, learn, polish, polish_settings
+from secateur.store import Services
+
+TRAINING = {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}
+WEIGHTS = "model.safetensors"
+
+
+class Killed(Exception):
+    """What stands for a kill."""
+
+
+@pytest.fixture
+def asked(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {**recipe, "remove": 0.5, "polish": TRAINING}
+
+
+def lesson_of(recipe: dict[str, Any], model: Any, **options: Any) -> tuple[Lesson, Recipe]:
+    tokenizer = tiny_tokenizer()
+    resolved = resolve(checked(open_model(model, parse_recipe(grouped(recipe)), tokenizer))).recipe
+    assert resolved.calibration.num_tokens is not None
+    text = build_calibration(resolved.calibration, resolved.calibration.num_tokens, tokenizer, resolved.seed)
+    lesson = learn(model, bind(model), text, resolved, tokenizer, Services(), **options)
+    assert lesson is not None
+    return lesson, resolved
+
+
+def rows(blocks: Any) -> set[tuple[int, ...]]:
+    return {tuple(ids.tolist()) for ids in blocks}
+
+
+def test_training_lowers_the_held_out_kl_and_the_result_says_so(checkpoints, asked, tmp_path):
+    found = secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "out")
+    record = found.summary.polish
+    assert record is not None and record.training.held
+    assert mean_kl(record.before) > mean_kl(record.after) > 0
+    assert record.training.num_tokens == 1280 and found.recipe.polish.num_tokens == 1280
+    # The run's last losses are those of the trained model, on the same held-out text.
+    for domain, loss in found.summary.pruned_losses.items():
+        assert loss.nats_per_token == pytest.approx(record.after[domain].nats_per_token, rel=1e-5)
+    card, page = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("README.md", "report.html"))
+    assert "- polish: " in card and "of the lost log-perplexity won back with 1,280 tokens" in card
+    assert 'id="polish"' in page and "polish-loss-plot" in page
+
+
+def test_without_it_the_page_has_no_such_section(checkpoints, asked, tmp_path):
+    found = secateur.prune(checkpoints["llama"], grouped({**asked, "polish": False}), out=tmp_path / "out")
+    assert found.summary.polish is None and 'id="polish"' not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_training_that_does_not_help_leaves_the_bytes_of_a_run_without(checkpoints, asked, tmp_path):
+    ruinous = {**TRAINING, "learning_rate": 10.0}
+    found = secateur.prune(checkpoints["llama"], grouped({**asked, "polish": ruinous}), out=tmp_path / "ruined")
+    secateur.prune(checkpoints["llama"], grouped({**asked, "polish": False}), out=tmp_path / "without")
+    assert found.summary.polish is not None and not found.summary.polish.training.held
+    assert "polish: held-out KL did not fall" in " ".join(found.summary.warnings)
+    assert (tmp_path / "ruined" / WEIGHTS).read_bytes() == (tmp_path / "without" / WEIGHTS).read_bytes()
+
+
+def test_an_uncut_model_stays_as_it_is(asked):
+    model = tiny_llama()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    lesson, recipe = lesson_of(asked, model)
+    record = polish(model, lesson, recipe.seed, Services())
+    assert mean_kl(record.before) == mean_kl(record.training.after) == 0
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters()), "as they came"
+
+
+def test_what_the_dense_model_leaves_teaches_as_the_model_itself(asked):
+    """The loss by states and head, against the dense model asked live and the formula in float64."""
+    dense, student = tiny_llama(), tiny_llama(seed=1)
+    lesson, _ = lesson_of(asked, dense)
+    trainer = object.__new__(train.Distiller)
+    trainer.settings, trainer.judge, trainer.teacher = lesson.settings, lesson.judge, None
+    ids_BT = torch.stack([ids_T for _, ids_T in lesson.text.blocks[:2]])
+    inputs = {"input_ids": ids_BT, "weight": torch.ones(2), "states": torch.stack(lesson.states[:2])}
+    found = float(trainer.compute_loss(student, inputs).detach())
+    trainer.teacher = dense
+    del inputs["states"]
+    assert found == pytest.approx(float(trainer.compute_loss(student, inputs).detach()), rel=1e-6)
+    with torch.no_grad():
+        log_q, log_p = (m(ids_BT).logits[:, :-1].double().log_softmax(-1).flatten(0, 1) for m in (student, dense))
+    expected = float(kl_div(log_q, log_p, reduction="batchmean", log_target=True))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_its_text_is_that_of_the_calibration_in_another_order(asked):
+    lesson, recipe = lesson_of(asked, tiny_llama())
+    text = build_calibration(recipe.calibration, 1280, tiny_tokenizer(), recipe.seed)
+    assert sorted(rows(ids for _, ids in lesson.text.blocks)) == sorted(
+        rows(ids for domain in text.domains for ids in domain.calibration_NT)
+    )
+    assert len({name for name, _ in lesson.text.blocks[:8]}) == 2, "domains are mixed"
+    for domain in text.domains:
+        assert torch.equal(lesson.text.held_out_NT[domain.name], domain.held_out_NT)
+
+
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_more_text_than_the_calibration_never_has_what_judges(skipped, asked):
+    more = {**asked, "polish": {**TRAINING, "num_tokens": 2560}}
+    lesson, recipe = lesson_of(more, tiny_llama(), skipped=skipped)
+    options: dict[str, Any] = {"more_held_out": skipped}
+    text = build_calibration(recipe.calibration, 1280, tiny_tokenizer(), recipe.seed, **options)
+    trained = rows(ids for _, ids in lesson.text.blocks)
+    assert lesson.text.num_tokens == 2560
+    prose = text.domains[0].held_out_NT  # code has so few lines that blocks of it repeat
+    assert len(prose) == 3 + skipped and not trained & rows(prose)
+
+
+def test_a_killed_run_goes_on_in_its_training_and_ends_with_the_same_bytes(checkpoints, asked, tmp_path):
+    secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "whole")
+    seen: list[int] = []
+
+    def kill(stage: str, done: int, total: int) -> None:
+        if stage == "polish" and done > 0.6 * total:
+            raise Killed
+
+    def note(stage: str, done: int, total: int) -> None:
+        if stage == "polish":
+            seen.append(done)
+
+    out = tmp_path / "resumed"
+    with pytest.raises(Killed):
+        secateur.prune(checkpoints["llama"], grouped(asked), out=out, progress=kill)
+    assert not out.exists()
+    secateur.prune(checkpoints["llama"], grouped(asked), out=out, resume=True, progress=note)
+    assert seen[0] > 0, "it goes on where its last checkpoint is"
+    assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed", "whole"]
+    for name in ("whole", "resumed"):
+        lines = (tmp_path / name / "run.jsonl").read_text(encoding="utf-8")
+        assert lines.count('"polish_step"') == 10, "the curve is whole"
+
+
+def test_a_model_in_memory_is_trained_too(asked):
+    model = tiny_llama()
+    found = secateur.prune(
+        model, grouped({**asked, "protected_layers": [0], "remove": 0.3}), tokenizer=tiny_tokenizer()
+    )
+    assert found.summary.polish is not None and found.summary.polish.training.held
+    assert found.summary.has_layers_of_different_widths
+
+
+def test_only_least_squares_is_followed_by_it_unless_it_is_asked_for(asked):
+    def tokens(**changes: Any) -> int | None:
+        wanted = parse_recipe(grouped({**asked, "polish": "default", **changes}))
+        return resolve(checked(open_model(tiny_llama(), wanted, tiny_tokenizer()))).recipe.polish.num_tokens
+
+    assert tokens() == 1280
+    assert tokens(compensate="none") == tokens(polish=False) == 0
+    assert tokens(compensate="none", polish={"num_tokens": 64}) == 64
+
+
+def test_operations_and_bytes_by_hand(asked):
+    model = tiny_llama()
+    settings = polish_settings(parse_recipe(grouped({**asked, "polish": {**TRAINING, "num_tokens": 1280}})))
+    assert settings is not None
+    layers, whole = forward_flops(model, 32)
+    head, num_params = whole - layers, sum(parameter.numel() for parameter in model.parameters())
+    flops, moved = polish_work(settings, model, num_params // 2, 160, 32)
+    half = layers * (num_params // 2) / num_params
+    training = 1280 * (whole + 2 * (half + head) + half)
+    assert flops == pytest.approx(training + 160 * (whole + 4 * (half + head)))
+    trained = num_params - 2 * model.lm_head.weight.numel()
+    config = model.config
+    assert moved == pytest.approx(
+        60 * 1280 * config.vocab_size + 40 * trained * 10 + 600 * 1280 * config.hidden_size * config.num_hidden_layers
+    )
+
+
+def test_where_memory_is_short_low_rank_additions_or_nothing_is_trained(checkpoints, asked, monkeypatch):
+    def fitted(budget: float) -> Any:
+        wanted = parse_recipe(grouped({**asked, "memory_budget": f"{budget / 1000:.3f}KB"}))
+        opened = checked(open_model(checkpoints["llama"], wanted))
+        return with_polish_that_fits(opened, resolve(opened))
+
+    opened = checked(open_model(checkpoints["llama"], parse_recipe(grouped(asked))))
+    resolved = resolve(opened)
+    whole = polish_bytes(opened, resolved)
+    least = polish_bytes(opened, replace(resolved, recipe=resolved.recipe.filled(polish={"train": "lora"})))
+    assert least < whole and memory_for(opened, resolved).estimate.polish == whole
+    assert fitted(whole).recipe.polish.train == "layers"
+    low = fitted(whole - 1000)
+    assert low.recipe.polish.train == "lora" and "so low-rank additions are trained" in low.warnings[-1]
+    none = fitted(least - 1000)
+    assert none.recipe.polish.num_tokens == 0 and "at least, so there is none" in none.warnings[-1]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'secateur[recover]'" in fitted(whole - 1000).warnings[-1]
+
+
+def test_inspect_predicts_its_part(checkpoints, asked):
+    found, without = (
+        inspect(checkpoints["llama"], parse_recipe(grouped({**asked, "polish": polish})))
+        for polish in (TRAINING, False)
+    )
+    assert found.operations.training > 0 == without.operations.training
+    assert found.seconds.total > found.seconds.training > 0
+    assert found.memory.polish > 0 == without.memory.polish
