@@ -1,5 +1,6 @@
 """Packing documents into blocks, by properties that any order must have; each token says where it comes from."""
 
+import dataclasses
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from secateur.data.calibration import (
     CHARACTERS_PER_TOKEN,
     CalibrationSet,
+    DomainBlocks,
     _once,
     _turns,
     _two_parts,
     build_calibration,
+    content_hash,
     rotated,
 )
 from secateur.errors import CalibrationError
@@ -248,6 +251,22 @@ def test_more_held_out_blocks_come_first_so_that_all_runs_share_them(domain: Dom
     small, large = (build(num_blocks * LENGTH, more=3, a=domain).domains[0] for num_blocks in (9, 90))
     assert len(small.held_out_NT) == 4 and len(large.held_out_NT) == 13
     assert torch.equal(small.held_out_NT, large.held_out_NT[:4])
+
+
+def test_what_judges_comes_before_all_and_gives_way_in_short_texts(domain: Domain) -> None:
+    calibration = Calibration(domains={"a": domain}, sequence_length=LENGTH)
+
+    def built(num_judged_tokens: int) -> DomainBlocks:
+        options = {"more_held_out": 1, "num_judged_tokens": num_judged_tokens}
+        return build_calibration(calibration, 9 * LENGTH, TOKENIZER, 0, **options).domains[0]
+
+    found, all_first = built(3 * LENGTH - 1), build(9 * LENGTH, more=4, a=domain).domains[0]
+    assert found.judged_NT is not None and len(found.held_out_NT) == 2 and len(found.calibration_NT) == 9
+    assert torch.equal(torch.cat([found.judged_NT, found.held_out_NT]), all_first.held_out_NT)
+    assert torch.equal(found.calibration_NT, all_first.calibration_NT)
+    short, without = built(10**6), build(9 * LENGTH, more=1, a=domain).domains[0]
+    assert short.judged_NT is None and torch.equal(short.held_out_NT, without.held_out_NT)
+    assert content_hash([found]) != content_hash([dataclasses.replace(found, judged_NT=found.judged_NT.flip(0))])
 
 
 @pytest.mark.parametrize("size", [4, 24])  # too short to begin at a random line, and long enough

@@ -34,7 +34,7 @@ def result_of(directory: Path, recipe: dict[str, Any], content_hash: str | None,
         yaml.safe_dump(grouped({**recipe, **changes}), sort_keys=False), encoding="utf-8"
     )
     if content_hash is not None:
-        text = CalibrationFacts(content_hash, 32, {"prose": 640}, {"prose": 64}, {"prose": 1.0})
+        text = CalibrationFacts(content_hash, 32, {"prose": 640}, {"prose": 64}, {"prose": 1.0}, {"prose": 64})
         (directory / "result.json").write_text(summary_with(text).to_json(), encoding="utf-8")
     return directory
 

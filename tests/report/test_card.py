@@ -41,7 +41,7 @@ HOSTILE = [
 
 def summary(model: str, domain: str, note: str, command: str) -> Summary:
     loss = {domain: Loss(3.0, 0.1, 100)}
-    facts = CalibrationFacts("0" * 64, 32, {domain: 640}, {domain: 64}, {domain: 0.5})
+    facts = CalibrationFacts("0" * 64, 32, {domain: 640}, {domain: 64}, {domain: 0.5}, {domain: 64})
     size = Size(100, 400)
     return Summary(
         *(model, "llama", command, 0.2, 0.2, Outcome("parameters", "100 parameters", 0.2), size, size, (3, 3)),

@@ -71,6 +71,7 @@ class CalibrationText(Protocol):
 class DomainBlocks:
     """One domain's token blocks. `share`: of the calibration tokens; shares sum to 1.
 
+    `judged_NT`: held out even of what guards the run, to judge it in the end; None without.
     The blocks of a sampled domain are on the meta device until they are sampled.
     """
 
@@ -78,6 +79,7 @@ class DomainBlocks:
     share: float
     calibration_NT: Int64[Tensor, "N T"]
     held_out_NT: Int64[Tensor, "M T"]
+    judged_NT: Int64[Tensor, "K T"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +113,15 @@ def build_calibration(
     progress: Progress = silent,
     *,
     more_held_out: int = 0,
+    num_judged_tokens: int = 0,
     num_rounds: int = 1,
 ) -> CalibrationSet:
     """Read, tokenise and pack every domain.
 
     A domain gets max(1, round(share x num_tokens / sequence_length)) blocks, and a ninth as many
     held-out blocks, rounded up. `more_held_out` blocks per domain precede those, so that runs of
-    different sizes are judged on the same text. With rotation, each of `num_rounds` rounds gets as
+    different sizes are judged on the same text. Before these come blocks of `num_judged_tokens`,
+    where a domain's text has so many and is not sampled. With rotation, each of `num_rounds` rounds gets as
     many blocks; held-out blocks stay the same. Equal documents within a domain are used once.
 
     Raises CalibrationError for text that is unreadable or too short.
@@ -140,8 +144,10 @@ def build_calibration(
         if domain.sampled:
             parts = [torch.empty(size, length, dtype=torch.int64, device="meta") for size in sizes]
         else:
-            turns = _pieces(name, domain, tokenizer, seed, length)
-            parts = _two_parts(turns, name, sizes, length, eos, num_rounds)
+            parts = _judged(name, domain, tokenizer, seed, sizes, -(-num_judged_tokens // length), length)
+            if parts is None:
+                turns = _pieces(name, domain, tokenizer, seed, length)
+                parts = _two_parts(turns, name, sizes, length, eos, num_rounds)
         blocks.append(DomainBlocks(name, shares[name], *parts))
         num_done += sum(sizes)
         progress("calibration", num_done, num_total)
@@ -237,6 +243,27 @@ def _turns(text: str, tokenizer: Tokenizer, length: int, order: Random) -> _Turn
         position = end
 
 
+def _judged(
+    name: str,
+    domain: DomainText,
+    tokenizer: Tokenizer,
+    seed: int,
+    sizes: tuple[int, int],
+    num_judged: int,
+    length: int,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return calibration, held-out and judged blocks; None if the text has too few for all."""
+    if num_judged == 0:
+        return None
+    num_blocks, num_held_out = sizes
+    turns, eos = _pieces(name, domain, tokenizer, seed, length), tokenizer.eos_token_id
+    try:
+        calibration, first = _two_parts(turns, name, (num_blocks, num_judged + num_held_out), length, eos, 1)
+    except CalibrationError:
+        return None
+    return calibration, first[num_judged:], first[:num_judged]
+
+
 def _two_parts(
     documents: Iterator[_Turns], name: str, sizes: tuple[int, int], length: int, eos: int | None, num_rounds: int
 ) -> tuple[Int64[Tensor, "N T"], Int64[Tensor, "M T"]]:
@@ -286,7 +313,8 @@ def content_hash(blocks: Iterable[DomainBlocks]) -> str:
     """Return the SHA-256 over names, shares, shapes and ids, in order; meta blocks have no ids."""
     digest = hashlib.sha256()
     for domain in blocks:
-        parts = (domain.calibration_NT, domain.held_out_NT)
+        judged = () if domain.judged_NT is None else (domain.judged_NT,)
+        parts = (domain.calibration_NT, domain.held_out_NT, *judged)
         digest.update(json.dumps([domain.name, domain.share, *(list(part.shape) for part in parts)]).encode())
         for part in parts if not domain.calibration_NT.is_meta else ():
             digest.update(part.numpy().astype("<i8").tobytes())

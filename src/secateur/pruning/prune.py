@@ -19,7 +19,7 @@ from secateur.log import Progress, RunLog, silent
 from secateur.model.bind import decoder_layers
 from secateur.model.checkpoint import Tokenizer, eval_mode
 from secateur.model.modules import CausalLM
-from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
+from secateur.pruning.cost import JUDGED_TOKENS, MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.latency import with_prices
 from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import (
@@ -126,8 +126,9 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placemen
     plan = memory_for(opened, resolved)
     if services.scratch is not None:
         check_free_space(services.scratch, disk_bytes(opened, resolved, plan))
+    judged = JUDGED_TOKENS if resolved.recipe.output.evaluate else 0
     with log.time("calibration"):
-        text = from_first(partial(calibration_text, opened, resolved, services.progress))
+        text = from_first(partial(calibration_text, opened, resolved, services.progress, num_judged_tokens=judged))
     with log.time("load"):
         opened, resolved, placement = _on_device(opened, resolved, plan)
     model = opened.model
@@ -147,11 +148,20 @@ def calibration_text(
     progress: Progress,
     model: CausalLM | None = None,
     more_held_out: int = 0,
+    num_judged_tokens: int = 0,
 ) -> CalibrationSet:
     """Return the recipe's calibration set. `model`: the dense one, for domains sampled from it."""
     recipe, tokenizer = resolved.recipe, tokenizer_of(opened)
-    counts = {"more_held_out": more_held_out, "num_rounds": recipe.choose.rounds}
-    text = build_calibration(recipe.calibration, resolved.num_tokens, tokenizer, recipe.seed, progress, **counts)
+    counts = {"more_held_out": more_held_out, "num_judged_tokens": num_judged_tokens}
+    text = build_calibration(
+        recipe.calibration,
+        resolved.num_tokens,
+        tokenizer,
+        recipe.seed,
+        progress,
+        num_rounds=recipe.choose.rounds,
+        **counts,
+    )
     return text if model is None else sampled_text(text, opened, model, progress)
 
 

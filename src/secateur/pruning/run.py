@@ -35,8 +35,8 @@ class Run:
     and kept units of every round that held, with the model and its config as that round left them.
     `dense_losses`: held-out nats per token by domain before layers went, if something watches them.
     `dense`: the dense model's losses, if its vocabulary is trimmed and something asks for them.
-    `dense_tokens`: then the tokens of held-out blocks in the dense tokenizer, in nats per which all
-    losses are.
+    `dense_tokens`, `judged_tokens`: then the tokens of held-out and of judged blocks in the dense
+    tokenizer, in nats per which all losses are.
     """
 
     model: CausalLM
@@ -49,6 +49,7 @@ class Run:
     dense_losses: dict[str, float] = field(default_factory=dict[str, float])
     dense: dict[str, Loss] = field(default_factory=dict[str, Loss])
     dense_tokens: dict[str, list[int]] | None = None
+    judged_tokens: dict[str, list[int]] | None = None
 
     @property
     def shares(self) -> dict[str, float]:
@@ -59,6 +60,11 @@ class Run:
     def held_out(self) -> dict[str, Tensor]:
         """Each domain's held-out blocks, domains x blocks x tokens."""
         return {domain.name: domain.held_out_NT for domain in self.text.domains}
+
+    @property
+    def judged(self) -> dict[str, Tensor]:
+        """Each domain's blocks that judge the run: those that nothing else looks at, else the held-out ones."""
+        return {d.name: d.held_out_NT if d.judged_NT is None else d.judged_NT for d in self.text.domains}
 
     def batches(self, number: int) -> list[Batch]:
         """Return this rank's part of the batches of round `number` (from 1), held-out text too."""
@@ -74,14 +80,14 @@ class Run:
         """Return held-out losses by domain and log them; none if the recipe asks for none."""
         if not self.resolved.recipe.output.evaluate:
             return {}
-        found = self._measured(which, self.held_out) if which == "pruned" or not self.dense else self.dense
+        found = self._measured(which, self.judged) if which == "pruned" or not self.dense else self.dense
         for domain, loss in found.items():
             self.services.log.write({"event": "loss", "model": which, "domain": domain, **dataclasses.asdict(loss)})
         return found
 
     def _measured(self, which: str, blocks: Mapping[str, Blocks]) -> dict[str, Loss]:
         def measured() -> dict[str, Any]:
-            facts = (self.model, self.arch, blocks, self.services.progress, f"evaluate {which}", self.dense_tokens)
+            facts = (self.model, self.arch, blocks, self.services.progress, f"evaluate {which}", self.judged_tokens)
             return {domain: dataclasses.asdict(loss) for domain, loss in domain_losses(*facts).items()}
 
         with self.services.log.time("evaluate"):
@@ -91,13 +97,13 @@ class Run:
 
 def without_tokens(run: Run, trim: Trim) -> Run:
     """Cut the tokens that go out of the model, in place; measure the dense one first if asked."""
-    blocks = retokenised(run.held_out, trim.tokenizer, trim.dense_tokenizer)
-    counts = {name: [len(ids_T) - 1 for ids_T in domain] for name, domain in blocks.items()}
-    run = dataclasses.replace(run, dense_tokens=counts)
-    if run.resolved.recipe.output.evaluate or _is_watched(run):
-        run = dataclasses.replace(run, dense=run._measured("dense", blocks))
+    held_out, judged = (retokenised(part, trim.tokenizer, trim.dense_tokenizer) for part in (run.held_out, run.judged))
+    counts = ({name: [len(ids_T) - 1 for ids_T in ids] for name, ids in part.items()} for part in (held_out, judged))
+    run = dataclasses.replace(run, **dict(zip(("dense_tokens", "judged_tokens"), counts, strict=True)))
+    if run.resolved.recipe.output.evaluate:
+        run = dataclasses.replace(run, dense=run._measured("dense", judged))
+    dense_losses = watched_losses(run, "dense", held_out)
     keep_tokens(run.model, trim.kept)
-    dense_losses = {name: loss.nats_per_token for name, loss in run.dense.items()} if _is_watched(run) else {}
     return dataclasses.replace(run, dense_losses=dense_losses)
 
 
@@ -169,14 +175,18 @@ class SafetyNet:
         return False
 
 
-def watched_losses(run: Run, which: str) -> dict[str, float]:
-    """Return held-out nats per token by domain; none if nothing in the recipe asks for them."""
+def watched_losses(run: Run, which: str, blocks: Mapping[str, Blocks] | None = None) -> dict[str, float]:
+    """Return held-out nats per token by domain; none if nothing in the recipe asks for them.
+
+    `blocks`: the held-out ones in other tokens.
+    """
     if not _is_watched(run):
         return {}
 
     def measured() -> dict[str, float]:
-        facts = (run.model, run.arch, run.held_out, run.services.progress, f"held-out loss, {which}", run.dense_tokens)
-        return {name: loss.nats_per_token for name, loss in domain_losses(*facts).items()}
+        text, stage = run.held_out if blocks is None else blocks, f"held-out loss, {which}"
+        found = domain_losses(run.model, run.arch, text, run.services.progress, stage, run.dense_tokens)
+        return {name: loss.nats_per_token for name, loss in found.items()}
 
     return run.services.store.value(f"held-out {which}", measured)
 

@@ -75,7 +75,8 @@ def learn(
     if settings.num_tokens > recipe.calibration.num_tokens:
         # Held-out blocks come first in a domain's text, so these are the same and more.
         calibration = recipe.calibration.model_copy(update={"rotate": False})
-        more = skipped + max(len(domain.held_out_NT) for domain in text.domains)
+        judged = {d.name: 0 if d.judged_NT is None else len(d.judged_NT) for d in text.domains}
+        more = skipped + max(judged[d.name] + len(d.held_out_NT) for d in text.domains)
         facts = (calibration, settings.num_tokens, tokenizer, recipe.seed, progress)
         drawn = build_calibration(*facts, more_held_out=more)
         drawn = with_sampled(drawn, dense, tokenizer, recipe.seed, progress, dense_ids)

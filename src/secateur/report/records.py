@@ -183,7 +183,8 @@ class Inspection(Record):
 class CalibrationFacts:
     """Which text the run saw, by domain.
 
-    `held_out_overlap`: share of the held-out 13-grams that the calibration text also has.
+    `held_out_overlap`: share of the judging text's 13-grams that the calibration text also has.
+    `num_judged_tokens`: of the text that judges the run.
     """
 
     content_hash: str
@@ -191,6 +192,7 @@ class CalibrationFacts:
     num_tokens: dict[str, int]
     num_held_out_tokens: dict[str, int]
     held_out_overlap: dict[str, float | None]
+    num_judged_tokens: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,8 +152,8 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     shares = ", ".join(f"{name} {overlap_cell(share)}" for name, share in facts.held_out_overlap.items())
     yield "overlap", f"{NGRAM_TOKENS}-grams of the held-out text that the calibration text has too: {shares}"
     if summary.dense_losses:
-        held_out = sum(facts.num_held_out_tokens.values())
-        yield "quality on", f"{held_out:,} held-out tokens of the same domains, seen by no statistic"
+        judged = ", ".join(f"{name} {count:,}" for name, count in facts.num_judged_tokens.items())
+        yield "quality on", f"{judged} held-out tokens, seen by no statistic; ± is one standard error over blocks"
     if summary.vocabulary is not None:
         yield from vocabulary_notes(summary.vocabulary)
     if summary.polish is not None:

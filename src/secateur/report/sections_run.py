@@ -141,16 +141,20 @@ def calibration(files: ResultFiles) -> Section:
     """Which text, how much, and whether calibration saw held-out text."""
     facts, domains = files.summary.calibration, files.recipe.calibration.domains
     text = (
-        f"{sum(facts.num_tokens.values()):,} tokens to measure on and {sum(facts.num_held_out_tokens.values()):,} held "
-        f"out, in blocks of {facts.sequence_length}. Overlap: the share of the held-out text's {NGRAM_TOKENS}-grams of "
-        f"tokens that the calibration text has too; boilerplate such as licences counts.",
+        f"{sum(facts.num_tokens.values()):,} tokens to measure on, {sum(facts.num_held_out_tokens.values()):,} that "
+        f"guard the run and {sum(facts.num_judged_tokens.values()):,} that judge it, in blocks of "
+        f"{facts.sequence_length}. A text too short for both judges by what guards. Overlap: the share of the judging "
+        f"text's {NGRAM_TOKENS}-grams of tokens that the calibration text has too; boilerplate counts.",
         f"SHA-256 of all token blocks: {facts.content_hash}",
     )
     rows = [
-        (name, f"{num:,}", f"{facts.num_held_out_tokens[name]:,}", overlap_cell(share), _source(domains[name]))
-        for (name, num), share in zip(facts.num_tokens.items(), facts.held_out_overlap.values(), strict=True)
+        (
+            *(name, f"{num:,}", f"{facts.num_held_out_tokens[name]:,}", f"{facts.num_judged_tokens[name]:,}"),
+            *(overlap_cell(facts.held_out_overlap[name]), _source(domains[name])),
+        )
+        for name, num in facts.num_tokens.items()
     ]
-    header = ("domain", "tokens", "held out", "overlap", "source")
+    header = ("domain", "tokens", "guard", "judge", "overlap", "source")
     return Section("calibration", "Calibration set", text, (), (Table("Text by domain", header, rows),))
 
 
