@@ -69,6 +69,8 @@ class PolishSettings(Training):
     """
 
     num_tokens: Annotated[int, Field(ge=0)] | None = None
+    learning_rate: Positive = 3e-4
+    evaluations: Count = 2
 
 
 class RecoverySettings(Training):

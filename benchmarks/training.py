@@ -1,0 +1,100 @@
+"""Tokens per second of training, and its share of the matrix products that this machine can do.
+
+Times the parts of a step as a polish takes it: forward, the dense model's predictions from what its
+head reads, loss, backward, and update. The model teaches itself, so that nothing is pruned. Prints
+a Markdown table: medians over the steps, operations by `recovery.cost`, and what share they are of
+what one large product in the same dtype would do. The last line has the tokens per second.
+
+    python benchmarks/training.py [--model smollm2-135m] [--length 512] [--steps 7]
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.model.bind import bind, head_of
+from secateur.model.checkpoint import load
+from secateur.pruning.cost import measured_rates
+from secateur.recipe import PolishSettings
+from secateur.recovery.cost import forward_flops
+from secateur.recovery.judge import distillation_loss, log_probabilities
+from secateur.stream.device import CPU, multiplies_in_software
+from secateur.stream.losses import final_states
+
+ROWS, WIDTH = 1024, 2048
+
+
+def timed(seconds: list[float], work: Callable[[], Any]) -> Any:
+    """Run the work, add its seconds and return what it returns."""
+    start = time.perf_counter()
+    found = work()
+    seconds.append(time.perf_counter() - start)
+    return found
+
+
+def main() -> None:
+    """Time the steps and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=7)
+    options = parser.parse_args()
+    settings = PolishSettings()
+    model: Any = load(options.model)
+    dtype = torch.float32 if multiplies_in_software(CPU, model.dtype) else model.dtype
+    ids_BT = torch.randint(model.config.vocab_size, (1, options.length), generator=torch.Generator().manual_seed(0))
+    head, states_PD = head_of(model, bind(model)), final_states(model, bind(model), ids_BT)
+    layers, whole = forward_flops(model, options.length)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, fused=True)
+    weight_P, next_P = torch.ones(options.length - 1), ids_BT[0, 1:]
+    seconds: dict[str, list[float]] = {name: [] for name in ("forward", "teach", "loss", "backward", "update")}
+
+    def forward() -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            return model(input_ids=ids_BT, use_cache=False).logits[0, :-1]
+
+    @torch.no_grad()
+    def teach() -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            return log_probabilities(head(states_PD))
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(options.steps + 1):
+        logits_PV, log_p_PV = timed(seconds["forward"], forward), timed(seconds["teach"], teach)
+        facts = (logits_PV, next_P, log_p_PV, weight_P)
+        loss = timed(seconds["loss"], partial(distillation_loss, *facts, kl_share=settings.kl_share))
+        timed(seconds["backward"], loss.backward)
+        timed(seconds["update"], update)
+    peak = measured_rates(CPU, dtype, WIDTH, ROWS).forward
+    flops = {"forward": whole, "teach": whole - layers, "loss": 0.0, "backward": whole + layers, "update": 0.0}
+    print(f"{options.model}, {dtype}, {torch.get_num_threads()} threads, one step of {options.length} tokens;")
+    print(f"a large product runs at {peak / 1e9:,.0f} GFLOP/s\n")
+    print("| part | ms | GFLOP | of the product's rate |")
+    print("|---|---:|---:|---:|")
+    total = 0.0
+    for name, found in seconds.items():
+        took, work = statistics.median(found[1:]), flops[name] * options.length
+        total += took
+        print(f"| {name} | {1000 * took:,.0f} | {work / 1e9:,.0f} | {work / took / peak:.0%} |")
+    work = sum(flops.values()) * options.length
+    print(f"| all | {1000 * total:,.0f} | {work / 1e9:,.0f} | {work / total / peak:.0%} |\n")
+    print(f"{options.length / total:,.0f} tokens/s; at the product's rate alone {options.length * peak / work:,.0f}")
+
+
+if __name__ == "__main__":
+    main()
