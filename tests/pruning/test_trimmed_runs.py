@@ -217,6 +217,30 @@ def test_mistakes_are_one_sentence(changes, said, tied, asked, tmp_path):
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocabulary": 450},
+        {"vocabulary": 64},
+        {"vocabulary": 6400},
+        {"keep_scripts": ["latin"]},
+        {"vocabulary": 448, "remove": 0.01},
+        {"vocabulary": 448, "min_keep": 0.99},
+        {"vocabulary": "auto", "groups": ["kv_heads"]},
+    ],
+)
+def test_what_needs_no_text_is_refused_before_any_is_read_and_by_inspect_too(
+    changes, tied, asked, tmp_path, monkeypatch
+):
+    recipe = grouped({**asked, **changes})
+    monkeypatch.setattr("secateur.pruning.trim.token_counts", lambda *_: pytest.fail("text was read"))
+    with pytest.raises(secateur.SecateurError, match=r"remove\.") as error:
+        secateur.prune(tied, recipe, out=tmp_path / "out")
+    with pytest.raises(secateur.SecateurError) as told:
+        secateur.inspect(tied, recipe)
+    assert str(told.value) == str(error.value)
+
+
 def test_a_group_named_vocabulary_is_short_for_auto():
     remove = parse_recipe({"remove": {"groups": ["vocabulary", "ffn"]}}).remove
     assert (remove.groups, remove.vocabulary) == (("ffn",), "auto")

@@ -19,13 +19,13 @@ from secateur.methods.budget import Plan, largest_remove, least_keep
 from secateur.methods.prices import token_prices
 from secateur.model.bind import EXPERTS, Arch, head_width, text_config
 from secateur.model.checkpoint import Tokenizer
-from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.modeling_per_layer import is_per_layer
 from secateur.model.vocabulary import read_vocabulary, with_parts
 from secateur.pruning.cost import disk_bytes, memory_for, params_after, seconds_for, with_polish_that_fits, work_of
 from secateur.pruning.latency import with_prices
 from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.resolve import Resolved, checked, resolve
+from secateur.pruning.trim import trim_to
 from secateur.recipe import Recipe
 from secateur.recipe_file import as_recipe
 from secateur.report.records import GroupFacts, InspectedVocabulary, Inspection, Possible, Serving
@@ -144,12 +144,9 @@ def _used(recipe: Recipe, tokenizer: Tokenizer, progress: Progress) -> tuple[dic
     return used, num_counted
 
 
-def _trimmed(opened: Opened) -> tuple[Opened, tuple[str, ...]]:
-    """Return the model with as many tokens gone as the recipe says, and a note if a run measures it.
-
-    Which tokens they are is not looked at. Raises what `prune` raises for a size that cannot be.
-    """
-    size, num_rows = opened.recipe.remove.vocabulary, _num_rows(opened.model)
+def _trimmed(opened: Opened, services: Services) -> tuple[Opened, tuple[str, ...]]:
+    """Return the model with as many tokens gone as the recipe says, and a note if a run measures it."""
+    size = opened.recipe.remove.vocabulary
     if size is None:
         return opened, ()
     if size == "auto":
@@ -158,10 +155,7 @@ def _trimmed(opened: Opened) -> tuple[Opened, tuple[str, ...]]:
             "there are none, nothing."
         )
         return opened, (note,)
-    tokenizer = tokenizer_of(opened)
-    removal = methods.removal_order(read_vocabulary(tokenizer, opened.model), torch.zeros(num_rows))
-    kept = num_rows - methods.count_for_size(removal, num_rows, size)
-    return replace(opened, trim=Trim(KeptTokens(tuple(range(kept)), num_rows), tokenizer, tokenizer)), ()
+    return replace(opened, trim=trim_to(opened, size, services)), ()
 
 
 def inspect(
@@ -191,8 +185,9 @@ def inspect(
 
 def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progress) -> Inspection:
     recipe, notes = groups_to_inspect(opened.recipe, opened.arch)
-    opened = with_prices(checked(opened.asking(recipe)), Services(progress=progress))
-    opened, measured_later = _trimmed(opened)
+    services = Services(progress=progress)
+    opened = with_prices(checked(opened.asking(recipe)), services)
+    opened, measured_later = _trimmed(opened, services)
     resolved, arch, size = with_polish_that_fits(opened, resolve(opened)), opened.arch, opened.size
     memory, operations = memory_for(opened, resolved), work_of(opened, resolved)
     dtype = torch.float32 if memory.in_float32 else opened.model.dtype
