@@ -19,6 +19,7 @@ from secateur.model.kept_tokens import Trim, keep_tokens
 from secateur.model.modules import CausalLM
 from secateur.pruning.resolve import Resolved
 from secateur.ranks import own_part
+from secateur.report.vocabulary import sample_blocks
 from secateur.store import Services
 from secateur.stream.losses import Blocks, domain_losses
 from secateur.stream.offload import LayersOnDisk
@@ -36,7 +37,7 @@ class Run:
     `dense_losses`: held-out nats per token by domain before layers went, if something watches them.
     `dense`: the dense model's losses, if its vocabulary is trimmed and something asks for them.
     `dense_tokens`: then the tokens of held-out blocks in the dense tokenizer, in nats per which all
-    losses are.
+    losses are. `sample_nats`: see `VocabularyFacts`.
     """
 
     model: CausalLM
@@ -49,6 +50,7 @@ class Run:
     dense_losses: dict[str, float] = field(default_factory=dict[str, float])
     dense: dict[str, Loss] = field(default_factory=dict[str, Loss])
     dense_tokens: dict[str, list[int]] | None = None
+    sample_nats: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
 
     @property
     def shares(self) -> dict[str, float]:
@@ -91,14 +93,24 @@ class Run:
 
 def without_tokens(run: Run, trim: Trim) -> Run:
     """Cut the tokens that go out of the model, in place; measure the dense one first if asked."""
+    asked = run.resolved.recipe.output.evaluate
     blocks = retokenised(run.held_out, trim.tokenizer, trim.dense_tokenizer)
-    counts = {name: [len(ids_T) - 1 for ids_T in domain] for name, domain in blocks.items()}
-    run = dataclasses.replace(run, dense_tokens=counts)
-    if run.resolved.recipe.output.evaluate or _is_watched(run):
+    run = dataclasses.replace(run, dense_tokens=_predicted(blocks))
+    if asked or _is_watched(run):
         run = dataclasses.replace(run, dense=run._measured("dense", blocks))
+    # Samples of languages: now, and by the dense model that has the tokens that stay alone.
+    before, after = sample_blocks(trim)
+    samples = dataclasses.replace(run, dense_tokens=_predicted(before))
+    dense = samples._measured("samples", before) if asked else {}
     keep_tokens(run.model, trim.kept)
+    cut = samples._measured("samples without tokens", after) if asked else {}
+    nats = {name: (dense[name].nats_per_token, cut[name].nats_per_token) for name in dense}
     dense_losses = {name: loss.nats_per_token for name, loss in run.dense.items()} if _is_watched(run) else {}
-    return dataclasses.replace(run, dense_losses=dense_losses)
+    return dataclasses.replace(run, dense_losses=dense_losses, sample_nats=nats)
+
+
+def _predicted(blocks: Mapping[str, list[Tensor]]) -> dict[str, list[int]]:
+    return {name: [len(ids_T) - 1 for ids_T in domain] for name, domain in blocks.items()}
 
 
 class SafetyNet:
