@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from secateur.data.sources import documents
+from secateur.data.calibration import token_counts
 from secateur.errors import SecateurError
 from secateur.formats.serving import KV_HEADS, QUERY_HEADS, VLLM, check_server, check_vllm, gguf_problem
 from secateur.log import Progress, silent
@@ -18,7 +18,6 @@ from secateur.methods import vocabulary as methods
 from secateur.methods.budget import Plan, largest_remove, least_keep
 from secateur.methods.prices import token_prices
 from secateur.model.bind import EXPERTS, Arch, head_width, text_config
-from secateur.model.checkpoint import Tokenizer
 from secateur.model.modeling_per_layer import is_per_layer
 from secateur.model.vocabulary import read_vocabulary, with_parts
 from secateur.pruning.cost import disk_bytes, memory_for, params_after, seconds_for, with_polish_that_fits, work_of
@@ -92,17 +91,16 @@ def _widths_after(arch: Arch, index: int, sizes: Any, plan: Plan) -> dict[str, i
     return widths
 
 
-# Tokens of a domain's text that are looked at: seconds, where all of it may take minutes. Text of
-# more characters a token is rare.
-MOST_COUNTED, MOST_CHARACTERS = 100_000, 8
+# Tokens of a domain's text that are looked at: seconds, where all of it may take minutes.
+MOST_COUNTED = 100_000
 
 
-def inspected_vocabulary(opened: Opened, progress: Progress) -> InspectedVocabulary:
+def inspected_vocabulary(opened: Opened, resolved: Resolved, progress: Progress) -> InspectedVocabulary:
     """Return the vocabulary's share of the model, and what a trim can free before it costs the domains.
 
     If tokens cannot go or the text cannot be read, the record says why.
     """
-    num_rows = _num_rows(opened.model)
+    recipe, num_rows = resolved.recipe, opened.model.get_input_embeddings().num_embeddings
 
     def params(num_tokens: int) -> int:
         return token_prices("parameters", opened.model, num_tokens, 1)
@@ -110,38 +108,22 @@ def inspected_vocabulary(opened: Opened, progress: Progress) -> InspectedVocabul
     try:
         tokenizer = tokenizer_of(opened)
         vocabulary = read_vocabulary(tokenizer, opened.model)
-        used, num_counted = _used(opened.recipe, tokenizer, progress)
+        calibrated = (recipe.calibration, resolved.num_tokens, tokenizer, recipe.seed)
+        counts = token_counts(*calibrated, num_rows, progress, most=MOST_COUNTED)
     except SecateurError as error:
-        return InspectedVocabulary(num_rows, params(num_rows), problem=str(error).removeprefix("vocabulary: "))
-    if not used:
-        problem = "every domain is sampled from the model, so there is no text to count tokens of."
+        problem = str(error).removeprefix("remove.").removeprefix("vocabulary: ")
         return InspectedVocabulary(num_rows, params(num_rows), problem=problem)
+    used = {name: set(count_V.nonzero().flatten().tolist()) for name, count_V in counts.items()}
     needed = len(with_parts(vocabulary, set[int]().union(*used.values())))
     smallest = min(num_rows, -(-needed // methods.ALIGN_TOKENS) * methods.ALIGN_TOKENS)
-    counts = {name: len(ids) for name, ids in used.items()}
-    return InspectedVocabulary(num_rows, params(num_rows), counts, num_counted, smallest, params(num_rows - smallest))
-
-
-def _num_rows(model: Any) -> int:
-    return model.get_input_embeddings().num_embeddings
-
-
-def _used(recipe: Recipe, tokenizer: Tokenizer, progress: Progress) -> tuple[dict[str, set[int]], dict[str, int]]:
-    """Return the tokens that each domain's text has, and how many of its tokens were looked at."""
-    used, num_counted = dict[str, set[int]](), dict[str, int]()
-    domains = {name: domain for name, domain in recipe.calibration.domains.items() if not domain.sampled}
-    for done, (name, domain) in enumerate(domains.items()):
-        progress("count tokens", done, len(domains))
-        used[name], num_counted[name] = set(), 0
-        for text in documents(name, domain, tokenizer, recipe.seed):
-            left = MOST_CHARACTERS * (MOST_COUNTED - num_counted[name])
-            ids = tokenizer(text[:left], add_special_tokens=False, verbose=False)["input_ids"]
-            used[name].update(ids)
-            num_counted[name] += len(ids)
-            if num_counted[name] >= MOST_COUNTED:
-                break
-    progress("count tokens", len(domains), len(domains))
-    return used, num_counted
+    return InspectedVocabulary(
+        num_rows,
+        params(num_rows),
+        {name: len(ids) for name, ids in used.items()},
+        {name: int(count_V.sum()) for name, count_V in counts.items()},
+        smallest,
+        params(num_rows - smallest),
+    )
 
 
 def _trimmed(opened: Opened, services: Services) -> tuple[Opened, tuple[str, ...]]:
@@ -222,7 +204,7 @@ def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progre
         possible=possible_groups(arch),
         impossible=arch.omits,
         serving=None if check_for is None else serving_after(check_for, tp, arch, opened.model, plan),
-        vocabulary=inspected_vocabulary(opened, progress),
+        vocabulary=inspected_vocabulary(opened, resolved, progress),
     )
 
 

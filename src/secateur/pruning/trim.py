@@ -13,11 +13,9 @@ import torch
 from secateur.data.calibration import CalibrationSet, build_calibration, token_counts
 from secateur.data.sources import read_rows
 from secateur.errors import CheckpointError, RecipeError
-from secateur.facts import Batch
 from secateur.methods import vocabulary as methods
 from secateur.methods.budget import default_align, least_step
 from secateur.methods.prices import token_prices
-from secateur.model.bind import decoder_layers
 from secateur.model.checkpoint import Tokenizer, eval_mode
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
@@ -26,8 +24,6 @@ from secateur.pruning.open import Opened, loaded, tokenizer_of
 from secateur.pruning.resolve import recipe_prices, resolve, text_for
 from secateur.ranks import from_first, own_part
 from secateur.store import Services
-from secateur.stream.device import CPU
-from secateur.stream.offload import Placement
 from secateur.stream.walk import make_batches
 
 # A prune without `vocabulary` says so if tokens of this share of all parameters could go for so many
@@ -193,18 +189,13 @@ def _measured(dense: _Dense, removal: methods.Removal, most: float) -> tuple[flo
     plain = recipe.filled(remove={"vocabulary": None, "share": 0.05, "align": 1, "depth": 0, "groups": ("ffn",)})
     resolved = resolve(opened.asking(plain))
     plan = memory_for(opened.asking(plain), resolved)
-    opened, _ = loaded(opened, on_disk=plan.weights_on_disk)
-    model, arch = opened.model, opened.arch
-    layers, device = decoder_layers(model, arch), CPU if opened.checkpoint is None else opened.device
-    options = {"one_at_a_time": plan.one_layer_at_a_time, "in_float32": plan.in_float32}
-    placement = Placement(model, layers, device, **options)
     text = (recipe.calibration, resolved.num_tokens, dense.tokenizer, recipe.seed)
     drawn = from_first(lambda: build_calibration(*text, services.progress))
-    placement.onload()
+    opened, _ = loaded(opened, on_disk=plan.weights_on_disk)
+    placement, model, arch = plan.onload(opened), opened.model, opened.arch
     written = [domain.calibration_NT for domain in drawn.domains if not domain.calibration_NT.is_meta]
-    batches: list[Batch] = []
-    for number, ids_NT in enumerate(written):
-        batches += own_part(make_batches(str(number), ids_NT.to(model.device), held_out=False))
+    blocks = {str(number): ids_NT.to(model.device) for number, ids_NT in enumerate(written)}
+    batches = [each for name in blocks for each in own_part(make_batches(name, blocks[name], held_out=False))]
     with eval_mode(model):
         half = dense.trim(removal, len(removal.ids) // 2)
         nats = from_first(partial(methods.nats_per_token, model, arch, half, written, services.progress))
