@@ -47,7 +47,7 @@ def vocabulary_notes(facts: VocabularyFacts) -> Iterator[tuple[str, str]]:
     yield "languages", f"{_growths(facts.samples, 0)} more tokens, by a short sample of each"
     if facts.sample_nats:
         more = ", ".join(f"{name} {after - before:+.2f}" for name, (before, after) in facts.sample_nats.items())
-        yield "languages, loss", f"{more} nats per token of the dense tokenizer, from the tokens alone"
+        yield "languages, loss", f"{more} nats per token of the dense tokenizer, by the trim alone"
     lost = sorted((-growth(*counts), script) for script, counts in facts.scripts.items() if counts[0] >= LEAST_TOKENS)
     worst = [(script, facts.scripts[script]) for share, script in reversed(lost) if share > 0][:MOST_SCRIPTS]
     if worst:
