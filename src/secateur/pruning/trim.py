@@ -51,7 +51,7 @@ class _Dense:
         """Return the trim after which so many tokens are gone."""
         num_rows = self.vocabulary.num_rows
         kept = KeptTokens(methods.kept_after(removal, num_rows, num_gone), num_rows)
-        new = trimmed_tokenizer(self.tokenizer, kept)
+        new = trimmed_tokenizer(self.tokenizer, kept, self.opened.model.config)
         return Trim(kept, self.tokenizer, new)
 
 
