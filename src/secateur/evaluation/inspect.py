@@ -6,7 +6,7 @@ In: a model reference and a recipe. Out: an `Inspection`. The model stays on the
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -100,7 +100,8 @@ def inspected_vocabulary(opened: Opened, resolved: Resolved, progress: Progress)
 
     If tokens cannot go or the text cannot be read, the record says why.
     """
-    recipe, num_rows = resolved.recipe, opened.model.get_input_embeddings().num_embeddings
+    recipe, embedding = resolved.recipe, cast(Any, opened.model.get_input_embeddings())
+    num_rows: int = embedding.num_embeddings
 
     def params(num_tokens: int) -> int:
         return token_prices("parameters", opened.model, num_tokens, 1)
