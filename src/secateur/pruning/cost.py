@@ -23,8 +23,7 @@ from secateur.pruning.resolve_depth import NARROW_TOKENS_PER_INPUT
 from secateur.recovery.cost import polish_work, training_bytes
 from secateur.recovery.polish import polish_settings
 from secateur.report.records import MemoryEstimate, Work
-from secateur.stream.device import CPU, float64_device, free_bytes
-from secateur.stream.offload import Placement
+from secateur.stream.device import float64_device, free_bytes
 from secateur.stream.statistics import BY_DOMAIN, NUM_BLOCKS, PRODUCT_ROWS, exact_product_precision
 from secateur.stream.walk import DEVICE_BATCH_TOKENS, LAYERS_AT_ONCE
 
@@ -45,14 +44,6 @@ class MemoryPlan:
     one_layer_at_a_time: bool = False
     budget_bytes: int | None = None
     in_float32: bool = False
-
-    def onload(self, opened: Opened) -> Placement:
-        """Bring the loaded model to the run's device; a model in memory stays where it is."""
-        layers, device = decoder_layers(opened.model, opened.arch), CPU if opened.checkpoint is None else opened.device
-        options = {"one_at_a_time": self.one_layer_at_a_time, "in_float32": self.in_float32}
-        placement = Placement(opened.model, layers, device, **options)
-        placement.onload()
-        return placement
 
 
 def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:

@@ -26,6 +26,7 @@ from secateur.pruning.open import (
     check_same_run,
     computes_in_float32,
     loaded,
+    onload,
     open_model,
     store_for,
     tokenizer_of,
@@ -131,7 +132,7 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placemen
         opened, notes = loaded(opened, on_disk=plan.weights_on_disk)
         resolved = replace(resolved, warnings=resolved.warnings + notes + _notes(opened, plan))
         check_same_run(opened.model, resolved.recipe)
-        placement = plan.onload(opened)
+        placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
     model = opened.model
     with log.time("calibration"), eval_mode(model):
         text = from_first(partial(sampled_text, text, opened, model, services.progress))

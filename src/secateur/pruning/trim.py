@@ -20,7 +20,7 @@ from secateur.model.checkpoint import Tokenizer, eval_mode
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
 from secateur.pruning.cost import memory_for
-from secateur.pruning.open import Opened, loaded, tokenizer_of
+from secateur.pruning.open import Opened, loaded, onload, tokenizer_of
 from secateur.pruning.resolve import recipe_prices, resolve, text_for
 from secateur.ranks import from_first, own_part
 from secateur.store import Services
@@ -192,7 +192,8 @@ def _measured(dense: _Dense, removal: methods.Removal, most: float) -> tuple[flo
     text = (recipe.calibration, resolved.num_tokens, dense.tokenizer, recipe.seed)
     drawn = from_first(lambda: build_calibration(*text, services.progress))
     opened, _ = loaded(opened, on_disk=plan.weights_on_disk)
-    placement, model, arch = plan.onload(opened), opened.model, opened.arch
+    placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
+    model, arch = opened.model, opened.arch
     written = [domain.calibration_NT for domain in drawn.domains if not domain.calibration_NT.is_meta]
     blocks = {str(number): ids_NT.to(model.device) for number, ids_NT in enumerate(written)}
     batches = [each for name in blocks for each in own_part(make_batches(name, blocks[name], held_out=False))]

@@ -86,8 +86,6 @@ def _save(work: Work, job: Job, directory: Path) -> None:
     source, recipe = job.candidates.pruned.directory, job.recipe
     if (path := source / RECIPE_FILE).is_file():
         recipe = parse_recipe(load_recipe(path), f"recipe {path}").model_copy(update={"recover": recipe.recover})
-    if (use_cache := getattr(work.candidates.pruned.config, "use_cache", None)) is not None:
-        work.pruned.config.use_cache = use_cache  # the Trainer turns it off
     options: dict[str, Any] = {"max_shard_size": recipe.output.max_shard_size, "carry_from": source}
     for sentence in save_checkpoint(work.pruned, job.candidates.tokenizer, directory, **options):
         work.log.write({"event": "note", "text": sentence})
