@@ -1,6 +1,7 @@
 """What `inspect` says of a vocabulary: its share, the tokens that the domains' text has, what a trim frees."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from models import tiny_llama
 from rich.console import Console
 
 import secateur
+from secateur.data.calibration import CHARACTERS_PER_TOKEN, build_calibration
 from secateur.errors import RecipeError
 from secateur.evaluation import inspect as inspecting
 from secateur.model.config import quiet_transformers
+from secateur.recipe_file import parse_recipe
 from secateur.report.rows import inspection_table
 
 NUM_ROWS, WIDTH = 640, 48
@@ -46,7 +49,11 @@ def test_share_use_and_what_a_trim_frees(model, recipe, tmp_path):
     vocabulary, tokenizer = found.vocabulary, bpe_tokenizer(vocab_size=400, corpus=[*CORPUS, *WORDS, *WORDS, *WORDS])
     per_token = WIDTH if json.loads((model / "config.json").read_text())["tie_word_embeddings"] else 2 * WIDTH
     assert (vocabulary.num_tokens, vocabulary.num_params) == (NUM_ROWS, NUM_ROWS * per_token)
-    ids = {name: tokenizer((tmp_path / f"{name}.txt").read_text())["input_ids"] for name in "ab"}
+    drawn = build_calibration(parse_recipe(recipe).calibration, 640, tokenizer, 0)
+    held_out = {domain.name: Counter(domain.held_out_NT.flatten().tolist()) for domain in drawn.domains}
+    ids = {name: Counter(tokenizer((tmp_path / f"{name}.txt").read_text())["input_ids"]) for name in "ab"}
+    ids = {name: [*(all_ids - held_out[name]).elements()] for name, all_ids in ids.items()}
+    assert all(sum(each.values()) == 64 for each in held_out.values())
     assert vocabulary.num_counted == {name: len(of) for name, of in ids.items()}
     assert vocabulary.used == {name: len(set(of)) for name, of in ids.items()}
     # What is used, all that it is merged from, and what never goes: bytes and the three added tokens.
@@ -77,7 +84,7 @@ def terminal(found: Any) -> str:
 def test_no_more_text_is_looked_at_than_takes_seconds(model, recipe, monkeypatch):
     monkeypatch.setattr(inspecting, "MOST_COUNTED", 20)
     counted = secateur.inspect(model, recipe).vocabulary.num_counted
-    assert all(20 <= count <= 20 * inspecting.MOST_CHARACTERS for count in counted.values())
+    assert all(20 <= count <= 20 + 32 * CHARACTERS_PER_TOKEN for count in counted.values())  # whole pieces
 
 
 def test_without_tokenizer_or_text_it_says_why_and_all_else(model, recipe, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from bpe_tokenizer import CORPUS, SPACE, bpe_tokenizer, sentencepiece_tokenizer
 from models import tiny_llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, BertTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertTokenizer, ByT5Tokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from transformers.models.gpt2.tokenization_gpt2 import GPT2Tokenizer
 from transformers.models.llama.tokenization_llama import LlamaTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
@@ -379,6 +379,17 @@ def test_tokens_whose_parts_decode_to_something_else_stay():
     assert {SPACE * 2, "xy"}.isdisjoint(free) and {f"{SPACE}a", "aa"} <= free
 
 
+def test_tokens_whose_parts_decode_to_something_else_within_a_text_stay():
+    # This decoder drops a token that repeats the one before it: a text's first token has none before it.
+    backend = Tokenizer(models.BPE({"b": 0, "a": 1, "ba": 2}, [("b", "a")]))
+    backend.decoder = decoders.CTC(pad_token="<pad>", word_delimiter_token="|", cleanup=False)
+    assert backend.decoder.decode(["ba"]) == backend.decoder.decode(["b", "a"])
+    assert backend.decoder.decode(["b", "ba"]) != backend.decoder.decode(["b", "b", "a"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    vocabulary = read_vocabulary(tokenizer, model_for(tokenizer, bos_token_id=None, eos_token_id=None))
+    assert vocabulary.parts == {2: (0, 1)} and vocabulary.fixed == {0, 1, 2}
+
+
 def test_a_word_whose_characters_are_no_tokens_stays():
     names = ["a", "b", "ab", "ac"]  # ac comes from no merge; c is no token
     backend = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, [("a", "b")], ignore_merges=True))
@@ -452,11 +463,33 @@ def test_other_kinds_are_refused(tmp_path):
 
 def test_a_class_that_gives_other_ids_is_refused():
     class Other(PreTrainedTokenizerFast):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            self.add_tokens(["<own>"])
+        def get_vocab(self) -> dict[str, int]:
+            return {text: index + 1 for text, index in super().get_vocab().items()}
 
     tokenizer = Other(tokenizer_object=bpe_tokenizer().backend_tokenizer)
     kept = KeptTokens(tuple(range(300)), len(tokenizer))
-    with pytest.raises(CheckpointError, match="Other gives the kept tokens other ids"):
+    with pytest.raises(CheckpointError, match=r"Other, as which .* gives the kept tokens other ids; leave"):
         trimmed_tokenizer(tokenizer, kept)
+
+
+def test_a_special_token_that_loading_adds_is_refused_for_it_has_no_row(tmp_path):
+    class Other(PreTrainedTokenizerFast):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.add_special_tokens({"pad_token": "<own>"})
+
+    tokenizer, vocabulary = made("byte-level")
+    kept = some_kept(vocabulary, 3)
+    with pytest.raises(CheckpointError, match=r"Other, as which .* adds <own>, which then has no row; leave"):
+        trimmed_tokenizer(Other(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|end|>"), kept)
+    # The class that stock transformers takes beside a Qwen2 config has an end-of-text token of its own.
+    trimmed_tokenizer(tokenizer, kept, LlamaConfig()).save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path, config=Qwen2Config())
+    assert (
+        loaded.get_vocab()["<|endoftext|>"]
+        == len(loaded) - 1
+        == sum(index in vocabulary.texts for index in kept.dense_ids)
+    )
+    with pytest.raises(CheckpointError, match=r"Qwen2Tokenizer, as which .* adds <\|endoftext\|>, which") as error:
+        trimmed_tokenizer(tokenizer, kept, Qwen2Config())
+    assert "\n" not in str(error.value)

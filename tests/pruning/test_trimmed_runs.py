@@ -21,9 +21,11 @@ from secateur.model.kept_tokens import kept_tokens_of
 from secateur.pruning.resolve import resolve
 from secateur.pruning.trim import plan_trim
 from secateur.recipe_file import parse_recipe
+from secateur.report.vocabulary import SAMPLES
 from secateur.store import Services
 from tests.model.test_vocabulary import NUM_PADDING, made
 from tests.pruning.test_resume import Stopped, stopped_after, weights
+from tests.trims import bytes_of
 
 TEST_WITH_PROOF = "test_tokens_and_channels_together_reach_the_share"
 
@@ -115,6 +117,36 @@ def test_losses_are_nats_per_token_of_the_dense_tokenizer(tied, asked, tmp_path)
         for name, losses in (("dense", found.dense_losses), ("pruned", found.pruned_losses)):
             assert losses[domain.name].nats_per_token == pytest.approx(nats[name] / tokens["dense"], rel=1e-5)
             assert losses[domain.name].num_tokens == tokens["dense"]
+
+
+def test_languages_lose_nats_by_the_tokens_that_go_alone(dense, asked, tmp_path):
+    # Channels go too: they change no sample's figure.
+    found = secateur.prune(dense, grouped(asked), out=tmp_path / "out").summary.vocabulary
+    model = AutoModelForCausalLM.from_pretrained(dense).eval()
+    old, new = (AutoTokenizer.from_pretrained(each) for each in (dense, tmp_path / "out"))
+    dense_ids = torch.tensor(kept_tokens_of(tmp_path / "out").dense_ids)  # type: ignore[union-attr]
+
+    def nats(ids_T: torch.Tensor, kept: torch.Tensor) -> float:
+        with torch.no_grad():
+            logits = model(ids_T[None]).logits[0, :-1].double()
+        log_p = logits.gather(1, ids_T[1:, None])[:, 0] - logits[:, kept].logsumexp(-1)
+        return -float(log_p.sum())
+
+    assert found is not None and found.sample_nats.keys() == SAMPLES.keys()
+    num_checked = 0
+    for name, text in SAMPLES.items():
+        ids, others = (torch.tensor(each(text)["input_ids"]) for each in (old, new))
+        before, after = found.sample_nats[name]
+        assert before == pytest.approx(nats(ids, torch.arange(model.config.vocab_size)) / (len(ids) - 1), rel=1e-5)
+        first = bytes_of(old, ids[:1])
+        ends = [count for count in range(1, len(others)) if bytes_of(new, others[:count]) == first]
+        if ends:  # else a token of the new text spells the end of the first one and more
+            same_T = dense_ids[others[ends[0] - 1 :]]
+            assert after == pytest.approx(nats(same_T, dense_ids) / (len(ids) - 1), rel=1e-5)
+            num_checked += len(others) > len(ids)
+    assert num_checked >= 3
+    alone = {**asked, "groups": [], "evaluate": False}
+    assert secateur.prune(dense, grouped(alone), out=tmp_path / "alone").summary.vocabulary.sample_nats == {}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +247,30 @@ def test_mistakes_are_one_sentence(changes, said, tied, asked, tmp_path):
     with pytest.raises(secateur.SecateurError, match=said) as error:
         secateur.prune(tied, grouped({**asked, **changes}), out=tmp_path / "out")
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocabulary": 450},
+        {"vocabulary": 64},
+        {"vocabulary": 6400},
+        {"keep_scripts": ["latin"]},
+        {"vocabulary": 448, "remove": 0.01},
+        {"vocabulary": 448, "min_keep": 0.99},
+        {"vocabulary": "auto", "groups": ["kv_heads"]},
+    ],
+)
+def test_what_needs_no_text_is_refused_before_any_is_read_and_by_inspect_too(
+    changes, tied, asked, tmp_path, monkeypatch
+):
+    recipe = grouped({**asked, **changes})
+    monkeypatch.setattr("secateur.pruning.trim.token_counts", lambda *_: pytest.fail("text was read"))
+    with pytest.raises(secateur.SecateurError, match=r"remove\.") as error:
+        secateur.prune(tied, recipe, out=tmp_path / "out")
+    with pytest.raises(secateur.SecateurError) as told:
+        secateur.inspect(tied, recipe)
+    assert str(told.value) == str(error.value)
 
 
 def test_a_group_named_vocabulary_is_short_for_auto():

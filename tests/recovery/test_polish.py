@@ -9,6 +9,7 @@ from models import tiny_llama
 from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import kl_div
+from transformers import AutoConfig
 
 import secateur
 from secateur.data.calibration import build_calibration
@@ -61,6 +62,7 @@ def test_training_lowers_the_held_out_kl_and_the_result_says_so(checkpoints, ask
     # The run's last losses are those of the trained model, on the same held-out text.
     for domain, loss in found.summary.pruned_losses.items():
         assert loss.nats_per_token == pytest.approx(record.after[domain].nats_per_token, rel=1e-5)
+    assert AutoConfig.from_pretrained(tmp_path / "out").use_cache  # as the dense one's; the Trainer turns it off
     card, page = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("README.md", "report.html"))
     assert "- polish: " in card and "of the lost log-perplexity won back with 1,280 tokens" in card
     assert 'id="polish"' in page and "polish-loss-plot" in page

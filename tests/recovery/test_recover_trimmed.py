@@ -1,6 +1,7 @@
 """Recovery of a model whose vocabulary was trimmed: the teacher's predictions are the dense ones of the kept tokens."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from secateur.evaluation.tasks import LoadedTasks
 from secateur.facts import mean_kl
 from secateur.model.kept_tokens import kept_tokens_of
 from secateur.recovery.judge import Judge, teacher_log_p
-from secateur.recovery.open import dry_run
-from secateur.recovery.pair import open_pair
+from secateur.recovery.open import _fingerprint, dry_run, open_job
+from secateur.recovery.pair import open_pair, recovery_text
 from secateur.recovery.recover import recover
 from secateur.report.measured import RecoveryRecord
 from tests.trims import TrimmedPair, prose_file, trimmed_pair
@@ -68,12 +69,29 @@ def test_a_recovery_runs_end_to_end(pair, changes, tmp_path):
     assert kept_tokens_of(out) == pair.kept == kept_tokens_of(pair.pruned)
     assert AutoTokenizer.from_pretrained(out).get_vocab() == pair.tokenizer.get_vocab()
     config, before = AutoModelForCausalLM.from_pretrained(out).config, pair.models()[1].config
-    for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
+    for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"):
         assert getattr(config, key) == getattr(before, key)
-    assert config.vocab_size == len(pair.kept.dense_ids)
+    assert config.vocab_size == len(pair.kept.dense_ids) and config.use_cache
     kept = f"{len(pair.kept.dense_ids)} of its {pair.kept.num_dense} tokens"
     assert record.notes == (f"recover: the teacher predicts {kept}, those that the model has.",)
     assert RecoveryRecord.from_json((out / "recovery.json").read_text(encoding="utf-8"), "there") == record
+
+
+def test_a_run_on_other_tokens_does_not_go_on(changes, tmp_path):
+    # Padding rows: the tokenizer, and so the text, say nothing of them.
+    pair = trimmed_pair(tmp_path, padding=2)
+    first, second, third = (len(pair.dense_tokenizer) + number for number in range(3))
+    assert pair.kept.dense_ids[-2:] == (first, second)
+
+    def fingerprint() -> str:
+        candidates, recipe, settings = open_job(pair.pruned, pair.dense, changes)
+        text = recovery_text(recipe, settings, candidates.tokenizer, candidates.load_teacher())
+        return _fingerprint(candidates, recipe, text)
+
+    before = fingerprint()
+    assert fingerprint() == before
+    replace(pair.kept, dense_ids=(*pair.kept.dense_ids[:-1], third)).write(pair.pruned)
+    assert fingerprint() != before
 
 
 def test_a_dry_run_counts_the_teacher_s_kept_tokens(pair, changes):

@@ -47,7 +47,7 @@ def trim() -> Trim:
 def facts(trim: Trim) -> VocabularyFacts:
     texts = {"prose": CORPUS[0] * 4, "море": "Паром море " * 9}
     return vocabulary_facts(
-        trim, {name: torch.tensor([trim.tokenizer(text)["input_ids"]]) for name, text in texts.items()}
+        trim, {name: torch.tensor([trim.tokenizer(text)["input_ids"]]) for name, text in texts.items()}, {}
     )
 
 
@@ -127,6 +127,12 @@ def test_the_card_says_it_in_its_first_line_and_the_terminal_in_its_rows():
     assert "a +10.0%, b +0.7% more tokens" in said and "Chinese +65%" in said
     assert re.search(r"tokens that stay: cjk 1 of 20, latin 400 of 900 *\n", said)  # thai has too few to name
     assert "held-out nats/token of the dense tokenizer (perplexity)" in said
+    assert "languages, loss" not in said and "Nats" not in page_of(facts)
+    measured = dataclasses.replace(facts, sample_nats={"Chinese": (2.5, 3.75), "German": (2.0, 1.99)})
+    assert "Chinese +1.25, German -0.01 nats per token of the dense tokenizer" in terminal(trimmed(measured))
+    assert "Chinese +1.25, German -0.01 nats per token" in html.unescape(model_card(trimmed(measured)))
+    cells = re.sub(r"\s*<[^>]*>\s*", " ", page_of(measured))
+    assert re.search(r"Nats per dense token .* Chinese +2\.500 +3\.750 +\+1\.250 .*German +2\.000 +1\.990", cells)
     plain = terminal(trimmed(None))
     assert "vocabulary" not in plain and "held-out nats/token (perplexity)" in plain
     assert "vocabulary" not in model_card(trimmed(None))
@@ -135,7 +141,8 @@ def test_the_card_says_it_in_its_first_line_and_the_terminal_in_its_rows():
 @pytest.mark.parametrize("name", HOSTILE)
 def test_texts_of_tokens_and_names_are_text(name):
     def facts(each: str) -> VocabularyFacts:
-        return made({each: (1, 2)}, by_domain={each: (1, 2)}, scripts={each: (20, 2)}, longest_lost=(each, each))
+        shown = {"by_domain": {each: (1, 2)}, "scripts": {each: (20, 2)}, "longest_lost": (each, each)}
+        return made({each: (1, 2)}, sample_nats={each: (1.0, 2.0)}, **shown)
 
     card, plain = (model_card(trimmed(facts(each), each)) for each in (name, "name"))
     body, quiet = (text.split("---\n", 2)[2] for text in (card, plain))

@@ -165,12 +165,14 @@ def token_counts(
     seed: int,
     num_rows: int,
     progress: Progress = silent,
+    *,
+    most: int = MOST_COUNTED,
 ) -> dict[str, Int64[Tensor, " V"]]:
     """Return how often each domain's text has each token, without the text that is held out.
 
-    V: `num_rows`, of the embedding. At most `MOST_COUNTED` tokens of a domain count. Sampled
-    domains, whose text is not written yet, are left out. Raises CalibrationError for unreadable
-    text, or if no domain is left.
+    V: `num_rows`, of the embedding. No more of a domain's text is read once `most` tokens are
+    counted. Sampled domains, whose text is not written yet, are left out. Raises CalibrationError
+    for unreadable text, or if no domain is left.
     """
     assert calibration.sequence_length is not None, "resolve fills it in"
     length, found = calibration.sequence_length, dict[str, Tensor]()
@@ -184,7 +186,7 @@ def token_counts(
         _, used = _pack(pieces, deque(), num_held_out * length, None)
         counts, num_counted = torch.zeros(num_rows, dtype=torch.int64), 0
         for ids in chain.from_iterable(chain(used, pieces)):
-            if num_counted >= MOST_COUNTED:
+            if num_counted >= most:
                 break
             counts += torch.bincount(torch.tensor(ids), minlength=num_rows)
             num_counted += len(ids)

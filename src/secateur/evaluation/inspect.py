@@ -6,11 +6,11 @@ In: a model reference and a recipe. Out: an `Inspection`. The model stays on the
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from secateur.data.sources import documents
+from secateur.data.calibration import token_counts
 from secateur.errors import SecateurError
 from secateur.formats.serving import KV_HEADS, QUERY_HEADS, VLLM, check_server, check_vllm, gguf_problem
 from secateur.log import Progress, silent
@@ -18,14 +18,13 @@ from secateur.methods import vocabulary as methods
 from secateur.methods.budget import Plan, largest_remove, least_keep
 from secateur.methods.prices import token_prices
 from secateur.model.bind import EXPERTS, Arch, head_width, text_config
-from secateur.model.checkpoint import Tokenizer
-from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.modeling_per_layer import is_per_layer
 from secateur.model.vocabulary import read_vocabulary, with_parts
 from secateur.pruning.cost import disk_bytes, memory_for, params_after, seconds_for, with_polish_that_fits, work_of
 from secateur.pruning.latency import with_prices
 from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.resolve import Resolved, checked, resolve
+from secateur.pruning.trim import trim_to
 from secateur.recipe import Recipe
 from secateur.recipe_file import as_recipe
 from secateur.report.records import GroupFacts, InspectedVocabulary, Inspection, Possible, Serving
@@ -92,17 +91,17 @@ def _widths_after(arch: Arch, index: int, sizes: Any, plan: Plan) -> dict[str, i
     return widths
 
 
-# Tokens of a domain's text that are looked at: seconds, where all of it may take minutes. Text of
-# more characters a token is rare.
-MOST_COUNTED, MOST_CHARACTERS = 100_000, 8
+# Tokens of a domain's text that are looked at: seconds, where all of it may take minutes.
+MOST_COUNTED = 100_000
 
 
-def inspected_vocabulary(opened: Opened, progress: Progress) -> InspectedVocabulary:
+def inspected_vocabulary(opened: Opened, resolved: Resolved, progress: Progress) -> InspectedVocabulary:
     """Return the vocabulary's share of the model, and what a trim can free before it costs the domains.
 
     If tokens cannot go or the text cannot be read, the record says why.
     """
-    num_rows = _num_rows(opened.model)
+    recipe, embedding = resolved.recipe, cast(Any, opened.model.get_input_embeddings())
+    num_rows: int = embedding.num_embeddings
 
     def params(num_tokens: int) -> int:
         return token_prices("parameters", opened.model, num_tokens, 1)
@@ -110,46 +109,27 @@ def inspected_vocabulary(opened: Opened, progress: Progress) -> InspectedVocabul
     try:
         tokenizer = tokenizer_of(opened)
         vocabulary = read_vocabulary(tokenizer, opened.model)
-        used, num_counted = _used(opened.recipe, tokenizer, progress)
+        calibrated = (recipe.calibration, resolved.num_tokens, tokenizer, recipe.seed)
+        counts = token_counts(*calibrated, num_rows, progress, most=MOST_COUNTED)
     except SecateurError as error:
-        return InspectedVocabulary(num_rows, params(num_rows), problem=str(error).removeprefix("vocabulary: "))
-    if not used:
-        problem = "every domain is sampled from the model, so there is no text to count tokens of."
+        problem = str(error).removeprefix("remove.").removeprefix("vocabulary: ")
         return InspectedVocabulary(num_rows, params(num_rows), problem=problem)
+    used = {name: set(count_V.nonzero().flatten().tolist()) for name, count_V in counts.items()}
     needed = len(with_parts(vocabulary, set[int]().union(*used.values())))
     smallest = min(num_rows, -(-needed // methods.ALIGN_TOKENS) * methods.ALIGN_TOKENS)
-    counts = {name: len(ids) for name, ids in used.items()}
-    return InspectedVocabulary(num_rows, params(num_rows), counts, num_counted, smallest, params(num_rows - smallest))
+    return InspectedVocabulary(
+        num_rows,
+        params(num_rows),
+        {name: len(ids) for name, ids in used.items()},
+        {name: int(count_V.sum()) for name, count_V in counts.items()},
+        smallest,
+        params(num_rows - smallest),
+    )
 
 
-def _num_rows(model: Any) -> int:
-    return model.get_input_embeddings().num_embeddings
-
-
-def _used(recipe: Recipe, tokenizer: Tokenizer, progress: Progress) -> tuple[dict[str, set[int]], dict[str, int]]:
-    """Return the tokens that each domain's text has, and how many of its tokens were looked at."""
-    used, num_counted = dict[str, set[int]](), dict[str, int]()
-    domains = {name: domain for name, domain in recipe.calibration.domains.items() if not domain.sampled}
-    for done, (name, domain) in enumerate(domains.items()):
-        progress("count tokens", done, len(domains))
-        used[name], num_counted[name] = set(), 0
-        for text in documents(name, domain, tokenizer, recipe.seed):
-            left = MOST_CHARACTERS * (MOST_COUNTED - num_counted[name])
-            ids = tokenizer(text[:left], add_special_tokens=False, verbose=False)["input_ids"]
-            used[name].update(ids)
-            num_counted[name] += len(ids)
-            if num_counted[name] >= MOST_COUNTED:
-                break
-    progress("count tokens", len(domains), len(domains))
-    return used, num_counted
-
-
-def _trimmed(opened: Opened) -> tuple[Opened, tuple[str, ...]]:
-    """Return the model with as many tokens gone as the recipe says, and a note if a run measures it.
-
-    Which tokens they are is not looked at. Raises what `prune` raises for a size that cannot be.
-    """
-    size, num_rows = opened.recipe.remove.vocabulary, _num_rows(opened.model)
+def _trimmed(opened: Opened, services: Services) -> tuple[Opened, tuple[str, ...]]:
+    """Return the model with as many tokens gone as the recipe says, and a note if a run measures it."""
+    size = opened.recipe.remove.vocabulary
     if size is None:
         return opened, ()
     if size == "auto":
@@ -158,10 +138,7 @@ def _trimmed(opened: Opened) -> tuple[Opened, tuple[str, ...]]:
             "there are none, nothing."
         )
         return opened, (note,)
-    tokenizer = tokenizer_of(opened)
-    removal = methods.removal_order(read_vocabulary(tokenizer, opened.model), torch.zeros(num_rows))
-    kept = num_rows - methods.count_for_size(removal, num_rows, size)
-    return replace(opened, trim=Trim(KeptTokens(tuple(range(kept)), num_rows), tokenizer, tokenizer)), ()
+    return replace(opened, trim=trim_to(opened, size, services)), ()
 
 
 def inspect(
@@ -191,8 +168,9 @@ def inspect(
 
 def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progress) -> Inspection:
     recipe, notes = groups_to_inspect(opened.recipe, opened.arch)
-    opened = with_prices(checked(opened.asking(recipe)), Services(progress=progress))
-    opened, measured_later = _trimmed(opened)
+    services = Services(progress=progress)
+    opened = with_prices(checked(opened.asking(recipe)), services)
+    opened, measured_later = _trimmed(opened, services)
     resolved, arch, size = with_polish_that_fits(opened, resolve(opened)), opened.arch, opened.size
     memory, operations = memory_for(opened, resolved), work_of(opened, resolved)
     dtype = torch.float32 if memory.in_float32 else opened.model.dtype
@@ -227,7 +205,7 @@ def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progre
         possible=possible_groups(arch),
         impossible=arch.omits,
         serving=None if check_for is None else serving_after(check_for, tp, arch, opened.model, plan),
-        vocabulary=inspected_vocabulary(opened, progress),
+        vocabulary=inspected_vocabulary(opened, resolved, progress),
     )
 
 

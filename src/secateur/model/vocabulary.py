@@ -17,6 +17,7 @@ from jinja2 import Environment
 from jinja2.exceptions import TemplateSyntaxError
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
+from transformers import AutoTokenizer
 
 from secateur.errors import CheckpointError
 from secateur.model.checkpoint import Tokenizer
@@ -267,10 +268,13 @@ def _without_cover(model: dict[str, Any], pieces: dict[str, int]) -> set[int]:
 
 
 def _told_apart(backend: Any, pieces: dict[str, int], parts: dict[int, tuple[int, ...]]) -> set[int]:
-    """Return the tokens whose parts do not decode to the same text."""
+    """Return the tokens whose parts do not decode to the same text, at the start of a text or within it."""
     text_of = {index: text for text, index in pieces.items()}
-    decode = backend.decoder.decode
-    return {index for index, those in parts.items() if decode([text_of[index]]) != decode([text_of[i] for i in those])}
+    decode, found = backend.decoder.decode, set[int]()
+    for index, those in parts.items():
+        one, more = [text_of[index]], [text_of[each] for each in those]
+        found |= {index} if decode(one) != decode(more) or decode(one * 3) != decode(one + more + one) else set()
+    return found
 
 
 def _named(tokenizer: Tokenizer, backend: Any, parsed: dict[str, Any]) -> set[int]:
@@ -302,12 +306,13 @@ def _template_texts(template: Any) -> set[str]:
     return found
 
 
-def trimmed_tokenizer(tokenizer: Tokenizer, kept: KeptTokens) -> Tokenizer:
+def trimmed_tokenizer(tokenizer: Tokenizer, kept: KeptTokens, config: Any = None) -> Tokenizer:
     """Return a tokenizer of the same class that has the kept tokens alone, under their new ids.
 
     Merges of other tokens are gone; text is prepared, cut and decoded as before. It is made by
     saving, rewriting and loading, so it is what a user of the saved files gets. Raises
-    CheckpointError if the class makes other ids of the files.
+    CheckpointError if the class, or the one that transformers takes beside the model's `config`,
+    makes other tokens of the files: a special one that it adds would have no row.
     """
     _, parsed = _backend_of(tokenizer)
     ids = _ids(parsed, kept.num_dense)
@@ -319,16 +324,24 @@ def trimmed_tokenizer(tokenizer: Tokenizer, kept: KeptTokens) -> Tokenizer:
                 file.unlink()
         _write_json(Path(scratch) / "tokenizer.json", _trimmed(parsed, kept))
         gone = {token["content"] for token in parsed["added_tokens"]} - expected.keys()
-        config = Path(scratch) / "tokenizer_config.json"
-        _write_json(config, _without(json.loads(config.read_text(encoding="utf-8")), gone))
+        settings = Path(scratch) / "tokenizer_config.json"
+        _write_json(settings, _without(json.loads(settings.read_text(encoding="utf-8")), gone))
         found: Any = type(tokenizer).from_pretrained(scratch)
+        _check_tokens(found, expected)
+        if config is not None:
+            _check_tokens(AutoTokenizer.from_pretrained(scratch, config=config, trust_remote_code=False), expected)
     found.name_or_path = found.init_kwargs["name_or_path"] = tokenizer.name_or_path
-    if found.get_vocab() != expected:
-        raise CheckpointError(
-            f"vocabulary: {type(tokenizer).__name__} gives the kept tokens other ids than their files say, so tokens "
-            "cannot go; leave vocabulary out."
-        )
     return found
+
+
+def _check_tokens(loaded: Any, expected: dict[str, int]) -> None:
+    name, ids = type(loaded).__name__, loaded.get_vocab()
+    if ids != expected:
+        added = sorted(ids.keys() - expected.keys())
+        does = f"adds {added[0]}, which then has no row" if added else "gives the kept tokens other ids"
+        raise CheckpointError(
+            f"vocabulary: {name}, as which transformers loads the trimmed tokenizer, {does}; leave vocabulary out."
+        )
 
 
 def _write_json(file: Path, content: Any) -> None:

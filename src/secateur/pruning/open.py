@@ -17,7 +17,7 @@ from torch import nn
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Size
 from secateur.log import RunLog, versions
-from secateur.model.bind import Arch, bind
+from secateur.model.bind import Arch, bind, decoder_layers
 from secateur.model.checkpoint import (
     CausalLM,
     Checkpoint,
@@ -37,7 +37,8 @@ from secateur.ranks import check_same, device_called, is_first, size
 from secateur.recipe import Recipe
 from secateur.recipe_file import dump_recipe
 from secateur.store import Store
-from secateur.stream.device import LOW, multiplies_in_software
+from secateur.stream.device import CPU, LOW, multiplies_in_software
+from secateur.stream.offload import Placement
 
 # These keys change no byte of the result.
 _WITHOUT_EFFECT = {"machine": {"memory_budget", "device_budget"}}
@@ -150,6 +151,14 @@ def loaded(opened: Opened, *, on_disk: bool) -> tuple[Opened, tuple[str, ...]]:
     mapped = (on_disk or opened.device.type != "cpu") and checkpoint.gguf_file is None
     model = load_model(checkpoint, mapped=mapped)
     return replace(opened, model=model, size=Size.of(model)), ()
+
+
+def onload(opened: Opened, *, one_at_a_time: bool, in_float32: bool) -> Placement:
+    """Bring the loaded model to the run's device; a model in memory stays where it is."""
+    layers, device = decoder_layers(opened.model, opened.arch), CPU if opened.checkpoint is None else opened.device
+    placement = Placement(opened.model, layers, device, one_at_a_time=one_at_a_time, in_float32=in_float32)
+    placement.onload()
+    return placement
 
 
 def store_for(

@@ -16,7 +16,6 @@ import torch
 from secateur.data.calibration import CalibrationSet, build_calibration, with_sampled
 from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, silent
-from secateur.model.bind import decoder_layers
 from secateur.model.checkpoint import Tokenizer, eval_mode
 from secateur.model.modules import CausalLM
 from secateur.pruning.cost import JUDGED_TOKENS, MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
@@ -27,6 +26,7 @@ from secateur.pruning.open import (
     check_same_run,
     computes_in_float32,
     loaded,
+    onload,
     open_model,
     store_for,
     tokenizer_of,
@@ -39,7 +39,7 @@ from secateur.ranks import from_first, staging_if_any
 from secateur.recipe import Recipe
 from secateur.recovery.polish import learn, polish
 from secateur.store import Services
-from secateur.stream.device import CPU, peak_bytes, peak_bytes_on
+from secateur.stream.device import peak_bytes, peak_bytes_on
 from secateur.stream.offload import Placement
 
 
@@ -130,7 +130,10 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placemen
     with log.time("calibration"):
         text = from_first(partial(calibration_text, opened, resolved, services.progress, num_judged_tokens=judged))
     with log.time("load"):
-        opened, resolved, placement = _on_device(opened, resolved, plan)
+        opened, notes = loaded(opened, on_disk=plan.weights_on_disk)
+        resolved = replace(resolved, warnings=resolved.warnings + notes + _notes(opened, plan))
+        check_same_run(opened.model, resolved.recipe)
+        placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
     model = opened.model
     with log.time("calibration"), eval_mode(model):
         text = from_first(partial(sampled_text, text, opened, model, services.progress))
@@ -169,18 +172,6 @@ def sampled_text(text: CalibrationSet, opened: Opened, model: CausalLM, progress
     """Return the text with what the dense model writes, of tokens that stay."""
     dense_ids = None if opened.trim is None else torch.tensor(opened.trim.kept.dense_ids)
     return with_sampled(text, model, tokenizer_of(opened), opened.recipe.seed, progress, dense_ids)
-
-
-def _on_device(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> tuple[Opened, Resolved, Placement]:
-    """Load the model and onload it; a model in memory stays where it is."""
-    opened, notes = loaded(opened, on_disk=plan.weights_on_disk)
-    resolved = replace(resolved, warnings=resolved.warnings + notes + _notes(opened, plan))
-    check_same_run(opened.model, resolved.recipe)
-    layers, device = decoder_layers(opened.model, opened.arch), CPU if opened.checkpoint is None else opened.device
-    one_at_a_time, in_float32 = plan.one_layer_at_a_time, plan.in_float32
-    placement = Placement(opened.model, layers, device, one_at_a_time=one_at_a_time, in_float32=in_float32)
-    placement.onload()
-    return opened, resolved, placement
 
 
 def _notes(opened: Opened, plan: MemoryPlan) -> tuple[str, ...]:

@@ -140,7 +140,7 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
         warnings=(*run.resolved.warnings, *notes, *(missing_plots() if proof else ())),
         versions=versions(),
         device=str(opened.device),
-        vocabulary=None if opened.trim is None else vocabulary_facts(opened.trim, run.held_out),
+        vocabulary=opened.trim and vocabulary_facts(opened.trim, run.held_out, run.sample_nats),
         **measured,
     )
 

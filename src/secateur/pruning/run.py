@@ -19,6 +19,7 @@ from secateur.model.kept_tokens import Trim, keep_tokens
 from secateur.model.modules import CausalLM
 from secateur.pruning.resolve import Resolved
 from secateur.ranks import own_part
+from secateur.report.vocabulary import sample_blocks
 from secateur.store import Services
 from secateur.stream.losses import Blocks, domain_losses
 from secateur.stream.offload import LayersOnDisk
@@ -36,7 +37,7 @@ class Run:
     `dense_losses`: held-out nats per token by domain before layers went, if something watches them.
     `dense`: the dense model's losses, if its vocabulary is trimmed and something asks for them.
     `dense_tokens`, `judged_tokens`: then the tokens of held-out and of judged blocks in the dense
-    tokenizer, in nats per which all losses are.
+    tokenizer, in nats per which all losses are. `sample_nats`: see `VocabularyFacts`.
     """
 
     model: CausalLM
@@ -50,6 +51,7 @@ class Run:
     dense: dict[str, Loss] = field(default_factory=dict[str, Loss])
     dense_tokens: dict[str, list[int]] | None = None
     judged_tokens: dict[str, list[int]] | None = None
+    sample_nats: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
 
     @property
     def shares(self) -> dict[str, float]:
@@ -97,14 +99,24 @@ class Run:
 
 def without_tokens(run: Run, trim: Trim) -> Run:
     """Cut the tokens that go out of the model, in place; measure the dense one first if asked."""
+    asked = run.resolved.recipe.output.evaluate
     held_out, judged = (retokenised(part, trim.tokenizer, trim.dense_tokenizer) for part in (run.held_out, run.judged))
-    counts = ({name: [len(ids_T) - 1 for ids_T in ids] for name, ids in part.items()} for part in (held_out, judged))
-    run = dataclasses.replace(run, **dict(zip(("dense_tokens", "judged_tokens"), counts, strict=True)))
-    if run.resolved.recipe.output.evaluate:
+    run = dataclasses.replace(run, dense_tokens=_predicted(held_out), judged_tokens=_predicted(judged))
+    if asked:
         run = dataclasses.replace(run, dense=run._measured("dense", judged))
     dense_losses = watched_losses(run, "dense", held_out)
+    # Samples of languages: now, and by the dense model that has the tokens that stay alone.
+    before, after = sample_blocks(trim)
+    samples = dataclasses.replace(run, judged_tokens=_predicted(before))
+    dense = samples._measured("samples", before) if asked else {}
     keep_tokens(run.model, trim.kept)
-    return dataclasses.replace(run, dense_losses=dense_losses)
+    cut = samples._measured("samples without tokens", after) if asked else {}
+    nats = {name: (dense[name].nats_per_token, cut[name].nats_per_token) for name in dense}
+    return dataclasses.replace(run, dense_losses=dense_losses, sample_nats=nats)
+
+
+def _predicted(blocks: Mapping[str, list[Tensor]]) -> dict[str, list[int]]:
+    return {name: [len(ids_T) - 1 for ids_T in domain] for name, domain in blocks.items()}
 
 
 class SafetyNet:

@@ -4,7 +4,7 @@ In: an opened dense model whose recipe has `vocabulary`. Out: a `Trim`. The mode
 loaded.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,21 +13,17 @@ import torch
 from secateur.data.calibration import CalibrationSet, build_calibration, token_counts
 from secateur.data.sources import read_rows
 from secateur.errors import CheckpointError, RecipeError
-from secateur.facts import Batch
 from secateur.methods import vocabulary as methods
 from secateur.methods.budget import default_align, least_step
 from secateur.methods.prices import token_prices
-from secateur.model.bind import decoder_layers
 from secateur.model.checkpoint import Tokenizer, eval_mode
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
 from secateur.pruning.cost import memory_for
-from secateur.pruning.open import Opened, loaded, tokenizer_of
+from secateur.pruning.open import Opened, loaded, onload, tokenizer_of
 from secateur.pruning.resolve import recipe_prices, resolve, text_for
 from secateur.ranks import from_first, own_part
 from secateur.store import Services
-from secateur.stream.device import CPU
-from secateur.stream.offload import Placement
 from secateur.stream.walk import make_batches
 
 # A prune without `vocabulary` says so if tokens of this share of all parameters could go for so many
@@ -40,19 +36,22 @@ MOST_CHANNELS = 0.85
 
 @dataclass(frozen=True, slots=True)
 class _Dense:
-    """The dense model before any token goes. `opened`: with the recipe's text filled in."""
+    """The dense model before any token goes.
+
+    `opened`: with the recipe's text filled in. `stay`: ids that `keep_text` and `keep_scripts` name.
+    """
 
     opened: Opened
     services: Services
     tokenizer: Tokenizer
     vocabulary: Vocabulary
-    removal: methods.Removal
+    stay: set[int]
 
-    def trim(self, num_gone: int) -> Trim:
+    def trim(self, removal: methods.Removal, num_gone: int) -> Trim:
         """Return the trim after which so many tokens are gone."""
         num_rows = self.vocabulary.num_rows
-        kept = KeptTokens(methods.kept_after(self.removal, num_rows, num_gone), num_rows)
-        new = trimmed_tokenizer(self.tokenizer, kept)
+        kept = KeptTokens(methods.kept_after(removal, num_rows, num_gone), num_rows)
+        new = trimmed_tokenizer(self.tokenizer, kept, self.opened.model.config)
         return Trim(kept, self.tokenizer, new)
 
 
@@ -60,19 +59,38 @@ def plan_trim(opened: Opened, services: Services) -> Trim:
     """Return which tokens stay by the recipe's `vocabulary`, and both tokenizers.
 
     `auto` loads the model and measures, see `_count`; with `groups: []` as many go as the share
-    holds. Raises RecipeError for a size that cannot be, and what `read_vocabulary` raises.
+    holds. Raises RecipeError for a size that cannot be, before any text is read, and what
+    `read_vocabulary` raises.
     """
-    remove, log = opened.recipe.remove, services.log
+    size, log = opened.recipe.remove.vocabulary, services.log
     with log.time("vocabulary"):
         dense = _read(opened, services)
         num_rows = dense.vocabulary.num_rows
-        if isinstance(remove.vocabulary, int):
-            num_gone = methods.count_for_size(dense.removal, num_rows, remove.vocabulary)
+        if isinstance(size, int):
+            resolve(replace(opened, trim=_trim_to(dense, size)))  # so that it fails now, if it does
+        removal = from_first(partial(_removal, dense))
+        if isinstance(size, int):
+            num_gone = num_rows - size
         else:
-            num_gone = services.store.value("vocabulary", partial(_count, dense))
-        trim = dense.trim(num_gone)
+            num_gone = services.store.value("vocabulary", partial(_count, dense, removal))
+        trim = dense.trim(removal, num_gone)
         log.write({"event": "vocabulary", "kept": len(trim.kept.dense_ids), "dense": num_rows})
     return trim
+
+
+def trim_to(opened: Opened, size: int, services: Services) -> Trim:
+    """Return a trim to `size` tokens for planning. Which ones stay is not looked at, nor is any text.
+
+    Raises what `plan_trim` raises for a size that cannot be.
+    """
+    return _trim_to(_read(opened, services), size)
+
+
+def _trim_to(dense: _Dense, size: int) -> Trim:
+    num_rows = dense.vocabulary.num_rows
+    removal = methods.removal_order(dense.vocabulary, torch.zeros(num_rows), dense.stay)
+    kept = num_rows - methods.count_for_size(removal, num_rows, size)
+    return Trim(KeptTokens(tuple(range(kept)), num_rows), dense.tokenizer, dense.tokenizer)
 
 
 def would_have_paid(opened: Opened, text: CalibrationSet) -> str | None:
@@ -105,25 +123,25 @@ def would_have_paid(opened: Opened, text: CalibrationSet) -> str | None:
 
 
 def _read(opened: Opened, services: Services) -> _Dense:
-    """Read the vocabulary, count the domains' tokens, and put them in the order in which they go."""
+    """Read the vocabulary and what is to stay of it."""
     tokenizer, recipe = tokenizer_of(opened), opened.recipe
     text, _ = text_for(recipe, opened.arch.select(recipe.remove.groups), opened.model.config)
-    recipe = recipe.filled(calibration=text)
-    opened, vocabulary = opened.asking(recipe), read_vocabulary(tokenizer, opened.model)
-    removal = from_first(partial(_removal, opened, vocabulary, tokenizer, services))
-    return _Dense(opened, services, tokenizer, vocabulary, removal)
+    opened, vocabulary = opened.asking(recipe.filled(calibration=text)), read_vocabulary(tokenizer, opened.model)
+    stay = methods.of_scripts(vocabulary, recipe.remove.keep_scripts)
+    stay |= from_first(partial(_ids_in, recipe.remove.keep_text, tokenizer))
+    return _Dense(opened, services, tokenizer, vocabulary, stay)
 
 
-def _removal(opened: Opened, vocabulary: Vocabulary, tokenizer: Tokenizer, services: Services) -> methods.Removal:
-    recipe = opened.recipe
-    stay = methods.of_scripts(vocabulary, recipe.remove.keep_scripts) | _ids_in(recipe.remove.keep_text, tokenizer)
+def _removal(dense: _Dense) -> methods.Removal:
+    """Count the domains' tokens, and put them in the order in which they go."""
+    recipe, vocabulary = dense.opened.recipe, dense.vocabulary
     assert recipe.calibration.num_tokens is not None
-    calibrated = (recipe.calibration, recipe.calibration.num_tokens, tokenizer, recipe.seed)
-    counts = token_counts(*calibrated, vocabulary.num_rows, services.progress)
+    calibrated = (recipe.calibration, recipe.calibration.num_tokens, dense.tokenizer, recipe.seed)
+    counts = token_counts(*calibrated, vocabulary.num_rows, dense.services.progress)
     shares = {name: domain.share for name, domain in recipe.calibration.domains.items()}
     use_V = methods.token_use(counts, shares, minimax=recipe.choose.domain_weighting == "minimax")
     use_V = methods.with_prior(use_V, sorted(vocabulary.texts.keys() - vocabulary.fixed))
-    return methods.removal_order(vocabulary, use_V, stay)
+    return methods.removal_order(vocabulary, use_V, dense.stay)
 
 
 def _ids_in(files: tuple[str, ...], tokenizer: Tokenizer) -> set[int]:
@@ -137,36 +155,31 @@ def _ids_in(files: tuple[str, ...], tokenizer: Tokenizer) -> set[int]:
     return found
 
 
-def _count(dense: _Dense) -> int:
-    """Return how many tokens go with `auto`. Raises RecipeError if no FFN channels are to go."""
+def _count(dense: _Dense, removal: methods.Removal) -> int:
+    """Return how many tokens go with `auto`."""
     opened, num_rows = dense.opened, dense.vocabulary.num_rows
     remove, arch = opened.recipe.remove, opened.arch
     prices, length = recipe_prices(opened.recipe, arch, opened.model), opened.recipe.calibration.sequence_length
     assert length is not None
-    if remove.groups and "ffn" not in remove.groups:
-        raise RecipeError(
-            f"remove.vocabulary: auto weighs tokens against FFN channels, which groups {list(remove.groups)} does not "
-            "have; say how many tokens stay, add ffn, or set vocabulary: null."
-        )
     asked = remove.share * prices.total
     per_token = token_prices(remove.target, opened.model, 1000, length) / 1000
-    counts_N = methods.sizes_within(dense.removal, num_rows, int(asked // per_token))
+    counts_N = methods.sizes_within(removal, num_rows, int(asked // per_token))
     if not remove.groups:
         return int(counts_N[-1])
     ffns = arch.select(("ffn",))
     channels = sum(group.num_units * prices.of(group) for group in ffns)
-    nats, law = _measured(dense, min(MOST_CHANNELS, asked / channels))
+    nats, law = _measured(dense, removal, min(MOST_CHANNELS, asked / channels))
     # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
     step = least_step(ffns, prices, remove.align or default_align(ffns), alike=True)
     rest_N = ((asked - per_token * counts_N) / step).ceil() * step / channels
     cost_N = torch.where(rest_N > 1 - remove.min_keep, torch.inf, law(rest_N))
-    found = methods.cheapest_count(dense.removal, counts_N, nats, cost_N)
+    found = methods.cheapest_count(removal, counts_N, nats, cost_N)
     line = {"event": "note", "text": f"vocabulary: a further token of text costs {nats:.2f} nats, so {found:,} go."}
     dense.services.log.write(line)
     return found
 
 
-def _measured(dense: _Dense, most: float) -> tuple[float, methods.Law]:
+def _measured(dense: _Dense, removal: methods.Removal, most: float) -> tuple[float, methods.Law]:
     """Return the nats of a further token of text, and those of a share of FFN channels less.
 
     The first with half of the tokens gone that may go, the second up to `most` of the channels.
@@ -176,20 +189,16 @@ def _measured(dense: _Dense, most: float) -> tuple[float, methods.Law]:
     plain = recipe.filled(remove={"vocabulary": None, "share": 0.05, "align": 1, "depth": 0, "groups": ("ffn",)})
     resolved = resolve(opened.asking(plain))
     plan = memory_for(opened.asking(plain), resolved)
-    opened, _ = loaded(opened, on_disk=plan.weights_on_disk)
-    model, arch = opened.model, opened.arch
-    layers, device = decoder_layers(model, arch), CPU if opened.checkpoint is None else opened.device
-    options = {"one_at_a_time": plan.one_layer_at_a_time, "in_float32": plan.in_float32}
-    placement = Placement(model, layers, device, **options)
     text = (recipe.calibration, resolved.num_tokens, dense.tokenizer, recipe.seed)
     drawn = from_first(lambda: build_calibration(*text, services.progress))
-    placement.onload()
+    opened, _ = loaded(opened, on_disk=plan.weights_on_disk)
+    placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
+    model, arch = opened.model, opened.arch
     written = [domain.calibration_NT for domain in drawn.domains if not domain.calibration_NT.is_meta]
-    batches: list[Batch] = []
-    for number, ids_NT in enumerate(written):
-        batches += own_part(make_batches(str(number), ids_NT.to(model.device), held_out=False))
+    blocks = {str(number): ids_NT.to(model.device) for number, ids_NT in enumerate(written)}
+    batches = [each for name in blocks for each in own_part(make_batches(name, blocks[name], held_out=False))]
     with eval_mode(model):
-        half = dense.trim(len(dense.removal.ids) // 2)
+        half = dense.trim(removal, len(removal.ids) // 2)
         nats = from_first(partial(methods.nats_per_token, model, arch, half, written, services.progress))
         law = methods.channel_law(model, arch, batches, len(written), most, resolved.damping, from_first)
     placement.offload()

@@ -111,9 +111,10 @@ def _left_behind(scratch: Path, out: Path) -> Iterator[str]:
 
 
 def _fingerprint(candidates: Candidates, recipe: Recipe, text: RecoveryText) -> str:
-    """Return a short hash of what the trained weights depend on: recipe, text, both models."""
+    """Return a short hash of what the trained weights depend on: recipe, text, both models, tokens."""
     digests = [weight_digests(checkpoint) for checkpoint in (candidates.pruned, candidates.teacher)]
-    inputs = [recipe.model_dump(mode="json", exclude={"recover": {"evaluation"}}), text.content_hash, *digests]
+    kept = candidates.trim and candidates.trim.kept.dense_ids
+    inputs = [recipe.model_dump(mode="json", exclude={"recover": {"evaluation"}}), text.content_hash, *digests, kept]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
 
 

@@ -231,6 +231,7 @@ def recover_logits(work: Work, weights: dict[str, float]) -> int:
         work.teacher = work.states = None
     dtypes = {name: parameter.dtype for name, parameter in work.pruned.named_parameters()}
     settings, dtype, length = work.settings, work.pruned.dtype, work.text.sequence_length
+    use_cache = getattr(work.pruned.config, "use_cache", None)
     size = blocks_per_step(settings.batch_tokens, length)
     num_steps = len(work.text.blocks) // size
     for parameter in work.pruned.parameters():  # not .float(): buffers keep their dtype
@@ -247,6 +248,8 @@ def recover_logits(work: Work, weights: dict[str, float]) -> int:
         trainer = _trainer(work, trained, weights, _arguments(work, dtype, size, num_steps), size * length)
         _run(trainer, work.directory / TRAINER_FOLDER)
         _take_back(work, trained, trainer, dtypes)
+    if use_cache is not None:
+        work.pruned.config.use_cache = use_cache  # the Trainer turned it off
     work.pruned.requires_grad_(False)
     for name, parameter in work.pruned.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])

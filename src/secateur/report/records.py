@@ -201,7 +201,8 @@ class VocabularyFacts:
 
     `by_domain`: predicted tokens of the held-out text. `samples`: tokens of a few sentences of
     languages that the domains may not have. `scripts`: tokens with letters of a script.
-    `longest_lost`: words.
+    `longest_lost`: words. `sample_nats`: of the samples, per token of the dense tokenizer, by the dense
+    model with all its tokens and with those alone that stay; empty if losses were not asked for.
     """
 
     num_before: int
@@ -210,6 +211,7 @@ class VocabularyFacts:
     samples: dict[str, tuple[int, int]]
     scripts: dict[str, tuple[int, int]]
     longest_lost: tuple[str, ...]
+    sample_nats: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
 
 
 @dataclass(frozen=True, slots=True)

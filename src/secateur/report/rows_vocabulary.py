@@ -45,6 +45,9 @@ def vocabulary_notes(facts: VocabularyFacts) -> Iterator[tuple[str, str]]:
     """Yield what a trim does to text: more tokens by domain and language, scripts that lose most."""
     yield "text growth", f"{_growths(facts.by_domain, 1)} more tokens for the same held-out text"
     yield "languages", f"{_growths(facts.samples, 0)} more tokens, by a short sample of each"
+    if facts.sample_nats:
+        more = ", ".join(f"{name} {after - before:+.2f}" for name, (before, after) in facts.sample_nats.items())
+        yield "languages, loss", f"{more} nats per token of the dense tokenizer, by the trim alone"
     lost = sorted((-growth(*counts), script) for script, counts in facts.scripts.items() if counts[0] >= LEAST_TOKENS)
     worst = [(script, facts.scripts[script]) for share, script in reversed(lost) if share > 0][:MOST_SCRIPTS]
     if worst:
@@ -82,8 +85,15 @@ def vocabulary(files: ResultFiles) -> Section:
     )
     domains = _counted("Tokens of the same held-out text", "domain", facts.by_domain)
     samples = _counted("Tokens of a few everyday sentences", "language", facts.samples)
+    nats = ()
+    if facts.sample_nats:
+        header = ("language", "dense", "without tokens", "change")
+        rows = [(name, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}") for name, (a, b) in facts.sample_nats.items()]
+        nats = (
+            Table("Nats per dense token of these sentences, by the dense model before any unit goes", header, rows),
+        )
     scripts = _counted("Tokens with letters of a script", "script", facts.scripts, folded=True)
-    return Section("vocabulary", "Vocabulary", text, tables=(domains, samples, scripts))
+    return Section("vocabulary", "Vocabulary", text, tables=(domains, samples, *nats, scripts))
 
 
 def _counted(caption: str, what: str, counts: TokenCounts, *, folded: bool = False) -> Table:

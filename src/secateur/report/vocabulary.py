@@ -35,7 +35,17 @@ SAMPLES = {
 }
 
 
-def vocabulary_facts(trim: Trim, held_out: Mapping[str, Tensor]) -> VocabularyFacts:
+def sample_blocks(trim: Trim) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    """Return the samples in tokens of the dense and of the trimmed tokenizer, which predict the same bytes."""
+    options = {"add_special_tokens": False, "return_tensors": "pt", "verbose": False}
+    ids = {name: trim.dense_tokenizer(text, **options)["input_ids"][0] for name, text in SAMPLES.items()}
+    dense = {name: [ids_T] for name, ids_T in ids.items() if len(ids_T) > 1}  # else nothing is predicted
+    return dense, retokenised(dense, trim.dense_tokenizer, trim.tokenizer)
+
+
+def vocabulary_facts(
+    trim: Trim, held_out: Mapping[str, Tensor], sample_nats: Mapping[str, tuple[float, float]]
+) -> VocabularyFacts:
     """Return what the trim did. `held_out`: the domains' blocks in the trimmed tokenizer, blocks x tokens."""
     dense = retokenised(held_out, trim.tokenizer, trim.dense_tokenizer)
     kept, texts = trim.kept, _texts(trim.dense_tokenizer, trim.kept.num_dense)
@@ -53,6 +63,7 @@ def vocabulary_facts(trim: Trim, held_out: Mapping[str, Tensor]) -> VocabularyFa
         },
         scripts={script: (left + gone[script], left) for script, left in sorted(before.items())},
         longest_lost=tuple(sorted(words, key=lambda word: (-len(word), word))[:MOST_WORDS]),
+        sample_nats=dict(sample_nats),
     )
 
 
