@@ -16,7 +16,7 @@ from secateur.data.calibration import build_calibration
 from secateur.evaluation.inspect import inspect
 from secateur.facts import mean_kl
 from secateur.model.bind import bind
-from secateur.pruning.cost import memory_for, polish_bytes, with_polish_that_fits
+from secateur.pruning.cost import memory_for, params_after, polish_bytes, with_polish_that_fits
 from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
 from secateur.recipe import Recipe
@@ -167,6 +167,15 @@ def test_a_model_in_memory_is_trained_too(asked):
     assert found.summary.has_layers_of_different_widths
 
 
+def test_frozen_parameters_stay_frozen(asked):
+    model = tiny_llama()
+    model.lm_head.requires_grad_(False)
+    lesson, recipe = lesson_of(asked, model)
+    polish(model, lesson, recipe.seed, Services())
+    free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert free == {name for name, _ in model.named_parameters()} - {"lm_head.weight"}
+
+
 def test_only_least_squares_is_followed_by_it_unless_it_is_asked_for(asked):
     def tokens(**changes: Any) -> int | None:
         wanted = parse_recipe(grouped({**asked, "polish": "default", **changes}))
@@ -192,6 +201,19 @@ def test_operations_and_bytes_by_hand(asked):
     assert moved == pytest.approx(
         60 * 1280 * config.vocab_size + 40 * trained * 10 + 600 * 1280 * config.hidden_size * config.num_hidden_layers
     )
+
+
+def test_the_memory_is_that_of_its_parts(asked):
+    opened = checked(open_model(tiny_llama(), parse_recipe(grouped(asked)), tiny_tokenizer()))
+    resolved = resolve(opened)
+    settings, config = polish_settings(resolved.recipe), opened.model.config
+    assert settings is not None
+    left, words = params_after(opened, resolved), 2 * opened.model.lm_head.weight.numel()
+    training = 4 * left + 12 * (left - words)  # float32 weights; gradients and moments of what trains
+    at_once = 2 * 32  # tokens of a forward pass
+    training += at_once * (20 * config.hidden_size * config.num_hidden_layers * 4 + 3 * 4 * config.vocab_size)
+    kept = left + (1280 + config.vocab_size) * config.hidden_size  # the weights before; states; the head
+    assert polish_bytes(opened, resolved) == 4 * kept + training
 
 
 def test_where_memory_is_short_low_rank_additions_or_nothing_is_trained(checkpoints, asked, monkeypatch):
