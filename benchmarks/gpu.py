@@ -59,6 +59,7 @@ def run(dense: Path, folder: Path, device: torch.device, options: argparse.Names
     asked: dict[str, Any] = {
         "remove": {"share": options.remove, "align": 256},
         "machine": {"device": options.device},
+        "polish": False,
         "calibration": {
             "num_tokens": options.num_blocks * options.sequence_length,
             "sequence_length": options.sequence_length,

@@ -91,6 +91,7 @@ def main() -> None:
             "preset": options.preset,
             "remove": {"share": options.remove, "align": 256},
             "machine": {"memory_budget": options.budget},
+            "polish": False,
             "calibration": {"num_tokens": options.num_tokens, "sequence_length": 64},
         }
         recipe.write_text(json.dumps(asked), encoding="utf-8")

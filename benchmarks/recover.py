@@ -1,6 +1,6 @@
 """What training wins back: SmolLM2-135M without 20, 30 and 50% of its parameters, then recovered.
 
-Needs the development text (`../shared/data`, or SECATEUR_DATA). Prunes by the defaults and trains
+Needs the development text (`../shared/data`, or SECATEUR_DATA). Prunes by the defaults without polish and trains
 on the `*_calib` files of six domains; evaluates on 4 blocks of 512 of each `*_eval` file. Rows: the
 defaults (`ours`), KL or cross-entropy alone, embedding and head trained too (`full`), and, at equal
 tokens, LoRA on the same loss, on KL or on cross-entropy (LLM-Pruner's recipe). Finished models stay
@@ -46,7 +46,7 @@ def pruned_at(remove: float, model: str, place: Path) -> Path:
     out = place / f"pruned-{remove:g}"
     if not out.exists():
         calibration = {"domains": domains(), "num_tokens": CALIBRATION_TOKENS, "sequence_length": LENGTH}
-        prune(model, {"remove": remove, "calibration": calibration}, out=out)
+        prune(model, {"remove": remove, "calibration": calibration, "polish": False}, out=out)
     return out
 
 

@@ -155,7 +155,7 @@ def main() -> None:
                 continue
             out = Path(folder) / "out" / name
             out.parent.mkdir(exist_ok=True)
-            settings = {**recipe, "output": {"evaluate": False}}
+            settings = {**recipe, "output": {"evaluate": False}, "polish": False}
             secateur.prune(model, {**flat(settings), "bench": False} if options.flat else settings, out=out)
             found[name] = digests(out)
             print(name, *(f"{key}: {digest[:12]}" for key, digest in found[name].items()), flush=True)

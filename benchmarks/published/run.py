@@ -87,6 +87,7 @@ def by_recipe(row: str, share: float, draw: int, arguments: argparse.Namespace, 
             "sequence_length": LENGTH,
         },
         "output": {"evaluate": False},
+        "polish": False,
     }
     result = secateur.prune(model, recipe, tokenizer=tokenizer)
     notes = f"calibration {result.summary.calibration.content_hash}"  # Equal to the line's own: the same text.
