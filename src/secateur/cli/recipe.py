@@ -109,11 +109,10 @@ def ways_to_set(sentence: str, command: Any) -> list[str]:
     keys = [f"{group}.{key}" for group, field in Recipe.model_fields.items() for key in _keys_of(field.annotation)]
     short = {key.partition(".")[2]: key for key in reversed(keys)}
     short = {name: key for name, key in short.items() if name in UNLIKE_WORDS or "_" in name}
-    named = re.findall(r"(?<![\w.])[a-z_]+\.[a-z_]+(?![\w.]*\w)|\b[a-z_]+\b", sentence)
+    without_paths = re.sub(r"\S*/\S*", "", sentence)
+    named = re.findall(r"(?<![\w.])[a-z_]+\.[a-z_]+|\b[a-z_]+\b", without_paths)
     found = dict.fromkeys(short.get(name, name) for name in named if name in keys or name in short)
-    return [
-        option if (option := OPTIONS.get(key)) in has and option else f"--set {key}=VALUE" for key in list(found)[:3]
-    ]
+    return [OPTIONS[key] if OPTIONS.get(key) in has else f"--set {key}=VALUE" for key in list(found)[:3]]
 
 
 def _keys_of(annotation: Any) -> tuple[str, ...]:

@@ -157,7 +157,7 @@ def checked(opened: Opened) -> Opened:
         token_prices(recipe.remove.target, opened.model, 1, length)
     if recipe.remove.vocabulary == "auto" and recipe.remove.groups and "ffn" not in recipe.remove.groups:
         raise RecipeError(
-            f"remove.vocabulary: auto weighs tokens against FFN channels, which groups {list(recipe.remove.group_names)} do "
+            f"remove.vocabulary: auto weighs tokens against FFN channels, which groups {list(recipe.remove.groups)} do "
             "not have; say how many tokens stay, add ffn, or set vocabulary: null."
         )
     _target_mix(recipe, arch)
