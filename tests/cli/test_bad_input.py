@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from bpe_tokenizer import bpe_tokenizer
 from recipes import grouped
 from run_cli import Outcome, run_cli
 from safetensors.torch import load_file, save_file
@@ -79,9 +80,9 @@ def truncate(model: Path) -> None:
 
 
 def fewer_rows(model: Path) -> None:
-    edit_config(model, vocab_size=300)
+    edit_config(model, vocab_size=200)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        edit_tensor(model, name, lambda weight: weight[:300].clone())
+        edit_tensor(model, name, lambda weight: weight[:200].clone())
 
 
 def only(name: str, content: str = "{}") -> Callable[[Path], object]:
@@ -144,7 +145,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a tokenizer of more tokens than rows": (
         fewer_rows,
-        "its tokenizer has 320 tokens, the model's embedding 300 rows, so token ",
+        "its tokenizer has 257 tokens, the model's embedding 200 rows, so token ",
     ),
     "an adapter": (only("adapter_config.json"), "is a PEFT adapter, not a whole model; merge it into its base model"),
     "a pipeline": (only("model_index.json"), "is a diffusers pipeline, which makes images and is no language model"),
@@ -307,7 +308,14 @@ def test_out_not_writable(prune, tmp_path):
 
 def test_out_of_evaluate_and_compare_cannot_be_made(model, recipe, tmp_path, texts):
     file = tmp_path / "study.yaml"
-    small = {"model": str(model), "ratios": [0.2], "seeds": [0], "methods": {"ours": {}}, "recipe": grouped(recipe)}
+    small = {
+        "question": "Which?",
+        "model": str(model),
+        "ratios": [0.2],
+        "seeds": [0],
+        "methods": {"ours": {}},
+        "recipe": grouped(recipe),
+    }
     file.write_text(yaml.safe_dump(small))
     domain = ("--domain", f"mine={texts['prose']}", "--num-blocks", 1, "--sequence-length", 16)
     for command in (("compare", file, "/dev/null"), ("evaluate", model, "--out", "/proc/nowhere/out", *domain)):
@@ -320,16 +328,17 @@ FULL = "Not enough free space to write 512 bytes after offset 0", "1024 requeste
 
 
 @pytest.mark.parametrize("error", FULL)
-def test_disk_full_in_export(error, checkpoints, tmp_path, monkeypatch):
+def test_disk_full_in_export(error, model, tmp_path, monkeypatch):
     gguf = pytest.importorskip("gguf")
 
     def full(writer: Any, array: Any) -> None:
         raise OSError(error, "No space left on device") if isinstance(error, int) else OSError(error)
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    bpe_tokenizer().save_pretrained(model)
     file = tmp_path / "out.gguf"
-    refused(run_cli("export", checkpoints["llama"], "--gguf", file, "--no-check"), f"{file}: the disk is full; free ")
-    assert list(tmp_path.iterdir()) == []
+    refused(run_cli("export", model, "--gguf", file, "--no-check"), f"{file}: the disk is full; free ")
+    assert list(tmp_path.iterdir()) == [model]
 
 
 @pytest.mark.parametrize(
