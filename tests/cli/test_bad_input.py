@@ -191,7 +191,7 @@ def test_bad_option(options, expected, prune):
     ("changes", "expected"),
     [
         ({"remvoe": 0.2}, "unknown key 'remvoe'; did you mean 'remove'?"),
-        ({"xyzzy": 1}, "unknown key 'xyzzy'; give one of calibration, choose, machine, output, preset, "),
+        ({"xyzzy": 1}, "unknown key 'xyzzy'; give one of calibration, choose, machine, output, "),
         ({"calibration": {"tokens": 5}}, "unknown key 'calibration.tokens'; did you mean 'num_tokens'?"),
         ({"calibration": None}, "calibration: "),
         ({"calibration": {"domains": {"a": {"installed": "klingon"}}}}, "calibration.domains.a.installed 'klingon'"),
