@@ -18,6 +18,7 @@ GROUPS = ("remove", "choose", "repair", "calibration", "machine", "output")
 # Defaults that the docs put in words, because they follow from the model or the machine.
 IN_WORDS = {
     "remove": {"prices": None, "depth": None, "layers": (), "protected_layers": (), "align": None, "vocabulary": None}
+    | {"groups": None}
     | {"keep_text": (), "keep_scripts": ()},
     "choose": {"obs_batch": None, "widths": None, "max_loss_rise": None},
     "repair": {"target_mix": None},

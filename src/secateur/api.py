@@ -49,7 +49,8 @@ def prune(
 
     `recipe`: a Recipe, a mapping, a YAML file, or None for the defaults. `out`: the directory to
     write; it appears complete or not at all. `resume`: continue an interrupted run of the same
-    inputs, whose steps are in a hidden directory beside `out`. `tell`: gets a line about that.
+    inputs, whose steps are in a hidden directory beside `out`. `tell`: gets a line about that, and
+    one about what the run will do and how long it takes.
     `command`: how to repeat the run, for the model card.
 
     Under torchrun every process calls this and gets the same model; the first one writes and
@@ -91,7 +92,7 @@ def _prune_then_recover(
         meet("pruned")  # the first rank is still saving
         assert recipe.recover is not None
         changes = {"recover": recipe.recover.model_dump(mode="json")}
-        settings = {"command": options["command"], "progress": options["progress"], "name": f"{model}, pruned"}
+        settings = {key: options[key] for key in ("command", "progress", "tell")} | {"name": f"{model}, pruned"}
         recover(pruned, model, changes, out=place, overwrite=overwrite, **settings)
     finally:
         if is_first() and not place_beside(pruned).exists():

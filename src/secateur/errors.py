@@ -52,12 +52,12 @@ class RankError(SecateurError):
 ALIKE = 0.6
 
 
-def advice(name: str, allowed: Iterable[str]) -> str:
-    """Return what to do about a wrong name: the one that was probably meant, if any."""
+def advice(name: str, allowed: Iterable[str], otherwise: str = "give one of these.") -> str:
+    """Return what to do about a wrong name: the one that was probably meant, if any is like it."""
     alike = difflib.get_close_matches(name, sorted(allowed), n=1, cutoff=ALIKE)
-    return f"did you mean '{alike[0]}'?" if alike else "give one of these."
+    return f"did you mean '{alike[0]}'?" if alike else otherwise
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Return the allowed name most like `name`, for "did you mean"; "" if there is none."""
-    return next(iter(difflib.get_close_matches(name, sorted(allowed), n=1, cutoff=0.0)), "")
+def one_of(allowed: Iterable[str]) -> str:
+    """Return what to do about a name like none of those allowed, which are listed nowhere else."""
+    return f"give one of {', '.join(sorted(allowed))}."

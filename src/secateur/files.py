@@ -30,6 +30,9 @@ _DISK_ERRORS = {
     errno.EIO: "the disk reports an input/output error; choose another disk",
 }
 
+# What numpy says, without a number, if not all bytes find place.
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|Not enough free space to write")
+
 # No file that we read nests ten levels or holds a thousand values of YAML. Python's stack ends near
 # a thousand levels, and a dozen aliases of aliases can stand for billions of values.
 MAX_LEVELS, MAX_YAML_VALUES = 100, 100_000
@@ -49,10 +52,12 @@ def json_of(text: str | bytes) -> Any:
 def yaml_of(text: str) -> Any:
     """Return the value of YAML.
 
-    Raises ValueError if it is none, nests too deeply or, with aliases written out, is too long.
+    Raises ValueError if it is none, gives a key twice, nests too deeply or, with aliases written
+    out, is too long.
     """
     try:
         _check_aliases(text)
+        _check_keys(text)
         value = yaml.safe_load(text)
     except (yaml.YAMLError, LookupError, AttributeError, TypeError) as error:  # the others: for wrong tags
         raise ValueError(" ".join(str(error).split())) from None
@@ -88,6 +93,22 @@ def _check_aliases(text: str) -> None:
             raise ValueError(_TOO_DEEP)
         if open_nodes[-1][1] > MAX_YAML_VALUES:
             raise ValueError(f"it holds more than {MAX_YAML_VALUES:,} values, with aliases written out")
+
+
+def _check_keys(text: str) -> None:
+    """Raise ValueError for a key that a mapping has twice: YAML itself takes the last one."""
+    inside = [yaml.compose(text, Loader=yaml.SafeLoader)]
+    while inside:
+        node = inside.pop()
+        if isinstance(node, yaml.MappingNode):
+            seen = set[str]()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise ValueError(f"line {key.start_mark.line + 1} gives the key {key.value} a second time")
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+                inside.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            inside += node.value
 
 
 @contextmanager
@@ -155,12 +176,14 @@ class disk_errors:  # reads as a statement: with disk_errors(place):
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         rust = re.search(r"\(os error (\d+)\)", str(error))
         number = error.errno if isinstance(error, OSError) else int(rust[1]) if rust else None
-        if number not in _DISK_ERRORS:
+        short = isinstance(error, OSError) and _SHORT_WRITE.search(str(error))
+        if number not in _DISK_ERRORS and not short:
             return
+        reason = _DISK_ERRORS.get(number or errno.ENOSPC)
         # The second name of a copy is its target.
         named = (error.filename2 or error.filename) if isinstance(error, OSError) else None
         place = re.sub(r"\.([^/]+)\.(partial-\d+|resume)", r"\1", str(named or self.place))  # not the hidden name
-        raise CheckpointError(f"{place}: {_DISK_ERRORS[number]}.") from None
+        raise CheckpointError(f"{place}: {reason}.") from None
 
 
 def check_free_space(directory: Path, num_bytes: int) -> None:
@@ -252,10 +275,23 @@ def make_hidden(directory: Path, out: Path) -> None:
         raise CheckpointError(f"OUT {out}: {reason}; choose another place.") from None
 
 
+def make_lasting(directory: Path) -> None:
+    """Make a directory that may exist, and its parents. Raises CheckpointError if it cannot."""
+    try:
+        with disk_errors(directory.parent):
+            directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"no directory can be made there ({error.strerror})"
+        raise CheckpointError(f"OUT {directory.parent}: {reason}; choose another place.") from None
+
+
 def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> None:
     """Raise CheckpointError if `out` must not be replaced, or holds the model being read."""
     if protected is not None and out.resolve() in (protected.resolve(), *protected.resolve().parents):
         raise CheckpointError(f"OUT {out}: holds the model that is being pruned; choose another directory.")
+    # A directory of .gguf files is no model's own.
+    if protected is not None and (protected / "config.json").is_file() and protected.resolve() in out.resolve().parents:
+        raise CheckpointError(f"OUT {out}: is inside the model's directory {protected}; choose one outside of it.")
     blocking = next((parent for parent in out.parents if os.path.lexists(parent)), out)
     if not blocking.is_dir():
         raise CheckpointError(f"OUT {out}: {blocking} is not a directory; choose another place.")

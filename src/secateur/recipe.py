@@ -166,7 +166,8 @@ class Domain(Strict):
 class Calibration(Strict):
     """The text to measure on. `num_tokens`: of all domains, without the held-out tenth.
 
-    rotate: every round measures on `num_tokens` fresh ones; the held-out text stays the same.
+    sequence_length: tokens per block. rotate: every round measures on `num_tokens` fresh ones; the
+    held-out text stays the same.
     """
 
     domains: Annotated[dict[str, Domain], Field(min_length=1)] = {
@@ -190,11 +191,12 @@ class Remove(Strict):
 
     share: of all that the dense model has of `target`. target: parameters (all, tied weights once);
     flops per prompt token; kv_bytes, of cache per token; latency, seconds per decoded token on this
-    machine. prices: those seconds, as measured. groups: the kinds of units to remove. depth: number
-    of whole layers to remove first, those whose absence changes predictions least; part of `share`.
-    None: as many as spare the widths the worst. layers: remove these layers. protected_layers: stay
-    whole. Negative layer numbers count from the end. min_keep: the least share of a group that
-    stays. align: widths are multiples of it.
+    machine. prices: those seconds, as measured. groups: the kinds of units to remove. None: FFN
+    channels (`ffn`), or `experts` if the model has some. depth: number of whole layers to remove
+    first, those whose absence changes predictions least; part of `share`. None: as many as spare
+    the widths the worst. layers: remove these layers. protected_layers: stay whole. Negative layer
+    numbers count from the end. min_keep: the least share of a group that stays. align: widths are
+    multiples of it.
 
     vocabulary: the number of tokens that stay, a multiple of 64, or `auto`: as many as make tokens
     and units cost the least together; what goes is part of `share`. Group `vocabulary` is short for
@@ -205,7 +207,7 @@ class Remove(Strict):
     share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
     target: TargetName = "parameters"
     prices: MeasuredPrices | None = None
-    groups: tuple[str, ...] = ("ffn",)
+    groups: tuple[str, ...] | None = None
     depth: Annotated[int, Field(ge=0)] | None = None
     layers: tuple[int, ...] = ()
     protected_layers: tuple[int, ...] = ()
@@ -224,9 +226,15 @@ class Remove(Strict):
         rest = [name for name in groups if name != VOCABULARY]
         return {**data, "groups": rest, VOCABULARY: data.get(VOCABULARY) or "auto"}
 
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """`groups`, once a model has filled them."""
+        assert self.groups is not None, "open the model first"
+        return self.groups
+
     @model_validator(mode="after")
     def _something_goes(self) -> "Remove":
-        if self.vocabulary is None and not self.groups:
+        if self.vocabulary is None and self.groups == ():
             raise ValueError("groups is empty and vocabulary is not given, so nothing would go; name a group")
         if self.vocabulary is None and (self.keep_text or self.keep_scripts):
             raise ValueError(
@@ -238,11 +246,13 @@ class Remove(Strict):
 class Choose(Strict):
     """How to choose the units to remove. Higher score = keep.
 
-    budget: how many units each layer keeps. widths: `per_layer` if layers may differ. probe_blocks:
-    blocks per domain on which budget `curve` measures KL. rounds: steps to the share; each measures
-    again. schedule: `linear`, or a list of the share removed after each round, rising to `share`;
-    it also sets the number of rounds. max_loss_rise: the share by which the mean held-out loss may
-    rise; the result is the last round within it.
+    score: which units of a layer stay. obs_batch: reader columns that score `obs` removes between
+    two updates. None: by the reader's width. budget: how many units each layer keeps. widths:
+    `per_layer` if layers may differ. probe_blocks: blocks per domain on which budget `curve`
+    measures KL. domain_weighting: how domains count in a statistic. rounds: steps to the share;
+    each measures again. schedule: `linear`, or a list of the share removed after each round, rising
+    to `share`; it also sets the number of rounds. max_loss_rise: the share by which the mean held-out
+    loss may rise; the result is the last round within it.
     """
 
     score: str = "obs"
@@ -267,9 +277,10 @@ class Choose(Strict):
 class Repair(Strict):
     """How to repair what stays.
 
-    damping_factors: each group tries the damping times each of these, and takes the best on
-    held-out text. target_mix: the part of the drift (dense minus pruned stream) that an MLP's
-    reader corrects.
+    compensate: what refits the weights that read the units. damping: each channel's ridge, relative
+    to its own entry on the Gram matrix's diagonal. damping_factors: each group tries the damping
+    times each of these, and takes the best on held-out text. target_mix: the part of the drift
+    (dense minus pruned stream) that an MLP's reader corrects.
     """
 
     compensate: CompensateName = "least_squares"
@@ -294,7 +305,11 @@ class Machine(Strict):
 
 
 class Output(Strict):
-    """What to measure and write. keep_rounds: also a checkpoint after every other round."""
+    """What to measure and write.
+
+    evaluate: held-out loss before and after. keep_rounds: also a checkpoint after every other
+    round. max_shard_size: of the written safetensors files.
+    """
 
     evaluate: bool = True
     keep_rounds: bool = False

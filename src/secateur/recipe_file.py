@@ -12,7 +12,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from secateur.errors import RecipeError, advice, nearest
+from secateur.errors import RecipeError, advice, one_of
 from secateur.files import yaml_of
 from secateur.plugins import SOURCE_GROUP, plugin_names
 from secateur.recipe import Choose, Domain, Machine, Output, Recipe, Remove, Repair
@@ -84,14 +84,19 @@ def as_recipe(recipe: Recipe | dict[str, Any] | Path | str | None) -> Recipe:
 
 def over_preset(data: dict[str, Any], where: str) -> dict[str, Any]:
     """Return `data` merged over the preset that it names. Raises RecipeError if unknown."""
-    folder = resources.files("secateur") / "presets"
-    names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-    own = dict(data)
+    texts, own = preset_texts(), dict(data)
     name = own.pop("preset")
-    if name not in names:
-        hint = nearest(str(name), names)
-        raise RecipeError(f"{where}: unknown preset '{name}'; allowed: {', '.join(names)}; did you mean '{hint}'?")
-    return merged(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")), own)
+    if name not in texts:
+        hint = advice(str(name), texts)
+        raise RecipeError(f"{where}: unknown preset '{name}'; allowed: {', '.join(texts)}; {hint}")
+    return merged(yaml.safe_load(texts[name]), own)
+
+
+def preset_texts() -> dict[str, str]:
+    """Return the presets' YAML by name."""
+    files = sorted((resources.files("secateur") / "presets").iterdir(), key=lambda file: file.name)
+    found = [file for file in files if file.name.endswith(".yaml")]
+    return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in found}
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +140,8 @@ def _sentence(error: ValidationError) -> str:
     key = ".".join(location) or "recipe"
     kind, got = first["type"], first.get("input")
     if kind == "extra_forbidden":
-        return f"unknown key '{key}'; did you mean '{nearest(location[-1], _allowed_keys(location[:-1]))}'?"
+        allowed = _allowed_keys(location[:-1])
+        return f"unknown key '{key}'; {advice(location[-1], allowed, one_of(allowed))}"
     if kind == "literal_error":
         allowed = first.get("ctx", {}).get("expected", "")
         names = allowed.replace("'", "").replace(" or ", ", ").split(", ")

@@ -33,6 +33,7 @@ from secateur.files import (
     disk_errors,
     json_of,
     make_hidden,
+    make_lasting,
     missing_parents,
     remove_empty,
     sha256_of,
@@ -80,8 +81,7 @@ class Store:
     @classmethod
     def lasting(cls, directory: Path, tell: Callable[[str], None]) -> "Store":
         """Return a store that stays in its directory; steps say what they `depends_on`."""
-        with disk_errors(directory.parent):
-            directory.mkdir(parents=True, exist_ok=True)
+        make_lasting(directory)
         return cls(directory, tell=tell)
 
     @classmethod
@@ -279,17 +279,21 @@ class Store:
 class Services:
     """What a long job reports to and resumes from. The defaults report and save nothing.
 
-    `scratch`: a directory for this run's files; None: the system's temporary directory.
+    `tell`: gets sentences for people. `scratch`: a directory for this run's files; None: the
+    system's temporary directory.
     """
 
     progress: Progress = silent
     log: RunLog = field(default_factory=RunLog)
     store: Store = field(default_factory=Store)
     scratch: Path | None = None
+    tell: Callable[[str], None] = lambda text: None
 
 
 def place_beside(out: Path) -> Path:
-    """Return the path of the store of a run that writes `out`."""
+    """Return the path of the store of a run that writes `out`. Raises CheckpointError for `/`."""
+    if not out.name:
+        raise CheckpointError(f"OUT {out}: is the root of the file system; choose a new directory.")
     return out.with_name(f".{out.name}.resume")
 
 

@@ -52,8 +52,10 @@ def test_seventy_billion_parameters_bind_on_the_meta_device() -> None:
 
 
 def test_unknown_family_names_the_nearest() -> None:
-    with pytest.raises(ArchError, match=r"'qwen3_next' is not supported.*nearest is 'qwen3_5_text'"):
-        find_spec("qwen3_next")
+    with pytest.raises(ArchError, match=r"'lama' is not supported; .*; did you mean 'llama'\? docs/extend.md says how"):
+        find_spec("lama")
+    with pytest.raises(ArchError, match="'xyzzy' is not supported; .*; none is like it; docs/extend.md says how"):
+        find_spec("xyzzy")
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,7 @@ def test_unknown_family_names_the_nearest() -> None:
         ({"writers": {"mlp.gate_proj": [1, 1]}}, "mlp.gate_proj has 112 rows.*asks for 224"),
         ({"num_units": "ffn_size"}, "config has no number 'ffn_size'"),
         ({"bias_switch": {"mlp_bias": ["mlp.gate"]}}, "did you mean"),
+        ({"reader": {"xyzzy": [1]}}, "does not have; give one of .*mlp.up_proj"),
     ],
 )
 def test_a_broken_spec_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: dict, message: str) -> None:

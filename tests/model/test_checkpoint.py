@@ -15,7 +15,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, T5Config
 
 from secateur.errors import ArchError, CheckpointError
-from secateur.model.checkpoint import check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
+from secateur.model.checkpoint import check_rows, check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
 from secateur.model.config import quiet_transformers
 from secateur.model.tensors import read_tensors
 
@@ -421,3 +421,21 @@ def test_values_that_only_the_modules_refuse(changes, directory):
     (directory / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(CheckpointError, match="config of a llama model: no model can be built from it"):
         meta_model(open_checkpoint(directory, weights=False).config)
+
+
+def test_tokens_beyond_the_embedding_may_only_be_added_ones_that_no_text_needs():
+    """Gemma 3 has such a token for images; a chat template that writes one would look for a row that is not there."""
+    for template, eos in (("{{ messages }}", False), ("<far>{{ messages }}", False), ("{{ messages }}", True)):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.add_tokens(["<far>"])
+        if eos:
+            tokenizer.eos_token = "<far>"
+        if template.startswith("{{") and not eos:
+            check_rows(tokenizer, 257, "here")
+            continue
+        with pytest.raises(CheckpointError, match=r"here: its tokenizer has 258 tokens, .* 257 rows, so token '<far>'"):
+            check_rows(tokenizer, 257, "here")
+    check_rows(tiny_tokenizer(), 257, "here")
+    with pytest.raises(CheckpointError, match="256 rows, so token"):
+        check_rows(tiny_tokenizer(), 256, "here")

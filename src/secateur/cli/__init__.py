@@ -6,26 +6,37 @@ to standard output, progress to standard error. Importing a command's module reg
 """
 
 import sys
+from typing import Any
 
-from secateur.cli import export, measure, prune, recover, trim
+import typer
+
+from secateur.cli import export, measure, prune, recipe, recover, trim
 from secateur.cli.common import STOPPED_BY, app, last_word, launched, stoppable
 from secateur.errors import SecateurError
 
-__all__ = ["app", "export", "main", "measure", "prune", "recover", "trim"]
+__all__ = ["app", "export", "main", "measure", "prune", "recipe", "recover", "trim"]
 
 
 def main() -> None:
     """Run the command line."""
     try:
         with stoppable(), launched():
-            app()
+            app(prog_name="secateur")
     except SecateurError as error:
-        _say(f"{error}", *(f"{note}." for note in _notes(error)))
+        _say(f"{error}{_how_to_set(str(error))}", *(f"{note}." for note in _notes(error)))
         sys.exit(2)
     except SystemExit as end:
         if end.code in STOPPED_BY:
             _say(f"{'; '.join(['interrupted', *_notes(end)])}.")
         raise
+
+
+def _how_to_set(sentence: str) -> str:
+    """Return how this command sets the recipe's keys in the sentence; "" if it names none."""
+    commands: Any = typer.main.get_command(app)
+    command = next((commands.commands[word] for word in sys.argv[1:] if word in commands.commands), None)
+    ways = [] if command is None else recipe.ways_to_set(sentence, command)
+    return f" On the command line: {', '.join(ways)}." if ways else ""
 
 
 def _notes(error: BaseException) -> list[str]:

@@ -1,34 +1,43 @@
 """The command line's application: shared options, the progress bar, how a process ends."""
 
+import importlib.metadata
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from secateur.errors import RecipeError
+from secateur.files import yaml_of
 from secateur.log import Progress, silent
 from secateur.recipe import INSTALLED_DOMAINS
+from secateur.recipe_file import merged, parse_recipe
+
+# Without a terminal: at least so long between two lines of a stage, and longer in runs of hours.
+LINE_SECONDS, LINE_SHARE = 10.0, 1 / 60
 
 
 @contextmanager
 def progress_bar(*, enabled: bool) -> Iterator[Progress]:
-    """Yield a listener that draws a bar per stage, or a silent one."""
-    if not enabled:
-        yield silent
+    """Yield a listener that draws a bar per stage, without a terminal prints lines, or is silent."""
+    console = Console(stderr=True)
+    if not enabled or not console.is_interactive:
+        yield _lines() if enabled else silent
         return
     columns = (TextColumn("{task.description:<24}"), BarColumn(bar_width=30), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    bars = RichProgress(*columns, *times, console=Console(stderr=True))
+    bars = RichProgress(*columns, *times, console=console)
     tasks = {}
 
     def listen(stage: str, done: int, total: int) -> None:
@@ -42,6 +51,40 @@ def progress_bar(*, enabled: bool) -> Iterator[Progress]:
     finally:
         if tasks:
             bars.stop()
+
+
+def _lines(clock: Callable[[], float] = time.monotonic) -> Progress:
+    """Return a listener for pipes and log files.
+
+    It prints a line as a stage begins, and then every so often what is left of it. Each begins with
+    the time since the start, in h:mm:ss.
+    """
+    start = clock()
+    begun: dict[str, tuple[float, int]] = {}  # by stage: when, and how much was done then
+    last = start
+
+    def listen(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        now = clock()
+        text = stage
+        if stage not in begun:
+            begun[stage] = (now, done)
+        elif done < total and now - last >= max(LINE_SECONDS, (now - start) * LINE_SHARE):
+            since, before = begun[stage]
+            text += f": {done:,} of {total:,}"
+            if done > before:
+                text += f", about {_clock((now - since) * (total - done) / (done - before))} left"
+        else:
+            return
+        last = now
+        tell(f"{_clock(now - start)} {text}")
+
+    return listen
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 IN_ONE_PROCESS = frozenset({"bench", "export", "inspect", "report", "verify"})
@@ -85,17 +128,21 @@ def last_word(sentence: str) -> str | None:
     return last_word(sentence)
 
 
-STOPPED_BY = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
+# Ctrl-C, `kill`, and the end of the terminal, where the system knows it.
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+STOPPED_BY = {128 + number: number for number in _SIGNALS}
 PATIENCE_SECONDS = 5.0
 
 
 @contextmanager
 def stoppable(patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM raise SystemExit with status 128 + signal.
+    """Within the block SIGINT, SIGTERM and SIGHUP raise SystemExit with status 128 + signal.
 
-    If the block does not end within `patience_seconds`, the process exits with that status.
+    Under nohup SIGHUP stays ignored. If the block does not end within `patience_seconds`, the
+    process exits with that status.
     """
-    handlers = {number: signal.signal(number, _stop) for number in STOPPED_BY.values()}
+    nohup = {each for each in _SIGNALS if each.name == "SIGHUP" and signal.getsignal(each) == signal.SIG_IGN}
+    handlers = {number: signal.signal(number, _stop) for number in _SIGNALS if number not in nohup}
     heard, told = socket.socketpair()
     told.setblocking(False)
     before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
@@ -133,12 +180,41 @@ def _watch(heard: socket.socket, patience_seconds: float) -> None:
             os._exit(128 + number)
 
 
+# The order of the work, in which --help lists them.
+COMMANDS = (
+    "inspect recipe prune trim recover evaluate bench report export compare verify demo"
+).split()  # fmt: skip
+
+
+class _InOrder(typer.core.TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the commands in the order of the work."""
+        return sorted(super().list_commands(ctx), key=COMMANDS.index)
+
+
 app = typer.Typer(
     help="Make large language models smaller: whole channels out, ordinary Hugging Face checkpoints back.",
     no_args_is_help=True,
-    add_completion=False,
+    cls=_InOrder,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        print(f"secateur {importlib.metadata.version('secateur')}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    pass
+
 
 # Shows paths and generated text as they are, with brackets and colons.
 CONSOLE = Console(markup=False, emoji=False, highlight=False)
@@ -152,7 +228,7 @@ MemoryBudget = Annotated[
     str | None, typer.Option(help="Such as 6GB, beyond the interpreter; weights that do not fit stay on disk.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; by default a GPU if torch finds one.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; the options here override it.")]
 Preset = Annotated[
@@ -167,10 +243,24 @@ Domains = Annotated[
     list[str] | None,
     typer.Option(
         "--domain",
-        metavar="NAME[=FILE]",
+        metavar="NAME[=FILE[:COLUMN]]",
         help=f"Domain of text, repeatable: one of {', '.join(INSTALLED_DOMAINS)}, or any name with a text file.",
     ),
 ]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Any key of the recipe, repeatable: calibration.num_tokens=8192 (YAML)."
+    ),
+]
+GroupNames = Annotated[
+    str | None, typer.Option("--groups", metavar="NAMES", help="Kinds of units that go: ffn,kv_heads; see inspect.")
+]
+Budget = Annotated[
+    str | None, typer.Option(metavar="NAME", help="How many units each layer keeps: uniform, global or curve.")
+]
+Align = Annotated[int | None, typer.Option(help="Widths are multiples of this.")]
+Rounds = Annotated[int | None, typer.Option(help="Steps to the share; each measures again.")]
 KeepText = Annotated[
     list[Path] | None,
     typer.Option("--keep-text", metavar="FILE", help="Keep every token that this text needs; repeatable."),
@@ -198,7 +288,12 @@ def task_names(tasks: str | None, directory: Path | None) -> tuple[str, ...]:
 
 def tell(text: str) -> None:
     """Print a line that is not a result."""
-    print(text, file=sys.stderr)
+    print(text, file=sys.stderr, flush=True)
+
+
+def teller(*, enabled: bool) -> Callable[[str], None]:
+    """Return `tell`, or a listener that prints nothing."""
+    return tell if enabled else lambda text: None
 
 
 def kept(texts: list[Path] | None, scripts: list[str] | None) -> dict[str, Any]:
@@ -217,5 +312,41 @@ def parse_domains(texts: list[str]) -> dict[str, dict[str, Any]]:
             raise RecipeError(f"--domain {text}: give NAME=FILE, or one of {', '.join(INSTALLED_DOMAINS)}.")
         if name in found:
             raise RecipeError(f"--domain {name}: given twice; list several files of one domain in a recipe.")
-        found[name] = {"files": [file]} if separator else {"installed": name}
+        found[name] = _of_file(file) if separator else {"installed": name}
     return found
+
+
+def _of_file(text: str) -> dict[str, Any]:
+    """Return the source of FILE or FILE:COLUMN; a file whose name has a colon is found first."""
+    file, colon, column = text.rpartition(":")
+    if not (file and colon and column) or "/" in column or Path(text).exists():
+        return {"files": [text]}
+    return {"files": [file], "column": column}
+
+
+def parse_sets(texts: list[str] | None) -> dict[str, Any]:
+    """Return `--set KEY=VALUE` as a mapping of a recipe's keys; the last one of a key counts."""
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        key, separator, written = text.partition("=")
+        if not separator or not all(key.split(".")):
+            raise RecipeError(f"--set {text}: give KEY=VALUE, such as calibration.num_tokens=8192.")
+        try:
+            value = yaml_of(written)
+        except ValueError as error:
+            raise RecipeError(f"--set {text}: the value is no YAML ({error}); quote it.") from None
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        found = merged(found, value)
+    return found
+
+
+def with_sets(data: dict[str, Any], sets: list[str] | None) -> dict[str, Any]:
+    """Return a recipe's keys with those of `--set`. Raises RecipeError, naming where the mistake is."""
+    whole = merged(data, parse_sets(sets))
+    try:
+        parse_recipe(data, "command line")
+    except RecipeError:  # perhaps it lacks what --set gives
+        parse_recipe(whole, "command line")
+    parse_recipe(whole, "--set")
+    return whole

@@ -50,13 +50,15 @@ def evaluate(
     from secateur.ranks import is_first
     from secateur.report.rows_measured import evaluation_table
 
-    with common.progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
+    shown = is_first() and not (quiet or as_json)
+    tell = common.teller(enabled=shown)
+    with common.progress_bar(enabled=shown) as progress:
         text: dict[str, Any] = {"domains": domains, "num_blocks": num_blocks, "sequence_length": sequence_length}
         text |= {"wikitext2": wikitext2, "wikitext2_length": wikitext2_length}
         asked: dict[str, Any] = {"tasks": names, "limit": limit, "num_fewshot": num_fewshot}
         asked |= {"batch_size": batch_size, "tasks_data": tasks_data}
         result = secateur.evaluate(
-            model, against, **text, **asked, device=device, out=out, progress=progress, tell=common.tell
+            model, against, **text, **asked, device=device, out=out, progress=progress, tell=tell
         )
     if not is_first():
         return
@@ -121,8 +123,10 @@ def compare(
     from secateur.report.rows import terminal
 
     parsed = load_study(study, small=small, model=model)
-    with common.progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
-        found = list(secateur.compare(parsed, out, progress=progress, tell=common.tell).cells)
+    shown = is_first() and not (quiet or as_json)
+    tell = common.teller(enabled=shown)
+    with common.progress_bar(enabled=shown) as progress:
+        found = list(secateur.compare(parsed, out, progress=progress, tell=tell).cells)
     if not is_first():
         return
     if as_json:

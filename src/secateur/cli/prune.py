@@ -56,18 +56,24 @@ def prune(
     keep_text: common.KeepText = None,
     keep_script: common.KeepScript = None,
     polish: Polish = None,
+    groups: common.GroupNames = None,
+    budget: common.Budget = None,
+    align: common.Align = None,
+    rounds: common.Rounds = None,
     seed: common.Seed = None,
     memory_budget: common.MemoryBudget = None,
     device: common.Device = None,
+    sets: common.Sets = None,
     resume: common.Resume = False,
     overwrite: common.Overwrite = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
-    goes = {"share": remove, "vocabulary": vocabulary, **common.kept(keep_text, keep_script)}
-    machine = {"memory_budget": memory_budget, "device": device}
-    parsed = _recipe(recipe, preset, goes, domain, polish, seed, **machine)
+    goes = {"share": remove, "vocabulary": vocabulary, **common.kept(keep_text, keep_script), **_units(groups, align)}
+    said = {"remove": goes, "choose": {"budget": budget, "rounds": rounds}, "polish": {"num_tokens": polish}}
+    said |= {"seed": seed, "machine": {"memory_budget": memory_budget, "device": device}}
+    parsed = _recipe(recipe, preset, said, domain, sets)
     prune_and_tell(model, out, parsed, resume=resume, overwrite=overwrite, quiet=quiet, as_json=as_json)
 
 
@@ -78,16 +84,24 @@ def inspect(
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     polish: Polish = None,
+    groups: common.GroupNames = None,
+    budget: common.Budget = None,
+    align: common.Align = None,
+    rounds: common.Rounds = None,
     memory_budget: common.MemoryBudget = None,
+    sets: common.Sets = None,
     server: Server = None,
     num_gpus: Annotated[int, typer.Option("--tp", help="With --check-for: tensor-parallel size.")] = 1,
+    quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
     """Say what MODEL consists of, and what a run would leave or could remove, without its weights."""
     from secateur.report.rows import inspection_table
 
-    asked = _recipe(recipe, preset, {"share": remove}, None, polish, memory_budget=memory_budget)
-    with common.progress_bar(enabled=not as_json) as progress:
+    said = {"remove": {"share": remove, **_units(groups, align)}, "choose": {"budget": budget, "rounds": rounds}}
+    said |= {"polish": {"num_tokens": polish}, "machine": {"memory_budget": memory_budget}}
+    asked = _recipe(recipe, preset, said, None, sets)
+    with common.progress_bar(enabled=not (quiet or as_json)) as progress:
         found = secateur.inspect(model, asked, check_for=server, tp=num_gpus, progress=progress)
     if as_json:
         print(found.to_json(), end="")
@@ -117,10 +131,12 @@ def prune_and_tell(
     from secateur.ranks import is_first
     from secateur.report.rows import summary_table
 
-    with common.progress_bar(enabled=is_first() and not (quiet or as_json)) as progress:
+    shown = is_first() and not (quiet or as_json)
+    tell = common.teller(enabled=shown)
+    with common.progress_bar(enabled=shown) as progress:
         options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "progress": progress}
         options["command"] = shlex.join(["secateur", *sys.argv[1:]])
-        result = secateur.prune(model, recipe, out=out, tell=common.tell, **options)
+        result = secateur.prune(model, recipe, out=out, tell=tell, **options)
     if not is_first():
         return
     if as_json:
@@ -134,25 +150,24 @@ def prune_and_tell(
     common.CONSOLE.print(f"Written to {out}. Load it with {loader}('{out}').", soft_wrap=True)
 
 
+def _units(groups: str | None, align: int | None) -> dict[str, Any]:
+    """Return `--groups` and `--align` as keys of a recipe's `remove`."""
+    return {"groups": groups and [name.strip() for name in groups.split(",")], "align": align}
+
+
 def _recipe(
-    file: Path | None,
-    preset: str | None,
-    remove: dict[str, Any],
-    domains: list[str] | None,
-    polish: int | None = None,
-    seed: int | None = None,
-    **options: str | None,
+    file: Path | None, preset: str | None, said: dict[str, Any], domains: list[str] | None, sets: list[str] | None
 ) -> Recipe:
+    """Return the recipe of the file over the preset, under the options `said`, `domains` and `sets`."""
     data = {} if file is None else load_recipe(file)
     parse_recipe(data, f"recipe {file}")  # or errors in options would name the file
     if preset is not None:
         data = over_preset({"preset": preset, **{k: v for k, v in data.items() if k != "preset"}}, "--preset")
-    said = {"remove": remove, "machine": options, "seed": seed, "polish": {"num_tokens": polish}}
     data = merged(data, _without_none(said))
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data
         data["calibration"] = {**data.get("calibration", {}), "domains": common.parse_domains(domains)}
-    return parse_recipe(data, "command line")
+    return parse_recipe(common.with_sets(data, sets), "command line")
 
 
 def _without_none(said: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def recover(
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, all domains together.")] = None,
     recipe: common.RecipeFile = None,
     domain: common.Domains = None,
+    sets: common.Sets = None,
     tasks: common.Tasks = None,
     limit: common.Limit = None,
     tasks_data: common.TasksData = None,
@@ -33,7 +34,7 @@ def recover(
 ) -> None:
     """Train PRUNED on its recipe's domains, to win back quality; resumes by itself."""
     asked = {"tasks": list(common.task_names(tasks, tasks_data)) or None, "limit": limit}
-    changes = _changes(tokens, recipe, domain, asked)
+    changes = _changes(tokens, recipe, domain, asked, sets)
     # Imported here so that --help and option errors do not wait for torch.
     from secateur.recovery.open import dry_run as predict
     from secateur.report.rows_measured import cost_table, recovery_table
@@ -46,8 +47,8 @@ def recover(
             shown = cost_table(found)
         else:
             command = shlex.join(["secateur", *sys.argv[1:]])
-            heard = (lambda text: None) if quiet or as_json else common.tell
-            options: dict[str, Any] = {"command": command, "progress": progress, "tell": heard}
+            tell = common.teller(enabled=not (quiet or as_json))
+            options: dict[str, Any] = {"command": command, "progress": progress, "tell": tell}
             options |= {"overwrite": overwrite, "tasks_data": tasks_data}
             found = secateur.recover(pruned, teacher, changes, out=out, **options)
             if found is None:  # another rank writes and prints
@@ -61,7 +62,9 @@ def recover(
         common.CONSOLE.print(f"Written to {out}.", soft_wrap=True)
 
 
-def _changes(tokens: int | None, file: Path | None, domains: list[str] | None, tasks: dict[str, Any]) -> dict[str, Any]:
+def _changes(
+    tokens: int | None, file: Path | None, domains: list[str] | None, tasks: dict[str, Any], sets: list[str] | None
+) -> dict[str, Any]:
     """Return what options and file change in the pruned model's recipe."""
     changes = {} if file is None else load_recipe(file)
     parse_recipe(changes, f"recipe {file}")
@@ -72,5 +75,4 @@ def _changes(tokens: int | None, file: Path | None, domains: list[str] | None, t
     changes = merged(changes, {"recover": settings})
     if domains:
         changes["calibration"] = {**changes.get("calibration", {}), "domains": common.parse_domains(domains)}
-    parse_recipe(changes, "command line")
-    return changes
+    return common.with_sets(changes, sets)

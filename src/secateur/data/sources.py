@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from secateur.data.chat import chat_text
 from secateur.data.installed_text import installed_documents
-from secateur.errors import CalibrationError, nearest
+from secateur.errors import CalibrationError, advice
 from secateur.files import json_of
 from secateur.model.checkpoint import Tokenizer
 from secateur.plugins import SOURCE_GROUP, look_up
@@ -216,8 +216,8 @@ def _row_text(row: Any, column: str, tokenizer: Tokenizer, where: str) -> str:
         key = "messages" if chat else column
         if key not in row:
             columns = [str(name) for name in row if name]
-            advice = f"set `column`, perhaps to '{nearest(key, columns)}'"
-            raise CalibrationError(f"{where}: no column '{key}'; there are: {', '.join(columns) or 'none'}; {advice}.")
+            hint = advice(key, columns, "set `column` to one of them.")
+            raise CalibrationError(f"{where}: no column '{key}'; there are: {', '.join(columns) or 'none'}; {hint}")
         row = chat_text(row[key], tokenizer, where) if chat else row[key]
     if not isinstance(row, str):
         raise CalibrationError(f"{where}: the text must be a string, got {type(row).__name__}.")

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from secateur.errors import RecipeError, nearest
+from secateur.errors import RecipeError, advice
 from secateur.facts import Size, Workload
 from secateur.files import staged_file
 from secateur.formats.gguf import check_exportable, export_gguf
@@ -158,7 +158,7 @@ def _check_settings(settings: BenchSettings, workload: Workload) -> None:
     if settings.engine not in ENGINES:
         raise RecipeError(
             f"bench engine: unknown engine '{settings.engine}'; allowed: {', '.join(ENGINES)}; "
-            f"did you mean '{nearest(settings.engine, ENGINES)}'?"
+            f"{advice(settings.engine, ENGINES)}"
         )
     try:
         device = torch.device(settings.device)

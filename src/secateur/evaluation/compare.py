@@ -145,7 +145,7 @@ def _dense_cell(shared: _Shared, seed: int, blocks: Judged) -> FoundCell:
 
 def _cell(shared: _Shared, cell: Cell, blocks: Judged) -> FoundCell:
     def compute() -> dict[str, Any]:
-        opened, services = shared.opened.asking(cell.recipe), Services(progress=shared.progress)
+        opened, services = checked(shared.opened.asking(cell.recipe)), Services(progress=shared.progress)
         start = time.perf_counter()
         if cell.recipe.remove.vocabulary is not None:
             opened = replace(opened, trim=plan_trim(opened, services))

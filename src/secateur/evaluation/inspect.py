@@ -11,13 +11,13 @@ from typing import Any, cast
 import torch
 
 from secateur.data.calibration import token_counts
-from secateur.errors import SecateurError
+from secateur.errors import RecipeError, SecateurError
 from secateur.formats.serving import KV_HEADS, QUERY_HEADS, VLLM, check_server, check_vllm, gguf_problem
 from secateur.log import Progress, silent
 from secateur.methods import vocabulary as methods
 from secateur.methods.budget import Plan, largest_remove, least_keep
 from secateur.methods.prices import token_prices
-from secateur.model.bind import EXPERTS, Arch, head_width, text_config
+from secateur.model.bind import Arch, head_width, text_config
 from secateur.model.modeling_per_layer import is_per_layer
 from secateur.model.vocabulary import read_vocabulary, with_parts
 from secateur.pruning.cost import disk_bytes, memory_for, params_after, seconds_for, with_polish_that_fits, work_of
@@ -39,21 +39,6 @@ def possible_groups(arch: Arch) -> tuple[Possible, ...]:
         num_params = sum(group.num_units * group.params_per_unit for group in members)
         found.append(Possible(name, members[0].unit, len(members), members[0].num_units, num_params))
     return tuple(found)
-
-
-def groups_to_inspect(recipe: Recipe, arch: Arch) -> tuple[Recipe, tuple[str, ...]]:
-    """Return a recipe that prunes experts, and a note, if it names no groups and there are experts.
-
-    In such models few layers or none have the default group.
-    """
-    names = {group.name for group in arch.groups}
-    if "groups" in recipe.model_fields_set or EXPERTS not in names:
-        return recipe, ()
-    note = (
-        f"remove.groups: this recipe names none; {EXPERTS} are looked at here, as they hold most of the model. "
-        f"A run needs remove.groups: [{EXPERTS}] in its recipe."
-    )
-    return recipe.filled(remove={"groups": (EXPERTS,)}), (note,)
 
 
 def serving_after(server: str, num_gpus: int, arch: Arch, model: Any, plan: Plan) -> Serving:
@@ -160,18 +145,54 @@ def inspect(
     short matrix multiplication on the device. Target `latency` without `prices` also times a few
     layers.
 
-    Raises what `prune` raises before it reads weights: RecipeError, CheckpointError or ArchError.
+    A share that cannot be is a note, and the nearest one that can is shown. Raises what else `prune`
+    raises before it reads weights: RecipeError, CheckpointError or ArchError.
     """
     opened = open_model(model, as_recipe(recipe), weights=False)
     return _inspection(opened, check_for, tp, progress)
 
 
+# Shares that are tried if the one asked for cannot be, and how near the answer comes to the limit.
+_SHARES, _NEAR = tuple(number / 50 for number in range(1, 50)), 1e-4
+
+
+def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
+    """Return the run, or that of the nearest share that can be, with a note that says why.
+
+    Raises RecipeError if no share can be.
+    """
+    asked = opened.recipe.remove.share
+
+    def at(share: float) -> Resolved:
+        return resolve(replace(opened, recipe=opened.recipe.filled(remove={"share": share})))
+
+    try:
+        return at(asked), ()
+    except RecipeError as error:
+        refused = error
+    for share in sorted(_SHARES, key=lambda share: abs(share - asked)):
+        try:
+            found, possible, impossible = at(share), share, asked
+        except RecipeError:
+            continue
+        while abs(impossible - possible) > _NEAR:
+            middle = round((possible + impossible) / 2, 6)
+            try:
+                found, possible = at(middle), middle
+            except RecipeError:
+                impossible = middle
+        note = f"a run would be refused ({str(refused).removesuffix('.')}); shown is remove: {possible:.4f}."
+        return found, (note,)
+    raise refused
+
+
 def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progress) -> Inspection:
-    recipe, notes = groups_to_inspect(opened.recipe, opened.arch)
     services = Services(progress=progress)
-    opened = with_prices(checked(opened.asking(recipe)), services)
+    opened = with_prices(checked(opened), services)
+    recipe = opened.recipe
     opened, measured_later = _trimmed(opened, services)
-    resolved, arch, size = with_polish_that_fits(opened, resolve(opened)), opened.arch, opened.size
+    resolved, refused = _resolved(opened)
+    resolved, arch, size = with_polish_that_fits(opened, resolved), opened.arch, opened.size
     memory, operations = memory_for(opened, resolved), work_of(opened, resolved)
     dtype = torch.float32 if memory.in_float32 else opened.model.dtype
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
@@ -185,7 +206,7 @@ def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progre
         size=size,
         num_layers=(arch.num_layers, len(resolved.layers)),
         params_per_layer=arch.params_per_layer[0],
-        groups=tuple(_facts(name, resolved, plan) for name in recipe.remove.groups),
+        groups=tuple(_facts(name, resolved, plan) for name in recipe.remove.group_names),
         remove_asked=recipe.remove.share,
         remove_reached=1 - num_params / size.num_params,
         outcome=resolved.outcome(plan.num_keep),
@@ -201,7 +222,7 @@ def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progre
         device=str(opened.device),
         operations=operations,
         seconds=seconds_for(operations, text_config(opened.model).hidden_size, dtype, opened.device),
-        warnings=(*notes, *measured_later, *resolved.warnings),
+        warnings=(*refused, *measured_later, *resolved.warnings),
         possible=possible_groups(arch),
         impossible=arch.omits,
         serving=None if check_for is None else serving_after(check_for, tp, arch, opened.model, plan),

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError
 
-from secateur.errors import RecipeError, nearest
+from secateur.errors import RecipeError, advice, one_of
 from secateur.files import staged_file
 from secateur.recipe import Domain, Recipe, Strict
 from secateur.recipe_file import load_recipe, merged, parse_recipe
@@ -91,8 +91,8 @@ def load_study(reference: str, *, small: bool, model: str | None = None) -> Stud
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            hint = nearest(str(first["loc"][-1]), Study.model_fields)
-            raise RecipeError(f"study {reference}: unknown key '{key}'; did you mean '{hint}'?") from None
+            hint = advice(str(first["loc"][-1]), Study.model_fields, one_of(Study.model_fields))
+            raise RecipeError(f"study {reference}: unknown key '{key}'; {hint}") from None
         raise RecipeError(f"study {reference}: {key}: {first['msg'].lower()}, got {first.get('input')!r}.") from None
     list(cells(study))  # every recipe is valid before the first run
     return study
@@ -124,7 +124,7 @@ def _path(reference: str) -> Path:
     if name not in shipped_studies():
         raise RecipeError(
             f"study {reference}: is no file and not among the shipped ones ({', '.join(shipped_studies())}); "
-            f"did you mean '{nearest(name, shipped_studies())}'?"
+            f"{advice(name, shipped_studies())}"
         )
     return Path(str(resources.files("secateur.evaluation") / SHIPPED / f"{name}.yaml"))
 
@@ -138,7 +138,7 @@ def _recipe(study: Study, name: str, method: Method, ratio: float, seed: int) ->
     known = recipe.calibration.domains
     for domain in method.domains:
         if domain not in known:
-            raise RecipeError(f"{where}: unknown domain '{domain}'; did you mean '{nearest(domain, known)}'?")
+            raise RecipeError(f"{where}: unknown domain '{domain}'; {advice(domain, known, one_of(known))}")
     chosen = {domain: known[domain] for domain in method.domains}
     return recipe.filled(calibration={"domains": chosen})
 

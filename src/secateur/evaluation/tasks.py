@@ -16,7 +16,7 @@ from unittest.mock import patch
 from huggingface_hub import constants
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import RecipeError, nearest
+from secateur.errors import RecipeError, advice
 from secateur.evaluation.rows import DEFAULT_CONFIG, PACKAGE, Rows, find_rows, table
 from secateur.model.config import quiet_transformers
 
@@ -194,7 +194,8 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
         manager, tasks, groups, sources, notes = task_manager(), {}, {}, {}, []
         for name in names:
             if name not in manager.all_tasks:
-                raise RecipeError(f"--tasks: unknown task '{name}'; did you mean '{nearest(name, manager.all_tasks)}'?")
+                hint = advice(name, manager.all_tasks, "python -m lm_eval ls tasks lists them.")
+                raise RecipeError(f"--tasks: unknown task '{name}'; {hint}")
             redirect = _Redirect(name, options.num_fewshot or 0, directory, datasets.load_dataset)
             with patch.object(datasets, "load_dataset", redirect.load_dataset):
                 loaded = manager.load(name)

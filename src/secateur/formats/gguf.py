@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedConfig
 
-from secateur.errors import CheckpointError, RecipeError, nearest
+from secateur.errors import CheckpointError, RecipeError, advice
 from secateur.facts import Record
 from secateur.files import check_file, staged_file
 from secateur.formats.gguf_tensors import OWN_TYPES, TYPES, GgufTensor, gguf_tensors, num_gguf_bytes, read_gguf_arrays
@@ -133,8 +133,7 @@ def check_exportable(checkpoint: Checkpoint, type_name: str | None) -> str:
     """
     if type_name is not None and type_name not in TYPES:
         raise RecipeError(
-            f"export type: unknown type '{type_name}'; allowed: {', '.join(TYPES)}; "
-            f"did you mean '{nearest(type_name, TYPES)}'?"
+            f"export type: unknown type '{type_name}'; allowed: {', '.join(TYPES)}; {advice(type_name, TYPES)}"
         )
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError('GGUF export needs the gguf package; run: pip install "secateur[gguf]"')

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.errors import ArchError, nearest
+from secateur.errors import ArchError, advice
 from secateur.model.group import Axis, BiasSwitch, Experts, Group, Linears, Segments, Stacks, submodule
 from secateur.model.modules import Logits, ScaledHead, linears_for_conv
 from secateur.model.spec import ArchSpec, ChannelsSpec, ExpertsSpec, GroupSpec, LogitsSpec, SegmentSpecs, find_spec
@@ -202,7 +202,7 @@ class Arch:
             if name not in known:
                 raise ArchError(
                     f"remove.groups: family {self.family} has no group '{name}'; it has {', '.join(sorted(known))}; "
-                    f"did you mean '{nearest(name, known)}'?"
+                    f"{advice(name, known)}"
                 )
         chosen = tuple(group for group in self.groups if group.name in names)
         for name, other in combinations(names, 2):

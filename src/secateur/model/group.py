@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from secateur.errors import ArchError, nearest
+from secateur.errors import ArchError, advice, one_of
 
 Segments = tuple[int, ...]
 
@@ -211,7 +211,7 @@ def submodule(parent: nn.Module, name: str, family: str) -> nn.Module:
     names = {child: module for child, module in parent.named_modules() if child}
     if name not in names:
         missing = f"the spec names module '{name}', which this {type(parent).__name__} does not have"
-        raise ArchError(f"family {family}: {missing}; did you mean '{nearest(name, names)}'?")
+        raise ArchError(f"family {family}: {missing}; {advice(name, names, one_of(names))}")
     return names[name]
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from secateur.errors import ArchError, PluginError, nearest
+from secateur.errors import ArchError, PluginError, advice
 from secateur.plugins import FAMILY_GROUP, load, plugins, where
 
 SegmentSpecs = tuple[int | str, ...]
@@ -205,7 +205,7 @@ def find_spec(model_type: str) -> tuple[str, ArchSpec]:
     if model_type not in families:
         raise ArchError(
             f"model family '{model_type}' is not supported; supported: {', '.join(sorted(families))}; "
-            f"the nearest is '{nearest(model_type, families)}'; docs/extend.md says how to add one."
+            f"{advice(model_type, families, 'none is like it;')} docs/extend.md says how to add one."
         )
     return families[model_type], load_specs()[families[model_type]]
 

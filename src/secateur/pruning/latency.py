@@ -60,7 +60,7 @@ def with_prices(opened: Opened, services: Services) -> Opened:
 
     def measured() -> dict[str, Any]:
         with log.time("latency"):
-            groups, progress = recipe.remove.groups, services.progress
+            groups, progress = recipe.remove.group_names, services.progress
             prices, timings = measure_latency(opened.arch, groups, opened.model, progress, opened.device)
         for timing in timings:
             log.write({"event": "latency", "num_threads": torch.get_num_threads(), **asdict(timing)})

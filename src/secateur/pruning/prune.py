@@ -32,10 +32,10 @@ from secateur.pruning.open import (
     tokenizer_of,
 )
 from secateur.pruning.resolve import Resolved, checked, resolve
-from secateur.pruning.result import PrunedCheckpoint, Result, save_and_prove, summary_of, write_report_files
+from secateur.pruning.result import PrunedCheckpoint, Result, foretold, save_and_prove, summary_of, write_report_files
 from secateur.pruning.run import Keeps, Run, without_tokens
 from secateur.pruning.trim import plan_trim, would_have_paid
-from secateur.ranks import from_first, staging_if_any
+from secateur.ranks import from_first, is_first, staging_if_any
 from secateur.recipe import Recipe
 from secateur.recovery.polish import learn, polish
 from secateur.store import Services
@@ -61,10 +61,10 @@ def prune_run(
     computes = {"device": str(opened.device), "in float32": computes_in_float32(opened)}
     target = staging_if_any(place, overwrite=overwrite, protected=opened.directory)
     options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "tell": tell}
-    with store_for(place, recipe, opened.checkpoint, computes, log, **options) as store, target as directory:
+    with store_for(place, opened.recipe, opened.checkpoint, computes, log, **options) as store, target as directory:
         if directory is not None:
             log.append_to(directory)
-        services = Services(progress=progress, log=log, store=store, scratch=directory)
+        services = Services(progress=progress, log=log, store=store, scratch=directory, tell=tell)
         opened, run, placement = _prepared(opened, services)
         with eval_mode(run.model):
             result = _pruned(opened, run, placement, directory, command)
@@ -126,14 +126,18 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placemen
     plan = memory_for(opened, resolved)
     if services.scratch is not None:
         check_free_space(services.scratch, disk_bytes(opened, resolved, plan))
+    if is_first():
+        services.tell(foretold(opened, resolved, plan))
     judged = JUDGED_TOKENS if resolved.recipe.output.evaluate else 0
     with log.time("calibration"):
         text = from_first(partial(calibration_text, opened, resolved, services.progress, num_judged_tokens=judged))
     with log.time("load"):
+        services.progress("load", 0, 1)
         opened, notes = loaded(opened, on_disk=plan.weights_on_disk)
         resolved = replace(resolved, warnings=resolved.warnings + notes + _notes(opened, plan))
         check_same_run(opened.model, resolved.recipe)
         placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
+        services.progress("load", 1, 1)
     model = opened.model
     with log.time("calibration"), eval_mode(model):
         text = from_first(partial(sampled_text, text, opened, model, services.progress))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from secateur.errors import RecipeError
@@ -23,7 +24,7 @@ from secateur.methods.budget import (
 )
 from secateur.methods.prices import prices_of, sequence_length, token_prices
 from secateur.methods.scores import find_score
-from secateur.model.bind import Arch
+from secateur.model.bind import EXPERTS, Arch
 from secateur.model.group import OF_EXPERTS, Group, GroupKey
 from secateur.pruning.open import Opened
 from secateur.pruning.resolve_depth import depth_of, groups_of, layers_to_expect, num_rounds, share_for_widths
@@ -124,7 +125,14 @@ class Resolved:
 
 
 def checked(opened: Opened) -> Opened:
-    """Return `opened`. Raises ArchError or RecipeError for what this model cannot do."""
+    """Return `opened`, the recipe's `groups` filled in: what holds most of such a model.
+
+    Raises ArchError or RecipeError for what this model cannot do.
+    """
+    if opened.recipe.remove.groups is None:
+        has_experts = any(group.name == EXPERTS for group in opened.arch.groups)
+        groups = (EXPERTS,) if has_experts else ("ffn",)
+        opened = replace(opened, recipe=opened.recipe.filled(remove={"groups": groups}))
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
     parse_size("output.max_shard_size", recipe.output.max_shard_size)
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
@@ -159,7 +167,7 @@ def checked(opened: Opened) -> Opened:
 def recipe_prices(recipe: Recipe, arch: Arch, model: Any) -> Prices:
     """Return the model's prices by the recipe's target and groups. Raises as `prices_of`."""
     remove, length = recipe.remove, sequence_length(recipe.calibration.sequence_length, model.config)
-    groups = arch.select(remove.groups)
+    groups = arch.select(remove.group_names)
     return prices_of(remove.target, arch, groups, model, prompt_tokens=length, seconds=remove.prices)
 
 
@@ -189,7 +197,8 @@ def resolve(opened: Opened) -> Resolved:
         recipe = recipe.filled(polish={"num_tokens": text["num_tokens"] if trains else 0})
     facts: dict[str, Any] = {"recipe": recipe, "arch": arch, "prices": prices, "layers": layers, "warnings": warnings}
     resolved = Resolved(**facts, **remove, **repair, **text).with_layers(layers)
-    return replace(resolved, warnings=warnings + _too_deep(resolved.groups, resolved.plans[-1]))
+    warnings += _too_deep(resolved.groups, resolved.plans[-1]) + _idle_rounds(resolved)
+    return replace(resolved, warnings=warnings)
 
 
 def text_for(recipe: Recipe, groups: Sequence[Group], config: Any) -> tuple[dict[str, Any], int]:
@@ -212,6 +221,19 @@ def _too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:
                 f"it: preset best, more groups, depth."
             )
     return tuple(warnings)
+
+
+def _idle_rounds(resolved: Resolved) -> tuple[str, ...]:
+    """Return a warning if rounds are more than the steps between the widths' multiples of `align`."""
+    plans, uniform = resolved.plans, resolved.recipe.choose.budget == "uniform"
+    widths = [{(each.layer, each.name): each.num_units for each in resolved.groups}, *(p.num_keep for p in plans)]
+    idle = sum(before == after for before, after in pairwise(widths))
+    if not uniform or not idle or len(plans) == 1:
+        return ()
+    return (
+        f"choose.rounds: in {idle} of {len(plans)} rounds nothing goes, as widths are multiples of {resolved.align}; "
+        f"{len(plans) - idle} rounds, or a smaller remove.align, would not measure for nothing.",
+    )
 
 
 def _plans(resolved: Resolved, remove: float, shares: list[float]) -> list[Plan]:

@@ -87,7 +87,7 @@ def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
     groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
     choose, differ = recipe.choose, getattr(config, "is_heterogeneous", False)
     plain = recipe.remove.target == "parameters" and choose.rounds == 1 and isinstance(choose.schedule, str)
-    plain = plain and choose.max_loss_rise is None and "ffn" in recipe.remove.groups
+    plain = plain and choose.max_loss_rise is None and "ffn" in recipe.remove.group_names
     alike = len(set(arch.params_per_layer)) == 1 and not any(group.kind in OF_EXPERTS for group in groups)
     if not plain or not alike or not groups or differ:
         return 0
@@ -105,7 +105,7 @@ def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
 def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Group, ...]:
     """Return the groups that lose units if only `layers` are left, numbered as they are then."""
     protected = protected_layers(recipe, arch)
-    chosen = arch.select(recipe.remove.groups)
+    chosen = arch.select(recipe.remove.group_names)
     return tuple(
         dataclasses.replace(group, layer=number)
         for number, layer in enumerate(layers)

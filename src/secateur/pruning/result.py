@@ -13,16 +13,19 @@ from secateur.data.calibration import CalibrationSet, ngram_overlap
 from secateur.facts import Size
 from secateur.formats.save import Verification, save_checkpoint, verify_reload
 from secateur.log import RunLog, versions
+from secateur.model.bind import text_config
 from secateur.model.checkpoint import CausalLM, Tokenizer
 from secateur.model.group import Group
 from secateur.model.kept_tokens import Trim
+from secateur.pruning.cost import MemoryPlan, seconds_for, work_of
 from secateur.pruning.open import Opened
+from secateur.pruning.resolve import Resolved
 from secateur.pruning.run import Keeps, Run
 from secateur.recipe import Recipe
 from secateur.recipe_file import dump_recipe
 from secateur.report.records import CalibrationFacts, Summary
 from secateur.report.report import complete, missing_plots
-from secateur.report.rows import model_card
+from secateur.report.rows import human_bytes, human_seconds, model_card
 from secateur.report.vocabulary import vocabulary_facts
 
 
@@ -125,13 +128,13 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
     return Summary(
         model=opened.name,
         family=run.arch.family,
-        remove_asked=recipe.remove.share if recipe.remove.groups else reached,  # tokens alone: their number
+        remove_asked=recipe.remove.share if recipe.remove.group_names else reached,  # tokens alone: their number
         remove_reached=reached,
         outcome=run.resolved.outcome({key: keep.shape[-1] for key, keep in keeps.items()}),
         dense_size=opened.size,
         pruned_size=pruned_size,
         num_layers=(opened.arch.num_layers, len(run.resolved.layers)),
-        widths=group_widths(run.arch.select(recipe.remove.groups), keeps),
+        widths=group_widths(run.arch.select(recipe.remove.group_names), keeps),
         calibration=calibration_facts(run.text),
         guard_refusals=sum(line.get("step", 1) == 0 for line in log.lines),
         seconds={name: round(seconds, 2) for name, seconds in log.seconds.items()},
@@ -176,3 +179,30 @@ def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tens
         before, least, most = widths.get(group.name, (group.num_units, kept, kept))
         widths[group.name] = (before, min(least, kept), max(most, kept))
     return widths
+
+
+def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> str:
+    """Return a sentence on what a run is about to do, and how long it takes at this machine's speed."""
+    recipe, arch, kept = resolved.recipe, opened.arch, resolved.plans[-1].num_keep
+    parts = [f"{resolved.depth} of {arch.num_layers} layers"] if resolved.depth else []
+    for name in dict.fromkeys(group.name for group in resolved.groups):
+        members = [group for group in resolved.groups if group.name == name]
+        before = sum(group.num_units for group in members) / len(members)
+        after = sum(kept[group.layer, name] for group in members) / len(members)
+        parts += [f"{name} {before:,.0f} -> {after:,.0f}" + " on average" * (recipe.choose.widths == "per_layer")]
+    if opened.trim is not None:
+        parts += [f"tokens {opened.trim.kept.num_dense:,} -> {len(opened.trim.kept.dense_ids):,}"]
+    text = f"{resolved.num_tokens:,} tokens of {', '.join(recipe.calibration.domains)}"
+    if not resolved.groups and not resolved.depth:
+        return f"{opened.name}: removes {', '.join(parts)}, by {text}."
+    dtype = torch.float32 if plan.in_float32 else opened.model.dtype
+    seconds = seconds_for(work_of(opened, resolved), text_config(opened.model).hidden_size, dtype, opened.device)
+    trained = f", then trained on {recipe.polish.num_tokens:,} of them" if recipe.polish.num_tokens else ""
+    rounds = f"{len(resolved.plans)} rounds" if len(resolved.plans) > 1 else "1 round"
+    asked = f"{recipe.remove.share:.1%} of all {resolved.prices.total_text} ({', '.join(parts)})"
+    place = f"{opened.device} if nothing else runs there"
+    return (
+        f"{opened.name}: removes {asked} in {rounds}, measured on {text}{trained}; takes about "
+        f"{human_seconds(seconds.total)} on {place}, and reading text, loading and the reload check on top; "
+        f"{human_bytes(plan.estimate.peak)} of memory beyond the interpreter."
+    )

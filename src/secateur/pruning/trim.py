@@ -125,7 +125,7 @@ def would_have_paid(opened: Opened, text: CalibrationSet) -> str | None:
 def _read(opened: Opened, services: Services) -> _Dense:
     """Read the vocabulary and what is to stay of it."""
     tokenizer, recipe = tokenizer_of(opened), opened.recipe
-    text, _ = text_for(recipe, opened.arch.select(recipe.remove.groups), opened.model.config)
+    text, _ = text_for(recipe, opened.arch.select(recipe.remove.group_names), opened.model.config)
     opened, vocabulary = opened.asking(recipe.filled(calibration=text)), read_vocabulary(tokenizer, opened.model)
     stay = methods.of_scripts(vocabulary, recipe.remove.keep_scripts)
     stay |= from_first(partial(_ids_in, recipe.remove.keep_text, tokenizer))
@@ -164,7 +164,7 @@ def _count(dense: _Dense, removal: methods.Removal) -> int:
     asked = remove.share * prices.total
     per_token = token_prices(remove.target, opened.model, 1000, length) / 1000
     counts_N = methods.sizes_within(removal, num_rows, int(asked // per_token))
-    if not remove.groups:
+    if not remove.group_names:
         return int(counts_N[-1])
     ffns = arch.select(("ffn",))
     channels = sum(group.num_units * prices.of(group) for group in ffns)

@@ -1,0 +1,120 @@
+"""The command `recipe`, and how a recipe's keys are set on the command line.
+
+The comments that it prints are the docstrings of `secateur.recipe`.
+"""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+import yaml
+from pydantic import BaseModel
+
+import secateur.cli.common as common
+from secateur.recipe import SCORE_NAMES, Domain, Recipe, RecoverySettings, Strict
+from secateur.recipe_file import parse_recipe, preset_texts
+
+WIDTH = 100
+# Options of their own. A command without the option sets the key with --set.
+OPTIONS = {
+    "remove.share": "--remove", "remove.groups": "--groups", "remove.align": "--align",
+    "remove.vocabulary": "--vocabulary", "remove.keep_text": "--keep-text", "remove.keep_scripts": "--keep-script",
+    "choose.budget": "--budget", "choose.rounds": "--rounds", "calibration.domains": "--domain",
+    "machine.device": "--device", "machine.memory_budget": "--memory-budget", "recover.num_tokens": "--tokens",
+    "polish.num_tokens": "--polish",
+}  # fmt: skip
+# Keys that a sentence names without their group, and that are no words of ordinary English.
+UNLIKE_WORDS = ("align", "depth", "rounds", "damping", "compensate")
+
+
+@common.app.command(epilog="Example: secateur recipe best > recipe.yaml")
+def recipe(
+    preset: Annotated[str, typer.Argument(help="Whose values: default, fast, best, smallest, paper, ...")] = "default",
+) -> None:
+    """Print a recipe with every key, its value and what it means, to change and give to prune."""
+    found = parse_recipe({"preset": preset}, "recipe")
+    head = [line for line in preset_texts()[preset].splitlines() if line.startswith("#")]
+    print("\n".join([f"# Preset {preset}.", *head, *_commented(found)]))
+
+
+def _commented(values: BaseModel, indent: str = "") -> Iterator[str]:
+    """Yield YAML with every key under its meaning; a `recover` that is off is a comment."""
+    _, docs = documented(type(values))
+    for name, field in type(values).model_fields.items():
+        value = getattr(values, name)
+        if not indent:
+            yield ""
+        if isinstance(value, BaseModel) and not indent:
+            about, _ = documented(type(value))
+            yield from [*_comment(about, indent), f"{name}:", *_commented(value, "  ")]
+        elif name == "recover" and value is None:
+            about, _ = documented(RecoverySettings)
+            yield from _comment(about, indent)
+            yield from (f"# {line}" for line in (f"{name}:", *_commented(RecoverySettings(), "  ")))
+        elif name == "domains":
+            about, keys = documented(get_args(field.annotation)[-1])
+            yield from _comment(about, indent)
+            for key, text in keys.items():
+                yield from _comment(f"{key}: {text}", indent)
+            yield f"{indent}{name}:"
+            yield from (f"{indent}  {each}: {_flow(domain)}" for each, domain in value.items())
+        else:
+            names = SCORE_NAMES if name == "score" else _choices(field.annotation)
+            allowed = f"One of {', '.join(names)}." if len(names) > 1 else ""
+            yield from _comment(" ".join(filter(None, [docs.get(name, ""), allowed])), indent)
+            yield f"{indent}{name}: {_flow(value)}"
+
+
+def documented(model: type[BaseModel]) -> tuple[str, dict[str, str]]:
+    """Return what a docstring says of the whole, and of each key: `key: text. other, third: text.`
+
+    Keys of a base class are as its docstring says.
+    """
+    keys, about = dict[str, str](), ""
+    for each in (each for each in reversed(model.__mro__) if issubclass(each, Strict) and each is not Strict):
+        text = re.sub(r"\bNone\b", "null", " ".join(inspect.cleandoc(each.__doc__ or "").split()))
+        name = f"`?(?:{'|'.join(each.model_fields)})`?"
+        about, *rest = re.split(rf"(?:^|(?<=\. ))({name}(?:, {name})*): ", text)
+        pairs = zip(rest[::2], rest[1::2], strict=True)
+        keys |= {key.strip("`"): found.strip() for names, found in pairs for key in names.split(", ")}
+    return about.strip(), keys
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return next((found for each in get_args(annotation) if (found := _choices(each))), ())
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    start = f"{indent}# "
+    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=start, break_on_hyphens=False)
+
+
+def _flow(value: Any) -> str:
+    own = isinstance(value, Domain)
+    plain = value.model_dump(mode="json", exclude_unset=own) if isinstance(value, BaseModel) else value
+    plain = list(plain) if isinstance(plain, tuple) else plain
+    return yaml.safe_dump(plain, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+
+
+def ways_to_set(sentence: str, command: Any) -> list[str]:
+    """Return how the command sets the recipe's keys that a sentence names, at most three."""
+    has = {option for param in command.params for option in param.opts}
+    if "--set" not in has or sentence.startswith(("--set", "command line")):
+        return []
+    keys = [f"{group}.{key}" for group, field in Recipe.model_fields.items() for key in _keys_of(field.annotation)]
+    short = {key.partition(".")[2]: key for key in reversed(keys)}
+    short = {name: key for name, key in short.items() if name in UNLIKE_WORDS or "_" in name}
+    without_paths = re.sub(r"\S*/\S*", "", sentence)
+    named = re.findall(r"(?<![\w.])[a-z_]+\.[a-z_]+|\b[a-z_]+\b", without_paths)
+    found = dict.fromkeys(short.get(name, name) for name in named if name in keys or name in short)
+    return [OPTIONS[key] if OPTIONS.get(key) in has else f"--set {key}=VALUE" for key in list(found)[:3]]
+
+
+def _keys_of(annotation: Any) -> tuple[str, ...]:
+    models = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
+    return tuple(key for each in models if issubclass(each, BaseModel) for key in each.model_fields)

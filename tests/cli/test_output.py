@@ -1,0 +1,68 @@
+"""Without a terminal: lines on standard error, results alone on standard output, silence when asked for."""
+
+import re
+from pathlib import Path
+
+from run_cli import run_cli
+
+from secateur.cli.common import _lines
+
+STAGES = "calibration", "load", "evaluate dense", "prune, round 1 of 1", "evaluate pruned", "verify"
+
+
+def test_lines_of_stages(capsys):
+    """One as a stage begins, then one every ten seconds with what is left at its speed so far."""
+    now = 0.0
+    listen = _lines(lambda: now)
+    listen("load", 0, 1)
+    listen("load", 1, 1)
+    for layer in range(31):
+        listen("prune", layer, 30)
+        now += 4
+    listen("verify", 0, 1)
+    now = 36_000.0
+    listen("check", 2, 4000)
+    now = 36_500.0
+    listen("check", 1002, 4000)
+    now = 36_700.0
+    listen("check", 2002, 4000)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "0:00:00 load",
+        "0:00:00 prune",
+        *(f"0:00:{4 * n:02} prune: {n} of 30, about 0:01:{48 - 4 * (n - 3):02} left" for n in (3, 6, 9, 12)),
+        "0:01:00 prune: 15 of 30, about 0:01:00 left",
+        *(f"0:01:{4 * n - 60:02} prune: {n} of 30, about 0:00:{120 - 4 * n:02} left" for n in (18, 21, 24, 27)),
+        "0:02:04 verify",
+        "10:00:00 check",
+        "10:11:40 check: 2,002 of 4,000, about 0:11:39 left",
+    ]
+
+
+def test_a_piped_prune_says_what_it_does(checkpoints, recipe_file, tmp_path):
+    run = run_cli("prune", checkpoints["llama"], tmp_path / "out", "--recipe", recipe_file, "--polish", 0)
+    assert run.status == 0, run.stderr
+    first, *lines = run.stderr.splitlines()
+    assert re.fullmatch(
+        r".*llama: removes 20\.0% of all 100,176 parameters \(ffn 112 -> 64\) in 1 round, measured on 1,280 tokens of "
+        r"code, prose; takes about .+ on cpu if nothing else runs there, .+ of memory beyond the interpreter\.",
+        first,
+    )
+    assert [line.split(" ", 1)[1].split(":")[0] for line in lines] == list(STAGES)
+    assert all(re.match(r"\d+:\d\d:\d\d ", line) for line in lines)
+    assert "━" not in run.stderr and not any(stage in run.stdout for stage in STAGES[2:5])
+
+
+def test_quiet_and_json_are_silent(checkpoints, recipe_file, tmp_path):
+    out: Path = tmp_path / "out"
+    commands = [
+        ("prune", checkpoints["llama"], out, "--recipe", recipe_file),
+        ("inspect", checkpoints["llama"], "--recipe", recipe_file),
+        ("verify", out),
+    ]
+    for command in commands:
+        for option in ("--quiet", "--json"):
+            again = ("--overwrite",) if option == "--json" and command[0] == "prune" else ()
+            run = run_cli(*command, option, *again)
+            assert (run.status, run.stderr) == (0, ""), (command, option)

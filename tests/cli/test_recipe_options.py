@@ -1,0 +1,180 @@
+"""What the command line says of a recipe: --set, options of their own, `secateur recipe`, how errors say it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from run_cli import run_cli
+from tiny_tokenizer import tiny_tokenizer
+
+from secateur.cli.common import COMMANDS, parse_domains, parse_sets
+from secateur.cli.recipe import documented
+from secateur.model.config import quiet_transformers
+from secateur.recipe import Recipe, RecoverySettings
+from secateur.recipe_file import parse_recipe, preset_texts
+from tests.families import tiny_family
+
+
+def test_any_key_is_set_over_the_recipe_and_the_options(checkpoints, recipe_file, texts, tmp_path):
+    options = ["--groups", "ffn, kv_heads", "--budget", "global", "--align", "4", "--rounds", "2", "--remove", "0.1"]
+    sets = ["remove.share=0.15", "repair.damping_factors=[1, 10]", "calibration.domains.prose.share=3", "seed=5"]
+    run = run_cli(
+        *("prune", checkpoints["llama"], tmp_path / "out", "--recipe", recipe_file, "--quiet"),
+        *options,
+        *(word for each in sets for word in ("--set", each)),
+    )
+    assert run.status == 0, run.stderr
+    saved = parse_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
+    assert (saved.remove.groups, saved.remove.align, saved.remove.share) == (("ffn", "kv_heads"), 4, 0.15)
+    assert (saved.choose.budget, saved.choose.rounds, saved.seed) == ("global", 2, 5)
+    assert saved.repair.damping_factors == (1, 10)
+    domain = saved.calibration.domains["prose"]
+    assert (domain.share, domain.files) == (3, (str(texts["prose"]),))
+
+
+def test_the_same_keys_for_inspect_and_recover(checkpoints, recipe_file):
+    shown = run_cli(
+        *("inspect", checkpoints["llama"], "--recipe", recipe_file, "--json", "--groups", "kv_heads"),
+        *("--set", "remove.align=1", "--set", "remove.share=0.05"),
+    )
+    assert shown.status == 0, shown.stderr
+    told = json.loads(shown.stdout)
+    assert [group["name"] for group in told["groups"]] == ["kv_heads"] and told["remove_asked"] == 0.05
+    refused = run_cli("recover", "pruned", "--teacher", "dense", "--out", "o", "--set", "recover.patience=0")
+    assert refused.status == 2 and refused.stderr.startswith("secateur: --set: recover.patience: ")
+
+
+def test_values_of_set_are_yaml():
+    assert parse_sets(["remove=0.3", "remove.align=8", "remove.layers=[1, -1]", "choose.obs_batch=", "a.b=x=y"]) == {
+        "remove": {"share": 0.3, "align": 8, "layers": [1, -1]},
+        "choose": {"obs_batch": None},
+        "a": {"b": "x=y"},
+    }
+    assert parse_sets(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--set remove.shrae=0.2", "--set: unknown key 'remove.shrae'; did you mean 'share'?"),
+        ("--set align=8", "--set: align is remove.align now; write it there."),
+        ("--set remove.min_keep=2", "--set: remove.min_keep: "),
+        ("--set remove.share", "--set remove.share: give KEY=VALUE, such as calibration.num_tokens=8192."),
+        ("--set .share=1", "--set .share=1: give KEY=VALUE"),
+        ("--set seed=[", "--set seed=[: the value is no YAML"),
+        ("--keep-script latin", "command line: remove: keep_text and keep_scripts say which tokens stay"),
+        ("--rounds 0 --set seed=1", "command line: choose.rounds: "),
+    ],
+)
+def test_a_mistake_names_the_flag(options, said):
+    outcome = run_cli("prune", "model", "out", *options.split())
+    assert outcome.status == 2 and outcome.stderr.startswith(f"secateur: {said}"), outcome.stderr
+
+
+def test_set_gives_what_an_option_needs(tmp_path):
+    """`--keep-script` alone is a mistake."""
+    outcome = run_cli("prune", tmp_path / "no", "out", "--keep-script", "latin", "--set", "remove.vocabulary=auto")
+    assert "no: no such directory" in outcome.stderr
+
+
+def test_a_column_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd:name").write_text("")
+    assert parse_domains(["a=rows.csv:question", "b=odd:name", "c=C:/x.txt", "d=plain.txt", "code"]) == {
+        "a": {"files": ["rows.csv"], "column": "question"},
+        "b": {"files": ["odd:name"]},
+        "c": {"files": ["C:/x.txt"]},
+        "d": {"files": ["plain.txt"]},
+        "code": {"installed": "code"},
+    }
+
+
+@pytest.mark.parametrize("preset", preset_texts())
+def test_the_printed_recipe_is_the_preset(preset):
+    shown = run_cli("recipe", preset)
+    assert (shown.status, shown.stderr) == (0, "")
+    assert parse_recipe(yaml.safe_load(shown.stdout)) == parse_recipe({"preset": preset})
+    above, below = shown.stdout.split("# recover:")
+    with_recovery = above + "\n".join(line.removeprefix("# ") for line in f"# recover:{below}".splitlines())
+    assert parse_recipe(yaml.safe_load(with_recovery)).recover == RecoverySettings()
+
+
+def test_the_comments_of_the_recipe_are_the_docstrings():
+    shown = " ".join(run_cli("recipe").stdout.replace("#", " ").split())
+    for group in ("remove", "choose", "repair", "calibration", "machine", "output"):
+        model: type = Recipe.model_fields[group].annotation  # type: ignore[assignment]
+        about, keys = documented(model)
+        assert f"{about} {group}:" in shown
+        assert keys.keys() == model.model_fields.keys() - {"domains"}, group
+        assert all(f"{text} " in shown and "None" not in text for text in keys.values())
+    assert "One of uniform, global, curve. budget: uniform" in shown
+    assert run_cli("recipe", "bset").stderr.endswith("did you mean 'best'?\n")
+
+
+def test_the_group_of_a_mixture_is_experts(recipe_file, tmp_path):
+    with quiet_transformers():
+        tiny_family("mixtral").save_pretrained(tmp_path / "model")
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
+    run = run_cli(
+        *("prune", tmp_path / "model", tmp_path / "out", "--recipe", recipe_file, "--remove", "0.3", "--quiet"),
+        *("--set", "output.evaluate=false"),
+    )
+    assert run.status == 0, run.stderr
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["remove"]["groups"] == ["experts"]
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["widths"].keys() == {"experts"}
+
+
+@pytest.mark.parametrize(
+    ("remove", "reached", "why"), [(0.9, 0.6114, "at most 0.4"), (0.001, 0.0345, "nothing would go")]
+)
+def test_inspect_describes_the_model_whatever_is_asked(remove, reached, why, checkpoints, recipe_file):
+    shown = run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file, "--remove", remove, "--json")
+    assert shown.status == 0, shown.stderr
+    told = json.loads(shown.stdout)
+    assert told["remove_asked"] == remove and told["remove_reached"] == pytest.approx(reached, abs=2e-3)
+    [note] = [note for note in told["warnings"] if note.startswith("a run would be refused (remove: ")]
+    assert why in note
+    found = re.search(r"shown is remove: (\S+)\.$", note)
+    assert found is not None
+    assert run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file, "--remove", found[1]).status == 0
+
+
+def test_inspect_still_refuses_what_no_share_can_mend(checkpoints, recipe_file):
+    outcome = run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file, "--set", "remove.min_keep=0.999")
+    assert outcome.status == 2 and "remove.min_keep: " in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "ways"),
+    [
+        ("prune {} out --remove 0.9", "--align, --set remove.depth=VALUE"),
+        ("prune {} out --set calibration.sequence_length=512", "--set calibration.sequence_length=VALUE"),
+        ("inspect {} --groups fnn", "--groups"),
+    ],
+)
+def test_an_error_that_names_a_key_says_how_to_set_it(command, ways, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = run_cli(*command.format(checkpoints["llama"]).split(), "--quiet")
+    assert outcome.status == 2 and outcome.stderr.endswith(f" On the command line: {ways}.\n"), outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+
+
+def test_version_order_and_completion(monkeypatch):
+    shown = run_cli("--version")
+    assert shown.status == 0 and re.fullmatch(r"secateur \d+\.\d+\.\d+\n", shown.stdout)
+    listed = re.findall(r"^│ ([a-z]+) ", run_cli("--help").stdout, re.MULTILINE)
+    assert listed == COMMANDS
+    monkeypatch.setenv("_SECATEUR_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "secateur rec")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert run_cli().stdout.split() == ["recipe", "recover"]
+
+
+def test_a_shell_gets_its_completion():
+    script = "import sys; sys.argv[0] = 'secateur'; from secateur.cli import main; main()"
+    command = ["bash", "-c", f'{sys.executable} -c "{script}" --show-completion; true']
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "_SECATEUR_COMPLETE=complete_bash" in shown.stdout, shown.stderr
