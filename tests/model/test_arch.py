@@ -54,7 +54,7 @@ def test_seventy_billion_parameters_bind_on_the_meta_device() -> None:
 def test_unknown_family_names_the_nearest() -> None:
     with pytest.raises(ArchError, match=r"'lama' is not supported; .*; did you mean 'llama'\? docs/extend.md says how"):
         find_spec("lama")
-    with pytest.raises(ArchError, match="'xyzzy' is not supported; .*; none is like it; docs/extend.md says how"):
+    with pytest.raises(ArchError, match=r"'xyzzy' is not supported; .*; none is like it; docs/extend.md says how"):
         find_spec("xyzzy")
 
 

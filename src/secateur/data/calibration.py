@@ -144,10 +144,8 @@ def build_calibration(
         if domain.sampled:
             parts = [torch.empty(size, length, dtype=torch.int64, device="meta") for size in sizes]
         else:
-            parts = _judged(name, domain, tokenizer, seed, sizes, -(-num_judged_tokens // length), length)
-            if parts is None:
-                turns = _pieces(name, domain, tokenizer, seed, length)
-                parts = _two_parts(turns, name, sizes, length, eos, num_rounds)
+            pieces = partial(_pieces, name, domain, tokenizer, seed, length)
+            parts = _parts(pieces, name, (*sizes, -(-num_judged_tokens // length)), length, eos, num_rounds)
         blocks.append(DomainBlocks(name, shares[name], *parts))
         num_done += sum(sizes)
         progress("calibration", num_done, num_total)
@@ -245,43 +243,31 @@ def _turns(text: str, tokenizer: Tokenizer, length: int, order: Random) -> _Turn
         position = end
 
 
-def _judged(
+def _parts(
+    pieces: Callable[[], Iterator[_Turns]],
     name: str,
-    domain: DomainText,
-    tokenizer: Tokenizer,
-    seed: int,
-    sizes: tuple[int, int],
-    num_judged: int,
+    sizes: tuple[int, int, int],
     length: int,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return calibration, held-out and judged blocks; None if the text has too few for all."""
-    if num_judged == 0:
-        return None
-    num_blocks, num_held_out = sizes
-    turns, eos = _pieces(name, domain, tokenizer, seed, length), tokenizer.eos_token_id
-    try:
-        calibration, first = _two_parts(turns, name, (num_blocks, num_judged + num_held_out), length, eos, 1)
-    except CalibrationError:
-        return None
-    return calibration, first[num_judged:], first[:num_judged]
-
-
-def _two_parts(
-    documents: Iterator[_Turns], name: str, sizes: tuple[int, int], length: int, eos: int | None, num_rounds: int
-) -> tuple[Int64[Tensor, "N T"], Int64[Tensor, "M T"]]:
-    """Return the calibration and the held-out blocks of one domain."""
-    num_blocks, num_held_out = sizes
-    held_out, used = _pack(documents, deque(), num_held_out * length, eos)
+    eos: int | None,
+    num_rounds: int,
+) -> tuple[Int64[Tensor, "N T"], Int64[Tensor, "M T"], Int64[Tensor, "K T"] | None]:
+    """Return a domain's calibration and held-out blocks, and those that judge if the text has enough."""
+    num_blocks, num_held_out, num_judged = sizes
+    documents = pieces()
+    held_out, used = _pack(documents, deque(), (num_judged + num_held_out) * length, eos)
     ids, _ = _pack(documents, used, num_blocks * length, eos)
-    if len(ids) < num_blocks * length:
-        rounds = f" ({num_rounds} rounds of fresh ones, as calibration.rotate asks)" if num_rounds > 1 else ""
-        raise CalibrationError(
-            f"domain '{name}': {len(held_out) + len(ids):,} tokens of text after packing, but {num_blocks} calibration "
-            f"and {num_held_out} held-out blocks of {length} tokens{rounds} need "
-            f"{(num_blocks + num_held_out) * length:,}; "
-            "lower calibration.num_tokens or calibration.sequence_length, lower the domain's share, or add text."
-        )
-    return torch.tensor(ids).view(num_blocks, length), torch.tensor(held_out).view(num_held_out, length)
+    if len(ids) == num_blocks * length:
+        held_NT = torch.tensor(held_out).view(-1, length)
+        judged_NT = held_NT[:num_judged] if num_judged else None
+        return torch.tensor(ids).view(num_blocks, length), held_NT[num_judged:], judged_NT
+    if num_judged:
+        return _parts(pieces, name, (num_blocks, num_held_out, 0), length, eos, num_rounds)
+    rounds = f" ({num_rounds} rounds of fresh ones, as calibration.rotate asks)" if num_rounds > 1 else ""
+    raise CalibrationError(
+        f"domain '{name}': {len(held_out) + len(ids):,} tokens of text after packing, but {num_blocks} calibration "
+        f"and {num_held_out} held-out blocks of {length} tokens{rounds} need {(num_blocks + num_held_out) * length:,}; "
+        "lower calibration.num_tokens or calibration.sequence_length, lower the domain's share, or add text."
+    )
 
 
 def _pack(
