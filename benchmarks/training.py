@@ -23,7 +23,7 @@ from secateur.model.checkpoint import load
 from secateur.pruning.cost import measured_rates
 from secateur.recipe import PolishSettings
 from secateur.recovery.cost import forward_flops
-from secateur.recovery.judge import distillation_loss, log_probabilities
+from secateur.recovery.judge import distillation_loss
 from secateur.stream.device import CPU, multiplies_in_software
 from secateur.stream.losses import final_states
 
@@ -67,7 +67,7 @@ def main() -> None:
     @torch.no_grad()
     def teach() -> Tensor:
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-            return log_probabilities(head(states_PD))
+            return head(states_PD)
 
     def update() -> None:
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -75,8 +75,8 @@ def main() -> None:
         optimizer.zero_grad()
 
     for _ in range(options.steps + 1):
-        logits_PV, log_p_PV = timed(seconds["forward"], forward), timed(seconds["teach"], teach)
-        facts = (logits_PV, next_P, log_p_PV, weight_P)
+        logits_PV, dense_PV = timed(seconds["forward"], forward), timed(seconds["teach"], teach)
+        facts = (logits_PV, next_P, dense_PV, weight_P)
         loss = timed(seconds["loss"], partial(distillation_loss, *facts, kl_share=settings.kl_share))
         timed(seconds["backward"], loss.backward)
         timed(seconds["update"], update)

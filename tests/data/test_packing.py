@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -19,8 +20,8 @@ from secateur.data.calibration import (
     CalibrationSet,
     DomainBlocks,
     _once,
+    _parts,
     _turns,
-    _two_parts,
     build_calibration,
     content_hash,
     rotated,
@@ -57,8 +58,12 @@ def turns_of(documents: list[list[int]]) -> list[list[list[int]]]:
 
 def parts_of(documents: list[list[int]], sizes: tuple[int, int], eos: int | None) -> tuple[list[int], list[int]]:
     """Return the held-out and the calibration tokens."""
-    iterators = (iter(turns) for turns in turns_of(documents))
-    calibration_NT, held_out_NT = _two_parts(iterators, "mine", sizes, LENGTH, eos, 1)
+
+    def pieces() -> Iterator[Iterator[list[int]]]:
+        return (iter(turns) for turns in turns_of(documents))
+
+    calibration_NT, held_out_NT, judged_NT = _parts(pieces, "mine", (*sizes, 0), LENGTH, eos, 1)
+    assert judged_NT is None
     assert calibration_NT.shape == (sizes[0], LENGTH) and held_out_NT.shape == (sizes[1], LENGTH)
     assert calibration_NT.dtype == held_out_NT.dtype == torch.int64
     return held_out_NT.flatten().tolist(), calibration_NT.flatten().tolist()
@@ -134,7 +139,8 @@ def test_a_rest_that_did_not_fit_is_the_documents_next_turn() -> None:
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_too_little_text_says_what_there_is_and_what_it_needs(rounds: int) -> None:
     with pytest.raises(CalibrationError) as caught:
-        _two_parts((iter(turns) for turns in turns_of([[9], [4]])), "mine", (2, 1), LENGTH, EOS, rounds)
+        turns = turns_of([[9], [4]])
+        _parts(lambda: (iter(each) for each in turns), "mine", (2, 1, 3), LENGTH, EOS, rounds)
     said = str(caught.value)
     # Held out: 8; then 4 of the second, an end token, the one left of the first.
     assert said.startswith(

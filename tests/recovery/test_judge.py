@@ -11,7 +11,6 @@ from reference import (
     FLOAT32_STEP,
     distillation,
     kl_per_token,
-    log_probabilities_of,
     mean_error,
     next_token_nats,
 )
@@ -20,7 +19,7 @@ from torch import Tensor
 from secateur.errors import NumericsError
 from secateur.facts import Verdict
 from secateur.model.bind import bind
-from secateur.recovery.judge import Judge, distillation_loss, domain_weights, log_probabilities, objective
+from secateur.recovery.judge import Judge, distillation_loss, domain_weights, objective
 
 MODEL_TOLERANCE = (3 * 112 + 320) * FLOAT32_STEP  # layers of 112 inputs, 320 words
 
@@ -44,8 +43,9 @@ def test_loss_and_gradient_are_those_of_the_formulae(
     weight_P = 2 * torch.rand(num_positions, generator=generator)
     expected, slope = distillation(student, dense if teacher else None, next_P, weight_P, temperature, share)
     ours = student.clone().requires_grad_()
-    log_p = log_probabilities(dense, temperature) if teacher else None
-    loss = distillation_loss(ours, next_P, log_p, weight_P, temperature=temperature, kl_share=share)
+    loss = distillation_loss(
+        ours, next_P, dense if teacher else None, weight_P, temperature=temperature, kl_share=share
+    )
     # A log probability is as large as the logits; a position sums over all words.
     step = (num_words + 8) * FLOAT32_STEP
     largest = (float(student.abs().max()) + float(dense.abs().max())) / temperature + 4
@@ -54,13 +54,6 @@ def test_loss_and_gradient_are_those_of_the_formulae(
     assert ours.grad is not None
     size = largest * max(1, temperature) * 2 * 2 / num_positions
     torch.testing.assert_close(ours.grad.double(), 2 * slope, rtol=step, atol=step * size)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_log_probabilities_by_slices(temperature: float) -> None:
-    logits_PV = 5 * torch.randn(150, 11, generator=torch.Generator().manual_seed(1))
-    found, expected = log_probabilities(logits_PV, temperature), log_probabilities_of(logits_PV, temperature)
-    torch.testing.assert_close(found.double(), expected, rtol=20 * FLOAT32_STEP, atol=20 * FLOAT32_STEP * 40)
 
 
 def test_verdicts_are_those_of_plain_forwards_in_float64() -> None:

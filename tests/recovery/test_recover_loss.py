@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur.recovery.judge import SLICE_POSITIONS, distillation_loss, log_probabilities, teacher_log_p
+from secateur.recovery.judge import SLICE_POSITIONS, distillation_loss, logits_of
 
 NUM_POSITIONS, NUM_WORDS = 2 * SLICE_POSITIONS + 7, 23
 
@@ -26,8 +26,7 @@ def test_value_and_gradient_are_those_of_the_formula(temperature, share):
     next_P = torch.arange(NUM_POSITIONS) % NUM_WORDS
     weight_P = torch.linspace(0.5, 2.0, NUM_POSITIONS)
     teacher, ours, theirs = logits(0), logits(1).requires_grad_(), logits(1).requires_grad_()
-    targets = log_probabilities(teacher, temperature)
-    loss = distillation_loss(ours, next_P, targets, weight_P, temperature=temperature, kl_share=share)
+    loss = distillation_loss(ours, next_P, teacher, weight_P, temperature=temperature, kl_share=share)
     expected = plain_loss(theirs, next_P, teacher, weight_P, temperature, share)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     (3 * loss).backward()
@@ -38,7 +37,7 @@ def test_value_and_gradient_are_those_of_the_formula(temperature, share):
 def test_a_student_that_is_the_teacher_has_nothing_to_learn():
     student = logits(0).requires_grad_()
     next_P, weight_P = torch.zeros(NUM_POSITIONS, dtype=torch.long), torch.ones(NUM_POSITIONS)
-    loss = distillation_loss(student, next_P, log_probabilities(logits(0)), weight_P)
+    loss = distillation_loss(student, next_P, logits(0), weight_P)
     loss.backward()
     assert loss.item() == 0
     assert student.grad is not None and float(student.grad.abs().max()) == 0
@@ -69,6 +68,6 @@ class Fixed(nn.Module):
 def test_the_teacher_is_asked_where_a_token_follows():
     ids_BT = torch.randint(NUM_WORDS, (3, 17), generator=torch.Generator().manual_seed(0))
     teacher = Fixed()
-    expected = (teacher.table[ids_BT[:, :-1].flatten()] / 2).log_softmax(-1)
-    found = teacher_log_p(teacher, ids_BT, 2.0)
+    expected = teacher.table[ids_BT[:, :-1].flatten()]
+    found = logits_of(teacher, ids_BT)
     assert torch.equal(found, expected) and not found.requires_grad

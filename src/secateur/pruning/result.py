@@ -197,7 +197,7 @@ def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> str:
         return f"{opened.name}: removes {', '.join(parts)}, by {text}."
     dtype = torch.float32 if plan.in_float32 else opened.model.dtype
     seconds = seconds_for(work_of(opened, resolved), text_config(opened.model).hidden_size, dtype, opened.device)
-    trained = f", then trained on {recipe.polish.num_tokens:,} of them" if recipe.polish.num_tokens else ""
+    trained = f", then trained on {recipe.polish.num_tokens:,}" if recipe.polish.num_tokens else ""
     rounds = f"{len(resolved.plans)} rounds" if len(resolved.plans) > 1 else "1 round"
     asked = f"{recipe.remove.share:.1%} of all {resolved.prices.total_text} ({', '.join(parts)})"
     place = f"{opened.device} if nothing else runs there"

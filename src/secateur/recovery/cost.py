@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from secateur.facts import Size
 from secateur.methods.prices import prefill_flops_per_token
 from secateur.recipe import RecoverySettings
-from secateur.recovery.judge import distillation_loss, teacher_log_p
+from secateur.recovery.judge import distillation_loss, logits_of
 from secateur.recovery.pair import Candidates, RecoveryText, blocks_per_step
 from secateur.report.measured import Cost
 
@@ -96,12 +96,12 @@ def time_a_step(
     teaching = training = 0.0
     for _ in range(2):
         start = time.perf_counter()
-        log_p_PV = teacher_log_p(teacher, ids_BT, settings.temperature)
+        dense_PV = logits_of(teacher, ids_BT)
         middle = time.perf_counter()
         with torch.autocast(ids_BT.device.type, dtype, enabled=dtype == torch.bfloat16):
             logits_PV = pruned(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
         weight_P = torch.ones(len(next_P))
-        distillation_loss(logits_PV, next_P, log_p_PV, weight_P, temperature=settings.temperature).backward()
+        distillation_loss(logits_PV, next_P, dense_PV, weight_P, temperature=settings.temperature).backward()
         teaching, training = middle - start, time.perf_counter() - middle
     return teaching / (ids_BT.numel() * big), training / (ids_BT.numel() * 3 * small)
 
@@ -118,8 +118,8 @@ def num_trained(model: PreTrainedModel, settings: RecoverySettings) -> int:
 def training_bytes(model: PreTrainedModel, num_params: int, settings: RecoverySettings, length: int) -> int:
     """Return the bytes of training a model like this one with `num_params` parameters.
 
-    float32 weights; float32 gradients and two moments of what is trained; activations; three
-    matrices of logits.
+    float32 weights; float32 gradients and two moments of what is trained; activations; logits of
+    both models, and their gradient.
     """
     config: Any = model.config.get_text_config()
     words = Size.of(model).num_params - num_trained(model, settings)
@@ -127,7 +127,7 @@ def training_bytes(model: PreTrainedModel, num_params: int, settings: RecoverySe
     tokens = min(settings.blocks_per_device, blocks_per_step(settings.batch_tokens, length)) * length
     layers = 1 if settings.gradient_checkpointing else config.num_hidden_layers
     activations = tokens * ACTIVATION_WIDTHS * config.hidden_size * layers * model.dtype.itemsize
-    return states + activations + 3 * 4 * tokens * config.vocab_size
+    return states + activations + 3 * model.dtype.itemsize * tokens * config.vocab_size
 
 
 # Bytes that training moves beside its products: per logit; per trained parameter and step; per

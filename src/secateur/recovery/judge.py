@@ -19,24 +19,15 @@ SLICE_POSITIONS = 8  # of logits that are computed at a time; more do not fit th
 
 
 @torch.no_grad()
-def teacher_log_p(teacher: nn.Module, ids_BT: Int64[Tensor, "B T"], temperature: float = 1.0) -> Float[Tensor, "P V"]:
-    """Return the teacher's log probabilities at the P = B * (T - 1) predicting positions."""
-    logits_BTV = teacher(input_ids=ids_BT, use_cache=False).logits
-    return log_probabilities(logits_BTV[:, :-1].flatten(0, 1), temperature)
-
-
-@torch.no_grad()
-def log_probabilities(logits_PV: Float[Tensor, "P V"], temperature: float = 1.0) -> Float[Tensor, "P V"]:
-    """Return log softmax(logits / temperature) in float32, by slices of positions."""
-    return torch.cat(
-        [(piece_PV.float() / temperature).log_softmax(-1) for piece_PV in logits_PV.split(SLICE_POSITIONS)]
-    )
+def logits_of(model: nn.Module, ids_BT: Int64[Tensor, "B T"]) -> Float[Tensor, "P V"]:
+    """Return a model's logits at the P = B * (T - 1) predicting positions, without gradients."""
+    return model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
 
 
 def distillation_loss(
     logits_PV: Float[Tensor, "P V"],
     next_P: Int[Tensor, " P"],
-    log_p_PV: Float[Tensor, "P V"] | None,
+    dense_PV: Float[Tensor, "P V"] | None,
     weight_P: Float[Tensor, " P"],
     *,
     temperature: float = 1.0,
@@ -44,13 +35,14 @@ def distillation_loss(
 ) -> Float[Tensor, ""]:
     """Return mean_P of weight * (s * t^2 * KL(p_t || q_t) - (1 - s) * log q(next)), in nats.
 
-    s: `kl_share`; t: `temperature`; q_t = softmax(logits / t); log p_t: `log_p_PV`, the teacher's.
-    The factor t^2 makes the gradient's size independent of t. `log_p_PV` None: plain cross-entropy.
+    s: `kl_share`; t: `temperature`; q_t = softmax(logits / t); p_t: the same of `dense_PV`, the
+    teacher's logits. The factor t^2 makes the gradient's size independent of t. `dense_PV` None:
+    plain cross-entropy.
 
     Source: Hinton, Vinyals, Dean, arXiv 1503.02531, section 2.1.
     """
-    share = 0.0 if log_p_PV is None else kl_share
-    return _Distillation.apply(logits_PV, next_P, log_p_PV, weight_P, temperature, share)
+    share = 0.0 if dense_PV is None else kl_share
+    return _Distillation.apply(logits_PV, next_P, dense_PV, weight_P, temperature, share)
 
 
 class _Distillation(torch.autograd.Function):
@@ -59,7 +51,7 @@ class _Distillation(torch.autograd.Function):
         ctx: Any,
         logits_PV: Tensor,
         next_P: Tensor,
-        log_p_PV: Tensor | None,
+        dense_PV: Tensor | None,
         weight_P: Tensor,
         temperature: float,
         share: float,
@@ -76,11 +68,11 @@ class _Distillation(torch.autograd.Function):
             gradient = q * (1 - share)
             gradient.scatter_add_(1, next_P[part, None], torch.full_like(weight[:, None], share - 1))
             if share > 0:
-                assert log_p_PV is not None
+                assert dense_PV is not None
                 if temperature != 1:
                     log_q = (logits / temperature).log_softmax(-1)
                     q = log_q.exp()
-                log_p = log_p_PV[part].float()
+                log_p = (dense_PV[part].float() / temperature).log_softmax(-1)
                 p = log_p.exp()
                 loss_P += share * temperature**2 * torch.linalg.vecdot(p, log_p - log_q)
                 gradient += q.sub_(p).mul_(share * temperature)  # q - p: the slope of KL(p || q)
@@ -117,9 +109,9 @@ class Judge:
         self._head = copy.deepcopy(self._head)
 
     @torch.no_grad()
-    def log_p(self, states_PD: Float[Tensor, "P D"], temperature: float = 1.0) -> Float[Tensor, "P V"]:
-        """Return the dense model's log probabilities from what its head reads."""
-        return log_probabilities(self._head(states_PD.to(self._device())), temperature)
+    def logits(self, states_PD: Float[Tensor, "P D"]) -> Float[Tensor, "P V"]:
+        """Return the dense model's logits from what its head reads."""
+        return self._head(states_PD.to(self._device()))
 
     def dense(self) -> Verdicts:
         """Return the dense model's own verdicts: a KL of zero, and its loss."""

@@ -31,7 +31,7 @@ from secateur.log import Progress, RunLog
 from secateur.model.config import quiet_transformers
 from secateur.ranks import alone
 from secateur.recipe import RecoverySettings
-from secateur.recovery.judge import Judge, distillation_loss, domain_weights, objective, teacher_log_p
+from secateur.recovery.judge import Judge, distillation_loss, domain_weights, logits_of, objective
 from secateur.recovery.pair import RecoveryText, blocks_per_step
 from secateur.recovery.shards import handed_over, let_cpu_shard, wants_shards, whole_parameters
 from secateur.store import Store
@@ -50,15 +50,15 @@ class Distiller(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """Return the loss of one batch."""
         ids_BT, settings = inputs["input_ids"], self.settings
-        log_p_PV = None
+        dense_PV = None
         if "states" in inputs:
-            log_p_PV = self.judge.log_p(inputs["states"].flatten(0, 1), settings.temperature)
+            dense_PV = self.judge.logits(inputs["states"].flatten(0, 1))
         elif self.teacher is not None:
-            log_p_PV = teacher_log_p(self.teacher, ids_BT, settings.temperature)
+            dense_PV = logits_of(self.teacher, ids_BT)
         logits_PV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
         weight_P = inputs["weight"].repeat_interleave(ids_BT.shape[1] - 1)
         weighting = {"temperature": settings.temperature, "kl_share": settings.kl_share}
-        return distillation_loss(logits_PV, ids_BT[:, 1:].flatten(), log_p_PV, weight_P, **weighting)
+        return distillation_loss(logits_PV, ids_BT[:, 1:].flatten(), dense_PV, weight_P, **weighting)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return held-out KL, by domain and mean, and the objective."""
