@@ -92,7 +92,8 @@ def _prune_then_recover(
         meet("pruned")  # the first rank is still saving
         assert recipe.recover is not None
         changes = {"recover": recipe.recover.model_dump(mode="json")}
-        settings = {key: options[key] for key in ("command", "progress", "tell")} | {"name": f"{model}, pruned"}
+        settings: dict[str, Any] = {key: options[key] for key in ("command", "progress", "tell")}
+        settings["name"] = f"{model}, pruned"
         recover(pruned, model, changes, out=place, overwrite=overwrite, **settings)
     finally:
         if is_first() and not place_beside(pruned).exists():

@@ -182,14 +182,15 @@ def _watch(heard: socket.socket, patience_seconds: float) -> None:
 
 # The order of the work, in which --help lists them.
 COMMANDS = (
-    "inspect recipe prune trim recover evaluate bench report export compare verify demo"
-).split()  # fmt: skip
+    *("inspect", "recipe", "prune", "trim", "recover", "evaluate", "bench", "report", "export", "compare", "verify"),
+    "demo",
+)
 
 
 class _InOrder(typer.core.TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the commands in the order of the work."""
-        return sorted(super().list_commands(ctx), key=COMMANDS.index)
+        return sorted(super().list_commands(ctx), key=lambda name: COMMANDS.index(name))
 
 
 app = typer.Typer(

@@ -60,7 +60,8 @@ def _commented(values: BaseModel, indent: str = "") -> Iterator[str]:
             for key, text in keys.items():
                 yield from _comment(f"{key}: {text}", indent)
             yield f"{indent}{name}:"
-            yield from (f"{indent}  {each}: {_flow(domain)}" for each, domain in value.items())
+            domains: dict[str, Domain] = dict(value)
+            yield from (f"{indent}  {each}: {_flow(domain)}" for each, domain in domains.items())
         else:
             names = SCORE_NAMES if name == "score" else _choices(field.annotation)
             allowed = f"One of {', '.join(names)}." if len(names) > 1 else ""
@@ -111,8 +112,9 @@ def ways_to_set(sentence: str, command: Any) -> list[str]:
     short = {name: key for name, key in short.items() if name in UNLIKE_WORDS or "_" in name}
     without_paths = re.sub(r"\S*/\S*", "", sentence)
     named = re.findall(r"(?<![\w.])[a-z_]+\.[a-z_]+|\b[a-z_]+\b", without_paths)
-    found = dict.fromkeys(short.get(name, name) for name in named if name in keys or name in short)
-    return [OPTIONS[key] if OPTIONS.get(key) in has else f"--set {key}=VALUE" for key in list(found)[:3]]
+    found = [short[name] if name in short else str(name) for name in named if name in keys or name in short]
+    first = list(dict.fromkeys(found))[:3]
+    return [OPTIONS[key] if OPTIONS.get(key) in has else f"--set {key}=VALUE" for key in first]
 
 
 def _keys_of(annotation: Any) -> tuple[str, ...]:

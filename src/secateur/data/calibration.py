@@ -142,7 +142,10 @@ def build_calibration(
     for name, domain in calibration.domains.items():
         sizes = (num_rounds * num_blocks[name], num_held_out[name])
         if domain.sampled:
-            parts = [torch.empty(size, length, dtype=torch.int64, device="meta") for size in sizes]
+            calibration_NT, held_out_NT = (
+                torch.empty(size, length, dtype=torch.int64, device="meta") for size in sizes
+            )
+            parts = calibration_NT, held_out_NT, None
         else:
             pieces = partial(_pieces, name, domain, tokenizer, seed, length)
             parts = _parts(pieces, name, (*sizes, -(-num_judged_tokens // length)), length, eos, num_rounds)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -258,7 +258,8 @@ def check_rows(tokenizer: PreTrainedTokenizerBase, num_rows: int, where: str) ->
     them: the end of a text, and what the chat template writes.
     """
     beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= num_rows}
-    added, template = tokenizer.get_added_vocab() if beyond else {}, str(tokenizer.chat_template)
+    added: dict[str, int] = cast(Any, tokenizer).get_added_vocab() if beyond else {}
+    template = str(tokenizer.chat_template)
     wrong = {token for token in beyond if token not in added or token == tokenizer.eos_token or token in template}
     if wrong:
         token = min(wrong, key=lambda token: beyond[token])
@@ -333,7 +334,7 @@ def check_in_memory(model: object, tokenizer: object) -> None:
     if tokenizer is None:
         raise CheckpointError("tokenizer: a model in memory comes without one; pass tokenizer=.")
     if isinstance(tokenizer, PreTrainedTokenizerBase):
-        check_rows(tokenizer, model.get_input_embeddings().num_embeddings, "tokenizer")
+        check_rows(tokenizer, cast(Any, model.get_input_embeddings()).num_embeddings, "tokenizer")
     if getattr(model.config, "quantization_config", None):
         advice = "give the path of its original checkpoint or .gguf file instead"
         raise CheckpointError(f"model: it was loaded from quantised weights (config.quantization_config); {advice}.")

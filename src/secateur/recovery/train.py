@@ -96,7 +96,7 @@ class Listener(TrainerCallback):
         self.started, self.first_step = time.perf_counter(), state.global_step
         for logs in state.log_history:
             if "loss" in logs:
-                self._log_step(logs["step"], logs, {})
+                self._log_step(int(logs["step"]), logs, {})
         self._move(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

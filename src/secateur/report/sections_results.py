@@ -181,7 +181,10 @@ def _training(
     described = Text(f"{key}-plot", "Held-out KL by domain", "KL to the dense model, as in the table.")
     series = [
         Series(
-            label, look, [each.kl for each in verdicts.values()], [(e.standard_error,) * 2 for e in verdicts.values()]
+            label,
+            look,
+            [each.kl for each in verdicts.values()],
+            [(e.standard_error, e.standard_error) for e in verdicts.values()],
         )
         for label, look, verdicts in (("before", "before", record.before), ("after", "pruned", record.after))
     ]
