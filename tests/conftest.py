@@ -7,6 +7,7 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ settings.load_profile("same")
 
 WORDS = "the pruned channels of a layer are read by one linear map and written by two others".split()
 CODE = "def keep(units):", "    return sorted(units)", "for layer in layers:", "    cut(layer)", "import torch"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def judged_by_what_guards() -> Iterator[None]:
+    """Runs in this process have no text of their own to judge them; those of the command line do."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("secateur.pruning.prune.JUDGED_TOKENS", 0)
+        yield
 
 
 @pytest.fixture(scope="session")

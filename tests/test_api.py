@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.cli import app
+from secateur.data.calibration import build_calibration
+from secateur.model.bind import bind
 from secateur.model.checkpoint import check_in_memory, restore_buffers
 from secateur.recipe_file import parse_recipe
+from secateur.stream.losses import domain_losses
 
 TOKENIZER = tiny_tokenizer()
 
@@ -29,9 +32,9 @@ def small(recipe):
 
 VERBS = ("prune", "inspect", "evaluate", "bench", "recover", "export", "verify", "compare")
 KEYS_OF_THE_RECIPE = {  # options of the command line, keys of `recipe` in Python
-    "prune": "remove preset domains vocabulary keep_text keep_script polish seed memory_budget device",
-    "inspect": "remove preset polish memory_budget",
-    "recover": "domains tasks limit",
+    "prune": "remove preset domains vocabulary keep_text keep_script polish groups budget align rounds seed memory_budget device set",
+    "inspect": "remove preset polish groups budget align rounds memory_budget set",
+    "recover": "domains tasks limit set",
     "export": "out",  # with --format; FILE is `gguf` in Python
 }
 
@@ -61,6 +64,16 @@ def test_the_words_of_the_command_line_are_those_of_the_function(verb):
     for parameter in typer.main.get_command(app).commands[verb].params:
         word = max(parameter.opts, key=len).removeprefix("--").replace("-", "_")
         assert renamed.get(word, word) in takes
+
+
+def test_a_run_is_judged_by_text_that_nothing_else_looked_at(small, monkeypatch):
+    monkeypatch.setattr("secateur.pruning.prune.JUDGED_TOKENS", 65)  # in blocks of 32: three
+    found = secateur.prune(tiny_llama(), grouped({**small, "evaluate": True}), tokenizer=TOKENIZER)
+    recipe, facts = found.recipe, found.summary.calibration
+    text = build_calibration(recipe.calibration, 1280, TOKENIZER, recipe.seed, num_judged_tokens=65)
+    judged = {domain.name: domain.judged_NT for domain in text.domains}
+    assert facts.num_judged_tokens == {"prose": 96, "code": 96} and facts.content_hash == text.content_hash
+    assert found.summary.pruned_losses == domain_losses(found.model, bind(found.model), judged)  # type: ignore[arg-type]
 
 
 def test_a_model_in_memory_is_pruned_in_place_and_can_be_trained(small):
@@ -155,6 +168,7 @@ def test_progress_reports_every_stage_to_its_end(recipe):
     secateur.prune(tiny_llama(), grouped({**recipe, "rounds": 2}), tokenizer=TOKENIZER, progress=listen)
     assert list(last) == [
         "calibration",
+        "load",
         "evaluate dense",
         "held-out loss, dense",
         "prune, round 1 of 2",

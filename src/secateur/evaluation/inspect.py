@@ -145,8 +145,8 @@ def inspect(
     short matrix multiplication on the device. Target `latency` without `prices` also times a few
     layers.
 
-    A share that cannot be is a note, and the nearest one that can is shown. Raises what else `prune`
-    raises before it reads weights: RecipeError, CheckpointError or ArchError.
+    Raises what `prune` raises before it reads weights: RecipeError, CheckpointError or ArchError. But a
+    share that cannot be is a note, and the nearest one that can is shown.
     """
     opened = open_model(model, as_recipe(recipe), weights=False)
     return _inspection(opened, check_for, tp, progress)
