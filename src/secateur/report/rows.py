@@ -157,7 +157,7 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     if summary.vocabulary is not None:
         yield from vocabulary_notes(summary.vocabulary)
     if summary.polish is not None:
-        yield "polish", f"{summary.polish.headline}, of the run's own domains"
+        yield "polish", summary.polish.headline
     if summary.guard_refusals:
         yield "guard", f"compensation refused by held-out text in {summary.guard_refusals} groups"
     if summary.reload_max_abs_difference is not None:
