@@ -166,7 +166,7 @@ def test_version_order_and_completion(monkeypatch):
     shown = run_cli("--version")
     assert shown.status == 0 and re.fullmatch(r"secateur \d+\.\d+\.\d+\n", shown.stdout)
     listed = re.findall(r"^│ ([a-z]+) ", run_cli("--help").stdout, re.MULTILINE)
-    assert listed == COMMANDS
+    assert tuple(listed) == COMMANDS
     monkeypatch.setenv("_SECATEUR_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "secateur rec")
     monkeypatch.setenv("COMP_CWORD", "1")

@@ -88,7 +88,7 @@ def test_an_uncut_model_stays_as_it_is(asked):
     model = tiny_llama()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     lesson, recipe = lesson_of(asked, model)
-    record = polish(model, lesson, recipe.seed, Services())
+    record = polish(model, lesson, recipe.seed, Services(), torch.device("cpu"))
     assert mean_kl(record.before) == mean_kl(record.training.after) == 0
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert all(parameter.requires_grad for parameter in model.parameters()), "as they came"
@@ -180,7 +180,7 @@ def test_frozen_parameters_stay_frozen(asked):
     model = tiny_llama()
     model.lm_head.requires_grad_(False)
     lesson, recipe = lesson_of(asked, model)
-    polish(model, lesson, recipe.seed, Services())
+    polish(model, lesson, recipe.seed, Services(), torch.device("cpu"))
     free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert free == {name for name, _ in model.named_parameters()} - {"lm_head.weight"}
 

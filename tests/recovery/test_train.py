@@ -22,7 +22,7 @@ from secateur.recovery.train import Distiller, Listener, Work, _arguments, _pass
 def work_with(place: Any, **settings: Any) -> Work:
     """Return what `_arguments` reads of a recovery."""
     work = object.__new__(Work)
-    work.settings, work.directory, work.seed = RecoverySettings(**settings), place, 7
+    work.settings, work.directory, work.seed, work.on_cpu = RecoverySettings(**settings), place, 7, True
     return work
 
 

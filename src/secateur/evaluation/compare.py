@@ -165,7 +165,7 @@ def _cell(shared: _Shared, cell: Cell, blocks: Judged) -> FoundCell:
         run = remove_depth(run)
         prune_in_place(run)
         if lesson is not None:
-            polish(model, lesson, cell.recipe.seed, services)
+            polish(model, lesson, cell.recipe.seed, services, opened.device)
             on_device(model, opened.device)
         seconds = time.perf_counter() - start
         reached = 1 - Size.of(model).num_params / num_params

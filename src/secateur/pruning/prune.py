@@ -79,7 +79,7 @@ def _pruned(opened: Opened, run: Run, placement: Placement, directory: Path | No
     run, checkpoint, keeps = _cut(opened, run, placement, directory)
     if lesson is not None:
         with placement.on_host():
-            measured["polish"] = polish(run.model, lesson, recipe.seed, services)
+            measured["polish"] = polish(run.model, lesson, recipe.seed, services, opened.device)
         lesson = None
     measured |= {"peak_bytes": peak_bytes(), "pruned_losses": run.losses("pruned")}
     services.store.note_found()

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from secateur.data.calibration import CalibrationSet, build_calibration, rotated, with_sampled
@@ -104,10 +105,11 @@ def _steps(settings: RecoverySettings, num_blocks: int, length: int) -> Recovery
     return settings.model_copy(update=changes)
 
 
-def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services) -> PolishRecord:
+def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, device: torch.device) -> PolishRecord:
     """Train the pruned model, which is in host memory, in place; the weights never get worse.
 
-    With a store an interrupted training goes on from its last checkpoint.
+    `device`: the run's; other accelerators than CUDA's leave the training to the CPU. With a store
+    an interrupted training goes on from its last checkpoint.
     """
     settings, text = lesson.settings, lesson.text
     counts = text.num_tokens, text.num_held_out_tokens
@@ -116,7 +118,9 @@ def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services) -> Po
     with _folder(services) as place, services.log.time(STAGE):
         facts = (text, lesson.judge, settings, seed, sum(flops["training"]), place)
         reports = (services.log, services.progress, services.store.tell)
-        before, training = train_guarded(Work(model, None, *facts, *reports, lesson.states, STAGE))
+        before, training = train_guarded(
+            Work(model, None, *facts, *reports, lesson.states, STAGE, device.type != "cuda")
+        )
     model.requires_grad_(True)
     for parameter in frozen:
         parameter.requires_grad_(False)

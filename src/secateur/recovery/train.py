@@ -7,7 +7,7 @@ runs it, with our loss and our held-out text; FSDP shards both models.
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,7 +52,7 @@ class Distiller(Trainer):
         ids_BT, settings = inputs["input_ids"], self.settings
         dense_PV = None
         if "states" in inputs:
-            dense_PV = self.judge.logits(inputs["states"].flatten(0, 1))
+            dense_PV = self.judge.logits(inputs["states"].flatten(0, 1)).to(ids_BT.device)
         elif self.teacher is not None:
             dense_PV = logits_of(self.teacher, ids_BT)
         logits_PV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
@@ -162,6 +162,7 @@ class Work:
     tell: Callable[[str], None]
     states: Sequence[Tensor] | None = None
     name: str = "recover"
+    on_cpu: bool = field(default_factory=lambda: not torch.cuda.is_available())
 
 
 def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
@@ -332,7 +333,7 @@ def _trainer(
 
 def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int) -> TrainingArguments:
     settings = work.settings
-    every, on_cpu = -(-num_steps // settings.evaluations), not torch.cuda.is_available()
+    every, on_cpu = -(-num_steps // settings.evaluations), work.on_cpu
     arguments = TrainingArguments(
         output_dir=str(work.directory / TRAINER_FOLDER),
         per_device_train_batch_size=min(settings.blocks_per_device, size),
