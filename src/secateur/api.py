@@ -125,7 +125,7 @@ def recover(
     (stage, done, total). `tell`: gets lines of text, at every evaluation and of interrupted runs.
 
     Returns the `RecoveryRecord` that recovery.json holds. The result is never worse: if the
-    held-out KL to the dense model did not fall, the old weights are written, and a note says so.
+    what it minimises did not fall on held-out text, the old weights are written, and a note says so.
     Under torchrun or `accelerate launch` every process calls this; the first one writes, the others
     return None.
 

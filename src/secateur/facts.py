@@ -219,7 +219,7 @@ class Trained:
     def headline(self) -> str:
         """How much of the loss was won back."""
         if not self.training.held:
-            return "held-out KL did not fall, so the weights are those from before the training"
+            return "held-out loss did not fall, so the weights are those from before the training"
         won = won_back(self.dense, self.before, self.after)
         share = "nothing had been lost" if math.isnan(won) else f"{won:.1%} of the lost log-perplexity won back"
         return f"{share} with {self.training.num_tokens:,} tokens"

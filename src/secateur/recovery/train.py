@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.facts import TrainingRecord, Verdicts, mean_kl, mean_nats
+from secateur.facts import TrainingRecord, Verdicts, mean_kl
 from secateur.log import Progress, RunLog
 from secateur.model.config import quiet_transformers
 from secateur.ranks import alone
@@ -168,19 +168,20 @@ class Work:
 def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
     """Train the pruned model; return the verdicts before the training and the record of it.
 
-    The weights are put back if the mean held-out KL did not fall; plain fine-tuning, which has no
-    teacher, goes by the held-out loss.
+    The weights are put back if what the training minimises did not fall on held-out text. KL alone
+    would undo trainings that win on text of every kind: LOG, 2026-11-27, evening.
     """
     before = judged(work)
     old = {name: parameter.data for name, parameter in work.pruned.named_parameters()}  # replaced, never changed
     cost = _train(work, domain_weights(before, work.settings.domain_weighting))
     after = judged(work)
-    name, mean = ("loss", mean_nats) if work.settings.kl_share == 0 else ("KL", mean_kl)
-    held = mean(after) < mean(before)
+    name = "KL" if work.settings.kl_share == 1 else "loss"
+    was, now = (objective(verdicts, work.settings.kl_share) for verdicts in (before, after))
+    held = now < was
     if not held:
         for key, parameter in work.pruned.named_parameters():
             parameter.data = old[key]
-        what = f"{work.name}: held-out {name} did not fall ({mean(before):.4f} -> {mean(after):.4f} nats per token)"
+        what = f"{work.name}: held-out {name} did not fall ({was:.4f} -> {now:.4f} nats per token)"
         work.log.write({"event": "note", "text": f"{what}, so the weights are those from before the training."})
     kl = {domain: verdict.kl for domain, verdict in after.items()}
     work.log.write({"event": f"{work.name}_judged", "held": held, "kl": kl})

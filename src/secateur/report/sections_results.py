@@ -142,9 +142,9 @@ def recovery(files: ResultFiles) -> Section:
     assert record is not None
     text = (
         f"{rows_measured.recovery_headline(record)}. Teacher: {record.teacher}. Both models are judged on "
-        f"{record.num_held_out_tokens:,} held-out tokens that nothing was trained on; a training after which the mean "
-        "KL to the dense model is not lower is undone. Figures elsewhere on this page are of the model before "
-        "recovery, unless measured later.",
+        f"{record.num_held_out_tokens:,} held-out tokens that nothing was trained on; a training after which their "
+        "loss is not lower is undone. Figures elsewhere on this page are of the model before recovery, unless measured "
+        "later.",
     )
     costs = Table("Cost", (), list(rows_measured.cost_rows(record)), numbers=False)
     section = _training("recovery", "Recovery", text, record, files.recovery_steps)
@@ -164,7 +164,8 @@ def polish(files: ResultFiles) -> Section:
     text = (
         f"{record.headline}, in {training.seconds:,.0f} s and {training.flops:.2e} floating-point operations. The last "
         f"step of the prune trains what is left to predict as the dense model does. {record.num_held_out_tokens:,} "
-        "held-out tokens judge it; where their mean KL does not fall, the training is undone.",
+        "held-out tokens judge it; where their loss, half KL and half cross-entropy by default, does not fall, the "
+        "training is undone.",
     )
     return _training("polish", "Polish", text, record, files.polish_steps, "polished")
 
