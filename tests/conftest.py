@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 from models import tiny_llama, tiny_qwen2
 from recipes import grouped
 from skips import pytest_terminal_summary  # noqa: F401  # a hook
@@ -22,7 +22,8 @@ from tiny_tokenizer import tiny_tokenizer
 from secateur.model.config import quiet_transformers
 
 # The same examples on each run and machine; how long one takes proves nothing.
-settings.register_profile("same", derandomize=True, deadline=None, database=None)
+SLOW = HealthCheck.too_slow
+settings.register_profile("same", derandomize=True, deadline=None, database=None, suppress_health_check=[SLOW])
 # For mutants the first example that fails is enough.
 settings.register_profile("first", settings.get_profile("same"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("same")
