@@ -123,8 +123,8 @@ def loss_rows(summary: Summary) -> Iterator[tuple[str, ...]]:
 
 
 def plus_minus(standard_error: float) -> str:
-    """Return what follows a mean; nothing for a single value, which has no error."""
-    return f" ± {standard_error:.3f}" if standard_error else ""
+    """Return what follows a mean; nothing for a single value, which has no error, or if it rounds to 0."""
+    return f" ± {standard_error:.3f}" if round(standard_error, 3) else ""
 
 
 def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str]]:
