@@ -166,7 +166,7 @@ def test_what_cannot_be_is_said_in_the_targets_own_terms(changes, message, recip
 def test_resolving_latency_measures_nothing_and_says_where_seconds_come_from():
     model = tiny_llama()
     with pytest.raises(RecipeError, match="secateur inspect"):
-        recipe_prices(parse_recipe(grouped({"target": "latency"})), bind(model), model)
+        recipe_prices(parse_recipe(grouped({"target": "latency", "groups": ["ffn"]})), bind(model), model)
 
 
 @pytest.fixture(scope="module")
