@@ -124,8 +124,9 @@ def recover(
     `tasks_data`: a directory where rows of tasks are looked for first. `progress`: called with
     (stage, done, total). `tell`: gets lines of text, at every evaluation and of interrupted runs.
 
-    Returns the `RecoveryRecord` that recovery.json holds. The result is never worse: if the
-    what it minimises did not fall on held-out text, the old weights are written, and a note says so.
+    Returns the `RecoveryRecord` that recovery.json holds. The result is never worse: if what
+    the training minimises did not fall on held-out text, the old weights are written, and a note
+    says so.
     Under torchrun or `accelerate launch` every process calls this; the first one writes, the others
     return None.
 
