@@ -249,6 +249,12 @@ def test_a_round_stops_at_a_target_that_is_no_multiple() -> None:
     assert [each.num_keep[0, "ffn"] for each in rounds] == [72, 41, 41]
 
 
+def test_what_a_share_removes_is_not_one_more_by_rounding() -> None:
+    assert 114 / 323 * 323 > 114
+    assert prices_of((), {}, 323).to_remove(114 / 323) == 114
+    assert [prices_of((), {}, 10).to_remove(share) for share in (0.1, 0.11, 0.2, 1.0)] == [1, 2, 2, 10]
+
+
 def test_shares_of_rounds() -> None:
     assert round_shares(4, "linear") == pytest.approx([0.25, 0.5, 0.75, 1.0], rel=1e-12)
     assert round_shares(1, "linear") == [1.0]
@@ -311,7 +317,7 @@ def test_curve_has_the_least_loss_of_all_choices(
     brute = Brute(case, profiles, weights, least)
     if scaled:  # exactly what some choice removes, up to all that can go
         remove = brute.largest() * round(remove * 4) / 4 / case.prices.total
-    target = math.ceil(Fraction(remove) * case.prices.total - Fraction(1, 10**6))
+    target = next(cost for cost in itertools.count() if cost / case.prices.total >= remove)
     if target > brute.largest():
         with pytest.raises(RecipeError, match=f"at most {round_down(brute.largest() / case.prices.total)} with each"):
             curve_plan(case.groups, profiles, case.prices, remove, min_keep=least, domain_weights=weights)
@@ -333,7 +339,7 @@ def test_a_limited_curve_keeps_its_limits_and_promises_no_more_than_brute_force(
     brute = Brute(case, profiles, None, {})
     remove = remove * brute.largest() / case.prices.total
     assume(remove > 0)
-    target = math.ceil(remove * case.prices.total)
+    target = next(cost for cost in itertools.count() if cost / case.prices.total >= remove)
     _, free = brute.best(target)
     limits = {name: tight * max(brute.rise(options)[name] for options in free) + 1e-3 for name in names}
 
@@ -371,7 +377,7 @@ def test_global_has_the_lowest_threshold_that_is_enough(case: Case, remove: floa
     full = [group.num_units for group in case.groups]
     steps, unit_prices = [case.step(g) for g in case.groups], [case.prices.of(g) for g in case.groups]
     lowest = [least[case.key(group)] for group in case.groups]
-    target = math.ceil(remove * case.prices.total)
+    target = next(cost for cost in itertools.count() if cost / case.prices.total >= remove)
     expected = reference.global_widths([s.numpy() for s in scores.values()], full, steps, unit_prices, lowest, target)
     if expected is None:
         with pytest.raises(RecipeError, match="is out of reach"):

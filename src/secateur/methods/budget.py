@@ -51,6 +51,11 @@ class Prices:
         """Return the cost that goes if each group keeps that many of its full width."""
         return sum((g.num_units - min(num_keep[g.layer, g.name], g.num_units)) * self.of(g) for g in groups)
 
+    def to_remove(self, share: float) -> int:
+        """Return the least cost c with c / total >= `share`; the rounded product may be one too many."""
+        cost = math.ceil(share * self.total)
+        return cost - 1 if (cost - 1) / self.total >= share else cost
+
     def of_all_but(self, layers: Collection[int]) -> int:
         """Return the cost of all layers but these."""
         return sum(price for index, price in enumerate(self.per_layer) if index not in layers)
@@ -223,7 +228,7 @@ def global_plan(
     Raises RecipeError with the largest possible `remove` if so much cannot go.
     """
     standardised = {(group.layer, group.name): _standardised(scores[group.layer, group.name]) for group in groups}
-    target = math.ceil(remove * prices.total)
+    target = prices.to_remove(remove)
 
     def widths(threshold: float) -> dict[GroupKey, int]:
         kept = {key: int((values >= threshold).sum()) for key, values in standardised.items()}

@@ -128,9 +128,9 @@ def curve_plan(
     given = domain_weights or dict.fromkeys(domains, 1.0)
     weights = {domain: given[domain] / sum(given.values()) for domain in domains}
     limits = dict(max_rise or {})
-    num_keep = _within_limits(problem, weights, math.ceil(remove * prices.total), limits)
+    num_keep = _within_limits(problem, weights, prices.to_remove(remove), limits)
     if num_keep is None:
-        possible = _largest_within_limits(problem, weights, prices.total, remove, limits)
+        possible = _largest_within_limits(problem, weights, prices, remove, limits)
         names = ", ".join(f"{domain} {limit:g}" for domain, limit in sorted(limits.items()))
         raise RecipeError(
             f"remove: {remove:g} of all {prices.total_text} would raise a protected domain's loss by more than "
@@ -210,13 +210,13 @@ def _careful_weights(problem: _Problem, target: int, limits: dict[str, float]) -
 
 
 def _largest_within_limits(
-    problem: _Problem, weights: dict[str, float], total: int, remove: float, limits: dict[str, float]
+    problem: _Problem, weights: dict[str, float], prices: Prices, remove: float, limits: dict[str, float]
 ) -> float:
     """Return by bisection the largest share, in thousandths, that keeps the limits."""
     low, high = 0, math.ceil(remove * 1000)
     while high - low > 1:
         middle = (low + high) // 2
-        found = _within_limits(problem, weights, math.ceil(middle / 1000 * total), limits)
+        found = _within_limits(problem, weights, prices.to_remove(middle / 1000), limits)
         low, high = (middle, high) if found is not None else (low, middle)
     return low / 1000
 
