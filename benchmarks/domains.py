@@ -3,7 +3,7 @@
 The two alternate, each on a fresh copy of the model; medians are printed. Seconds are of the
 pruning alone. Memory is that of a whole `secateur.prune` in a process of its own, beyond
 interpreter and libraries. Both are measured as in `cost.py`. The one domain is `code`. The eight
-are all installed ones and `code` under another name, which draws other documents.
+are seven installed ones and `code` under another name, which draws other documents.
 
     python benchmarks/domains.py [--model smollm2-135m] [--num-blocks 9] [--repeats 3]
                                  [--weighting energy]
@@ -25,11 +25,12 @@ from secateur.formats.save import save_checkpoint
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.pruning.open import open_model, tokenizer_of
 from secateur.pruning.resolve import checked, resolve
-from secateur.recipe import INSTALLED_DOMAINS
+from secateur.recipe import TECHNICAL_DOMAINS
 from secateur.recipe_file import parse_recipe
 
 LENGTH = 512
-EIGHT = {name: {"installed": name} for name in INSTALLED_DOMAINS} | {"more code": {"installed": "code"}}
+SEVEN = (*TECHNICAL_DOMAINS, "legal", "dialogue")
+EIGHT = {name: {"installed": name} for name in SEVEN} | {"more code": {"installed": "code"}}
 SETS = {"one": {"code": {"installed": "code"}}, "eight": EIGHT}
 MAX_RATIO = 1.1
 

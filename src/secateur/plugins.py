@@ -1,13 +1,14 @@
 """What other packages add by entry points: scores, families, calibration sources, exporters.
 
 In: a group of entry points, and what is built in. Out: names, or the objects, which imports their
-package. Installing a package is enough: docs/extend.md.
+package. Installing a package is enough: docs/extend.md. And which packages carry general text.
 """
 
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from importlib import metadata
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, PackageNotFoundError
+from pathlib import Path
 from typing import Any, TypeVar
 
 from secateur.errors import PluginError, RecipeError, advice
@@ -17,7 +18,25 @@ FAMILY_GROUP = "secateur.families"
 SOURCE_GROUP = "secateur.sources"
 EXPORTER_GROUP = "secateur.exporters"
 
+# Calibration text that is not technical: the package that carries it, and its file.
+GENERAL_TEXT = {
+    "web": ("exllamav3", "c4.utf8"),
+    "encyclopedia": ("exllamav3", "wiki.utf8"),
+    "multilingual": ("exllamav3", "multilingual.utf8"),
+    "dialogue": ("chitchat-dataset", "dataset.json"),
+}
+
 Kind = TypeVar("Kind")
+
+
+def general_text(kind: str) -> Path | None:
+    """Return the installed file with a kind of `GENERAL_TEXT`, or None. Imports nothing."""
+    package, name = GENERAL_TEXT[kind]
+    try:
+        files = metadata.distribution(package).files or []
+    except PackageNotFoundError:
+        return None
+    return next((path for file in files if file.name == name and (path := Path(str(file.locate()))).is_file()), None)
 
 
 def plugin_names(group: str) -> tuple[str, ...]:

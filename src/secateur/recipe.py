@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from secateur.plugins import SCORE_GROUP, SOURCE_GROUP, plugin_names
+from secateur.plugins import SCORE_GROUP, SOURCE_GROUP, general_text, plugin_names
 
 TrainName = Literal["layers", "full", "lora"]
 RecoveryWeightingName = Literal["shares", "lost"]
@@ -80,11 +80,13 @@ class RecoverySettings(Training):
     """
 
     num_tokens: Count = 300_000
-    held_out_blocks: Count = 4
+    held_out_blocks: Count = 8
     evaluation: TaskSettings = TaskSettings()
 
 
-InstalledDomain = Literal["code", "technical", "mathematics", "science", "readme", "legal", "dialogue"]
+InstalledDomain = Literal[
+    "web", "encyclopedia", "dialogue", "multilingual", "code", "technical", "mathematics", "science", "readme", "legal"
+]
 CompensateName = Literal["none", "bias", "least_squares"]
 WeightingName = Literal["tokens", "energy", "minimax"]
 BudgetName = Literal["uniform", "global", "curve"]
@@ -94,7 +96,10 @@ ScheduleName = Literal["linear"]
 
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 VOCABULARY = "vocabulary"
-DEFAULT_DOMAINS: tuple[InstalledDomain, ...] = ("code", "technical", "mathematics", "science", "readme")
+TECHNICAL_DOMAINS: tuple[InstalledDomain, ...] = ("code", "technical", "mathematics", "science", "readme")
+MIXED_IN: tuple[InstalledDomain, ...] = ("code", "mathematics", "science")
+PROSE_DOMAINS: tuple[InstalledDomain, ...] = ("web", "encyclopedia", "multilingual")
+GENERAL_DOMAINS: tuple[InstalledDomain, ...] = (*PROSE_DOMAINS, "dialogue")
 
 # The built-in names of `scores.SCORES`, which imports torch. Packages add others, see `plugins`.
 SCORE_NAMES = ("random", "magnitude", "wanda", "flap", "obs", "taylor", "paper", "reap", "frequency")
@@ -163,6 +168,17 @@ class Domain(Strict):
         return {name: value for name, value in built_in.items() if value} | others
 
 
+def default_domains() -> dict[str, Domain]:
+    """Return the domains of a recipe that names none: a general mix where its text is installed.
+
+    Without it they are technical text alone, and a note of the run says so.
+    """
+    general: list[InstalledDomain] = [name for name in GENERAL_DOMAINS if general_text(name) is not None]
+    has_prose = not set(general).isdisjoint(PROSE_DOMAINS)
+    names: tuple[InstalledDomain, ...] = (*general, *(MIXED_IN if has_prose else TECHNICAL_DOMAINS))
+    return {name: Domain(installed=name) for name in names}
+
+
 class Calibration(Strict):
     """The text to measure on. `num_tokens`: of all domains, without the held-out tenth.
 
@@ -170,9 +186,7 @@ class Calibration(Strict):
     held-out text stays the same.
     """
 
-    domains: Annotated[dict[str, Domain], Field(min_length=1)] = {
-        name: Domain(installed=name) for name in DEFAULT_DOMAINS
-    }
+    domains: Annotated[dict[str, Domain], Field(min_length=1)] = Field(default_factory=default_domains)
     num_tokens: Annotated[int, Field(gt=0)] | None = None
     sequence_length: Annotated[int, Field(ge=8)] | None = None
     rotate: bool = False

@@ -177,7 +177,7 @@ def test_damaged_model(name, model, prune):
         ),
         ("--remove 0.001", "nothing would go; ask for at least 0.0173"),
         ("--seed -1", "seed: "),
-        ("--domain klingon", "'klingon'; allowed: code, technical, mathematics"),
+        ("--domain klingon", "'klingon'; allowed: web, encyclopedia, dialogue, multilingual, code, technical"),
         ("--domain =file.txt", "--domain =file.txt: give NAME=FILE"),
         ("--domain code --domain code", "--domain code: given twice"),
         ("--recipe nowhere.yaml", "recipe nowhere.yaml: cannot be read"),

@@ -10,6 +10,7 @@ import pytest
 
 from secateur.data.installed_text import MIN_DOCSTRING_CHARACTERS, MIN_SOURCE_BYTES, installed_documents
 from secateur.errors import CalibrationError
+from secateur.recipe import INSTALLED_DOMAINS, Calibration
 
 LONG = "x" * MIN_DOCSTRING_CHARACTERS
 SHORT = "x" * (MIN_DOCSTRING_CHARACTERS - 1)
@@ -217,9 +218,32 @@ def test_dialogue_names_speakers_by_letters_in_their_order(site: Site) -> None:
     assert {texts("dialogue", seed)[0][3] for seed in range(10)} == {"h", "m"}
 
 
-@pytest.mark.parametrize("kind", ["code", "technical", "mathematics", "science", "readme", "legal", "dialogue"])
+def test_general_text_is_split_into_its_documents_and_rests_are_left_out(site: Site) -> None:
+    folder, short, long = "exllamav3/conversion/standard_cal_data", "y" * 199, "z" * 200
+    pages = f"{long} one\u2028of two\n{short}\n\n{long} two\n"
+    bodies = [f"T\n\n{long}", short, long]
+    articles = "".join(f'<doc id="1" url="u" title="T">\n{body}\n\n</doc>\n' for body in bodies)
+    files = {"c4.utf8": pages, "wiki.utf8": articles, "multilingual.utf8": f"{long} \u00e4\n{short}"}
+    site.install("exllamav3", {f"{folder}/{name}": text for name, text in files.items()})
+    assert sorted(texts("web")) == [f"{long} one\u2028of two", f"{long} two"]
+    assert sorted(texts("encyclopedia")) == [f"T\n\n{long}", long]
+    assert texts("multilingual") == [f"{long} \u00e4"]
+
+
+@pytest.mark.parametrize("kind", INSTALLED_DOMAINS)
 def test_what_is_not_installed_is_one_sentence(site: Site, kind: str) -> None:
     with pytest.raises(
         CalibrationError, match=rf"^calibration text '{kind}': it comes from .*not found.*install it.*\.$"
     ):
         texts(kind)
+
+
+def test_the_default_domains_are_a_general_mix_where_its_text_is_installed(site: Site) -> None:
+    technical = ["code", "technical", "mathematics", "science", "readme"]
+    assert list(Calibration().domains) == technical
+    site.install("chitchat-dataset", {"chitchat_dataset/dataset.json": "{}"})
+    assert list(Calibration().domains) == ["dialogue", *technical]
+    site.install("exllamav3", {"exllamav3/c4.utf8": "", "exllamav3/wiki.utf8": ""})
+    mixed = Calibration().domains
+    assert list(mixed) == ["web", "encyclopedia", "dialogue", "code", "mathematics", "science"]
+    assert all(domain.source == ("installed", name) for name, domain in mixed.items())

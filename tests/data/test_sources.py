@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +18,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from secateur.data.sources import documents
 from secateur.errors import CalibrationError
+from secateur.plugins import GENERAL_TEXT, general_text
 from secateur.recipe import INSTALLED_DOMAINS, Domain
 
 TEXTS = ["one, with a comma", 'two "quoted"\nand a line', "drei: schön\u2028x", "four", "five"]
@@ -230,11 +231,7 @@ print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}), f
 
 
 def _available() -> list[str]:
-    try:
-        distribution("chitchat-dataset")
-    except PackageNotFoundError:
-        return [kind for kind in INSTALLED_DOMAINS if kind != "dialogue"]
-    return list(INSTALLED_DOMAINS)
+    return [kind for kind in INSTALLED_DOMAINS if kind not in GENERAL_TEXT or general_text(kind) is not None]
 
 
 def test_installed_text_is_not_imported_and_the_same_in_every_process() -> None:
@@ -299,6 +296,7 @@ def test_missing_optional_packages_name_the_extra(
 
 READ_DATASET = """
 import sys
+from importlib.metadata import PackageNotFoundError
 from secateur.recipe import Domain
 from secateur.data.sources import documents
 for source in sys.argv[1:]:

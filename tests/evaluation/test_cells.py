@@ -17,8 +17,11 @@ NUM_BLOCKS = 2
 
 @pytest.fixture(scope="module")
 def seen(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Run two cells of one draw; return what they were made from and judged on, and what came out."""
-    place, found = tmp_path_factory.mktemp("cells"), dict[str, Any](texts=[], judged=[], depends=[], progress=[])
+    """Run two cells of one draw and the trained dense model: what they were made from, judged on, what came out."""
+    place, found = (
+        tmp_path_factory.mktemp("cells"),
+        dict[str, Any](texts=[], judged=[], lessons=[], depends=[], progress=[]),
+    )
     tiny_llama().save_pretrained(place / "model")
     tiny_tokenizer().save_pretrained(place / "model")
     domains = {name: {"files": [str(file)]} for name, file in texts.items()}
@@ -31,8 +34,10 @@ def seen(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
         recipe={"remove": {"align": 8}, "calibration": calibration},
         methods={"ours": {}, "prose alone": {"domains": ("prose",)}},  # type: ignore[dict-item]
         evaluation=Evaluation(num_blocks=NUM_BLOCKS),
+        train_dense=True,
     )
     prune, losses, depends = module.prune_in_place, module.domain_losses, module._depends_on
+    learn = module.learn
 
     def spy_prune(run: Any) -> Any:
         found["texts"].append(run.text)
@@ -42,6 +47,10 @@ def seen(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
         found["judged"].append((sum(p.numel() for p in model.parameters()), blocks))
         return losses(model, arch, blocks, *more)
 
+    def spy_learn(*arguments: Any, **more: Any) -> Any:
+        found["lessons"].append(learn(*arguments, **more))
+        return found["lessons"][-1]
+
     def spy_depends(*arguments: Any) -> Any:
         found["depends"].append((arguments, depends(*arguments)))
         return found["depends"][-1][1]
@@ -49,6 +58,7 @@ def seen(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module, "prune_in_place", spy_prune)
         patched.setattr(module, "domain_losses", spy_losses)
+        patched.setattr(module, "learn", spy_learn)
         patched.setattr(module, "_depends_on", spy_depends)
         progress = lambda *where: found["progress"].append(where) if where[0] == "cells" else None  # noqa: E731
         found["result"] = module.compare(study, place / "out", progress=progress)
@@ -65,14 +75,18 @@ def test_all_cells_of_a_draw_are_judged_on_the_same_blocks(seen):
     assert {name: tuple(blocks.shape) for name, blocks in first.items()} == {
         name: (NUM_BLOCKS, 32) for name in ("prose", "code")
     }
-    assert len(others) == 2
-    for other, blocks in others:
-        assert other < size and all(torch.equal(blocks[name], first[name]) for name in first)
+    assert [other < size for other, _ in others] == [True, True, False]
+    for _, blocks in others:
+        assert all(torch.equal(blocks[name], first[name]) for name in first)
 
 
 def test_no_cell_saw_what_it_is_judged_on_not_even_its_guard(seen):
     _, judged = seen["judged"][0]
     assert [[domain.name for domain in text.domains] for text in seen["texts"]] == [["prose", "code"], ["prose"]]
+    assert len(seen["lessons"]) == 3
+    for lesson in seen["lessons"]:
+        for name, ids_T in lesson.text.blocks:
+            assert tuple(ids_T.tolist()) not in rows(judged[name])
     for text in seen["texts"]:
         for domain in text.domains:
             unseen = rows(judged[domain.name])
@@ -83,18 +97,28 @@ def test_no_cell_saw_what_it_is_judged_on_not_even_its_guard(seen):
 
 def test_the_record_says_what_was_done(seen):
     result: Comparison = seen["result"]
-    dense, ours, alone = result.cells
+    dense, ours, alone, _ = result.cells
     assert (dense.method, dense.ratio, dense.seed, dense.remove_reached) == ("dense", 0.0, 1, 0.0)
     assert ours.num_tokens == {"prose": 640, "code": 640} and alone.num_tokens == {"prose": 1280}
     sizes = [size for size, _ in seen["judged"]]
-    for cell, size in zip((ours, alone), sizes[1:], strict=True):
+    for cell, size in zip((ours, alone), sizes[1:3], strict=True):
         assert cell.remove_reached == pytest.approx(1 - size / sizes[0], rel=1e-12)
         assert cell.seconds > 0 and cell.seed == 1 and set(cell.nats_per_token) == {"prose", "code"}
-    assert seen["progress"] == [("cells", done, 3) for done in range(4)]
+    assert seen["progress"] == [("cells", done, 4) for done in range(5)]
+
+
+def test_the_dense_model_learns_the_same_text_by_cross_entropy_alone(seen):
+    dense, _, _, trained = seen["result"].cells
+    assert (trained.method, trained.ratio, trained.remove_reached) == ("dense, trained", 0.0, 0.0)
+    assert trained.perplexity < dense.perplexity and trained.seconds > 0
+    ours, _, lesson = seen["lessons"]
+    assert lesson.settings.kl_share == 0 and lesson.settings.num_tokens == ours.settings.num_tokens
+    pairs = zip(lesson.text.blocks, ours.text.blocks, strict=True)
+    assert all(name == other and torch.equal(ids_T, others_T) for (name, ids_T), (other, others_T) in pairs)
 
 
 def test_a_cell_is_its_own_and_depends_on_all_that_could_change_it(seen):
-    dense, *cells = seen["depends"]
+    dense, *cells, _ = seen["depends"]
     assert dense[0][2] == {} and all(arguments[2]["remove"]["share"] == 0.2 for arguments, _ in cells)
     (shared, seed, recipe, blocks), first = cells[0]
     assert first == module._depends_on(shared, seed, recipe, blocks)

@@ -251,7 +251,8 @@ def shape_of(**sizes: int):
 def test_shipped_recipes_resolve_from_the_real_shapes(preset, sizes, num_params):
     model = shape_of(num_key_value_heads=4 if preset == "qwen2.5-7b" else 8, **sizes)
     assert Size.of(model).num_params == num_params
-    resolved = resolve(opened(model, parse_recipe(grouped({"preset": preset}))))
+    text = {"domains": {"mine": {"files": ["mine.txt"]}}}
+    resolved = resolve(opened(model, parse_recipe(grouped({"preset": preset, "calibration": text}))))
     assert resolved.warnings == ()
     assert resolved.plans[-1].removed_share == pytest.approx(0.2, abs=0.003)
     assert {count % 256 for count in resolved.plans[-1].num_keep.values()} == {0}

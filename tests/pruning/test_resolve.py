@@ -26,6 +26,7 @@ UNIT, WIDTH = 3 * 48, 112  # of the tiny models: parameters of a channel, channe
 def resolved(model: Any = None, **short: Any) -> Resolved:
     """Resolve a recipe in short for a tiny llama of three layers, or for `model`."""
     asked = {"align": 8, "calibration": {"num_tokens": 4096, "sequence_length": 32}, **short}
+    asked["calibration"] = {"domains": {"mine": {"files": ["mine.txt"]}}, **asked["calibration"]}
     return resolve(opened(model or tiny_llama(), parse_recipe(grouped(asked))))
 
 
@@ -320,3 +321,14 @@ def test_a_group_that_stays_whole_is_whole_in_every_round():
     whole = plan_of(found.groups, found.prices, {(layer, "ffn"): 90 for layer in range(3)})
     plans = round_plans(found.groups, found.prices, whole, [0.5, 1.0], 64)
     assert [set(kept(plan).values()) for plan in plans] == [{90}, {90}]
+
+
+def test_text_without_general_prose_is_noted():
+    def notes(domains: dict[str, Any]) -> list[str]:
+        calibration = {"num_tokens": 4096, "sequence_length": 32, "domains": domains}
+        return [each for each in resolved(calibration=calibration).warnings if "general prose" in each]
+
+    [note] = notes({"code": {"installed": "code"}, "talk": {"installed": "dialogue"}})
+    assert note.startswith("calibration.domains: no general prose, so text unlike these domains suffers most; give")
+    for prose in ({"installed": "web"}, {"installed": "multilingual"}, {"files": ["mine.txt"]}, {"sampled": True}):
+        assert not notes({"code": {"installed": "code"}, "other": prose})

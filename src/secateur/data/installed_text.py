@@ -21,12 +21,15 @@ from random import Random
 from typing import Any
 
 from secateur.errors import CalibrationError
+from secateur.plugins import GENERAL_TEXT, general_text
 
 MIN_SOURCE_BYTES = 2000
 MIN_DOCSTRING_CHARACTERS = 200
+MIN_GENERAL_CHARACTERS = 200
 
 # Not ordinary code: character tables, documentation and build settings in Python syntax.
 _SKIPPED_LIBRARY = {"test", "tests", "idlelib", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+_ARTICLE_TAG = re.compile(r"<doc [^>]*>")
 _LICENCE_NAME = re.compile(r"licen[cs]e|copying|notice", re.IGNORECASE)
 
 # A document, or a function that reads it.
@@ -97,12 +100,23 @@ def _new_paragraphs(text: str, seen: set[str]) -> str:
     return "\n\n".join(fresh)
 
 
-def _dialogue() -> list[_Document]:
-    files = [file for file in _package_files("chitchat-dataset") if file.name == "dataset.json"]
-    if not files:
-        return []
-    conversations = json.loads(Path(str(files[0].locate())).read_bytes())
+def _general(kind: str) -> list[_Document]:
+    path = general_text(kind)
+    return [] if path is None else _DOCUMENTS_OF[kind](path.read_text(encoding="utf-8"))
+
+
+def _conversations(text: str) -> list[_Document]:
+    conversations = json.loads(text)
     return [_conversation(conversations[key]["messages"]) for key in sorted(conversations)]
+
+
+def _lines(text: str) -> list[_Document]:
+    return [line for line in text.split("\n") if len(line) >= MIN_GENERAL_CHARACTERS]
+
+
+def _articles(text: str) -> list[_Document]:
+    bodies = (_ARTICLE_TAG.sub("", part).strip() for part in text.split("</doc>"))
+    return [body for body in bodies if len(body) >= MIN_GENERAL_CHARACTERS]
 
 
 def _conversation(turns: list[list[dict[str, Any]]]) -> str:
@@ -161,6 +175,7 @@ def _name(distribution: Distribution) -> str:
     return str(distribution.metadata.json.get("name", "")).lower()
 
 
+_DOCUMENTS_OF = {"web": _lines, "encyclopedia": _articles, "multilingual": _lines, "dialogue": _conversations}
 _KINDS: dict[str, tuple[Callable[[], list[_Document]], str]] = {
     "code": (_code, "the .py files of the standard library"),
     "technical": (_technical, "the package numpy and the standard library's pydoc topics"),
@@ -171,5 +186,4 @@ _KINDS: dict[str, tuple[Callable[[], list[_Document]], str]] = {
     ),
     "readme": (_readme, "the descriptions of installed packages"),
     "legal": (_legal, "the licence files of installed packages"),
-    "dialogue": (_dialogue, "the package chitchat-dataset"),
-}
+} | {kind: (partial(_general, kind), f"the package {package}") for kind, (package, _) in GENERAL_TEXT.items()}

@@ -29,7 +29,7 @@ from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.run import Run, without_tokens
 from secateur.pruning.trim import plan_trim
 from secateur.ranks import in_turns, is_first, joined
-from secateur.recovery.polish import learn, polish
+from secateur.recovery.polish import Lesson, learn, polish
 from secateur.report.measured import Comparison, FoundCell
 from secateur.store import Services, Store
 from secateur.stream.device import on_device
@@ -44,7 +44,7 @@ class Judged(NamedTuple):
 
 
 CELLS_FOLDER = "cells"
-DENSE = "dense"
+DENSE, TRAINED_DENSE = "dense", "dense, trained"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +105,20 @@ def _compare(study: Study, out: Path, progress: Progress, tell: Callable[[str], 
     dense = subject_of(DENSE, opened.checkpoint, opened.arch, opened.device)
     shared = _Shared(study, opened, dense, tasks, store, progress)
     blocks: dict[int, Judged] = {}
-    work: list[tuple[int, Cell | None]] = []  # None: the dense model
+    work: list[tuple[int, Cell | str]] = []  # a name: the dense model, as it is or trained
     for seed in study.seeds:
-        work += [(seed, None), *((seed, cell) for cell in grid if cell.seed == seed)]
+        work += [(seed, DENSE), *((seed, cell) for cell in grid if cell.seed == seed)]
+        work += [(seed, TRAINED_DENSE)] if study.train_dense else []
     progress("cells", 0, len(work))
 
     def finish(number: int) -> FoundCell:
         seed, cell = work[number]
         if seed not in blocks:
             blocks[seed] = _judged_on(shared, seed)
-        found = _dense_cell(shared, seed, blocks[seed]) if cell is None else _cell(shared, cell, blocks[seed])
+        if isinstance(cell, str):
+            found = _dense_cell(shared, cell, seed, blocks[seed])
+        else:
+            found = _cell(shared, cell, blocks[seed])
         progress("cells", number + 1, len(work))
         return found
 
@@ -135,12 +139,27 @@ def _judged_on(shared: _Shared, seed: int) -> Judged:
     return Judged({domain.name: domain.held_out_NT[: shared.num_blocks] for domain in drawn.domains}, unseen)
 
 
-def _dense_cell(shared: _Shared, seed: int, blocks: Judged) -> FoundCell:
-    def compute() -> dict[str, Any]:
-        return {"remove_reached": 0.0, "seconds": 0.0} | _judge(shared, replace(shared.dense), blocks, None)
+def _dense_cell(shared: _Shared, name: str, seed: int, blocks: Judged) -> FoundCell:
+    """Judge the dense model, as it is or after the polish that its own text would give it.
 
-    result = shared.store.value(f"{DENSE}-{seed}", compute, depends_on=_depends_on(shared, seed, {}, blocks))
-    return FoundCell(DENSE, 0.0, seed, **result)
+    Training on a domain's text also adapts the dense model to it: what a polish wins beyond that is
+    repair. It has nothing to be distilled from, so that it learns by cross-entropy alone.
+    """
+    recipe = study_recipe(shared.study, seed).filled(polish={"kl_share": 0.0}) if name == TRAINED_DENSE else None
+
+    def compute() -> dict[str, Any]:
+        start, subject = time.perf_counter(), replace(shared.dense)
+        if recipe is not None:
+            opened, services = checked(shared.opened.asking(recipe)), Services(progress=shared.progress)
+            run, lesson = _dense_run(shared, opened, services, blocks)
+            _polish(run, lesson, opened)
+            subject = replace(shared.dense, loaded=run.model)
+        seconds = 0.0 if recipe is None else time.perf_counter() - start
+        return {"remove_reached": 0.0, "seconds": seconds} | _judge(shared, subject, blocks, None)
+
+    asked = {} if recipe is None else recipe.model_dump(mode="json")
+    result = shared.store.value(f"{name}-{seed}", compute, depends_on=_depends_on(shared, seed, asked, blocks))
+    return FoundCell(name, 0.0, seed, **result)
 
 
 def _cell(shared: _Shared, cell: Cell, blocks: Judged) -> FoundCell:
@@ -149,33 +168,45 @@ def _cell(shared: _Shared, cell: Cell, blocks: Judged) -> FoundCell:
         start = time.perf_counter()
         if cell.recipe.remove.vocabulary is not None:
             opened = replace(opened, trim=plan_trim(opened, services))
-        resolved, trim, model = resolve(opened), opened.trim, shared.dense.load()
-        num_params = Size.of(model).num_params
-        # The guard must not see the blocks that cells are judged on, which may be more tokens now.
-        skipped = max(-(-length // resolved.sequence_length) for length in _lengths(blocks.held_out, trim))
-        drawn = calibration_text(opened, resolved, shared.progress, model, skipped)
-        unseen = (replace(domain, held_out_NT=domain.held_out_NT[skipped:]) for domain in drawn.domains)
-        text = replace(drawn, domains=tuple(unseen))
-        run = Run(model=model, arch=opened.arch, resolved=resolved, text=text, services=services)
-        if trim is not None:
-            run = without_tokens(run, trim)
-        dense_ids = None if trim is None else torch.tensor(trim.kept.dense_ids)
-        facts = (run.resolved.recipe, tokenizer_of(opened), services)
-        lesson = learn(model, run.arch, text, *facts, dense_ids=dense_ids, skipped=skipped)
+        run, lesson = _dense_run(shared, opened, services, blocks)
         run = remove_depth(run)
         prune_in_place(run)
-        if lesson is not None:
-            polish(model, lesson, cell.recipe.seed, services, opened.device)
-            on_device(model, opened.device)
+        _polish(run, lesson, opened)
         seconds = time.perf_counter() - start
-        reached = 1 - Size.of(model).num_params / num_params
-        num_tokens = {domain.name: domain.calibration_NT.numel() for domain in text.domains}
+        reached = 1 - Size.of(run.model).num_params / Size.of(shared.opened.model).num_params
+        num_tokens = {domain.name: domain.calibration_NT.numel() for domain in run.text.domains}
         facts = {"remove_reached": reached, "seconds": seconds, "num_tokens": num_tokens}
-        return facts | _judge(shared, replace(shared.dense, arch=run.arch, loaded=model), blocks, trim)
+        subject = replace(shared.dense, arch=run.arch, loaded=run.model)
+        return facts | _judge(shared, subject, blocks, opened.trim)
 
     depends_on = _depends_on(shared, cell.seed, cell.recipe.model_dump(mode="json"), blocks)
     result = shared.store.value(f"{cell.method}-{cell.ratio:g}-{cell.seed}", compute, depends_on=depends_on)
     return FoundCell(cell.method, cell.ratio, cell.seed, **result)
+
+
+def _dense_run(shared: _Shared, opened: Opened, services: Services, blocks: Judged) -> tuple[Run, Lesson | None]:
+    """Return a run whose model is dense still, and what that model teaches.
+
+    The guard of the polish must not see the blocks that cells are judged on, which may be more
+    tokens after a trim.
+    """
+    resolved, trim, model = resolve(opened), opened.trim, shared.dense.load()
+    skipped = max(-(-length // resolved.sequence_length) for length in _lengths(blocks.held_out, trim))
+    drawn = calibration_text(opened, resolved, shared.progress, model, skipped)
+    unseen = (replace(domain, held_out_NT=domain.held_out_NT[skipped:]) for domain in drawn.domains)
+    text = replace(drawn, domains=tuple(unseen))
+    run = Run(model=model, arch=opened.arch, resolved=resolved, text=text, services=services)
+    if trim is not None:
+        run = without_tokens(run, trim)
+    dense_ids = None if trim is None else torch.tensor(trim.kept.dense_ids)
+    facts = (run.resolved.recipe, tokenizer_of(opened), services)
+    return run, learn(model, run.arch, text, *facts, dense_ids=dense_ids, skipped=skipped)
+
+
+def _polish(run: Run, lesson: Lesson | None, opened: Opened) -> None:
+    if lesson is not None:
+        polish(run.model, lesson, run.resolved.recipe.seed, run.services, opened.device)
+        on_device(run.model, opened.device)
 
 
 def _lengths(blocks: dict[str, Tensor], trim: Trim | None) -> list[int]:

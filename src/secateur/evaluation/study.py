@@ -51,7 +51,10 @@ class Evaluation(Strict):
 
 
 class Study(Strict):
-    """A grid. `question`: what it answers, in one sentence. `small`: keys for a short run."""
+    """A grid. `question`: what it answers, in one sentence. `small`: keys for a short run.
+
+    `train_dense`: a row of the dense model after the recipe's polish, by cross-entropy alone.
+    """
 
     question: str
     model: str
@@ -60,6 +63,7 @@ class Study(Strict):
     methods: Annotated[dict[str, Method], Field(min_length=1)]
     recipe: dict[str, Any] = Field(default={})
     evaluation: Evaluation = Evaluation()
+    train_dense: bool = False
     small: dict[str, Any] = Field(default={})
 
 

