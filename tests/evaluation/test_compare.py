@@ -1,6 +1,8 @@
 """Studies: parsing, the grid, resuming, and what is written."""
 
+import csv
 import json
+import math
 import os
 import re
 import signal
@@ -14,8 +16,11 @@ import pytest
 import yaml
 
 from secateur.errors import RecipeError
-from secateur.evaluation.compare import compare
+from secateur.evaluation.compare import compare, foresee
 from secateur.evaluation.study import cells, load_study, shipped_studies
+from secateur.evaluation.study_page import csv_text, foreseen_table, latex, verdict
+from secateur.report.measured import FoundCell
+from secateur.report.page import Table
 from tests.models import tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -164,3 +169,46 @@ def test_unknown_study_and_missing_small_form(grid: dict[str, Any], tmp_path: Pa
     del grid["small"]
     with pytest.raises(RecipeError, match="no keys under 'small'"):
         load_study(write(grid, tmp_path), small=True)
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(grid: dict[str, Any], tmp_path: Path) -> None:
+    study = load_study(write(grid, tmp_path), small=False)
+    foreseen = foresee(study)
+    assert [(each.method, each.ratio) for each in foreseen] == [
+        (cell.method, cell.ratio) for cell in cells(study) if cell.seed == study.seeds[0]
+    ]
+    assert all(each.num_draws == len(study.seeds) and each.seconds > 0 for each in foreseen)
+    table = foreseen_table(study.question, foreseen)
+    assert len(table.rows) == len(foreseen) + 1 and table.rows[-1][0].startswith("all, without reading text")
+    assert not (tmp_path / "cells").exists() and not (tmp_path / "out").exists()
+
+
+def found(method: str, *perplexities: float) -> list[FoundCell]:
+    """Cells of a method at 30%, one a draw."""
+    nats = [{"prose": math.log(each)} for each in perplexities]
+    return [FoundCell(method, 0.3, seed, 0.3, 1.0, each, {}) for seed, each in enumerate(nats)]
+
+
+def test_a_verdict_says_no_more_than_its_draws_carry() -> None:
+    start = "By geometric-mean perplexity over domains, at 30% removed ours has the lowest"
+    ours = found("ours", 20.0, 25.0, 30.0)
+    assert verdict(ours + found("theirs", 21.0, 26.2, 31.5)) == f"{start} (25.00), then theirs (26.23)."
+    # Better in each draw, but within two standard errors; better on average, but not in each draw.
+    for close in ((20.1, 25.2, 34.0), (23.0, 28.0, 29.9)):
+        mean = sum(close) / 3
+        assert (
+            verdict(ours + found("theirs", *close))
+            == f"{start} (25.00); 3 draws do not tell it from theirs ({mean:.2f})."
+        )
+    single = verdict(found("ours", 20.0) + found("theirs", 40.0) + found("others", 50.0))
+    assert single == f"{start} (20.00); one draw does not tell it from theirs (40.00), others (50.00)."
+    assert verdict(found("ours", 20.0)) == f"{start} (20.00)."
+
+
+def test_tables_for_other_programs_keep_every_character() -> None:
+    tables = [Table("of a, b", ("method", "x"), [("a_b & c", "1.0 ± 0.5"), ("50% {#}", "~^\\$")])] * 2
+    rows = list(csv.reader(csv_text(tables).splitlines()))
+    assert rows[:4] == [["of a, b"], ["method", "x"], ["a_b & c", "1.0 ± 0.5"], ["50% {#}", "~^\\$"]] and rows[4] == []
+    written = latex(tables)
+    assert r"a\_b \& c & 1.0 $\pm$ 0.5 \\" in written and r"\begin{tabular}{lr}" in written
+    assert r"50\% \{\#\} & \textasciitilde{}\textasciicircum{}\textbackslash{}\$ \\" in written

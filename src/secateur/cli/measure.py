@@ -114,15 +114,25 @@ def compare(
     out: Annotated[Path, typer.Argument(help="The directory for cells, table and page; finished cells stay.")],
     model: Annotated[str | None, typer.Option(help="Replaces the study's model.")] = None,
     small: Annotated[bool, typer.Option("--small", help="The study's short form.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and how long; run nothing.")] = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
     """Run a grid of methods, shares and seeds; after an interruption it continues."""
-    from secateur.evaluation.study import load_study, overview, verdict
+    from secateur.evaluation.compare import foresee
+    from secateur.evaluation.study import load_study
+    from secateur.evaluation.study_page import foreseen_table, overview, verdict
     from secateur.ranks import is_first
     from secateur.report.rows import terminal
 
     parsed = load_study(study, small=small, model=model)
+    if dry_run:
+        foreseen = foresee(parsed)
+        if as_json:
+            print(json.dumps([dataclasses.asdict(each) for each in foreseen], indent=2))
+        else:
+            common.CONSOLE.print(terminal([foreseen_table(parsed.question, foreseen)]))
+        return
     shown = is_first() and not (quiet or as_json)
     tell = common.teller(enabled=shown)
     with common.progress_bar(enabled=shown) as progress:
@@ -134,4 +144,4 @@ def compare(
         return
     common.CONSOLE.print(terminal([overview(parsed.question, found)]))
     common.CONSOLE.print(verdict(found))
-    common.CONSOLE.print(f"Written to {out}: report.html, table.md, results.json.", soft_wrap=True)
+    common.CONSOLE.print(f"Written to {out}: report.html, table.md, .csv and .tex, results.json.", soft_wrap=True)

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from secateur.data.retokenised import retokenised
 from secateur.evaluation.parts import Subject, subject_of
-from secateur.evaluation.study import Cell, Study, cells, load_study, save_comparison, study_recipe
+from secateur.evaluation.study import Cell, Foreseen, Study, cells, load_study, study_recipe
+from secateur.evaluation.study_page import save_comparison
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks, run_task
 from secateur.evaluation.text import named_blocks
 from secateur.facts import Size
 from secateur.log import Progress, silent, versions
-from secateur.model.bind import Arch
+from secateur.model.bind import Arch, text_config
 from secateur.model.kept_tokens import Trim
+from secateur.pruning.cost import seconds_for, work_of
 from secateur.pruning.loop import prune_in_place, remove_depth
-from secateur.pruning.open import Opened, open_model, tokenizer_of
+from secateur.pruning.open import Opened, computes_in_float32, open_model, tokenizer_of
 from secateur.pruning.prune import calibration_text
 from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.run import Run, without_tokens
@@ -62,6 +64,23 @@ class _Shared:
     def num_blocks(self) -> int:
         """Held-out blocks per domain that every cell is judged on."""
         return self.study.evaluation.num_blocks
+
+
+def foresee(study: Study) -> list[Foreseen]:
+    """Return what `compare` will run, at this machine's speed, from configs alone.
+
+    Raises what `compare` raises before its first cell.
+    """
+    opened, first = open_model(study.model, study_recipe(study, study.seeds[0])), study.seeds[0]
+    found = []
+    for cell in (cell for cell in cells(study) if cell.seed == first):
+        asked = checked(opened.asking(cell.recipe))
+        resolved = resolve(asked)
+        width = text_config(opened.model).hidden_size
+        dtype = torch.float32 if computes_in_float32(asked) else opened.model.dtype
+        seconds = seconds_for(work_of(asked, resolved), width, dtype, opened.device).total
+        found.append(Foreseen(cell.method, cell.ratio, len(study.seeds), seconds))
+    return found
 
 
 @joined()

@@ -3,6 +3,7 @@
 All from shapes, except for the machine's rates, which one short product measures.
 """
 
+import functools
 import importlib.util
 import time
 from collections.abc import Callable
@@ -346,6 +347,7 @@ def seconds_for(work: Work, hidden_size: int, dtype: torch.dtype, device: torch.
     return Work(work.forward / rates.forward, work.gram / rates.gram, work.solve / rates.solve, training)
 
 
+@functools.cache  # a study asks for every cell
 @torch.inference_mode()
 def measured_rates(device: torch.device, dtype: torch.dtype, width: int, rows: int = ROWS) -> Work:
     """Return operations per second of products like those of each kind, and bytes moved per second.

@@ -82,11 +82,13 @@ def headline(summary: Summary) -> str:
 
 
 def verdict(summary: Summary, speed_ups: dict[str, float] | None = None) -> str:
-    """Say in one sentence what pruning removed, what it cost in quality and gained in speed.
+    """Say in one sentence what pruning removed, by which text, what it cost in quality and gained in speed.
 
     `speed_ups`: by phase, if `secateur bench` has measured them.
     """
-    sentence = [f"Pruning removed {summary.remove_reached:.1%} of the parameters"]
+    measured_on = ", ".join(summary.calibration.num_tokens)
+    by_text = f", calibrated on {measured_on}" if measured_on else ""
+    sentence = [f"Pruning removed {summary.remove_reached:.1%} of the parameters{by_text}"]
     if summary.dense_losses:
         before, after = (geometric_mean_perplexity(losses) for losses in (summary.dense_losses, summary.pruned_losses))
         domains = list(summary.dense_losses)
