@@ -85,7 +85,8 @@ def _prune_then_recover(
     place = out.absolute()
     check_replaceable(place, overwrite=overwrite, protected=open_checkpoint(model, weights=False).directory)
     folder = place.with_name(f".{place.name}.pruned")
-    pruned, without = folder / "pruned", recipe.model_copy(update={"recover": None})
+    polish = {"num_tokens": recipe.polish.num_tokens or 0}  # by default one training is enough
+    pruned, without = folder / "pruned", recipe.filled(polish=polish).model_copy(update={"recover": None})
     try:
         # overwrite: a killed run may have left it.
         result = prune_run(model, without, out=pruned, overwrite=True, **options)

@@ -193,6 +193,13 @@ def test_only_least_squares_is_followed_by_it_unless_it_is_asked_for(asked):
     assert tokens() == 1280
     assert tokens(compensate="none") == tokens(polish=False) == 0
     assert tokens(compensate="none", polish={"num_tokens": 64}) == 64
+    assert tokens(recover={"num_tokens": 64}) == 0 and tokens(recover={}, polish={"num_tokens": 64}) == 64
+
+
+def test_a_run_that_recovers_trains_once(checkpoints, asked, tmp_path):
+    wanted = {**asked, "polish": "default", "recover": {"num_tokens": 128, "batch_tokens": 64, "held_out_blocks": 1}}
+    found = secateur.prune(checkpoints["llama"], grouped(wanted), out=tmp_path / "out")
+    assert found.summary.polish is None and (tmp_path / "out" / "recovery.json").exists()
 
 
 def test_operations_and_bytes_by_hand(asked):

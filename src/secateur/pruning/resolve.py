@@ -193,7 +193,7 @@ def resolve(opened: Opened) -> Resolved:
     repair: dict[str, Any] = {"damping": damping, "target_mix": _target_mix(recipe, arch)}
     recipe = recipe.filled(remove=remove, repair=repair, calibration=text)
     if recipe.polish.num_tokens is None:
-        trains = bool(groups or depth) and recipe.repair.compensate == "least_squares"
+        trains = bool(groups or depth) and recipe.repair.compensate == "least_squares" and recipe.recover is None
         recipe = recipe.filled(polish={"num_tokens": text["num_tokens"] if trains else 0})
     facts: dict[str, Any] = {"recipe": recipe, "arch": arch, "prices": prices, "layers": layers, "warnings": warnings}
     resolved = Resolved(**facts, **remove, **repair, **text).with_layers(layers)
