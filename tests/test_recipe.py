@@ -26,7 +26,7 @@ GROUPS = ("remove", "choose", "repair", "calibration", "machine", "output")
 # Defaults that the docs put in words, because they follow from the model or the machine.
 IN_WORDS = {
     "remove": {"prices": None, "depth": None, "layers": (), "protected_layers": (), "align": None, "vocabulary": None}
-    | {"groups": None}
+    | {"groups": None, "to": None, "fit": None, "context": None}
     | {"keep_text": (), "keep_scripts": ()},
     "choose": {"obs_batch": None, "widths": None, "max_loss_rise": None},
     "repair": {"target_mix": None},
@@ -56,7 +56,7 @@ def test_the_defaults_are_those_of_the_docs(group):
         elif key == "domains":
             text = " ".join((DOCS / "recipe.md").read_text(encoding="utf-8").split())
             assert default == "a general mix" and f"{', '.join((*GENERAL_DOMAINS, *MIXED_IN))} where" in text
-            assert f"and of {', '.join(TECHNICAL_DOMAINS)} otherwise" in text
+            assert f"and of {', '.join(TECHNICAL_DOMAINS)} and what the model writes itself otherwise" in text
         else:
             plain = json.loads(json.dumps(value))
             assert plain == yaml.safe_load(re.fullmatch(r"`(.*)`", default)[1]), key

@@ -160,6 +160,14 @@ def parse_size(key: str, text: str) -> int:
     return num_bytes
 
 
+def parse_count(key: str, text: str) -> int:
+    """Return a number such as 0.4B, 400M or 400,000,000. Raises RecipeError naming `key`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.replace(",", "").replace("_", "").strip().upper())
+    if found is None:
+        raise RecipeError(f"{key}: must be a number of parameters, such as 0.4B or 400M, got '{text}'.")
+    return round(float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[found[2]])
+
+
 class disk_errors:  # reads as a statement: with disk_errors(place):
     """Turn a disk error inside the block into a CheckpointError naming `place`; others pass.
 

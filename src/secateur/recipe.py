@@ -171,12 +171,13 @@ class Domain(Strict):
 def default_domains() -> dict[str, Domain]:
     """Return the domains of a recipe that names none: a general mix where its text is installed.
 
-    Without it they are technical text alone, and a note of the run says so.
+    Without it they are technical text and what the model writes itself, its own kind of prose.
     """
     general: list[InstalledDomain] = [name for name in GENERAL_DOMAINS if general_text(name) is not None]
     has_prose = not set(general).isdisjoint(PROSE_DOMAINS)
     names: tuple[InstalledDomain, ...] = (*general, *(MIXED_IN if has_prose else TECHNICAL_DOMAINS))
-    return {name: Domain(installed=name) for name in names}
+    own = {} if has_prose else {"self": Domain(sampled=True)}
+    return {name: Domain(installed=name) for name in names} | own
 
 
 class Calibration(Strict):
@@ -203,7 +204,9 @@ class MeasuredPrices(Strict):
 class Remove(Strict):
     """What to remove. `remove: 0.2` is short for `remove: {share: 0.2}`.
 
-    share: of all that the dense model has of `target`. target: parameters (all, tied weights once);
+    share: of all that the dense model has of `target`. to: in its place, the parameters that may
+    stay, as 0.4B. fit: in its place, the memory that the weights may take, as 8GB, in the model's own
+    dtype. context: tokens whose KV cache must fit beside them. target: parameters (all, tied weights once);
     flops per prompt token; kv_bytes, of cache per token; latency, seconds per decoded token on this
     machine. prices: those seconds, as measured. groups: the kinds of units to remove. None: FFN
     channels (`ffn`), or `experts` if the model has some. depth: number of whole layers to remove
@@ -219,6 +222,9 @@ class Remove(Strict):
     """
 
     share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
+    to: str | None = None
+    fit: str | None = None
+    context: Count | None = None
     target: TargetName = "parameters"
     prices: MeasuredPrices | None = None
     groups: tuple[str, ...] | None = None
@@ -245,6 +251,17 @@ class Remove(Strict):
         """`groups`, once a model has filled them."""
         assert self.groups is not None, "open the model first"
         return self.groups
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "Remove":
+        given = [name for name in ("share", "to", "fit") if name in self.model_fields_set and getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} each say how much goes; give one of them")
+        if self.context is not None and self.fit is None:
+            raise ValueError("context is the cache that must fit beside the weights; give fit too, such as fit: 8GB")
+        if given not in ([], ["share"]) and self.target != "parameters":
+            raise ValueError(f"{given[0]} is of parameters and their bytes; with target {self.target} give a share")
+        return self
 
     @model_validator(mode="after")
     def _something_goes(self) -> "Remove":

@@ -239,7 +239,8 @@ def test_what_is_not_installed_is_one_sentence(site: Site, kind: str) -> None:
 
 
 def test_the_default_domains_are_a_general_mix_where_its_text_is_installed(site: Site) -> None:
-    technical = ["code", "technical", "mathematics", "science", "readme"]
+    technical = ["code", "technical", "mathematics", "science", "readme", "self"]
+    assert Calibration().domains["self"].source == ("sampled", True)
     assert list(Calibration().domains) == technical
     site.install("chitchat-dataset", {"chitchat_dataset/dataset.json": "{}"})
     assert list(Calibration().domains) == ["dialogue", *technical]

@@ -96,3 +96,17 @@ def _write(folder: Path, recipe: dict[str, Any]) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(grouped(recipe)))
     return path
+
+
+def test_a_model_on_disk_writes_text_only_if_that_is_asked_for(checkpoints, recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr("secateur.recipe.general_text", lambda kind: None)
+    text = {key: value for key, value in recipe["calibration"].items() if key != "domains"}
+    asked = {**recipe, "calibration": text, "remove": 0.35, "evaluate": False}
+    asked["memory_budget"] = budget_between(checkpoints["llama"], asked)
+    found = secateur.prune(checkpoints["llama"], grouped(asked))
+    assert list(found.summary.calibration.num_tokens) == ["code", "technical", "mathematics", "science", "readme"]
+    assert sum("it wrote no text itself" in note for note in found.summary.warnings) == 1
+    text["domains"] = {"code": {"installed": "code"}, "self": {"sampled": True}}
+    found = secateur.prune(checkpoints["llama"], grouped(asked))
+    assert list(found.summary.calibration.num_tokens) == ["code", "self"]
+    assert not any("it wrote no text itself" in note for note in found.summary.warnings)

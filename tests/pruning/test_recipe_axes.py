@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import secateur
 from secateur.facts import Size
-from secateur.pruning.resolve import resolve
+from secateur.pruning.cost import params_after
+from secateur.pruning.resolve import checked, resolve
 from secateur.recipe import Recipe
 from secateur.recipe_file import GONE, parse_recipe
 
@@ -288,3 +289,28 @@ def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
 def test_a_key_that_is_gone_is_refused_with_what_to_use_instead(key):
     with pytest.raises(secateur.SecateurError, match=rf"^here: {key} is gone; [^\n]+\.$"):
         parse_recipe(grouped({"preset": "fast", key: True}), "here")
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "hidden", "ffn", "layers", "heads", "asked"),
+    [
+        (2, 896, 4864, 24, 14, {"to": "0.4B"}),
+        (4, 3584, 18944, 28, 28, {"to": "6B"}),
+        (8, 5120, 27648, 64, 40, {"fit": "54GB"}),
+        (8, 8192, 28672, 80, 64, {"fit": "120GB", "context": 8192}),
+    ],
+)
+def test_a_size_is_met_within_one_step_from_the_shape_alone(kv_heads, hidden, ffn, layers, heads, asked):
+    sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
+    model = shape_of(num_key_value_heads=kv_heads, num_attention_heads=heads, **sizes)
+    text = {"domains": {"mine": {"files": ["mine.txt"]}}}
+    started = opened(model, parse_recipe(grouped({"depth": 0, "calibration": text, **asked})))
+    found = resolve(checked(started))
+    left = params_after(started, found)
+    cache = 2 * layers * kv_heads * (hidden // heads) * model.dtype.itemsize * asked.get("context", 0)
+    stays = {"0.4B": 4e8, "6B": 6e9}.get(asked.get("to"))
+    if stays is None:
+        stays = (float(asked["fit"].removesuffix("GB")) * 1e9 - cache) / model.dtype.itemsize
+    step = found.align * layers * 3 * hidden
+    assert stays - step < left <= stays
+    assert found.recipe.remove.to is found.recipe.remove.fit is found.recipe.remove.context is None

@@ -260,6 +260,15 @@ GroupNames = Annotated[
 Budget = Annotated[
     str | None, typer.Option(metavar="NAME", help="How many units each layer keeps: uniform, global or curve.")
 ]
+To = Annotated[
+    str | None, typer.Option("--to", metavar="SIZE", help="Parameters that may stay, as 0.4B; instead of --remove.")
+]
+Fit = Annotated[
+    str | None, typer.Option("--fit", metavar="SIZE", help="Memory that it must fit in, as 8GB; instead of --remove.")
+]
+Context = Annotated[
+    int | None, typer.Option("--context", metavar="TOKENS", min=1, help="With --fit: the cache of so many tokens too.")
+]
 Align = Annotated[int | None, typer.Option(help="Widths are multiples of this.")]
 Rounds = Annotated[int | None, typer.Option(help="Steps to the share; each measures again.")]
 KeepText = Annotated[

@@ -47,6 +47,9 @@ def prune(
     model: common.Model,
     out: common.Out,
     remove: common.Remove = None,
+    to: common.To = None,
+    fit: common.Fit = None,
+    context: common.Context = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     domain: common.Domains = None,
@@ -70,7 +73,8 @@ def prune(
     as_json: common.Json = False,
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
-    goes = {"share": remove, "vocabulary": vocabulary, **common.kept(keep_text, keep_script), **_units(groups, align)}
+    goes = {"share": remove, "to": to, "fit": fit, "context": context}
+    goes |= {"vocabulary": vocabulary, **common.kept(keep_text, keep_script), **_units(groups, align)}
     said = {"remove": goes, "choose": {"budget": budget, "rounds": rounds}, "polish": {"num_tokens": polish}}
     said |= {"seed": seed, "machine": {"memory_budget": memory_budget, "device": device}}
     parsed = _recipe(recipe, preset, said, domain, sets)
@@ -81,6 +85,9 @@ def prune(
 def inspect(
     model: common.Model,
     remove: common.Remove = None,
+    to: common.To = None,
+    fit: common.Fit = None,
+    context: common.Context = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     polish: Polish = None,
@@ -98,7 +105,8 @@ def inspect(
     """Say what MODEL consists of, and what a run would leave or could remove, without its weights."""
     from secateur.report.rows import inspection_table
 
-    said = {"remove": {"share": remove, **_units(groups, align)}, "choose": {"budget": budget, "rounds": rounds}}
+    size = {"share": remove, "to": to, "fit": fit, "context": context}
+    said = {"remove": {**size, **_units(groups, align)}, "choose": {"budget": budget, "rounds": rounds}}
     said |= {"polish": {"num_tokens": polish}, "machine": {"memory_budget": memory_budget}}
     asked = _recipe(recipe, preset, said, None, sets)
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:

@@ -124,6 +124,8 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placemen
         opened = replace(opened, trim=plan_trim(opened, services))
     resolved, log = with_polish_that_fits(opened, resolve(opened)), services.log
     plan = memory_for(opened, resolved)
+    if plan.weights_on_disk or plan.one_layer_at_a_time:
+        resolved = _without_own_text(resolved)
     if services.scratch is not None:
         check_free_space(services.scratch, disk_bytes(opened, resolved, plan))
     if is_first():
@@ -147,6 +149,17 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placemen
     facts = {"model": model, "arch": opened.arch, "resolved": resolved, "text": text, "services": services}
     run = Run(**facts, weights_on_disk=plan.weights_on_disk)
     return opened, run if opened.trim is None else without_tokens(run, opened.trim), placement
+
+
+def _without_own_text(resolved: Resolved) -> Resolved:
+    """Return the run without sampled domains that nobody asked for: each token would move all weights."""
+    calibration = resolved.recipe.calibration
+    read = {name: domain for name, domain in calibration.domains.items() if not domain.sampled}
+    if "domains" in calibration.model_fields_set or len(read) == len(calibration.domains):
+        return resolved
+    note = "calibration.domains: the model's weights are not all in its memory, so it wrote no text itself."
+    recipe = resolved.recipe.filled(calibration={"domains": read})
+    return replace(resolved, recipe=recipe, warnings=(*resolved.warnings, note))
 
 
 def calibration_text(

