@@ -200,6 +200,8 @@ def test_a_verdict_says_no_more_than_its_draws_carry() -> None:
             verdict(ours + found("theirs", *close))
             == f"{start} (25.00); 3 draws do not tell it from theirs ({mean:.2f})."
         )
+    five = found("ours", *[20.0] * 5) + found("theirs", 22.0, 22.0, 22.0, 22.0, 19.9)
+    assert "5 draws do not tell it from theirs (21.58)" in verdict(five)
     single = verdict(found("ours", 20.0) + found("theirs", 40.0) + found("others", 50.0))
     assert single == f"{start} (20.00); one draw does not tell it from theirs (40.00), others (50.00)."
     assert verdict(found("ours", 20.0)) == f"{start} (20.00)."
