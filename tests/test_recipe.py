@@ -1,72 +1,26 @@
-"""The recipe's keys: defaults as docs/recipe.md tells them, limits, merging, and one sentence per mistake."""
+"""The recipe's keys: as docs/recipe.md tells them, limits, merging, and one sentence per mistake."""
 
-import json
 import math
-import re
-from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import yaml
 
 from secateur.errors import RecipeError
-from secateur.recipe import (
-    GENERAL_DOMAINS,
-    INSTALLED_DOMAINS,
-    MIXED_IN,
-    TECHNICAL_DOMAINS,
-    Domain,
-    Recipe,
-    RecoverySettings,
-)
+from secateur.recipe import Domain, Recipe
 from secateur.recipe_file import as_recipe, dump_recipe, load_recipe, merged, parse_recipe
 
-DOCS = Path(__file__).parents[1] / "docs"
-GROUPS = ("remove", "choose", "repair", "calibration", "machine", "output")
-# Defaults that the docs put in words, because they follow from the model or the machine.
-IN_WORDS = {
-    "remove": {"prices": None, "depth": None, "layers": (), "protected_layers": (), "align": None, "vocabulary": None}
-    | {"groups": None, "to": None, "fit": None, "context": None}
-    | {"keep_text": (), "keep_scripts": ()},
-    "choose": {"obs_batch": None, "widths": None, "max_loss_rise": None},
-    "repair": {"target_mix": None},
-    "calibration": {"num_tokens": None, "sequence_length": None},
-    "machine": {"device": None, "device_budget": None, "memory_budget": None, "compute_dtype": None},
-}
+TOOL = Path(__file__).parents[1] / "tools" / "recipe_page.py"
 
 
-def told(group: str) -> Iterator[tuple[str, str]]:
-    """Yield keys and defaults of the group's table in docs/recipe.md."""
-    section = re.split(rf"^## `{group}`.*$", (DOCS / "recipe.md").read_text(encoding="utf-8"), flags=re.M)[1]
-    for key, default in re.findall(r"^\| `(\w+)` \| (.*?) \|", section.split("\n## ")[0], flags=re.M):
-        if key not in INSTALLED_DOMAINS:  # of another table
-            yield key, default
-
-
-@pytest.mark.parametrize("group", GROUPS)
-def test_the_defaults_are_those_of_the_docs(group):
-    found = getattr(Recipe(), group)
-    table = dict(told(group))
-    assert table.keys() == type(found).model_fields.keys()
-    words = IN_WORDS.get(group, {})
-    for key, default in table.items():
-        value = getattr(found, key)
-        if key in words:
-            assert value == words[key], key
-        elif key == "domains":
-            text = " ".join((DOCS / "recipe.md").read_text(encoding="utf-8").split())
-            assert default == "a general mix" and f"{', '.join((*GENERAL_DOMAINS, *MIXED_IN))} where" in text
-            assert f"and of {', '.join(TECHNICAL_DOMAINS)} and what the model writes itself otherwise" in text
-        else:
-            plain = json.loads(json.dumps(value))
-            assert plain == yaml.safe_load(re.fullmatch(r"`(.*)`", default)[1]), key
-
-
-def test_the_defaults_of_recovery_are_those_of_the_docs():
-    text = (DOCS / "recovery.md").read_text(encoding="utf-8")
-    (block,) = (part for part in re.findall(r"```yaml\n(.*?)```", text, flags=re.S) if "learning_rate" in part)
-    expected = yaml.safe_load(block)["recover"]
-    assert RecoverySettings().model_dump(mode="json") == expected
+def test_the_page_of_the_recipe_is_what_the_schema_says():
+    spec = spec_from_file_location("recipe_page", TOOL)
+    assert spec is not None and spec.loader is not None
+    tool = module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.PAGE.read_text(encoding="utf-8") == tool.page(), "run python tools/recipe_page.py"
+    assert not [line for line in tool.tables().splitlines() if line.endswith("|  |")], "a key without a docstring"
 
 
 @pytest.mark.parametrize(
@@ -189,4 +143,4 @@ def test_a_written_recipe_says_every_default():
     """A later version with other defaults must repeat the run."""
     written = yaml.safe_load(dump_recipe(Recipe()))
     assert written["repair"]["damping"] == 0.001 and written["choose"]["budget"] == "uniform"
-    assert list(written) == ["seed", *GROUPS[:4], "machine", "output", "polish"]
+    assert list(written) == ["seed", "remove", "choose", "repair", "calibration", "machine", "output", "polish"]

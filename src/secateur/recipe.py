@@ -27,7 +27,7 @@ class Strict(BaseModel):
 class TaskSettings(Strict):
     """lm-evaluation-harness tasks for the dense, the pruned and the recovered model.
 
-    `limit`: questions per task. `batch_size`: requests at a time.
+    tasks: their names. limit: questions per task. None: all. batch_size: requests at a time.
     """
 
     tasks: tuple[str, ...] = ()
@@ -39,12 +39,15 @@ class Training(Strict):
     """End-to-end training, until the model predicts more like the dense one.
 
     domain_weighting: `shares`, or `lost`: a domain's loss is weighted by its initial held-out KL
-    over the mean of all. batch_tokens: per optimizer step, over all processes. blocks_per_device:
-    per forward pass. kl_share, temperature: s and t of `distillation_loss`; s = 0 is plain
-    fine-tuning. train: all weights but embedding and head
-    (`layers`), all weights (`full`), or low-rank additions that are merged at the end (`lora`,
-    needs secateur[recover]). evaluations: number of held-out evaluations; the weights of the least
-    loss stay. patience: stop after so many without a fall. report_to: as in transformers' Trainer.
+    over the mean of all. learning_rate: the highest; a tenth of the steps leads up to it, a cosine
+    down. batch_tokens: per optimizer step, over all processes. blocks_per_device: per forward
+    pass. kl_share: the part of the loss that is KL to the dense model's predictions; the rest is
+    cross-entropy. 0: no teacher. temperature: of that KL. train: all weights but embedding and
+    head (`layers`), all weights (`full`), or low-rank additions that are merged at the end
+    (`lora`, needs secateur[recover]). lora_rank: of these. gradient_checkpointing: computes
+    activations again in place of storing them. evaluations: number of held-out evaluations; the
+    weights of the least loss stay. patience: stop after so many without a fall. report_to: as in
+    transformers' Trainer.
     """
 
     domain_weighting: RecoveryWeightingName = "shares"
@@ -76,7 +79,8 @@ class PolishSettings(Training):
 class RecoverySettings(Training):
     """Training after pruning. num_tokens: of all domains together.
 
-    held_out_blocks: per domain, for judging. evaluation: tasks before and after; they do not affect training.
+    held_out_blocks: per domain, for judging. evaluation: tasks before and after; they do not
+    affect training.
     """
 
     num_tokens: Count = 300_000
@@ -110,12 +114,14 @@ SOURCE_NAMES = ("installed", "files", "dataset", "sampled")
 class Domain(Strict):
     """A calibration domain: exactly one source, and its share of the tokens relative to others.
 
-    installed: text in installed Python packages. files: local .txt .jsonl .json .csv .parquet files
-    (also with .gz), relative to the working directory. dataset: a `datasets` hub id, with `config`
-    and `split`. sampled: text that the dense model writes before it is pruned. Or the name of a
-    source that an installed package registers, with its value.
+    A source is one of the first four keys, or the name of one that an installed package registers.
 
-    column: the text column of structured files; `messages` goes through the chat template. protect:
+    installed: text in installed Python packages. files: local .txt .jsonl .json .csv .parquet
+    files (also with .gz), relative to the working directory. dataset: a `datasets` hub id, with
+    `config` and `split`. sampled: text that the dense model writes before it is pruned.
+
+    config, split: of a `dataset`. column: the text column of structured files; `messages` goes
+    through the chat template. share: of the tokens, relative to the other domains. protect:
     the share by which this domain's held-out loss may rise (0.05 for 5%), for budget `curve`.
     """
 
@@ -181,10 +187,12 @@ def default_domains() -> dict[str, Domain]:
 
 
 class Calibration(Strict):
-    """The text to measure on. `num_tokens`: of all domains, without the held-out tenth.
+    """The text to measure on.
 
-    sequence_length: tokens per block. rotate: every round measures on `num_tokens` fresh ones; the
-    held-out text stays the same.
+    num_tokens: of all domains, without the held-out tenth, which comes on top. None: 16 per
+    channel, at least 51,200. sequence_length: tokens per block. None: 512, or the model's
+    positions if fewer. rotate: every round measures on `num_tokens` fresh ones; the held-out text
+    stays the same.
     """
 
     domains: Annotated[dict[str, Domain], Field(min_length=1)] = Field(default_factory=default_domains)
@@ -194,7 +202,10 @@ class Calibration(Strict):
 
 
 class MeasuredPrices(Strict):
-    """Seconds per decoded token: of the dense model, a layer, and a unit of each group."""
+    """Seconds per decoded token, as `target: latency` plans by them.
+
+    total: of the dense model. per_layer: of a layer. per_unit: of a unit, for each group.
+    """
 
     total: Positive
     per_layer: Positive
@@ -204,20 +215,24 @@ class MeasuredPrices(Strict):
 class Remove(Strict):
     """What to remove. `remove: 0.2` is short for `remove: {share: 0.2}`.
 
-    share: of all that the dense model has of `target`. to: in its place, the parameters that may
-    stay, as 0.4B. fit: in its place, the memory that the weights may take, as 8GB, in the model's own
-    dtype. context: tokens whose KV cache must fit beside them. target: parameters (all, tied weights once);
-    flops per prompt token; kv_bytes, of cache per token; latency, seconds per decoded token on this
-    machine. prices: those seconds, as measured. groups: the kinds of units to remove. None: FFN
-    channels (`ffn`), or `experts` if the model has some. depth: number of whole layers to remove
-    first, those whose absence changes predictions least; part of `share`. None: as many as spare
-    the widths the worst. layers: remove these layers. protected_layers: stay whole. Negative layer
-    numbers count from the end. min_keep: the least share of a group that stays. align: widths are
-    multiples of it.
+    share: of all that the dense model has of `target`; met within one aligned unit per layer. to: in
+    its place, the parameters that may stay, as 0.4B. fit: in its place, the memory that the weights
+    may take, as 8GB, in the model's own dtype. context: tokens whose KV cache must fit beside them.
+    target: parameters (all, tied weights once); flops per prompt token; kv_bytes, of cache per
+    token, which needs group `kv_heads`; latency, seconds per decoded token, batch 1, on this
+    machine. prices: those seconds, as `inspect` prints them: with them a recipe plans the same
+    anywhere. None: measured. groups: the kinds of units to remove: `ffn`, `shared`, `experts` or
+    `expert_ffn`, and `kv_heads` (with their query heads) or `query_heads` (one of every KV head).
+    None: FFN channels (`ffn`), or `experts` if the model has some. depth: number of whole layers
+    to remove first, those whose absence changes predictions least; part of `share`. None: as many
+    as spare the widths the worst. layers: remove these layers and measure none; `depth` is then
+    their number. protected_layers: stay whole. Negative layer numbers count from the end.
+    min_keep: the least share of a group that stays. align: widths are multiples of it. None: 64;
+    128 from 4096 channels on.
 
     vocabulary: the number of tokens that stay, a multiple of 64, or `auto`: as many as make tokens
-    and units cost the least together; what goes is part of `share`. Group `vocabulary` is short for
-    `auto`. With `groups: []` tokens go alone. keep_text: files whose every token stays.
+    and units cost the least together; what goes is part of `share`. Group `vocabulary` is short
+    for `auto`. With `groups: []` tokens go alone. keep_text: files whose every token stays.
     keep_scripts: as [latin, cyrillic], scripts whose tokens stay.
     """
 
@@ -278,12 +293,16 @@ class Choose(Strict):
     """How to choose the units to remove. Higher score = keep.
 
     score: which units of a layer stay. obs_batch: reader columns that score `obs` removes between
-    two updates. None: by the reader's width. budget: how many units each layer keeps. widths:
-    `per_layer` if layers may differ. probe_blocks: blocks per domain on which budget `curve`
-    measures KL. domain_weighting: how domains count in a statistic. rounds: steps to the share;
-    each measures again. schedule: `linear`, or a list of the share removed after each round, rising
-    to `share`; it also sets the number of rounds. max_loss_rise: the share by which the mean held-out
-    loss may rise; the result is the last round within it.
+    two updates. None: a 48th of the reader's columns, at least 32. budget: how many units each
+    layer keeps. `uniform`: the same share of every group; `global`: one threshold over
+    standardised scores; `curve`: least predicted KL, from measured error curves and slopes.
+    widths: `per_layer` if layers may differ. None: as `budget` needs. probe_blocks: blocks per
+    domain on which budget `curve` measures KL. domain_weighting: how domains count in a statistic.
+    `energy`: divided by their output energy, times their share; `tokens`: as they are; `minimax`:
+    so that the worst domain's error falls. rounds: steps to the share; each measures and plans
+    anew. schedule: `linear`, or a list of the share removed after each round, rising to `share`;
+    it also sets the number of rounds. max_loss_rise: the share by which the mean held-out loss may
+    rise; the result is the last round within it.
     """
 
     score: str = "obs"
@@ -308,10 +327,12 @@ class Choose(Strict):
 class Repair(Strict):
     """How to repair what stays.
 
-    compensate: what refits the weights that read the units. damping: each channel's ridge, relative
-    to its own entry on the Gram matrix's diagonal. damping_factors: each group tries the damping
-    times each of these, and takes the best on held-out text. target_mix: the part of the drift
-    (dense minus pruned stream) that an MLP's reader corrects.
+    compensate: what refits the weights that read the units; `bias` is FLAP's, where the family can
+    store one. damping: each channel's ridge, relative to its own entry on the Gram matrix's
+    diagonal. With fewer than 10 tokens per channel it is at least 0.001 times what is missing to
+    10. damping_factors: each group tries the damping times each of these, and takes the best on
+    held-out text. target_mix: the part of the drift (dense minus pruned stream) that an MLP's
+    reader corrects. None: 0.5 where the family adds an MLP's output as it is.
     """
 
     compensate: CompensateName = "least_squares"
@@ -323,10 +344,11 @@ class Repair(Strict):
 class Machine(Strict):
     """Where a run computes, and in how much memory.
 
-    device: None is a GPU if torch finds one. device_budget: such as 20GB; layers are onloaded one
-    at a time if they do not all fit. memory_budget: such as 6GB, beyond interpreter and page cache;
-    weights that do not fit stay on disk. compute_dtype: None is float32 on CPUs that multiply
-    bfloat16 in software.
+    device: `cpu`, `cuda`, `cuda:1`, `mps`, ... None: a GPU if torch finds one. device_budget: such
+    as 20GB; layers are onloaded one at a time if they do not all fit. None: most of what is free.
+    memory_budget: such as 6GB, beyond interpreter and page cache; weights that do not fit stay on
+    disk. compute_dtype: `float32` computes so one layer at a time, and stores the weights as they
+    were. None: `stored`, and `float32` on CPUs that multiply bfloat16 in software.
     """
 
     device: str | None = None
@@ -339,7 +361,7 @@ class Output(Strict):
     """What to measure and write.
 
     evaluate: held-out loss before and after. keep_rounds: also a checkpoint after every other
-    round. max_shard_size: of the written safetensors files.
+    round: one run, a family of sizes. max_shard_size: of the written safetensors files.
     """
 
     evaluate: bool = True

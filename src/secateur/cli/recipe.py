@@ -62,12 +62,12 @@ def _commented(values: BaseModel, indent: str = "") -> Iterator[str]:
                 yield from _comment(f"{key}: {text}", indent)
             yield f"{indent}{name}:"
             domains: dict[str, Domain] = dict(value)
-            yield from (f"{indent}  {each}: {_flow(domain)}" for each, domain in domains.items())
+            yield from (f"{indent}  {each}: {plain_value(domain)}" for each, domain in domains.items())
         else:
             names = SCORE_NAMES if name == "score" else _choices(field.annotation)
             allowed = f"One of {', '.join(names)}." if len(names) > 1 else ""
             yield from _comment(" ".join(filter(None, [docs.get(name, ""), allowed])), indent)
-            yield f"{indent}{name}: {_flow(value)}"
+            yield f"{indent}{name}: {plain_value(value)}"
 
 
 def documented(model: type[BaseModel]) -> tuple[str, dict[str, str]]:
@@ -96,7 +96,8 @@ def _comment(text: str, indent: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=start, break_on_hyphens=False)
 
 
-def _flow(value: Any) -> str:
+def plain_value(value: Any) -> str:
+    """Return a recipe's value as YAML on one line."""
     own = isinstance(value, Domain)
     plain = value.model_dump(mode="json", exclude_unset=own) if isinstance(value, BaseModel) else value
     plain = list(plain) if isinstance(plain, tuple) else plain
