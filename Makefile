@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check slow mutants fuzz clean
+.PHONY: demo test check slow mutants fuzz docs clean
 
 demo: export HF_HUB_OFFLINE = 1
 demo: .venv/demo.installed  ## prune SmolLM2-135M by a fifth and time both, without any network after the install
@@ -28,8 +28,13 @@ mutants: .venv/dev.installed  ## change the code in 200 places and more, one at 
 fuzz: .venv/dev.installed  ## damage every kind of file that users and models bring; at most five minutes a kind
 	$(BIN)/python -W ignore tools/fuzz.py $(FUZZ)
 
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: .venv/docs.installed  ## the documentation as a site, in site/; a broken link is an error
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "built: $(CURDIR)/site/index.html; to read it: $(BIN)/mkdocs serve"
+
 clean:
-	rm -rf .venv demo-out
+	rm -rf .venv demo-out site
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -40,12 +40,11 @@ KEYS_OF_THE_RECIPE = {  # options of the command line, keys of `recipe` in Pytho
 }
 
 
-def test_names_are_sorted_there_and_those_of_the_readme():
+def test_names_are_sorted_there_and_those_of_the_docs():
     assert secateur.__all__ == sorted(secateur.__all__)
     assert all(hasattr(secateur, name) for name in secateur.__all__)
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (`\w.*?) \|", readme.split("\n## From Python\n")[1].split("\n## ")[0], flags=re.MULTILINE)
-    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == secateur.__all__
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: secateur\.(\w+)$", page, flags=re.MULTILINE)) == secateur.__all__
 
 
 @pytest.mark.parametrize("verb", VERBS[1:])
