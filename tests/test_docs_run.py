@@ -1,0 +1,286 @@
+"""README and the pages of docs do what they say.
+
+Commands run on a tiny model that bears the pages' names. What needs a GPU, several processes or minutes is parsed by
+the real command line. Recipes are parsed, Python runs, links and anchors lead somewhere. By default the commands of
+README alone run; `pytest -m slow` runs those of all pages. Pages with a test of their own: extend.md (test_extend.py),
+testing.md (test_mutants.py), families.md (model/test_docs_families.py).
+"""
+
+import ast
+import csv
+import gzip
+import importlib
+import inspect
+import json
+import re
+import shlex
+import shutil
+import tomllib
+from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from bpe_tokenizer import CORPUS, bpe_tokenizer
+from models import tiny_llama
+from run_cli import run_cli
+
+import secateur
+from secateur.cli import app
+from secateur.model.config import quiet_transformers
+from secateur.recipe import Recipe
+from secateur.recipe_file import parse_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md")}
+PAGES["README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
+ELSEWHERE = ("docs/extend.md", "docs/testing.md")  # their blocks have tests of their own
+HISTORY = ("docs/LOG.md",)  # commands as they were on the day
+GUIDES = sorted(page for page in PAGES if page not in (*ELSEWHERE, *HISTORY))
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+WORDS = "the pruned channels of a layer are read by one linear map and written by two others".split()
+DOMAINS = {"prose": {"files": ["law.txt"]}, "chat": {"files": ["chat.jsonl"]}}
+SMALL = {"num_tokens": 640, "sequence_length": 32}
+SETS = [f"--set=calibration.{key}={value}" for key, value in SMALL.items()]
+SETS += [
+    "--set=calibration.domains={prose: {files: law.txt}}",
+    "--set=remove.align=8",
+    "--set=polish.num_tokens=64",
+    "--set=polish.batch_tokens=32",
+]
+# What makes a command small: words in place of others, and options behind it.
+INSTEAD = {"32768": "448", "300000": "640"}
+BEHIND = {
+    "prune": [*SETS, "--quiet"],
+    "inspect": SETS,
+    "trim": ["--domain=prose=law.txt", "--quiet"],
+    "recover": ["--set=recover.held_out_blocks=1", "--set=recover.batch_tokens=64", "--quiet"],
+    "bench": ["--prompt-tokens=16", "--new-tokens=2", "--repeats=1"],
+}
+NOT_RUN = {"compare": "minutes", "cuda:1": "a GPU", "demo": "minutes"}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+def pages_with(language: str) -> list[str]:
+    return [page for page in GUIDES if blocks(page, language)]
+
+
+def fast_first(pages: list[str]) -> list[Any]:
+    """Return the pages as parameters, all but README slow: each prune reloads its result in a process of its own."""
+    return [page if page == "README.md" else pytest.param(page, marks=pytest.mark.slow) for page in pages]
+
+
+def inline_code(page: str) -> Iterator[str]:
+    """Yield what stands between backticks outside of blocks, on one line each."""
+    prose = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    yield from (" ".join(found.split()) for found in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose))
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Yield the commands of a shell block as words, without comments."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words: list[str] = []
+        for word in (*shlex.split(line, comments=True), "&&"):
+            if word != "&&":
+                words.append(word)
+            elif words:
+                yield words
+                words = []
+
+
+def arguments(words: list[str]) -> list[str] | None:
+    """Return what follows `secateur`, behind a launcher too; None for another program."""
+    if Path(words[0]).name == "secateur":
+        return words[1:]
+    return words[words.index("secateur") + 1 :] if words[0] in ("torchrun", "accelerate") else None
+
+
+def check_other(words: list[str]) -> None:
+    """Check that what a command names is there: targets, files and their options, extras, tests."""
+    match words:
+        case ["make", target, *_]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), words
+        case ["python" | "bash", file, *options] if "/" in file:
+            text = (ROOT / file).read_text(encoding="utf-8")
+            assert all(f'"{option}"' in text for option in options if option.startswith("--")), words
+        case ["python3", "-m", "venv", _]:
+            pass
+        case [("pytest" | "python"), *options] if "pytest" in words:
+            assert all((ROOT / option).exists() for option in options if option.endswith(".py")), words
+        case [program, "install", *what] if Path(program).name == "pip":
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            assert {name for each in what for name in re.findall(r"\[(.+)\]", each)} <= extras.keys(), words
+        case _:
+            pytest.fail(f"no test knows the command {words}")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with all that the pages name: a dense model, one that was pruned, text, a recipe."""
+    world = tmp_path_factory.mktemp("world")
+    model = world / "path" / "to" / "model"
+    with quiet_transformers():
+        tiny_llama(vocab_size=640, num_layers=6).save_pretrained(model)
+        bpe_tokenizer(vocab_size=630, corpus=[*CORPUS, " ".join(WORDS), PAGES["docs/LOG.md"][:20_000]]).save_pretrained(
+            model
+        )
+    (world / "MODEL").symlink_to(model)
+    lines = [" ".join(WORDS[start % 17 :] + WORDS[: start % 7]) + f" {start}" for start in range(600)]
+    (world / "law.txt").write_text("\n".join(lines))
+    (world / "chat.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    with gzip.open(world / "more.json.gz", "wt") as file:
+        json.dump([{"text": line} for line in lines], file)
+    with open(world / "rows.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["question"], *([line] for line in lines)])
+    recipe: dict[str, Any] = {"remove": 0.2, "calibration": {"domains": DOMAINS}}
+    (world / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(world)
+        options = BEHIND["prune"] + ["--set=output.evaluate=false"]
+        done = run_cli("prune", "path/to/model", "smaller", "--recipe", "recipe.yaml", *options)
+    assert done.status == 0, done.stderr
+    return world
+
+
+@pytest.fixture
+def inside(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(world)
+    return world
+
+
+DONE: set[tuple[str, ...]] = set()  # the same command stands on several pages
+
+
+def run_small(words: list[str]) -> None:
+    """Run `secateur WORDS`, smaller, in the world."""
+    verb, *rest = words
+    file = rest.pop() if ">" in rest else None
+    rest = [INSTEAD.get(word, word) for word in rest if word != ">"]
+    for option in ("--tasks", "--limit"):  # these need rows of questions
+        if option in rest:
+            del rest[rest.index(option) : rest.index(option) + 2]
+    if tuple(words) in DONE:
+        return
+    DONE.add(tuple(words))
+    if verb in ("prune", "trim") and not {"--overwrite", "--resume"} & set(rest):
+        shutil.rmtree(rest[1], ignore_errors=True)
+    done = run_cli(verb, *rest, *BEHIND.get(verb, []))
+    assert done.status == 0, (verb, rest, done.stderr)
+    if file:
+        Path(file).write_text(done.stdout, encoding="utf-8")
+
+
+def of_secateur(page: str) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the commands of a page's blocks, and their words behind `secateur`."""
+    for words in (words for block in blocks(page, "sh") for words in commands(block)):
+        given = arguments(words)
+        if given is not None:
+            yield words, given
+
+
+@pytest.mark.parametrize("page", pages_with("sh"))
+def test_the_commands_of_a_page_are_legal(page: str) -> None:
+    for words in (words for block in blocks(page, "sh") for words in commands(block)):
+        if arguments(words) is None:
+            check_other(words)
+    for _, (verb, *rest) in of_secateur(page):
+        COMMANDS[verb].make_context(verb, rest[: rest.index(">")] if ">" in rest else rest)
+
+
+@pytest.mark.parametrize("page", fast_first(pages_with("sh")))
+def test_the_commands_of_a_page_run(page: str, inside: Path) -> None:
+    for words, given in of_secateur(page):
+        if Path(words[0]).name == "secateur" and not NOT_RUN.keys() & set(given):
+            run_small(given)
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - set(HISTORY)))
+def test_commands_and_recipes_in_sentences_are_known(page: str) -> None:
+    for code in inline_code(page):
+        group, _, value = code.partition(": ")
+        if re.match(r"secateur [a-z]", code):
+            verb, *options = (word for word in code.split()[1:] if word != "...")
+            known = {option for parameter in COMMANDS[verb].params for option in (*parameter.opts, "--help")}
+            assert {option.partition("=")[0] for option in options if option.startswith("--")} <= known, code
+        elif re.match(r"(python|pytest|make|bash|pip) [a-z.-]", code) and "DIR" not in code:
+            check_other(shlex.split(code))
+        elif group in (*Recipe.model_fields, "preset") and re.match(r"[^A-Z]+$", value):
+            parse_recipe(yaml.safe_load(code))
+        elif re.fullmatch(r"(src|docs|tests|tools|benchmarks)/[\w./-]+\.\w+", code) and "NAME" not in code:
+            assert (ROOT / code).exists(), code
+
+
+@pytest.mark.parametrize("page", pages_with("yaml"))
+def test_recipes_are_recipes(page: str) -> None:
+    for block in blocks(page, "yaml"):
+        assert parse_recipe(yaml.safe_load(block)) != Recipe() or "preset" in block
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_python_is_legal(page: str) -> None:
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                assert all(hasattr(importlib.import_module(str(node.module)), each.name) for each in node.names)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("secateur."):
+                function = getattr(secateur, ast.unparse(node.func).removeprefix("secateur."))
+                inspect.signature(function).bind(*node.args, **{str(each.arg): each.value for each in node.keywords})
+
+
+@pytest.mark.parametrize("page", fast_first(pages_with("python")))
+def test_python_runs(page: str, inside: Path) -> None:
+    for block in blocks(page, "python"):
+        if "secateur.prune" in block:
+            shutil.rmtree("smaller")
+        small = {"calibration": {"domains": DOMAINS, **SMALL}, "polish": False}
+        text = block.replace('"remove": 0.2}', '"remove": {"share": 0.2, "align": 8}, **small}')
+        exec(text.replace(', tasks=("arc_easy",), limit=100', ""), {"small": small})
+
+
+def anchors(page: str) -> set[str]:
+    """Return the anchors of a page's headings, as mkdocs and as GitHub make them."""
+    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        plain = re.sub(r"[^\w\s-]", "", re.sub(r"\[(.+?)\]\(.+?\)", r"\1", heading)).strip().lower()
+        if "--" not in plain.replace(" ", "-"):  # where they differ
+            found.add(plain.replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_links_lead_somewhere(page: str) -> None:
+    prose = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        path, _, anchor = target.partition("#")
+        if not re.match(r"https?:", target):
+            file = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file.relative_to(ROOT).as_posix()), target
+
+
+def test_the_site_has_every_page_once() -> None:
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = re.findall(r"[\w/.-]+\.md", json.dumps(config["nav"]))
+    assert sorted(listed) == sorted({page.removeprefix("docs/") for page in PAGES} - {"README.md"} | {"index.md"})
+
+
+def test_the_readme_is_short() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 250
+
+
+def test_the_pictures_show_todays_tables() -> None:
+    spec = spec_from_file_location("pictures", ROOT / "tools" / "pictures.py")
+    assert spec is not None and spec.loader is not None
+    tool: Any = module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    for name, (measured, _) in tool.PICTURES.items():
+        picture = (ROOT / "docs" / "images" / f"{name}.svg").read_text(encoding="utf-8")
+        assert tool.digest(measured()) in picture, f"{name}: run python tools/pictures.py"
