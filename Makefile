@@ -30,7 +30,7 @@ fuzz: .venv/dev.installed  ## damage every kind of file that users and models br
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/docs.installed  ## the documentation as a site, in site/; a broken link is an error
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 	@echo "built: $(CURDIR)/site/index.html; to read it: $(BIN)/mkdocs serve"
 
 clean:

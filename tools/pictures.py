@@ -4,6 +4,7 @@ Each picture carries a digest of the numbers that it shows, by which a test noti
 """
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -47,7 +48,7 @@ def quality() -> Numbers:
     """Perplexity of methods as published, by the share of all parameters that stays."""
     found: dict[str, list[tuple[float, float]]] = {}
     for share in ("20%", "30%"):
-        for name, removed, _, draws, nats, *_ in (row for row in rows("results/published.md", f"### {share} of")[2:]):
+        for name, removed, _, draws, nats, *_ in rows("results/published.md", f"### {share} of")[2:]:
             if draws == "3" and "least squares" not in name:
                 point = (round(100 - first_number(removed), 1), round(math.exp(first_number(nats)), 2))
                 found.setdefault(name.removesuffix(", defaults"), []).append(point)
@@ -56,7 +57,7 @@ def quality() -> Numbers:
 
 
 def draw_quality(numbers: Numbers, axes: Any) -> None:
-    others, last = iter(OTHERS), 0.0
+    others, last = itertools.cycle(OTHERS), 0.0
     for name, points in sorted(numbers.items(), key=lambda each: each[1][-1][1]):
         ours = name == "secateur"
         left, perplexities = zip(*points, strict=True)
