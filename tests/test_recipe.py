@@ -8,10 +8,17 @@ import pytest
 import yaml
 
 from secateur.errors import RecipeError
-from secateur.recipe import Domain, Recipe
+from secateur.recipe import GENERAL_DOMAINS, MIXED_IN, TECHNICAL_DOMAINS, Domain, Recipe
 from secateur.recipe_file import as_recipe, dump_recipe, load_recipe, merged, parse_recipe
 
+DATA = Path(__file__).parents[1] / "docs" / "data.md"
 TOOL = Path(__file__).parents[1] / "tools" / "recipe_page.py"
+
+
+def test_the_docs_name_the_default_domains():
+    text = " ".join(DATA.read_text(encoding="utf-8").split())
+    assert f"{', '.join((*GENERAL_DOMAINS, *MIXED_IN))} where" in text
+    assert f"and {', '.join(TECHNICAL_DOMAINS)} otherwise" in text
 
 
 def test_the_page_of_the_recipe_is_what_the_schema_says():
