@@ -132,7 +132,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model
         )
     (world / "MODEL").symlink_to(model)
-    lines = [" ".join(WORDS[start % 17 :] + WORDS[: start % 7]) + f" {start}" for start in range(600)]
+    lines = [" ".join(WORDS[start % 17 :] + WORDS[: start % 7]) + f" {start}" for start in range(2600)]
     (world / "law.txt").write_text("\n".join(lines))
     (world / "chat.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
     with gzip.open(world / "more.json.gz", "wt") as file:
