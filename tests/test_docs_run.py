@@ -61,7 +61,7 @@ BEHIND = {
     "recover": ["--set=recover.held_out_blocks=1", "--set=recover.batch_tokens=64", "--quiet"],
     "bench": ["--prompt-tokens=16", "--new-tokens=2", "--repeats=1"],
 }
-NOT_RUN = {"compare": "minutes", "cuda:1": "a GPU", "demo": "minutes"}
+NOT_RUN = {"compare": "minutes", "cuda:1": "a GPU", "demo": "minutes", "--to": "a size", "--fit": "a size"}
 
 
 def blocks(page: str, language: str) -> list[str]:
