@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.data.calibration import CalibrationSet, ngram_overlap
+from secateur.data.calibration import CalibrationSet
+from secateur.data.overlap import ngram_overlap
 from secateur.facts import Size
 from secateur.formats.save import Verification, save_checkpoint, verify_reload
 from secateur.log import RunLog, versions
