@@ -3,11 +3,12 @@
 What depends on the model is None here; `pruning.resolve` fills it in, and that copy is saved.
 """
 
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from secateur.errors import RecipeError
 from secateur.plugins import SCORE_GROUP, SOURCE_GROUP, general_text, plugin_names
 
 TrainName = Literal["layers", "full", "lora"]
@@ -19,9 +20,23 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Strict(BaseModel):
-    """A frozen model that refuses unknown keys."""
+    """A frozen model that refuses unknown keys. Made by its name it raises RecipeError."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    if not TYPE_CHECKING:  # who checks types knows the fields
+
+        def __init__(self, **data: Any) -> None:
+            try:
+                super().__init__(**data)
+            except ValidationError as error:
+                from secateur.recipe_file import sentence_of  # it knows all models, and they this one
+
+                name, sentence = type(self).__name__, sentence_of(error, type(self))
+                raise RecipeError(f"{name}: {sentence.removeprefix(f'{name.lower()}: ')}") from None
+
+        # Validation of a recipe as a whole goes on without it.
+        __init__.__pydantic_base_init__ = True
 
 
 class TaskSettings(Strict):
@@ -110,13 +125,15 @@ SOURCE_NAMES = ("installed", "files", "dataset", "sampled")
 class Domain(Strict):
     """A calibration domain: exactly one source, and its share of the tokens relative to others.
 
-    installed: text in installed Python packages. files: local .txt .jsonl .json .csv .parquet files
-    (also with .gz), relative to the working directory. dataset: a `datasets` hub id, with `config`
-    and `split`. sampled: text that the dense model writes before it is pruned. Or the name of a
-    source that an installed package registers, with its value.
+    installed: text in installed Python packages. files: local tables (.jsonl .json .csv .tsv
+    .parquet), text and code (.txt .md .py ...), directories or patterns (data/**/*.md), relative to
+    the working directory. dataset: a `datasets` hub id, with `config` and `split`. sampled: text that
+    the dense model writes before it is pruned. Or the name of a source that an installed package
+    registers, with its value.
 
-    column: the text column of structured files; `messages` goes through the chat template. protect:
-    the share by which this domain's held-out loss may rise (0.05 for 5%), for budget `curve`.
+    column: of the text in tables; a list of messages goes through the chat template, and without a
+    column `text` so do the usual forms of chats (docs/recipe.md). protect: the share by which this
+    domain's held-out loss may rise (0.05 for 5%), for budget `curve`.
     """
 
     model_config = ConfigDict(extra="allow")  # sources of packages; other keys are refused below

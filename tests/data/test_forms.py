@@ -45,6 +45,7 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {
         "<system>be brief</><user>hi</>",
     ),
     "conversation of roles": ({"conversation": [*SAID[:1], {"role": "bot", "content": "ho"}]}, HI),
+    "messages as JSON": ({"messages": json.dumps(SAID)}, HI),
     "alpaca": ({"instruction": "hi", "input": "", "output": "ho"}, HI),
     "alpaca with an input": (
         {"instruction": "Add.", "input": "1 2", "output": "3"},
@@ -154,6 +155,7 @@ def test_a_mistake_of_a_template_is_no_refusal(tmp_path: Path) -> None:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no role": ({"messages": [{"content": "x"}]}, "messages must be a list of objects with role and content"),
+    "no list": ({"messages": "[{'role': 'user'}]"}, "messages must be a list of objects"),
     "content": ({"messages": [{"role": "user", "content": 3}]}, "the text must be a string, got int"),
     "answer": ({"question": "1 + 2?", "answer": 3}, "messages must be a list of objects"),
     "calls": ({"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "tool_calls must be a list of objects"),

@@ -54,17 +54,18 @@ class Chat(NamedTuple):
 
 # A row's fields that are a chat, if no column of text is asked for: a list of messages, or a prompt
 # and its answer. The first form of which no field is null counts.
+CHATS = ("messages", "conversations", "conversation")
 FORMS: tuple[tuple[str, ...], ...] = (
-    ("messages",),
-    ("conversations",),
-    ("conversation",),
+    *((name,) for name in CHATS),
     *(("instruction", "output"), ("instruction", "response")),
     *(("prompt", "completion"), ("prompt", "response"), ("prompt", "chosen")),
     *(("question", "answer"), ("question", "response"), ("query", "response")),
     ("chosen",),
 )
-# What belongs to the instruction, and what stands before the chat.
+# What belongs to the instruction, what stands before the chat, and what is said of no list of turns.
 INPUTS, SYSTEMS = ("input", "context"), ("system", "system_prompt")
+NO_MESSAGES = "messages must be a list of objects with role and content."
+# How templates call the roles of other tools.
 ROLES = {
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
@@ -85,7 +86,11 @@ def content_of(row: Any, column: str, where: str, note: Note = unheard) -> str |
     first, *answer = (row.get(each) for each in form)
     if first is None:
         raise _without(row, column, where)
+    if form[0] in CHATS:
+        first = _parsed(first)  # tables without lists hold JSON
     if not answer and not isinstance(first, list):
+        if form[0] in CHATS:
+            raise CalibrationError(f"{where}: {NO_MESSAGES}")
         return _text(first, where)
     messages = _messages(first, where, note)
     if answer:
@@ -129,7 +134,7 @@ def _messages(value: Any, where: str, note: Note, role: str = "user") -> list[di
         return [{"role": role, "content": value}]
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         return [_message(turn, where, note) for turn in value]
-    raise CalibrationError(f"{where}: messages must be a list of objects with role and content.")
+    raise CalibrationError(f"{where}: {NO_MESSAGES}")
 
 
 def _message(turn: dict[str, Any], where: str, note: Note) -> dict[str, Any]:
@@ -139,7 +144,7 @@ def _message(turn: dict[str, Any], where: str, note: Note) -> dict[str, Any]:
     role = given[0] if given[0] is not None else given[1]
     content = given[2] if given[2] is not None else given[3]
     if role is None:
-        raise CalibrationError(f"{where}: messages must be a list of objects with role and content.")
+        raise CalibrationError(f"{where}: {NO_MESSAGES}")
     calls = rest.pop("tool_calls", None) or [call for call in [rest.pop("function_call", None)] if call]
     if role == "function_call" and (found := _parsed(content)) is not content:
         calls, content = found if isinstance(found, list) else [found], None
