@@ -16,7 +16,8 @@ from secateur.recipe import Calibration, Domain
 
 # Like many templates in use: calls and tools as JSON, and tests of what a message has.
 TEMPLATE = """{% if tools %}(tools) {{ tools | tojson }}
-{% endif %}{% for message in messages %}<{{ message.role }}>{{ message.content | trim }}{% if message.tool_calls is
+{% endif %}{% for message in messages %}<{{ message.role }}{% if message.name is
+ defined %} {{ message.name }}{% endif %}>{{ message.content | trim }}{% if message.tool_calls is
  defined %}{% for call in message.tool_calls %}{{ call.function.name }}!{{ call.function.arguments | tojson
  }}{% endfor %}{% endif %}</>{% endfor %}"""
 # Like those of gemma and mistral.
@@ -64,6 +65,10 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {
     "null content with calls": (
         {"messages": [{"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "3"}]},
         CALLED,
+    ),
+    "a call alone": (
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+        '<assistant>sum!{"of": [1, 2]}</>',
     ),
     "fields that a table fills up": (
         {"messages": [{**SAID[0], "tool_calls": None, "name": None}, {**SAID[1], "tool_calls": None}]},

@@ -270,8 +270,6 @@ def file_rows(wanted: Files, order: Random) -> Iterator[Row]:
             try:
                 rows += _rows_with_text(file, wanted.column)
             except NoText as error:
-                if is_named:
-                    raise
                 problem = problem or error
                 wanted.note(EMPTY_FILES, str(file))
         if len(rows) == found:
