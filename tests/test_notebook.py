@@ -12,7 +12,7 @@ from page_checks import PageChecks
 from recipes import grouped
 
 import secateur
-from secateur.evaluation import study
+from secateur.evaluation import study_page
 from secateur.facts import TrainingRecord, Verdict
 from secateur.recipe import Choose, Remove, Strict
 from secateur.recipe_file import parse_recipe
@@ -62,8 +62,8 @@ def test_the_line_says_what_matters(shown):
     assert line.removeprefix("<Result") == repr(summary).removeprefix("<Summary")
     assert re.search(r" against \S+llama: perplexity [\d.]+ to [\d.]+>$", repr(shown["evaluate"]))
     assert "times as fast" in repr(shown["bench"]) and "50.0% of the lost log-perplexity" in repr(shown["recover"])
-    assert f"<Comparison: {study.verdict(list(shown['compare'].cells))}>" == repr(shown["compare"])
-    assert "at 20% removed ours is best (9.49" in repr(shown["compare"])
+    assert f"<Comparison: {study_page.verdict(list(shown['compare'].cells))}>" == repr(shown["compare"])
+    assert "at 20% removed ours has the lowest (9.49)" in repr(shown["compare"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -32,11 +32,9 @@ class Strict(BaseModel):
             except ValidationError as error:
                 from secateur.recipe_file import sentence_of  # it knows all models, and they this one
 
-                name, sentence = type(self).__name__, sentence_of(error, type(self))
-                raise RecipeError(f"{name}: {sentence.removeprefix(f'{name.lower()}: ')}") from None
+                raise RecipeError(sentence_of(error, type(self))) from None
 
-        # Validation of a recipe as a whole goes on without it.
-        __init__.__pydantic_base_init__ = True
+        __init__.__pydantic_base_init__ = True  # a recipe as a whole is validated without it
 
 
 class TaskSettings(Strict):

@@ -56,7 +56,7 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {sentence_of(error)}") from None
+        raise RecipeError(f"{where}: {_sentence(error)}") from None
 
 
 def _check_names(data: dict[str, Any], where: str, above: str = "") -> None:
@@ -132,8 +132,13 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
-def sentence_of(error: ValidationError, model: type[BaseModel] = Recipe) -> str:
-    """Return what is wrong in one sentence. `model`: of the recipe, or of the part that was made."""
+def sentence_of(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return what is wrong with a recipe, or a part of it, that was made by its name."""
+    name = model.__name__
+    return f"{name}: {_sentence(error, model).removeprefix(f'{name.lower()}: ')}"
+
+
+def _sentence(error: ValidationError, model: type[BaseModel] = Recipe) -> str:
     errors = error.errors()
     # A wrong list for a key that takes a name or a list is not a wrong name.
     first = next((e for e in errors if e["type"] != "literal_error" or isinstance(e["input"], str)), errors[0])
