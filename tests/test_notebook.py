@@ -23,7 +23,11 @@ from secateur.report.page import Shown
 @pytest.fixture(scope="module")
 def shown(checkpoints, recipe, texts, tmp_path_factory) -> dict[str, Any]:
     """A result of every kind, on domains with names that mean harm."""
-    domains = {HOSTILE: {"files": [str(texts["prose"])]}, "code": {"files": [str(texts["code"])]}}
+    folder = tmp_path_factory.mktemp("rows")
+    lines = texts["code"].read_text(encoding="utf-8").splitlines()
+    rows = [{"text": "\n".join(lines[at : at + 3])} for at in range(0, len(lines), 3)] + [{"text": None}] * len(lines)
+    (folder / "code.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    domains = {HOSTILE: {"files": [str(texts["prose"])]}, "code": {"files": [str(folder)]}}
     keys = grouped({**recipe, "calibration": {**recipe["calibration"], "domains": domains}})
     dense, out = checkpoints["llama"], tmp_path_factory.mktemp("shown") / "result"
     pruned = secateur.prune(dense, keys, out=out)
@@ -112,6 +116,13 @@ def test_a_frame_without_pandas_is_one_sentence(shown, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(secateur.RecipeError, match=r"^to_frame: needs pandas; run pip install pandas\.$"):
         shown["prune"].to_frame()
+
+
+def test_what_was_left_out_of_the_text_is_said_in_results(shown):
+    for notes in (shown["summary"].warnings, shown["evaluate"].notes):
+        (note,) = (note for note in notes if "left out" in note)
+        assert re.fullmatch(r"domain 'code': rows left out, since they hold no text: [1-9]\d*\.", note)
+        assert note.removeprefix("domain 'code'") in shown["prune"]._repr_html_()
 
 
 def test_the_records_of_before_have_the_same_json(shown):

@@ -52,9 +52,7 @@ def chat_text(
     return text
 
 
-def _rendered(
-    messages: list[dict[str, Any]], tokenizer: Tokenizer, where: str, tools: list[dict[str, Any]] | None
-) -> str:
+def _rendered(messages: list[dict[str, Any]], tokenizer: Tokenizer, where: str, tools: Any) -> str:
     from jinja2 import TemplateError
 
     raised = (

@@ -231,7 +231,7 @@ def documents(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, no
     key, value = domain.source
     if key == "dataset":
         value = HubDataset(value, domain.config, domain.split)
-    if key == "files":
+    elif key == "files":
         value = Files(value, domain.column, note)
     read = look_up(SOURCE_GROUP, key, SOURCES, callable, "a function of a value and a random order", OTHER_KEYS)
     problem: NoText | None = None
