@@ -6,6 +6,7 @@ Other packages register a `Score` or an `Exporter` (docs/extend.md). What needs 
 first use, so that the command line's help does not wait for it.
 """
 
+import importlib.metadata
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from secateur.errors import (
     RecipeError,
     SecateurError,
 )
+from secateur.log import bars
 from secateur.recipe import Calibration, Domain, Recipe
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ __all__ = [
     "Result",
     "Score",
     "SecateurError",
+    "bars",
     "bench",
     "compare",
     "evaluate",
@@ -67,6 +70,13 @@ _MODULES = {
     "methods.scores": ("Score",),
     "model.checkpoint": ("load",),
 }
+
+
+__version__ = importlib.metadata.version("secateur")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,26 @@ def silent(stage: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
+def bars() -> Progress:
+    """Return a listener that draws a bar per stage, in Jupyter as a widget: `progress=secateur.bars()`."""
+    from tqdm.auto import tqdm
+
+    drawn: dict[str, tqdm] = {}
+
+    def listen(stage: str, done: int, total: int) -> None:
+        if stage not in drawn:
+            if done >= total:
+                return
+            drawn[stage] = tqdm(total=total, desc=stage)
+        bar = drawn[stage]
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total:  # the stage may come again
+            drawn.pop(stage).close()
+
+    return listen
+
+
 LOG_FILE = "run.jsonl"
 
 

@@ -3,11 +3,12 @@
 What depends on the model is None here; `pruning.resolve` fills it in, and that copy is saved.
 """
 
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from secateur.errors import RecipeError
 from secateur.plugins import SCORE_GROUP, SOURCE_GROUP, general_text, plugin_names
 
 TrainName = Literal["layers", "full", "lora"]
@@ -19,9 +20,21 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Strict(BaseModel):
-    """A frozen model that refuses unknown keys."""
+    """A frozen model that refuses unknown keys. Made by its name it raises RecipeError."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    if not TYPE_CHECKING:  # who checks types knows the fields
+
+        def __init__(self, **data: Any) -> None:
+            try:
+                super().__init__(**data)
+            except ValidationError as error:
+                from secateur.recipe_file import sentence_of  # it knows all models, and they this one
+
+                raise RecipeError(sentence_of(error, type(self))) from None
+
+        __init__.__pydantic_base_init__ = True  # a recipe as a whole is validated without it
 
 
 class TaskSettings(Strict):
@@ -116,13 +129,15 @@ class Domain(Strict):
 
     A source is one of the first four keys, or the name of one that an installed package registers.
 
-    installed: text in installed Python packages. files: local .txt .jsonl .json .csv .parquet
-    files (also with .gz), relative to the working directory. dataset: a `datasets` hub id, with
-    `config` and `split`. sampled: text that the dense model writes before it is pruned.
+    installed: text in installed Python packages. files: local tables (.jsonl .json .csv .tsv
+    .parquet), text and code (.txt .md .py ...), directories or patterns (data/**/*.md), relative to
+    the working directory. dataset: a `datasets` hub id, with `config` and `split`. sampled: text
+    that the dense model writes before it is pruned.
 
-    config, split: of a `dataset`. column: the text column of structured files; `messages` goes
-    through the chat template. share: of the tokens, relative to the other domains. protect:
-    the share by which this domain's held-out loss may rise (0.05 for 5%), for budget `curve`.
+    config, split: of a `dataset`. column: of the text in tables; a list of messages goes through the
+    chat template, and without a column `text` so do the usual forms of chats (docs/data.md). share:
+    of the tokens, relative to the other domains. protect: the share by which this domain's held-out
+    loss may rise (0.05 for 5%), for budget `curve`.
     """
 
     model_config = ConfigDict(extra="allow")  # sources of packages; other keys are refused below

@@ -132,22 +132,30 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
-def _sentence(error: ValidationError) -> str:
+def sentence_of(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return what is wrong with a recipe, or a part of it, that was made by its name."""
+    name = model.__name__
+    return f"{name}: {_sentence(error, model).removeprefix(f'{name.lower()}: ')}"
+
+
+def _sentence(error: ValidationError, model: type[BaseModel] = Recipe) -> str:
     errors = error.errors()
     # A wrong list for a key that takes a name or a list is not a wrong name.
     first = next((e for e in errors if e["type"] != "literal_error" or isinstance(e["input"], str)), errors[0])
     location = [part for part in map(str, first["loc"]) if not part.startswith(("literal[", "tuple["))]
-    key = ".".join(location) or "recipe"
+    key = ".".join(location) or model.__name__.lower()
     kind, got = first["type"], first.get("input")
+    if kind == "extra_forbidden" and key == "preset":
+        return f"preset: belongs to a mapping; where a recipe is asked for, give {{'preset': {got!r}, ...}}."
     if kind == "extra_forbidden":
-        allowed = _allowed_keys(location[:-1])
+        allowed = _allowed_keys(location[:-1], model)
         return f"unknown key '{key}'; {advice(location[-1], allowed, one_of(allowed))}"
     if kind == "literal_error":
         allowed = first.get("ctx", {}).get("expected", "")
         names = allowed.replace("'", "").replace(" or ", ", ").split(", ")
         return f"unknown {key} '{got}'; allowed: {', '.join(names)}; {advice(str(got), names)}"
     message = "must be a list" if kind == "tuple_type" else first["msg"].removeprefix("Value error, ")
-    if key == "remove.share":
+    if key == "remove.share" or (model is Remove and key == "share"):
         shown = "NaN" if isinstance(got, float) and math.isnan(got) else got
         message = "the share of total parameters to remove must be a number above 0 and below 1"
         return f"remove: {message}, got {shown}."
@@ -156,9 +164,8 @@ def _sentence(error: ValidationError) -> str:
     return f"{key}: {message}, got {got!r}."
 
 
-def _allowed_keys(location: list[str]) -> list[str]:
-    """Return the keys that may stand at a place of the recipe."""
-    model: type[BaseModel] = Recipe
+def _allowed_keys(location: list[str], model: type[BaseModel]) -> list[str]:
+    """Return the keys that may stand at a place of the recipe, or of its part."""
     for name in location:
         if name in model.model_fields:  # else it is the name of a domain
             annotation = model.model_fields[name].annotation

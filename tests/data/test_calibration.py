@@ -14,9 +14,9 @@ from secateur.data.calibration import (
     DomainBlocks,
     build_calibration,
     content_hash,
-    ngram_overlap,
     rotated,
 )
+from secateur.data.overlap import ngram_overlap
 from secateur.errors import CalibrationError
 from secateur.recipe import Calibration, Domain
 

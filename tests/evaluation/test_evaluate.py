@@ -121,7 +121,7 @@ def test_bits_per_byte_by_hand(checkpoints):
 def test_named_domains_give_the_blocks_asked_for(texts):
     domains = {"prose": Domain(files=(str(texts["prose"]),)), "code": Domain(files=(str(texts["code"]),))}
     for num_blocks in (1, 7, 10, 11):
-        blocks = named_blocks(domains, num_blocks, 24, tiny_tokenizer(), silent)
+        blocks, _ = named_blocks(domains, num_blocks, 24, tiny_tokenizer(), silent)
         assert {name: tuple(each.shape) for name, each in blocks.items()} == dict.fromkeys(domains, (num_blocks, 24))
         assert len({tuple(ids) for ids in blocks["prose"].tolist()}) == num_blocks
 

@@ -57,7 +57,7 @@ def test_losses_are_nats_per_dense_token_of_the_same_bytes(pair, domains, tmp_pa
         pair.pruned, pair.dense, domains=domains, num_blocks=NUM_BLOCKS, sequence_length=LENGTH, out=tmp_path
     )
     dense, pruned = pair.models()
-    blocks = named_blocks(domains, NUM_BLOCKS, LENGTH, pair.tokenizer, silent)["prose"]
+    blocks = named_blocks(domains, NUM_BLOCKS, LENGTH, pair.tokenizer, silent)[0]["prose"]
     dense_blocks = [pair.in_dense_tokens(ids_T) for ids_T in blocks]
     counts = [len(ids_T) - 1 for ids_T in dense_blocks]
     assert len(set(counts)) > 1 and max(counts) < LENGTH - 1

@@ -89,7 +89,8 @@ def test_a_directory_that_does_not_say_its_text_is_an_error(recipe, tmp_path):
 
 
 def test_blocks_of_named_text_differ_and_come_from_all_of_it(texts):
-    (blocks,) = named_blocks({"prose": Domain(files=(str(texts["prose"]),))}, 11, 24, TOKENIZER, silent).values()
+    found, _ = named_blocks({"prose": Domain(files=(str(texts["prose"]),))}, 11, 24, TOKENIZER, silent)
+    (blocks,) = found.values()
     assert blocks.shape == (11, 24) and len({tuple(ids) for ids in blocks.tolist()}) == 11
 
 

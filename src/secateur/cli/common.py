@@ -329,7 +329,7 @@ def parse_domains(texts: list[str]) -> dict[str, dict[str, Any]]:
 def _of_file(text: str) -> dict[str, Any]:
     """Return the source of FILE or FILE:COLUMN; a file whose name has a colon is found first."""
     file, colon, column = text.rpartition(":")
-    if not (file and colon and column) or "/" in column or Path(text).exists():
+    if not (file and colon and column) or "/" in column or Path(text).expanduser().exists():
         return {"files": [text]}
     return {"files": [file], "column": column}
 

@@ -18,33 +18,12 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from secateur.data.forms import Note, Notes, unheard
 from secateur.data.sources import DomainText, documents
 from secateur.errors import CalibrationError, NumericsError
-from secateur.facts import NGRAM_TOKENS
 from secateur.log import Progress, silent
 from secateur.model.checkpoint import Tokenizer, eval_mode
 from secateur.model.modules import CausalLM
-
-
-def ngram_overlap(
-    calibration_NT: dict[str, Tensor], evaluation_NT: dict[str, Tensor], num_tokens: int = NGRAM_TOKENS
-) -> dict[str, float | None]:
-    """Return, per evaluation domain, the share of its n-grams that occur in any calibration block.
-
-    Repeats count. None if no evaluation block has `num_tokens` tokens.
-    """
-    wanted = {ngram for blocks in evaluation_NT.values() for ngram in _ngrams(blocks, num_tokens)}
-    seen = {ngram for blocks in calibration_NT.values() for ngram in _ngrams(blocks, num_tokens) if ngram in wanted}
-    found = {domain: [n in seen for n in _ngrams(blocks, num_tokens)] for domain, blocks in evaluation_NT.items()}
-    return {domain: sum(hits) / len(hits) if hits else None for domain, hits in found.items()}
-
-
-def _ngrams(blocks_NT: Int64[Tensor, "N T"], num_tokens: int) -> Iterator[bytes]:
-    for ids_T in blocks_NT.cpu().numpy().astype("<i4"):
-        data = ids_T.tobytes()
-        for start in range(0, len(data) - 4 * num_tokens + 1, 4):
-            yield data[start : start + 4 * num_tokens]
-
 
 CALIBRATION_BLOCKS_PER_HELD_OUT = 9
 # Slightly above the average for English code and prose.
@@ -86,13 +65,15 @@ class DomainBlocks:
 class CalibrationSet:
     """All domains' blocks. `content_hash`: see the function of that name.
 
-    `num_rounds`: over how many rounds the calibration blocks rotate; 1 without rotation.
+    `num_rounds`: over how many rounds the calibration blocks rotate; 1 without rotation. `notes`:
+    sentences on what was left out of the text.
     """
 
     domains: tuple[DomainBlocks, ...]
     sequence_length: int
     content_hash: str
     num_rounds: int = 1
+    notes: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -138,6 +119,7 @@ def build_calibration(
     eos = tokenizer.eos_token_id
     assert eos is None or isinstance(eos, int)
     blocks, num_done = [], 0
+    notes = Notes()
     progress("calibration", 0, num_total)
     for name, domain in calibration.domains.items():
         sizes = (num_rounds * num_blocks[name], num_held_out[name])
@@ -147,12 +129,12 @@ def build_calibration(
             )
             parts = calibration_NT, held_out_NT, None
         else:
-            pieces = partial(_pieces, name, domain, tokenizer, seed, length)
+            pieces = partial(_pieces, name, domain, tokenizer, seed, length, notes.of(name))
             parts = _parts(pieces, name, (*sizes, -(-num_judged_tokens // length)), length, eos, num_rounds)
         blocks.append(DomainBlocks(name, shares[name], *parts))
         num_done += sum(sizes)
         progress("calibration", num_done, num_total)
-    return CalibrationSet(tuple(blocks), length, content_hash(blocks), num_rounds)
+    return CalibrationSet(tuple(blocks), length, content_hash(blocks), num_rounds, notes.sentences())
 
 
 # Tokens of a domain beyond these hardly move what is counted.
@@ -215,10 +197,12 @@ def rotated(calibration: CalibrationSet, round_index: int) -> CalibrationSet:
     return replace(calibration, domains=domains, num_rounds=1)
 
 
-def _pieces(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, length: int) -> Iterator[_Turns]:
+def _pieces(
+    name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, length: int, note: Note = unheard
+) -> Iterator[_Turns]:
     """Yield the domain's documents, each as the ids of its pieces."""
     order = Random(f"{seed}:{name}:lines")
-    for text in _once(documents(name, domain, tokenizer, seed)):
+    for text in _once(documents(name, domain, tokenizer, seed, note)):
         yield _turns(text, tokenizer, length, order)
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from secateur.data.forms import Note, NoText, unheard
 from secateur.errors import CalibrationError
 from secateur.model.checkpoint import Tokenizer
 
@@ -19,16 +20,41 @@ MAX_STEPS = 10_000_000
 MAX_PRODUCT = 10_000_000
 
 
-def chat_text(messages: Any, tokenizer: Tokenizer, where: str) -> str:
-    """Return the chat as the template writes it. Raises CalibrationError, naming `where`."""
-    from jinja2 import TemplateError
+REFUSED = "chats left out, since the chat template refuses them"
+SYSTEM = "chats whose system message stands in the first user's, since the chat template refuses it"
 
-    if not isinstance(messages, list) or not all(isinstance(each, dict) and "role" in each for each in messages):
-        raise CalibrationError(f"{where}: messages must be a list of objects with role and content.")
+
+def chat_text(
+    messages: list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    where: str,
+    tools: list[dict[str, Any]] | None = None,
+    note: Note = unheard,
+) -> str:
+    """Return the chat as the template writes it.
+
+    Where the template refuses a system message, its text comes before that of the first user. Raises
+    NoText if the template refuses the chat all the same, CalibrationError for other errors.
+    """
     if tokenizer.chat_template is None:
         raise CalibrationError(
-            f"{where}: a chat, but the tokenizer has no chat template; give rows with a text column."
+            f"{where}: a chat, but the tokenizer has no chat template; set `column` to one that holds text."
         )
+    try:
+        return _rendered(messages, tokenizer, where, tools)
+    except NoText:
+        if [each["role"] for each in messages[:2]] != ["system", "user"]:
+            raise
+        system, user, *rest = messages
+        joined = {**user, "content": f"{system['content']}\n\n{user['content']}"}
+        text = _rendered([joined, *rest], tokenizer, where, tools)
+    note(SYSTEM, where)
+    return text
+
+
+def _rendered(messages: list[dict[str, Any]], tokenizer: Tokenizer, where: str, tools: Any) -> str:
+    from jinja2 import TemplateError
+
     raised = (
         TemplateError,
         ArithmeticError,
@@ -41,10 +67,13 @@ def chat_text(messages: Any, tokenizer: Tokenizer, where: str) -> str:
     )
     try:
         with _bounded_products(), _bounded_steps():
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+            return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
     except (*raised, MemoryError) as error:  # a program may raise any of these
         reason = f"{error}" or type(error).__name__
-        raise CalibrationError(f"{where}: the tokenizer's chat template refuses it ({reason}); correct it.") from None
+        sentence = f"{where}: the tokenizer's chat template refuses it ({reason}); correct it."
+        if type(error) is TemplateError:  # by its own `raise_exception`, which says what it does not take
+            raise NoText(sentence, REFUSED) from None
+        raise CalibrationError(sentence) from None
 
 
 @contextmanager

@@ -154,7 +154,8 @@ def _judged_on(shared: _Shared, seed: int) -> Judged:
     model = shared.dense.load() if samples else None
     drawn = calibration_text(opened, resolve(opened), shared.progress, model, shared.num_blocks)
     others, length = shared.study.evaluation.others, drawn.sequence_length
-    unseen = named_blocks(others, shared.num_blocks, length, tokenizer_of(opened), shared.progress) if others else {}
+    asked = (shared.num_blocks, length, tokenizer_of(opened), shared.progress)
+    unseen = named_blocks(others, *asked)[0] if others else {}
     return Judged({domain.name: domain.held_out_NT[: shared.num_blocks] for domain in drawn.domains}, unseen)
 
 

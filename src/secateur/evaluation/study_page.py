@@ -14,7 +14,7 @@ import yaml
 from secateur.evaluation.study import Foreseen, Study
 from secateur.files import staged_file
 from secateur.report.measured import Comparison, FoundCell
-from secateur.report.page import Page, Section, Table, render
+from secateur.report.page import Page, Section, Table, View, render, view
 from secateur.report.plots import Series, Text, dot_plot
 from secateur.report.rows import escaped, human_seconds, markdown
 
@@ -91,6 +91,25 @@ def foreseen_table(question: str, foreseen: Iterable[Foreseen]) -> Table:
         rows.append((each.method, f"{each.ratio:.0%}", str(each.num_draws), human_seconds(each.seconds)))
     rows.append(("all, without reading text, judging and tasks", "", "", human_seconds(total)))
     return Table(question, ("method", "asked", "draws", "time of a draw"), rows)
+
+
+@view.register
+def _(comparison: Comparison) -> View:
+    found = list(comparison.cells)
+    rows = [
+        {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed, "remove_reached": cell.remove_reached}
+        | {"seconds": cell.seconds, "perplexity": cell.perplexity}
+        | {f"nats_per_token {name}": nats for name, nats in (cell.nats_per_token | cell.others).items()}
+        | {f"{task} {metric}": score for task, of in cell.tasks.items() for metric, score in of.items()}
+        for cell in found
+    ]
+    by_ratio = [row for row in rows_of(found) if row.ratio]
+    first = [row for row in by_ratio if row.ratio == by_ratio[0].ratio]
+
+    def picture(name: str) -> str:
+        return _plot(first[0].ratio, first, name)
+
+    return View(verdict(found), [overview("", found)], rows, picture if first else None)
 
 
 def verdict(found: list[FoundCell]) -> str:
@@ -215,7 +234,7 @@ def _score(cell: FoundCell, task: str) -> float:
     return next((numbers[metric] for metric in TASK_METRICS if metric in numbers), math.nan)
 
 
-def _plot(ratio: float, rows: list[Row]) -> str:
+def _plot(ratio: float, rows: list[Row], name: str = "") -> str:
     best = min(_mean(row, _perplexity) for row in rows)
     shown = [row for row in rows if _mean(row, _perplexity) < MOST_TIMES_BEST * best]
     hidden = [row.method for row in rows if row not in shown]
@@ -225,7 +244,7 @@ def _plot(ratio: float, rows: list[Row]) -> str:
     spreads = [_spread(row, _perplexity) for row in shown]
     means = [_mean(row, _perplexity) for row in shown]
     series = Series("mean and spread over seeds", "pruned", means, [(spread, spread) for spread in spreads])
-    text = Text(f"removed-{round(100 * ratio)}", f"Perplexity with {ratio:.0%} removed", description)
+    text = Text(name or f"removed-{round(100 * ratio)}", f"Perplexity with {ratio:.0%} removed", description)
     return dot_plot(text, [row.method for row in shown], [series], f"perplexity, {ratio:.0%} of parameters removed")
 
 

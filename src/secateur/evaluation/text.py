@@ -52,8 +52,9 @@ def recipe_blocks(
     blocks = {domain.name: domain.held_out_NT for domain in built.domains if not domain.held_out_NT.is_meta}
     sampled = ", ".join(domain.name for domain in built.domains if domain.name not in blocks)
     if sampled:
-        return blocks, (f"text sampled from the dense model is left out ({sampled}), and so its hash is not compared.",)
-    return blocks, _changes(directory, built)
+        note = f"text sampled from the dense model is left out ({sampled}), and so its hash is not compared."
+        return blocks, (*built.notes, note)
+    return blocks, (*built.notes, *_changes(directory, built))
 
 
 def named_blocks(
@@ -62,14 +63,17 @@ def named_blocks(
     sequence_length: int,
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress,
-) -> dict[str, Tensor]:
-    """Return `num_blocks` blocks per domain. Raises CalibrationError for missing text."""
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return `num_blocks` blocks per domain, and notes on what was left out.
+
+    Raises CalibrationError for missing text.
+    """
     calibration = Calibration(domains=domains, sequence_length=sequence_length)
     # A calibration set holds one block in ten out; here all serve evaluation.
     num_calibration = math.ceil(num_blocks * 0.9)
     built = build_calibration(calibration, num_calibration * len(domains) * sequence_length, tokenizer, SEED, progress)
     drawn = {domain.name: torch.cat([domain.held_out_NT, domain.calibration_NT]) for domain in built.domains}
-    return {name: blocks_NT[:num_blocks] for name, blocks_NT in drawn.items()}
+    return {name: blocks_NT[:num_blocks] for name, blocks_NT in drawn.items()}, built.notes
 
 
 def measure_quality(

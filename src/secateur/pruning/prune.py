@@ -133,10 +133,13 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placemen
     judged = JUDGED_TOKENS if resolved.recipe.output.evaluate else 0
     with log.time("calibration"):
         text = from_first(partial(calibration_text, opened, resolved, services.progress, num_judged_tokens=judged))
+    if is_first():
+        for sentence in text.notes:
+            services.tell(sentence)
     with log.time("load"):
         services.progress("load", 0, 1)
         opened, notes = loaded(opened, on_disk=plan.weights_on_disk)
-        resolved = replace(resolved, warnings=resolved.warnings + notes + _notes(opened, plan))
+        resolved = replace(resolved, warnings=resolved.warnings + text.notes + notes + _notes(opened, plan))
         check_same_run(opened.model, resolved.recipe)
         placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
         services.progress("load", 1, 1)

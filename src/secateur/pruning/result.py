@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.data.calibration import CalibrationSet, ngram_overlap
+from secateur.data.calibration import CalibrationSet
+from secateur.data.overlap import ngram_overlap
 from secateur.facts import Size
 from secateur.formats.save import Verification, save_checkpoint, verify_reload
 from secateur.log import RunLog, versions
@@ -23,6 +24,7 @@ from secateur.pruning.resolve import Resolved
 from secateur.pruning.run import Keeps, Run
 from secateur.recipe import Recipe
 from secateur.recipe_file import dump_recipe
+from secateur.report.page import Shown, View, view
 from secateur.report.records import CalibrationFacts, Summary
 from secateur.report.report import complete, missing_plots
 from secateur.report.rows import human_bytes, human_seconds, model_card
@@ -88,8 +90,8 @@ VERIFY_TOKENS = 64
 LARGEST_CONDITION = 2.0**20
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+@dataclass(frozen=True, slots=True, repr=False)
+class Result(Shown):
     """A pruned model. `keeps`: by (layer, group), the original indices of the kept units, sorted.
 
     `layers`: the dense layers that stayed; layer n of the result, and of `keeps`, was `layers[n]`.
@@ -102,6 +104,11 @@ class Result:
     layers: tuple[int, ...]
     summary: Summary
     out: Path | None = None
+
+
+@view.register
+def _(result: Result) -> View:
+    return view(result.summary)
 
 
 def save_and_prove(run: Run, checkpoint: PrunedCheckpoint, keeps: Keeps) -> Verification:

@@ -93,6 +93,8 @@ def prepare(
     if candidates.trim is not None:
         text_of = f"{len(candidates.trim.kept.dense_ids):,} of its {candidates.trim.kept.num_dense:,} tokens"
         log.write({"event": "note", "text": f"recover: the teacher predicts {text_of}, those that the model has."})
+    for sentence in text.notes:
+        log.write({"event": "note", "text": sentence})
     with log.time("judge"):
         judge = Judge(dense, candidates.teacher_arch, text.held_out_NT, progress)
     pruned = candidates.load_pruned()

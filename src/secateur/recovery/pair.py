@@ -117,12 +117,16 @@ Block = tuple[str, Int64[Tensor, " T"]]
 
 @dataclass(frozen=True, slots=True)
 class RecoveryText:
-    """`blocks`: to train on, in order. `held_out_NT`: by domain. `content_hash`: of all text."""
+    """`blocks`: to train on, in order. `held_out_NT`: by domain. `content_hash`: of all text.
+
+    `notes`: sentences on what was left out of it.
+    """
 
     blocks: tuple[Block, ...]
     held_out_NT: dict[str, Int64[Tensor, "M T"]]
     sequence_length: int
     content_hash: str
+    notes: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -159,6 +163,7 @@ def recovery_text(
         {domain.name: domain.held_out_NT[: settings.held_out_blocks] for domain in built.domains},
         length,
         built.content_hash,
+        built.notes,
     )
 
 

@@ -19,6 +19,7 @@ from secateur.facts import (
     mean_nats,
     won_back,
 )
+from secateur.report.page import Shown
 
 EVALUATION_FILE, BENCH_FILE, RECOVERY_FILE = "evaluation.json", "bench.json", "recovery.json"
 
@@ -126,8 +127,8 @@ class Differences:
     tasks: dict[str, dict[str, TaskChange]] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation(Record):
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Evaluation(Shown, Record):
     """`evaluation.json`. `pruned`: the evaluated model. `kl`: KL(dense || pruned) by domain.
 
     `model`, `against`: names of the two. Without `against`: no `dense`, `kl` and `differences`.
@@ -218,8 +219,8 @@ class SpeedUp:
     share_of_ideal: float
 
 
-@dataclass(frozen=True, slots=True)
-class BenchResult(Record):
+@dataclass(frozen=True, slots=True, repr=False)
+class BenchResult(Shown, Record):
     """`bench.json`. `dense`, `prefill` and `decode` are None without a dense model.
 
     `notes`: sentences on what the figures do not say.
@@ -274,8 +275,8 @@ class FoundCell:
         return math.exp(statistics.mean(self.others.values()))
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison(Record):
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Shown, Record):
     """`results.json`: all cells of a study's grid, the dense model's first in each seed."""
 
     cells: tuple[FoundCell, ...]
@@ -313,8 +314,8 @@ class TaskScores:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RecoveryRecord(Trained, Record):
+@dataclass(frozen=True, slots=True, repr=False)
+class RecoveryRecord(Shown, Trained, Record):
     """`recovery.json`. `before`: the pruned model as it came; every KL is to the dense model.
 
     `calibration`, `settings`: the domains and the recipe's part on recovery that were used.

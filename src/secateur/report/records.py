@@ -19,6 +19,7 @@ from secateur.report.measured import (
     PolishRecord,
     RecoveryRecord,
 )
+from secateur.report.page import Shown
 
 RESULT_FILE, RECIPE_FILE, PAGE_FILE = "result.json", "recipe.yaml", "report.html"
 
@@ -133,8 +134,8 @@ class InspectedVocabulary:
     problem: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Inspection(Record):
+@dataclass(frozen=True, slots=True, repr=False)
+class Inspection(Shown, Record):
     """A model's structure and the outcome of a recipe's `remove`.
 
     `remove_asked`, `largest_remove`: shares of what the recipe's target counts, see `outcome`;
@@ -214,8 +215,8 @@ class VocabularyFacts:
     sample_nats: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
 
 
-@dataclass(frozen=True, slots=True)
-class Summary(Record):
+@dataclass(frozen=True, slots=True, repr=False)
+class Summary(Shown, Record):
     """Everything that a run reports in numbers.
 
     `remove_asked`: a share of what the recipe's target counts, see `outcome`; `remove_reached`: of

@@ -176,6 +176,12 @@ def overlap_cell(share: float | None) -> str:
 
 def inspection_table(inspection: Inspection) -> Group:
     """Return what `secateur inspect` shows."""
+    # Without column rules a 70B model's numbers fit 80 characters.
+    return terminal([inspected_groups(inspection)], _inspection_notes(inspection), SIMPLE_HEAD)
+
+
+def inspected_groups(inspection: Inspection) -> Table:
+    """Return what goes, by kind of group."""
     size, rows = inspection.size, []
     for group in inspection.groups:
         numbers = (group.num_layers, group.num_units, group.num_keep, group.params_per_unit, group.num_params)
@@ -183,8 +189,7 @@ def inspection_table(inspection: Inspection) -> Group:
         rows.append((f"{group.name} ({group.unit})", *(f"{number:,}" for number in numbers), share))
     caption = f"{inspection.model}: family {inspection.family}, {size.num_params:,} parameters, {inspection.dtype}"
     header = ("group (unit)", "layers", "units", "after", "per unit", "parameters", "share")
-    # Without column rules a 70B model's numbers fit 80 characters.
-    return terminal([Table(caption, header, rows)], _inspection_notes(inspection), SIMPLE_HEAD)
+    return Table(caption, header, rows)
 
 
 def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:

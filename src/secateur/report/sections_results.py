@@ -1,17 +1,23 @@
-"""A report's sections on the result: quality, polish, speed, evaluation, recovery; dense and pruned."""
+"""A report's sections on the result: quality, polish, speed, evaluation, recovery; dense and pruned.
 
+Also what notebooks show of records, see `page.Shown`.
+"""
+
+import dataclasses
 import math
 import shlex
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
-from secateur.facts import Trained, mean_kl, won_back
+from secateur.facts import Loss, Trained, mean_kl, won_back
 from secateur.report import rows_measured
-from secateur.report.measured import PLOTTED_METRICS, BenchResult, Scores
-from secateur.report.page import KeyFigure, Section, Table
+from secateur.report.measured import PLOTTED_METRICS, BenchResult, Evaluation, Quality, RecoveryRecord, Scores
+from secateur.report.page import KeyFigure, Section, Table, View, view
 from secateur.report.plots import Series, Text, dot_plot, line_plot
-from secateur.report.records import ResultFiles, TrainingStep
-from secateur.report.rows import figure_rows, loss_rows
+from secateur.report.records import Inspection, ResultFiles, Summary, TrainingStep
+from secateur.report.rows import caveats, figure_rows, inspected_groups, loss_rows, quality_and_size, verdict
 from secateur.report.rows_vocabulary import of_dense
 
 SpeedFigures = tuple[str, float, float, float]
@@ -25,11 +31,6 @@ def quality(files: ResultFiles) -> Section:
     if not by_name:
         return Section("quality", title, ("Not measured: the recipe says evaluate: false.",))
     domains = list(summary.dense_losses)
-    series = []
-    for name, losses in by_name.items():
-        values = [losses[domain].nats_per_token for domain in domains]
-        errors = [losses[domain].standard_error for domain in domains]
-        series.append(Series(name, name, values, list(zip(errors, errors, strict=True))))
     dense, pruned = summary.dense_losses, summary.pruned_losses
     rises = {domain: pruned[domain].nats_per_token - dense[domain].nats_per_token for domain in domains}
     worst = max(domains, key=rises.__getitem__)
@@ -39,10 +40,20 @@ def quality(files: ResultFiles) -> Section:
         f"{rises[worst]:+.3f} on {worst}. Bars and ± are one standard error over blocks of "
         f"{summary.calibration.sequence_length} tokens.",
     )
-    described = Text("quality-plot", "Held-out loss by domain", f"{text[0]} The table has every number.")
+    plot = _losses_plot("quality-plot", f"{text[0]} The table has every number.", by_name, unit)
     rows = list(loss_rows(summary))
     table = Table(f"{unit.capitalize()} ± standard error (perplexity)", ("domain", *by_name), rows)
-    return Section("quality", title, text, (dot_plot(described, domains, series, unit),), (table,))
+    return Section("quality", title, text, (plot,), (table,))
+
+
+def _losses_plot(name: str, about: str, models: Mapping[str, Mapping[str, Loss | Quality]], unit: str) -> str:
+    """Return nats per token with standard errors. `models`: by name, by domain."""
+    (domains, *_), series = models.values(), []
+    for label, losses in models.items():
+        errors = [losses[domain].standard_error for domain in domains]
+        values = [losses[domain].nats_per_token for domain in domains]
+        series.append(Series(label, label, values, list(zip(errors, errors, strict=True))))
+    return dot_plot(Text(name, "Held-out loss by domain", about), list(domains), series, unit)
 
 
 def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
@@ -64,7 +75,11 @@ def speed(files: ResultFiles) -> Section:
     sizes = Table("Size", ("", "dense", "pruned"), list(figure_rows(summary)))
     if bench is not None and bench.dense is not None:
         return Section(
-            "speed", title, (_how_timed(bench),), (_speed_up_plot(bench),), (*rows_measured.bench_tables(bench), sizes)
+            "speed",
+            title,
+            (_how_timed(bench),),
+            (_speed_up_plot(bench, "speed-plot"),),
+            (*rows_measured.bench_tables(bench), sizes),
         )
     command = f"secateur bench DIR --against {shlex.quote(summary.model)}"
     text = f"{command} times both models in turns and adds the ideal speed-up, peak memory and cache size."
@@ -80,7 +95,7 @@ def _how_timed(bench: BenchResult) -> str:
     )
 
 
-def _speed_up_plot(bench: BenchResult) -> str:
+def _speed_up_plot(bench: BenchResult, name: str) -> str:
     ups = bench.speed_ups
     measured = [up.measured for up in ups.values()]
     reach = [(each.median - each.lowest, each.highest - each.median) for each in measured]
@@ -88,7 +103,7 @@ def _speed_up_plot(bench: BenchResult) -> str:
         Series("measured", "pruned", [each.median for each in measured], reach),
         Series("ideal", "ideal", [up.ideal for up in ups.values()]),
     ]
-    described = Text("speed-plot", "Speed-up, measured and ideal", "The table has the numbers.")
+    described = Text(name, "Speed-up, measured and ideal", "The table has the numbers.")
     return dot_plot(described, list(ups), series, "times the dense speed", reference=1.0)
 
 
@@ -179,7 +194,14 @@ def _training(
     name: str = "recovered",
 ) -> Section:
     table = rows_measured.verdict_table(record, "Held-out nats per token, KL to the dense model", name)
-    described = Text(f"{key}-plot", "Held-out KL by domain", "KL to the dense model, as in the table.")
+    plots = [_kl_plot(record, f"{key}-plot")]
+    if steps:
+        plots.append(_curve(f"{key}-loss-plot", steps, mean_kl(record.before)))
+    return Section(key, title, text, tuple(plots), (table, _steps(steps)))
+
+
+def _kl_plot(record: Trained, name: str) -> str:
+    described = Text(name, "Held-out KL by domain", "KL to the dense model, as in the table.")
     series = [
         Series(
             label,
@@ -189,10 +211,7 @@ def _training(
         )
         for label, look, verdicts in (("before", "before", record.before), ("after", "pruned", record.after))
     ]
-    plots = [dot_plot(described, list(record.before), series, "KL to the dense model, nats per token")]
-    if steps:
-        plots.append(_curve(f"{key}-loss-plot", steps, mean_kl(record.before)))
-    return Section(key, title, text, tuple(plots), (table, _steps(steps)))
+    return dot_plot(described, list(record.before), series, "KL to the dense model, nats per token")
 
 
 def recovery_figures(files: ResultFiles) -> list[KeyFigure]:
@@ -223,3 +242,90 @@ def _thinned(steps: Sequence[TrainingStep]) -> list[TrainingStep]:
     size = -(-len(steps) // CURVE_POINTS)
     parts = [steps[start : start + size] for start in range(0, len(steps), size)] if steps else []
     return [TrainingStep(part[-1].step, part[-1].tokens, sum(s.loss for s in part) / len(part)) for part in parts]
+
+
+AS_IN_TABLE = "As in the table; bars are one standard error over blocks."
+
+
+@view.register
+def _(summary: Summary) -> View:
+    rows = [
+        {
+            "domain": domain,
+            "dense_nats_per_token": dense.nats_per_token,
+            "dense_standard_error": dense.standard_error,
+            "pruned_nats_per_token": summary.pruned_losses[domain].nats_per_token,
+            "pruned_standard_error": summary.pruned_losses[domain].standard_error,
+            "num_tokens": dense.num_tokens,
+        }
+        for domain, dense in summary.dense_losses.items()
+    ]
+    by_name, unit = summary.losses_by_name(), f"nats per token{of_dense(summary)}"
+    picture = partial(_losses_plot, about=AS_IN_TABLE, models=by_name, unit=unit) if by_name else None
+    title = f"{summary.model}: {verdict(summary)}"
+    return View(title, [quality_and_size(summary)], rows, picture, caveats(summary))
+
+
+@view.register
+def _(inspection: Inspection) -> View:
+    def picture(name: str) -> str:
+        before = [group.num_params / 1e6 for group in inspection.groups]
+        after = [each * group.num_keep / group.num_units for each, group in zip(before, inspection.groups, strict=True)]
+        described = Text(name, "Parameters of what can go", "Before and after the run, as in the table.")
+        series = [Series("before", "dense", before), Series("after", "pruned", after)]
+        return dot_plot(described, [group.name for group in inspection.groups], series, "million parameters")
+
+    table = inspected_groups(inspection)
+    rows = [dataclasses.asdict(group) for group in inspection.groups]
+    share = f"a run would remove {inspection.remove_reached:.1%} of all parameters"
+    return View(f"{table.caption}; {share}", [table], rows, picture if rows else None, inspection.warnings)
+
+
+@view.register
+def _(evaluation: Evaluation) -> View:
+    rows = []
+    for name, measured in evaluation.models.items():
+        named = measured.domains | ({"WikiText-2": measured.wikitext2} if measured.wikitext2 is not None else {})
+        for on, found in named.items():
+            rows.append((name, on, "nats_per_token", found.nats_per_token, found.standard_error))
+            rows.append((name, on, "bits_per_byte", found.bits_per_byte, None))
+        scores = ((task, metric, score) for task, of in measured.scores.items() for metric, score in of.items())
+        rows += [(name, task, metric, score.value, score.error) for task, metric, score in scores]
+    rows += [("pruned", on, "kl", kl.mean, kl.standard_error) for on, kl in (evaluation.kl or {}).items()]
+    columns = ("model", "on", "measure", "value", "standard_error")
+    by_name = {name: measured.domains for name, measured in evaluation.models.items() if measured.domains}
+    means = [math.exp(statistics.mean(each.nats_per_token for each in of.values())) for of in by_name.values()]
+    title = evaluation.model + ("" if evaluation.against is None else f" against {evaluation.against}")
+    if means:
+        title += f": perplexity {' to '.join(f'{mean:.2f}' for mean in means)}"
+    picture = partial(_losses_plot, about=AS_IN_TABLE, models=by_name, unit="nats per token") if by_name else None
+    tables = [*rows_measured.text_tables(evaluation), rows_measured.task_table(evaluation)]
+    return View(title, tables, [dict(zip(columns, row, strict=True)) for row in rows], picture, evaluation.notes)
+
+
+@view.register
+def _(bench: BenchResult) -> View:
+    rows = [
+        {"model": name, "num_params": each.size.num_params, "num_bytes": each.size.num_bytes}
+        | {"peak_bytes": each.peak_bytes}
+        | {key: value for key, value in dataclasses.asdict(each.speed).items() if not isinstance(value, tuple)}
+        for name, each in bench.models.items()
+    ]
+    ups = [f"{phase} {up.measured.median:.2f} times as fast" for phase, up in bench.speed_ups.items()]
+    speed = bench.pruned.speed
+    alone = f"{speed.prefill_tokens_per_second:,.1f} tokens/s prefill, {speed.decode_tokens_per_second:,.1f} decode"
+    picture = partial(_speed_up_plot, bench) if ups else None
+    title = f"{bench.pruned.model}: {' and '.join(ups) or alone}"
+    return View(title, rows_measured.bench_tables(bench), rows, picture, bench.notes)
+
+
+@view.register
+def _(record: RecoveryRecord) -> View:
+    models = {"dense": record.dense, "pruned": record.before, "recovered": record.after}
+    rows = [
+        {"model": name, "domain": domain, **dataclasses.asdict(verdict)}
+        for name, verdicts in models.items()
+        for domain, verdict in verdicts.items()
+    ]
+    tables = [rows_measured.verdict_table(record), rows_measured.recovery_task_table(record)]
+    return View(rows_measured.recovery_headline(record), tables, rows, partial(_kl_plot, record), record.notes)

@@ -1,0 +1,190 @@
+"""Rows as people have them, a text or a chat in one of several forms, as one thing each.
+
+In: a row and the column asked for. Out: its text, or a `Chat` that the tokenizer's template takes. A
+row without either raises NoText, which is counted where other rows hold some.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from secateur.errors import CalibrationError, advice
+from secateur.files import json_of
+
+# Gets what happened to a row or file, in words such as these, and where that is.
+Note = Callable[[str, str], None]
+
+NULL = "rows left out, since they hold no text"
+PARTS = "chats read without their parts that are no text, such as images"
+
+
+def unheard(what: str, where: str) -> None:
+    """Note nothing."""
+
+
+class Notes:
+    """What was noted of each domain's rows and files. One that is read twice counts once."""
+
+    def __init__(self) -> None:
+        self._places: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+
+    def of(self, domain: str) -> Note:
+        """Return where to note what happens in a domain."""
+        return lambda what, where: self._places[domain, what].add(where)
+
+    def sentences(self) -> tuple[str, ...]:
+        """Return a sentence per domain and thing that happened, with its count."""
+        return tuple(f"domain '{name}': {what}: {len(found):,}." for (name, what), found in self._places.items())
+
+
+class NoText(CalibrationError):
+    """A row or a file holds no text that can be used. `what`: how notes count it."""
+
+    def __init__(self, sentence: str, what: str = NULL) -> None:
+        super().__init__(sentence)
+        self.what = what
+
+
+class Chat(NamedTuple):
+    """What a chat template takes. `tools`: as JSON schemas of functions, or None."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+
+# A row's fields that are a chat, if no column of text is asked for: a list of messages, or a prompt
+# and its answer. The first form of which no field is null counts.
+CHATS = ("messages", "conversations", "conversation")
+FORMS: tuple[tuple[str, ...], ...] = (
+    *((name,) for name in CHATS),
+    *(("instruction", "output"), ("instruction", "response")),
+    *(("prompt", "completion"), ("prompt", "response"), ("prompt", "chosen")),
+    *(("question", "answer"), ("question", "response"), ("query", "response")),
+    ("chosen",),
+)
+# What belongs to the instruction, what stands before the chat, and what is said of no list of turns.
+INPUTS, SYSTEMS = ("input", "context"), ("system", "system_prompt")
+NO_MESSAGES = "messages must be a list of objects with role and content."
+# How templates call the roles of other tools.
+ROLES = {
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("function", "observation", "function_response", "tool_response"), "tool"),
+}
+
+
+def content_of(row: Any, column: str, where: str, note: Note = unheard) -> str | Chat:
+    """Return a row's text or chat; with the column `text` a chat is found by its fields, see `FORMS`.
+
+    Raises NoText if it holds neither, CalibrationError, naming `where`, if it is not what it should.
+    """
+    if not isinstance(row, dict):
+        return _text(row, where)
+    form = (column,)
+    if row.get(column) is None and column == "text":
+        form = next((fields for fields in FORMS if all(row.get(each) is not None for each in fields)), form)
+    first, *answer = (row.get(each) for each in form)
+    if first is None:
+        raise _without(row, column, where)
+    if form[0] in CHATS:
+        first = _parsed(first)  # tables without lists hold JSON
+    if not answer and not isinstance(first, list):
+        if form[0] in CHATS:
+            raise CalibrationError(f"{where}: {NO_MESSAGES}")
+        return _text(first, where)
+    messages = _messages(first, where, note)
+    if answer:
+        messages = _pair(row, messages, _messages(answer[0], where, note, "assistant"))
+    system = next((row[name] for name in SYSTEMS if row.get(name)), None)
+    if system is not None and messages and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": _text(system, where)}, *messages]
+    if not any(each["content"] or each.get("tool_calls") for each in messages):
+        raise NoText(f"{where}: its messages hold no text.")
+    return Chat(messages, _tools(row.get("tools"), where))
+
+
+def _text(value: Any, where: str) -> str:
+    if value is None:
+        raise NoText(f"{where}: it is null.")
+    if not isinstance(value, str):
+        raise CalibrationError(f"{where}: the text must be a string, got {type(value).__name__}.")
+    return value
+
+
+def _without(row: dict[Any, Any], column: str, where: str) -> NoText:
+    columns = [str(name) for name in row if name]
+    there = f"there are: {', '.join(columns) or 'none'}"
+    if column in row or any(all(name in row for name in form) for form in FORMS if column == "text"):
+        return NoText(f"{where}: its text is null; {there}; set `column` to one that holds text.")
+    return NoText(f"{where}: no column '{column}'; {there}; {advice(column, columns, 'set `column` to one of them.')}")
+
+
+def _pair(row: dict[Any, Any], prompt: list[dict[str, Any]], answer: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if answer and answer[0]["role"] != "assistant":  # a whole chat, which begins with the prompt
+        return answer
+    more = next((row[name] for name in INPUTS if isinstance(row.get(name), str) and row[name].strip()), None)
+    if more is not None and prompt and "instruction" in row:
+        prompt[-1]["content"] += f"\n\n{more}"
+    return prompt + answer
+
+
+def _messages(value: Any, where: str, note: Note, role: str = "user") -> list[dict[str, Any]]:
+    """Return a list of turns, or a text of the given role, as messages."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        return [_message(turn, where, note) for turn in value]
+    raise CalibrationError(f"{where}: {NO_MESSAGES}")
+
+
+def _message(turn: dict[str, Any], where: str, note: Note) -> dict[str, Any]:
+    """Return a turn with a role that templates know, its content as text, and its calls as objects."""
+    rest = {key: value for key, value in turn.items() if value is not None}  # tables fill fields up with null
+    given = [rest.pop(key, None) for key in ("role", "from", "content", "value")]
+    role = given[0] if given[0] is not None else given[1]
+    content = given[2] if given[2] is not None else given[3]
+    if role is None:
+        raise CalibrationError(f"{where}: {NO_MESSAGES}")
+    calls = rest.pop("tool_calls", None) or [call for call in [rest.pop("function_call", None)] if call]
+    if role == "function_call" and (found := _parsed(content)) is not content:
+        calls, content = found if isinstance(found, list) else [found], None
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise CalibrationError(f"{where}: tool_calls must be a list of objects with a function.")
+    message = {"role": ROLES.get(str(role).lower(), role), "content": _joined(content, where, note), **rest}
+    return {**message, "tool_calls": [_call(call) for call in calls]} if calls else message
+
+
+def _joined(content: Any, where: str, note: Note) -> str:
+    """Return a message's content as text; parts of other kinds are left out and noted."""
+    if not isinstance(content, list):
+        return "" if content is None else _text(content, where)
+    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        note(PARTS, where)
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a call as templates read it: a function with its arguments as an object, not as JSON."""
+    inner = call.get("function")
+    rest, function = (call, inner) if isinstance(inner, dict) else ({}, call)
+    function = {key: _parsed(value) if key == "arguments" else value for key, value in function.items()}
+    return {"type": "function", **rest, "function": function}
+
+
+def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
+    tools = _parsed(value) or None
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise CalibrationError(f"{where}: tools must be a list of objects.")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _parsed(value: Any) -> Any:
+    """Return what a text of JSON says, if it is an object or a list; else the value."""
+    try:
+        found = json_of(value) if isinstance(value, str) else None
+    except ValueError:  # a text as any other
+        return value
+    return found if isinstance(found, dict | list) else value
