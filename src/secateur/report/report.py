@@ -13,7 +13,7 @@ from secateur.report.digests import write_summary
 from secateur.report.page import KeyFigure, Page, Section, render
 from secateur.report.records import PAGE_FILE, ResultFiles, Summary, read_result
 from secateur.report.rows import caveats, human_bytes, verdict
-from secateur.report.rows_vocabulary import vocabulary
+from secateur.report.vocabulary import vocabulary
 
 OF_WIDTHS = (run.widths, run.scores, run.compensation, run.rounds)
 SECTIONS = (

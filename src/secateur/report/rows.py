@@ -11,7 +11,7 @@ from rich.console import Group
 from secateur.facts import NGRAM_TOKENS, geometric_mean_perplexity
 from secateur.report.page import Table
 from secateur.report.records import Inspection, Summary
-from secateur.report.rows_vocabulary import of_dense, vocabulary_cell, vocabulary_notes, vocabulary_row, who_suffers
+from secateur.report.vocabulary import of_dense, vocabulary_cell, vocabulary_notes, vocabulary_row, who_suffers
 
 # Warn of a larger share of common n-grams.
 MUCH_OVERLAP = 0.1

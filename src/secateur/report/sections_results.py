@@ -12,7 +12,7 @@ from secateur.report.page import KeyFigure, Section, Table
 from secateur.report.plots import Series, Text, dot_plot, line_plot
 from secateur.report.records import ResultFiles, TrainingStep
 from secateur.report.rows import figure_rows, loss_rows
-from secateur.report.rows_vocabulary import of_dense
+from secateur.report.vocabulary import of_dense
 
 SpeedFigures = tuple[str, float, float, float]
 CURVE_POINTS = 60
