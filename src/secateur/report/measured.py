@@ -131,6 +131,7 @@ class Evaluation(Record):
     """`evaluation.json`. `pruned`: the evaluated model. `kl`: KL(dense || pruned) by domain.
 
     `model`, `against`: names of the two. Without `against`: no `dense`, `kl` and `differences`.
+    `dense_fingerprint`: None in older files too.
     """
 
     model: str
@@ -142,6 +143,7 @@ class Evaluation(Record):
     kl: dict[str, Divergence] | None = None
     differences: Differences | None = None
     versions: dict[str, str]
+    dense_fingerprint: str | None = None
 
     @property
     def models(self) -> dict[str, Measured]:
@@ -222,7 +224,7 @@ class SpeedUp:
 class BenchResult(Record):
     """`bench.json`. `dense`, `prefill` and `decode` are None without a dense model.
 
-    `notes`: sentences on what the figures do not say.
+    `notes`: sentences on what the figures do not say. `dense_fingerprint`: None in older files too.
     """
 
     settings: BenchSettings
@@ -234,6 +236,7 @@ class BenchResult(Record):
     decode: SpeedUp | None
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
+    dense_fingerprint: str | None = None
 
     @property
     def models(self) -> dict[str, ModelFigures]:

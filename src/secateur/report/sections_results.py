@@ -63,9 +63,8 @@ def speed(files: ResultFiles) -> Section:
     summary, bench, title = files.summary, files.bench, "Speed and memory"
     sizes = Table("Size", ("", "dense", "pruned"), list(figure_rows(summary)))
     if bench is not None and bench.dense is not None:
-        return Section(
-            "speed", title, (_how_timed(bench),), (_speed_up_plot(bench),), (*rows_measured.bench_tables(bench), sizes)
-        )
+        tables = (*rows_measured.bench_tables(bench), sizes)
+        return Section("speed", title, (_how_timed(bench), *bench.notes), (_speed_up_plot(bench),), tables)
     command = f"secateur bench DIR --against {shlex.quote(summary.model)}"
     text = f"{command} times both models in turns and adds the ideal speed-up, peak memory and cache size."
     return Section("speed", title, (text,), (), (sizes,))
