@@ -30,6 +30,7 @@ from secateur.report.digests import write_summary
 from secateur.report.measured import BENCH_FILE, EVALUATION_FILE, RECOVERY_FILE
 from secateur.report.records import PAGE_FILE, RECIPE_FILE, ResultFiles, read_result, read_summary
 from secateur.report.report import missing_plots, write_report
+from secateur.report.rows import escaped
 
 CARD = "README.md"
 # Files that name places of this machine; what is read is rewritten, the page is made again.
@@ -79,44 +80,40 @@ def push(
     _check_id("push", repo)
     if base_model is not None:
         _check_id("--base-model", base_model)
+        if os.path.isdir(base_model):
+            raise RecipeError(f"--base-model {base_model}: is a directory here; give the model's name on the hub.")
     directory = Path(result)
     files = read_result(directory)
     if not dry_run:
         _check_access()
-    data = card_data(
-        *(files.summary, files.recipe),
-        recovery=files.recovery,
-        evaluation=files.evaluation,
-        base_model=base_model,
-        name=repo.split("/")[1],
-    )
+    summary, recipe, given = files.summary, files.recipe, {"base_model": base_model, "name": repo.split("/")[1]}
+    data = card_data(summary, recipe, recovery=files.recovery, evaluation=files.evaluation, **given)
+    notes = tuple(unknown(data, summary))
     with tempfile.TemporaryDirectory(prefix="secateur-push-") as scratch:
         stage = Path(scratch)
         _stage(directory, stage, files)
         card = (stage / CARD).read_text(encoding="utf-8") if (stage / CARD).is_file() else ""
+        for note in set(unknown(card_data(summary, recipe), summary)) - set(notes):
+            card = card.replace(f"- note: {escaped(note)}\n", "")
         (stage / CARD).unlink(missing_ok=True)
-        (stage / CARD).write_text(
-            with_metadata(without_places(card, files.summary, files.recipe), data), encoding="utf-8"
-        )
+        (stage / CARD).write_text(with_metadata(without_places(card, summary, recipe), data), encoding="utf-8")
         _digest_again(directory, stage)
         sizes = {path.relative_to(stage).as_posix(): path.stat().st_size for path in sorted(stage.rglob("*"))}
         sent = {name: size for name, size in sizes.items() if not (stage / name).is_dir()}
         progress("push", 0, 1)
         url = None if dry_run else _upload(stage, repo, public=public)
         progress("push", 1, 1)
-    return Pushed(repo, not public, url, sent, data.to_dict(), tuple(unknown(data, files.summary)))
+    return Pushed(repo, not public, url, sent, data.to_dict(), notes)
 
 
 def _check_id(option: str, hub_id: str) -> None:
-    """Raise RecipeError unless it is OWNER/NAME, and no directory of this machine."""
     try:
         validate_repo_id(hub_id)
         valid = hub_id.count("/") == 1
     except HFValidationError:
         valid = False
-    if not valid or os.path.isdir(hub_id):
-        got = "is a directory here" if valid else "is no name on the hub"
-        raise RecipeError(f"{option} {hub_id}: {got}; give OWNER/NAME, such as Qwen/Qwen2.5-0.5B.")
+    if not valid:
+        raise RecipeError(f"{option} {hub_id}: is no name on the hub; give OWNER/NAME, such as Qwen/Qwen2.5-0.5B.")
 
 
 def _check_access() -> None:

@@ -100,7 +100,7 @@ def without_places(text: str, summary: Summary, recipe: Recipe | None) -> str:
         named += domain.files or ()
     if os.path.exists(summary.model):  # else it may be a hub id
         named.append(summary.model)
-    for path in sorted((each for each in named if "/" in each), key=len, reverse=True):
+    for path in (each for each in named if "/" in each):
         text = PurePath(path).name.join(re.split(rf"(?<![\w/]){re.escape(path)}", text))
     return without_paths(text)
 
@@ -144,9 +144,12 @@ def _calibrated_on(summary: Summary, recipe: Recipe | None) -> Iterator[str]:
         yield f"- {escaped(f'{name}: {num_tokens:,} tokens{source}')}"
     losses = ((name, summary.pruned_losses[name], loss) for name, loss in summary.dense_losses.items())
     ratios = sorted(((pruned.perplexity / dense.perplexity, name) for name, pruned, dense in losses), reverse=True)
-    worst = ", ".join(f"{name} ({ratio:.2f} times the dense model's perplexity)" for ratio, name in ratios[:NUM_WORST])
+    lost = [f"{name} ({ratio:.2f} times the dense model's perplexity)" for ratio, name in ratios if ratio > 1]
+    worst = ", ".join(lost[:NUM_WORST])
     other = "Text of other kinds, and other languages, were not measured, and can have lost much more."
-    yield from ("", escaped(f"It lost most on {worst}. {other}" if worst else f"Losses were not measured. {other}"))
+    none = "No measured domain lost." if ratios else "Losses were not measured."
+    said = f"It lost most on {worst}." if worst else none
+    yield from ("", escaped(f"{said} {other}"))
 
 
 def source_text(domain: Domain) -> str:
