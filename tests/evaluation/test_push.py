@@ -89,7 +89,7 @@ def test_the_card_says_what_it_is_bad_at_and_on_which_text_it_was_calibrated(pla
         name: loss.perplexity / summary.dense_losses[name].perplexity for name, loss in summary.pruned_losses.items()
     }
     worst = max(ratios, key=lambda name: ratios[name])
-    assert f"It lost most on {worst} ({ratios[worst]:.2f} times the dense model's perplexity), " in text
+    assert f"It lost most on {worst} ({ratios[worst]:.2f} times the dense model's perplexity)" in text
     assert f"- prose: {summary.calibration.num_tokens['prose']:,} tokens (prose.txt)" in text
     assert "hub id of the dense model is not known" in text and "licence" not in text
 
