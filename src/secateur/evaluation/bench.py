@@ -84,7 +84,7 @@ def bench(
     checkpoints = [open_checkpoint(reference) for reference in (model, against) if reference is not None]
     notes, dense_fingerprint = (), None
     if against is not None:
-        notes = check_dense(*checkpoints, "--against", other=other_dense)
+        notes = check_dense(checkpoints[0], checkpoints[1], "--against", other=other_dense)
         dense_fingerprint = identity(checkpoints[1])
     for checkpoint in checkpoints:
         _check_model(checkpoint, workload, settings)

@@ -82,15 +82,17 @@ def _results(
     if recovery is not None:
         losses = {domain: judged.perplexity for domain, judged in recovery.after.items()}
         scores = scores or (recovery.tasks.recovered if recovery.tasks else {})
-    task = {"task_type": "text-generation", "task_name": "Text Generation"}
+    task: dict[str, Any] = {"task_type": "text-generation", "task_name": "Text Generation"}
     for domain, perplexity in losses.items():
         dataset = domains[domain].dataset if domain in domains else None
-        where = {"dataset_type": dataset or domain, "dataset_name": f"{domain}, held out", "dataset_config": domain}
-        yield EvalResult(**task, **where, metric_type="perplexity", metric_value=round(perplexity, 3))
+        where = task | {"dataset_type": dataset or domain, "dataset_name": f"{domain}, held out"}
+        where |= {"dataset_config": domain}
+        yield EvalResult(**where, metric_type="perplexity", metric_value=round(perplexity, 3))
     for name, by_metric in scores.items():
+        where = task | {"dataset_type": name, "dataset_name": name}
         for metric, score in by_metric.items():
-            kind, where = metric.split(",")[0], {"dataset_type": name, "dataset_name": name}
-            yield EvalResult(**task, **where, metric_type=kind, metric_name=metric, metric_value=round(score.value, 4))
+            value = round(score.value, 4)
+            yield EvalResult(**where, metric_type=metric.split(",")[0], metric_name=metric, metric_value=value)
 
 
 def without_places(text: str, summary: Summary, recipe: Recipe | None) -> str:
