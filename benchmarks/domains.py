@@ -23,13 +23,13 @@ from cost import measure_memory, round_seconds
 from secateur.data.calibration import build_calibration
 from secateur.formats.save import save_checkpoint
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.plugins import TECHNICAL
 from secateur.pruning.open import open_model, tokenizer_of
 from secateur.pruning.resolve import checked, resolve
-from secateur.recipe import TECHNICAL_DOMAINS
 from secateur.recipe_file import parse_recipe
 
 LENGTH = 512
-SEVEN = (*TECHNICAL_DOMAINS, "legal", "dialogue")
+SEVEN = (*TECHNICAL, "legal", "dialogue")
 EIGHT = {name: {"installed": name} for name in SEVEN} | {"more code": {"installed": "code"}}
 SETS = {"one": {"code": {"installed": "code"}}, "eight": EIGHT}
 MAX_RATIO = 1.1

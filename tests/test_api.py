@@ -30,7 +30,7 @@ def small(recipe):
     return {**recipe, "evaluate": False}
 
 
-VERBS = ("prune", "inspect", "evaluate", "bench", "recover", "export", "verify", "compare")
+VERBS = ("prune", "inspect", "evaluate", "bench", "recover", "export", "push", "verify", "compare")
 KEYS_OF_THE_RECIPE = {  # options of the command line, keys of `recipe` in Python
     "prune": "remove to fit context preset domains vocabulary keep_text keep_script polish groups budget align rounds "
     "seed memory_budget device set",

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from secateur.errors import RecipeError
-from secateur.recipe import GENERAL_DOMAINS, MIXED_IN, TECHNICAL_DOMAINS, Domain, Recipe
+from secateur.plugins import MIXED_IN, PROSE, TECHNICAL
+from secateur.recipe import Domain, Recipe
 from secateur.recipe_file import as_recipe, dump_recipe, load_recipe, merged, parse_recipe
 
 DATA = Path(__file__).parents[1] / "docs" / "data.md"
@@ -17,8 +18,8 @@ TOOL = Path(__file__).parents[1] / "tools" / "recipe_page.py"
 
 def test_the_docs_name_the_default_domains():
     text = " ".join(DATA.read_text(encoding="utf-8").split())
-    assert f"{', '.join((*GENERAL_DOMAINS, *MIXED_IN))} where" in text
-    assert f"and {', '.join(TECHNICAL_DOMAINS)} and what the model writes itself otherwise" in text
+    assert f"{', '.join((*PROSE, "dialogue", *MIXED_IN))} where" in text
+    assert f"and {', '.join(TECHNICAL)} and what the model writes itself otherwise" in text
 
 
 def test_the_page_of_the_recipe_is_what_the_schema_says():

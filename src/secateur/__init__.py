@@ -1,9 +1,9 @@
 """secateur makes large language models smaller and writes ordinary Hugging Face checkpoints.
 
 The command line's verbs are functions here: `prune`, `inspect`, `evaluate`, `bench`, `recover`,
-`export`, `verify` and `compare`; `load` opens what they wrote. The errors are those that a user can correct.
-Other packages register a `Score` or an `Exporter` (docs/extend.md). What needs torch is imported on
-first use, so that the command line's help does not wait for it.
+`export`, `push`, `verify` and `compare`; `load` opens what they wrote. The errors are those that a
+user can correct. Other packages register a `Score` or an `Exporter` (docs/extend.md). What needs
+torch is imported on first use, so that the command line's help does not wait for it.
 """
 
 import importlib.metadata
@@ -23,7 +23,7 @@ from secateur.log import bars
 from secateur.recipe import Calibration, Domain, Recipe
 
 if TYPE_CHECKING:
-    from secateur.api import Result, prune, recover
+    from secateur.api import Result, prune, push, recover
     from secateur.evaluation.bench import bench
     from secateur.evaluation.compare import compare
     from secateur.evaluation.evaluate import evaluate
@@ -55,12 +55,13 @@ __all__ = [
     "inspect",
     "load",
     "prune",
+    "push",
     "recover",
     "verify",
 ]
 
 _MODULES = {
-    "api": ("Result", "prune", "recover"),
+    "api": ("Result", "prune", "push", "recover"),
     "evaluation.bench": ("bench",),
     "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate",),

@@ -1,4 +1,7 @@
-"""`prune`: a run, followed by recovery if the recipe asks for it. `recover`: that alone, with tasks."""
+"""`prune`: a run, followed by recovery if the recipe asks for it. `recover`: that alone, with tasks.
+
+`push`: the result to the hub.
+"""
 
 import dataclasses
 import shutil
@@ -9,6 +12,7 @@ from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.evaluation.parts import recovered_scores
+from secateur.evaluation.push import push
 from secateur.evaluation.tasks import TaskOptions, load_tasks
 from secateur.files import check_replaceable
 from secateur.log import Progress, silent
@@ -24,7 +28,7 @@ from secateur.report.measured import RecoveryRecord
 from secateur.report.records import read_summary
 from secateur.store import place_beside
 
-__all__ = ["Result", "prune", "recover"]
+__all__ = ["Result", "prune", "push", "recover"]
 
 
 @joined()
@@ -110,6 +114,7 @@ def recover(
     out: str | Path,
     tokens: int | None = None,
     overwrite: bool = False,
+    other_dense: bool = False,
     command: str = "",
     name: str | None = None,
     tasks_data: Path | None = None,
@@ -121,6 +126,7 @@ def recover(
     `recipe`: changes to the recipe.yaml of `pruned`, as keys or a YAML file. Its key `recover` says
     how to train, on how many tokens, and which tasks are asked before and after.
     `tokens`: to train on, all domains together. `overwrite`: replace `out` if it is a result.
+    `other_dense`: the teacher is meant to be another model than `pruned` was pruned from.
     `command`: how to repeat the run, for the model card. `name`: what to call `pruned`.
     `tasks_data`: a directory where rows of tasks are looked for first. `progress`: called with
     (stage, done, total). `tell`: gets lines of text, at every evaluation and of interrupted runs.
@@ -141,5 +147,5 @@ def recover(
         return None if tasks is None else partial(recovered_scores, tasks, options)
 
     options: dict[str, Any] = {"tokens": tokens, "overwrite": overwrite, "command": command, "name": name}
-    options |= {"scorer": scorer, "progress": progress, "tell": tell}
+    options |= {"scorer": scorer, "other_dense": other_dense, "progress": progress, "tell": tell}
     return recovery.recover(pruned, teacher, recipe, out=out, **options)

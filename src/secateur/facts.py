@@ -59,6 +59,28 @@ class Size:
         return cls(sum(count for count, _ in counts), sum(count * size for count, size in counts))
 
 
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Ancestor:
+    """A model that a result was pruned from, as `result.json` names it.
+
+    `name`: its hub id, or the last part of its path. `fingerprint`: see `model.identity`; None for a
+    model in memory, or where an older version pruned it. The rest is as its own model card says, None
+    or empty where that is not known. `license_link`: a URL, or a file that results carry along.
+    """
+
+    name: str
+    fingerprint: str | None
+    num_params: int
+    hub_id: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    languages: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Loss:
     """Mean negative log-likelihood of tokens 2..T of a block. The standard error is over blocks."""
@@ -167,6 +189,11 @@ class Verdict:
     nats_per_token: float
     top1_agreement: float
     num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token)."""
+        return math.exp(self.nats_per_token)
 
 
 Verdicts = dict[str, Verdict]

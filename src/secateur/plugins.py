@@ -26,6 +26,9 @@ GENERAL_TEXT = {
     "dialogue": ("chitchat-dataset", "dataset.json"),
 }
 
+PROSE, TECHNICAL = ("web", "encyclopedia", "multilingual"), ("code", "technical", "mathematics", "science", "readme")
+MIXED_IN = ("code", "mathematics", "science")
+
 Kind = TypeVar("Kind")
 
 
@@ -37,6 +40,13 @@ def general_text(kind: str) -> Path | None:
     except PackageNotFoundError:
         return None
     return next((path for file in files if file.name == name and (path := Path(str(file.locate()))).is_file()), None)
+
+
+def default_text() -> tuple[tuple[str, ...], bool]:
+    """Return the installed domains of a recipe that names none, and whether general prose is among them."""
+    general = tuple(name for name in (*PROSE, "dialogue") if general_text(name) is not None)
+    has_prose = not set(general).isdisjoint(PROSE)
+    return (*general, *(MIXED_IN if has_prose else TECHNICAL)), has_prose
 
 
 def plugin_names(group: str) -> tuple[str, ...]:

@@ -9,10 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from secateur.errors import RecipeError
-from secateur.plugins import SCORE_GROUP, SOURCE_GROUP, general_text, plugin_names
-
-TrainName = Literal["layers", "full", "lora"]
-RecoveryWeightingName = Literal["shares", "lost"]
+from secateur.plugins import SCORE_GROUP, SOURCE_GROUP, default_text, plugin_names
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -63,13 +60,13 @@ class Training(Strict):
     transformers' Trainer.
     """
 
-    domain_weighting: RecoveryWeightingName = "shares"
+    domain_weighting: Literal["shares", "lost"] = "shares"
     learning_rate: Positive = 1e-4
     batch_tokens: Count = 512
     blocks_per_device: Count = 2
     kl_share: Share = 0.5
     temperature: Positive = 1.0
-    train: TrainName = "layers"
+    train: Literal["layers", "full", "lora"] = "layers"
     lora_rank: Count = 16
     gradient_checkpointing: bool = False
     evaluations: Count = 4
@@ -104,19 +101,12 @@ class RecoverySettings(Training):
 InstalledDomain = Literal[
     "web", "encyclopedia", "dialogue", "multilingual", "code", "technical", "mathematics", "science", "readme", "legal"
 ]
-CompensateName = Literal["none", "bias", "least_squares"]
 WeightingName = Literal["tokens", "energy", "minimax"]
 BudgetName = Literal["uniform", "global", "curve"]
-WidthsName = Literal["uniform", "per_layer"]
 TargetName = Literal["parameters", "flops", "kv_bytes", "latency"]
-ScheduleName = Literal["linear"]
 
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 VOCABULARY = "vocabulary"
-TECHNICAL_DOMAINS: tuple[InstalledDomain, ...] = ("code", "technical", "mathematics", "science", "readme")
-MIXED_IN: tuple[InstalledDomain, ...] = ("code", "mathematics", "science")
-PROSE_DOMAINS: tuple[InstalledDomain, ...] = ("web", "encyclopedia", "multilingual")
-GENERAL_DOMAINS: tuple[InstalledDomain, ...] = (*PROSE_DOMAINS, "dialogue")
 
 # The built-in names of `scores.SCORES`, which imports torch. Packages add others, see `plugins`.
 SCORE_NAMES = ("random", "magnitude", "wanda", "flap", "obs", "taylor", "paper", "reap", "frequency")
@@ -189,16 +179,11 @@ class Domain(Strict):
         return {name: value for name, value in built_in.items() if value} | others
 
 
-def default_domains() -> dict[str, Domain]:
-    """Return the domains of a recipe that names none: a general mix where its text is installed.
-
-    Without it they are technical text and what the model writes itself, its own kind of prose.
-    """
-    general: list[InstalledDomain] = [name for name in GENERAL_DOMAINS if general_text(name) is not None]
-    has_prose = not set(general).isdisjoint(PROSE_DOMAINS)
-    names: tuple[InstalledDomain, ...] = (*general, *(MIXED_IN if has_prose else TECHNICAL_DOMAINS))
+def _default_domains() -> dict[str, Domain]:
+    """Return the domains of a recipe that names none: a general mix, or technical text and the model's own."""
+    names, has_prose = default_text()
     own = {} if has_prose else {"self": Domain(sampled=True)}
-    return {name: Domain(installed=name) for name in names} | own
+    return {name: Domain.model_validate({"installed": name}) for name in names} | own
 
 
 class Calibration(Strict):
@@ -210,7 +195,7 @@ class Calibration(Strict):
     stays the same.
     """
 
-    domains: Annotated[dict[str, Domain], Field(min_length=1)] = Field(default_factory=default_domains)
+    domains: Annotated[dict[str, Domain], Field(min_length=1)] = Field(default_factory=_default_domains)
     num_tokens: Annotated[int, Field(gt=0)] | None = None
     sequence_length: Annotated[int, Field(ge=8)] | None = None
     rotate: bool = False
@@ -283,7 +268,7 @@ class Remove(Strict):
         return self.groups
 
     @model_validator(mode="after")
-    def _one_size(self) -> "Remove":
+    def _one_size_and_something_goes(self) -> "Remove":
         given = [name for name in ("share", "to", "fit") if name in self.model_fields_set and getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} each say how much goes; give one of them")
@@ -291,16 +276,10 @@ class Remove(Strict):
             raise ValueError("context is the cache that must fit beside the weights; give fit too, such as fit: 8GB")
         if given not in ([], ["share"]) and self.target != "parameters":
             raise ValueError(f"{given[0]} is of parameters and their bytes; with target {self.target} give a share")
-        return self
-
-    @model_validator(mode="after")
-    def _something_goes(self) -> "Remove":
         if self.vocabulary is None and self.groups == ():
             raise ValueError("groups is empty and vocabulary is not given, so nothing would go; name a group")
         if self.vocabulary is None and (self.keep_text or self.keep_scripts):
-            raise ValueError(
-                "keep_text and keep_scripts say which tokens stay, so they need vocabulary: auto or a number"
-            )
+            raise ValueError("keep_text and keep_scripts say which tokens stay; give vocabulary: auto or a number too")
         return self
 
 
@@ -323,11 +302,11 @@ class Choose(Strict):
     score: str = "obs"
     obs_batch: Count | None = None
     budget: BudgetName = "uniform"
-    widths: WidthsName | None = None
+    widths: Literal["uniform", "per_layer"] | None = None
     probe_blocks: Count = 1
     domain_weighting: WeightingName = "energy"
     rounds: Count = 1
-    schedule: ScheduleName | tuple[Positive, ...] = "linear"
+    schedule: Literal["linear"] | tuple[Positive, ...] = "linear"
     max_loss_rise: Positive | None = None
 
     @field_validator("score", mode="before")
@@ -350,7 +329,7 @@ class Repair(Strict):
     reader corrects. None: 0.5 where the family adds an MLP's output as it is.
     """
 
-    compensate: CompensateName = "least_squares"
+    compensate: Literal["none", "bias", "least_squares"] = "least_squares"
     damping: Positive = 1e-3
     damping_factors: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
     target_mix: Share | None = None

@@ -42,8 +42,9 @@ COMMANDS = {
     "recipe": "PRESET",
     "demo": "OUT --overwrite --quiet --json",
     "verify": "RESULT --quiet --json",
-    "recover": "PRUNED --teacher --out --tokens --recipe --domain --set --tasks --limit --tasks-data --dry-run "
-    "--overwrite --quiet --json",
+    "recover": "PRUNED --teacher --out --tokens --recipe --domain --set --tasks --limit --tasks-data --other-dense "
+    "--dry-run --overwrite --quiet --json",
+    "push": "RESULT REPO --base-model --public --dry-run --quiet --json",
 }
 
 

@@ -24,6 +24,8 @@ from secateur.evaluation.bench import (
 from secateur.facts import Workload
 from secateur.formats.save import have_llama_cpp, save_checkpoint
 from secateur.methods.prices import kv_cache_bytes_per_token
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.identity import lineage
 from secateur.report.measured import BenchResult, Ratio
 from tests.trims import trimmed_pair
 
@@ -32,13 +34,16 @@ SMALL = Workload(batch=2, prompt_tokens=8, new_tokens=3, repeats=2)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(pruned, dense): the same llama with half the FFN channels and with all."""
+    """(pruned, dense): the same llama with half the FFN channels and with all; the first as a result."""
     places = []
     for name, width in (("pruned", 64), ("dense", 128)):
         place = tmp_path_factory.mktemp(name)
         model = tiny_llama(hidden_size=64, intermediate_size=width)
         save_checkpoint(model, bpe_tokenizer(), place, max_shard_size="5GB", carry_from=None)
         places.append(place)
+    said = {"model": "dense", "dense_size": {"num_params": 1, "num_bytes": 4}}
+    found = [asdict(each) for each in lineage(open_checkpoint(places[1]), 1)]
+    (places[0] / "result.json").write_text(json.dumps({**said, "lineage": found}))
     return places[0], places[1]
 
 

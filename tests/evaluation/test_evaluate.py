@@ -94,11 +94,12 @@ def test_against_the_dense_model(copy, checkpoints):
     text = (copy / "evaluation.json").read_text()
     assert Evaluation.from_json(text, "evaluation.json").to_json() == found.to_json() == text
     keys = ["model", "against", "settings", "notes", "dense", "pruned", "kl", "differences", "versions"]
+    keys.append("dense_fingerprint")
     assert list(json.loads(text)) == keys and list(json.loads(text)["pruned"]) == ["domains"]
 
 
 def test_against_itself(copy):
-    found = evaluate(copy, copy)
+    found = evaluate(copy, copy, other_dense=True)
     assert found.kl is not None and found.differences is not None
     assert all(part.mean == 0 and part.top1_agreement == 1 for part in found.kl.values())
     assert all(change.nats_per_token == 0 for change in found.differences.domains.values())
@@ -188,14 +189,14 @@ def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path):
 
 
 def test_damaged_parts_are_measured_again(copy):
-    found, heard = evaluate(copy, against=copy), list[str]()
+    found, heard = evaluate(copy, against=copy, other_dense=True), list[str]()
     parts = sorted((copy / "evaluation").iterdir())
     whole = [part.read_bytes() for part in parts]
     parts[0].write_bytes(b"")
     parts[1].write_bytes(whole[1][:-5])
     parts[2].write_bytes(re.sub(rb"\d\.\d", b"9.9", whole[2], count=1))
     parts[3].write_bytes(whole[3].replace(b'"step"', b'"stop"'))
-    assert evaluate(copy, against=copy, tell=heard.append) == found
+    assert evaluate(copy, against=copy, other_dense=True, tell=heard.append) == found
     assert [part.read_bytes() for part in parts] == whole
     said = "finished by an earlier run, is damaged on disk, so it is done again."
     assert sorted(heard) == [f"{part.parent}: {part.stem}, {said}" for part in parts[:4]]
@@ -229,10 +230,12 @@ def test_the_table(copy, checkpoints, rows_file):
     [
         (["nowhere"], "no such directory"),
         (["{texts}"], "config.json"),
-        (["{dense}"], "has no recipe.yaml"),
+        (["{dense}"], "is not a result of secateur, so the evaluation is not written into it; say where with --out"),
+        (["{dense}", "--out", "{out}"], "has no recipe.yaml"),
         (["{result}", "--against", "nowhere"], "no such directory"),
         (["{result}", "--against", "{other}"], "its tokenizer (258 tokens) is not that of"),
-        (["{result}", "--against", "{wider}"], "it gives 321 logits and"),
+        (["{result}", "--against", "{wider}"], "is not the model that"),
+        (["{result}", "--against", "{wider}", "--other-dense"], "it gives 321 logits and"),
         (["{result}", "--domain", "code=nowhere.txt"], "there is no such file"),
         (["{result}", "--domain", "kode"], "did you mean 'code'"),
         (["{result}", "--wikitext2", "nowhere.txt"], "there is no such file"),
@@ -243,7 +246,13 @@ def test_the_table(copy, checkpoints, rows_file):
     ],
 )
 def test_mistakes_are_one_sentence(arguments, expected, result, checkpoints, rows_file, texts, tmp_path):
-    places = {"result": result, "dense": checkpoints["llama"], "rows": rows_file, "texts": texts["prose"].parent}
+    places = {
+        "result": result,
+        "dense": checkpoints["llama"],
+        "rows": rows_file,
+        "texts": texts["prose"].parent,
+        "out": tmp_path / "out",
+    }
     places |= {name: tmp_path / name for name in ("other", "wider")}
     _other_tokenizer(checkpoints["llama"], places["other"])
     _wider(checkpoints["llama"], places["wider"])

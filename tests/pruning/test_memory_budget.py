@@ -99,7 +99,7 @@ def _write(folder: Path, recipe: dict[str, Any]) -> Path:
 
 
 def test_a_model_on_disk_writes_text_only_if_that_is_asked_for(checkpoints, recipe, monkeypatch, tmp_path):
-    monkeypatch.setattr("secateur.recipe.general_text", lambda kind: None)
+    monkeypatch.setattr("secateur.plugins.general_text", lambda kind: None)
     text = {key: value for key, value in recipe["calibration"].items() if key != "domains"}
     asked = {**recipe, "calibration": text, "remove": 0.35, "evaluate": False}
     asked["memory_budget"] = budget_between(checkpoints["llama"], asked)

@@ -28,7 +28,8 @@ from secateur.pruning.latency import Timing, _slope, measure_latency, with_price
 from secateur.pruning.resolve import recipe_prices, resolve
 from secateur.recipe import MeasuredPrices
 from secateur.recipe_file import dump_recipe, parse_recipe
-from secateur.report.rows import headline, model_card
+from secateur.report.card import model_card
+from secateur.report.rows import headline
 from secateur.store import Services, Store
 
 TOKENIZER = tiny_tokenizer()

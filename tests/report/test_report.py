@@ -15,10 +15,11 @@ from run_cli import run_cli
 
 from secateur.api import prune
 from secateur.errors import CheckpointError
+from secateur.report.card import model_card
 from secateur.report.plots import Series, Text, dot_plot, spread_plot
 from secateur.report.records import Summary
 from secateur.report.report import write_report
-from secateur.report.rows import caveats, escaped, loss_rows, model_card, verdict
+from secateur.report.rows import caveats, escaped, loss_rows, verdict
 
 HOSTILE = "<script>alert(1)</script>"
 ODD = "$\\frac$ 日本 & \x07co"

@@ -17,10 +17,11 @@ from test_card import HOSTILE, READER, shown, summary, tokens
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer, with_parts
 from secateur.recipe import Recipe
-from secateur.report import rows_vocabulary as rows
+from secateur.report import vocabulary as rows
+from secateur.report.card import model_card
 from secateur.report.page import Page, render
 from secateur.report.records import ResultFiles, Summary, VocabularyFacts
-from secateur.report.rows import model_card, summary_table
+from secateur.report.rows import summary_table
 from secateur.report.vocabulary import MOST_WORDS, SAMPLES, vocabulary_facts
 
 RULES = " ".join(sign * 32 for sign in "=-+*#~") * 2

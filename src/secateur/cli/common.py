@@ -87,7 +87,7 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-IN_ONE_PROCESS = frozenset({"bench", "export", "inspect", "report", "verify"})
+IN_ONE_PROCESS = frozenset({"bench", "export", "inspect", "push", "report", "verify"})
 
 
 def has_ranks() -> bool:
@@ -182,7 +182,20 @@ def _watch(heard: socket.socket, patience_seconds: float) -> None:
 
 # The order of the work, in which --help lists them.
 COMMANDS = (
-    *("inspect", "recipe", "prune", "trim", "recover", "evaluate", "bench", "report", "export", "compare", "verify"),
+    *(
+        "inspect",
+        "recipe",
+        "prune",
+        "trim",
+        "recover",
+        "evaluate",
+        "bench",
+        "report",
+        "export",
+        "push",
+        "compare",
+        "verify",
+    ),
     "demo",
 )
 
@@ -283,6 +296,9 @@ Tasks = Annotated[
     str | None, typer.Option(help="Also these tasks of lm-evaluation-harness, separated by commas: arc_easy,piqa.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many questions per task.")]
+OtherDense = Annotated[
+    bool, typer.Option("--other-dense", help="The dense model is meant to be another than the one that was pruned.")
+]
 TasksData = Annotated[
     Path | None,
     typer.Option(help="Read the tasks' rows from DIR/<hub id>/<config>, as written by save_to_disk of datasets."),

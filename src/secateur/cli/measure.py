@@ -35,6 +35,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions of a task at a time.")] = 1,
     tasks_data: common.TasksData = None,
     device: common.Device = None,
+    other_dense: common.OtherDense = False,
     out: Annotated[Path | None, typer.Option(help="Where evaluation.json goes, if not into DIR.")] = None,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
@@ -57,9 +58,8 @@ def evaluate(
         text |= {"wikitext2": wikitext2, "wikitext2_length": wikitext2_length}
         asked: dict[str, Any] = {"tasks": names, "limit": limit, "num_fewshot": num_fewshot}
         asked |= {"batch_size": batch_size, "tasks_data": tasks_data}
-        result = secateur.evaluate(
-            model, against, **text, **asked, device=device, out=out, progress=progress, tell=tell
-        )
+        asked |= {"device": device, "other_dense": other_dense, "out": out}
+        result = secateur.evaluate(model, against, **text, **asked, progress=progress, tell=tell)
     if not is_first():
         return
     if as_json:
@@ -82,10 +82,12 @@ def bench(
     engine: Annotated[
         str, typer.Option(help="transformers, or llama.cpp (exports both as GGUF first).")
     ] = "transformers",
+    other_dense: common.OtherDense = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
     """Time MODEL, in turns with DENSE, and compare the speed-up with the ideal for its size."""
+    from secateur.model.identity import is_result
     from secateur.report.measured import BENCH_FILE
     from secateur.report.rows_measured import bench_table
 
@@ -97,6 +99,7 @@ def bench(
     }
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
         options: dict[str, Any] = {"device": device, "compiled": compiled, "engine": engine, "progress": progress}
+        options["other_dense"] = other_dense
         result = secateur.bench(model, against, **workload, **options)
     if as_json:
         print(result.to_json(), end="")
@@ -104,8 +107,8 @@ def bench(
     common.CONSOLE.print(bench_table(result))
     for note in result.notes:
         common.CONSOLE.print(f"note: {note}", soft_wrap=True)
-    if Path(model).is_dir():
-        common.CONSOLE.print(f"Written to {Path(model, BENCH_FILE)}.")
+    if is_result(Path(model)):
+        common.CONSOLE.print(f"Written to {Path(model, BENCH_FILE)}.", soft_wrap=True)
 
 
 @common.app.command(epilog="Example: secateur compare paper out --small --model smollm2-135m")

@@ -17,6 +17,7 @@ from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
 @common.app.command(epilog="Example: secateur report smaller")
 def report(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR", help="A result of secateur prune.")],
+    other_dense: common.OtherDense = False,
 ) -> None:
     """Write DIR's report.html again from its files."""
     # Imported here so that --help and option errors do not wait for torch.
@@ -27,7 +28,7 @@ def report(
             f"report: takes one DIR, got {len(directories)}; run it for each, and compare recipes with secateur "
             "compare, which measures all on the same text."
         )
-    print(write_report(directories[0]))
+    print(write_report(directories[0], other_dense=other_dense))
 
 
 Server = Annotated[

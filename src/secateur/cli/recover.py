@@ -27,6 +27,7 @@ def recover(
     tasks: common.Tasks = None,
     limit: common.Limit = None,
     tasks_data: common.TasksData = None,
+    other_dense: common.OtherDense = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only predict the cost.")] = False,
     overwrite: common.Overwrite = False,
     quiet: common.Quiet = False,
@@ -43,13 +44,13 @@ def recover(
         raise RecipeError("--out: is missing; say where to write the recovered model.")
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
         if out is None or dry_run:
-            found = predict(pruned, teacher, changes, progress)
+            found = predict(pruned, teacher, changes, progress, other_dense=other_dense)
             shown = cost_table(found)
         else:
             command = shlex.join(["secateur", *sys.argv[1:]])
             tell = common.teller(enabled=not (quiet or as_json))
             options: dict[str, Any] = {"command": command, "progress": progress, "tell": tell}
-            options |= {"overwrite": overwrite, "tasks_data": tasks_data}
+            options |= {"overwrite": overwrite, "other_dense": other_dense, "tasks_data": tasks_data}
             found = secateur.recover(pruned, teacher, changes, out=out, **options)
             if found is None:  # another rank writes and prints
                 return

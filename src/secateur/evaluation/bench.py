@@ -29,6 +29,7 @@ from secateur.formats.save import open_llama_cpp, require_llama_cpp
 from secateur.log import Progress, silent, versions
 from secateur.methods.prices import kv_cache_bytes_per_token, least_costs
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
+from secateur.model.identity import check_dense, identity, is_result
 from secateur.model.kept_tokens import kept_tokens_of
 from secateur.report.measured import BENCH_FILE, BenchResult, BenchSettings, ModelFigures, Ratio, Speed, SpeedUp
 from secateur.stream.device import now
@@ -61,12 +62,14 @@ def bench(
     device: str = "cpu",
     compiled: bool = False,
     engine: str = "transformers",
+    other_dense: bool = False,
     progress: Progress = silent,
 ) -> BenchResult:
     """Time a model, in turns with the dense one, and compare the speed-up with the ideal.
 
-    `model`: a result of `prune`, or any other model; bench.json is written into it if it is a
-    directory. `against`: the dense model. `batch`: prompts at a time, of `prompt_tokens` each,
+    `model`: a result of `prune`, into which bench.json is written, or any other model, into which
+    nothing is. `against`: the dense model; `other_dense`: it is meant to be another one than the
+    result was pruned from. `batch`: prompts at a time, of `prompt_tokens` each,
     followed by `new_tokens` each. `repeats`: runs of each model. `device`: cpu, cuda or cuda:0.
     `compiled`: use torch.compile. `engine`: transformers, or llama.cpp, which gets both models as
     GGUF. `progress`: called with (stage, done, total).
@@ -79,10 +82,15 @@ def bench(
     workload, settings = Workload(batch, prompt_tokens, new_tokens, repeats), BenchSettings(engine, device, compiled)
     _check_settings(settings, workload)
     checkpoints = [open_checkpoint(reference) for reference in (model, against) if reference is not None]
+    notes, dense_fingerprint = (), None
+    if against is not None:
+        notes = check_dense(checkpoints[0], checkpoints[1], "--against", other=other_dense)
+        dense_fingerprint = identity(checkpoints[1])
     for checkpoint in checkpoints:
         _check_model(checkpoint, workload, settings)
     result = _bench(checkpoints, workload, settings, progress)
-    if Path(model).is_dir():  # never into the hub's cache
+    result = replace(result, notes=(*notes, *result.notes), dense_fingerprint=dense_fingerprint)
+    if is_result(Path(model)):
         with staged_file(Path(model, BENCH_FILE), overwrite=True) as staged:
             staged.write_text(result.to_json(), encoding="utf-8")
     return result

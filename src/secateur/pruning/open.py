@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.facts import Size
+from secateur.facts import Ancestor, Size
 from secateur.log import RunLog, versions
 from secateur.model.bind import Arch, bind, decoder_layers
 from secateur.model.checkpoint import (
@@ -32,6 +32,7 @@ from secateur.model.checkpoint import (
     restore_buffers,
     weight_digests,
 )
+from secateur.model.identity import in_memory, lineage
 from secateur.model.kept_tokens import Trim
 from secateur.ranks import check_same, device_called, is_first, size
 from secateur.recipe import Recipe
@@ -70,6 +71,13 @@ class Opened:
         if self.checkpoint is not None:
             return self.checkpoint.reference
         return str(self.model.config._name_or_path or type(self.model).__name__)
+
+    @property
+    def lineage(self) -> tuple[Ancestor, ...]:
+        """The models that the result comes from, the original first."""
+        if self.checkpoint is None:
+            return in_memory(self.name, self.size.num_params)
+        return lineage(self.checkpoint, self.size.num_params)
 
     @property
     def directory(self) -> Path | None:

@@ -73,7 +73,8 @@ def prune_run(
 
 def _pruned(opened: Opened, run: Run, placement: Placement, directory: Path | None, command: str) -> Result:
     """Return the result of a run whose model is still dense, and write it to the directory."""
-    services, measured = run.services, dict[str, Any](dense_losses=run.losses("dense"))
+    services = run.services
+    measured = dict[str, Any](lineage=opened.lineage, dense_losses=run.losses("dense"))
     recipe, dense_ids = run.resolved.recipe, None if opened.trim is None else torch.tensor(opened.trim.kept.dense_ids)
     lesson = learn(run.model, run.arch, run.text, recipe, tokenizer_of(opened), services, dense_ids=dense_ids)
     run, checkpoint, keeps = _cut(opened, run, placement, directory)
@@ -88,7 +89,7 @@ def _pruned(opened: Opened, run: Run, placement: Placement, directory: Path | No
     proof = None if checkpoint is None else save_and_prove(run, checkpoint, keeps)
     summary = summary_of(opened, run, keeps, proof, command=command, **measured)
     if directory is not None:
-        summary = write_report_files(directory, summary, services.log)
+        summary = write_report_files(directory, summary, run.resolved.recipe, services.log)
     return Result(run.model, tokenizer_of(opened), run.resolved.recipe, keeps, run.resolved.layers, summary)
 
 

@@ -26,9 +26,10 @@ from secateur.methods.prices import kv_cache_bytes_per_token, prices_of, sequenc
 from secateur.methods.scores import find_score
 from secateur.model.bind import EXPERTS, Arch
 from secateur.model.group import OF_EXPERTS, Group, GroupKey
+from secateur.plugins import PROSE
 from secateur.pruning.open import Opened
 from secateur.pruning.resolve_depth import depth_of, groups_of, layers_to_expect, num_rounds, share_for_widths
-from secateur.recipe import PROSE_DOMAINS, Recipe
+from secateur.recipe import Recipe
 from secateur.stream.statistics import BY_DOMAIN
 
 
@@ -255,7 +256,7 @@ def _too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:
 
 def _technical_alone(recipe: Recipe) -> tuple[str, ...]:
     """Return a warning if a run measures on installed text without any general prose."""
-    if any(d.installed in PROSE_DOMAINS or not (d.installed or d.sampled) for d in recipe.calibration.domains.values()):
+    if any(d.installed in PROSE or not (d.installed or d.sampled) for d in recipe.calibration.domains.values()):
         return ()
     return (
         "calibration.domains: no general prose that people wrote, so text unlike these domains suffers most; give your "

@@ -24,10 +24,11 @@ from secateur.pruning.resolve import Resolved
 from secateur.pruning.run import Keeps, Run
 from secateur.recipe import Recipe
 from secateur.recipe_file import dump_recipe
+from secateur.report.card import model_card
 from secateur.report.page import Shown, View, view
 from secateur.report.records import CalibrationFacts, Summary
 from secateur.report.report import complete, missing_plots
-from secateur.report.rows import human_bytes, human_seconds, model_card
+from secateur.report.rows import human_bytes, human_seconds
 from secateur.report.vocabulary import vocabulary_facts
 
 
@@ -170,10 +171,10 @@ def ill_conditioned(lines: list[dict[str, Any]], recipe: Recipe) -> tuple[str, .
     )
 
 
-def write_report_files(directory: Path, summary: Summary, log: RunLog) -> Summary:
+def write_report_files(directory: Path, summary: Summary, recipe: Recipe, log: RunLog) -> Summary:
     """Write the model card, the summary and the report; return the summary with all digests."""
     log.write({"event": "seconds", **summary.seconds})
-    (directory / "README.md").write_text(model_card(summary), encoding="utf-8")
+    (directory / "README.md").write_text(model_card(summary, recipe), encoding="utf-8")
     return complete(directory, summary)
 
 

@@ -42,12 +42,14 @@ def changes_of(recipe: dict[str, Any] | Path | str | None, tokens: int | None) -
     return changes if tokens is None else merged(changes, {"recover": {"num_tokens": tokens}})
 
 
-def open_job(pruned: str | Path, teacher: str | Path, changes: dict[str, Any] | None) -> Job:
+def open_job(
+    pruned: str | Path, teacher: str | Path, changes: dict[str, Any] | None, *, other_dense: bool = False
+) -> Job:
     """Return both checkpoints, the whole recipe and its recovery settings; read no weights.
 
     Raises CheckpointError for models that do not fit each other, RecipeError for a bad recipe.
     """
-    candidates = open_pair(pruned, teacher)
+    candidates = open_pair(pruned, teacher, other_dense=other_dense)
     changes = changes or {}
     path = candidates.pruned.directory / RECIPE_FILE
     if not path.is_file() and "calibration" not in changes:
@@ -90,6 +92,8 @@ def prepare(
     cost = cost_of(candidates, settings, text)
     check_free_space(scratch, cost.scratch_bytes)
     log = RunLog(scratch if write_log else None)
+    for note in candidates.notes:
+        log.write({"event": "note", "text": note})
     if candidates.trim is not None:
         text_of = f"{len(candidates.trim.kept.dense_ids):,} of its {candidates.trim.kept.num_dense:,} tokens"
         log.write({"event": "note", "text": f"recover: the teacher predicts {text_of}, those that the model has."})
@@ -121,13 +125,18 @@ def _fingerprint(candidates: Candidates, recipe: Recipe, text: RecoveryText) -> 
 
 
 def dry_run(
-    pruned: str | Path, teacher: str | Path, changes: dict[str, Any] | None = None, progress: Progress = silent
+    pruned: str | Path,
+    teacher: str | Path,
+    changes: dict[str, Any] | None = None,
+    progress: Progress = silent,
+    *,
+    other_dense: bool = False,
 ) -> Cost:
     """Return what `recover` would cost, with seconds from one step that is timed here.
 
     Loads both models and writes nothing. Raises what `recover` raises before its first step.
     """
-    candidates, recipe, settings = open_job(pruned, teacher, changes)
+    candidates, recipe, settings = open_job(pruned, teacher, changes, other_dense=other_dense)
     dense = candidates.load_teacher()
     text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
     progress("time a step", 0, 1)

@@ -26,6 +26,7 @@ from secateur.model.checkpoint import (
     meta_model,
     open_checkpoint,
 )
+from secateur.model.identity import check_dense
 from secateur.model.kept_tokens import Trim, keep_tokens, trim_between
 from secateur.recipe import Recipe, RecoverySettings
 
@@ -36,7 +37,7 @@ KEEP_FILE = "keep.json"
 class Candidates:
     """Both checkpoints and their shapes; the teacher's without the tokens that the pruned model lacks.
 
-    `trim`: what took them; None if both have the same.
+    `trim`: what took them; None if both have the same. `notes`: on which model the teacher is.
     """
 
     pruned: Checkpoint
@@ -46,6 +47,7 @@ class Candidates:
     teacher_arch: Arch
     tokenizer: PreTrainedTokenizerBase
     trim: Trim | None = None
+    notes: tuple[str, ...] = ()
 
     def load_pruned(self) -> PreTrainedModel:
         """Return the pruned model, its weights mapped from disk."""
@@ -62,13 +64,15 @@ class Candidates:
         return teacher
 
 
-def open_pair(pruned: str | Path, teacher: str | Path) -> Candidates:
+def open_pair(pruned: str | Path, teacher: str | Path, *, other_dense: bool = False) -> Candidates:
     """Open both models and check that one can teach the other.
 
-    Raises CheckpointError if either cannot be opened, or if vocabulary, tokenizer, family, hidden
-    size or layers differ.
+    Raises CheckpointError if either cannot be opened, if the teacher is not the model that was
+    pruned and `other_dense` is False, or if vocabulary, tokenizer, family, hidden size or layers
+    differ.
     """
     student, dense = open_checkpoint(pruned), open_checkpoint(teacher)
+    notes = check_dense(student, dense, "--teacher", other=other_dense)
     shapes = meta_model(student.config), meta_model(copy.deepcopy(dense.config))  # whose tokens may go
     archs = bind(shapes[0]), bind(shapes[1])
     trim = trim_between(student, dense, "--teacher")
@@ -89,7 +93,7 @@ def open_pair(pruned: str | Path, teacher: str | Path) -> Candidates:
     if trim is not None:
         keep_tokens(shapes[1], trim.kept)
     tokenizer = load_tokenizer(student) if trim is None else trim.tokenizer
-    return Candidates(student, dense, *shapes, archs[1], tokenizer, trim)
+    return Candidates(student, dense, *shapes, archs[1], tokenizer, trim, notes)
 
 
 def _check_layers(student: Checkpoint, num_layers: int, num_dense: int, teacher: str) -> None:

@@ -32,6 +32,7 @@ def recover(
     out: str | Path,
     tokens: int | None = None,
     overwrite: bool = False,
+    other_dense: bool = False,
     command: str = "",
     name: str | None = None,
     scorer: Callable[[TaskSettings], Scorer | None] = lambda asked: None,
@@ -40,7 +41,7 @@ def recover(
 ) -> RecoveryRecord | None:
     """Recover. `scorer`: returns what asks tasks, None if none are asked. The rest: see `api.recover`."""
     wants_shards()  # checks the launcher before anything is read
-    job = open_job(pruned, teacher, changes_of(recipe, tokens))
+    job = open_job(pruned, teacher, changes_of(recipe, tokens), other_dense=other_dense)
     score, candidates = scorer(job.settings.evaluation), job.candidates
     path, is_main = Path(out), int(os.environ.get("RANK", "0")) == 0
     had_processes = _has_processes()

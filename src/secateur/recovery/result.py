@@ -19,10 +19,10 @@ from secateur.recipe_file import dump_recipe, load_recipe, parse_recipe
 from secateur.recovery.cost import cost_of
 from secateur.recovery.open import Job
 from secateur.recovery.train import TRAINER_FOLDER, Work
+from secateur.report.card import card_data, recovered_card, with_metadata
 from secateur.report.measured import BENCH_FILE, RECOVERY_FILE, RecoveryRecord, TaskScores
 from secateur.report.records import RECIPE_FILE, RESULT_FILE, read_summary
 from secateur.report.report import complete
-from secateur.report.rows_measured import recovered_card
 from secateur.stream.device import peak_bytes
 
 # Files that stay true of the model: which units and tokens it has, how it was pruned, how fast it is.
@@ -113,11 +113,15 @@ def _write_record(record: RecoveryRecord, work: Work, source: Path, directory: P
     added = "".join(json.dumps(line) + "\n" for line in _last_lines(lines))
     (directory / LOG_FILE).write_text(earlier + added, encoding="utf-8")
     card = (source / CARD).read_text(encoding="utf-8") if has_own(source, CARD) else None
-    (directory / CARD).write_text(recovered_card(card, record), encoding="utf-8")
+    text, is_result = recovered_card(card, record), (directory / RESULT_FILE).is_file()
+    if is_result:
+        recipe = parse_recipe(load_recipe(directory / RECIPE_FILE), "recipe")
+        text = with_metadata(text, card_data(read_summary(directory), recipe, recovery=record))
+    (directory / CARD).write_text(text, encoding="utf-8")
     curves = work.directory / TRAINER_FOLDER / "runs"  # tensorboard's files, with report_to
     if curves.is_dir():
         shutil.copytree(curves, directory / "runs")
-    if (directory / RESULT_FILE).is_file():
+    if is_result:
         complete(directory, read_summary(directory))
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +34,14 @@ class Mismatch:
     found: str
 
 
-def write_summary(directory: Path, summary: Summary) -> Summary:
+def write_summary(directory: Path, summary: Summary, known: Mapping[str, str] | None = None) -> Summary:
     """Write `result.json` with the sha256 of every file there; return the summary with them.
 
-    Its own is that of its bytes without those 64 characters.
+    `known`: digests of files that are not read again. Its own is that of its bytes without those 64
+    characters.
     """
-    digests = {name: sha256_of(directory / name) for name in _names(directory) if name != RESULT_FILE}
+    names, known = (name for name in _names(directory) if name != RESULT_FILE), known or {}
+    digests = {name: known.get(name) or sha256_of(directory / name) for name in names}
     text = dataclasses.replace(summary, files=digests | {RESULT_FILE: ""}).to_json()
     own = hashlib.sha256(text.encode()).hexdigest()
     (directory / RESULT_FILE).write_text(text.replace(_OWN % "", _OWN % own, 1), encoding="utf-8")

@@ -132,6 +132,7 @@ class Evaluation(Shown, Record):
     """`evaluation.json`. `pruned`: the evaluated model. `kl`: KL(dense || pruned) by domain.
 
     `model`, `against`: names of the two. Without `against`: no `dense`, `kl` and `differences`.
+    `dense_fingerprint`: None in older files too.
     """
 
     model: str
@@ -143,6 +144,7 @@ class Evaluation(Shown, Record):
     kl: dict[str, Divergence] | None = None
     differences: Differences | None = None
     versions: dict[str, str]
+    dense_fingerprint: str | None = None
 
     @property
     def models(self) -> dict[str, Measured]:
@@ -223,7 +225,7 @@ class SpeedUp:
 class BenchResult(Shown, Record):
     """`bench.json`. `dense`, `prefill` and `decode` are None without a dense model.
 
-    `notes`: sentences on what the figures do not say.
+    `notes`: sentences on what the figures do not say. `dense_fingerprint`: None in older files too.
     """
 
     settings: BenchSettings
@@ -235,6 +237,7 @@ class BenchResult(Shown, Record):
     decode: SpeedUp | None
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
+    dense_fingerprint: str | None = None
 
     @property
     def models(self) -> dict[str, ModelFigures]:

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError
-from secateur.facts import Kind, Loss, Outcome, Record, Size, geometric_mean_perplexity, parse_json
+from secateur.facts import (
+    RESULT_FILE,
+    Ancestor,
+    Kind,
+    Loss,
+    Outcome,
+    Record,
+    Size,
+    geometric_mean_perplexity,
+    parse_json,
+)
 from secateur.log import LOG_FILE
 from secateur.recipe import MeasuredPrices, Recipe
 from secateur.recipe_file import load_recipe, parse_recipe
@@ -21,7 +31,7 @@ from secateur.report.measured import (
 )
 from secateur.report.page import Shown
 
-RESULT_FILE, RECIPE_FILE, PAGE_FILE = "result.json", "recipe.yaml", "report.html"
+RECIPE_FILE, PAGE_FILE = "recipe.yaml", "report.html"
 
 Losses = dict[str, Loss]
 
@@ -247,6 +257,7 @@ class Summary(Shown, Record):
     device_peak_bytes: int | None = None  # allocated there, where torch counts it
     polish: PolishRecord | None = None  # if it was trained; `pruned_losses` are of the model after that
     vocabulary: VocabularyFacts | None = None  # if it was trimmed; losses are then per dense token
+    lineage: tuple[Ancestor, ...] = ()  # the original model first; empty if an older version wrote it
     files: dict[str, str] = field(default_factory=dict[str, str])  # sha256 by path, of what the run wrote
 
     def plain(self) -> dict[str, Any]:

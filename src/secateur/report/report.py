@@ -4,16 +4,17 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from secateur.errors import RecipeError
+from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import geometric_mean_perplexity
 from secateur.files import check_file, staged_file
 from secateur.report import sections_results as results
 from secateur.report import sections_run as run
 from secateur.report.digests import write_summary
+from secateur.report.measured import BENCH_FILE, EVALUATION_FILE, Evaluation
 from secateur.report.page import KeyFigure, Page, Section, render
 from secateur.report.records import PAGE_FILE, ResultFiles, Summary, read_result
 from secateur.report.rows import caveats, human_bytes, verdict
-from secateur.report.rows_vocabulary import vocabulary
+from secateur.report.vocabulary import vocabulary
 
 OF_WIDTHS = (run.widths, run.scores, run.compensation, run.rounds)
 SECTIONS = (
@@ -33,23 +34,41 @@ def complete(directory: Path, summary: Summary) -> Summary:
     """Write `result.json` with all digests, and the page if it can be made; return the summary."""
     summary = write_summary(directory, summary)
     if not missing_plots():
-        write_report(directory)
+        write_report(directory, other_dense=True)  # its tables name the model
     return summary
 
 
-def write_report(directory: Path) -> Path:
+def write_report(directory: Path, *, other_dense: bool = False) -> Path:
     """Write `report.html` into a result directory from the other files there; return its path.
 
-    Raises RecipeError without matplotlib, CheckpointError for files that cannot be read or written.
+    `other_dense`: it may show figures against another model than the one that was pruned. Raises
+    RecipeError without matplotlib, CheckpointError for files that cannot be read or written.
     """
     for reason in missing_plots():
         raise RecipeError(reason)
     files, path = read_result(directory), directory / PAGE_FILE
+    if not other_dense:
+        _check_dense(directory, files)
     check_file(path, overwrite=True)
     page = render(report_page(files))
     with staged_file(path, overwrite=True) as staged:
         staged.write_text(page, encoding="utf-8")
     return path
+
+
+def _check_dense(directory: Path, files: ResultFiles) -> None:
+    """Raise CheckpointError if evaluation or bench took another model as dense than the one that was pruned."""
+    known = {each.fingerprint for each in files.summary.lineage}
+    if None in known or not known:  # an older version's result, or that of a model in memory
+        return
+    measured = {EVALUATION_FILE: files.evaluation, BENCH_FILE: files.bench}
+    for name, found in measured.items():
+        if found is not None and found.dense_fingerprint not in (None, *known):
+            dense = found.against if isinstance(found, Evaluation) else found.dense and found.dense.model
+            raise CheckpointError(
+                f"{directory / name}: was measured against {dense}, and the result was pruned from "
+                f"{files.summary.lineage[-1].name}; measure again, or give --other-dense to show it."
+            )
 
 
 def report_page(files: ResultFiles) -> Page:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import PurePath
 
 from rich import table as rich_table
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD, Box
@@ -11,7 +12,7 @@ from rich.console import Group
 from secateur.facts import NGRAM_TOKENS, geometric_mean_perplexity
 from secateur.report.page import Table
 from secateur.report.records import Inspection, Summary
-from secateur.report.rows_vocabulary import of_dense, vocabulary_cell, vocabulary_notes, vocabulary_row, who_suffers
+from secateur.report.vocabulary import of_dense, vocabulary_cell, vocabulary_notes, vocabulary_row
 
 # Warn of a larger share of common n-grams.
 MUCH_OVERLAP = 0.1
@@ -50,6 +51,20 @@ def code(text: str) -> str:
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
+
+
+# Paths that are absolute, from the home directory, or begin with dots: not URLs, not hub ids. Those
+# in quotes may have spaces.
+_START = r"(?:~\w*|\.{1,2})?/"
+_PATH = re.compile(
+    rf"(?<='){_START}[^'\n]+(?=')|(?<=\"){_START}[^\"\n]+(?=\")"
+    rf"|(?<![\w:/.<])(?:~\w*|\.{{1,2}})?(?:/[^\s/'\"`,;:=<>|&\\]+)+/?"
+)
+
+
+def without_paths(text: str) -> str:
+    """Return the text with the last part alone of every local path."""
+    return _PATH.sub(lambda found: PurePath(found[0]).name, text)
 
 
 def markdown(table: Table) -> list[str]:
@@ -148,6 +163,7 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in summary.seconds.items())
     yield "seconds", f"{seconds}; total {sum(summary.seconds.values()):.1f}"
     yield "peak memory", f"{human_bytes(summary.peak_bytes)} resident, interpreter included"
+    yield from lineage_rows(summary)
     facts = summary.calibration
     tokens = ", ".join(f"{name} {count:,}" for name, count in facts.num_tokens.items())
     yield "calibration", f"{tokens} tokens in blocks of {facts.sequence_length}; sha256 {facts.content_hash[:16]}"
@@ -167,6 +183,19 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "reload", f"stock transformers in a fresh process: largest logit difference {difference:g}"
     if summary.sample_text:
         yield "it writes", "".join(c for c in " ".join(summary.sample_text.split()) if c.isprintable())
+
+
+def lineage_rows(summary: Summary) -> Iterator[tuple[str, str]]:
+    """Yield which model was pruned, and of one that was pruned before what went in all."""
+    if not summary.lineage:
+        return
+    *earlier, dense = summary.lineage
+    known = "not known" if dense.fingerprint is None else dense.fingerprint[:16]
+    yield "dense model", f"{dense.name}, fingerprint {known}"
+    if earlier:
+        first, names = earlier[0], " → ".join(each.name for each in summary.lineage)
+        share = 1 - summary.pruned_size.num_params / first.num_params
+        yield "lineage", f"{names} → this; {share:.1%} of all {first.num_params:,} parameters of {first.name} removed"
 
 
 def overlap_cell(share: float | None) -> str:
@@ -259,41 +288,3 @@ def human_bytes(num_bytes: int | float) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"
     return f"{num_bytes:.0f} B"
-
-
-def model_card(summary: Summary) -> str:
-    """Return the card: what was removed, measured, how to load it, how it was made."""
-    tags = "library_name: transformers\npipeline_tag: text-generation\ntags: [secateur, structured-pruning]"
-    title = f"# {escaped(summary.model)}, pruned by secateur"
-    trimmed = [] if summary.vocabulary is None else [escaped(who_suffers(summary.vocabulary)), ""]
-    lines = ["---", tags, "---", "", title, "", *trimmed, escaped(verdict(summary)), "", *_loading(summary), ""]
-    lines += [*markdown(quality_and_size(summary)), "", "## How it was made", ""]
-    lines += [f"- command: {code(summary.command)}" if summary.command else "- from Python: `secateur.prune`"]
-    lines += [f"- {label}: {escaped(text)}" for label, text in note_rows(summary) if label != "it writes"]
-    lines += [f"- versions: {escaped(', '.join(map(' '.join, summary.versions.items())))}"]
-    files = "all options: `recipe.yaml`; kept units: `keep.json`; every step: `run.jsonl`; all figures: `result.json`"
-    lines += [f"- {files}"]
-    lines += [f"- note: {escaped(caveat)}" for caveat in caveats(summary)]
-    return "\n".join(lines) + "\n"
-
-
-def _loading(summary: Summary) -> list[str]:
-    how, first, trust, config = "Loads with stock transformers:", [], "", ""
-    if summary.has_layers_of_different_widths:
-        how = (
-            "Its layers have widths of their own, which stock modelling cannot build. Load it with secateur, or let "
-            "transformers run the modelling file beside the weights:"
-        )
-        first = ["import secateur", "", 'model = secateur.load("path/to/this/directory")', ""]
-        trust, config = ", trust_remote_code=True", ", config=model.config"
-    return [
-        f"{escaped(headline(summary))}. {how}",
-        "",
-        "```python",
-        *first,
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{trust})',
-        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory"{config})',
-        "```",
-    ]

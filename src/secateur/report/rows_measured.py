@@ -17,7 +17,7 @@ from secateur.report.measured import (
     TaskScore,
 )
 from secateur.report.page import Table
-from secateur.report.rows import code, escaped, human_bytes, markdown, plus_minus, terminal
+from secateur.report.rows import code, escaped, human_bytes, markdown, plus_minus, terminal, without_paths
 
 Row = tuple[str, ...]
 
@@ -226,13 +226,6 @@ def cost_table(cost: Cost) -> Group:
     return terminal([], rows)
 
 
-def recovered_card(card: str | None, record: RecoveryRecord) -> str:
-    """Return the pruned model's card, or a new one, with a section on the recovery."""
-    text = f"# {escaped(record.pruned)}, recovered by secateur\n" if card is None else card
-    before, heading, after = text.partition("\n## How it was made\n")
-    return f"{before.rstrip()}\n\n{recovery_card(record)}{heading}{after}"
-
-
 def recovery_card(record: RecoveryRecord) -> str:
     """Return the model card's section on the recovery, in Markdown."""
     tasks = recovery_task_table(record)
@@ -240,8 +233,8 @@ def recovery_card(record: RecoveryRecord) -> str:
         f"{recovery_headline(record)}. The table shows held-out nats per token and KL to the dense model; figures "
         "elsewhere on this card are of the model before recovery."
     )
-    lines = ["## Recovery", "", escaped(about), "", *markdown(verdict_table(record)), ""]
-    lines += [*([*markdown(tasks), ""] if tasks.rows else []), f"- teacher: {escaped(record.teacher)}"]
-    lines += [f"- command: {code(record.command)}"] if record.command else []
-    lines += [f"- {label}: {escaped(text)}" for label, text in cost_rows(record)]
+    lines = ["## Recovery", "", escaped(without_paths(about)), "", *markdown(verdict_table(record)), ""]
+    lines += [*([*markdown(tasks), ""] if tasks.rows else []), f"- teacher: {escaped(without_paths(record.teacher))}"]
+    lines += [f"- command: {code(without_paths(record.command))}"] if record.command else []
+    lines += [f"- {label}: {escaped(without_paths(text))}" for label, text in cost_rows(record)]
     return "\n".join(lines) + "\n"

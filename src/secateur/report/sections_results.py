@@ -18,7 +18,7 @@ from secateur.report.page import KeyFigure, Section, Table, View, view
 from secateur.report.plots import Series, Text, dot_plot, line_plot
 from secateur.report.records import Inspection, ResultFiles, Summary, TrainingStep
 from secateur.report.rows import caveats, figure_rows, inspected_groups, loss_rows, quality_and_size, verdict
-from secateur.report.rows_vocabulary import of_dense
+from secateur.report.vocabulary import of_dense
 
 SpeedFigures = tuple[str, float, float, float]
 CURVE_POINTS = 60
@@ -74,13 +74,9 @@ def speed(files: ResultFiles) -> Section:
     summary, bench, title = files.summary, files.bench, "Speed and memory"
     sizes = Table("Size", ("", "dense", "pruned"), list(figure_rows(summary)))
     if bench is not None and bench.dense is not None:
-        return Section(
-            "speed",
-            title,
-            (_how_timed(bench),),
-            (_speed_up_plot(bench, "speed-plot"),),
-            (*rows_measured.bench_tables(bench), sizes),
-        )
+        tables = (*rows_measured.bench_tables(bench), sizes)
+        text = (_how_timed(bench), *bench.notes)
+        return Section("speed", title, text, (_speed_up_plot(bench, "speed-plot"),), tables)
     command = f"secateur bench DIR --against {shlex.quote(summary.model)}"
     text = f"{command} times both models in turns and adds the ideal speed-up, peak memory and cache size."
     return Section("speed", title, (text,), (), (sizes,))

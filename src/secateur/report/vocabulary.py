@@ -1,10 +1,11 @@
-"""What a trim of the vocabulary did to text: tokens by domain and language, words and scripts lost.
+"""A trimmed vocabulary: what it did to text, in numbers, and that for people.
 
-In: a `Trim` and held-out blocks of the trimmed tokenizer. Out: `VocabularyFacts`.
+In: a `Trim` and held-out blocks of the trimmed tokenizer. Out: `VocabularyFacts`; rows of terminal and
+card, the page's section, who suffers.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,8 @@ from secateur.data.retokenised import retokenised
 from secateur.methods.vocabulary import scripts_of
 from secateur.model.checkpoint import Tokenizer
 from secateur.model.kept_tokens import Trim
-from secateur.report.records import VocabularyFacts
+from secateur.report.page import Section, Table
+from secateur.report.records import Inspection, ResultFiles, Summary, VocabularyFacts
 
 MOST_WORDS = 20
 # Everyday sentences in languages, and characters, that the domains may not have.
@@ -80,3 +82,101 @@ def _predicted(blocks: Iterable[Tensor]) -> int:
 
 def _count(tokenizer: Tokenizer, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+# Languages whose text grows by less are not named; nor are scripts of fewer tokens in the terminal.
+LEAST_GROWTH, LEAST_TOKENS, MOST_SCRIPTS = 0.01, 16, 5
+
+TokenCounts = Mapping[str, tuple[int, int]]
+
+
+def growth(before: int, after: int) -> float:
+    """Return the share of tokens that the same text takes more."""
+    return after / before - 1 if before else 0.0
+
+
+def of_dense(summary: Summary) -> str:
+    """Return which tokens losses are counted per, if not simply the model's own."""
+    return "" if summary.vocabulary is None else " of the dense tokenizer"
+
+
+def who_suffers(facts: VocabularyFacts) -> str:
+    """Say which languages and domains take more tokens, the worst language first."""
+    grown = sorted(((growth(*counts), name) for name, counts in facts.samples.items()), reverse=True)
+    named = [(name, share) for share, name in grown if share >= LEAST_GROWTH]
+    own = growth(*(sum(column) for column in zip(*facts.by_domain.values(), strict=True)))
+    said = f"The vocabulary was trimmed from {facts.num_before:,} to {facts.num_after:,} tokens."
+    if not named:
+        return (
+            f"{said} Text of the run's own domains takes {own:.1%} more tokens, samples of other languages about none."
+        )
+    (worst, most), *others = named
+    languages = "".join(f", {name} {share:.0%}" for name, share in others)
+    return f"{said} {worst} text takes {most:.0%} more tokens{languages}; text of the run's own domains {own:.1%}."
+
+
+def vocabulary_row(facts: VocabularyFacts) -> tuple[str, str, str]:
+    """Return (label, dense, pruned) of the size."""
+    return "vocabulary", f"{facts.num_before:,} tokens", f"{facts.num_after:,} tokens"
+
+
+def vocabulary_notes(facts: VocabularyFacts) -> Iterator[tuple[str, str]]:
+    """Yield what a trim does to text: more tokens by domain and language, scripts that lose most."""
+    yield "text growth", f"{_growths(facts.by_domain, 1)} more tokens for the same held-out text"
+    yield "languages", f"{_growths(facts.samples, 0)} more tokens, by a short sample of each"
+    if facts.sample_nats:
+        more = ", ".join(f"{name} {after - before:+.2f}" for name, (before, after) in facts.sample_nats.items())
+        yield "languages, loss", f"{more} nats per token of the dense tokenizer, by the trim alone"
+    lost = sorted((-growth(*counts), script) for script, counts in facts.scripts.items() if counts[0] >= LEAST_TOKENS)
+    worst = [(script, facts.scripts[script]) for share, script in reversed(lost) if share > 0][:MOST_SCRIPTS]
+    if worst:
+        yield "scripts", f"tokens that stay: {', '.join(f'{name} {b:,} of {a:,}' for name, (a, b) in worst)}"
+
+
+def _growths(counts: TokenCounts, digits: int) -> str:
+    return ", ".join(f"{name} {growth(*pair):+.{digits}%}" for name, pair in counts.items())
+
+
+def vocabulary_cell(inspection: Inspection) -> str:
+    """Say what share of the model its tokens are, how many the domains use, and what a trim can free."""
+    found, total = inspection.vocabulary, inspection.size.num_params
+    said = f"{found.num_tokens:,} tokens, {found.num_params / total:.1%} of all parameters"
+    if found.smallest is None or found.params_freed is None:
+        return f"{said}; what the domains use is not known: {found.problem}"
+    used = ", ".join(f"{name} {count:,}" for name, count in found.used.items())
+    num_counted = sum(found.num_counted.values())
+    return (
+        f"{said}; in {num_counted:,} tokens of the domains' text are so many different ones: {used}. A trim frees up "
+        f"to {found.params_freed / total:.1%} before it takes one of these ({found.smallest:,} tokens stay); other "
+        "text then takes more tokens"
+    )
+
+
+def vocabulary(files: ResultFiles) -> Section:
+    """Tokens by domain, language and script before and after a trim, and the longest words lost."""
+    facts = files.summary.vocabulary
+    assert facts is not None
+    text = (
+        who_suffers(facts),
+        "Every text still reads back as it was: what is gone is spelt in smaller tokens, which take longer and which "
+        "the model knows less well. tokens.json says which dense token each token was.",
+        *((f"Longest words lost: {', '.join(facts.longest_lost)}.",) if facts.longest_lost else ()),
+    )
+    domains = _counted("Tokens of the same held-out text", "domain", facts.by_domain)
+    samples = _counted("Tokens of a few everyday sentences", "language", facts.samples)
+    nats = ()
+    if facts.sample_nats:
+        header = ("language", "dense", "without tokens", "change")
+        rows = [(name, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}") for name, (a, b) in facts.sample_nats.items()]
+        nats = (
+            Table("Nats per dense token of these sentences, by the dense model before any unit goes", header, rows),
+        )
+    scripts = _counted("Tokens with letters of a script", "script", facts.scripts, folded=True)
+    return Section("vocabulary", "Vocabulary", text, tables=(domains, samples, *nats, scripts))
+
+
+def _counted(caption: str, what: str, counts: TokenCounts, *, folded: bool = False) -> Table:
+    rows = [
+        (name, f"{before:,}", f"{after:,}", f"{growth(before, after):+.1%}") for name, (before, after) in counts.items()
+    ]
+    return Table(caption, (what, "dense", "pruned", "change"), rows, folded=folded)

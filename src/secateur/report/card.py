@@ -1,0 +1,192 @@
+"""The model card of a result: its metadata for the hub, and its text. In: a run's records. No local path.
+
+The metadata is the hub's: https://huggingface.co/docs/hub/model-cards.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from secateur.recipe import Domain, Recipe
+from secateur.report.measured import Evaluation, RecoveryRecord, Scores
+from secateur.report.records import Summary
+from secateur.report.rows import (
+    caveats,
+    code,
+    escaped,
+    headline,
+    markdown,
+    note_rows,
+    quality_and_size,
+    verdict,
+    without_paths,
+)
+from secateur.report.rows_measured import recovery_card
+from secateur.report.vocabulary import who_suffers
+
+TAGS = ("secateur", "pruned", "structured-pruning")
+NUM_WORST = 3  # domains named as those that suffered most
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+
+
+def card_data(
+    summary: Summary,
+    recipe: Recipe | None,
+    *,
+    recovery: RecoveryRecord | None = None,
+    evaluation: Evaluation | None = None,
+    base_model: str | None = None,
+    name: str | None = None,
+) -> ModelCardData:
+    """Return the hub's metadata. `base_model`: a hub id, by default the one that is known.
+
+    `name`: of the model, in `model-index`. What is not known is left out; `unknown` says why.
+    """
+    lineage, domains = summary.lineage, {} if recipe is None else dict(recipe.calibration.domains)
+    base_model = base_model or next((each.hub_id for each in reversed(lineage) if each.hub_id), None)
+    said: dict[str, Any] = {"tags": list(TAGS)}
+    if lineage and lineage[-1].license:
+        dense = lineage[-1]
+        said |= {"license": dense.license, "license_name": dense.license_name, "license_link": dense.license_link}
+    if base_model:
+        said |= {"base_model": base_model, "base_model_relation": "finetune"}  # the hub knows no `pruned`
+    if lineage and lineage[-1].languages and summary.vocabulary is None:
+        said["language"] = list(lineage[-1].languages)
+    if datasets := [each.dataset for each in domains.values() if each.dataset]:
+        said["datasets"] = sorted(set(datasets))
+    if results := list(_results(summary, domains, recovery, evaluation)):
+        said |= {"eval_results": results, "model_name": name or f"{_name(summary)}-pruned"}
+    return ModelCardData(library_name="transformers", pipeline_tag="text-generation", **said)
+
+
+def unknown(data: ModelCardData, summary: Summary) -> Iterator[str]:
+    """Yield a sentence about each part of the metadata that is not known."""
+    if data.license is None:
+        yield "the licence of the dense model is not known, so the card names none; add license to its first lines."
+    if data.base_model is None:
+        yield "the hub id of the dense model is not known; give it with secateur push --base-model OWNER/NAME."
+    if data.language is None and summary.vocabulary is not None:
+        yield "the vocabulary was trimmed, so the card does not repeat the languages of the dense model."
+
+
+def _results(
+    summary: Summary, domains: dict[str, Domain], recovery: RecoveryRecord | None, evaluation: Evaluation | None
+) -> Iterator[EvalResult]:
+    """Yield the perplexity on each domain's held-out text, and the scores of tasks, of the written weights."""
+    losses = {domain: loss.perplexity for domain, loss in summary.pruned_losses.items()}
+    scores: Scores = {} if evaluation is None else evaluation.pruned.scores
+    if recovery is not None:
+        losses = {domain: judged.perplexity for domain, judged in recovery.after.items()}
+        scores = scores or (recovery.tasks.recovered if recovery.tasks else {})
+    task: Any = {"task_type": "text-generation", "task_name": "Text Generation"}
+    for domain, perplexity in losses.items():
+        dataset = domains[domain].dataset if domain in domains else None
+        of_text = {"dataset_type": dataset or domain, "dataset_name": f"{domain}, held out", "dataset_config": domain}
+        where: Any = task | of_text
+        yield EvalResult(**where, metric_type="perplexity", metric_value=round(perplexity, 3))
+    for name, by_metric in scores.items():
+        where: Any = task | {"dataset_type": name, "dataset_name": name}
+        for metric, score in by_metric.items():
+            value = round(score.value, 4)
+            yield EvalResult(**where, metric_type=metric.split(",")[0], metric_name=metric, metric_value=value)
+
+
+def without_places(text: str, summary: Summary, recipe: Recipe | None) -> str:
+    """Return the text with the last part alone of every path of the run: files of text, model, and what looks so."""
+    named = [] if recipe is None else [str(each) for each in recipe.remove.keep_text]
+    for domain in () if recipe is None else recipe.calibration.domains.values():
+        named += domain.files or ()
+    if os.path.exists(summary.model):  # else it may be a hub id
+        named.append(summary.model)
+    for path in (each for each in named if "/" in each):
+        text = PurePath(path).name.join(re.split(rf"(?<![\w/]){re.escape(path)}", text))
+    return without_paths(text)
+
+
+def _name(summary: Summary) -> str:
+    """Return the dense model's name; of an older result, the last part of the path that was given."""
+    if summary.lineage:
+        return summary.lineage[-1].name
+    return without_paths(summary.model)
+
+
+def with_metadata(card: str, data: ModelCardData) -> str:
+    """Return the card with this metadata in place of its own, if it has any."""
+    return f"---\n{data.to_yaml()}\n---\n{_FRONT_MATTER.sub('', card, count=1)}"
+
+
+def model_card(summary: Summary, recipe: Recipe | None = None) -> str:
+    """Return the card: what was removed, measured, how to load it, what it is bad at, how it was made."""
+    data = card_data(summary, recipe)
+    title = f"# {escaped(_name(summary))}, pruned by secateur"
+    trimmed = [] if summary.vocabulary is None else [escaped(who_suffers(summary.vocabulary)), ""]
+    lines = ["", title, "", *trimmed, escaped(verdict(summary)), "", *_loading(summary), ""]
+    lines += [*markdown(quality_and_size(summary)), "", *_calibrated_on(summary, recipe), "", "## How it was made", ""]
+    command = without_places(summary.command, summary, recipe)
+    lines += [f"- command: {code(command)}" if command else "- from Python: `secateur.prune`"]
+    lines += [f"- {label}: {escaped(text)}" for label, text in note_rows(summary) if label != "it writes"]
+    lines += [f"- versions: {escaped(', '.join(map(' '.join, summary.versions.items())))}"]
+    files = "all options: `recipe.yaml`; kept units: `keep.json`; every step: `run.jsonl`; all figures: `result.json`"
+    lines += [f"- {files}"]
+    notes = [*(without_places(each, summary, recipe) for each in caveats(summary)), *unknown(data, summary)]
+    lines += [f"- note: {escaped(note)}" for note in notes]
+    return with_metadata("\n".join(lines) + "\n", data)
+
+
+def _calibrated_on(summary: Summary, recipe: Recipe | None) -> Iterator[str]:
+    """Yield which text the run saw, and the domains that lost most, against the dense model."""
+    domains = {} if recipe is None else recipe.calibration.domains
+    yield from ("## What it was calibrated on, and what it is bad at", "")
+    for name, num_tokens in summary.calibration.num_tokens.items():
+        source = f" ({source_text(domains[name])})" if name in domains else ""
+        yield f"- {escaped(f'{name}: {num_tokens:,} tokens{source}')}"
+    losses = ((name, summary.pruned_losses[name], loss) for name, loss in summary.dense_losses.items())
+    ratios = sorted(((pruned.perplexity / dense.perplexity, name) for name, pruned, dense in losses), reverse=True)
+    lost = [f"{name} ({ratio:.2f} times the dense model's perplexity)" for ratio, name in ratios if ratio > 1]
+    worst = ", ".join(lost[:NUM_WORST])
+    other = "Text of other kinds, and other languages, were not measured, and can have lost much more."
+    none = "No measured domain lost." if ratios else "Losses were not measured."
+    said = f"It lost most on {worst}." if worst else none
+    yield from ("", escaped(f"{said} {other}"))
+
+
+def source_text(domain: Domain) -> str:
+    """Return where a domain's text comes from, files by their names alone."""
+    key, value = domain.source
+    if key == "files":
+        return ", ".join(PurePath(each).name for each in value)
+    known = {"installed": "text of installed Python packages", "sampled": "written by the dense model"}
+    return known.get(key) or without_paths(f"{key} {value}")
+
+
+def _loading(summary: Summary) -> list[str]:
+    how, first, trust, config = "Loads with stock transformers:", [], "", ""
+    if summary.has_layers_of_different_widths:
+        how = (
+            "Its layers have widths of their own, which stock modelling cannot build. Load it with secateur, or let "
+            "transformers run the modelling file beside the weights:"
+        )
+        first = ["import secateur", "", 'model = secateur.load("path/to/this/directory")', ""]
+        trust, config = ", trust_remote_code=True", ", config=model.config"
+    return [
+        f"{escaped(headline(summary))}. {how}",
+        "",
+        "```python",
+        *first,
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{trust})',
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory"{config})',
+        "```",
+    ]
+
+
+def recovered_card(card: str | None, record: RecoveryRecord) -> str:
+    """Return the pruned model's card, or a new one, with a section on the recovery."""
+    text = f"# {escaped(without_paths(record.pruned))}, recovered by secateur\n" if card is None else card
+    before, heading, after = text.partition("\n## How it was made\n")
+    return f"{before.rstrip()}\n\n{recovery_card(record)}{heading}{after}"

@@ -1,0 +1,222 @@
+"""A result's identity from end to end: lineage, card, what is refused, what `push` would send."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from models import tiny_llama
+from recipes import grouped
+from run_cli import run_cli
+from tiny_tokenizer import tiny_tokenizer
+
+import secateur
+from secateur.errors import CheckpointError, RecipeError
+from secateur.evaluation.push import CARD, _digest_again, _stage, push
+from secateur.log import silent
+from secateur.report.card import card_data
+from secateur.report.digests import mismatches, read_digests
+from secateur.report.records import read_result, read_summary
+from secateur.report.report import write_report
+from secateur.report.rows import note_rows, without_paths
+from tests.report.test_card import recovery
+
+TIMED = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--quiet")
+
+
+@pytest.fixture(scope="module")
+def places(checkpoints, recipe, tmp_path_factory) -> dict[str, Path]:
+    """`once` is pruned from `dense`, and `twice` from `once`; `other` is another model of the same shape."""
+    root = tmp_path_factory.mktemp("a place of mine")
+    dense = Path(shutil.copytree(checkpoints["llama"], root / "dense"))
+    (dense / CARD).write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n")
+    tiny_llama(seed=1).save_pretrained(root / "other")
+    tiny_tokenizer().save_pretrained(root / "other")
+    asked = grouped({**recipe, "remove": 0.2})
+    command = shlex.join(["secateur", "prune", str(dense), str(root / "once")])
+    secateur.prune(dense, asked, out=root / "once", command=command)
+    secateur.prune(root / "once", {**asked, "output": {"evaluate": False}}, out=root / "twice")
+    return {name: root / name for name in ("dense", "once", "twice", "other")}
+
+
+@pytest.fixture
+def once(places, tmp_path) -> Path:
+    return Path(shutil.copytree(places["once"], tmp_path / "once"))
+
+
+def metadata(directory: Path) -> dict:
+    return yaml.safe_load((directory / CARD).read_text().split("---\n")[1])
+
+
+def names_in(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*")}
+
+
+def test_the_lineage_goes_back_to_the_original(places):
+    once, twice = (read_summary(places[name]) for name in ("once", "twice"))
+    assert [each.name for each in once.lineage] == ["dense"]
+    assert [each.name for each in twice.lineage] == ["dense", "once"] and twice.lineage[0] == once.lineage[0]
+    sizes = once.dense_size.num_params, once.pruned_size.num_params, twice.pruned_size.num_params
+    assert [each.num_params for each in twice.lineage] == list(sizes[:2])
+    said = dict(note_rows(twice))["lineage"]
+    assert said == f"dense → once → this; {1 - sizes[2] / sizes[0]:.1%} of all {sizes[0]:,} parameters of dense removed"
+    assert said in (places["twice"] / CARD).read_text()
+    assert once.lineage[0].fingerprint[:16] in dict(note_rows(once))["dense model"] and "lineage" not in dict(
+        note_rows(once)
+    )
+
+
+def test_the_card_has_the_hub_s_metadata(places):
+    found, summary = metadata(places["once"]), read_summary(places["once"])
+    assert found["license"] == "apache-2.0" and found["language"] == ["en"]
+    assert "base_model" not in found and {"secateur", "pruned"} <= set(found["tags"])
+    (model,) = found["model-index"]
+    values = {each["dataset"]["config"]: each["metrics"][0] for each in model["results"]}
+    assert set(values) == {"prose", "code"} and model["name"] == "dense-pruned"
+    for domain, metric in values.items():
+        assert metric["type"] == "perplexity"
+        assert metric["value"] == pytest.approx(summary.pruned_losses[domain].perplexity, abs=1e-3)
+    assert metadata(places["twice"])["license"] == "apache-2.0"  # read from the card of `once`
+    assert "model-index" not in metadata(places["twice"])  # nothing was measured
+
+
+def test_the_card_says_what_it_is_bad_at_and_on_which_text_it_was_calibrated(places):
+    text, summary = (places["once"] / CARD).read_text(), read_summary(places["once"])
+    ratios = {
+        name: loss.perplexity / summary.dense_losses[name].perplexity for name, loss in summary.pruned_losses.items()
+    }
+    worst = max(ratios, key=lambda name: ratios[name])
+    assert f"It lost most on {worst} ({ratios[worst]:.2f} times the dense model's perplexity)" in text
+    assert f"- prose: {summary.calibration.num_tokens['prose']:,} tokens (prose.txt)" in text
+    assert "hub id of the dense model is not known" in text and "licence" not in text
+
+
+def test_no_local_path_in_card_and_configs(places):
+    for file in (CARD, "config.json", "tokenizer_config.json", "generation_config.json"):
+        text = (places["twice"] / file).read_text()
+        assert str(places["dense"].parent) not in text and "/tmp" not in text, file
+        assert "is_local" not in text and "name_or_path" not in text, file
+    assert "- command: `secateur prune 'dense' 'once'`" in (places["once"] / CARD).read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("prune /home/me/qwen out a=/d/e.txt ~/b/c ../z/y.json ./q", "prune qwen out a=e.txt c y.json q"),
+        ("prune '/home/me/a b/qwen'", "prune 'qwen'"),
+        ("Qwen/Qwen2.5-0.5B at 12 tokens/s, https://a.b/c/d, 1/2, </b>", None),
+        ('{"files": ["/a/b.txt", "/a/c d.txt"]}', '{"files": ["b.txt", "c d.txt"]}'),
+    ],
+)  # fmt: skip
+def test_paths_in_text(text, left):
+    assert without_paths(text) == (text if left is None else left)
+
+
+def test_bench_refuses_another_model_and_names_it_where_it_is_meant(once, places):
+    outcome = run_cli("bench", once, "--against", places["other"], *TIMED)
+    assert outcome.status == 2 and not (once / "bench.json").exists()
+    assert f"--against {places['other']}: is not the model that {once} was pruned from" in outcome.stderr
+    assert "give dense (fingerprint" in outcome.stderr and "--other-dense" in outcome.stderr
+    outcome = run_cli("bench", once, "--against", places["other"], "--other-dense", *TIMED)
+    assert outcome.status == 0 and "note: dense is here" in outcome.stdout
+    (note, *_) = json.loads((once / "bench.json").read_text())["notes"]
+    assert str(places["other"]) in note and "not dense (fingerprint" in note
+    with pytest.raises(CheckpointError, match=r"bench.json: was measured against .*other, .* pruned from dense;"):
+        write_report(once)
+    assert run_cli("report", once).status == 2 and run_cli("report", once, "--other-dense").status == 0
+    assert "not dense (fingerprint" in (once / "report.html").read_text()
+    assert run_cli("bench", places["twice"], "--against", places["dense"], *TIMED).status == 0  # the original
+
+
+def test_swapped_arguments(once, places):
+    for command in (("bench", places["dense"], "--against", once), ("evaluate", places["dense"], "--against", once)):
+        outcome = run_cli(*command, "--quiet", *(("--out", once / "x") if command[0] == "evaluate" else ()))
+        assert outcome.status == 2 and "so the two are swapped" in outcome.stderr
+    outcome = run_cli("recover", places["dense"], "--teacher", once, "--out", once / "x", "--quiet")
+    assert outcome.status == 2 and "so the two are swapped" in outcome.stderr
+
+
+def test_recover_and_evaluate_refuse_another_model(once, places, tmp_path):
+    outcome = run_cli("recover", once, "--teacher", places["other"], "--out", tmp_path / "out", "--quiet")
+    assert outcome.status == 2 and "is not the model that" in outcome.stderr
+    outcome = run_cli("evaluate", once, "--against", places["other"], "--quiet")
+    assert outcome.status == 2 and "is not the model that" in outcome.stderr
+    assert not (once / "evaluation.json").exists()
+    found = secateur.evaluate(once, places["other"], other_dense=True)
+    assert "not dense (fingerprint" in found.notes[0] and found.dense_fingerprint is not None
+
+
+def test_nothing_is_written_into_what_is_no_result(places):
+    before = names_in(places["dense"])
+    outcome = run_cli("evaluate", places["dense"], "--domain", "code", "--quiet")
+    assert (
+        outcome.status == 2
+        and "is not a result of secateur, so the evaluation is not written into it" in outcome.stderr
+    )
+    outcome = run_cli("bench", places["dense"], *TIMED)
+    assert outcome.status == 0 and "Written to" not in outcome.stdout
+    assert run_cli("report", places["dense"]).status == 2
+    assert names_in(places["dense"]) == before
+
+
+def test_a_dry_run_lists_what_would_be_sent(places):
+    outcome = run_cli("push", places["once"], "me/tiny-pruned", "--dry-run", "--base-model", "me/tiny")
+    assert outcome.status == 0 and outcome.stderr == ""
+    for said in ("model.safetensors", "recipe.yaml", "base_model: me/tiny", "base_model_relation: finetune"):
+        assert said in outcome.stdout
+    assert outcome.stdout.endswith("Would go to me/tiny-pruned, private; nothing was sent.\n")
+    found = push(places["once"], "me/tiny-pruned", dry_run=True, public=True)
+    assert found.url is None and not found.private and found.metadata["model-index"][0]["name"] == "tiny-pruned"
+    assert found.files["model.safetensors"] == (places["once"] / "model.safetensors").stat().st_size
+    assert any("hub id of the dense model" in note for note in found.notes)
+    assert set(found.files) == names_in(places["once"])
+
+
+def test_what_is_sent_holds_no_path_and_fits_its_digests(once, places, tmp_path):
+    (once / "rounds" / "1").mkdir(parents=True)
+    (once / ".hidden").write_text("mine")
+    stage, files = tmp_path / "stage", read_result(once)
+    stage.mkdir()
+    _stage(once, stage, files)
+    _digest_again(once, stage)
+    for file in (path for path in stage.rglob("*") if path.suffix in (".json", ".jsonl", ".yaml", ".html", ".md")):
+        text = file.read_text()
+        assert not re.search(r"/tmp|a place of mine", text.replace(str(file), "")), file
+    assert {"rounds", ".hidden"}.isdisjoint(names_in(stage))
+    digests = read_digests(stage)
+    assert digests is not None and list(mismatches(stage, digests, silent)) == []
+    assert read_result(stage).recipe.calibration.domains["prose"].files == ("prose.txt",)
+
+
+def test_a_link_out_of_the_result_is_not_sent(once, tmp_path):
+    (tmp_path / "private.json").write_text("{}")
+    (once / "more.json").symlink_to(tmp_path / "private.json")
+    with pytest.raises(CheckpointError, match=r"more.json: is a link to a file outside the result"):
+        push(once, "me/tiny", dry_run=True)
+
+
+def test_after_a_recovery_the_index_is_of_the_recovered_model(once):
+    files, record = read_result(once), recovery("prose")
+    found = card_data(files.summary, files.recipe, recovery=record).to_dict()["model-index"][0]["results"]
+    assert [each["metrics"][0]["value"] for each in found] == [round(record.after["prose"].perplexity, 3)]
+
+
+def test_push_says_what_is_wrong(places, tmp_path, monkeypatch):
+    for name in ("tiny", "a/b/c", "me/ti ny"):
+        with pytest.raises(RecipeError, match="is no name on the hub; give OWNER/NAME"):
+            push(places["once"], name, dry_run=True)
+    (tmp_path / "mine" / "dense").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"--base-model mine/dense: is a directory here"):
+        push(places["once"], "me/tiny", base_model="mine/dense", dry_run=True)
+    with pytest.raises(CheckpointError, match=r"result.json cannot be read"):
+        push(places["dense"], "me/tiny", dry_run=True)
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
+        push(places["once"], "me/tiny")
+    monkeypatch.setattr("secateur.evaluation.push.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("secateur.evaluation.push.get_token", lambda: None)
+    with pytest.raises(CheckpointError, match="run hf auth login, or set HF_TOKEN"):
+        push(places["once"], "me/tiny")
