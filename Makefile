@@ -10,14 +10,18 @@ demo: .venv/demo.installed  ## prune SmolLM2-135M by a fifth and time both, with
 	$(BIN)/secateur bench demo-out --against smollm2-135m
 	$(BIN)/secateur report demo-out
 
-test: .venv/dev.installed  ## the default tests: no network, no GPU, minutes on two cores
-	$(BIN)/python -m pytest
+# One thread a process (tests/conftest.py), so that two processes do not wait for each other; a file's tests share what
+# they make. Ten gigabytes of memory are enough for eight.
+IN_PARALLEL := -n logical --maxprocesses 8 --dist loadfile
+
+test: .venv/dev.installed  ## the default tests: no network, no GPU, ten minutes on two cores
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 check: .venv/dev.installed  ## format, lint, types and tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 slow: .venv/dev.installed  ## the tests that take minutes or need optional software
 	$(BIN)/python -m pytest -m slow

@@ -176,7 +176,8 @@ def test_result_json_and_run_log_agree(happy):
 
 def test_model_card_has_the_table_and_the_exact_command(happy):
     card, result = (happy.out / "README.md").read_text(), happy.json("result.json")
-    assert f"`{shlex.join(['secateur', *happy.arguments])}`" in card
+    # Places of this machine are left out: a file goes by its name.
+    assert f"`{shlex.join(['secateur', *(Path(each).name for each in happy.arguments)])}`" in card
     for domain in ("code", "prose"):
         cells = [f"{result[f'{name}_losses'][domain]['nats_per_token']:.3f} " for name in ("dense", "pruned")]
         assert re.search(rf"^\| {domain} \| {re.escape(cells[0])}.*\| {re.escape(cells[1])}", card, re.MULTILINE)

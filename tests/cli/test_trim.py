@@ -100,7 +100,7 @@ def test_text_and_scripts_that_are_to_stay_do(place, tmp_path):
             "remove.keep_scripts: no token of the model has a letter",
         ),
         (("--vocabulary", "448", "--keep-text", "nowhere.txt"), "nowhere.txt"),
-        (("--vocabulary", "448", "--domain", "klingon"), "'klingon'; allowed: code"),
+        (("--vocabulary", "448", "--domain", "klingon"), "'klingon'; allowed: web"),
     ],
 )
 def test_bad_values_are_one_sentence(place, tmp_path, options, expected):

@@ -165,9 +165,10 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
 
 
 def test_the_default_domains_work_out_of_the_box() -> None:
-    found = build_calibration(Calibration(sequence_length=LENGTH), 5 * 9 * LENGTH, TOKENIZER, 0)
-    assert [len(domain.calibration_NT) for domain in found.domains] == [9] * 5
-    assert found.num_held_out_tokens == 5 * LENGTH
+    count = len(Calibration().domains)
+    found = build_calibration(Calibration(sequence_length=LENGTH), count * 9 * LENGTH, TOKENIZER, 0)
+    assert [len(domain.calibration_NT) for domain in found.domains] == [9] * count
+    assert found.num_held_out_tokens == count * LENGTH
 
 
 def test_held_out_text_of_the_default_domains_is_new() -> None:

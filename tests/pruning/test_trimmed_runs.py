@@ -239,7 +239,7 @@ def test_counts_leave_out_what_is_held_out(recipe, texts):
         ({"keep_scripts": ["klingon"]}, "no token of the model has a letter of klingon"),
         ({"keep_text": ["missing.txt"]}, "there is no such file"),
         ({"vocabulary": None, "groups": []}, "nothing would go"),
-        ({"vocabulary": None, "keep_scripts": ["latin"]}, "they need vocabulary"),
+        ({"vocabulary": None, "keep_scripts": ["latin"]}, "give vocabulary: auto or a number too"),
         ({"vocabulary": "some"}, "vocabulary"),
     ],
 )

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_colours_are_the_pages_own(result):
 
 def test_the_page_tells_the_numbers_of_result_json_and_of_the_card(result):
     html, summary = page_of(result), summary_of(result)
-    assert verdict(summary) in html and verdict(summary) in model_card(summary)
+    assert escape(verdict(summary)) in html and escaped(verdict(summary)) in model_card(summary)
     assert summary.calibration.content_hash in html
     for losses in summary.losses_by_name().values():
         for loss in losses.values():

@@ -46,7 +46,8 @@ def export(
         print(done.to_json(), end="")
         return
     context = "" if done.context_length is None else f", context {done.context_length:,}"
-    common.CONSOLE.print(f"Written to {file}: {done.type_name}, {human_bytes(done.num_bytes)}{context}.")
+    said = f"Written to {file}: {done.type_name}, {human_bytes(done.num_bytes)}{context}."
+    common.CONSOLE.print(said, soft_wrap=True)
     found = done.check
     if found is not None:
         common.CONSOLE.print(
