@@ -177,6 +177,7 @@ def test_damaged_model(name, model, prune):
         ),
         ("--to 0.4X", "remove.to: must be a number of parameters, such as 0.4B or 400M, got '0.4X'"),
         ("--to 1M", "remove.to: 1M leaves 1,000,000 parameters, and the model has 100,176"),
+        ("--to 1K", "remove: 0.9999 of all 100,176 parameters is out of reach; the recipe's groups allow at most 0.4"),
         ("--fit 1KB --context 9", "remove.fit: 1KB with a cache of"),
         ("--remove 0.2 --to 50K", "share and to each say how much goes; give one of them"),
         ("--context 9", "give fit too, such as fit: 8GB"),

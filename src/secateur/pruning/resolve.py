@@ -191,7 +191,7 @@ def _with_share(opened: Opened, groups: tuple[Group, ...]) -> Opened:
         prices = recipe_prices(recipe, opened.arch, opened.model)
         step = least_step(groups, prices, remove.align or default_align(groups), alike=True)
     share = (size.num_params - stays + step / 2) / size.num_params
-    filled: dict[str, Any] = {"share": share, "to": None, "fit": None, "context": None}
+    filled: dict[str, Any] = {"share": min(share, 0.9999), "to": None, "fit": None, "context": None}
     return replace(opened, recipe=recipe.filled(remove=filled))
 
 
