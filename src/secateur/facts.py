@@ -230,12 +230,14 @@ class Trained:
     """What the records of a polish and of a recovery have in common.
 
     `before`: the verdicts of the pruned model as it came; every KL is to the dense model.
+    `trained_dense`: those of the dense model after the same steps of cross-entropy, if it was trained.
     """
 
     __slots__ = ()
     dense: Verdicts
     before: Verdicts
     training: TrainingRecord
+    trained_dense: Verdicts | None = None
 
     @property
     def after(self) -> Verdicts:
@@ -249,4 +251,8 @@ class Trained:
             return "held-out loss did not fall, so the weights are those from before the training"
         won = won_back(self.dense, self.before, self.after)
         share = "nothing had been lost" if math.isnan(won) else f"{won:.1%} of the lost log-perplexity won back"
-        return f"{share} with {self.training.num_tokens:,} tokens"
+        against = ""
+        if self.trained_dense is not None:
+            honest = won_back(self.trained_dense, self.before, self.after)
+            against = f" ({honest:.1%} against the dense model after the same training)"
+        return f"{share}{against} with {self.training.num_tokens:,} tokens"

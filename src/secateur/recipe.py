@@ -89,12 +89,13 @@ class PolishSettings(Training):
 class RecoverySettings(Training):
     """Training after pruning. num_tokens: of all domains together.
 
-    held_out_blocks: per domain, for judging. evaluation: tasks before and after; they do not
-    affect training.
+    held_out_blocks: per domain, for judging. train_dense: also train the dense model, on the same
+    text by cross-entropy, to compare with. evaluation: tasks before and after, for the record alone.
     """
 
     num_tokens: Count = 300_000
     held_out_blocks: Count = 8
+    train_dense: bool = False
     evaluation: TaskSettings = TaskSettings()
 
 
@@ -104,7 +105,6 @@ InstalledDomain = Literal[
 WeightingName = Literal["tokens", "energy", "minimax"]
 BudgetName = Literal["uniform", "global", "curve"]
 TargetName = Literal["parameters", "flops", "kv_bytes", "latency"]
-
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 VOCABULARY = "vocabulary"
 

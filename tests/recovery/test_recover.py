@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
-from secateur.facts import TrainingRecord, mean_kl, mean_nats
+from secateur.facts import TrainingRecord, mean_kl, mean_nats, won_back
 from secateur.model.checkpoint import load_model
 from secateur.recovery import pair as recovery_pair
 from secateur.recovery.judge import domain_weights, objective
@@ -298,6 +298,23 @@ def test_dry_run_foretells_tokens_operations_and_memory(recovered, pruned, check
     assert cost.flops == {"training": record.training.flops, "judge": record.judge_flops}
     assert cost.num_held_out_tokens == record.num_held_out_tokens and cost.peak_bytes > 0
     assert set(cost.seconds) == {"training", "judge"} and all(value > 0 for value in cost.seconds.values())
+
+
+def test_the_dense_model_after_the_same_cross_entropy_stands_beside(pruned, checkpoints, texts, tmp_path):
+    changes = training_with(train_dense=True, kl_share=0.5, learning_rate=1e-3)
+    record = recover(pruned, checkpoints["llama"], changes, out=tmp_path / "out")
+    assert record is not None and record.trained_dense is not None
+    # As if the dense model were the pruned one and had no teacher.
+    alone = training_with(kl_share=0.0, learning_rate=1e-3) | {"calibration": record.calibration}
+    _, before, own = train(checkpoints["llama"], checkpoints["llama"], alone, tmp_path / "alone")
+    assert own.held and record.trained_dense == own.after and before == record.dense
+    honest = won_back(record.trained_dense, record.before, record.after)
+    assert 0 < honest < 1 and f"({honest:.1%} against the dense model after the same training)" in record.headline
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "dense, trained alike" in page
+    plain = dry_run(pruned, checkpoints["llama"], training_with(kl_share=0.5))
+    cost = dry_run(pruned, checkpoints["llama"], changes)
+    assert cost.flops.pop("train_dense") > 0 and cost.flops == plain.flops and cost.peak_bytes > plain.peak_bytes
 
 
 def damaged(checkpoints: dict[str, Path], place: Path, name: str = "llama", **config: Any) -> Path:

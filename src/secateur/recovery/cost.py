@@ -22,6 +22,7 @@ from secateur.report.measured import Cost
 # Activations that a layer stores per token for backward, in hidden sizes: inputs of norms and
 # linears, queries, keys, values; gate, up and product of the MLP at three to four each.
 ACTIVATION_WIDTHS = 20
+TRAIN_DENSE = "train_dense"
 # FLOPs per token of a block: of the layers, and with the head at every position.
 Forward = tuple[float, float]
 
@@ -38,7 +39,13 @@ def cost_of(
     """
     pruned, teacher, length = candidates.pruned_shape, candidates.teacher_shape, text.sequence_length
     tokens = text.num_tokens, text.num_held_out_tokens
-    flops = predict_flops(forward_flops(pruned, length), forward_flops(teacher, length), settings, *tokens)
+    small, big = forward_flops(pruned, length), forward_flops(teacher, length)
+    flops = predict_flops(small, big, settings, *tokens)
+    trained = [pruned]
+    if settings.train_dense:
+        alone = predict_flops(big, big, without_teacher(settings), *tokens)
+        flops[TRAIN_DENSE] = (0.0, alone["training"][1] + alone["judge"][1])
+        trained.append(teacher)
     seconds = {}
     if seconds_per_flop is not None:
         seconds = {
@@ -46,9 +53,11 @@ def cost_of(
         }
     size = Size.of(pruned)
     # Checkpoints of weights and two moments: the best, the last, one being written; the result.
-    scratch_bytes = 3 * 4 * (size.num_params + 2 * num_trained(pruned, settings)) + size.num_bytes
+    states = max(Size.of(model).num_params + 2 * num_trained(model, settings) for model in trained)
+    scratch_bytes = 3 * 4 * states + size.num_bytes
     total = {part: sum(ours) for part, ours in flops.items()}
-    peak = Size.of(teacher).num_bytes + training_bytes(pruned, size.num_params, settings, length)
+    most = max(training_bytes(model, Size.of(model).num_params, settings, length) for model in trained)
+    peak = Size.of(teacher).num_bytes + most
     return Cost(*tokens, total, peak, scratch_bytes, seconds)
 
 
@@ -70,6 +79,11 @@ def predict_flops(
         "training": (num_tokens * asked, num_tokens * (passes * small + gradients)),
         "judge": (num_held_out_tokens * big, num_held_out_tokens * (2 + settings.evaluations) * small),
     }
+
+
+def without_teacher(settings: RecoverySettings) -> RecoverySettings:
+    """Return settings for the same steps of cross-entropy alone, as the dense model takes them."""
+    return settings.model_copy(update={"kl_share": 0.0})
 
 
 def forward_flops(model: PreTrainedModel, length: int) -> Forward:

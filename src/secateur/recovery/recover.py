@@ -4,15 +4,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from secateur.facts import Verdicts
 from secateur.files import check_replaceable, staging
 from secateur.log import Progress, silent
 from secateur.recipe import TaskSettings
+from secateur.recovery.cost import TRAIN_DENSE, without_teacher
 from secateur.recovery.open import changes_of, open_job, prepare
 from secateur.recovery.pair import Candidates
 from secateur.recovery.result import write_result
@@ -55,13 +58,27 @@ def recover(
         with _told_if_interrupted(work):
             with work.log.time("recover"):
                 before, training = train_guarded(work)
+                trained_dense = _trained_dense(work, candidates)
             _let_others_go(had_processes)
             if directory is not None:
                 scores = None if score is None else partial(score, work, candidates)
-                record = write_result(work, job, before, training, scores, directory, name, command)
+                record = write_result(work, job, (before, training, trained_dense), scores, directory, name, command)
     if is_main:
         shutil.rmtree(work.directory)
     return record
+
+
+def _trained_dense(work: Work, candidates: Candidates) -> Verdicts | None:
+    """Return the verdicts of the dense model after the same steps of cross-entropy; None if not asked for.
+
+    Training on a domain's text also adapts the dense model to it: what a recovery wins beyond that is repair.
+    """
+    if not work.settings.train_dense:
+        return None
+    settings, place = without_teacher(work.settings), work.directory / TRAIN_DENSE
+    parts = {"settings": settings, "directory": place, "name": TRAIN_DENSE}
+    before, training = train_guarded(replace(work, pruned=candidates.load_teacher(), teacher=None, **parts))
+    return training.after if training.held else before
 
 
 @contextmanager

@@ -34,8 +34,7 @@ VERIFY_TOKENS = 64
 def write_result(
     work: Work,
     job: Job,
-    before: Verdicts,
-    training: TrainingRecord,
+    judged: tuple[Verdicts, TrainingRecord, Verdicts | None],
     score: Callable[[Path], TaskScores] | None,
     directory: Path,
     name: str | None,
@@ -43,8 +42,10 @@ def write_result(
 ) -> RecoveryRecord:
     """Write everything that belongs to the result into `directory` and return its record.
 
+    `judged`: before the training, the training, and the trained dense model, None if there is none.
     `score`: asks the tasks. `name`: what to call the pruned model, its reference by default.
     """
+    before, training, trained_dense = judged
     with work.log.time("save"):
         _save(work, job, directory)
     with work.log.time("verify"):
@@ -72,6 +73,7 @@ def write_result(
         notes=tuple(line["text"] for line in work.log.lines if line["event"] == "note"),
         versions=versions(),
         tasks=scores,
+        trained_dense=trained_dense,
     )
     _write_record(record, work, job.candidates.pruned.directory, directory)
     return record

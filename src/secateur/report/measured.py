@@ -345,10 +345,12 @@ class RecoveryRecord(Shown, Trained, Record):
     notes: tuple[str, ...]
     versions: dict[str, str]
     tasks: TaskScores | None = None
+    trained_dense: Verdicts | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return the fields as a mapping, with means over domains."""
         named = {"dense": self.dense, "before": self.before, "after": self.after}
+        named |= {} if self.trained_dense is None else {"trained_dense": self.trained_dense}
         means = {name: {"kl": mean_kl(each), "nats_per_token": mean_nats(each)} for name, each in named.items()}
         won = won_back(self.dense, self.before, self.after)
         derived = {"means": means, "share_won_back": None if math.isnan(won) else won}

@@ -168,6 +168,8 @@ def verdict_table(record: Trained, caption: str = "", name: str = "recovered") -
     """Return nats per token and KL of every model, by domain, and their means."""
     name += "" if record.training.held else " (undone)"
     columns = {"dense": record.dense, "pruned": record.before, name: record.training.after}
+    if record.trained_dense is not None:
+        columns["dense, trained alike"] = record.trained_dense
     rows = [
         (domain, *(f"{of[domain].nats_per_token:.3f}, {_kl_cell(of[domain])}" for of in columns.values()))
         for domain in record.dense
