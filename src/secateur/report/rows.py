@@ -177,7 +177,8 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     if summary.polish is not None:
         yield "polish", summary.polish.headline
     if summary.guard_refusals:
-        yield "guard", f"compensation refused by held-out text in {summary.guard_refusals} groups"
+        many = "s" if summary.guard_refusals > 1 else ""
+        yield "guard", f"compensation refused by held-out text in {summary.guard_refusals} group{many}"
     if summary.reload_max_abs_difference is not None:
         difference = summary.reload_max_abs_difference
         yield "reload", f"stock transformers in a fresh process: largest logit difference {difference:g}"
