@@ -97,8 +97,8 @@ def _kl_rows(evaluation: Evaluation) -> Iterator[Row]:
 def _draft_rows(evaluation: Evaluation) -> Iterator[Row]:
     if (draft := evaluation.draft) is not None:
         yield "drafted tokens accepted", f"{draft.acceptance:.1%}; {draft.agreement:.1%} greedily"
-        drafted = f"{draft.length} tokens drafted a step, each at {draft.cost:.2f} of a dense one's {draft.cost_of}"
-        yield "speed-up when sampling", f"{draft.speed_up:.2f}x, with {drafted}"
+        cost = f"each at {draft.cost:.2f} of a dense token's cost ({draft.cost_of})"
+        yield "speed-up when sampling", f"{draft.speed_up:.2f}x, {draft.length} drafted a step, {cost}"
 
 
 def _legend(evaluation: Evaluation) -> Iterator[str]:
