@@ -27,6 +27,7 @@ import yaml
 from bpe_tokenizer import CORPUS, bpe_tokenizer
 from models import tiny_llama
 from run_cli import run_cli
+from transformers import AutoTokenizer
 
 import secateur
 from secateur.cli import app
@@ -133,6 +134,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model
         )
     (world / "MODEL").symlink_to(model)
+    tiny_llama(vocab_size=640, num_layers=6, seed=1).save_pretrained(model.with_name("sibling"))
+    AutoTokenizer.from_pretrained(model).save_pretrained(model.with_name("sibling"))
     lines = [" ".join(WORDS[start % 17 :] + WORDS[: start % 7]) + f" {start}" for start in range(2600)]
     (world / "law.txt").write_text("\n".join(lines))
     (world / "chat.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))

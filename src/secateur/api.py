@@ -19,7 +19,7 @@ from secateur.log import Progress, silent
 from secateur.model.checkpoint import Tokenizer, load, open_checkpoint
 from secateur.model.modules import CausalLM
 from secateur.pruning.prune import prune_run
-from secateur.pruning.result import Result
+from secateur.pruning.result import Result, recipe_like
 from secateur.ranks import is_first, joined, meet
 from secateur.recipe import Recipe, TaskSettings
 from secateur.recipe_file import as_recipe
@@ -37,6 +37,7 @@ def prune(
     recipe: Recipe | dict[str, Any] | Path | str | None = None,
     *,
     out: Path | str | None = None,
+    like: Path | str | None = None,
     tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -52,7 +53,9 @@ def prune(
     in the summary say so.
 
     `recipe`: a Recipe, a mapping, a YAML file, or None for the defaults. `out`: the directory to
-    write; it appears complete or not at all. `resume`: continue an interrupted run of the same
+    write; it appears complete or not at all. `like`: a result whose units go here too, for a sibling
+    of the model that was pruned there: its recipe holds, with the keys that `recipe` gives on top,
+    and what stays is repaired and polished on this model. `resume`: continue an interrupted run of the same
     inputs, whose steps are in a hidden directory beside `out`. `tell`: gets a line about that, and
     one about what the run will do and how long it takes.
     `command`: how to repeat the run, for the model card.
@@ -64,8 +67,15 @@ def prune(
     Raises a SecateurError, one sentence, for what a user can correct.
     """
     progress = progress if is_first() else silent
-    parsed = as_recipe(recipe)
-    options = {"tokenizer": tokenizer, "resume": resume, "command": command, "progress": progress, "tell": tell}
+    parsed = as_recipe(recipe) if like is None else recipe_like(Path(like), as_recipe(recipe))
+    options = {
+        "like": like,
+        "tokenizer": tokenizer,
+        "resume": resume,
+        "command": command,
+        "progress": progress,
+        "tell": tell,
+    }
     if parsed.recover is None:
         return prune_run(model, parsed, out=out, overwrite=overwrite, **options)
     if not isinstance(model, str | Path):

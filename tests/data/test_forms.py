@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.data.calibration import build_calibration
+from secateur.data.chat import chat_text
 from secateur.data.forms import Notes
 from secateur.data.sources import SOURCES, documents
 from secateur.errors import CalibrationError
@@ -273,3 +275,27 @@ def test_missing_cells_of_a_table_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,text\n1,x\n2\n3,\n")
     assert read(tmp_path / "a.csv", note=notes) == ["x"]
     assert notes.sentences() == ("domain 'mine': rows left out, since they hold no text: 1.",)
+
+
+# As in Llama 3's template.
+DATED = """\
+{%- if not date_string is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
+{{- "Today: " + date_string + "\\n" }}{%- for each in messages %}{{- each["content"] }}{%- endfor %}"""
+
+
+def test_the_date_in_a_template_is_the_same_on_any_day(monkeypatch):
+    """The day after the one on which transformers was loaded too."""
+    from transformers.utils import chat_template_utils
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2031, 2, 3)
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = DATED
+    chat = [{"role": "user", "content": "hi"}]
+    today = chat_text(chat, tokenizer, "row")
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    assert "03 Feb 2031" in tokenizer.apply_chat_template(chat, tokenize=False)  # what it would be
+    assert today == chat_text(chat, tokenizer, "row") == "Today: 26 Jul 2024\nhi"

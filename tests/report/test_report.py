@@ -171,6 +171,7 @@ def test_what_bench_and_evaluate_measured_is_told(copy, checkpoints):
     assert f"<td>{bench['decode']['ideal']:.2f}x</td>" in html
     kl = evaluation["kl"][HOSTILE]
     assert f"<td>{kl['mean']:.3f} ± {kl['standard_error']:.3f}</td>" in html
+    assert f"{evaluation['draft']['speed_up']:.2f}x, " in html
     assert "secateur bench DIR --against" not in html and "secateur evaluate DIR" not in html
 
 

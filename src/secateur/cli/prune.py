@@ -68,6 +68,9 @@ def prune(
     memory_budget: common.MemoryBudget = None,
     device: common.Device = None,
     sets: common.Sets = None,
+    like: Annotated[
+        Path | None, typer.Option(metavar="RESULT", help="Remove what went there, with its recipe; refit on MODEL.")
+    ] = None,
     resume: common.Resume = False,
     overwrite: common.Overwrite = False,
     quiet: common.Quiet = False,
@@ -79,7 +82,7 @@ def prune(
     said = {"remove": goes, "choose": {"budget": budget, "rounds": rounds}, "polish": {"num_tokens": polish}}
     said |= {"seed": seed, "machine": {"memory_budget": memory_budget, "device": device}}
     parsed = _recipe(recipe, preset, said, domain, sets)
-    prune_and_tell(model, out, parsed, resume=resume, overwrite=overwrite, quiet=quiet, as_json=as_json)
+    prune_and_tell(model, out, parsed, like=like, resume=resume, overwrite=overwrite, quiet=quiet, as_json=as_json)
 
 
 @common.app.command(epilog="Example: secateur inspect Qwen/Qwen2.5-7B --remove 0.3")
@@ -133,7 +136,15 @@ def demo(
 
 
 def prune_and_tell(
-    model: str, out: Path, recipe: Recipe, *, resume: bool, overwrite: bool, quiet: bool, as_json: bool
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    like: Path | None = None,
+    resume: bool,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Prune, and print the result."""
     # Imported here so that --help and option errors do not wait for torch.
@@ -143,7 +154,7 @@ def prune_and_tell(
     shown = is_first() and not (quiet or as_json)
     tell = common.teller(enabled=shown)
     with common.progress_bar(enabled=shown) as progress:
-        options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "progress": progress}
+        options: dict[str, Any] = {"like": like, "overwrite": overwrite, "resume": resume, "progress": progress}
         options["command"] = shlex.join(["secateur", *sys.argv[1:]])
         result = secateur.prune(model, recipe, out=out, tell=tell, **options)
     if not is_first():

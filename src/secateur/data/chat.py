@@ -7,6 +7,8 @@ everything but the messages. Its work is bounded here.
 import sys
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
+from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +20,10 @@ from secateur.model.checkpoint import Tokenizer
 MAX_STEPS = 10_000_000
 # Characters, items or bits that one multiplication or power may give.
 MAX_PRODUCT = 10_000_000
+# What templates that ask for the date are told, so that the same chat is the same text on any day: the
+# date that Llama 3.1's writes where it cannot ask.
+TODAY = datetime(2024, 7, 26)
+CLOCK = "transformers.utils.chat_template_utils.datetime"  # of which `strftime_now` asks `now`
 
 
 REFUSED = "chats left out, since the chat template refuses them"
@@ -66,7 +72,7 @@ def _rendered(messages: list[dict[str, Any]], tokenizer: Tokenizer, where: str, 
         RuntimeError,
     )
     try:
-        with _bounded_products(), _bounded_steps():
+        with _bounded_products(), patch(CLOCK, SimpleNamespace(now=lambda: TODAY)), _bounded_steps():
             return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
     except (*raised, MemoryError) as error:  # a program may raise any of these
         reason = f"{error}" or type(error).__name__

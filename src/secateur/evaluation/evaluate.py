@@ -140,7 +140,7 @@ def _evaluate(
         note = f"the vocabulary was trimmed ({sizes}): losses are nats per token of the model's own tokenizer."
         text = replace(text, notes=(*text.notes, note))
     store = Store.lasting(directory / PARTS_FOLDER, tell)
-    before = states = kl = changes = None
+    before = states = kl = changes = draft = None
     harness: dict[str, Any] = {}
     if dense is not None:
         before, harness = _measure(store, dense, dense_text, settings.task_options, progress)
@@ -152,6 +152,8 @@ def _evaluate(
     if dense is not None and before is not None:
         found = parts.kl_parts(store, dense, pruned, states, domains, progress)
         kl = {domain: Divergence(**part) for domain, part in found.items()}
+        if trim is None and kl:  # runtimes draft with the same tokens alone
+            draft = parts.draft(directory, dense, pruned, kl)
         tasks = parts.task_changes(harness, own_harness) if text.tasks is not None else None
         changes = parts.differences(before, after, tasks)
     evaluation = Evaluation(
@@ -163,6 +165,7 @@ def _evaluate(
         pruned=after,
         kl=kl,
         differences=changes,
+        draft=draft,
         versions=versions(),
         dense_fingerprint=None if dense is None else identity(dense.checkpoint),
     )

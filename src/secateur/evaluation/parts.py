@@ -18,14 +18,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, identity, merge, num_questions, run_task
 from secateur.evaluation.text import measure_quality
+from secateur.facts import Divergence, Draft, Size, draft_of
 from secateur.log import Progress
 from secateur.model.bind import Arch, bind, head_of
 from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_model, open_checkpoint
+from secateur.model.identity import identity as model_identity
 from secateur.model.kept_tokens import KeptTokens, keep_tokens
 from secateur.ranks import device_called, in_turns, own_part, size, spread
 from secateur.recovery.pair import Candidates
 from secateur.recovery.train import Work
 from secateur.report.measured import (
+    BENCH_FILE,
+    BenchResult,
     Change,
     Differences,
     Measured,
@@ -210,12 +214,12 @@ def kl_parts(
             dense_head, own_states = states.head, iter(states.states_NPD[domain])
             head = head_of(pruned.model(), pruned.arch)
 
-            def compare(ids_T: Tensor) -> tuple[Tensor, Tensor]:
+            def compare(ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 pruned_PD = losses.final_states(pruned.model(), pruned.arch, ids_T[None])
-                return losses.token_divergences_and_agreements(next(own_states), dense_head, pruned_PD, head)
+                return losses.compare_tokens(next(own_states), dense_head, pruned_PD, head)
 
-            pairs = spread(compare, list(domain_NT))
-            return dataclasses.asdict(losses.summarise(domain, *(list(parts) for parts in zip(*pairs, strict=True))))
+            compared = spread(compare, list(domain_NT))
+            return dataclasses.asdict(losses.summarise(domain, *(list(parts) for parts in zip(*compared, strict=True))))
 
         depends_on = _kl_facts(dense, pruned, domain_NT)
         found[domain] = store.value(f"kl-{domain}", compute, depends_on=depends_on)
@@ -298,4 +302,17 @@ def _facts(blocks_NT: Blocks) -> Part:
 
 
 def _kl_facts(dense: Subject, pruned: Subject, blocks_NT: Tensor) -> Part:
-    return {"dense": dense.fingerprint, "pruned": pruned.fingerprint, **_facts(blocks_NT)}
+    return {"dense": dense.fingerprint, "pruned": pruned.fingerprint, "acceptance": True, **_facts(blocks_NT)}
+
+
+def draft(directory: Path, dense: Subject, pruned: Subject, kl: Mapping[str, Divergence]) -> Draft | None:
+    """Return the pruned model as a draft of the dense one, at the costs that are known.
+
+    Those of the bench.json in `directory`, if it timed these two, else the bytes of the weights.
+    """
+    path = directory / BENCH_FILE
+    bench = BenchResult.from_json(path.read_bytes(), str(path)) if path.is_file() else None
+    if bench is not None and bench.decode and bench.dense_fingerprint == model_identity(dense.checkpoint):
+        return draft_of(kl, 1 / bench.decode.measured.median, "decode seconds of bench.json")
+    num_bytes = [Size.of(meta_model(each.checkpoint.config)).num_bytes for each in (pruned, dense)]
+    return draft_of(kl, num_bytes[0] / num_bytes[1], "bytes of the weights")

@@ -78,7 +78,10 @@ def _narrower(task: Task, module: nn.Module, expert: int, seen: _Observed) -> tu
     """Return an expert's kept channels and its refitted reader; None without least squares."""
     stacks, method = task.group.experts.stacks, task.method
     gram, weight_DF = _shrunk(module, stacks, expert, seen), reader_of(module, stacks, expert)
-    keep_K = _select(weight_DF, gram, task.num_keep, method, task.seed + expert)
+    if task.keep is not None:
+        keep_K = task.keep[expert].to(weight_DF.device)
+    else:
+        keep_K = _select(weight_DF, gram, task.num_keep, method, task.seed + expert)
     refits = method.compensate == "least_squares"
     return keep_K, least_squares(weight_DF, gram, keep_K, method.damping).weight_HS if refits else None
 

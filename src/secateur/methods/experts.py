@@ -117,6 +117,8 @@ def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
         if step:
             scores_E = scores_of(observe_routing(walk, now, to_middle=True)[0], task.seed + step)
         if num_left < len(keep):
+            if task.keep is not None:  # only the order in which the others go is left to choose
+                scores_E = scores_E.masked_fill(torch.isin(keep, task.keep.to(keep.device)), torch.inf)
             stays = keep_experts(scores_E, num_left, experts)
             cut_experts(layer, now, stays)
             keep = keep[stays]

@@ -88,7 +88,10 @@ def greedy_obs(
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One group to prune; `walk` stands before its layer. `scores_U`: if measured before."""
+    """One group to prune; `walk` stands before its layer. `scores_U`: if measured before.
+
+    `keep`: the units that stay, if another run has chosen them; with one row per expert for channels of experts.
+    """
 
     walk: Walk
     group: Group
@@ -98,6 +101,7 @@ class Task:
     seed: int
     scores_U: Tensor | None = None
     decide: Decide = here
+    keep: Tensor | None = None
 
     @property
     def layer(self) -> nn.Module:
@@ -123,12 +127,14 @@ class Selection:
 
 
 def select(task: Task, pooled: Statistics) -> Selection:
-    """Choose the units that stay: by known scores, greedily for `obs`, or by the score."""
+    """Return the units that stay: those of `task.keep`, by known scores, greedily for `obs`, or by the score."""
     layer, group, method, num_keep, scores_U = task.layer, task.group, task.method, task.num_keep, task.scores_U
     reader = linear(layer, group.reader.module)
     num_units = reader.in_features // group.width
     if num_keep == num_units:
         return Selection(torch.arange(num_keep, device=reader.weight.device), reader.weight.new_zeros(0))
+    if task.keep is not None:
+        return Selection(task.keep.to(reader.weight.device), reader.weight.new_zeros(0))
     if method.score == "obs" and scores_U is None:
         assert pooled.gram is not None
         hessian = damped_gram(pooled.gram, method.damping)

@@ -96,11 +96,18 @@ def method_of(recipe: Recipe) -> Method:
 
 @torch.no_grad()
 def prune_group(
-    walk: Walk, group: Group, num_keep: int, recipe: Recipe, shares: dict[str, float], seed: int, scores: Tensor | None
+    walk: Walk,
+    group: Group,
+    num_keep: int,
+    recipe: Recipe,
+    shares: dict[str, float],
+    seed: int,
+    scores: Tensor | None,
+    keep: Tensor | None = None,
 ) -> tuple[Int64[Tensor, "*E K"], dict[str, Any]]:
-    """Prune one group; return kept indices and log line. `scores`: if measured before."""
+    """Prune one group; return kept indices and log line. `scores`: if measured before; `keep`: if chosen before."""
     with walk.layer(group.layer):
-        task = Task(walk, group, num_keep, method_of(recipe), shares, seed, scores, _decided)
+        task = Task(walk, group, num_keep, method_of(recipe), shares, seed, scores, _decided, keep)
         return STEPS[group.kind].prune(task)
 
 

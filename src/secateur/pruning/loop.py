@@ -187,7 +187,8 @@ def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int, 
         keep = redo_group(layer, group, stored)
     else:
         start, seed = time.perf_counter(), layer_seed(recipe.seed, number, group.layer)
-        keep, line = prune_group(walk, group, num_keep, recipe, run.shares, seed, scores_U)
+        kept = run.kept.get((group.layer, group.name))
+        keep, line = prune_group(walk, group, num_keep, recipe, run.shares, seed, scores_U, kept)
         seconds = round(time.perf_counter() - start, 3)
         line = {"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()}
         run.services.store.save(name, outcome_of(layer, group, keep), line)

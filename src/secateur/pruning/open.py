@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Ancestor, Size
@@ -32,8 +32,9 @@ from secateur.model.checkpoint import (
     restore_buffers,
     weight_digests,
 )
+from secateur.model.group import GroupKey
 from secateur.model.identity import in_memory, lineage
-from secateur.model.kept_tokens import Trim
+from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.ranks import check_same, device_called, is_first, size
 from secateur.recipe import Recipe
 from secateur.recipe_file import dump_recipe
@@ -48,12 +49,31 @@ NUM_SAMPLED = 64
 
 
 @dataclass(frozen=True, slots=True)
+class Like:
+    """A result whose units go here too, as its files have them.
+
+    `digest`: of its keep.json. `tokens`: those that stay; None if it has all.
+    """
+
+    checkpoint: Checkpoint
+    result: Ancestor
+    digest: str
+    keeps: dict[GroupKey, Tensor]
+    tokens: KeptTokens | None
+
+    @property
+    def num_keep(self) -> dict[GroupKey, int]:
+        """How many units of each group stay."""
+        return {key: keep.shape[-1] for key, keep in self.keeps.items()}
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """A dense model and its recipe. `checkpoint`: None for a model in memory.
 
     `model`: the one in memory, or the checkpoint's, on the meta device until `loaded`. `size`: as
     stored. `device`: where the run computes. `tokenizer`: the one handed over, if any. `trim`: what
-    goes of the vocabulary, decided before the weights are cut.
+    goes of the vocabulary, decided before the weights are cut. `like`: the result that it is cut by.
     """
 
     checkpoint: Checkpoint | None
@@ -64,6 +84,7 @@ class Opened:
     device: torch.device
     tokenizer: Tokenizer | None = None
     trim: Trim | None = None
+    like: Like | None = None
 
     @property
     def name(self) -> str:

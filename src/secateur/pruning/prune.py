@@ -32,7 +32,15 @@ from secateur.pruning.open import (
     tokenizer_of,
 )
 from secateur.pruning.resolve import Resolved, checked, resolve
-from secateur.pruning.result import PrunedCheckpoint, Result, foretold, save_and_prove, summary_of, write_report_files
+from secateur.pruning.result import (
+    PrunedCheckpoint,
+    Result,
+    foretold,
+    opened_like,
+    save_and_prove,
+    summary_of,
+    write_report_files,
+)
 from secateur.pruning.run import Keeps, Run, without_tokens
 from secateur.pruning.trim import plan_trim, would_have_paid
 from secateur.ranks import from_first, is_first, staging_if_any
@@ -48,6 +56,7 @@ def prune_run(
     recipe: Recipe,
     *,
     out: Path | str | None = None,
+    like: Path | str | None = None,
     tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -55,10 +64,15 @@ def prune_run(
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Result:
-    """Prune a causal LM, without the recipe's `recover`. Arguments, errors: see `api.prune`."""
-    opened = checked(open_model(model, recipe, tokenizer))
+    """Prune a causal LM, without the recipe's `recover`. Arguments, errors: see `api.prune`.
+
+    With `like` the recipe is that of `recipe_like`.
+    """
+    opened = open_model(model, recipe, tokenizer)
+    opened = checked(opened if like is None else opened_like(opened, Path(like)))
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
     computes = {"device": str(opened.device), "in float32": computes_in_float32(opened)}
+    computes |= {"units that stay": opened.like and opened.like.digest}
     target = staging_if_any(place, overwrite=overwrite, protected=opened.directory)
     options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "tell": tell}
     with store_for(place, opened.recipe, opened.checkpoint, computes, log, **options) as store, target as directory:
@@ -150,7 +164,14 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placemen
         services.store.check_input("calibration text", text.content_hash)
         if opened.trim is None and (note := would_have_paid(opened, text)) is not None:
             resolved = replace(resolved, warnings=(*resolved.warnings, note))
-    facts = {"model": model, "arch": opened.arch, "resolved": resolved, "text": text, "services": services}
+    facts: dict[str, Any] = {
+        "model": model,
+        "arch": opened.arch,
+        "resolved": resolved,
+        "text": text,
+        "services": services,
+    }
+    facts["kept"] = {} if opened.like is None else opened.like.keeps
     run = Run(**facts, weights_on_disk=plan.weights_on_disk)
     return opened, run if opened.trim is None else without_tokens(run, opened.trim), placement
 

@@ -80,6 +80,7 @@ class Resolved:
     `groups`: those that lose units, so none of protected layers.
     `layers`: those that stay, by their dense numbers; the last ones go as long as none is measured.
     All else counts from the model that these layers make, and numbers layers as it does.
+    `kept`: how many units of each group stay, if another result has chosen them.
     """
 
     recipe: Recipe
@@ -96,6 +97,7 @@ class Resolved:
     plans: tuple[Plan, ...] = ()
     removals: tuple[float, ...] = ()
     warnings: tuple[str, ...] = ()
+    kept: Mapping[GroupKey, int] | None = None
 
     @property
     def prices_left(self) -> Prices:
@@ -112,6 +114,9 @@ class Resolved:
         """Return the run with these layers. Raises RecipeError if widths cannot give the rest."""
         recipe, prices = self.recipe, self.prices
         groups = groups_of(recipe, self.arch, layers)
+        if self.kept is not None:
+            plan = plan_of(groups, prices.with_only(layers), dict(self.kept))
+            return replace(self, layers=layers, groups=groups, plans=(plan,), removals=(plan.removed_share,))
         remove = 0.0
         if groups:
             step = least_step(groups, prices, self.align, alike=recipe.choose.budget == "uniform")
@@ -227,6 +232,7 @@ def resolve(opened: Opened) -> Resolved:
         trains = bool(groups or depth) and recipe.repair.compensate == "least_squares" and recipe.recover is None
         recipe = recipe.filled(polish={"num_tokens": text["num_tokens"] if trains else 0})
     facts: dict[str, Any] = {"recipe": recipe, "arch": arch, "prices": prices, "layers": layers, "warnings": warnings}
+    facts["kept"] = opened.like and opened.like.num_keep
     resolved = Resolved(**facts, **remove, **repair, **text).with_layers(layers)
     warnings += _too_deep(resolved.groups, resolved.plans[-1]) + _idle_rounds(resolved) + _technical_alone(recipe)
     return replace(resolved, warnings=warnings)

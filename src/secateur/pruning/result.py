@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,27 @@ from torch import Tensor
 
 from secateur.data.calibration import CalibrationSet
 from secateur.data.overlap import ngram_overlap
+from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Size
+from secateur.files import json_of, sha256_of
 from secateur.formats.save import Verification, save_checkpoint, verify_reload
 from secateur.log import RunLog, versions
+from secateur.methods.prices import token_prices
 from secateur.model.bind import text_config
 from secateur.model.checkpoint import CausalLM, Tokenizer
 from secateur.model.group import Group
-from secateur.model.kept_tokens import Trim
+from secateur.model.kept_tokens import Trim, kept_tokens_of
 from secateur.pruning.cost import MemoryPlan, seconds_for, work_of
-from secateur.pruning.open import Opened
+from secateur.pruning.open import Like, Opened, open_model
 from secateur.pruning.resolve import Resolved
+from secateur.pruning.resolve_depth import groups_of
 from secateur.pruning.run import Keeps, Run
 from secateur.recipe import Recipe
-from secateur.recipe_file import dump_recipe
+from secateur.recipe_file import dump_recipe, load_recipe, merged, parse_recipe
+from secateur.recovery.pair import KEEP_FILE
 from secateur.report.card import model_card
 from secateur.report.page import Shown, View, view
-from secateur.report.records import CalibrationFacts, Summary
+from secateur.report.records import RECIPE_FILE, CalibrationFacts, Summary, read_summary
 from secateur.report.report import complete, missing_plots
 from secateur.report.rows import human_bytes, human_seconds
 from secateur.report.vocabulary import vocabulary_facts
@@ -48,6 +53,106 @@ def calibration_facts(calibration: CalibrationSet) -> CalibrationFacts:
 
 
 ROUNDS = "rounds"
+
+
+def recipe_like(directory: Path, changes: Recipe) -> Recipe:
+    """Return a result's recipe, with those keys of `changes` that were given.
+
+    Raises CheckpointError if the directory holds no result, RecipeError for a key by which other
+    units would go.
+    """
+    read_summary(directory)
+    base = load_recipe(directory / RECIPE_FILE)
+    recipe = parse_recipe(base, f"recipe {directory / RECIPE_FILE}")
+    for group in ("remove", "choose"):
+        mine, there = getattr(changes, group), getattr(recipe, group)
+        for key in sorted(mine.model_fields_set):
+            if (got := getattr(mine, key)) != (has := getattr(there, key)):
+                raise RecipeError(
+                    f"{group}.{key}: is {has} in the run that like {directory} repeats, got {got}; leave it out, "
+                    "as that run has chosen which units go."
+                )
+    asked = changes.model_dump(mode="json", exclude_unset=True, exclude={"remove", "choose"})
+    if "domains" in asked.get("calibration", {}):  # they replace the old ones
+        base.get("calibration", {}).pop("domains", None)
+    return parse_recipe(merged(base, asked), "recipe")
+
+
+def opened_like(opened: Opened, directory: Path) -> Opened:
+    """Return the model with another result's units as those that stay, all others to go in one round.
+
+    Its recipe names the layers that go, and has no key by which a run chooses its last round.
+    Raises CheckpointError for a damaged result, or if the model that it was pruned from was of
+    another shape: which number differs first.
+    """
+    other, summary = open_model(directory, Recipe(), weights=False), read_summary(directory)
+    assert other.checkpoint is not None
+    layers, keeps = _read_keeps(directory / KEEP_FILE, summary.num_layers[0])
+    _check_shape(opened, other, summary, directory)
+    gone = [layer for layer in range(summary.num_layers[0]) if layer not in layers]
+    remove: dict[str, Any] = {"layers": tuple(gone), "depth": len(gone)}
+    choose: dict[str, Any] = {"rounds": 1, "schedule": "linear", "max_loss_rise": None}
+    recipe = opened.recipe.filled(remove=remove, choose=choose)
+    groups = {(each.layer, each.name): each for each in groups_of(recipe, opened.arch, layers)}
+    if groups.keys() != keeps.keys() or not all(_are_of(keeps[key], group) for key, group in groups.items()):
+        raise _bad_keeps(directory / KEEP_FILE)
+    tokens = kept_tokens_of(directory)
+    like = Like(other.checkpoint, other.lineage[-1], sha256_of(directory / KEEP_FILE), keeps, tokens)
+    return replace(opened.asking(recipe), like=like)
+
+
+def _read_keeps(path: Path, num_layers: int) -> tuple[tuple[int, ...], Keeps]:
+    """Return the dense layers that stayed, and the units of each group."""
+    layers, keeps = tuple(range(num_layers)), {}
+    try:
+        for entry in json_of(path.read_text(encoding="utf-8")):
+            keep = torch.tensor(entry["keep"])
+            ascends = bool((keep >= 0).all() and (keep.diff() > 0).all())
+            if keep.dtype != torch.long or not keep.numel() or not ascends:
+                raise _bad_keeps(path)
+            if entry["group"] == "layers":
+                layers = tuple(keep.tolist())
+            else:
+                keeps[int(entry["layer"]), str(entry["group"])] = keep
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError):
+        raise _bad_keeps(path) from None
+    return layers, keeps
+
+
+def _are_of(keep: Tensor, group: Group) -> bool:
+    return int(keep.max()) < group.num_units and (keep.ndim == 1 or group.kind == "expert_channels")
+
+
+def _bad_keeps(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: does not name units that stay; use the file that secateur prune wrote.")
+
+
+def _check_shape(opened: Opened, other: Opened, summary: Summary, directory: Path) -> None:
+    """Raise CheckpointError if the model is not shaped as the one that `summary` tells of."""
+    tokens, models = kept_tokens_of(directory), (opened.model, other.model)
+    embeddings: list[Any] = [model.get_input_embeddings() for model in models]
+    rows = [embeddings[0].num_embeddings, embeddings[1].num_embeddings if tokens is None else tokens.num_dense]
+    facts = zip((opened.size, summary.dense_size), models, rows, strict=True)
+    # Siblings may have more tokens than were there when none of these went.
+    own, dense = (size.num_params - token_prices("parameters", model, count, 1) for size, model, count in facts)
+    units = {group.name: group.num_units for group in reversed(opened.arch.groups)}
+    found = [
+        ("family", opened.arch.family, summary.family),
+        ("number of layers", opened.arch.num_layers, summary.num_layers[0]),
+        ("hidden size", *(text_config(model).hidden_size for model in models)),
+        *(
+            (f"number of {name} units in a layer", units.get(name, 0), was)
+            for name, (was, _, _) in summary.widths.items()
+        ),
+        *([] if tokens is None else [("number of tokens", *rows)]),
+        ("number of parameters without those of tokens", own, dense),
+    ]
+    for what, got, wanted in found:
+        if got != wanted:
+            raise CheckpointError(
+                f"like {directory}: the {what} of {opened.name} is {got}, and of the model that was pruned there "
+                f"{wanted}; give a model of that shape, or leave like out to choose units anew."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +187,7 @@ class PrunedCheckpoint:
         (place / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
         layers = [{"group": "layers", "keep": self.layers}] if self.recipe.remove.depth else []
         kept = [{"layer": layer, "group": group, "keep": keep.tolist()} for (layer, group), keep in keeps.items()]
-        (place / "keep.json").write_text(json.dumps([*layers, *kept]) + "\n", encoding="utf-8")
+        (place / KEEP_FILE).write_text(json.dumps([*layers, *kept]) + "\n", encoding="utf-8")
         return left
 
 
@@ -133,6 +238,8 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
     recipe, log, pruned_size = run.resolved.recipe, run.services.log, Size.of(run.model)
     reached = 1 - pruned_size.num_params / opened.size.num_params
     notes = tuple(line["text"] for line in log.lines if line["event"] == "note") + ill_conditioned(log.lines, recipe)
+    if opened.like is not None:
+        notes += (f"units: those that went in {opened.like.result.name}, not chosen anew; refitted on this model.",)
     return Summary(
         model=opened.name,
         family=run.arch.family,
@@ -151,6 +258,7 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
         warnings=(*run.resolved.warnings, *notes, *(missing_plots() if proof else ())),
         versions=versions(),
         device=str(opened.device),
+        like=opened.like and opened.like.result,
         vocabulary=opened.trim and vocabulary_facts(opened.trim, run.held_out, run.sample_nats),
         **measured,
     )

@@ -31,7 +31,7 @@ def plan_round(
     `max_rise`: how much each protected domain's loss may still rise. Raises RecipeError if the
     round's share cannot go within these limits.
     """
-    if run.resolved.recipe.choose.budget == "uniform":
+    if run.kept or run.resolved.recipe.choose.budget == "uniform":
         return run.resolved.plans[number - 1]
 
     def made() -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _planned(
 def whole_model_scores(run: Run, number: int, batches: list[Batch]) -> dict[GroupKey, Tensor]:
     """Return scores that need gradients of the whole model; none if the score needs none."""
     score = find_score(run.resolved.recipe.choose.score)
-    if score.needs != "gradients":
+    if run.kept or score.needs != "gradients":
         return {}
     name, groups = f"round-{number}-scores", {f"{group.layer} {group.name}": group for group in run.resolved.groups}
     found = run.services.store.find(name)

@@ -38,6 +38,7 @@ class Run:
     `dense`: the dense model's losses, if its vocabulary is trimmed and something asks for them.
     `dense_tokens`, `judged_tokens`: then the tokens of held-out and of judged blocks in the dense
     tokenizer, in nats per which all losses are. `sample_nats`: see `VocabularyFacts`.
+    `kept`: the units that stay, if another result has chosen them.
     """
 
     model: CausalLM
@@ -52,6 +53,7 @@ class Run:
     dense_tokens: dict[str, list[int]] | None = None
     judged_tokens: dict[str, list[int]] | None = None
     sample_nats: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    kept: Keeps = field(default_factory=dict[GroupKey, Tensor])
 
     @property
     def shares(self) -> dict[str, float]:

@@ -16,11 +16,11 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.methods import vocabulary as methods
 from secateur.methods.budget import default_align, least_step
 from secateur.methods.prices import token_prices
-from secateur.model.checkpoint import Tokenizer, eval_mode
+from secateur.model.checkpoint import Tokenizer, eval_mode, load_tokenizer
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
 from secateur.pruning.cost import memory_for
-from secateur.pruning.open import Opened, loaded, onload, tokenizer_of
+from secateur.pruning.open import Like, Opened, loaded, onload, tokenizer_of
 from secateur.pruning.resolve import recipe_prices, resolve, text_for
 from secateur.ranks import from_first, own_part
 from secateur.store import Services
@@ -63,6 +63,8 @@ def plan_trim(opened: Opened, services: Services) -> Trim:
     `read_vocabulary` raises.
     """
     size, log = opened.recipe.remove.vocabulary, services.log
+    if opened.like is not None:
+        return _trim_like(opened, opened.like)
     with log.time("vocabulary"):
         dense = _read(opened, services)
         num_rows = dense.vocabulary.num_rows
@@ -76,6 +78,25 @@ def plan_trim(opened: Opened, services: Services) -> Trim:
         trim = dense.trim(removal, num_gone)
         log.write({"event": "vocabulary", "kept": len(trim.kept.dense_ids), "dense": num_rows})
     return trim
+
+
+def _trim_like(opened: Opened, like: Like) -> Trim:
+    """Return the trim to the tokens that stayed in another result.
+
+    Raises CheckpointError if they are not the same tokens here, or if one goes that is needed here.
+    """
+    tokenizer, there = tokenizer_of(opened), load_tokenizer(like.checkpoint).get_vocab()
+    assert like.tokens is not None, "its recipe has a vocabulary, and its number of tokens was checked"
+    vocabulary, stay = read_vocabulary(tokenizer, opened.model), set(like.tokens.dense_ids)
+    new = trimmed_tokenizer(tokenizer, like.tokens, opened.model.config)
+    lost, differ = sorted(vocabulary.fixed - stay), sorted(new.get_vocab().items() ^ there.items())
+    if lost or differ:
+        odd = vocabulary.texts.get(lost[0], lost[0]) if lost else differ[0][0]
+        raise CheckpointError(
+            f"like {like.checkpoint.reference}: token {odd!r} is not the same in the tokenizer of {opened.name}, so "
+            "the tokens that stayed there cannot stay here; leave like out to choose them anew."
+        )
+    return Trim(like.tokens, tokenizer, new)
 
 
 def trim_to(opened: Opened, size: int, services: Services) -> Trim:

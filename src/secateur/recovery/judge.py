@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from secateur.facts import Verdict, Verdicts, mean_kl, mean_nats
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, head_of
-from secateur.stream.losses import head_inputs, summarise, token_divergences_and_agreements
+from secateur.stream.losses import compare_tokens, head_inputs, summarise
 
 SLICE_POSITIONS = 8  # of logits that are computed at a time; more do not fit the cache of a core
 
@@ -136,9 +136,7 @@ class Judge:
             for number, (ids_T, states_PD) in enumerate(zip(blocks, self._states[domain], strict=True)):
                 logits_PV = logits_of(domain, number, ids_T).to(self._device())
                 states_PD = states_PD.to(self._device())
-                divergence_P, agrees_P = token_divergences_and_agreements(
-                    states_PD, self._head, logits_PV, nn.Identity()
-                )
+                divergence_P, agrees_P, _ = compare_tokens(states_PD, self._head, logits_PV, nn.Identity())
                 divergences.append(divergence_P)
                 agreements.append(agrees_P)
                 next_P = ids_T[1:].to(logits_PV.device)

@@ -9,6 +9,7 @@ from typing import Any
 from secateur.facts import (
     Costs,
     Divergence,
+    Draft,
     Record,
     Size,
     Trained,
@@ -132,7 +133,7 @@ class Evaluation(Shown, Record):
     """`evaluation.json`. `pruned`: the evaluated model. `kl`: KL(dense || pruned) by domain.
 
     `model`, `against`: names of the two. Without `against`: no `dense`, `kl` and `differences`.
-    `dense_fingerprint`: None in older files too.
+    `draft`: None if the tokenizers differ. `dense_fingerprint`: None in older files too.
     """
 
     model: str
@@ -143,6 +144,7 @@ class Evaluation(Shown, Record):
     pruned: Measured
     kl: dict[str, Divergence] | None = None
     differences: Differences | None = None
+    draft: Draft | None = None
     versions: dict[str, str]
     dense_fingerprint: str | None = None
 

@@ -227,10 +227,9 @@ class VocabularyFacts:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Summary(Shown, Record):
-    """Everything that a run reports in numbers.
+    """Everything that a run reports in numbers. `like`: the result whose units went here too.
 
-    `remove_asked`: a share of what the recipe's target counts, see `outcome`; `remove_reached`: of
-    all parameters.
+    `remove_asked`: a share of what the recipe's target counts, see `outcome`; `remove_reached`: of all.
     """
 
     model: str
@@ -257,6 +256,7 @@ class Summary(Shown, Record):
     device_peak_bytes: int | None = None  # allocated there, where torch counts it
     polish: PolishRecord | None = None  # if it was trained; `pruned_losses` are of the model after that
     vocabulary: VocabularyFacts | None = None  # if it was trimmed; losses are then per dense token
+    like: Ancestor | None = None
     lineage: tuple[Ancestor, ...] = ()  # the original model first; empty if an older version wrote it
     files: dict[str, str] = field(default_factory=dict[str, str])  # sha256 by path, of what the run wrote
 

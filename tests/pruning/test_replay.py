@@ -1,0 +1,233 @@
+"""`like`: another result's units go in a sibling, which is repaired anew; of the same model, the same bytes."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_family
+from models import tiny_llama, tiny_qwen2
+from recipes import grouped
+from run_cli import run_cli
+from safetensors.torch import load_file
+from tiny_tokenizer import tiny_tokenizer
+
+import secateur
+from secateur.errors import CheckpointError
+from secateur.formats.save import Verification
+from secateur.model.checkpoint import open_checkpoint
+from secateur.model.identity import identity
+from secateur.report.records import read_result, read_summary
+from tests.model.test_vocabulary import NUM_PADDING, made
+from tests.pruning.test_resume import Stopped, stopped_after, weights
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "defaults": {"polish": {"num_tokens": 640}},
+    "heads": {"groups": ["ffn", "kv_heads"], "remove": 0.35},
+    "curve": {"budget": "curve"},
+    "global": {"budget": "global"},
+    "depth": {"depth": 1, "remove": 0.35},
+    "taylor": {"score": "taylor"},
+    "minimax": {"domain_weighting": "minimax"},
+    "bias": {"compensate": "bias"},
+    "protected": {"protected_layers": [0]},
+    "experts": {"groups": ["experts"], "align": 1},
+    "channels inside experts": {"groups": ["expert_ffn"]},
+    "tokens": {"vocabulary": 448},
+    "tokens alone": {"vocabulary": 448, "groups": []},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """Neither reload nor report."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("secateur.pruning.result.verify_reload", lambda *_: Verification(0.0, 0.0, ""))
+        patched.setattr("secateur.pruning.result.missing_plots", lambda: ("no plots",))
+        yield
+
+
+def saved(place: Path, model: Any, tokenizer: Any = None) -> Path:
+    model.save_pretrained(place)
+    (tokenizer or tiny_tokenizer()).save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def models(checkpoints, tmp_path_factory) -> dict[str, Path]:
+    """Models by the first word of a recipe's name; `sibling`: the llama with other weights."""
+    place, (tokenizer, _) = tmp_path_factory.mktemp("models"), made("byte-level")
+    mixtral = saved(place / "mixtral", tiny_family("mixtral"))
+    llama = tiny_llama(tied=True, vocab_size=len(tokenizer) + NUM_PADDING)
+    return {
+        "experts": mixtral,
+        "channels": mixtral,
+        "tokens": saved(place / "tokens", llama, tokenizer),
+        "sibling": saved(place / "sibling", tiny_llama(seed=1)),
+        "llama": checkpoints["llama"],
+    }
+
+
+@pytest.fixture(scope="module")
+def result(models, recipe, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("result") / "out"
+    secateur.prune(models["llama"], grouped({**recipe, "remove": 0.3}), out=out)
+    return out
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_same_model_gives_the_same_bytes(name, models, recipe, tmp_path):
+    model = models.get(name.split()[0], models["llama"])
+    first, again = tmp_path / "first", tmp_path / "again"
+    secateur.prune(model, grouped({**recipe, "remove": 0.2, **RECIPES[name]}), out=first)
+    found = secateur.prune(model, like=first, out=again)
+    before, after = weights(first), weights(again)
+    assert before.pop("recipe.yaml") and after.pop("recipe.yaml")
+    assert len(before) == 3 and after == before
+    for file in ("tokenizer.json", "tokens.json"):
+        assert (first / file).is_file() == (again / file).is_file()
+        assert not (first / file).is_file() or (first / file).read_bytes() == (again / file).read_bytes()
+    one, two = read_summary(first), read_summary(again)
+    assert one.pruned_losses == two.pruned_losses and one.outcome == two.outcome and one.widths == two.widths
+    # The recipe stays, but for the names of the layers that go.
+    assert read_result(first).recipe.filled(remove={"layers": found.recipe.remove.layers}) == found.recipe
+
+
+def test_a_sibling_loses_the_same_units_and_is_refitted_on_itself(models, result, recipe, tmp_path):
+    out, cut = tmp_path / "out", tmp_path / "cut"
+    secateur.prune(models["sibling"], like=result, out=out)
+    secateur.prune(models["sibling"], {"repair": {"compensate": "none"}}, like=result, out=cut)
+    chosen = secateur.prune(models["sibling"], grouped({**recipe, "remove": 0.3})).keeps
+    entries = json.loads((result / "keep.json").read_text())
+    assert (out / "keep.json").read_bytes() == (cut / "keep.json").read_bytes() == (result / "keep.json").read_bytes()
+    dense, refitted, kept = (load_file(each / "model.safetensors") for each in (models["sibling"], out, cut))
+    for entry in entries:
+        keep, mlp = entry["keep"], f"model.layers.{entry['layer']}.mlp."
+        assert keep != chosen[entry["layer"], "ffn"].tolist()  # or this would prove nothing
+        for each in (refitted, kept):
+            assert torch.equal(each[mlp + "up_proj.weight"], dense[mlp + "up_proj.weight"][keep])
+        reader = dense[mlp + "down_proj.weight"][:, keep]
+        assert torch.equal(kept[mlp + "down_proj.weight"], reader)
+        assert (refitted[mlp + "down_proj.weight"] - reader).norm() > 0.05 * reader.norm()
+    steps = read_result(out).steps
+    assert all(step.step and step.error_before and step.error_after for step in steps)
+    assert all(step.error_after[name] < step.error_before[name] for step in steps for name in step.error_before)
+    summary = read_summary(out)
+    assert summary.like is not None and summary.like.name == "out"
+    assert summary.like.fingerprint == identity(open_checkpoint(result))
+    assert summary.lineage[-1].name == "sibling"
+    assert "units: those that went in out, not chosen anew; refitted on this model." in summary.warnings
+
+
+@pytest.mark.parametrize("group", ["experts", "expert_ffn"])
+def test_experts_of_a_sibling_are_the_same(group, models, recipe, tmp_path):
+    asked = grouped({**recipe, "remove": 0.2, "align": 1, "groups": [group], "output": {"evaluate": False}})
+    sibling = tiny_family("mixtral")
+    with torch.no_grad():
+        for parameter in sibling.parameters():
+            parameter.copy_(parameter.roll(1, 0))
+    first, again, place = tmp_path / "first", tmp_path / "again", saved(tmp_path / "sibling", sibling)
+    secateur.prune(models["experts"], asked, out=first)
+    found = secateur.prune(place, like=first, out=again).keeps
+    chosen = secateur.prune(place, asked).keeps
+    assert (again / "keep.json").read_bytes() == (first / "keep.json").read_bytes()
+    assert any(not torch.equal(found[key], chosen[key]) for key in chosen)  # or this would prove nothing
+    assert all(step.step is not None for step in read_result(again).steps)
+
+
+def test_rounds_and_their_limit_go_in_one(models, recipe, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    more = {"remove": 0.35, "rounds": 3, "max_loss_rise": 9.0}
+    secateur.prune(models["llama"], grouped({**recipe, **more}), out=first)
+    found = secateur.prune(models["sibling"], like=first, out=again)
+    assert (again / "keep.json").read_bytes() == (first / "keep.json").read_bytes()
+    assert (found.recipe.choose.rounds, found.recipe.choose.max_loss_rise) == (1, None)
+    assert {step.round for step in read_result(again).steps} == {1}
+
+
+def test_it_resumes_and_not_by_another_result(models, result, recipe, tmp_path):
+    whole, out, other = tmp_path / "whole", tmp_path / "out", tmp_path / "other"
+    secateur.prune(models["sibling"], like=result, out=whole)
+    shutil.copytree(result, other)
+    entries = json.loads((other / "keep.json").read_text())
+    entries[0]["keep"] = list(range(len(entries[0]["keep"])))
+    (other / "keep.json").write_text(json.dumps(entries))
+    with pytest.raises(Stopped), stopped_after(3):
+        secateur.prune(models["sibling"], like=result, out=out)
+    with pytest.raises(CheckpointError, match="cannot be resumed, since computes units that stay has changed"):
+        secateur.prune(models["sibling"], like=other, out=out, resume=True)
+    told: list[str] = []
+    secateur.prune(models["sibling"], like=result, out=out, resume=True, tell=told.append)
+    assert any("goes on from the" in line for line in told)
+    assert weights(out) == weights(whole)
+
+
+SHAPES = {
+    "family": (tiny_qwen2, {}, "the family of {} is qwen2, and of the model that was pruned there llama"),
+    "layers": (tiny_llama, {"num_layers": 4}, "the number of layers of {} is 4, and of the model .* there 3"),
+    "hidden": (tiny_llama, {"hidden_size": 64}, "the hidden size of {} is 64, and of the model .* there 48"),
+    "width": (tiny_llama, {"intermediate_size": 128}, "the number of ffn units in a layer of {} is 128, .* there 112"),
+    "heads": (tiny_llama, {"num_key_value_heads": 4}, "the number of parameters without those of tokens of {} is "),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_another_shape_is_refused_by_its_first_difference(name, result, tmp_path):
+    make, changes, said = SHAPES[name]
+    place = saved(tmp_path / "model", make(**changes))
+    run = run_cli("prune", place, tmp_path / "out", "--like", result, "--quiet")
+    assert run.status == 2 and run.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match=said.format(place) + ".*; give a model of that shape"):
+        secateur.prune(place, like=result)
+
+
+def test_more_tokens_are_no_other_shape_unless_tokens_went(models, result, recipe, tmp_path):
+    place = saved(tmp_path / "model", tiny_llama(vocab_size=352))
+    assert secateur.prune(place, like=result).keeps.keys() == {(layer, "ffn") for layer in range(3)}
+    secateur.prune(models["tokens"], grouped({**recipe, "vocabulary": 448, "remove": 0.3}), out=tmp_path / "trimmed")
+    tokenizer, _ = made("byte-level")
+    more = saved(tmp_path / "more", tiny_llama(tied=True, vocab_size=len(tokenizer) + NUM_PADDING + 8), tokenizer)
+    with pytest.raises(CheckpointError, match="the number of tokens of "):
+        secateur.prune(more, like=tmp_path / "trimmed")
+
+
+def test_other_tokens_under_the_same_numbers_are_refused(models, recipe, tmp_path):
+    secateur.prune(models["tokens"], grouped({**recipe, "vocabulary": 448, "remove": 0.3}), out=tmp_path / "trimmed")
+    other = tmp_path / "sibling"
+    shutil.copytree(models["tokens"], other)
+    said = json.loads((tmp_path / "trimmed" / "tokenizer.json").read_text())["added_tokens"][0]["content"]
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (other / file).is_file():
+            (other / file).write_text((other / file).read_text().replace(json.dumps(said), '"<|renamed|>"'))
+    with pytest.raises(CheckpointError, match=r"token '.*' is not the same in the tokenizer of .*leave like out"):
+        secateur.prune(other, like=tmp_path / "trimmed")
+
+
+def test_options_on_top_are_those_that_choose_nothing(models, result, texts, tmp_path):
+    out, command = tmp_path / "out", ("prune", models["sibling"], tmp_path / "out", "--like", result, "--quiet")
+    run = run_cli(*command, "--remove", "0.25")
+    assert run.status == 2 and f"remove.share: is 0.3 in the run that like {result} repeats, got 0.25" in run.stderr
+    assert run_cli(*command, "--rounds", "2").stderr.count("choose.rounds: is 1 in the run") == 1
+    same = ("--remove", "0.3", "--domain", f"other={texts['code']}", "--set", "repair.damping=0.01", "--json")
+    run = run_cli(*command, *same)
+    assert run.status == 0, run.stderr
+    recipe = read_result(out).recipe
+    assert list(recipe.calibration.domains) == ["other"] and recipe.repair.damping == 0.01
+    assert recipe.calibration.num_tokens == 1280
+    run = run_cli("prune", models["sibling"], tmp_path / "no", "--like", models["llama"])
+    assert run.status == 2 and "give a directory that secateur prune has written" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[1]", '[{"layer": 0, "group": "ffn", "keep": [0, 0]}]', '[{"layer": 0, "group": "ffn", "keep": [0, 999]}]'],
+)
+def test_damaged_units_are_one_sentence(text, models, result, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(result, other)
+    (other / "keep.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"keep\.json: does not name units that stay"):
+        secateur.prune(models["sibling"], like=other)
