@@ -1,5 +1,6 @@
 """k-quants: sizes that are told beforehand are those of the files that llama.cpp writes; what cannot be is said."""
 
+import ctypes
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import FalconConfig, FalconForCausalLM, MixtralConfig, Mixtral
 from secateur.errors import CheckpointError, RecipeError
 from secateur.formats.gguf import export, gguf_bytes, metadata_bytes
 from secateur.formats.gguf_tensors import TYPES, gguf_tensors, planned_tensors
-from secateur.formats.gguf_types import QUANTISED, Shape, chosen_type, fitting_type, quantise
+from secateur.formats.gguf_types import QUANTISED, Shape, chosen_type, fitting_type
 from secateur.formats.save import have_llama_cpp, save_checkpoint
 from secateur.formats.serving import gguf_family
 from secateur.model.checkpoint import load_tokenizer, meta_model, open_checkpoint
@@ -33,7 +34,7 @@ MODELS = {
     "shared keys": lambda: tiny_llama(num_layers=9, num_key_value_heads=2, **SIZES),
     "tied": lambda: tiny_qwen2(tied=True, num_layers=17, num_key_value_heads=4, **SIZES),
     # Rows of 576, as SmolLM2 has, and of 320: no multiple of 256.
-    "narrow": lambda: tiny_llama(tied=True, num_layers=9, **SIZES | {"hidden_size": 576, "intermediate_size": 320}),
+    "narrow": lambda: tiny_llama(tied=True, num_layers=2, **SIZES | {"hidden_size": 576, "intermediate_size": 320}),
     "odd rows": lambda: tiny_llama(num_layers=2, **SIZES | {"intermediate_size": 272}),
     "eight experts": lambda: MixtralForCausalLM(MixtralConfig(**MIXTURE, num_local_experts=8)),
     "four experts": lambda: MixtralForCausalLM(MixtralConfig(**MIXTURE, num_local_experts=4)),
@@ -123,19 +124,43 @@ def test_types_that_llama_cpp_does_not_know_or_cannot_write_here(tmp_path: Path,
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def told_by_llama_cpp(whole: Path, type_name: str) -> dict[str, str]:
+    """Return the tensors' types from a dry run of the quantiser, which computes nothing."""
+    import llama_cpp  # pyright: ignore[reportMissingImports]
+
+    said: list[str] = []
+    listener = llama_cpp.llama_log_callback(lambda level, text, _: said.append(text.decode()))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.dry_run, params.nthread = int(gguf.LlamaFileType[f"MOSTLY_{type_name.upper()}"]), True, 1
+    llama_cpp.llama_log_set(listener, ctypes.c_void_p(0))
+    assert llama_cpp.llama_model_quantize(bytes(whole), b"unused", ctypes.byref(params)) == 0, said
+    llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
+    found = re.findall(
+        r"^\[.*?\] (\S+) +- \[.*?\], type = +(\w+), size .*?(?:\((\w+)\))?$", "".join(said), re.MULTILINE
+    )
+    return {name: (new or old).lower() for name, old, new in found}
+
+
 @needs_llama_cpp
 @pytest.mark.parametrize("name", MODELS)
-def test_llama_cpp_writes_what_was_told(name: str, tmp_path: Path) -> None:
-    source = saved(name, tmp_path / "source")
-    checkpoint = open_checkpoint(source)
-    whole, file = tmp_path / "whole.gguf", tmp_path / "model.gguf"
-    export(source, whole, check=False)
+def test_types_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(saved(name, tmp_path / "source"))
+    model, family, whole = meta_model(checkpoint.config), gguf_family(checkpoint), tmp_path / "whole.gguf"
+    export(tmp_path / "source", whole, check=False)
     for type_name in QUANTISED:
-        quantise(whole, file, type_name)
-        planned = planned_tensors(meta_model(checkpoint.config), gguf_family(checkpoint), type_name)
-        written = {each.name: each.tensor_type.name.lower() for each in gguf.GGUFReader(file).tensors}
-        assert written == {each.gguf_name: each.type_name for each in planned}, type_name
-        assert planned_bytes(source, type_name) == file.stat().st_size, type_name
+        planned = {each.gguf_name: each.type_name for each in planned_tensors(model, family, type_name)}
+        assert told_by_llama_cpp(whole, type_name) == planned, type_name
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("name", "type_name"), [("narrow", "q4_k_m"), ("four experts", "q2_k"), ("odd rows", "q5_k_m")]
+)
+def test_llama_cpp_writes_as_many_bytes_as_were_told(name: str, type_name: str, tmp_path: Path) -> None:
+    source, file = saved(name, tmp_path / "source"), tmp_path / "model.gguf"
+    done = export(source, file, type_name=type_name, check=False)
+    assert planned_bytes(source, type_name) == done.num_bytes == file.stat().st_size
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "source"]
 
 
 @needs_llama_cpp
@@ -164,6 +189,6 @@ def test_the_command_tells_types_and_what_is_wider(tmp_path: Path) -> None:
 def test_what_llama_cpp_refuses_leaves_no_file(tmp_path: Path, monkeypatch: Any) -> None:
     source = saved("tied", tmp_path / "source")
     monkeypatch.setattr("secateur.formats.gguf.QUANTISED", {**QUANTISED, "iq2_xs": "iq2_xs"})
-    with pytest.raises(CheckpointError, match=r"llama\.cpp cannot write it as iq2_xs \(.*importance matrix"):
+    with pytest.raises(CheckpointError, match=r"source: llama\.cpp cannot write it as iq2_xs \(.*requires an imatrix"):
         export(source, tmp_path / "model.gguf", type_name="iq2_xs", check=False)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

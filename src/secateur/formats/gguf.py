@@ -185,7 +185,7 @@ def export_gguf(checkpoint: Checkpoint, file: Path, type_name: str, progress: Pr
             whole = Path(scratch) / "whole.gguf"
             export_gguf(checkpoint, whole, OWN_TYPES[str(checkpoint.config.dtype)], progress)
             progress("quantise", 0, 1)
-            quantise(whole, file, type_name)
+            quantise(whole, file, type_name, checkpoint.reference)
             progress("quantise", 1, 1)
         return
     family = gguf_family(checkpoint)

@@ -149,10 +149,10 @@ def fitting_type(chosen: str, row: int, block_size: Callable[[str], int]) -> str
     return found if row % block_size(found) == 0 else "f16"
 
 
-def quantise(source: Path, file: Path, type_name: str) -> None:
+def quantise(source: Path, file: Path, type_name: str, reference: str) -> None:
     """Write the GGUF file `source`, in f32, f16 or bf16, as `file` by llama.cpp's quantiser.
 
-    Raises CheckpointError with llama.cpp's last words if it fails.
+    Raises CheckpointError, naming the model by `reference`, with llama.cpp's last words if it fails.
     """
     import ctypes
 
@@ -172,4 +172,4 @@ def quantise(source: Path, file: Path, type_name: str) -> None:
         llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
     if status != 0:
         last = next((line for line in reversed("".join(said).splitlines()) if line.strip(" =")), f"status {status}")
-        raise CheckpointError(f"{file.name}: llama.cpp cannot write it as {type_name} ({last.strip()}).")
+        raise CheckpointError(f"{reference}: llama.cpp cannot write it as {type_name} ({last.strip()}).")
