@@ -63,7 +63,14 @@ BEHIND = {
     "bench": ["--prompt-tokens=16", "--new-tokens=2", "--repeats=1"],
     "push": ["--dry-run"],  # there is no hub
 }
-NOT_RUN = {"compare": "minutes", "cuda:1": "a GPU", "demo": "minutes", "--to": "a size", "--fit": "a size"}
+NOT_RUN = {
+    "compare": "minutes",
+    "cuda:1": "a GPU",
+    "demo": "minutes",
+    "--to": "a size",
+    "--to-bytes": "a size",
+    "--fit": "a size",
+}
 
 
 def blocks(page: str, language: str) -> list[str]:

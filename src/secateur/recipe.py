@@ -107,7 +107,6 @@ BudgetName = Literal["uniform", "global", "curve"]
 TargetName = Literal["parameters", "flops", "kv_bytes", "latency"]
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 VOCABULARY = "vocabulary"
-
 # The built-in names of `scores.SCORES`, which imports torch. Packages add others, see `plugins`.
 SCORE_NAMES = ("random", "magnitude", "wanda", "flap", "obs", "taylor", "paper", "reap", "frequency")
 # A domain has exactly one of these keys, its source. Packages add others.
@@ -118,12 +117,10 @@ class Domain(Strict):
     """A calibration domain: exactly one source, and its share of the tokens relative to others.
 
     A source is one of the first four keys, or the name of one that an installed package registers.
-
     installed: text in installed Python packages. files: local tables (.jsonl .json .csv .tsv
     .parquet), text and code (.txt .md .py ...), directories or patterns (data/**/*.md), relative to
     the working directory. dataset: a `datasets` hub id, with `config` and `split`. sampled: text
     that the dense model writes before it is pruned.
-
     config, split: of a `dataset`. column: of the text in tables; a list of messages goes through the
     chat template, and without a column `text` so do the usual forms of chats (docs/data.md). share:
     of the tokens, relative to the other domains. protect: the share by which this domain's held-out
@@ -152,9 +149,8 @@ class Domain(Strict):
     def _refuse_unknown_keys(cls, data: Any) -> Any:
         unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
         unknown = [key for key in unknown if key not in plugin_names(SOURCE_GROUP)]
-        wrong: list[InitErrorDetails] = [
-            {"type": "extra_forbidden", "loc": (str(key),), "input": data[key]} for key in unknown
-        ]
+        kind = "extra_forbidden"
+        wrong: list[InitErrorDetails] = [{"type": kind, "loc": (str(key),), "input": data[key]} for key in unknown]
         if wrong:
             raise ValidationError.from_exception_data(cls.__name__, wrong)
         return data
@@ -216,8 +212,9 @@ class Remove(Strict):
     """What to remove. `remove: 0.2` is short for `remove: {share: 0.2}`.
 
     share: of all that the dense model has of `target`; met within one aligned unit per layer. to: in
-    its place, the parameters that may stay, as 0.4B. fit: in its place, the memory that the weights
-    may take, as 8GB, in the model's own dtype. context: tokens whose KV cache must fit beside them.
+    its place, the parameters that may stay, as 0.4B. to_bytes: the bytes of weights, as 250MB. fit:
+    the memory that weights may take, as 8GB. context: tokens whose KV cache must fit in it too. type:
+    of a GGUF file that these bytes are, as q4_k_m. None: the model's own dtype.
     target: parameters (all, tied weights once); flops per prompt token; kv_bytes, of cache per
     token, which needs group `kv_heads`; latency, seconds per decoded token, batch 1, on this
     machine. prices: those seconds, as `inspect` prints them: with them a recipe plans the same
@@ -227,9 +224,8 @@ class Remove(Strict):
     to remove first, those whose absence changes predictions least; part of `share`. None: as many
     as spare the widths the worst. layers: remove these layers and measure none; `depth` is then
     their number. protected_layers: stay whole. Negative layer numbers count from the end.
-    min_keep: the least share of a group that stays. align: widths are multiples of it. None: 64;
-    128 from 4096 channels on.
-
+    min_keep: the least share of a group that stays. align: widths are multiples of it. None: 256 if
+    the dense ones are and 8 times 256 stays, which k-quants need; else 64, or 128 from 4096 channels on.
     vocabulary: the number of tokens that stay, a multiple of 64, or `auto`: as many as make tokens
     and units cost the least together; what goes is part of `share`. Group `vocabulary` is short
     for `auto`. With `groups: []` tokens go alone. keep_text: files whose every token stays.
@@ -238,8 +234,10 @@ class Remove(Strict):
 
     share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
     to: str | None = None
+    to_bytes: str | None = None
     fit: str | None = None
     context: Count | None = None
+    type: str | None = None
     target: TargetName = "parameters"
     prices: MeasuredPrices | None = None
     groups: tuple[str, ...] | None = None
@@ -258,8 +256,7 @@ class Remove(Strict):
         groups = data.get("groups") if isinstance(data, dict) else None
         if not isinstance(groups, list | tuple) or VOCABULARY not in groups:
             return data
-        rest = [name for name in groups if name != VOCABULARY]
-        return {**data, "groups": rest, VOCABULARY: data.get(VOCABULARY) or "auto"}
+        return {**data, "groups": [n for n in groups if n != VOCABULARY], VOCABULARY: data.get(VOCABULARY) or "auto"}
 
     @property
     def group_names(self) -> tuple[str, ...]:
@@ -269,11 +266,14 @@ class Remove(Strict):
 
     @model_validator(mode="after")
     def _one_size_and_something_goes(self) -> "Remove":
-        given = [name for name in ("share", "to", "fit") if name in self.model_fields_set and getattr(self, name)]
+        sizes = ("share", "to", "to_bytes", "fit")
+        given = [name for name in sizes if name in self.model_fields_set and getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} each say how much goes; give one of them")
         if self.context is not None and self.fit is None:
             raise ValueError("context is the cache that must fit beside the weights; give fit too, such as fit: 8GB")
+        if self.type is not None and self.fit is self.to_bytes is None:
+            raise ValueError("type is of the bytes that may stay; give to_bytes or fit too, such as to_bytes: 250MB")
         if given not in ([], ["share"]) and self.target != "parameters":
             raise ValueError(f"{given[0]} is of parameters and their bytes; with target {self.target} give a share")
         if self.vocabulary is None and self.groups == ():

@@ -66,8 +66,8 @@ def test_rounds_step_down_to_the_target() -> None:
 
 
 def test_default_alignment_follows_the_narrowest_group() -> None:
-    assert default_align(SMOLLM) == 64
-    assert default_align(groups_of(2, 4096, 10)) == 128
+    assert default_align(SMOLLM, 0.9) == 64
+    assert default_align(groups_of(2, 4096, 10), 0.4) == 128
 
 
 def test_a_width_that_is_no_multiple_is_cut_to_one() -> None:

@@ -428,8 +428,17 @@ def test_prices_count_what_goes_and_what_layers_leave() -> None:
 def test_wide_models_get_a_coarser_alignment() -> None:
     sizes = {4095: 64, 4096: 128}
     for num_units, expected in sizes.items():
-        assert default_align((group_of(0, "ffn", num_units), group_of(1, "ffn", 9000))) == expected
-    assert default_align((group_of(0, "heads", 9000),)) == 64  # heads have no alignment
+        assert default_align((group_of(0, "ffn", num_units), group_of(1, "ffn", 9000)), 0.9) == expected
+    assert default_align((group_of(0, "heads", 8192),), 0.9) == 64  # heads have no alignment
+
+
+def test_widths_fill_the_blocks_of_k_quants_where_eight_of_them_stay() -> None:
+    """256 if all dense widths are multiples and the narrowest keeps 2048; else as without blocks."""
+    cases = [(4096, 0.5, 256), (4096, 0.49, 128), (2560, 0.8, 256), (2560, 0.79, 64), (2304, 0.9, 256)]
+    cases += [(1536, 0.9, 64), (4224, 0.9, 128), (2048, 1.0, 256)]
+    for num_units, keep_share, expected in cases:
+        groups = (group_of(0, "ffn", num_units), group_of(1, "ffn", 8192), group_of(0, "heads", 9))
+        assert default_align(groups, keep_share) == expected, (num_units, keep_share)
 
 
 def test_a_promise_is_rounded_down() -> None:

@@ -13,11 +13,15 @@ from bpe_tokenizer import bpe_tokenizer
 from models import opened, tiny_ids, tiny_llama, tiny_qwen2
 from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig
 
 import secateur
 from secateur.facts import Size
+from secateur.files import parse_size
+from secateur.formats.gguf import gguf_bytes
 from secateur.pruning.cost import params_after
+from secateur.pruning.group_step import model_left
+from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
 from secateur.recipe import Recipe
 from secateur.recipe_file import GONE, parse_recipe
@@ -314,3 +318,57 @@ def test_a_size_is_met_within_one_step_from_the_shape_alone(kv_heads, hidden, ff
     step = found.align * layers * 3 * hidden
     assert stays - step < left <= stays
     assert found.recipe.remove.to is found.recipe.remove.fit is found.recipe.remove.context is None
+
+
+MIXTURE = {
+    "hidden_size": 2048,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_experts": 60,
+}
+SHAPES: dict[str, Any] = {
+    "0.5B": Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
+    "7B": Qwen2Config(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28),
+    "32B": Qwen2Config(hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40),
+    # 115.5 times 256, as Qwen2.5-72B has: widths that fill the blocks and others.
+    "narrow blocks": Qwen2Config(hidden_size=1024, intermediate_size=2944, num_hidden_layers=8, num_attention_heads=8),
+    "mixture": Qwen2MoeConfig(**MIXTURE, num_hidden_layers=24, num_attention_heads=16),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "asked"),
+    [
+        ("0.5B", {"to_bytes": "330MB", "type": "q4_k_m"}),
+        ("7B", {"fit": "4.2GB", "context": 8192, "type": "q4_k_m"}),
+        ("32B", {"fit": "24GB", "context": 32768, "type": "q5_k_m"}),
+        ("narrow blocks", {"to_bytes": "86MB", "type": "q4_k_m"}),
+        ("mixture", {"fit": "8GB", "context": 4096, "type": "q4_k_m"}),
+        ("mixture", {"fit": "24GB"}),
+    ],
+)
+def test_bytes_are_met_within_one_step_from_a_config_alone(shape, asked, tmp_path):
+    config = SHAPES[shape]
+    config.architectures = ["Qwen2MoeForCausalLM" if shape == "mixture" else "Qwen2ForCausalLM"]
+    config.num_key_value_heads, config.tie_word_embeddings = 2, shape == "0.5B"
+    config.vocab_size = 32000 if shape == "narrow blocks" else 151936
+    config.dtype = torch.bfloat16
+    config.save_pretrained(tmp_path)
+    text = {"domains": {"mine": {"files": ["mine.txt"]}}}
+    recipe = parse_recipe(grouped({"depth": 0, "calibration": text, **asked}))
+    started = checked(open_model(str(tmp_path), recipe, weights=False))
+    found = resolve(started)
+    heads, layers = config.hidden_size // config.num_attention_heads, config.num_hidden_layers
+    room = parse_size("", asked.get("fit") or asked["to_bytes"]) - 2 * layers * 2 * heads * 2 * asked.get("context", 0)
+
+    def num_bytes(more: int) -> int:
+        kept = {key: kept + more for key, kept in found.plans[-1].num_keep.items()}
+        model = model_left(config, found.layers, kept)
+        kind = asked.get("type")
+        return gguf_bytes(model, kind, 0, "it") if kind else 2 * num_params(model)
+
+    step = 1 if shape == "mixture" else found.align
+    assert num_bytes(0) <= room < num_bytes(step), (num_bytes(0), room, num_bytes(step))
+    assert found.align == (64 if shape == "mixture" else 256)
+    left = found.recipe.remove
+    assert left.to_bytes is left.fit is left.context is left.type is None

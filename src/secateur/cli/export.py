@@ -21,7 +21,12 @@ def export(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="With --format: the file to write.")] = None,
     type_name: Annotated[
-        str | None, typer.Option("--type", help="For GGUF f32, f16, bf16 or q8_0; by default the weights' own type.")
+        str | None,
+        typer.Option(
+            "--type",
+            help="For GGUF f32, f16, bf16, q8_0, or, by llama.cpp, q6_k, q5_k_m, q4_k_m, q3_k_m, q2_k, ...; by default "
+            "the weights' own type.",
+        ),
     ] = None,
     check: Annotated[
         bool | None,
@@ -48,6 +53,11 @@ def export(
     context = "" if done.context_length is None else f", context {done.context_length:,}"
     said = f"Written to {file}: {done.type_name}, {human_bytes(done.num_bytes)}{context}."
     common.CONSOLE.print(said, soft_wrap=True)
+    if done.num_params:
+        total = sum(done.num_params.values())
+        types = ", ".join(f"{kind} {num / total:.1%}" for kind, num in done.num_params.items())
+        wider = f"{done.wider_share:.1%} in a wider type than asked, as their rows do not fit its blocks"
+        common.CONSOLE.print(f"Parameters by type: {types}; {wider}.", soft_wrap=True)
     found = done.check
     if found is not None:
         common.CONSOLE.print(

@@ -49,8 +49,10 @@ def prune(
     out: common.Out,
     remove: common.Remove = None,
     to: common.To = None,
+    to_bytes: common.ToBytes = None,
     fit: common.Fit = None,
     context: common.Context = None,
+    type_name: common.Type = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     domain: common.Domains = None,
@@ -77,7 +79,7 @@ def prune(
     as_json: common.Json = False,
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
-    goes = {"share": remove, "to": to, "fit": fit, "context": context}
+    goes = {"share": remove, "to": to, "to_bytes": to_bytes, "fit": fit, "context": context, "type": type_name}
     goes |= {"vocabulary": vocabulary, **common.kept(keep_text, keep_script), **_units(groups, align)}
     said = {"remove": goes, "choose": {"budget": budget, "rounds": rounds}, "polish": {"num_tokens": polish}}
     said |= {"seed": seed, "machine": {"memory_budget": memory_budget, "device": device}}
@@ -90,8 +92,10 @@ def inspect(
     model: common.Model,
     remove: common.Remove = None,
     to: common.To = None,
+    to_bytes: common.ToBytes = None,
     fit: common.Fit = None,
     context: common.Context = None,
+    type_name: common.Type = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     polish: Polish = None,
@@ -107,9 +111,9 @@ def inspect(
     as_json: common.Json = False,
 ) -> None:
     """Say what MODEL consists of, and what a run would leave or could remove, without its weights."""
-    from secateur.report.rows import inspection_table
+    from secateur.report.rows import inspection_table, terminal
 
-    size = {"share": remove, "to": to, "fit": fit, "context": context}
+    size = {"share": remove, "to": to, "to_bytes": to_bytes, "fit": fit, "context": context, "type": type_name}
     said = {"remove": {**size, **_units(groups, align)}, "choose": {"budget": budget, "rounds": rounds}}
     said |= {"polish": {"num_tokens": polish}, "machine": {"memory_budget": memory_budget}}
     asked = _recipe(recipe, preset, said, None, sets)
@@ -119,6 +123,7 @@ def inspect(
         print(found.to_json(), end="")
     else:
         common.CONSOLE.print(inspection_table(found))
+        common.CONSOLE.print(terminal([], [("GGUF files", _files(found.files, found.files_problem))]))
 
 
 @common.app.command(
@@ -168,6 +173,13 @@ def prune_and_tell(
     needs_secateur = result.summary.has_layers_of_different_widths
     loader = "secateur.load" if needs_secateur else "AutoModelForCausalLM.from_pretrained"
     common.CONSOLE.print(f"Written to {out}. Load it with {loader}('{out}').", soft_wrap=True)
+
+
+def _files(files: dict[str, tuple[int, int]], problem: str | None) -> str:
+    from secateur.report.rows import human_bytes
+
+    sizes = ", ".join(f"{kind} {' -> '.join(map(human_bytes, pair))}" for kind, pair in files.items())
+    return "; ".join(text for text in (sizes, problem) if text)
 
 
 def _units(groups: str | None, align: int | None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 In: a model reference and a recipe. Out: an `Inspection`. The model stays on the meta device.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, cast
@@ -11,19 +11,22 @@ from typing import Any, cast
 import torch
 
 from secateur.data.calibration import token_counts
-from secateur.errors import RecipeError, SecateurError
+from secateur.errors import CheckpointError, RecipeError, SecateurError
+from secateur.formats.gguf import gguf_bytes, metadata_bytes
 from secateur.formats.serving import KV_HEADS, QUERY_HEADS, VLLM, check_server, check_vllm, gguf_problem
 from secateur.log import Progress, silent
 from secateur.methods import vocabulary as methods
-from secateur.methods.budget import Plan, largest_remove, least_keep
+from secateur.methods.budget import Plan, align_of, largest_remove, least_keep
 from secateur.methods.prices import token_prices
 from secateur.model.bind import Arch, head_width, text_config
+from secateur.model.checkpoint import meta_model
 from secateur.model.modeling_per_layer import is_per_layer
 from secateur.model.vocabulary import read_vocabulary, with_parts
 from secateur.pruning.cost import disk_bytes, memory_for, params_after, seconds_for, with_polish_that_fits, work_of
+from secateur.pruning.group_step import model_left
 from secateur.pruning.latency import with_prices
 from secateur.pruning.open import Opened, open_model, tokenizer_of
-from secateur.pruning.resolve import Resolved, checked, resolve
+from secateur.pruning.resolve import NEAR, SHARES, Resolved, checked, resolve
 from secateur.pruning.trim import trim_to
 from secateur.recipe import Recipe
 from secateur.recipe_file import as_recipe
@@ -74,6 +77,38 @@ def _widths_after(arch: Arch, index: int, sizes: Any, plan: Plan) -> dict[str, i
         else:
             widths[group.config_key] = kept
     return widths
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected(Inspection):
+    """An inspection with `files`: bytes of a GGUF file by type, of the dense model and of the result.
+
+    By the widths that `uniform` gives; where a run measures widths they are rounded, and the bytes are
+    near. `files_problem`: why there are none, or what they leave out.
+    """
+
+    files: dict[str, tuple[int, int]]
+    files_problem: str | None
+
+
+FILE_TYPES = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
+
+
+def gguf_files(opened: Opened, resolved: Resolved) -> tuple[dict[str, tuple[int, int]], str | None]:
+    """Return `files` and `files_problem`."""
+    config, name, problem = opened.model.config, opened.name, None
+    steps = {(group.layer, group.name): align_of(group, resolved.align) for group in resolved.groups}
+    widths = {key: steps[key] * max(1, round(kept / steps[key])) for key, kept in resolved.plans[-1].num_keep.items()}
+    try:
+        metadata = metadata_bytes(config, tokenizer_of(opened), name)
+    except CheckpointError as error:
+        metadata, problem = 0, f"without the tokenizer ({str(error).removesuffix('.')})"
+    try:
+        dense, left = meta_model(config), model_left(config, resolved.layers, widths, opened.num_tokens)
+        pairs = {kind: tuple(gguf_bytes(each, kind, metadata, name) for each in (dense, left)) for kind in FILE_TYPES}
+    except SecateurError as error:
+        return {}, str(error).removesuffix(".")
+    return pairs, problem
 
 
 # Tokens of a domain's text that are looked at: seconds, where all of it may take minutes.
@@ -133,7 +168,7 @@ def inspect(
     check_for: str | None = None,
     tp: int = 1,
     progress: Progress = silent,
-) -> Inspection:
+) -> Inspected:
     """Say what a model consists of, and what a run would leave and cost, without its weights.
 
     `model`: a local directory, a hub id, a `.gguf` file or `smollm2-135m`. `recipe`: as in `prune`.
@@ -141,7 +176,8 @@ def inspect(
     tensor-parallel size. `progress`: called with (stage, done, total).
 
     Returns groups, widths before and after, bytes, memory, disk and seconds, and how much of the
-    model its vocabulary is and how many of its tokens the domains' text has. The seconds rest on a
+    model its vocabulary is and how many of its tokens the domains' text has, and how large GGUF files
+    will be. The seconds rest on a
     short matrix multiplication on the device. Target `latency` without `prices` also times a few
     layers.
 
@@ -150,10 +186,6 @@ def inspect(
     """
     opened = open_model(model, as_recipe(recipe), weights=False)
     return _inspection(opened, check_for, tp, progress)
-
-
-# Shares that are tried if the one asked for cannot be, and how near the answer comes to the limit.
-_SHARES, _NEAR = tuple(number / 50 for number in range(1, 50)), 1e-4
 
 
 def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
@@ -170,12 +202,12 @@ def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
         return at(asked), ()
     except RecipeError as error:
         refused = error
-    for share in sorted(_SHARES, key=lambda share: abs(share - asked)):
+    for share in sorted(SHARES, key=lambda share: abs(share - asked)):
         try:
             found, possible, impossible = at(share), share, asked
         except RecipeError:
             continue
-        while abs(impossible - possible) > _NEAR:
+        while abs(impossible - possible) > NEAR:
             middle = round((possible + impossible) / 2, 6)
             try:
                 found, possible = at(middle), middle
@@ -186,7 +218,7 @@ def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
     raise refused
 
 
-def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progress) -> Inspection:
+def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progress) -> Inspected:
     services = Services(progress=progress)
     opened = with_prices(checked(opened), services)
     recipe = opened.recipe
@@ -199,7 +231,8 @@ def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progre
     num_params = params_after(opened, resolved)
     least = least_keep(resolved.groups, resolved.align, recipe.remove.min_keep)
     taken = (resolved.prices.of_all_but(resolved.layers) + resolved.prices.tokens) / resolved.prices.total
-    return Inspection(
+    files, files_problem = gguf_files(opened, resolved)
+    return Inspected(
         model=opened.name,
         family=arch.family,
         dtype=str(opened.model.dtype).removeprefix("torch."),
@@ -227,6 +260,8 @@ def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progre
         impossible=arch.omits,
         serving=None if check_for is None else serving_after(check_for, tp, arch, opened.model, plan),
         vocabulary=inspected_vocabulary(opened, resolved, progress),
+        files=files,
+        files_problem=files_problem,
     )
 
 

@@ -2,8 +2,10 @@
 
 import importlib.util
 import logging
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,23 @@ from transformers import PreTrainedConfig
 from secateur.errors import CheckpointError, RecipeError, advice
 from secateur.facts import Record
 from secateur.files import check_file, staged_file
-from secateur.formats.gguf_tensors import OWN_TYPES, TYPES, GgufTensor, gguf_tensors, num_gguf_bytes, read_gguf_arrays
+from secateur.formats.gguf_tensors import (
+    OWN_TYPES,
+    TYPES,
+    GgufTensor,
+    file_bytes,
+    gguf_tensors,
+    num_gguf_bytes,
+    planned_tensors,
+    read_gguf_arrays,
+    stored_types,
+)
 from secateur.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
+from secateur.formats.gguf_types import QUANTISED, quantise
 from secateur.formats.save import GgufCheck, check_gguf, have_llama_cpp, require_llama_cpp
-from secateur.formats.serving import gguf_family, head_dim, layer_widths, rotary
+from secateur.formats.serving import gguf_family, gguf_family_of, head_dim, layer_widths, rotary
 from secateur.log import Progress, silent
-from secateur.model.checkpoint import Checkpoint, check_weights, load_tokenizer, meta_model, open_checkpoint
+from secateur.model.checkpoint import Checkpoint, Tokenizer, check_weights, load_tokenizer, meta_model, open_checkpoint
 from secateur.model.spec import GgufSpec
 from secateur.plugins import EXPORTER_GROUP, look_up
 
@@ -131,49 +144,100 @@ def check_exportable(checkpoint: Checkpoint, type_name: str | None) -> str:
     not run, CheckpointError for a missing package, a source that is GGUF already, or a tokenizer
     that cannot be written.
     """
-    if type_name is not None and type_name not in TYPES:
-        raise RecipeError(
-            f"export type: unknown type '{type_name}'; allowed: {', '.join(TYPES)}; {advice(type_name, TYPES)}"
-        )
-    if importlib.util.find_spec("gguf") is None:
-        raise CheckpointError('GGUF export needs the gguf package; run: pip install "secateur[gguf]"')
+    if type_name is not None:
+        check_type("export type", type_name)
+    if type_name in QUANTISED:
+        require_llama_cpp(f"export --type {type_name}")
+    require_gguf("GGUF export")
     if checkpoint.gguf_file:
         raise CheckpointError(f"{checkpoint.reference}: is GGUF already; give a directory with safetensors weights.")
     family = gguf_family(checkpoint)
     check_weights(checkpoint, meta_model(checkpoint.config))
     vocab_size = checkpoint.config.get_text_config().vocab_size
     check_tokenizer(load_tokenizer(checkpoint), vocab_size, checkpoint.reference)
-    type_name = type_name or OWN_TYPES.get(str(checkpoint.config.dtype))
-    if type_name is None:
+    own = OWN_TYPES.get(str(checkpoint.config.dtype))
+    if own is None and type_name not in TYPES:
         raise RecipeError(
             f"export type: the weights are {checkpoint.config.dtype}, which has no counterpart; "
             f"choose one of {', '.join(TYPES)}."
         )
-    gguf_tensors(checkpoint, family, type_name)
-    return type_name
+    gguf_tensors(checkpoint, family, type_name if type_name in TYPES else str(own))
+    return type_name or str(own)
+
+
+def check_type(key: str, type_name: str) -> None:
+    """Raise RecipeError, naming `key`, for a type that no file is written in."""
+    if type_name not in (allowed := (*TYPES, *QUANTISED)):
+        raise RecipeError(
+            f"{key}: unknown type '{type_name}'; allowed: {', '.join(allowed)}; {advice(type_name, allowed)}"
+        )
 
 
 def export_gguf(checkpoint: Checkpoint, file: Path, type_name: str, progress: Progress = silent) -> None:
     """Write the model, its tokenizer and chat template to `file`.
 
-    Raises as `check_exportable`, and NumericsError for a weight that the type cannot hold.
+    Types of `QUANTISED` are made by llama.cpp from a file beside it in the weights' own type, which
+    is gone afterwards. Raises as `check_exportable`, and NumericsError for a weight that the type
+    cannot hold.
     """
-    import gguf
-
+    if type_name in QUANTISED:
+        with tempfile.TemporaryDirectory(prefix=f"{file.name}-", dir=file.parent) as scratch:
+            whole = Path(scratch) / "whole.gguf"
+            export_gguf(checkpoint, whole, OWN_TYPES[str(checkpoint.config.dtype)], progress)
+            progress("quantise", 0, 1)
+            quantise(whole, file, type_name, checkpoint.reference)
+            progress("quantise", 1, 1)
+        return
     family = gguf_family(checkpoint)
     tensors = gguf_tensors(checkpoint, family, type_name)
+    with _begun(checkpoint.config, load_tokenizer(checkpoint), checkpoint.reference, type_name) as writer:
+        _write(writer, file, tensors, read_gguf_arrays(tensors, family, checkpoint.config), progress)
+
+
+def require_gguf(what: str) -> None:
+    """Raise CheckpointError, saying that `what` needs it, if the package gguf is not installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise CheckpointError(f'{what} needs the gguf package; run: pip install "secateur[gguf]"')
+
+
+def metadata_bytes(config: PreTrainedConfig, tokenizer: Tokenizer, reference: str) -> int:
+    """Return the bytes that a model's shape, tokenizer and template take in a file.
+
+    Raises as `check_exportable` for what cannot be written.
+    """
+    with _begun(config, tokenizer, reference, "f16") as writer, tempfile.TemporaryDirectory() as scratch:
+        writer.write_header_to_file(Path(scratch) / "metadata")
+        writer.write_kv_data_to_file()
+        return writer.fout[0].tell()
+
+
+def gguf_bytes(model: Any, type_name: str, metadata: int, reference: str) -> int:
+    """Return the bytes of a file of `model`, which may be on meta.
+
+    `metadata`: see `metadata_bytes`; 0 without a tokenizer. Raises ArchError for what llama.cpp does
+    not run, CheckpointError if the package gguf is missing.
+    """
+    require_gguf("the size of a GGUF file")
+    return file_bytes(planned_tensors(model, gguf_family_of(model.config, reference), type_name), metadata)
+
+
+@contextmanager
+def _begun(config: PreTrainedConfig, tokenizer: Tokenizer, reference: str, type_name: str) -> Iterator[Any]:
+    """Yield a writer that has all but the tensors, and close it."""
+    import gguf
+
+    family = gguf_family_of(config, reference)
     logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)
     writer = gguf.GGUFWriter(None, family.architecture)
     try:
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(Path(checkpoint.reference).name)
-        file_type = "ALL_F32" if type_name == "f32" else f"MOSTLY_{TYPES[type_name]}"
+        writer.add_name(Path(reference).name)
+        file_type = "ALL_F32" if type_name == "f32" else f"MOSTLY_{type_name.upper()}"
         writer.add_file_type(gguf.LlamaFileType[file_type])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        add_metadata(writer, checkpoint.config, family)
-        vocab_size = checkpoint.config.get_text_config().vocab_size
-        add_tokenizer(writer, load_tokenizer(checkpoint), vocab_size, checkpoint.reference)
-        _write(writer, file, tensors, read_gguf_arrays(tensors, family, checkpoint.config), progress)
+        add_metadata(writer, config, family)
+        add_tokenizer(writer, tokenizer, config.get_text_config().vocab_size, reference)
+        yield writer
     finally:
         writer.close()
 
@@ -185,7 +249,7 @@ def _write(
 
     for tensor in tensors:
         # raw_dtype decides, but uint8 before it would convert the shape.
-        shape, dtype, kind = tensor.shape, np.dtype(np.float32), gguf.GGMLQuantizationType[TYPES[tensor.type_name]]
+        shape, dtype, kind = tensor.shape, np.dtype(np.float32), gguf.GGMLQuantizationType[tensor.type_name.upper()]
         writer.add_tensor_info(tensor.gguf_name, shape, dtype, num_gguf_bytes(tensor), raw_dtype=kind)
     writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
@@ -239,7 +303,9 @@ EXPORTERS: dict[str, Exporter] = {
 class Export(Record):
     """The written file. `context_length`: up to how many tokens it is right, None if unknown.
 
-    `check`: None if it was not run.
+    `num_params`: of the file, by the type that llama.cpp's quantiser gave them. `wider_share`: those in
+    a wider type than `type_name` asks for, since their rows do not fit its blocks. `check`: None if it
+    was not run.
     """
 
     file: str
@@ -247,6 +313,8 @@ class Export(Record):
     num_bytes: int
     context_length: int | None
     check: GgufCheck | None
+    num_params: dict[str, int] = field(default_factory=dict)
+    wider_share: float = 0.0
 
 
 def find_exporter(name: str) -> Exporter:
@@ -271,7 +339,8 @@ def export(
 
     `model`: a local directory, a hub id or `smollm2-135m`. `gguf`: the file to write.
     `format`: one of `EXPORTERS`, or one that an installed package registers.
-    `type_name`: f32, f16, bf16 or q8_0 (the option --type), by default the weights' own.
+    `type_name`: f32, f16, bf16, q8_0, or one of llama.cpp's quantiser such as q4_k_m (the option
+    --type), by default the weights' own.
     `check`: whether llama.cpp (or the format's own program) must agree with transformers before the
     file appears; None: if it is installed.
     `overwrite`: replace the file if it exists. `progress`: called with (stage, done, total).
@@ -289,12 +358,14 @@ def export(
     with staged_file(file, overwrite=overwrite) as staged:
         exporter.write(checkpoint, staged, type_name, progress)
         num_bytes, found = staged.stat().st_size, None
+        by_llama_cpp = format == "gguf" and type_name in QUANTISED
+        stored = stored_types(staged, checkpoint, type_name) if by_llama_cpp else ({}, 0.0)
         if proof is not None:
             progress("check", 0, 1)
             found = proof.run(staged, checkpoint, type_name)
             progress("check", 1, 1)
     length = exporter.context_length(checkpoint) if exporter.context_length else None
-    return Export(str(file), type_name, num_bytes, length, found)
+    return Export(str(file), type_name, num_bytes, length, found, *stored)
 
 
 def _proof(exporter: Exporter, name: str, check: bool | None) -> Proof | None:

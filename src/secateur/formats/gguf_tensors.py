@@ -2,8 +2,10 @@
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from secateur.errors import CheckpointError, NumericsError
-from secateur.formats.serving import head_dim, num_kv_heads, rotary
+from secateur.formats.gguf_types import Shape, chosen_type, fitting_type, stays_as_it_is
+from secateur.formats.serving import gguf_family, head_dim, num_kv_heads, rotary
 from secateur.model.checkpoint import Checkpoint, meta_model
 from secateur.model.spec import GgufSpec
 from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
@@ -25,6 +28,8 @@ _LATENT = ".kv_b_proj.weight"
 _QKV = re.compile(r"(.*\.self_attn\.)([qkv])_proj\.weight")
 # Parameters that are no module's weight or bias, and the names that gguf looks for.
 _RENAMED = (
+    (re.compile(r"\.block_sparse_moe\.router\.weight$"), ".block_sparse_moe.router.layer.weight"),
+    (re.compile(r"\.block_sparse_moe\.experts\.(?=gate_up_proj|down_proj)"), ".mlp.experts."),
     (re.compile(r"\.sinks$"), ".sinks.weight"),
     (re.compile(r"\.e_score_correction_bias$"), ".e_score_correction.bias"),
     (re.compile(r"\.(down_proj|gate_up_proj)$"), r".\1.weight"),
@@ -45,11 +50,11 @@ class Part:
     half: int | None = None
 
 
-def gguf_parts(checkpoint: Checkpoint, family: GgufSpec) -> Iterator[Part]:
-    """Yield the file's tensors, tied weights once; read no weights."""
-    for name, sources, half in _sources(checkpoint, family):
+def gguf_parts(stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec) -> Iterator[Part]:
+    """Yield the file's tensors, tied weights once; read no weights. `model`: may be on meta."""
+    for name, sources, half in _sources(stored, model, family):
         if name.endswith(_LATENT):
-            yield from _latent_parts(name, sources, checkpoint.config)
+            yield from _latent_parts(name, sources, model.config)
         else:
             yield Part(name, _shape(name, sources, half, family), sources, half)
 
@@ -75,8 +80,9 @@ def read_part(part: Part, family: GgufSpec) -> Tensor:
     return whole.chunk(2, dim=rows)[part.half]
 
 
-def _sources(checkpoint: Checkpoint, family: GgufSpec) -> Iterator[tuple[str, tuple[StoredTensor, ...], int | None]]:
-    stored, model = stored_tensors(checkpoint.directory), meta_model(checkpoint.config)
+def _sources(
+    stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec
+) -> Iterator[tuple[str, tuple[StoredTensor, ...], int | None]]:
     stacks: dict[str, dict[int, StoredTensor]] = {}
     for stored_name, tensor in stored.items():
         if stored_name in model.all_tied_weights_keys or "rotary_emb" in stored_name:
@@ -88,7 +94,7 @@ def _sources(checkpoint: Checkpoint, family: GgufSpec) -> Iterator[tuple[str, tu
             layer, index, part = expert.groups()
             stack = stacks.setdefault(f"{layer}mlp.experts.{_EXPERT_PARTS.get(part, part)}.weight", {})
             stack[int(index)] = tensor
-        elif family.fused_gate and f".{family.fused_gate}." in name:
+        elif "experts.gate_up_proj." in name or (family.fused_gate and f".{family.fused_gate}." in name):
             experts = re.sub(r"(layers\.\d+\.).*", r"\1mlp.experts", name)
             kind = name.rpartition(".")[2]
             yield f"{experts}.gate_proj.{kind}", (tensor,), 0
@@ -133,7 +139,7 @@ def _is_transposed(name: str, family: GgufSpec) -> bool:
     return name.endswith(".weight") and name.split(".")[-2] in family.transposed
 
 
-TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # ours -> gguf.GGMLQuantizationType
+TYPES = ("f32", "f16", "bf16", "q8_0")  # that need no llama.cpp
 OWN_TYPES = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
 LARGEST_F16 = torch.finfo(torch.float16).max
 # Small tensors, some of which llama.cpp takes in float32 only.
@@ -161,21 +167,10 @@ def gguf_tensors(checkpoint: Checkpoint, family: GgufSpec, type_name: str) -> li
 
     Raises CheckpointError if a row is no multiple of the type's block.
     """
-    import gguf
-
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
-    config: Any = checkpoint.config
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    found = []
-    for part in gguf_parts(checkpoint, family):
-        gguf_name = names.get_name(part.name, try_suffixes=(".weight", ".bias"))
-        assert gguf_name is not None, part.name
-        small = len(part.shape) == 1 or _ALWAYS_F32.search(gguf_name)
-        found.append(GgufTensor(part, gguf_name, part.shape, "f32" if small else type_name))
-    if rotary(config)["rope_type"] == "llama3":
-        found.append(GgufTensor(None, f"{_FACTORS}.weight", (head_dim(config) // 2,), "f32"))
+    stored, model = stored_tensors(checkpoint.directory), meta_model(checkpoint.config)
+    found = tensors_of(stored, model, family, type_name)
     for tensor in found:
-        block_size, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[TYPES[tensor.type_name]]]
+        block_size = gguf_block(tensor.type_name)[0]
         if tensor.shape[-1] % block_size:
             raise CheckpointError(
                 f"{checkpoint.reference}: {tensor.name} has rows of {tensor.shape[-1]}, which {type_name} stores in "
@@ -184,12 +179,94 @@ def gguf_tensors(checkpoint: Checkpoint, family: GgufSpec, type_name: str) -> li
     return found
 
 
-def num_gguf_bytes(tensor: GgufTensor) -> int:
-    """Return the bytes that the tensor takes in the file."""
+def planned_tensors(model: Any, family: GgufSpec, file_type: str) -> list[GgufTensor]:
+    """List the tensors that a file of `model`, which may be on meta, will have, in their types.
+
+    `file_type`: one of `TYPES` or `QUANTISED`.
+    """
+    stored = {
+        key: StoredTensor(Path(), each.dtype, tuple(each.shape), 0, 0) for key, each in model.state_dict().items()
+    }
+    if file_type in TYPES:
+        return tensors_of(stored, model, family, file_type)
+    found = tensors_of(stored, model, family, OWN_TYPES.get(str(model.config.dtype), "f32"))
+    shape = _shape_of(model.config, family, [tensor.gguf_name for tensor in found])
+
+    def stored_type(name: str, row: int) -> str:
+        return fitting_type(chosen_type(name, shape, file_type), row, lambda kind: gguf_block(kind)[0])
+
+    return [
+        each
+        if stays_as_it_is(each.gguf_name, each.shape)
+        else replace(each, type_name=stored_type(each.gguf_name, each.shape[-1]))
+        for each in found
+    ]
+
+
+def stored_types(file: Path, checkpoint: Checkpoint, file_type: str) -> tuple[dict[str, int], float]:
+    """Return the numbers in a file of `QUANTISED`, by type, and the share in a wider one than chosen."""
     import gguf
 
-    block_size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[TYPES[tensor.type_name]]]
+    tensors = gguf.GGUFReader(file).tensors
+    shape = _shape_of(checkpoint.config, gguf_family(checkpoint), [tensor.name for tensor in tensors])
+    counts: Counter[str] = Counter()
+    num_wider = 0
+    for tensor in tensors:
+        kind, num = tensor.tensor_type.name.lower(), int(tensor.n_elements)
+        counts[kind] += num
+        copied = stays_as_it_is(tensor.name, tuple(map(int, tensor.shape)))
+        num_wider += num * (not copied and kind != chosen_type(tensor.name, shape, file_type))
+    return dict(counts.most_common()), num_wider / counts.total()
+
+
+def _shape_of(config: PreTrainedConfig, family: GgufSpec, names: list[str]) -> Shape:
+    is_tied, latent = "output.weight" not in names, family.latent_attention
+    return Shape.of(config, family.architecture, is_tied=is_tied, latent=latent)
+
+
+def tensors_of(stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec, type_name: str) -> list[GgufTensor]:
+    """List the file's tensors of a model whose checkpoint has these; its rows may not fit the type."""
+    import gguf
+
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
+    config: Any = model.config
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    found = []
+    for part in gguf_parts(stored, model, family):
+        gguf_name = names.get_name(part.name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, part.name
+        small = len(part.shape) == 1 or _ALWAYS_F32.search(gguf_name)
+        found.append(GgufTensor(part, gguf_name, part.shape, "f32" if small else type_name))
+    if rotary(config)["rope_type"] == "llama3":
+        found.append(GgufTensor(None, f"{_FACTORS}.weight", (head_dim(config) // 2,), "f32"))
+    return found
+
+
+def gguf_block(type_name: str) -> tuple[int, int]:
+    """Return the numbers in a block of a tensor's type, and its bytes."""
+    import gguf
+
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
+
+
+def num_gguf_bytes(tensor: GgufTensor) -> int:
+    """Return the bytes that the tensor takes in the file."""
+    block_size, block_bytes = gguf_block(tensor.type_name)
     return math.prod(tensor.shape) // block_size * block_bytes
+
+
+_PADDED = 32  # GGUF starts every tensor, and the first one, at a multiple of this
+
+
+def file_bytes(tensors: list[GgufTensor], metadata: int) -> int:
+    """Return the bytes of a file with these tensors after `metadata` bytes of other facts.
+
+    Of each tensor it holds its name with a length of 8 bytes, the number of dimensions in 4, 8 bytes
+    for each, 4 for the type, 8 for its place, and its padded data.
+    """
+    facts = sum(24 + len(tensor.gguf_name) + 8 * len(tensor.shape) for tensor in tensors)
+    parts = [metadata + facts, *map(num_gguf_bytes, tensors)]
+    return sum(-(-part // _PADDED) * _PADDED for part in parts)
 
 
 def read_gguf_arrays(tensors: list[GgufTensor], family: GgufSpec, config: PreTrainedConfig) -> Iterator[np.ndarray]:
@@ -203,7 +280,7 @@ def read_gguf_arrays(tensors: list[GgufTensor], family: GgufSpec, config: PreTra
         values = read_part(tensor.part, family) if tensor.part else llama3_factors(config)
         _check_range(tensor, values)
         values = _reordered(values, tensor.name, family, config)
-        yield gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[TYPES[tensor.type_name]])
+        yield gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[tensor.type_name.upper()])
 
 
 def _reordered(values: Tensor, name: str, family: GgufSpec, config: PreTrainedConfig) -> Tensor:

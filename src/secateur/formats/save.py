@@ -245,7 +245,9 @@ NUM_PROMPT, NUM_GREEDY = 48, 24
 
 # The largest relative change of perplexity, and gap in nats between about equally likely tokens.
 # q8_0 has 8-bit weights and activations, which move the perplexity of so short a text by up to 2%.
-EXACT, QUANTISED = (0.01, 0.1), (0.05, 0.5)
+# Fewer bits cost more, and what they cost is told; a file that is not the model is far off.
+EXACT = (0.01, 0.1)
+LIMITS = {"q8": (0.05, 0.5), "q6": (0.1, 1.0), "q5": (0.5, 3.0), "q4": (1.0, 4.0), "q3": (3.0, 6.0), "q2": (9.0, 9.0)}
 
 # Written for this check: prose, code, numbers, other scripts, odd spacing.
 TEXT = """The ferry leaves Kirkwall at 06:15, an hour before the bakery on the corner opens its shutters, and whoever
@@ -281,8 +283,9 @@ class GgufCheck:
 def check_gguf(file: Path, checkpoint: Checkpoint, type_name: str) -> GgufCheck:
     """Compare `file`, of weights in `type_name`, in llama.cpp with `checkpoint` in transformers.
 
-    Raises CheckpointError if token ids differ, perplexity differs by more than 1% (q8_0: 5%), or
-    llama.cpp takes a token that transformers finds clearly less likely than its own.
+    Raises CheckpointError if token ids differ, perplexity differs by more than 1% (or what `LIMITS`
+    has for types of fewer bits), or llama.cpp takes a token that transformers finds clearly less
+    likely than its own.
     """
     # With the model's token that starts a text: without it some models write nonsense.
     ids = list(load_tokenizer(checkpoint).encode(TEXT))
@@ -298,7 +301,7 @@ def check_gguf(file: Path, checkpoint: Checkpoint, type_name: str) -> GgufCheck:
         perplexity = _perplexity(torch.from_numpy(np.array(model.scores[: len(ids)])), ids)
         greedy = _greedy(model, ids[:NUM_PROMPT])
     check = _against_transformers(checkpoint, ids, perplexity, greedy)
-    _refuse(checkpoint, check, *(QUANTISED if type_name == "q8_0" else EXACT))
+    _refuse(checkpoint, check, *LIMITS.get(type_name.removeprefix("i")[:2], EXACT))
     return check
 
 

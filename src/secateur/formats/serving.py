@@ -123,8 +123,12 @@ ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
 
 def gguf_family(checkpoint: Checkpoint) -> GgufSpec:
     """Return llama.cpp's facts of the family. Raises ArchError for what llama.cpp cannot run."""
-    config = checkpoint.config
-    return _family(config, checkpoint.reference, per_layer=is_per_layer(config))
+    return gguf_family_of(checkpoint.config, checkpoint.reference)
+
+
+def gguf_family_of(config: PreTrainedConfig, reference: str) -> GgufSpec:
+    """Return llama.cpp's facts of a config's family. Raises as `gguf_family`, naming `reference`."""
+    return _family(config, reference, per_layer=is_per_layer(config))
 
 
 def gguf_problem(config: Any, widths: Mapping[str, frozenset[int]], num_head_channels: int) -> str | None:

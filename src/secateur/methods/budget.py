@@ -11,8 +11,10 @@ from torch import Tensor
 from secateur.errors import RecipeError
 from secateur.model.group import ALIGNED, Group, GroupKey
 
-# Widths that suit tensor cores and quantisation blocks: ALIGN_LARGE from LARGE_WIDTH units on.
+# Widths that suit tensor cores: ALIGN_LARGE from LARGE_WIDTH units on. llama.cpp's k-quants store rows
+# in blocks of ALIGN_BLOCKS, and others in wider types; so many blocks are to be left to choose from.
 ALIGN_SMALL, ALIGN_LARGE, LARGE_WIDTH = 64, 128, 4096
+ALIGN_BLOCKS, LEAST_BLOCKS = 256, 8
 # An error curve needs no more points than this; wide groups take larger steps.
 MAX_LEVELS = 64
 
@@ -82,10 +84,14 @@ class Plan:
         return 1 - self.cost_after / self.cost_before
 
 
-def default_align(groups: tuple[Group, ...]) -> int:
-    """Return the alignment of widths for a recipe that names none."""
+def default_align(groups: tuple[Group, ...], keep_share: float) -> int:
+    """Return the alignment of widths for a recipe that names none. `keep_share`: of the units that stay."""
     narrow = [group.num_units for group in groups if group.kind in ALIGNED]
-    return ALIGN_LARGE if min(narrow, default=0) >= LARGE_WIDTH else ALIGN_SMALL
+    whole = all(width % ALIGN_BLOCKS == 0 for width in narrow)
+    narrowest = min(narrow, default=0)
+    if whole and narrowest * keep_share >= LEAST_BLOCKS * ALIGN_BLOCKS:
+        return ALIGN_BLOCKS
+    return ALIGN_LARGE if narrowest >= LARGE_WIDTH else ALIGN_SMALL
 
 
 def align_of(group: Group, align: int) -> int:

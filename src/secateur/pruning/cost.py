@@ -20,7 +20,7 @@ from secateur.model.bind import decoder_layers, text_config
 from secateur.model.group import Group
 from secateur.pruning.open import Opened, computes_in_float32
 from secateur.pruning.resolve import Resolved
-from secateur.pruning.resolve_depth import NARROW_TOKENS_PER_INPUT
+from secateur.pruning.resolve_parts import NARROW_TOKENS_PER_INPUT
 from secateur.recovery.cost import polish_work, training_bytes
 from secateur.recovery.polish import polish_settings
 from secateur.report.records import MemoryEstimate, Work

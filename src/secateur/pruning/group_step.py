@@ -3,8 +3,9 @@
 In: the walk before the group's layer. Out: the cut layer, the kept indices, the log line.
 """
 
+import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,11 +15,15 @@ from torch import Tensor, nn
 
 from secateur.facts import Method
 from secateur.methods.compensate import repair
+from secateur.methods.depth import remove_layers
 from secateur.methods.expert_channels import cut_expert_channels, prune_expert_channels
 from secateur.methods.experts import cut_experts, prune_experts
 from secateur.methods.scores import needs_gram
 from secateur.methods.select import Task, log_line, select
-from secateur.model.group import Group, Kind, cut, linear, rows_of, unit_columns
+from secateur.model.bind import bind, decoder_layers, text_config
+from secateur.model.checkpoint import CausalLM, meta_model
+from secateur.model.group import Group, GroupKey, Kind, cut, linear, rows_of, unit_columns
+from secateur.model.per_layer import record_widths
 from secateur.ranks import from_first
 from secateur.recipe import Recipe
 from secateur.stream.device import release_freed
@@ -59,6 +64,30 @@ def _weights(task: Task, measured: Measurement, reader: nn.Linear) -> dict[str, 
     segments, num_units = task.group.reader.segments, reader.in_features // task.group.width
     columns_UW, damping = unit_columns(segments, num_units, reader.weight.device), task.method.damping
     return minimax_weights(measured.by_domain, task.shares, reader.weight.float(), columns_UW, task.num_keep, damping)
+
+
+@torch.no_grad()
+def model_left(
+    config: Any, layers: Collection[int], num_keep: Mapping[GroupKey, int], num_tokens: int | None = None
+) -> CausalLM:
+    """Return, on meta, the model of `config` with only these layers, units and so many tokens, or all."""
+    model = meta_model(copy.deepcopy(config))
+    arch = bind(model)
+    if gone := set(range(arch.num_layers)) - set(layers):
+        arch = remove_layers(model, arch, gone)
+    modules = decoder_layers(model, arch)
+    for group in arch.groups:
+        count = num_keep.get((group.layer, group.name), group.num_units)
+        if count < group.num_units:
+            keep = torch.arange(count, device="meta")
+            if group.kind == "expert_channels":
+                stacks = next(modules[group.layer].get_submodule(group.experts.module).parameters())
+                keep = keep.expand(len(stacks), -1)
+            STEPS[group.kind].cut(modules[group.layer], group, keep)
+    record_widths(model, arch)
+    if num_tokens is not None:
+        text_config(model).vocab_size = num_tokens
+    return meta_model(model.config)  # as it will be built from its file
 
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from secateur.model.bind import Arch, decoder_layers
 from secateur.model.group import Group, add_zero_biases, linear, original_units
 from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
-from secateur.pruning.resolve_depth import NARROW_TOKENS_PER_INPUT, protected_layers, removed_layers
+from secateur.pruning.resolve_parts import NARROW_TOKENS_PER_INPUT, protected_layers, removed_layers
 from secateur.pruning.round_plan import layer_seed, plan_round, whole_model_scores
 from secateur.pruning.run import Keeps, Run, SafetyNet, watched_losses
 from secateur.ranks import from_first

@@ -101,6 +101,11 @@ class Opened:
         return lineage(self.checkpoint, self.size.num_params)
 
     @property
+    def num_tokens(self) -> int | None:
+        """The tokens that stay; None if all do, or if it is not known yet."""
+        return None if self.trim is None else len(self.trim.kept.dense_ids)
+
+    @property
     def directory(self) -> Path | None:
         """The directory of the model's files; None for a model in memory."""
         return None if self.checkpoint is None else self.checkpoint.directory

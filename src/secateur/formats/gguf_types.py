@@ -1,0 +1,175 @@
+"""Types of GGUF files that llama.cpp's quantiser writes: which type each tensor gets, and the quantiser itself.
+
+A file type such as q4_k_m is a mixture. `chosen_type` repeats the rule of llama.cpp's llama-quant.cpp
+(as of llama-cpp-python 0.3.36), so that sizes are known before a file is written.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from secateur.errors import CheckpointError
+from secateur.formats.serving import layer_widths
+
+# File type -> the type of most of its tensors. Left out are the types that need an importance matrix.
+QUANTISED = {
+    "q6_k": "q6_k",
+    "q5_k_m": "q5_k",
+    "q5_k_s": "q5_k",
+    "q5_1": "q5_1",
+    "q5_0": "q5_0",
+    "q4_k_m": "q4_k",
+    "q4_k_s": "q4_k",
+    "q4_1": "q4_1",
+    "q4_0": "q4_0",
+    "iq4_nl": "iq4_nl",
+    "iq4_xs": "iq4_xs",
+    "q3_k_l": "q3_k",
+    "q3_k_m": "q3_k",
+    "q3_k_s": "q3_k",
+    "iq3_m": "iq3_s",
+    "iq3_s": "iq3_s",
+    "q2_k": "q2_k",
+}
+# What a tensor gets whose rows are no multiple of its type's block, 256; else f16.
+_WIDER = {"iq3_s": "iq4_nl", "iq4_xs": "iq4_nl", "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1"}
+_WIDER |= {"q6_k": "q8_0"}
+_NOT_QUANTISED = re.compile(r"_norm\.weight$|\.ffn_gate_inp|^position_embd\.|(?<!weight)$")
+_VALUES = ("attn_v.weight", "attn_qkv.weight", "attn_kv_b.weight")
+# With eight experts attention's output, which is small, gets more bits.
+_MORE_BITS_OF_EIGHT = {"q2_k", "q3_k_s", "q3_k_m", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs", "q4_k_s", "q4_k_m"}
+# Those of llama.cpp's architectures in which 80 layers mean 70B, unless every head has its own keys.
+_SEVENTY_B = {"llama", "deci", "olmo", "qwen2"}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the rule asks of a model. `queries`: of one KV head, in the first layer."""
+
+    architecture: str
+    num_layers: int
+    num_experts: int
+    queries: int
+    is_tied: bool
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, architecture: str, *, is_tied: bool, latent: bool) -> "Shape":
+        """Read it from a config. `latent`: attention has one KV head in llama.cpp."""
+        sizes: Any = config
+        found = (getattr(sizes, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+        (num_heads, *_), (num_kv_heads, *_), _ = layer_widths(config)
+        queries = num_heads // (1 if latent else num_kv_heads)
+        return cls(architecture, sizes.num_hidden_layers, next((n for n in found if n), 1), queries, is_tied)
+
+    @property
+    def is_70b(self) -> bool:
+        """Whether llama.cpp takes it for Llama 70B."""
+        grouped = self.architecture != "llama" or self.queries > 1
+        return self.architecture in _SEVENTY_B and self.num_layers == 80 and grouped
+
+
+def stays_as_it_is(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether the quantiser copies a tensor: vectors, norms, routers and positions."""
+    return len(shape) < 2 or _NOT_QUANTISED.search(name) is not None
+
+
+def chosen_type(name: str, model: Shape, file_type: str) -> str:
+    """Return the type of a tensor that is quantised, if its rows suit it: see `fitting_type`."""
+    default = QUANTISED[file_type]
+    if name == "output.weight" or (name == "token_embd.weight" and model.is_tied):
+        return "q8_0" if model.architecture == "falcon" else "q6_k"
+    if not (numbered := re.match(r"blk\.(\d+)\.", name)):
+        return default
+    layer, rest = int(numbered[1]), name[numbered.end() :]
+    if rest in _VALUES:
+        found = _of_values(layer, model, file_type) or default
+        if model.num_experts == 8:
+            return "q8_0"
+        return "q5_k" if model.is_70b and found in ("q3_k", "q4_k") else found
+    if rest == "attn_k.weight":
+        return "q8_0" if model.num_experts == 8 else default
+    if "ffn_down" in rest:
+        return _of_ffn_readers(layer, model, file_type) or default
+    return (_of_attention_readers(model, file_type) if rest == "attn_output.weight" else None) or default
+
+
+def _more_bits(layer: int, num_layers: int) -> bool:
+    """Whether it is one of the first and last eighths, or every third between them."""
+    first = num_layers // 8
+    return layer < first or layer >= 7 * num_layers // 8 or (layer - first) % 3 == 2
+
+
+def _of_values(layer: int, model: Shape, file_type: str) -> str | None:
+    shared = model.queries >= 4
+    by_type = {
+        "q2_k": "q4_k" if shared else "q3_k",
+        "iq3_s": "q4_k" if shared else None,
+        "iq3_m": "q4_k",
+        "q3_k_m": "q5_k" if layer < 2 else "q4_k",
+        "q3_k_l": "q5_k",
+        "q4_k_s": "q5_k" if layer < 4 else None,
+    }
+    by_type |= dict.fromkeys(("iq4_nl", "iq4_xs"), "q5_k" if shared else None)
+    by_type |= dict.fromkeys(("q4_k_m", "q5_k_m"), "q6_k" if _more_bits(layer, model.num_layers) else None)
+    return by_type.get(file_type)
+
+
+def _of_ffn_readers(layer: int, model: Shape, file_type: str) -> str | None:
+    more, is_falcon = _more_bits(layer, model.num_layers), model.architecture == "falcon"
+    first, earliest = layer < model.num_layers // 8, layer < model.num_layers // 16
+    by_type = {
+        "q2_k": "q3_k",
+        "q3_k_m": "q5_k" if earliest else "q4_k" if more or not is_falcon else None,
+        "iq3_m": "q4_k" if first or (model.num_experts == 8 and more) else None,
+        "q3_k_l": "q4_k" if is_falcon else "q5_k",
+        "q4_k_m": ("q6_k" if earliest or not is_falcon else "q5_k") if more else None,
+        "q5_k_m": "q6_k" if more else None,
+        "q4_k_s": "q5_k" if first and not is_falcon else None,
+    }
+    by_type |= dict.fromkeys(("iq4_nl", "iq4_xs"), "q5_k" if first else None)
+    return by_type.get(file_type)
+
+
+def _of_attention_readers(model: Shape, file_type: str) -> str | None:
+    if model.architecture == "falcon":
+        return "q4_k" if file_type == "q3_k_l" else None
+    if model.num_experts == 8:
+        return "q5_k" if file_type in _MORE_BITS_OF_EIGHT else None
+    return {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k", "iq3_m": "q4_k"}.get(file_type)
+
+
+def fitting_type(chosen: str, row: int, block_size: Callable[[str], int]) -> str:
+    """Return the type in which llama.cpp stores rows of that length: a wider one if they do not fit."""
+    found = chosen if row % block_size(chosen) == 0 else _WIDER.get(chosen, chosen)
+    return found if row % block_size(found) == 0 else "f16"
+
+
+def quantise(source: Path, file: Path, type_name: str, reference: str) -> None:
+    """Write the GGUF file `source`, in f32, f16 or bf16, as `file` by llama.cpp's quantiser.
+
+    Raises CheckpointError, naming the model by `reference`, with llama.cpp's last words if it fails.
+    """
+    import ctypes
+
+    import gguf
+    import llama_cpp  # pyright: ignore[reportMissingImports]  # a package that few have
+    from llama_cpp import _logger  # pyright: ignore[reportMissingImports]
+
+    said: list[str] = []
+    listener = llama_cpp.llama_log_callback(lambda level, text, _: said.append(text.decode(errors="replace")))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = int(gguf.LlamaFileType[f"MOSTLY_{type_name.upper()}"])
+    params.nthread = torch.get_num_threads()
+    llama_cpp.llama_log_set(listener, ctypes.c_void_p(0))
+    try:
+        status = llama_cpp.llama_model_quantize(bytes(source), bytes(file), ctypes.byref(params))
+    finally:
+        llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+    if status != 0:
+        last = next((line for line in reversed("".join(said).splitlines()) if line.strip(" =")), f"status {status}")
+        raise CheckpointError(f"{reference}: llama.cpp cannot write it as {type_name} ({last.strip()}).")
