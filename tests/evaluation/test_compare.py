@@ -17,9 +17,8 @@ import yaml
 
 from secateur.errors import RecipeError
 from secateur.evaluation.compare import compare, foresee
-from secateur.evaluation.study import cells, load_study, shipped_studies
+from secateur.evaluation.study import FoundCell, cells, load_study, shipped_studies
 from secateur.evaluation.study_page import csv_text, foreseen_table, latex, verdict
-from secateur.report.measured import FoundCell
 from secateur.report.page import Table
 from tests.models import tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer

@@ -17,22 +17,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, identity, merge, num_questions, run_task
-from secateur.evaluation.text import measure_quality
+from secateur.evaluation.text import continuation, measure_quality
 from secateur.log import Progress
 from secateur.model.bind import Arch, bind, head_of
 from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_model, open_checkpoint
 from secateur.model.kept_tokens import KeptTokens, keep_tokens
-from secateur.ranks import device_called, in_turns, own_part, size, spread
+from secateur.ranks import device_called, from_first, in_turns, own_part, size, spread
 from secateur.recovery.pair import Candidates
 from secateur.recovery.train import Work
 from secateur.report.measured import (
-    Change,
     Differences,
     Measured,
-    Quality,
     TaskChange,
     TaskScore,
     TaskScores,
+    change,
     task_metrics,
     task_scores,
 )
@@ -47,8 +46,8 @@ Part = dict[str, Any]
 def differences(dense: Measured, pruned: Measured, tasks: dict[str, dict[str, TaskChange]] | None) -> Differences:
     """Return the differences on text, in nats per token, together with those of `tasks`."""
     before, after = dense.wikitext2, pruned.wikitext2
-    wikitext2 = None if before is None or after is None else _change(before, after)
-    domains = {domain: _change(dense.domains[domain], part) for domain, part in pruned.domains.items()}
+    wikitext2 = None if before is None or after is None else change(before, after)
+    domains = {domain: change(dense.domains[domain], part) for domain, part in pruned.domains.items()}
     return Differences(domains, wikitext2, tasks)
 
 
@@ -58,12 +57,6 @@ def task_changes(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, dic
         name: {metric: _task_change(name, metric, dense, pruned) for metric in task_metrics(results)}
         for name, results in pruned["results"].items()
     }
-
-
-def _change(dense: Quality, pruned: Quality) -> Change:
-    pairs = zip(dense.block_nats, pruned.block_nats, strict=True)
-    error = losses.standard_error([after - before for before, after in pairs])
-    return Change(pruned.nats_per_token - dense.nats_per_token, error)
 
 
 def _task_change(name: str, metric: str, dense: dict[str, Any], pruned: dict[str, Any]) -> TaskChange:
@@ -169,6 +162,19 @@ def quality_parts(
         found[domain] = store.value(f"{stage}-{domain}", compute, depends_on=depends_on)
         count.move(before + len(domain_NT) - count.done)
     return found
+
+
+def sample_parts(
+    store: Store, subject: Subject, tokenizer: PreTrainedTokenizerBase, starts: Mapping[str, str]
+) -> dict[str, str]:
+    """Return what the model writes after each start, by domain; the first rank writes."""
+
+    def compute() -> dict[str, str]:
+        return from_first(
+            lambda: {domain: continuation(subject.model(), tokenizer, start) for domain, start in starts.items()}
+        )
+
+    return store.value("samples", compute, depends_on={"model": subject.fingerprint, "starts": dict(starts)})
 
 
 def dense_states(

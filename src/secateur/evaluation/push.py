@@ -28,7 +28,7 @@ from secateur.model.config import one_line, quiet_transformers
 from secateur.report.card import card_data, unknown, with_metadata, without_places
 from secateur.report.digests import write_summary
 from secateur.report.measured import BENCH_FILE, EVALUATION_FILE, RECOVERY_FILE
-from secateur.report.records import PAGE_FILE, RECIPE_FILE, ResultFiles, read_result, read_summary
+from secateur.report.records import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, ResultFiles, read_result, read_summary
 from secateur.report.report import missing_plots, write_report
 from secateur.report.rows import escaped
 
@@ -128,7 +128,7 @@ def _stage(directory: Path, stage: Path, files: ResultFiles) -> None:
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory)
         hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or name.parts[0] in NOT_SENT or not path.is_file() or str(name) == PAGE_FILE:
+        if hidden or name.parts[0] in NOT_SENT or not path.is_file() or str(name) in (PAGE_FILE, PICTURE_FILE):
             continue
         if not lies_in(directory, path):
             raise CheckpointError(f"{path}: is a link to a file outside the result, which is not sent; remove it.")

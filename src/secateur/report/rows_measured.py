@@ -15,9 +15,10 @@ from secateur.report.measured import (
     Quality,
     RecoveryRecord,
     TaskScore,
+    plus_minus,
 )
 from secateur.report.page import Table
-from secateur.report.rows import code, escaped, human_bytes, markdown, plus_minus, terminal, without_paths
+from secateur.report.rows import code, escaped, human_bytes, markdown, terminal, without_paths
 
 Row = tuple[str, ...]
 
@@ -70,7 +71,7 @@ def _nats_rows(evaluation: Evaluation) -> Iterator[Row]:
     def row(label: str, parts: list[Quality], change: Change | None) -> Row:
         cells = [f"{part.nats_per_token:.3f} ({part.perplexity:.2f})" for part in parts]
         if change is not None:
-            cells.append(f"{change.nats_per_token:+.3f}{plus_minus(change.standard_error)}")
+            cells.append(change.text())
         return label, *cells
 
     for domain in evaluation.pruned.domains:
@@ -117,11 +118,11 @@ def bench_tables(result: BenchResult) -> list[Table]:
     figures = [(label, *(cell(each) for each in models.values())) for label, cell in _ROWS.items()]
     speed_ups = []
     for label, found in result.speed_ups.items():
-        measured = _spread(found.measured.median, (found.measured.lowest, found.measured.highest), 2)
-        speed_ups.append((label, measured, f"{found.ideal:.2f}x", f"{found.share_of_ideal:.0%}"))
+        share = f"{found.share_of_ideal:.0%}" if found.measured.is_told else ""
+        speed_ups.append((label, found.measured.text(), f"{found.ideal:.2f}x", share))
     return [
         Table(caption, ("median (lowest to highest)", *models), figures),
-        Table("speed-up against the ideal", ("", "measured", "ideal", "of ideal"), speed_ups),
+        Table("speed-up, median and range of the repeats' ratios", ("", "measured", "ideal", "of ideal"), speed_ups),
     ]
 
 
