@@ -126,6 +126,14 @@ def bench_tables(result: BenchResult) -> list[Table]:
     ]
 
 
+def bench_card(result: BenchResult) -> str:
+    """Return the model card's section on the speed-up, in Markdown."""
+    figures, speed_ups = bench_tables(result)
+    about = f"{_run(result)}, {figures.caption}, {result.workload.repeats} repeats in turns with the dense model."
+    lines = ["## Speed", "", escaped(f"Times the dense model's speed: {about}"), "", *markdown(speed_ups), ""]
+    return "\n".join([*lines, *(f"- {escaped(without_paths(note))}" for note in result.notes)]).rstrip() + "\n"
+
+
 def _spread(median: float, extremes: tuple[float, float], digits: int = 1) -> str:
     return f"{median:.{digits}f} ({extremes[0]:.{digits}f} to {extremes[1]:.{digits}f})"
 
@@ -144,15 +152,19 @@ _ROWS: dict[str, Callable[[ModelFigures], str]] = {
 
 
 def _notes(result: BenchResult) -> Iterator[tuple[str, str]]:
-    settings = result.settings
     for name, figures in result.models.items():
         yield name, f"{figures.model}, {figures.dtype}"
-    threads = f", {result.num_threads} threads" if settings.device == "cpu" else ""
-    yield "run", f"{settings.engine} on {settings.device}{threads}{', torch.compile' if settings.compiled else ''}"
+    yield "run", _run(result)
     if result.dense is not None:
         yield "speed-up", "median of the ratios within each repeat, in which the models take turns"
         yield "ideal", "decode: ratio of bytes read per new token; prefill: ratio of operations per prompt token"
     yield "peak memory", "weights and the most a run allocates, by torch's count"
+
+
+def _run(result: BenchResult) -> str:
+    settings = result.settings
+    threads = f", {result.num_threads} threads" if settings.device == "cpu" else ""
+    return f"{settings.engine} on {settings.device}{threads}{', torch.compile' if settings.compiled else ''}"
 
 
 def recovery_table(record: RecoveryRecord) -> Group:
