@@ -178,6 +178,13 @@ def test_mistakes_surface_before_the_first_cell(
     assert not (tmp_path / "out").exists()
 
 
+def test_without_matplotlib_no_cell_is_run(grid: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(RecipeError, match=r"needs matplotlib; run pip install 'secateur\[report\]'\.$"):
+        compare(write(grid, tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_study_and_missing_small_form(grid: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean 'paper'"):
         load_study("papr", small=False)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.data.retokenised import retokenised
+from secateur.errors import RecipeError
 from secateur.evaluation.parts import Subject, subject_of
 from secateur.evaluation.study import (
     DENSE,
@@ -43,6 +44,7 @@ from secateur.pruning.run import Run, without_tokens
 from secateur.pruning.trim import plan_trim
 from secateur.ranks import in_turns, is_first, joined
 from secateur.recovery.polish import Lesson, learn, polish
+from secateur.report.report import missing_plots
 from secateur.store import Services, Store
 from secateur.stream.device import on_device
 from secateur.stream.losses import domain_losses
@@ -121,6 +123,8 @@ def compare(
 
 
 def _compare(study: Study, out: Path, progress: Progress, tell: Callable[[str], None]) -> Comparison:
+    if missing_plots():
+        raise RecipeError("compare: the page of a study needs matplotlib; run pip install 'secateur[report]'.")
     grid = list(cells(study))
     opened = open_model(study.model, study_recipe(study, study.seeds[0]))
     for cell in grid:

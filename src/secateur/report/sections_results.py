@@ -52,10 +52,12 @@ def quality(files: ResultFiles) -> Section | None:
         return None
     worst = max(changes, key=lambda domain: changes[domain].nats_per_token)
     unit = f"nats per token{of_dense(summary)}"
+    about = f"Bars and ± are {OVER_BLOCKS} of {summary.calibration.sequence_length} tokens."
+    if not any(each.standard_error for each in changes.values()):
+        about = "There is one block alone, or none on record, so differences have no error."
     text = (
         f"Held-out text of the calibration's own domains, in {unit}; lower is better. Worst change: "
-        f"{changes[worst].text()} on {worst}. Bars and ± are one standard error of the difference over the same "
-        f"blocks of {summary.calibration.sequence_length} tokens.",
+        f"{changes[worst].text()} on {worst}. {about}",
     )
     plot = _changes_plot("quality-plot", f"{text[0]} The table has every number.", changes, unit)
     table = Table(f"{unit.capitalize()} (perplexity)", ("domain", *SIDES), list(loss_rows(summary)))
