@@ -146,7 +146,7 @@ def _evaluate(
     written: list[dict[str, str]] = []
     if dense is not None:
         before, harness = _measure(store, dense, dense_text, settings.task_options, progress)
-        written.append(parts.sample_parts(store, dense, dense_text.tokenizer, starts))
+        written.append(parts.sample_parts(store, dense, dense_text.tokenizer, starts, progress))
         if trim is not None:
             dense.keep(trim.kept)
         states = parts.dense_states(store, dense, pruned, domains, progress)
@@ -155,7 +155,7 @@ def _evaluate(
     if dense is not None and before is not None:
         found = parts.kl_parts(store, dense, pruned, states, domains, progress)
         kl = {domain: Divergence(**part) for domain, part in found.items()}
-        written.append(parts.sample_parts(store, pruned, text.tokenizer, starts))
+        written.append(parts.sample_parts(store, pruned, text.tokenizer, starts, progress))
         tasks = parts.task_changes(harness, own_harness) if text.tasks is not None else None
         changes = parts.differences(before, after, tasks)
     evaluation = Evaluation(

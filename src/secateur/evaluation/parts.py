@@ -165,16 +165,25 @@ def quality_parts(
 
 
 def sample_parts(
-    store: Store, subject: Subject, tokenizer: PreTrainedTokenizerBase, starts: Mapping[str, str]
+    store: Store,
+    subject: Subject,
+    tokenizer: PreTrainedTokenizerBase,
+    starts: Mapping[str, str],
+    progress: Progress,
 ) -> dict[str, str]:
     """Return what the model writes after each start, by domain; the first rank writes."""
+    count = _Count(progress, f"{subject.which}: sample of text", len(starts))
+    count.move(0)
 
-    def compute() -> dict[str, str]:
-        return from_first(
-            lambda: {domain: continuation(subject.model(), tokenizer, start) for domain, start in starts.items()}
-        )
+    def write() -> dict[str, str]:
+        written = {}
+        for domain, start in starts.items():
+            written[domain] = continuation(subject.model(), tokenizer, start)
+            count.move()
+        return written
 
-    return store.value("samples", compute, depends_on={"model": subject.fingerprint, "starts": dict(starts)})
+    depends_on = {"model": subject.fingerprint, "starts": dict(starts)}
+    return store.value("samples", lambda: from_first(write), depends_on=depends_on)
 
 
 def dense_states(

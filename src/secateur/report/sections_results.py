@@ -94,7 +94,7 @@ def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
 
 def speed(files: ResultFiles) -> Section:
     """Size, and if `secateur bench` has measured them, speed and memory beside the ideal."""
-    bench, sizes = files.bench, Table("Size", ("", *SIDES), list(figure_rows(files.summary)))
+    bench, sizes = files.bench, Table("Parameters, bytes, widths", ("", *SIDES), list(figure_rows(files.summary)))
     if bench is None or bench.dense is None:
         return Section("speed", "Size", tables=(sizes,))
     tables, text = (*rows_measured.bench_tables(bench), sizes), (_how_timed(bench), *bench.notes)
