@@ -135,7 +135,9 @@ def bench_card(result: BenchResult) -> str:
 
 
 def _spread(median: float, extremes: tuple[float, float], digits: int = 1) -> str:
-    return f"{median:.{digits}f} ({extremes[0]:.{digits}f} to {extremes[1]:.{digits}f})"
+    digits = 0 if median >= 100 else digits  # or two models' numbers are wider than 80 columns
+    low, middle, high = (f"{value:,.{digits}f}" for value in (extremes[0], median, extremes[1]))
+    return f"{middle} ({low} to {high})"
 
 
 _ROWS: dict[str, Callable[[ModelFigures], str]] = {
