@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -99,10 +99,12 @@ def _narrow(quality: Table) -> list[Table]:
         "Perplexity, mean ± spread over seeds": (*range(about), seconds),
         quality.caption: (0, 1, *range(about, seconds)),
     }
+
+    def columns(cells: Sequence[str], kept: tuple[int, ...]) -> list[str]:
+        return [cells[place] for place in kept]
+
     return [
-        Table(
-            caption, [quality.header[place] for place in kept], [[row[place] for place in kept] for row in quality.rows]
-        )
+        Table(caption, columns(quality.header, kept), [columns(row, kept) for row in quality.rows])
         for caption, kept in parts.items()
     ]
 

@@ -261,12 +261,12 @@ def shared_picture(
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-    style = {
+    style: dict[Any, Any] = {
         key: _SHARED_COLOURS.get(value, value) if isinstance(value, str) else value for key, value in _STYLE.items()
     }
-    with matplotlib.rc_context(style | {"font.size": 17, "axes.labelsize": 17}), warnings.catch_warnings():
+    with matplotlib.rc_context(style | dict.fromkeys(("font.size", "axes.labelsize"), 17)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure([pixels / SHARED_DPI for pixels in SHARED_SIZE], SHARED_DPI, facecolor="white")
+        figure = Figure((SHARED_SIZE[0] / SHARED_DPI, SHARED_SIZE[1] / SHARED_DPI), SHARED_DPI, facecolor="white")
         head, said = _wrapped(title, 54).split("\n"), _wrapped(sentence, 88).split("\n")
         figure.text(0.04, 0.95, _first_lines(head, 2), fontsize=26, weight="bold", va="top")
         below = 0.95 - 0.068 * min(len(head), 2) - 0.015
@@ -274,7 +274,7 @@ def shared_picture(
         top = below - 0.046 * min(len(said), 3) - 0.04
         axes = figure.add_axes((0.085, 0.15, 0.58, top - 0.15))
         for number, curve in enumerate(curves[:MOST_CURVES]):
-            look = {"color": _SHARED_CURVES[number % 8], "marker": _SHARED_MARKERS[number % 8]}
+            look: dict[str, Any] = {"color": _SHARED_CURVES[number % 8], "marker": _SHARED_MARKERS[number % 8]}
             look |= {"linewidth": 1.6, "markersize": 8} if number else {"linewidth": 4, "markersize": 11, "zorder": 3}
             axes.plot(*zip(*curve.points, strict=True), label=_wrapped(curve.label, 28), **look)
         if len(curves) > MOST_CURVES:
