@@ -13,10 +13,11 @@ from recipes import grouped
 
 import secateur
 from secateur.evaluation import study_page
+from secateur.evaluation.study import Comparison, FoundCell
 from secateur.facts import TrainingRecord, Verdict
 from secateur.recipe import Choose, Remove, Strict
 from secateur.recipe_file import parse_recipe
-from secateur.report.measured import Comparison, FoundCell, RecoveryRecord
+from secateur.report.measured import RecoveryRecord
 from secateur.report.page import Shown
 
 
@@ -65,7 +66,8 @@ def test_the_line_says_what_matters(shown):
     assert f"Pruning removed {summary.remove_reached:.1%} of the parameters" in line
     assert line.removeprefix("<Result") == repr(summary).removeprefix("<Summary")
     assert re.search(r" against \S+llama: perplexity [\d.]+ to [\d.]+>$", repr(shown["evaluate"]))
-    assert "times as fast" in repr(shown["bench"]) and "50.0% of the lost log-perplexity" in repr(shown["recover"])
+    assert re.search("times as fast|not measurably different", repr(shown["bench"]))
+    assert "50.0% of the lost log-perplexity" in repr(shown["recover"])
     assert f"<Comparison: {study_page.verdict(list(shown['compare'].cells))}>" == repr(shown["compare"])
     assert "at 20% removed ours has the lowest (9.49)" in repr(shown["compare"])
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -85,11 +85,18 @@ class Ancestor:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Mean negative log-likelihood of tokens 2..T of a block. The standard error is over blocks."""
+    """Mean negative log-likelihood of tokens 2..T of a block. The standard error is over blocks.
+
+    `block_nats`: each block's, whose mean it is; empty if an older version measured it.
+    """
 
     nats_per_token: float
     standard_error: float
     num_tokens: int
+    block_nats: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_nats", tuple(self.block_nats))  # JSON gives a list
 
     @property
     def perplexity(self) -> float:

@@ -26,7 +26,8 @@ from secateur.formats.save import have_llama_cpp, save_checkpoint
 from secateur.methods.prices import kv_cache_bytes_per_token
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.identity import lineage
-from secateur.report.measured import BenchResult, Ratio
+from secateur.report.measured import ALIKE, BenchResult, Ratio
+from secateur.report.rows_measured import bench_tables
 from tests.trims import trimmed_pair
 
 SMALL = Workload(batch=2, prompt_tokens=8, new_tokens=3, repeats=2)
@@ -116,13 +117,34 @@ def test_the_command_writes_what_it_shows(pair):
     costs = result.dense.costs.decode_bytes_per_token, result.pruned.costs.decode_bytes_per_token
     assert result.decode.ideal == pytest.approx(costs[0] / costs[1]) and result.decode.ideal > 1
     assert result.decode.share_of_ideal == pytest.approx(result.decode.measured.median / result.decode.ideal)
-    for shown in (
-        f"{result.decode.ideal:.2f}",
-        f"{result.decode.share_of_ideal:.0%}",
-        "peak memory",
-        "decode, tokens/s",
-    ):
+    share = [f"{result.decode.share_of_ideal:.0%}"] if result.decode.measured.is_told else [ALIKE]
+    for shown in (f"{result.decode.ideal:.2f}", *share, "peak memory", "decode, tokens/s"):
         assert shown in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [
+        (Ratio(1.2, 1.1, 1.3), "1.20x (1.10 to 1.30)"),
+        (Ratio(0.8, 0.7, 0.9), "0.80x (0.70 to 0.90)"),
+        (Ratio(1.2, 0.9, 1.3), "not measurably different (0.90 to 1.30)"),
+        (Ratio(1.2, 1.0, 1.3), "not measurably different (1.00 to 1.30)"),
+        (Ratio(0.9, 0.8, 1.0), "not measurably different (0.80 to 1.00)"),
+    ],
+)
+def test_a_speed_up_is_told_where_1_is_not_in_its_range(pair, ratio, text):
+    assert ratio.text() == text and ratio.is_told == (ALIKE not in text)
+    found = bench(*pair, **asdict(SMALL))
+    found = replace(found, prefill=replace(found.decode, measured=ratio, share_of_ideal=0.97))
+    ((_, shown, _, share), _) = bench_tables(found)[1].rows
+    assert shown == text and share == ("97%" if ratio.is_told else "")
+    said = repr(found).split(": ")[2]
+    assert said.startswith(f"prefill runs {ratio.median:.2f} (" if ratio.is_told else f"prefill speed is {ALIKE} (")
+
+
+def test_of_one_repeat_a_note_says_that_it_has_no_range(pair):
+    (note,) = bench(*pair, **asdict(replace(SMALL, repeats=1))).notes
+    assert note.startswith("one repeat has no range")
 
 
 def test_json_and_no_dense_model(pair, tmp_path):
@@ -136,7 +158,7 @@ def test_json_and_no_dense_model(pair, tmp_path):
 
 def test_vocabularies_that_differ_are_a_note(pair, tmp_path):
     trimmed = trimmed_pair(tmp_path)
-    sizes = {"batch": 1, "prompt_tokens": 4, "new_tokens": 2, "repeats": 1}
+    sizes = {"batch": 1, "prompt_tokens": 4, "new_tokens": 2, "repeats": 2}
     (note,) = bench(trimmed.pruned, trimmed.dense, **sizes).notes
     assert note.startswith(
         f"the vocabularies differ ({trimmed.kept.num_dense} and {len(trimmed.kept.dense_ids)} tokens): "

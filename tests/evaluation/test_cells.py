@@ -9,8 +9,7 @@ from models import tiny_llama
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.evaluation import compare as module
-from secateur.evaluation.study import Evaluation, Study
-from secateur.report.measured import Comparison
+from secateur.evaluation.study import Comparison, Evaluation, Study
 
 NUM_BLOCKS = 2
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -14,12 +15,12 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from secateur.errors import RecipeError
 from secateur.evaluation.compare import compare, foresee
-from secateur.evaluation.study import cells, load_study, shipped_studies
-from secateur.evaluation.study_page import csv_text, foreseen_table, latex, verdict
-from secateur.report.measured import FoundCell
+from secateur.evaluation.study import Comparison, FoundCell, Study, cells, load_study, shipped_studies
+from secateur.evaluation.study_page import _over_dense_table, csv_text, foreseen_table, latex, save_comparison, verdict
 from secateur.report.page import Table
 from tests.models import tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -88,6 +89,20 @@ def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path:
     assert by_method["dense", 0.0, 0].perplexity < by_method["wanda", 0.2, 0].perplexity
     assert abs(by_method["ours", 0.2, 1].remove_reached - 0.2) < 0.05
     assert "left alone" in texts["table.md"] and texts["report.html"].count("<svg") == 2
+    gains = [
+        math.log(by_method["wanda", 0.2, seed].perplexity / by_method["dense", 0.0, seed].perplexity) for seed in (0, 1)
+    ]
+    mean, error = sum(gains) / 2, abs(gains[0] - gains[1]) / 2
+    start = "## Nats per token over the dense model on the same text"
+    _, _, after = texts["table.md"].partition(start)
+    row = next(line for line in after.splitlines() if line.startswith("| wanda | 20% |"))
+    assert row.startswith(f"| wanda | 20% | {mean:+.3f} ± {error:.3f} | ")
+    assert "| dense |" not in after.split("##")[0] and 'content="report.png"' in texts["report.html"]
+    with Image.open(out / "report.png") as picture:
+        assert picture.size == (1200, 630)
+    picture_bytes = (out / "report.png").read_bytes()
+    save_comparison(study, Comparison.from_json(texts["results.json"], "results.json"), out)
+    assert (out / "report.png").read_bytes() == picture_bytes
     over = [by_method["wanda", 0.2, seed].perplexity / by_method["left alone", 0.2, seed].perplexity for seed in (0, 1)]
     row = next(line for line in texts["table.md"].splitlines() if line.startswith("| wanda | 20% |"))
     assert f" | {sum(over) / 2:.3f} ({min(over):.3f} to {max(over):.3f}) | " in row
@@ -163,6 +178,13 @@ def test_mistakes_surface_before_the_first_cell(
     assert not (tmp_path / "out").exists()
 
 
+def test_without_matplotlib_no_cell_is_run(grid: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(RecipeError, match=r"needs matplotlib; run pip install 'secateur\[report\]'\.$"):
+        compare(write(grid, tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_study_and_missing_small_form(grid: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean 'paper'"):
         load_study("papr", small=False)
@@ -187,6 +209,38 @@ def found(method: str, *perplexities: float) -> list[FoundCell]:
     """Cells of a method at 30%, one a draw."""
     nats = [{"prose": math.log(each)} for each in perplexities]
     return [FoundCell(method, 0.3, seed, 0.3, 1.0, each, {}) for seed, each in enumerate(nats)]
+
+
+def test_of_one_draw_the_error_is_over_blocks() -> None:
+    def cell(method: str, ratio: float, left: list[float], right: list[float]) -> FoundCell:
+        blocks = {"left": left, "right": right}
+        nats = {name: statistics.mean(each) for name, each in blocks.items()}
+        return FoundCell(method, ratio, 0, ratio, 1.0, nats, {}, block_nats=blocks)
+
+    # Blocks differ by a nat or two, the differences of the same block by 0.1.
+    dense = cell("dense", 0.0, [2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
+    ours = cell("ours", 0.2, [2.4, 3.5, 4.6], [1.0, 2.3, 3.0])
+    table = _over_dense_table([dense, ours])
+    left, right = 0.1 / 3**0.5, 0.1
+    mean = (left**2 + right**2) ** 0.5 / 2
+    cells = (f"+0.300 ± {mean:.3f}", f"+0.500 ± {left:.3f}", f"+0.100 ± {right:.3f}")
+    assert table.rows == [("ours", "20%", *cells)]
+
+
+def test_a_page_fits_and_names_what_its_plot_leaves_out(tmp_path: Path) -> None:
+    names = {"dense": (0.0, 2.0), "ours": (0.2, 2.5), "a method with quite a long name": (0.2, 2.6), "lost": (0.2, 6.0)}
+    cells = [
+        FoundCell(name, ratio, 0, ratio, 1.0, dict.fromkeys((f"domain {n}" for n in range(7)), nats), {})
+        for name, (ratio, nats) in names.items()
+    ]
+    study = Study(question="Which?", model="m", ratios=(0.2,), seeds=(0,), methods={name: {} for name in names})
+    save_comparison(study, Comparison(tuple(cells), {}), tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert "Not in the plot, 4 times the best perplexity or more: lost at 20%." in html
+    lines = re.findall("<text[^>]*>([^<]*)</text>", html)
+    assert "a method with" in lines and "quite a long name" in lines and "lost" not in lines and "dense" in lines
+    headers = [re.findall("<th scope=.col.>([^<]*)", table) for table in html.split("<table")[1:]]
+    assert all(len(header) <= 10 for header in headers) and [f"domain {n}" for n in range(7)] == headers[-1][2:]
 
 
 def test_a_verdict_says_no_more_than_its_draws_carry() -> None:

@@ -25,7 +25,16 @@ from secateur.data.calibration import CalibrationSet
 from secateur.errors import CheckpointError
 from secateur.evaluation.bench import bench
 from secateur.evaluation.evaluate import evaluate
-from secateur.evaluation.text import _changes, measure_quality, named_blocks, wikitext_blocks
+from secateur.evaluation.text import (
+    SAMPLE_TOKENS,
+    START_TOKENS,
+    _changes,
+    measure_quality,
+    named_blocks,
+    recipe_blocks,
+    sample_starts,
+    wikitext_blocks,
+)
 from secateur.log import silent
 from secateur.recipe import Domain
 from secateur.report.measured import Evaluation
@@ -95,7 +104,7 @@ def test_against_the_dense_model(copy, checkpoints):
     text = (copy / "evaluation.json").read_text()
     assert Evaluation.from_json(text, "evaluation.json").to_json() == found.to_json() == text
     keys = ["model", "against", "settings", "notes", "dense", "pruned", "kl", "differences", "draft", "versions"]
-    keys.append("dense_fingerprint")
+    keys += ["dense_fingerprint", "samples"]
     assert list(json.loads(text)) == keys and list(json.loads(text)["pruned"]) == ["domains"]
 
 
@@ -119,8 +128,43 @@ def test_what_it_gives_as_a_draft(copy, checkpoints):
     assert evaluate(copy, checkpoints["llama"]).draft == found.draft
 
 
+def greedy(directory: Path, ids: list[int], num_tokens: int) -> list[int]:
+    """Stock transformers without `generate` and without a cache."""
+    model, new = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval(), list[int]()
+    for _ in range(num_tokens):
+        with torch.inference_mode():
+            new.append(int(model(torch.tensor([[*ids, *new]])).logits[0, -1].argmax()))
+    return new
+
+
+def test_both_models_write_on_greedily_after_the_same_start(copy, checkpoints):
+    places = {"dense": checkpoints["llama"], "pruned": copy}
+    settings = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": 9.0, "do_sample": True}))
+    found, tokenizer = evaluate(copy, checkpoints["llama"]), tiny_tokenizer()
+    assert [each.domain for each in found.samples] == ["prose", "code"]
+    built, _ = recipe_blocks(copy, tokenizer, silent)
+    for each in found.samples:
+        assert each.start == tokenizer.decode(built[each.domain][0][:START_TOKENS], skip_special_tokens=True) != ""
+        for which, place in places.items():
+            new = greedy(place, tokenizer(each.start)["input_ids"], SAMPLE_TOKENS)
+            if tokenizer.eos_token_id in new:
+                new = new[: new.index(tokenizer.eos_token_id)]
+            assert getattr(each, which) == tokenizer.decode(new, skip_special_tokens=True)
+    assert found.samples[0].dense != found.samples[0].pruned
+    assert evaluate(copy).samples == ()
+
+
+def test_a_start_leaves_out_half_a_character_and_blank_text():
+    tokenizer = tiny_tokenizer()
+    ids = {name: torch.tensor([tokenizer(text)["input_ids"]]) for name, text in {"ö": "schön", "blank": " \n "}.items()}
+    half = tokenizer("schö")["input_ids"][:-1]  # ö takes two tokens
+    assert sample_starts({**ids, "half": torch.tensor([half])}, tokenizer) == {"ö": "schön", "half": "sch"}
+
+
 def test_against_itself(copy):
     found = evaluate(copy, copy, other_dense=True)
+    assert all(each.dense == each.pruned for each in found.samples) and found.samples
     assert found.kl is not None and found.differences is not None
     assert all(part.mean == 0 and part.top1_agreement == 1 for part in found.kl.values())
     assert all(change.nats_per_token == 0 for change in found.differences.domains.values())
@@ -206,7 +250,7 @@ def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path):
     parts = [
         {part.name for part in folder.iterdir()} for folder in (copy / "evaluation", tmp_path / "fresh/evaluation")
     ]
-    assert parts[0] == parts[1] and len(parts[0]) == 6  # two domains: dense, pruned, KL
+    assert parts[0] == parts[1] and len(parts[0]) == 8  # two domains: dense, pruned, KL; a sample of each model
 
 
 def test_damaged_parts_are_measured_again(copy):

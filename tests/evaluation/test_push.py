@@ -15,7 +15,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError
-from secateur.evaluation.push import CARD, _digest_again, _stage, push
+from secateur.evaluation.push import CARD, _digest_again, _stage, _write_card, push
 from secateur.log import silent
 from secateur.report.card import card_data
 from secateur.report.digests import mismatches, read_digests
@@ -189,6 +189,24 @@ def test_what_is_sent_holds_no_path_and_fits_its_digests(once, places, tmp_path)
     digests = read_digests(stage)
     assert digests is not None and list(mismatches(stage, digests, silent)) == []
     assert read_result(stage).recipe.calibration.domains["prose"].files == ("prose.txt",)
+
+
+def test_the_card_that_is_sent_tells_the_speed(once, places, tmp_path):
+    assert run_cli("bench", once, "--against", places["dense"], *TIMED).status == 0
+    bench = json.loads((once / "bench.json").read_text())
+    bench["prefill"]["measured"] = {"median": 1.2, "lowest": 1.1, "highest": 1.3}
+    bench["decode"]["measured"] = {"median": 1.04, "lowest": 0.97, "highest": 1.25}
+    (once / "bench.json").write_text(json.dumps(bench))
+    stage, files = tmp_path / "stage", read_result(once)
+    stage.mkdir()
+    _stage(once, stage, files)
+    _write_card(stage, files, card_data(files.summary, files.recipe), ())
+    card, before = (stage / CARD).read_text(), (once / CARD).read_text()
+    assert (
+        "| prefill | 1.20x (1.10 to 1.30) |" in card and "| decode | not measurably different (0.97 to 1.25) |" in card
+    )
+    assert card.index("## What it was calibrated on") < card.index("## Speed") < card.index("## How it was made")
+    assert "## Speed" not in before and not re.search("/tmp|a place of mine", card)
 
 
 def test_a_link_out_of_the_result_is_not_sent(once, tmp_path):

@@ -4,27 +4,29 @@ import dataclasses
 import json
 import re
 import shutil
+import statistics
 import sys
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, load
 from page_checks import PageChecks
+from PIL import Image
 from recipes import grouped
 from run_cli import run_cli
 
 from secateur.api import prune
 from secateur.errors import CheckpointError
 from secateur.report.card import model_card
-from secateur.report.plots import Series, Text, dot_plot, spread_plot
+from secateur.report.plots import LABEL_CHARACTERS, Series, Text, dot_plot, spread_plot
 from secateur.report.records import Summary
 from secateur.report.report import write_report
 from secateur.report.rows import caveats, escaped, loss_rows, verdict
 
 HOSTILE = "<script>alert(1)</script>"
 ODD = "$\\frac$ 日本 & \x07co"
-SECTIONS = "quality tasks distance speed widths scores compensation rounds calibration recipe environment reproduction"
+SECTIONS = "quality speed widths scores compensation rounds calibration recipe environment reproduction missing"
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +80,34 @@ def test_names_are_escaped_in_the_page_and_in_plots(result):
     html = page_of(result)
     assert HOSTILE not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html  # whole in the tables
-    assert "&lt;script&gt;al…ript&gt;" in html  # shortened in the plot
+    plot = html.split('<section id="quality"')[1].split("</svg>")[0]
+    assert "&lt;script&gt;alert(1)&lt;/" in plot and "script&gt;" in plot and "…" not in plot  # whole, on two lines
     assert "$\\frac$ 日本 &amp; " in html
+
+
+def test_a_difference_has_the_error_of_the_same_blocks(result):
+    summary, errors, rises = summary_of(result), [], []
+    rows = {row: cells for row, *cells in loss_rows(summary)}
+    for name, dense in summary.dense_losses.items():
+        pruned = summary.pruned_losses[name]
+        assert dense.nats_per_token == pytest.approx(statistics.mean(dense.block_nats)) and len(dense.block_nats) > 1
+        pairs = [after - before for before, after in zip(dense.block_nats, pruned.block_nats, strict=True)]
+        rises.append(statistics.mean(pairs))
+        errors.append((sum((pair - rises[-1]) ** 2 for pair in pairs) / (len(pairs) - 1) / len(pairs)) ** 0.5)
+        assert rows[name][2] == f"{rises[-1]:+.3f} ± {errors[-1]:.3f}" and "±" not in rows[name][0]
+    error = (errors[0] ** 2 + errors[1] ** 2) ** 0.5 / 2
+    assert rows["mean (geometric mean)"][2] == f"{sum(rises) / 2:+.3f} ± {error:.3f}"
 
 
 def test_one_block_alone_has_no_standard_error(result):
     summary = summary_of(result)
-    single = {name: dataclasses.replace(loss, standard_error=0.0) for name, loss in summary.dense_losses.items()}
-    rows = {row: cells for row, *cells in loss_rows(dataclasses.replace(summary, dense_losses=single))}
-    for name in single:
-        dense, pruned, *_ = rows[name]
-        assert "±" not in dense and "±" in pruned
+    for blocks in (1, 0):  # an older version's result has none
+        cut = [
+            {name: dataclasses.replace(loss, block_nats=loss.block_nats[:blocks]) for name, loss in losses.items()}
+            for losses in (summary.dense_losses, summary.pruned_losses)
+        ]
+        rows = list(loss_rows(dataclasses.replace(summary, dense_losses=cut[0], pruned_losses=cut[1])))
+        assert len(rows) == 3 and not any("±" in cell for row in rows for cell in row)
 
 
 def test_colours_are_the_pages_own(result):
@@ -104,7 +123,7 @@ def test_the_page_tells_the_numbers_of_result_json_and_of_the_card(result):
     assert summary.calibration.content_hash in html
     for losses in summary.losses_by_name().values():
         for loss in losses.values():
-            assert f"{loss.nats_per_token:.3f} ± {loss.standard_error:.3f} ({loss.perplexity:.2f})" in html
+            assert f"<td>{loss.nats_per_token:.3f} ({loss.perplexity:.2f})</td>" in html
     lines = [json.loads(line) for line in (result / "run.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [line for line in lines if line["event"] == "group"][-1]
     after = 100 * sum(last["error_after"].values()) / len(last["error_after"])
@@ -135,10 +154,32 @@ def test_overlap_is_measured_by_the_run(result):
 
 def test_rebuilding_gives_the_same_bytes(copy):
     before = page_of(copy)
-    (copy / "report.html").unlink()
+    picture = (copy / "report.png").read_bytes()
+    for name in ("report.html", "report.png"):
+        (copy / name).unlink()
     outcome = run_cli("report", copy)
     assert outcome.status == 0 and outcome.stdout == f"{copy / 'report.html'}\n"
-    assert page_of(copy) == before
+    assert page_of(copy) == before and (copy / "report.png").read_bytes() == picture
+
+
+def test_a_link_to_the_page_shows_a_picture_of_quality_over_size(result):
+    with Image.open(result / "report.png") as picture:
+        assert picture.size == (1200, 630) and picture.format == "PNG"
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    assert {(10, 90, 168), (255, 255, 255)} <= colours, "the curve of all domains on white"
+    head = page_of(result).split("</head>")[0]
+    said = dict(re.findall('<meta property="og:([a-z:]+)" content="([^"]*)">', head))
+    assert said["image"] == "report.png" and (said["image:width"], said["image:height"]) == ("1200", "630")
+    assert said["title"] == escape(f"{summary_of(result).model}, pruned by secateur")
+    assert said["description"] == escape(verdict(summary_of(result)))
+
+
+def test_plots_show_labels_whole():
+    name = "one method with a long name, and another"
+    plot = dot_plot(Text("x", "t", "d"), [name, name + " too"], [Series("s", "pruned", [1.0, 2.0])], "x", reference=0.5)
+    lines = re.findall("<text[^>]*>([^<]*)</text>", plot)
+    assert " ".join(lines).count(name) == 2 and "dense" in lines
+    assert all(len(line) <= LABEL_CHARACTERS for line in lines if line in name)
 
 
 def test_a_summary_goes_to_json_and_back(result):
@@ -173,6 +214,24 @@ def test_what_bench_and_evaluate_measured_is_told(copy, checkpoints):
     assert f"<td>{kl['mean']:.3f} ± {kl['standard_error']:.3f}</td>" in html
     assert f"{evaluation['draft']['speed_up']:.2f}x, " in html
     assert "secateur bench DIR --against" not in html and "secateur evaluate DIR" not in html
+    assert 'id="missing"' not in html
+    for each in evaluation["samples"]:
+        for which in ("start", "dense", "pruned"):
+            shown = "".join(c if c.isprintable() or c == "\n" else " " for c in each[which]).strip("\n")
+            assert f'<th scope="row">{which}</th><td>{shown}</td>' in unescape(html)
+    evaluation["samples"] = [{"domain": HOSTILE, "start": HOSTILE, "dense": "a\n b\x07\u202e", "pruned": HOSTILE}]
+    (copy / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
+    write_report(copy)
+    assert HOSTILE not in page_of(copy) and PageChecks(page_of(copy)).problems == []
+    assert "<td>a\n b  </td>" in page_of(copy)
+    bench["prefill"]["measured"] = {"median": 1.2, "lowest": 1.1, "highest": 1.3}
+    bench["decode"]["measured"] = {"median": 1.04, "lowest": 0.97, "highest": 1.25}
+    (copy / "bench.json").write_text(json.dumps(bench), encoding="utf-8")
+    write_report(copy)
+    html = page_of(copy)
+    assert html.count("not measurably different") == 5  # the verdict, twice for who links to it; key figure, table
+    assert "prefill runs 1.20 (1.10 to 1.30) times as fast and decode speed is not measurably" in html
+    assert "1.04x" not in html
 
 
 @pytest.mark.parametrize(
@@ -223,7 +282,9 @@ def test_without_matplotlib_prune_says_that_there_is_no_report(checkpoints, reci
     write_report(tmp_path / "out")
     page = PageChecks(page_of(tmp_path / "out"))
     assert page.problems == [] and note in page_of(tmp_path / "out").replace("&#39;", "'")
-    assert "Not measured: the recipe says evaluate: false." in page_of(tmp_path / "out")
+    assert "Held-out loss was not measured: the recipe says evaluate: false." in page_of(tmp_path / "out")
+    assert 'id="quality"' not in page_of(tmp_path / "out") and "og:image" not in page_of(tmp_path / "out")
+    assert not (tmp_path / "out" / "report.png").exists()
 
 
 def test_plots_bear_extreme_numbers():

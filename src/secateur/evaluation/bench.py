@@ -116,6 +116,8 @@ def _bench(
         prefill = _speed_up(*(prefill_rates(run, workload) for run in runs), ideal=flops)
         decode = _speed_up(*(decode_rates(run, workload) for run in runs), ideal=num_bytes)
     notes = tuple(_notes(checkpoints))
+    if dense is not None and workload.repeats == 1:
+        notes = (*notes, "one repeat has no range, so the speed-ups may be chance; repeat the runs to know.")
     return BenchResult(settings, torch.get_num_threads(), workload, pruned, dense, prefill, decode, versions(), notes)
 
 

@@ -14,12 +14,24 @@ import torch
 from torch import Tensor
 
 from secateur.data.retokenised import retokenised
+from secateur.errors import RecipeError
 from secateur.evaluation.parts import Subject, subject_of
-from secateur.evaluation.study import Cell, Foreseen, Study, cells, load_study, study_recipe
+from secateur.evaluation.study import (
+    DENSE,
+    TRAINED_DENSE,
+    Cell,
+    Comparison,
+    Foreseen,
+    FoundCell,
+    Study,
+    cells,
+    load_study,
+    study_recipe,
+)
 from secateur.evaluation.study_page import save_comparison
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks, run_task
 from secateur.evaluation.text import named_blocks
-from secateur.facts import Size
+from secateur.facts import Loss, Size
 from secateur.log import Progress, silent, versions
 from secateur.model.bind import Arch, text_config
 from secateur.model.kept_tokens import Trim
@@ -32,7 +44,7 @@ from secateur.pruning.run import Run, without_tokens
 from secateur.pruning.trim import plan_trim
 from secateur.ranks import in_turns, is_first, joined
 from secateur.recovery.polish import Lesson, learn, polish
-from secateur.report.measured import Comparison, FoundCell
+from secateur.report.report import missing_plots
 from secateur.store import Services, Store
 from secateur.stream.device import on_device
 from secateur.stream.losses import domain_losses
@@ -46,7 +58,6 @@ class Judged(NamedTuple):
 
 
 CELLS_FOLDER = "cells"
-DENSE, TRAINED_DENSE = "dense", "dense, trained"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +123,8 @@ def compare(
 
 
 def _compare(study: Study, out: Path, progress: Progress, tell: Callable[[str], None]) -> Comparison:
+    if missing_plots():
+        raise RecipeError("compare: the page of a study needs matplotlib; run pip install 'secateur[report]'.")
     grid = list(cells(study))
     opened = open_model(study.model, study_recipe(study, study.seeds[0]))
     for cell in grid:
@@ -250,21 +263,23 @@ def _depends_on(shared: _Shared, seed: int, recipe: dict[str, Any], blocks: Judg
 
 def _judge(shared: _Shared, subject: Subject, blocks: Judged, trim: Trim | None) -> dict[str, Any]:
     model, evaluation, tasks = subject.model(), shared.study.evaluation, {}
-    nats = [_nats(model, subject.arch, part, trim, shared.progress) if part else {} for part in blocks]
+    losses = [_losses(model, subject.arch, part, trim, shared.progress) if part else {} for part in blocks]
+    nats = [{name: loss.nats_per_token for name, loss in part.items()} for part in losses]
+    by_block = {name: loss.block_nats for name, loss in losses[0].items()}
     options = TaskOptions(limit=evaluation.limit, batch_size=evaluation.batch_size)
     tokenizer = tokenizer_of(shared.opened) if trim is None else trim.tokenizer
     for name, task in (shared.tasks.tasks if shared.tasks else {}).items():
         found = run_task(task, model, tokenizer, options, partial(shared.progress, name))
         tasks[name] = {key: value for key, value in found["results"][name].items() if isinstance(value, int | float)}
-    return {"nats_per_token": nats[0], "others": nats[1], "tasks": tasks}
+    return {"nats_per_token": nats[0], "others": nats[1], "tasks": tasks, "block_nats": by_block}
 
 
-def _nats(model: Any, arch: Arch, blocks: dict[str, Tensor], trim: Trim | None, progress: Progress) -> dict[str, float]:
-    """Return nats per token of the dense tokenizer by domain."""
+def _losses(
+    model: Any, arch: Arch, blocks: dict[str, Tensor], trim: Trim | None, progress: Progress
+) -> dict[str, Loss]:
+    """Return losses by domain, in nats per token of the dense tokenizer."""
     if trim is None:
-        found = domain_losses(model, arch, blocks, progress)
-    else:
-        counts = {name: [len(ids_T) - 1 for ids_T in ids_NT] for name, ids_NT in blocks.items()}
-        read = retokenised(blocks, trim.dense_tokenizer, trim.tokenizer)
-        found = domain_losses(model, arch, read, progress, num_tokens=counts)
-    return {name: loss.nats_per_token for name, loss in found.items()}
+        return domain_losses(model, arch, blocks, progress)
+    counts = {name: [len(ids_T) - 1 for ids_T in ids_NT] for name, ids_NT in blocks.items()}
+    read = retokenised(blocks, trim.dense_tokenizer, trim.tokenizer)
+    return domain_losses(model, arch, read, progress, num_tokens=counts)

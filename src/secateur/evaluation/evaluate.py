@@ -16,7 +16,7 @@ from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.evaluation import parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks
-from secateur.evaluation.text import RECIPE, named_blocks, recipe_blocks, wikitext_blocks
+from secateur.evaluation.text import RECIPE, named_blocks, recipe_blocks, sample_starts, wikitext_blocks
 from secateur.facts import Divergence
 from secateur.files import staged_file
 from secateur.log import Progress, silent, versions
@@ -25,7 +25,7 @@ from secateur.model.identity import check_dense, identity, is_result
 from secateur.model.kept_tokens import Trim, kept_tokens_of, trim_between
 from secateur.ranks import check_same, is_first, joined
 from secateur.recipe import Domain
-from secateur.report.measured import EVALUATION_FILE, Evaluation, Measured, Quality, TaskResults
+from secateur.report.measured import EVALUATION_FILE, Evaluation, Measured, Quality, Sample, TaskResults
 from secateur.store import Store
 from secateur.stream.losses import Blocks
 
@@ -88,7 +88,7 @@ def evaluate(
     """Measure a model, and the cost of pruning against a dense one; write evaluation.json.
 
     `model`: a result of `prune`, or any other model. `against`: the dense model, for differences
-    and KL by domain; `other_dense`: it is meant to be another one than `model` was pruned from.
+    KL by domain and a sample of text; `other_dense`: it is meant to be another one than `model` was pruned from.
     `domains`: text by name; None: the held-out text of the model's own
     recipe.yaml. `num_blocks`, `sequence_length`: of `domains`. `wikitext2`: a file with the rows of
     the raw test split, or `hub`. `wikitext2_length`: tokens per block there, at most 2048 by
@@ -142,8 +142,11 @@ def _evaluate(
     store = Store.lasting(directory / PARTS_FOLDER, tell)
     before = states = kl = changes = draft = None
     harness: dict[str, Any] = {}
+    starts = {} if dense is None else sample_starts(text.blocks["domains"], text.tokenizer)
+    written: list[dict[str, str]] = []
     if dense is not None:
         before, harness = _measure(store, dense, dense_text, settings.task_options, progress)
+        written.append(parts.sample_parts(store, dense, dense_text.tokenizer, starts, progress))
         if trim is not None:
             dense.keep(trim.kept)
         states = parts.dense_states(store, dense, pruned, domains, progress)
@@ -154,6 +157,7 @@ def _evaluate(
         kl = {domain: Divergence(**part) for domain, part in found.items()}
         if trim is None and kl:  # runtimes draft with the same tokens alone
             draft = parts.draft(directory, dense, pruned, kl)
+        written.append(parts.sample_parts(store, pruned, text.tokenizer, starts, progress))
         tasks = parts.task_changes(harness, own_harness) if text.tasks is not None else None
         changes = parts.differences(before, after, tasks)
     evaluation = Evaluation(
@@ -168,6 +172,7 @@ def _evaluate(
         draft=draft,
         versions=versions(),
         dense_fingerprint=None if dense is None else identity(dense.checkpoint),
+        samples=tuple(Sample(name, start, *(each[name] for each in written)) for name, start in starts.items()),
     )
     if is_first():
         with staged_file(directory / EVALUATION_FILE, overwrite=True) as staged:

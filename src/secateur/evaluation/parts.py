@@ -17,26 +17,25 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, identity, merge, num_questions, run_task
-from secateur.evaluation.text import measure_quality
+from secateur.evaluation.text import continuation, measure_quality
 from secateur.facts import Divergence, Draft, Size, draft_of
 from secateur.log import Progress
 from secateur.model.bind import Arch, bind, head_of
 from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_model, open_checkpoint
 from secateur.model.identity import identity as model_identity
 from secateur.model.kept_tokens import KeptTokens, keep_tokens
-from secateur.ranks import device_called, in_turns, own_part, size, spread
+from secateur.ranks import device_called, from_first, in_turns, own_part, size, spread
 from secateur.recovery.pair import Candidates
 from secateur.recovery.train import Work
 from secateur.report.measured import (
     BENCH_FILE,
     BenchResult,
-    Change,
     Differences,
     Measured,
-    Quality,
     TaskChange,
     TaskScore,
     TaskScores,
+    change,
     task_metrics,
     task_scores,
 )
@@ -51,8 +50,8 @@ Part = dict[str, Any]
 def differences(dense: Measured, pruned: Measured, tasks: dict[str, dict[str, TaskChange]] | None) -> Differences:
     """Return the differences on text, in nats per token, together with those of `tasks`."""
     before, after = dense.wikitext2, pruned.wikitext2
-    wikitext2 = None if before is None or after is None else _change(before, after)
-    domains = {domain: _change(dense.domains[domain], part) for domain, part in pruned.domains.items()}
+    wikitext2 = None if before is None or after is None else change(before, after)
+    domains = {domain: change(dense.domains[domain], part) for domain, part in pruned.domains.items()}
     return Differences(domains, wikitext2, tasks)
 
 
@@ -62,12 +61,6 @@ def task_changes(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, dic
         name: {metric: _task_change(name, metric, dense, pruned) for metric in task_metrics(results)}
         for name, results in pruned["results"].items()
     }
-
-
-def _change(dense: Quality, pruned: Quality) -> Change:
-    pairs = zip(dense.block_nats, pruned.block_nats, strict=True)
-    error = losses.standard_error([after - before for before, after in pairs])
-    return Change(pruned.nats_per_token - dense.nats_per_token, error)
 
 
 def _task_change(name: str, metric: str, dense: dict[str, Any], pruned: dict[str, Any]) -> TaskChange:
@@ -173,6 +166,28 @@ def quality_parts(
         found[domain] = store.value(f"{stage}-{domain}", compute, depends_on=depends_on)
         count.move(before + len(domain_NT) - count.done)
     return found
+
+
+def sample_parts(
+    store: Store,
+    subject: Subject,
+    tokenizer: PreTrainedTokenizerBase,
+    starts: Mapping[str, str],
+    progress: Progress,
+) -> dict[str, str]:
+    """Return what the model writes after each start, by domain; the first rank writes."""
+    count = _Count(progress, f"{subject.which}: sample of text", len(starts))
+    count.move(0)
+
+    def write() -> dict[str, str]:
+        written = {}
+        for domain, start in starts.items():
+            written[domain] = continuation(subject.model(), tokenizer, start)
+            count.move()
+        return written
+
+    depends_on = {"model": subject.fingerprint, "starts": dict(starts)}
+    return store.value("samples", lambda: from_first(write), depends_on=depends_on)
 
 
 def dense_states(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, ModelCardData, constants, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -25,12 +25,13 @@ from secateur.facts import RESULT_FILE, Record
 from secateur.files import lies_in
 from secateur.log import LOG_FILE, Progress, silent
 from secateur.model.config import one_line, quiet_transformers
-from secateur.report.card import card_data, unknown, with_metadata, without_places
+from secateur.report.card import card_data, unknown, with_metadata, with_section, without_places
 from secateur.report.digests import write_summary
 from secateur.report.measured import BENCH_FILE, EVALUATION_FILE, RECOVERY_FILE
-from secateur.report.records import PAGE_FILE, RECIPE_FILE, ResultFiles, read_result, read_summary
+from secateur.report.records import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, ResultFiles, read_result, read_summary
 from secateur.report.report import missing_plots, write_report
 from secateur.report.rows import escaped
+from secateur.report.rows_measured import bench_card
 
 CARD = "README.md"
 # Files that name places of this machine; what is read is rewritten, the page is made again.
@@ -92,11 +93,7 @@ def push(
     with tempfile.TemporaryDirectory(prefix="secateur-push-") as scratch:
         stage = Path(scratch)
         _stage(directory, stage, files)
-        card = (stage / CARD).read_text(encoding="utf-8") if (stage / CARD).is_file() else ""
-        for note in set(unknown(card_data(summary, recipe), summary)) - set(notes):
-            card = card.replace(f"- note: {escaped(note)}\n", "")
-        (stage / CARD).unlink(missing_ok=True)
-        (stage / CARD).write_text(with_metadata(without_places(card, summary, recipe), data), encoding="utf-8")
+        _write_card(stage, files, data, notes)
         _digest_again(directory, stage)
         sizes = {path.relative_to(stage).as_posix(): path.stat().st_size for path in sorted(stage.rglob("*"))}
         sent = {name: size for name, size in sizes.items() if not (stage / name).is_dir()}
@@ -128,7 +125,7 @@ def _stage(directory: Path, stage: Path, files: ResultFiles) -> None:
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory)
         hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or name.parts[0] in NOT_SENT or not path.is_file() or str(name) == PAGE_FILE:
+        if hidden or name.parts[0] in NOT_SENT or not path.is_file() or str(name) in (PAGE_FILE, PICTURE_FILE):
             continue
         if not lies_in(directory, path):
             raise CheckpointError(f"{path}: is a link to a file outside the result, which is not sent; remove it.")
@@ -141,6 +138,18 @@ def _stage(directory: Path, stage: Path, files: ResultFiles) -> None:
             place.symlink_to(path.resolve())
     if (directory / PAGE_FILE).is_file() and not missing_plots():
         write_report(stage, other_dense=True)
+
+
+def _write_card(stage: Path, files: ResultFiles, data: ModelCardData, notes: tuple[str, ...]) -> None:
+    """Write the staged card again: with this metadata and what `bench` found, without notes that no longer hold."""
+    summary, recipe = files.summary, files.recipe
+    card = (stage / CARD).read_text(encoding="utf-8") if (stage / CARD).is_file() else ""
+    for note in set(unknown(card_data(summary, recipe), summary)) - set(notes):
+        card = card.replace(f"- note: {escaped(note)}\n", "")
+    if files.bench is not None and files.bench.dense is not None:
+        card = with_section(card, bench_card(files.bench))
+    (stage / CARD).unlink(missing_ok=True)  # a link to the result's own
+    (stage / CARD).write_text(with_metadata(without_places(card, summary, recipe), data), encoding="utf-8")
 
 
 def _digest_again(directory: Path, stage: Path) -> None:

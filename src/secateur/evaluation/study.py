@@ -1,7 +1,9 @@
-"""A study: a grid of methods, shares and seeds from a YAML file. Its page: `study_page`."""
+"""A study: a grid of methods, shares and seeds from a YAML file, and its cells. Its page: `study_page`."""
 
+import math
+import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,11 +11,15 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from secateur.errors import RecipeError, advice, one_of
+from secateur.facts import Loss, Record
 from secateur.recipe import Domain, Recipe, Strict
 from secateur.recipe_file import load_recipe, merged, parse_recipe
+from secateur.report.measured import Change, change
+from secateur.report.page import Shown
 
 SHIPPED = "studies"
 SMALL = "small"
+DENSE, TRAINED_DENSE = "dense", "dense, trained"
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
@@ -144,3 +150,51 @@ def _recipe(study: Study, name: str, method: Method, ratio: float, seed: int) ->
             raise RecipeError(f"{where}: unknown domain '{domain}'; {advice(domain, known, one_of(known))}")
     chosen = {domain: known[domain] for domain in method.domains}
     return recipe.filled(calibration={"domains": chosen})
+
+
+@dataclass(frozen=True, slots=True)
+class FoundCell:
+    """A finished cell of a study. `tasks`: the harness's numbers. `seconds`: of pruning alone.
+
+    All nats are per token of the dense tokenizer. `others`: on text of kinds that no run saw.
+    `block_nats`: of each block by domain; empty if an older version measured it.
+    """
+
+    method: str
+    ratio: float
+    seed: int
+    remove_reached: float
+    seconds: float
+    nats_per_token: dict[str, float]
+    tasks: dict[str, dict[str, float]]
+    num_tokens: dict[str, int] = field(default_factory=dict)
+    others: dict[str, float] = field(default_factory=dict)
+    block_nats: dict[str, list[float]] = field(default_factory=dict)
+
+    def over(self, dense: "FoundCell") -> dict[str, Change]:
+        """Return nats per token over those of the dense model on the same draw, by domain."""
+        cells = (dense, self)
+        return {
+            name: change(
+                *(Loss(cell.nats_per_token[name], 0.0, 0, tuple(cell.block_nats.get(name, ()))) for cell in cells)
+            )
+            for name in self.nats_per_token
+        }
+
+    @property
+    def perplexity(self) -> float:
+        """Geometric mean over domains."""
+        return math.exp(statistics.mean(self.nats_per_token.values()))
+
+    @property
+    def other_perplexity(self) -> float:
+        """Geometric mean over the other kinds of text."""
+        return math.exp(statistics.mean(self.others.values()))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Shown, Record):
+    """`results.json`: all cells of a study's grid, the dense model's first in each seed."""
+
+    cells: tuple[FoundCell, ...]
+    versions: dict[str, str]

@@ -4,18 +4,19 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
 import yaml
 
-from secateur.evaluation.study import Foreseen, Study
+from secateur.evaluation.study import DENSE, Comparison, Foreseen, FoundCell, Study
 from secateur.files import staged_file
-from secateur.report.measured import Comparison, FoundCell
+from secateur.report.measured import Change, mean_change
 from secateur.report.page import Page, Section, Table, View, render, view
-from secateur.report.plots import Series, Text, dot_plot
+from secateur.report.plots import Curve, Series, Text, dot_plot, shared_picture
+from secateur.report.records import PICTURE_FILE
 from secateur.report.rows import escaped, human_seconds, markdown
 
 _perplexity: Callable[[FoundCell], float] = attrgetter("perplexity")
@@ -38,31 +39,74 @@ class Row:
 
 
 def save_comparison(study: Study, comparison: Comparison, out: Path) -> None:
-    """Write the study, results.json, the tables in Markdown, CSV and LaTeX, and report.html to `out`."""
+    """Write the study, results.json, the tables in Markdown, CSV and LaTeX, page and picture to `out`."""
     dumped = yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False)
-    texts = {"study.yaml": dumped, "results.json": comparison.to_json()}
-    for name, text in (texts | _pages(study, list(comparison.cells))).items():
+    texts, found = {"study.yaml": dumped, "results.json": comparison.to_json()}, list(comparison.cells)
+    files = {name: text.encode() for name, text in (texts | _pages(study, found)).items()}
+    for name, content in (files | {PICTURE_FILE: _picture(study, found)}).items():
         with staged_file(out / name, overwrite=True) as staged:
-            staged.write_text(text, encoding="utf-8")
+            staged.write_bytes(content)
 
 
 def _pages(study: Study, found: list[FoundCell]) -> dict[str, str]:
     quality = _quality_table(found)
-    others = [_others_table(found)] if found[0].others else []
-    tables = [quality, *others, *([_task_table(found)] if any(cell.tasks for cell in found) else [])]
+    more = [_over_dense_table(found), *([_others_table(found)] if found[0].others else [])]
+    more += [_task_table(found)] if any(cell.tasks for cell in found) else []
+    tables, (first, *last) = [quality, *more], _narrow(quality)
     about = _about(study, found)
     text = [f"# {escaped(study.question)}", "", *(f"- {escaped(line)}" for line in about), ""]
     for table in tables:
         text += [f"## {escaped(table.caption)}", "", *markdown(table), ""]
     rows = [row for row in rows_of(found) if row.ratio]
     by_ratio = {row.ratio: [each for each in rows if each.ratio == row.ratio] for row in rows}
+    plots = [_plot(*each, _dense(found)) for each in by_ratio.items()]
+    hidden = [
+        f"Not in the plot, {MOST_TIMES_BEST} times the best perplexity or more: {row.method} at {row.ratio:.0%}."
+        for each in by_ratio.values()
+        for row in _split(each)[1]
+    ]
     sections = [
-        Section("quality", "Quality", plots=[_plot(*each) for each in by_ratio.items()], tables=tables),
+        Section("quality", "Quality", hidden, plots, tables=(first, *more, *last)),
         Section("how", "How it was measured", text=about),
     ]
-    page = Page(study.question, verdict(found), (), (), sections)
+    page = Page(study.question, verdict(found), (), (), sections, PICTURE_FILE)
     wide = {"table.csv": csv_text(tables), "table.tex": latex(tables)}
     return {"table.md": "\n".join(text), **wide, "report.html": render(page)}
+
+
+def _picture(study: Study, found: list[FoundCell]) -> bytes:
+    """Return the picture of perplexity over the share of parameters that stays, a curve per method, as PNG."""
+    dense = statistics.mean(cell.perplexity for cell in _dense(found).values())
+    by_method: dict[str, list[Row]] = {}
+    for row in (row for row in rows_of(found) if row.ratio):
+        by_method.setdefault(row.method, []).append(row)
+    curves = []
+    for method, rows in sorted(by_method.items(), key=lambda item: _mean(item[1][-1], _perplexity)):
+        points = [(100 * (1 - _mean(row, lambda cell: cell.remove_reached)), _mean(row, _perplexity)) for row in rows]
+        curves.append(Curve(f"{method}: {points[-1][1]:,.2f}", [(100.0, dense), *points]))
+    return shared_picture(study.question, verdict(found), curves, "% of all parameters that stay", dense)
+
+
+def _dense(found: Iterable[FoundCell]) -> dict[int, FoundCell]:
+    """Return the dense model's cell by seed."""
+    return {cell.seed: cell for cell in found if (cell.method, cell.ratio) == (DENSE, 0.0)}
+
+
+def _narrow(quality: Table) -> list[Table]:
+    """Return the columns of all domains, and those of each: together they are wider than a page."""
+    about, seconds = 5, len(quality.header) - 1
+    parts = {
+        "Perplexity, mean ± spread over seeds": (*range(about), seconds),
+        quality.caption: (0, 1, *range(about, seconds)),
+    }
+
+    def columns(cells: Sequence[str], kept: tuple[int, ...]) -> list[str]:
+        return [cells[place] for place in kept]
+
+    return [
+        Table(caption, columns(quality.header, kept), [columns(row, kept) for row in quality.rows])
+        for caption, kept in parts.items()
+    ]
 
 
 def rows_of(found: Iterable[FoundCell]) -> list[Row]:
@@ -107,7 +151,7 @@ def _(comparison: Comparison) -> View:
     first = [row for row in by_ratio if row.ratio == by_ratio[0].ratio]
 
     def picture(name: str) -> str:
-        return _plot(first[0].ratio, first, name)
+        return _plot(first[0].ratio, first, _dense(found), name)
 
     return View(verdict(found), [overview("", found)], rows, picture if first else None)
 
@@ -194,6 +238,35 @@ def _quality_table(found: list[FoundCell]) -> Table:
     return Table("Perplexity by domain, mean ± spread over seeds", header, rows)
 
 
+def _over_dense_table(found: list[FoundCell]) -> Table:
+    domains, rows = list(found[0].nats_per_token), []
+    for row in (row for row in rows_of(found) if row.method != DENSE):
+        mean, changes = _over_dense(row, _dense(found))
+        cells = (each.text() for each in (mean, *(changes[name] for name in domains)))
+        rows.append((row.method, f"{row.ratio:.0%}", *cells))
+    caption = (
+        "Nats per token over the dense model on the same text, ± standard error over draws; of one draw, over blocks"
+    )
+    return Table(caption, ("method", "asked", "mean of domains", *domains), rows)
+
+
+def _over_dense(row: Row, dense: dict[int, FoundCell]) -> tuple[Change, dict[str, Change]]:
+    """Return the row's nats per token over the dense model's, draw by draw: mean of domains, and each.
+
+    Errors are over draws, each of which has its own calibration and judging text; of one draw, over
+    blocks.
+    """
+    draws = [cell.over(dense[cell.seed]) for cell in row.cells]
+    if len(draws) == 1:
+        return mean_change(draws[0].values()), draws[0]
+
+    def over_draws(values: list[float]) -> Change:
+        return Change(statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)))
+
+    by_domain = {name: over_draws([draw[name].nats_per_token for draw in draws]) for name in draws[0]}
+    return over_draws([mean_change(draw.values()).nats_per_token for draw in draws]), by_domain
+
+
 def _others_table(found: list[FoundCell]) -> Table:
     kinds, all_rows = list(found[0].others), rows_of(found)
     first = {row.ratio: row for row in reversed(all_rows) if row.ratio}
@@ -234,18 +307,22 @@ def _score(cell: FoundCell, task: str) -> float:
     return next((numbers[metric] for metric in TASK_METRICS if metric in numbers), math.nan)
 
 
-def _plot(ratio: float, rows: list[Row], name: str = "") -> str:
-    best = min(_mean(row, _perplexity) for row in rows)
-    shown = [row for row in rows if _mean(row, _perplexity) < MOST_TIMES_BEST * best]
-    hidden = [row.method for row in rows if row not in shown]
-    description = f"{len(shown)} methods; the table has the numbers."
-    if hidden:
-        description += f" Left out, {MOST_TIMES_BEST} times the best or more: {', '.join(hidden)}."
-    spreads = [_spread(row, _perplexity) for row in shown]
-    means = [_mean(row, _perplexity) for row in shown]
-    series = Series("mean and spread over seeds", "pruned", means, [(spread, spread) for spread in spreads])
-    text = Text(name or f"removed-{round(100 * ratio)}", f"Perplexity with {ratio:.0%} removed", description)
-    return dot_plot(text, [row.method for row in shown], [series], f"perplexity, {ratio:.0%} of parameters removed")
+def _split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Return the rows that a plot shows, and those too far from the best."""
+    most = MOST_TIMES_BEST * min(_mean(row, _perplexity) for row in rows)
+    shown = [row for row in rows if _mean(row, _perplexity) < most]
+    return shown, [row for row in rows if row not in shown]
+
+
+def _plot(ratio: float, rows: list[Row], dense: dict[int, FoundCell], name: str = "") -> str:
+    shown, _ = _split(rows)
+    changes = [_over_dense(row, dense)[0] for row in shown]
+    errors = [(each.standard_error, each.standard_error) for each in changes]
+    series = Series("± standard error, paired", "pruned", [each.nats_per_token for each in changes], errors)
+    title = f"Nats per token over the dense model with {ratio:.0%} removed"
+    text = Text(name or f"removed-{round(100 * ratio)}", title, f"{len(shown)} methods; the table has the numbers.")
+    label = f"nats per token over dense, {ratio:.0%} removed"
+    return dot_plot(text, [row.method for row in shown], [series], label, reference=0.0)
 
 
 def _mean(row: Row, value: Callable[[FoundCell], float]) -> float:

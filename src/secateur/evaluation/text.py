@@ -1,15 +1,16 @@
 """Evaluation text, by domain and from WikiText-2, and how well a model predicts it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from huggingface_hub import constants
 from jaxtyping import Int64
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.calibration import CalibrationSet, build_calibration
 from secateur.data.sources import read_rows
@@ -27,6 +28,8 @@ RECIPE = "recipe.yaml"
 HUB = "hub"
 DEFAULT_BLOCK_LENGTH = 2048
 SEED = 0  # for text that no recipe describes
+# How much of a text models see before they write on, how much they write, and of how many domains.
+START_TOKENS, SAMPLE_TOKENS, SAMPLED_DOMAINS = 32, 60, 3
 
 
 def recipe_blocks(
@@ -74,6 +77,27 @@ def named_blocks(
     built = build_calibration(calibration, num_calibration * len(domains) * sequence_length, tokenizer, SEED, progress)
     drawn = {domain.name: torch.cat([domain.held_out_NT, domain.calibration_NT]) for domain in built.domains}
     return {name: blocks_NT[:num_blocks] for name, blocks_NT in drawn.items()}, built.notes
+
+
+@torch.inference_mode()
+def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: str) -> str:
+    """Return what the model writes after `start`, greedily: SAMPLE_TOKENS tokens, or up to its end of text."""
+    ids_1T = tokenizer(start, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
+    own: Any = model.generation_config
+    asked = {"max_new_tokens": SAMPLE_TOKENS, "do_sample": False, "pad_token_id": 0}
+    generate = getattr(model, "generate")  # noqa: B009  # its type takes no arguments beyond tensors
+    # The model's own settings (sampling, a repetition penalty) would not be greedy.
+    with patch.object(model, "generation_config", GenerationConfig(eos_token_id=own and own.eos_token_id)):
+        written_1T = generate(ids_1T, attention_mask=torch.ones_like(ids_1T), **asked)
+    return str(tokenizer.decode(written_1T[0, ids_1T.shape[1] :], skip_special_tokens=True))
+
+
+def sample_starts(blocks_NT: Mapping[str, Blocks], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the first words of the first block of some domains; none of a domain that begins blank."""
+    first = {name: domain_NT[0][:START_TOKENS] for name, domain_NT in list(blocks_NT.items())[:SAMPLED_DOMAINS]}
+    # A character that the next token would have completed is left out.
+    starts = {name: str(tokenizer.decode(ids_T, skip_special_tokens=True)) for name, ids_T in first.items()}
+    return {name: start.rstrip("\ufffd") for name, start in starts.items() if start.strip("\ufffd \n\t")}
 
 
 def measure_quality(

@@ -188,5 +188,10 @@ def _loading(summary: Summary) -> list[str]:
 def recovered_card(card: str | None, record: RecoveryRecord) -> str:
     """Return the pruned model's card, or a new one, with a section on the recovery."""
     text = f"# {escaped(without_paths(record.pruned))}, recovered by secateur\n" if card is None else card
-    before, heading, after = text.partition("\n## How it was made\n")
-    return f"{before.rstrip()}\n\n{recovery_card(record)}{heading}{after}"
+    return with_section(text, recovery_card(record))
+
+
+def with_section(card: str, section: str) -> str:
+    """Return the card with one section more, before how it was made."""
+    before, heading, after = card.partition("\n## How it was made\n")
+    return f"{before.rstrip()}\n\n{section}{heading}{after}"

@@ -15,10 +15,10 @@ from secateur.errors import CheckpointError
 from secateur.files import sha256_of
 from secateur.log import Progress
 from secateur.report.measured import BENCH_FILE, EVALUATION_FILE
-from secateur.report.records import PAGE_FILE, RESULT_FILE, Summary
+from secateur.report.records import PAGE_FILE, PICTURE_FILE, RESULT_FILE, Summary
 
 # Later commands write these again, so they have no digest.
-LATER_FILES = (EVALUATION_FILE, BENCH_FILE, PAGE_FILE)
+LATER_FILES = (EVALUATION_FILE, BENCH_FILE, PAGE_FILE, PICTURE_FILE)
 # A new file of such a kind could change what loading gives; the last two in a folder too.
 _LOADED_KINDS = (".safetensors", ".bin", ".json", ".model", ".tiktoken", ".txt", ".py", ".jinja")
 _OWN = f'"{RESULT_FILE}": "%s"'

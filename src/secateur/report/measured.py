@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import statistics
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from secateur.facts import (
     Costs,
     Divergence,
     Draft,
+    Loss,
     Record,
     Size,
     Trained,
@@ -23,6 +25,8 @@ from secateur.facts import (
 from secateur.report.page import Shown
 
 EVALUATION_FILE, BENCH_FILE, RECOVERY_FILE = "evaluation.json", "bench.json", "recovery.json"
+
+ALIKE = "not measurably different"
 
 # A plot shows the last of these that a task has; tables show every metric.
 PLOTTED_METRICS = ("exact_match,none", "acc,none", "acc_norm,none")
@@ -105,10 +109,36 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Pruned minus dense, and its standard error over the same blocks."""
+    """Pruned minus dense, and its standard error over the same blocks; 0 for one block alone."""
 
     nats_per_token: float
     standard_error: float
+
+    def text(self) -> str:
+        """Return the difference with its error."""
+        return f"{self.nats_per_token:+.3f}{plus_minus(self.standard_error)}"
+
+
+def plus_minus(standard_error: float) -> str:
+    """Return what follows a mean; nothing for a single value, which has no error, or if it rounds to 0."""
+    return f" ± {standard_error:.3f}" if round(standard_error, 3) else ""
+
+
+def change(dense: Loss | Quality, pruned: Loss | Quality) -> Change:
+    """Return pruned minus dense, block by block: what blocks have in common cancels.
+
+    The error is the standard error of the mean of these differences. Without blocks, as in records
+    of an older version, it is 0.
+    """
+    pairs = [after - before for before, after in zip(dense.block_nats, pruned.block_nats, strict=True)]
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
+    return Change(pruned.nats_per_token - dense.nats_per_token, error)
+
+
+def mean_change(changes: Collection[Change]) -> Change:
+    """Return the mean over domains, which count equally and share no block: errors add as squares."""
+    error = math.sqrt(sum(each.standard_error**2 for each in changes)) / len(changes)
+    return Change(statistics.mean(each.nats_per_token for each in changes), error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +158,22 @@ class Differences:
     tasks: dict[str, dict[str, TaskChange]] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """How both models go on, greedily, after the first tokens of a domain's text."""
+
+    domain: str
+    start: str
+    dense: str
+    pruned: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Evaluation(Shown, Record):
     """`evaluation.json`. `pruned`: the evaluated model. `kl`: KL(dense || pruned) by domain.
 
-    `model`, `against`: names of the two. Without `against`: no `dense`, `kl` and `differences`.
-    `draft`: None if the tokenizers differ. `dense_fingerprint`: None in older files too.
+    `model`, `against`: names of the two. Without `against`: no `dense`, `kl`, `differences` and
+    `samples`. `draft`: None if the tokenizers differ. `dense_fingerprint`: None in older files too.
     """
 
     model: str
@@ -147,6 +187,7 @@ class Evaluation(Shown, Record):
     draft: Draft | None = None
     versions: dict[str, str]
     dense_fingerprint: str | None = None
+    samples: tuple[Sample, ...] = ()
 
     @property
     def models(self) -> dict[str, Measured]:
@@ -191,6 +232,16 @@ class Ratio:
     median: float
     lowest: float
     highest: float
+
+    @property
+    def is_told(self) -> bool:
+        """Whether all repeats agree which model is faster: 1 is not in the range."""
+        return not self.lowest <= 1 <= self.highest
+
+    def text(self) -> str:
+        """Return the ratio with its range; of one that is not told from 1 the range alone."""
+        spread = f"({self.lowest:.2f} to {self.highest:.2f})"
+        return f"{self.median:.2f}x {spread}" if self.is_told else f"{ALIKE} {spread}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,42 +301,6 @@ class BenchResult(Shown, Record):
     def speed_ups(self) -> dict[str, SpeedUp]:
         """The speed-up by phase; empty without a dense model."""
         return {name: up for name, up in (("prefill", self.prefill), ("decode", self.decode)) if up is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class FoundCell:
-    """A finished cell of a study. `tasks`: the harness's numbers. `seconds`: of pruning alone.
-
-    All nats are per token of the dense tokenizer. `others`: on text of kinds that no run saw.
-    """
-
-    method: str
-    ratio: float
-    seed: int
-    remove_reached: float
-    seconds: float
-    nats_per_token: dict[str, float]
-    tasks: dict[str, dict[str, float]]
-    num_tokens: dict[str, int] = field(default_factory=dict)
-    others: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def perplexity(self) -> float:
-        """Geometric mean over domains."""
-        return math.exp(statistics.mean(self.nats_per_token.values()))
-
-    @property
-    def other_perplexity(self) -> float:
-        """Geometric mean over the other kinds of text."""
-        return math.exp(statistics.mean(self.others.values()))
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Comparison(Shown, Record):
-    """`results.json`: all cells of a study's grid, the dense model's first in each seed."""
-
-    cells: tuple[FoundCell, ...]
-    versions: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)

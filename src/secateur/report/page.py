@@ -61,13 +61,17 @@ class KeyFigure:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A report: the verdict first, then key figures, then sections."""
+    """A report: the verdict first, then key figures, then sections.
+
+    `picture`: the name of the file beside the page that links to it show, if there is one.
+    """
 
     title: str
     verdict: str
     notes: Sequence[str]
     figures: Sequence[KeyFigure]
     sections: Sequence[Section]
+    picture: str | None = None
 
 
 def render(page: Page) -> str:

@@ -1,7 +1,8 @@
-"""The report's plots: numbers in, SVG out. Pure functions."""
+"""The report's plots: numbers in, SVG out; and the picture to share, as PNG. Pure functions."""
 
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ _PAGE_COLOURS = {
 
 # Points; the page shows a point as 1 to 1.5 pixels, so that a figure fits a phone.
 WIDTH, INCH = 360, 72
-LABEL_CHARACTERS = 16
+LABEL_CHARACTERS, LINE_HEIGHT = 18, 14
 
 _STYLE: dict[Any, Any] = {
     **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), LINE),
@@ -109,9 +110,11 @@ LOOKS: dict[str, dict[str, Any]] = {
 def dot_plot(
     text: Text, rows: Sequence[str], series: Sequence[Series], x_label: str, reference: float | None = None
 ) -> str:
-    """Return a row of marks with error bars per name. `reference`: a dashed vertical line."""
+    """Return a row of marks with error bars per name. `reference`: where the dense model is, a dashed line."""
     with drawing():
-        figure = _figure(60 + (12 * len(series) + 10) * len(rows))
+        labels = [_wrapped(row) for row in rows]
+        lines = max(label.count("\n") + 1 for label in labels)
+        figure = _figure(60 + max(12 * len(series) + 10, LINE_HEIGHT * lines + 6) * len(rows))
         axes = figure.add_subplot()
         for place, one in enumerate(series):
             shift = (place - (len(series) - 1) / 2) * 0.6 / len(series)
@@ -121,8 +124,8 @@ def dot_plot(
                 one.values, heights, xerr=reach, label=one.label, linestyle="none", capsize=2, **LOOKS[one.look]
             )
         if reference is not None:
-            axes.axvline(reference, color=INK, linewidth=0.8, linestyle=(0, (3, 3)))
-        axes.set_yticks(range(len(rows)), [_short(row) for row in rows])
+            axes.axvline(reference, color=INK, linewidth=0.8, linestyle=(0, (3, 3)), label="dense")
+        axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
@@ -209,7 +212,7 @@ def _by_layer(text: Text, groups: ByLayer, draw: Callable[..., None], height: in
         figure = _figure(50 + height * len(groups))
         panels = list(figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0])
         for axes, (title, numbers) in zip(panels, groups.items(), strict=True):
-            axes.set_title(_short(title))
+            axes.set_title(_wrapped(title, 2 * LABEL_CHARACTERS))
             axes.set_ylabel(y_label)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(axis="x", visible=False)
@@ -224,10 +227,91 @@ def _with_legend(figure: "Figure", axes: "Axes", text: Text) -> str:
     return to_svg(figure, text)
 
 
-def _short(name: str) -> str:
+def _wrapped(name: str, width: int = LABEL_CHARACTERS) -> str:
+    """Return the whole name on lines of at most so many characters."""
     printable = "".join(character if character.isprintable() else " " for character in name)
-    if len(printable) <= LABEL_CHARACTERS:
-        return printable
-    # Keep the end: names in a plot often begin alike.
-    end = LABEL_CHARACTERS // 3
-    return f"{printable[: LABEL_CHARACTERS - 1 - end]}…{printable[-end:]}"
+    return "\n".join(textwrap.wrap(printable, width))
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A line of quality over size: (size, perplexity), the dense model's first."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+
+
+# Of what is shared: pixels, as pages that show links want them, and colours of its own, on white.
+SHARED_SIZE, SHARED_DPI = (1200, 630), 100
+_SHARED_COLOURS = {INK: "#1d1f24", LINE: "#c9ccd2", DENSE: "#5b6069", PRUNED: "#0a5aa8", OTHER: "#b04a00"}
+_SHARED_CURVES = ("#0a5aa8", "#b04a00", "#00796b", "#7c3aed", "#be185d", "#a16207", "#475569", "#0891b2")
+_SHARED_MARKERS = "osD^vP*X"
+MOST_CURVES, MOST_LINEAR = 10, 4
+
+
+def shared_picture(
+    title: str, sentence: str, curves: Sequence[Curve], x_label: str, dashed: float | None = None
+) -> bytes:
+    """Return the picture of quality over size that a link to a page shows, a PNG of 1200 x 630.
+
+    `curves`: the one that counts first; those beyond MOST_CURVES are counted in the legend alone.
+    `dashed`: the dense model's perplexity, for curves that all begin there.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+    style: dict[Any, Any] = {
+        key: _SHARED_COLOURS.get(value, value) if isinstance(value, str) else value for key, value in _STYLE.items()
+    }
+    with matplotlib.rc_context(style | dict.fromkeys(("font.size", "axes.labelsize"), 17)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure((SHARED_SIZE[0] / SHARED_DPI, SHARED_SIZE[1] / SHARED_DPI), SHARED_DPI, facecolor="white")
+        head, said = _wrapped(title, 54).split("\n"), _wrapped(sentence, 88).split("\n")
+        figure.text(0.04, 0.95, _first_lines(head, 2), fontsize=26, weight="bold", va="top")
+        below = 0.95 - 0.068 * min(len(head), 2) - 0.015
+        figure.text(0.04, below, _first_lines(said, 3), fontsize=17, va="top", color=_SHARED_COLOURS[DENSE])
+        top = below - 0.046 * min(len(said), 3) - 0.04
+        axes = figure.add_axes((0.085, 0.15, 0.58, top - 0.15))
+        for number, curve in enumerate(curves[:MOST_CURVES]):
+            look: dict[str, Any] = {"color": _SHARED_CURVES[number % 8], "marker": _SHARED_MARKERS[number % 8]}
+            look |= {"linewidth": 1.6, "markersize": 8} if number else {"linewidth": 4, "markersize": 11, "zorder": 3}
+            axes.plot(*zip(*curve.points, strict=True), label=_wrapped(curve.label, 28), **look)
+        if len(curves) > MOST_CURVES:
+            axes.plot([], [], linestyle="none", label=f"and {len(curves) - MOST_CURVES} more")
+        if dashed is not None:
+            axes.axhline(dashed, color=_SHARED_COLOURS[DENSE], linestyle=(0, (3, 3)), label=f"dense: {dashed:,.2f}")
+        axes.invert_xaxis()
+        axes.margins(0.08, 0.12)
+        values = [perplexity for curve in curves[:MOST_CURVES] for _, perplexity in curve.points]
+        if max(values) > MOST_LINEAR * min(values):
+            axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            ticks = [tick for power in range(7) for tick in (10**power, 2 * 10**power, 5 * 10**power)]
+            axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        ticks = _apart({size for curve in curves for size, _ in curve.points})
+        axes.set_xticks(ticks, [f"{tick:,.3g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
+        axes.set_xlabel(x_label)
+        axes.set_ylabel("perplexity")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.05), fontsize=14, handlelength=1.4)
+        figure.text(0.98, 0.03, "made by secateur", ha="right", fontsize=14, color=_SHARED_COLOURS[DENSE])
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
+
+
+def _apart(sizes: set[float]) -> list[float]:
+    """Return the ends, and between them those that are so far apart that their labels do not touch."""
+    first, *inner, last = sorted(sizes) if len(sizes) > 1 else [*sizes] * 2
+    ticks = [first, last]
+    for size in inner:
+        if min(abs(size - tick) for tick in ticks) > 0.1 * (last - first):
+            ticks.append(size)
+    return ticks
+
+
+def _first_lines(lines: Sequence[str], most: int) -> str:
+    return "\n".join(lines) if len(lines) <= most else "\n".join([*lines[: most - 1], f"{lines[most - 1]}…"])

@@ -31,7 +31,7 @@ from secateur.report.measured import (
 )
 from secateur.report.page import Shown
 
-RECIPE_FILE, PAGE_FILE = "recipe.yaml", "report.html"
+RECIPE_FILE, PAGE_FILE, PICTURE_FILE = "recipe.yaml", "report.html", "report.png"
 
 Losses = dict[str, Loss]
 

@@ -10,16 +10,18 @@ from secateur.files import check_file, staged_file
 from secateur.report import sections_results as results
 from secateur.report import sections_run as run
 from secateur.report.digests import write_summary
-from secateur.report.measured import BENCH_FILE, EVALUATION_FILE, Evaluation
+from secateur.report.measured import ALIKE, BENCH_FILE, EVALUATION_FILE, Evaluation
 from secateur.report.page import KeyFigure, Page, Section, render
-from secateur.report.records import PAGE_FILE, ResultFiles, Summary, read_result
-from secateur.report.rows import caveats, human_bytes, verdict
+from secateur.report.plots import Curve, shared_picture
+from secateur.report.records import PAGE_FILE, PICTURE_FILE, ResultFiles, Summary, read_result
+from secateur.report.rows import caveats, human_bytes, verdict, without_paths
 from secateur.report.vocabulary import vocabulary
 
-OF_WIDTHS = (run.widths, run.scores, run.compensation, run.rounds)
-SECTIONS = (
-    *(results.quality, results.polish, results.recovery, results.tasks, results.distance, results.speed),
-    *(vocabulary, run.depth, *OF_WIDTHS, run.calibration, run.recipe, run.environment, run.reproduction),
+# Each returns None where the run has nothing of what it is about.
+SECTIONS: tuple[Callable[[ResultFiles], Section | None], ...] = (
+    *(results.quality, results.polish, results.recovery, results.tasks, results.distance, results.samples),
+    *(results.speed, vocabulary, run.depth, run.widths, run.scores, run.compensation, run.rounds, run.calibration),
+    *(run.recipe, run.environment, run.reproduction, results.missing),
 )
 
 
@@ -39,7 +41,7 @@ def complete(directory: Path, summary: Summary) -> Summary:
 
 
 def write_report(directory: Path, *, other_dense: bool = False) -> Path:
-    """Write `report.html` into a result directory from the other files there; return its path.
+    """Write `report.html` and the picture that links to it show into a result directory; return its path.
 
     `other_dense`: it may show figures against another model than the one that was pruned. Raises
     RecipeError without matplotlib, CheckpointError for files that cannot be read or written.
@@ -49,10 +51,14 @@ def write_report(directory: Path, *, other_dense: bool = False) -> Path:
     files, path = read_result(directory), directory / PAGE_FILE
     if not other_dense:
         _check_dense(directory, files)
-    check_file(path, overwrite=True)
-    page = render(report_page(files))
-    with staged_file(path, overwrite=True) as staged:
-        staged.write_text(page, encoding="utf-8")
+    written = {path: render(report_page(files)).encode()}
+    if files.summary.dense_losses:
+        written[directory / PICTURE_FILE] = picture(files.summary)
+    for place in written:
+        check_file(place, overwrite=True)
+    for place, content in written.items():
+        with staged_file(place, overwrite=True) as staged:
+            staged.write_bytes(content)
     return path
 
 
@@ -75,24 +81,27 @@ def report_page(files: ResultFiles) -> Page:
     """Return the report of one run."""
     summary = files.summary
     title = f"{summary.model}, pruned by secateur"
-    sections = [section(files) for section in SECTIONS if _has_any(section, files)]
+    sections = [made for section in SECTIONS if (made := section(files)) is not None]
     rates = results.speed_figures(files)
     sentence = verdict(summary, {phase: ratio for phase, _, _, ratio in rates})
     figures = [*key_figures(summary, rates), *results.recovery_figures(files)]
-    return Page(title, sentence, caveats(summary), figures, sections)
+    shared = PICTURE_FILE if summary.dense_losses else None
+    return Page(title, sentence, caveats(summary), figures, sections, shared)
 
 
-def _has_any(section: Callable[[ResultFiles], Section], files: ResultFiles) -> bool:
-    """Whether the run did what the section is about: polish, recover, trim tokens, remove layers, cut widths."""
-    if section is vocabulary:
-        return files.summary.vocabulary is not None
-    if section is results.polish:
-        return files.summary.polish is not None
-    if section is results.recovery:
-        return files.recovery is not None
-    if section is run.depth:
-        return bool(files.removed_layers)
-    return bool(files.steps) or section not in OF_WIDTHS
+def picture(summary: Summary) -> bytes:
+    """Return the picture of held-out perplexity over parameters, all domains and each, as PNG."""
+    sizes = [size.num_params / 1e6 for size in (summary.dense_size, summary.pruned_size)]
+    sides = (summary.dense_losses, summary.pruned_losses)
+    found = {"all domains": [geometric_mean_perplexity(losses) for losses in sides]}
+    if len(summary.dense_losses) > 1:
+        found |= {domain: [losses[domain].perplexity for losses in sides] for domain in summary.dense_losses}
+    curves = [
+        Curve(f"{name}: {before:,.2f} → {after:,.2f}", list(zip(sizes, (before, after), strict=True)))
+        for name, (before, after) in found.items()
+    ]
+    name = summary.lineage[-1].name if summary.lineage else without_paths(summary.model)
+    return shared_picture(f"{name}, pruned", verdict(summary), curves, "million parameters")
 
 
 def key_figures(summary: Summary, rates: list[results.SpeedFigures]) -> list[KeyFigure]:
@@ -106,5 +115,6 @@ def key_figures(summary: Summary, rates: list[results.SpeedFigures]) -> list[Key
         before, after = (geometric_mean_perplexity(losses) for losses in (summary.dense_losses, summary.pruned_losses))
         figures.append(KeyFigure("held-out perplexity", f"from {before:.2f}", f"{after:.2f}"))
     for phase, before, after, ratio in rates:
-        figures.append(KeyFigure(phase, f"{before:,.1f} → {after:,.1f} tokens/s", f"{ratio:.2f}x"))
+        spread = f"{ratio.lowest:.2f} to {ratio.highest:.2f} times, {before:,.1f} → {after:,.1f} tokens/s"
+        figures.append(KeyFigure(phase, spread, f"{ratio.median:.2f}x" if ratio.is_told else ALIKE))
     return figures

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePath
 
 from rich import table as rich_table
@@ -10,10 +10,12 @@ from rich.box import HEAVY_HEAD, SIMPLE_HEAD, Box
 from rich.console import Group
 
 from secateur.facts import NGRAM_TOKENS, geometric_mean_perplexity
+from secateur.report.measured import ALIKE, Change, Ratio, change, mean_change
 from secateur.report.page import Table
 from secateur.report.records import Inspection, Summary
-from secateur.report.vocabulary import of_dense, vocabulary_cell, vocabulary_notes, vocabulary_row
+from secateur.report.vocabulary import of_dense, vocabulary_cell, vocabulary_notes
 
+SIDES = ("dense", "pruned", "difference")
 # Warn of a larger share of common n-grams.
 MUCH_OVERLAP = 0.1
 
@@ -81,9 +83,9 @@ def summary_table(summary: Summary) -> Group:
 
 
 def quality_and_size(summary: Summary, caption: str = "") -> Table:
-    """Return quality by domain, if measured, sizes and widths: dense and pruned."""
-    header = (f"held-out nats/token{of_dense(summary)} (perplexity)" if summary.dense_losses else "", "dense", "pruned")
-    return Table(caption, header, [*loss_rows(summary), *figure_rows(summary)])
+    """Return quality by domain, if measured, sizes and widths: dense, pruned and difference."""
+    first = f"held-out nats/token{of_dense(summary)} (perplexity)" if summary.dense_losses else ""
+    return Table(caption, (first, *SIDES), [*loss_rows(summary), *figure_rows(summary)])
 
 
 def headline(summary: Summary) -> str:
@@ -96,7 +98,7 @@ def headline(summary: Summary) -> str:
     return f"{reached} removed ({asked}), with {parameters} (tied weights counted once)"
 
 
-def verdict(summary: Summary, speed_ups: dict[str, float] | None = None) -> str:
+def verdict(summary: Summary, speed_ups: Mapping[str, Ratio] | None = None) -> str:
     """Say in one sentence what pruning removed, by which text, what it cost in quality and gained in speed.
 
     `speed_ups`: by phase, if `secateur bench` has measured them.
@@ -110,8 +112,16 @@ def verdict(summary: Summary, speed_ups: dict[str, float] | None = None) -> str:
         where = f"geometric mean of {len(domains)} domains" if len(domains) > 1 else f"domain {domains[0]}"
         sentence.append(f"held-out perplexity went from {before:.2f} to {after:.2f} ({where})")
     if speed_ups:
-        sentence.append(" and ".join(f"{phase} runs {ratio:.2f} times as fast" for phase, ratio in speed_ups.items()))
+        sentence.append(" and ".join(faster(phase, ratio) for phase, ratio in speed_ups.items()))
     return "; ".join(sentence) + "."
+
+
+def faster(phase: str, ratio: Ratio) -> str:
+    """Say how much faster a phase runs, with the range over repeats, or that it is not told."""
+    spread = f"({ratio.lowest:.2f} to {ratio.highest:.2f})"
+    if not ratio.is_told:
+        return f"{phase} speed is {ALIKE} {spread}"
+    return f"{phase} runs {ratio.median:.2f} {spread} times as fast"
 
 
 def caveats(summary: Summary) -> list[str]:
@@ -128,34 +138,44 @@ def caveats(summary: Summary) -> list[str]:
 
 
 def loss_rows(summary: Summary) -> Iterator[tuple[str, ...]]:
-    """Yield (domain, cell per model): held-out nats per token, standard error and perplexity."""
-    by_name = summary.losses_by_name()
-    for domain in summary.dense_losses:
-        losses = [by_name[name][domain] for name in by_name]
-        pluses = [plus_minus(x.standard_error) for x in losses]
-        yield domain, *(f"{x.nats_per_token:.3f}{p} ({x.perplexity:.2f})" for x, p in zip(losses, pluses, strict=True))
-    if by_name:
-        means = [sum(x.nats_per_token for x in losses.values()) / len(losses) for losses in by_name.values()]
-        yield "mean (geometric mean)", *(f"{mean:.3f} ({math.exp(mean):.2f})" for mean in means)
+    """Yield (domain, dense, pruned, difference): held-out nats per token and perplexity.
+
+    The difference is over the same blocks and has its error; a model's own error would be mostly
+    that blocks differ, in which both models agree.
+    """
+    changes = loss_changes(summary)
+    for domain, found in changes.items():
+        losses = [each[domain] for each in summary.losses_by_name().values()]
+        yield domain, *(f"{loss.nats_per_token:.3f} ({loss.perplexity:.2f})" for loss in losses), found.text()
+    if changes:
+        means = [geometric_mean_perplexity(losses) for losses in summary.losses_by_name().values()]
+        mean = mean_change(changes.values()).text()
+        yield "mean (geometric mean)", *(f"{math.log(each):.3f} ({each:.2f})" for each in means), mean
 
 
-def plus_minus(standard_error: float) -> str:
-    """Return what follows a mean; nothing for a single value, which has no error, or if it rounds to 0."""
-    return f" ± {standard_error:.3f}" if round(standard_error, 3) else ""
+def loss_changes(summary: Summary) -> dict[str, Change]:
+    """Return pruned minus dense by domain, over the same blocks."""
+    return {domain: change(dense, summary.pruned_losses[domain]) for domain, dense in summary.dense_losses.items()}
 
 
-def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str]]:
-    """Yield (label, dense, pruned): parameters, bytes, widths."""
+def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (label, dense, pruned, difference): parameters, bytes, widths."""
+
+    def row(
+        label: str, before: int, after: int, show: Callable[[int], str] = "{:,}".format
+    ) -> tuple[str, str, str, str]:
+        return label, show(before), show(after), f"{after / before - 1:+.1%}"
+
     dense, pruned = summary.dense_size, summary.pruned_size
-    yield "parameters", f"{dense.num_params:,}", f"{pruned.num_params:,}"
-    yield "bytes", human_bytes(dense.num_bytes), human_bytes(pruned.num_bytes)
-    if summary.vocabulary is not None:
-        yield vocabulary_row(summary.vocabulary)
+    yield row("parameters", dense.num_params, pruned.num_params)
+    yield row("bytes", dense.num_bytes, pruned.num_bytes, human_bytes)
+    if (facts := summary.vocabulary) is not None:
+        yield row("vocabulary", facts.num_before, facts.num_after, "{:,} tokens".format)
     if len(set(summary.num_layers)) > 1:
-        before, after = summary.num_layers
-        yield "layers", f"{before}", f"{after}"
+        yield row("layers", *summary.num_layers)
     for group, (before, least, most) in summary.widths.items():
-        yield f"{group} units per layer", f"{before:,}", f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        label = f"{group} units per layer"
+        yield row(label, before, least) if least == most else (label, f"{before:,}", f"{least:,} to {most:,}", "")
 
 
 def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
@@ -171,7 +191,10 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "overlap", f"{NGRAM_TOKENS}-grams of the held-out text that the calibration text has too: {shares}"
     if summary.dense_losses:
         judged = ", ".join(f"{name} {count:,}" for name, count in facts.num_judged_tokens.items())
-        yield "quality on", f"{judged} held-out tokens, seen by no statistic; ± is one standard error over blocks"
+        yield (
+            "quality on",
+            f"{judged} held-out tokens, seen by no statistic; ± is one standard error over the same blocks",
+        )
     if summary.vocabulary is not None:
         yield from vocabulary_notes(summary.vocabulary)
     if summary.polish is not None:

@@ -15,9 +15,10 @@ from secateur.report.measured import (
     Quality,
     RecoveryRecord,
     TaskScore,
+    plus_minus,
 )
 from secateur.report.page import Table
-from secateur.report.rows import code, escaped, human_bytes, markdown, plus_minus, terminal, without_paths
+from secateur.report.rows import code, escaped, human_bytes, markdown, terminal, without_paths
 
 Row = tuple[str, ...]
 
@@ -71,7 +72,7 @@ def _nats_rows(evaluation: Evaluation) -> Iterator[Row]:
     def row(label: str, parts: list[Quality], change: Change | None) -> Row:
         cells = [f"{part.nats_per_token:.3f} ({part.perplexity:.2f})" for part in parts]
         if change is not None:
-            cells.append(f"{change.nats_per_token:+.3f}{plus_minus(change.standard_error)}")
+            cells.append(change.text())
         return label, *cells
 
     for domain in evaluation.pruned.domains:
@@ -125,16 +126,26 @@ def bench_tables(result: BenchResult) -> list[Table]:
     figures = [(label, *(cell(each) for each in models.values())) for label, cell in _ROWS.items()]
     speed_ups = []
     for label, found in result.speed_ups.items():
-        measured = _spread(found.measured.median, (found.measured.lowest, found.measured.highest), 2)
-        speed_ups.append((label, measured, f"{found.ideal:.2f}x", f"{found.share_of_ideal:.0%}"))
+        share = f"{found.share_of_ideal:.0%}" if found.measured.is_told else ""
+        speed_ups.append((label, found.measured.text(), f"{found.ideal:.2f}x", share))
     return [
         Table(caption, ("median (lowest to highest)", *models), figures),
-        Table("speed-up against the ideal", ("", "measured", "ideal", "of ideal"), speed_ups),
+        Table("speed-up, median and range of the repeats' ratios", ("", "measured", "ideal", "of ideal"), speed_ups),
     ]
 
 
+def bench_card(result: BenchResult) -> str:
+    """Return the model card's section on the speed-up, in Markdown."""
+    figures, speed_ups = bench_tables(result)
+    about = f"{_run(result)}, {figures.caption}, {result.workload.repeats} repeats in turns with the dense model."
+    lines = ["## Speed", "", escaped(f"Times the dense model's speed: {about}"), "", *markdown(speed_ups), ""]
+    return "\n".join([*lines, *(f"- {escaped(without_paths(note))}" for note in result.notes)]).rstrip() + "\n"
+
+
 def _spread(median: float, extremes: tuple[float, float], digits: int = 1) -> str:
-    return f"{median:.{digits}f} ({extremes[0]:.{digits}f} to {extremes[1]:.{digits}f})"
+    digits = 0 if median >= 100 else digits  # or two models' numbers are wider than 80 columns
+    low, middle, high = (f"{value:,.{digits}f}" for value in (extremes[0], median, extremes[1]))
+    return f"{middle} ({low} to {high})"
 
 
 _ROWS: dict[str, Callable[[ModelFigures], str]] = {
@@ -151,15 +162,19 @@ _ROWS: dict[str, Callable[[ModelFigures], str]] = {
 
 
 def _notes(result: BenchResult) -> Iterator[tuple[str, str]]:
-    settings = result.settings
     for name, figures in result.models.items():
         yield name, f"{figures.model}, {figures.dtype}"
-    threads = f", {result.num_threads} threads" if settings.device == "cpu" else ""
-    yield "run", f"{settings.engine} on {settings.device}{threads}{', torch.compile' if settings.compiled else ''}"
+    yield "run", _run(result)
     if result.dense is not None:
         yield "speed-up", "median of the ratios within each repeat, in which the models take turns"
         yield "ideal", "decode: ratio of bytes read per new token; prefill: ratio of operations per prompt token"
     yield "peak memory", "weights and the most a run allocates, by torch's count"
+
+
+def _run(result: BenchResult) -> str:
+    settings = result.settings
+    threads = f", {result.num_threads} threads" if settings.device == "cpu" else ""
+    return f"{settings.engine} on {settings.device}{threads}{', torch.compile' if settings.compiled else ''}"
 
 
 def recovery_table(record: RecoveryRecord) -> Group:

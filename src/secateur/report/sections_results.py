@@ -11,49 +11,72 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from secateur.facts import Loss, Trained, mean_kl, won_back
+from secateur.facts import Trained, mean_kl, won_back
 from secateur.report import rows_measured
-from secateur.report.measured import PLOTTED_METRICS, BenchResult, Evaluation, Quality, RecoveryRecord, Scores
+from secateur.report.measured import (
+    PLOTTED_METRICS,
+    BenchResult,
+    Change,
+    Evaluation,
+    Quality,
+    Ratio,
+    RecoveryRecord,
+    Scores,
+)
 from secateur.report.page import KeyFigure, Section, Table, View, view
 from secateur.report.plots import Series, Text, dot_plot, line_plot
 from secateur.report.records import Inspection, ResultFiles, Summary, TrainingStep
-from secateur.report.rows import caveats, figure_rows, inspected_groups, loss_rows, quality_and_size, verdict
+from secateur.report.rows import (
+    SIDES,
+    caveats,
+    faster,
+    figure_rows,
+    inspected_groups,
+    loss_changes,
+    loss_rows,
+    quality_and_size,
+    verdict,
+)
 from secateur.report.vocabulary import of_dense
 
-SpeedFigures = tuple[str, float, float, float]
+SpeedFigures = tuple[str, float, float, Ratio]
 CURVE_POINTS = 60
+OVER_BLOCKS = "one standard error over the same blocks"
+AS_IN_TABLE = f"As in the table; bars are {OVER_BLOCKS}."
 
 
-def quality(files: ResultFiles) -> Section:
-    """Loss by domain, before and after, with standard errors."""
-    summary, title = files.summary, "Quality by domain"
-    by_name = summary.losses_by_name()
-    if not by_name:
-        return Section("quality", title, ("Not measured: the recipe says evaluate: false.",))
-    domains = list(summary.dense_losses)
-    dense, pruned = summary.dense_losses, summary.pruned_losses
-    rises = {domain: pruned[domain].nats_per_token - dense[domain].nats_per_token for domain in domains}
-    worst = max(domains, key=rises.__getitem__)
+def quality(files: ResultFiles) -> Section | None:
+    """Loss by domain, before and after, and the difference with its standard error."""
+    summary, changes = files.summary, loss_changes(files.summary)
+    if not changes:
+        return None
+    worst = max(changes, key=lambda domain: changes[domain].nats_per_token)
     unit = f"nats per token{of_dense(summary)}"
+    about = f"Bars and ± are {OVER_BLOCKS} of {summary.calibration.sequence_length} tokens."
+    if not any(each.standard_error for each in changes.values()):
+        about = "There is one block alone, or none on record, so differences have no error."
     text = (
         f"Held-out text of the calibration's own domains, in {unit}; lower is better. Worst change: "
-        f"{rises[worst]:+.3f} on {worst}. Bars and ± are one standard error over blocks of "
-        f"{summary.calibration.sequence_length} tokens.",
+        f"{changes[worst].text()} on {worst}. {about}",
     )
-    plot = _losses_plot("quality-plot", f"{text[0]} The table has every number.", by_name, unit)
-    rows = list(loss_rows(summary))
-    table = Table(f"{unit.capitalize()} ± standard error (perplexity)", ("domain", *by_name), rows)
-    return Section("quality", title, text, (plot,), (table,))
+    plot = _changes_plot("quality-plot", f"{text[0]} The table has every number.", changes, unit)
+    table = Table(f"{unit.capitalize()} (perplexity)", ("domain", *SIDES), list(loss_rows(summary)))
+    return Section("quality", "Quality by domain", text, (plot,), (table,))
 
 
-def _losses_plot(name: str, about: str, models: Mapping[str, Mapping[str, Loss | Quality]], unit: str) -> str:
-    """Return nats per token with standard errors. `models`: by name, by domain."""
-    (domains, *_), series = models.values(), []
-    for label, losses in models.items():
-        errors = [losses[domain].standard_error for domain in domains]
-        values = [losses[domain].nats_per_token for domain in domains]
-        series.append(Series(label, label, values, list(zip(errors, errors, strict=True))))
-    return dot_plot(Text(name, "Held-out loss by domain", about), list(domains), series, unit)
+def _changes_plot(name: str, about: str, changes: Mapping[str, Change], unit: str) -> str:
+    """Return pruned minus dense by domain with standard errors, beside the dense model's line."""
+    errors = [(each.standard_error, each.standard_error) for each in changes.values()]
+    series = [Series("pruned", "pruned", [each.nats_per_token for each in changes.values()], errors)]
+    described = Text(name, "Held-out loss by domain, pruned minus dense", about)
+    return dot_plot(described, list(changes), series, f"{unit}, minus dense", reference=0.0)
+
+
+def _losses_plot(name: str, losses: Mapping[str, Quality]) -> str:
+    """Return one model's nats per token by domain with standard errors."""
+    errors = [(each.standard_error, each.standard_error) for each in losses.values()]
+    series = [Series("model", "pruned", [each.nats_per_token for each in losses.values()], errors)]
+    return dot_plot(Text(name, "Loss by domain", AS_IN_TABLE), list(losses), series, "nats per token")
 
 
 def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
@@ -66,20 +89,16 @@ def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
         "prefill": (before.prefill_tokens_per_second, after.prefill_tokens_per_second),
         "decode": (before.decode_tokens_per_second, after.decode_tokens_per_second),
     }
-    return [(phase, *rates[phase], up.measured.median) for phase, up in bench.speed_ups.items()]
+    return [(phase, *rates[phase], up.measured) for phase, up in bench.speed_ups.items()]
 
 
 def speed(files: ResultFiles) -> Section:
     """Size, and if `secateur bench` has measured them, speed and memory beside the ideal."""
-    summary, bench, title = files.summary, files.bench, "Speed and memory"
-    sizes = Table("Size", ("", "dense", "pruned"), list(figure_rows(summary)))
-    if bench is not None and bench.dense is not None:
-        tables = (*rows_measured.bench_tables(bench), sizes)
-        text = (_how_timed(bench), *bench.notes)
-        return Section("speed", title, text, (_speed_up_plot(bench, "speed-plot"),), tables)
-    command = f"secateur bench DIR --against {shlex.quote(summary.model)}"
-    text = f"{command} times both models in turns and adds the ideal speed-up, peak memory and cache size."
-    return Section("speed", title, (text,), (), (sizes,))
+    bench, sizes = files.bench, Table("Parameters, bytes, widths", ("", *SIDES), list(figure_rows(files.summary)))
+    if bench is None or bench.dense is None:
+        return Section("speed", "Size", tables=(sizes,))
+    tables, text = (*rows_measured.bench_tables(bench), sizes), (_how_timed(bench), *bench.notes)
+    return Section("speed", "Speed and memory", text, (_speed_up_plot(bench, "speed-plot"),), tables)
 
 
 def _how_timed(bench: BenchResult) -> str:
@@ -103,27 +122,63 @@ def _speed_up_plot(bench: BenchResult, name: str) -> str:
     return dot_plot(described, list(ups), series, "times the dense speed", reference=1.0)
 
 
-def distance(files: ResultFiles) -> Section:
+def distance(files: ResultFiles) -> Section | None:
     """Nats per token, bits per byte, WikiText-2, and KL to the dense model."""
-    title, found = "Distance to the dense model", files.evaluation
-    command = f"secateur evaluate DIR --against {shlex.quote(files.summary.model)}"
-    if found is None:
-        text = f"{command} adds bits per byte and the divergence from the dense model's predictions."
-        return Section("distance", title, (text,))
-    text = (
-        "KL in nats per token, over all tokens that both models have; how often both models put the same token first."
+    found = files.evaluation
+    if found is None or not (tables := [table for table in rows_measured.text_tables(found) if table.rows]):
+        return None
+    text, title = (f"Measured by secateur evaluate. ± of a difference: {OVER_BLOCKS}.",), "Distance to the dense model"
+    if found.kl:
+        same = "how often both models put the same token first"
+        text = (*text, f"KL in nats per token, over all tokens that both models have; {same}.")
+    else:
+        text, title = ("Measured without the dense model.",), "Quality on evaluated text"
+    return Section("distance", title, (*text, *found.notes), tables=tables)
+
+
+def samples(files: ResultFiles) -> Section | None:
+    """What both models write after the same start."""
+    found = () if files.evaluation is None else files.evaluation.samples
+    if not found:
+        return None
+    tables = [
+        Table(
+            each.domain, (), [(side, _printable(getattr(each, side))) for side in ("start", *SIDES[:2])], numbers=False
+        )
+        for each in found
+    ]
+    text = "After the same start of a text, both models write on, greedily: always the likeliest token."
+    return Section("samples", "A sample of text", (text,), tables=tables)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip("\n")
+
+
+def missing(files: ResultFiles) -> Section | None:
+    """The commands that add what was not measured."""
+    found, dense, measure = files.evaluation, shlex.quote(files.summary.model), []
+    if found is None or not found.kl:
+        what = "bits per byte, the divergence from the dense model's predictions, and a sample of text"
+        measure.append(f"secateur evaluate DIR --against {dense}  # {what}")
+    if found is None or not found.pruned.scores:
+        measure.append("secateur evaluate DIR --tasks NAMES  # benchmark tasks of lm-eval")
+    if files.bench is None or files.bench.dense is None:
+        measure.append(f"secateur bench DIR --against {dense}  # speed beside the ideal, peak memory, cache size")
+    unmeasured = (
+        () if files.summary.dense_losses else ("Held-out loss was not measured: the recipe says evaluate: false.",)
     )
-    if not found.kl:
-        text = f"Measured without the dense model; {command} adds the divergence from it."
-    tables = [table for table in rows_measured.text_tables(found) if table.rows]
-    return Section("distance", title, (text, *found.notes), tables=tables)
+    if not (measure or unmeasured):
+        return None
+    again = ["secateur report DIR  # then this page again"] if measure else []
+    return Section("missing", "Not measured", unmeasured, code="\n".join([*measure, *again]))
 
 
-def tasks(files: ResultFiles) -> Section:
+def tasks(files: ResultFiles) -> Section | None:
     """Scores of benchmark tasks, with standard errors."""
     title, found = "Quality by task", files.evaluation
     if found is None or not found.pruned.scores:
-        return Section("tasks", title, ("secateur evaluate DIR --tasks NAMES adds benchmark tasks of lm-eval.",))
+        return None
     text = "Measured by lm-evaluation-harness; higher is better, but for perplexity. Bars and ± are one standard error."
     models = {name: (name, measured.scores) for name, measured in found.models.items()}
     return Section("tasks", title, (text,), task_plots("tasks-plot", models), (rows_measured.task_table(found),))
@@ -147,10 +202,11 @@ def task_plots(name: str, models: dict[str, tuple[str, Scores]]) -> list[str]:
     return [dot_plot(described, list(plotted), series, "share right")]
 
 
-def recovery(files: ResultFiles) -> Section:
+def recovery(files: ResultFiles) -> Section | None:
     """What training after pruning won back."""
     record = files.recovery
-    assert record is not None
+    if record is None:
+        return None
     text = (
         f"{rows_measured.recovery_headline(record)}. Teacher: {record.teacher}. Both models are judged on "
         f"{record.num_held_out_tokens:,} held-out tokens that nothing was trained on; a training after which their "
@@ -167,10 +223,11 @@ def recovery(files: ResultFiles) -> Section:
     return replace(section, plots=tuple(plots), tables=(*tables, costs))
 
 
-def polish(files: ResultFiles) -> Section:
+def polish(files: ResultFiles) -> Section | None:
     """What the training at the end of the prune won back."""
     record = files.summary.polish
-    assert record is not None
+    if record is None:
+        return None
     training = record.training
     text = (
         f"{record.headline}, in {training.seconds:,.0f} s and {training.flops:.2e} floating-point operations. The last "
@@ -240,9 +297,6 @@ def _thinned(steps: Sequence[TrainingStep]) -> list[TrainingStep]:
     return [TrainingStep(part[-1].step, part[-1].tokens, sum(s.loss for s in part) / len(part)) for part in parts]
 
 
-AS_IN_TABLE = "As in the table; bars are one standard error over blocks."
-
-
 @view.register
 def _(summary: Summary) -> View:
     rows = [
@@ -256,8 +310,8 @@ def _(summary: Summary) -> View:
         }
         for domain, dense in summary.dense_losses.items()
     ]
-    by_name, unit = summary.losses_by_name(), f"nats per token{of_dense(summary)}"
-    picture = partial(_losses_plot, about=AS_IN_TABLE, models=by_name, unit=unit) if by_name else None
+    changes, unit = loss_changes(summary), f"nats per token{of_dense(summary)}"
+    picture = partial(_changes_plot, about=AS_IN_TABLE, changes=changes, unit=unit) if changes else None
     title = f"{summary.model}: {verdict(summary)}"
     return View(title, [quality_and_size(summary)], rows, picture, caveats(summary))
 
@@ -294,7 +348,11 @@ def _(evaluation: Evaluation) -> View:
     title = evaluation.model + ("" if evaluation.against is None else f" against {evaluation.against}")
     if means:
         title += f": perplexity {' to '.join(f'{mean:.2f}' for mean in means)}"
-    picture = partial(_losses_plot, about=AS_IN_TABLE, models=by_name, unit="nats per token") if by_name else None
+    picture, changes = None, evaluation.differences.domains if evaluation.differences else {}
+    if changes:
+        picture = partial(_changes_plot, about=AS_IN_TABLE, changes=changes, unit="nats per token")
+    elif evaluation.pruned.domains:
+        picture = partial(_losses_plot, losses=evaluation.pruned.domains)
     tables = [*rows_measured.text_tables(evaluation), rows_measured.task_table(evaluation)]
     return View(title, tables, [dict(zip(columns, row, strict=True)) for row in rows], picture, evaluation.notes)
 
@@ -307,7 +365,7 @@ def _(bench: BenchResult) -> View:
         | {key: value for key, value in dataclasses.asdict(each.speed).items() if not isinstance(value, tuple)}
         for name, each in bench.models.items()
     ]
-    ups = [f"{phase} {up.measured.median:.2f} times as fast" for phase, up in bench.speed_ups.items()]
+    ups = [faster(phase, up.measured) for phase, up in bench.speed_ups.items()]
     speed = bench.pruned.speed
     alone = f"{speed.prefill_tokens_per_second:,.1f} tokens/s prefill, {speed.decode_tokens_per_second:,.1f} decode"
     picture = partial(_speed_up_plot, bench) if ups else None

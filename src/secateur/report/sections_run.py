@@ -28,8 +28,10 @@ EXPERTS_TEXT = (
 EXPERTS = "experts"  # the group of that name in every family that has it
 
 
-def depth(files: ResultFiles) -> Section:
+def depth(files: ResultFiles) -> Section | None:
     """Removed layers, and what their patches gave back."""
+    if not files.removed_layers:
+        return None
     before, after = files.summary.num_layers
     rows = []
     for removed in sorted(files.removed_layers, key=lambda removed: removed.chosen or removed.layer):
@@ -53,8 +55,10 @@ def depth(files: ResultFiles) -> Section:
     return Section("depth", "Removed layers", text, tables=(Table(title, header, rows),))
 
 
-def widths(files: ResultFiles) -> Section:
+def widths(files: ResultFiles) -> Section | None:
     """Units that every layer had and kept."""
+    if not files.steps:
+        return None
     groups = _counts(files.steps)
     sums = {group: [sum(column) for column in zip(*units.values(), strict=True)] for group, units in groups.items()}
     shares = ", ".join(f"{kept / before:.1%} of {group}" for group, (before, kept) in sums.items())
@@ -69,9 +73,11 @@ def widths(files: ResultFiles) -> Section:
     return Section("widths", "Kept width by layer", (f"Kept: {shares} units.",), plots, (table,))
 
 
-def scores(files: ResultFiles) -> Section:
+def scores(files: ResultFiles) -> Section | None:
     """Spread of the scores within each layer."""
     steps = [step for step in _last_round(files.steps) if step.score_quantiles]
+    if not steps:
+        return None
     by_group = _by_group(steps)
     spreads = {group: {step.layer: step.score_quantiles for step in of} for group, of in by_group.items()}
     is_obs = files.recipe.choose.score == "obs" and set(by_group) != {EXPERTS}
@@ -83,16 +89,15 @@ def scores(files: ResultFiles) -> Section:
     header = ("", "smallest", "25%", "median", "75%", "largest")
     table = Table("Quantiles by layer", header, rows, folded=True)
     label = "squared error" if is_obs and EXPERTS not in by_group else "score"
-    plots = (spread_plot(described, spreads, label),) if spreads else ()
+    plots = (spread_plot(described, spreads, label),)
     return Section("scores", "Score distributions by layer", tuple(text), plots, (table,))
 
 
-def compensation(files: ResultFiles) -> Section:
-    """Held-out error of each layer before and after the repair."""
+def compensation(files: ResultFiles) -> Section | None:
+    """Held-out error of each layer before and after the repair; nothing if the last round removed no units."""
     steps = [step for step in _last_round(files.steps) if step.error_before]
-    title = "Error before and after compensation"
     if not steps:
-        return Section("compensation", title, ("The last round removed no units.",))
+        return None
     errors = {
         group: {step.layer: (_percent(step.error_before), _percent(step.error_after)) for step in of}
         for group, of in _by_group(steps).items()
@@ -109,11 +114,14 @@ def compensation(files: ResultFiles) -> Section:
         (f"layer {step.layer}, {step.group}", *(f"{error:.2f}%" for error in _mean_errors([step]))) for step in steps
     ]
     table = Table("Mean error by layer", ("", "before", "after"), rows, folded=True)
+    title = "Error before and after compensation"
     return Section("compensation", title, text, (error_plot(described, errors, "% of output energy"),), (table,))
 
 
-def rounds(files: ResultFiles) -> Section:
+def rounds(files: ResultFiles) -> Section | None:
     """What every round kept and lost."""
+    if not files.steps:
+        return None
     numbers = sorted({step.round for step in files.steps})
     by_round = [[step for step in files.steps if step.round == number] for number in numbers]
     errors = [_mean_errors(steps) for steps in by_round]
@@ -195,7 +203,7 @@ def _counts(steps: Sequence[GroupStep]) -> dict[str, dict[int, tuple[int, int]]]
 
 
 def _last_round(steps: Sequence[GroupStep]) -> list[GroupStep]:
-    last = max(step.round for step in steps)
+    last = max((step.round for step in steps), default=0)
     return [step for step in steps if step.round == last]
 
 

@@ -115,11 +115,6 @@ def who_suffers(facts: VocabularyFacts) -> str:
     return f"{said} {worst} text takes {most:.0%} more tokens{languages}; text of the run's own domains {own:.1%}."
 
 
-def vocabulary_row(facts: VocabularyFacts) -> tuple[str, str, str]:
-    """Return (label, dense, pruned) of the size."""
-    return "vocabulary", f"{facts.num_before:,} tokens", f"{facts.num_after:,} tokens"
-
-
 def vocabulary_notes(facts: VocabularyFacts) -> Iterator[tuple[str, str]]:
     """Yield what a trim does to text: more tokens by domain and language, scripts that lose most."""
     yield "text growth", f"{_growths(facts.by_domain, 1)} more tokens for the same held-out text"
@@ -152,10 +147,11 @@ def vocabulary_cell(inspection: Inspection) -> str:
     )
 
 
-def vocabulary(files: ResultFiles) -> Section:
+def vocabulary(files: ResultFiles) -> Section | None:
     """Tokens by domain, language and script before and after a trim, and the longest words lost."""
     facts = files.summary.vocabulary
-    assert facts is not None
+    if facts is None:
+        return None
     text = (
         who_suffers(facts),
         "Every text still reads back as it was: what is gone is spelt in smaller tokens, which take longer and which "

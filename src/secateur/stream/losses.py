@@ -58,7 +58,7 @@ def domain_losses(
         mean = sum(values) / len(values)
         if not math.isfinite(mean):
             raise NumericsError(f"{stage}, domain {domain}: the loss is {mean}; the model gives no finite logits.")
-        losses[domain] = Loss(mean, standard_error(values), sum(counts))
+        losses[domain] = Loss(mean, standard_error(values), sum(counts), tuple(values))
     release_freed()
     return losses
 
