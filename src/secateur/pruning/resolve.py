@@ -33,6 +33,7 @@ from secateur.pruning.group_step import model_left
 from secateur.pruning.open import Opened, tokenizer_of
 from secateur.pruning.resolve_parts import (
     check_experts,
+    check_least,
     damping_for,
     depth_of,
     groups_of,
@@ -365,7 +366,7 @@ def _plans(resolved: Resolved, remove: float, shares: list[float]) -> list[Plan]
     # Other budgets only count with this plan and spread it over layers in their own steps.
     align = resolved.align if recipe.choose.budget == "uniform" else 1
     plan = uniform_plan(groups, prices, remove, align)
-    _check_least(recipe, groups, plan, remove, prices)
+    check_least(recipe, groups, plan, remove, prices)
     return round_plans(groups, prices, plan, shares, align)
 
 
@@ -387,15 +388,3 @@ def _check_within_reach(resolved: Resolved, remove: float) -> None:
             f"{round_down(largest)} with each at its smallest width; ask for less, lower min_keep or align, or "
             f"remove more whole layers (depth)."
         )
-
-
-def _check_least(recipe: Recipe, groups: tuple[Group, ...], plan: Plan, remove: float, prices: Prices) -> None:
-    if recipe.choose.budget != "uniform":
-        return
-    for group in groups:
-        left = plan.num_keep[group.layer, group.name] / group.num_units
-        if left < recipe.remove.min_keep:
-            raise RecipeError(
-                f"remove.min_keep: {recipe.remove.min_keep:g} of each group is to stay, but removing {remove:g} of all "
-                f"{prices.total_text} leaves {left:.3f} of {group.name}; lower min_keep or remove less."
-            )

@@ -278,3 +278,15 @@ def widths_of(recipe: Recipe, *, cuts: bool) -> str:
             f"leave it out, or use budget uniform without protected_layers."
         )
     return "per_layer"
+
+def check_least(recipe: Recipe, groups: tuple[Group, ...], plan: Plan, remove: float, prices: Prices) -> None:
+    """Raise RecipeError if the uniform widths leave less than `min_keep` of a group."""
+    if recipe.choose.budget != "uniform":
+        return
+    for group in groups:
+        left = plan.num_keep[group.layer, group.name] / group.num_units
+        if left < recipe.remove.min_keep:
+            raise RecipeError(
+                f"remove.min_keep: {recipe.remove.min_keep:g} of each group is to stay, but removing {remove:g} of all "
+                f"{prices.total_text} leaves {left:.3f} of {group.name}; lower min_keep or remove less."
+            )

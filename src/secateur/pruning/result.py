@@ -24,7 +24,7 @@ from secateur.model.kept_tokens import Trim, kept_tokens_of
 from secateur.pruning.cost import MemoryPlan, seconds_for, work_of
 from secateur.pruning.open import Like, Opened, open_model
 from secateur.pruning.resolve import Resolved
-from secateur.pruning.resolve_depth import groups_of
+from secateur.pruning.resolve_parts import groups_of
 from secateur.pruning.run import Keeps, Run
 from secateur.recipe import Recipe
 from secateur.recipe_file import dump_recipe, load_recipe, merged, parse_recipe
