@@ -104,11 +104,11 @@ def gguf_files(opened: Opened, resolved: Resolved) -> tuple[dict[str, tuple[int,
     except CheckpointError as error:
         metadata, problem = 0, f"without the tokenizer ({str(error).removesuffix('.')})"
     try:
-        dense, left = meta_model(config), model_left(config, resolved.layers, widths, opened.num_tokens)
-        pairs = {kind: tuple(gguf_bytes(each, kind, metadata, name) for each in (dense, left)) for kind in FILE_TYPES}
+        models = meta_model(config), model_left(config, resolved.layers, widths, opened.vocabulary_left)
+        dense, left = ([gguf_bytes(each, kind, metadata, name) for kind in FILE_TYPES] for each in models)
     except SecateurError as error:
         return {}, str(error).removesuffix(".")
-    return pairs, problem
+    return dict(zip(FILE_TYPES, zip(dense, left, strict=True), strict=True)), problem
 
 
 # Tokens of a domain's text that are looked at: seconds, where all of it may take minutes.

@@ -101,7 +101,7 @@ class Opened:
         return lineage(self.checkpoint, self.size.num_params)
 
     @property
-    def num_tokens(self) -> int | None:
+    def vocabulary_left(self) -> int | None:
         """The tokens that stay; None if all do, or if it is not known yet."""
         return None if self.trim is None else len(self.trim.kept.dense_ids)
 
