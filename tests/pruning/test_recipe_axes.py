@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -372,3 +373,17 @@ def test_bytes_are_met_within_one_step_from_a_config_alone(shape, asked, tmp_pat
     assert found.align == (64 if shape == "mixture" else 256)
     left = found.recipe.remove
     assert left.to_bytes is left.fit is left.context is left.type is None
+
+
+def test_the_least_size_that_is_named_is_one_that_a_cut_leaves(small):
+    def asking(to: int):
+        rest = {key: value for key, value in small.items() if key != "remove"}
+        return opened(tiny_llama(), parse_recipe(grouped({**rest, "to": f"{to}"})))
+
+    with pytest.raises(secateur.SecateurError, match=r"remove\.to: 1000 is less than a cut can leave") as caught:
+        asking(1000)
+    least = int(re.search(r"leave ([\d,]+) parameters", str(caught.value))[1].replace(",", ""))
+    started = asking(least)
+    assert params_after(started, resolve(started)) == least
+    with pytest.raises(secateur.SecateurError, match=rf"remove\.to: {least - 1} is less than a cut can leave"):
+        asking(least - 1)

@@ -193,6 +193,8 @@ def _with_share(opened: Opened, groups: tuple[Group, ...]) -> Opened:
             if (most := _at_most(found)) is None or most.recipe.remove.share > found.recipe.remove.share:
                 raise
             left = most.prices_left.total - most.prices_left.gone(most.groups, most.plans[-1].num_keep)
+            if left <= stays:  # half a step beyond the last one
+                return replace(found, recipe=_of_share(recipe, most.recipe.remove.share, align))
             num_bytes = left * size.num_bytes // size.num_params
             raise _too_small(asked, f"{left:,} parameters ({num_bytes / 1e6:.4g} MB)") from None
     return found
