@@ -35,7 +35,7 @@ NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
 COMMANDS = {
     "prune": "MODEL OUT --remove --to --to-bytes --fit --context --type --recipe --preset --domain --vocabulary "
     "--keep-text --keep-script --polish --groups --budget --align --rounds --seed --memory-budget --device --set "
-    "--resume --overwrite --quiet --json",
+    "--like --resume --overwrite --quiet --json",
     "trim": "MODEL OUT --vocabulary --domain --keep-text --keep-script --seed --evaluate --overwrite --quiet --json",
     "inspect": "MODEL --remove --to --to-bytes --fit --context --type --recipe --preset --polish --groups --budget "
     "--align --rounds --memory-budget --set --check-for --tp --quiet --json",
