@@ -287,12 +287,12 @@ def child(name: str, request: dict[str, Any]) -> dict[str, Any]:
 
 def decode_rate(greedy: Greedy, prompt: list[int]) -> float:
     """Return new tokens per second, by the time that NUM_NEW tokens take more than one does."""
-    seconds = []
+    seconds, num_tokens = [], 0
     for num_new in (1, NUM_NEW):
         start = time.perf_counter()
-        greedy(prompt, num_new)
+        num_tokens = len(greedy(prompt, num_new))
         seconds.append(time.perf_counter() - start)
-    return (NUM_NEW - 1) / (seconds[1] - seconds[0])
+    return (num_tokens - 1) / (seconds[1] - seconds[0])
 
 
 if __name__ == "__main__":

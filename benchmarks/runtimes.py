@@ -153,19 +153,20 @@ PAGE = """# Runtimes
 Results in the runtimes that people use. `make runtimes` sets up each one in a virtual environment
 of its own, converts the models by the runtime's own tool, runs them and writes this page.
 
-Models: {model}; 30% of all its parameters removed with equal widths (`uniform`), and with widths by
-layer (`per-layer`, `budget: curve`). Both by `preset: fast` on {tokens:,} tokens, as quality is not
-the subject here. Weights are bfloat16,
-which every runtime gets as float32. It runs on {threads} thread(s), {cores} core(s) of {cpu}; other
-programs used the machine, too.
+Models: {model}, and results without 30% of all its parameters, with equal widths (`uniform`) and with
+widths by layer (`per-layer`, `budget: curve`). Both are by `preset: fast` on {tokens:,} tokens of
+calibration text: quality is not the subject here. Weights are bfloat16, and every runtime gets them
+as float32. Threads: {threads}. Cores: {cores}, {cpu}; other programs used them too, so tokens/s are
+low and noisy.
 
 - **tokens**: greedy tokens behind three prompts that are transformers' own choice after the same
   context, and by how many nats transformers finds its own token likelier where it is another.
+  Where the model ends its text, ONNX Runtime GenAI stops, and CTranslate2 takes the second choice.
 - **log-probability**: the largest difference from transformers over {text} tokens of text, in nats.
 - **perplexity**: of that text, in the runtime / in transformers.
 - **tokens/s**: of decode, the median of {repeats} runs that alternate with the dense model.
-- **of ideal**: the median ratio of rates to the dense model's, and the ratio of bytes that one token
-  must read.
+- **of ideal**: the median ratio of rates to the dense model's, the ratio of bytes that one token must
+  read, and the first over the second.
 
 | runtime | model | tokens, nats | log-probability | perplexity | tokens/s | of ideal |
 |---|---|---|---:|---:|---:|---|
