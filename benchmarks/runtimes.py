@@ -153,11 +153,11 @@ PAGE = """# Runtimes
 Results in the runtimes that people use. `make runtimes` sets up each one in a virtual environment
 of its own, converts the models by the runtime's own tool, runs them and writes this page.
 
-Models: {model}, and results without 30% of all its parameters, with equal widths (`uniform`) and with
-widths by layer (`per-layer`, `budget: curve`). Both are by `preset: fast` on {tokens:,} tokens of
+Models: {model}, and results without 30% of all its parameters, with equal widths (`uniform`)
+and with widths by layer (`per-layer`, `budget: curve`). Both are by `preset: fast` on {tokens:,} tokens of
 calibration text: quality is not the subject here. Weights are bfloat16, and every runtime gets them
-as float32. Threads: {threads}. Cores: {cores}, {cpu}; other programs used them too, so tokens/s are
-low and noisy.
+as float32. Threads: {threads}. Cores: {cores}, {cpu}; other programs used them
+too, so tokens/s are low and noisy.
 
 - **tokens**: greedy tokens behind three prompts that are transformers' own choice after the same
   context, and by how many nats transformers finds its own token likelier where it is another.
