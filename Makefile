@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check slow mutants fuzz docs clean
+.PHONY: demo test check slow mutants fuzz docs runtimes clean
 
 demo: export HF_HUB_OFFLINE = 1
 demo: .venv/demo.installed  ## prune SmolLM2-135M by a fifth and time both, without any network after the install
@@ -37,8 +37,14 @@ docs: .venv/docs.installed  ## the documentation as a site, in site/; a broken l
 	$(BIN)/mkdocs build --strict
 	@echo "built: $(CURDIR)/site/index.html; to read it: $(BIN)/mkdocs serve"
 
+# Each runtime pins its own torch and transformers, so it gets an environment of its own in .venv-runtimes. vLLM's wheel
+# brings torchaudio and torchcodec for another torch, which break its import on a CPU; the script removes them.
+runtimes: export HF_HUB_OFFLINE = 1
+runtimes: .venv/demo.installed  ## run results in vLLM, llama.cpp, MLX, OpenVINO and others; writes docs/runtimes.md
+	$(BIN)/python benchmarks/runtimes.py $(RUNTIMES)
+
 clean:
-	rm -rf .venv demo-out site
+	rm -rf .venv .venv-runtimes demo-out site
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

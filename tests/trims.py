@@ -57,14 +57,15 @@ class TrimmedPair:
 
 
 def trimmed_pair(
-    directory: Path, *, tied: bool = False, noise: float = 0.0, share: float = 0.5, padding: int = 0
+    directory: Path, *, tied: bool = False, noise: float = 0.0, share: float = 0.5, padding: int = 0, **sizes: Any
 ) -> TrimmedPair:
     """Save both models. `noise`: how far the pruned one's other weights are from the dense one's.
 
     `share`: of the tokens that stay. `padding`: how many of the dense model's 7 padding rows do.
+    `sizes`: of the config.
     """
     tokenizer, _ = made("byte-level")
-    dense = tiny_llama(tied=tied, vocab_size=len(tokenizer) + NUM_PADDING)
+    dense = tiny_llama(tied=tied, vocab_size=len(tokenizer) + NUM_PADDING, **sizes)
     kept = some_kept(read_vocabulary(tokenizer, dense), 3, share)
     kept = replace(kept, dense_ids=(*kept.dense_ids, *range(len(tokenizer), len(tokenizer) + padding)))
     pruned, trimmed = copy.deepcopy(dense), trimmed_tokenizer(tokenizer, kept)

@@ -122,6 +122,7 @@ def test_code_that_a_source_names_neither_runs_nor_travels(source, results, mark
     names = configs["config.json"].pop("auto_map")
     assert names == {
         "AutoConfig": "modeling_per_layer.PerLayerLlamaConfig",
+        "AutoModel": "modeling_per_layer.PerLayerLlamaModel",
         "AutoModelForCausalLM": "modeling_per_layer.PerLayerLlamaForCausalLM",
     }
     said = json.dumps(configs)

@@ -13,7 +13,7 @@ import torch
 from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2, tiny_qwen3
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import secateur
 from secateur.errors import CheckpointError
@@ -191,9 +191,21 @@ def test_the_config_is_in_the_form_of_transformers(saved):
     assert config["architectures"] == ["PerLayerLlamaForCausalLM"]
     assert config["auto_map"] == {
         "AutoConfig": "modeling_per_layer.PerLayerLlamaConfig",
+        "AutoModel": "modeling_per_layer.PerLayerLlamaModel",
         "AutoModelForCausalLM": "modeling_per_layer.PerLayerLlamaForCausalLM",
     }
     assert config["model_type"] == "llama" and config["head_dim"] == HEAD_DIM
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decoder_alone_loads_too(family, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, directory = saved[family]
+    with quiet_transformers():  # vLLM's Transformers backend builds it this way
+        decoder: Any = AutoModel.from_pretrained(directory, trust_remote_code=True)
+    with torch.inference_mode():
+        states, expected = (each(tiny_ids(), use_cache=False).last_hidden_state for each in (decoder, model.base_model))
+    assert torch.equal(states, expected)
 
 
 def test_head_dim_is_pinned_where_the_family_would_derive_it_from_the_heads(saved, tmp_path):

@@ -76,7 +76,8 @@ def test_vllms_rules(name: str, num_gpus: int, problems: tuple[str, ...], tmp_pa
     assert isinstance(found.serving, Serving)
     assert found.serving.problems[: len(problems)] == problems
     assert bool(found.serving.problems) == bool(problems)
-    assert "vLLM was not run" in found.serving.cautions[0]
+    said = found.serving.cautions[0]
+    assert ("vLLM 0.32.0 ran pruned" if name.startswith(("llama", "qwen2")) else "vLLM was not run with") in said
 
 
 # By model type; the rest of the public configs hold what llama.cpp takes for granted.
@@ -121,6 +122,18 @@ def test_what_llama_cpp_runs_once_a_recipe_has_cut(
     assert not found.problems if problem is None else re.search(problem, found.problems[0])
 
 
+@pytest.mark.parametrize(("name", "asks"), [("qwen2.5-7b", True), ("llama-3.2-1b", False)])
+def test_vllm_needs_its_backend_where_its_own_class_takes_heads_to_fill_the_width(
+    name: str, asks: bool, tmp_path: Path
+) -> None:
+    config = json.loads(named(name).read_text())["config"]
+    CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(tmp_path)
+    recipe = parse_recipe(grouped({"groups": ("kv_heads",), "remove": 0.05}))
+    found = inspect(tmp_path, recipe, check_for="vllm").serving
+    assert isinstance(found, Serving) and not found.problems
+    assert ("--model-impl transformers" in " ".join(found.cautions)) == asks
+
+
 @pytest.mark.parametrize("server", ["vllm", "llama.cpp"])
 def test_layers_that_differ_already_are_told_from_what_a_run_would_do(server: str, tmp_path: Path) -> None:
     model = tiny_family("llama")
@@ -131,5 +144,7 @@ def test_layers_that_differ_already_are_told_from_what_a_run_would_do(server: st
     model.save_pretrained(tmp_path)
     found = inspect(tmp_path, parse_recipe(grouped(dict(remove=0.05, align=8))), check_for=server).serving
     assert isinstance(found, Serving)
-    differ = [problem.partition(" differs by layer")[0] for problem in found.problems]
+    assert not found.problems
+    differ = re.findall(r"(\w+) \(\d+ to \d+\)", " ".join(found.cautions))
     assert differ == (["num_attention_heads", "num_key_value_heads", "intermediate_size"] if server == "vllm" else [])
+    assert ("--model-impl transformers --trust-remote-code" in " ".join(found.cautions)) == (server == "vllm")

@@ -125,8 +125,11 @@ def _name_own_code_only(model: PreTrainedModel, directory: Path) -> None:
     """
     own: dict[str, str] = {}
     if modeling_per_layer.is_per_layer(model.config):
-        classes = {"AutoConfig": type(model.config), "AutoModelForCausalLM": type(model)}
-        own = {auto: f"{OWN_CODE.stem}.{each.__name__}" for auto, each in classes.items()}
+        # vLLM's Transformers backend builds the decoder alone, by AutoModel.
+        decoder = modeling_per_layer.PREFIX + type(model.base_model).__name__
+        names = {"AutoConfig": type(model.config).__name__, "AutoModel": decoder}
+        names["AutoModelForCausalLM"] = type(model).__name__
+        own = {auto: f"{OWN_CODE.stem}.{name}" for auto, name in names.items()}
     for file in directory.glob("*.py"):
         if not own or file.name != OWN_CODE.name:
             file.unlink()
@@ -135,7 +138,7 @@ def _name_own_code_only(model: PreTrainedModel, directory: Path) -> None:
             text = file.read_text(encoding="utf-8")
             said, clean = json.loads(text), json.loads(text, object_hook=_without_names)
             if own and file.name == "config.json":
-                clean["auto_map"] = own
+                clean = dict(sorted({**clean, "auto_map": own}.items()))  # the order that transformers writes
             if clean != said:
                 file.write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
         except (ValueError, RecursionError):

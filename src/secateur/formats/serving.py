@@ -17,6 +17,7 @@ from secateur.model.spec import GgufSpec, load_specs
 
 VLLM, LLAMA_CPP = "vllm", "llama.cpp"
 SERVERS = (VLLM, LLAMA_CPP)
+VLLM_RUN = "0.32.0"  # the release that tests/formats/test_vllm.py was run with
 QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
 
 
@@ -39,16 +40,12 @@ def check_vllm(
     *,
     heads_follow_hidden_size: bool = True,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return vLLM's problems with the model, and cautions about what its rules do not settle.
+    """Return what keeps vLLM from loading the model, and cautions: what was run, what options it needs.
 
     `widths`: by config key, the values of all layers. `heads_follow_hidden_size`: whether head_dim
     is hidden_size / heads, as it is until heads are cut.
     """
-    problems = [
-        f"{key} differs by layer ({min(values)} to {max(values)}), and vLLM builds all layers alike"
-        for key, values in widths.items()
-        if len(values) > 1
-    ]
+    problems = []
     for key, values in widths.items():
         for value in sorted(values):
             if key == KV_HEADS and value < num_gpus:
@@ -56,14 +53,22 @@ def check_vllm(
                     problems.append(f"{num_gpus} GPUs cannot share {value} KV heads evenly ({key})")
             elif value % num_gpus and "experts" not in key:  # every GPU has slices of all experts
                 problems.append(f"{key} is {value}, which {num_gpus} GPUs cannot split evenly")
-    cautions = ["checked by vLLM's published rules; vLLM was not run"]
     known = load_specs()[family].serving.get(VLLM)
-    if known is None:
-        cautions.append(f"family {family} is not in vLLM's registry; its Transformers backend may run it")
-    if not heads_follow_hidden_size and not (known and known.reads_head_dim):
+    if known and known.ran:
+        cautions = [f"vLLM {VLLM_RUN} ran pruned {family} models on a CPU; of this one only the widths were checked"]
+    else:
+        cautions = [f"checked by vLLM's published rules; vLLM was not run with the family {family}"]
+    if uneven := [f"{key} ({min(each)} to {max(each)})" for key, each in widths.items() if len(each) > 1]:
         cautions.append(
-            f"heads were cut, and vLLM's {family} was not found to read head_dim from the config; if it divides "
-            f"hidden_size by the number of heads, it cannot load this"
+            f"differs by layer: {', '.join(uneven)}; give vLLM --model-impl transformers --trust-remote-code"
+            + (", which was not run on several GPUs" if num_gpus > 1 else "")
+        )
+    elif known is None:
+        cautions.append(f"family {family} is not in vLLM's registry; give vLLM --model-impl transformers")
+    elif not heads_follow_hidden_size and not known.reads_head_dim:
+        cautions.append(
+            f"heads were cut, and vLLM's own {family} was not found to read head_dim from the config; give vLLM "
+            "--model-impl transformers"
         )
     return tuple(problems), tuple(cautions)
 

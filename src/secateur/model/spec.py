@@ -80,6 +80,7 @@ class VllmSpec(_Spec):
     """A family whose class is in vLLM's model registry."""
 
     reads_head_dim: bool  # head_dim comes from the config, not from hidden_size / heads
+    ran: bool = False  # a pruned model of the family was run: tests/formats/test_vllm.py
 
 
 class LogitsSpec(_Spec):
