@@ -279,6 +279,7 @@ def widths_of(recipe: Recipe, *, cuts: bool) -> str:
         )
     return "per_layer"
 
+
 def check_least(recipe: Recipe, groups: tuple[Group, ...], plan: Plan, remove: float, prices: Prices) -> None:
     """Raise RecipeError if the uniform widths leave less than `min_keep` of a group."""
     if recipe.choose.budget != "uniform":
