@@ -95,6 +95,11 @@ def quoted(errors: str) -> str:
     return (named or lines or ["no message"])[-1]
 
 
+def shown(error: str) -> str:
+    """Return an error as a page can have it: one line, no directories of this machine, no backticks."""
+    return re.sub(r"(?<!\w)(/[\w.+-]+)+/(?=[\w.+-])", "", " ".join(error.replace("`", "'").split()))
+
+
 def python_of(peer: Peer, venvs: Path) -> Path:
     """Return the interpreter of a peer's environment, which is made if its requirements are not the ones asked for."""
     if not peer.requirements:
@@ -154,7 +159,14 @@ def prepare(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(checkpoint)
     if not dense.exists():
         dense.mkdir()
-        save_checkpoint(load_model(checkpoint), tokenizer, dense, max_shard_size="5GB", carry_from=None)
+        model = load_model(checkpoint)
+        save_checkpoint(model, tokenizer, dense, max_shard_size="5GB", carry_from=None)
+        # What transformers 4 calls otherwise; without it a peer on an old one would prune with another rope.
+        theta = model.config.rope_parameters["rope_theta"]
+        older = {"config.json": {"rope_theta": theta, "torch_dtype": "bfloat16"}}
+        older |= {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}}
+        for file, keys in older.items():
+            (dense / file).write_text(json.dumps(json.loads((dense / file).read_text()) | keys, indent=2))
     drawn = build_calibration(parse_recipe(recipe).calibration, arguments.num_tokens, tokenizer, 0)
     # What secateur holds out for its guard the others calibrate on.
     blocks = [block for each in drawn.domains for part in (each.calibration_NT, each.held_out_NT) for block in part]
@@ -199,25 +211,34 @@ def row_of(name: str, total: int, arguments: argparse.Namespace) -> dict[str, An
         row["removed"] = 1 - num_parameters(pruned) / total
         if peer.judged:
             step = "judge"
-            row |= judged(pruned, folder, arguments)
+            row |= judged(pruned, arguments)
     except Exception as error:  # Whatever a peer wrote: the row says so, the others go on.
         row |= {"failed": step, "error": f"{type(error).__name__}: {error}".removeprefix("RuntimeError: ")}
     return row
 
 
-def judged(pruned: Path, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return nats per token and domain, dense and pruned, and the paired difference's error, by `secateur evaluate`."""
+def judged(pruned: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return nats per token and domain, dense and pruned, and the paired difference's standard error.
+
+    They are those of `secateur evaluate --against`. Its KL takes twice as long again and is left out: a trimmed
+    vocabulary alone needs the dense model beside it, to count in the dense tokens.
+    """
     import secateur
+    from secateur.evaluation.parts import differences
     from secateur.recipe_file import parse_recipe
 
     domains = {name: {"files": [str(DATA / f"{files[1]}.jsonl.gz")]} for name, files in FILES.items()}
     parsed = parse_recipe({"calibration": {"domains": domains}}).calibration.domains
-    found = secateur.evaluate(
-        str(pruned), str(arguments.out / "dense"), domains=parsed, num_blocks=arguments.num_blocks, out=folder
-    )
-    assert found.dense and found.differences
-    nats = [{name: one.nats_per_token for name, one in which.domains.items()} for which in (found.pruned, found.dense)]
-    errors = [one.standard_error for one in found.differences.domains.values()]
+    dense = str(arguments.out / "dense")
+
+    def quality(model: str, against: str | None) -> Any:
+        out = arguments.out / "judged"  # one place for all rows: what was measured once is read again
+        return secateur.evaluate(model, against, domains=parsed, num_blocks=arguments.num_blocks, out=out).pruned
+
+    before = quality(dense, None)
+    after = quality(str(pruned), dense if (pruned / "tokens.json").exists() else None)
+    errors = [one.standard_error for one in differences(before, after, None).domains.values()]
+    nats = [{name: one.nats_per_token for name, one in which.domains.items()} for which in (after, before)]
     return {"nats": nats[0], "dense_nats": nats[1], "difference_error": math.hypot(*errors) / len(errors)}
 
 
@@ -239,7 +260,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append((name, row.get("versions", [""])[0], removed, *quality, loads, seconds, memory))
     if dense is not None:
         lines.append(("dense", "", "0.0%", f"{math.exp(dense):,.2f}", "1.00", "", "yes", "", ""))
-    failed = [f"- `{row['row']}`, at {row['failed']}: `{row['error']}`" for row in rows if row.get("failed")]
+    failed = [f"- `{row['row']}`, at {row['failed']}: `{shown(row['error'])}`" for row in rows if row.get("failed")]
     said = [f"- `{row['row']}`: {PEERS[row['row']].defaults}" for row in rows]
     drawn = [f"| {' | '.join(cells)} |" for cells in lines]
     return "\n".join([*drawn, "", "What failed, in its own words:", "", *failed, "", "What each row is:", "", *said])
@@ -271,11 +292,11 @@ def main() -> None:
         (arguments.out / name / "row.json").write_text(json.dumps(row, indent=1))
         print(json.dumps(row), flush=True)
     found = [arguments.out / name / "row.json" for name in PEERS]
-    shown = table([json.loads(file.read_text()) for file in found if file.exists()])
+    result = table([json.loads(file.read_text()) for file in found if file.exists()])
     if arguments.page:
         before, rest = arguments.page.read_text().split(BEGIN)
-        arguments.page.write_text(f"{before}{BEGIN}\n\n{shown}\n\n{END}{rest.split(END)[1]}")
-    print(shown)
+        arguments.page.write_text(f"{before}{BEGIN}\n\n{result}\n\n{END}{rest.split(END)[1]}")
+    print(result)
 
 
 if __name__ == "__main__":
