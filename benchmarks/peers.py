@@ -25,10 +25,12 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import venv
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -253,7 +255,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "nats" in row:
             own, dense = mean(row["nats"].values()), mean(row["dense_nats"].values())
             rise = f"{own - dense:+.3f} ± {row['difference_error']:.3f}"
-            quality = (f"{math.exp(own):,.2f}", f"{math.exp(own - dense):,.2f}", rise)
+            quality = (*(f"{math.exp(x):,.{2 if x < 6 else 0}f}" for x in (own, own - dense)), rise)
         loads = "yes" if removed else "no" if row["failed"] == "load" else ""
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
         memory = f"{row['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in row else ""
@@ -262,8 +264,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(("dense", "", "0.0%", f"{math.exp(dense):,.2f}", "1.00", "", "yes", "", ""))
     failed = [f"- `{row['row']}`, at {row['failed']}: `{shown(row['error'])}`" for row in rows if row.get("failed")]
     said = [f"- `{row['row']}`: {PEERS[row['row']].defaults}" for row in rows]
+    wrap = partial(textwrap.fill, width=100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     drawn = [f"| {' | '.join(cells)} |" for cells in lines]
-    return "\n".join([*drawn, "", "What failed, in its own words:", "", *failed, "", "What each row is:", "", *said])
+    errors = ["", "What failed, in its own words:", "", *map(wrap, failed)]
+    return "\n".join([*drawn, *errors, "", "What each row is:", "", *map(wrap, said)])
 
 
 def main() -> None:
