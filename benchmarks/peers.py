@@ -250,13 +250,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines, dense = [header, ("---", "---", *["---:"] * 4, "---", "---:", "---:")], None
     for row in sorted(rows, key=lambda row: mean(row["nats"].values()) if "nats" in row else math.inf):
         name = f"**{row['row']}**" if row["row"].startswith("secateur") else row["row"]
-        removed = f"{row['removed']:.1%}" if "removed" in row else ""
+        removed = f"{row['removed']:.1%}" if "nats" in row else ""  # the mixture is another model
         quality = ("", "", "")
         if "nats" in row:
             own, dense = mean(row["nats"].values()), mean(row["dense_nats"].values())
             rise = f"{own - dense:+.3f} ± {row['difference_error']:.3f}"
             quality = (*(f"{math.exp(x):,.{2 if x < 6 else 0}f}" for x in (own, own - dense)), rise)
-        loads = "yes" if removed else "no" if row["failed"] == "load" else ""
+        loads = "yes" if "removed" in row else "no" if row["failed"] == "load" else ""
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
         memory = f"{row['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in row else ""
         lines.append((name, row.get("versions", [""])[0], removed, *quality, loads, seconds, memory))
