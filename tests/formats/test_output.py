@@ -60,6 +60,32 @@ def test_generation_config_that_saving_would_refuse_is_kept(tmp_path):
     assert (carried / "generation_config.json").read_text() == '{"top_p": 0.5, "ours": 1}'
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("scaling", [{}, LLAMA3])
+def test_programs_that_do_not_know_rope_parameters_find_the_base(scaling, tmp_path):
+    model = tiny_llama()
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 500_000.0, **scaling}
+    model = type(model)(model.config)
+    out = save(tmp_path / "out", model)
+    said = json.loads((out / "config.json").read_text())
+    assert said["rope_theta"] == 500_000.0 and said.get("rope_scaling", {}) == scaling
+    assert list(said) == sorted(said)
+    reloaded = AutoModelForCausalLM.from_pretrained(out)
+    assert reloaded.config.rope_parameters == model.config.rope_parameters
+    assert torch.equal(reloaded(tiny_ids()).logits, model.eval()(tiny_ids()).logits)
+    assert contents(save(tmp_path / "again", reloaded)) == contents(out)
+
+
+def test_the_tokenizer_has_a_class_that_transformers_4_knows(tmp_path):
+    out = save(tmp_path / "out", tiny_llama())
+    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    found, ours = AutoTokenizer.from_pretrained(out), tiny_tokenizer()
+    assert type(found) is type(ours) and found("a small text")["input_ids"] == ours("a small text")["input_ids"]
+
+
 def test_side_files_are_carried_and_new_files_not_overwritten(tmp_path):
     source = save(tmp_path / "source", tiny_llama())
     config = (source / "config.json").read_bytes()

@@ -80,7 +80,7 @@ def save_checkpoint(
             left = tuple(_carry(carry_from, directory, patterns))
         if kept:
             kept.write(directory)
-        _name_own_code_only(model, directory)
+        _clean_configs(model, directory)
     return left
 
 
@@ -118,18 +118,18 @@ def has_own(directory: Path, name: str) -> bool:
     return (directory / name).is_file() and lies_in(directory, directory / name)
 
 
-def _name_own_code_only(model: PreTrainedModel, directory: Path) -> None:
+def _clean_configs(model: PreTrainedModel, directory: Path) -> None:
     """Remove code from `directory`, and names of code and of places from its configs, except our own code.
 
-    A config that is not JSON, which transformers cannot read either, is removed.
+    transformers 4 can read them, too. A config that is not JSON, which transformers cannot read either, is removed.
     """
-    own: dict[str, str] = {}
+    own: dict[str, Any] = {}
     if modeling_per_layer.is_per_layer(model.config):
         # vLLM's Transformers backend builds the decoder alone, by AutoModel.
         decoder = modeling_per_layer.PREFIX + type(model.base_model).__name__
         names = {"AutoConfig": type(model.config).__name__, "AutoModel": decoder}
         names["AutoModelForCausalLM"] = type(model).__name__
-        own = {auto: f"{OWN_CODE.stem}.{name}" for auto, name in names.items()}
+        own = {"auto_map": {auto: f"{OWN_CODE.stem}.{name}" for auto, name in names.items()}}
     for file in directory.glob("*.py"):
         if not own or file.name != OWN_CODE.name:
             file.unlink()
@@ -137,8 +137,11 @@ def _name_own_code_only(model: PreTrainedModel, directory: Path) -> None:
         try:
             text = file.read_text(encoding="utf-8")
             said, clean = json.loads(text), json.loads(text, object_hook=_without_names)
-            if own and file.name == "config.json":
-                clean = dict(sorted({**clean, "auto_map": own}.items()))  # the order that transformers writes
+            if file.name == "config.json":
+                clean = json.loads(text, object_hook=lambda each: _with_old_rope_keys(_without_names(each)))
+                clean = dict(sorted({**clean, **own}.items()))  # the order that transformers writes
+            elif clean.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 calls it
+                clean["tokenizer_class"] = "PreTrainedTokenizerFast"  # both know this name
             if clean != said:
                 file.write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
         except (ValueError, RecursionError):
@@ -147,6 +150,20 @@ def _name_own_code_only(model: PreTrainedModel, directory: Path) -> None:
 
 def _without_names(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in (*_NAMES_OF_CODE, *_NAMES_OF_PLACES)}
+
+
+def _with_old_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Add the keys that programs read which do not know `rope_parameters`, transformers before 5 among them.
+
+    Without them these take a base of 10,000 and say nothing.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return config
+    old: dict[str, Any] = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if rope.get("rope_type", "default") != "default":
+        old["rope_scaling"] = {key: value for key, value in rope.items() if key not in old}
+    return dict(sorted({**old, **config}.items()))
 
 
 _CHILD = Path(__file__).with_name("reload_child.py")
