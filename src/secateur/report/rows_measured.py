@@ -173,7 +173,8 @@ def _notes(result: BenchResult) -> Iterator[tuple[str, str]]:
 
 def _run(result: BenchResult) -> str:
     settings = result.settings
-    threads = f", {result.num_threads} threads" if settings.device == "cpu" else ""
+    many = "s" if result.num_threads > 1 else ""
+    threads = f", {result.num_threads} thread{many}" if settings.device == "cpu" else ""
     return f"{settings.engine} on {settings.device}{threads}{', torch.compile' if settings.compiled else ''}"
 
 
