@@ -79,7 +79,7 @@ def _widths_after(arch: Arch, index: int, sizes: Any, plan: Plan) -> dict[str, i
     return widths
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Inspected(Inspection):
     """An inspection with `files`: bytes of a GGUF file by type, of the dense model and of the result.
 

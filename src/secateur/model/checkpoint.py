@@ -3,10 +3,8 @@
 Also prepares a model that is handed over in memory.
 """
 
-import contextlib
 import functools
 import hashlib
-import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    modeling_gguf_pytorch_utils,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -201,10 +200,11 @@ def _load_gguf(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrai
         raise CheckpointError(f"{checkpoint.reference}: GGUF needs transformers 5.17 or newer; upgrade it.") from None
 
     # Cached: transformers builds the same name table once per module, half of the loading time.
-    # Redirected: its GGUF reader draws a progress bar that ignores its own switch.
+    # No bar: its GGUF reader draws one, in notebooks too, that ignores its own switch.
     one_table = patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+    no_bar = patch.object(modeling_gguf_pytorch_utils, "tqdm", lambda each, **_: each, create=True)
     try:
-        with one_table, contextlib.redirect_stderr(io.StringIO()):
+        with one_table, no_bar:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 checkpoint.directory,
                 gguf_file=checkpoint.gguf_file,
