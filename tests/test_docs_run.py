@@ -259,6 +259,43 @@ def test_python_runs(page: str, inside: Path) -> None:
         exec(text.replace(', tasks=("arc_easy",), limit=100', ""), {"small": small})
 
 
+NOTEBOOKS = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in ROOT.glob("docs/notebooks/*.ipynb")}
+SMALLER = {
+    '"smollm2-135m"': '"path/to/model"',
+    "model: smollm2-135m": "model: path/to/model",
+    '"remove": 0.2,': '"remove": {"share": 0.2, "align": 8},',
+    '"num_tokens": 8192,': '"num_tokens": 640, "sequence_length": 32,',
+    "num_tokens: 4096": "num_tokens: 640",
+    "sequence_length: 256": "sequence_length: 32",
+    "polish: false": "polish: false\n  remove: {align: 8}",
+    "seeds: [0, 1, 2]": "seeds: [0, 1]",
+    "prompt_tokens=128, new_tokens=16, repeats=3": "prompt_tokens=16, new_tokens=2, repeats=2",
+}
+
+
+def code_cells(name: str) -> list[dict[str, Any]]:
+    return [cell for cell in NOTEBOOKS[name]["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("name", sorted(NOTEBOOKS))
+def test_a_notebook_shows_a_whole_run_of_itself(name: str) -> None:
+    cells = code_cells(name)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        ast.parse("".join(line for line in cell["source"] if not line.startswith("%")))
+        assert not [output for output in cell["outputs"] if output["output_type"] == "error"]
+    assert not re.search(r"/(home|root|tmp|work)/", json.dumps(NOTEBOOKS[name])), "a place of the machine that ran it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prune_your_own.ipynb", "compare_methods.ipynb"])  # test_extend.py adds a score
+def test_a_notebook_runs(name: str, inside: Path) -> None:
+    text = "\n\n".join("".join(cell["source"]) for cell in code_cells(name))
+    for word, small in SMALLER.items():
+        text = text.replace(word, small)
+    exec(text.replace("plt.show()", 'plt.savefig("lost.png"); plt.close()'), {})
+
+
 def anchors(page: str) -> set[str]:
     """Return the anchors of a page's headings, as mkdocs and as GitHub make them."""
     text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
@@ -283,8 +320,9 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def test_the_site_has_every_page_once() -> None:
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    listed = re.findall(r"[\w/.-]+\.md", json.dumps(config["nav"]))
-    assert sorted(listed) == sorted({page.removeprefix("docs/") for page in PAGES} - {"README.md"} | {"index.md"})
+    listed = re.findall(r"[\w/.-]+\.(?:md|ipynb)", json.dumps(config["nav"]))
+    pages = {page.removeprefix("docs/") for page in PAGES} - {"README.md"} | {"index.md"}
+    assert sorted(listed) == sorted(pages | {f"notebooks/{name}" for name in NOTEBOOKS})
 
 
 def test_the_readme_is_short() -> None:
