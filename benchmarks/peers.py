@@ -23,6 +23,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -127,21 +128,31 @@ def checked(command: list[Any]) -> str:
     return done.stdout
 
 
+# Starts a command from a small process, since a peak counts that of the process that it was started from.
+LAUNCHER = """import json, os, subprocess, sys
+child = subprocess.Popen(sys.argv[2:])
+_, status, used = os.wait4(child.pid, 0)
+with open(sys.argv[1], "w") as file:
+    json.dump([used.ru_utime + used.ru_stime, used.ru_maxrss * 1024], file)
+sys.exit(status != 0)"""
+
+
 def measured(command: list[Any], log: Path, seconds: float) -> dict[str, float]:
     """Run a child to its end: processor and wall seconds, peak resident bytes. RuntimeError quotes its error."""
-    start = time.monotonic()
+    start, usage = time.monotonic(), log.with_suffix(".usage")
     with log.with_suffix(".out").open("w") as out, log.open("w") as errors:
-        child = subprocess.Popen(command, stdout=out, stderr=errors)
-        timer = threading.Timer(seconds, child.kill)
+        launcher = [sys.executable, "-S", "-c", LAUNCHER, usage, *command]
+        child = subprocess.Popen(launcher, stdout=out, stderr=errors, start_new_session=True)
+        timer = threading.Timer(seconds, lambda: os.killpg(child.pid, signal.SIGKILL))
         timer.start()
-        _, status, used = os.wait4(child.pid, 0)
+        child.wait()
         timer.cancel()
-    child.returncode = os.waitstatus_to_exitcode(status)
     wall = time.monotonic() - start
     if child.returncode:
         late = f"no result after {seconds:.0f} s"
         raise RuntimeError(late if wall >= seconds else quoted(log.read_text()))
-    return {"seconds": used.ru_utime + used.ru_stime, "wall_seconds": wall, "peak_bytes": used.ru_maxrss * 1024}
+    used, peak = json.loads(usage.read_text())
+    return {"seconds": used, "wall_seconds": wall, "peak_bytes": peak}
 
 
 def prepare(arguments: argparse.Namespace) -> None:
