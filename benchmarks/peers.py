@@ -174,12 +174,9 @@ def prepare(arguments: argparse.Namespace) -> None:
         dense.mkdir()
         model = load_model(checkpoint)
         save_checkpoint(model, tokenizer, dense, max_shard_size="5GB", carry_from=None)
-        # What transformers 4 calls otherwise; without it a peer on an old one would prune with another rope.
-        theta = model.config.rope_parameters["rope_theta"]
-        older = {"config.json": {"rope_theta": theta, "torch_dtype": "bfloat16"}}
-        older |= {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}}
-        for file, keys in older.items():
-            (dense / file).write_text(json.dumps(json.loads((dense / file).read_text()) | keys, indent=2))
+        # transformers 4 calls the dtype otherwise; without it a peer on an old one would prune float32.
+        config = json.loads((dense / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+        (dense / "config.json").write_text(json.dumps(config, indent=2))
     drawn = build_calibration(parse_recipe(recipe).calibration, arguments.num_tokens, tokenizer, 0)
     # What secateur holds out for its guard the others calibrate on.
     blocks = [block for each in drawn.domains for part in (each.calibration_NT, each.held_out_NT) for block in part]
