@@ -69,6 +69,7 @@ NOT_RUN = {
     "demo": "minutes",
     "--to": "a size",
     "--to-bytes": "a size",
+    "--speedup": "a size",
     "--fit": "a size",
 }
 

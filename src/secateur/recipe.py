@@ -149,8 +149,7 @@ class Domain(Strict):
     def _refuse_unknown_keys(cls, data: Any) -> Any:
         unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
         unknown = [key for key in unknown if key not in plugin_names(SOURCE_GROUP)]
-        kind = "extra_forbidden"
-        wrong: list[InitErrorDetails] = [{"type": kind, "loc": (str(key),), "input": data[key]} for key in unknown]
+        wrong = [InitErrorDetails(type="extra_forbidden", loc=(str(key),), input=data[key]) for key in unknown]
         if wrong:
             raise ValidationError.from_exception_data(cls.__name__, wrong)
         return data
@@ -211,25 +210,25 @@ class MeasuredPrices(Strict):
 class Remove(Strict):
     """What to remove. `remove: 0.2` is short for `remove: {share: 0.2}`.
 
-    share: of all that the dense model has of `target`; met within one aligned unit per layer. to: in
-    its place, the parameters that may stay, as 0.4B. to_bytes: the bytes of weights, as 250MB. fit:
-    the memory that weights may take, as 8GB. context: tokens whose KV cache must fit in it too. type:
-    of a GGUF file that these bytes are, as q4_k_m. None: the model's own dtype.
-    target: parameters (all, tied weights once); flops per prompt token; kv_bytes, of cache per
-    token, which needs group `kv_heads`; latency, seconds per decoded token, batch 1, on this
-    machine. prices: those seconds, as `inspect` prints them: with them a recipe plans the same
-    anywhere. None: measured. groups: the kinds of units to remove: `ffn`, `shared`, `experts` or
-    `expert_ffn`, and `kv_heads` (with their query heads) or `query_heads` (one of every KV head).
-    None: FFN channels (`ffn`), or `experts` if the model has some. depth: number of whole layers
-    to remove first, those whose absence changes predictions least; part of `share`. None: as many
-    as spare the widths the worst. layers: remove these layers and measure none; `depth` is then
-    their number. protected_layers: stay whole. Negative layer numbers count from the end.
-    min_keep: the least share of a group that stays. align: widths are multiples of it. None: 256 if
-    the dense ones are and 8 times 256 stays, which k-quants need; else 64, or 128 from 4096 channels on.
-    vocabulary: the number of tokens that stay, a multiple of 64, or `auto`: as many as make tokens
-    and units cost the least together; what goes is part of `share`. Group `vocabulary` is short
-    for `auto`. With `groups: []` tokens go alone. keep_text: files whose every token stays.
-    keep_scripts: as [latin, cyrillic], scripts whose tokens stay.
+    share: of all that the dense model has of `target`; met within one aligned unit per layer. to:
+    in its place, the parameters that may stay, as 0.4B. to_bytes: the bytes of weights, as 250MB.
+    fit: the memory that weights may take, as 8GB. context: tokens whose KV cache must fit in it
+    too. type: of a GGUF file that these bytes are, as q4_k_m. None: the model's own dtype. speedup:
+    times faster that a token is decoded: target latency, share 1 - 1/speedup. target: parameters
+    (all, tied weights once); flops per prompt token; kv_bytes, of cache per token, which needs
+    group `kv_heads`; latency, seconds per decoded token, batch 1, on this machine. prices: those
+    seconds, as `inspect` prints them, to plan the same anywhere. None: measured. groups: the kinds
+    of units to remove: `ffn`, `shared`, `experts` or `expert_ffn`, and `kv_heads` (with their query
+    heads) or `query_heads` (one of every KV head). None: FFN channels (`ffn`), or `experts` if the
+    model has some. depth: number of whole layers to remove first, those that change predictions
+    least; part of `share`. None: as many as spare the widths the worst. layers: remove these and
+    measure none; `depth` is their number. protected_layers: stay whole. Negative layer numbers
+    count from the end. min_keep: the least share of a group that stays. align: widths are multiples
+    of it. None: 256 if the dense ones are and 8 times 256 stays, which k-quants need; else 64, or
+    128 from 4096 channels on. vocabulary: the number of tokens that stay, a multiple of 64, or
+    `auto`: as many as make tokens and units cost the least together; what goes is part of `share`.
+    Group `vocabulary` is short for `auto`. With `groups: []` tokens go alone. keep_text: files
+    whose every token stays. keep_scripts: as [latin, cyrillic], scripts whose tokens stay.
     """
 
     share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
@@ -238,6 +237,7 @@ class Remove(Strict):
     fit: str | None = None
     context: Count | None = None
     type: str | None = None
+    speedup: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     target: TargetName = "parameters"
     prices: MeasuredPrices | None = None
     groups: tuple[str, ...] | None = None
@@ -266,7 +266,7 @@ class Remove(Strict):
 
     @model_validator(mode="after")
     def _one_size_and_something_goes(self) -> "Remove":
-        sizes = ("share", "to", "to_bytes", "fit")
+        sizes = ("share", "to", "to_bytes", "fit", "speedup")
         given = [name for name in sizes if name in self.model_fields_set and getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} each say how much goes; give one of them")
@@ -275,7 +275,7 @@ class Remove(Strict):
         if self.type is not None and self.fit is self.to_bytes is None:
             raise ValueError("type is of the bytes that may stay; give to_bytes or fit too, such as to_bytes: 250MB")
         if given not in ([], ["share"]) and self.target != "parameters":
-            raise ValueError(f"{given[0]} is of parameters and their bytes; with target {self.target} give a share")
+            raise ValueError(f"{given[0]} has a target of its own; with target {self.target} give a share")
         if self.vocabulary is None and self.groups == ():
             raise ValueError("groups is empty and vocabulary is not given, so nothing would go; name a group")
         if self.vocabulary is None and (self.keep_text or self.keep_scripts):

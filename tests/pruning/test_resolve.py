@@ -275,6 +275,16 @@ def test_rounds_beyond_the_steps_of_align_are_noted():
         assert not any("choose.rounds" in each for each in resolved(**fine).warnings), fine
 
 
+def test_a_speed_up_is_a_share_of_the_latency():
+    prices = {"total": 0.01, "per_layer": 0.003, "per_unit": {"ffn": 1.7e-5}}
+    fast, small = (
+        resolved(speedup=1.25, prices=prices, align=1),
+        resolved(target="latency", prices=prices, remove=0.2, align=1),
+    )
+    assert fast.plans == small.plans and fast.recipe.remove.speedup is None
+    assert fast.recipe.remove.share == pytest.approx(0.2, abs=1e-15)
+
+
 def test_latency_prices_may_come_with_the_recipe():
     prices = {"total": 0.01, "per_layer": 0.003, "per_unit": {"ffn": 2e-5}}
     found = resolved(target="latency", prices=prices, remove=0.1, align=1)

@@ -53,6 +53,7 @@ def prune(
     fit: common.Fit = None,
     context: common.Context = None,
     type_name: common.Type = None,
+    speedup: common.SpeedUp = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     domain: common.Domains = None,
@@ -80,7 +81,12 @@ def prune(
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
     goes = {"share": remove, "to": to, "to_bytes": to_bytes, "fit": fit, "context": context, "type": type_name}
-    goes |= {"vocabulary": vocabulary, **common.kept(keep_text, keep_script), **_units(groups, align)}
+    goes |= {
+        "speedup": speedup,
+        "vocabulary": vocabulary,
+        **common.kept(keep_text, keep_script),
+        **_units(groups, align),
+    }
     said = {"remove": goes, "choose": {"budget": budget, "rounds": rounds}, "polish": {"num_tokens": polish}}
     said |= {"seed": seed, "machine": {"memory_budget": memory_budget, "device": device}}
     parsed = _recipe(recipe, preset, said, domain, sets)
@@ -96,6 +102,7 @@ def inspect(
     fit: common.Fit = None,
     context: common.Context = None,
     type_name: common.Type = None,
+    speedup: common.SpeedUp = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     polish: Polish = None,
@@ -114,7 +121,10 @@ def inspect(
     from secateur.report.rows import inspection_table, terminal
 
     size = {"share": remove, "to": to, "to_bytes": to_bytes, "fit": fit, "context": context, "type": type_name}
-    said = {"remove": {**size, **_units(groups, align)}, "choose": {"budget": budget, "rounds": rounds}}
+    said = {
+        "remove": {**size, "speedup": speedup, **_units(groups, align)},
+        "choose": {"budget": budget, "rounds": rounds},
+    }
     said |= {"polish": {"num_tokens": polish}, "machine": {"memory_budget": memory_budget}}
     asked = _recipe(recipe, preset, said, None, sets)
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:

@@ -22,6 +22,7 @@ WIDTH = 100
 OPTIONS = {
     "remove.share": "--remove", "remove.to": "--to", "remove.to_bytes": "--to-bytes",
     "remove.fit": "--fit", "remove.context": "--context", "remove.type": "--type",
+    "remove.speedup": "--speedup",
     "remove.groups": "--groups", "remove.align": "--align",
     "remove.vocabulary": "--vocabulary", "remove.keep_text": "--keep-text", "remove.keep_scripts": "--keep-script",
     "choose.budget": "--budget", "choose.rounds": "--rounds", "calibration.domains": "--domain",

@@ -110,7 +110,7 @@ class Resolved:
 
 
 def checked(opened: Opened) -> Opened:
-    """Return `opened`, the recipe's `groups` filled in: what holds most of such a model.
+    """Return `opened`, the recipe's `groups` filled in (what holds most of such a model) and a `speedup` as a share.
 
     Raises ArchError or RecipeError for what this model cannot do.
     """
@@ -118,6 +118,9 @@ def checked(opened: Opened) -> Opened:
         has_experts = any(group.name == EXPERTS for group in opened.arch.groups)
         groups = (EXPERTS,) if has_experts else ("ffn",)
         opened = replace(opened, recipe=opened.recipe.filled(remove={"groups": groups}))
+    if times := opened.recipe.remove.speedup:
+        faster = {"speedup": None, "target": "latency", "share": 1 - 1 / times}
+        opened = replace(opened, recipe=opened.recipe.filled(remove=faster))
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
     parse_size("output.max_shard_size", recipe.output.max_shard_size)
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
