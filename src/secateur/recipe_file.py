@@ -17,6 +17,7 @@ from secateur.files import yaml_of
 from secateur.plugins import SOURCE_GROUP, plugin_names
 from secateur.recipe import Choose, Domain, Machine, Output, Recipe, Remove, Repair
 
+RECIPE_FILE = "recipe.yaml"
 # Removed keys, or key=value, with what to do instead. Dots separate nested keys.
 GONE: dict[str, str] = {
     "bench": "run secateur bench OUT --against MODEL after the prune, which times both models in turns",

@@ -28,6 +28,14 @@ def export(
             "the weights' own type.",
         ),
     ] = None,
+    importance: Annotated[
+        bool,
+        typer.Option(
+            "--importance",
+            help="With a type of llama.cpp's quantiser: round the weights of loud channels more exactly, measured on "
+            "the text that MODEL was pruned with, else on the default domains.",
+        ),
+    ] = False,
     check: Annotated[
         bool | None,
         typer.Option(
@@ -46,7 +54,8 @@ def export(
     name, file = _wanted(gguf, format_name, out)
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
         options: dict[str, Any] = {"check": check, "overwrite": overwrite, "progress": progress}
-        done = secateur.export(model, file, format=name, type_name=type_name, **options)
+        options |= {"type_name": type_name, "importance": importance}
+        done = secateur.export(model, file, format=name, **options)
     if as_json:
         print(done.to_json(), end="")
         return
@@ -58,6 +67,9 @@ def export(
         types = ", ".join(f"{kind} {num / total:.1%}" for kind, num in done.num_params.items())
         wider = f"{done.wider_share:.1%} in a wider type than asked, as their rows do not fit its blocks"
         common.CONSOLE.print(f"Parameters by type: {types}; {wider}.", soft_wrap=True)
+    if done.importance_tokens:
+        read = ", ".join(f"{domain} {num:,}" for domain, num in done.importance_tokens.items())
+        common.CONSOLE.print(f"Importance of channels: measured on {read} tokens.", soft_wrap=True)
     found = done.check
     if found is not None:
         common.CONSOLE.print(

@@ -16,7 +16,7 @@ from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.evaluation import parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks
-from secateur.evaluation.text import RECIPE, named_blocks, recipe_blocks, sample_starts, wikitext_blocks
+from secateur.evaluation.text import named_blocks, recipe_blocks, sample_starts, wikitext_blocks
 from secateur.facts import Divergence
 from secateur.files import staged_file
 from secateur.log import Progress, silent, versions
@@ -25,6 +25,7 @@ from secateur.model.identity import check_dense, identity, is_result
 from secateur.model.kept_tokens import Trim, kept_tokens_of, trim_between
 from secateur.ranks import check_same, is_first, joined
 from secateur.recipe import Domain
+from secateur.recipe_file import RECIPE_FILE
 from secateur.report.measured import EVALUATION_FILE, Evaluation, Measured, Quality, Sample, TaskResults
 from secateur.store import Store
 from secateur.stream.losses import Blocks
@@ -202,7 +203,7 @@ def _prepare(settings: _Settings, pruned: parts.Subject, progress: Progress) -> 
     if settings.domains is not None:
         num_blocks, length = settings.num_blocks, settings.sequence_length
         blocks["domains"], notes = named_blocks(settings.domains, num_blocks, length, tokenizer, progress)
-    elif (directory / RECIPE).is_file() or not (settings.tasks or settings.wikitext2):
+    elif (directory / RECIPE_FILE).is_file() or not (settings.tasks or settings.wikitext2):
         blocks["domains"], notes = recipe_blocks(directory, tokenizer, progress)
     tasks = None
     if settings.tasks:

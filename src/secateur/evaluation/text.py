@@ -19,12 +19,11 @@ from secateur.log import Progress
 from secateur.model.bind import Arch
 from secateur.ranks import spread
 from secateur.recipe import Calibration, Domain
-from secateur.recipe_file import load_recipe, parse_recipe
+from secateur.recipe_file import RECIPE_FILE, load_recipe, parse_recipe
 from secateur.report.measured import Quality
 from secateur.report.records import Summary
 from secateur.stream.losses import Blocks, block_losses, per_token, standard_error
 
-RECIPE = "recipe.yaml"
 HUB = "hub"
 DEFAULT_BLOCK_LENGTH = 2048
 SEED = 0  # for text that no recipe describes
@@ -41,7 +40,7 @@ def recipe_blocks(
     as that model is not available. Raises RecipeError without a recipe, CalibrationError for
     unreadable text.
     """
-    path = directory / RECIPE
+    path = directory / RECIPE_FILE
     if not path.is_file():
         raise RecipeError(
             f"{directory}: has no recipe.yaml, so its held-out text is unknown; say what to evaluate on with "

@@ -3,9 +3,10 @@
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from secateur.formats.gguf_tensors import (
 )
 from secateur.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
 from secateur.formats.gguf_types import QUANTISED, quantise
+from secateur.formats.importance import importance_of
 from secateur.formats.save import GgufCheck, check_gguf, have_llama_cpp, require_llama_cpp
 from secateur.formats.serving import gguf_family, gguf_family_of, head_dim, layer_widths, rotary
 from secateur.log import Progress, silent
@@ -173,19 +175,25 @@ def check_type(key: str, type_name: str) -> None:
         )
 
 
-def export_gguf(checkpoint: Checkpoint, file: Path, type_name: str, progress: Progress = silent) -> None:
+def export_gguf(
+    checkpoint: Checkpoint,
+    file: Path,
+    type_name: str,
+    progress: Progress = silent,
+    importance: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Write the model, its tokenizer and chat template to `file`.
 
     Types of `QUANTISED` are made by llama.cpp from a file beside it in the weights' own type, which
-    is gone afterwards. Raises as `check_exportable`, and NumericsError for a weight that the type
-    cannot hold.
+    is gone afterwards. `importance`: of tensors' columns, see `importance_of`. Raises as
+    `check_exportable`, and NumericsError for a weight that the type cannot hold.
     """
     if type_name in QUANTISED:
         with tempfile.TemporaryDirectory(prefix=f"{file.name}-", dir=file.parent) as scratch:
             whole = Path(scratch) / "whole.gguf"
             export_gguf(checkpoint, whole, OWN_TYPES[str(checkpoint.config.dtype)], progress)
             progress("quantise", 0, 1)
-            quantise(whole, file, type_name, checkpoint.reference)
+            quantise(whole, file, type_name, checkpoint.reference, importance)
             progress("quantise", 1, 1)
         return
     family = gguf_family(checkpoint)
@@ -305,7 +313,7 @@ class Export(Record):
 
     `num_params`: of the file, by the type that llama.cpp's quantiser gave them. `wider_share`: those in
     a wider type than `type_name` asks for, since their rows do not fit its blocks. `check`: None if it
-    was not run.
+    was not run. `importance_tokens`: on which the importance of channels was measured, by domain.
     """
 
     file: str
@@ -315,6 +323,7 @@ class Export(Record):
     check: GgufCheck | None
     num_params: dict[str, int] = field(default_factory=dict)
     wider_share: float = 0.0
+    importance_tokens: dict[str, int] = field(default_factory=dict)
 
 
 def find_exporter(name: str) -> Exporter:
@@ -331,6 +340,7 @@ def export(
     *,
     format: str = "gguf",
     type_name: str | None = None,
+    importance: bool = False,
     check: bool | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -340,7 +350,8 @@ def export(
     `model`: a local directory, a hub id or `smollm2-135m`. `gguf`: the file to write.
     `format`: one of `EXPORTERS`, or one that an installed package registers.
     `type_name`: f32, f16, bf16, q8_0, or one of llama.cpp's quantiser such as q4_k_m (the option
-    --type), by default the weights' own.
+    --type), by default the weights' own. `importance`: that quantiser rounds the weights of loud
+    input channels more exactly, measured on the text of the result's recipe, see `importance_of`.
     `check`: whether llama.cpp (or the format's own program) must agree with transformers before the
     file appears; None: if it is installed.
     `overwrite`: replace the file if it exists. `progress`: called with (stage, done, total).
@@ -355,17 +366,25 @@ def export(
     check_file(file, overwrite=overwrite)
     checkpoint = open_checkpoint(model)
     type_name = exporter.check(checkpoint, type_name)
+    by_llama_cpp = format == "gguf" and type_name in QUANTISED
+    if importance and not by_llama_cpp:
+        raise RecipeError(
+            f"export importance: is for {', '.join(QUANTISED)}, got {type_name}; choose one of these or leave it out."
+        )
+    write, tokens = exporter.write, dict[str, int]()
+    if importance:
+        weights, tokens = importance_of(checkpoint, progress)
+        write = partial(export_gguf, importance=weights)
     with staged_file(file, overwrite=overwrite) as staged:
-        exporter.write(checkpoint, staged, type_name, progress)
+        write(checkpoint, staged, type_name, progress)
         num_bytes, found = staged.stat().st_size, None
-        by_llama_cpp = format == "gguf" and type_name in QUANTISED
-        stored = stored_types(staged, checkpoint, type_name) if by_llama_cpp else ({}, 0.0)
+        stored = stored_types(staged, checkpoint, type_name, weighed=importance) if by_llama_cpp else ({}, 0.0)
         if proof is not None:
             progress("check", 0, 1)
             found = proof.run(staged, checkpoint, type_name)
             progress("check", 1, 1)
     length = exporter.context_length(checkpoint) if exporter.context_length else None
-    return Export(str(file), type_name, num_bytes, length, found, *stored)
+    return Export(str(file), type_name, num_bytes, length, found, *stored, tokens)
 
 
 def _proof(exporter: Exporter, name: str, check: bool | None) -> Proof | None:

@@ -5,11 +5,12 @@ A file type such as q4_k_m is a mixture. `chosen_type` repeats the rule of llama
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
@@ -49,13 +50,17 @@ _SEVENTY_B = {"llama", "deci", "olmo", "qwen2"}
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the rule asks of a model. `queries`: of one KV head, in the first layer."""
+    """What the rule asks of a model. `queries`: of one KV head, in the first layer.
+
+    `weighed`: the quantiser has an importance matrix.
+    """
 
     architecture: str
     num_layers: int
     num_experts: int
     queries: int
     is_tied: bool
+    weighed: bool = False
 
     @classmethod
     def of(cls, config: PreTrainedConfig, architecture: str, *, is_tied: bool, latent: bool) -> "Shape":
@@ -131,7 +136,10 @@ def _of_ffn_readers(layer: int, model: Shape, file_type: str) -> str | None:
         "q5_k_m": "q6_k" if more else None,
         "q4_k_s": "q5_k" if first and not is_falcon else None,
     }
-    by_type |= dict.fromkeys(("iq4_nl", "iq4_xs"), "q5_k" if first else None)
+    if model.weighed:
+        by_type |= {"q4_0": "q4_1", "q5_0": "q5_1"} if first else {}
+    else:
+        by_type |= dict.fromkeys(("iq4_nl", "iq4_xs"), "q5_k" if first else None)
     return by_type.get(file_type)
 
 
@@ -149,10 +157,13 @@ def fitting_type(chosen: str, row: int, block_size: Callable[[str], int]) -> str
     return found if row % block_size(found) == 0 else "f16"
 
 
-def quantise(source: Path, file: Path, type_name: str, reference: str) -> None:
+def quantise(
+    source: Path, file: Path, type_name: str, reference: str, importance: Mapping[str, np.ndarray] | None = None
+) -> None:
     """Write the GGUF file `source`, in f32, f16 or bf16, as `file` by llama.cpp's quantiser.
 
-    Raises CheckpointError, naming the model by `reference`, with llama.cpp's last words if it fails.
+    `importance`: of the columns of tensors, by their names in the file, float32. Raises
+    CheckpointError, naming the model by `reference`, with llama.cpp's last words if it fails.
     """
     import ctypes
 
@@ -165,6 +176,10 @@ def quantise(source: Path, file: Path, type_name: str, reference: str) -> None:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = int(gguf.LlamaFileType[f"MOSTLY_{type_name.upper()}"])
     params.nthread = torch.get_num_threads()
+    if importance:
+        entry, number = llama_cpp.llama_model_imatrix_data, ctypes.POINTER(ctypes.c_float)
+        entries = [entry(name.encode(), each.ctypes.data_as(number), each.size) for name, each in importance.items()]
+        params.imatrix = (entry * (len(entries) + 1))(*entries)  # the last one, without a name, is the end
     llama_cpp.llama_log_set(listener, ctypes.c_void_p(0))
     try:
         status = llama_cpp.llama_model_quantize(bytes(source), bytes(file), ctypes.byref(params))

@@ -27,11 +27,11 @@ from secateur.pruning.resolve import Resolved
 from secateur.pruning.resolve_parts import groups_of
 from secateur.pruning.run import Keeps, Run
 from secateur.recipe import Recipe
-from secateur.recipe_file import dump_recipe, load_recipe, merged, parse_recipe
+from secateur.recipe_file import RECIPE_FILE, dump_recipe, load_recipe, merged, parse_recipe
 from secateur.recovery.pair import KEEP_FILE
 from secateur.report.card import model_card
 from secateur.report.page import Shown, View, view
-from secateur.report.records import RECIPE_FILE, CalibrationFacts, Summary, read_summary
+from secateur.report.records import CalibrationFacts, Summary, read_summary
 from secateur.report.report import complete, missing_plots
 from secateur.report.rows import human_bytes, human_seconds
 from secateur.report.vocabulary import vocabulary_facts
@@ -184,7 +184,7 @@ class PrunedCheckpoint:
         options: dict[str, Any] = {"max_shard_size": shard_size, "carry_from": self.carry_from}
         kept = None if self.trim is None else self.trim.kept
         left = save_checkpoint(self.model, self.tokenizer, place, kept=kept, **options)
-        (place / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
+        (place / RECIPE_FILE).write_text(dump_recipe(self.recipe), encoding="utf-8")
         layers = [{"group": "layers", "keep": self.layers}] if self.recipe.remove.depth else []
         kept = [{"layer": layer, "group": group, "keep": keep.tolist()} for (layer, group), keep in keeps.items()]
         (place / KEEP_FILE).write_text(json.dumps([*layers, *kept]) + "\n", encoding="utf-8")

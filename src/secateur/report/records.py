@@ -19,7 +19,7 @@ from secateur.facts import (
 )
 from secateur.log import LOG_FILE
 from secateur.recipe import MeasuredPrices, Recipe
-from secateur.recipe_file import load_recipe, parse_recipe
+from secateur.recipe_file import RECIPE_FILE, load_recipe, parse_recipe
 from secateur.report.measured import (
     BENCH_FILE,
     EVALUATION_FILE,
@@ -31,7 +31,7 @@ from secateur.report.measured import (
 )
 from secateur.report.page import Shown
 
-RECIPE_FILE, PAGE_FILE, PICTURE_FILE = "recipe.yaml", "report.html", "report.png"
+PAGE_FILE, PICTURE_FILE = "report.html", "report.png"
 
 Losses = dict[str, Loss]
 

@@ -1,0 +1,74 @@
+"""An importance matrix for llama.cpp's quantiser: how loud each input channel of a weight is, over all domains.
+
+The quantiser then rounds so that sum_c importance_c (w_c - q_c)^2 is small in place of the plain sum.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.data.calibration import build_calibration
+from secateur.errors import CalibrationError
+from secateur.formats.gguf_tensors import gguf_tensors
+from secateur.formats.serving import gguf_family
+from secateur.log import Progress
+from secateur.methods.prices import sequence_length
+from secateur.model.bind import bind
+from secateur.model.checkpoint import Checkpoint, load_model, load_tokenizer
+from secateur.recipe_file import RECIPE_FILE, load_recipe, parse_recipe
+from secateur.stream.walk import make_batches
+
+NUM_TOKENS = 16_384  # of all domains together
+
+
+@torch.inference_mode()
+def importance_of(
+    checkpoint: Checkpoint, progress: Progress
+) -> tuple[dict[str, Float[np.ndarray, " C"]], dict[str, int]]:
+    """Return the importance of the columns of the layers' matrices, by their names in a file, and tokens by domain.
+
+    importance_c = mean over domains d of E_d[x_c^2] / mean_c' E_d[x_c'^2], x the matrix's input: a domain
+    counts alike however loud it is. Experts, and matrices that a file holds joined or in halves, have
+    none. The text is that of the recipe which made the checkpoint, else a recipe's default domains. Raises
+    CalibrationError or RecipeError for text that cannot be read.
+    """
+    path = checkpoint.directory / RECIPE_FILE
+    recipe = parse_recipe(load_recipe(path) if path.is_file() else {}, f"recipe {path}")
+    length = sequence_length(recipe.calibration.sequence_length, checkpoint.config)
+    calibration = recipe.calibration.model_copy(update={"sequence_length": length, "rotate": False})
+    text = build_calibration(calibration, NUM_TOKENS, load_tokenizer(checkpoint), recipe.seed, progress)
+    blocks = {domain.name: domain.calibration_NT for domain in text.domains if not domain.calibration_NT.is_meta}
+    if not blocks:
+        raise CalibrationError(
+            "export importance: its recipe has text that the dense model wrote alone; name a domain."
+        )
+    model: Any = load_model(checkpoint).float()
+    backbone = model.get_submodule(bind(model).backbone)
+    squares: dict[str, Tensor] = {}
+
+    def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sums = inputs[0].flatten(0, -2).double().square().sum(0)
+        squares[name] = squares[name] + sums if name in squares else sums
+
+    matrices = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+    hooks = [each.register_forward_pre_hook(partial(add, name)) for name, each in matrices.items()]
+    found: dict[str, Tensor] = {}
+    num_done, num_blocks = 0, sum(map(len, blocks.values()))
+    for domain, ids_NT in blocks.items():
+        squares.clear()
+        for batch in make_batches(domain, ids_NT, held_out=False):
+            backbone(batch.ids_BT, use_cache=False)
+            num_done += len(batch.ids_BT)
+            progress("importance", num_done, num_blocks)
+        for name, sums in squares.items():
+            found[name] = found.get(name, torch.zeros_like(sums)) + sums / sums.mean().clamp_min(1e-30) / len(blocks)
+    for hook in hooks:
+        hook.remove()
+    tensors = gguf_tensors(checkpoint, gguf_family(checkpoint), "f32")
+    columns = {each.gguf_name: found.get(each.name.removesuffix(".weight")) for each in tensors}
+    matched = {name: each.float().numpy() for name, each in columns.items() if each is not None}
+    return matched, {name: each.numel() for name, each in blocks.items()}
