@@ -56,7 +56,7 @@ def main() -> None:
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         module.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=3e-4, fused=True)
     weight_P, next_P = torch.ones(options.length - 1), ids_BT[0, 1:]
     seconds: dict[str, list[float]] = {name: [] for name in ("forward", "teach", "loss", "backward", "update")}
 

@@ -61,6 +61,15 @@ class Size:
         return cls(sum(count for count, _ in counts), sum(count * size for count, size in counts))
 
 
+def weight_size(model: Any) -> float:
+    """Return the root mean square of the weights in matrices, embedding and head left out."""
+    words = (model.get_input_embeddings(), model.get_output_embeddings())
+    left_out = {id(parameter) for module in words for parameter in module.parameters()}
+    matrices = [each for each in model.parameters() if each.dim() > 1 and id(each) not in left_out]
+    squares = sum(each.double().square().sum().item() for each in matrices)
+    return math.sqrt(squares / sum(each.numel() for each in matrices))
+
+
 RESULT_FILE = "result.json"
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
-from secateur.facts import TrainingRecord, mean_kl, mean_nats, won_back
+from secateur.facts import TrainingRecord, mean_kl, mean_nats, weight_size, won_back
 from secateur.model.checkpoint import load_model
 from secateur.recovery import pair as recovery_pair
 from secateur.recovery.judge import domain_weights, objective
@@ -266,6 +266,17 @@ def test_per_layer_widths_and_removed_layers_are_recovered(checkpoints, recipe, 
     assert record is not None and record.training.held
     model = secateur.load(tmp_path / "out")
     assert model.config.num_hidden_layers == 2 and torch.isfinite(model(tiny_ids()).logits).all()
+
+
+def test_without_a_rate_the_size_of_the_weights_gives_it(checkpoints, pruned, recipe, tmp_path):
+    training = {key: value for key, value in TRAINING.items() if key != "learning_rate"}
+    asked = grouped({**recipe, "remove": 0.3, "polish": {"num_tokens": 1024, **training}})
+    secateur.prune(checkpoints["llama"], asked, out=tmp_path / "polished")
+    recover(pruned, checkpoints["llama"], {"recover": {"num_tokens": 2048, **training}}, out=tmp_path / "recovered")
+    size = weight_size(secateur.load(pruned))
+    for name, event, rate in (("polished", "polish_step", 0.0016), ("recovered", "recover_step", 0.0005)):
+        highest = max(line["learning_rate"] for line in events(tmp_path / name) if line["event"] == event)
+        assert highest == pytest.approx(rate * size, rel=1e-6)
 
 
 def test_prune_with_recover_in_the_recipe_is_prune_and_then_recover(recovered, pruned, checkpoints, recipe, tmp_path):

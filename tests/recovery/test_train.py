@@ -1,8 +1,10 @@
 """What the Trainer is given: steps, warm-up, evaluations, the loss of a batch; and what its events turn into."""
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import tiny_llama
@@ -10,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerControl, TrainerState
 
 from secateur.errors import RecipeError
-from secateur.facts import Verdict
+from secateur.facts import Verdict, weight_size
 from secateur.model.config import quiet_transformers
 from secateur.recipe import RecoverySettings
 from secateur.recovery import train
@@ -28,11 +30,11 @@ def work_with(place: Any, **settings: Any) -> Work:
 
 def arguments_of(place: Any, num_steps: int, size: int = 4, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     with quiet_transformers():
-        return _arguments(work_with(place, **settings), dtype, size, num_steps)
+        return _arguments(work_with(place, **settings), dtype, size, num_steps, 0.25)
 
 
 def test_the_schedule_is_the_one_that_the_docs_tell(tmp_path):
-    found = arguments_of(tmp_path, 95, learning_rate=0.25, evaluations=4)
+    found = arguments_of(tmp_path, 95, evaluations=4)
     assert (found.max_steps, found.warmup_steps, found.learning_rate) == (95, 9, 0.25)
     assert (found.lr_scheduler_type, found.weight_decay, found.max_grad_norm) == ("cosine", 0.0, 1.0)
     # Four evaluations at most: every 24 steps, and at the end.
@@ -44,6 +46,20 @@ def test_the_schedule_is_the_one_that_the_docs_tell(tmp_path):
     assert arguments_of(tmp_path, 5).warmup_steps == 1
     assert arguments_of(tmp_path, 8, evaluations=4).eval_steps == 2
     assert arguments_of(tmp_path, 8, evaluations=1).eval_steps == 8
+
+
+def test_the_rate_follows_the_size_of_the_weights():
+    model = tiny_llama(tied=False)
+    large = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, weight in large.named_parameters():
+            weight.mul_(3 if weight.dim() > 1 and "layers" in name else 7)  # vectors, embedding and head do not count
+    linears = [
+        each.weight.detach().numpy() for each in model.model.layers.modules() if isinstance(each, torch.nn.Linear)
+    ]
+    expected = np.sqrt(np.mean(np.concatenate([each.ravel() for each in linears]).astype(np.float64) ** 2))
+    assert weight_size(model) == pytest.approx(expected, rel=1e-12)
+    assert weight_size(large) == pytest.approx(3 * expected, rel=1e-6)
 
 
 def test_a_step_is_shared_out_over_passes(tmp_path):

@@ -108,6 +108,7 @@ def narrow_readers(
     shares: Mapping[int, float],
     damping: float | None,
     decide: Decide = here,
+    progress: Progress = silent,
 ) -> dict[int, Tensor]:
     """Return, by layer, its FFN reader's weight with some columns zero, to imitate narrow widths.
 
@@ -118,6 +119,7 @@ def narrow_readers(
     walk = Walk(model, arch, [batch for batch in batches if not batch.held_out])
     found: dict[int, Tensor] = {}
     for index in range(arch.num_layers):
+        progress("fit narrow layers", index, arch.num_layers)
         if index in shares:
             with walk.layer(index):
                 reader = _reader(model, arch, index)
@@ -128,6 +130,7 @@ def narrow_readers(
                 found[index] = decide(partial(_narrow, reader.weight, gram, shares[index], damping))
         with _replaced(model, arch, index, found.get(index)):
             walk.advance(index)
+    progress("fit narrow layers", arch.num_layers, arch.num_layers)
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secateur.errors import RecipeError
 from secateur.facts import Batch
-from secateur.log import Progress
+from secateur.log import Progress, silent
 from secateur.methods.depth import narrow_kl, narrow_readers
 from secateur.methods.profile import first_blocks
 from secateur.model.bind import Arch, head_of
@@ -178,7 +178,14 @@ Law = Callable[[Tensor], Tensor]
 
 
 def channel_law(
-    model: nn.Module, arch: Arch, batches: list[Batch], num_domains: int, most: float, damping: float, decide: Decide
+    model: nn.Module,
+    arch: Arch,
+    batches: list[Batch],
+    num_domains: int,
+    most: float,
+    damping: float,
+    decide: Decide,
+    progress: Progress = silent,
 ) -> Law:
     """Return what a share of the FFN channels costs: a share^b through `most` and half of it.
 
@@ -190,7 +197,8 @@ def channel_law(
     fitted, judged = first_blocks(batches, num_fit, after=NARROW_BLOCKS), first_blocks(batches, NARROW_BLOCKS)
     costs = []
     for share in (most / 2, most):
-        readers = narrow_readers(model, arch, fitted, dict.fromkeys(range(arch.num_layers), 1 - share), damping, decide)
+        shares = dict.fromkeys(range(arch.num_layers), 1 - share)
+        readers = narrow_readers(model, arch, fitted, shares, damping, decide, progress)
         costs.append(max(1e-9, narrow_kl(model, arch, judged, readers) / NARROW_OVERSTATES))
     exponent = math.log2(costs[1] / costs[0])
     return lambda share: costs[1] * (share.clamp(min=0) / most) ** exponent

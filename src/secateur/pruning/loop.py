@@ -87,7 +87,8 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
     unprotected = set(range(run.arch.num_layers)) - protected_layers(recipe, run.arch)
     damping = run.resolved.damping if recipe.repair.compensate == "least_squares" else None
     blocks = first_blocks(batches, num_blocks, after=after)
-    return narrow_readers(run.model, run.arch, blocks, dict.fromkeys(unprotected, kept / total), damping, from_first)
+    shares = dict.fromkeys(unprotected, kept / total)
+    return narrow_readers(run.model, run.arch, blocks, shares, damping, from_first, run.services.progress)
 
 
 def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]) -> dict[str, Any]:

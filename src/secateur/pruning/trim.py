@@ -221,6 +221,8 @@ def _measured(dense: _Dense, removal: methods.Removal, most: float) -> tuple[flo
     with eval_mode(model):
         half = dense.trim(removal, len(removal.ids) // 2)
         nats = from_first(partial(methods.nats_per_token, model, arch, half, written, services.progress))
-        law = methods.channel_law(model, arch, batches, len(written), most, resolved.damping, from_first)
+        law = methods.channel_law(
+            model, arch, batches, len(written), most, resolved.damping, from_first, services.progress
+        )
     placement.offload()
     return nats, law

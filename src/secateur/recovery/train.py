@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.facts import TrainingRecord, Verdicts, mean_kl
+from secateur.facts import TrainingRecord, Verdicts, mean_kl, weight_size
 from secateur.log import Progress, RunLog
 from secateur.model.config import quiet_transformers
 from secateur.ranks import alone
@@ -38,6 +38,8 @@ from secateur.store import Store
 from secateur.stream.device import CPU, multiplies_in_software
 
 TRAINER_FOLDER, TRAINED_FOLDER = "trainer", "trained"
+# Adam moves a weight by about the rate, whatever its gradient: what a model bears follows its weights' size.
+RELATIVE_RATES = {"polish": 0.0016, "recover": 0.0005}
 
 
 class Distiller(Trainer):
@@ -236,6 +238,7 @@ def recover_logits(work: Work, weights: dict[str, float]) -> int:
     use_cache = getattr(work.pruned.config, "use_cache", None)
     size = blocks_per_step(settings.batch_tokens, length)
     num_steps = len(work.text.blocks) // size
+    rate = settings.learning_rate or RELATIVE_RATES[work.name] * weight_size(work.pruned)
     for parameter in work.pruned.parameters():  # not .float(): buffers keep their dtype
         parameter.data = parameter.data.to(torch.float32, copy=True)  # a copy: the old weights may be put back
     work.pruned.requires_grad_(True)
@@ -247,7 +250,7 @@ def recover_logits(work: Work, weights: dict[str, float]) -> int:
     torch.manual_seed(work.seed)
     trained = _to_train(settings, handed_over(work.pruned) if wants_shards() else work.pruned)
     with quiet_transformers():
-        trainer = _trainer(work, trained, weights, _arguments(work, dtype, size, num_steps), size * length)
+        trainer = _trainer(work, trained, weights, _arguments(work, dtype, size, num_steps, rate), size * length)
         _run(trainer, work.directory / TRAINER_FOLDER)
         _take_back(work, trained, trainer, dtypes)
     if use_cache is not None:
@@ -332,14 +335,14 @@ def _trainer(
     return trainer
 
 
-def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int) -> TrainingArguments:
+def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: float) -> TrainingArguments:
     settings = work.settings
     every, on_cpu = -(-num_steps // settings.evaluations), work.on_cpu
     arguments = TrainingArguments(
         output_dir=str(work.directory / TRAINER_FOLDER),
         per_device_train_batch_size=min(settings.blocks_per_device, size),
         max_steps=num_steps,
-        learning_rate=settings.learning_rate,
+        learning_rate=rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, num_steps // 10),
         weight_decay=0.0,
