@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from quality import DATA, FILES
+from texts import HYBRID, text_file
 from torch.nn.functional import cross_entropy
 
 import secateur
@@ -58,7 +58,7 @@ def directory(reference: str, place: Path) -> str:
 def documents(domain: str, num_bytes: int) -> list[str]:
     """Return the beginnings of the domain's evaluation documents, `num_bytes` of UTF-8 or a little more."""
     found, left = list[str](), num_bytes
-    for _, row in read_rows(DATA / "text" / f"{FILES[domain][1]}.jsonl.gz"):
+    for _, row in read_rows(Path(text_file(domain, 1))):
         if left > 0:
             found.append(str(row["text"])[:PIECE])
             left -= len(found[-1].encode())
@@ -90,7 +90,7 @@ def over(bits: dict[str, list[float]], dense: dict[str, list[float]]) -> tuple[f
 
 def measure(rows: Rows, models: dict[str, str], types: list[str], num_bytes: int, out: Path) -> None:
     """Export and measure what `rows` lack; `rows` and the file in OUT get it type by type."""
-    texts = {domain: documents(domain, num_bytes) for domain in FILES}
+    texts = {domain: documents(domain, num_bytes) for domain in HYBRID}
     for type_name in types:
         found = rows.setdefault(type_name, {})
         if not models.keys() - found.keys():
@@ -122,7 +122,7 @@ def table(rows: Rows) -> str:
     dense = next(iter(next(iter(rows.values())).values()))
     files = [(name, kind, row) for kind, found in rows.items() for name, row in found.items()]
     files.sort(key=lambda each: -each[2]["bytes"])
-    head = ["model", "type", "MB", *FILES, "mean bits per byte", "over dense", "tokens/s", "times dense, same type"]
+    head = ["model", "type", "MB", *HYBRID, "mean bits per byte", "over dense", "tokens/s", "times dense, same type"]
     lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
     for position, (name, kind, row) in enumerate(files):
         bits, (more, error) = mean_bits(row), over(row["bits"], dense["bits"])

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
-from quality import HYBRID, draw
+from quality import draw
+from texts import HYBRID
 from torch import Tensor, nn
 
 from secateur.methods import compensate

@@ -37,16 +37,8 @@ from statistics import mean
 from typing import Any
 
 import yaml
+from texts import HYBRID, text_file
 
-DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "text"
-FILES = {  # to calibrate on, to be judged by
-    "web": ("web_c4_calib", "web_c4_eval"),
-    "wiki": ("wiki_calib", "wikitext2_test_detok"),
-    "code": ("code_calib", "code_eval"),
-    "math": ("math_gsm8k_calib", "math_gsm8k_eval"),
-    "chat": ("instruct_calib", "instruct_eval"),
-    "science": ("science_qasper_calib", "science_qasper_eval"),
-}
 MODEL, SHARE, LENGTH = "smollm2-135m", 0.2, 512
 BEGIN, END = "<!-- table: peers.py --page -->", "<!-- end of table -->"
 
@@ -157,7 +149,7 @@ def measured(command: list[Any], log: Path, seconds: float) -> dict[str, float]:
 
 def prepare(arguments: argparse.Namespace) -> None:
     """Write the dense model, the blocks that every row calibrates on, and secateur's recipe for the same blocks."""
-    domains = {name: {"files": [str(DATA / f"{files[0]}.jsonl.gz")]} for name, files in FILES.items()}
+    domains = {name: {"files": [text_file(name, 0)]} for name in HYBRID}
     text = {"domains": domains, "num_tokens": arguments.num_tokens, "sequence_length": LENGTH}
     recipe = {"remove": {"share": SHARE, "align": 8, "depth": 0}, "calibration": text, "polish": False, "seed": 0}
     written, asked = arguments.out / "text.json.recipe", json.dumps(recipe | {"output": {"evaluate": False}})
@@ -237,7 +229,7 @@ def judged(pruned: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from secateur.evaluation.parts import differences
     from secateur.recipe_file import parse_recipe
 
-    domains = {name: {"files": [str(DATA / f"{files[1]}.jsonl.gz")]} for name, files in FILES.items()}
+    domains = {name: {"files": [text_file(name, 1)]} for name in HYBRID}
     parsed = parse_recipe({"calibration": {"domains": domains}}).calibration.domains
     dense = str(arguments.out / "dense")
 

@@ -11,13 +11,13 @@ Markdown table per seed and the marks. `--remove`: a share of all parameters, in
 
 import argparse
 import math
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from texts import HYBRID, text_file
 from transformers import AutoTokenizer
 
 from secateur.data.calibration import CalibrationSet, build_calibration
@@ -32,17 +32,6 @@ from secateur.pruning.run import Run
 from secateur.recipe import Calibration, Domain
 from secateur.recipe_file import merged, parse_recipe
 from secateur.stream.losses import domain_losses
-
-DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-FILES = {
-    "web": ("web_c4_calib", "web_c4_eval"),
-    "wiki": ("wiki_calib", "wikitext2_test_detok"),
-    "code": ("code_calib", "code_eval"),
-    "math": ("math_gsm8k_calib", "math_gsm8k_eval"),
-    "chat": ("instruct_calib", "instruct_eval"),
-    "science": ("science_qasper_calib", "science_qasper_eval"),
-}
-HYBRID = tuple(FILES)
 
 
 class Cut(NamedTuple):
@@ -93,7 +82,7 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 def draw(domains: tuple[str, ...], part: int, blocks: int, tokenizer: Any, seed: int) -> CalibrationSet:
     """Return 6 x `blocks` blocks, spread over `domains`, of part 0 (calib) or 1 (eval)."""
-    files = {name: Domain(files=(str(DATA / "text" / f"{FILES[name][part]}.jsonl.gz"),)) for name in domains}
+    files = {name: Domain(files=(text_file(name, part),)) for name in domains}
     calibration = Calibration(domains=files, sequence_length=LENGTH)
     return build_calibration(calibration, blocks * len(HYBRID) * LENGTH, tokenizer, seed)
 

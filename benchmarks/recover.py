@@ -16,7 +16,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from quality import DATA, FILES, HYBRID, LENGTH, draw
+from quality import LENGTH, draw
+from texts import HYBRID, text_file
 
 from secateur.api import prune
 from secateur.model.bind import bind
@@ -38,7 +39,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def domains() -> dict[str, Any]:
     """Return the six domains of the recipe."""
-    return {name: {"files": [str(DATA / "text" / f"{FILES[name][0]}.jsonl.gz")]} for name in HYBRID}
+    return {name: {"files": [text_file(name, 0)]} for name in HYBRID}
 
 
 def pruned_at(remove: float, model: str, place: Path) -> Path:

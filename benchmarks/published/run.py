@@ -17,17 +17,19 @@ import argparse
 import copy
 import importlib
 import json
-import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # of `texts`
 import torch
 from judge import block_nats, task_scores
 from pruned import Pruned, count_parameters
 from table import WIKITEXT, markdown, mean
+from texts import DATA, HYBRID, text_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,15 +40,6 @@ from secateur.evaluation.text import wikitext_blocks
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.recipe import Calibration, Domain
 
-DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")) / "text"
-FILES = {
-    "web": ("web_c4_calib", "web_c4_eval"),
-    "wiki": ("wiki_calib", "wikitext2_test_detok"),
-    "code": ("code_calib", "code_eval"),
-    "math": ("math_gsm8k_calib", "math_gsm8k_eval"),
-    "chat": ("instruct_calib", "instruct_eval"),
-    "science": ("science_qasper_calib", "science_qasper_eval"),
-}
 LENGTH, ALIGN, LINES = 512, 8, "rows.jsonl"
 BEGIN, END = "<!-- tables: run.py --page -->", "<!-- end of tables -->"
 TASKS = ("hellaswag", "piqa", "arc_easy", "lambada_openai")
@@ -66,7 +59,7 @@ DEFAULT_ROWS = tuple(row for row in ROWS if row not in ("taylor-ls", "best"))
 
 def domains_of(part: int) -> dict[str, Domain]:
     """Return the six domains: part 0 to calibrate on, 1 to be judged by."""
-    return {name: Domain(files=(str(DATA / f"{files[part]}.jsonl.gz"),)) for name, files in FILES.items()}
+    return {name: Domain(files=(text_file(name, part),)) for name in HYBRID}
 
 
 def drawn(part: int, num_tokens: int, tokenizer: PreTrainedTokenizerBase, draw: int) -> Any:
@@ -105,7 +98,7 @@ def as_published(row: str, share: float, draw: int, blocks_NT: Tensor, model: Pr
 
 def text_of(draw: int, tokenizer: Any, config: Any, arguments: argparse.Namespace) -> dict[str, Tensor]:
     """Return one draw's blocks to be judged by; WikiText-2's are spread evenly over the test split."""
-    drawn_set = drawn(1, arguments.eval_blocks * len(FILES) * LENGTH, tokenizer, draw)
+    drawn_set = drawn(1, arguments.eval_blocks * len(HYBRID) * LENGTH, tokenizer, draw)
     whole = wikitext_blocks(str(DATA / "wikitext2_test_rows.jsonl.gz"), None, tokenizer, config)
     step = max(1, len(whole) // arguments.wikitext_blocks)
     some = whole[draw % step :: step][: arguments.wikitext_blocks]

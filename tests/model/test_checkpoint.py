@@ -113,10 +113,17 @@ def test_no_such_model_names_the_nearest(directory):
         open_checkpoint(str(directory) + "s")
 
 
+@pytest.mark.parametrize("reference", ["smolm2-135m", "SmolLM2-135M", "no/such/folder/smollm2-135"])
+def test_the_name_of_an_installed_model_may_be_meant(reference):
+    with pytest.raises(CheckpointError, match=r"no such directory.*; did you mean smollm2-135m\."):
+        open_checkpoint(reference)
+
+
 @pytest.mark.parametrize("reference", ["nothing-like-it", "/nowhere/at/all", "missing.gguf", "bad id/x"])
 def test_no_such_model(reference):
-    with pytest.raises(CheckpointError, match=f"model {reference}: no such directory or .gguf file"):
+    with pytest.raises(CheckpointError, match=f"model {reference}: no such directory or .gguf file") as found:
         open_checkpoint(reference)
+    assert "did you mean" not in str(found.value)
 
 
 def test_a_file_that_is_no_gguf(directory):

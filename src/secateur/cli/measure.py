@@ -115,7 +115,7 @@ def bench(
 def compare(
     study: Annotated[str, typer.Argument(help="A study's YAML file, or a shipped one: paper, methods, tokens.")],
     out: Annotated[Path, typer.Argument(help="The directory for cells, table and page; finished cells stay.")],
-    model: Annotated[str | None, typer.Option(help="Replaces the study's model.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Replaces the study's model; again for several.")] = None,
     small: Annotated[bool, typer.Option("--small", help="The study's short form.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and how long; run nothing.")] = False,
     quiet: common.Quiet = False,
@@ -124,7 +124,7 @@ def compare(
     """Run a grid of methods, shares and seeds; after an interruption it continues."""
     from secateur.evaluation.compare import foresee
     from secateur.evaluation.study import load_study
-    from secateur.evaluation.study_page import foreseen_table, overview, verdict
+    from secateur.evaluation.study_page import by_question, foreseen_table, overview, verdict
     from secateur.ranks import is_first
     from secateur.report.rows import terminal
 
@@ -134,7 +134,8 @@ def compare(
         if as_json:
             print(json.dumps([dataclasses.asdict(each) for each in foreseen], indent=2))
         else:
-            common.CONSOLE.print(terminal([foreseen_table(parsed.question, foreseen)]))
+            parts = by_question(parsed.question, foreseen)
+            common.CONSOLE.print(terminal(foreseen_table(*part) for part in parts))
         return
     shown = is_first() and not (quiet or as_json)
     tell = common.teller(enabled=shown)
@@ -145,6 +146,6 @@ def compare(
     if as_json:
         print(json.dumps([dataclasses.asdict(cell) for cell in found], indent=2))
         return
-    common.CONSOLE.print(terminal([overview(parsed.question, found)]))
+    common.CONSOLE.print(terminal(overview(parsed.question, found)))
     common.CONSOLE.print(verdict(found))
     common.CONSOLE.print(f"Written to {out}: report.html, table.md, .csv and .tex, results.json.", soft_wrap=True)

@@ -4,7 +4,7 @@ In: a `Study`, from YAML. Out: a `Comparison`, and a page. A method is recipe ke
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.data.retokenised import retokenised
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.parts import Subject, subject_of
 from secateur.evaluation.study import (
     DENSE,
@@ -39,7 +39,7 @@ from secateur.pruning.cost import seconds_for, work_of
 from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import Opened, computes_in_float32, open_model, tokenizer_of
 from secateur.pruning.prune import calibration_text
-from secateur.pruning.resolve import checked, resolve
+from secateur.pruning.resolve import Resolved, checked, resolve
 from secateur.pruning.run import Run, without_tokens
 from secateur.pruning.trim import plan_trim
 from secateur.ranks import in_turns, is_first, joined
@@ -62,8 +62,12 @@ CELLS_FOLDER = "cells"
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """What every cell needs. `opened`: with its tokenizer. `dense`: the dense model's files."""
+    """What every cell of a model needs. `name`: the model's in tables. `opened`: with its tokenizer.
 
+    `dense`: the dense model's files.
+    """
+
+    name: str
     study: Study
     opened: Opened
     dense: Subject
@@ -82,15 +86,35 @@ def foresee(study: Study) -> list[Foreseen]:
 
     Raises what `compare` raises before its first cell.
     """
-    opened, first = open_model(study.model, study_recipe(study, study.seeds[0])), study.seeds[0]
     found = []
-    for cell in (cell for cell in cells(study) if cell.seed == first):
-        asked = checked(opened.asking(cell.recipe))
-        resolved = resolve(asked)
-        width = text_config(opened.model).hidden_size
-        dtype = torch.float32 if computes_in_float32(asked) else opened.model.dtype
-        seconds = seconds_for(work_of(asked, resolved), width, dtype, opened.device).total
-        found.append(Foreseen(cell.method, cell.ratio, len(study.seeds), seconds))
+    for name, model in study.by_name.items():
+        for cell, asked, resolved in _checked_cells(study, name, _opened(study, model)):
+            if cell.seed != study.seeds[0]:
+                continue
+            width = text_config(asked.model).hidden_size
+            dtype = torch.float32 if computes_in_float32(asked) else asked.model.dtype
+            seconds = seconds_for(work_of(asked, resolved), width, dtype, asked.device).total
+            # Embedding and head; the layers as they were before the first round, and before one that may be undone.
+            choose, in_layers = cell.recipe.choose, sum(asked.arch.params_per_layer) * asked.model.dtype.itemsize
+            copies = (len(resolved.plans) > 1 and bool(resolved.target_mix)) + (choose.max_loss_rise is not None)
+            disk_bytes = asked.size.num_bytes + (copies - 1) * in_layers
+            found.append(Foreseen(cell.method, cell.ratio, len(study.seeds), seconds, disk_bytes, name))
+    return found
+
+
+def _opened(study: Study, model: str) -> Opened:
+    return open_model(model, study_recipe(study, study.seeds[0]))
+
+
+def _checked_cells(study: Study, name: str, opened: Opened) -> list[tuple[Cell, Opened, Resolved]]:
+    """Return a model's cells, each with the model as its recipe opens it. Raises what a user can correct."""
+    found = []
+    for cell in cells(study):
+        try:
+            asked = checked(opened.asking(cell.recipe))
+            found.append((cell, asked, resolve(asked)))
+        except SecateurError as error:
+            raise type(error)(f"study, model {name}, method '{cell.method}' at {cell.ratio:.0%}: {error}") from None
     return found
 
 
@@ -99,7 +123,7 @@ def compare(
     study: Study | Path | str,
     out: Path | str,
     *,
-    model: str | None = None,
+    model: str | Sequence[str] | None = None,
     small: bool = False,
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
@@ -107,8 +131,8 @@ def compare(
     """Run the missing cells of a study's grid; write table, study, results and page to `out`.
 
     `study`: a YAML file, or a shipped study: paper, methods, tokens. `out`: the directory, which
-    also holds every finished cell. `model`: replaces the study's model. `small`: run the study's
-    short form. `progress`: called with (stage, done, total). `tell`: gets a line about every
+    also holds every finished cell. `model`: one or several, in place of the study's. `small`: run
+    the study's short form. `progress`: called with (stage, done, total). `tell`: gets a line about every
     finished cell that is damaged on disk and runs again.
 
     Returns the record of all cells. Under torchrun every process calls this. Ranks take whole cells by
@@ -125,32 +149,30 @@ def compare(
 def _compare(study: Study, out: Path, progress: Progress, tell: Callable[[str], None]) -> Comparison:
     if missing_plots():
         raise RecipeError("compare: the page of a study needs matplotlib; run pip install 'secateur[report]'.")
-    grid = list(cells(study))
-    opened = open_model(study.model, study_recipe(study, study.seeds[0]))
-    for cell in grid:
-        resolve(checked(opened.asking(cell.recipe)))
+    opened = {name: _opened(study, model) for name, model in study.by_name.items()}
+    for name, each in opened.items():
+        _checked_cells(study, name, each)
     names, limit = study.evaluation.tasks, study.evaluation.limit
     tasks = load_tasks(names, TaskOptions(limit=limit), None) if names else None
-    opened = replace(opened, tokenizer=tokenizer_of(opened))
-    assert opened.checkpoint is not None, "a study names its model"
-    store = Store.lasting(out / CELLS_FOLDER, tell)
-    dense = subject_of(DENSE, opened.checkpoint, opened.arch, opened.device)
-    shared = _Shared(study, opened, dense, tasks, store, progress)
-    blocks: dict[int, Judged] = {}
-    work: list[tuple[int, Cell | str]] = []  # a name: the dense model, as it is or trained
+    opened = {name: replace(each, tokenizer=tokenizer_of(each)) for name, each in opened.items()}
+    store, grids = Store.lasting(out / CELLS_FOLDER, tell), list[_Shared]()
+    for name, each in opened.items():
+        assert each.checkpoint is not None, "a study names its models"
+        dense = subject_of(DENSE, each.checkpoint, each.arch, each.device)
+        grids.append(_Shared(name, study, each, dense, tasks, store, progress))
+    blocks: dict[tuple[str, int], Judged] = {}
+    work: list[tuple[_Shared, int, Cell | str]] = []  # a name: the dense model, as it is or trained
     for seed in study.seeds:
-        work += [(seed, DENSE), *((seed, cell) for cell in grid if cell.seed == seed)]
-        work += [(seed, TRAINED_DENSE)] if study.train_dense else []
+        for shared in grids:
+            work += [(shared, seed, DENSE), *((shared, seed, cell) for cell in cells(study) if cell.seed == seed)]
+            work += [(shared, seed, TRAINED_DENSE)] if study.train_dense else []
     progress("cells", 0, len(work))
 
     def finish(number: int) -> FoundCell:
-        seed, cell = work[number]
-        if seed not in blocks:
-            blocks[seed] = _judged_on(shared, seed)
-        if isinstance(cell, str):
-            found = _dense_cell(shared, cell, seed, blocks[seed])
-        else:
-            found = _cell(shared, cell, blocks[seed])
+        shared, seed, cell = work[number]
+        judged = blocks.get((shared.name, seed)) or _judged_on(shared, seed)
+        blocks[shared.name, seed] = judged
+        found = _dense_cell(shared, cell, seed, judged) if isinstance(cell, str) else _cell(shared, cell, judged)
         progress("cells", number + 1, len(work))
         return found
 
@@ -192,7 +214,7 @@ def _dense_cell(shared: _Shared, name: str, seed: int, blocks: Judged) -> FoundC
 
     asked = {} if recipe is None else recipe.model_dump(mode="json")
     result = shared.store.value(f"{name}-{seed}", compute, depends_on=_depends_on(shared, seed, asked, blocks))
-    return FoundCell(name, 0.0, seed, **result)
+    return FoundCell(name, 0.0, seed, **result, model=shared.name)
 
 
 def _cell(shared: _Shared, cell: Cell, blocks: Judged) -> FoundCell:
@@ -214,7 +236,7 @@ def _cell(shared: _Shared, cell: Cell, blocks: Judged) -> FoundCell:
 
     depends_on = _depends_on(shared, cell.seed, cell.recipe.model_dump(mode="json"), blocks)
     result = shared.store.value(f"{cell.method}-{cell.ratio:g}-{cell.seed}", compute, depends_on=depends_on)
-    return FoundCell(cell.method, cell.ratio, cell.seed, **result)
+    return FoundCell(cell.method, cell.ratio, cell.seed, **result, model=shared.name)
 
 
 def _dense_run(shared: _Shared, opened: Opened, services: Services, blocks: Judged) -> tuple[Run, Lesson | None]:

@@ -2,13 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from secateur.errors import RecipeError, advice, one_of
 from secateur.facts import Loss, Record
@@ -48,11 +48,12 @@ class Evaluation(Strict):
 class Study(Strict):
     """A grid. `question`: what it answers, in one sentence. `small`: keys for a short run.
 
+    `model`: one, or a list of several, each of which runs the whole grid in tokens of its own.
     `train_dense`: a row of the dense model after the recipe's polish, by cross-entropy alone.
     """
 
     question: str
-    model: str
+    model: str | tuple[str, ...]
     ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)]
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     methods: Annotated[dict[str, Method], Field(min_length=1)]
@@ -60,6 +61,25 @@ class Study(Strict):
     evaluation: Evaluation = Evaluation()
     train_dense: bool = False
     small: dict[str, Any] = Field(default={})
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _different_models(cls, value: Any) -> Any:
+        names = value if isinstance(value, list | tuple) else [value]
+        if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise ValueError("must be a model, or a list of different ones")
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All models, as the user wrote them."""
+        return (self.model,) if isinstance(self.model, str) else self.model
+
+    @property
+    def by_name(self) -> dict[str, str]:
+        """The models by their names in tables: a path's last part, if no other has the same."""
+        short = [(Path(model).name or model) if Path(model).exists() else model for model in self.models]
+        return dict(zip(short if len(set(short)) == len(short) else self.models, self.models, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +94,21 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Foreseen:
-    """A method at a share before it runs. `seconds`: of one draw, without reading text and judging."""
+    """A method at a share before it runs. `seconds`: of one draw, without reading text and judging.
+
+    `disk_bytes`: the most that a draw puts into temporary files; no model is kept.
+    """
 
     method: str
     ratio: float
     num_draws: int
     seconds: float
+    disk_bytes: int
+    model: str
 
 
-def load_study(reference: str, *, small: bool, model: str | None = None) -> Study:
-    """Return a shipped study or the one in a file; `model` replaces the study's own.
+def load_study(reference: str, *, small: bool, model: str | Sequence[str] | None = None) -> Study:
+    """Return a shipped study or the one in a file; `model`, one or several, replaces the study's own.
 
     Raises RecipeError for an unknown study (naming the shipped ones) and for a wrong key.
     """
@@ -102,13 +127,14 @@ def load_study(reference: str, *, small: bool, model: str | None = None) -> Stud
         if first["type"] == "extra_forbidden":
             hint = advice(str(first["loc"][-1]), Study.model_fields, one_of(Study.model_fields))
             raise RecipeError(f"study {reference}: unknown key '{key}'; {hint}") from None
-        raise RecipeError(f"study {reference}: {key}: {first['msg'].lower()}, got {first.get('input')!r}.") from None
+        message = first["msg"].removeprefix("Value error, ").lower()
+        raise RecipeError(f"study {reference}: {key}: {message}, got {first.get('input')!r}.") from None
     list(cells(study))  # every recipe is valid before the first run
     return study
 
 
 def cells(study: Study) -> Iterator[Cell]:
-    """Yield the cells seed by seed, so that an interrupted study has whole repetitions."""
+    """Yield the cells of one model seed by seed, so that an interrupted study has whole repetitions."""
     for seed in study.seeds:
         for ratio in study.ratios:
             for name, method in study.methods.items():
@@ -157,7 +183,8 @@ class FoundCell:
     """A finished cell of a study. `tasks`: the harness's numbers. `seconds`: of pruning alone.
 
     All nats are per token of the dense tokenizer. `others`: on text of kinds that no run saw.
-    `block_nats`: of each block by domain; empty if an older version measured it.
+    `block_nats`: of each block by domain; empty if an older version measured it. `model`: its name
+    in tables; empty in results of older versions, which are of one model.
     """
 
     method: str
@@ -170,6 +197,7 @@ class FoundCell:
     num_tokens: dict[str, int] = field(default_factory=dict)
     others: dict[str, float] = field(default_factory=dict)
     block_nats: dict[str, list[float]] = field(default_factory=dict)
+    model: str = ""
 
     def over(self, dense: "FoundCell") -> dict[str, Change]:
         """Return nats per token over those of the dense model on the same draw, by domain."""
@@ -194,7 +222,7 @@ class FoundCell:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Comparison(Shown, Record):
-    """`results.json`: all cells of a study's grid, the dense model's first in each seed."""
+    """`results.json`: all cells of a study's grid, in each seed model by model, the dense one first."""
 
     cells: tuple[FoundCell, ...]
     versions: dict[str, str]

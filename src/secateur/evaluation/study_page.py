@@ -1,13 +1,12 @@
 """What a study found: tables, a page, and a verdict that says no more than its draws carry."""
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
@@ -17,14 +16,14 @@ from secateur.report.measured import Change, mean_change
 from secateur.report.page import Page, Section, Table, View, render, view
 from secateur.report.plots import Curve, Series, Text, dot_plot, shared_picture
 from secateur.report.records import PICTURE_FILE
-from secateur.report.rows import escaped, human_seconds, markdown
+from secateur.report.rows import csv_text, escaped, human_bytes, human_seconds, latex, markdown
 
 _perplexity: Callable[[FoundCell], float] = attrgetter("perplexity")
 _other_perplexity: Callable[[FoundCell], float] = attrgetter("other_perplexity")
 
+OfModel = TypeVar("OfModel", FoundCell, Foreseen)
+
 TASK_METRICS = ("acc_norm,none", "acc,none")
-_TEX = {each: rf"\{each}" for each in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
-_TEX |= {"^": r"\textasciicircum{}", "±": r"$\pm$"}
 # A plot leaves out methods this many times worse than the best.
 MOST_TIMES_BEST = 4
 
@@ -49,42 +48,93 @@ def save_comparison(study: Study, comparison: Comparison, out: Path) -> None:
 
 
 def _pages(study: Study, found: list[FoundCell]) -> dict[str, str]:
-    quality = _quality_table(found)
-    more = [_over_dense_table(found), *([_others_table(found)] if found[0].others else [])]
-    more += [_task_table(found)] if any(cell.tasks for cell in found) else []
-    tables, (first, *last) = [quality, *more], _narrow(quality)
-    about = _about(study, found)
+    models, about = by_model(found), _about(study, found)
+    tables, sections = list[Table](), list[Section]()
+    if len(models) > 1:
+        tables, (plots, hidden) = _tables_over_models(found), _plots(found, "models")
+        sections.append(Section("models", f"{len(models)} models together", hidden, plots, tables, stacked=True))
+    for number, (model, cells) in enumerate(models.items(), 1):
+        quality = _quality_table(cells)
+        more = [_over_dense_table(cells), *([_others_table(cells)] if cells[0].others else [])]
+        more += [_task_table(cells)] if any(cell.tasks for cell in cells) else []
+        (first, *last), where, text, named = _narrow(quality), ("quality", "Quality"), list[str](), [quality, *more]
+        if len(models) > 1:
+            where, text = (f"model-{number}", model), [verdict(cells)]
+            named = [replace(table, caption=f"{model}: {table.caption}") for table in named]
+        plots, hidden = _plots(cells, "" if len(models) == 1 else where[0])
+        shown = (first, *more, *last)
+        sections.append(Section(*where, [*text, *hidden], plots, shown, stacked=len(models) > 1))
+        tables = [*tables, *named]
     text = [f"# {escaped(study.question)}", "", *(f"- {escaped(line)}" for line in about), ""]
     for table in tables:
         text += [f"## {escaped(table.caption)}", "", *markdown(table), ""]
-    rows = [row for row in rows_of(found) if row.ratio]
-    by_ratio = {row.ratio: [each for each in rows if each.ratio == row.ratio] for row in rows}
-    plots = [_plot(*each, _dense(found)) for each in by_ratio.items()]
-    hidden = [
-        f"Not in the plot, {MOST_TIMES_BEST} times the best perplexity or more: {row.method} at {row.ratio:.0%}."
-        for each in by_ratio.values()
-        for row in _split(each)[1]
-    ]
-    sections = [
-        Section("quality", "Quality", hidden, plots, tables=(first, *more, *last)),
-        Section("how", "How it was measured", text=about),
-    ]
+    sections.append(Section("how", "How it was measured", text=about))
     page = Page(study.question, verdict(found), (), (), sections, PICTURE_FILE)
     wide = {"table.csv": csv_text(tables), "table.tex": latex(tables)}
     return {"table.md": "\n".join(text), **wide, "report.html": render(page)}
 
 
 def _picture(study: Study, found: list[FoundCell]) -> bytes:
-    """Return the picture of perplexity over the share of parameters that stays, a curve per method, as PNG."""
-    dense = statistics.mean(cell.perplexity for cell in _dense(found).values())
+    """Return the picture of quality over the share of parameters that stays, a curve per method, as PNG."""
+    value, is_one = _quality(found), len(by_model(found)) == 1
+    dense = statistics.mean(cell.perplexity for cell in _dense(found).values()) if is_one else 1.0
     by_method: dict[str, list[Row]] = {}
     for row in (row for row in rows_of(found) if row.ratio):
         by_method.setdefault(row.method, []).append(row)
     curves = []
-    for method, rows in sorted(by_method.items(), key=lambda item: _mean(item[1][-1], _perplexity)):
-        points = [(100 * (1 - _mean(row, lambda cell: cell.remove_reached)), _mean(row, _perplexity)) for row in rows]
+    for method, rows in sorted(by_method.items(), key=lambda item: value(item[1][-1])):
+        points = [(100 * (1 - _mean(row, lambda cell: cell.remove_reached)), value(row)) for row in rows]
         curves.append(Curve(f"{method}: {points[-1][1]:,.2f}", [(100.0, dense), *points]))
-    return shared_picture(study.question, verdict(found), curves, "% of all parameters that stay", dense)
+    y_label = "perplexity" if is_one else "times dense"
+    return shared_picture(study.question, verdict(found), curves, "% of all parameters that stay", dense, y_label)
+
+
+def by_model(found: Iterable[OfModel]) -> dict[str, list[OfModel]]:
+    """Group cells by the model that they are of, in the order they came."""
+    grouped: dict[str, list[OfModel]] = {}
+    for cell in found:
+        grouped.setdefault(cell.model, []).append(cell)
+    return grouped
+
+
+def _changes(found: Iterable[FoundCell]) -> dict[tuple[str, float], list[Change]]:
+    """Return nats per token over dense by method and share: the mean over models, then each model's own.
+
+    Models are judged on much the same documents, so the mean's error is taken as the mean of errors,
+    which is the most it can be.
+    """
+    grouped: dict[tuple[str, float], list[Change]] = {}
+    for cells in by_model(found).values():
+        for row in (row for row in rows_of(cells) if row.method != DENSE):
+            grouped.setdefault((row.method, row.ratio), []).append(_over_dense(row, _dense(cells))[0])
+    with_mean = dict[tuple[str, float], list[Change]]()
+    for key, each in grouped.items():
+        nats = statistics.mean(change.nats_per_token for change in each)
+        with_mean[key] = [Change(nats, statistics.mean(change.standard_error for change in each)), *each]
+    return with_mean
+
+
+def _quality(found: list[FoundCell]) -> Callable[[Row], float]:
+    """Return what ranks methods: perplexity; of several models, how many times that of dense, geometric mean."""
+    if len(by_model(found)) == 1:
+        return lambda row: _mean(row, _perplexity)
+    changes = _changes(found)
+    return lambda row: math.exp(changes[row.method, row.ratio][0].nats_per_token)
+
+
+def _tables_over_models(found: list[FoundCell]) -> list[Table]:
+    """Return perplexity over that of each model's dense, and the same in nats with errors."""
+    changes = _changes(found).items()
+    header = ("method", "asked", "mean of models", *by_model(found))
+    times = [
+        (name, f"{ratio:.0%}", *(f"{math.exp(x.nats_per_token):,.2f}" for x in each)) for (name, ratio), each in changes
+    ]
+    nats = [(name, f"{ratio:.0%}", *(x.text() for x in each)) for (name, ratio), each in changes]
+    own = "Nats per token of each model's own tokenizer over its own dense"
+    return [
+        Table("Perplexity over that of each model's own dense, geometric mean", header, times),
+        Table(f"{own}, ± standard error over draws; of one draw, over blocks", header, nats),
+    ]
 
 
 def _dense(found: Iterable[FoundCell]) -> dict[int, FoundCell]:
@@ -118,108 +168,105 @@ def rows_of(found: Iterable[FoundCell]) -> list[Row]:
     return [Row(method, ratio, cells) for (ratio, method), cells in ordered]
 
 
-def overview(question: str, found: list[FoundCell]) -> Table:
-    """Return what the terminal shows: a row per method and share."""
-    rows = []
-    for row in rows_of(found):
-        reached = f"{_mean(row, lambda cell: cell.remove_reached):.1%}"
-        rows.append((row.method, f"{row.ratio:.0%}", reached, f"{_mean(row, _perplexity):.2f}", str(len(row.cells))))
-    return Table(question, ("method", "asked", "removed", "perplexity, mean of seeds", "seeds"), rows)
+def overview(question: str, found: list[FoundCell]) -> list[Table]:
+    """Return what the terminal shows: a row per method and share, for each model and over all."""
+    tables = []
+    for caption, cells in by_question(question, found):
+        rows = []
+        for row in rows_of(cells):
+            reached = f"{_mean(row, lambda cell: cell.remove_reached):.1%}"
+            facts = (reached, f"{_mean(row, _perplexity):.2f}", str(len(row.cells)))
+            rows.append((row.method, f"{row.ratio:.0%}", *facts))
+        header = ("method", "asked", "removed", "perplexity, mean of seeds", "seeds")
+        tables.append(Table(caption, header, rows))
+    return tables if len(tables) == 1 else [*tables, _tables_over_models(found)[0]]
 
 
-def foreseen_table(question: str, foreseen: Iterable[Foreseen]) -> Table:
-    """Return what the terminal shows of a study that has not run yet."""
+def by_question(question: str, found: Iterable[OfModel]) -> list[tuple[str, list[OfModel]]]:
+    """Return each model's cells under the question, which begins with the model's name if there are several."""
+    models = by_model(found)
+    return [(question if len(models) == 1 else f"{model}: {question}", cells) for model, cells in models.items()]
+
+
+def foreseen_table(question: str, foreseen: Sequence[Foreseen]) -> Table:
+    """Return what the terminal shows of a model's grid that has not run yet."""
     rows, total = [], 0.0
     for each in foreseen:
         total += each.seconds * each.num_draws
-        rows.append((each.method, f"{each.ratio:.0%}", str(each.num_draws), human_seconds(each.seconds)))
-    rows.append(("all, without reading text, judging and tasks", "", "", human_seconds(total)))
-    return Table(question, ("method", "asked", "draws", "time of a draw"), rows)
+        facts = (str(each.num_draws), human_seconds(each.seconds), human_bytes(each.disk_bytes))
+        rows.append((each.method, f"{each.ratio:.0%}", *facts))
+    sums = (str(sum(each.num_draws for each in foreseen)), human_seconds(total))
+    most = human_bytes(max(each.disk_bytes for each in foreseen))
+    rows.append(("all, without reading text, judging and tasks", "", *sums, most))
+    return Table(question, ("method", "asked", "draws", "time of a draw", "disk meanwhile"), rows)
 
 
 @view.register
 def _(comparison: Comparison) -> View:
     found = list(comparison.cells)
+    models = by_model(found)
     rows = [
-        {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed, "remove_reached": cell.remove_reached}
+        ({"model": cell.model} if len(models) > 1 else {})
+        | {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed, "remove_reached": cell.remove_reached}
         | {"seconds": cell.seconds, "perplexity": cell.perplexity}
         | {f"nats_per_token {name}": nats for name, nats in (cell.nats_per_token | cell.others).items()}
         | {f"{task} {metric}": score for task, of in cell.tasks.items() for metric, score in of.items()}
         for cell in found
     ]
-    by_ratio = [row for row in rows_of(found) if row.ratio]
-    first = [row for row in by_ratio if row.ratio == by_ratio[0].ratio]
-
-    def picture(name: str) -> str:
-        return _plot(first[0].ratio, first, _dense(found), name)
-
-    return View(verdict(found), [overview("", found)], rows, picture if first else None)
+    picture = (lambda name: _plots(found, name)[0][0]) if any(cell.ratio for cell in found) else None
+    return View(verdict(found), overview("", found), rows, picture)
 
 
 def verdict(found: list[FoundCell]) -> str:
     """Name the method with the lowest perplexity at each share, and those that may be as good.
 
-    A method is told apart from another if it is better on every draw and, over at least two draws,
-    by more than two standard errors of the paired differences of log perplexity.
+    A method is told apart from another if it is better on every draw (of every model) and, over at
+    least two draws, by more than two standard errors of the paired differences of log perplexity.
     """
-    parts, rows = [], [row for row in rows_of(found) if row.ratio]
+    value, rows, num_models = _quality(found), [row for row in rows_of(found) if row.ratio], len(by_model(found))
+    parts = []
     for ratio in dict.fromkeys(row.ratio for row in rows):
-        best, *others = sorted((row for row in rows if row.ratio == ratio), key=lambda row: _mean(row, _perplexity))
-        alike = [f"{row.method} ({_mean(row, _perplexity):.2f})" for row in others if not _is_better(best, row)]
-        part = f"at {ratio:.0%} removed {best.method} has the lowest ({_mean(best, _perplexity):.2f})"
+        best, *others = sorted((row for row in rows if row.ratio == ratio), key=value)
+        alike = [f"{row.method} ({value(row):.2f})" for row in others if not _is_better(best, row)]
+        part = f"at {ratio:.0%} removed {best.method} has the lowest ({value(best):.2f})"
         if others and not alike:
-            part += f", then {others[0].method} ({_mean(others[0], _perplexity):.2f})"
+            part += f", then {others[0].method} ({value(others[0]):.2f})"
         elif alike:
             draws = "one draw does" if len(best.cells) == 1 else f"{len(best.cells)} draws do"
             part += f"; {draws} not tell it from {', '.join(alike)}"
         parts.append(part)
-    return f"By geometric-mean perplexity over domains, {'; '.join(parts)}."
+    by = "By geometric-mean perplexity over domains"
+    if num_models > 1:
+        by = f"By perplexity over that of each model's own dense (geometric mean over domains and {num_models} models)"
+    return f"{by}, {'; '.join(parts)}."
 
 
 def _is_better(best: Row, other: Row) -> bool:
-    theirs = {cell.seed: math.log(_perplexity(cell)) for cell in other.cells}
-    gains = [theirs[cell.seed] - math.log(_perplexity(cell)) for cell in best.cells if cell.seed in theirs]
+    theirs = {(cell.model, cell.seed): math.log(_perplexity(cell)) for cell in other.cells}
+    ours = {(cell.model, cell.seed): math.log(_perplexity(cell)) for cell in best.cells}
+    gains = [theirs[draw] - nats for draw, nats in ours.items() if draw in theirs]
     if len(gains) < 2 or min(gains) <= 0:
         return False
     return statistics.mean(gains) > 2 * statistics.stdev(gains) / math.sqrt(len(gains))
 
 
-def csv_text(tables: Iterable[Table]) -> str:
-    """Return the tables as CSV, each under a line with its caption, with an empty line between."""
-    lines = io.StringIO()
-    write = csv.writer(lines, lineterminator="\n").writerow
-    for number, table in enumerate(tables):
-        for row in ([[]] if number else []) + [[table.caption], table.header, *table.rows]:
-            write(row)
-    return lines.getvalue()
-
-
-def latex(tables: Iterable[Table]) -> str:
-    """Return the tables as LaTeX, for the package booktabs."""
-    lines: list[str] = []
-    for table in tables:
-        lines += [r"\begin{table}", rf"\caption{{{_tex(table.caption)}}}"]
-        lines += [rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}", r"\toprule"]
-        header, *rows = (" & ".join(map(_tex, cells)) + r" \\" for cells in (table.header, *table.rows))
-        lines += [header, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
-    return "\n".join(lines)
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(character, character) for character in text)
-
-
 def _about(study: Study, found: list[FoundCell]) -> list[str]:
     tokens = sorted({sum(cell.num_tokens.values()) for cell in found if cell.num_tokens})
     length = study.recipe.get("calibration", {}).get("sequence_length", "the model's default")
-    tasks, limit = ", ".join(study.evaluation.tasks) or "none", study.evaluation.limit
+    tasks, limit, several = ", ".join(study.evaluation.tasks) or "none", study.evaluation.limit, len(study.models) > 1
+    own = (
+        "perplexity and nats are per token of each model's own dense tokenizer, and all read as many tokens: where "
+        "tokenizers differ, compare what is over the own dense, not perplexities"
+    )
     return [
-        f"model {study.model}; ratios are shares of total parameters, tied weights counted once",
+        f"model{'s' * several} {', '.join(study.models)}; ratios are shares of total parameters, tied weights counted "
+        "once",
         f"seeds {', '.join(map(str, study.seeds))}: each draws calibration and evaluation text anew",
         f"calibration tokens per run: {', '.join(f'{count:,}' for count in tokens)}, in blocks of {length}",
         f"judged on {study.evaluation.num_blocks} held-out blocks of each of {len(found[0].nats_per_token)} domains, "
         "from documents that no run calibrates on",
         f"tasks: {tasks}" + (f", the first {limit} questions of each" if limit else ""),
+        *([own] if several else []),
     ]
 
 
@@ -307,22 +354,24 @@ def _score(cell: FoundCell, task: str) -> float:
     return next((numbers[metric] for metric in TASK_METRICS if metric in numbers), math.nan)
 
 
-def _split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Return the rows that a plot shows, and those too far from the best."""
-    most = MOST_TIMES_BEST * min(_mean(row, _perplexity) for row in rows)
-    shown = [row for row in rows if _mean(row, _perplexity) < most]
-    return shown, [row for row in rows if row not in shown]
-
-
-def _plot(ratio: float, rows: list[Row], dense: dict[int, FoundCell], name: str = "") -> str:
-    shown, _ = _split(rows)
-    changes = [_over_dense(row, dense)[0] for row in shown]
-    errors = [(each.standard_error, each.standard_error) for each in changes]
-    series = Series("± standard error, paired", "pruned", [each.nats_per_token for each in changes], errors)
-    title = f"Nats per token over the dense model with {ratio:.0%} removed"
-    text = Text(name or f"removed-{round(100 * ratio)}", title, f"{len(shown)} methods; the table has the numbers.")
-    label = f"nats per token over dense, {ratio:.0%} removed"
-    return dot_plot(text, [row.method for row in shown], [series], label, reference=0.0)
+def _plots(found: list[FoundCell], name: str) -> tuple[list[str], list[str]]:
+    """Return a plot per share and sentences about what it leaves out. `name`: unique in the page, for ids."""
+    means = {key: changes[0] for key, changes in _changes(found).items() if key[1]}
+    plots, hidden, what = [], [], "nats per token over dense" if len(by_model(found)) == 1 else "mean nats over dense"
+    for ratio in dict.fromkeys(ratio for _, ratio in means):
+        points = {method: change for (method, share), change in means.items() if share == ratio}
+        most = min(each.nats_per_token for each in points.values()) + math.log(MOST_TIMES_BEST)
+        shown = {method: change for method, change in points.items() if change.nats_per_token < most}
+        left_out = f"Not in the plot, {MOST_TIMES_BEST} times the best perplexity or more"
+        hidden += [f"{left_out}: {method} at {ratio:.0%}." for method in points if method not in shown]
+        errors = [(each.standard_error, each.standard_error) for each in shown.values()]
+        values = [each.nats_per_token for each in shown.values()]
+        series = Series("± standard error, paired", "pruned", values, errors)
+        title = f"Nats per token over the dense model with {ratio:.0%} removed"
+        identity = f"{name}-removed-{round(100 * ratio)}".removeprefix("-")
+        text = Text(identity, title, f"{len(shown)} methods; the table has the numbers.")
+        plots.append(dot_plot(text, list(shown), [series], f"{what}, {ratio:.0%} removed", reference=0.0))
+    return plots, hidden
 
 
 def _mean(row: Row, value: Callable[[FoundCell], float]) -> float:

@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from secateur.errors import ArchError, CheckpointError, advice
+from secateur.errors import ALIKE, ArchError, CheckpointError, advice
 from secateur.files import lies_in
 from secateur.model.modeling_per_layer import PREFIX, per_layer_config_class
 from secateur.model.tensors import read_json
@@ -138,10 +138,10 @@ def _download(hub_id: str, *, weights: bool) -> Path:
 
 def _similar(reference: str) -> str:
     parent = Path(reference).parent
-    if not os.path.isdir(parent):
-        return ""
-    names = difflib.get_close_matches(Path(reference).name, os.listdir(parent), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(str(parent / name) for name in names)}" if names else ""
+    beside = os.listdir(parent) if os.path.isdir(parent) else []
+    meant = {name.lower(): str(parent / name) for name in beside} | {name: name for name in INSTALLED_MODELS}
+    names = difflib.get_close_matches(Path(reference).name.lower(), meant, n=3, cutoff=ALIKE)
+    return f"; did you mean {' or '.join(meant[name] for name in names)}" if names else ""
 
 
 # The most that a config may ask for: many times what public models have. A module takes milliseconds

@@ -33,7 +33,10 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """`name`: the id in the page. `plots`: SVG elements. `code`: preformatted text."""
+    """`name`: the id in the page. `plots`: SVG elements. `code`: preformatted text.
+
+    `stacked`: plots stand above the tables, which are wider than half a page.
+    """
 
     name: str
     title: str
@@ -41,13 +44,18 @@ class Section:
     plots: Sequence[str] = ()
     tables: Sequence[Table] = ()
     code: str = ""
+    stacked: bool = False
 
     @property
     def shape(self) -> str:
         """Layout: `pair` side by side, `stack` for wide tables, `alone` for one kind only."""
         if not (self.plots and self.tables):
             return "alone"
-        return "pair" if all(len(table.header) <= MAX_PAIR_COLUMNS for table in self.tables) else "stack"
+        return (
+            "pair"
+            if not self.stacked and all(len(table.header) <= MAX_PAIR_COLUMNS for table in self.tables)
+            else "stack"
+        )
 
 
 @dataclass(frozen=True, slots=True)

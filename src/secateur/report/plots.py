@@ -250,12 +250,17 @@ MOST_CURVES, MOST_LINEAR = 10, 4
 
 
 def shared_picture(
-    title: str, sentence: str, curves: Sequence[Curve], x_label: str, dashed: float | None = None
+    title: str,
+    sentence: str,
+    curves: Sequence[Curve],
+    x_label: str,
+    dashed: float | None = None,
+    y_label: str = "perplexity",
 ) -> bytes:
     """Return the picture of quality over size that a link to a page shows, a PNG of 1200 x 630.
 
     `curves`: the one that counts first; those beyond MOST_CURVES are counted in the legend alone.
-    `dashed`: the dense model's perplexity, for curves that all begin there.
+    `dashed`: the dense model's value, for curves that all begin there.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -295,7 +300,7 @@ def shared_picture(
         ticks = _apart({size for curve in curves for size, _ in curve.points})
         axes.set_xticks(ticks, [f"{tick:,.3g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
         axes.set_xlabel(x_label)
-        axes.set_ylabel("perplexity")
+        axes.set_ylabel(y_label)
         axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.05), fontsize=14, handlelength=1.4)
         figure.text(0.98, 0.03, "made by secateur", ha="right", fontsize=14, color=_SHARED_COLOURS[DENSE])
         stream = io.BytesIO()

@@ -1,5 +1,7 @@
 """Numbers of a run and of an inspection for people: rows of terminal, model card and page."""
 
+import csv
+import io
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +18,8 @@ from secateur.report.records import Inspection, Summary
 from secateur.report.vocabulary import of_dense, vocabulary_cell, vocabulary_notes
 
 SIDES = ("dense", "pruned", "difference")
+_TEX = {each: rf"\{each}" for each in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+_TEX |= {"^": r"\textasciicircum{}", "±": r"$\pm$"}
 # Warn of a larger share of common n-grams.
 MUCH_OVERLAP = 0.1
 
@@ -74,6 +78,31 @@ def markdown(table: Table) -> list[str]:
     rule = "|---|" + "---:|" * (len(table.header) - 1)
     header, *rows = ("| " + " | ".join(map(escaped, cells)) + " |" for cells in (table.header, *table.rows))
     return [header, rule, *rows]
+
+
+def csv_text(tables: Iterable[Table]) -> str:
+    """Return the tables as CSV, each under a line with its caption, with an empty line between."""
+    lines = io.StringIO()
+    write = csv.writer(lines, lineterminator="\n").writerow
+    for number, table in enumerate(tables):
+        for row in ([[]] if number else []) + [[table.caption], table.header, *table.rows]:
+            write(row)
+    return lines.getvalue()
+
+
+def latex(tables: Iterable[Table]) -> str:
+    """Return the tables as LaTeX, for the package booktabs."""
+    lines: list[str] = []
+    for table in tables:
+        lines += [r"\begin{table}", rf"\caption{{{_tex(table.caption)}}}"]
+        lines += [rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}", r"\toprule"]
+        header, *rows = (" & ".join(map(_tex, cells)) + r" \\" for cells in (table.header, *table.rows))
+        lines += [header, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
+    return "\n".join(lines)
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(character, character) for character in text)
 
 
 def summary_table(summary: Summary) -> Group:
