@@ -1,10 +1,11 @@
 """Which file to take for N megabytes? A dense model and smaller ones in GGUF types, judged by llama.cpp itself.
 
-Exports every model in every type, and measures each file in llama.cpp: bits per byte on documents of
-six domains that no result was calibrated on, and decoded tokens/s, all models of a type in turns.
-Of each document the first `PIECE` characters are read, behind the model's first token, so that every
-byte counts, until a domain has `--num-bytes`. The error is that of the paired difference from the dense model
-in the first type, over documents. OUT/measured.json keeps what is measured; delete it to measure anew.
+Exports every model in every type, and measures each file in llama.cpp: bits per byte on documents
+of six domains that no result was calibrated on, and decoded tokens/s, all models of a type in
+turns. Of each document the first `PIECE` characters are read, behind the model's first token, so
+that every byte counts, until a domain has `--num-bytes`. The error is that of the paired difference
+from the dense model in the first type, over documents. A type may end in `+importance`.
+OUT/measured.json keeps what is measured; delete it to measure anew.
 
     secateur prune smollm2-135m out/20 --recipe benchmarks/equal_bytes.yaml --remove 0.2
     OMP_NUM_THREADS=1 python benchmarks/equal_bytes.py out dense=smollm2-135m 20%=out/20
@@ -33,8 +34,9 @@ from secateur.facts import Workload
 from secateur.formats.save import open_llama_cpp, save_checkpoint
 from secateur.log import silent
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.recipe_file import RECIPE_FILE
 
-TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
+TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q3_k_m+importance", "q2_k", "q2_k+importance")
 PIECE = 1000  # characters
 WORK = Workload(batch=1, prompt_tokens=32, new_tokens=32, repeats=5)
 BEGIN, END = "<!-- table: equal_bytes.py --page {} -->", "<!-- end of table -->"
@@ -51,6 +53,8 @@ def directory(reference: str, place: Path) -> str:
         staged.mkdir(parents=True, exist_ok=True)
         tokenizer = load_tokenizer(checkpoint)
         save_checkpoint(load_model(checkpoint), tokenizer, staged, max_shard_size="5GB", carry_from=None)
+        text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+        (staged / RECIPE_FILE).write_text(text, encoding="utf-8")  # importance is measured on this text
         staged.rename(place)
     return str(place)
 
@@ -96,18 +100,19 @@ def measure(rows: Rows, models: dict[str, str], types: list[str], num_bytes: int
         if not models.keys() - found.keys():
             continue
         files = {name: out / f"{name.strip('%')}-{type_name}.gguf" for name in models}
+        kind, _, weighed = type_name.partition("+")
         for name, file in files.items():
-            done = secateur.export(models[name], file, type_name=type_name, check=False, overwrite=True)
-            found[name] = {"bytes": done.num_bytes, "wider": done.wider_share, "bits": bits_per_byte(file, texts)}
+            options: dict[str, Any] = {"importance": bool(weighed), "check": False, "overwrite": True}
+            done = secateur.export(models[name], file, type_name=kind, **options)
+            bits = found[name]["bits"] if name in found else bits_per_byte(file, texts)
+            found[name] = {"bytes": done.num_bytes, "wider": done.wider_share, "bits": bits}
             print(f"{type_name} {name}: {done.num_bytes / 1e6:.1f} MB, {mean_bits(found[name]):.4f} bits", flush=True)
         runs = take_turns([llama_cpp_runner(file, WORK) for file in files.values()], WORK.repeats, silent, "")
         rates = dict(zip(models, ([*decode_rates(run, WORK)] for run in runs), strict=True))
         for name, rate in rates.items():
             against = paired_ratio(rate, rates[next(iter(models))])
-            found[name] |= {
-                "decode": statistics.median(rate),
-                "faster": [against.median, against.lowest, against.highest],
-            }
+            faster = [against.median, against.lowest, against.highest]
+            found[name] |= {"decode": statistics.median(rate), "faster": faster}
         (out / "measured.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
         for file in files.values():
             file.unlink()
