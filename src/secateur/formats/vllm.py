@@ -100,8 +100,10 @@ def open_vllm(
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with tempfile.TemporaryDirectory(prefix="secateur-vllm-") as scratch, Path(scratch, "log").open("w+") as log:
         environment["HF_MODULES_CACHE"] = scratch  # not the user's cache
+        file = Path(scratch, "asked.json")  # a long prompt is too long for an argument
+        file.write_text(json.dumps(asked))
         # -P: else the script's folder, which has a gguf.py, would be on sys.path.
-        command = [str(python or sys.executable), "-P", str(_CHILD), json.dumps(asked)]
+        command = [str(python or sys.executable), "-P", str(_CHILD), str(file)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
         with subprocess.Popen(command, env=environment, **pipes) as child:
 
