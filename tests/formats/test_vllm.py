@@ -141,10 +141,15 @@ def test_bench_does_not_make_vllm_run_other_code(tmp_path: Path) -> None:
 def test_bench_times_vllm(tmp_path: Path) -> None:
     for name, shares in (("dense", {}), ("pruned", UNEVEN)):
         cut(tiny_llama, tmp_path / name, tied=False, dtype=torch.bfloat16, shares=shares)
-    save(tiny_llama(), tmp_path / "narrow")
-    sizes: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 6, "engine": "vllm", "engine_python": PYTHON}
-    found = secateur.bench(tmp_path / "pruned", tmp_path / "dense", batch=2, repeats=2, **sizes)
+    sizes: dict[str, Any] = {"batch": 2, "prompt_tokens": 16, "new_tokens": 6, "repeats": 2}
+    found = secateur.bench(tmp_path / "pruned", tmp_path / "dense", **sizes, engine="vllm", engine_python=PYTHON)
     assert found.pruned.dtype == "bfloat16" and found.versions["vllm"].startswith("0.") and found.decode is not None
     assert found.decode.ideal > 1 and found.decode.measured.lowest > 0 and found.pruned.peak_bytes is None
-    with pytest.raises(CheckpointError, match=r"narrow: vLLM cannot run it \(.*head"):
-        secateur.bench(tmp_path / "narrow", repeats=1, **sizes)
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_what_vllm_cannot_run_is_one_sentence(tmp_path: Path) -> None:
+    save(tiny_llama(), tmp_path)  # its heads have 12 channels
+    with pytest.raises(CheckpointError, match=r"vLLM cannot run it \(.*head_dim=12.*\)\.$"):
+        secateur.bench(tmp_path, prompt_tokens=16, repeats=1, engine="vllm", engine_python=PYTHON)

@@ -9,8 +9,11 @@ import json
 import os
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+NUMBERS = count()  # every request has a name of its own
 
 
 def main() -> None:
@@ -19,33 +22,34 @@ def main() -> None:
     os.dup2(2, 1)
     asked = json.loads(Path(sys.argv[1]).read_text())
     try:
-        version, model = load(asked["options"])
+        version, engine = load(asked["options"])
         print(json.dumps({"version": version}), file=answers)
         for _ in sys.stdin:
-            print(json.dumps(run(model, asked["prompt"], asked["batch"], asked["new_tokens"])), file=answers)
+            print(json.dumps(run(engine, asked["prompt"], asked["batch"], asked["new_tokens"])), file=answers)
     except Exception as error:  # vLLM's own, of any kind: the parent makes a sentence of it
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers)
 
 
 def load(options: dict[str, Any]) -> tuple[str, Any]:
-    """Return vLLM's version and the model in this process."""
+    """Return vLLM's version and its engine in this process, whose `step` gives each token."""
     import vllm  # pyright: ignore[reportMissingImports]  # in another environment
     from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
     if not current_platform.is_cpu():
         raise RuntimeError(f"this vLLM is built for {current_platform.device_name}, not for the CPU")
-    return vllm.__version__, vllm.LLM(**options)
+    return vllm.__version__, vllm.LLM(**options).llm_engine
 
 
-def run(model: Any, prompt: list[int], batch: int, new_tokens: int) -> list[float]:
+def run(engine: Any, prompt: list[int], batch: int, new_tokens: int) -> list[float]:
     """Generate greedily past any end of text; return the seconds until all rows had each token."""
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
     sampling = SamplingParams(temperature=0, ignore_eos=True, detokenize=False, max_tokens=new_tokens)
     start, times = time.perf_counter(), list[float]()
-    model.enqueue([{"prompt_token_ids": prompt}] * batch, sampling, use_tqdm=False)
-    while model.llm_engine.has_unfinished_requests():
-        found = [len(each.outputs[0].token_ids) for each in model.llm_engine.step()]
+    for _ in range(batch):
+        engine.add_request(str(next(NUMBERS)), {"prompt_token_ids": prompt}, sampling)
+    while engine.has_unfinished_requests():
+        found = [len(each.outputs[0].token_ids) for each in engine.step()]
         if len(found) == batch and min(found) > len(times):
             times.append(time.perf_counter() - start)
     assert len(times) == new_tokens, "the rows of the batch got their tokens in different steps"
