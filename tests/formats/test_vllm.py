@@ -19,7 +19,7 @@ from tiny_tokenizer import tiny_tokenizer
 import secateur
 from secateur.errors import CheckpointError
 from secateur.formats.save import save_checkpoint
-from secateur.formats.vllm import vllm_options
+from secateur.formats.vllm_runner import vllm_options
 from secateur.methods.depth import remove_layers
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.checkpoint import open_checkpoint

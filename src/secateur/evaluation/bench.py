@@ -27,7 +27,7 @@ from secateur.facts import Size, Workload
 from secateur.files import staged_file
 from secateur.formats.gguf import check_exportable, export_gguf
 from secateur.formats.save import open_llama_cpp, require_llama_cpp, save_checkpoint
-from secateur.formats.vllm import open_vllm, require_vllm, vllm_options
+from secateur.formats.vllm_runner import open_vllm, require_vllm, vllm_options
 from secateur.log import Progress, silent, versions
 from secateur.methods.prices import kv_cache_bytes_per_token, least_costs
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
