@@ -2,10 +2,11 @@
 
 A dense model, a uniform result and one whose layers differ in width are converted by the runtime's
 own tool, and run in float32. Greedy tokens and the log-probabilities of a text are compared with
-transformers'; decode is timed in turns. Answers are kept, and `docs/runtimes.md` is written from all.
+transformers'; decode is timed in turns. Answers are kept, and `docs/runtimes.md` is written from all;
+of a runtime without an answer the page keeps its rows, and also what stands behind the table.
 
     python benchmarks/runtimes.py [vllm llama-cpp mlx ...] [--model smollm2-135m] [--place DIR]
-                                  [--tokens 8192] [--repeats 5] [--threads 1] [--page FILE]
+                                  [--tokens 8192] [--repeats 3] [--threads 1] [--page FILE]
 
 `runtime_child.py` is what runs in those environments.
 """
@@ -18,10 +19,11 @@ import re
 import statistics
 import sys
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from runtime_child import NUM_NEW, NUM_PROMPT, NUM_TEXT, RUNTIMES, call, of_logits
+from runtime_child import NUM_PROMPT, NUM_TEXT, NUM_TIMED, RUNTIMES, call, of_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("dense", "uniform", "per-layer")
@@ -47,7 +49,7 @@ def facts_of(path: Path, text: list[int]) -> Facts:
     model: Any = secateur.load(path, dtype=torch.float32)
     with torch.inference_mode():
         logits = model(torch.tensor([text]), use_cache=False).logits[0].numpy()
-    costs = least_costs(model, Workload(1, NUM_PROMPT, NUM_NEW, 1))
+    costs = least_costs(model, Workload(1, NUM_PROMPT, NUM_TIMED, 1))
     return Facts(model, of_logits(logits, text), costs.decode_bytes_per_token)
 
 
@@ -72,7 +74,7 @@ def judged(facts: Facts, prompts: list[list[int]], found: dict[str, Any]) -> dic
     return {"equal": equal, "total": total, "gap": gap, "change": change, "perplexities": perplexities}
 
 
-def make_models(model: str, paths: dict[str, Path], num_tokens: int) -> None:
+def make_models(model: str, paths: dict[str, Path], num_tokens: int, *, as_gguf: bool) -> None:
     """Write the dense model, and prune it by 30% with equal widths and with widths by layer."""
     import secateur
     from secateur.formats.save import save_checkpoint
@@ -88,7 +90,7 @@ def make_models(model: str, paths: dict[str, Path], num_tokens: int) -> None:
     for kind, more in (("uniform", {}), ("per-layer", {"choose": {"score": "wanda", "budget": "curve"}})):
         if not paths[kind].exists():
             secateur.prune(model, base | more, out=paths[kind])
-    for path in paths.values():
+    for path in paths.values() if as_gguf else ():
         if not path.with_suffix(".gguf").exists():
             secateur.export(path, path.with_suffix(".gguf"), type_name="f32", check=False)
 
@@ -129,10 +131,10 @@ def short(error: str) -> str:
     return line if len(line) <= 160 else line[:157] + "..."
 
 
-def row(name: str, kind: str, answer: dict[str, Any], facts: dict[str, Facts]) -> str:
-    """Return one row of the page's table."""
+def row(name: str, kind: str, run: str, answer: dict[str, Any], facts: dict[str, Facts]) -> str:
+    """Return one row of the page's table. `run`: when, and how often it was timed."""
     runtime, models, found = RUNTIMES[name], answer["models"], answer["models"][kind]
-    head = f"| {runtime.name} {answer['version']} | {kind} |"
+    head = f"| {runtime.name} {answer['version']} | {kind} | {run} |"
     if "error" in found:
         return f"{head} does not load: `{short(found['error'])}` | | | | |"
     same, rates = found["judged"], [models.get(each, {}).get("rates") for each in ("dense", kind)]
@@ -159,19 +161,26 @@ calibration text: quality is not the subject here. Weights are bfloat16, and eve
 as float32. Threads: {threads}. Cores: {cores}, {cpu}; other programs used them
 too, so tokens/s are low and noisy.
 
+- **run**: the day, and the number of timed runs.
 - **tokens**: greedy tokens behind three prompts that are transformers' own choice after the same
   context, and by how many nats transformers finds its own token likelier where it is another.
   Where the model ends its text, ONNX Runtime GenAI stops, and CTranslate2 takes the second choice.
+  ONNX Runtime alone has no cache: it writes a third of the tokens, and is not timed.
 - **log-probability**: the largest difference from transformers over {text} tokens of text, in nats.
 - **perplexity**: of that text, in the runtime / in transformers.
-- **tokens/s**: of decode, the median of {repeats} runs that alternate with the dense model.
+- **tokens/s**: of decode, the median of runs that alternate with the dense model.
 - **of ideal**: the median ratio of rates to the dense model's, the ratio of bytes that one token must
   read, and the first over the second.
 
-| runtime | model | tokens, nats | log-probability | perplexity | tokens/s | of ideal |
-|---|---|---|---:|---:|---:|---|
+| runtime | model | run | tokens, nats | log-probability | perplexity | tokens/s | of ideal |
+|---|---|---|---|---:|---:|---:|---|
 {rows}
-"""
+{tail}"""
+
+
+def old_rows(name: str, page: str) -> list[str]:
+    """Return the rows that a page has of a runtime."""
+    return [line for line in page.splitlines() if re.match(rf"\| {re.escape(RUNTIMES[name].name)} [\d.]* \|", line)]
 
 
 def main() -> None:
@@ -181,7 +190,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--place", type=Path, default=ROOT / ".venv-runtimes")
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration text")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "runtimes.md")
     parser.add_argument("--page-only", action="store_true", help="write the page from the answers that are there")
@@ -191,27 +200,33 @@ def main() -> None:
     from secateur.formats.save import TEXT
 
     paths = {kind: options.place / "models" / kind for kind in KINDS}
+    asked_for = [] if options.page_only else options.runtimes or RUNTIMES
     if options.page_only:
         paths = {kind: path for kind, path in paths.items() if path.exists()}
     else:
-        make_models(options.model, paths, options.tokens)
+        make_models(options.model, paths, options.tokens, as_gguf="llama-cpp" in asked_for)
     ids = AutoTokenizer.from_pretrained(paths["dense"])(TEXT)["input_ids"][:NUM_TEXT]
-    prompts = [ids[start : start + NUM_PROMPT] for start in range(0, NUM_TEXT, NUM_PROMPT)]
+    prompts = [ids[start : start + NUM_PROMPT] for start in range(0, NUM_TEXT, NUM_TEXT // 3)]
     request = {"models": {kind: str(path) for kind, path in paths.items()}, "prompts": prompts, "text": ids}
     request |= {"threads": options.threads, "repeats": options.repeats}
     request |= {"scratch": str(options.place / "work")}
-    asked_for = [] if options.page_only else options.runtimes or RUNTIMES
     for name in asked_for:
         ask(name, options.place, request)
     facts, rows = {kind: facts_of(path, ids) for kind, path in paths.items()}, []
+    page = options.page.read_text() if options.page.exists() else "|\n"
     for name in RUNTIMES:
-        if (file := options.place / "work" / f"{name}.answer.json").exists():
-            answer = json.loads(file.read_text())
-            for kind, found in answer["models"].items():
-                if "error" not in found:
-                    found["judged"] = judged(facts[kind], prompts, found)
-            rows += [row(name, kind, answer, facts) for kind in answer["models"]]
-    said = {"model": options.model, "tokens": options.tokens, "threads": options.threads, "repeats": options.repeats}
+        asked, answered = (options.place / "work" / f"{name}.{kind}.json" for kind in ("request", "answer"))
+        if not answered.exists():
+            rows += old_rows(name, page)
+            continue
+        answer, repeats = json.loads(answered.read_text()), json.loads(asked.read_text())["repeats"]
+        run = f"{date.fromtimestamp(answered.stat().st_mtime)}, {repeats}"
+        for kind, found in answer["models"].items():
+            if "error" not in found:
+                found["judged"] = judged(facts[kind], prompts, found)
+        rows += [row(name, kind, run, answer, facts) for kind in answer["models"]]
+    said = {"model": options.model, "tokens": options.tokens, "threads": options.threads}
+    said |= {"tail": page[page.rindex("|\n") + 2 :]}
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "a CPU")
     said |= {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "text": NUM_TEXT, "rows": "\n".join(rows)}
     options.page.write_text(PAGE.format(**said))

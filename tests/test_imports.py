@@ -26,7 +26,7 @@ GROUND = set(PACKAGES[-1].split())
 WITHOUT_RECIPE = {"model", "stream", "data", "methods"}
 WITH_TRANSFORMERS = {"model", "data", "formats", "evaluation", "recovery"}
 WITH_RANKS = {"cli", "api", "recovery", "evaluation", "pruning", "stream.statistics", "stream.losses", "store", "files"}
-ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "matplotlib", "gguf", "pyarrow", "datasets", "llama_cpp"}
+ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "matplotlib", "gguf", "pyarrow", "datasets", "llama_cpp", "vllm"}
 MAX_MODULE_LINES, MAX_FOLDER_MODULES = 400, 12
 
 MODULES = {".".join(file.relative_to(SOURCE).with_suffix("").parts): file for file in sorted(SOURCE.rglob("*.py"))}

@@ -80,8 +80,11 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")] = "cpu",
     compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     engine: Annotated[
-        str, typer.Option(help="transformers, or llama.cpp (exports both as GGUF first).")
+        str, typer.Option(help="transformers, llama.cpp (exports both as GGUF first), or vllm.")
     ] = "transformers",
+    engine_python: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="The Python that has vLLM, if not this one.")
+    ] = None,
     other_dense: common.OtherDense = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
@@ -99,7 +102,7 @@ def bench(
     }
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
         options: dict[str, Any] = {"device": device, "compiled": compiled, "engine": engine, "progress": progress}
-        options["other_dense"] = other_dense
+        options |= {"engine_python": engine_python, "other_dense": other_dense}
         result = secateur.bench(model, against, **workload, **options)
     if as_json:
         print(result.to_json(), end="")

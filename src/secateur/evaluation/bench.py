@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,17 @@ from secateur.errors import RecipeError, advice
 from secateur.facts import Size, Workload
 from secateur.files import staged_file
 from secateur.formats.gguf import check_exportable, export_gguf
-from secateur.formats.save import open_llama_cpp, require_llama_cpp
+from secateur.formats.save import open_llama_cpp, require_llama_cpp, save_checkpoint
+from secateur.formats.vllm_runner import open_vllm, require_vllm, vllm_options
 from secateur.log import Progress, silent, versions
 from secateur.methods.prices import kv_cache_bytes_per_token, least_costs
-from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
+from secateur.model.checkpoint import Checkpoint, check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
 from secateur.model.identity import check_dense, identity, is_result
 from secateur.model.kept_tokens import kept_tokens_of
 from secateur.report.measured import BENCH_FILE, BenchResult, BenchSettings, ModelFigures, Ratio, Speed, SpeedUp
 from secateur.stream.device import now
 
-ENGINES = ("transformers", "llama.cpp")
+ENGINES = ("transformers", "llama.cpp", "vllm")
 GGUF_TYPE, GGUF_DTYPE = "f16", torch.float16  # what llama.cpp runs, its cache too
 # Returns the seconds from the start to each new token; the first follows the whole prompt.
 Runner = Callable[[], list[float]]
@@ -48,7 +50,8 @@ class _Contender:
     name: str
     shape: PreTrainedModel
     runner: Runner
-    peak_bytes: int | None
+    peak_bytes: int | None = None
+    vllm: str | None = None  # its version, in an environment of its own
 
 
 def bench(
@@ -62,6 +65,7 @@ def bench(
     device: str = "cpu",
     compiled: bool = False,
     engine: str = "transformers",
+    engine_python: str | Path | None = None,
     other_dense: bool = False,
     progress: Progress = silent,
 ) -> BenchResult:
@@ -71,16 +75,17 @@ def bench(
     nothing is. `against`: the dense model; `other_dense`: it is meant to be another one than the
     result was pruned from. `batch`: prompts at a time, of `prompt_tokens` each,
     followed by `new_tokens` each. `repeats`: runs of each model. `device`: cpu, cuda or cuda:0.
-    `compiled`: use torch.compile. `engine`: transformers, or llama.cpp, which gets both models as
-    GGUF. `progress`: called with (stage, done, total).
+    `compiled`: use torch.compile. `engine`: transformers; llama.cpp, which gets both models as GGUF;
+    or vllm, which runs in the Python `engine_python`, by default this one. `progress`: called with
+    (stage, done, total).
 
     Returns the figures of each model, and the speed-up beside the ideal.
 
     Raises a SecateurError for what a user can correct: RecipeError for options, CheckpointError for
-    models and for a missing llama.cpp.
+    models and for a missing llama.cpp or vLLM.
     """
     workload, settings = Workload(batch, prompt_tokens, new_tokens, repeats), BenchSettings(engine, device, compiled)
-    _check_settings(settings, workload)
+    _check_settings(settings, workload, engine_python)
     checkpoints = [open_checkpoint(reference) for reference in (model, against) if reference is not None]
     notes, dense_fingerprint = (), None
     if against is not None:
@@ -88,7 +93,7 @@ def bench(
         dense_fingerprint = identity(checkpoints[1])
     for checkpoint in checkpoints:
         _check_model(checkpoint, workload, settings)
-    result = _bench(checkpoints, workload, settings, progress)
+    result = _bench(checkpoints, workload, settings, engine_python, progress)
     result = replace(result, notes=(*notes, *result.notes), dense_fingerprint=dense_fingerprint)
     if is_result(Path(model)):
         with staged_file(Path(model, BENCH_FILE), overwrite=True) as staged:
@@ -97,14 +102,24 @@ def bench(
 
 
 def _bench(
-    checkpoints: list[Checkpoint], workload: Workload, settings: BenchSettings, progress: Progress
+    checkpoints: list[Checkpoint],
+    workload: Workload,
+    settings: BenchSettings,
+    engine_python: str | Path | None,
+    progress: Progress,
 ) -> BenchResult:
-    with tempfile.TemporaryDirectory(prefix="secateur-bench-") as scratch:
-        prepare = _prepare_gguf if settings.engine == "llama.cpp" else _prepare_transformers
-        contenders = []
+    with ExitStack() as stack:
+        contenders = list[_Contender]()
         for done, checkpoint in enumerate(checkpoints):
             progress("load", done, len(checkpoints))
-            contenders.append(prepare(checkpoint, workload, settings, Path(scratch, f"{done}.gguf")))
+            if settings.engine == "transformers":
+                contenders.append(_prepare_transformers(checkpoint, workload, settings))
+                continue
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="secateur-bench-")))
+            if settings.engine == "llama.cpp":
+                contenders.append(_prepare_gguf(checkpoint, workload, place / "model.gguf"))
+            else:
+                contenders.append(_prepare_vllm(checkpoint, workload, place, engine_python, stack))
         progress("load", len(checkpoints), len(checkpoints))
         runs = take_turns([contender.runner for contender in contenders], workload.repeats, progress, "bench")
     figures = [_figures(contender, run, workload) for contender, run in zip(contenders, runs, strict=True)]
@@ -118,7 +133,8 @@ def _bench(
     notes = tuple(_notes(checkpoints))
     if dense is not None and workload.repeats == 1:
         notes = (*notes, "one repeat has no range, so the speed-ups may be chance; repeat the runs to know.")
-    return BenchResult(settings, torch.get_num_threads(), workload, pruned, dense, prefill, decode, versions(), notes)
+    used = versions() | ({"vllm": contenders[0].vllm} if contenders[0].vllm else {})
+    return BenchResult(settings, torch.get_num_threads(), workload, pruned, dense, prefill, decode, used, notes)
 
 
 def _notes(checkpoints: list[Checkpoint]) -> Iterator[str]:
@@ -131,7 +147,7 @@ def _notes(checkpoints: list[Checkpoint]) -> Iterator[str]:
         )
 
 
-def _prepare_transformers(checkpoint: Checkpoint, workload: Workload, settings: BenchSettings, _: Path) -> _Contender:
+def _prepare_transformers(checkpoint: Checkpoint, workload: Workload, settings: BenchSettings) -> _Contender:
     model = load_model(checkpoint)
     torch.nn.Module.to(model, torch.device(settings.device))
     if settings.compiled:
@@ -142,11 +158,26 @@ def _prepare_transformers(checkpoint: Checkpoint, workload: Workload, settings: 
     return _Contender(checkpoint.reference, model, runner, peak)
 
 
-def _prepare_gguf(checkpoint: Checkpoint, workload: Workload, _: BenchSettings, file: Path) -> _Contender:
+def _prepare_gguf(checkpoint: Checkpoint, workload: Workload, file: Path) -> _Contender:
     export_gguf(checkpoint, file, GGUF_TYPE)
     shape = meta_model(checkpoint.config)
     torch.nn.Module.to(shape, GGUF_DTYPE)
-    return _Contender(checkpoint.reference, shape, llama_cpp_runner(file, workload), None)
+    return _Contender(checkpoint.reference, shape, llama_cpp_runner(file, workload))
+
+
+def _prepare_vllm(
+    checkpoint: Checkpoint, workload: Workload, place: Path, python: str | Path | None, stack: ExitStack
+) -> _Contender:
+    name = checkpoint.reference
+    if checkpoint.gguf_file:  # vLLM loads safetensors
+        save_checkpoint(
+            load_model(checkpoint), load_tokenizer(checkpoint), place, max_shard_size="5GB", carry_from=None
+        )
+        checkpoint = open_checkpoint(place)
+    shape = meta_model(checkpoint.config)
+    prompt = prompt_ids(workload, checkpoint.config.get_text_config().vocab_size)
+    version, runner = stack.enter_context(open_vllm(python, checkpoint, shape, prompt, workload))
+    return _Contender(name, shape, runner, vllm=version)
 
 
 def _figures(contender: _Contender, runs: list[list[float]], workload: Workload) -> ModelFigures:
@@ -160,7 +191,7 @@ def _speed_up(pruned: list[float], dense: list[float], *, ideal: float) -> Speed
     return SpeedUp(measured, ideal, measured.median / ideal)
 
 
-def _check_settings(settings: BenchSettings, workload: Workload) -> None:
+def _check_settings(settings: BenchSettings, workload: Workload, engine_python: str | Path | None) -> None:
     for field, least in (("batch", 1), ("prompt_tokens", 1), ("new_tokens", 2), ("repeats", 1)):
         value = getattr(workload, field)
         if value < least:
@@ -184,6 +215,12 @@ def _check_settings(settings: BenchSettings, workload: Workload) -> None:
         require_llama_cpp("bench --engine llama.cpp")
         if (workload.batch, device.type, settings.compiled) != (1, "cpu", False):
             raise RecipeError("bench engine: llama.cpp runs here with batch 1, on the cpu, and not compiled by torch.")
+    if settings.engine == "vllm":
+        if (device.type, settings.compiled) != ("cpu", False):
+            raise RecipeError("bench engine: vllm runs here on the cpu, and not compiled by torch.")
+        require_vllm(engine_python, "bench --engine vllm")
+    elif engine_python is not None:
+        raise RecipeError(f"bench engine_python: is of engine vllm, got it with {settings.engine}; leave it out.")
 
 
 def _check_model(checkpoint: Checkpoint, workload: Workload, settings: BenchSettings) -> None:
@@ -198,6 +235,8 @@ def _check_model(checkpoint: Checkpoint, workload: Workload, settings: BenchSett
         )
     if settings.engine == "llama.cpp":
         check_exportable(checkpoint, GGUF_TYPE)
+    if settings.engine == "vllm":
+        vllm_options(checkpoint)
 
 
 def take_turns(runners: list[Runner], repeats: int, progress: Progress, stage: str) -> list[list[list[float]]]:
