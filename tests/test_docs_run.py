@@ -71,6 +71,7 @@ NOT_RUN = {
     "--to-bytes": "a size",
     "--speedup": "a size",
     "--fit": "a size",
+    "--importance": "llama-cpp-python",
     "vllm": "vLLM",  # tests/formats/test_vllm.py runs it
 }
 
