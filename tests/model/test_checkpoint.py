@@ -109,13 +109,13 @@ def test_meta_model_of_seventy_billion_parameters_holds_nothing():
 
 
 def test_no_such_model_names_the_nearest(directory):
-    with pytest.raises(CheckpointError, match=f"no such directory.*; did you mean {directory}\\."):
+    with pytest.raises(CheckpointError, match=f"no such directory.*; did you mean {directory}\\?"):
         open_checkpoint(str(directory) + "s")
 
 
 @pytest.mark.parametrize("reference", ["smolm2-135m", "SmolLM2-135M", "no/such/folder/smollm2-135"])
 def test_the_name_of_an_installed_model_may_be_meant(reference):
-    with pytest.raises(CheckpointError, match=r"no such directory.*; did you mean smollm2-135m\."):
+    with pytest.raises(CheckpointError, match=r"no such directory.*; did you mean smollm2-135m\?"):
         open_checkpoint(reference)
 
 

@@ -91,7 +91,7 @@ def locate(reference: str, *, weights: bool) -> tuple[Path, str | None]:
     if _may_be_hub_id(reference):
         return _download(reference, weights=weights), None
     raise CheckpointError(
-        f"model {reference}: no such directory or .gguf file, and no hub id (owner/name) either{_similar(reference)}."
+        f"model {reference}: no such directory or .gguf file, and no hub id (owner/name) either{_similar(reference)}"
     )
 
 
@@ -141,7 +141,7 @@ def _similar(reference: str) -> str:
     beside = os.listdir(parent) if os.path.isdir(parent) else []
     meant = {name.lower(): str(parent / name) for name in beside} | {name: name for name in INSTALLED_MODELS}
     names = difflib.get_close_matches(Path(reference).name.lower(), meant, n=3, cutoff=ALIKE)
-    return f"; did you mean {' or '.join(meant[name] for name in names)}" if names else ""
+    return f"; did you mean {' or '.join(meant[name] for name in names)}?" if names else "."
 
 
 # The most that a config may ask for: many times what public models have. A module takes milliseconds
