@@ -9,7 +9,7 @@ OUT/measured.json keeps what is measured; delete it to measure anew.
 
     secateur prune smollm2-135m out/20 --recipe benchmarks/equal_bytes.yaml --remove 0.2
     OMP_NUM_THREADS=1 python benchmarks/equal_bytes.py out dense=smollm2-135m 20%=out/20
-        [--types q8_0 q6_k ...] [--num-bytes 9216] [--page docs/results/equal_bytes.md]
+        [--types q8_0 q6_k ...] [--num-bytes 4608] [--page docs/results/equal_bytes.md]
 
 Needs the development text (`../shared/data`, or SECATEUR_DATA) and llama-cpp-python.
 """
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("models", nargs="+", metavar="NAME=MODEL", help="the dense one first")
     parser.add_argument("--types", nargs="+", default=[*TYPES], metavar="TYPE")
-    parser.add_argument("--num-bytes", type=int, default=9216, help="of text per domain")
+    parser.add_argument("--num-bytes", type=int, default=4608, help="of text per domain")
     parser.add_argument("--page", type=Path, help="write the table between this page's marks")
     asked = parser.parse_args()
     models = dict(each.split("=", 1) for each in asked.models)
