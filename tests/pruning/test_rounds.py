@@ -265,7 +265,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch, text: CalibrationSet, **short: Any) 
     monkeypatch.setattr(loop, "narrow_readers", lambda *arguments: seen.append(arguments) or {})
     found = run_of(tiny_llama(num_layers=6), text, depth=2, remove=0.45, **short)
     loop._narrow_readers(found, found.batches(1))
-    ((_, _, batches, shares, damping, _),) = seen
+    ((_, _, batches, shares, damping, *_),) = seen
     return batches, shares, damping
 
 
