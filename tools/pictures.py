@@ -150,6 +150,29 @@ def draw_layers(numbers: Numbers, axes: Any) -> None:
     axes.legend(loc="upper left", fontsize=9)
 
 
+def equal_bytes() -> Numbers:
+    """Bits per byte of six domains in llama.cpp by the size of the file, dense and pruned, in every type."""
+    found: dict[str, list[tuple[float, float, str]]] = {}
+    _, _, *table = rows("results/equal_bytes.md", "<!-- table: equal_bytes.py --page smollm2-135m -->")
+    for name, kind, size, *_, bits, _, _, _ in table:
+        found.setdefault(name, []).append((first_number(size), first_number(bits), kind))
+    return found
+
+
+def draw_equal_bytes(numbers: Numbers, axes: Any) -> None:
+    for (name, points), colour in zip(numbers.items(), (INK, OURS, *OTHERS), strict=False):
+        plain = [point for point in points if not point[2].endswith("+importance")]
+        weighed = [point for point in points if point not in plain]
+        axes.plot([x for x, *_ in plain], [y for _, y, _ in plain], color=colour, marker="o", label=name)
+        axes.scatter([x for x, *_ in weighed], [y for _, y, _ in weighed], color=colour, marker="*", s=60, zorder=3)
+    axes.scatter([], [], color="#777", marker="*", s=60, label="with an importance matrix")
+    axes.set_xlabel("size of the GGUF file, MB")
+    axes.set_ylabel("bits per byte")
+    axes.grid(visible=True)
+    axes.set_title("SmolLM2-135M, q8_0 to q2_k, in llama.cpp")
+    axes.legend(fontsize=9)
+
+
 def logarithmic(axis: Any, ticks: list[float]) -> None:
     """Give an axis a logarithmic scale with these ticks alone, written as plain numbers."""
     from matplotlib.ticker import NullFormatter, NullLocator
@@ -166,6 +189,7 @@ PICTURES: dict[str, tuple[Callable[[], Numbers], Callable[[Numbers, Any], None]]
     "repair": (repair, draw_repair),
     "domains": (domains, draw_domains),
     "layers": (layers, draw_layers),
+    "equal_bytes": (equal_bytes, draw_equal_bytes),
 }
 
 
