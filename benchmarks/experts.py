@@ -13,11 +13,11 @@ import argparse
 import copy
 import gzip
 import json
-import os
 import statistics
 from pathlib import Path
 
 import torch
+from texts import DATA
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from secateur.methods.experts import prune_experts
@@ -31,7 +31,6 @@ from secateur.recipe_file import parse_recipe
 from secateur.stream.losses import domain_losses
 from secateur.stream.walk import Walk, make_batches
 
-DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).parents[2] / "shared" / "data")) / "text"
 DOMAINS = {"web": "web_c4", "code": "code", "math": "math_gsm8k", "zh": "zh_cmrc", "science": "science_qasper"}
 LENGTH, NUM_EXPERTS = 128, 16
 NUM_BLOCKS, NUM_HELD_OUT = 48, 6  # of each domain, for calibration

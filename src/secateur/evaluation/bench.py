@@ -14,15 +14,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from secateur.errors import RecipeError, advice
+from secateur.evaluation.text import greedy
 from secateur.facts import Size, Workload
 from secateur.files import staged_file
 from secateur.formats.gguf import check_exportable, export_gguf
@@ -307,19 +307,8 @@ class _Clock(StoppingCriteria):
 def _generate(
     model: PreTrainedModel, ids_BT: Int64[Tensor, "B T"], new_tokens: int, options: dict[str, Any]
 ) -> list[float]:
-    clock, generate = _Clock(), getattr(model, "generate")  # noqa: B009  # its type takes no arguments beyond tensors
-    # The model's own settings (end of text, repetition penalty) could stop or slow a run.
-    with patch.object(model, "generation_config", GenerationConfig()):
-        start = now(model.device)
-        generate(
-            ids_BT,
-            attention_mask=torch.ones_like(ids_BT),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            stopping_criteria=StoppingCriteriaList([clock]),
-            **options,
-        )
+    clock, start = _Clock(), now(model.device)
+    greedy(model, ids_BT, new_tokens, stopping_criteria=StoppingCriteriaList([clock]), **options)
     assert len(clock.times) == new_tokens
     return [seconds - start for seconds in clock.times]
 

@@ -175,11 +175,10 @@ def inspect(
     `check_for`: `vllm` or `llama.cpp`, to list what keeps it from running the result. `tp`: vLLM's
     tensor-parallel size. `progress`: called with (stage, done, total).
 
-    Returns groups, widths before and after, bytes, memory, disk and seconds, and how much of the
-    model its vocabulary is and how many of its tokens the domains' text has, and how large GGUF files
-    will be. The seconds rest on a
-    short matrix multiplication on the device. Target `latency` without `prices` also times a few
-    layers.
+    Returns groups, widths before and after, bytes, memory, disk and seconds, how much of the model
+    its vocabulary is, how many of its tokens the domains' text has, and how large GGUF files will be.
+    The seconds rest on a short matrix multiplication on the device. Target `latency` without `prices`
+    also times a few layers.
 
     Raises what `prune` raises before it reads weights: RecipeError, CheckpointError or ArchError. But a
     share that cannot be is a note, and the nearest one that can is shown.

@@ -78,16 +78,22 @@ def named_blocks(
     return {name: blocks_NT[:num_blocks] for name, blocks_NT in drawn.items()}, built.notes
 
 
+def greedy(model: Any, ids_BT: Tensor, num_tokens: int, *, end: Any = None, **options: Any) -> Tensor:
+    """Return the blocks with `num_tokens` likeliest tokens behind them, or up to a token of `end`.
+
+    The model's own settings (sampling, a repetition penalty, its end of text) take no part.
+    """
+    asked = {"max_new_tokens": num_tokens, "do_sample": False, "pad_token_id": 0, **options}
+    with patch.object(model, "generation_config", GenerationConfig(eos_token_id=end)):
+        return model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **asked)
+
+
 @torch.inference_mode()
 def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: str) -> str:
     """Return what the model writes after `start`, greedily: SAMPLE_TOKENS tokens, or up to its end of text."""
     ids_1T = tokenizer(start, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
     own: Any = model.generation_config
-    asked = {"max_new_tokens": SAMPLE_TOKENS, "do_sample": False, "pad_token_id": 0}
-    generate = getattr(model, "generate")  # noqa: B009  # its type takes no arguments beyond tensors
-    # The model's own settings (sampling, a repetition penalty) would not be greedy.
-    with patch.object(model, "generation_config", GenerationConfig(eos_token_id=own and own.eos_token_id)):
-        written_1T = generate(ids_1T, attention_mask=torch.ones_like(ids_1T), **asked)
+    written_1T = greedy(model, ids_1T, SAMPLE_TOKENS, end=own and own.eos_token_id)
     return str(tokenizer.decode(written_1T[0, ids_1T.shape[1] :], skip_special_tokens=True))
 
 

@@ -44,7 +44,8 @@ def importance_of(
     blocks = {domain.name: domain.calibration_NT for domain in text.domains if not domain.calibration_NT.is_meta}
     if not blocks:
         raise CalibrationError(
-            "export importance: its recipe has text that the dense model wrote alone; name a domain."
+            "export importance: the model's recipe has no text but what its dense model wrote, which is not at hand; "
+            "leave importance out."
         )
     model: Any = load_model(checkpoint).float()
     backbone = model.get_submodule(bind(model).backbone)
