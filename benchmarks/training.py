@@ -24,7 +24,7 @@ from secateur.pruning.cost import measured_rates
 from secateur.recipe import PolishSettings
 from secateur.recovery.cost import forward_flops
 from secateur.recovery.judge import distillation_loss
-from secateur.stream.device import CPU, multiplies_in_software
+from secateur.stream.device import CPU, keeping_freed, multiplies_in_software
 from secateur.stream.losses import final_states
 
 ROWS, WIDTH = 1024, 2048
@@ -74,12 +74,13 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(options.steps + 1):
-        logits_PV, dense_PV = timed(seconds["forward"], forward), timed(seconds["teach"], teach)
-        facts = (logits_PV, next_P, dense_PV, weight_P)
-        loss = timed(seconds["loss"], partial(distillation_loss, *facts, kl_share=settings.kl_share))
-        timed(seconds["backward"], loss.backward)
-        timed(seconds["update"], update)
+    with keeping_freed():
+        for _ in range(options.steps + 1):
+            logits_PV, dense_PV = timed(seconds["forward"], forward), timed(seconds["teach"], teach)
+            facts = (logits_PV, next_P, dense_PV, weight_P)
+            loss = timed(seconds["loss"], partial(distillation_loss, *facts, kl_share=settings.kl_share))
+            timed(seconds["backward"], loss.backward)
+            timed(seconds["update"], update)
     peak = measured_rates(CPU, dtype, WIDTH, ROWS).forward
     flops = {"forward": whole, "teach": whole - layers, "loss": 0.0, "backward": whole + layers, "update": 0.0}
     print(f"{options.model}, {dtype}, {torch.get_num_threads()} threads, one step of {options.length} tokens;")

@@ -47,10 +47,11 @@ from secateur.ranks import from_first, is_first, staging_if_any
 from secateur.recipe import Recipe
 from secateur.recovery.polish import learn, polish
 from secateur.store import Services
-from secateur.stream.device import peak_bytes, peak_bytes_on
+from secateur.stream.device import keeping_freed, peak_bytes, peak_bytes_on
 from secateur.stream.offload import Placement
 
 
+@keeping_freed()
 def prune_run(
     model: CausalLM | str | Path,
     recipe: Recipe,

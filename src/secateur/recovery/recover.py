@@ -22,11 +22,13 @@ from secateur.recovery.result import write_result
 from secateur.recovery.shards import wants_shards
 from secateur.recovery.train import Work, train_guarded
 from secateur.report.measured import RecoveryRecord, TaskScores
+from secateur.stream.device import keeping_freed
 
 # Asks the dense, the pruned and the recovered model (a directory) the same tasks.
 Scorer = Callable[[Work, Candidates, Path], TaskScores]
 
 
+@keeping_freed()
 def recover(
     pruned: str | Path,
     teacher: str | Path,

@@ -4,7 +4,8 @@ import ctypes
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
@@ -23,16 +24,37 @@ def release_freed() -> None:
 
     Matrices of a few megabytes leave holes in the heap, a tenth of the memory of a small prune.
     """
-    trim = _malloc_trim()
+    trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)
 
 
+@contextmanager
+def keeping_freed() -> Iterator[None]:
+    """Keep freed memory for the next tensors until `release_freed` (glibc).
+
+    Else large tensors get pages that the system clears anew each time: a tenth of the CPU seconds
+    of a prune, a fifth of a training's.
+    """
+    _set_thresholds(2**31 - 1, 2**31 - 1)
+    try:
+        yield
+    finally:
+        _set_thresholds(2**25, 2**26)  # what glibc's own, which follow the sizes seen, come to
+        release_freed()
+
+
+def _set_thresholds(mapped: int, trimmed: int) -> None:
+    """Set the bytes from which a block is mapped by itself, and those free at the heap's end that go back."""
+    set_option = _of_glibc("mallopt")
+    if set_option is not None:
+        set_option(-3, mapped)  # M_MMAP_THRESHOLD
+        set_option(-1, trimmed)  # M_TRIM_THRESHOLD
+
+
 @cache
-def _malloc_trim() -> "ctypes._NamedFuncPointer | None":
-    if not sys.platform.startswith("linux"):
-        return None
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+def _of_glibc(name: str) -> "ctypes._NamedFuncPointer | None":
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
 
 Model = TypeVar("Model", bound=nn.Module)
