@@ -19,6 +19,7 @@ from run_ranks import run_machines, run_ranks, start_ranks
 from safetensors.torch import load_file
 from tiny_tokenizer import tiny_tokenizer
 
+import secateur
 from secateur import ranks
 from secateur.methods.profile import first_blocks
 from secateur.stream.walk import make_batches
@@ -112,6 +113,10 @@ def jobs(checkpoints, recipe, texts, tmp_path_factory) -> tuple[Path, Path]:
     of_experts = {"experts": experts, "few tokens for experts": few_experts, "channels in experts": channels}
     for name, each in of_experts.items():
         described[name] = {"model": str(place / "mixtral"), "recipe": each, "write": False}
+    tiny_llama(seed=1).save_pretrained(place / "sibling")
+    tiny_tokenizer().save_pretrained(place / "sibling")
+    secateur.prune(model, grouped({**more, "remove": 0.3}), out=place / "pruned")
+    described["like another"] = {"model": str(place / "sibling"), "like": str(place / "pruned"), "write": False}
     (place / "jobs.json").write_text(json.dumps(described), encoding="utf-8")
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as many as each of several ranks has
