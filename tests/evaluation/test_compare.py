@@ -20,7 +20,15 @@ from PIL import Image
 from secateur.errors import RecipeError
 from secateur.evaluation.compare import compare, foresee
 from secateur.evaluation.study import Comparison, FoundCell, Study, cells, load_study, shipped_studies
-from secateur.evaluation.study_page import _over_dense_table, csv_text, foreseen_table, latex, save_comparison, verdict
+from secateur.evaluation.study_page import (
+    _over_dense_table,
+    _task_table,
+    csv_text,
+    foreseen_table,
+    latex,
+    save_comparison,
+    verdict,
+)
 from secateur.report.page import Table
 from tests.models import tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -225,6 +233,18 @@ def test_of_one_draw_the_error_is_over_blocks() -> None:
     mean = (left**2 + right**2) ** 0.5 / 2
     cells = (f"+0.300 ± {mean:.3f}", f"+0.500 ± {left:.3f}", f"+0.100 ± {right:.3f}")
     assert table.rows == [("ours", "20%", *cells)]
+
+
+def test_accuracies_of_one_draw_have_the_error_over_questions_and_of_several_their_spread() -> None:
+    def cell(seed: int, first: float, second: float) -> FoundCell:
+        of_first = {"acc,none": 0.1, "acc_stderr,none": 0.9, "acc_norm,none": first, "acc_norm_stderr,none": 0.03}
+        tasks = {"first": of_first, "second": {"acc,none": second, "acc_stderr,none": 0.04}}
+        return FoundCell("ours", 0.2, seed, 0.2, 1.0, {"prose": 1.0}, tasks)
+
+    (row,) = _task_table([cell(0, 0.5, 0.3)]).rows
+    assert row == ("ours", "20%", "0.400 ± 0.025", "0.500 ± 0.030", "0.300 ± 0.040")
+    (row,) = _task_table([cell(0, 0.5, 0.3), cell(1, 0.7, 0.3)]).rows
+    assert row == ("ours", "20%", "0.450 ± 0.071", "0.600 ± 0.141", "0.300 ± 0.000")
 
 
 def test_a_page_fits_and_names_what_its_plot_leaves_out(tmp_path: Path) -> None:

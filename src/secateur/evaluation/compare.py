@@ -46,7 +46,7 @@ from secateur.ranks import in_turns, is_first, joined
 from secateur.recovery.polish import Lesson, learn, polish
 from secateur.report.report import missing_plots
 from secateur.store import Services, Store
-from secateur.stream.device import on_device
+from secateur.stream.device import keeping_freed, on_device
 from secateur.stream.losses import domain_losses
 
 
@@ -146,6 +146,7 @@ def compare(
     return _compare(study, Path(out), progress if is_first() else silent, tell)
 
 
+@keeping_freed()
 def _compare(study: Study, out: Path, progress: Progress, tell: Callable[[str], None]) -> Comparison:
     if missing_plots():
         raise RecipeError("compare: the page of a study needs matplotlib; run pip install 'secateur[report]'.")

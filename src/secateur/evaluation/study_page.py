@@ -343,15 +343,26 @@ def _task_table(found: list[FoundCell]) -> Table:
     tasks = list(found[0].tasks)
     rows = []
     for row in rows_of(found):
-        scores = [_show(row, lambda cell, name=name: _score(cell, name), digits=3) for name in tasks]
-        mean = _show(row, lambda cell: statistics.mean(_score(cell, name) for name in tasks), digits=3)
-        rows.append((row.method, f"{row.ratio:.0%}", mean, *scores))
-    return Table("Accuracy by task (acc_norm where the task has it)", ("method", "asked", "mean", *tasks), rows)
+        rows.append(
+            (row.method, f"{row.ratio:.0%}", _accuracy(row, tasks), *(_accuracy(row, [name]) for name in tasks))
+        )
+    caption = "Accuracy by task (acc_norm where the task has it), ± spread over seeds; of one, its error over questions"
+    return Table(caption, ("method", "asked", "mean", *tasks), rows)
 
 
-def _score(cell: FoundCell, task: str) -> float:
+def _accuracy(row: Row, tasks: list[str]) -> str:
+    """Return the mean over tasks, with its spread over draws, or of one draw the standard error over questions."""
+    if len(row.cells) > 1:
+        return _show(row, lambda cell: statistics.mean(_score(cell, name)[0] for name in tasks), digits=3)
+    scores, errors = zip(*(_score(row.cells[0], name) for name in tasks), strict=True)
+    return f"{statistics.mean(scores):.3f} ± {math.hypot(*errors) / len(errors):.3f}"
+
+
+def _score(cell: FoundCell, task: str) -> tuple[float, float]:
+    """Return the task's accuracy and its standard error, not a number where the harness has none."""
     numbers = cell.tasks[task]
-    return next((numbers[metric] for metric in TASK_METRICS if metric in numbers), math.nan)
+    metric = next((metric for metric in TASK_METRICS if metric in numbers), "")
+    return numbers.get(metric, math.nan), numbers.get(metric.replace(",", "_stderr,"), math.nan)
 
 
 def _plots(found: list[FoundCell], name: str) -> tuple[list[str], list[str]]:
