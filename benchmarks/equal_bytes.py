@@ -2,8 +2,8 @@
 
 Exports every model in every type, and measures each file in llama.cpp: bits per byte on documents
 of six domains that no result was calibrated on, and decoded tokens/s, all models of a type in
-turns. Of each document the first `PIECE` characters are read, behind the model's first token, so
-that every byte counts, until a domain has `--num-bytes`. The error is that of the paired difference
+turns. Of each document the first `PIECE` characters are read, behind a line's end, so that every byte
+counts, until a domain has `--num-bytes`. The error is that of the paired difference
 from the dense model in the first type, over documents. A type may end in `+importance`.
 OUT/measured.json keeps what is measured; delete it to measure anew.
 
@@ -71,16 +71,19 @@ def documents(domain: str, num_bytes: int) -> list[str]:
 
 def bits_per_byte(file: Path, texts: dict[str, list[str]]) -> dict[str, list[float]]:
     """Return, by domain, the bits that llama.cpp needs for each document, per byte of it."""
-    with closing(open_llama_cpp(file, PIECE + 1, all_logits=True)) as model:
-        first = model.token_bos() if model.token_bos() >= 0 else model.token_eos()
+    with closing(open_llama_cpp(file, PIECE + 2, all_logits=True)) as model:
+        # Not the file's first token: a model that is never given one, as Qwen2, reads badly behind it.
+        first = model.tokenize(b"\n", add_bos=False)
 
         def bits(text: str) -> float:
             data = text.encode()
-            ids = [first, *model.tokenize(data, add_bos=False, special=False)]
+            ids = [*first, *model.tokenize(data, add_bos=False, special=False)]
             model.reset()
             model.eval(ids)
-            logits = torch.from_numpy(np.array(model.scores[: len(ids) - 1]))
-            return cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item() / math.log(2) / len(data)
+            logits = torch.from_numpy(np.array(model.scores[len(first) - 1 : len(ids) - 1]))
+            return (
+                cross_entropy(logits, torch.tensor(ids[len(first) :]), reduction="sum").item() / math.log(2) / len(data)
+            )
 
         return {domain: [bits(text) for text in found] for domain, found in texts.items()}
 

@@ -1,6 +1,7 @@
 """Tokens in a run's budget: what the model loses, what the losses count, and the same bytes by every way."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from secateur.data.calibration import build_calibration, token_counts
 from secateur.formats.save import Verification
 from secateur.methods.prices import token_prices
 from secateur.model.kept_tokens import kept_tokens_of
+from secateur.pruning.cost import polish_bytes
 from secateur.pruning.resolve import resolve
 from secateur.pruning.trim import plan_trim
 from secateur.recipe_file import parse_recipe
@@ -184,7 +186,7 @@ def test_stopped_or_streamed_or_shared_the_bytes_are_the_same(changes, untied, a
 def test_auto_takes_what_a_share_asks_if_nothing_else_goes(tied, asked):
     recipe = parse_recipe(grouped({**asked, "groups": [], "vocabulary": "auto", "remove": 0.1}))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
-    trim = plan_trim(secateur.pruning.open.replace(opened(model, recipe), tokenizer=tokenizer), Services())  # type: ignore[attr-defined]
+    trim = plan_trim(replace(opened(model, recipe), tokenizer=tokenizer), Services())
     gone, price = trim.kept.num_dense - len(trim.kept.dense_ids), token_prices("parameters", model, 1, 32)
     assert len(trim.kept.dense_ids) % 64 == 0 and gone * price <= 0.1 * num_params(model) < (gone + 64) * price
 
@@ -287,7 +289,19 @@ def test_a_group_named_vocabulary_is_short_for_auto():
 def test_flops_count_the_head_of_the_tokens_that_go(tied, asked):
     recipe = parse_recipe(grouped({**asked, "target": "flops"}))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
-    ready = secateur.pruning.open.replace(opened(model, recipe), tokenizer=tokenizer)  # type: ignore[attr-defined]
-    ready = secateur.pruning.open.replace(ready, trim=plan_trim(ready, Services()))  # type: ignore[attr-defined]
+    ready = replace(opened(model, recipe), tokenizer=tokenizer)
+    ready = replace(ready, trim=plan_trim(ready, Services()))
     gone = len(tokenizer) + NUM_PADDING - 448
     assert resolve(ready).prices.tokens == round(2 * gone * 48 / 32)
+
+
+def test_tokens_that_go_leave_what_trains_as_large(tied, asked):
+    recipe = parse_recipe(grouped({**asked, "polish": {"num_tokens": 640}}))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
+    ready = replace(opened(model, recipe), tokenizer=tokenizer)
+    ready = replace(ready, trim=plan_trim(ready, Services()))
+    resolved, rows = resolve(ready), (len(tokenizer) + NUM_PADDING - 448) * 48
+    whole = replace(ready, trim=None)
+    for train, each in (("layers", 8), ("full", 20)):  # weights, and those before; gradients and two moments
+        run = replace(resolved, recipe=resolved.recipe.filled(polish={"train": train}))
+        assert polish_bytes(whole, run) - polish_bytes(ready, run) == each * rows

@@ -19,12 +19,12 @@ from secateur.evaluation.inspect import inspect
 from secateur.facts import mean_kl
 from secateur.model.bind import bind
 from secateur.pruning.cost import memory_for, params_after, polish_bytes, with_polish_that_fits
-from secateur.pruning.open import open_model
+from secateur.pruning.open import computes_in_float32, open_model
 from secateur.pruning.resolve import checked, resolve
-from secateur.recipe import Recipe
+from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import parse_recipe
 from secateur.recovery import train
-from secateur.recovery.cost import forward_flops, polish_work
+from secateur.recovery.cost import forward_flops, polish_work, training_bytes
 from secateur.recovery.polish import Lesson, learn, polish, polish_settings
 from secateur.store import Services
 
@@ -227,9 +227,22 @@ def test_the_memory_is_that_of_its_parts(asked):
     left, words = params_after(opened, resolved), 2 * opened.model.lm_head.weight.numel()
     training = 4 * left + 12 * (left - words)  # float32 weights; gradients and moments of what trains
     at_once = 2 * 32  # tokens of a forward pass
-    training += at_once * (20 * config.hidden_size * config.num_hidden_layers * 4 + 3 * 4 * config.vocab_size)
+    step = at_once * (20 * config.hidden_size * config.num_hidden_layers + 3 * config.vocab_size)
     kept = left + (1280 + config.vocab_size) * config.hidden_size  # the weights before; states; the head
-    assert polish_bytes(opened, resolved) == 4 * kept + training
+    assert polish_bytes(opened, resolved) == 4 * kept + training + 4 * step
+    # bfloat16: half of what is kept and of a step, and copies of what trains.
+    low = checked(open_model(tiny_llama().to(torch.bfloat16), parse_recipe(grouped(asked)), tiny_tokenizer()))
+    if not computes_in_float32(low):
+        assert polish_bytes(low, resolve(low)) == 2 * kept + training + 2 * (left - words) + 2 * step
+
+
+def test_the_best_weights_at_the_end_may_be_the_most():
+    model = tiny_llama()
+    settings = RecoverySettings(num_tokens=32, batch_tokens=32)
+    for num_params in (10**8, 1):  # the best weights; a step
+        step = 10**6 * 4 + 4 * 32 * (20 * model.config.hidden_size * 3 + 3 * model.config.vocab_size)
+        most = max(4 * num_params, step)
+        assert training_bytes(model, num_params, 10**6, settings, 32) == 4 * num_params + 8 * 10**6 + most
 
 
 def test_where_memory_is_short_low_rank_additions_or_nothing_is_trained(checkpoints, asked, monkeypatch):

@@ -21,7 +21,7 @@ from secateur.model.group import Group
 from secateur.pruning.open import Opened, computes_in_float32
 from secateur.pruning.resolve import Resolved
 from secateur.pruning.resolve_parts import NARROW_TOKENS_PER_INPUT
-from secateur.recovery.cost import polish_work, training_bytes
+from secateur.recovery.cost import num_trained, polish_work, training_bytes
 from secateur.recovery.polish import polish_settings
 from secateur.report.records import MemoryEstimate, Work
 from secateur.stream.device import float64_device, free_bytes
@@ -214,10 +214,15 @@ def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:
 def params_after(opened: Opened, resolved: Resolved) -> int:
     """Return the parameters that the last plan leaves."""
     prices = parameter_prices(opened.arch, resolved.groups, opened.model).with_only(resolved.layers)
+    gone = prices.gone(resolved.groups, resolved.plans[-1].num_keep)
+    return round(prices.total - _params_of_tokens(opened) - gone)
+
+
+def _params_of_tokens(opened: Opened) -> int:
+    """Return the parameters of the tokens that go."""
     kept = None if opened.trim is None else opened.trim.kept
     num_gone = 0 if kept is None else kept.num_dense - len(kept.dense_ids)
-    of_tokens = token_prices("parameters", opened.model, num_gone, 1) if num_gone else 0
-    return round(prices.total - of_tokens - prices.gone(resolved.groups, resolved.plans[-1].num_keep))
+    return round(token_prices("parameters", opened.model, num_gone, 1)) if num_gone else 0
 
 
 def polish_bytes(opened: Opened, resolved: Resolved) -> int:
@@ -227,8 +232,11 @@ def polish_bytes(opened: Opened, resolved: Resolved) -> int:
         return 0
     hidden_size, num_params = text_config(model).hidden_size, params_after(opened, resolved)
     numbers = num_params + (settings.num_tokens + text_config(model).vocab_size) * hidden_size
-    trained = training_bytes(model, num_params, settings, resolved.sequence_length)
-    return (4 if computes_in_float32(opened) else model.dtype.itemsize) * numbers + trained
+    of_tokens = _params_of_tokens(opened)
+    of_layers = opened.size.num_params - of_tokens - num_params
+    trained = num_trained(model, settings) - of_layers - (of_tokens if settings.train == "full" else 0)
+    training = training_bytes(model, num_params, max(trained, 0), settings, resolved.sequence_length)
+    return (4 if computes_in_float32(opened) else model.dtype.itemsize) * numbers + training
 
 
 def with_polish_that_fits(opened: Opened, resolved: Resolved) -> Resolved:

@@ -56,7 +56,10 @@ def cost_of(
     states = max(Size.of(model).num_params + 2 * num_trained(model, settings) for model in trained)
     scratch_bytes = 3 * 4 * states + size.num_bytes
     total = {part: sum(ours) for part, ours in flops.items()}
-    most = max(training_bytes(model, Size.of(model).num_params, settings, length) for model in trained)
+    most = max(
+        training_bytes(model, Size.of(model).num_params, num_trained(model, settings), settings, length)
+        for model in trained
+    )
     peak = Size.of(teacher).num_bytes + most
     return Cost(*tokens, total, peak, scratch_bytes, seconds)
 
@@ -129,19 +132,22 @@ def num_trained(model: PreTrainedModel, settings: RecoverySettings) -> int:
     return Size.of(model).num_params - sum(weight.numel() for weight in frozen)
 
 
-def training_bytes(model: PreTrainedModel, num_params: int, settings: RecoverySettings, length: int) -> int:
-    """Return the bytes of training a model like this one with `num_params` parameters.
+def training_bytes(
+    model: PreTrainedModel, num_params: int, trained: int, settings: RecoverySettings, length: int
+) -> int:
+    """Return the bytes of training a model like this one with `num_params` parameters, of which some are `trained`.
 
-    float32 weights; float32 gradients and two moments of what is trained; activations; logits of
-    both models, and their gradient.
+    float32 weights; two float32 moments of what is trained; and the larger of a step and of the best
+    weights, which are read at the end. A step: gradients, copies in the model's dtype if that is a
+    lower one, activations, logits of both models and their gradient.
     """
     config: Any = model.config.get_text_config()
-    words = Size.of(model).num_params - num_trained(model, settings)
-    states = 4 * num_params + 12 * max(0, num_params - words)
+    item = model.dtype.itemsize
     tokens = min(settings.blocks_per_device, blocks_per_step(settings.batch_tokens, length)) * length
     layers = 1 if settings.gradient_checkpointing else config.num_hidden_layers
-    activations = tokens * ACTIVATION_WIDTHS * config.hidden_size * layers * model.dtype.itemsize
-    return states + activations + 3 * model.dtype.itemsize * tokens * config.vocab_size
+    step = trained * (4 + (item if item < 4 else 0))
+    step += item * tokens * (ACTIVATION_WIDTHS * config.hidden_size * layers + 3 * config.vocab_size)
+    return 4 * num_params + 8 * trained + max(step, 4 * num_params)
 
 
 # Bytes that training moves beside its products: per logit; per trained parameter and step; per

@@ -35,7 +35,7 @@ from secateur.recovery.judge import Judge, distillation_loss, domain_weights, lo
 from secateur.recovery.pair import RecoveryText, blocks_per_step
 from secateur.recovery.shards import handed_over, let_cpu_shard, wants_shards, whole_parameters
 from secateur.store import Store
-from secateur.stream.device import CPU, multiplies_in_software
+from secateur.stream.device import CPU, multiplies_in_software, release_freed
 
 TRAINER_FOLDER, TRAINED_FOLDER = "trainer", "trained"
 # Adam moves a weight by about the rate, whatever its gradient: what a model bears follows its weights' size.
@@ -74,6 +74,7 @@ class Distiller(Trainer):
         metrics["eval_objective"] = objective(verdicts, self.settings.kl_share)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        release_freed()  # the last step's gradients, before the best weights are read
         return metrics
 
 
