@@ -126,15 +126,15 @@ def mean_bits(row: dict[str, Any]) -> float:
 
 
 def table(rows: Rows) -> str:
-    """Return the files by size, the largest first; those that no smaller file equals are in bold."""
+    """Return the files by size, the largest first; those that no file of at most their size beats are in bold."""
     dense = next(iter(next(iter(rows.values())).values()))
     files = [(name, kind, row) for kind, found in rows.items() for name, row in found.items()]
     files.sort(key=lambda each: -each[2]["bytes"])
     head = ["model", "type", "MB", *HYBRID, "mean bits per byte", "over dense", "tokens/s", "times dense, same type"]
     lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
-    for position, (name, kind, row) in enumerate(files):
+    for name, kind, row in files:
         bits, (more, error) = mean_bits(row), over(row["bits"], dense["bits"])
-        best = all(bits < mean_bits(other) for _, _, other in files[position + 1 :])
+        best = not any(other["bytes"] <= row["bytes"] and mean_bits(other) < bits for _, _, other in files)
         ratio, low, high = row["faster"]
         cells = [f"{row['bytes'] / 1e6:.1f}", *(f"{statistics.mean(each):.3f}" for each in row["bits"].values())]
         cells += [f"**{bits:.3f}**" if best else f"{bits:.3f}", f"{more:+.3f} ± {error:.3f}", f"{row['decode']:.1f}"]

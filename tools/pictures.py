@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +153,23 @@ def draw_layers(numbers: Numbers, axes: Any) -> None:
 
 def equal_bytes() -> Numbers:
     """Bits per byte of six domains in llama.cpp by the size of the file, dense and pruned, in every type."""
+    return _equal_bytes("smollm2-135m")
+
+
+def equal_bytes_second() -> Numbers:
+    """The same of a model with 151,936 tokens."""
+    return _equal_bytes("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf")
+
+
+def _equal_bytes(model: str) -> Numbers:
     found: dict[str, list[tuple[float, float, str]]] = {}
-    _, _, *table = rows("results/equal_bytes.md", "<!-- table: equal_bytes.py --page smollm2-135m -->")
+    _, _, *table = rows("results/equal_bytes.md", f"<!-- table: equal_bytes.py --page {model} -->")
     for name, kind, size, *_, bits, _, _, _ in table:
         found.setdefault(name, []).append((first_number(size), first_number(bits), kind))
     return found
 
 
-def draw_equal_bytes(numbers: Numbers, axes: Any) -> None:
+def draw_equal_bytes(model: str, numbers: Numbers, axes: Any) -> None:
     for (name, points), colour in zip(numbers.items(), (INK, OURS, *OTHERS), strict=False):
         plain = [point for point in points if not point[2].endswith("+importance")]
         weighed = [point for point in points if point not in plain]
@@ -169,7 +179,7 @@ def draw_equal_bytes(numbers: Numbers, axes: Any) -> None:
     axes.set_xlabel("size of the GGUF file, MB")
     axes.set_ylabel("bits per byte")
     axes.grid(visible=True)
-    axes.set_title("SmolLM2-135M, q8_0 to q2_k, in llama.cpp")
+    axes.set_title(f"{model}, q8_0 to q2_k, in llama.cpp")
     axes.legend(fontsize=9)
 
 
@@ -189,7 +199,8 @@ PICTURES: dict[str, tuple[Callable[[], Numbers], Callable[[Numbers, Any], None]]
     "repair": (repair, draw_repair),
     "domains": (domains, draw_domains),
     "layers": (layers, draw_layers),
-    "equal_bytes": (equal_bytes, draw_equal_bytes),
+    "equal_bytes": (equal_bytes, partial(draw_equal_bytes, "SmolLM2-135M")),
+    "equal_bytes_second": (equal_bytes_second, partial(draw_equal_bytes, "Qwen2.5-Coder-0.5B")),
 }
 
 
