@@ -220,8 +220,8 @@ class Store:
         elif resume:
             self.tell(f"{self.label}: nothing of an earlier run is there to go on from, so it begins anew.")
         path.unlink(missing_ok=True)  # first: without it nothing counts
-        for file in directory.iterdir():
-            file.unlink()
+        for path in directory.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()  # a polish has a folder
         self._write(INPUTS, {"inputs": inputs})
         self.num_saved = 0
 

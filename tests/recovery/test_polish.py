@@ -26,7 +26,7 @@ from secateur.recipe_file import parse_recipe
 from secateur.recovery import train
 from secateur.recovery.cost import forward_flops, polish_work, training_bytes
 from secateur.recovery.polish import Lesson, learn, polish, polish_settings
-from secateur.store import Services
+from secateur.store import Services, place_beside
 
 TRAINING = {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}
 WEIGHTS = "model.safetensors"
@@ -165,6 +165,21 @@ def test_a_killed_run_goes_on_in_its_training_and_ends_with_the_same_bytes(check
     for name in ("whole", "resumed"):
         lines = (tmp_path / name / "run.jsonl").read_text(encoding="utf-8")
         assert lines.count('"polish_step"') == 10, "the curve is whole"
+
+
+def test_killed_and_begun_anew_gives_the_same_bytes(checkpoints, asked, tmp_path):
+    def kill(stage: str, done: int, total: int) -> None:
+        if stage == "polish" and done > 0.6 * total:
+            raise Killed
+
+    with pytest.raises(Killed):
+        secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "anew", progress=kill)
+    place = place_beside(tmp_path / "anew") / "polish"
+    assert any(place.rglob("*.safetensors")), "the training had saved something"
+    for name in ("anew", "whole"):
+        secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / name)
+    assert (tmp_path / "anew" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert not place.exists()
 
 
 def test_a_model_in_memory_is_trained_too(asked):

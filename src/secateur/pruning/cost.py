@@ -214,15 +214,13 @@ def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:
 def params_after(opened: Opened, resolved: Resolved) -> int:
     """Return the parameters that the last plan leaves."""
     prices = parameter_prices(opened.arch, resolved.groups, opened.model).with_only(resolved.layers)
-    gone = prices.gone(resolved.groups, resolved.plans[-1].num_keep)
-    return round(prices.total - _params_of_tokens(opened) - gone)
+    return round(prices.total - _params_of_tokens(opened) - prices.gone(resolved.groups, resolved.plans[-1].num_keep))
 
 
 def _params_of_tokens(opened: Opened) -> int:
     """Return the parameters of the tokens that go."""
-    kept = None if opened.trim is None else opened.trim.kept
-    num_gone = 0 if kept is None else kept.num_dense - len(kept.dense_ids)
-    return round(token_prices("parameters", opened.model, num_gone, 1)) if num_gone else 0
+    num_gone = 0 if opened.trim is None else opened.trim.kept.num_dense - len(opened.trim.kept.dense_ids)
+    return round(token_prices("parameters", opened.model, num_gone, 1))
 
 
 def polish_bytes(opened: Opened, resolved: Resolved) -> int:
@@ -232,10 +230,9 @@ def polish_bytes(opened: Opened, resolved: Resolved) -> int:
         return 0
     hidden_size, num_params = text_config(model).hidden_size, params_after(opened, resolved)
     numbers = num_params + (settings.num_tokens + text_config(model).vocab_size) * hidden_size
-    of_tokens = _params_of_tokens(opened)
-    of_layers = opened.size.num_params - of_tokens - num_params
-    trained = num_trained(model, settings) - of_layers - (of_tokens if settings.train == "full" else 0)
-    training = training_bytes(model, num_params, max(trained, 0), settings, resolved.sequence_length)
+    gone = opened.size.num_params - num_params - (0 if settings.train == "full" else _params_of_tokens(opened))
+    trained = max(0, num_trained(model, settings) - gone)
+    training = training_bytes(model, num_params, trained, settings, resolved.sequence_length)
     return (4 if computes_in_float32(opened) else model.dtype.itemsize) * numbers + training
 
 

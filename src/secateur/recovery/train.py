@@ -212,6 +212,7 @@ def _train(work: Work, weights: dict[str, float]) -> dict[str, Any]:
         return found[1]["cost"]
     start = time.perf_counter()
     num_tokens = recover_logits(work, weights)
+    release_freed()  # the optimizer's states
     seconds = round(time.perf_counter() - start, 2)
     share = num_tokens / work.text.num_tokens  # less than one after an early stop
     cost = {"num_tokens": num_tokens, "seconds": seconds, "flops": work.flops * share}
@@ -305,14 +306,9 @@ def _trainer(
     if work.states is not None:
         items = [{**item, "states": states_PD} for item, states_PD in zip(items, work.states, strict=True)]
     dataset = cast(Dataset[dict[str, Tensor]], items)
-    trainer = Distiller(
-        model=trained,
-        args=arguments,
-        data_collator=default_collate,
-        train_dataset=dataset,
-        eval_dataset=dataset,
-        callbacks=[listener, EarlyStoppingCallback(work.settings.patience)],
-    )
+    callbacks = [listener, EarlyStoppingCallback(work.settings.patience)]
+    data: dict[str, Any] = {"data_collator": default_collate, "train_dataset": dataset, "eval_dataset": dataset}
+    trainer = Distiller(model=trained, args=arguments, callbacks=callbacks, **data)
     trainer.remove_callback(PrinterCallback)
     # Else the Trainer sums the losses of a step's parts; ours, of equal length, are averaged.
     trainer.model_accepts_loss_kwargs = False
