@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from cost import measure_memory, round_seconds
+from dense import write_dense
 
 from secateur.data.calibration import build_calibration
-from secateur.formats.save import save_checkpoint
-from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.plugins import TECHNICAL
 from secateur.pruning.open import open_model, tokenizer_of
 from secateur.pruning.resolve import checked, resolve
@@ -76,11 +75,8 @@ def main() -> None:
     if options.memory_of:
         print(json.dumps(measure_memory(options.memory_of, settings_of(SETS[options.set], options))))
         return
-    opened = open_checkpoint(options.model)
     with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder)
-        save_checkpoint(load_model(opened), load_tokenizer(opened), directory, max_shard_size="5GB", carry_from=None)
-        run_all(directory, options)
+        run_all(write_dense(options.model, Path(folder)), options)
 
 
 def run_all(directory: Path, options: argparse.Namespace) -> None:

@@ -155,17 +155,15 @@ def prepare(arguments: argparse.Namespace) -> None:
     written, asked = arguments.out / "text.json.recipe", json.dumps(recipe | {"output": {"evaluate": False}})
     if written.exists() and written.read_text() == asked:
         return
+    from dense import write_dense
+
     from secateur.data.calibration import build_calibration
-    from secateur.formats.save import save_checkpoint
-    from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
+    from secateur.model.checkpoint import load_tokenizer, open_checkpoint
     from secateur.recipe_file import parse_recipe
 
-    checkpoint, dense = open_checkpoint(MODEL), arguments.out / "dense"
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer, dense = load_tokenizer(open_checkpoint(MODEL)), arguments.out / "dense"
     if not dense.exists():
-        dense.mkdir()
-        model = load_model(checkpoint)
-        save_checkpoint(model, tokenizer, dense, max_shard_size="5GB", carry_from=None)
+        write_dense(MODEL, dense)
         # transformers 4 calls the dtype otherwise; without it a peer on an old one would prune float32.
         config = json.loads((dense / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
         (dense / "config.json").write_text(json.dumps(config, indent=2))

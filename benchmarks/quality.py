@@ -17,14 +17,14 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dense import write_dense
 from texts import HYBRID, text_file
 from transformers import AutoTokenizer
 
 from secateur.data.calibration import CalibrationSet, build_calibration
 from secateur.facts import Size
-from secateur.formats.save import save_checkpoint
 from secateur.model.bind import bind
-from secateur.model.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from secateur.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
@@ -133,13 +133,10 @@ def main() -> None:
     parser.add_argument("--num-blocks", type=int, default=CALIBRATION_BLOCKS)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     options = parser.parse_args()
-    opened = open_checkpoint(options.model)
     with tempfile.TemporaryDirectory() as folder:
         # As safetensors, of which each row loads a fresh copy in a second.
-        save_checkpoint(load_model(opened), load_tokenizer(opened), Path(folder), max_shard_size="5GB", carry_from=None)
-        run_all(
-            open_checkpoint(folder), options.seeds, options.rows, Cut(options.share, options.num_blocks, options.remove)
-        )
+        dense = open_checkpoint(str(write_dense(options.model, Path(folder))))
+        run_all(dense, options.seeds, options.rows, Cut(options.share, options.num_blocks, options.remove))
 
 
 def run_all(checkpoint: Checkpoint, seeds: list[int], rows: list[str], size: Cut) -> None:

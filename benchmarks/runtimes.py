@@ -76,17 +76,13 @@ def judged(facts: Facts, prompts: list[list[int]], found: dict[str, Any]) -> dic
 
 def make_models(model: str, paths: dict[str, Path], num_tokens: int, *, as_gguf: bool) -> None:
     """Write the dense model, and prune it by 30% with equal widths and with widths by layer."""
+    from dense import write_dense
+
     import secateur
-    from secateur.formats.save import save_checkpoint
-    from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 
     base = {"preset": "fast", "remove": 0.3, "calibration": {"num_tokens": num_tokens}, "output": {"evaluate": False}}
     if not paths["dense"].exists():
-        staged, checkpoint = paths["dense"].with_name("staged"), open_checkpoint(model)
-        staged.mkdir(parents=True, exist_ok=True)
-        parts = load_model(checkpoint), load_tokenizer(checkpoint)
-        save_checkpoint(*parts, staged, max_shard_size="5GB", carry_from=checkpoint.directory)
-        staged.rename(paths["dense"])
+        write_dense(model, paths["dense"])
     for kind, more in (("uniform", {}), ("per-layer", {"choose": {"score": "wanda", "budget": "curve"}})):
         if not paths[kind].exists():
             secateur.prune(model, base | more, out=paths[kind])
