@@ -152,10 +152,10 @@ Results in the runtimes that people use. `make runtimes` sets up each one in a v
 of its own, converts the models by the runtime's own tool, runs them and writes this page.
 
 Models: {model}, and results without 30% of all its parameters, with equal widths (`uniform`)
-and with widths by layer (`per-layer`, `budget: curve`). Both are by `preset: fast` on {tokens:,} tokens of
-calibration text: quality is not the subject here. Weights are bfloat16, and every runtime gets them
-as float32. Threads: {threads}. Cores: {cores}, {cpu}; other programs used them
-too, so tokens/s are low and noisy.
+and with widths by layer (`per-layer`, `budget: curve`). Both are by `preset: fast` on
+{tokens:,} tokens of calibration text: quality is not the subject here. Weights are bfloat16,
+and every runtime gets them as float32. Threads: {threads}. Cores: {cores}, {cpu};
+other programs used them too, so tokens/s are low and noisy.
 
 - **run**: the day, and the number of timed runs.
 - **tokens**: greedy tokens behind three prompts that are transformers' own choice after the same
@@ -165,8 +165,8 @@ too, so tokens/s are low and noisy.
 - **log-probability**: the largest difference from transformers over {text} tokens of text, in nats.
 - **perplexity**: of that text, in the runtime / in transformers.
 - **tokens/s**: of decode, the median of runs that alternate with the dense model.
-- **of ideal**: the median ratio of rates to the dense model's, the ratio of bytes that one token must
-  read, and the first over the second.
+- **of ideal**: the median ratio of rates to the dense model's, the ratio of bytes that one token
+  must read, and the first over the second.
 
 | runtime | model | run | tokens, nats | log-probability | perplexity | tokens/s | of ideal |
 |---|---|---|---|---:|---:|---:|---|

@@ -45,18 +45,30 @@ pruned, teacher, out, recipe = sys.argv[1:]
 secateur.recover(pruned, teacher, yaml.safe_load(open(recipe)), out=out, progress=kill)
 """
 
+# No text beyond the recipe's to be judged by, as in the tests' own process.
+PRUNE = """
+import sys, yaml, secateur, secateur.pruning.prune
+secateur.pruning.prune.JUDGED_TOKENS = 0
+model, recipe, out = sys.argv[1:]
+secateur.prune(model, yaml.safe_load(open(recipe)), out=out)
+"""
+
 
 def run(launch: list[str], settings: dict[str, Any], pruned: Path, teacher: Path, place: Path, script: str = ""):
     """Run `secateur recover`, or a script, under a launcher of two processes; what it wrote is in `place`/two."""
     file, code, out = place / "r.yaml", place / "script.py", place / "two"
     file.write_text(yaml.safe_dump({"recover": settings}), encoding="utf-8")
     code.write_text(script, encoding="utf-8")
+    command = ["-m", "secateur", "recover", pruned, "--teacher", teacher, "--out", out, "--recipe", file, "--quiet"]
+    return launched(launch, [code, pruned, teacher, out, file] if script else command)
+
+
+def launched(launch: list[str], command: list[Any]) -> subprocess.CompletedProcess[str]:
+    """Run the command under a launcher of two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["-m", "secateur", "recover", pruned, "--teacher", teacher, "--out", out, "--recipe", file, "--quiet"]
-    asked = [sys.executable, *launch, port, *([code, pruned, teacher, out, file] if script else command)]
-    environment = dict(os.environ)
+    asked, environment = [sys.executable, *launch, port, *command], dict(os.environ)
     return subprocess.run([*map(str, asked)], env=environment, capture_output=True, text=True, check=False, timeout=600)
 
 
@@ -115,3 +127,25 @@ def test_shards_go_on_from_a_checkpoint(checkpoints, recipe, tmp_path):
     for key, tensor in alone.items():
         torch.testing.assert_close(together[key], tensor, rtol=0, atol=moved / 100)
     assert moved > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [TORCHRUN, FSDP.format(2).split()], ids=["copies", "FSDP"])
+def test_two_processes_polish_what_one_polishes(launch, checkpoints, recipe, tmp_path):
+    polish = {**SETTINGS, "num_tokens": 1024}
+    asked = grouped({**recipe, "remove": 0.5, "polish": polish})
+    file, code = tmp_path / "r.yaml", tmp_path / "script.py"
+    file.write_text(yaml.safe_dump(asked, sort_keys=False), encoding="utf-8")  # domains keep their order
+    code.write_text(PRUNE, encoding="utf-8")
+    done = launched(launch, [code, checkpoints["llama"], file, tmp_path / "two"])
+    assert done.returncode == 0, done.stderr
+    one = secateur.prune(checkpoints["llama"], asked, out=tmp_path / "one")
+    secateur.prune(checkpoints["llama"], {**asked, "polish": False}, out=tmp_path / "before")
+    assert one.summary.polish is not None and one.summary.polish.training.held
+    dense, alone, together = (load_file(tmp_path / name / WEIGHTS) for name in ("before", "one", "two"))
+    moved = max(float((alone[key] - dense[key]).abs().max()) for key in dense)
+    for key, tensor in alone.items():
+        torch.testing.assert_close(together[key], tensor, rtol=0, atol=moved / 100)
+    assert moved > 1e-4
+    warnings = json.loads((tmp_path / "two" / "result.json").read_text(encoding="utf-8"))["warnings"]
+    assert any("in shards over 2 processes" in warning for warning in warnings) == (launch is not TORCHRUN)

@@ -17,7 +17,7 @@ from secateur.model.config import quiet_transformers
 from secateur.recipe import RecoverySettings
 from secateur.recovery import train
 from secateur.recovery.pair import RecoveryText
-from secateur.recovery.shards import wants_shards
+from secateur.recovery.shards import handed_over, wants_shards
 from secateur.recovery.train import Distiller, Listener, Work, _arguments, _passes, with_lora
 
 
@@ -152,6 +152,16 @@ def test_low_rank_additions_start_at_nothing_and_count_twice():
     assert layer.scaling == {"default": 2.0} and layer.lora_A["default"].weight.shape == (4, 48)
     free = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
     assert len(free) == 2 * 7 * 3 and not any("lm_head" in name for name in free)
+
+
+def test_a_copy_for_the_shards_has_the_weights_and_leaves_frozen_ones_frozen():
+    model = tiny_llama(tie_word_embeddings=True)
+    weights = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    model.get_input_embeddings().weight.requires_grad_(False)
+    copied = handed_over(model)
+    assert {name: parameter.data_ptr() for name, parameter in copied.named_parameters()} == weights
+    frozen = [name for name, parameter in copied.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.embed_tokens.weight"]
 
 
 def test_shards_are_for_several_processes_and_version_two(monkeypatch):

@@ -37,8 +37,8 @@ def let_cpu_shard(arguments: TrainingArguments) -> None:
 
 
 def handed_over(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy that takes over the weights, so that sharding the copy frees them."""
-    taken = {id(parameter): nn.Parameter(parameter.data) for parameter in model.parameters()}
+    """Return a copy that takes over the weights, so that sharding the copy frees them; frozen ones stay frozen."""
+    taken = {id(each): nn.Parameter(each.data, requires_grad=each.requires_grad) for each in model.parameters()}
     copied = copy.deepcopy(model, cast(dict[int, Any], taken))
     forget_weights(model)
     return copied
