@@ -311,7 +311,9 @@ class Trained:
         if not self.training.held:
             return "held-out loss did not fall, so the weights are those from before the training"
         won = won_back(self.dense, self.before, self.after)
-        share = "nothing had been lost" if math.isnan(won) else f"{won:.1%} of the lost log-perplexity won back"
+        share = f"{won:.1%} of the lost log-perplexity won back"
+        if math.isnan(won):  # tokens alone went, so on text in those that stay nothing had been lost
+            share = f"{mean_nats(self.before):.3f} -> {mean_nats(self.after):.3f} nats per token of held-out text"
         against = ""
         if self.trained_dense is not None:
             honest = won_back(self.trained_dense, self.before, self.after)

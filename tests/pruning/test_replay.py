@@ -20,6 +20,7 @@ from secateur.errors import CheckpointError
 from secateur.formats.save import Verification
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.identity import identity
+from secateur.model.kept_tokens import kept_tokens_of
 from secateur.report.records import read_result, read_summary
 from tests.model.test_vocabulary import NUM_PADDING, made
 from tests.pruning.test_resume import Stopped, stopped_after, weights
@@ -202,6 +203,16 @@ def test_other_tokens_under_the_same_numbers_are_refused(models, recipe, tmp_pat
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (other / file).is_file():
             (other / file).write_text((other / file).read_text().replace(json.dumps(said), '"<|renamed|>"'))
+    with pytest.raises(CheckpointError, match=r"token '.*' is not the same in the tokenizer of .*leave like out"):
+        secateur.prune(other, like=tmp_path / "trimmed")
+    # Two that need not stay, under each other's numbers.
+    kept, data = kept_tokens_of(tmp_path / "trimmed"), json.loads((models["tokens"] / "tokenizer.json").read_text())
+    assert kept is not None
+    first, second = [index for index in kept.dense_ids if index not in made("byte-level")[1].fixed][:2]
+    numbers = {first: second, second: first}
+    data["model"]["vocab"] = {text: numbers.get(index, index) for text, index in data["model"]["vocab"].items()}
+    shutil.copytree(models["tokens"], other, dirs_exist_ok=True)
+    (other / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match=r"token '.*' is not the same in the tokenizer of .*leave like out"):
         secateur.prune(other, like=tmp_path / "trimmed")
 

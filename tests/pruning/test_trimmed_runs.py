@@ -20,7 +20,7 @@ from secateur.formats.save import Verification
 from secateur.methods.prices import token_prices
 from secateur.model.kept_tokens import kept_tokens_of
 from secateur.pruning.cost import polish_bytes
-from secateur.pruning.resolve import resolve
+from secateur.pruning.resolve import Resolved, resolve
 from secateur.pruning.trim import plan_trim
 from secateur.recipe_file import parse_recipe
 from secateur.report.vocabulary import SAMPLES
@@ -189,6 +189,33 @@ def test_auto_takes_what_a_share_asks_if_nothing_else_goes(tied, asked):
     trim = plan_trim(replace(opened(model, recipe), tokenizer=tokenizer), Services())
     gone, price = trim.kept.num_dense - len(trim.kept.dense_ids), token_prices("parameters", model, 1, 32)
     assert len(trim.kept.dense_ids) % 64 == 0 and gone * price <= 0.1 * num_params(model) < (gone + 64) * price
+
+
+def planned(model: Any, tokenizer: Any, short: dict[str, Any]) -> Resolved:
+    """Return the run that `auto` plans if a further token costs little and channels by their share."""
+    asking = replace(opened(model, parse_recipe(grouped({**short, "vocabulary": "auto"}))), tokenizer=tokenizer)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("secateur.pruning.trim._measured", lambda *_: (1e-9, lambda share_N: share_N.clamp(min=0)))
+        return resolve(replace(asking, trim=plan_trim(asking, Services())))
+
+
+@pytest.mark.parametrize(("budget", "alone"), [("uniform", True), ("curve", False)])
+def test_auto_takes_tokens_alone_where_a_few_too_many_are_within_half_a_step(budget, alone, tied, asked):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
+    gone, price = model.config.vocab_size - 448, token_prices("parameters", model, 1, 32)
+    share = (gone - 20) * price / num_params(model)  # 20 tokens are 960 parameters; a uniform step is 3,456
+    found = planned(model, tokenizer, {**asked, "remove": share, "budget": budget})
+    assert (found.recipe.remove.vocabulary == 448, found.removals[-1] == 0) == (alone, alone)
+    assert found.outcome(found.plans[-1].num_keep).share_gone >= share
+
+
+def test_auto_reckons_with_the_steps_of_the_widths_that_tokens_leave(asked):
+    # 10% by channels alone would leave fewer than 2,048 of 2,304, so in steps of 32; less goes in steps of 256.
+    tokenizer, _ = made("byte-level")
+    model = tiny_llama(num_layers=1, vocab_size=len(tokenizer) + NUM_PADDING, intermediate_size=2304)
+    found = planned(model, tokenizer, {**asked, "remove": 0.1, "align": None})
+    assert found.align == 256 and found.removals[-1] > 0
+    assert found.outcome(found.plans[-1].num_keep).share_gone >= 0.1
 
 
 def test_a_model_in_memory_loses_its_tokens_in_place(tied, asked):

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 import secateur
 from secateur.data.calibration import build_calibration
 from secateur.evaluation.inspect import inspect
-from secateur.facts import mean_kl
+from secateur.facts import mean_kl, mean_nats
 from secateur.model.bind import bind
 from secateur.pruning.cost import memory_for, params_after, polish_bytes, with_polish_that_fits
 from secateur.pruning.open import computes_in_float32, open_model
@@ -68,6 +68,9 @@ def test_training_lowers_the_held_out_kl_and_the_result_says_so(checkpoints, ask
     card, page = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("README.md", "report.html"))
     assert "- polish: " in card and "of the lost log-perplexity won back with 1,280 tokens" in card
     assert 'id="polish"' in page and "polish-loss-plot" in page
+    # Where only tokens went nothing is lost before the training: then the losses themselves are told.
+    losses = f"{mean_nats(record.before):.3f} -> {mean_nats(record.after):.3f} nats per token"
+    assert replace(record, dense=record.before).headline == f"{losses} of held-out text with 1,280 tokens"
 
 
 def test_without_it_the_page_has_no_such_section(checkpoints, asked, tmp_path):

@@ -303,10 +303,10 @@ def _with_type(opened: Opened, groups: tuple[Group, ...], asked: str, num_bytes:
 def align_for(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, gone: int = 0) -> int:
     """Return the recipe's `align`, or the default for the widths that are left.
 
-    `gone`: what of the share layers and tokens take, which `prices` do not count any more.
+    `gone`: what layers and tokens take of the share.
     """
     units = sum(group.num_units * prices.of(group) for group in groups)
-    asked = recipe.remove.share * (prices.total + gone) - gone
+    asked = recipe.remove.share * prices.total - gone
     return recipe.remove.align or default_align(groups, 1 - asked / units if units else 0.0)
 
 
@@ -336,7 +336,7 @@ def resolve(opened: Opened) -> Resolved:
     text, widest = text_for(recipe, fitted, config)
     damping, warnings = damping_for(recipe, text["num_tokens"], widest)
     left = prices.with_only(layers)
-    remove = {"align": align_for(recipe, groups, left, prices.total - left.total), "depth": depth}
+    remove = {"align": align_for(recipe, groups, prices, prices.total - left.total), "depth": depth}
     repair: dict[str, Any] = {"damping": damping, "target_mix": target_mix_of(recipe, arch)}
     recipe = recipe.filled(remove=remove, repair=repair, calibration=text)
     if recipe.polish.num_tokens is None:

@@ -184,15 +184,21 @@ def _count(dense: _Dense, removal: methods.Removal) -> int:
     assert length is not None
     asked = remove.share * prices.total
     per_token = token_prices(remove.target, opened.model, 1000, length) / 1000
-    counts_N = methods.sizes_within(removal, num_rows, int(asked // per_token))
     if not remove.group_names:
-        return int(counts_N[-1])
-    ffns = arch.select(("ffn",))
+        return int(methods.sizes_within(removal, num_rows, int(asked // per_token))[-1])
+    # One count more than the share holds, if `resolve` takes it: the least with which no channel need go.
+    counts_N = methods.sizes_within(removal, num_rows, int(asked // per_token) + methods.ALIGN_TOKENS)
+    ffns, uniform = arch.select(("ffn",)), opened.recipe.choose.budget == "uniform"
+    least = least_step(ffns, prices, align_for(opened.recipe, ffns, prices, int(asked)), alike=uniform)
+    if per_token * int(counts_N[-1]) - asked > least / 2:
+        counts_N = counts_N[:-1]
     channels = sum(group.num_units * prices.of(group) for group in ffns)
     nats, law = _measured(dense, removal, min(MOST_CHANNELS, asked / channels))
     # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
-    step = least_step(ffns, prices, align_for(opened.recipe, ffns, prices), alike=True)
-    rest_N = ((asked - per_token * counts_N) / step).ceil() * step / channels
+    aligns = [align_for(opened.recipe, ffns, prices, int(per_token * num_gone)) for num_gone in counts_N.tolist()]
+    steps = {align: least_step(ffns, prices, align, alike=True) for align in set(aligns)}
+    step_N = torch.tensor([steps[align] for align in aligns], dtype=torch.float64)
+    rest_N = ((asked - per_token * counts_N) / step_N).ceil() * step_N / channels
     cost_N = torch.where(rest_N > 1 - remove.min_keep, torch.inf, law(rest_N))
     found = methods.cheapest_count(removal, counts_N, nats, cost_N)
     line = {"event": "note", "text": f"vocabulary: a further token of text costs {nats:.2f} nats, so {found:,} go."}
