@@ -127,10 +127,11 @@ def plus_minus(standard_error: float) -> str:
 def change(dense: Loss | Quality, pruned: Loss | Quality) -> Change:
     """Return pruned minus dense, block by block: what blocks have in common cancels.
 
-    The error is the standard error of the mean of these differences. Without blocks, as in records
-    of an older version, it is 0.
+    The error is the standard error of the mean of these differences. Where either has no blocks, as
+    in records of an older version, it is 0.
     """
-    pairs = [after - before for before, after in zip(dense.block_nats, pruned.block_nats, strict=True)]
+    blocks = (dense.block_nats, pruned.block_nats) if dense.block_nats and pruned.block_nats else ((), ())
+    pairs = [after - before for before, after in zip(*blocks, strict=True)]
     error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
     return Change(pruned.nats_per_token - dense.nats_per_token, error)
 
