@@ -37,13 +37,14 @@ def main() -> None:
     parser.add_argument("--llama-cpp", action="store_true", help="there, in place of transformers")
     asked = parser.parse_args()
     found = [open_checkpoint(asked.dense), open_checkpoint(asked.result)]
-    tokenizer, (dense, draft) = load_tokenizer(found[0]), (load_model(each).float().eval() for each in found)
+    tokenizer = load_tokenizer(found[0])
     domains = {name: Domain.model_validate({"installed": name}) for name in asked.domains}
     blocks, _ = named_blocks(domains, max(4, asked.prompts), BLOCK_TOKENS, tokenizer, silent)
     prompts = [blocks[name][number][:PROMPT_TOKENS] for number in range(asked.prompts) for name in asked.domains]
     if asked.llama_cpp:
         in_llama_cpp(asked, prompts)
         return
+    dense, draft = (load_model(each).float().eval() for each in found)
     steps = counted()
     settings: Any = draft.generation_config
     settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = asked.drafted, "constant"

@@ -72,6 +72,14 @@ def launched(launch: list[str], command: list[Any]) -> subprocess.CompletedProce
     return subprocess.run([*map(str, asked)], env=environment, capture_output=True, text=True, check=False, timeout=600)
 
 
+def assert_trained_alike(before: dict[str, Any], alone: dict[str, Any], together: dict[str, Any]) -> None:
+    """Compare weights to a hundredth of what the training moved, and see that it moved them."""
+    moved = max(float((alone[key] - before[key]).abs().max()) for key in before)
+    for key, tensor in alone.items():
+        torch.testing.assert_close(together[key], tensor, rtol=0, atol=moved / 100)
+    assert moved > 1e-4
+
+
 @pytest.mark.parametrize(
     ("launch", "settings", "name"),
     [
@@ -91,10 +99,7 @@ def test_two_processes_train_what_one_trains(launch, settings, name, checkpoints
     record = secateur.recover(pruned, checkpoints[name], {"recover": settings}, out=one)
     assert record is not None and record.training.held, "weights that were put back would be equal whatever happened"
     before, alone, together = (load_file(place / WEIGHTS) for place in (pruned, one, tmp_path / "two"))
-    moved = max(float((alone[key] - before[key]).abs().max()) for key in before)
-    for key, tensor in alone.items():
-        torch.testing.assert_close(together[key], tensor, rtol=0, atol=moved / 100)
-    assert moved > 1e-4
+    assert_trained_alike(before, alone, together)
     notes = json.loads((tmp_path / "two" / "recovery.json").read_text(encoding="utf-8"))["notes"]
     assert any("in shards over 2 processes" in note for note in notes) == (launch is not TORCHRUN)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "pruned", "r.yaml", "script.py", "two"]
@@ -123,10 +128,7 @@ def test_shards_go_on_from_a_checkpoint(checkpoints, recipe, tmp_path):
     assert len(steps) == 16, "no step is missing, none is told twice"
     secateur.recover(pruned, checkpoints["llama"], {"recover": SETTINGS}, out=tmp_path / "one")
     before, alone, together = (load_file(tmp_path / name / WEIGHTS) for name in ("pruned", "one", "two"))
-    moved = max(float((alone[key] - before[key]).abs().max()) for key in before)
-    for key, tensor in alone.items():
-        torch.testing.assert_close(together[key], tensor, rtol=0, atol=moved / 100)
-    assert moved > 1e-4
+    assert_trained_alike(before, alone, together)
 
 
 @pytest.mark.slow
@@ -142,10 +144,7 @@ def test_two_processes_polish_what_one_polishes(launch, checkpoints, recipe, tmp
     one = secateur.prune(checkpoints["llama"], asked, out=tmp_path / "one")
     secateur.prune(checkpoints["llama"], {**asked, "polish": False}, out=tmp_path / "before")
     assert one.summary.polish is not None and one.summary.polish.training.held
-    dense, alone, together = (load_file(tmp_path / name / WEIGHTS) for name in ("before", "one", "two"))
-    moved = max(float((alone[key] - dense[key]).abs().max()) for key in dense)
-    for key, tensor in alone.items():
-        torch.testing.assert_close(together[key], tensor, rtol=0, atol=moved / 100)
-    assert moved > 1e-4
+    before, alone, together = (load_file(tmp_path / name / WEIGHTS) for name in ("before", "one", "two"))
+    assert_trained_alike(before, alone, together)
     warnings = json.loads((tmp_path / "two" / "result.json").read_text(encoding="utf-8"))["warnings"]
     assert any("in shards over 2 processes" in warning for warning in warnings) == (launch is not TORCHRUN)

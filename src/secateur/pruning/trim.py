@@ -188,10 +188,11 @@ def _count(dense: _Dense, removal: methods.Removal) -> int:
         return int(methods.sizes_within(removal, num_rows, int(asked // per_token))[-1])
     # One count more than the share holds, if `resolve` takes it: the least with which no channel need go.
     counts_N = methods.sizes_within(removal, num_rows, int(asked // per_token) + methods.ALIGN_TOKENS)
-    ffns, uniform = arch.select(("ffn",)), opened.recipe.choose.budget == "uniform"
-    least = least_step(ffns, prices, align_for(opened.recipe, ffns, prices, int(asked)), alike=uniform)
+    groups, uniform = arch.select(remove.group_names), opened.recipe.choose.budget == "uniform"
+    least = least_step(groups, prices, align_for(opened.recipe, groups, prices, int(asked)), alike=uniform)
     if per_token * int(counts_N[-1]) - asked > least / 2:
         counts_N = counts_N[:-1]
+    ffns = arch.select(("ffn",))
     channels = sum(group.num_units * prices.of(group) for group in ffns)
     nats, law = _measured(dense, removal, min(MOST_CHANNELS, asked / channels))
     # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
