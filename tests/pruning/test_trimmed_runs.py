@@ -218,6 +218,24 @@ def test_auto_reckons_with_the_steps_of_the_widths_that_tokens_leave(asked):
     assert found.outcome(found.plans[-1].num_keep).share_gone >= 0.1
 
 
+@pytest.mark.parametrize("layers", [{"depth": 1}, {"removed_layers": [0]}, {"depth": 1, "groups": []}])
+def test_auto_gives_tokens_what_layers_leave_of_the_share(layers, tied, asked):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
+    # A layer and the tokens that go are 0.344 of the model; 64 tokens more would be 0.374.
+    found = planned(model, tokenizer, {**asked, "remove": 0.35, **layers})
+    assert (found.recipe.remove.vocabulary, found.removals) == (448, (0,))
+
+
+def test_auto_counts_no_channels_of_protected_layers(tied, asked):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
+    # 384 tokens would stay if the channels of the protected layer could go too.
+    found = planned(model, tokenizer, {**asked, "remove": 0.35, "protected_layers": [0]})
+    assert found.outcome(found.plans[-1].num_keep).share_gone >= 0.35 and found.recipe.remove.vocabulary == 320
+    # More than these channels and all tokens that may go: a whole layer goes too.
+    deep = planned(model, tokenizer, {**asked, "remove": 0.5, "protected_layers": [0]})
+    assert deep.layers == (0, 1) and deep.outcome(deep.plans[-1].num_keep).share_gone >= 0.5
+
+
 def test_a_model_in_memory_loses_its_tokens_in_place(tied, asked):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     found = secateur.prune(model, grouped(asked), tokenizer=tokenizer)

@@ -21,7 +21,8 @@ from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
 from secateur.pruning.cost import memory_for
 from secateur.pruning.open import Like, Opened, loaded, onload, tokenizer_of
-from secateur.pruning.resolve import align_for, recipe_prices, resolve, text_for
+from secateur.pruning.resolve import align_for, recipe_prices, resolve
+from secateur.pruning.resolve_parts import groups_of, layers_to_expect, text_for
 from secateur.ranks import from_first, own_part
 from secateur.store import Services
 from secateur.stream.walk import make_batches
@@ -182,17 +183,18 @@ def _count(dense: _Dense, removal: methods.Removal) -> int:
     remove, arch = opened.recipe.remove, opened.arch
     prices, length = recipe_prices(opened.recipe, arch, opened.model), opened.recipe.calibration.sequence_length
     assert length is not None
-    asked = remove.share * prices.total
+    layers = layers_to_expect(opened.recipe, arch, opened.model.config)
+    asked = max(0.0, remove.share * prices.total - prices.of_all_but(layers))
     per_token = token_prices(remove.target, opened.model, 1000, length) / 1000
     if not remove.group_names:
         return int(methods.sizes_within(removal, num_rows, int(asked // per_token))[-1])
     # One count more than the share holds, if `resolve` takes it: the least with which no channel need go.
     counts_N = methods.sizes_within(removal, num_rows, int(asked // per_token) + methods.ALIGN_TOKENS)
-    groups, uniform = arch.select(remove.group_names), opened.recipe.choose.budget == "uniform"
+    groups, uniform = groups_of(opened.recipe, arch, layers), opened.recipe.choose.budget == "uniform"
     least = least_step(groups, prices, align_for(opened.recipe, groups, prices, int(asked)), alike=uniform)
     if per_token * int(counts_N[-1]) - asked > least / 2:
         counts_N = counts_N[:-1]
-    ffns = arch.select(("ffn",))
+    ffns = tuple(group for group in groups if group.name == "ffn")
     channels = sum(group.num_units * prices.of(group) for group in ffns)
     nats, law = _measured(dense, removal, min(MOST_CHANNELS, asked / channels))
     # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
@@ -201,6 +203,8 @@ def _count(dense: _Dense, removal: methods.Removal) -> int:
     step_N = torch.tensor([steps[align] for align in aligns], dtype=torch.float64)
     rest_N = ((asked - per_token * counts_N) / step_N).ceil() * step_N / channels
     cost_N = torch.where(rest_N > 1 - remove.min_keep, torch.inf, law(rest_N))
+    if cost_N.isinf().all():  # whole layers may give the rest; if not, `resolve` says what is out of reach
+        cost_N[-1] = 0
     found = methods.cheapest_count(removal, counts_N, nats, cost_N)
     line = {"event": "note", "text": f"vocabulary: a further token of text costs {nats:.2f} nats, so {found:,} go."}
     dense.services.log.write(line)
