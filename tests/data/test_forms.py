@@ -11,7 +11,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from secateur.data.calibration import build_calibration
 from secateur.data.chat import chat_text
-from secateur.data.forms import Notes
+from secateur.data.forms import Notes, content_of
 from secateur.data.sources import SOURCES, documents
 from secateur.errors import CalibrationError
 from secateur.recipe import Calibration, Domain
@@ -102,6 +102,12 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {
 def test_every_form_is_one_text(form: str, tmp_path: Path) -> None:
     row, text = FORMS[form]
     assert told([row], tmp_path) == ([text], ())
+
+
+def test_fields_that_a_table_fills_up_are_no_fields() -> None:
+    # transformers drops them too since 5.24; a template must not see them in any version.
+    found = content_of({"messages": [{**SAID[0], "tool_calls": None, "name": None}]}, "text", "row 1")
+    assert not isinstance(found, str) and found.messages == SAID[:1]
 
 
 def test_a_chat_in_a_column_of_any_name(tmp_path: Path) -> None:
