@@ -28,6 +28,7 @@ from secateur.recipe import Domain
 from secateur.recipe_file import RECIPE_FILE
 from secateur.report.measured import EVALUATION_FILE, Evaluation, Measured, Quality, Sample, TaskResults
 from secateur.store import Store
+from secateur.stream.device import keeping_freed
 from secateur.stream.losses import Blocks
 
 PARTS_FOLDER = "evaluation"
@@ -66,6 +67,7 @@ class _Text:
 
 
 @joined()
+@keeping_freed()
 def evaluate(
     model: str | Path,
     against: str | Path | None = None,
