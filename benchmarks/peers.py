@@ -134,7 +134,8 @@ def measured(command: list[Any], log: Path, seconds: float) -> dict[str, float]:
     start, usage = time.monotonic(), log.with_suffix(".usage")
     with log.with_suffix(".out").open("w") as out, log.open("w") as errors:
         launcher = [sys.executable, "-S", "-c", LAUNCHER, usage, *command]
-        child = subprocess.Popen(launcher, stdout=out, stderr=errors, start_new_session=True)
+        # In its own folder: some write logs where they start.
+        child = subprocess.Popen(launcher, stdout=out, stderr=errors, cwd=log.parent, start_new_session=True)
         timer = threading.Timer(seconds, lambda: os.killpg(child.pid, signal.SIGKILL))
         timer.start()
         child.wait()
