@@ -226,6 +226,13 @@ def test_auto_gives_tokens_what_layers_leave_of_the_share(layers, tied, asked):
     assert (found.recipe.remove.vocabulary, found.removals) == (448, (0,))
 
 
+def test_auto_measures_nothing_where_layers_take_more_than_the_share(tied, asked, monkeypatch):
+    monkeypatch.setattr("secateur.pruning.trim._measured", None)
+    recipe = grouped({**asked, "remove": 0.2, "depth": 1, "vocabulary": "auto"})
+    with pytest.raises(secateur.SecateurError, match="remove.depth: 1 layers of 23,136 parameters each make it 0.224"):
+        secateur.prune(tied, recipe)
+
+
 def test_auto_counts_no_channels_of_protected_layers(tied, asked):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     # 384 tokens would stay if the channels of the protected layer could go too.

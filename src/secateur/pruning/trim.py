@@ -186,7 +186,7 @@ def _count(dense: _Dense, removal: methods.Removal) -> int:
     layers = layers_to_expect(opened.recipe, arch, opened.model.config)
     asked = max(0.0, remove.share * prices.total - prices.of_all_but(layers))
     per_token = token_prices(remove.target, opened.model, 1000, length) / 1000
-    if not remove.group_names:
+    if not remove.group_names or not asked:
         return int(methods.sizes_within(removal, num_rows, int(asked // per_token))[-1])
     # One count more than the share holds, if `resolve` takes it: the least with which no channel need go.
     counts_N = methods.sizes_within(removal, num_rows, int(asked // per_token) + methods.ALIGN_TOKENS)
