@@ -135,6 +135,7 @@ def test_sizes_are_multiples_and_leave_what_must_stay():
     assert sizes_within(REMOVAL, 310, 182).tolist() == [0, 54, 118, 182]
     assert sizes_within(REMOVAL, 310, 181).tolist() == [0, 54, 118]
     assert sizes_within(Removal(REMOVAL.ids, REMOVAL.more_R), 320, 500).tolist() == [0, 64, 128, 192]
+    assert sizes_within(REMOVAL, 310, 0).tolist() == [0]  # fewer than the rows beyond a multiple of 64
     for size in (64, 100, 384):
         with pytest.raises(RecipeError, match=r"remove\.vocabulary: .* from 128, .* to 310"):
             count_for_size(REMOVAL, 310, size)

@@ -138,7 +138,8 @@ def count_for_size(removal: Removal, num_rows: int, size: int) -> int:
 def sizes_within(removal: Removal, num_rows: int, most_gone: int) -> Int64[Tensor, " N"]:
     """Return all counts of tokens that may go, ascending, that leave a multiple of 64 rows."""
     first = num_rows % ALIGN_TOKENS
-    counts = torch.arange(first, min(len(removal.ids), most_gone) + 1, ALIGN_TOKENS)
+    end = max(first, min(len(removal.ids), most_gone) + 1)
+    counts = torch.arange(first, end, ALIGN_TOKENS)
     return torch.cat([counts.new_zeros(1 if first else 0), counts])
 
 
