@@ -229,7 +229,9 @@ def test_auto_gives_tokens_what_layers_leave_of_the_share(layers, tied, asked):
 def test_auto_measures_nothing_where_layers_take_more_than_the_share(tied, asked, monkeypatch):
     monkeypatch.setattr("secateur.pruning.trim._measured", None)
     recipe = grouped({**asked, "remove": 0.2, "depth": 1, "vocabulary": "auto"})
-    with pytest.raises(secateur.SecateurError, match=r"remove\.depth: 1 layers of 23,136 parameters each make it 0.224"):
+    with pytest.raises(
+        secateur.SecateurError, match=r"remove\.depth: 1 layers of 23,136 parameters each make it 0.224"
+    ):
         secateur.prune(tied, recipe)
 
 
