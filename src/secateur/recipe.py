@@ -79,7 +79,7 @@ class PolishSettings(Training):
     """Training as the last step of a prune. `polish: false` is short for `{num_tokens: 0}`.
 
     num_tokens: of all domains together. None for as many as the calibration has, and for none
-    unless `repair.compensate` is `least_squares`, more than tokens goes, and `recover` is not given.
+    unless `repair.compensate` is `least_squares`, more than tokens may go, and `recover` is not given.
     """
 
     num_tokens: Annotated[int, Field(ge=0)] | None = None
