@@ -15,7 +15,7 @@ from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
 FOLDER = DOCS / "images"
-OURS, OTHERS, INK = "#00796b", ("#c2410c", "#7c3aed", "#2563eb", "#ca8a04", "#be185d", "#475569"), "#222"
+OURS, OTHERS, INK = "#00796b", ("#c2410c", "#7c3aed", "#2563eb", "#ca8a04", "#be185d", "#475569", "#7f1d1d"), "#222"
 STYLE = {
     **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False),
     **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor", "text.color"), INK),
@@ -52,7 +52,7 @@ def quality() -> Numbers:
         for name, removed, _, draws, nats, *_ in rows("results/published.md", f"### {share} of")[2:]:
             if draws == "3" and "least squares" not in name:
                 point = (round(100 - first_number(removed), 1), round(math.exp(first_number(nats)), 2))
-                found.setdefault(name.removesuffix(", defaults"), []).append(point)
+                found.setdefault(name.split(", ")[0], []).append(point)
     [(_, dense), _] = found.pop("dense")
     return {name: [(100.0, dense), *points] for name, points in found.items()}
 

@@ -136,6 +136,8 @@ def run_all(arguments: argparse.Namespace) -> None:
     rows = [("dense", 0.0)] * ("dense" in arguments.rows) + rows
     for draw in range(arguments.from_draw, arguments.draws):
         judge_by_text(rows, draw, model, tokenizer, arguments)
+    if not arguments.task_draws:
+        return
     loaded = load_tasks(tuple(arguments.tasks), TaskOptions(limit=arguments.limit), None)
     for draw in range(arguments.from_draw, min(arguments.task_draws, arguments.draws)):
         for row, share in missing(rows, draw, "tasks", arguments):
