@@ -1,6 +1,7 @@
 """The last step of a prune: what it trains on, that it resumes, and that it is never worse."""
 
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -78,12 +79,14 @@ def test_without_it_the_page_has_no_such_section(checkpoints, asked, tmp_path):
     assert found.summary.polish is None and 'id="polish"' not in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_training_that_does_not_help_leaves_the_bytes_of_a_run_without(checkpoints, asked, tmp_path):
-    ruinous = {**TRAINING, "learning_rate": 10.0}
+@pytest.mark.parametrize(("rate", "ends"), [(0.3, r"\d\.\d{4}"), (1e30, "inf")], ids=["ruined", "diverged"])
+def test_a_training_that_does_not_help_leaves_the_bytes_of_a_run_without(rate, ends, checkpoints, asked, tmp_path):
+    ruinous = {**TRAINING, "num_tokens": 640, "learning_rate": rate}
     found = secateur.prune(checkpoints["llama"], grouped({**asked, "polish": ruinous}), out=tmp_path / "ruined")
     secateur.prune(checkpoints["llama"], grouped({**asked, "polish": False}), out=tmp_path / "without")
     assert found.summary.polish is not None and not found.summary.polish.training.held
-    assert "polish: held-out KL did not fall" in " ".join(found.summary.warnings)
+    assert (found.summary.polish.training.num_tokens < 640) == (ends == "inf"), "no use to go on"
+    assert re.search(rf"polish: held-out KL did not fall \([\d.]+ -> {ends} nats", " ".join(found.summary.warnings))
     assert (tmp_path / "ruined" / WEIGHTS).read_bytes() == (tmp_path / "without" / WEIGHTS).read_bytes()
 
 

@@ -105,7 +105,8 @@ def test_an_evaluation_says_kl_by_domain_its_mean_and_the_objective():
     verdicts = {"a": Verdict(0.1, 0.0, 3.0, 1.0, 1), "b": Verdict(0.5, 0.0, 4.0, 1.0, 1)}
     trainer.judge = SimpleNamespace(verdicts=lambda _: verdicts)  # type: ignore[assignment]
     trainer.settings, trainer.model_wrapped, trainer.log = RecoverySettings(kl_share=0.25), model, logged.append
-    trainer.args = trainer.state = trainer.control = None  # type: ignore[assignment]
+    trainer.args = SimpleNamespace(device="cpu")  # type: ignore[assignment]
+    trainer.state = trainer.control = None  # type: ignore[assignment]
     trainer.callback_handler = SimpleNamespace(on_evaluate=lambda *_: "control")  # type: ignore[assignment]
     found = trainer.evaluate()
     assert found == pytest.approx(

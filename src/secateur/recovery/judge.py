@@ -1,6 +1,7 @@
 """The distillation loss with its gradient, and held-out KL and loss by domain."""
 
 import copy
+import math
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.errors import NumericsError
 from secateur.facts import Verdict, Verdicts, mean_kl, mean_nats
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, head_of
@@ -149,8 +151,21 @@ class Judge:
         return found
 
 
-def objective(verdicts: Verdicts, kl_share: float) -> float:
-    """Return what training minimises: kl_share * KL + (1 - kl_share) * nats per token, means."""
+def unless_diverged(judged: Callable[[], Verdicts]) -> Verdicts | None:
+    """Return the verdicts, None if the model's logits are not finite: its training has diverged."""
+    try:
+        return judged()
+    except NumericsError:
+        return None
+
+
+def objective(verdicts: Verdicts | None, kl_share: float) -> float:
+    """Return what training minimises: kl_share * KL + (1 - kl_share) * nats per token, means.
+
+    Infinite without verdicts.
+    """
+    if verdicts is None:
+        return math.inf
     return kl_share * mean_kl(verdicts) + (1 - kl_share) * mean_nats(verdicts)
 
 

@@ -4,6 +4,7 @@ In: both models, the text, the settings. Out: the trained model, in place. trans
 runs it, with our loss and our held-out text; FSDP shards both models.
 """
 
+import math
 import pickle
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from secateur.log import Progress, RunLog
 from secateur.model.config import quiet_transformers
 from secateur.ranks import alone
 from secateur.recipe import RecoverySettings
-from secateur.recovery.judge import Judge, distillation_loss, domain_weights, logits_of, objective
+from secateur.recovery.judge import Judge, distillation_loss, domain_weights, logits_of, objective, unless_diverged
 from secateur.recovery.pair import RecoveryText, blocks_per_step
 from secateur.recovery.shards import handed_over, let_cpu_shard, wants_shards, whole_parameters
 from secateur.store import Store
@@ -64,13 +65,13 @@ class Distiller(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return held-out KL, by domain and mean, and the objective."""
-        model: Any = self.model_wrapped
+        model, device = cast(Any, self.model_wrapped), self.args.device
         model.eval()
-        verdicts = self.judge.verdicts(
-            lambda ids_BT: model(input_ids=ids_BT.to(self.args.device), use_cache=False).logits
+        verdicts = unless_diverged(
+            lambda: self.judge.verdicts(lambda ids_BT: model(input_ids=ids_BT.to(device), use_cache=False).logits)
         )
-        metrics = {f"eval_kl_{domain}": verdict.kl for domain, verdict in verdicts.items()}
-        metrics["eval_kl"] = mean_kl(verdicts)
+        metrics = {f"eval_kl_{domain}": verdict.kl for domain, verdict in (verdicts or {}).items()}
+        metrics["eval_kl"] = mean_kl(verdicts) if verdicts else math.inf
         metrics["eval_objective"] = objective(verdicts, self.settings.kl_share)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -119,6 +120,7 @@ class Listener(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the held-out KL and tell how far the training is."""
         metrics = kwargs["metrics"]
+        control.should_training_stop |= math.isinf(metrics["eval_kl"])
         by_domain = {name.removeprefix("eval_kl_"): kl for name, kl in metrics.items() if name.startswith("eval_kl_")}
         place = self._place(state)
         self.log({"event": f"{self.name}_kl", **place, "kl": by_domain})
@@ -177,7 +179,7 @@ def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
     before = judged(work)
     old = {name: parameter.data for name, parameter in work.pruned.named_parameters()}  # replaced, never changed
     cost = _train(work, domain_weights(before, work.settings.domain_weighting))
-    after = judged(work)
+    after = unless_diverged(lambda: judged(work))
     name = "KL" if work.settings.kl_share == 1 else "loss"
     was, now = (objective(verdicts, work.settings.kl_share) for verdicts in (before, after))
     held = now < was
@@ -186,6 +188,7 @@ def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
             parameter.data = old[key]
         what = f"{work.name}: held-out {name} did not fall ({was:.4f} -> {now:.4f} nats per token)"
         work.log.write({"event": "note", "text": f"{what}, so the weights are those from before the training."})
+    after = after or before
     kl = {domain: verdict.kl for domain, verdict in after.items()}
     work.log.write({"event": f"{work.name}_judged", "held": held, "kl": kl})
     return before, TrainingRecord(**cost, after=after, held=held)
