@@ -77,6 +77,7 @@ NOT_RUN = {
     "--speedup": "a size",
     "--fit": "a size",
     "--importance": "llama-cpp-python",
+    "general": "a hub",
     "vllm": "vLLM",  # tests/formats/test_vllm.py runs it
 }
 

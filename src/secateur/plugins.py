@@ -1,15 +1,17 @@
 """What other packages add by entry points: scores, families, calibration sources, exporters.
 
 In: a group of entry points, and what is built in. Out: names, or the objects, which imports their
-package. Installing a package is enough: docs/extend.md. And which packages carry general text.
+package. Installing a package is enough: docs/extend.md. And where general text comes from.
 """
 
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
-from importlib import metadata
+from importlib import metadata, resources
 from importlib.metadata import EntryPoint, PackageNotFoundError
 from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
 
 from secateur.errors import PluginError, RecipeError, advice
 
@@ -42,11 +44,25 @@ def general_text(kind: str) -> Path | None:
     return next((path for file in files if file.name == name and (path := Path(str(file.locate()))).is_file()), None)
 
 
-def default_text() -> tuple[tuple[str, ...], bool]:
-    """Return the installed domains of a recipe that names none, and whether general prose is among them."""
+def default_domains() -> dict[str, Any]:
+    """Return the domains of a recipe that names none: a general mix, or technical text and the model's own."""
     general = tuple(name for name in (*PROSE, "dialogue") if general_text(name) is not None)
     has_prose = not set(general).isdisjoint(PROSE)
-    return (*general, *(MIXED_IN if has_prose else TECHNICAL)), has_prose
+    installed = (*general, *(MIXED_IN if has_prose else TECHNICAL))
+    return {name: {"installed": name} for name in installed} | ({} if has_prose else {"self": {"sampled": True}})
+
+
+@cache
+def mixtures() -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the domains of each named mixture, from data/mixtures.yaml."""
+    return yaml.safe_load(resources.files("secateur").joinpath("data", "mixtures.yaml").read_bytes())
+
+
+def mixture(name: str) -> dict[str, dict[str, Any]]:
+    """Return the domains of a named mixture. Raises ValueError for a name that is none."""
+    if name not in mixtures():
+        raise ValueError(f"needs a mapping of names to sources, or a mixture: {', '.join(mixtures())}")
+    return mixtures()[name]
 
 
 def plugin_names(group: str) -> tuple[str, ...]:

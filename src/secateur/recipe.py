@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from secateur.errors import RecipeError
-from secateur.plugins import SCORE_GROUP, SOURCE_GROUP, default_text, plugin_names
+from secateur.plugins import SCORE_GROUP, SOURCE_GROUP, default_domains, mixture, plugin_names
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -121,10 +121,10 @@ class Domain(Strict):
     .parquet), text and code (.txt .md .py ...), directories or patterns (data/**/*.md), relative to
     the working directory. dataset: a `datasets` hub id, with `config` and `split`. sampled: text
     that the dense model writes before it is pruned.
-    config, split: of a `dataset`. column: of the text in tables; a list of messages goes through the
-    chat template, and without a column `text` so do the usual forms of chats (docs/data.md). share:
-    of the tokens, relative to the other domains. protect: the share by which this domain's held-out
-    loss may rise (0.05 for 5%), for budget `curve`.
+    config, revision, split: of a `dataset`. column: of the text in tables; a list of messages goes
+    through the chat template, and without a column `text` so do the usual forms of chats
+    (docs/data.md). share: of the tokens, relative to the other domains. protect: the share by which
+    this domain's held-out loss may rise (0.05 for 5%), for budget `curve`.
     """
 
     model_config = ConfigDict(extra="allow")  # sources of packages; other keys are refused below
@@ -134,6 +134,7 @@ class Domain(Strict):
     dataset: str | None = None
     sampled: bool = False
     config: str | None = None
+    revision: str | None = None
     split: str = "train"
     column: str = "text"
     share: Positive = 1.0
@@ -174,13 +175,6 @@ class Domain(Strict):
         return {name: value for name, value in built_in.items() if value} | others
 
 
-def _default_domains() -> dict[str, Domain]:
-    """Return the domains of a recipe that names none: a general mix, or technical text and the model's own."""
-    names, has_prose = default_text()
-    own = {} if has_prose else {"self": Domain(sampled=True)}
-    return {name: Domain.model_validate({"installed": name}) for name in names} | own
-
-
 class Calibration(Strict):
     """The text to measure on.
 
@@ -190,10 +184,15 @@ class Calibration(Strict):
     stays the same.
     """
 
-    domains: Annotated[dict[str, Domain], Field(min_length=1)] = Field(default_factory=_default_domains)
+    domains: dict[str, Domain] = Field(default_factory=default_domains, validate_default=True, min_length=1)
     num_tokens: Annotated[int, Field(gt=0)] | None = None
     sequence_length: Annotated[int, Field(ge=8)] | None = None
     rotate: bool = False
+
+    @field_validator("domains", mode="before")
+    @classmethod
+    def _a_mixture_has_a_name(cls, value: Any) -> Any:
+        return mixture(value) if isinstance(value, str) else value
 
 
 class MeasuredPrices(Strict):

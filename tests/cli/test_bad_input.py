@@ -200,6 +200,7 @@ def test_damaged_model(name, model, prune):
         ("--domain klingon", "'klingon'; allowed: web, encyclopedia, dialogue, multilingual, code, technical"),
         ("--domain =file.txt", "--domain =file.txt: give NAME=FILE"),
         ("--domain code --domain code", "--domain code: given twice"),
+        ("--domain code --domain general", "--domain code: given twice"),
         ("--recipe nowhere.yaml", "recipe nowhere.yaml: cannot be read"),
     ],
 )
@@ -215,6 +216,7 @@ def test_bad_option(options, expected, prune):
         ({"calibration": {"tokens": 5}}, "unknown key 'calibration.tokens'; did you mean 'num_tokens'?"),
         ({"calibration": None}, "calibration: "),
         ({"calibration": {"domains": {"a": {"installed": "klingon"}}}}, "calibration.domains.a.installed 'klingon'"),
+        ({"calibration": {"domains": "genral"}}, "or a mixture: general, got 'genral'"),
         ({"calibration": {"domains": {"a": {}}}}, "needs exactly one of installed, files, dataset, sampled; got none"),
         ({"score": "wnada"}, "flap, obs, taylor, paper, reap, frequency; did you mean 'wanda'?"),
         ({"target": "paramters"}, "allowed: parameters, flops, kv_bytes, latency; did you mean 'parameters'?"),

@@ -13,6 +13,7 @@ from tiny_tokenizer import tiny_tokenizer
 from secateur.cli.common import COMMANDS, parse_domains, parse_sets
 from secateur.cli.recipe import documented
 from secateur.model.config import quiet_transformers
+from secateur.plugins import mixtures
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import parse_recipe, preset_texts
 from tests.families import tiny_family
@@ -90,6 +91,12 @@ def test_a_column_of_a_file(tmp_path, monkeypatch):
         "d": {"files": ["plain.txt"]},
         "code": {"installed": "code"},
     }
+
+
+def test_a_mixture_beside_a_file():
+    found = parse_domains(["general", "chat=chat.jsonl"])
+    assert found == {**mixtures()["general"], "chat": {"files": ["chat.jsonl"]}}
+    assert parse_domains(["general=mine.txt"]) == {"general": {"files": ["mine.txt"]}}
 
 
 @pytest.mark.parametrize("preset", preset_texts())

@@ -196,9 +196,10 @@ def test_datasets_are_streamed_where_there_is_a_network(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     monkeypatch.setattr("datasets.load_dataset", load)
-    domain = Domain(dataset="somebody/something", config="small", split="test", column="body")
+    domain = Domain(dataset="somebody/something", config="small", revision="abc", split="test", column="body")
     assert list(documents("mine", domain, TOKENIZER, 3)) == ["x", "y"]
-    assert asked[0] == (("somebody/something", "small"), {"split": "test", "streaming": not offline})
+    told = {"split": "test", "revision": "abc", "streaming": not offline}
+    assert asked[0] == (("somebody/something", "small"), told)
     assert asked[1] == Random("3:mine").getrandbits(32)
 
 
@@ -330,5 +331,7 @@ def test_streamed_datasets_are_shuffled_by_seed(tmp_path: Path, monkeypatch: pyt
     first, again, other = (list(documents("mine", domain, TOKENIZER, seed)) for seed in (0, 0, 1))
     assert first == again != other
     assert sorted(first) == sorted(other) == sorted(map(str, range(50)))
-    with pytest.raises(CalibrationError, match=r"cannot be loaded \(.*nowhere.*check its id, config and split"):
+    with pytest.raises(
+        CalibrationError, match=r"cannot be loaded \(.*nowhere.*check its id, config, revision and split"
+    ):
         list(documents("mine", Domain(dataset=str(tmp_path), split="nowhere"), TOKENIZER, 0))

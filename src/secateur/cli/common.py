@@ -21,6 +21,7 @@ from rich.progress import Progress as RichProgress
 from secateur.errors import RecipeError
 from secateur.files import yaml_of
 from secateur.log import Progress, silent
+from secateur.plugins import mixtures
 from secateur.recipe import INSTALLED_DOMAINS
 from secateur.recipe_file import merged, parse_recipe
 
@@ -258,7 +259,8 @@ Domains = Annotated[
     typer.Option(
         "--domain",
         metavar="NAME[=FILE[:COLUMN]]",
-        help=f"Domain of text, repeatable: one of {', '.join(INSTALLED_DOMAINS)}, or any name with a text file.",
+        help=f"Domain of text, repeatable: one of {', '.join(INSTALLED_DOMAINS)}, any name with a text file, or "
+        f"a mixture that is streamed from the hub: {', '.join(mixtures())}.",
     ),
 ]
 Sets = Annotated[
@@ -348,9 +350,10 @@ def parse_domains(texts: list[str]) -> dict[str, dict[str, Any]]:
         name, separator, file = text.partition("=")
         if separator and not (name and file):
             raise RecipeError(f"--domain {text}: give NAME=FILE, or one of {', '.join(INSTALLED_DOMAINS)}.")
-        if name in found:
-            raise RecipeError(f"--domain {name}: given twice; list several files of one domain in a recipe.")
-        found[name] = _of_file(file) if separator else {"installed": name}
+        new = mixtures().get(text) or {name: _of_file(file) if separator else {"installed": name}}
+        if twice := [each for each in new if each in found]:
+            raise RecipeError(f"--domain {twice[0]}: given twice; list several files of one domain in a recipe.")
+        found |= new
     return found
 
 

@@ -80,7 +80,8 @@ def prune(
     as_json: common.Json = False,
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
-    goes = _removal(remove, to, to_bytes, fit, context, type_name, speedup, groups, align)
+    size = {"share": remove, "to": to, "to_bytes": to_bytes, "fit": fit, "context": context, "type": type_name}
+    goes = _removal(groups, **size, speedup=speedup, align=align)
     goes |= {"vocabulary": vocabulary, **common.kept(keep_text, keep_script)}
     said = {"remove": goes, "choose": {"budget": budget, "rounds": rounds}, "polish": {"num_tokens": polish}}
     said |= {"seed": seed, "machine": {"memory_budget": memory_budget, "device": device}}
@@ -115,7 +116,8 @@ def inspect(
     """Say what MODEL consists of, and what a run would leave or could remove, without its weights."""
     from secateur.report.rows import inspection_table, terminal
 
-    goes = _removal(remove, to, to_bytes, fit, context, type_name, speedup, groups, align)
+    size = {"share": remove, "to": to, "to_bytes": to_bytes, "fit": fit, "context": context, "type": type_name}
+    goes = _removal(groups, **size, speedup=speedup, align=align)
     said = {"remove": goes, "choose": {"budget": budget, "rounds": rounds}}
     said |= {"polish": {"num_tokens": polish}, "machine": {"memory_budget": memory_budget}}
     asked = _recipe(recipe, preset, said, None, sets)
@@ -184,21 +186,9 @@ def _files(files: dict[str, tuple[int, int]], problem: str | None) -> str:
     return "; ".join(text for text in (sizes, problem) if text)
 
 
-def _removal(
-    share: float | None,
-    to: str | None,
-    to_bytes: str | None,
-    fit: str | None,
-    context: int | None,
-    type_name: str | None,
-    speedup: float | None,
-    groups: str | None,
-    align: int | None,
-) -> dict[str, Any]:
+def _removal(groups: str | None, **size: Any) -> dict[str, Any]:
     """Return the options that say how much goes, and of what, as keys of a recipe's `remove`."""
-    size = {"share": share, "to": to, "to_bytes": to_bytes, "fit": fit, "context": context, "type": type_name}
-    named = groups and [name.strip() for name in groups.split(",")]
-    return {**size, "speedup": speedup, "groups": named, "align": align}
+    return {**size, "groups": groups and [name.strip() for name in groups.split(",")]}
 
 
 def _recipe(

@@ -177,6 +177,7 @@ class DomainText(Protocol):
 
     sampled: bool
     config: str | None
+    revision: str | None
     split: str
     column: str
     share: float
@@ -195,11 +196,12 @@ class Row(NamedTuple):
 
 
 class HubDataset(NamedTuple):
-    """A `datasets` hub id with its configuration and split."""
+    """A `datasets` hub id with its configuration, split and revision."""
 
     dataset: str
     config: str | None
     split: str
+    revision: str | None
 
 
 class Files(NamedTuple):
@@ -211,7 +213,7 @@ class Files(NamedTuple):
 
 
 # A domain's other keys, which no source may use as its name.
-OTHER_KEYS = ("sampled", "config", "split", "column", "share", "protect")
+OTHER_KEYS = ("sampled", "config", "revision", "split", "column", "share", "protect")
 # From the user's value and a random order (by seed and domain) to documents or rows.
 Source = Callable[[Any, Random], Iterable[str | dict[str, Any] | Row]]
 # So many rows without text at the beginning, and there will be none.
@@ -230,7 +232,7 @@ def documents(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, no
     """
     key, value = domain.source
     if key == "dataset":
-        value = HubDataset(value, domain.config, domain.split)
+        value = HubDataset(value, domain.config, domain.split, domain.revision)
     elif key == "files":
         value = Files(value, domain.column, note)
     read = look_up(SOURCE_GROUP, key, SOURCES, callable, "a function of a value and a random order", OTHER_KEYS)
@@ -308,12 +310,13 @@ def dataset_rows(wanted: HubDataset, order: Random) -> Iterator[Row]:
         raise CalibrationError(f"{where}: needs the package datasets; install secateur[data].") from None
     try:
         streaming: Any = not offline  # streaming never reads the local cache
-        rows = datasets.load_dataset(*wanted[:2], split=wanted.split, streaming=streaming)
+        name, config, split, revision = wanted
+        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
         for number, row in enumerate(rows.shuffle(seed=order.getrandbits(32)), start=1):
             yield Row(f"{where}, row {number} of its shuffled order", row)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error).split())
-        advice = "check its id, config and split, and the network"
+        advice = "check its id, config, revision and split, and the network"
         if offline:
             fill = "load it once with datasets.load_dataset while online to fill the local cache"
             advice = f"HF_HUB_OFFLINE=1 forbids the network, so {fill}, or give its text as files"

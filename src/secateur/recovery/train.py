@@ -125,7 +125,7 @@ class Listener(TrainerCallback):
         place = self._place(state)
         self.log({"event": f"{self.name}_kl", **place, "kl": by_domain})
         left = (state.max_steps - state.global_step) * self.tokens_per_step / max(place["tokens_per_second"], 1e-9)
-        domains = ", ".join(f"{domain} {kl:.3f}" for domain, kl in by_domain.items())
+        domains = ", ".join(f"{domain} {kl:.3f}" for domain, kl in by_domain.items()) or "diverged"
         self.tell(
             f"step {state.global_step} of {state.max_steps}: loss {self.loss:.3f}, {place['tokens_per_second']:,.0f} "
             f"tokens/s, held-out KL {metrics['eval_kl']:.4f} ({domains}), {left / 60:,.1f} min left"

@@ -1,0 +1,98 @@
+"""A mixture is the domains that its file says, and each is streamed from the hub at its one revision."""
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hub import Served, hub
+
+from secateur.data.sources import DomainText
+from secateur.plugins import mixtures
+from secateur.recipe import INSTALLED_DOMAINS, Calibration, Recipe
+
+# Prints a document of each domain of a mixture.
+READ = """
+import json, sys
+from tiny_tokenizer import tiny_tokenizer
+from secateur.data.sources import documents
+from secateur.recipe import Calibration
+domains = Calibration(domains=sys.argv[1]).domains
+print(json.dumps({name: next(documents(name, each, tiny_tokenizer(), 0)) for name, each in domains.items()}))
+"""
+# Where the files of each data set lie at its revision, and a column besides the one that is read.
+FILES = {
+    "allenai/c4": "en/c4-train.00000-of-01024.json.gz",
+    "wikimedia/wikipedia": "20231101.en/train-00000-of-00041.parquet",
+    "CohereLabs/aya_dataset": "data/train-00000-of-00001.parquet",
+    "HuggingFaceH4/ultrachat_200k": "data/train_sft-00000-of-00003-a3ecf92756993583.parquet",
+    "codeparrot/codeparrot-clean": "file-000000000001.json.gz",
+    "open-web-math/open-web-math": "data/train-00000-of-00114-5a023365406cb9c4.parquet",
+    "ccdv/arxiv-summarization": "section/train-00000-of-00015.parquet",
+}
+
+
+def served(domains: dict[str, Any]) -> Served:
+    found: Served = {}
+    for name, domain in domains.items():
+        said = f"text of {name}"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+        row = {domain.column: turns if domain.column == "messages" else said, "other": "not this"}
+        path = FILES[domain.dataset]
+        write = _parquet if path.endswith(".parquet") else _json
+        files = {path: write(row)}
+        if domain.config:
+            other = f"other/{path}"
+            files[other] = write({domain.column: "not this"})
+            configs = {"another": other, domain.config: path}
+            readme = [
+                {"config_name": config, "data_files": [{"split": domain.split, "path": file}]}
+                for config, file in configs.items()
+            ]
+            files["README.md"] = f"---\n{json.dumps({'configs': readme})}\n---\n".encode()
+        found[domain.dataset] = (domain.revision, files)
+    return found
+
+
+def _json(row: dict[str, Any]) -> bytes:
+    return gzip.compress(json.dumps(row).encode())
+
+
+def _parquet(row: dict[str, Any]) -> bytes:
+    data = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), data)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("mixture", mixtures())
+def test_a_mixture_is_streamed_at_its_revisions(mixture: str, tmp_path: Path) -> None:
+    domains = Calibration(domains=mixture).domains  # pyright: ignore[reportArgumentType]
+    with hub(served(dict(domains))) as address:
+        online = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+        path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+        command = [sys.executable, "-c", READ, mixture]
+        done = subprocess.run(
+            command, env=os.environ | online | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    read = json.loads(done.stdout)
+    assert read.keys() == domains.keys()
+    assert all(f"text of {name}" in text and "not this" not in text for name, text in read.items())
+
+
+@pytest.mark.parametrize("mixture", mixtures())
+def test_every_domain_of_a_mixture_names_a_revision_and_no_other_source(mixture: str) -> None:
+    for domain in Recipe.model_validate({"calibration": {"domains": mixture}}).calibration.domains.values():
+        assert isinstance(domain, DomainText) and domain.source[0] == "dataset"
+        assert domain.revision is not None and len(domain.revision) == 40
+
+
+def test_the_general_mixture_has_the_kinds_of_text_of_the_defaults() -> None:
+    assert set(mixtures()["general"]) == set(INSTALLED_DOMAINS) - {"technical", "readme", "legal"}
