@@ -40,6 +40,24 @@ def test_lines_of_stages(capsys):
     ]
 
 
+def test_a_stage_that_goes_back_has_begun_anew(capsys):
+    """What is left follows from the speed of this time, not from the hours between two of a grid's cells."""
+    now = 0.0
+    listen = _lines(lambda: now)
+    for start in (0, 5_000):
+        for at in range(4):
+            now = start + 100.0 * at
+            listen("piqa", at, 3)
+    assert capsys.readouterr().err.splitlines() == [
+        "0:00:00 piqa",
+        "0:01:40 piqa: 1 of 3, about 0:03:20 left",
+        "0:03:20 piqa: 2 of 3, about 0:01:40 left",
+        "1:23:20 piqa: 0 of 3",
+        "1:25:00 piqa: 1 of 3, about 0:03:20 left",
+        "1:26:40 piqa: 2 of 3, about 0:01:40 left",
+    ]
+
+
 def test_a_piped_prune_says_what_it_does(checkpoints, recipe_file, tmp_path):
     run = run_cli("prune", checkpoints["llama"], tmp_path / "out", "--recipe", recipe_file, "--polish", 0)
     assert run.status == 0, run.stderr

@@ -45,6 +45,8 @@ def progress_bar(*, enabled: bool) -> Iterator[Progress]:
         if stage not in tasks:
             bars.start()  # not before: a run that fails at once prints only its sentence
             tasks[stage] = bars.add_task(stage, total=total)
+        if done == 0:  # perhaps anew, which has a clock of its own
+            bars.reset(tasks[stage], total=total)
         bars.update(tasks[stage], completed=done, total=total)
 
     try:
@@ -57,26 +59,28 @@ def progress_bar(*, enabled: bool) -> Iterator[Progress]:
 def _lines(clock: Callable[[], float] = time.monotonic) -> Progress:
     """Return a listener for pipes and log files.
 
-    It prints a line as a stage begins, and then every so often what is left of it. Each begins with
-    the time since the start, in h:mm:ss.
+    It prints a line as a stage first begins, and then every so often what is left of it. Each
+    begins with the time since the start, in h:mm:ss. A stage that goes back has begun anew.
     """
     start = clock()
     begun: dict[str, tuple[float, int]] = {}  # by stage: when, and how much was done then
+    reached: dict[str, int] = {}
     last = start
 
     def listen(stage: str, done: int, total: int) -> None:
         nonlocal last
         now = clock()
-        text = stage
-        if stage not in begun:
+        is_new = stage not in begun
+        if is_new or done < reached[stage]:
             begun[stage] = (now, done)
-        elif done < total and now - last >= max(LINE_SECONDS, (now - start) * LINE_SHARE):
-            since, before = begun[stage]
-            text += f": {done:,} of {total:,}"
-            if done > before:
-                text += f", about {_clock((now - since) * (total - done) / (done - before))} left"
-        else:
+        reached[stage] = done
+        is_due = done < total and now - last >= max(LINE_SECONDS, (now - start) * LINE_SHARE)
+        if not is_new and not is_due:
             return
+        since, before = begun[stage]
+        text = stage if is_new else f"{stage}: {done:,} of {total:,}"
+        if done > before:
+            text += f", about {_clock((now - since) * (total - done) / (done - before))} left"
         last = now
         tell(f"{_clock(now - start)} {text}")
 
