@@ -75,6 +75,7 @@ def test_the_page_of_the_recipe_is_what_the_schema_says():
         ("score: obs", r"score is choose\.score now; write it there\.$"),
         ("removed_layers: [1]", r"removed_layers is remove\.layers now"),
         ("preset: bset", r"unknown preset 'bset'; allowed: best, .*; did you mean 'best'\?"),
+        ("preset: [best]", r"unknown preset '\['best'\]'; allowed: best, "),
         ("remove: [0.2]", r"remove"),
         ("[1, 2]", r"a recipe is a mapping of keys to values, got list\.$"),
     ],

@@ -87,7 +87,7 @@ def over_preset(data: dict[str, Any], where: str) -> dict[str, Any]:
     """Return `data` merged over the preset that it names. Raises RecipeError if unknown."""
     texts, own = preset_texts(), dict(data)
     name = own.pop("preset")
-    if name not in texts:
+    if not isinstance(name, str) or name not in texts:
         hint = advice(str(name), texts)
         raise RecipeError(f"{where}: unknown preset '{name}'; allowed: {', '.join(texts)}; {hint}")
     return merged(yaml.safe_load(texts[name]), own)
