@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from random import Random
@@ -14,6 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub.errors import HTTPError
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.data.sources import documents
@@ -201,6 +203,20 @@ def test_datasets_are_streamed_where_there_is_a_network(monkeypatch: pytest.Monk
     told = {"split": "test", "revision": "abc", "streaming": not offline}
     assert asked[0] == (("somebody/something", "small"), told)
     assert asked[1] == Random("3:mine").getrandbits(32)
+
+
+def test_a_connection_that_breaks_while_rows_come_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows:
+        def shuffle(self, seed: int) -> Iterator[dict[str, str]]:
+            yield {"text": "x"}
+            raise HTTPError("Server disconnected without\nsending a response.")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Rows())
+    found = documents("mine", Domain(dataset="somebody/something"), TOKENIZER, 3)
+    assert next(found) == "x"
+    with pytest.raises(CalibrationError, match=r"something: cannot be loaded \(Server disconnected without sending a"):
+        next(found)
 
 
 def test_blank_documents_are_left_out(tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ from random import Random
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from huggingface_hub import constants
+from huggingface_hub.errors import (
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx or httpx2
+)
 
 from secateur.data.chat import chat_text
 from secateur.data.forms import Note, NoText, content_of, unheard
@@ -314,7 +317,7 @@ def dataset_rows(wanted: HubDataset, order: Random) -> Iterator[Row]:
         rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
         for number, row in enumerate(rows.shuffle(seed=order.getrandbits(32)), start=1):
             yield Row(f"{where}, row {number} of its shuffled order", row)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
         reason = " ".join(str(error).split())
         advice = "check its id, config, revision and split, and the network"
         if offline:
