@@ -27,7 +27,7 @@ from secateur.recipe import Calibration
 domains = Calibration(domains=sys.argv[1]).domains
 print(json.dumps({name: next(documents(name, each, tiny_tokenizer(), 0)) for name, each in domains.items()}))
 """
-# Where the files of each data set lie at its revision, and a column besides the one that is read.
+# Where a file of each data set lies at its revision.
 FILES = {
     "allenai/c4": "en/c4-train.00000-of-01024.json.gz",
     "wikimedia/wikipedia": "20231101.en/train-00000-of-00041.parquet",
@@ -35,7 +35,7 @@ FILES = {
     "HuggingFaceH4/ultrachat_200k": "data/train_sft-00000-of-00003-a3ecf92756993583.parquet",
     "codeparrot/codeparrot-clean": "file-000000000001.json.gz",
     "open-web-math/open-web-math": "data/train-00000-of-00114-5a023365406cb9c4.parquet",
-    "ccdv/arxiv-summarization": "section/train-00000-of-00015.parquet",
+    "common-pile/peS2o_filtered": "peS2o-0000.json.gz",
 }
 
 
