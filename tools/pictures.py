@@ -15,7 +15,8 @@ from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
 FOLDER = DOCS / "images"
-OURS, OTHERS, INK = "#00796b", ("#c2410c", "#7c3aed", "#2563eb", "#ca8a04", "#be185d", "#475569", "#7f1d1d"), "#222"
+OURS, INK = "#00796b", "#222"
+OTHERS = "#c2410c", "#7c3aed", "#2563eb", "#ca8a04", "#be185d", "#475569", "#7f1d1d", "#0891b2", "#78716c"
 STYLE = {
     **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False),
     **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor", "text.color"), INK),
@@ -52,6 +53,7 @@ def quality() -> Numbers:
         for name, removed, _, draws, nats, *_ in rows("results/published.md", f"### {share} of")[2:]:
             if draws == "3" and "least squares" not in name:
                 point = (round(100 - first_number(removed), 1), round(math.exp(first_number(nats)), 2))
+                name = name.replace(", embedding kept tied", " (tied)")
                 found.setdefault(name.split(", ")[0], []).append(point)
     [(_, dense), _] = found.pop("dense")
     return {name: [(100.0, dense), *points] for name, points in found.items()}
@@ -66,7 +68,7 @@ def draw_quality(numbers: Numbers, axes: Any) -> None:
         axes.plot(left, perplexities, color=colour, marker="o", linewidth=2.5 if ours else 1.2, zorder=2 + ours)
         end = {"fontsize": 11, "weight": "bold"} if ours else {"fontsize": 9}
         last = max(perplexities[-1], 1.22 * last)  # names do not touch
-        axes.text(left[-1] - 0.7, last, name, color=colour, va="center", **end)
+        axes.text(69.3, last, name, color=colour, va="center", **end)
     logarithmic(axes.yaxis, [16, 30, 60, 120, 250, 500])
     axes.set_xlim(101, 57)
     axes.set_xticks([100, 90, 80, 70])
