@@ -67,7 +67,10 @@ def _section(place: str, model: type[BaseModel]) -> Iterator[str]:
         below = next((other for other in WITHIN if other.removesuffix(".NAME") == prefix + key), None)
         below = prefix + key if has_section else below
         if key == "domains":
-            default, meanings[key] = "see [your data](data.md#domains)", "a name for each, and its source; or the mixture `general`."
+            default, meanings[key] = (
+                "see [your data](data.md#domains)",
+                "a name for each, and its source; or the mixture `general`.",
+            )
         elif has_section or field.is_required():
             default = "see there" if has_section else "none"
         else:
