@@ -5,7 +5,9 @@ head reads, loss, backward, and update. The model teaches itself, so that nothin
 a Markdown table: medians over the steps, operations by `recovery.cost`, and what share they are of
 what one large product in the same dtype would do. The last line has the tokens per second.
 
-    python benchmarks/training.py [--model smollm2-135m] [--length 512] [--steps 7]
+    python benchmarks/training.py [--model smollm2-135m] [--length 512] [--steps 7] [--torch-attention]
+
+`--torch-attention` leaves attention to torch's own kernel, as training did until 2026-11-28.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from secateur.model.bind import bind, head_of
 from secateur.model.checkpoint import load
 from secateur.pruning.cost import measured_rates
 from secateur.recipe import PolishSettings
+from secateur.recovery.attention import attention_in_training
 from secateur.recovery.cost import forward_flops
 from secateur.recovery.judge import distillation_loss
 from secateur.stream.device import CPU, keeping_freed, multiplies_in_software
@@ -44,6 +47,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--torch-attention", action="store_true")
     options = parser.parse_args()
     settings = PolishSettings()
     model: Any = load(options.model)
@@ -74,7 +78,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    with keeping_freed():
+    with keeping_freed(), attention_in_training(recomputed=options.torch_attention):
         for _ in range(options.steps + 1):
             logits_PV, dense_PV = timed(seconds["forward"], forward), timed(seconds["teach"], teach)
             facts = (logits_PV, next_P, dense_PV, weight_P)

@@ -21,6 +21,7 @@ from secateur.model.checkpoint import Tokenizer
 from secateur.model.modules import CausalLM
 from secateur.ranks import from_first, size
 from secateur.recipe import Recipe, RecoverySettings
+from secateur.recovery.attention import attention_in_training
 from secateur.recovery.cost import Forward, forward_flops, predict_flops
 from secateur.recovery.judge import Judge
 from secateur.recovery.pair import Block, RecoveryText, blocks_per_step, whole_steps
@@ -93,7 +94,8 @@ def learn(
     with services.log.time(STAGE):
         judge = Judge(dense, arch, held_out, progress)
         judge.copy_head()  # the model's own is trained, or cut
-        states = tuple(head_inputs(dense, arch, [ids_T for _, ids_T in blocks], progress, "ask the dense model"))
+        with attention_in_training(settings.gradient_checkpointing):  # an uncut model has nothing to learn, to the bit
+            states = tuple(head_inputs(dense, arch, [ids_T for _, ids_T in blocks], progress, "ask the dense model"))
     return Lesson(chosen, judge, states, settings, forward)
 
 

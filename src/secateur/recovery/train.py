@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -32,6 +32,7 @@ from secateur.log import Progress, RunLog
 from secateur.model.config import quiet_transformers
 from secateur.ranks import alone
 from secateur.recipe import RecoverySettings
+from secateur.recovery.attention import attention_in_training
 from secateur.recovery.judge import Judge, distillation_loss, domain_weights, logits_of, objective, unless_diverged
 from secateur.recovery.pair import RecoveryText, blocks_per_step
 from secateur.recovery.shards import handed_over, let_cpu_shard, wants_shards, whole_parameters
@@ -273,7 +274,8 @@ def _run(trainer: Distiller, folder: Path) -> None:
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     last = str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
     try:
-        trainer.train(resume_from_checkpoint=last)  # the Trainer opens pickles with weights_only
+        with attention_in_training(bool(trainer.args.gradient_checkpointing)):
+            trainer.train(resume_from_checkpoint=last)  # the Trainer opens pickles with weights_only
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{last}: is damaged or holds more than tensors, so it is not opened; delete the directory that it "
@@ -308,9 +310,8 @@ def _trainer(
     items = [{"input_ids": ids_T, "weight": torch.tensor(weights[domain])} for domain, ids_T in work.text.blocks]
     if work.states is not None:
         items = [{**item, "states": states_PD} for item, states_PD in zip(items, work.states, strict=True)]
-    dataset = cast(Dataset[dict[str, Tensor]], items)
     callbacks = [listener, EarlyStoppingCallback(work.settings.patience)]
-    data: dict[str, Any] = {"data_collator": default_collate, "train_dataset": dataset, "eval_dataset": dataset}
+    data: dict[str, Any] = {"data_collator": default_collate, "train_dataset": items, "eval_dataset": items}
     trainer = Distiller(model=trained, args=arguments, callbacks=callbacks, **data)
     trainer.remove_callback(PrinterCallback)
     # Else the Trainer sums the losses of a step's parts; ours, of equal length, are averaged.
