@@ -90,9 +90,13 @@ def test_tokens_and_channels_together_reach_the_share(dense, asked, tmp_path):
 
 
 def test_a_saved_recipe_repeats_the_run(tied, asked, tmp_path):
-    found = secateur.prune(tied, grouped({**asked, "vocabulary": "auto"}), out=tmp_path / "out")
+    told: list[str] = []
+    found = secateur.prune(tied, grouped({**asked, "vocabulary": "auto"}), out=tmp_path / "out", tell=told.append)
     assert isinstance(found.recipe.remove.vocabulary, int)
-    assert secateur.prune(tied, found.recipe, out=tmp_path / "again").recipe == found.recipe
+    assert "first measures how many of its" in told[0] and " removes " in told[1]
+    told.clear()
+    assert secateur.prune(tied, found.recipe, out=tmp_path / "again", tell=told.append).recipe == found.recipe
+    assert not any("first measures" in sentence for sentence in told)
     assert weights(tmp_path / "again") == weights(tmp_path / "out")
 
 
