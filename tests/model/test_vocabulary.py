@@ -29,7 +29,7 @@ from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_token
 NUM_PADDING = 7
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 # Enough text for tokens of several syllables, in scripts of one to four bytes a character.
-PROSE = Path(__file__).parents[2].joinpath("docs", "design.md").read_text(encoding="utf-8").split("\n")[:150]
+PROSE = Path(__file__).parents[2].joinpath("LICENSE").read_text(encoding="utf-8").split("\n")[:150]
 LEARNT_FROM = [*PROSE, *CORPUS, "Паром шёл медленно. 海面很平静。 naïve 🚀🚀", "the  two   spaces\n\n\tand tabs"] * 3
 
 
