@@ -38,7 +38,7 @@ Polish = Annotated[
     int | None, typer.Option(min=0, metavar="TOKENS", help="Tokens to train on at the end; 0 for no training.")
 ]
 DEMO_MODEL = "smollm2-135m"
-# What keeps most of a model in a quarter of an hour; the defaults keep a form that every server loads.
+# Keeps more of a model than the defaults, which keep a form that every server loads: docs/results/general.md.
 DEMO_RECIPE = {"remove": {"share": 0.2, "vocabulary": "auto"}, "choose": {"budget": "curve"}}
 
 
