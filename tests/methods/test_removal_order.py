@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections import Counter
 from typing import Any
 
@@ -138,6 +139,9 @@ def test_sizes_are_multiples_and_leave_what_must_stay():
     assert sizes_within(REMOVAL, 310, 0).tolist() == [0]  # fewer than the rows beyond a multiple of 64
     for size in (64, 100, 384):
         with pytest.raises(RecipeError, match=r"remove\.vocabulary: .* from 128, .* to 310"):
+            count_for_size(REMOVAL, 310, size)
+    for size, advice in ((100, " (such as 128) from"), (200, " (such as 192 or 256) from"), (12, " of 64 from")):
+        with pytest.raises(RecipeError, match=re.escape(advice)):
             count_for_size(REMOVAL, 310, size)
 
 

@@ -127,7 +127,8 @@ def count_for_size(removal: Removal, num_rows: int, size: int) -> int:
     least = -(-(num_rows - len(removal.ids)) // ALIGN_TOKENS) * ALIGN_TOKENS
     if size % ALIGN_TOKENS or not least <= size <= num_rows:
         below = size // ALIGN_TOKENS * ALIGN_TOKENS
-        nearest = f" (such as {below:,} or {below + ALIGN_TOKENS:,})" if size % ALIGN_TOKENS else ""
+        near = [each for each in (below, below + ALIGN_TOKENS) if size % ALIGN_TOKENS and least <= each <= num_rows]
+        nearest = f" (such as {' or '.join(f'{each:,}' for each in near)})" if near else ""
         raise RecipeError(
             f"remove.vocabulary: {size:,} of the model's {num_rows:,} rows cannot stay; give a multiple of "
             f"{ALIGN_TOKENS}{nearest} from {least:,}, without which some text could not be read, to {num_rows:,}."
