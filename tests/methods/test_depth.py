@@ -70,7 +70,7 @@ def test_a_layer_is_weighed_in_the_narrow_model_against_the_dense_one(factory):
     model, probe = factory(num_layers=4), batches_of(tiny_ids(batch=3, length=24))
     arch, fit = bind(model), batches_of(tiny_ids(batch=96, length=32, seed=3), batch_tokens=512)
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    readers = narrow_readers(model, arch, fit, {0: 0.5, 1: 0.25, 3: 1.0}, 1e-3)
+    (readers,) = narrow_readers(model, arch, fit, [{0: 0.5, 1: 0.25, 3: 1.0}], 1e-3)
     found = layer_kl(model, arch, probe, (1,), (0, 2), readers)
     assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
     narrow = copy.deepcopy(model)
@@ -89,7 +89,7 @@ def test_a_layer_is_weighed_in_the_narrow_model_against_the_dense_one(factory):
 def test_narrow_readers_lose_the_columns_that_matter_least_and_are_refitted_on_their_own_stream(damping):
     model, fit = tiny_llama(), batches_of(tiny_ids(batch=96, length=32, seed=3), batch_tokens=512)
     arch = bind(model)
-    readers = narrow_readers(model, arch, fit, {0: 0.5, 1: 0.25}, damping)
+    (readers,) = narrow_readers(model, arch, fit, [{0: 0.5, 1: 0.25}], damping)
     inputs = []
     for index, kept in ((0, 0.5), (1, 0.25)):
         reader = model.model.layers[index].mlp.down_proj
@@ -114,10 +114,24 @@ def test_narrow_readers_lose_the_columns_that_matter_least_and_are_refitted_on_t
 def test_narrow_readers_never_see_held_out_text():
     model, fit = tiny_llama(), batches_of(tiny_ids(batch=24, length=32, seed=3), batch_tokens=512)
     unseen = batches_of(tiny_ids(batch=24, length=32, seed=4), held_out=True, batch_tokens=512)
-    alone, beside = (narrow_readers(model, bind(model), batches, {0: 0.5}, 1e-3) for batches in (fit, fit + unseen))
-    assert torch.equal(alone[0], beside[0])
     held_in = batches_of(torch.cat([batch.ids_BT for batch in unseen]), batch_tokens=512)
-    assert not torch.equal(alone[0], narrow_readers(model, bind(model), fit + held_in, {0: 0.5}, 1e-3)[0])
+    alone, beside, more = (
+        narrow_readers(model, bind(model), batches, [{0: 0.5}], 1e-3)[0][0]
+        for batches in (fit, fit + unseen, fit + held_in)
+    )
+    assert torch.equal(alone, beside) and not torch.equal(alone, more)
+
+
+def test_further_narrow_models_are_fitted_on_the_stream_of_the_first():
+    model, fit = tiny_llama(), batches_of(tiny_ids(batch=96, length=32, seed=3), batch_tokens=512)
+    arch, shares = bind(model), [{0: 0.25, 1: 0.5}, {0: 0.75, 1: 0.75, 2: 0.5}]
+    first, second = narrow_readers(model, arch, fit, shares, 1e-3)
+    (alone,) = narrow_readers(model, arch, fit, shares[:1], 1e-3)
+    (mixed,) = narrow_readers(model, arch, fit, [{0: 0.25, 1: 0.75}], 1e-3)
+    assert first.keys() == alone.keys() and all(torch.equal(first[index], alone[index]) for index in alone)
+    assert second.keys() == {0, 1, 2} and torch.equal(second[1], mixed[1])
+    (own,) = narrow_readers(model, arch, fit, shares[1:], 1e-3)
+    assert torch.equal(second[0], own[0]) and not torch.equal(second[1], own[1])
 
 
 def test_what_a_layer_costs_is_not_measured_on_held_out_text():

@@ -97,7 +97,7 @@ def test_narrow_readers_do_not_see_held_out_text() -> None:
     model = tiny_llama()
     shares = {0: 0.3, 1: 0.5}
     alone, beside, only = (
-        narrow_readers(model, bind(model), batches_of(*texts), shares, 1e-2)
+        narrow_readers(model, bind(model), batches_of(*texts), [shares], 1e-2)[0]
         for texts in ((TEXT, {}), (TEXT, HELD_OUT), (HELD_OUT, {}))
     )
     for index in shares:
@@ -108,7 +108,7 @@ def test_narrow_readers_do_not_see_held_out_text() -> None:
 @torch.no_grad()
 def test_a_narrow_reader_is_the_least_squares_of_the_reference_on_the_columns_of_highest_wanda_score() -> None:
     model = tiny_llama()
-    (found,) = narrow_readers(model, bind(model), batches_of(TEXT, {}), {1: 0.451}, 1e-2).values()
+    found = narrow_readers(model, bind(model), batches_of(TEXT, {}), [{1: 0.451}], 1e-2)[0][1]
     x_TF = np.concatenate([seen_by(model, ids, 2)[0] for ids in TEXT.values()])
     weight_DF = model.model.layers[1].mlp.down_proj.weight.double().numpy()
     scores = reference.unit_scores("wanda", weight_DF, x_TF, len(x_TF), [[j] for j in range(112)], np.zeros(112))
@@ -120,7 +120,7 @@ def test_a_narrow_reader_is_the_least_squares_of_the_reference_on_the_columns_of
 
 def test_at_least_one_column_stays() -> None:
     model = tiny_llama(num_layers=1)
-    (found,) = narrow_readers(model, bind(model), batches_of(TEXT, {}), {0: 0.001}, None).values()
+    found = narrow_readers(model, bind(model), batches_of(TEXT, {}), [{0: 0.001}], None)[0][0]
     assert int((found != 0).any(dim=0).sum()) == 1
 
 

@@ -198,7 +198,7 @@ def narrow() -> dict[str, Any]:
 
 def test_narrow_kl_is_that_of_the_model_with_these_readers(narrow):
     model, arch, batches = narrow["model"], narrow["arch"], narrow["batches"][:3]
-    readers = narrow_readers(model, arch, narrow["batches"], dict.fromkeys(range(3), 0.5), 1e-3)
+    (readers,) = narrow_readers(model, arch, narrow["batches"], [dict.fromkeys(range(3), 0.5)], 1e-3)
     dense, sums, count = [], 0.0, 0
     with torch.no_grad():
         dense = [model(batch.ids_BT).logits[:, :-1].double().log_softmax(-1) for batch in batches]
@@ -220,10 +220,9 @@ def test_the_law_goes_through_both_measured_points(narrow):
     law = channel_law(model, arch, batches, 1, 0.6, 1e-3, lambda compute: compute())
     fitted, judged = [batch for batch in batches if batch.first_block >= 2], batches[:1]
     num_fit = math.ceil(4 * 112 / 32)
-    for share in (0.3, 0.6):
-        readers = narrow_readers(
-            model, arch, fitted[: math.ceil(num_fit / 2)], dict.fromkeys(range(3), 1 - share), 1e-3
-        )
+    shares = [dict.fromkeys(range(3), 1 - share) for share in (0.6, 0.3)]
+    both = narrow_readers(model, arch, fitted[: math.ceil(num_fit / 2)], shares, 1e-3)
+    for share, readers in zip((0.6, 0.3), both, strict=True):
         expected = narrow_kl(model, arch, judged, readers) / module.NARROW_OVERSTATES
         assert float(law(torch.tensor(share))) == pytest.approx(expected, rel=1e-4)
     assert float(law(torch.tensor(0.0))) == 0 and float(law(torch.tensor(-0.1))) == 0

@@ -262,10 +262,10 @@ def test_a_bias_makes_the_config_say_so_and_none_does_not():
 def narrow(monkeypatch: pytest.MonkeyPatch, text: CalibrationSet, **short: Any) -> tuple[list[Any], Any, Any]:
     """Return the blocks, the shares and the damping that readers are made narrow with."""
     seen: list[Any] = []
-    monkeypatch.setattr(loop, "narrow_readers", lambda *arguments: seen.append(arguments) or {})
+    monkeypatch.setattr(loop, "narrow_readers", lambda *arguments: seen.append(arguments) or [{}])
     found = run_of(tiny_llama(num_layers=6), text, depth=2, remove=0.45, **short)
     loop._narrow_readers(found, found.batches(1))
-    ((_, _, batches, shares, damping, *_),) = seen
+    ((_, _, batches, (shares,), damping, *_),) = seen
     return batches, shares, damping
 
 

@@ -5,7 +5,7 @@ L layers. Held-out batches take no part in the choice.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -105,30 +105,33 @@ def narrow_readers(
     model: nn.Module,
     arch: Arch,
     batches: list[Batch],
-    shares: Mapping[int, float],
+    shares: Sequence[Mapping[int, float]],
     damping: float | None,
     decide: Decide = here,
     progress: Progress = silent,
-) -> dict[int, Tensor]:
-    """Return, by layer, its FFN reader's weight with some columns zero, to imitate narrow widths.
+) -> list[dict[int, Tensor]]:
+    """Return narrow models: by layer, the FFN reader's weight with some columns zero.
 
-    `shares`: by layer the share of columns that stays, those of the highest `wanda` score. They are
-    refitted by least squares with this damping on the narrow model's own stream; None: not
-    refitted. The model is not changed. Held-out batches take no part.
+    `shares`: for each of these models, by layer, the share of columns that stays, those of the
+    highest `wanda` score. They are refitted by least squares with this damping, all on the stream of
+    the first narrow model, so that further ones cost little; None: not refitted. The model is not
+    changed. Held-out batches take no part.
     """
     walk = Walk(model, arch, [batch for batch in batches if not batch.held_out])
-    found: dict[int, Tensor] = {}
+    found: list[dict[int, Tensor]] = [{} for _ in shares]
     for index in range(arch.num_layers):
         progress("fit narrow layers", index, arch.num_layers)
-        if index in shares:
+        if any(index in each for each in shares):
             with walk.layer(index):
                 reader = _reader(model, arch, index)
                 gram = Gram(reader.in_features, reader.weight.device)
                 for hidden_BTD in walk.hidden_BTD:
                     gram.add_product(_reader_inputs(walk, index, reader, hidden_BTD)[0])
                 sum_over_ranks(gram)
-                found[index] = decide(partial(_narrow, reader.weight, gram, shares[index], damping))
-        with _replaced(model, arch, index, found.get(index)):
+                for readers, asked in zip(found, shares, strict=True):
+                    if index in asked:
+                        readers[index] = decide(partial(_narrow, reader.weight, gram, asked[index], damping))
+        with _replaced(model, arch, index, found[0].get(index)):
             walk.advance(index)
     progress("fit narrow layers", arch.num_layers, arch.num_layers)
     return found

@@ -88,7 +88,7 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
     damping = run.resolved.damping if recipe.repair.compensate == "least_squares" else None
     blocks = first_blocks(batches, num_blocks, after=after)
     shares = dict.fromkeys(unprotected, kept / total)
-    return narrow_readers(run.model, run.arch, blocks, shares, damping, from_first, run.services.progress)
+    return narrow_readers(run.model, run.arch, blocks, [shares], damping, from_first, run.services.progress)[0]
 
 
 def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def _count(dense: _Dense, removal: methods.Removal) -> int:
     channels = sum(group.num_units * prices.of(group) for group in ffns)
     if is_first():
         dense.services.tell(
-            f"{opened.name}: first measures how many of its {num_rows:,} tokens go, about 1.5 passes over the "
+            f"{opened.name}: first measures how many of its {num_rows:,} tokens go, about 1.4 passes over the "
             "calibration text; what goes, and how long the run takes, is said after that."
         )
     nats, law = _measured(dense, removal, min(MOST_CHANNELS, asked / channels))
