@@ -17,10 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import secateur
 from secateur.data.calibration import build_calibration, token_counts
 from secateur.formats.save import Verification
-from secateur.methods import vocabulary
 from secateur.methods.prices import token_prices
-from secateur.methods.vocabulary import Removal
-from secateur.model.kept_tokens import Trim, kept_tokens_of
+from secateur.model.kept_tokens import kept_tokens_of
 from secateur.pruning.cost import polish_bytes
 from secateur.pruning.resolve import Resolved, resolve
 from secateur.pruning.trim import plan_trim
@@ -249,19 +247,6 @@ def test_auto_counts_no_channels_of_protected_layers(tied, asked):
     # More than these channels and all tokens that may go: a whole layer goes too.
     deep = planned(model, tokenizer, {**asked, "remove": 0.5, "protected_layers": [0]})
     assert deep.layers == (0, 1) and deep.outcome(deep.plans[-1].num_keep).share_gone >= 0.5
-
-
-def test_a_further_token_is_measured_where_the_domains_text_grows_by_4_percent(tied, asked, monkeypatch):
-    trims, removals = list[Trim](), list[Removal]()
-    monkeypatch.setattr(vocabulary, "nats_per_token", lambda _, __, trim, *rest: trims.append(trim) or 1.0)
-    real = vocabulary.cheapest_count
-    monkeypatch.setattr(vocabulary, "cheapest_count", lambda *given: removals.append(given[0]) or real(*given))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
-    recipe = parse_recipe(grouped({**asked, "vocabulary": "auto"}))
-    plan_trim(replace(opened(model, recipe), tokenizer=tokenizer), Services())
-    (trim,), (removal,) = trims, removals
-    gone = trim.kept.num_dense - len(trim.kept.dense_ids)
-    assert 1 < gone < len(removal.ids) and removal.more_R[gone - 1] <= 0.04 < removal.more_R[gone]
 
 
 def test_a_model_in_memory_loses_its_tokens_in_place(tied, asked):

@@ -31,8 +31,6 @@ from secateur.stream.walk import make_batches
 # more tokens of its text: of SmolLM2-135M they cost 0.02 nats per token, and channels of as many
 # parameters 0.09, between 20 and 30%.
 WORTH_SAYING, ALMOST_FREE = 0.025, 0.005
-# Half of 49,152 tokens add 0.04 to a text's tokens, half of 151,936 add 0.008: too few to measure.
-MEASURED_GROWTH = 0.04
 # FFNs that lose more of their channels than this are extrapolated, not measured.
 MOST_CHANNELS = 0.85
 
@@ -221,8 +219,7 @@ def _count(dense: _Dense, removal: methods.Removal) -> int:
 def _measured(dense: _Dense, removal: methods.Removal, most: float) -> tuple[float, methods.Law]:
     """Return the nats of a further token of text, and those of a share of FFN channels less.
 
-    The first with so many tokens gone that the text grows by `MEASURED_GROWTH`, the second up to
-    `most` of the channels.
+    The first with half of the tokens gone that may go, the second up to `most` of the channels.
     """
     opened, services, recipe = dense.opened, dense.services, dense.opened.recipe
     # A recipe that every model can meet: memory depends on its text.
@@ -238,8 +235,8 @@ def _measured(dense: _Dense, removal: methods.Removal, most: float) -> tuple[flo
     blocks = {str(number): ids_NT.to(model.device) for number, ids_NT in enumerate(written)}
     batches = [each for name in blocks for each in own_part(make_batches(name, blocks[name], held_out=False))]
     with eval_mode(model):
-        grown = dense.trim(removal, max(1, int((removal.more_R <= MEASURED_GROWTH).sum())))
-        nats = from_first(partial(methods.nats_per_token, model, arch, grown, written, services.progress))
+        half = dense.trim(removal, len(removal.ids) // 2)
+        nats = from_first(partial(methods.nats_per_token, model, arch, half, written, services.progress))
         law = methods.channel_law(
             model, arch, batches, len(written), most, resolved.damping, from_first, services.progress
         )
