@@ -5,8 +5,10 @@ head reads, loss, backward, and update. The model teaches itself, so that nothin
 a Markdown table: medians over the steps, operations by `recovery.cost`, and what share they are of
 what one large product in the same dtype would do. The last line has the tokens per second.
 
-    python benchmarks/training.py [--model smollm2-135m] [--length 512] [--steps 7] [--torch-attention]
+    python benchmarks/training.py [--model smollm2-135m] [--length 512] [--blocks 2] [--steps 7]
+                                  [--torch-attention]
 
+`--blocks`: of `--length` tokens, in one forward pass and one step; 1 was the default until 2026-11-29.
 `--torch-attention` leaves attention to torch's own kernel, as training did until 2026-11-28.
 """
 
@@ -46,14 +48,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=PolishSettings().blocks_per_device)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--torch-attention", action="store_true")
     options = parser.parse_args()
     settings = PolishSettings()
     model: Any = load(options.model)
     dtype = torch.float32 if multiplies_in_software(CPU, model.dtype) else model.dtype
-    ids_BT = torch.randint(model.config.vocab_size, (1, options.length), generator=torch.Generator().manual_seed(0))
-    head, states_PD = head_of(model, bind(model)), final_states(model, bind(model), ids_BT)
+    shape, generator = (options.blocks, options.length), torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(model.config.vocab_size, shape, generator=generator)
+    arch, num_tokens = bind(model), ids_BT.numel()
+    head, states_PD = head_of(model, arch), torch.cat([final_states(model, arch, ids_1T) for ids_1T in ids_BT.split(1)])
     layers, whole = forward_flops(model, options.length)
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
@@ -61,12 +66,12 @@ def main() -> None:
         module.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4, fused=True)
-    weight_P, next_P = torch.ones(options.length - 1), ids_BT[0, 1:]
+    weight_P, next_P = torch.ones(len(states_PD)), ids_BT[:, 1:].flatten()
     seconds: dict[str, list[float]] = {name: [] for name in ("forward", "teach", "loss", "backward", "update")}
 
     def forward() -> Tensor:
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-            return model(input_ids=ids_BT, use_cache=False).logits[0, :-1]
+            return model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
 
     @torch.no_grad()
     def teach() -> Tensor:
@@ -87,18 +92,18 @@ def main() -> None:
             timed(seconds["update"], update)
     peak = measured_rates(CPU, dtype, WIDTH, ROWS).forward
     flops = {"forward": whole, "teach": whole - layers, "loss": 0.0, "backward": whole + layers, "update": 0.0}
-    print(f"{options.model}, {dtype}, {torch.get_num_threads()} threads, one step of {options.length} tokens;")
+    print(f"{options.model}, {dtype}, {torch.get_num_threads()} threads, one step of {num_tokens:,} tokens;")
     print(f"a large product runs at {peak / 1e9:,.0f} GFLOP/s\n")
     print("| part | ms | GFLOP | of the product's rate |")
     print("|---|---:|---:|---:|")
     total = 0.0
     for name, found in seconds.items():
-        took, work = statistics.median(found[1:]), flops[name] * options.length
+        took, work = statistics.median(found[1:]), flops[name] * num_tokens
         total += took
         print(f"| {name} | {1000 * took:,.0f} | {work / 1e9:,.0f} | {work / took / peak:.0%} |")
-    work = sum(flops.values()) * options.length
+    work = sum(flops.values()) * num_tokens
     print(f"| all | {1000 * total:,.0f} | {work / 1e9:,.0f} | {work / total / peak:.0%} |\n")
-    print(f"{options.length / total:,.0f} tokens/s; at the product's rate alone {options.length * peak / work:,.0f}")
+    print(f"{num_tokens / total:,.0f} tokens/s; at the product's rate alone {num_tokens * peak / work:,.0f}")
 
 
 if __name__ == "__main__":

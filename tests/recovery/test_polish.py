@@ -264,42 +264,55 @@ def test_the_memory_is_that_of_its_parts(asked):
     left, words = params_after(opened, resolved), 2 * opened.model.lm_head.weight.numel()
     training = 4 * left + 12 * (left - words)  # float32 weights; gradients and moments of what trains
     at_once = 2 * 32  # tokens of a forward pass
-    step = at_once * (20 * config.hidden_size * config.num_hidden_layers + 3 * config.vocab_size)
+    stream, ffn = (config.num_hidden_layers * n for n in (10 * config.hidden_size, 4 * config.intermediate_size))
+    step = at_once * (stream + ffn + 3 * config.vocab_size)
     kept = left + (1280 + config.vocab_size) * config.hidden_size  # the weights before; states; the head
     assert polish_bytes(opened, resolved) == 4 * kept + training + 4 * step
-    # bfloat16: half of what is kept and of a step, and copies of what trains.
+    # bfloat16: half of what is kept, of the FFN's numbers and of logits, and copies of what trains.
     low = checked(open_model(tiny_llama().to(torch.bfloat16), parse_recipe(grouped(asked)), tiny_tokenizer()))
     if not computes_in_float32(low):
-        assert polish_bytes(low, resolve(low)) == 2 * kept + training + 2 * (left - words) + 2 * step
+        step = at_once * (2 * stream + ffn + 3 * config.vocab_size)
+        assert polish_bytes(low, resolve(low)) == 2 * (kept + step + left - words) + training
 
 
 def test_the_best_weights_at_the_end_may_be_the_most():
     model = tiny_llama()
     settings = RecoverySettings(num_tokens=32, batch_tokens=32)
     for num_params in (10**8, 1):  # the best weights; a step
-        step = 10**6 * 4 + 4 * 32 * (20 * model.config.hidden_size * 3 + 3 * model.config.vocab_size)
+        step = 10**6 * 4 + 4 * 32 * (3 * (10 * 48 + 4 * 112) + 3 * model.config.vocab_size)
         most = max(4 * num_params, step)
         assert training_bytes(model, num_params, 10**6, settings, 32) == 4 * num_params + 8 * 10**6 + most
 
 
-def test_where_memory_is_short_low_rank_additions_or_nothing_is_trained(checkpoints, asked, monkeypatch):
+def test_where_memory_is_short_one_block_at_a_time_low_rank_additions_or_nothing_is_trained(
+    checkpoints, asked, monkeypatch
+):
     def fitted(budget: float) -> Any:
         wanted = parse_recipe(grouped({**asked, "memory_budget": f"{budget / 1000:.3f}KB"}))
         opened = checked(open_model(checkpoints["llama"], wanted))
         return with_polish_that_fits(opened, resolve(opened))
 
+    def needed(**changes: Any) -> int:
+        return polish_bytes(opened, replace(resolved, recipe=resolved.recipe.filled(polish=changes)))
+
     opened = checked(open_model(checkpoints["llama"], parse_recipe(grouped(asked))))
     resolved = resolve(opened)
-    whole = polish_bytes(opened, resolved)
-    least = polish_bytes(opened, replace(resolved, recipe=resolved.recipe.filled(polish={"train": "lora"})))
-    assert least < whole and memory_for(opened, resolved).estimate.polish == whole
-    assert fitted(whole).recipe.polish.train == "layers"
-    low = fitted(whole - 1000)
-    assert low.recipe.polish.train == "lora" and "so low-rank additions are trained" in low.warnings[-1]
+    whole, narrow = polish_bytes(opened, resolved), needed(blocks_per_device=1)
+    least = needed(blocks_per_device=1, train="lora")
+    assert least < narrow < whole and memory_for(opened, resolved).estimate.polish == whole
+    enough = fitted(whole)
+    assert enough.recipe.polish == resolved.recipe.polish and enough.warnings == resolved.warnings
+    by_block = fitted(narrow)
+    assert by_block.recipe.polish == resolved.recipe.polish.model_copy(update={"blocks_per_device": 1})
+    assert "so one block at a time is trained on, for" in by_block.warnings[-1]
+    low = fitted(least)
+    assert low.recipe.polish.train == "lora" and low.recipe.polish.blocks_per_device == 1
+    assert "so low-rank additions are trained, for" in low.warnings[-1]
     none = fitted(least - 1000)
     assert none.recipe.polish.num_tokens == 0 and "at least, so there is none" in none.warnings[-1]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'secateur[recover]'" in fitted(whole - 1000).warnings[-1]
+    assert fitted(narrow).recipe.polish == by_block.recipe.polish
+    assert "pip install 'secateur[recover]'" in fitted(least).warnings[-1]
 
 
 def test_inspect_predicts_its_part(checkpoints, asked):

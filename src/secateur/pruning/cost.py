@@ -236,33 +236,33 @@ def polish_bytes(opened: Opened, resolved: Resolved) -> int:
     return (4 if computes_in_float32(opened) else model.dtype.itemsize) * numbers + training
 
 
+# What a polish does where memory is short, in this order.
+LESS_MEMORY = {
+    "one block at a time is trained on": {"blocks_per_device": 1},
+    "low-rank additions are trained": {"blocks_per_device": 1, "train": "lora"},
+}
+
+
 def with_polish_that_fits(opened: Opened, resolved: Resolved) -> Resolved:
-    """Return the run with low-rank additions, or no polish, if optimizer states exceed the memory.
+    """Return the run with a polish that takes less memory, or none, if the recipe's exceeds it.
 
     The memory is the device's, or the recipe's `memory_budget`. A warning says what was changed.
     """
     recipe = resolved.recipe
-    key, text = "machine.memory_budget", recipe.machine.memory_budget
-    if opened.device.type != "cpu":
-        key, text = "machine.device_budget", recipe.machine.device_budget
-    free = None if opened.checkpoint is None else free_bytes(opened.device)
-    budget = free if text is None else parse_size(key, text)
-    needed = polish_bytes(opened, resolved)
+    key = "memory_budget" if opened.device.type == "cpu" else "device_budget"
+    free, text = None if opened.checkpoint is None else free_bytes(opened.device), getattr(recipe.machine, key)
+    budget = free if text is None else parse_size(f"machine.{key}", text)
+    needed = least = polish_bytes(opened, resolved)
     if budget is None or needed <= budget:
         return resolved
-    lora = recipe.filled(polish={"train": "lora"})
-    least = polish_bytes(opened, replace(resolved, recipe=lora))
-    fits, has_peft = least <= budget, importlib.util.find_spec("peft") is not None
-    asked = (
-        f"polish: needs {needed / 1e9:.2f} GB for all weights of layers, more than the {budget / 1e9:.2f} GB there are"
-    )
-    if fits and has_peft:
-        warning = f"{asked}, so low-rank additions are trained, which need {least / 1e9:.2f} GB."
-        return replace(resolved, recipe=lora, warnings=(*resolved.warnings, warning))
-    reason = (
-        "low-rank additions need peft (pip install 'secateur[recover]')" if fits else f"{least / 1e9:.2f} GB at least"
-    )
-    warning = f"{asked}, and {reason}, so there is none; secateur recover can train the result on another machine."
+    asked = f"polish: needs {needed / 1e9:.2f} GB, more than the {budget / 1e9:.2f} GB there are"
+    for what, changes in LESS_MEMORY.items():
+        less = replace(resolved, recipe=recipe.filled(polish=changes))
+        least = polish_bytes(opened, less)
+        if least <= budget and ("train" not in changes or importlib.util.find_spec("peft") is not None):
+            return replace(less, warnings=(*resolved.warnings, f"{asked}, so {what}, for {least / 1e9:.2f} GB."))
+    why = "peft is missing (pip install 'secateur[recover]')" if least <= budget else f"{least / 1e9:.2f} GB at least"
+    warning = f"{asked}, and {why}, so there is none; secateur recover can train the result on another machine."
     return replace(resolved, recipe=recipe.filled(polish={"num_tokens": 0}), warnings=(*resolved.warnings, warning))
 
 

@@ -19,9 +19,9 @@ from secateur.recovery.judge import distillation_loss, logits_of
 from secateur.recovery.pair import Candidates, RecoveryText, blocks_per_step
 from secateur.report.measured import Cost
 
-# Activations that a layer stores per token for backward, in hidden sizes: inputs of norms and
-# linears, queries, keys, values; gate, up and product of the MLP at three to four each.
-ACTIVATION_WIDTHS = 20
+# Numbers that a layer stores per token for backward: float32 ones in hidden sizes (the stream, inputs
+# of norms and linears, queries, keys, values), and four in the FFN's, as autograd was seen to store.
+STREAM_WIDTHS, FFN_WIDTHS = 10, 4
 TRAIN_DENSE = "train_dense"
 # FLOPs per token of a block: of the layers, and with the head at every position.
 Forward = tuple[float, float]
@@ -146,7 +146,9 @@ def training_bytes(
     tokens = min(settings.blocks_per_device, blocks_per_step(settings.batch_tokens, length)) * length
     layers = 1 if settings.gradient_checkpointing else config.num_hidden_layers
     step = trained * (4 + (item if item < 4 else 0))
-    step += item * tokens * (ACTIVATION_WIDTHS * config.hidden_size * layers + 3 * config.vocab_size)
+    ffn = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    step += tokens * layers * (4 * STREAM_WIDTHS * config.hidden_size + item * FFN_WIDTHS * ffn)
+    step += tokens * item * 3 * config.vocab_size
     return 4 * num_params + 8 * trained + max(step, 4 * num_params)
 
 
