@@ -13,6 +13,7 @@ what one large product in the same dtype would do. The last line has the tokens 
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -58,7 +59,8 @@ def main() -> None:
     shape, generator = (options.blocks, options.length), torch.Generator().manual_seed(0)
     ids_BT = torch.randint(model.config.vocab_size, shape, generator=generator)
     arch, num_tokens = bind(model), ids_BT.numel()
-    head, states_PD = head_of(model, arch), torch.cat([final_states(model, arch, ids_1T) for ids_1T in ids_BT.split(1)])
+    head = copy.deepcopy(head_of(model, arch))  # in the model's dtype, as a judge has it
+    states_PD = torch.cat([final_states(model, arch, ids_1T) for ids_1T in ids_BT.split(1)])
     layers, whole = forward_flops(model, options.length)
     for parameter in model.parameters():
         parameter.data = parameter.data.float()

@@ -28,6 +28,7 @@ from secateur.recovery import attention, train
 from secateur.recovery.cost import forward_flops, polish_work, training_bytes
 from secateur.recovery.polish import Lesson, learn, polish, polish_settings
 from secateur.store import Services, place_beside
+from tests.families import tiny_family
 
 TRAINING = {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}
 WEIGHTS = "model.safetensors"
@@ -282,6 +283,16 @@ def test_the_best_weights_at_the_end_may_be_the_most():
         step = 10**6 * 4 + 4 * 32 * (3 * (10 * 48 + 4 * 112) + 3 * model.config.vocab_size)
         most = max(4 * num_params, step)
         assert training_bytes(model, num_params, 10**6, settings, 32) == 4 * num_params + 8 * 10**6 + most
+
+
+def test_activations_are_counted_by_the_widest_ffn_or_four_hidden_sizes():
+    per_layer, unnamed = tiny_llama(), tiny_family("gpt2")
+    per_layer.config.per_layer_config = {1: {"intermediate_size": 200}, 2: {"intermediate_size": 64}}
+    settings = RecoverySettings(num_tokens=32, batch_tokens=32)
+    for model, ffn in ((tiny_llama(), 112), (per_layer, 200), (unnamed, 4 * unnamed.config.hidden_size)):
+        config = model.config
+        numbers = config.num_hidden_layers * (10 * config.hidden_size + 4 * ffn) + 3 * config.vocab_size
+        assert training_bytes(model, 1, 0, settings, 32) == 4 + 4 * 32 * numbers
 
 
 def test_where_memory_is_short_one_block_at_a_time_low_rank_additions_or_nothing_is_trained(

@@ -146,10 +146,16 @@ def training_bytes(
     tokens = min(settings.blocks_per_device, blocks_per_step(settings.batch_tokens, length)) * length
     layers = 1 if settings.gradient_checkpointing else config.num_hidden_layers
     step = trained * (4 + (item if item < 4 else 0))
-    ffn = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    step += tokens * layers * (4 * STREAM_WIDTHS * config.hidden_size + item * FFN_WIDTHS * ffn)
+    step += tokens * layers * (4 * STREAM_WIDTHS * config.hidden_size + item * FFN_WIDTHS * _ffn_width(config))
     step += tokens * item * 3 * config.vocab_size
     return 4 * num_params + 8 * trained + max(step, 4 * num_params)
+
+
+def _ffn_width(config: Any) -> int:
+    """Return the widest layer's FFN, or four hidden sizes where the config has another name for it."""
+    sizes = config.to_dict()  # attributes that vary over layers cannot be read
+    layers = [sizes, *(sizes.get("per_layer_config") or {}).values()]
+    return max(each.get("intermediate_size") or 0 for each in layers) or 4 * config.hidden_size
 
 
 # Bytes that training moves beside its products: per logit; per trained parameter and step; per

@@ -63,31 +63,37 @@ class _Distillation(torch.autograd.Function):
         total = logits_PV.new_zeros((), dtype=torch.float64)
         for start in range(0, len(logits_PV), SLICE_POSITIONS):
             part = slice(start, start + SLICE_POSITIONS)
-            logits, weight = logits_PV[part].float(), weight_P[part].float()
-            log_q = logits.log_softmax(-1)
-            q = log_q.exp()
-            loss_P = (share - 1) * log_q.gather(1, next_P[part, None])[:, 0]
-            gradient = q * (1 - share)
-            gradient.scatter_add_(1, next_P[part, None], torch.full_like(weight[:, None], share - 1))
+            logits, weight, next_S1 = logits_PV[part].float(), weight_P[part].float(), next_P[part, None]
+            gradient, log_sum = _softmax(logits)
+            loss_P = (share - 1) * (logits.gather(1, next_S1)[:, 0] - log_sum)
             if share > 0:
                 assert dense_PV is not None
+                dense = dense_PV[part].float()
                 if temperature != 1:
-                    log_q = (logits / temperature).log_softmax(-1)
-                    q = log_q.exp()
-                log_p = (dense_PV[part].float() / temperature).log_softmax(-1)
-                p = log_p.exp()
-                loss_P += share * temperature**2 * torch.linalg.vecdot(p, log_p - log_q)
-                gradient += q.sub_(p).mul_(share * temperature)  # q - p: the slope of KL(p || q)
+                    logits, dense = logits / temperature, dense / temperature
+                    q, log_sum = _softmax(logits)
+                    gradient.mul_(1 - share).add_(q, alpha=share * temperature)
+                p, dense_log_sum = _softmax(dense)
+                divergence_P = torch.linalg.vecdot(p, dense - logits) - dense_log_sum + log_sum
+                loss_P += share * temperature**2 * divergence_P
+                gradient.sub_(p, alpha=share * temperature)  # q - p: the slope of KL(p || q)
+            gradient.scatter_add_(1, next_S1, torch.full_like(weight[:, None], share - 1))
             total += (weight * loss_P).double().sum()
-            gradient_PV[part] = gradient.mul_(weight[:, None] / len(logits_PV)).to(gradient_PV.dtype)
+            gradient_PV[part] = gradient.mul_(weight[:, None] / len(logits_PV))
         ctx.save_for_backward(gradient_PV)
         return (total / len(logits_PV)).float()
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Scale the saved gradient."""
+        """Scale the saved gradient, in place: autograd refuses a second call."""
         (gradient_PV,) = ctx.saved_tensors
-        return gradient_PV * outer.to(gradient_PV.dtype), None, None, None, None, None
+        return gradient_PV.mul_(outer.to(gradient_PV.dtype)), None, None, None, None, None
+
+
+def _softmax(logits_PV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return softmax(logits) and log sum_v exp(logits), from one exponential of each logit."""
+    softmax_PV = logits_PV.softmax(-1)
+    return softmax_PV, logits_PV.amax(-1) - softmax_PV.amax(-1).log()
 
 
 class Judge:
