@@ -146,12 +146,26 @@ def test_sizes_are_multiples_and_leave_what_must_stay():
 
 
 def test_tokens_and_channels_meet_where_their_sum_is_least():
+    removal = Removal(REMOVAL.ids, 1e-6 * REMOVAL.more_R)
     counts = torch.arange(0, 201, 10)
     channels = 3000.0 - 30 * counts
-    sums = {int(n): 0.01 * (float(REMOVAL.more_R[n - 1]) if n else 0) + 3000 - 30 * int(n) for n in counts}
-    assert cheapest_count(REMOVAL, counts, 0.01, channels.double()) == min(sums, key=sums.__getitem__)
-    best = cheapest_count(REMOVAL, counts, 0.2, channels.double())
+    sums = {int(n): 1e4 * (float(removal.more_R[n - 1]) if n else 0) + 3000 - 30 * int(n) for n in counts}
+    assert cheapest_count(removal, counts, 1e4, channels.double()) == min(sums, key=sums.__getitem__)
+    best = cheapest_count(removal, counts, 2e5, channels.double())
     assert 0 < best < 200  # a marginal token costs 0.4 n, a channel 30
+
+
+def test_text_gets_no_longer_than_was_measured_unless_nothing_else_gives_enough():
+    removal = Removal(REMOVAL.ids, torch.arange(1, 201, dtype=torch.float64) / 1000)
+    counts, channels = torch.arange(0, 201, 10), torch.zeros(21, dtype=torch.float64)
+    channels[:18] = 1.0
+    assert cheapest_count(removal, counts, 0.0, 3000.0 - 30 * counts.double()) == 100  # 10%, as half of all
+    slow = Removal(removal.ids, removal.more_R / 4)
+    assert cheapest_count(slow, counts, 0.0, 3000.0 - 30 * counts.double()) == 200  # 5%
+    steep = Removal(removal.ids, removal.more_R**2 * 4)  # half of all lengthen text by 4%
+    assert cheapest_count(steep, counts, 0.0, 3000.0 - 30 * counts.double()) == 110  # 4.84%
+    channels[:12] = torch.inf
+    assert cheapest_count(removal, counts, 0.0, channels) == 180  # as the sum alone says
 
 
 def test_nats_are_over_the_kept_tokens_alone():
