@@ -5,10 +5,10 @@ head reads, loss, backward, and update. The model teaches itself, so that nothin
 a Markdown table: medians over the steps, operations by `recovery.cost`, and what share they are of
 what one large product in the same dtype would do. The last line has the tokens per second.
 
-    python benchmarks/training.py [--model smollm2-135m] [--length 512] [--blocks 2] [--steps 7]
+    python benchmarks/training.py [--model smollm2-135m] [--length 512] [--blocks 1] [--steps 7]
                                   [--torch-attention]
 
-`--blocks`: of `--length` tokens, in one forward pass and one step; 1 was the default until 2026-11-29.
+`--blocks`: of `--length` tokens, in one forward pass and one step; by default as many as a polish has.
 `--torch-attention` leaves attention to torch's own kernel, as training did until 2026-11-28.
 """
 
@@ -30,6 +30,7 @@ from secateur.recipe import PolishSettings
 from secateur.recovery.attention import attention_in_training
 from secateur.recovery.cost import forward_flops
 from secateur.recovery.judge import distillation_loss
+from secateur.recovery.pair import blocks_per_step
 from secateur.stream.device import CPU, keeping_freed, multiplies_in_software
 from secateur.stream.losses import final_states
 
@@ -49,14 +50,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--blocks", type=int, default=PolishSettings().blocks_per_device)
+    parser.add_argument("--blocks", type=int)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--torch-attention", action="store_true")
     options = parser.parse_args()
     settings = PolishSettings()
+    blocks = options.blocks or min(settings.blocks_per_device, blocks_per_step(settings.batch_tokens, options.length))
     model: Any = load(options.model)
     dtype = torch.float32 if multiplies_in_software(CPU, model.dtype) else model.dtype
-    shape, generator = (options.blocks, options.length), torch.Generator().manual_seed(0)
+    shape, generator = (blocks, options.length), torch.Generator().manual_seed(0)
     ids_BT = torch.randint(model.config.vocab_size, shape, generator=generator)
     arch, num_tokens = bind(model), ids_BT.numel()
     head = copy.deepcopy(head_of(model, arch))  # in the model's dtype, as a judge has it
