@@ -133,6 +133,7 @@ REMOVAL = Removal(list(range(300, 100, -1)), torch.arange(200, dtype=torch.float
 def test_sizes_are_multiples_and_leave_what_must_stay():
     assert kept_after(REMOVAL, 310, 3) == tuple(index for index in range(310) if index not in (300, 299, 298))
     assert count_for_size(REMOVAL, 310, 128) == 182
+    assert count_for_size(REMOVAL, 310, 310) == 0  # the size that a run saves when `auto` takes no token
     assert sizes_within(REMOVAL, 310, 182).tolist() == [0, 54, 118, 182]
     assert sizes_within(REMOVAL, 310, 181).tolist() == [0, 54, 118]
     assert sizes_within(Removal(REMOVAL.ids, REMOVAL.more_R), 320, 500).tolist() == [0, 64, 128, 192]

@@ -370,3 +370,12 @@ def test_tokens_that_go_leave_what_trains_as_large(tied, asked):
     for train, each in (("layers", 8), ("full", 20)):  # weights, and those before; gradients and two moments
         run = replace(resolved, recipe=resolved.recipe.filled(polish={"train": train}))
         assert polish_bytes(whole, run) - polish_bytes(ready, run) == each * rows
+
+
+def test_the_whole_vocabulary_as_a_size_leaves_channels_alone_to_go(tied, asked, tmp_path):
+    num_rows = AutoModelForCausalLM.from_pretrained(tied).config.vocab_size
+    assert num_rows % 64, "what `auto` saves if it takes no token need not be a multiple of 64"
+    for name, vocabulary in (("all", num_rows), ("none", None)):
+        found = secateur.prune(tied, grouped({**asked, "vocabulary": vocabulary}), out=tmp_path / name)
+        assert found.recipe.remove.vocabulary == vocabulary
+    assert (tmp_path / "all/model.safetensors").read_bytes() == (tmp_path / "none/model.safetensors").read_bytes()

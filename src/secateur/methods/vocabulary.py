@@ -126,9 +126,12 @@ def kept_after(removal: Removal, num_rows: int, num_gone: int) -> tuple[int, ...
 
 
 def count_for_size(removal: Removal, num_rows: int, size: int) -> int:
-    """Return how many tokens go for `size` to stay. Raises RecipeError if so many cannot stay."""
+    """Return how many tokens go for `size` to stay: none for all of the model's rows.
+
+    Raises RecipeError if so many cannot stay.
+    """
     least = -(-(num_rows - len(removal.ids)) // ALIGN_TOKENS) * ALIGN_TOKENS
-    if size % ALIGN_TOKENS or not least <= size <= num_rows:
+    if size != num_rows and (size % ALIGN_TOKENS or not least <= size <= num_rows):
         below = size // ALIGN_TOKENS * ALIGN_TOKENS
         near = [each for each in (below, below + ALIGN_TOKENS) if size % ALIGN_TOKENS and least <= each <= num_rows]
         nearest = f" (such as {' or '.join(f'{each:,}' for each in near)})" if near else ""
