@@ -70,7 +70,7 @@ def main() -> None:
         module.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4, fused=True)
-    weight_P, next_P = torch.ones(len(states_PD)), ids_BT[:, 1:].flatten()
+    next_P = ids_BT[:, 1:].flatten()
     seconds: dict[str, list[float]] = {name: [] for name in ("forward", "teach", "loss", "backward", "update")}
 
     def forward() -> Tensor:
@@ -90,7 +90,7 @@ def main() -> None:
     with keeping_freed(), attention_in_training(recomputed=options.torch_attention):
         for _ in range(options.steps + 1):
             logits_PV, dense_PV = timed(seconds["forward"], forward), timed(seconds["teach"], teach)
-            facts = (logits_PV, next_P, dense_PV, weight_P)
+            facts = (logits_PV, next_P, dense_PV)
             loss = timed(seconds["loss"], partial(distillation_loss, *facts, kl_share=settings.kl_share))
             timed(seconds["backward"], loss.backward)
             timed(seconds["update"], update)

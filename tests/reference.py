@@ -153,22 +153,21 @@ def drafted_speed_up(acceptance: float, length: int, cost: float) -> tuple[float
 
 
 def distillation(
-    student_PV: Tensor, teacher_PV: Tensor | None, next_P: Tensor, weight_P: Tensor, temperature: float, share: float
+    student_PV: Tensor, teacher_PV: Tensor | None, next_P: Tensor, temperature: float, share: float
 ) -> tuple[float, Tensor]:
-    """Return mean_P of w (s t^2 KL(p_t || q_t) - (1 - s) log q(next)) and its gradient.
+    """Return mean_P of s t^2 KL(p_t || q_t) - (1 - s) log q(next) and its gradient.
 
-    The gradient by hand: w / P (s t (q_t - p_t) + (1 - s) (q - e_next)).
+    The gradient by hand: (s t (q_t - p_t) + (1 - s) (q - e_next)) / P.
     """
     share = 0.0 if teacher_PV is None else share
     teacher = student_PV if teacher_PV is None else teacher_PV
     divergence_P = kl_per_token(teacher, student_PV, temperature)
-    weight, count = weight_P.double(), len(student_PV)
-    loss_P = weight * (share * temperature**2 * divergence_P + (1 - share) * next_token_nats(student_PV, next_P))
+    loss_P = share * temperature**2 * divergence_P + (1 - share) * next_token_nats(student_PV, next_P)
     p_t = log_probabilities_of(teacher, temperature).exp()
     q_t, q = log_probabilities_of(student_PV, temperature).exp(), log_probabilities_of(student_PV).exp()
     one_hot = torch.eye(student_PV.shape[1], dtype=torch.float64)[next_P]
     slope = share * temperature * (q_t - p_t) + (1 - share) * (q - one_hot)
-    return float(loss_P.sum()) / count, slope * weight[:, None] / count
+    return float(loss_P.mean()), slope / len(student_PV)
 
 
 def bits_per_byte(nats: list[float], num_bytes: int) -> float:

@@ -48,8 +48,7 @@ class TaskSettings(Strict):
 class Training(Strict):
     """End-to-end training, until the model predicts more like the dense one.
 
-    domain_weighting: `shares`, or `lost`: a domain's loss is weighted by its initial held-out KL
-    over the mean of all. learning_rate: the highest; a tenth of the steps leads up to it, a cosine
+    learning_rate: the highest; a tenth of the steps leads up to it, a cosine
     down. None: 0.0016 times the root mean square of the layers' matrices in a polish, 0.0005 times
     in `recover`. batch_tokens: per optimizer step, over all processes. blocks_per_device: per forward
     pass. kl_share: the part of the loss that is KL to the dense model's predictions; the rest is
@@ -61,7 +60,6 @@ class Training(Strict):
     transformers' Trainer.
     """
 
-    domain_weighting: Literal["shares", "lost"] = "shares"
     learning_rate: Positive | None = None
     batch_tokens: Count = 512
     blocks_per_device: Count = 2

@@ -19,7 +19,7 @@ from torch import Tensor
 from secateur.errors import NumericsError
 from secateur.facts import Verdict
 from secateur.model.bind import bind
-from secateur.recovery.judge import Judge, distillation_loss, domain_weights, objective
+from secateur.recovery.judge import Judge, distillation_loss, objective
 
 MODEL_TOLERANCE = (3 * 112 + 320) * FLOAT32_STEP  # layers of 112 inputs, 320 words
 
@@ -40,12 +40,9 @@ def test_loss_and_gradient_are_those_of_the_formulae(
     generator = torch.Generator().manual_seed(seed)
     student, dense = (scale * torch.randn(num_positions, num_words, generator=generator) for _ in range(2))
     next_P = torch.randint(num_words, (num_positions,), generator=generator)
-    weight_P = 2 * torch.rand(num_positions, generator=generator)
-    expected, slope = distillation(student, dense if teacher else None, next_P, weight_P, temperature, share)
+    expected, slope = distillation(student, dense if teacher else None, next_P, temperature, share)
     ours = student.clone().requires_grad_()
-    loss = distillation_loss(
-        ours, next_P, dense if teacher else None, weight_P, temperature=temperature, kl_share=share
-    )
+    loss = distillation_loss(ours, next_P, dense if teacher else None, temperature=temperature, kl_share=share)
     # A log probability is as large as the logits; a position sums over all words.
     step = (num_words + 8) * FLOAT32_STEP
     largest = (float(student.abs().max()) + float(dense.abs().max())) / temperature + 4
@@ -109,11 +106,7 @@ def test_a_copied_head_outlives_changes_of_the_dense_model() -> None:
     assert judge.dense() == before
 
 
-def test_what_training_minimises_and_how_domains_count() -> None:
+def test_what_training_minimises() -> None:
     verdicts = {"a": Verdict(0.5, 0.1, 3.0, 0.9, 10), "b": Verdict(1.5, 0.1, 5.0, 0.8, 1000)}
     assert objective(verdicts, 1.0) == 1.0 and objective(verdicts, 0.0) == 4.0
     assert objective(verdicts, 0.25) == pytest.approx(0.25 * 1 + 0.75 * 4)
-    assert domain_weights(verdicts, "shares") == {"a": 1.0, "b": 1.0}
-    assert domain_weights(verdicts, "lost") == {"a": 0.5, "b": 1.5}
-    nothing = {"a": Verdict(0.0, 0.0, 3.0, 1.0, 10), "b": Verdict(0.0, 0.0, 3.0, 1.0, 10)}
-    assert domain_weights(nothing, "lost") == {"a": 1.0, "b": 1.0}

@@ -21,10 +21,10 @@ import secateur
 from secateur.facts import TrainingRecord, mean_kl, mean_nats, weight_size, won_back
 from secateur.model.checkpoint import load_model
 from secateur.recovery import pair as recovery_pair
-from secateur.recovery.judge import domain_weights, objective
+from secateur.recovery.judge import objective
 from secateur.recovery.open import dry_run, open_job, prepare
 from secateur.recovery.recover import recover
-from secateur.recovery.train import Work, judged, train_guarded, with_lora
+from secateur.recovery.train import Work, train_guarded, with_lora
 from secateur.report.digests import mismatches, read_digests
 from secateur.report.measured import RecoveryRecord
 
@@ -247,15 +247,6 @@ def test_gradient_checkpointing_changes_nothing_and_cross_entropy_needs_no_teach
         found.append(weights(work.pruned))
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-5, atol=1e-6)
-
-
-def test_the_domains_that_lost_most_count_most(pruned, checkpoints, tmp_path):
-    work = prepare(open_job(pruned, checkpoints["llama"], CHANGES), tmp_path / "out")
-    before = judged(work)
-    weighed = domain_weights(before, "lost")
-    assert sorted(weighed, key=weighed.__getitem__) == sorted(before, key=lambda domain: before[domain].kl)
-    assert sum(weighed.values()) == pytest.approx(len(before))
-    assert set(domain_weights(before, "shares").values()) == {1.0}
 
 
 def test_per_layer_widths_and_removed_layers_are_recovered(checkpoints, recipe, tmp_path):

@@ -13,21 +13,20 @@ def logits(seed: int) -> Tensor:
     return 3 * torch.randn(NUM_POSITIONS, NUM_WORDS, generator=torch.Generator().manual_seed(seed))
 
 
-def plain_loss(student: Tensor, next_P: Tensor, teacher: Tensor, weight_P: Tensor, t: float, s: float):
+def plain_loss(student: Tensor, next_P: Tensor, teacher: Tensor, t: float, s: float):
     """The formula as the docstring writes it, by autograd."""
     log_p, log_q = (teacher / t).log_softmax(-1), (student / t).log_softmax(-1)
     kl_P = (log_p.exp() * (log_p - log_q)).sum(-1)
     entropy_P = nn.functional.cross_entropy(student, next_P, reduction="none")
-    return (weight_P * (s * t**2 * kl_P + (1 - s) * entropy_P)).mean()
+    return (s * t**2 * kl_P + (1 - s) * entropy_P).mean()
 
 
 @pytest.mark.parametrize(("temperature", "share"), [(1.0, 1.0), (2.0, 0.7), (1.0, 0.0)])
 def test_value_and_gradient_are_those_of_the_formula(temperature, share):
     next_P = torch.arange(NUM_POSITIONS) % NUM_WORDS
-    weight_P = torch.linspace(0.5, 2.0, NUM_POSITIONS)
     teacher, ours, theirs = logits(0), logits(1).requires_grad_(), logits(1).requires_grad_()
-    loss = distillation_loss(ours, next_P, teacher, weight_P, temperature=temperature, kl_share=share)
-    expected = plain_loss(theirs, next_P, teacher, weight_P, temperature, share)
+    loss = distillation_loss(ours, next_P, teacher, temperature=temperature, kl_share=share)
+    expected = plain_loss(theirs, next_P, teacher, temperature, share)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     (3 * loss).backward()
     (3 * expected).backward()
@@ -36,8 +35,7 @@ def test_value_and_gradient_are_those_of_the_formula(temperature, share):
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn():
     student = logits(0).requires_grad_()
-    next_P, weight_P = torch.zeros(NUM_POSITIONS, dtype=torch.long), torch.ones(NUM_POSITIONS)
-    loss = distillation_loss(student, next_P, logits(0), weight_P)
+    loss = distillation_loss(student, torch.zeros(NUM_POSITIONS, dtype=torch.long), logits(0))
     loss.backward()
     assert loss.item() == 0
     assert student.grad is not None and float(student.grad.abs().max()) == 0
@@ -46,7 +44,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn():
 def test_without_a_teacher_it_is_cross_entropy():
     student = logits(1)
     next_P = torch.arange(NUM_POSITIONS) % NUM_WORDS
-    loss = distillation_loss(student, next_P, None, torch.ones(NUM_POSITIONS))
+    loss = distillation_loss(student, next_P, None)
     torch.testing.assert_close(loss, nn.functional.cross_entropy(student, next_P))
 
 

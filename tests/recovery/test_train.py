@@ -79,20 +79,19 @@ def test_a_step_is_shared_out_over_passes(tmp_path):
 
 
 @pytest.mark.parametrize(("kl_share", "temperature"), [(1.0, 1.0), (0.25, 2.0), (0.0, 1.0)])
-def test_the_loss_of_a_batch_is_the_formula_with_the_domains_weights(kl_share, temperature):
+def test_the_loss_of_a_batch_is_the_formula(kl_share, temperature):
     student, teacher = tiny_llama(seed=1), tiny_llama()
     ids_BT = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
-    weights = torch.tensor([0.5, 1.5])
     trainer = object.__new__(Distiller)
     trainer.settings = RecoverySettings(kl_share=kl_share, temperature=temperature)
     trainer.teacher = None if kl_share == 0 else teacher
-    found = trainer.compute_loss(student, {"input_ids": ids_BT, "weight": weights})
+    found = trainer.compute_loss(student, {"input_ids": ids_BT})
     with torch.no_grad():
         ours, theirs = (each(ids_BT, use_cache=False).logits[:, :-1].double() for each in (student, teacher))
         log_p, log_q = (theirs / temperature).log_softmax(-1), (ours / temperature).log_softmax(-1)
         kl_BP = (log_p.exp() * (log_p - log_q)).sum(-1) * temperature**2
-        plain_BP = cross_entropy(ours.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none").view(2, 8)
-        expected = (weights[:, None] * (kl_share * kl_BP + (1 - kl_share) * plain_BP)).mean()
+        plain = cross_entropy(ours.flatten(0, 1), ids_BT[:, 1:].flatten())
+        expected = kl_share * kl_BP.mean() + (1 - kl_share) * plain
     assert float(found.detach()) == pytest.approx(float(expected), rel=1e-5)
     found.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -197,7 +196,7 @@ def test_words_stay_and_all_else_moves_in_the_weights_own_dtype(monkeypatch, tmp
         work.pruned, work.teacher, work.states = tiny_llama().to(torch.bfloat16), tiny_llama(), None
         work.text = RecoveryText((("a", torch.zeros(32, dtype=torch.long)),) * 8, {}, 32, "")
         before = {name: each.detach().clone() for name, each in work.pruned.named_parameters()}
-        assert train.recover_logits(work, {"a": 1.0}) == 3 * 2 * 32
+        assert train.recover_logits(work) == 3 * 2 * 32
         assert (work.teacher is not None) == has_teacher
         assert {dtype for dtype, _ in seen.values()} == {torch.float32}
         assert {name for name, (_, free) in seen.items() if not free} == (set() if moves else words)

@@ -12,7 +12,7 @@ from secateur.errors import NumericsError
 from secateur.facts import Divergence, Verdict, mean_kl, mean_nats
 from secateur.model.bind import bind
 from secateur.recovery import judge as module
-from secateur.recovery.judge import Judge, domain_weights, objective
+from secateur.recovery.judge import Judge, objective
 from tests.families import tiny_family
 
 TEXT = {
@@ -59,7 +59,8 @@ def test_the_dense_model_agrees_with_itself():
     found = Judge(dense, bind(dense), TEXT).dense()
     for domain, ids_BT in TEXT.items():
         verdict = found[domain]
-        assert (verdict.kl, verdict.standard_error, verdict.top1_agreement) == (0.0, 0.0, 1.0)
+        # The head reads all positions here and slices of them there, which some processors round apart.
+        assert verdict.kl < 1e-9 and verdict.standard_error < 1e-9 and verdict.top1_agreement == 1.0
         assert verdict.nats_per_token == pytest.approx(by_hand(dense, dense, ids_BT)["nats"], rel=1e-5)
 
 
@@ -95,13 +96,6 @@ def test_domains_count_equally_and_the_objective_mixes_both():
     assert mean_kl(found) == pytest.approx(0.3) and mean_nats(found) == pytest.approx(3.0)
     assert objective(found, 1.0) == pytest.approx(0.3) and objective(found, 0.0) == pytest.approx(3.0)
     assert objective(found, 0.75) == pytest.approx(0.75 * 0.3 + 0.25 * 3.0)
-
-
-def test_weights_of_domains():
-    found = verdicts(a=0.1, b=0.5)
-    assert domain_weights(found, "shares") == {"a": 1.0, "b": 1.0}
-    assert domain_weights(found, "lost") == pytest.approx({"a": 1 / 3, "b": 5 / 3})
-    assert domain_weights(verdicts(a=0.0, b=0.0), "lost") == {"a": 1.0, "b": 1.0}
 
 
 def test_the_head_is_the_familys():

@@ -30,12 +30,11 @@ def distillation_loss(
     logits_PV: Float[Tensor, "P V"],
     next_P: Int[Tensor, " P"],
     dense_PV: Float[Tensor, "P V"] | None,
-    weight_P: Float[Tensor, " P"],
     *,
     temperature: float = 1.0,
     kl_share: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """Return mean_P of weight * (s * t^2 * KL(p_t || q_t) - (1 - s) * log q(next)), in nats.
+    """Return mean_P of s * t^2 * KL(p_t || q_t) - (1 - s) * log q(next), in nats.
 
     s: `kl_share`; t: `temperature`; q_t = softmax(logits / t); p_t: the same of `dense_PV`, the
     teacher's logits. The factor t^2 makes the gradient's size independent of t. `dense_PV` None:
@@ -44,7 +43,7 @@ def distillation_loss(
     Source: Hinton, Vinyals, Dean, arXiv 1503.02531, section 2.1.
     """
     share = 0.0 if dense_PV is None else kl_share
-    return _Distillation.apply(logits_PV, next_P, dense_PV, weight_P, temperature, share)
+    return _Distillation.apply(logits_PV, next_P, dense_PV, temperature, share)
 
 
 class _Distillation(torch.autograd.Function):
@@ -54,7 +53,6 @@ class _Distillation(torch.autograd.Function):
         logits_PV: Tensor,
         next_P: Tensor,
         dense_PV: Tensor | None,
-        weight_P: Tensor,
         temperature: float,
         share: float,
     ) -> Tensor:
@@ -63,7 +61,7 @@ class _Distillation(torch.autograd.Function):
         total = logits_PV.new_zeros((), dtype=torch.float64)
         for start in range(0, len(logits_PV), SLICE_POSITIONS):
             part = slice(start, start + SLICE_POSITIONS)
-            logits, weight, next_S1 = logits_PV[part].float(), weight_P[part].float(), next_P[part, None]
+            logits, next_S1 = logits_PV[part].float(), next_P[part, None]
             gradient, log_sum = _softmax(logits)
             loss_P = (share - 1) * (logits.gather(1, next_S1)[:, 0] - log_sum)
             if share > 0:
@@ -77,9 +75,9 @@ class _Distillation(torch.autograd.Function):
                 divergence_P = torch.linalg.vecdot(p, dense - logits) - dense_log_sum + log_sum
                 loss_P += share * temperature**2 * divergence_P
                 gradient.sub_(p, alpha=share * temperature)  # q - p: the slope of KL(p || q)
-            gradient.scatter_add_(1, next_S1, torch.full_like(weight[:, None], share - 1))
-            total += (weight * loss_P).double().sum()
-            gradient_PV[part] = gradient.mul_(weight[:, None] / len(logits_PV))
+            gradient.scatter_add_(1, next_S1, logits.new_full(next_S1.shape, share - 1))
+            total += loss_P.double().sum()
+            gradient_PV[part] = gradient.mul_(1 / len(logits_PV))
         ctx.save_for_backward(gradient_PV)
         return (total / len(logits_PV)).float()
 
@@ -87,7 +85,7 @@ class _Distillation(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Scale the saved gradient, in place: autograd refuses a second call."""
         (gradient_PV,) = ctx.saved_tensors
-        return gradient_PV.mul_(outer.to(gradient_PV.dtype)), None, None, None, None, None
+        return gradient_PV.mul_(outer.to(gradient_PV.dtype)), None, None, None, None
 
 
 def _softmax(logits_PV: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,11 +171,3 @@ def objective(verdicts: Verdicts | None, kl_share: float) -> float:
     if verdicts is None:
         return math.inf
     return kl_share * mean_kl(verdicts) + (1 - kl_share) * mean_nats(verdicts)
-
-
-def domain_weights(verdicts: Verdicts, weighting: str) -> dict[str, float]:
-    """Return each domain's weight in the loss: 1 (`shares`), or its KL over the mean (`lost`)."""
-    mean = mean_kl(verdicts)
-    if weighting == "shares" or mean == 0:
-        return dict.fromkeys(verdicts, 1.0)
-    return {domain: verdict.kl / mean for domain, verdict in verdicts.items()}

@@ -33,7 +33,7 @@ from secateur.model.config import quiet_transformers
 from secateur.ranks import alone
 from secateur.recipe import RecoverySettings
 from secateur.recovery.attention import attention_in_training
-from secateur.recovery.judge import Judge, distillation_loss, domain_weights, logits_of, objective, unless_diverged
+from secateur.recovery.judge import Judge, distillation_loss, logits_of, objective, unless_diverged
 from secateur.recovery.pair import RecoveryText, blocks_per_step
 from secateur.recovery.shards import handed_over, let_cpu_shard, wants_shards, whole_parameters
 from secateur.store import Store
@@ -60,9 +60,8 @@ class Distiller(Trainer):
         elif self.teacher is not None:
             dense_PV = logits_of(self.teacher, ids_BT)
         logits_PV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
-        weight_P = inputs["weight"].repeat_interleave(ids_BT.shape[1] - 1)
         weighting = {"temperature": settings.temperature, "kl_share": settings.kl_share}
-        return distillation_loss(logits_PV, ids_BT[:, 1:].flatten(), dense_PV, weight_P, **weighting)
+        return distillation_loss(logits_PV, ids_BT[:, 1:].flatten(), dense_PV, **weighting)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return held-out KL, by domain and mean, and the objective."""
@@ -179,7 +178,7 @@ def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
     """
     before = judged(work)
     old = {name: parameter.data for name, parameter in work.pruned.named_parameters()}  # replaced, never changed
-    cost = _train(work, domain_weights(before, work.settings.domain_weighting))
+    cost = _train(work)
     after = unless_diverged(lambda: judged(work))
     name = "KL" if work.settings.kl_share == 1 else "loss"
     was, now = (objective(verdicts, work.settings.kl_share) for verdicts in (before, after))
@@ -201,7 +200,7 @@ def judged(work: Work) -> Verdicts:
     return work.judge.verdicts(lambda ids_BT: work.pruned(input_ids=ids_BT.to(device), use_cache=False).logits)
 
 
-def _train(work: Work, weights: dict[str, float]) -> dict[str, Any]:
+def _train(work: Work) -> dict[str, Any]:
     """Train, or load what an interrupted run had trained; return tokens, seconds and FLOPs."""
     folder = work.directory / TRAINED_FOLDER
     store = Store(folder, label=work.name, tell=work.tell)
@@ -215,7 +214,7 @@ def _train(work: Work, weights: dict[str, float]) -> dict[str, Any]:
             work.log.write(line)
         return found[1]["cost"]
     start = time.perf_counter()
-    num_tokens = recover_logits(work, weights)
+    num_tokens = recover_logits(work)
     release_freed()  # the optimizer's states
     seconds = round(time.perf_counter() - start, 2)
     share = num_tokens / work.text.num_tokens  # less than one after an early stop
@@ -226,10 +225,8 @@ def _train(work: Work, weights: dict[str, float]) -> dict[str, Any]:
     return cost
 
 
-def recover_logits(work: Work, weights: dict[str, float]) -> int:
+def recover_logits(work: Work) -> int:
     """Train `work.pruned` in place and return the tokens trained on, fewer after an early stop.
-
-    `weights`: of each domain's loss.
 
     Weights are float32 in training; a bfloat16 model computes and ends in bfloat16 (autocast).
     AdamW without decay, a tenth of warm-up, then a cosine schedule, gradients clipped to norm 1.
@@ -256,7 +253,7 @@ def recover_logits(work: Work, weights: dict[str, float]) -> int:
     torch.manual_seed(work.seed)
     trained = _to_train(settings, handed_over(work.pruned) if wants_shards() else work.pruned)
     with quiet_transformers():
-        trainer = _trainer(work, trained, weights, _arguments(work, dtype, size, num_steps, rate), size * length)
+        trainer = _trainer(work, trained, _arguments(work, dtype, size, num_steps, rate), size * length)
         _run(trainer, work.directory / TRAINER_FOLDER)
         _take_back(work, trained, trainer, dtypes)
     if use_cache is not None:
@@ -302,12 +299,10 @@ def _to_train(settings: RecoverySettings, model: PreTrainedModel) -> nn.Module:
     return with_lora(model, settings.lora_rank) if settings.train == "lora" else model
 
 
-def _trainer(
-    work: Work, trained: nn.Module, weights: dict[str, float], arguments: TrainingArguments, tokens_per_step: int
-) -> Distiller:
+def _trainer(work: Work, trained: nn.Module, arguments: TrainingArguments, tokens_per_step: int) -> Distiller:
     tell = work.tell if work.name == "recover" else lambda text: None  # within a prune the progress says enough
     listener = Listener(work.name, tokens_per_step, work.log.write, work.progress, tell)
-    items = [{"input_ids": ids_T, "weight": torch.tensor(weights[domain])} for domain, ids_T in work.text.blocks]
+    items = [{"input_ids": ids_T} for _, ids_T in work.text.blocks]
     if work.states is not None:
         items = [{**item, "states": states_PD} for item, states_PD in zip(items, work.states, strict=True)]
     callbacks = [listener, EarlyStoppingCallback(work.settings.patience)]
