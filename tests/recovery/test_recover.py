@@ -264,10 +264,13 @@ def test_without_a_rate_the_size_of_the_weights_gives_it(checkpoints, pruned, re
     asked = grouped({**recipe, "remove": 0.3, "polish": {"num_tokens": 1024, **training}})
     secateur.prune(checkpoints["llama"], asked, out=tmp_path / "polished")
     recover(pruned, checkpoints["llama"], {"recover": {"num_tokens": 2048, **training}}, out=tmp_path / "recovered")
-    size = weight_size(secateur.load(pruned))
-    for name, event, rate in (("polished", "polish_step", 0.0016), ("recovered", "recover_step", 0.0005)):
+    low_rank = {"recover": {"num_tokens": 2048, **training, "train": "lora"}}
+    recover(pruned, checkpoints["llama"], low_rank, out=tmp_path / "low_rank")
+    model, found = secateur.load(pruned), (("polished", 0.92), ("recovered", 0.29), ("low_rank", 2.9))
+    for name, rate in found:
+        event = "polish_step" if name == "polished" else "recover_step"
         highest = max(line["learning_rate"] for line in events(tmp_path / name) if line["event"] == event)
-        assert highest == pytest.approx(rate * size, rel=1e-6)
+        assert highest == pytest.approx(rate * weight_size(model) / model.config.hidden_size, rel=1e-6)
 
 
 def test_prune_with_recover_in_the_recipe_is_prune_and_then_recover(recovered, pruned, checkpoints, recipe, tmp_path):
