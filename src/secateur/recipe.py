@@ -48,13 +48,13 @@ class TaskSettings(Strict):
 class Training(Strict):
     """End-to-end training, until the model predicts more like the dense one.
 
-    learning_rate: the highest; a tenth of the steps leads up to it, a cosine down. None: 0.92 times
-    the root mean square of the layers' matrices over the stream's width in a polish, 0.29 times in
-    `recover`, and ten times as much for `lora`. batch_tokens: per optimizer step, over all
-    processes. blocks_per_device: per forward pass. kl_share: the part of the loss that is KL to the
-    dense model's predictions; the rest is cross-entropy. 0: no teacher. temperature: of that KL.
-    train: all weights but embedding and head (`layers`), all weights (`full`), or low-rank
-    additions that are merged at the end (`lora`, needs secateur[recover]). lora_rank: of these.
+    learning_rate: the highest; a tenth of the steps leads up to it, a cosine down. None: 0.001
+    times the root mean square of the layers' matrices in a polish, 0.0005 times in `recover`, and
+    ten times as much for `lora`. batch_tokens: per optimizer step, over all processes.
+    blocks_per_device: per forward pass. kl_share: the part of the loss that is KL to the dense
+    model's predictions; the rest is cross-entropy. 0: no teacher. temperature: of that KL. train:
+    all weights but embedding and head (`layers`), all weights (`full`), or low-rank additions that
+    are merged at the end (`lora`, needs secateur[recover]). lora_rank: of these.
     gradient_checkpointing: computes activations again in place of storing them. evaluations: number
     of held-out evaluations; the weights of the least loss stay. patience: stop after so many
     without a fall. report_to: as in transformers' Trainer.

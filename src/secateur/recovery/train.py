@@ -29,7 +29,6 @@ from transformers import (
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import TrainingRecord, Verdicts, mean_kl, weight_size
 from secateur.log import Progress, RunLog
-from secateur.model.bind import text_config
 from secateur.model.config import quiet_transformers
 from secateur.ranks import alone
 from secateur.recipe import RecoverySettings
@@ -41,9 +40,8 @@ from secateur.store import Store
 from secateur.stream.device import CPU, multiplies_in_software, release_freed
 
 TRAINER_FOLDER, TRAINED_FOLDER = "trainer", "trained"
-# Adam moves a weight by about the rate, whatever its gradient, and the moves of a unit's inputs add up:
-# what a model bears follows the size of its weights over the width of its stream.
-RELATIVE_RATES = {"polish": 0.92, "recover": 0.29}
+# Adam moves a weight by about the rate, whatever its gradient: what a model bears follows its weights' size.
+RELATIVE_RATES = {"polish": 0.001, "recover": 0.0005}
 FASTER_IN_LORA = 10  # by measurement on two models; the additions are products of two small factors
 
 
@@ -245,7 +243,7 @@ def recover_logits(work: Work) -> int:
     size = blocks_per_step(settings.batch_tokens, length)
     num_steps = len(work.text.blocks) // size
     relative = RELATIVE_RATES[work.name] * (FASTER_IN_LORA if settings.train == "lora" else 1)
-    rate = settings.learning_rate or relative * weight_size(work.pruned) / text_config(work.pruned).hidden_size
+    rate = settings.learning_rate or relative * weight_size(work.pruned)
     for parameter in work.pruned.parameters():  # not .float(): buffers keep their dtype
         parameter.data = parameter.data.to(torch.float32, copy=True)  # a copy: the old weights may be put back
     work.pruned.requires_grad_(True)
