@@ -114,9 +114,9 @@ def mean_error(values: list[float]) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1)) / math.sqrt(count)
 
 
-def log_probabilities_of(logits_PV: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return z / t - log sum exp(z / t)."""
-    z = logits_PV.double() / temperature
+def log_probabilities_of(logits_PV: Tensor) -> Tensor:
+    """Return z - log sum exp(z)."""
+    z = logits_PV.double()
     highest = z.amax(-1, keepdim=True)
     return z - highest - (z - highest).exp().sum(-1, keepdim=True).log()
 
@@ -127,9 +127,9 @@ def next_token_nats(logits_PV: Tensor, next_P: Tensor) -> Tensor:
     return torch.stack([-log_p[position, token] for position, token in enumerate(next_P.tolist())])
 
 
-def kl_per_token(dense_PV: Tensor, pruned_PV: Tensor, temperature: float = 1.0) -> Tensor:
+def kl_per_token(dense_PV: Tensor, pruned_PV: Tensor) -> Tensor:
     """Return sum_v p (log p - log q) per position, p: dense, q: pruned."""
-    log_p, log_q = log_probabilities_of(dense_PV, temperature), log_probabilities_of(pruned_PV, temperature)
+    log_p, log_q = log_probabilities_of(dense_PV), log_probabilities_of(pruned_PV)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -152,21 +152,17 @@ def drafted_speed_up(acceptance: float, length: int, cost: float) -> tuple[float
     return tokens, tokens / (length * cost + 1)
 
 
-def distillation(
-    student_PV: Tensor, teacher_PV: Tensor | None, next_P: Tensor, temperature: float, share: float
-) -> tuple[float, Tensor]:
-    """Return mean_P of s t^2 KL(p_t || q_t) - (1 - s) log q(next) and its gradient.
+def distillation(student_PV: Tensor, teacher_PV: Tensor | None, next_P: Tensor, share: float) -> tuple[float, Tensor]:
+    """Return mean_P of s KL(p || q) - (1 - s) log q(next) and its gradient.
 
-    The gradient by hand: (s t (q_t - p_t) + (1 - s) (q - e_next)) / P.
+    The gradient by hand: (s (q - p) + (1 - s) (q - e_next)) / P.
     """
     share = 0.0 if teacher_PV is None else share
     teacher = student_PV if teacher_PV is None else teacher_PV
-    divergence_P = kl_per_token(teacher, student_PV, temperature)
-    loss_P = share * temperature**2 * divergence_P + (1 - share) * next_token_nats(student_PV, next_P)
-    p_t = log_probabilities_of(teacher, temperature).exp()
-    q_t, q = log_probabilities_of(student_PV, temperature).exp(), log_probabilities_of(student_PV).exp()
+    loss_P = share * kl_per_token(teacher, student_PV) + (1 - share) * next_token_nats(student_PV, next_P)
+    p, q = log_probabilities_of(teacher).exp(), log_probabilities_of(student_PV).exp()
     one_hot = torch.eye(student_PV.shape[1], dtype=torch.float64)[next_P]
-    slope = share * temperature * (q_t - p_t) + (1 - share) * (q - one_hot)
+    slope = share * (q - p) + (1 - share) * (q - one_hot)
     return float(loss_P.mean()), slope / len(student_PV)
 
 

@@ -52,19 +52,18 @@ class Training(Strict):
     times the root mean square of the layers' matrices in a polish, 0.0005 times in `recover`, and
     ten times as much for `lora`. batch_tokens: per optimizer step, over all processes.
     blocks_per_device: per forward pass. kl_share: the part of the loss that is KL to the dense
-    model's predictions; the rest is cross-entropy. 0: no teacher. temperature: of that KL. train:
-    all weights but embedding and head (`layers`), all weights (`full`), or low-rank additions that
-    are merged at the end (`lora`, needs secateur[recover]). lora_rank: of these.
-    gradient_checkpointing: computes activations again in place of storing them. evaluations: number
-    of held-out evaluations; the weights of the least loss stay. patience: stop after so many
-    without a fall. report_to: as in transformers' Trainer.
+    model's predictions; the rest is cross-entropy. 0: no teacher. train: all weights but embedding
+    and head (`layers`), all weights (`full`), or low-rank additions that are merged at the end
+    (`lora`, needs secateur[recover]). lora_rank: of these. gradient_checkpointing: computes
+    activations again in place of storing them. evaluations: number of held-out evaluations; the
+    weights of the least loss stay. patience: stop after so many without a fall. report_to: as in
+    transformers' Trainer.
     """
 
     learning_rate: Positive | None = None
     batch_tokens: Count = 512
     blocks_per_device: Count = 2
     kl_share: Share = 0.5
-    temperature: Positive = 1.0
     train: Literal["layers", "full", "lora"] = "layers"
     lora_rank: Count = 16
     gradient_checkpointing: bool = False

@@ -27,6 +27,8 @@ GONE: dict[str, str] = {
     "hidden_size": "remove FFN channels (remove.groups) or whole layers (remove.depth) instead",
     "offspring": "leave it out; budget curve plans without a search",
     "polish.domain_weighting": "leave it out; name the text's shares in calibration.domains",
+    "polish.temperature": "leave it out; it is 1",
+    "recover.temperature": "leave it out; it is 1",
     "recover.domain_weighting": "leave it out; name the text's shares in calibration.domains",
     "recover.blocks": "leave it out; recovery trains on logits alone, see recover",
     "recover.blocks_share": "leave it out; recovery trains on logits alone, see recover",

@@ -30,26 +30,25 @@ MODEL_TOLERANCE = (3 * 112 + 320) * FLOAT32_STEP  # layers of 112 inputs, 320 wo
     num_positions=st.sampled_from([1, 63, 64, 65, 130]),
     num_words=st.integers(2, 20),
     scale=st.sampled_from([0.0, 1.0, 20.0]),
-    temperature=st.sampled_from([0.5, 1.0, 3.0]),
     share=st.sampled_from([0.0, 0.3, 1.0]),
     teacher=st.booleans(),
 )
 def test_loss_and_gradient_are_those_of_the_formulae(
-    seed: int, num_positions: int, num_words: int, scale: float, temperature: float, share: float, teacher: bool
+    seed: int, num_positions: int, num_words: int, scale: float, share: float, teacher: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     student, dense = (scale * torch.randn(num_positions, num_words, generator=generator) for _ in range(2))
     next_P = torch.randint(num_words, (num_positions,), generator=generator)
-    expected, slope = distillation(student, dense if teacher else None, next_P, temperature, share)
+    expected, slope = distillation(student, dense if teacher else None, next_P, share)
     ours = student.clone().requires_grad_()
-    loss = distillation_loss(ours, next_P, dense if teacher else None, temperature=temperature, kl_share=share)
+    loss = distillation_loss(ours, next_P, dense if teacher else None, kl_share=share)
     # A log probability is as large as the logits; a position sums over all words.
     step = (num_words + 8) * FLOAT32_STEP
-    largest = (float(student.abs().max()) + float(dense.abs().max())) / temperature + 4
-    assert float(loss.detach()) == pytest.approx(expected, rel=step, abs=step * largest * max(1, temperature**2))
+    largest = float(student.abs().max()) + float(dense.abs().max()) + 4
+    assert float(loss.detach()) == pytest.approx(expected, rel=step, abs=step * largest)
     (2 * loss).backward()
     assert ours.grad is not None
-    size = largest * max(1, temperature) * 2 * 2 / num_positions
+    size = largest * 2 * 2 / num_positions
     torch.testing.assert_close(ours.grad.double(), 2 * slope, rtol=step, atol=step * size)
 
 

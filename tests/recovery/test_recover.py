@@ -202,7 +202,7 @@ def test_never_worse(pruned, checkpoints, tmp_path):
     [
         {"train": "lora", "lora_rank": 4, "learning_rate": 3e-3},
         {"train": "full", "learning_rate": 3e-4},
-        {"temperature": 2.0, "blocks_per_device": 1, "learning_rate": 3e-4},
+        {"kl_share": 0.75, "blocks_per_device": 1, "learning_rate": 3e-4},
     ],
 )
 def test_every_way_to_train_wins_back(pruned, checkpoints, tmp_path, settings):
@@ -360,7 +360,7 @@ def test_mismatches_are_refused_before_anything_runs(pruned, checkpoints, tmp_pa
         ({"recover": {"blocks_share": 0.1}}, r"recover\.blocks_share is gone; .* see recover\.$"),
         ({"recover": {"cache": True}}, r"recover\.cache is gone; leave it out"),
         ({"recover": {"top_words": 64}}, r"recover\.top_words is gone; leave it out"),
-        ({"recover": {"tempertaure": 2}}, "did you mean 'temperature'"),
+        ({"recover": {"learning_rat": 2}}, "did you mean 'learning_rate'"),
         ({"recover": {"num_tokens": 10**7}}, "tokens of text after packing"),
     ],
 )

@@ -117,7 +117,7 @@ def time_a_step(
         middle = time.perf_counter()
         with torch.autocast(ids_BT.device.type, dtype, enabled=dtype == torch.bfloat16):
             logits_PV = pruned(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
-        distillation_loss(logits_PV, next_P, dense_PV, temperature=settings.temperature).backward()
+        distillation_loss(logits_PV, next_P, dense_PV).backward()
         teaching, training = middle - start, time.perf_counter() - middle
     return teaching / (ids_BT.numel() * big), training / (ids_BT.numel() * 3 * small)
 

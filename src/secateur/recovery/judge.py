@@ -31,19 +31,17 @@ def distillation_loss(
     next_P: Int[Tensor, " P"],
     dense_PV: Float[Tensor, "P V"] | None,
     *,
-    temperature: float = 1.0,
     kl_share: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """Return mean_P of s * t^2 * KL(p_t || q_t) - (1 - s) * log q(next), in nats.
+    """Return mean_P of s * KL(p || q) - (1 - s) * log q(next), in nats.
 
-    s: `kl_share`; t: `temperature`; q_t = softmax(logits / t); p_t: the same of `dense_PV`, the
-    teacher's logits. The factor t^2 makes the gradient's size independent of t. `dense_PV` None:
-    plain cross-entropy.
+    s: `kl_share`; q = softmax(logits); p: the same of `dense_PV`, the teacher's logits. `dense_PV`
+    None: plain cross-entropy.
 
-    Source: Hinton, Vinyals, Dean, arXiv 1503.02531, section 2.1.
+    Source: Hinton, Vinyals, Dean, arXiv 1503.02531, section 2, at a temperature of 1.
     """
     share = 0.0 if dense_PV is None else kl_share
-    return _Distillation.apply(logits_PV, next_P, dense_PV, temperature, share)
+    return _Distillation.apply(logits_PV, next_P, dense_PV, share)
 
 
 class _Distillation(torch.autograd.Function):
@@ -53,7 +51,6 @@ class _Distillation(torch.autograd.Function):
         logits_PV: Tensor,
         next_P: Tensor,
         dense_PV: Tensor | None,
-        temperature: float,
         share: float,
     ) -> Tensor:
         """Return the loss; compute its gradient on the way, slice by slice."""
@@ -67,14 +64,10 @@ class _Distillation(torch.autograd.Function):
             if share > 0:
                 assert dense_PV is not None
                 dense = dense_PV[part].float()
-                if temperature != 1:
-                    logits, dense = logits / temperature, dense / temperature
-                    q, log_sum = _softmax(logits)
-                    gradient.mul_(1 - share).add_(q, alpha=share * temperature)
                 p, dense_log_sum = _softmax(dense)
                 divergence_P = torch.linalg.vecdot(p, dense - logits) - dense_log_sum + log_sum
-                loss_P += share * temperature**2 * divergence_P
-                gradient.sub_(p, alpha=share * temperature)  # q - p: the slope of KL(p || q)
+                loss_P += share * divergence_P
+                gradient.sub_(p, alpha=share)  # q - p: the slope of KL(p || q)
             gradient.scatter_add_(1, next_S1, logits.new_full(next_S1.shape, share - 1))
             total += loss_P.double().sum()
             gradient_PV[part] = gradient.mul_(1 / len(logits_PV))
@@ -85,7 +78,7 @@ class _Distillation(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Scale the saved gradient, in place: autograd refuses a second call."""
         (gradient_PV,) = ctx.saved_tensors
-        return gradient_PV.mul_(outer.to(gradient_PV.dtype)), None, None, None, None
+        return gradient_PV.mul_(outer.to(gradient_PV.dtype)), None, None, None
 
 
 def _softmax(logits_PV: Tensor) -> tuple[Tensor, Tensor]:

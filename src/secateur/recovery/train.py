@@ -61,8 +61,7 @@ class Distiller(Trainer):
         elif self.teacher is not None:
             dense_PV = logits_of(self.teacher, ids_BT)
         logits_PV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
-        weighting = {"temperature": settings.temperature, "kl_share": settings.kl_share}
-        return distillation_loss(logits_PV, ids_BT[:, 1:].flatten(), dense_PV, **weighting)
+        return distillation_loss(logits_PV, ids_BT[:, 1:].flatten(), dense_PV, kl_share=settings.kl_share)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return held-out KL, by domain and mean, and the objective."""
