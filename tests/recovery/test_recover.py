@@ -263,14 +263,18 @@ def test_without_a_rate_the_size_of_the_weights_gives_it(checkpoints, pruned, re
     training = {key: value for key, value in TRAINING.items() if key != "learning_rate"}
     asked = grouped({**recipe, "remove": 0.3, "polish": {"num_tokens": 1024, **training}})
     secateur.prune(checkpoints["llama"], asked, out=tmp_path / "polished")
-    recover(pruned, checkpoints["llama"], {"recover": {"num_tokens": 2048, **training}}, out=tmp_path / "recovered")
-    low_rank = {"recover": {"num_tokens": 2048, **training, "train": "lora"}}
-    recover(pruned, checkpoints["llama"], low_rank, out=tmp_path / "low_rank")
-    size, found = weight_size(secateur.load(pruned)), (("polished", 0.001), ("recovered", 0.0005), ("low_rank", 0.005))
-    for name, rate in found:
-        event = "polish_step" if name == "polished" else "recover_step"
+    for name, more in (("recovered", {"train_dense": True}), ("low_rank", {"train": "lora"})):
+        changes = {"recover": {"num_tokens": 2048, **training, **more}}
+        recover(pruned, checkpoints["llama"], changes, out=tmp_path / name)
+    small, large = (weight_size(secateur.load(each)) for each in (pruned, checkpoints["llama"]))
+    for name, event, rate in (
+        ("polished", "polish_step", 0.001 * small),
+        ("recovered", "recover_step", 0.0005 * small),
+        ("recovered", "train_dense_step", 0.0005 * large),
+        ("low_rank", "recover_step", 0.005 * small),
+    ):
         highest = max(line["learning_rate"] for line in events(tmp_path / name) if line["event"] == event)
-        assert highest == pytest.approx(rate * size, rel=1e-6)
+        assert highest == pytest.approx(rate, rel=1e-6)
 
 
 def test_prune_with_recover_in_the_recipe_is_prune_and_then_recover(recovered, pruned, checkpoints, recipe, tmp_path):

@@ -41,7 +41,7 @@ from secateur.stream.device import CPU, multiplies_in_software, release_freed
 
 TRAINER_FOLDER, TRAINED_FOLDER = "trainer", "trained"
 # Adam moves a weight by about the rate, whatever its gradient: what a model bears follows its weights' size.
-RELATIVE_RATES = {"polish": 0.001, "recover": 0.0005}
+POLISH_RATE, RECOVER_RATE = 0.001, 0.0005
 FASTER_IN_LORA = 10  # by measurement on two models; the additions are products of two small factors
 
 
@@ -241,7 +241,8 @@ def recover_logits(work: Work) -> int:
     use_cache = getattr(work.pruned.config, "use_cache", None)
     size = blocks_per_step(settings.batch_tokens, length)
     num_steps = len(work.text.blocks) // size
-    relative = RELATIVE_RATES[work.name] * (FASTER_IN_LORA if settings.train == "lora" else 1)
+    faster = FASTER_IN_LORA if settings.train == "lora" else 1
+    relative = faster * (POLISH_RATE if work.name == "polish" else RECOVER_RATE)
     rate = settings.learning_rate or relative * weight_size(work.pruned)
     for parameter in work.pruned.parameters():  # not .float(): buffers keep their dtype
         parameter.data = parameter.data.to(torch.float32, copy=True)  # a copy: the old weights may be put back
