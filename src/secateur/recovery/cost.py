@@ -97,9 +97,7 @@ def forward_flops(model: PreTrainedModel, length: int) -> Forward:
     return layers, layers + at_each
 
 
-def time_a_step(
-    pruned: PreTrainedModel, teacher: PreTrainedModel, settings: RecoverySettings, ids_BT: Tensor
-) -> tuple[float, float]:
+def time_a_step(pruned: PreTrainedModel, teacher: PreTrainedModel, ids_BT: Tensor) -> tuple[float, float]:
     """Return seconds per FLOP of the teacher's forward and of a training step, the second of two.
 
     The pruned model is used up: its weights become float32 and get gradients.

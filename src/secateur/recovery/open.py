@@ -141,6 +141,6 @@ def dry_run(
     text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
     progress("time a step", 0, 1)
     ids_BT = torch.stack([ids_T for _, ids_T in text.blocks[: settings.blocks_per_device]])
-    seconds_per_flop = time_a_step(candidates.load_pruned(), dense, settings, ids_BT)
+    seconds_per_flop = time_a_step(candidates.load_pruned(), dense, ids_BT)
     progress("time a step", 1, 1)
     return cost_of(candidates, settings, text, seconds_per_flop)
