@@ -202,7 +202,7 @@ def test_never_worse(pruned, checkpoints, tmp_path):
     [
         {"train": "lora", "lora_rank": 4, "learning_rate": 3e-3},
         {"train": "full", "learning_rate": 3e-4},
-        {"kl_share": 0.75, "blocks_per_device": 1, "learning_rate": 3e-4},
+        {"blocks_per_device": 1, "learning_rate": 3e-4},
     ],
 )
 def test_every_way_to_train_wins_back(pruned, checkpoints, tmp_path, settings):
