@@ -42,7 +42,7 @@ from secateur.stream.device import CPU, multiplies_in_software, release_freed
 TRAINER_FOLDER, TRAINED_FOLDER = "trainer", "trained"
 # Adam moves a weight by about the rate, whatever its gradient: what a model bears follows its weights' size.
 POLISH_RATE, RECOVER_RATE = 0.001, 0.0005
-FASTER_IN_LORA = 10  # by measurement on two models; the additions are products of two small factors
+FASTER_IN_LORA = 10  # low-rank additions are products of two small factors: LOG, 2026-11-29, morning
 
 
 class Distiller(Trainer):
