@@ -36,7 +36,7 @@ CODE = "def keep(units):", "    return sorted(units)", "for layer in layers:", "
 def judged_by_what_guards() -> Iterator[None]:
     """Runs in this process have no text of their own to judge them; those of the command line do."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("secateur.pruning.prune.JUDGED_TOKENS", 0)
+        patched.setattr("secateur.data.calibration.JUDGED_TOKENS", 0)
         yield
 
 

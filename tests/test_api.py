@@ -68,13 +68,23 @@ def test_the_words_of_the_command_line_are_those_of_the_function(verb):
 
 
 def test_a_run_is_judged_by_text_that_nothing_else_looked_at(small, monkeypatch):
-    monkeypatch.setattr("secateur.pruning.prune.JUDGED_TOKENS", 65)  # in blocks of 32: three
+    monkeypatch.setattr("secateur.data.calibration.JUDGED_TOKENS", 65)  # in blocks of 32: three
     found = secateur.prune(tiny_llama(), grouped({**small, "evaluate": True}), tokenizer=TOKENIZER)
     recipe, facts = found.recipe, found.summary.calibration
     text = build_calibration(recipe.calibration, 1280, TOKENIZER, recipe.seed, num_judged_tokens=65)
     judged = {domain.name: domain.judged_NT for domain in text.domains}
     assert facts.num_judged_tokens == {"prose": 96, "code": 96} and facts.content_hash == text.content_hash
     assert found.summary.pruned_losses == domain_losses(found.model, bind(found.model), judged)  # type: ignore[arg-type]
+
+
+def test_a_result_is_evaluated_on_the_text_that_judged_it(checkpoints, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.data.calibration.JUDGED_TOKENS", 65)
+    losses = secateur.prune(checkpoints["llama"], grouped(recipe), out=tmp_path / "out").summary.pruned_losses
+    found = secateur.evaluate(tmp_path / "out")
+    assert not found.notes, "this is the run's own text"
+    assert {name: quality.num_tokens for name, quality in found.pruned.domains.items()} == {"prose": 93, "code": 93}
+    for name, quality in found.pruned.domains.items():
+        assert quality.nats_per_token == pytest.approx(losses[name].nats_per_token, rel=1e-5)
 
 
 def test_a_model_in_memory_is_pruned_in_place_and_can_be_trained(small):

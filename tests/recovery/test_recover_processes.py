@@ -47,8 +47,8 @@ secateur.recover(pruned, teacher, yaml.safe_load(open(recipe)), out=out, progres
 
 # No text beyond the recipe's to be judged by, as in the tests' own process.
 PRUNE = """
-import sys, yaml, secateur, secateur.pruning.prune
-secateur.pruning.prune.JUDGED_TOKENS = 0
+import sys, yaml, secateur, secateur.data.calibration
+secateur.data.calibration.JUDGED_TOKENS = 0
 model, recipe, out = sys.argv[1:]
 secateur.prune(model, yaml.safe_load(open(recipe)), out=out)
 """
@@ -93,7 +93,9 @@ def assert_trained_alike(before: dict[str, Any], alone: dict[str, Any], together
 def test_two_processes_train_what_one_trains(launch, settings, name, checkpoints, recipe, tmp_path):
     pruned = tmp_path / "pruned"
     secateur.prune(checkpoints[name], grouped({**recipe, "remove": 0.3}), out=pruned)
-    done = run(launch, settings, pruned, checkpoints[name], tmp_path)
+    less = {**settings, "batch_tokens": 32} if launch is TORCHRUN else settings  # a block, so one for each process
+    settings = {**settings, "batch_tokens": 64} if launch is TORCHRUN else settings
+    done = run(launch, less, pruned, checkpoints[name], tmp_path)
     assert done.returncode == 0, done.stderr
     one = tmp_path / "one"
     record = secateur.recover(pruned, checkpoints[name], {"recover": settings}, out=one)
@@ -102,6 +104,7 @@ def test_two_processes_train_what_one_trains(launch, settings, name, checkpoints
     assert_trained_alike(before, alone, together)
     notes = json.loads((tmp_path / "two" / "recovery.json").read_text(encoding="utf-8"))["notes"]
     assert any("in shards over 2 processes" in note for note in notes) == (launch is not TORCHRUN)
+    assert any("batch_tokens: 64 in place of 32" in note for note in notes) == (launch is TORCHRUN)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "pruned", "r.yaml", "script.py", "two"]
 
 

@@ -11,7 +11,7 @@ from secateur.errors import RecipeError
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import parse_recipe
 from secateur.recovery.cost import forward_flops, predict_flops
-from secateur.recovery.pair import RecoveryText, blocks_per_step, recovery_text
+from secateur.recovery.pair import RecoveryText, blocks_per_step, recovery_text, shared_out
 
 TOKENIZER, LENGTH = tiny_tokenizer(), 32
 
@@ -27,8 +27,8 @@ def settings(**changes) -> RecoverySettings:
     return RecoverySettings.model_validate({"num_tokens": 4096, "batch_tokens": 128, **changes})
 
 
-def drawn(recipe: Recipe, **changes) -> RecoveryText:
-    return recovery_text(recipe, settings(**changes), TOKENIZER, tiny_llama(num_layers=1))
+def drawn(recipe: Recipe, judged: dict[str, int] | None = None, **changes) -> RecoveryText:
+    return recovery_text(recipe, settings(**changes), TOKENIZER, tiny_llama(num_layers=1), judged=judged or {})
 
 
 def rows(blocks) -> set[tuple[int, ...]]:
@@ -46,15 +46,17 @@ def test_blocks_that_do_not_fill_a_step_are_left_out(asked):
     assert drawn(asked, num_tokens=4096 - 32).num_tokens == 4096 - 128
 
 
-@pytest.mark.parametrize("num_tokens", [512, 4096])
-def test_text_that_judged_the_pruning_is_held_out_again_and_never_trained_on(asked, num_tokens):
+@pytest.mark.parametrize(("num_tokens", "judging"), [(512, 0), (4096, 0), (512, 160)])
+def test_text_that_judged_the_pruning_is_held_out_again_and_never_trained_on(asked, num_tokens, judging):
     assert asked.calibration.num_tokens is not None
-    before = build_calibration(asked.calibration, asked.calibration.num_tokens, TOKENIZER, asked.seed)
-    text = drawn(asked, num_tokens=num_tokens, held_out_blocks=8, batch_tokens=32)
+    facts = (asked.calibration, asked.calibration.num_tokens, TOKENIZER, asked.seed)
+    before = build_calibration(*facts, num_judged_tokens=judging)
+    judged = dict.fromkeys(("prose", "code"), judging)
+    text = drawn(asked, judged, num_tokens=num_tokens, held_out_blocks=8, batch_tokens=32)
     trained = rows(ids for _, ids in text.blocks)
     for domain in before.domains:
-        judged = rows(domain.held_out_NT)
-        assert judged <= rows(text.held_out_NT[domain.name]) and not judged & trained
+        seen = rows(domain.held_out_NT) | (set() if domain.judged_NT is None else rows(domain.judged_NT))
+        assert not seen & trained and rows(before.judged[domain.name]) <= rows(text.held_out_NT[domain.name])
         assert len(text.held_out_NT[domain.name]) == 8
 
 
@@ -76,6 +78,23 @@ def test_operations_by_hand():
     assert full["training"] == pytest.approx((200 * whole, 200 * 3 * whole))
     alone = settings(train="lora", kl_share=0.0, gradient_checkpointing=True)
     assert predict_flops(*both, alone, 200, 10)["training"] == pytest.approx((0, 600 * whole))
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_ranks", "num_blocks", "tokens", "at_once"),
+    [
+        ((32, 2), 1, None, 32, 1),  # the default: a block a step
+        ((32, 2), 4, None, 128, 1),  # a block for each rank
+        ((128, 2), 2, None, 128, 2),
+        ((160, 2), 1, None, 160, 1),  # five blocks cannot go two by two
+        ((160, 2), 2, None, 192, 1),
+        ((4096, 8), 2, 7, 256, 4),  # no more than the text has
+        ((80, 2), 1, None, 64, 2),  # whole blocks
+    ],
+)
+def test_ranks_share_out_whole_blocks_of_a_step(asked, num_ranks, num_blocks, tokens, at_once):
+    found = shared_out(settings(batch_tokens=asked[0], blocks_per_device=asked[1]), 32, num_ranks, num_blocks)
+    assert (found.batch_tokens, found.blocks_per_device) == (tokens, at_once)
 
 
 def test_a_step_is_at_least_one_block():

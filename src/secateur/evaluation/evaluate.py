@@ -92,7 +92,7 @@ def evaluate(
 
     `model`: a result of `prune`, or any other model. `against`: the dense model, for differences
     KL by domain and a sample of text; `other_dense`: it is meant to be another one than `model` was pruned from.
-    `domains`: text by name; None: the held-out text of the model's own
+    `domains`: text by name; None: what judged the run, by the model's own
     recipe.yaml. `num_blocks`, `sequence_length`: of `domains`. `wikitext2`: a file with the rows of
     the raw test split, or `hub`. `wikitext2_length`: tokens per block there, at most 2048 by
     default. `tasks`: names of lm-evaluation-harness. `limit`: questions per task. `num_fewshot`:

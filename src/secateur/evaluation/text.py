@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.data.calibration import CalibrationSet, build_calibration
+from secateur.data.calibration import CalibrationSet, build_calibration, judging_tokens
 from secateur.data.sources import read_rows
 from secateur.errors import CalibrationError, NumericsError, RecipeError
 from secateur.log import Progress
@@ -34,7 +34,7 @@ START_TOKENS, SAMPLE_TOKENS, SAMPLED_DOMAINS = 32, 60, 3
 def recipe_blocks(
     directory: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the held-out blocks of the run that made `directory`, and notes.
+    """Return the blocks that judged the run that made `directory`, and notes.
 
     A note says if the text has changed. Text sampled from the dense model is left out, with a note,
     as that model is not available. Raises RecipeError without a recipe, CalibrationError for
@@ -49,9 +49,9 @@ def recipe_blocks(
     recipe = parse_recipe(load_recipe(path), f"recipe {path}")
     if (num_tokens := recipe.calibration.num_tokens) is None:
         raise RecipeError(f"recipe {path}: calibration.num_tokens is missing; use the recipe.yaml that the run wrote.")
-    rounds = recipe.choose.rounds
-    built = build_calibration(recipe.calibration, num_tokens, tokenizer, recipe.seed, progress, num_rounds=rounds)
-    blocks = {domain.name: domain.held_out_NT for domain in built.domains if not domain.held_out_NT.is_meta}
+    counts = {"num_judged_tokens": judging_tokens(recipe.output.evaluate), "num_rounds": recipe.choose.rounds}
+    built = build_calibration(recipe.calibration, num_tokens, tokenizer, recipe.seed, progress, **counts)
+    blocks = {name: blocks_NT for name, blocks_NT in built.judged.items() if not blocks_NT.is_meta}
     sampled = ", ".join(domain.name for domain in built.domains if domain.name not in blocks)
     if sampled:
         note = f"text sampled from the dense model is left out ({sampled}), and so its hash is not compared."

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from secateur.data.calibration import judging_tokens
 from secateur.errors import RecipeError
 from secateur.files import parse_size
 from secateur.methods.prices import parameter_prices, token_prices
@@ -30,8 +31,6 @@ from secateur.stream.walk import DEVICE_BATCH_TOKENS, LAYERS_AT_ONCE
 
 # Held-out blocks come on top of the calibration tokens: one for every nine.
 HELD_OUT_FACTOR = 10 / 9
-# Of a domain, that judge a run: by 1,024 tokens of code a model lost 1.07 nats, by 9 kB 0.36.
-JUDGED_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,8 +283,7 @@ def work_of(opened: Opened, resolved: Resolved) -> Work:
     held_out, in_layers = tokens * (HELD_OUT_FACTOR - 1), sum(opened.arch.params_per_layer)
     is_measured, streams = recipe.choose.budget == "curve", 2 if resolved.target_mix else 1
     forward = num_rounds * streams * 2 * (tokens + held_out) * in_layers
-    if recipe.output.evaluate:
-        forward += 2 * 2 * JUDGED_TOKENS * len(recipe.calibration.domains) * num_params
+    forward += 2 * 2 * judging_tokens(recipe.output.evaluate) * len(recipe.calibration.domains) * num_params
     gram, solve = 0.0, 0.0
     for plan in resolved.plans:
         for group in resolved.groups:

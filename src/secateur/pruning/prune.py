@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from secateur.data.calibration import CalibrationSet, build_calibration, with_sampled
+from secateur.data.calibration import CalibrationSet, build_calibration, judging_tokens, with_sampled
 from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, silent
 from secateur.model.checkpoint import Tokenizer, eval_mode
 from secateur.model.modules import CausalLM
-from secateur.pruning.cost import JUDGED_TOKENS, MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
+from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.latency import with_prices
 from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import (
@@ -146,7 +146,7 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placemen
         check_free_space(services.scratch, disk_bytes(opened, resolved, plan))
     if is_first():
         services.tell(foretold(opened, resolved, plan))
-    judged = JUDGED_TOKENS if resolved.recipe.output.evaluate else 0
+    judged = judging_tokens(resolved.recipe.output.evaluate)
     with log.time("calibration"):
         text = from_first(partial(calibration_text, opened, resolved, services.progress, num_judged_tokens=judged))
     if is_first():

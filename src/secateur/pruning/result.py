@@ -41,14 +41,13 @@ def calibration_facts(calibration: CalibrationSet) -> CalibrationFacts:
     """Return hash, token counts by domain, and the overlap of held-out and calibration text."""
     measured_on = {domain.name: domain.calibration_NT for domain in calibration.domains}
     held_out = {domain.name: domain.held_out_NT for domain in calibration.domains}
-    judged = {d.name: d.held_out_NT if d.judged_NT is None else d.judged_NT for d in calibration.domains}
     return CalibrationFacts(
         calibration.content_hash,
         calibration.sequence_length,
         {name: blocks.numel() for name, blocks in measured_on.items()},
         {name: blocks.numel() for name, blocks in held_out.items()},
-        ngram_overlap(measured_on, judged),
-        {name: blocks.numel() for name, blocks in judged.items()},
+        ngram_overlap(measured_on, calibration.judged),
+        {name: blocks.numel() for name, blocks in calibration.judged.items()},
     )
 
 

@@ -68,7 +68,7 @@ class Run:
     @property
     def judged(self) -> dict[str, Tensor]:
         """Each domain's blocks that judge the run: those that nothing else looks at, else the held-out ones."""
-        return {d.name: d.held_out_NT if d.judged_NT is None else d.judged_NT for d in self.text.domains}
+        return self.text.judged
 
     def batches(self, number: int) -> list[Batch]:
         """Return this rank's part of the batches of round `number` (from 1), held-out text too."""

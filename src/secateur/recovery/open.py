@@ -6,6 +6,7 @@ In: references of both models, changes to the recipe. Out: a `Work` to train, or
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +17,15 @@ from secateur.files import check_free_space, disk_errors
 from secateur.log import Progress, RunLog, silent
 from secateur.methods.prices import sequence_length
 from secateur.model.checkpoint import weight_digests
+from secateur.ranks import launched_size
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
 from secateur.recovery.cost import cost_of, time_a_step
 from secateur.recovery.judge import Judge
-from secateur.recovery.pair import Candidates, RecoveryText, open_pair, recovery_text
+from secateur.recovery.pair import Candidates, RecoveryText, open_pair, recovery_text, shared_out
 from secateur.recovery.train import Work
 from secateur.report.measured import Cost
-from secateur.report.records import RECIPE_FILE
+from secateur.report.records import RECIPE_FILE, RESULT_FILE, read_summary
 
 
 class Job(NamedTuple):
@@ -63,7 +65,14 @@ def open_job(
     recipe = parse_recipe(merged(base, changes), "recover")
     length = sequence_length(recipe.calibration.sequence_length, candidates.pruned_shape.config.get_text_config())
     calibration = recipe.calibration.model_copy(update={"sequence_length": length})
-    settings = recipe.recover or RecoverySettings()
+    asked, num_ranks = recipe.recover or RecoverySettings(), launched_size()
+    settings = shared_out(asked, length, num_ranks)
+    if num_ranks > 1 and settings.batch_tokens != asked.batch_tokens:
+        note = (
+            f"recover.batch_tokens: {settings.batch_tokens:,} in place of {asked.batch_tokens:,}, so that each of "
+            f"{num_ranks} processes has whole blocks of {length} tokens."
+        )
+        candidates = replace(candidates, notes=(*candidates.notes, note))
     return Job(candidates, recipe.model_copy(update={"calibration": calibration, "recover": settings}), settings)
 
 
@@ -83,7 +92,7 @@ def prepare(
     """
     candidates, recipe, settings = job
     dense = candidates.load_teacher()
-    text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
+    text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress, _judged_by(candidates))
     scratch = out.absolute().with_name(f".{out.name}.recover-{_fingerprint(candidates, recipe, text)}")
     with disk_errors(out):
         scratch.mkdir(parents=True, exist_ok=True)
@@ -104,6 +113,12 @@ def prepare(
     pruned = candidates.load_pruned()
     flops = cost.flops["training"]
     return Work(pruned, dense, text, judge, settings, recipe.seed, flops, scratch, log, progress, tell)
+
+
+def _judged_by(candidates: Candidates) -> dict[str, int]:
+    """Return how many tokens of each domain judged the pruning; none of a model that no run of ours made."""
+    directory = candidates.pruned.directory
+    return read_summary(directory).calibration.num_judged_tokens if (directory / RESULT_FILE).is_file() else {}
 
 
 def _left_behind(scratch: Path, out: Path) -> Iterator[str]:
@@ -138,7 +153,7 @@ def dry_run(
     """
     candidates, recipe, settings = open_job(pruned, teacher, changes, other_dense=other_dense)
     dense = candidates.load_teacher()
-    text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress)
+    text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress, _judged_by(candidates))
     progress("time a step", 0, 1)
     ids_BT = torch.stack([ids_T for _, ids_T in text.blocks[: settings.blocks_per_device]])
     seconds_per_flop = time_a_step(candidates.load_pruned(), dense, ids_BT)

@@ -5,9 +5,10 @@ In: references of both models; a recipe. Out: `Candidates`; blocks to train on a
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from jaxtyping import Int64
 from torch import Tensor
@@ -149,15 +150,18 @@ def recovery_text(
     tokenizer: PreTrainedTokenizerBase,
     teacher: PreTrainedModel,
     progress: Progress = silent,
+    judged: Mapping[str, int] = MappingProxyType({}),
 ) -> RecoveryText:
     """Draw the text: domains by their shares, shuffled by the seed, in whole steps.
+
+    `judged`: how many tokens of each domain judged the pruning; nothing may train on them.
 
     Raises CalibrationError if the domains have too little text, RecipeError if `num_tokens` does
     not fill one step.
     """
     calibration, length = recipe.calibration.model_copy(update={"rotate": False}), recipe.calibration.sequence_length
     assert length is not None
-    more = _more_held_out(recipe, settings)
+    more = _more_held_out(recipe, settings, judged)
     built = build_calibration(calibration, settings.num_tokens, tokenizer, recipe.seed, progress, more_held_out=more)
     built = with_sampled(built, teacher, tokenizer, recipe.seed, progress)
     blocks = [(domain.name, ids_T) for domain in built.domains for ids_T in domain.calibration_NT]
@@ -176,6 +180,19 @@ def blocks_per_step(batch_tokens: int, sequence_length: int) -> int:
     return max(1, batch_tokens // sequence_length)
 
 
+def shared_out(
+    settings: RecoverySettings, length: int, num_ranks: int, num_blocks: int | None = None
+) -> RecoverySettings:
+    """Return settings of steps that ranks share out, each at least a block of `length` tokens.
+
+    `num_blocks`: of the text. A step has no more, but for a block of each rank.
+    """
+    asked = blocks_per_step(settings.batch_tokens, length)
+    per_rank = -(-min(asked, num_blocks or asked) // num_ranks)
+    at_once = max(count for count in range(1, settings.blocks_per_device + 1) if per_rank % count == 0)
+    return settings.model_copy(update={"batch_tokens": per_rank * num_ranks * length, "blocks_per_device": at_once})
+
+
 def whole_steps(blocks: Sequence[Block], settings: RecoverySettings, length: int, key: str) -> Sequence[Block]:
     """Return as many blocks as whole steps take. Raises RecipeError, naming the recipe's `key`, for none."""
     size = blocks_per_step(settings.batch_tokens, length)
@@ -188,16 +205,16 @@ def whole_steps(blocks: Sequence[Block], settings: RecoverySettings, length: int
     return blocks[:num_blocks]
 
 
-def _more_held_out(recipe: Recipe, settings: RecoverySettings) -> int:
-    """Return how many blocks beyond a tenth keep pruning's held-out text held out."""
+def _more_held_out(recipe: Recipe, settings: RecoverySettings, judged: Mapping[str, int]) -> int:
+    """Return how many blocks beyond a tenth keep held out what guarded and judged the pruning."""
     calibration, length = recipe.calibration, recipe.calibration.sequence_length
     assert length is not None
     total = sum(domain.share for domain in calibration.domains.values())
     missing = 0
-    for domain in calibration.domains.values():
+    for name, domain in calibration.domains.items():
         pruning, recovery = (
             -(-max(1, round(domain.share / total * num_tokens / length)) // CALIBRATION_BLOCKS_PER_HELD_OUT)
             for num_tokens in (calibration.num_tokens or 0, settings.num_tokens)
         )
-        missing = max(missing, max(pruning, settings.held_out_blocks) - recovery)
+        missing = max(missing, max(judged.get(name, 0) // length + pruning, settings.held_out_blocks) - recovery)
     return missing

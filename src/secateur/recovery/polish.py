@@ -24,7 +24,7 @@ from secateur.recipe import Recipe, RecoverySettings
 from secateur.recovery.attention import attention_in_training
 from secateur.recovery.cost import Forward, forward_flops, predict_flops
 from secateur.recovery.judge import Judge
-from secateur.recovery.pair import Block, RecoveryText, blocks_per_step, whole_steps
+from secateur.recovery.pair import Block, RecoveryText, shared_out, whole_steps
 from secateur.recovery.train import Work, train_guarded
 from secateur.report.measured import PolishRecord
 from secateur.store import Services
@@ -86,7 +86,7 @@ def learn(
         drawn = rotated(text, 0)
     blocks: list[Block] = [(domain.name, ids_T) for domain in drawn.domains for ids_T in domain.calibration_NT]
     random.Random(f"{recipe.seed}:{STAGE}").shuffle(blocks)
-    settings = _steps(settings, len(blocks), text.sequence_length)
+    settings = shared_out(settings, text.sequence_length, size(), len(blocks))
     blocks = list(whole_steps(blocks, settings, text.sequence_length, STAGE))
     held_out = {domain.name: domain.held_out_NT for domain in text.domains}
     chosen = RecoveryText(tuple(blocks), held_out, text.sequence_length, drawn.content_hash)
@@ -97,14 +97,6 @@ def learn(
         with attention_in_training(settings.gradient_checkpointing):  # an uncut model has nothing to learn, to the bit
             states = tuple(head_inputs(dense, arch, [ids_T for _, ids_T in blocks], progress, "ask the dense model"))
     return Lesson(chosen, judge, states, settings, forward)
-
-
-def _steps(settings: RecoverySettings, num_blocks: int, length: int) -> RecoverySettings:
-    """Return settings whose steps the text fills and the ranks share out."""
-    per_rank = -(-min(blocks_per_step(settings.batch_tokens, length), num_blocks) // size())
-    at_once = max(count for count in range(1, settings.blocks_per_device + 1) if per_rank % count == 0)
-    changes = {"batch_tokens": per_rank * size() * length, "blocks_per_device": at_once}
-    return settings.model_copy(update=changes)
 
 
 def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, device: torch.device) -> PolishRecord:

@@ -231,8 +231,7 @@ def recover_logits(work: Work) -> int:
     Weights are float32 in training; a bfloat16 model computes and ends in bfloat16 (autocast).
     AdamW without decay, a tenth of warm-up, then a cosine schedule, gradients clipped to norm 1.
 
-    Raises RecipeError if a step cannot be split over processes and devices, peft is missing, or
-    FSDP is too old.
+    Raises RecipeError if peft is missing or FSDP is too old.
     """
     if work.settings.kl_share == 0:
         work.teacher = work.states = None
@@ -338,7 +337,7 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: 
     every, on_cpu = -(-num_steps // settings.evaluations), work.on_cpu
     arguments = TrainingArguments(
         output_dir=str(work.directory / TRAINER_FOLDER),
-        per_device_train_batch_size=min(settings.blocks_per_device, size),
+        per_device_train_batch_size=settings.blocks_per_device,
         max_steps=num_steps,
         learning_rate=rate,
         lr_scheduler_type="cosine",
@@ -366,20 +365,8 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: 
     )
     if wants_shards():
         let_cpu_shard(arguments)
-    arguments.gradient_accumulation_steps = _passes(arguments, size)
+    arguments.gradient_accumulation_steps = size // (arguments.per_device_train_batch_size * arguments.world_size)
     return arguments
-
-
-def _passes(arguments: TrainingArguments, size: int) -> int:
-    """Return the forward passes of a step of `size` blocks. Raises RecipeError for a remainder."""
-    in_one_pass = arguments.per_device_train_batch_size * arguments.world_size
-    if size % in_one_pass:
-        raise RecipeError(
-            f"recover.batch_tokens: a step of {size} blocks cannot be shared out over {arguments.world_size} "
-            f"processes with {arguments.per_device_train_batch_size} blocks each at a time; make it a multiple of "
-            f"{in_one_pass} blocks, or lower blocks_per_device."
-        )
-    return size // in_one_pass
 
 
 def _take_back(work: Work, trained: nn.Module, trainer: Distiller, dtypes: dict[str, torch.dtype]) -> None:
