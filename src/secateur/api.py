@@ -110,6 +110,7 @@ def _prune_then_recover(
         settings: dict[str, Any] = {key: options[key] for key in ("command", "progress", "tell")}
         settings["name"] = f"{model}, pruned"
         recover(pruned, model, changes, out=place, overwrite=overwrite, **settings)
+        meet("recovered")
     finally:
         if is_first() and not place_beside(pruned).exists():
             shutil.rmtree(folder, ignore_errors=True)

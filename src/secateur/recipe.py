@@ -350,8 +350,8 @@ class Machine(Strict):
 class Output(Strict):
     """What to measure and write.
 
-    evaluate: held-out loss before and after. keep_rounds: also a checkpoint after every other
-    round: one run, a family of sizes. max_shard_size: of the written safetensors files.
+    evaluate: held-out loss before and after. keep_rounds: also a checkpoint after each
+    round but the last, before the polish. max_shard_size: of the written safetensors files.
     """
 
     evaluate: bool = True

@@ -127,6 +127,16 @@ def test_a_changed_recipe_is_run_anew_and_the_rest_is_kept(grid: dict[str, Any],
     assert len(set((out / "cells").iterdir()) - before) == 1
 
 
+def test_changed_text_is_run_anew_though_the_judged_blocks_are_the_same(grid: dict[str, Any], tmp_path: Path) -> None:
+    out, changes = tmp_path / "out", {"methods": {"ours": {}}, "evaluation": {"num_blocks": 1}}
+    compare(write(grid | changes, tmp_path), out, small=True)
+    before = set((out / "cells").iterdir())
+    text = tmp_path / f"{next(iter(TEXTS))}.txt"
+    text.write_text(text.read_text().replace("1", "one"))
+    compare(write(grid | changes, tmp_path), out, small=True)
+    assert len(set((out / "cells").iterdir()) - before) == len(before)
+
+
 def test_a_damaged_cell_is_run_again(grid: dict[str, Any], tmp_path: Path) -> None:
     study, out, heard = load_study(write(grid, tmp_path), small=True), tmp_path / "out", list[str]()
     found = compare(study, out).cells
@@ -176,6 +186,7 @@ def test_every_shipped_study_is_valid_and_has_a_small_form() -> None:
         ({"methods": {"a": {"domains": ["lef"]}}}, "unknown domain 'lef'; did you mean 'left'"),
         ({"methods": {"a": {"recipe": {"choose": {"score": "obss"}}}}}, "did you mean 'obs'"),
         ({"ratios": [0.9]}, "out of reach"),
+        ({"methods": {"a": {"recipe": {"recover": {"num_tokens": 64}}}}}, "method 'a': compare runs no recover"),
     ],
 )
 def test_mistakes_surface_before_the_first_cell(

@@ -306,6 +306,7 @@ def test_the_table(copy, checkpoints, rows_file):
         (["{result}", "--wikitext2", "nowhere.txt"], "there is no such file"),
         (["{result}", "--wikitext2", "hub"], "HF_HUB_OFFLINE=1"),
         (["{result}", "--wikitext2", "{rows}", "--wikitext2-length", "999"], "longer than the model's 256 positions"),
+        (["{result}", "--domain", "code", "--sequence-length", "999"], "longer than the model's 256 positions"),
         (["{result}", "--out", "{rows}"], "is not a directory"),
         (["{result}", "--tasks-data", "nowhere"], "there is no such directory"),
     ],

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from bpe_tokenizer import CORPUS, bpe_tokenizer
+from families import tiny_family
 from models import tiny_llama
 from rich.console import Console
+from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.data.calibration import CHARACTERS_PER_TOKEN, build_calibration
@@ -115,3 +117,12 @@ def test_a_recipe_that_takes_tokens(model, recipe):
     assert "auto measures in the run" in measured.warnings[0]
     with pytest.raises(RecipeError, match=r"remove\.vocabulary: 64 of the model's 640 rows cannot stay"):
         secateur.inspect(model, {**recipe, "remove": {"vocabulary": 64}})
+
+
+def test_a_group_that_protected_layers_alone_have_is_not_in_the_table(recipe, tmp_path):
+    with quiet_transformers():
+        tiny_family("qwen3_moe-mixed").save_pretrained(tmp_path / "model")  # layer 1 alone has an FFN of channels
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
+    remove = {"share": 0.2, "align": 8, "groups": ["ffn", "experts"], "protected_layers": [1]}
+    found = secateur.inspect(tmp_path / "model", {**recipe, "remove": remove})
+    assert [group.name for group in found.groups] == ["experts"]

@@ -94,6 +94,12 @@ def test_blocks_of_named_text_differ_and_come_from_all_of_it(texts):
     assert blocks.shape == (11, 24) and len({tuple(ids) for ids in blocks.tolist()}) == 11
 
 
+def test_named_text_has_as_many_blocks_of_every_domain_whatever_their_shares(texts):
+    domains = {name: Domain(files=(str(texts[name]),), share=share) for name, share in (("prose", 3), ("code", 1))}
+    found, _ = named_blocks(domains, 16, 24, TOKENIZER, silent)
+    assert {name: len(blocks) for name, blocks in found.items()} == {"prose": 16, "code": 16}
+
+
 def test_quality_is_the_mean_over_blocks_with_its_error():
     model, ids_NT = tiny_llama(), torch.randint(3, 250, (3, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

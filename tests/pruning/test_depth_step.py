@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from families import tiny_family
 from models import opened, tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
 from recipes import grouped
 from run_cli import run_cli
@@ -29,7 +30,6 @@ from secateur.pruning.resolve import resolve
 from secateur.pruning.run import Run
 from secateur.recipe_file import parse_recipe
 from secateur.stream.walk import Walk
-from tests.families import tiny_family
 
 TOKENIZER = tiny_tokenizer()
 FACTORIES = {"llama": tiny_llama, "qwen2": tiny_qwen2}
@@ -253,6 +253,13 @@ def test_the_safety_net_compares_with_the_dense_model(small, tmp_path):
         secateur.prune(dense(tiny_llama, (1,)), grouped({**alone, "max_loss_rise": 0.9 * rise}), tokenizer=TOKENIZER)
 
 
+def test_a_layer_behind_experts_is_removed_without_being_folded_into_them(small):
+    model = tiny_family("deepseek_v3")  # layer 0 alone has an FFN of channels
+    asked = {**small, "remove": 0.5, "groups": ["ffn", "experts"], "removed_layers": [2]}
+    found = secateur.prune(model, grouped(asked), tokenizer=TOKENIZER)
+    assert found.layers == (0, 1) and model.config.num_hidden_layers == 2
+
+
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "and widths"])
 def test_inspect_table_card_and_report_say_what_happens(alone, recipe, tmp_path):
     dense(tiny_llama).save_pretrained(tmp_path / "dense")
@@ -294,7 +301,7 @@ def test_what_cannot_be_removed_is_said_before_anything_runs(small):
         ({"removed_layers": [1, 2], "protected_layers": [-4]}, "remove.layers: layer 2 is in protected_layers too"),
         (
             {"removed_layers": [1, 2], "depth": 1},
-            r"remove.depth: 1 is not the number of removed_layers: \[1, 2\]; .* give 2",
+            r"remove.depth: 1 is not the number of remove.layers: \[1, 2\]; .* give 2",
         ),
         ({"removed_layers": [1], "schedule": [0.3, 0.6]}, "choose.schedule: layers .* remove no layers"),
         ({"removed_layers": 1}, "remove.layers: must be a list, got 1"),

@@ -20,6 +20,7 @@ from secateur.data.calibration import build_calibration, token_counts
 from secateur.formats.save import Verification
 from secateur.methods.prices import token_prices
 from secateur.model.kept_tokens import kept_tokens_of
+from secateur.pruning import trim as trimming
 from secateur.pruning.cost import polish_bytes
 from secateur.pruning.resolve import Resolved, resolve
 from secateur.pruning.trim import plan_trim
@@ -244,6 +245,17 @@ def test_auto_measures_nothing_where_layers_take_more_than_the_share(tied, asked
         secateur.SecateurError, match=r"remove\.depth: 1 layers of 23,136 parameters each make it 0.224"
     ):
         secateur.prune(tied, recipe)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"removed_layers": [0]}, {"rounds": 2, "schedule": [0.2, 0.5]}, {"min_keep": 0.96}], ids=str
+)
+def test_auto_measures_whatever_else_the_recipe_asks(changes, tied, asked, any_growth):
+    recipe = parse_recipe(grouped({**asked, "remove": 0.5, "vocabulary": "auto", **changes}))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
+    dense = trimming._read(replace(opened(model, recipe), tokenizer=tokenizer), Services())
+    nats, law = trimming._measured(dense, trimming._removal(dense), 0.5)
+    assert math.isfinite(nats) and float(law(torch.tensor(0.5))) > 0
 
 
 def test_auto_counts_no_channels_of_protected_layers(tied, asked, any_growth):

@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +27,8 @@ from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import parse_recipe
 from secateur.recovery import attention, train
 from secateur.recovery.cost import forward_flops, polish_work, training_bytes
-from secateur.recovery.polish import Lesson, learn, polish, polish_settings
-from secateur.store import Services, place_beside
+from secateur.recovery.polish import Lesson, _folder, learn, polish, polish_settings
+from secateur.store import Services, Store, place_beside
 from tests.families import tiny_family
 
 TRAINING = {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}
@@ -197,12 +198,20 @@ def test_killed_and_begun_anew_gives_the_same_bytes(checkpoints, asked, tmp_path
 
     with pytest.raises(Killed):
         secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "anew", progress=kill)
-    place = place_beside(tmp_path / "anew") / "polish"
+    (place,) = place_beside(tmp_path / "anew").glob("polish-*")
     assert any(place.rglob("*.safetensors")), "the training had saved something"
     for name in ("anew", "whole"):
         secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / name)
     assert (tmp_path / "anew" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     assert not place.exists()
+
+
+def test_other_settings_do_not_go_on_from_a_training_that_was_begun(tmp_path):
+    services, places = Services(store=Store(tmp_path)), list[Path]()
+    for changes in ({}, {"blocks_per_device": 1}, {"train": "lora"}):
+        with _folder(services, RecoverySettings(**changes)) as place:
+            places.append(place)
+    assert len(set(places)) == 3 and all(place.parent == tmp_path for place in places)
 
 
 def test_a_model_in_memory_is_trained_too(asked):

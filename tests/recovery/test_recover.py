@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import secateur
 from secateur.facts import TrainingRecord, mean_kl, mean_nats, weight_size, won_back
 from secateur.model.checkpoint import load_model
+from secateur.recipe import RecoverySettings
 from secateur.recovery import pair as recovery_pair
 from secateur.recovery.judge import objective
 from secateur.recovery.open import dry_run, open_job, prepare
+from secateur.recovery.pair import check_training
 from secateur.recovery.recover import recover
 from secateur.recovery.train import Work, train_guarded, with_lora
 from secateur.report.digests import mismatches, read_digests
@@ -230,9 +231,15 @@ def test_lora_merged_gives_the_logits_of_lora_unmerged(checkpoints):
 
 
 def test_lora_without_peft_says_what_to_install(checkpoints, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(secateur.RecipeError, match=r"pip install 'secateur\[recover\]'"):
-        with_lora(AutoModelForCausalLM.from_pretrained(checkpoints["llama"]), 4)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(secateur.RecipeError, match=r"^polish.train: lora needs .* pip install 'secateur\[recover\]'"):
+        check_training(RecoverySettings(train="lora"), "polish")
+
+
+def test_a_tracker_that_is_not_there_is_an_error_before_anything_runs(pruned, checkpoints, tmp_path):
+    with pytest.raises(secateur.RecipeError, match=r"^recover.report_to: 'nonsense' is no installed tracker"):
+        secateur.recover(pruned, checkpoints["llama"], training_with(report_to=["nonsense"]), out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_gradient_checkpointing_changes_nothing_and_cross_entropy_needs_no_teacher(pruned, checkpoints, tmp_path):

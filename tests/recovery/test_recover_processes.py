@@ -50,7 +50,7 @@ PRUNE = """
 import sys, yaml, secateur, secateur.data.calibration
 secateur.data.calibration.JUDGED_TOKENS = 0
 model, recipe, out = sys.argv[1:]
-secateur.prune(model, yaml.safe_load(open(recipe)), out=out)
+secateur.prune(model, yaml.safe_load(open(recipe)), out=out, overwrite=True)
 """
 
 
@@ -131,6 +131,21 @@ def test_shards_go_on_from_a_checkpoint(checkpoints, recipe, tmp_path):
     assert len(steps) == 16, "no step is missing, none is told twice"
     secateur.recover(pruned, checkpoints["llama"], {"recover": SETTINGS}, out=tmp_path / "one")
     before, alone, together = (load_file(tmp_path / name / WEIGHTS) for name in ("pruned", "one", "two"))
+    assert_trained_alike(before, alone, together)
+
+
+@pytest.mark.slow
+def test_two_processes_prune_and_recover(checkpoints, recipe, tmp_path):
+    asked = grouped({**recipe, "remove": 0.3}) | {"recover": SETTINGS}
+    file, code = tmp_path / "r.yaml", tmp_path / "script.py"
+    file.write_text(yaml.safe_dump(asked, sort_keys=False), encoding="utf-8")
+    code.write_text(PRUNE, encoding="utf-8")
+    for _ in range(2):  # the second one replaces the first result
+        done = launched(TORCHRUN, [code, checkpoints["llama"], file, tmp_path / "two"])
+        assert done.returncode == 0, done.stderr
+    secateur.prune(checkpoints["llama"], asked, out=tmp_path / "one")
+    secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.3}), out=tmp_path / "before")
+    before, alone, together = (load_file(tmp_path / name / WEIGHTS) for name in ("before", "one", "two"))
     assert_trained_alike(before, alone, together)
 
 

@@ -7,7 +7,7 @@ from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.data.calibration import build_calibration
-from secateur.errors import RecipeError
+from secateur.errors import CalibrationError, RecipeError
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import parse_recipe
 from secateur.recovery.cost import forward_flops, predict_flops
@@ -99,3 +99,8 @@ def test_ranks_share_out_whole_blocks_of_a_step(asked, num_ranks, num_blocks, to
 
 def test_a_step_is_at_least_one_block():
     assert [blocks_per_step(tokens, 32) for tokens in (1, 32, 63, 64, 512)] == [1, 1, 1, 2, 16]
+
+
+def test_too_little_text_names_the_key_that_asked_for_it(asked):
+    with pytest.raises(CalibrationError, match=r"lower recover\.num_tokens or calibration\.sequence_length"):
+        drawn(asked, num_tokens=10_000_000)

@@ -180,7 +180,7 @@ def _watch(heard: socket.socket, patience_seconds: float) -> None:
             while heard.recv(1):
                 pass
         except TimeoutError:
-            text = "interrupted in a long operation; prune with the same options and --resume goes on"
+            text = "interrupted in a long operation; the same command goes on, prune with --resume"
             print(f"secateur: {text}.", file=sys.stderr, flush=True)
             os._exit(128 + number)
 

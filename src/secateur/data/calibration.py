@@ -108,6 +108,7 @@ def build_calibration(
     more_held_out: int = 0,
     num_judged_tokens: int = 0,
     num_rounds: int = 1,
+    key: str = "calibration.num_tokens",
 ) -> CalibrationSet:
     """Read, tokenise and pack every domain.
 
@@ -115,7 +116,8 @@ def build_calibration(
     held-out blocks, rounded up. `more_held_out` blocks per domain precede those, so that runs of
     different sizes are judged on the same text. Before these come blocks of `num_judged_tokens`,
     where a domain's text has so many and is not sampled. With rotation, each of `num_rounds` rounds gets as
-    many blocks; held-out blocks stay the same. Equal documents within a domain are used once.
+    many blocks; held-out blocks stay the same. Equal documents within a domain are used once. `key`:
+    what asked for `num_tokens`, to be named where a text is too short.
 
     Raises CalibrationError for text that is unreadable or too short.
     """
@@ -142,7 +144,7 @@ def build_calibration(
             parts = calibration_NT, held_out_NT, None
         else:
             pieces = partial(_pieces, name, domain, tokenizer, seed, length, notes.of(name))
-            parts = _parts(pieces, name, (*sizes, -(-num_judged_tokens // length)), length, eos, num_rounds)
+            parts = _parts(pieces, name, (*sizes, -(-num_judged_tokens // length)), length, eos, num_rounds, key)
         blocks.append(DomainBlocks(name, shares[name], *parts))
         num_done += sum(sizes)
         progress("calibration", num_done, num_total)
@@ -249,6 +251,7 @@ def _parts(
     length: int,
     eos: int | None,
     num_rounds: int,
+    key: str = "calibration.num_tokens",
 ) -> tuple[Int64[Tensor, "N T"], Int64[Tensor, "M T"], Int64[Tensor, "K T"] | None]:
     """Return a domain's calibration and held-out blocks, and those that judge if the text has enough."""
     num_blocks, num_held_out, num_judged = sizes
@@ -260,12 +263,12 @@ def _parts(
         judged_NT = held_NT[:num_judged] if num_judged else None
         return torch.tensor(ids).view(num_blocks, length), held_NT[num_judged:], judged_NT
     if num_judged:
-        return _parts(pieces, name, (num_blocks, num_held_out, 0), length, eos, num_rounds)
+        return _parts(pieces, name, (num_blocks, num_held_out, 0), length, eos, num_rounds, key)
     rounds = f" ({num_rounds} rounds of fresh ones, as calibration.rotate asks)" if num_rounds > 1 else ""
     raise CalibrationError(
         f"domain '{name}': {len(held_out) + len(ids):,} tokens of text after packing, but {num_blocks} calibration "
         f"and {num_held_out} held-out blocks of {length} tokens{rounds} need {(num_blocks + num_held_out) * length:,}; "
-        "lower calibration.num_tokens or calibration.sequence_length, lower the domain's share, or add text."
+        f"lower {key} or calibration.sequence_length, lower the domain's share, or add text."
     )
 
 

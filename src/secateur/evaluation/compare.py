@@ -51,10 +51,14 @@ from secateur.stream.losses import domain_losses
 
 
 class Judged(NamedTuple):
-    """Blocks of the dense tokenizer by domain: held out of what the study calibrates on, and others."""
+    """Blocks of the dense tokenizer by domain: held out of what the study calibrates on, and others.
+
+    `content_hash`: of what it calibrates on and holds out.
+    """
 
     held_out: dict[str, Tensor]
     others: dict[str, Tensor]
+    content_hash: str
 
 
 CELLS_FOLDER = "cells"
@@ -192,7 +196,8 @@ def _judged_on(shared: _Shared, seed: int) -> Judged:
     others, length = shared.study.evaluation.others, drawn.sequence_length
     asked = (shared.num_blocks, length, tokenizer_of(opened), shared.progress)
     unseen = named_blocks(others, *asked)[0] if others else {}
-    return Judged({domain.name: domain.held_out_NT[: shared.num_blocks] for domain in drawn.domains}, unseen)
+    held_out = {domain.name: domain.held_out_NT[: shared.num_blocks] for domain in drawn.domains}
+    return Judged(held_out, unseen, drawn.content_hash)
 
 
 def _dense_cell(shared: _Shared, name: str, seed: int, blocks: Judged) -> FoundCell:
@@ -279,14 +284,16 @@ def _depends_on(shared: _Shared, seed: int, recipe: dict[str, Any], blocks: Judg
         "seed": seed,
         "device": shared.dense.device.type,
         "evaluation": shared.study.evaluation.model_dump(mode="json"),
-        "judged_on": {name: int(ids_NT.sum()) for part in blocks for name, ids_NT in part.items()},
+        "text": blocks.content_hash,
+        "others": {name: int(ids_NT.sum()) for name, ids_NT in blocks.others.items()},
         "versions": versions(),
     }
 
 
 def _judge(shared: _Shared, subject: Subject, blocks: Judged, trim: Trim | None) -> dict[str, Any]:
     model, evaluation, tasks = subject.model(), shared.study.evaluation, {}
-    losses = [_losses(model, subject.arch, part, trim, shared.progress) if part else {} for part in blocks]
+    parts = blocks.held_out, blocks.others
+    losses = [_losses(model, subject.arch, part, trim, shared.progress) if part else {} for part in parts]
     nats = [{name: loss.nats_per_token for name, loss in part.items()} for part in losses]
     by_block = {name: loss.block_nats for name, loss in losses[0].items()}
     options = TaskOptions(limit=evaluation.limit, batch_size=evaluation.batch_size)

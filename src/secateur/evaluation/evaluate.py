@@ -16,7 +16,7 @@ from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.evaluation import parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks
-from secateur.evaluation.text import named_blocks, recipe_blocks, sample_starts, wikitext_blocks
+from secateur.evaluation.text import check_length, named_blocks, recipe_blocks, sample_starts, wikitext_blocks
 from secateur.facts import Divergence
 from secateur.files import staged_file
 from secateur.log import Progress, silent, versions
@@ -205,6 +205,7 @@ def _prepare(settings: _Settings, pruned: parts.Subject, progress: Progress) -> 
     if settings.domains is not None:
         num_blocks, length = settings.num_blocks, settings.sequence_length
         blocks["domains"], notes = named_blocks(settings.domains, num_blocks, length, tokenizer, progress)
+        check_length("--sequence-length", length, config.get_text_config())
     elif (directory / RECIPE_FILE).is_file() or not (settings.tasks or settings.wikitext2):
         blocks["domains"], notes = recipe_blocks(directory, tokenizer, progress)
     tasks = None

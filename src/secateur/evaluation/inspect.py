@@ -100,10 +100,10 @@ def gguf_files(opened: Opened, resolved: Resolved) -> tuple[dict[str, tuple[int,
     steps = {(group.layer, group.name): align_of(group, resolved.align) for group in resolved.groups}
     widths = {key: steps[key] * max(1, round(kept / steps[key])) for key, kept in resolved.plans[-1].num_keep.items()}
     try:
-        metadata = metadata_bytes(config, tokenizer_of(opened), name)
-    except CheckpointError as error:
-        metadata, problem = 0, f"without the tokenizer ({str(error).removesuffix('.')})"
-    try:
+        try:
+            metadata = metadata_bytes(config, tokenizer_of(opened), name)
+        except CheckpointError as error:
+            metadata, problem = 0, f"without the tokenizer ({str(error).removesuffix('.')})"
         models = meta_model(config), model_left(config, resolved.layers, widths, opened.vocabulary_left)
         dense, left = ([gguf_bytes(each, kind, metadata, name) for kind in FILE_TYPES] for each in models)
     except SecateurError as error:
@@ -231,6 +231,7 @@ def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progre
     least = least_keep(resolved.groups, resolved.align, recipe.remove.min_keep)
     taken = (resolved.prices.of_all_but(resolved.layers) + resolved.prices.tokens) / resolved.prices.total
     files, files_problem = gguf_files(opened, resolved)
+    cut = {group.name for group in resolved.groups}  # not those that protected layers alone have
     return Inspected(
         model=opened.name,
         family=arch.family,
@@ -238,12 +239,12 @@ def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progre
         size=size,
         num_layers=(arch.num_layers, len(resolved.layers)),
         params_per_layer=arch.params_per_layer[0],
-        groups=tuple(_facts(name, resolved, plan) for name in recipe.remove.group_names),
+        groups=tuple(_facts(name, resolved, plan) for name in recipe.remove.group_names if name in cut),
         remove_asked=recipe.remove.share,
         remove_reached=1 - num_params / size.num_params,
         outcome=resolved.outcome(plan.num_keep),
         prices=opened.recipe.remove.prices,
-        largest_remove=taken + largest_remove(resolved.groups, resolved.prices, least),
+        largest_remove=taken + largest_remove(resolved.groups, resolved.prices.numbered(resolved.layers), least),
         align=resolved.align,
         num_params_after=num_params,
         num_bytes_after=num_params * bytes_per_param,

@@ -168,6 +168,8 @@ def _recipe(study: Study, name: str, method: Method, ratio: float, seed: int) ->
     where = f"study, method '{name}'"
     data = merged(merged(study.recipe, method.recipe), {"remove": {"share": ratio}, "seed": seed})
     recipe = parse_recipe(data, where)
+    if recipe.recover is not None:
+        raise RecipeError(f"{where}: compare runs no recover; leave it out, and give polish the tokens to train on.")
     if method.domains is None:
         return recipe
     known = recipe.calibration.domains

@@ -49,14 +49,24 @@ def recipe_blocks(
     recipe = parse_recipe(load_recipe(path), f"recipe {path}")
     if (num_tokens := recipe.calibration.num_tokens) is None:
         raise RecipeError(f"recipe {path}: calibration.num_tokens is missing; use the recipe.yaml that the run wrote.")
-    counts = {"num_judged_tokens": judging_tokens(recipe.output.evaluate), "num_rounds": recipe.choose.rounds}
-    built = build_calibration(recipe.calibration, num_tokens, tokenizer, recipe.seed, progress, **counts)
+    facts = recipe.calibration, num_tokens, tokenizer, recipe.seed, progress
+    judging, rounds = judging_tokens(recipe.output.evaluate), recipe.choose.rounds
+    built = build_calibration(*facts, num_judged_tokens=judging, num_rounds=rounds)
     blocks = {name: blocks_NT for name, blocks_NT in built.judged.items() if not blocks_NT.is_meta}
     sampled = ", ".join(domain.name for domain in built.domains if domain.name not in blocks)
     if sampled:
         note = f"text sampled from the dense model is left out ({sampled}), and so its hash is not compared."
         return blocks, (*built.notes, note)
     return blocks, (*built.notes, *_changes(directory, built))
+
+
+def check_length(option: str, length: int, config: Any) -> None:
+    """Raise CalibrationError, naming the option, if a model has fewer positions than a block."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise CalibrationError(
+            f"{option}: {length} is longer than the model's {longest} positions; give at most {longest}."
+        )
 
 
 def named_blocks(
@@ -70,10 +80,12 @@ def named_blocks(
 
     Raises CalibrationError for missing text.
     """
-    calibration = Calibration(domains=domains, sequence_length=sequence_length)
+    alike = {name: domain.model_copy(update={"share": 1.0}) for name, domain in domains.items()}
+    calibration = Calibration(domains=alike, sequence_length=sequence_length)
     # A calibration set holds one block in ten out; here all serve evaluation.
     num_calibration = math.ceil(num_blocks * 0.9)
-    built = build_calibration(calibration, num_calibration * len(domains) * sequence_length, tokenizer, SEED, progress)
+    num_tokens = num_calibration * len(domains) * sequence_length
+    built = build_calibration(calibration, num_tokens, tokenizer, SEED, progress, key="the number of blocks")
     drawn = {domain.name: torch.cat([domain.held_out_NT, domain.calibration_NT]) for domain in built.domains}
     return {name: blocks_NT[:num_blocks] for name, blocks_NT in drawn.items()}, built.notes
 
@@ -162,10 +174,7 @@ def wikitext_blocks(
     """
     longest = getattr(config, "max_position_embeddings", None) or DEFAULT_BLOCK_LENGTH
     length = block_length or min(DEFAULT_BLOCK_LENGTH, longest)
-    if length > longest:
-        raise CalibrationError(
-            f"--wikitext2-length: {length} is longer than the model's {longest} positions; give at most {longest}."
-        )
+    check_length("--wikitext2-length", length, config)
     rows = _hub_rows() if source == HUB else _file_rows(Path(source))
     ids = tokenizer("\n\n".join(rows), verbose=False)["input_ids"]
     num_blocks = len(ids) // length

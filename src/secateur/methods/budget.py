@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,12 +62,18 @@ class Prices:
         """Return the cost of all layers but these."""
         return sum(price for index, price in enumerate(self.per_layer) if index not in layers)
 
-    def with_only(self, layers: Collection[int]) -> "Prices":
+    def with_only(self, layers: Sequence[int]) -> "Prices":
         """Return the same prices for the model that these layers and the tokens left make."""
         gone = self.of_all_but(layers)
         what = " and ".join(["layers"] * bool(gone) + ["tokens"] * bool(self.tokens))
         unit = f"{self.unit} that the {what} left" if what else self.unit
-        return dataclasses.replace(self, total=self.total - gone - self.tokens, unit=unit, tokens=0)
+        return dataclasses.replace(self.numbered(layers), total=self.total - gone - self.tokens, unit=unit, tokens=0)
+
+    def numbered(self, layers: Sequence[int]) -> "Prices":
+        """Return the same prices, units named by the numbers that these layers have once they alone are left."""
+        place = {layer: number for number, layer in enumerate(layers)}
+        per_unit = {(place[at], name): price for (at, name), price in self.per_unit.items() if at in place}
+        return dataclasses.replace(self, per_unit=per_unit)
 
 
 @dataclass(frozen=True, slots=True)

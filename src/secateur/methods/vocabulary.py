@@ -201,10 +201,11 @@ def channel_law(
     `NARROW_TOKENS_PER_INPUT` tokens an input, on other blocks than the `NARROW_BLOCKS` judged. One
     walk fits both, on the stream with `most` gone: the other's own stream changes 0.05% of its KL.
     """
-    widest, length = max(group.num_inputs for group in arch.select(("ffn",))), batches[0].ids_BT.shape[1]
+    ffns, length = arch.select(("ffn",)), batches[0].ids_BT.shape[1]
+    widest, layers = max(group.num_inputs for group in ffns), [group.layer for group in ffns]
     num_fit = -(-NARROW_TOKENS_PER_INPUT * widest // (num_domains * length))
     fitted, judged = first_blocks(batches, num_fit, after=NARROW_BLOCKS), first_blocks(batches, NARROW_BLOCKS)
-    shares = [dict.fromkeys(range(arch.num_layers), 1 - share) for share in (most, most / 2)]
+    shares = [dict.fromkeys(layers, 1 - share) for share in (most, most / 2)]
     both = narrow_readers(model, arch, fitted, shares, damping, decide, progress)
     cost, of_half = (max(1e-9, narrow_kl(model, arch, judged, each) / NARROW_OVERSTATES) for each in both)
     exponent = math.log2(cost / of_half)

@@ -129,7 +129,7 @@ def _on_device(opened: Opened, resolved: Resolved) -> MemoryPlan:
 def _explained(estimate: MemoryEstimate) -> tuple[str, str]:
     """Return the parts of the peak, and what lowers it, for a message."""
     if estimate.is_of_layer_choice:
-        return f"choice of layers {estimate.layer_choice / 1e9:.2f}", "name them in removed_layers or give depth: 0"
+        return f"choice of layers {estimate.layer_choice / 1e9:.2f}", "name them in remove.layers or give depth: 0"
     named = {"hidden states": estimate.hidden_states, "statistics": estimate.statistics, "solve": estimate.solve}
     return ", ".join(f"{name} {part / 1e9:.2f}" for name, part in named.items()), "lower calibration.num_tokens"
 
@@ -212,7 +212,8 @@ def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:
 
 def params_after(opened: Opened, resolved: Resolved) -> int:
     """Return the parameters that the last plan leaves."""
-    prices = parameter_prices(opened.arch, resolved.groups, opened.model).with_only(resolved.layers)
+    dense = opened.arch.select(resolved.recipe.remove.group_names)
+    prices = parameter_prices(opened.arch, dense, opened.model).with_only(resolved.layers)
     return round(prices.total - _params_of_tokens(opened) - prices.gone(resolved.groups, resolved.plans[-1].num_keep))
 
 

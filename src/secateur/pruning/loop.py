@@ -29,7 +29,7 @@ from secateur.stream.walk import Batch, Walk
 def remove_depth(run: Run) -> Run:
     """Remove the recipe's `depth` layers in place; call it before `prune_in_place`.
 
-    Which: the recipe's `removed_layers`, or those of `choose_layers` on `probe_blocks` blocks per
+    Which: the recipe's `remove.layers`, or those of `choose_layers` on `probe_blocks` blocks per
     domain of the first round, in a model about as narrow as the widths will make it. Layers go from
     the first on, so that each fold is fitted to what the layers before it then give. They are
     folded on all blocks of the first round if the recipe compensates by least squares and the
@@ -87,7 +87,8 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
     unprotected = set(range(run.arch.num_layers)) - protected_layers(recipe, run.arch)
     damping = run.resolved.damping if recipe.repair.compensate == "least_squares" else None
     blocks = first_blocks(batches, num_blocks, after=after)
-    shares = dict.fromkeys(unprotected, kept / total)
+    with_ffn = {group.layer for group in run.arch.select(("ffn",))}
+    shares = dict.fromkeys(unprotected & with_ffn, kept / total)
     return narrow_readers(run.model, run.arch, blocks, [shares], damping, from_first, run.services.progress)[0]
 
 
@@ -96,8 +97,10 @@ def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]
     recipe = run.resolved.recipe
     if position == 0 or recipe.repair.compensate != "least_squares" or not arch.mlp_adds_directly:
         return {}
+    ffn = next((group for group in arch.select(("ffn",)) if group.layer == position - 1), None)
+    if ffn is None:  # its FFN is of experts, which no linear reads
+        return {}
     before = decoder_layers(run.model, arch)[position - 1]
-    (ffn,) = (group for group in arch.select(("ffn",)) if group.layer == position - 1)
     name, weight = f"patch for layer {layer}", linear(before, ffn.reader.module).weight
     found = run.services.store.find(name)
     if found is not None:

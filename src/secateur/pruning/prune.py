@@ -198,15 +198,15 @@ def calibration_text(
 ) -> CalibrationSet:
     """Return the recipe's calibration set. `model`: the dense one, for domains sampled from it."""
     recipe, tokenizer = resolved.recipe, tokenizer_of(opened)
-    counts = {"more_held_out": more_held_out, "num_judged_tokens": num_judged_tokens}
     text = build_calibration(
         recipe.calibration,
         resolved.num_tokens,
         tokenizer,
         recipe.seed,
         progress,
+        more_held_out=more_held_out,
+        num_judged_tokens=num_judged_tokens,
         num_rounds=recipe.choose.rounds,
-        **counts,
     )
     return text if model is None else sampled_text(text, opened, model, progress)
 

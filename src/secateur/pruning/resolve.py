@@ -47,6 +47,7 @@ from secateur.pruning.resolve_parts import (
     widths_of,
 )
 from secateur.recipe import Recipe
+from secateur.recovery.pair import check_training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +99,7 @@ class Resolved:
             return replace(self, layers=layers, groups=groups, plans=(plan,), removals=(plan.removed_share,))
         remove = 0.0
         if groups:
-            step = least_step(groups, prices, self.align, alike=recipe.choose.budget == "uniform")
+            step = least_step(groups, prices.numbered(layers), self.align, alike=recipe.choose.budget == "uniform")
             gone = prices.tokens + prices.of_all_but(layers)
             remove = share_for_widths(recipe, self.depth, prices, gone, step)
         rounds = num_rounds(recipe) if remove > 0 else 1
@@ -336,12 +337,14 @@ def resolve(opened: Opened) -> Resolved:
     text, widest = text_for(recipe, fitted, config)
     damping, warnings = damping_for(recipe, text["num_tokens"], widest)
     left = prices.with_only(layers)
-    remove = {"align": align_for(recipe, groups, prices, prices.total - left.total), "depth": depth}
+    remove = {"align": align_for(recipe, groups, prices.numbered(layers), prices.total - left.total), "depth": depth}
     repair: dict[str, Any] = {"damping": damping, "target_mix": target_mix_of(recipe, arch)}
     recipe = recipe.filled(remove=remove, repair=repair, calibration=text)
     if recipe.polish.num_tokens is None:
         trains = bool(groups or depth) and recipe.repair.compensate == "least_squares" and recipe.recover is None
         recipe = recipe.filled(polish={"num_tokens": text["num_tokens"] if trains else 0})
+    if recipe.polish.num_tokens:
+        check_training(recipe.polish, "polish")
     facts: dict[str, Any] = {"recipe": recipe, "arch": arch, "prices": prices, "layers": layers, "warnings": warnings}
     facts["kept"] = opened.like and opened.like.num_keep
     resolved = Resolved(**facts, **remove, **repair, **text).with_layers(layers)

@@ -47,7 +47,7 @@ def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
         raise RecipeError(f"remove.layers: layer {both[0]} is in protected_layers too; take it out of one of them.")
     if named and recipe.remove.depth not in (None, len(named)):
         raise RecipeError(
-            f"remove.depth: {recipe.remove.depth} is not the number of removed_layers: [{shown}]; "
+            f"remove.depth: {recipe.remove.depth} is not the number of remove.layers: [{shown}]; "
             f"leave depth out, or give {len(named)}."
         )
     return named

@@ -185,6 +185,7 @@ def _count(dense: _Dense, removal: methods.Removal) -> int:
     assert length is not None
     layers = layers_to_expect(opened.recipe, arch, opened.model.config)
     asked = max(0.0, remove.share * prices.total - prices.of_all_but(layers))
+    prices = prices.numbered(layers)
     per_token = token_prices(remove.target, opened.model, 1000, length) / 1000
     if not remove.group_names or not asked:
         return int(methods.sizes_within(removal, num_rows, int(asked // per_token))[-1])
@@ -223,7 +224,9 @@ def _measured(dense: _Dense, removal: methods.Removal, most: float) -> tuple[flo
     """
     opened, services, recipe = dense.opened, dense.services, dense.opened.recipe
     # A recipe that every model can meet: memory depends on its text.
-    plain = recipe.filled(remove={"vocabulary": None, "share": 0.05, "align": 1, "depth": 0, "groups": ("ffn",)})
+    layers = {"depth": 0, "layers": (), "groups": ("ffn",)}
+    remove = {"vocabulary": None, "share": 0.05, "align": 1, "min_keep": 0.0, **layers}
+    plain = recipe.filled(remove=remove, choose={"rounds": 1, "schedule": "linear"})
     resolved = resolve(opened.asking(plain))
     plan = memory_for(opened.asking(plain), resolved)
     text = (recipe.calibration, resolved.num_tokens, dense.tokenizer, recipe.seed)

@@ -22,7 +22,7 @@ from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
 from secateur.recovery.cost import cost_of, time_a_step
 from secateur.recovery.judge import Judge
-from secateur.recovery.pair import Candidates, RecoveryText, open_pair, recovery_text, shared_out
+from secateur.recovery.pair import Candidates, RecoveryText, check_training, open_pair, recovery_text, shared_out
 from secateur.recovery.train import Work
 from secateur.report.measured import Cost
 from secateur.report.records import RECIPE_FILE, RESULT_FILE, read_summary
@@ -60,12 +60,13 @@ def open_job(
             "NAME[=FILE] or --recipe FILE."
         )
     base = load_recipe(path) if path.is_file() else {}
-    if "domains" in changes.get("calibration", {}):  # they replace the old ones
+    if "domains" in (changes.get("calibration") or {}):  # they replace the old ones
         base.get("calibration", {}).pop("domains", None)
     recipe = parse_recipe(merged(base, changes), "recover")
     length = sequence_length(recipe.calibration.sequence_length, candidates.pruned_shape.config.get_text_config())
     calibration = recipe.calibration.model_copy(update={"sequence_length": length})
     asked, num_ranks = recipe.recover or RecoverySettings(), launched_size()
+    check_training(asked, "recover")
     settings = shared_out(asked, length, num_ranks)
     if num_ranks > 1 and settings.batch_tokens != asked.batch_tokens:
         note = (

@@ -4,6 +4,7 @@ In: references of both models; a recipe. Out: `Candidates`; blocks to train on a
 """
 
 import copy
+import importlib.util
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from types import MappingProxyType
 from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from secateur.data.calibration import CALIBRATION_BLOCKS_PER_HELD_OUT, build_calibration, with_sampled
 from secateur.errors import CheckpointError, RecipeError
@@ -29,7 +31,7 @@ from secateur.model.checkpoint import (
 )
 from secateur.model.identity import check_dense
 from secateur.model.kept_tokens import Trim, keep_tokens, trim_between
-from secateur.recipe import Recipe, RecoverySettings
+from secateur.recipe import Recipe, RecoverySettings, Training
 
 KEEP_FILE = "keep.json"
 
@@ -162,7 +164,8 @@ def recovery_text(
     calibration, length = recipe.calibration.model_copy(update={"rotate": False}), recipe.calibration.sequence_length
     assert length is not None
     more = _more_held_out(recipe, settings, judged)
-    built = build_calibration(calibration, settings.num_tokens, tokenizer, recipe.seed, progress, more_held_out=more)
+    facts = (calibration, settings.num_tokens, tokenizer, recipe.seed, progress)
+    built = build_calibration(*facts, more_held_out=more, key="recover.num_tokens")
     built = with_sampled(built, teacher, tokenizer, recipe.seed, progress)
     blocks = [(domain.name, ids_T) for domain in built.domains for ids_T in domain.calibration_NT]
     random.Random(f"{recipe.seed}:recover").shuffle(blocks)
@@ -191,6 +194,17 @@ def shared_out(
     per_rank = -(-min(asked, num_blocks or asked) // num_ranks)
     at_once = max(count for count in range(1, settings.blocks_per_device + 1) if per_rank % count == 0)
     return settings.model_copy(update={"batch_tokens": per_rank * num_ranks * length, "blocks_per_device": at_once})
+
+
+def check_training(settings: Training, key: str) -> None:
+    """Raise RecipeError, naming the recipe's `key`, if a package that the training needs is missing."""
+    if settings.train == "lora" and importlib.util.find_spec("peft") is None:
+        raise RecipeError(f"{key}.train: lora needs the package peft; run pip install 'secateur[recover]'.")
+    there = get_available_reporting_integrations() if settings.report_to else []
+    for name in settings.report_to:
+        if name not in ("all", "none", *there):
+            found = ", ".join(sorted(there)) or "none of them is installed"
+            raise RecipeError(f"{key}.report_to: {name!r} is no installed tracker that transformers knows ({found}).")
 
 
 def whole_steps(blocks: Sequence[Block], settings: RecoverySettings, length: int, key: str) -> Sequence[Block]:

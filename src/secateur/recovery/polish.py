@@ -5,6 +5,7 @@ trained model, in place, and its record. The dense model is asked once, block by
 inputs and its head stand for it, so that it need not be in memory beside the pruned one.
 """
 
+import hashlib
 import random
 import tempfile
 from collections.abc import Iterator
@@ -80,7 +81,7 @@ def learn(
         judged = {d.name: 0 if d.judged_NT is None else len(d.judged_NT) for d in text.domains}
         more = skipped + max(judged[d.name] + len(d.held_out_NT) for d in text.domains)
         facts = (calibration, settings.num_tokens, tokenizer, recipe.seed, progress)
-        drawn = build_calibration(*facts, more_held_out=more)
+        drawn = build_calibration(*facts, more_held_out=more, key="polish.num_tokens")
         drawn = with_sampled(drawn, dense, tokenizer, recipe.seed, progress, dense_ids)
     else:
         drawn = rotated(text, 0)
@@ -109,7 +110,7 @@ def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, devic
     counts = text.num_tokens, text.num_held_out_tokens
     flops = predict_flops(forward_flops(model, text.sequence_length), lesson.forward, settings, *counts)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    with _folder(services) as place, services.log.time(STAGE):
+    with _folder(services, settings) as place, services.log.time(STAGE):
         facts = (text, lesson.judge, settings, seed, sum(flops["training"]), place)
         reports = (services.log, services.progress, services.store.tell)
         before, training = train_guarded(
@@ -128,8 +129,12 @@ def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, devic
 
 
 @contextmanager
-def _folder(services: Services) -> Iterator[Path]:
-    """Yield the directory of the training, the same for all ranks: in the store if there is one."""
+def _folder(services: Services, settings: RecoverySettings) -> Iterator[Path]:
+    """Yield the directory of the training, the same for all ranks: in the store if there is one.
+
+    Each has its settings in its name: what memory allows may have changed when a run goes on.
+    """
+    name = f"{FOLDER}-{hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]}"
     with tempfile.TemporaryDirectory(prefix="polish-", dir=services.scratch) as own:
         store = services.store.directory
-        yield from_first(lambda: Path(own) if store is None else store / FOLDER)
+        yield from_first(lambda: Path(own) if store is None else store / name)

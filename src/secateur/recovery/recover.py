@@ -14,6 +14,7 @@ import torch
 from secateur.facts import Verdicts
 from secateur.files import check_replaceable, staging
 from secateur.log import Progress, silent
+from secateur.ranks import alone
 from secateur.recipe import TaskSettings
 from secateur.recovery.cost import TRAIN_DENSE, without_teacher
 from secateur.recovery.open import changes_of, open_job, prepare
@@ -64,7 +65,9 @@ def recover(
             _let_others_go(had_processes)
             if directory is not None:
                 scores = None if score is None else partial(score, work, candidates)
-                record = write_result(work, job, (before, training, trained_dense), scores, directory, name, command)
+                with alone():  # the others ask no tasks
+                    judged = before, training, trained_dense
+                    record = write_result(work, job, judged, scores, directory, name, command)
     if is_main:
         shutil.rmtree(work.directory)
     return record

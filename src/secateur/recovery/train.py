@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import CheckpointError
 from secateur.facts import TrainingRecord, Verdicts, mean_kl, weight_size
 from secateur.log import Progress, RunLog
 from secateur.model.config import quiet_transformers
@@ -231,7 +231,7 @@ def recover_logits(work: Work) -> int:
     Weights are float32 in training; a bfloat16 model computes and ends in bfloat16 (autocast).
     AdamW without decay, a tenth of warm-up, then a cosine schedule, gradients clipped to norm 1.
 
-    Raises RecipeError if peft is missing or FSDP is too old.
+    Raises RecipeError if FSDP is too old.
     """
     if work.settings.kl_share == 0:
         work.teacher = work.states = None
@@ -285,12 +285,9 @@ def with_lora(model: PreTrainedModel, rank: int) -> nn.Module:
     """Return the model with trainable low-rank additions to every linear but the head.
 
     W + (2 rank / rank) B A, B zero at first. Source: Hu et al., arXiv 2106.09685.
-    Raises RecipeError without peft.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise RecipeError("recover.train: lora needs the package peft; run pip install 'secateur[recover]'.") from None
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with quiet_transformers():  # peft uses what transformers deprecates
         return get_peft_model(model, config)
@@ -341,7 +338,7 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: 
         max_steps=num_steps,
         learning_rate=rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, num_steps // 10),
+        warmup_steps=min(num_steps - 1, max(1, num_steps // 10)),  # the first step of a warm-up has no rate
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=dtype == torch.bfloat16 and not (on_cpu and multiplies_in_software(CPU, dtype)),
@@ -363,6 +360,7 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: 
         restore_callback_states_from_checkpoint=True,  # else patience starts anew
         seed=work.seed,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel multiplies the batch
     if wants_shards():
         let_cpu_shard(arguments)
     arguments.gradient_accumulation_steps = size // (arguments.per_device_train_batch_size * arguments.world_size)
