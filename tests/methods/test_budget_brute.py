@@ -416,7 +416,9 @@ def test_prices_count_what_goes_and_what_layers_leave() -> None:
     assert prices.gone(groups, {(0, "ffn"): 4, (1, "ffn"): 12, (0, "heads"): 3}) == 6 * 3 + 7  # no group grows
     assert prices.of_all_but((0, 2)) == 50 and prices.of_all_but(()) == 180
     left = prices.with_only((0, 2))
-    assert (left.total, left.unit, left.per_unit) == (450, "FLOPs that the layers left", per_unit)
+    assert (left.total, left.unit) == (450, "FLOPs that the layers left")
+    assert left.per_unit == {(0, "ffn"): 3, (0, "heads"): 7}  # layer 2 has no unit
+    assert prices.numbered((1, 2)).per_unit == {(0, "ffn"): 5} and prices.numbered((1, 2)).total == 500
     assert prices.with_only((0, 1, 2)) == prices
     assert prices.total_text == "50 FLOPs" and dataclasses.replace(prices, unit_size=1).text(12345) == "12,345 FLOPs"
     assert largest_remove(groups, prices, {(0, "ffn"): 1, (1, "ffn"): 1, (0, "heads"): 1}) == (27 + 45 + 21) / 500
