@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import secateur
 from secateur.cli import app, main
 from secateur.data.calibration import build_calibration
+from secateur.evaluation.study import shipped_studies
 from secateur.facts import Size
 from secateur.pruning.resolve import resolve
 from secateur.recipe import Recipe
@@ -291,5 +292,7 @@ def test_help_has_an_example_and_the_console_script_is_main():
     for command in COMMANDS:
         shown = run_cli(command, "--help")
         assert shown.status == 0 and f"Example: secateur {command}" in shown.stdout
+        if command == "compare":
+            assert all(name in shown.stdout for name in shipped_studies())
     [script] = importlib.metadata.entry_points(group="console_scripts", name="secateur")
     assert script.load() is main

@@ -181,7 +181,7 @@ def test_what_is_sent_holds_no_path_and_fits_its_digests(once, places, tmp_path)
     stage, files = tmp_path / "stage", read_result(once)
     stage.mkdir()
     _stage(once, stage, files)
-    _digest_again(once, stage)
+    _digest_again(stage)
     for file in (path for path in stage.rglob("*") if path.suffix in (".json", ".jsonl", ".yaml", ".html", ".md")):
         text = file.read_text()
         assert not re.search(r"/tmp|a place of mine", text.replace(str(file), "")), file

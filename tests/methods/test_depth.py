@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from families import FAMILIES as ROWS
+from families import tiny_family
 from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
@@ -202,6 +204,19 @@ def test_removed_saved_and_reloaded_equals_skipping(factory, settings, layers, t
     if factory is tiny_qwen2:
         types = dense.config.layer_types
         assert reloaded.config.layer_types == [kind for index, kind in enumerate(types) if index not in layers]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [*((name, {}) for name in ROWS), *((name, {"decoder_sparse_step": 2}) for name in ("qwen2_moe", "qwen3_moe"))],
+)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_config_builds_the_layers_that_stay(name, settings, layer):
+    model, ids_BT = tiny_family(name, **settings), tiny_ids()
+    remove_layers(model, bind(model), [layer])
+    again = type(model)(type(model.config).from_dict(model.config.to_dict())).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits_of(again, ids_BT), logits_of(model, ids_BT))
 
 
 @pytest.mark.parametrize("factory, settings", FAMILIES)

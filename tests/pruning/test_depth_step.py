@@ -373,3 +373,14 @@ def test_a_family_that_norms_what_an_ffn_gives_loses_layers_without_a_patch(smal
     torch.testing.assert_close(
         logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits_of(result.model), atol=1e-6, rtol=0
     )
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("name", ["qwen3_moe-mixed", "llama4", "deepseek_v2"])
+def test_mixtures_with_dense_layers_lose_layers(name, layer, small, tmp_path):
+    model = tiny_family(name)
+    share = num_params(model.model.layers[layer]) / num_params(model) + 0.02
+    asked = grouped({**small, "removed_layers": [layer], "remove": share})
+    result = secateur.prune(model, asked, tokenizer=TOKENIZER, out=tmp_path / "out")
+    assert result.layers == tuple({0, 1, 2} - {layer}) and result.summary.reload_max_abs_difference == 0
+    assert result.summary.remove_reached == pytest.approx(share, abs=0.03)

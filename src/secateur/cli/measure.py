@@ -116,7 +116,9 @@ def bench(
 
 @common.app.command(epilog="Example: secateur compare paper out --small --model smollm2-135m")
 def compare(
-    study: Annotated[str, typer.Argument(help="A study's YAML file, or a shipped one: paper, methods, tokens.")],
+    study: Annotated[
+        str, typer.Argument(help="A study's YAML file, or a shipped one: methods, paper, tokens, vocabulary.")
+    ],
     out: Annotated[Path, typer.Argument(help="The directory for cells, table and page; finished cells stay.")],
     model: Annotated[list[str] | None, typer.Option(help="Replaces the study's model; again for several.")] = None,
     small: Annotated[bool, typer.Option("--small", help="The study's short form.")] = False,

@@ -134,7 +134,7 @@ def compare(
 ) -> Comparison:
     """Run the missing cells of a study's grid; write table, study, results and page to `out`.
 
-    `study`: a YAML file, or a shipped study: paper, methods, tokens. `out`: the directory, which
+    `study`: a YAML file, or a shipped study by its name. `out`: the directory, which
     also holds every finished cell. `model`: one or several, in place of the study's. `small`: run
     the study's short form. `progress`: called with (stage, done, total). `tell`: gets a line about every
     finished cell that is damaged on disk and runs again.

@@ -95,7 +95,7 @@ def push(
         stage = Path(scratch)
         _stage(directory, stage, files)
         _write_card(stage, files, data, notes)
-        _digest_again(directory, stage)
+        _digest_again(stage)
         sizes = {path.relative_to(stage).as_posix(): path.stat().st_size for path in sorted(stage.rglob("*"))}
         sent = {name: size for name, size in sizes.items() if not (stage / name).is_dir()}
         progress("push", 0, 1)
@@ -153,7 +153,7 @@ def _write_card(stage: Path, files: ResultFiles, data: ModelCardData, notes: tup
     (stage / CARD).write_text(with_metadata(without_places(card, summary, recipe), data), encoding="utf-8")
 
 
-def _digest_again(directory: Path, stage: Path) -> None:
+def _digest_again(stage: Path) -> None:
     """Write the sha256 of what was rewritten into the staged `result.json`."""
     summary = read_summary(stage)
     linked = {name: digest for name, digest in summary.files.items() if (stage / name).is_symlink()}

@@ -24,13 +24,17 @@ from secateur.stream.losses import KL_POSITIONS, states_for_head, token_divergen
 from secateur.stream.statistics import Decide, Gram, here, keep_highest, sum_over_ranks, totals
 from secateur.stream.walk import LAYERS_AT_ONCE, Walk, at_hand
 
+# Keys of transformers' mixtures: the layers with an FFN, those with experts; how many come before experts.
+LAYER_NUMBERS, FIRST_LAYERS = ("mlp_only_layers", "moe_layers"), ("first_k_dense_replace",)
+
 
 def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch:
     """Remove whole layers in place and return the architecture bound anew; the old one is stale.
 
     The remaining layers are renumbered in the modules (a KV cache uses `layer_idx`) and in the
-    config: the number of layers, and every list with one entry per layer, as `layer_types`. Raises
-    RecipeError for a missing layer or if none would stay, ArchError for per-layer widths.
+    config: the number of layers, every list with one entry per layer, as `layer_types`, and which
+    layers have experts. Raises RecipeError for a missing layer or if none would stay, ArchError for
+    per-layer widths.
     """
     config: Any = text_config(model)
     missing = sorted(set(layers) - set(range(arch.num_layers)))
@@ -49,11 +53,25 @@ def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch
                 module.layer_idx = number
     parent, _, name = arch.layers.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(modules))
-    config.num_hidden_layers = len(kept)
-    for key, values in config.to_dict().items():
-        if "layer" in key and isinstance(values, list) and len(values) == arch.num_layers:
-            setattr(config, key, [values[index] for index in kept])
+    _renumber(config, kept, arch.num_layers)
     return bind(model)
+
+
+def _renumber(config: Any, kept: list[int], num_layers: int) -> None:
+    """Give the config the layers that stay."""
+    new, known = {index: number for number, index in enumerate(kept)}, config.to_dict()
+    if (step := known.get("decoder_sparse_step", 1)) > 1:  # experts in each `step`-th layer, dense ones between
+        between = {index for index in range(num_layers) if (index + 1) % step}
+        known["mlp_only_layers"] = sorted(between.union(known["mlp_only_layers"]))
+        config.decoder_sparse_step = 1
+    for key, value in known.items():
+        if key in LAYER_NUMBERS and value is not None:
+            setattr(config, key, [new[index] for index in value if index in new])
+        elif key in FIRST_LAYERS and value is not None:
+            setattr(config, key, sum(index < value for index in kept))
+        elif "layer" in key and isinstance(value, list) and len(value) == num_layers:
+            setattr(config, key, [value[index] for index in kept])
+    config.num_hidden_layers = len(kept)
 
 
 @torch.no_grad()
