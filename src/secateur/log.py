@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +50,8 @@ class RunLog:
         self.lines: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self._path = None if directory is None else directory / LOG_FILE
+        if self._path is not None and self._path.is_file():  # a full disk may have left half a line
+            os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
 
     def append_to(self, directory: Path) -> None:
         """From now on also write to the directory's `run.jsonl`."""

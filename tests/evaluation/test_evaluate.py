@@ -108,7 +108,7 @@ def test_against_the_dense_model(copy, checkpoints):
     assert list(json.loads(text)) == keys and list(json.loads(text)["pruned"]) == ["domains"]
 
 
-def test_what_it_gives_as_a_draft(copy, checkpoints):
+def test_what_it_gives_as_a_draft(copy, checkpoints, tmp_path):
     found = evaluate(copy, checkpoints["llama"])
     models = [AutoModelForCausalLM.from_pretrained(each) for each in (checkpoints["llama"], copy)]
     assert found.draft is not None and found.kl is not None
@@ -123,6 +123,7 @@ def test_what_it_gives_as_a_draft(copy, checkpoints):
     timed = evaluate(copy, checkpoints["llama"]).draft
     assert timed is not None and timed.cost == pytest.approx(1 / measured)
     assert timed.cost_of == "decode seconds of bench.json"
+    assert evaluate(copy, checkpoints["llama"], out=tmp_path).draft == timed
     said = json.loads((copy / "bench.json").read_text()) | {"dense_fingerprint": "of another"}
     (copy / "bench.json").write_text(json.dumps(said))
     assert evaluate(copy, checkpoints["llama"]).draft == found.draft

@@ -159,7 +159,7 @@ def _evaluate(
         found = parts.kl_parts(store, dense, pruned, states, domains, progress)
         kl = {domain: Divergence(**part) for domain, part in found.items()}
         if trim is None and kl:  # runtimes draft with the same tokens alone
-            draft = parts.draft(directory, dense, pruned, kl)
+            draft = parts.draft(dense, pruned, kl)
         written.append(parts.sample_parts(store, pruned, text.tokenizer, starts, progress))
         tasks = parts.task_changes(harness, own_harness) if text.tasks is not None else None
         changes = parts.differences(before, after, tasks)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, identity, merge, num_questions, run_task
 from secateur.evaluation.text import continuation, measure_quality
 from secateur.facts import Divergence, Draft, Size, draft_of
-from secateur.log import Progress
+from secateur.log import Progress, versions
 from secateur.model.bind import Arch, bind, head_of
 from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_model, open_checkpoint
 from secateur.model.identity import identity as model_identity
@@ -90,6 +90,11 @@ class Subject:
     device: torch.device
     loaded: PreTrainedModel | None = None
     kept: KeptTokens | None = None
+
+    @property
+    def facts(self) -> Part:
+        """What its figures depend on, beside the text."""
+        return {"model": self.fingerprint, "device": self.device.type, "versions": versions()}
 
     def model(self) -> PreTrainedModel:
         """Return the model, loading it at the first call."""
@@ -162,7 +167,7 @@ def quality_parts(
             quality = measure_quality(subject.model(), subject.arch, tokenizer, domain, domain_NT, done, counts)
             return dataclasses.asdict(quality)
 
-        depends_on = {"model": subject.fingerprint, **_facts(domain_NT), **({"per": counts} if counts else {})}
+        depends_on = {**subject.facts, **_facts(domain_NT), **({"per": counts} if counts else {})}
         found[domain] = store.value(f"{stage}-{domain}", compute, depends_on=depends_on)
         count.move(before + len(domain_NT) - count.done)
     return found
@@ -186,7 +191,7 @@ def sample_parts(
             count.move()
         return written
 
-    depends_on = {"model": subject.fingerprint, "starts": dict(starts)}
+    depends_on = {**subject.facts, "starts": dict(starts)}
     return store.value("samples", lambda: from_first(write), depends_on=depends_on)
 
 
@@ -267,7 +272,7 @@ def task_parts(
         def compute() -> Part:
             return run_task(task, subject.model(), tokenizer, options, listen)
 
-        depends_on = {"model": subject.fingerprint, **dataclasses.asdict(options), **identity(task, loaded)}
+        depends_on = {**subject.facts, **dataclasses.asdict(options), **identity(task, loaded)}
         found = store.value(f"task-{name}", compute, depends_on=depends_on)
         count.move(before + sizes[name] - count.done)
         return found
@@ -317,15 +322,15 @@ def _facts(blocks_NT: Blocks) -> Part:
 
 
 def _kl_facts(dense: Subject, pruned: Subject, blocks_NT: Tensor) -> Part:
-    return {"dense": dense.fingerprint, "pruned": pruned.fingerprint, "acceptance": True, **_facts(blocks_NT)}
+    return {"dense": dense.facts, "pruned": pruned.facts, "acceptance": True, **_facts(blocks_NT)}
 
 
-def draft(directory: Path, dense: Subject, pruned: Subject, kl: Mapping[str, Divergence]) -> Draft | None:
+def draft(dense: Subject, pruned: Subject, kl: Mapping[str, Divergence]) -> Draft | None:
     """Return the pruned model as a draft of the dense one, at the costs that are known.
 
-    Those of the bench.json in `directory`, if it timed these two, else the bytes of the weights.
+    Those of the pruned model's bench.json, if it timed these two, else the bytes of the weights.
     """
-    path = directory / BENCH_FILE
+    path = pruned.checkpoint.directory / BENCH_FILE
     bench = BenchResult.from_json(path.read_bytes(), str(path)) if path.is_file() else None
     if bench is not None and bench.decode and bench.dense_fingerprint == model_identity(dense.checkpoint):
         return draft_of(kl, 1 / bench.decode.measured.median, "decode seconds of bench.json")
