@@ -5,7 +5,6 @@ FLOPs are those of matrix products. Memory is estimated from shapes, without the
 T: tokens of a block; "forward": one pass of one model over all positions, head included.
 """
 
-import time
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from secateur.recipe import RecoverySettings
 from secateur.recovery.judge import distillation_loss, logits_of
 from secateur.recovery.pair import Candidates, RecoveryText, blocks_per_step
 from secateur.report.measured import Cost
+from secateur.stream.device import now
 
 # Numbers that a layer stores per token for backward: float32 ones in hidden sizes (the stream, inputs
 # of norms and linears, queries, keys, values), and four in the FFN's, as autograd was seen to store.
@@ -110,13 +110,13 @@ def time_a_step(pruned: PreTrainedModel, teacher: PreTrainedModel, ids_BT: Tenso
         parameter.requires_grad_(True)
     teaching = training = 0.0
     for _ in range(2):
-        start = time.perf_counter()
+        start = now(ids_BT.device)
         dense_PV = logits_of(teacher, ids_BT)
-        middle = time.perf_counter()
+        middle = now(ids_BT.device)
         with torch.autocast(ids_BT.device.type, dtype, enabled=dtype == torch.bfloat16):
             logits_PV = pruned(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
         distillation_loss(logits_PV, next_P, dense_PV).backward()
-        teaching, training = middle - start, time.perf_counter() - middle
+        teaching, training = middle - start, now(ids_BT.device) - middle
     return teaching / (ids_BT.numel() * big), training / (ids_BT.numel() * 3 * small)
 
 

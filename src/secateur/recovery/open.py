@@ -26,6 +26,7 @@ from secateur.recovery.pair import Candidates, RecoveryText, check_training, ope
 from secateur.recovery.train import Work
 from secateur.report.measured import Cost
 from secateur.report.records import RECIPE_FILE, RESULT_FILE, read_summary
+from secateur.stream.device import on_device
 
 
 class Job(NamedTuple):
@@ -157,6 +158,8 @@ def dry_run(
     text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress, _judged_by(candidates))
     progress("time a step", 0, 1)
     ids_BT = torch.stack([ids_T for _, ids_T in text.blocks[: settings.blocks_per_device]])
-    seconds_per_flop = time_a_step(candidates.load_pruned(), dense, ids_BT)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as `train` chooses it
+    model, dense = (on_device(each, device) for each in (candidates.load_pruned(), dense))
+    seconds_per_flop = time_a_step(model, dense, ids_BT.to(device))
     progress("time a step", 1, 1)
     return cost_of(candidates, settings, text, seconds_per_flop)
