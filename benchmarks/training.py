@@ -1,7 +1,8 @@
 """Tokens per second of training, and its share of the matrix products that this machine can do.
 
-Times the parts of a step as a polish takes it: forward, the dense model's predictions from what its
-head reads, loss, backward, and update. The model teaches itself, so that nothing is pruned. Prints
+Times the parts of a step as a polish takes it: the layers' forward; the loss, with the heads of both
+models and the gradient of what the trained one's reads; the layers' backward; the update. The model
+teaches itself, so that nothing is pruned. Prints
 a Markdown table: medians over the steps, operations by `recovery.cost`, and what share they are of
 what one large product in the same dtype would do. The last line has the tokens per second.
 
@@ -29,8 +30,9 @@ from secateur.pruning.cost import measured_rates
 from secateur.recipe import PolishSettings
 from secateur.recovery.attention import attention_in_training
 from secateur.recovery.cost import forward_flops
-from secateur.recovery.judge import distillation_loss
+from secateur.recovery.loss import distillation_loss, loss_in_forward, states_of
 from secateur.recovery.pair import blocks_per_step
+from secateur.recovery.weights import autocasts, prepare_weights
 from secateur.stream.device import CPU, keeping_freed, multiplies_in_software
 from secateur.stream.losses import final_states
 
@@ -64,38 +66,35 @@ def main() -> None:
     head = copy.deepcopy(head_of(model, arch))  # in the model's dtype, as a judge has it
     states_PD = torch.cat([final_states(model, arch, ids_1T) for ids_1T in ids_BT.split(1)])
     layers, whole = forward_flops(model, options.length)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        module.requires_grad_(False)
+    prepare_weights(model, settings.train, float_all=not autocasts(model.dtype, on_cpu=True))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4, fused=True)
     next_P = ids_BT[:, 1:].flatten()
-    seconds: dict[str, list[float]] = {name: [] for name in ("forward", "teach", "loss", "backward", "update")}
+    seconds: dict[str, list[float]] = {name: [] for name in ("forward", "loss", "backward", "update")}
 
     def forward() -> Tensor:
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-            return model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
+            return states_of(model, arch, ids_BT)
 
-    @torch.no_grad()
-    def teach() -> Tensor:
+    def loss_of(found_PD: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-            return head(states_PD)
+            facts = found_PD, head_of(model, arch), next_P, (states_PD, head)
+            return distillation_loss(*facts, kl_share=settings.kl_share)
 
     def update() -> None:
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    with keeping_freed(), attention_in_training(recomputed=options.torch_attention):
+    inside = loss_in_forward(model, arch, settings.kl_share)
+    with keeping_freed(), inside, attention_in_training(recomputed=options.torch_attention):
         for _ in range(options.steps + 1):
-            logits_PV, dense_PV = timed(seconds["forward"], forward), timed(seconds["teach"], teach)
-            facts = (logits_PV, next_P, dense_PV)
-            loss = timed(seconds["loss"], partial(distillation_loss, *facts, kl_share=settings.kl_share))
+            found_PD = timed(seconds["forward"], forward)
+            loss = timed(seconds["loss"], partial(loss_of, found_PD))
             timed(seconds["backward"], loss.backward)
             timed(seconds["update"], update)
     peak = measured_rates(CPU, dtype, WIDTH, ROWS).forward
-    flops = {"forward": whole, "teach": whole - layers, "loss": 0.0, "backward": whole + layers, "update": 0.0}
+    flops = {"forward": layers, "loss": 3 * (whole - layers), "backward": 2 * layers, "update": 0.0}
     print(f"{options.model}, {dtype}, {torch.get_num_threads()} threads, one step of {num_tokens:,} tokens;")
     print(f"a large product runs at {peak / 1e9:,.0f} GFLOP/s\n")
     print("| part | ms | GFLOP | of the product's rate |")

@@ -54,10 +54,11 @@ class Training(Strict):
     blocks_per_device: per forward pass. kl_share: the part of the loss that is KL to the dense
     model's predictions; the rest is cross-entropy. 0: no teacher. train: all weights but embedding
     and head (`layers`), all weights (`full`), or low-rank additions that are merged at the end
-    (`lora`, needs secateur[recover]). lora_rank: of these. gradient_checkpointing: computes
-    activations again in place of storing them. evaluations: number of held-out evaluations; the
-    weights of the least loss stay. patience: stop after so many without a fall. report_to: as in
-    transformers' Trainer.
+    (`lora`, needs secateur[recover]). lora_rank: of these. attention: transformers' implementation
+    of it; flash_attention_* need a GPU and their package. None: the model's own.
+    gradient_checkpointing: computes activations again in place of storing them. evaluations: number
+    of held-out evaluations; the weights of the least loss stay. patience: stop after so many
+    without a fall. report_to: as in transformers' Trainer.
     """
 
     learning_rate: Positive | None = None
@@ -66,6 +67,7 @@ class Training(Strict):
     kl_share: Share = 0.5
     train: Literal["layers", "full", "lora"] = "layers"
     lora_rank: Count = 16
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
     gradient_checkpointing: bool = False
     evaluations: Count = 4
     patience: Count = 2

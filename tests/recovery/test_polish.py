@@ -14,6 +14,7 @@ from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import kl_div
 from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaModel
 
 import secateur
 from secateur.data.calibration import build_calibration
@@ -27,6 +28,7 @@ from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import parse_recipe
 from secateur.recovery import attention, train
 from secateur.recovery.cost import forward_flops, polish_work, training_bytes
+from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.polish import Lesson, _folder, learn, polish, polish_settings
 from secateur.store import Services, Store, place_beside
 from tests.families import tiny_family
@@ -126,14 +128,33 @@ def test_what_the_dense_model_leaves_teaches_as_the_model_itself(asked):
     trainer.settings, trainer.judge, trainer.teacher = lesson.settings, lesson.judge, None
     ids_BT = torch.stack([ids_T for _, ids_T in lesson.text.blocks[:2]])
     inputs = {"input_ids": ids_BT, "weight": torch.ones(2), "states": torch.stack(lesson.states[:2])}
-    found = float(trainer.compute_loss(student, inputs).detach())
-    trainer.teacher = dense
-    del inputs["states"]
-    assert found == pytest.approx(float(trainer.compute_loss(student, inputs).detach()), rel=1e-6)
+    with loss_in_forward(student, bind(student), lesson.settings.kl_share), teacher_in_forward(dense, bind(dense)):
+        found = float(trainer.compute_loss(student, inputs).detach())
+        trainer.teacher = dense
+        del inputs["states"]
+        assert found == pytest.approx(float(trainer.compute_loss(student, inputs).detach()), rel=1e-6)
     with torch.no_grad():
         log_q, log_p = (m(ids_BT).logits[:, :-1].double().log_softmax(-1).flatten(0, 1) for m in (student, dense))
     expected = float(kl_div(log_q, log_p, reduction="batchmean", log_target=True))
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_attention_that_the_recipe_names_is_used_on_both_sides(asked, monkeypatch):
+    """By the dense model's states and the training's steps; what judges before and after has the model's own."""
+    seen: list[tuple[str, bool]] = []
+    real = LlamaModel.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((self.config._attn_implementation, self.training))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    polished = {**asked, "polish": {**TRAINING, "num_tokens": 256, "attention": "eager"}}
+    lesson_of(polished, tiny_llama())
+    assert seen[0] == ("sdpa", False) and seen[-1] == ("eager", False)
+    seen.clear()
+    secateur.prune(tiny_llama(), grouped(polished), tokenizer=tiny_tokenizer())
+    assert {name for name, trains in seen if trains} == {"eager"} and seen[-1] == ("sdpa", False)
 
 
 def test_its_text_is_that_of_the_calibration_in_another_order(asked):
@@ -278,20 +299,38 @@ def test_the_memory_is_that_of_its_parts(asked):
     step = at_once * (stream + ffn + 3 * config.vocab_size)
     kept = left + (1280 + config.vocab_size) * config.hidden_size  # the weights before; states; the head
     assert polish_bytes(opened, resolved) == 4 * kept + training + 4 * step
-    # bfloat16: half of what is kept, of the FFN's numbers and of logits, and copies of what trains.
+    # bfloat16: half of what is kept, of the FFN's numbers and of logits; copies of what trains; none of words.
     low = checked(open_model(tiny_llama().to(torch.bfloat16), parse_recipe(grouped(asked)), tiny_tokenizer()))
     if not computes_in_float32(low):
         step = at_once * (2 * stream + ffn + 3 * config.vocab_size)
-        assert polish_bytes(low, resolve(low)) == 2 * (kept + step + left - words) + training
+        training = 12 * (left - words) + 4 * (left - words) + 2 * words
+        assert polish_bytes(low, resolve(low)) == 2 * (kept - words + step + left - words) + training
 
 
 def test_the_best_weights_at_the_end_may_be_the_most():
-    model = tiny_llama()
+    model, low = tiny_llama(), tiny_llama().to(torch.bfloat16)
     settings = RecoverySettings(num_tokens=32, batch_tokens=32)
-    for num_params in (10**8, 1):  # the best weights; a step
-        step = 10**6 * 4 + 4 * 32 * (3 * (10 * 48 + 4 * 112) + 3 * model.config.vocab_size)
+    words, activations = 3 * model.config.vocab_size, 3 * 10 * 48
+    for num_params in (10**8, 10**6):  # the best weights; a step
+        step = 10**6 * 4 + 4 * 32 * (activations + 3 * 4 * 112 + words)
         most = max(4 * num_params, step)
-        assert training_bytes(model, num_params, 10**6, settings, 32) == 4 * num_params + 8 * 10**6 + most
+        found = training_bytes(model, num_params, 10**6, settings, 32, on_cpu=True)
+        assert found == 4 * num_params + 8 * 10**6 + most
+        # On an accelerator bfloat16 never multiplies in software, and a slice of logits is float32, too.
+        step = 10**6 * 6 + 32 * (4 * activations + 2 * (3 * 4 * 112 + words) + 16 * model.config.vocab_size)
+        kept = 4 * 10**6 + 2 * (num_params - 10**6)
+        found = training_bytes(low, num_params, 10**6, settings, 32, on_cpu=False)
+        assert found == kept + 8 * 10**6 + max(kept, step)
+    low_rank = settings.model_copy(update={"train": "lora"})
+    assert training_bytes(low, 10**8, 0, low_rank, 32, on_cpu=False) == 2 * 2 * 10**8, "stored, and merged at the end"
+
+
+def test_logits_are_counted_for_a_slice_of_the_positions():
+    model, settings = tiny_llama(), RecoverySettings(num_tokens=10**6, batch_tokens=10**6)
+    found = [training_bytes(model, 1, 0, settings, length, on_cpu=True) for length in (128, 1000)]
+    numbers = 3 * (10 * 48 + 4 * 112)
+    assert found[0] == 4 + 4 * 256 * (numbers + 3 * model.config.vocab_size), "two blocks, as many as a slice"
+    assert found[1] == 4 + 4 * (2000 * numbers + 256 * 3 * model.config.vocab_size)
 
 
 def test_activations_are_counted_by_the_widest_ffn_or_four_hidden_sizes():
@@ -301,7 +340,7 @@ def test_activations_are_counted_by_the_widest_ffn_or_four_hidden_sizes():
     for model, ffn in ((tiny_llama(), 112), (per_layer, 200), (unnamed, 4 * unnamed.config.hidden_size)):
         config = model.config
         numbers = config.num_hidden_layers * (10 * config.hidden_size + 4 * ffn) + 3 * config.vocab_size
-        assert training_bytes(model, 1, 0, settings, 32) == 4 + 4 * 32 * numbers
+        assert training_bytes(model, 1, 0, settings, 32, on_cpu=True) == 4 + 4 * 32 * numbers
 
 
 def test_where_memory_is_short_one_block_at_a_time_low_rank_additions_or_nothing_is_trained(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import tiny_ids
+from models import tiny_ids, tiny_llama
 from recipes import grouped
 from run_cli import run_cli
 from safetensors.torch import load_file
@@ -21,11 +21,13 @@ from secateur.facts import TrainingRecord, mean_kl, mean_nats, weight_size, won_
 from secateur.model.checkpoint import load_model
 from secateur.recipe import RecoverySettings
 from secateur.recovery import pair as recovery_pair
+from secateur.recovery import train as trainer_module
 from secateur.recovery.judge import objective
 from secateur.recovery.open import dry_run, open_job, prepare
 from secateur.recovery.pair import check_training
 from secateur.recovery.recover import recover
-from secateur.recovery.train import Work, train_guarded, with_lora
+from secateur.recovery.train import Work, train_guarded
+from secateur.recovery.weights import with_lora
 from secateur.report.digests import mismatches, read_digests
 from secateur.report.measured import RecoveryRecord
 
@@ -215,6 +217,34 @@ def test_every_way_to_train_wins_back(pruned, checkpoints, tmp_path, settings):
     assert unmoved == (settings.get("train") != "full")
 
 
+def trained_in_bfloat16(pruned: Path, teacher: Path, place: Path, **settings: Any) -> tuple[Work, bool]:
+    work = prepare(open_job(pruned, teacher, training_with(**settings)), place)
+    work.pruned.to(torch.bfloat16)
+    _, record = train_guarded(work)
+    return work, record.held
+
+
+def test_words_that_do_not_learn_have_no_copy_and_the_result_the_same_bytes(pruned, checkpoints, tmp_path, monkeypatch):
+    """Against all weights in float32, as shards have them: autocast would round those back."""
+    monkeypatch.setattr("secateur.recovery.weights.multiplies_in_software", lambda *_: False)
+    low, held = trained_in_bfloat16(pruned, checkpoints["llama"], tmp_path / "low")
+    prepare = trainer_module.prepare_weights
+    monkeypatch.setattr(trainer_module, "prepare_weights", lambda *facts, float_all: prepare(*facts, float_all=True))
+    high, _ = trained_in_bfloat16(pruned, checkpoints["llama"], tmp_path / "high")
+    before = load_file(pruned / WEIGHTS)
+    assert held
+    for name, tensor in weights(low.pruned).items():
+        assert torch.equal(tensor, weights(high.pruned)[name]), name
+        assert torch.equal(tensor, before[name].to(torch.bfloat16)) == ("embed" in name or "lm_head" in name), name
+
+
+def test_low_rank_additions_that_do_not_help_leave_the_weights(pruned, checkpoints, tmp_path):
+    work, held = trained_in_bfloat16(pruned, checkpoints["llama"], tmp_path / "out", train="lora", learning_rate=3.0)
+    assert not held
+    for name, tensor in load_file(pruned / WEIGHTS).items():
+        assert torch.equal(weights(work.pruned)[name], tensor.to(torch.bfloat16)), name
+
+
 def test_lora_merged_gives_the_logits_of_lora_unmerged(checkpoints):
     model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
     plain = model(tiny_ids()).logits
@@ -233,7 +263,7 @@ def test_lora_merged_gives_the_logits_of_lora_unmerged(checkpoints):
 def test_lora_without_peft_says_what_to_install(checkpoints, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(secateur.RecipeError, match=r"^polish.train: lora needs .* pip install 'secateur\[recover\]'"):
-        check_training(RecoverySettings(train="lora"), "polish")
+        check_training(RecoverySettings(train="lora"), "polish", tiny_llama())
 
 
 def test_a_tracker_that_is_not_there_is_an_error_before_anything_runs(pruned, checkpoints, tmp_path):

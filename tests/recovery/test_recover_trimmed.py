@@ -14,7 +14,8 @@ from secateur.evaluation import parts
 from secateur.evaluation.tasks import LoadedTasks
 from secateur.facts import mean_kl
 from secateur.model.kept_tokens import kept_tokens_of
-from secateur.recovery.judge import Judge, logits_of
+from secateur.recovery.judge import Judge
+from secateur.recovery.loss import states_of
 from secateur.recovery.open import _fingerprint, dry_run, open_job
 from secateur.recovery.pair import open_pair, recovery_text
 from secateur.recovery.recover import recover
@@ -50,8 +51,10 @@ def test_the_teacher_s_predictions_are_the_dense_ones_of_the_kept_tokens(pair):
     teacher = candidates.load_teacher()
     ids_BT = torch.randint(len(pair.kept.dense_ids), (2, 20), generator=torch.Generator().manual_seed(1))
     expected = torch.cat([pair.dense_log_p(dense, ids_T) for ids_T in ids_BT])
-    torch.testing.assert_close(logits_of(teacher, ids_BT).double().log_softmax(-1), expected, rtol=1e-5, atol=1e-5)
     judge = Judge(teacher, candidates.teacher_arch, {"mine": ids_BT})
+    with torch.no_grad():
+        logits_PV = judge.head(states_of(teacher, candidates.teacher_arch, ids_BT))
+    torch.testing.assert_close(logits_PV.double().log_softmax(-1), expected, rtol=1e-5, atol=1e-5)
     verdict = judge.verdicts(lambda ids_BT: pruned(ids_BT).logits)["mine"]
     others = torch.cat([log_q(pruned, ids_T) for ids_T in ids_BT])
     assert verdict.kl == pytest.approx(float((expected.exp() * (expected - others)).sum(-1).mean()), rel=1e-4)

@@ -13,12 +13,14 @@ from transformers import TrainerControl, TrainerState
 
 from secateur.errors import RecipeError
 from secateur.facts import Verdict, weight_size
+from secateur.model.bind import bind
 from secateur.model.config import quiet_transformers
 from secateur.recipe import RecoverySettings
 from secateur.recovery import train
+from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.pair import RecoveryText
-from secateur.recovery.shards import handed_over, wants_shards
-from secateur.recovery.train import Distiller, Listener, Work, _arguments, with_lora
+from secateur.recovery.train import Distiller, Listener, Work, _arguments
+from secateur.recovery.weights import handed_over, merge, prepare_weights, wants_shards, with_lora
 
 
 def work_with(place: Any, **settings: Any) -> Work:
@@ -75,7 +77,9 @@ def test_the_loss_of_a_batch_is_the_formula(kl_share):
     trainer = object.__new__(Distiller)
     trainer.settings = RecoverySettings(kl_share=kl_share)
     trainer.teacher = None if kl_share == 0 else teacher
-    found = trainer.compute_loss(student, {"input_ids": ids_BT})
+    trainer.judge = SimpleNamespace(head=teacher.lm_head)  # type: ignore[assignment]
+    with loss_in_forward(student, bind(student), kl_share), teacher_in_forward(teacher, bind(teacher)):
+        found = trainer.compute_loss(student, {"input_ids": ids_BT})
     with torch.no_grad():
         ours, theirs = (each(ids_BT, use_cache=False).logits[:, :-1].double() for each in (student, teacher))
         log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
@@ -144,6 +148,31 @@ def test_low_rank_additions_start_at_nothing_and_count_twice():
     assert len(free) == 2 * 7 * 3 and not any("lm_head" in name for name in free)
 
 
+def test_low_rank_additions_are_merged_in_float32_into_copies():
+    torch.manual_seed(0)
+    model = tiny_llama().to(torch.bfloat16)
+    prepare_weights(model, "lora", float_all=False)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert all((dtype == torch.float32) == ("norm" in name) for name, dtype in dtypes.items())
+    old = {name: parameter.data for name, parameter in model.named_parameters()}
+    before = {name: tensor.clone() for name, tensor in old.items()}
+    trained: Any = with_lora(model, 4)
+    additions = {name: module for name, module in trained.named_modules() if hasattr(module, "lora_A")}
+    expected = {}
+    for name, module in additions.items():
+        factors = [getattr(module, key)["default"].weight for key in ("lora_B", "lora_A")]
+        for factor in factors:
+            factor.data.normal_(std=0.05)
+            assert factor.dtype == torch.float32
+        key = name.removeprefix("base_model.model.") + ".weight"
+        expected[key] = (before[key].float() + 2 * factors[0] @ factors[1]).to(torch.bfloat16)
+    assert len(expected) == 7 * 3
+    merge(trained)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected.get(name, before[name])), name
+        assert torch.equal(old[name], before[name]), f"{name}: cannot be put back"
+
+
 def test_a_copy_for_the_shards_has_the_weights_and_leaves_frozen_ones_frozen():
     model = tiny_llama(tie_word_embeddings=True)
     weights = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
@@ -172,15 +201,17 @@ def test_words_stay_and_all_else_moves_in_the_weights_own_dtype(monkeypatch, tmp
     seen: dict[str, tuple[torch.dtype, bool]] = {}
     monkeypatch.setattr(train, "_trainer", lambda *_: SimpleNamespace(state=SimpleNamespace(global_step=3)))
     monkeypatch.setattr(train, "_take_back", lambda *_: None)
+    monkeypatch.setattr("secateur.recovery.weights.multiplies_in_software", lambda *_: in_software)
 
     def run(trainer: Any, folder: Any) -> None:
         seen.update({name: (each.dtype, each.requires_grad) for name, each in work.pruned.named_parameters()})
 
     monkeypatch.setattr(train, "_run", run)
     words = {"model.embed_tokens.weight", "lm_head.weight"}
-    for settings, moves, has_teacher in (
-        ({"train": "layers", "kl_share": 0.0}, False, False),
-        ({"train": "full", "kl_share": 0.5}, True, True),
+    for settings, moves, has_teacher, in_software in (
+        ({"train": "layers", "kl_share": 0.0}, False, False, False),
+        ({"train": "layers", "kl_share": 0.0}, False, False, True),
+        ({"train": "full", "kl_share": 0.5}, True, True, False),
     ):
         work = work_with(tmp_path, batch_tokens=64, **settings)
         work.pruned, work.teacher, work.states = tiny_llama().to(torch.bfloat16), tiny_llama(), None
@@ -188,7 +219,9 @@ def test_words_stay_and_all_else_moves_in_the_weights_own_dtype(monkeypatch, tmp
         before = {name: each.detach().clone() for name, each in work.pruned.named_parameters()}
         assert train.recover_logits(work) == 3 * 2 * 32
         assert (work.teacher is not None) == has_teacher
-        assert {dtype for dtype, _ in seen.values()} == {torch.float32}
+        low = {name for name, (dtype, _) in seen.items() if dtype == torch.bfloat16}
+        assert low == (set() if moves or in_software else words), "without autocast there is one dtype"
+        assert {dtype for name, (dtype, _) in seen.items() if name not in low} == {torch.float32}
         assert {name for name, (_, free) in seen.items() if not free} == (set() if moves else words)
         for name, parameter in work.pruned.named_parameters():
             assert parameter.dtype == torch.bfloat16 and not parameter.requires_grad

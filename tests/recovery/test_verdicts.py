@@ -68,7 +68,7 @@ def test_the_judge_stands_without_the_dense_model():
     dense, model = tiny_llama(), tiny_llama(seed=1)
     judge = Judge(dense, bind(dense), TEXT)
     before = judge.verdicts(lambda ids_BT: logits_of(model, ids_BT))
-    judge.copy_head()
+    judge.own_head()
     with torch.no_grad():
         for parameter in dense.parameters():
             parameter.zero_()
@@ -102,7 +102,7 @@ def test_the_head_is_the_familys():
     """A plain head would leave Granite's scaling out."""
     dense = tiny_family("granite")
     judge = Judge(dense, bind(dense), TEXT)
-    assert not isinstance(judge._head, nn.Linear)
+    assert not isinstance(judge.head, nn.Linear)
 
 
 def test_rounding_leaves_no_divergence_below_zero(monkeypatch):

@@ -24,21 +24,20 @@ from secateur.pruning.resolve import Resolved
 from secateur.pruning.resolve_parts import NARROW_TOKENS_PER_INPUT
 from secateur.recovery.cost import num_trained, polish_work, training_bytes
 from secateur.recovery.polish import polish_settings
+from secateur.recovery.weights import autocasts
 from secateur.report.records import MemoryEstimate, Work
 from secateur.stream.device import float64_device, free_bytes
 from secateur.stream.statistics import BY_DOMAIN, NUM_BLOCKS, PRODUCT_ROWS, exact_product_precision
 from secateur.stream.walk import DEVICE_BATCH_TOKENS, LAYERS_AT_ONCE
 
-# Held-out blocks come on top of the calibration tokens: one for every nine.
-HELD_OUT_FACTOR = 10 / 9
+HELD_OUT_FACTOR = 10 / 9  # held-out blocks come on top of the calibration tokens, one for every nine
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """A run's memory, whether weights stay on disk, and whether layers are onloaded one at a time.
 
-    `budget_bytes`: the device's limit, if known. `in_float32`: compute in it, store in the own
-    dtype.
+    `budget_bytes`: the device's limit, if known. `in_float32`: compute in it, store the own dtype.
     """
 
     estimate: MemoryEstimate
@@ -224,15 +223,16 @@ def _params_of_tokens(opened: Opened) -> int:
 
 
 def polish_bytes(opened: Opened, resolved: Resolved) -> int:
-    """Return the bytes of the polish: the weights before it, what the dense model leaves, training."""
+    """Return the bytes of the polish: weights before it that train, what the dense model leaves, training."""
     settings, model = polish_settings(resolved.recipe), opened.model
     if settings is None:
         return 0
     hidden_size, num_params = text_config(model).hidden_size, params_after(opened, resolved)
-    numbers = num_params + (settings.num_tokens + text_config(model).vocab_size) * hidden_size
     gone = opened.size.num_params - num_params - (0 if settings.train == "full" else _params_of_tokens(opened))
-    trained = max(0, num_trained(model, settings) - gone)
-    training = training_bytes(model, num_params, trained, settings, resolved.sequence_length)
+    trained, on_cpu = max(0, num_trained(model, settings) - gone), opened.device.type != "cuda"
+    numbers = trained if autocasts(model.dtype, on_cpu=on_cpu) else num_params  # the rest has no copy
+    numbers += (settings.num_tokens + text_config(model).vocab_size) * hidden_size
+    training = training_bytes(model, num_params, trained, settings, resolved.sequence_length, on_cpu=on_cpu)
     return (4 if computes_in_float32(opened) else model.dtype.itemsize) * numbers + training
 
 

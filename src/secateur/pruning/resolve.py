@@ -344,7 +344,7 @@ def resolve(opened: Opened) -> Resolved:
         trains = bool(groups or depth) and recipe.repair.compensate == "least_squares" and recipe.recover is None
         recipe = recipe.filled(polish={"num_tokens": text["num_tokens"] if trains else 0})
     if recipe.polish.num_tokens:
-        check_training(recipe.polish, "polish")
+        check_training(recipe.polish, "polish", opened.model)
     facts: dict[str, Any] = {"recipe": recipe, "arch": arch, "prices": prices, "layers": layers, "warnings": warnings}
     facts["kept"] = opened.like and opened.like.num_keep
     resolved = Resolved(**facts, **remove, **repair, **text).with_layers(layers)

@@ -13,9 +13,12 @@ from transformers import PreTrainedModel
 
 from secateur.facts import Size
 from secateur.methods.prices import prefill_flops_per_token
+from secateur.model.bind import bind, head_of
 from secateur.recipe import RecoverySettings
-from secateur.recovery.judge import distillation_loss, logits_of
+from secateur.recovery.attention import switched
+from secateur.recovery.loss import HEAD_POSITIONS, loss_in_forward, states_of
 from secateur.recovery.pair import Candidates, RecoveryText, blocks_per_step
+from secateur.recovery.weights import autocasts, words_of
 from secateur.report.measured import Cost
 from secateur.stream.device import now
 
@@ -56,8 +59,9 @@ def cost_of(
     states = max(Size.of(model).num_params + 2 * num_trained(model, settings) for model in trained)
     scratch_bytes = 3 * 4 * states + size.num_bytes
     total = {part: sum(ours) for part, ours in flops.items()}
+    on_cpu = not torch.cuda.is_available()
     most = max(
-        training_bytes(model, Size.of(model).num_params, num_trained(model, settings), settings, length)
+        training_bytes(model, Size.of(model).num_params, num_trained(model, settings), settings, length, on_cpu=on_cpu)
         for model in trained
     )
     peak = Size.of(teacher).num_bytes + most
@@ -97,26 +101,31 @@ def forward_flops(model: PreTrainedModel, length: int) -> Forward:
     return layers, layers + at_each
 
 
-def time_a_step(pruned: PreTrainedModel, teacher: PreTrainedModel, ids_BT: Tensor) -> tuple[float, float]:
+def time_a_step(
+    pruned: PreTrainedModel, teacher: PreTrainedModel, ids_BT: Tensor, attention: str | None
+) -> tuple[float, float]:
     """Return seconds per FLOP of the teacher's forward and of a training step, the second of two.
 
-    The pruned model is used up: its weights become float32 and get gradients.
+    The pruned model is used up: its weights become float32 and get gradients. The teacher's head
+    counts to the step, which has it.
     """
     length, dtype = ids_BT.shape[1], pruned.dtype
-    next_P = ids_BT[:, 1:].flatten()
     (_, small), (_, big) = (forward_flops(model, length) for model in (pruned, teacher))
     for parameter in pruned.parameters():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    teaching = training = 0.0
-    for _ in range(2):
-        start = now(ids_BT.device)
-        dense_PV = logits_of(teacher, ids_BT)
-        middle = now(ids_BT.device)
-        with torch.autocast(ids_BT.device.type, dtype, enabled=dtype == torch.bfloat16):
-            logits_PV = pruned(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
-        distillation_loss(logits_PV, next_P, dense_PV).backward()
-        teaching, training = middle - start, now(ids_BT.device) - middle
+    arch = bind(teacher)
+    head, teaching, training = head_of(teacher, arch), 0.0, 0.0
+    with loss_in_forward(pruned, bind(pruned), 1.0), switched(pruned, attention), switched(teacher, attention):
+        for _ in range(2):
+            start = now(ids_BT.device)
+            with torch.no_grad():
+                dense_PE = states_of(teacher, arch, ids_BT)
+            middle = now(ids_BT.device)
+            with torch.autocast(ids_BT.device.type, dtype, enabled=dtype == torch.bfloat16):
+                loss: Any = pruned(ids_BT, learns=True, teacher=(dense_PE, head))
+            loss.backward()
+            teaching, training = middle - start, now(ids_BT.device) - middle
     return teaching / (ids_BT.numel() * big), training / (ids_BT.numel() * 3 * small)
 
 
@@ -124,28 +133,29 @@ def num_trained(model: PreTrainedModel, settings: RecoverySettings) -> int:
     """Return how many of the model's own parameters are trained; LoRA trains none of them."""
     if settings.train == "lora":
         return 0
-    words: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    frozen = {module.weight for module in words} if settings.train == "layers" else set()
+    frozen = words_of(model) if settings.train == "layers" else set()
     return Size.of(model).num_params - sum(weight.numel() for weight in frozen)
 
 
 def training_bytes(
-    model: PreTrainedModel, num_params: int, trained: int, settings: RecoverySettings, length: int
+    model: PreTrainedModel, num_params: int, trained: int, settings: RecoverySettings, length: int, *, on_cpu: bool
 ) -> int:
     """Return the bytes of training a model like this one with `num_params` parameters, of which some are `trained`.
 
-    float32 weights; two float32 moments of what is trained; and the larger of a step and of the best
-    weights, which are read at the end. A step: gradients, copies in the model's dtype if that is a
-    lower one, activations, logits of both models and their gradient.
+    float32 weights and two float32 moments of what is trained, the rest as it is stored; and the
+    larger of a step and of the best weights, which are read (low-rank additions: merged) at the end.
+    A step: gradients, copies in the model's dtype if that is a lower one, activations; logits of
+    both models and their gradient for a slice of positions, on accelerators in float32 too.
     """
     config: Any = model.config.get_text_config()
-    item = model.dtype.itemsize
+    item, low = model.dtype.itemsize, autocasts(model.dtype, on_cpu=on_cpu)
     tokens = min(settings.blocks_per_device, blocks_per_step(settings.batch_tokens, length)) * length
     layers = 1 if settings.gradient_checkpointing else config.num_hidden_layers
-    step = trained * (4 + (item if item < 4 else 0))
+    step = trained * (4 + (item if low else 0))
     step += tokens * layers * (4 * STREAM_WIDTHS * config.hidden_size + item * FFN_WIDTHS * _ffn_width(config))
-    step += tokens * item * 3 * config.vocab_size
-    return 4 * num_params + 8 * trained + max(step, 4 * num_params)
+    step += min(tokens, HEAD_POSITIONS) * (item * 3 + (0 if on_cpu else 4 * 4)) * config.vocab_size
+    weights = 4 * trained + (item if low else 4) * (num_params - trained)
+    return weights + 8 * trained + max(step, item * num_params if settings.train == "lora" else weights)
 
 
 def _ffn_width(config: Any) -> int:

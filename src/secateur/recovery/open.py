@@ -67,7 +67,7 @@ def open_job(
     length = sequence_length(recipe.calibration.sequence_length, candidates.pruned_shape.config.get_text_config())
     calibration = recipe.calibration.model_copy(update={"sequence_length": length})
     asked, num_ranks = recipe.recover or RecoverySettings(), launched_size()
-    check_training(asked, "recover")
+    check_training(asked, "recover", candidates.pruned_shape)
     settings = shared_out(asked, length, num_ranks)
     if num_ranks > 1 and settings.batch_tokens != asked.batch_tokens:
         note = (
@@ -160,6 +160,6 @@ def dry_run(
     ids_BT = torch.stack([ids_T for _, ids_T in text.blocks[: settings.blocks_per_device]])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as `train` chooses it
     model, dense = (on_device(each, device) for each in (candidates.load_pruned(), dense))
-    seconds_per_flop = time_a_step(model, dense, ids_BT.to(device))
+    seconds_per_flop = time_a_step(model, dense, ids_BT.to(device), settings.attention)
     progress("time a step", 1, 1)
     return cost_of(candidates, settings, text, seconds_per_flop)

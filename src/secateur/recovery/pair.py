@@ -32,6 +32,7 @@ from secateur.model.checkpoint import (
 from secateur.model.identity import check_dense
 from secateur.model.kept_tokens import Trim, keep_tokens, trim_between
 from secateur.recipe import Recipe, RecoverySettings, Training
+from secateur.recovery.attention import switched
 
 KEEP_FILE = "keep.json"
 
@@ -196,8 +197,10 @@ def shared_out(
     return settings.model_copy(update={"batch_tokens": per_rank * num_ranks * length, "blocks_per_device": at_once})
 
 
-def check_training(settings: Training, key: str) -> None:
-    """Raise RecipeError, naming the recipe's `key`, if a package that the training needs is missing."""
+def check_training(settings: Training, key: str, model: PreTrainedModel) -> None:
+    """Raise RecipeError, naming the recipe's `key`, if what training this model needs is missing."""
+    with switched(model, settings.attention, f"{key}.attention"):
+        pass
     if settings.train == "lora" and importlib.util.find_spec("peft") is None:
         raise RecipeError(f"{key}.train: lora needs the package peft; run pip install 'secateur[recover]'.")
     there = get_available_reporting_integrations() if settings.report_to else []

@@ -22,7 +22,7 @@ from secateur.model.checkpoint import Tokenizer
 from secateur.model.modules import CausalLM
 from secateur.ranks import from_first, size
 from secateur.recipe import Recipe, RecoverySettings
-from secateur.recovery.attention import attention_in_training
+from secateur.recovery.attention import attention_in_training, switched
 from secateur.recovery.cost import Forward, forward_flops, predict_flops
 from secateur.recovery.judge import Judge
 from secateur.recovery.pair import Block, RecoveryText, shared_out, whole_steps
@@ -94,8 +94,9 @@ def learn(
     forward = forward_flops(dense, text.sequence_length)
     with services.log.time(STAGE):
         judge = Judge(dense, arch, held_out, progress)
-        judge.copy_head()  # the model's own is trained, or cut
-        with attention_in_training(settings.gradient_checkpointing):  # an uncut model has nothing to learn, to the bit
+        judge.own_head()  # the model's own is trained, or cut
+        attention = attention_in_training(settings.gradient_checkpointing)
+        with switched(dense, settings.attention), attention:  # an uncut model has nothing to learn, to the bit
             states = tuple(head_inputs(dense, arch, [ids_T for _, ids_T in blocks], progress, "ask the dense model"))
     return Lesson(chosen, judge, states, settings, forward)
 

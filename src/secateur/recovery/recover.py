@@ -20,8 +20,8 @@ from secateur.recovery.cost import TRAIN_DENSE, without_teacher
 from secateur.recovery.open import changes_of, open_job, prepare
 from secateur.recovery.pair import Candidates
 from secateur.recovery.result import write_result
-from secateur.recovery.shards import wants_shards
 from secateur.recovery.train import Work, train_guarded
+from secateur.recovery.weights import wants_shards
 from secateur.report.measured import RecoveryRecord, TaskScores
 from secateur.stream.device import keeping_freed
 

@@ -8,6 +8,7 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -29,15 +30,26 @@ from transformers import (
 from secateur.errors import CheckpointError
 from secateur.facts import TrainingRecord, Verdicts, mean_kl, weight_size
 from secateur.log import Progress, RunLog
+from secateur.model.bind import bind
 from secateur.model.config import quiet_transformers
 from secateur.ranks import alone
 from secateur.recipe import RecoverySettings
-from secateur.recovery.attention import attention_in_training
-from secateur.recovery.judge import Judge, distillation_loss, logits_of, objective, unless_diverged
+from secateur.recovery.attention import attention_in_training, switched
+from secateur.recovery.judge import Judge, objective, unless_diverged
+from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.pair import RecoveryText, blocks_per_step
-from secateur.recovery.shards import handed_over, let_cpu_shard, wants_shards, whole_parameters
+from secateur.recovery.weights import (
+    autocasts,
+    handed_over,
+    let_cpu_shard,
+    merge,
+    prepare_weights,
+    wants_shards,
+    whole_parameters,
+    with_lora,
+)
 from secateur.store import Store
-from secateur.stream.device import CPU, multiplies_in_software, release_freed
+from secateur.stream.device import release_freed
 
 TRAINER_FOLDER, TRAINED_FOLDER = "trainer", "trained"
 # Adam moves a weight by about the rate, whatever its gradient: what a model bears follows its weights' size.
@@ -46,7 +58,7 @@ FASTER_IN_LORA = 10  # low-rank additions are products of two small factors: LOG
 
 
 class Distiller(Trainer):
-    """Trains on `distillation_loss` and evaluates by the judge."""
+    """Trains a model that is in `loss_in_forward` and evaluates by the judge."""
 
     settings: RecoverySettings
     judge: Judge
@@ -54,14 +66,13 @@ class Distiller(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """Return the loss of one batch."""
-        ids_BT, settings = inputs["input_ids"], self.settings
-        dense_PV = None
+        ids_BT, teacher = inputs["input_ids"], None
         if "states" in inputs:
-            dense_PV = self.judge.logits(inputs["states"].flatten(0, 1)).to(ids_BT.device)
+            teacher = inputs["states"].flatten(0, 1), self.judge.head
         elif self.teacher is not None:
-            dense_PV = logits_of(self.teacher, ids_BT)
-        logits_PV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
-        return distillation_loss(logits_PV, ids_BT[:, 1:].flatten(), dense_PV, kl_share=settings.kl_share)
+            with torch.no_grad():
+                teacher = self.teacher(ids_BT)
+        return model(input_ids=ids_BT, learns=True, teacher=teacher)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return held-out KL, by domain and mean, and the objective."""
@@ -228,7 +239,7 @@ def _train(work: Work) -> dict[str, Any]:
 def recover_logits(work: Work) -> int:
     """Train `work.pruned` in place and return the tokens trained on, fewer after an early stop.
 
-    Weights are float32 in training; a bfloat16 model computes and ends in bfloat16 (autocast).
+    What is trained is float32; a bfloat16 model computes and ends in bfloat16 (autocast).
     AdamW without decay, a tenth of warm-up, then a cosine schedule, gradients clipped to norm 1.
 
     Raises RecipeError if FSDP is too old.
@@ -243,17 +254,17 @@ def recover_logits(work: Work) -> int:
     faster = FASTER_IN_LORA if settings.train == "lora" else 1
     relative = faster * (POLISH_RATE if work.name == "polish" else RECOVER_RATE)
     rate = settings.learning_rate or relative * weight_size(work.pruned)
-    for parameter in work.pruned.parameters():  # not .float(): buffers keep their dtype
-        parameter.data = parameter.data.to(torch.float32, copy=True)  # a copy: the old weights may be put back
-    work.pruned.requires_grad_(True)
-    if settings.train == "layers":
-        # Adam's steps do not shrink with gradients: rare words would move as far as frequent ones.
-        words: tuple[Any, ...] = (work.pruned.get_input_embeddings(), work.pruned.get_output_embeddings())
-        for module in words:
-            module.requires_grad_(False)
+    prepare_weights(work.pruned, settings.train, float_all=wants_shards() or not autocasts(dtype, on_cpu=work.on_cpu))
     torch.manual_seed(work.seed)
-    trained = _to_train(settings, handed_over(work.pruned) if wants_shards() else work.pruned)
-    with quiet_transformers():
+    model = handed_over(work.pruned) if wants_shards() else work.pruned
+    with ExitStack() as inside:
+        inside.enter_context(quiet_transformers())
+        inside.enter_context(switched(model, settings.attention))
+        inside.enter_context(loss_in_forward(model, bind(model), settings.kl_share, in_shards=wants_shards()))
+        if work.teacher is not None:
+            inside.enter_context(switched(work.teacher, settings.attention))
+            inside.enter_context(teacher_in_forward(work.teacher, bind(work.teacher), in_shards=wants_shards()))
+        trained = _to_train(settings, model)  # after binding, which knows no wrapped linears
         trainer = _trainer(work, trained, _arguments(work, dtype, size, num_steps, rate), size * length)
         _run(trainer, work.directory / TRAINER_FOLDER)
         _take_back(work, trained, trainer, dtypes)
@@ -281,18 +292,6 @@ def _run(trainer: Distiller, folder: Path) -> None:
         ) from None
 
 
-def with_lora(model: PreTrainedModel, rank: int) -> nn.Module:
-    """Return the model with trainable low-rank additions to every linear but the head.
-
-    W + (2 rank / rank) B A, B zero at first. Source: Hu et al., arXiv 2106.09685.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
-    with quiet_transformers():  # peft uses what transformers deprecates
-        return get_peft_model(model, config)
-
-
 def _to_train(settings: RecoverySettings, model: PreTrainedModel) -> nn.Module:
     return with_lora(model, settings.lora_rank) if settings.train == "lora" else model
 
@@ -311,6 +310,8 @@ def _trainer(work: Work, trained: nn.Module, arguments: TrainingArguments, token
     trainer.model_accepts_loss_kwargs = False
     trainer.settings, trainer.judge = work.settings, work.judge
     teacher: Any = work.teacher
+    if teacher is None or trainer.is_fsdp_enabled:
+        work.judge.own_head(arguments.device)
     if trainer.is_fsdp_enabled:
         # Checkpoints are written whole: torch reads those as tensors alone, but unpickles shards.
         plugin: Any = trainer.accelerator.state.fsdp_plugin
@@ -321,7 +322,6 @@ def _trainer(work: Work, trained: nn.Module, arguments: TrainingArguments, token
     if teacher is not None and trainer.is_fsdp_enabled:
         from accelerate.utils import fsdp2_prepare_model
 
-        work.judge.copy_head()
         teacher = fsdp2_prepare_model(trainer.accelerator, teacher)
     elif teacher is not None:
         teacher = teacher.to(arguments.device)
@@ -341,7 +341,7 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: 
         warmup_steps=min(num_steps - 1, max(1, num_steps // 10)),  # the first step of a warm-up has no rate
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=dtype == torch.bfloat16 and not (on_cpu and multiplies_in_software(CPU, dtype)),
+        bf16=autocasts(dtype, on_cpu=on_cpu),
         gradient_checkpointing=settings.gradient_checkpointing,
         logging_steps=1,
         eval_strategy="steps",
@@ -377,6 +377,5 @@ def _take_back(work: Work, trained: nn.Module, trainer: Distiller, dtypes: dict[
             places[name].data = tensor.to(dtypes.get(name, tensor.dtype))  # additions are merged in float32
         trained = whole
     if trained is not work.pruned:
-        merged: Any = trained
-        merged.merge_and_unload()
+        merge(trained)
     work.pruned.to("cpu")  # type: ignore[arg-type]  # transformers' wrapper hides its arguments

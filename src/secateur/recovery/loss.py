@@ -1,0 +1,163 @@
+"""What training minimises, from what the head reads to nats, without logits of all positions.
+
+In: two models' last hidden states and heads. Out: the loss, with its gradient. Logits, a block's
+largest tensor where there are many words, exist for `HEAD_POSITIONS` positions at a time.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur.model.bind import Arch, head_of
+from secateur.stream.walk import forwards_replaced
+
+HEAD_POSITIONS = 256  # of which both models' logits are there at a time
+CACHED_POSITIONS = 8  # at a time in float32 on a processor; more do not fit the cache of a core
+
+# What a head reads at the predicting positions, and the head.
+Teacher = tuple[Float[Tensor, "P E"], nn.Module]
+
+
+def distillation_loss(
+    states_PD: Float[Tensor, "P D"],
+    head: nn.Module,
+    next_P: Int[Tensor, " P"],
+    teacher: Teacher | None,
+    *,
+    kl_share: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Return mean_P of s * KL(p || q) - (1 - s) * log q(next), in nats.
+
+    s: `kl_share`; q = softmax(head(states)); p: the same of `teacher`, which gets no gradient.
+    `teacher` None: plain cross-entropy.
+
+    Source: Hinton, Vinyals, Dean, arXiv 1503.02531, section 2, at a temperature of 1.
+    """
+    share = 0.0 if teacher is None else kl_share
+    return _Distillation.apply(states_PD, head, next_P, teacher if share > 0 else None, share, *head.parameters())
+
+
+class _Distillation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states_PD: Tensor,
+        head: nn.Module,
+        next_P: Tensor,
+        teacher: Teacher | None,
+        share: float,
+        *weights: Tensor,
+    ) -> Tensor:
+        """Return the loss; compute its gradients on the way, slice by slice."""
+        trained = [weight for weight in weights if weight.requires_grad]
+        of_states_PD, of_weights = torch.empty_like(states_PD), [torch.zeros_like(weight) for weight in trained]
+        total = states_PD.new_zeros((), dtype=torch.float64)
+        for start in range(0, len(states_PD), HEAD_POSITIONS):
+            part = slice(start, start + HEAD_POSITIONS)
+            with torch.enable_grad():
+                states_SD = states_PD[part].detach().requires_grad_()
+                logits_SV = head(states_SD)
+            dense_SV = None if teacher is None else teacher[1](teacher[0][part])
+            nats, gradient_SV = _loss_and_gradient(logits_SV.detach(), next_P[part], dense_SV, share, len(states_PD))
+            total += nats
+            of_states_PD[part], *found = torch.autograd.grad(logits_SV, (states_SD, *trained), gradient_SV)
+            for gradient, more in zip(of_weights, found, strict=True):
+                gradient += more
+        ctx.save_for_backward(of_states_PD, *of_weights)
+        ctx.is_trained = [weight.requires_grad for weight in weights]
+        return (total / len(states_PD)).float()
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Scale the saved gradients, in place: autograd refuses a second call."""
+        of_states_PD, *of_weights = (gradient.mul_(outer.to(gradient.dtype)) for gradient in ctx.saved_tensors)
+        found = iter(of_weights)
+        return of_states_PD, None, None, None, None, *(next(found) if each else None for each in ctx.is_trained)
+
+
+def _loss_and_gradient(
+    logits_SV: Tensor, next_S: Tensor, dense_SV: Tensor | None, share: float, num_positions: int
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of losses, and the gradient of their mean over `num_positions`, in the logits' dtype."""
+    gradient_SV = torch.empty_like(logits_SV)
+    total = logits_SV.new_zeros((), dtype=torch.float64)
+    rows = CACHED_POSITIONS if logits_SV.device.type == "cpu" else len(logits_SV)
+    for start in range(0, len(logits_SV), rows):
+        part = slice(start, start + rows)
+        logits, next_R1 = logits_SV[part].float(), next_S[part, None]
+        gradient, log_sum = _softmax(logits)
+        loss_R = (share - 1) * (logits.gather(1, next_R1)[:, 0] - log_sum)
+        if dense_SV is not None:
+            dense = dense_SV[part].float()
+            p, dense_log_sum = _softmax(dense)
+            divergence_R = torch.linalg.vecdot(p, dense - logits) - dense_log_sum + log_sum
+            loss_R += share * divergence_R
+            gradient.sub_(p, alpha=share)  # q - p: the slope of KL(p || q)
+        gradient.scatter_add_(1, next_R1, logits.new_full(next_R1.shape, share - 1))
+        total += loss_R.double().sum()
+        gradient_SV[part] = gradient.mul_(1 / num_positions)
+    return total, gradient_SV
+
+
+def _softmax(logits_PV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return softmax(logits) and log sum_v exp(logits), from one exponential of each logit."""
+    softmax_PV = logits_PV.softmax(-1)
+    return softmax_PV, logits_PV.amax(-1) - softmax_PV.amax(-1).log()
+
+
+def states_of(model: nn.Module, arch: Arch, ids_BT: Tensor) -> Float[Tensor, "P D"]:
+    """Return what the head reads at the P = B * (T - 1) predicting positions."""
+    return model.get_submodule(arch.backbone)(ids_BT, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+
+
+@contextmanager
+def loss_in_forward(model: PreTrainedModel, arch: Arch, kl_share: float, *, in_shards: bool = False) -> Iterator[None]:
+    """Inside, `model(ids, learns=True, teacher=...)` returns its loss; without `learns`, what it did.
+
+    It is a call of the model, and not of its parts, since copies on several devices are kept in
+    step so. `in_shards`: as for `teacher_in_forward`. The stream is float32, though embeddings that
+    do not learn may have another dtype.
+    """
+    embedding: Any = model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _, __, output: output.float())
+    plain: Callable[..., Any] = model.forward
+
+    def forward(input_ids: Tensor, *, learns: bool = False, teacher: Teacher | None = None, **others: Any) -> Any:
+        if not learns:
+            return plain(input_ids=input_ids, **others)
+        read = _read_by_head(model, arch, plain if in_shards else None, input_ids)
+        return distillation_loss(*read, input_ids[:, 1:].flatten(), teacher, kl_share=kl_share)
+
+    try:
+        with forwards_replaced([model], forward):
+            yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def teacher_in_forward(model: nn.Module, arch: Arch, *, in_shards: bool = False) -> Iterator[None]:
+    """Inside, `model(ids)` returns a `Teacher`.
+
+    `in_shards`: one of whole logits, whose head does nothing. FSDP gathers the head's weights
+    together with others', for one call of each.
+    """
+    plain: Callable[..., Any] = model.forward
+
+    def forward(input_ids: Tensor) -> Teacher:
+        return _read_by_head(model, arch, plain if in_shards else None, input_ids)
+
+    with forwards_replaced([model], forward):
+        yield
+
+
+def _read_by_head(model: nn.Module, arch: Arch, whole: Callable[..., Any] | None, ids_BT: Tensor) -> Teacher:
+    """Return what the head reads, and the head; for a forward of `whole` logits those, and no head."""
+    if whole is not None:
+        return whole(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1), nn.Identity()
+    return states_of(model, arch, ids_BT), head_of(model, arch)

@@ -1,0 +1,112 @@
+"""Weights in training: which learn, in which dtype, low-rank additions, shards (FSDP), and the way back.
+
+In: a model and what a recipe or a launcher asks for. Out: a model to train; whole, merged weights.
+"""
+
+import copy
+import os
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from secateur.errors import RecipeError
+from secateur.model.config import quiet_transformers
+from secateur.stream.device import CPU, multiplies_in_software
+from secateur.stream.offload import forget_weights
+
+FSDP_SWITCH = "ACCELERATE_USE_FSDP"  # set by `accelerate launch` with FSDP
+
+
+def wants_shards() -> bool:
+    """Say whether the launcher asked for FSDP. Raises RecipeError if it asked for version 1."""
+    if os.environ.get(FSDP_SWITCH, "false").lower() != "true" or os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise RecipeError(f"FSDP: the launcher asks for version {version}, allowed is 2; set fsdp_version to 2.")
+    return True
+
+
+def let_cpu_shard(arguments: TrainingArguments) -> None:
+    """Let accelerate shard over processes without GPUs too.
+
+    It looks for FSDP only in a state of several GPUs; gloo has every collective that FSDP2 needs.
+    """
+    from accelerate.utils import DistributedType
+
+    state = arguments.distributed_state
+    if state is not None and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
+
+
+def handed_over(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy that takes over the weights, so that sharding the copy frees them; frozen ones stay frozen."""
+    taken = {id(each): nn.Parameter(each.data, requires_grad=each.requires_grad) for each in model.parameters()}
+    copied = copy.deepcopy(model, cast(dict[int, Any], taken))
+    forget_weights(model)
+    return copied
+
+
+def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter whole and on the host; every process must ask for all."""
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in model.named_parameters():
+        data = parameter.detach()
+        yield name, (data.full_tensor() if isinstance(data, DTensor) else data).cpu()
+
+
+def autocasts(dtype: torch.dtype, *, on_cpu: bool) -> bool:
+    """Say whether a model of this dtype computes in it while what trains is float32."""
+    return dtype == torch.bfloat16 and not (on_cpu and multiplies_in_software(CPU, dtype))
+
+
+def words_of(model: PreTrainedModel) -> set[nn.Parameter]:
+    """Return the weights of embedding and head, one if they are tied."""
+    modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return {module.weight for module in modules}
+
+
+def prepare_weights(model: PreTrainedModel, train: str, *, float_all: bool) -> None:
+    """Let what `train` names learn, and make it float32.
+
+    The rest keeps its dtype, unless `float_all`: shards have one dtype, and so has a model without
+    autocast.
+    """
+    # Adam's steps do not shrink with gradients: rare words would move as far as frequent ones.
+    frozen = set() if train == "full" else words_of(model)
+    if train == "lora":
+        frozen |= {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter not in frozen)
+        if float_all or parameter not in frozen:  # not .float(): buffers keep their dtype
+            parameter.data = parameter.data.to(torch.float32, copy=True)  # a copy: the old weights may be put back
+
+
+def with_lora(model: PreTrainedModel, rank: int) -> nn.Module:
+    """Return the model with trainable low-rank additions to every linear but the head.
+
+    W + (2 rank / rank) B A, B zero at first. Source: Hu et al., arXiv 2106.09685.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    with quiet_transformers():  # peft uses what transformers deprecates
+        return get_peft_model(model, config)
+
+
+def merge(model: Any) -> None:
+    """Add low-rank additions to the weights, in float32 and in copies: the old weights may be put back."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            weight: Any = module.get_base_layer().weight
+            dtype = weight.dtype
+            weight.data = weight.data.float()
+            module.merge()
+            weight.data = weight.data.to(dtype)
+    model.unload()
