@@ -78,6 +78,8 @@ def test_the_loss_of_a_batch_is_the_formula(kl_share):
     trainer.settings = RecoverySettings(kl_share=kl_share)
     trainer.teacher = None if kl_share == 0 else teacher
     trainer.judge = SimpleNamespace(head=teacher.lm_head)  # type: ignore[assignment]
+    teacher.register_forward_hook(lambda *_: asked.append(torch.is_grad_enabled()))
+    asked: list[bool] = []
     with loss_in_forward(student, bind(student), kl_share), teacher_in_forward(teacher, bind(teacher)):
         found = trainer.compute_loss(student, {"input_ids": ids_BT})
     with torch.no_grad():
@@ -89,6 +91,7 @@ def test_the_loss_of_a_batch_is_the_formula(kl_share):
     assert float(found.detach()) == pytest.approx(float(expected), rel=1e-5)
     found.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert asked == ([False] if kl_share else []), "nothing is kept for gradients that nobody reads"
 
 
 def test_an_evaluation_says_kl_by_domain_its_mean_and_the_objective():

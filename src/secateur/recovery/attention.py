@@ -27,11 +27,13 @@ def switched(model: PreTrainedModel, name: str | None, key: str = "attention") -
 
     Raises RecipeError, naming the recipe's `key`, if the model or this machine has none of that name.
     """
+    if name is None:
+        yield
+        return
     configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     before = {id(each): (each, each._attn_implementation) for each in configs}  # the whole model's first
     try:
-        if name is not None:
-            _switch(model, name, key)
+        _switch(model, name, key)
         yield
     finally:
         for config, old in before.values():

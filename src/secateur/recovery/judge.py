@@ -34,9 +34,9 @@ class Judge:
         states = head_inputs(dense, arch, blocks, progress, "judge dense")
         self._states = {domain: list(islice(states, len(held))) for domain, held in held_out_NT.items()}
 
-    def own_head(self, device: torch.device | None = None) -> None:
-        """Copy the head, to this device if given, so that the dense model may be cut, freed or sharded."""
-        self.head = copy.deepcopy(self.head).to(device)
+    def own_head(self) -> None:
+        """Copy the head, so that the dense model may be cut, freed or sharded."""
+        self.head = copy.deepcopy(self.head)
 
     def dense(self) -> Verdicts:
         """Return the dense model's own verdicts: a KL of zero, and its loss."""

@@ -310,8 +310,8 @@ def _trainer(work: Work, trained: nn.Module, arguments: TrainingArguments, token
     trainer.model_accepts_loss_kwargs = False
     trainer.settings, trainer.judge = work.settings, work.judge
     teacher: Any = work.teacher
-    if teacher is None or trainer.is_fsdp_enabled:
-        work.judge.own_head(arguments.device)
+    if work.states is not None:
+        work.judge.head.to(arguments.device)  # a copy: see `polish.learn`
     if trainer.is_fsdp_enabled:
         # Checkpoints are written whole: torch reads those as tensors alone, but unpickles shards.
         plugin: Any = trainer.accelerator.state.fsdp_plugin
@@ -322,6 +322,8 @@ def _trainer(work: Work, trained: nn.Module, arguments: TrainingArguments, token
     if teacher is not None and trainer.is_fsdp_enabled:
         from accelerate.utils import fsdp2_prepare_model
 
+        work.judge.own_head()
+        work.judge.head.to(arguments.device)
         teacher = fsdp2_prepare_model(trainer.accelerator, teacher)
     elif teacher is not None:
         teacher = teacher.to(arguments.device)
