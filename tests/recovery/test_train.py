@@ -82,6 +82,7 @@ def test_the_loss_of_a_batch_is_the_formula(kl_share):
     asked: list[bool] = []
     with loss_in_forward(student, bind(student), kl_share), teacher_in_forward(teacher, bind(teacher)):
         found = trainer.compute_loss(student, {"input_ids": ids_BT})
+    assert asked == ([False] if kl_share else []), "nothing is kept for gradients that nobody reads"
     with torch.no_grad():
         ours, theirs = (each(ids_BT, use_cache=False).logits[:, :-1].double() for each in (student, teacher))
         log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
@@ -91,7 +92,6 @@ def test_the_loss_of_a_batch_is_the_formula(kl_share):
     assert float(found.detach()) == pytest.approx(float(expected), rel=1e-5)
     found.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
-    assert asked == ([False] if kl_share else []), "nothing is kept for gradients that nobody reads"
 
 
 def test_an_evaluation_says_kl_by_domain_its_mean_and_the_objective():
