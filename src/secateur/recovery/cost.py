@@ -154,6 +154,10 @@ def training_bytes(
     step = trained * (4 + (item if low else 0))
     step += tokens * layers * (4 * STREAM_WIDTHS * config.hidden_size + item * FFN_WIDTHS * _ffn_width(config))
     step += min(tokens, HEAD_POSITIONS) * (item * 3 + (0 if on_cpu else 4 * 4)) * config.vocab_size
+    if settings.train == "lora":  # float32 copies of what linears read; additions, gradients, moments
+        hidden_size, width = config.hidden_size, _ffn_width(config)
+        step += 4 * tokens * layers * (6 * hidden_size + width)
+        step += 16 * settings.lora_rank * config.num_hidden_layers * (11 * hidden_size + 3 * width)
     weights = 4 * trained + (item if low else 4) * (num_params - trained)
     return weights + 8 * trained + max(step, item * num_params if settings.train == "lora" else weights)
 
