@@ -1,12 +1,10 @@
 """What a run will cost: memory, disk, floating-point operations, seconds on this machine.
 
-All from shapes, except for the machine's rates, which one short product measures.
+All from shapes, except for the machine's rates, which a short layer and short products measure.
 """
 
 import functools
 import importlib.util
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,11 +20,11 @@ from secateur.model.group import Group
 from secateur.pruning.open import Opened, computes_in_float32
 from secateur.pruning.resolve import Resolved
 from secateur.pruning.resolve_parts import NARROW_TOKENS_PER_INPUT
-from secateur.recovery.cost import num_trained, polish_work, training_bytes
+from secateur.recovery.cost import layer_rate, num_trained, polish_work, training_bytes
 from secateur.recovery.polish import polish_settings
 from secateur.recovery.weights import autocasts
 from secateur.report.records import MemoryEstimate, Work
-from secateur.stream.device import float64_device, free_bytes
+from secateur.stream.device import best_seconds, float64_device, free_bytes
 from secateur.stream.statistics import BY_DOMAIN, NUM_BLOCKS, PRODUCT_ROWS, exact_product_precision
 from secateur.stream.walk import DEVICE_BATCH_TOKENS, LAYERS_AT_ONCE
 
@@ -267,7 +265,7 @@ def with_polish_that_fits(opened: Opened, resolved: Resolved) -> Resolved:
 
 
 # The timed products have as many rows as a batch has tokens.
-ROWS, MOST_WIDTH, REPEATS, COPIED = 512, 2048, 3, 1 << 24
+ROWS, MOST_WIDTH, COPIED = 512, 2048, 1 << 24
 
 
 def work_of(opened: Opened, resolved: Resolved) -> Work:
@@ -276,8 +274,9 @@ def work_of(opened: Opened, resolved: Resolved) -> Work:
     forward, per round: the pruned and the dense stream through every layer, and cut layers once
     more; the judging text through two models; for measured budgets the probe's tokens through
     half of the layers and the head, per group; the choice of layers. gram: the lower triangle of
-    x'x, twice for measured budgets. solve, for F inputs, C that go and S that stay: inverse 2 F^3,
-    updates 2 C F^2, Cholesky S^3 / 3, substitutions 2 S^2 H, right side 2 C S H.
+    x'x, twice for measured budgets, and x'r of the drift r. solve, for F inputs, C that go and S
+    that stay: inverse 2 F^3, updates 2 C F^2, Cholesky S^3 / 3, substitutions 2 S^2 H, right side
+    2 C S H.
     """
     recipe, num_rounds = resolved.recipe, len(resolved.plans)
     tokens, num_params = resolved.num_tokens, opened.size.num_params
@@ -291,6 +290,7 @@ def work_of(opened: Opened, resolved: Resolved) -> Work:
             parts = _group_work(group, plan.num_keep[group.layer, group.name], tokens)
             forward += 2 * (tokens + held_out) * parts[0]
             gram, solve = gram + parts[1] * (1 + is_measured), solve + parts[2] * (1 + is_measured)
+            gram += 2 * tokens * group.num_inputs * _num_outputs(group) * (streams - 1)
     if is_measured:
         probe = recipe.choose.probe_blocks * len(recipe.calibration.domains) * resolved.sequence_length
         forward += num_rounds * len(resolved.groups) * (2.0 * probe * (num_params - in_layers / 2))
@@ -337,18 +337,24 @@ def _group_work(group: Group, num_keep: int, tokens: int) -> tuple[float, float,
     """Return parameters that stay, and the operations of statistics and solves."""
     inputs, stays = group.num_inputs, min(group.num_inputs, num_keep * group.width)
     gone = inputs - stays
-    outputs = group.params_per_unit / max(1, group.width * group.parts.num_linears)
+    outputs = _num_outputs(group)
     solve = 2.0 * inputs**3 + 2.0 * gone * inputs**2 + stays**3 / 3
     solve += 2.0 * stays**2 * outputs + 2.0 * gone * stays * outputs
     gram = tokens * inputs**2 * (1 + 1 / NUM_BLOCKS)
     return float(num_keep * group.params_per_unit), gram, solve if gone else 0.0
 
 
+def _num_outputs(group: Group) -> float:
+    """Return the reader's outputs, as the mean over the linears that a unit has parameters in."""
+    return group.params_per_unit / max(1, group.width * group.parts.num_linears)
+
+
 def seconds_for(work: Work, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Work:
-    """Return the seconds of the work at `measured_rates`, computed in `dtype`."""
-    rates = measured_rates(device, dtype, min(MOST_WIDTH, hidden_size))
-    training = work.training / rates.forward + work.moved / rates.moved
-    return Work(work.forward / rates.forward, work.gram / rates.gram, work.solve / rates.solve, training)
+    """Return the seconds of the work at `layer_rate` and `measured_rates`, computed in `dtype`."""
+    width, tokens = min(MOST_WIDTH, hidden_size), ROWS if device.type == "cpu" else DEVICE_BATCH_TOKENS
+    rates, layer = measured_rates(device, dtype, width), layer_rate(device, dtype, width, tokens)
+    training = work.training / layer + work.moved / rates.moved
+    return Work(work.forward / layer, work.gram / rates.gram, work.solve / rates.solve, training)
 
 
 @functools.cache  # a study asks for every cell
@@ -362,23 +368,14 @@ def measured_rates(device: torch.device, dtype: torch.dtype, width: int, rows: i
     with exact_product_precision(dtype):
         gram = _rate(torch.zeros(rows, width, device=device), 4 * width)
     solve = _rate(torch.zeros(rows, ROWS, dtype=torch.float64, device=float64_device(device)), ROWS)
-    numbers = torch.zeros(COPIED, device=device)
-    copied = 2 * numbers.nbytes / _best_seconds(lambda: numbers.clone()[0].item())
+    numbers, others = torch.zeros(2, COPIED, device=device)
+    copied = 2 * numbers.nbytes / best_seconds(device, lambda: others.copy_(numbers))
     return Work(forward, gram, solve, forward, copied)
 
 
 def _rate(left: torch.Tensor, columns: int) -> float:
     right = left.new_zeros(columns, left.shape[1])
-    return 2 * left.numel() * columns / _best_seconds(lambda: (left @ right.T)[0, 0].item())
-
-
-def _best_seconds(work: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return 2 * left.numel() * columns / best_seconds(left.device, lambda: left @ right.T)
 
 
 def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> int:

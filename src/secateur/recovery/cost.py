@@ -1,15 +1,16 @@
-"""What a recovery costs: tokens, FLOPs, memory, disk; and seconds, from one timed step.
+"""What a recovery costs: tokens, FLOPs, memory, disk; and seconds, from one timed step or layer.
 
 In: both models (on the meta device, but for seconds), settings, text. Out: a `Cost`.
 FLOPs are those of matrix products. Memory is estimated from shapes, without the interpreter.
 T: tokens of a block; "forward": one pass of one model over all positions, head included.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaModel, PreTrainedModel
 
 from secateur.facts import Size
 from secateur.methods.prices import prefill_flops_per_token
@@ -20,12 +21,13 @@ from secateur.recovery.loss import HEAD_POSITIONS, loss_in_forward, states_of
 from secateur.recovery.pair import Candidates, RecoveryText, blocks_per_step
 from secateur.recovery.weights import autocasts, words_of
 from secateur.report.measured import Cost
-from secateur.stream.device import now
+from secateur.stream.device import best_seconds, now
 
 # Numbers that a layer stores per token for backward: float32 ones in hidden sizes (the stream, inputs
 # of norms and linears, queries, keys, values), and four in the FFN's, as autograd was seen to store.
 STREAM_WIDTHS, FFN_WIDTHS = 10, 4
 TRAIN_DENSE = "train_dense"
+HEAD_SIZE = 64  # of the layer that is timed
 # FLOPs per token of a block: of the layers, and with the head at every position.
 Forward = tuple[float, float]
 
@@ -129,6 +131,24 @@ def time_a_step(
     return teaching / (ids_BT.numel() * big), training / (ids_BT.numel() * 3 * small)
 
 
+@functools.cache  # a study asks for every cell
+@torch.no_grad()
+def layer_rate(device: torch.device, dtype: torch.dtype, width: int, num_tokens: int) -> float:
+    """Return the products' operations per second in the forward pass of a Llama layer of random weights.
+
+    Attention, norms and other moves are in its time: at a width of 576 it runs at 0.6 times the
+    rate of a product. A training step has about the same rate: LOG, 2026-11-29, late.
+    """
+    sizes: dict[str, int] = {"hidden_size": width, "intermediate_size": 8 * width // 3, "head_dim": HEAD_SIZE}
+    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), max(1, width // HEAD_SIZE))
+    with torch.random.fork_rng(devices=[]):  # a run's random numbers are its own
+        model: Any = LlamaModel(LlamaConfig(**sizes, **heads, num_hidden_layers=1, vocab_size=8))
+    model = model.to(device, dtype)
+    ids_BT = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
+    num_params = sum(weight.numel() for weight in model.layers.parameters())
+    return 2 * num_params * num_tokens / best_seconds(device, lambda: model(ids_BT, use_cache=False))
+
+
 def num_trained(model: PreTrainedModel, settings: RecoverySettings) -> int:
     """Return how many of the model's own parameters are trained; LoRA trains none of them."""
     if settings.train == "lora":
@@ -169,15 +189,14 @@ def _ffn_width(config: Any) -> int:
     return max(each.get("intermediate_size") or 0 for each in layers) or 4 * config.hidden_size
 
 
-# Bytes that training moves beside its products: per logit; per trained parameter and step; per
-# number of the stream and layer. Fitted to SmolLM2-135M on one AMX core.
-LOGIT_BYTES, PARAMETER_BYTES, STREAM_BYTES = 60, 40, 600
+# Bytes that training moves beside its layers' work: per logit; per trained parameter and step.
+LOGIT_BYTES, PARAMETER_BYTES = 60, 40
 
 
 def polish_work(
     settings: RecoverySettings, dense: PreTrainedModel, num_params: int, held_out: int, length: int
 ) -> tuple[float, float]:
-    """Return FLOPs of a polish, and the bytes that it moves beside them.
+    """Return FLOPs of a polish, and the bytes that it moves beside its layers.
 
     The dense model once over all text, training, and `held_out` tokens that judge.
     `num_params`: of the pruned model, whose layers are taken to be smaller in proportion.
@@ -187,6 +206,5 @@ def polish_work(
     left = layers * num_params / Size.of(dense).num_params
     flops = predict_flops((left, left + whole - layers), (layers, whole), settings, tokens, held_out)
     steps = tokens / settings.batch_tokens
-    stream = tokens * config.hidden_size * config.num_hidden_layers
     moved = LOGIT_BYTES * tokens * config.vocab_size + PARAMETER_BYTES * num_trained(dense, settings) * steps
-    return sum(map(sum, flops.values())), float(moved + STREAM_BYTES * stream)
+    return sum(map(sum, flops.values())), float(moved)

@@ -148,6 +148,16 @@ def parameter_on(device: torch.device, parameter: nn.Parameter, dtype: torch.dty
     return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
 
+def best_seconds(device: torch.device, work: Callable[[], object], repeats: int = 3) -> float:
+    """Return the least seconds that `work` takes of `repeats` times."""
+    seconds = []
+    for _ in range(repeats):
+        start = now(device)
+        work()
+        seconds.append(now(device) - start)
+    return min(seconds)
+
+
 def now(device: torch.device) -> float:
     """Return the clock's seconds after the device has finished its work."""
     if device.type != "cpu":

@@ -1,0 +1,64 @@
+"""The time that a run is said to take: operations over the rates of a short layer and of short products."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_llama
+from recipes import grouped
+from tiny_tokenizer import tiny_tokenizer
+
+from secateur.pruning import cost
+from secateur.pruning.cost import seconds_for, work_of
+from secateur.pruning.open import open_model
+from secateur.pruning.resolve import checked, resolve
+from secateur.recipe_file import parse_recipe
+from secateur.recovery import cost as layers
+from secateur.report.records import Work
+from secateur.stream.device import CPU, best_seconds
+
+
+def test_passes_and_training_at_a_layers_rate_and_the_rest_at_a_products(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cost, "layer_rate", lambda *facts: asked.append(facts) or 10.0)
+    monkeypatch.setattr(cost, "measured_rates", lambda device, dtype, width: Work(1e9, 2.0, 4.0, 1e9, 5.0))
+    found = seconds_for(Work(100.0, 20.0, 40.0, 80.0, 50.0), 4096, torch.bfloat16, CPU)
+    assert found == Work(10.0, 10.0, 10.0, 18.0) and found.total == 48.0
+    assert asked == [(CPU, torch.bfloat16, 2048, 512)]
+
+
+def test_a_layers_rate_is_its_weights_products_over_its_seconds(monkeypatch):
+    layers.layer_rate.cache_clear()
+    timed = []
+    monkeypatch.setattr(layers, "best_seconds", lambda device, work: timed.append(work()) or 2.0)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    found = layers.layer_rate(CPU, torch.float64, 128, 10)
+    layers.layer_rate.cache_clear()
+    assert torch.equal(torch.rand(4), expected)  # a run's random numbers stay its own
+    assert found == (4 * 128 * 128 + 3 * 128 * 341 + 2 * 128) * 2 * 10 / 2.0
+    (output,) = timed
+    assert output.last_hidden_state.shape == (1, 10, 128) and output.last_hidden_state.dtype == torch.float64
+
+
+def test_the_best_of_three(monkeypatch):
+    clock = iter([0.0, 3.0, 10.0, 11.5, 20.0, 22.0])
+    monkeypatch.setattr("secateur.stream.device.now", lambda device: next(clock))
+    done: list[int] = []
+    assert best_seconds(CPU, lambda: done.append(1)) == 1.5 and len(done) == 3
+
+
+@pytest.mark.parametrize("target_mix", [0.5, 0.0])
+def test_operations_of_statistics_by_hand(target_mix):
+    domains = {"code": {"installed": "code"}}
+    asked: dict[str, Any] = {"remove": 0.2, "groups": ["ffn"], "target_mix": target_mix, "polish": False}
+    asked |= {"calibration": {"num_tokens": 640, "sequence_length": 32, "domains": domains}}
+    model = tiny_llama()
+    opened = checked(open_model(model, parse_recipe(grouped(asked)), tiny_tokenizer()))
+    resolved = resolve(opened)
+    inputs, outputs = model.config.intermediate_size, model.config.hidden_size
+    triangle, of_drift = inputs**2 * (1 + 1 / 8), 2 * inputs * outputs if target_mix else 0
+    assert work_of(opened, resolved).gram == pytest.approx(
+        model.config.num_hidden_layers * resolved.num_tokens * (triangle + of_drift)
+    )
