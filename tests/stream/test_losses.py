@@ -48,6 +48,17 @@ def logits64(model: nn.Module, ids_BT: Tensor) -> Tensor:
         return copy.deepcopy(model).double()(ids_BT, use_cache=False).logits
 
 
+def test_the_head_is_a_part_of_the_progress_as_large_as_its_weights():
+    model, blocks = tiny_llama(vocab_size=6000), {"a": tiny_ids(batch=3, length=20)}
+    arch, seen = bind(model), []
+    domain_losses(model, arch, blocks, lambda stage, done, total: seen.append((stage, done, total)))
+    in_layer, in_head = arch.params_per_layer[0], model.lm_head.weight.numel()
+    of_head = round(in_head / in_layer)
+    assert of_head > 3  # each block moves it
+    done = [*range(arch.num_layers + 1), *(arch.num_layers + of_head * number // 3 for number in (1, 2, 3))]
+    assert seen == [("evaluate", each, arch.num_layers + of_head) for each in done]
+
+
 def reference_nats(model: nn.Module, ids_NT: Tensor) -> list[Tensor]:
     return [next_token_nats(logits64(model, ids_T[None])[0, :-1], ids_T[1:]) for ids_T in ids_NT]
 
@@ -82,7 +93,7 @@ def test_how_many_blocks_pass_together_changes_nothing(at_once: int, monkeypatch
     for domain, loss in expected.items():
         assert found[domain].nats_per_token == pytest.approx(loss.nats_per_token, rel=TOLERANCE)
         assert found[domain].standard_error == pytest.approx(loss.standard_error, rel=1e-3)
-    num_steps = {1: 5, 40: 3, 1 << 15: 1}[at_once] * 3
+    num_steps = {1: 5, 40: 3, 1 << 15: 1}[at_once] * (3 + 1)  # three layers, and a head that counts as one
     assert seen == [("judge", done, num_steps) for done in range(num_steps + 1)]
 
 

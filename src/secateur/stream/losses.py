@@ -49,7 +49,9 @@ def domain_losses(
     def mean_losses(piece: list[Tensor], states: Iterator[Tensor]) -> list[float]:
         return [float(_position_losses(model, arch, *each).mean()) for each in zip(states, piece, strict=True)]
 
-    all_values = chain.from_iterable(_by_layers(model, arch, blocks, mean_losses, progress, stage))
+    in_head = sum(weight.numel() for weight in head_of(model, arch).parameters())
+    as_layers = max(1, round(in_head * arch.num_layers / max(1, sum(arch.params_per_layer))))
+    all_values = chain.from_iterable(_by_layers(model, arch, blocks, mean_losses, progress, stage, as_layers))
     for domain, domain_NT in blocks_NT.items():
         values = list(islice(all_values, len(domain_NT)))
         counts = [len(ids_T) - 1 for ids_T in domain_NT]
@@ -97,28 +99,39 @@ def _by_layers(
     finish: Callable[[list[Tensor], Iterator[Tensor]], list[T]],
     progress: Progress,
     stage: str,
+    head_steps: int = 0,
 ) -> list[list[T]]:
     """Return what `finish` makes of blocks and what the head reads of each, for pieces of the text.
 
-    The blocks of a piece all pass one layer before the next, each block separately.
+    The blocks of a piece all pass one layer before the next, each block separately. `head_steps`:
+    of the progress in `finish`, where a layer is one.
     """
     # Every rank should get some.
     at_once = min(max(1, TOKENS_AT_ONCE // max(map(len, blocks))), -(-len(blocks) // size()))
     pieces = [blocks[start : start + at_once] for start in range(0, len(blocks), at_once)]
-    done, steps = 0, len(pieces) * arch.num_layers
+    done, steps = 0, len(pieces) * (arch.num_layers + head_steps)
     progress(stage, 0, steps)
 
-    def passed(piece: list[Tensor]) -> list[T]:
+    def moved(by: int) -> None:
         nonlocal done
+        done = min(done + by * size(), steps)
+        progress(stage, done, steps)
+
+    def head_read(walk: Walk) -> Iterator[Tensor]:
+        for number, pair in enumerate(zip(walk.batches, walk.hidden_BTD, strict=True)):
+            yield states_for_head(model, arch, *pair)
+            before, after = (head_steps * each // len(walk.batches) for each in (number, number + 1))
+            if after > before:
+                moved(after - before)
+
+    def passed(piece: list[Tensor]) -> list[T]:
         device = next(model.parameters()).device
         batches = [Batch("", True, ids_T[None].to(device)) for ids_T in piece]
         walk = Walk(model, arch, batches)
         for index in range(arch.num_layers):
             walk.advance(index)
-            done = min(done + size(), steps)
-            progress(stage, done, steps)
-        pairs = zip(batches, walk.hidden_BTD, strict=True)
-        return finish(piece, (states_for_head(model, arch, *pair) for pair in pairs))
+            moved(1)
+        return finish(piece, head_read(walk))
 
     return spread(passed, pieces)
 
