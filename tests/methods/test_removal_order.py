@@ -226,8 +226,10 @@ def test_narrow_kl_is_that_of_the_model_with_these_readers(narrow):
             count += log_p.shape[0] * log_p.shape[1]
         for layer, weight in zip(model.model.layers, own, strict=True):
             layer.mlp.down_proj.weight = weight
-    assert narrow_kl(model, arch, batches, readers) == pytest.approx(sums / count, rel=1e-5)
-    assert narrow_kl(model, arch, batches, {}) == 0
+    seen: list[tuple[str, int, int]] = []
+    found = narrow_kl(model, arch, batches, [{}, readers, {}], lambda *step: seen.append(step))
+    assert found == [0, pytest.approx(sums / count, rel=1e-5), 0]
+    assert seen == [("judge narrow layers", done, 3) for done in range(4)]
 
 
 def test_the_law_goes_through_both_measured_points(narrow):
@@ -237,9 +239,8 @@ def test_the_law_goes_through_both_measured_points(narrow):
     num_fit = math.ceil(4 * 112 / 32)
     shares = [dict.fromkeys(range(3), 1 - share) for share in (0.6, 0.3)]
     both = narrow_readers(model, arch, fitted[: math.ceil(num_fit / 2)], shares, 1e-3)
-    for share, readers in zip((0.6, 0.3), both, strict=True):
-        expected = narrow_kl(model, arch, judged, readers) / module.NARROW_OVERSTATES
-        assert float(law(torch.tensor(share))) == pytest.approx(expected, rel=1e-4)
+    for share, kl in zip((0.6, 0.3), narrow_kl(model, arch, judged, both), strict=True):
+        assert float(law(torch.tensor(share))) == pytest.approx(kl / module.NARROW_OVERSTATES, rel=1e-4)
     assert float(law(torch.tensor(0.0))) == 0 and float(law(torch.tensor(-0.1))) == 0
     exponent = math.log2(float(law(torch.tensor(0.6))) / float(law(torch.tensor(0.3))))
     assert float(law(torch.tensor(0.9))) == pytest.approx(float(law(torch.tensor(0.6))) * 1.5**exponent, rel=1e-4)

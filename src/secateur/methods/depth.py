@@ -155,26 +155,36 @@ def narrow_readers(
     return found
 
 
-def narrow_kl(model: nn.Module, arch: Arch, batches: list[Batch], readers: Mapping[int, Tensor]) -> float:
-    """Return KL(dense || model with these FFN readers), in nats per token of the batches.
+def narrow_kl(
+    model: nn.Module,
+    arch: Arch,
+    batches: list[Batch],
+    readers: Sequence[Mapping[int, Tensor]],
+    progress: Progress = silent,
+) -> list[float]:
+    """Return KL(dense || model with FFN readers), in nats per token of the batches, for each set of readers.
 
     Raises NumericsError if it is not finite.
     """
-    total, num_tokens, head = 0.0, 0, head_of(model, arch)
-    for batch in batches:
-        dense, narrow = Walk(model, arch, [batch]), Walk(model, arch, [batch])
+    totals_R, num_tokens, head = torch.zeros(len(readers), dtype=torch.float64), 0, head_of(model, arch)
+    for number, batch in enumerate(batches):
+        progress("judge narrow layers", number, len(batches))
+        dense, *narrow = walks = [Walk(model, arch, [batch]) for _ in range(1 + len(readers))]
         for index in range(arch.num_layers):
             dense.advance(index)
-            with _replaced(model, arch, index, readers.get(index)):
-                narrow.advance(index)
-        states = [states_for_head(model, arch, batch, each.hidden_BTD[0]) for each in (dense, narrow)]
-        total += float(token_divergences(states[0], head, states[1], head).double().sum())
-        num_tokens += len(states[0])
-    sums = totals({"kl": torch.tensor(total), "tokens": num_tokens})
-    kl = float(sums["kl"]) / sums["tokens"]
-    if not math.isfinite(kl):
+            for walk, each in zip(narrow, readers, strict=True):
+                with _replaced(model, arch, index, each.get(index)):
+                    walk.advance(index)
+        states, *others = [states_for_head(model, arch, batch, walk.hidden_BTD[0]) for walk in walks]
+        for place, other in enumerate(others):
+            totals_R[place] += token_divergences(states, head, other, head).double().sum().cpu()
+        num_tokens += len(states)
+    progress("judge narrow layers", len(batches), len(batches))
+    sums = totals({"kl": totals_R, "tokens": num_tokens})
+    found = (sums["kl"] / sums["tokens"]).tolist()
+    if not all(map(math.isfinite, found)):
         raise NumericsError("KL with narrow FFNs: it is not finite; use the model in bfloat16 or float32.")
-    return kl
+    return found
 
 
 def _narrow(weight_DF: Tensor, gram: Gram, share: float, damping: float | None) -> Float[Tensor, "D F"]:

@@ -207,7 +207,8 @@ def channel_law(
     fitted, judged = first_blocks(batches, num_fit, after=NARROW_BLOCKS), first_blocks(batches, NARROW_BLOCKS)
     shares = [dict.fromkeys(layers, 1 - share) for share in (most, most / 2)]
     both = narrow_readers(model, arch, fitted, shares, damping, decide, progress)
-    cost, of_half = (max(1e-9, narrow_kl(model, arch, judged, each) / NARROW_OVERSTATES) for each in both)
+    found = narrow_kl(model, arch, judged, both, progress)
+    cost, of_half = (max(1e-9, each / NARROW_OVERSTATES) for each in found)
     exponent = math.log2(cost / of_half)
     return lambda share: cost * (share.clamp(min=0) / most) ** exponent
 
