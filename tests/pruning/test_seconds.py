@@ -52,13 +52,15 @@ def test_the_best_of_three(monkeypatch):
 @pytest.mark.parametrize("target_mix", [0.5, 0.0])
 def test_operations_of_statistics_by_hand(target_mix):
     domains = {"code": {"installed": "code"}}
-    asked: dict[str, Any] = {"remove": 0.2, "groups": ["ffn"], "target_mix": target_mix, "polish": False}
+    asked: dict[str, Any] = {"remove": 0.2, "groups": ["ffn", "kv_heads"], "target_mix": target_mix, "polish": False}
     asked |= {"calibration": {"num_tokens": 640, "sequence_length": 32, "domains": domains}}
     model = tiny_llama()
     opened = checked(open_model(model, parse_recipe(grouped(asked)), tiny_tokenizer()))
     resolved = resolve(opened)
-    inputs, outputs = model.config.intermediate_size, model.config.hidden_size
-    triangle, of_drift = inputs**2 * (1 + 1 / 8), 2 * inputs * outputs if target_mix else 0
-    assert work_of(opened, resolved).gram == pytest.approx(
-        model.config.num_hidden_layers * resolved.num_tokens * (triangle + of_drift)
-    )
+    layer = model.model.layers[0]
+    assert {group.name for group in resolved.groups} == {"ffn", "kv_heads"}
+    ffn, heads = layer.mlp.down_proj.in_features, layer.self_attn.o_proj.in_features
+    of_drift = 2 * ffn * layer.mlp.down_proj.out_features if target_mix else 0  # heads have none
+    per_token = (ffn**2 + heads**2) * (1 + 1 / 8) + of_drift
+    expected = model.config.num_hidden_layers * resolved.num_tokens * per_token
+    assert work_of(opened, resolved).gram == pytest.approx(expected)

@@ -290,7 +290,8 @@ def work_of(opened: Opened, resolved: Resolved) -> Work:
             parts = _group_work(group, plan.num_keep[group.layer, group.name], tokens)
             forward += 2 * (tokens + held_out) * parts[0]
             gram, solve = gram + parts[1] * (1 + is_measured), solve + parts[2] * (1 + is_measured)
-            gram += 2 * tokens * group.num_inputs * _num_outputs(group) * (streams - 1)
+            has_drift = streams == 2 and not opened.arch.is_in_attention(group)
+            gram += has_drift * 2 * tokens * group.num_inputs * _num_outputs(group)
     if is_measured:
         probe = recipe.choose.probe_blocks * len(recipe.calibration.domains) * resolved.sequence_length
         forward += num_rounds * len(resolved.groups) * (2.0 * probe * (num_params - in_layers / 2))

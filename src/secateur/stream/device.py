@@ -148,10 +148,10 @@ def parameter_on(device: torch.device, parameter: nn.Parameter, dtype: torch.dty
     return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
 
-def best_seconds(device: torch.device, work: Callable[[], object], repeats: int = 3) -> float:
-    """Return the least seconds that `work` takes of `repeats` times."""
+def best_seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Return the least seconds that `work` takes of three times."""
     seconds = []
-    for _ in range(repeats):
+    for _ in range(3):
         start = now(device)
         work()
         seconds.append(now(device) - start)
