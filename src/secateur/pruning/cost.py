@@ -370,13 +370,13 @@ def measured_rates(device: torch.device, dtype: torch.dtype, width: int, rows: i
         gram = _rate(torch.zeros(rows, width, device=device), 4 * width)
     solve = _rate(torch.zeros(rows, ROWS, dtype=torch.float64, device=float64_device(device)), ROWS)
     numbers, others = torch.zeros(2, COPIED, device=device)
-    copied = 2 * numbers.nbytes / best_seconds(device, lambda: others.copy_(numbers))
+    copied = 2 * numbers.nbytes / best_seconds(lambda: others.copy_(numbers))
     return Work(forward, gram, solve, forward, copied)
 
 
 def _rate(left: torch.Tensor, columns: int) -> float:
     right = left.new_zeros(columns, left.shape[1])
-    return 2 * left.numel() * columns / best_seconds(left.device, lambda: left @ right.T)
+    return 2 * left.numel() * columns / best_seconds(lambda: left @ right.T)
 
 
 def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> int:

@@ -146,7 +146,7 @@ def layer_rate(device: torch.device, dtype: torch.dtype, width: int, num_tokens:
     model = model.to(device, dtype)
     ids_BT = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
     num_params = sum(weight.numel() for weight in model.layers.parameters())
-    return 2 * num_params * num_tokens / best_seconds(device, lambda: model(ids_BT, use_cache=False))
+    return 2 * num_params * num_tokens / best_seconds(lambda: model(ids_BT, use_cache=False).last_hidden_state)
 
 
 def num_trained(model: PreTrainedModel, settings: RecoverySettings) -> int:
