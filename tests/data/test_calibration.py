@@ -10,11 +10,14 @@ import torch
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.data.calibration import (
+    CHARACTERS_PER_TOKEN,
     CalibrationSet,
     DomainBlocks,
     build_calibration,
     content_hash,
+    count_tokens,
     rotated,
+    token_counts,
 )
 from secateur.data.overlap import ngram_overlap
 from secateur.errors import CalibrationError
@@ -107,6 +110,20 @@ def test_the_rest_of_the_held_out_document_is_used_only_when_all_else_ran_out(tm
     held_out, calibration = parts(build(27 * LENGTH, a=domain))
     # Two other documents in two turns each, an end-of-text token after every turn.
     assert calibration.index(held_out[0]) == 20 * LENGTH + 4
+
+
+def test_a_document_counts_as_the_square_root_of_its_occurrences() -> None:
+    found = count_tokens([torch.tensor(ids) for ids in ([1, 1, 1, 1, 0], [1, 3])], 5)
+    assert found.tokens_V.tolist() == [1, 5, 0, 1, 0]
+    assert found.damped_V.tolist() == [1.0, 3.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("num_characters", [50, 5000])
+def test_counting_stops_at_the_most(tmp_path: Path, num_characters: int) -> None:
+    calibration = Calibration(domains={"a": letters(tmp_path / "a.jsonl", 40, num_characters)}, sequence_length=LENGTH)
+    (counts,) = token_counts(calibration, 20 * LENGTH, TOKENIZER, 0, len(TOKENIZER), most=400).values()
+    piece = min(num_characters, LENGTH * CHARACTERS_PER_TOKEN)  # a character is a token
+    assert 400 <= int(counts.tokens_V.sum()) < 400 + piece
 
 
 def test_equal_documents_are_used_once(tmp_path: Path) -> None:

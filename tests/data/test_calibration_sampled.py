@@ -11,7 +11,8 @@ from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
-from secateur.data.calibration import BATCH_BLOCKS, CalibrationSet, build_calibration, sample_blocks, with_sampled
+from secateur.data.calibration import CalibrationSet, build_calibration
+from secateur.data.sampled import BATCH_BLOCKS, sample_blocks, with_sampled
 from secateur.errors import CalibrationError, NumericsError
 from secateur.evaluation.text import recipe_blocks
 from secateur.log import silent

@@ -11,6 +11,7 @@ import torch
 from bpe_tokenizer import CORPUS, bpe_tokenizer
 from models import tiny_ids, tiny_llama
 
+from secateur.data.calibration import TokenCounts, count_tokens
 from secateur.errors import RecipeError
 from secateur.methods import vocabulary as module
 from secateur.methods.depth import narrow_kl, narrow_readers
@@ -23,6 +24,7 @@ from secateur.methods.vocabulary import (
     nats_over,
     nats_per_token,
     of_scripts,
+    removal_by_counts,
     removal_order,
     scripts_of,
     sizes_within,
@@ -48,9 +50,12 @@ def vocabulary_of(*, needs_parts: bool, seed: int, num_tokens: int = 40, num_pad
     return Vocabulary("toy", num_tokens + num_padding, texts, parts, needs_parts, frozenset(range(8)))
 
 
-def brute_force(vocabulary: Vocabulary, use: list[float], fixed: set[int]) -> tuple[list[int], list[float]]:
+def brute_force(
+    vocabulary: Vocabulary, use: list[float], order_by: list[float], fixed: set[int]
+) -> tuple[list[int], list[float]]:
     """Try every token that may go, each time; respell all tokens from the start."""
-    alive, use, gone, total, more = set(vocabulary.texts), list(use), [], 0.0, []
+    alive, gone, total, more = set(vocabulary.texts), [], 0.0, []
+    use, order_by = list(use), list(order_by)
 
     def spelt(index: int) -> list[int]:
         found: list[int] = []
@@ -65,12 +70,13 @@ def brute_force(vocabulary: Vocabulary, use: list[float], fixed: set[int]) -> tu
         free = [index for index in alive - fixed - needed if index in vocabulary.parts]
         if not free:
             return gone, more
-        cost, index = min((use[index] * (len(spelt(index)) - 1), index) for index in free)
+        _, index = min((order_by[index] * (len(spelt(index)) - 1), index) for index in free)
+        total += use[index] * (len(spelt(index)) - 1)
         for part in spelt(index):
             use[part] += use[index]
+            order_by[part] += order_by[index]
         alive.remove(index)
         gone.append(index)
-        total += cost
         more.append(total)
 
 
@@ -78,7 +84,8 @@ def brute_force(vocabulary: Vocabulary, use: list[float], fixed: set[int]) -> tu
 @pytest.mark.parametrize("seed", range(5))
 def test_the_order_is_that_of_trying_every_token_each_time(needs_parts, seed):
     vocabulary = vocabulary_of(needs_parts=needs_parts, seed=seed)
-    use_V = torch.rand(vocabulary.num_rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    draw = torch.Generator().manual_seed(seed)
+    use_V, other_V = torch.rand(2, vocabulary.num_rows, generator=draw, dtype=torch.float64)
     kept = 25
     found = removal_order(vocabulary, use_V, [kept])
     fixed, left = set(range(8)), [kept]
@@ -86,18 +93,23 @@ def test_the_order_is_that_of_trying_every_token_each_time(needs_parts, seed):
         index = left.pop()
         fixed.add(index)
         left += vocabulary.parts.get(index, ()) if needs_parts else ()
-    ids, more = brute_force(vocabulary, use_V.tolist(), fixed)
+    ids, more = brute_force(vocabulary, use_V.tolist(), use_V.tolist(), fixed)
     padding = [40, 41, 42]
     assert found.ids == padding + ids and kept not in found.ids
     assert found.more_R.tolist() == pytest.approx([0.0] * 3 + more, rel=1e-12)
+    ordered = removal_order(vocabulary, use_V, [kept], order_by_V=other_V)
+    others, growth = brute_force(vocabulary, use_V.tolist(), other_V.tolist(), fixed)
+    assert ordered.ids == padding + others != found.ids
+    assert ordered.more_R.tolist() == pytest.approx([0.0] * 3 + growth, rel=1e-12)
 
 
 def test_the_cost_is_the_number_of_tokens_that_a_text_has_more():
     vocabulary = vocabulary_of(needs_parts=True, seed=3)
     draw = random.Random(0)
     text = [draw.randrange(40) for _ in range(500)]
-    counts = torch.bincount(torch.tensor(text), minlength=vocabulary.num_rows)
-    found = removal_order(vocabulary, token_use({"d": counts}, {"d": 2.0}))
+    counts = count_tokens(torch.tensor(text).split(100), vocabulary.num_rows)
+    use_V, damped_V = (token_use({"d": counts}, {"d": 2.0}, damped=each) for each in (False, True))
+    found = removal_order(vocabulary, use_V, order_by_V=damped_V)
     for number in (5, 20, len(found.ids)):
         gone = set(found.ids[:number])
 
@@ -109,9 +121,25 @@ def test_the_cost_is_the_number_of_tokens_that_a_text_has_more():
 
 
 def test_use_weighs_domains_by_their_shares_or_takes_the_largest():
-    counts = {"a": torch.tensor([3, 1, 0]), "b": torch.tensor([0, 10, 30])}
-    assert token_use(counts, {"a": 1.0, "b": 3.0, "unread": 5.0}).tolist() == pytest.approx([0.1875, 0.25, 0.5625])
-    assert token_use(counts, {"a": 1.0, "b": 3.0}, minimax=True).tolist() == pytest.approx([0.75, 0.25, 0.75])
+    zeros_V = torch.zeros(3, dtype=torch.float64)
+    counts = {
+        "a": TokenCounts(torch.tensor([3, 1, 0]), zeros_V + 1),
+        "b": TokenCounts(torch.tensor([0, 10, 30]), zeros_V + 2),
+    }
+    shares = {"a": 1.0, "b": 3.0, "unread": 5.0}
+    assert token_use(counts, shares).tolist() == pytest.approx([0.1875, 0.25, 0.5625])
+    assert token_use(counts, shares, minimax=True).tolist() == pytest.approx([0.75, 0.25, 0.75])
+    assert token_use(counts, shares, damped=True).tolist() == pytest.approx([0.1] * 3)  # 1/4 / 4 + 3/4 * 2 / 40
+
+
+def test_the_order_is_of_damped_counts_and_the_growth_of_plain_ones():
+    # Token 2 is used five times in one document, token 3 once in each of three; half of either is the mean of both.
+    parts = {2: (0, 1), 3: (1, 0)}
+    vocabulary = Vocabulary("toy", 4, {0: "a", 1: "b", 2: "ab", 3: "ba"}, parts, True, frozenset({0, 1}))
+    texts = [[0, 2, 2, 2, 2, 2], [1, 3], [3], [3]]
+    found = removal_by_counts(vocabulary, {"d": count_tokens(map(torch.tensor, texts), 4)}, {"d": 1.0})
+    assert found.ids == [2, 3]
+    assert found.more_R.tolist() == pytest.approx([(5 + 4) / 2 / 10, (5 + 3) / 10])
 
 
 def test_the_prior_is_the_mean_of_the_neighbours_among_those_that_may_go(monkeypatch):

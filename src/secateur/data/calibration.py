@@ -1,6 +1,7 @@
 """The calibration set: blocks of token ids per domain, some held out, with a content hash.
 
-Text comes from files, data sets and installed packages, or the dense model writes it itself.
+Text comes from files, data sets and installed packages; what the dense model writes itself is in
+`data.sampled`.
 """
 
 import hashlib
@@ -12,18 +13,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from random import Random
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from secateur.data.forms import Note, Notes, unheard
 from secateur.data.sources import DomainText, documents
-from secateur.errors import CalibrationError, NumericsError
+from secateur.errors import CalibrationError
 from secateur.log import Progress, silent
-from secateur.model.checkpoint import Tokenizer, eval_mode
-from secateur.model.modules import CausalLM
+from secateur.model.checkpoint import Tokenizer
 
 CALIBRATION_BLOCKS_PER_HELD_OUT = 9
 # Slightly above the average for English code and prose.
@@ -151,6 +151,27 @@ def build_calibration(
     return CalibrationSet(tuple(blocks), length, content_hash(blocks), num_rounds, notes.sentences())
 
 
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """How often a text has each token.
+
+    `damped_V`: each document counts as the square root of how often it has the token.
+    """
+
+    tokens_V: Int64[Tensor, " V"]
+    damped_V: Float64[Tensor, " V"]
+
+
+def count_tokens(documents: Iterable[Tensor], num_rows: int) -> TokenCounts:
+    """Return the counts of the ids in the documents, a tensor each. V: `num_rows`, of the embedding."""
+    tokens_V, damped_V = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.float64)
+    for ids_T in documents:
+        ids_U, counts_U = ids_T.unique(return_counts=True)
+        tokens_V[ids_U] += counts_U
+        damped_V[ids_U] += counts_U.double().sqrt()
+    return TokenCounts(tokens_V, damped_V)
+
+
 # Tokens of a domain beyond these hardly move what is counted.
 MOST_COUNTED = 1_000_000
 
@@ -164,15 +185,15 @@ def token_counts(
     progress: Progress = silent,
     *,
     most: int = MOST_COUNTED,
-) -> dict[str, Int64[Tensor, " V"]]:
+) -> dict[str, TokenCounts]:
     """Return how often each domain's text has each token, without the text that is held out.
 
-    V: `num_rows`, of the embedding. No more of a domain's text is read once `most` tokens are
-    counted. Sampled domains, whose text is not written yet, are left out. Raises CalibrationError
-    for unreadable text, or if no domain is left.
+    No more of a domain's text is read once `most` tokens are counted. Sampled domains, whose text is
+    not written yet, are left out. Raises CalibrationError for unreadable text, or if no domain is
+    left.
     """
     assert calibration.sequence_length is not None, "resolve fills it in"
-    length, found = calibration.sequence_length, dict[str, Tensor]()
+    length, found = calibration.sequence_length, dict[str, TokenCounts]()
     total_share = sum(domain.share for domain in calibration.domains.values())
     read = {name: domain for name, domain in calibration.domains.items() if not domain.sampled}
     for done, (name, domain) in enumerate(read.items()):
@@ -181,13 +202,8 @@ def token_counts(
         num_held_out = math.ceil(num_blocks / CALIBRATION_BLOCKS_PER_HELD_OUT)
         pieces = _pieces(name, domain, tokenizer, seed, length)
         _, used = _pack(pieces, deque(), num_held_out * length, None)
-        counts, num_counted = torch.zeros(num_rows, dtype=torch.int64), 0
-        for ids in chain.from_iterable(chain(used, pieces)):
-            if num_counted >= most:
-                break
-            counts += torch.bincount(torch.tensor(ids), minlength=num_rows)
-            num_counted += len(ids)
-        if not num_counted:
+        counts = count_tokens(_up_to(most, chain(used, pieces)), num_rows)
+        if not counts.tokens_V.any():
             raise CalibrationError(f"domain '{name}': no text is left to count tokens of; add text.")
         found[name] = counts
     if not found:
@@ -197,6 +213,20 @@ def token_counts(
         )
     progress("count tokens", len(read), len(read))
     return found
+
+
+def _up_to(most: int, documents: Iterable[_Turns]) -> Iterator[Int64[Tensor, " T"]]:
+    """Yield each document's ids until about `most` are read."""
+    for pieces in documents:
+        ids: list[int] = []
+        for piece in pieces:
+            ids += piece
+            if len(ids) >= most:
+                break
+        yield torch.tensor(ids, dtype=torch.int64)
+        most -= len(ids)
+        if most <= 0:
+            return
 
 
 def rotated(calibration: CalibrationSet, round_index: int) -> CalibrationSet:
@@ -309,89 +339,3 @@ def content_hash(blocks: Iterable[DomainBlocks]) -> str:
         for part in parts if not domain.calibration_NT.is_meta else ():
             digest.update(part.numpy().astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-# Blocks sampled together; each has its KV cache in memory.
-BATCH_BLOCKS = 16
-# The KV cache's name since transformers 5.24, and before.
-CACHE_NAMES = ("cache", "past_key_values")
-
-
-def with_sampled(
-    calibration: CalibrationSet,
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    seed: int,
-    progress: Progress = silent,
-    dense_ids: Int64[Tensor, " K"] | None = None,
-) -> CalibrationSet:
-    """Return the set with every sampled domain written by `model`; the held-out blocks come first.
-
-    `dense_ids`, errors: as in `sample_blocks`.
-    """
-    if not any(domain.calibration_NT.is_meta for domain in calibration.domains):
-        return calibration
-    domains = list(calibration.domains)
-    for index, domain in enumerate(domains):
-        if domain.calibration_NT.is_meta:
-            num_held_out, (num_blocks, length) = len(domain.held_out_NT), domain.calibration_NT.shape
-            own_seed, tell = Random(f"{seed}:{domain.name}").getrandbits(63), partial(progress, f"sample {domain.name}")
-            num_all = num_held_out + num_blocks
-            ids_NT = sample_blocks(model, tokenizer, num_all, length, own_seed, tell, dense_ids)
-            held_out_NT, calibration_NT = ids_NT[:num_held_out], ids_NT[num_held_out:]
-            domains[index] = replace(domain, held_out_NT=held_out_NT, calibration_NT=calibration_NT)
-    return replace(calibration, domains=tuple(domains), content_hash=content_hash(domains))
-
-
-def sample_blocks(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    num_blocks: int,
-    length: int,
-    seed: int,
-    progress: Callable[[int, int], None] = lambda num_done, num_tokens: None,
-    dense_ids: Int64[Tensor, " K"] | None = None,
-) -> Int64[Tensor, "N T"]:
-    """Sample blocks from the model's own distribution at temperature 1.
-
-    Sampling starts after the begin-of-text token (or else the end-of-text token), which is not part
-    of the block. A text that ends within a block is followed by another. Only tokens that the
-    tokenizer knows are drawn, on the CPU, so that a seed gives the same draws on any device.
-    `progress` gets (tokens so far, all tokens). `dense_ids`: the model's ids of the tokenizer's tokens,
-    if the model has more; no other token is drawn.
-
-    Raises CalibrationError without such a token, NumericsError if a logit is not finite.
-    """
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if not isinstance(start, int):
-        advice = "set one in its tokenizer_config.json, or leave the domain out"
-        raise CalibrationError(
-            f"sampled domain: the tokenizer has no begin-of-text and no end-of-text token; {advice}."
-        )
-    generator, batches, num_done = torch.Generator().manual_seed(seed), list[Tensor](), 0
-    progress(num_done, num_blocks * length)
-    with torch.inference_mode(), eval_mode(model):
-        for first in range(0, num_blocks, BATCH_BLOCKS):
-            ids_B1 = torch.full((min(BATCH_BLOCKS, num_blocks - first), 1), start)
-            cache, drawn = dict[str, Any](), list[Tensor]()
-            for _ in range(length):
-                fed_B1 = ids_B1 if dense_ids is None else dense_ids[ids_B1]
-                output = model(fed_B1.to(model.device), use_cache=True, **cache)
-                name = next(each for each in CACHE_NAMES if each in output)
-                cache = {name: output[name]}
-                logits_BV = output.logits[:, -1] if dense_ids is None else output.logits[:, -1, dense_ids]
-                ids_B1 = _draw(logits_BV[:, : len(tokenizer)], generator)
-                drawn.append(ids_B1)
-                num_done += len(ids_B1)
-                progress(num_done, num_blocks * length)
-            batches.append(torch.cat(drawn, dim=1))
-    # Cloned outside inference mode to get ordinary tensors.
-    return torch.cat(batches).clone()
-
-
-def _draw(logits_BV: Tensor, generator: torch.Generator) -> Int64[Tensor, "B 1"]:
-    probabilities_BV = logits_BV.float().softmax(dim=-1).cpu()
-    if not torch.isfinite(probabilities_BV).all():
-        advice = "use the model in bfloat16 or float32 and check its weights"
-        raise NumericsError(f"sampled domain: the dense model gives no finite logits; {advice}.")
-    return torch.multinomial(probabilities_BV, 1, generator=generator)

@@ -326,7 +326,7 @@ def dataset_rows(wanted: HubDataset, order: Random) -> Iterator[Row]:
         raise CalibrationError(f"{where}: cannot be loaded ({reason}); {advice}.") from None
 
 
-# Without `sampled`: the model writes that text, see `calibration.sample_blocks`.
+# Without `sampled`: the model writes that text, see `sampled.sample_blocks`.
 SOURCES: dict[str, Source] = {"installed": installed_documents, "files": file_rows, "dataset": dataset_rows}
 
 

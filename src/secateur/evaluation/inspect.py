@@ -134,14 +134,14 @@ def inspected_vocabulary(opened: Opened, resolved: Resolved, progress: Progress)
     except SecateurError as error:
         problem = str(error).removeprefix("remove.").removeprefix("vocabulary: ")
         return InspectedVocabulary(num_rows, params(num_rows), problem=problem)
-    used = {name: set(count_V.nonzero().flatten().tolist()) for name, count_V in counts.items()}
+    used = {name: set(each.tokens_V.nonzero().flatten().tolist()) for name, each in counts.items()}
     needed = len(with_parts(vocabulary, set[int]().union(*used.values())))
     smallest = min(num_rows, -(-needed // methods.ALIGN_TOKENS) * methods.ALIGN_TOKENS)
     return InspectedVocabulary(
         num_rows,
         params(num_rows),
         {name: len(ids) for name, ids in used.items()},
-        {name: int(count_V.sum()) for name, count_V in counts.items()},
+        {name: int(each.tokens_V.sum()) for name, each in counts.items()},
         smallest,
         params(num_rows - smallest),
     )

@@ -1,6 +1,6 @@
 """Which tokens go: what each one is worth, the order in which they go, and how many go.
 
-In: token counts by domain, a `Vocabulary`, prices. Out: ids in the order in which they go, and what
+In: `TokenCounts` by domain, a `Vocabulary`, prices. Out: ids in the order in which they go, and what
 a text then costs. V: rows of the embedding, R: tokens that may go.
 """
 
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from secateur.data.calibration import TokenCounts
 from secateur.errors import RecipeError
 from secateur.facts import Batch
 from secateur.log import Progress, silent
@@ -40,14 +41,15 @@ NARROW_TOKENS_PER_INPUT, NARROW_OVERSTATES = 4, 1.5
 
 
 def token_use(
-    counts: Mapping[str, Int64[Tensor, " V"]], shares: Mapping[str, float], *, minimax: bool = False
+    counts: Mapping[str, TokenCounts], shares: Mapping[str, float], *, minimax: bool = False, damped: bool = False
 ) -> Float[Tensor, " V"]:
     """Return how often a token is used, per token of text.
 
     use = sum_d share_d counts_d / total_d over the counted domains; with `minimax` the largest of
-    counts_d / total_d.
+    counts_d / total_d. `damped`: documents count as the square root of their occurrences.
     """
-    used_DV = torch.stack([count.double() / count.sum() for count in counts.values()])
+    used = [(each.damped_V if damped else each.tokens_V.double()) / each.tokens_V.sum() for each in counts.values()]
+    used_DV = torch.stack(used)
     shares_D = used_DV.new_tensor([shares[name] for name in counts])
     return used_DV.amax(0) if minimax else shares_D @ used_DV / shares_D.sum()
 
@@ -75,16 +77,41 @@ class Removal:
     more_R: Float[Tensor, " R"]
 
 
-def removal_order(vocabulary: Vocabulary, use_V: Float[Tensor, " V"], stay: Iterable[int] = ()) -> Removal:
+def removal_by_counts(
+    vocabulary: Vocabulary,
+    counts: Mapping[str, TokenCounts],
+    shares: Mapping[str, float],
+    stay: Iterable[int] = (),
+    *,
+    minimax: bool = False,
+) -> Removal:
+    """Return the order in which tokens go by the counts of each domain's text, and what text then has more.
+
+    A word that one document repeats is foreseen after its first use, and other text may never have
+    it: so the order is that of damped counts. The growth of text is that of plain ones.
+    """
+    ids = sorted(vocabulary.texts.keys() - vocabulary.fixed)
+    plain, damped = (token_use(counts, shares, minimax=minimax, damped=each) for each in (False, True))
+    return removal_order(vocabulary, with_prior(plain, ids), stay, order_by_V=with_prior(damped, ids))
+
+
+def removal_order(
+    vocabulary: Vocabulary,
+    use_V: Float[Tensor, " V"],
+    stay: Iterable[int] = (),
+    *,
+    order_by_V: Float[Tensor, " V"] | None = None,
+) -> Removal:
     """Return all tokens that may go, each time the one that lengthens text least.
 
     A token of use u that is spelt in n others costs u (n - 1), and its use becomes theirs. Rows
     without a token go first. `stay`: tokens that never go, beside the vocabulary's own; nor does
-    what any of them is merged from.
+    what any of them is merged from. `order_by_V`: the use that decides which one is next, `use_V`
+    without it.
     """
     fixed = with_parts(vocabulary, stay)
     padding = [index for index in range(vocabulary.num_rows) if index not in vocabulary.texts and index not in fixed]
-    use, gone = use_V.tolist(), set(padding)
+    use, order_by, gone = use_V.tolist(), (use_V if order_by_V is None else order_by_V).tolist(), set(padding)
     needed_by = [0] * vocabulary.num_rows
     for parts in vocabulary.parts.values() if vocabulary.needs_parts else ():
         for part in set(parts):
@@ -96,7 +123,7 @@ def removal_order(vocabulary: Vocabulary, use_V: Float[Tensor, " V"], stay: Iter
         return [end for part in parts for end in (spelt(part) if part in gone else [part])]
 
     def cost(index: int) -> float:
-        return use[index] * (len(spelt(index)) - 1)
+        return order_by[index] * (len(spelt(index)) - 1)
 
     waiting = [(cost(index), index) for index in free if not needed_by[index]]
     heapq.heapify(waiting)
@@ -106,9 +133,11 @@ def removal_order(vocabulary: Vocabulary, use_V: Float[Tensor, " V"], stay: Iter
         if (now := cost(index)) > known:  # others passed their use on to it
             heapq.heappush(waiting, (now, index))
             continue
-        total += now
-        for part in spelt(index):
+        parts = spelt(index)
+        total += use[index] * (len(parts) - 1)
+        for part in parts:
             use[part] += use[index]
+            order_by[part] += order_by[index]
         gone.add(index)
         ids.append(index)
         more.append(total)

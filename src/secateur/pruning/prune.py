@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from secateur.data.calibration import CalibrationSet, build_calibration, judging_tokens, with_sampled
+from secateur.data.calibration import CalibrationSet, build_calibration, judging_tokens
+from secateur.data.sampled import with_sampled
 from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, silent
 from secateur.model.checkpoint import Tokenizer, eval_mode

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from secateur.data.calibration import CalibrationSet, build_calibration, token_counts
+from secateur.data.calibration import CalibrationSet, build_calibration, count_tokens, token_counts
 from secateur.data.sources import read_rows
 from secateur.errors import CheckpointError, RecipeError
 from secateur.methods import vocabulary as methods
@@ -126,12 +126,11 @@ def would_have_paid(opened: Opened, text: CalibrationSet) -> str | None:
         vocabulary = read_vocabulary(tokenizer_of(opened), opened.model)
     except CheckpointError:
         return None
-    if not (ids := sorted(vocabulary.texts.keys() - vocabulary.fixed)):
+    if not vocabulary.texts.keys() - vocabulary.fixed:
         return None
     num_rows = vocabulary.num_rows
-    counts = {each.name: each.calibration_NT.flatten().bincount(minlength=num_rows) for each in text.domains}
-    use_V = methods.token_use(counts, {each.name: each.share for each in text.domains})
-    removal = methods.removal_order(vocabulary, methods.with_prior(use_V, ids))
+    counts = {each.name: count_tokens(each.calibration_NT, num_rows) for each in text.domains}
+    removal = methods.removal_by_counts(vocabulary, counts, {each.name: each.share for each in text.domains})
     cheap = int((removal.more_R <= ALMOST_FREE).sum())
     num_gone = int(methods.sizes_within(removal, num_rows, cheap)[-1])
     share = token_prices("parameters", opened.model, num_gone, 1) / opened.size.num_params
@@ -161,9 +160,8 @@ def _removal(dense: _Dense) -> methods.Removal:
     calibrated = (recipe.calibration, recipe.calibration.num_tokens, dense.tokenizer, recipe.seed)
     counts = token_counts(*calibrated, vocabulary.num_rows, dense.services.progress)
     shares = {name: domain.share for name, domain in recipe.calibration.domains.items()}
-    use_V = methods.token_use(counts, shares, minimax=recipe.choose.domain_weighting == "minimax")
-    use_V = methods.with_prior(use_V, sorted(vocabulary.texts.keys() - vocabulary.fixed))
-    return methods.removal_order(vocabulary, use_V, dense.stay)
+    minimax = recipe.choose.domain_weighting == "minimax"
+    return methods.removal_by_counts(vocabulary, counts, shares, dense.stay, minimax=minimax)
 
 
 def _ids_in(files: tuple[str, ...], tokenizer: Tokenizer) -> set[int]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from secateur.data.calibration import CALIBRATION_BLOCKS_PER_HELD_OUT, build_calibration, with_sampled
+from secateur.data.calibration import CALIBRATION_BLOCKS_PER_HELD_OUT, build_calibration
+from secateur.data.sampled import with_sampled
 from secateur.errors import CheckpointError, RecipeError
 from secateur.files import json_of
 from secateur.log import Progress, silent

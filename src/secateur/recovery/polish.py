@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.data.calibration import CalibrationSet, build_calibration, rotated, with_sampled
+from secateur.data.calibration import CalibrationSet, build_calibration, rotated
+from secateur.data.sampled import with_sampled
 from secateur.model.bind import Arch
 from secateur.model.checkpoint import Tokenizer
 from secateur.model.modules import CausalLM
