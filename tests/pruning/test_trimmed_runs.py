@@ -316,7 +316,7 @@ def test_counts_leave_out_what_is_held_out(recipe, texts):
         ({"target": "kv_bytes", "groups": ["kv_heads"]}, "tokens have no price in target kv_bytes"),
         ({"keep_scripts": ["latin"]}, "448 of .* from 704"),  # 320 without it
         ({"keep_scripts": ["klingon"]}, "no token of the model has a letter of klingon"),
-        ({"keep_text": ["missing.txt"]}, "there is no such file"),
+        ({"keep_text": ["missing.txt"]}, r"remove\.keep_text: missing\.txt: there is no such file"),
         ({"vocabulary": None, "groups": []}, "nothing would go"),
         ({"vocabulary": None, "keep_scripts": ["latin"]}, "give vocabulary: auto or a number too"),
         ({"vocabulary": "some"}, "vocabulary"),

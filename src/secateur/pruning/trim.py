@@ -167,6 +167,10 @@ def _removal(dense: _Dense) -> methods.Removal:
 def _ids_in(files: tuple[str, ...], tokenizer: Tokenizer) -> set[int]:
     found: set[int] = set()
     for file in files:
+        if not Path(file).exists():
+            raise RecipeError(
+                f"remove.keep_text: {file}: there is no such file; paths are relative to the working directory."
+            )
         for where, row in read_rows(Path(file)):
             text = row.get("text") if isinstance(row, dict) else row
             if not isinstance(text, str):
