@@ -26,7 +26,7 @@ check: .venv/dev.installed  ## format, lint, types and tests
 slow: .venv/dev.installed  ## the tests that take minutes or need optional software
 	$(BIN)/python -m pytest -m slow
 
-mutants: .venv/dev.installed  ## change the code in 1,400 places, one at a time: the tests must notice
+mutants: .venv/dev.installed  ## change the code in 300 drawn places, one at a time: the tests must notice nine of ten
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tools/mutants.py $(MUTANTS)
 
 fuzz: .venv/dev.installed  ## damage every kind of file that users and models bring; at most five minutes a kind

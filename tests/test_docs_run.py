@@ -3,7 +3,7 @@
 Commands run on a tiny model that bears the pages' names. What needs a GPU, several processes or minutes is parsed by
 the real command line. Recipes are parsed, Python runs, links and anchors lead somewhere. By default the commands of
 README alone run; `pytest -m slow` runs those of all pages. Pages with a test of their own: extend.md (test_extend.py),
-testing.md (test_mutants.py), families.md (model/test_docs_families.py).
+families.md (model/test_docs_families.py).
 """
 
 import ast

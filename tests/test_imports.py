@@ -72,7 +72,8 @@ def tokens_of(module: str) -> int:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             prose |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     with MODULES[module].open("rb") as file:
-        return sum(token.type not in LAYOUT and token.start[0] not in prose for token in tokenize.tokenize(file.readline))
+        tokens = tokenize.tokenize(file.readline)
+        return sum(token.type not in LAYOUT and token.start[0] not in prose for token in tokens)
 
 
 def line_of(module: str) -> int:

@@ -1,149 +1,390 @@
-"""Change the code on purpose, one place at a time, and see whether the tests notice.
+"""Change the code in places that nobody here chose, one at a time, and see whether the tests notice.
 
-    python tools/mutants.py [--only methods stream] [--sample 20 --seed 0] [--processes 2]
+    python tools/mutants.py [--count 300] [--seed 2026] [--only methods] [--tests tests/methods/...]
 
-Each file in `tests/mutants` lists mutations: a `file` of the package, the text `old` that occurs in
-it once, the text `new` that takes its place, and the `tests` that must then fail. A mutation that
-no test can see has `equivalent: why`; it is counted apart and not run. Each is tried on a copy of
-`src` with its tests alone. A run in which the tests pass (a survivor), do not start, or in which
-`old` has gone, ends with status 1.
+The changes are those of cosmic-ray's operators: another arithmetic or comparison operator, a number
+plus or minus one, `and` for `or`, a `not`, a loop that never runs, a decorator or an exception gone.
+A seed draws a line among all lines of src that an operator can change, then one of its changes.
+Annotations, and what no longer compiles, are not drawn.
+
+Each test file runs once under coverage. The tests that ran the changed line judge it, the quickest
+files first, one thread each, until one fails. The changed code is a copy of src. What is finished
+is kept in `build/mutants` until src or the test file changes, so that a stopped run goes on.
+
+`tools/equivalent.yaml` lists the changes that no test can see, with the reason: they are counted
+apart. Everything else that lives is printed. The status is 1 if fewer than `--least` are killed.
 """
 
 import argparse
+import ast
 import contextlib
+import hashlib
+import json
 import os
 import random
+import resource
 import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 300  # a mutation may loop: then it counts as killed
-KILLED, SURVIVED, BROKEN = "killed", "SURVIVED", "BROKEN"
+SOURCE = ROOT / "src" / "secateur"
+WORK = ROOT / "build" / "mutants"
+EQUIVALENT = Path(__file__).with_name("equivalent.yaml")
+KILLED, SURVIVED, UNCOVERED, BROKEN = "killed", "SURVIVED", "NOT COVERED", "BROKEN"
+# Seconds under coverage of the tests that judge one change at most, and processor time beyond them.
+MAX_SECONDS, MORE_SECONDS = 300.0, 60
+# Leaves of cosmic-ray's syntax tree that no operator changes.
+UNCHANGED = {"name", "string", "newline", "endmarker", "fstring_start", "fstring_string", "fstring_end"}
 
 
 @dataclass(frozen=True, slots=True)
-class Mutation:
-    """One change: `old` becomes `new` in src/secateur/`file`; `tests` lie below tests/."""
+class Mutant:
+    """One change: `occurrence` of cosmic-ray's `operator` in src/secateur/`file`, at `line`."""
 
     file: str
+    line: int
+    operator: str
+    occurrence: int
     old: str
     new: str
-    tests: tuple[str, ...]
-    equivalent: str = ""
 
-    def apply(self, source: Path) -> None:
-        """Change the file below `source`. Raises ValueError unless `old` occurs exactly once."""
-        target = source / "secateur" / self.file
-        text = target.read_text(encoding="utf-8")
-        if text.count(self.old) != 1 or self.old == self.new:
-            raise ValueError(f"{self.file}: {self.old!r} occurs {text.count(self.old)} times, not once")
-        target.write_text(text.replace(self.old, self.new), encoding="utf-8")
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.operator}\n    - {self.old}\n    + {self.new}"
 
 
-def mutations(only: list[str]) -> list[Mutation]:
-    """Return the mutations of all lists, or of those named."""
-    found = []
-    for file in sorted((ROOT / "tests" / "mutants").glob("*.yaml")):
-        if not only or file.stem in only:
-            for each in yaml.safe_load(file.read_text(encoding="utf-8")):
-                found.append(Mutation(**(each | {"tests": tuple(each["tests"])})))
-    return found
+# ---------------------------------------------------------------------------------------- drawing
 
 
-def outcome(mutation: Mutation | None, tests: tuple[str, ...]) -> str:
-    """Run the tests on a copy of src with the mutation; `None` changes nothing."""
+def draw(count: int, seed: int, only: list[str]) -> list[Mutant]:
+    """Return `count` changes, or as many as there are: of a drawn line each, no line twice."""
+    changes = {
+        (file, line): on_line
+        for file in sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
+        if not only or any(file.startswith(prefix) for prefix in only)
+        for line, on_line in sorted(_changes(file).items())
+    }
+    lines = sorted(changes)
+    chooser = random.Random(seed)
+    chooser.shuffle(lines)
+    mutants: list[Mutant] = []
+    for place in lines:
+        # Of each kind of operator alike: an arithmetic sign has eleven replacements, a number two.
+        kinds = defaultdict(list)
+        for change in changes[place]:
+            kinds[change[0].split("_")[0]].append(change)
+        candidates = kinds[chooser.choice(sorted(kinds))]
+        chooser.shuffle(candidates)
+        mutant = next(filter(None, (_mutant(*place, *candidate) for candidate in candidates)), None)
+        if mutant is not None:
+            mutants.append(mutant)
+        if len(mutants) == count:
+            break
+    return mutants
+
+
+def mutated(file: str, operator: str, occurrence: int) -> str:
+    """Return the text of the file with one change."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.operators.provider import OperatorProvider
+
+    return mutate_code((SOURCE / file).read_text(encoding="utf-8"), OperatorProvider()[operator](), occurrence)
+
+
+def _changes(file: str) -> dict[int, list[tuple[str, int]]]:
+    """Return the operators and occurrences that can change each line of a file."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.operators.provider import OperatorProvider
+
+    text = (SOURCE / file).read_text(encoding="utf-8")
+    nodes = [node for node in ast_nodes(get_ast(text)) if node.type not in UNCHANGED]
+    annotations = list(_annotations(ast.parse(text)))
+    changes: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    provider = OperatorProvider()
+    for name in provider:
+        if provider[name].arguments():
+            continue  # those that need the name of a variable
+        operator = provider[name]()
+        places = [(node, start) for node in nodes for start, _ in operator.mutation_positions(node)]
+        for occurrence, (node, start) in enumerate(places):
+            if not _is_marker(node) and not any(first <= start < last for first, last in annotations):
+                changes[start[0]].append((name, occurrence))
+    return changes
+
+
+def _is_marker(node: Any) -> bool:
+    """Whether it is the `*` or `/` of a signature, which is no arithmetic."""
+    return node.type == "operator" and node.parent.type in ("parameters", "param", "lambdef")
+
+
+def _annotations(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Yield where each annotation begins and ends."""
+    for node in ast.walk(tree):
+        for field in ("annotation", "returns"):
+            part = getattr(node, field, None)
+            if part is not None:
+                yield (part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)
+
+
+def _mutant(file: str, line: int, operator: str, occurrence: int) -> Mutant | None:
+    """Return the change, or None if Python does not take it or it changes no code."""
+    old, new = (SOURCE / file).read_text(encoding="utf-8"), mutated(file, operator, occurrence)
+    try:
+        with warnings.catch_warnings(action="error"):  # such as `is` beside a literal
+            compile(new, file, "exec")
+    except (SyntaxError, SyntaxWarning):
+        return None
+    same = ast.dump(ast.parse(old)) == ast.dump(ast.parse(new))
+    if same:
+        return None
+    # A removed decorator takes its line with it.
+    after = new.splitlines()[line - 1] if line <= len(new.splitlines()) else ""
+    return Mutant(file, line, operator, occurrence, old.splitlines()[line - 1].strip(), after.strip())
+
+
+# --------------------------------------------------------------------------------------- coverage
+
+
+class Contexts:
+    """A pytest plugin: coverage notes which test, and which phase of it, ran a line."""
+
+    def __init__(self, measured: Any, seconds: dict[str, float]) -> None:
+        self.measured, self.seconds = measured, seconds
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.seconds[nodeid] = -_processor_seconds()
+        self.measured.switch_context(nodeid + "|setup")
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        following = {"setup": "call", "call": "teardown"}.get(report.when)
+        self.measured.switch_context(f"{report.nodeid}|{following}" if following else "")
+        if report.failed:
+            self.seconds[report.nodeid] = float("nan")
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self.seconds[nodeid] += _processor_seconds()
+
+
+def _processor_seconds() -> float:
+    return sum(os.times()[:4])
+
+
+@dataclass(frozen=True, slots=True)
+class Covered:
+    """What the tests of one file ran: seconds by test, and tests by module and line.
+
+    A line that ran outside a test's own call (a fixture's, a child process's) has all tests of the
+    file behind those that ran it themselves.
+    """
+
+    seconds: dict[str, float]
+    lines: dict[str, dict[int, list[str]]]
+
+
+def collect(test_file: str) -> Covered:
+    """Run a test file under coverage, unless that was done for the same code."""
+    folder = WORK / _digest() / test_file.replace("/", "+")
+    kept = folder / f"{hashlib.sha256((ROOT / test_file).read_bytes()).hexdigest()[:16]}.json"
+    if not kept.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        start = time.monotonic()
+        _fork(lambda: _covered_run(test_file, folder), folder / "log")
+        covered = _read_coverage(folder)
+        partial = kept.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(covered)), encoding="utf-8")
+        partial.rename(kept)
+        for data in folder.glob("data*"):
+            data.unlink()
+        took = f"{sum(covered.seconds.values()):.0f} s of processor time, {time.monotonic() - start:.0f} s"
+        print(f"{test_file}: {len(covered.seconds)} tests, {took}", flush=True)
+    record = json.loads(kept.read_text(encoding="utf-8"))
+    lines = {file: {int(line): tests for line, tests in each.items()} for file, each in record["lines"].items()}
+    return Covered(record["seconds"], lines)
+
+
+def _covered_run(test_file: str, folder: Path) -> int:
+    import coverage
+    import pytest
+
+    settings = folder / "coverage.ini"
+    settings.write_text(
+        f"[run]\nsource = {SOURCE}\nparallel = true\npatch = subprocess\ndata_file = {folder / 'data'}\n"
+        "disable_warnings = no-data-collected,module-not-imported,dynamic-conflict\n",
+        encoding="utf-8",
+    )
+    measured, seconds = coverage.Coverage(config_file=str(settings)), dict[str, float]()
+    measured.start()
+    pytest.main([*_options(), test_file], plugins=[Contexts(measured, seconds)])
+    measured.stop()
+    measured.save()
+    passed = {test: taken for test, taken in seconds.items() if taken == taken}  # those that fail judge nothing
+    (folder / "seconds.json").write_text(json.dumps(passed), encoding="utf-8")
+    return 0
+
+
+def _read_coverage(folder: Path) -> Covered:
+    from coverage import CoverageData
+
+    seconds = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
+    lines: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for file in sorted(folder.glob("data*")):
+        data = CoverageData(str(file))
+        data.read()
+        for measured in data.measured_files():
+            module = Path(measured).relative_to(SOURCE).as_posix()
+            for line, contexts in data.contexts_by_lineno(measured).items():
+                for context in contexts:
+                    test, _, phase = context.rpartition("|")
+                    lines[module][line].add(test if phase == "call" else "")
+    return _by_line(seconds, lines)
+
+
+def _by_line(seconds: dict[str, float], lines: dict[str, dict[int, set[str]]]) -> Covered:
+    quickest = sorted(seconds, key=lambda test: seconds[test])
+    found: dict[str, dict[int, list[str]]] = {}
+    for module, by_line in lines.items():
+        inside = _lines_of_functions(module)
+        found[module] = {}
+        for line, tests in by_line.items():
+            own = [test for test in quickest if test in tests]
+            if line in inside:
+                found[module][line] = own + [test for test in quickest if "" in tests and test not in tests]
+    return Covered(seconds, found)
+
+
+@cache
+def _lines_of_functions(file: str) -> frozenset[int]:
+    """Return the lines below a `def`: others run once, when the module is imported."""
+    tree = ast.parse((SOURCE / file).read_text(encoding="utf-8"))
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return frozenset(line for node in functions for line in range(node.body[0].lineno, node.body[-1].end_lineno + 1))
+
+
+@cache
+def _digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in SOURCE.rglob("*") if path.is_file() and path.suffix != ".pyc"):
+        digest.update(path.relative_to(SOURCE).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------- judging
+
+
+def judges(mutant: Mutant, everything: Iterable[Covered]) -> list[str]:
+    """Return the tests that ran the changed statement, file by file, the quickest file first.
+
+    A statement that runs when its module is imported is judged by what runs any function there.
+    """
+    span = _statement(mutant.file, mutant.line)
+    by_file: list[tuple[float, list[str]]] = []
+    for covered in everything:
+        lines = covered.lines.get(mutant.file, {})
+        chosen = span if mutant.line in _lines_of_functions(mutant.file) else lines.keys()
+        tests = list(dict.fromkeys(test for line in sorted(chosen) for test in lines.get(line, ())))
+        if tests:
+            tests.sort(key=lambda test, seconds=covered.seconds: seconds[test])
+            by_file.append((sum(covered.seconds[test] for test in tests), tests))
+    ordered, total = [], 0.0
+    for seconds, tests in sorted(by_file):
+        if ordered and total + seconds > MAX_SECONDS:
+            break
+        ordered, total = [*ordered, *tests], total + seconds
+    return ordered
+
+
+@cache
+def _spans(file: str) -> tuple[tuple[int, int], ...]:
+    """Return the lines of each statement; those of a block are its head's."""
+    spans = []
+    for node in ast.walk(ast.parse((SOURCE / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.stmt | ast.ExceptHandler):
+            body = getattr(node, "body", None)
+            spans.append((node.lineno, max(node.lineno, body[0].lineno - 1) if body else node.end_lineno))
+    return tuple(spans)
+
+
+def _statement(file: str, line: int) -> range:
+    around = [(last - first, first, last) for first, last in _spans(file) if first <= line <= last]
+    _, first, last = min(around, default=(0, line, line))
+    return range(first, last + 1)
+
+
+def outcome(mutant: Mutant, tests: list[str], seconds: float) -> str:
+    """Run the tests on a copy of src with the change."""
+    if not tests:
+        return UNCOVERED
     with tempfile.TemporaryDirectory(prefix="secateur-mutant-") as folder:
         source = Path(folder, "src")
-        shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-        if mutation is not None:
-            mutation.apply(source)
-        child = os.fork()
-        if child == 0:
-            _run_tests(source, Path(folder, "log"), tests)
-        return _wait(child)
+        # With the compiled files: only the changed module is compiled again.
+        shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("*.egg-info"))
+        text = mutated(mutant.file, mutant.operator, mutant.occurrence)
+        (source / "secateur" / mutant.file).write_text(text, encoding="utf-8")
+        limit = MORE_SECONDS + int(2 * seconds)
+        status = _fork(lambda: _run_tests(tests, limit), Path(folder, "log"), source, wall=20 * limit)
+        # pytest: 0 all passed, 1 some failed, 2 a module no longer imports; by a signal: the time is over.
+        return {0: SURVIVED, 1: KILLED, 2: KILLED}.get(status, KILLED if status < 0 else BROKEN)
 
 
-def _wait(child: int) -> str:
-    deadline = time.monotonic() + SECONDS
+def _run_tests(tests: list[str], limit: int) -> int:
+    import pytest
+
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    sys.dont_write_bytecode = True
+    return int(pytest.main(["-x", *_options(), *tests]))
+
+
+def _options() -> list[str]:
+    # The warning is about what the parent has imported.
+    return ["-p", "no:cacheprovider", "--hypothesis-profile=first", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+
+
+def _fork(work: Any, log: Path, source: Path = ROOT / "src", wall: float = 7200) -> int:
+    """Do work in a fork, which has the heavy packages loaded, and return its exit status."""
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        os.chdir(ROOT)
+        os.environ["PYTHONPATH"] = str(source)  # for the processes that tests start
+        sys.path[:0] = [str(source), str(ROOT)]  # as `python -m pytest` has it
+        with log.open("w") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+            status = work()
+        os._exit(status)
+    deadline = time.monotonic() + wall
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            # pytest: 0 all passed, 1 some failed, anything else did not run them.
-            return {0: SURVIVED, 1: KILLED}.get(os.waitstatus_to_exitcode(status), BROKEN)
+            break
         time.sleep(0.05)
-    os.killpg(child, 9)
-    os.waitpid(child, 0)
-    return KILLED
-
-
-def _run_tests(source: Path, log: Path, tests: tuple[str, ...]) -> None:
-    """Never return: run pytest in this process, a fork that has torch loaded, and end it."""
-    os.setpgid(0, 0)
-    os.chdir(ROOT)
-    os.environ["PYTHONPATH"] = str(source)  # for the processes that tests start
-    sys.path[:0] = [str(source), str(ROOT)]  # as `python -m pytest` has it
-    sys.dont_write_bytecode = True
-    with log.open("w") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-        import pytest
-
-        # No cache: several run at once. The warning is about what the parent imported.
-        options = [
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "--hypothesis-profile=first",
-            "-W",
-            "ignore::pytest.PytestAssertRewriteWarning",
-        ]
-        code = pytest.main([*options, *(f"tests/{test}" for test in tests)])
-    os._exit(int(code))
-
-
-def main() -> None:
-    """Try the mutations, print those that survive, and a table of counts by file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], help="lists in tests/mutants, without .yaml")
-    parser.add_argument("--file", help="only mutations of this file, such as methods/scores.py")
-    parser.add_argument("--sample", type=int, help="try so many, drawn at random")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
-    everything = [each for each in mutations(options.only) if options.file in (None, each.file)]
-    chosen = [each for each in everything if not each.equivalent]
-    if options.sample:
-        chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
-    load_heavy_packages()
-
-    with ThreadPoolExecutor(options.processes) as pool:
-        unchanged = sorted({each.tests for each in chosen})
-        for tests, found in zip(unchanged, pool.map(lambda tests: outcome(None, tests), unchanged), strict=True):
-            if found != SURVIVED:
-                sys.exit(f"these tests fail without any mutation: {' '.join(tests)}")
-        results = []
-        for each, found in zip(chosen, pool.map(lambda each: outcome(each, each.tests), chosen), strict=True):
-            results.append(found)
-            if found != KILLED:
-                print(f"{found} {each.file}: {each.old!r} -> {each.new!r}, tests {' '.join(each.tests)}", flush=True)
-            elif len(results) % 10 == 0:
-                print(f"{len(results)} of {len(chosen)} tried", flush=True)
-    print_counts(chosen, results, sum(bool(each.equivalent) for each in everything))
-    sys.exit(any(found != KILLED for found in results))
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, 9)  # and what it started
+    if not ended:
+        _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 def load_heavy_packages() -> None:
     """Import what most tests import, secateur excepted: each fork then starts in no time."""
     import beartype  # noqa: F401
+    import datasets  # noqa: F401
     import hypothesis.strategies  # noqa: F401
+    import jaxtyping  # noqa: F401
+    import pydantic  # noqa: F401
+    import rich  # noqa: F401
     import torch  # noqa: F401
-    from transformers import (  # noqa: F401  # noqa: F401
+    from transformers import (  # noqa: F401
         Gemma3ForCausalLM,
         GemmaForCausalLM,
         LlamaForCausalLM,
@@ -151,17 +392,71 @@ def load_heavy_packages() -> None:
         PreTrainedTokenizerFast,
         Qwen2ForCausalLM,
         Qwen3ForCausalLM,
+        Trainer,
     )
 
 
-def print_counts(chosen: list[Mutation], results: list[str], num_equivalent: int) -> None:
-    """Print how many were killed, by file and in all."""
-    tried = Counter(each.file for each in chosen)
-    killed = Counter(each.file for each, found in zip(chosen, results, strict=True) if found == KILLED)
-    for file in sorted(tried):
-        print(f"{file:<36} {killed[file]:>4} of {tried[file]:>4} killed")
-    share = killed.total() / max(len(chosen), 1)
-    print(f"{killed.total()} of {len(chosen)} mutations killed ({share:.1%}); {num_equivalent} equivalent, not tried")
+def main() -> None:
+    """Draw the changes, judge them, and print what lives and the counts by room."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--only", nargs="*", default=[], help="rooms or modules, such as methods/scores.py")
+    parser.add_argument("--tests", nargs="*", default=[], help="test files that judge; all of them otherwise")
+    parser.add_argument("--least", type=float, default=0.9, help="the share that must be killed")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    test_files = options.tests or sorted(
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")
+    )
+    load_heavy_packages()
+
+    with ThreadPoolExecutor(options.processes) as pool:
+        everything = list(pool.map(collect, test_files))
+        mutants = draw(options.count, options.seed, options.only)
+        seconds = {test: taken for covered in everything for test, taken in covered.seconds.items()}
+        results = WORK / _digest() / "results.jsonl"
+        known = _known(results)
+
+        def judged(mutant: Mutant) -> str:
+            tests = judges(mutant, everything)
+            key = hashlib.sha256(json.dumps([asdict(mutant), tests]).encode()).hexdigest()[:16]
+            if key in known:
+                return known[key]
+            found = outcome(mutant, tests, sum(seconds[test] for test in tests))
+            with results.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"key": key, "outcome": found, **asdict(mutant)}) + "\n")
+            return found
+
+        reasons, tried, lived = _equivalent(), Counter[str](), Counter[str]()
+        for mutant, found in zip(mutants, pool.map(judged, mutants), strict=True):
+            reason = reasons.get((mutant.file, mutant.old, mutant.new))
+            if found != KILLED and reason:
+                print(f"equivalent {mutant}\n    {reason}", flush=True)
+                continue
+            room = mutant.file.split("/")[0]
+            tried[room] += 1
+            if found != KILLED:
+                lived[room] += 1
+                print(f"{found} {mutant}", flush=True)
+    for room in sorted(tried):
+        print(f"{room:<16} {tried[room] - lived[room]:>4} of {tried[room]:>4} killed")
+    num_tried, num_killed = tried.total(), tried.total() - lived.total()
+    share = num_killed / max(num_tried, 1)
+    print(f"{num_killed} of {num_tried} killed ({share:.1%}); {len(mutants) - num_tried} that no test can see")
+    sys.exit(share < options.least)
+
+
+def _known(results: Path) -> dict[str, str]:
+    if not results.exists():
+        return {}
+    records = map(json.loads, results.read_text(encoding="utf-8").splitlines())
+    return {record["key"]: record["outcome"] for record in records}
+
+
+def _equivalent() -> dict[tuple[str, str, str], str]:
+    listed = yaml.safe_load(EQUIVALENT.read_text(encoding="utf-8")) or []
+    return {(each["file"], each["old"], each["new"]): each["why"] for each in listed}
 
 
 if __name__ == "__main__":
