@@ -78,8 +78,8 @@ class Ancestor:
     """A model that a result was pruned from, as `result.json` names it.
 
     `name`: its hub id, or the last part of its path. `fingerprint`: see `model.identity`; None for a
-    model in memory, or where an older version pruned it. The rest is as its own model card says, None
-    or empty where that is not known. `license_link`: a URL, or a file that results carry along.
+    model in memory. The rest is as its own model card says, None or empty where that is not known.
+    `license_link`: a URL, or a file that results carry along.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Ancestor:
 class Loss:
     """Mean negative log-likelihood of tokens 2..T of a block. The standard error is over blocks.
 
-    `block_nats`: each block's, whose mean it is; empty if an older version measured it.
+    `block_nats`: each block's, whose mean it is; empty where they were not kept.
     """
 
     nats_per_token: float

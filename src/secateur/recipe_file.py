@@ -15,37 +15,9 @@ from pydantic import BaseModel, ValidationError
 from secateur.errors import RecipeError, advice, one_of
 from secateur.files import yaml_of
 from secateur.plugins import SOURCE_GROUP, plugin_names
-from secateur.recipe import Choose, Domain, Machine, Output, Recipe, Remove, Repair
+from secateur.recipe import Domain, Recipe, Remove
 
 RECIPE_FILE = "recipe.yaml"
-# Removed keys, or key=value, with what to do instead. Dots separate nested keys.
-GONE: dict[str, str] = {
-    "bench": "run secateur bench OUT --against MODEL after the prune, which times both models in turns",
-    "choose.budget=search": "use curve",
-    "choose.domain_weighting=cvar": "use minimax",
-    "generations": "leave it out; budget curve plans without a search",
-    "hidden_size": "remove FFN channels (remove.groups) or whole layers (remove.depth) instead",
-    "offspring": "leave it out; budget curve plans without a search",
-    "polish.domain_weighting": "leave it out; name the text's shares in calibration.domains",
-    "polish.temperature": "leave it out; it is 1",
-    "recover.temperature": "leave it out; it is 1",
-    "recover.domain_weighting": "leave it out; name the text's shares in calibration.domains",
-    "recover.blocks": "leave it out; recovery trains on logits alone, see recover",
-    "recover.blocks_share": "leave it out; recovery trains on logits alone, see recover",
-    "recover.cache": "leave it out; the dense model is asked live",
-    "recover.top_words": "leave it out; the dense model is asked for all words",
-    "recover.stages": "leave it out; recovery trains on logits alone, see recover",
-    "choose.schedule=cubic": "use linear, or list what is gone after each round",
-    "sublayers": "leave it out; remove.depth removes whole layers",
-}
-GROUPS: dict[str, type[BaseModel]] = {
-    "remove": Remove, "choose": Choose, "repair": Repair, "machine": Machine, "output": Output,
-}  # fmt: skip
-# Keys of the former flat recipe, and where they are now.
-MOVED: dict[str, str] = {key: f"{group}.{key}" for group, model in GROUPS.items() for key in model.model_fields} | {
-    "removed_layers": "remove.layers",
-    "recover.logits": "recover",
-}
 
 
 def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
@@ -57,25 +29,10 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
         raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
     if "preset" in data:
         data = over_preset(data, where)
-    _check_names(data, where)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_sentence(error)}") from None
-
-
-def _check_names(data: dict[str, Any], where: str, above: str = "") -> None:
-    """Raise RecipeError for the first key or value that was removed or has moved."""
-    for name, value in data.items():
-        key = f"{above}{name}"
-        if key in MOVED and key not in Recipe.model_fields:
-            raise RecipeError(f"{where}: {key} is {MOVED[key]} now; write it there.")
-        if key in GONE:
-            raise RecipeError(f"{where}: {key} is gone; {GONE[key]}.")
-        if (choice := f"{key}={value}") in GONE:
-            raise RecipeError(f"{where}: {key}: {value} is gone; {GONE[choice]}.")
-        if isinstance(value, dict):
-            _check_names(value, where, f"{key}.")
 
 
 def as_recipe(recipe: Recipe | dict[str, Any] | Path | str | None) -> Recipe:

@@ -20,7 +20,7 @@ from tiny_tokenizer import tiny_tokenizer
 from secateur.errors import RecipeError
 from secateur.evaluation.compare import compare
 from secateur.evaluation.study import Comparison, FoundCell, Study, load_study
-from secateur.evaluation.study_page import overview, save_comparison, verdict
+from secateur.evaluation.study_page import overview, verdict
 
 TEXTS = {"left": "the quick brown fox jumps over the lazy dog {}\n", "right": "0123 + {} = 4567;\n"}
 TOKENIZERS = {"bytes": tiny_tokenizer, "pieces": bpe_tokenizer}
@@ -114,20 +114,6 @@ def test_the_page_has_a_section_a_model_and_the_terminal_fits(place: Path, resul
     assert over.header == ("method", "asked", "mean of models", "bytes", "pieces") and len(over.rows) == 2
     assert list(results["both"].to_frame()["model"]) == [cell.model for cell in cells]
     assert "model" not in results["bytes"].to_frame()
-
-
-def test_results_of_an_older_version_give_the_same_page(place: Path, results: dict[str, Comparison]) -> None:
-    study = load_study(str(place / "study.yaml"), small=False, model=str(place / "bytes"))
-    plain = json.loads(results["bytes"].to_json())
-    for cell in plain["cells"]:
-        assert cell.pop("model") == "bytes"
-    for name in ("new", "old"):
-        (place / name).mkdir()
-    save_comparison(study, results["bytes"], place / "new")
-    save_comparison(study, Comparison.from_json(json.dumps(plain), "results.json"), place / "old")
-    for name in ("report.html", "report.png", "table.md", "table.csv", "table.tex"):
-        assert (place / "new" / name).read_bytes() == (place / "old" / name).read_bytes()
-    assert "## Perplexity by domain" in (place / "old" / "table.md").read_text()
 
 
 def cells_of(method: str, by_model: dict[str, tuple[float, ...]], ratio: float = 0.3) -> list[FoundCell]:

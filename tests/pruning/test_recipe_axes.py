@@ -25,7 +25,7 @@ from secateur.pruning.group_step import model_left
 from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
 from secateur.recipe import Recipe
-from secateur.recipe_file import GONE, parse_recipe
+from secateur.recipe_file import parse_recipe
 
 TOKENIZER = tiny_tokenizer()
 FACTORIES = {"llama": tiny_llama, "qwen2": tiny_qwen2}
@@ -118,12 +118,6 @@ def test_a_protected_domain_is_planned_for(small):
         ({"budget": "curves"}, "unknown choose.budget 'curves'; .* did you mean 'curve'"),
         ({"max_loss_rise": 0}, "max_loss_rise"),
         ({"schedule": "cubc"}, "recipe: unknown choose.schedule 'cubc'; allowed: linear;"),
-        ({"budget": "search"}, "^recipe: choose.budget: search is gone; use curve.$"),
-        ({"domain_weighting": "cvar"}, "choose.domain_weighting: cvar is gone; use minimax.$"),
-        ({"schedule": "cubic"}, "choose.schedule: cubic is gone; use linear, or list what is gone after each round.$"),
-        ({"sublayers": False}, "^recipe: sublayers is gone; leave it out; remove.depth removes whole layers.$"),
-        ({"generations": 20}, "generations is gone; leave it out; budget curve plans without a search.$"),
-        ({"offspring": 8}, "offspring is gone; leave it out; budget curve plans without a search.$"),
         ({"schedule": [0, 0.2]}, "recipe: choose.schedule.0: Input should be greater than 0"),
         ({"schedule": [0.1, 0.3], "remove": 0.2}, "choose.schedule: a list .* rising to remove: 0.2, got .0.1, 0.3."),
         ({"schedule": [0.2, 0.1, 0.2], "remove": 0.2}, "choose.schedule: a list .* got .0.2, 0.1, 0.2."),
@@ -288,12 +282,6 @@ def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
         plain = Recipe().model_dump(mode="json")
         left = {key for key, value in plain["choose"].items() if ran["choose"][key] != value}
         assert left <= set(said.get("choose", {})) | {"widths"}
-
-
-@pytest.mark.parametrize("key", [key for key in GONE if "=" not in key])
-def test_a_key_that_is_gone_is_refused_with_what_to_use_instead(key):
-    with pytest.raises(secateur.SecateurError, match=rf"^here: {key} is gone; [^\n]+\.$"):
-        parse_recipe(grouped({"preset": "fast", key: True}), "here")
 
 
 @pytest.mark.parametrize(

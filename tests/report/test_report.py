@@ -101,7 +101,7 @@ def test_a_difference_has_the_error_of_the_same_blocks(result):
 
 def test_one_block_alone_has_no_standard_error(result):
     summary = summary_of(result)
-    for blocks in ((1, 1), (0, 0), (0, 2), (2, 0)):  # an older version's record has none, in a study beside a new one
+    for blocks in ((1, 1), (0, 0), (0, 2), (2, 0)):
         cut = [
             {name: dataclasses.replace(loss, block_nats=loss.block_nats[:number]) for name, loss in losses.items()}
             for number, losses in zip(blocks, (summary.dense_losses, summary.pruned_losses), strict=True)

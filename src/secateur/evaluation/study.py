@@ -185,8 +185,7 @@ class FoundCell:
     """A finished cell of a study. `tasks`: the harness's numbers. `seconds`: of pruning alone.
 
     All nats are per token of the dense tokenizer. `others`: on text of kinds that no run saw.
-    `block_nats`: of each block by domain; empty if an older version measured it. `model`: its name
-    in tables; empty in results of older versions, which are of one model.
+    `block_nats`: of each block by domain. `model`: its name in tables.
     """
 
     method: str

@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from secateur.errors import CheckpointError
-from secateur.facts import RESULT_FILE, Ancestor, Size, parse_json
+from secateur.facts import RESULT_FILE, Ancestor, parse_json
 from secateur.files import json_of, lies_in, yaml_of
 from secateur.model.checkpoint import Checkpoint, weight_digests
 from secateur.model.config import BAD_GGUF, INSTALLED_HUB_IDS
@@ -62,23 +62,20 @@ def in_memory(name: str, num_params: int) -> tuple[Ancestor, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """What `result.json` says of the models it comes from, also that of older versions."""
+    """What `result.json` says of the models it comes from."""
 
-    model: str
-    dense_size: Size
-    lineage: tuple[Ancestor, ...] = ()
+    lineage: tuple[Ancestor, ...]
 
 
 def ancestors(checkpoint: Checkpoint) -> tuple[Ancestor, ...] | None:
     """Return the lineage of a result as its `result.json` has it; None if the checkpoint is no result.
 
-    Of an older version's result only the name is known. Raises CheckpointError if the file is damaged.
+    Raises CheckpointError if the file is damaged.
     """
     path = checkpoint.directory / RESULT_FILE
     if checkpoint.gguf_file or not is_result(checkpoint.directory):
         return None
-    found = parse_json(_Result, path.read_bytes(), str(path))
-    return found.lineage or (Ancestor(Path(found.model).name, None, found.dense_size.num_params),)
+    return parse_json(_Result, path.read_bytes(), str(path)).lineage
 
 
 def is_result(directory: Path) -> bool:

@@ -51,7 +51,7 @@ def write_summary(directory: Path, summary: Summary, known: Mapping[str, str] | 
 def read_digests(directory: Path) -> dict[str, str] | None:
     """Return the sha256 of every file as `result.json` has it; None if that file is damaged.
 
-    Raises CheckpointError if there is none, or an older version of secateur wrote it.
+    Raises CheckpointError if there is none.
     """
     if not (directory / RESULT_FILE).is_file():
         raise CheckpointError(
@@ -61,14 +61,6 @@ def read_digests(directory: Path) -> dict[str, str] | None:
     seal = _SEAL.search(raw)
     if seal and hashlib.sha256(_SEAL.sub(b"", raw, count=1)).hexdigest() == seal[0].decode():
         return json.loads(raw)["files"]
-    try:
-        said = json.loads(raw)
-    except (ValueError, RecursionError):
-        said = None
-    if not seal and isinstance(said, dict) and "files" not in said:
-        raise CheckpointError(
-            f"{directory}: its {RESULT_FILE} has no digests, as an older secateur wrote it; prune again to have them."
-        )
     return None
 
 

@@ -127,8 +127,8 @@ def plus_minus(standard_error: float) -> str:
 def change(dense: Loss | Quality, pruned: Loss | Quality) -> Change:
     """Return pruned minus dense, block by block: what blocks have in common cancels.
 
-    The error is the standard error of the mean of these differences. Where either has no blocks, as
-    in records of an older version, it is 0.
+    The error is the standard error of the mean of these differences. Where either has no blocks, it
+    is 0.
     """
     blocks = (dense.block_nats, pruned.block_nats) if dense.block_nats and pruned.block_nats else ((), ())
     pairs = [after - before for before, after in zip(*blocks, strict=True)]
@@ -174,7 +174,7 @@ class Evaluation(Shown, Record):
     """`evaluation.json`. `pruned`: the evaluated model. `kl`: KL(dense || pruned) by domain.
 
     `model`, `against`: names of the two. Without `against`: no `dense`, `kl`, `differences` and
-    `samples`. `draft`: None if the tokenizers differ. `dense_fingerprint`: None in older files too.
+    `samples`. `draft`: None if the tokenizers differ. `dense_fingerprint`: see `model.identity`.
     """
 
     model: str
@@ -279,7 +279,7 @@ class SpeedUp:
 class BenchResult(Shown, Record):
     """`bench.json`. `dense`, `prefill` and `decode` are None without a dense model.
 
-    `notes`: sentences on what the figures do not say. `dense_fingerprint`: None in older files too.
+    `notes`: sentences on what the figures do not say. `dense_fingerprint`: see `model.identity`.
     """
 
     settings: BenchSettings

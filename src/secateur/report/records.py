@@ -257,7 +257,7 @@ class Summary(Shown, Record):
     polish: PolishRecord | None = None  # if it was trained; `pruned_losses` are of the model after that
     vocabulary: VocabularyFacts | None = None  # if it was trimmed; losses are then per dense token
     like: Ancestor | None = None
-    lineage: tuple[Ancestor, ...] = ()  # the original model first; empty if an older version wrote it
+    lineage: tuple[Ancestor, ...] = ()  # the original model first
     files: dict[str, str] = field(default_factory=dict[str, str])  # sha256 by path, of what the run wrote
 
     def plain(self) -> dict[str, Any]:

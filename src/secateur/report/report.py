@@ -65,7 +65,7 @@ def write_report(directory: Path, *, other_dense: bool = False) -> Path:
 def _check_dense(directory: Path, files: ResultFiles) -> None:
     """Raise CheckpointError if evaluation or bench took another model as dense than the one that was pruned."""
     known = {each.fingerprint for each in files.summary.lineage}
-    if None in known or not known:  # an older version's result, or that of a model in memory
+    if None in known:  # the result of a model in memory
         return
     measured = {EVALUATION_FILE: files.evaluation, BENCH_FILE: files.bench}
     for name, found in measured.items():
