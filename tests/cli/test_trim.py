@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from secateur.model.config import quiet_transformers
 from secateur.report.vocabulary import SAMPLES
 
-NUM_ROWS, SIZE = 640, 448
+NUM_ROWS, NUM_TOKENS, SIZE = 640, 630, 448
 PROSE = "the pruned channels of a layer are read by one linear map and written by two others".split()
 
 
@@ -25,7 +26,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("trim")
     with quiet_transformers():
         tiny_llama(vocab_size=NUM_ROWS).save_pretrained(place / "model")
-        bpe_tokenizer(vocab_size=630, corpus=[*CORPUS, *SAMPLES.values(), " ".join(PROSE)] * 4).save_pretrained(
+        bpe_tokenizer(vocab_size=NUM_TOKENS, corpus=[*CORPUS, *SAMPLES.values(), " ".join(PROSE)] * 4).save_pretrained(
             place / "model"
         )
     lines = [" ".join(PROSE[start % 17 :] + PROSE[: start % 7]) for start in range(3000)]
@@ -45,6 +46,12 @@ def done(place: Path) -> Outcome:
 def kept_ids(out: Path) -> list[int]:
     new_ids = json.loads((out / "tokens.json").read_text())["new_ids"]
     return [index for index, new in enumerate(new_ids) if new is not None]
+
+
+def gone_ids(out: Path) -> list[int]:
+    """Return the dense ids that went, those of padding rows left out."""
+    new_ids = json.loads((out / "tokens.json").read_text())["new_ids"]
+    return [index for index, new in enumerate(new_ids[:NUM_TOKENS]) if new is None]
 
 
 def test_tokens_alone_go_and_the_logits_are_those_of_the_dense_model(place, done):
@@ -133,3 +140,42 @@ def test_prune_and_its_options_lay_tokens_into_the_recipe(place, tmp_path):
     )
     assert told["num_params_after"] == result["pruned_size"]["num_params"]
     assert told["remove_reached"] == pytest.approx(result["remove_reached"])
+
+
+def test_ids_that_only_the_generation_config_names_stay_and_are_counted_before_text_is_read(place, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    rarest = gone_ids(place / "smaller")[-8:]
+    names = [tokenizer.convert_ids_to_tokens(index) for index in rarest]
+    a, b, c, d, e, f, g, h = rarest
+    generation = {
+        "suppress_tokens": [a],
+        "begin_suppress_tokens": [b],
+        "eos_token_id": [1, c],
+        "bad_words_ids": [[d, e]],
+    }
+    generation |= {"forced_eos_token_id": [f], "forced_decoder_ids": [[1, g]], "pad_token_id": h}
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
+    arguments = [tmp_path / "model", tmp_path / "out", "--domain", f"prose={place / 'prose.txt'}"]
+    outcome = run_cli("trim", *arguments, "--vocabulary", SIZE, "--seed", "3")
+    assert outcome.status == 0, outcome.stderr
+    assert set(rarest) <= set(kept_ids(tmp_path / "out"))
+    small = AutoTokenizer.from_pretrained(tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    ids = [*said["suppress_tokens"], *said["begin_suppress_tokens"], said["eos_token_id"][1], *said["bad_words_ids"][0]]
+    ids += [*said["forced_eos_token_id"], said["forced_decoder_ids"][0][1], said["pad_token_id"]]
+    assert small.convert_ids_to_tokens(ids) == names and said["forced_decoder_ids"][0][0] == 1
+
+
+def test_a_size_without_room_for_them_is_refused_before_any_text(place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    generation = {"suppress_tokens": list(range(300, 500))}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
+    least = []
+    for model in (place / "model", tmp_path / "model"):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("remove: {groups: [], vocabulary: 64}")
+        told = run_cli("inspect", model, "--recipe", recipe)  # reads no text
+        assert told.status == 2
+        least.append(int(re.search(r"from (\d+), without which", told.stderr)[1]))
+    assert least[0] + 128 < least[1]

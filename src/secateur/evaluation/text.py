@@ -17,6 +17,7 @@ from secateur.data.sources import read_rows
 from secateur.errors import CalibrationError, NumericsError, RecipeError
 from secateur.log import Progress
 from secateur.model.bind import Arch
+from secateur.model.token_bytes import num_bytes
 from secateur.ranks import spread
 from secateur.recipe import Calibration, Domain
 from secateur.recipe_file import RECIPE_FILE, load_recipe, parse_recipe
@@ -144,10 +145,9 @@ def measure_quality(
     if not math.isfinite(mean):
         raise NumericsError(f"evaluate, domain {domain}: the loss is {mean}; the model gives no finite logits.")
     total, error = sum(counts), standard_error(values)
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    num_bytes = sum(len(str(tokenizer.decode(ids_T[1:], **options)).encode()) for ids_T in blocks_NT)
-    bits_per_byte = mean / math.log(2) * total / num_bytes
-    return Quality(mean, error, math.exp(mean), bits_per_byte, total, num_bytes, tuple(values))
+    in_bytes = num_bytes(tokenizer, blocks_NT)
+    bits_per_byte = mean / math.log(2) * total / in_bytes
+    return Quality(mean, error, math.exp(mean), bits_per_byte, total, in_bytes, tuple(values))
 
 
 def _changes(directory: Path, built: CalibrationSet) -> tuple[str, ...]:

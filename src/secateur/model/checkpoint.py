@@ -88,6 +88,28 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         raise CheckpointError(f"config of a {config.model_type} model: {reason}.") from None
 
 
+def planned_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Return the model on the meta device with its generation config, which names tokens too.
+
+    Raises CheckpointError.
+    """
+    model = meta_model(checkpoint.config)
+    if (generation := _generation_config(checkpoint.directory)) is not None:
+        model.generation_config = generation
+    return model
+
+
+def _generation_config(directory: Path) -> GenerationConfig | None:
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return None
+    read_json(path)
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except BAD_VALUE as error:
+        raise CheckpointError(f"{path}: transformers cannot use it ({one_line(error)}).") from None
+
+
 def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     """Compare the tensors in the safetensors headers with those of `model`, which may be on meta.
 
@@ -181,13 +203,8 @@ def _load_safetensors(
         None, config=checkpoint.config, state_dict=weights, output_loading_info=True, **{"dtype": "auto", **options}
     )
     model, info = loaded
-    path = checkpoint.directory / "generation_config.json"
-    if path.is_file():
-        read_json(path)
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(path.parent)
-        except BAD_VALUE as error:
-            raise CheckpointError(f"{path}: transformers cannot use it ({one_line(error)}).") from None
+    if (generation := _generation_config(checkpoint.directory)) is not None:
+        model.generation_config = generation
     return model, info
 
 

@@ -24,8 +24,7 @@ from secateur.model.checkpoint import Tokenizer
 from secateur.model.config import quiet_transformers
 from secateur.model.kept_tokens import KeptTokens, check_weights_by_token, ids_named_by
 from secateur.model.modules import CausalLM
-
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how pieces spell a space
+from secateur.model.token_bytes import SPACE
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ from secateur.model.checkpoint import (
     check_weights,
     load_model,
     load_tokenizer,
-    meta_model,
     open_checkpoint,
+    planned_model,
     restore_buffers,
     weight_digests,
 )
@@ -125,7 +125,7 @@ def open_model(
     """
     if isinstance(model, str | Path):
         checkpoint = open_checkpoint(model, weights=weights)
-        model = meta_model(checkpoint.config)
+        model = planned_model(checkpoint)
     else:
         check_in_memory(model, tokenizer)
         checkpoint = None

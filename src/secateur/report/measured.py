@@ -36,7 +36,7 @@ PLOTTED_METRICS = ("exact_match,none", "acc,none", "acc_norm,none")
 class Quality:
     """How well a model predicts tokens 2..T of every block. The standard error is over blocks.
 
-    `num_bytes`: UTF-8 bytes of the predicted tokens; end-of-text tokens count none.
+    `num_bytes`: bytes of text that the predicted tokens stand for; end-of-text tokens are none.
     `bits_per_byte`: nats_per_token / ln 2 x num_tokens / num_bytes, comparable across tokenizers.
     """
 
