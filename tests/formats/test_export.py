@@ -14,13 +14,15 @@ from bpe_tokenizer import bpe_tokenizer, sentencepiece_tokenizer
 from models import tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 from run_cli import run_cli
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, GgufConfig, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, GgufConfig, HunYuanDenseV1Config, LlamaConfig, OPTConfig, OPTForCausalLM
+from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding
 
 from secateur.errors import ArchError, CheckpointError, NumericsError, RecipeError
 from secateur.formats.gguf import export
 from secateur.formats.gguf_tensors import interleave_rotary
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS
 from secateur.formats.save import have_llama_cpp, open_llama_cpp, save_checkpoint
+from secateur.formats.serving import rotary
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.model.config import quiet_transformers
 from secateur.model.kept_tokens import KeptTokens, keep_tokens
@@ -185,6 +187,25 @@ def test_other_rotary_scaling_is_stated(kind, extra, tmp_path):
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     stated = [fields[f"qwen2.rope.{key}"].contents() for key in ("scaling.type", "scaling.factor", "freq_base")]
     assert stated == [kind, 4.0, 5000.0]
+
+
+def test_every_number_of_yarn_is_stated(tmp_path):
+    rope = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    rope |= {"attention_factor": 1.25, "beta_fast": 30.0, "beta_slow": 2.0, "mscale_all_dim": 0.5}
+    export(save(tmp_path / "source", tiny_qwen2(**SIZES, rope_parameters=rope)), tmp_path / "model.gguf", check=False)
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    keys = ("original_context_length", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_log_multiplier")
+    assert [fields[f"qwen2.rope.scaling.{key}"].contents() for key in keys] == [64, 1.25, 30.0, 2.0, 0.5]
+
+
+def test_hunyuans_alpha_is_the_theta_that_its_own_model_rotates_by():
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}
+    config = HunYuanDenseV1Config(hidden_size=64, num_attention_heads=4, head_dim=16, rope_parameters=rope)
+    found = rotary(config)
+    assert found["rope_type"] == "default"
+    own = HunYuanDenseV1RotaryEmbedding(config).inv_freq
+    assert torch.allclose(found["rope_theta"] ** (-torch.arange(0, 16, 2) / 16), own, rtol=1e-6)
+    assert rotary(LlamaConfig(rope_theta=3e5))["rope_theta"] == 3e5  # any other stays
 
 
 @pytest.mark.parametrize("rule", ["gpt-2", "llama-bpe", "qwen2"])

@@ -103,6 +103,15 @@ def test_the_order_is_that_of_trying_every_token_each_time(needs_parts, seed):
     assert ordered.more_R.tolist() == pytest.approx([0.0] * 3 + growth, rel=1e-12)
 
 
+def test_a_padding_row_that_stays_is_not_among_those_that_go_first():
+    vocabulary = vocabulary_of(needs_parts=True, seed=0)
+    use_V = torch.rand(vocabulary.num_rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole, found = (removal_order(vocabulary, use_V, stay) for stay in ((), [41]))
+    assert whole.ids[:3] == [40, 41, 42]
+    assert found.ids == [index for index in whole.ids if index != 41]
+    assert found.more_R.tolist() == whole.more_R.tolist()[1:]  # a padding row costs nothing
+
+
 def test_the_cost_is_the_number_of_tokens_that_a_text_has_more():
     vocabulary = vocabulary_of(needs_parts=True, seed=3)
     draw = random.Random(0)
