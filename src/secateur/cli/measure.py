@@ -33,6 +33,9 @@ def evaluate(
     limit: common.Limit = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in each prompt of the tasks.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions of a task at a time.")] = 1,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Let tasks run the code that a model writes, without a network.")
+    ] = False,
     tasks_data: common.TasksData = None,
     device: common.Device = None,
     other_dense: common.OtherDense = False,
@@ -57,7 +60,7 @@ def evaluate(
         text: dict[str, Any] = {"domains": domains, "num_blocks": num_blocks, "sequence_length": sequence_length}
         text |= {"wikitext2": wikitext2, "wikitext2_length": wikitext2_length}
         asked: dict[str, Any] = {"tasks": names, "limit": limit, "num_fewshot": num_fewshot}
-        asked |= {"batch_size": batch_size, "tasks_data": tasks_data}
+        asked |= {"batch_size": batch_size, "run_code": run_code, "tasks_data": tasks_data}
         asked |= {"device": device, "other_dense": other_dense, "out": out}
         result = secateur.evaluate(model, against, **text, **asked, progress=progress, tell=tell)
     if not is_first():

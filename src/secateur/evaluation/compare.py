@@ -21,6 +21,7 @@ from secateur.evaluation.study import (
     TRAINED_DENSE,
     Cell,
     Comparison,
+    Evaluation,
     Foreseen,
     FoundCell,
     Study,
@@ -157,8 +158,8 @@ def _compare(study: Study, out: Path, progress: Progress, tell: Callable[[str], 
     opened = {name: _opened(study, model) for name, model in study.by_name.items()}
     for name, each in opened.items():
         _checked_cells(study, name, each)
-    names, limit = study.evaluation.tasks, study.evaluation.limit
-    tasks = load_tasks(names, TaskOptions(limit=limit), None) if names else None
+    names = study.evaluation.tasks
+    tasks = load_tasks(names, _task_options(study.evaluation), None) if names else None
     opened = {name: replace(each, tokenizer=tokenizer_of(each)) for name, each in opened.items()}
     store, grids = Store.lasting(out / CELLS_FOLDER, tell), list[_Shared]()
     for name, each in opened.items():
@@ -290,13 +291,17 @@ def _depends_on(shared: _Shared, seed: int, recipe: dict[str, Any], blocks: Judg
     }
 
 
+def _task_options(evaluation: Evaluation) -> TaskOptions:
+    return TaskOptions(limit=evaluation.limit, batch_size=evaluation.batch_size, run_code=evaluation.run_code)
+
+
 def _judge(shared: _Shared, subject: Subject, blocks: Judged, trim: Trim | None) -> dict[str, Any]:
     model, evaluation, tasks = subject.model(), shared.study.evaluation, {}
     parts = blocks.held_out, blocks.others
     losses = [_losses(model, subject.arch, part, trim, shared.progress) if part else {} for part in parts]
     nats = [{name: loss.nats_per_token for name, loss in part.items()} for part in losses]
     by_block = {name: loss.block_nats for name, loss in losses[0].items()}
-    options = TaskOptions(limit=evaluation.limit, batch_size=evaluation.batch_size)
+    options = _task_options(evaluation)
     tokenizer = tokenizer_of(shared.opened) if trim is None else trim.tokenizer
     for name, task in (shared.tasks.tasks if shared.tasks else {}).items():
         found = run_task(task, model, tokenizer, options, partial(shared.progress, name))

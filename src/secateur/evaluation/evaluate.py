@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.evaluation import parts
-from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks
+from secateur.evaluation.tasks import LoadedTasks, TaskOptions, is_chat, load_tasks
 from secateur.evaluation.text import check_length, named_blocks, recipe_blocks, sample_starts, wikitext_blocks
 from secateur.facts import Divergence
 from secateur.files import staged_file
@@ -81,6 +81,7 @@ def evaluate(
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 1,
+    run_code: bool = False,
     tasks_data: Path | None = None,
     device: str | None = None,
     other_dense: bool = False,
@@ -96,7 +97,8 @@ def evaluate(
     recipe.yaml. `num_blocks`, `sequence_length`: of `domains`. `wikitext2`: a file with the rows of
     the raw test split, or `hub`. `wikitext2_length`: tokens per block there, at most 2048 by
     default. `tasks`: names of lm-evaluation-harness. `limit`: questions per task. `num_fewshot`:
-    examples in each prompt. `batch_size`: questions at a time. `tasks_data`: a directory searched
+    examples in each prompt. `batch_size`: questions at a time. `run_code`: tasks
+    may run code that the models write, in a process without network. `tasks_data`: a directory searched
     first for rows. `device`: as in a recipe. `out`: a directory, by default `model` if that is a result. `progress`:
     called with (stage, done, total). `tell`: gets a line about every finished part that is damaged
     on disk and measured again.
@@ -107,7 +109,7 @@ def evaluate(
     Raises a SecateurError for what a user can correct: RecipeError for options, text and tasks,
     CheckpointError for models, NumericsError for a loss that is not finite.
     """
-    options = TaskOptions(limit, num_fewshot, batch_size)
+    options = TaskOptions(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, run_code=run_code)
     text = (domains, num_blocks, sequence_length, wikitext2, wikitext2_length)
     settings = _Settings(*text, tuple(tasks), options, tasks_data, device)
     progress = progress if is_first() else silent
@@ -211,7 +213,9 @@ def _prepare(settings: _Settings, pruned: parts.Subject, progress: Progress) -> 
     tasks = None
     if settings.tasks:
         tasks = load_tasks(settings.tasks, settings.task_options, settings.tasks_data)
-        notes += tasks.notes
+        written = [name for name, task in tasks.tasks.items() if is_chat(task, tokenizer)]
+        chat = (f"asked through the chat template: {', '.join(written)}.",) if written else ()
+        notes += (*tasks.notes, *chat)
     return _Text(tokenizer, blocks, tasks, notes)
 
 

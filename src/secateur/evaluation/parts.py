@@ -272,7 +272,7 @@ def task_parts(
         def compute() -> Part:
             return run_task(task, subject.model(), tokenizer, options, listen)
 
-        depends_on = {**subject.facts, **dataclasses.asdict(options), **identity(task, loaded)}
+        depends_on = {**subject.facts, **dataclasses.asdict(options), **identity(task, loaded, tokenizer)}
         found = store.value(f"task-{name}", compute, depends_on=depends_on)
         count.move(before + sizes[name] - count.done)
         return found

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import RecipeError, advice
 from secateur.evaluation.rows import DEFAULT_CONFIG, PACKAGE, Rows, find_rows, table
+from secateur.evaluation.run_code import load_metric
 from secateur.model.config import quiet_transformers
 
 
@@ -84,7 +85,16 @@ def reporting_model(
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().generate_until(requests, disable_tqdm=True)
+            self.num_done, self.num_requests = 0, len(requests)
+            written = super().generate_until(requests, disable_tqdm=True)
+            progress(self.num_requests, self.num_requests)
+            return written
+
+        def _model_generate(self, context: Any, *arguments: Any, **options: Any) -> Any:
+            written = super()._model_generate(context, *arguments, **options)
+            self.num_done += len(context)
+            progress(min(self.num_done, self.num_requests), self.num_requests)
+            return written
 
         def _loglikelihood_tokens(self, requests: Any, **options: Any) -> Any:
             self.num_done, self.num_requests = 0, len(requests)
@@ -109,11 +119,15 @@ BY_TASK = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-sa
 
 @dataclass(frozen=True, slots=True)
 class TaskOptions:
-    """`limit`: questions per task. `num_fewshot`: None for the task's own number."""
+    """`limit`: questions per task. `num_fewshot`: None for the task's own number.
+
+    `run_code`: tasks may run the code that a model writes, see `run_code`.
+    """
 
     limit: int | None = None
     num_fewshot: int | None = None
     batch_size: int = 1
+    run_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +204,7 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
     """
     with quiet_harness():
         import datasets
+        import evaluate as metrics
 
         manager, tasks, groups, sources, notes = task_manager(), {}, {}, {}, []
         for name in names:
@@ -197,11 +212,19 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
                 hint = advice(name, manager.all_tasks, "python -m lm_eval ls tasks lists them.")
                 raise RecipeError(f"--tasks: unknown task '{name}'; {hint}")
             redirect = _Redirect(name, options.num_fewshot or 0, directory, datasets.load_dataset)
-            with patch.object(datasets, "load_dataset", redirect.load_dataset):
+            with (
+                patch.object(datasets, "load_dataset", redirect.load_dataset),
+                patch.object(metrics, "load", load_metric),
+            ):
                 loaded = manager.load(name)
             tasks |= loaded["tasks"]
             groups |= loaded.get("groups", {})
             for leaf, task in loaded["tasks"].items():
+                if getattr(task.config, "unsafe_code", False) and not options.run_code:
+                    raise RecipeError(
+                        f"task {leaf}: runs code that the model writes, in a process without network, of "
+                        "bounded memory and time; add --run-code to allow it."
+                    )
                 rows = redirect.used.get((task.config.dataset_path, task.config.dataset_name))
                 if rows is not None:
                     _check_examples(task, options, rows)
@@ -233,7 +256,12 @@ def num_questions(task: Any, options: TaskOptions) -> int:
     return min(options.limit or found, found)
 
 
-def identity(task: Any, loaded: LoadedTasks) -> dict[str, Any]:
+def is_chat(task: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the task is asked through the chat template: one whose answers are written is, if there is one."""
+    return task.OUTPUT_TYPE == "generate_until" and tokenizer.chat_template is not None
+
+
+def identity(task: Any, loaded: LoadedTasks, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what a task's result depends on, besides model and options."""
     import lm_eval
 
@@ -245,6 +273,7 @@ def identity(task: Any, loaded: LoadedTasks) -> dict[str, Any]:
         "version": task.VERSION,
         "source": loaded.sources.get(task.task_name, "hub"),
         "rows": digest.hexdigest(),
+        "chat": is_chat(task, tokenizer),
     }
 
 
@@ -257,14 +286,18 @@ def run_task(
 ) -> dict[str, Any]:
     """Return the harness's result of one task, plus each question's score in `item_scores`."""
     with quiet_harness():
+        wrapper = reporting_model(model, tokenizer, options.batch_size, progress)
+        _check_room(task, wrapper)
         found = simple_evaluate(
-            model=reporting_model(model, tokenizer, options.batch_size, progress),
+            model=wrapper,
             tasks=[task],
             num_fewshot=options.num_fewshot,
             batch_size=options.batch_size,
             limit=options.limit,
             bootstrap_iters=BOOTSTRAP_DRAWS,
             task_manager=task_manager(),
+            apply_chat_template=is_chat(task, tokenizer),
+            confirm_run_unsafe_code=options.run_code,
         )
     result = {key: found[key] for key in BY_TASK}
     for config in result["configs"].values():
@@ -274,6 +307,18 @@ def run_task(
         for metric in sample["metrics"]:
             scores.setdefault(f"{metric},{sample['filter']}", []).append(sample[metric])
     return {**result, "item_scores": scores}
+
+
+def _check_room(task: Any, wrapper: Any) -> None:
+    """Raise RecipeError if the model has too few positions for the answers that the task asks it to write."""
+    if task.OUTPUT_TYPE != "generate_until":
+        return
+    num_written = (task.config.generation_kwargs or {}).get("max_gen_toks") or wrapper.max_gen_toks
+    if num_written >= wrapper.max_length:
+        raise RecipeError(
+            f"task {task.task_name}: asks for answers of up to {num_written} tokens, and the model has "
+            f"{wrapper.max_length} positions for question and answer; leave the task out."
+        )
 
 
 def merge(results: list[dict[str, Any]], loaded: LoadedTasks) -> dict[str, Any]:
