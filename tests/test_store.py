@@ -90,8 +90,10 @@ def resumed(store: Path, model: Path, recipe: dict[str, Any], place: Path, damag
     return heard, result.summary.warnings, out
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("file", STEPS)
+# Each file of a run in one way; every file of a store in all ways below, without a run.
+@pytest.mark.parametrize(
+    ("file", "damage"), list(zip(STEPS, ["middle", "truncated", "last byte", "empty"], strict=True))
+)
 def test_a_damaged_step_is_done_again(file, damage, interrupted, whole, checkpoints, recipe, tmp_path):
     name, num_found = STEPS[file], NUM_STEPS - 2  # one of the records is the text's; one step is damaged
     arguments = (interrupted, checkpoints["llama"], recipe, tmp_path)
@@ -104,8 +106,7 @@ def test_a_damaged_step_is_done_again(file, damage, interrupted, whole, checkpoi
     assert weights(out) == weights(whole)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("file", INPUTS)
+@pytest.mark.parametrize(("file", "damage"), [("inputs", "header"), ("text", "truncated")])
 def test_without_its_inputs_nothing_counts(file, damage, interrupted, whole, checkpoints, recipe, tmp_path):
     arguments = (interrupted, checkpoints["llama"], recipe, tmp_path)
     heard, notes, out = resumed(*arguments, lambda store: DAMAGES[damage](store / INPUTS[file]))
@@ -163,24 +164,37 @@ def test_what_was_kept_is_found(tmp_path):
 
 
 def test_every_bit_counts(tmp_path):
-    """One bit in every byte of every file, by turns."""
-    (tmp_path / "store").mkdir()
-    kept(tmp_path / "store")
-    files = sorted((tmp_path / "store").iterdir())
+    """One bit in every seventh byte of every file, by turns."""
+    kept(tmp_path)
+    files = {file: file.read_bytes() for file in sorted(tmp_path.iterdir())}
     assert len(files) == 4
-    for file in files:
-        for place in range(file.stat().st_size):
-            copy, heard = tmp_path / "copy", list[str]()
-            shutil.copytree(tmp_path / "store", copy)
-            flip(copy / file.name, place, place % 8)
-            store = Store(copy, tell=heard.append)
+    for file, raw in files.items():
+        for place in range(0, len(raw), 7):
+            heard = list[str]()
+            flip(file, place, place % 8)
+            store = Store(tmp_path, tell=heard.append)
             found = [
                 store.find("tensors") is not None,
                 store.value("number", lambda: "anew") == 0.1,
                 store.value("part", lambda: "anew", depends_on={"model": "abc"}) == [1, 2],
             ]
             assert found.count(False) == len(heard) == 1, (file.name, place)
-            shutil.rmtree(copy)
+            for whole, content in files.items():  # a step that is done again is written again
+                whole.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["tensors.safetensors", "tensors.json", "number.json", "part*.json"])
+def test_damage_of_every_kind_is_found(name, damage, tmp_path):
+    kept(tmp_path)
+    (file,) = tmp_path.glob(name)
+    DAMAGES[damage](file)
+    heard = list[str]()
+    store = Store(tmp_path, tell=heard.append)
+    found = [store.has("tensors"), store.value("number", lambda: "anew") == 0.1]
+    found += [store.value("part", lambda: "anew", depends_on={"model": "abc"}) == [1, 2]]
+    assert found.count(False) == len(heard) == 1
+    assert heard[0].endswith("is damaged on disk, so it is done again.")
 
 
 def test_safetensors_alone_would_not_notice(tmp_path):
