@@ -7,6 +7,7 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import random
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from models import tiny_llama, tiny_qwen2
 from recipes import grouped
 from skips import pytest_terminal_summary  # noqa: F401  # a hook
 from tiny_tokenizer import tiny_tokenizer
+from warm_reload import WarmProcesses
 
 from secateur.model.config import quiet_transformers
 
@@ -37,6 +39,24 @@ def judged_by_what_guards() -> Iterator[None]:
     """Runs in this process have no text of their own to judge them; those of the command line do."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("secateur.data.calibration.JUDGED_TOKENS", 0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The proof of a result is forked from a process that has torch imported."""
+    warm = WarmProcesses(tmp_path_factory.mktemp("warm"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("secateur.formats.save.subprocess", warm)
+        yield
+    warm.close()
+
+
+@pytest.fixture(scope="module")
+def fresh_processes() -> Iterator[None]:
+    """For tests of the proof itself: each process starts from nothing, as in a user's run."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("secateur.formats.save.subprocess", subprocess)
         yield
 
 

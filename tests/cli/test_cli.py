@@ -30,6 +30,8 @@ from secateur.pruning.resolve import resolve
 from secateur.recipe import Recipe
 from secateur.recipe_file import parse_recipe
 
+pytestmark = pytest.mark.usefixtures("fresh_processes")
+
 NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
 
 # The frozen surface: a flag is added here only after it was found that a recipe key would not do.

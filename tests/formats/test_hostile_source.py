@@ -23,6 +23,8 @@ from secateur.formats.save import OWN_CODE, Verification, save_checkpoint, verif
 from secateur.model.checkpoint import check_in_memory, load_tokenizer, open_checkpoint
 from secateur.model.config import quiet_transformers
 
+pytestmark = pytest.mark.usefixtures("fresh_processes")
+
 CODE = """
 import os
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -15,6 +15,8 @@ from secateur.model.checkpoint import load_model, open_checkpoint
 from secateur.model.kept_tokens import KeptTokens, keep_tokens
 from secateur.model.vocabulary import trimmed_tokenizer
 
+pytestmark = pytest.mark.usefixtures("fresh_processes")
+
 
 def save(directory: Path, model: torch.nn.Module) -> torch.Tensor:
     directory.mkdir(exist_ok=True)
