@@ -21,7 +21,7 @@ PACKAGES = [
     "stream",
     "data",
     "model",
-    "store files ranks recipe_file recipe log plugins facts errors",
+    "store result_directory files ranks recipe_file recipe log plugins facts errors",
 ]
 GROUND = set(PACKAGES[-1].split())
 WITHOUT_RECIPE = {"model", "stream", "data", "methods"}

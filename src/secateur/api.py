@@ -14,7 +14,7 @@ from secateur.errors import RecipeError
 from secateur.evaluation.parts import recovered_scores
 from secateur.evaluation.push import push
 from secateur.evaluation.tasks import TaskOptions, load_tasks
-from secateur.files import check_replaceable
+from secateur.files import remove_empty
 from secateur.log import Progress, silent
 from secateur.model.checkpoint import Tokenizer, load, open_checkpoint
 from secateur.model.modules import CausalLM
@@ -26,6 +26,7 @@ from secateur.recipe_file import as_recipe
 from secateur.recovery import recover as recovery
 from secateur.report.measured import RecoveryRecord
 from secateur.report.records import read_summary
+from secateur.result_directory import check_replaceable
 from secateur.store import place_beside
 
 __all__ = ["Result", "prune", "push", "recover"]
@@ -113,7 +114,8 @@ def _prune_then_recover(
         meet("recovered")
     finally:
         if is_first() and not place_beside(pruned).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(pruned, ignore_errors=True)
+            remove_empty([folder])
     return dataclasses.replace(result, model=load(place), recipe=recipe, summary=read_summary(place), out=out)
 
 

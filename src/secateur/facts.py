@@ -70,9 +70,6 @@ def weight_size(model: Any) -> float:
     return math.sqrt(squares / sum(each.numel() for each in matrices))
 
 
-RESULT_FILE = "result.json"
-
-
 @dataclass(frozen=True, slots=True)
 class Ancestor:
     """A model that a result was pruned from, as `result.json` names it.

@@ -227,40 +227,6 @@ def check_file(path: Path, *, overwrite: bool) -> None:
         raise CheckpointError(f"{path}: already exists; choose another name or give --overwrite to replace it.")
 
 
-@contextmanager
-def staging(out: Path, *, overwrite: bool, protected: Path | None = None) -> Iterator[Path]:
-    """Yield a hidden empty directory; when the block succeeds, it is renamed to `out`.
-
-    After any exception nothing is left, neither the directory nor new parents. With `overwrite` an
-    old model directory stays until the new one is complete. `protected`, the model being read, and
-    the directories above it are never replaced.
-
-    Raises CheckpointError, before the block, if `out` exists or cannot be made, and for disk
-    errors.
-    """
-    out = Path(os.path.abspath(out))
-    _clear_after_dead(out)
-    check_replaceable(out, overwrite=overwrite, protected=protected)
-    made = missing_parents(out)
-    staged = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(staged, ignore_errors=True)  # from a killed process with this id
-    done = False
-    try:
-        make_hidden(staged, out)
-        with disk_errors(out):
-            yield staged
-            for root, _, files in os.walk(staged):
-                for name in (*files, ""):
-                    sync(Path(root, name))
-            check_replaceable(out, overwrite=overwrite, protected=protected)  # another process may have made it
-            _swap(staged, out)
-        done = True
-    finally:
-        if not done:
-            shutil.rmtree(staged, ignore_errors=True)
-            remove_empty(made)
-
-
 def missing_parents(out: Path) -> list[Path]:
     """Return the missing directories above `out`, innermost first."""
     return [path for path in out.parents if not os.path.lexists(path)]
@@ -291,58 +257,6 @@ def make_lasting(directory: Path) -> None:
     except OSError as error:
         reason = f"no directory can be made there ({error.strerror})"
         raise CheckpointError(f"OUT {directory.parent}: {reason}; choose another place.") from None
-
-
-def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> None:
-    """Raise CheckpointError if `out` must not be replaced, or holds the model being read."""
-    if protected is not None and out.resolve() in (protected.resolve(), *protected.resolve().parents):
-        raise CheckpointError(f"OUT {out}: holds the model that is being pruned; choose another directory.")
-    # A directory of .gguf files is no model's own.
-    if protected is not None and (protected / "config.json").is_file() and protected.resolve() in out.resolve().parents:
-        raise CheckpointError(f"OUT {out}: is inside the model's directory {protected}; choose one outside of it.")
-    blocking = next((parent for parent in out.parents if os.path.lexists(parent)), out)
-    if not blocking.is_dir():
-        raise CheckpointError(f"OUT {out}: {blocking} is not a directory; choose another place.")
-    if not os.path.lexists(out):
-        return
-    if out.is_symlink() or not out.is_dir() or out.is_mount():
-        kind = "a symbolic link" if out.is_symlink() else "a mount point" if out.is_dir() else "a file"
-        raise CheckpointError(f"OUT {out}: is {kind}, which is never replaced; choose a new directory.")
-    if not overwrite:
-        raise CheckpointError(f"OUT {out}: already exists; choose a new directory or give --overwrite to replace it.")
-    if not (out / "config.json").is_file() and any(out.iterdir()):
-        raise CheckpointError(
-            f"OUT {out}: has no config.json, so it is no model and --overwrite will not delete it; "
-            "choose a new directory."
-        )
-
-
-def _clear_after_dead(out: Path) -> None:
-    """Remove what killed processes left beside `out`; restore `out` if one moved it aside."""
-    beside = os.listdir(out.parent) if out.parent.is_dir() else []
-    for name in (name for name in beside if name.startswith(f".{out.name}.")):
-        kind, _, process = name.removeprefix(f".{out.name}.").rpartition("-")
-        if kind not in ("partial", "replaced") or not process.isdecimal() or is_alive(int(process)):
-            continue
-        if kind == "replaced" and not os.path.lexists(out):
-            out.with_name(name).rename(out)
-        else:
-            shutil.rmtree(out.with_name(name), ignore_errors=True)
-
-
-def _swap(staged: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
-    replacing = out.exists()
-    if replacing:
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    try:
-        staged.rename(out)
-    finally:
-        if replacing and not out.exists():
-            old.rename(out)
-    sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def is_alive(process: int) -> bool:

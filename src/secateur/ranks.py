@@ -22,7 +22,8 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
 from secateur.errors import RankError, RecipeError, SecateurError
-from secateur.files import check_replaceable, is_alive, staging
+from secateur.files import is_alive
+from secateur.result_directory import check_replaceable, staging
 
 # Limits for all ranks to start, and for waiting on one rank's result. A dead process is noticed at
 # once; these are for a machine that vanishes and leaves its connections open.
@@ -363,11 +364,13 @@ def device_called(name: str | None) -> torch.device:
     return device
 
 
-def staging_if_any(out: Path | None, *, overwrite: bool, protected: Path | None) -> AbstractContextManager[Path | None]:
+def staging_if_any(
+    out: Path | None, *, overwrite: bool, protected: Path | None, tell: Callable[[str], None]
+) -> AbstractContextManager[Path | None]:
     """Return `staging` on the rank that writes; else a context that gives None."""
     if out is None:
         return nullcontext()
     # Refuse `out` on all ranks before they wait for the first one.
     if size() > 1:
         from_first(lambda: check_replaceable(out, overwrite=overwrite, protected=protected))
-    return staging(out, overwrite=overwrite, protected=protected) if is_first() else nullcontext()
+    return staging(out, overwrite=overwrite, protected=protected, tell=tell) if is_first() else nullcontext()

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError, NumericsError, RecipeError
 from secateur.files import (
-    check_replaceable,
     disk_errors,
     json_of,
     make_hidden,
@@ -41,6 +40,7 @@ from secateur.files import (
 )
 from secateur.log import Progress, RunLog, silent
 from secateur.ranks import from_first, is_first
+from secateur.result_directory import check_replaceable, restore
 
 INPUTS, INPUT = "inputs", "input-"
 HOW = "the same command with --resume (in Python: resume=True) goes on from what is finished"
@@ -110,6 +110,7 @@ class Store:
         directory, made = place_beside(out), missing_parents(out)
         if not overwrite and _is_outlived(directory, out):
             _remove(directory, [])
+        restore(out, tell)
         check_replaceable(out, overwrite=overwrite, protected=protected)
         if not directory.is_dir():
             make_hidden(directory, out)

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from secateur.cli.common import stoppable
 from secateur.errors import RecipeError
-from secateur.files import check_replaceable
 from secateur.formats.serving import check_server
+from secateur.result_directory import check_replaceable
 from secateur.store import HOW, place_beside
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
@@ -304,7 +304,7 @@ def test_out_exists(prune, tmp_path):
     (tmp_path / "out").mkdir()
     refused(prune(), f"OUT {tmp_path / 'out'}: already exists; choose a new directory or give --overwrite")
     (tmp_path / "out" / "diary.txt").write_text("")
-    refused(prune("--overwrite"), "has no config.json, so it is no model and --overwrite will not delete it")
+    refused(prune("--overwrite"), "--overwrite would delete what is not as secateur wrote it: diary.txt;")
 
 
 def test_out_is_the_model_itself(prune, model):

@@ -18,10 +18,10 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation.push import CARD, _digest_again, _stage, _write_card, push
 from secateur.log import silent
 from secateur.report.card import card_data
-from secateur.report.digests import mismatches, read_digests
 from secateur.report.records import read_result, read_summary
 from secateur.report.report import write_report
 from secateur.report.rows import note_rows, without_paths
+from secateur.result_directory import mismatches, read_digests
 from tests.report.test_card import recovery
 
 TIMED = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--quiet")

@@ -16,8 +16,8 @@ import secateur
 from secateur.errors import CheckpointError
 from secateur.files import sha256_of
 from secateur.formats.save import Verification
-from secateur.report.digests import LATER_FILES, Mismatch, read_digests, write_summary
 from secateur.report.records import read_summary
+from secateur.result_directory import LATER_FILES, Mismatch, read_digests, write_summary
 
 SHARDED = {"max_shard_size": "60KB", "keep_rounds": True, "rounds": 2}
 
@@ -122,7 +122,7 @@ def test_a_file_that_loading_would_take_is_not_of_the_result(name, results, unlo
     assert [each.what for each in secateur.verify(copy).mismatches] == [name]
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"\xff", b"[]", b"[" * 100_000])
+@pytest.mark.parametrize("raw", [b"", b"{", b"\xff", b"[]", b"{}", b"[" * 100_000])
 def test_a_result_json_that_is_none_is_damage(raw, results, tmp_path, unloaded):
     copy = Path(shutil.copytree(results["whole"], tmp_path / "copy"))
     (copy / "result.json").write_bytes(raw)

@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny_ids, tiny_llama, tiny_qwen2
+from old_results import old_result
 from safetensors.torch import load_file
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.files import check_free_space, parse_size, staging
+from secateur.files import check_free_space, parse_size
 from secateur.formats.save import save_checkpoint
 from secateur.model.kept_tokens import KeptTokens, keep_tokens, kept_tokens_of
 from secateur.model.vocabulary import trimmed_tokenizer
+from secateur.result_directory import staging
 
 
 def save(directory: Path, model: torch.nn.Module, max_shard_size: str = "5GB", carry_from: Path | None = None) -> Path:
@@ -142,8 +144,7 @@ def test_out_appears_only_when_the_block_ends(tmp_path):
 def test_nothing_is_left_after_an_exception(error, overwrite, tmp_path):
     out = tmp_path / "deep" / "out"
     if overwrite:
-        out.mkdir(parents=True)
-        (out / "config.json").write_text("old")
+        old_result(out)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(error), staging(out, overwrite=overwrite) as directory:
         (directory / "config.json").write_text("half")
@@ -153,10 +154,7 @@ def test_nothing_is_left_after_an_exception(error, overwrite, tmp_path):
 
 
 def test_overwrite_swaps_whole_directories(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text("old")
-    (out / "stale").write_text("old")
+    out = old_result(tmp_path / "out")
     with staging(out, overwrite=True) as directory:
         assert (out / "config.json").read_text() == "old"
         (directory / "config.json").write_text("new")
@@ -164,12 +162,24 @@ def test_overwrite_swaps_whole_directories(tmp_path):
 
 
 def test_a_failing_rename_brings_the_old_directory_back(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text("old")
+    out = old_result(tmp_path / "out")
     with pytest.raises(FileNotFoundError), staging(out, overwrite=True) as directory:
         os.rename(directory, tmp_path / "stolen")
     assert (out / "config.json").read_text() == "old"
+
+
+def test_an_old_result_comes_back_where_the_new_process_has_the_number_of_the_killed_one(tmp_path):
+    aside = old_result(tmp_path / f".out.replaced-{os.getpid()}")
+    said = list[str]()
+    with (
+        pytest.raises(CheckpointError, match="already exists"),
+        staging(tmp_path / "out", overwrite=False, tell=said.append),
+    ):
+        pytest.fail("the block ran")
+    assert (tmp_path / "out" / "config.json").read_text() == "old" and not aside.exists()
+    assert said == [
+        f"OUT {tmp_path / 'out'}: a run was killed while it replaced this directory, so the old result is back there."
+    ]
 
 
 def test_a_directory_made_meanwhile_is_not_replaced(tmp_path):
@@ -197,7 +207,11 @@ def test_out_that_is_never_replaced(tmp_path):
     refused(tmp_path / "empty", "already exists.*--overwrite")
     refused(tmp_path / "file", "is a file", overwrite=True)
     refused(tmp_path / "file" / "out", "file is not a directory")
-    refused(tmp_path / "home", "has no config.json, so it is no model", overwrite=True)
+    refused(
+        tmp_path / "home",
+        "is no result of secateur .* would delete .*: diary.txt;",
+        overwrite=True,
+    )
     refused(tmp_path / "link", "is a symbolic link", overwrite=True)
     refused(tmp_path / "dangling", "is a symbolic link")
     with pytest.raises(CheckpointError, match="is a mount point"), staging(Path("/"), overwrite=True):
@@ -235,7 +249,7 @@ from models import tiny_llama
 from tiny_tokenizer import tiny_tokenizer
 from secateur.errors import CheckpointError
 from secateur.formats.save import save_checkpoint
-from secateur.files import staging
+from secateur.result_directory import staging
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for limit in (100, 5000, 100_000):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

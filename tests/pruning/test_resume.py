@@ -16,6 +16,7 @@ import torch
 from damage import flip_a_bit
 from families import tiny_family
 from models import tiny_llama
+from old_results import old_result
 from recipes import grouped
 from run_cli import run_cli
 from safetensors.torch import load_file, save_file
@@ -23,9 +24,9 @@ from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.evaluation.inspect import inspect
-from secateur.files import staging
 from secateur.formats.save import Verification
 from secateur.recipe_file import parse_recipe
+from secateur.result_directory import staging
 from secateur.store import Store, place_beside
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -326,8 +327,7 @@ def test_what_killed_processes_left_is_removed_and_an_old_result_comes_back(tmp_
     gone.wait()
     out, live = tmp_path / "out", tmp_path / f".out.partial-{os.getppid()}"
     for kind in ("partial", "replaced"):  # killed between the two renames of --overwrite
-        (tmp_path / f".out.{kind}-{gone.pid}").mkdir()
-        (tmp_path / f".out.{kind}-{gone.pid}" / "config.json").write_text(kind)
+        old_result(tmp_path / f".out.{kind}-{gone.pid}", kind)
     live.mkdir()
     with staging(out, overwrite=True) as directory:
         assert (out / "config.json").read_text() == "replaced"

@@ -28,8 +28,8 @@ from secateur.recovery.pair import check_training
 from secateur.recovery.recover import recover
 from secateur.recovery.train import Work, train_guarded
 from secateur.recovery.weights import with_lora
-from secateur.report.digests import mismatches, read_digests
 from secateur.report.measured import RecoveryRecord
+from secateur.result_directory import mismatches, read_digests
 
 # A random dense model knows nothing of the text, so only its predictions can be learnt.
 TRAINING = {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}

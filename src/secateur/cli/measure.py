@@ -94,8 +94,8 @@ def bench(
 ) -> None:
     """Time MODEL, in turns with DENSE, and compare the speed-up with the ideal for its size."""
     from secateur.model.identity import is_result
-    from secateur.report.measured import BENCH_FILE
     from secateur.report.rows_measured import bench_table
+    from secateur.result_directory import BENCH_FILE
 
     workload = {
         "batch": batch,

@@ -33,7 +33,8 @@ from secateur.methods.prices import kv_cache_bytes_per_token, least_costs
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
 from secateur.model.identity import check_dense, identity, is_result
 from secateur.model.kept_tokens import kept_tokens_of
-from secateur.report.measured import BENCH_FILE, BenchResult, BenchSettings, ModelFigures, Ratio, Speed, SpeedUp
+from secateur.report.measured import BenchResult, BenchSettings, ModelFigures, Ratio, Speed, SpeedUp
+from secateur.result_directory import BENCH_FILE
 from secateur.stream.device import now
 
 ENGINES = ("transformers", "llama.cpp", "vllm")

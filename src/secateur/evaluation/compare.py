@@ -155,6 +155,8 @@ def compare(
 def _compare(study: Study, out: Path, progress: Progress, tell: Callable[[str], None]) -> Comparison:
     if missing_plots():
         raise RecipeError("compare: the page of a study needs matplotlib; run pip install 'secateur[report]'.")
+    if out.is_dir() and any(out.iterdir()) and not (out / CELLS_FOLDER).is_dir():
+        raise RecipeError(f"compare {out}: holds other files, and no earlier compare; choose a new directory.")
     opened = {name: _opened(study, model) for name, model in study.by_name.items()}
     for name, each in opened.items():
         _checked_cells(study, name, each)

@@ -26,12 +26,11 @@ from secateur.model.kept_tokens import Trim, kept_tokens_of, trim_between
 from secateur.ranks import check_same, is_first, joined
 from secateur.recipe import Domain
 from secateur.recipe_file import RECIPE_FILE
-from secateur.report.measured import EVALUATION_FILE, Evaluation, Measured, Quality, Sample, TaskResults
+from secateur.report.measured import Evaluation, Measured, Quality, Sample, TaskResults
+from secateur.result_directory import EVALUATION_FILE, PARTS_FOLDER
 from secateur.store import Store
 from secateur.stream.device import keeping_freed
 from secateur.stream.losses import Blocks
-
-PARTS_FOLDER = "evaluation"
 
 _Found = tuple[Measured, dict[str, Any]]
 
@@ -189,6 +188,13 @@ def _output_directory(out: Path | None, subject: parts.Subject) -> Path:
     checkpoint = subject.checkpoint
     if out is not None and out.exists() and not out.is_dir():
         raise RecipeError(f"--out {out}: is not a directory; choose another place.")
+    if (
+        out is not None
+        and not is_result(out)
+        and not (out / PARTS_FOLDER).is_dir()
+        and (out / EVALUATION_FILE).exists()
+    ):
+        raise RecipeError(f"--out {out}: has an {EVALUATION_FILE} that evaluate did not write; choose another place.")
     if out is None and (checkpoint.gguf_file or not is_result(Path(checkpoint.reference))):
         raise RecipeError(
             f"model {checkpoint.reference}: is not a result of secateur, so the evaluation is not written into it; "

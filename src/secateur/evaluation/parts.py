@@ -28,7 +28,6 @@ from secateur.ranks import device_called, from_first, in_turns, own_part, size, 
 from secateur.recovery.pair import Candidates
 from secateur.recovery.train import Work
 from secateur.report.measured import (
-    BENCH_FILE,
     BenchResult,
     Differences,
     Measured,
@@ -39,6 +38,7 @@ from secateur.report.measured import (
     task_metrics,
     task_scores,
 )
+from secateur.result_directory import BENCH_FILE
 from secateur.store import Store
 from secateur.stream import losses
 from secateur.stream.device import on_device

@@ -21,18 +21,18 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.facts import RESULT_FILE, Record
+from secateur.facts import Record
 from secateur.files import lies_in
 from secateur.log import LOG_FILE, Progress, silent
 from secateur.model.config import one_line, quiet_transformers
 from secateur.recipe_file import RECIPE_FILE
 from secateur.report.card import card_data, unknown, with_metadata, with_section, without_places
-from secateur.report.digests import write_summary
-from secateur.report.measured import BENCH_FILE, EVALUATION_FILE, RECOVERY_FILE
-from secateur.report.records import PAGE_FILE, PICTURE_FILE, ResultFiles, read_result, read_summary
+from secateur.report.measured import RECOVERY_FILE
+from secateur.report.records import ResultFiles, read_result, read_summary
 from secateur.report.report import missing_plots, write_report
 from secateur.report.rows import escaped
 from secateur.report.rows_measured import bench_card
+from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, PAGE_FILE, PICTURE_FILE, RESULT_FILE, write_summary
 
 CARD = "README.md"
 # Files that name places of this machine; what is read is rewritten, the page is made again.

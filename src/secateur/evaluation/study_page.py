@@ -15,8 +15,8 @@ from secateur.files import staged_file
 from secateur.report.measured import Change, mean_change
 from secateur.report.page import Page, Section, Table, View, render, view
 from secateur.report.plots import Curve, Series, Text, dot_plot, shared_picture
-from secateur.report.records import PICTURE_FILE
 from secateur.report.rows import csv_text, escaped, human_bytes, human_seconds, latex, markdown
+from secateur.result_directory import PICTURE_FILE
 
 _perplexity: Callable[[FoundCell], float] = attrgetter("perplexity")
 _other_perplexity: Callable[[FoundCell], float] = attrgetter("other_perplexity")

@@ -10,8 +10,7 @@ from secateur.facts import Record
 from secateur.formats.save import Verification, verify_reload
 from secateur.log import Progress, silent
 from secateur.model.checkpoint import load_model, open_checkpoint
-from secateur.report.digests import Mismatch, mismatches, read_digests
-from secateur.report.records import RESULT_FILE
+from secateur.result_directory import RESULT_FILE, Mismatch, mismatches, read_digests
 
 NUM_TOKENS = 16
 

@@ -365,6 +365,7 @@ def export(
     proof = _proof(exporter, format, check)
     check_file(file, overwrite=overwrite)
     checkpoint = open_checkpoint(model)
+    _check_old_file(file, format, checkpoint)
     type_name = exporter.check(checkpoint, type_name)
     by_llama_cpp = format == "gguf" and type_name in QUANTISED
     if importance and not by_llama_cpp:
@@ -385,6 +386,17 @@ def export(
             progress("check", 1, 1)
     length = exporter.context_length(checkpoint) if exporter.context_length else None
     return Export(str(file), type_name, num_bytes, length, found, *stored, tokens)
+
+
+def _check_old_file(file: Path, format: str, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if `file` is there and is no earlier export, or is the model that is read."""
+    if not file.exists():
+        return
+    if checkpoint.gguf_file and file.samefile(checkpoint.directory / checkpoint.gguf_file):
+        raise CheckpointError(f"{file}: is the model that is being exported; choose another name.")
+    with file.open("rb") as old:
+        if format == "gguf" and old.read(4) != b"GGUF":
+            raise CheckpointError(f"{file}: is no GGUF file, so --overwrite does not replace it; choose another name.")
 
 
 def _proof(exporter: Exporter, name: str, check: bool | None) -> Proof | None:

@@ -15,11 +15,12 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from secateur.errors import CheckpointError
-from secateur.facts import RESULT_FILE, Ancestor, parse_json
+from secateur.facts import Ancestor, parse_json
 from secateur.files import json_of, lies_in, yaml_of
 from secateur.model.checkpoint import Checkpoint, weight_digests
 from secateur.model.config import BAD_GGUF, INSTALLED_HUB_IDS
 from secateur.model.tensors import read_json
+from secateur.result_directory import RESULT_FILE
 
 # What a config says of the program or the place that it was written by.
 _OF_THE_WRITER = {"transformers_version", "_name_or_path"}

@@ -75,7 +75,7 @@ def prune_run(
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
     computes = {"device": str(opened.device), "in float32": computes_in_float32(opened)}
     computes |= {"units that stay": opened.like and opened.like.digest}
-    target = staging_if_any(place, overwrite=overwrite, protected=opened.directory)
+    target = staging_if_any(place, overwrite=overwrite, protected=opened.directory, tell=tell)
     options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "tell": tell}
     with store_for(place, opened.recipe, opened.checkpoint, computes, log, **options) as store, target as directory:
         if directory is not None:

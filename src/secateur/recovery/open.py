@@ -25,7 +25,8 @@ from secateur.recovery.judge import Judge
 from secateur.recovery.pair import Candidates, RecoveryText, check_training, open_pair, recovery_text, shared_out
 from secateur.recovery.train import Work
 from secateur.report.measured import Cost
-from secateur.report.records import RECIPE_FILE, RESULT_FILE, read_summary
+from secateur.report.records import RECIPE_FILE, read_summary
+from secateur.result_directory import RESULT_FILE
 from secateur.stream.device import on_device
 
 

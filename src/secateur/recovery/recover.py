@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from secateur.facts import Verdicts
-from secateur.files import check_replaceable, staging
 from secateur.log import Progress, silent
 from secateur.ranks import alone
 from secateur.recipe import TaskSettings
@@ -23,6 +22,7 @@ from secateur.recovery.result import write_result
 from secateur.recovery.train import Work, train_guarded
 from secateur.recovery.weights import wants_shards
 from secateur.report.measured import RecoveryRecord, TaskScores
+from secateur.result_directory import check_replaceable, restore, staging
 from secateur.stream.device import keeping_freed
 
 # Asks the dense, the pruned and the recovered model (a directory) the same tasks.
@@ -54,6 +54,8 @@ def recover(
     if not is_main:
         progress, tell = silent, lambda text: None
     record = None
+    if is_main:
+        restore(path, tell)
     check_replaceable(path, overwrite=overwrite, protected=candidates.teacher.directory)
     target = staging(path, overwrite=overwrite, protected=candidates.pruned.directory) if is_main else nullcontext()
     with target as directory:

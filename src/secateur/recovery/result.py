@@ -20,9 +20,10 @@ from secateur.recovery.cost import cost_of
 from secateur.recovery.open import Job
 from secateur.recovery.train import TRAINER_FOLDER, Work
 from secateur.report.card import card_data, recovered_card, with_metadata
-from secateur.report.measured import BENCH_FILE, RECOVERY_FILE, RecoveryRecord, TaskScores
-from secateur.report.records import RECIPE_FILE, RESULT_FILE, read_summary
+from secateur.report.measured import RECOVERY_FILE, RecoveryRecord, TaskScores
+from secateur.report.records import RECIPE_FILE, read_summary
 from secateur.report.report import complete
+from secateur.result_directory import BENCH_FILE, RESULT_FILE
 from secateur.stream.device import peak_bytes
 
 # Files that stay true of the model: which units and tokens it has, how it was pruned, how fast it is.

@@ -24,7 +24,7 @@ from secateur.facts import (
 )
 from secateur.report.page import Shown
 
-EVALUATION_FILE, BENCH_FILE, RECOVERY_FILE = "evaluation.json", "bench.json", "recovery.json"
+RECOVERY_FILE = "recovery.json"
 
 ALIKE = "not measurably different"
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from secateur.errors import CheckpointError
 from secateur.facts import (
-    RESULT_FILE,
     Ancestor,
     Kind,
     Loss,
@@ -21,8 +20,6 @@ from secateur.log import LOG_FILE
 from secateur.recipe import MeasuredPrices, Recipe
 from secateur.recipe_file import RECIPE_FILE, load_recipe, parse_recipe
 from secateur.report.measured import (
-    BENCH_FILE,
-    EVALUATION_FILE,
     RECOVERY_FILE,
     BenchResult,
     Evaluation,
@@ -30,8 +27,7 @@ from secateur.report.measured import (
     RecoveryRecord,
 )
 from secateur.report.page import Shown
-
-PAGE_FILE, PICTURE_FILE = "report.html", "report.png"
+from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, RESULT_FILE
 
 Losses = dict[str, Loss]
 

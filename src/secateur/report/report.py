@@ -9,13 +9,13 @@ from secateur.facts import geometric_mean_perplexity
 from secateur.files import check_file, staged_file
 from secateur.report import sections_results as results
 from secateur.report import sections_run as run
-from secateur.report.digests import write_summary
-from secateur.report.measured import ALIKE, BENCH_FILE, EVALUATION_FILE, Evaluation
+from secateur.report.measured import ALIKE, Evaluation
 from secateur.report.page import KeyFigure, Page, Section, render
 from secateur.report.plots import Curve, shared_picture
-from secateur.report.records import PAGE_FILE, PICTURE_FILE, ResultFiles, Summary, read_result
+from secateur.report.records import ResultFiles, Summary, read_result
 from secateur.report.rows import caveats, human_bytes, verdict, without_paths
 from secateur.report.vocabulary import vocabulary
+from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, PAGE_FILE, PICTURE_FILE, write_summary
 
 # Each returns None where the run has nothing of what it is about.
 SECTIONS: tuple[Callable[[ResultFiles], Section | None], ...] = (
