@@ -1,12 +1,18 @@
 """A language model inside a larger class: it is pruned in place, and what sees images stays as it was, bit for bit."""
 
+import json
+from typing import Any
+
 import pytest
 import torch
+import yaml
 from recipes import grouped
+from run_cli import run_cli
 from safetensors.torch import load_file
 
 import secateur
 from secateur.errors import RecipeError
+from secateur.model.checkpoint import load
 from secateur.recipe_file import parse_recipe
 from tests.families import tiny_family
 from tests.models import opened
@@ -30,6 +36,25 @@ def test_a_run_on_a_saved_model_leaves_the_rest_untouched(name, recipe, tmp_path
     assert all(torch.equal(before[key], after[key]) for key in seeing)
     narrower = {key for key in before if before[key].shape != after[key].shape}
     assert len(narrower) == 3 * 3 and all("vis" not in key and ".mlp." in key for key in narrower)
+
+
+def test_terminal_card_and_result_name_the_class_that_reloads_it(recipe, tmp_path) -> None:
+    model = tiny_family("qwen2_5_vl")
+    model.config.get_text_config().vocab_size = 320
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(grouped(recipe | {"remove": 0.15, "evaluate": False})))
+    out = tmp_path / "out"
+    outcome = run_cli("prune", tmp_path / "model", out, "--recipe", tmp_path / "recipe.yaml", "--quiet")
+    assert outcome.stdout.endswith(f"Load it with AutoModelForImageTextToText.from_pretrained('{out}').\n")
+    assert json.loads((out / "result.json").read_text())["loaded_by"] == "AutoModelForImageTextToText"
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card and "AutoModelForCausalLM" not in card
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/directory", str(out))
+    found: dict[str, Any] = {}
+    exec(code, found)  # what a reader copies
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert torch.equal(found["model"](ids).logits, load(out)(ids).logits)
 
 
 def test_layers_of_different_widths_are_refused() -> None:

@@ -46,7 +46,8 @@ def summary(model: str, domain: str, note: str, command: str) -> Summary:
     size = Size(100, 400)
     return Summary(
         *(model, "llama", command, 0.2, 0.2, Outcome("parameters", "100 parameters", 0.2), size, size, (3, 3)),
-        *({"ffn": (112, 64, 72)}, facts, loss, loss, 0, {"prune": 1.0}, 1000, 0.0, None, (note,), {"torch": "2"}),
+        *({"ffn": (112, 64, 72)}, facts, loss, loss, 0, {"prune": 1.0}, 1000, 0.0),
+        *("AutoModelForCausalLM", None, (note,), {"torch": "2"}),
     )
 
 

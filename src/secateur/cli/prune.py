@@ -180,7 +180,7 @@ def prune_and_tell(
         common.CONSOLE.print(f"note: {warning}")
     common.CONSOLE.print(summary_table(result.summary))
     needs_secateur = result.summary.has_layers_of_different_widths
-    loader = "secateur.load" if needs_secateur else "AutoModelForCausalLM.from_pretrained"
+    loader = "secateur.load" if needs_secateur else f"{result.summary.loaded_by}.from_pretrained"
     common.CONSOLE.print(f"Written to {out}. Load it with {loader}('{out}').", soft_wrap=True)
 
 

@@ -1,10 +1,11 @@
 """Run by path in a fresh process: load a directory with plain transformers, write its logits.
 
 In (argv): directory, a safetensors file with `input_ids`, the file to write, device, threads.
-Out: that file, with `logits`; as metadata `problem` (the loader's complaints, empty if none) and
-`text` (a greedy continuation). Imports nothing of secateur, as a user's program would not.
-Only the package's own modelling file is ever run, for per-layer widths: a directory that holds or
-names other code is loaded without any, and the tokenizer always is.
+Out: that file, with `logits`; as metadata `problem` (the loader's complaints, empty if none),
+`text` (a greedy continuation) and `class` (of transformers, which loaded it). Imports nothing of
+secateur, as a user's program would not. Only the package's own modelling file is ever run, for
+per-layer widths: a directory that holds or names other code is loaded without any, and the
+tokenizer always is.
 """
 
 import json
@@ -49,7 +50,8 @@ def main(directory: str, ids_file: str, out_file: str, device: str, num_threads:
         # Without `config` it reads the model's, which stock config classes may refuse for per-layer heads.
         tokenizer = AutoTokenizer.from_pretrained(directory, config=model.config, trust_remote_code=False)
         text = str(tokenizer.decode(new_ids))
-    save_file({"logits": logits_BTV.contiguous().cpu()}, out_file, {"problem": problem, "text": text})
+    metadata = {"problem": problem, "text": text, "class": auto.__name__}
+    save_file({"logits": logits_BTV.contiguous().cpu()}, out_file, metadata)
 
 
 def runs_own_code(directory: str, config: dict[str, Any]) -> bool:

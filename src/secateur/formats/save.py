@@ -172,11 +172,15 @@ OWN_CODE = Path(modeling_per_layer.__file__)
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The reload's figures. `generated_text`: a greedy continuation (ids without a tokenizer)."""
+    """The reload's figures. `generated_text`: a greedy continuation (ids without a tokenizer).
+
+    `loaded_by`: the class of transformers whose `from_pretrained` made the model.
+    """
 
     max_abs_difference: float
     seconds: float
     generated_text: str
+    loaded_by: str = "AutoModelForCausalLM"
 
 
 def verify_reload(
@@ -212,7 +216,7 @@ def verify_reload(
             f"{directory}: the reloaded model's logits differ from those in memory by {difference:.3g}, allowed is "
             f"{tolerance:.3g}; the directory does not hold this model."
         )
-    return Verification(difference, time.perf_counter() - started, metadata["text"])
+    return Verification(difference, time.perf_counter() - started, metadata["text"], metadata["class"])
 
 
 def _run_child(directory: Path, input_ids_BT: Tensor, scratch: Path) -> tuple[Tensor, dict[str, str]]:

@@ -253,6 +253,7 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
         guard_refusals=sum(line.get("step", 1) == 0 for line in log.lines),
         seconds={name: round(seconds, 2) for name, seconds in log.seconds.items()},
         reload_max_abs_difference=proof.max_abs_difference if proof else None,
+        loaded_by=proof.loaded_by if proof else None,
         sample_text=proof.generated_text if proof else None,
         warnings=(*run.resolved.warnings, *notes, *(missing_plots() if proof else ())),
         versions=versions(),

@@ -60,7 +60,8 @@ def card_data(
         said["datasets"] = sorted(set(datasets))
     if results := list(_results(summary, domains, recovery, evaluation)):
         said |= {"eval_results": results, "model_name": name or f"{_name(summary)}-pruned"}
-    return ModelCardData(library_name="transformers", pipeline_tag="text-generation", **said)
+    tag = "image-text-to-text" if summary.loaded_by == "AutoModelForImageTextToText" else "text-generation"
+    return ModelCardData(library_name="transformers", pipeline_tag=tag, **said)
 
 
 def unknown(data: ModelCardData, summary: Summary) -> Iterator[str]:
@@ -177,9 +178,9 @@ def _loading(summary: Summary) -> list[str]:
         "",
         "```python",
         *first,
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {summary.loaded_by}, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{trust})',
+        f'model = {summary.loaded_by}.from_pretrained("path/to/this/directory"{trust})',
         f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory"{config})',
         "```",
     ]

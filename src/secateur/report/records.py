@@ -225,6 +225,8 @@ class VocabularyFacts:
 class Summary(Shown, Record):
     """Everything that a run reports in numbers. `like`: the result whose units went here too.
 
+    `loaded_by`: the class of transformers that reloaded it; None, as the figures of that reload, if nothing was saved.
+
     `remove_asked`: a share of what the recipe's target counts, see `outcome`; `remove_reached`: of all.
     """
 
@@ -245,6 +247,7 @@ class Summary(Shown, Record):
     seconds: dict[str, float]
     peak_bytes: int
     reload_max_abs_difference: float | None
+    loaded_by: str | None
     sample_text: str | None
     warnings: tuple[str, ...]
     versions: dict[str, str]
