@@ -39,7 +39,6 @@ SCORES = {
     "energy, one pool": ("obs", "tokens"),
     "reap per domain": ("reap", "energy"),
     "reap, one pool": ("reap", "tokens"),
-    "frequency": ("frequency", "energy"),
     "random": ("random", "energy"),
 }
 

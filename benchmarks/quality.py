@@ -72,7 +72,6 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "ours-own-grid": ({"repair": {"target_mix": 0.0, "damping_factors": GRID}}, HYBRID),
     "ours-own-damping-10": ({"repair": {"target_mix": 0.0, "damping": 0.01}}, HYBRID),
     "ours-3-rounds": ({"choose": {"rounds": 3}}, HYBRID),
-    "global": ({"choose": {"budget": "global"}}, HYBRID),
     "curve": ({"choose": CURVE, "remove": {"align": 32}}, HYBRID),
     **{f"depth-{depth}": ({"choose": CURVE, "remove": {"align": 32, "depth": depth}}, HYBRID) for depth in (1, 2, 3)},
     "curve-kv": ({"choose": CURVE, "remove": {"align": 32, "groups": ["ffn", "kv_heads"]}}, HYBRID),

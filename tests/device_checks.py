@@ -35,8 +35,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "heads": {"groups": ["ffn", "kv_heads"]},
     "curve": {"budget": "curve"},
-    "global": {"budget": "global"},
-    "taylor": {"score": "taylor"},
     "flap": {"score": "flap", "compensate": "bias"},
     "minimax": {"domain_weighting": "minimax"},
     "rounds": {"rounds": 2, "damping_factors": [1, 10]},
@@ -47,7 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 # Those that are run with all of the model on the device, too.
-WHOLE = "defaults", "curve", "depth", "taylor"
+WHOLE = "defaults", "curve", "depth"
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +65,7 @@ def made_by_cpu(checkpoints: dict[str, Path], recipe: dict[str, Any]) -> dict[st
     ("name", "by_layers"),
     [
         *((name, True) for name in RECIPES),
-        *((name, False) for name in ("defaults", "curve", "depth", "taylor")),
+        *((name, False) for name in WHOLE),
     ],
 )
 def test_a_device_gives_what_the_cpu_gives(name, by_layers, checkpoints, recipe, made_by_cpu, tmp_path, monkeypatch):

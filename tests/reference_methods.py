@@ -193,27 +193,6 @@ def curve(
     return best, found
 
 
-def global_widths(
-    scores: Sequence[Array], full: Sequence[int], steps: Sequence[int], prices: Sequence[int], least: Sequence[int],
-    target: int,
-) -> list[int] | None:  # fmt: skip
-    """Try every threshold on the standardised scores from the lowest up; the first that removes `target` wins."""
-    standard = []
-    for each in scores:
-        spread = math.sqrt(((each - each.mean()) ** 2).mean())
-        standard.append((each - each.mean()) / spread if spread > 1e-30 else np.zeros(len(each)))
-    standard = [each.astype(np.float32) for each in standard]
-    thresholds = sorted({float(value) for each in standard for value in each})
-    for threshold in [*thresholds, math.inf]:
-        widths = []
-        for each, units, step, lowest in zip(standard, full, steps, least, strict=True):
-            above = int((each >= threshold).sum())
-            widths.append(min(max(nearest(above, step, units), lowest), len(each)))
-        if sum((units - width) * price for units, width, price in zip(full, widths, prices, strict=True)) >= target:
-            return widths
-    return None
-
-
 # --- methods: experts ----------------------------------------------------------------------------------------------
 
 
@@ -230,7 +209,7 @@ def routing(chosen_Tk: Array, weights_Tk: Array, outputs_ETD: Array) -> tuple[Ar
 def expert_scores(
     name: str, routed: Mapping[str, tuple[Array, Array, Array]], shares: Mapping[str, float], weighting: str
 ) -> list[float]:
-    """energy, frequency or reap of every expert from each domain's counts, norms and energies."""
+    """energy or reap of every expert from each domain's counts, norms and energies."""
     num_experts = len(next(iter(routed.values()))[0])
     scores = []
     for expert in range(num_experts):
@@ -238,8 +217,6 @@ def expert_scores(
         for domain, (tokens_E, norms_E, energy_E) in routed.items():
             if name == "energy":
                 upper += domain_factor(weighting, shares[domain], energy_E.sum()) * energy_E[expert]
-            elif name == "frequency":
-                upper += shares[domain] * tokens_E[expert] / tokens_E.sum()
             else:
                 factor = domain_factor(weighting, shares[domain], norms_E.sum())
                 upper, lower = upper + factor * norms_E[expert], lower + factor * tokens_E[expert]

@@ -166,7 +166,7 @@ def test_names_are_checked_without_an_import(installed: Installed) -> None:
     recipe = parse_recipe(grouped({"calibration": {"domains": {"a": {"mail": ["inbox", 3]}}}}))
     assert recipe.calibration.domains["a"].source == ("mail", ["inbox", 3])
     assert parse_recipe(grouped(yaml.safe_load(dump_recipe(recipe)))) == recipe
-    sentence = r"unknown choose.score 'mino'; allowed: .*, frequency, mine; did you mean 'mine'\?"
+    sentence = r"unknown choose.score 'mino'; allowed: .*, reap, mine; did you mean 'mine'\?"
     with pytest.raises(RecipeError, match=sentence):
         parse_recipe(grouped({"score": "mino"}))
     with pytest.raises(RecipeError, match=r"unknown key 'calibration.domains.a.mial'; did you mean 'mail'?"):

@@ -49,12 +49,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "secateur": {},
     "flap-ls": {"choose": {"score": "flap", "domain_weighting": "tokens"}},
     "wanda-ls": {"choose": {"score": "wanda", "domain_weighting": "tokens"}},
-    "taylor-ls": {"choose": {"score": "taylor", "domain_weighting": "tokens"}},
     "best": {"preset": "best"},
 }
 MODULES = ("flap", "wanda_sp", "llm_pruner", "gisp", "slicegpt", "slicegpt_tied", "two_ssp", "shortgpt", "paper")
 ROWS = ("dense", *RECIPES, *MODULES)
-DEFAULT_ROWS = tuple(row for row in ROWS if row not in ("taylor-ls", "best"))
+DEFAULT_ROWS = tuple(row for row in ROWS if row != "best")
 
 
 def domains_of(part: int) -> dict[str, Domain]:

@@ -9,7 +9,6 @@ NAMES = {
     "best": "**secateur**, `preset: best`",
     "flap-ls": "FLAP's score + our least squares",
     "wanda-ls": "Wanda-sp's score + our least squares",
-    "taylor-ls": "LLM-Pruner's score + our least squares",
     "flap": "FLAP (AL-AM)",
     "wanda_sp": "Wanda-sp",
     "llm_pruner": "LLM-Pruner (Taylor)",

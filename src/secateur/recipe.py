@@ -102,12 +102,12 @@ InstalledDomain = Literal[
     "web", "encyclopedia", "dialogue", "multilingual", "code", "technical", "mathematics", "science", "readme", "legal"
 ]
 WeightingName = Literal["tokens", "energy", "minimax"]
-BudgetName = Literal["uniform", "global", "curve"]
+BudgetName = Literal["uniform", "curve"]
 TargetName = Literal["parameters", "flops", "kv_bytes", "latency"]
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 VOCABULARY = "vocabulary"
 # The built-in names of `scores.SCORES`, which imports torch. Packages add others, see `plugins`.
-SCORE_NAMES = ("random", "magnitude", "wanda", "flap", "obs", "taylor", "paper", "reap", "frequency")
+SCORE_NAMES = ("random", "magnitude", "wanda", "flap", "obs", "paper", "reap")
 # A domain has exactly one of these keys, its source. Packages add others.
 SOURCE_NAMES = ("installed", "files", "dataset", "sampled")
 
@@ -286,8 +286,8 @@ class Choose(Strict):
 
     score: which units of a layer stay. obs_batch: reader columns that score `obs` removes between
     two updates. None: a 48th of the reader's columns, at least 32. budget: how many units each
-    layer keeps. `uniform`: the same share of every group; `global`: one threshold over
-    standardised scores; `curve`: least predicted KL, from measured error curves and slopes.
+    layer keeps. `uniform`: the same share of every group; `curve`: least predicted
+    KL, from measured error curves and slopes.
     widths: `per_layer` if layers may differ. None: as `budget` needs. probe_blocks: blocks per
     domain on which budget `curve` measures KL. domain_weighting: how domains count in a statistic.
     `energy`: divided by their output energy, times their share; `tokens`: as they are; `minimax`:

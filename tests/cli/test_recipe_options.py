@@ -20,7 +20,7 @@ from tests.families import tiny_family
 
 
 def test_any_key_is_set_over_the_recipe_and_the_options(checkpoints, recipe_file, texts, tmp_path):
-    options = ["--groups", "ffn, kv_heads", "--budget", "global", "--align", "4", "--rounds", "2", "--remove", "0.1"]
+    options = ["--groups", "ffn, kv_heads", "--budget", "curve", "--align", "4", "--rounds", "2", "--remove", "0.1"]
     sets = ["remove.share=0.15", "repair.damping_factors=[1, 10]", "calibration.domains.prose.share=3", "seed=5"]
     run = run_cli(
         *("prune", checkpoints["llama"], tmp_path / "out", "--recipe", recipe_file, "--quiet"),
@@ -30,7 +30,7 @@ def test_any_key_is_set_over_the_recipe_and_the_options(checkpoints, recipe_file
     assert run.status == 0, run.stderr
     saved = parse_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
     assert (saved.remove.groups, saved.remove.align, saved.remove.share) == (("ffn", "kv_heads"), 4, 0.15)
-    assert (saved.choose.budget, saved.choose.rounds, saved.seed) == ("global", 2, 5)
+    assert (saved.choose.budget, saved.choose.rounds, saved.seed) == ("curve", 2, 5)
     assert saved.repair.damping_factors == (1, 10)
     domain = saved.calibration.domains["prose"]
     assert (domain.share, domain.files) == (3, (str(texts["prose"]),))
@@ -117,7 +117,7 @@ def test_the_comments_of_the_recipe_are_the_docstrings():
         assert f"{about} {group}:" in shown
         assert keys.keys() == model.model_fields.keys() - {"domains"}, group
         assert all(f"{text} " in shown and "None" not in text for text in keys.values())
-    assert "One of uniform, global, curve. budget: uniform" in shown
+    assert "One of uniform, curve. budget: uniform" in shown
     assert run_cli("recipe", "bset").stderr.endswith("did you mean 'best'?\n")
 
 

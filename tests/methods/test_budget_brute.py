@@ -7,10 +7,8 @@ import random
 from fractions import Fraction
 from functools import cached_property
 
-import numpy as np
 import pytest
 import reference_methods as reference
-import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +18,6 @@ from secateur.methods.budget import (
     Plan,
     Prices,
     default_align,
-    global_plan,
     largest_remove,
     least_keep,
     least_step,
@@ -362,51 +359,6 @@ def test_a_limited_curve_keeps_its_limits_and_promises_no_more_than_brute_force(
     assert loss >= possible - 1e-9
     if all(within(options) for options in free):
         assert loss == pytest.approx(possible, abs=1e-9)
-
-
-@given(cases(limits=False), st.floats(0.001, 1), st.floats(0, 0.7), st.data())
-@settings(max_examples=60)
-def test_global_has_the_lowest_threshold_that_is_enough(case: Case, remove: float, min_keep: float, data) -> None:
-    choose = np.random.default_rng(data.draw(st.integers(0, 999)))
-    scores, least = {}, least_keep(case.groups, case.align, min_keep)
-    for group in case.groups:
-        # A group may have lost units in rounds before; whole numbers tie.
-        left = data.draw(st.integers(least[case.key(group)], group.num_units))
-        values = choose.integers(0, 4, left) if data.draw(st.booleans()) else 10 * choose.random(left) ** 2
-        scores[case.key(group)] = torch.from_numpy(values.astype(np.float64))
-    full = [group.num_units for group in case.groups]
-    steps, unit_prices = [case.step(g) for g in case.groups], [case.prices.of(g) for g in case.groups]
-    lowest = [least[case.key(group)] for group in case.groups]
-    target = next(cost for cost in itertools.count() if cost / case.prices.total >= remove)
-    expected = reference.global_widths([s.numpy() for s in scores.values()], full, steps, unit_prices, lowest, target)
-    if expected is None:
-        with pytest.raises(RecipeError, match="is out of reach"):
-            global_plan(case.groups, scores, case.prices, remove, case.align, min_keep=least)
-        return
-    plan = global_plan(case.groups, scores, case.prices, remove, case.align, min_keep=least)
-    assert list(plan.num_keep.values()) == expected
-
-
-def test_global_by_hand() -> None:
-    groups = (group_of(0, "ffn", 4), group_of(1, "ffn", 4))
-    prices, least = prices_of(groups, {"ffn": 1}, 8), {(0, "ffn"): 1, (1, "ffn"): 1}
-
-    def kept(first: list[float], second: list[float], remove: float) -> list[int]:
-        scores = {(0, "ffn"): torch.tensor(first), (1, "ffn"): torch.tensor(second)}
-        return list(global_plan(groups, scores, prices, remove, 1, min_keep=least).num_keep.values())
-
-    # The second group is louder and else the same: both lose their lowest unit.
-    assert kept([0.0, 1.0, 2.0, 10.0], [100.0, 101.0, 102.0, 110.0], 0.25) == [3, 3]
-    # Around the mean and per standard deviation: -0.66 -0.58 -0.50 1.73 and -1.73 0.50 0.58 0.66.
-    assert kept([0.0, 1.0, 2.0, 30.0], [0.0, 28.0, 29.0, 30.0], 0.125) == [4, 3]
-    assert kept([0.0, 1.0, 2.0, 30.0], [0.0, 28.0, 29.0, 30.0], 0.375) == [2, 3]
-    # All equal: no unit lies below the others, so all go that may.
-    assert kept([1.0, 1.0, 1.0, 1.0], [0.0, 28.0, 29.0, 30.0], 0.25) == [1, 3]
-    assert kept([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], 0.75) == [1, 1]
-    # 2.16 of 8 units are three, never two.
-    assert kept([0.0, 1.0, 2.0, 30.0], [0.0, 28.0, 29.0, 30.0], 0.27) == [2, 3]
-    # Not by the largest value: -1 1 1 -1 and -1.73 0.58 0.58 0.58.
-    assert kept([4.0, 6.0, 6.0, 4.0], [0.0, 100.0, 100.0, 100.0], 0.375) == [2, 3]
 
 
 def test_prices_count_what_goes_and_what_layers_leave() -> None:

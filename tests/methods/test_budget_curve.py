@@ -1,13 +1,12 @@
-"""The curve budget equals brute force, meets its target, keeps within limits; the global one has one threshold."""
+"""The curve budget equals brute force, meets its target, keeps within limits."""
 
 import itertools
 import random
 
 import pytest
-import torch
 
 from secateur.errors import RecipeError
-from secateur.methods.budget import Prices, global_plan, least_keep
+from secateur.methods.budget import Prices, least_keep
 from secateur.methods.curve import GroupProfile, curve_plan, least_loss, predicted_rise
 from secateur.model.group import Axis, Group, Linears
 
@@ -187,42 +186,3 @@ def test_a_limit_out_of_reach_says_the_largest_possible_and_that_works() -> None
     assert predicted_rise(profiles, plan.num_keep)["code"] <= 0.05
     with pytest.raises(RecipeError):
         curve_plan(groups, profiles, prices_of(groups), possible + 0.001, max_rise=limits)
-
-
-def random_scores(groups: tuple[Group, ...]) -> dict[tuple[int, str], torch.Tensor]:
-    """Loud in later layers, so that only standardised scores can be compared; a heavier lower tail in layer 1."""
-    generator = torch.Generator().manual_seed(0)
-    scores = {}
-    for group in groups:
-        values = torch.rand(group.num_units, generator=generator)
-        scores[group.layer, group.name] = 10.0**group.layer * (values**4 if group.layer == 1 else values)
-    return scores
-
-
-@pytest.mark.parametrize("remove", [0.01, 0.04, 0.08])
-def test_global_meets_its_target_within_one_step_and_has_one_threshold(remove: float) -> None:
-    groups, _ = random_case(4, 0)
-    scores = random_scores(groups)
-    plan = global_plan(groups, scores, prices_of(groups), remove, 32, min_keep=whole(groups))
-    assert 0 <= plan.removed_share - remove < 30_720 / NUM_PARAMS
-    assert all(plan.num_keep[layer, "ffn"] % 32 == 0 for layer in range(4))
-    exact = global_plan(groups, scores, prices_of(groups), remove, 1, min_keep=least_keep(groups, 1, 0.0))
-    gone, stays = [], []
-    for key, values in scores.items():
-        ordered = ((values - values.mean()) / values.std(correction=0)).sort().values
-        num_gone = len(values) - exact.num_keep[key]
-        gone += ordered[:num_gone].tolist()
-        stays += ordered[num_gone:].tolist() if exact.num_keep[key] > 1 else []
-    assert max(gone) < min(stays)
-
-
-def test_global_keeps_smallest_widths_and_says_the_largest_possible() -> None:
-    groups, _ = random_case(4, 0)
-    scores = random_scores(groups)
-    plan = global_plan(groups, scores, prices_of(groups), 0.03, 32, min_keep=whole(groups, 1))
-    assert (plan.num_keep[1, "ffn"], plan.num_keep[1, "heads"]) == (256, 5)
-    with pytest.raises(RecipeError, match=r"at most 0\.075 with each at its smallest width") as caught:
-        global_plan(groups, scores, prices_of(groups), 0.4, 32, min_keep=whole(groups, 1))
-    assert "remove: 0.4" in str(caught.value)
-    largest = global_plan(groups, scores, prices_of(groups), 0.075, 32, min_keep=whole(groups, 1))
-    assert {largest.num_keep[layer, "heads"] for layer in (0, 2, 3)} == {1}

@@ -12,6 +12,7 @@ from secateur.errors import RecipeError
 from secateur.methods import expert_channels
 from secateur.methods.expert_channels import _observe, _shrunk, prune_expert_channels
 from secateur.methods.expert_refit import FEW_TOKENS_PER_CHANNEL, channel_inputs
+from secateur.methods.scores import SCORES, Score, wanda
 from secateur.methods.select import Task
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import original_units
@@ -131,10 +132,12 @@ def test_units_are_followed_back_through_rounds() -> None:
     assert original_units(each, torch.tensor([[1, 2], [0, 2]])).tolist() == [[2, 4], [1, 3]]
 
 
-def test_taylor_is_refused() -> None:
+def test_a_score_of_channels_and_heads_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of another package is, unless it says otherwise."""
+    monkeypatch.setitem(SCORES, "wanda", Score(wanda))
     model = tiny_family("mixtral")
-    recipe = parse_recipe(grouped({"groups": ["expert_ffn"], "score": "taylor"}))
-    with pytest.raises(RecipeError, match="taylor is of channels and heads, not of experts"):
+    recipe = parse_recipe(grouped({"groups": ["expert_ffn"], "score": "wanda"}))
+    with pytest.raises(RecipeError, match="wanda is of channels and heads, not of experts"):
         opened(model, recipe)
 
 

@@ -15,7 +15,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Auto
 
 from secateur.methods.experts import keep_experts
 from secateur.methods.prices import parameter_prices
-from secateur.methods.scores import taylor_scores
 from secateur.model.bind import EXPERT_CHANNELS, EXPERTS, bind, decoder_layers, head_of
 from secateur.model.group import OF_EXPERTS, Group, add_zero_biases, linear, rows_of
 from secateur.model.per_layer import record_widths
@@ -225,27 +224,6 @@ def test_rounds_of_measuring_and_compensating_run(name: str) -> None:
         # One step for all of a layer's experts, by the mean over domains.
         assert sum(rises) <= len(rises) if line["group"] == EXPERTS else all(rise <= 1 for rise in rises)
     assert torch.isfinite(logits_of(model, tiny_ids())).all()
-
-
-@pytest.mark.parametrize(
-    "name", sorted({name for name, group in (row.values for row in ROWS) if group in ("ffn", "shared")})
-)
-def test_taylor_scores_are_the_gradients_of_the_models_own_loss(name: str) -> None:
-    model, ids_BT = tiny_family(name), tiny_ids(batch=2, length=12)
-    arch = bind(model)
-    group = next(each for each in reversed(arch.groups) if each.name in ("ffn", "shared"))
-    layer = decoder_layers(model, arch)[group.layer]
-    found = taylor_scores(model, arch, (group,), make_batches("d", ids_BT, held_out=False))
-    scores = found[group.layer, group.name]
-    reader = linear(layer, group.reader.module)
-    logits = model(ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
-    torch.nn.functional.cross_entropy(logits, ids_BT[:, 1:].flatten()).backward()
-    assert reader.weight.grad is not None
-    of_reader = (reader.weight * reader.weight.grad).abs().sum(dim=0)
-    assert bool((scores + 1e-6 >= of_reader).all())
-    writers = [linear(layer, axis.module) for axis in group.writers]
-    total = of_reader.sum() + sum((p * p.grad).abs().sum() for each in writers for p in each.parameters())
-    torch.testing.assert_close(scores.sum(), total, atol=1e-4, rtol=1e-3)
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, name: str, **wrong: Any) -> None:

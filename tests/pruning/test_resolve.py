@@ -211,14 +211,13 @@ def test_no_round_is_below_the_target_and_the_last_is_the_target():
     assert all(count >= 64 for plan in coarse.plans for count in kept(plan).values())
 
 
-@pytest.mark.parametrize("budget", ["global", "curve"])
-def test_min_keep_is_rounded_up_in_what_is_possible(budget):
+def test_min_keep_is_rounded_up_in_what_is_possible():
     """0.51 of 112 channels are 58, so 64 with align 8, and a third of each FFN's channels can go at most."""
     total = Size.of(tiny_llama()).num_params
     largest = 3 * (WIDTH - 64) * UNIT / total
-    resolved(budget=budget, min_keep=0.51, remove=largest - 1e-6)
+    resolved(budget="curve", min_keep=0.51, remove=largest - 1e-6)
     with pytest.raises(RecipeError, match=r"out of reach") as caught:
-        resolved(budget=budget, min_keep=0.51, remove=largest + 1e-6)
+        resolved(budget="curve", min_keep=0.51, remove=largest + 1e-6)
     assert f"at most {math.floor(1000 * largest) / 1000:.3f} " in str(caught.value)
 
 
@@ -251,11 +250,6 @@ def test_min_keep_is_checked_against_the_plan():
         ),
         (
             lambda: tiny_family("mixtral"),
-            {"groups": ["experts"], "score": "taylor"},
-            "choose.score: taylor is of channels",
-        ),
-        (
-            lambda: tiny_family("mixtral"),
             {"groups": ["experts"], "domain_weighting": "minimax"},
             "choose.domain_weighting: minimax looks at one reader's cut",
         ),
@@ -271,7 +265,7 @@ def test_rounds_beyond_the_steps_of_align_are_noted():
     """From 112 to 64 channels in eights there are six steps."""
     [note] = [each for each in resolved(rounds=20, align=8).warnings if each.startswith("choose.rounds: ")]
     assert note.startswith("choose.rounds: in 14 of 20 rounds nothing goes, as widths are multiples of 8; 6 rounds, or")
-    for fine in ({"rounds": 6, "align": 8}, {"rounds": 20, "align": 1}, {"rounds": 20, "align": 8, "budget": "global"}):
+    for fine in ({"rounds": 6, "align": 8}, {"rounds": 20, "align": 1}, {"rounds": 20, "align": 8, "budget": "curve"}):
         assert not any("choose.rounds" in each for each in resolved(**fine).warnings), fine
 
 
@@ -309,12 +303,11 @@ def test_a_group_that_is_not_in_the_family_is_named():
         bind(tiny_llama()).select(("fnn",))
 
 
-@pytest.mark.parametrize(("budget", "least"), [("global", 520), ("curve", 528)])
-def test_a_curve_has_64_levels_at_most_and_the_least_is_one_of_them(budget, least):
+def test_a_curve_has_64_levels_at_most_and_the_least_is_one_of_them():
     """1,024 channels in steps of 8 are 128 steps, so that levels are multiples of 16; 520 is none."""
     model = wide(1024)
-    largest = 3 * (1024 - least) * UNIT / Size.of(model).num_params
-    asked = {"budget": budget, "min_keep": 520 / 1024, "calibration": {"num_tokens": 10240, "sequence_length": 32}}
+    largest = 3 * (1024 - 528) * UNIT / Size.of(model).num_params
+    asked = {"budget": "curve", "min_keep": 520 / 1024, "calibration": {"num_tokens": 10240, "sequence_length": 32}}
     resolved(model, remove=largest - 1e-6, **asked)
     with pytest.raises(RecipeError, match=r"out of reach"):
         resolved(model, remove=largest + 1e-6, **asked)

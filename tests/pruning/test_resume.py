@@ -34,10 +34,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rounds": {"groups": ["ffn", "kv_heads"], "rounds": 3, "max_loss_rise": 9.0, "keep_rounds": True},
     "curve": {"budget": "curve", "rounds": 2},
     "depth": {"depth": 1},
-    "taylor": {"score": "taylor", "rounds": 2, "evaluate": False},
+    "flap": {"score": "flap", "rounds": 2, "evaluate": False},
     "bias": {"compensate": "bias"},
     "on disk": {"memory_budget": "", "rounds": 2},
-    "global": {"budget": "global"},
     "experts in bfloat16": {"groups": ["experts"], "rounds": 2, "align": 1},
     "channels inside experts": {"groups": ["expert_ffn"], "rounds": 2},
 }

@@ -42,15 +42,13 @@ def test_a_seed_is_of_one_layer_in_one_round_of_one_draw():
     assert len(set(found)) == len(found)
 
 
-@pytest.mark.parametrize("budget", ["uniform", "global"])
-def test_random_units_are_drawn_anew_in_every_layer_and_for_every_seed(budget):
-    drawn = [prune_in_place(run_of(tiny_llama(), budget=budget, seed=seed, **RANDOM)) for seed in (0, 1)]
+def test_random_units_are_drawn_anew_in_every_layer_and_for_every_seed():
+    drawn = [prune_in_place(run_of(tiny_llama(), seed=seed, **RANDOM)) for seed in (0, 1)]
     chosen = [tuple(keep.tolist()) for keeps in drawn for keep in keeps.values()]
     assert len(chosen) == 6 and len(set(chosen)) == 6
     # Not even by much the same numbers: of 112 channels two draws have about kept^2 / 112 in common.
     first, second = (set(chosen[layer]) for layer in (0, 1))
-    if budget == "uniform":
-        assert len(first & second) < 0.8 * len(first)
+    assert len(first & second) < 0.8 * len(first)
 
 
 def test_random_units_are_drawn_anew_in_every_round():
@@ -65,16 +63,6 @@ def test_random_units_are_drawn_anew_in_every_round():
         patched.setattr(loop, "prune_group", spy)
         prune_in_place(runs)
     assert len(drawn) == len(set(drawn)) == 6
-
-
-def test_whole_model_scores_are_taken_for_the_groups_they_are_of(monkeypatch):
-    """Every group gets its own scores, and the channels that they rank highest stay."""
-    found = run_of(tiny_llama(), score="taylor", compensate="none")
-    scores = {(layer, "ffn"): torch.arange(112.0).roll(10 * layer) for layer in range(3)}
-    monkeypatch.setattr(loop, "whole_model_scores", lambda *_: scores)
-    for (layer, _), keep in prune_in_place(found).items():
-        expected = scores[layer, "ffn"].argsort(descending=True)[: len(keep)].sort().values
-        assert torch.equal(keep, expected)
 
 
 def settings_of(model: Any, number: int, **short: Any) -> ProfileSettings:
@@ -328,28 +316,6 @@ def test_a_fold_that_is_stored_is_repeated_bit_for_bit(tmp_path):
     assert not torch.equal(folded[0], tiny_llama(num_layers=6).model.layers[1].mlp.down_proj.weight)
 
 
-def test_scores_that_plan_the_widths_never_see_held_out_text(monkeypatch):
-    """Nor do layers that lose nothing stand still: the groups behind them are scored on what they give."""
-    text, seen = random_calibration(blocks=3), dict[int, list[torch.Tensor]]()
-    original = round_plan.measure
-
-    def spy(walk: Walk, group: Any, *arguments: Any, **named: Any) -> Any:
-        assert not any(batch.held_out for batch in walk.batches)
-        seen[group.layer] = [hidden.clone() for hidden in walk.hidden_BTD]
-        return original(walk, group, *arguments, **named)
-
-    monkeypatch.setattr(round_plan, "measure", spy)
-    model = tiny_llama()
-    found = run_of(model, text, budget="global", score="wanda", protected_layers=[1], remove=0.1)
-    round_plan.plan_round(found, 1, found.batches(1), {}, {})
-    assert sorted(seen) == [0, 2]
-    walk = Walk(model, found.arch, [batch for batch in found.batches(1) if not batch.held_out])
-    for index in range(2):
-        torch.testing.assert_close(torch.cat(seen.get(index, walk.hidden_BTD)), torch.cat(walk.hidden_BTD))
-        walk.advance(index)
-    torch.testing.assert_close(torch.cat(seen[2]), torch.cat(walk.hidden_BTD), rtol=0, atol=0)
-
-
 def test_rotated_text_is_fresh_in_every_round():
     asked: list[int] = []
     with pytest.MonkeyPatch.context() as patched:
@@ -358,13 +324,6 @@ def test_rotated_text_is_fresh_in_every_round():
         for number in (1, 2):
             found.batches(number)
     assert asked == [0, 1]
-
-
-def test_a_plan_by_random_scores_draws_them_layer_by_layer():
-    """Were they the same in all layers, all layers would keep the same number."""
-    found = run_of(tiny_llama(), budget="global", align=1, **RANDOM)
-    plan = round_plan.plan_round(found, 1, found.batches(1), {}, {})
-    assert len(set(plan.num_keep.values())) > 1
 
 
 def test_after_a_trim_a_protected_domain_may_rise_as_much_in_fewer_nats_per_token():

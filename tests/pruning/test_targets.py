@@ -17,7 +17,7 @@ from secateur.errors import RecipeError
 from secateur.evaluation.inspect import inspect
 from secateur.facts import Costs, Workload
 from secateur.log import RunLog
-from secateur.methods.budget import global_plan, least_keep, round_plans, round_shares, uniform_plan
+from secateur.methods.budget import round_plans, round_shares, uniform_plan
 from secateur.methods.curve import GroupProfile, curve_plan
 from secateur.methods.depth import remove_layers
 from secateur.methods.prices import least_costs
@@ -113,24 +113,20 @@ def test_each_target_is_met_within_half_a_step_per_group(target, remove):
 
 
 @pytest.mark.parametrize("target", GROUPS)
-def test_curve_and_global_meet_each_target_within_one_level(target):
+def test_curve_meets_each_target_within_one_level(target):
     model = tiny_qwen2(num_attention_heads=8, num_key_value_heads=8, num_layers=4)
     arch = bind(model)
     prices = recipe_prices(parse_recipe(grouped(recipe_of(target))), arch, model)
     groups = arch.select(tuple(GROUPS[target]))
-    profiles, scores = {}, {}
+    profiles = {}
     for group in groups:
         levels = tuple(range(group.num_units, 0, -8 if group.width == 1 else -1))
         errors = tuple(0.01 * (group.layer + 1) * number for number in range(len(levels)))
         profiles[group.layer, group.name] = GroupProfile(levels, errors, {"prose": 1.0})
-        scores[group.layer, group.name] = torch.rand(group.num_units, generator=torch.Generator().manual_seed(0))
     dearest = max(prices.of(group) * (8 if group.width == 1 else 1) for group in groups)
-    for plan in (
-        curve_plan(groups, profiles, prices, 0.2),
-        global_plan(groups, scores, prices, 0.2, 8, min_keep=least_keep(groups, 8, 0.0)),
-    ):
-        assert 0 <= (plan.removed_share - 0.2) * prices.total < dearest * 4
-        assert plan.cost_before - plan.cost_after == prices.gone(groups, plan.num_keep)
+    plan = curve_plan(groups, profiles, prices, 0.2)
+    assert 0 <= (plan.removed_share - 0.2) * prices.total < dearest * 4
+    assert plan.cost_before - plan.cost_after == prices.gone(groups, plan.num_keep)
 
 
 @pytest.mark.parametrize(

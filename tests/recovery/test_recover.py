@@ -287,7 +287,7 @@ def test_gradient_checkpointing_changes_nothing_and_cross_entropy_needs_no_teach
 
 
 def test_per_layer_widths_and_removed_layers_are_recovered(checkpoints, recipe, tmp_path):
-    asked = {**recipe, "remove": 0.45, "depth": 1, "budget": "global", "align": 4}
+    asked = {**recipe, "remove": 0.45, "depth": 1, "budget": "curve", "align": 4}
     secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "pruned")
     assert "per_layer_config" in json.loads((tmp_path / "pruned" / "config.json").read_text())
     record = recover(tmp_path / "pruned", checkpoints["llama"], CHANGES, out=tmp_path / "out")

@@ -276,9 +276,7 @@ Sets = Annotated[
 GroupNames = Annotated[
     str | None, typer.Option("--groups", metavar="NAMES", help="Kinds of units that go: ffn,kv_heads; see inspect.")
 ]
-Budget = Annotated[
-    str | None, typer.Option(metavar="NAME", help="How many units each layer keeps: uniform, global or curve.")
-]
+Budget = Annotated[str | None, typer.Option(metavar="NAME", help="How many units each layer keeps: uniform or curve.")]
 To = Annotated[
     str | None, typer.Option("--to", metavar="SIZE", help="Parameters that may stay, as 0.4B; instead of --remove.")
 ]

@@ -1,12 +1,9 @@
-"""Budgets: how many units each group keeps, from shapes and scores. No weight is read here."""
+"""Budgets: how many units each group keeps, from shapes. No weight is read here."""
 
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from secateur.errors import RecipeError
 from secateur.model.group import ALIGNED, Group, GroupKey
@@ -221,47 +218,3 @@ def nearest_count(group: Group, width: float | int, step: int) -> int:
 def round_down(fraction: float) -> str:
     """Return a share to three decimals, rounded down: an error may promise it."""
     return f"{int(max(fraction, 0) * 1000) / 1000:.3f}"
-
-
-def global_plan(
-    groups: tuple[Group, ...],
-    scores: Mapping[GroupKey, Tensor],
-    prices: Prices,
-    remove: float,
-    align: int,
-    *,
-    min_keep: Mapping[GroupKey, int],
-) -> Plan:
-    """Remove the units with the lowest (score - mean) / std over their group, from any group.
-
-    `scores`: one number per unit that a group still has. Each group keeps the multiple of its step
-    nearest to its count of units above the threshold, at least `min_keep`. The threshold is the
-    lowest at which `remove` of the whole model's cost goes, counted from the groups' full widths.
-    Raises RecipeError with the largest possible `remove` if so much cannot go.
-    """
-    standardised = {(group.layer, group.name): _standardised(scores[group.layer, group.name]) for group in groups}
-    target = prices.to_remove(remove)
-
-    def widths(threshold: float) -> dict[GroupKey, int]:
-        kept = {key: int((values >= threshold).sum()) for key, values in standardised.items()}
-        aligned = {(g.layer, g.name): nearest_count(g, kept[g.layer, g.name], align_of(g, align)) for g in groups}
-        return {key: min(max(width, min_keep[key]), len(standardised[key])) for key, width in aligned.items()}
-
-    largest = prices.gone(groups, widths(math.inf))
-    if target > largest:
-        possible = round_down(largest / prices.total)
-        raise RecipeError(
-            f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at most "
-            f"{possible} with each at its smallest width; ask for less, lower min_keep or align."
-        )
-    thresholds = [*torch.cat([torch.zeros(0), *standardised.values()]).unique().tolist(), math.inf]
-    low, high = 0, len(thresholds) - 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if prices.gone(groups, widths(thresholds[middle])) >= target else (middle + 1, high)
-    return plan_of(groups, prices, widths(thresholds[low]))
-
-
-def _standardised(scores_U: Tensor) -> Tensor:
-    values = scores_U.detach().cpu().double()
-    return ((values - values.mean()) / values.std(correction=0).clamp_min(1e-30)).float()

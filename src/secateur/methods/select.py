@@ -88,7 +88,7 @@ def greedy_obs(
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One group to prune; `walk` stands before its layer. `scores_U`: if measured before.
+    """One group to prune; `walk` stands before its layer.
 
     `keep`: the units that stay, if another run has chosen them; with one row per expert for channels of experts.
     """
@@ -99,7 +99,6 @@ class Task:
     method: Method
     shares: dict[str, float]
     seed: int
-    scores_U: Tensor | None = None
     decide: Decide = here
     keep: Tensor | None = None
 
@@ -127,23 +126,22 @@ class Selection:
 
 
 def select(task: Task, pooled: Statistics) -> Selection:
-    """Return the units that stay: those of `task.keep`, by known scores, greedily for `obs`, or by the score."""
-    layer, group, method, num_keep, scores_U = task.layer, task.group, task.method, task.num_keep, task.scores_U
+    """Return the units that stay: those of `task.keep`, greedily for `obs`, or by the score."""
+    layer, group, method, num_keep = task.layer, task.group, task.method, task.num_keep
     reader = linear(layer, group.reader.module)
     num_units = reader.in_features // group.width
     if num_keep == num_units:
         return Selection(torch.arange(num_keep, device=reader.weight.device), reader.weight.new_zeros(0))
     if task.keep is not None:
         return Selection(task.keep.to(reader.weight.device), reader.weight.new_zeros(0))
-    if method.score == "obs" and scores_U is None:
+    if method.score == "obs":
         assert pooled.gram is not None
         hessian = damped_gram(pooled.gram, method.damping)
         columns_UW = unit_columns(group.reader.segments, num_units, reader.weight.device)
         batch = units_at_once(method.obs_batch, reader.in_features, group.width)
         found = greedy_obs(reader.weight, hessian, columns_UW, num_keep, batch)
         return Selection(found.keep, found.scores_U)
-    if scores_U is None:
-        scores_U = unit_scores(layer, group, pooled, method.score, method.damping, task.seed)
+    scores_U = unit_scores(layer, group, pooled, method.score, method.damping, task.seed)
     return Selection(keep_highest(scores_U, num_keep), scores_U)
 
 

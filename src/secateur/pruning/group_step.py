@@ -131,12 +131,11 @@ def prune_group(
     recipe: Recipe,
     shares: dict[str, float],
     seed: int,
-    scores: Tensor | None,
     keep: Tensor | None = None,
 ) -> tuple[Int64[Tensor, "*E K"], dict[str, Any]]:
-    """Prune one group; return kept indices and log line. `scores`: if measured before; `keep`: if chosen before."""
+    """Prune one group; return kept indices and log line. `keep`: the units that stay, if chosen before."""
     with walk.layer(group.layer):
-        task = Task(walk, group, num_keep, method_of(recipe), shares, seed, scores, _decided, keep)
+        task = Task(walk, group, num_keep, method_of(recipe), shares, seed, _decided, keep)
         return STEPS[group.kind].prune(task)
 
 

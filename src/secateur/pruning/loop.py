@@ -18,7 +18,7 @@ from secateur.model.group import Group, add_zero_biases, linear, original_units
 from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
 from secateur.pruning.resolve_parts import NARROW_TOKENS_PER_INPUT, protected_layers, removed_layers
-from secateur.pruning.round_plan import layer_seed, plan_round, whole_model_scores
+from secateur.pruning.round_plan import layer_seed, plan_round
 from secateur.pruning.run import Keeps, Run, SafetyNet, watched_losses
 from secateur.ranks import from_first
 from secateur.stream.device import peak_bytes, release_freed
@@ -132,8 +132,7 @@ def prune_in_place(run: Run) -> Keeps:
             # No width left to remove in this round: skip it.
             if run.resolved.removals[number - 1] > 0:
                 batches = run.batches(number)
-                scores = whole_model_scores(run, number, batches)
-                plan = plan_round(run, number, batches, net.allowed_rise(), scores)
+                plan = plan_round(run, number, batches, net.allowed_rise())
                 net.before_round(keeps)
                 # A round that the store has whole needs no stream.
                 stored = all(run.services.store.has(_step_name(number, group)) for group in run.resolved.groups)
@@ -141,7 +140,7 @@ def prune_in_place(run: Run) -> Keeps:
                 unload()
                 # Two alternating sets of files: one stays mapped until the next round replaces it.
                 finished = LayersOnDisk(Path(folder), f"finished-{number % 2}") if run.weights_on_disk else None
-                _one_round(run, walk, plan, number, scores, keeps, dense_layers, finished)
+                _one_round(run, walk, plan, number, keeps, dense_layers, finished)
             if not net.holds(number, keeps):
                 break
             _update_config(run)
@@ -156,7 +155,6 @@ def _one_round(
     walk: Walk,
     plan: Plan,
     number: int,
-    scores: Keeps,
     keeps: Keeps,
     dense_layers: LayersOnDisk,
     finished: LayersOnDisk | None,
@@ -170,7 +168,7 @@ def _one_round(
             _advance_dense(walk, index, groups, dense_layers, is_last=number == num_rounds)
         for group in groups:
             key = (group.layer, group.name)
-            keep = _group_step(run, walk, group, number, plan.num_keep[key], scores.get(key))
+            keep = _group_step(run, walk, group, number, plan.num_keep[key])
             keeps[key] = original_units(keeps[key], keep.cpu())
         if index + 1 < run.arch.num_layers:
             walk.advance(index)
@@ -182,7 +180,7 @@ def _one_round(
         run.services.progress(stage, index + 1, run.arch.num_layers)
 
 
-def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int, scores_U: Tensor | None) -> Tensor:
+def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int) -> Tensor:
     """Prune the group, or repeat the stored step; return the kept indices."""
     layer, recipe, name = walk.layers[group.layer], run.resolved.recipe, _step_name(number, group)
     found = run.services.store.find(name)
@@ -192,7 +190,7 @@ def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int, 
     else:
         start, seed = time.perf_counter(), layer_seed(recipe.seed, number, group.layer)
         kept = run.kept.get((group.layer, group.name))
-        keep, line = prune_group(walk, group, num_keep, recipe, run.shares, seed, scores_U, kept)
+        keep, line = prune_group(walk, group, num_keep, recipe, run.shares, seed, kept)
         seconds = round(time.perf_counter() - start, 3)
         line = {"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()}
         run.services.store.save(name, outcome_of(layer, group, keep), line)

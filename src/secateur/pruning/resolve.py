@@ -384,11 +384,10 @@ def _check_within_reach(resolved: Resolved, remove: float) -> None:
     if recipe.choose.budget == "uniform":
         return
     least = least_keep(groups, resolved.align, recipe.remove.min_keep)
-    if recipe.choose.budget != "global":
-        for group in groups:
-            levels = levels_of(group, group.num_units, resolved.align)
-            key = (group.layer, group.name)
-            least[key] = min(level for level in levels if level >= least[key])
+    for group in groups:
+        levels = levels_of(group, group.num_units, resolved.align)
+        key = (group.layer, group.name)
+        least[key] = min(level for level in levels if level >= least[key])
     largest = largest_remove(groups, prices, least)
     if remove > largest:
         raise RecipeError(
