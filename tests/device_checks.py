@@ -40,7 +40,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rounds": {"rounds": 2, "damping_factors": [1, 10]},
     "depth": {"depth": 1, "remove": 0.35},
     "on disk": {"memory_budget": "0.1MB"},
-    "net": {"rounds": 2, "max_loss_rise": 9.0},
 }
 
 

@@ -53,7 +53,7 @@ def test_the_page_of_the_recipe_is_what_the_schema_says():
         ("choose: {obs_batch: 0}", r"choose\.obs_batch: "),
         ("choose: {rounds: 0}", r"choose\.rounds: "),
         ("choose: {score: obss}", r"unknown choose\.score 'obss'; allowed: random, .*did you mean 'obs'\?"),
-        ("choose: {max_loss_rise: .inf}", r"choose\.max_loss_rise: .*finite"),
+        ("repair: {damping: .inf}", r"repair\.damping: .*finite"),
         ("repair: {damping: 0}", r"repair\.damping: .*greater than 0"),
         ("repair: {damping_factors: []}", r"repair\.damping_factors: "),
         ("repair: {target_mix: 1.01}", r"repair\.target_mix: .*less than or equal to 1"),
@@ -104,7 +104,7 @@ def test_a_number_is_the_share_also_where_one_is_merged_over_the_other():
 def test_what_is_written_is_read_back_the_same(tmp_path):
     asked = {
         "remove": {"share": 0.35, "groups": ["ffn", "kv_heads"], "layers": [1, -2]},
-        "choose": {"schedule": [0.1, 0.35], "max_loss_rise": 0.5},
+        "choose": {"rounds": 2, "budget": "curve"},
         "calibration": {"domains": {"a": {"files": "x.txt", "share": 2}, "b": {"sampled": True, "protect": 0.1}}},
         "recover": {"num_tokens": 99},
     }

@@ -12,13 +12,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from secateur.cli.recipe import OPTIONS, documented, plain_value
-from secateur.recipe import SCORE_NAMES, Domain, MeasuredPrices, Recipe, RecoverySettings, TaskSettings
+from secateur.recipe import SCORE_NAMES, Domain, Recipe, RecoverySettings, TaskSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
 START, END = "<!-- tables: python tools/recipe_page.py -->\n", "<!-- end of tables -->\n"
 # Mappings within a group, behind the table of their group.
 WITHIN = {
-    "remove.prices": MeasuredPrices,
     "calibration.domains.NAME": Domain,
     "recover": RecoverySettings,
     "recover.evaluation": TaskSettings,

@@ -103,7 +103,7 @@ InstalledDomain = Literal[
 ]
 WeightingName = Literal["tokens", "energy", "minimax"]
 BudgetName = Literal["uniform", "curve"]
-TargetName = Literal["parameters", "flops", "kv_bytes", "latency"]
+TargetName = Literal["parameters", "kv_bytes", "latency"]
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 VOCABULARY = "vocabulary"
 # The built-in names of `scores.SCORES`, which imports torch. Packages add others, see `plugins`.
@@ -194,17 +194,6 @@ class Calibration(Strict):
         return mixture(value) if isinstance(value, str) else value
 
 
-class MeasuredPrices(Strict):
-    """Seconds per decoded token, as `target: latency` plans by them.
-
-    total: of the dense model. per_layer: of a layer. per_unit: of a unit, for each group.
-    """
-
-    total: Positive
-    per_layer: Positive
-    per_unit: dict[str, Positive]
-
-
 class Remove(Strict):
     """What to remove. `remove: 0.2` is short for `remove: {share: 0.2}`.
 
@@ -213,20 +202,19 @@ class Remove(Strict):
     fit: the memory that weights may take, as 8GB. context: tokens whose KV cache must fit in it
     too. type: of a GGUF file that these bytes are, as q4_k_m. None: the model's own dtype. speedup:
     times faster that a token is decoded: target latency, share 1 - 1/speedup. target: parameters
-    (all, tied weights once); flops per prompt token; kv_bytes, of cache per token, which needs
-    group `kv_heads`; latency, seconds per decoded token, batch 1, on this machine. prices: those
-    seconds, as `inspect` prints them, to plan the same anywhere. None: measured. groups: the kinds
-    of units to remove: `ffn`, `shared`, `experts` or `expert_ffn`, and `kv_heads` (with their query
-    heads) or `query_heads` (one of every KV head). None: FFN channels (`ffn`), or `experts` if the
-    model has some. depth: number of whole layers to remove first, those that change predictions
-    least; part of `share`. None: as many as spare the widths the worst. layers: remove these and
-    measure none; `depth` is their number. protected_layers: stay whole. Negative layer numbers
-    count from the end. min_keep: the least share of a group that stays. align: widths are multiples
-    of it. None: 256 if the dense ones are and 8 times 256 stays, which k-quants need; else 64, or
-    128 from 4096 channels on. vocabulary: the number of tokens that stay, a multiple of 64, or
-    `auto`: as many as make tokens and units cost the least together; what goes is part of `share`.
-    Group `vocabulary` is short for `auto`. With `groups: []` tokens go alone. keep_text: files
-    whose every token stays. keep_scripts: as [latin, cyrillic], scripts whose tokens stay.
+    (all, tied weights once); kv_bytes, of cache per token, which needs group `kv_heads`; latency,
+    seconds per decoded token, batch 1, measured on this machine. groups: the kinds of units to
+    remove: `ffn`, `shared`, `experts` or `expert_ffn`, and `kv_heads` (with their query heads) or
+    `query_heads` (one of every KV head). None: FFN channels (`ffn`), or `experts` if the model has
+    some. depth: number of whole layers to remove first, those that change predictions least; part
+    of `share`. None: as many as spare the widths the worst. layers: remove these and measure none;
+    `depth` is their number. protected_layers: stay whole. Negative layer numbers count from the
+    end. min_keep: the least share of a group that stays. align: widths are multiples of it. None:
+    256 if the dense ones are and 8 times 256 stays, which k-quants need; else 64, or 128 from 4096
+    channels on. vocabulary: the number of tokens that stay, a multiple of 64, or `auto`: as many as
+    make tokens and units cost the least together; what goes is part of `share`. Group `vocabulary`
+    is short for `auto`. With `groups: []` tokens go alone. keep_text: files whose every token
+    stays. keep_scripts: as [latin, cyrillic], scripts whose tokens stay.
     """
 
     share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
@@ -237,7 +225,6 @@ class Remove(Strict):
     type: str | None = None
     speedup: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     target: TargetName = "parameters"
-    prices: MeasuredPrices | None = None
     groups: tuple[str, ...] | None = None
     depth: Annotated[int, Field(ge=0)] | None = None
     layers: tuple[int, ...] = ()
@@ -286,15 +273,12 @@ class Choose(Strict):
 
     score: which units of a layer stay. obs_batch: reader columns that score `obs` removes between
     two updates. None: a 48th of the reader's columns, at least 32. budget: how many units each
-    layer keeps. `uniform`: the same share of every group; `curve`: least predicted
-    KL, from measured error curves and slopes.
-    widths: `per_layer` if layers may differ. None: as `budget` needs. probe_blocks: blocks per
-    domain on which budget `curve` measures KL. domain_weighting: how domains count in a statistic.
-    `energy`: divided by their output energy, times their share; `tokens`: as they are; `minimax`:
-    so that the worst domain's error falls. rounds: steps to the share; each measures and plans
-    anew. schedule: `linear`, or a list of the share removed after each round, rising to `share`;
-    it also sets the number of rounds. max_loss_rise: the share by which the mean held-out loss may
-    rise; the result is the last round within it.
+    layer keeps. `uniform`: the same share of every group; `curve`: least predicted KL, from
+    measured error curves and slopes. widths: `per_layer` if layers may differ. None: as `budget`
+    needs. probe_blocks: blocks per domain on which budget `curve` measures KL. domain_weighting:
+    how domains count in a statistic. `energy`: divided by their output energy, times their share;
+    `tokens`: as they are; `minimax`: so that the worst domain's error falls. rounds: equal steps to
+    the share; each measures and plans anew.
     """
 
     score: str = "obs"
@@ -304,8 +288,6 @@ class Choose(Strict):
     probe_blocks: Count = 1
     domain_weighting: WeightingName = "energy"
     rounds: Count = 1
-    schedule: Literal["linear"] | tuple[Positive, ...] = "linear"
-    max_loss_rise: Positive | None = None
 
     @field_validator("score", mode="before")
     @classmethod

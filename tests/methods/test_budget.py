@@ -59,7 +59,7 @@ def test_less_than_half_a_unit_says_the_smallest_possible_and_that_works() -> No
 
 def test_rounds_step_down_to_the_target() -> None:
     plan = uniform_plan(SMOLLM, SMOLLM_PRICES, 0.3, 64)
-    plans = round_plans(SMOLLM, SMOLLM_PRICES, plan, round_shares(3, "linear"), 64)
+    plans = round_plans(SMOLLM, SMOLLM_PRICES, plan, round_shares(3), 64)
     widths = [each.num_keep[0, "ffn"] for each in plans]
     assert widths == [1280, 1024, 768] and plans[-1] is plan
     assert [each.cost_after for each in plans] == sorted((e.cost_after for e in plans), reverse=True)

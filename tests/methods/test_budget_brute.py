@@ -253,9 +253,8 @@ def test_what_a_share_removes_is_not_one_more_by_rounding() -> None:
 
 
 def test_shares_of_rounds() -> None:
-    assert round_shares(4, "linear") == pytest.approx([0.25, 0.5, 0.75, 1.0], rel=1e-12)
-    assert round_shares(1, "linear") == [1.0]
-    assert round_shares(3, (0.2, 0.5, 0.8)) == pytest.approx([0.25, 0.625, 1.0])
+    assert round_shares(4) == pytest.approx([0.25, 0.5, 0.75, 1.0], rel=1e-12)
+    assert round_shares(1) == [1.0]
 
 
 def profiles_of(case: Case, seed: int) -> dict:

@@ -9,6 +9,7 @@ from secateur.errors import RecipeError
 from secateur.facts import Workload
 from secateur.methods.prices import (
     DEFAULT_SEQUENCE_LENGTH,
+    Seconds,
     decode_bytes_per_token,
     kv_cache_bytes_per_token,
     least_costs,
@@ -17,7 +18,6 @@ from secateur.methods.prices import (
     sequence_length,
 )
 from secateur.model.bind import bind
-from secateur.recipe import MeasuredPrices
 
 # Width 48, FFN 112, 4 heads of 12 with 2 for keys and values, vocabulary 320, 3 layers, float32.
 LINEARS = 3 * (48 * 48 + 2 * 24 * 48 + 48 * 48 + 3 * 112 * 48)
@@ -76,8 +76,8 @@ def test_a_unit_that_takes_no_time_costs_a_picosecond():
     """A price of 0 would let a budget count units for nothing."""
     model = tiny_llama()
     arch = bind(model)
-    measured = MeasuredPrices(total=1e-9, per_layer=2.6e-12, per_unit={"ffn": 1e-15, "kv_heads": 1.4e-12})
-    found = prices_of("latency", arch, arch.select(("ffn", "kv_heads")), model, prompt_tokens=8, seconds=measured)
+    measured = Seconds(total=1e-9, per_layer=2.6e-12, per_unit={"ffn": 1e-15, "kv_heads": 1.4e-12})
+    found = prices_of("latency", arch, arch.select(("ffn", "kv_heads")), model, measured)
     assert found.per_unit[0, "ffn"] == 1 and found.per_unit[2, "kv_heads"] == 1
     assert (found.total, found.per_layer) == (1000, (3, 3, 3))
 

@@ -114,16 +114,6 @@ def test_a_protected_domain_is_planned_for(small):
         ({"budget": "curve", "min_keep": 0.9, "remove": 0.2}, "remove: 0.2 of all .* at most 0.0"),
         ({"min_keep": 0.9, "remove": 0.2}, "remove.min_keep: 0.9 of each group is to stay"),
         ({"budget": "curves"}, "unknown choose.budget 'curves'; .* did you mean 'curve'"),
-        ({"max_loss_rise": 0}, "max_loss_rise"),
-        ({"schedule": "cubc"}, "recipe: unknown choose.schedule 'cubc'; allowed: linear;"),
-        ({"schedule": [0, 0.2]}, "recipe: choose.schedule.0: Input should be greater than 0"),
-        ({"schedule": [0.1, 0.3], "remove": 0.2}, "choose.schedule: a list .* rising to remove: 0.2, got .0.1, 0.3."),
-        ({"schedule": [0.2, 0.1, 0.2], "remove": 0.2}, "choose.schedule: a list .* got .0.2, 0.1, 0.2."),
-        ({"schedule": [0.1, 0.2], "remove": 0.2, "rounds": 3}, "choose.schedule: 2 rounds are listed, but rounds: 3"),
-        (
-            {"schedule": [0.1, 0.2], "remove": 0.2, "depth": 1},
-            "choose.schedule: layers .depth. go before the first round",
-        ),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_runs(changes, message, small):
@@ -182,37 +172,6 @@ def test_rounds_can_be_kept_and_each_loads(small, tmp_path):
     gone = [1 - size / num_params(tiny_llama()) for size in sizes]
     assert gone == pytest.approx([0.1, 0.2], abs=0.04)
     assert set(lines_of(out, "round")[0]["nats_per_token"]) == {"prose", "code"}
-
-
-def test_one_run_gives_a_listed_family_of_sizes(small, tmp_path):
-    out, ratios = tmp_path / "out", [0.1, 0.25, 0.3]
-    settings = {**small, "schedule": ratios, "keep_rounds": True, "remove": 0.3, "budget": "curve"}
-    result = secateur.prune(tiny_llama(), grouped(settings), tokenizer=TOKENIZER, out=out)
-    assert result.recipe.choose.rounds == 3
-    sizes = [num_params(secateur.load(out / "rounds" / str(number))) for number in (1, 2)] + [num_params(result.model)]
-    assert [1 - size / num_params(tiny_llama()) for size in sizes] == pytest.approx(ratios, abs=0.02)
-
-
-def test_the_tripwire_goes_back_to_the_last_round_that_held(recipe, tmp_path):
-    groups = ["ffn", "query_heads"]
-    settings = {**recipe, "rounds": 3, "groups": groups, "remove": 0.4, "score": "random"}
-    secateur.prune(tiny_llama(seed=3), grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "free")
-    lines = lines_of(tmp_path / "free", "loss")
-    dense = sum(line["nats_per_token"] for line in lines if line["model"] == "dense") / 2
-    rounds = lines_of(tmp_path / "free", "round")
-    rises = [sum(line["nats_per_token"].values()) / 2 / dense - 1 for line in rounds]
-    assert 0 < rises[0] < rises[1]
-    limited = {**settings, "max_loss_rise": (rises[0] + rises[1]) / 2}
-    held = secateur.prune(tiny_llama(seed=3), grouped(limited), tokenizer=TOKENIZER, out=tmp_path / "held")
-    first = rounds[0]["num_params"]
-    assert num_params(held.model) == first and held.summary.pruned_size.num_params == first
-    assert any("result is that of round 1" in warning for warning in held.summary.warnings)
-    assert num_params(AutoModelForCausalLM.from_pretrained(tmp_path / "held")) == first
-    assert held.summary.reload_max_abs_difference == 0
-    limited["max_loss_rise"] = rises[0] / 2
-    with pytest.raises(secateur.SecateurError, match=r"choose\.max_loss_rise: round 1 raised"):
-        secateur.prune(tiny_llama(seed=3), grouped(limited), tokenizer=TOKENIZER, out=tmp_path / "none")
-    assert not (tmp_path / "none").exists()
 
 
 def test_head_counts_that_the_config_refuses_are_never_planned(small):

@@ -138,13 +138,13 @@ def test_experts_of_a_sibling_are_the_same(group, models, recipe, tmp_path):
     assert all(step.step is not None for step in read_result(again).steps)
 
 
-def test_rounds_and_their_limit_go_in_one(models, recipe, tmp_path):
+def test_rounds_go_in_one(models, recipe, tmp_path):
     first, again = tmp_path / "first", tmp_path / "again"
-    more = {"remove": 0.35, "rounds": 3, "max_loss_rise": 9.0}
+    more = {"remove": 0.35, "rounds": 3}
     secateur.prune(models["llama"], grouped({**recipe, **more}), out=first)
     found = secateur.prune(models["sibling"], like=first, out=again)
     assert (again / "keep.json").read_bytes() == (first / "keep.json").read_bytes()
-    assert (found.recipe.choose.rounds, found.recipe.choose.max_loss_rise) == (1, None)
+    assert found.recipe.choose.rounds == 1
     assert {step.round for step in read_result(again).steps} == {1}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from recipes import grouped
 from secateur.errors import RecipeError
 from secateur.facts import Size
 from secateur.methods.budget import plan_of, round_plans
+from secateur.methods.prices import Seconds
 from secateur.model.bind import bind
 from secateur.model.group import GroupKey
 from secateur.pruning.group_step import method_of
@@ -23,11 +25,11 @@ from tests.families import tiny_family
 UNIT, WIDTH = 3 * 48, 112  # of the tiny models: parameters of a channel, channels of an FFN
 
 
-def resolved(model: Any = None, **short: Any) -> Resolved:
+def resolved(model: Any = None, seconds: Seconds | None = None, **short: Any) -> Resolved:
     """Resolve a recipe in short for a tiny llama of three layers, or for `model`."""
     asked = {"align": 8, "calibration": {"num_tokens": 4096, "sequence_length": 32}, **short}
     asked["calibration"] = {"domains": {"mine": {"files": ["mine.txt"]}}, **asked["calibration"]}
-    return resolve(opened(model or tiny_llama(), parse_recipe(grouped(asked))))
+    return resolve(replace(opened(model or tiny_llama(), parse_recipe(grouped(asked))), seconds=seconds))
 
 
 def kept(plan: Any) -> dict[GroupKey, int]:
@@ -189,15 +191,13 @@ def test_widths_follow_the_budget_and_the_protection(asked, widths):
     assert resolved(**asked).recipe.choose.widths == widths
 
 
-def test_rounds_share_the_removal_and_a_list_says_its_own():
+def test_rounds_share_the_removal():
     found = resolved(remove=0.3, rounds=3)
     assert found.removals == pytest.approx((0.1, 0.2, 0.3), rel=1e-12) and found.removals[-1] == 0.3
     widths = [set(kept(plan).values()) for plan in found.plans]
     wanted = [WIDTH - share * found.prices.total / (3 * UNIT) for share in (0.1, 0.2, 0.3)]
     assert [abs(width - count) <= 4 + 8 for (width,), count in zip(widths, wanted, strict=True)] == [True] * 3
     assert sorted((width for (width,) in widths), reverse=True) == [width for (width,) in widths]
-    listed = resolved(remove=0.3, schedule=[0.05, 0.3])
-    assert listed.recipe.choose.rounds == 2 and listed.removals == pytest.approx((0.05, 0.3), rel=1e-12)
 
 
 def test_no_round_is_below_the_target_and_the_last_is_the_target():
@@ -233,7 +233,6 @@ def test_min_keep_is_checked_against_the_plan():
     ("factory", "asked", "message"),
     [
         (tiny_qwen2, {"compensate": "bias"}, "repair.compensate: family qwen2 cannot store a bias in its readers"),
-        (tiny_llama, {"target": "flops", "prices": {"total": 1, "per_layer": 1, "per_unit": {}}}, "remove.prices: are"),
         (tiny_llama, {"calibration": {"sequence_length": 257}}, "257 is longer than the model's 256 positions"),
         (tiny_llama, {"max_shard_size": "many"}, "output.max_shard_size"),
         (lambda: tiny_family("gemma3_multimodal"), {"budget": "curve"}, "choose.budget: curve with protected_layers"),
@@ -245,7 +244,7 @@ def test_min_keep_is_checked_against_the_plan():
         ),
         (
             lambda: tiny_family("mixtral"),
-            {"groups": ["experts"], "target": "flops"},
+            {"groups": ["experts"], "target": "kv_bytes"},
             "remove.groups: experts and their",
         ),
         (
@@ -270,18 +269,18 @@ def test_rounds_beyond_the_steps_of_align_are_noted():
 
 
 def test_a_speed_up_is_a_share_of_the_latency():
-    prices = {"total": 0.01, "per_layer": 0.003, "per_unit": {"ffn": 1.7e-5}}
+    seconds = Seconds(total=0.01, per_layer=0.003, per_unit={"ffn": 1.7e-5})
     fast, small = (
-        resolved(speedup=1.25, prices=prices, align=1),
-        resolved(target="latency", prices=prices, remove=0.2, align=1),
+        resolved(speedup=1.25, seconds=seconds, align=1),
+        resolved(target="latency", seconds=seconds, remove=0.2, align=1),
     )
     assert fast.plans == small.plans and fast.recipe.remove.speedup is None
     assert fast.recipe.remove.share == pytest.approx(0.2, abs=1e-15)
 
 
-def test_latency_prices_may_come_with_the_recipe():
-    prices = {"total": 0.01, "per_layer": 0.003, "per_unit": {"ffn": 2e-5}}
-    found = resolved(target="latency", prices=prices, remove=0.1, align=1)
+def test_latency_is_planned_by_seconds():
+    seconds = Seconds(total=0.01, per_layer=0.003, per_unit={"ffn": 2e-5})
+    found = resolved(target="latency", seconds=seconds, remove=0.1, align=1)
     assert found.outcome(kept(found.plans[-1])).share_gone == pytest.approx(0.1, abs=3 * 2e-5 / 0.01)
     assert found.outcome(kept(found.plans[-1])).total == "10 ms per decoded token"
 

@@ -6,28 +6,26 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from models import opened, tiny_gemma3, tiny_llama, tiny_qwen2
 from recipes import grouped
-from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.errors import RecipeError
 from secateur.evaluation.inspect import inspect
-from secateur.facts import Costs, Workload
+from secateur.facts import Costs, Size, Workload
 from secateur.log import RunLog
-from secateur.methods.budget import round_plans, round_shares, uniform_plan
+from secateur.methods.budget import Prices, round_plans, round_shares, uniform_plan
 from secateur.methods.curve import GroupProfile, curve_plan
 from secateur.methods.depth import remove_layers
-from secateur.methods.prices import least_costs
+from secateur.methods.prices import Seconds, least_costs
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import cut
 from secateur.model.per_layer import record_widths
-from secateur.pruning.latency import Timing, with_prices
+from secateur.pruning.latency import Timing, with_seconds
+from secateur.pruning.open import Opened
 from secateur.pruning.resolve import recipe_prices, resolve
-from secateur.recipe import MeasuredPrices
-from secateur.recipe_file import dump_recipe, parse_recipe
+from secateur.recipe_file import parse_recipe
 from secateur.report.card import model_card
 from secateur.report.rows import headline
 from secateur.store import Services, Store
@@ -37,16 +35,26 @@ FACTORIES = {"llama": tiny_llama, "qwen2": tiny_qwen2, "gemma3": tiny_gemma3}
 LENGTH = 40
 GROUPS = {
     "parameters": ["ffn", "kv_heads"],
-    "flops": ["ffn", "kv_heads"],
     "kv_bytes": ["kv_heads"],
     "latency": ["ffn", "kv_heads"],
 }
-PRICES = {"total": 0.01, "per_layer": 0.003, "per_unit": {"ffn": 1.7e-5, "kv_heads": 3.1e-4}}
+SECONDS = Seconds(total=0.01, per_layer=0.003, per_unit={"ffn": 1.7e-5, "kv_heads": 3.1e-4})
 
 
 def recipe_of(target: str, **changes: Any) -> dict[str, Any]:
     recipe = {"target": target, "groups": GROUPS[target], "align": 8, "calibration": {"sequence_length": LENGTH}}
-    return recipe | ({"prices": PRICES} if target == "latency" else {}) | changes
+    return recipe | changes
+
+
+def priced(recipe: dict[str, Any], model: Any) -> Prices:
+    """Return the model's prices by a recipe in short; those of a latency are known."""
+    return recipe_prices(bare(model, recipe, SECONDS))
+
+
+def bare(model: Any, recipe: dict[str, Any], seconds: Seconds | None = None) -> Opened:
+    """Return the model opened with a recipe that need not fit it."""
+    asked = parse_recipe(grouped(recipe))
+    return Opened(None, model, bind(model), Size.of(model), asked, model.device, seconds=seconds)
 
 
 def costs(model: Any) -> Costs:
@@ -56,7 +64,7 @@ def costs(model: Any) -> Costs:
 def amount(target: str, model: Any) -> float:
     if target == "parameters":
         return sum(parameter.numel() for parameter in model.parameters())
-    return costs(model).prefill_flops_per_token if target == "flops" else costs(model).kv_cache_bytes_per_token
+    return costs(model).kv_cache_bytes_per_token
 
 
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
@@ -65,16 +73,13 @@ def amount(target: str, model: Any) -> float:
     [
         ("parameters", ["ffn", "kv_heads"]),
         ("parameters", ["query_heads"]),
-        ("flops", ["ffn", "kv_heads"]),
-        ("flops", ["query_heads"]),
         ("kv_bytes", ["kv_heads"]),
     ],
 )
 def test_prices_are_what_a_cut_model_really_loses(factory, target, names):
     model = factory(num_attention_heads=8, num_key_value_heads=4)
     arch = bind(model)
-    asked = parse_recipe(grouped(recipe_of(target, groups=names)))
-    prices, before = recipe_prices(asked, arch, model), amount(target, model)
+    prices, before = priced(recipe_of(target, groups=names), model), amount(target, model)
     groups = arch.select(tuple(names))
     num_keep = {(g.layer, g.name): 64 if g.name == "ffn" else g.num_units // 2 for g in groups}
     for group in groups:
@@ -86,11 +91,11 @@ def test_prices_are_what_a_cut_model_really_loses(factory, target, names):
 
 
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
-@pytest.mark.parametrize("target", ["parameters", "flops", "kv_bytes"])
+@pytest.mark.parametrize("target", ["parameters", "kv_bytes"])
 def test_a_layers_price_is_what_a_model_without_it_loses(factory, target):
     model = factory()
     arch = bind(model)
-    prices, before = recipe_prices(parse_recipe(grouped(recipe_of(target))), arch, model), amount(target, model)
+    prices, before = priced(recipe_of(target), model), amount(target, model)
     remove_layers(model, arch, [1])
     assert before - amount(target, model) == prices.of_all_but((0, 2)) == prices.per_layer[1] > 0
     assert prices.with_only((0, 2)).total == round(amount(target, model))
@@ -101,14 +106,13 @@ def test_a_layers_price_is_what_a_model_without_it_loses(factory, target):
 def test_each_target_is_met_within_half_a_step_per_group(target, remove):
     model = tiny_llama(num_attention_heads=24, num_key_value_heads=24, hidden_size=96)
     arch = bind(model)
-    asked = parse_recipe(grouped(recipe_of(target, remove=remove)))
-    prices = recipe_prices(asked, arch, model)
+    prices = priced(recipe_of(target, remove=remove), model)
     groups = arch.select(tuple(GROUPS[target]))
     # As if any number of heads could be stated: what a family's config refuses is another matter.
     plan = uniform_plan(tuple(dataclasses.replace(group, divides=None) for group in groups), prices, remove, 8)
     half_steps = [prices.of(g) * (8 if g.width == 1 else 1) / 2 for g in groups if g.layer == 0]
     assert abs(plan.removed_share - remove) * prices.total <= 3 * min(half_steps) + 1e-6
-    plans = round_plans(groups, prices, plan, round_shares(2, "linear"), 8)
+    plans = round_plans(groups, prices, plan, round_shares(2), 8)
     assert plans[0].cost_before == prices.total and plans[0].cost_after > plans[1].cost_after
 
 
@@ -116,7 +120,7 @@ def test_each_target_is_met_within_half_a_step_per_group(target, remove):
 def test_curve_meets_each_target_within_one_level(target):
     model = tiny_qwen2(num_attention_heads=8, num_key_value_heads=8, num_layers=4)
     arch = bind(model)
-    prices = recipe_prices(parse_recipe(grouped(recipe_of(target))), arch, model)
+    prices = priced(recipe_of(target), model)
     groups = arch.select(tuple(GROUPS[target]))
     profiles = {}
     for group in groups:
@@ -138,18 +142,12 @@ def test_curve_meets_each_target_within_one_level(target):
         ),
         ({"target": "kv_bytes", "groups": ["kv_heads", "ffn"]}, "ffn has nothing in the KV cache"),
         ({"target": "kv_bytes", "groups": ["query_heads"]}, "query_heads has nothing in the KV cache"),
-        ({"target": "flops", "prices": PRICES}, "remove.prices: are what target latency plans with; with target flops"),
-        ({"target": "latency", "prices": {**PRICES, "per_unit": {"kv_heads": 1}}}, "has no seconds for ffn"),
-        (
-            {"target": "latency", "prices": {**PRICES, "totl": 1}},
-            r"unknown key 'remove.prices.totl'; did you mean 'total'",
-        ),
         ({"target": "latency", "compensate": "bias"}, "repair.compensate: family qwen2 cannot store a bias"),
-        ({"target": "flop"}, "unknown remove.target 'flop'; .* did you mean 'flops'"),
-        ({"target": "flops", "remove": 0.9}, r"remove: 0.9 of all [\d,]+ FLOPs per prompt token is out of reach"),
-        ({"target": "flops", "remove": 1e-5}, r"of all [\d,]+ FLOPs per prompt token is less than half"),
-        ({"target": "flops", "remove": 0.9, "budget": "curve"}, r"0.9 of all [\d,]+ FLOPs per prompt token is out"),
-        ({"target": "latency", "prices": PRICES, "remove": 0.9}, r"0.9 of all 10 ms per decoded token is out of reach"),
+        ({"target": "latncy"}, "unknown remove.target 'latncy'; .* did you mean 'latency'"),
+        (
+            {"target": "kv_bytes", "groups": ["kv_heads"], "remove": 0.9},
+            r"0.9 of all [\d,]+ bytes of KV cache per token is out of reach",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_in_the_targets_own_terms(changes, message, recipe, monkeypatch):
@@ -158,75 +156,65 @@ def test_what_cannot_be_is_said_in_the_targets_own_terms(changes, message, recip
         secateur.prune(tiny_qwen2(), grouped({**recipe, **changes}), tokenizer=TOKENIZER)
 
 
-def test_resolving_latency_measures_nothing_and_says_where_seconds_come_from():
+def test_latency_without_seconds_is_refused_where_none_are_measured():
+    """As in a study, whose cells measure none."""
     model = tiny_llama()
-    with pytest.raises(RecipeError, match="secateur inspect"):
-        recipe_prices(parse_recipe(grouped({"target": "latency", "groups": ["ffn"]})), bind(model), model)
+    with pytest.raises(RecipeError, match=r"remove\.target: latency plans with seconds that prune and inspect measure"):
+        recipe_prices(bare(model, {"target": "latency", "groups": ["ffn"]}))
 
 
-def test_recorded_prices_make_the_same_plan_without_measuring(monkeypatch):
-    model, measured = tiny_llama(), (MeasuredPrices(**PRICES), [Timing("ffn", 336, 0.009, (0.008, 0.01))])
-    log = RunLog()
-    services = Services(log=log, store=Store(log=log))
+def test_what_is_out_of_reach_is_said_in_seconds(recipe, monkeypatch):
+    monkeypatch.setattr("secateur.pruning.latency.measure_latency", lambda *_: (SECONDS, []))
+    with pytest.raises(RecipeError, match=r"0\.9 of all 10 ms per decoded token is out of reach"):
+        secateur.prune(tiny_qwen2(), grouped({**recipe, "target": "latency", "remove": 0.9}), tokenizer=TOKENIZER)
+
+
+def test_stored_seconds_make_the_same_plan_without_measuring(monkeypatch, tmp_path):
+    model, log = tiny_llama(), RunLog()
+    measured = SECONDS, [Timing("ffn", 336, 0.009, (0.008, 0.01))]
     asked = parse_recipe(grouped({"target": "latency", "groups": ["ffn", "kv_heads"], "remove": 0.2}))
     monkeypatch.setattr("secateur.pruning.latency.measure_latency", lambda *_: measured)
-    filled = with_prices(opened(model, asked), services)
-    assert [line["event"] for line in log.lines] == ["latency", "prices"] and "latency" in log.seconds
-    first = resolve(filled)
-    saved = parse_recipe(grouped(yaml.safe_load(dump_recipe(first.recipe))))
+    filled = with_seconds(opened(model, asked), Services(log=log, store=Store(tmp_path)))
+    assert [line["event"] for line in log.lines] == ["latency", "seconds"] and "latency" in log.seconds
     monkeypatch.setattr("secateur.pruning.latency.measure_latency", None)
-    again = opened(model, saved)
-    assert with_prices(again, services) is again and len(log.lines) == 2
-    again = resolve(again)
-    assert again.plans == first.plans and again.recipe == first.recipe
+    again = with_seconds(opened(model, asked), Services(log=log, store=Store(tmp_path)))
+    assert again.seconds == filled.seconds == measured[0] and len(log.lines) == 2
+    assert resolve(again).plans == resolve(filled).plans
 
 
-def test_a_latency_run_records_its_prices_and_repeats_from_them(recipe, tmp_path, monkeypatch):
+def test_a_latency_run_records_its_seconds(recipe, tmp_path, monkeypatch):
     out, taken = tmp_path / "out", Timing("ffn", 336, 0.009, (0.008, 0.01))
     settings = {**recipe, "target": "latency", "remove": 0.1, "evaluate": False}
-    monkeypatch.setattr("secateur.pruning.latency.measure_latency", lambda *_: (MeasuredPrices(**PRICES), [taken]))
+    monkeypatch.setattr("secateur.pruning.latency.measure_latency", lambda *_: (SECONDS, [taken]))
     first = secateur.prune(tiny_llama(), grouped(settings), tokenizer=TOKENIZER, out=out)
     lines = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
     assert lines[0] == {"event": "latency", "num_threads": 1, **json.loads(json.dumps(dataclasses.asdict(taken)))}
-    assert lines[1] == {"event": "prices", **PRICES}
-    monkeypatch.setattr("secateur.pruning.latency.measure_latency", None)
-    again = secateur.prune(tiny_llama(), grouped(out / "recipe.yaml"), tokenizer=TOKENIZER)
-    assert first.recipe == again.recipe
-    for name, tensor in first.model.state_dict().items():
-        assert torch.equal(tensor, again.model.state_dict()[name]), name
-    assert "latency" in first.summary.seconds and "latency" not in again.summary.seconds
+    assert lines[1] == {"event": "seconds", **dataclasses.asdict(SECONDS)}
+    assert "latency" in first.summary.seconds
     assert first.summary.outcome.share_gone == pytest.approx(0.1, abs=1.7e-5 * 3 * 4 / 0.01)
     assert "of all 10 ms per decoded token removed" in headline(first.summary)
 
 
-@pytest.mark.parametrize("target", ["flops", "kv_bytes"])
-def test_summary_card_and_inspect_name_what_the_share_is_of(target, recipe, checkpoints):
-    remove = {"flops": 0.2, "kv_bytes": 0.5}[target]
-    settings = {**recipe, "target": target, "groups": GROUPS[target], "remove": remove}
+def test_summary_card_and_inspect_name_what_the_share_is_of(recipe, checkpoints):
+    settings = {**recipe, "target": "kv_bytes", "groups": ["kv_heads"], "remove": 0.5}
     before = tiny_qwen2()
     result = secateur.prune(str(checkpoints["qwen2"]), grouped(settings))
-    summary, workload = result.summary, Workload(prompt_tokens=32)
-    field = {"flops": "prefill_flops_per_token", "kv_bytes": "kv_cache_bytes_per_token"}[target]
-    old, new = (getattr(least_costs(model, workload), field) for model in (before, result.model))
+    summary = result.summary
+    old, new = (amount("kv_bytes", model) for model in (before, result.model))
     assert summary.outcome.share_gone == pytest.approx(1 - new / old, abs=1e-6)
-    assert summary.outcome.share_gone == pytest.approx(remove, abs=0.02)
+    assert summary.outcome.share_gone == pytest.approx(0.5, abs=0.02)
     num_params = [amount("parameters", model) for model in (before, result.model)]
     assert summary.remove_reached == pytest.approx(1 - num_params[1] / num_params[0])
     card = model_card(summary)
-    unit = {"flops": "FLOPs per prompt token", "kv_bytes": "bytes of KV cache per token"}[target]
-    assert f"{1 - new / old:.1%} of all {round(old):,} {unit} removed (asked {remove:.1%})" in card
+    assert f"{1 - new / old:.1%} of all {old:,} bytes of KV cache per token removed (asked 50.0%)" in card
     assert f"with {summary.remove_reached:.1%} of all {num_params[0]:,} parameters" in card
     found = inspect(checkpoints["qwen2"], parse_recipe(grouped(settings)))
-    assert found.outcome == summary.outcome and found.prices is None
+    assert found.outcome == summary.outcome and found.seconds_per_token is None
     assert found.remove_reached == pytest.approx(summary.remove_reached)
 
 
-def test_inspect_shows_the_outcome_and_the_seconds_to_repeat_it(checkpoints, tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(grouped(recipe_of("flops", remove=0.2))), encoding="utf-8")
-    shown = run_cli("inspect", str(checkpoints["llama"]), "--recipe", str(file))
-    assert shown.status == 0 and "FLOPs per prompt token" in " ".join(shown.stdout.split())
-    file.write_text(yaml.safe_dump(grouped(recipe_of("latency", groups=["ffn"], remove=0.2))), encoding="utf-8")
-    shown = run_cli("inspect", str(checkpoints["llama"]), "--recipe", str(file), "--json")
-    assert json.loads(shown.stdout)["prices"] == PRICES
-    assert json.loads(shown.stdout)["outcome"]["total"] == "10 ms per decoded token"
+def test_inspect_shows_the_outcome_and_the_seconds(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.pruning.latency.measure_latency", lambda *_: (SECONDS, []))
+    found = inspect(checkpoints["llama"], parse_recipe(grouped(recipe_of("latency", groups=["ffn"], remove=0.2))))
+    assert found.seconds_per_token == SECONDS and found.outcome.total == "10 ms per decoded token"
+    assert json.loads(found.to_json())["seconds_per_token"] == dataclasses.asdict(SECONDS)

@@ -43,7 +43,7 @@ def test_it_names_tokens_share_and_cost():
 
 def test_none_where_it_would_not_pay_or_cannot_be(monkeypatch):
     text = "the ferry leaves at " * 50
-    assert asked(text, target="flops") is None
+    assert asked(text, target="kv_bytes", groups=["kv_heads"]) is None
     assert asked(text, tiny_tokenizer()) is None  # bytes alone, which never go
     words = BertTokenizer(vocab={word: index for index, word in enumerate(["[UNK]", "[CLS]", "[SEP]", "the", "ferry"])})
     assert asked(text, words) is None

@@ -99,9 +99,9 @@ def foresee(study: Study) -> list[Foreseen]:
             width = text_config(asked.model).hidden_size
             dtype = torch.float32 if computes_in_float32(asked) else asked.model.dtype
             seconds = seconds_for(work_of(asked, resolved), width, dtype, asked.device).total
-            # Embedding and head; the layers as they were before the first round, and before one that may be undone.
-            choose, in_layers = cell.recipe.choose, sum(asked.arch.params_per_layer) * asked.model.dtype.itemsize
-            copies = (len(resolved.plans) > 1 and bool(resolved.target_mix)) + (choose.max_loss_rise is not None)
+            # Embedding and head; the layers as they were before the first round.
+            in_layers = sum(asked.arch.params_per_layer) * asked.model.dtype.itemsize
+            copies = int(len(resolved.plans) > 1 and bool(resolved.target_mix))
             disk_bytes = asked.size.num_bytes + (copies - 1) * in_layers
             found.append(Foreseen(cell.method, cell.ratio, len(study.seeds), seconds, disk_bytes, name))
     return found

@@ -24,7 +24,7 @@ from secateur.model.modeling_per_layer import is_per_layer
 from secateur.model.vocabulary import read_vocabulary, with_parts
 from secateur.pruning.cost import disk_bytes, memory_for, params_after, seconds_for, with_polish_that_fits, work_of
 from secateur.pruning.group_step import model_left
-from secateur.pruning.latency import with_prices
+from secateur.pruning.latency import with_seconds
 from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.resolve import NEAR, SHARES, Resolved, checked, resolve
 from secateur.pruning.trim import trim_to
@@ -124,7 +124,7 @@ def inspected_vocabulary(opened: Opened, resolved: Resolved, progress: Progress)
     num_rows: int = embedding.num_embeddings
 
     def params(num_tokens: int) -> int:
-        return token_prices("parameters", opened.model, num_tokens, 1)
+        return token_prices("parameters", opened.model, num_tokens)
 
     try:
         tokenizer = tokenizer_of(opened)
@@ -177,8 +177,8 @@ def inspect(
 
     Returns groups, widths before and after, bytes, memory, disk and seconds, how much of the model
     its vocabulary is, how many of its tokens the domains' text has, and how large GGUF files will be.
-    The seconds rest on a short matrix multiplication on the device. Target `latency` without `prices`
-    also times a few layers.
+    The seconds rest on a short matrix multiplication on the device. Target `latency` also
+    times a few layers.
 
     Raises what `prune` raises before it reads weights: RecipeError, CheckpointError or ArchError. But a
     share that cannot be is a note, and the nearest one that can is shown.
@@ -219,7 +219,7 @@ def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
 
 def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progress) -> Inspected:
     services = Services(progress=progress)
-    opened = with_prices(checked(opened), services)
+    opened = with_seconds(checked(opened), services)
     recipe = opened.recipe
     opened, measured_later = _trimmed(opened, services)
     resolved, refused = _resolved(opened)
@@ -243,7 +243,7 @@ def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progre
         remove_asked=recipe.remove.share,
         remove_reached=1 - num_params / size.num_params,
         outcome=resolved.outcome(plan.num_keep),
-        prices=opened.recipe.remove.prices,
+        seconds_per_token=opened.seconds,
         largest_remove=taken + largest_remove(resolved.groups, resolved.prices.numbered(resolved.layers), least),
         align=resolved.align,
         num_params_after=num_params,

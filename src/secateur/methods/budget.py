@@ -185,10 +185,8 @@ def level_grid(num_units: int, step: int) -> tuple[int, ...]:
     return (num_units, *range(highest, 0, -stride))
 
 
-def round_shares(rounds: int, schedule: str | tuple[float, ...]) -> list[float]:
-    """Return the share of the removal that is gone after each round: r/n, or as a list says."""
-    if not isinstance(schedule, str):
-        return [gone / schedule[-1] for gone in schedule]
+def round_shares(rounds: int) -> list[float]:
+    """Return the share of the removal that is gone after each round: r/n."""
     # Not `done / rounds`: its last bit differs, and saved plans are compared exactly.
     return [1 - (1 - done / rounds) for done in range(1, rounds)] + [1.0]
 

@@ -1,15 +1,16 @@
 """The cost of one unit in each target, and the least costs of a model."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from secateur.errors import RecipeError
 from secateur.facts import Costs, Workload
 from secateur.methods.budget import Prices
-from secateur.model.bind import Arch, decoder_layers
-from secateur.model.group import Group, linear
+from secateur.model.bind import Arch
+from secateur.model.group import Group
 
 
 def least_costs(model: Any, workload: Workload) -> Costs:
@@ -84,8 +85,8 @@ CACHED_GROUP = "kv_heads"
 PICOSECONDS, PICOSECONDS_PER_MS = 1e12, 10**9
 
 
-@runtime_checkable
-class Seconds(Protocol):
+@dataclass(frozen=True, slots=True)
+class Seconds:
     """Seconds per decoded token: of the dense model, of one layer, of one unit by group name."""
 
     total: float
@@ -93,18 +94,15 @@ class Seconds(Protocol):
     per_unit: dict[str, float]
 
 
-def prices_of(
-    target: str, arch: Arch, groups: tuple[Group, ...], model: Any, *, prompt_tokens: int, seconds: Seconds | None
-) -> Prices:
+def prices_of(target: str, arch: Arch, groups: tuple[Group, ...], model: Any, seconds: Seconds | None = None) -> Prices:
     """Return the dense model's cost of `target`, and that of a unit of each of these groups.
 
     parameters: weights and biases; the total counts tied ones once.
-    flops: per token of a prompt of `prompt_tokens`, see `prefill_flops_per_token`.
     kv_bytes: per token of context, see `kv_cache_bytes_per_token`.
     latency: the measured `seconds`, in picoseconds per decoded token.
-    Raises RecipeError if a group has no price, or if `latency` has no seconds.
+    Raises RecipeError if a group has no price.
     """
-    return PRICES[target](arch, groups, model, prompt_tokens, seconds)
+    return PRICES[target](arch, groups, model, seconds)
 
 
 def sequence_length(asked: int | None, config: Any) -> int:
@@ -119,17 +117,15 @@ def sequence_length(asked: int | None, config: Any) -> int:
     return length
 
 
-def token_prices(target: str, model: Any, num_tokens: int, prompt_tokens: int) -> int:
-    """Return what tokens cost: their rows of embedding and head, or the head's FLOPs for them.
+def token_prices(target: str, model: Any, num_tokens: int) -> int:
+    """Return what tokens cost: their rows of embedding and head.
 
     Raises RecipeError for a target in which tokens have no price.
     """
     embedding, head = model.get_input_embeddings(), _head(model)
-    if target == "flops":
-        return round(num_tokens * 2 * head.in_features / prompt_tokens)
     if target != "parameters":
         raise RecipeError(
-            f"remove.vocabulary: tokens have no price in target {target}; use parameters or flops, or leave it out."
+            f"remove.vocabulary: tokens have no price in target {target}; use parameters, or leave it out."
         )
     own = 0 if head.weight is embedding.weight else head.in_features
     return num_tokens * (embedding.embedding_dim + own + (head.bias is not None))
@@ -140,33 +136,6 @@ def parameter_prices(arch: Arch, groups: tuple[Group, ...], model: nn.Module) ->
     per_unit = {(group.layer, group.name): group.params_per_unit for group in groups}
     total = sum(parameter.numel() for parameter in model.parameters())
     return Prices(per_unit, arch.params_per_layer, total, "parameters")
-
-
-def flop_prices(arch: Arch, groups: tuple[Group, ...], model: Any, prompt_tokens: int) -> Prices:
-    """Return prices in operations per prompt token.
-
-    A unit costs 2 * weights of its rows and columns. In attention it also costs 4 * its query
-    channels * (T + 1) / 2, for its products with keys and values at the mean context of a prompt of
-    T tokens. Biases and all else that is no matrix product are free.
-    """
-    layers = decoder_layers(model, arch)
-    per_unit = {}
-    for group in groups:
-        layer = layers[group.layer]
-        weights = sum(sum(axis.segments) * linear(layer, axis.module).in_features for axis in group.writers)
-        weights += group.width * linear(layer, group.reader.module).out_features
-        per_unit[group.layer, group.name] = 2 * weights
-        if arch.is_in_attention(group):
-            per_unit[group.layer, group.name] += 2 * group.width * (prompt_tokens + 1)
-    # A layer's attention may have several groups, all with the same query channels.
-    query_channels = {g.layer: g.num_units * g.width for g in arch.groups if arch.is_in_attention(g)}
-    per_layer = tuple(
-        2 * sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
-        + 2 * query_channels.get(index, 0) * (prompt_tokens + 1)
-        for index, layer in enumerate(layers)
-    )
-    total = round(prefill_flops_per_token(model, prompt_tokens))
-    return Prices(per_unit, per_layer, total, "FLOPs per prompt token")
 
 
 def kv_byte_prices(arch: Arch, groups: tuple[Group, ...], model: Any) -> Prices:
@@ -190,15 +159,8 @@ def kv_byte_prices(arch: Arch, groups: tuple[Group, ...], model: Any) -> Prices:
 def _latency_prices(measured: Seconds | None, arch: Arch, groups: tuple[Group, ...]) -> Prices:
     if measured is None:
         raise RecipeError(
-            "remove.target: latency plans with measured seconds; "
-            "`secateur inspect` with this recipe measures them, put what it shows under prices."
+            "remove.target: latency plans with seconds that prune and inspect measure; use another target here."
         )
-    for group in groups:
-        if group.name not in measured.per_unit:
-            raise RecipeError(
-                f"prices.per_unit: has no seconds for {group.name}, only for {', '.join(measured.per_unit)}; "
-                f"leave prices out to have them measured."
-            )
 
     def whole(seconds: float) -> int:
         return max(1, round(seconds * PICOSECONDS))
@@ -209,9 +171,8 @@ def _latency_prices(measured: Seconds | None, arch: Arch, groups: tuple[Group, .
 
 
 # By the recipe's `target`. `recipe.TargetName` repeats the names.
-PRICES: dict[str, Callable[[Arch, tuple[Group, ...], Any, int, Seconds | None], Prices]] = {
-    "parameters": lambda arch, groups, model, *_: parameter_prices(arch, groups, model),
-    "flops": lambda arch, groups, model, prompt_tokens, _: flop_prices(arch, groups, model, prompt_tokens),
-    "kv_bytes": lambda arch, groups, model, *_: kv_byte_prices(arch, groups, model),
-    "latency": lambda arch, groups, model, prompt_tokens, seconds: _latency_prices(seconds, arch, groups),
+PRICES: dict[str, Callable[[Arch, tuple[Group, ...], Any, Seconds | None], Prices]] = {
+    "parameters": lambda arch, groups, model, _: parameter_prices(arch, groups, model),
+    "kv_bytes": lambda arch, groups, model, _: kv_byte_prices(arch, groups, model),
+    "latency": lambda arch, groups, model, seconds: _latency_prices(seconds, arch, groups),
 }

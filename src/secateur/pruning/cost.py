@@ -217,7 +217,7 @@ def params_after(opened: Opened, resolved: Resolved) -> int:
 def _params_of_tokens(opened: Opened) -> int:
     """Return the parameters of the tokens that go."""
     num_gone = 0 if opened.trim is None else opened.trim.kept.num_dense - len(opened.trim.kept.dense_ids)
-    return round(token_prices("parameters", opened.model, num_gone, 1))
+    return round(token_prices("parameters", opened.model, num_gone))
 
 
 def polish_bytes(opened: Opened, resolved: Resolved) -> int:

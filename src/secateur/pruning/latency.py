@@ -20,12 +20,12 @@ from secateur.errors import RecipeError
 from secateur.facts import Workload
 from secateur.log import Progress, silent
 from secateur.methods.depth import remove_layers
+from secateur.methods.prices import Seconds
 from secateur.model.bind import Arch, bind, decoder_layers
 from secateur.model.checkpoint import meta_model, restore_buffers
 from secateur.model.group import Group, cut
 from secateur.pruning.open import Opened
 from secateur.ranks import from_first
-from secateur.recipe import MeasuredPrices
 from secateur.store import Services
 from secateur.stream.device import CPU, now, on_device
 
@@ -47,34 +47,34 @@ class Timing:
     quartiles: tuple[float, float]
 
 
-def with_prices(opened: Opened, services: Services) -> Opened:
-    """Return `opened` with measured `prices` in its recipe; unchanged if it has them or needs none.
+def with_seconds(opened: Opened, services: Services) -> Opened:
+    """Return `opened` with measured `seconds` if its target needs them.
 
     A resumed run takes them from its store, because a second measurement would differ. Only the
     model's config and dtype count, so no weights are needed. Raises ArchError if the family has no
     such group, RecipeError if fewer units save no time.
     """
     recipe, log = opened.recipe, services.log
-    if recipe.remove.target != "latency" or recipe.remove.prices is not None:
+    if recipe.remove.target != "latency":
         return opened
 
     def measured() -> dict[str, Any]:
         with log.time("latency"):
             groups, progress = recipe.remove.group_names, services.progress
-            prices, timings = measure_latency(opened.arch, groups, opened.model, progress, opened.device)
+            seconds, timings = measure_latency(opened.arch, groups, opened.model, progress, opened.device)
         for timing in timings:
             log.write({"event": "latency", "num_threads": torch.get_num_threads(), **asdict(timing)})
-        log.write({"event": "prices", **prices.model_dump()})
-        return prices.model_dump(mode="json")
+        log.write({"event": "seconds", **asdict(seconds)})
+        return asdict(seconds)
 
-    found = services.store.value("prices", lambda: from_first(measured), is_input=True)
-    return replace(opened, recipe=recipe.filled(remove={"prices": MeasuredPrices(**found)}))
+    stored = services.store.value("seconds", lambda: from_first(measured), is_input=True)
+    return replace(opened, seconds=Seconds(**stored))
 
 
 @torch.inference_mode()
 def measure_latency(
     arch: Arch, names: tuple[str, ...], model: Any, progress: Progress = silent, device: torch.device = CPU
-) -> tuple[MeasuredPrices, list[Timing]]:
+) -> tuple[Seconds, list[Timing]]:
     """Return seconds per unit, per layer and per decoded token of the whole model, and the timings.
 
     As many layers are built as hold `LEAST_BYTES`, at most all. Prices per unit are for these
@@ -99,7 +99,7 @@ def measure_latency(
         per_unit[name] = _slope([timing for timing in timings if timing.group == name])
     per_layer = whole / built.num_layers
     total = statistics.median(rests["", 0]) + per_layer * arch.num_layers
-    return MeasuredPrices(total=total, per_layer=per_layer, per_unit=per_unit), timings
+    return Seconds(total=total, per_layer=per_layer, per_unit=per_unit), timings
 
 
 def _random_model(arch: Arch, model: Any) -> Any:
@@ -186,6 +186,6 @@ def _slope(timings: list[Timing]) -> float:
         table = ", ".join(f"{timing.num_units:,}: {timing.seconds * 1000:.3f} ms" for timing in timings)
         raise RecipeError(
             f"remove.target: latency has no price for {name}, since layers get no faster here with fewer units "
-            f"({table}); let nothing else run meanwhile, or use target parameters, flops or kv_bytes."
+            f"({table}); let nothing else run meanwhile, or use target parameters or kv_bytes."
         )
     return slope

@@ -19,7 +19,7 @@ from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
 from secateur.pruning.resolve_parts import NARROW_TOKENS_PER_INPUT, protected_layers, removed_layers
 from secateur.pruning.round_plan import layer_seed, plan_round
-from secateur.pruning.run import Keeps, Run, SafetyNet, watched_losses
+from secateur.pruning.run import Keeps, LossWatch, Run, watched_losses
 from secateur.ranks import from_first
 from secateur.stream.device import peak_bytes, release_freed
 from secateur.stream.offload import LayersOnDisk, embeddings_on_disk, offload
@@ -115,8 +115,8 @@ def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]
 def prune_in_place(run: Run) -> Keeps:
     """Prune the model, all rounds; return each group's kept units by their original indices.
 
-    Call `remove_depth` first; layers are numbered as the model then does. With `max_loss_rise` the
-    last round that held stays. Raises RecipeError if not even the first one held.
+    Call `remove_depth` first; layers are numbered as the model then does. Raises RecipeError if
+    a protected domain allows no further round.
     """
     assert run.arch.num_layers == len(run.resolved.layers), "remove_depth comes first"
     keeps = {(group.layer, group.name): torch.arange(group.num_units) for group in run.resolved.groups}
@@ -127,13 +127,12 @@ def prune_in_place(run: Run) -> Keeps:
     scratch = TemporaryDirectory(prefix="prune-", dir=run.services.scratch)
     on_disk = run.weights_on_disk and run.dense_tokens is None  # a trim leaves embedding and head in memory
     with scratch as folder, embeddings_on_disk(run.model, Path(folder), are_there=on_disk) as unload:
-        dense_layers, net = LayersOnDisk(Path(folder), "dense"), SafetyNet(run, Path(folder))
+        dense_layers, watch = LayersOnDisk(Path(folder), "dense"), LossWatch(run)
         for number in range(1, len(run.resolved.plans) + 1):
             # No width left to remove in this round: skip it.
             if run.resolved.removals[number - 1] > 0:
                 batches = run.batches(number)
-                plan = plan_round(run, number, batches, net.allowed_rise())
-                net.before_round(keeps)
+                plan = plan_round(run, number, batches, watch.allowed_rise())
                 # A round that the store has whole needs no stream.
                 stored = all(run.services.store.has(_step_name(number, group)) for group in run.resolved.groups)
                 walk = Walk(run.model, run.arch, [] if stored else batches, dense=bool(run.resolved.target_mix))
@@ -141,8 +140,7 @@ def prune_in_place(run: Run) -> Keeps:
                 # Two alternating sets of files: one stays mapped until the next round replaces it.
                 finished = LayersOnDisk(Path(folder), f"finished-{number % 2}") if run.weights_on_disk else None
                 _one_round(run, walk, plan, number, keeps, dense_layers, finished)
-            if not net.holds(number, keeps):
-                break
+            watch.after_round(number)
             _update_config(run)
             if run.after_round is not None:
                 run.after_round(number, keeps)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Ancestor, Size
 from secateur.log import RunLog, versions
+from secateur.methods.prices import Seconds
 from secateur.model.bind import Arch, bind, decoder_layers
 from secateur.model.checkpoint import (
     CausalLM,
@@ -74,6 +75,7 @@ class Opened:
     `model`: the one in memory, or the checkpoint's, on the meta device until `loaded`. `size`: as
     stored. `device`: where the run computes. `tokenizer`: the one handed over, if any. `trim`: what
     goes of the vocabulary, decided before the weights are cut. `like`: the result that it is cut by.
+    `seconds`: per decoded token, if the recipe's target is `latency`.
     """
 
     checkpoint: Checkpoint | None
@@ -85,6 +87,7 @@ class Opened:
     tokenizer: Tokenizer | None = None
     trim: Trim | None = None
     like: Like | None = None
+    seconds: Seconds | None = None
 
     @property
     def name(self) -> str:

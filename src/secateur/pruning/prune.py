@@ -20,7 +20,7 @@ from secateur.log import Progress, RunLog, silent
 from secateur.model.checkpoint import Tokenizer, eval_mode
 from secateur.model.modules import CausalLM
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
-from secateur.pruning.latency import with_prices
+from secateur.pruning.latency import with_seconds
 from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import (
     Opened,
@@ -136,7 +136,7 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placemen
 
     Raises a SecateurError for what the recipe, the memory or the text does not allow.
     """
-    opened = with_prices(replace(opened, tokenizer=tokenizer_of(opened)), services)
+    opened = with_seconds(replace(opened, tokenizer=tokenizer_of(opened)), services)
     if opened.recipe.remove.vocabulary is not None:
         opened = replace(opened, trim=plan_trim(opened, services))
     resolved, log = with_polish_that_fits(opened, resolve(opened)), services.log

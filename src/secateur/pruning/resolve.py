@@ -38,7 +38,6 @@ from secateur.pruning.resolve_parts import (
     depth_of,
     groups_of,
     layers_to_expect,
-    num_rounds,
     share_for_widths,
     target_mix_of,
     technical_alone,
@@ -102,9 +101,9 @@ class Resolved:
             step = least_step(groups, prices.numbered(layers), self.align, alike=recipe.choose.budget == "uniform")
             gone = prices.tokens + prices.of_all_but(layers)
             remove = share_for_widths(recipe, self.depth, prices, gone, step)
-        rounds = num_rounds(recipe) if remove > 0 else 1
+        rounds = recipe.choose.rounds if remove > 0 else 1
         recipe = recipe.filled(choose={"widths": widths_of(recipe, cuts=remove > 0), "rounds": rounds})
-        shares = round_shares(rounds, recipe.choose.schedule)
+        shares = round_shares(rounds)
         removals = tuple(remove * share for share in shares)
         moved = replace(self, recipe=recipe, layers=layers, groups=groups, removals=removals)
         return replace(moved, plans=tuple(_plans(moved, remove, shares)))
@@ -131,19 +130,15 @@ def checked(opened: Opened) -> Opened:
             f"reload); use least_squares or none."
         )
     check_experts(recipe, groups)
-    if recipe.remove.target != "latency" and recipe.remove.prices is not None:
-        target = recipe.remove.target
-        raise RecipeError(f"remove.prices: are what target latency plans with; with target {target} leave them out.")
-    num_rounds(recipe)
     if config.get_text_config() is not config and (recipe.choose.budget != "uniform" or recipe.remove.protected_layers):
         raise RecipeError(
             f"choose.budget: {recipe.choose.budget} with protected_layers {list(recipe.remove.protected_layers)} gives "
             f"layers widths of their own, which a language model inside a larger class ({config.model_type}) cannot be "
             f"saved with; use budget uniform without protected_layers."
         )
-    length = sequence_length(recipe.calibration.sequence_length, config)
+    sequence_length(recipe.calibration.sequence_length, config)
     if recipe.remove.vocabulary is not None:
-        token_prices(recipe.remove.target, opened.model, 1, length)
+        token_prices(recipe.remove.target, opened.model, 1)
     if recipe.remove.vocabulary == "auto" and recipe.remove.groups and "ffn" not in recipe.remove.groups:
         raise RecipeError(
             f"remove.vocabulary: auto weighs tokens against FFN channels, which groups {list(recipe.remove.groups)} do "
@@ -185,7 +180,7 @@ def _with_share(opened: Opened, groups: tuple[Group, ...]) -> Opened:
         )
     step, align = 0, remove.align
     if groups and recipe.choose.budget == "uniform":
-        prices = recipe_prices(recipe, opened.arch, opened.model)
+        prices = recipe_prices(opened)
         align = align_for(recipe.filled(remove={"share": 1 - stays / size.num_params}), groups, prices)
         step = least_step(groups, prices, align, alike=True)
     share = (size.num_params - stays + step / 2) / size.num_params
@@ -273,7 +268,7 @@ def _with_type(opened: Opened, groups: tuple[Group, ...], asked: str, num_bytes:
             f"remove.{asked} leaves {max(num_bytes, 0):,} bytes, and the dense model takes {dense:,} in {type_name}; "
             f"give a smaller size that is above 0."
         )
-    prices = recipe_prices(recipe, opened.arch, opened.model)
+    prices = recipe_prices(opened)
     own = align_for(recipe.filled(remove={"share": 1 - num_bytes / dense}), groups, prices)
     found: list[Resolved] = []
     least = dense
@@ -311,21 +306,20 @@ def align_for(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, gone: i
     return recipe.remove.align or default_align(groups, 1 - asked / units if units else 0.0)
 
 
-def recipe_prices(recipe: Recipe, arch: Arch, model: Any) -> Prices:
+def recipe_prices(opened: Opened) -> Prices:
     """Return the model's prices by the recipe's target and groups. Raises as `prices_of`."""
-    remove, length = recipe.remove, sequence_length(recipe.calibration.sequence_length, model.config)
-    groups = arch.select(remove.group_names)
-    return prices_of(remove.target, arch, groups, model, prompt_tokens=length, seconds=remove.prices)
+    remove, arch = opened.recipe.remove, opened.arch
+    return prices_of(remove.target, arch, arch.select(remove.group_names), opened.model, opened.seconds)
 
 
 def resolve(opened: Opened) -> Resolved:
     """Fill what depends on the model and make plans. Raises RecipeError for what is unreachable."""
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
-    prices = recipe_prices(recipe, arch, opened.model)
+    prices = recipe_prices(opened)
     if opened.trim is not None:
-        kept, length = opened.trim.kept, sequence_length(recipe.calibration.sequence_length, config)
+        kept = opened.trim.kept
         num_gone = kept.num_dense - len(kept.dense_ids)
-        tokens = token_prices(recipe.remove.target, opened.model, num_gone, length)
+        tokens = token_prices(recipe.remove.target, opened.model, num_gone)
         prices = replace(prices, tokens=tokens)
         recipe = recipe.filled(remove={"vocabulary": len(kept.dense_ids)})
     depth = depth_of(recipe, arch, config, prices)

@@ -92,15 +92,14 @@ def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
     The first units are cheap to remove and the last ones ruin the model. With f the share of the
     recipe's units that would go if widths gave all, round(LAYERS_PER_UNIT * (f - UNITS_ALONE)) of
     all layers go, or none. Measured on SmolLM2-135M (LOG, 2026-11-25): 0 of 30 layers at 30% of all
-    parameters, 4 at 40%, 8 at 50%. 0 too if the recipe has rounds or a limit on the loss, counts
-    something other than parameters or cuts no FFN, and if layers differ.
+    parameters, 4 at 40%, 8 at 50%. 0 too if the recipe has rounds, counts something other than
+    parameters or cuts no FFN, and if layers differ.
     """
     if recipe.remove.depth is not None or recipe.remove.layers:
         return len(recipe.remove.layers) if recipe.remove.depth is None else recipe.remove.depth
     groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
     choose, differ = recipe.choose, getattr(config, "is_heterogeneous", False)
-    plain = recipe.remove.target == "parameters" and choose.rounds == 1 and isinstance(choose.schedule, str)
-    plain = plain and choose.max_loss_rise is None and "ffn" in recipe.remove.group_names
+    plain = recipe.remove.target == "parameters" and choose.rounds == 1 and "ffn" in recipe.remove.group_names
     alike = len(set(arch.params_per_layer)) == 1 and not any(group.kind in OF_EXPERTS for group in groups)
     if not plain or not alike or not groups or differ:
         return 0
@@ -152,30 +151,6 @@ def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
             f"choose.score: {recipe.choose.score} is of whole experts, groups has {other} too; "
             f"use obs, or groups: [experts]."
         )
-
-
-def num_rounds(recipe: Recipe) -> int:
-    """Return the recipe's number of rounds. Raises RecipeError for an impossible schedule."""
-    gone = recipe.choose.schedule
-    if isinstance(gone, str):
-        return recipe.choose.rounds
-    shown = ", ".join(f"{share:g}" for share in gone)
-    if not gone or list(gone) != sorted(set(gone)) or gone[-1] != recipe.remove.share:
-        raise RecipeError(
-            f"choose.schedule: a list says what is gone after each round, rising to remove: {recipe.remove.share:g}, "
-            f"got [{shown}]; end it with {recipe.remove.share:g}."
-        )
-    if recipe.choose.rounds not in (1, len(gone)):
-        raise RecipeError(
-            f"choose.schedule: {len(gone)} rounds are listed, but rounds: {recipe.choose.rounds}; "
-            f"leave rounds out or list as many."
-        )
-    if recipe.remove.depth or recipe.remove.layers:
-        raise RecipeError(
-            "choose.schedule: layers (depth) go before the first round, so what is gone after each cannot be listed; "
-            "use linear, or remove no layers."
-        )
-    return len(gone)
 
 
 def share_for_widths(recipe: Recipe, depth: int, prices: Prices, num_gone: int, step: int) -> float:

@@ -80,7 +80,7 @@ def recipe_like(directory: Path, changes: Recipe) -> Recipe:
 def opened_like(opened: Opened, directory: Path) -> Opened:
     """Return the model with another result's units as those that stay, all others to go in one round.
 
-    Its recipe names the layers that go, and has no key by which a run chooses its last round.
+    Its recipe names the layers that go, and goes in one round.
     Raises CheckpointError for a damaged result, or if the model that it was pruned from was of
     another shape: which number differs first.
     """
@@ -90,8 +90,9 @@ def opened_like(opened: Opened, directory: Path) -> Opened:
     _check_shape(opened, other, summary, directory)
     gone = [layer for layer in range(summary.num_layers[0]) if layer not in layers]
     remove: dict[str, Any] = {"layers": tuple(gone), "depth": len(gone)}
-    choose: dict[str, Any] = {"rounds": 1, "schedule": "linear", "max_loss_rise": None}
-    recipe = opened.recipe.filled(remove=remove, choose=choose)
+    if opened.recipe.remove.target == "latency":  # which would be measured only to say how much went
+        remove["target"] = "parameters"
+    recipe = opened.recipe.filled(remove=remove, choose={"rounds": 1})
     groups = {(each.layer, each.name): each for each in groups_of(recipe, opened.arch, layers)}
     if groups.keys() != keeps.keys() or not all(_are_of(keeps[key], group) for key, group in groups.items()):
         raise _bad_keeps(directory / KEEP_FILE)
@@ -133,7 +134,7 @@ def _check_shape(opened: Opened, other: Opened, summary: Summary, directory: Pat
     rows = [embeddings[0].num_embeddings, embeddings[1].num_embeddings if tokens is None else tokens.num_dense]
     facts = zip((opened.size, summary.dense_size), models, rows, strict=True)
     # Siblings may have more tokens than were there when none of these went.
-    own, dense = (size.num_params - token_prices("parameters", model, count, 1) for size, model, count in facts)
+    own, dense = (size.num_params - token_prices("parameters", model, count) for size, model, count in facts)
     units = {group.name: group.num_units for group in reversed(opened.arch.groups)}
     found = [
         ("family", opened.arch.family, summary.family),

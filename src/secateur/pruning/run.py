@@ -1,9 +1,8 @@
-"""A run: what the loop and the planning of its rounds work on, and its safety net."""
+"""A run: what the loop and the planning of its rounds work on, and the losses between its rounds."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from secateur.data.calibration import CalibrationSet, rotated
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.facts import Batch, Loss
-from secateur.model.bind import Arch, decoder_layers
+from secateur.model.bind import Arch
 from secateur.model.group import GroupKey
 from secateur.model.kept_tokens import Trim, keep_tokens
 from secateur.model.modules import CausalLM
@@ -22,7 +21,6 @@ from secateur.ranks import own_part
 from secateur.report.vocabulary import sample_blocks
 from secateur.store import Services
 from secateur.stream.losses import Blocks, domain_losses
-from secateur.stream.offload import LayersOnDisk
 from secateur.stream.walk import make_batches
 
 Keeps = dict[GroupKey, Tensor]
@@ -33,7 +31,7 @@ class Run:
     """What a prune works on, step by step. `text`: the calibration set.
 
     `weights_on_disk`: finished layers are mapped from files. `after_round`: called with the number
-    and kept units of every round that held, with the model and its config as that round left them.
+    and kept units of every round, with the model and its config as that round left them.
     `dense_losses`: held-out nats per token by domain before layers went, if something watches them.
     `dense`: the dense model's losses, if its vocabulary is trimmed and something asks for them.
     `dense_tokens`, `judged_tokens`: then the tokens of held-out and of judged blocks in the dense
@@ -121,20 +119,17 @@ def _predicted(blocks: Mapping[str, list[Tensor]]) -> dict[str, list[int]]:
     return {name: [len(ids_T) - 1 for ids_T in domain] for name, domain in blocks.items()}
 
 
-class SafetyNet:
+class LossWatch:
     """`dense` and `now`: held-out nats per token by domain; empty if nothing asks for them.
 
     `now` starts with the model of the first round, so without the layers that `depth` took.
     """
 
-    def __init__(self, run: Run, directory: Path) -> None:
-        """Measure the model as it is; `directory` holds the snapshot of a round."""
+    def __init__(self, run: Run) -> None:
+        """Measure the model as it is."""
         self.run = run
-        self.limit = run.resolved.recipe.choose.max_loss_rise
         self.now = watched_losses(run, "without layers" if run.dense_losses else "dense")
         self.dense = run.dense_losses or self.now
-        self._snapshot = LayersOnDisk(directory, "held")
-        self._keeps: Keeps = {}
 
     def allowed_rise(self) -> dict[str, float]:
         """Return how much each protected domain's loss may still rise, in nats per token of the model.
@@ -157,36 +152,14 @@ class SafetyNet:
                 )
         return allowed
 
-    def before_round(self, keeps: Keeps) -> None:
-        """Save the layers and what is left of them, if a limit may undo the round."""
-        if self.limit is None:
-            return
-        groups = self.run.resolved.groups
-        for index, layer in enumerate(decoder_layers(self.run.model, self.run.arch)):
-            self._snapshot.save(index, layer, [group for group in groups if group.layer == index])
-        self._keeps = dict(keeps)
-
-    def holds(self, number: int, keeps: Keeps) -> bool:
-        """Measure the round; undo it if the loss rose too far. Raises RecipeError for round 1."""
+    def after_round(self, number: int) -> None:
+        """Measure the round and log it, if anything asks for its losses."""
         if not self.now:
-            return True
+            return
         self.now = watched_losses(self.run, f"round {number}")
         num_params = sum(parameter.numel() for parameter in self.run.model.parameters())
-        rise = _mean(self.now) / _mean(self.dense) - 1
-        held = self.limit is None or rise <= self.limit
-        line = {"event": "round", "round": number, "num_params": num_params, "nats_per_token": self.now, "held": held}
+        line = {"event": "round", "round": number, "num_params": num_params, "nats_per_token": self.now}
         self.run.services.log.write(line)
-        if held:
-            return True
-        risen = f"round {number} raised the mean held-out loss by {rise:.1%} (allowed {self.limit:.1%})"
-        said = f"choose.max_loss_rise: {risen}"
-        if number == 1:
-            raise RecipeError(f"{said}, and there is no round before it to go back to; remove less or use more rounds.")
-        for index, layer in enumerate(decoder_layers(self.run.model, self.run.arch)):
-            self._snapshot.restore(index, layer)
-        keeps.update(self._keeps)
-        self.run.services.log.write({"event": "note", "text": f"{said}, so the result is that of round {number - 1}."})
-        return False
 
 
 def watched_losses(run: Run, which: str, blocks: Mapping[str, Blocks] | None = None) -> dict[str, float]:
@@ -209,8 +182,4 @@ def _is_watched(run: Run) -> bool:
     """Return whether the recipe asks for held-out losses between rounds."""
     recipe = run.resolved.recipe
     is_protected = any(domain.protect is not None for domain in recipe.calibration.domains.values())
-    return recipe.choose.max_loss_rise is not None or is_protected or recipe.choose.rounds > 1
-
-
-def _mean(losses: dict[str, float]) -> float:
-    return sum(losses.values()) / len(losses)
+    return is_protected or recipe.choose.rounds > 1

@@ -133,7 +133,7 @@ def would_have_paid(opened: Opened, text: CalibrationSet) -> str | None:
     removal = methods.removal_by_counts(vocabulary, counts, {each.name: each.share for each in text.domains})
     cheap = int((removal.more_R <= ALMOST_FREE).sum())
     num_gone = int(methods.sizes_within(removal, num_rows, cheap)[-1])
-    share = token_prices("parameters", opened.model, num_gone, 1) / opened.size.num_params
+    share = token_prices("parameters", opened.model, num_gone) / opened.size.num_params
     if share < WORTH_SAYING:
         return None
     more = removal.more_R[num_gone - 1]
@@ -183,12 +183,11 @@ def _count(dense: _Dense, removal: methods.Removal) -> int:
     """Return how many tokens go with `auto`."""
     opened, num_rows = dense.opened, dense.vocabulary.num_rows
     remove, arch = opened.recipe.remove, opened.arch
-    prices, length = recipe_prices(opened.recipe, arch, opened.model), opened.recipe.calibration.sequence_length
-    assert length is not None
+    prices = recipe_prices(opened)
     layers = layers_to_expect(opened.recipe, arch, opened.model.config)
     asked = max(0.0, remove.share * prices.total - prices.of_all_but(layers))
     prices = prices.numbered(layers)
-    per_token = token_prices(remove.target, opened.model, 1000, length) / 1000
+    per_token = token_prices(remove.target, opened.model, 1)
     if not remove.group_names or not asked:
         return int(methods.sizes_within(removal, num_rows, int(asked // per_token))[-1])
     # One count more than the share holds, if `resolve` takes it: the least with which no channel need go.
@@ -228,7 +227,7 @@ def _measured(dense: _Dense, removal: methods.Removal, most: float) -> tuple[flo
     # A recipe that every model can meet: memory depends on its text.
     layers = {"depth": 0, "layers": (), "groups": ("ffn",)}
     remove = {"vocabulary": None, "share": 0.05, "align": 1, "min_keep": 0.0, **layers}
-    plain = recipe.filled(remove=remove, choose={"rounds": 1, "schedule": "linear"})
+    plain = recipe.filled(remove=remove, choose={"rounds": 1})
     resolved = resolve(opened.asking(plain))
     plan = memory_for(opened.asking(plain), resolved)
     text = (recipe.calibration, resolved.num_tokens, dense.tokenizer, recipe.seed)

@@ -17,7 +17,8 @@ from secateur.facts import (
     parse_json,
 )
 from secateur.log import LOG_FILE
-from secateur.recipe import MeasuredPrices, Recipe
+from secateur.methods.prices import Seconds
+from secateur.recipe import Recipe
 from secateur.recipe_file import RECIPE_FILE, load_recipe, parse_recipe
 from secateur.report.measured import (
     RECOVERY_FILE,
@@ -145,7 +146,7 @@ class Inspection(Shown, Record):
     """A model's structure and the outcome of a recipe's `remove`.
 
     `remove_asked`, `largest_remove`: shares of what the recipe's target counts, see `outcome`;
-    `remove_reached`: of all parameters. `prices`: seconds measured for target `latency`.
+    `remove_reached`: of all parameters. `seconds_per_token`: measured for target `latency`.
     `possible`, `impossible`: groups that the family has, and those it cannot have, with the reason.
     `operations`, `seconds`: of the run without the choice of layers. `disk_bytes`: the most
     written.
@@ -161,7 +162,7 @@ class Inspection(Shown, Record):
     remove_asked: float
     remove_reached: float
     outcome: Outcome
-    prices: MeasuredPrices | None
+    seconds_per_token: Seconds | None
     largest_remove: float
     align: int
     num_params_after: int
@@ -314,12 +315,11 @@ class RemovedLayer:
 
 @dataclass(frozen=True, slots=True)
 class RoundEnd:
-    """A round's parameters and held-out nats per token. `held`: the run did not undo it."""
+    """A round's parameters and held-out nats per token."""
 
     round: int
     num_params: int
     nats_per_token: dict[str, float]
-    held: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +333,7 @@ class TrainingStep:
 
 @dataclass(frozen=True, slots=True)
 class ResultFiles:
-    """All that a report tells of a run. `steps`: of rounds that held. `rounds`: if evaluated."""
+    """All that a report tells of a run. `rounds`: if evaluated."""
 
     summary: Summary
     removed_layers: tuple[RemovedLayer, ...]
@@ -356,13 +356,11 @@ def read_summary(directory: Path) -> Summary:
 def read_result(directory: Path) -> ResultFiles:
     """Read a result directory. Raises CheckpointError or RecipeError if it is incomplete."""
     summary = read_summary(directory)
-    rounds = _events(directory, "round", RoundEnd)
-    undone = {end.round for end in rounds if not end.held}
     return ResultFiles(
         summary=summary,
         removed_layers=_events(directory, "layer", RemovedLayer),
-        steps=tuple(step for step in _events(directory, "group", GroupStep) if step.round not in undone),
-        rounds=rounds,
+        steps=_events(directory, "group", GroupStep),
+        rounds=_events(directory, "round", RoundEnd),
         recipe=parse_recipe(load_recipe(directory / RECIPE_FILE), f"recipe {directory / RECIPE_FILE}"),
         recipe_text=_read(directory, RECIPE_FILE),
         evaluation=_added(Evaluation, directory, EVALUATION_FILE),

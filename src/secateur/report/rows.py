@@ -282,8 +282,9 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         f"asked {inspection.remove_asked:.1%}, reached {outcome.share_gone:.1%} of {whole}, widths in multiples "
         f"of {inspection.align}; at most {inspection.largest_remove:.1%}",
     )
-    if inspection.prices:
-        yield "measured", f"for a run by the same seconds, in its recipe: prices: {inspection.prices.model_dump()}"
+    if per_token := inspection.seconds_per_token:
+        units = ", ".join(f"{name} {seconds * 1e9:.3g} ns" for name, seconds in per_token.per_unit.items())
+        yield "measured", f"a token {per_token.total * 1e3:.3g} ms, a layer {per_token.per_layer * 1e3:.3g} ms, {units}"
     if len(set(inspection.num_layers)) > 1:
         each = f"each of {inspection.params_per_layer:,} parameters"
         yield "layers", "{} -> {}, {}; a run measures which".format(*inspection.num_layers, each)
