@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from secateur.errors import RecipeError
-from secateur.plugins import MIXED_IN, PROSE, TECHNICAL
+from secateur.plugins import PROSE, TECHNICAL
 from secateur.recipe import Domain, Recipe
 from secateur.recipe_file import as_recipe, dump_recipe, load_recipe, merged, parse_recipe
 
@@ -18,7 +18,7 @@ TOOL = Path(__file__).parents[1] / "tools" / "recipe_page.py"
 
 def test_the_docs_name_the_default_domains():
     text = " ".join(DATA.read_text(encoding="utf-8").split())
-    mix = ", ".join((*PROSE, "dialogue", *MIXED_IN))
+    mix = ", ".join((*PROSE, "dialogue", *TECHNICAL))
     assert f"{mix} where" in text
     assert f"and {', '.join(TECHNICAL)} and what the model writes itself otherwise" in text
 

@@ -28,8 +28,7 @@ GENERAL_TEXT = {
     "dialogue": ("chitchat-dataset", "dataset.json"),
 }
 
-PROSE, TECHNICAL = ("web", "encyclopedia", "multilingual"), ("code", "technical", "mathematics", "science", "readme")
-MIXED_IN = ("code", "mathematics", "science")
+PROSE, TECHNICAL = ("web", "encyclopedia", "multilingual"), ("code", "mathematics", "science")
 
 Kind = TypeVar("Kind")
 
@@ -48,7 +47,7 @@ def default_domains() -> dict[str, Any]:
     """Return the domains of a recipe that names none: a general mix, or technical text and the model's own."""
     general = tuple(name for name in (*PROSE, "dialogue") if general_text(name) is not None)
     has_prose = not set(general).isdisjoint(PROSE)
-    installed = (*general, *(MIXED_IN if has_prose else TECHNICAL))
+    installed = (*general, *TECHNICAL)
     return {name: {"installed": name} for name in installed} | ({} if has_prose else {"self": {"sampled": True}})
 
 

@@ -98,9 +98,7 @@ class RecoverySettings(Training):
     evaluation: TaskSettings = TaskSettings()
 
 
-InstalledDomain = Literal[
-    "web", "encyclopedia", "dialogue", "multilingual", "code", "technical", "mathematics", "science", "readme", "legal"
-]
+InstalledDomain = Literal["web", "encyclopedia", "dialogue", "multilingual", "code", "mathematics", "science"]
 WeightingName = Literal["tokens", "energy", "minimax"]
 BudgetName = Literal["uniform", "curve"]
 TargetName = Literal["parameters", "kv_bytes", "latency"]

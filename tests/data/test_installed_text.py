@@ -126,9 +126,9 @@ value = "{LONG}"
 '''
 
 
-@pytest.mark.parametrize("kind", ["technical", "mathematics", "science"])
+@pytest.mark.parametrize("kind", ["mathematics", "science"])
 def test_docstrings_stand_under_their_qualified_names(site: Site, kind: str) -> None:
-    package = {"technical": "numpy", "mathematics": "sympy", "science": "scipy"}[kind]
+    package = {"mathematics": "sympy", "science": "scipy"}[kind]
     site.install(package, {f"{package}/part/module.py": MODULE})
     where = f"{package}.part.module"
     expected = [
@@ -157,52 +157,6 @@ def test_docstrings_of_a_packages_own_files_alone(site: Site) -> None:
     }
     site.install("scikit-learn", files)
     assert sorted(texts("science")) == [f"sklearn\n\n{LONG}", f"sklearn.a\n\n{LONG}"]
-
-
-def test_topics_of_the_library_join_the_technical_text(site: Site) -> None:
-    (site.library / "pydoc_data").mkdir()
-    topics = {"b": LONG + " b", "a": LONG, "c": SHORT}
-    (site.library / "pydoc_data" / "topics.py").write_text(f"# made by hand\nother = 1\ntopics = {topics!r}\n")
-    assert sorted(texts("technical")) == [LONG, LONG + " b"]
-    site.install("numpy", {"numpy/m.py": f'"""{LONG}"""'})
-    assert sorted(texts("technical")) == sorted([LONG, LONG + " b", f"numpy.m\n\n{LONG}"])
-
-
-def test_descriptions_are_each_read_once_and_not_our_own(site: Site) -> None:
-    for name, text in {"B": "second", "a": "first", "c": "first", "d": "  ", "secateur": "ours"}.items():
-        site.install(name, description=text)
-    assert sorted(texts("readme")) == ["first", "second"]
-    orders = {tuple(texts("readme", seed)) for seed in range(10)}
-    assert orders == {("first", "second"), ("second", "first")}
-
-
-def test_licences_give_each_paragraph_once(site: Site) -> None:
-    files = {
-        "INFO/LICENSE": "Permission is granted.\n\nCopyright 2020 by A.\n",
-        "INFO/licenses/COPYING.txt": "Another one.\n\nAnother  ONE 2!\n",
-        "a/LICENSE": "not in the metadata",
-        "INFO/other.txt": "no licence",
-    }
-    site.install("a", files)
-    site.install("b", {"INFO/Licence.md": "PERMISSION, is granted;\n \t\nCopyright 2021 by B.\n"})
-    site.install("c", {"INFO/NOTICE": "permission is granted\n\nA notice.", "INFO/MIT-LICENSE.txt": "As MIT says."})
-    with (site.packages / "c-1.dist-info" / "RECORD").open("a") as record:
-        record.write("c-1.dist-info/LICENSE,,\n")  # which is gone
-    found = texts("legal")
-    assert sorted(found) == sorted(
-        [
-            "Permission is granted.\n\nCopyright 2020 by A.",
-            "Another one.",
-            "Copyright 2021 by B.",
-            "A notice.",
-            "As MIT says.",
-        ]
-    )
-
-
-def test_a_licence_that_is_no_utf8_is_read_all_the_same(site: Site) -> None:
-    site.install("a", {"INFO/LICENSE": "\udce4hnlich"})
-    assert texts("legal") == ["\ufffdhnlich"]
 
 
 def test_dialogue_names_speakers_by_letters_in_their_order(site: Site) -> None:
@@ -239,7 +193,7 @@ def test_what_is_not_installed_is_one_sentence(site: Site, kind: str) -> None:
 
 
 def test_the_default_domains_are_a_general_mix_where_its_text_is_installed(site: Site) -> None:
-    technical = ["code", "technical", "mathematics", "science", "readme", "self"]
+    technical = ["code", "mathematics", "science", "self"]
     assert Calibration().domains["self"].source == ("sampled", True)
     assert list(Calibration().domains) == technical
     site.install("chitchat-dataset", {"chitchat_dataset/dataset.json": "{}"})

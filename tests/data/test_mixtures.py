@@ -95,4 +95,4 @@ def test_every_domain_of_a_mixture_names_a_revision_and_no_other_source(mixture:
 
 
 def test_the_general_mixture_has_the_kinds_of_text_of_the_defaults() -> None:
-    assert set(mixtures()["general"]) == set(INSTALLED_DOMAINS) - {"technical", "readme", "legal"}
+    assert set(mixtures()["general"]) == set(INSTALLED_DOMAINS)

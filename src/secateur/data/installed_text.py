@@ -15,7 +15,7 @@ import tokenize
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import Distribution, PackageNotFoundError, PackagePath
+from importlib.metadata import PackageNotFoundError, PackagePath
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,7 +30,6 @@ MIN_GENERAL_CHARACTERS = 200
 # Not ordinary code: character tables, documentation and build settings in Python syntax.
 _SKIPPED_LIBRARY = {"test", "tests", "idlelib", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 _ARTICLE_TAG = re.compile(r"<doc [^>]*>")
-_LICENCE_NAME = re.compile(r"licen[cs]e|copying|notice", re.IGNORECASE)
 
 # A document, or a function that reads it.
 _Document = str | Callable[[], str]
@@ -59,45 +58,6 @@ def _code() -> list[_Document]:
         subdirectories[:] = [name for name in subdirectories if name not in _SKIPPED_LIBRARY]
         paths += [Path(directory, name) for name in names if name.endswith(".py") and "_sysconfigdata" not in name]
     return [partial(_source, path) for path in sorted(paths) if path.stat().st_size >= MIN_SOURCE_BYTES]
-
-
-def _technical() -> list[_Document]:
-    path = Path(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py")
-    body = ast.parse(path.read_bytes()).body if path.is_file() else []
-    values = [node.value for node in body if isinstance(node, ast.Assign)]
-    topics = next((ast.literal_eval(value) for value in values if isinstance(value, ast.Dict)), {})
-    texts: list[_Document] = [topics[name] for name in sorted(topics) if len(topics[name]) >= MIN_DOCSTRING_CHARACTERS]
-    return texts + _docstring_files({"numpy": "numpy"})
-
-
-def _readme() -> list[_Document]:
-    # Without secateur's own, since editing it would change every calibration set.
-    others = [found for found in _distributions() if _name(found) != "secateur"]
-    return list(dict.fromkeys(str(found.metadata.json.get("description", "")) for found in others))
-
-
-def _legal() -> list[_Document]:
-    """Licence files, each paragraph once: most packages carry the same few, slightly changed."""
-    seen: set[str] = set()
-    documents: list[_Document] = []
-    for found in _distributions():
-        for file in sorted(found.files or []):
-            in_metadata = any(part.endswith(".dist-info") for part in file.parts)
-            if in_metadata and _LICENCE_NAME.search(file.name) and Path(str(file.locate())).is_file():
-                text = Path(str(file.locate())).read_text(encoding="utf-8", errors="replace")
-                documents.append(_new_paragraphs(text, seen))
-    return [text for text in documents if text]
-
-
-def _new_paragraphs(text: str, seen: set[str]) -> str:
-    """Return the paragraphs whose words are not in `seen`, and add them to it."""
-    fresh = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        words = " ".join(re.findall(r"[^\W\d]+", paragraph.lower()))
-        if words not in seen:
-            seen.add(words)
-            fresh.append(paragraph.strip("\n"))
-    return "\n\n".join(fresh)
 
 
 def _general(kind: str) -> list[_Document]:
@@ -167,23 +127,12 @@ def _package_files(name: str) -> list[PackagePath]:
         return []
 
 
-def _distributions() -> list[Distribution]:
-    return sorted(importlib.metadata.distributions(), key=_name)
-
-
-def _name(distribution: Distribution) -> str:
-    return str(distribution.metadata.json.get("name", "")).lower()
-
-
 _DOCUMENTS_OF = {"web": _lines, "encyclopedia": _articles, "multilingual": _lines, "dialogue": _conversations}
 _KINDS: dict[str, tuple[Callable[[], list[_Document]], str]] = {
     "code": (_code, "the .py files of the standard library"),
-    "technical": (_technical, "the package numpy and the standard library's pydoc topics"),
     "mathematics": (partial(_docstring_files, {"sympy": "sympy", "mpmath": "mpmath"}), "the packages sympy and mpmath"),
     "science": (
         partial(_docstring_files, {"networkx": "networkx", "scipy": "scipy", "scikit-learn": "sklearn"}),
         "the packages networkx, scipy and scikit-learn",
     ),
-    "readme": (_readme, "the descriptions of installed packages"),
-    "legal": (_legal, "the licence files of installed packages"),
 } | {kind: (partial(_general, kind), f"the package {package}") for kind, (package, _) in GENERAL_TEXT.items()}
