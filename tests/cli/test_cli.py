@@ -41,7 +41,7 @@ COMMANDS = {
     "--device --set --like --resume --overwrite --quiet --json",
     "trim": "MODEL OUT --vocabulary --domain --keep-text --keep-script --seed --evaluate --overwrite --quiet --json",
     "inspect": "MODEL --remove --to --to-bytes --fit --context --type --speedup --recipe --preset --polish --groups "
-    "--budget --align --rounds --memory-budget --set --check-for --tp --quiet --json",
+    "--budget --align --rounds --memory-budget --set --check-for --quiet --json",
     "recipe": "PRESET",
     "demo": "OUT --overwrite --quiet --json",
     "verify": "RESULT --quiet --json",

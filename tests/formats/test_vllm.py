@@ -1,6 +1,6 @@
-"""vLLM runs pruned models and writes transformers' tokens, and `bench` times it.
+"""vLLM runs pruned models and writes transformers' tokens.
 
-Slow, but for the options; needs `make runtimes RUNTIMES=vllm` first.
+Slow; needs `make runtimes RUNTIMES=vllm` first.
 """
 
 import json
@@ -17,12 +17,9 @@ from models import tiny_ids, tiny_llama, tiny_qwen2
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
-from secateur.errors import CheckpointError
 from secateur.formats.save import save_checkpoint
-from secateur.formats.vllm_runner import vllm_options
 from secateur.methods.depth import remove_layers
 from secateur.model.bind import bind, decoder_layers
-from secateur.model.checkpoint import open_checkpoint
 from secateur.model.per_layer import record_widths
 from tests.model.test_families import cut_units, kept_of
 from tests.trims import trimmed_pair
@@ -111,45 +108,3 @@ def test_vllm_writes_transformers_tokens(name: str, said: tuple[dict[str, Any], 
         # Behind the same context, the token is transformers' own, or as good as it: bfloat16 rounds in another order.
         gaps = logits.max(-1).values - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
         assert len(tokens) > 40 and gaps.max() <= (0.1 if "bfloat16" in name else 0), gaps
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("llama-uniform", {}),
-        ("llama-heads", {}),
-        ("llama-widths", BACKEND | {"trust_remote_code": True}),
-        ("qwen2-uniform", {}),
-        ("qwen2-heads", BACKEND),
-    ],
-)
-def test_bench_gives_vllm_the_options_that_a_model_needs(name: str, options: dict[str, Any], tmp_path: Path) -> None:
-    CASES[name][0](tmp_path)
-    assert vllm_options(open_checkpoint(tmp_path)) == options
-
-
-def test_bench_does_not_make_vllm_run_other_code(tmp_path: Path) -> None:
-    CASES["llama-widths"][0](tmp_path)
-    file = tmp_path / "modeling_per_layer.py"
-    file.write_text(file.read_text() + "\nprint('changed')\n")
-    with pytest.raises(CheckpointError, match="vLLM runs the directory's code, and that is not secateur's own"):
-        vllm_options(open_checkpoint(tmp_path))
-
-
-@pytest.mark.slow
-@needs_vllm
-def test_bench_times_vllm(tmp_path: Path) -> None:
-    for name, shares in (("dense", {}), ("pruned", UNEVEN)):
-        cut(tiny_llama, tmp_path / name, tied=False, dtype=torch.bfloat16, shares=shares)
-    sizes: dict[str, Any] = {"batch": 2, "prompt_tokens": 16, "new_tokens": 6, "repeats": 2}
-    found = secateur.bench(tmp_path / "pruned", tmp_path / "dense", **sizes, engine="vllm", engine_python=PYTHON)
-    assert found.pruned.dtype == "bfloat16" and found.versions["vllm"].startswith("0.") and found.decode is not None
-    assert found.decode.ideal > 1 and found.decode.measured.lowest > 0 and found.pruned.peak_bytes is None
-
-
-@pytest.mark.slow
-@needs_vllm
-def test_what_vllm_cannot_run_is_one_sentence(tmp_path: Path) -> None:
-    save(tiny_llama(), tmp_path)  # its heads have 12 channels
-    with pytest.raises(CheckpointError, match=r"vLLM cannot run it \(.*head_dim=12.*\)\.$"):
-        secateur.bench(tmp_path, prompt_tokens=16, repeats=1, engine="vllm", engine_python=PYTHON)

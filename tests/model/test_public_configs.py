@@ -60,22 +60,10 @@ def test_of_a_model_with_experts_these_go_unless_told_otherwise(tmp_path: Path) 
     assert set(found.impossible) == {"kv_heads", "query_heads", "shared", "expert_ffn"}
 
 
-@pytest.mark.parametrize(
-    ("name", "num_gpus", "problems"),
-    [
-        ("llama-3.1-8b", 4, ()),
-        ("llama-3.1-8b", 16, ()),
-        ("qwen2.5-7b", 8, ("num_attention_heads is 28, which 8 GPUs cannot split evenly",)),
-        ("phi-4", 4, ("num_key_value_heads is 10, which 4 GPUs cannot split evenly",)),
-        ("phi-4", 2, ()),
-        ("mixtral-8x7b", 3, ("num_attention_heads is 32, which 3 GPUs cannot split evenly",)),
-    ],
-)
-def test_vllms_rules(name: str, num_gpus: int, problems: tuple[str, ...], tmp_path: Path) -> None:
-    found, _ = inspected(named(name), tmp_path, check_for="vllm", tp=num_gpus)
-    assert isinstance(found.serving, Serving)
-    assert found.serving.problems[: len(problems)] == problems
-    assert bool(found.serving.problems) == bool(problems)
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", "mixtral-8x7b"])
+def test_what_was_run_of_vllm_is_said(name: str, tmp_path: Path) -> None:
+    found, _ = inspected(named(name), tmp_path, check_for="vllm")
+    assert isinstance(found.serving, Serving) and found.serving.problems == ()
     said = found.serving.cautions[0]
     assert ("vLLM 0.32.0 ran pruned" if name.startswith(("llama", "qwen2")) else "vLLM was not run with") in said
 

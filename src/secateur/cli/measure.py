@@ -82,12 +82,7 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Runs of each model, in turns.")] = 5,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")] = "cpu",
     compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
-    engine: Annotated[
-        str, typer.Option(help="transformers, llama.cpp (exports both as GGUF first), or vllm.")
-    ] = "transformers",
-    engine_python: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="The Python that has vLLM, if not this one.")
-    ] = None,
+    engine: Annotated[str, typer.Option(help="transformers, or llama.cpp, which gets both as GGUF.")] = "transformers",
     other_dense: common.OtherDense = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
@@ -105,7 +100,7 @@ def bench(
     }
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
         options: dict[str, Any] = {"device": device, "compiled": compiled, "engine": engine, "progress": progress}
-        options |= {"engine_python": engine_python, "other_dense": other_dense}
+        options |= {"other_dense": other_dense}
         result = secateur.bench(model, against, **workload, **options)
     if as_json:
         print(result.to_json(), end="")

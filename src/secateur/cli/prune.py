@@ -111,7 +111,6 @@ def inspect(
     memory_budget: common.MemoryBudget = None,
     sets: common.Sets = None,
     server: Server = None,
-    num_gpus: Annotated[int, typer.Option("--tp", help="With --check-for: tensor-parallel size.")] = 1,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
@@ -124,7 +123,7 @@ def inspect(
     said |= {"polish": {"num_tokens": polish}, "machine": {"memory_budget": memory_budget}}
     asked = _recipe(recipe, preset, said, None, sets)
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
-        found = secateur.inspect(model, asked, check_for=server, tp=num_gpus, progress=progress)
+        found = secateur.inspect(model, asked, check_for=server, progress=progress)
     if as_json:
         print(found.to_json(), end="")
     else:

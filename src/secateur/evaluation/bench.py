@@ -26,18 +26,17 @@ from secateur.evaluation.text import greedy
 from secateur.facts import Size, Workload
 from secateur.files import staged_file
 from secateur.formats.gguf import check_exportable, export_gguf
-from secateur.formats.save import open_llama_cpp, require_llama_cpp, save_checkpoint
-from secateur.formats.vllm_runner import open_vllm, require_vllm, vllm_options
+from secateur.formats.save import open_llama_cpp, require_llama_cpp
 from secateur.log import Progress, silent, versions
 from secateur.methods.prices import kv_cache_bytes_per_token, least_costs
-from secateur.model.checkpoint import Checkpoint, check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
+from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
 from secateur.model.identity import check_dense, identity, is_result
 from secateur.model.kept_tokens import kept_tokens_of
 from secateur.report.measured import BenchResult, BenchSettings, ModelFigures, Ratio, Speed, SpeedUp
 from secateur.result_directory import BENCH_FILE
 from secateur.stream.device import now
 
-ENGINES = ("transformers", "llama.cpp", "vllm")
+ENGINES = ("transformers", "llama.cpp")
 GGUF_TYPE, GGUF_DTYPE = "f16", torch.float16  # what llama.cpp runs, its cache too
 # Returns the seconds from the start to each new token; the first follows the whole prompt.
 Runner = Callable[[], list[float]]
@@ -52,7 +51,6 @@ class _Contender:
     shape: PreTrainedModel
     runner: Runner
     peak_bytes: int | None = None
-    vllm: str | None = None  # its version, in an environment of its own
 
 
 def bench(
@@ -66,7 +64,6 @@ def bench(
     device: str = "cpu",
     compiled: bool = False,
     engine: str = "transformers",
-    engine_python: str | Path | None = None,
     other_dense: bool = False,
     progress: Progress = silent,
 ) -> BenchResult:
@@ -76,17 +73,16 @@ def bench(
     nothing is. `against`: the dense model; `other_dense`: it is meant to be another one than the
     result was pruned from. `batch`: prompts at a time, of `prompt_tokens` each,
     followed by `new_tokens` each. `repeats`: runs of each model. `device`: cpu, cuda or cuda:0.
-    `compiled`: use torch.compile. `engine`: transformers; llama.cpp, which gets both models as GGUF;
-    or vllm, which runs in the Python `engine_python`, by default this one. `progress`: called with
-    (stage, done, total).
+    `compiled`: use torch.compile. `engine`: transformers, or llama.cpp, which gets both models as
+    GGUF. `progress`: called with (stage, done, total).
 
     Returns the figures of each model, and the speed-up beside the ideal.
 
     Raises a SecateurError for what a user can correct: RecipeError for options, CheckpointError for
-    models and for a missing llama.cpp or vLLM.
+    models and for a missing llama.cpp.
     """
     workload, settings = Workload(batch, prompt_tokens, new_tokens, repeats), BenchSettings(engine, device, compiled)
-    _check_settings(settings, workload, engine_python)
+    _check_settings(settings, workload)
     checkpoints = [open_checkpoint(reference) for reference in (model, against) if reference is not None]
     notes, dense_fingerprint = (), None
     if against is not None:
@@ -94,7 +90,7 @@ def bench(
         dense_fingerprint = identity(checkpoints[1])
     for checkpoint in checkpoints:
         _check_model(checkpoint, workload, settings)
-    result = _bench(checkpoints, workload, settings, engine_python, progress)
+    result = _bench(checkpoints, workload, settings, progress)
     result = replace(result, notes=(*notes, *result.notes), dense_fingerprint=dense_fingerprint)
     if is_result(Path(model)):
         with staged_file(Path(model, BENCH_FILE), overwrite=True) as staged:
@@ -103,11 +99,7 @@ def bench(
 
 
 def _bench(
-    checkpoints: list[Checkpoint],
-    workload: Workload,
-    settings: BenchSettings,
-    engine_python: str | Path | None,
-    progress: Progress,
+    checkpoints: list[Checkpoint], workload: Workload, settings: BenchSettings, progress: Progress
 ) -> BenchResult:
     with ExitStack() as stack:
         contenders = list[_Contender]()
@@ -117,10 +109,7 @@ def _bench(
                 contenders.append(_prepare_transformers(checkpoint, workload, settings))
                 continue
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="secateur-bench-")))
-            if settings.engine == "llama.cpp":
-                contenders.append(_prepare_gguf(checkpoint, workload, place / "model.gguf"))
-            else:
-                contenders.append(_prepare_vllm(checkpoint, workload, place, engine_python, stack))
+            contenders.append(_prepare_gguf(checkpoint, workload, place / "model.gguf"))
         progress("load", len(checkpoints), len(checkpoints))
         runs = take_turns([contender.runner for contender in contenders], workload.repeats, progress, "bench")
     figures = [_figures(contender, run, workload) for contender, run in zip(contenders, runs, strict=True)]
@@ -134,8 +123,7 @@ def _bench(
     notes = tuple(_notes(checkpoints))
     if dense is not None and workload.repeats == 1:
         notes = (*notes, "one repeat has no range, so the speed-ups may be chance; repeat the runs to know.")
-    used = versions() | ({"vllm": contenders[0].vllm} if contenders[0].vllm else {})
-    return BenchResult(settings, torch.get_num_threads(), workload, pruned, dense, prefill, decode, used, notes)
+    return BenchResult(settings, torch.get_num_threads(), workload, pruned, dense, prefill, decode, versions(), notes)
 
 
 def _notes(checkpoints: list[Checkpoint]) -> Iterator[str]:
@@ -166,21 +154,6 @@ def _prepare_gguf(checkpoint: Checkpoint, workload: Workload, file: Path) -> _Co
     return _Contender(checkpoint.reference, shape, llama_cpp_runner(file, workload))
 
 
-def _prepare_vllm(
-    checkpoint: Checkpoint, workload: Workload, place: Path, python: str | Path | None, stack: ExitStack
-) -> _Contender:
-    name = checkpoint.reference
-    if checkpoint.gguf_file:  # vLLM loads safetensors
-        save_checkpoint(
-            load_model(checkpoint), load_tokenizer(checkpoint), place, max_shard_size="5GB", carry_from=None
-        )
-        checkpoint = open_checkpoint(place)
-    shape = meta_model(checkpoint.config)
-    prompt = prompt_ids(workload, checkpoint.config.get_text_config().vocab_size)
-    version, runner = stack.enter_context(open_vllm(python, checkpoint, shape, prompt, workload))
-    return _Contender(name, shape, runner, vllm=version)
-
-
 def _figures(contender: _Contender, runs: list[list[float]], workload: Workload) -> ModelFigures:
     shape, dtype = contender.shape, str(contender.shape.dtype).removeprefix("torch.")
     costs, measured = least_costs(shape, workload), speed(runs, workload)
@@ -192,7 +165,7 @@ def _speed_up(pruned: list[float], dense: list[float], *, ideal: float) -> Speed
     return SpeedUp(measured, ideal, measured.median / ideal)
 
 
-def _check_settings(settings: BenchSettings, workload: Workload, engine_python: str | Path | None) -> None:
+def _check_settings(settings: BenchSettings, workload: Workload) -> None:
     for field, least in (("batch", 1), ("prompt_tokens", 1), ("new_tokens", 2), ("repeats", 1)):
         value = getattr(workload, field)
         if value < least:
@@ -216,12 +189,6 @@ def _check_settings(settings: BenchSettings, workload: Workload, engine_python: 
         require_llama_cpp("bench --engine llama.cpp")
         if (workload.batch, device.type, settings.compiled) != (1, "cpu", False):
             raise RecipeError("bench engine: llama.cpp runs here with batch 1, on the cpu, and not compiled by torch.")
-    if settings.engine == "vllm":
-        if (device.type, settings.compiled) != ("cpu", False):
-            raise RecipeError("bench engine: vllm runs here on the cpu, and not compiled by torch.")
-        require_vllm(engine_python, "bench --engine vllm")
-    elif engine_python is not None:
-        raise RecipeError(f"bench engine_python: is of engine vllm, got it with {settings.engine}; leave it out.")
 
 
 def _check_model(checkpoint: Checkpoint, workload: Workload, settings: BenchSettings) -> None:
@@ -236,8 +203,6 @@ def _check_model(checkpoint: Checkpoint, workload: Workload, settings: BenchSett
         )
     if settings.engine == "llama.cpp":
         check_exportable(checkpoint, GGUF_TYPE)
-    if settings.engine == "vllm":
-        vllm_options(checkpoint)
 
 
 def take_turns(runners: list[Runner], repeats: int, progress: Progress, stage: str) -> list[list[list[float]]]:
@@ -258,9 +223,16 @@ def speed(runs: list[list[float]], workload: Workload) -> Speed:
     prefill, decode = prefill_rates(runs, workload), decode_rates(runs, workload)
     first = [run[0] for run in runs]
     return Speed(
-        *(statistics.median(prefill), statistics.median(decode), statistics.median(first)),
-        *((min(prefill), max(prefill)), (min(decode), max(decode)), (min(first), max(first))),
-        *(workload.batch, workload.prompt_tokens, workload.new_tokens, len(runs)),
+        prefill_tokens_per_second=statistics.median(prefill),
+        decode_tokens_per_second=statistics.median(decode),
+        first_token_seconds=statistics.median(first),
+        prefill_range=(min(prefill), max(prefill)),
+        decode_range=(min(decode), max(decode)),
+        first_token_range=(min(first), max(first)),
+        batch=workload.batch,
+        prompt_tokens=workload.prompt_tokens,
+        new_tokens=workload.new_tokens,
+        repeats=len(runs),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from secateur.data.calibration import token_counts
 from secateur.errors import CheckpointError, RecipeError, SecateurError
 from secateur.formats.gguf import gguf_bytes, metadata_bytes
-from secateur.formats.serving import KV_HEADS, QUERY_HEADS, VLLM, check_server, check_vllm, gguf_problem
+from secateur.formats.serving import KV_HEADS, QUERY_HEADS, VLLM, check_server, gguf_problem, vllm_cautions
 from secateur.log import Progress, silent
 from secateur.methods import vocabulary as methods
 from secateur.methods.budget import Plan, align_of, largest_remove, least_keep
@@ -44,22 +44,22 @@ def possible_groups(arch: Arch) -> tuple[Possible, ...]:
     return tuple(found)
 
 
-def serving_after(server: str, num_gpus: int, arch: Arch, model: Any, plan: Plan) -> Serving:
+def serving_after(server: str, arch: Arch, model: Any, plan: Plan) -> Serving:
     """Return whether a server could load the model once it has the widths of `plan`.
 
-    Raises RecipeError for an unknown server, or one that cannot use so many GPUs.
+    Raises RecipeError for an unknown server.
     """
-    check_server(server, num_gpus)
+    check_server(server)
     config: Any = text_config(model)
     layers = config.per_layer_config if is_per_layer(config) else [config] * arch.num_layers
     found = [_widths_after(arch, index, sizes, plan) for index, sizes in enumerate(layers)]
     widths = {key: frozenset(each[key] for each in found if key in each) for each in found for key in each}
     follows = widths[QUERY_HEADS] == {config.hidden_size // head_width(config)}
     if server == VLLM:
-        return Serving(server, num_gpus, *check_vllm(num_gpus, arch.family, widths, heads_follow_hidden_size=follows))
+        return Serving(server, (), vllm_cautions(arch.family, widths, heads_follow_hidden_size=follows))
     problem = gguf_problem(model.config, widths, head_width(config))
     caution = "llama.cpp was not run; secateur export writes the file"
-    return Serving(server, num_gpus, (problem,) if problem else (), (caution,))
+    return Serving(server, (problem,) if problem else (), (caution,))
 
 
 def _widths_after(arch: Arch, index: int, sizes: Any, plan: Plan) -> dict[str, int]:
@@ -166,14 +166,13 @@ def inspect(
     recipe: Recipe | dict[str, Any] | Path | str | None = None,
     *,
     check_for: str | None = None,
-    tp: int = 1,
     progress: Progress = silent,
 ) -> Inspected:
     """Say what a model consists of, and what a run would leave and cost, without its weights.
 
     `model`: a local directory, a hub id, a `.gguf` file or `smollm2-135m`. `recipe`: as in `prune`.
-    `check_for`: `vllm` or `llama.cpp`, to list what keeps it from running the result. `tp`: vLLM's
-    tensor-parallel size. `progress`: called with (stage, done, total).
+    `check_for`: `vllm` or `llama.cpp`, to list what keeps it from running the result.
+    `progress`: called with (stage, done, total).
 
     Returns groups, widths before and after, bytes, memory, disk and seconds, how much of the model
     its vocabulary is, how many of its tokens the domains' text has, and how large GGUF files will be.
@@ -184,7 +183,7 @@ def inspect(
     share that cannot be is a note, and the nearest one that can is shown.
     """
     opened = open_model(model, as_recipe(recipe), weights=False)
-    return _inspection(opened, check_for, tp, progress)
+    return _inspection(opened, check_for, progress)
 
 
 def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
@@ -217,7 +216,7 @@ def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
     raise refused
 
 
-def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progress) -> Inspected:
+def _inspection(opened: Opened, check_for: str | None, progress: Progress) -> Inspected:
     services = Services(progress=progress)
     opened = with_seconds(checked(opened), services)
     recipe = opened.recipe
@@ -258,7 +257,7 @@ def _inspection(opened: Opened, check_for: str | None, tp: int, progress: Progre
         warnings=(*refused, *measured_later, *resolved.warnings),
         possible=possible_groups(arch),
         impossible=arch.omits,
-        serving=None if check_for is None else serving_after(check_for, tp, arch, opened.model, plan),
+        serving=None if check_for is None else serving_after(check_for, arch, opened.model, plan),
         vocabulary=inspected_vocabulary(opened, resolved, progress),
         files=files,
         files_problem=files_problem,

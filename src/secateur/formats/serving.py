@@ -21,47 +21,30 @@ VLLM_RUN = "0.32.0"  # the release that tests/formats/test_vllm.py was run with
 QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
 
 
-def check_server(server: str, num_gpus: int) -> None:
-    """Raise RecipeError for an unknown server, no GPU, or more than one GPU with llama.cpp."""
+def check_server(server: str) -> None:
+    """Raise RecipeError for an unknown server."""
     if server not in SERVERS:
         raise RecipeError(
             f"--check-for: unknown server '{server}'; allowed: {', '.join(SERVERS)}; {advice(server, SERVERS)}"
         )
-    if num_gpus < 1:
-        raise RecipeError(f"--tp: must be at least 1, got {num_gpus}.")
-    if server == LLAMA_CPP and num_gpus > 1:
-        raise RecipeError(f"--tp: is of vllm, got {num_gpus} with --check-for llama.cpp; leave it out.")
 
 
-def check_vllm(
-    num_gpus: int,
-    family: str,
-    widths: Mapping[str, frozenset[int]],
-    *,
-    heads_follow_hidden_size: bool = True,
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what keeps vLLM from loading the model, and cautions: what was run, what options it needs.
+def vllm_cautions(
+    family: str, widths: Mapping[str, frozenset[int]], *, heads_follow_hidden_size: bool = True
+) -> tuple[str, ...]:
+    """Return what was run of vLLM, and the options that it needs for the model.
 
     `widths`: by config key, the values of all layers. `heads_follow_hidden_size`: whether head_dim
     is hidden_size / heads, as it is until heads are cut.
     """
-    problems = []
-    for key, values in widths.items():
-        for value in sorted(values):
-            if key == KV_HEADS and value < num_gpus:
-                if num_gpus % value:
-                    problems.append(f"{num_gpus} GPUs cannot share {value} KV heads evenly ({key})")
-            elif value % num_gpus and "experts" not in key:  # every GPU has slices of all experts
-                problems.append(f"{key} is {value}, which {num_gpus} GPUs cannot split evenly")
     known = load_specs()[family].serving.get(VLLM)
     if known and known.ran:
-        cautions = [f"vLLM {VLLM_RUN} ran pruned {family} models on a CPU; of this one only the widths were checked"]
+        cautions = [f"vLLM {VLLM_RUN} ran pruned {family} models on a CPU; this one was not run"]
     else:
-        cautions = [f"checked by vLLM's published rules; vLLM was not run with the family {family}"]
+        cautions = [f"vLLM was not run with the family {family}"]
     if uneven := [f"{key} ({min(each)} to {max(each)})" for key, each in widths.items() if len(each) > 1]:
         cautions.append(
             f"differs by layer: {', '.join(uneven)}; give vLLM --model-impl transformers --trust-remote-code"
-            + (", which was not run on several GPUs" if num_gpus > 1 else "")
         )
     elif known is None:
         cautions.append(f"family {family} is not in vLLM's registry; give vLLM --model-impl transformers")
@@ -70,7 +53,7 @@ def check_vllm(
             f"heads were cut, and vLLM's own {family} was not found to read head_dim from the config; give vLLM "
             "--model-impl transformers"
         )
-    return tuple(problems), tuple(cautions)
+    return tuple(cautions)
 
 
 def gguf_specs(*, per_layer: bool) -> dict[str, GgufSpec]:

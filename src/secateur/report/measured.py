@@ -247,7 +247,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """How a bench runs. llama.cpp runs one prompt at a time, in f16; it and vLLM on the CPU."""
+    """How a bench runs. llama.cpp runs one prompt at a time, in f16, on the CPU."""
 
     engine: str = "transformers"
     device: str = "cpu"

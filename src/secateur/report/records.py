@@ -100,15 +100,8 @@ class Serving:
     """A check's findings. `problems` keep the server from loading; `cautions` are unsettled."""
 
     server: str
-    num_gpus: int
     problems: tuple[str, ...]
     cautions: tuple[str, ...]
-
-    @property
-    def where(self) -> str:
-        """The server, and its number of GPUs if it splits models."""
-        gpus = f" on {self.num_gpus} GPU{'s' if self.num_gpus > 1 else ''}" if self.server == "vllm" else ""
-        return self.server + gpus
 
 
 @dataclass(frozen=True, slots=True)

@@ -324,7 +324,7 @@ def _groups_and_server(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "cannot go", f"{name}: {reason}"
     if inspection.serving is not None:
         serving = inspection.serving
-        yield "serving", f"{serving.where}: {'; '.join(serving.problems) or 'nothing stands against the result'}"
+        yield "serving", f"{serving.server}: {'; '.join(serving.problems) or 'nothing stands against the result'}"
         yield "", "; ".join(serving.cautions)
 
 
