@@ -161,8 +161,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_family(name: str, *, seed: int = 0, **overrides: Any) -> Any:
-    """Return the row's model, random, in float32 and eval mode; `overrides` replace config values."""
+def tiny_family(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """Return the row's model, random, in eval mode; `overrides` replace config values.
+
+    `dtype`: of its parameters; buffers keep the one in which the family computes them.
+    """
     model_type, special = FAMILIES[name]
     config_class = CONFIG_MAPPING[model_type]
     defaults = config_class()
@@ -175,6 +178,6 @@ def tiny_family(name: str, *, seed: int = 0, **overrides: Any) -> Any:
     auto = AutoModelForCausalLM if config_class in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = auto.from_config(config)
+        model = auto.from_config(config, dtype=dtype)
     adds_one = model_type.startswith(("gemma", "qwen3_5", "nemotron"))
     return randomised(model, seed, norm_mean=0 if adds_one else 1)

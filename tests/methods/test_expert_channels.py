@@ -44,13 +44,15 @@ def test_the_readers_inputs_give_what_the_expert_gives(name: str) -> None:
         torch.testing.assert_close(given, expert_output(name, module, expert, x_TD), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe"])
-def test_refits_lower_held_out_error_and_the_models(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("mixtral", torch.float32), ("gpt_oss", torch.bfloat16), ("qwen2_moe", torch.float32)]
+)
+def test_refits_lower_held_out_error_and_the_models(name: str, dtype: torch.dtype) -> None:
     calibration = random_calibration(num_domains=2, blocks=48)
     ids_BT = torch.cat([domain.held_out_NT for domain in calibration.domains])
-    dense, errors = logits_of(tiny_family(name), ids_BT), {}
+    dense, errors = logits_of(tiny_family(name, dtype=dtype), ids_BT), {}
     for compensate in ("none", "least_squares"):
-        model = tiny_family(name)
+        model = tiny_family(name, dtype=dtype)
         _, lines = prune_tiny(model, calibration, groups=CHANNELS, remove=0.2, compensate=compensate)
         errors[compensate] = float((logits_of(model, ids_BT) - dense).square().mean())
         for line in lines:
@@ -141,8 +143,9 @@ def test_a_score_of_channels_and_heads_alone_is_refused(monkeypatch: pytest.Monk
         opened(model, recipe)
 
 
-def test_a_run_of_two_rounds_ends_in_an_ordinary_checkpoint(recipe, tmp_path) -> None:
-    model = tiny_family("qwen3_moe", vocab_size=512)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_of_two_rounds_ends_in_an_ordinary_checkpoint(dtype, recipe, tmp_path) -> None:
+    model = tiny_family("qwen3_moe", dtype=dtype, vocab_size=512)
     dense = copy.deepcopy(model.state_dict())
     settings = recipe | {"groups": ["expert_ffn"], "remove": 0.2, "rounds": 2, "compensate": "none"}
     result = secateur.prune(model, grouped(settings), out=tmp_path / "out", tokenizer=tiny_tokenizer())

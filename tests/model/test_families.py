@@ -6,6 +6,7 @@ many as the plan says.
 """
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def expert_groups(spec: ArchSpec) -> list[str]:
     return [EXPERTS] if spec.experts.channels.num_units is None else [EXPERTS, EXPERT_CHANNELS]
 
 
+DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
 # Rows all of whose layers have experts.
 NO_FFN = {"qwen2_moe", "qwen3_moe"}
 ROWS = [
@@ -86,6 +88,10 @@ def mask_units(layer: Any, group: Group, keep: torch.Tensor) -> None:
 
 def num_params(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def dtypes_of(model: Any) -> dict[str, torch.dtype]:
+    return {name: parameter.dtype for name, parameter in model.named_parameters()}
 
 
 def kept_of(group: Group, share: float) -> torch.Tensor:
@@ -164,8 +170,9 @@ def test_a_model_cut_in_one_layer_alone_runs(name: str, group_name: str) -> None
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("to_middle", [False, True])
-def test_walk_equals_forward(name: str, to_middle: bool) -> None:
-    model, ids_BT = tiny_family(name), tiny_ids(batch=5, length=24)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_walk_equals_forward(name: str, to_middle: bool, dtype: torch.dtype) -> None:
+    model, ids_BT = tiny_family(name, dtype=dtype), tiny_ids(batch=5, length=24)
     arch = bind(model)
     walk = Walk(model, arch, make_batches("d", ids_BT, held_out=False, batch_tokens=48))
     assert len(walk.batches) == 3
@@ -178,7 +185,15 @@ def test_walk_equals_forward(name: str, to_middle: bool) -> None:
     pairs = zip(walk.batches, walk.hidden_BTD, strict=True)
     with torch.no_grad():
         logits_PV = head_of(model, arch)(torch.cat([states_for_head(model, arch, *pair) for pair in pairs]))
-    torch.testing.assert_close(logits_PV, logits_of(model, ids_BT)[:, :-1].flatten(0, 1), atol=1e-5, rtol=1e-5)
+    close = 1e-5 if dtype == torch.float32 else 1e-1
+    torch.testing.assert_close(logits_PV, logits_of(model, ids_BT)[:, :-1].flatten(0, 1), atol=close, rtol=close)
+
+
+def choices_of_groups(name: str) -> list[tuple[str, ...]]:
+    """Return the family's groups as runs can ask for them."""
+    names = {group.name for group in bind(tiny_family(name)).groups}
+    together = tuple(sorted(names - {"query_heads", EXPERT_CHANNELS}))
+    return [together, (EXPERT_CHANNELS,)] if EXPERT_CHANNELS in names else [together]
 
 
 def check_what_stayed(model: Any, dense: Any, group: Group, keep: torch.Tensor, lines: list[dict[str, Any]]) -> None:
@@ -195,17 +210,23 @@ def check_what_stayed(model: Any, dense: Any, group: Group, keep: torch.Tensor, 
     assert left or any(line.get("step", 0) > 0 for line in lines)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_rounds_of_measuring_and_compensating_run(name: str) -> None:
-    """The whole loop: two rounds with the dense stream beside, layers put back from disk, every group of the family."""
-    model = tiny_family(name)
-    names = {group.name for group in bind(model).groups}
-    groups = tuple(sorted(names - {"query_heads", EXPERT_CHANNELS}))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "groups"), [(name, groups) for name in FAMILIES for groups in choices_of_groups(name)]
+)
+def test_rounds_of_measuring_and_compensating_run(name: str, groups: tuple[str, ...], dtype: torch.dtype) -> None:
+    """The whole loop for every group of a family: two rounds with the dense stream beside, layers put back from disk.
+
+    In bfloat16 it is one round. Channels inside experts cannot go beside whole experts: they have a run of their own.
+    """
+    rounds = 2 if dtype == torch.float32 else 1
+    model = tiny_family(name, dtype=dtype)
     dense_size = num_params(model)
     dense = copy.deepcopy(model)
-    keeps, lines = prune_tiny(model, random_calibration(), groups=groups, rounds=2, remove=0.12)
+    keeps, lines = prune_tiny(model, random_calibration(), groups=groups, rounds=rounds, remove=0.12)
     assert {group for _, group in keeps} == set(groups)
-    assert len(lines) == 2 * len(keeps)
+    assert len(lines) == rounds * len(keeps)
+    assert dtypes_of(model) == dtypes_of(dense)
     assert num_params(model) == pytest.approx(0.88 * dense_size, rel=0.07)
     arch = bind(dense)
     chosen = arch.select(groups)
@@ -213,16 +234,17 @@ def test_rounds_of_measuring_and_compensating_run(name: str) -> None:
     assert num_params(model) == dense_size - parameter_prices(arch, chosen, dense).gone(chosen, counts)
     for group in chosen:
         mine = [line for line in lines if (line["layer"], line["group"]) == (group.layer, group.name)]
-        assert [line["round"] for line in mine] == [1, 2] and mine[1]["total"] == mine[0]["kept"]
-        assert mine[1]["kept"] == counts[group.layer, group.name] <= mine[0]["kept"]
+        assert [line["round"] for line in mine] == list(range(1, rounds + 1))
+        assert all(later["total"] == earlier["kept"] >= later["kept"] for earlier, later in pairwise(mine))
+        assert mine[-1]["kept"] == counts[group.layer, group.name]
         if group.kind not in OF_EXPERTS:
             check_what_stayed(model, dense, group, keeps[group.layer, group.name], mine)
-    steps = [line["step"] for line in lines if "step" in line and line["group"] != EXPERTS]
+    by_layer = (EXPERTS, EXPERT_CHANNELS)  # one step for all of a layer's experts, by the mean over domains
+    steps = [line["step"] for line in lines if "step" in line and line["group"] not in by_layer]
     assert not steps or max(steps) > 0, "some of it is compensated"
     for line in (line for line in lines if "step" in line):
         rises = [line["error_after"][d] / before for d, before in line["error_before"].items() if before]
-        # One step for all of a layer's experts, by the mean over domains.
-        assert sum(rises) <= len(rises) if line["group"] == EXPERTS else all(rise <= 1 for rise in rises)
+        assert sum(rises) <= len(rises) if line["group"] in by_layer else all(rise <= 1 for rise in rises)
     assert torch.isfinite(logits_of(model, tiny_ids())).all()
 
 
@@ -332,4 +354,4 @@ def test_the_table_catches_a_walk_that_is_not_the_forward_pass(
 ) -> None:
     broken(monkeypatch, name, **wrong)
     with pytest.raises(AssertionError, match="not close"):
-        test_walk_equals_forward(name, to_middle=True)
+        test_walk_equals_forward(name, to_middle=True, dtype=torch.float32)
