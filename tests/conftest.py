@@ -19,7 +19,7 @@ from models import tiny_llama, tiny_qwen2
 from recipes import grouped
 from skips import pytest_terminal_summary  # noqa: F401  # a hook
 from tiny_tokenizer import tiny_tokenizer
-from warm_reload import WarmProcesses
+from warm import WarmProcesses
 
 from secateur.model.config import quiet_transformers
 
@@ -43,13 +43,13 @@ def judged_by_what_guards() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def warm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The proof of a result is forked from a process that has torch imported."""
-    warm = WarmProcesses(tmp_path_factory.mktemp("warm"))
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProcesses]:
+    """Processes that have torch imported; in them results are proved."""
+    processes = WarmProcesses(tmp_path_factory.mktemp("warm"))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("secateur.formats.save.subprocess", warm)
-        yield
-    warm.close()
+        patched.setattr("secateur.formats.save.subprocess", processes)
+        yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="module")

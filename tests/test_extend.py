@@ -1,6 +1,7 @@
 """docs/extend.md is followed to the letter: its package is laid out as if installed, and used from outside."""
 
 import json
+import os
 import re
 import sqlite3
 import subprocess
@@ -16,8 +17,10 @@ import torch
 import yaml
 from models import randomised
 from recipes import grouped
+from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
 from transformers import HeliumConfig, HeliumForCausalLM
+from warm import WarmProcesses
 
 from secateur import PluginError, RecipeError, Score, plugins
 from secateur.data.calibration import build_calibration
@@ -93,15 +96,15 @@ def notes(tmp_path: Path) -> Path:
     return tmp_path / "notes.db"
 
 
-def secateur_from(site: Path | None, *arguments: object) -> subprocess.CompletedProcess[str]:
+def secateur_from(site: Path, warm: WarmProcesses, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, which finds what lies in `site`."""
-    start = f"import sys; sys.path.insert(0, {str(site)!r}); " if site else ""
-    code = f"{start}from secateur.cli import main; main()"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); from secateur.cli import main; main()"
+    return warm.run([sys.executable, "-c", code, *arguments], env=dict(os.environ))
 
 
-def test_the_package_of_the_page_prunes_and_exports(site: Path, helium: Path, notes: Path, tmp_path: Path) -> None:
+def test_the_package_of_the_page_prunes_and_exports(
+    site: Path, helium: Path, notes: Path, tmp_path: Path, warm: WarmProcesses
+) -> None:
     domain = {"sqlite": {"file": str(notes), "query": "select body from notes"}, "share": 2}
     calibration = {"domains": {"notes": domain}, "num_tokens": 640, "sequence_length": 32}
     recipe = tmp_path / "recipe.yaml"
@@ -109,7 +112,7 @@ def test_the_package_of_the_page_prunes_and_exports(site: Path, helium: Path, no
         yaml.safe_dump(grouped({"score": "loudest", "align": 8, "calibration": calibration})), encoding="utf-8"
     )
     out, file = tmp_path / "out", tmp_path / "out.npz"
-    pruned = secateur_from(site, "prune", helium, out, "--recipe", recipe, "--json")
+    pruned = secateur_from(site, warm, "prune", helium, out, "--recipe", recipe, "--json")
     assert pruned.returncode == 0, pruned.stderr
     result = json.loads(pruned.stdout)
     assert result["calibration"]["num_tokens"] == {"notes": 640} and result["versions"]["secateur-example"] == "0.1"
@@ -119,19 +122,19 @@ def test_the_package_of_the_page_prunes_and_exports(site: Path, helium: Path, no
     )
     assert "sqlite {" in (out / "report.html").read_text()
 
-    written = secateur_from(site, "export", out, "--format", "npz", "--out", file, "--quiet")
+    written = secateur_from(site, warm, "export", out, "--format", "npz", "--out", file, "--quiet")
     assert written.returncode == 0, written.stderr
     assert f"Written to {file}: f32," in " ".join(written.stdout.split())
     width = json.loads((out / "config.json").read_text())["intermediate_size"]
     assert numpy.load(file)["model.layers.0.mlp.down_proj.weight"].shape == (48, width) and width < 112
-    refused = secateur_from(site, "export", out, "--format", "npz", "--out", tmp_path / "b", "--type", "f16")
+    refused = secateur_from(site, warm, "export", out, "--format", "npz", "--out", tmp_path / "b", "--type", "f16")
     assert refused.returncode == 2 and "npz has f32 alone, got f16" in refused.stderr
-    refused = secateur_from(site, "export", out, "--format", "npz", "--out", tmp_path / "b", "--check")
+    refused = secateur_from(site, warm, "export", out, "--format", "npz", "--out", tmp_path / "b", "--check")
     assert refused.returncode == 2 and "format npz has nothing that checks it" in refused.stderr
 
 
 def test_without_the_package_its_names_are_unknown(helium: Path, tmp_path: Path) -> None:
-    assert NO_FAMILY in secateur_from(None, "inspect", helium).stderr
+    assert NO_FAMILY in run_cli("inspect", helium).stderr
     with pytest.raises(RecipeError, match=r"unknown choose.score 'loudest'; allowed: random, .* give one of these"):
         parse_recipe(grouped({"score": "loudest"}))
     with pytest.raises(RecipeError, match=r"unknown key 'calibration\.domains\.notes\.sqlite'"):
@@ -252,5 +255,5 @@ def test_names_that_the_recipe_repeats_are_those_of_the_tables() -> None:
 
 def test_what_to_export_is_said_once(tmp_path: Path) -> None:
     for wrong in ((), ("--format", "gguf"), ("--out", "a"), ("--gguf", "a", "--format", "gguf", "--out", "b")):
-        refused = secateur_from(None, "export", tmp_path, *wrong)
-        assert refused.returncode == 2 and "give --gguf FILE, or --format NAME and --out FILE" in refused.stderr
+        refused = run_cli("export", tmp_path, *wrong)
+        assert refused.status == 2 and "give --gguf FILE, or --format NAME and --out FILE" in refused.stderr

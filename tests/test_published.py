@@ -18,6 +18,8 @@ import units
 import wanda_sp
 from pruned import count_parameters
 
+pytestmark = pytest.mark.slow  # what is compared with, which no user runs
+
 SIZES = {"intermediate_size": 192, "num_attention_heads": 6, "hidden_size": 48, "num_layers": 4, "tied": True}
 METHODS = {module.__name__: module for module in (flap, wanda_sp, llm_pruner, gisp)}
 

@@ -23,6 +23,8 @@ import table
 import two_ssp
 from pruned import count_parameters
 
+pytestmark = pytest.mark.slow  # what is compared with, which no user runs
+
 SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_layers": 4, "tied": True}
 METHODS = ("shortgpt", "two_ssp", "slicegpt", "slicegpt_tied", "paper")
 

@@ -415,11 +415,6 @@ def test_disk_full_in_the_middle(model, recipe_file, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def heard() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 def test_nohup_stays():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
@@ -432,33 +427,22 @@ def test_nohup_stays():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_stopped_by_a_signal(model, recipe, tmp_path):
-    """Ctrl-C, SIGTERM and the end of the terminal in the middle of the rounds of three processes."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stopped_by_a_signal(number, model, recipe, tmp_path, warm):
+    """Ctrl-C, SIGTERM and the end of the terminal in the middle of the rounds."""
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(yaml.safe_dump(grouped({**recipe, "rounds": 2000, "evaluate": False})))
     before = sorted(tmp_path.rglob("*"))
-    command = [sys.executable, "-m", "secateur", "prune", model]
-    options = ["--recipe", recipe_file, "--quiet"]
-    processes = {
-        number: subprocess.Popen(
-            [*command, tmp_path / number.name / "out", *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # A shell that runs the tests in the background makes its children ignore Ctrl-C.
-            preexec_fn=heard,
-        )
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    for number, process in processes.items():
-        while not any("group" in log.read_text() for log in (tmp_path / number.name).glob(".out.partial-*/run.jsonl")):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        process.send_signal(number)
-        shown = process.communicate(timeout=60)
-        assert (process.returncode, *shown) == (128 + number, "", f"secateur: interrupted; {HOW}.\n")
-        assert [path.name for path in (tmp_path / number.name).iterdir()] == [".out.resume"]
-        shutil.rmtree(tmp_path / number.name)
+    command = [sys.executable, "-m", "secateur", "prune", model, tmp_path / "place" / "out"]
+    process = warm.start([*command, "--recipe", recipe_file, "--quiet"], dict(os.environ))
+    while not any("group" in log.read_text() for log in (tmp_path / "place").glob(".out.partial-*/run.jsonl")):
+        assert psutil.pid_exists(process), warm.wait(command)
+        time.sleep(0.05)
+    os.kill(process, number)
+    ended = warm.wait(command)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + number, "", f"secateur: interrupted; {HOW}.\n")
+    assert [path.name for path in (tmp_path / "place").iterdir()] == [".out.resume"]
+    shutil.rmtree(tmp_path / "place")
     assert sorted(tmp_path.rglob("*")) == before
 
 

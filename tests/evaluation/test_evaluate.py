@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from recipes import grouped
@@ -231,16 +231,17 @@ def test_wikitext_of_a_real_model(tmp_path):
     assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path):
+def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path, warm):
     domains = [f"--domain={name}={file}" for name, file in texts.items()]
     arguments = ["evaluate", copy, "--against", checkpoints["llama"], *domains]
     arguments += ["--num-blocks", "8", "--sequence-length", "32", "--quiet", "--json"]
-    process = subprocess.Popen([sys.executable, "-m", "secateur", *map(str, arguments)], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list((copy / "evaluation").glob("*.json")) and time.monotonic() < deadline:
+    command = [sys.executable, "-m", "secateur", *arguments]
+    process = warm.start(command, dict(os.environ))
+    while not list((copy / "evaluation").glob("*.json")):
+        assert psutil.pid_exists(process), warm.wait(command)
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    warm.wait(command)
     done = {part: part.stat().st_mtime_ns for part in (copy / "evaluation").glob("*.json")}
     assert done
     second = run_cli(*arguments)
