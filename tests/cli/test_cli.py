@@ -15,6 +15,7 @@ import torch
 import typer.main
 import yaml
 from models import opened, tiny_ids, tiny_llama, tiny_qwen2
+from old_results import old_result
 from recipes import grouped
 from run_cli import Outcome, run_cli
 from safetensors.torch import load_file
@@ -259,9 +260,7 @@ def test_tied_qwen2_with_few_tokens_says_so(checkpoints, recipe, tmp_path):
 def test_a_real_process_with_its_options(checkpoints, recipe, texts, tmp_path):
     """`python -m secateur`, relative paths, options over the recipe, an earlier result replaced."""
     file = write_recipe(tmp_path / "r.yaml", recipe, seed=1)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text("{}")
-    (tmp_path / "out" / "stale").write_text("")
+    old_result(tmp_path / "out")
     options = ["--domain", f"mine={texts['prose']}", "--seed", "7", "--remove", "0.3", "--overwrite", "--quiet"]
     arguments = ["prune", str(checkpoints["llama-tied"]), "out", "--recipe", "r.yaml", *options]
     process = subprocess.run(
@@ -270,7 +269,7 @@ def test_a_real_process_with_its_options(checkpoints, recipe, texts, tmp_path):
     assert (process.returncode, process.stderr) == (0, "")
     assert "parameters removed" in " ".join(process.stdout.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "r.yaml"]
-    assert not (tmp_path / "out" / "stale").exists()
+    assert (tmp_path / "out" / "config.json").read_text() != "old"
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["command"] == shlex.join(["secateur", *arguments])
     assert list(result["calibration"]["num_tokens"]) == ["mine"]
