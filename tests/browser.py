@@ -42,7 +42,7 @@ def load(page: Path, scratch: Path) -> Loaded:
     """Load a page; `scratch`, a directory, takes the browser's own files."""
     log = scratch / "net.json"
     command = [str(CHROMIUM), *FLAGS, f"--log-net-log={log}", f"--user-data-dir={scratch / 'profile'}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=True)
     events = [event.get("params", {}) for event in json.loads(log.read_text(encoding="utf-8"))["events"]]
     # What the browser wants for itself (updates, the time) has no origin.
     asked = {event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"}

@@ -12,7 +12,7 @@ def start_ranks(num_ranks: int, *arguments: object) -> subprocess.Popen[str]:
     return _launched(["--nproc-per-node", num_ranks, "--master-port", _free_port(), *arguments], None)
 
 
-def run_machines(directories: list[Path], *arguments: object, timeout: float = 600) -> None:
+def run_machines(directories: list[Path], *arguments: object, timeout: float = 3600) -> None:
     """Run one rank per directory to its end, each by a launcher of its own that works there, as on several machines."""
     port, size = _free_port(), len(directories)
     where = [
@@ -43,7 +43,7 @@ def _launched(launch: list[object], directory: Path | None) -> subprocess.Popen[
     return subprocess.Popen(command, env=dict(os.environ), cwd=directory, stdout=pipe, stderr=pipe, text=True)
 
 
-def run_ranks(num_ranks: int, *arguments: object, timeout: float = 600) -> tuple[int, str, str]:
+def run_ranks(num_ranks: int, *arguments: object, timeout: float = 3600) -> tuple[int, str, str]:
     """Run it to its end; return exit status, standard output and standard error."""
     with start_ranks(num_ranks, *arguments) as process:
         try:

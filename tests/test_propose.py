@@ -1,6 +1,6 @@
 """Proposed specs: they pass the table of families for every family that is known, and are never used by themselves."""
 
-import subprocess
+import os
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -17,6 +17,7 @@ from tests.model.test_families import (
 )
 from tests.model.test_families import test_permuting_units_changes_nothing as check_permutation
 from tests.run_cli import run_cli
+from tests.warm import WarmProcesses
 
 # A family of each kind: plain, fused, biases and Conv1D, shared experts, latent attention, several models in one.
 KINDS = ("llama", "phi3", "gpt2", "qwen2_moe", "deepseek_v2", "gemma3_multimodal")
@@ -61,13 +62,15 @@ def test_most_groups_of_dense_families_are_found() -> None:
     assert missing == {("gpt2-derived-width", "ffn")}  # whose config says no width
 
 
-def test_the_tool_prints_a_proposal_for_a_family_that_inspect_and_prune_refuse(tmp_path: Path) -> None:
+def test_the_tool_prints_a_proposal_for_a_family_that_inspect_and_prune_refuse(
+    tmp_path: Path, warm: WarmProcesses
+) -> None:
     model = tiny_family("nemotron")
     model.save_pretrained(tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"nemotron"', '"arcee"').replace("Nemotron", "Arcee"))
-    command = [sys.executable, str(TOOL), str(tmp_path / "model")]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    shown = warm.run([sys.executable, TOOL, tmp_path / "model"], env=dict(os.environ))
+    assert shown.returncode == 0, shown.stderr
     spec = ArchSpec.model_validate(yaml.safe_load(shown.stdout))
     assert spec.model_types == ("arcee",) and set(spec.groups) == {"kv_heads", "ffn"}
     for arguments in (("inspect", tmp_path / "model"), ("prune", tmp_path / "model", tmp_path / "out")):

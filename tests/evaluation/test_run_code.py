@@ -1,7 +1,5 @@
 """Code that a model wrote runs alone: it passes by reaching its end, and can reach nothing else."""
 
-import time
-
 import pytest
 
 from secateur.evaluation import run_code
@@ -48,9 +46,7 @@ def test_the_tests_of_right_code_decide_even_if_it_prints():
 
 def test_code_without_an_end_is_stopped(monkeypatch):
     monkeypatch.setattr(run_code, "MAX_SECONDS", 1)
-    start = time.perf_counter()
     assert not passes("while True:\n    pass", TESTS)
-    assert time.perf_counter() - start < run_code.MAX_SECONDS + 60
 
 
 def test_the_metric_is_the_mean_over_problems():

@@ -69,7 +69,9 @@ def launched(launch: list[str], command: list[Any]) -> subprocess.CompletedProce
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     asked, environment = [sys.executable, *launch, port, *command], dict(os.environ)
-    return subprocess.run([*map(str, asked)], env=environment, capture_output=True, text=True, check=False, timeout=600)
+    return subprocess.run(
+        [*map(str, asked)], env=environment, capture_output=True, text=True, check=False, timeout=3600
+    )
 
 
 def assert_trained_alike(before: dict[str, Any], alone: dict[str, Any], together: dict[str, Any]) -> None:
