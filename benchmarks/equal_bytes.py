@@ -28,7 +28,7 @@ from texts import HYBRID, text_file
 from torch.nn.functional import cross_entropy
 
 import secateur
-from secateur.data.sources import read_rows
+from secateur.data.rows import read_rows
 from secateur.evaluation.bench import decode_rates, llama_cpp_runner, paired_ratio, take_turns
 from secateur.facts import Workload
 from secateur.formats.save import open_llama_cpp, save_checkpoint

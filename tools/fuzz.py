@@ -41,7 +41,8 @@ from families import tiny_family  # noqa: E402
 from models import tiny_llama  # noqa: E402
 from tiny_tokenizer import tiny_tokenizer  # noqa: E402
 
-from secateur.data.sources import documents, read_rows  # noqa: E402
+from secateur.data.rows import read_rows  # noqa: E402
+from secateur.data.sources import documents  # noqa: E402
 from secateur.errors import SecateurError  # noqa: E402
 from secateur.log import RunLog  # noqa: E402
 from secateur.model.bind import bind  # noqa: E402
@@ -336,7 +337,7 @@ def _jsonl(model: Path) -> Kind:
 
     def read(place: Path) -> object:
         (file,) = place.iterdir()
-        read_rows(file)
+        list(read_rows(file))
         return list(documents("mine", Domain(files=(str(file),)), tokenizer, 0))
 
     return Kind(seeds, read)

@@ -2,11 +2,13 @@
 
 import csv
 import gzip
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from random import Random
@@ -18,6 +20,8 @@ import pytest
 from huggingface_hub.errors import HTTPError
 from tiny_tokenizer import tiny_tokenizer
 
+from secateur.data import rows as rows_of_files
+from secateur.data import sources
 from secateur.data.sources import documents
 from secateur.errors import CalibrationError
 from secateur.plugins import GENERAL_TEXT, general_text
@@ -228,6 +232,100 @@ def test_several_files_are_shuffled_together(tmp_path: Path) -> None:
     found = list(documents("mine", Domain(files=tuple(map(str, files))), TOKENIZER, 0))
     assert sorted(found) == sorted(f"{name}{at}" for name in "ab" for at in range(20))
     assert {text[0] for text in found[:20]} == {"a", "b"}
+
+
+def test_files_that_do_not_fit_memory_are_read_in_parts_by_their_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"a": 300, "b": 100, "c": 4}
+    files = [
+        put_rows(tmp_path / f"{name}.jsonl", [{"text": f"{name}{at:03}"} for at in range(count)])
+        for name, count in counts.items()
+    ]
+    domain = Domain(files=tuple(map(str, files)))
+    whole = list(documents("mine", domain, TOKENIZER, 0))
+    monkeypatch.setattr(sources, "MAX_BYTES_SHUFFLED", 100 * (2 * sources.BYTES_PER_VALUE + 4))
+    found = list(documents("mine", domain, TOKENIZER, 0))
+    assert sorted(found) == sorted(whole) and found == list(documents("mine", domain, TOKENIZER, 0)) != whole
+    first = [text[0] for text in found[:100]]
+    assert 70 < first.count("a") < 80 and 20 < first.count("b") < 30 and "c" in first
+    assert found[:100] != sorted(found[:100])
+
+
+@pytest.fixture
+def tight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits so small that they are met at once."""
+    monkeypatch.setattr(sources, "MAX_BYTES_SHUFFLED", 2**17)
+    monkeypatch.setattr(rows_of_files, "MAX_LINE_BYTES", 2**14)
+    monkeypatch.setattr(rows_of_files, "MAX_JSON_BYTES", 2**20)
+    monkeypatch.setattr(rows_of_files, "MAX_ROW_GROUP_BYTES", 2**22)
+
+
+def put_bomb(path: Path, part: bytes, times: int) -> Path:
+    """Write gzip's bytes of `part` many times over: members that follow each other are one file."""
+    path.write_bytes(gzip.compress(part) * times)
+    return path
+
+
+def peak_of(read_some: Callable[[], object]) -> int:
+    """Return the most bytes that Python held at once."""
+    tracemalloc.start()
+    try:
+        read_some()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.usefixtures("tight")
+@pytest.mark.parametrize(
+    ("name", "part", "said"),
+    [
+        ("line.txt.gz", b"x" * 2**20, "line 1: is longer than 0 MB; break it into lines"),
+        ("line.jsonl.gz", b"x" * 2**20, "line 1: is longer than 0 MB; break it into lines"),
+        ("field.csv.gz", b'"' + b"text\n" * 2**18, "not valid CSV (field larger than field limit"),
+        ("list.json.gz", b"[1, " * 2**18, "is longer than 1 MB; write it as .jsonl"),
+        ("blank.txt.gz", b"\n" * 2**20, "ends blank lines of more than 0 MB"),
+    ],
+)
+def test_what_must_be_read_whole_is_not_without_bounds(tmp_path: Path, name: str, part: bytes, said: str) -> None:
+    path = put_bomb(tmp_path / name, part, 2**11)  # some 2 GB
+    assert peak_of(lambda: said in sentence(path) or pytest.fail(sentence(path))) < 2**24
+
+
+@pytest.mark.usefixtures("tight")
+@pytest.mark.parametrize(
+    ("name", "part"), [("a.txt.gz", b"a line of text\n" * 2**16), ("a.jsonl.gz", b'{"text": "a row"}\n' * 2**16)]
+)
+def test_no_more_is_read_than_is_asked_for(tmp_path: Path, name: str, part: bytes) -> None:
+    path = put_bomb(tmp_path / name, part, 2**10)  # 1 GB
+    domain = Domain(files=(str(path),))
+    assert peak_of(lambda: list(itertools.islice(documents("mine", domain, TOKENIZER, 0), 40))) < 2**24
+
+
+@pytest.mark.usefixtures("tight")
+def test_rows_of_parquet_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": pyarrow.DictionaryArray.from_arrays(pyarrow.repeat(0, 10**6), ["a text " * 200])})
+    pyarrow.parquet.write_table(table, path)
+    assert path.stat().st_size < 200_000  # for 1.4 GB
+    domain = Domain(files=(str(path),))
+    before = pyarrow.total_allocated_bytes()
+    seen: list[int] = []
+
+    def read_some() -> None:
+        for _ in itertools.islice(documents("mine", domain, TOKENIZER, 0), 300):
+            seen.append(pyarrow.total_allocated_bytes() - before)
+
+    assert peak_of(read_some) < 2**24 and max(seen) < 2**24
+
+
+@pytest.mark.usefixtures("tight")
+@pytest.mark.parametrize("column", [["x" * 100 + str(number) for number in range(10**5)], [[None] * 10**6]])
+def test_a_row_group_that_is_too_large_is_one_sentence(tmp_path: Path, column: list[Any]) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path, use_dictionary=False)
+    assert "row group 1: holds 0.0 GB, more than 0.0 GB; write the file with smaller row groups" in sentence(path)
 
 
 def test_messages_need_a_role(tmp_path: Path) -> None:

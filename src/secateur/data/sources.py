@@ -1,10 +1,7 @@
 """From a calibration domain to its documents, one by one, in an order that the seed decides."""
 
-import csv
 import glob
-import gzip
-import io
-import zlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
@@ -18,48 +15,13 @@ from huggingface_hub.errors import (
 from secateur.data.chat import chat_text
 from secateur.data.forms import Note, NoText, content_of, unheard
 from secateur.data.installed_text import installed_documents
+from secateur.data.rows import EMPTY_FILES, Row, is_read, read_rows
 from secateur.errors import CalibrationError
-from secateur.files import json_of
 from secateur.model.checkpoint import Tokenizer
 from secateur.plugins import SOURCE_GROUP, look_up
 
-MIN_TXT_DOCUMENT_CHARACTERS = 8000
-MAX_CSV_FIELD_CHARACTERS = 2**31 - 1  # the largest that csv accepts on every platform
-
-Rows = list[tuple[str, Any]]
-
-
-def read_rows(path: Path) -> Rows:
-    """Return the rows of a file; a text is cut into documents at line boundaries.
-
-    Raises CalibrationError, naming the file and if possible the line or byte, if it is missing,
-    empty, not UTF-8, broken or of an unknown format.
-    """
-    where = f"calibration file {path}"
-    path = path.expanduser()
-    if not path.is_file():
-        raise CalibrationError(f"{where}: there is no such file; paths are relative to the working directory.")
-    suffix, ending = _suffixes(path)
-    if ending == ".parquet":
-        rows = _parquet_rows(path, where)
-    elif suffix in _READERS:
-        rows = _READERS[suffix](_text(path, where), where)
-    else:
-        tables = ", ".join(suffix for suffix in _READERS if suffix not in TEXT_SUFFIXES)
-        raise CalibrationError(
-            f"{where}: unknown suffix '{ending}'; allowed: {tables}, text and code (.txt, .md, .py and more), all of "
-            "these also with .gz, and .parquet."
-        )
-    if not rows:
-        raise NoText(f"{where}: it is empty; give a file with text in it.", EMPTY_FILES)
-    return rows
-
-
-def _suffixes(path: Path) -> tuple[str, str]:
-    """Return a file's suffix without and with `.gz`."""
-    name = path.name.lower()
-    suffix = Path(name.removesuffix(".gz")).suffix
-    return suffix, f"{suffix}.gz" if name.endswith(".gz") else suffix
+# Rows in memory together, which are shuffled among each other. Python takes so much for a value beside its text.
+MAX_BYTES_SHUFFLED, BYTES_PER_VALUE = 2**27, 50
 
 
 def files_at(place: str) -> tuple[list[Path], bool]:
@@ -79,101 +41,6 @@ def files_at(place: str) -> tuple[list[Path], bool]:
     return files, False
 
 
-def _text(path: Path, where: str) -> str:
-    try:
-        data = path.read_bytes()
-        if path.name.lower().endswith(".gz"):
-            data = gzip.decompress(data)
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{where}: not valid UTF-8 at byte {error.start}; convert the file to UTF-8.") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise CalibrationError(f"{where}: broken gzip ({error}); compress or download it again.") from None
-    except OSError as error:
-        raise CalibrationError(f"{where}: cannot be read ({error.strerror}); check its permissions.") from None
-
-
-def _txt_rows(text: str, where: str) -> Rows:
-    documents, lines, num_characters = [], [], 0
-    for line in io.StringIO(text):
-        lines.append(line)
-        num_characters += len(line)
-        if num_characters >= MIN_TXT_DOCUMENT_CHARACTERS:
-            documents.append("".join(lines))
-            lines, num_characters = [], 0
-    documents.append("".join(lines))
-    return [(where, document) for document in documents if document.strip()]
-
-
-def _jsonl_rows(text: str, where: str) -> Rows:
-    # Not splitlines: JSON strings may contain Unicode line separators.
-    lines = [(f"{where}, line {number}", line) for number, line in enumerate(text.split("\n"), start=1)]
-    return [(place, _parse_json(line, place)) for place, line in lines if line.strip()]
-
-
-def _json_rows(text: str, where: str) -> Rows:
-    data = _parse_json(text, where) if text.strip() else []
-    lists = [value for value in data.values() if isinstance(value, list)] if isinstance(data, dict) else [data]
-    if len(lists) != 1 or not isinstance(lists[0], list):
-        raise CalibrationError(f"{where}: needs one list of objects or strings, at the top or under one key.")
-    return [(f"{where}, row {number}", row) for number, row in enumerate(lists[0], start=1)]
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json_of(text)
-    except ValueError as error:
-        raise CalibrationError(f"{where}: not valid JSON ({error}); correct or remove it.") from None
-
-
-def _csv_rows(text: str, where: str, **dialect: Any) -> Rows:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, **dialect)
-    limit = csv.field_size_limit(MAX_CSV_FIELD_CHARACTERS)
-    try:
-        return [(f"{where}, line {reader.line_num}", row) for row in reader]
-    except csv.Error as error:
-        raise CalibrationError(f"{where}, line {reader.line_num}: not valid CSV ({error}); correct it.") from None
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _tsv_rows(text: str, where: str) -> Rows:
-    try:
-        return _csv_rows(text, where, delimiter="\t")
-    except CalibrationError:  # quotes that do not pair: many such files quote nothing
-        return _csv_rows(text, where, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _parquet_rows(path: Path, where: str) -> Rows:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise CalibrationError(f"{where}: reading parquet needs pyarrow; install secateur[data].") from None
-    try:
-        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist() if path.stat().st_size else []
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise CalibrationError(f"{where}: broken parquet ({reason}); write or download it again.") from None
-    return [(f"{where}, row {number}", row) for number, row in enumerate(rows, start=1)]
-
-
-TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .markdown .rst .tex .org .adoc .log .html .htm .xml .css .scss .toml .ini .cfg .yaml .yml "
-    ".py .pyi .ipynb .r .jl .m .f90 .c .h .cc .cpp .cxx .hpp .cu .cuh .rs .go .zig .java .kt .scala .groovy .cs .fs "
-    ".swift .js .mjs .jsx .ts .tsx .vue .php .rb .pl .lua .dart .ex .exs .erl .clj .hs .ml .lean .sql .proto "
-    ".sh .bash .ps1 .bat .cmake .mk .tf .diff .patch".split()
-)
-_READERS: dict[str, Callable[[str, str], Rows]] = {
-    ".jsonl": _jsonl_rows,
-    ".ndjson": _jsonl_rows,
-    ".json": _json_rows,
-    ".csv": _csv_rows,
-    ".tsv": _tsv_rows,
-    **dict.fromkeys(sorted(TEXT_SUFFIXES), _txt_rows),
-}
-
-
 @runtime_checkable
 class DomainText(Protocol):
     """The source of one domain's text, and what to read from it."""
@@ -189,13 +56,6 @@ class DomainText(Protocol):
     def source(self) -> tuple[str, Any]:
         """Return the source's key and what the user wrote there."""
         ...
-
-
-class Row(NamedTuple):
-    """A document, or a mapping of columns, one of which is text. `where`: for errors."""
-
-    where: str
-    content: Any
 
 
 class HubDataset(NamedTuple):
@@ -222,7 +82,6 @@ Source = Callable[[Any, Random], Iterable[str | dict[str, Any] | Row]]
 # So many rows without text at the beginning, and there will be none.
 PATIENCE = 200
 OTHER_FILES = "files left out, since files of their kind are not read"
-EMPTY_FILES = "files left out, since they hold no text"
 
 
 def documents(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, note: Note = unheard) -> Iterator[str]:
@@ -259,38 +118,78 @@ def documents(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, no
 
 
 def file_rows(wanted: Files, order: Random) -> Iterator[Row]:
-    """Yield the rows of all files, shuffled together.
+    """Yield the rows of all files, shuffled together; of larger ones as many at a time as fit memory.
+
+    Then each file gives a share by its size, from its beginning on, and what is not asked for is
+    not read.
 
     Raises CalibrationError for a bad file; NoText for a named one without a row that has text, or if
     no file of a directory or pattern has any.
     """
+    files_of = {place: _known(place, wanted.note) for place in wanted.places}
+    num_bytes = {file: file.stat().st_size for files in files_of.values() for file in files if file.is_file()}
+    total = sum(num_bytes.values())
     rows: list[Row] = []
-    for place in wanted.places:
-        files, is_named = files_at(place)
-        known = [file for file in files if is_named or _is_known(file)]
-        for file in set(files).difference(known):
-            wanted.note(OTHER_FILES, str(file))
-        found, problem = len(rows), None
-        for file in known:
+    unread: list[tuple[Path, int]] = []
+
+    def read_on(file: Path, start: int) -> list[Row]:
+        part, is_whole = _some_rows(file, start, MAX_BYTES_SHUFFLED * num_bytes.get(file, 0) / max(1, total))
+        if not is_whole:
+            unread.append((file, start + len(part)))
+        return part
+
+    # The first rows of every file, as far as they have text.
+    for place, files in files_of.items():
+        num_before, problem = len(rows), None
+        for file in files:
             try:
-                rows += _rows_with_text(file, wanted.column)
+                rows += _with_text(read_on(file, 0), file, wanted.column)
             except NoText as error:
                 problem = problem or error
                 wanted.note(EMPTY_FILES, str(file))
-        if len(rows) == found:
+        if len(rows) == num_before:
             raise problem or CalibrationError(f"calibration files {place}: there is no file of a kind that is read.")
     order.shuffle(rows)
     yield from rows
 
+    # What did not fit beside them.
+    while unread:
+        left, unread = unread, []
+        rows = [row for file, start in left for row in read_on(file, start)]
+        order.shuffle(rows)
+        yield from rows
 
-def _is_known(path: Path) -> bool:
-    suffix, ending = _suffixes(path)
-    return suffix in _READERS or ending == ".parquet"
+
+def _known(place: str, note: Note) -> list[Path]:
+    """Return the files of a place that are read, or the one that it names; note the others."""
+    files, is_named = files_at(place)
+    known = [file for file in files if is_named or is_read(file)]
+    for file in set(files).difference(known):
+        note(OTHER_FILES, str(file))
+    return known
 
 
-def _rows_with_text(path: Path, column: str) -> list[Row]:
+def _some_rows(path: Path, start: int, num_bytes: float) -> tuple[list[Row], bool]:
+    """Return so many bytes of rows from row `start` on, one at least, and whether the file ends there."""
+    rows: list[Row] = []
+    for row in itertools.islice(read_rows(path), start, None):
+        rows.append(row)
+        num_bytes -= _size(row.content)
+        if num_bytes < 0:
+            return rows, False
+    return rows, True
+
+
+def _size(value: Any) -> int:
+    """Return about how many bytes of memory a value of a row takes."""
+    if isinstance(value, dict | list):
+        return BYTES_PER_VALUE + sum(map(_size, value.values() if isinstance(value, dict) else value))
+    return BYTES_PER_VALUE + (len(value) if isinstance(value, str) else 0)
+
+
+def _with_text(rows: list[Row], path: Path, column: str) -> list[Row]:
     """Return a file's rows. Raises NoText, with the fields of the first, if none of them has text."""
-    rows, problem = read_rows(path), None
+    problem: NoText | None = None
     for where, row in rows:
         try:
             content = content_of(row, column, where)
@@ -298,7 +197,7 @@ def _rows_with_text(path: Path, column: str) -> list[Row]:
             problem = problem or error
             continue
         if not isinstance(content, str) or content.strip():
-            return [Row(*row) for row in rows]
+            return rows
     blank = f"calibration file {path}: column '{column}' is blank in every row; set `column` to one that holds text."
     raise problem or NoText(blank)
 

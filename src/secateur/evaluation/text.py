@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.calibration import CalibrationSet, build_calibration, judging_tokens
-from secateur.data.sources import read_rows
+from secateur.data.rows import read_rows
 from secateur.errors import CalibrationError, NumericsError, RecipeError
 from secateur.log import Progress
 from secateur.model.bind import Arch

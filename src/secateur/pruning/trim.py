@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from secateur.data.calibration import CalibrationSet, build_calibration, count_tokens, token_counts
-from secateur.data.sources import read_rows
+from secateur.data.rows import read_rows
 from secateur.errors import CheckpointError, RecipeError
 from secateur.methods import vocabulary as methods
 from secateur.methods.budget import least_step
