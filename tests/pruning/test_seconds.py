@@ -51,6 +51,16 @@ def test_the_best_of_three(monkeypatch):
     assert best_seconds(lambda: done.append(1) or torch.zeros(2, 2)) == 1.5 and len(done) == 3
 
 
+def test_rates_are_operations_and_bytes_over_seconds(monkeypatch):
+    monkeypatch.setattr(cost, "best_seconds", lambda work: 2.0 if work() is not None else 0.0)
+    cost.measured_rates.cache_clear()
+    found = cost.measured_rates(CPU, torch.float32, 64, 16)
+    cost.measured_rates.cache_clear()
+    product = 2 * 16 * 64 * (4 * 64) / 2.0
+    read_and_written = 2 * 4 * cost.COPIED / 2.0
+    assert found == Work(product, product, 2 * 16 * cost.ROWS**2 / 2.0, product, read_and_written)
+
+
 @pytest.mark.parametrize("target_mix", [0.5, 0.0])
 def test_operations_of_statistics_by_hand(target_mix):
     domains = {"code": {"installed": "code"}}
