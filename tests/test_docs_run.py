@@ -294,10 +294,8 @@ def code_cells(name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", sorted(NOTEBOOKS))
-def test_a_notebook_shows_a_whole_run_of_itself(name: str) -> None:
-    cells = code_cells(name)
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    for cell in cells:
+def test_a_notebook_shows_no_error_and_no_place_of_a_machine(name: str) -> None:
+    for cell in code_cells(name):
         ast.parse("".join(line for line in cell["source"] if not line.startswith("%")))
         assert not [output for output in cell["outputs"] if output["output_type"] == "error"]
     assert not re.search(r"/(home|root|tmp|work)/", json.dumps(NOTEBOOKS[name])), "a place of the machine that ran it"

@@ -23,7 +23,7 @@ from secateur.log import bars
 from secateur.recipe import Calibration, Domain, Recipe
 
 if TYPE_CHECKING:
-    from secateur.api import Result, prune, push, recover
+    from secateur.api import Result, prune, push, recover, table
     from secateur.evaluation.bench import bench
     from secateur.evaluation.compare import compare
     from secateur.evaluation.evaluate import evaluate
@@ -57,11 +57,12 @@ __all__ = [
     "prune",
     "push",
     "recover",
+    "table",
     "verify",
 ]
 
 _MODULES = {
-    "api": ("Result", "prune", "push", "recover"),
+    "api": ("Result", "prune", "push", "recover", "table"),
     "evaluation.bench": ("bench",),
     "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate",),

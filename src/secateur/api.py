@@ -1,6 +1,6 @@
 """`prune`: a run, followed by recovery if the recipe asks for it. `recover`: that alone, with tasks.
 
-`push`: the result to the hub.
+`push`: the result to the hub. `table`: what a verb returned, as tables.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ from typing import Any
 from secateur.errors import RecipeError
 from secateur.evaluation.parts import recovered_scores
 from secateur.evaluation.push import push
+from secateur.evaluation.study import Comparison
+from secateur.evaluation.study_page import comparison_table
 from secateur.evaluation.tasks import TaskOptions, load_tasks
 from secateur.files import remove_empty
 from secateur.log import Progress, silent
@@ -24,12 +26,14 @@ from secateur.ranks import is_first, joined, meet
 from secateur.recipe import Recipe, TaskSettings
 from secateur.recipe_file import as_recipe
 from secateur.recovery import recover as recovery
-from secateur.report.measured import RecoveryRecord
-from secateur.report.records import read_summary
+from secateur.report.measured import BenchResult, Evaluation, RecoveryRecord
+from secateur.report.records import Inspection, Summary, read_summary
+from secateur.report.rows import Tables, inspection_table, summary_table
+from secateur.report.rows_measured import bench_table, evaluation_table, recovery_table
 from secateur.result_directory import check_replaceable
 from secateur.store import place_beside
 
-__all__ = ["Result", "prune", "push", "recover"]
+__all__ = ["Result", "prune", "push", "recover", "table"]
 
 
 @joined()
@@ -162,3 +166,28 @@ def recover(
     options: dict[str, Any] = {"tokens": tokens, "overwrite": overwrite, "command": command, "name": name}
     options |= {"scorer": scorer, "other_dense": other_dense, "progress": progress, "tell": tell}
     return recovery.recover(pruned, teacher, recipe, out=out, **options)
+
+
+_TABLES: dict[type, Callable[[Any], Tables]] = {
+    Summary: summary_table,
+    Inspection: inspection_table,
+    Evaluation: evaluation_table,
+    BenchResult: bench_table,
+    RecoveryRecord: recovery_table,
+    Comparison: comparison_table,
+}
+
+
+def table(result: Any) -> Tables:
+    """Return the tables that the command line prints of a result; a notebook draws them.
+
+    `result`: what `prune`, `inspect`, `evaluate`, `bench`, `recover` or `compare` returned. Raises
+    RecipeError for anything else.
+    """
+    record = result.summary if isinstance(result, Result) else result
+    kind = next((kind for kind in _TABLES if isinstance(record, kind)), None)
+    if kind is None:
+        raise RecipeError(
+            f"table: takes what prune, inspect, evaluate, bench, recover or compare returned, got {record!r}."
+        )
+    return _TABLES[kind](record)

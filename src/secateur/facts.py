@@ -206,7 +206,11 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A command's result as plain numbers: written to JSON, read back, and rendered."""
+    """A command's result as plain numbers: written to JSON and read back."""
+
+    def __repr__(self) -> str:
+        """Name what shows it: its numbers would fill a screen."""
+        return f"<{type(self).__name__}: secateur.table shows it, .to_json() has every number>"
 
     def plain(self) -> dict[str, Any]:
         """Return the fields as a mapping; records may add derived numbers."""

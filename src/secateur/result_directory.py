@@ -25,10 +25,10 @@ from secateur.log import Progress
 
 RESULT_FILE = "result.json"
 BENCH_FILE, EVALUATION_FILE = "bench.json", "evaluation.json"
-PAGE_FILE, PICTURE_FILE = "report.html", "report.png"
+PAGE_FILE = "report.html"
 PARTS_FOLDER = "evaluation"  # where `evaluate` keeps what it has finished
 # Later commands write these again, so they have no digest.
-LATER_FILES = (EVALUATION_FILE, BENCH_FILE, PAGE_FILE, PICTURE_FILE)
+LATER_FILES = (EVALUATION_FILE, BENCH_FILE, PAGE_FILE)
 _PART = re.compile(PARTS_FOLDER + r"/[\w.-]+-[0-9a-f]{16}\.(json|safetensors)")
 # A new file of such a kind could change what loading gives; the last two in a folder too.
 _LOADED_KINDS = (".safetensors", ".bin", ".json", ".model", ".tiktoken", ".txt", ".py", ".jinja")

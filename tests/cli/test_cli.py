@@ -101,7 +101,7 @@ def test_prune_ends_well_and_prints_one_table(happy, checkpoints):
 
 
 def test_the_result_directory_is_complete(happy):
-    # report.html and report.png come where matplotlib is installed.
+    # report.html comes where matplotlib is installed.
     assert sorted(path.name for path in happy.out.iterdir() if path.stem != "report") == [
         "README.md",
         "chat_template.jinja",

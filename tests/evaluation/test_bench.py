@@ -27,6 +27,7 @@ from secateur.methods.prices import kv_cache_bytes_per_token
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.identity import lineage
 from secateur.report.measured import ALIKE, BenchResult, Ratio
+from secateur.report.rows import faster
 from secateur.report.rows_measured import bench_tables
 from tests.trims import trimmed_pair
 
@@ -138,7 +139,7 @@ def test_a_speed_up_is_told_where_1_is_not_in_its_range(pair, ratio, text):
     found = replace(found, prefill=replace(found.decode, measured=ratio, share_of_ideal=0.97))
     ((_, shown, _, share), _) = bench_tables(found)[1].rows
     assert shown == text and share == ("97%" if ratio.is_told else "")
-    said = repr(found).split(": ")[2]
+    said = faster("prefill", ratio)
     assert said.startswith(f"prefill runs {ratio.median:.2f} (" if ratio.is_told else f"prefill speed is {ALIKE} (")
 
 

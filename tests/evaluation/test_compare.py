@@ -1,6 +1,5 @@
 """Studies: parsing, the grid, resuming, and what is written."""
 
-import csv
 import json
 import math
 import os
@@ -15,7 +14,6 @@ from typing import Any
 
 import pytest
 import yaml
-from PIL import Image
 
 from secateur.errors import RecipeError
 from secateur.evaluation.compare import compare, foresee
@@ -23,13 +21,10 @@ from secateur.evaluation.study import Comparison, FoundCell, Study, cells, load_
 from secateur.evaluation.study_page import (
     _over_dense_table,
     _task_table,
-    csv_text,
     foreseen_table,
-    latex,
     save_comparison,
     verdict,
 )
-from secateur.report.page import Table
 from tests.models import tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -96,7 +91,7 @@ def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path:
     assert by_method["ours", 0.2, 0].num_tokens == {"left": 512, "right": 512}
     assert by_method["dense", 0.0, 0].perplexity < by_method["wanda", 0.2, 0].perplexity
     assert abs(by_method["ours", 0.2, 1].remove_reached - 0.2) < 0.05
-    assert "left alone" in texts["table.md"] and texts["report.html"].count("<svg") == 2
+    assert "left alone" in texts["table.md"] and texts["report.html"].count("<img") == 2
     gains = [
         math.log(by_method["wanda", 0.2, seed].perplexity / by_method["dense", 0.0, seed].perplexity) for seed in (0, 1)
     ]
@@ -105,12 +100,9 @@ def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path:
     _, _, after = texts["table.md"].partition(start)
     row = next(line for line in after.splitlines() if line.startswith("| wanda | 20% |"))
     assert row.startswith(f"| wanda | 20% | {mean:+.3f} ± {error:.3f} | ")
-    assert "| dense |" not in after.split("##")[0] and 'content="report.png"' in texts["report.html"]
-    with Image.open(out / "report.png") as picture:
-        assert picture.size == (1200, 630)
-    picture_bytes = (out / "report.png").read_bytes()
+    assert "| dense |" not in after.split("##")[0]
     save_comparison(study, Comparison.from_json(texts["results.json"], "results.json"), out)
-    assert (out / "report.png").read_bytes() == picture_bytes
+    assert {name: (out / name).read_text() for name in texts} == texts
     over = [by_method["wanda", 0.2, seed].perplexity / by_method["left alone", 0.2, seed].perplexity for seed in (0, 1)]
     row = next(line for line in texts["table.md"].splitlines() if line.startswith("| wanda | 20% |"))
     assert f" | {sum(over) / 2:.3f} ({min(over):.3f} to {max(over):.3f}) | " in row
@@ -290,12 +282,3 @@ def test_a_verdict_says_no_more_than_its_draws_carry() -> None:
     single = verdict(found("ours", 20.0) + found("theirs", 40.0) + found("others", 50.0))
     assert single == f"{start} (20.00); one draw does not tell it from theirs (40.00), others (50.00)."
     assert verdict(found("ours", 20.0)) == f"{start} (20.00)."
-
-
-def test_tables_for_other_programs_keep_every_character() -> None:
-    tables = [Table("of a, b", ("method", "x"), [("a_b & c", "1.0 ± 0.5"), ("50% {#}", "~^\\$")])] * 2
-    rows = list(csv.reader(csv_text(tables).splitlines()))
-    assert rows[:4] == [["of a, b"], ["method", "x"], ["a_b & c", "1.0 ± 0.5"], ["50% {#}", "~^\\$"]] and rows[4] == []
-    written = latex(tables)
-    assert r"a\_b \& c & 1.0 $\pm$ 0.5 \\" in written and r"\begin{tabular}{lr}" in written
-    assert r"50\% \{\#\} & \textasciitilde{}\textasciicircum{}\textbackslash{}\$ \\" in written

@@ -1,6 +1,5 @@
 """Studies of several models: a grid each, in tokens of its own, and tables that compare what can be compared."""
 
-import csv
 import json
 import math
 import re
@@ -99,21 +98,17 @@ def test_tables_have_ratios_to_the_own_dense_and_name_the_model(place: Path, res
     captions = re.findall("^## (.*)$", text, re.MULTILINE)
     assert [caption.partition(":")[0] for caption in captions[2:]] == ["bytes", "bytes", "pieces", "pieces"]
     assert all("own dense" in caption for caption in captions[:2]) and "per token of each model's own dense" in text
-    assert [captions[2]] in list(csv.reader((out / "table.csv").read_text().splitlines()))
-    assert rf"\caption{{{captions[4]}}}".replace("±", r"$\pm$") in (out / "table.tex").read_text()
 
 
 def test_the_page_has_a_section_a_model_and_the_terminal_fits(place: Path, results: dict[str, Comparison]) -> None:
     page = PageChecks((place / "out" / "report.html").read_text())
-    assert page.problems == [] and len(page.svgs) == 3
+    assert page.problems == [] and page.tags.count("img") == 3
     assert [name for name, tag in page.ids.items() if tag == "section"] == ["models", "model-1", "model-2", "how"]
-    assert page.texts["model-2-heading"] == "pieces" and (place / "out" / "report.png").stat().st_size > 10_000
+    assert page.texts["model-2-heading"] == "pieces"
     cells = list(results["both"].cells)
     bytes_table, pieces_table, over = overview("Which?", cells)
     assert (bytes_table.caption, pieces_table.caption) == ("bytes: Which?", "pieces: Which?")
     assert over.header == ("method", "asked", "mean of models", "bytes", "pieces") and len(over.rows) == 2
-    assert list(results["both"].to_frame()["model"]) == [cell.model for cell in cells]
-    assert "model" not in results["bytes"].to_frame()
 
 
 def cells_of(method: str, by_model: dict[str, tuple[float, ...]], ratio: float = 0.3) -> list[FoundCell]:

@@ -148,7 +148,6 @@ def test_a_run_ends_in_an_ordinary_checkpoint(recipe, tmp_path) -> None:
     settings = recipe | {"groups": ["experts", "shared", "ffn"], "remove": 0.25}
     result = secateur.prune(model, grouped(settings), out=tmp_path / "out", tokenizer=tiny_tokenizer())
     assert result.summary.reload_max_abs_difference == 0
-    assert "For whole experts it is the share of the energy" in (tmp_path / "out/report.html").read_text()
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["num_experts"] < 6 and config["shared_expert_intermediate_size"] < 80
     kept = json.loads((tmp_path / "out/keep.json").read_text())

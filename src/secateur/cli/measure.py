@@ -151,4 +151,4 @@ def compare(
         return
     common.CONSOLE.print(terminal(overview(parsed.question, found)))
     common.CONSOLE.print(verdict(found))
-    common.CONSOLE.print(f"Written to {out}: report.html, table.md, .csv and .tex, results.json.", soft_wrap=True)
+    common.CONSOLE.print(f"Written to {out}: report.html, table.md, results.json.", soft_wrap=True)

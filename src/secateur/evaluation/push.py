@@ -32,7 +32,7 @@ from secateur.report.records import ResultFiles, read_result, read_summary
 from secateur.report.report import missing_plots, write_report
 from secateur.report.rows import escaped
 from secateur.report.rows_measured import bench_card
-from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, PAGE_FILE, PICTURE_FILE, RESULT_FILE, write_summary
+from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, PAGE_FILE, RESULT_FILE, write_summary
 
 CARD = "README.md"
 # Files that name places of this machine; what is read is rewritten, the page is made again.
@@ -126,7 +126,7 @@ def _stage(directory: Path, stage: Path, files: ResultFiles) -> None:
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory)
         hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or name.parts[0] in NOT_SENT or not path.is_file() or str(name) in (PAGE_FILE, PICTURE_FILE):
+        if hidden or name.parts[0] in NOT_SENT or not path.is_file() or str(name) == PAGE_FILE:
             continue
         if not lies_in(directory, path):
             raise CheckpointError(f"{path}: is a link to a file outside the result, which is not sent; remove it.")

@@ -15,7 +15,6 @@ from secateur.facts import Loss, Record
 from secateur.recipe import Domain, Recipe, Strict
 from secateur.recipe_file import load_recipe, merged, parse_recipe
 from secateur.report.measured import Change, change
-from secateur.report.page import Shown
 
 SHIPPED = "studies"
 SMALL = "small"
@@ -224,7 +223,7 @@ class FoundCell:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Comparison(Shown, Record):
+class Comparison(Record):
     """`results.json`: all cells of a study's grid, in each seed model by model, the dense one first."""
 
     cells: tuple[FoundCell, ...]

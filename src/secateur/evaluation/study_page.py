@@ -13,10 +13,9 @@ import yaml
 from secateur.evaluation.study import DENSE, Comparison, Foreseen, FoundCell, Study
 from secateur.files import staged_file
 from secateur.report.measured import Change, mean_change
-from secateur.report.page import Page, Section, Table, View, render, view
-from secateur.report.plots import Curve, Series, Text, dot_plot, shared_picture
-from secateur.report.rows import csv_text, escaped, human_bytes, human_seconds, latex, markdown
-from secateur.result_directory import PICTURE_FILE
+from secateur.report.page import Page, Section, Table, render
+from secateur.report.plots import Series, Text, dot_plot
+from secateur.report.rows import Tables, escaped, human_bytes, human_seconds, markdown, terminal
 
 _perplexity: Callable[[FoundCell], float] = attrgetter("perplexity")
 _other_perplexity: Callable[[FoundCell], float] = attrgetter("other_perplexity")
@@ -38,20 +37,25 @@ class Row:
 
 
 def save_comparison(study: Study, comparison: Comparison, out: Path) -> None:
-    """Write the study, results.json, the tables in Markdown, CSV and LaTeX, page and picture to `out`."""
+    """Write the study, results.json, the tables in Markdown, and the page to `out`."""
     dumped = yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False)
-    texts, found = {"study.yaml": dumped, "results.json": comparison.to_json()}, list(comparison.cells)
-    files = {name: text.encode() for name, text in (texts | _pages(study, found)).items()}
-    for name, content in (files | {PICTURE_FILE: _picture(study, found)}).items():
+    texts = {"study.yaml": dumped, "results.json": comparison.to_json(), **_pages(study, list(comparison.cells))}
+    for name, text in texts.items():
         with staged_file(out / name, overwrite=True) as staged:
-            staged.write_bytes(content)
+            staged.write_text(text, encoding="utf-8")
+
+
+def comparison_table(comparison: Comparison) -> Tables:
+    """Return what the terminal shows of a study: its tables and verdict."""
+    cells = list(comparison.cells)
+    return terminal(overview("", cells), [(verdict(cells),)])
 
 
 def _pages(study: Study, found: list[FoundCell]) -> dict[str, str]:
     models, about = by_model(found), _about(study, found)
     tables, sections = list[Table](), list[Section]()
     if len(models) > 1:
-        tables, (plots, hidden) = _tables_over_models(found), _plots(found, "models")
+        tables, (plots, hidden) = _tables_over_models(found), _plots(found)
         sections.append(Section("models", f"{len(models)} models together", hidden, plots, tables, stacked=True))
     for number, (model, cells) in enumerate(models.items(), 1):
         quality = _quality_table(cells)
@@ -61,7 +65,7 @@ def _pages(study: Study, found: list[FoundCell]) -> dict[str, str]:
         if len(models) > 1:
             where, text = (f"model-{number}", model), [verdict(cells)]
             named = [replace(table, caption=f"{model}: {table.caption}") for table in named]
-        plots, hidden = _plots(cells, "" if len(models) == 1 else where[0])
+        plots, hidden = _plots(cells)
         shown = (first, *more, *last)
         sections.append(Section(*where, [*text, *hidden], plots, shown, stacked=len(models) > 1))
         tables = [*tables, *named]
@@ -69,24 +73,8 @@ def _pages(study: Study, found: list[FoundCell]) -> dict[str, str]:
     for table in tables:
         text += [f"## {escaped(table.caption)}", "", *markdown(table), ""]
     sections.append(Section("how", "How it was measured", text=about))
-    page = Page(study.question, verdict(found), (), (), sections, PICTURE_FILE)
-    wide = {"table.csv": csv_text(tables), "table.tex": latex(tables)}
-    return {"table.md": "\n".join(text), **wide, "report.html": render(page)}
-
-
-def _picture(study: Study, found: list[FoundCell]) -> bytes:
-    """Return the picture of quality over the share of parameters that stays, a curve per method, as PNG."""
-    value, is_one = _quality(found), len(by_model(found)) == 1
-    dense = statistics.mean(cell.perplexity for cell in _dense(found).values()) if is_one else 1.0
-    by_method: dict[str, list[Row]] = {}
-    for row in (row for row in rows_of(found) if row.ratio):
-        by_method.setdefault(row.method, []).append(row)
-    curves = []
-    for method, rows in sorted(by_method.items(), key=lambda item: value(item[1][-1])):
-        points = [(100 * (1 - _mean(row, lambda cell: cell.remove_reached)), value(row)) for row in rows]
-        curves.append(Curve(f"{method}: {points[-1][1]:,.2f}", [(100.0, dense), *points]))
-    y_label = "perplexity" if is_one else "times dense"
-    return shared_picture(study.question, verdict(found), curves, "% of all parameters that stay", dense, y_label)
+    page = Page(study.question, verdict(found), (), (), sections)
+    return {"table.md": "\n".join(text), "report.html": render(page)}
 
 
 def by_model(found: Iterable[OfModel]) -> dict[str, list[OfModel]]:
@@ -199,22 +187,6 @@ def foreseen_table(question: str, foreseen: Sequence[Foreseen]) -> Table:
     most = human_bytes(max(each.disk_bytes for each in foreseen))
     rows.append(("all, without reading text, judging and tasks", "", *sums, most))
     return Table(question, ("method", "asked", "draws", "time of a draw", "disk meanwhile"), rows)
-
-
-@view.register
-def _(comparison: Comparison) -> View:
-    found = list(comparison.cells)
-    models = by_model(found)
-    rows = [
-        ({"model": cell.model} if len(models) > 1 else {})
-        | {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed, "remove_reached": cell.remove_reached}
-        | {"seconds": cell.seconds, "perplexity": cell.perplexity}
-        | {f"nats_per_token {name}": nats for name, nats in (cell.nats_per_token | cell.others).items()}
-        | {f"{task} {metric}": score for task, of in cell.tasks.items() for metric, score in of.items()}
-        for cell in found
-    ]
-    picture = (lambda name: _plots(found, name)[0][0]) if any(cell.ratio for cell in found) else None
-    return View(verdict(found), overview("", found), rows, picture)
 
 
 def verdict(found: list[FoundCell]) -> str:
@@ -365,8 +337,8 @@ def _score(cell: FoundCell, task: str) -> tuple[float, float]:
     return numbers.get(metric, math.nan), numbers.get(metric.replace(",", "_stderr,"), math.nan)
 
 
-def _plots(found: list[FoundCell], name: str) -> tuple[list[str], list[str]]:
-    """Return a plot per share and sentences about what it leaves out. `name`: unique in the page, for ids."""
+def _plots(found: list[FoundCell]) -> tuple[list[str], list[str]]:
+    """Return a plot per share and sentences about what it leaves out."""
     means = {key: changes[0] for key, changes in _changes(found).items() if key[1]}
     plots, hidden, what = [], [], "nats per token over dense" if len(by_model(found)) == 1 else "mean nats over dense"
     for ratio in dict.fromkeys(ratio for _, ratio in means):
@@ -379,8 +351,7 @@ def _plots(found: list[FoundCell], name: str) -> tuple[list[str], list[str]]:
         values = [each.nats_per_token for each in shown.values()]
         series = Series("± standard error, paired", "pruned", values, errors)
         title = f"Nats per token over the dense model with {ratio:.0%} removed"
-        identity = f"{name}-removed-{round(100 * ratio)}".removeprefix("-")
-        text = Text(identity, title, f"{len(shown)} methods; the table has the numbers.")
+        text = Text(title, f"{len(shown)} methods; the table has the numbers.")
         plots.append(dot_plot(text, list(shown), [series], f"{what}, {ratio:.0%} removed", reference=0.0))
     return plots, hidden
 

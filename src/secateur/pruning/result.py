@@ -30,7 +30,6 @@ from secateur.recipe import Recipe
 from secateur.recipe_file import RECIPE_FILE, dump_recipe, load_recipe, merged, parse_recipe
 from secateur.recovery.pair import KEEP_FILE
 from secateur.report.card import model_card
-from secateur.report.page import Shown, View, view
 from secateur.report.records import CalibrationFacts, Summary, read_summary
 from secateur.report.report import complete, missing_plots
 from secateur.report.rows import human_bytes, human_seconds
@@ -197,7 +196,7 @@ LARGEST_CONDITION = 2.0**20
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Result(Shown):
+class Result:
     """A pruned model. `keeps`: by (layer, group), the original indices of the kept units, sorted.
 
     `layers`: the dense layers that stayed; layer n of the result, and of `keeps`, was `layers[n]`.
@@ -211,10 +210,9 @@ class Result(Shown):
     summary: Summary
     out: Path | None = None
 
-
-@view.register
-def _(result: Result) -> View:
-    return view(result.summary)
+    def __repr__(self) -> str:
+        """Name what it has, not the weights."""
+        return f"<Result of {self.summary.model}: secateur.table shows it, .model holds it, .out says where it is>"
 
 
 def save_and_prove(run: Run, checkpoint: PrunedCheckpoint, keeps: Keeps) -> Verification:

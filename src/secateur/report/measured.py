@@ -22,14 +22,10 @@ from secateur.facts import (
     mean_nats,
     won_back,
 )
-from secateur.report.page import Shown
 
 RECOVERY_FILE = "recovery.json"
 
 ALIKE = "not measurably different"
-
-# A plot shows the last of these that a task has; tables show every metric.
-PLOTTED_METRICS = ("exact_match,none", "acc,none", "acc_norm,none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +166,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class Evaluation(Shown, Record):
+class Evaluation(Record):
     """`evaluation.json`. `pruned`: the evaluated model. `kl`: KL(dense || pruned) by domain.
 
     `model`, `against`: names of the two. Without `against`: no `dense`, `kl`, `differences` and
@@ -276,7 +272,7 @@ class SpeedUp:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class BenchResult(Shown, Record):
+class BenchResult(Record):
     """`bench.json`. `dense`, `prefill` and `decode` are None without a dense model.
 
     `notes`: sentences on what the figures do not say. `dense_fingerprint`: see `model.identity`.
@@ -336,7 +332,7 @@ class TaskScores:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class RecoveryRecord(Shown, Trained, Record):
+class RecoveryRecord(Trained, Record):
     """`recovery.json`. `before`: the pruned model as it came; every KL is to the dense model.
 
     `calibration`, `settings`: the domains and the recipe's part on recovery that were used.

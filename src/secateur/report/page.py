@@ -1,20 +1,11 @@
-"""A self-contained HTML page, or what a notebook shows. In: sentences, tables and SVG. Out: HTML.
+"""A self-contained HTML page. In: sentences, tables and pictures. Out: HTML.
 
-All text is escaped here, and only here; SVG is inserted as it is.
+All text is escaped here, and only here; pictures are elements that are inserted as they are.
 """
 
-import importlib.util
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from functools import singledispatch
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any
-
-from secateur.errors import RecipeError
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 # A wider table does not fit beside a plot.
 MAX_PAIR_COLUMNS = 8
@@ -33,7 +24,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """`name`: the id in the page. `plots`: SVG elements. `code`: preformatted text.
+    """`name`: the id in the page. `plots`: image elements. `code`: preformatted text.
 
     `stacked`: plots stand above the tables, which are wider than half a page.
     """
@@ -51,11 +42,8 @@ class Section:
         """Layout: `pair` side by side, `stack` for wide tables, `alone` for one kind only."""
         if not (self.plots and self.tables):
             return "alone"
-        return (
-            "pair"
-            if not self.stacked and all(len(table.header) <= MAX_PAIR_COLUMNS for table in self.tables)
-            else "stack"
-        )
+        is_narrow = all(len(table.header) <= MAX_PAIR_COLUMNS for table in self.tables)
+        return "pair" if is_narrow and not self.stacked else "stack"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,80 +57,21 @@ class KeyFigure:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A report: the verdict first, then key figures, then sections.
-
-    `picture`: the name of the file beside the page that links to it show, if there is one.
-    """
+    """A report: the verdict first, then warnings and key figures, then sections."""
 
     title: str
     verdict: str
     notes: Sequence[str]
     figures: Sequence[KeyFigure]
     sections: Sequence[Section]
-    picture: str | None = None
 
 
 def render(page: Page) -> str:
     """Return the page as HTML; the same page gives the same text."""
-    css = (resources.files("secateur.report") / "templates" / "report.css").read_text(encoding="utf-8")
-    return _filled("report.html.jinja", page=page, css=css) + "\n"
-
-
-def _filled(name: str, **values: Any) -> str:
     from jinja2 import Environment, StrictUndefined
 
-    text = (resources.files("secateur.report") / "templates" / name).read_text(encoding="utf-8")
+    templates = resources.files("secateur.report") / "templates"
+    css = (templates / "report.css").read_text(encoding="utf-8")
+    text = (templates / "report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(text).render(**values)
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """A result at a glance. `picture`: draws it, given a name for ids. `rows`: numbers by column."""
-
-    title: str
-    tables: Sequence[Table]
-    rows: Sequence[dict[str, Any]]
-    picture: Callable[[str], str] | None = None
-    notes: Sequence[str] = field(default=())
-
-
-@singledispatch
-def view(result: Any) -> View:
-    """Return a result's view, which is registered where its tables are made; else the names of its fields."""
-    return View(", ".join(each.name for each in fields(result)), (), ())
-
-
-class Shown:
-    """What results have in common in notebooks: a line, a table and a picture, numbers as a frame."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        """Return what it is in one line."""
-        return f"<{type(self).__name__}: {_view(self).title}>"
-
-    def _repr_html_(self) -> str:
-        """Return what Jupyter shows: tables, and the picture where matplotlib is installed."""
-        shown = _view(self)
-        can_draw = shown.picture is not None and importlib.util.find_spec("matplotlib") is not None
-        # Ids hold in the whole notebook, where there may be several results.
-        name = f"view-{zlib.crc32(repr((shown.title, shown.rows)).encode()):x}"
-        picture = shown.picture(name) if can_draw and shown.picture is not None else ""
-        missing = ["No picture, which needs matplotlib: pip install 'secateur[report]'."]
-        notes = [*shown.notes, *(missing if shown.picture is not None and not can_draw else [])]
-        return _filled("notebook.html.jinja", view=shown, picture=picture, notes=notes)
-
-    def to_frame(self) -> "DataFrame":
-        """Return the numbers as a pandas DataFrame. Raises RecipeError without pandas."""
-        try:
-            from pandas import DataFrame
-        except ImportError:
-            raise RecipeError("to_frame: needs pandas; run pip install pandas.") from None
-        return DataFrame(list(_view(self).rows))
-
-
-def _view(result: Shown) -> View:
-    import secateur.report.sections_results  # noqa: F401  # registers the views of records, which import this module
-
-    return view(result)
+    return environment.from_string(text).render(page=page, css=css) + "\n"

@@ -27,7 +27,6 @@ from secateur.report.measured import (
     PolishRecord,
     RecoveryRecord,
 )
-from secateur.report.page import Shown
 from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, RESULT_FILE
 
 Losses = dict[str, Loss]
@@ -135,7 +134,7 @@ class InspectedVocabulary:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Inspection(Shown, Record):
+class Inspection(Record):
     """A model's structure and the outcome of a recipe's `remove`.
 
     `remove_asked`, `largest_remove`: shares of what the recipe's target counts, see `outcome`;
@@ -216,7 +215,7 @@ class VocabularyFacts:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Summary(Shown, Record):
+class Summary(Record):
     """Everything that a run reports in numbers. `like`: the result whose units went here too.
 
     `loaded_by`: the class of transformers that reloaded it; None, as the figures of that reload, if nothing was saved.
@@ -271,21 +270,13 @@ class Summary(Shown, Record):
 
 @dataclass(frozen=True, slots=True)
 class GroupStep:
-    """A line of the run log: what a group kept in a round, and its held-out errors by domain.
-
-    `total`: units before the round. Errors: shares of the reader's output energy. `step` 0:
-    compensation refused.
-    """
+    """What a group kept in a round, of `total` units before it. `step` 0: compensation refused."""
 
     round: int
     layer: int
     group: str
     kept: int
     total: int
-    seconds: float
-    score_quantiles: tuple[float, ...]
-    error_before: dict[str, float] | None = None
-    error_after: dict[str, float] | None = None
     step: float | None = None
 
 
@@ -307,38 +298,17 @@ class RemovedLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class RoundEnd:
-    """A round's parameters and held-out nats per token."""
-
-    round: int
-    num_params: int
-    nats_per_token: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingStep:
-    """A step of a training: tokens trained on so far, and its loss."""
-
-    step: int
-    tokens: int
-    loss: float
-
-
-@dataclass(frozen=True, slots=True)
 class ResultFiles:
-    """All that a report tells of a run. `rounds`: if evaluated."""
+    """All that a report tells of a run."""
 
     summary: Summary
     removed_layers: tuple[RemovedLayer, ...]
     steps: tuple[GroupStep, ...]
-    rounds: tuple[RoundEnd, ...]
     recipe: Recipe
     recipe_text: str
     evaluation: Evaluation | None
     bench: BenchResult | None
     recovery: RecoveryRecord | None = None
-    polish_steps: tuple[TrainingStep, ...] = ()
-    recovery_steps: tuple[TrainingStep, ...] = ()
 
 
 def read_summary(directory: Path) -> Summary:
@@ -353,14 +323,11 @@ def read_result(directory: Path) -> ResultFiles:
         summary=summary,
         removed_layers=_events(directory, "layer", RemovedLayer),
         steps=_events(directory, "group", GroupStep),
-        rounds=_events(directory, "round", RoundEnd),
         recipe=parse_recipe(load_recipe(directory / RECIPE_FILE), f"recipe {directory / RECIPE_FILE}"),
         recipe_text=_read(directory, RECIPE_FILE),
         evaluation=_added(Evaluation, directory, EVALUATION_FILE),
         bench=_added(BenchResult, directory, BENCH_FILE),
         recovery=_added(RecoveryRecord, directory, RECOVERY_FILE),
-        polish_steps=_events(directory, "polish_step", TrainingStep),
-        recovery_steps=_events(directory, "recover_step", TrainingStep),
     )
 
 

@@ -7,21 +7,21 @@ from pathlib import Path
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import geometric_mean_perplexity
 from secateur.files import check_file, staged_file
-from secateur.report import sections_results as results
-from secateur.report import sections_run as run
+from secateur.report import sections
 from secateur.report.measured import ALIKE, Evaluation
 from secateur.report.page import KeyFigure, Page, Section, render
-from secateur.report.plots import Curve, shared_picture
 from secateur.report.records import ResultFiles, Summary, read_result
-from secateur.report.rows import caveats, human_bytes, verdict, without_paths
-from secateur.report.vocabulary import vocabulary
-from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, PAGE_FILE, PICTURE_FILE, write_summary
+from secateur.report.rows import caveats, human_bytes, verdict
+from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, PAGE_FILE, write_summary
 
 # Each returns None where the run has nothing of what it is about.
 SECTIONS: tuple[Callable[[ResultFiles], Section | None], ...] = (
-    *(results.quality, results.polish, results.recovery, results.tasks, results.distance, results.samples),
-    *(results.speed, vocabulary, run.depth, run.widths, run.scores, run.compensation, run.rounds, run.calibration),
-    *(run.recipe, run.environment, run.reproduction, results.missing),
+    sections.quality,
+    sections.samples,
+    sections.speed,
+    sections.removed,
+    sections.text,
+    sections.repeat,
 )
 
 
@@ -41,7 +41,7 @@ def complete(directory: Path, summary: Summary) -> Summary:
 
 
 def write_report(directory: Path, *, other_dense: bool = False) -> Path:
-    """Write `report.html` and the picture that links to it show into a result directory; return its path.
+    """Write `report.html` into a result directory; return its path.
 
     `other_dense`: it may show figures against another model than the one that was pruned. Raises
     RecipeError without matplotlib, CheckpointError for files that cannot be read or written.
@@ -51,14 +51,10 @@ def write_report(directory: Path, *, other_dense: bool = False) -> Path:
     files, path = read_result(directory), directory / PAGE_FILE
     if not other_dense:
         _check_dense(directory, files)
-    written = {path: render(report_page(files)).encode()}
-    if files.summary.dense_losses:
-        written[directory / PICTURE_FILE] = picture(files.summary)
-    for place in written:
-        check_file(place, overwrite=True)
-    for place, content in written.items():
-        with staged_file(place, overwrite=True) as staged:
-            staged.write_bytes(content)
+    html = render(report_page(files))
+    check_file(path, overwrite=True)
+    with staged_file(path, overwrite=True) as staged:
+        staged.write_text(html, encoding="utf-8")
     return path
 
 
@@ -80,31 +76,14 @@ def _check_dense(directory: Path, files: ResultFiles) -> None:
 def report_page(files: ResultFiles) -> Page:
     """Return the report of one run."""
     summary = files.summary
-    title = f"{summary.model}, pruned by secateur"
-    sections = [made for section in SECTIONS if (made := section(files)) is not None]
-    rates = results.speed_figures(files)
+    shown = [section for make in SECTIONS if (section := make(files)) is not None]
+    rates = sections.speed_figures(files)
     sentence = verdict(summary, {phase: ratio for phase, _, _, ratio in rates})
-    figures = [*key_figures(summary, rates), *results.recovery_figures(files)]
-    shared = PICTURE_FILE if summary.dense_losses else None
-    return Page(title, sentence, caveats(summary), figures, sections, shared)
+    title = f"{summary.model}, pruned by secateur"
+    return Page(title, sentence, caveats(summary), key_figures(summary, rates), shown)
 
 
-def picture(summary: Summary) -> bytes:
-    """Return the picture of held-out perplexity over parameters, all domains and each, as PNG."""
-    sizes = [size.num_params / 1e6 for size in (summary.dense_size, summary.pruned_size)]
-    sides = (summary.dense_losses, summary.pruned_losses)
-    found = {"all domains": [geometric_mean_perplexity(losses) for losses in sides]}
-    if len(summary.dense_losses) > 1:
-        found |= {domain: [losses[domain].perplexity for losses in sides] for domain in summary.dense_losses}
-    curves = [
-        Curve(f"{name}: {before:,.2f} → {after:,.2f}", list(zip(sizes, (before, after), strict=True)))
-        for name, (before, after) in found.items()
-    ]
-    name = summary.lineage[-1].name if summary.lineage else without_paths(summary.model)
-    return shared_picture(f"{name}, pruned", verdict(summary), curves, "million parameters")
-
-
-def key_figures(summary: Summary, rates: list[results.SpeedFigures]) -> list[KeyFigure]:
+def key_figures(summary: Summary, rates: list[sections.SpeedFigures]) -> list[KeyFigure]:
     """Return size, quality and speed, before and after."""
     dense, pruned = summary.dense_size, summary.pruned_size
     figures = [

@@ -1,7 +1,5 @@
 """Numbers of a run and of an inspection for people: rows of terminal, model card and page."""
 
-import csv
-import io
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,6 +8,7 @@ from pathlib import PurePath
 from rich import table as rich_table
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD, Box
 from rich.console import Group
+from rich.jupyter import JupyterMixin
 
 from secateur.facts import NGRAM_TOKENS, geometric_mean_perplexity
 from secateur.report.measured import ALIKE, Change, Ratio, change, mean_change
@@ -18,14 +17,16 @@ from secateur.report.records import Inspection, Summary
 from secateur.report.vocabulary import of_dense, vocabulary_cell, vocabulary_notes
 
 SIDES = ("dense", "pruned", "difference")
-_TEX = {each: rf"\{each}" for each in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
-_TEX |= {"^": r"\textasciicircum{}", "±": r"$\pm$"}
 # Warn of a larger share of common n-grams.
 MUCH_OVERLAP = 0.1
 
 
-def terminal(tables: Iterable[Table], notes: Iterable[tuple[str, ...]] = (), box: Box = HEAVY_HEAD) -> Group:
-    """Return the tables that have rows, and the notes below them, for a terminal."""
+class Tables(Group, JupyterMixin):
+    """Tables and notes, which rich draws in a terminal and in a notebook."""
+
+
+def terminal(tables: Iterable[Table], notes: Iterable[tuple[str, ...]] = (), box: Box = HEAVY_HEAD) -> Tables:
+    """Return the tables that have rows, and the notes below them."""
     shown = []
     for table in (table for table in tables if table.rows):
         title = {"title": table.caption or None, "title_justify": "left", "title_style": "bold"}
@@ -38,7 +39,7 @@ def terminal(tables: Iterable[Table], notes: Iterable[tuple[str, ...]] = (), box
     grid = rich_table.Table.grid(padding=(0, 2))
     for note in notes:
         grid.add_row(*note)
-    return Group(*shown, grid)
+    return Tables(*shown, grid)
 
 
 # What Markdown or HTML would read as more than text: an underscore inside a word is text, a mark of
@@ -80,32 +81,7 @@ def markdown(table: Table) -> list[str]:
     return [header, rule, *rows]
 
 
-def csv_text(tables: Iterable[Table]) -> str:
-    """Return the tables as CSV, each under a line with its caption, with an empty line between."""
-    lines = io.StringIO()
-    write = csv.writer(lines, lineterminator="\n").writerow
-    for number, table in enumerate(tables):
-        for row in ([[]] if number else []) + [[table.caption], table.header, *table.rows]:
-            write(row)
-    return lines.getvalue()
-
-
-def latex(tables: Iterable[Table]) -> str:
-    """Return the tables as LaTeX, for the package booktabs."""
-    lines: list[str] = []
-    for table in tables:
-        lines += [r"\begin{table}", rf"\caption{{{_tex(table.caption)}}}"]
-        lines += [rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}", r"\toprule"]
-        header, *rows = (" & ".join(map(_tex, cells)) + r" \\" for cells in (table.header, *table.rows))
-        lines += [header, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
-    return "\n".join(lines)
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(character, character) for character in text)
-
-
-def summary_table(summary: Summary) -> Group:
+def summary_table(summary: Summary) -> Tables:
     """Return the table that a run ends with: quality by domain and size, dense and pruned."""
     caption = f"{summary.model}: {headline(summary)}"
     return terminal([quality_and_size(summary, caption)], note_rows(summary))
@@ -256,7 +232,7 @@ def overlap_cell(share: float | None) -> str:
     return "blocks too short" if share is None else f"{share:.2%}"
 
 
-def inspection_table(inspection: Inspection) -> Group:
+def inspection_table(inspection: Inspection) -> Tables:
     """Return what `secateur inspect` shows."""
     # Without column rules a 70B model's numbers fit 80 characters.
     return terminal([inspected_groups(inspection)], _inspection_notes(inspection), SIMPLE_HEAD)

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 
-from rich.console import Group
-
 from secateur.facts import Trained, Verdict, mean_kl, mean_nats
 from secateur.report.measured import (
     BenchResult,
@@ -18,12 +16,12 @@ from secateur.report.measured import (
     plus_minus,
 )
 from secateur.report.page import Table
-from secateur.report.rows import code, escaped, human_bytes, markdown, terminal, without_paths
+from secateur.report.rows import Tables, code, escaped, human_bytes, markdown, terminal, without_paths
 
 Row = tuple[str, ...]
 
 
-def evaluation_table(evaluation: Evaluation) -> Group:
+def evaluation_table(evaluation: Evaluation) -> Tables:
     """Return text, KL and tasks, for dense, pruned and difference, or for one model."""
     notes = [(f"note: {note}",) for note in (*_legend(evaluation), *evaluation.notes)]
     return terminal([*text_tables(evaluation), task_table(evaluation)], notes)
@@ -113,7 +111,7 @@ def _legend(evaluation: Evaluation) -> Iterator[str]:
     yield "± is one standard error, of a difference over the same blocks or questions."
 
 
-def bench_table(result: BenchResult) -> Group:
+def bench_table(result: BenchResult) -> Tables:
     """Return each model's figures, the speed-up and the ideal, and how the run was made."""
     return terminal(bench_tables(result), _notes(result))
 
@@ -178,7 +176,7 @@ def _run(result: BenchResult) -> str:
     return f"{settings.engine} on {settings.device}{threads}{', torch.compile' if settings.compiled else ''}"
 
 
-def recovery_table(record: RecoveryRecord) -> Group:
+def recovery_table(record: RecoveryRecord) -> Tables:
     """Return what `secateur recover` ends with."""
     return terminal([verdict_table(record, recovery_headline(record)), recovery_task_table(record)], cost_rows(record))
 
@@ -238,7 +236,7 @@ def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
         yield "note", note
 
 
-def cost_table(cost: Cost) -> Group:
+def cost_table(cost: Cost) -> Tables:
     """Return what `--dry-run` shows."""
     rows = []
     for part, flops in cost.flops.items():

@@ -1,7 +1,7 @@
 """A trimmed vocabulary: what it did to text, in numbers, and that for people.
 
 In: a `Trim` and held-out blocks of the trimmed tokenizer. Out: `VocabularyFacts`; rows of terminal and
-card, the page's section, who suffers.
+card, the page's tables, who suffers.
 """
 
 from collections import Counter
@@ -14,8 +14,8 @@ from secateur.data.retokenised import retokenised
 from secateur.methods.vocabulary import scripts_of
 from secateur.model.checkpoint import Tokenizer
 from secateur.model.kept_tokens import Trim
-from secateur.report.page import Section, Table
-from secateur.report.records import Inspection, ResultFiles, Summary, VocabularyFacts
+from secateur.report.page import Table
+from secateur.report.records import Inspection, Summary, VocabularyFacts
 
 MOST_WORDS = 20
 # Everyday sentences in languages, and characters, that the domains may not have.
@@ -147,32 +147,16 @@ def vocabulary_cell(inspection: Inspection) -> str:
     )
 
 
-def vocabulary(files: ResultFiles) -> Section | None:
-    """Tokens by domain, language and script before and after a trim, and the longest words lost."""
-    facts = files.summary.vocabulary
-    if facts is None:
-        return None
-    text = (
-        who_suffers(facts),
-        "Every text still reads back as it was: what is gone is spelt in smaller tokens, which take longer and which "
-        "the model knows less well. tokens.json says which dense token each token was.",
-        *((f"Longest words lost: {', '.join(facts.longest_lost)}.",) if facts.longest_lost else ()),
-    )
-    domains = _counted("Tokens of the same held-out text", "domain", facts.by_domain)
-    samples = _counted("Tokens of a few everyday sentences", "language", facts.samples)
-    nats = ()
-    if facts.sample_nats:
-        header = ("language", "dense", "without tokens", "change")
-        rows = [(name, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}") for name, (a, b) in facts.sample_nats.items()]
-        nats = (
-            Table("Nats per dense token of these sentences, by the dense model before any unit goes", header, rows),
-        )
-    scripts = _counted("Tokens with letters of a script", "script", facts.scripts, folded=True)
-    return Section("vocabulary", "Vocabulary", text, tables=(domains, samples, *nats, scripts))
+def vocabulary_tables(facts: VocabularyFacts) -> list[Table]:
+    """Return tokens of the same text by domain and language, before and after a trim."""
+    return [
+        _counted("Tokens of the same held-out text", "domain", facts.by_domain),
+        _counted("Tokens of a few everyday sentences", "language", facts.samples),
+    ]
 
 
-def _counted(caption: str, what: str, counts: TokenCounts, *, folded: bool = False) -> Table:
+def _counted(caption: str, what: str, counts: TokenCounts) -> Table:
     rows = [
         (name, f"{before:,}", f"{after:,}", f"{growth(before, after):+.1%}") for name, (before, after) in counts.items()
     ]
-    return Table(caption, (what, "dense", "pruned", "change"), rows, folded=folded)
+    return Table(caption, (what, "dense", "pruned", "change"), rows)

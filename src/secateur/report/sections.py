@@ -1,0 +1,208 @@
+"""A report's sections: quality by domain, samples, speed, what went where, the text, how to repeat it."""
+
+import shlex
+from collections.abc import Sequence
+
+from secateur.facts import NGRAM_TOKENS, Trained
+from secateur.recipe import Domain
+from secateur.report import rows_measured
+from secateur.report.measured import BenchResult, Ratio
+from secateur.report.page import Section, Table
+from secateur.report.plots import Series, Text, dot_plot, width_plot
+from secateur.report.records import GroupStep, RemovedLayer, ResultFiles
+from secateur.report.rows import SIDES, figure_rows, loss_changes, loss_rows, note_rows, overlap_cell
+from secateur.report.vocabulary import of_dense, vocabulary_tables, who_suffers
+
+SpeedFigures = tuple[str, float, float, Ratio]
+
+
+def quality(files: ResultFiles) -> Section | None:
+    """Loss by domain, before and after; what training won back; what `secateur evaluate` measured."""
+    summary, changes = files.summary, loss_changes(files.summary)
+    text, plots, tables = list[str](), list[str](), list[Table]()
+    if changes:
+        unit = f"nats per token{of_dense(summary)}"
+        worst = max(changes, key=lambda domain: changes[domain].nats_per_token)
+        about = f"one standard error over the same blocks of {summary.calibration.sequence_length} tokens"
+        if not any(each.standard_error for each in changes.values()):
+            about = "not there, as there is one block alone"
+        text.append(
+            f"Held-out text of the calibration's own domains, in {unit}; lower is better. Worst change: "
+            f"{changes[worst].text()} on {worst}. ± is {about}."
+        )
+        errors = [(each.standard_error, each.standard_error) for each in changes.values()]
+        series = [Series("pruned", "pruned", [each.nats_per_token for each in changes.values()], errors)]
+        described = Text("Held-out loss by domain, pruned minus dense", "The table has every number.")
+        plots.append(dot_plot(described, list(changes), series, f"{unit}, minus dense", reference=0.0))
+        tables.append(Table(f"{unit.capitalize()} (perplexity)", ("domain", *SIDES), list(loss_rows(summary))))
+    if summary.polish is not None:
+        trained = _trained("The polish, judged on its held-out text", summary.polish, "polished")
+        tables.append(trained)
+    if files.recovery is not None:
+        text.append(
+            f"{rows_measured.recovery_headline(files.recovery)}. Figures elsewhere on this page are of the model "
+            "before recovery, unless measured later."
+        )
+        tables.append(_trained("The recovery, judged on its held-out text", files.recovery, "recovered"))
+        tables.append(rows_measured.recovery_task_table(files.recovery))
+    if files.evaluation is not None:
+        text += [f"By secateur evaluate: {note}" for note in files.evaluation.notes]
+        tables += [*rows_measured.text_tables(files.evaluation), rows_measured.task_table(files.evaluation)]
+    shown = [table for table in tables if table.rows]
+    return Section("quality", "Quality by domain", text, plots, shown) if shown else None
+
+
+def _trained(caption: str, record: Trained, name: str) -> Table:
+    return rows_measured.verdict_table(record, f"{caption}: nats per token, KL to the dense model", name)
+
+
+def samples(files: ResultFiles) -> Section | None:
+    """What both models write after the same start."""
+    found = () if files.evaluation is None else files.evaluation.samples
+    if not found:
+        return None
+    tables = []
+    for sample in found:
+        rows = [(side, _printable(getattr(sample, side))) for side in ("start", *SIDES[:2])]
+        tables.append(Table(sample.domain, (), rows, numbers=False))
+    text = "After the same start of a text, both models write on, greedily: always the likeliest token."
+    return Section("samples", "A sample of text", (text,), tables=tables)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip("\n")
+
+
+def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
+    """Return (phase, dense and pruned tokens/s, speed-up), if measured by `secateur bench`."""
+    bench = files.bench
+    if bench is None or bench.dense is None:
+        return []
+    before, after = bench.dense.speed, bench.pruned.speed
+    rates = {
+        "prefill": (before.prefill_tokens_per_second, after.prefill_tokens_per_second),
+        "decode": (before.decode_tokens_per_second, after.decode_tokens_per_second),
+    }
+    return [(phase, *rates[phase], up.measured) for phase, up in bench.speed_ups.items()]
+
+
+def speed(files: ResultFiles) -> Section:
+    """Size, and if `secateur bench` has measured them, speed and memory beside the ideal."""
+    bench, sizes = files.bench, Table("Parameters, bytes, widths", ("", *SIDES), list(figure_rows(files.summary)))
+    if bench is None or bench.dense is None:
+        return Section("speed", "Size", tables=(sizes,))
+    tables, text = (*rows_measured.bench_tables(bench), sizes), (_how_timed(bench), *bench.notes)
+    return Section("speed", "Speed and memory", text, (_speed_up_plot(bench),), tables)
+
+
+def _how_timed(bench: BenchResult) -> str:
+    work = bench.workload
+    return (
+        f"secateur bench: {bench.settings.engine} on {bench.settings.device}, batch {work.batch}, {work.prompt_tokens} "
+        f"prompt and {work.new_tokens} new tokens, {work.repeats} repeats in turns. Bars reach from the slowest to the "
+        "fastest repeat. Ideal: operations per prompt token and bytes read per decoded token, dense over pruned."
+    )
+
+
+def _speed_up_plot(bench: BenchResult) -> str:
+    ups = bench.speed_ups
+    measured = [up.measured for up in ups.values()]
+    reach = [(each.median - each.lowest, each.highest - each.median) for each in measured]
+    series = [
+        Series("measured", "pruned", [each.median for each in measured], reach),
+        Series("ideal", "ideal", [up.ideal for up in ups.values()]),
+    ]
+    described = Text("Speed-up, measured and ideal", "The table has the numbers.")
+    return dot_plot(described, list(ups), series, "times the dense speed", reference=1.0)
+
+
+def removed(files: ResultFiles) -> Section | None:
+    """Which layers, units of every layer, and tokens went."""
+    text, plots, tables = list[str](), list[str](), list[Table]()
+    if files.removed_layers:
+        before, after = files.summary.num_layers
+        text.append(f"{before} layers → {after}; their table numbers layers as the dense model did.")
+        tables.append(_layer_table(files.removed_layers))
+    if files.steps:
+        groups = _counts(files.steps)
+        sums = {group: [sum(column) for column in zip(*units.values(), strict=True)] for group, units in groups.items()}
+        shares = ", ".join(f"{kept / before:.1%} of {name}" for name, (before, kept) in sums.items())
+        text.append(f"Kept: {shares} units.")
+        plots.append(width_plot(Text("Kept units by layer", "A bar per layer."), groups))
+        rows = []
+        # Layers may have different groups: experts in some, an MLP in others.
+        for layer in sorted({layer for units in groups.values() for layer in units}):
+            cells = ["{:,} → {:,}".format(*units[layer]) if layer in units else "" for units in groups.values()]
+            rows.append((f"layer {layer}", *cells))
+        tables.append(Table("Units by layer, before → kept", ("", *groups), rows, folded=True))
+    if (facts := files.summary.vocabulary) is not None:
+        text.append(who_suffers(facts))
+        text += [f"Longest words lost: {', '.join(facts.longest_lost)}."] if facts.longest_lost else []
+        tables += vocabulary_tables(facts)
+    return Section("removed", "What went where", text, plots, tables) if tables else None
+
+
+def _layer_table(layers: Sequence[RemovedLayer]) -> Table:
+    """Return the removed layers in the order chosen."""
+    measured = any(layer.kl is not None for layer in layers)
+    rows = []
+    for layer in sorted(layers, key=lambda layer: layer.chosen or layer.layer):
+        errors = [100 * error for error in (layer.error_after or {}).values()]
+        left = f"{sum(errors) / len(errors):.1f}%" if errors else "not patched"
+        choice = () if layer.kl is None else (str(layer.chosen), f"{layer.kl:.4f}")
+        rows.append((f"layer {layer.layer}", *choice, left))
+    header = ("", *(("chosen", "KL without it") if measured else ()), "missing after the patch")
+    return Table("Removed layers by choice" if measured else "Removed layers", header, rows)
+
+
+def _counts(steps: Sequence[GroupStep]) -> dict[str, dict[int, tuple[int, int]]]:
+    """Return units before the first round and kept by the last, by group and layer."""
+    before = {(step.group, step.layer): step.total for step in steps if step.round == 1}
+    last = max(step.round for step in steps)
+    groups: dict[str, dict[int, tuple[int, int]]] = {}
+    for step in sorted((step for step in steps if step.round == last), key=lambda step: step.layer):
+        groups.setdefault(step.group, {})[step.layer] = (before[step.group, step.layer], step.kept)
+    return groups
+
+
+def text(files: ResultFiles) -> Section:
+    """Which text, how much, and whether calibration saw held-out text."""
+    facts, domains = files.summary.calibration, files.recipe.calibration.domains
+    about = (
+        f"{sum(facts.num_tokens.values()):,} tokens to measure on, {sum(facts.num_held_out_tokens.values()):,} that "
+        f"guard the run and {sum(facts.num_judged_tokens.values()):,} that judge it, in blocks of "
+        f"{facts.sequence_length}. A text too short for both judges by what guards. Overlap: the share of the judging "
+        f"text's {NGRAM_TOKENS}-grams of tokens that the calibration text has too; boilerplate counts.",
+        f"SHA-256 of all token blocks: {facts.content_hash}",
+    )
+    rows = []
+    for name, num in facts.num_tokens.items():
+        counts = (num, facts.num_held_out_tokens[name], facts.num_judged_tokens[name])
+        overlap = overlap_cell(facts.held_out_overlap[name])
+        rows.append((name, *(f"{count:,}" for count in counts), overlap, _source(domains[name])))
+    header = ("domain", "tokens", "guard", "judge", "overlap", "source")
+    return Section("text", "Text", about, (), (Table("Text by domain", header, rows),))
+
+
+def _source(domain: Domain) -> str:
+    key, value = domain.source
+    known = {"installed": "installed packages", "sampled": "sampled from the dense model"}
+    return known.get(key) or (", ".join(value) if key == "files" else f"{key} {value}")
+
+
+def repeat(files: ResultFiles) -> Section:
+    """The commands and the recipe that make the result again, and what the run was made with."""
+    summary = files.summary
+    lines = [f"pip install secateur=={summary.versions['secateur']} torch=={summary.versions['torch'].split('+')[0]}"]
+    lines += [f"pip install transformers=={summary.versions['transformers']}"]
+    lines += [f"secateur prune {shlex.quote(summary.model)} OUT --recipe recipe.yaml"]
+    lines += ["", "# recipe.yaml, every default filled in", files.recipe_text.strip()]
+    made = f"This run: {summary.command}" if summary.command else "This run: secateur.prune, from Python"
+    about = (
+        made,
+        "On the same machine with the same versions the weights come out the same to the byte; the calibration hash "
+        "tells whether the text is the same.",
+    )
+    rows = [*note_rows(summary), *summary.versions.items()]
+    table = Table("Cost, proof of reload, versions", (), rows, numbers=False, folded=True)
+    return Section("repeat", "How to repeat it", about, tables=(table,), code="\n".join(lines))
