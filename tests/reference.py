@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -131,25 +130,6 @@ def kl_per_token(dense_PV: Tensor, pruned_PV: Tensor) -> Tensor:
     """Return sum_v p (log p - log q) per position, p: dense, q: pruned."""
     log_p, log_q = log_probabilities_of(dense_PV), log_probabilities_of(pruned_PV)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def overlap_per_token(dense_PV: Tensor, pruned_PV: Tensor) -> list[float]:
-    """Return one minus the total variation distance of both softmaxes, 1 - sum_v |p - q| / 2, per position."""
-    found = []
-    for dense_V, pruned_V in zip(dense_PV.double().numpy(), pruned_PV.double().numpy(), strict=True):
-        p, q = (numpy.exp(each - each.max()) for each in (dense_V, pruned_V))
-        found.append(1 - float(numpy.abs(p / p.sum() - q / q.sum()).sum()) / 2)
-    return found
-
-
-def drafted_speed_up(acceptance: float, length: int, cost: float) -> tuple[float, float]:
-    """Return tokens per step and the speed-up, from the chance of every number of accepted tokens.
-
-    i < k tokens are accepted with chance a^i (1 - a), all k with a^k; the dense model adds one.
-    """
-    chances = [acceptance**i * (1 - acceptance) for i in range(length)] + [acceptance**length]
-    tokens = sum((i + 1) * chance for i, chance in enumerate(chances))
-    return tokens, tokens / (length * cost + 1)
 
 
 def distillation(student_PV: Tensor, teacher_PV: Tensor | None, next_P: Tensor, share: float) -> tuple[float, Tensor]:

@@ -3,8 +3,7 @@
 import dataclasses
 import json
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -117,56 +116,13 @@ def geometric_mean_perplexity(losses: dict[str, Loss]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """KL(dense || pruned) in nats per token. The error is over blocks, `p95` over tokens.
-
-    `acceptance`: mean over tokens of sum_v min(p(v), q(v)), the chance that the dense model accepts
-    what the pruned one drafts; None in older files.
-    """
+    """KL(dense || pruned) in nats per token. The error is over blocks, `p95` over tokens."""
 
     mean: float
     standard_error: float
     p95: float
     top1_agreement: float
     num_tokens: int
-    acceptance: float | None = None
-
-
-MOST_DRAFTED = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """The pruned model as a draft of the dense one, which checks `length` drafted tokens at once.
-
-    `acceptance`, `agreement`: chance that a drafted token is accepted, sampled and greedily; means
-    over domains. `cost`: of a draft's token, as a share of a dense one's; `cost_of`: in what.
-    `tokens_per_step`, `speed_up`: expected when sampling; below 1 it is slower than the dense model.
-    """
-
-    acceptance: float
-    agreement: float
-    cost: float
-    cost_of: str
-    length: int
-    tokens_per_step: float
-    speed_up: float
-
-
-def draft_of(divergences: Mapping[str, Divergence], cost: float, cost_of: str) -> Draft | None:
-    """Return the draft with the length that is fastest; None without acceptances.
-
-    With acceptance a and k tokens drafted, a step gives (1 - a^(k+1)) / (1 - a) tokens and costs
-    k cost + 1 of the dense model's tokens. Checking k + 1 tokens at once counts as one, which holds
-    where reading the weights takes the time. Source: Leviathan et al. 2023, arXiv 2211.17192, eq. 1.
-    """
-    accepted = [each.acceptance for each in divergences.values() if each.acceptance is not None]
-    if not accepted:
-        return None
-    mean, agreement = statistics.mean(accepted), statistics.mean(each.top1_agreement for each in divergences.values())
-    # The sum of the series, which has no division by zero for a model against itself.
-    tokens = {k: math.fsum(mean**power for power in range(k + 1)) for k in range(1, MOST_DRAFTED + 1)}
-    best = max(tokens, key=lambda k: tokens[k] / (k * cost + 1))
-    return Draft(mean, agreement, cost, cost_of, best, tokens[best], tokens[best] / (best * cost + 1))
 
 
 @dataclass(frozen=True, slots=True)

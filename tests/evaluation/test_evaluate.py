@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM
 from secateur.api import prune
 from secateur.data.calibration import CalibrationSet
 from secateur.errors import CheckpointError
-from secateur.evaluation.bench import bench
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.text import (
     SAMPLE_TOKENS,
@@ -103,30 +102,9 @@ def test_against_the_dense_model(copy, checkpoints):
         assert found.kl[domain].mean > 0
     text = (copy / "evaluation.json").read_text()
     assert Evaluation.from_json(text, "evaluation.json").to_json() == found.to_json() == text
-    keys = ["model", "against", "settings", "notes", "dense", "pruned", "kl", "differences", "draft", "versions"]
+    keys = ["model", "against", "settings", "notes", "dense", "pruned", "kl", "differences", "versions"]
     keys += ["dense_fingerprint", "samples"]
     assert list(json.loads(text)) == keys and list(json.loads(text)["pruned"]) == ["domains"]
-
-
-def test_what_it_gives_as_a_draft(copy, checkpoints, tmp_path):
-    found = evaluate(copy, checkpoints["llama"])
-    models = [AutoModelForCausalLM.from_pretrained(each) for each in (checkpoints["llama"], copy)]
-    assert found.draft is not None and found.kl is not None
-    accepted = [part.acceptance for part in found.kl.values()]
-    assert found.draft.acceptance == pytest.approx(sum(accepted) / len(accepted)) and 0 < found.draft.acceptance < 1
-    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in models]
-    assert (found.draft.cost, found.draft.cost_of) == (pytest.approx(sizes[1] / sizes[0]), "bytes of the weights")
-    shown = run_cli("evaluate", copy, "--against", checkpoints["llama"], "--quiet").stdout
-    assert f"{found.draft.acceptance:.1%}" in shown and f"{found.draft.speed_up:.2f}x" in shown
-    bench(copy, checkpoints["llama"], prompt_tokens=4, new_tokens=3, repeats=2)
-    measured = json.loads((copy / "bench.json").read_text())["decode"]["measured"]["median"]
-    timed = evaluate(copy, checkpoints["llama"]).draft
-    assert timed is not None and timed.cost == pytest.approx(1 / measured)
-    assert timed.cost_of == "decode seconds of bench.json"
-    assert evaluate(copy, checkpoints["llama"], out=tmp_path).draft == timed
-    said = json.loads((copy / "bench.json").read_text()) | {"dense_fingerprint": "of another"}
-    (copy / "bench.json").write_text(json.dumps(said))
-    assert evaluate(copy, checkpoints["llama"]).draft == found.draft
 
 
 def greedy(directory: Path, ids: list[int], num_tokens: int) -> list[int]:

@@ -21,7 +21,6 @@ def test_a_model_does_not_differ_from_itself():
     model, ids_1T = tiny_qwen2(), tiny_ids(batch=1, length=40)
     found = summarise("mine", *([part] for part in divergences(model, model, ids_1T)))
     assert (found.mean, found.p95, found.standard_error, found.top1_agreement) == (0, 0, 0, 1)
-    assert found.acceptance == pytest.approx(1, abs=1e-5)
     assert found.num_tokens == 39
 
 
@@ -32,8 +31,7 @@ def test_streamed_equals_direct():
     with torch.inference_mode():
         log_p, log_q = (log_softmax(model(ids_1T).logits[0, :-1].double(), -1) for model in (dense, pruned))
     direct_P = (log_p.exp() * (log_p - log_q)).sum(-1)
-    divergence_P, agreement_P, overlap_P = divergences(dense, pruned, ids_1T)
-    torch.testing.assert_close(overlap_P.double(), torch.minimum(log_p.exp(), log_q.exp()).sum(-1), rtol=0, atol=1e-5)
+    divergence_P, agreement_P = divergences(dense, pruned, ids_1T)
     torch.testing.assert_close(divergence_P.double(), direct_P, rtol=1e-4, atol=1e-5)
     assert agreement_P.tolist() == (log_p.argmax(-1) == log_q.argmax(-1)).tolist()
     assert 0 < agreement_P.double().mean() < 1 or not agreement_P.any()

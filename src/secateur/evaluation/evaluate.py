@@ -144,7 +144,7 @@ def _evaluate(
         note = f"the vocabulary was trimmed ({sizes}): losses are nats per token of the model's own tokenizer."
         text = replace(text, notes=(*text.notes, note))
     store = Store.lasting(directory / PARTS_FOLDER, tell)
-    before = states = kl = changes = draft = None
+    before = states = kl = changes = None
     harness: dict[str, Any] = {}
     starts = {} if dense is None else sample_starts(text.blocks["domains"], text.tokenizer)
     written: list[dict[str, str]] = []
@@ -159,8 +159,6 @@ def _evaluate(
     if dense is not None and before is not None:
         found = parts.kl_parts(store, dense, pruned, states, domains, progress)
         kl = {domain: Divergence(**part) for domain, part in found.items()}
-        if trim is None and kl:  # runtimes draft with the same tokens alone
-            draft = parts.draft(dense, pruned, kl)
         written.append(parts.sample_parts(store, pruned, text.tokenizer, starts, progress))
         tasks = parts.task_changes(harness, own_harness) if text.tasks is not None else None
         changes = parts.differences(before, after, tasks)
@@ -173,7 +171,6 @@ def _evaluate(
         pruned=after,
         kl=kl,
         differences=changes,
-        draft=draft,
         versions=versions(),
         dense_fingerprint=None if dense is None else identity(dense.checkpoint),
         samples=tuple(Sample(name, start, *(each[name] for each in written)) for name, start in starts.items()),

@@ -18,17 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, identity, merge, num_questions, run_task
 from secateur.evaluation.text import continuation, measure_quality
-from secateur.facts import Divergence, Draft, Size, draft_of
 from secateur.log import Progress, versions
 from secateur.model.bind import Arch, bind, head_of
 from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_model, open_checkpoint
-from secateur.model.identity import identity as model_identity
 from secateur.model.kept_tokens import KeptTokens, keep_tokens
 from secateur.ranks import device_called, from_first, in_turns, own_part, size, spread
 from secateur.recovery.pair import Candidates
 from secateur.recovery.train import Work
 from secateur.report.measured import (
-    BenchResult,
     Differences,
     Measured,
     TaskChange,
@@ -38,7 +35,6 @@ from secateur.report.measured import (
     task_metrics,
     task_scores,
 )
-from secateur.result_directory import BENCH_FILE
 from secateur.store import Store
 from secateur.stream import losses
 from secateur.stream.device import on_device
@@ -234,7 +230,7 @@ def kl_parts(
             dense_head, own_states = states.head, iter(states.states_NPD[domain])
             head = head_of(pruned.model(), pruned.arch)
 
-            def compare(ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            def compare(ids_T: Tensor) -> tuple[Tensor, Tensor]:
                 pruned_PD = losses.final_states(pruned.model(), pruned.arch, ids_T[None])
                 return losses.compare_tokens(next(own_states), dense_head, pruned_PD, head)
 
@@ -322,17 +318,4 @@ def _facts(blocks_NT: Blocks) -> Part:
 
 
 def _kl_facts(dense: Subject, pruned: Subject, blocks_NT: Tensor) -> Part:
-    return {"dense": dense.facts, "pruned": pruned.facts, "acceptance": True, **_facts(blocks_NT)}
-
-
-def draft(dense: Subject, pruned: Subject, kl: Mapping[str, Divergence]) -> Draft | None:
-    """Return the pruned model as a draft of the dense one, at the costs that are known.
-
-    Those of the pruned model's bench.json, if it timed these two, else the bytes of the weights.
-    """
-    path = pruned.checkpoint.directory / BENCH_FILE
-    bench = BenchResult.from_json(path.read_bytes(), str(path)) if path.is_file() else None
-    if bench is not None and bench.decode and bench.dense_fingerprint == model_identity(dense.checkpoint):
-        return draft_of(kl, 1 / bench.decode.measured.median, "decode seconds of bench.json")
-    num_bytes = [Size.of(meta_model(each.checkpoint.config)).num_bytes for each in (pruned, dense)]
-    return draft_of(kl, num_bytes[0] / num_bytes[1], "bytes of the weights")
+    return {"dense": dense.facts, "pruned": pruned.facts, **_facts(blocks_NT)}

@@ -61,7 +61,7 @@ class Judge:
             for number, (ids_T, states_PD) in enumerate(zip(blocks, self._states[domain], strict=True)):
                 logits_PV = logits_of(domain, number, ids_T).to(self._device())
                 states_PD = states_PD.to(self._device())
-                divergence_P, agrees_P, _ = compare_tokens(states_PD, self.head, logits_PV, nn.Identity())
+                divergence_P, agrees_P = compare_tokens(states_PD, self.head, logits_PV, nn.Identity())
                 divergences.append(divergence_P)
                 agreements.append(agrees_P)
                 next_P = ids_T[1:].to(logits_PV.device)

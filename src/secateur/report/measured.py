@@ -10,7 +10,6 @@ from typing import Any
 from secateur.facts import (
     Costs,
     Divergence,
-    Draft,
     Loss,
     Record,
     Size,
@@ -170,7 +169,7 @@ class Evaluation(Record):
     """`evaluation.json`. `pruned`: the evaluated model. `kl`: KL(dense || pruned) by domain.
 
     `model`, `against`: names of the two. Without `against`: no `dense`, `kl`, `differences` and
-    `samples`. `draft`: None if the tokenizers differ. `dense_fingerprint`: see `model.identity`.
+    `samples`. `dense_fingerprint`: see `model.identity`.
     """
 
     model: str
@@ -181,7 +180,6 @@ class Evaluation(Record):
     pruned: Measured
     kl: dict[str, Divergence] | None = None
     differences: Differences | None = None
-    draft: Draft | None = None
     versions: dict[str, str]
     dense_fingerprint: str | None = None
     samples: tuple[Sample, ...] = ()

@@ -35,7 +35,6 @@ def text_tables(evaluation: Evaluation) -> list[Table]:
         Table("nats/token (perplexity)", ("domain", *columns), list(_nats_rows(evaluation))),
         Table("bits/byte", ("domain", *columns), list(_bits_rows(evaluation))),
         Table("KL(dense || pruned), nats/token", of_kl, list(_kl_rows(evaluation))),
-        Table("as a draft of the dense model", ("", "expected"), list(_draft_rows(evaluation))),
     ]
 
 
@@ -91,13 +90,6 @@ def _bits_rows(evaluation: Evaluation) -> Iterator[Row]:
 def _kl_rows(evaluation: Evaluation) -> Iterator[Row]:
     for domain, kl in (evaluation.kl or {}).items():
         yield domain, f"{kl.mean:.3f}{plus_minus(kl.standard_error)}", f"{kl.p95:.2f}", f"{kl.top1_agreement:.1%}"
-
-
-def _draft_rows(evaluation: Evaluation) -> Iterator[Row]:
-    if (draft := evaluation.draft) is not None:
-        yield "drafted tokens accepted", f"{draft.acceptance:.1%}; {draft.agreement:.1%} greedily"
-        cost = f"each at {draft.cost:.2f} of a dense token's cost ({draft.cost_of})"
-        yield "speed-up when sampling", f"{draft.speed_up:.2f}x, {draft.length} drafted a step, {cost}"
 
 
 def _legend(evaluation: Evaluation) -> Iterator[str]:

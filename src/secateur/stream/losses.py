@@ -187,24 +187,19 @@ def token_divergences(
     The softmax runs in float32 on the models' logits. A model against itself gives 0 everywhere.
     """
     pairs = _logit_slices(dense_PD, dense_head, pruned_PD, pruned_head)
-    return torch.cat([_compared(*pair)[0] for pair in pairs])
+    return torch.cat([_divergences(*pair) for pair in pairs])
 
 
 @torch.inference_mode()
 def compare_tokens(
     dense_PD: Float[Tensor, "P D"], dense_head: nn.Module, pruned_PD: Float[Tensor, "P E"], pruned_head: nn.Module
-) -> tuple[Float[Tensor, " P"], Bool[Tensor, " P"], Float[Tensor, " P"]]:
-    """Return `token_divergences`, whether both models rank the same token first, and their overlap.
-
-    Overlap: sum_v min(p(v), q(v)), one minus the total variation distance.
-    """
-    divergences, agreements, overlaps = [], [], []
+) -> tuple[Float[Tensor, " P"], Bool[Tensor, " P"]]:
+    """Return `token_divergences`, and whether both models rank the same token first."""
+    divergences, agreements = [], []
     for dense_SV, pruned_SV in _logit_slices(dense_PD, dense_head, pruned_PD, pruned_head):
-        divergence_S, overlap_S = _compared(dense_SV, pruned_SV, overlap=True)
-        divergences.append(divergence_S)
+        divergences.append(_divergences(dense_SV, pruned_SV))
         agreements.append(dense_SV.argmax(-1) == pruned_SV.argmax(-1))
-        overlaps.append(overlap_S)
-    return torch.cat(divergences), torch.cat(agreements), torch.cat(overlaps)
+    return torch.cat(divergences), torch.cat(agreements)
 
 
 def _logit_slices(
@@ -214,23 +209,16 @@ def _logit_slices(
         yield dense_head(dense_SD), pruned_head(pruned_SD)
 
 
-def _compared(dense_SV: Tensor, pruned_SV: Tensor, *, overlap: bool = False) -> tuple[Tensor, Tensor]:
-    """Return divergence and, if asked, overlap per row of logits, in pieces that fit the CPU's cache."""
-    found, overlaps = [], [dense_SV.new_zeros(0)]
+def _divergences(dense_SV: Tensor, pruned_SV: Tensor) -> Tensor:
+    """Return the divergence per row of logits, in pieces that fit the CPU's cache."""
+    divergences = []
     for dense_RV, pruned_RV in zip(dense_SV.split(CACHED_ROWS), pruned_SV.split(CACHED_ROWS), strict=True):
         log_p, log_q = dense_RV.float().log_softmax(-1), pruned_RV.float().log_softmax(-1)
-        found.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q))
-        if overlap:
-            overlaps.append(torch.minimum(log_p, log_q).exp().sum(-1))
-    return torch.cat(found), torch.cat(overlaps)
+        divergences.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q))
+    return torch.cat(divergences)
 
 
-def summarise(
-    domain: str,
-    divergences_NP: list[Tensor],
-    agreements_NP: list[Tensor],
-    overlaps_NP: list[Tensor] | None = None,
-) -> Divergence:
+def summarise(domain: str, divergences_NP: list[Tensor], agreements_NP: list[Tensor]) -> Divergence:
     """Return the figures over a domain's blocks. Raises NumericsError if one is not finite."""
     all_tokens = torch.cat(divergences_NP).cpu().double()
     if not bool(all_tokens.isfinite().all()):
@@ -243,5 +231,4 @@ def summarise(
         p95=float(numpy.quantile(all_tokens.cpu().numpy(), 0.95)),
         top1_agreement=float(torch.cat(agreements_NP).cpu().double().mean()),
         num_tokens=all_tokens.numel(),
-        acceptance=None if overlaps_NP is None else float(torch.cat(overlaps_NP).cpu().double().mean()),
     )
