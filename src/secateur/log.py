@@ -1,4 +1,4 @@
-"""What a long job reports: progress to a listener, lines to `run.jsonl`, seconds by stage."""
+"""What a long job reports: progress to a listener, lines to `run.jsonl`, seconds by stage; amounts for people."""
 
 import importlib.metadata
 import json
@@ -77,3 +77,19 @@ def versions() -> dict[str, str]:
     packages = ("secateur", "torch", "transformers", "safetensors", "tokenizers")
     found: dict[str, Any] = {name: importlib.metadata.version(name) for name in packages}
     return {"python": platform.python_version(), **found, **plugin_packages()}
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a duration with two digits: 0.043 s, 12 s, 3.4 min, 2.1 h."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def human_bytes(num_bytes: int | float) -> str:
+    """Return bytes in decimal units: 269,030,000 -> 269.0 MB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} B"

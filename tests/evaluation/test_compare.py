@@ -210,9 +210,9 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(grid: dict[str, Any], 
     assert [(each.method, each.ratio) for each in foreseen] == [
         (cell.method, cell.ratio) for cell in cells(study) if cell.seed == study.seeds[0]
     ]
-    assert all(each.num_draws == len(study.seeds) and each.seconds > 0 for each in foreseen)
+    assert all(each.num_draws == len(study.seeds) for each in foreseen)
     table = foreseen_table(study.question, foreseen)
-    assert len(table.rows) == len(foreseen) + 1 and table.rows[-1][0].startswith("all, without reading text")
+    assert len(table.rows) == len(foreseen) + 1 and table.rows[-1][0] == "all"
     assert not (tmp_path / "cells").exists() and not (tmp_path / "out").exists()
 
 

@@ -185,7 +185,6 @@ def test_naming_layers_saves_what_choosing_them_costs(small, tmp_path):
     named = inspect(tmp_path / "dense", parse_recipe(grouped({**asked, "removed_layers": [1, 3], "budget": "curve"})))
     assert chosen.num_params_after == named.num_params_after
     assert named.memory.layer_choice == 0 < chosen.memory.layer_choice
-    assert named.operations.forward < chosen.operations.forward and named.operations.gram < chosen.operations.gram
 
 
 def test_layers_are_chosen_in_a_model_as_narrow_as_widths_will_make_it(small, monkeypatch):

@@ -73,7 +73,6 @@ def test_what_choosing_layers_needs_is_counted_and_refused(recipe, tmp_path):
     readers = [layer.mlp.down_proj.weight for layer in model.model.layers]
     assert without.memory.layer_choice == 0
     assert chosen.memory.layer_choice > sum(weight.numel() * weight.element_size() for weight in readers)
-    assert chosen.operations.forward > without.operations.forward and chosen.operations.gram > without.operations.gram
     # Room for the rounds, but not for all layers' readers.
     room = without.memory.peak - without.memory.weights
     assert room < chosen.memory.layer_choice

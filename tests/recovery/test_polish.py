@@ -27,7 +27,7 @@ from secateur.pruning.resolve import checked, resolve
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import parse_recipe
 from secateur.recovery import attention, train
-from secateur.recovery.cost import forward_flops, polish_work, training_bytes
+from secateur.recovery.cost import training_bytes
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.polish import Lesson, _folder, learn, polish, polish_settings
 from secateur.store import Services, Store, place_beside
@@ -270,20 +270,6 @@ def test_a_run_that_recovers_trains_once(checkpoints, asked, tmp_path):
     assert found.summary.polish is None and (tmp_path / "out" / "recovery.json").exists()
 
 
-def test_operations_and_bytes_by_hand(asked):
-    model = tiny_llama()
-    settings = polish_settings(parse_recipe(grouped({**asked, "polish": {**TRAINING, "num_tokens": 1280}})))
-    assert settings is not None
-    layers, whole = forward_flops(model, 32)
-    head, num_params = whole - layers, sum(parameter.numel() for parameter in model.parameters())
-    flops, moved = polish_work(settings, model, num_params // 2, 160, 32)
-    half = layers * (num_params // 2) / num_params
-    training = 1280 * (whole + 2 * (half + head) + half)
-    assert flops == pytest.approx(training + 160 * (whole + 4 * (half + head)))
-    trained = num_params - 2 * model.lm_head.weight.numel()
-    assert moved == pytest.approx(60 * 1280 * model.config.vocab_size + 40 * trained * 10)
-
-
 def test_the_memory_is_that_of_its_parts(asked):
     opened = checked(open_model(tiny_llama(), parse_recipe(grouped(asked)), tiny_tokenizer()))
     resolved = resolve(opened)
@@ -381,6 +367,4 @@ def test_inspect_predicts_its_part(checkpoints, asked):
         inspect(checkpoints["llama"], parse_recipe(grouped({**asked, "polish": polish})))
         for polish in (TRAINING, False)
     )
-    assert found.operations.training > 0 == without.operations.training
-    assert found.seconds.total > found.seconds.training > 0
     assert found.memory.polish > 0 == without.memory.polish

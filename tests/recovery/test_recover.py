@@ -343,7 +343,6 @@ def test_dry_run_foretells_tokens_operations_and_memory(recovered, pruned, check
     assert cost.num_tokens == record.training.num_tokens
     assert cost.flops == {"training": record.training.flops, "judge": record.judge_flops}
     assert cost.num_held_out_tokens == record.num_held_out_tokens and cost.peak_bytes > 0
-    assert set(cost.seconds) == {"training", "judge"} and all(value > 0 for value in cost.seconds.values())
 
 
 def test_the_dense_model_after_the_same_cross_entropy_stands_beside(pruned, checkpoints, texts, tmp_path):

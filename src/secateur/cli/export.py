@@ -49,7 +49,7 @@ def export(
     as_json: common.Json = False,
 ) -> None:
     """Write MODEL, its tokenizer and chat template as one file: GGUF, or an added format."""
-    from secateur.report.rows import human_bytes
+    from secateur.log import human_bytes
 
     name, file = _wanted(gguf, format_name, out)
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:

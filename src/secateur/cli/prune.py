@@ -184,7 +184,7 @@ def prune_and_tell(
 
 
 def _files(files: dict[str, tuple[int, int]], problem: str | None) -> str:
-    from secateur.report.rows import human_bytes
+    from secateur.log import human_bytes
 
     sizes = ", ".join(f"{kind} {' -> '.join(map(human_bytes, pair))}" for kind, pair in files.items())
     return "; ".join(text for text in (sizes, problem) if text)
@@ -226,7 +226,8 @@ def verify(
 
     Status 0 if all is well, 1 if something does not match.
     """
-    from secateur.report.rows import human_bytes, terminal
+    from secateur.log import human_bytes
+    from secateur.report.rows import terminal
 
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
         found = secateur.verify(result, progress=progress)

@@ -24,8 +24,9 @@ def push(
     """Upload RESULT with its model card to the hub; local paths are left out."""
     import yaml
 
+    from secateur.log import human_bytes
     from secateur.report.page import Table
-    from secateur.report.rows import human_bytes, terminal
+    from secateur.report.rows import terminal
 
     with common.progress_bar(enabled=not (quiet or as_json or dry_run)) as progress:
         options = {"base_model": base_model, "public": public, "dry_run": dry_run}

@@ -34,11 +34,10 @@ from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks, run_
 from secateur.evaluation.text import named_blocks
 from secateur.facts import Loss, Size
 from secateur.log import Progress, silent, versions
-from secateur.model.bind import Arch, text_config
+from secateur.model.bind import Arch
 from secateur.model.kept_tokens import Trim
-from secateur.pruning.cost import seconds_for, work_of
 from secateur.pruning.loop import prune_in_place, remove_depth
-from secateur.pruning.open import Opened, computes_in_float32, open_model, tokenizer_of
+from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.prune import calibration_text
 from secateur.pruning.resolve import Resolved, checked, resolve
 from secateur.pruning.run import Run, without_tokens
@@ -87,7 +86,7 @@ class _Shared:
 
 
 def foresee(study: Study) -> list[Foreseen]:
-    """Return what `compare` will run, at this machine's speed, from configs alone.
+    """Return what `compare` will run, from configs alone.
 
     Raises what `compare` raises before its first cell.
     """
@@ -96,14 +95,11 @@ def foresee(study: Study) -> list[Foreseen]:
         for cell, asked, resolved in _checked_cells(study, name, _opened(study, model)):
             if cell.seed != study.seeds[0]:
                 continue
-            width = text_config(asked.model).hidden_size
-            dtype = torch.float32 if computes_in_float32(asked) else asked.model.dtype
-            seconds = seconds_for(work_of(asked, resolved), width, dtype, asked.device).total
             # Embedding and head; the layers as they were before the first round.
             in_layers = sum(asked.arch.params_per_layer) * asked.model.dtype.itemsize
             copies = int(len(resolved.plans) > 1 and bool(resolved.target_mix))
             disk_bytes = asked.size.num_bytes + (copies - 1) * in_layers
-            found.append(Foreseen(cell.method, cell.ratio, len(study.seeds), seconds, disk_bytes, name))
+            found.append(Foreseen(cell.method, cell.ratio, len(study.seeds), disk_bytes, name))
     return found
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, cast
 
-import torch
-
 from secateur.data.calibration import token_counts
 from secateur.errors import CheckpointError, RecipeError, SecateurError
 from secateur.formats.gguf import gguf_bytes, metadata_bytes
@@ -22,7 +20,7 @@ from secateur.model.bind import Arch, head_width, text_config
 from secateur.model.checkpoint import meta_model
 from secateur.model.modeling_per_layer import is_per_layer
 from secateur.model.vocabulary import read_vocabulary, with_parts
-from secateur.pruning.cost import disk_bytes, memory_for, params_after, seconds_for, with_polish_that_fits, work_of
+from secateur.pruning.cost import disk_bytes, memory_for, params_after, with_polish_that_fits
 from secateur.pruning.group_step import model_left
 from secateur.pruning.latency import with_seconds
 from secateur.pruning.open import Opened, open_model, tokenizer_of
@@ -174,10 +172,9 @@ def inspect(
     `check_for`: `vllm` or `llama.cpp`, to list what keeps it from running the result.
     `progress`: called with (stage, done, total).
 
-    Returns groups, widths before and after, bytes, memory, disk and seconds, how much of the model
+    Returns groups, widths before and after, bytes, memory and disk, how much of the model
     its vocabulary is, how many of its tokens the domains' text has, and how large GGUF files will be.
-    The seconds rest on a short matrix multiplication on the device. Target `latency` also
-    times a few layers.
+    Target `latency` times a few layers.
 
     Raises what `prune` raises before it reads weights: RecipeError, CheckpointError or ArchError. But a
     share that cannot be is a note, and the nearest one that can is shown.
@@ -223,8 +220,7 @@ def _inspection(opened: Opened, check_for: str | None, progress: Progress) -> In
     opened, measured_later = _trimmed(opened, services)
     resolved, refused = _resolved(opened)
     resolved, arch, size = with_polish_that_fits(opened, resolved), opened.arch, opened.size
-    memory, operations = memory_for(opened, resolved), work_of(opened, resolved)
-    dtype = torch.float32 if memory.in_float32 else opened.model.dtype
+    memory = memory_for(opened, resolved)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
     num_params = params_after(opened, resolved)
     least = least_keep(resolved.groups, resolved.align, recipe.remove.min_keep)
@@ -252,8 +248,6 @@ def _inspection(opened: Opened, check_for: str | None, progress: Progress) -> In
         weights_on_disk=memory.weights_on_disk,
         disk_bytes=disk_bytes(opened, resolved, memory),
         device=str(opened.device),
-        operations=operations,
-        seconds=seconds_for(operations, text_config(opened.model).hidden_size, dtype, opened.device),
         warnings=(*refused, *measured_later, *resolved.warnings),
         possible=possible_groups(arch),
         impossible=arch.omits,

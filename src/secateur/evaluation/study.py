@@ -95,7 +95,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Foreseen:
-    """A method at a share before it runs. `seconds`: of one draw, without reading text and judging.
+    """A method at a share before it runs.
 
     `disk_bytes`: the most that a draw puts into temporary files; no model is kept.
     """
@@ -103,7 +103,6 @@ class Foreseen:
     method: str
     ratio: float
     num_draws: int
-    seconds: float
     disk_bytes: int
     model: str
 

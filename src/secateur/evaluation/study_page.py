@@ -12,10 +12,11 @@ import yaml
 
 from secateur.evaluation.study import DENSE, Comparison, Foreseen, FoundCell, Study
 from secateur.files import staged_file
+from secateur.log import human_bytes
 from secateur.report.measured import Change, mean_change
 from secateur.report.page import Page, Section, Table, render
 from secateur.report.plots import Series, Text, dot_plot
-from secateur.report.rows import Tables, escaped, human_bytes, human_seconds, markdown, terminal
+from secateur.report.rows import Tables, escaped, markdown, terminal
 
 _perplexity: Callable[[FoundCell], float] = attrgetter("perplexity")
 _other_perplexity: Callable[[FoundCell], float] = attrgetter("other_perplexity")
@@ -178,15 +179,12 @@ def by_question(question: str, found: Iterable[OfModel]) -> list[tuple[str, list
 
 def foreseen_table(question: str, foreseen: Sequence[Foreseen]) -> Table:
     """Return what the terminal shows of a model's grid that has not run yet."""
-    rows, total = [], 0.0
+    rows = []
     for each in foreseen:
-        total += each.seconds * each.num_draws
-        facts = (str(each.num_draws), human_seconds(each.seconds), human_bytes(each.disk_bytes))
-        rows.append((each.method, f"{each.ratio:.0%}", *facts))
-    sums = (str(sum(each.num_draws for each in foreseen)), human_seconds(total))
+        rows.append((each.method, f"{each.ratio:.0%}", str(each.num_draws), human_bytes(each.disk_bytes)))
     most = human_bytes(max(each.disk_bytes for each in foreseen))
-    rows.append(("all, without reading text, judging and tasks", "", *sums, most))
-    return Table(question, ("method", "asked", "draws", "time of a draw", "disk meanwhile"), rows)
+    rows.append(("all", "", str(sum(each.num_draws for each in foreseen)), most))
+    return Table(question, ("method", "asked", "draws", "disk meanwhile"), rows)
 
 
 def verdict(found: list[FoundCell]) -> str:

@@ -1,32 +1,24 @@
-"""What a run will cost: memory, disk, floating-point operations, seconds on this machine.
+"""What a run will cost in memory and on disk, from shapes alone."""
 
-All from shapes, except for the machine's rates, which a short layer and short products measure.
-"""
-
-import functools
 import importlib.util
 from dataclasses import dataclass, replace
 
-import torch
-
-from secateur.data.calibration import judging_tokens
 from secateur.errors import RecipeError
 from secateur.files import parse_size
 from secateur.methods.prices import parameter_prices, token_prices
 from secateur.methods.scores import needs_gram
 from secateur.methods.select import units_at_once
 from secateur.model.bind import decoder_layers, text_config
-from secateur.model.group import Group
 from secateur.pruning.open import Opened, computes_in_float32
 from secateur.pruning.resolve import Resolved
 from secateur.pruning.resolve_parts import NARROW_TOKENS_PER_INPUT
-from secateur.recovery.cost import layer_rate, num_trained, polish_work, training_bytes
+from secateur.recovery.cost import num_trained, training_bytes
 from secateur.recovery.polish import polish_settings
 from secateur.recovery.weights import autocasts
-from secateur.report.records import MemoryEstimate, Work
-from secateur.stream.device import best_seconds, float64_device, free_bytes
-from secateur.stream.statistics import BY_DOMAIN, NUM_BLOCKS, PRODUCT_ROWS, exact_product_precision
-from secateur.stream.walk import DEVICE_BATCH_TOKENS, LAYERS_AT_ONCE
+from secateur.report.records import MemoryEstimate
+from secateur.stream.device import free_bytes
+from secateur.stream.statistics import BY_DOMAIN, NUM_BLOCKS, PRODUCT_ROWS
+from secateur.stream.walk import DEVICE_BATCH_TOKENS
 
 HELD_OUT_FACTOR = 10 / 9  # held-out blocks come on top of the calibration tokens, one for every nine
 
@@ -262,121 +254,6 @@ def with_polish_that_fits(opened: Opened, resolved: Resolved) -> Resolved:
     why = "peft is missing (pip install 'secateur[recover]')" if least <= budget else f"{least / 1e9:.2f} GB at least"
     warning = f"{asked}, and {why}, so there is none; secateur recover can train the result on another machine."
     return replace(resolved, recipe=recipe.filled(polish={"num_tokens": 0}), warnings=(*resolved.warnings, warning))
-
-
-# The timed products have as many rows as a batch has tokens.
-ROWS, MOST_WIDTH, COPIED = 512, 2048, 1 << 24
-
-
-def work_of(opened: Opened, resolved: Resolved) -> Work:
-    """Return the operations of a run.
-
-    forward, per round: the pruned and the dense stream through every layer, and cut layers once
-    more; the judging text through two models; for measured budgets the probe's tokens through
-    half of the layers and the head, per group; the choice of layers. gram: the lower triangle of
-    x'x, twice for measured budgets, and x'r of the drift r. solve, for F inputs, C that go and S
-    that stay: inverse 2 F^3, updates 2 C F^2, Cholesky S^3 / 3, substitutions 2 S^2 H, right side
-    2 C S H.
-    """
-    recipe, num_rounds = resolved.recipe, len(resolved.plans)
-    tokens, num_params = resolved.num_tokens, opened.size.num_params
-    held_out, in_layers = tokens * (HELD_OUT_FACTOR - 1), sum(opened.arch.params_per_layer)
-    is_measured, streams = recipe.choose.budget == "curve", 2 if resolved.target_mix else 1
-    forward = num_rounds * streams * 2 * (tokens + held_out) * in_layers
-    forward += 2 * 2 * judging_tokens(recipe.output.evaluate) * len(recipe.calibration.domains) * num_params
-    gram, solve = 0.0, 0.0
-    for plan in resolved.plans:
-        for group in resolved.groups:
-            parts = _group_work(group, plan.num_keep[group.layer, group.name], tokens)
-            forward += 2 * (tokens + held_out) * parts[0]
-            gram, solve = gram + parts[1] * (1 + is_measured), solve + parts[2] * (1 + is_measured)
-            has_drift = streams == 2 and not opened.arch.is_in_attention(group)
-            gram += has_drift * 2 * tokens * group.num_inputs * _num_outputs(group)
-    if is_measured:
-        probe = recipe.choose.probe_blocks * len(recipe.calibration.domains) * resolved.sequence_length
-        forward += num_rounds * len(resolved.groups) * (2.0 * probe * (num_params - in_layers / 2))
-    # Layers that the recipe names need no choice.
-    of_layers = [] if recipe.remove.layers else [_choice_work(opened, resolved)]
-    for part in [*of_layers, _fold_work(opened, resolved)] if resolved.depth else []:
-        forward, gram, solve = forward + part.forward, gram + part.gram, solve + part.solve
-    settings = polish_settings(recipe)
-    facts = (opened.model, params_after(opened, resolved), round(held_out), resolved.sequence_length)
-    training = (0.0, 0.0) if settings is None else polish_work(settings, *facts)
-    return Work(float(forward), float(gram), float(solve), *training)
-
-
-def _choice_work(opened: Opened, resolved: Resolved) -> Work:
-    """Return the operations of choosing layers.
-
-    The probe's tokens: a stream without each layer from there on, and the head; about
-    `LAYERS_AT_ONCE` of these per further layer. The narrow readers: a few tokens per input, twice
-    through the model.
-    """
-    recipe, arch, depth = resolved.recipe, opened.arch, resolved.depth
-    in_layers, num_params = sum(arch.params_per_layer), opened.size.num_params
-    ffns = [group for group in arch.groups if group.name == "ffn"]
-    probe = recipe.choose.probe_blocks * len(recipe.calibration.domains) * resolved.sequence_length
-    num_streams = arch.num_layers + LAYERS_AT_ONCE * (depth - 1)
-    passes = num_streams / 2 + 2 * depth
-    fitted = NARROW_TOKENS_PER_INPUT * max((group.num_inputs for group in ffns), default=0)
-    forward = 2 * probe * (passes * in_layers + (num_streams + depth) * (num_params - in_layers))
-    # The count hardly matters to the operations: take half.
-    parts = [_group_work(group, group.num_units // 2, fitted) for group in ffns]
-    gram, solve = sum(part[1] for part in parts), sum(part[2] for part in parts)
-    return Work(float(forward + 4 * fitted * in_layers), float(gram), float(solve))
-
-
-def _fold_work(opened: Opened, resolved: Resolved) -> Work:
-    """Return the operations of folding layers: all tokens through half of the layers each."""
-    arch, depth, tokens = opened.arch, resolved.depth, resolved.num_tokens * HELD_OUT_FACTOR
-    ffns = [group for group in arch.groups if group.name == "ffn"][:depth]
-    parts = [_group_work(group, group.num_units // 2, round(tokens)) for group in ffns]
-    return Work(depth * tokens * sum(arch.params_per_layer), float(sum(part[1] for part in parts)), 0.0)
-
-
-def _group_work(group: Group, num_keep: int, tokens: int) -> tuple[float, float, float]:
-    """Return parameters that stay, and the operations of statistics and solves."""
-    inputs, stays = group.num_inputs, min(group.num_inputs, num_keep * group.width)
-    gone = inputs - stays
-    outputs = _num_outputs(group)
-    solve = 2.0 * inputs**3 + 2.0 * gone * inputs**2 + stays**3 / 3
-    solve += 2.0 * stays**2 * outputs + 2.0 * gone * stays * outputs
-    gram = tokens * inputs**2 * (1 + 1 / NUM_BLOCKS)
-    return float(num_keep * group.params_per_unit), gram, solve if gone else 0.0
-
-
-def _num_outputs(group: Group) -> float:
-    """Return the reader's outputs, as the mean over the linears that a unit has parameters in."""
-    return group.params_per_unit / max(1, group.width * group.parts.num_linears)
-
-
-def seconds_for(work: Work, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Work:
-    """Return the seconds of the work at `layer_rate` and `measured_rates`, computed in `dtype`."""
-    width, tokens = min(MOST_WIDTH, hidden_size), ROWS if device.type == "cpu" else DEVICE_BATCH_TOKENS
-    rates, layer = measured_rates(device, dtype, width), layer_rate(device, dtype, width, tokens)
-    training = work.training / layer + work.moved / rates.moved
-    return Work(work.forward / layer, work.gram / rates.gram, work.solve / rates.solve, training)
-
-
-@functools.cache  # a study asks for every cell
-@torch.inference_mode()
-def measured_rates(device: torch.device, dtype: torch.dtype, width: int, rows: int = ROWS) -> Work:
-    """Return operations per second of products like those of each kind, and bytes moved per second.
-
-    The best of a few each.
-    """
-    forward = _rate(torch.zeros(rows, width, dtype=dtype, device=device), 4 * width)
-    with exact_product_precision(dtype):
-        gram = _rate(torch.zeros(rows, width, device=device), 4 * width)
-    solve = _rate(torch.zeros(rows, ROWS, dtype=torch.float64, device=float64_device(device)), ROWS)
-    numbers, others = torch.zeros(2, COPIED, device=device)
-    copied = 2 * numbers.nbytes / best_seconds(lambda: others.copy_(numbers))
-    return Work(forward, gram, solve, forward, copied)
-
-
-def _rate(left: torch.Tensor, columns: int) -> float:
-    right = left.new_zeros(columns, left.shape[1])
-    return 2 * left.numel() * columns / best_seconds(lambda: left @ right.T)
 
 
 def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> int:

@@ -15,13 +15,13 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Size
 from secateur.files import json_of, sha256_of
 from secateur.formats.save import Verification, save_checkpoint, verify_reload
-from secateur.log import RunLog, versions
+from secateur.log import RunLog, human_bytes, versions
 from secateur.methods.prices import token_prices
 from secateur.model.bind import text_config
 from secateur.model.checkpoint import CausalLM, Tokenizer
 from secateur.model.group import Group
 from secateur.model.kept_tokens import Trim, kept_tokens_of
-from secateur.pruning.cost import MemoryPlan, seconds_for, work_of
+from secateur.pruning.cost import MemoryPlan
 from secateur.pruning.open import Like, Opened, open_model
 from secateur.pruning.resolve import Resolved
 from secateur.pruning.resolve_parts import groups_of
@@ -32,7 +32,6 @@ from secateur.recovery.pair import KEEP_FILE
 from secateur.report.card import model_card
 from secateur.report.records import CalibrationFacts, Summary, read_summary
 from secateur.report.report import complete, missing_plots
-from secateur.report.rows import human_bytes, human_seconds
 from secateur.report.vocabulary import vocabulary_facts
 
 
@@ -297,7 +296,7 @@ def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tens
 
 
 def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> str:
-    """Return a sentence on what a run is about to do, and how long it takes at this machine's speed."""
+    """Return a sentence on what a run is about to do, and in how much memory."""
     recipe, arch, kept = resolved.recipe, opened.arch, resolved.plans[-1].num_keep
     parts = [f"{resolved.depth} of {arch.num_layers} layers"] if resolved.depth else []
     for name in dict.fromkeys(group.name for group in resolved.groups):
@@ -310,14 +309,10 @@ def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> str:
     text = f"{resolved.num_tokens:,} tokens of {', '.join(recipe.calibration.domains)}"
     if not resolved.groups and not resolved.depth:
         return f"{opened.name}: removes {', '.join(parts)}, by {text}."
-    dtype = torch.float32 if plan.in_float32 else opened.model.dtype
-    seconds = seconds_for(work_of(opened, resolved), text_config(opened.model).hidden_size, dtype, opened.device)
     trained = f", then trained on {recipe.polish.num_tokens:,}" if recipe.polish.num_tokens else ""
     rounds = f"{len(resolved.plans)} rounds" if len(resolved.plans) > 1 else "1 round"
     asked = f"{recipe.remove.share:.1%} of all {resolved.prices.total_text} ({', '.join(parts)})"
-    place = f"{opened.device} if nothing else runs there"
     return (
-        f"{opened.name}: removes {asked} in {rounds}, measured on {text}{trained}; takes about "
-        f"{human_seconds(seconds.total)} on {place}, and reading text, loading and the reload check on top; "
+        f"{opened.name}: removes {asked} in {rounds}, measured on {text}{trained}; "
         f"{human_bytes(plan.estimate.peak)} of memory beyond the interpreter."
     )

@@ -1,47 +1,33 @@
-"""What a recovery costs: tokens, FLOPs, memory, disk; and seconds, from one timed step or layer.
+"""What a recovery costs: tokens, FLOPs, memory, disk.
 
-In: both models (on the meta device, but for seconds), settings, text. Out: a `Cost`.
+In: both models, which may be on the meta device, settings, text. Out: a `Cost`.
 FLOPs are those of matrix products. Memory is estimated from shapes, without the interpreter.
 T: tokens of a block; "forward": one pass of one model over all positions, head included.
 """
 
-import functools
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secateur.facts import Size
 from secateur.methods.prices import prefill_flops_per_token
-from secateur.model.bind import bind, head_of
 from secateur.recipe import RecoverySettings
-from secateur.recovery.attention import switched
-from secateur.recovery.loss import HEAD_POSITIONS, loss_in_forward, states_of
+from secateur.recovery.loss import HEAD_POSITIONS
 from secateur.recovery.pair import Candidates, RecoveryText, blocks_per_step
 from secateur.recovery.weights import autocasts, words_of
 from secateur.report.measured import Cost
-from secateur.stream.device import best_seconds, now
 
 # Numbers that a layer stores per token for backward: float32 ones in hidden sizes (the stream, inputs
 # of norms and linears, queries, keys, values), and four in the FFN's, as autograd was seen to store.
 STREAM_WIDTHS, FFN_WIDTHS = 10, 4
 TRAIN_DENSE = "train_dense"
-HEAD_SIZE = 64  # of the layer that is timed
 # FLOPs per token of a block: of the layers, and with the head at every position.
 Forward = tuple[float, float]
 
 
-def cost_of(
-    candidates: Candidates,
-    settings: RecoverySettings,
-    text: RecoveryText,
-    seconds_per_flop: tuple[float, float] | None = None,
-) -> Cost:
-    """Return the cost of training on the whole text.
-
-    `seconds_per_flop`: of the teacher and of training, from `time_a_step`; None: no seconds.
-    """
+def cost_of(candidates: Candidates, settings: RecoverySettings, text: RecoveryText) -> Cost:
+    """Return the cost of training on the whole text."""
     pruned, teacher, length = candidates.pruned_shape, candidates.teacher_shape, text.sequence_length
     tokens = text.num_tokens, text.num_held_out_tokens
     small, big = forward_flops(pruned, length), forward_flops(teacher, length)
@@ -51,11 +37,6 @@ def cost_of(
         alone = predict_flops(big, big, without_teacher(settings), *tokens)
         flops[TRAIN_DENSE] = (0.0, alone["training"][1] + alone["judge"][1])
         trained.append(teacher)
-    seconds = {}
-    if seconds_per_flop is not None:
-        seconds = {
-            part: sum(a * b for a, b in zip(ours, seconds_per_flop, strict=True)) for part, ours in flops.items()
-        }
     size = Size.of(pruned)
     # Checkpoints of weights and two moments: the best, the last, one being written; the result.
     states = max(Size.of(model).num_params + 2 * num_trained(model, settings) for model in trained)
@@ -67,7 +48,7 @@ def cost_of(
         for model in trained
     )
     peak = Size.of(teacher).num_bytes + most
-    return Cost(*tokens, total, peak, scratch_bytes, seconds)
+    return Cost(*tokens, total, peak, scratch_bytes)
 
 
 def predict_flops(
@@ -101,52 +82,6 @@ def forward_flops(model: PreTrainedModel, length: int) -> Forward:
     at_each = 2 * head.weight.numel()
     layers = prefill_flops_per_token(model, length) - at_each / length
     return layers, layers + at_each
-
-
-def time_a_step(
-    pruned: PreTrainedModel, teacher: PreTrainedModel, ids_BT: Tensor, attention: str | None
-) -> tuple[float, float]:
-    """Return seconds per FLOP of the teacher's forward and of a training step, the second of two.
-
-    The pruned model is used up: its weights become float32 and get gradients. The teacher's head
-    counts to the step, which has it.
-    """
-    length, dtype = ids_BT.shape[1], pruned.dtype
-    (_, small), (_, big) = (forward_flops(model, length) for model in (pruned, teacher))
-    for parameter in pruned.parameters():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    arch = bind(teacher)
-    head, teaching, training = head_of(teacher, arch), 0.0, 0.0
-    with loss_in_forward(pruned, bind(pruned), 1.0), switched(pruned, attention), switched(teacher, attention):
-        for _ in range(2):
-            start = now(ids_BT.device)
-            with torch.no_grad():
-                dense_PE = states_of(teacher, arch, ids_BT)
-            middle = now(ids_BT.device)
-            with torch.autocast(ids_BT.device.type, dtype, enabled=dtype == torch.bfloat16):
-                loss: Any = pruned(ids_BT, learns=True, teacher=(dense_PE, head))
-            loss.backward()
-            teaching, training = middle - start, now(ids_BT.device) - middle
-    return teaching / (ids_BT.numel() * big), training / (ids_BT.numel() * 3 * small)
-
-
-@functools.cache  # a study asks for every cell
-@torch.no_grad()
-def layer_rate(device: torch.device, dtype: torch.dtype, width: int, num_tokens: int) -> float:
-    """Return the products' operations per second in the forward pass of a Llama layer of random weights.
-
-    Attention, norms and other moves are in its time: at a width of 576 it runs at 0.6 times the
-    rate of a product. A training step has about the same rate: LOG, 2026-11-29, late.
-    """
-    sizes: dict[str, int] = {"hidden_size": width, "intermediate_size": 8 * width // 3, "head_dim": HEAD_SIZE}
-    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), max(1, width // HEAD_SIZE))
-    with torch.random.fork_rng(devices=[]):  # a run's random numbers are its own
-        model: Any = LlamaModel(LlamaConfig(**sizes, **heads, num_hidden_layers=1, vocab_size=8))
-    model = model.to(device, dtype)
-    ids_BT = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
-    num_params = sum(weight.numel() for weight in model.layers.parameters())
-    return 2 * num_params * num_tokens / best_seconds(lambda: model(ids_BT, use_cache=False).last_hidden_state)
 
 
 def num_trained(model: PreTrainedModel, settings: RecoverySettings) -> int:
@@ -187,24 +122,3 @@ def _ffn_width(config: Any) -> int:
     sizes = config.to_dict()  # attributes that vary over layers cannot be read
     layers = [sizes, *(sizes.get("per_layer_config") or {}).values()]
     return max(each.get("intermediate_size") or 0 for each in layers) or 4 * config.hidden_size
-
-
-# Bytes that training moves beside its layers' work: per logit; per trained parameter and step.
-LOGIT_BYTES, PARAMETER_BYTES = 60, 40
-
-
-def polish_work(
-    settings: RecoverySettings, dense: PreTrainedModel, num_params: int, held_out: int, length: int
-) -> tuple[float, float]:
-    """Return FLOPs of a polish, and the bytes that it moves beside its layers.
-
-    The dense model once over all text, training, and `held_out` tokens that judge.
-    `num_params`: of the pruned model, whose layers are taken to be smaller in proportion.
-    """
-    config: Any = dense.config.get_text_config()
-    tokens, (layers, whole) = settings.num_tokens, forward_flops(dense, length)
-    left = layers * num_params / Size.of(dense).num_params
-    flops = predict_flops((left, left + whole - layers), (layers, whole), settings, tokens, held_out)
-    steps = tokens / settings.batch_tokens
-    moved = LOGIT_BYTES * tokens * config.vocab_size + PARAMETER_BYTES * num_trained(dense, settings) * steps
-    return sum(map(sum, flops.values())), float(moved)

@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from secateur.errors import RecipeError
 from secateur.files import check_free_space, disk_errors
 from secateur.log import Progress, RunLog, silent
@@ -20,14 +18,13 @@ from secateur.model.checkpoint import weight_digests
 from secateur.ranks import launched_size
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
-from secateur.recovery.cost import cost_of, time_a_step
+from secateur.recovery.cost import cost_of
 from secateur.recovery.judge import Judge
 from secateur.recovery.pair import Candidates, RecoveryText, check_training, open_pair, recovery_text, shared_out
 from secateur.recovery.train import Work
 from secateur.report.measured import Cost
 from secateur.report.records import RECIPE_FILE, read_summary
 from secateur.result_directory import RESULT_FILE
-from secateur.stream.device import on_device
 
 
 class Job(NamedTuple):
@@ -150,17 +147,11 @@ def dry_run(
     *,
     other_dense: bool = False,
 ) -> Cost:
-    """Return what `recover` would cost, with seconds from one step that is timed here.
+    """Return what `recover` would cost.
 
-    Loads both models and writes nothing. Raises what `recover` raises before its first step.
+    Loads the dense model, which may write text, and writes nothing. Raises what `recover` raises before its first step.
     """
     candidates, recipe, settings = open_job(pruned, teacher, changes, other_dense=other_dense)
     dense = candidates.load_teacher()
     text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress, _judged_by(candidates))
-    progress("time a step", 0, 1)
-    ids_BT = torch.stack([ids_T for _, ids_T in text.blocks[: settings.blocks_per_device]])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as `train` chooses it
-    model, dense = (on_device(each, device) for each in (candidates.load_pruned(), dense))
-    seconds_per_flop = time_a_step(model, dense, ids_BT.to(device), settings.attention)
-    progress("time a step", 1, 1)
-    return cost_of(candidates, settings, text, seconds_per_flop)
+    return cost_of(candidates, settings, text)

@@ -371,11 +371,10 @@ class RecoveryRecord(Trained, Record):
 
 @dataclass(frozen=True, slots=True)
 class Cost(Record):
-    """What a recovery would take. `flops`, `seconds`: of `training` and of `judge`."""
+    """What a recovery would take. `flops`: of `training` and of `judge`."""
 
     num_tokens: int
     num_held_out_tokens: int
     flops: dict[str, float]
     peak_bytes: int
     scratch_bytes: int
-    seconds: dict[str, float]

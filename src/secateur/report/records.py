@@ -63,27 +63,6 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """Operations (a multiply-add counts two), or the seconds that they take.
-
-    `forward`: passes through layers and head, in the model's dtype. `gram`: statistics, in float32.
-    `solve`: inverses, updates and least squares, in float64. `training`: of the polish. `moved`:
-    not operations but the bytes that the polish moves beside its products; no seconds of their own.
-    """
-
-    forward: float
-    gram: float
-    solve: float
-    training: float = 0.0
-    moved: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """The sum of all parts but `moved`."""
-        return self.forward + self.gram + self.solve + self.training
-
-
-@dataclass(frozen=True, slots=True)
 class Possible:
     """A group of the family. `num_units`: in the first layer. `num_params`: in all layers."""
 
@@ -164,8 +143,6 @@ class Inspection(Record):
     weights_on_disk: bool
     disk_bytes: int
     device: str
-    operations: Work
-    seconds: Work
     warnings: tuple[str, ...]
     possible: tuple[Possible, ...]
     impossible: dict[str, str]

@@ -7,11 +7,12 @@ from pathlib import Path
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import geometric_mean_perplexity
 from secateur.files import check_file, staged_file
+from secateur.log import human_bytes
 from secateur.report import sections
 from secateur.report.measured import ALIKE, Evaluation
 from secateur.report.page import KeyFigure, Page, Section, render
 from secateur.report.records import ResultFiles, Summary, read_result
-from secateur.report.rows import caveats, human_bytes, verdict
+from secateur.report.rows import caveats, verdict
 from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, PAGE_FILE, write_summary
 
 # Each returns None where the run has nothing of what it is about.

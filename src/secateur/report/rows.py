@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.jupyter import JupyterMixin
 
 from secateur.facts import NGRAM_TOKENS, geometric_mean_perplexity
+from secateur.log import human_bytes
 from secateur.report.measured import ALIKE, Change, Ratio, change, mean_change
 from secateur.report.page import Table
 from secateur.report.records import Inspection, Summary
@@ -251,7 +252,7 @@ def inspected_groups(inspection: Inspection) -> Table:
 
 
 def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
-    size, memory, outcome, seconds = inspection.size, inspection.memory, inspection.outcome, inspection.seconds
+    size, memory, outcome = inspection.size, inspection.memory, inspection.outcome
     whole = "total parameters (tied weights once)" if outcome.target == "parameters" else f"all {outcome.total}"
     yield (
         "removing",
@@ -278,13 +279,6 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         f"{choosing}{polish}; the interpreter comes on top",
     )
     yield "disk", f"at most {human_bytes(inspection.disk_bytes)} while it runs"
-    yield (
-        "time",
-        f"about {human_seconds(seconds.total)} on {inspection.device} at the speed of this machine now: passes "
-        f"{human_seconds(seconds.forward)}, statistics {human_seconds(seconds.gram)}, solves "
-        f"{human_seconds(seconds.solve)}, polish {human_seconds(seconds.training)}; text and the reload check come on "
-        "top",
-    )
     yield "vocabulary", vocabulary_cell(inspection)
     yield from _groups_and_server(inspection)
     for warning in inspection.warnings:
@@ -302,19 +296,3 @@ def _groups_and_server(inspection: Inspection) -> Iterator[tuple[str, str]]:
         serving = inspection.serving
         yield "serving", f"{serving.server}: {'; '.join(serving.problems) or 'nothing stands against the result'}"
         yield "", "; ".join(serving.cautions)
-
-
-def human_seconds(seconds: float) -> str:
-    """Return a duration with two digits: 0.043 s, 12 s, 3.4 min, 2.1 h."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.2g} s"
-
-
-def human_bytes(num_bytes: int | float) -> str:
-    """Return bytes in decimal units: 269,030,000 -> 269.0 MB."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes:.0f} B"

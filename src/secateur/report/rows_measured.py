@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from secateur.facts import Trained, Verdict, mean_kl, mean_nats
+from secateur.log import human_bytes
 from secateur.report.measured import (
     BenchResult,
     Change,
@@ -16,7 +17,7 @@ from secateur.report.measured import (
     plus_minus,
 )
 from secateur.report.page import Table
-from secateur.report.rows import Tables, code, escaped, human_bytes, markdown, terminal, without_paths
+from secateur.report.rows import Tables, code, escaped, markdown, terminal, without_paths
 
 Row = tuple[str, ...]
 
@@ -233,9 +234,8 @@ def cost_table(cost: Cost) -> Tables:
     rows = []
     for part, flops in cost.flops.items():
         tokens = f"{cost.num_tokens:,} tokens, " if part == "training" else ""
-        seconds = f", {cost.seconds[part]:,.0f} s at the speed of one step timed here" if cost.seconds else ""
-        rows.append((part, f"{tokens}{flops:.3g} FLOPs{seconds}"))
-    rows.append(("total", f"{sum(cost.flops.values()):.3g} FLOPs, {sum(cost.seconds.values()):,.0f} s"))
+        rows.append((part, f"{tokens}{flops:.3g} FLOPs"))
+    rows.append(("total", f"{sum(cost.flops.values()):.3g} FLOPs"))
     rows.append(("held out", f"{cost.num_held_out_tokens:,} tokens, never trained on"))
     rows.append(("peak memory", f"about {human_bytes(cost.peak_bytes)} beyond the interpreter"))
     rows.append(("scratch on disk", f"{human_bytes(cost.scratch_bytes)} of checkpoints until the end"))

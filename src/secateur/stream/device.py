@@ -148,16 +148,6 @@ def parameter_on(device: torch.device, parameter: nn.Parameter, dtype: torch.dty
     return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
 
-def best_seconds(work: Callable[[], Tensor]) -> float:
-    """Return the least seconds of three until a number of what `work` returns is there."""
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        work().flatten()[0].item()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
 def now(device: torch.device) -> float:
     """Return the clock's seconds after the device has finished its work."""
     if device.type != "cpu":
