@@ -63,7 +63,7 @@ INSTEAD = {
 # Sizes of the tiny model in place of a large one's; the first that occurs.
 SIZES = {
     "--to 0.4B": "--to 170K",
-    "--to-bytes 250MB": "--to-bytes 360KB",
+    "--to 250MB": "--to 360KB",
     "--fit 8GB --context 8192 --type": "--fit 400KB --context 64 --type",
     "--fit 8GB --context 8192": "--fit 780KB --context 64",
 }

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub.serialization._base import parse_size_to_int
 
 from secateur.errors import CheckpointError, RecipeError
 
@@ -149,12 +148,21 @@ def lies_in(directory: Path, file: Path) -> bool:
     return real.is_relative_to(root) or is_blob
 
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def is_size(text: str) -> bool:
+    """Return whether the text is bytes, as 250MB, and not a number of parameters, as 0.4B."""
+    return _SIZE.fullmatch(text.strip().upper()) is not None
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])B")
+
+
 def parse_size(key: str, text: str) -> int:
     """Return the bytes of a size such as "5GB". Raises RecipeError naming `key`."""
-    try:
-        num_bytes = parse_size_to_int(text)
-    except (ValueError, OverflowError):
-        num_bytes = 0
+    amount = _SIZE.fullmatch(text.strip().upper())
+    num_bytes = 0 if amount is None else int(float(amount[1]) * _UNITS[amount[2]])
     if num_bytes <= 0:
         raise RecipeError(f"{key}: must be a number and KB, MB, GB or TB, such as 5GB, got '{text}'.")
     return num_bytes
@@ -162,10 +170,10 @@ def parse_size(key: str, text: str) -> int:
 
 def parse_count(key: str, text: str) -> int:
     """Return a number such as 0.4B, 400M or 400,000,000. Raises RecipeError naming `key`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.replace(",", "").replace("_", "").strip().upper())
-    if found is None:
-        raise RecipeError(f"{key}: must be a number of parameters, such as 0.4B or 400M, got '{text}'.")
-    return round(float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[found[2]])
+    amount = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.replace(",", "").replace("_", "").strip().upper())
+    if amount is None:
+        raise RecipeError(f"{key}: must be parameters, such as 0.4B or 400M, or bytes, such as 250MB, got '{text}'.")
+    return round(float(amount[1]) * (_UNITS | {"B": 10**9})[amount[2]])
 
 
 class disk_errors:  # reads as a statement: with disk_errors(place):

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from secateur.errors import RecipeError
+from secateur.files import is_size
 from secateur.plugins import SCORE_GROUP, SOURCE_GROUP, default_domains, mixture, plugin_names
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -196,13 +197,13 @@ class Remove(Strict):
     """What to remove. `remove: 0.2` is short for `remove: {share: 0.2}`.
 
     share: of all that the dense model has of `target`; met within one aligned unit per layer. to:
-    in its place, the parameters that may stay, as 0.4B. to_bytes: the bytes of weights, as 250MB.
-    fit: the memory that weights may take, as 8GB. context: tokens whose KV cache must fit in it
-    too. type: of a GGUF file that these bytes are, as q4_k_m. None: the model's own dtype. speedup:
-    times faster that a token is decoded: target latency, share 1 - 1/speedup. target: parameters
-    (all, tied weights once); kv_bytes, of cache per token, which needs group `kv_heads`; latency,
-    seconds per decoded token, batch 1, measured on this machine. groups: the kinds of units to
-    remove: `ffn`, `shared`, `experts` or `expert_ffn`, and `kv_heads` (with their query heads) or
+    in its place, what may stay: parameters, as 0.4B, or the bytes of weights, as 250MB. fit: the
+    memory that weights may take, as 8GB. context: tokens whose KV cache must fit in it too. type:
+    of a GGUF file that these bytes are, as q4_k_m. None: the model's own dtype. speedup: times
+    faster that a token is decoded: target latency, share 1 - 1/speedup. target: parameters (all,
+    tied weights once); kv_bytes, of cache per token, which needs group `kv_heads`; latency, seconds
+    per decoded token, batch 1, measured on this machine. groups: the kinds of units to remove:
+    `ffn`, `shared`, `experts` or `expert_ffn`, and `kv_heads` (with their query heads) or
     `query_heads` (one of every KV head). None: FFN channels (`ffn`), or `experts` if the model has
     some. depth: number of whole layers to remove first, those that change predictions least; part
     of `share`. None: as many as spare the widths the worst. layers: remove these and measure none;
@@ -217,7 +218,6 @@ class Remove(Strict):
 
     share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
     to: str | None = None
-    to_bytes: str | None = None
     fit: str | None = None
     context: Count | None = None
     type: str | None = None
@@ -249,14 +249,14 @@ class Remove(Strict):
 
     @model_validator(mode="after")
     def _one_size_and_something_goes(self) -> "Remove":
-        sizes = ("share", "to", "to_bytes", "fit", "speedup")
+        sizes = ("share", "to", "fit", "speedup")
         given = [name for name in sizes if name in self.model_fields_set and getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} each say how much goes; give one of them")
         if self.context is not None and self.fit is None:
             raise ValueError("context is the cache that must fit beside the weights; give fit too, such as fit: 8GB")
-        if self.type is not None and self.fit is self.to_bytes is None:
-            raise ValueError("type is of the bytes that may stay; give to_bytes or fit too, such as to_bytes: 250MB")
+        if self.type is not None and self.fit is None and (self.to is None or not is_size(self.to)):
+            raise ValueError("type is of the bytes that may stay; give to in bytes or fit too, such as to: 250MB")
         if given not in ([], ["share"]) and self.target != "parameters":
             raise ValueError(f"{given[0]} has a target of its own; with target {self.target} give a share")
         if self.vocabulary is None and self.groups == ():

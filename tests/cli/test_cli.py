@@ -37,11 +37,11 @@ NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
 
 # The frozen surface: a flag is added here only after it was found that a recipe key would not do.
 COMMANDS = {
-    "prune": "MODEL OUT --remove --to --to-bytes --fit --context --type --speedup --recipe --preset --domain "
+    "prune": "MODEL OUT --remove --to --fit --context --type --speedup --recipe --preset --domain "
     "--vocabulary --keep-text --keep-script --polish --groups --budget --align --rounds --seed --memory-budget "
     "--device --set --like --resume --overwrite --quiet --json",
     "trim": "MODEL OUT --vocabulary --domain --keep-text --keep-script --seed --evaluate --overwrite --quiet --json",
-    "inspect": "MODEL --remove --to --to-bytes --fit --context --type --speedup --recipe --preset --polish --groups "
+    "inspect": "MODEL --remove --to --fit --context --type --speedup --recipe --preset --polish --groups "
     "--budget --align --rounds --memory-budget --set --check-for --quiet --json",
     "recipe": "PRESET",
     "demo": "OUT --overwrite --quiet --json",

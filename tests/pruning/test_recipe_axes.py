@@ -284,10 +284,10 @@ SHAPES: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("shape", "asked"),
     [
-        ("0.5B", {"to_bytes": "330MB", "type": "q4_k_m"}),
+        ("0.5B", {"to": "330MB", "type": "q4_k_m"}),
         ("7B", {"fit": "4.2GB", "context": 8192, "type": "q4_k_m"}),
         ("32B", {"fit": "24GB", "context": 32768, "type": "q5_k_m"}),
-        ("narrow blocks", {"to_bytes": "86MB", "type": "q4_k_m"}),
+        ("narrow blocks", {"to": "86MB", "type": "q4_k_m"}),
         ("mixture", {"fit": "8GB", "context": 4096, "type": "q4_k_m"}),
         ("mixture", {"fit": "24GB"}),
     ],
@@ -304,7 +304,7 @@ def test_bytes_are_met_within_one_step_from_a_config_alone(shape, asked, tmp_pat
     started = checked(open_model(str(tmp_path), recipe, weights=False))
     found = resolve(started)
     heads, layers = config.hidden_size // config.num_attention_heads, config.num_hidden_layers
-    room = parse_size("", asked.get("fit") or asked["to_bytes"]) - 2 * layers * 2 * heads * 2 * asked.get("context", 0)
+    room = parse_size("", asked.get("fit") or asked["to"]) - 2 * layers * 2 * heads * 2 * asked.get("context", 0)
 
     def num_bytes(more: int) -> int:
         kept = {key: kept + more for key, kept in found.plans[-1].num_keep.items()}
@@ -316,7 +316,7 @@ def test_bytes_are_met_within_one_step_from_a_config_alone(shape, asked, tmp_pat
     assert num_bytes(0) <= room < num_bytes(step), (num_bytes(0), room, num_bytes(step))
     assert found.align == (64 if shape == "mixture" else 256)
     left = found.recipe.remove
-    assert left.to_bytes is left.fit is left.context is left.type is None
+    assert left.to is left.fit is left.context is left.type is None
 
 
 def test_the_least_size_that_is_named_is_one_that_a_cut_leaves(small):

@@ -278,15 +278,12 @@ GroupNames = Annotated[
 ]
 Budget = Annotated[str | None, typer.Option(metavar="NAME", help="How many units each layer keeps: uniform or curve.")]
 To = Annotated[
-    str | None, typer.Option("--to", metavar="SIZE", help="Parameters that may stay, as 0.4B; instead of --remove.")
-]
-ToBytes = Annotated[
     str | None,
-    typer.Option("--to-bytes", metavar="SIZE", help="Bytes that the weights may take, as 250MB; instead of --remove."),
+    typer.Option("--to", metavar="SIZE", help="What may stay: parameters, as 0.4B, or bytes, as 250MB; not --remove."),
 ]
 Type = Annotated[
     str | None,
-    typer.Option("--type", metavar="NAME", help="With --to-bytes or --fit: of a GGUF file in this type, as q4_k_m."),
+    typer.Option("--type", metavar="NAME", help="With --to (bytes) or --fit: of a GGUF file in this type, as q4_k_m."),
 ]
 Fit = Annotated[
     str | None, typer.Option("--fit", metavar="SIZE", help="Memory that it must fit in, as 8GB; instead of --remove.")

@@ -51,7 +51,6 @@ def prune(
     out: common.Out,
     remove: common.Remove = None,
     to: common.To = None,
-    to_bytes: common.ToBytes = None,
     fit: common.Fit = None,
     context: common.Context = None,
     type_name: common.Type = None,
@@ -82,7 +81,7 @@ def prune(
     as_json: common.Json = False,
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
-    size = {"share": remove, "to": to, "to_bytes": to_bytes, "fit": fit, "context": context, "type": type_name}
+    size = {"share": remove, "to": to, "fit": fit, "context": context, "type": type_name}
     goes = _removal(groups, **size, speedup=speedup, align=align)
     goes |= {"vocabulary": vocabulary, **common.kept(keep_text, keep_script)}
     said = {"remove": goes, "choose": {"budget": budget, "rounds": rounds}, "polish": {"num_tokens": polish}}
@@ -96,7 +95,6 @@ def inspect(
     model: common.Model,
     remove: common.Remove = None,
     to: common.To = None,
-    to_bytes: common.ToBytes = None,
     fit: common.Fit = None,
     context: common.Context = None,
     type_name: common.Type = None,
@@ -117,7 +115,7 @@ def inspect(
     """Say what MODEL consists of, and what a run would leave or could remove, without its weights."""
     from secateur.report.rows import inspection_table, terminal
 
-    size = {"share": remove, "to": to, "to_bytes": to_bytes, "fit": fit, "context": context, "type": type_name}
+    size = {"share": remove, "to": to, "fit": fit, "context": context, "type": type_name}
     goes = _removal(groups, **size, speedup=speedup, align=align)
     said = {"remove": goes, "choose": {"budget": budget, "rounds": rounds}}
     said |= {"polish": {"num_tokens": polish}, "machine": {"memory_budget": memory_budget}}

@@ -20,7 +20,7 @@ from secateur.recipe_file import parse_recipe, preset_texts
 WIDTH = 100
 # Options of their own. A command without the option sets the key with --set.
 OPTIONS = {
-    "remove.share": "--remove", "remove.to": "--to", "remove.to_bytes": "--to-bytes",
+    "remove.share": "--remove", "remove.to": "--to",
     "remove.fit": "--fit", "remove.context": "--context", "remove.type": "--type",
     "remove.speedup": "--speedup",
     "remove.groups": "--groups", "remove.align": "--align",

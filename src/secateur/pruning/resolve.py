@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Outcome
-from secateur.files import parse_count, parse_size
+from secateur.files import is_size, parse_count, parse_size
 from secateur.formats.gguf import check_type, gguf_bytes, metadata_bytes
 from secateur.methods.budget import (
     ALIGN_BLOCKS,
@@ -149,7 +149,7 @@ def checked(opened: Opened) -> Opened:
 
 
 def _with_share(opened: Opened, groups: tuple[Group, ...]) -> Opened:
-    """Return `opened`, the recipe's share from its `to`, `to_bytes` or `fit`.
+    """Return `opened`, the recipe's share from its `to` or `fit`.
 
     share = (parameters - those that may stay) / parameters. Equal widths are the nearest to a share,
     so half of their step is added: the result is never larger than asked. Raises RecipeError for a size
@@ -157,10 +157,10 @@ def _with_share(opened: Opened, groups: tuple[Group, ...]) -> Opened:
     """
     recipe, size = opened.recipe, opened.size
     remove = recipe.remove
-    if remove.to is not None:
+    if remove.to is not None and not is_size(remove.to):
         asked, stays = f"to: {remove.to}", parse_count("remove.to", remove.to)
-    elif given := remove.fit or remove.to_bytes:
-        key, cache_bytes = "fit" if remove.fit else "to_bytes", 0
+    elif given := remove.fit or remove.to:
+        key, cache_bytes = "fit" if remove.fit else "to", 0
         if remove.context:  # llama.cpp's cache is f16
             itemsize = 2 if remove.type else opened.model.dtype.itemsize
             cache_bytes = (
@@ -201,7 +201,7 @@ def _with_share(opened: Opened, groups: tuple[Group, ...]) -> Opened:
 
 def _of_share(recipe: Recipe, share: float, align: int | None) -> Recipe:
     """Return the recipe with this share in place of a size."""
-    sizes: dict[str, Any] = dict.fromkeys(("to", "to_bytes", "fit", "context", "type"))
+    sizes: dict[str, Any] = dict.fromkeys(("to", "fit", "context", "type"))
     return recipe.filled(remove={**sizes, "share": share, "align": align})
 
 
