@@ -39,7 +39,7 @@ def main() -> None:
     first, step, most, number = int(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6]), getattr(errno, sys.argv[7], -1)
     secateur.data.calibration.JUDGED_TOKENS = 0  # as in the tests' own process
     secateur.pruning.result.verify_reload = lambda *_: Verification(0.0, 0.0, "")
-    secateur.pruning.result.missing_plots = lambda: ("no plots",)
+    secateur.report.report.missing_plots = lambda: ("no plots",)
     out = place / "out"
 
     def prune(*, fail_at: int, resume: bool) -> str:

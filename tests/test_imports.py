@@ -21,12 +21,14 @@ PACKAGES = [
     "stream",
     "data",
     "model",
-    "store result_directory files ranks recipe_file recipe log plugins facts errors",
+    "store result_directory files ranks recipe_file recipe recipe_errors log plugins facts errors",
 ]
 GROUND = set(PACKAGES[-1].split())
 WITHOUT_RECIPE = {"model", "stream", "data", "methods"}
 WITH_TRANSFORMERS = {"model", "data", "formats", "evaluation", "recovery"}
 WITH_RANKS = {"cli", "api", "recovery", "evaluation", "pruning", "stream.statistics", "stream.losses", "store", "files"}
+# Plain numbers, which all rooms above may read; the rest of report makes pages of them.
+RECORDS = {"report.records", "report.measured"}
 ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "matplotlib", "gguf", "pyarrow", "datasets", "llama_cpp", "vllm"}
 # What the package may weigh: who adds deletes. Each limit only ever falls.
 MAX_TOKENS = 195_000
@@ -118,6 +120,39 @@ def test_optional_packages_are_imported_where_they_are_used(module):
 def test_modules_have_a_subject_and_an_end(module):
     assert ast.get_docstring(TREES[module]), "a module begins with what goes in and what comes out"
     assert len(own(module)) <= MAX_FAN_OUT
+
+
+def circles(imports: dict[str, set[str]]) -> list[set[str]]:
+    """Return the sets of modules that import each other, directly or through others."""
+
+    def reached(module: str) -> set[str]:
+        found, waiting = set[str](), list(imports[module])
+        while waiting:
+            name = waiting.pop()
+            if name in imports and name not in found:
+                found.add(name)
+                waiting += imports[name]
+        return found
+
+    behind = {module: reached(module) for module in imports}
+    alike = [{other for other in behind[module] if module in behind[other]} for module in imports]
+    return [circle for number, circle in enumerate(alike) if circle and circle not in alike[:number]]
+
+
+def test_no_modules_import_each_other():
+    assert circles({module: own(module) for module in MODULES}) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [{"b", "c"}]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.split(".")[0] in ("pruning", "recovery")])
+def test_a_run_knows_records_and_no_page(module):
+    pages = {name for name in own(module) if name.startswith("report.")} - RECORDS
+    assert not pages, f"{module} imports {sorted(pages)}; api writes what people read after the run"
+
+
+@pytest.mark.parametrize("module", sorted(RECORDS))
+def test_records_know_no_page(module):
+    assert not {name for name in own(module) if name.startswith("report.")} - RECORDS
 
 
 def test_the_package_stays_within_its_budget():

@@ -56,7 +56,7 @@ def quick() -> Iterator[None]:
     proof = Verification(0.0, 0.0, "")
     with (
         patch("secateur.pruning.result.verify_reload", lambda *_: proof),
-        patch("secateur.pruning.result.missing_plots", lambda: ("no plots",)),
+        patch("secateur.report.report.missing_plots", lambda: ("no plots",)),
     ):
         yield
 

@@ -28,6 +28,7 @@ from secateur.recipe_file import as_recipe
 from secateur.recovery import recover as recovery
 from secateur.report.measured import BenchResult, Evaluation, RecoveryRecord
 from secateur.report.records import Inspection, Summary, read_summary
+from secateur.report.report import write_pages, write_recovered_pages
 from secateur.report.rows import Tables, inspection_table, summary_table
 from secateur.report.rows_measured import bench_table, evaluation_table, recovery_table
 from secateur.result_directory import check_replaceable
@@ -82,7 +83,7 @@ def prune(
         "tell": tell,
     }
     if parsed.recover is None:
-        return prune_run(model, parsed, out=out, overwrite=overwrite, **options)
+        return prune_run(model, parsed, finish=write_pages, out=out, overwrite=overwrite, **options)
     if not isinstance(model, str | Path):
         raise RecipeError(
             "recover: needs the dense model as a directory or hub id, since a model in memory is pruned in place; give "
@@ -108,7 +109,7 @@ def _prune_then_recover(
     pruned, without = folder / "pruned", recipe.filled(polish=polish).model_copy(update={"recover": None})
     try:
         # overwrite: a killed run may have left it.
-        result = prune_run(model, without, out=pruned, overwrite=True, **options)
+        result = prune_run(model, without, finish=write_pages, out=pruned, overwrite=True, **options)
         meet("pruned")  # the first rank is still saving
         assert recipe.recover is not None
         changes = {"recover": recipe.recover.model_dump(mode="json")}
@@ -165,7 +166,7 @@ def recover(
 
     options: dict[str, Any] = {"tokens": tokens, "overwrite": overwrite, "command": command, "name": name}
     options |= {"scorer": scorer, "other_dense": other_dense, "progress": progress, "tell": tell}
-    return recovery.recover(pruned, teacher, recipe, out=out, **options)
+    return recovery.recover(pruned, teacher, recipe, out=out, finish=write_recovered_pages, **options)
 
 
 _TABLES: dict[type, Callable[[Any], Tables]] = {

@@ -11,6 +11,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from secateur.errors import RecipeError
 from secateur.files import is_size
 from secateur.plugins import SCORE_GROUP, SOURCE_GROUP, default_domains, mixture, plugin_names
+from secateur.recipe_errors import sentence_of
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -28,8 +29,6 @@ class Strict(BaseModel):
             try:
                 super().__init__(**data)
             except ValidationError as error:
-                from secateur.recipe_file import sentence_of  # it knows all models, and they this one
-
                 raise RecipeError(sentence_of(error, type(self))) from None
 
         __init__.__pydantic_base_init__ = True  # a recipe as a whole is validated without it

@@ -45,7 +45,7 @@ def quick() -> Iterator[None]:
     """Neither reload nor report."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("secateur.pruning.result.verify_reload", lambda *_: Verification(0.0, 0.0, ""))
-        patched.setattr("secateur.pruning.result.missing_plots", lambda: ("no plots",))
+        patched.setattr("secateur.report.report.missing_plots", lambda: ("no plots",))
         yield
 
 

@@ -24,8 +24,8 @@ from secateur.pruning import trim as trimming
 from secateur.pruning.cost import polish_bytes
 from secateur.pruning.resolve import Resolved, resolve
 from secateur.pruning.trim import plan_trim
+from secateur.pruning.trimmed import SAMPLES
 from secateur.recipe_file import parse_recipe
-from secateur.report.vocabulary import SAMPLES
 from secateur.store import Services
 from tests.model.test_vocabulary import NUM_PADDING, made
 from tests.pruning.test_resume import Stopped, stopped_after, weights
@@ -39,7 +39,7 @@ def quick(request, monkeypatch) -> None:
     """Neither reload nor report, but in one test."""
     if request.node.originalname != TEST_WITH_PROOF:
         monkeypatch.setattr("secateur.pruning.result.verify_reload", lambda *_: Verification(0.0, 0.0, ""))
-        monkeypatch.setattr("secateur.pruning.result.missing_plots", lambda: ("no plots",))
+        monkeypatch.setattr("secateur.report.report.missing_plots", lambda: ("no plots",))
 
 
 CHILD = Path(__file__).parents[1].joinpath("ranks_child.py")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
+from secateur import recover
 from secateur.facts import TrainingRecord, mean_kl, mean_nats, weight_size, won_back
 from secateur.model.checkpoint import load_model
 from secateur.recipe import RecoverySettings
@@ -25,7 +26,6 @@ from secateur.recovery import train as trainer_module
 from secateur.recovery.judge import objective
 from secateur.recovery.open import dry_run, open_job, prepare
 from secateur.recovery.pair import check_training
-from secateur.recovery.recover import recover
 from secateur.recovery.train import Work, train_guarded
 from secateur.recovery.weights import with_lora
 from secateur.report.measured import RecoveryRecord

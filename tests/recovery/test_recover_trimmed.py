@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from secateur import api
+from secateur import api, recover
 from secateur.evaluation import parts
 from secateur.evaluation.tasks import LoadedTasks
 from secateur.facts import mean_kl
@@ -18,7 +18,6 @@ from secateur.recovery.judge import Judge
 from secateur.recovery.loss import states_of
 from secateur.recovery.open import _fingerprint, dry_run, open_job
 from secateur.recovery.pair import open_pair, recovery_text
-from secateur.recovery.recover import recover
 from secateur.report.measured import RecoveryRecord
 from tests.trims import TrimmedPair, prose_file, trimmed_pair
 

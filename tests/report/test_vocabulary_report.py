@@ -16,6 +16,7 @@ from test_card import HOSTILE, READER, shown, summary, tokens
 
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer, with_parts
+from secateur.pruning.trimmed import MOST_WORDS, SAMPLES, vocabulary_facts
 from secateur.recipe import Recipe
 from secateur.report import sections
 from secateur.report import vocabulary as rows
@@ -23,7 +24,6 @@ from secateur.report.card import model_card
 from secateur.report.page import Page, render
 from secateur.report.records import ResultFiles, Summary, VocabularyFacts
 from secateur.report.rows import summary_table
-from secateur.report.vocabulary import MOST_WORDS, SAMPLES, vocabulary_facts
 
 RULES = " ".join(sign * 32 for sign in "=-+*#~") * 2
 LEARNT = [

@@ -40,16 +40,19 @@ from secateur.pruning.result import (
     opened_like,
     save_and_prove,
     summary_of,
-    write_report_files,
 )
 from secateur.pruning.run import Keeps, Run, without_tokens
 from secateur.pruning.trim import plan_trim, would_have_paid
 from secateur.ranks import from_first, is_first, staging_if_any
 from secateur.recipe import Recipe
 from secateur.recovery.polish import learn, polish
+from secateur.report.records import Summary
 from secateur.store import Services
 from secateur.stream.device import keeping_freed, peak_bytes, peak_bytes_on
 from secateur.stream.offload import Placement
+
+# Writes card, result.json and page into the run's directory; returns the summary as it was written.
+Finish = Callable[[Path, Summary, Recipe], Summary]
 
 
 @keeping_freed()
@@ -57,6 +60,7 @@ def prune_run(
     model: CausalLM | str | Path,
     recipe: Recipe,
     *,
+    finish: Finish,
     out: Path | str | None = None,
     like: Path | str | None = None,
     tokenizer: Tokenizer | None = None,
@@ -68,7 +72,7 @@ def prune_run(
 ) -> Result:
     """Prune a causal LM, without the recipe's `recover`. Arguments, errors: see `api.prune`.
 
-    With `like` the recipe is that of `recipe_like`.
+    With `like` the recipe is that of `recipe_like`. `finish`: writes what people read of a finished run.
     """
     opened = open_model(model, recipe, tokenizer)
     opened = checked(opened if like is None else opened_like(opened, Path(like)))
@@ -83,11 +87,13 @@ def prune_run(
         services = Services(progress=progress, log=log, store=store, scratch=directory, tell=tell)
         opened, run, placement = _prepared(opened, services)
         with eval_mode(run.model):
-            result = _pruned(opened, run, placement, directory, command)
+            result = _pruned(opened, run, placement, directory, command, finish)
     return replace(result, out=None if out is None else Path(out))
 
 
-def _pruned(opened: Opened, run: Run, placement: Placement, directory: Path | None, command: str) -> Result:
+def _pruned(
+    opened: Opened, run: Run, placement: Placement, directory: Path | None, command: str, finish: Finish
+) -> Result:
     """Return the result of a run whose model is still dense, and write it to the directory."""
     services = run.services
     measured = dict[str, Any](lineage=opened.lineage, dense_losses=run.losses("dense"))
@@ -105,7 +111,8 @@ def _pruned(opened: Opened, run: Run, placement: Placement, directory: Path | No
     proof = None if checkpoint is None else save_and_prove(run, checkpoint, keeps)
     summary = summary_of(opened, run, keeps, proof, command=command, **measured)
     if directory is not None:
-        summary = write_report_files(directory, summary, run.resolved.recipe, services.log)
+        services.log.write({"event": "seconds", **summary.seconds})
+        summary = finish(directory, summary, run.resolved.recipe)
     return Result(run.model, tokenizer_of(opened), run.resolved.recipe, keeps, run.resolved.layers, summary)
 
 

@@ -1,4 +1,4 @@
-"""What a run returns and writes: checkpoint, proof, kept units, summary, card, report."""
+"""What a run returns and writes: checkpoint, proof, kept units, summary."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Size
 from secateur.files import json_of, sha256_of
 from secateur.formats.save import Verification, save_checkpoint, verify_reload
-from secateur.log import RunLog, human_bytes, versions
+from secateur.log import human_bytes, versions
 from secateur.methods.prices import token_prices
 from secateur.model.bind import text_config
 from secateur.model.checkpoint import CausalLM, Tokenizer
@@ -26,13 +26,11 @@ from secateur.pruning.open import Like, Opened, open_model
 from secateur.pruning.resolve import Resolved
 from secateur.pruning.resolve_parts import groups_of
 from secateur.pruning.run import Keeps, Run
+from secateur.pruning.trimmed import vocabulary_facts
 from secateur.recipe import Recipe
 from secateur.recipe_file import RECIPE_FILE, dump_recipe, load_recipe, merged, parse_recipe
 from secateur.recovery.pair import KEEP_FILE
-from secateur.report.card import model_card
 from secateur.report.records import CalibrationFacts, Summary, read_summary
-from secateur.report.report import complete, missing_plots
-from secateur.report.vocabulary import vocabulary_facts
 
 
 def calibration_facts(calibration: CalibrationSet) -> CalibrationFacts:
@@ -253,7 +251,7 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
         reload_max_abs_difference=proof.max_abs_difference if proof else None,
         loaded_by=proof.loaded_by if proof else None,
         sample_text=proof.generated_text if proof else None,
-        warnings=(*run.resolved.warnings, *notes, *(missing_plots() if proof else ())),
+        warnings=(*run.resolved.warnings, *notes),
         versions=versions(),
         device=str(opened.device),
         like=opened.like and opened.like.result,
@@ -275,13 +273,6 @@ def ill_conditioned(lines: list[dict[str, Any]], recipe: Recipe) -> tuple[str, .
         f"{worst['layer']}, {worst['group']} with condition {worst['condition']:.1e} and damping {worst['damping']:g}; "
         f"use a larger damping or more calibration tokens.",
     )
-
-
-def write_report_files(directory: Path, summary: Summary, recipe: Recipe, log: RunLog) -> Summary:
-    """Write the model card, the summary and the report; return the summary with all digests."""
-    log.write({"event": "seconds", **summary.seconds})
-    (directory / "README.md").write_text(model_card(summary, recipe), encoding="utf-8")
-    return complete(directory, summary)
 
 
 def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tensor]) -> dict[str, tuple[int, int, int]]:

@@ -17,8 +17,8 @@ from secateur.model.group import GroupKey
 from secateur.model.kept_tokens import Trim, keep_tokens
 from secateur.model.modules import CausalLM
 from secateur.pruning.resolve import Resolved
+from secateur.pruning.trimmed import sample_blocks
 from secateur.ranks import own_part
-from secateur.report.vocabulary import sample_blocks
 from secateur.store import Services
 from secateur.stream.losses import Blocks, domain_losses
 from secateur.stream.walk import make_batches

@@ -18,7 +18,7 @@ from secateur.recipe import TaskSettings
 from secateur.recovery.cost import TRAIN_DENSE, without_teacher
 from secateur.recovery.open import changes_of, open_job, prepare
 from secateur.recovery.pair import Candidates
-from secateur.recovery.result import write_result
+from secateur.recovery.result import Finish, write_result
 from secateur.recovery.train import Work, train_guarded
 from secateur.recovery.weights import wants_shards
 from secateur.report.measured import RecoveryRecord, TaskScores
@@ -36,6 +36,7 @@ def recover(
     recipe: dict[str, Any] | Path | str | None = None,
     *,
     out: str | Path,
+    finish: Finish,
     tokens: int | None = None,
     overwrite: bool = False,
     other_dense: bool = False,
@@ -45,7 +46,9 @@ def recover(
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
 ) -> RecoveryRecord | None:
-    """Recover. `scorer`: returns what asks tasks, None if none are asked. The rest: see `api.recover`."""
+    """Recover. `scorer`: returns what asks tasks, None if none are asked.
+
+    `finish`: writes what people read. The rest: see `api.recover`."""
     wants_shards()  # checks the launcher before anything is read
     job = open_job(pruned, teacher, changes_of(recipe, tokens), other_dense=other_dense)
     score, candidates = scorer(job.settings.evaluation), job.candidates
@@ -69,7 +72,7 @@ def recover(
                 scores = None if score is None else partial(score, work, candidates)
                 with alone():  # the others ask no tasks
                     judged = before, training, trained_dense
-                    record = write_result(work, job, judged, scores, directory, name, command)
+                    record = write_result(work, job, judged, scores, directory, name, command, finish)
     if is_main:
         shutil.rmtree(work.directory)
     return record

@@ -1,4 +1,4 @@
-"""What a recovery writes: checkpoint, proof by reload, task scores, recovery.json, card, page.
+"""What a recovery writes: checkpoint, proof by reload, task scores, recovery.json.
 
 In: a `Work` whose model is trained. Out: a complete directory and its `RecoveryRecord`.
 """
@@ -19,17 +19,16 @@ from secateur.recipe_file import dump_recipe, load_recipe, parse_recipe
 from secateur.recovery.cost import cost_of
 from secateur.recovery.open import Job
 from secateur.recovery.train import TRAINER_FOLDER, Work
-from secateur.report.card import card_data, recovered_card, with_metadata
 from secateur.report.measured import RECOVERY_FILE, RecoveryRecord, TaskScores
-from secateur.report.records import RECIPE_FILE, read_summary
-from secateur.report.report import complete
+from secateur.report.records import RECIPE_FILE
 from secateur.result_directory import BENCH_FILE, RESULT_FILE
 from secateur.stream.device import peak_bytes
 
 # Files that stay true of the model: which units and tokens it has, how it was pruned, how fast it is.
-CARRIED = ("keep.json", TOKENS_FILE, RESULT_FILE, BENCH_FILE)
-CARD = "README.md"
+CARRIED = ("keep.json", TOKENS_FILE, RESULT_FILE, BENCH_FILE, "README.md")
 VERIFY_TOKENS = 64
+# Adds the record to the card in the directory, and writes digests and page.
+Finish = Callable[[Path, RecoveryRecord], None]
 
 
 def write_result(
@@ -40,11 +39,13 @@ def write_result(
     directory: Path,
     name: str | None,
     command: str,
+    finish: Finish,
 ) -> RecoveryRecord:
     """Write everything that belongs to the result into `directory` and return its record.
 
     `judged`: before the training, the training, and the trained dense model, None if there is none.
     `score`: asks the tasks. `name`: what to call the pruned model, its reference by default.
+    `finish`: writes what people read.
     """
     before, training, trained_dense = judged
     with work.log.time("save"):
@@ -77,6 +78,7 @@ def write_result(
         trained_dense=trained_dense,
     )
     _write_record(record, work, job.candidates.pruned.directory, directory)
+    finish(directory, record)
     return record
 
 
@@ -109,23 +111,15 @@ def _verify(work: Work, directory: Path) -> Verification:
 
 
 def _write_record(record: RecoveryRecord, work: Work, source: Path, directory: Path) -> None:
-    """Write recovery.json and the page, continue the run log, add to the model card."""
+    """Write recovery.json, continue the run log, copy the training's curves."""
     (directory / RECOVERY_FILE).write_text(record.to_json(), encoding="utf-8")
     lines = map(json.loads, (work.directory / LOG_FILE).read_text(encoding="utf-8").splitlines())
     earlier = (source / LOG_FILE).read_text(encoding="utf-8") if has_own(source, LOG_FILE) else ""
     added = "".join(json.dumps(line) + "\n" for line in _last_lines(lines))
     (directory / LOG_FILE).write_text(earlier + added, encoding="utf-8")
-    card = (source / CARD).read_text(encoding="utf-8") if has_own(source, CARD) else None
-    text, is_result = recovered_card(card, record), (directory / RESULT_FILE).is_file()
-    if is_result:
-        recipe = parse_recipe(load_recipe(directory / RECIPE_FILE), "recipe")
-        text = with_metadata(text, card_data(read_summary(directory), recipe, recovery=record))
-    (directory / CARD).write_text(text, encoding="utf-8")
     curves = work.directory / TRAINER_FOLDER / "runs"  # tensorboard's files, with report_to
     if curves.is_dir():
         shutil.copytree(curves, directory / "runs")
-    if is_result:
-        complete(directory, read_summary(directory))
 
 
 def _last_lines(lines: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:

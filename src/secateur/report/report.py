@@ -1,5 +1,6 @@
-"""`report.html`: what a run did, on one page that needs no network. In: a result directory."""
+"""What people read of a result: `report.html`, one page that needs no network, and the card. In: its directory."""
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +9,17 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import geometric_mean_perplexity
 from secateur.files import check_file, staged_file
 from secateur.log import human_bytes
+from secateur.recipe import Recipe
+from secateur.recipe_file import RECIPE_FILE, load_recipe, parse_recipe
 from secateur.report import sections
-from secateur.report.measured import ALIKE, Evaluation
+from secateur.report.card import card_data, model_card, recovered_card, with_metadata
+from secateur.report.measured import ALIKE, Evaluation, RecoveryRecord
 from secateur.report.page import KeyFigure, Page, Section, render
-from secateur.report.records import ResultFiles, Summary, read_result
+from secateur.report.records import ResultFiles, Summary, read_result, read_summary
 from secateur.report.rows import caveats, verdict
-from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, PAGE_FILE, write_summary
+from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, PAGE_FILE, RESULT_FILE, write_summary
 
+CARD_FILE = "README.md"
 # Each returns None where the run has nothing of what it is about.
 SECTIONS: tuple[Callable[[ResultFiles], Section | None], ...] = (
     sections.quality,
@@ -33,7 +38,26 @@ def missing_plots() -> tuple[str, ...]:
     return (f"no {PAGE_FILE}: its plots need matplotlib; run pip install 'secateur[report]', then secateur report.",)
 
 
-def complete(directory: Path, summary: Summary) -> Summary:
+def write_pages(directory: Path, summary: Summary, recipe: Recipe) -> Summary:
+    """Write card, `result.json` and page of a finished run; return the summary as it was written."""
+    summary = dataclasses.replace(summary, warnings=(*summary.warnings, *missing_plots()))
+    (directory / CARD_FILE).write_text(model_card(summary, recipe), encoding="utf-8")
+    return _complete(directory, summary)
+
+
+def write_recovered_pages(directory: Path, record: RecoveryRecord) -> None:
+    """Add a recovery to the card of the directory, if it has one; write digests and page if it is a result."""
+    path, is_result = directory / CARD_FILE, (directory / RESULT_FILE).is_file()
+    text = recovered_card(path.read_text(encoding="utf-8") if path.is_file() else None, record)
+    if is_result:
+        recipe = parse_recipe(load_recipe(directory / RECIPE_FILE), "recipe")
+        text = with_metadata(text, card_data(read_summary(directory), recipe, recovery=record))
+    path.write_text(text, encoding="utf-8")
+    if is_result:
+        _complete(directory, read_summary(directory))
+
+
+def _complete(directory: Path, summary: Summary) -> Summary:
     """Write `result.json` with all digests, and the page if it can be made; return the summary."""
     summary = write_summary(directory, summary)
     if not missing_plots():
