@@ -1,4 +1,4 @@
-"""Every family that has a spec, as a tiny random model: one row per structure that the family's checkpoints have.
+"""Model types as tiny random models: one row per structure that the type's checkpoints have.
 
 A row is (model type, what its config says besides the common sizes). Rows of one family differ where its checkpoints
 do: parallel blocks, norms before or after, fused linears.
@@ -159,6 +159,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral3": ("mistral3", {"text_config": HEADS | {"model_type": "mistral"}, "vision_config": PIXTRAL}),
     "deepseek_v3": ("deepseek_v3", MLA | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2}),
 }
+
+_DENSE = ("kv_heads", "query_heads", "ffn")
+_MIXTURE = ("kv_heads", "query_heads", "experts", "expert_ffn")
+# Rows of other groups than heads and channels: what each can lose, and nothing else.
+_OTHERS: dict[tuple[str, ...], str] = {
+    ("ffn",): """qwen3_5 olmo2 olmo3 stablelm stablelm-parallel gpt2 gpt2-derived-width gpt_neox gpt_neox-serial opt
+        opt-post-norm falcon-multi-query falcon-new falcon-serial-alibi qwen2_vl qwen2_5_vl""",
+    ("kv_heads", "ffn"): "phi3",
+    _MIXTURE: "mixtral qwen3_moe granitemoe phimoe",
+    (*_MIXTURE, "shared"): "qwen2_moe",
+    (*_MIXTURE, "shared", "ffn"): "qwen2_moe-mixed",
+    (*_MIXTURE, "ffn"): "qwen3_moe-mixed",
+    ("experts", "expert_ffn"): "olmoe gpt_oss",
+    ("kv_heads", "query_heads", "experts", "ffn"): "llama4 glm4_moe",
+    ("experts", "ffn"): "deepseek_v2 deepseek_v2-groups deepseek_v3",
+}
+GROUPS: dict[str, tuple[str, ...]] = dict.fromkeys(FAMILIES, _DENSE)
+GROUPS |= {name: groups for groups, names in _OTHERS.items() for name in names.split()}
 
 
 def tiny_family(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:

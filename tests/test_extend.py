@@ -26,9 +26,9 @@ from secateur import PluginError, RecipeError, Score, plugins
 from secateur.data.calibration import build_calibration
 from secateur.data.sources import SOURCES
 from secateur.formats import gguf as export
+from secateur.formats import runtimes
 from secateur.methods.prices import PRICES
 from secateur.methods.scores import SCORES, ScoreInputs, find_score, scored
-from secateur.model import spec as arch_spec
 from secateur.model.config import quiet_transformers
 from secateur.recipe import SCORE_NAMES, SOURCE_NAMES, TargetName
 from secateur.recipe_file import dump_recipe, parse_recipe
@@ -36,7 +36,6 @@ from secateur.stream.statistics import Statistics
 
 DOCS = Path(__file__).parents[1] / "docs" / "extend.md"
 WORDS = "the notes of a small office say who called and what was ordered on which day".split()
-NO_FAMILY = "model family 'helium' is not supported"
 
 Installed = Callable[..., Path]
 
@@ -76,7 +75,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def helium(site: Path) -> Path:
-    """A tiny model of the family that only the package knows."""
+    """A tiny model of a type that the package has facts of."""
     sizes = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "head_dim": 12, "vocab_size": 320, "max_position_embeddings": 256}
     config = HeliumConfig(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
@@ -133,8 +132,12 @@ def test_the_package_of_the_page_prunes_and_exports(
     assert refused.returncode == 2 and "format npz has nothing that checks it" in refused.stderr
 
 
-def test_without_the_package_its_names_are_unknown(helium: Path, tmp_path: Path) -> None:
-    assert NO_FAMILY in run_cli("inspect", helium).stderr
+def test_without_the_package_its_names_are_unknown(site: Path, warm: Any, helium: Path, tmp_path: Path) -> None:
+    unknown = "helium is not in vLLM's registry"
+    for where, is_known in ((tmp_path, False), (site, True)):
+        shown = secateur_from(where, warm, "inspect", helium, "--check-for", "vllm", "--json")
+        assert shown.returncode == 0, shown.stderr
+        assert (unknown in shown.stdout) != is_known
     with pytest.raises(RecipeError, match=r"unknown choose.score 'loudest'; allowed: random, .* give one of these"):
         parse_recipe(grouped({"score": "loudest"}))
     with pytest.raises(RecipeError, match=r"unknown key 'calibration\.domains\.notes\.sqlite'"):
@@ -149,7 +152,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def forget() -> None:
         plugins._entry_points.cache_clear()
-        arch_spec.load_specs.cache_clear()
+        runtimes.runtimes.cache_clear()
 
     def install(name: str, files: dict[str, str], entry_points: dict[str, dict[str, str]]) -> None:
         lay_out(tmp_path / name, name, files, entry_points)
@@ -204,7 +207,7 @@ def test_an_entry_point_that_is_wrong_is_one_sentence(
         elif group == "exporters":
             export.export(tmp_path, tmp_path / "out", format=name)
         elif group == "families":
-            arch_spec.find_spec("llama")
+            runtimes.runtimes()
         else:
             domain = {"mine": 1} if name == "mine" else {"installed": "code"}
             calibration = parse_recipe(
@@ -223,17 +226,21 @@ def test_two_packages_with_one_name(installed: Installed) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("llama", "like: qwen2\nmodel_types: [new]\n", "families 'more': there is a family 'llama' already"),
-        ("new", "like: llama\nmodel_types: [new, qwen2]\n", "type 'qwen2' of family 'new' is family 'qwen2' already"),
-        ("new", "like: lama\nmodel_types: [new]\n", "package twin, families 'more': a YAML file is wrong .KeyError"),
-        ("new", "model_types: [new]\n", "package twin, families 'more': a YAML file is wrong .ValidationError"),
+        ("new", "llama: {}\n", "families 'more': model type 'llama' is known already; leave it out"),
+        ("new", "new: {ggfu: {}}\n", "package twin, families 'more': a YAML file is wrong .ValidationError.*ggfu"),
+        (
+            "new",
+            "new: {vllm: {}}\n",
+            "package twin, families 'more': a YAML file is wrong .ValidationError.*reads_head",
+        ),
+        ("new", "new: [", "package twin, families 'more': a YAML file is wrong .ParserError"),
     ],
 )
 def test_a_family_that_is_there_or_wrong(file: str, text: str, message: str, installed: Installed) -> None:
     package = f"families_{abs(hash(message))}"  # each its own, since Python keeps what it imported
     installed("twin", {f"{package}/{file}.yaml": text}, {"secateur.families": {"more": package}})
     with pytest.raises(PluginError, match=message):
-        arch_spec.load_specs()
+        runtimes.runtimes()
 
 
 def test_a_score_of_the_wrong_shape_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,9 +106,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda model: edit_config(model, model_type="bert", architectures=["BertForMaskedLM"]),
         "not a causal language model (got BertForMaskedLM)",
     ),
-    "unsupported family": (
-        lambda model: edit_config(model, model_type="arcee", architectures=["ArceeForCausalLM"]),
-        "model family 'arcee' is not supported; supported: cohere, cohere2, ",
+    "layers that run in a loop": (
+        lambda model: edit_config(model, model_type="dory", architectures=["DoryForCausalLM"]),
+        "model type 'dory' cannot be walked layer by layer: layers do not run once each, in order",
     ),
     "pickle": (
         lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),
@@ -223,7 +223,7 @@ def test_bad_option(options, expected, prune):
         ({"target": "money"}, "unknown remove.target 'money'; allowed: parameters, kv_bytes, latency"),
         (
             {"groups": ["fnn"]},
-            "remove.groups: family llama has no group 'fnn'; it has ffn, kv_heads, query_heads; did you mean 'ffn'?",
+            "a model of type llama has no group 'fnn'; it has ffn, kv_heads, query_heads; did you mean 'ffn'?",
         ),
         ({"remove": float("nan")}, "above 0 and below 1, got NaN"),
         ({"align": 0}, "remove.align: "),

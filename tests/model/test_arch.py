@@ -7,7 +7,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from secateur.errors import ArchError
 from secateur.model.bind import bind
 from secateur.model.group import rows_of
-from secateur.model.spec import ArchSpec, find_spec, load_specs
 from tests.families import tiny_family
 from tests.models import tiny_gemma, tiny_gemma3, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 
@@ -51,35 +50,6 @@ def test_seventy_billion_parameters_bind_on_the_meta_device() -> None:
     assert len(groups) == 80 and groups[0].params_per_unit == 3 * 8192
 
 
-def test_unknown_family_names_the_nearest() -> None:
-    with pytest.raises(ArchError, match=r"'lama' is not supported; .*; did you mean 'llama'\? docs/extend.md says how"):
-        find_spec("lama")
-    with pytest.raises(ArchError, match=r"'xyzzy' is not supported; .*; none is like it; docs/extend.md says how"):
-        find_spec("xyzzy")
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"reader": {"mlp.down_prj": [1]}}, "did you mean 'mlp.down_proj'"),
-        ({"writers": {"mlp.gate_proj": [1], "mlp.up_prj": [1]}}, "did you mean 'mlp.up_proj'"),
-        ({"reader": {"mlp": [1]}}, "mlp is a LlamaMLP"),
-        ({"writers": {"mlp.gate_proj": ["head"]}}, "segment 'head' is no number"),
-        ({"writers": {"mlp.gate_proj": [1, 1]}}, "mlp.gate_proj has 112 rows.*asks for 224"),
-        ({"num_units": "ffn_size"}, "config has no number 'ffn_size'"),
-        ({"bias_switch": {"mlp_bias": ["mlp.gate"]}}, "did you mean"),
-        ({"reader": {"xyzzy": [1]}}, "does not have; give one of .*mlp.up_proj"),
-    ],
-)
-def test_a_broken_spec_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: dict, message: str) -> None:
-    spec = load_specs()["llama"].model_dump()
-    spec["groups"]["ffn"].update(wrong)
-    broken = ArchSpec.model_validate(spec)
-    monkeypatch.setattr("secateur.model.bind.find_spec", lambda model_type: ("llama", broken))
-    with pytest.raises(ArchError, match=message):
-        bind(tiny_llama())
-
-
 def test_unknown_group_names_the_nearest() -> None:
     with pytest.raises(ArchError, match="no group 'fnn'; it has ffn, kv_heads, query_heads; did you mean 'ffn'"):
         bind(tiny_llama()).select(("fnn",))
@@ -88,32 +58,6 @@ def test_unknown_group_names_the_nearest() -> None:
 def test_groups_that_cut_the_same_reader_exclude_each_other() -> None:
     with pytest.raises(ArchError, match=r"kv_heads and query_heads cut the same self_attn\.o_proj"):
         bind(tiny_llama()).select(("kv_heads", "ffn", "query_heads"))
-
-
-def test_unknown_key_in_a_spec_is_an_error() -> None:
-    spec = load_specs()["llama"].model_dump() | {"head_split": 1}
-    with pytest.raises(ValueError, match="head_split"):
-        ArchSpec.model_validate(spec)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"gguf": {"architecture": "llama", "takse": {}}}, "takse"),
-        ({"gguf": {"lama": {"architecture": "llama"}}}, "gguf: lama is no model type of the file; use llama"),
-        ({"serving": {"vllm": {}}}, "reads_head_dim"),
-        ({"serving": {"sglang": {}}}, "sglang"),
-    ],
-)
-def test_a_broken_fact_of_another_program_is_caught(wrong: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ArchSpec.model_validate(load_specs()["llama"].model_dump() | wrong)
-
-
-def test_what_other_programs_do_with_a_family_is_not_inherited() -> None:
-    like_mixtral = load_specs()["phimoe"]
-    assert load_specs()["mixtral"].gguf and load_specs()["mixtral"].serving
-    assert not like_mixtral.gguf and not like_mixtral.serving
 
 
 def test_rows_of_units_go_segment_by_segment() -> None:
@@ -130,17 +74,6 @@ def test_channels_inside_experts_count_what_goes_with_one(name: str, biases: int
     assert groups and {group.multiple_of for group in groups} == {8}
     assert {group.params_per_unit for group in groups} == {6 * (3 * 48 + biases)}
     assert not groups[0].allows(12) and groups[0].allows(16)
-
-
-def test_a_stack_of_experts_that_the_config_contradicts_is_an_error() -> None:
-    model = tiny_family("mixtral")
-    model.config.num_local_experts = 5
-    with pytest.raises(ArchError, match=r"has 6 entries, but config num_local_experts=5; the checkpoint and its"):
-        bind(model)
-    model = tiny_family("mixtral")
-    model.config.intermediate_size = 111
-    with pytest.raises(ArchError, match=r"are \[6, 224, 48\] and \[6, 48, 112\], but config intermediate_size=111"):
-        bind(model)
 
 
 def test_layers_are_counted_one_by_one() -> None:

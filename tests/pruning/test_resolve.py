@@ -55,7 +55,7 @@ def test_half_of_the_drift_is_made_up_for_where_that_is_possible(factory, asked,
 
 
 def test_a_family_with_a_norm_behind_its_mlp_cannot_make_up_for_drift():
-    with pytest.raises(RecipeError, match=r"target_mix: family gemma3 normalises .* got 0\.25, set it to 0"):
+    with pytest.raises(RecipeError, match=r"target_mix: family gemma3_text normalises .* got 0\.25, set it to 0"):
         resolved(tiny_gemma3(), target_mix=0.25)
 
 

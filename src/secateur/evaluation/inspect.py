@@ -73,7 +73,7 @@ def _widths_after(arch: Arch, index: int, sizes: Any, plan: Plan) -> dict[str, i
                 queries = widths[QUERY_HEADS] // widths[KV_HEADS]
                 widths |= {QUERY_HEADS: kept * queries, KV_HEADS: kept}
         else:
-            widths[group.config_key] = kept
+            widths[group.config_key] = kept // group.per_key
     return widths
 
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedConfig
 
 from secateur.errors import CheckpointError, NumericsError
 from secateur.formats.gguf_types import Shape, chosen_type, fitting_type, stays_as_it_is
+from secateur.formats.runtimes import GgufSpec
 from secateur.formats.serving import gguf_family, head_dim, num_kv_heads, rotary
 from secateur.model.checkpoint import Checkpoint, meta_model
-from secateur.model.spec import GgufSpec
 from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
 
 # One expert's matrix in files that have them apart; Mixtral's names of its parts and llama.cpp's.

@@ -11,9 +11,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from secateur.errors import ArchError, RecipeError, advice
+from secateur.formats.runtimes import GgufSpec, runtimes, runtimes_of
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.modeling_per_layer import is_per_layer
-from secateur.model.spec import GgufSpec, load_specs
 
 VLLM, LLAMA_CPP = "vllm", "llama.cpp"
 SERVERS = (VLLM, LLAMA_CPP)
@@ -37,7 +37,7 @@ def vllm_cautions(
     `widths`: by config key, the values of all layers. `heads_follow_hidden_size`: whether head_dim
     is hidden_size / heads, as it is until heads are cut.
     """
-    known = load_specs()[family].serving.get(VLLM)
+    known = runtimes_of(family).vllm
     if known and known.ran:
         cautions = [f"vLLM {VLLM_RUN} ran pruned {family} models on a CPU; this one was not run"]
     else:
@@ -47,7 +47,7 @@ def vllm_cautions(
             f"differs by layer: {', '.join(uneven)}; give vLLM --model-impl transformers --trust-remote-code"
         )
     elif known is None:
-        cautions.append(f"family {family} is not in vLLM's registry; give vLLM --model-impl transformers")
+        cautions.append(f"{family} is not in vLLM's registry; give vLLM --model-impl transformers")
     elif not heads_follow_hidden_size and not known.reads_head_dim:
         cautions.append(
             f"heads were cut, and vLLM's own {family} was not found to read head_dim from the config; give vLLM "
@@ -58,7 +58,7 @@ def vllm_cautions(
 
 def gguf_specs(*, per_layer: bool) -> dict[str, GgufSpec]:
     """Return llama.cpp's facts by model type. `per_layer`: if layers differ in width."""
-    rows = {model_type: row for spec in load_specs().values() for model_type, row in spec.gguf.items()}
+    rows = {key: row.gguf for key, row in runtimes().items() if row.gguf}
     return {key: row.per_layer for key, row in rows.items() if row.per_layer} if per_layer else rows
 
 

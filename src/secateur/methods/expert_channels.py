@@ -19,17 +19,10 @@ from torch import Tensor, nn
 from secateur.errors import NumericsError
 from secateur.facts import Batch, Method
 from secateur.methods.compensate import least_squares
-from secateur.methods.expert_refit import (
-    FEW_TOKENS_PER_CHANNEL,
-    Call,
-    HeldOut,
-    channel_inputs,
-    num_channels,
-    put_readers,
-    reader_of,
-)
+from secateur.methods.expert_refit import FEW_TOKENS_PER_CHANNEL, Call, HeldOut, put_readers
 from secateur.methods.select import Task, greedy_obs, log_line, units_at_once
 from secateur.model.group import Group, Stacks
+from secateur.model.stacks import channel_inputs, cut_expert_channels, num_channels, reader_of
 from secateur.stream.statistics import Gram, InOrder, damped_gram, domain_weight, of_all_ranks, sum_over_ranks
 from secateur.stream.walk import Walk
 
@@ -84,19 +77,6 @@ def _narrower(task: Task, module: nn.Module, expert: int, seen: _Observed) -> tu
         keep_K = _select(weight_DF, gram, task.num_keep, method, task.seed + expert)
     refits = method.compensate == "least_squares"
     return keep_K, least_squares(weight_DF, gram, keep_K, method.damping).weight_HS if refits else None
-
-
-@torch.no_grad()
-def cut_expert_channels(layer: nn.Module, group: Group, keep_EK: Int64[Tensor, "E K"]) -> None:
-    """Keep these channels of each expert: rows of the writers, columns of the readers."""
-    stacks, module = group.experts.stacks, layer.get_submodule(group.experts.module)
-    rows = keep_EK.unsqueeze(-1) * 2 + torch.arange(2, device=keep_EK.device)
-    halves = torch.cat([keep_EK, keep_EK + num_channels(module, stacks)], dim=1)
-    rows_ER = rows.flatten(1) if stacks.alternating else halves
-    _take(module, stacks.writer, rows_ER, 2 if stacks.transposed else 1)
-    if stacks.writer_bias is not None:
-        _take(module, stacks.writer_bias, rows_ER, 1)
-    _take(module, stacks.down, keep_EK, 1 if stacks.transposed else 2)
 
 
 def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float], seed: int) -> _Observed:
@@ -205,11 +185,3 @@ def _select(
     columns_U1 = torch.arange(gram.size, device=weight_DF.device)[:, None]
     hessian = damped_gram(gram, method.damping)
     return greedy_obs(weight_DF, hessian, columns_U1, num_keep, units_at_once(method.obs_batch, gram.size, 1)).keep
-
-
-def _take(module: nn.Module, name: str, index_EK: Tensor, axis: int) -> None:
-    old = module.get_parameter(name)
-    shape = [1] * old.ndim
-    shape[0], shape[axis] = index_EK.shape
-    kept = torch.take_along_dim(old.data, index_EK.to(old.device).view(shape), dim=axis)
-    setattr(module, name, nn.Parameter(kept.contiguous(), requires_grad=old.requires_grad))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from secateur.methods.compensate import GUARD_STEPS, Guard, HeldOutError, held_out_errors, held_out_sums, least_squares
 from secateur.model.group import Group, Stacks
+from secateur.model.stacks import channel_inputs, num_channels, reader_of
 from secateur.stream.statistics import Decide, Gram, domain_weight, here, sum_over_ranks, totals
 from secateur.stream.walk import Walk
 
@@ -28,29 +29,6 @@ class HeldOut:
     call: Call
     own_TD: Tensor
     target_TD: Tensor
-
-
-def num_channels(module: nn.Module, stacks: Stacks) -> int:
-    """Return the number of channels of every expert."""
-    return module.get_parameter(stacks.down).shape[1 if stacks.transposed else 2]
-
-
-def reader_of(module: nn.Module, stacks: Stacks, expert: int) -> Float[Tensor, "D F"]:
-    """Return one expert's reader in float32."""
-    weight = module.get_parameter(stacks.down)[expert]
-    return (weight.T if stacks.transposed else weight).float()
-
-
-def channel_inputs(module: Any, stacks: Stacks, expert: int, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T F"]:
-    """Return the inputs of the expert's reader: act(gate) * up, or the family's own gate."""
-    writer = module.get_parameter(stacks.writer)[expert]
-    both = hidden_TD @ (writer if stacks.transposed else writer.T)
-    if stacks.writer_bias is not None:
-        both = both + module.get_parameter(stacks.writer_bias)[expert]
-    if stacks.alternating:
-        return module._apply_gate(both)
-    gate, up = both.chunk(2, dim=-1)
-    return module.act_fn(gate) * up
 
 
 def put_readers(module: nn.Module, stacks: Stacks, readers_DF: list[Tensor], held_out: list[HeldOut]) -> Guard:

@@ -18,6 +18,7 @@ from secateur.methods.expert_refit import Wanted, refit_experts
 from secateur.methods.scores import ExpertInputs, Routing, scored
 from secateur.methods.select import Task, log_line
 from secateur.model.group import Experts, Group
+from secateur.model.stacks import cut_experts
 from secateur.stream.statistics import keep_highest, totals
 from secateur.stream.walk import Walk
 
@@ -71,23 +72,6 @@ def keep_experts(scores_E: Float[Tensor, " E"], num_keep: int, experts: Experts)
     """Return the sorted indices of the highest scores, the same number in each router group."""
     size, each = len(scores_E) // experts.num_groups, num_keep // experts.num_groups
     return torch.cat([number * size + keep_highest(part, each) for number, part in enumerate(scores_E.split(size))])
-
-
-@torch.no_grad()
-def cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> None:
-    """Keep these experts: their entries of every stack, their router rows, and the counts."""
-    module = layer.get_submodule(group.experts.module)
-    names = [f"{group.experts.module}.{name}" for name, _ in module.named_parameters()]
-    for name in (*names, *group.experts.router_rows):
-        parent, _, attribute = name.rpartition(".")
-        owner = layer.get_submodule(parent)
-        tensor = getattr(owner, attribute)
-        kept = tensor[keep].contiguous()
-        is_parameter = isinstance(tensor, nn.Parameter)
-        setattr(owner, attribute, nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept)
-    for name in group.experts.counts:
-        parent, _, attribute = name.rpartition(".")
-        setattr(layer.get_submodule(parent), attribute, len(keep))
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ class Stacks:
     """How experts' matrices are stored: `writer` makes gate and up, `down` reads them.
 
     Experts are on axis 0. `alternating`: a channel's rows of gate and up are adjacent, not in two
-    halves. `transposed`: a matrix is inputs x outputs.
+    halves. `transposed`: a matrix is inputs x outputs. `gated`: `writer` makes gate and up; else up alone.
     """
 
     writer: str
@@ -55,6 +55,7 @@ class Stacks:
     down: str
     alternating: bool
     transposed: bool
+    gated: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,8 @@ class Group:
 
     `parts`: the modules that hold the units; `kind` decides the type.
     `config_key`: the config key of the number of units. `head_dim`: only for heads.
-    `count`: the module attribute that holds the number of units, dotted from the layer, if any.
+    `per_key`: units to one of that key. `counts`: attributes of modules, dotted from the layer, that hold
+    the number of units times a factor.
     `local_config`: the module that needs its own config after a cut.
     `divides`: (factor, whole) if the config class requires that count * factor divides `whole`.
     `at_least`, `multiple_of`: limits on counts for the model to run.
@@ -148,10 +150,11 @@ class Group:
     num_units: int
     params_per_unit: int
     parts: Linears | Experts
-    count: str | None = None
+    counts: tuple[tuple[str, int], ...] = ()
     bias_switch: BiasSwitch | None = None
     divides: tuple[int, int] | None = None
     config_key: str = ""
+    per_key: int = 1
     head_dim: int | None = None
     local_config: str | None = None
     at_least: int = 0
@@ -179,8 +182,7 @@ class Group:
     def attributes(self) -> tuple[str, ...]:
         """What a cut sets besides tensors: attributes, dotted from the layer."""
         config = () if self.local_config is None else (f"{self.local_config}.config",)
-        count = () if self.count is None else (self.count,)
-        return (*count, *config, *self.parts.attributes)
+        return (*(name for name, _ in self.counts), *config, *self.parts.attributes)
 
     @property
     def num_inputs(self) -> int:
@@ -263,9 +265,9 @@ def cut(
     kept = reader.weight[:, columns] if reader_weight is None else reader_weight.to(reader.weight)
     reader.weight = _parameter(kept, reader.weight)
     reader.in_features = len(columns)
-    if group.count is not None:
-        module, _, attribute = group.count.rpartition(".")
-        setattr(layer.get_submodule(module), attribute, len(keep))
+    for name, per_unit in group.counts:
+        module, _, attribute = name.rpartition(".")
+        setattr(layer.get_submodule(module), attribute, per_unit * len(keep))
     if group.local_config is not None:
         _set_local_config(layer.get_submodule(group.local_config), group, reader)
     if reader_bias is not None:

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.model.bind import Arch, decoder_layers, text_config
+from secateur.model.bind import Arch, decoder_layers
+from secateur.model.config import BAD_VALUE, quiet_transformers
 from secateur.model.group import Group, linear
 from secateur.model.modeling_per_layer import PerLayerModel, per_layer_class, per_layer_config_class
 from secateur.model.modules import linears_for_conv
+from secateur.model.structure import places, text_config
 
 QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
 
@@ -28,7 +30,7 @@ def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
     widths: dict[str, Any] = {}
     for group in groups:
         if group.head_dim is None:
-            widths[group.config_key] = group.parts.num_units_left(layer)
+            widths[group.config_key] = group.parts.num_units_left(layer) // group.per_key
         elif group.config_key == KV_HEADS:
             num_heads = linear(layer, group.reader.module).in_features // group.head_dim
             widths |= {QUERY_HEADS: num_heads, KV_HEADS: _num_kv_heads(layer, group, num_heads)}
@@ -63,6 +65,8 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     config: Any = text_config(model)
     groups = [tuple(group for group in arch.groups if group.layer == index) for index in range(len(layers))]
     widths = [layer_widths(*each) for each in zip(layers, groups, strict=True)]
+    config.per_layer_config = None
+    _put_lists(config, widths)
     base, overrides = split_widths(widths)
     was_per_layer = isinstance(model, PerLayerModel)
     stock, stock_config = type(model), type(config)
@@ -70,8 +74,7 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
         stock, stock_config = stock.__bases__[1], stock_config.__bases__[0]
     for each in (model.config, config):
         vars(each).pop("auto_map", None)  # names the source's code
-    config.per_layer_config = None
-    if {layer.get(QUERY_HEADS) for layer in widths} == {config.num_attention_heads}:
+    if {layer.get(QUERY_HEADS) for layer in widths} == {getattr(config, QUERY_HEADS, None)}:
         base.pop("head_dim", None)  # the config states or derives it already
     for name, width in base.items():
         setattr(config, name, width)
@@ -80,17 +83,35 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     if overrides:
         assert config is model.config, "resolve refuses layers of different widths inside a larger class"
         config.per_layer_config = overrides
-    layer_configs: Any = config.per_layer_config
+    built = _built(model, layers, config)
     for index, layer in enumerate(layers):
-        _adopt_config(layer, layer_configs[index], index)
+        _adopt(layer, built[index], index)
 
 
-def _adopt_config(layer: nn.Module, config: Any, index: int) -> None:
-    """Give every module of the layer the attributes that building it from `config` gives."""
-    with torch.device("meta"):
-        layer_class: Any = type(layer)
-        built = layer_class(config, index)
-    linears_for_conv(built)
+def _put_lists(config: Any, widths: list[dict[str, Any]]) -> None:
+    """Write into the config's own lists what they say for every layer, and take it out of `widths`."""
+    for key in {key for layer in widths for key in layer if isinstance(getattr(config, key, None), list)}:
+        old = getattr(config, key)
+        setattr(config, key, [layer.pop(key, before) for layer, before in zip(widths, old, strict=True)])
+
+
+def _built(model: PreTrainedModel, layers: list[nn.Module], config: Any) -> list[nn.Module]:
+    """Return the layers, on meta, that the config builds: alone if they can be, else with their model."""
+    layer_configs: Any = config.per_layer_config or [config] * len(layers)
+    with quiet_transformers(), torch.device("meta"):
+        try:
+            classes: list[Any] = [type(layer) for layer in layers]
+            built = [each(layer_configs[index], index) for index, each in enumerate(classes)]
+        except BAD_VALUE:
+            whole: Any = type(model)._from_config(model.config)
+            built = list(whole.get_submodule(places(whole)[1]).children())
+    for layer in built:
+        linears_for_conv(layer)
+    return built
+
+
+def _adopt(layer: nn.Module, built: nn.Module, index: int) -> None:
+    """Give every module of the layer the attributes that building it from its config gives."""
     for name, module in built.named_modules():
         ours = layer.get_submodule(name)
         assert type(ours) is type(module), f"layer {index}: {name} is a {type(ours).__name__}"

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from secateur.facts import Method
 from secateur.methods.compensate import repair
 from secateur.methods.depth import remove_layers
-from secateur.methods.expert_channels import cut_expert_channels, prune_expert_channels
-from secateur.methods.experts import cut_experts, prune_experts
+from secateur.methods.expert_channels import prune_expert_channels
+from secateur.methods.experts import prune_experts
 from secateur.methods.scores import needs_gram
 from secateur.methods.select import Task, log_line, select
 from secateur.model.bind import bind, decoder_layers, text_config
 from secateur.model.checkpoint import CausalLM, meta_model
 from secateur.model.group import Group, GroupKey, Kind, cut, linear, rows_of, unit_columns
 from secateur.model.per_layer import record_widths
+from secateur.model.stacks import cut_expert_channels, cut_experts
 from secateur.ranks import from_first
 from secateur.recipe import Recipe
 from secateur.stream.device import release_freed

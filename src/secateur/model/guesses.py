@@ -1,0 +1,296 @@
+"""Guesses, from shapes alone, of what a layer can lose; and what it is to remove units, or to silence them.
+
+In: a layer's linears or stacks of experts. Out: functions that make the `Group` of any layer of that
+kind. Nothing here is proved: `structure` does that.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from secateur.errors import ArchError
+from secateur.model.group import Axis, Experts, Group, Linears, Stacks, cut, linear, rows_of
+from secateur.model.stacks import cut_expert_channels, cut_experts
+
+FFN, SHARED, KV_HEADS, QUERY_HEADS = "ffn", "shared", "kv_heads", "query_heads"
+EXPERTS, EXPERT_CHANNELS = "experts", "expert_ffn"
+# Channels that fill 16 bytes in half precision, the alignment of transformers' grouped matmul.
+CHANNEL_STEP = 8
+# What a config calls the number of experts that a token is sent to.
+KEYS_OF_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k", "experts_per_token")
+
+Build = Callable[[nn.Module, int, Any], Group]
+"""Makes a group of a layer, its index and config; raises ArchError if the layer has no such modules."""
+
+
+def channel_guesses(place: str, linears: dict[str, nn.Linear], name: str) -> Iterator[Build]:
+    """Yield pairs of writers, H -> F or H -> 2 F, and a reader, F -> H."""
+    for reader, down in linears.items():
+        width, hidden = down.in_features, down.out_features
+        sizes = {n: each.out_features for n, each in linears.items() if n != reader and each.in_features == hidden}
+        plain = [n for n, size in sizes.items() if size == width]
+        choices = (
+            [tuple(plain)]
+            if width != hidden
+            else [c for k in (1, 2) for c in permutations(plain, k) if list(c) == sorted(c, key=plain.index)]
+        )
+        for writers in choices:
+            if writers:
+                yield _channels(place, dict.fromkeys(writers, (1,)), reader, name)
+        for writer in (n for n, size in sizes.items() if size == 2 * width):
+            yield _channels(place, {writer: (1, 1)}, reader, name)
+            yield _channels(place, {writer: (2,)}, reader, name)
+
+
+def _channels(place: str, writers: dict[str, tuple[int, ...]], reader: str, name: str) -> Build:
+    def build(layer: nn.Module, index: int, config: Any) -> Group:
+        axes = tuple(Axis(joined(place, writer), segments) for writer, segments in writers.items())
+        return _of_linears(layer, index, name, "channel", axes, Axis(joined(place, reader), (1,)))
+
+    return build
+
+
+def _of_linears(
+    layer: nn.Module,
+    index: int,
+    name: str,
+    unit: str,
+    writers: tuple[Axis, ...],
+    reader: Axis,
+    head_dim: int | None = None,
+) -> Group:
+    num_units = linear(layer, reader.module).in_features // sum(reader.segments)
+    params = sum(reader.segments) * linear(layer, reader.module).out_features
+    for axis in writers:
+        module = linear(layer, axis.module)
+        if module.out_features != num_units * sum(axis.segments):
+            raise ArchError(
+                f"layer {index}, group {name}: {axis.module} has {module.out_features} rows for {num_units} units."
+            )
+        params += sum(axis.segments) * (module.in_features + (module.bias is not None))
+    return Group(
+        layer=index,
+        name=name,
+        kind="channels" if head_dim is None else "heads",
+        unit=unit,
+        num_units=num_units,
+        params_per_unit=params,
+        parts=Linears(writers, reader),
+        head_dim=head_dim,
+    )
+
+
+def stack_guesses(stacks: dict[str, Tensor], own: dict[str, Tensor], module: Any) -> Iterator[Stacks]:
+    """Yield ways in which two stacks could be an expert's writer and reader."""
+    for (writer, up), (down, reader) in permutations(stacks.items(), 2):
+        biases = [name for name, each in own.items() if each.ndim == 2 and name.startswith(writer)]
+        for transposed in (False, True):
+            width, made = reader.shape[1 if transposed else 2], up.shape[2 if transposed else 1]
+            if (
+                made not in (width, 2 * width)
+                or up.shape[1 if transposed else 2] != reader.shape[2 if transposed else 1]
+            ):
+                continue
+            for alternating in (False, True) if made == 2 * width else (False,):
+                yield Stacks(writer, next(iter(biases), None), down, alternating, transposed, gated=made == 2 * width)
+
+
+def expert_channels_in(place: str, stacks: Stacks) -> Build:
+    def build(layer: nn.Module, index: int, config: Any) -> Group:
+        module = layer.get_submodule(place)
+        down, axis = module.get_parameter(stacks.down), 1 if stacks.transposed else 2
+        per_channel = (1 + stacks.gated) * (1 + (stacks.writer_bias is not None) / down.shape[3 - axis])
+        return Group(
+            layer=index,
+            name=EXPERT_CHANNELS,
+            kind="expert_channels",
+            unit="channel of each expert",
+            num_units=down.shape[axis],
+            params_per_unit=round(len(down) * down.shape[3 - axis] * (1 + per_channel)),
+            at_least=1,
+            multiple_of=CHANNEL_STEP,
+            parts=Experts(place, "", (), (), 1, (), stacks, unit_axis=axis),
+        )
+
+    return build
+
+
+def experts_in(
+    place: str,
+    stacks: Stacks,
+    router: str = "",
+    rows: tuple[str, ...] = (),
+    counts: tuple[str, ...] = (),
+    *,
+    weighted: bool = False,
+) -> Build:
+    def build(layer: nn.Module, index: int, config: Any) -> Group:
+        module = layer.get_submodule(place)
+        num_units = len(module.get_parameter(stacks.down))
+        tensors = {name: tensor_in(layer, name) for name in rows}
+        num_groups = getattr(config, "n_group", None) or 1
+        top_k, chosen = _num_chosen(config), getattr(config, "topk_group", None) or 1
+        held = [*module.parameters(), *(each for each in tensors.values() if isinstance(each, nn.Parameter))]
+        return Group(
+            layer=index,
+            name=EXPERTS,
+            kind="experts",
+            unit="expert",
+            num_units=num_units,
+            params_per_unit=sum(each.numel() for each in held) // num_units,
+            at_least=top_k if num_groups == 1 else num_groups * max(2, -(-top_k // chosen)),
+            multiple_of=num_groups,
+            parts=Experts(
+                module=place,
+                router=router,
+                router_rows=rows,
+                counts=counts,
+                num_groups=num_groups,
+                buffers=tuple(name for name, each in tensors.items() if not isinstance(each, nn.Parameter)),
+                stacks=stacks,
+                weighted_inputs=weighted,
+            ),
+        )
+
+    return build
+
+
+def _num_chosen(config: Any) -> int:
+    return next(value for key in KEYS_OF_CHOSEN if isinstance(value := getattr(config, key, None), int))
+
+
+def head_guesses(place: str, linears: dict[str, nn.Linear], config: Any) -> Iterator[tuple[str, Build]]:
+    """Yield KV heads, and query heads if they can be told from the others."""
+    sizes = heads_of(config)
+    if sizes is None:
+        return
+    queries, keys, width = sizes
+    readers = [
+        n
+        for n, each in linears.items()
+        if each.in_features == queries * width and each.out_features == config.hidden_size
+    ]
+    for reader in readers[-1:]:
+        rows = {
+            n: each.out_features
+            for n, each in linears.items()
+            if n != reader and each.in_features == config.hidden_size
+        }
+        own = [n for n, size in rows.items() if size == keys * width]
+        asking = [n for n, size in rows.items() if size == queries * width]
+        if queries == keys:
+            asking = asking[:1]
+            own = own[1:]
+        if [n for n, size in rows.items() if size == (queries + 2 * keys) * width] == list(rows):
+            yield KV_HEADS, _kv_heads(place, {n: "qkv" for n in rows}, reader)
+        elif len(asking) == 1 and len(own) == 2:
+            yield KV_HEADS, _kv_heads(place, {asking[0]: "q"} | dict.fromkeys(own, "k"), reader)
+            yield QUERY_HEADS, _query_heads(place, asking[0], reader)
+
+
+def _kv_heads(place: str, writers: dict[str, str], reader: str) -> Build:
+    def build(layer: nn.Module, index: int, config: Any) -> Group:
+        queries, keys, width = heads_of(config) or (0, 1, 0)
+        asking = width * (queries // keys)
+        segments = {"q": (asking,), "k": (width,), "qkv": (asking, width, width)}
+        axes = tuple(Axis(joined(place, name), segments[role]) for name, role in writers.items())
+        return _of_linears(layer, index, KV_HEADS, "KV head", axes, Axis(joined(place, reader), (asking,)), width)
+
+    return build
+
+
+def _query_heads(place: str, writer: str, reader: str) -> Build:
+    def build(layer: nn.Module, index: int, config: Any) -> Group:
+        _, keys, width = heads_of(config) or (0, 1, 0)
+        axes = [Axis(joined(place, name), (width,) * keys) for name in (writer, reader)]
+        return _of_linears(layer, index, QUERY_HEADS, "query head per KV head", (axes[0],), axes[1], width)
+
+    return build
+
+
+def head_key(name: str) -> str:
+    return "num_key_value_heads" if name == KV_HEADS else "num_attention_heads"
+
+
+def heads_of(config: Any) -> tuple[int, int, int] | None:
+    """Return query heads, KV heads and the width of a head, if the config says them."""
+    queries, keys = (getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    if not isinstance(queries, int) or not isinstance(keys, int) or queries % keys:
+        return None
+    return queries, keys, getattr(config, "head_dim", None) or config.hidden_size // queries
+
+
+def mask(layer: nn.Module, group: Group, keep: Tensor) -> None:
+    """Silence the units that do not stay: their reader columns are zero, or nothing is routed to them."""
+    gone = torch.tensor(sorted(set(range(group.num_units)) - set(keep.flatten().tolist())))
+    with torch.no_grad():
+        if group.kind == "expert_channels":
+            stacks = group.experts.stacks
+            down = layer.get_submodule(group.experts.module).get_parameter(stacks.down)
+            down.index_fill_(group.experts.unit_axis, gone, 0.0)
+        elif group.kind != "experts":
+            weight = linear(layer, group.reader.module).weight
+            weight[:, rows_of(gone, group.reader.segments, group.num_units)] = 0
+
+
+def remove(layer: nn.Module, group: Group, keep: Tensor) -> None:
+    """Keep only these units, whatever their kind."""
+    if group.kind == "experts":
+        cut_experts(layer, group, keep)
+    elif group.kind == "expert_channels":
+        stacks = len(next(layer.get_submodule(group.experts.module).parameters()))
+        cut_expert_channels(layer, group, keep.expand(stacks, -1))
+    else:
+        cut(layer, group, keep, group.num_units)
+
+
+class Unrouted(TorchFunctionMode):
+    """While it lasts, products with these router weights give minus infinity for these experts."""
+
+    def __init__(self, routers: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.gone = {weight.data_ptr(): experts for weight, experts in routers}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.linear and (gone := self.gone.get(args[1].data_ptr())) is not None:
+            return output.index_fill(-1, gone, float("-inf"))
+        return output
+
+
+@torch.no_grad()
+def close_to(layer: nn.Module, group: Group, keep: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Let the router's vectors turn down all experts but these; return its matrices and the others."""
+    gone = torch.tensor(sorted(set(range(group.num_units)) - set(keep.tolist())))
+    rows = [tensor_in(layer, name) for name in group.experts.router_rows]
+    for vector in (each for each in rows if each.numel() == group.num_units and each.is_floating_point()):
+        vector.index_fill_(-1, gone, -1e9)
+    return [(each, gone) for each in rows if each.numel() > group.num_units]
+
+
+def some_of(group: Group) -> Tensor:
+    """Return a random choice of about 60% of the units, as many as the group allows."""
+    step = group.multiple_of
+    count = max(group.at_least, step, min(group.num_units - step, round(0.6 * group.num_units / step) * step))
+    return some_units(group, count)
+
+
+def some_units(group: Group, count: int) -> Tensor:
+    """Return a random choice of so many units, of experts as many in each of the router's groups."""
+    parts = group.experts.num_groups if group.kind == "experts" else 1
+    size, generator = group.num_units // parts, torch.Generator().manual_seed(0)
+    orders = [number * size + torch.randperm(size, generator=generator)[: count // parts] for number in range(parts)]
+    return torch.cat(orders).sort().values
+
+
+def joined(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
+
+
+def tensor_in(layer: nn.Module, name: str) -> Tensor:
+    parent, _, attribute = name.rpartition(".")
+    return getattr(layer.get_submodule(parent), attribute)

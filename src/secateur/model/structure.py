@@ -1,0 +1,680 @@
+"""What can be cut, found in the modules themselves: structure proposes, proof disposes.
+
+In: a model, which may be on meta. Out: its `Structure`. Shapes propose groups, one guess after another.
+Each guess is cut in a random twin of the model (see `twin`), and stays only if the module gives what it
+gives with the removed units silenced. The config key of a width is the one that changes exactly the
+group's tensors when the twin is built anew. What fails is not offered, and `omits` says why.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
+
+from secateur.errors import ArchError
+from secateur.model.config import BAD_VALUE, quiet_transformers
+from secateur.model.group import BiasSwitch, Group, Stacks
+from secateur.model.guesses import (
+    EXPERT_CHANNELS,
+    EXPERTS,
+    FFN,
+    KV_HEADS,
+    QUERY_HEADS,
+    SHARED,
+    Build,
+    Unrouted,
+    channel_guesses,
+    close_to,
+    expert_channels_in,
+    experts_in,
+    head_guesses,
+    head_key,
+    heads_of,
+    joined,
+    mask,
+    remove,
+    some_of,
+    some_units,
+    stack_guesses,
+)
+from secateur.model.modeling_per_layer import PerLayerModel
+from secateur.model.modules import Logits, ScaledHead, linears_for_conv
+from secateur.model.stacks import channel_inputs, reader_of
+from secateur.model.twin import token_ids, twin
+
+# In which a layer's groups are cut: each reads what is left of those before.
+ORDER = (KV_HEADS, QUERY_HEADS, SHARED, FFN, EXPERTS, EXPERT_CHANNELS)
+# What torch and transformers raise where a guess makes shapes that do not fit.
+WRONG_GUESS = (*BAD_VALUE, NotImplementedError)
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A module's call in the twin: what it was given, and what it gave."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    def again(self, module: nn.Module) -> list[Tensor]:
+        """Return the tensors that the module gives for the same arguments."""
+        args, kwargs = tree_map(_cloned, (self.args, self.kwargs))
+        with torch.no_grad():
+            return _tensors(module.forward(*args, **kwargs))
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A proved group of one kind of layer. `build` makes it for any layer of that kind.
+
+    `config_key` says the number of units, `per_key` units to one of the key; see `Group`.
+    """
+
+    build: Build
+    config_key: str = ""
+    per_key: int = 1
+    counts: tuple[tuple[str, int], ...] = ()
+    bias_switch: BiasSwitch | None = None
+    local_config: str | None = None
+    divides: bool = False
+    adds_directly: bool = True
+
+    def group(self, layer: nn.Module, index: int, config: Any) -> Group:
+        """Return the layer's group."""
+        group = self.build(layer, index, config)
+        whole = (config.num_attention_heads // group.num_units, config.hidden_size) if self.divides else None
+        return replace(
+            group,
+            config_key=self.config_key,
+            per_key=self.per_key,
+            multiple_of=max(group.multiple_of, self.per_key),
+            counts=self.counts,
+            bias_switch=self.bias_switch,
+            local_config=self.local_config,
+            divides=whole,
+        )
+
+
+@dataclass(slots=True)
+class Structure:
+    """Where a model's layers are, and which groups each of the twin's layers has.
+
+    `twin_layer`: for each layer of the model, the twin's layer of the same kind. `logits`: what follows
+    the head. `num_outputs`: of a layer; 0 if it gives hidden states alone.
+    """
+
+    backbone: str
+    layers: str
+    head: str
+    attention: str | None = None
+    middle: str | None = None
+    logits: Logits | None = None
+    num_outputs: int = 0
+    twin_layer: tuple[int, ...] = ()
+    offers: list[list[Offer]] = field(default_factory=list)
+    omits: dict[str, str] = field(default_factory=dict)
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the config of the language model, which may be part of a larger model."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True)
+
+
+def name_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    """Return the module's name within the model."""
+    return next((name for name, other in model.named_modules() if other is module), None)
+
+
+def places(model: Any) -> tuple[str, str, str]:
+    """Return the names of the backbone, its list of decoder layers and the head.
+
+    The backbone is the innermost module that holds both the embedding of tokens and the list; of the
+    lists that lie in no other the one nearest to the embedding, then that with most parameters. Raises
+    ArchError without one.
+    """
+    embedding, head = (name_of(model, each) for each in (model.get_input_embeddings(), model.get_output_embeddings()))
+    lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each)}
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    sizes = {name: sum(each.numel() for each in lists[name].parameters()) for name in outer}
+    if not outer or not head or not embedding:
+        missing = "head" if outer and embedding else "list of decoder layers"
+        raise ArchError(f"model type '{model.config.model_type}': this {type(model).__name__} has no {missing}.")
+    layers = max(outer, key=lambda name: (len(_shared(name, embedding)), sizes[name]))
+    return ".".join(_shared(layers, embedding)), layers, head
+
+
+def _shared(one: str, other: str) -> list[str]:
+    """Return the names of the modules that hold both."""
+    pairs = list(zip(one.split("."), other.split("."), strict=False))
+    return [a for number, (a, _) in enumerate(pairs) if all(x == y for x, y in pairs[: number + 1])]
+
+
+_KNOWN: dict[tuple[type, str], Structure] = {}
+
+
+def structure_of(model: PreTrainedModel) -> Structure:
+    """Return the model's structure; the same config is looked at once in a process.
+
+    Raises ArchError if the model cannot be run layer by layer.
+    """
+    stock, config = type(model), model.config
+    if isinstance(model, PerLayerModel):  # what its layers are does not depend on their widths
+        stock, config = stock.__bases__[1], copy.deepcopy(config)
+        config.__class__, config.per_layer_config = type(config).__bases__[0], None
+    key = stock, config.to_json_string(use_diff=False)
+    if key not in _KNOWN:
+        _KNOWN[key] = _Finder(model, stock, config).find()
+    return _KNOWN[key]
+
+
+class _Finder:
+    """Looks at one model's twin."""
+
+    def __init__(self, model: PreTrainedModel, stock: Any, config: Any) -> None:
+        self.names = backbone, layers, head = places(model)
+        kinds = [_kind(layer, shapes=stock is type(model)) for layer in model.get_submodule(layers).children()]
+        first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
+        self.found = Structure(backbone, layers, head, twin_layer=tuple(first[kind] for kind in kinds))
+        num_params = sum(each.numel() for each in model.parameters())
+        self.twin: Any = twin(stock, config, num_params, max(2, max(first.values()) + 1))
+        linears_for_conv(self.twin)
+        self.config = text_config(self.twin)
+        self.layers = list(self.twin.get_submodule(layers).children())
+        self.why: dict[str, str] = {}
+
+    def find(self) -> Structure:
+        """Return what is proved."""
+        self._run()
+        self._find_logits()
+        self._find_middle()
+        offers = [self._offers(i) if i in self.found.twin_layer else [] for i in range(len(self.layers))]
+        self.found.offers = self._stored(offers)
+        names = {self._group(each, index).name for index, layer in enumerate(self.found.offers) for each in layer}
+        self.found.omits = {name: why for name, why in self.why.items() if name not in names}
+        return self.found
+
+    # What runs, and how.
+
+    def _run(self) -> None:
+        """Run the twin, and note the calls of every module of its layers.
+
+        Raises ArchError unless layers pass on one hidden state, each to the next, as the walk does.
+        """
+        names = {module: (index, name) for index, layer in enumerate(self.layers) for name, module in _named(layer)}
+        self.calls: list[dict[str, Call]] = [{} for _ in self.layers]
+        order: list[int] = []
+        given: dict[nn.Module, list[Any]] = {}
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given.setdefault(module, []).append(tree_map(_cloned, (args, kwargs)))
+            if module in self.layers:
+                order.append(self.layers.index(module))
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            index, name = names[module]
+            self.calls[index].setdefault(name, Call(*given[module].pop(), tree_map(_cloned, output)))
+
+        handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in names]
+        handles += [module.register_forward_hook(after, with_kwargs=True) for module in names]
+        try:
+            self.logits = self._logits(self.twin)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if order != list(range(len(self.layers))):
+            raise self._refused("layers do not run once each, in order")
+        outputs = [calls[""].output for calls in self.calls]
+        self.found.num_outputs = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
+        entered = self._bypassed()
+        for index, calls in enumerate(self.calls):
+            if index and not _equal(_tensors(calls[""].args[:1]), _tensors(outputs[index - 1])[:1]):
+                raise self._refused("layers pass on more than one hidden state")
+            if not _equal((calls[""].args[1:], calls[""].kwargs), entered[index]):
+                raise self._refused("layers are given what earlier layers computed")
+        for layer, calls in reversed(list(zip(self.layers, self.calls, strict=True))):
+            if not _near(calls[""].again(layer)[:1], _tensors(calls[""].output)[:1]):
+                raise self._refused("layers do not give the same twice")
+
+    def _bypassed(self) -> list[Any]:
+        """Return what each layer is given, besides hidden states, if no layer computes anything."""
+        entered: list[Any] = []
+
+        def bypass(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            entered.append(tree_map(_cloned, (args, kwargs)))
+            return self.layer_output(hidden)
+
+        for layer in self.layers:
+            layer.forward = bypass
+        try:
+            self._logits(self.twin)
+        except TypeError:
+            raise self._refused("layers are called by keywords alone") from None
+        finally:
+            for layer in self.layers:
+                del layer.forward
+        return entered
+
+    def layer_output(self, hidden: Tensor) -> Any:
+        """Return hidden states in the form in which the backbone expects a layer's output."""
+        return (hidden, *[None] * (self.found.num_outputs - 1)) if self.found.num_outputs else hidden
+
+    @torch.no_grad()
+    def _logits(self, model: Any) -> Tensor:
+        return model(token_ids(model), use_cache=False).logits
+
+    def _refused(self, why: str) -> ArchError:
+        return ArchError(f"model type '{self.twin.config.model_type}' cannot be walked layer by layer: {why}.")
+
+    @torch.no_grad()
+    def _find_logits(self) -> None:
+        """Find what follows the head, among the config's numbers: x * a, x / a, a tanh(x / a)."""
+        backbone = self.twin.get_submodule(self.names[0])
+        states = backbone(token_ids(self.twin), use_cache=False).last_hidden_state
+        numbers = [float(value) for value in vars(self.config).values() if type(value) in (int, float) and value]
+        forms = [Logits(1.0, 1.0, None)]
+        for number in numbers:
+            forms += [Logits(number, 1.0, None), Logits(1.0, number, None), Logits(1.0, 1.0, abs(number))]
+        for name in _with_owners(self.names[2]):
+            try:
+                plain = self.twin.get_submodule(name)(states)
+            except WRONG_GUESS:
+                continue
+            for form in forms if isinstance(plain, Tensor) and plain.shape == self.logits.shape else ():
+                if torch.allclose(ScaledHead(nn.Identity(), form)(plain), self.logits, atol=1e-5, rtol=1e-5):
+                    self.found.head, self.found.logits = name, form if form != forms[0] else None
+                    return
+        raise self._refused("what follows the head is not known")
+
+    def _find_middle(self) -> None:
+        """Find the attention, and the module that reads the stream behind it, if all layers have them."""
+        pairs = [set(_middles(layer, calls)) for layer, calls in zip(self.layers, self.calls, strict=True)]
+        both = set.intersection(*pairs)
+        order = {name: number for number, (name, _) in enumerate(self.layers[0].named_children())}
+        if both:
+            self.found.attention, self.found.middle = min(both, key=lambda pair: (order[pair[1]], order[pair[0]]))
+
+    # What can be cut.
+
+    def _offers(self, index: int) -> list[Offer]:
+        """Return what the layer's modules can lose without changing more than the units' own part."""
+        layer, calls = self.layers[index], self.calls[index]
+        offers = list(self._expert_offers(index))
+        inside = {offer.group(layer, index, self.config).experts.module for offer in offers}
+        for place, module in _named(layer):
+            if place not in calls or any(place == name or place.startswith(f"{name}.") for name in inside):
+                continue
+            if place and len(_tensors((calls[place].args, calls[place].kwargs))) > 1:
+                continue  # FFNs are given hidden states alone
+            linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+            name = SHARED if offers or "shared" in place else FFN
+            proved = [build for build in channel_guesses(place, linears, name) if self._holds(index, place, build)]
+            if len(proved) > 1:
+                self.why[name] = f"layer {index}: {place or 'the layer'} has several pairs of linears that could be it"
+            elif proved:
+                offers.append(Offer(proved[0], adds_directly=self._adds(index, proved[0](layer, index, self.config))))
+        if not offers:  # writer and reader may lie in modules of their own, as in BERT
+            linears = {name: each for name, each in _named(layer) if isinstance(each, nn.Linear)}
+            wide = {name: each for name, each in linears.items() if each.in_features != each.out_features}
+            proved = [build for build in channel_guesses("", wide, FFN) if self._holds(index, "", build)]
+            offers = [Offer(build, adds_directly=False) for build in proved[:1]]
+        names = [self._group(offer, index).name for offer in offers]
+        for name in {name for name in names if names.count(name) > 1}:
+            self.why[name] = f"layer {index} has {names.count(name)} of them, side by side"
+            offers = [offer for offer, its in zip(offers, names, strict=True) if its != name]
+        return offers + list(self._head_offers(index))
+
+    def _holds(self, index: int, place: str, build: Build) -> bool:
+        """Say whether the module at `place`, cut at random, gives what it gives with those units silent."""
+        call = self.calls[index][place]
+        others = {p for i, layer in enumerate(self.layers) if i != index for p in layer.parameters()}
+        if any(parameter in others for parameter in self.layers[index].get_submodule(place).parameters()):
+            return False  # weights that another layer has too
+        try:
+            whole, masked = (copy.deepcopy(self.layers[index]) for _ in range(2))
+            group = build(whole, index, self.config)
+            keep = some_of(group)
+            mask(masked, group, keep)
+            remove(whole, group, keep)
+            silent, without = (call.again(each.get_submodule(place))[:1] for each in (masked, whole))
+            return not _near(silent, _tensors(call.output)[:1]) and _near(without, silent)
+        except WRONG_GUESS:
+            return False
+
+    @torch.no_grad()
+    def _adds(self, index: int, group: Group) -> bool:
+        """Say whether what the group's module gives is added to the stream as it is."""
+        layer, call = self.layers[index], self.calls[index][""]
+        before = _tensors(call.output)[0]
+        moved: list[Tensor] = []
+
+        def move(_: nn.Module, __: Any, output: Any) -> Any:
+            step = torch.randn(output.shape, generator=torch.Generator().manual_seed(index))
+            moved.append(step)
+            return output + step
+
+        module = layer.get_submodule(group.parts.module)
+        with module.register_forward_hook(move):
+            after = call.again(layer)[0]
+        return (
+            bool(moved) and moved[0].numel() == before.numel() and _near([after - before], [moved[0].view_as(before)])
+        )
+
+    def _expert_offers(self, index: int) -> Iterator[Offer]:
+        layer, calls = self.layers[index], self.calls[index]
+        for place, module in _named(layer):
+            own = dict(module.named_parameters())
+            stacks = {name: each for name, each in own.items() if each.ndim == 3}
+            sizes = {len(each) for each in own.values()}
+            if place not in calls or len(stacks) < 2 or len(sizes) != 1 or min(sizes) < 2 or "." in "".join(own):
+                continue
+            shapes = [tuple(each.shape) for each in calls[place].args if isinstance(each, Tensor)]
+            weighted = len(shapes) == 1 and shapes[0][0] == min(sizes) * token_ids(self.twin).numel()
+            if not weighted and (len(shapes) != 3 or calls[place].args[1].is_floating_point()):
+                self.why[EXPERTS] = f"{place} is not called with hidden states, chosen experts and their weights"
+                continue
+            for found in stack_guesses(stacks, own, module):
+                build = expert_channels_in(place, found)
+                if (weighted or self._reads(index, place, found)) and self._holds(index, place, build):
+                    adds = weighted or self._adds(index, build(layer, index, self.config))
+                    if not weighted:
+                        yield Offer(build, adds_directly=adds)
+                    yield Offer(experts_in(place, found, weighted=weighted), adds_directly=adds)
+                    break
+            else:
+                self.why[EXPERTS] = f"{place}: how its stacks are read is not known"
+
+    @torch.no_grad()
+    def _reads(self, index: int, place: str, stacks: Stacks) -> bool:
+        """Say whether an expert's output is the reader times `channel_inputs`, up to a constant."""
+        module: Any = self.layers[index].get_submodule(place)
+        hidden, chosen, weights = (each[:6] for each in self.calls[index][place].args)
+        try:
+            one = torch.ones_like(weights[:, :1])
+            given = module.forward(hidden, torch.zeros_like(chosen[:, :1]), one)
+            rest = given - channel_inputs(module, stacks, 0, hidden) @ reader_of(module, stacks, 0).T
+            return _near([rest], [rest[:1].expand_as(rest)]) and not _near([given], [rest])
+        except WRONG_GUESS:
+            return False
+
+    def _head_offers(self, index: int) -> Iterator[Offer]:
+        layer, config = self.layers[index], _of_layer(self.config, index)
+        for place, module in _named(layer):
+            linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+            for name, build in head_guesses(place, linears, config):
+                by_name = {QUERY_HEADS: "num_key_value_groups", KV_HEADS: "num_key_value_heads"}
+                counts = ((f"{place}.{by_name[name]}", 1),) if hasattr(module, by_name[name]) else ()
+                tries = [
+                    Offer(build),
+                    Offer(build, counts=counts),
+                    Offer(build, head_key(name), 1, counts, None, place),
+                ]
+                tries = tries[1:2] if name == QUERY_HEADS else tries
+                if build(layer, index, config).num_units == 1:  # none can go, which needs no proof
+                    yield tries[0]
+                elif offer := next((each for each in tries if self._holds(index, place, each.group)), None):
+                    yield offer
+                else:
+                    self.why[name] = "the attention does not give the same without a head and with a silent one"
+        for name in (KV_HEADS, QUERY_HEADS):
+            self.why.setdefault(name, "no linears make queries, keys and values by heads of one width")
+
+    # What a config can say, and transformers reads back.
+
+    def _stored(self, offers: list[list[Offer]]) -> list[list[Offer]]:
+        """Return the offers that a config can say, with its keys, and that reload as what was cut."""
+        of_twin = [self.found.twin_layer[index] for index in range(len(self.layers))]
+        groups = [{self._group(offer, index).name: offer for offer in offers[index]} for index in of_twin]
+        kept: list[dict[str, Offer]] = [{} for _ in groups]
+        for name in sorted({name for layer in groups for name in layer}):
+            left = {index: layer[name] for index, layer in enumerate(groups) if name in layer}
+            while left and (added := self._say(name, left)):
+                for index, offer in added.items():
+                    kept[index][name] = offer
+                    del left[index]
+        for layer in kept:
+            if QUERY_HEADS in layer and KV_HEADS not in layer:
+                del layer[QUERY_HEADS]
+                self.why.setdefault(QUERY_HEADS, self.why.get(KV_HEADS, ""))
+        return [[layer[name] for name in ORDER if name in layer] for layer in kept]
+
+    def _group(self, offer: Offer, index: int) -> Group:
+        return offer.group(self.layers[index], index, _of_layer(self.config, index))
+
+    def _say(self, name: str, offers: dict[int, Offer]) -> dict[int, Offer]:
+        """Return the offers whose numbers one key of the config says, by layer; empty if none does."""
+        first = self._group(next(iter(offers.values())), next(iter(offers)))
+        self.why[name] = "no key of the config says how many there are"
+        if first.num_units == 1 and first.kind == "heads":
+            return {index: replace(offer, config_key=head_key(name)) for index, offer in offers.items()}
+        if len(some_of(first)) == first.num_units:
+            self.why[name] = f"the router needs all {first.num_units}"
+            return {}
+        for changes in self._changes(first):
+            try:
+                config = self._changed(changes)
+                with quiet_transformers(), torch.device("meta"):
+                    built = type(self.twin)._from_config(config)
+            except WRONG_GUESS:
+                continue
+            if len(built.get_submodule(self.names[1])) != len(self.layers):
+                continue
+            linears_for_conv(built)
+            said = {index: self._said(offer, index, built, changes) for index, offer in offers.items()}
+            done = {index: offer for index, offer in said.items() if offer is not None}
+            if done and self._reloads(done, built, config, name):
+                return done
+        return {}
+
+    def _changes(self, group: Group) -> Iterator[dict[str, Any]]:
+        """Yield changes of the config that could give fewer units."""
+        values, units = vars(self.config), group.num_units
+        if group.kind == "heads":
+            sizes = heads_of(self.config)
+            assert sizes is not None
+            queries, keys, width = sizes
+            if group.name == KV_HEADS and keys > 1:
+                yield {"num_attention_heads": queries // keys, "num_key_value_heads": 1, "head_dim": width}
+            if group.name == QUERY_HEADS and queries > keys:
+                yield {"num_attention_heads": keys, "num_key_value_heads": keys, "head_dim": width}
+            return
+        fewer = len(some_of(group))
+        whole = {key: value for key, value in values.items() if type(value) is int and value > 1}
+        yield from ({key: fewer} for key, value in whole.items() if value == units)
+        yield from ({key: value // 2} for key, value in whole.items() if value != units and units % value == 0)
+        yield from (
+            {key: [n // 2 for n in each]} for key, each in values.items() if isinstance(each, list) and units in each
+        )
+        named = ("inner", "ffn", "intermediate")
+        yield from ({key: fewer} for key, value in values.items() if value is None and any(n in key for n in named))
+
+    def _changed(self, changes: dict[str, Any]) -> Any:
+        config = copy.deepcopy(self.twin.config)
+        inner: Any = config.get_text_config(decoder=True)
+        for key, value in changes.items():
+            setattr(inner, key, value)
+        return config
+
+    def _said(self, offer: Offer, index: int, built: Any, changes: dict[str, Any]) -> Offer | None:
+        """Return the offer with what building from the changed config says of it; None if it says nothing."""
+        ours, theirs = self.layers[index], built.get_submodule(self.names[1])[index]
+        group = self._group(offer, index)
+        try:
+            left = group.parts.num_units_left(theirs)
+        except WRONG_GUESS:
+            return None
+        if left == group.num_units:
+            return None
+        key, value = next(iter(changes.items()))
+        if group.kind == "heads":
+            key = head_key(group.name)
+            return replace(offer, config_key=key, divides=self._heads_divide())
+        before = getattr(self.config, key)
+        per_key = (group.num_units - left) // (before - value) if type(before) is int else 1
+        if group.kind == "experts":
+            changed = [name for name, shape in _shapes(theirs).items() if shape != _shapes(ours).get(name)]
+            rows = [name for name in changed if not name.startswith(f"{group.experts.module}.")]
+            router = next((name.rpartition(".")[0] for name in rows if name.endswith("weight")), "")
+            counts = _attributes(ours, theirs, group.num_units, left)
+            weighted, place = group.experts.weighted_inputs, group.experts.module
+            build = experts_in(place, group.experts.stacks, router, tuple(rows), counts, weighted=weighted)
+            return replace(offer, build=build, config_key=key, per_key=per_key)
+        switch = self._bias_switch(index, group) if group.kind == "channels" else None
+        return replace(offer, config_key=key, per_key=per_key, bias_switch=switch)
+
+    def _reloads(self, offers: dict[int, Offer], built: Any, config: Any, name: str) -> bool:
+        """Say whether the cut twin, loaded into what its config builds, equals the one with silent units."""
+        whole, masked = (copy.deepcopy(self.twin) for _ in range(2))
+        unrouted: list[tuple[Tensor, Tensor]] = []
+        for index, offer in offers.items():
+            theirs, group = built.get_submodule(self.names[1])[index], self._group(offer, index)
+            keep = some_units(group, group.parts.num_units_left(theirs))
+            cut_layer, masked_layer = (each.get_submodule(self.names[1])[index] for each in (whole, masked))
+            try:
+                remove(cut_layer, group, keep)
+            except WRONG_GUESS:
+                return False
+            if group.kind == "experts":
+                unrouted += close_to(masked_layer, group, keep)
+            else:
+                mask(masked_layer, group, keep)
+        ours, theirs = _shapes(whole), _shapes(built)
+        if ours != theirs:
+            other = next(name for name in theirs if ours.get(name) != theirs[name])
+            self.why[name] = (
+                f"the config key that says it also says the size of {other.removeprefix(self.names[1] + '.')}"
+            )
+            return False
+        self.why[name] = "loaded again, it is not the model that was cut"
+        try:
+            with quiet_transformers(), torch.random.fork_rng(devices=[]):
+                loaded: Any = type(self.twin)._from_config(config, dtype=torch.float32).eval()
+            loaded.load_state_dict(whole.state_dict())
+            with Unrouted(unrouted):
+                expected = self._logits(masked)
+            again = self._logits(loaded)
+            return not _near([expected], [self.logits]) and _near([again, self._logits(whole)], [expected, expected])
+        except WRONG_GUESS:
+            return False
+
+    def _heads_divide(self) -> bool:
+        """Say whether the config's class refuses numbers of heads that do not divide the hidden size."""
+        values = self.config.to_dict()
+        odd = self.config.hidden_size // 2 + 1
+        try:
+            with quiet_transformers():
+                type(self.config).from_dict(
+                    values | {"num_attention_heads": odd, "num_key_value_heads": odd, "head_dim": 2}
+                )
+        except WRONG_GUESS:
+            return True
+        return False
+
+    def _bias_switch(self, index: int, group: Group) -> BiasSwitch | None:
+        """Return the config key that gives the reader a bias, if it gives one to nothing else but writers."""
+        layer, modules = self.layers[index], {axis.module for axis in (*group.writers, group.reader)}
+        for key, value in vars(self.config).items():
+            if "bias" not in key or not isinstance(value, bool):
+                continue
+            try:
+                with quiet_transformers(), torch.device("meta"):
+                    built: Any = type(self.twin)._from_config(self._changed({key: not value}))
+            except WRONG_GUESS:
+                continue
+            linears_for_conv(built)
+            theirs = built.get_submodule(self.names[1])[index]
+            changed = {name.rpartition(".")[0] for name in _shapes(layer).keys() ^ _shapes(theirs).keys()}
+            if group.reader.module in changed and changed <= modules:
+                return BiasSwitch(
+                    key, tuple(axis.module for axis in (*group.writers, group.reader) if axis.module in changed)
+                )
+        return None
+
+
+def _middles(layer: nn.Module, calls: dict[str, Call]) -> Iterator[tuple[str, str]]:
+    """Yield (attention, middle): with the attention silent, middle's input instead of the layer's gives the same."""
+    whole = calls[""]
+    children = [name for name, _ in layer.named_children() if name in calls]
+    for attention in children:
+        if not isinstance(calls[attention].output, tuple) and not _has_linears(layer.get_submodule(attention)):
+            continue
+        for middle in children:
+            args = calls[middle].args
+            if middle == attention or not args or not isinstance(hidden := args[0], Tensor):
+                continue
+            silent: Any = layer.get_submodule(attention)
+            nothing = tree_map(lambda x: x * 0 if isinstance(x, Tensor) else x, calls[attention].output)
+            silent.forward = lambda *_, nothing=nothing, **__: nothing
+            try:
+                moved = Call((hidden, *whole.args[1:]), whole.kwargs, None).again(layer)
+                if not _equal(hidden, whole.args[0]) and _near(moved[:1], _tensors(whole.output)[:1]):
+                    yield attention, middle
+            except WRONG_GUESS:
+                continue
+            finally:
+                del silent.forward
+
+
+def _attributes(ours: nn.Module, theirs: nn.Module, before: int, after: int) -> tuple[str, ...]:
+    """Return the attributes of the layer's modules that hold the number of units."""
+    others = dict(theirs.named_modules())
+    return tuple(
+        joined(name, key)
+        for name, module in ours.named_modules()
+        for key, value in vars(module).items()
+        if type(value) is int and value == before and vars(others[name]).get(key) == after
+    )
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: tuple(each.shape) for name, each in tensors}
+
+
+def _named(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    return list(layer.named_modules())
+
+
+def _with_owners(name: str) -> list[str]:
+    """Return the name, and those of the modules that hold it, innermost first; the model itself is none."""
+    parts = name.split(".")
+    return [".".join(parts[:number]) for number in range(len(parts), 0, -1)]
+
+
+def _of_layer(config: Any, index: int) -> Any:
+    layers = getattr(config, "per_layer_config", None)
+    return layers[index] if layers else config
+
+
+def _has_linears(module: nn.Module) -> bool:
+    return any(isinstance(each, nn.Linear) for each in module.modules())
+
+
+def _kind(layer: nn.Module, *, shapes: bool) -> tuple[Any, ...]:
+    """Return what tells kinds of layers apart: the class, and the names of parameters, with shapes or not."""
+    tensors = ((name, tuple(each.shape) if shapes else ()) for name, each in layer.named_parameters())
+    return (type(layer).__name__, *tensors)
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    ours, theirs = _tensors(one), _tensors(other)
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+def _near(one: list[Tensor], other: list[Tensor]) -> bool:
+    pairs = list(zip(one, other, strict=False))
+    return all(a.shape == b.shape and torch.allclose(a.float(), b.float(), **CLOSE) for a, b in pairs)

@@ -1,0 +1,163 @@
+"""A small random model of the same type as another, on which everything is tried before a weight is cut.
+
+In: a model, which may be on meta. Out: its twin: the same class, config and kinds of layers, of small
+sizes, in float32 with random weights, and proved to run. A twin has the layers up to the last new kind.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from secateur.errors import ArchError
+from secateur.model.config import BAD_VALUE, one_line, quiet_transformers
+
+NUM_TOKENS, NUM_BLOCKS = 12, 2
+# A model of fewer parameters is its own twin; a twin has at most so many.
+SMALL, LARGEST = 2_000_000, 60_000_000
+MOST_EXPERTS = 8
+MOST_TOKENS = 512
+
+_LAYERS = re.compile(r"(num_hidden|num|n|num_decoder|decoder)_layers?|depth")
+_KEPT = re.compile(
+    r".*(token_id|_ids?|positions?|patch_size|window.*|chunk.*|kernel.*|topk_group|n_groups?|interval|period|offset"
+    r"|stride|length|factor|first_k.*|theta|seed|channels|min_.*|max_.*|d_conv|temporal_.*|.*merge_size)"
+)
+_WIDTHS = re.compile("intermediate|ffn|inner")
+_HEADS = re.compile(r".*(heads?|n_head|kv_groups)")
+_HEAD_SIZES = re.compile(
+    r".*(head_dim|rotary_dim|rope_dim|rope_head_dim|nope_head_dim|head_size|d_kv|d_state|state_size)"
+)
+
+
+def twin(stock: Any, config: Any, num_params: int, num_layers: int) -> PreTrainedModel:
+    """Return the twin of a model of class `stock`, with its first `num_layers` layers.
+
+    Raises ArchError if no small model runs.
+    """
+    problem = ""
+    for sizes in _scales(config, num_params):
+        try:
+            with quiet_transformers(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                small = shrunk(config, num_layers, *sizes) if sizes else copy.deepcopy(config)
+                if _num_params(stock, small) > LARGEST:
+                    continue
+                built = randomised(stock._from_config(small, dtype=torch.float32).eval())
+                if not run(built).isfinite().all():
+                    raise ValueError("it gives no finite numbers")
+            return built
+        except (*BAD_VALUE, NotImplementedError, ImportError) as error:
+            problem = problem or one_line(error)
+    raise ArchError(f"model type '{config.model_type}': no small model of it can be run to try cuts on ({problem}).")
+
+
+def shrunk(config: Any, num_layers: int, by_heads: int, by_width: int) -> Any:
+    """Return the config with heads divided by one number, head sizes by the other, widths by both.
+
+    Proportions stay, so that what must divide another still does. Lists with an entry for every layer
+    are cut to `num_layers`.
+    """
+    config = copy.deepcopy(config)
+    values = vars(config)
+    depth = next((value for key, value in values.items() if _LAYERS.fullmatch(key) and isinstance(value, int)), 0)
+    tops = {key: value for key, value in values.items() if "per_tok" in key or "top_k" in key or "topk" in key}
+    most_chosen = max((value for value in tops.values() if isinstance(value, int)), default=1)
+    for key, value in values.items():
+        if isinstance(value, PreTrainedConfig):
+            values[key] = shrunk(value, num_layers, by_heads, by_width)
+        elif isinstance(value, dict):
+            values[key] = {name: _sections(name, part, by_width) for name, part in value.items()}
+        elif isinstance(value, (list, tuple)) and len(value) == depth > num_layers:
+            values[key] = type(value)(value[:num_layers])
+        elif isinstance(value, int) and not isinstance(value, bool) and not key.startswith("_"):
+            values[key] = _smaller(key, value, num_layers, by_heads, by_width, most_chosen)
+    _keep_tokens_inside(values)
+    return config
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """Give every parameter noise that is large enough to move the logits. Vectors stay near their start."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, dtype=parameter.dtype)
+            if parameter.ndim > 1 and parameter.numel() > max(parameter.shape):
+                parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
+            else:
+                parameter.add_(0.1 * noise)
+    return model
+
+
+def token_ids(model: PreTrainedModel) -> Tensor:
+    """Return random tokens that no special meaning is likely to have."""
+    size = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(
+        min(20, size // 2), size - 1, (NUM_BLOCKS, NUM_TOKENS), generator=torch.Generator().manual_seed(0)
+    )
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel) -> Tensor:
+    """Return the logits of the twin's tokens."""
+    return model(token_ids(model), use_cache=False).logits
+
+
+def _scales(config: Any, num_params: int) -> Iterator[tuple[int, int] | None]:
+    """Yield divisors of heads and of head sizes to try; None first if the model is small."""
+    if num_params <= SMALL:
+        yield None
+    sizes = config.get_text_config(decoder=True)
+    layers = getattr(sizes, "per_layer_config", None)
+    sizes = layers[0] if layers else sizes
+    heads, keys = (getattr(sizes, key, None) or 1 for key in ("num_attention_heads", "num_key_value_heads"))
+    heads, keys = (number if isinstance(number, int) else 1 for number in (heads, keys))
+    shared = math.gcd(heads, keys)
+    fewer = [number for number in (16, 8, 4, 2) if shared % number == 0 and keys // number >= 2] or [1]
+    for by_heads in (fewer[0], 8, 4, 1, 2):
+        for by_width in (8, 4, 2, 16):
+            yield by_heads, by_width
+    yield 1, 1
+
+
+def _num_params(stock: Any, config: Any) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in stock._from_config(config).parameters())
+
+
+def _smaller(key: str, value: int, num_layers: int, by_heads: int, by_width: int, most_chosen: int) -> int:
+    if _LAYERS.fullmatch(key) or key.endswith("_layers"):
+        return min(value, num_layers)
+    if "vocab" in key and "size" in key:
+        return min(value, MOST_TOKENS)
+    if "expert" in key and "per_tok" not in key and "size" not in key and "top" not in key:
+        return min(value, max(MOST_EXPERTS, 2 * most_chosen))
+    if _KEPT.fullmatch(key):
+        return value
+    if _HEADS.fullmatch(key):
+        return max(1, value // by_heads)
+    if _HEAD_SIZES.fullmatch(key) and value <= 1024:
+        return max(1, value // by_width)
+    if value < 64:
+        return value
+    smaller = max(8, value // (by_heads * by_width))
+    return -(-smaller // 16) * 16 if _WIDTHS.search(key) else smaller
+
+
+def _sections(name: Any, value: Any, by_width: int) -> Any:
+    if "section" in str(name) and isinstance(value, list):
+        return [max(1, part // by_width) for part in value]
+    return {key: _sections(key, part, by_width) for key, part in value.items()} if isinstance(value, dict) else value
+
+
+def _keep_tokens_inside(values: dict[str, Any]) -> None:
+    size = values.get("vocab_size")
+    if not isinstance(size, int):
+        return
+    for key, value in values.items():
+        if key.endswith("token_id") and isinstance(value, int) and value >= size:
+            values[key] = size - 1 if "image" in key or "video" in key or "audio" in key else 0

@@ -1,0 +1,269 @@
+"""Structures that are odd or hostile: each is refused or cut right, never cut wrong."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from secateur.errors import ArchError
+from secateur.model.bind import bind, decoder_layers
+from secateur.model.group import linear
+from secateur.model.guesses import mask, remove, some_units
+from tests.model.test_exactness import logits_of
+from tests.models import randomised, tiny_ids
+
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+}
+
+
+class Plain(nn.Module):
+    """The ordinary FFN; others change one thing."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.width, hidden = config.intermediate_size, config.hidden_size
+        self.gate_proj = nn.Linear(hidden, self.width, bias=False)
+        self.up_proj = nn.Linear(hidden, self.width, bias=False)
+        self.down_proj = nn.Linear(self.width, hidden, bias=False)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Return the channels."""
+        return nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is added to the stream."""
+        return self.down_proj(self.inner(x))
+
+
+def plain_but(**methods: Callable[..., Tensor]) -> type[Plain]:
+    return type("Odd", (Plain,), methods)
+
+
+class Fused(Plain):
+    """Gate and up in one linear; how the rows lie is left to others."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * self.width, bias=False)
+        del self.gate_proj, self.up_proj
+
+
+class Triple(Plain):
+    """Three parts in one linear."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.all_proj = nn.Linear(config.hidden_size, 3 * self.width, bias=False)
+        del self.gate_proj, self.up_proj
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Return the channels."""
+        a, b, c = self.all_proj(x).chunk(3, dim=-1)
+        return a * b.sigmoid() * c.tanh()
+
+
+class Two(Plain):
+    """Two FFNs of one width, side by side in one module."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.other_up = nn.Linear(config.hidden_size, self.width, bias=False)
+        self.other_down = nn.Linear(self.width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum."""
+        return super().forward(x) + self.other_down(self.other_up(x).relu())
+
+
+class Nested(Plain):
+    """An FFN whose output gates another."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.router = Plain(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is let through."""
+        return super().forward(x) * self.router(x).sigmoid()
+
+
+class OfItsOwnWidth(Plain):
+    """A width that the config does not say."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(LlamaConfig(**SIZES | {"intermediate_size": 72}))
+
+
+class ByTheSameKey(Plain):
+    """The config key of the width is that of a norm, too."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.scale = nn.Parameter(torch.ones(self.width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is added to the stream, times a number."""
+        return super().forward(x) * self.scale.mean()
+
+
+class Tied(Plain):
+    """Gate and up have one weight."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.up_proj.weight = self.gate_proj.weight
+
+
+def model_with(ffn: type[nn.Module], change: Callable[[Any], None] = lambda _: None, **sizes: Any) -> Any:
+    """Return a tiny Llama whose FFNs are of this class; `change` is applied to whatever it builds."""
+
+    class Odd(LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            for layer in self.model.layers:
+                layer.mlp = ffn(config)
+            change(self)
+            self.post_init()
+
+    torch.manual_seed(0)
+    return randomised(Odd(LlamaConfig(**SIZES | sizes)), 0)
+
+
+def alternating(ffn: Any, x: Tensor) -> Tensor:
+    both = ffn.gate_up_proj(x).unflatten(-1, (-1, 2))
+    return both[..., 0].sigmoid() * both[..., 1]
+
+
+def halves(ffn: Any, x: Tensor) -> Tensor:
+    up, gate = ffn.gate_up_proj(x).chunk(2, dim=-1)
+    return gate.sigmoid() * up
+
+
+RIGHT = {
+    "plain": (Plain, {}),
+    "up before gate, in halves": (type("Odd", (Fused,), {"inner": halves}), {}),
+    "gate and up alternate": (type("Odd", (Fused,), {"inner": alternating}), {}),
+    "as wide as the stream": (Plain, {"intermediate_size": 48, "hidden_size": 48}),
+    "reader used twice": (
+        plain_but(forward=lambda self, x: self.down_proj(self.inner(x)) + self.down_proj(self.up_proj(x))),
+        {},
+    ),
+    "weights tied": (Tied, {}),
+    "changes its input in place": (plain_but(forward=lambda self, x: self.down_proj(self.inner(x.mul_(2)))), {}),
+    "one channel squared": (plain_but(inner=lambda self, x: self.up_proj(x).square()), {}),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_an_odd_ffn_is_cut_right_or_not_at_all(name: str) -> None:
+    ffn, sizes = RIGHT[name]
+    model, masked = model_with(ffn, **sizes), model_with(ffn, **sizes)
+    arch = bind(model)
+    groups = [group for group in arch.groups if group.name == "ffn"]
+    assert groups or arch.omits["ffn"]
+    assert groups or name in ("as wide as the stream", "one channel squared", "weights tied")
+    for group in groups:
+        keep = some_units(group, 40)
+        mask(masked.model.layers[group.layer], group, keep)
+        remove(decoder_layers(model, arch)[group.layer], group, keep)
+        assert linear(model.model.layers[group.layer], group.reader.module).in_features == 40
+    torch.testing.assert_close(logits_of(model, tiny_ids()), logits_of(masked, tiny_ids()), atol=1e-5, rtol=1e-5)
+
+
+def normalised(ffn: Any, x: Tensor) -> Tensor:
+    return ffn.down_proj(nn.functional.normalize(ffn.inner(x) + 0.1, dim=-1))
+
+
+WRONG = {
+    "channels are normalised": plain_but(forward=normalised),
+    "softmax over channels": plain_but(inner=lambda self, x: self.up_proj(x).softmax(dim=-1) * 10),
+    "channels are moved": plain_but(inner=lambda self, x: self.up_proj(x).roll(1, dims=-1) * self.gate_proj(x)),
+    "channels are pooled": plain_but(
+        inner=lambda self, x: self.up_proj(x).unflatten(-1, (-1, 4)).softmax(-1).flatten(-2)
+    ),
+    "their mean is read too": plain_but(
+        forward=lambda self, x: self.down_proj(self.inner(x)) + self.inner(x + 1).mean(-1, keepdim=True)
+    ),
+    "scaled by their number": plain_but(
+        forward=lambda self, x: self.down_proj(self.inner(x)) / self.down_proj.in_features**0.5 * 9
+    ),
+    "their number is written down": plain_but(inner=lambda self, x: self.up_proj(x).view(*x.shape[:-1], self.width)),
+    "three parts in one linear": Triple,
+    "two side by side": Two,
+    "one gates another": Nested,
+    "a width that no key says": OfItsOwnWidth,
+    "a key that says more": ByTheSameKey,
+    "no two calls alike": plain_but(inner=lambda self, x: self.up_proj(x) * torch.rand(())),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_ffn_that_cannot_be_cut_is_refused_with_a_reason(name: str) -> None:
+    try:
+        arch = bind(model_with(WRONG[name]))
+    except ArchError as error:
+        assert "cannot be walked layer by layer: layers do not give the same twice" in str(error)
+        return
+    assert "ffn" not in {group.name for group in arch.groups}
+    assert {group.name for group in arch.groups} == {"kv_heads", "query_heads"}
+    with pytest.raises(ArchError, match=r"remove.groups: a model of type llama"):
+        arch.select(("ffn",))
+
+
+def share_ffns(model: Any) -> None:
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+
+
+def test_an_ffn_that_layers_share_is_not_cut() -> None:
+    assert "ffn" not in {group.name for group in bind(model_with(Plain, share_ffns)).groups}
+
+
+class Looped(LlamaModel):
+    """Runs its layers twice."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for layer in list(self.layers):
+            layer.register_forward_hook(lambda module, args, output: output)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the second pass, on the first one's output."""
+        first = super().forward(*args, **kwargs).last_hidden_state
+        return super().forward(inputs_embeds=first, use_cache=False)
+
+
+class OfLoops(LlamaForCausalLM):
+    """A model with such a backbone."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = Looped(config)
+        self.post_init()
+
+
+def test_layers_that_run_twice_are_refused() -> None:
+    with pytest.raises(ArchError, match="cannot be walked layer by layer: layers do not run once each, in order"):
+        bind(randomised(OfLoops(LlamaConfig(**SIZES)), 0))
+
+
+def test_a_second_reader_of_the_stream_between_layers_is_refused() -> None:
+    """A layer that adds what the first layer was given: the walk would not know it."""
+
+    def change(model: Any) -> None:
+        kept: list[Tensor] = []
+        first, second = model.model.layers
+        first.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+        second.register_forward_pre_hook(lambda _, args: (args[0] + kept[-1], *args[1:]))
+
+    with pytest.raises(ArchError, match="cannot be walked layer by layer: layers pass on more than one hidden state"):
+        bind(model_with(Plain, change))
