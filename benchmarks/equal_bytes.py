@@ -11,7 +11,7 @@ OUT/measured.json keeps what is measured; delete it to measure anew.
     OMP_NUM_THREADS=1 python benchmarks/equal_bytes.py out dense=smollm2-135m 20%=out/20
         [--types q8_0 q6_k ...] [--num-bytes 4608] [--page docs/results/equal_bytes.md]
 
-Needs the development text (`../shared/data`, or SECATEUR_DATA) and llama-cpp-python.
+Needs the development text (benchmarks/text.py fetches it; or SECATEUR_DATA) and llama-cpp-python.
 """
 
 import argparse

