@@ -1,6 +1,7 @@
 """What training wins back: SmolLM2-135M without 20, 30 and 50% of its parameters, then recovered.
 
-Needs the development text (benchmarks/text.py fetches it; or SECATEUR_DATA). Prunes by the defaults without polish and trains
+Needs the development text (benchmarks/text.py fetches it; or SECATEUR_DATA).
+Prunes by the defaults without polish and trains
 on the `*_calib` files of six domains; evaluates on 4 blocks of 512 of each `*_eval` file. Rows: the
 defaults (`ours`), KL or cross-entropy alone, embedding and head trained too (`full`), and, at equal
 tokens, LoRA on the same loss, on KL or on cross-entropy (LLM-Pruner's recipe). Finished models stay

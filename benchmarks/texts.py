@@ -1,4 +1,4 @@
-"""The development text (benchmarks/text.py fetches it; or SECATEUR_DATA): six domains, each to calibrate on and to be judged by."""
+"""The development text (benchmarks/text.py fetches it; or SECATEUR_DATA): six domains, to calibrate on and to judge by."""
 
 import os
 from pathlib import Path
