@@ -1,4 +1,4 @@
-"""The development text (benchmarks/text.py fetches it; or SECATEUR_DATA): six domains, to calibrate on and to judge by."""
+"""The development text (benchmarks/text.py fetches it; or SECATEUR_DATA): six domains, calibration and judging."""
 
 import os
 from pathlib import Path
