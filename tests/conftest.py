@@ -42,6 +42,14 @@ def judged_by_what_guards() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def judging() -> Iterator[None]:
+    """For tests of what a user runs: text of its own judges a run, two blocks of each domain."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("secateur.data.calibration.JUDGED_TOKENS", 64)
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProcesses]:
     """Processes that have torch imported; in them results are proved."""

@@ -139,7 +139,11 @@ def _annotations(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, in
 
 def _mutant(file: str, line: int, operator: str, occurrence: int) -> Mutant | None:
     """Return the change, or None if Python does not take it or it changes no code."""
-    old, new = (SOURCE / file).read_text(encoding="utf-8"), mutated(file, operator, occurrence)
+    old = (SOURCE / file).read_text(encoding="utf-8")
+    try:
+        new = mutated(file, operator, occurrence)
+    except AttributeError:  # cosmic-ray's own, of `except (package.Error, ...)`
+        return None
     try:
         with warnings.catch_warnings(action="error"):  # such as `is` beside a literal
             compile(new, file, "exec")

@@ -31,7 +31,7 @@ from secateur.pruning.resolve import resolve
 from secateur.recipe import Recipe
 from secateur.recipe_file import parse_recipe
 
-pytestmark = pytest.mark.usefixtures("fresh_processes")
+pytestmark = pytest.mark.usefixtures("fresh_processes", "judging")
 
 NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
 
@@ -155,7 +155,8 @@ def test_recipe_and_calibration_hash_are_those_of_the_run(happy):
     )
     assert parse_recipe(grouped(yaml.safe_load((happy.out / "recipe.yaml").read_text()))) == resolved
     assert resolved.calibration.num_tokens is not None
-    text = build_calibration(resolved.calibration, resolved.calibration.num_tokens, tiny_tokenizer(), resolved.seed)
+    num_tokens = resolved.calibration.num_tokens
+    text = build_calibration(resolved.calibration, num_tokens, tiny_tokenizer(), resolved.seed, num_judged_tokens=64)
     told = happy.json("result.json")["calibration"]
     assert told["content_hash"] == text.content_hash
     assert told["num_tokens"] == {"code": 640, "prose": 640}
