@@ -190,25 +190,23 @@ def shape_of(**sizes: int):
 
 
 @pytest.mark.parametrize(
-    ("preset", "sizes", "num_params"),
+    ("sizes", "num_params"),
     [
         (
-            "qwen2.5-7b",
             {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
             7_615_616_512,
         ),
         (
-            "qwen2.5-32b",
             {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40},
             32_763_876_352,
         ),
     ],
 )
-def test_shipped_recipes_resolve_from_the_real_shapes(preset, sizes, num_params):
-    model = shape_of(num_key_value_heads=4 if preset == "qwen2.5-7b" else 8, **sizes)
+def test_the_defaults_resolve_from_real_shapes(sizes, num_params):
+    model = shape_of(num_key_value_heads=4 if sizes["num_hidden_layers"] == 28 else 8, **sizes)
     assert Size.of(model).num_params == num_params
     text = {"domains": {"mine": {"files": ["mine.txt"]}}}
-    resolved = resolve(opened(model, parse_recipe(grouped({"preset": preset, "calibration": text}))))
+    resolved = resolve(opened(model, parse_recipe(grouped({"calibration": text}))))
     assert resolved.warnings == ()
     assert resolved.plans[-1].removed_share == pytest.approx(0.2, abs=0.003)
     assert {count % 256 for count in resolved.plans[-1].num_keep.values()} == {0}
