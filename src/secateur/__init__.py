@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from secateur.evaluation.bench import bench
     from secateur.evaluation.compare import compare
     from secateur.evaluation.evaluate import evaluate
-    from secateur.evaluation.inspect import inspect
-    from secateur.evaluation.verify import verify
     from secateur.formats.gguf import Exporter, export
+    from secateur.formats.verify import verify
     from secateur.methods.scores import Score
     from secateur.model.checkpoint import load
+    from secateur.pruning.inspect import inspect
 
 __all__ = [
     "ArchError",
@@ -66,8 +66,8 @@ _MODULES = {
     "evaluation.bench": ("bench",),
     "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate",),
-    "evaluation.inspect": ("inspect",),
-    "evaluation.verify": ("verify",),
+    "pruning.inspect": ("inspect",),
+    "formats.verify": ("verify",),
     "formats.gguf": ("Exporter", "export"),
     "methods.scores": ("Score",),
     "model.checkpoint": ("load",),

@@ -12,7 +12,6 @@ from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.evaluation.parts import recovered_scores
-from secateur.evaluation.push import push
 from secateur.evaluation.study import Comparison
 from secateur.evaluation.study_page import comparison_table
 from secateur.evaluation.tasks import TaskOptions, load_tasks
@@ -27,6 +26,7 @@ from secateur.recipe import Recipe, TaskSettings
 from secateur.recipe_file import as_recipe
 from secateur.recovery import recover as recovery
 from secateur.report.measured import BenchResult, Evaluation, RecoveryRecord
+from secateur.report.push import push
 from secateur.report.records import Inspection, Summary, read_summary
 from secateur.report.report import write_pages, write_recovered_pages
 from secateur.report.rows import Tables, inspection_table, summary_table

@@ -13,9 +13,9 @@ import pytest
 from recipes import grouped
 from transformers import CONFIG_MAPPING
 
-from secateur.evaluation.inspect import inspect
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.per_layer import record_widths
+from secateur.pruning.inspect import inspect
 from secateur.recipe_file import parse_recipe
 from secateur.report.records import Inspection, Serving
 from tests.families import FAMILIES, GROUPS, tiny_family

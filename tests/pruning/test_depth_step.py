@@ -18,13 +18,13 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import secateur
-from secateur.evaluation.inspect import inspect
 from secateur.methods.depth import choose_layers
 from secateur.methods.profile import first_blocks
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import cut
 from secateur.pruning import loop as depth_step
 from secateur.pruning import prune as pruning
+from secateur.pruning.inspect import inspect
 from secateur.pruning.loop import _narrow_readers, remove_depth
 from secateur.pruning.resolve import resolve
 from secateur.pruning.run import Run

@@ -12,8 +12,8 @@ from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
-from secateur.evaluation.inspect import inspect
 from secateur.model.checkpoint import load_model, open_checkpoint
+from secateur.pruning.inspect import inspect
 from secateur.recipe_file import parse_recipe
 
 

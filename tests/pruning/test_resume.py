@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
-from secateur.evaluation.inspect import inspect
 from secateur.formats.save import Verification
+from secateur.pruning.inspect import inspect
 from secateur.recipe_file import parse_recipe
 from secateur.result_directory import staging
 from secateur.store import Store, place_beside

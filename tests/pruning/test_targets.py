@@ -12,7 +12,6 @@ from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.errors import RecipeError
-from secateur.evaluation.inspect import inspect
 from secateur.facts import Costs, Size, Workload
 from secateur.log import RunLog
 from secateur.methods.budget import Prices, round_plans, round_shares, uniform_plan
@@ -22,6 +21,7 @@ from secateur.methods.prices import Seconds, least_costs
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import cut
 from secateur.model.per_layer import record_widths
+from secateur.pruning.inspect import inspect
 from secateur.pruning.latency import Timing, with_seconds
 from secateur.pruning.open import Opened
 from secateur.pruning.resolve import recipe_prices, resolve

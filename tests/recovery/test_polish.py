@@ -18,10 +18,10 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 import secateur
 from secateur.data.calibration import build_calibration
-from secateur.evaluation.inspect import inspect
 from secateur.facts import mean_kl, mean_nats
 from secateur.model.bind import bind
 from secateur.pruning.cost import memory_for, params_after, polish_bytes, with_polish_that_fits
+from secateur.pruning.inspect import inspect
 from secateur.pruning.open import computes_in_float32, open_model
 from secateur.pruning.resolve import checked, resolve
 from secateur.recipe import Recipe, RecoverySettings

@@ -15,8 +15,8 @@ from tiny_tokenizer import tiny_tokenizer
 import secateur
 from secateur.data.calibration import CHARACTERS_PER_TOKEN, build_calibration
 from secateur.errors import RecipeError
-from secateur.evaluation import inspect as inspecting
 from secateur.model.config import quiet_transformers
+from secateur.pruning import inspect as inspecting
 from secateur.recipe_file import parse_recipe
 from secateur.report.rows import inspection_table
 

@@ -15,9 +15,9 @@ from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError
-from secateur.evaluation.push import CARD, _digest_again, _stage, _write_card, push
 from secateur.log import silent
 from secateur.report.card import card_data
+from secateur.report.push import CARD, _digest_again, _stage, _write_card, push
 from secateur.report.records import read_result, read_summary
 from secateur.report.report import write_report
 from secateur.report.rows import note_rows, without_paths
@@ -234,7 +234,7 @@ def test_push_says_what_is_wrong(places, tmp_path, monkeypatch):
         push(places["dense"], "me/tiny", dry_run=True)
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
         push(places["once"], "me/tiny")
-    monkeypatch.setattr("secateur.evaluation.push.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("secateur.evaluation.push.get_token", lambda: None)
+    monkeypatch.setattr("secateur.report.push.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("secateur.report.push.get_token", lambda: None)
     with pytest.raises(CheckpointError, match="run hf auth login, or set HF_TOKEN"):
         push(places["once"], "me/tiny")
