@@ -28,7 +28,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur
-from secateur.data.calibration import CalibrationSet, build_calibration
+from secateur.data.blocks import LearningText
+from secateur.data.pool import Amounts, TextPool
 from secateur.facts import Size
 from secateur.formats.save import save_checkpoint
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
@@ -58,18 +59,18 @@ def resident(process: int | str = "self") -> dict[str, int]:
     return {name: int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
 
 
-def forward_seconds(model: Any, calibration: CalibrationSet) -> float:
+def forward_seconds(model: Any, calibration: LearningText) -> float:
     """Time the model's own forward, logits included, over all calibration and held-out blocks."""
     start = time.perf_counter()
     with torch.inference_mode():
         for domain in calibration.domains:
-            for blocks in (domain.calibration_NT, domain.held_out_NT):
+            for blocks in (domain.calibration.ids_NT, domain.held_out.ids_NT):
                 for batch in make_batches(domain.name, blocks, held_out=False):
                     model(batch.ids_BT, use_cache=False)
     return time.perf_counter() - start
 
 
-def round_seconds(directory: Path, resolved: Resolved, calibration: CalibrationSet) -> float:
+def round_seconds(directory: Path, resolved: Resolved, calibration: LearningText) -> float:
     """Time one prune of a fresh copy, loading not included."""
     model = load_model(open_checkpoint(directory))
     start = time.perf_counter()
@@ -142,14 +143,15 @@ def main() -> None:
         recipes = {name: parse_recipe(settings | ROWS[name]) for name in options.rows}
         resolved = {name: resolve(checked(dense.asking(recipe))) for name, recipe in recipes.items()}
         recipe = resolved[options.rows[0]].recipe
-        calibration = build_calibration(recipe.calibration, options.num_tokens, tokenizer, recipe.seed)
+        pool = TextPool(recipe.calibration, tokenizer, recipe.seed)
+        calibration = pool.split(recipe.calibration, Amounts(num_tokens=options.num_tokens)).learning.text
         print_seconds(model, directory, resolved, calibration, options.repeats)
         child = [sys.executable, __file__, "--memory-of", str(directory), "--num-tokens", str(options.num_tokens)]
         print_memory(json.loads(subprocess.run(child, capture_output=True, text=True, check=True).stdout), size)
 
 
 def print_seconds(
-    model: Any, directory: Path, resolved: dict[str, Resolved], calibration: CalibrationSet, repeats: int
+    model: Any, directory: Path, resolved: dict[str, Resolved], calibration: LearningText, repeats: int
 ) -> None:
     """Alternate forward and rounds; print medians relative to the forward."""
     num_tokens = calibration.num_tokens + calibration.num_held_out_tokens

@@ -158,7 +158,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         return
     from dense import write_dense
 
-    from secateur.data.calibration import build_calibration
+    from secateur.data.pool import Amounts, TextPool
     from secateur.model.checkpoint import load_tokenizer, open_checkpoint
     from secateur.recipe_file import parse_recipe
 
@@ -168,9 +168,12 @@ def prepare(arguments: argparse.Namespace) -> None:
         # transformers 4 calls the dtype otherwise; without it a peer on an old one would prune float32.
         config = json.loads((dense / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
         (dense / "config.json").write_text(json.dumps(config, indent=2))
-    drawn = build_calibration(parse_recipe(recipe).calibration, arguments.num_tokens, tokenizer, 0)
+    calibration, amounts = parse_recipe(recipe).calibration, Amounts(num_tokens=arguments.num_tokens)
+    drawn = TextPool(calibration, tokenizer, 0).split(calibration, amounts).learning.text
     # What secateur holds out for its guard the others calibrate on.
-    blocks = [block for each in drawn.domains for part in (each.calibration_NT, each.held_out_NT) for block in part]
+    blocks = [
+        block for each in drawn.domains for part in (each.calibration.ids_NT, each.held_out.ids_NT) for block in part
+    ]
     (arguments.out / "text.json").write_text(json.dumps([block.tolist() for block in blocks]))
     written.write_text(asked)
 
@@ -238,7 +241,7 @@ def judged(pruned: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
     before = quality(dense, None)
     after = quality(str(pruned), dense if (pruned / "tokens.json").exists() else None)
-    errors = [one.standard_error for one in differences(before, after, None).domains.values()]
+    errors = [one.standard_error or math.nan for one in differences(before, after, None).domains.values()]
     nats = [{name: one.nats_per_token for name, one in which.domains.items()} for which in (after, before)]
     return {"nats": nats[0], "dense_nats": nats[1], "difference_error": math.hypot(*errors) / len(errors)}
 

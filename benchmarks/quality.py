@@ -21,7 +21,8 @@ from dense import write_dense
 from texts import HYBRID, text_file
 from transformers import AutoTokenizer
 
-from secateur.data.calibration import CalibrationSet, build_calibration
+from secateur.data.blocks import LearningText
+from secateur.data.pool import Amounts, TextPool
 from secateur.facts import Size
 from secateur.model.bind import bind
 from secateur.model.checkpoint import Checkpoint, load_model, open_checkpoint
@@ -79,15 +80,16 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-def draw(domains: tuple[str, ...], part: int, blocks: int, tokenizer: Any, seed: int) -> CalibrationSet:
+def draw(domains: tuple[str, ...], part: int, blocks: int, tokenizer: Any, seed: int) -> LearningText:
     """Return 6 x `blocks` blocks, spread over `domains`, of part 0 (calib) or 1 (eval)."""
     files = {name: Domain(files=(text_file(name, part),)) for name in domains}
     calibration = Calibration(domains=files, sequence_length=LENGTH)
-    return build_calibration(calibration, blocks * len(HYBRID) * LENGTH, tokenizer, seed)
+    amounts = Amounts(num_tokens=blocks * len(HYBRID) * LENGTH)
+    return TextPool(calibration, tokenizer, seed).split(calibration, amounts).learning.text
 
 
 def run_row(
-    checkpoint: Checkpoint, row: str, seed: int, tokenizer: Any, evaluation: CalibrationSet, size: Cut
+    checkpoint: Checkpoint, row: str, seed: int, tokenizer: Any, evaluation: LearningText, size: Cut
 ) -> dict[str, float]:
     """Prune by one row's recipe; return perplexity by domain. Empty `row`: the dense model."""
     model = load_model(checkpoint)
@@ -105,7 +107,7 @@ def run_row(
         run = remove_depth(Run(model=model, arch=arch, resolved=resolved, text=calibration))
         prune_in_place(run)
         arch, seconds = run.arch, time.perf_counter() - start
-    blocks = {domain.name: domain.calibration_NT for domain in evaluation.domains}
+    blocks = {domain.name: domain.calibration.ids_NT for domain in evaluation.domains}
     losses = domain_losses(model, arch, blocks)
     perplexities = {name: min(loss.nats_per_token, 700.0) for name, loss in losses.items()}
     geometric = sum(perplexities.values()) / len(perplexities)

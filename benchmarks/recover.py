@@ -84,7 +84,7 @@ def main() -> None:
     options.directory.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(open_checkpoint(options.model))
     evaluation = draw(HYBRID, 1, EVALUATION_BLOCKS, tokenizer, 0)
-    blocks = {domain.name: domain.calibration_NT for domain in evaluation.domains}
+    blocks = {domain.name: domain.calibration.ids_NT for domain in evaluation.domains}
     dense = nats(options.model, blocks)
     print(f"dense: geometric-mean perplexity {math.exp(dense):.2f}, {options.tokens:,} tokens at most\n")
     print("| removed | row | perplexity | lost nats/token | won back | on its own held-out text | s |")

@@ -38,7 +38,7 @@ CODE = "def keep(units):", "    return sorted(units)", "for layer in layers:", "
 def judged_by_what_guards() -> Iterator[None]:
     """Runs in this process have no text of their own to judge them; those of the command line do."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("secateur.data.calibration.JUDGED_TOKENS", 0)
+        patched.setattr("secateur.data.pool.JUDGED_TOKENS", 0)
         yield
 
 
@@ -46,7 +46,7 @@ def judged_by_what_guards() -> Iterator[None]:
 def judging() -> Iterator[None]:
     """For tests of what a user runs: text of its own judges a run, two blocks of each domain."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("secateur.data.calibration.JUDGED_TOKENS", 64)
+        patched.setattr("secateur.data.pool.JUDGED_TOKENS", 64)
         yield
 
 

@@ -19,7 +19,7 @@ from damage import flip_a_bit
 from recipes import grouped
 
 import secateur
-import secateur.data.calibration
+import secateur.data.pool
 import secateur.pruning.result
 from secateur.formats.save import Verification
 from secateur.store import place_beside
@@ -37,7 +37,7 @@ def main() -> None:
     """Run."""
     model, recipe, place = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
     first, step, most, number = int(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6]), getattr(errno, sys.argv[7], -1)
-    secateur.data.calibration.JUDGED_TOKENS = 0  # as in the tests' own process
+    secateur.data.pool.JUDGED_TOKENS = 0  # as in the tests' own process
     secateur.pruning.result.verify_reload = lambda *_: Verification(0.0, 0.0, "")
     secateur.report.report.missing_plots = lambda: ("no plots",)
     out = place / "out"

@@ -15,7 +15,7 @@ from recipes import grouped
 from safetensors.torch import save_file
 
 import secateur
-import secateur.data.calibration
+import secateur.data.pool
 from secateur import ranks
 from secateur.errors import RankError, RecipeError
 from secateur.ranks import joined
@@ -55,7 +55,7 @@ def refusals() -> dict[str, list[str]]:
 
 
 def main(jobs_file: str, place: str) -> None:
-    secateur.data.calibration.JUDGED_TOKENS = 0  # as in the tests' own process
+    secateur.data.pool.JUDGED_TOKENS = 0  # as in the tests' own process
     jobs, out = json.loads(Path(jobs_file).read_text(encoding="utf-8")), Path(place)
     out.mkdir(exist_ok=True)
     for name, job in jobs.items():

@@ -104,11 +104,11 @@ def scaled_into(weights_D: Tensor, floor: float) -> Tensor:
         fixed |= scaled < floor
 
 
-def mean_error(values: list[float]) -> float:
-    """Return s / sqrt(n) with s^2 = sum (v - mean)^2 / (n - 1); 0 for one value."""
+def mean_error(values: list[float]) -> float | None:
+    """Return s / sqrt(n) with s^2 = sum (v - mean)^2 / (n - 1); None for one value."""
     count = len(values)
     if count == 1:
-        return 0.0
+        return None
     mean = math.fsum(values) / count
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1)) / math.sqrt(count)
 

@@ -14,7 +14,7 @@ import traceback
 from recipes import grouped
 
 import secateur
-import secateur.data.calibration
+import secateur.data.pool
 import secateur.pruning.result
 from secateur.formats.save import Verification
 from secateur.model.checkpoint import load_model, open_checkpoint
@@ -35,7 +35,7 @@ def run(asked: dict[str, object]) -> None:
 
 def main() -> None:
     """Answer until the input ends."""
-    secateur.data.calibration.JUDGED_TOKENS = 0  # as in the tests' own process
+    secateur.data.pool.JUDGED_TOKENS = 0  # as in the tests' own process
     secateur.pruning.result.verify_reload = lambda *_: Verification(0.0, 0.0, "")  # it starts a process of its own
     secateur.report.report.missing_plots = lambda: ("no plots",)
     for line in sys.stdin:

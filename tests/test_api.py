@@ -10,12 +10,12 @@ import typer
 import yaml
 from models import tiny_ids, tiny_llama
 from recipes import grouped
+from texts import split_text
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.cli import app
-from secateur.data.calibration import build_calibration
 from secateur.model.bind import bind
 from secateur.model.checkpoint import check_in_memory, restore_buffers
 from secateur.recipe_file import parse_recipe
@@ -67,17 +67,17 @@ def test_the_words_of_the_command_line_are_those_of_the_function(verb):
 
 
 def test_a_run_is_judged_by_text_that_nothing_else_looked_at(small, monkeypatch):
-    monkeypatch.setattr("secateur.data.calibration.JUDGED_TOKENS", 65)  # in blocks of 32: three
+    monkeypatch.setattr("secateur.data.pool.JUDGED_TOKENS", 65)  # in blocks of 32: three
     found = secateur.prune(tiny_llama(), grouped({**small, "evaluate": True}), tokenizer=TOKENIZER)
     recipe, facts = found.recipe, found.summary.calibration
-    text = build_calibration(recipe.calibration, 1280, TOKENIZER, recipe.seed, num_judged_tokens=65)
-    judged = {domain.name: domain.judged_NT for domain in text.domains}
-    assert facts.num_judged_tokens == {"prose": 96, "code": 96} and facts.content_hash == text.content_hash
-    assert found.summary.pruned_losses == domain_losses(found.model, bind(found.model), judged)  # type: ignore[arg-type]
+    text = split_text(recipe.calibration, 1280, TOKENIZER, recipe.seed, num_judged_tokens=65)
+    assert facts.num_judged_tokens == {"prose": 96, "code": 96}
+    assert facts.content_hash == text.learning.text.content_hash and facts.judged_hash == text.judged.content_hash
+    assert found.summary.pruned_losses == domain_losses(found.model, bind(found.model), text.judged.blocks)
 
 
 def test_a_result_is_evaluated_on_the_text_that_judged_it(checkpoints, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("secateur.data.calibration.JUDGED_TOKENS", 65)
+    monkeypatch.setattr("secateur.data.pool.JUDGED_TOKENS", 65)
     losses = secateur.prune(checkpoints["llama"], grouped(recipe), out=tmp_path / "out").summary.pruned_losses
     found = secateur.evaluate(tmp_path / "out")
     assert not found.notes, "this is the run's own text"

@@ -18,12 +18,12 @@ import yaml
 from models import randomised
 from recipes import grouped
 from run_cli import run_cli
+from texts import learning_text
 from tiny_tokenizer import tiny_tokenizer
 from transformers import HeliumConfig, HeliumForCausalLM
 from warm import WarmProcesses
 
 from secateur import PluginError, RecipeError, Score, plugins
-from secateur.data.calibration import build_calibration
 from secateur.data.sources import SOURCES
 from secateur.formats import gguf as export
 from secateur.formats import runtimes
@@ -213,7 +213,7 @@ def test_an_entry_point_that_is_wrong_is_one_sentence(
             calibration = parse_recipe(
                 grouped(dict(calibration={"domains": {"a": domain}, "sequence_length": 32}))
             ).calibration  # type: ignore
-            build_calibration(calibration, 320, tiny_tokenizer(), 0)
+            learning_text(calibration, 320, tiny_tokenizer(), 0)
 
 
 def test_two_packages_with_one_name(installed: Installed) -> None:

@@ -8,7 +8,7 @@ from pruned import Pruned, count_parameters
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.data.calibration import CalibrationSet, DomainBlocks, content_hash
+from secateur.data.blocks import Blocks, LearningDomain, LearningText
 from secateur.facts import Size
 from secateur.model.bind import bind
 from secateur.pruning.loop import prune_in_place
@@ -34,7 +34,7 @@ def prune(model: PreTrainedModel, blocks_NT: Tensor, share: float, seed: int) ->
     }
     opened = Opened(None, model, bind(model), Size.of(model), parse_recipe(settings), model.device)
     resolved = resolve(checked(opened))
-    domains = [DomainBlocks("hybrid", 1.0, blocks_NT, blocks_NT[:1])]
-    text = CalibrationSet(tuple(domains), blocks_NT.shape[1], content_hash(domains))
+    blocks = Blocks.of(blocks_NT)
+    text = LearningText((LearningDomain("hybrid", 1.0, blocks, len(blocks), blocks[:1]),), blocks_NT.shape[1])
     prune_in_place(Run(model=model, arch=resolved.arch, resolved=resolved, text=text))
     return Pruned(model, count_parameters(model), "none", "eight rounds, widths a multiple of 8")

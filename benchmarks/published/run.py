@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import secateur
-from secateur.data.calibration import build_calibration
+from secateur.data.pool import Amounts, TextPool
 from secateur.evaluation.tasks import TaskOptions, load_tasks
 from secateur.evaluation.text import wikitext_blocks
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
@@ -64,7 +64,7 @@ def domains_of(part: int) -> dict[str, Domain]:
 def drawn(part: int, num_tokens: int, tokenizer: PreTrainedTokenizerBase, draw: int) -> Any:
     """Return a calibration set as the product draws it."""
     calibration = Calibration(domains=domains_of(part), sequence_length=LENGTH)
-    return build_calibration(calibration, num_tokens, tokenizer, draw)
+    return TextPool(calibration, tokenizer, draw).split(calibration, Amounts(num_tokens=num_tokens)).learning.text
 
 
 def by_recipe(row: str, share: float, draw: int, arguments: argparse.Namespace, dense: Any) -> Pruned:
@@ -101,7 +101,7 @@ def text_of(draw: int, tokenizer: Any, config: Any, arguments: argparse.Namespac
     whole = wikitext_blocks(str(DATA / "wikitext2_test_rows.jsonl.gz"), None, tokenizer, config)
     step = max(1, len(whole) // arguments.wikitext_blocks)
     some = whole[draw % step :: step][: arguments.wikitext_blocks]
-    return {domain.name: domain.calibration_NT for domain in drawn_set.domains} | {WIKITEXT: some}
+    return {domain.name: domain.calibration.ids_NT for domain in drawn_set.domains} | {WIKITEXT: some}
 
 
 def pruned_by(row: str, share: float, draw: int, arguments: argparse.Namespace, dense: Any) -> tuple[Pruned, dict]:
@@ -155,7 +155,7 @@ def judge_by_text(
     """Prune by each row and write what its text says; a row that fails is named, the others go on."""
     text = drawn(0, arguments.num_tokens, tokenizer, draw)
     # All that was drawn: the product holds its part out for the guard, a published method has no guard.
-    blocks_NT = torch.cat([torch.cat([each.calibration_NT, each.held_out_NT]) for each in text.domains])
+    blocks_NT = torch.cat([torch.cat([each.calibration.ids_NT, each.held_out.ids_NT]) for each in text.domains])
     order = torch.randperm(len(blocks_NT), generator=torch.Generator().manual_seed(draw))
     judged_by = text_of(draw, tokenizer, model.config, arguments)
     counts: dict[str, Any] = {"calibration_tokens": text.num_tokens, "held_out_tokens": text.num_held_out_tokens}

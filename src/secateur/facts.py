@@ -34,12 +34,14 @@ class Batch:
     """Blocks of one domain. `held_out`: for the guard and the evaluation, never for statistics.
 
     `first_block`: the number of its first block in the domain; a rank has only some blocks.
+    `counted_BT`: which tokens count, others give context alone; None: all.
     """
 
     domain: str
     held_out: bool
     ids_BT: Tensor
     first_block: int = 0
+    counted_BT: Tensor | None = None
 
 
 # Tokens in an n-gram of `held_out_overlap`.
@@ -88,20 +90,52 @@ class Ancestor:
     languages: tuple[str, ...] = ()
 
 
+def standard_error(sums_D: Sequence[float], tokens_D: Sequence[int]) -> float | None:
+    """Return the standard error of a mean over tokens, r = sum_d s_d / sum_d n_d, drawn document by document.
+
+    `sums_D`, `tokens_D`: s_d and n_d, what document d adds up to, and its tokens. Tokens of one document
+    are alike, so the documents are the draws, and both sums of the ratio vary with them. To first order
+
+        r - R = sum_d (s_d - R n_d) / sum_d n_d
+
+    around the ratio R of all text. The D terms are independent with mean 0, so the variance is D / (D - 1)
+    sum_d (s_d - r n_d)^2 / (sum_d n_d)^2, where D - 1 is for the r that takes R's place. Documents of
+    equal length give the standard error of the mean of their means. None for fewer than two documents:
+    they say nothing of others.
+
+    Source: Cochran, Sampling Techniques, 1977, section 6.3: the ratio estimator, of clusters.
+    """
+    num_documents, num_tokens = len(tokens_D), sum(tokens_D)
+    if num_documents < 2:
+        return None
+    ratio = math.fsum(sums_D) / num_tokens
+    squares = math.fsum((total - ratio * count) ** 2 for total, count in zip(sums_D, tokens_D, strict=True))
+    return math.sqrt(num_documents / (num_documents - 1) * squares) / num_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Mean negative log-likelihood of tokens 2..T of a block. The standard error is over blocks.
+    """Mean negative log-likelihood of tokens 2..T of all blocks. The error is over documents.
 
-    `block_nats`: each block's, whose mean it is; empty where they were not kept.
+    `document_nats`, `document_tokens`: sums over each document, whose ratio it is; empty where they
+    were not kept. `standard_error`: see the function; None if it is unknown.
     """
 
     nats_per_token: float
-    standard_error: float
+    standard_error: float | None
     num_tokens: int
-    block_nats: Sequence[float] = ()
+    document_nats: Sequence[float] = ()
+    document_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block_nats", tuple(self.block_nats))  # JSON gives a list
+        for name in ("document_nats", "document_tokens"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON gives a list
+
+    @classmethod
+    def of(cls, nats_D: Sequence[float], tokens_D: Sequence[int]) -> "Loss":
+        """Return the loss of sums over documents: all nats over all tokens."""
+        num_tokens = sum(tokens_D)
+        return cls(math.fsum(nats_D) / num_tokens, standard_error(nats_D, tokens_D), num_tokens, nats_D, tokens_D)
 
     @property
     def perplexity(self) -> float:
@@ -116,10 +150,10 @@ def geometric_mean_perplexity(losses: dict[str, Loss]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """KL(dense || pruned) in nats per token. The error is over blocks, `p95` over tokens."""
+    """KL(dense || pruned) in nats per token. The error is over documents, `p95` over tokens."""
 
     mean: float
-    standard_error: float
+    standard_error: float | None
     p95: float
     top1_agreement: float
     num_tokens: int
@@ -200,10 +234,10 @@ def parse_json(kind: type[Kind], text: str | bytes, where: str) -> Kind:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A domain's KL(dense || model) with its error over blocks, nats per token and agreement."""
+    """A domain's KL(dense || model) with its error over documents, nats per token and agreement."""
 
     kl: float
-    standard_error: float
+    standard_error: float | None
     nats_per_token: float
     top1_agreement: float
     num_tokens: int

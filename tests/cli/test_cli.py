@@ -19,12 +19,12 @@ from old_results import old_result
 from recipes import grouped
 from run_cli import Outcome, run_cli
 from safetensors.torch import load_file
+from texts import learning_text
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import secateur
 from secateur.cli import app, main
-from secateur.data.calibration import build_calibration
 from secateur.evaluation.study import shipped_studies
 from secateur.facts import Size
 from secateur.pruning.resolve import resolve
@@ -156,7 +156,7 @@ def test_recipe_and_calibration_hash_are_those_of_the_run(happy):
     assert parse_recipe(grouped(yaml.safe_load((happy.out / "recipe.yaml").read_text()))) == resolved
     assert resolved.calibration.num_tokens is not None
     num_tokens = resolved.calibration.num_tokens
-    text = build_calibration(resolved.calibration, num_tokens, tiny_tokenizer(), resolved.seed, num_judged_tokens=64)
+    text = learning_text(resolved.calibration, num_tokens, tiny_tokenizer(), resolved.seed, num_judged_tokens=64)
     told = happy.json("result.json")["calibration"]
     assert told["content_hash"] == text.content_hash
     assert told["num_tokens"] == {"code": 640, "prose": 640}

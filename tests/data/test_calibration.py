@@ -7,18 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from texts import learning_text, split_text
 from tiny_tokenizer import tiny_tokenizer
 
-from secateur.data.calibration import (
-    CHARACTERS_PER_TOKEN,
-    CalibrationSet,
-    DomainBlocks,
-    build_calibration,
-    content_hash,
-    count_tokens,
-    rotated,
-    token_counts,
-)
+from secateur.data.blocks import Blocks, LearningText
+from secateur.data.counts import count_tokens
 from secateur.data.overlap import ngram_overlap
 from secateur.errors import CalibrationError
 from secateur.recipe import Calibration, Domain
@@ -35,13 +28,13 @@ def letters(path: Path, num_documents: int, num_characters: int) -> Domain:
     return Domain(files=(str(path),))
 
 
-def build(num_tokens: int, seed: int = 0, **domains: Domain) -> CalibrationSet:
-    return build_calibration(Calibration(domains=domains, sequence_length=LENGTH), num_tokens, TOKENIZER, seed)
+def build(num_tokens: int, seed: int = 0, **domains: Domain) -> LearningText:
+    return learning_text(Calibration(domains=domains, sequence_length=LENGTH), num_tokens, TOKENIZER, seed)
 
 
-def parts(found: CalibrationSet) -> tuple[list[int], list[int]]:
+def parts(found: LearningText) -> tuple[list[int], list[int]]:
     [domain] = found.domains
-    return domain.held_out_NT.flatten().tolist(), domain.calibration_NT.flatten().tolist()
+    return domain.held_out.ids_NT.flatten().tolist(), domain.calibration.ids_NT.flatten().tolist()
 
 
 def test_same_seed_same_hash_other_seed_other_hash(tmp_path: Path) -> None:
@@ -53,19 +46,20 @@ def test_same_seed_same_hash_other_seed_other_hash(tmp_path: Path) -> None:
 def test_the_hash_covers_every_token_name_and_share(tmp_path: Path) -> None:
     found = build(20 * LENGTH, a=letters(tmp_path / "a.jsonl", 40, 50))
     [domain] = found.domains
-    assert content_hash([domain]) == found.content_hash
-    other_calibration, other_held_out = domain.calibration_NT.clone(), domain.held_out_NT.clone()
+    other_calibration, other_held_out = domain.blocks.ids_NT.clone(), domain.held_out.ids_NT.clone()
     other_calibration[-1, -1] += 1
     other_held_out[0, 0] += 1
+    shorter = domain.blocks.ids_NT.view(-1, LENGTH // 2)
     changed = [
-        dataclasses.replace(domain, calibration_NT=other_calibration),
-        dataclasses.replace(domain, held_out_NT=other_held_out),
+        dataclasses.replace(domain, blocks=Blocks.of(other_calibration)),
+        dataclasses.replace(domain, held_out=Blocks.of(other_held_out)),
         dataclasses.replace(domain, name="b"),
         dataclasses.replace(domain, share=0.5),
-        DomainBlocks("a", 1.0, domain.calibration_NT.view(-1, LENGTH // 2), domain.held_out_NT.view(-1, LENGTH // 2)),
+        dataclasses.replace(domain, blocks=Blocks.of(shorter)),
     ]
-    hashes = {content_hash([each]) for each in changed}
+    hashes = {dataclasses.replace(found, domains=(each,)).content_hash for each in changed}
     assert len(hashes) == 5 and found.content_hash not in hashes
+    assert dataclasses.replace(found, domains=(domain,)).content_hash == found.content_hash
 
 
 def test_held_out_and_calibration_share_no_document(tmp_path: Path) -> None:
@@ -88,11 +82,11 @@ def test_blocks_follow_the_shares(tmp_path: Path) -> None:
         domains[name] = letters(tmp_path / f"{name}.jsonl", 40, 100).model_copy(update={"share": share})
     found = build(40 * LENGTH, **domains)
     assert [domain.name for domain in found.domains] == ["a", "b", "c"]
-    assert [len(domain.calibration_NT) for domain in found.domains] == [30, 10, 1]
-    assert [len(domain.held_out_NT) for domain in found.domains] == [4, 2, 1]
+    assert [len(domain.calibration.ids_NT) for domain in found.domains] == [30, 10, 1]
+    assert [len(domain.held_out.ids_NT) for domain in found.domains] == [4, 2, 1]
     assert sum(domain.share for domain in found.domains) == pytest.approx(1)
     assert found.num_tokens == 41 * LENGTH and found.num_held_out_tokens == 7 * LENGTH
-    assert found.domains[0].calibration_NT.dtype == torch.int64 and found.sequence_length == LENGTH
+    assert found.domains[0].calibration.ids_NT.dtype == torch.int64 and found.sequence_length == LENGTH
 
 
 def test_a_single_document_is_split_without_overlap(tmp_path: Path) -> None:
@@ -121,9 +115,8 @@ def test_a_document_counts_as_the_square_root_of_its_occurrences() -> None:
 @pytest.mark.parametrize("num_characters", [50, 5000])
 def test_counting_stops_at_the_most(tmp_path: Path, num_characters: int) -> None:
     calibration = Calibration(domains={"a": letters(tmp_path / "a.jsonl", 40, num_characters)}, sequence_length=LENGTH)
-    (counts,) = token_counts(calibration, 20 * LENGTH, TOKENIZER, 0, len(TOKENIZER), most=400).values()
-    piece = min(num_characters, LENGTH * CHARACTERS_PER_TOKEN)  # a character is a token
-    assert 400 <= int(counts.tokens_V.sum()) < 400 + piece
+    (counts,) = split_text(calibration, 20 * LENGTH, TOKENIZER).learning.counts(len(TOKENIZER), most=420).values()
+    assert int(counts.tokens_V.sum()) == 420  # a character is a token
 
 
 def test_equal_documents_are_used_once(tmp_path: Path) -> None:
@@ -148,7 +141,7 @@ def test_a_short_model_context_gives_no_warning(
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 16
     domain = letters(tmp_path / "a.jsonl", 40, 500)
-    build_calibration(Calibration(domains={"a": domain}, sequence_length=LENGTH), 20 * LENGTH, tokenizer, 0)
+    learning_text(Calibration(domains={"a": domain}, sequence_length=LENGTH), 20 * LENGTH, tokenizer, 0)
     assert not caplog.records
 
 
@@ -156,8 +149,8 @@ def test_a_tokenizer_without_end_token_packs_without_separator(tmp_path: Path) -
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     domain = letters(tmp_path / "a.jsonl", 40, 50)
-    found = build_calibration(Calibration(domains={"a": domain}, sequence_length=LENGTH), 20 * LENGTH, tokenizer, 0)
-    assert EOS not in found.domains[0].calibration_NT
+    found = learning_text(Calibration(domains={"a": domain}, sequence_length=LENGTH), 20 * LENGTH, tokenizer, 0)
+    assert EOS not in found.domains[0].calibration.ids_NT
 
 
 @pytest.mark.parametrize(("num_documents", "num_characters", "num_there"), [(1, 20, "20"), (30, 50, "1,529")])
@@ -169,7 +162,7 @@ def test_too_little_text_says_how_much_there_is(
         build(90 * LENGTH, small=domain)
     message = str(caught.value)
     assert f"domain 'small': {num_there} tokens of text" in message
-    assert "90 calibration and 10 held-out blocks of 32 tokens need 3,200;" in message
+    assert "10 held-out and 90 calibration blocks of 32 tokens need 3,200;" in message
     assert "lower calibration.num_tokens" in message and "\n" not in message
 
 
@@ -177,21 +170,21 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     domains = {name: letters(tmp_path / f"{name}.jsonl", 40, 100) for name in "ab"}
     seen: list[tuple[str, int, int]] = []
     calibration = Calibration(domains=domains, sequence_length=LENGTH)
-    build_calibration(calibration, 18 * LENGTH, TOKENIZER, 0, lambda *step: seen.append(step))
+    learning_text(calibration, 18 * LENGTH, TOKENIZER, 0, lambda *step: seen.append(step))
     assert seen == [("calibration", 0, 20), ("calibration", 10, 20), ("calibration", 20, 20)]
 
 
 def test_the_default_domains_work_out_of_the_box() -> None:
     count = len(Calibration().domains)
-    found = build_calibration(Calibration(sequence_length=LENGTH), count * 9 * LENGTH, TOKENIZER, 0)
-    assert [len(domain.calibration_NT) for domain in found.domains] == [9] * count
+    found = learning_text(Calibration(sequence_length=LENGTH), count * 9 * LENGTH, TOKENIZER, 0)
+    assert [len(domain.calibration.ids_NT) for domain in found.domains] == [9] * count
     assert found.num_held_out_tokens == count * LENGTH
 
 
 def test_held_out_text_of_the_default_domains_is_new() -> None:
-    found = build_calibration(Calibration(sequence_length=256), 5 * 18 * 256, TOKENIZER, 0)
-    measured_on = {domain.name: domain.calibration_NT for domain in found.domains}
-    overlap = ngram_overlap(measured_on, {domain.name: domain.held_out_NT for domain in found.domains}, 60)
+    found = learning_text(Calibration(sequence_length=256), 5 * 18 * 256, TOKENIZER, 0)
+    measured_on = {domain.name: domain.calibration.ids_NT for domain in found.domains}
+    overlap = ngram_overlap(measured_on, {domain.name: domain.held_out.ids_NT for domain in found.domains}, 60)
     assert max(share or 0.0 for share in overlap.values()) < 0.1
 
 
@@ -201,9 +194,9 @@ def test_documents_take_turns(tmp_path: Path) -> None:
     assert len(set(calibration) - {TOKENIZER.eos_token_id}) > 1
 
 
-def rotating(num_tokens: int, num_rounds: int, *, rotate: bool = True, **domains: Domain) -> CalibrationSet:
-    calibration = Calibration(domains=domains, sequence_length=LENGTH, rotate=rotate)
-    return build_calibration(calibration, num_tokens, TOKENIZER, 0, num_rounds=num_rounds)
+def rotating(num_tokens: int, num_rounds: int, **domains: Domain) -> LearningText:
+    calibration = Calibration(domains=domains, sequence_length=LENGTH)
+    return learning_text(calibration, num_tokens, TOKENIZER, 0, num_rounds=num_rounds)
 
 
 def test_every_round_has_blocks_of_its_own_and_the_same_held_out_ones(tmp_path: Path) -> None:
@@ -212,24 +205,24 @@ def test_every_round_has_blocks_of_its_own_and_the_same_held_out_ones(tmp_path: 
     domains = {"a": Domain(files=(str(tmp_path / "a.jsonl"),)), "b": letters(tmp_path / "b.jsonl", 40, 300)}
     found, once = rotating(40 * LENGTH, 3, **domains), rotating(40 * LENGTH, 1, **domains)
     assert found.num_rounds == 3 and found.num_tokens == 3 * once.num_tokens == 120 * LENGTH
-    rounds = [rotated(found, number) for number in range(3)]
+    rounds = [found.of_round(number) for number in range(3)]
     for index, domain in enumerate(found.domains):
         parts = [each.domains[index] for each in rounds]
-        assert [len(part.calibration_NT) for part in parts] == [20] * 3
-        assert torch.equal(torch.cat([part.calibration_NT for part in parts]), domain.calibration_NT)
-        assert torch.equal(parts[0].calibration_NT, once.domains[index].calibration_NT)
+        assert [len(part.calibration.ids_NT) for part in parts] == [20] * 3
+        assert torch.equal(torch.cat([part.calibration.ids_NT for part in parts]), domain.calibration.ids_NT)
+        assert torch.equal(parts[0].calibration.ids_NT, once.domains[index].calibration.ids_NT)
         for part in parts:
-            assert torch.equal(part.held_out_NT, once.domains[index].held_out_NT)
-    assert len(found.domains[0].calibration_NT.unique(dim=0)) == 60
+            assert torch.equal(part.held_out.ids_NT, once.domains[index].held_out.ids_NT)
+    assert len(found.domains[0].calibration.ids_NT.unique(dim=0)) == 60
 
 
 def test_without_rotation_every_round_has_all_blocks(tmp_path: Path) -> None:
-    found = rotating(20 * LENGTH, 3, rotate=False, a=letters(tmp_path / "a.jsonl", 40, 50))
-    assert found.num_tokens == 20 * LENGTH and rotated(found, 2) is found
+    found = rotating(20 * LENGTH, 1, a=letters(tmp_path / "a.jsonl", 40, 50))
+    assert found.num_tokens == 20 * LENGTH and found.of_round(2) is found
 
 
 def test_too_little_text_for_all_rounds_says_so(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError) as caught:
         rotating(30 * LENGTH, 3, small=letters(tmp_path / "a.jsonl", 30, 50))
     assert "domain 'small': 1,529 tokens of text" in str(caught.value)
-    assert "90 calibration and 4 held-out blocks of 32 tokens (3 rounds of fresh ones, as" in str(caught.value)
+    assert "4 held-out and 90 calibration blocks (3 rounds of fresh ones, as" in str(caught.value)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from models import tiny_llama
 from recipes import grouped
+from texts import split_text
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
-from secateur.data.calibration import CalibrationSet, build_calibration
+from secateur.data.blocks import JudgedText, LearningText
+from secateur.data.pool import Split
 from secateur.data.sampled import BATCH_BLOCKS, sample_blocks, with_sampled
 from secateur.errors import CalibrationError, NumericsError
 from secateur.evaluation.text import recipe_blocks
@@ -23,10 +25,15 @@ TOKENIZER = tiny_tokenizer()
 LENGTH = 16
 
 
-def unsampled(path: Path) -> CalibrationSet:
+def unsampled(path: Path, num_judged_tokens: int = 0) -> Split:
     path.write_text("".join(f"line {number}\n" for number in range(500)))
     domains = {"self": Domain(sampled=True, share=2.0), "lines": Domain(files=(str(path),))}
-    return build_calibration(Calibration(domains=domains, sequence_length=LENGTH), 27 * LENGTH, TOKENIZER, 0)
+    calibration = Calibration(domains=domains, sequence_length=LENGTH)
+    return split_text(calibration, 27 * LENGTH, TOKENIZER, num_judged_tokens=num_judged_tokens)
+
+
+def written(split: Split, model: Any, seed: int = 0, **options: Any) -> tuple[LearningText, JudgedText]:
+    return with_sampled(split.learning.text, split.judged, model, TOKENIZER, seed, **options)
 
 
 def test_the_seed_decides_and_only_known_tokens_are_drawn() -> None:
@@ -89,31 +96,35 @@ def test_a_sampled_domain_has_a_size_first_and_ids_later(tmp_path: Path) -> None
     before = unsampled(tmp_path / "a.txt")
     seen: list[tuple[str, int, int]] = []
     model = tiny_llama().train()
-    after = with_sampled(before, model, TOKENIZER, 0, lambda *step: seen.append(step))
+    after, judged = written(before, model, progress=lambda *step: seen.append(step))
     own, lines = after.domains
-    assert before.domains[0].calibration_NT.is_meta and before.domains[0].held_out_NT.is_meta
-    assert own.calibration_NT.shape == (18, LENGTH) and own.held_out_NT.shape == (2, LENGTH)
-    assert own.share == pytest.approx(2 / 3) and lines == before.domains[1]
-    assert after.content_hash == with_sampled(before, model, TOKENIZER, 0).content_hash != before.content_hash
-    assert after.content_hash != with_sampled(before, model, TOKENIZER, 1).content_hash
-    assert with_sampled(after, model, TOKENIZER, 0) is after
+    plain, *others = before.learning.text.domains
+    assert plain.calibration.is_meta and plain.held_out.is_meta
+    assert judged.blocks["self"] is own.held_out, "what guards judges, too, if nothing else is to"
+    assert own.calibration.ids_NT.shape == (18, LENGTH) and own.held_out.ids_NT.shape == (2, LENGTH)
+    assert own.share == pytest.approx(2 / 3) and [lines] == others
+    assert after.content_hash == written(before, model)[0].content_hash != before.learning.text.content_hash
+    assert after.content_hash != written(before, model, 1)[0].content_hash
+    assert own.blocks.documents == set(range(2, 20)), "a block is a document"
     assert seen[0] == ("sample self", 0, 20 * LENGTH) and seen[-1] == ("sample self", 20 * LENGTH, 20 * LENGTH)
     assert model.training
 
 
-def test_held_out_blocks_are_sampled_first(tmp_path: Path) -> None:
-    model, before = tiny_llama(), unsampled(tmp_path / "a.txt")
-    after = with_sampled(before, model, TOKENIZER, 3)
+def test_blocks_that_judge_are_sampled_first_and_then_those_that_guard(tmp_path: Path) -> None:
+    model = tiny_llama()
+    after, judged = written(unsampled(tmp_path / "a.txt", num_judged_tokens=3 * LENGTH), model, 3)
     own_seed = Random("3:self").getrandbits(63)
-    ids_NT = sample_blocks(model, TOKENIZER, 20, LENGTH, own_seed)
-    assert torch.equal(torch.cat([after.domains[0].held_out_NT, after.domains[0].calibration_NT]), ids_NT)
+    ids_NT = sample_blocks(model, TOKENIZER, 23, LENGTH, own_seed)
+    parts = (judged.blocks["self"], after.domains[0].held_out, after.domains[0].calibration)
+    assert [len(part) for part in parts] == [3, 2, 18]
+    assert torch.equal(torch.cat([part.ids_NT for part in parts]), ids_NT)
 
 
 def test_sampled_domains_differ() -> None:
     domains = {name: Domain(sampled=True) for name in ("a", "b")}
-    both = build_calibration(Calibration(domains=domains, sequence_length=LENGTH), 4 * LENGTH, TOKENIZER, 0)
-    first, second = with_sampled(both, tiny_llama(), TOKENIZER, 0).domains
-    assert not torch.equal(first.held_out_NT, second.held_out_NT)
+    both = split_text(Calibration(domains=domains, sequence_length=LENGTH), 4 * LENGTH, TOKENIZER)
+    first, second = written(both, tiny_llama())[0].domains
+    assert not torch.equal(first.held_out.ids_NT, second.held_out.ids_NT)
 
 
 def test_sampling_starts_behind_the_token_that_begins_a_text() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from texts import split_text
 from tiny_tokenizer import tiny_tokenizer
 
-from secateur.data.calibration import build_calibration
 from secateur.data.chat import chat_text
 from secateur.data.forms import Notes, content_of
 from secateur.data.sources import SOURCES, documents
@@ -130,9 +130,9 @@ def test_a_count_stays_what_it_is_if_the_text_is_read_twice(tmp_path: Path) -> N
     domains = {"mine": Domain(files=(str(tmp_path / "a.jsonl"),))}
     asked = (Calibration(domains=domains, sequence_length=8), 500, tiny_tokenizer(), 0)
     # More than there is to judge on: the text is read to its end, and again without.
-    assert build_calibration(*asked, num_judged_tokens=10_000).notes == (
-        "domain 'mine': rows left out, since they hold no text: 9.",
-    )
+    split = split_text(*asked, num_judged_tokens=10_000)
+    assert split.learning.text.notes[0] == "domain 'mine': rows left out, since they hold no text: 9."
+    assert split.judged.notes[0].startswith("domain 'mine': too short for a part that only judges")
 
 
 def test_parts_that_are_no_text_are_said(tmp_path: Path) -> None:

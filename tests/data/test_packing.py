@@ -1,7 +1,9 @@
 """Packing documents into blocks, by properties that any order must have; each token says where it comes from."""
 
-import dataclasses
+import json
 import math
+import re
+from array import array
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,26 +14,20 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from texts import learning_text, split_text
 from tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from secateur.data.calibration import (
-    CHARACTERS_PER_TOKEN,
-    CalibrationSet,
-    DomainBlocks,
-    _once,
-    _parts,
-    _turns,
-    build_calibration,
-    content_hash,
-    rotated,
-)
+from secateur.data.blocks import Blocks, LearningText
+from secateur.data.pool import CHARACTERS_PER_TOKEN, Amounts, Split, TextPool, _pieces, _Texts, _Tokens
 from secateur.errors import CalibrationError
 from secateur.recipe import Calibration, Domain
 
 LENGTH = 8
-EOS = 0
-TOKENIZER = tiny_tokenizer()
+TOKENIZER, WITHOUT_EOS = tiny_tokenizer(), tiny_tokenizer()
+WITHOUT_EOS.eos_token = None
+EOS = TOKENIZER.eos_token_id
+CALIBRATION = Calibration(domains={"mine": Domain(installed="code")}, sequence_length=LENGTH)
 
 
 def token(document: int, place: int) -> int:
@@ -56,47 +52,92 @@ def turns_of(documents: list[list[int]]) -> list[list[list[int]]]:
     return found
 
 
-def parts_of(documents: list[list[int]], sizes: tuple[int, int], eos: int | None) -> tuple[list[int], list[int]]:
+class Read(_Texts):
+    """Documents as if read."""
+
+    def __init__(self, num_documents: int) -> None:
+        self.digests = [bytes([number]) for number in range(num_documents)]
+
+    def has(self, number: int) -> bool:
+        return number < len(self.digests)
+
+
+class Turns(_Tokens):
+    """Documents of given tokens."""
+
+    def __init__(self, documents: list[list[list[int]]]) -> None:
+        self.documents, self.texts = documents, Read(len(documents))
+
+    def piece(self, document: int, number: int) -> "array[int] | None":
+        turns = self.documents[document]
+        return array("i", turns[number]) if number < len(turns) else None
+
+
+def split_of(documents: list[list[int]], amounts: Amounts, tokenizer: Any = TOKENIZER) -> Split:
+    """Return the parts of documents, given as lengths of their turns."""
+    pool, turns = TextPool(CALIBRATION, tokenizer, 0), Turns(turns_of(documents))
+    pool._texts["mine"], pool._tokens["mine", id(tokenizer)] = turns.texts, turns
+    return pool.split(CALIBRATION, amounts)
+
+
+def parts_of(documents: list[list[int]], sizes: tuple[int, int], tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the held-out and the calibration tokens."""
-
-    def pieces() -> Iterator[Iterator[list[int]]]:
-        return (iter(turns) for turns in turns_of(documents))
-
-    calibration_NT, held_out_NT, judged_NT = _parts(pieces, "mine", (*sizes, 0), LENGTH, eos, 1)
-    assert judged_NT is None
-    assert calibration_NT.shape == (sizes[0], LENGTH) and held_out_NT.shape == (sizes[1], LENGTH)
-    assert calibration_NT.dtype == held_out_NT.dtype == torch.int64
-    return held_out_NT.flatten().tolist(), calibration_NT.flatten().tolist()
+    amounts = Amounts(num_tokens=sizes[0] * LENGTH, least_held_out=sizes[1])
+    [domain] = split_of(documents, amounts, tokenizer).learning.text.domains
+    for part, size in ((domain.calibration, sizes[0]), (domain.held_out, sizes[1])):
+        assert part.ids_NT.shape == part.document_NT.shape == (size, LENGTH) and part.ids_NT.dtype == torch.int64
+        check_documents(part)
+    return domain.held_out.ids_NT.flatten().tolist(), domain.calibration.ids_NT.flatten().tolist()
 
 
-@settings(max_examples=200)
-@given(documents=texts, num_blocks=st.integers(1, 6), num_held_out=st.integers(1, 2), eos=st.sampled_from([None, EOS]))
-def test_packed_tokens(documents: list[list[int]], num_blocks: int, num_held_out: int, eos: int | None) -> None:
-    total = sum(map(sum, documents))
-    wanted = (num_blocks + num_held_out) * LENGTH
+def check_documents(part: Blocks) -> None:
+    """Every token says which document it is of; an end token, that of the one before it."""
+    ids, numbers = part.ids_NT.flatten().tolist(), part.document_NT.flatten().tolist()
+    for place, (found, number) in enumerate(zip(ids, numbers, strict=True)):
+        assert number == (numbers[place - 1] if found == EOS else origin(found))
+    assert part.documents == set(numbers)
+
+
+@settings(max_examples=60)
+@given(documents=texts, num_blocks=st.integers(1, 3), num_judged=st.integers(1, 3))
+def test_no_document_is_in_two_parts_unless_a_note_says_so(
+    documents: list[list[int]], num_blocks: int, num_judged: int
+) -> None:
+    amounts = Amounts(num_tokens=num_blocks * LENGTH, num_judged_tokens=num_judged * LENGTH)
     try:
-        held_out, calibration = parts_of(documents, (num_blocks, num_held_out), eos)
+        split = split_of(documents, amounts)
     except CalibrationError:
-        # An end token counts as a token; without any the sum says it all.
-        assert total < wanted
         return
-    assert eos == EOS or total >= wanted
-    for part in (held_out, calibration):
-        check_separators(part, eos)
-    words = [each for each in held_out + calibration if each != EOS]
-    for number, sizes in enumerate(documents):
-        # Its tokens in order, from its first on, none twice, and none left out in between.
-        mine = [each for each in words if origin(each) == number]
-        assert mine == [token(number, place) for place in range(len(mine))] and len(mine) <= sum(sizes)
-    check_turns(documents, held_out)
-    used = {origin(each) for each in held_out if each != EOS}
-    others = sum(sum(sizes) for number, sizes in enumerate(documents) if number not in used)
-    fresh = [each for each in calibration if each != EOS and origin(each) not in used]
-    late = [each for each in calibration if each != EOS and origin(each) in used]
-    # Only when all the rest is used up, and behind it. A last end token may be another document's.
-    if late and held_out[-1] != EOS:
-        assert len(fresh) == others
-        assert not fresh or calibration.index(late[0]) > calibration.index(fresh[-1])
+    [domain], judged = split.learning.text.domains, split.judged.blocks["mine"]
+    guards, taught = domain.held_out.documents, domain.blocks.documents
+    counted = split.learning.counts(1000 * (len(documents) + 1))["mine"].tokens_V.nonzero().flatten().tolist()
+    taught |= {origin(each) for each in counted}
+    parts = [domain.held_out, domain.blocks]
+    if judged is domain.held_out:
+        assert "too short for a part that only judges" in split.judged.notes[0]
+    else:
+        check_documents(judged)
+        parts.append(judged)
+        assert split.judged.notes or not judged.documents & (guards | taught)
+    assert split.learning.text.notes or not guards & taught
+    words = [each for part in parts for each in part.ids_NT.flatten().tolist() if each != EOS]
+    assert len(set(words)) == len(words), "no token is in two parts"
+    held = {each for part in (judged, domain.held_out) for each in part.ids_NT.flatten().tolist()} - {EOS}
+    assert not held & set(counted), "nor is it counted"
+
+
+def test_a_shared_document_is_said() -> None:
+    amounts = Amounts(num_tokens=LENGTH, num_judged_tokens=LENGTH)
+    split = split_of([[8, 8], [8, 8], [8, 8]], amounts)
+    assert not split.judged.notes and not split.learning.text.notes
+    split = split_of([[8, 8], [8, 8]], amounts)
+    [note] = split.learning.text.notes
+    assert not split.judged.notes and note == (
+        "domain 'mine': what guards the run and what it learns by have parts of 1 document in common, since the text "
+        "has so few; add text."
+    )
+    [note] = split_of([[8, 8, 8]], amounts).judged.notes
+    assert note.startswith("domain 'mine': what judges the run and what guards it or what it learns by have parts of 1")
 
 
 def check_separators(part: list[int], eos: int | None) -> None:
@@ -120,7 +161,7 @@ def check_turns(documents: list[list[int]], held_out: list[int]) -> None:
 
 
 def test_second_turns_come_in_the_order_of_the_first() -> None:
-    held_out, calibration = parts_of([[2, 3], [1, 2], [1, 6], [9]], (1, 1), None)
+    held_out, calibration = parts_of([[2, 3], [1, 2], [1, 6], [9]], (1, 1), WITHOUT_EOS)
     first, second, third = ([token(number, place) for place in range(8)] for number in range(3))
     assert held_out == first[:2] + second[:1] + third[:1] + [token(3, place) for place in range(4)]
     # What is left of the first three, and of the last one's turn that did not fit.
@@ -129,7 +170,7 @@ def test_second_turns_come_in_the_order_of_the_first() -> None:
 
 def test_a_rest_that_did_not_fit_is_the_documents_next_turn() -> None:
     # Document 0 has three tokens left, which come when the others have run out.
-    held_out, calibration = parts_of([[11], [4], [1]], (1, 1), None)
+    held_out, calibration = parts_of([[11], [4], [1]], (1, 1), WITHOUT_EOS)
     assert held_out == [token(0, place) for place in range(8)]
     assert calibration == [token(1, 0), token(1, 1), token(1, 2), token(1, 3), token(2, 0)] + [
         token(0, place) for place in (8, 9, 10)
@@ -139,14 +180,12 @@ def test_a_rest_that_did_not_fit_is_the_documents_next_turn() -> None:
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_too_little_text_says_what_there_is_and_what_it_needs(rounds: int) -> None:
     with pytest.raises(CalibrationError) as caught:
-        turns = turns_of([[9], [4]])
-        _parts(lambda: (iter(each) for each in turns), "mine", (2, 1, 3), LENGTH, EOS, rounds)
+        amounts = {"num_judged_tokens": 3 * LENGTH, "num_rounds": rounds}
+        split_of([[9], [4]], Amounts(num_tokens=2 * LENGTH // rounds, **amounts))
     said = str(caught.value)
     # Held out: 8; then 4 of the second, an end token, the one left of the first.
-    assert said.startswith(
-        "domain 'mine': 14 tokens of text after packing, but 2 calibration and 1 held-out blocks of 8"
-    )
-    assert ("(2 rounds of fresh ones, as calibration.rotate asks) need 24;" in said) == (rounds == 2)
+    assert said.startswith("domain 'mine': 14 tokens of text after packing, but 1 held-out and 2 calibration blocks")
+    assert ("(2 rounds of fresh ones, as calibration.rotate asks)" in said) == (rounds == 2)
     assert "need 24;" in said
 
 
@@ -157,13 +196,28 @@ class Plain(PreTrainedTokenizerFast):
     """A tokenizer of one token a character, which notes how it was asked."""
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:  # type: ignore[override]
-        ASKED.append(options)
+        ASKED.append((text, options))
         return {"input_ids": [ord(each) for each in text]}
 
 
-ASKED: list[dict[str, Any]] = []
+ASKED: list[tuple[str, dict[str, Any]]] = []
 PLAIN = tiny_tokenizer()
 PLAIN.__class__ = Plain
+
+
+class Pairs(PreTrainedTokenizerFast):
+    """A tokenizer that takes twice as many tokens."""
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:  # type: ignore[override]
+        return {"input_ids": [each for each in TOKENIZER(text, **options)["input_ids"] for _ in range(2)]}
+
+
+PAIRS = tiny_tokenizer()
+PAIRS.__class__ = Pairs
+
+
+def tokens_of(text: str, length: int, seed: int) -> Iterator[list[int]]:
+    return (PLAIN(piece)["input_ids"] for piece in _pieces(text, CHARACTERS_PER_TOKEN * length, Random(seed)))
 
 
 lines = st.lists(st.integers(0, 70), min_size=1, max_size=30)
@@ -175,10 +229,8 @@ lines = st.lists(st.integers(0, 70), min_size=1, max_size=30)
 @example(sizes=[3, 4], length=1, seed=0)  # of one to two pieces
 def test_pieces_of_a_document_are_the_document_from_some_line_on(sizes: list[int], length: int, seed: int) -> None:
     text = "\n".join(chr(ord("a") + number % 26) * size for number, size in enumerate(sizes))
-    ASKED.clear()
-    pieces = ["".join(map(chr, ids)) for ids in _turns(text, PLAIN, length, Random(seed))]
+    pieces = ["".join(map(chr, ids)) for ids in tokens_of(text, length, seed)]
     found, most = "".join(pieces), CHARACTERS_PER_TOKEN * length
-    assert all(options == {"add_special_tokens": False, "verbose": False} for options in ASKED)
     assert all(0 < len(piece) <= most for piece in pieces)
     starts = [0, *(at + 1 for at, each in enumerate(text) if each == "\n")]
     if len(text) <= 2 * most:
@@ -196,15 +248,24 @@ def test_long_documents_start_at_lines_that_the_seed_decides() -> None:
     text = "".join(f"{number:03d}\n" for number in range(100))
 
     def start(seed: int) -> str:
-        return "".join(map(chr, next(_turns(text, PLAIN, 2, Random(seed)))))[:4]
+        return "".join(map(chr, next(tokens_of(text, 2, seed))))[:4]
 
     found = [start(seed) for seed in range(40)]
     assert found == [start(seed) for seed in range(40)] and len(set(found)) > 20
     assert all(each.endswith("\n") and each[:3].isdigit() for each in found)
 
 
-def test_equal_documents_are_one() -> None:
-    assert list(_once(iter(["a", "b", "a", "c", "b", "A", "a "]))) == ["a", "b", "c", "A", "a "]
+def test_documents_are_read_and_tokenised_once_and_equal_ones_are_one(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": 20 * each}) for each in "abacbA"))
+    calibration = Calibration(domains={"a": Domain(files=(str(tmp_path / "a.jsonl"),))}, sequence_length=LENGTH)
+    pool = TextPool(calibration, PLAIN, 0)
+    ASKED.clear()
+    for _ in range(2):
+        learning = pool.split(calibration, Amounts(num_tokens=LENGTH)).learning
+        counts = learning.counts(200)["a"].tokens_V
+    assert [text[0] for text, _ in ASKED] == [*dict.fromkeys(text[0] for text, _ in ASKED)] and len(ASKED) == 4
+    assert all(options == {"add_special_tokens": False, "verbose": False} for _, options in ASKED)
+    assert counts.sum() == 3 * 20, "the fourth guards"
 
 
 # The whole set
@@ -217,9 +278,9 @@ def put(path: Path, num_lines: int = 4000, size: int = 24) -> Domain:
     return Domain(files=(str(path),))
 
 
-def build(num_tokens: int, seed: int = 0, *, rotate: bool = True, rounds: int = 1, more: int = 0, **domains: Domain):
-    calibration = Calibration(domains=domains, sequence_length=LENGTH, rotate=rotate)
-    return build_calibration(calibration, num_tokens, TOKENIZER, seed, num_rounds=rounds, more_held_out=more)
+def build(num_tokens: int, seed: int = 0, *, rounds: int = 1, **domains: Domain) -> LearningText:
+    calibration = Calibration(domains=domains, sequence_length=LENGTH)
+    return learning_text(calibration, num_tokens, TOKENIZER, seed, num_rounds=rounds)
 
 
 @pytest.fixture(scope="module")
@@ -232,47 +293,77 @@ def domain(tmp_path_factory: pytest.TempPathFactory) -> Domain:
     shares=st.lists(st.sampled_from([0.01, 0.3, 1.0, 7.0]), min_size=1, max_size=4),
     num_tokens=st.integers(1, 120).map(lambda blocks: LENGTH * blocks + 3),
     rounds=st.sampled_from([1, 3]),
-    rotate=st.booleans(),
-    more=st.sampled_from([0, 2]),
 )
-def test_blocks_follow_the_shares(
-    domain: Domain, shares: list[float], num_tokens: int, rounds: int, rotate: bool, more: int
-) -> None:
-    domains = {f"d{number}": domain.model_copy(update={"share": share}) for number, share in enumerate(shares)}
-    found = build(num_tokens, rotate=rotate, rounds=rounds, more=more, **domains)
-    assert found.num_rounds == (rounds if rotate else 1) and found.sequence_length == LENGTH
+def test_blocks_follow_the_shares(tmp_path_factory: Any, shares: list[float], num_tokens: int, rounds: int) -> None:
+    place = tmp_path_factory.mktemp("text")
+    domains = {
+        f"d{number}": put(place / f"{number}.jsonl").model_copy(update={"share": share})
+        for number, share in enumerate(shares)
+    }
+    found = build(num_tokens, rounds=rounds, **domains)
+    assert found.num_rounds == rounds and found.sequence_length == LENGTH
     for (name, asked), blocks in zip(domains.items(), found.domains, strict=True):
         share = asked.share / sum(shares)
         own = max(1, round(share * num_tokens / LENGTH))
         assert (blocks.name, blocks.share) == (name, pytest.approx(share))
-        assert len(blocks.calibration_NT) == own * found.num_rounds
-        assert len(blocks.held_out_NT) == more + math.ceil(own / 9)
+        assert len(blocks.calibration) == own * found.num_rounds
+        assert len(blocks.held_out) == math.ceil(own / 9)
 
 
 def rows(blocks: torch.Tensor) -> list[str]:
     return [TOKENIZER.decode(ids_T) for ids_T in blocks]
 
 
-def test_more_held_out_blocks_come_first_so_that_all_runs_share_them(domain: Domain) -> None:
-    small, large = (build(num_blocks * LENGTH, more=3, a=domain).domains[0] for num_blocks in (9, 90))
-    assert len(small.held_out_NT) == 4 and len(large.held_out_NT) == 13
-    assert torch.equal(small.held_out_NT, large.held_out_NT[:4])
-
-
 def test_what_judges_comes_before_all_and_gives_way_in_short_texts(domain: Domain) -> None:
     calibration = Calibration(domains={"a": domain}, sequence_length=LENGTH)
 
-    def built(num_judged_tokens: int) -> DomainBlocks:
-        options = {"more_held_out": 1, "num_judged_tokens": num_judged_tokens}
-        return build_calibration(calibration, 9 * LENGTH, TOKENIZER, 0, **options).domains[0]
+    def built(num_tokens: int, num_judged_tokens: int) -> Split:
+        return split_text(calibration, num_tokens, TOKENIZER, num_judged_tokens=num_judged_tokens)
 
-    found, all_first = built(3 * LENGTH - 1), build(9 * LENGTH, more=4, a=domain).domains[0]
-    assert found.judged_NT is not None and len(found.held_out_NT) == 2 and len(found.calibration_NT) == 9
-    assert torch.equal(torch.cat([found.judged_NT, found.held_out_NT]), all_first.held_out_NT)
-    assert torch.equal(found.calibration_NT, all_first.calibration_NT)
-    short, without = built(10**6), build(9 * LENGTH, more=1, a=domain).domains[0]
-    assert short.judged_NT is None and torch.equal(short.held_out_NT, without.held_out_NT)
-    assert content_hash([found]) != content_hash([dataclasses.replace(found, judged_NT=found.judged_NT.flip(0))])
+    small, large = (built(num_blocks * LENGTH, 3 * LENGTH - 1) for num_blocks in (9, 90))
+    assert [len(split.judged.blocks["a"]) for split in (small, large)] == [3, 3]
+    assert small.judged.content_hash == large.judged.content_hash, "runs of different sizes are judged alike"
+    assert small.allotted["a"].judged == large.allotted["a"].judged > 0
+    short, without = built(9 * LENGTH, 10**6), built(9 * LENGTH, 0)
+    assert short.judged.blocks["a"] is short.learning.text.domains[0].held_out
+    assert short.learning.text.content_hash == without.learning.text.content_hash
+    assert "too short" in short.judged.notes[0] and not without.judged.notes
+
+
+def test_a_split_by_another_tokenizer_has_the_same_documents_in_every_part(domain: Domain) -> None:
+    calibration = Calibration(domains={"a": domain}, sequence_length=LENGTH)
+    pool, amounts = TextPool(calibration, TOKENIZER, 0), Amounts(num_tokens=90 * LENGTH, num_judged_tokens=20 * LENGTH)
+    first = pool.split(calibration, amounts)
+    longer = pool.split(calibration, amounts, PAIRS, allotted=first.allotted)
+    assert longer.allotted == first.allotted
+    bounds = (0, *first.allotted["a"], 10**6)
+    for split in (first, longer):
+        [own] = split.learning.text.domains
+        for part, (start, end) in zip(
+            (split.judged.blocks["a"], own.held_out, own.blocks), pairwise(bounds), strict=True
+        ):
+            assert all(start <= number < end for number in part.documents)
+    # By itself it would take fewer documents to judge by, and teach by what judges here.
+    assert pool.split(calibration, amounts, PAIRS).allotted["a"].judged < first.allotted["a"].judged
+
+
+def test_a_document_that_judges_in_one_domain_teaches_in_no_other(tmp_path: Path) -> None:
+    for name in "ab":  # the same documents, of which each domain has an order of its own
+        put(tmp_path / f"{name}.jsonl")
+        (tmp_path / f"{name}.jsonl").write_text((tmp_path / "a.jsonl").read_text())
+    domains = {name: Domain(files=(str(tmp_path / f"{name}.jsonl"),)) for name in "ab"}
+    split = split_text(
+        Calibration(domains=domains, sequence_length=LENGTH), 40 * LENGTH, TOKENIZER, num_judged_tokens=64
+    )
+
+    def words(blocks: Blocks) -> set[str]:
+        return set(re.findall(r"a \d{5}", TOKENIZER.decode(blocks.ids_NT.flatten())))
+
+    judged = [words(blocks) for blocks in split.judged.blocks.values()]
+    for domain in split.learning.text.domains:
+        assert not (words(domain.blocks) | words(domain.held_out)) & set.union(*judged)
+    counts = split.learning.counts(len(TOKENIZER))
+    assert all(int(each.tokens_V.sum()) > 20_000 for each in counts.values()) and not split.judged.notes
 
 
 @pytest.mark.parametrize("size", [4, 24])  # too short to begin at a random line, and long enough
@@ -280,13 +371,13 @@ def test_domains_and_seeds_have_orders_of_their_own(tmp_path: Path, size: int) -
     domain = put(tmp_path / "a.jsonl", size=size)
 
     def first(seed: int, name: str) -> list[str]:
-        return rows(build(30 * LENGTH, seed, **{name: domain}).domains[0].calibration_NT)
+        return rows(build(30 * LENGTH, seed, **{name: domain}).domains[0].calibration.ids_NT)
 
     assert first(0, "a") == first(0, "a")
     assert first(0, "a") != first(1, "a") and first(0, "a") != first(0, "b")
     # What stands beside a domain does not matter to it.
     both = build(60 * LENGTH, 0, b=domain, a=domain)
-    assert rows(both.domains[1].calibration_NT) == first(0, "a")
+    assert rows(both.domains[1].calibration.ids_NT) == first(0, "a")
 
 
 def test_the_line_that_a_long_text_begins_at_depends_on_seed_and_domain(tmp_path: Path) -> None:
@@ -294,31 +385,31 @@ def test_the_line_that_a_long_text_begins_at_depends_on_seed_and_domain(tmp_path
     path.write_text('["' + "\\n".join(f"{number:05d}" for number in range(3000)) + '"]')
     domain = Domain(files=(str(path),))
     found = [
-        rows(build(9 * LENGTH, seed, **{name: domain}).domains[0].held_out_NT)[0]
+        rows(build(9 * LENGTH, seed, **{name: domain}).domains[0].held_out.ids_NT)[0]
         for seed, name in ((0, "a"), (1, "a"), (0, "b"))
     ]
     assert len(set(found)) == 3
 
 
-def test_rounds_have_blocks_of_their_own_in_the_order_of_the_text(domain: Domain) -> None:
-    found = build(10 * LENGTH, rounds=3, a=domain, b=domain)
+def test_rounds_have_blocks_of_their_own_in_the_order_of_the_text(domain: Domain, tmp_path: Path) -> None:
+    found = build(10 * LENGTH, rounds=3, a=domain, b=put(tmp_path / "b.jsonl"))
     whole = {each.name: each for each in found.domains}
     for number in range(3):
-        part = rotated(found, number)
+        part = found.of_round(number)
         assert part.num_rounds == 1 and part.num_tokens == found.num_tokens // 3
         for each in part.domains:
-            own = whole[each.name].calibration_NT[5 * number : 5 * (number + 1)]
-            assert torch.equal(each.calibration_NT, own)
-            assert torch.equal(each.held_out_NT, whole[each.name].held_out_NT)
+            own = whole[each.name].calibration.ids_NT[5 * number : 5 * (number + 1)]
+            assert torch.equal(each.calibration.ids_NT, own)
+            assert torch.equal(each.held_out.ids_NT, whole[each.name].held_out.ids_NT)
 
 
 def test_numbers_of_tokens_count_every_domain(domain: Domain) -> None:
-    found: CalibrationSet = build(36 * LENGTH, a=domain, b=domain.model_copy(update={"share": 3.0}))
+    found = build(36 * LENGTH, a=domain, b=domain.model_copy(update={"share": 3.0}))
     assert found.num_tokens == 36 * LENGTH and found.num_held_out_tokens == (1 + 3) * LENGTH
 
 
 def test_progress_counts_the_blocks_of_all_rounds(domain: Domain) -> None:
     seen: list[tuple[str, int, int]] = []
-    calibration = Calibration(domains={"a": domain, "b": domain}, sequence_length=LENGTH, rotate=True)
-    build_calibration(calibration, 20 * LENGTH, TOKENIZER, 0, lambda *step: seen.append(step), num_rounds=3)
+    calibration = Calibration(domains={"a": domain, "b": domain}, sequence_length=LENGTH)
+    learning_text(calibration, 20 * LENGTH, TOKENIZER, 0, lambda *step: seen.append(step), num_rounds=3)
     assert seen == [("calibration", done, 2 * (3 * 10 + 2)) for done in (0, 32, 64)]

@@ -8,6 +8,7 @@ import torch
 from models import tiny_llama
 from tiny_tokenizer import tiny_tokenizer
 
+from secateur.data.blocks import Blocks
 from secateur.evaluation import compare as module
 from secateur.evaluation.study import Comparison, Evaluation, Study
 
@@ -42,8 +43,9 @@ def seen(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
         found["texts"].append(run.text)
         return prune(run)
 
-    def spy_losses(model: Any, arch: Any, blocks: dict[str, torch.Tensor], *more: Any) -> Any:
-        found["judged"].append((sum(p.numel() for p in model.parameters()), blocks))
+    def spy_losses(model: Any, arch: Any, blocks: dict[str, Blocks], *more: Any) -> Any:
+        ids = {name: part.ids_NT for name, part in blocks.items()}
+        found["judged"].append((sum(p.numel() for p in model.parameters()), ids))
         return losses(model, arch, blocks, *more)
 
     def spy_learn(*arguments: Any, **more: Any) -> Any:
@@ -89,9 +91,9 @@ def test_no_cell_saw_what_it_is_judged_on_not_even_its_guard(seen):
     for text in seen["texts"]:
         for domain in text.domains:
             unseen = rows(judged[domain.name])
-            assert not unseen & rows(domain.held_out_NT) and not unseen & rows(domain.calibration_NT)
+            assert not unseen & rows(domain.held_out.ids_NT) and not unseen & rows(domain.calibration.ids_NT)
             # The guard has as much as in a run of its own: a block for every nine.
-            assert len(domain.held_out_NT) == -(-len(domain.calibration_NT) // 9)
+            assert len(domain.held_out.ids_NT) == -(-len(domain.calibration.ids_NT) // 9)
 
 
 def test_the_record_says_what_was_done(seen):
@@ -129,7 +131,7 @@ def test_a_cell_is_its_own_and_depends_on_all_that_could_change_it(seen):
         (shared, seed + 1, recipe, blocks),
         (shared, seed, recipe | {"seed": 9}, blocks),
         (shared, seed, recipe, blocks._replace(content_hash="other")),
-        (shared, seed, recipe, blocks._replace(others={"poems": blocks.held_out["code"] + 2})),
+        (shared, seed, recipe, blocks._replace(others={"poems": Blocks.of(blocks.held_out["code"].ids_NT + 2)})),
     ]
     found = [module._depends_on(*arguments) for arguments in changes]
     assert all(each != first for each in found) and len({str(each) for each in found}) == len(changes)

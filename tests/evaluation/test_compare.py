@@ -222,13 +222,15 @@ def found(method: str, *perplexities: float) -> list[FoundCell]:
     return [FoundCell(method, 0.3, seed, 0.3, 1.0, each, {}) for seed, each in enumerate(nats)]
 
 
-def test_of_one_draw_the_error_is_over_blocks() -> None:
+def test_of_one_draw_the_error_is_over_documents() -> None:
     def cell(method: str, ratio: float, left: list[float], right: list[float]) -> FoundCell:
         blocks = {"left": left, "right": right}
         nats = {name: statistics.mean(each) for name, each in blocks.items()}
-        return FoundCell(method, ratio, 0, ratio, 1.0, nats, {}, block_nats=blocks)
+        sums = {name: [10 * value for value in each] for name, each in blocks.items()}
+        tokens = {name: [10] * len(each) for name, each in blocks.items()}
+        return FoundCell(method, ratio, 0, ratio, 1.0, nats, {}, document_nats=sums, document_tokens=tokens)
 
-    # Blocks differ by a nat or two, the differences of the same block by 0.1.
+    # Documents differ by a nat or two, the differences of the same document by 0.1.
     dense = cell("dense", 0.0, [2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
     ours = cell("ours", 0.2, [2.4, 3.5, 4.6], [1.0, 2.3, 3.0])
     table = _over_dense_table([dense, ours])

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from secateur.api import prune
-from secateur.data.calibration import CalibrationSet
+from secateur.data.blocks import JudgedText
 from secateur.errors import CheckpointError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.text import (
@@ -34,6 +34,7 @@ from secateur.evaluation.text import (
     sample_starts,
     wikitext_blocks,
 )
+from secateur.facts import standard_error
 from secateur.log import silent
 from secateur.recipe import Domain
 from secateur.report.measured import Evaluation
@@ -80,7 +81,7 @@ def literature_perplexity(directory: Path, rows: list[str], tokenizer, length: i
 def test_a_damaged_result_is_a_sentence(text, tmp_path):
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"result.json: .*make it again"):
-        _changes(tmp_path, CalibrationSet((), 32, ""))
+        _changes(tmp_path, JudgedText({}))
 
 
 def test_against_the_dense_model(copy, checkpoints):
@@ -96,9 +97,9 @@ def test_against_the_dense_model(copy, checkpoints):
     for domain, change in found.differences.domains.items():
         dense, pruned = found.dense.domains[domain], found.pruned.domains[domain]
         assert change.nats_per_token == pytest.approx(pruned.nats_per_token - dense.nats_per_token)
-        pairs = [after - before for before, after in zip(dense.block_nats, pruned.block_nats, strict=True)]
-        spread = torch.tensor(pairs, dtype=torch.float64).std() / math.sqrt(len(pairs))
-        assert change.standard_error == pytest.approx(float(spread))
+        pairs = [after - before for before, after in zip(dense.document_nats, pruned.document_nats, strict=True)]
+        error = standard_error(pairs, dense.document_tokens)
+        assert change.standard_error == error and dense.document_tokens == pruned.document_tokens
         assert found.kl[domain].mean > 0
     text = (copy / "evaluation.json").read_text()
     assert Evaluation.from_json(text, "evaluation.json").to_json() == found.to_json() == text
@@ -124,7 +125,9 @@ def test_both_models_write_on_greedily_after_the_same_start(copy, checkpoints):
     assert [each.domain for each in found.samples] == ["prose", "code"]
     built, _ = recipe_blocks(copy, tokenizer, silent)
     for each in found.samples:
-        assert each.start == tokenizer.decode(built[each.domain][0][:START_TOKENS], skip_special_tokens=True) != ""
+        assert (
+            each.start == tokenizer.decode(built[each.domain].ids_NT[0][:START_TOKENS], skip_special_tokens=True) != ""
+        )
         for which, place in places.items():
             new = greedy(place, tokenizer(each.start)["input_ids"], SAMPLE_TOKENS)
             if tokenizer.eos_token_id in new:
@@ -167,7 +170,9 @@ def test_named_domains_give_the_blocks_asked_for(texts):
     domains = {"prose": Domain(files=(str(texts["prose"]),)), "code": Domain(files=(str(texts["code"]),))}
     for num_blocks in (1, 7, 10, 11):
         blocks, _ = named_blocks(domains, num_blocks, 24, tiny_tokenizer(), silent)
-        assert {name: tuple(each.shape) for name, each in blocks.items()} == dict.fromkeys(domains, (num_blocks, 24))
+        assert {name: tuple(each.ids_NT.shape) for name, each in blocks.items()} == dict.fromkeys(
+            domains, (num_blocks, 24)
+        )
         assert len({tuple(ids) for ids in blocks["prose"].tolist()}) == num_blocks
 
 

@@ -10,10 +10,10 @@ import torch
 import yaml
 from models import tiny_llama
 from recipes import grouped
+from texts import split_text
 from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 
-from secateur.data.calibration import build_calibration
 from secateur.errors import CalibrationError, NumericsError, RecipeError
 from secateur.evaluation import text
 from secateur.evaluation.text import measure_quality, named_blocks, recipe_blocks, wikitext_blocks
@@ -27,14 +27,14 @@ from secateur.report.records import CalibrationFacts, Summary
 TOKENIZER = tiny_tokenizer()
 
 
-def result_of(directory: Path, recipe: dict[str, Any], content_hash: str | None, **changes: Any) -> Path:
+def result_of(directory: Path, recipe: dict[str, Any], judged_hash: str | None, **changes: Any) -> Path:
     """Return a directory with a recipe and, unless the hash is None, a result.json that has it."""
     directory.mkdir(exist_ok=True)
     (directory / "recipe.yaml").write_text(
         yaml.safe_dump(grouped({**recipe, **changes}), sort_keys=False), encoding="utf-8"
     )
-    if content_hash is not None:
-        text = CalibrationFacts(content_hash, 32, {"prose": 640}, {"prose": 64}, {"prose": 1.0}, {"prose": 64})
+    if judged_hash is not None:
+        text = CalibrationFacts("0", 32, {"prose": 640}, {"prose": 64}, {"prose": 1.0}, {"prose": 64}, judged_hash)
         (directory / "result.json").write_text(summary_with(text).to_json(), encoding="utf-8")
     return directory
 
@@ -51,15 +51,15 @@ def summary_with(text: CalibrationFacts) -> Summary:
 def drawn(recipe) -> Any:
     asked = parse_recipe(grouped({**recipe, "seed": 3, "rounds": 2}))
     assert asked.calibration.num_tokens is not None
-    return build_calibration(asked.calibration, asked.calibration.num_tokens, TOKENIZER, 3, silent, num_rounds=2)
+    return split_text(asked.calibration, asked.calibration.num_tokens, TOKENIZER, 3, silent).judged
 
 
 def test_the_blocks_are_those_that_the_run_held_out(recipe, drawn, tmp_path):
     out = result_of(tmp_path / "out", recipe, drawn.content_hash, seed=3, rounds=2)
     blocks, notes = recipe_blocks(out, TOKENIZER, silent)
     assert notes == () and list(blocks) == ["prose", "code"]
-    for domain in drawn.domains:
-        assert torch.equal(blocks[domain.name], domain.held_out_NT)
+    for name, judged in drawn.blocks.items():
+        assert torch.equal(blocks[name].ids_NT, judged.ids_NT)
 
 
 def test_text_that_is_not_the_runs_is_noted(recipe, drawn, tmp_path):
@@ -91,7 +91,7 @@ def test_a_directory_that_does_not_say_its_text_is_an_error(recipe, tmp_path):
 def test_blocks_of_named_text_differ_and_come_from_all_of_it(texts):
     found, _ = named_blocks({"prose": Domain(files=(str(texts["prose"]),))}, 11, 24, TOKENIZER, silent)
     (blocks,) = found.values()
-    assert blocks.shape == (11, 24) and len({tuple(ids) for ids in blocks.tolist()}) == 11
+    assert blocks.ids_NT.shape == (11, 24) and len({tuple(ids) for ids in blocks.ids_NT.tolist()}) == 11
 
 
 def test_named_text_has_as_many_blocks_of_every_domain_whatever_their_shares(texts):
@@ -113,7 +113,7 @@ def test_quality_is_the_mean_over_blocks_with_its_error():
     assert found.nats_per_token == pytest.approx(mean, rel=1e-5)
     assert found.standard_error == pytest.approx(spread, rel=1e-3)
     assert found.perplexity == pytest.approx(math.exp(mean), rel=1e-4)
-    assert found.block_nats == pytest.approx(each, rel=1e-5) and len(done) == 3
+    assert found.document_nats == pytest.approx([19 * nats for nats in each], rel=1e-5) and len(done) == 3
     assert found.num_tokens == 57
     assert found.num_bytes == 57  # a token is a byte here; most of these are no whole character
     assert found.bits_per_byte == pytest.approx(mean / math.log(2), rel=1e-5)
@@ -165,10 +165,11 @@ def test_rounds_of_fresh_text_are_drawn_as_the_run_drew_them(recipe, tmp_path):
     """With `rotate` every round takes blocks of its own, which moves what is held out."""
     calibration = {**recipe["calibration"], "rotate": True, "num_tokens": 640}
     asked = parse_recipe(grouped({**recipe, "calibration": calibration, "rounds": 3}))
-    drawn = build_calibration(asked.calibration, 640, TOKENIZER, 0, silent, num_rounds=3)
+    drawn = split_text(asked.calibration, 640, TOKENIZER, 0, silent, num_rounds=3).judged
     out = result_of(tmp_path / "out", recipe, drawn.content_hash, calibration=calibration, rounds=3)
     blocks, notes = recipe_blocks(out, TOKENIZER, silent)
-    assert notes == () and all(torch.equal(blocks[each.name], each.held_out_NT) for each in drawn.domains)
+    assert all(torch.equal(blocks[name].ids_NT, judged.ids_NT) for name, judged in drawn.blocks.items())
+    assert all("have parts of" in note for note in notes)
 
 
 def test_a_mean_that_is_infinite_is_refused_too(monkeypatch):

@@ -13,9 +13,9 @@ import torch
 from bpe_tokenizer import bpe_tokenizer
 from models import tiny_llama
 from run_cli import run_cli
+from texts import learning_text
 from transformers import AutoModelForCausalLM
 
-from secateur.data.calibration import build_calibration
 from secateur.errors import CalibrationError, RecipeError
 from secateur.formats.gguf import export
 from secateur.formats.gguf_tensors import _shape_of, gguf_block, planned_tensors
@@ -55,12 +55,12 @@ def test_every_domain_has_the_same_say(result: Path) -> None:
     checkpoint = open_checkpoint(result)
     found, num_tokens = importance_of(checkpoint, silent)
     recipe = parse_recipe(load_recipe(result / "recipe.yaml"))
-    text = build_calibration(recipe.calibration, NUM_TOKENS, load_tokenizer(checkpoint), 0)
+    text = learning_text(recipe.calibration, NUM_TOKENS, load_tokenizer(checkpoint), 0)
     assert num_tokens == {"prose": NUM_TOKENS // 2, "code": NUM_TOKENS // 2}
     model: Any = AutoModelForCausalLM.from_pretrained(result, dtype=torch.float64)
     expected: dict[str, Any] = {}
     for domain in text.domains:
-        states = model.model(domain.calibration_NT, output_hidden_states=True).hidden_states
+        states = model.model(domain.calibration.ids_NT, output_hidden_states=True).hidden_states
         for number, layer in enumerate(model.model.layers):
             normed = layer.input_layernorm(states[number])
             middle = states[number] + layer.self_attn(normed, *attention_arguments(model, normed))[0]

@@ -49,7 +49,7 @@ def test_the_readers_inputs_give_what_the_expert_gives(name: str) -> None:
 )
 def test_refits_lower_held_out_error_and_the_models(name: str, dtype: torch.dtype) -> None:
     calibration = random_calibration(num_domains=2, blocks=48)
-    ids_BT = torch.cat([domain.held_out_NT for domain in calibration.domains])
+    ids_BT = torch.cat([domain.held_out.ids_NT for domain in calibration.domains])
     dense, errors = logits_of(tiny_family(name, dtype=dtype), ids_BT), {}
     for compensate in ("none", "least_squares"):
         model = tiny_family(name, dtype=dtype)

@@ -13,7 +13,7 @@ from models import opened
 from recipes import grouped
 from transformers import AutoModelForCausalLM
 
-from secateur.data.calibration import CalibrationSet, DomainBlocks
+from secateur.data.blocks import Blocks, LearningDomain, LearningText
 from secateur.facts import Size
 from secateur.log import RunLog
 from secateur.methods.budget import uniform_plan
@@ -49,17 +49,18 @@ def logits_of(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
         return model(ids_BT, use_cache=False).logits
 
 
-def random_calibration(num_domains: int = 2, blocks: int = 8, length: int = 32) -> CalibrationSet:
+def random_calibration(num_domains: int = 2, blocks: int = 8, length: int = 32) -> LearningText:
     domains = [
-        DomainBlocks(
+        LearningDomain(
             f"d{seed}",
             1 / num_domains,
-            tiny_ids(batch=blocks, length=length, seed=seed),
-            tiny_ids(batch=2, length=length, seed=seed + 100),
+            Blocks.of(tiny_ids(batch=blocks, length=length, seed=seed)),
+            blocks,
+            Blocks.of(tiny_ids(batch=2, length=length, seed=seed + 100)),
         )
         for seed in range(num_domains)
     ]
-    return CalibrationSet(tuple(domains), length, "test")
+    return LearningText(tuple(domains), length)
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def zero_units(layer: Any, group: Group, removed: torch.Tensor) -> None:
     linear(layer, group.reader.module).weight[:, rows_of(removed, group.reader.segments, group.num_units)] = 0
 
 
-def prune_tiny(model: Any, calibration: CalibrationSet, **recipe: Any) -> tuple[dict, list[dict[str, Any]]]:
+def prune_tiny(model: Any, calibration: LearningText, **recipe: Any) -> tuple[dict, list[dict[str, Any]]]:
     settings = {"align": 8, "remove": 0.15, "calibration": {"num_tokens": 4096}, **recipe}
     resolved, log = resolve(opened(model, parse_recipe(grouped(settings)))), RunLog()
     run = Run(model=model, arch=resolved.arch, resolved=resolved, text=calibration, services=Services(log=log))
@@ -181,7 +182,7 @@ def test_compensation_never_raises_held_out_error(
     cut(plain.model.layers[0], group, keeps[0, group.name], group.num_units)
     for domain in calibration.domains:
         whole, without, repaired = (
-            output_of(each.model.layers[0].get_submodule(group.reader.module), each, domain.held_out_NT)
+            output_of(each.model.layers[0].get_submodule(group.reader.module), each, domain.held_out.ids_NT)
             for each in (dense, plain, model)
         )
         for output, name in ((without, "error_before"), (repaired, "error_after")):
@@ -196,7 +197,7 @@ def test_compensation_lowers_the_layers_true_output_error() -> None:
         model, dense = tiny_llama(num_layers=1), tiny_llama(num_layers=1)
         calibration = random_calibration(num_domains=1, blocks=64)
         _, (line,) = prune_tiny(model, calibration, compensate=compensate)
-        held_out_NT = calibration.domains[0].held_out_NT
+        held_out_NT = calibration.domains[0].held_out.ids_NT
         outputs = [output_of(each.model.layers[0].mlp, each, held_out_NT) for each in (dense, model)]
         errors[compensate] = float((outputs[1] - outputs[0]).square().sum() / outputs[0].square().sum())
         assert errors[compensate] == pytest.approx(line["error_after"]["d0"], rel=1e-3)
@@ -235,7 +236,7 @@ def test_bias_compensation_survives_the_stock_reload(tmp_path: Path) -> None:
     mlp = dense.model.layers[0].mlp
     handle = mlp.down_proj.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1).double()))
     for domain in calibration.domains:
-        logits_of(dense, domain.calibration_NT)
+        logits_of(dense, domain.calibration.ids_NT)
     handle.remove()
     gone = torch.ones(112, dtype=torch.bool)
     gone[keeps[0, "ffn"]] = False
@@ -295,7 +296,7 @@ def test_the_dense_stream_stays_the_dense_model_in_later_rounds() -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Walk, "advance_dense", spy)
         prune_tiny(model, calibration, rounds=3, target_mix=1.0, groups=("query_heads", "ffn"), remove=0.3)
-    blocks = [part for domain in calibration.domains for part in (domain.calibration_NT, domain.held_out_NT)]
+    blocks = [part for domain in calibration.domains for part in (domain.calibration.ids_NT, domain.held_out.ids_NT)]
     walk = Walk(dense, bind(dense), make_batches("d", torch.cat(blocks), held_out=False))
     for index in range(3):
         walk.advance(index)
@@ -307,7 +308,7 @@ def test_the_dense_stream_stays_the_dense_model_in_later_rounds() -> None:
 def test_a_part_of_the_drift_in_the_target_brings_the_model_nearer_to_the_dense_one() -> None:
     """Half of it, which is the default, and which is not the same as all of it."""
     calibration = random_calibration(num_domains=1, blocks=128)
-    ids_NT = calibration.domains[0].held_out_NT
+    ids_NT = calibration.domains[0].held_out.ids_NT
     expected, found = logits_of(tiny_llama(), ids_NT), {}
     for mix in (None, 0.0, 0.5, 1.0):
         model = tiny_llama()
@@ -343,7 +344,7 @@ def test_every_layer_reads_the_stream_that_the_cut_layers_before_it_give() -> No
         prune_tiny(model, calibration, remove=0.3)
     expected: list[torch.Tensor] = []
     handle = model.model.layers[2].register_forward_pre_hook(lambda _, inputs: expected.append(inputs[0]))
-    for part in (calibration.domains[0].calibration_NT, calibration.domains[0].held_out_NT):
+    for part in (calibration.domains[0].calibration.ids_NT, calibration.domains[0].held_out.ids_NT):
         logits_of(model, part)
     handle.remove()
     torch.testing.assert_close(torch.cat(seen), torch.cat(expected), atol=1e-5, rtol=1e-5)

@@ -11,6 +11,8 @@ from models import tiny_llama
 from recipes import grouped
 
 import secateur
+from secateur.data.blocks import JudgedText
+from secateur.data.pool import Allotted
 from secateur.errors import CheckpointError
 from secateur.methods.compensate import Guard, Repair
 from secateur.model.bind import decoder_layers
@@ -19,6 +21,7 @@ from secateur.pruning import group_step, result
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
 from secateur.pruning.result import PrunedCheckpoint, calibration_facts, group_widths, summary_of
 from secateur.pruning.run import Run
+from secateur.pruning.text import Drawn
 from secateur.recipe import Recipe
 from secateur.stream.statistics import pool
 from secateur.stream.walk import Walk
@@ -153,6 +156,7 @@ def test_the_summary_counts_refusals_and_what_is_gone():
     cut_down = tiny_llama(intermediate_size=64)
     after = dataclasses.replace(run, model=cut_down)
     none: dict[str, Any] = {"dense_losses": {}, "pruned_losses": {}, "peak_bytes": 1, "command": ""}
+    none["calibration"] = calibration_facts(Drawn(run.text, JudgedText(run.text.held_out), {}))
     found = summary_of(first, after, keeps, None, **none)
     assert found.guard_refusals == 2
     assert found.widths == {"ffn": (112, 64, 64)} and found.num_layers == (3, 3)
@@ -165,9 +169,10 @@ def test_the_summary_counts_refusals_and_what_is_gone():
 
 def test_facts_of_the_text_count_what_was_measured_on_and_what_was_held_out():
     text = run_of(tiny_llama()).text
-    facts = calibration_facts(text)
+    facts = calibration_facts(Drawn(text, JudgedText(text.held_out), {"d0": Allotted(1, 3)}))
     assert facts.num_tokens == {"d0": 64, "d1": 64} and facts.num_held_out_tokens == {"d0": 64, "d1": 64}
-    assert (facts.content_hash, facts.sequence_length) == ("test", 32)
+    assert (facts.content_hash, facts.sequence_length) == (text.content_hash, 32)
+    assert facts.judged_hash == JudgedText(text.held_out).content_hash and facts.allotted == {"d0": (1, 3)}
     assert facts.held_out_overlap == {"d0": 0.0, "d1": 0.0}
 
 

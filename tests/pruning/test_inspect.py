@@ -10,10 +10,11 @@ from bpe_tokenizer import CORPUS, bpe_tokenizer
 from families import tiny_family
 from models import tiny_llama
 from rich.console import Console
+from texts import learning_text
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
-from secateur.data.calibration import CHARACTERS_PER_TOKEN, build_calibration
+from secateur.data.pool import CHARACTERS_PER_TOKEN
 from secateur.errors import RecipeError
 from secateur.model.config import quiet_transformers
 from secateur.pruning import inspect as inspecting
@@ -51,8 +52,8 @@ def test_share_use_and_what_a_trim_frees(model, recipe, tmp_path):
     vocabulary, tokenizer = found.vocabulary, bpe_tokenizer(vocab_size=400, corpus=[*CORPUS, *WORDS, *WORDS, *WORDS])
     per_token = WIDTH if json.loads((model / "config.json").read_text())["tie_word_embeddings"] else 2 * WIDTH
     assert (vocabulary.num_tokens, vocabulary.num_params) == (NUM_ROWS, NUM_ROWS * per_token)
-    drawn = build_calibration(parse_recipe(recipe).calibration, 640, tokenizer, 0)
-    held_out = {domain.name: Counter(domain.held_out_NT.flatten().tolist()) for domain in drawn.domains}
+    drawn = learning_text(parse_recipe(recipe).calibration, 640, tokenizer, 0)
+    held_out = {domain.name: Counter(domain.held_out.ids_NT.flatten().tolist()) for domain in drawn.domains}
     ids = {name: Counter(tokenizer((tmp_path / f"{name}.txt").read_text())["input_ids"]) for name in "ab"}
     ids = {name: [*(all_ids - held_out[name]).elements()] for name, all_ids in ids.items()}
     assert all(sum(each.values()) == 64 for each in held_out.values())

@@ -10,7 +10,7 @@ import torch
 from models import opened, tiny_gemma3, tiny_llama
 from recipes import grouped
 
-from secateur.data.calibration import CalibrationSet
+from secateur.data.blocks import LearningText
 from secateur.errors import RecipeError
 from secateur.log import RunLog
 from secateur.methods.profile import ProfileSettings
@@ -29,7 +29,7 @@ from tests.model.test_exactness import random_calibration
 RANDOM = {"score": "random", "compensate": "none"}
 
 
-def run_of(model: Any, text: CalibrationSet | None = None, **short: Any) -> Run:
+def run_of(model: Any, text: LearningText | None = None, **short: Any) -> Run:
     """Return a run on random text with what a recipe in short asks for."""
     settings = {"align": 8, "remove": 0.3, "calibration": {"num_tokens": 4096}, **short}
     resolved, log = resolve(opened(model, parse_recipe(grouped(settings)))), RunLog()
@@ -180,12 +180,12 @@ def test_batches_are_the_rounds_own_and_say_which_text_was_held_out():
     found = run_of(tiny_llama(), text, rounds=2)
     for batches in (found.batches(1), found.batches(2)):  # not rotated: both the same
         for domain in text.domains:
-            for held_out, blocks in ((False, domain.calibration_NT), (True, domain.held_out_NT)):
+            for held_out, blocks in ((False, domain.calibration.ids_NT), (True, domain.held_out.ids_NT)):
                 mine = [batch for batch in batches if (batch.domain, batch.held_out) == (domain.name, held_out)]
                 assert torch.equal(torch.cat([batch.ids_BT for batch in mine]), blocks)
     assert found.shares == {"d0": 0.5, "d1": 0.5}
     assert {name: blocks.data_ptr() for name, blocks in found.held_out.items()} == {
-        domain.name: domain.held_out_NT.data_ptr() for domain in text.domains
+        domain.name: domain.held_out.ids_NT.data_ptr() for domain in text.domains
     }
 
 
@@ -197,7 +197,7 @@ def test_a_bias_makes_the_config_say_so_and_none_does_not():
         assert found.model.config.intermediate_size == found.resolved.plans[-1].num_keep[0, "ffn"]
 
 
-def narrow(monkeypatch: pytest.MonkeyPatch, text: CalibrationSet, **short: Any) -> tuple[list[Any], Any, Any]:
+def narrow(monkeypatch: pytest.MonkeyPatch, text: LearningText, **short: Any) -> tuple[list[Any], Any, Any]:
     """Return the blocks, the shares and the damping that readers are made narrow with."""
     seen: list[Any] = []
     monkeypatch.setattr(loop, "narrow_readers", lambda *arguments: seen.append(arguments) or [{}])
@@ -214,7 +214,7 @@ def test_narrow_readers_are_fitted_to_text_that_neither_judges_nor_is_held_out(m
     assert not any(batch.held_out for batch in batches)
     for domain in text.domains:
         mine = torch.cat([batch.ids_BT for batch in batches if batch.domain == domain.name])
-        assert torch.equal(mine, domain.calibration_NT[1:8])
+        assert torch.equal(mine, domain.calibration.ids_NT[1:8])
     assert sorted(shares) == [1, 2, 3, 4, 5] and damping == 0.001
     (share,) = set(shares.values())
     plan = run_of(tiny_llama(num_layers=6), text, depth=2, remove=0.45, protected_layers=[0]).resolved.plans[-1]
@@ -226,7 +226,7 @@ def test_narrow_readers_take_the_judging_blocks_too_where_there_are_no_others(mo
     batches, _, damping = narrow(monkeypatch, text, compensate="none", score="wanda")
     for domain in text.domains:
         mine = torch.cat([batch.ids_BT for batch in batches if batch.domain == domain.name])
-        assert torch.equal(mine, domain.calibration_NT)
+        assert torch.equal(mine, domain.calibration.ids_NT)
     assert damping is None
 
 
@@ -267,13 +267,12 @@ def test_a_fold_that_is_stored_is_repeated_bit_for_bit(tmp_path):
 
 
 def test_rotated_text_is_fresh_in_every_round():
-    asked: list[int] = []
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run, "rotated", lambda drawn, number: asked.append(number) or drawn)
-        found = run_of(tiny_llama(), rounds=2)
-        for number in (1, 2):
-            found.batches(number)
-    assert asked == [0, 1]
+    whole = random_calibration()
+    found = run_of(tiny_llama(), text=replace(whole, num_rounds=2), rounds=2)
+    for number in (1, 2):
+        fresh = [batch.ids_BT for batch in found.batches(number) if not batch.held_out]
+        expected = [domain.calibration.ids_NT.chunk(2)[number - 1] for domain in whole.domains]
+        assert torch.equal(torch.cat(fresh), torch.cat(expected))
 
 
 def test_after_a_trim_a_protected_domain_may_rise_as_much_in_fewer_nats_per_token():

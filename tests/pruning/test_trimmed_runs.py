@@ -12,17 +12,18 @@ from models import opened, tiny_llama
 from recipes import grouped
 from run_ranks import run_ranks
 from safetensors.torch import load_file
-from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
-from secateur.data.calibration import build_calibration, token_counts
+from secateur.formats.run_text import run_text_again
 from secateur.formats.save import Verification
+from secateur.log import silent
 from secateur.methods.prices import token_prices
 from secateur.model.kept_tokens import kept_tokens_of
 from secateur.pruning import trim as trimming
 from secateur.pruning.cost import polish_bytes
 from secateur.pruning.resolve import Resolved, resolve
+from secateur.pruning.text import run_text
 from secateur.pruning.trim import plan_trim
 from secateur.pruning.trimmed import SAMPLES
 from secateur.recipe_file import parse_recipe
@@ -103,13 +104,14 @@ def test_a_saved_recipe_repeats_the_run(tied, asked, tmp_path):
 
 
 def test_losses_are_nats_per_token_of_the_dense_tokenizer(tied, asked, tmp_path):
-    found = secateur.prune(tied, grouped({**asked, "groups": [], "vocabulary": 320}), out=tmp_path / "out").summary
+    result = secateur.prune(tied, grouped({**asked, "groups": [], "vocabulary": 320}), out=tmp_path / "out")
+    found = result.summary
     models = {"dense": tied, "pruned": tmp_path / "out"}
     tokenizers = {name: AutoTokenizer.from_pretrained(each) for name, each in models.items()}
-    held_out = build_calibration(parse_recipe(grouped(asked)).calibration, 1280, tokenizers["pruned"], 0).domains
+    held_out = run_text_again(tmp_path / "out", result.recipe, tokenizers["pruned"], silent).learning.text.domains
     for domain in held_out:
         nats, tokens = {"dense": 0.0, "pruned": 0.0}, {"dense": 0, "pruned": 0}
-        for ids_T in domain.held_out_NT:
+        for ids_T in domain.held_out.ids_NT:
             # Plain ASCII: the first token is context, and what follows is the same text.
             text = tokenizers["pruned"].decode(ids_T[1:])
             dense_ids = kept_tokens_of(tmp_path / "out").dense_ids  # type: ignore[union-attr]
@@ -192,7 +194,8 @@ def test_stopped_or_streamed_or_shared_the_bytes_are_the_same(changes, untied, a
 def test_auto_takes_what_a_share_asks_if_nothing_else_goes(tied, asked):
     recipe = parse_recipe(grouped({**asked, "groups": [], "vocabulary": "auto", "remove": 0.1}))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
-    trim = plan_trim(replace(opened(model, recipe), tokenizer=tokenizer), Services())
+    ready = replace(opened(model, recipe), tokenizer=tokenizer)
+    trim = plan_trim(ready, Services(), run_text(ready, silent).learning)
     gone, price = trim.kept.num_dense - len(trim.kept.dense_ids), token_prices("parameters", model, 1)
     assert len(trim.kept.dense_ids) % 64 == 0 and gone * price <= 0.1 * num_params(model) < (gone + 64) * price
 
@@ -202,7 +205,7 @@ def planned(model: Any, tokenizer: Any, short: dict[str, Any]) -> Resolved:
     asking = replace(opened(model, parse_recipe(grouped({**short, "vocabulary": "auto"}))), tokenizer=tokenizer)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("secateur.pruning.trim._measured", lambda *_: (1e-9, lambda share_N: share_N.clamp(min=0)))
-        return resolve(replace(asking, trim=plan_trim(asking, Services())))
+        return resolve(replace(asking, trim=plan_trim(asking, Services(), run_text(asking, silent).learning)))
 
 
 @pytest.fixture
@@ -251,8 +254,9 @@ def test_auto_measures_nothing_where_layers_take_more_than_the_share(tied, asked
 def test_auto_measures_whatever_else_the_recipe_asks(changes, tied, asked, any_growth):
     recipe = parse_recipe(grouped({**asked, "remove": 0.5, "vocabulary": "auto", **changes}))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
-    dense = trimming._read(replace(opened(model, recipe), tokenizer=tokenizer), Services())
-    nats, law = trimming._measured(dense, trimming._removal(dense), 0.5)
+    ready = replace(opened(model, recipe), tokenizer=tokenizer)
+    dense, learning = trimming._read(ready, Services()), run_text(ready, silent).learning
+    nats, law = trimming._measured(dense, trimming._removal(dense, learning), 0.5, learning)
     assert math.isfinite(nats) and float(law(torch.tensor(0.5))) > 0
 
 
@@ -288,20 +292,6 @@ def test_what_a_file_needs_stays(tied, asked, tmp_path):
     assert len(wanted) == 9
     mine.write_text("\n".join(texts[index] for index in wanted))
     assert set(wanted) <= set(tokenizer(mine.read_text())["input_ids"]) <= kept_with(1, keep_text=[str(mine)])
-
-
-def test_counts_leave_out_what_is_held_out(recipe, texts):
-    tokenizer = tiny_tokenizer()
-    calibration = parse_recipe(grouped(recipe)).calibration
-    drawn = build_calibration(calibration, 1280, tokenizer, 0)
-    counts = token_counts(calibration, 1280, tokenizer, 0, 320)
-    for domain in drawn.domains:
-        documents = texts[domain.name].read_text()
-        everything = torch.bincount(torch.tensor(tokenizer(documents)["input_ids"]), minlength=320)
-        held_out = torch.bincount(domain.held_out_NT.flatten(), minlength=320)
-        # The end of a text that packing adds is no token of the text; line ends may split otherwise.
-        missing = everything.sum() - counts[domain.name].tokens_V.sum()
-        assert abs(int(missing) - int(held_out.sum())) <= 8
 
 
 @pytest.mark.parametrize(
@@ -342,7 +332,7 @@ def test_what_needs_no_text_is_refused_before_any_is_read_and_by_inspect_too(
     changes, tied, asked, tmp_path, monkeypatch
 ):
     recipe = grouped({**asked, **changes})
-    monkeypatch.setattr("secateur.pruning.trim.token_counts", lambda *_: pytest.fail("text was read"))
+    monkeypatch.setattr("secateur.pruning.text.RunText.learning", lambda _: pytest.fail("text was read"))
     with pytest.raises(secateur.SecateurError, match=r"remove\.") as error:
         secateur.prune(tied, recipe, out=tmp_path / "out")
     sentence = str(error.value)
@@ -365,7 +355,7 @@ def test_tokens_that_go_leave_what_trains_as_large(tied, asked):
     recipe = parse_recipe(grouped({**asked, "polish": {"num_tokens": 640}}))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     ready = replace(opened(model, recipe), tokenizer=tokenizer)
-    ready = replace(ready, trim=plan_trim(ready, Services()))
+    ready = replace(ready, trim=plan_trim(ready, Services(), run_text(ready, silent).learning))
     resolved, rows = resolve(ready), (len(tokenizer) + NUM_PADDING - 448) * 48
     whole = replace(ready, trim=None)
     for train, each in (("layers", 8), ("full", 20)):  # weights, and those before; gradients and two moments

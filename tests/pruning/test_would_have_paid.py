@@ -12,7 +12,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import BertTokenizer
 
 import secateur
-from secateur.data.calibration import CalibrationSet, DomainBlocks
+from secateur.data.blocks import Blocks, LearningDomain, LearningText
 from secateur.pruning import trim
 from secateur.recipe_file import parse_recipe
 
@@ -27,8 +27,8 @@ TOKENIZER = bpe_tokenizer(vocab_size=420, corpus=LEARNT)
 def asked(text: str, tokenizer: Any = TOKENIZER, **recipe: Any) -> str | None:
     model = opened(tiny_llama(vocab_size=NUM_ROWS), parse_recipe(grouped(recipe)))
     ids = torch.tensor([tokenizer(text)["input_ids"]])
-    blocks = DomainBlocks("a", 1.0, ids, ids[:0])
-    return trim.would_have_paid(dataclasses.replace(model, tokenizer=tokenizer), CalibrationSet((blocks,), 8, "0"))
+    blocks = LearningDomain("a", 1.0, Blocks.of(ids), len(ids), Blocks.of(ids[:0]))
+    return trim.would_have_paid(dataclasses.replace(model, tokenizer=tokenizer), LearningText((blocks,), 8))
 
 
 def test_it_names_tokens_share_and_cost():

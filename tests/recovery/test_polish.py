@@ -11,13 +11,13 @@ import pytest
 import torch
 from models import tiny_llama
 from recipes import grouped
+from texts import learning_text, split_text
 from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import kl_div
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import secateur
-from secateur.data.calibration import build_calibration
 from secateur.facts import mean_kl, mean_nats
 from secateur.model.bind import bind
 from secateur.pruning.cost import memory_for, params_after, polish_bytes, with_polish_that_fits
@@ -46,12 +46,13 @@ def asked(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "remove": 0.5, "polish": TRAINING}
 
 
-def lesson_of(recipe: dict[str, Any], model: Any, **options: Any) -> tuple[Lesson, Recipe]:
+def lesson_of(recipe: dict[str, Any], model: Any, **amounts: int) -> tuple[Lesson, Recipe]:
     tokenizer = tiny_tokenizer()
     resolved = resolve(checked(open_model(model, parse_recipe(grouped(recipe)), tokenizer))).recipe
     assert resolved.calibration.num_tokens is not None
-    text = build_calibration(resolved.calibration, resolved.calibration.num_tokens, tokenizer, resolved.seed)
-    lesson = learn(model, bind(model), text, resolved, tokenizer, Services(), **options)
+    amounts["num_training_tokens"] = resolved.polish.num_tokens or 0
+    text = learning_text(resolved.calibration, resolved.calibration.num_tokens, tokenizer, resolved.seed, **amounts)
+    lesson = learn(model, bind(model), text, resolved, Services())
     assert lesson is not None
     return lesson, resolved
 
@@ -159,32 +160,33 @@ def test_the_attention_that_the_recipe_names_is_used_on_both_sides(asked, monkey
 
 def test_its_text_is_that_of_the_calibration_in_another_order(asked):
     lesson, recipe = lesson_of(asked, tiny_llama())
-    text = build_calibration(recipe.calibration, 1280, tiny_tokenizer(), recipe.seed)
+    text = learning_text(recipe.calibration, 1280, tiny_tokenizer(), recipe.seed)
     assert sorted(rows(ids for _, ids in lesson.text.blocks)) == sorted(
-        rows(ids for domain in text.domains for ids in domain.calibration_NT)
+        rows(ids for domain in text.domains for ids in domain.calibration.ids_NT)
     )
     assert len({name for name, _ in lesson.text.blocks[:8]}) == 2, "domains are mixed"
     for domain in text.domains:
-        assert torch.equal(lesson.text.held_out_NT[domain.name], domain.held_out_NT)
+        assert torch.equal(lesson.text.held_out[domain.name].ids_NT, domain.held_out.ids_NT)
 
 
-@pytest.mark.parametrize("skipped", [0, 9])
-def test_more_text_than_the_calibration_never_has_what_judges(skipped, asked, tmp_path):
+@pytest.mark.parametrize("num_judged", [0, 9])
+def test_more_text_than_the_calibration_never_has_what_judges(num_judged, asked, tmp_path):
     numbers = random.Random(0).sample(range(10**6), 4000)  # so that pieces of text tell where they come from
     lines = [" ".join(f"{number:06d}" for number in numbers[start : start + 12]) for start in range(0, 3996, 12)]
     (tmp_path / "numbers.txt").write_text("\n".join(lines))
     calibration = {**asked["calibration"], "domains": {"a": {"files": [str(tmp_path / "numbers.txt")]}}}
     more = {**asked, "calibration": calibration, "polish": {**TRAINING, "num_tokens": 2560}}
-    lesson, recipe = lesson_of(more, tiny_llama(), skipped=skipped)
-    options: dict[str, Any] = {"more_held_out": skipped}
-    text = build_calibration(recipe.calibration, 1280, tiny_tokenizer(), recipe.seed, **options)
+    amounts = {"num_judged_tokens": num_judged * 32}
+    lesson, recipe = lesson_of(more, tiny_llama(), **amounts)
+    text = split_text(recipe.calibration, 1280, tiny_tokenizer(), recipe.seed, **amounts)
 
     def pieces(blocks: Iterable[torch.Tensor]) -> set[tuple[int, ...]]:
         return {tuple(ids[start : start + 13]) for ids in map(torch.Tensor.tolist, blocks) for start in range(20)}
 
-    held_out = text.domains[0].held_out_NT
-    assert lesson.text.num_tokens == 2560 and len(held_out) == 5 + skipped
-    assert not pieces(ids for _, ids in lesson.text.blocks) & pieces(held_out)
+    held_out, judged = text.learning.text.domains[0].held_out.ids_NT, text.judged.blocks["a"].ids_NT
+    assert lesson.text.num_tokens == 2560 and len(held_out) == 5 and len(judged) == (num_judged or 5)
+    for unseen in (held_out, judged):
+        assert not pieces(ids for _, ids in lesson.text.blocks) & pieces(unseen)
 
 
 def test_a_killed_run_goes_on_in_its_training_and_ends_with_the_same_bytes(checkpoints, asked, tmp_path):

@@ -47,8 +47,8 @@ secateur.recover(pruned, teacher, yaml.safe_load(open(recipe)), out=out, progres
 
 # No text beyond the recipe's to be judged by, as in the tests' own process.
 PRUNE = """
-import sys, yaml, secateur, secateur.data.calibration
-secateur.data.calibration.JUDGED_TOKENS = 0
+import sys, yaml, secateur, secateur.data.pool
+secateur.data.pool.JUDGED_TOKENS = 0
 model, recipe, out = sys.argv[1:]
 secateur.prune(model, yaml.safe_load(open(recipe)), out=out, overwrite=True)
 """

@@ -1,12 +1,14 @@
 """The text of a recovery: shares, whole steps, and held-out text that was held out before."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from models import tiny_llama
 from recipes import grouped
+from texts import split_text
 from tiny_tokenizer import tiny_tokenizer
 
-from secateur.data.calibration import build_calibration
 from secateur.errors import CalibrationError, RecipeError
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import parse_recipe
@@ -27,8 +29,8 @@ def settings(**changes) -> RecoverySettings:
     return RecoverySettings.model_validate({"num_tokens": 4096, "batch_tokens": 128, **changes})
 
 
-def drawn(recipe: Recipe, judged: dict[str, int] | None = None, **changes) -> RecoveryText:
-    return recovery_text(recipe, settings(**changes), TOKENIZER, tiny_llama(num_layers=1), judged=judged or {})
+def drawn(recipe: Recipe, directory: Path = Path("none"), **changes) -> RecoveryText:
+    return recovery_text(directory, recipe, settings(**changes), TOKENIZER, tiny_llama(num_layers=1))
 
 
 def rows(blocks) -> set[tuple[int, ...]]:
@@ -47,17 +49,17 @@ def test_blocks_that_do_not_fill_a_step_are_left_out(asked):
 
 
 @pytest.mark.parametrize(("num_tokens", "judging"), [(512, 0), (4096, 0), (512, 160)])
-def test_text_that_judged_the_pruning_is_held_out_again_and_never_trained_on(asked, num_tokens, judging):
+def test_what_judged_the_pruning_is_left_alone_and_what_guarded_it_guards(asked, num_tokens, judging, monkeypatch):
+    monkeypatch.setattr("secateur.data.pool.JUDGED_TOKENS", judging)
     assert asked.calibration.num_tokens is not None
     facts = (asked.calibration, asked.calibration.num_tokens, TOKENIZER, asked.seed)
-    before = build_calibration(*facts, num_judged_tokens=judging)
-    judged = dict.fromkeys(("prose", "code"), judging)
-    text = drawn(asked, judged, num_tokens=num_tokens, held_out_blocks=8, batch_tokens=32)
+    before = split_text(*facts, num_judged_tokens=judging)
+    text = drawn(asked, num_tokens=num_tokens, held_out_blocks=8, batch_tokens=32)
     trained = rows(ids for _, ids in text.blocks)
-    for domain in before.domains:
-        seen = rows(domain.held_out_NT) | (set() if domain.judged_NT is None else rows(domain.judged_NT))
-        assert not seen & trained and rows(before.judged[domain.name]) <= rows(text.held_out_NT[domain.name])
-        assert len(text.held_out_NT[domain.name]) == 8
+    for domain in before.learning.text.domains:
+        guards, judged = text.held_out[domain.name].ids_NT, rows(before.judged.blocks[domain.name].ids_NT)
+        assert len(guards) == 8 and not rows(guards) & trained and not judged & trained
+        assert rows(domain.held_out.ids_NT) <= rows(guards) and bool(judging) != bool(judged & rows(guards))
 
 
 def test_too_few_tokens_for_a_step_is_an_error(asked):

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import re
 import shutil
-import statistics
 import sys
 from html import escape, unescape
 from pathlib import Path
@@ -18,7 +17,9 @@ from run_cli import run_cli
 
 from secateur.api import prune
 from secateur.errors import CheckpointError
+from secateur.facts import Loss
 from secateur.report.card import model_card
+from secateur.report.measured import plus_minus
 from secateur.report.plots import LABEL_CHARACTERS, Series, Text, dot_plot
 from secateur.report.records import Summary
 from secateur.report.report import write_report
@@ -94,24 +95,26 @@ def test_a_difference_has_the_error_of_the_same_blocks(result):
     rows = {row: cells for row, *cells in loss_rows(summary)}
     for name, dense in summary.dense_losses.items():
         pruned = summary.pruned_losses[name]
-        assert dense.nats_per_token == pytest.approx(statistics.mean(dense.block_nats)) and len(dense.block_nats) > 1
-        pairs = [after - before for before, after in zip(dense.block_nats, pruned.block_nats, strict=True)]
-        rises.append(statistics.mean(pairs))
-        errors.append((sum((pair - rises[-1]) ** 2 for pair in pairs) / (len(pairs) - 1) / len(pairs)) ** 0.5)
-        assert rows[name][2] == f"{rises[-1]:+.3f} ± {errors[-1]:.3f}" and "±" not in rows[name][0]
-    error = (errors[0] ** 2 + errors[1] ** 2) ** 0.5 / 2
-    assert rows["mean (geometric mean)"][2] == f"{sum(rises) / 2:+.3f} ± {error:.3f}"
+        tokens, num_documents = dense.document_tokens, len(dense.document_nats)
+        assert dense.nats_per_token == pytest.approx(sum(dense.document_nats) / sum(tokens))
+        pairs = [after - before for before, after in zip(dense.document_nats, pruned.document_nats, strict=True)]
+        rises.append(sum(pairs) / sum(tokens))
+        squares = sum((pair - rises[-1] * count) ** 2 for pair, count in zip(pairs, tokens, strict=True))
+        many = num_documents > 1
+        errors.append((squares * num_documents / (num_documents - 1)) ** 0.5 / sum(tokens) if many else None)
+        assert rows[name][2] == f"{rises[-1]:+.3f}{plus_minus(errors[-1])}" and "±" not in rows[name][0]
+    error = None if None in errors else (errors[0] ** 2 + errors[1] ** 2) ** 0.5 / 2
+    assert rows["mean (geometric mean)"][2] == f"{sum(rises) / 2:+.3f}{plus_minus(error)}"
 
 
-def test_one_block_alone_has_no_standard_error(result):
+def test_of_one_document_alone_the_error_is_a_dash(result):
     summary = summary_of(result)
-    for blocks in ((1, 1), (0, 0), (0, 2), (2, 0)):
-        cut = [
-            {name: dataclasses.replace(loss, block_nats=loss.block_nats[:number]) for name, loss in losses.items()}
-            for number, losses in zip(blocks, (summary.dense_losses, summary.pruned_losses), strict=True)
-        ]
-        rows = list(loss_rows(dataclasses.replace(summary, dense_losses=cut[0], pruned_losses=cut[1])))
-        assert len(rows) == 3 and not any("±" in cell for row in rows for cell in row)
+    cut = [
+        {name: Loss.of(loss.document_nats[:1], loss.document_tokens[:1]) for name, loss in losses.items()}
+        for losses in (summary.dense_losses, summary.pruned_losses)
+    ]
+    rows = list(loss_rows(dataclasses.replace(summary, dense_losses=cut[0], pruned_losses=cut[1])))
+    assert len(rows) == 3 and all(row[3].endswith(" ± -") for row in rows)
 
 
 def test_the_page_tells_the_numbers_of_result_json_and_of_the_card(result):
@@ -197,7 +200,7 @@ def test_what_bench_and_evaluate_measured_is_told(copy, checkpoints):
     assert "copa, f1</th><td>0.300</td><td>0.300</td>" in html
     assert f"<td>{bench['decode']['ideal']:.2f}x</td>" in html
     kl = evaluation["kl"][HOSTILE]
-    assert f"<td>{kl['mean']:.3f} ± {kl['standard_error']:.3f}</td>" in html
+    assert f"<td>{kl['mean']:.3f}{plus_minus(kl['standard_error'])}</td>" in html
     for each in evaluation["samples"]:
         for which in ("start", "dense", "pruned"):
             shown = "".join(c if c.isprintable() or c == "\n" else " " for c in each[which]).strip("\n")

@@ -19,8 +19,8 @@ def divergences(dense, pruned, ids_1T):
 
 def test_a_model_does_not_differ_from_itself():
     model, ids_1T = tiny_qwen2(), tiny_ids(batch=1, length=40)
-    found = summarise("mine", *([part] for part in divergences(model, model, ids_1T)))
-    assert (found.mean, found.p95, found.standard_error, found.top1_agreement) == (0, 0, 0, 1)
+    found = summarise("mine", ids_1T, *([part] for part in divergences(model, model, ids_1T)))
+    assert (found.mean, found.p95, found.standard_error, found.top1_agreement) == (0, 0, None, 1)
     assert found.num_tokens == 39
 
 
@@ -43,13 +43,14 @@ def test_kl_is_not_symmetric_and_of_the_dense_model():
 
 
 def test_figures_by_hand():
-    blocks = [torch.arange(50.0), torch.arange(50.0, 100.0)]
-    found = summarise("mine", blocks, [torch.tensor([True, False, True, True])])
+    blocks, agree = [torch.arange(50.0), torch.arange(50.0, 100.0)], torch.arange(50) % 4 > 0
+    found = summarise("mine", torch.zeros(2, 51, dtype=torch.int64), blocks, [agree, agree])
     assert found.mean == pytest.approx(49.5) and found.p95 == pytest.approx(94.05)
     assert found.standard_error == pytest.approx(25)  # of the block means 24.5 and 74.5
-    assert found.top1_agreement == 0.75 and found.num_tokens == 100
+    assert found.top1_agreement == 0.74 and found.num_tokens == 100
 
 
 def test_a_divergence_that_is_no_number_names_the_domain():
     with pytest.raises(NumericsError, match="domain legal"):
-        summarise("legal", [torch.tensor([1.0, float("nan")])], [torch.tensor([True, True])])
+        ids_NT, kl = torch.zeros(1, 3, dtype=torch.int64), [torch.tensor([1.0, float("nan")])]
+        summarise("legal", ids_NT, kl, [torch.tensor([True, True])])

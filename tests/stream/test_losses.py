@@ -2,6 +2,8 @@
 
 import copy
 import math
+import statistics
+from random import Random
 
 import pytest
 import torch
@@ -20,9 +22,12 @@ from reference import (
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
 
+from secateur.data.blocks import Blocks
 from secateur.errors import NumericsError
 from secateur.evaluation.text import measure_quality
+from secateur.facts import standard_error
 from secateur.model.bind import bind
+from secateur.report.measured import Change, change, mean_change
 from secateur.stream import losses as product
 from secateur.stream.losses import (
     DenseStates,
@@ -30,11 +35,12 @@ from secateur.stream.losses import (
     compare_tokens,
     domain_losses,
     final_states,
-    standard_error,
+    predicted_tokens,
     summarise,
     token_divergences,
 )
 
+MODEL = tiny_llama()
 # Behind each logit lie three layers of 112 inputs; a softmax sums 320 words.
 TOLERANCE = (3 * 112 + 320) * FLOAT32_STEP
 
@@ -72,7 +78,8 @@ def test_losses_are_those_of_a_plain_forward_in_float64(family: str) -> None:
         means = [float(each.mean()) for each in nats]
         assert found[domain].num_tokens == len(ids_NT) * 19
         assert found[domain].nats_per_token == pytest.approx(sum(means) / len(means), rel=TOLERANCE)
-        assert found[domain].standard_error == pytest.approx(mean_error(means), abs=2 * TOLERANCE * max(means))
+        error = mean_error(means)
+        assert found[domain].standard_error == (error and pytest.approx(error, abs=2 * TOLERANCE * max(means)))
         for ids_T, each in zip(ids_NT, nats, strict=True):
             alone = block_losses(model, bind(model), ids_T[None])
             torch.testing.assert_close(alone.double(), each, rtol=TOLERANCE, atol=TOLERANCE * float(each.max()))
@@ -107,25 +114,88 @@ def test_a_loss_that_is_no_number_names_the_domain() -> None:
 
 def test_losses_of_blocks_of_other_lengths_per_token_of_another_tokenizer() -> None:
     model = tiny_llama()
-    lengths, counts = {"a": [20, 9, 14], "b": [31]}, {"a": [15, 8, 16], "b": [7]}
+    lengths, counts = {"a": [20, 9, 14], "b": [31]}, {"a": {0: 15, 1: 8, 2: 16}, "b": {0: 7}}
     ids_T = tiny_ids(batch=1, length=120)[0]
     blocks = {domain: [ids_T[size : 2 * size] for size in sizes] for domain, sizes in lengths.items()}
     found = domain_losses(model, bind(model), blocks, num_tokens=counts)
     for domain, own in counts.items():
         nats = [float(reference_nats(model, each[None])[0].sum()) for each in blocks[domain]]
-        rate, number = sum(nats) / sum(own), len(own)
-        squares = sum((a - rate * b) ** 2 for a, b in zip(nats, own, strict=True))
-        error = math.sqrt(squares / number / max(number - 1, 1)) / (sum(own) / number)
-        assert found[domain].num_tokens == sum(own)
+        tokens = list(own.values())
+        rate, number = sum(nats) / sum(tokens), len(tokens)
+        squares = sum((a - rate * b) ** 2 for a, b in zip(nats, tokens, strict=True))
+        error = math.sqrt(squares * number / (number - 1)) / sum(tokens) if number > 1 else None
+        assert found[domain].num_tokens == sum(tokens)
         assert found[domain].nats_per_token == pytest.approx(rate, rel=TOLERANCE)
-        assert found[domain].standard_error == pytest.approx(error, rel=1e-3, abs=TOLERANCE)
+        assert found[domain].standard_error == (error and pytest.approx(error, rel=1e-3, abs=TOLERANCE))
     own_tokens = domain_losses(model, bind(model), blocks)
     assert own_tokens["a"].num_tokens == 19 + 8 + 13
 
 
-@given(values=st.lists(st.floats(-100, 100), min_size=1, max_size=12))
-def test_the_standard_error_of_a_mean(values: list[float]) -> None:
-    assert standard_error(values) == pytest.approx(mean_error(values), rel=1e-12, abs=1e-12)
+@given(values=st.lists(st.floats(-100, 100), min_size=1, max_size=12), length=st.integers(1, 9))
+def test_the_standard_error_of_documents_of_equal_length_is_that_of_their_mean(
+    values: list[float], length: int
+) -> None:
+    found, expected = standard_error([value * length for value in values], [length] * len(values)), mean_error(values)
+    assert found == (expected if expected is None else pytest.approx(expected, rel=1e-12, abs=1e-12))
+
+
+def corpus(generator: Random, num_documents: int) -> tuple[list[float], list[int]]:
+    """Return sums and tokens of documents of many lengths, of which the longer are harder, and a token is noise."""
+    tokens = [generator.choice((5, 20, 80, 300)) for _ in range(num_documents)]
+    levels = [generator.gauss(2 + count / 300, 0.5) for count in tokens]
+    sums = [level * count + generator.gauss(0, count**0.5) for level, count in zip(levels, tokens, strict=True)]
+    return sums, tokens
+
+
+def test_the_standard_error_of_a_ratio_is_the_spread_over_corpora_and_that_of_a_bootstrap() -> None:
+    generator = Random(0)
+    drawn = [corpus(generator, 80) for _ in range(1500)]
+    spread = statistics.stdev(sum(sums) / sum(tokens) for sums, tokens in drawn)
+    told = [standard_error(*each) for each in drawn]
+    assert statistics.mean(each for each in told if each) == pytest.approx(spread, rel=0.06)
+    sums, tokens = drawn[0]
+    ratios = []
+    for _ in range(3000):
+        chosen = generator.choices(range(80), k=80)
+        ratios.append(sum(sums[index] for index in chosen) / sum(tokens[index] for index in chosen))
+    assert told[0] == pytest.approx(statistics.stdev(ratios), rel=0.06)
+    # As if every token were a draw of its own, what is told would be several times too small.
+    alone = [rate for total, count in zip(sums, tokens, strict=True) for rate in [total / count] * count]
+    assert statistics.stdev(alone) / len(alone) ** 0.5 < spread / 4
+
+
+def test_blocks_of_one_document_say_nothing_of_others() -> None:
+    model, ids_NT = tiny_llama(), tiny_ids(batch=4, length=20)
+    one = Blocks(ids_NT, torch.zeros_like(ids_NT))
+    found = domain_losses(model, bind(model), {"one": one, "four": ids_NT})
+    assert found["one"].standard_error is None and found["four"].standard_error is not None
+    assert found["one"].nats_per_token == pytest.approx(found["four"].nats_per_token, rel=1e-12)
+    assert change(found["one"], found["one"]).text() == "+0.000 ± -"
+    assert mean_change([Change(0.1, 0.2), Change(0.3, None)]).text() == "+0.200 ± -"
+    assert summarise("one", one, [torch.ones(19)] * 4, [torch.ones(19)] * 4).standard_error is None
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 99))
+def test_a_loss_is_of_the_documents_that_its_tokens_are_of_and_of_those_that_count(seed: int) -> None:
+    generator, model = torch.Generator().manual_seed(seed), MODEL
+    ids_NT = torch.randint(3, 250, (3, 12), generator=generator)
+    document_NT = torch.randint(0, 4, (36,), generator=generator).sort().values.view(3, 12)
+    counted_NT = torch.rand(3, 12, generator=generator) < 0.7
+    counted_NT[:, -1] = True
+    found = domain_losses(model, bind(model), {"mine": Blocks(ids_NT, document_NT, counted_NT)})["mine"]
+    nats, tokens = dict[int, float](), dict[int, int]()
+    for ids_T, document_T, counted_T in zip(ids_NT, document_NT, counted_NT, strict=True):
+        for value, number, counts in zip(
+            reference_nats(model, ids_T[None])[0].tolist(), document_T[1:].tolist(), counted_T[1:], strict=True
+        ):
+            if counts:
+                nats[number], tokens[number] = nats.get(number, 0.0) + value, tokens.get(number, 0) + 1
+    order = sorted(nats)
+    assert found.document_nats == pytest.approx([nats[number] for number in order], rel=TOLERANCE)
+    assert list(found.document_tokens) == [tokens[number] for number in order]
+    assert found.nats_per_token == pytest.approx(sum(nats.values()) / sum(tokens.values()), rel=TOLERANCE)
+    assert predicted_tokens(Blocks(ids_NT, document_NT, counted_NT)) == {number: tokens[number] for number in order}
 
 
 def test_bits_per_byte_over_several_blocks() -> None:
@@ -141,7 +211,7 @@ def test_bits_per_byte_over_several_blocks() -> None:
     everything = [value for block in nats for value in block]
     assert found.bits_per_byte == pytest.approx(bits_per_byte(everything, num_bytes), rel=TOLERANCE)
     means = [sum(block) / len(block) for block in nats]
-    assert found.block_nats == pytest.approx(means, rel=TOLERANCE)
+    assert found.document_nats == pytest.approx([sum(block) for block in nats], rel=TOLERANCE)
     assert found.nats_per_token == pytest.approx(sum(everything) / len(everything), rel=TOLERANCE)
     assert found.perplexity == pytest.approx(math.exp(sum(means) / 3), rel=10 * TOLERANCE)
     assert found.standard_error == pytest.approx(mean_error(means), abs=2 * TOLERANCE * max(means))
@@ -199,11 +269,13 @@ def test_figures_of_a_domain_are_those_of_the_formulae(sizes: list[int], seed: i
     generator = torch.Generator().manual_seed(seed)
     blocks = [torch.rand(size, generator=generator) for size in sizes]
     agree = [torch.rand(size, generator=generator) < 0.6 for size in sizes]
-    found = summarise("mine", blocks, agree)
+    ids = [torch.zeros(size + 1, dtype=torch.int64) for size in sizes]
+    found = summarise("mine", ids, blocks, agree)
     values = [float(value) for block in blocks for value in block]
     assert found.mean == pytest.approx(sum(values) / len(values), rel=1e-12)
-    means = [sum(block.tolist()) / len(block) for block in blocks]
-    assert found.standard_error == pytest.approx(mean_error(means), rel=1e-9, abs=1e-12)
+    rest = sum((sum(block.tolist()) - found.mean * len(block)) ** 2 for block in blocks)
+    error = math.sqrt(rest * len(sizes) / (len(sizes) - 1)) / sum(sizes) if len(sizes) > 1 else None
+    assert found.standard_error == (error if error is None else pytest.approx(error, rel=1e-9, abs=1e-12))
     assert found.p95 == pytest.approx(quantile(values, 0.95), rel=1e-12)
     hits = [bool(value) for block in agree for value in block]
     assert found.top1_agreement == pytest.approx(sum(hits) / len(hits), rel=1e-12)
@@ -213,7 +285,7 @@ def test_figures_of_a_domain_are_those_of_the_formulae(sizes: list[int], seed: i
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_value_that_is_not_finite_is_refused(value: float) -> None:
     with pytest.raises(NumericsError, match=r"^KL, domain legal: .*\.$"):
-        summarise("legal", [torch.ones(3), torch.tensor([1.0, value])], [torch.ones(5, dtype=torch.bool)])
+        summarise("legal", torch.zeros(1, 3, dtype=torch.int64), [torch.tensor([1.0, value])], [torch.ones(2)])
 
 
 def test_the_heads_input_is_where_a_token_follows() -> None:

@@ -4,16 +4,16 @@ In: blocks of token ids. Out: blocks of the other tokenizer's ids, of as many to
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain, groupby
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
-from jaxtyping import Int64
 from tokenizers import decoders
-from torch import Tensor
 
+from secateur.data.blocks import Block, Text, blocks_of
 from secateur.model.checkpoint import Tokenizer
 from secateur.model.vocabulary import is_byte_level
 
@@ -21,33 +21,43 @@ HALF = "\N{REPLACEMENT CHARACTER}"
 CHARACTERS = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])  # spaces stay as pieces spell them
 
 
-def retokenised(
-    blocks_NT: Mapping[str, Iterable[Int64[Tensor, " T"]]], source: Tokenizer, target: Tokenizer
-) -> dict[str, list[Int64[Tensor, " M"]]]:
+def retokenised(text: Mapping[str, Text], source: Tokenizer, target: Tokenizer) -> dict[str, list[Block]]:
     """Return every domain's blocks in tokens of `target`; one tokenizer is a trim of the other.
 
     A model predicts the same bytes of a block in either: those behind its first token, which is
     context alone (where `target` lacks it, its last part). Special and added tokens are mapped one
     to one, parts of a character at the ends of a text byte by byte; all else is split as `target`
-    splits it.
+    splits it, by itself for every document, and for what counts and what does not.
     """
     splitter, reader = _Splitter.of(target), cast(Any, source)  # a fast tokenizer, as trims are of
     added = set(reader.get_added_vocab())
 
     def ids_of(pieces: list[str]) -> list[int]:
-        found: list[int] = []
+        ids: list[int] = []
         for is_added, run in groupby(pieces, lambda piece: piece in added):
-            found += (splitter.spelt if is_added else splitter.split)(list(run))
-        return found
+            ids += (splitter.spelt if is_added else splitter.split)(list(run))
+        return ids
 
-    def block(ids_T: Tensor) -> Tensor:
-        pieces = reader.convert_ids_to_tokens(ids_T.tolist())
-        given, ids = splitter.spelt(pieces[:1]), ids_of(pieces)
-        if ids[: len(given)] != given:  # a token of the target spells the end of the first one and more
-            ids = given + ids_of(pieces[1:])
-        return torch.tensor(ids[len(given) - 1 :])
+    def by_mark(pieces: list[str], marks: list[Mark]) -> list[tuple[int, Mark]]:
+        runs = groupby(zip(pieces, marks, strict=True), key=itemgetter(1))
+        return [(index, mark) for mark, run in runs for index in ids_of([piece for piece, _ in run])]
 
-    return {domain: [block(ids_T) for ids_T in domain_NT] for domain, domain_NT in blocks_NT.items()}
+    def retold(block: Block) -> Block:
+        pieces = reader.convert_ids_to_tokens(block.ids_T.tolist())
+        counted = [True] * len(pieces) if block.counted_T is None else block.counted_T.tolist()
+        marks = list(zip(block.document_T.tolist(), counted, strict=True))
+        first, ids = [(index, marks[0]) for index in splitter.spelt(pieces[:1])], by_mark(pieces, marks)
+        if ids[: len(first)] != first:  # a token of the target spells the end of the first one and more
+            ids = first + by_mark(pieces[1:], marks[1:])
+        ids = ids[len(first) - 1 :]
+        counted_T = None if block.counted_T is None else torch.tensor([mark[1] for _, mark in ids])
+        return Block(torch.tensor([index for index, _ in ids]), torch.tensor([mark[0] for _, mark in ids]), counted_T)
+
+    return {domain: [retold(block) for block in blocks_of(blocks)] for domain, blocks in text.items()}
+
+
+# A token's document, and whether it counts.
+Mark = tuple[int, bool]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from secateur.data.calibration import CalibrationSet, content_hash
+from secateur.data.blocks import Blocks, JudgedText, LearningText
 from secateur.errors import CalibrationError, NumericsError
 from secateur.log import Progress, silent
 from secateur.model.checkpoint import Tokenizer, eval_mode
@@ -23,29 +23,32 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def with_sampled(
-    calibration: CalibrationSet,
+    text: LearningText,
+    judged: JudgedText,
     model: CausalLM,
     tokenizer: Tokenizer,
     seed: int,
     progress: Progress = silent,
     dense_ids: Int64[Tensor, " K"] | None = None,
-) -> CalibrationSet:
-    """Return the set with every sampled domain written by `model`; the held-out blocks come first.
+) -> tuple[LearningText, JudgedText]:
+    """Return both texts with every sampled domain written by `model`.
 
-    `dense_ids`, errors: as in `sample_blocks`.
+    The order is judged, held out, learning; blocks are a document each. `dense_ids`, errors: as in
+    `sample_blocks`.
     """
-    if not any(domain.calibration_NT.is_meta for domain in calibration.domains):
-        return calibration
-    domains = list(calibration.domains)
+    domains, judging = list(text.domains), dict(judged.blocks)
     for index, domain in enumerate(domains):
-        if domain.calibration_NT.is_meta:
-            num_held_out, (num_blocks, length) = len(domain.held_out_NT), domain.calibration_NT.shape
-            own_seed, tell = Random(f"{seed}:{domain.name}").getrandbits(63), partial(progress, f"sample {domain.name}")
-            num_all = num_held_out + num_blocks
-            ids_NT = sample_blocks(model, tokenizer, num_all, length, own_seed, tell, dense_ids)
-            held_out_NT, calibration_NT = ids_NT[:num_held_out], ids_NT[num_held_out:]
-            domains[index] = replace(domain, held_out_NT=held_out_NT, calibration_NT=calibration_NT)
-    return replace(calibration, domains=tuple(domains), content_hash=content_hash(domains))
+        if not domain.blocks.is_meta:
+            continue
+        own_judged = judging[domain.name]
+        num_judged = 0 if own_judged is domain.held_out else len(own_judged)
+        first, num_all = num_judged + len(domain.held_out), num_judged + len(domain.held_out) + len(domain.blocks)
+        own_seed, tell = Random(f"{seed}:{domain.name}").getrandbits(63), partial(progress, f"sample {domain.name}")
+        length = text.sequence_length
+        written = Blocks.of(sample_blocks(model, tokenizer, num_all, length, own_seed, tell, dense_ids))
+        domains[index] = replace(domain, held_out=written[num_judged:first], blocks=written[first:])
+        judging[domain.name] = written[:num_judged] if num_judged else domains[index].held_out
+    return replace(text, domains=tuple(domains)), replace(judged, blocks=judging)
 
 
 def sample_blocks(

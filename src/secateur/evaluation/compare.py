@@ -4,15 +4,13 @@ In: a `Study`, from YAML. Out: a `Comparison`, and a page. A method is recipe ke
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
+from secateur.data.blocks import Blocks
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.parts import Subject, subject_of
@@ -38,26 +36,26 @@ from secateur.model.bind import Arch
 from secateur.model.kept_tokens import Trim
 from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import Opened, open_model, tokenizer_of
-from secateur.pruning.prune import calibration_text
 from secateur.pruning.resolve import Resolved, checked, resolve
 from secateur.pruning.run import Run, without_tokens
+from secateur.pruning.text import Drawn, RunText, run_text
 from secateur.pruning.trim import plan_trim
 from secateur.ranks import in_turns, is_first, joined
 from secateur.recovery.polish import Lesson, learn, polish
 from secateur.report.report import missing_plots
 from secateur.store import Services, Store
 from secateur.stream.device import keeping_freed, on_device
-from secateur.stream.losses import domain_losses
+from secateur.stream.losses import domain_losses, predicted_tokens
 
 
 class Judged(NamedTuple):
-    """Blocks of the dense tokenizer by domain: held out of what the study calibrates on, and others.
+    """Blocks of the dense tokenizer by domain: of documents that no cell learns by, and others.
 
-    `content_hash`: of what it calibrates on and holds out.
+    `content_hash`: of the first, and of what the study calibrates on.
     """
 
-    held_out: dict[str, Tensor]
-    others: dict[str, Tensor]
+    held_out: Mapping[str, Blocks]
+    others: Mapping[str, Blocks]
     content_hash: str
 
 
@@ -187,16 +185,25 @@ def _compare(study: Study, out: Path, progress: Progress, tell: Callable[[str], 
 
 
 def _judged_on(shared: _Shared, seed: int) -> Judged:
-    """Return the blocks that a seed's cells are judged on: the first held-out ones, and the others."""
+    """Return the blocks that a seed's cells are judged on: those that no cell learns by, and the others."""
     opened = checked(shared.opened.asking(study_recipe(shared.study, seed)))
-    samples = any(domain.sampled for domain in opened.recipe.calibration.domains.values())
-    model = shared.dense.load() if samples else None
-    drawn = calibration_text(opened, resolve(opened), shared.progress, model, shared.num_blocks)
-    others, length = shared.study.evaluation.others, drawn.sequence_length
+    drawn = _drawn(shared, opened, _run_text(shared, opened), shared.dense.load)
+    others, length = shared.study.evaluation.others, drawn.learning.sequence_length
     asked = (shared.num_blocks, length, tokenizer_of(opened), shared.progress)
     unseen = named_blocks(others, *asked)[0] if others else {}
-    held_out = {domain.name: domain.held_out_NT[: shared.num_blocks] for domain in drawn.domains}
-    return Judged(held_out, unseen, drawn.content_hash)
+    return Judged(drawn.judged.blocks, unseen, drawn.learning.content_hash + drawn.judged.content_hash)
+
+
+def _run_text(shared: _Shared, opened: Opened) -> RunText:
+    """Return the text of a cell; that which judges comes first, and so is the same for all cells of a seed."""
+    return run_text(opened, shared.progress, num_judged_blocks=shared.num_blocks)
+
+
+def _drawn(shared: _Shared, opened: Opened, text: RunText, load: Callable[[], Any]) -> Drawn:
+    """Return the text, with what the dense model writes. `load`: returns it, if it is to write some."""
+    drawn = text.drawn(opened, resolve(opened))
+    is_written = all(not blocks.is_meta for blocks in drawn.judged.blocks.values())
+    return drawn if is_written else drawn.written(opened, load(), shared.progress)
 
 
 def _dense_cell(shared: _Shared, name: str, seed: int, blocks: Judged) -> FoundCell:
@@ -211,7 +218,7 @@ def _dense_cell(shared: _Shared, name: str, seed: int, blocks: Judged) -> FoundC
         start, subject = time.perf_counter(), replace(shared.dense)
         if recipe is not None:
             opened, services = checked(shared.opened.asking(recipe)), Services(progress=shared.progress)
-            run, lesson = _dense_run(shared, opened, services, blocks)
+            run, lesson = _dense_run(shared, opened, services, _run_text(shared, opened))
             _polish(run, lesson, opened)
             subject = replace(shared.dense, loaded=run.model)
         seconds = 0.0 if recipe is None else time.perf_counter() - start
@@ -225,16 +232,16 @@ def _dense_cell(shared: _Shared, name: str, seed: int, blocks: Judged) -> FoundC
 def _cell(shared: _Shared, cell: Cell, blocks: Judged) -> FoundCell:
     def compute() -> dict[str, Any]:
         opened, services = checked(shared.opened.asking(cell.recipe)), Services(progress=shared.progress)
-        start = time.perf_counter()
+        start, text = time.perf_counter(), _run_text(shared, opened)
         if cell.recipe.remove.vocabulary is not None:
-            opened = replace(opened, trim=plan_trim(opened, services))
-        run, lesson = _dense_run(shared, opened, services, blocks)
+            opened = replace(opened, trim=plan_trim(opened, services, text.learning))
+        run, lesson = _dense_run(shared, opened, services, text)
         run = remove_depth(run)
         prune_in_place(run)
         _polish(run, lesson, opened)
         seconds = time.perf_counter() - start
         reached = 1 - Size.of(run.model).num_params / Size.of(shared.opened.model).num_params
-        num_tokens = {domain.name: domain.calibration_NT.numel() for domain in run.text.domains}
+        num_tokens = {domain.name: domain.calibration.num_tokens for domain in run.text.domains}
         facts = {"remove_reached": reached, "seconds": seconds, "num_tokens": num_tokens}
         subject = replace(shared.dense, arch=run.arch, loaded=run.model)
         return facts | _judge(shared, subject, blocks, opened.trim)
@@ -244,36 +251,20 @@ def _cell(shared: _Shared, cell: Cell, blocks: Judged) -> FoundCell:
     return FoundCell(cell.method, cell.ratio, cell.seed, **result, model=shared.name)
 
 
-def _dense_run(shared: _Shared, opened: Opened, services: Services, blocks: Judged) -> tuple[Run, Lesson | None]:
-    """Return a run whose model is dense still, and what that model teaches.
-
-    The guard of the polish must not see the blocks that cells are judged on, which may be more
-    tokens after a trim.
-    """
+def _dense_run(shared: _Shared, opened: Opened, services: Services, text: RunText) -> tuple[Run, Lesson | None]:
+    """Return a run whose model is dense still, and what that model teaches."""
     resolved, trim, model = resolve(opened), opened.trim, shared.dense.load()
-    skipped = max(-(-length // resolved.sequence_length) for length in _lengths(blocks.held_out, trim))
-    drawn = calibration_text(opened, resolved, shared.progress, model, skipped)
-    unseen = (replace(domain, held_out_NT=domain.held_out_NT[skipped:]) for domain in drawn.domains)
-    text = replace(drawn, domains=tuple(unseen))
-    run = Run(model=model, arch=opened.arch, resolved=resolved, text=text, services=services)
+    learning = _drawn(shared, opened, text, lambda: model).learning
+    run = Run(model=model, arch=opened.arch, resolved=resolved, text=learning, services=services)
     if trim is not None:
         run = without_tokens(run, trim)
-    dense_ids = None if trim is None else torch.tensor(trim.kept.dense_ids)
-    facts = (run.resolved.recipe, tokenizer_of(opened), services)
-    return run, learn(model, run.arch, text, *facts, dense_ids=dense_ids, skipped=skipped)
+    return run, learn(model, run.arch, learning, run.resolved.recipe, services)
 
 
 def _polish(run: Run, lesson: Lesson | None, opened: Opened) -> None:
     if lesson is not None:
         polish(run.model, lesson, run.resolved.recipe.seed, run.services, opened.device)
         on_device(run.model, opened.device)
-
-
-def _lengths(blocks: dict[str, Tensor], trim: Trim | None) -> list[int]:
-    """Return the tokens of each domain's blocks, after the trim if there is one."""
-    if trim is None:
-        return [ids_NT.numel() for ids_NT in blocks.values()]
-    return [sum(map(len, ids)) for ids in retokenised(blocks, trim.dense_tokenizer, trim.tokenizer).values()]
 
 
 def _depends_on(shared: _Shared, seed: int, recipe: dict[str, Any], blocks: Judged) -> dict[str, Any]:
@@ -284,7 +275,7 @@ def _depends_on(shared: _Shared, seed: int, recipe: dict[str, Any], blocks: Judg
         "device": shared.dense.device.type,
         "evaluation": shared.study.evaluation.model_dump(mode="json"),
         "text": blocks.content_hash,
-        "others": {name: int(ids_NT.sum()) for name, ids_NT in blocks.others.items()},
+        "others": {name: int(part.ids_NT.sum()) for name, part in blocks.others.items()},
         "versions": versions(),
     }
 
@@ -298,21 +289,28 @@ def _judge(shared: _Shared, subject: Subject, blocks: Judged, trim: Trim | None)
     parts = blocks.held_out, blocks.others
     losses = [_losses(model, subject.arch, part, trim, shared.progress) if part else {} for part in parts]
     nats = [{name: loss.nats_per_token for name, loss in part.items()} for part in losses]
-    by_block = {name: loss.block_nats for name, loss in losses[0].items()}
+    document_nats = {name: loss.document_nats for name, loss in losses[0].items()}
+    document_tokens = {name: loss.document_tokens for name, loss in losses[0].items()}
     options = _task_options(evaluation)
     tokenizer = tokenizer_of(shared.opened) if trim is None else trim.tokenizer
     for name, task in (shared.tasks.tasks if shared.tasks else {}).items():
         found = run_task(task, model, tokenizer, options, partial(shared.progress, name))
         tasks[name] = {key: value for key, value in found["results"][name].items() if isinstance(value, int | float)}
-    return {"nats_per_token": nats[0], "others": nats[1], "tasks": tasks, "block_nats": by_block}
+    return {
+        "nats_per_token": nats[0],
+        "others": nats[1],
+        "tasks": tasks,
+        "document_nats": document_nats,
+        "document_tokens": document_tokens,
+    }
 
 
 def _losses(
-    model: Any, arch: Arch, blocks: dict[str, Tensor], trim: Trim | None, progress: Progress
+    model: Any, arch: Arch, blocks: Mapping[str, Blocks], trim: Trim | None, progress: Progress
 ) -> dict[str, Loss]:
     """Return losses by domain, in nats per token of the dense tokenizer."""
     if trim is None:
         return domain_losses(model, arch, blocks, progress)
-    counts = {name: [len(ids_T) - 1 for ids_T in ids_NT] for name, ids_NT in blocks.items()}
+    counts = {name: predicted_tokens(part) for name, part in blocks.items()}
     read = retokenised(blocks, trim.dense_tokenizer, trim.tokenizer)
     return domain_losses(model, arch, read, progress, num_tokens=counts)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from secateur.data.blocks import Blocks, Text
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.evaluation import parts
@@ -30,7 +30,7 @@ from secateur.report.measured import Evaluation, Measured, Quality, Sample, Task
 from secateur.result_directory import EVALUATION_FILE, PARTS_FOLDER
 from secateur.store import Store
 from secateur.stream.device import keeping_freed
-from secateur.stream.losses import Blocks
+from secateur.stream.losses import predicted_tokens
 
 _Found = tuple[Measured, dict[str, Any]]
 
@@ -54,15 +54,15 @@ class _Settings:
 class _Text:
     """Everything that a model is asked, in its own tokens.
 
-    `blocks`: by stage ("domains", "wikitext2") and domain. `num_tokens`: of each block, in nats per
-    which losses are; None: the blocks' own.
+    `blocks`: by stage ("domains", "wikitext2") and domain. `num_tokens`: of each document, in nats per
+    which losses are; None: the text's own.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    blocks: dict[str, dict[str, Blocks]]
+    blocks: dict[str, dict[str, Text]]
     tasks: LoadedTasks | None
     notes: tuple[str, ...]
-    num_tokens: dict[str, dict[str, list[int]]] | None = None
+    num_tokens: dict[str, dict[str, dict[int, int]]] | None = None
 
 
 @joined()
@@ -134,9 +134,9 @@ def _evaluate(
         of_dense = check_dense(pruned.checkpoint, dense.checkpoint, "--against", other=other_dense)
     trim = None if dense is None else trim_between(pruned.checkpoint, dense.checkpoint, "--against", alone)
     text = dense_text = _prepare(settings, pruned, progress)
-    domains = cast(dict[str, Tensor], text.blocks["domains"])
+    domains = cast(dict[str, Blocks], text.blocks["domains"])
     models = (each.fingerprint for each in (pruned, dense) if each is not None)
-    check_same({"model": " ".join(models), "text": str([int(ids_NT.sum()) for ids_NT in domains.values()])})
+    check_same({"model": " ".join(models), "text": str([int(blocks.ids_NT.sum()) for blocks in domains.values()])})
     if trim is not None:
         text, dense_text = _in_both(text, trim)
     elif (kept := kept_tokens_of(pruned.checkpoint.directory)) is not None:
@@ -226,8 +226,7 @@ def _in_both(text: _Text, trim: Trim) -> tuple[_Text, _Text]:
     """Return the text for the pruned and for the dense model, in nats per token of the dense one's."""
     blocks = {stage: retokenised(each, trim.tokenizer, trim.dense_tokenizer) for stage, each in text.blocks.items()}
     counts = {
-        stage: {domain: [len(ids_T) - 1 for ids_T in ids_NT] for domain, ids_NT in each.items()}
-        for stage, each in blocks.items()
+        stage: {domain: predicted_tokens(retold) for domain, retold in each.items()} for stage, each in blocks.items()
     }
     note = (
         f"the tokenizers differ ({trim.kept.num_dense:,} and {len(trim.kept.dense_ids):,} tokens): losses are nats per "
@@ -244,7 +243,8 @@ def _measure(store: Store, subject: parts.Subject, text: _Text, options: TaskOpt
         blocks, counts = text.blocks.get(stage, {}), None if text.num_tokens is None else text.num_tokens.get(stage)
         found = parts.quality_parts(store, subject, text.tokenizer, stage, blocks, progress, counts)
         for part in found.values():
-            part["block_nats"] = tuple(part["block_nats"])  # a list when read back from JSON
+            for name in ("document_nats", "document_tokens"):
+                part[name] = tuple(part[name])  # a list when read back from JSON
         return {name: Quality(**part) for name, part in found.items()}
 
     domains, wikitext2 = qualities("domains"), qualities("wikitext2").get("test")

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.data.blocks import Block, Text, blocks_of
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, identity, merge, num_questions, run_task
 from secateur.evaluation.text import continuation, measure_quality
+from secateur.facts import standard_error
 from secateur.log import Progress, versions
 from secateur.model.bind import Arch, bind, head_of
 from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_model, open_checkpoint
@@ -38,7 +40,6 @@ from secateur.report.measured import (
 from secateur.store import Store
 from secateur.stream import losses
 from secateur.stream.device import on_device
-from secateur.stream.losses import Blocks
 
 Part = dict[str, Any]
 
@@ -63,7 +64,7 @@ def _task_change(name: str, metric: str, dense: dict[str, Any], pruned: dict[str
     before, after = dense["results"][name][metric], pruned["results"][name][metric]
     old, new = (side["item_scores"].get(name, {}).get(metric, []) for side in (dense, pruned))
     paired = _is_mean(old, before) and _is_mean(new, after)
-    error = losses.standard_error([b - a for a, b in zip(old, new, strict=True)]) if paired else None
+    error = standard_error([b - a for a, b in zip(old, new, strict=True)], [1] * len(old)) if paired else None
     return TaskChange(after - before, error)
 
 
@@ -147,25 +148,25 @@ def quality_parts(
     subject: Subject,
     tokenizer: PreTrainedTokenizerBase,
     stage: str,
-    blocks_NT: Mapping[str, Blocks],
+    text: Mapping[str, Text],
     progress: Progress,
-    num_tokens: dict[str, list[int]] | None = None,
+    num_tokens: dict[str, dict[int, int]] | None = None,
 ) -> dict[str, Part]:
     """Return `Quality` as a mapping, by domain. `num_tokens`: as in `measure_quality`, by domain."""
-    count = _Count(progress, f"{subject.which}: {stage}", _num_blocks(blocks_NT))
+    count = _Count(progress, f"{subject.which}: {stage}", _num_blocks(text))
     count.move(0)
     found = {}
-    for domain, domain_NT in blocks_NT.items():
+    for domain, blocks in text.items():
         before, counts = count.done, None if num_tokens is None else num_tokens[domain]
 
-        def compute(domain: str = domain, domain_NT: Blocks = domain_NT, counts: list[int] | None = counts) -> Part:
+        def compute(domain: str = domain, blocks: Text = blocks, counts: dict[int, int] | None = counts) -> Part:
             done = partial(count.move, size())  # ranks have equally many, plus or minus one
-            quality = measure_quality(subject.model(), subject.arch, tokenizer, domain, domain_NT, done, counts)
+            quality = measure_quality(subject.model(), subject.arch, tokenizer, domain, blocks, done, counts)
             return dataclasses.asdict(quality)
 
-        depends_on = {**subject.facts, **_facts(domain_NT), **({"per": counts} if counts else {})}
+        depends_on = {**subject.facts, **_facts(blocks), **({"per": list(counts.items())} if counts else {})}
         found[domain] = store.value(f"{stage}-{domain}", compute, depends_on=depends_on)
-        count.move(before + len(domain_NT) - count.done)
+        count.move(before + len(blocks) - count.done)
     return found
 
 
@@ -192,22 +193,22 @@ def sample_parts(
 
 
 def dense_states(
-    store: Store, dense: Subject, pruned: Subject, blocks_NT: dict[str, Tensor], progress: Progress
+    store: Store, dense: Subject, pruned: Subject, text: Mapping[str, Text], progress: Progress
 ) -> losses.DenseStates | None:
     """Return the dense model's part of KL on this rank's blocks; None if every KL is known."""
     unknown = {
-        domain: domain_NT
-        for domain, domain_NT in blocks_NT.items()
-        if not store.has(f"kl-{domain}", _kl_facts(dense, pruned, domain_NT))
+        domain: blocks_of(blocks)
+        for domain, blocks in text.items()
+        if not store.has(f"kl-{domain}", _kl_facts(dense, pruned, blocks))
     }
     if not unknown:
         return None
     count = _Count(progress, "dense: states for KL", _num_blocks(unknown))
     states: dict[str, list[Tensor]] = {}
-    for domain, domain_NT in unknown.items():
+    for domain, blocks in unknown.items():
         states[domain] = []
-        for ids_T in own_part(list(domain_NT)):
-            states[domain].append(losses.final_states(dense.model(), dense.arch, ids_T[None]))
+        for block in own_part(blocks):
+            states[domain].append(losses.final_states(dense.model(), dense.arch, block.ids_T[None]))
             count.move(size())
     return losses.DenseStates(head_of(dense.model(), dense.arch), states)
 
@@ -217,29 +218,29 @@ def kl_parts(
     dense: Subject,
     pruned: Subject,
     states: losses.DenseStates | None,
-    blocks_NT: dict[str, Tensor],
+    text: Mapping[str, Text],
     progress: Progress,
 ) -> dict[str, Part]:
     """Return `Divergence` as a mapping, by domain. `states`: for domains without a known KL."""
-    count = _Count(progress, "KL(dense || pruned)", _num_blocks(blocks_NT))
+    count = _Count(progress, "KL(dense || pruned)", _num_blocks(text))
     found = {}
-    for domain, domain_NT in blocks_NT.items():
+    for domain, blocks in text.items():
 
-        def compute(domain: str = domain, domain_NT: Tensor = domain_NT) -> Part:
+        def compute(domain: str = domain, blocks: Text = blocks) -> Part:
             assert states is not None
             dense_head, own_states = states.head, iter(states.states_NPD[domain])
             head = head_of(pruned.model(), pruned.arch)
 
-            def compare(ids_T: Tensor) -> tuple[Tensor, Tensor]:
-                pruned_PD = losses.final_states(pruned.model(), pruned.arch, ids_T[None])
+            def compare(block: Block) -> tuple[Tensor, Tensor]:
+                pruned_PD = losses.final_states(pruned.model(), pruned.arch, block.ids_T[None])
                 return losses.compare_tokens(next(own_states), dense_head, pruned_PD, head)
 
-            compared = spread(compare, list(domain_NT))
-            return dataclasses.asdict(losses.summarise(domain, *(list(parts) for parts in zip(*compared, strict=True))))
+            compared = [list(parts) for parts in zip(*spread(compare, blocks_of(blocks)), strict=True)]
+            return dataclasses.asdict(losses.summarise(domain, blocks, *compared))
 
-        depends_on = _kl_facts(dense, pruned, domain_NT)
+        depends_on = _kl_facts(dense, pruned, blocks)
         found[domain] = store.value(f"kl-{domain}", compute, depends_on=depends_on)
-        count.move(len(domain_NT))
+        count.move(len(blocks))
     return found
 
 
@@ -307,15 +308,17 @@ def recovered_scores(
     )
 
 
-def _num_blocks(blocks_NT: Mapping[str, Blocks]) -> int:
-    return sum(len(domain_NT) for domain_NT in blocks_NT.values())
+def _num_blocks(text: Mapping[str, Text]) -> int:
+    return sum(len(blocks) for blocks in text.values())
 
 
-def _facts(blocks_NT: Blocks) -> Part:
-    digest = hashlib.sha256(b"".join(ids_T.numpy().astype("<i8").tobytes() for ids_T in blocks_NT)).hexdigest()
-    lengths = [len(ids_T) for ids_T in blocks_NT]
+def _facts(text: Text) -> Part:
+    blocks = blocks_of(text)
+    parts = [part.numpy().astype("<i8").tobytes() for block in blocks for part in block if part is not None]
+    digest = hashlib.sha256(b"".join(parts)).hexdigest()
+    lengths = [len(block.ids_T) for block in blocks]
     return {"blocks": lengths if len(set(lengths)) > 1 else [len(lengths), lengths[0]], "sha256": digest}
 
 
-def _kl_facts(dense: Subject, pruned: Subject, blocks_NT: Tensor) -> Part:
-    return {"dense": dense.facts, "pruned": pruned.facts, **_facts(blocks_NT)}
+def _kl_facts(dense: Subject, pruned: Subject, text: Text) -> Part:
+    return {"dense": dense.facts, "pruned": pruned.facts, **_facts(text)}

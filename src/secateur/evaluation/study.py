@@ -185,7 +185,7 @@ class FoundCell:
     """A finished cell of a study. `tasks`: the harness's numbers. `seconds`: of pruning alone.
 
     All nats are per token of the dense tokenizer. `others`: on text of kinds that no run saw.
-    `block_nats`: of each block by domain. `model`: its name in tables.
+    `document_nats`, `document_tokens`: sums over each document, by domain. `model`: its name in tables.
     """
 
     method: str
@@ -197,18 +197,19 @@ class FoundCell:
     tasks: dict[str, dict[str, float]]
     num_tokens: dict[str, int] = field(default_factory=dict)
     others: dict[str, float] = field(default_factory=dict)
-    block_nats: dict[str, list[float]] = field(default_factory=dict)
+    document_nats: dict[str, list[float]] = field(default_factory=dict)
+    document_tokens: dict[str, list[int]] = field(default_factory=dict)
     model: str = ""
 
     def over(self, dense: "FoundCell") -> dict[str, Change]:
         """Return nats per token over those of the dense model on the same draw, by domain."""
-        cells = (dense, self)
-        return {
-            name: change(
-                *(Loss(cell.nats_per_token[name], 0.0, 0, tuple(cell.block_nats.get(name, ()))) for cell in cells)
-            )
-            for name in self.nats_per_token
-        }
+        changes: dict[str, Change] = {}
+        for name in self.nats_per_token:
+            sums = [(each.document_nats.get(name, ()), each.document_tokens.get(name, ())) for each in (dense, self)]
+            nats = dense.nats_per_token[name], self.nats_per_token[name]
+            before, after = (Loss(mean, None, 0, *of) for mean, of in zip(nats, sums, strict=True))
+            changes[name] = change(before, after)
+        return changes
 
     @property
     def perplexity(self) -> float:

@@ -13,7 +13,7 @@ import yaml
 from secateur.evaluation.study import DENSE, Comparison, Foreseen, FoundCell, Study
 from secateur.files import staged_file
 from secateur.log import human_bytes
-from secateur.report.measured import Change, mean_change
+from secateur.report.measured import Change, mean_change, spread_of
 from secateur.report.page import Page, Section, Table, render
 from secateur.report.plots import Series, Text, dot_plot
 from secateur.report.rows import Tables, escaped, markdown, terminal
@@ -99,7 +99,9 @@ def _changes(found: Iterable[FoundCell]) -> dict[tuple[str, float], list[Change]
     with_mean = dict[tuple[str, float], list[Change]]()
     for key, each in grouped.items():
         nats = statistics.mean(change.nats_per_token for change in each)
-        with_mean[key] = [Change(nats, statistics.mean(change.standard_error for change in each)), *each]
+        errors = [change.standard_error for change in each if change.standard_error is not None]
+        error = statistics.mean(errors) if len(errors) == len(each) else None
+        with_mean[key] = [Change(nats, error), *each]
     return with_mean
 
 
@@ -122,7 +124,7 @@ def _tables_over_models(found: list[FoundCell]) -> list[Table]:
     own = "Nats per token of each model's own tokenizer over its own dense"
     return [
         Table("Perplexity over that of each model's own dense, geometric mean", header, times),
-        Table(f"{own}, ± standard error over draws; of one draw, over blocks", header, nats),
+        Table(f"{own}, ± standard error over draws; of one draw, over documents", header, nats),
     ]
 
 
@@ -262,7 +264,7 @@ def _over_dense_table(found: list[FoundCell]) -> Table:
         cells = (each.text() for each in (mean, *(changes[name] for name in domains)))
         rows.append((row.method, f"{row.ratio:.0%}", *cells))
     caption = (
-        "Nats per token over the dense model on the same text, ± standard error over draws; of one draw, over blocks"
+        "Nats per token over the dense model on the same text, ± standard error over draws; of one draw, over documents"
     )
     return Table(caption, ("method", "asked", "mean of domains", *domains), rows)
 
@@ -345,7 +347,7 @@ def _plots(found: list[FoundCell]) -> tuple[list[str], list[str]]:
         shown = {method: change for method, change in points.items() if change.nats_per_token < most}
         left_out = f"Not in the plot, {MOST_TIMES_BEST} times the best perplexity or more"
         hidden += [f"{left_out}: {method} at {ratio:.0%}." for method in points if method not in shown]
-        errors = [(each.standard_error, each.standard_error) for each in shown.values()]
+        errors = [spread_of(each) for each in shown.values()]
         values = [each.nats_per_token for each in shown.values()]
         series = Series("± standard error, paired", "pruned", values, errors)
         title = f"Nats per token over the dense model with {ratio:.0%} removed"

@@ -12,9 +12,11 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.data.calibration import CalibrationSet, build_calibration, judging_tokens
+from secateur.data.blocks import Block, Blocks, JudgedText, Text, blocks_of
+from secateur.data.pool import TextPool
 from secateur.data.rows import read_rows
-from secateur.errors import CalibrationError, NumericsError, RecipeError
+from secateur.errors import CalibrationError, RecipeError
+from secateur.formats.run_text import run_text_again, text_facts
 from secateur.log import Progress
 from secateur.model.bind import Arch
 from secateur.model.token_bytes import num_bytes
@@ -22,8 +24,8 @@ from secateur.ranks import spread
 from secateur.recipe import Calibration, Domain
 from secateur.recipe_file import RECIPE_FILE, load_recipe, parse_recipe
 from secateur.report.measured import Quality
-from secateur.report.records import Summary
-from secateur.stream.losses import Blocks, block_losses, per_token, standard_error
+from secateur.result_directory import RESULT_FILE
+from secateur.stream.losses import Sums, block_losses, loss_of, sums_of
 
 HUB = "hub"
 DEFAULT_BLOCK_LENGTH = 2048
@@ -34,7 +36,7 @@ START_TOKENS, SAMPLE_TOKENS, SAMPLED_DOMAINS = 32, 60, 3
 
 def recipe_blocks(
     directory: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+) -> tuple[dict[str, Blocks], tuple[str, ...]]:
     """Return the blocks that judged the run that made `directory`, and notes.
 
     A note says if the text has changed. Text sampled from the dense model is left out, with a note,
@@ -48,17 +50,16 @@ def recipe_blocks(
             "--domain NAME[=FILE], --wikitext2 or --tasks."
         )
     recipe = parse_recipe(load_recipe(path), f"recipe {path}")
-    if (num_tokens := recipe.calibration.num_tokens) is None:
+    if recipe.calibration.num_tokens is None:
         raise RecipeError(f"recipe {path}: calibration.num_tokens is missing; use the recipe.yaml that the run wrote.")
-    facts = recipe.calibration, num_tokens, tokenizer, recipe.seed, progress
-    judging, rounds = judging_tokens(recipe.output.evaluate), recipe.choose.rounds
-    built = build_calibration(*facts, num_judged_tokens=judging, num_rounds=rounds)
-    blocks = {name: blocks_NT for name, blocks_NT in built.judged.items() if not blocks_NT.is_meta}
-    sampled = ", ".join(domain.name for domain in built.domains if domain.name not in blocks)
+    split = run_text_again(directory, recipe, tokenizer, progress)
+    judged, notes = split.judged, (*split.notes, *split.judged.notes)
+    blocks = {name: part for name, part in judged.blocks.items() if not part.is_meta}
+    sampled = ", ".join(name for name in judged.blocks if name not in blocks)
     if sampled:
         note = f"text sampled from the dense model is left out ({sampled}), and so its hash is not compared."
-        return blocks, (*built.notes, note)
-    return blocks, (*built.notes, *_changes(directory, built))
+        return blocks, (*notes, note)
+    return blocks, (*notes, *_changes(directory, judged))
 
 
 def check_length(option: str, length: int, config: Any) -> None:
@@ -76,19 +77,13 @@ def named_blocks(
     sequence_length: int,
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress,
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+) -> tuple[dict[str, Blocks], tuple[str, ...]]:
     """Return `num_blocks` blocks per domain, and notes on what was left out.
 
     Raises CalibrationError for missing text.
     """
-    alike = {name: domain.model_copy(update={"share": 1.0}) for name, domain in domains.items()}
-    calibration = Calibration(domains=alike, sequence_length=sequence_length)
-    # A calibration set holds one block in ten out; here all serve evaluation.
-    num_calibration = math.ceil(num_blocks * 0.9)
-    num_tokens = num_calibration * len(domains) * sequence_length
-    built = build_calibration(calibration, num_tokens, tokenizer, SEED, progress, key="the number of blocks")
-    drawn = {domain.name: torch.cat([domain.held_out_NT, domain.calibration_NT]) for domain in built.domains}
-    return {name: blocks_NT[:num_blocks] for name, blocks_NT in drawn.items()}, built.notes
+    pool = TextPool(Calibration(sequence_length=sequence_length), tokenizer, SEED, progress)
+    return pool.draw(domains, num_blocks), pool.notes
 
 
 def greedy(model: Any, ids_BT: Tensor, num_tokens: int, *, end: Any = None, **options: Any) -> Tensor:
@@ -110,9 +105,9 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sta
     return str(tokenizer.decode(written_1T[0, ids_1T.shape[1] :], skip_special_tokens=True))
 
 
-def sample_starts(blocks_NT: Mapping[str, Blocks], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def sample_starts(text: Mapping[str, Text], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return the first words of the first block of some domains; none of a domain that begins blank."""
-    first = {name: domain_NT[0][:START_TOKENS] for name, domain_NT in list(blocks_NT.items())[:SAMPLED_DOMAINS]}
+    first = {name: blocks_of(each)[0].ids_T[:START_TOKENS] for name, each in list(text.items())[:SAMPLED_DOMAINS]}
     # A character that the next token would have completed is left out.
     starts = {name: str(tokenizer.decode(ids_T, skip_special_tokens=True)) for name, ids_T in first.items()}
     return {name: start.rstrip("\ufffd") for name, start in starts.items() if start.strip("\ufffd \n\t")}
@@ -123,43 +118,47 @@ def measure_quality(
     arch: Arch,
     tokenizer: PreTrainedTokenizerBase,
     domain: str,
-    blocks_NT: Blocks,
+    text: Text,
     block_done: Callable[[], None],
-    num_tokens: list[int] | None = None,
+    num_tokens: Mapping[int, int] | None = None,
 ) -> Quality:
     """Return the quality on one domain; ranks share the blocks. `block_done`: called per own block.
 
-    `num_tokens`: of each block, in nats per which the quality is, if not the blocks' own; see
-    `per_token`. Raises NumericsError naming the domain if a loss is not finite.
+    `num_tokens`: of each document, in nats per which the quality is, if not the text's own. Raises
+    NumericsError naming the domain if a loss is not finite.
     """
 
-    def mean_loss(ids_T: Tensor) -> float:
-        value = float(block_losses(model, arch, ids_T[None]).mean())
+    def sums(block: Block) -> Sums:
+        found = sums_of(block_losses(model, arch, block.ids_T[None]), block)
         block_done()
-        return value
+        return found
 
-    values, counts = spread(mean_loss, list(blocks_NT)), [len(ids_T) - 1 for ids_T in blocks_NT]
-    if num_tokens is not None:
-        values, counts = per_token(values, counts, num_tokens), num_tokens
-    mean = sum(values) / len(values)
-    if not math.isfinite(mean):
-        raise NumericsError(f"evaluate, domain {domain}: the loss is {mean}; the model gives no finite logits.")
-    total, error = sum(counts), standard_error(values)
-    in_bytes = num_bytes(tokenizer, blocks_NT)
-    bits_per_byte = mean / math.log(2) * total / in_bytes
-    return Quality(mean, error, math.exp(mean), bits_per_byte, total, in_bytes, tuple(values))
+    blocks = blocks_of(text)
+    loss = loss_of(spread(sums, blocks), f"evaluate, domain {domain}", num_tokens)
+    in_bytes = num_bytes(tokenizer, [block.ids_T for block in blocks])
+    return Quality(
+        nats_per_token=loss.nats_per_token,
+        standard_error=loss.standard_error,
+        perplexity=loss.perplexity,
+        bits_per_byte=loss.nats_per_token / math.log(2) * loss.num_tokens / in_bytes,
+        num_tokens=loss.num_tokens,
+        num_bytes=in_bytes,
+        document_nats=tuple(loss.document_nats),
+        document_tokens=tuple(loss.document_tokens),
+    )
 
 
-def _changes(directory: Path, built: CalibrationSet) -> tuple[str, ...]:
-    path = directory / "result.json"
-    if not path.is_file():
+def _changes(directory: Path, judged: JudgedText) -> tuple[str, ...]:
+    facts = text_facts(directory)
+    if facts is None:
+        path = directory / RESULT_FILE
         return (f"{path} is missing, so it is not known whether this text is what the run held out.",)
-    used = Summary.from_json(path.read_bytes(), str(path)).calibration.content_hash
-    if used == built.content_hash:
+    if facts.judged_hash == judged.content_hash:
         return ()
     return (
         "the recipe's text is not what it was when the run was made (installed packages or files changed: sha256 "
-        f"{built.content_hash[:16]}, then {used[:16]}), so the model may have been calibrated on some of it.",
+        f"{judged.content_hash[:16]}, then {facts.judged_hash[:16]}), so the model may have been calibrated on some "
+        "of it.",
     )
 
 

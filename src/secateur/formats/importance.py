@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.data.calibration import build_calibration
 from secateur.errors import CalibrationError
 from secateur.formats.gguf_tensors import gguf_tensors
+from secateur.formats.run_text import run_text_again
 from secateur.formats.serving import gguf_family
 from secateur.log import Progress
 from secateur.methods.prices import sequence_length
@@ -33,15 +33,17 @@ def importance_of(
 
     importance_c = mean over domains d of E_d[x_c^2] / mean_c' E_d[x_c'^2], x the matrix's input: a domain
     counts alike however loud it is. Experts, and matrices that a file holds joined or in halves, have
-    none. The text is that of the recipe which made the checkpoint, else a recipe's default domains. Raises
-    CalibrationError or RecipeError for text that cannot be read.
+    none. The text is what the run that made the checkpoint learnt by, else that of a recipe's default
+    domains. Raises CalibrationError or RecipeError for text that cannot be read.
     """
     path = checkpoint.directory / RECIPE_FILE
     recipe = parse_recipe(load_recipe(path) if path.is_file() else {}, f"recipe {path}")
     length = sequence_length(recipe.calibration.sequence_length, checkpoint.config)
-    calibration = recipe.calibration.model_copy(update={"sequence_length": length, "rotate": False})
-    text = build_calibration(calibration, NUM_TOKENS, load_tokenizer(checkpoint), recipe.seed, progress)
-    blocks = {domain.name: domain.calibration_NT for domain in text.domains if not domain.calibration_NT.is_meta}
+    num_tokens = recipe.calibration.num_tokens or NUM_TOKENS
+    recipe = recipe.filled(calibration={"sequence_length": length, "num_tokens": num_tokens})
+    directory, tokenizer = checkpoint.directory, load_tokenizer(checkpoint)
+    text = run_text_again(directory, recipe, tokenizer, progress, num_training_tokens=NUM_TOKENS).learning.text
+    blocks = {name: part.ids_NT for name, part in text.first(NUM_TOKENS).items() if not part.is_meta}
     if not blocks:
         raise CalibrationError(
             "export importance: the model's recipe has no text but what its dense model wrote, which is not at hand; "

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from secateur.data.calibration import TokenCounts
+from secateur.data.counts import TokenCounts
 from secateur.errors import RecipeError
 from secateur.facts import Batch
 from secateur.log import Progress, silent

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, cast
 
-from secateur.data.calibration import token_counts
+from secateur.data.pool import Amounts, TextPool
 from secateur.errors import CheckpointError, RecipeError, SecateurError
 from secateur.formats.gguf import gguf_bytes, metadata_bytes
 from secateur.formats.serving import KV_HEADS, QUERY_HEADS, VLLM, check_server, gguf_problem, vllm_cautions
@@ -127,8 +127,11 @@ def inspected_vocabulary(opened: Opened, resolved: Resolved, progress: Progress)
     try:
         tokenizer = tokenizer_of(opened)
         vocabulary = read_vocabulary(tokenizer, opened.model)
-        calibrated = (recipe.calibration, resolved.num_tokens, tokenizer, recipe.seed)
-        counts = token_counts(*calibrated, num_rows, progress, most=MOST_COUNTED)
+        read = {name: domain for name, domain in recipe.calibration.domains.items() if not domain.sampled}
+        calibration = recipe.calibration.model_copy(update={"domains": read})
+        pool = TextPool(calibration, tokenizer, recipe.seed)
+        learning = pool.split(calibration, Amounts(num_tokens=resolved.num_tokens)).learning
+        counts = learning.counts(num_rows, progress, most=MOST_COUNTED)
     except SecateurError as error:
         problem = str(error).removeprefix("remove.").removeprefix("vocabulary: ")
         return InspectedVocabulary(num_rows, params(num_rows), problem=problem)

@@ -82,7 +82,7 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
     # The plan is for the layers expected to stay, so only its share is of use.
     domains, widest = run.text.domains, max(group.num_units for group in ffns)
     num_blocks = math.ceil(NARROW_TOKENS_PER_INPUT * widest / (len(domains) * run.text.sequence_length))
-    spare = min(len(domain.calibration_NT) for domain in domains) - recipe.choose.probe_blocks
+    spare = min(len(domain.calibration) for domain in domains) - recipe.choose.probe_blocks
     after = recipe.choose.probe_blocks if spare >= num_blocks else 0
     unprotected = set(range(run.arch.num_layers)) - protected_layers(recipe, run.arch)
     damping = run.resolved.damping if recipe.repair.compensate == "least_squares" else None

@@ -11,10 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from secateur.data.calibration import CalibrationSet, build_calibration, judging_tokens
-from secateur.data.sampled import with_sampled
 from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, silent
 from secateur.model.checkpoint import Tokenizer, eval_mode
@@ -36,12 +32,14 @@ from secateur.pruning.resolve import Resolved, checked, resolve
 from secateur.pruning.result import (
     PrunedCheckpoint,
     Result,
+    calibration_facts,
     foretold,
     opened_like,
     save_and_prove,
     summary_of,
 )
-from secateur.pruning.run import Keeps, Run, without_tokens
+from secateur.pruning.run import Keeps, Run, RunJudge, without_tokens
+from secateur.pruning.text import Drawn, run_text
 from secateur.pruning.trim import plan_trim, would_have_paid
 from secateur.ranks import from_first, is_first, staging_if_any
 from secateur.recipe import Recipe
@@ -85,26 +83,35 @@ def prune_run(
         if directory is not None:
             log.append_to(directory)
         services = Services(progress=progress, log=log, store=store, scratch=directory, tell=tell)
-        opened, run, placement = _prepared(opened, services)
+        opened, run, drawn, placement = _prepared(opened, services)
         with eval_mode(run.model):
-            result = _pruned(opened, run, placement, directory, command, finish)
+            result = _pruned(opened, run, drawn, placement, directory, command, finish)
     return replace(result, out=None if out is None else Path(out))
 
 
 def _pruned(
-    opened: Opened, run: Run, placement: Placement, directory: Path | None, command: str, finish: Finish
+    opened: Opened,
+    run: Run,
+    drawn: Drawn,
+    placement: Placement,
+    directory: Path | None,
+    command: str,
+    finish: Finish,
 ) -> Result:
     """Return the result of a run whose model is still dense, and write it to the directory."""
-    services = run.services
-    measured = dict[str, Any](lineage=opened.lineage, dense_losses=run.losses("dense"))
-    recipe, dense_ids = run.resolved.recipe, None if opened.trim is None else torch.tensor(opened.trim.kept.dense_ids)
-    lesson = learn(run.model, run.arch, run.text, recipe, tokenizer_of(opened), services, dense_ids=dense_ids)
+    services, judge = run.services, RunJudge(drawn.judged, opened.trim)
+    measured: dict[str, Any] = {"calibration": calibration_facts(drawn), "lineage": opened.lineage}
+    measured["dense_losses"] = judge.losses(run, "dense")
+    if opened.trim is not None:
+        run = without_tokens(run, opened.trim)
+    recipe = run.resolved.recipe
+    lesson = learn(run.model, run.arch, run.text, recipe, services)
     run, checkpoint, keeps = _cut(opened, run, placement, directory)
     if lesson is not None:
         with placement.on_host():
             measured["polish"] = polish(run.model, lesson, recipe.seed, services, opened.device)
         lesson = None
-    measured |= {"peak_bytes": peak_bytes(), "pruned_losses": run.losses("pruned")}
+    measured |= {"peak_bytes": peak_bytes(), "pruned_losses": judge.losses(run, "pruned")}
     services.store.note_found()
     measured |= {"device_peak_bytes": peak_bytes_on(opened.device)}
     placement.offload()
@@ -138,14 +145,15 @@ def _save_round(placement: Placement, checkpoint: PrunedCheckpoint, number: int,
         checkpoint.save(keeps, number)
 
 
-def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placement]:
-    """Return what was opened with weights and tokenizer, the run, and its placement on the device.
+def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Drawn, Placement]:
+    """Return what was opened with weights and tokenizer, the run, its text, and its placement on the device.
 
     Raises a SecateurError for what the recipe, the memory or the text does not allow.
     """
     opened = with_seconds(replace(opened, tokenizer=tokenizer_of(opened)), services)
+    text = run_text(opened, services.progress)
     if opened.recipe.remove.vocabulary is not None:
-        opened = replace(opened, trim=plan_trim(opened, services))
+        opened = replace(opened, trim=plan_trim(opened, services, text.learning))
     resolved, log = with_polish_that_fits(opened, resolve(opened)), services.log
     plan = memory_for(opened, resolved)
     if plan.weights_on_disk or plan.one_layer_at_a_time:
@@ -154,35 +162,35 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Placemen
         check_free_space(services.scratch, disk_bytes(opened, resolved, plan))
     if is_first():
         services.tell(foretold(opened, resolved, plan))
-    judged = judging_tokens(resolved.recipe.output.evaluate)
     with log.time("calibration"):
-        text = from_first(partial(calibration_text, opened, resolved, services.progress, num_judged_tokens=judged))
+        drawn = from_first(partial(text.drawn, opened, resolved))
+    text_notes = (*drawn.learning.notes, *drawn.judged.notes)
     if is_first():
-        for sentence in text.notes:
+        for sentence in text_notes:
             services.tell(sentence)
     with log.time("load"):
         services.progress("load", 0, 1)
         opened, notes = loaded(opened, on_disk=plan.weights_on_disk)
-        resolved = replace(resolved, warnings=resolved.warnings + text.notes + notes + _notes(opened, plan))
+        resolved = replace(resolved, warnings=resolved.warnings + text_notes + notes + _notes(opened, plan))
         check_same_run(opened.model, resolved.recipe)
         placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
         services.progress("load", 1, 1)
     model = opened.model
     with log.time("calibration"), eval_mode(model):
-        text = from_first(partial(sampled_text, text, opened, model, services.progress))
-        services.store.check_input("calibration text", text.content_hash)
-        if opened.trim is None and (note := would_have_paid(opened, text)) is not None:
+        drawn = from_first(partial(drawn.written, opened, model, services.progress))
+        services.store.check_input("calibration text", drawn.learning.content_hash + drawn.judged.content_hash)
+        if opened.trim is None and (note := would_have_paid(opened, drawn.learning)) is not None:
             resolved = replace(resolved, warnings=(*resolved.warnings, note))
-    facts: dict[str, Any] = {
-        "model": model,
-        "arch": opened.arch,
-        "resolved": resolved,
-        "text": text,
-        "services": services,
-    }
-    facts["kept"] = {} if opened.like is None else opened.like.keeps
-    run = Run(**facts, weights_on_disk=plan.weights_on_disk)
-    return opened, run if opened.trim is None else without_tokens(run, opened.trim), placement
+    run = Run(
+        model=model,
+        arch=opened.arch,
+        resolved=resolved,
+        text=drawn.learning,
+        services=services,
+        weights_on_disk=plan.weights_on_disk,
+        kept={} if opened.like is None else opened.like.keeps,
+    )
+    return opened, run, drawn, placement
 
 
 def _without_own_text(resolved: Resolved) -> Resolved:
@@ -194,35 +202,6 @@ def _without_own_text(resolved: Resolved) -> Resolved:
     note = "calibration.domains: the model's weights are not all in its memory, so it wrote no text itself."
     recipe = resolved.recipe.filled(calibration={"domains": read})
     return replace(resolved, recipe=recipe, warnings=(*resolved.warnings, note))
-
-
-def calibration_text(
-    opened: Opened,
-    resolved: Resolved,
-    progress: Progress,
-    model: CausalLM | None = None,
-    more_held_out: int = 0,
-    num_judged_tokens: int = 0,
-) -> CalibrationSet:
-    """Return the recipe's calibration set. `model`: the dense one, for domains sampled from it."""
-    recipe, tokenizer = resolved.recipe, tokenizer_of(opened)
-    text = build_calibration(
-        recipe.calibration,
-        resolved.num_tokens,
-        tokenizer,
-        recipe.seed,
-        progress,
-        more_held_out=more_held_out,
-        num_judged_tokens=num_judged_tokens,
-        num_rounds=recipe.choose.rounds,
-    )
-    return text if model is None else sampled_text(text, opened, model, progress)
-
-
-def sampled_text(text: CalibrationSet, opened: Opened, model: CausalLM, progress: Progress) -> CalibrationSet:
-    """Return the text with what the dense model writes, of tokens that stay."""
-    dense_ids = None if opened.trim is None else torch.tensor(opened.trim.kept.dense_ids)
-    return with_sampled(text, model, tokenizer_of(opened), opened.recipe.seed, progress, dense_ids)
 
 
 def _notes(opened: Opened, plan: MemoryPlan) -> tuple[str, ...]:

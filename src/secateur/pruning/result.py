@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.data.calibration import CalibrationSet
 from secateur.data.overlap import ngram_overlap
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Size
@@ -26,6 +25,7 @@ from secateur.pruning.open import Like, Opened, open_model
 from secateur.pruning.resolve import Resolved
 from secateur.pruning.resolve_parts import groups_of
 from secateur.pruning.run import Keeps, Run
+from secateur.pruning.text import Drawn
 from secateur.pruning.trimmed import vocabulary_facts
 from secateur.recipe import Recipe
 from secateur.recipe_file import RECIPE_FILE, dump_recipe, load_recipe, merged, parse_recipe
@@ -33,17 +33,21 @@ from secateur.recovery.pair import KEEP_FILE
 from secateur.report.records import CalibrationFacts, Summary, read_summary
 
 
-def calibration_facts(calibration: CalibrationSet) -> CalibrationFacts:
-    """Return hash, token counts by domain, and the overlap of held-out and calibration text."""
-    measured_on = {domain.name: domain.calibration_NT for domain in calibration.domains}
-    held_out = {domain.name: domain.held_out_NT for domain in calibration.domains}
+def calibration_facts(drawn: Drawn) -> CalibrationFacts:
+    """Return hashes, token counts by domain, and the overlap of judging and learning text."""
+    learning, judged = drawn.learning, drawn.judged.blocks
     return CalibrationFacts(
-        calibration.content_hash,
-        calibration.sequence_length,
-        {name: blocks.numel() for name, blocks in measured_on.items()},
-        {name: blocks.numel() for name, blocks in held_out.items()},
-        ngram_overlap(measured_on, calibration.judged),
-        {name: blocks.numel() for name, blocks in calibration.judged.items()},
+        content_hash=learning.content_hash,
+        sequence_length=learning.sequence_length,
+        num_tokens={domain.name: domain.calibration.num_tokens for domain in learning.domains},
+        num_held_out_tokens={name: blocks.num_tokens for name, blocks in learning.held_out.items()},
+        held_out_overlap=ngram_overlap(
+            {domain.name: domain.blocks.ids_NT for domain in learning.domains},
+            {name: blocks.ids_NT for name, blocks in judged.items()},
+        ),
+        num_judged_tokens={name: blocks.num_tokens for name, blocks in judged.items()},
+        judged_hash=drawn.judged.content_hash,
+        allotted={name: tuple(each) for name, each in drawn.allotted.items()},
     )
 
 
@@ -220,7 +224,7 @@ def save_and_prove(run: Run, checkpoint: PrunedCheckpoint, keeps: Keeps) -> Veri
             services.log.write({"event": "note", "text": sentence})
     with services.log.time("verify"):
         services.progress("verify", 0, 1)
-        ids_1T = run.text.domains[0].held_out_NT[:1, :VERIFY_TOKENS].to(run.model.device)
+        ids_1T = run.text.domains[0].held_out.ids_NT[:1, :VERIFY_TOKENS].to(run.model.device)
         with torch.inference_mode():
             logits = run.model(ids_1T, use_cache=False).logits
         proof = verify_reload(checkpoint.directory, ids_1T, logits)
@@ -229,7 +233,7 @@ def save_and_prove(run: Run, checkpoint: PrunedCheckpoint, keeps: Keeps) -> Veri
 
 
 def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | None, **measured: Any) -> Summary:
-    """Return the run's summary. `measured`: command, losses and memory peaks, by field name."""
+    """Return the run's summary. `measured`: command, text, losses and memory peaks, by field name."""
     recipe, log, pruned_size = run.resolved.recipe, run.services.log, Size.of(run.model)
     reached = 1 - pruned_size.num_params / opened.size.num_params
     notes = tuple(line["text"] for line in log.lines if line["event"] == "note") + ill_conditioned(log.lines, recipe)
@@ -245,7 +249,6 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
         pruned_size=pruned_size,
         num_layers=(opened.arch.num_layers, len(run.resolved.layers)),
         widths=group_widths(run.arch.select(recipe.remove.group_names), keeps),
-        calibration=calibration_facts(run.text),
         guard_refusals=sum(line.get("step", 1) == 0 for line in log.lines),
         seconds={name: round(seconds, 2) for name, seconds in log.seconds.items()},
         reload_max_abs_difference=proof.max_abs_difference if proof else None,

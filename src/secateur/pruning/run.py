@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.data.calibration import CalibrationSet, rotated
+from secateur.data.blocks import Blocks, JudgedText, LearningText, Text
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.facts import Batch, Loss
@@ -20,7 +20,7 @@ from secateur.pruning.resolve import Resolved
 from secateur.pruning.trimmed import sample_blocks
 from secateur.ranks import own_part
 from secateur.store import Services
-from secateur.stream.losses import Blocks, domain_losses
+from secateur.stream.losses import domain_losses, predicted_tokens
 from secateur.stream.walk import make_batches
 
 Keeps = dict[GroupKey, Tensor]
@@ -28,28 +28,25 @@ Keeps = dict[GroupKey, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What a prune works on, step by step. `text`: the calibration set.
+    """What a prune works on, step by step. `text`: what it may learn by; what judges it is elsewhere.
 
     `weights_on_disk`: finished layers are mapped from files. `after_round`: called with the number
     and kept units of every round, with the model and its config as that round left them.
     `dense_losses`: held-out nats per token by domain before layers went, if something watches them.
-    `dense`: the dense model's losses, if its vocabulary is trimmed and something asks for them.
-    `dense_tokens`, `judged_tokens`: then the tokens of held-out and of judged blocks in the dense
-    tokenizer, in nats per which all losses are. `sample_nats`: see `VocabularyFacts`.
+    `dense_tokens`: those predicted of each held-out document in the dense tokenizer, in nats per which
+    losses are, if the vocabulary is trimmed. `sample_nats`: see `VocabularyFacts`.
     `kept`: the units that stay, if another result has chosen them.
     """
 
     model: CausalLM
     arch: Arch
     resolved: Resolved
-    text: CalibrationSet
+    text: LearningText
     services: Services = field(default_factory=Services)
     weights_on_disk: bool = False
     after_round: Callable[[int, Keeps], None] | None = None
     dense_losses: dict[str, float] = field(default_factory=dict[str, float])
-    dense: dict[str, Loss] = field(default_factory=dict[str, Loss])
-    dense_tokens: dict[str, list[int]] | None = None
-    judged_tokens: dict[str, list[int]] | None = None
+    dense_tokens: dict[str, dict[int, int]] | None = None
     sample_nats: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
     kept: Keeps = field(default_factory=dict[GroupKey, Tensor])
 
@@ -59,64 +56,81 @@ class Run:
         return {domain.name: domain.share for domain in self.text.domains}
 
     @property
-    def held_out(self) -> dict[str, Tensor]:
+    def held_out(self) -> dict[str, Blocks]:
         """Each domain's held-out blocks, domains x blocks x tokens."""
-        return {domain.name: domain.held_out_NT for domain in self.text.domains}
-
-    @property
-    def judged(self) -> dict[str, Tensor]:
-        """Each domain's blocks that judge the run: those that nothing else looks at, else the held-out ones."""
-        return self.text.judged
+        return self.text.held_out
 
     def batches(self, number: int) -> list[Batch]:
         """Return this rank's part of the batches of round `number` (from 1), held-out text too."""
         device: torch.device = next(self.model.parameters()).device
         batches: list[Batch] = []
-        for domain in rotated(self.text, number - 1).domains:
-            batches += make_batches(domain.name, domain.calibration_NT.to(device), held_out=False)
-            batches += make_batches(domain.name, domain.held_out_NT.to(device), held_out=True)
+        for domain in self.text.of_round(number - 1).domains:
+            for blocks, held_out in ((domain.calibration.to(device), False), (domain.held_out.to(device), True)):
+                batches += make_batches(domain.name, blocks.ids_NT, held_out=held_out, counted_NT=blocks.counted_NT)
         # Whole batches, so that every hidden state equals that of one process bit for bit.
         return own_part(batches)
 
-    def losses(self, which: str) -> dict[str, Loss]:
-        """Return held-out losses by domain and log them; none if the recipe asks for none."""
-        if not self.resolved.recipe.output.evaluate:
+
+def text_losses(
+    run: Run, which: str, text: Mapping[str, Text], num_tokens: dict[str, dict[int, int]] | None = None
+) -> dict[str, Loss]:
+    """Return the losses of the run's model on some text by domain, kept in the run's store.
+
+    `num_tokens`: of each document, in nats per which they are, if not the text's own.
+    """
+
+    def measured() -> dict[str, Any]:
+        stage = f"evaluate {which}"
+        losses = domain_losses(run.model, run.arch, text, run.services.progress, stage, num_tokens)
+        return {domain: dataclasses.asdict(loss) for domain, loss in losses.items()}
+
+    with run.services.log.time("evaluate"):
+        losses = run.services.store.value(f"evaluate {which}", measured)
+    return {domain: Loss(**loss) for domain, loss in losses.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class RunJudge:
+    """Judges a run by text that it did not learn by. `trim`: what took tokens out of its vocabulary."""
+
+    text: JudgedText
+    trim: Trim | None = None
+
+    def losses(self, run: Run, which: str) -> dict[str, Loss]:
+        """Return the losses of the model, which is `dense` or `pruned`, and log them; none if not asked for.
+
+        They are nats per token of the dense tokenizer.
+        """
+        if not run.resolved.recipe.output.evaluate:
             return {}
-        found = self._measured(which, self.judged) if which == "pruned" or not self.dense else self.dense
-        for domain, loss in found.items():
-            self.services.log.write({"event": "loss", "model": which, "domain": domain, **dataclasses.asdict(loss)})
-        return found
-
-    def _measured(self, which: str, blocks: Mapping[str, Blocks]) -> dict[str, Loss]:
-        def measured() -> dict[str, Any]:
-            facts = (self.model, self.arch, blocks, self.services.progress, f"evaluate {which}", self.judged_tokens)
-            return {domain: dataclasses.asdict(loss) for domain, loss in domain_losses(*facts).items()}
-
-        with self.services.log.time("evaluate"):
-            found = self.services.store.value(f"evaluate {which}", measured)
-        return {domain: Loss(**loss) for domain, loss in found.items()}
+        text: Mapping[str, Text] = self.text.blocks
+        num_tokens = None
+        if self.trim is not None:
+            dense = retokenised(text, self.trim.tokenizer, self.trim.dense_tokenizer)
+            text, num_tokens = (dense, None) if which == "dense" else (text, _predicted(dense))
+        losses = text_losses(run, which, text, num_tokens)
+        for domain, loss in losses.items():
+            run.services.log.write({"event": "loss", "model": which, "domain": domain, **dataclasses.asdict(loss)})
+        return losses
 
 
 def without_tokens(run: Run, trim: Trim) -> Run:
-    """Cut the tokens that go out of the model, in place; measure the dense one first if asked."""
-    asked = run.resolved.recipe.output.evaluate
-    held_out, judged = (retokenised(part, trim.tokenizer, trim.dense_tokenizer) for part in (run.held_out, run.judged))
-    run = dataclasses.replace(run, dense_tokens=_predicted(held_out), judged_tokens=_predicted(judged))
-    if asked:
-        run = dataclasses.replace(run, dense=run._measured("dense", judged))
+    """Cut the tokens that go out of the model, in place; measure first what the dense one is asked for."""
+    held_out = retokenised(run.held_out, trim.tokenizer, trim.dense_tokenizer)
+    run = dataclasses.replace(run, dense_tokens=_predicted(held_out))
     dense_losses = watched_losses(run, "dense", held_out)
     # Samples of languages: now, and by the dense model that has the tokens that stay alone.
     before, after = sample_blocks(trim)
-    samples = dataclasses.replace(run, judged_tokens=_predicted(before))
-    dense = samples._measured("samples", before) if asked else {}
+    is_judged = run.resolved.recipe.output.evaluate
+    dense = text_losses(run, "samples", before) if is_judged else {}
     keep_tokens(run.model, trim.kept)
-    cut = samples._measured("samples without tokens", after) if asked else {}
+    cut = text_losses(run, "samples without tokens", after, _predicted(before)) if is_judged else {}
     nats = {name: (dense[name].nats_per_token, cut[name].nats_per_token) for name in dense}
     return dataclasses.replace(run, dense_losses=dense_losses, sample_nats=nats)
 
 
-def _predicted(blocks: Mapping[str, list[Tensor]]) -> dict[str, list[int]]:
-    return {name: [len(ids_T) - 1 for ids_T in domain] for name, domain in blocks.items()}
+def _predicted(text: Mapping[str, Text]) -> dict[str, dict[int, int]]:
+    return {name: predicted_tokens(blocks) for name, blocks in text.items()}
 
 
 class LossWatch:
@@ -143,7 +157,8 @@ class LossWatch:
                 continue
             allowed[name] = self.dense[name] * (1 + domain.protect) - self.now[name]
             if self.run.dense_tokens is not None:
-                allowed[name] *= sum(self.run.dense_tokens[name]) / self.run.held_out[name][:, 1:].numel()
+                own = predicted_tokens(self.run.held_out[name])
+                allowed[name] *= sum(self.run.dense_tokens[name].values()) / sum(own.values())
             if allowed[name] <= 0:
                 raise RecipeError(
                     f"calibration.domains.{name}.protect: its held-out loss has risen from {self.dense[name]:.3f} to "
@@ -162,17 +177,17 @@ class LossWatch:
         self.run.services.log.write(line)
 
 
-def watched_losses(run: Run, which: str, blocks: Mapping[str, Blocks] | None = None) -> dict[str, float]:
+def watched_losses(run: Run, which: str, text: Mapping[str, Text] | None = None) -> dict[str, float]:
     """Return held-out nats per token by domain; none if nothing in the recipe asks for them.
 
-    `blocks`: the held-out ones in other tokens.
+    `text`: the held-out blocks in other tokens.
     """
     if not _is_watched(run):
         return {}
 
     def measured() -> dict[str, float]:
-        text, stage = run.held_out if blocks is None else blocks, f"held-out loss, {which}"
-        found = domain_losses(run.model, run.arch, text, run.services.progress, stage, run.dense_tokens)
+        held_out, stage = run.held_out if text is None else text, f"held-out loss, {which}"
+        found = domain_losses(run.model, run.arch, held_out, run.services.progress, stage, run.dense_tokens)
         return {name: loss.nats_per_token for name, loss in found.items()}
 
     return run.services.store.value(f"held-out {which}", measured)

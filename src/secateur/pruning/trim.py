@@ -4,13 +4,16 @@ In: an opened dense model whose recipe has `vocabulary`. Out: a `Trim`. The mode
 loaded.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from secateur.data.calibration import CalibrationSet, build_calibration, count_tokens, token_counts
+from secateur.data.blocks import LearningText
+from secateur.data.counts import count_tokens
+from secateur.data.pool import Learning
 from secateur.data.rows import read_rows
 from secateur.errors import CheckpointError, RecipeError
 from secateur.methods import vocabulary as methods
@@ -56,12 +59,12 @@ class _Dense:
         return Trim(kept, self.tokenizer, new)
 
 
-def plan_trim(opened: Opened, services: Services) -> Trim:
+def plan_trim(opened: Opened, services: Services, learning: Callable[[], Learning]) -> Trim:
     """Return which tokens stay by the recipe's `vocabulary`, and both tokenizers.
 
-    `auto` loads the model and measures, see `_count`; with `groups: []` as many go as the share
-    holds. Raises RecipeError for a size that cannot be, before any text is read, and what
-    `read_vocabulary` raises.
+    `learning`: the text to count and measure on, which the first rank alone asks for. `auto` loads
+    the model and measures, see `_count`; with `groups: []` as many go as the share holds. Raises
+    RecipeError for a size that cannot be, before any text is read, and what `read_vocabulary` raises.
     """
     size, log = opened.recipe.remove.vocabulary, services.log
     if opened.like is not None:
@@ -71,11 +74,11 @@ def plan_trim(opened: Opened, services: Services) -> Trim:
         num_rows = dense.vocabulary.num_rows
         if isinstance(size, int):
             resolve(replace(opened, trim=_trim_to(dense, size)))  # so that it fails now, if it does
-        removal = from_first(partial(_removal, dense))
+        removal = from_first(partial(_removal, dense, learning))
         if isinstance(size, int):
             num_gone = num_rows - size
         else:
-            num_gone = services.store.value("vocabulary", partial(_count, dense, removal))
+            num_gone = services.store.value("vocabulary", partial(_count, dense, removal, learning))
         trim = dense.trim(removal, num_gone)
         log.write({"event": "vocabulary", "kept": len(trim.kept.dense_ids), "dense": num_rows})
     return trim
@@ -115,7 +118,7 @@ def _trim_to(dense: _Dense, size: int) -> Trim:
     return Trim(KeptTokens(tuple(range(kept)), num_rows), dense.tokenizer, dense.tokenizer)
 
 
-def would_have_paid(opened: Opened, text: CalibrationSet) -> str | None:
+def would_have_paid(opened: Opened, text: LearningText) -> str | None:
     """Return a note if tokens could have gone for almost nothing, by the counts of the run's text.
 
     None if they could not, or if the tokenizer's tokens cannot go at all.
@@ -129,7 +132,7 @@ def would_have_paid(opened: Opened, text: CalibrationSet) -> str | None:
     if not vocabulary.texts.keys() - vocabulary.fixed:
         return None
     num_rows = vocabulary.num_rows
-    counts = {each.name: count_tokens(each.calibration_NT, num_rows) for each in text.domains}
+    counts = {each.name: count_tokens(each.calibration.ids_NT, num_rows) for each in text.domains}
     removal = methods.removal_by_counts(vocabulary, counts, {each.name: each.share for each in text.domains})
     cheap = int((removal.more_R <= ALMOST_FREE).sum())
     num_gone = int(methods.sizes_within(removal, num_rows, cheap)[-1])
@@ -153,12 +156,10 @@ def _read(opened: Opened, services: Services) -> _Dense:
     return _Dense(opened, services, tokenizer, vocabulary, stay)
 
 
-def _removal(dense: _Dense) -> methods.Removal:
+def _removal(dense: _Dense, learning: Callable[[], Learning]) -> methods.Removal:
     """Count the domains' tokens, and put them in the order in which they go."""
     recipe, vocabulary = dense.opened.recipe, dense.vocabulary
-    assert recipe.calibration.num_tokens is not None
-    calibrated = (recipe.calibration, recipe.calibration.num_tokens, dense.tokenizer, recipe.seed)
-    counts = token_counts(*calibrated, vocabulary.num_rows, dense.services.progress)
+    counts = learning().counts(vocabulary.num_rows, dense.services.progress)
     shares = {name: domain.share for name, domain in recipe.calibration.domains.items()}
     minimax = recipe.choose.domain_weighting == "minimax"
     return methods.removal_by_counts(vocabulary, counts, shares, dense.stay, minimax=minimax)
@@ -179,7 +180,7 @@ def _ids_in(files: tuple[str, ...], tokenizer: Tokenizer) -> set[int]:
     return found
 
 
-def _count(dense: _Dense, removal: methods.Removal) -> int:
+def _count(dense: _Dense, removal: methods.Removal, learning: Callable[[], Learning]) -> int:
     """Return how many tokens go with `auto`."""
     opened, num_rows = dense.opened, dense.vocabulary.num_rows
     remove, arch = opened.recipe.remove, opened.arch
@@ -203,7 +204,7 @@ def _count(dense: _Dense, removal: methods.Removal) -> int:
             f"{opened.name}: first measures how many of its {num_rows:,} tokens go, about 1.4 passes over the "
             "calibration text; what goes, and how long the run takes, is said after that."
         )
-    nats, law = _measured(dense, removal, min(MOST_CHANNELS, asked / channels))
+    nats, law = _measured(dense, removal, min(MOST_CHANNELS, asked / channels), learning)
     # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
     aligns = [align_for(opened.recipe, ffns, prices, int(per_token * num_gone)) for num_gone in counts_N.tolist()]
     steps = {align: least_step(ffns, prices, align, alike=True) for align in set(aligns)}
@@ -218,7 +219,9 @@ def _count(dense: _Dense, removal: methods.Removal) -> int:
     return found
 
 
-def _measured(dense: _Dense, removal: methods.Removal, most: float) -> tuple[float, methods.Law]:
+def _measured(
+    dense: _Dense, removal: methods.Removal, most: float, learning: Callable[[], Learning]
+) -> tuple[float, methods.Law]:
     """Return the nats of a further token of text, and those of a share of FFN channels less.
 
     The first with half of the tokens gone that may go, the second up to `most` of the channels.
@@ -230,12 +233,11 @@ def _measured(dense: _Dense, removal: methods.Removal, most: float) -> tuple[flo
     plain = recipe.filled(remove=remove, choose={"rounds": 1})
     resolved = resolve(opened.asking(plain))
     plan = memory_for(opened.asking(plain), resolved)
-    text = (recipe.calibration, resolved.num_tokens, dense.tokenizer, recipe.seed)
-    drawn = from_first(lambda: build_calibration(*text, services.progress))
+    text = from_first(lambda: learning().text)
     opened, _ = loaded(opened, on_disk=plan.weights_on_disk)
     placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
     model, arch = opened.model, opened.arch
-    written = [domain.calibration_NT for domain in drawn.domains if not domain.calibration_NT.is_meta]
+    written = [domain.calibration.ids_NT for domain in text.domains]
     blocks = {str(number): ids_NT.to(model.device) for number, ids_NT in enumerate(written)}
     batches = [each for name in blocks for each in own_part(make_batches(name, blocks[name], held_out=False))]
     with eval_mode(model):

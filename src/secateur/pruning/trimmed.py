@@ -5,16 +5,18 @@ languages that the domains may not have.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from secateur.data.blocks import Block, Text
 from secateur.data.retokenised import retokenised
 from secateur.methods.vocabulary import scripts_of
 from secateur.model.checkpoint import Tokenizer
 from secateur.model.kept_tokens import Trim
 from secateur.report.records import VocabularyFacts
+from secateur.stream.losses import predicted_tokens
 
 MOST_WORDS = 20
 # Everyday sentences in languages, and characters, that the domains may not have.
@@ -36,7 +38,7 @@ SAMPLES = {
 }
 
 
-def sample_blocks(trim: Trim) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+def sample_blocks(trim: Trim) -> tuple[dict[str, list[Tensor]], dict[str, list[Block]]]:
     """Return the samples in tokens of the dense and of the trimmed tokenizer, which predict the same bytes."""
     options = {"add_special_tokens": False, "return_tensors": "pt", "verbose": False}
     ids = {name: trim.dense_tokenizer(text, **options)["input_ids"][0] for name, text in SAMPLES.items()}
@@ -45,9 +47,9 @@ def sample_blocks(trim: Trim) -> tuple[dict[str, list[Tensor]], dict[str, list[T
 
 
 def vocabulary_facts(
-    trim: Trim, held_out: Mapping[str, Tensor], sample_nats: Mapping[str, tuple[float, float]]
+    trim: Trim, held_out: Mapping[str, Text], sample_nats: Mapping[str, tuple[float, float]]
 ) -> VocabularyFacts:
-    """Return what the trim did. `held_out`: the domains' blocks in the trimmed tokenizer, blocks x tokens."""
+    """Return what the trim did. `held_out`: the domains' blocks in the trimmed tokenizer."""
     dense = retokenised(held_out, trim.tokenizer, trim.dense_tokenizer)
     kept, texts = trim.kept, _texts(trim.dense_tokenizer, trim.kept.num_dense)
     lost = [text for index, text in texts.items() if kept.new_ids[index] is None]
@@ -58,7 +60,7 @@ def vocabulary_facts(
     return VocabularyFacts(
         num_before=kept.num_dense,
         num_after=len(kept.dense_ids),
-        by_domain={name: (_predicted(dense[name]), _predicted(ids_NT)) for name, ids_NT in held_out.items()},
+        by_domain={name: (_predicted(dense[name]), _predicted(text)) for name, text in held_out.items()},
         samples={
             name: (_count(trim.dense_tokenizer, text), _count(trim.tokenizer, text)) for name, text in SAMPLES.items()
         },
@@ -75,8 +77,8 @@ def _texts(tokenizer: Tokenizer, num_rows: int) -> dict[int, str]:
     return dict(zip(ids, backend.decode_batch([[index] for index in ids], skip_special_tokens=False), strict=True))
 
 
-def _predicted(blocks: Iterable[Tensor]) -> int:
-    return sum(len(ids_T) - 1 for ids_T in blocks)
+def _predicted(text: Text) -> int:
+    return sum(predicted_tokens(text).values())
 
 
 def _count(tokenizer: Tokenizer, text: str) -> int:

@@ -2,20 +2,20 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.data.blocks import Text, blocks_of
 from secateur.errors import NumericsError
 from secateur.facts import Verdict, Verdicts, mean_kl, mean_nats
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, head_of
 from secateur.recovery.loss import CACHED_POSITIONS
-from secateur.stream.losses import compare_tokens, head_inputs, summarise
+from secateur.stream.losses import Sums, compare_tokens, head_inputs, loss_of, summarise, sums_of
 
 
 class Judge:
@@ -25,14 +25,14 @@ class Judge:
         self,
         dense: PreTrainedModel,
         arch: Arch,
-        held_out_NT: dict[str, Int64[Tensor, "M T"]],
+        text: Mapping[str, Text],
         progress: Progress = silent,
     ) -> None:
-        self.held_out_NT = held_out_NT
+        self.text = {domain: blocks_of(each) for domain, each in text.items()}
         self.head = head_of(dense, arch)  # moves with the dense model
-        blocks = [ids_T for domain_NT in held_out_NT.values() for ids_T in domain_NT]
+        blocks = [block for each in self.text.values() for block in each]
         states = head_inputs(dense, arch, blocks, progress, "judge dense")
-        self._states = {domain: list(islice(states, len(held))) for domain, held in held_out_NT.items()}
+        self._states = {domain: list(islice(states, len(each))) for domain, each in self.text.items()}
 
     def own_head(self) -> None:
         """Copy the head, so that the dense model may be cut, freed or sharded."""
@@ -56,20 +56,21 @@ class Judge:
     @torch.no_grad()
     def _verdicts(self, logits_of: Callable[[str, int, Tensor], Tensor]) -> Verdicts:
         found: Verdicts = {}
-        for domain, blocks in self.held_out_NT.items():
-            divergences, agreements, losses = [], [], []
-            for number, (ids_T, states_PD) in enumerate(zip(blocks, self._states[domain], strict=True)):
-                logits_PV = logits_of(domain, number, ids_T).to(self._device())
+        for domain, blocks in self.text.items():
+            divergences, agreements, sums = [], [], list[Sums]()
+            for number, (block, states_PD) in enumerate(zip(blocks, self._states[domain], strict=True)):
+                logits_PV = logits_of(domain, number, block.ids_T).to(self._device())
                 states_PD = states_PD.to(self._device())
                 divergence_P, agrees_P = compare_tokens(states_PD, self.head, logits_PV, nn.Identity())
                 divergences.append(divergence_P)
                 agreements.append(agrees_P)
-                next_P = ids_T[1:].to(logits_PV.device)
+                next_P = block.ids_T[1:].to(logits_PV.device)
                 slices = zip(logits_PV.split(CACHED_POSITIONS), next_P.split(CACHED_POSITIONS), strict=True)
-                losses += [nn.functional.cross_entropy(part.float(), ids, reduction="none") for part, ids in slices]
-            summary = summarise(domain, divergences, agreements)
+                losses = [nn.functional.cross_entropy(part.float(), ids, reduction="none") for part, ids in slices]
+                sums.append(sums_of(torch.cat(losses), block))
+            summary = summarise(domain, blocks, divergences, agreements)
             kl = max(summary.mean, 0.0)  # rounding may leave it a hair below zero
-            nats = float(torch.cat(losses).double().mean())
+            nats = loss_of(sums, f"judge, domain {domain}").nats_per_token
             found[domain] = Verdict(kl, summary.standard_error, nats, summary.top1_agreement, summary.num_tokens)
         return found
 

@@ -23,8 +23,7 @@ from secateur.recovery.judge import Judge
 from secateur.recovery.pair import Candidates, RecoveryText, check_training, open_pair, recovery_text, shared_out
 from secateur.recovery.train import Work
 from secateur.report.measured import Cost
-from secateur.report.records import RECIPE_FILE, read_summary
-from secateur.result_directory import RESULT_FILE
+from secateur.report.records import RECIPE_FILE
 
 
 class Job(NamedTuple):
@@ -92,7 +91,8 @@ def prepare(
     """
     candidates, recipe, settings = job
     dense = candidates.load_teacher()
-    text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress, _judged_by(candidates))
+    directory = candidates.pruned.directory
+    text = recovery_text(directory, recipe, settings, candidates.tokenizer, dense, progress)
     scratch = out.absolute().with_name(f".{out.name}.recover-{_fingerprint(candidates, recipe, text)}")
     with disk_errors(out):
         scratch.mkdir(parents=True, exist_ok=True)
@@ -109,16 +109,10 @@ def prepare(
     for sentence in text.notes:
         log.write({"event": "note", "text": sentence})
     with log.time("judge"):
-        judge = Judge(dense, candidates.teacher_arch, text.held_out_NT, progress)
+        judge = Judge(dense, candidates.teacher_arch, text.held_out, progress)
     pruned = candidates.load_pruned()
     flops = cost.flops["training"]
     return Work(pruned, dense, text, judge, settings, recipe.seed, flops, scratch, log, progress, tell)
-
-
-def _judged_by(candidates: Candidates) -> dict[str, int]:
-    """Return how many tokens of each domain judged the pruning; none of a model that no run of ours made."""
-    directory = candidates.pruned.directory
-    return read_summary(directory).calibration.num_judged_tokens if (directory / RESULT_FILE).is_file() else {}
 
 
 def _left_behind(scratch: Path, out: Path) -> Iterator[str]:
@@ -153,5 +147,6 @@ def dry_run(
     """
     candidates, recipe, settings = open_job(pruned, teacher, changes, other_dense=other_dense)
     dense = candidates.load_teacher()
-    text = recovery_text(recipe, settings, candidates.tokenizer, dense, progress, _judged_by(candidates))
+    directory = candidates.pruned.directory
+    text = recovery_text(directory, recipe, settings, candidates.tokenizer, dense, progress)
     return cost_of(candidates, settings, text)

@@ -6,20 +6,20 @@ In: references of both models; a recipe. Out: `Candidates`; blocks to train on a
 import copy
 import importlib.util
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from secateur.data.calibration import CALIBRATION_BLOCKS_PER_HELD_OUT, build_calibration
+from secateur.data.blocks import Blocks
 from secateur.data.sampled import with_sampled
 from secateur.errors import CheckpointError, RecipeError
 from secateur.files import json_of
+from secateur.formats.run_text import run_text_again
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, bind
 from secateur.model.checkpoint import (
@@ -126,13 +126,13 @@ Block = tuple[str, Int64[Tensor, " T"]]
 
 @dataclass(frozen=True, slots=True)
 class RecoveryText:
-    """`blocks`: to train on, in order. `held_out_NT`: by domain. `content_hash`: of all text.
+    """`blocks`: to train on, in order. `held_out`: by domain. `content_hash`: of all text.
 
     `notes`: sentences on what was left out of it.
     """
 
     blocks: tuple[Block, ...]
-    held_out_NT: dict[str, Int64[Tensor, "M T"]]
+    held_out: dict[str, Blocks]
     sequence_length: int
     content_hash: str
     notes: tuple[str, ...] = ()
@@ -145,38 +145,45 @@ class RecoveryText:
     @property
     def num_held_out_tokens(self) -> int:
         """Return the tokens to judge by."""
-        return sum(blocks.numel() for blocks in self.held_out_NT.values())
+        return sum(blocks.num_tokens for blocks in self.held_out.values())
 
 
 def recovery_text(
+    directory: Path,
     recipe: Recipe,
     settings: RecoverySettings,
     tokenizer: PreTrainedTokenizerBase,
     teacher: PreTrainedModel,
     progress: Progress = silent,
-    judged: Mapping[str, int] = MappingProxyType({}),
 ) -> RecoveryText:
     """Draw the text: domains by their shares, shuffled by the seed, in whole steps.
 
-    `judged`: how many tokens of each domain judged the pruning; nothing may train on them.
+    `directory`: of the pruned model. What judged its run is left alone, and what guarded it guards.
 
     Raises CalibrationError if the domains have too little text, RecipeError if `num_tokens` does
     not fill one step.
     """
-    calibration, length = recipe.calibration.model_copy(update={"rotate": False}), recipe.calibration.sequence_length
+    length = recipe.calibration.sequence_length
     assert length is not None
-    more = _more_held_out(recipe, settings, judged)
-    facts = (calibration, settings.num_tokens, tokenizer, recipe.seed, progress)
-    built = build_calibration(*facts, more_held_out=more, key="recover.num_tokens")
-    built = with_sampled(built, teacher, tokenizer, recipe.seed, progress)
-    blocks = [(domain.name, ids_T) for domain in built.domains for ids_T in domain.calibration_NT]
+    recipe = recipe.filled(calibration={"num_tokens": recipe.calibration.num_tokens or settings.num_tokens})
+    split = run_text_again(
+        directory,
+        recipe,
+        tokenizer,
+        progress,
+        num_training_tokens=settings.num_tokens,
+        least_held_out=settings.held_out_blocks,
+        key="recover.num_tokens",
+    )
+    text, _ = with_sampled(split.learning.text, split.judged, teacher, tokenizer, recipe.seed, progress)
+    blocks = [(name, ids_T) for name, part in text.first(settings.num_tokens).items() for ids_T in part.ids_NT]
     random.Random(f"{recipe.seed}:recover").shuffle(blocks)
     return RecoveryText(
         tuple(whole_steps(blocks, settings, length, "recover")),
-        {domain.name: domain.held_out_NT[: settings.held_out_blocks] for domain in built.domains},
+        {name: part[: settings.held_out_blocks] for name, part in text.held_out.items()},
         length,
-        built.content_hash,
-        built.notes,
+        text.content_hash,
+        text.notes,
     )
 
 
@@ -221,18 +228,3 @@ def whole_steps(blocks: Sequence[Block], settings: RecoverySettings, length: int
             f"tokens; raise it, or lower {key}.batch_tokens."
         )
     return blocks[:num_blocks]
-
-
-def _more_held_out(recipe: Recipe, settings: RecoverySettings, judged: Mapping[str, int]) -> int:
-    """Return how many blocks beyond a tenth keep held out what guarded and judged the pruning."""
-    calibration, length = recipe.calibration, recipe.calibration.sequence_length
-    assert length is not None
-    total = sum(domain.share for domain in calibration.domains.values())
-    missing = 0
-    for name, domain in calibration.domains.items():
-        pruning, recovery = (
-            -(-max(1, round(domain.share / total * num_tokens / length)) // CALIBRATION_BLOCKS_PER_HELD_OUT)
-            for num_tokens in (calibration.num_tokens or 0, settings.num_tokens)
-        )
-        missing = max(missing, max(judged.get(name, 0) // length + pruning, settings.held_out_blocks) - recovery)
-    return missing

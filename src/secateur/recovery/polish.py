@@ -16,10 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.data.calibration import CalibrationSet, build_calibration, rotated
-from secateur.data.sampled import with_sampled
+from secateur.data.blocks import LearningText
 from secateur.model.bind import Arch
-from secateur.model.checkpoint import Tokenizer
 from secateur.model.modules import CausalLM
 from secateur.ranks import from_first, size
 from secateur.recipe import Recipe, RecoverySettings
@@ -57,49 +55,33 @@ def polish_settings(recipe: Recipe) -> RecoverySettings | None:
 def learn(
     dense: CausalLM,
     arch: Arch,
-    text: CalibrationSet,
+    text: LearningText,
     recipe: Recipe,
-    tokenizer: Tokenizer,
     services: Services,
-    *,
-    dense_ids: Tensor | None = None,
-    skipped: int = 0,
 ) -> Lesson | None:
     """Ask the dense model for all that the polish needs; None if the recipe asks for no polish.
 
-    `text`: the calibration set, whose held-out blocks judge. `dense_ids`: as for `with_sampled`.
-    `skipped`: held-out blocks of a domain that the set lacks and nothing may train on.
-
-    Raises CalibrationError or RecipeError for too little text.
+    `text`: has the blocks to train on; its held-out ones guard. Raises RecipeError for too few tokens
+    to make a step.
     """
     settings, progress = polish_settings(recipe), services.progress
     if settings is None:
         return None
     assert recipe.calibration.num_tokens is not None, "resolve fills it in"
-    if settings.num_tokens > recipe.calibration.num_tokens:
-        # Held-out blocks come first in a domain's text, so these are the same and more.
-        calibration = recipe.calibration.model_copy(update={"rotate": False})
-        judged = {d.name: 0 if d.judged_NT is None else len(d.judged_NT) for d in text.domains}
-        more = skipped + max(judged[d.name] + len(d.held_out_NT) for d in text.domains)
-        facts = (calibration, settings.num_tokens, tokenizer, recipe.seed, progress)
-        drawn = build_calibration(*facts, more_held_out=more, key="polish.num_tokens")
-        drawn = with_sampled(drawn, dense, tokenizer, recipe.seed, progress, dense_ids)
-    else:
-        drawn = rotated(text, 0)
-    blocks: list[Block] = [(domain.name, ids_T) for domain in drawn.domains for ids_T in domain.calibration_NT]
+    chosen = text.first(max(settings.num_tokens, recipe.calibration.num_tokens))
+    blocks: list[Block] = [(name, ids_T) for name, part in chosen.items() for ids_T in part.ids_NT]
     random.Random(f"{recipe.seed}:{STAGE}").shuffle(blocks)
     settings = shared_out(settings, text.sequence_length, size(), len(blocks))
     blocks = list(whole_steps(blocks, settings, text.sequence_length, STAGE))
-    held_out = {domain.name: domain.held_out_NT for domain in text.domains}
-    chosen = RecoveryText(tuple(blocks), held_out, text.sequence_length, drawn.content_hash)
+    lesson = RecoveryText(tuple(blocks), text.held_out, text.sequence_length, text.content_hash)
     forward = forward_flops(dense, text.sequence_length)
     with services.log.time(STAGE):
-        judge = Judge(dense, arch, held_out, progress)
+        judge = Judge(dense, arch, text.held_out, progress)
         judge.own_head()  # the model's own is trained, or cut
         attention = attention_in_training(settings.gradient_checkpointing)
         with switched(dense, settings.attention), attention:  # an uncut model has nothing to learn, to the bit
             states = tuple(head_inputs(dense, arch, [ids_T for _, ids_T in blocks], progress, "ask the dense model"))
-    return Lesson(chosen, judge, states, settings, forward)
+    return Lesson(lesson, judge, states, settings, forward)
 
 
 def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, device: torch.device) -> PolishRecord:

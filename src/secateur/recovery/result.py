@@ -101,7 +101,7 @@ def _save(work: Work, job: Job, directory: Path) -> None:
 
 
 def _verify(work: Work, directory: Path) -> Verification:
-    ids_1T = next(iter(work.text.held_out_NT.values()))[:1, :VERIFY_TOKENS].to(work.pruned.device)
+    ids_1T = next(iter(work.text.held_out.values())).ids_NT[:1, :VERIFY_TOKENS].to(work.pruned.device)
     work.progress("verify", 0, 1)
     with torch.inference_mode():
         logits = work.pruned(ids_1T, use_cache=False).logits

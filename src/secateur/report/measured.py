@@ -15,10 +15,12 @@ from secateur.facts import (
     Size,
     Trained,
     TrainingRecord,
+    Verdict,
     Verdicts,
     Workload,
     mean_kl,
     mean_nats,
+    standard_error,
     won_back,
 )
 
@@ -29,19 +31,20 @@ ALIKE = "not measurably different"
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """How well a model predicts tokens 2..T of every block. The standard error is over blocks.
+    """How well a model predicts tokens 2..T of every block. The standard error is over documents.
 
     `num_bytes`: bytes of text that the predicted tokens stand for; end-of-text tokens are none.
     `bits_per_byte`: nats_per_token / ln 2 x num_tokens / num_bytes, comparable across tokenizers.
     """
 
     nats_per_token: float
-    standard_error: float
+    standard_error: float | None
     perplexity: float
     bits_per_byte: float
     num_tokens: int
     num_bytes: int
-    block_nats: tuple[float, ...]
+    document_nats: tuple[float, ...]
+    document_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,36 +107,40 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Pruned minus dense, and its standard error over the same blocks; 0 for one block alone."""
+    """Pruned minus dense, and its standard error over the same documents; None if it is unknown."""
 
     nats_per_token: float
-    standard_error: float
+    standard_error: float | None
 
     def text(self) -> str:
         """Return the difference with its error."""
         return f"{self.nats_per_token:+.3f}{plus_minus(self.standard_error)}"
 
 
-def plus_minus(standard_error: float) -> str:
-    """Return what follows a mean; nothing for a single value, which has no error, or if it rounds to 0."""
-    return f" ± {standard_error:.3f}" if round(standard_error, 3) else ""
+def plus_minus(error: float | None) -> str:
+    """Return what follows a mean: its error, a dash if it is unknown, and nothing if it rounds to 0."""
+    if error is None:
+        return " ± -"
+    return f" ± {error:.3f}" if round(error, 3) else ""
+
+
+def spread_of(figure: Change | Quality | Verdict) -> tuple[float, float]:
+    """Return the two sides of a figure's bar in a plot; of no length if its error is unknown."""
+    error = figure.standard_error or 0.0
+    return error, error
 
 
 def change(dense: Loss | Quality, pruned: Loss | Quality) -> Change:
-    """Return pruned minus dense, block by block: what blocks have in common cancels.
-
-    The error is the standard error of the mean of these differences. Where either has no blocks, it
-    is 0.
-    """
-    blocks = (dense.block_nats, pruned.block_nats) if dense.block_nats and pruned.block_nats else ((), ())
-    pairs = [after - before for before, after in zip(*blocks, strict=True)]
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
+    """Return pruned minus dense, document by document: what documents have in common cancels."""
+    differences = [after - before for before, after in zip(dense.document_nats, pruned.document_nats, strict=True)]
+    error = standard_error(differences, dense.document_tokens)
     return Change(pruned.nats_per_token - dense.nats_per_token, error)
 
 
 def mean_change(changes: Collection[Change]) -> Change:
-    """Return the mean over domains, which count equally and share no block: errors add as squares."""
-    error = math.sqrt(sum(each.standard_error**2 for each in changes)) / len(changes)
+    """Return the mean over domains, which count equally and share no document: errors add as squares."""
+    errors = [each.standard_error for each in changes if each.standard_error is not None]
+    error = math.hypot(*errors) / len(changes) if len(errors) == len(changes) else None
     return Change(statistics.mean(each.nats_per_token for each in changes), error)
 
 
@@ -147,7 +154,7 @@ class TaskChange:
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Pruned minus dense, over the same blocks or questions. None: not measured."""
+    """Pruned minus dense, over the same documents or questions. None: not measured."""
 
     domains: dict[str, Change]
     wikitext2: Change | None = None

@@ -161,7 +161,8 @@ class CalibrationFacts:
     """Which text the run saw, by domain.
 
     `held_out_overlap`: share of the judging text's 13-grams that the calibration text also has.
-    `num_judged_tokens`: of the text that judges the run.
+    `num_judged_tokens`: of the text that judges the run; `judged_hash`: of its blocks. `allotted`: by
+    domain of documents, the first one that did not judge and the first one that the run learnt by.
     """
 
     content_hash: str
@@ -170,6 +171,8 @@ class CalibrationFacts:
     num_held_out_tokens: dict[str, int]
     held_out_overlap: dict[str, float | None]
     num_judged_tokens: dict[str, int]
+    judged_hash: str = ""
+    allotted: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
 
 
 @dataclass(frozen=True, slots=True)

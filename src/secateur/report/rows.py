@@ -146,8 +146,8 @@ def caveats(summary: Summary) -> list[str]:
 def loss_rows(summary: Summary) -> Iterator[tuple[str, ...]]:
     """Yield (domain, dense, pruned, difference): held-out nats per token and perplexity.
 
-    The difference is over the same blocks and has its error; a model's own error would be mostly
-    that blocks differ, in which both models agree.
+    The difference is over the same documents and has its error; a model's own error would be mostly
+    that documents differ, in which both models agree.
     """
     changes = loss_changes(summary)
     for domain, found in changes.items():
@@ -160,7 +160,7 @@ def loss_rows(summary: Summary) -> Iterator[tuple[str, ...]]:
 
 
 def loss_changes(summary: Summary) -> dict[str, Change]:
-    """Return pruned minus dense by domain, over the same blocks."""
+    """Return pruned minus dense by domain, over the same documents."""
     return {domain: change(dense, summary.pruned_losses[domain]) for domain, dense in summary.dense_losses.items()}
 
 
@@ -199,7 +199,7 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
         judged = ", ".join(f"{name} {count:,}" for name, count in facts.num_judged_tokens.items())
         yield (
             "quality on",
-            f"{judged} held-out tokens, seen by no statistic; ± is one standard error over the same blocks",
+            f"{judged} held-out tokens, seen by no statistic; ± is one standard error over the same documents",
         )
     if summary.vocabulary is not None:
         yield from vocabulary_notes(summary.vocabulary)

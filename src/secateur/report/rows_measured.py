@@ -101,7 +101,7 @@ def _legend(evaluation: Evaluation) -> Iterator[str]:
     if pruned.tasks is not None:
         sources = sorted(set(pruned.tasks.sources.values())) or ["the hub"]
         yield f"tasks: lm-evaluation-harness {pruned.tasks.lm_eval_version}, rows from {', '.join(sources)}."
-    yield "± is one standard error, of a difference over the same blocks or questions."
+    yield "± is one standard error, of a difference over the same documents or questions."
 
 
 def bench_table(result: BenchResult) -> Tables:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from secateur.facts import NGRAM_TOKENS, Trained
 from secateur.recipe import Domain
 from secateur.report import rows_measured
-from secateur.report.measured import BenchResult, Ratio
+from secateur.report.measured import BenchResult, Ratio, spread_of
 from secateur.report.page import Section, Table
 from secateur.report.plots import Series, Text, dot_plot, width_plot
 from secateur.report.records import GroupStep, RemovedLayer, ResultFiles
@@ -23,14 +23,14 @@ def quality(files: ResultFiles) -> Section | None:
     if changes:
         unit = f"nats per token{of_dense(summary)}"
         worst = max(changes, key=lambda domain: changes[domain].nats_per_token)
-        about = f"one standard error over the same blocks of {summary.calibration.sequence_length} tokens"
+        about = "one standard error over the same documents"
         if not any(each.standard_error for each in changes.values()):
-            about = "not there, as there is one block alone"
+            about = "unknown, as there is one document alone"
         text.append(
             f"Held-out text of the calibration's own domains, in {unit}; lower is better. Worst change: "
             f"{changes[worst].text()} on {worst}. ± is {about}."
         )
-        errors = [(each.standard_error, each.standard_error) for each in changes.values()]
+        errors = [spread_of(each) for each in changes.values()]
         series = [Series("pruned", "pruned", [each.nats_per_token for each in changes.values()], errors)]
         described = Text("Held-out loss by domain, pruned minus dense", "The table has every number.")
         plots.append(dot_plot(described, list(changes), series, f"{unit}, minus dense", reference=0.0))

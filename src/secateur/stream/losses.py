@@ -1,7 +1,7 @@
 """Losses on token blocks, domain by domain: nats per token, and KL to the dense model."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TypeVar
@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from secateur.data.blocks import Block, Text, blocks_of
 from secateur.errors import NumericsError
-from secateur.facts import Batch, Divergence, Loss
+from secateur.facts import Batch, Divergence, Loss, standard_error
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, decoder_layers, head_of
 from secateur.ranks import size, spread
@@ -21,8 +22,8 @@ from secateur.stream.walk import Walk, forwards_replaced
 
 T = TypeVar("T")
 
-# A domain's blocks of token ids; of different lengths where a text is given in other tokens.
-Blocks = Tensor | Sequence[Tensor]
+# What documents add up to, by their numbers: a sum over tokens, and the tokens.
+Sums = dict[int, tuple[float, int]]
 
 # Positions per slice of logits: 64 x 150k words x float32 is 38 MB.
 HEAD_POSITIONS = 64
@@ -33,70 +34,85 @@ TOKENS_AT_ONCE = 1 << 15
 def domain_losses(
     model: nn.Module,
     arch: Arch,
-    blocks_NT: Mapping[str, Blocks],
+    text: Mapping[str, Text],
     progress: Progress = silent,
     stage: str = "evaluate",
-    num_tokens: Mapping[str, list[int]] | None = None,
+    num_tokens: Mapping[str, Mapping[int, int]] | None = None,
 ) -> dict[str, Loss]:
     """Return each domain's loss; ranks share the blocks, and all get the numbers of one process.
 
-    `num_tokens`: by domain and block, in nats per which the losses are; see `per_token`. Raises
-    NumericsError naming the domain if a loss is not finite.
+    `num_tokens`: by domain and document, in nats per which the losses are, if not the text's own, such
+    as those of the dense tokenizer. Raises NumericsError naming the domain if a loss is not finite.
     """
     losses: dict[str, Loss] = {}
-    blocks = [ids_T for domain_NT in blocks_NT.values() for ids_T in domain_NT]
+    by_domain = {domain: blocks_of(each) for domain, each in text.items()}
+    blocks = [block for domain_blocks in by_domain.values() for block in domain_blocks]
 
-    def mean_losses(piece: list[Tensor], states: Iterator[Tensor]) -> list[float]:
-        return [float(_position_losses(model, arch, *each).mean()) for each in zip(states, piece, strict=True)]
+    def sums(piece: list[Block], states: Iterator[Tensor]) -> list[Sums]:
+        pairs = zip(states, piece, strict=True)
+        return [sums_of(_position_losses(model, arch, states_PD, block.ids_T), block) for states_PD, block in pairs]
 
     in_head = sum(weight.numel() for weight in head_of(model, arch).parameters())
     as_layers = max(1, round(in_head * arch.num_layers / max(1, sum(arch.params_per_layer))))
-    all_values = chain.from_iterable(_by_layers(model, arch, blocks, mean_losses, progress, stage, as_layers))
-    for domain, domain_NT in blocks_NT.items():
-        values = list(islice(all_values, len(domain_NT)))
-        counts = [len(ids_T) - 1 for ids_T in domain_NT]
-        if num_tokens is not None:
-            values, counts = per_token(values, counts, num_tokens[domain]), num_tokens[domain]
-        mean = sum(values) / len(values)
-        if not math.isfinite(mean):
-            raise NumericsError(f"{stage}, domain {domain}: the loss is {mean}; the model gives no finite logits.")
-        losses[domain] = Loss(mean, standard_error(values), sum(counts), tuple(values))
+    all_sums = chain.from_iterable(_by_layers(model, arch, blocks, sums, progress, stage, as_layers))
+    for domain, domain_blocks in by_domain.items():
+        counts = None if num_tokens is None else num_tokens[domain]
+        losses[domain] = loss_of(islice(all_sums, len(domain_blocks)), f"{stage}, domain {domain}", counts)
     release_freed()
     return losses
 
 
-def per_token(means: list[float], counts: list[int], num_tokens: list[int]) -> list[float]:
-    """Return each block's part in the nats per token, for blocks of other numbers of tokens.
+def sums_of(values_P: Float[Tensor, " P"], block: Block) -> Sums:
+    """Return what the counted tokens of each document add up to; P = T - 1 predicted tokens of a block."""
+    values_K, document_K = block.counted(values_P).cpu().double(), block.counted(block.document_T[1:])
+    documents_D, index_K, counts_D = document_K.cpu().unique(return_inverse=True, return_counts=True)
+    sums_D = torch.zeros(len(documents_D), dtype=values_K.dtype).index_add(0, index_K, values_K)
+    return dict(zip(documents_D.tolist(), zip(sums_D.tolist(), counts_D.tolist(), strict=True), strict=True))
 
-    `means`: nats per predicted token of each block, which has `counts`. `num_tokens`: tokens that
-    share out the same nats, as those of the dense tokenizer. With the ratio r = all nats / all
-    tokens, block b has r + (nats_b - r tokens_b) / mean tokens: their mean is r, and their spread
-    is that of a ratio's linear expansion.
+
+def merged(sums: Iterable[Sums]) -> Sums:
+    """Return the sums of all blocks, in the order of documents."""
+    all_sums: Sums = {}
+    for each in sums:
+        for document, (total, count) in each.items():
+            before, num_before = all_sums.get(document, (0.0, 0))
+            all_sums[document] = (before + total, num_before + count)
+    return dict(sorted(all_sums.items()))
+
+
+def loss_of(sums: Iterable[Sums], where: str, num_tokens: Mapping[int, int] | None = None) -> Loss:
+    """Return the loss of blocks, whose `sums` are nats. Raises NumericsError, naming `where`, if it is not finite.
+
+    `num_tokens`: of each document, if they are to be other ones than those predicted.
     """
-    nats = [mean * count for mean, count in zip(means, counts, strict=True)]
-    ratio, tokens = sum(nats) / sum(num_tokens), sum(num_tokens) / len(num_tokens)
-    return [ratio + (a - ratio * b) / tokens for a, b in zip(nats, num_tokens, strict=True)]
+    by_document = merged(sums)
+    nats_D = [nats for nats, _ in by_document.values()]
+    if not math.isfinite(math.fsum(nats_D)):
+        raise NumericsError(f"{where}: the loss is {sum(nats_D)}; the model gives no finite logits.")
+    counts = [count for _, count in by_document.values()]
+    return Loss.of(nats_D, counts if num_tokens is None else [num_tokens.get(each, 0) for each in by_document])
 
 
-def standard_error(values: list[float]) -> float:
-    """Return the standard error of the mean, 0 for a single value."""
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1) / len(values))
+def predicted_tokens(text: Text) -> dict[int, int]:
+    """Return how many tokens of each document are predicted, and count."""
+    sums = merged(sums_of(torch.zeros(len(block.ids_T) - 1), block) for block in blocks_of(text))
+    return {document: count for document, (_, count) in sums.items()}
 
 
 def head_inputs(
-    model: nn.Module, arch: Arch, blocks: Sequence[Tensor], progress: Progress = silent, stage: str = "evaluate"
+    model: nn.Module, arch: Arch, text: Text, progress: Progress = silent, stage: str = "evaluate"
 ) -> Iterator[Float[Tensor, "P D"]]:
     """Yield `final_states` of each block, on the CPU; ranks share the blocks, and all get all."""
-    found = _by_layers(model, arch, list(blocks), lambda _, states: [each.cpu() for each in states], progress, stage)
+    blocks = blocks_of(text)
+    found = _by_layers(model, arch, blocks, lambda _, states: [each.cpu() for each in states], progress, stage)
     return chain.from_iterable(found)
 
 
 def _by_layers(
     model: nn.Module,
     arch: Arch,
-    blocks: list[Tensor],
-    finish: Callable[[list[Tensor], Iterator[Tensor]], list[T]],
+    blocks: list[Block],
+    finish: Callable[[list[Block], Iterator[Tensor]], list[T]],
     progress: Progress,
     stage: str,
     head_steps: int = 0,
@@ -107,7 +123,7 @@ def _by_layers(
     of the progress in `finish`, where a layer is one.
     """
     # Every rank should get some.
-    at_once = min(max(1, TOKENS_AT_ONCE // max(map(len, blocks))), -(-len(blocks) // size()))
+    at_once = min(max(1, TOKENS_AT_ONCE // max(len(block.ids_T) for block in blocks)), -(-len(blocks) // size()))
     pieces = [blocks[start : start + at_once] for start in range(0, len(blocks), at_once)]
     done, steps = 0, len(pieces) * (arch.num_layers + head_steps)
     progress(stage, 0, steps)
@@ -124,9 +140,9 @@ def _by_layers(
             if after > before:
                 moved(after - before)
 
-    def passed(piece: list[Tensor]) -> list[T]:
+    def passed(piece: list[Block]) -> list[T]:
         device = next(model.parameters()).device
-        batches = [Batch("", True, ids_T[None].to(device)) for ids_T in piece]
+        batches = [Batch("", True, block.ids_T[None].to(device)) for block in piece]
         walk = Walk(model, arch, batches)
         for index in range(arch.num_layers):
             walk.advance(index)
@@ -218,17 +234,22 @@ def _divergences(dense_SV: Tensor, pruned_SV: Tensor) -> Tensor:
     return torch.cat(divergences)
 
 
-def summarise(domain: str, divergences_NP: list[Tensor], agreements_NP: list[Tensor]) -> Divergence:
+def summarise(domain: str, text: Text, divergences_NP: list[Tensor], agreements_NP: list[Tensor]) -> Divergence:
     """Return the figures over a domain's blocks. Raises NumericsError if one is not finite."""
-    all_tokens = torch.cat(divergences_NP).cpu().double()
+    blocks = blocks_of(text)
+
+    def counted(values_NP: list[Tensor]) -> Float[Tensor, " K"]:
+        parts = [block.counted(values_P) for values_P, block in zip(values_NP, blocks, strict=True)]
+        return torch.cat(parts).cpu().double()
+
+    all_tokens = counted(divergences_NP)
     if not bool(all_tokens.isfinite().all()):
         raise NumericsError(f"KL, domain {domain}: a divergence is not finite; one model gives no finite logits.")
-    block_means = torch.stack([block.cpu().double().mean() for block in divergences_NP])
-    error = float(block_means.std()) / math.sqrt(len(block_means)) if len(block_means) > 1 else 0.0
+    sums = merged(sums_of(each.cpu(), block) for each, block in zip(divergences_NP, blocks, strict=True)).values()
     return Divergence(
         mean=float(all_tokens.mean()),
-        standard_error=error,
-        p95=float(numpy.quantile(all_tokens.cpu().numpy(), 0.95)),
-        top1_agreement=float(torch.cat(agreements_NP).cpu().double().mean()),
+        standard_error=standard_error([total for total, _ in sums], [count for _, count in sums]),
+        p95=float(numpy.quantile(all_tokens.numpy(), 0.95)),
+        top1_agreement=float(counted(agreements_NP).mean()),
         num_tokens=all_tokens.numel(),
     )

@@ -25,14 +25,26 @@ CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS = 512, 8192
 LAYERS_AT_ONCE = 4
 
 
-def make_batches(domain: str, ids_NT: Tensor, *, held_out: bool, batch_tokens: int | None = None) -> list[Batch]:
+def make_batches(
+    domain: str,
+    ids_NT: Tensor,
+    *,
+    held_out: bool,
+    batch_tokens: int | None = None,
+    counted_NT: Tensor | None = None,
+) -> list[Batch]:
     """Split a domain's blocks into batches of `batch_tokens` tokens at most, or of one block.
 
-    None: as many as suit the device of the blocks.
+    None: as many as suit the device of the blocks. `counted_NT`: which tokens count, None for all.
     """
     suited = CPU_BATCH_TOKENS if ids_NT.device.type == "cpu" else DEVICE_BATCH_TOKENS
     size = max(1, (batch_tokens or suited) // ids_NT.shape[1])
-    return [Batch(domain, held_out, ids_BT, number * size) for number, ids_BT in enumerate(ids_NT.split(size))]
+    pieces = ids_NT.split(size)
+    counted = [None] * len(pieces) if counted_NT is None else counted_NT.split(size)
+    return [
+        Batch(domain, held_out, ids_BT, number * size, counted_BT)
+        for number, (ids_BT, counted_BT) in enumerate(zip(pieces, counted, strict=True))
+    ]
 
 
 class Walk:

@@ -1,0 +1,196 @@
+"""Blocks of token ids, and the two kinds of text of a run: what it learns by, and what judges it.
+
+In: ids with the document of each. Out: plain data, which ranks send each other. Whatever learns takes
+a `LearningText`, which has no way to the text that judges; that is a `JudgedText`.
+
+Letters: N blocks of a domain, T tokens of a block.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int64, Shaped
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """One block: see `Blocks`."""
+
+    ids_T: Int64[Tensor, " T"]
+    document_T: Int64[Tensor, " T"]
+    counted_T: Bool[Tensor, " T"] | None = None
+
+    def counted(self, values_P: Shaped[Tensor, " P"]) -> Shaped[Tensor, " K"]:
+        """Return the values that count, of those of predicted tokens, which are all but the first."""
+        return values_P if self.counted_T is None else values_P[self.counted_T[1:].to(values_P.device)]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A domain's blocks of token ids. Those of a sampled domain are on the meta device until they are written.
+
+    `document_NT`: the number of the document, within its domain, that a token is of; an end-of-text
+    token is of the document that it ends. `counted_NT`: tokens that count in statistics and losses;
+    others give context alone. None: all count.
+    """
+
+    ids_NT: Int64[Tensor, "N T"]
+    document_NT: Int64[Tensor, "N T"]
+    counted_NT: Bool[Tensor, "N T"] | None = None
+
+    @classmethod
+    def of(cls, ids_NT: Int64[Tensor, "N T"]) -> "Blocks":
+        """Return blocks that are a document each."""
+        return cls(ids_NT, torch.arange(len(ids_NT))[:, None].expand(ids_NT.shape))
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the text is not written yet."""
+        return self.ids_NT.is_meta
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens, counted or not."""
+        return self.ids_NT.numel()
+
+    @property
+    def documents(self) -> set[int]:
+        """The numbers of the documents."""
+        return set() if self.is_meta else set(self.document_NT.unique().tolist())
+
+    def to(self, device: torch.device) -> "Blocks":
+        """Return the blocks on a device."""
+        counted_NT = None if self.counted_NT is None else self.counted_NT.to(device)
+        return Blocks(self.ids_NT.to(device), self.document_NT.to(device), counted_NT)
+
+    def __len__(self) -> int:
+        return len(self.ids_NT)
+
+    def __iter__(self) -> Iterator[Block]:
+        counted = [None] * len(self) if self.counted_NT is None else self.counted_NT
+        return map(Block, self.ids_NT, self.document_NT, counted)
+
+    def __getitem__(self, part: slice) -> "Blocks":
+        counted_NT = None if self.counted_NT is None else self.counted_NT[part]
+        return Blocks(self.ids_NT[part], self.document_NT[part], counted_NT)
+
+
+# Blocks of one domain; those of plain ids are a document each.
+Text = Blocks | Sequence[Block] | Tensor | Sequence[Tensor]
+
+
+def blocks_of(text: Text) -> list[Block]:
+    """Return a text block by block."""
+    return [
+        block if isinstance(block, Block) else Block(block, torch.full_like(block, number))
+        for number, block in enumerate(text)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class LearningDomain:
+    """One domain's text to learn by. `share`: of the calibration tokens; shares sum to 1.
+
+    `blocks`: the first `num_calibration` are for calibration, those of all rounds; a training begins at
+    the first, too, and may go on behind them. `held_out`: what guards the run, from other documents.
+    """
+
+    name: str
+    share: float
+    blocks: Blocks
+    num_calibration: int
+    held_out: Blocks
+
+    @property
+    def calibration(self) -> Blocks:
+        """The blocks that units are measured on."""
+        return self.blocks[: self.num_calibration]
+
+
+def num_blocks_of(share: float, num_tokens: int, length: int) -> int:
+    """Return how many blocks a share of the tokens is; at least one."""
+    return max(1, round(share * num_tokens / length))
+
+
+@dataclass(frozen=True, slots=True)
+class LearningText:
+    """All that a run may learn by: calibration, training and guard. What judges it is not in here.
+
+    `num_rounds`: over how many rounds the calibration blocks rotate; 1 without rotation. `notes`:
+    sentences for people on what was left out or shared.
+    """
+
+    domains: tuple[LearningDomain, ...]
+    sequence_length: int
+    num_rounds: int = 1
+    notes: tuple[str, ...] = ()
+
+    @property
+    def content_hash(self) -> str:
+        """The hash of all blocks, see `text_hash`."""
+        parts = ((each.name, each.share, part) for each in self.domains for part in (each.blocks, each.held_out))
+        return text_hash(parts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Calibration tokens, without the held-out ones."""
+        return sum(domain.calibration.num_tokens for domain in self.domains)
+
+    @property
+    def num_held_out_tokens(self) -> int:
+        """Held-out tokens of all domains."""
+        return sum(domain.held_out.num_tokens for domain in self.domains)
+
+    @property
+    def held_out(self) -> dict[str, Blocks]:
+        """Each domain's blocks that guard the run."""
+        return {domain.name: domain.held_out for domain in self.domains}
+
+    def first(self, num_tokens: int) -> dict[str, Blocks]:
+        """Return each domain's first blocks, by its share of `num_tokens`."""
+        length = self.sequence_length
+        return {each.name: each.blocks[: num_blocks_of(each.share, num_tokens, length)] for each in self.domains}
+
+    def of_round(self, index: int) -> "LearningText":
+        """Return what round `index` (from 0) measures on: its own blocks, if the text rotates.
+
+        With N blocks per round it has blocks [index * N, (index + 1) * N) of each domain.
+        """
+        if self.num_rounds == 1:
+            return self
+        domains: list[LearningDomain] = []
+        for domain in self.domains:
+            size = domain.num_calibration // self.num_rounds
+            blocks = domain.blocks[index * size : (index + 1) * size]
+            domains.append(replace(domain, blocks=blocks, num_calibration=size))
+        return replace(self, domains=tuple(domains), num_rounds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedText:
+    """What judges a run in the end, by domain, from documents that it did not learn by.
+
+    `notes`: the domains of which that does not hold, for want of text, and why.
+    """
+
+    blocks: Mapping[str, Blocks]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def content_hash(self) -> str:
+        """The hash of all blocks, see `text_hash`."""
+        return text_hash((name, 1.0, blocks) for name, blocks in self.blocks.items())
+
+
+def text_hash(parts: Iterable[tuple[str, float, Blocks]]) -> str:
+    """Return the SHA-256 over names, shares, shapes and ids, in order; meta blocks have no ids."""
+    digest = hashlib.sha256()
+    for name, share, blocks in parts:
+        digest.update(json.dumps([name, share, list(blocks.ids_NT.shape)]).encode())
+        if not blocks.is_meta:
+            digest.update(blocks.ids_NT.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,533 @@
+"""One pool of text per run: every document is read and tokenised once, and belongs to one part.
+
+In: domains and a seed, which decides the order of documents. Out: what judges, what guards, and what a
+run learns by (calibration, training, counts of tokens), in this order, so that no document of one part
+is in another. Where a domain has too few documents a long one is shared: each part then has other
+pieces of it, and a note says so.
+"""
+
+import hashlib
+import math
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain, count, takewhile
+from random import Random
+from types import MappingProxyType
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from secateur.data.blocks import Blocks, JudgedText, LearningDomain, LearningText, num_blocks_of
+from secateur.data.counts import TokenCounts, count_tokens
+from secateur.data.forms import Note, Notes
+from secateur.data.sources import DomainText, documents
+from secateur.errors import CalibrationError
+from secateur.log import Progress, silent
+from secateur.model.checkpoint import Tokenizer
+
+CALIBRATION_BLOCKS_PER_HELD_OUT = 9
+# Slightly above the average for English code and prose.
+CHARACTERS_PER_TOKEN = 5
+# Of a domain, that judge a run: by 1,024 tokens of code a model lost 1.07 nats, by 9 kB 0.36.
+JUDGED_TOKENS = 4096
+# Tokens of a domain beyond these hardly move what is counted.
+MOST_COUNTED = 1_000_000
+
+
+def judging_tokens(evaluate: bool) -> int:
+    """Return how many tokens of each domain judge a run, none unless it is to `evaluate`."""
+    return JUDGED_TOKENS if evaluate else 0
+
+
+@runtime_checkable
+class CalibrationText(Protocol):
+    """The text asked for. `rotate`: each round gets its own blocks."""
+
+    sequence_length: int | None
+    rotate: bool
+
+    @property
+    def domains(self) -> Mapping[str, DomainText]:
+        """Every domain's text, by name."""
+        ...
+
+
+class Allotted(NamedTuple):
+    """Whose a domain's documents are: those below `judged` judge, below `held_out` guard, all others teach.
+
+    None: as many as it takes.
+    """
+
+    judged: int | None
+    held_out: int | None
+
+
+class _Texts:
+    """A domain's documents in the seed's order, each in pieces of about a block; read as far as asked for.
+
+    Equal documents are one. A long one begins at a random line and wraps.
+    """
+
+    def __init__(self, name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, length: int, note: Note) -> None:
+        self._source = documents(name, domain, tokenizer, seed, note)
+        self._order = Random(f"{seed}:{name}:lines")
+        self._num_characters = length * CHARACTERS_PER_TOKEN
+        self._seen: set[bytes] = set()
+        self.pieces: list[tuple[str, ...]] = []
+        self.digests: list[bytes] = []
+
+    def has(self, number: int) -> bool:
+        """Read until document `number`, and return whether there is one."""
+        while len(self.pieces) <= number:
+            text = next(self._source, None)
+            if text is None:
+                return False
+            digest = hashlib.sha256(text.encode()).digest()
+            if digest not in self._seen:
+                self._seen.add(digest)
+                self.digests.append(digest)
+                self.pieces.append(tuple(_pieces(text, self._num_characters, self._order)))
+        return True
+
+
+def _pieces(text: str, size: int, order: Random) -> Iterator[str]:
+    """Yield the text in pieces of at most `size` characters, which end with a line where one does."""
+    if len(text) > 2 * size:
+        start = text.rfind("\n", 0, order.randrange(len(text))) + 1
+        text = text[start:] + text[:start]
+    position = 0
+    while position < len(text):
+        limit = position + size
+        end = limit if limit >= len(text) else text.rfind("\n", position, limit) + 1 or limit
+        yield text[position:end]
+        position = end
+
+
+class _Tokens:
+    """A domain's pieces in one tokenizer, each tokenised once."""
+
+    def __init__(self, texts: _Texts, tokenizer: Tokenizer) -> None:
+        self.texts = texts
+        self._tokenizer = tokenizer
+        self._ids: dict[tuple[int, int], array[int]] = {}
+
+    def piece(self, document: int, number: int) -> "array[int] | None":
+        """Return the ids of a document's piece; None if it has no such piece."""
+        if (document, number) not in self._ids:
+            if number >= len(self.texts.pieces[document]):
+                return None
+            # verbose=False: no warning that the text exceeds the model's context.
+            text = self.texts.pieces[document][number]
+            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            self._ids[document, number] = array("i", ids)
+        return self._ids[document, number]
+
+    def rest(self, rest: "_Rest", most: int) -> Int64[Tensor, " T"]:
+        """Return the ids of the rest of a document, `most` of them at most."""
+        ids, number = array("i"), rest.piece
+        while len(ids) < rest.offset + most and (piece := self.piece(rest.document, number)) is not None:
+            ids += piece
+            number += 1
+        return _tensor(ids[rest.offset :][:most])
+
+
+class _Rest(NamedTuple):
+    """A document from a piece on, without the piece's first `offset` tokens."""
+
+    document: int
+    piece: int = 0
+    offset: int = 0
+
+
+class _Packing:
+    """Documents one behind another, a piece of each by turns, with an end-of-text token in between.
+
+    Nobody has a second turn before everybody has had a first. `late` has what other parts left of
+    their documents, and is used when all else has run out.
+    """
+
+    def __init__(self, tokens: _Tokens, fresh: Iterator[int], late: deque[_Rest], eos: int | None) -> None:
+        self.begun: list[_Rest] = []
+        self.begun_late: list[_Rest] = []
+        self._tokens, self._fresh, self._late, self._eos = tokens, fresh, late, eos
+        self._waiting: deque[_Rest] = deque()
+        self._last: int | None = None
+        self._ids, self._documents = array("i"), array("i")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens packed so far."""
+        return len(self._ids)
+
+    def reaches(self, num_tokens: int) -> bool:
+        """Pack on until there are so many tokens, and return whether there are."""
+        while len(self._ids) < num_tokens:
+            turn = self._turn()
+            if turn is None:
+                return False
+            ids = self._tokens.piece(turn.document, turn.piece)
+            if ids is None:
+                continue
+            if self._eos is not None and self._ids and turn.document != self._last:
+                self._ids.append(self._eos)
+                self._documents.append(self._documents[-1])
+            ids = ids[turn.offset :]
+            self._ids += ids
+            self._documents += array("i", [turn.document]) * len(ids)
+            self._last = turn.document
+            self._waiting.append(_Rest(turn.document, turn.piece + 1))
+        return True
+
+    def _turn(self) -> _Rest | None:
+        """Return the document whose turn it is, and where it goes on; None if all have run out."""
+        document = next(self._fresh, None)
+        if document is None and self._waiting:
+            return self._waiting.popleft()
+        if document is None and not self._late:
+            return None
+        turn = self._late.popleft() if document is None else _Rest(document)
+        (self.begun_late if document is None else self.begun).append(turn)
+        return turn
+
+    def blocks(self, num_blocks: int, length: int) -> Blocks:
+        """Return the first blocks."""
+        parts = (_tensor(each[: num_blocks * length]) for each in (self._ids, self._documents))
+        return Blocks(*(part.view(num_blocks, length) for part in parts))
+
+    def rests(self, num_tokens: int) -> deque[_Rest]:
+        """Return what is left of the documents behind the first `num_tokens`, in the order of their turns."""
+        waiting, surplus = self._waiting.copy(), len(self._ids) - num_tokens
+        if surplus > 0:
+            document, piece, _ = waiting.pop()
+            ids = self._tokens.piece(document, piece - 1)
+            assert ids is not None, "it was packed"
+            waiting.append(_Rest(document, piece - 1, len(ids) - surplus))
+        return waiting
+
+
+def _tensor(ids: "array[int]") -> Int64[Tensor, " T"]:
+    return torch.from_numpy(numpy.array(ids, dtype=numpy.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """A domain's share of the calibration tokens, and how many blocks each part has."""
+
+    share: float
+    judged: int
+    held_out: int
+    calibration: int
+    learning: int
+
+
+@dataclass(slots=True)
+class _Domain:
+    """A domain whose parts are drawn in turn: judged, held out, to learn by.
+
+    `is_given`: whether it is known which documents each part has. `first`: the first document that no
+    part has. `late`: what parts have left of their documents. `allotted`: `first` behind each part.
+    `owners`: the domains that have a document in what judges or guards, by its digest.
+    """
+
+    name: str
+    tokens: _Tokens
+    eos: int | None
+    sizes: _Sizes
+    length: int
+    owners: dict[bytes, str]
+    is_given: bool = False
+    first: int = 0
+    late: deque[_Rest] = field(default_factory=deque[_Rest])
+    parts: list[_Packing] = field(default_factory=list[_Packing])
+    allotted: list[int] = field(default_factory=list[int])
+
+    def draw(self, num_blocks: int, last: int | None = None) -> None:
+        """Pack the next part. `last`: the first document of the part behind it, if that is given."""
+        packing = self._packing(last)
+        packing.reaches(num_blocks * self.length)
+        begun = [rest.document for rest in packing.begun]
+        self.first = max([self.first, *(number + 1 for number in begun)]) if last is None else last
+        self.late = deque([*packing.rests(num_blocks * self.length), *self.late])
+        self.allotted.append(self.first)
+        self.owners |= dict.fromkeys((self.tokens.texts.digests[number] for number in begun), self.name)
+        self.parts.append(packing)
+
+    def draw_rest(self, num_blocks: int) -> None:
+        """Pack the last part, which has all documents that are left."""
+        packing = self._packing(None)
+        packing.reaches(num_blocks * self.length)
+        self.parts.append(packing)
+
+    def all_learning(self, most: int) -> Iterator[Int64[Tensor, " T"]]:
+        """Yield the documents of the last part, each as a whole, up to `most` ids."""
+        for rest in chain(map(_Rest, self._fresh(None, deque())), self.parts[LEARNING].begun_late):
+            ids_T = self.tokens.rest(rest, most)
+            yield ids_T
+            most -= len(ids_T)
+            if most <= 0:
+                return
+
+    def blocks(self, part: int, num_blocks: int) -> Blocks:
+        """Return a part's blocks: as many, or all that there are."""
+        return self.parts[part].blocks(min(num_blocks, self.parts[part].num_tokens // self.length), self.length)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is enough of every part; of a given one, what there is."""
+        numbers = (self.sizes.held_out, self.sizes.calibration)
+        enough = [part.num_tokens >= num * self.length for part, num in zip(self.parts[1:], numbers, strict=True)]
+        return all(enough) and (self.is_given or self.parts[JUDGED].num_tokens >= self.sizes.judged * self.length)
+
+    def too_short(self, num_learning: int, what: str, key: str) -> CalibrationError:
+        """Return the error for a text that is too short. `what`: the blocks to learn by, in words."""
+        sizes, length = self.sizes, self.length
+        wanted = [num * length for num in (sizes.judged, sizes.held_out, num_learning)]
+        num_there = sum(min(part.num_tokens, want) for part, want in zip(self.parts, wanted, strict=True))
+        judged = f"{sizes.judged} judged, " if sizes.judged else ""
+        return CalibrationError(
+            f"domain '{self.name}': {num_there:,} tokens of text after packing, but {judged}{sizes.held_out} held-out "
+            f"and {num_learning} {what} of {length} tokens need {sum(wanted):,}; lower {key} or "
+            "calibration.sequence_length, lower the domain's share, or add text."
+        )
+
+    def digests(self, part: int) -> set[bytes]:
+        """Return the digests of a part's documents."""
+        packing = self.parts[part]
+        return {self.tokens.texts.digests[rest.document] for rest in (*packing.begun, *packing.begun_late)}
+
+    def _packing(self, last: int | None) -> _Packing:
+        return _Packing(self.tokens, self._fresh(last, self.late), self.late, self.eos)
+
+    def _fresh(self, last: int | None, late: deque[_Rest]) -> Iterator[int]:
+        """Yield the documents that no part has, to before `last`; those that another domain has come late."""
+        number, texts = self.first, self.tokens.texts
+        while (last is None or number < last) and texts.has(number):
+            if self.owners.get(texts.digests[number], self.name) == self.name:
+                yield number
+            else:
+                late.append(_Rest(number))
+            number += 1
+
+
+JUDGED, HELD_OUT, LEARNING = range(3)
+
+
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """What a run may learn by: its text, and how often all documents that may teach have each token."""
+
+    text: LearningText
+    _documents: Mapping[str, Callable[[int], Iterator[Int64[Tensor, " T"]]]]
+
+    def counts(self, num_rows: int, progress: Progress = silent, *, most: int = MOST_COUNTED) -> dict[str, TokenCounts]:
+        """Return each domain's counts of the ids of an embedding of `num_rows`.
+
+        No more of a domain is read once `most` tokens are counted. Sampled domains, whose text is not
+        written yet, are left out. Raises CalibrationError for unreadable text, or if no domain is left.
+        """
+        if not self._documents:
+            raise CalibrationError(
+                "remove.vocabulary: every domain is sampled from the model, so there is no text to count tokens of; "
+                "add a domain of files or installed text."
+            )
+        counts: dict[str, TokenCounts] = {}
+        for done, (name, documents_of) in enumerate(self._documents.items()):
+            progress("count tokens", done, len(self._documents))
+            counts[name] = count_tokens(documents_of(most), num_rows)
+        progress("count tokens", len(self._documents), len(self._documents))
+        return counts
+
+
+class Split(NamedTuple):
+    """The parts of a text. `allotted`: whose the documents are, by domain that is read. `notes`: what was left out."""
+
+    learning: Learning
+    judged: JudgedText
+    allotted: dict[str, Allotted]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amounts:
+    """How much text each part has.
+
+    A domain gets max(1, round(share x num_tokens / length)) calibration blocks for each of
+    `num_rounds`, as many training blocks by `num_training_tokens`, a ninth of the calibration blocks of
+    a round, rounded up, but not fewer than `least_held_out`, as held-out ones, and `num_judged_tokens`
+    in whole blocks to judge by.
+    """
+
+    num_tokens: int
+    num_training_tokens: int = 0
+    num_judged_tokens: int = 0
+    num_rounds: int = 1
+    least_held_out: int = 0
+
+    def of(self, share: float, length: int) -> _Sizes:
+        """Return a domain's blocks of `length` tokens."""
+        num_blocks = num_blocks_of(share, self.num_tokens, length)
+        held_out = max(self.least_held_out, math.ceil(num_blocks / CALIBRATION_BLOCKS_PER_HELD_OUT))
+        judged = math.ceil(self.num_judged_tokens / length)
+        calibration, training = self.num_rounds * num_blocks, num_blocks_of(share, self.num_training_tokens, length)
+        return _Sizes(share, judged, held_out, calibration, max(calibration, training))
+
+
+class TextPool:
+    """The documents of a run, each read once, and tokenised once by each tokenizer."""
+
+    def __init__(
+        self, calibration: CalibrationText, tokenizer: Tokenizer, seed: int, progress: Progress = silent
+    ) -> None:
+        """`tokenizer`: its chat template makes text of chats."""
+        assert calibration.sequence_length is not None, "resolve fills it in"
+        self.length = calibration.sequence_length
+        self._tokenizer, self._seed, self._progress, self._notes = tokenizer, seed, progress, Notes()
+        self._texts: dict[str, _Texts] = {}
+        self._tokens: dict[tuple[str, int], _Tokens] = {}
+
+    def split(
+        self,
+        calibration: CalibrationText,
+        amounts: Amounts,
+        tokenizer: Tokenizer | None = None,
+        *,
+        allotted: Mapping[str, Allotted] = MappingProxyType({}),
+        must_judge: bool = False,
+        key: str = "calibration.num_tokens",
+    ) -> Split:
+        """Share out the documents: first those that judge, then those that guard, then those to learn by.
+
+        Where a text is too short for all of these, what guards judges too, and a note says so; with
+        `must_judge` that is an error. `tokenizer`: by default that of the pool. `allotted`: of a split
+        by another tokenizer, whose parts are then of the same documents. `key`: what asked for the
+        tokens to learn by, to be named where a text is too short for them.
+
+        Raises CalibrationError for text that is unreadable or too short.
+        """
+        tokenizer = tokenizer or self._tokenizer
+        total = sum(domain.share for domain in calibration.domains.values())
+        sizes = {name: amounts.of(each.share / total, self.length) for name, each in calibration.domains.items()}
+        read = [name for name, domain in calibration.domains.items() if not domain.sampled]
+        for name in read:
+            self._read(name, calibration.domains[name])
+        domains = self._drawn({name: sizes[name] for name in read}, tokenizer, allotted)
+        while short := next((domain for domain in domains.values() if not domain.is_whole), None):
+            if must_judge or not short.sizes.judged:
+                fresh = f" ({amounts.num_rounds} rounds of fresh ones, as calibration.rotate asks)"
+                what = f"calibration blocks{fresh if amounts.num_rounds > 1 else ''}"
+                raise short.too_short(short.sizes.calibration, what, "calibration.num_tokens")
+            sizes[short.name] = replace(short.sizes, judged=0)
+            domains = self._drawn({name: sizes[name] for name in read}, tokenizer, allotted)
+        for domain in domains.values():
+            if not domain.parts[LEARNING].reaches(domain.sizes.learning * self.length):
+                raise domain.too_short(domain.sizes.learning, "training blocks", key)
+        text = tuple(_learning(name, size, domains.get(name), self.length) for name, size in sizes.items())
+        notes = (*self.notes, *_shared(domains, HELD_OUT, (LEARNING,), GUARD_SHARES))
+        learning = LearningText(text, self.length, amounts.num_rounds, notes)
+        documents_of = {name: domain.all_learning for name, domain in domains.items()}
+        allotted = {name: Allotted(*domain.allotted) for name, domain in domains.items()}
+        judged = _judged(text, domains, amounts, self.length)
+        return Split(Learning(learning, documents_of), judged, allotted, self.notes)
+
+    def draw(self, domains: Mapping[str, DomainText], num_blocks: int) -> dict[str, Blocks]:
+        """Return the first blocks of each domain. Raises CalibrationError for text that is too short."""
+        drawn: dict[str, Blocks] = {}
+        for name, domain in domains.items():
+            self._read(name, domain)
+            tokens, eos = self._in(name, self._tokenizer), self._tokenizer.eos_token_id
+            assert eos is None or isinstance(eos, int)
+            packing = _Packing(tokens, takewhile(tokens.texts.has, count()), deque(), eos)
+            if not packing.reaches(num_blocks * self.length):
+                raise CalibrationError(
+                    f"domain '{name}': {packing.num_tokens:,} tokens of text after packing, but {num_blocks} blocks of "
+                    f"{self.length} tokens need {num_blocks * self.length:,}; ask for fewer or shorter blocks, or add "
+                    "text."
+                )
+            drawn[name] = packing.blocks(num_blocks, self.length)
+        return drawn
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what was left out of the text that was read."""
+        return self._notes.sentences()
+
+    def _in(self, name: str, tokenizer: Tokenizer) -> _Tokens:
+        return self._tokens.setdefault((name, id(tokenizer)), _Tokens(self._texts[name], tokenizer))
+
+    def _read(self, name: str, domain: DomainText) -> None:
+        if name not in self._texts:
+            note = self._notes.of(name)
+            self._texts[name] = _Texts(name, domain, self._tokenizer, self._seed, self.length, note)
+
+    def _drawn(
+        self, sizes: Mapping[str, _Sizes], tokenizer: Tokenizer, allotted: Mapping[str, Allotted]
+    ) -> dict[str, _Domain]:
+        """Return the domains with their parts packed: those that judge of all, then those that guard, then the rest."""
+        eos, owners = tokenizer.eos_token_id, dict[bytes, str]()
+        assert eos is None or isinstance(eos, int)
+        domains: dict[str, _Domain] = {}
+        for name, size in sizes.items():
+            domains[name] = _Domain(name, self._in(name, tokenizer), eos, size, self.length, owners, name in allotted)
+        given = {name: allotted.get(name, Allotted(None, None)) for name in sizes}
+        for name, domain in domains.items():
+            domain.draw(sizes[name].judged, given[name].judged)
+        for name, domain in domains.items():
+            domain.draw(sizes[name].held_out, given[name].held_out)
+        num_done, num_all = 0, sum(size.held_out + size.calibration for size in sizes.values())
+        self._progress("calibration", num_done, num_all)
+        for name, domain in domains.items():
+            domain.draw_rest(sizes[name].calibration)
+            num_done += sizes[name].held_out + sizes[name].calibration
+            self._progress("calibration", num_done, num_all)
+        return domains
+
+
+def _part(domain: _Domain | None, part: int, num_blocks: int, length: int) -> Blocks:
+    """Return a part's blocks; without a domain that is read, on the meta device."""
+    if domain is not None:
+        return domain.blocks(part, num_blocks)
+    empty_NT = torch.empty(num_blocks, length, dtype=torch.int64, device="meta")
+    return Blocks(empty_NT, empty_NT)
+
+
+def _learning(name: str, sizes: _Sizes, domain: _Domain | None, length: int) -> LearningDomain:
+    blocks = _part(domain, LEARNING, sizes.learning, length)
+    held_out = _part(domain, HELD_OUT, sizes.held_out, length)
+    return LearningDomain(name, sizes.share, blocks, sizes.calibration, held_out)
+
+
+GUARD_SHARES = "guards the run and what it learns by"
+JUDGE_SHARES = "judges the run and what guards it or what it learns by"
+
+
+def _judged(
+    text: tuple[LearningDomain, ...], domains: Mapping[str, _Domain], amounts: Amounts, length: int
+) -> JudgedText:
+    """Return what judges: a part of its own, or of a domain that is too short what guards."""
+    judged, notes = dict[str, Blocks](), list[str]()
+    for each in text:
+        judged[each.name] = _part(domains.get(each.name), JUDGED, amounts.of(each.share, length).judged, length)
+        if not len(judged[each.name]):
+            judged[each.name] = each.held_out
+            notes += [f"domain '{each.name}': {TOO_SHORT_TO_JUDGE}"] if amounts.num_judged_tokens else []
+    return JudgedText(judged, (*notes, *_shared(domains, JUDGED, (HELD_OUT, LEARNING), JUDGE_SHARES)))
+
+
+TOO_SHORT_TO_JUDGE = "too short for a part that only judges, so what guards the run judges it, too; add text."
+
+
+def _shared(domains: Mapping[str, _Domain], part: int, others: tuple[int, ...], which: str) -> Iterator[str]:
+    """Yield a sentence for each domain whose part has documents that other parts have too."""
+    theirs = set[bytes]().union(*(domain.digests(other) for domain in domains.values() for other in others))
+    for name, domain in domains.items():
+        if num_shared := len(domain.digests(part) & theirs):
+            many = "s" if num_shared > 1 else ""
+            yield (
+                f"domain '{name}': what {which} have parts of {num_shared} document{many} in common, since the text "
+                "has so few; add text."
+            )

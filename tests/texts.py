@@ -1,0 +1,32 @@
+"""Text as a run draws it, in one call."""
+
+from typing import Any
+
+from secateur.data.blocks import LearningText
+from secateur.data.pool import Amounts, CalibrationText, Split, TextPool
+from secateur.log import Progress, silent
+
+
+def split_text(
+    calibration: CalibrationText,
+    num_tokens: int,
+    tokenizer: Any,
+    seed: int = 0,
+    progress: Progress = silent,
+    **amounts: int,
+) -> Split:
+    """Return the parts of a text."""
+    pool = TextPool(calibration, tokenizer, seed, progress)
+    return pool.split(calibration, Amounts(num_tokens=num_tokens, **amounts))
+
+
+def learning_text(
+    calibration: CalibrationText,
+    num_tokens: int,
+    tokenizer: Any,
+    seed: int = 0,
+    progress: Progress = silent,
+    **amounts: int,
+) -> LearningText:
+    """Return what may be learnt by."""
+    return split_text(calibration, num_tokens, tokenizer, seed, progress, **amounts).learning.text
