@@ -64,7 +64,7 @@ def prune(
     and what stays is repaired and polished on this model. `resume`: continue an interrupted run of the same
     inputs, whose steps are in a hidden directory beside `out`. `tell`: gets a line about that, and
     one about what the run will do and how long it takes.
-    `command`: how to repeat the run, for the model card.
+    `command`: how to repeat the run, for the model card, which shows it as it is.
 
     Under torchrun every process calls this and gets the same model; the first one writes and
     verifies. With the recipe's key `recover`, model and directory are the recovered ones, and the
@@ -114,7 +114,7 @@ def _prune_then_recover(
         assert recipe.recover is not None
         changes = {"recover": recipe.recover.model_dump(mode="json")}
         settings: dict[str, Any] = {key: options[key] for key in ("command", "progress", "tell")}
-        settings["name"] = f"{model}, pruned"
+        settings["name"] = f"{result.summary.model}, pruned"
         recover(pruned, model, changes, out=place, overwrite=overwrite, **settings)
         meet("recovered")
     finally:

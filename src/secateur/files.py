@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -146,6 +146,25 @@ def lies_in(directory: Path, file: Path) -> bool:
     root, real = directory.resolve(), file.resolve()
     is_blob = root.parent.name == "snapshots" and real.parent == root.parents[1] / "blobs"
     return real.is_relative_to(root) or is_blob
+
+
+# Keys of a recipe whose values are paths, also if nothing is there now.
+_KEYS_OF_PATHS = ("files", "keep_text")
+
+
+def without_places(value: Any, key: str = "") -> Any:
+    """Return a plain value in which every path of this machine is its last part alone.
+
+    Hub ids, URLs and other text stay. `key`: under which the value stands in a mapping.
+    """
+    if isinstance(value, dict):
+        return {name: without_places(each, name) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(each, key) for each in value]
+    if not isinstance(value, str):
+        return value
+    is_place = value.startswith(("/", "~", "./", "../")) or os.path.exists(value)
+    return PurePath(value).name or value if is_place or key in _KEYS_OF_PATHS else value
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

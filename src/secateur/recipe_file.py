@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from secateur.errors import RecipeError, advice
-from secateur.files import yaml_of
+from secateur.files import without_places, yaml_of
 from secateur.recipe import Recipe
 from secateur.recipe_errors import sentence
 
@@ -88,6 +88,10 @@ def load_recipe(path: Path) -> dict[str, Any]:
     return data
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """Return the recipe as YAML that `parse_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+def dump_recipe(recipe: Recipe, *, places: bool = True) -> str:
+    """Return the recipe as YAML that `parse_recipe` reads back to an equal recipe.
+
+    Without `places` paths of this machine are their last parts, as others may see them.
+    """
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(values if places else without_places(values), sort_keys=False)

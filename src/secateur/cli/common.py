@@ -1,7 +1,10 @@
 """The command line's application: shared options, the progress bar, how a process ends."""
 
 import importlib.metadata
+import math
 import os
+import re
+import shlex
 import signal
 import socket
 import sys
@@ -14,12 +17,13 @@ from typing import Annotated, Any
 
 import typer
 import typer.core
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from secateur.errors import RecipeError
-from secateur.files import yaml_of
+from secateur.files import without_places, yaml_of
 from secateur.log import Progress, silent
 from secateur.plugins import mixtures
 from secateur.recipe import INSTALLED_DOMAINS
@@ -330,6 +334,23 @@ def tell(text: str) -> None:
 def teller(*, enabled: bool) -> Callable[[str], None]:
     """Return `tell`, or a listener that prints nothing."""
     return tell if enabled else lambda text: None
+
+
+def command_line(out: Path) -> str:
+    """Return this command for the model card: paths by their last part."""
+    return shlex.join(["secateur", *(_public(word, out) for word in sys.argv[1:])])
+
+
+def _public(word: str, out: Path) -> str:
+    """Return a word of the command line, its path (of NAME=FILE or KEY=VALUE that behind the sign) by its last part."""
+    if word == str(out):
+        return out.name or word
+    name = re.match(r"[\w.-]+=", word)
+    prefix, value = ("", word) if name is None else (name[0], word[name.end() :])
+    if not value.startswith(("{", "[")):
+        return prefix + without_places(value)
+    flow = yaml.safe_dump(without_places(yaml_of(value)), default_flow_style=True, width=math.inf)
+    return prefix + flow.strip()
 
 
 def kept(texts: list[Path] | None, scripts: list[str] | None) -> dict[str, Any]:

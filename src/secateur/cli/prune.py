@@ -1,7 +1,5 @@
 """The commands `prune`, `inspect`, `demo`, `report` and `verify`."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -166,7 +164,7 @@ def prune_and_tell(
     tell = common.teller(enabled=shown)
     with common.progress_bar(enabled=shown) as progress:
         options: dict[str, Any] = {"like": like, "overwrite": overwrite, "resume": resume, "progress": progress}
-        options["command"] = shlex.join(["secateur", *sys.argv[1:]])
+        options["command"] = common.command_line(out)
         result = secateur.prune(model, recipe, out=out, tell=tell, **options)
     if not is_first():
         return

@@ -1,7 +1,5 @@
 """The command `recover`."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +45,7 @@ def recover(
             found = predict(pruned, teacher, changes, progress, other_dense=other_dense)
             shown = cost_table(found)
         else:
-            command = shlex.join(["secateur", *sys.argv[1:]])
+            command = common.command_line(out)
             tell = common.teller(enabled=not (quiet or as_json))
             options: dict[str, Any] = {"command": command, "progress": progress, "tell": tell}
             options |= {"overwrite": overwrite, "other_dense": other_dense, "tasks_data": tasks_data}

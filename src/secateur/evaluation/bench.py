@@ -30,7 +30,7 @@ from secateur.formats.save import open_llama_cpp, require_llama_cpp
 from secateur.log import Progress, silent, versions
 from secateur.methods.prices import kv_cache_bytes_per_token, least_costs
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
-from secateur.model.identity import check_dense, identity, is_result
+from secateur.model.identity import check_dense, identity, is_result, name_of
 from secateur.model.kept_tokens import kept_tokens_of
 from secateur.report.measured import BenchResult, BenchSettings, ModelFigures, Ratio, Speed, SpeedUp
 from secateur.result_directory import BENCH_FILE
@@ -144,14 +144,14 @@ def _prepare_transformers(checkpoint: Checkpoint, workload: Workload, settings: 
         transformers_runner(model, workload, compiled=True)()  # or the compiler's memory counts
     peak = peak_model_bytes(model, workload, compiled=settings.compiled)
     runner = transformers_runner(model, workload, compiled=settings.compiled)
-    return _Contender(checkpoint.reference, model, runner, peak)
+    return _Contender(name_of(checkpoint), model, runner, peak)
 
 
 def _prepare_gguf(checkpoint: Checkpoint, workload: Workload, file: Path) -> _Contender:
     export_gguf(checkpoint, file, GGUF_TYPE)
     shape = meta_model(checkpoint.config)
     torch.nn.Module.to(shape, GGUF_DTYPE)
-    return _Contender(checkpoint.reference, shape, llama_cpp_runner(file, workload))
+    return _Contender(name_of(checkpoint), shape, llama_cpp_runner(file, workload))
 
 
 def _figures(contender: _Contender, runs: list[list[float]], workload: Workload) -> ModelFigures:

@@ -21,7 +21,7 @@ from secateur.facts import Divergence
 from secateur.files import staged_file
 from secateur.log import Progress, silent, versions
 from secateur.model.checkpoint import load_tokenizer
-from secateur.model.identity import check_dense, identity, is_result
+from secateur.model.identity import check_dense, identity, is_result, name_of
 from secateur.model.kept_tokens import Trim, kept_tokens_of, trim_between
 from secateur.ranks import check_same, is_first, joined
 from secateur.recipe import Domain
@@ -163,8 +163,8 @@ def _evaluate(
         tasks = parts.task_changes(harness, own_harness) if text.tasks is not None else None
         changes = parts.differences(before, after, tasks)
     evaluation = Evaluation(
-        model=pruned.checkpoint.reference,
-        against=None if dense is None else dense.checkpoint.reference,
+        model=name_of(pruned.checkpoint),
+        against=None if dense is None else name_of(dense.checkpoint),
         settings=_plain(settings, text),
         notes=(*of_dense, *text.notes),
         dense=before,

@@ -51,6 +51,12 @@ def lineage(checkpoint: Checkpoint, num_params: int) -> tuple[Ancestor, ...]:
     return (*(ancestors(checkpoint) or ()), own)
 
 
+def name_of(checkpoint: Checkpoint) -> str:
+    """Return what files call the model: what the user gave, or of a path its hub id or last part."""
+    is_place = checkpoint.gguf_file is not None or Path(checkpoint.reference).exists()
+    return (_hub_id(checkpoint) or _name(checkpoint)) if is_place else checkpoint.reference
+
+
 def in_memory(name: str, num_params: int) -> tuple[Ancestor, ...]:
     """Return the lineage of a result of pruning a model in memory. `name`: of its config."""
     try:
@@ -99,7 +105,7 @@ def check_dense(pruned: Checkpoint, dense: Checkpoint, option: str, *, other: bo
     """
     of_pruned, of_dense = ancestors(pruned), ancestors(dense)
     print_of_pruned, print_of_dense = identity(pruned), identity(dense)
-    names = pruned.reference, dense.reference
+    names, public = (pruned.reference, dense.reference), (name_of(pruned), name_of(dense))
     if print_of_pruned in (each.fingerprint for each in of_dense or ()):
         raise CheckpointError(
             f"{option} {names[1]}: was itself pruned from {names[0]}, so the two are swapped; give {names[1]} as the "
@@ -117,12 +123,13 @@ def check_dense(pruned: Checkpoint, dense: Checkpoint, option: str, *, other: bo
         return ()
     if last.fingerprint is None and print_of_dense != print_of_pruned:
         why = f"its {RESULT_FILE} has no fingerprint of it"
-        return (f"whether {names[1]} is the model that {names[0]} was pruned from ({last.name}) is not known: {why}.",)
+        what = f"whether {public[1]} is the model that {public[0]} was pruned from ({last.name})"
+        return (f"{what} is not known: {why}.",)
     is_itself = print_of_dense == print_of_pruned
     found = "the result itself" if is_itself else f"fingerprint {print_of_dense[:SHOWN]}"
     wanted = last.name if last.fingerprint is None else f"{last.name} (fingerprint {last.fingerprint[:SHOWN]})"
     if other:
-        return (f"dense is here {names[1]} ({found}), and not {wanted}, which {names[0]} was pruned from.",)
+        return (f"dense is here {public[1]} ({found}), and not {wanted}, which {public[0]} was pruned from.",)
     raise CheckpointError(
         f"{option} {names[1]}: is not the model that {names[0]} was pruned from, but {found}; give {wanted}, or "
         "--other-dense if another model is meant."

@@ -34,7 +34,7 @@ from secateur.model.checkpoint import (
     weight_digests,
 )
 from secateur.model.group import GroupKey
-from secateur.model.identity import in_memory, lineage
+from secateur.model.identity import in_memory, lineage, name_of
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.ranks import check_same, device_called, is_first, size
 from secateur.recipe import Recipe
@@ -95,6 +95,11 @@ class Opened:
         if self.checkpoint is not None:
             return self.checkpoint.reference
         return str(self.model.config._name_or_path or type(self.model).__name__)
+
+    @property
+    def public_name(self) -> str:
+        """The name of the model in files, which holds no path of this machine."""
+        return self.lineage[-1].name if self.checkpoint is None else name_of(self.checkpoint)
 
     @property
     def lineage(self) -> tuple[Ancestor, ...]:

@@ -240,7 +240,7 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
     if opened.like is not None:
         notes += (f"units: those that went in {opened.like.result.name}, not chosen anew; refitted on this model.",)
     return Summary(
-        model=opened.name,
+        model=opened.public_name,
         family=run.arch.family,
         remove_asked=recipe.remove.share if recipe.remove.group_names else reached,  # tokens alone: their number
         remove_reached=reached,

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from secateur.facts import TrainingRecord, Verdicts
+from secateur.files import without_places
 from secateur.formats.save import Verification, has_own, save_checkpoint, verify_reload
 from secateur.log import LOG_FILE, versions
 from secateur.model.checkpoint import TOKENS_FILE
+from secateur.model.identity import name_of
 from secateur.recipe_file import dump_recipe, load_recipe, parse_recipe
 from secateur.recovery.cost import cost_of
 from secateur.recovery.open import Job
@@ -56,10 +58,10 @@ def write_result(
         scores = None if score is None else score(directory)
     pruned, teacher = job.candidates.pruned, job.candidates.teacher
     record = RecoveryRecord(
-        name or pruned.reference,
-        teacher.reference,
+        name or name_of(pruned),
+        name_of(teacher),
         command,
-        calibration=job.recipe.calibration.model_dump(mode="json", exclude_none=True),
+        calibration=without_places(job.recipe.calibration.model_dump(mode="json", exclude_none=True)),
         settings=work.settings.model_dump(mode="json"),
         seed=work.seed,
         content_hash=work.text.content_hash,

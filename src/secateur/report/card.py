@@ -3,14 +3,12 @@
 The metadata is the hub's: https://huggingface.co/docs/hub/model-cards.
 """
 
-import os
-import re
 from collections.abc import Iterator
-from pathlib import PurePath
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from secateur.files import without_places
 from secateur.recipe import Domain, Recipe
 from secateur.report.measured import Evaluation, RecoveryRecord, Scores
 from secateur.report.records import Summary
@@ -23,14 +21,12 @@ from secateur.report.rows import (
     note_rows,
     quality_and_size,
     verdict,
-    without_paths,
 )
 from secateur.report.rows_measured import recovery_card
 from secateur.report.vocabulary import who_suffers
 
 TAGS = ("secateur", "pruned", "structured-pruning")
 NUM_WORST = 3  # domains named as those that suffered most
-_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
 def card_data(
@@ -56,7 +52,7 @@ def card_data(
         said |= {"base_model": base_model, "base_model_relation": "finetune"}  # the hub knows no `pruned`
     if lineage and lineage[-1].languages and summary.vocabulary is None:
         said["language"] = list(lineage[-1].languages)
-    if datasets := [each.dataset for each in domains.values() if each.dataset]:
+    if datasets := [without_places(each.dataset) for each in domains.values() if each.dataset]:
         said["datasets"] = sorted(set(datasets))
     if results := list(_results(summary, domains, recovery, evaluation)):
         said |= {"eval_results": results, "model_name": name or f"{_name(summary)}-pruned"}
@@ -96,28 +92,15 @@ def _results(
             yield EvalResult(**where, metric_type=metric.split(",")[0], metric_name=metric, metric_value=value)
 
 
-def without_places(text: str, summary: Summary, recipe: Recipe | None) -> str:
-    """Return the text with the last part alone of every path of the run: files of text, model, and what looks so."""
-    named = [] if recipe is None else [str(each) for each in recipe.remove.keep_text]
-    for domain in () if recipe is None else recipe.calibration.domains.values():
-        named += domain.files or ()
-    if os.path.exists(summary.model):  # else it may be a hub id
-        named.append(summary.model)
-    for path in (each for each in named if "/" in each):
-        text = PurePath(path).name.join(re.split(rf"(?<![\w/]){re.escape(path)}", text))
-    return without_paths(text)
-
-
 def _name(summary: Summary) -> str:
-    """Return the dense model's name; of an older result, the last part of the path that was given."""
-    if summary.lineage:
-        return summary.lineage[-1].name
-    return without_paths(summary.model)
+    return summary.lineage[-1].name if summary.lineage else summary.model
 
 
 def with_metadata(card: str, data: ModelCardData) -> str:
     """Return the card with this metadata in place of its own, if it has any."""
-    return f"---\n{data.to_yaml()}\n---\n{_FRONT_MATTER.sub('', card, count=1)}"
+    made = ModelCard(card, ignore_metadata_errors=True)
+    made.data = data
+    return str(made)
 
 
 def model_card(summary: Summary, recipe: Recipe | None = None) -> str:
@@ -127,14 +110,12 @@ def model_card(summary: Summary, recipe: Recipe | None = None) -> str:
     trimmed = [] if summary.vocabulary is None else [escaped(who_suffers(summary.vocabulary)), ""]
     lines = ["", title, "", *trimmed, escaped(verdict(summary)), "", *_loading(summary), ""]
     lines += [*markdown(quality_and_size(summary)), "", *_calibrated_on(summary, recipe), "", "## How it was made", ""]
-    command = without_places(summary.command, summary, recipe)
-    lines += [f"- command: {code(command)}" if command else "- from Python: `secateur.prune`"]
+    lines += [f"- command: {code(summary.command)}" if summary.command else "- from Python: `secateur.prune`"]
     lines += [f"- {label}: {escaped(text)}" for label, text in note_rows(summary) if label != "it writes"]
     lines += [f"- versions: {escaped(', '.join(map(' '.join, summary.versions.items())))}"]
     files = "all options: `recipe.yaml`; kept units: `keep.json`; every step: `run.jsonl`; all figures: `result.json`"
     lines += [f"- {files}"]
-    notes = [*(without_places(each, summary, recipe) for each in caveats(summary)), *unknown(data, summary)]
-    lines += [f"- note: {escaped(note)}" for note in notes]
+    lines += [f"- note: {escaped(note)}" for note in caveats(summary)]
     return with_metadata("\n".join(lines) + "\n", data)
 
 
@@ -158,10 +139,11 @@ def _calibrated_on(summary: Summary, recipe: Recipe | None) -> Iterator[str]:
 def source_text(domain: Domain) -> str:
     """Return where a domain's text comes from, files by their names alone."""
     key, value = domain.source
+    public = without_places(value, key)
     if key == "files":
-        return ", ".join(PurePath(each).name for each in value)
+        return ", ".join(public)
     known = {"installed": "text of installed Python packages", "sampled": "written by the dense model"}
-    return known.get(key) or without_paths(f"{key} {value}")
+    return known.get(key) or f"{key} {public}"
 
 
 def _loading(summary: Summary) -> list[str]:
@@ -188,7 +170,7 @@ def _loading(summary: Summary) -> list[str]:
 
 def recovered_card(card: str | None, record: RecoveryRecord) -> str:
     """Return the pruned model's card, or a new one, with a section on the recovery."""
-    text = f"# {escaped(without_paths(record.pruned))}, recovered by secateur\n" if card is None else card
+    text = f"# {escaped(record.pruned)}, recovered by secateur\n" if card is None else card
     return with_section(text, recovery_card(record))
 
 

@@ -1,6 +1,6 @@
 """`secateur push`: a result onto the Hugging Face hub. In: a result directory. Out: a `Pushed`.
 
-What is sent is the result without local paths: links to its files beside rewritten records.
+What is sent are the files of the run and the records of later commands, nothing that was added.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData, constants, get_token
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -23,22 +23,17 @@ from huggingface_hub.utils import validate_repo_id
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Record
 from secateur.files import lies_in
-from secateur.log import LOG_FILE, Progress, silent
+from secateur.log import Progress, silent
 from secateur.model.config import one_line, quiet_transformers
-from secateur.recipe_file import RECIPE_FILE
-from secateur.report.card import card_data, unknown, with_metadata, with_section, without_places
-from secateur.report.measured import RECOVERY_FILE
-from secateur.report.records import ResultFiles, read_result, read_summary
-from secateur.report.report import missing_plots, write_report
-from secateur.report.rows import escaped
+from secateur.recipe_file import RECIPE_FILE, dump_recipe
+from secateur.report.card import card_data, unknown, with_metadata, with_section
+from secateur.report.records import read_result
 from secateur.report.rows_measured import bench_card
-from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, PAGE_FILE, RESULT_FILE, write_summary
+from secateur.result_directory import LATER_FILES, RESULT_FILE, read_digests, write_summary
 
 CARD = "README.md"
-# Files that name places of this machine; what is read is rewritten, the page is made again.
-RECORDS = (RECIPE_FILE, RESULT_FILE, LOG_FILE, BENCH_FILE, EVALUATION_FILE, RECOVERY_FILE)
-# Rounds, a trainer's curves and the parts of an evaluation stay here, and so does what is hidden.
-NOT_SENT = ("rounds", "runs", "evaluation")
+# Rounds and a trainer's curves stay here.
+NOT_SENT = ("rounds", "runs")
 # Of an earlier upload: its index or a file of its weights could be loaded in place of the new ones.
 STALE = ["*.safetensors", "*.safetensors.index.json"]
 
@@ -74,7 +69,8 @@ def push(
     everybody may see it; by default only its owner. `dry_run`: send nothing, and ask nothing of the
     network. `progress`: called with (stage, done, total).
 
-    Returns a `Pushed`. What is sent holds no local path: files of text are named by their last part.
+    Returns a `Pushed`. What is sent holds no local path: in the recipe, files of text are named by
+    their last part.
 
     Raises RecipeError for a name that is no hub id, CheckpointError if `result` is no result, or the
     hub cannot be reached or refuses.
@@ -85,7 +81,9 @@ def push(
         if os.path.isdir(base_model):
             raise RecipeError(f"--base-model {base_model}: is a directory here; give the model's name on the hub.")
     directory = Path(result)
-    files = read_result(directory)
+    digests, files = read_digests(directory), read_result(directory)
+    if digests is None:
+        raise CheckpointError(f"{directory}: its {RESULT_FILE} is damaged; prune again, or push another result.")
     if not dry_run:
         _check_access()
     summary, recipe, given = files.summary, files.recipe, {"base_model": base_model, "name": repo.split("/")[1]}
@@ -93,11 +91,17 @@ def push(
     notes = tuple(unknown(data, summary))
     with tempfile.TemporaryDirectory(prefix="secateur-push-") as scratch:
         stage = Path(scratch)
-        _stage(directory, stage, files)
-        _write_card(stage, files, data, notes)
-        _digest_again(stage)
-        sizes = {path.relative_to(stage).as_posix(): path.stat().st_size for path in sorted(stage.rglob("*"))}
-        sent = {name: size for name, size in sizes.items() if not (stage / name).is_dir()}
+        _stage(directory, stage, digests)
+        card = (directory / CARD).read_text(encoding="utf-8") if CARD in digests else ""
+        if files.bench is not None and files.bench.dense is not None:
+            card = with_section(card, bench_card(files.bench))
+        _write(stage, CARD, with_metadata(card, data))
+        _write(stage, RECIPE_FILE, dump_recipe(files.recipe, places=False))
+        (stage / RESULT_FILE).unlink()
+        linked = {name: digest for name, digest in digests.items() if (stage / name).is_symlink()}
+        write_summary(stage, dataclasses.replace(summary, files={}), known=linked)
+        paths = [path for path in sorted(stage.rglob("*")) if path.is_file()]
+        sent = {path.relative_to(stage).as_posix(): path.stat().st_size for path in paths}
         progress("push", 0, 1)
         url = None if dry_run else _upload(stage, repo, public=public)
         progress("push", 1, 1)
@@ -121,43 +125,27 @@ def _check_access() -> None:
         raise CheckpointError("push: the hub wants a token with write access; run hf auth login, or set HF_TOKEN.")
 
 
-def _stage(directory: Path, stage: Path, files: ResultFiles) -> None:
-    """Link the result's files into `stage`, and write its records there without local paths."""
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or name.parts[0] in NOT_SENT or not path.is_file() or str(name) == PAGE_FILE:
+def _stage(directory: Path, stage: Path, digests: dict[str, str]) -> None:
+    """Link what is sent into `stage`: files with digests and what later commands wrote, nothing else.
+
+    Raises CheckpointError for a file that is gone, or a link to somewhere else.
+    """
+    later = [name for name in LATER_FILES if (directory / name).is_file()]
+    for name in (*digests, *later):
+        if name.split("/")[0] in NOT_SENT:
             continue
-        if not lies_in(directory, path):
-            raise CheckpointError(f"{path}: is a link to a file outside the result, which is not sent; remove it.")
-        place = stage / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if str(name) in RECORDS:
-            text = path.read_text(encoding="utf-8")
-            place.write_text(without_places(text, files.summary, files.recipe), encoding="utf-8")
-        else:
-            place.symlink_to(path.resolve())
-    if (directory / PAGE_FILE).is_file() and not missing_plots():
-        write_report(stage, other_dense=True)
+        if not (directory / name).is_file() or not lies_in(directory, directory / name):
+            raise CheckpointError(
+                f"{directory / name}: is gone, or a link to a file outside the result; bring it back, or prune again."
+            )
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage / name).symlink_to((directory / name).resolve())
 
 
-def _write_card(stage: Path, files: ResultFiles, data: ModelCardData, notes: tuple[str, ...]) -> None:
-    """Write the staged card again: with this metadata and what `bench` found, without notes that no longer hold."""
-    summary, recipe = files.summary, files.recipe
-    card = (stage / CARD).read_text(encoding="utf-8") if (stage / CARD).is_file() else ""
-    for note in set(unknown(card_data(summary, recipe), summary)) - set(notes):
-        card = card.replace(f"- note: {escaped(note)}\n", "")
-    if files.bench is not None and files.bench.dense is not None:
-        card = with_section(card, bench_card(files.bench))
-    (stage / CARD).unlink(missing_ok=True)  # a link to the result's own
-    (stage / CARD).write_text(with_metadata(without_places(card, summary, recipe), data), encoding="utf-8")
-
-
-def _digest_again(stage: Path) -> None:
-    """Write the sha256 of what was rewritten into the staged `result.json`."""
-    summary = read_summary(stage)
-    linked = {name: digest for name, digest in summary.files.items() if (stage / name).is_symlink()}
-    write_summary(stage, dataclasses.replace(summary, files={}), known=linked)
+def _write(stage: Path, name: str, text: str) -> None:
+    """Write a staged file in place of the link."""
+    (stage / name).unlink(missing_ok=True)
+    (stage / name).write_text(text, encoding="utf-8")
 
 
 def _upload(stage: Path, repo: str, *, public: bool) -> str:

@@ -285,7 +285,6 @@ class ResultFiles:
     removed_layers: tuple[RemovedLayer, ...]
     steps: tuple[GroupStep, ...]
     recipe: Recipe
-    recipe_text: str
     evaluation: Evaluation | None
     bench: BenchResult | None
     recovery: RecoveryRecord | None = None
@@ -304,7 +303,6 @@ def read_result(directory: Path) -> ResultFiles:
         removed_layers=_events(directory, "layer", RemovedLayer),
         steps=_events(directory, "group", GroupStep),
         recipe=parse_recipe(load_recipe(directory / RECIPE_FILE), f"recipe {directory / RECIPE_FILE}"),
-        recipe_text=_read(directory, RECIPE_FILE),
         evaluation=_added(Evaluation, directory, EVALUATION_FILE),
         bench=_added(BenchResult, directory, BENCH_FILE),
         recovery=_added(RecoveryRecord, directory, RECOVERY_FILE),

@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import PurePath
 
 from rich import table as rich_table
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD, Box
@@ -59,20 +58,6 @@ def code(text: str) -> str:
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
-
-
-# Paths that are absolute, from the home directory, or begin with dots: not URLs, not hub ids. Those
-# in quotes may have spaces.
-_START = r"(?:~\w*|\.{1,2})?/"
-_PATH = re.compile(
-    rf"(?<='){_START}[^'\n]+(?=')|(?<=\"){_START}[^\"\n]+(?=\")"
-    rf"|(?<![\w:/.<])(?:~\w*|\.{{1,2}})?(?:/[^\s/'\"`,;:=<>|&\\]+)+/?"
-)
-
-
-def without_paths(text: str) -> str:
-    """Return the text with the last part alone of every local path."""
-    return _PATH.sub(lambda found: PurePath(found[0]).name, text)
 
 
 def markdown(table: Table) -> list[str]:

@@ -17,7 +17,7 @@ from secateur.report.measured import (
     plus_minus,
 )
 from secateur.report.page import Table
-from secateur.report.rows import Tables, code, escaped, markdown, terminal, without_paths
+from secateur.report.rows import Tables, code, escaped, markdown, terminal
 
 Row = tuple[str, ...]
 
@@ -130,7 +130,7 @@ def bench_card(result: BenchResult) -> str:
     figures, speed_ups = bench_tables(result)
     about = f"{_run(result)}, {figures.caption}, {result.workload.repeats} repeats in turns with the dense model."
     lines = ["## Speed", "", escaped(f"Times the dense model's speed: {about}"), "", *markdown(speed_ups), ""]
-    return "\n".join([*lines, *(f"- {escaped(without_paths(note))}" for note in result.notes)]).rstrip() + "\n"
+    return "\n".join([*lines, *(f"- {escaped(note)}" for note in result.notes)]).rstrip() + "\n"
 
 
 def _spread(median: float, extremes: tuple[float, float], digits: int = 1) -> str:
@@ -249,8 +249,8 @@ def recovery_card(record: RecoveryRecord) -> str:
         f"{recovery_headline(record)}. The table shows held-out nats per token and KL to the dense model; figures "
         "elsewhere on this card are of the model before recovery."
     )
-    lines = ["## Recovery", "", escaped(without_paths(about)), "", *markdown(verdict_table(record)), ""]
-    lines += [*([*markdown(tasks), ""] if tasks.rows else []), f"- teacher: {escaped(without_paths(record.teacher))}"]
-    lines += [f"- command: {code(without_paths(record.command))}"] if record.command else []
-    lines += [f"- {label}: {escaped(without_paths(text))}" for label, text in cost_rows(record)]
+    lines = ["## Recovery", "", escaped(about), "", *markdown(verdict_table(record)), ""]
+    lines += [*([*markdown(tasks), ""] if tasks.rows else []), f"- teacher: {escaped(record.teacher)}"]
+    lines += [f"- command: {code(record.command)}"] if record.command else []
+    lines += [f"- {label}: {escaped(text)}" for label, text in cost_rows(record)]
     return "\n".join(lines) + "\n"

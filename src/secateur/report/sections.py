@@ -4,8 +4,9 @@ import shlex
 from collections.abc import Sequence
 
 from secateur.facts import NGRAM_TOKENS, Trained
-from secateur.recipe import Domain
+from secateur.recipe_file import dump_recipe
 from secateur.report import rows_measured
+from secateur.report.card import source_text
 from secateur.report.measured import BenchResult, Ratio, spread_of
 from secateur.report.page import Section, Table
 from secateur.report.plots import Series, Text, dot_plot, width_plot
@@ -179,15 +180,9 @@ def text(files: ResultFiles) -> Section:
     for name, num in facts.num_tokens.items():
         counts = (num, facts.num_held_out_tokens[name], facts.num_judged_tokens[name])
         overlap = overlap_cell(facts.held_out_overlap[name])
-        rows.append((name, *(f"{count:,}" for count in counts), overlap, _source(domains[name])))
+        rows.append((name, *(f"{count:,}" for count in counts), overlap, source_text(domains[name])))
     header = ("domain", "tokens", "guard", "judge", "overlap", "source")
     return Section("text", "Text", about, (), (Table("Text by domain", header, rows),))
-
-
-def _source(domain: Domain) -> str:
-    key, value = domain.source
-    known = {"installed": "installed packages", "sampled": "sampled from the dense model"}
-    return known.get(key) or (", ".join(value) if key == "files" else f"{key} {value}")
 
 
 def repeat(files: ResultFiles) -> Section:
@@ -196,7 +191,7 @@ def repeat(files: ResultFiles) -> Section:
     lines = [f"pip install secateur=={summary.versions['secateur']} torch=={summary.versions['torch'].split('+')[0]}"]
     lines += [f"pip install transformers=={summary.versions['transformers']}"]
     lines += [f"secateur prune {shlex.quote(summary.model)} OUT --recipe recipe.yaml"]
-    lines += ["", "# recipe.yaml, every default filled in", files.recipe_text.strip()]
+    lines += ["", "# recipe.yaml, every default filled in", dump_recipe(files.recipe, places=False).strip()]
     made = f"This run: {summary.command}" if summary.command else "This run: secateur.prune, from Python"
     about = (
         made,
