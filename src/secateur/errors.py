@@ -48,6 +48,24 @@ class RankError(SecateurError):
     """One of several ranks was lost, or the ranks do not run the same."""
 
 
+MAX_VALUE = 120
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, for a sentence: the beginning alone of a long one."""
+    return shortened(repr(value))
+
+
+def shortened(text: str) -> str:
+    """Return the text, of a long one the beginning alone."""
+    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
+
+
+def web_address(text: str) -> bool:
+    """Whether the text is a URL; as a path it has lost one of its two slashes."""
+    return text.startswith(("https:/", "http:/"))
+
+
 # Less similar names are not taken for typing errors.
 ALIKE = 0.6
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from secateur.errors import RecipeError, advice
+from secateur.errors import RecipeError, advice, web_address
 from secateur.files import without_places, yaml_of
 from secateur.recipe import Recipe
 from secateur.recipe_errors import sentence
@@ -79,7 +79,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
     try:
         data = yaml_of(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = "it is a web address" if web_address(str(path)) else " ".join(str(error).split())
         raise RecipeError(f"recipe {path}: cannot be read ({reason}); give a YAML file in UTF-8.") from None
     if data is None:
         return {}

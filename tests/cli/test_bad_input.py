@@ -110,6 +110,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda model: edit_config(model, model_type="dory", architectures=["DoryForCausalLM"]),
         "model type 'dory' cannot be walked layer by layer: layers do not run once each, in order",
     ),
+    "quantised by nothing that is said": (
+        lambda model: edit_config(model, quantization_config={}),
+        "the weights are quantised (quantization_config), which cannot be pruned",
+    ),
     "pickle": (
         lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),
         "only pickle files (pytorch_model.bin), which can run code when opened; convert pickle weights",
@@ -296,6 +300,46 @@ def test_bad_calibration_file(content, expected, prune, tmp_path):
     if content is not None:
         (tmp_path / "mine.txt").write_bytes(content)
     refused(prune("--domain", grouped(f"mine={tmp_path / 'mine.txt'}")), expected)
+
+
+def test_text_without_names_of_columns_is_not_printed_whole(prune, tmp_path):
+    line = ",".join(f"{number} lines of text that somebody has written into the first row" for number in range(9))
+    (tmp_path / "mine.csv").write_text(f"{line}\n{line}\n")
+    outcome = prune("--domain", f"mine={tmp_path / 'mine.csv'}")
+    refused(outcome, "mine.csv, line 2: no column 'text'; there are: 0 lines of text that somebody has written")
+    assert len(outcome.stderr.splitlines()[-1]) < 300
+    names = ",".join(f"c{number}" for number in range(200))
+    (tmp_path / "wide.csv").write_text(f"{names}\n{names}\n")
+    refused(prune("--domain", f"mine={tmp_path / 'wide.csv'}"), " c25, ...; set `column` to one of them.")
+
+
+def test_an_address_of_the_web_is_called_one(prune):
+    address = "https://huggingface.co/Qwen/Qwen2.5-0.5B"
+    refused(prune(source=address), f"model {address}: is a web address; give a hub id (owner/name), or a directory.")
+    refused(prune("--domain", f"mine={address}"), f"calibration files {address}: is a web address; download it")
+    refused(prune("--recipe", address), "cannot be read (it is a web address); give a YAML file")
+
+
+def test_a_key_without_its_group_is_told_where_it_is(prune):
+    said = "--set: unknown key 'num_tokens'; did you mean calibration.num_tokens or "
+    refused(prune("--set", "num_tokens=1"), said)
+
+
+def test_a_value_that_is_long_is_not_printed_whole(prune):
+    outcome = prune(calibration={"domains": [f"domain {number}" for number in range(99)]})
+    refused(outcome, "calibration.domains: ")
+    assert "'domain 1', 'domain 2'" in outcome.stderr and len(outcome.stderr) < 400
+
+
+def test_a_recipe_is_no_study(recipe_file, tmp_path):
+    outcome = run_cli("compare", recipe_file, tmp_path / "out")
+    refused(outcome, "has no question, so it is no study; give a recipe to secateur prune.")
+    long = {"question": "long? " * 99, "recipe": {"remove": 0.2}, "ratios": [0.2]}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(long))
+    outcome = run_cli("compare", tmp_path / "study.yaml", tmp_path / "out")
+    refused(outcome, "study.yaml: model: field required, got {")
+    assert len(outcome.stderr) < 400
+    assert not (tmp_path / "out").exists()
 
 
 def test_out_exists(prune, tmp_path):

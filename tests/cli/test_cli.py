@@ -272,7 +272,8 @@ def test_a_real_process_with_its_options(checkpoints, recipe, texts, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "r.yaml"]
     assert (tmp_path / "out" / "config.json").read_text() != "old"
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["command"] == shlex.join(["secateur", *arguments])
+    mine = ["--domain", "mine=prose.txt", *options[2:]]
+    assert result["command"] == shlex.join(["secateur", "prune", "llama-tied", "out", "--recipe", "r.yaml", *mine])
     assert list(result["calibration"]["num_tokens"]) == ["mine"]
     saved = parse_recipe(grouped(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())))
     assert (saved.seed, saved.remove.share, file.name) == (7, 0.3, "r.yaml")

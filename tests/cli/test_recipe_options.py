@@ -61,7 +61,7 @@ def test_values_of_set_are_yaml():
     ("options", "said"),
     [
         ("--set remove.shrae=0.2", "--set: unknown key 'remove.shrae'; did you mean 'share'?"),
-        ("--set align=8", "--set: unknown key 'align'; give one of calibration, "),
+        ("--set align=8", "--set: unknown key 'align'; did you mean remove.align?"),
         ("--set remove.min_keep=2", "--set: remove.min_keep: "),
         ("--set remove.share", "--set remove.share: give KEY=VALUE, such as calibration.num_tokens=8192."),
         ("--set .share=1", "--set .share=1: give KEY=VALUE"),

@@ -187,14 +187,27 @@ def test_workloads_that_cannot_run(pair, change, message):
     ("settings", "message"),
     [
         ({"engine": "llamacpp"}, "did you mean 'llama.cpp'"),
-        ({"device": "gpu0"}, "'gpu0' is no device"),
-        ({"device": "mps"}, "must be cpu or cuda"),
-        ({"device": "cuda:99"}, "asks for a GPU"),
+        ({"device": "gpu0"}, "torch finds no 'gpu0' here"),
+        ({"device": "mps"}, "torch finds no 'mps' here"),
+        ({"device": "cuda:99"}, "torch finds no 'cuda:99' here"),
     ],
 )
 def test_settings_that_cannot_run(pair, settings, message):
     with pytest.raises(RecipeError, match=message):
         bench(pair[0], **asdict(SMALL), **settings)
+
+
+def test_without_a_device_it_takes_the_one_that_all_commands_take(pair, monkeypatch):
+    asked = list[str | None]()
+
+    def called(name: str | None) -> torch.device:
+        asked.append(name)
+        return torch.device("cpu")
+
+    monkeypatch.setattr("secateur.evaluation.bench.device_called", called)
+    options = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--quiet", "--json")
+    outcome = run_cli("bench", pair[0], *options)
+    assert outcome.status == 0 and json.loads(outcome.stdout)["settings"]["device"] == "cpu" and asked == [None]
 
 
 @pytest.mark.skipif(have_llama_cpp(), reason="llama-cpp-python is installed")

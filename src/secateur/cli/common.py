@@ -1,7 +1,6 @@
 """The command line's application: shared options, the progress bar, how a process ends."""
 
 import importlib.metadata
-import math
 import os
 import re
 import shlex
@@ -17,7 +16,6 @@ from typing import Annotated, Any
 
 import typer
 import typer.core
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -342,15 +340,11 @@ def command_line(out: Path) -> str:
 
 
 def _public(word: str, out: Path) -> str:
-    """Return a word of the command line, its path (of NAME=FILE or KEY=VALUE that behind the sign) by its last part."""
-    if word == str(out):
-        return out.name or word
-    name = re.match(r"[\w.-]+=", word)
-    prefix, value = ("", word) if name is None else (name[0], word[name.end() :])
-    if not value.startswith(("{", "[")):
-        return prefix + without_places(value)
-    flow = yaml.safe_dump(without_places(yaml_of(value)), default_flow_style=True, width=math.inf)
-    return prefix + flow.strip()
+    """Return a word of the command line, its path (of NAME=FILE that behind the sign) by its last part."""
+    name, sign, value = word.partition("=") if re.match(r"[\w.-]+=", word) else ("", "", word)
+    if value.startswith(("{", "[")) and "/" in value:
+        return f"{name}=..."  # recipe.yaml has it whole
+    return f"{name}{sign}{out.name if value == str(out) else without_places(value)}"
 
 
 def kept(texts: list[Path] | None, scripts: list[str] | None) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens in each prompt.")] = 256,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate after each.")] = 32,
     repeats: Annotated[int, typer.Option(help="Runs of each model, in turns.")] = 5,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")] = "cpu",
+    device: common.Device = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     engine: Annotated[str, typer.Option(help="transformers, or llama.cpp, which gets both as GGUF.")] = "transformers",
     other_dense: common.OtherDense = False,

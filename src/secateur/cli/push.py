@@ -21,7 +21,7 @@ def push(
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Upload RESULT with its model card to the hub; local paths are left out."""
+    """Upload RESULT with its model card to the hub: what secateur wrote, without local paths."""
     import yaml
 
     from secateur.log import human_bytes

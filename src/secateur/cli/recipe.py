@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 import secateur.cli.common as common
 from secateur.recipe import SCORE_NAMES, Domain, Recipe, RecoverySettings, Strict
+from secateur.recipe_errors import grouped_keys
 from secateur.recipe_file import parse_recipe, preset_texts
 
 WIDTH = 100
@@ -111,7 +112,7 @@ def ways_to_set(sentence: str, command: Any) -> list[str]:
     has = {option for param in command.params for option in param.opts}
     if "--set" not in has or sentence.startswith(("--set", "command line")):
         return []
-    keys = [f"{group}.{key}" for group, field in Recipe.model_fields.items() for key in _keys_of(field.annotation)]
+    keys = grouped_keys(Recipe)
     short = {key.partition(".")[2]: key for key in reversed(keys)}
     short = {name: key for name, key in short.items() if name in UNLIKE_WORDS or "_" in name}
     without_paths = re.sub(r"\S*/\S*", "", sentence)
@@ -119,8 +120,3 @@ def ways_to_set(sentence: str, command: Any) -> list[str]:
     found = [short[name] if name in short else str(name) for name in named if name in keys or name in short]
     first = list(dict.fromkeys(found))[:3]
     return [OPTIONS[key] if OPTIONS.get(key) in has else f"--set {key}=VALUE" for key in first]
-
-
-def _keys_of(annotation: Any) -> tuple[str, ...]:
-    models = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
-    return tuple(key for each in models if issubclass(each, BaseModel) for key in each.model_fields)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from secateur.errors import CalibrationError, advice
+from secateur.errors import CalibrationError, advice, shortened
 from secateur.files import json_of
 
 # Gets what happened to a row or file, in words such as these, and where that is.
@@ -113,7 +113,7 @@ def _text(value: Any, where: str) -> str:
 
 def _without(row: dict[Any, Any], column: str, where: str) -> NoText:
     columns = [str(name) for name in row if name]
-    there = f"there are: {', '.join(columns) or 'none'}"
+    there = f"there are: {shortened(', '.join(columns)) or 'none'}"
     if column in row or any(all(name in row for name in form) for form in FORMS if column == "text"):
         return NoText(f"{where}: its text is null; {there}; set `column` to one that holds text.")
     return NoText(f"{where}: no column '{column}'; {there}; {advice(column, columns, 'set `column` to one of them.')}")

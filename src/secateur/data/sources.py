@@ -16,7 +16,7 @@ from secateur.data.chat import chat_text
 from secateur.data.forms import Note, NoText, content_of, unheard
 from secateur.data.installed_text import installed_documents
 from secateur.data.rows import EMPTY_FILES, Row, is_read, read_rows
-from secateur.errors import CalibrationError
+from secateur.errors import CalibrationError, web_address
 from secateur.model.checkpoint import Tokenizer
 from secateur.plugins import SOURCE_GROUP, look_up
 
@@ -30,6 +30,8 @@ def files_at(place: str) -> tuple[list[Path], bool]:
     Hidden files and directories are left out. Raises CalibrationError if there is no file.
     """
     path = Path(place).expanduser()
+    if web_address(place):
+        raise CalibrationError(f"calibration files {place}: is a web address; download it, and give the file.")
     if path.is_dir():
         found = [file for file in path.rglob("*") if not any(part[0] == "." for part in file.relative_to(path).parts)]
     elif glob.has_magic(place) and not path.exists():

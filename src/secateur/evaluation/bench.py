@@ -32,6 +32,7 @@ from secateur.methods.prices import kv_cache_bytes_per_token, least_costs
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
 from secateur.model.identity import check_dense, identity, is_result, name_of
 from secateur.model.kept_tokens import kept_tokens_of
+from secateur.ranks import device_called
 from secateur.report.measured import BenchResult, BenchSettings, ModelFigures, Ratio, Speed, SpeedUp
 from secateur.result_directory import BENCH_FILE
 from secateur.stream.device import now
@@ -61,7 +62,7 @@ def bench(
     prompt_tokens: int = 256,
     new_tokens: int = 32,
     repeats: int = 5,
-    device: str = "cpu",
+    device: str | None = None,
     compiled: bool = False,
     engine: str = "transformers",
     other_dense: bool = False,
@@ -72,7 +73,7 @@ def bench(
     `model`: a result of `prune`, into which bench.json is written, or any other model, into which
     nothing is. `against`: the dense model; `other_dense`: it is meant to be another one than the
     result was pruned from. `batch`: prompts at a time, of `prompt_tokens` each,
-    followed by `new_tokens` each. `repeats`: runs of each model. `device`: cpu, cuda or cuda:0.
+    followed by `new_tokens` each. `repeats`: runs of each model. `device`: as in a recipe.
     `compiled`: use torch.compile. `engine`: transformers, or llama.cpp, which gets both models as
     GGUF. `progress`: called with (stage, done, total).
 
@@ -81,7 +82,8 @@ def bench(
     Raises a SecateurError for what a user can correct: RecipeError for options, CheckpointError for
     models and for a missing llama.cpp.
     """
-    workload, settings = Workload(batch, prompt_tokens, new_tokens, repeats), BenchSettings(engine, device, compiled)
+    used = device_called("cpu" if device is None and engine == "llama.cpp" else device)
+    workload, settings = Workload(batch, prompt_tokens, new_tokens, repeats), BenchSettings(engine, str(used), compiled)
     _check_settings(settings, workload)
     checkpoints = [open_checkpoint(reference) for reference in (model, against) if reference is not None]
     notes, dense_fingerprint = (), None
@@ -175,16 +177,9 @@ def _check_settings(settings: BenchSettings, workload: Workload) -> None:
             f"bench engine: unknown engine '{settings.engine}'; allowed: {', '.join(ENGINES)}; "
             f"{advice(settings.engine, ENGINES)}"
         )
-    try:
-        device = torch.device(settings.device)
-    except RuntimeError:
-        raise RecipeError(f"bench device: '{settings.device}' is no device; give cpu, cuda or cuda:0.") from None
+    device = torch.device(settings.device)
     if device.type not in ("cpu", "cuda"):
         raise RecipeError(f"bench device: must be cpu or cuda, got '{settings.device}'.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(
-            f"bench device: '{settings.device}' asks for a GPU, and torch finds {torch.cuda.device_count()}; use cpu."
-        )
     if settings.engine == "llama.cpp":
         require_llama_cpp("bench --engine llama.cpp")
         if (workload.batch, device.type, settings.compiled) != (1, "cpu", False):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from secateur.errors import RecipeError, advice, one_of
+from secateur.errors import RecipeError, advice, one_of, shown
 from secateur.facts import Loss, Record
 from secateur.recipe import Domain, Recipe, Strict
 from secateur.recipe_file import load_recipe, merged, parse_recipe
@@ -113,6 +113,8 @@ def load_study(reference: str, *, small: bool, model: str | Sequence[str] | None
     Raises RecipeError for an unknown study (naming the shipped ones) and for a wrong key.
     """
     data = load_recipe(_path(reference))
+    if "question" not in data:
+        raise RecipeError(f"study {reference}: has no question, so it is no study; give a recipe to secateur prune.")
     if small:
         if not data.get(SMALL):
             raise RecipeError(f"study {reference}: has no keys under '{SMALL}' for --small; leave the option out.")
@@ -128,7 +130,7 @@ def load_study(reference: str, *, small: bool, model: str | Sequence[str] | None
             hint = advice(str(first["loc"][-1]), Study.model_fields, one_of(Study.model_fields))
             raise RecipeError(f"study {reference}: unknown key '{key}'; {hint}") from None
         message = first["msg"].removeprefix("Value error, ").lower()
-        raise RecipeError(f"study {reference}: {key}: {message}, got {first.get('input')!r}.") from None
+        raise RecipeError(f"study {reference}: {key}: {message}, got {shown(first.get('input'))}.") from None
     list(cells(study))  # every recipe is valid before the first run
     return study
 

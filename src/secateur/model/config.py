@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from secateur.errors import ALIKE, ArchError, CheckpointError, advice
+from secateur.errors import ALIKE, ArchError, CheckpointError, advice, web_address
 from secateur.files import lies_in
 from secateur.model.modeling_per_layer import PREFIX, per_layer_config_class
 from secateur.model.tensors import read_json
@@ -90,6 +90,8 @@ def locate(reference: str, *, weights: bool) -> tuple[Path, str | None]:
         return _locate_installed(reference)
     if _may_be_hub_id(reference):
         return _download(reference, weights=weights), None
+    if web_address(reference):
+        raise CheckpointError(f"model {reference}: is a web address; give a hub id (owner/name), or a directory.")
     raise CheckpointError(
         f"model {reference}: no such directory or .gguf file, and no hub id (owner/name) either{_similar(reference)}"
     )
@@ -208,7 +210,7 @@ def directory_config(directory: Path) -> PreTrainedConfig:
         hint = advice(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "use a version of transformers that does.")
         raise CheckpointError(f"{path}: transformers knows no model_type '{model_type}'; {hint}")
     _check_causal(path, model_type, raw.get("architectures"))
-    if quantised := raw.get("quantization_config"):
+    if (quantised := raw.get("quantization_config")) is not None:
         method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
         reason = f"the weights are quantised ({method or 'quantization_config'}), which cannot be pruned"
         remedy = "use the original checkpoint or one in bf16, prune it, and quantise the result"

@@ -3,10 +3,11 @@
 The metadata is the hub's: https://huggingface.co/docs/hub/model-cards.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from secateur.files import without_places
 from secateur.recipe import Domain, Recipe
@@ -27,6 +28,8 @@ from secateur.report.vocabulary import who_suffers
 
 TAGS = ("secateur", "pruned", "structured-pruning")
 NUM_WORST = 3  # domains named as those that suffered most
+# Not huggingface_hub's ModelCard, which warns of a card without metadata and refuses one that is not YAML.
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
 def card_data(
@@ -55,7 +58,7 @@ def card_data(
     if datasets := [without_places(each.dataset) for each in domains.values() if each.dataset]:
         said["datasets"] = sorted(set(datasets))
     if results := list(_results(summary, domains, recovery, evaluation)):
-        said |= {"eval_results": results, "model_name": name or f"{_name(summary)}-pruned"}
+        said |= {"eval_results": results, "model_name": name or f"{summary.model}-pruned"}
     tag = "image-text-to-text" if summary.loaded_by == "AutoModelForImageTextToText" else "text-generation"
     return ModelCardData(library_name="transformers", pipeline_tag=tag, **said)
 
@@ -92,21 +95,15 @@ def _results(
             yield EvalResult(**where, metric_type=metric.split(",")[0], metric_name=metric, metric_value=value)
 
 
-def _name(summary: Summary) -> str:
-    return summary.lineage[-1].name if summary.lineage else summary.model
-
-
 def with_metadata(card: str, data: ModelCardData) -> str:
     """Return the card with this metadata in place of its own, if it has any."""
-    made = ModelCard(card, ignore_metadata_errors=True)
-    made.data = data
-    return str(made)
+    return f"---\n{data.to_yaml()}\n---\n{_FRONT_MATTER.sub('', card, count=1)}"
 
 
 def model_card(summary: Summary, recipe: Recipe | None = None) -> str:
     """Return the card: what was removed, measured, how to load it, what it is bad at, how it was made."""
     data = card_data(summary, recipe)
-    title = f"# {escaped(_name(summary))}, pruned by secateur"
+    title = f"# {escaped(summary.model)}, pruned by secateur"
     trimmed = [] if summary.vocabulary is None else [escaped(who_suffers(summary.vocabulary)), ""]
     lines = ["", title, "", *trimmed, escaped(verdict(summary)), "", *_loading(summary), ""]
     lines += [*markdown(quality_and_size(summary)), "", *_calibrated_on(summary, recipe), "", "## How it was made", ""]
@@ -142,7 +139,7 @@ def source_text(domain: Domain) -> str:
     public = without_places(value, key)
     if key == "files":
         return ", ".join(public)
-    known = {"installed": "text of installed Python packages", "sampled": "written by the dense model"}
+    known = {"installed": "text of installed Python packages", "sampled": "sampled from the dense model"}
     return known.get(key) or f"{key} {public}"
 
 
