@@ -171,10 +171,10 @@ def test_evaluate_on_a_domain_of_the_run_is_on_documents_that_it_did_not_use(
     # A trim has counted every document that does not judge or guard.
     fresh, notes = drawn(2)
     assert fresh <= seen.documents("judged") and not notes
+    most, [note] = drawn(600)
+    assert re.fullmatch(r"the run learnt by text that has 13-grams of this one \(mine \d+%\), which flatters.*\.", note)
     monkeypatch.setattr("secateur.evaluation.text.COUNTED_BY_A_TRIM", 0)
     used = set.union(*(seen.documents(part) for part in ("guard", "calibration", "polish")))
+    assert most & used
     fresh, notes = drawn(60)
     assert len(fresh) > 10 and not fresh & used and not notes
-    most, [note] = drawn(1500)
-    assert most & used
-    assert re.fullmatch(r"the run learnt by text that has 13-grams of this one \(mine \d+%\), which flatters.*\.", note)
