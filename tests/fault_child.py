@@ -21,6 +21,7 @@ from recipes import grouped
 import secateur
 import secateur.data.pool
 import secateur.pruning.result
+import secateur.report.report
 from secateur.formats.save import Verification
 from secateur.store import place_beside
 
