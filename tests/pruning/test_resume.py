@@ -208,7 +208,7 @@ def faults(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("error", "first", "step"),
     [
-        ("ENOSPC", 3, 50),
+        ("ENOSPC", 3, 30),
         *(pytest.param(error, 1, 1, marks=pytest.mark.slow) for error in ("ENOSPC", "EIO", "SHORT")),
     ],
 )
