@@ -23,6 +23,16 @@ CORPUS = [
     "def fare(distance):\n    return 12345\n",
 ] * 9
 
+# Sentences in scripts that the text which is pruned on does not have.
+SAMPLES = {
+    "Chinese": "今天早上下雨,所以我们坐公共汽车去学校。老师请大家打开书,读第一页。",
+    "Russian": "Утром шёл дождь, поэтому мы поехали в школу на автобусе. Учитель попросил открыть книгу.",
+    "Arabic": "نزل المطر هذا الصباح، لذلك ذهبنا إلى المدرسة بالحافلة.",
+    "Hindi": "आज सुबह बारिश हो रही थी, इसलिए हम बस से स्कूल गए। शिक्षक ने सबसे किताब खोलकर पहला पन्ना पढ़ने को कहा।",
+    "German": "Heute Morgen regnete es, deshalb fuhren wir mit dem Bus zur Schule. Die Lehrerin bat alle, das Buch "
+    "aufzuschlagen und die erste Seite zu lesen.",
+}
+
 
 def bpe_tokenizer(
     rule: str = "gpt-2", vocab_size: int = 310, corpus: Sequence[str] = CORPUS

@@ -47,6 +47,7 @@ def prune(
     tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    force: bool = False,
     command: str = "",
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
@@ -63,8 +64,9 @@ def prune(
     of the model that was pruned there: its recipe holds, with the keys that `recipe` gives on top,
     and what stays is repaired and polished on this model. `resume`: continue an interrupted run of the same
     inputs, whose steps are in a hidden directory beside `out`. `tell`: gets a line about that, and
-    one about what the run will do and how long it takes.
-    `command`: how to repeat the run, for the model card, which shows it as it is.
+    one about what the run will do and how long it takes. `force`: write a trim of the vocabulary, too,
+    that costs more than 0.5 nats per token or twice what was foretold. `command`: how to repeat the
+    run, for the model card, which shows it as it is.
 
     Under torchrun every process calls this and gets the same model; the first one writes and
     verifies. With the recipe's key `recover`, model and directory are the recovered ones, and the
@@ -78,6 +80,7 @@ def prune(
         "like": like,
         "tokenizer": tokenizer,
         "resume": resume,
+        "force": force,
         "command": command,
         "progress": progress,
         "tell": tell,

@@ -1,6 +1,7 @@
 """`secateur trim` end to end: tokens go and nothing else, and every text reads back as it was."""
 
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -8,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from bpe_tokenizer import CORPUS, bpe_tokenizer
+from bpe_tokenizer import CORPUS, SAMPLES, SPACE, bpe_tokenizer, sentencepiece_tokenizer
 from models import tiny_llama
 from run_cli import Outcome, run_cli
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur.model.config import quiet_transformers
-from secateur.pruning.trimmed import SAMPLES
 
 NUM_ROWS, NUM_TOKENS, SIZE = 640, 630, 448
 PROSE = "the pruned channels of a layer are read by one linear map and written by two others".split()
@@ -67,15 +67,19 @@ def test_tokens_alone_go_and_the_logits_are_those_of_the_dense_model(place, done
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_it_says_what_went_and_measures_nothing(place, done):
+def test_it_says_what_went_and_what_that_costs(place, done):
     result = json.loads((place / "smaller" / "result.json").read_text())
-    assert result["dense_losses"] == {} and "evaluate" not in result["seconds"] and result["widths"] == {}
+    assert result["widths"] == {} and result["dense_losses"].keys() == result["pruned_losses"].keys() == {"prose"}
     vocabulary = result["vocabulary"]
     assert (vocabulary["num_before"], vocabulary["num_after"]) == (NUM_ROWS, SIZE)
+    # Nothing else goes, so the losses of the trim are those of the result, and it is measured once.
+    losses = [result[key]["prose"]["nats_per_token"] for key in ("dense_losses", "pruned_losses")]
+    assert vocabulary["nats"] == {"prose": losses} and vocabulary["foretold"] > 0
     assert result["dense_size"]["num_params"] - result["pruned_size"]["num_params"] == (NUM_ROWS - SIZE) * 2 * 48
     assert result["reload_max_abs_difference"] == 0
     shown = " ".join(done.stdout.split())
     assert re.search(r"vocabulary │ +640 tokens │ +448 tokens", shown) and "prose +" in shown
+    assert re.search(r"trim alone.* prose [+-]0\.\d{3} nats", shown)
     assert "The vocabulary was trimmed from 640 to 448 tokens. " in (place / "smaller" / "README.md").read_text()
     saved = (place / "smaller" / "recipe.yaml").read_text()
     assert "seed: 3" in saved and "vocabulary: 448" in saved and "groups: []" in saved
@@ -83,14 +87,44 @@ def test_it_says_what_went_and_measures_nothing(place, done):
 
 def test_text_and_scripts_that_are_to_stay_do(place, tmp_path):
     (tmp_path / "mine.txt").write_text(SAMPLES["German"], encoding="utf-8")
-    options = ("--keep-text", tmp_path / "mine.txt", "--keep-script", "cyrillic,devanagari", "--evaluate", "--json")
+    options = ("--keep-text", tmp_path / "mine.txt", "--keep-script", "cyrillic,devanagari", "--json")
     outcome = trim(place, tmp_path / "out", "--vocabulary", SIZE + 64, *options)
     vocabulary = json.loads(outcome.stdout)["vocabulary"]
-    assert vocabulary["samples"]["German"][0] == vocabulary["samples"]["German"][1]
+    before, after = (AutoTokenizer.from_pretrained(each) for each in (place / "model", tmp_path / "out"))
+    assert before.tokenize(SAMPLES["German"]) == after.tokenize(SAMPLES["German"])
     for script in ("cyrillic", "devanagari"):
         assert vocabulary["scripts"][script][0] == vocabulary["scripts"][script][1]
-    assert vocabulary["samples"]["Arabic"][0] < vocabulary["samples"]["Arabic"][1]
-    assert json.loads(outcome.stdout)["dense_losses"]["prose"]["nats_per_token"] > 0
+    assert vocabulary["scripts"]["arabic"][0] > vocabulary["scripts"]["arabic"][1]
+
+
+def test_digits_and_other_ascii_stay_where_bytes_could_spell_them(tmp_path):
+    """Text without a digit: by its length a digit in its byte costs nothing, and the model has never read one so."""
+    tokenizer = sentencepiece_tokenizer("gemma", 420)
+    with quiet_transformers():
+        tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+    draw, words = random.Random(0), "the ferry leaves at they said it hours def fare distance return".split()
+    (tmp_path / "prose.txt").write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(9000)))
+    arguments = ["trim", tmp_path / "model", tmp_path / "out", "--domain", f"prose={tmp_path / 'prose.txt'}"]
+    outcome = run_cli(*arguments, "--vocabulary", 320, "--force")
+    assert outcome.status == 0, outcome.stderr
+    small = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert small.tokenize("06:15 12345") == [*"06:15", SPACE, *"12345"]
+
+
+def test_a_trim_that_costs_too_much_is_one_sentence_and_force_writes_it(place, tmp_path):
+    """All of the text's words go: a model that knows nothing then loses as much for each of their pieces."""
+    text = tmp_path / "all.txt"
+    text.write_text("\n".join(f"{' '.join(CORPUS)} {' '.join(SAMPLES.values())} {number}" for number in range(400)))
+    arguments = ["trim", place / "model", tmp_path / "out", "--domain", f"all={text}", "--vocabulary", 320]
+    outcome = run_cli(*arguments)
+    assert outcome.status == 2 and not (tmp_path / "out").exists()
+    message = (
+        r"secateur: remove\.vocabulary: with 320 of its 640 tokens the model loses \d\.\d\d nats per token .*--force\."
+    )
+    assert re.fullmatch(message, outcome.stderr.splitlines()[-1])
+    forced = run_cli(*arguments, "--force")
+    assert forced.status == 0 and "it was written all the same, as --force says." in " ".join(forced.stdout.split())
 
 
 @pytest.mark.parametrize(

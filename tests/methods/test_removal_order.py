@@ -16,6 +16,7 @@ from secateur.errors import RecipeError
 from secateur.methods import vocabulary as module
 from secateur.methods.depth import narrow_kl, narrow_readers
 from secateur.methods.vocabulary import (
+    PieceNats,
     Removal,
     channel_law,
     cheapest_count,
@@ -24,12 +25,14 @@ from secateur.methods.vocabulary import (
     nats_over,
     nats_per_token,
     of_scripts,
+    piece_nats,
     removal_by_counts,
     removal_order,
     scripts_of,
     sizes_within,
     token_use,
     with_prior,
+    with_prior_by_script,
 )
 from secateur.model.bind import bind
 from secateur.model.kept_tokens import KeptTokens, Trim
@@ -51,10 +54,11 @@ def vocabulary_of(*, needs_parts: bool, seed: int, num_tokens: int = 40, num_pad
 
 
 def brute_force(
-    vocabulary: Vocabulary, use: list[float], order_by: list[float], fixed: set[int]
+    vocabulary: Vocabulary, use: list[float], order_by: list[float], fixed: set[int], weights: list[float] | None = None
 ) -> tuple[list[int], list[float]]:
     """Try every token that may go, each time; respell all tokens from the start."""
     alive, gone, total, more = set(vocabulary.texts), [], 0.0, []
+    weights = weights or [1.0] * vocabulary.num_rows
     use, order_by = list(use), list(order_by)
 
     def spelt(index: int) -> list[int]:
@@ -70,7 +74,7 @@ def brute_force(
         free = [index for index in alive - fixed - needed if index in vocabulary.parts]
         if not free:
             return gone, more
-        _, index = min((order_by[index] * (len(spelt(index)) - 1), index) for index in free)
+        _, index = min((order_by[index] * (sum(weights[each] for each in spelt(index)) - 1), index) for index in free)
         total += use[index] * (len(spelt(index)) - 1)
         for part in spelt(index):
             use[part] += use[index]
@@ -112,6 +116,89 @@ def test_a_padding_row_that_stays_is_not_among_those_that_go_first():
     assert found.more_R.tolist() == whole.more_R.tolist()[1:]  # a padding row costs nothing
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_token_costs_the_weights_of_its_pieces(seed):
+    """Growth is counted in tokens, and the cost in what the pieces weigh; the order is that of the cost."""
+    vocabulary = vocabulary_of(needs_parts=True, seed=seed)
+    draw = torch.Generator().manual_seed(seed)
+    use_V = torch.rand(vocabulary.num_rows, generator=draw, dtype=torch.float64)
+    weights_V = torch.ones(vocabulary.num_rows, dtype=torch.float64)
+    weights_V[:8] = 0.5 + 4 * torch.rand(8, generator=draw, dtype=torch.float64)
+    found = removal_order(vocabulary, use_V, weights_V=weights_V)
+    ids, growth = brute_force(vocabulary, use_V.tolist(), use_V.tolist(), set(range(8)), weights_V.tolist())
+    assert found.ids == [40, 41, 42, *ids] != removal_order(vocabulary, use_V).ids
+    assert found.more_R.tolist() == pytest.approx([0.0] * 3 + growth, rel=1e-12)
+    text = random.Random(0).choices(range(40), use_V[:40].tolist(), k=4000)
+    gone = set(found.ids)
+
+    def weight(index: int) -> float:
+        return float(weights_V[index]) if index not in gone else sum(map(weight, vocabulary.parts[index]))
+
+    plain = count_tokens([torch.tensor(text)], vocabulary.num_rows).tokens_V.double() / len(text)
+    counted = removal_order(vocabulary, plain, weights_V=weights_V)
+    cost = sum(weight(index) for index in text if index in gone) - sum(index in gone for index in text)
+    assert float(counted.cost_R[-1]) == pytest.approx(cost / len(text), rel=1e-9)
+
+
+def test_bytes_of_a_character_weigh_what_it_costs_and_nothing_else_does():
+    parts = {4: (0, 1), 5: (0, 1, 2), 6: (3, 3)}
+    vocabulary = Vocabulary("toy", 7, {}, parts, True, frozenset(), {0: 0xE2, 1: 0x80, 2: 0x99})
+    weights_V = PieceNats(token=5.0, character=15.0).weights(vocabulary)
+    cost = {index: float(weights_V[list(those)].sum()) - 1 for index, those in parts.items()}
+    assert cost == {4: 3.0, 5: 3.0, 6: 1.0}  # 15 nats are three further tokens, of two bytes or of three
+
+
+def test_the_nats_of_pieces_are_those_at_their_own_places(monkeypatch):
+    monkeypatch.setattr(module, "TOKENS_APART", 3)
+    monkeypatch.setattr(module, "FEWEST_CHARACTERS", 2)
+    model = tiny_llama()
+    arch, vocabulary = (
+        bind(model),
+        Vocabulary(
+            "toy",
+            320,
+            {},
+            {50: (10, 11), 51: (12, 13, 14), 60: (1, 2, 3), 61: (4, 5), 70: (8, 9)},
+            True,
+            frozenset({70}),
+            {1: 0xE2, 2: 0x80, 3: 0x99, 4: 0xC3, 5: 0xA9},
+        ),
+    )
+    ids = [60, 50, 7, 70, 51, 60, 50, 6, 61, 50, 61, 7, 60, 51, 50, 60, 30]  # the first is context alone
+    blocks = [torch.tensor([[7] * len(ids), ids]), torch.tensor([[9, 50, 9, 9, 51, 9, 50, *[9] * 10]] * 2)]
+    found = piece_nats(model, arch, vocabulary, blocks)
+
+    def surprise(text: list[int]) -> list[float]:
+        with torch.no_grad():
+            log_p = model(torch.tensor([text])).logits[0, :-1].double().log_softmax(-1)
+        return [0.0, *(-log_p[n, index].item() for n, index in enumerate(text[1:]))]
+
+    tokens, further, characters = 0.0, 0, []
+    for text in (ids, blocks[1][0].tolist()):
+        at, new, seen = [], [], {True: 0, False: 0}
+        for place, index in enumerate(text):
+            pieces = (index,)
+            if place and index in (50, 51, 60, 61):
+                seen[index >= 60] += 1
+                if seen[index >= 60] % (2 if index >= 60 else 3) == 0:
+                    pieces = vocabulary.parts[index]
+                    at.append((place, len(new), index))
+            new += pieces
+        before, after = surprise(text), surprise(new)
+        for place, start, index in at:
+            more = sum(after[start : start + len(vocabulary.parts[index])]) - before[place]
+            if index >= 60:
+                characters.append(more)
+            else:
+                tokens, further = tokens + more, further + len(vocabulary.parts[index]) - 1
+    assert further >= 3 and len(characters) == 2
+    assert found.token == pytest.approx(tokens / further, rel=1e-4)
+    assert found.character == pytest.approx(sum(characters) / 2, rel=1e-4)
+    monkeypatch.setattr(module, "FEWEST_CHARACTERS", 3)
+    few = piece_nats(model, arch, vocabulary, blocks)
+    assert few.character == few.token == found.token
+
+
 def test_the_cost_is_the_number_of_tokens_that_a_text_has_more():
     vocabulary = vocabulary_of(needs_parts=True, seed=3)
     draw = random.Random(0)
@@ -146,7 +233,9 @@ def test_the_order_is_of_damped_counts_and_the_growth_of_plain_ones():
     parts = {2: (0, 1), 3: (1, 0)}
     vocabulary = Vocabulary("toy", 4, {0: "a", 1: "b", 2: "ab", 3: "ba"}, parts, True, frozenset({0, 1}))
     texts = [[0, 2, 2, 2, 2, 2], [1, 3], [3], [3]]
-    found = removal_by_counts(vocabulary, {"d": count_tokens(map(torch.tensor, texts), 4)}, {"d": 1.0})
+    found = removal_by_counts(
+        vocabulary, {"d": count_tokens(map(torch.tensor, texts), 4)}, {"d": 1.0}, nats=PieceNats()
+    )
     assert found.ids == [2, 3]
     assert found.more_R.tolist() == pytest.approx([(5 + 4) / 2 / 10, (5 + 3) / 10])
 
@@ -159,12 +248,36 @@ def test_the_prior_is_the_mean_of_the_neighbours_among_those_that_may_go(monkeyp
         near = ids[max(0, place - 2) : max(0, place - 2) + 4]
         mean = sum(float(use_V[each]) for each in near) / len(near)
         assert float(found[index]) == pytest.approx(0.75 * float(use_V[index]) + 0.25 * mean, rel=1e-12)
+    scripts = {
+        index: frozenset(("latin", "thai", "greek")[: index % 3]) for index in ids
+    }  # none, latin, latin and thai
+    by_script = with_prior_by_script(use_V, scripts, {"latin"})
+    thai = [index for index in ids if index % 3 == 2]
+    apart = with_prior(with_prior(use_V, thai), [index for index in ids if index not in thai])
+    assert torch.equal(by_script, apart) and not torch.equal(by_script, with_prior(use_V, ids))
     others = [index for index in range(30) if index not in ids]
     assert torch.equal(found[others], use_V[others]) and torch.equal(with_prior(use_V, ids, 0.0), use_V)
     assert torch.equal(with_prior(use_V, []), use_V)
 
 
-REMOVAL = Removal(list(range(300, 100, -1)), torch.arange(200, dtype=torch.float64) ** 2)
+def removal_of(ids: list[int], cost_R: torch.Tensor) -> Removal:
+    return Removal(ids, cost_R, cost_R)
+
+
+REMOVAL = removal_of(list(range(300, 100, -1)), torch.arange(200, dtype=torch.float64) ** 2)
+
+
+def test_letters_of_the_scripts_that_the_text_is_written_in_stay():
+    texts = dict(enumerate(["a", "b", "é", "ж", "鐵", "ab", "a鐵"]))
+    vocabulary = Vocabulary(
+        "toy", 7, texts, {2: (0, 1), 3: (0, 1), 4: (0, 1), 5: (0, 1), 6: (0, 4)}, True, frozenset({0, 1})
+    )
+    text = {"d": count_tokens([torch.tensor([0] * 190 + [5] * 6 + [4] * 3 + [3])], 7)}
+    assert set(removal_by_counts(vocabulary, text, {"d": 1.0}, nats=PieceNats()).ids) == {3, 5, 6}
+    less = {"d": count_tokens([torch.tensor([0] * 199 + [4])], 7)}  # half a percent is no script to write
+    assert set(removal_by_counts(vocabulary, less, {"d": 1.0}, nats=PieceNats()).ids) == {3, 4, 5, 6}
+    other = {**less, "e": text["d"]}
+    assert 4 not in removal_by_counts(vocabulary, other, {"d": 1.0, "e": 1.0}, nats=PieceNats()).ids
 
 
 def test_sizes_are_multiples_and_leave_what_must_stay():
@@ -173,7 +286,7 @@ def test_sizes_are_multiples_and_leave_what_must_stay():
     assert count_for_size(REMOVAL, 310, 310) == 0  # the size that a run saves when `auto` takes no token
     assert sizes_within(REMOVAL, 310, 182).tolist() == [0, 54, 118, 182]
     assert sizes_within(REMOVAL, 310, 181).tolist() == [0, 54, 118]
-    assert sizes_within(Removal(REMOVAL.ids, REMOVAL.more_R), 320, 500).tolist() == [0, 64, 128, 192]
+    assert sizes_within(REMOVAL, 320, 500).tolist() == [0, 64, 128, 192]
     assert sizes_within(REMOVAL, 310, 0).tolist() == [0]  # fewer than the rows beyond a multiple of 64
     for size in (64, 100, 384):
         with pytest.raises(RecipeError, match=r"remove\.vocabulary: .* from 128, .* to 310"):
@@ -184,7 +297,7 @@ def test_sizes_are_multiples_and_leave_what_must_stay():
 
 
 def test_tokens_and_channels_meet_where_their_sum_is_least():
-    removal = Removal(REMOVAL.ids, 1e-6 * REMOVAL.more_R)
+    removal = removal_of(REMOVAL.ids, 1e-6 * REMOVAL.more_R)
     counts = torch.arange(0, 201, 10)
     channels = 3000.0 - 30 * counts
     sums = {int(n): 1e4 * (float(removal.more_R[n - 1]) if n else 0) + 3000 - 30 * int(n) for n in counts}
@@ -194,13 +307,13 @@ def test_tokens_and_channels_meet_where_their_sum_is_least():
 
 
 def test_text_gets_no_longer_than_was_measured_unless_nothing_else_gives_enough():
-    removal = Removal(REMOVAL.ids, torch.arange(1, 201, dtype=torch.float64) / 1000)
+    removal = removal_of(REMOVAL.ids, torch.arange(1, 201, dtype=torch.float64) / 1000)
     counts, channels = torch.arange(0, 201, 10), torch.zeros(21, dtype=torch.float64)
     channels[:18] = 1.0
     assert cheapest_count(removal, counts, 0.0, 3000.0 - 30 * counts.double()) == 100  # 10%, as half of all
-    slow = Removal(removal.ids, removal.more_R / 4)
+    slow = removal_of(removal.ids, removal.more_R / 4)
     assert cheapest_count(slow, counts, 0.0, 3000.0 - 30 * counts.double()) == 200  # 5%
-    steep = Removal(removal.ids, removal.more_R**2 * 4)  # half of all lengthen text by 4%
+    steep = removal_of(removal.ids, removal.more_R**2 * 4)  # half of all lengthen text by 4%
     assert cheapest_count(steep, counts, 0.0, 3000.0 - 30 * counts.double()) == 110  # 4.84%
     channels[:12] = torch.inf
     assert cheapest_count(removal, counts, 0.0, channels) == 180  # as the sum alone says

@@ -311,13 +311,16 @@ def test_what_never_goes(kind):
     assert set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder) <= vocabulary.fixed
     assert not falls_back or {ids[name] for name in BYTES} <= vocabulary.fixed
     single = {index for text, index in ids.items() if len(text) == 1}
-    assert (single <= vocabulary.fixed) == (not falls_back)
+    # Text never spells these in bytes where each of them is a token, so the model has not learnt to.
+    always = {index for text, index in ids.items() if len(text) == 1 and (text.isascii() or text.isdecimal())}
+    assert always <= vocabulary.fixed and (falls_back or single <= vocabulary.fixed)
+    assert not falls_back or any(vocabulary.texts[index] == "3" for index in always)
     # Bytes would be decoded to the sign itself, not to a space.
     template = {index for text in ("<|start|>", "<|end|>") for index in tokenizer(text).input_ids}
     assert not tokenizer.chat_template or template <= vocabulary.fixed
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
-    assert not falls_back or single & read_vocabulary(plain, model_for(plain)).fixed == {ids[SPACE]}
+    assert not falls_back or (single - always) & read_vocabulary(plain, model_for(plain)).fixed == {ids[SPACE]}
     assert set(vocabulary.texts) == set(ids.values()) and max(vocabulary.fixed) < len(tokenizer)
     assert vocabulary.num_rows == len(tokenizer) + NUM_PADDING
 

@@ -12,25 +12,28 @@ from models import opened, tiny_llama
 from recipes import grouped
 from run_ranks import run_ranks
 from safetensors.torch import load_file
+from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
+from secateur.facts import Loss
 from secateur.formats.run_text import run_text_again
 from secateur.formats.save import Verification
 from secateur.log import silent
 from secateur.methods.prices import token_prices
-from secateur.model.kept_tokens import kept_tokens_of
+from secateur.methods.vocabulary import PieceNats
+from secateur.model.kept_tokens import KeptTokens, Trim, kept_tokens_of
 from secateur.pruning import trim as trimming
 from secateur.pruning.cost import polish_bytes
 from secateur.pruning.resolve import Resolved, resolve
+from secateur.pruning.run import too_dear
 from secateur.pruning.text import run_text
 from secateur.pruning.trim import plan_trim
-from secateur.pruning.trimmed import SAMPLES
 from secateur.recipe_file import parse_recipe
 from secateur.store import Services
 from tests.model.test_vocabulary import NUM_PADDING, made
 from tests.pruning.test_resume import Stopped, stopped_after, weights
-from tests.trims import bytes_of
+from tests.trims import prose_file
 
 TEST_WITH_PROOF = "test_tokens_and_channels_together_reach_the_share"
 
@@ -78,7 +81,7 @@ def num_params(model: Any) -> int:
 
 
 def test_tokens_and_channels_together_reach_the_share(dense, asked, tmp_path):
-    found = secateur.prune(dense, grouped(asked), out=tmp_path / "out")
+    found = secateur.prune(dense, grouped(asked), out=tmp_path / "out", force=True)
     before, after = (AutoModelForCausalLM.from_pretrained(each) for each in (dense, tmp_path / "out"))
     kept = kept_tokens_of(tmp_path / "out")
     assert kept is not None and len(kept.dense_ids) == 448 == after.config.vocab_size
@@ -94,17 +97,21 @@ def test_tokens_and_channels_together_reach_the_share(dense, asked, tmp_path):
 
 def test_a_saved_recipe_repeats_the_run(tied, asked, tmp_path):
     told: list[str] = []
-    found = secateur.prune(tied, grouped({**asked, "vocabulary": "auto"}), out=tmp_path / "out", tell=told.append)
+    found = secateur.prune(
+        tied, grouped({**asked, "vocabulary": "auto"}), out=tmp_path / "out", force=True, tell=told.append
+    )
     assert isinstance(found.recipe.remove.vocabulary, int)
     assert "first measures how many of its" in told[0] and " removes " in told[1]
     told.clear()
-    assert secateur.prune(tied, found.recipe, out=tmp_path / "again", tell=told.append).recipe == found.recipe
+    assert (
+        secateur.prune(tied, found.recipe, out=tmp_path / "again", force=True, tell=told.append).recipe == found.recipe
+    )
     assert not any("first measures" in sentence for sentence in told)
     assert weights(tmp_path / "again") == weights(tmp_path / "out")
 
 
 def test_losses_are_nats_per_token_of_the_dense_tokenizer(tied, asked, tmp_path):
-    result = secateur.prune(tied, grouped({**asked, "groups": [], "vocabulary": 320}), out=tmp_path / "out")
+    result = secateur.prune(tied, grouped({**asked, "groups": [], "vocabulary": 320}), out=tmp_path / "out", force=True)
     found = result.summary
     models = {"dense": tied, "pruned": tmp_path / "out"}
     tokenizers = {name: AutoTokenizer.from_pretrained(each) for name, each in models.items()}
@@ -129,9 +136,10 @@ def test_losses_are_nats_per_token_of_the_dense_tokenizer(tied, asked, tmp_path)
             assert losses[domain.name].num_tokens == tokens["dense"]
 
 
-def test_languages_lose_nats_by_the_tokens_that_go_alone(dense, asked, tmp_path):
-    # Channels go too: they change no sample's figure.
-    found = secateur.prune(dense, grouped(asked), out=tmp_path / "out").summary.vocabulary
+def test_a_trim_is_judged_on_its_own_before_channels_go(dense, asked, tmp_path):
+    """On the guard's text, in nats per dense token, by the dense model whose softmax has the kept tokens alone."""
+    found = secateur.prune(dense, grouped(asked), out=tmp_path / "out", force=True)
+    facts = found.summary.vocabulary
     model = AutoModelForCausalLM.from_pretrained(dense).eval()
     old, new = (AutoTokenizer.from_pretrained(each) for each in (dense, tmp_path / "out"))
     dense_ids = torch.tensor(kept_tokens_of(tmp_path / "out").dense_ids)  # type: ignore[union-attr]
@@ -139,24 +147,82 @@ def test_languages_lose_nats_by_the_tokens_that_go_alone(dense, asked, tmp_path)
     def nats(ids_T: torch.Tensor, kept: torch.Tensor) -> float:
         with torch.no_grad():
             logits = model(ids_T[None]).logits[0, :-1].double()
-        log_p = logits.gather(1, ids_T[1:, None])[:, 0] - logits[:, kept].logsumexp(-1)
-        return -float(log_p.sum())
+        return -float((logits.gather(1, ids_T[1:, None])[:, 0] - logits[:, kept].logsumexp(-1)).sum())
 
-    assert found is not None and found.sample_nats.keys() == SAMPLES.keys()
-    num_checked = 0
-    for name, text in SAMPLES.items():
-        ids, others = (torch.tensor(each(text)["input_ids"]) for each in (old, new))
-        before, after = found.sample_nats[name]
-        assert before == pytest.approx(nats(ids, torch.arange(model.config.vocab_size)) / (len(ids) - 1), rel=1e-5)
-        first = bytes_of(old, ids[:1])
-        ends = [count for count in range(1, len(others)) if bytes_of(new, others[:count]) == first]
-        if ends:  # else a token of the new text spells the end of the first one and more
-            same_T = dense_ids[others[ends[0] - 1 :]]
-            assert after == pytest.approx(nats(same_T, dense_ids) / (len(ids) - 1), rel=1e-5)
-            num_checked += len(others) > len(ids)
-    assert num_checked >= 3
-    alone = {**asked, "groups": [], "evaluate": False}
-    assert secateur.prune(dense, grouped(alone), out=tmp_path / "alone").summary.vocabulary.sample_nats == {}  # type: ignore[union-attr]
+    text = run_text_again(tmp_path / "out", found.recipe, new, silent).learning.text
+    assert facts is not None and facts.nats.keys() == {domain.name for domain in text.domains}
+    for domain in text.domains:
+        before, after, tokens = 0.0, 0.0, 0
+        for ids_T in domain.held_out.ids_NT:  # plain ASCII
+            in_dense = torch.tensor([int(dense_ids[ids_T[0]]), *old(new.decode(ids_T[1:]))["input_ids"]])
+            before += nats(in_dense, torch.arange(model.config.vocab_size))
+            after += nats(dense_ids[ids_T], dense_ids)
+            tokens += len(in_dense) - 1
+        assert facts.nats[domain.name] == (
+            pytest.approx(before / tokens, rel=1e-5),
+            pytest.approx(after / tokens, rel=1e-5),
+        )
+    assert facts.foretold is not None and facts.foretold > 0
+
+
+def spread_out(asked: dict[str, Any], directory: Path, **changes: Any) -> Any:
+    """Return a recipe whose text has all of the tokenizer's words, and which leaves hardly any."""
+    domains = {"prose": {"files": [str(prose_file(directory))]}}
+    calibration = {"domains": domains, "num_tokens": 640, "sequence_length": 32}
+    return grouped({**asked, "vocabulary": 320, "calibration": calibration, **changes})
+
+
+@pytest.mark.parametrize("changes", [{}, {"groups": []}, {"groups": [], "evaluate": False}], ids=str)
+def test_a_trim_that_costs_too_much_is_not_written_but_by_force(changes, untied, asked, tmp_path):
+    """A model that knows nothing spreads its nats over more tokens: this trim costs more than half a nat."""
+    recipe = spread_out(asked, tmp_path, **changes)
+    message = (
+        r"^remove\.vocabulary: with 320 of its 708 tokens the model loses \d\.\d\d nats per token of held-out text "
+        r"\(prose \d\.\d\d\), where the counts foretold \d\.\d\d, so nothing is written; .*--force\.$"
+    )
+    with pytest.raises(secateur.SecateurError, match=message):
+        secateur.prune(untied, recipe, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    found = secateur.prune(untied, recipe, out=tmp_path / "out", force=True, overwrite=True)
+    (note,) = [each for each in found.summary.warnings if each.startswith("remove.vocabulary: with 320")]
+    assert note.endswith("it was written all the same, as --force says.") and (tmp_path / "out").exists()
+
+
+TRIM = Trim(KeptTokens((0, 1), 3), tiny_tokenizer(), tiny_tokenizer())
+
+
+def losses_of(*domains: list[float]) -> dict[str, tuple[Loss, Loss]]:
+    """Return domains whose documents of a token each lose these nats, of 3 before."""
+    return {
+        f"d{n}": (Loss.of([3.0] * len(lost), [1] * len(lost)), Loss.of([3 + x for x in lost], [1] * len(lost)))
+        for n, lost in enumerate(domains)
+    }
+
+
+@pytest.mark.parametrize(
+    ("lost", "foretold", "is_refused"),
+    [
+        ([[0.1, 0.1], [0.1, 0.1]], 0.06, False),
+        ([[0.1, 0.1], [0.1, 0.1]], 0.04, True),  # more than twice as much
+        ([[0.04, 0.04], [0.04, 0.04]], 0.001, False),  # too little to tell apart
+        ([[0.3, -0.1], [0.3, -0.1]], 0.04, False),  # documents differ so much that it may be chance
+        ([[0.3, -0.1] * 400, [0.3, -0.1] * 400], 0.04, True),
+        ([[0.51, 0.51], [-0.2, -0.2]], 0.4, True),  # one domain is ruined
+        ([[0.49, 0.49], [0.49, 0.49]], 0.4, False),
+        ([[0.2, 0.2]], None, False),  # nothing was foretold
+        ([[0.6, 0.6]], None, True),
+    ],
+)
+def test_what_is_too_dear(lost, foretold, is_refused):
+    told = too_dear(losses_of(*lost), replace(TRIM, foretold=foretold))
+    assert (told is not None) == is_refused
+    assert told is None or ("foretold" in told) == (foretold is not None)
+
+
+def test_a_repeated_choice_is_judged_too(untied, asked, tmp_path):
+    secateur.prune(untied, spread_out(asked, tmp_path), out=tmp_path / "out", force=True)
+    with pytest.raises(secateur.SecateurError, match=r"with 320 of its 708 tokens .*, so nothing is written"):
+        secateur.prune(untied, {}, out=tmp_path / "again", like=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -171,17 +237,17 @@ def test_languages_lose_nats_by_the_tokens_that_go_alone(dense, asked, tmp_path)
 )
 def test_stopped_or_streamed_or_shared_the_bytes_are_the_same(changes, untied, asked, tmp_path):
     wanted = {**asked, **changes}
-    whole = secateur.prune(untied, grouped(wanted), out=tmp_path / "whole")
+    whole = secateur.prune(untied, grouped(wanted), out=tmp_path / "whole", force=True)
     num_stops = 0
     while not (tmp_path / "resumed").exists():
         try:
             with stopped_after(2):
-                secateur.prune(untied, grouped(wanted), out=tmp_path / "resumed", resume=True)
+                secateur.prune(untied, grouped(wanted), out=tmp_path / "resumed", resume=True, force=True)
         except Stopped:
             num_stops += 1
     assert num_stops >= 1 and weights(tmp_path / "resumed") == weights(tmp_path / "whole")
     # Enough for all but the weights.
-    secateur.prune(untied, grouped({**wanted, "memory_budget": "1.7MB"}), out=tmp_path / "streamed")
+    secateur.prune(untied, grouped({**wanted, "memory_budget": "1.7MB"}), out=tmp_path / "streamed", force=True)
     assert weights(tmp_path / "streamed")["model.safetensors"] == weights(tmp_path / "whole")["model.safetensors"]
     jobs = {"trim": {"model": str(untied), "recipe": wanted, "write": False}}
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
@@ -195,7 +261,8 @@ def test_auto_takes_what_a_share_asks_if_nothing_else_goes(tied, asked):
     recipe = parse_recipe(grouped({**asked, "groups": [], "vocabulary": "auto", "remove": 0.1}))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     ready = replace(opened(model, recipe), tokenizer=tokenizer)
-    trim = plan_trim(ready, Services(), run_text(ready, silent).learning)
+    trim = plan_trim(ready, Services(), run_text(ready, silent).learning).trim
+    assert trim is not None
     gone, price = trim.kept.num_dense - len(trim.kept.dense_ids), token_prices("parameters", model, 1)
     assert len(trim.kept.dense_ids) % 64 == 0 and gone * price <= 0.1 * num_params(model) < (gone + 64) * price
 
@@ -205,7 +272,7 @@ def planned(model: Any, tokenizer: Any, short: dict[str, Any]) -> Resolved:
     asking = replace(opened(model, parse_recipe(grouped({**short, "vocabulary": "auto"}))), tokenizer=tokenizer)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("secateur.pruning.trim._measured", lambda *_: (1e-9, lambda share_N: share_N.clamp(min=0)))
-        return resolve(replace(asking, trim=plan_trim(asking, Services(), run_text(asking, silent).learning)))
+        return resolve(plan_trim(asking, Services(), run_text(asking, silent).learning))
 
 
 @pytest.fixture
@@ -256,7 +323,9 @@ def test_auto_measures_whatever_else_the_recipe_asks(changes, tied, asked, any_g
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     ready = replace(opened(model, recipe), tokenizer=tokenizer)
     dense, learning = trimming._read(ready, Services()), run_text(ready, silent).learning
-    nats, law = trimming._measured(dense, trimming._removal(dense, learning), 0.5, learning)
+    removal = trimming._removal(dense, trimming._counts(dense, learning), PieceNats())
+    with trimming._at_hand(dense, learning) as hand:
+        nats, law = trimming._measured(dense, hand, removal, PieceNats(), 0.5)
     assert math.isfinite(nats) and float(law(torch.tensor(0.5))) > 0
 
 
@@ -272,7 +341,7 @@ def test_auto_counts_no_channels_of_protected_layers(tied, asked, any_growth):
 
 def test_a_model_in_memory_loses_its_tokens_in_place(tied, asked):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
-    found = secateur.prune(model, grouped(asked), tokenizer=tokenizer)
+    found = secateur.prune(model, grouped(asked), tokenizer=tokenizer, force=True)
     assert found.model is model and model.config.vocab_size == 448 == len(found.tokenizer)
     text = "ferry Паром 🚀"
     assert found.tokenizer.decode(found.tokenizer(text)["input_ids"]) == text
@@ -283,7 +352,7 @@ def test_what_a_file_needs_stays(tied, asked, tmp_path):
 
     def kept_with(number: int, **more: Any) -> set[int]:
         options = {**asked, "groups": [], "evaluate": False, **more}
-        found = kept_tokens_of(secateur.prune(tied, grouped(options), out=tmp_path / str(number)).out)  # type: ignore[arg-type]
+        found = kept_tokens_of(secateur.prune(tied, grouped(options), out=tmp_path / str(number), force=True).out)  # type: ignore[arg-type]
         assert found is not None
         return set(found.dense_ids)
 
@@ -355,7 +424,7 @@ def test_tokens_that_go_leave_what_trains_as_large(tied, asked):
     recipe = parse_recipe(grouped({**asked, "polish": {"num_tokens": 640}}))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     ready = replace(opened(model, recipe), tokenizer=tokenizer)
-    ready = replace(ready, trim=plan_trim(ready, Services(), run_text(ready, silent).learning))
+    ready = plan_trim(ready, Services(), run_text(ready, silent).learning)
     resolved, rows = resolve(ready), (len(tokenizer) + NUM_PADDING - 448) * 48
     whole = replace(ready, trim=None)
     for train, each in (("layers", 8), ("full", 20)):  # weights, and those before; gradients and two moments
@@ -367,6 +436,6 @@ def test_the_whole_vocabulary_as_a_size_leaves_channels_alone_to_go(tied, asked,
     num_rows = AutoModelForCausalLM.from_pretrained(tied).config.vocab_size
     assert num_rows % 64, "what `auto` saves if it takes no token need not be a multiple of 64"
     for name, vocabulary in (("all", num_rows), ("none", None)):
-        found = secateur.prune(tied, grouped({**asked, "vocabulary": vocabulary}), out=tmp_path / name)
+        found = secateur.prune(tied, grouped({**asked, "vocabulary": vocabulary}), out=tmp_path / name, force=True)
         assert found.recipe.remove.vocabulary == vocabulary
     assert (tmp_path / "all/model.safetensors").read_bytes() == (tmp_path / "none/model.safetensors").read_bytes()

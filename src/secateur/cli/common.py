@@ -244,6 +244,7 @@ Model = Annotated[str, typer.Argument(help="A local directory, a hub id, a .gguf
 Out = Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the calibration draw.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier result.")]
+Force = Annotated[bool, typer.Option("--force", help="Write a trim that costs more than was foretold or is bearable.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 MemoryBudget = Annotated[
     str | None, typer.Option(help="Such as 6GB, beyond the interpreter; weights that do not fit stay on disk.")

@@ -75,6 +75,7 @@ def prune(
     ] = None,
     resume: common.Resume = False,
     overwrite: common.Overwrite = False,
+    force: common.Force = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
@@ -85,7 +86,9 @@ def prune(
     said = {"remove": goes, "choose": {"budget": budget, "rounds": rounds}, "polish": {"num_tokens": polish}}
     said |= {"seed": seed, "machine": {"memory_budget": memory_budget, "device": device}}
     parsed = _recipe(recipe, preset, said, domain, sets)
-    prune_and_tell(model, out, parsed, like=like, resume=resume, overwrite=overwrite, quiet=quiet, as_json=as_json)
+    prune_and_tell(
+        model, out, parsed, like=like, resume=resume, overwrite=overwrite, force=force, quiet=quiet, as_json=as_json
+    )
 
 
 @common.app.command(epilog="Example: secateur inspect Qwen/Qwen2.5-7B --remove 0.3")
@@ -152,6 +155,7 @@ def prune_and_tell(
     like: Path | None = None,
     resume: bool,
     overwrite: bool,
+    force: bool = False,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -164,6 +168,7 @@ def prune_and_tell(
     tell = common.teller(enabled=shown)
     with common.progress_bar(enabled=shown) as progress:
         options: dict[str, Any] = {"like": like, "overwrite": overwrite, "resume": resume, "progress": progress}
+        options["force"] = force
         options["command"] = common.command_line(out)
         result = secateur.prune(model, recipe, out=out, tell=tell, **options)
     if not is_first():

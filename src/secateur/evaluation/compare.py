@@ -234,7 +234,7 @@ def _cell(shared: _Shared, cell: Cell, blocks: Judged) -> FoundCell:
         opened, services = checked(shared.opened.asking(cell.recipe)), Services(progress=shared.progress)
         start, text = time.perf_counter(), _run_text(shared, opened)
         if cell.recipe.remove.vocabulary is not None:
-            opened = replace(opened, trim=plan_trim(opened, services, text.learning))
+            opened = replace(opened, trim=plan_trim(opened, services, text.learning).trim)
         run, lesson = _dense_run(shared, opened, services, text)
         run = remove_depth(run)
         prune_in_place(run)
@@ -257,7 +257,7 @@ def _dense_run(shared: _Shared, opened: Opened, services: Services, text: RunTex
     learning = _drawn(shared, opened, text, lambda: model).learning
     run = Run(model=model, arch=opened.arch, resolved=resolved, text=learning, services=services)
     if trim is not None:
-        run = without_tokens(run, trim)
+        run = without_tokens(run, trim, force=True)
     return run, learn(model, run.arch, learning, run.resolved.recipe, services)
 
 

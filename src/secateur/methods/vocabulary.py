@@ -2,12 +2,16 @@
 
 In: `TokenCounts` by domain, a `Vocabulary`, prices. Out: ids in the order in which they go, and what
 a text then costs. V: rows of the embedding, R: tokens that may go.
+
+What a token costs is the nats of what replaces it. Further tokens are alike to that, wherever they
+are tokens that the model has often read. The bytes of a character are not.
 """
 
 import heapq
 import math
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +27,7 @@ from secateur.methods.profile import first_blocks
 from secateur.model.bind import Arch, head_of
 from secateur.model.kept_tokens import Trim
 from secateur.model.vocabulary import Vocabulary, with_parts
-from secateur.stream.losses import HEAD_POSITIONS, final_states
+from secateur.stream.losses import HEAD_POSITIONS, block_losses, final_states
 from secateur.stream.statistics import Decide
 
 # Sizes that suit tensor cores.
@@ -32,6 +36,11 @@ ALIGN_TOKENS = 64
 PRIOR_SHARE, NEIGHBOURS = 0.5, 1024
 # Blocks per domain on which the nats of further tokens, and those of narrow FFNs, are measured.
 TOKEN_BLOCKS, NARROW_BLOCKS = 4, 2
+# In the text on which the nats of pieces are measured every so many tokens are spelt in theirs, and
+# every so many characters in bytes. Fewer characters than these tell nothing of their nats.
+TOKENS_APART, CHARACTERS_APART, FEWEST_CHARACTERS = 16, 2, 8
+# A script that makes up this share of some domain's letters is one that the model is to write.
+WRITTEN_SHARE = 0.01
 # How much longer text may get by `auto`, by the counts, unless half of the tokens lengthen it more:
 # nats are measured with half of them gone. A Qwen2.5 was ruined at 38% (LOG, 2026-11-29).
 MOST_GROWTH = 0.05
@@ -69,12 +78,107 @@ def with_prior(use_V: Float[Tensor, " V"], ids: list[int], share: float = PRIOR_
     return mixed_V
 
 
+def with_prior_by_script(
+    use_V: Float[Tensor, " V"], scripts: Mapping[int, frozenset[str]], written: Set[str]
+) -> Float[Tensor, " V"]:
+    """Return `with_prior` among tokens with letters of other scripts than the `written` ones, and among the rest.
+
+    Else words of the text's own scripts would have the use of neighbours that it cannot have.
+    """
+    others = [index for index, of_token in scripts.items() if of_token - written]
+    rest = [index for index, of_token in scripts.items() if not of_token - written]
+    return with_prior(with_prior(use_V, others), rest)
+
+
+@dataclass(frozen=True, slots=True)
+class PieceNats:
+    """What it costs the dense model to read a token in pieces.
+
+    `token`: nats of a further token. `character`: nats of a character in the tokens of its bytes.
+    """
+
+    token: float = 1.0
+    character: float = 1.0
+
+    def weights(self, vocabulary: Vocabulary) -> Float[Tensor, " V"]:
+        """Return how many further tokens each token counts as where it is a piece of another.
+
+        A spelling costs the sum of its weights less 1, the token that it replaces. An ordinary piece
+        weighs 1. The first byte of a character carries the cost of all its bytes, and the others weigh
+        nothing.
+        """
+        weights_V = torch.ones(vocabulary.num_rows, dtype=torch.float64)
+        for index, byte in vocabulary.bytes.items():
+            follows = 0x80 <= byte < 0xC0
+            weights_V[index] = 0.0 if follows else 1 + self.character / self.token
+        return weights_V
+
+
+@torch.inference_mode()
+def piece_nats(
+    model: nn.Module, arch: Arch, vocabulary: Vocabulary, blocks: list[Tensor], progress: Progress = silent
+) -> PieceNats:
+    """Return what tokens cost in pieces, by a block of each domain in which some are spelt in theirs.
+
+    nats = those of the pieces - those of the token, at the same place of the same text. A domain's
+    block is the one with the most characters that would be spelt in bytes. Where there are too few
+    of them, a character counts as a further token.
+    """
+    may_go = vocabulary.parts.keys() - vocabulary.fixed
+    in_bytes = {index for index in may_go if vocabulary.bytes.keys() >= set(vocabulary.parts[index])}
+    index_V = torch.zeros(vocabulary.num_rows, dtype=torch.bool)
+    index_V[list(in_bytes)] = True
+    token_nats, further, character_nats = 0.0, 0, list[float]()
+    for done, ids_NT in enumerate(blocks):
+        progress("nats of pieces", done, len(blocks))
+        ids_T = ids_NT[int(index_V[ids_NT].sum(1).argmax())].cpu()
+        spelt = _some_spelt(ids_T.tolist(), vocabulary, may_go, in_bytes)
+        new_T = torch.tensor([piece for pieces in spelt for piece in pieces])
+        # Nats of the tokens after the first, the only ones that are predicted.
+        before = [0.0, *block_losses(model, arch, ids_T[None]).tolist()]
+        after = iter([0.0, *block_losses(model, arch, new_T[None]).tolist()])
+        for index, nats, pieces in zip(ids_T.tolist(), before, spelt, strict=True):
+            more = sum(next(after) for _ in pieces) - nats
+            if pieces == (index,):
+                continue
+            if index in in_bytes:
+                character_nats.append(more)
+            else:
+                token_nats, further = token_nats + more, further + len(pieces) - 1
+    progress("nats of pieces", len(blocks), len(blocks))
+    token = max(1e-3, token_nats / max(1, further))
+    if len(character_nats) < FEWEST_CHARACTERS:
+        return PieceNats(token, token)
+    return PieceNats(token, max(1e-3, sum(character_nats) / len(character_nats)))
+
+
+def _some_spelt(ids: list[int], vocabulary: Vocabulary, may_go: Set[int], in_bytes: Set[int]) -> list[tuple[int, ...]]:
+    """Return the pieces of every token of a text: its parts for some of them, itself for the others."""
+    found, tokens, characters = [], 0, 0
+    for position, index in enumerate(ids):
+        if not position or index not in may_go:
+            is_spelt = False
+        elif index in in_bytes:
+            characters += 1
+            is_spelt = characters % CHARACTERS_APART == 0
+        else:
+            tokens += 1
+            is_spelt = tokens % TOKENS_APART == 0
+        found.append(vocabulary.parts[index] if is_spelt else (index,))
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """`ids`: in the order in which they go. `more_R`: tokens that a text then has more, per token."""
+    """The order in which tokens go.
+
+    `ids`: in that order. `more_R`: tokens that a text then has more, per token. `cost_R`: as many
+    further tokens cost the model what these do.
+    """
 
     ids: list[int]
     more_R: Float[Tensor, " R"]
+    cost_R: Float[Tensor, " R"]
 
 
 def removal_by_counts(
@@ -83,16 +187,27 @@ def removal_by_counts(
     shares: Mapping[str, float],
     stay: Iterable[int] = (),
     *,
+    nats: PieceNats,
     minimax: bool = False,
 ) -> Removal:
-    """Return the order in which tokens go by the counts of each domain's text, and what text then has more.
+    """Return the order in which tokens go by the counts of each domain's text, and what text then costs.
 
     A word that one document repeats is foreseen after its first use, and other text may never have
-    it: so the order is that of damped counts. The growth of text is that of plain ones.
+    it: so the order is that of damped counts. The growth of text is that of plain ones. Characters
+    of the scripts that the text is written in stay.
     """
-    ids = sorted(vocabulary.texts.keys() - vocabulary.fixed)
+    scripts = {index: frozenset(scripts_of(text)) for index, text in vocabulary.texts.items()}
+    written = written_scripts(scripts, counts)
+    characters = {index for index, text in vocabulary.texts.items() if len(text) == 1 and scripts[index] & written}
+    may_go = {index: scripts[index] for index in vocabulary.texts.keys() - vocabulary.fixed}
     plain, damped = (token_use(counts, shares, minimax=minimax, damped=each) for each in (False, True))
-    return removal_order(vocabulary, with_prior(plain, ids), stay, order_by_V=with_prior(damped, ids))
+    return removal_order(
+        vocabulary,
+        with_prior_by_script(plain, may_go, written),
+        {*stay, *characters},
+        order_by_V=with_prior_by_script(damped, may_go, written),
+        weights_V=nats.weights(vocabulary),
+    )
 
 
 def removal_order(
@@ -101,17 +216,19 @@ def removal_order(
     stay: Iterable[int] = (),
     *,
     order_by_V: Float[Tensor, " V"] | None = None,
+    weights_V: Float[Tensor, " V"] | None = None,
 ) -> Removal:
-    """Return all tokens that may go, each time the one that lengthens text least.
+    """Return all tokens that may go, each time the one that costs least.
 
-    A token of use u that is spelt in n others costs u (n - 1), and its use becomes theirs. Rows
-    without a token go first. `stay`: tokens that never go, beside the vocabulary's own; nor does
-    what any of them is merged from. `order_by_V`: the use that decides which one is next, `use_V`
-    without it.
+    A token of use u that is spelt in pieces of the weights w costs u (sum w - 1), and its use becomes
+    theirs. Rows without a token go first. `stay`: tokens that never go, beside the vocabulary's own;
+    nor does what any of them is merged from. `order_by_V`: the use that decides which one is next,
+    `use_V` without it. `weights_V`: see `PieceNats.weights`, 1 without them.
     """
     fixed = with_parts(vocabulary, stay)
     padding = [index for index in range(vocabulary.num_rows) if index not in vocabulary.texts and index not in fixed]
     use, order_by, gone = use_V.tolist(), (use_V if order_by_V is None else order_by_V).tolist(), set(padding)
+    weights = [1.0] * vocabulary.num_rows if weights_V is None else weights_V.tolist()
     needed_by = [0] * vocabulary.num_rows
     for parts in vocabulary.parts.values() if vocabulary.needs_parts else ():
         for part in set(parts):
@@ -122,30 +239,33 @@ def removal_order(
         parts = vocabulary.parts[index]
         return [end for part in parts for end in (spelt(part) if part in gone else [part])]
 
-    def cost(index: int) -> float:
-        return order_by[index] * (len(spelt(index)) - 1)
+    def further(pieces: list[int]) -> float:
+        return sum(weights[piece] for piece in pieces) - 1
 
-    waiting = [(cost(index), index) for index in free if not needed_by[index]]
+    waiting = [(order_by[index] * further(spelt(index)), index) for index in free if not needed_by[index]]
     heapq.heapify(waiting)
-    ids, more, total = list(padding), [0.0] * len(padding), 0.0
+    ids, more, costs = list(padding), [0.0] * len(padding), [0.0] * len(padding)
+    longer, cost = 0.0, 0.0
     while waiting:
         known, index = heapq.heappop(waiting)
-        if (now := cost(index)) > known:  # others passed their use on to it
+        parts = spelt(index)
+        if (now := order_by[index] * further(parts)) > known:  # others passed their use on to it
             heapq.heappush(waiting, (now, index))
             continue
-        parts = spelt(index)
-        total += use[index] * (len(parts) - 1)
+        longer += use[index] * (len(parts) - 1)
+        cost += use[index] * further(parts)
         for part in parts:
             use[part] += use[index]
             order_by[part] += order_by[index]
         gone.add(index)
         ids.append(index)
-        more.append(total)
+        more.append(longer)
+        costs.append(cost)
         for part in set(vocabulary.parts[index]) if vocabulary.needs_parts else ():
             needed_by[part] -= 1
             if not needed_by[part] and part in free:
-                heapq.heappush(waiting, (cost(part), part))
-    return Removal(ids, torch.tensor(more, dtype=torch.float64))
+                heapq.heappush(waiting, (order_by[part] * further(spelt(part)), part))
+    return Removal(ids, torch.tensor(more, dtype=torch.float64), torch.tensor(costs, dtype=torch.float64))
 
 
 def kept_after(removal: Removal, num_rows: int, num_gone: int) -> tuple[int, ...]:
@@ -193,19 +313,28 @@ def nats_over(model: nn.Module, arch: Arch, ids_T: Int64[Tensor, " T"], kept_K: 
     return float(sum(sums))
 
 
-def nats_per_token(model: nn.Module, arch: Arch, trim: Trim, blocks: list[Tensor], progress: Progress) -> float:
+def nats_per_token(
+    model: nn.Module,
+    arch: Arch,
+    trim: Trim,
+    blocks: list[Tensor],
+    progress: Progress,
+    weights_V: Float[Tensor, " V"] | None = None,
+) -> float:
     """Return the nats that text costs more after the trim, per token that it then has more.
 
     The first `TOKEN_BLOCKS` blocks of each domain are measured, in both tokenizers' tokens.
+    `weights_V`: as how many further tokens each dense token counts, see `PieceNats.weights`.
     """
     kept_K, every_V = torch.tensor(trim.kept.dense_ids), torch.arange(trim.kept.num_dense)
-    asked, nats, more = [ids_T for ids_NT in blocks for ids_T in ids_NT[:TOKEN_BLOCKS]], 0.0, 0
+    weights_V = torch.ones(trim.kept.num_dense, dtype=torch.float64) if weights_V is None else weights_V
+    asked, nats, more = [ids_T for ids_NT in blocks for ids_T in ids_NT[:TOKEN_BLOCKS]], 0.0, 0.0
     for done, ids_T in enumerate(asked):
         progress("nats of further tokens", done, len(asked))
         text = trim.dense_tokenizer.decode(ids_T, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         new_T = kept_K[torch.tensor(trim.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])]
         nats += nats_over(model, arch, new_T, kept_K) - nats_over(model, arch, ids_T, every_V)
-        more += len(new_T) - len(ids_T)
+        more += float(weights_V[new_T].sum() - weights_V[ids_T.cpu()].sum())
     progress("nats of further tokens", len(asked), len(asked))
     return max(0.0, nats) / max(1, more)
 
@@ -247,12 +376,12 @@ def cheapest_count(
 ) -> int:
     """Return the count of `counts_N` at which tokens and channels together cost the fewest nats.
 
-    cost(n) = nats_per_token * more tokens of text after n + nats of the channels then. At the least
-    of it a further token costs as many nats per parameter as a further channel. Counts that lengthen
-    text by more than `MOST_GROWTH`, and than half of all tokens do, are taken only where no other
-    gives what is asked.
+    cost(n) = nats_per_token * cost of text after n, in further tokens, + nats of the channels then. At
+    the least of it a further token costs as many nats per parameter as a further channel. Counts that
+    cost more than `MOST_GROWTH` of a text's tokens, and than half of all tokens do, are taken only
+    where no other gives what is asked.
     """
-    more = torch.cat([removal.more_R.new_zeros(1), removal.more_R])
+    more = torch.cat([removal.cost_R.new_zeros(1), removal.cost_R])
     more_N, most = more[counts_N], max(MOST_GROWTH, float(more[len(removal.ids) // 2]))
     cost_N = nats_per_token * more_N + channels_N
     within_N = torch.where(more_N > most, torch.inf, cost_N)
@@ -267,6 +396,18 @@ def scripts_of(text: str) -> set[str]:
     """Return the scripts of the text's letters, as `latin`, `cyrillic` or `cjk`."""
     names = ([*unicodedata.name(each, "?").replace("-", " ").split()] for each in text if each.isalpha())
     return {words[0].lower() for words in names if words[0] not in _NO_SCRIPTS and not _LETTERS.isdisjoint(words)}
+
+
+def written_scripts(scripts: Mapping[int, frozenset[str]], counts: Mapping[str, TokenCounts]) -> set[str]:
+    """Return the scripts in which at least `WRITTEN_SHARE` of the tokens with letters of some domain are."""
+    written: set[str] = set()
+    for domain in counts.values():
+        tokens: Counter[str] = Counter()
+        for index in domain.tokens_V.nonzero().flatten().tolist():
+            for script in scripts.get(index, ()):
+                tokens[script] += int(domain.tokens_V[index])
+        written |= {script for script, count in tokens.items() if count >= WRITTEN_SHARE * tokens.total()}
+    return written
 
 
 def of_scripts(vocabulary: Vocabulary, scripts: Iterable[str]) -> set[int]:

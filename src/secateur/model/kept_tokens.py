@@ -45,11 +45,15 @@ class KeptTokens:
 
 @dataclass(frozen=True, slots=True)
 class Trim:
-    """A trim of the vocabulary: the dense tokens that stay, and both models' tokenizers."""
+    """A trim of the vocabulary: the dense tokens that stay, and both models' tokenizers.
+
+    `foretold`: nats per dense token of text that it costs by the counts; None if nothing was counted.
+    """
 
     kept: KeptTokens
     dense_tokenizer: Tokenizer
     tokenizer: Tokenizer
+    foretold: float | None = None
 
 
 def kept_tokens_of(directory: Path) -> KeptTokens | None:

@@ -9,7 +9,7 @@ import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Vocabulary:
     token's text; half characters are shown as U+FFFD. `parts`: what a token is merged from, or
     becomes without it (Unigram); bytes and single characters have none. `needs_parts`: whether a
     token that stays needs its parts, as merges do. `fixed`: ids that never go; of padding rows only
-    those that a config names.
+    those that a config names. `bytes`: which byte each token of a byte fallback is.
     """
 
     kind: str
@@ -44,6 +44,7 @@ class Vocabulary:
     parts: dict[int, tuple[int, ...]]
     needs_parts: bool
     fixed: frozenset[int]
+    bytes: dict[int, int] = field(default_factory=dict[int, int])
 
 
 def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
@@ -60,19 +61,23 @@ def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
     pieces = {text: ids[text] for text in _model_ids(parsed) if text in ids}
     is_bpe = rules["type"] == "BPE"
     parts = (_merged_from(rules, pieces) if is_bpe else _best_without(rules)) | _spelt_in_bytes(rules, pieces)
+    texts = _texts(parsed, ids)
     fixed = {index for text, index in pieces.items() if len(text) == 1 and index not in parts}
-    fixed |= (
-        {pieces[name] for name in _byte_names(range(256)) if name in pieces} if rules.get("byte_fallback") else set()
-    )
+    # No text that a model learnt from spells these in bytes, as every one of them is a token there.
+    fixed |= {index for index, text in texts.items() if len(text) == 1 and (text.isascii() or text.isdecimal())}
+    names = enumerate(_byte_names(range(256))) if rules.get("byte_fallback") else ()
+    byte_tokens = {pieces[name]: byte for byte, name in names if name in pieces}
+    fixed |= byte_tokens.keys()
     fixed |= _told_apart(backend, pieces, parts) | _without_cover(rules, pieces)
     fixed |= _named(tokenizer, backend, parsed) | ids_named_by(model)
     return Vocabulary(
         kind=_kind(parsed),
         num_rows=num_rows,
-        texts=_texts(parsed, ids),
+        texts=texts,
         parts=parts,
         needs_parts=is_bpe,
         fixed=frozenset(fixed & set(range(num_rows))),
+        bytes=byte_tokens,
     )
 
 

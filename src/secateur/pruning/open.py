@@ -76,6 +76,7 @@ class Opened:
     stored. `device`: where the run computes. `tokenizer`: the one handed over, if any. `trim`: what
     goes of the vocabulary, decided before the weights are cut. `like`: the result that it is cut by.
     `seconds`: per decoded token, if the recipe's target is `latency`.
+    `on_disk`: whether its weights, once loaded, stay in their files.
     """
 
     checkpoint: Checkpoint | None
@@ -88,6 +89,7 @@ class Opened:
     trim: Trim | None = None
     like: Like | None = None
     seconds: Seconds | None = None
+    on_disk: bool | None = None
 
     @property
     def name(self) -> str:
@@ -184,15 +186,20 @@ def tokenizer_of(opened: Opened) -> Tokenizer:
 
 
 def loaded(opened: Opened, *, on_disk: bool) -> tuple[Opened, tuple[str, ...]]:
-    """Return the model with weights, mapped if `on_disk`, and the changes to one in memory."""
+    """Return the model with weights, mapped if `on_disk`, and the changes to one in memory.
+
+    One that was loaded so before is returned as it is.
+    """
     model, checkpoint = opened.model, opened.checkpoint
+    if opened.on_disk == on_disk:
+        return opened, ()
     if checkpoint is None:
         check_finite(model)
         return opened, restore_buffers(model)
     # Weights for a device need not pass through the host's memory.
     mapped = (on_disk or opened.device.type != "cpu") and checkpoint.gguf_file is None
     model = load_model(checkpoint, mapped=mapped)
-    return replace(opened, model=model, size=Size.of(model)), ()
+    return replace(opened, model=model, size=Size.of(model), on_disk=on_disk), ()
 
 
 def onload(opened: Opened, *, one_at_a_time: bool, in_float32: bool) -> Placement:

@@ -40,7 +40,7 @@ from secateur.pruning.result import (
 )
 from secateur.pruning.run import Keeps, Run, RunJudge, without_tokens
 from secateur.pruning.text import Drawn, run_text
-from secateur.pruning.trim import plan_trim, would_have_paid
+from secateur.pruning.trim import plan_trim
 from secateur.ranks import from_first, is_first, staging_if_any
 from secateur.recipe import Recipe
 from secateur.recovery.polish import learn, polish
@@ -64,6 +64,7 @@ def prune_run(
     tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    force: bool = False,
     command: str = "",
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
@@ -85,7 +86,7 @@ def prune_run(
         services = Services(progress=progress, log=log, store=store, scratch=directory, tell=tell)
         opened, run, drawn, placement = _prepared(opened, services)
         with eval_mode(run.model):
-            result = _pruned(opened, run, drawn, placement, directory, command, finish)
+            result = _pruned(opened, run, drawn, placement, directory, command, finish, force=force)
     return replace(result, out=None if out is None else Path(out))
 
 
@@ -97,13 +98,15 @@ def _pruned(
     directory: Path | None,
     command: str,
     finish: Finish,
+    *,
+    force: bool,
 ) -> Result:
     """Return the result of a run whose model is still dense, and write it to the directory."""
     services, judge = run.services, RunJudge(drawn.judged, opened.trim)
     measured: dict[str, Any] = {"calibration": calibration_facts(drawn), "lineage": opened.lineage}
     measured["dense_losses"] = judge.losses(run, "dense")
     if opened.trim is not None:
-        run = without_tokens(run, opened.trim)
+        run = without_tokens(run, opened.trim, force=force)
     recipe = run.resolved.recipe
     lesson = learn(run.model, run.arch, run.text, recipe, services)
     run, checkpoint, keeps = _cut(opened, run, placement, directory)
@@ -153,7 +156,7 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Drawn, P
     opened = with_seconds(replace(opened, tokenizer=tokenizer_of(opened)), services)
     text = run_text(opened, services.progress)
     if opened.recipe.remove.vocabulary is not None:
-        opened = replace(opened, trim=plan_trim(opened, services, text.learning))
+        opened = plan_trim(opened, services, text.learning)
     resolved, log = with_polish_that_fits(opened, resolve(opened)), services.log
     plan = memory_for(opened, resolved)
     if plan.weights_on_disk or plan.one_layer_at_a_time:
@@ -179,8 +182,6 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Drawn, P
     with log.time("calibration"), eval_mode(model):
         drawn = from_first(partial(drawn.written, opened, model, services.progress))
         services.store.check_input("calibration text", drawn.learning.content_hash + drawn.judged.content_hash)
-        if opened.trim is None and (note := would_have_paid(opened, drawn.learning)) is not None:
-            resolved = replace(resolved, warnings=(*resolved.warnings, note))
     run = Run(
         model=model,
         arch=opened.arch,

@@ -258,7 +258,7 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
         versions=versions(),
         device=str(opened.device),
         like=opened.like and opened.like.result,
-        vocabulary=opened.trim and vocabulary_facts(opened.trim, run.held_out, run.sample_nats),
+        vocabulary=opened.trim and vocabulary_facts(opened.trim, run.held_out, run.trimmed),
         **measured,
     )
 

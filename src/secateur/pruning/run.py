@@ -1,6 +1,7 @@
 """A run: what the loop and the planning of its rounds work on, and the losses between its rounds."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +12,12 @@ from torch import Tensor
 from secateur.data.blocks import Blocks, JudgedText, LearningText, Text
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
-from secateur.facts import Batch, Loss
+from secateur.facts import Batch, Loss, standard_error
 from secateur.model.bind import Arch
 from secateur.model.group import GroupKey
 from secateur.model.kept_tokens import Trim, keep_tokens
 from secateur.model.modules import CausalLM
 from secateur.pruning.resolve import Resolved
-from secateur.pruning.trimmed import sample_blocks
 from secateur.ranks import own_part
 from secateur.store import Services
 from secateur.stream.losses import domain_losses, predicted_tokens
@@ -34,7 +34,7 @@ class Run:
     and kept units of every round, with the model and its config as that round left them.
     `dense_losses`: held-out nats per token by domain before layers went, if something watches them.
     `dense_tokens`: those predicted of each held-out document in the dense tokenizer, in nats per which
-    losses are, if the vocabulary is trimmed. `sample_nats`: see `VocabularyFacts`.
+    losses are, if the vocabulary is trimmed. `trimmed`: losses before and behind the trim alone.
     `kept`: the units that stay, if another result has chosen them.
     """
 
@@ -47,7 +47,7 @@ class Run:
     after_round: Callable[[int, Keeps], None] | None = None
     dense_losses: dict[str, float] = field(default_factory=dict[str, float])
     dense_tokens: dict[str, dict[int, int]] | None = None
-    sample_nats: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    trimmed: dict[str, tuple[Loss, Loss]] = field(default_factory=dict[str, tuple[Loss, Loss]])
     kept: Keeps = field(default_factory=dict[GroupKey, Tensor])
 
     @property
@@ -114,19 +114,58 @@ class RunJudge:
         return losses
 
 
-def without_tokens(run: Run, trim: Trim) -> Run:
-    """Cut the tokens that go out of the model, in place; measure first what the dense one is asked for."""
+# A trim that costs a domain more nats per dense token, or in the mean more than so many times what
+# its counts foretold, is not written; means below the least are not told apart.
+MOST_NATS, MOST_TIMES, LEAST_NATS = 0.5, 2.0, 0.05
+
+
+def without_tokens(run: Run, trim: Trim, *, force: bool = False) -> Run:
+    """Cut the tokens that go out of the model, in place, and judge that alone on the guard's text.
+
+    Raises RecipeError, unless `force`, if it costs too much: see `MOST_NATS`.
+    """
     held_out = retokenised(run.held_out, trim.tokenizer, trim.dense_tokenizer)
     run = dataclasses.replace(run, dense_tokens=_predicted(held_out))
     dense_losses = watched_losses(run, "dense", held_out)
-    # Samples of languages: now, and by the dense model that has the tokens that stay alone.
-    before, after = sample_blocks(trim)
-    is_judged = run.resolved.recipe.output.evaluate
-    dense = text_losses(run, "samples", before) if is_judged else {}
+    before = text_losses(run, "with all tokens", held_out)
     keep_tokens(run.model, trim.kept)
-    cut = text_losses(run, "samples without tokens", after, _predicted(before)) if is_judged else {}
-    nats = {name: (dense[name].nats_per_token, cut[name].nats_per_token) for name in dense}
-    return dataclasses.replace(run, dense_losses=dense_losses, sample_nats=nats)
+    after = text_losses(run, "without tokens", run.held_out, run.dense_tokens)
+    trimmed = {name: (before[name], after[name]) for name in before}
+    if (refusal := too_dear(trimmed, trim)) is not None:
+        if not force:
+            raise RecipeError(
+                f"{refusal}, so nothing is written; keep more tokens, name domains or keep_text of what the model is "
+                "to read, or write it all the same with --force."
+            )
+        run.services.log.write({"event": "note", "text": f"{refusal}; it was written all the same, as --force says."})
+    return dataclasses.replace(run, dense_losses=dense_losses, trimmed=trimmed)
+
+
+def too_dear(trimmed: Mapping[str, tuple[Loss, Loss]], trim: Trim) -> str | None:
+    """Return what a trim costs, as the start of a sentence, if that is too much; None if it is not.
+
+    `trimmed`: each domain's losses before and behind it, of the same documents.
+    """
+    lost = {name: after.nats_per_token - before.nats_per_token for name, (before, after) in trimmed.items()}
+    errors = [_error_of_difference(before, after) for before, after in trimmed.values()]
+    mean, error = sum(lost.values()) / len(lost), math.hypot(*errors) / len(errors)
+    worst = max(lost, key=lambda name: lost[name])
+    foretold = math.inf if trim.foretold is None else trim.foretold
+    is_surprise = mean > LEAST_NATS and mean - 2 * error > MOST_TIMES * foretold
+    if lost[worst] <= MOST_NATS and not is_surprise:
+        return None
+    told = "" if trim.foretold is None else f", where the counts foretold {foretold:.2f}"
+    num_dense, num_kept = trim.kept.num_dense, len(trim.kept.dense_ids)
+    return (
+        f"remove.vocabulary: with {num_kept:,} of its {num_dense:,} tokens the model loses {mean:.2f} nats per token "
+        f"of held-out text ({worst} {lost[worst]:.2f}){told}"
+    )
+
+
+def _error_of_difference(before: Loss, after: Loss) -> float:
+    """Return the standard error of what documents lost; 0 where it is unknown."""
+    lost_D = [b - a for a, b in zip(before.document_nats, after.document_nats, strict=True)]
+    return standard_error(lost_D, before.document_tokens) or 0.0
 
 
 def _predicted(text: Mapping[str, Text]) -> dict[str, dict[int, int]]:

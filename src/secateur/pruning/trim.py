@@ -1,24 +1,27 @@
 """Tokens go first: which ones, how many, and the tokenizer of those that stay.
 
-In: an opened dense model whose recipe has `vocabulary`. Out: a `Trim`. The model is cut once it is
-loaded.
+In: an opened dense model whose recipe has `vocabulary`. Out: the model with its weights and a
+`Trim`, by which the run cuts it.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from secateur.data.blocks import LearningText
-from secateur.data.counts import count_tokens
+from secateur.data.counts import TokenCounts
 from secateur.data.pool import Learning
 from secateur.data.rows import read_rows
 from secateur.errors import CheckpointError, RecipeError
 from secateur.methods import vocabulary as methods
 from secateur.methods.budget import least_step
 from secateur.methods.prices import token_prices
+from secateur.methods.vocabulary import PieceNats
 from secateur.model.checkpoint import Tokenizer, eval_mode, load_tokenizer
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
@@ -30,10 +33,6 @@ from secateur.ranks import from_first, is_first, own_part
 from secateur.store import Services
 from secateur.stream.walk import make_batches
 
-# A prune without `vocabulary` says so if tokens of this share of all parameters could go for so many
-# more tokens of its text: of SmolLM2-135M they cost 0.02 nats per token, and channels of as many
-# parameters 0.09, between 20 and 30%.
-WORTH_SAYING, ALMOST_FREE = 0.025, 0.005
 # FFNs that lose more of their channels than this are extrapolated, not measured.
 MOST_CHANNELS = 0.85
 
@@ -59,29 +58,35 @@ class _Dense:
         return Trim(kept, self.tokenizer, new)
 
 
-def plan_trim(opened: Opened, services: Services, learning: Callable[[], Learning]) -> Trim:
-    """Return which tokens stay by the recipe's `vocabulary`, and both tokenizers.
+def plan_trim(opened: Opened, services: Services, learning: Callable[[], Learning]) -> Opened:
+    """Return the model with the trim that the recipe's `vocabulary` asks for, and what it is to cost.
 
-    `learning`: the text to count and measure on, which the first rank alone asks for. `auto` loads
-    the model and measures, see `_count`; with `groups: []` as many go as the share holds. Raises
-    RecipeError for a size that cannot be, before any text is read, and what `read_vocabulary` raises.
+    `learning`: the text to count and measure on, which the first rank alone asks for. The model is
+    loaded, to measure what tokens cost in pieces. `auto` measures more, see `_count`;
+    with `groups: []` as many go as the share holds. Raises RecipeError for a size that cannot be,
+    before any text is read unless the text says what must stay, and what `read_vocabulary` raises.
     """
-    size, log = opened.recipe.remove.vocabulary, services.log
+    size, log, store = opened.recipe.remove.vocabulary, services.log, services.store
     if opened.like is not None:
-        return _trim_like(opened, opened.like)
+        return replace(opened, trim=_trim_like(opened, opened.like))
     with log.time("vocabulary"):
         dense = _read(opened, services)
         num_rows = dense.vocabulary.num_rows
         if isinstance(size, int):
             resolve(replace(opened, trim=_trim_to(dense, size)))  # so that it fails now, if it does
-        removal = from_first(partial(_removal, dense, learning))
-        if isinstance(size, int):
-            num_gone = num_rows - size
-        else:
-            num_gone = services.store.value("vocabulary", partial(_count, dense, removal, learning))
-        trim = dense.trim(removal, num_gone)
-        log.write({"event": "vocabulary", "kept": len(trim.kept.dense_ids), "dense": num_rows})
-    return trim
+        counts = from_first(partial(_counts, dense, learning))
+        with _at_hand(dense, learning) as hand:
+            nats = PieceNats(**store.value("nats of pieces", lambda: dataclasses.asdict(_nats(dense, hand))))
+            removal = from_first(partial(_removal, dense, counts, nats))
+            if isinstance(size, int):
+                num_gone, per_token = methods.count_for_size(removal, num_rows, size), nats.token
+            else:
+                num_gone, per_token = store.value("vocabulary", partial(_count, dense, hand, removal, nats))
+        cost = float(removal.cost_R[num_gone - 1]) if num_gone else 0.0
+        trim = replace(dense.trim(removal, num_gone), foretold=per_token * cost)
+        line = {"event": "vocabulary", "kept": len(trim.kept.dense_ids), "dense": num_rows}
+        log.write({**line, "nats_of_pieces": dataclasses.asdict(nats), "foretold": trim.foretold})
+    return replace(hand.opened, recipe=opened.recipe, trim=trim)
 
 
 def _trim_like(opened: Opened, like: Like) -> Trim:
@@ -118,34 +123,6 @@ def _trim_to(dense: _Dense, size: int) -> Trim:
     return Trim(KeptTokens(tuple(range(kept)), num_rows), dense.tokenizer, dense.tokenizer)
 
 
-def would_have_paid(opened: Opened, text: LearningText) -> str | None:
-    """Return a note if tokens could have gone for almost nothing, by the counts of the run's text.
-
-    None if they could not, or if the tokenizer's tokens cannot go at all.
-    """
-    if opened.recipe.remove.target != "parameters":
-        return None
-    try:
-        vocabulary = read_vocabulary(tokenizer_of(opened), opened.model)
-    except CheckpointError:
-        return None
-    if not vocabulary.texts.keys() - vocabulary.fixed:
-        return None
-    num_rows = vocabulary.num_rows
-    counts = {each.name: count_tokens(each.calibration.ids_NT, num_rows) for each in text.domains}
-    removal = methods.removal_by_counts(vocabulary, counts, {each.name: each.share for each in text.domains})
-    cheap = int((removal.more_R <= ALMOST_FREE).sum())
-    num_gone = int(methods.sizes_within(removal, num_rows, cheap)[-1])
-    share = token_prices("parameters", opened.model, num_gone) / opened.size.num_params
-    if share < WORTH_SAYING:
-        return None
-    more = removal.more_R[num_gone - 1]
-    return (
-        f"remove.vocabulary: {num_gone:,} of {num_rows:,} tokens ({share:.1%} of all parameters) could go for "
-        f"{more:.1%} more tokens of this text; auto weighs tokens against channels, and changes the tokenizer."
-    )
-
-
 def _read(opened: Opened, services: Services) -> _Dense:
     """Read the vocabulary and what is to stay of it."""
     tokenizer, recipe = tokenizer_of(opened), opened.recipe
@@ -156,13 +133,16 @@ def _read(opened: Opened, services: Services) -> _Dense:
     return _Dense(opened, services, tokenizer, vocabulary, stay)
 
 
-def _removal(dense: _Dense, learning: Callable[[], Learning]) -> methods.Removal:
-    """Count the domains' tokens, and put them in the order in which they go."""
-    recipe, vocabulary = dense.opened.recipe, dense.vocabulary
-    counts = learning().counts(vocabulary.num_rows, dense.services.progress)
+def _counts(dense: _Dense, learning: Callable[[], Learning]) -> dict[str, TokenCounts]:
+    return learning().counts(dense.vocabulary.num_rows, dense.services.progress)
+
+
+def _removal(dense: _Dense, counts: Mapping[str, TokenCounts], nats: PieceNats) -> methods.Removal:
+    """Put the tokens in the order in which they go."""
+    recipe = dense.opened.recipe
     shares = {name: domain.share for name, domain in recipe.calibration.domains.items()}
     minimax = recipe.choose.domain_weighting == "minimax"
-    return methods.removal_by_counts(vocabulary, counts, shares, dense.stay, minimax=minimax)
+    return methods.removal_by_counts(dense.vocabulary, counts, shares, dense.stay, nats=nats, minimax=minimax)
 
 
 def _ids_in(files: tuple[str, ...], tokenizer: Tokenizer) -> set[int]:
@@ -180,8 +160,8 @@ def _ids_in(files: tuple[str, ...], tokenizer: Tokenizer) -> set[int]:
     return found
 
 
-def _count(dense: _Dense, removal: methods.Removal, learning: Callable[[], Learning]) -> int:
-    """Return how many tokens go with `auto`."""
+def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: PieceNats) -> tuple[int, float]:
+    """Return how many tokens go with `auto`, and what a further token of text then costs, in nats."""
     opened, num_rows = dense.opened, dense.vocabulary.num_rows
     remove, arch = opened.recipe.remove, opened.arch
     prices = recipe_prices(opened)
@@ -190,7 +170,7 @@ def _count(dense: _Dense, removal: methods.Removal, learning: Callable[[], Learn
     prices = prices.numbered(layers)
     per_token = token_prices(remove.target, opened.model, 1)
     if not remove.group_names or not asked:
-        return int(methods.sizes_within(removal, num_rows, int(asked // per_token))[-1])
+        return int(methods.sizes_within(removal, num_rows, int(asked // per_token))[-1]), pieces.token
     # One count more than the share holds, if `resolve` takes it: the least with which no channel need go.
     counts_N = methods.sizes_within(removal, num_rows, int(asked // per_token) + methods.ALIGN_TOKENS)
     groups, uniform = groups_of(opened.recipe, arch, layers), opened.recipe.choose.budget == "uniform"
@@ -204,7 +184,7 @@ def _count(dense: _Dense, removal: methods.Removal, learning: Callable[[], Learn
             f"{opened.name}: first measures how many of its {num_rows:,} tokens go, about 1.4 passes over the "
             "calibration text; what goes, and how long the run takes, is said after that."
         )
-    nats, law = _measured(dense, removal, min(MOST_CHANNELS, asked / channels), learning)
+    nats, law = _measured(dense, hand, removal, pieces, min(MOST_CHANNELS, asked / channels))
     # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
     aligns = [align_for(opened.recipe, ffns, prices, int(per_token * num_gone)) for num_gone in counts_N.tolist()]
     steps = {align: least_step(ffns, prices, align, alike=True) for align in set(aligns)}
@@ -216,17 +196,25 @@ def _count(dense: _Dense, removal: methods.Removal, learning: Callable[[], Learn
     found = methods.cheapest_count(removal, counts_N, nats, cost_N)
     line = {"event": "note", "text": f"vocabulary: a further token of text costs {nats:.2f} nats, so {found:,} go."}
     dense.services.log.write(line)
-    return found
+    return found, nats
 
 
-def _measured(
-    dense: _Dense, removal: methods.Removal, most: float, learning: Callable[[], Learning]
-) -> tuple[float, methods.Law]:
-    """Return the nats of a further token of text, and those of a share of FFN channels less.
+@dataclass(frozen=True, slots=True)
+class _Hand:
+    """The dense model with weights, on its device, and text to measure it on.
 
-    The first with half of the tokens gone that may go, the second up to `most` of the channels.
+    `written`: each domain's calibration blocks. `damping`: of fits.
     """
-    opened, services, recipe = dense.opened, dense.services, dense.opened.recipe
+
+    opened: Opened
+    written: list[Tensor]
+    damping: float
+
+
+@contextmanager
+def _at_hand(dense: _Dense, learning: Callable[[], Learning]) -> Iterator[_Hand]:
+    """Load the model and its calibration text; behind it the model is in host memory."""
+    opened, recipe = dense.opened, dense.opened.recipe
     # A recipe that every model can meet: memory depends on its text.
     layers = {"depth": 0, "layers": (), "groups": ("ffn",)}
     remove = {"vocabulary": None, "share": 0.05, "align": 1, "min_keep": 0.0, **layers}
@@ -236,15 +224,28 @@ def _measured(
     text = from_first(lambda: learning().text)
     opened, _ = loaded(opened, on_disk=plan.weights_on_disk)
     placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
-    model, arch = opened.model, opened.arch
     written = [domain.calibration.ids_NT for domain in text.domains]
-    blocks = {str(number): ids_NT.to(model.device) for number, ids_NT in enumerate(written)}
-    batches = [each for name in blocks for each in own_part(make_batches(name, blocks[name], held_out=False))]
-    with eval_mode(model):
-        half = dense.trim(removal, len(removal.ids) // 2)
-        nats = from_first(partial(methods.nats_per_token, model, arch, half, written, services.progress))
-        law = methods.channel_law(
-            model, arch, batches, len(written), most, resolved.damping, from_first, services.progress
-        )
+    with eval_mode(opened.model):
+        yield _Hand(opened, written, resolved.damping)
     placement.offload()
+
+
+def _nats(dense: _Dense, hand: _Hand) -> PieceNats:
+    arguments = (hand.opened.model, hand.opened.arch, dense.vocabulary, hand.written, dense.services.progress)
+    return from_first(partial(methods.piece_nats, *arguments))
+
+
+def _measured(
+    dense: _Dense, hand: _Hand, removal: methods.Removal, pieces: PieceNats, most: float
+) -> tuple[float, methods.Law]:
+    """Return the nats of a further token of text, and those of a share of FFN channels less.
+
+    The first with half of the tokens gone that may go, the second up to `most` of the channels.
+    """
+    model, arch, progress = hand.opened.model, hand.opened.arch, dense.services.progress
+    blocks = {str(number): ids_NT.to(model.device) for number, ids_NT in enumerate(hand.written)}
+    batches = [each for name in blocks for each in own_part(make_batches(name, blocks[name], held_out=False))]
+    half, weights_V = dense.trim(removal, len(removal.ids) // 2), pieces.weights(dense.vocabulary)
+    nats = from_first(partial(methods.nats_per_token, model, arch, half, hand.written, progress, weights_V))
+    law = methods.channel_law(model, arch, batches, len(hand.written), most, hand.damping, from_first, progress)
     return nats, law

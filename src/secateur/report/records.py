@@ -179,19 +179,19 @@ class CalibrationFacts:
 class VocabularyFacts:
     """A trimmed vocabulary; pairs are counts in the dense and in the trimmed tokenizer.
 
-    `by_domain`: predicted tokens of the held-out text. `samples`: tokens of a few sentences of
-    languages that the domains may not have. `scripts`: tokens with letters of a script.
-    `longest_lost`: words. `sample_nats`: of the samples, per token of the dense tokenizer, by the dense
-    model with all its tokens and with those alone that stay; empty if losses were not asked for.
+    `by_domain`: predicted tokens of the held-out text. `scripts`: tokens with letters of a script.
+    `longest_lost`: words. `nats`: by domain, per token of the dense tokenizer, of the dense model with
+    all its tokens and with those alone that stay. `foretold`: nats per token that the trim was to
+    cost by the counts; None where nothing was counted.
     """
 
     num_before: int
     num_after: int
     by_domain: dict[str, tuple[int, int]]
-    samples: dict[str, tuple[int, int]]
     scripts: dict[str, tuple[int, int]]
     longest_lost: tuple[str, ...]
-    sample_nats: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    nats: dict[str, tuple[float, float]]
+    foretold: float | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)

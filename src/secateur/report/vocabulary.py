@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from secateur.report.page import Table
 from secateur.report.records import Inspection, Summary, VocabularyFacts
 
-# Languages whose text grows by less are not named; nor are scripts of fewer tokens in the terminal.
-LEAST_GROWTH, LEAST_TOKENS, MOST_SCRIPTS = 0.01, 16, 5
+# Scripts of fewer tokens are not named, nor more than so many of those that lose most.
+LEAST_TOKENS, MOST_SCRIPTS = 16, 5
 
 TokenCounts = Mapping[str, tuple[int, int]]
 
@@ -22,31 +22,35 @@ def of_dense(summary: Summary) -> str:
 
 
 def who_suffers(facts: VocabularyFacts) -> str:
-    """Say which languages and domains take more tokens, the worst language first."""
-    grown = sorted(((growth(*counts), name) for name, counts in facts.samples.items()), reverse=True)
-    named = [(name, share) for share, name in grown if share >= LEAST_GROWTH]
-    own = growth(*(sum(column) for column in zip(*facts.by_domain.values(), strict=True)))
-    said = f"The vocabulary was trimmed from {facts.num_before:,} to {facts.num_after:,} tokens."
-    if not named:
-        return (
-            f"{said} Text of the run's own domains takes {own:.1%} more tokens, samples of other languages about none."
-        )
-    (worst, most), *others = named
-    languages = "".join(f", {name} {share:.0%}" for name, share in others)
-    return f"{said} {worst} text takes {most:.0%} more tokens{languages}; text of the run's own domains {own:.1%}."
+    """Say what the trim costs the run's own domains, and which scripts lose most of their tokens."""
+    before, after = (sum(column) for column in zip(*facts.by_domain.values(), strict=True))
+    lost = [cut - dense for dense, cut in facts.nats.values()]
+    own = f"takes {growth(before, after):.1%} more tokens"
+    if lost:
+        own += f" and loses {sum(lost) / len(lost):.2f} nats per token by it"
+    scripts = ", ".join(f"{left:,} of {had:,} {script} tokens" for script, (had, left) in _worst(facts))
+    worse = f" What is written in these scripts is predicted worse: {scripts} stay." if scripts else ""
+    return (
+        f"The vocabulary was trimmed from {facts.num_before:,} to {facts.num_after:,} tokens. Held-out text of the "
+        f"run's own domains {own}.{worse}"
+    )
+
+
+def _worst(facts: VocabularyFacts) -> list[tuple[str, tuple[int, int]]]:
+    """Return the scripts that lose the largest share of their tokens, and these before and behind it."""
+    lost = sorted((-growth(*counts), script) for script, counts in facts.scripts.items() if counts[0] >= LEAST_TOKENS)
+    return [(script, facts.scripts[script]) for share, script in reversed(lost) if share > 0][:MOST_SCRIPTS]
 
 
 def vocabulary_notes(facts: VocabularyFacts) -> Iterator[tuple[str, str]]:
-    """Yield what a trim does to text: more tokens by domain and language, scripts that lose most."""
+    """Yield what a trim does to text: more tokens and nats by domain, scripts that lose most."""
     yield "text growth", f"{_growths(facts.by_domain, 1)} more tokens for the same held-out text"
-    yield "languages", f"{_growths(facts.samples, 0)} more tokens, by a short sample of each"
-    if facts.sample_nats:
-        more = ", ".join(f"{name} {after - before:+.2f}" for name, (before, after) in facts.sample_nats.items())
-        yield "languages, loss", f"{more} nats per token of the dense tokenizer, by the trim alone"
-    lost = sorted((-growth(*counts), script) for script, counts in facts.scripts.items() if counts[0] >= LEAST_TOKENS)
-    worst = [(script, facts.scripts[script]) for share, script in reversed(lost) if share > 0][:MOST_SCRIPTS]
-    if worst:
-        yield "scripts", f"tokens that stay: {', '.join(f'{name} {b:,} of {a:,}' for name, (a, b) in worst)}"
+    if facts.nats:
+        more = ", ".join(f"{name} {after - before:+.3f}" for name, (before, after) in facts.nats.items())
+        told = "" if facts.foretold is None else f"; {facts.foretold:.3f} were foretold"
+        yield "trim alone", f"{more} nats per token of the dense tokenizer{told}"
+    if scripts := _worst(facts):
+        yield "scripts", f"tokens that stay: {', '.join(f'{name} {b:,} of {a:,}' for name, (a, b) in scripts)}"
 
 
 def _growths(counts: TokenCounts, digits: int) -> str:
@@ -69,10 +73,12 @@ def vocabulary_cell(inspection: Inspection) -> str:
 
 
 def vocabulary_tables(facts: VocabularyFacts) -> list[Table]:
-    """Return tokens of the same text by domain and language, before and after a trim."""
+    """Return tokens and nats of the same text by domain, before and after a trim."""
+    header = ("domain", "dense", "without tokens", "change")
+    rows = [(name, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}") for name, (a, b) in facts.nats.items()]
     return [
         _counted("Tokens of the same held-out text", "domain", facts.by_domain),
-        _counted("Tokens of a few everyday sentences", "language", facts.samples),
+        Table("Nats per dense token of held-out text, by the trim alone", header, rows),
     ]
 
 
