@@ -5,13 +5,18 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.data.retokenised import retokenised
+from secateur.data.blocks import Block
+from secateur.data.retokenised import retokenised as retold
 from secateur.model.kept_tokens import KeptTokens
 from secateur.model.vocabulary import trimmed_tokenizer
 from tests.model.test_vocabulary import MADE, made, random_texts, some_kept
 from tests.trims import bytes_of
 
 LENGTH = 24
+
+
+def retokenised(text: dict[str, Any], source: Any, target: Any) -> dict[str, list[torch.Tensor]]:
+    return {name: [block.ids_T for block in blocks] for name, blocks in retold(text, source, target).items()}
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:
@@ -85,3 +90,20 @@ def test_a_trim_that_keeps_all_is_the_identity(kind):
     # GPT-2 and Qwen2 split spaces by what follows, maybe beyond the block; GPT-2 "'s" off what it is behind.
     assert len(others) <= 2 * (kind in ("byte-level", "class-qwen2", "class-gpt2"))
     assert all(bytes_of(tokenizer, torch.tensor(a)) == bytes_of(tokenizer, b) for a, b in others)
+
+
+def test_every_token_stays_of_its_document_and_counts_as_it_did():
+    tokenizer, vocabulary = made("byte-level")
+    trimmed = trimmed_tokenizer(tokenizer, some_kept(vocabulary, 2))
+    texts = [" they said that the layers of the model", " are pruned and", " read by one linear map"]
+    ids = [encoded(tokenizer, text) for text in texts]
+    document_T = torch.tensor([number for number, each in enumerate(ids) for _ in each])
+    counted_T = document_T != 1
+    block = Block(torch.tensor([index for each in ids for index in each]), document_T, counted_T)
+    (found,) = retold({"mine": [block]}, tokenizer, trimmed)["mine"]
+    assert len(found.ids_T) == len(found.document_T) > len(block.ids_T)
+    for number, text in enumerate(texts):
+        own = found.ids_T[found.document_T == number]
+        # The first token, which is context alone, is its last part.
+        assert text.endswith(trimmed.decode(own)) if number == 0 else own.tolist() == encoded(trimmed, text)
+    assert found.counted_T is not None and torch.equal(found.counted_T, found.document_T != 1)

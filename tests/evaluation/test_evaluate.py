@@ -173,7 +173,7 @@ def test_named_domains_give_the_blocks_asked_for(texts):
         assert {name: tuple(each.ids_NT.shape) for name, each in blocks.items()} == dict.fromkeys(
             domains, (num_blocks, 24)
         )
-        assert len({tuple(ids) for ids in blocks["prose"].tolist()}) == num_blocks
+        assert len({tuple(ids) for ids in blocks["prose"].ids_NT.tolist()}) == num_blocks
 
 
 @pytest.mark.parametrize("length", [32, None])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur.data import pool
 from secateur.data.blocks import JudgedText, LearningText
-from secateur.evaluation.text import recipe_blocks
+from secateur.evaluation.text import named_blocks, recipe_blocks
 from secateur.formats import importance
 from secateur.formats.save import Verification
 from secateur.log import silent
@@ -25,6 +25,7 @@ from secateur.model.config import quiet_transformers
 from secateur.pruning import run, trim
 from secateur.pruning.run import Run
 from secateur.pruning.trimmed import SAMPLES
+from secateur.recipe import Domain
 from secateur.recovery import polish
 
 DOMAINS, NUM_DOCUMENTS, LENGTH, NUM_JUDGED = ("prose", "code"), 400, 32, 8
@@ -154,3 +155,26 @@ def test_what_learns_cannot_ask_for_what_judges() -> None:
         assert not [field.name for field in dataclasses.fields(kind) if "judged" in field.name]
         assert not [name for name in dir(kind) if "judged" in name]
     assert not {"held_out", "calibration", "domains"} & set(dir(JudgedText))
+
+
+def test_evaluate_on_a_domain_of_the_run_is_on_documents_that_it_did_not_use(
+    place: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "JUDGED_TOKENS", NUM_JUDGED * LENGTH)
+    domains, tokenizer = {"mine": Domain(files=(str(place / "prose.jsonl"),))}, seen.tokenizers["trimmed"]
+
+    def drawn(num_blocks: int) -> tuple[set[str], tuple[str, ...]]:
+        blocks, notes = named_blocks(domains, num_blocks, LENGTH, tokenizer, silent, place / "out")
+        found = Seen([("mine", "trimmed", blocks["mine"].ids_NT)], seen.tokenizers, Counter())
+        return found.documents("mine"), notes
+
+    # A trim has counted every document that does not judge or guard.
+    fresh, notes = drawn(2)
+    assert fresh <= seen.documents("judged") and not notes
+    most, [note] = drawn(600)
+    assert re.fullmatch(r"the run learnt by text that has 13-grams of this one \(mine \d+%\), which flatters.*\.", note)
+    monkeypatch.setattr("secateur.evaluation.text.COUNTED_BY_A_TRIM", 0)
+    used = set.union(*(seen.documents(part) for part in ("guard", "calibration", "polish")))
+    assert most & used
+    fresh, notes = drawn(60)
+    assert len(fresh) > 10 and not fresh & used and not notes

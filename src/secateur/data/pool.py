@@ -10,9 +10,9 @@ import hashlib
 import math
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
-from itertools import chain, count, takewhile
+from itertools import chain
 from random import Random
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -134,6 +134,18 @@ class _Tokens:
             ids += piece
             number += 1
         return _tensor(ids[rest.offset :][:most])
+
+    def fresh(
+        self, name: str, first: int, last: int | None, owners: Mapping[bytes, str], late: "deque[_Rest]"
+    ) -> Iterator[int]:
+        """Yield the documents from `first` to before `last`; those that another one than `name` owns come late."""
+        number = first
+        while (last is None or number < last) and self.texts.has(number):
+            if owners.get(self.texts.digests[number], name) == name:
+                yield number
+            else:
+                late.append(_Rest(number))
+            number += 1
 
 
 class _Rest(NamedTuple):
@@ -263,11 +275,11 @@ class _Domain:
         packing.reaches(num_blocks * self.length)
         self.parts.append(packing)
 
-    def all_learning(self, most: int) -> Iterator[Int64[Tensor, " T"]]:
-        """Yield the documents of the last part, each as a whole, up to `most` ids."""
+    def all_learning(self, most: int) -> Iterator[tuple[int, Int64[Tensor, " T"]]]:
+        """Yield the number and the ids of the last part's documents, each as a whole, up to `most` ids."""
         for rest in chain(map(_Rest, self._fresh(None, deque())), self.parts[LEARNING].begun_late):
             ids_T = self.tokens.rest(rest, most)
-            yield ids_T
+            yield rest.document, ids_T
             most -= len(ids_T)
             if most <= 0:
                 return
@@ -304,14 +316,8 @@ class _Domain:
         return _Packing(self.tokens, self._fresh(last, self.late), self.late, self.eos)
 
     def _fresh(self, last: int | None, late: deque[_Rest]) -> Iterator[int]:
-        """Yield the documents that no part has, to before `last`; those that another domain has come late."""
-        number, texts = self.first, self.tokens.texts
-        while (last is None or number < last) and texts.has(number):
-            if self.owners.get(texts.digests[number], self.name) == self.name:
-                yield number
-            else:
-                late.append(_Rest(number))
-            number += 1
+        """Yield the documents that no part has, to before `last`."""
+        return self.tokens.fresh(self.name, self.first, last, self.owners, late)
 
 
 JUDGED, HELD_OUT, LEARNING = range(3)
@@ -322,7 +328,7 @@ class Learning:
     """What a run may learn by: its text, and how often all documents that may teach have each token."""
 
     text: LearningText
-    _documents: Mapping[str, Callable[[int], Iterator[Int64[Tensor, " T"]]]]
+    _domains: Mapping[str, _Domain]
 
     def counts(self, num_rows: int, progress: Progress = silent, *, most: int = MOST_COUNTED) -> dict[str, TokenCounts]:
         """Return each domain's counts of the ids of an embedding of `num_rows`.
@@ -330,17 +336,26 @@ class Learning:
         No more of a domain is read once `most` tokens are counted. Sampled domains, whose text is not
         written yet, are left out. Raises CalibrationError for unreadable text, or if no domain is left.
         """
-        if not self._documents:
+        if not self._domains:
             raise CalibrationError(
                 "remove.vocabulary: every domain is sampled from the model, so there is no text to count tokens of; "
                 "add a domain of files or installed text."
             )
         counts: dict[str, TokenCounts] = {}
-        for done, (name, documents_of) in enumerate(self._documents.items()):
-            progress("count tokens", done, len(self._documents))
-            counts[name] = count_tokens(documents_of(most), num_rows)
-        progress("count tokens", len(self._documents), len(self._documents))
+        for done, (name, domain) in enumerate(self._domains.items()):
+            progress("count tokens", done, len(self._domains))
+            counts[name] = count_tokens((ids_T for _, ids_T in domain.all_learning(most)), num_rows)
+        progress("count tokens", len(self._domains), len(self._domains))
         return counts
+
+    def digests(self, num_counted: int = 0) -> set[bytes]:
+        """Return the digests of the documents that guard or teach, and of those that give the first tokens to count."""
+        found: set[bytes] = set()
+        for domain in self._domains.values():
+            found |= domain.digests(HELD_OUT) | domain.digests(LEARNING)
+            counted = domain.all_learning(num_counted) if num_counted else ()
+            found |= {domain.tokens.texts.digests[number] for number, _ in counted}
+        return found
 
 
 class Split(NamedTuple):
@@ -398,21 +413,24 @@ class TextPool:
         *,
         allotted: Mapping[str, Allotted] = MappingProxyType({}),
         must_judge: bool = False,
+        only: Collection[str] | None = None,
         key: str = "calibration.num_tokens",
     ) -> Split:
         """Share out the documents: first those that judge, then those that guard, then those to learn by.
 
         Where a text is too short for all of these, what guards judges too, and a note says so; with
         `must_judge` that is an error. `tokenizer`: by default that of the pool. `allotted`: of a split
-        by another tokenizer, whose parts are then of the same documents. `key`: what asked for the
-        tokens to learn by, to be named where a text is too short for them.
+        by another tokenizer, whose parts are then of the same documents. `only`: the domains to read, of
+        all that share out the tokens. `key`: what asked for the tokens to learn by, to be named where a
+        text is too short for them.
 
         Raises CalibrationError for text that is unreadable or too short.
         """
         tokenizer = tokenizer or self._tokenizer
         total = sum(domain.share for domain in calibration.domains.values())
-        sizes = {name: amounts.of(each.share / total, self.length) for name, each in calibration.domains.items()}
-        read = [name for name, domain in calibration.domains.items() if not domain.sampled]
+        wanted = {name: each for name, each in calibration.domains.items() if only is None or name in only}
+        sizes = {name: amounts.of(each.share / total, self.length) for name, each in wanted.items()}
+        read = [name for name, domain in wanted.items() if not domain.sampled]
         for name in read:
             self._read(name, calibration.domains[name])
         domains = self._drawn({name: sizes[name] for name in read}, tokenizer, allotted)
@@ -429,19 +447,24 @@ class TextPool:
         text = tuple(_learning(name, size, domains.get(name), self.length) for name, size in sizes.items())
         notes = (*self.notes, *_shared(domains, HELD_OUT, (LEARNING,), GUARD_SHARES))
         learning = LearningText(text, self.length, amounts.num_rounds, notes)
-        documents_of = {name: domain.all_learning for name, domain in domains.items()}
         allotted = {name: Allotted(*domain.allotted) for name, domain in domains.items()}
         judged = _judged(text, domains, amounts, self.length)
-        return Split(Learning(learning, documents_of), judged, allotted, self.notes)
+        return Split(Learning(learning, domains), judged, allotted, self.notes)
 
-    def draw(self, domains: Mapping[str, DomainText], num_blocks: int) -> dict[str, Blocks]:
-        """Return the first blocks of each domain. Raises CalibrationError for text that is too short."""
+    def draw(
+        self, domains: Mapping[str, DomainText], num_blocks: int, used: Set[bytes] = frozenset()
+    ) -> dict[str, Blocks]:
+        """Return the first blocks of each domain, of `used` documents only if there are no others.
+
+        Raises CalibrationError for text that is too short.
+        """
         drawn: dict[str, Blocks] = {}
         for name, domain in domains.items():
             self._read(name, domain)
             tokens, eos = self._in(name, self._tokenizer), self._tokenizer.eos_token_id
             assert eos is None or isinstance(eos, int)
-            packing = _Packing(tokens, takewhile(tokens.texts.has, count()), deque(), eos)
+            owners, late = dict.fromkeys(used, ""), deque[_Rest]()
+            packing = _Packing(tokens, tokens.fresh(name, 0, None, owners, late), late, eos)
             if not packing.reaches(num_blocks * self.length):
                 raise CalibrationError(
                     f"domain '{name}': {packing.num_tokens:,} tokens of text after packing, but {num_blocks} blocks of "

@@ -209,7 +209,7 @@ def _prepare(settings: _Settings, pruned: parts.Subject, progress: Progress) -> 
         blocks["wikitext2"] = {"test": rows_NL}
     if settings.domains is not None:
         num_blocks, length = settings.num_blocks, settings.sequence_length
-        blocks["domains"], notes = named_blocks(settings.domains, num_blocks, length, tokenizer, progress)
+        blocks["domains"], notes = named_blocks(settings.domains, num_blocks, length, tokenizer, progress, directory)
         check_length("--sequence-length", length, config.get_text_config())
     elif (directory / RECIPE_FILE).is_file() or not (settings.tasks or settings.wikitext2):
         blocks["domains"], notes = recipe_blocks(directory, tokenizer, progress)

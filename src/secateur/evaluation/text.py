@@ -12,10 +12,12 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.data.blocks import Block, Blocks, JudgedText, Text, blocks_of
-from secateur.data.pool import TextPool
+from secateur.data.blocks import Block, Blocks, JudgedText, LearningText, Text, blocks_of
+from secateur.data.overlap import ngram_overlap
+from secateur.data.pool import MOST_COUNTED, TextPool
 from secateur.data.rows import read_rows
 from secateur.errors import CalibrationError, RecipeError
+from secateur.facts import NGRAM_TOKENS
 from secateur.formats.run_text import run_text_again, text_facts
 from secateur.log import Progress
 from secateur.model.bind import Arch
@@ -32,6 +34,10 @@ DEFAULT_BLOCK_LENGTH = 2048
 SEED = 0  # for text that no recipe describes
 # How much of a text models see before they write on, how much they write, and of how many domains.
 START_TOKENS, SAMPLE_TOKENS, SAMPLED_DOMAINS = 32, 60, 3
+# The share of n-grams from which a reader is told: boilerplate of the same kind has as many.
+TOLD_OVERLAP = 0.02
+# A trim counts in the dense tokenizer, in which text has fewer tokens.
+COUNTED_BY_A_TRIM = MOST_COUNTED * 5 // 4
 
 
 def recipe_blocks(
@@ -77,13 +83,53 @@ def named_blocks(
     sequence_length: int,
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress,
+    directory: Path | None = None,
 ) -> tuple[dict[str, Blocks], tuple[str, ...]]:
     """Return `num_blocks` blocks per domain, and notes on what was left out.
 
-    Raises CalibrationError for missing text.
+    `directory`: of a model, whose run's documents come last. A note says what of the blocks its run has
+    learnt by all the same. Raises CalibrationError for missing text.
     """
     pool = TextPool(Calibration(sequence_length=sequence_length), tokenizer, SEED, progress)
-    return pool.draw(domains, num_blocks), pool.notes
+    learning = None if directory is None else _run_learnt(directory, domains, tokenizer, progress)
+    if learning is None:
+        return pool.draw(domains, num_blocks), pool.notes
+    text, used = learning
+    blocks = pool.draw(domains, num_blocks, used)
+    overlap = ngram_overlap(
+        {each.name: each.blocks.ids_NT for each in text.domains if not each.blocks.is_meta},
+        {name: part.ids_NT for name, part in blocks.items()},
+    )
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in overlap.items() if share and share > TOLD_OVERLAP)
+    note = f"the run learnt by text that has {NGRAM_TOKENS}-grams of this one ({shares}), which flatters the model."
+    return blocks, (*pool.notes, *((note,) if shares else ()))
+
+
+def _run_learnt(
+    directory: Path, domains: dict[str, Domain], tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> tuple[LearningText, set[bytes]] | None:
+    """Return what the run that made a model learnt by, and the digests of all documents that it used.
+
+    Only its domains of the sources of `domains` are looked at. None if there are none, or no run.
+    """
+    path = directory / RECIPE_FILE
+    if text_facts(directory) is None or not path.is_file():
+        return None
+    recipe = parse_recipe(load_recipe(path), f"recipe {path}")
+    asked = [domain.source for domain in domains.values()]
+    files = any(key == "files" for key, _ in asked)
+    same = {
+        name: domain
+        for name, domain in recipe.calibration.domains.items()
+        if not domain.sampled and (domain.source in asked or (files and domain.source[0] == "files"))
+    }
+    if not same or recipe.calibration.num_tokens is None:
+        return None
+    split = run_text_again(
+        directory, recipe, tokenizer, progress, num_training_tokens=recipe.polish.num_tokens or 0, only=same
+    )
+    counted = 0 if recipe.remove.vocabulary is None else COUNTED_BY_A_TRIM
+    return split.learning.text, split.learning.digests(counted)
 
 
 def greedy(model: Any, ids_BT: Tensor, num_tokens: int, *, end: Any = None, **options: Any) -> Tensor:

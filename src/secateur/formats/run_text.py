@@ -3,7 +3,7 @@
 In: a result's directory, its recipe and a tokenizer. Out: the same parts of the same documents.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,13 +42,14 @@ def run_text_again(
     *,
     num_training_tokens: int = 0,
     least_held_out: int = 0,
+    only: Collection[str] | None = None,
     key: str = "polish.num_tokens",
 ) -> Split:
     """Return the parts of a run's text. `recipe`: the run's, with `num_tokens` and `sequence_length`.
 
     `num_training_tokens`, `key`: to learn by, if more than the run's calibration, and what asks for
-    them. `least_held_out`: blocks of a domain; more than the run's come from what it learnt by. Raises
-    CalibrationError for text that is unreadable or too short.
+    them. `least_held_out`: blocks of a domain; more than the run's come from what it learnt by. `only`:
+    the domains to read, None for all. Raises CalibrationError for text that is unreadable or too short.
     """
     calibration, facts = recipe.calibration, text_facts(directory)
     assert calibration.num_tokens is not None
@@ -62,6 +63,5 @@ def run_text_again(
     allotted = {} if facts is None else {name: Allotted(*numbers) for name, numbers in facts.allotted.items()}
     if least_held_out:
         allotted = {name: Allotted(each.judged, None) for name, each in allotted.items()}
-    return TextPool(calibration, tokenizer, recipe.seed, progress).split(
-        calibration, amounts, allotted=allotted, key=key
-    )
+    pool = TextPool(calibration, tokenizer, recipe.seed, progress)
+    return pool.split(calibration, amounts, allotted=allotted, only=only, key=key)
