@@ -204,6 +204,15 @@ def hub(monkeypatch, tmp_path) -> Hub:
     return found
 
 
+def test_a_repository_that_is_public_already_gets_nothing_unless_that_is_meant(places, hub, monkeypatch):
+    monkeypatch.setattr(hub, "model_info", lambda repo: SimpleNamespace(private=False))
+    with pytest.raises(CheckpointError, match=r"everybody can see this repository; give --public if that is meant"):
+        push(places["once"], "me/tiny-pruned")
+    assert not hub.place.exists()
+    assert push(places["once"], "me/tiny-pruned", public=True).url == "https://hub/me/tiny-pruned"
+    assert hub.place.is_dir()
+
+
 def test_nothing_is_sent_but_what_the_run_and_later_commands_wrote(once, places, hub, tmp_path):
     for command in (("evaluate", once, "--against", places["dense"], "--quiet"), ("bench", once, *TIMED)):
         assert run_cli(*command).status == 0
