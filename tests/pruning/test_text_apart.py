@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpe_tokenizer import CORPUS, bpe_tokenizer
+from bpe_tokenizer import CORPUS, SAMPLES, bpe_tokenizer
 from models import tiny_llama
 from run_cli import run_cli
 from torch import Tensor
@@ -24,7 +24,6 @@ from secateur.model.checkpoint import load_tokenizer, open_checkpoint
 from secateur.model.config import quiet_transformers
 from secateur.pruning import run, trim
 from secateur.pruning.run import Run
-from secateur.pruning.trimmed import SAMPLES
 from secateur.recipe import Domain
 from secateur.recovery import polish
 
