@@ -178,7 +178,7 @@ def test_names_are_checked_without_an_import(installed: Installed) -> None:
     with pytest.raises(RecipeError, match=r"unknown key 'calibration.domains.a.mial'; did you mean 'mail'?"):
         parse_recipe(grouped({"calibration": {"domains": {"a": {"mial": 1}}}}))
     for wrong, got in (({"mail": 1, "files": "a.txt"}, "files and mail"), ({"mail": None}, "none")):
-        with pytest.raises(RecipeError, match=f"one of installed, files, dataset, sampled, mail; got {got}"):
+        with pytest.raises(RecipeError, match=f"one of installed, files, dataset, mail; got {got}"):
             parse_recipe(grouped({"calibration": {"domains": {"a": wrong}}}))
     with pytest.raises(PluginError, match=r"package absent, score 'mine': cannot be loaded \(ModuleNotFoundError: "):
         find_score("mine")
@@ -256,7 +256,7 @@ def test_a_score_of_the_wrong_shape_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_names_that_the_recipe_repeats_are_those_of_the_tables() -> None:
     assert tuple(SCORES) == SCORE_NAMES
-    assert (*SOURCES, "sampled") == SOURCE_NAMES
+    assert tuple(SOURCES) == SOURCE_NAMES
     assert tuple(PRICES) == get_args(TargetName)
 
 

@@ -111,7 +111,7 @@ WRONG: dict[str, tuple[type[Strict], dict[str, Any], str]] = {
         "Choose: unknown budget 'curv'; allowed: uniform, curve; did",
     ),
     "domain": (secateur.Domain, {"file": "x"}, "Domain: unknown key 'file'; did you mean 'files'?"),
-    "no source": (secateur.Domain, {}, "Domain: needs exactly one of installed, files, dataset, sampled; got none"),
+    "no source": (secateur.Domain, {}, "Domain: needs exactly one of installed, files, dataset; got none"),
     "preset": (
         secateur.Recipe,
         {"preset": "best"},

@@ -20,7 +20,7 @@ def test_the_docs_name_the_default_domains():
     text = " ".join(DATA.read_text(encoding="utf-8").split())
     mix = ", ".join((*PROSE, "dialogue", *TECHNICAL))
     assert f"{mix} where" in text
-    assert f"and {', '.join(TECHNICAL)} and what the model writes itself otherwise" in text
+    assert f"and {', '.join(TECHNICAL)} otherwise" in text
 
 
 def test_the_page_of_the_recipe_is_what_the_schema_says():
@@ -60,7 +60,7 @@ def test_the_page_of_the_recipe_is_what_the_schema_says():
         ("calibration: {sequence_length: 7}", r"calibration\.sequence_length: .*greater than or equal to 8"),
         ("calibration: {domains: {}}", r"calibration\.domains: "),
         ("calibration: {domains: {a: {}}}", r"calibration\.domains\.a: needs exactly one of .*; got none"),
-        ("calibration: {domains: {a: {sampled: true, installed: code}}}", r"got installed and sampled"),
+        ("calibration: {domains: {a: {files: x, installed: code}}}", r"got installed and files"),
         (
             "calibration: {domains: {a: {file: x}}}",
             r"unknown key 'calibration\.domains\.a\.file'; did you mean 'files'",
@@ -105,7 +105,7 @@ def test_what_is_written_is_read_back_the_same(tmp_path):
     asked = {
         "remove": {"share": 0.35, "groups": ["ffn", "kv_heads"], "layers": [1, -2]},
         "choose": {"rounds": 2, "budget": "curve"},
-        "calibration": {"domains": {"a": {"files": "x.txt", "share": 2}, "b": {"sampled": True, "protect": 0.1}}},
+        "calibration": {"domains": {"a": {"files": "x.txt", "share": 2}, "b": {"answers": True, "protect": 0.1}}},
         "recover": {"num_tokens": 99},
     }
     recipe = parse_recipe(asked)
@@ -113,7 +113,7 @@ def test_what_is_written_is_read_back_the_same(tmp_path):
     assert as_recipe(tmp_path / "recipe.yaml") == as_recipe(str(tmp_path / "recipe.yaml")) == recipe
     assert as_recipe(recipe) is recipe and as_recipe(None) == Recipe() and as_recipe(asked) == recipe
     assert recipe.calibration.domains["a"].source == ("files", ("x.txt",))
-    assert recipe.calibration.domains["b"].source == ("sampled", True)
+    assert recipe.calibration.domains["b"].source == ("answers", True)
 
 
 def test_files_that_are_no_recipes(tmp_path):
@@ -141,9 +141,9 @@ def test_presets_lie_below_what_is_asked():
 
 def test_a_domain_is_frozen_and_has_a_share_above_nothing():
     with pytest.raises(RecipeError, match=r"share: .*greater than 0"):
-        parse_recipe({"calibration": {"domains": {"a": {"sampled": True, "share": 0}}}})
+        parse_recipe({"calibration": {"domains": {"a": {"answers": True, "share": 0}}}})
     with pytest.raises(ValueError, match="frozen"):
-        Domain(sampled=True).share = math.pi  # type: ignore[misc]
+        Domain(answers=True).share = math.pi  # type: ignore[misc]
 
 
 def test_a_written_recipe_says_every_default():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -34,7 +35,8 @@ class Batch:
     """Blocks of one domain. `held_out`: for the guard and the evaluation, never for statistics.
 
     `first_block`: the number of its first block in the domain; a rank has only some blocks.
-    `counted_BT`: which tokens count, others give context alone; None: all.
+    `counted_BT`: which tokens count, others give context alone; None: all. A position counts if the
+    token that it predicts does, and a block's last one if its own token does.
     """
 
     domain: str
@@ -42,6 +44,23 @@ class Batch:
     ids_BT: Tensor
     first_block: int = 0
     counted_BT: Tensor | None = None
+
+    def counted(self, values: Tensor) -> Tensor:
+        """Return the rows of (..., T, X) values at the positions that count, P x X.
+
+        Values that stand for all tokens several times over, as of every expert, keep their order.
+        """
+        rows_TX = values.flatten(0, -2)
+        if self.counted_BT is None:
+            return rows_TX
+        predicts_BT = torch.cat([self.counted_BT[:, 1:], self.counted_BT[:, -1:]], dim=1)
+        counted_T = predicts_BT.flatten().to(rows_TX.device)
+        return rows_TX[counted_T.repeat(len(rows_TX) // len(counted_T))]
+
+    @property
+    def num_predicted(self) -> int:
+        """The predicted tokens that count: without a mask all but each block's first."""
+        return self.ids_BT[:, 1:].numel() if self.counted_BT is None else int(self.counted_BT[:, 1:].sum())
 
 
 # Tokens in an n-gram of `held_out_overlap`.

@@ -44,11 +44,9 @@ def general_text(kind: str) -> Path | None:
 
 
 def default_domains() -> dict[str, Any]:
-    """Return the domains of a recipe that names none: a general mix, or technical text and the model's own."""
+    """Return the domains of a recipe that names none: a general mix, or technical text."""
     general = tuple(name for name in (*PROSE, "dialogue") if general_text(name) is not None)
-    has_prose = not set(general).isdisjoint(PROSE)
-    installed = (*general, *TECHNICAL)
-    return {name: {"installed": name} for name in installed} | ({} if has_prose else {"self": {"sampled": True}})
+    return {name: {"installed": name} for name in (*general, *TECHNICAL)}
 
 
 @cache

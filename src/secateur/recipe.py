@@ -107,17 +107,18 @@ VOCABULARY = "vocabulary"
 # The built-in names of `scores.SCORES`, which imports torch. Packages add others, see `plugins`.
 SCORE_NAMES = ("random", "magnitude", "wanda", "flap", "obs", "paper", "reap")
 # A domain has exactly one of these keys, its source. Packages add others.
-SOURCE_NAMES = ("installed", "files", "dataset", "sampled")
+SOURCE_NAMES = ("installed", "files", "dataset")
 
 
 class Domain(Strict):
     """A calibration domain: exactly one source, and its share of the tokens relative to others.
 
-    A source is one of the first four keys, or the name of one that an installed package registers.
+    A source is one of the first three keys, or the name of one that an installed package registers.
     installed: text in installed Python packages. files: local tables (.jsonl .json .csv .tsv
     .parquet), text and code (.txt .md .py ...), directories or patterns (data/**/*.md), relative to
-    the working directory. dataset: a `datasets` hub id, with `config` and `split`. sampled: text
-    that the dense model writes before it is pruned.
+    the working directory. dataset: a `datasets` hub id, with `config` and `split`. answers:
+    what the dense model answers, before it is pruned, to the source's rows as prompts (a chat up to
+    its first user's turn); without a source it writes the users' turns itself. Answers alone count.
     config, revision, split: of a `dataset`. column: of the text in tables; a list of messages goes
     through the chat template, and without a column `text` so do the usual forms of chats
     (docs/data.md). share: of the tokens, relative to the other domains. protect: the share by which
@@ -129,7 +130,7 @@ class Domain(Strict):
     installed: InstalledDomain | None = None
     files: tuple[str, ...] | None = None
     dataset: str | None = None
-    sampled: bool = False
+    answers: bool = False
     config: str | None = None
     revision: str | None = None
     split: str = "train"
@@ -155,16 +156,15 @@ class Domain(Strict):
     @model_validator(mode="after")
     def _exactly_one_source(self) -> "Domain":
         given = self._sources()
-        if len(given) != 1:
+        if len(given) != 1 and not (self.answers and not given):
             names = ", ".join((*SOURCE_NAMES, *plugin_names(SOURCE_GROUP)))
             raise ValueError(f"needs exactly one of {names}; got {' and '.join(given) or 'none'}")
         return self
 
     @property
     def source(self) -> tuple[str, Any]:
-        """Return the source's key and value."""
-        [found] = self._sources().items()
-        return found
+        """Return the source's key and value; `answers` where the model writes the prompts as well."""
+        return next(iter(self._sources().items()), ("answers", True))
 
     def _sources(self) -> dict[str, Any]:
         built_in = {name: getattr(self, name) for name in SOURCE_NAMES}
@@ -178,13 +178,16 @@ class Calibration(Strict):
     num_tokens: of all domains, without the held-out tenth, which comes on top. None: 16 per
     channel, at least 51,200. sequence_length: tokens per block. None: 512, or the model's
     positions if fewer. rotate: every round measures on `num_tokens` fresh ones; the held-out text
-    stays the same.
+    stays the same. answers: the share of the tokens, in calibration and polish, that are answers of the
+    dense model: of the domains that have them, else of one named `answers`. None: half where the
+    domains are the default ones and the model has a chat template, else as the domains say.
     """
 
     domains: dict[str, Domain] = Field(default_factory=default_domains, validate_default=True, min_length=1)
     num_tokens: Annotated[int, Field(gt=0)] | None = None
     sequence_length: Annotated[int, Field(ge=8)] | None = None
     rotate: bool = False
+    answers: Share | None = None
 
     @field_validator("domains", mode="before")
     @classmethod

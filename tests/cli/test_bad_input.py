@@ -221,7 +221,7 @@ def test_bad_option(options, expected, prune):
         ({"calibration": None}, "calibration: "),
         ({"calibration": {"domains": {"a": {"installed": "klingon"}}}}, "calibration.domains.a.installed 'klingon'"),
         ({"calibration": {"domains": "genral"}}, "or a mixture: general, got 'genral'"),
-        ({"calibration": {"domains": {"a": {}}}}, "needs exactly one of installed, files, dataset, sampled; got none"),
+        ({"calibration": {"domains": {"a": {}}}}, "needs exactly one of installed, files, dataset; got none"),
         ({"score": "wnada"}, "flap, obs, paper, reap; did you mean 'wanda'?"),
         ({"target": "paramters"}, "allowed: parameters, kv_bytes, latency; did you mean 'parameters'?"),
         ({"target": "money"}, "unknown remove.target 'money'; allowed: parameters, kv_bytes, latency"),

@@ -193,8 +193,7 @@ def test_what_is_not_installed_is_one_sentence(site: Site, kind: str) -> None:
 
 
 def test_the_default_domains_are_a_general_mix_where_its_text_is_installed(site: Site) -> None:
-    technical = ["code", "mathematics", "science", "self"]
-    assert Calibration().domains["self"].source == ("sampled", True)
+    technical = ["code", "mathematics", "science"]
     assert list(Calibration().domains) == technical
     site.install("chitchat-dataset", {"chitchat_dataset/dataset.json": "{}"})
     assert list(Calibration().domains) == ["dialogue", *technical]

@@ -86,7 +86,7 @@ def test_no_cell_saw_what_it_is_judged_on_not_even_its_guard(seen):
     assert [[domain.name for domain in text.domains] for text in seen["texts"]] == [["prose", "code"], ["prose"]]
     assert len(seen["lessons"]) == 3
     for lesson in seen["lessons"]:
-        for name, ids_T in lesson.text.blocks:
+        for name, ids_T, _ in lesson.text.blocks:
             assert tuple(ids_T.tolist()) not in rows(judged[name])
     for text in seen["texts"]:
         for domain in text.domains:
@@ -115,7 +115,7 @@ def test_the_dense_model_learns_the_same_text_by_cross_entropy_alone(seen):
     ours, _, lesson = seen["lessons"]
     assert lesson.settings.kl_share == 0 and lesson.settings.num_tokens == ours.settings.num_tokens
     pairs = zip(lesson.text.blocks, ours.text.blocks, strict=True)
-    assert all(name == other and torch.equal(ids_T, others_T) for (name, ids_T), (other, others_T) in pairs)
+    assert all(mine.domain == other.domain and torch.equal(mine.ids_T, other.ids_T) for mine, other in pairs)
 
 
 def test_a_cell_is_its_own_and_depends_on_all_that_could_change_it(seen):

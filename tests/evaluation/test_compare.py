@@ -65,8 +65,8 @@ def write(grid: dict[str, Any], folder: Path) -> str:
     return str(path)
 
 
-def test_a_study_may_sample_a_domain_from_its_model(grid: dict[str, Any], tmp_path: Path) -> None:
-    grid["recipe"]["calibration"]["domains"]["self"] = {"sampled": True}
+def test_a_study_may_let_its_model_answer(grid: dict[str, Any], tmp_path: Path) -> None:
+    grid["recipe"]["calibration"]["domains"]["self"] = {"answers": True}
     changes = {"ratios": [0.1], "seeds": [0], "methods": {"ours": {}, "self alone": {"domains": ["self"]}}}
     dense, ours, alone = compare(write(grid | changes, tmp_path), tmp_path / "out").cells
     assert list(dense.nats_per_token) == list(ours.nats_per_token) == list(alone.nats_per_token) == [*TEXTS, "self"]

@@ -72,11 +72,11 @@ def test_text_that_is_not_the_runs_is_noted(recipe, drawn, tmp_path):
 
 
 def test_text_that_the_dense_model_wrote_is_left_out(recipe, tmp_path):
-    domains = {**recipe["calibration"]["domains"], "own": {"sampled": True}}
+    domains = {**recipe["calibration"]["domains"], "own": {"answers": True}}
     changed = {"calibration": {**recipe["calibration"], "domains": domains}}
     blocks, notes = recipe_blocks(result_of(tmp_path / "out", recipe, "0" * 64, **changed), TOKENIZER, silent)
     assert list(blocks) == ["prose", "code"]
-    assert notes == ("text sampled from the dense model is left out (own), and so its hash is not compared.",)
+    assert notes == ("answers of the dense model are left out (own), and so the hash of the text is not compared.",)
 
 
 def test_a_directory_that_does_not_say_its_text_is_an_error(recipe, tmp_path):

@@ -88,7 +88,7 @@ def test_what_cannot_be_is_said(result: Path, tmp_path: Path) -> None:
     ):
         export(result, tmp_path / "model.gguf", type_name="q8_0", importance=True)
     alone = saved("tied", tmp_path / "alone")
-    (alone / "recipe.yaml").write_text("calibration: {domains: {self: {sampled: true}}}")
+    (alone / "recipe.yaml").write_text("calibration: {domains: {self: {answers: true}}}")
     with pytest.raises(CalibrationError, match="export importance: the model's recipe has no text but what"):
         importance_of(open_checkpoint(alone), silent)
     assert [path.name for path in tmp_path.iterdir()] == ["alone"]

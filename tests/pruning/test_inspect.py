@@ -96,8 +96,10 @@ def test_without_tokenizer_or_text_it_says_why_and_all_else(model, recipe, tmp_p
     alone = secateur.inspect(tmp_path / "alone", recipe)
     assert alone.vocabulary.used == {} and alone.vocabulary.smallest is None
     assert "has no tokenizer" in terminal(alone) and "what the domains use is not known" in terminal(alone)
-    gone = {"self": {"sampled": True}}
-    assert "every domain is sampled" in terminal(secateur.inspect(model, {"calibration": {"domains": gone}}))
+    gone = {"self": {"answers": True}}
+    assert "every domain is of the model's answers" in terminal(
+        secateur.inspect(model, {"calibration": {"domains": gone}})
+    )
     missing = {"a": {"files": str(tmp_path / "nowhere.txt")}}
     assert "nowhere.txt" in terminal(secateur.inspect(model, {"calibration": {"domains": missing}}))
 

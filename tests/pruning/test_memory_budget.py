@@ -12,6 +12,7 @@ from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
+from secateur.errors import RecipeError
 from secateur.model.checkpoint import load_model, open_checkpoint
 from secateur.pruning.inspect import inspect
 from secateur.recipe_file import parse_recipe
@@ -97,15 +98,14 @@ def _write(folder: Path, recipe: dict[str, Any]) -> Path:
     return path
 
 
-def test_a_model_on_disk_writes_text_only_if_that_is_asked_for(checkpoints, recipe, monkeypatch, tmp_path):
+def test_a_model_on_disk_answers_nothing_and_says_so(checkpoints, recipe, monkeypatch, tmp_path):
     monkeypatch.setattr("secateur.plugins.general_text", lambda kind: None)
     text = {key: value for key, value in recipe["calibration"].items() if key != "domains"}
     asked = {**recipe, "calibration": text, "remove": 0.35, "evaluate": False}
     asked["memory_budget"] = budget_between(checkpoints["llama"], asked)
     found = secateur.prune(checkpoints["llama"], grouped(asked))
     assert list(found.summary.calibration.num_tokens) == ["code", "mathematics", "science"]
-    assert sum("it wrote no text itself" in note for note in found.summary.warnings) == 1
-    text["domains"] = {"code": {"installed": "code"}, "self": {"sampled": True}}
-    found = secateur.prune(checkpoints["llama"], grouped(asked))
-    assert list(found.summary.calibration.num_tokens) == ["code", "self"]
-    assert not any("it wrote no text itself" in note for note in found.summary.warnings)
+    assert sum("it answers nothing" in note for note in found.summary.warnings) == 1
+    text["domains"] = {"code": {"installed": "code"}, "mine": {"files": "prompts.jsonl", "answers": True}}
+    with pytest.raises(RecipeError, match=r"domains\.mine: the model's weights are not all in memory"):
+        secateur.prune(checkpoints["llama"], grouped(asked))

@@ -330,7 +330,7 @@ def test_text_without_general_prose_is_noted():
         calibration = {"num_tokens": 4096, "sequence_length": 32, "domains": domains}
         return [each for each in resolved(calibration=calibration).warnings if "general prose" in each]
 
-    [note] = notes({"code": {"installed": "code"}, "talk": {"installed": "dialogue"}, "self": {"sampled": True}})
+    [note] = notes({"code": {"installed": "code"}, "talk": {"installed": "dialogue"}, "self": {"answers": True}})
     assert note.startswith("calibration.domains: no general prose that people wrote, so text unlike these domains")
     for prose in ({"installed": "web"}, {"installed": "multilingual"}, {"files": ["mine.txt"]}, {"dataset": "a/b"}):
         assert not notes({"code": {"installed": "code"}, "other": prose})

@@ -104,7 +104,7 @@ def seen(place: Path) -> Seen:
         watch(trim, "make_batches", lambda _, ids_NT, **__: note("price of tokens", "dense", ids_NT))
         watch(run, "make_batches", batches)
         watch(run, "domain_losses", losses)
-        watch(polish, "whole_steps", lambda blocks, *_: note("polish", "trimmed", [ids_T for _, ids_T in blocks]))
+        watch(polish, "whole_steps", lambda blocks, *_: note("polish", "trimmed", [block.ids_T for block in blocks]))
         domains = [f"--domain={name}={place / name}.jsonl" for name in DOMAINS]
         sets = [option for each in SET for option in ("--set", each)]
         outcome = run_cli("prune", place / "model", place / "out", *OPTIONS, *domains, *sets)

@@ -127,7 +127,7 @@ def test_what_the_dense_model_leaves_teaches_as_the_model_itself(asked):
     lesson, _ = lesson_of(asked, dense)
     trainer = object.__new__(train.Distiller)
     trainer.settings, trainer.judge, trainer.teacher = lesson.settings, lesson.judge, None
-    ids_BT = torch.stack([ids_T for _, ids_T in lesson.text.blocks[:2]])
+    ids_BT = torch.stack([block.ids_T for block in lesson.text.blocks[:2]])
     inputs = {"input_ids": ids_BT, "weight": torch.ones(2), "states": torch.stack(lesson.states[:2])}
     with loss_in_forward(student, bind(student), lesson.settings.kl_share), teacher_in_forward(dense, bind(dense)):
         found = float(trainer.compute_loss(student, inputs).detach())
@@ -161,10 +161,10 @@ def test_the_attention_that_the_recipe_names_is_used_on_both_sides(asked, monkey
 def test_its_text_is_that_of_the_calibration_in_another_order(asked):
     lesson, recipe = lesson_of(asked, tiny_llama())
     text = learning_text(recipe.calibration, 1280, tiny_tokenizer(), recipe.seed)
-    assert sorted(rows(ids for _, ids in lesson.text.blocks)) == sorted(
+    assert sorted(rows(block.ids_T for block in lesson.text.blocks)) == sorted(
         rows(ids for domain in text.domains for ids in domain.calibration.ids_NT)
     )
-    assert len({name for name, _ in lesson.text.blocks[:8]}) == 2, "domains are mixed"
+    assert len({block.domain for block in lesson.text.blocks[:8]}) == 2, "domains are mixed"
     for domain in text.domains:
         assert torch.equal(lesson.text.held_out[domain.name].ids_NT, domain.held_out.ids_NT)
 
@@ -186,7 +186,7 @@ def test_more_text_than_the_calibration_never_has_what_judges(num_judged, asked,
     held_out, judged = text.learning.text.domains[0].held_out.ids_NT, text.judged.blocks["a"].ids_NT
     assert lesson.text.num_tokens == 2560 and len(held_out) == 5 and len(judged) == (num_judged or 5)
     for unseen in (held_out, judged):
-        assert not pieces(ids for _, ids in lesson.text.blocks) & pieces(unseen)
+        assert not pieces(block.ids_T for block in lesson.text.blocks) & pieces(unseen)
 
 
 def test_a_killed_run_goes_on_in_its_training_and_ends_with_the_same_bytes(checkpoints, asked, tmp_path):

@@ -40,8 +40,8 @@ def rows(blocks) -> set[tuple[int, ...]]:
 def test_the_domains_have_their_shares_and_are_mixed(asked):
     text = drawn(asked)
     assert text.num_tokens == 4096
-    assert [sum(name == domain for name, _ in text.blocks) for domain in ("prose", "code")] == [96, 32]
-    assert len({name for name, _ in text.blocks[:16]}) == 2, "domains are mixed"
+    assert [sum(block.domain == domain for block in text.blocks) for domain in ("prose", "code")] == [96, 32]
+    assert len({block.domain for block in text.blocks[:16]}) == 2, "domains are mixed"
 
 
 def test_blocks_that_do_not_fill_a_step_are_left_out(asked):
@@ -55,7 +55,7 @@ def test_what_judged_the_pruning_is_left_alone_and_what_guarded_it_guards(asked,
     facts = (asked.calibration, asked.calibration.num_tokens, TOKENIZER, asked.seed)
     before = split_text(*facts, num_judged_tokens=judging)
     text = drawn(asked, num_tokens=num_tokens, held_out_blocks=8, batch_tokens=32)
-    trained = rows(ids for _, ids in text.blocks)
+    trained = rows(block.ids_T for block in text.blocks)
     for domain in before.learning.text.domains:
         guards, judged = text.held_out[domain.name].ids_NT, rows(before.judged.blocks[domain.name].ids_NT)
         assert len(guards) == 8 and not rows(guards) & trained and not judged & trained

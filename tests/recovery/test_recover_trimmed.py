@@ -31,9 +31,11 @@ def pair(request, tmp_path_factory) -> TrimmedPair:
 
 @pytest.fixture(scope="module")
 def changes(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "prompts.jsonl").write_text("".join(f'{{"text": "{letter}"}}\n' for letter in "abcdefghijklmnop"))
     domains = {
-        "prose": {"files": [str(prose_file(tmp_path_factory.mktemp("text")))]},
-        "own": {"sampled": True},
+        "prose": {"files": [str(prose_file(folder))]},
+        "own": {"files": [str(folder / "prompts.jsonl")], "answers": True},
     }
     return {"calibration": {"domains": domains, "sequence_length": 32}, "recover": TRAINING}
 

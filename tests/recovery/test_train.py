@@ -18,7 +18,7 @@ from secateur.model.config import quiet_transformers
 from secateur.recipe import RecoverySettings
 from secateur.recovery import train
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
-from secateur.recovery.pair import RecoveryText
+from secateur.recovery.pair import Block, RecoveryText
 from secateur.recovery.train import Distiller, Listener, Work, _arguments
 from secateur.recovery.weights import handed_over, merge, prepare_weights, wants_shards, with_lora
 
@@ -99,7 +99,8 @@ def test_an_evaluation_says_kl_by_domain_its_mean_and_the_objective():
     trainer = object.__new__(Distiller)
     model = tiny_llama().train()
     verdicts = {"a": Verdict(0.1, 0.0, 3.0, 1.0, 1), "b": Verdict(0.5, 0.0, 4.0, 1.0, 1)}
-    trainer.judge = SimpleNamespace(verdicts=lambda _: verdicts)  # type: ignore[assignment]
+    trainer.before = None
+    trainer.judge = SimpleNamespace(verdicts=lambda _: verdicts, answers=frozenset())  # type: ignore[assignment]
     trainer.settings, trainer.model_wrapped, trainer.log = RecoverySettings(kl_share=0.25), model, logged.append
     trainer.args = SimpleNamespace(device="cpu")  # type: ignore[assignment]
     trainer.state = trainer.control = None  # type: ignore[assignment]
@@ -218,7 +219,7 @@ def test_words_stay_and_all_else_moves_in_the_weights_own_dtype(monkeypatch, tmp
     ):
         work = work_with(tmp_path, batch_tokens=64, **settings)
         work.pruned, work.teacher, work.states = tiny_llama().to(torch.bfloat16), tiny_llama(), None
-        work.text = RecoveryText((("a", torch.zeros(32, dtype=torch.long)),) * 8, {}, 32, "")
+        work.text = RecoveryText((Block("a", torch.zeros(32, dtype=torch.long)),) * 8, {}, 32, "")
         before = {name: each.detach().clone() for name, each in work.pruned.named_parameters()}
         assert train.recover_logits(work) == 3 * 2 * 32
         assert (work.teacher is not None) == has_teacher

@@ -258,6 +258,14 @@ Preset = Annotated[
     typer.Option(help="Start from fast, default, best, smallest or paper; --recipe and options override it."),
 ]
 Remove = Annotated[float | None, typer.Option(help="Share of all parameters to remove; tied weights count once.")]
+Answers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE|prompts",
+        help="Share of the text that the dense model answers itself; 0 for none. prompts: it answers the files of "
+        "--domain.",
+    ),
+]
 Domains = Annotated[
     list[str] | None,
     typer.Option(
@@ -367,6 +375,29 @@ def parse_domains(texts: list[str]) -> dict[str, dict[str, Any]]:
             raise RecipeError(f"--domain {twice[0]}: given twice; list several files of one domain in a recipe.")
         found |= new
     return found
+
+
+# What `--answers` says in place of a share.
+PROMPTS = "prompts"
+
+
+def with_answers(data: dict[str, Any], answers: str | None, domains: list[str] | None) -> dict[str, Any]:
+    """Return a recipe's keys with `--answers`: a share of the text, or that the files of `--domain` are prompts."""
+    if answers is None:
+        return data
+    calibration = dict(data.get("calibration", {}))
+    if answers == PROMPTS:
+        named = {name: dict(domain) for name, domain in calibration.get("domains", {}).items()} if domains else {}
+        files = [name for name, domain in named.items() if "files" in domain]
+        if not files:
+            raise RecipeError("--answers prompts: no --domain has a file; give one, as --domain chat=prompts.jsonl.")
+        calibration["domains"] = named | {name: {**named[name], "answers": True} for name in files}
+        return {**data, "calibration": calibration}
+    try:
+        calibration["answers"] = float(answers)
+    except ValueError:
+        raise RecipeError(f"--answers {answers}: give a share from 0 to 1, or {PROMPTS}.") from None
+    return {**data, "calibration": calibration}
 
 
 def _of_file(text: str) -> dict[str, Any]:

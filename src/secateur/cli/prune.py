@@ -56,6 +56,7 @@ def prune(
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     domain: common.Domains = None,
+    answers: common.Answers = None,
     vocabulary: Annotated[
         str | None, typer.Option(metavar="N", help="Tokens go too: so many stay, or auto, as many as pay.")
     ] = None,
@@ -85,7 +86,7 @@ def prune(
     goes |= {"vocabulary": vocabulary, **common.kept(keep_text, keep_script)}
     said = {"remove": goes, "choose": {"budget": budget, "rounds": rounds}, "polish": {"num_tokens": polish}}
     said |= {"seed": seed, "machine": {"memory_budget": memory_budget, "device": device}}
-    parsed = _recipe(recipe, preset, said, domain, sets)
+    parsed = _recipe(recipe, preset, said, domain, sets, answers)
     prune_and_tell(
         model, out, parsed, like=like, resume=resume, overwrite=overwrite, force=force, quiet=quiet, as_json=as_json
     )
@@ -197,9 +198,14 @@ def _removal(groups: str | None, **size: Any) -> dict[str, Any]:
 
 
 def _recipe(
-    file: Path | None, preset: str | None, said: dict[str, Any], domains: list[str] | None, sets: list[str] | None
+    file: Path | None,
+    preset: str | None,
+    said: dict[str, Any],
+    domains: list[str] | None,
+    sets: list[str] | None,
+    answers: str | None = None,
 ) -> Recipe:
-    """Return the recipe of the file over the preset, under the options `said`, `domains` and `sets`."""
+    """Return the recipe of the file over the preset, under the options `said`, `domains`, `answers` and `sets`."""
     data = {} if file is None else load_recipe(file)
     parse_recipe(data, f"recipe {file}")  # or errors in options would name the file
     if preset is not None:
@@ -208,6 +214,7 @@ def _recipe(
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data
         data["calibration"] = {**data.get("calibration", {}), "domains": common.parse_domains(domains)}
+    data = common.with_answers(data, answers, domains)
     return parse_recipe(common.with_sets(data, sets), "command line")
 
 

@@ -21,6 +21,7 @@ def recover(
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, all domains together.")] = None,
     recipe: common.RecipeFile = None,
     domain: common.Domains = None,
+    answers: common.Answers = None,
     sets: common.Sets = None,
     tasks: common.Tasks = None,
     limit: common.Limit = None,
@@ -33,7 +34,7 @@ def recover(
 ) -> None:
     """Train PRUNED on its recipe's domains, to win back quality; resumes by itself."""
     asked = {"tasks": list(common.task_names(tasks, tasks_data)) or None, "limit": limit}
-    changes = _changes(tokens, recipe, domain, asked, sets)
+    changes = _changes(tokens, recipe, domain, asked, sets, answers)
     # Imported here so that --help and option errors do not wait for torch.
     from secateur.recovery.open import dry_run as predict
     from secateur.report.rows_measured import cost_table, recovery_table
@@ -62,7 +63,12 @@ def recover(
 
 
 def _changes(
-    tokens: int | None, file: Path | None, domains: list[str] | None, tasks: dict[str, Any], sets: list[str] | None
+    tokens: int | None,
+    file: Path | None,
+    domains: list[str] | None,
+    tasks: dict[str, Any],
+    sets: list[str] | None,
+    answers: str | None = None,
 ) -> dict[str, Any]:
     """Return what options and file change in the pruned model's recipe."""
     changes = {} if file is None else load_recipe(file)
@@ -74,4 +80,4 @@ def _changes(
     changes = merged(changes, {"recover": settings})
     if domains:
         changes["calibration"] = {**changes.get("calibration", {}), "domains": common.parse_domains(domains)}
-    return common.with_sets(changes, sets)
+    return common.with_sets(common.with_answers(changes, answers, domains), sets)

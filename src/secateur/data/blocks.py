@@ -31,7 +31,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A domain's blocks of token ids. Those of a sampled domain are on the meta device until they are written.
+    """A domain's blocks of token ids. Answers are on the meta device until they are written.
 
     `document_NT`: the number of the document, within its domain, that a token is of; an end-of-text
     token is of the document that it ends. `counted_NT`: tokens that count in statistics and losses;
@@ -96,7 +96,8 @@ class LearningDomain:
     """One domain's text to learn by. `share`: of the calibration tokens; shares sum to 1.
 
     `blocks`: the first `num_calibration` are for calibration, those of all rounds; a training begins at
-    the first, too, and may go on behind them. `held_out`: what guards the run, from other documents.
+    the first, too, and may go on behind them. Of answers it has others: the same twice are worse.
+    `held_out`: what guards the run, from other documents.
     """
 
     name: str
@@ -109,6 +110,11 @@ class LearningDomain:
     def calibration(self) -> Blocks:
         """The blocks that units are measured on."""
         return self.blocks[: self.num_calibration]
+
+    def training(self, num_blocks: int) -> Blocks:
+        """Return the first blocks of a training, as many as there are."""
+        first = 0 if self.blocks.counted_NT is None else self.num_calibration
+        return self.blocks[first : first + num_blocks]
 
 
 def num_blocks_of(share: float, num_tokens: int, length: int) -> int:
@@ -150,10 +156,10 @@ class LearningText:
         """Each domain's blocks that guard the run."""
         return {domain.name: domain.held_out for domain in self.domains}
 
-    def first(self, num_tokens: int) -> dict[str, Blocks]:
-        """Return each domain's first blocks, by its share of `num_tokens`."""
+    def training(self, num_tokens: int) -> dict[str, Blocks]:
+        """Return each domain's first blocks of a training, by its share of `num_tokens`."""
         length = self.sequence_length
-        return {each.name: each.blocks[: num_blocks_of(each.share, num_tokens, length)] for each in self.domains}
+        return {each.name: each.training(num_blocks_of(each.share, num_tokens, length)) for each in self.domains}
 
     def of_round(self, index: int) -> "LearningText":
         """Return what round `index` (from 0) measures on: its own blocks, if the text rotates.
@@ -187,10 +193,12 @@ class JudgedText:
 
 
 def text_hash(parts: Iterable[tuple[str, float, Blocks]]) -> str:
-    """Return the SHA-256 over names, shares, shapes and ids, in order; meta blocks have no ids."""
+    """Return the SHA-256 over names, shares, shapes, ids and masks, in order; meta blocks have no ids."""
     digest = hashlib.sha256()
     for name, share, blocks in parts:
         digest.update(json.dumps([name, share, list(blocks.ids_NT.shape)]).encode())
         if not blocks.is_meta:
             digest.update(blocks.ids_NT.numpy().astype("<i8").tobytes())
+        if blocks.counted_NT is not None:
+            digest.update(blocks.counted_NT.numpy().tobytes())
     return digest.hexdigest()

@@ -26,6 +26,9 @@ TODAY = datetime(2024, 7, 26)
 CLOCK = "transformers.utils.chat_template_utils.datetime"  # of which `strftime_now` asks `now`
 
 
+# Stands for what a user says.
+MARK = "secateur"
+
 REFUSED = "chats left out, since the chat template refuses them"
 SYSTEM = "chats whose system message stands in the first user's, since the chat template refuses it"
 
@@ -36,8 +39,12 @@ def chat_text(
     where: str,
     tools: list[dict[str, Any]] | None = None,
     note: Note = unheard,
+    *,
+    answered: bool = False,
 ) -> str:
-    """Return the chat as the template writes it.
+    """Return the chat as the template writes it, with `answered` up to where the model answers.
+
+    A model that reasons where it is asked to is asked to.
 
     Where the template refuses a system message, its text comes before that of the first user. Raises
     NoText if the template refuses the chat all the same, CalibrationError for other errors.
@@ -47,18 +54,30 @@ def chat_text(
             f"{where}: a chat, but the tokenizer has no chat template; set `column` to one that holds text."
         )
     try:
-        return _rendered(messages, tokenizer, where, tools)
+        return _rendered(messages, tokenizer, where, tools, answered=answered)
     except NoText:
         if [each["role"] for each in messages[:2]] != ["system", "user"]:
             raise
         system, user, *rest = messages
         joined = {**user, "content": f"{system['content']}\n\n{user['content']}"}
-        text = _rendered([joined, *rest], tokenizer, where, tools)
+        text = _rendered([joined, *rest], tokenizer, where, tools, answered=answered)
     note(SYSTEM, where)
     return text
 
 
-def _rendered(messages: list[dict[str, Any]], tokenizer: Tokenizer, where: str, tools: Any) -> str:
+def user_turn(tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return what the template writes before a user's first turn, and between it and the answer.
+
+    Raises CalibrationError if the template does not write what a user says.
+    """
+    text = chat_text([{"role": "user", "content": MARK}], tokenizer, "the chat template", answered=True)
+    opening, mark, closing = text.partition(MARK)
+    if not mark:
+        raise CalibrationError("the chat template: it does not write what a user says; give text in place of answers.")
+    return opening, closing
+
+
+def _rendered(messages: list[dict[str, Any]], tokenizer: Tokenizer, where: str, tools: Any, *, answered: bool) -> str:
     from jinja2 import TemplateError
 
     raised = (
@@ -73,7 +92,8 @@ def _rendered(messages: list[dict[str, Any]], tokenizer: Tokenizer, where: str, 
     )
     try:
         with _bounded_products(), patch(CLOCK, SimpleNamespace(now=lambda: TODAY)), _bounded_steps():
-            return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+            how: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": True} if answered else {}
+            return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **how))
     except (*raised, MemoryError) as error:  # a program may raise any of these
         reason = f"{error}" or type(error).__name__
         sentence = f"{where}: the tokenizer's chat template refuses it ({reason}); correct it."

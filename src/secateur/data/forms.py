@@ -15,6 +15,7 @@ from secateur.files import json_of
 Note = Callable[[str, str], None]
 
 NULL = "rows left out, since they hold no text"
+NO_USER = "chats left out, since no user says anything in them"
 PARTS = "chats read without their parts that are no text, such as images"
 
 
@@ -101,6 +102,20 @@ def content_of(row: Any, column: str, where: str, note: Note = unheard) -> str |
     if not any(each["content"] or each.get("tool_calls") for each in messages):
         raise NoText(f"{where}: its messages hold no text.")
     return Chat(messages, _tools(row.get("tools"), where))
+
+
+def prompt_of(content: str | Chat, where: str) -> Chat:
+    """Return a row up to the end of its first user's turn; a text is that turn. Raises NoText without one."""
+    if isinstance(content, str):
+        messages = [{"role": "user", "content": content}]
+        if not content.strip():
+            raise NoText(f"{where}: the prompt is blank.")
+        return Chat(messages)
+    first = next((place for place, turn in enumerate(content.messages) if turn["role"] == "user"), None)
+    if first is None or not content.messages[first]["content"].strip():
+        raise NoText(f"{where}: no user says anything in it.", NO_USER)
+    systems = [turn for turn in content.messages[:first] if turn["role"] == "system"]
+    return Chat([*systems, content.messages[first]], content.tools)
 
 
 def _text(value: Any, where: str) -> str:

@@ -333,12 +333,12 @@ class Learning:
     def counts(self, num_rows: int, progress: Progress = silent, *, most: int = MOST_COUNTED) -> dict[str, TokenCounts]:
         """Return each domain's counts of the ids of an embedding of `num_rows`.
 
-        No more of a domain is read once `most` tokens are counted. Sampled domains, whose text is not
+        No more of a domain is read once `most` tokens are counted. Answers, which are not
         written yet, are left out. Raises CalibrationError for unreadable text, or if no domain is left.
         """
         if not self._domains:
             raise CalibrationError(
-                "remove.vocabulary: every domain is sampled from the model, so there is no text to count tokens of; "
+                "remove.vocabulary: every domain is of the model's answers, so there is no text to count tokens of; "
                 "add a domain of files or installed text."
             )
         counts: dict[str, TokenCounts] = {}
@@ -383,13 +383,15 @@ class Amounts:
     num_rounds: int = 1
     least_held_out: int = 0
 
-    def of(self, share: float, length: int) -> _Sizes:
-        """Return a domain's blocks of `length` tokens."""
+    def of(self, share: float, length: int, *, fresh: bool = False) -> _Sizes:
+        """Return a domain's blocks of `length` tokens. `fresh`: a training has none of the calibration's."""
         num_blocks = num_blocks_of(share, self.num_tokens, length)
         held_out = max(self.least_held_out, math.ceil(num_blocks / CALIBRATION_BLOCKS_PER_HELD_OUT))
         judged = math.ceil(self.num_judged_tokens / length)
         calibration, training = self.num_rounds * num_blocks, num_blocks_of(share, self.num_training_tokens, length)
-        return _Sizes(share, judged, held_out, calibration, max(calibration, training))
+        training = training if self.num_training_tokens else 0
+        learning = calibration + training if fresh else max(calibration, training)
+        return _Sizes(share, judged, held_out, calibration, learning)
 
 
 class TextPool:
@@ -429,8 +431,8 @@ class TextPool:
         tokenizer = tokenizer or self._tokenizer
         total = sum(domain.share for domain in calibration.domains.values())
         wanted = {name: each for name, each in calibration.domains.items() if only is None or name in only}
-        sizes = {name: amounts.of(each.share / total, self.length) for name, each in wanted.items()}
-        read = [name for name, domain in wanted.items() if not domain.sampled]
+        sizes = {name: amounts.of(each.share / total, self.length, fresh=each.answers) for name, each in wanted.items()}
+        read = [name for name, domain in wanted.items() if not domain.answers]
         for name in read:
             self._read(name, calibration.domains[name])
         domains = self._drawn({name: sizes[name] for name in read}, tokenizer, allotted)

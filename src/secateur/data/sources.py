@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
 )
 
 from secateur.data.chat import chat_text
-from secateur.data.forms import Note, NoText, content_of, unheard
+from secateur.data.forms import Note, NoText, content_of, prompt_of, unheard
 from secateur.data.installed_text import installed_documents
 from secateur.data.rows import EMPTY_FILES, Row, is_read, read_rows
 from secateur.errors import CalibrationError, web_address
@@ -47,7 +47,7 @@ def files_at(place: str) -> tuple[list[Path], bool]:
 class DomainText(Protocol):
     """The source of one domain's text, and what to read from it."""
 
-    sampled: bool
+    answers: bool
     config: str | None
     revision: str | None
     split: str
@@ -78,7 +78,7 @@ class Files(NamedTuple):
 
 
 # A domain's other keys, which no source may use as its name.
-OTHER_KEYS = ("sampled", "config", "revision", "split", "column", "share", "protect")
+OTHER_KEYS = ("answers", "config", "revision", "split", "column", "share", "protect")
 # From the user's value and a random order (by seed and domain) to documents or rows.
 Source = Callable[[Any, Random], Iterable[str | dict[str, Any] | Row]]
 # So many rows without text at the beginning, and there will be none.
@@ -88,6 +88,9 @@ OTHER_FILES = "files left out, since files of their kind are not read"
 
 def documents(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, note: Note = unheard) -> Iterator[str]:
     """Yield the documents of the domain `name`, shuffled by seed and name, without blank ones.
+
+    Of a domain of answers a document is a prompt: a text, or a chat up to its first user's turn, as the
+    chat template writes it up to where the model answers.
 
     `note`: gets what happened to every row or file that is left out or changed.
 
@@ -105,7 +108,7 @@ def documents(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, no
     for number, row in enumerate(read(value, Random(f"{seed}:{name}")), start=1):
         where, content = row if isinstance(row, Row) else (f"domain '{name}', document {number}", row)
         try:
-            text = _row_text(content, domain.column, tokenizer, where, note)
+            text = _row_text(content, domain, tokenizer, where, note)
         except NoText as error:
             problem = problem or error
             note(error.what, where)
@@ -227,13 +230,18 @@ def dataset_rows(wanted: HubDataset, order: Random) -> Iterator[Row]:
         raise CalibrationError(f"{where}: cannot be loaded ({reason}); {advice}.") from None
 
 
-# Without `sampled`: the model writes that text, see `sampled.sample_blocks`.
+# Without what the model writes itself, see `answers`.
 SOURCES: dict[str, Source] = {"installed": installed_documents, "files": file_rows, "dataset": dataset_rows}
 
 
-def _row_text(row: Any, column: str, tokenizer: Tokenizer, where: str, note: Note) -> str:
-    content = content_of(row, column, where, note)
-    text = content if isinstance(content, str) else chat_text(content.messages, tokenizer, where, content.tools, note)
+def _row_text(row: Any, domain: DomainText, tokenizer: Tokenizer, where: str, note: Note) -> str:
+    content, answered = content_of(row, domain.column, where, note), domain.answers
+    if answered:
+        content = prompt_of(content, where)
+    if isinstance(content, str):
+        text = content
+    else:
+        text = chat_text(content.messages, tokenizer, where, content.tools, note, answered=answered)
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can escape what UTF-8 cannot hold

@@ -38,7 +38,7 @@ from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.resolve import Resolved, checked, resolve
 from secateur.pruning.run import Run, without_tokens
-from secateur.pruning.text import Drawn, RunText, run_text
+from secateur.pruning.text import Drawn, RunText, run_text, with_share_of_answers
 from secateur.pruning.trim import plan_trim
 from secateur.ranks import in_turns, is_first, joined
 from secateur.recovery.polish import Lesson, learn, polish
@@ -186,7 +186,7 @@ def _compare(study: Study, out: Path, progress: Progress, tell: Callable[[str], 
 
 def _judged_on(shared: _Shared, seed: int) -> Judged:
     """Return the blocks that a seed's cells are judged on: those that no cell learns by, and the others."""
-    opened = checked(shared.opened.asking(study_recipe(shared.study, seed)))
+    opened = with_share_of_answers(checked(shared.opened.asking(study_recipe(shared.study, seed))))
     drawn = _drawn(shared, opened, _run_text(shared, opened), shared.dense.load)
     others, length = shared.study.evaluation.others, drawn.learning.sequence_length
     asked = (shared.num_blocks, length, tokenizer_of(opened), shared.progress)
@@ -203,7 +203,9 @@ def _drawn(shared: _Shared, opened: Opened, text: RunText, load: Callable[[], An
     """Return the text, with what the dense model writes. `load`: returns it, if it is to write some."""
     drawn = text.drawn(opened, resolve(opened))
     is_written = all(not blocks.is_meta for blocks in drawn.judged.blocks.values())
-    return drawn if is_written else drawn.written(opened, load(), shared.progress)
+    if is_written:
+        return drawn
+    return drawn.written(opened, text.answers(replace(opened, model=load()), Services(progress=shared.progress)))
 
 
 def _dense_cell(shared: _Shared, name: str, seed: int, blocks: Judged) -> FoundCell:
@@ -217,7 +219,10 @@ def _dense_cell(shared: _Shared, name: str, seed: int, blocks: Judged) -> FoundC
     def compute() -> dict[str, Any]:
         start, subject = time.perf_counter(), replace(shared.dense)
         if recipe is not None:
-            opened, services = checked(shared.opened.asking(recipe)), Services(progress=shared.progress)
+            opened, services = (
+                with_share_of_answers(checked(shared.opened.asking(recipe))),
+                Services(progress=shared.progress),
+            )
             run, lesson = _dense_run(shared, opened, services, _run_text(shared, opened))
             _polish(run, lesson, opened)
             subject = replace(shared.dense, loaded=run.model)
@@ -231,7 +236,10 @@ def _dense_cell(shared: _Shared, name: str, seed: int, blocks: Judged) -> FoundC
 
 def _cell(shared: _Shared, cell: Cell, blocks: Judged) -> FoundCell:
     def compute() -> dict[str, Any]:
-        opened, services = checked(shared.opened.asking(cell.recipe)), Services(progress=shared.progress)
+        opened, services = (
+            with_share_of_answers(checked(shared.opened.asking(cell.recipe))),
+            Services(progress=shared.progress),
+        )
         start, text = time.perf_counter(), _run_text(shared, opened)
         if cell.recipe.remove.vocabulary is not None:
             opened = replace(opened, trim=plan_trim(opened, services, text.learning).trim)

@@ -45,7 +45,7 @@ def recipe_blocks(
 ) -> tuple[dict[str, Blocks], tuple[str, ...]]:
     """Return the blocks that judged the run that made `directory`, and notes.
 
-    A note says if the text has changed. Text sampled from the dense model is left out, with a note,
+    A note says if the text has changed. What the dense model answers is left out, with a note,
     as that model is not available. Raises RecipeError without a recipe, CalibrationError for
     unreadable text.
     """
@@ -61,9 +61,9 @@ def recipe_blocks(
     split = run_text_again(directory, recipe, tokenizer, progress)
     judged, notes = split.judged, (*split.notes, *split.judged.notes)
     blocks = {name: part for name, part in judged.blocks.items() if not part.is_meta}
-    sampled = ", ".join(name for name in judged.blocks if name not in blocks)
-    if sampled:
-        note = f"text sampled from the dense model is left out ({sampled}), and so its hash is not compared."
+    answers = ", ".join(name for name in judged.blocks if name not in blocks)
+    if answers:
+        note = f"answers of the dense model are left out ({answers}), and so the hash of the text is not compared."
         return blocks, (*notes, note)
     return blocks, (*notes, *_changes(directory, judged))
 
@@ -121,7 +121,7 @@ def _run_learnt(
     same = {
         name: domain
         for name, domain in recipe.calibration.domains.items()
-        if not domain.sampled and (domain.source in asked or (files and domain.source[0] == "files"))
+        if not domain.answers and (domain.source in asked or (files and domain.source[0] == "files"))
     }
     if not same or recipe.calibration.num_tokens is None:
         return None

@@ -43,7 +43,7 @@ def importance_of(
     recipe = recipe.filled(calibration={"sequence_length": length, "num_tokens": num_tokens})
     directory, tokenizer = checkpoint.directory, load_tokenizer(checkpoint)
     text = run_text_again(directory, recipe, tokenizer, progress, num_training_tokens=NUM_TOKENS).learning.text
-    blocks = {name: part.ids_NT for name, part in text.first(NUM_TOKENS).items() if not part.is_meta}
+    blocks = {name: part.ids_NT for name, part in text.training(NUM_TOKENS).items() if not part.is_meta}
     if not blocks:
         raise CalibrationError(
             "export importance: the model's recipe has no text but what its dense model wrote, which is not at hand; "

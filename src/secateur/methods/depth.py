@@ -101,7 +101,10 @@ def fold_patch(
         for index in range(layer - 1):
             walk.advance(index)
         x_TF, between_BTD = _reader_inputs(walk, layer - 1, reader, walk.hidden_BTD[0])
-        added_TD = (walk.through(layer, between_BTD).float() - between_BTD.float()).flatten(0, 1)
+        x_TF, added_TD = (
+            batch.counted(x_TF),
+            batch.counted(walk.through(layer, between_BTD).float() - between_BTD.float()),
+        )
         if batch.held_out:
             held_out.setdefault(batch.domain, []).append((x_TF, added_TD))
         else:
@@ -143,8 +146,8 @@ def narrow_readers(
             with walk.layer(index):
                 reader = _reader(model, arch, index)
                 gram = Gram(reader.in_features, reader.weight.device)
-                for hidden_BTD in walk.hidden_BTD:
-                    gram.add_product(_reader_inputs(walk, index, reader, hidden_BTD)[0])
+                for batch, hidden_BTD in zip(walk.batches, walk.hidden_BTD, strict=True):
+                    gram.add_product(batch.counted(_reader_inputs(walk, index, reader, hidden_BTD)[0]))
                 sum_over_ranks(gram)
                 for readers, asked in zip(found, shares, strict=True):
                     if index in asked:
@@ -260,7 +263,7 @@ def layer_kl(
     sums_L = torch.zeros(arch.num_layers, dtype=torch.float64)
     num_tokens = 0
     for batch in (batch for batch in batches if not batch.held_out):
-        num_tokens += batch.ids_BT[:, 1:].numel()
+        num_tokens += batch.num_predicted
         divergences = _divergences(model, arch, batch, removed, asked, readers or {})
         for index, divergence_P in zip(asked, divergences, strict=True):
             if not torch.isfinite(divergence_P).all():

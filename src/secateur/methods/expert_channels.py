@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from secateur.errors import NumericsError
 from secateur.facts import Batch, Method
 from secateur.methods.compensate import least_squares
-from secateur.methods.expert_refit import FEW_TOKENS_PER_CHANNEL, Call, HeldOut, put_readers
+from secateur.methods.expert_refit import FEW_TOKENS_PER_CHANNEL, Call, HeldOut, counted_call, put_readers
 from secateur.methods.select import Task, greedy_obs, log_line, units_at_once
 from secateur.model.group import Group, Stacks
 from secateur.model.stacks import channel_inputs, cut_expert_channels, num_channels, reader_of
@@ -95,7 +95,7 @@ def _observe(walk: Walk, group: Group, weighting: str, shares: dict[str, float],
 
     with module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs)):
         for batch, _ in walk.run(group.layer, to_middle=True):
-            call = calls.pop()
+            call = counted_call(batch, calls.pop())
             if batch.held_out:
                 seen.held_out.setdefault(batch.domain, []).append(call)
                 continue

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.facts import Batch
 from secateur.methods.compensate import GUARD_STEPS, Guard, HeldOutError, held_out_errors, held_out_sums, least_squares
 from secateur.model.group import Group, Stacks
 from secateur.model.stacks import channel_inputs, num_channels, reader_of
@@ -19,6 +20,11 @@ FEW_TOKENS_PER_CHANNEL = 10
 
 Call = tuple[Tensor, Tensor, Tensor]
 """The arguments of the experts' module: hidden states T x D, chosen experts and weights T x k."""
+
+
+def counted_call(batch: Batch, call: tuple[Tensor, ...]) -> Any:
+    """Return the call with the tokens that count alone; experts see each token by itself."""
+    return tuple(batch.counted(part) for part in call)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +138,8 @@ def _as_routed_now(
     held_out = []
     with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
         for (batch, _), want in zip(walk.run(group.layer, to_middle=True), wanted, strict=True):
-            call, given_TD = seen.pop()
+            call, given = seen.pop()
+            call, given_TD = counted_call(batch, call), batch.counted(given)
             if want.own_TD is not None:
                 held_out.append(HeldOut(batch.domain, call, want.own_TD, want.target_TD))
                 continue

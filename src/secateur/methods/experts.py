@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
-from secateur.methods.expert_refit import Wanted, refit_experts
+from secateur.methods.expert_refit import Wanted, counted_call, refit_experts
 from secateur.methods.scores import ExpertInputs, Routing, scored
 from secateur.methods.select import Task, log_line
 from secateur.model.group import Experts, Group
@@ -43,12 +43,13 @@ def observe_routing(
     wanted: list[Wanted] = []
     with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
         for position, (batch, behind_BTD) in enumerate(walk.run(group.layer, to_middle=to_middle)):
-            call, output_TD = seen.pop()
+            call, output = seen.pop()
+            call, output_TD = counted_call(batch, call), batch.counted(output)
             if keep:
                 target_TD = output_TD
                 if target_mix:
-                    drift_BTD = walk.dense_BTD[position] - behind_BTD
-                    target_TD = output_TD + target_mix * drift_BTD.reshape(output_TD.shape)
+                    drift_TD = batch.counted(walk.dense_BTD[position] - behind_BTD)
+                    target_TD = output_TD + target_mix * drift_TD
                 wanted.append(Wanted(target_TD, output_TD if batch.held_out else None))
             if batch.held_out:
                 continue

@@ -82,7 +82,9 @@ def first_blocks(batches: list[Batch], num_blocks: int, *, after: int = 0) -> li
         start = max(after - batch.first_block, 0)
         stop = min(after + num_blocks - batch.first_block, len(batch.ids_BT))
         if stop > start:
-            chosen.append(Batch(batch.domain, False, batch.ids_BT[start:stop], batch.first_block + start))
+            counted_BT = None if batch.counted_BT is None else batch.counted_BT[start:stop]
+            first = batch.first_block + start
+            chosen.append(Batch(batch.domain, False, batch.ids_BT[start:stop], first, counted_BT))
     return chosen
 
 

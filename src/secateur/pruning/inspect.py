@@ -127,7 +127,7 @@ def inspected_vocabulary(opened: Opened, resolved: Resolved, progress: Progress)
     try:
         tokenizer = tokenizer_of(opened)
         vocabulary = read_vocabulary(tokenizer, opened.model)
-        read = {name: domain for name, domain in recipe.calibration.domains.items() if not domain.sampled}
+        read = {name: domain for name, domain in recipe.calibration.domains.items() if not domain.answers}
         calibration = recipe.calibration.model_copy(update={"domains": read})
         pool = TextPool(calibration, tokenizer, recipe.seed)
         learning = pool.split(calibration, Amounts(num_tokens=resolved.num_tokens)).learning

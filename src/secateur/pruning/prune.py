@@ -39,7 +39,7 @@ from secateur.pruning.result import (
     summary_of,
 )
 from secateur.pruning.run import Keeps, Run, RunJudge, without_tokens
-from secateur.pruning.text import Drawn, run_text
+from secateur.pruning.text import Drawn, run_text, with_share_of_answers, without_answers
 from secateur.pruning.trim import plan_trim
 from secateur.ranks import from_first, is_first, staging_if_any
 from secateur.recipe import Recipe
@@ -74,7 +74,7 @@ def prune_run(
     With `like` the recipe is that of `recipe_like`. `finish`: writes what people read of a finished run.
     """
     opened = open_model(model, recipe, tokenizer)
-    opened = checked(opened if like is None else opened_like(opened, Path(like)))
+    opened = with_share_of_answers(checked(opened if like is None else opened_like(opened, Path(like))))
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
     computes = {"device": str(opened.device), "in float32": computes_in_float32(opened)}
     computes |= {"units that stay": opened.like and opened.like.digest}
@@ -160,7 +160,7 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Drawn, P
     resolved, log = with_polish_that_fits(opened, resolve(opened)), services.log
     plan = memory_for(opened, resolved)
     if plan.weights_on_disk or plan.one_layer_at_a_time:
-        resolved = _without_own_text(resolved)
+        resolved = _without_answers(opened, resolved)
     if services.scratch is not None:
         check_free_space(services.scratch, disk_bytes(opened, resolved, plan))
     if is_first():
@@ -180,7 +180,8 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Drawn, P
         services.progress("load", 1, 1)
     model = opened.model
     with log.time("calibration"), eval_mode(model):
-        drawn = from_first(partial(drawn.written, opened, model, services.progress))
+        if any(blocks.is_meta for blocks in drawn.learning.held_out.values()):
+            drawn = drawn.written(opened, text.answers(opened, services))
         services.store.check_input("calibration text", drawn.learning.content_hash + drawn.judged.content_hash)
     run = Run(
         model=model,
@@ -194,14 +195,12 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Drawn, P
     return opened, run, drawn, placement
 
 
-def _without_own_text(resolved: Resolved) -> Resolved:
-    """Return the run without sampled domains that nobody asked for: each token would move all weights."""
-    calibration = resolved.recipe.calibration
-    read = {name: domain for name, domain in calibration.domains.items() if not domain.sampled}
-    if "domains" in calibration.model_fields_set or len(read) == len(calibration.domains):
+def _without_answers(opened: Opened, resolved: Resolved) -> Resolved:
+    """Return the run without what the model would answer: each token would move all weights."""
+    if not any(domain.answers for domain in resolved.recipe.calibration.domains.values()):
         return resolved
-    note = "calibration.domains: the model's weights are not all in its memory, so it wrote no text itself."
-    recipe = resolved.recipe.filled(calibration={"domains": read})
+    recipe = without_answers(opened.asking(resolved.recipe)).recipe
+    note = "calibration.answers: the model's weights are not all in its memory, so it answers nothing."
     return replace(resolved, recipe=recipe, warnings=(*resolved.warnings, note))
 
 

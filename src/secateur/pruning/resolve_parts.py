@@ -207,7 +207,7 @@ def too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:
 
 def technical_alone(recipe: Recipe) -> tuple[str, ...]:
     """Return a warning if a run measures on installed text without any general prose."""
-    if any(d.installed in PROSE or not (d.installed or d.sampled) for d in recipe.calibration.domains.values()):
+    if any(d.installed in PROSE or not (d.installed or d.answers) for d in recipe.calibration.domains.values()):
         return ()
     return (
         "calibration.domains: no general prose that people wrote, so text unlike these domains suffers most; give your "

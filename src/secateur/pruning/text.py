@@ -3,20 +3,23 @@
 In: an opened model. Out: what the run learns by, and what judges it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import torch
-
+from secateur.data.answers import Answers, Written, in_tokens_of, with_answers
 from secateur.data.blocks import JudgedText, LearningText
 from secateur.data.pool import Allotted, Amounts, Learning, Split, TextPool, judging_tokens
-from secateur.data.sampled import with_sampled
+from secateur.errors import RecipeError
 from secateur.log import Progress
-from secateur.model.modules import CausalLM
 from secateur.pruning.open import Opened, tokenizer_of
 from secateur.pruning.resolve import Resolved
 from secateur.pruning.resolve_parts import text_for
-from secateur.recipe import Recipe
+from secateur.recipe import Domain, Recipe
+from secateur.recovery.answers import answers_of
+from secateur.store import Services
+
+# Of the text of a run, where nothing else is said; and the domain's name.
+SHARE_OF_ANSWERS, ANSWERS = 0.5, "answers"
 
 
 class Drawn(NamedTuple):
@@ -26,12 +29,15 @@ class Drawn(NamedTuple):
     judged: JudgedText
     allotted: dict[str, Allotted]
 
-    def written(self, opened: Opened, model: CausalLM, progress: Progress) -> "Drawn":
-        """Return the text with what the dense model writes, of tokens that stay."""
-        dense_ids = None if opened.trim is None else torch.tensor(opened.trim.kept.dense_ids)
-        tokenizer, seed = tokenizer_of(opened), opened.recipe.seed
-        learning, judged = with_sampled(self.learning, self.judged, model, tokenizer, seed, progress, dense_ids)
-        return Drawn(learning, judged, self.allotted)
+    def written(self, opened: Opened, answers: Answers) -> "Drawn":
+        """Return the text with what the dense model answers, in the tokens that stay.
+
+        `answers`: in the dense model's. All ranks call it together.
+        """
+        told = None
+        if opened.trim is not None:
+            told = in_tokens_of(opened.trim.dense_tokenizer, opened.trim.tokenizer)
+        return Drawn(*with_answers(self.learning, self.judged, answers, told), self.allotted)
 
 
 @dataclass(slots=True)
@@ -48,12 +54,24 @@ class RunText:
     num_judged_tokens: int
     must_judge: bool
     _before: Split | None = field(default=None, init=False)
+    _written: dict[str, Written] = field(default_factory=dict[str, Written], init=False)
+
+    def answers(self, dense: Opened, services: Services) -> Answers:
+        """Return what the dense model answers, in its own tokens. All ranks call it together.
+
+        `dense`: with weights where it computes.
+        """
+        calibration, tokenizer = self.recipe.calibration, tokenizer_of(replace(dense, trim=None))
+        assert calibration.num_tokens is not None
+        num_tokens = 3 * calibration.num_tokens + (self.recipe.polish.num_tokens or 0)
+        asked = (self.recipe, dense.model, dense.arch, tokenizer, num_tokens, self._written)
+        return answers_of(*asked, services.store, services.progress)
 
     def learning(self) -> Learning:
         """Return what a dense model may learn by before it is trimmed, and hold those documents to that."""
         if self._before is None:
             calibration = self.recipe.calibration
-            read = {name: domain for name, domain in calibration.domains.items() if not domain.sampled}
+            read = {name: domain for name, domain in calibration.domains.items() if not domain.answers}
             self._before = self._split(self.recipe.filled(calibration={"domains": read}), self.opened)
         return self._before.learning
 
@@ -88,3 +106,63 @@ def run_text(opened: Opened, progress: Progress, *, num_judged_blocks: int | Non
     if num_judged_blocks is not None:
         return RunText(opened, recipe, pool, num_judged_blocks * pool.length, must_judge=True)
     return RunText(opened, recipe, pool, judging_tokens(recipe.output.evaluate), must_judge=False)
+
+
+def with_share_of_answers(opened: Opened) -> Opened:
+    """Return `opened` with domains of which `calibration.answers` are answers; the others share the rest.
+
+    Where none of them has answers, one is added for which the model writes the prompts as well. The
+    same again changes nothing. Raises RecipeError for answers of a model without a chat template, and
+    for a share of 0 beside prompts that are to be answered.
+    """
+    calibration, share = opened.recipe.calibration, opened.recipe.calibration.answers
+    answers = {name: domain for name, domain in calibration.domains.items() if domain.answers}
+    text = {name: domain for name, domain in calibration.domains.items() if not domain.answers}
+    is_default = "domains" not in calibration.model_fields_set
+    if share is None and not is_default and not answers:
+        return opened
+    if share == 0:
+        given = [name for name, domain in answers.items() if domain.source[0] != "answers"]
+        if given or not text:
+            raise RecipeError(
+                f"calibration.answers: 0, but domain '{(given or list(answers))[0]}' is of answers; leave out one of "
+                "them."
+            )
+        return replace(opened, recipe=opened.recipe.filled(calibration={"domains": text}))
+    if tokenizer_of(opened).chat_template is None:
+        if share is None and not answers:
+            return opened
+        raise RecipeError(
+            f"calibration.answers: the tokenizer of {opened.name} has no chat template, so the model answers nothing; "
+            "leave answers out, or set them to 0."
+        )
+    if share is None and answers:
+        return opened
+
+    # Shares are relative to each other: those of the text stay as they are.
+    share = SHARE_OF_ANSWERS if share is None else share
+    if not answers and ANSWERS in text:
+        raise RecipeError(f"calibration.domains.{ANSWERS}: is the name of what the model answers; choose another one.")
+    answers = answers or {ANSWERS: Domain(answers=True)}
+    of_text = sum(domain.share for domain in text.values())
+    of_answers = sum(domain.share for domain in answers.values())
+    factor = share / (1 - share) * of_text / of_answers if share < 1 and text else 1.0
+    scaled = {name: domain.model_copy(update={"share": domain.share * factor}) for name, domain in answers.items()}
+    domains = {**(text if share < 1 else {}), **scaled}
+    return replace(opened, recipe=opened.recipe.filled(calibration={"domains": domains, "answers": share}))
+
+
+def without_answers(opened: Opened) -> Opened:
+    """Return `opened` without what the model would answer, where its weights are not all in memory.
+
+    Raises RecipeError if it was to answer prompts of the user, or nothing is left.
+    """
+    calibration = opened.recipe.calibration
+    answers = {name: domain for name, domain in calibration.domains.items() if domain.answers}
+    text = {name: domain for name, domain in calibration.domains.items() if not domain.answers}
+    if not text or any(domain.source[0] != "answers" for domain in answers.values()):
+        raise RecipeError(
+            f"calibration.domains.{next(iter(answers))}: the model's weights are not all in memory, and for each token "
+            "of an answer all would move; give more memory, or set calibration.answers to 0 and give text."
+        )
+    return replace(opened, recipe=opened.recipe.filled(calibration={"domains": text, "answers": None}))

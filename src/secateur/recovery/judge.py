@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import islice
 
 import torch
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from secateur.data.blocks import Text, blocks_of
 from secateur.errors import NumericsError
-from secateur.facts import Verdict, Verdicts, mean_kl, mean_nats
+from secateur.facts import Verdict, Verdicts
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, head_of
 from secateur.recovery.loss import CACHED_POSITIONS
@@ -33,6 +33,11 @@ class Judge:
         blocks = [block for each in self.text.values() for block in each]
         states = head_inputs(dense, arch, blocks, progress, "judge dense")
         self._states = {domain: list(islice(states, len(each))) for domain, each in self.text.items()}
+
+    @property
+    def answers(self) -> frozenset[str]:
+        """The domains of which a mask names what counts: the dense model's answers."""
+        return frozenset(name for name, each in self.text.items() if any(block.counted_T is not None for block in each))
 
     def own_head(self) -> None:
         """Copy the head, so that the dense model may be cut, freed or sharded."""
@@ -83,11 +88,27 @@ def unless_diverged(judged: Callable[[], Verdicts]) -> Verdicts | None:
         return None
 
 
-def objective(verdicts: Verdicts | None, kl_share: float) -> float:
+def objective(
+    verdicts: Verdicts | None,
+    kl_share: float,
+    answers: Collection[str] = (),
+    before: Verdicts | None = None,
+) -> float:
     """Return what training minimises: kl_share * KL + (1 - kl_share) * nats per token, means.
 
-    Infinite without verdicts.
+    `answers`: domains of what the dense model says, whose target is its distribution: KL alone, where
+    `kl_share` is not 0. Infinite without verdicts, and if a model is further from the dense one on
+    these than it was `before`.
     """
     if verdicts is None:
         return math.inf
-    return kl_share * mean_kl(verdicts) + (1 - kl_share) * mean_nats(verdicts)
+    if before is not None and any(verdicts[name].kl > before[name].kl for name in answers):
+        return math.inf
+    shares = {name: share_for(kl_share, is_answer=name in answers) for name in verdicts}
+    values = [shares[name] * each.kl + (1 - shares[name]) * each.nats_per_token for name, each in verdicts.items()]
+    return sum(values) / len(values)
+
+
+def share_for(kl_share: float, *, is_answer: bool) -> float:
+    """Return the part of the loss that is KL: of answers all, unless there is no teacher."""
+    return 1.0 if is_answer and kl_share > 0 else kl_share

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -115,9 +115,36 @@ def states_of(model: nn.Module, arch: Arch, ids_BT: Tensor) -> Float[Tensor, "P 
     return model.get_submodule(arch.backbone)(ids_BT, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
 
 
+def masked_loss(
+    states_PD: Float[Tensor, "P D"],
+    head: nn.Module,
+    ids_BT: Int[Tensor, "B T"],
+    teacher: Teacher | None,
+    counted_BT: Bool[Tensor, "B T"],
+    kl_shares_B: Float[Tensor, " B"],
+) -> Float[Tensor, ""]:
+    """Return the mean over blocks of `distillation_loss` of the tokens of each that count.
+
+    P = B * (T - 1) predicting positions. `kl_shares_B`: of each block, so that answers have the dense
+    model's distribution as their target, and text may have another. The head reads no position that
+    does not count.
+    """
+    losses: list[Tensor] = []
+    size = ids_BT.shape[1] - 1
+    for block, share in enumerate(kl_shares_B.tolist()):
+        counted_P = counted_BT[block, 1:]
+        part = slice(block * size, (block + 1) * size)
+        own = None if teacher is None else (teacher[0][part][counted_P], teacher[1])
+        next_P = ids_BT[block, 1:][counted_P]
+        losses.append(distillation_loss(states_PD[part][counted_P], head, next_P, own, kl_share=share))
+    return torch.stack(losses).mean()
+
+
 @contextmanager
 def loss_in_forward(model: PreTrainedModel, arch: Arch, kl_share: float, *, in_shards: bool = False) -> Iterator[None]:
     """Inside, `model(ids, learns=True, teacher=...)` returns its loss; without `learns`, what it did.
+
+    With a mask, `counted`, and `kl_shares` by block it is `masked_loss`.
 
     It is a call of the model, and not of its parts, since copies on several devices are kept in
     step so. `in_shards`: as for `teacher_in_forward`. The stream is float32, though embeddings that
@@ -127,10 +154,20 @@ def loss_in_forward(model: PreTrainedModel, arch: Arch, kl_share: float, *, in_s
     hook = embedding.register_forward_hook(lambda _, __, output: output.float())
     plain: Callable[..., Any] = model.forward
 
-    def forward(input_ids: Tensor, *, learns: bool = False, teacher: Teacher | None = None, **others: Any) -> Any:
+    def forward(
+        input_ids: Tensor,
+        *,
+        learns: bool = False,
+        teacher: Teacher | None = None,
+        counted: Tensor | None = None,
+        kl_shares: Tensor | None = None,
+        **others: Any,
+    ) -> Any:
         if not learns:
             return plain(input_ids=input_ids, **others)
         read = _read_by_head(model, arch, plain if in_shards else None, input_ids)
+        if counted is not None and kl_shares is not None:
+            return masked_loss(*read, input_ids, teacher, counted, kl_shares)
         return distillation_loss(*read, input_ids[:, 1:].flatten(), teacher, kl_share=kl_share)
 
     try:

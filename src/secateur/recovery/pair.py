@@ -6,17 +6,18 @@ In: references of both models; a recipe. Out: `Candidates`; blocks to train on a
 import copy
 import importlib.util
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from secateur.data.answers import with_answers
 from secateur.data.blocks import Blocks
-from secateur.data.sampled import with_sampled
 from secateur.errors import CheckpointError, RecipeError
 from secateur.files import json_of
 from secateur.formats.run_text import run_text_again
@@ -33,7 +34,9 @@ from secateur.model.checkpoint import (
 from secateur.model.identity import check_dense
 from secateur.model.kept_tokens import Trim, keep_tokens, trim_between
 from secateur.recipe import Recipe, RecoverySettings, Training
+from secateur.recovery.answers import answers_of
 from secateur.recovery.attention import switched
+from secateur.store import Store
 
 KEEP_FILE = "keep.json"
 
@@ -120,8 +123,17 @@ def _check_layers(student: Checkpoint, num_layers: int, num_dense: int, teacher:
         )
 
 
-# A block and its domain.
-Block = tuple[str, Int64[Tensor, " T"]]
+class Block(NamedTuple):
+    """A block of a domain. `counted_T`: which tokens count, of the dense model's answers; None: all."""
+
+    domain: str
+    ids_T: Int64[Tensor, " T"]
+    counted_T: Bool[Tensor, " T"] | None = None
+
+
+def blocks_of(text: Mapping[str, Blocks]) -> list[Block]:
+    """Return all domains' blocks."""
+    return [Block(name, block.ids_T, block.counted_T) for name, part in text.items() for block in part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +152,12 @@ class RecoveryText:
     @property
     def num_tokens(self) -> int:
         """Return the tokens to train on."""
-        return sum(len(ids_T) for _, ids_T in self.blocks)
+        return sum(len(block.ids_T) for block in self.blocks)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether some tokens count for nothing."""
+        return any(block.counted_T is not None for block in self.blocks)
 
     @property
     def num_held_out_tokens(self) -> int:
@@ -175,8 +192,9 @@ def recovery_text(
         least_held_out=settings.held_out_blocks,
         key="recover.num_tokens",
     )
-    text, _ = with_sampled(split.learning.text, split.judged, teacher, tokenizer, recipe.seed, progress)
-    blocks = [(name, ids_T) for name, part in text.first(settings.num_tokens).items() for ids_T in part.ids_NT]
+    answers = answers_of(recipe, teacher, bind(teacher), tokenizer, settings.num_tokens, {}, Store(), progress)
+    text, _ = with_answers(split.learning.text, split.judged, answers)
+    blocks = blocks_of(text.training(settings.num_tokens))
     random.Random(f"{recipe.seed}:recover").shuffle(blocks)
     return RecoveryText(
         tuple(whole_steps(blocks, settings, length, "recover")),

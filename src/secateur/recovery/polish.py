@@ -24,7 +24,7 @@ from secateur.recipe import Recipe, RecoverySettings
 from secateur.recovery.attention import attention_in_training, switched
 from secateur.recovery.cost import Forward, forward_flops, predict_flops
 from secateur.recovery.judge import Judge
-from secateur.recovery.pair import Block, RecoveryText, shared_out, whole_steps
+from secateur.recovery.pair import RecoveryText, blocks_of, shared_out, whole_steps
 from secateur.recovery.train import Work, train_guarded
 from secateur.report.measured import PolishRecord
 from secateur.store import Services
@@ -68,8 +68,7 @@ def learn(
     if settings is None:
         return None
     assert recipe.calibration.num_tokens is not None, "resolve fills it in"
-    chosen = text.first(max(settings.num_tokens, recipe.calibration.num_tokens))
-    blocks: list[Block] = [(name, ids_T) for name, part in chosen.items() for ids_T in part.ids_NT]
+    blocks = blocks_of(text.training(settings.num_tokens))
     random.Random(f"{recipe.seed}:{STAGE}").shuffle(blocks)
     settings = shared_out(settings, text.sequence_length, size(), len(blocks))
     blocks = list(whole_steps(blocks, settings, text.sequence_length, STAGE))
@@ -80,7 +79,8 @@ def learn(
         judge.own_head()  # the model's own is trained, or cut
         attention = attention_in_training(settings.gradient_checkpointing)
         with switched(dense, settings.attention), attention:  # an uncut model has nothing to learn, to the bit
-            states = tuple(head_inputs(dense, arch, [ids_T for _, ids_T in blocks], progress, "ask the dense model"))
+            ids = [block.ids_T for block in blocks]
+            states = tuple(head_inputs(dense, arch, ids, progress, "ask the dense model"))
     return Lesson(lesson, judge, states, settings, forward)
 
 
@@ -95,11 +95,23 @@ def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, devic
     flops = predict_flops(forward_flops(model, text.sequence_length), lesson.forward, settings, *counts)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     with _folder(services, settings) as place, services.log.time(STAGE):
-        facts = (text, lesson.judge, settings, seed, sum(flops["training"]), place)
-        reports = (services.log, services.progress, services.store.tell)
-        before, training = train_guarded(
-            Work(model, None, *facts, *reports, lesson.states, STAGE, device.type != "cuda")
+        work = Work(
+            pruned=model,
+            teacher=None,
+            text=text,
+            judge=lesson.judge,
+            settings=settings,
+            seed=seed,
+            flops=sum(flops["training"]),
+            directory=place,
+            log=services.log,
+            progress=services.progress,
+            tell=services.store.tell,
+            states=lesson.states,
+            name=STAGE,
+            on_cpu=device.type != "cuda",
         )
+        before, training = train_guarded(work)
     model.requires_grad_(True)
     for parameter in frozen:
         parameter.requires_grad_(False)

@@ -35,9 +35,9 @@ from secateur.model.config import quiet_transformers
 from secateur.ranks import alone
 from secateur.recipe import RecoverySettings
 from secateur.recovery.attention import attention_in_training, switched
-from secateur.recovery.judge import Judge, objective, unless_diverged
+from secateur.recovery.judge import Judge, objective, share_for, unless_diverged
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
-from secateur.recovery.pair import RecoveryText, blocks_per_step
+from secateur.recovery.pair import Block, RecoveryText, blocks_per_step
 from secateur.recovery.weights import (
     autocasts,
     handed_over,
@@ -63,6 +63,7 @@ class Distiller(Trainer):
     settings: RecoverySettings
     judge: Judge
     teacher: nn.Module | None
+    before: Verdicts | None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """Return the loss of one batch."""
@@ -72,7 +73,8 @@ class Distiller(Trainer):
         elif self.teacher is not None:
             with torch.no_grad():
                 teacher = self.teacher(ids_BT)
-        return model(input_ids=ids_BT, learns=True, teacher=teacher)
+        masks = {name: inputs[name] for name in ("counted", "kl_shares") if name in inputs}
+        return model(input_ids=ids_BT, learns=True, teacher=teacher, **masks)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return held-out KL, by domain and mean, and the objective."""
@@ -83,7 +85,7 @@ class Distiller(Trainer):
         )
         metrics = {f"eval_kl_{domain}": verdict.kl for domain, verdict in (verdicts or {}).items()}
         metrics["eval_kl"] = mean_kl(verdicts) if verdicts else math.inf
-        metrics["eval_objective"] = objective(verdicts, self.settings.kl_share)
+        metrics["eval_objective"] = objective(verdicts, self.settings.kl_share, self.judge.answers, self.before)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         release_freed()  # the last step's gradients, before the best weights are read
@@ -162,6 +164,7 @@ class Work:
     """A pruned model that is ready to train. `directory`: for what an interrupted run leaves.
 
     `teacher`: the dense model. `states`: in its place, what its head reads for each block of text.
+    `before`: the verdicts before the training, which `train_guarded` fills in.
     With `kl_share: 0` neither is used. `flops`: of training on all text. `name`: recover or polish.
     """
 
@@ -177,6 +180,7 @@ class Work:
     progress: Progress
     tell: Callable[[str], None]
     states: Sequence[Tensor] | None = None
+    before: Verdicts | None = None
     name: str = "recover"
     on_cpu: bool = field(default_factory=lambda: not torch.cuda.is_available())
 
@@ -187,17 +191,21 @@ def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
     The weights are put back if what the training minimises did not fall on held-out text. KL alone
     would undo trainings that win on text of every kind: LOG, 2026-11-27, evening.
     """
-    before = judged(work)
+    work.before = before = judged(work)
     old = {name: parameter.data for name, parameter in work.pruned.named_parameters()}  # replaced, never changed
     cost = _train(work)
     after = unless_diverged(lambda: judged(work))
-    name = "KL" if work.settings.kl_share == 1 else "loss"
-    was, now = (objective(verdicts, work.settings.kl_share) for verdicts in (before, after))
+    was, now = (objective(verdicts, work.settings.kl_share, work.judge.answers, before) for verdicts in (before, after))
     held = now < was
     if not held:
         for key, parameter in work.pruned.named_parameters():
             parameter.data = old[key]
+        name = "KL" if work.settings.kl_share == 1 else "loss"
         what = f"{work.name}: held-out {name} did not fall ({was:.4f} -> {now:.4f} nats per token)"
+        moved = [] if after is None else [d for d in sorted(work.judge.answers) if after[d].kl > before[d].kl]
+        if moved:
+            kl = ", ".join(f"{d} {before[d].kl:.4f} -> {after[d].kl:.4f}" for d in moved if after is not None)
+            what = f"{work.name}: the model moved away from the dense one on its answers (KL of {kl} nats per token)"
         work.log.write({"event": "note", "text": f"{what}, so the weights are those from before the training."})
     after = after or before
     kl = {domain: verdict.kl for domain, verdict in after.items()}
@@ -299,7 +307,11 @@ def _to_train(settings: RecoverySettings, model: PreTrainedModel) -> nn.Module:
 def _trainer(work: Work, trained: nn.Module, arguments: TrainingArguments, tokens_per_step: int) -> Distiller:
     tell = work.tell if work.name == "recover" else lambda text: None  # within a prune the progress says enough
     listener = Listener(work.name, tokens_per_step, work.log.write, work.progress, tell)
-    items = [{"input_ids": ids_T} for _, ids_T in work.text.blocks]
+    items = [{"input_ids": ids_T} for _, ids_T, _ in work.text.blocks]
+    if work.text.is_masked:
+        items = [
+            {**item, **_mask_of(block, work.settings)} for item, block in zip(items, work.text.blocks, strict=True)
+        ]
     if work.states is not None:
         items = [{**item, "states": states_PD} for item, states_PD in zip(items, work.states, strict=True)]
     callbacks = [listener, EarlyStoppingCallback(work.settings.patience)]
@@ -308,7 +320,7 @@ def _trainer(work: Work, trained: nn.Module, arguments: TrainingArguments, token
     trainer.remove_callback(PrinterCallback)
     # Else the Trainer sums the losses of a step's parts; ours, of equal length, are averaged.
     trainer.model_accepts_loss_kwargs = False
-    trainer.settings, trainer.judge = work.settings, work.judge
+    trainer.settings, trainer.judge, trainer.before = work.settings, work.judge, work.before
     teacher: Any = work.teacher
     if work.states is not None:
         work.judge.head.to(arguments.device)  # a copy: see `polish.learn`
@@ -329,6 +341,13 @@ def _trainer(work: Work, trained: nn.Module, arguments: TrainingArguments, token
         teacher = teacher.to(arguments.device)
     trainer.teacher = teacher
     return trainer
+
+
+def _mask_of(block: Block, settings: RecoverySettings) -> dict[str, Any]:
+    """Return which of the block's tokens count, and the part of its loss that is KL."""
+    _, ids_T, counted_T = block
+    share = share_for(settings.kl_share, is_answer=counted_T is not None)
+    return {"counted": torch.ones_like(ids_T, dtype=torch.bool) if counted_T is None else counted_T, "kl_shares": share}
 
 
 def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: float) -> TrainingArguments:

@@ -137,10 +137,9 @@ def source_text(domain: Domain) -> str:
     """Return where a domain's text comes from, files by their names alone."""
     key, value = domain.source
     public = without_places(value, key)
-    if key == "files":
-        return ", ".join(public)
-    known = {"installed": "text of installed Python packages", "sampled": "sampled from the dense model"}
-    return known.get(key) or f"{key} {public}"
+    known = {"installed": "text of installed Python packages", "answers": "questions of its own"}
+    source = ", ".join(public) if key == "files" else known.get(key) or f"{key} {public}"
+    return f"answers of the dense model to {source}" if domain.answers else source
 
 
 def _loading(summary: Summary) -> list[str]:

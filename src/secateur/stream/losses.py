@@ -167,10 +167,15 @@ def _position_losses(model: nn.Module, arch: Arch, states_PD: Tensor, ids_T: Ten
 
 @torch.inference_mode()
 def states_for_head(model: nn.Module, arch: Arch, batch: Batch, hidden_BTD: Tensor) -> Float[Tensor, "P D"]:
-    """Return the head's input from a stream that has left the layers, which are bypassed."""
+    """Return the head's input where a token is predicted that counts, from a stream that has left the layers.
+
+    The layers are bypassed.
+    """
     with forwards_replaced(decoder_layers(model, arch), lambda *_, **__: arch.layer_output(hidden_BTD)):
         final_BTD = model.get_submodule(arch.backbone)(batch.ids_BT, use_cache=False).last_hidden_state
-    return final_BTD[:, :-1].flatten(0, 1)
+    if batch.counted_BT is None:
+        return final_BTD[:, :-1].flatten(0, 1)
+    return final_BTD[:, :-1][batch.counted_BT[:, 1:].to(final_BTD.device)]
 
 
 # Positions per slice of logits: 2 models x 64 x 150k words x float32 is 77 MB.

@@ -136,9 +136,9 @@ class _Gatherer:
         self.by_domain: dict[str, Statistics] = {}
 
     def add(self, batch: Batch, x: Tensor, y: Tensor, drift: Tensor | None) -> None:
-        """Add one batch: its statistics, or its inputs if it is held out."""
-        x_TF, y_TH = x.flatten(0, -2), y.flatten(0, -2)
-        drift_TH = None if drift is None else drift.flatten(0, -2)
+        """Add the tokens of a batch that count: their statistics, or their inputs if it is held out."""
+        x_TF, y_TH = batch.counted(x), batch.counted(y)
+        drift_TH = None if drift is None else batch.counted(drift)
         if batch.held_out:
             self.held_out.setdefault(batch.domain, []).append(x_TF)
             if drift_TH is not None:

@@ -1,0 +1,265 @@
+"""Answers of the dense model: drawn at temperature 1, the same in any batch; prompts that count for nothing."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_gemma3, tiny_llama, tiny_mistral
+from tiny_tokenizer import tiny_tokenizer
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from secateur.data import answers
+from secateur.data.answers import Answers, Conversation, Speaker, packed
+from secateur.data.chat import user_turn
+from secateur.data.sources import documents
+from secateur.errors import CalibrationError, NumericsError
+from secateur.model.bind import bind
+from secateur.recipe import Domain
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if enable_thinking %}~{% endif %}{% endif %}"
+)
+LENGTH = 64
+
+
+def speaker(model: Any, *, seed: str = "0", length: int = LENGTH, template: str = TEMPLATE) -> Speaker:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    model_without_bias = tiny_llama() if isinstance(model, LlamaForCausalLM) else model
+    return Speaker(model, bind(model_without_bias), tokenizer, seed, length)
+
+
+def talkative(**options: Any) -> Any:
+    """Return a model that ends a turn after some fifteen tokens."""
+    model = tiny_llama(**options)
+    bias = torch.zeros(model.config.vocab_size)
+    bias[256] = 2.9
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    return model
+
+
+def at_once(steps: Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]) -> list[dict[str, Tensor]]:
+    return [compute() for _, compute in steps]
+
+
+def written(of: Speaker, num_blocks: int = 4, prompts: Sequence[str] | None = None, name: str = "answers") -> Any:
+    return Answers(of, {name: prompts}, at_once).blocks(name, "learning", num_blocks)
+
+
+def likeliest(model: Any, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1, :257].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_mistral, tiny_gemma3])
+def test_every_token_follows_from_its_own_prompt_and_all_those_before(make: Callable[[], Any]) -> None:
+    model = make()
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= 1e4  # so certain that a draw is the likeliest
+    prompts, lengths = [[5], list(range(40, 53)), list(range(7))], [3, 11, 17]
+    of = speaker(model)
+    expected = [likeliest(model, prompt, 17) for prompt in prompts]
+    ends = {tuple(ids[:size]): size for ids, size in zip(expected, lengths, strict=True)}
+    drawn = answers._continued(
+        of, prompts, ["a", "b", "c"], lambda ids: tuple(ids) in ends or len(ids) > 17, lambda _: None
+    )
+    assert drawn == [ids[:size] for ids, size in zip(expected, lengths, strict=True)]
+
+
+def test_the_first_token_has_the_models_distribution() -> None:
+    model = tiny_llama()
+    prompt = [9, 8, 7]
+    with torch.no_grad():
+        likely = model(torch.tensor([prompt])).logits[0, -1, :257].softmax(dim=-1)
+    seeds = [str(number) for number in range(4000)]
+    drawn = answers._continued(speaker(model), [prompt] * 4000, seeds, lambda ids: True, lambda _: None)
+    shares = torch.bincount(torch.tensor(drawn)[:, 0], minlength=257) / 4000
+    assert 0.5 * (shares - likely).abs().sum() < 0.12  # total variation; 257 equal shares of 4000 would be 0.3 away
+    assert 0.5 * (shares - 1 / 257).abs().sum() > 0.2
+
+
+def test_a_number_between_0_and_1_names_the_token_at_which_the_sum_passes_it() -> None:
+    logits_BV = torch.tensor([[0.5, 0.0, 0.25, 0.25]]).log().expand(6, -1)
+    numbers = torch.tensor([0.0, 0.4999, 0.5001, 0.7499, 0.7501, 1.0])
+    assert answers._draw(logits_BV, numbers).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def test_conversations_are_the_same_in_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = talkative()
+    several = written(speaker(model), 6)
+    monkeypatch.setattr(answers, "CPU_ROWS", 3)
+    monkeypatch.setattr(answers, "LEAST_ROWS", 1)
+    few = written(speaker(model), 6)
+    assert torch.equal(few.ids_NT, several.ids_NT)
+    other = written(speaker(model, seed="1"), 6)
+    assert not torch.equal(few.ids_NT, other.ids_NT)
+    assert not torch.equal(few.ids_NT, written(speaker(model), 6, name="polish").ids_NT)
+
+
+def test_more_blocks_begin_with_the_same_conversations() -> None:
+    of = speaker(talkative())
+    some, more = written(of, 2), written(of, 8)
+    first = some.ids_NT[0, : int((some.document_NT[0] == 0).sum())]
+    assert torch.equal(more.ids_NT[0, : len(first)], first)
+
+
+def test_only_answers_count_and_the_model_writes_both_turns() -> None:
+    model = talkative()
+    of = speaker(model)
+    blocks = written(of)
+    assert blocks.ids_NT.shape == (4, LENGTH) and int(blocks.ids_NT.max()) < 257 and not blocks.ids_NT.is_inference()
+    opening, closing = user_turn(of.tokenizer)
+    assert (opening, closing) == ("<user>", "<eos><assistant>~")  # where it is asked to, a model reasons
+    for ids_T, counted_T in zip(blocks.ids_NT, blocks.counted_NT, strict=True):
+        text = of.tokenizer.decode(ids_T)
+        assert text.startswith("<user>") and "<eos><assistant>~" in text
+        assert counted_T.any() and not counted_T.all()
+
+
+def test_prompts_of_files_are_answered_and_again_where_they_are_few() -> None:
+    of = speaker(talkative())
+    prompts = [f"<user>{letter}<eos><assistant>" for letter in "abcd"]
+    blocks = written(of, 4, prompts)
+    for document in range(int(blocks.document_NT.max()) + 1):
+        mine = blocks.document_NT == document
+        ids, counted = blocks.ids_NT[mine], blocks.counted_NT[mine]
+        num_prompt = int(counted.nonzero()[0])
+        assert of.tokenizer.decode(ids[:num_prompt]) in prompts
+    assert len(blocks.ids_NT.unique(dim=0)) == 4
+
+
+def test_a_prompt_longer_than_half_of_a_block_is_left_out() -> None:
+    of = speaker(talkative())
+    short, long = "<user>a<eos><assistant>", "<user>" + "b" * LENGTH
+    blocks = written(of, 4, [long, short, long, short, long, short])
+    assert "bb" not in of.tokenizer.decode(blocks.ids_NT.flatten())
+    with pytest.raises(CalibrationError, match="no prompt has 32 tokens or less"):
+        written(of, 4, [long] * 3)
+
+
+def test_a_mark_that_is_no_special_token_ends_a_users_turn_too() -> None:
+    model = tiny_llama()
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+    model.lm_head.bias.data[tiny_tokenizer()("!")["input_ids"]] = 2.9
+    of = speaker(model, template=TEMPLATE.replace("<eos>", " ! "))
+    texts = answers._turns(of, [str(number) for number in range(20)])
+    assert any(texts) and all("!" not in text and text == text.strip() for text in texts)
+
+
+def test_a_model_that_never_ends_a_users_turn_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = talkative()
+    model.lm_head.bias.data[256] = -1e9
+    monkeypatch.setattr(answers, "TURN_TOKENS", 8)
+    of = speaker(model, template=TEMPLATE.replace("<eos>", "never written"))
+    with pytest.raises(CalibrationError, match="writes no users' turns that end"):
+        written(of)
+
+
+def test_a_model_without_finite_logits_is_refused() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[0] = torch.nan
+    with pytest.raises(NumericsError, match="gives no finite logits"):
+        written(speaker(model))
+
+
+def test_steps_are_what_is_kept_and_read_back() -> None:
+    of, kept, asked = speaker(talkative()), dict[str, dict[str, Tensor]](), list[str]()
+
+    def keeping(steps: Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]) -> list[dict[str, Tensor]]:
+        asked.extend(name for name, _ in steps)
+        for name, compute in steps:
+            if name not in kept:
+                kept[name] = compute()
+        return [kept[name] for name, _ in steps]
+
+    def refusing(steps: Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]) -> list[dict[str, Tensor]]:
+        return [kept[name] for name, _ in steps]
+
+    first = Answers(of, {"own": None}, keeping).blocks("own", "learning", 4)
+    assert len(asked) == len(set(asked)) and all(name.startswith("answers-own-learning-") for name in asked)
+    again = Answers(of, {"own": None}, refusing)
+    assert torch.equal(again.blocks("own", "learning", 4).ids_NT, first.ids_NT)
+    # What is written already is not asked for again.
+    num_asked = len(asked)
+    assert torch.equal(replace(again, do=keeping).blocks("own", "learning", 2).ids_NT, first.ids_NT[:2])
+    assert len(asked) == num_asked
+
+
+def test_judge_guard_and_what_is_learnt_by_have_other_prompts() -> None:
+    of = speaker(talkative())
+    prompts = [f"<user>{number}<eos><assistant>" for number in range(30)]
+    found = Answers(of, {"a": prompts}, at_once)
+    texts = {
+        part: of.tokenizer.decode(found.blocks("a", part, 2).ids_NT.flatten())
+        for part in ("judged", "held-out", "learning")
+    }
+    used = {part: {prompt for prompt in prompts if prompt in text} for part, text in texts.items()}
+    assert used["judged"] <= set(prompts[:3]) and used["held-out"] <= set(prompts[3:6])
+    assert used["learning"] <= set(prompts[6:]) and all(used.values())
+    with pytest.raises(CalibrationError, match="2 prompts are too few"):
+        Answers(of, {"a": prompts[:2]}, at_once).blocks("a", "learning", 1)
+
+
+def conversation(size: int, num_prompt: int, start: int = 0) -> Conversation:
+    return Conversation(torch.arange(start, start + size), num_prompt)
+
+
+def test_blocks_hold_whole_conversations_and_the_last_is_cut() -> None:
+    given = [conversation(10, 4), conversation(3, 1, 20), conversation(5, 2, 40), conversation(9, 3, 60)]
+    blocks = packed(given, 16, 99)
+    # 10, then 5 as the longest that fits; a gap of one token is filled. Then 9, and 3 whose rest is too much.
+    assert blocks.ids_NT.tolist()[0] == [*range(10), *range(40, 45), 99]
+    assert blocks.document_NT.tolist()[0] == [0] * 10 + [1] * 6
+    counted = [False] * 4 + [True] * 6 + [False] * 2 + [True] * 3 + [False]
+    assert blocks.counted_NT.tolist()[0] == counted
+    assert len(blocks.ids_NT) == 1  # 9 and 3 leave a gap of 4, which nothing is left to fill
+
+
+def test_a_gap_is_filled_with_a_conversation_that_is_cut() -> None:
+    blocks = packed([conversation(10, 4), conversation(9, 7, 20), conversation(9, 3, 40)], 16, 99)
+    # The second has a prompt that is longer than the gap.
+    assert blocks.ids_NT.tolist()[0] == [*range(10), *range(40, 46)]
+    assert blocks.counted_NT[0, -4:].tolist() == [False, True, True, True]
+
+
+def test_a_block_begins_with_the_conversation_that_is_first() -> None:
+    given = [conversation(6, 2, 10 * number) for number in range(8)]
+    blocks = packed(given, 12, 0)
+    assert blocks.ids_NT[:, 0].tolist() == [0, 20, 40, 60]
+    assert blocks.document_NT[:, 0].tolist() == [0, 2, 4, 6]
+
+
+def test_a_row_is_a_prompt_up_to_its_first_users_turn(tmp_path: Path) -> None:
+    template = "{% if tools %}{{ tools[0]['function']['name'] }}|{% endif %}" + TEMPLATE
+    tokenizer = speaker(tiny_llama(), template=template).tokenizer
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    later = [{"role": "assistant", "content": "no"}, {"role": "user", "content": "why"}]
+    rows = [
+        {"messages": [*turns, *later]},
+        {"instruction": "add", "output": "3"},
+        {"text": "plain"},
+        {"messages": turns, "tools": [{"name": "f"}]},
+        {"messages": later[:1]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    noted = list[str]()
+    domain = Domain(files=(str(tmp_path / "rows.jsonl"),), answers=True)
+    found = set(documents("a", domain, tokenizer, 0, lambda what, _: noted.append(what)))
+    system, end = "<system>be brief<eos>", "<eos><assistant>~"
+    assert found == {
+        f"{system}<user>hi{end}",
+        f"<user>add{end}",
+        f"<user>plain{end}",
+        f"f|{system}<user>hi{end}",
+    }
+    assert noted == ["chats left out, since no user says anything in them"]

@@ -1,0 +1,144 @@
+"""A run whose text is half what the dense model answers, of which the answers alone count."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import opened, tiny_llama
+from recipes import grouped
+from tiny_tokenizer import tiny_tokenizer
+
+import secateur
+from secateur.errors import CalibrationError, RecipeError
+from secateur.evaluation.text import recipe_blocks
+from secateur.log import silent
+from secateur.pruning.text import with_share_of_answers
+from secateur.recipe import Recipe
+from secateur.recovery import answers
+from secateur.store import Store
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("text")
+    (place / "a.txt").write_text("".join(f"line {number}\n" for number in range(900)))
+    chats = [[{"role": "user", "content": f"a{number}"}, {"role": "assistant", "content": "x"}] for number in range(60)]
+    (place / "chat.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return place
+
+
+def recipe(files: Path, **calibration: Any) -> dict[str, Any]:
+    domains = {"chat": {"files": str(files / "chat.jsonl"), "answers": True}, "lines": {"files": str(files / "a.txt")}}
+    text = {"num_tokens": 1152, "sequence_length": 32, "domains": domains, **calibration}
+    return {"align": 8, "calibration": text, "polish": {"num_tokens": 640, "batch_tokens": 64, "evaluations": 1}}
+
+
+@pytest.fixture(scope="module")
+def pruned(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    out = tmp_path_factory.mktemp("run") / "out"
+    return secateur.prune(tiny_llama(), grouped(recipe(files)), tokenizer=TOKENIZER, out=out), out
+
+
+def test_a_run_learns_by_answers_and_is_judged_by_them(pruned: tuple[Any, Path]) -> None:
+    result, out = pruned
+    facts = result.summary.calibration
+    assert facts.num_tokens == {"chat": 576, "lines": 576} and facts.num_held_out_tokens["chat"] == 64
+    assert set(result.summary.pruned_losses) == {"chat", "lines"}
+    # What the model draws is what it finds likely, and only that counts: 4096 tokens have prompts too.
+    chat = result.summary.dense_losses["chat"]
+    assert chat.num_tokens < 0.9 * facts.num_judged_tokens["chat"]
+    assert chat.nats_per_token < result.summary.dense_losses["lines"].nats_per_token
+    assert "answers of the dense model" in (out / "report.html").read_text()
+    assert result.summary.polish.before["chat"].num_tokens < 64
+
+
+def test_the_same_again_gives_the_same_bytes(pruned: tuple[Any, Path], files: Path, tmp_path: Path) -> None:
+    _, out = pruned
+    secateur.prune(tiny_llama(), grouped(recipe(files)), tokenizer=TOKENIZER, out=tmp_path / "again")
+    name = "model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_evaluation_leaves_answers_out_and_says_so(pruned: tuple[Any, Path]) -> None:
+    blocks, notes = recipe_blocks(pruned[1], TOKENIZER, silent)
+    assert list(blocks) == ["lines"] and len(notes) == 1 and "left out (chat)" in notes[0]
+
+
+def shares(tokenizer: Any, **calibration: Any) -> dict[str, float]:
+    """Return the domains' shares of the tokens."""
+    of = opened(tiny_llama(), Recipe(calibration=calibration))
+    domains = with_share_of_answers(replace(of, tokenizer=tokenizer)).recipe.calibration.domains
+    total = sum(domain.share for domain in domains.values())
+    return {name: domain.share / total for name, domain in domains.items()}
+
+
+def test_half_of_the_default_text_is_answers_where_there_is_a_chat_template() -> None:
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    plain, found = shares(bare), shares(TOKENIZER)
+    assert "answers" not in plain
+    assert found.pop("answers") == pytest.approx(0.5)
+    assert found == pytest.approx({name: share / 2 for name, share in plain.items()})
+
+
+def test_the_share_of_answers_is_what_is_asked_for(files: Path) -> None:
+    text = {"a": {"files": "a.txt"}, "b": {"files": "b.txt", "share": 3}}
+    assert shares(TOKENIZER, domains=text) == {"a": 0.25, "b": 0.75}
+    assert shares(TOKENIZER, domains=text, answers=0) == {"a": 0.25, "b": 0.75}
+    found = shares(TOKENIZER, domains=text, answers=0.25)
+    assert found == pytest.approx({"a": 0.1875, "b": 0.5625, "answers": 0.25})
+    assert shares(TOKENIZER, domains=text, answers=1) == {"answers": 1.0}
+    chat = {**text, "c": {"files": "c.jsonl", "answers": True}}
+    assert shares(TOKENIZER, domains=chat)["c"] == 0.2
+    assert shares(TOKENIZER, domains=chat, answers=0.6)["c"] == pytest.approx(0.6)
+
+
+def test_what_is_asked_for_twice_changes_nothing() -> None:
+    of = replace(opened(tiny_llama(), Recipe(calibration={"answers": 0.3})), tokenizer=TOKENIZER)
+    once = with_share_of_answers(of)
+    again = with_share_of_answers(once).recipe.calibration.domains
+    for name, domain in once.recipe.calibration.domains.items():
+        assert again[name].share == pytest.approx(domain.share)
+
+
+def test_answers_of_a_model_without_a_chat_template_are_an_error() -> None:
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(RecipeError, match="has no chat template"):
+        shares(bare, answers=0.5)
+
+
+def test_no_share_beside_prompts_is_an_error() -> None:
+    with pytest.raises(RecipeError, match="domain 'c' is of answers"):
+        shares(TOKENIZER, domains={"c": {"files": "c.jsonl", "answers": True}}, answers=0)
+
+
+def test_too_few_prompts_are_an_error(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "two.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    domains = {"chat": {"files": str(tmp_path / "two.jsonl"), "answers": True}, "b": {"files": str(files / "a.txt")}}
+    asked = grouped(recipe(files, domains=domains))
+    with pytest.raises(CalibrationError, match="2 prompts are too few"):
+        secateur.prune(tiny_llama(), asked, tokenizer=TOKENIZER, out=tmp_path / "out")
+
+
+def test_a_killed_run_goes_on_with_the_conversations_that_it_had(tmp_path: Path) -> None:
+    store, done = Store(tmp_path), list[str]()
+
+    def step(name: str) -> dict[str, torch.Tensor]:
+        done.append(name)
+        if name == "c":
+            raise KeyboardInterrupt
+        return {"ids": torch.tensor([len(name)])}
+
+    steps = [(name, lambda name=name: step(name)) for name in ("a", "b", "c")]
+    with pytest.raises(KeyboardInterrupt):
+        answers.in_steps(store)(steps)
+    assert done == ["a", "b", "c"]
+    with pytest.raises(KeyboardInterrupt):
+        answers.in_steps(Store(tmp_path))(steps)
+    assert done == ["a", "b", "c", "c"]
