@@ -104,7 +104,7 @@ def test_against_the_dense_model(copy, checkpoints):
     text = (copy / "evaluation.json").read_text()
     assert Evaluation.from_json(text, "evaluation.json").to_json() == found.to_json() == text
     keys = ["model", "against", "settings", "notes", "dense", "pruned", "kl", "differences", "versions"]
-    keys += ["dense_fingerprint", "samples"]
+    keys += ["dense_fingerprint", "own_answers", "samples"]
     assert list(json.loads(text)) == keys and list(json.loads(text)["pruned"]) == ["domains"]
 
 
@@ -235,7 +235,7 @@ def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path, warm):
     parts = [
         {part.name for part in folder.iterdir()} for folder in (copy / "evaluation", tmp_path / "fresh/evaluation")
     ]
-    assert parts[0] == parts[1] and len(parts[0]) == 8  # two domains: dense, pruned, KL; a sample of each model
+    assert parts[0] == parts[1] and len(parts[0]) == 10  # domains: dense, pruned, KL; samples, answers
 
 
 def test_damaged_parts_are_measured_again(copy):

@@ -27,7 +27,7 @@ from secateur.report.rows import caveats, escaped, loss_rows, verdict
 
 HOSTILE = "<script>alert(1)</script>"
 ODD = "$\\frac$ 日本 & \x07co"
-SECTIONS = "quality speed removed text repeat"
+SECTIONS = "quality samples speed removed text repeat"
 
 
 @pytest.fixture(scope="module")

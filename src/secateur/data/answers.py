@@ -37,6 +37,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 FINISHED_SHARE = 1 / 8
 # A user's turn that is longer is dropped. An answer is cut at half of a block.
 TURN_TOKENS = 128
+NOT_FINITE = "answers: the model gives no finite logits; use it in bfloat16 or float32 and check its weights."
 # So many conversations without one that can be used, and there will be none.
 PATIENCE = 200
 # A gap at a block's end is filled with a part of a conversation if it is longer than this share of it.
@@ -217,6 +218,27 @@ def _filled(written: list[Conversation], num_blocks: int, length: int, filler: i
     return None if num_blocks else packed([], length, filler)
 
 
+def greedy_answers(
+    speaker: Speaker, prompts: Sequence[str], num_tokens: int, stage: str, progress: Progress = silent
+) -> list[Conversation]:
+    """Return what the speaker answers to each prompt of a user, its first choice at every token.
+
+    An answer ends by itself, or behind `num_tokens`. Raises NumericsError if a logit is not finite.
+    """
+    conversations, ends, total = list[Conversation](), speaker.ends, len(prompts) * num_tokens
+    progress(stage, 0, total)
+    for start in range(0, len(prompts), speaker.rows):
+        asked = [_prompt(text, speaker) for text in prompts[start : start + speaker.rows]]
+        tell = _Counter(progress, stage, start * num_tokens, total)
+        written = _continued(speaker, asked, None, lambda ids: ids[-1] in ends or len(ids) >= num_tokens, tell)
+        conversations += [
+            Conversation(ids_T=torch.tensor([*prompt, *answer]), num_prompt=len(prompt))
+            for prompt, answer in zip(asked, written, strict=True)
+        ]
+    progress(stage, total, total)
+    return conversations
+
+
 def _that_fit(prompts: Sequence[str], speaker: Speaker, name: str) -> list[list[int]]:
     """Return the prompts' ids, without those that leave less than half of a block for the answer."""
     ids = [speaker.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in prompts]
@@ -305,11 +327,13 @@ def _first_added(text: str, tokenizer: Tokenizer) -> int | None:
 def _continued(
     speaker: Speaker,
     prompts: list[list[int]],
-    seeds: list[str],
+    seeds: list[str] | None,
     is_over: Callable[[list[int]], bool],
     tell: Callable[[int], None],
 ) -> list[list[int]]:
-    """Return what the model writes behind each prompt, at temperature 1, until `is_over`.
+    """Return what the model writes behind each prompt, until `is_over`.
+
+    With `seeds` it draws at temperature 1; without, each token is its first choice.
 
     Prompts are padded on their left, behind a mask; each row has draws of its own, so a row depends
     on the others by rounding alone. Rows that are over leave the batch.
@@ -317,7 +341,8 @@ def _continued(
     model, head = speaker.model, head_of(speaker.model, speaker.arch)
     backbone = model.get_submodule(speaker.arch.backbone)
     takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
-    draws, drawn = [Random(seed) for seed in seeds], [list[int]() for _ in prompts]
+    draws = None if seeds is None else [Random(seed) for seed in seeds]
+    drawn = [list[int]() for _ in prompts]
     width = max(map(len, prompts))
     fed_BT = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=model.device)
     mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
@@ -330,7 +355,8 @@ def _continued(
             output = backbone(fed_BT, attention_mask=mask_BT, use_cache=True, **where, **cache)
             name = next(each for each in CACHE_NAMES if each in output)
             logits_BV = head(output.last_hidden_state[:, -1])[:, : len(speaker.tokenizer)]
-            next_B = _draw(logits_BV, torch.tensor([draws[row].random() for row in rows]))
+            numbers = None if draws is None else torch.tensor([draws[row].random() for row in rows])
+            next_B = _first(logits_BV) if numbers is None else _draw(logits_BV, numbers)
             for row, token in zip(rows, next_B.tolist(), strict=True):
                 if not (drawn[row] and is_over(drawn[row])):
                     drawn[row].append(token)
@@ -352,14 +378,19 @@ def _draw(logits_BV: Float[Tensor, "B V"], uniform_B: Float[Tensor, " B"]) -> In
     """Return the token at which the summed probabilities pass each row's number between 0 and 1."""
     sums_BV = logits_BV.float().softmax(dim=-1).cumsum(dim=-1)
     if not bool(torch.isfinite(sums_BV[:, -1]).all()):
-        raise NumericsError(
-            "answers: the dense model gives no finite logits; use the model in bfloat16 or float32 and check its "
-            "weights."
-        )
+        raise NumericsError(NOT_FINITE)
     # The last sum is 1 up to rounding.
     aims_B = uniform_B.to(sums_BV) * sums_BV[:, -1]
     found_B = torch.searchsorted(sums_BV, aims_B[:, None], right=True)[:, 0]
     return found_B.clamp_max(sums_BV.shape[1] - 1)
+
+
+def _first(logits_BV: Float[Tensor, "B V"]) -> Int64[Tensor, " B"]:
+    """Return each row's token of the highest logit."""
+    highest = logits_BV.max(dim=-1)
+    if not bool(torch.isfinite(highest.values).all()):
+        raise NumericsError(NOT_FINITE)
+    return highest.indices
 
 
 def packed(conversations: Sequence[Conversation], length: int, filler: int) -> Blocks:

@@ -144,13 +144,14 @@ def _evaluate(
         note = f"the vocabulary was trimmed ({sizes}): losses are nats per token of the model's own tokenizer."
         text = replace(text, notes=(*text.notes, note))
     store = Store.lasting(directory / PARTS_FOLDER, tell)
-    before = states = kl = changes = None
+    before = states = kl = changes = sheet = answers = None
     harness: dict[str, Any] = {}
     starts = {} if dense is None else sample_starts(text.blocks["domains"], text.tokenizer)
     written: list[dict[str, str]] = []
     if dense is not None:
         before, harness = _measure(store, dense, dense_text, settings.task_options, progress)
         written.append(parts.sample_parts(store, dense, dense_text.tokenizer, starts, progress))
+        sheet = parts.answer_sheet(store, dense, dense_text.tokenizer, progress)
         if trim is not None:
             dense.keep(trim.kept)
         states = parts.dense_states(store, dense, pruned, domains, progress)
@@ -160,6 +161,9 @@ def _evaluate(
         found = parts.kl_parts(store, dense, pruned, states, domains, progress)
         kl = {domain: Divergence(**part) for domain, part in found.items()}
         written.append(parts.sample_parts(store, pruned, text.tokenizer, starts, progress))
+        if sheet is not None:
+            tokenizers = (text.tokenizer, dense_text.tokenizer)
+            answers = parts.answer_parts(store, sheet, pruned, *tokenizers, progress)
         tasks = parts.task_changes(harness, own_harness) if text.tasks is not None else None
         changes = parts.differences(before, after, tasks)
     evaluation = Evaluation(
@@ -173,6 +177,7 @@ def _evaluate(
         differences=changes,
         versions=versions(),
         dense_fingerprint=None if dense is None else identity(dense.checkpoint),
+        own_answers=answers,
         samples=tuple(Sample(name, start, *(each[name] for each in written)) for name, start in starts.items()),
     )
     if is_first():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.data.answers import Speaker
 from secateur.data.blocks import Block, Text, blocks_of
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, identity, merge, num_questions, run_task
 from secateur.evaluation.text import continuation, measure_quality
@@ -40,8 +41,14 @@ from secateur.report.measured import (
 from secateur.store import Store
 from secateur.stream import losses
 from secateur.stream.device import on_device
+from secateur.stream.own_answers import ANSWER_TOKENS, AnswerSheet, OwnAnswers, ask, judge, judging_prompts
+
+# What a conversation may have, by which the batch's size follows.
+SPEAKER_TOKENS = 512
 
 Part = dict[str, Any]
+# What a conversation may have; how many are asked at a time follows from it.
+SPEAKER_TOKENS = 512
 
 
 def differences(dense: Measured, pruned: Measured, tasks: dict[str, dict[str, TaskChange]] | None) -> Differences:
@@ -190,6 +197,42 @@ def sample_parts(
 
     depends_on = {**subject.facts, "starts": dict(starts)}
     return store.value("samples", lambda: from_first(write), depends_on=depends_on)
+
+
+def answer_sheet(
+    store: Store, dense: Subject, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> AnswerSheet | None:
+    """Return what the dense model answers; None without a chat template."""
+    if tokenizer.chat_template is None:
+        return None
+    prompts = judging_prompts()
+    depends_on = {**dense.facts, "prompts": list(prompts), "tokens": ANSWER_TOKENS}
+
+    def written() -> Part:
+        return ask(_speaker(dense, tokenizer), prompts, progress, once=from_first).plain()
+
+    return AnswerSheet.of(prompts, store.value("answers", written, depends_on=depends_on))
+
+
+def answer_parts(
+    store: Store,
+    sheet: AnswerSheet,
+    pruned: Subject,
+    tokenizer: PreTrainedTokenizerBase,
+    dense_tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+) -> OwnAnswers:
+    """Return how the pruned model stands to the sheet. `dense_tokenizer`: the same object if nothing was trimmed."""
+    depends_on = {**pruned.facts, "sheet": hashlib.sha256(str(sheet.plain()).encode()).hexdigest()}
+
+    def stood() -> Part:
+        return dataclasses.asdict(judge(_speaker(pruned, tokenizer), sheet, dense_tokenizer, progress, once=from_first))
+
+    return OwnAnswers.of(store.value("own-answers", stood, depends_on=depends_on))
+
+
+def _speaker(subject: Subject, tokenizer: PreTrainedTokenizerBase) -> Speaker:
+    return Speaker(model=subject.model(), arch=subject.arch, tokenizer=tokenizer, seed="", length=SPEAKER_TOKENS)
 
 
 def dense_states(

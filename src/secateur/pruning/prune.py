@@ -15,6 +15,7 @@ from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, silent
 from secateur.model.checkpoint import Tokenizer, eval_mode
 from secateur.model.modules import CausalLM
+from secateur.pruning import own_answers
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.latency import with_seconds
 from secateur.pruning.loop import prune_in_place, remove_depth
@@ -105,6 +106,7 @@ def _pruned(
     services, judge = run.services, RunJudge(drawn.judged, opened.trim)
     measured: dict[str, Any] = {"calibration": calibration_facts(drawn), "lineage": opened.lineage}
     measured["dense_losses"] = judge.losses(run, "dense")
+    sheet = own_answers.asked(opened, run, placement)
     if opened.trim is not None:
         run = without_tokens(run, opened.trim, force=force)
     recipe = run.resolved.recipe
@@ -115,6 +117,7 @@ def _pruned(
             measured["polish"] = polish(run.model, lesson, recipe.seed, services, opened.device)
         lesson = None
     measured |= {"peak_bytes": peak_bytes(), "pruned_losses": judge.losses(run, "pruned")}
+    measured["own_answers"] = own_answers.judged(opened, run, sheet)
     services.store.note_found()
     measured |= {"device_peak_bytes": peak_bytes_on(opened.device)}
     placement.offload()

@@ -23,6 +23,7 @@ from secateur.facts import (
     standard_error,
     won_back,
 )
+from secateur.stream.own_answers import OwnAnswers
 
 RECOVERY_FILE = "recovery.json"
 
@@ -189,6 +190,7 @@ class Evaluation(Record):
     differences: Differences | None = None
     versions: dict[str, str]
     dense_fingerprint: str | None = None
+    own_answers: OwnAnswers | None = None  # of a chat model, with `against`
     samples: tuple[Sample, ...] = ()
 
     @property

@@ -28,6 +28,7 @@ from secateur.report.measured import (
     RecoveryRecord,
 )
 from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, RESULT_FILE
+from secateur.stream.own_answers import OwnAnswers
 
 Losses = dict[str, Loss]
 
@@ -227,6 +228,7 @@ class Summary(Record):
     device: str = "cpu"
     device_peak_bytes: int | None = None  # allocated there, where torch counts it
     polish: PolishRecord | None = None  # if it was trained; `pruned_losses` are of the model after that
+    own_answers: OwnAnswers | None = None  # of a model with a chat template, if it was judged
     vocabulary: VocabularyFacts | None = None  # if it was trimmed; losses are then per dense token
     like: Ancestor | None = None
     lineage: tuple[Ancestor, ...] = ()  # the original model first

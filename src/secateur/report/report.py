@@ -115,9 +115,12 @@ def key_figures(summary: Summary, rates: list[sections.SpeedFigures]) -> list[Ke
         KeyFigure("parameters", f"of {dense.num_params:,}", f"{pruned.num_params / 1e6:,.1f} M"),
         KeyFigure("weights", f"from {human_bytes(dense.num_bytes)}", human_bytes(pruned.num_bytes)),
     ]
+    if (answers := summary.own_answers) is not None:
+        told = f"of the words of its {answers.num_prompts} old answers it would choose"
+        figures.append(KeyFigure("own answers", told, f"{answers.same_first:.0%}"))
     if summary.dense_losses:
         before, after = (geometric_mean_perplexity(losses) for losses in (summary.dense_losses, summary.pruned_losses))
-        figures.append(KeyFigure("held-out perplexity", f"from {before:.2f}", f"{after:.2f}"))
+        figures.append(KeyFigure("perplexity, text like trained on", f"from {before:.2f}", f"{after:.2f}"))
     for phase, before, after, ratio in rates:
         spread = f"{ratio.lowest:.2f} to {ratio.highest:.2f} times, {before:,.1f} → {after:,.1f} tokens/s"
         figures.append(KeyFigure(phase, spread, f"{ratio.median:.2f}x" if ratio.is_told else ALIKE))

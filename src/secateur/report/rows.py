@@ -11,6 +11,7 @@ from rich.jupyter import JupyterMixin
 
 from secateur.facts import NGRAM_TOKENS, geometric_mean_perplexity
 from secateur.log import human_bytes
+from secateur.report.answers import answer_note, answer_rows, answers_sentence
 from secateur.report.measured import ALIKE, Change, Ratio, change, mean_change
 from secateur.report.page import Table
 from secateur.report.records import Inspection, Summary
@@ -76,7 +77,8 @@ def summary_table(summary: Summary) -> Tables:
 def quality_and_size(summary: Summary, caption: str = "") -> Table:
     """Return quality by domain, if measured, sizes and widths: dense, pruned and difference."""
     first = f"held-out nats/token{of_dense(summary)} (perplexity)" if summary.dense_losses else ""
-    return Table(caption, (first, *SIDES), [*loss_rows(summary), *figure_rows(summary)])
+    rows = [*answer_rows(summary.own_answers), *loss_rows(summary), *figure_rows(summary)]
+    return Table(caption, (first, *SIDES), rows)
 
 
 def headline(summary: Summary) -> str:
@@ -97,11 +99,15 @@ def verdict(summary: Summary, speed_ups: Mapping[str, Ratio] | None = None) -> s
     measured_on = ", ".join(summary.calibration.num_tokens)
     by_text = f", calibrated on {measured_on}" if measured_on else ""
     sentence = [f"Pruning removed {summary.remove_reached:.1%} of the parameters{by_text}"]
+    if summary.own_answers is not None:
+        sentence.append(answers_sentence(summary.own_answers))
     if summary.dense_losses:
         before, after = (geometric_mean_perplexity(losses) for losses in (summary.dense_losses, summary.pruned_losses))
         domains = list(summary.dense_losses)
         where = f"geometric mean of {len(domains)} domains" if len(domains) > 1 else f"domain {domains[0]}"
-        sentence.append(f"held-out perplexity went from {before:.2f} to {after:.2f} ({where})")
+        sentence.append(
+            f"on text like what it was trained on, held-out perplexity went from {before:.2f} to {after:.2f} ({where})"
+        )
     if speed_ups:
         sentence.append(" and ".join(faster(phase, ratio) for phase, ratio in speed_ups.items()))
     return "; ".join(sentence) + "."
@@ -186,6 +192,7 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
             "quality on",
             f"{judged} held-out tokens, seen by no statistic; ± is one standard error over the same documents",
         )
+    yield from answer_note(summary.own_answers)
     if summary.vocabulary is not None:
         yield from vocabulary_notes(summary.vocabulary)
     if summary.polish is not None:

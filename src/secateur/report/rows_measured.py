@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from secateur.facts import Trained, Verdict, mean_kl, mean_nats
 from secateur.log import human_bytes
+from secateur.report.answers import answer_rows
 from secateur.report.measured import (
     BenchResult,
     Change,
@@ -32,7 +33,9 @@ def text_tables(evaluation: Evaluation) -> list[Table]:
     """Return nats per token, bits per byte and KL by domain."""
     columns = (*_models(evaluation), *(["difference"] if evaluation.differences else []))
     of_kl = ("domain", "mean", "95% of tokens below", "same token first")
+    answers = list(answer_rows(evaluation.own_answers))
     return [
+        Table("the dense model's own answers", ("", "dense", "pruned", "difference"), answers),
         Table("nats/token (perplexity)", ("domain", *columns), list(_nats_rows(evaluation))),
         Table("bits/byte", ("domain", *columns), list(_bits_rows(evaluation))),
         Table("KL(dense || pruned), nats/token", of_kl, list(_kl_rows(evaluation))),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from secateur.facts import NGRAM_TOKENS, Trained
 from secateur.recipe_file import dump_recipe
 from secateur.report import rows_measured
+from secateur.report.answers import answer_tables
 from secateur.report.card import source_text
 from secateur.report.measured import BenchResult, Ratio, spread_of
 from secateur.report.page import Section, Table
@@ -58,16 +59,16 @@ def _trained(caption: str, record: Trained, name: str) -> Table:
 
 
 def samples(files: ResultFiles) -> Section | None:
-    """What both models write after the same start."""
+    """What both models answer to the same prompts, and write after the same start."""
     found = () if files.evaluation is None else files.evaluation.samples
-    if not found:
+    tables = answer_tables(files.summary.own_answers)
+    if not (found or tables):
         return None
-    tables = []
     for sample in found:
         rows = [(side, _printable(getattr(sample, side))) for side in ("start", *SIDES[:2])]
         tables.append(Table(sample.domain, (), rows, numbers=False))
-    text = "After the same start of a text, both models write on, greedily: always the likeliest token."
-    return Section("samples", "A sample of text", (text,), tables=tables)
+    text = "Both models answer the same prompts, or write on after the same start, always by the likeliest token."
+    return Section("samples", "Samples of both", (text,), tables=tables)
 
 
 def _printable(text: str) -> str:

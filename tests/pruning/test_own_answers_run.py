@@ -1,0 +1,77 @@
+"""A run is judged by the dense model's own answers, on the path that a user runs."""
+
+import json
+import shutil
+from dataclasses import asdict
+
+import pytest
+from recipes import grouped
+
+import secateur
+from secateur.data.answers import Speaker
+from secateur.model.bind import bind
+from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
+from secateur.report.records import read_result
+from secateur.report.report import report_page
+from secateur.report.rows import verdict
+from secateur.stream.own_answers import ask, judge
+
+PROMPTS = ("Why?", "Two and two?")
+
+
+def speaker(directory) -> Speaker:
+    checkpoint = open_checkpoint(directory)
+    model = load_model(checkpoint, mapped=False).eval()
+    return Speaker(model=model, arch=bind(model), tokenizer=load_tokenizer(checkpoint), seed="0", length=32)
+
+
+@pytest.fixture(scope="module")
+def pruned(checkpoints, recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("own") / "out"
+    return secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.2}), out=out)
+
+
+def test_the_figures_are_those_of_the_two_saved_models(checkpoints, pruned):
+    found = pruned.summary.own_answers
+    dense = speaker(checkpoints["llama"])
+    expected = judge(speaker(pruned.out), ask(dense, PROMPTS), dense.tokenizer)
+    # The run's tokenizer is the dense one: saved and read again it is another object.
+    assert found.num_tokens == expected.num_tokens and found.ended == expected.ended
+    assert found.nats == pytest.approx(expected.nats, rel=1e-4)
+    assert found.nats_lost != 0
+
+
+def test_result_page_and_card_begin_with_them(pruned):
+    found = pruned.summary.own_answers
+    kept = json.loads((pruned.out / "result.json").read_text())["own_answers"]
+    assert kept == json.loads(json.dumps(asdict(found)))
+    assert "asked 2 questions" in verdict(pruned.summary)
+    files = read_result(pruned.out)
+    assert files.summary.own_answers == found
+    sections = {section.name for section in report_page(files).sections}
+    assert "samples" in sections
+    card = (pruned.out / "README.md").read_text()
+    assert card.index("own answers, nats/token") < card.index("| prose")
+
+
+def test_evaluate_finds_the_same_and_keeps_it(checkpoints, pruned):
+    found = secateur.evaluate(pruned.out, checkpoints["llama"]).own_answers
+    assert found.nats == pytest.approx(pruned.summary.own_answers.nats, rel=1e-4)
+    assert found.num_tokens == pruned.summary.own_answers.num_tokens
+    kept = json.loads((pruned.out / "evaluation.json").read_text())["own_answers"]
+    assert kept == json.loads(json.dumps(asdict(found)))
+    assert secateur.evaluate(pruned.out).own_answers is None
+
+
+def test_a_model_without_a_chat_template_is_not_asked(checkpoints, recipe, tmp_path):
+    plain = shutil.copytree(checkpoints["llama"], tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((plain / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (plain / "tokenizer_config.json").write_text(json.dumps(config))
+    assert secateur.prune(plain, grouped({**recipe, "remove": 0.2})).summary.own_answers is None
+
+
+def test_nothing_is_asked_if_nothing_is_judged(checkpoints, recipe):
+    result = secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.2, "evaluate": False}))
+    assert result.summary.own_answers is None
