@@ -98,7 +98,7 @@ def as_published(row: str, share: float, draw: int, blocks_NT: Tensor, model: Pr
 def text_of(draw: int, tokenizer: Any, config: Any, arguments: argparse.Namespace) -> dict[str, Tensor]:
     """Return one draw's blocks to be judged by; WikiText-2's are spread evenly over the test split."""
     drawn_set = drawn(1, arguments.eval_blocks * len(HYBRID) * LENGTH, tokenizer, draw)
-    whole = wikitext_blocks(str(DATA / "wikitext2_test_rows.jsonl.gz"), None, tokenizer, config)
+    whole = wikitext_blocks(str(DATA / "wikitext2_test_rows.jsonl.gz"), None, tokenizer, config).ids_NT
     step = max(1, len(whole) // arguments.wikitext_blocks)
     some = whole[draw % step :: step][: arguments.wikitext_blocks]
     return {domain.name: domain.calibration.ids_NT for domain in drawn_set.domains} | {WIKITEXT: some}

@@ -140,10 +140,10 @@ def test_wikitext_blocks_follow_each_other_and_a_rest_is_dropped(tmp_path):
     (tmp_path / "rows.txt").write_text("".join(rows))
     ids = TOKENIZER("\n\n".join(row if row.strip() else "" for row in rows))["input_ids"]
     config = Positions(256)
-    blocks = wikitext_blocks(str(tmp_path / "rows.txt"), 100, TOKENIZER, config)
+    blocks = wikitext_blocks(str(tmp_path / "rows.txt"), 100, TOKENIZER, config).ids_NT
     assert blocks.shape == (len(ids) // 100, 100)
     assert blocks.flatten().tolist() == ids[: len(ids) // 100 * 100]
-    assert wikitext_blocks(str(tmp_path / "rows.txt"), None, TOKENIZER, config).shape[1] == 256
+    assert wikitext_blocks(str(tmp_path / "rows.txt"), None, TOKENIZER, config).ids_NT.shape[1] == 256
     with pytest.raises(CalibrationError, match=r"257 is longer than the model's 256 positions"):
         wikitext_blocks(str(tmp_path / "rows.txt"), 257, TOKENIZER, config)
     with pytest.raises(CalibrationError, match=r"tokens are less than one block of 2048"):
@@ -182,4 +182,22 @@ def test_a_mean_that_is_infinite_is_refused_too(monkeypatch):
 
 def test_a_model_of_many_positions_is_judged_as_in_the_literature(tmp_path):
     (tmp_path / "rows.txt").write_text("a row of it \n" * 600)
-    assert wikitext_blocks(str(tmp_path / "rows.txt"), None, TOKENIZER, Positions(8192)).shape[1] == 2048
+    assert wikitext_blocks(str(tmp_path / "rows.txt"), None, TOKENIZER, Positions(8192)).ids_NT.shape[1] == 2048
+
+
+def test_articles_of_wikitext_are_its_documents(tmp_path):
+    rows = [
+        " \n",
+        " = Mills = \n",
+        " a mill by a river . \n",
+        " = = History = = \n",
+        " it is old . \n",
+        " = Ferries = \n",
+    ]
+    (tmp_path / "rows.txt").write_text("".join([*rows, " they cross it . \n"]))
+    blocks = wikitext_blocks(str(tmp_path / "rows.txt"), 8, TOKENIZER, Positions(256))
+    text = {
+        number: TOKENIZER.decode(blocks.ids_NT[blocks.document_NT == number]) for number in sorted(blocks.documents)
+    }
+    assert list(text) == [0, 1, 2] and "Mills" in text[1] and "History" in text[1] and "Ferries" not in text[1]
+    assert text[2].strip().startswith("= Ferries =") and "cross" in text[2]

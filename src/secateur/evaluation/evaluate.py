@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.blocks import Blocks, Text
+from secateur.data.blocks import Blocks, Text, blocks_of
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.evaluation import parts
@@ -268,6 +268,6 @@ def _plain(settings: _Settings, text: _Text) -> dict[str, Any]:
     wikitext2 = text.blocks.get("wikitext2")
     data |= {"domains": list(text.blocks["domains"]), "tasks": list(settings.tasks)}
     data["wikitext2"] = None if settings.wikitext2 is None else Path(settings.wikitext2).name
-    data["wikitext2_length"] = None if wikitext2 is None else len(wikitext2["test"][0])
+    data["wikitext2_length"] = None if wikitext2 is None else len(blocks_of(wikitext2["test"])[0].ids_T)
     data["tasks_data"] = None if settings.tasks_data is None else settings.tasks_data.name
     return data

@@ -1,14 +1,15 @@
 """Evaluation text, by domain and from WikiText-2, and how well a model predicts it."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from huggingface_hub import constants
-from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +33,8 @@ from secateur.stream.losses import Sums, block_losses, loss_of, sums_of
 HUB = "hub"
 DEFAULT_BLOCK_LENGTH = 2048
 SEED = 0  # for text that no recipe describes
+# The title of an article of WikiText; those of its sections have more signs.
+TITLE = re.compile(r"\s*= [^=]+ =\s*")
 # How much of a text models see before they write on, how much they write, and of how many domains.
 START_TOKENS, SAMPLE_TOKENS, SAMPLED_DOMAINS = 32, 60, 3
 # The share of n-grams from which a reader is told: boilerplate of the same kind has as many.
@@ -208,10 +211,8 @@ def _changes(directory: Path, judged: JudgedText) -> tuple[str, ...]:
     )
 
 
-def wikitext_blocks(
-    source: str, block_length: int | None, tokenizer: PreTrainedTokenizerBase, config: Any
-) -> Int64[Tensor, "N L"]:
-    """Return the test split as blocks. `source`: a file of rows, or `hub`.
+def wikitext_blocks(source: str, block_length: int | None, tokenizer: PreTrainedTokenizerBase, config: Any) -> Blocks:
+    """Return the test split as blocks, whose documents are its articles. `source`: a file of rows, or `hub`.
 
     Files: .jsonl .json .csv .parquet .txt .raw. `block_length`: None for 2048, or the model's
     number of positions if that is smaller. Raises CalibrationError if the rows cannot be read or
@@ -221,14 +222,19 @@ def wikitext_blocks(
     length = block_length or min(DEFAULT_BLOCK_LENGTH, longest)
     check_length("--wikitext2-length", length, config)
     rows = _hub_rows() if source == HUB else _file_rows(Path(source))
-    ids = tokenizer("\n\n".join(rows), verbose=False)["input_ids"]
+    encoded = tokenizer("\n\n".join(rows), return_offsets_mapping=True, verbose=False)
+    ids, places = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
     num_blocks = len(ids) // length
     if num_blocks == 0:
         raise CalibrationError(
             f"WikiText-2 rows {source}: {len(ids):,} tokens are less than one block of {length}; "
             "give the whole test split, or a shorter --wikitext2-length."
         )
-    return torch.tensor(ids[: num_blocks * length]).view(num_blocks, length)
+    rows_end = accumulate((len(row) + 2 for row in rows), initial=0)
+    titles = [place for row, place in zip(rows, rows_end, strict=False) if TITLE.fullmatch(row)]
+    articles_T = torch.searchsorted(torch.tensor(titles, dtype=torch.int64), torch.tensor(places), right=True)
+    parts = (each[: num_blocks * length].view(num_blocks, length) for each in (torch.tensor(ids), articles_T))
+    return Blocks(*parts)
 
 
 def _file_rows(path: Path) -> list[str]:
