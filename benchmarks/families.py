@@ -17,7 +17,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,22 @@ from secateur.model.twin import run, token_ids, twin
 from secateur.stream.losses import states_for_head
 from secateur.stream.walk import Walk, make_batches
 
-CAUSAL, IMAGES = "causal language models", "models that read images"
+KINDS: dict[str, tuple[Any, Any]] = {
+    "causal language models": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "models that read images": (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+}
 MARKS = "<!-- types: made by benchmarks/families.py -->", "<!-- end of types -->"
 SECONDS = 240
 SHARE = 0.2
 CLOSE = 2e-5
 
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MROPE = ROPE | {"mrope_section": [16, 24, 24]}
 # What transformers' default config of a type leaves out, so that not even transformers can run it.
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "big_bird": {"attention_type": "original_full"},  # what it switches to for a short text
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "deepseek_v2": {
         "num_experts_per_tok": 6,
         "n_routed_experts": 64,
@@ -56,18 +66,53 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "topk_method": "greedy",
     },
-    "dots1": {"n_routed_experts": 64, "n_shared_experts": 2},
+    "dots1": {
+        "n_routed_experts": 64,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 6,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "gemma3n_text": {"num_kv_shared_layers": 0},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "qwen2_vl": {"text_config": {"rope_parameters": MROPE}},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": MROPE}},
+    "qwen2_5_omni_thinker": {"text_config": {"rope_parameters": MROPE}},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": ROPE}}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "ministral": {"head_dim": 128},
-    "nemotron": {"head_dim": 128},
+    "xmod": {"default_language": "en_XX"},
+    "nemotron": {"num_key_value_heads": 8},
 }
 # Why a type cannot be pruned, where the error is transformers' own.
 REASONS = (
     ("timm library", "needs the package timm"),
     ("Input language unknown", "needs a language to be set"),
     ("is_decoder=True", "its default config is no decoder"),
+    ("can be run to try cuts on", "its default config does not run, made small"),
+    ("has no head", "its class has no head"),
+    ("also says the size", "its config key says another width, too"),
+    ("no key of the config", "no config key says its width"),
+    ("loaded again", "reloaded, it is not what was cut"),
+    ("how its stacks are read", "how its experts are stacked is not known"),
+    ("is not called with hidden states", "its experts are called in another way"),
 )
+
+
+FEW_WORDS = {
+    "StrictDataclassClassValidationError": "its own class refuses its default config",
+    "ValueError": "its own class refuses its default config",
+    "IndexError": "its default config lacks what it reads",
+    "AssertionError": "built from its config, it has other modules",
+    "NotImplementedError": "transformers does not name its embedding",
+    "RuntimeError": "its layers do not give one hidden state",
+    "AttributeError": "its default config lacks what it reads",
+    "TypeError": "its default config lacks what it reads",
+    "KeyError": "its layers see another length than its text",
+}
 
 
 class TooLong(Exception):
@@ -91,13 +136,12 @@ def at_most(seconds: int) -> Iterator[None]:
 
 def tiny(model_type: str, auto: Any) -> Any:
     """Return a tiny random model of the type, from transformers' default config."""
-    config = CONFIG_MAPPING[model_type](**DEFAULTS.get(model_type, {}))
     with torch.device("meta"):
-        model = auto.from_config(config)
+        model = auto.from_config(CONFIG_MAPPING[model_type](**DEFAULTS.get(model_type, {})))
     layers = list(model.get_submodule(places(model)[1]).children())
     kinds = [str([(name, each.shape) for name, each in layer.named_parameters()]) for layer in layers]
     deepest = max(kinds.index(kind) for kind in kinds)
-    return twin(type(model), config, sum(each.numel() for each in model.parameters()), max(2, deepest + 1))
+    return twin(type(model), model.config, sum(each.numel() for each in model.parameters()), max(2, deepest + 1))
 
 
 def check_walk(model: Any, arch: Arch) -> None:
@@ -114,12 +158,12 @@ def check_walk(model: Any, arch: Arch) -> None:
         raise ValueError("the walk is not the forward pass")
 
 
-def check_group(model: Any, name: str, auto: Any) -> None:
-    """Cut a fifth of the group, save, reload by stock transformers; raise ValueError if it is not the mask."""
+def check_groups(model: Any, names: tuple[str, ...], auto: Any) -> None:
+    """Cut a fifth of the groups, save, reload by stock transformers; raise ValueError if it is not the mask."""
     whole, masked = copy.deepcopy(model), copy.deepcopy(model)
     arch, unrouted = bind(whole), []
     bind(masked)
-    for group in arch.select((name,)):
+    for group in arch.select(names):
         keep = some_units(group, kept(group))
         silent, layer = (decoder_layers(each, arch)[group.layer] for each in (masked, whole))
         if group.kind == "experts":
@@ -131,15 +175,17 @@ def check_group(model: Any, name: str, auto: Any) -> None:
     with Unrouted(unrouted):
         expected = run(masked)
     if torch.allclose(expected, run(model), atol=1e-6):
-        raise ValueError(f"{name}: silent units change nothing")
+        raise ValueError("silent units change nothing")
     with tempfile.TemporaryDirectory() as directory, quiet_transformers():
         whole.save_pretrained(directory)
-        reloaded, info = auto.from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
+        is_known = type(whole.config) in auto._model_mapping
+        loader = auto if is_known else type(whole)  # a text part alone may have no class of its own
+        reloaded, info = loader.from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
     if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-        raise ValueError(f"{name}: saved and loaded tensors differ")
+        raise ValueError("saved and loaded tensors differ")
     difference = (run(reloaded.eval()) - expected).abs().max().item() / max(1.0, expected.abs().max().item())
     if not difference <= CLOSE:
-        raise ValueError(f"{name}: reloaded logits differ by {difference:.1e}")
+        raise ValueError(f"reloaded logits differ by {difference:.1e}")
 
 
 def kept(group: Group) -> int:
@@ -148,42 +194,62 @@ def kept(group: Group) -> int:
     return min(counts, key=lambda count: abs(count - (1 - SHARE) * group.num_units))
 
 
-def tried(model_type: str, auto: Any) -> tuple[tuple[str, ...], str]:
+def tried(model_type: str, kind: str) -> tuple[tuple[str, ...], str]:
     """Return the groups that hold, and why there are none or not all."""
-    problems = []
+    auto = KINDS[kind][0]
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     try:
         with at_most(SECONDS), quiet_transformers():
             model = tiny(model_type, auto)
             arch = bind(model)
             names = tuple(dict.fromkeys(group.name for group in arch.groups if group.num_units > 1))
+            if not names:
+                return (), why_none(arch)
             check_walk(model, arch)
-            held = []
-            for name in names:
-                try:
-                    check_group(model, name, auto)
-                    held.append(name)
-                except Exception as error:  # a row of the table, whatever fails
-                    problems.append(f"{name}: {reason(error)}")
-            return tuple(held), "; ".join(problems) if names else why_none(arch)
-    except Exception as error:
+            held, problems = _held(model, names, auto)
+            return held, problems[-1] if problems else ""
+    except Exception as error:  # a row of the table, whatever fails
         return (), reason(error)
+
+
+def _held(model: Any, names: tuple[str, ...], auto: Any) -> tuple[tuple[str, ...], list[str]]:
+    """Return the groups that hold, tried together where they do not cut the same, else alone."""
+    together = tuple(name for name in names if name not in ("query_heads", "expert_ffn"))
+    try:
+        check_groups(model, together, auto)
+        held = list(together)
+    except Exception:
+        held = []
+    problems = []
+    for name in (name for name in names if name not in held):
+        try:
+            check_groups(model, (name,), auto)
+            held.append(name)
+        except Exception as error:
+            problems.append(reason(error))
+    return tuple(name for name in names if name in held), problems
 
 
 def why_none(arch: Arch) -> str:
     """Return why nothing can be cut: what is wrong with the FFN or the experts."""
     reasons = [arch.omits[name] for name in ("ffn", "experts", "shared") if name in arch.omits]
-    return reasons[0] if reasons else "no FFN and no experts in its layers"
+    return in_few_words(reasons[0]) if reasons else "no FFN and no experts in its layers"
+
+
+def in_few_words(text: str) -> str:
+    """Return a reason in at most eight words."""
+    return next((words for part, words in REASONS if part in text), " ".join(text.split()[:8]))
 
 
 def reason(error: Exception) -> str:
     """Return the error in a few words."""
     text = " ".join(str(error).split())
-    for part, words in REASONS:
-        if part in text:
-            return words
+    if any(part in text for part, _ in REASONS):
+        return in_few_words(text)
     if "layer by layer: " in text:
         return text.partition("layer by layer: ")[2].rstrip(".")
-    return f"{type(error).__name__}: {text}"[:160]
+    return FEW_WORDS.get(type(error).__name__, f"{type(error).__name__}: {text}")
 
 
 def table(rows: dict[str, tuple[tuple[str, ...], str]]) -> list[str]:
@@ -199,26 +265,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Try every model type of the installed transformers.")
     parser.add_argument("--only", nargs="+", default=[], metavar="TYPE")
     parser.add_argument("--page", type=Path)
+    parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    kinds: dict[str, tuple[Any, Any]] = {
-        CAUSAL: (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-        IMAGES: (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
-    }
     lines = [f"Made with transformers {transformers.__version__}."]
     started = time.perf_counter()
-    for title, (auto, names) in kinds.items():
-        rows = {}
-        for model_type in names:
-            if options.only and model_type not in options.only:
-                continue
-            began = time.perf_counter()
-            rows[model_type] = tried(model_type, auto)
-            groups, why = rows[model_type]
-            print(f"{model_type:26} {time.perf_counter() - began:5.1f} s  {' '.join(groups)}  {why}", flush=True)
-        number = sum(bool(groups) for groups, _ in rows.values())
-        print(f"{title}: {number} of {len(rows)}, {time.perf_counter() - started:.0f} s in all", flush=True)
-        lines += ["", f"### {title.capitalize()}: {number} of {len(rows)}", "", *table(rows)]
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        for kind, (_, names) in KINDS.items():
+            chosen = [name for name in names if name in options.only or not options.only]
+            rows = {}
+            for name, row in zip(chosen, pool.map(tried, chosen, [kind] * len(chosen)), strict=True):
+                rows[name] = row
+                print(f"{name:26} {' '.join(row[0])}  {row[1]}", flush=True)
+            number = sum(bool(groups) for groups, _ in rows.values())
+            print(f"{kind}: {number} of {len(rows)}, {time.perf_counter() - started:.0f} s in all", flush=True)
+            lines += ["", f"### {kind.capitalize()}: {number} of {len(rows)}", "", *table(rows)]
     if options.page:
         before, rest = options.page.read_text(encoding="utf-8").split(MARKS[0])
         after = rest.split(MARKS[1])[1]

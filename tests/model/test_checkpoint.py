@@ -15,9 +15,18 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, T5Config
 
 from secateur.errors import ArchError, CheckpointError
-from secateur.model.checkpoint import check_rows, check_weights, load_model, load_tokenizer, meta_model, open_checkpoint
+from secateur.model.checkpoint import (
+    check_rows,
+    check_weights,
+    left_aside,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    open_checkpoint,
+)
 from secateur.model.config import quiet_transformers
 from secateur.model.tensors import read_tensors
+from tests.families import tiny_family
 
 
 @pytest.fixture
@@ -446,3 +455,18 @@ def test_tokens_beyond_the_embedding_may_only_be_added_ones_that_no_text_needs()
     check_rows(tiny_tokenizer(), 257, "here")
     with pytest.raises(CheckpointError, match="256 rows, so token"):
         check_rows(tiny_tokenizer(), 256, "here")
+
+
+def test_heads_that_transformers_leaves_aside_are_told_by_name_and_size(tmp_path: Path) -> None:
+    """As Qwen3.5's checkpoints have them: the result would be without them, and nobody told."""
+    model = tiny_family("qwen3_5")
+    directory = save(tmp_path / "model", model)
+    checkpoint = open_checkpoint(directory)
+    assert left_aside(checkpoint, meta_model(checkpoint.config)) == ()
+    tensors = load_file(directory / "model.safetensors")
+    extra = {"mtp.fc.weight": torch.ones(48, 96), "mtp.norm.weight": torch.ones(48)}
+    save_file(tensors | extra, directory / "model.safetensors", {"format": "pt"})
+    checkpoint = open_checkpoint(directory)
+    (note,) = left_aside(checkpoint, meta_model(checkpoint.config))
+    assert note.startswith("2 tensors of 4,656 parameters (mtp.fc.weight to mtp.norm.weight) are no part of the model")
+    check_weights(checkpoint, meta_model(checkpoint.config))

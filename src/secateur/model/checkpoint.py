@@ -5,6 +5,7 @@ Also prepares a model that is handed over in memory.
 
 import functools
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -137,6 +138,22 @@ def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         mismatched=mismatched,
         missing=[name for name in expected if name not in stored and name not in model.all_tied_weights_keys],
         unexpected=[name for name in stored if name not in expected and not ignored.search(name)],
+    )
+
+
+def left_aside(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str, ...]:
+    """Return a note on the stored tensors that transformers leaves aside on load, such as MTP heads."""
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    if checkpoint.gguf_file or not patterns or not any(checkpoint.directory.glob("*.safetensors")):
+        return ()
+    stored = stored_tensors(checkpoint.directory)
+    aside = [name for name in stored if re.search("|".join(patterns), name) and not name.endswith("inv_freq")]
+    if not aside:
+        return ()
+    size = sum(math.prod(stored[name].shape) for name in aside)
+    return (
+        f"{len(aside)} tensors of {size:,} parameters ({min(aside)} to {max(aside)}) are no part of the model that "
+        "transformers runs, such as heads that predict several tokens; a result is without them.",
     )
 
 

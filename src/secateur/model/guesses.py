@@ -267,9 +267,9 @@ def close_to(layer: nn.Module, group: Group, keep: Tensor) -> list[tuple[Tensor,
     """Let the router's vectors turn down all experts but these; return its matrices and the others."""
     gone = torch.tensor(sorted(set(range(group.num_units)) - set(keep.tolist())))
     rows = [tensor_in(layer, name) for name in group.experts.router_rows]
-    for vector in (each for each in rows if each.numel() == group.num_units and each.is_floating_point()):
+    for vector in (each for each in rows if each.numel() == max(each.shape) and each.is_floating_point()):
         vector.index_fill_(-1, gone, -1e9)
-    return [(each, gone) for each in rows if each.numel() > group.num_units]
+    return [(each, gone) for each in rows if each.numel() > max(each.shape)]
 
 
 def some_of(group: Group) -> Tensor:

@@ -30,7 +30,7 @@ def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
     widths: dict[str, Any] = {}
     for group in groups:
         if group.head_dim is None:
-            widths[group.config_key] = group.parts.num_units_left(layer) // group.per_key
+            widths[group.config_key] = round(group.parts.num_units_left(layer) / group.per_key)
         elif group.config_key == KV_HEADS:
             num_heads = linear(layer, group.reader.module).in_features // group.head_dim
             widths |= {QUERY_HEADS: num_heads, KV_HEADS: _num_kv_heads(layer, group, num_heads)}
@@ -65,10 +65,11 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     config: Any = text_config(model)
     groups = [tuple(group for group in arch.groups if group.layer == index) for index in range(len(layers))]
     widths = [layer_widths(*each) for each in zip(layers, groups, strict=True)]
+    was_per_layer = isinstance(model, PerLayerModel)
+    native = {} if was_per_layer or not config.is_heterogeneous else config.to_dict()["per_layer_config"]
     config.per_layer_config = None
     _put_lists(config, widths)
     base, overrides = split_widths(widths)
-    was_per_layer = isinstance(model, PerLayerModel)
     stock, stock_config = type(model), type(config)
     if was_per_layer:
         stock, stock_config = stock.__bases__[1], stock_config.__bases__[0]
@@ -78,6 +79,11 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
         base.pop("head_dim", None)  # the config states or derives it already
     for name, width in base.items():
         setattr(config, name, width)
+    if native:  # a class that builds layers of different kinds itself
+        own = {int(index): layer for index, layer in native.items() if int(index) < len(layers)}
+        own = {index: {key: widths[index].get(key, old) for key, old in layer.items()} for index, layer in own.items()}
+        config.per_layer_config = {i: own.get(i, {}) | overrides.get(i, {}) for i in sorted({*own, *overrides})}
+        overrides = {}
     model.__class__ = per_layer_class(stock) if overrides else stock
     config.__class__ = per_layer_config_class(stock_config) if overrides else stock_config
     if overrides:

@@ -39,14 +39,19 @@ def channel_inputs(module: Any, stacks: Stacks, expert: int, hidden_TD: Float[Te
 
 @torch.no_grad()
 def cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> None:
-    """Keep these experts: their entries of every stack, their router rows, and the counts."""
-    experts = group.experts
+    """Keep these experts: their entries of every stack, their router rows, and the counts.
+
+    Rows behind those of the experts, of shared ones, stay.
+    """
+    experts, before = group.experts, group.parts.num_units_left(layer)
     names = [f"{experts.module}.{name}" for name, _ in layer.get_submodule(experts.module).named_parameters()]
     for name in (*names, *experts.router_rows):
         parent, _, attribute = name.rpartition(".")
         owner = layer.get_submodule(parent)
         tensor = getattr(owner, attribute)
-        kept = tensor.index_select(-1 if len(tensor) == 1 else 0, keep.to(tensor.device)).contiguous()
+        axis = -1 if len(tensor) == 1 else 0
+        rows = torch.cat([keep.to(tensor.device), torch.arange(before, tensor.shape[axis], device=tensor.device)])
+        kept = tensor.index_select(axis, rows).contiguous()
         is_parameter = isinstance(tensor, nn.Parameter)
         setattr(owner, attribute, nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept)
     for name in experts.counts:

@@ -49,6 +49,8 @@ from secateur.model.twin import token_ids, twin
 
 # In which a layer's groups are cut: each reads what is left of those before.
 ORDER = (KV_HEADS, QUERY_HEADS, SHARED, FFN, EXPERTS, EXPERT_CHANNELS)
+# A key that counts more units at once, as the number of shared experts does, leaves no choice of widths.
+MOST_PER_KEY = 4
 # What torch and transformers raise where a guess makes shapes that do not fit.
 WRONG_GUESS = (*BAD_VALUE, NotImplementedError)
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -78,7 +80,7 @@ class Offer:
 
     build: Build
     config_key: str = ""
-    per_key: int = 1
+    per_key: float = 1
     counts: tuple[tuple[str, int], ...] = ()
     bias_switch: BiasSwitch | None = None
     local_config: str | None = None
@@ -93,7 +95,7 @@ class Offer:
             group,
             config_key=self.config_key,
             per_key=self.per_key,
-            multiple_of=max(group.multiple_of, self.per_key),
+            multiple_of=max(group.multiple_of, int(self.per_key)),
             counts=self.counts,
             bias_switch=self.bias_switch,
             local_config=self.local_config,
@@ -488,6 +490,7 @@ class _Finder:
         whole = {key: value for key, value in values.items() if type(value) is int and value > 1}
         yield from ({key: fewer} for key, value in whole.items() if value == units)
         yield from ({key: value // 2} for key, value in whole.items() if value != units and units % value == 0)
+        yield from ({key: 2 * fewer} for key, value in whole.items() if value == 2 * units)
         yield from (
             {key: [n // 2 for n in each]} for key, each in values.items() if isinstance(each, list) and units in each
         )
@@ -516,7 +519,9 @@ class _Finder:
             key = head_key(group.name)
             return replace(offer, config_key=key, divides=self._heads_divide())
         before = getattr(self.config, key)
-        per_key = (group.num_units - left) // (before - value) if type(before) is int else 1
+        per_key = (group.num_units - left) / (before - value) if type(before) is int else 1
+        if per_key > MOST_PER_KEY:
+            return None
         if group.kind == "experts":
             changed = [name for name, shape in _shapes(theirs).items() if shape != _shapes(ours).get(name)]
             rows = [name for name in changed if not name.startswith(f"{group.experts.module}.")]
@@ -602,15 +607,14 @@ def _middles(layer: nn.Module, calls: dict[str, Call]) -> Iterator[tuple[str, st
     whole = calls[""]
     children = [name for name, _ in layer.named_children() if name in calls]
     for attention in children:
-        if not isinstance(calls[attention].output, tuple) and not _has_linears(layer.get_submodule(attention)):
+        if not isinstance(calls[attention].output, tuple):
             continue
         for middle in children:
             args = calls[middle].args
             if middle == attention or not args or not isinstance(hidden := args[0], Tensor):
                 continue
             silent: Any = layer.get_submodule(attention)
-            nothing = tree_map(lambda x: x * 0 if isinstance(x, Tensor) else x, calls[attention].output)
-            silent.forward = lambda *_, nothing=nothing, **__: nothing
+            silent.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)  # as the walk does
             try:
                 moved = Call((hidden, *whole.args[1:]), whole.kwargs, None).again(layer)
                 if not _equal(hidden, whole.args[0]) and _near(moved[:1], _tensors(whole.output)[:1]):
@@ -650,10 +654,6 @@ def _with_owners(name: str) -> list[str]:
 def _of_layer(config: Any, index: int) -> Any:
     layers = getattr(config, "per_layer_config", None)
     return layers[index] if layers else config
-
-
-def _has_linears(module: nn.Module) -> bool:
-    return any(isinstance(each, nn.Linear) for each in module.modules())
 
 
 def _kind(layer: nn.Module, *, shapes: bool) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ SMALL, LARGEST = 2_000_000, 60_000_000
 MOST_EXPERTS = 8
 MOST_TOKENS = 512
 
-_LAYERS = re.compile(r"(num_hidden|num|n|num_decoder|decoder)_layers?|depth")
+_LAYERS = re.compile(r"(num_hidden|num|n|num_decoder|decoder)_layers?|depth|num_blocks")
 _KEPT = re.compile(
     r".*(token_id|_ids?|positions?|patch_size|window.*|chunk.*|kernel.*|topk_group|n_groups?|interval|period|offset"
     r"|stride|length|factor|first_k.*|theta|seed|channels|min_.*|max_.*|d_conv|temporal_.*|.*merge_size)"
@@ -68,6 +68,7 @@ def shrunk(config: Any, num_layers: int, by_heads: int, by_width: int) -> Any:
     depth = next((value for key, value in values.items() if _LAYERS.fullmatch(key) and isinstance(value, int)), 0)
     tops = {key: value for key, value in values.items() if "per_tok" in key or "top_k" in key or "topk" in key}
     most_chosen = max((value for value in tops.values() if isinstance(value, int)), default=1)
+    most_chosen = max(most_chosen, 2 * (values.get("n_group") or 1))  # each group of experts is ranked by two
     for key, value in values.items():
         if isinstance(value, PreTrainedConfig):
             values[key] = shrunk(value, num_layers, by_heads, by_width)
@@ -118,10 +119,9 @@ def _scales(config: Any, num_params: int) -> Iterator[tuple[int, int] | None]:
     heads, keys = (number if isinstance(number, int) else 1 for number in (heads, keys))
     shared = math.gcd(heads, keys)
     fewer = [number for number in (16, 8, 4, 2) if shared % number == 0 and keys // number >= 2] or [1]
-    for by_heads in (fewer[0], 8, 4, 1, 2):
-        for by_width in (8, 4, 2, 16):
+    for by_width in (8, 4, 1, 2, 16):  # 1: some models have lists of parts of a head in their code
+        for by_heads in dict.fromkeys((fewer[0], 4, 1)):
             yield by_heads, by_width
-    yield 1, 1
 
 
 def _num_params(stock: Any, config: Any) -> int:

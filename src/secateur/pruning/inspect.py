@@ -17,7 +17,7 @@ from secateur.methods import vocabulary as methods
 from secateur.methods.budget import Plan, align_of, largest_remove, least_keep
 from secateur.methods.prices import token_prices
 from secateur.model.bind import Arch, head_width, text_config
-from secateur.model.checkpoint import meta_model
+from secateur.model.checkpoint import left_aside, meta_model
 from secateur.model.modeling_per_layer import is_per_layer
 from secateur.model.vocabulary import read_vocabulary, with_parts
 from secateur.pruning.cost import disk_bytes, memory_for, params_after, with_polish_that_fits
@@ -73,7 +73,7 @@ def _widths_after(arch: Arch, index: int, sizes: Any, plan: Plan) -> dict[str, i
                 queries = widths[QUERY_HEADS] // widths[KV_HEADS]
                 widths |= {QUERY_HEADS: kept * queries, KV_HEADS: kept}
         else:
-            widths[group.config_key] = kept // group.per_key
+            widths[group.config_key] = round(kept / group.per_key)
     return widths
 
 
@@ -217,6 +217,7 @@ def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
 
 
 def _inspection(opened: Opened, check_for: str | None, progress: Progress) -> Inspected:
+    aside = () if opened.checkpoint is None else left_aside(opened.checkpoint, opened.model)
     services = Services(progress=progress)
     opened = with_seconds(checked(opened), services)
     recipe = opened.recipe
@@ -251,7 +252,7 @@ def _inspection(opened: Opened, check_for: str | None, progress: Progress) -> In
         weights_on_disk=memory.weights_on_disk,
         disk_bytes=disk_bytes(opened, resolved, memory),
         device=str(opened.device),
-        warnings=(*refused, *measured_later, *resolved.warnings),
+        warnings=(*refused, *measured_later, *resolved.warnings, *aside),
         possible=possible_groups(arch),
         impossible=arch.omits,
         serving=None if check_for is None else serving_after(check_for, arch, opened.model, plan),

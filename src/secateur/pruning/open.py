@@ -26,6 +26,7 @@ from secateur.model.checkpoint import (
     check_finite,
     check_in_memory,
     check_weights,
+    left_aside,
     load_model,
     load_tokenizer,
     open_checkpoint,
@@ -199,7 +200,8 @@ def loaded(opened: Opened, *, on_disk: bool) -> tuple[Opened, tuple[str, ...]]:
     # Weights for a device need not pass through the host's memory.
     mapped = (on_disk or opened.device.type != "cpu") and checkpoint.gguf_file is None
     model = load_model(checkpoint, mapped=mapped)
-    return replace(opened, model=model, size=Size.of(model), on_disk=on_disk), ()
+    aside = left_aside(checkpoint, model)
+    return replace(opened, model=model, size=Size.of(model), on_disk=on_disk), aside
 
 
 def onload(opened: Opened, *, one_at_a_time: bool, in_float32: bool) -> Placement:
