@@ -10,7 +10,7 @@ from secateur.errors import ArchError, advice
 from secateur.model.group import Group
 from secateur.model.guesses import EXPERT_CHANNELS, EXPERTS
 from secateur.model.modules import Logits, ScaledHead, linears_for_conv
-from secateur.model.structure import structure_of, text_config
+from secateur.model.structure import layer_output, structure_of, text_config
 
 __all__ = ["EXPERTS", "EXPERT_CHANNELS", "Arch", "bind", "decoder_layers", "head_of", "head_width", "text_config"]
 
@@ -46,7 +46,7 @@ class Arch:
 
     def layer_output(self, hidden: Tensor) -> Any:
         """Return hidden states in the form in which the backbone expects a layer's output."""
-        return (hidden, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden
+        return layer_output(hidden, self.num_outputs)
 
     def is_in_attention(self, group: Group) -> bool:
         """Say whether the group's units belong to the attention."""

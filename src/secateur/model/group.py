@@ -154,7 +154,7 @@ class Group:
     bias_switch: BiasSwitch | None = None
     divides: tuple[int, int] | None = None
     config_key: str = ""
-    per_key: float = 1
+    per_key: float = 1.0
     head_dim: int | None = None
     local_config: str | None = None
     at_least: int = 0

@@ -68,7 +68,6 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     was_per_layer = isinstance(model, PerLayerModel)
     native = {} if was_per_layer or not config.is_heterogeneous else config.to_dict()["per_layer_config"]
     config.per_layer_config = None
-    _put_lists(config, widths)
     base, overrides = split_widths(widths)
     stock, stock_config = type(model), type(config)
     if was_per_layer:
@@ -92,13 +91,6 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     built = _built(model, layers, config)
     for index, layer in enumerate(layers):
         _adopt(layer, built[index], index)
-
-
-def _put_lists(config: Any, widths: list[dict[str, Any]]) -> None:
-    """Write into the config's own lists what they say for every layer, and take it out of `widths`."""
-    for key in {key for layer in widths for key in layer if isinstance(getattr(config, key, None), list)}:
-        old = getattr(config, key)
-        setattr(config, key, [layer.pop(key, before) for layer, before in zip(widths, old, strict=True)])
 
 
 def _built(model: PreTrainedModel, layers: list[nn.Module], config: Any) -> list[nn.Module]:

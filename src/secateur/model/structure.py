@@ -45,7 +45,7 @@ from secateur.model.guesses import (
 from secateur.model.modeling_per_layer import PerLayerModel
 from secateur.model.modules import Logits, ScaledHead, linears_for_conv
 from secateur.model.stacks import channel_inputs, reader_of
-from secateur.model.twin import token_ids, twin
+from secateur.model.twin import run, token_ids, twin
 
 # In which a layer's groups are cut: each reads what is left of those before.
 ORDER = (KV_HEADS, QUERY_HEADS, SHARED, FFN, EXPERTS, EXPERT_CHANNELS)
@@ -80,7 +80,7 @@ class Offer:
 
     build: Build
     config_key: str = ""
-    per_key: float = 1
+    per_key: float = 1.0
     counts: tuple[tuple[str, int], ...] = ()
     bias_switch: BiasSwitch | None = None
     local_config: str | None = None
@@ -127,6 +127,11 @@ def text_config(model: nn.Module) -> Any:
     """Return the config of the language model, which may be part of a larger model."""
     config: Any = model.config
     return config.get_text_config(decoder=True)
+
+
+def layer_output(hidden: Tensor, num_outputs: int) -> Any:
+    """Return hidden states in the form in which the backbone expects a layer's output."""
+    return (hidden, *[None] * (num_outputs - 1)) if num_outputs else hidden
 
 
 def name_of(model: nn.Module, module: nn.Module | None) -> str | None:
@@ -226,7 +231,7 @@ class _Finder:
         handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in names]
         handles += [module.register_forward_hook(after, with_kwargs=True) for module in names]
         try:
-            self.logits = self._logits(self.twin)
+            self.logits = run(self.twin)
         finally:
             for handle in handles:
                 handle.remove()
@@ -250,26 +255,18 @@ class _Finder:
 
         def bypass(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             entered.append(tree_map(_cloned, (args, kwargs)))
-            return self.layer_output(hidden)
+            return layer_output(hidden, self.found.num_outputs)
 
         for layer in self.layers:
             layer.forward = bypass
         try:
-            self._logits(self.twin)
+            run(self.twin)
         except TypeError:
             raise self._refused("layers are called by keywords alone") from None
         finally:
             for layer in self.layers:
                 del layer.forward
         return entered
-
-    def layer_output(self, hidden: Tensor) -> Any:
-        """Return hidden states in the form in which the backbone expects a layer's output."""
-        return (hidden, *[None] * (self.found.num_outputs - 1)) if self.found.num_outputs else hidden
-
-    @torch.no_grad()
-    def _logits(self, model: Any) -> Tensor:
-        return model(token_ids(model), use_cache=False).logits
 
     def _refused(self, why: str) -> ArchError:
         return ArchError(f"model type '{self.twin.config.model_type}' cannot be walked layer by layer: {why}.")
@@ -415,7 +412,7 @@ class _Finder:
                 tries = [
                     Offer(build),
                     Offer(build, counts=counts),
-                    Offer(build, head_key(name), 1, counts, None, place),
+                    Offer(build, head_key(name), 1.0, counts, None, place),
                 ]
                 tries = tries[1:2] if name == QUERY_HEADS else tries
                 if build(layer, index, config).num_units == 1:  # none can go, which needs no proof
@@ -491,9 +488,6 @@ class _Finder:
         yield from ({key: fewer} for key, value in whole.items() if value == units)
         yield from ({key: value // 2} for key, value in whole.items() if value != units and units % value == 0)
         yield from ({key: 2 * fewer} for key, value in whole.items() if value == 2 * units)
-        yield from (
-            {key: [n // 2 for n in each]} for key, each in values.items() if isinstance(each, list) and units in each
-        )
         named = ("inner", "ffn", "intermediate")
         yield from ({key: fewer} for key, value in values.items() if value is None and any(n in key for n in named))
 
@@ -519,7 +513,7 @@ class _Finder:
             key = head_key(group.name)
             return replace(offer, config_key=key, divides=self._heads_divide())
         before = getattr(self.config, key)
-        per_key = (group.num_units - left) / (before - value) if type(before) is int else 1
+        per_key = (group.num_units - left) / (before - value) if type(before) is int else 1.0
         if per_key > MOST_PER_KEY:
             return None
         if group.kind == "experts":
@@ -562,9 +556,9 @@ class _Finder:
                 loaded: Any = type(self.twin)._from_config(config, dtype=torch.float32).eval()
             loaded.load_state_dict(whole.state_dict())
             with Unrouted(unrouted):
-                expected = self._logits(masked)
-            again = self._logits(loaded)
-            return not _near([expected], [self.logits]) and _near([again, self._logits(whole)], [expected, expected])
+                expected = run(masked)
+            again = run(loaded)
+            return not _near([expected], [self.logits]) and _near([again, run(whole)], [expected, expected])
         except WRONG_GUESS:
             return False
 
