@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
-from secateur.errors import RankError, RecipeError, SecateurError
+from secateur.errors import RankError, RecipeError, SecateurError, shortened
 from secateur.files import is_alive
 from secateur.result_directory import check_replaceable, staging
 
@@ -349,7 +349,7 @@ def device_called(name: str | None) -> torch.device:
     try:
         device = torch.empty(1, device=torch.device(name)).device  # with its number, as tensors say it
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = _first_line(error).rstrip(".")
+        reason = shortened(_first_line(error)).rstrip(".")
         raise RecipeError(
             f"machine.device: torch finds no '{name}' here ({reason}); give cpu, cuda, cuda:1, mps, or leave it out."
         ) from None

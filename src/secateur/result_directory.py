@@ -153,7 +153,7 @@ def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> 
     if protected is not None and (protected / "config.json").is_file() and protected.resolve() in out.resolve().parents:
         raise CheckpointError(f"OUT {out}: is inside the model's directory {protected}; choose one outside of it.")
     for parent in out.resolve().parents:
-        if (parent / RESULT_FILE).is_file() and read_digests(parent) is not None:
+        if os.path.isfile(parent / RESULT_FILE) and read_digests(parent) is not None:
             raise CheckpointError(f"OUT {out}: is inside the result {parent}; choose a directory outside of it.")
     blocking = next((parent for parent in out.parents if os.path.lexists(parent)), out)
     if not blocking.is_dir():
@@ -204,7 +204,7 @@ def _sha256_at(file: Path, size: int, changed_ns: int) -> str:
 
 def restore(out: Path, tell: Callable[[str], None] = lambda text: None) -> None:
     """Remove what killed processes left beside `out`; bring `out` back if one had moved it aside, and `tell` so."""
-    beside = os.listdir(out.parent) if out.parent.is_dir() else []
+    beside = os.listdir(out.parent) if os.path.isdir(out.parent) else []
     for name in (name for name in beside if name.startswith(f".{out.name}.")):
         kind, _, process = name.removeprefix(f".{out.name}.").rpartition("-")
         if kind not in ("partial", "replaced") or not process.isdecimal():

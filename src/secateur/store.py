@@ -112,7 +112,7 @@ class Store:
             _remove(directory, [])
         restore(out, tell)
         check_replaceable(out, overwrite=overwrite, protected=protected)
-        if not directory.is_dir():
+        if not os.path.isdir(directory):  # where Path raises if a name is too long
             make_hidden(directory, out)
         lock, store, ours = _lock(directory, out), cls(directory, log=log, label=str(out), tell=tell), False
         try:
@@ -371,7 +371,7 @@ def _finished(directory: Path) -> list[str]:
 
 def _is_outlived(directory: Path, out: Path) -> bool:
     """Whether `out` is newer than the store: its run was killed before removing the store."""
-    if not (directory.is_dir() and out.is_dir()):
+    if not (os.path.isdir(directory) and out.is_dir()):
         return False
     return out.stat().st_mtime >= max((file.stat().st_mtime for file in directory.iterdir()), default=0.0)
 

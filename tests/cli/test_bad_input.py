@@ -331,6 +331,12 @@ def test_a_value_that_is_long_is_not_printed_whole(prune):
     assert "'domain 1', 'domain 2'" in outcome.stderr and len(outcome.stderr) < 400
 
 
+def test_what_torch_says_of_a_device_is_not_printed_whole(model):
+    outcome = run_cli("bench", model, "--device", "mps")
+    refused(outcome, "machine.device: torch finds no 'mps' here (Could not run ")
+    assert len(outcome.stderr) < 400
+
+
 def test_a_recipe_is_no_study(recipe_file, tmp_path):
     outcome = run_cli("compare", recipe_file, tmp_path / "out")
     refused(outcome, "has no question, so it is no study; give a recipe to secateur prune.")
@@ -368,6 +374,9 @@ def test_out_not_writable(prune, tmp_path):
     (tmp_path / "file").write_text("")
     refused(prune(out=tmp_path / "file" / "deep" / "out"), "file is not a directory; choose another place")
     refused(prune(out="/proc/nowhere/out"), "OUT /proc/nowhere/out: no directory can be made there")
+    long = "x" * 300
+    for name in (long, f"{long}/out"):
+        refused(prune(out=tmp_path / name), f"{name}: no directory can be made there (File name too long)")
 
 
 def test_out_of_evaluate_and_compare_cannot_be_made(model, recipe, tmp_path, texts):
