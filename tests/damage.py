@@ -5,13 +5,22 @@ from pathlib import Path
 
 
 def flip_a_bit(directory: Path, choose: random.Random) -> bool:
-    """Flip one random bit of one random file of the directory; False if no file has any."""
-    files = sorted(file for file in directory.glob("*") if file.stat().st_size) if directory.is_dir() else []
-    if not files:
-        return False
-    file = choose.choice(files)
+    """Flip one random bit of one random file below the directory; False if no file has any."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file() and file.stat().st_size)
+    if files:
+        flip_a_bit_of(choose.choice(files), choose)
+    return bool(files)
+
+
+def flip_a_bit_of(file: Path, choose: random.Random) -> None:
+    """Flip one random bit of the file."""
     data = bytearray(file.read_bytes())
     place = choose.randrange(len(data))
     data[place] ^= 1 << choose.randrange(8)
     file.write_bytes(data)
-    return True
+
+
+def truncate(file: Path, choose: random.Random) -> None:
+    """Cut the file off at a random byte."""
+    data = file.read_bytes()
+    file.write_bytes(data[: choose.randrange(len(data))])

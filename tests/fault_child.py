@@ -1,7 +1,8 @@
 """A process with `fault.c` preloaded: it prunes again and again, and each time another writing call fails.
 
-Arguments: model, recipe (JSON), an empty directory, the first call to fail, every how many calls one fails, how
-many at most, the error (an errno name, or SHORT for a write that writes half and a disk that is full from then on).
+Arguments: model, recipe (JSON), an empty directory, which calls count (those on paths in it that begin with this), the
+first call to fail, every how many calls one fails, the error (an errno name, or SHORT for a write that writes half and
+a disk that is full from then on).
 A bit of what a failed run leaves in its store flips before the run goes on. Prints one JSON line per failing call, and
 at the end how many writing calls a run has.
 """
@@ -37,7 +38,7 @@ def digest(out: Path) -> str:
 def main() -> None:
     """Run."""
     model, recipe, place = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
-    first, step, most, number = int(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6]), getattr(errno, sys.argv[7], -1)
+    counted, first, step, number = sys.argv[4], int(sys.argv[5]), int(sys.argv[6]), getattr(errno, sys.argv[7], -1)
     secateur.data.pool.JUDGED_TOKENS = 0  # as in the tests' own process
     secateur.pruning.result.verify_reload = lambda *_: Verification(0.0, 0.0, "")
     secateur.report.report.missing_plots = lambda: ("no plots",)
@@ -45,7 +46,7 @@ def main() -> None:
 
     def prune(*, fail_at: int, resume: bool) -> str:
         """Return what went wrong, by the class of the exception."""
-        FAULTS.fault_arm(str(place).encode(), fail_at, number)
+        FAULTS.fault_arm(f"{place}/{counted}".encode(), fail_at, number)
         try:
             secateur.prune(model, grouped(recipe), out=out, resume=resume)
             return ""
@@ -57,7 +58,7 @@ def main() -> None:
     prune(fail_at=-1, resume=False)
     num_calls, expected = FAULTS.fault_count(), digest(out)
     shutil.rmtree(out)
-    for fail_at in range(first, num_calls + 1, step)[:most]:
+    for fail_at in range(first, num_calls + 1, step):
         said = prune(fail_at=fail_at, resume=False)
         left = sorted(path.name for path in place.iterdir())
         is_there = out.exists()

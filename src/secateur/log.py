@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -44,14 +43,12 @@ LOG_FILE = "run.jsonl"
 
 
 class RunLog:
-    """Lines in memory and, if there is a directory, in its `run.jsonl`."""
+    """Lines in memory and, from `append_to` on, in a directory's `run.jsonl`."""
 
-    def __init__(self, directory: Path | None = None) -> None:
+    def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
-        self._path = None if directory is None else directory / LOG_FILE
-        if self._path is not None and self._path.is_file():  # a full disk may have left half a line
-            os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
+        self._path: Path | None = None
 
     def append_to(self, directory: Path) -> None:
         """From now on also write to the directory's `run.jsonl`."""

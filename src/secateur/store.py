@@ -3,7 +3,8 @@
 In: a step's name and its outcome, as JSON or tensors. Out: the same when the step comes again; None
 if it is new. Step NAME has a record NAME.json and, for tensors, NAME.safetensors. The record is
 written last, so a step is complete or absent. It begins with the sha256 of its own bytes and has
-that of the tensors. Every read checks both: a damaged step is reported, removed and done again.
+that of the tensors, or of files that another library wrote. Every read checks both: a damaged step
+is reported, removed and done again.
 
 `inputs.json` has the job's inputs, which `Store.open` checks. Inputs that become known later are in
 input-NAME.json. If any of these is damaged, the whole store is void. With several ranks the first
@@ -195,6 +196,18 @@ class Store:
         """Save a finished step: its tensors and a line, which the caller logs."""
         self._write(_stem(name), _named(name) | {"line": line}, tensors)
 
+    def save_files(self, name: str, directory: Path) -> None:
+        """Save a finished step whose outcome is the files that another library wrote there."""
+        self._write(_stem(name), _named(name) | {"value": _digests(directory), "lines": []})
+
+    def has_files(self, name: str, directory: Path) -> bool:
+        """Whether the step is finished and its files are as they were saved; no byte may differ."""
+        record = self._record(_stem(name))
+        if record is None or record["value"] == _digests(directory):
+            return record is not None
+        self._remove_damaged(_stem(name))
+        return False
+
     def note_found(self) -> None:
         """Log that an earlier run did part of the work."""
         if self.num_found:
@@ -253,10 +266,16 @@ class Store:
                 f"{self.label}: {stem}, a step that this run goes on from, was damaged on disk meanwhile; start the "
                 f"same command again, which does it anew."
             )
+        self._remove_damaged(stem)
+        return None
+
+    def _remove_damaged(self, stem: str) -> None:
+        """Tell of a step that counts as never done from now on."""
         self.tell(f"{self.label}: {stem}, finished by an earlier run, is damaged on disk, so it is done again.")
+        path = self._path(stem)
+        assert path is not None
         for damaged in (path, path.with_name(f"{stem}.safetensors")):
             damaged.unlink(missing_ok=True)
-        return None
 
     def _write(self, stem: str, record: Record, tensors: Mapping[str, Tensor] | None = None) -> None:
         path = self._path(stem)
@@ -338,6 +357,12 @@ def _intact(path: Path) -> Record | None:
     except ValueError:  # sealed by another program, which may have written anything
         return None
     return record if _is_whole(record) else None
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """Return the sha256 of every file below the directory, by its path in it."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    return {file.relative_to(directory).as_posix(): sha256_of(file) for file in files}
 
 
 def _is_whole(record: Record) -> bool:

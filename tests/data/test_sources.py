@@ -281,11 +281,11 @@ def peak_of(read_some: Callable[[], object]) -> int:
 @pytest.mark.parametrize(
     ("name", "part", "said"),
     [
-        ("line.txt.gz", b"x" * 2**20, "line 1: is longer than 0 MB; break it into lines"),
-        ("line.jsonl.gz", b"x" * 2**20, "line 1: is longer than 0 MB; break it into lines"),
+        ("line.txt.gz", b"x" * 2**20, "line 1: 0 MB without a line of text; break it into lines"),
+        ("line.jsonl.gz", b"x" * 2**20, "line 1: 0 MB without a line of text; break it into lines"),
         ("field.csv.gz", b'"' + b"text\n" * 2**18, "not valid CSV (field larger than field limit"),
         ("list.json.gz", b"[1, " * 2**18, "is longer than 1 MB; write it as .jsonl"),
-        ("blank.txt.gz", b"\n" * 2**20, "ends blank lines of more than 0 MB"),
+        ("blank.txt.gz", b"\n" * 2**20, ": 0 MB without a line of text; break it into lines"),
     ],
 )
 def test_what_must_be_read_whole_is_not_without_bounds(tmp_path: Path, name: str, part: bytes, said: str) -> None:

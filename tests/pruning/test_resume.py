@@ -213,28 +213,56 @@ def faults(tmp_path_factory) -> Path:
     ],
 )
 def test_a_failing_write_leaves_nothing_half(error, first, step, faults, checkpoints, recipe, tmp_path):
-    """The n-th call that writes below the directory of OUT fails, for n = first, first + step, ...
-
-    Where that leaves a store, one bit of it flips before the run goes on.
-    """
     wanted = {**asked("defaults", checkpoints["llama"], recipe), "rounds": 2}
-    arguments = [checkpoints["llama"], json.dumps(wanted), tmp_path, first, step, 10**6, error]
+    found, num_calls = failed_writes(faults, checkpoints["llama"], wanted, tmp_path, "", first, step, error)
+    assert num_calls > 150 and len(found) == len(range(first, num_calls + 1, step))
+    assert sum(each["flipped"] for each in found) >= len(found) // 2
+
+
+@pytest.mark.parametrize(
+    ("error", "first", "step"),
+    [
+        ("SHORT", 2, 9),
+        *(pytest.param(error, 1, 1, marks=pytest.mark.slow) for error in ("ENOSPC", "EIO", "SHORT")),
+    ],
+)
+def test_a_disk_that_is_full_in_the_training_leaves_what_it_can_go_on_from(
+    error, first, step, faults, checkpoints, recipe, tmp_path
+):
+    training = {"num_tokens": 256, "batch_tokens": 64, "evaluations": 2}
+    wanted = {**recipe, "remove": 0.35, "polish": training}
+    counted = place_beside(Path("out")).name + "/polish"
+    found, num_calls = failed_writes(faults, checkpoints["llama"], wanted, tmp_path, counted, first, step, error)
+    assert num_calls > 20 and len(found) == len(range(first, num_calls + 1, step))
+    # A directory that is there already may fail to be made.
+    assert sum(bool(each["said"]) for each in found) > len(found) // 2
+
+
+def failed_writes(
+    faults: Path, model: Path, wanted: Any, place: Path, counted: str, first: int, step: int, error: str
+) -> tuple[list[dict[str, Any]], int]:
+    """Let the n-th call fail that writes to a path in `place` that begins with `counted`, n = first, first + step, ...
+
+    Where that leaves a store, one bit of it flips before the run goes on. Return what came of each, and the number of
+    such calls.
+    """
+    arguments = [model, json.dumps(wanted), place, counted, first, step, error]
     done = subprocess.run(
         [sys.executable, Path(__file__).parents[1].joinpath("fault_child.py"), *map(str, arguments)],
         env=os.environ | {"LD_PRELOAD": str(faults)},
         capture_output=True,
         text=True,
-        check=True,
     )
+    assert done.returncode == 0, done.stderr
     *found, last = map(json.loads, done.stdout.splitlines())
-    assert last["num_calls"] > 150 and len(found) == len(range(first, last["num_calls"] + 1, step))
     for each in found:
+        assert "\n" not in each["said"], each
         # The last call of all, which flushes the rename, may fail when OUT is there and whole.
         assert each["whole"] if each["there"] else each["said"], each
         assert set(each["left"]) <= {".out.resume", "out"}, each
         assert each["again"] == "" and each["same"], each
         assert each["there"] or each["after"] == ["out"], each
-    assert sum(each["flipped"] for each in found) >= len(found) // 2
+    return found, last["num_calls"]
 
 
 def begun(model: Path, recipe: dict[str, Any], out: Path) -> None:

@@ -1,6 +1,7 @@
 """What the Trainer is given: steps, warm-up, evaluations, the loss of a batch; and what its events turn into."""
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from secateur.model.bind import bind
 from secateur.model.config import quiet_transformers
 from secateur.recipe import RecoverySettings
 from secateur.recovery import train
+from secateur.recovery.checkpoints import Checkpoints
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.pair import Block, RecoveryText
 from secateur.recovery.train import Distiller, Listener, Work, _arguments
@@ -114,7 +116,25 @@ def test_an_evaluation_says_kl_by_domain_its_mean_and_the_objective():
 
 def listener() -> tuple[Listener, list[dict[str, Any]], list[tuple[str, int, int]], list[str]]:
     lines, moves, said = list[dict[str, Any]](), list[tuple[str, int, int]](), list[str]()
-    return Listener("recover", 100, lines.append, lambda *where: moves.append(where), said.append), lines, moves, said
+    saved = Checkpoints(Path("trainer"), "recover", said.append)
+    heard = Listener("recover", saved, 100, lines.append, lambda *where: moves.append(where), said.append)
+    return heard, lines, moves, said
+
+
+def test_what_an_interrupted_run_had_logged_is_logged_again_and_its_best_checkpoint_may_have_moved(tmp_path):
+    heard, lines, _, _ = listener()
+    logged = [
+        {"loss": 1.5, "learning_rate": 0.5, "step": 2},
+        {"eval_kl_a": 0.5, "eval_kl": 0.5, "eval_objective": 9.0, "step": 2},
+    ]
+    state = TrainerState(global_step=2, max_steps=10, log_history=logged, best_global_step=2)
+    state.best_model_checkpoint = "/elsewhere/trainer/checkpoint-2"
+    heard.on_train_begin(arguments_of(tmp_path, 10), state, TrainerControl())
+    assert lines == [
+        {"event": "recover_step", "step": 2, "tokens": 200, "loss": 1.5, "learning_rate": 0.5},
+        {"event": "recover_kl", "step": 2, "tokens": 200, "kl": {"a": 0.5}},
+    ]
+    assert state.best_model_checkpoint == "trainer/checkpoint-2"
 
 
 def test_progress_counts_tokens_and_a_resumed_run_times_its_own_steps_alone(tmp_path):

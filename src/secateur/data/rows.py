@@ -103,9 +103,8 @@ def _lines(path: Path, where: str) -> Iterator[str]:
             # Blank lines without end are no text either, and nobody would see the first document.
             num_blank_bytes = 0 if line.strip() else num_blank_bytes + len(line)
             if max(len(line), num_blank_bytes) > MAX_LINE_BYTES:
-                what = "is longer than" if len(line) > MAX_LINE_BYTES else "ends blank lines of more than"
                 limit = f"{MAX_LINE_BYTES / 1e6:,.0f} MB"
-                raise CalibrationError(f"{where}, line {number}: {what} {limit}; break it into lines of text.")
+                raise CalibrationError(f"{where}, line {number}: {limit} without a line of text; break it into lines.")
             yield _decoded(line, where, start)
             start += len(line)
 
@@ -132,7 +131,7 @@ def _jsonl_rows(path: Path, where: str) -> Iterator[Row]:
     for number, line in enumerate(_lines(path, where), start=1):
         if line.strip():
             place = f"{where}, line {number}"
-            yield Row(place, _parse_json(line.removesuffix("\n"), place))
+            yield Row(place, _parse_json(line, place))
 
 
 def _json_rows(path: Path, where: str) -> Iterator[Row]:

@@ -129,8 +129,7 @@ def _add(module: Any, stacks: Stacks, call: Call, current: list[Gram], seen: _Ob
     for expert in chosen_Tk.unique().tolist():
         tokens, places = torch.where(chosen_Tk == expert)
         # Routers of some families give float32 weights beside bfloat16 experts, so both become float32.
-        x_TF = channel_inputs(module, stacks, expert, hidden_TD[tokens]).float()
-        x_TF = x_TF * weights_Tk[tokens, places, None].float()
+        x_TF = channel_inputs(module, stacks, expert, hidden_TD[tokens]).float() * weights_Tk[tokens, places, None]
         current[expert].add_product(x_TF)
         seen.num_tokens_E[expert] += len(tokens)
         energy += float((x_TF @ reader_of(module, stacks, expert).T).square().sum())

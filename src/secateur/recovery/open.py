@@ -80,8 +80,6 @@ def prepare(
     out: Path,
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
-    *,
-    write_log: bool = True,
 ) -> Work:
     """Open both models, draw the text, evaluate the dense model, make the hidden directory.
 
@@ -100,7 +98,7 @@ def prepare(
         tell(line)
     cost = cost_of(candidates, settings, text)
     check_free_space(scratch, cost.scratch_bytes)
-    log = RunLog(scratch if write_log else None)
+    log = RunLog()
     for note in candidates.notes:
         log.write({"event": "note", "text": note})
     if candidates.trim is not None:

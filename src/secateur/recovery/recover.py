@@ -62,7 +62,7 @@ def recover(
     check_replaceable(path, overwrite=overwrite, protected=candidates.teacher.directory)
     target = staging(path, overwrite=overwrite, protected=candidates.pruned.directory) if is_main else nullcontext()
     with target as directory:
-        work = prepare(job, path, progress, tell, write_log=is_main)
+        work = prepare(job, path, progress, tell)
         with _told_if_interrupted(work):
             with work.log.time("recover"):
                 before, training = train_guarded(work)

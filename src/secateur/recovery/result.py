@@ -5,7 +5,7 @@ In: a `Work` whose model is trained. Out: a complete directory and its `Recovery
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +115,9 @@ def _verify(work: Work, directory: Path) -> Verification:
 def _write_record(record: RecoveryRecord, work: Work, source: Path, directory: Path) -> None:
     """Write recovery.json, continue the run log, copy the training's curves."""
     (directory / RECOVERY_FILE).write_text(record.to_json(), encoding="utf-8")
-    lines = map(json.loads, (work.directory / LOG_FILE).read_text(encoding="utf-8").splitlines())
     earlier = (source / LOG_FILE).read_text(encoding="utf-8") if has_own(source, LOG_FILE) else ""
-    added = "".join(json.dumps(line) + "\n" for line in _last_lines(lines))
+    added = "".join(json.dumps(line) + "\n" for line in work.log.lines)
     (directory / LOG_FILE).write_text(earlier + added, encoding="utf-8")
     curves = work.directory / TRAINER_FOLDER / "runs"  # tensorboard's files, with report_to
     if curves.is_dir():
         shutil.copytree(curves, directory / "runs")
-
-
-def _last_lines(lines: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Return the last line of each event, step and text: a restarted run writes some again."""
-    return {(line["event"], line.get("step"), line.get("text")): line for line in lines}.values()

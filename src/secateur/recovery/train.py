@@ -5,7 +5,6 @@ runs it, with our loss and our held-out text; FSDP shards both models.
 """
 
 import math
-import pickle
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import wait_for_everyone
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import (
@@ -27,14 +27,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from secateur.errors import CheckpointError
 from secateur.facts import TrainingRecord, Verdicts, mean_kl, weight_size
+from secateur.files import make_lasting
 from secateur.log import Progress, RunLog
 from secateur.model.bind import bind
 from secateur.model.config import quiet_transformers
-from secateur.ranks import alone
+from secateur.ranks import alone, from_first
 from secateur.recipe import RecoverySettings
 from secateur.recovery.attention import attention_in_training, switched
+from secateur.recovery.checkpoints import Checkpoints
 from secateur.recovery.judge import Judge, objective, share_for, unless_diverged
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.pair import Block, RecoveryText, blocks_per_step
@@ -96,10 +97,12 @@ class Distiller(Trainer):
 class Listener(TrainerCallback):
     """Logs losses and held-out KL, moves the progress, and asks for a last evaluation at the end.
 
-    `name`: of the training, as in `Work`. `tell`: gets a line of text at every evaluation.
+    `name`: of the training, as in `Work`. `checkpoints`: gets the digests of what the Trainer saves.
+    `tell`: gets a line of text at every evaluation.
     """
 
     name: str
+    checkpoints: Checkpoints
     tokens_per_step: int
     log: Callable[[dict[str, Any]], None]
     progress: Progress
@@ -109,11 +112,16 @@ class Listener(TrainerCallback):
     loss: float = float("nan")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock; log the losses of an interrupted run's steps again."""
+        """Start the clock; log what an interrupted run had logged until its last checkpoint."""
         self.started, self.first_step = time.perf_counter(), state.global_step
         for logs in state.log_history:
+            step = int(logs["step"])
             if "loss" in logs:
-                self._log_step(int(logs["step"]), logs, {})
+                self._log_step(step, logs, {})
+            elif "eval_kl" in logs:
+                self._log_kl({"step": step, "tokens": step * self.tokens_per_step}, logs)
+        if state.best_global_step is not None:  # the directory may have been moved
+            state.best_model_checkpoint = str(self.checkpoints.path(state.best_global_step))
         self._move(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -134,15 +142,26 @@ class Listener(TrainerCallback):
         """Log the held-out KL and tell how far the training is."""
         metrics = kwargs["metrics"]
         control.should_training_stop |= math.isinf(metrics["eval_kl"])
-        by_domain = {name.removeprefix("eval_kl_"): kl for name, kl in metrics.items() if name.startswith("eval_kl_")}
         place = self._place(state)
-        self.log({"event": f"{self.name}_kl", **place, "kl": by_domain})
+        by_domain = self._log_kl(place, metrics)
         left = (state.max_steps - state.global_step) * self.tokens_per_step / max(place["tokens_per_second"], 1e-9)
         domains = ", ".join(f"{domain} {kl:.3f}" for domain, kl in by_domain.items()) or "diverged"
         self.tell(
             f"step {state.global_step} of {state.max_steps}: loss {self.loss:.3f}, {place['tokens_per_second']:,.0f} "
             f"tokens/s, held-out KL {metrics['eval_kl']:.4f} ({domains}), {left / 60:,.1f} min left"
         )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save the digests of a checkpoint that every process has written its part of."""
+        wait_for_everyone()
+        if state.is_world_process_zero:
+            self.checkpoints.finish(state.global_step)
+
+    def _log_kl(self, place: dict[str, Any], metrics: dict[str, float]) -> dict[str, float]:
+        """Log the held-out KL and return it by domain."""
+        by_domain = {name.removeprefix("eval_kl_"): kl for name, kl in metrics.items() if name.startswith("eval_kl_")}
+        self.log({"event": f"{self.name}_kl", **place, "kl": by_domain})
+        return by_domain
 
     def _log_step(self, step: int, logs: dict[str, Any], rate: dict[str, float]) -> None:
         place = {"step": step, "tokens": step * self.tokens_per_step, **rate}
@@ -223,7 +242,7 @@ def _train(work: Work) -> dict[str, Any]:
     """Train, or load what an interrupted run had trained; return tokens, seconds and FLOPs."""
     folder = work.directory / TRAINED_FOLDER
     store = Store(folder, label=work.name, tell=work.tell)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_lasting(folder)
     with alone():  # every process has the whole model, and reads and writes it by itself
         found = store.find("trained")
     if found is not None:
@@ -273,8 +292,12 @@ def recover_logits(work: Work) -> int:
             inside.enter_context(switched(work.teacher, settings.attention))
             inside.enter_context(teacher_in_forward(work.teacher, bind(work.teacher), in_shards=wants_shards()))
         trained = _to_train(settings, model)  # after binding, which knows no wrapped linears
-        trainer = _trainer(work, trained, _arguments(work, dtype, size, num_steps, rate), size * length)
-        _run(trainer, work.directory / TRAINER_FOLDER)
+        checkpoints = Checkpoints(work.directory / TRAINER_FOLDER, work.name, work.tell)
+        arguments = _arguments(work, dtype, size, num_steps, rate)
+        trainer = _trainer(work, trained, arguments, checkpoints, tokens_per_step=size * length)
+        last = from_first(checkpoints.last)
+        with checkpoints.errors_told(), attention_in_training(bool(trainer.args.gradient_checkpointing)):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
         _take_back(work, trained, trainer, dtypes)
     if use_cache is not None:
         work.pruned.config.use_cache = use_cache  # the Trainer turned it off
@@ -285,28 +308,15 @@ def recover_logits(work: Work) -> int:
     return trainer.state.global_step * size * length
 
 
-def _run(trainer: Distiller, folder: Path) -> None:
-    """Train from the last complete checkpoint. Raises CheckpointError if it holds code."""
-    # The Trainer writes trainer_state.json last.
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    last = str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
-    try:
-        with attention_in_training(bool(trainer.args.gradient_checkpointing)):
-            trainer.train(resume_from_checkpoint=last)  # the Trainer opens pickles with weights_only
-    except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{last}: is damaged or holds more than tensors, so it is not opened; delete the directory that it "
-            "lies in and start again."
-        ) from None
-
-
 def _to_train(settings: RecoverySettings, model: PreTrainedModel) -> nn.Module:
     return with_lora(model, settings.lora_rank) if settings.train == "lora" else model
 
 
-def _trainer(work: Work, trained: nn.Module, arguments: TrainingArguments, tokens_per_step: int) -> Distiller:
+def _trainer(
+    work: Work, trained: nn.Module, arguments: TrainingArguments, checkpoints: Checkpoints, *, tokens_per_step: int
+) -> Distiller:
     tell = work.tell if work.name == "recover" else lambda text: None  # within a prune the progress says enough
-    listener = Listener(work.name, tokens_per_step, work.log.write, work.progress, tell)
+    listener = Listener(work.name, checkpoints, tokens_per_step, work.log.write, work.progress, tell)
     items = [{"input_ids": ids_T} for _, ids_T, _ in work.text.blocks]
     if work.text.is_masked:
         items = [
@@ -369,7 +379,6 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: 
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=1,
         load_best_model_at_end=True,
         metric_for_best_model="eval_objective",
         greater_is_better=False,

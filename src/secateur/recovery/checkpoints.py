@@ -1,0 +1,87 @@
+"""Checkpoints of an interrupted training: the Trainer writes and reads them, a store has their digests.
+
+In: the Trainer's folder. Out: the checkpoint to go on from, if one is undamaged.
+"""
+
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from traceback import walk_tb
+
+import torch
+from transformers import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from secateur.errors import CheckpointError
+from secateur.files import disk_errors
+from secateur.store import Store
+
+TRAINER_STATE = "trainer_state.json"
+
+
+class Checkpoints:
+    """The directories that the Trainer saves, by step. Each is a step of a store, with its digests.
+
+    `label`: the training's name in sentences. `tell`: gets a line about what is damaged.
+    """
+
+    def __init__(self, folder: Path, label: str, tell: Callable[[str], None]) -> None:
+        self.folder, self.store = folder, Store(folder, label=label, tell=tell)
+
+    def finish(self, step: int) -> None:
+        """Save the digests of a checkpoint that is written; then remove all but it and the best one."""
+        self.store.save_files(self.path(step).name, self.path(step))
+        for other in set(self._steps()) - {step, self._best(step)}:
+            self._remove(other)
+
+    def last(self) -> Path | None:
+        """Return the last checkpoint that is undamaged, as is the best one before it; None: begin anew.
+
+        All others are removed, so that the Trainer does not meet them.
+        """
+        last: int | None = None
+        for step in sorted(self._steps(), reverse=True):
+            if last is None and self._is_intact(step) and self._is_intact(self._best(step)):
+                last = step
+            elif last is None or step != self._best(last):
+                self._remove(step)
+        return None if last is None else self.path(last)
+
+    def path(self, step: int) -> Path:
+        """Return the directory of the checkpoint of this step, as the Trainer names it."""
+        return self.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    @contextmanager
+    def errors_told(self) -> Iterator[None]:
+        """Turn a full disk, and a checkpoint that holds code, into a CheckpointError."""
+        with disk_errors(self.folder):
+            try:
+                yield
+            except pickle.UnpicklingError:  # the Trainer opens pickles with weights_only
+                raise CheckpointError(
+                    f"{self.folder}: a checkpoint holds more than tensors, so it is not opened; delete the directory "
+                    "and start again."
+                ) from None
+            except RuntimeError as error:
+                # torch writes through a stream that knows no error numbers and has many words for one failure.
+                if all(frame.f_code is not torch.save.__code__ for frame, _ in walk_tb(error.__traceback__)):
+                    raise
+                raise CheckpointError(
+                    f"{self.folder}: a checkpoint could not be written whole; free some space or choose another place."
+                ) from None
+
+    def _is_intact(self, step: int | None) -> bool:
+        return step is not None and self.store.has_files(self.path(step).name, self.path(step))
+
+    def _best(self, step: int) -> int | None:
+        """Return the step of the best checkpoint by then: the training ends with its weights."""
+        return TrainerState.load_from_json(str(self.path(step) / TRAINER_STATE)).best_global_step
+
+    def _steps(self) -> list[int]:
+        return [int(path.name.rpartition("-")[2]) for path in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/")]
+
+    def _remove(self, step: int) -> None:
+        self.path(step).with_suffix(".json").unlink(missing_ok=True)
+        shutil.rmtree(self.path(step))
