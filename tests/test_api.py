@@ -32,10 +32,10 @@ def small(recipe):
 
 VERBS = ("prune", "inspect", "evaluate", "bench", "recover", "export", "push", "verify", "compare")
 KEYS_OF_THE_RECIPE = {  # options of the command line, keys of `recipe` in Python
-    "prune": "remove to fit context type_name speedup preset domains vocabulary keep_text keep_script polish "
+    "prune": "remove to fit context type_name speedup preset domains answers vocabulary keep_text keep_script polish "
     "groups budget align rounds seed memory_budget device set",
     "inspect": "remove to fit context type_name speedup preset polish groups budget align rounds memory_budget set",
-    "recover": "domains tasks limit set",
+    "recover": "domains answers tasks limit set",
     "export": "out",  # with --format; FILE is `gguf` in Python
 }
 
@@ -180,12 +180,16 @@ def test_progress_reports_every_stage_to_its_end(recipe):
         "calibration",
         "load",
         "evaluate dense",
+        "ask the dense model",
+        "dense on its answers",
         "held-out loss, dense",
         "prune, round 1 of 2",
         "held-out loss, round 1",
         "prune, round 2 of 2",
         "held-out loss, round 2",
         "evaluate pruned",
+        "pruned on the dense model's answers",
+        "ask the pruned model",
     ]
     assert all(done == total > 0 for done, total in last.values()) and set(first.values()) == {0}
 

@@ -37,17 +37,17 @@ NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
 
 # The frozen surface: a flag is added here only after it was found that a recipe key would not do.
 COMMANDS = {
-    "prune": "MODEL OUT --remove --to --fit --context --type --speedup --recipe --preset --domain "
+    "prune": "MODEL OUT --remove --to --fit --context --type --speedup --recipe --preset --domain --answers "
     "--vocabulary --keep-text --keep-script --polish --groups --budget --align --rounds --seed --memory-budget "
-    "--device --set --like --resume --overwrite --quiet --json",
-    "trim": "MODEL OUT --vocabulary --domain --keep-text --keep-script --seed --evaluate --overwrite --quiet --json",
+    "--device --set --like --resume --overwrite --force --quiet --json",
+    "trim": "MODEL OUT --vocabulary --domain --keep-text --keep-script --seed --overwrite --force --quiet --json",
     "inspect": "MODEL --remove --to --fit --context --type --speedup --recipe --preset --polish --groups "
     "--budget --align --rounds --memory-budget --set --check-for --quiet --json",
     "recipe": "PRESET",
     "demo": "OUT --overwrite --quiet --json",
     "verify": "RESULT --quiet --json",
-    "recover": "PRUNED --teacher --out --tokens --recipe --domain --set --tasks --limit --tasks-data --other-dense "
-    "--dry-run --overwrite --quiet --json",
+    "recover": "PRUNED --teacher --out --tokens --recipe --domain --answers --set --tasks --limit --tasks-data "
+    "--other-dense --dry-run --overwrite --quiet --json",
     "push": "RESULT REPO --base-model --public --dry-run --quiet --json",
 }
 

@@ -83,7 +83,7 @@ def test_the_table_the_card_and_the_page_show_the_scores(models, record):
     page = (models["recovered"] / "report.html").read_text(encoding="utf-8")
     for cell in rows["arc_easy, acc"]:
         assert cell in shown and cell in card and cell in page
-    assert "at most 5 questions each" in " ".join(shown.split()) and 'id="recovery-tasks-plot' in page
+    assert "at most 5 questions each" in " ".join(shown.split())
 
 
 def test_an_unknown_task_is_refused_before_anything_runs(models, tmp_path):
