@@ -184,7 +184,7 @@ def test_batches_are_the_rounds_own_and_say_which_text_was_held_out():
                 mine = [batch for batch in batches if (batch.domain, batch.held_out) == (domain.name, held_out)]
                 assert torch.equal(torch.cat([batch.ids_BT for batch in mine]), blocks)
     assert found.shares == {"d0": 0.5, "d1": 0.5}
-    assert {name: blocks.data_ptr() for name, blocks in found.held_out.items()} == {
+    assert {name: blocks.ids_NT.data_ptr() for name, blocks in found.held_out.items()} == {
         domain.name: domain.held_out.ids_NT.data_ptr() for domain in text.domains
     }
 
@@ -278,11 +278,11 @@ def test_rotated_text_is_fresh_in_every_round():
 def test_after_a_trim_a_protected_domain_may_rise_as_much_in_fewer_nats_per_token():
     domains = {"d0": {"files": ["x"], "protect": 0.1}}
     found = run_of(tiny_llama(), calibration={"num_tokens": 4096, "domains": domains})
-    held_out = found.held_out["d0"][:, 1:].numel()
+    held_out = found.held_out["d0"].ids_NT[:, 1:].numel()
     watch = object.__new__(run.LossWatch)
     watch.dense, watch.now = {"d0": 2.0}, {"d0": 2.05}
     assert watch_of(found, watch).allowed_rise() == {"d0": pytest.approx(0.15, rel=1e-12)}
-    fewer = dataclasses.replace(found, dense_tokens={"d0": [held_out // 2, held_out // 4]})
+    fewer = dataclasses.replace(found, dense_tokens={"d0": {0: held_out // 2, 1: held_out // 4}})
     share = (held_out // 2 + held_out // 4) / held_out
     assert watch_of(fewer, watch).allowed_rise() == {"d0": pytest.approx(0.15 * share, rel=1e-12)}
 
