@@ -26,6 +26,7 @@ from secateur.evaluation.study_page import (
     verdict,
 )
 from tests.models import tiny_llama
+from tests.page_checks import pictures
 from tests.tiny_tokenizer import tiny_tokenizer
 
 TEXTS = {"left": "the quick brown fox jumps over the lazy dog {}\n", "right": "0123 + {} = 4567;\n"}
@@ -262,7 +263,7 @@ def test_a_page_fits_and_names_what_its_plot_leaves_out(tmp_path: Path) -> None:
     save_comparison(study, Comparison(tuple(cells), {}), tmp_path)
     html = (tmp_path / "report.html").read_text()
     assert "Not in the plot, 4 times the best perplexity or more: lost at 20%." in html
-    lines = re.findall("<text[^>]*>([^<]*)</text>", html)
+    lines = [line for _, plot in pictures(html) for line in re.findall("<text[^>]*>([^<]*)</text>", plot)]
     assert "a method with" in lines and "quite a long name" in lines and "lost" not in lines and "dense" in lines
     headers = [re.findall("<th scope=.col.>([^<]*)", table) for table in html.split("<table")[1:]]
     assert all(len(header) <= 10 for header in headers) and [f"domain {n}" for n in range(7)] == headers[-1][2:]

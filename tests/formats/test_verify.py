@@ -17,6 +17,9 @@ from secateur.model.vocabulary import trimmed_tokenizer
 
 pytestmark = pytest.mark.usefixtures("fresh_processes")
 
+# What the fresh process says beside the logits.
+SAID = {"problem": "", "text": "and so on", "class": "AutoModelForImageTextToText"}
+
 
 def save(directory: Path, model: torch.nn.Module) -> torch.Tensor:
     directory.mkdir(exist_ok=True)
@@ -76,7 +79,7 @@ def test_a_directory_that_does_not_load_is_refused(tmp_path):
 def test_logits_that_are_no_numbers_are_no_proof(tmp_path, monkeypatch, value, where):
     """One value of many; infinite in both, too, since nothing can be said about their difference."""
     in_memory, reloaded = torch.zeros(2, 16, 5), torch.zeros(2, 16, 5)
-    monkeypatch.setattr(proof, "_run_child", lambda *_: (reloaded, {"problem": "", "text": "x"}))
+    monkeypatch.setattr(proof, "_run_child", lambda *_: (reloaded, SAID))
     assert verify_reload(tmp_path, tiny_ids(), in_memory).max_abs_difference == 0
     for name, logits in {"reloaded": reloaded, "in memory": in_memory}.items():
         if where in (name, "both"):
@@ -87,7 +90,7 @@ def test_logits_that_are_no_numbers_are_no_proof(tmp_path, monkeypatch, value, w
 
 
 def test_logits_of_another_shape_are_no_proof(tmp_path, monkeypatch):
-    monkeypatch.setattr(proof, "_run_child", lambda *_: (torch.zeros(2, 16, 5), {"problem": "", "text": "x"}))
+    monkeypatch.setattr(proof, "_run_child", lambda *_: (torch.zeros(2, 16, 5), SAID))
     with pytest.raises(CheckpointError, match=r"reloaded logits have shape \[2, 16, 5\], not \[2, 16, 6\]"):
         verify_reload(tmp_path, tiny_ids(), torch.zeros(2, 16, 6))
 
@@ -97,7 +100,7 @@ IDS = tiny_ids(batch=2, length=3)
 
 def reloaded_as(monkeypatch: pytest.MonkeyPatch, logits: torch.Tensor, problem: str = "") -> None:
     """Let the fresh process say this."""
-    monkeypatch.setattr(proof, "_run_child", lambda *_: (logits, {"problem": problem, "text": "and so on"}))
+    monkeypatch.setattr(proof, "_run_child", lambda *_: (logits, {**SAID, "problem": problem}))
 
 
 def test_the_figures_are_those_of_the_largest_difference(monkeypatch, tmp_path):
@@ -109,6 +112,7 @@ def test_the_figures_are_those_of_the_largest_difference(monkeypatch, tmp_path):
             other[place] = sign * 0.25
             found = verify_reload(tmp_path, IDS, other, tolerance=0.25)
             assert found.max_abs_difference == 0.25 and found.generated_text == "and so on"
+            assert found.loaded_by == "AutoModelForImageTextToText"
             with pytest.raises(CheckpointError, match=r"differ from those in memory by 0\.25, allowed is 0\.249"):
                 verify_reload(tmp_path, IDS, other, tolerance=0.249)
 

@@ -126,7 +126,10 @@ def test_another_model_is_refused_by_both_names_unless_it_is_meant(dense, other,
         f"(fingerprint {prints[1]}), or --other-dense if another model is meant."
     )
     (note,) = check(pruned, other, other=True)
-    assert str(other) in note and f"not dense (fingerprint {prints[1]})" in note
+    assert note == (
+        f"dense is here other (fingerprint {prints[0]}), and not dense (fingerprint {prints[1]}), which pruned was "
+        "pruned from."
+    )
 
 
 def test_swapped_arguments_are_noticed_also_where_another_model_is_meant(dense, other, tmp_path):

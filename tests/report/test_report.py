@@ -1,6 +1,5 @@
 """The report of a real tiny run: complete, self-contained, escaped, repeatable; in a browser."""
 
-import base64
 import dataclasses
 import json
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, load
-from page_checks import PageChecks
+from page_checks import PageChecks, pictures
 from recipes import grouped
 from run_cli import run_cli
 
@@ -57,12 +56,6 @@ def test_prune_writes_a_well_formed_page_with_every_section(result):
     page = PageChecks(page_of(result))
     assert page.problems == []
     assert [name for name, tag in page.ids.items() if tag == "section"] == SECTIONS.split()
-
-
-def pictures(html: str) -> list[tuple[str, str]]:
-    """The page's pictures: what is said of each, and its SVG."""
-    found = re.findall(r'<img alt="([^"]*)" src="data:image/svg\+xml;base64,([^"]*)">', html)
-    return [(unescape(said), base64.b64decode(data).decode()) for said, data in found]
 
 
 def test_every_plot_says_what_it_shows_and_has_a_table(result):
