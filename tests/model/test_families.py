@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from secateur.errors import ArchError
 from secateur.methods.experts import keep_experts
 from secateur.methods.prices import parameter_prices
 from secateur.model.bind import EXPERT_CHANNELS, EXPERTS, bind, decoder_layers, head_of
@@ -139,8 +140,12 @@ def test_cut_saved_and_reloaded_by_stock_transformers_equals_mask(name: str, gro
     assert type(reloaded) is type(tiny_family(name))
     torch.testing.assert_close(logits_of(reloaded, ids_BT), expected, atol=close, rtol=1e-6)
     assert num_params(reloaded) == num_params(model)
-    found = {(group.layer, group.name): group.num_units for group in bind(reloaded).select((group_name,))}
-    assert found == kept
+    again = bind(reloaded)
+    if group_name == EXPERTS and all(kept[group.layer, EXPERTS] == group.at_least for group in groups):
+        with pytest.raises(ArchError, match=f"cannot lose experts: the router needs all {groups[0].at_least}"):
+            again.select((EXPERTS,))
+        return
+    assert {(group.layer, group.name): group.num_units for group in again.select((group_name,))} == kept
 
 
 @pytest.mark.parametrize(("name", "group_name"), ROWS)
