@@ -159,6 +159,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [" ".join(WORDS[start % 17 :] + WORDS[: start % 7]) + f" {start}" for start in range(2600)]
     (world / "law.txt").write_text("\n".join(lines))
     (world / "chat.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    asked = ({"messages": [{"role": "user", "content": f"What is {number}?"}]} for number in range(40))
+    (world / "prompts.jsonl").write_text("\n".join(map(json.dumps, asked)))
     turns = [[{"from": "human", "value": "Go on."}, {"from": "gpt", "value": line}] for line in lines]
     (world / "sharegpt.json").write_text(json.dumps([{"conversations": each} for each in turns]))
     (world / "notes" / "deep").mkdir(parents=True)
