@@ -197,7 +197,7 @@ def test_never_worse(pruned, checkpoints, tmp_path):
     old = load_file(pruned / WEIGHTS)
     assert all(torch.equal(old[name], tensor) for name, tensor in weights(work.pruned).items())
     assert mean_kl(record.after) >= mean_kl(before) and not record.held
-    notes = [line["text"] for line in events(work.directory) if line["event"] == "note"]
+    notes = [line["text"] for line in work.log.lines if line["event"] == "note"]
     [note] = [note for note in notes if "has so few" not in note]
     assert "did not fall" in note and "weights are those" in note
 

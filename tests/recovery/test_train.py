@@ -42,7 +42,7 @@ def test_the_schedule_is_the_one_that_the_docs_tell(tmp_path):
     assert (found.max_steps, found.warmup_steps, found.learning_rate) == (95, 9, 0.25)
     assert (found.lr_scheduler_type, found.weight_decay, found.max_grad_norm) == ("cosine", 0.0, 1.0)
     # Four evaluations at most: every 24 steps, and at the end.
-    assert found.eval_steps == found.save_steps == 24 and found.save_total_limit == 1
+    assert found.eval_steps == found.save_steps == 24 and found.save_total_limit is None  # see Checkpoints
     assert found.load_best_model_at_end and found.metric_for_best_model == "eval_objective"
     assert found.greater_is_better is False and found.seed == 7 and found.bf16 is False
     assert found.train_sampling_strategy == "sequential"
@@ -223,14 +223,15 @@ def test_shards_are_for_several_processes_and_version_two(monkeypatch):
 def test_words_stay_and_all_else_moves_in_the_weights_own_dtype(monkeypatch, tmp_path):
     """What is free to move while the Trainer runs, in which dtype, and in which dtype it ends."""
     seen: dict[str, tuple[torch.dtype, bool]] = {}
-    monkeypatch.setattr(train, "_trainer", lambda *_: SimpleNamespace(state=SimpleNamespace(global_step=3)))
     monkeypatch.setattr(train, "_take_back", lambda *_: None)
     monkeypatch.setattr("secateur.recovery.weights.multiplies_in_software", lambda *_: in_software)
 
-    def run(trainer: Any, folder: Any) -> None:
+    def run(resume_from_checkpoint: str | None) -> None:
         seen.update({name: (each.dtype, each.requires_grad) for name, each in work.pruned.named_parameters()})
 
-    monkeypatch.setattr(train, "_run", run)
+    arguments = SimpleNamespace(gradient_checkpointing=False)
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=3), args=arguments, train=run)
+    monkeypatch.setattr(train, "_trainer", lambda *_, **__: trainer)
     words = {"model.embed_tokens.weight", "lm_head.weight"}
     for settings, moves, has_teacher, in_software in (
         ({"train": "layers", "kl_share": 0.0}, False, False, False),
@@ -238,6 +239,7 @@ def test_words_stay_and_all_else_moves_in_the_weights_own_dtype(monkeypatch, tmp
         ({"train": "full", "kl_share": 0.5}, True, True, False),
     ):
         work = work_with(tmp_path, batch_tokens=64, **settings)
+        work.tell = lambda text: None
         work.pruned, work.teacher, work.states = tiny_llama().to(torch.bfloat16), tiny_llama(), None
         work.text = RecoveryText((Block("a", torch.zeros(32, dtype=torch.long)),) * 8, {}, 32, "")
         before = {name: each.detach().clone() for name, each in work.pruned.named_parameters()}
