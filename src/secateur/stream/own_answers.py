@@ -189,7 +189,8 @@ def _nats(
         # State t predicts token t + 1.
         answer_A = each.ids_T[each.num_prompt :]
         losses_A, same_A = _losses(states_PD[each.num_prompt - 1 :], head, answer_A, num_words)
-        nats.append(float(losses_A.double().sum()))
+        # Some devices have no float64.
+        nats.append(float(losses_A.cpu().double().sum()))
         num_same += int(same_A.sum())
         num_tokens += len(answer_A)
     nats_P = torch.tensor(nats, dtype=torch.float64)
