@@ -6,6 +6,7 @@ do: parallel blocks, norms before or after, fused linears.
 
 from typing import Any
 
+import pytest
 import torch
 from models import randomised
 from transformers import (
@@ -160,6 +161,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", MLA | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2}),
 }
 
+# One row of each kind of structure; those beside them in a comment run with the slow tests, in the same checks.
+KINDS = frozenset(
+    (
+        "qwen2",  # gated, biases on queries, keys and values: llama, mistral, granite, smollm3, seed_oss, ernie4_5
+        "gemma2",  # four norms a layer, two kinds of attention, heads of their own width: gemma, gemma3, glm4
+        "qwen3_5",  # linear attention between: nothing but channels goes
+        "phi",  # no gate, attention and FFN side by side: stablelm-parallel, gpt_neox, falcon, cohere
+        "phi3",  # all maps fused: glm
+        "olmo2",  # norms over all heads, and behind the FFN: olmo3, exaone4
+        "nemotron",  # no gate, a squared relu, norms that add one: starcoder2
+        "gpt2-derived-width",  # transposed maps, a width that no config states: gpt2
+        "opt-post-norm",  # another width of the embedding, biases everywhere: opt
+        "falcon-multi-query",  # queries, keys and values in one map
+        "cohere2",  # one norm for both, logits scaled: cohere
+        "mixtral",  # experts: granitemoe, phimoe, olmoe, qwen3_moe
+        "qwen2_moe-mixed",  # and a shared one, and layers without: qwen2_moe, qwen3_moe-mixed
+        "gpt_oss",  # experts in transposed stacks with biases
+        "llama4",  # one expert by the router's sigmoid, layers without
+        "deepseek_v3",  # latent attention, groups of experts, a correction of the router: deepseek_v2, glm4_moe
+        "qwen2_vl",  # a decoder below what sees: qwen2_5_vl
+        "gemma3_multimodal",  # mistral3
+    )
+)
+
 _DENSE = ("kv_heads", "query_heads", "ffn")
 _MIXTURE = ("kv_heads", "query_heads", "experts", "expert_ffn")
 # Rows of other groups than heads and channels: what each can lose, and nothing else.
@@ -177,6 +202,13 @@ _OTHERS: dict[tuple[str, ...], str] = {
 }
 GROUPS: dict[str, tuple[str, ...]] = dict.fromkeys(FAMILIES, _DENSE)
 GROUPS |= {name: groups for groups, names in _OTHERS.items() for name in names.split()}
+
+
+def row(name: str, *others: Any) -> Any:
+    """Return the row's parameters of a test; a row that is of another's kind is slow."""
+    marks = () if name in KINDS else (pytest.mark.slow,)
+    labels = (other if isinstance(other, str) else "-".join(other) for other in others)
+    return pytest.param(name, *others, id="-".join((name, *labels)), marks=marks)
 
 
 def tiny_family(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:

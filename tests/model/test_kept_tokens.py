@@ -23,7 +23,7 @@ from secateur.model.kept_tokens import (
     kept_tokens_of,
     trim_between,
 )
-from tests.families import FAMILIES, SIZES, tiny_family
+from tests.families import FAMILIES, SIZES, row, tiny_family
 from tests.trims import trimmed_pair
 
 NUM_ROWS = 331  # no other size of the tiny models
@@ -41,7 +41,7 @@ def logits(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids_BT, use_cache=False).logits
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [row(name) for name in FAMILIES])
 def test_logits_are_the_dense_ones_of_the_kept_tokens(name):
     text = FAMILIES[name][1].get("text_config")
     sizes = {"vocab_size": NUM_ROWS}

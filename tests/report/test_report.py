@@ -24,6 +24,7 @@ from secateur.report.records import Summary
 from secateur.report.report import write_report
 from secateur.report.rows import caveats, escaped, loss_rows, verdict
 
+pytestmark = pytest.mark.usefixtures("drawn")
 HOSTILE = "<script>alert(1)</script>"
 ODD = "$\\frac$ 日本 & \x07co"
 SECTIONS = "quality samples speed removed text repeat"
