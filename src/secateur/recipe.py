@@ -118,7 +118,7 @@ class Domain(Strict):
     .parquet), text and code (.txt .md .py ...), directories or patterns (data/**/*.md), relative to
     the working directory. dataset: a `datasets` hub id, with `config` and `split`. answers:
     what the dense model answers, before it is pruned, to the source's rows as prompts (a chat up to
-    its first user's turn); without a source it writes the users' turns itself. Answers alone count.
+    its first user's turn); without a source, to prompts that come with secateur. Answers alone count.
     config, revision, split: of a `dataset`. column: of the text in tables; a list of messages goes
     through the chat template, and without a column `text` so do the usual forms of chats
     (docs/data.md). share: of the tokens, relative to the other domains. protect: the share by which
@@ -163,7 +163,7 @@ class Domain(Strict):
 
     @property
     def source(self) -> tuple[str, Any]:
-        """Return the source's key and value; `answers` where the model writes the prompts as well."""
+        """Return the source's key and value; `answers` for the prompts that come with secateur."""
         return next(iter(self._sources().items()), ("answers", True))
 
     def _sources(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Answers of the dense model: drawn at temperature 1, the same in any batch; prompts that count for nothing."""
+"""Answers of the dense model: drawn, the same in any batch; prompts that count for nothing."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,10 +12,12 @@ from models import tiny_gemma3, tiny_llama, tiny_mistral
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from secateur.data import answers
-from secateur.data.answers import Answers, Conversation, Speaker, packed
-from secateur.data.chat import user_turn
+from secateur.data.answers import Answers, Conversation, Speaker, packed, with_answers
+from secateur.data.blocks import Blocks, JudgedText, LearningDomain, LearningText
+from secateur.data.chat import closing_of_turn
 from secateur.data.sources import documents
 from secateur.errors import CalibrationError, NumericsError
 from secateur.model.bind import bind
@@ -48,8 +50,11 @@ def at_once(steps: Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]) -> lis
     return [compute() for _, compute in steps]
 
 
-def written(of: Speaker, num_blocks: int = 4, prompts: Sequence[str] | None = None, name: str = "answers") -> Any:
-    return Answers(of, {name: prompts}, at_once).blocks(name, "learning", num_blocks)
+ASKED = tuple(f"<user>{number}<eos><assistant>" for number in range(30))
+
+
+def written(of: Speaker, num_blocks: int = 4, prompts: Sequence[str] = ASKED, name: str = "answers") -> Any:
+    return Answers(of, {name: prompts}, at_once).blocks(name, {"learning": num_blocks})["learning"]
 
 
 def likeliest(model: Any, prompt: list[int], count: int) -> list[int]:
@@ -61,7 +66,10 @@ def likeliest(model: Any, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_mistral, tiny_gemma3])
-def test_every_token_follows_from_its_own_prompt_and_all_those_before(make: Callable[[], Any]) -> None:
+def test_every_token_follows_from_its_own_prompt_and_all_those_before(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "ROOM", 4)  # so that keys and values move several times
     model = make()
     with torch.no_grad():
         model.get_output_embeddings().weight *= 1e4  # so certain that a draw is the likeliest
@@ -75,11 +83,22 @@ def test_every_token_follows_from_its_own_prompt_and_all_those_before(make: Call
     assert drawn == [ids[:size] for ids, size in zip(expected, lengths, strict=True)]
 
 
+def test_a_step_copies_its_own_keys_and_values_alone() -> None:
+    plain = DynamicLayer()
+    plain.update(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4))
+    roomy = answers._Roomy(plain)
+    states = [torch.full((2, 1, 1, 4), float(step)) for step in range(answers.ROOM)]
+    places = {roomy.update(each, -each)[0].untyped_storage().data_ptr() for each in states}
+    assert len(places) == 1
+    assert torch.equal(roomy.keys, torch.cat([torch.ones(2, 1, 3, 4), *states], dim=-2))
+    assert torch.equal(roomy.values[..., 3:, :], -roomy.keys[..., 3:, :])
+
+
 def test_the_first_token_has_the_models_distribution() -> None:
     model = tiny_llama()
     prompt = [9, 8, 7]
     with torch.no_grad():
-        likely = model(torch.tensor([prompt])).logits[0, -1, :257].softmax(dim=-1)
+        likely = (model(torch.tensor([prompt])).logits[0, -1, :257] / answers.TEMPERATURE).softmax(dim=-1)
     seeds = [str(number) for number in range(4000)]
     drawn = answers._continued(speaker(model), [prompt] * 4000, seeds, lambda ids: True, lambda _: None)
     shares = torch.bincount(torch.tensor(drawn)[:, 0], minlength=257) / 4000
@@ -112,16 +131,14 @@ def test_more_blocks_begin_with_the_same_conversations() -> None:
     assert torch.equal(more.ids_NT[0, : len(first)], first)
 
 
-def test_only_answers_count_and_the_model_writes_both_turns() -> None:
-    model = talkative()
-    of = speaker(model)
+def test_only_answers_count() -> None:
+    of = speaker(talkative())
     blocks = written(of)
     assert blocks.ids_NT.shape == (4, LENGTH) and int(blocks.ids_NT.max()) < 257 and not blocks.ids_NT.is_inference()
-    opening, closing = user_turn(of.tokenizer)
-    assert (opening, closing) == ("<user>", "<eos><assistant>~")  # where it is asked to, a model reasons
+    assert closing_of_turn(of.tokenizer) == "<eos><assistant>~"  # where it is asked to, a model reasons
     for ids_T, counted_T in zip(blocks.ids_NT, blocks.counted_NT, strict=True):
         text = of.tokenizer.decode(ids_T)
-        assert text.startswith("<user>") and "<eos><assistant>~" in text
+        assert text.startswith("<user>") and "<eos><assistant>" in text
         assert counted_T.any() and not counted_T.all()
 
 
@@ -146,22 +163,12 @@ def test_a_prompt_longer_than_half_of_a_block_is_left_out() -> None:
         written(of, 4, [long] * 3)
 
 
-def test_a_mark_that_is_no_special_token_ends_a_users_turn_too() -> None:
-    model = tiny_llama()
-    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
-    model.lm_head.bias.data[tiny_tokenizer()("!")["input_ids"]] = 2.9
-    of = speaker(model, template=TEMPLATE.replace("<eos>", " ! "))
-    texts = answers._turns(of, [str(number) for number in range(20)])
-    assert any(texts) and all("!" not in text and text == text.strip() for text in texts)
-
-
-def test_a_model_that_never_ends_a_users_turn_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_gives_the_same_answers_again_is_an_error() -> None:
     model = talkative()
-    model.lm_head.bias.data[256] = -1e9
-    monkeypatch.setattr(answers, "TURN_TOKENS", 8)
-    of = speaker(model, template=TEMPLATE.replace("<eos>", "never written"))
-    with pytest.raises(CalibrationError, match="writes no users' turns that end"):
-        written(of)
+    with torch.no_grad():
+        model.lm_head.weight *= 1e4
+    with pytest.raises(CalibrationError, match="gives the same answers again and again"):
+        written(speaker(model), 40, ASKED[:3])
 
 
 def test_a_model_without_finite_logits_is_refused() -> None:
@@ -185,29 +192,54 @@ def test_steps_are_what_is_kept_and_read_back() -> None:
     def refusing(steps: Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]) -> list[dict[str, Tensor]]:
         return [kept[name] for name, _ in steps]
 
-    first = Answers(of, {"own": None}, keeping).blocks("own", "learning", 4)
+    first = Answers(of, {"own": ASKED}, keeping).blocks("own", {"learning": 4})["learning"]
     assert len(asked) == len(set(asked)) and all(name.startswith("answers-own-learning-") for name in asked)
-    again = Answers(of, {"own": None}, refusing)
-    assert torch.equal(again.blocks("own", "learning", 4).ids_NT, first.ids_NT)
+    again = Answers(of, {"own": ASKED}, refusing)
+    assert torch.equal(again.blocks("own", {"learning": 4})["learning"].ids_NT, first.ids_NT)
     # What is written already is not asked for again.
     num_asked = len(asked)
-    assert torch.equal(replace(again, do=keeping).blocks("own", "learning", 2).ids_NT, first.ids_NT[:2])
+    assert len(replace(again, do=keeping).blocks("own", {"learning": 2})["learning"]) == 2
     assert len(asked) == num_asked
 
 
-def test_judge_guard_and_what_is_learnt_by_have_other_prompts() -> None:
+def test_guard_and_what_is_learnt_by_have_other_prompts() -> None:
     of = speaker(talkative())
-    prompts = [f"<user>{number}<eos><assistant>" for number in range(30)]
-    found = Answers(of, {"a": prompts}, at_once)
-    texts = {
-        part: of.tokenizer.decode(found.blocks("a", part, 2).ids_NT.flatten())
-        for part in ("judged", "held-out", "learning")
-    }
+    prompts = ASKED
+    found = Answers(of, {"a": prompts}, at_once).blocks("a", {"held-out": 2, "learning": 2})
+    texts = {part: of.tokenizer.decode(blocks.ids_NT.flatten()) for part, blocks in found.items()}
     used = {part: {prompt for prompt in prompts if prompt in text} for part, text in texts.items()}
-    assert used["judged"] <= set(prompts[:3]) and used["held-out"] <= set(prompts[3:6])
-    assert used["learning"] <= set(prompts[6:]) and all(used.values())
-    with pytest.raises(CalibrationError, match="2 prompts are too few"):
-        Answers(of, {"a": prompts[:2]}, at_once).blocks("a", "learning", 1)
+    assert used["held-out"] <= set(prompts[:3])
+    assert used["learning"] <= set(prompts[3:]) and all(used.values())
+    with pytest.raises(CalibrationError, match="1 prompts are too few"):
+        Answers(of, {"a": prompts[:1]}, at_once).blocks("a", {"learning": 1})
+
+
+def test_what_guards_judges_too_and_nothing_else_is_written_to_judge() -> None:
+    def unwritten(count: int) -> Blocks:
+        return Blocks.of(torch.empty(count, LENGTH, dtype=torch.int64, device="meta"))
+
+    text = LearningText((LearningDomain("a", 1.0, unwritten(3), 2, unwritten(1)),), LENGTH)
+    found = Answers(speaker(talkative()), {"a": ASKED}, at_once)
+    learning, judged = with_answers(text, JudgedText({"a": unwritten(8)}), found)
+    [domain] = learning.domains
+    assert [len(domain.blocks), len(domain.calibration), len(domain.held_out)] == [3, 2, 1]
+    assert judged.blocks["a"] is domain.held_out
+    assert set(found.written) == {("a", "learning"), ("a", "held-out")}
+
+
+def test_both_parts_are_written_in_few_batches_of_like_size() -> None:
+    of, sizes = speaker(talkative()), list[int]()
+
+    def measuring(steps: Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]) -> list[dict[str, Tensor]]:
+        found = at_once(steps)
+        sizes.extend(len(tensors["sizes"]) for tensors in found)
+        return found
+
+    alone = written(of, 40)
+    both = Answers(of, {"answers": ASKED}, measuring).blocks("answers", {"held-out": 2, "learning": 40})
+    # A conversation does not depend on what else is written with it.
+    assert torch.equal(both["learning"].ids_NT, alone.ids_NT)
+    assert sizes[0] == sizes[1] == 42 and max(sizes) <= answers.CPU_ROWS
 
 
 def conversation(size: int, num_prompt: int, start: int = 0) -> Conversation:

@@ -1,7 +1,7 @@
 """What the dense model answers, as calibration text: whole conversations, whose answers alone count.
 
-In: a model and prompts as its chat template writes them, or none: then it writes the user's turns
-too. Out: conversations, and blocks of them with a mask. A prompt gives context and counts for nothing.
+In: a model and prompts as its chat template writes them. Out: conversations, and blocks of them with
+a mask. A prompt gives context and counts for nothing.
 
 B conversations at a time, T tokens of a block, N blocks, V tokens of the vocabulary.
 """
@@ -10,15 +10,17 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from secateur.data.blocks import Block, Blocks, JudgedText, LearningText
-from secateur.data.chat import chat_text, user_turn
+from secateur.data.chat import chat_text, closing_of_turn
 from secateur.data.retokenised import retokenised
 from secateur.errors import CalibrationError, NumericsError
 from secateur.log import Progress, silent
@@ -35,11 +37,13 @@ CACHE_BYTES = 1_000_000_000
 CACHE_NAMES = ("cache", "past_key_values")
 # Rows leave the batch together once this share of it is finished: each time the cache is copied.
 FINISHED_SHARE = 1 / 8
-# A user's turn that is longer is dropped. An answer is cut at half of a block.
-TURN_TOKENS = 128
+# Tokens that a layer's keys and values have room for, before they are copied to a larger place.
+ROOM = 64
+# At 1 a small model drifts, and greedily it says too little that is different: LOG, 2026-11-30.
+TEMPERATURE = 0.7
+# Of so many conversations at least this share differs from those before, or there are too few prompts.
+PATIENCE, LEAST_FRESH = 100, 1 / 20
 NOT_FINITE = "answers: the model gives no finite logits; use it in bfloat16 or float32 and check its weights."
-# So many conversations without one that can be used, and there will be none.
-PATIENCE = 200
 # A gap at a block's end is filled with a part of a conversation if it is longer than this share of it.
 LARGEST_GAP = 1 / 8
 
@@ -57,7 +61,17 @@ class Conversation:
 
 # Gives a conversation in another tokenizer's tokens.
 Told = Callable[[Conversation], Conversation]
-Part = Literal["judged", "held-out", "learning"]
+# What guards a run, and judges it too; and what it learns by.
+Part = Literal["held-out", "learning"]
+# The conversations of a domain's part so far.
+Written = dict[tuple[str, Part], list[Conversation]]
+
+
+class Request(NamedTuple):
+    """A conversation that is to be written: the number of its part."""
+
+    part: Part
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +100,8 @@ class Speaker:
         """Return the tokens that end an answer: the model's, the tokenizer's and the template's."""
         own = getattr(self.model.generation_config, "eos_token_id", None)
         own = own if isinstance(own, list | tuple) else [own]
-        said = {*own, self.tokenizer.eos_token_id, _first_added(user_turn(self.tokenizer)[1], self.tokenizer)}
+        said = {*own, self.tokenizer.eos_token_id, _first_added(closing_of_turn(self.tokenizer), self.tokenizer)}
         return frozenset(each for each in said if isinstance(each, int))
-
-
-@dataclass(slots=True)
-class Written:
-    """The conversations of a name so far. `num_drawn`: with those that could not be used."""
-
-    conversations: list[Conversation] = field(default_factory=list[Conversation])
-    num_drawn: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,88 +109,118 @@ class Answers:
     """What a speaker answers, written as far as it is asked for.
 
     `prompts`: by domain, as the chat template writes them up to the answer; where they are too few,
-    each is answered more than once. None: the speaker writes the users' turns as well. What judges,
-    what guards and what is learnt by have prompts of their own, the first two a tenth of them each.
-    `written`: by name of domain and part.
+    each is answered more than once. What guards and what is learnt by have prompts of their own, the
+    first a tenth of them. `written`: by domain and part.
     """
 
     speaker: Speaker
-    prompts: Mapping[str, Sequence[str] | None]
+    prompts: Mapping[str, Sequence[str]]
     do: Steps
     progress: Progress = silent
-    written: dict[str, Written] = field(default_factory=dict[str, Written])
+    written: Written = field(default_factory=Written)
 
-    def blocks(self, domain: str, part: Part, num_blocks: int, told: Told | None = None) -> Blocks:
-        """Return blocks of the part's first conversations.
+    def blocks(self, domain: str, num_blocks: Mapping[Part, int], told: Told | None = None) -> dict[Part, Blocks]:
+        """Return so many blocks of each part, of its first conversations.
 
         `told`: what gives a conversation in another tokenizer's tokens. Raises CalibrationError for too
-        few prompts, if none leaves room for an answer, or if the model writes no turn that ends;
-        NumericsError if a logit is not finite.
+        few prompts or answers, or if no prompt leaves room for one; NumericsError if a logit is not finite.
         """
-        name, length = f"{domain}-{part}", self.speaker.length
-        stage, num_tokens = f"answers, {name}", num_blocks * length
-        asked, written = self._asked(domain, part), self.written.setdefault(name, Written())
+        asked = {part: self._asked(domain, part) for part in num_blocks}
+        stage, num_tokens = f"answers, {domain}", sum(num_blocks.values()) * self.speaker.length
         self.progress(stage, 0, num_tokens)
         while True:
-            own = _once(written.conversations, by_prompt=asked is None)
-            own = own if told is None else map(told, own)
-            blocks = _filled(list(own), num_blocks, length, self.speaker.tokenizer.eos_token_id or 0)
-            if blocks is not None:
+            found = {part: self._filled(domain, part, number, told) for part, number in num_blocks.items()}
+            blocks = {part: each for part, each in found.items() if each is not None}
+            if len(blocks) == len(num_blocks):
                 self.progress(stage, num_tokens, num_tokens)
                 return blocks
-            self._write_on(name, num_tokens, asked)
+            missing = {part: number for part, number in num_blocks.items() if part not in blocks}
+            done = sum(_num_tokens(self._so_far(domain, part)) for part in num_blocks)
+            self._write_on(domain, missing, asked, _Counter(self.progress, stage, done, num_tokens))
 
-    def _asked(self, domain: str, part: Part) -> list[list[int]] | None:
+    def _filled(self, domain: str, part: Part, num_blocks: int, told: Told | None) -> Blocks | None:
+        """Return the part's blocks; None if what is written does not fill them."""
+        own = _once(self._so_far(domain, part))
+        filler = self.speaker.tokenizer.eos_token_id or 0
+        return _filled(list(own if told is None else map(told, own)), num_blocks, self.speaker.length, filler)
+
+    def _so_far(self, domain: str, part: Part) -> list[Conversation]:
+        return self.written.setdefault((domain, part), [])
+
+    def _asked(self, domain: str, part: Part) -> list[list[int]]:
         """Return the part's prompts."""
         given = self.prompts[domain]
-        if given is None:
-            return None
-        if len(given) < 3:
+        if len(given) < 2:
             raise CalibrationError(
-                f"domain '{domain}': {len(given)} prompts are too few, since what guards the run and what judges it "
-                "have prompts of their own; give 3 or more."
+                f"domain '{domain}': {len(given)} prompts are too few, since what guards the run has prompts of its "
+                "own; give 2 or more."
             )
         tenth = -(-len(given) // 10)
-        places = {"judged": slice(tenth), "held-out": slice(tenth, 2 * tenth), "learning": slice(2 * tenth, None)}
-        return _that_fit(given[places[part]], self.speaker, domain)
+        own = given[:tenth] if part == "held-out" else given[tenth:]
+        return _that_fit(own, self.speaker, domain)
 
-    def _write_on(self, name: str, num_tokens: int, asked: list[list[int]] | None) -> None:
-        """Write as many more batches as should do, by the tokens of those before; the ranks share them."""
-        written, rows, length = self.written[name], self.speaker.rows, self.speaker.length
-        done = sum(len(each.ids_T) for each in written.conversations)
-        if written.num_drawn >= PATIENCE and not done:
+    def _write_on(
+        self,
+        domain: str,
+        missing: Mapping[Part, int],
+        asked: Mapping[Part, list[list[int]]],
+        tell: Callable[[int], None],
+    ) -> None:
+        """Write as many more conversations as should do, in batches of like size; the ranks share them."""
+        requests = [each for part, number in missing.items() for each in self._wanted(domain, part, number)]
+        num_batches = -(-len(requests) // self.speaker.rows)
+        places = [len(requests) * batch // num_batches for batch in range(num_batches + 1)]
+        batches = [requests[start:end] for start, end in pairwise(places)]
+        names = [f"answers-{domain}-{_name(batch[0])}-{_name(batch[-1])}" for batch in batches]
+        work = [partial(_batch, self.speaker, batch, asked, domain, tell) for batch in batches]
+        for batch, tensors in zip(batches, self.do(list(zip(names, work, strict=True))), strict=True):
+            for request, conversation in zip(batch, _unflat(tensors), strict=True):
+                self._so_far(domain, request.part).append(conversation)
+
+    def _wanted(self, domain: str, part: Part, num_blocks: int) -> list[Request]:
+        """Return what is still to be written, by the mean of what is.
+
+        At first that is taken to be half of a block, seldom less than it is, so that nothing is written for
+        nothing. Later a block more than is missing is asked for, so that few batches are small.
+        """
+        length, first = self.speaker.length, len(self._so_far(domain, part))
+        fresh = list(_once(self._so_far(domain, part)))
+        if first >= PATIENCE and len(fresh) < LEAST_FRESH * first:
             raise CalibrationError(
-                f"domain '{name}': the model writes no users' turns that end; give prompts as files, or leave answers "
-                "out (calibration.answers: 0)."
+                f"domain '{domain}': the model gives the same answers again and again; give more prompts, or lower "
+                "calibration.num_tokens."
             )
-        mean = (done + length / 3) / (written.num_drawn + 1)
-        wanted = max(1, round(1.02 * (num_tokens - done) / mean))
-        sizes = [rows] * (wanted // rows) + ([wanted % rows] if wanted % rows else [])
-        firsts = [written.num_drawn + sum(sizes[:place]) for place in range(len(sizes))]
-        tell = _Counter(self.progress, f"answers, {name}", done, num_tokens)
-        batches = [range(first, first + size) for first, size in zip(firsts, sizes, strict=True)]
-        names = [f"answers-{name}-{numbers.start}-{numbers.stop}" for numbers in batches]
-        work = [partial(_batch, self.speaker, numbers, asked, name, tell) for numbers in batches]
-        for tensors in self.do(list(zip(names, work, strict=True))):
-            written.conversations += _unflat(tensors)
-        written.num_drawn += wanted
+        done = _num_tokens(fresh)
+        missing = num_blocks * length - done
+        if first:
+            missing = max(missing, 0) + length
+        mean = (done + length / 2) / (first + 1)
+        return [Request(part, number) for number in range(first, first + max(1, round(missing / mean)))]
+
+
+def _num_tokens(conversations: Sequence[Conversation]) -> int:
+    return sum(len(each.ids_T) for each in conversations)
+
+
+def _name(request: Request) -> str:
+    return f"{request.part}-{request.number}"
 
 
 def with_answers(
     text: LearningText, judged: JudgedText, answers: Answers, told: Told | None = None
 ) -> tuple[LearningText, JudgedText]:
-    """Return both texts with all blocks of answers. `told`, errors: as for `Answers.blocks`."""
+    """Return both texts with all blocks of answers, of which those that guard judge, too.
+
+    `told`, errors: as for `Answers.blocks`.
+    """
     domains, judging = list(text.domains), dict(judged.blocks)
     for index, domain in enumerate(domains):
         if not domain.blocks.is_meta:
             continue
-        own_judged = judging[domain.name]
-        held_out = answers.blocks(domain.name, "held-out", len(domain.held_out), told)
-        learning = answers.blocks(domain.name, "learning", len(domain.blocks), told)
-        domains[index] = replace(domain, held_out=held_out, blocks=learning)
-        judging[domain.name] = held_out
-        if own_judged is not domain.held_out:
-            judging[domain.name] = answers.blocks(domain.name, "judged", len(own_judged), told)
+        num_blocks: dict[Part, int] = {"held-out": len(domain.held_out), "learning": len(domain.blocks)}
+        blocks = answers.blocks(domain.name, num_blocks, told)
+        domains[index] = replace(domain, held_out=blocks["held-out"], blocks=blocks["learning"])
+        judging[domain.name] = blocks["held-out"]
     return replace(text, domains=tuple(domains)), replace(judged, blocks=judging)
 
 
@@ -252,68 +288,25 @@ def _that_fit(prompts: Sequence[str], speaker: Speaker, name: str) -> list[list[
 
 
 def _batch(
-    speaker: Speaker, numbers: range, asked: list[list[int]] | None, name: str, tell: Callable[[int], None]
+    speaker: Speaker,
+    requests: list[Request],
+    asked: Mapping[Part, list[list[int]]],
+    domain: str,
+    tell: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    return _flat(_conversations(speaker, numbers, asked, name, tell))
-
-
-def _conversations(
-    speaker: Speaker, numbers: range, asked: list[list[int]] | None, name: str, tell: Callable[[int], None]
-) -> list[Conversation]:
-    """Return the conversations of these numbers, which share the batch but no draw."""
-    seeds = {number: f"{speaker.seed}:{name}:{number}" for number in numbers}
-    if asked is None:
-        turns = _turns(speaker, [f"{seed}:turn" for seed in seeds.values()])
-        texts = {number: text for number, text in zip(numbers, turns, strict=True) if text}
-        prompts = {number: _prompt(text, speaker) for number, text in texts.items()}
-    else:
-        prompts = {number: asked[number % len(asked)] for number in numbers}
-    prompts = {number: ids for number, ids in prompts.items() if 0 < len(ids) <= speaker.length // 2}
-    if not prompts:
-        return []
+    """Return the conversations of these requests, which share the batch but no draw, for the store."""
+    prompts = [asked[each.part][each.number % len(asked[each.part])] for each in requests]
+    seeds = [f"{speaker.seed}:{domain}-{each.part}:{each.number}" for each in requests]
+    # An answer is cut at half of a block.
     ends, most = speaker.ends, speaker.length // 2
-    drawn = _continued(
-        speaker,
-        list(prompts.values()),
-        [seeds[number] for number in prompts],
-        lambda ids: ids[-1] in ends or len(ids) >= most,
-        tell,
-    )
-    pairs = zip(prompts.values(), drawn, strict=True)
-    return [Conversation(torch.tensor([*prompt, *answer]), len(prompt)) for prompt, answer in pairs]
-
-
-def _turns(speaker: Speaker, seeds: list[str]) -> list[str]:
-    """Return turns that the model writes as the user, "" for one that does not end or says nothing.
-
-    Source: Xu et al. 2024, Magpie, arXiv 2406.08464, section 2.1; here at temperature 1.
-    """
-    tokenizer = speaker.tokenizer
-    opening, closing = user_turn(tokenizer)
-    # A space behind the opening belongs to the first word, which is one token with it.
-    opening_ids: list[int] = tokenizer(opening.rstrip(" "), add_special_tokens=False, verbose=False)["input_ids"]
-    added, own = _first_added(closing, tokenizer), tokenizer.eos_token_id
-    ends = {each for each in (added, own) if each is not None}
-    mark = (closing.split() or [closing])[0] if added is None else ""
-
-    def ended(ids: list[int]) -> bool:
-        return ids[-1] in ends or (bool(mark) and mark in tokenizer.decode(ids[-2 * len(mark) :]))
-
-    if not opening_ids:
-        opening_ids = [own if isinstance(own, int) else 0]
-    drawn = _continued(
-        speaker, [opening_ids] * len(seeds), seeds, lambda ids: ended(ids) or len(ids) >= TURN_TOKENS, lambda _: None
-    )
-    texts: list[str] = []
-    for ids in drawn:
-        text = str(tokenizer.decode(ids, skip_special_tokens=True))
-        texts.append((text.split(mark)[0] if mark else text).strip() if ended(ids) else "")
-    return texts
+    answers = _continued(speaker, prompts, seeds, lambda ids: ids[-1] in ends or len(ids) >= most, tell)
+    ids = [torch.tensor([*prompt, *answer]) for prompt, answer in zip(prompts, answers, strict=True)]
+    sizes = [[len(ids_T), len(prompt)] for ids_T, prompt in zip(ids, prompts, strict=True)]
+    return {"ids": torch.cat(ids), "sizes": torch.tensor(sizes)}
 
 
 def _prompt(text: str, speaker: Speaker) -> list[int]:
-    chat = [{"role": "user", "content": text}]
-    written = chat_text(chat, speaker.tokenizer, "a user's turn that the model wrote", answered=True)
+    written = chat_text([{"role": "user", "content": text}], speaker.tokenizer, "a prompt", answered=True)
     return speaker.tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -333,7 +326,7 @@ def _continued(
 ) -> list[list[int]]:
     """Return what the model writes behind each prompt, until `is_over`.
 
-    With `seeds` it draws at temperature 1; without, each token is its first choice.
+    With `seeds` it draws at `TEMPERATURE`; without, each token is its first choice.
 
     Prompts are padded on their left, behind a mask; each row has draws of its own, so a row depends
     on the others by rounding alone. Rows that are over leave the batch.
@@ -356,7 +349,7 @@ def _continued(
             name = next(each for each in CACHE_NAMES if each in output)
             logits_BV = head(output.last_hidden_state[:, -1])[:, : len(speaker.tokenizer)]
             numbers = None if draws is None else torch.tensor([draws[row].random() for row in rows])
-            next_B = _first(logits_BV) if numbers is None else _draw(logits_BV, numbers)
+            next_B = _first(logits_BV) if numbers is None else _draw(logits_BV / TEMPERATURE, numbers)
             for row, token in zip(rows, next_B.tolist(), strict=True):
                 if not (drawn[row] and is_over(drawn[row])):
                     drawn[row].append(token)
@@ -370,8 +363,49 @@ def _continued(
                 stay_B = torch.tensor(open_rows, device=model.device)
                 output[name].batch_select_indices(stay_B)
                 mask_BT, next_B, rows = mask_BT[stay_B], next_B[stay_B], [rows[place] for place in open_rows]
-            fed_BT, cache = next_B[:, None], {name: output[name]}
+            fed_BT, cache = next_B[:, None], {name: _with_room(output[name])}
             mask_BT = torch.cat([mask_BT, torch.ones_like(fed_BT)], dim=1)
+
+
+class _Roomy(DynamicLayer):
+    """A layer's keys and values in buffers with room for `ROOM` tokens more: a step copies its own token alone."""
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = layer.keys, layer.values
+        self._buffers: tuple[Tensor, ...] = ()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write behind what is there, and return all keys and values."""
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        if not self._buffers or end > self._buffers[0].shape[-2]:
+            self._buffers = (_longer(self.keys, end + ROOM), _longer(self.values, end + ROOM))
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., start:end, :] = states
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows alone."""
+        super().batch_select_indices(indices)
+        self._buffers = ()
+
+
+def _longer(states: Tensor, length: int) -> Tensor:
+    """Return the states at the beginning of a buffer of this length."""
+    buffer = states.new_empty(*states.shape[:-2], length, states.shape[-1])
+    buffer[..., : states.shape[-2], :] = states
+    return buffer
+
+
+def _with_room(cache: Any) -> Any:
+    """Return the cache with room in each layer that would else be copied whole at every step."""
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            cache.layers[number] = _Roomy(layer)
+    return cache
 
 
 def _draw(logits_BV: Float[Tensor, "B V"], uniform_B: Float[Tensor, " B"]) -> Int64[Tensor, " B"]:
@@ -436,11 +470,11 @@ def _stacked(ids: list[Tensor], answers: list[Tensor], documents: list[Tensor], 
     return Blocks(torch.stack(ids), torch.stack(documents), torch.stack(answers))
 
 
-def _once(conversations: list[Conversation], *, by_prompt: bool) -> Iterator[Conversation]:
-    """Yield the conversations without those that were had before: with `by_prompt` their prompts, else the whole."""
+def _once(conversations: list[Conversation]) -> Iterator[Conversation]:
+    """Yield the conversations without those that were had before."""
     seen: set[tuple[int, ...]] = set()
     for each in conversations:
-        key = tuple(each.ids_T[: each.num_prompt if by_prompt else None].tolist())
+        key = tuple(each.ids_T.tolist())
         if key not in seen:
             seen.add(key)
             yield each
@@ -460,13 +494,7 @@ class _Counter:
         self.progress(self.stage, min(self.done, self.total - 1), self.total)
 
 
-def _flat(conversations: list[Conversation]) -> dict[str, Tensor]:
-    ids = torch.cat([torch.zeros(0, dtype=torch.int64), *(each.ids_T for each in conversations)])
-    sizes = torch.tensor([[len(each.ids_T), each.num_prompt] for each in conversations], dtype=torch.int64)
-    return {"ids": ids, "sizes": sizes.view(-1, 2)}
-
-
 def _unflat(tensors: dict[str, Tensor]) -> list[Conversation]:
-    lengths, prompts = tensors["sizes"].T.tolist() if len(tensors["sizes"]) else ([], [])
+    lengths, prompts = tensors["sizes"].T.tolist()
     parts = tensors["ids"].split(lengths)
     return [Conversation(ids_T.clone(), num) for ids_T, num in zip(parts, prompts, strict=True)]

@@ -65,16 +65,16 @@ def chat_text(
     return text
 
 
-def user_turn(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return what the template writes before a user's first turn, and between it and the answer.
+def closing_of_turn(tokenizer: Tokenizer) -> str:
+    """Return what the template writes between a user's turn and the answer.
 
     Raises CalibrationError if the template does not write what a user says.
     """
     text = chat_text([{"role": "user", "content": MARK}], tokenizer, "the chat template", answered=True)
-    opening, mark, closing = text.partition(MARK)
+    _, mark, closing = text.partition(MARK)
     if not mark:
         raise CalibrationError("the chat template: it does not write what a user says; give text in place of answers.")
-    return opening, closing
+    return closing
 
 
 def _rendered(messages: list[dict[str, Any]], tokenizer: Tokenizer, where: str, tools: Any, *, answered: bool) -> str:

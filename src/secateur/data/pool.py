@@ -533,13 +533,14 @@ JUDGE_SHARES = "judges the run and what guards it or what it learns by"
 def _judged(
     text: tuple[LearningDomain, ...], domains: Mapping[str, _Domain], amounts: Amounts, length: int
 ) -> JudgedText:
-    """Return what judges: a part of its own, or of a domain that is too short what guards."""
+    """Return what judges: a part of its own; of answers, and of a domain that is too short, what guards."""
     judged, notes = dict[str, Blocks](), list[str]()
     for each in text:
-        judged[each.name] = _part(domains.get(each.name), JUDGED, amounts.of(each.share, length).judged, length)
-        if not len(judged[each.name]):
+        num_blocks = amounts.of(each.share, length).judged if each.name in domains else 0
+        judged[each.name] = _part(domains.get(each.name), JUDGED, num_blocks, length) if num_blocks else each.held_out
+        if num_blocks and not len(judged[each.name]):
             judged[each.name] = each.held_out
-            notes += [f"domain '{each.name}': {TOO_SHORT_TO_JUDGE}"] if amounts.num_judged_tokens else []
+            notes.append(f"domain '{each.name}': {TOO_SHORT_TO_JUDGE}")
     return JudgedText(judged, (*notes, *_shared(domains, JUDGED, (HELD_OUT, LEARNING), JUDGE_SHARES)))
 
 

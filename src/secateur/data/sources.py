@@ -16,6 +16,7 @@ from secateur.data.chat import chat_text
 from secateur.data.forms import Note, NoText, content_of, prompt_of, unheard
 from secateur.data.installed_text import installed_documents
 from secateur.data.rows import EMPTY_FILES, Row, is_read, read_rows
+from secateur.data.shipped import shipped_prompts
 from secateur.errors import CalibrationError, web_address
 from secateur.model.checkpoint import Tokenizer
 from secateur.plugins import SOURCE_GROUP, look_up
@@ -230,8 +231,19 @@ def dataset_rows(wanted: HubDataset, order: Random) -> Iterator[Row]:
         raise CalibrationError(f"{where}: cannot be loaded ({reason}); {advice}.") from None
 
 
-# Without what the model writes itself, see `answers`.
-SOURCES: dict[str, Source] = {"installed": installed_documents, "files": file_rows, "dataset": dataset_rows}
+def question_rows(_: Any, order: Random) -> Iterator[str]:
+    """Yield the prompts that come with secateur for a model to answer, shuffled."""
+    questions = list(shipped_prompts("questions.yaml"))
+    order.shuffle(questions)
+    yield from questions
+
+
+SOURCES: dict[str, Source] = {
+    "installed": installed_documents,
+    "files": file_rows,
+    "dataset": dataset_rows,
+    "answers": question_rows,
+}
 
 
 def _row_text(row: Any, domain: DomainText, tokenizer: Tokenizer, where: str, note: Note) -> str:

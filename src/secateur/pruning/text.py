@@ -54,7 +54,7 @@ class RunText:
     num_judged_tokens: int
     must_judge: bool
     _before: Split | None = field(default=None, init=False)
-    _written: dict[str, Written] = field(default_factory=dict[str, Written], init=False)
+    _written: Written = field(default_factory=Written, init=False)
 
     def answers(self, dense: Opened, services: Services) -> Answers:
         """Return what the dense model answers, in its own tokens. All ranks call it together.
@@ -111,8 +111,8 @@ def run_text(opened: Opened, progress: Progress, *, num_judged_blocks: int | Non
 def with_share_of_answers(opened: Opened) -> Opened:
     """Return `opened` with domains of which `calibration.answers` are answers; the others share the rest.
 
-    Where none of them has answers, one is added for which the model writes the prompts as well. The
-    same again changes nothing. Raises RecipeError for answers of a model without a chat template, and
+    Where none of them has answers, one is added, to prompts that come with secateur. The same again
+    changes nothing. Raises RecipeError for answers of a model without a chat template, and
     for a share of 0 beside prompts that are to be answered.
     """
     calibration, share = opened.recipe.calibration, opened.recipe.calibration.answers

@@ -29,7 +29,7 @@ def answers_of(
     arch: Arch,
     tokenizer: Tokenizer,
     num_tokens: int,
-    written: dict[str, Written],
+    written: Written,
     store: Store,
     progress: Progress,
 ) -> Answers:
@@ -40,11 +40,11 @@ def answers_of(
     """
     length = recipe.calibration.sequence_length
     assert length is not None, "resolve fills it in"
-    prompts: dict[str, list[str] | None] = {}
+    prompts: dict[str, list[str]] = {}
     for name, domain in recipe.calibration.domains.items():
         if domain.answers:
             read = partial(_prompts, name, domain, tokenizer, recipe.seed, num_tokens // length)
-            prompts[name] = None if domain.source[0] == "answers" else from_first(read)
+            prompts[name] = from_first(read)
     speaker = Speaker(model, arch, tokenizer, str(recipe.seed), length)
     return Answers(speaker, prompts, in_steps(store), progress, written)
 

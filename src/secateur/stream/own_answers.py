@@ -10,17 +10,15 @@ P prompts, A tokens of an answer, T tokens of a conversation, D hidden size.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from typing import Any
 
 import torch
-import yaml
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.data.answers import Conversation, Speaker, greedy_answers, in_tokens_of
 from secateur.data.blocks import Block
+from secateur.data.shipped import shipped_prompts
 from secateur.errors import NumericsError
 from secateur.log import Progress, silent
 from secateur.model.bind import head_of
@@ -102,12 +100,9 @@ class AnswerSheet:
         return cls(prompts=prompts, conversations=conversations, nats_P=nats_P)
 
 
-@cache
 def judging_prompts() -> tuple[str, ...]:
-    """Return the prompts that come with the package, kinds by turns."""
-    kinds = yaml.safe_load(resources.files("secateur").joinpath("data", "prompts.yaml").read_bytes()).values()
-    longest = max(map(len, kinds))
-    return tuple(kind[number] for number in range(longest) for kind in kinds if number < len(kind))
+    """Return the prompts that come with the package to judge by."""
+    return shipped_prompts("prompts.yaml")
 
 
 Once = Callable[[Callable[[], list[Conversation]]], list[Conversation]]
