@@ -76,14 +76,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, **plugin_packages()}
 
 
-def human_seconds(seconds: float) -> str:
-    """Return a duration with two digits: 0.043 s, 12 s, 3.4 min, 2.1 h."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.2g} s"
-
-
 def human_bytes(num_bytes: int | float) -> str:
     """Return bytes in decimal units: 269,030,000 -> 269.0 MB."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

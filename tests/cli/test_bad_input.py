@@ -121,7 +121,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "quantised by nothing that is said": (
         lambda model: edit_config(model, quantization_config={}),
-        "the weights are quantised (quantization_config), which cannot be pruned",
+        "its weights are quantised, and the method that it does not name cannot be read; known are fp8, ",
     ),
     "pickle": (
         lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),
@@ -154,7 +154,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "int8 and no quantization_config": (
         lambda model: edit_tensor(model, UP_PROJ, lambda weight: weight.to(torch.int8)),
-        f"weight {UP_PROJ} is stored as int8, so the weights are quantised, which cannot be pruned; use the original",
+        f"weight {UP_PROJ} is stored as int8, so the weights are quantised, and its config.json has no",
     ),
     "a tokenizer of more tokens than rows": (
         fewer_rows,

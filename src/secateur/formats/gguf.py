@@ -32,8 +32,9 @@ from secateur.formats.gguf_types import QUANTISED, quantise
 from secateur.formats.importance import importance_of
 from secateur.formats.runtimes import GgufSpec
 from secateur.formats.save import GgufCheck, check_gguf, have_llama_cpp, require_llama_cpp
-from secateur.formats.serving import gguf_family, gguf_family_of, head_dim, layer_widths, rotary
+from secateur.formats.serving import gguf_family, gguf_family_of, layer_widths, rotary
 from secateur.log import Progress, silent
+from secateur.model.bind import head_width
 from secateur.model.checkpoint import Checkpoint, Tokenizer, check_weights, load_tokenizer, meta_model, open_checkpoint
 from secateur.plugins import EXPORTER_GROUP, look_up
 
@@ -63,9 +64,9 @@ def add_metadata(writer: Any, config: PreTrainedConfig, family: GgufSpec) -> Non
     else:
         writer.add_head_count_kv(_one_or_all(num_kv_heads))
         # Stated: the default, hidden size / heads, is wrong once heads are pruned.
-        writer.add_key_length(head_dim(config))
-        writer.add_value_length(head_dim(config))
-    writer.add_rope_dimension_count(int(head_dim(config) * rotary(config).get("partial_rotary_factor", 1.0)))
+        writer.add_key_length(head_width(config))
+        writer.add_value_length(head_width(config))
+    writer.add_rope_dimension_count(int(head_width(config) * rotary(config).get("partial_rotary_factor", 1.0)))
     add_eps = writer.add_layer_norm_rms_eps if family.eps == "rms_norm_eps" else writer.add_layer_norm_eps
     add_eps(getattr(sizes, family.eps) if isinstance(family.eps, str) else family.eps)
     for key, name in family.scales.items():
@@ -153,6 +154,11 @@ def check_exportable(checkpoint: Checkpoint, type_name: str | None) -> str:
     require_gguf("GGUF export")
     if checkpoint.gguf_file:
         raise CheckpointError(f"{checkpoint.reference}: is GGUF already; give a directory with safetensors weights.")
+    if checkpoint.quantised:
+        raise CheckpointError(
+            f"{checkpoint.reference}: its weights are quantised; give a result of pruning it, or write it in bfloat16 "
+            "first: python -c \"import secateur; secateur.load('DIR').save_pretrained('NEW')\" and copy the tokenizer."
+        )
     family = gguf_family(checkpoint)
     check_weights(checkpoint, meta_model(checkpoint.config))
     vocab_size = checkpoint.config.get_text_config().vocab_size

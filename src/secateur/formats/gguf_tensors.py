@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig
 from secateur.errors import CheckpointError, NumericsError
 from secateur.formats.gguf_types import Shape, chosen_type, fitting_type, stays_as_it_is
 from secateur.formats.runtimes import GgufSpec
-from secateur.formats.serving import gguf_family, head_dim, num_kv_heads, rotary
+from secateur.formats.serving import gguf_family, num_kv_heads, rotary
+from secateur.model.bind import head_width
 from secateur.model.checkpoint import Checkpoint, meta_model
 from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
 
@@ -244,7 +245,7 @@ def tensors_of(stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec,
         small = len(part.shape) == 1 or _ALWAYS_F32.search(gguf_name)
         found.append(GgufTensor(part, gguf_name, part.shape, "f32" if small else type_name))
     if rotary(config)["rope_type"] == "llama3":
-        found.append(GgufTensor(None, f"{_FACTORS}.weight", (head_dim(config) // 2,), "f32"))
+        found.append(GgufTensor(None, f"{_FACTORS}.weight", (head_width(config) // 2,), "f32"))
     return found
 
 
@@ -292,9 +293,9 @@ def read_gguf_arrays(tensors: list[GgufTensor], family: GgufSpec, config: PreTra
 def _reordered(values: Tensor, name: str, family: GgufSpec, config: PreTrainedConfig) -> Tensor:
     """Return the values with llama.cpp's order of rotary channels and its convention for norms."""
     if ".query_key_value." in name:
-        return join_qkv(values, num_kv_heads(config), head_dim(config))
+        return join_qkv(values, num_kv_heads(config), head_width(config))
     if family.interleaved_rotary and (".q_proj." in name or ".k_proj." in name):
-        return interleave_rotary(values, len(values) // head_dim(config))
+        return interleave_rotary(values, len(values) // head_width(config))
     return values + family.norm_offset if name.endswith("norm.weight") else values
 
 
@@ -315,7 +316,7 @@ def llama3_factors(config: PreTrainedConfig) -> Float[Tensor, " F"]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    dim = head_dim(config)
+    dim = head_width(config)
     plain = rotary(config)["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     return (plain / slowed.double()).float()
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from secateur.errors import ArchError, RecipeError, advice
 from secateur.formats.runtimes import GgufSpec, runtimes, runtimes_of
+from secateur.model.bind import head_width
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.modeling_per_layer import is_per_layer
 
@@ -62,12 +63,6 @@ def gguf_specs(*, per_layer: bool) -> dict[str, GgufSpec]:
     return {key: row.per_layer for key, row in rows.items() if row.per_layer} if per_layer else rows
 
 
-def head_dim(config: PreTrainedConfig) -> int:
-    """Return the channels of one attention head."""
-    sizes: Any = config
-    return getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
-
-
 def rotary(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the rotary settings, with `rope_type` and `rope_theta`, of full-attention layers.
 
@@ -78,7 +73,7 @@ def rotary(config: PreTrainedConfig) -> dict[str, Any]:
     parameters = getattr(settings, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
     found = dict(parameters.get("full_attention", parameters))
     if alpha := found.get("alpha") if found["rope_type"] == "dynamic" else None:
-        dim = head_dim(config)
+        dim = head_width(config)
         found |= {"rope_type": "default", "rope_theta": found["rope_theta"] * alpha ** (dim / (dim - 2))}
     return found
 
@@ -153,7 +148,7 @@ def _family(config: Any, reference: str, *, per_layer: bool) -> GgufSpec:
         )
     family = (uneven if per_layer else uniform)[config.model_type]
     where = f"{reference}: llama.cpp's {family.architecture}"
-    if family.full_width_heads and (width := config.num_attention_heads * head_dim(config)) != config.hidden_size:
+    if family.full_width_heads and (width := config.num_attention_heads * head_width(config)) != config.hidden_size:
         raise ArchError(
             f"{where} needs query heads * head_dim to be the hidden size {config.hidden_size}, got {width}; "
             "prune groups other than attention heads."
@@ -182,7 +177,7 @@ def _taken(config: Any, family: GgufSpec) -> Iterator[tuple[str, Any]]:
         yield "no_rope_layers", [int(layer % period > 0) for layer in layers]
     if family.largest_num_layers is not None:
         is_largest = config.num_hidden_layers == family.largest_num_layers
-        width = config.hidden_size // config.num_attention_heads if is_largest else head_dim(config)
+        width = config.hidden_size // config.num_attention_heads if is_largest else head_width(config)
         yield "query_pre_attn_scalar", width
 
 

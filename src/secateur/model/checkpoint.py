@@ -6,10 +6,12 @@ Also prepares a model that is handed over in memory.
 import functools
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -22,6 +24,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,6 +46,7 @@ from secateur.model.config import (
 )
 from secateur.model.modeling_per_layer import PerLayerModel, is_per_layer, per_layer_class
 from secateur.model.modules import CausalLM, linears_for_conv
+from secateur.model.quantised import dequantised, note_on, take_quantisation
 from secateur.model.tensors import mapped_tensors, read_json, read_tensors, stored_tensors
 
 # For modules that need nothing else from transformers.
@@ -57,6 +61,7 @@ class Checkpoint:
     directory: Path
     gguf_file: str | None  # file name inside `directory`, when the weights are GGUF
     config: PreTrainedConfig
+    quantised: dict[str, Any] | None = None  # what the config said of how the weights are quantised
 
 
 def open_checkpoint(reference: str | Path, *, weights: bool = True) -> Checkpoint:
@@ -68,12 +73,18 @@ def open_checkpoint(reference: str | Path, *, weights: bool = True) -> Checkpoin
     reference = str(reference)
     directory, gguf_file = locate(reference, weights=weights)
     config = gguf_config(directory / gguf_file) if gguf_file else directory_config(directory)
+    quantised = take_quantisation(config, reference)
     if weights and not gguf_file:
-        floating = [tensor.dtype for tensor in stored_tensors(directory).values() if tensor.dtype.is_floating_point]
-        if config.dtype is None and floating:
-            config.dtype = floating[0]
+        dtypes = {name: each.dtype for name, each in stored_tensors(directory).items()}
+        packed = (name for name in dtypes if name.endswith("weight") and dtypes[name].itemsize == 1)
+        if quantised is None and (name := next(packed, None)):
+            raise CheckpointError(
+                f"{reference}: weight {name} is stored as {str(dtypes[name]).removeprefix('torch.')}, so the weights "
+                "are quantised, and its config.json has no quantization_config that says how; copy the model's own."
+            )
+        config.dtype = config.dtype or next((each for each in dtypes.values() if each.is_floating_point), None)
     config.name_or_path = ""  # saved files must not contain local paths
-    return Checkpoint(reference, directory, gguf_file, config)
+    return Checkpoint(reference, directory, gguf_file, config, quantised)
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -114,10 +125,10 @@ def _generation_config(directory: Path) -> GenerationConfig | None:
 def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     """Compare the tensors in the safetensors headers with those of `model`, which may be on meta.
 
-    Tied weights may be absent. GGUF files, and families whose files name tensors differently than
-    the model (fused experts), are compared after loading instead. Raises CheckpointError.
+    Tied weights may be absent. GGUF files, quantised ones, and families whose files name tensors differently
+    than the model (fused experts), are compared after loading instead. Raises CheckpointError.
     """
-    if checkpoint.gguf_file or get_model_conversion_mapping(model, add_legacy=False):
+    if checkpoint.gguf_file or checkpoint.quantised or get_model_conversion_mapping(model, add_legacy=False):
         return
     stored = stored_tensors(checkpoint.directory)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -127,12 +138,6 @@ def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         for name, shape in expected.items()
         if name in stored and stored[name].shape != shape
     ]
-    integers = (name for name in expected if name in stored and not stored[name].dtype.is_floating_point)
-    if name := next(integers, None):
-        raise CheckpointError(
-            f"{checkpoint.reference}: weight {name} is stored as {str(stored[name].dtype).removeprefix('torch.')}, so "
-            f"the weights are quantised, which cannot be pruned; use the original checkpoint, and quantise the result."
-        )
     _refuse(
         checkpoint,
         mismatched=mismatched,
@@ -142,16 +147,18 @@ def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
 
 
 def left_aside(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str, ...]:
-    """Return a note on the stored tensors that transformers leaves aside on load, such as MTP heads."""
+    """Return notes on how weights were quantised, and on what transformers leaves aside, such as MTP heads."""
     patterns = model._keys_to_ignore_on_load_unexpected or ()
+    notes = () if checkpoint.quantised is None else (note_on(checkpoint.quantised),)
     if checkpoint.gguf_file or not patterns or not any(checkpoint.directory.glob("*.safetensors")):
-        return ()
+        return notes
     stored = stored_tensors(checkpoint.directory)
     aside = [name for name in stored if re.search("|".join(patterns), name) and not name.endswith("inv_freq")]
     if not aside:
-        return ()
+        return notes
     size = sum(math.prod(stored[name].shape) for name in aside)
     return (
+        *notes,
         f"{len(aside)} tensors of {size:,} parameters ({min(aside)} to {max(aside)}) are no part of the model that "
         "transformers runs, such as heads that predict several tokens; a result is without them.",
     )
@@ -180,9 +187,9 @@ def load(path: str | Path, **options: Any) -> CausalLM:
 
 
 def load_model(checkpoint: Checkpoint, *, mapped: bool = False, **options: Any) -> PreTrainedModel:
-    """Return the model in eval mode, in the dtype of its config (GGUF: bfloat16).
+    """Return the model in eval mode, in the dtype of its config (GGUF and quantised weights: bfloat16).
 
-    `mapped`: weights stay in their files, which must be safetensors, and are paged in when used.
+    `mapped`: weights stay in their files and are paged in when used; not if they are quantised.
     `options` go to `from_pretrained`. Raises CheckpointError if a tensor is missing or wrong.
     """
     with quiet_transformers():
@@ -213,25 +220,23 @@ def check_finite(model: CausalLM) -> None:
 def _load_safetensors(
     checkpoint: Checkpoint, options: dict[str, Any], *, mapped: bool
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    skeleton = meta_model(checkpoint.config)
+    skeleton = planned_model(checkpoint)
     check_weights(checkpoint, skeleton)
-    weights = (mapped_tensors if mapped else read_tensors)(checkpoint.directory)
-    loaded: Any = type(skeleton).from_pretrained(
-        None, config=checkpoint.config, state_dict=weights, output_loading_info=True, **{"dtype": "auto", **options}
-    )
-    model, info = loaded
-    if (generation := _generation_config(checkpoint.directory)) is not None:
-        model.generation_config = generation
-    return model, info
+    read: Any = mapped_tensors if mapped else read_tensors
+    if checkpoint.quantised is not None:
+        read = partial(dequantised, said=checkpoint.quantised)
+    weights = read(checkpoint.directory)
+    # One after the other: else all are dequantised before the first is in its place.
+    with patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}):
+        loaded: Any = type(skeleton).from_pretrained(
+            None, config=checkpoint.config, state_dict=weights, output_loading_info=True, **{"dtype": "auto", **options}
+        )
+    loaded[0].generation_config = skeleton.generation_config
+    return loaded
 
 
 def _load_gguf(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     import gguf
-
-    try:
-        from transformers import GgufConfig
-    except ImportError:
-        raise CheckpointError(f"{checkpoint.reference}: GGUF needs transformers 5.17 or newer; upgrade it.") from None
 
     # Cached: transformers builds the same name table once per module, half of the loading time.
     # No bar: its GGUF reader draws one, in notebooks too, that ignores its own switch.

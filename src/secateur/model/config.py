@@ -187,8 +187,8 @@ _OTHER_KINDS = {
 def directory_config(directory: Path) -> PreTrainedConfig:
     """Return the config of a model directory.
 
-    Raises CheckpointError if it is missing, broken, quantised, unknown to transformers, or needs
-    remote code; ArchError if the model is no causal LM.
+    Raises CheckpointError if it is missing, broken, unknown to transformers, or needs remote code;
+    ArchError if the model is no causal LM.
     """
     check_links(directory)
     path = directory / "config.json"
@@ -210,11 +210,6 @@ def directory_config(directory: Path) -> PreTrainedConfig:
         hint = advice(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "use a version of transformers that does.")
         raise CheckpointError(f"{path}: transformers knows no model_type '{model_type}'; {hint}")
     _check_causal(path, model_type, raw.get("architectures"))
-    if (quantised := raw.get("quantization_config")) is not None:
-        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
-        reason = f"the weights are quantised ({method or 'quantization_config'}), which cannot be pruned"
-        remedy = "use the original checkpoint or one in bf16, prune it, and quantise the result"
-        raise CheckpointError(f"{path}: {reason}; {remedy}.")
     _check_sizes(raw, path)
     per_layer = [PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")]
     try:

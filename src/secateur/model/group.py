@@ -13,8 +13,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from secateur.errors import ArchError, advice, one_of
-
 Segments = tuple[int, ...]
 
 GroupKey = tuple[int, str]  # (layer, group name)
@@ -67,11 +65,6 @@ class Linears:
     attributes: ClassVar[tuple[str, ...]] = ()  # what a cut sets besides tensors
 
     @property
-    def num_linears(self) -> int:
-        """The number of linears that a unit is part of."""
-        return len(self.writers) + 1
-
-    @property
     def module(self) -> str:
         """The module that contains the units."""
         return self.reader.module
@@ -92,7 +85,7 @@ class Linears:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Modules and numbers of one layer's experts, see `spec.ExpertsSpec`.
+    """Modules and numbers of one layer's experts.
 
     `num_groups`: experts form this many groups of equal size, which the router chooses first.
     `buffers`: the `router_rows` that are no parameters. `unit_axis`: the units' axis of the stack
@@ -108,7 +101,6 @@ class Experts:
     stacks: Stacks
     unit_axis: int = 0
     weighted_inputs: bool = False
-    num_linears: int = 1
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -208,13 +200,10 @@ def linear(layer: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def submodule(parent: nn.Module, name: str, family: str) -> nn.Module:
-    """Return the module of that name. Raises ArchError naming the nearest one."""
-    names = {child: module for child, module in parent.named_modules() if child}
-    if name not in names:
-        missing = f"the spec names module '{name}', which this {type(parent).__name__} does not have"
-        raise ArchError(f"family {family}: {missing}; {advice(name, names, one_of(names))}")
-    return names[name]
+def attribute_of(layer: nn.Module, name: str) -> Any:
+    """Return the tensor or attribute of that name, dotted from the layer."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(layer.get_submodule(module), attribute)
 
 
 def rows_of(keep: Int64[Tensor, " K"], segments: Segments, num_units: int) -> Int64[Tensor, " R"]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import ArchError
-from secateur.model.group import Axis, Experts, Group, Linears, Stacks, cut, linear, rows_of
+from secateur.model.group import Axis, Experts, Group, Linears, Stacks, attribute_of, cut, linear, rows_of
 from secateur.model.stacks import cut_expert_channels, cut_experts
 
 FFN, SHARED, KV_HEADS, QUERY_HEADS = "ffn", "shared", "kv_heads", "query_heads"
@@ -131,7 +131,7 @@ def experts_in(
     def build(layer: nn.Module, index: int, config: Any) -> Group:
         module = layer.get_submodule(place)
         num_units = len(module.get_parameter(stacks.down))
-        tensors = {name: tensor_in(layer, name) for name in rows}
+        tensors = {name: attribute_of(layer, name) for name in rows}
         num_groups = getattr(config, "n_group", None) or 1
         top_k, chosen = _num_chosen(config), getattr(config, "topk_group", None) or 1
         held = [*module.parameters(), *(each for each in tensors.values() if isinstance(each, nn.Parameter))]
@@ -266,7 +266,7 @@ class Unrouted(TorchFunctionMode):
 def close_to(layer: nn.Module, group: Group, keep: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Let the router's vectors turn down all experts but these; return its matrices and the others."""
     gone = torch.tensor(sorted(set(range(group.num_units)) - set(keep.tolist())))
-    rows = [tensor_in(layer, name) for name in group.experts.router_rows]
+    rows = [attribute_of(layer, name) for name in group.experts.router_rows]
     for vector in (each for each in rows if each.numel() == max(each.shape) and each.is_floating_point()):
         vector.index_fill_(-1, gone, -1e9)
     return [(each, gone) for each in rows if each.numel() > max(each.shape)]
@@ -289,8 +289,3 @@ def some_units(group: Group, count: int) -> Tensor:
 
 def joined(place: str, name: str) -> str:
     return f"{place}.{name}" if place else name
-
-
-def tensor_in(layer: nn.Module, name: str) -> Tensor:
-    parent, _, attribute = name.rpartition(".")
-    return getattr(layer.get_submodule(parent), attribute)

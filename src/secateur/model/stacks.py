@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from secateur.model.group import Group, Stacks
+from secateur.model.group import Group, Stacks, attribute_of
 
 
 def num_channels(module: nn.Module, stacks: Stacks) -> int:
@@ -46,14 +46,13 @@ def cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> No
     experts, before = group.experts, group.parts.num_units_left(layer)
     names = [f"{experts.module}.{name}" for name, _ in layer.get_submodule(experts.module).named_parameters()]
     for name in (*names, *experts.router_rows):
-        parent, _, attribute = name.rpartition(".")
-        owner = layer.get_submodule(parent)
-        tensor = getattr(owner, attribute)
+        tensor, (parent, _, attribute) = attribute_of(layer, name), name.rpartition(".")
         axis = -1 if len(tensor) == 1 else 0
         rows = torch.cat([keep.to(tensor.device), torch.arange(before, tensor.shape[axis], device=tensor.device)])
         kept = tensor.index_select(axis, rows).contiguous()
         is_parameter = isinstance(tensor, nn.Parameter)
-        setattr(owner, attribute, nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept)
+        kept = nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept
+        setattr(layer.get_submodule(parent), attribute, kept)
     for name in experts.counts:
         parent, _, attribute = name.rpartition(".")
         setattr(layer.get_submodule(parent), attribute, len(keep))

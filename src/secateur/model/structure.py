@@ -9,6 +9,7 @@ group's tensors when the twin is built anew. What fails is not offered, and `omi
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from os.path import commonpath
 from typing import Any
 
 import torch
@@ -134,11 +135,6 @@ def layer_output(hidden: Tensor, num_outputs: int) -> Any:
     return (hidden, *[None] * (num_outputs - 1)) if num_outputs else hidden
 
 
-def name_of(model: nn.Module, module: nn.Module | None) -> str | None:
-    """Return the module's name within the model."""
-    return next((name for name, other in model.named_modules() if other is module), None)
-
-
 def places(model: Any) -> tuple[str, str, str]:
     """Return the names of the backbone, its list of decoder layers and the head.
 
@@ -146,21 +142,17 @@ def places(model: Any) -> tuple[str, str, str]:
     lists that lie in no other the one nearest to the embedding, then that with most parameters. Raises
     ArchError without one.
     """
-    embedding, head = (name_of(model, each) for each in (model.get_input_embeddings(), model.get_output_embeddings()))
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = names.get(model.get_input_embeddings()), names.get(model.get_output_embeddings())
     lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each)}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     sizes = {name: sum(each.numel() for each in lists[name].parameters()) for name in outer}
     if not outer or not head or not embedding:
         missing = "head" if outer and embedding else "list of decoder layers"
         raise ArchError(f"model type '{model.config.model_type}': this {type(model).__name__} has no {missing}.")
-    layers = max(outer, key=lambda name: (len(_shared(name, embedding)), sizes[name]))
-    return ".".join(_shared(layers, embedding)), layers, head
-
-
-def _shared(one: str, other: str) -> list[str]:
-    """Return the names of the modules that hold both."""
-    pairs = list(zip(one.split("."), other.split("."), strict=False))
-    return [a for number, (a, _) in enumerate(pairs) if all(x == y for x, y in pairs[: number + 1])]
+    paths = {name: [each.replace(".", "/") for each in (name, embedding)] for name in outer}
+    layers = max(outer, key=lambda name: (len(commonpath(paths[name])), sizes[name]))
+    return commonpath(paths[layers]).replace("/", "."), layers, head
 
 
 _KNOWN: dict[tuple[type, str], Structure] = {}
@@ -214,7 +206,9 @@ class _Finder:
 
         Raises ArchError unless layers pass on one hidden state, each to the next, as the walk does.
         """
-        names = {module: (index, name) for index, layer in enumerate(self.layers) for name, module in _named(layer)}
+        names = {
+            module: (index, name) for index, layer in enumerate(self.layers) for name, module in layer.named_modules()
+        }
         self.calls: list[dict[str, Call]] = [{} for _ in self.layers]
         order: list[int] = []
         given: dict[nn.Module, list[Any]] = {}
@@ -306,7 +300,7 @@ class _Finder:
         layer, calls = self.layers[index], self.calls[index]
         offers = list(self._expert_offers(index))
         inside = {offer.group(layer, index, self.config).experts.module for offer in offers}
-        for place, module in _named(layer):
+        for place, module in layer.named_modules():
             if place not in calls or any(place == name or place.startswith(f"{name}.") for name in inside):
                 continue
             if place and len(_tensors((calls[place].args, calls[place].kwargs))) > 1:
@@ -319,7 +313,7 @@ class _Finder:
             elif proved:
                 offers.append(Offer(proved[0], adds_directly=self._adds(index, proved[0](layer, index, self.config))))
         if not offers:  # writer and reader may lie in modules of their own, as in BERT
-            linears = {name: each for name, each in _named(layer) if isinstance(each, nn.Linear)}
+            linears = {name: each for name, each in layer.named_modules() if isinstance(each, nn.Linear)}
             wide = {name: each for name, each in linears.items() if each.in_features != each.out_features}
             proved = [build for build in channel_guesses("", wide, FFN) if self._holds(index, "", build)]
             offers = [Offer(build, adds_directly=False) for build in proved[:1]]
@@ -367,7 +361,7 @@ class _Finder:
 
     def _expert_offers(self, index: int) -> Iterator[Offer]:
         layer, calls = self.layers[index], self.calls[index]
-        for place, module in _named(layer):
+        for place, module in layer.named_modules():
             own = dict(module.named_parameters())
             stacks = {name: each for name, each in own.items() if each.ndim == 3}
             sizes = {len(each) for each in own.values()}
@@ -404,7 +398,7 @@ class _Finder:
 
     def _head_offers(self, index: int) -> Iterator[Offer]:
         layer, config = self.layers[index], _of_layer(self.config, index)
-        for place, module in _named(layer):
+        for place, module in layer.named_modules():
             linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
             for name, build in head_guesses(place, linears, config):
                 by_name = {QUERY_HEADS: "num_key_value_groups", KV_HEADS: "num_key_value_heads"}
@@ -633,10 +627,6 @@ def _attributes(ours: nn.Module, theirs: nn.Module, before: int, after: int) -> 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {name: tuple(each.shape) for name, each in tensors}
-
-
-def _named(layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    return list(layer.named_modules())
 
 
 def _with_owners(name: str) -> list[str]:

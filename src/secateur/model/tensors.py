@@ -2,7 +2,7 @@
 
 The headers alone reveal a missing shard, a truncated file and every tensor's shape. Tensors are
 read into ordinary memory, or mapped from their files, where they occupy page cache only. Not
-handled: pickle files (refused), weights stored in a quantised format.
+handled: pickle files (refused). What quantised tensors mean is in `quantised`.
 """
 
 import math
@@ -22,6 +22,9 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,

@@ -43,8 +43,9 @@ def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
 
 
 def _can_map(opened: Opened) -> bool:
-    """Return whether weights are in safetensors files, to be mapped layer by layer."""
-    return opened.checkpoint is not None and opened.checkpoint.gguf_file is None
+    """Return whether weights are in safetensors files as they are, to be mapped layer by layer."""
+    files = opened.checkpoint
+    return files is not None and files.gguf_file is None and files.quantised is None
 
 
 def _on_cpu(opened: Opened, resolved: Resolved) -> MemoryPlan:
@@ -62,7 +63,8 @@ def _on_cpu(opened: Opened, resolved: Resolved) -> MemoryPlan:
     if not _can_map(opened):
         raise RecipeError(
             f"machine.memory_budget: {text} is less than the {whole.peak / 1e9:.2f} GB that the run needs with this "
-            f"model's weights in memory; only safetensors weights, given by their path, can stay on disk."
+            f"model's weights in memory; only safetensors weights, not quantised and given by their path, can stay on "
+            f"disk."
         )
     streamed = estimate_memory(opened, resolved, 0, bytes_per_param)
     # A cut layer is in memory until it is written.
@@ -97,7 +99,8 @@ def _on_device(opened: Opened, resolved: Resolved) -> MemoryPlan:
     if on_disk and not _can_map(opened):
         raise RecipeError(
             f"machine.memory_budget: {recipe.machine.memory_budget} is less than the {size.num_bytes / 1e9:.2f} GB of "
-            f"this model's weights, and only safetensors weights, given by their path, can stay on disk."
+            f"this model's weights, and only safetensors weights, not quantised and given by their path, can stay on "
+            f"disk."
         )
     if budget is None or whole.peak <= budget:
         return MemoryPlan(whole, on_disk, in_float32, budget, in_float32)

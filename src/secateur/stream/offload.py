@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from secateur.model.group import Group
+from secateur.model.group import Group, attribute_of
 from secateur.model.modules import CausalLM
 from secateur.stream.device import CPU, bring, parameter_on, raised
 
@@ -266,7 +266,7 @@ class LayersOnDisk:
         # Unlinked first: a file that is still mapped keeps its content.
         self._path(index).unlink(missing_ok=True)
         save_file({name: p.detach().cpu().contiguous() for name, p in layer.named_parameters()}, self._path(index))
-        self.counts[index] = {name: _get(layer, name) for group in groups for name in group.attributes}
+        self.counts[index] = {name: attribute_of(layer, name) for group in groups for name in group.attributes}
 
     def restore(self, index: int, layer: nn.Module) -> None:
         """Make the layer what it was when it was saved."""
@@ -277,7 +277,7 @@ class LayersOnDisk:
     @contextmanager
     def restored(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Have the layer as it was saved inside the context; afterwards as it was before."""
-        own = dict(layer.named_parameters()) | {name: _get(layer, name) for name in self.counts[index]}
+        own = dict(layer.named_parameters()) | {name: attribute_of(layer, name) for name in self.counts[index]}
         try:
             self.restore(index, layer)
             yield
@@ -292,11 +292,6 @@ def forget_weights(module: nn.Module) -> None:
     """Free the memory of the module's weights; the module itself stays."""
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)
-
-
-def _get(layer: nn.Module, name: str) -> Any:
-    module, _, attribute = name.rpartition(".")
-    return getattr(layer.get_submodule(module), attribute)
 
 
 def _put(layer: nn.Module, values: Iterable[tuple[str, Any]]) -> None:

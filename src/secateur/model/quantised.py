@@ -1,0 +1,233 @@
+"""Quantised checkpoints, made bfloat16 tensor by tensor while they are read.
+
+In: the safetensors of a directory and its `quantization_config`. Out: the tensors that the model has, each
+computed when transformers' loader asks for it. The arithmetic is that of transformers and of
+compressed-tensors; of GPTQ and AWQ, which neither computes without a GPU, it is here. Not handled: weights
+that are rotated, sparse, or of the methods that `FORMS` does not name.
+"""
+
+import importlib.util
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from secateur.errors import CheckpointError
+from secateur.model.config import BAD_VALUE, one_line
+from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
+
+# What each method appends to a weight's name, and what the weight is called without it.
+_OF_MODULES = ("packed", "scale", "zero_point", "global_scale", "shape", "scale_2", "g_idx")
+_MODULES = {f".weight_{part}": ".weight" for part in _OF_MODULES}
+_GEMM = {f".{part}": ".weight" for part in ("qweight", "qzeros", "scales", "g_idx")}
+_FP8 = {"_scale_inv": "", ".scale": ".weight", ".qscale_weight": ".weight"}
+_WHOLE = (".weight_packed", ".qweight", "_blocks")
+# Of activations and caches, which stay in bfloat16.
+_OF_ACTIVATIONS = re.compile(r".*[._](input|output|activation|[kqv])_(global_)?(scale|zero_point)")
+_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
+
+Parts = dict[str, Tensor]
+
+
+class Deferred:
+    """A tensor that is made anew whenever it is sliced, as transformers' loader slices those of a file."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self.make = make
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.make()[index]
+
+
+def take_quantisation(config: Any, where: str) -> dict[str, Any] | None:
+    """Remove `quantization_config` from a model's config, make its dtype bfloat16, and return what it said.
+
+    Raises CheckpointError for a method that cannot be read, or whose package is missing.
+    """
+    configs = (config, config.get_text_config())
+    found = [vars(each).pop("quantization_config") for each in configs if "quantization_config" in vars(each)]
+    if not found:
+        return None
+    said = found[0]
+    for each in configs:
+        each.dtype = torch.bfloat16
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    if method == "bitsandbytes":
+        raise CheckpointError(
+            f"{where}: its weights are quantised by bitsandbytes; where that is installed, make bfloat16 of them: "
+            "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('DIR').dequantize()"
+            ".save_pretrained('NEW')\" and copy the tokenizer files."
+        )
+    reason = "" if method in FORMS else f"the method {method or 'that it does not name'}"
+    if method == "compressed-tensors" and said.get("transform_config"):
+        reason = "rotations (transform_config)"
+    elif method == "awq" and said.get("version", "gemm").lower() != "gemm":
+        reason = f"AWQ's version {said['version']}"
+    elif method in ("gptq", "awq") and said.get("bits") not in (2, 4, 8):
+        reason = f"{method.upper()} with {said.get('bits')} bits"
+    if reason:
+        raise CheckpointError(
+            f"{where}: its weights are quantised, and {reason} cannot be read; known are {', '.join(FORMS)}. Use the "
+            "original checkpoint, or one in bf16, and quantise the result."
+        )
+    if method in ("compressed-tensors", "modelopt") and importlib.util.find_spec("compressed_tensors") is None:
+        raise CheckpointError(
+            f'{where}: reading {method} weights needs a package; run: pip install "secateur[quantized]"'
+        )
+    return said
+
+
+def note_on(said: dict[str, Any]) -> str:
+    """Return what people should know of a model whose weights were quantised."""
+    detail = said.get("format") or said.get("quant_algo") or (f"{said['bits']} bits" if "bits" in said else "")
+    form = f"{said['quant_method']} {detail}".strip()
+    return (
+        f"The weights were quantised ({form}), and were made bfloat16 "
+        "while they were read; so a result is in bfloat16. To quantise it again, use llm-compressor for vLLM, or "
+        "secateur export with --type q4_k_m."
+    )
+
+
+def dequantised(directory: Path, said: dict[str, Any]) -> dict[str, Deferred]:
+    """Return the model's tensors by name; each is read, and dequantised to bfloat16, when it is sliced.
+
+    Raises CheckpointError for weights without scales; slicing, for parts that do not fit each other.
+    """
+    suffixes, compute = FORMS[said["quant_method"]]
+    stored = stored_tensors(directory)
+    weights: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    for name in (name for name in stored if not _OF_ACTIVATIONS.fullmatch(name)):
+        owner, part = _owner(name, suffixes, stored)
+        weights[owner][part] = stored[name]
+    tensors: dict[str, Deferred] = {}
+    for name, parts in weights.items():
+        alone = parts["weight"] if parts.keys() == {"weight"} else None
+        if alone is not None and alone.dtype.itemsize == 1 and alone.dtype is not torch.bool:
+            raise CheckpointError(f"{directory}: {name} is quantised and has no scale; copy the checkpoint again.")
+        tensors[name] = Deferred(
+            partial(read_tensor, alone) if alone else partial(_computed, compute, name, parts, said)
+        )
+    return tensors
+
+
+def _owner(name: str, suffixes: dict[str, str], stored: Collection[str]) -> tuple[str, str]:
+    """Return the weight that the stored tensor is part of, and as what; a tensor may only be named like a part."""
+    for suffix, end in suffixes.items():
+        base = name.removesuffix(suffix)
+        if base != name and any(base + whole in stored for whole in (end, *_WHOLE)):
+            return base + end, suffix.lstrip("._")
+    return name, "weight"
+
+
+def _computed(compute: Any, name: str, parts: dict[str, StoredTensor], said: dict[str, Any]) -> Tensor:
+    """Return the weight that the parts make."""
+    try:
+        return compute(name, {part: read_tensor(each) for part, each in parts.items()}, said).to(torch.bfloat16)
+    except BAD_VALUE as error:
+        raise CheckpointError(f"weight {name}: cannot be dequantised ({one_line(error)}).") from None
+
+
+def _fp8(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
+    """Return weight * scale, one scale to each block; the last block of a row or column may be smaller."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    weight = parts.pop("weight")
+    (scale,) = parts.values()
+    sizes, whole = weight.shape[-2:], list(weight.shape[-2:])
+    if weight.dtype.is_floating_point and scale.ndim == weight.ndim:
+        blocks = zip(said.get("weight_block_size") or sizes, scale.shape[-2:], sizes, strict=True)
+        # transformers takes the size of blocks from the number of scales, which is wrong if the last is smaller
+        whole = [number * block if number == -(-size // block) else size for block, number, size in blocks]
+    bytes_of_whole = pad(weight.view(torch.uint8), (0, whole[1] - sizes[1], 0, whole[0] - sizes[0]))
+    given = {"weight": bytes_of_whole.view(weight.dtype), "weight_scale_inv": scale}
+    product = Fp8Dequantize(None).convert(given)["weight"]
+    return product[..., : sizes[0], : sizes[1]] if whole != list(sizes) else product
+
+
+def _mxfp4(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    return convert_moe_packed_tensors(parts["blocks"], parts["scales"], dtype=torch.bfloat16)
+
+
+def _compressed(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
+    """Return the weight by the scheme whose targets name its module, else by that of all linears."""
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_name
+
+    config = QuantizationConfig.model_validate(said)
+    module, schemes = name.removesuffix(".weight"), list(config.config_groups.values())
+    named = [each for each in schemes if any(match_name(module, target) for target in each.targets)]
+    general = [each for each in schemes if not any(target.startswith("re:") for target in each.targets)]
+    (scheme,) = (named or general)[:1]
+    return _decompressed(parts, scheme, scheme.format or config.format)
+
+
+def _decompressed(parts: Parts, scheme: Any, form: str) -> Tensor:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.format import infer_module_format
+
+    if form in ("mixed-precision", "dense"):
+        form = infer_module_format(nn.Linear, scheme).value
+    return BaseCompressor.get_value_from_registry(form).decompress(parts, scheme)["weight"]
+
+
+def _modelopt(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
+    """Return an NVFP4 or FP8 weight; modelopt's second scale divides where compressed-tensors' multiplies."""
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    if "weight_scale_2" not in parts:
+        return _decompressed(parts, preset_name_to_scheme("FP8", ["Linear"]), "float-quantized")
+    parts = {"weight_packed": parts["weight"], "weight_scale": parts["weight_scale"]} | {
+        "weight_global_scale": 1 / parts["weight_scale_2"]
+    }
+    return _decompressed(parts, preset_name_to_scheme("NVFP4", ["Linear"]), "nvfp4-pack-quantized")
+
+
+def _gptq(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
+    """Return w_oi = s_og (q_oi - z_og), g the group of input i. Integers are packed along inputs, zeros along outputs.
+
+    The first version of the format stores z - 1. Source: Frantar et al., arXiv 2210.17323; files of AutoGPTQ.
+    """
+    quantised_OI = _unpacked(parts["qweight"].T, said["bits"])
+    zeros_GO = _unpacked(parts["qzeros"], said["bits"]) + (said.get("checkpoint_format") != "gptq_v2")
+    scales_GO, inputs = parts["scales"], torch.arange(quantised_OI.shape[1])
+    group_I = parts["g_idx"].long() if "g_idx" in parts else inputs // (len(inputs) // len(scales_GO))
+    return (quantised_OI - zeros_GO.T[:, group_I]).to(scales_GO.dtype) * scales_GO.T[:, group_I]
+
+
+def _awq(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
+    """Return w_oi = s_og (q_oi - z_og). Integers are packed along outputs, eight in an order of their own.
+
+    Source: Lin et al., arXiv 2306.00978; the format GEMM of AutoAWQ.
+    """
+    quantised_IO, scales_GO = _in_order(parts["qweight"]), parts["scales"]
+    zeros_GO = _in_order(parts["qzeros"]) if "qzeros" in parts else torch.full_like(scales_GO, 8)
+    group_I = torch.arange(len(quantised_IO)) // (len(quantised_IO) // len(scales_GO))
+    return ((quantised_IO - zeros_GO[group_I]).to(scales_GO.dtype) * scales_GO[group_I]).T.contiguous()
+
+
+def _in_order(packed: Tensor) -> Tensor:
+    return _unpacked(packed, 4).unflatten(-1, (-1, 8))[..., _AWQ_ORDER].flatten(-2)
+
+
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    """Return the integers of `bits` bits that 32-bit ones hold along the last axis, lowest bits first."""
+    return (packed.unsqueeze(-1) >> torch.arange(0, 32, bits, dtype=torch.int32) & 2**bits - 1).flatten(-2)
+
+
+FORMS: dict[str, tuple[dict[str, str], Callable[[str, Parts, dict[str, Any]], Tensor]]] = {
+    "fp8": (_FP8, _fp8),
+    "mxfp8": (_FP8, _fp8),
+    "mxfp4": ({"_blocks": "", "_scales": ""}, _mxfp4),
+    "compressed-tensors": (_MODULES, _compressed),
+    "modelopt": (_MODULES, _modelopt),
+    "gptq": (_GEMM, _gptq),
+    "awq": (_GEMM, _awq),
+}

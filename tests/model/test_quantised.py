@@ -1,0 +1,331 @@
+"""Quantised checkpoints: what is read equals what transformers or compressed-tensors make of the same files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_llama
+from recipes import grouped
+from safetensors.torch import load_file, save_file
+from tiny_tokenizer import tiny_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
+from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+import secateur
+from secateur.errors import CheckpointError
+from secateur.model.checkpoint import left_aside, load_model, meta_model, open_checkpoint
+from secateur.model.config import quiet_transformers
+from tests.families import tiny_family
+
+pytest.importorskip("compressed_tensors")
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter, FP8BlockDequantizer
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+Replace = Callable[[str, Tensor], dict[str, Tensor]]
+
+
+def written(directory: Path, model: Any, said: dict[str, Any], replace: Replace, where: str = "_proj.weight") -> Path:
+    """Save the model with every such weight replaced by its quantised parts, and a config that says so."""
+    with quiet_transformers():
+        model.to(torch.bfloat16).save_pretrained(directory)
+        tiny_tokenizer().save_pretrained(directory)
+    file, tensors = directory / "model.safetensors", {}
+    for name, weight in load_file(file).items():
+        parts = replace(name, weight) if name.endswith(where) else {name: weight}
+        tensors |= {part: each.contiguous() for part, each in parts.items()}
+    save_file(tensors, file, {"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    return directory
+
+
+def fp8(directory: Path, model: Any, block: tuple[int, int] = (32, 64)) -> Path:
+    said = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(block)}
+    quantise = Fp8Quantize(SimpleNamespace(quantization_config=FineGrainedFP8Config(weight_block_size=block)))
+    return written(directory, model, said, lambda name, weight: quantise.convert({name: weight}))
+
+
+def scheme_of(preset: str, strategy: str | None) -> QuantizationScheme:
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    if strategy is not None:
+        scheme.weights.strategy = strategy
+    scheme.format = infer_module_format(torch.nn.Linear, scheme).value
+    return scheme
+
+
+def compressed_parts(weight: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
+    """Return what compressed-tensors stores of a weight, with scales from its largest values."""
+    args, state, given = scheme.weights, {"weight": weight}, {}
+    groups = weight.unflatten(-1, (-1, args.group_size)) if args.group_size else weight.unsqueeze(1)
+    if args.strategy == "tensor":
+        groups = weight.reshape(1, 1, -1)
+    if scheme.format.startswith("nvfp4"):
+        state["weight_global_scale"] = given["global_scale"] = generate_gparam(*weight.float().aminmax())
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args, **given)
+    state |= {"weight_scale": scale, "weight_zero_point": zero}
+    return BaseCompressor.get_value_from_registry(scheme.format).compress(state, scheme)
+
+
+def compressed(directory: Path, model: Any, preset: str, strategy: str | None = None) -> Path:
+    scheme = scheme_of(preset, strategy)
+    said = QuantizationConfig(
+        config_groups={"group_0": scheme}, format=scheme.format, quantization_status="compressed", ignore=["lm_head"]
+    ).model_dump(mode="json")
+
+    def replace(name: str, weight: Tensor) -> dict[str, Tensor]:
+        return {name.replace("weight", part, 1): each for part, each in compressed_parts(weight, scheme).items()}
+
+    return written(directory, model, said, replace)
+
+
+def mxfp4(directory: Path, model: Any) -> Path:
+    def replace(name: str, weight: Tensor) -> dict[str, Tensor]:
+        rows = weight.transpose(1, 2)  # as the format stores them: 32 inputs to a scale, two to a byte
+        shape = (*rows.shape[:-1], rows.shape[-1] // 32)
+        generator = torch.Generator().manual_seed(len(name))
+        blocks = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(118, 126, shape, dtype=torch.uint8, generator=generator)
+        return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+    said = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    return written(directory, model, said, replace, where="_proj")
+
+
+def llama(**sizes: Any) -> Any:
+    return tiny_llama(**SIZES | sizes)
+
+
+def experts() -> Any:
+    return tiny_family("qwen3_moe", hidden_size=128, moe_intermediate_size=64, intermediate_size=128, head_dim=32)
+
+
+def gpt_oss() -> Any:
+    return tiny_family("gpt_oss", hidden_size=64, intermediate_size=64)
+
+
+FORMS: dict[str, tuple[Callable[[Path], Path], Any]] = {
+    "fp8 in blocks": (lambda path: fp8(path, llama()), FineGrainedFP8Config(dequantize=True)),
+    "fp8 in blocks, experts": (lambda path: fp8(path, experts()), FineGrainedFP8Config(dequantize=True)),
+    "mxfp4": (lambda path: mxfp4(path, gpt_oss()), Mxfp4Config(dequantize=True)),
+} | {
+    f"{preset} {strategy}": (
+        lambda path, preset=preset, strategy=strategy: compressed(path, llama(), preset, strategy),
+        CompressedTensorsConfig(dequantize=True),
+    )
+    for preset, strategy in (
+        ("FP8", "tensor"),
+        ("FP8_DYNAMIC", "channel"),
+        ("INT8", "channel"),
+        ("W8A16", None),
+        ("W4A16", None),
+        ("W4A16_ASYM", None),
+        ("NVFP4A16", None),
+    )
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_what_transformers_makes_of_it(form: str, tmp_path: Path) -> None:
+    write, dequantise = FORMS[form]
+    directory = write(tmp_path / "model")
+    with quiet_transformers():
+        theirs = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.bfloat16, quantization_config=dequantise
+        ).state_dict()
+    ours = load_model(open_checkpoint(directory)).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(each.dtype == torch.bfloat16 and torch.equal(each, theirs[name]) for name, each in ours.items())
+
+
+def test_fp8_with_blocks_that_do_not_divide_a_weight(tmp_path: Path) -> None:
+    """As in DeepSeek's: transformers refuses it, or takes blocks of another size."""
+    directory = fp8(tmp_path / "model", llama(), (128, 128))
+    file = directory / "model.safetensors"
+    tensors, name = load_file(file), "model.layers.0.mlp.gate_proj.weight"
+    ragged = torch.randn(192, 128).to(torch.float8_e4m3fn)
+    tensors |= {name: ragged, f"{name}_scale_inv": torch.tensor([[0.5], [3.0]])}
+    tensors["model.layers.0.mlp.up_proj.weight"] = ragged.flip(0)
+    for other in ("up_proj", "down_proj"):
+        tensors[f"model.layers.0.mlp.{other}.weight_scale_inv"] = (
+            torch.ones(2, 1) if other == "up_proj" else torch.ones(1, 2)
+        )
+    tensors["model.layers.0.mlp.down_proj.weight"] = ragged.T.contiguous()
+    save_file(tensors, file, {"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 192, "num_hidden_layers": 1}))
+    for other in [each for each in tensors if ".layers." in each and ".layers.0." not in each]:
+        del tensors[other]
+    save_file(tensors, file, {"format": "pt"})
+    ours = load_model(open_checkpoint(directory)).state_dict()
+    scaled = [each.removesuffix(".weight_scale_inv") for each in tensors if each.endswith("_inv")]
+    assert len(scaled) > 3
+    theirs = FP8BlockDequantizer(targets=scaled).process(dict(tensors))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[each], theirs[each]) for each in ours)
+
+
+def integers(shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64, generator=generator).to(torch.int32)
+
+
+def test_awq_equals_what_compressed_tensors_makes_of_it(tmp_path: Path) -> None:
+    def replace(name: str, weight: Tensor) -> dict[str, Tensor]:
+        outputs, inputs = weight.shape
+        module, seed = name.removesuffix(".weight"), len(name)
+        scales = torch.rand(inputs // 32, outputs, generator=torch.Generator().manual_seed(seed)).half() / 64
+        packed = {
+            "qweight": integers((inputs, outputs // 8), seed),
+            "qzeros": integers((inputs // 32, outputs // 8), seed),
+        }
+        return {f"{module}.{part}": each for part, each in (packed | {"scales": scales}).items()}
+
+    said = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+    directory = written(tmp_path / "model", llama(), said, replace)
+    ours = load_model(open_checkpoint(directory)).state_dict()
+    converter = AutoAWQConverter.from_autoawq_config(said)
+    parts = converter.process(load_file(directory / "model.safetensors"))
+    (scheme,) = converter._build_quant_config().config_groups.values()
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    modules = [name.removesuffix(".weight_packed") for name in parts if name.endswith(".weight_packed")]
+    assert len(modules) == 3 * 7
+    for module in modules:
+        own = {name.removeprefix(f"{module}."): each for name, each in parts.items() if name.startswith(f"{module}.")}
+        theirs = compressor.decompress(own, scheme)["weight"].to(torch.bfloat16)
+        assert torch.equal(ours[f"{module}.weight"], theirs), module
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_gptq_is_read_by_the_formats_definition(version: str, in_order: bool, bits: int, tmp_path: Path) -> None:
+    """Unit by unit: w = s (q - z), 32 / bits inputs to an integer, the first version storing z - 1."""
+    expected: dict[str, Tensor] = {}
+
+    def replace(name: str, weight: Tensor) -> dict[str, Tensor]:
+        (outputs, inputs), per = weight.shape, 32 // bits
+        generator = torch.Generator().manual_seed(len(name))
+        quantised = torch.randint(2**bits, (inputs, outputs), generator=generator)
+        zeros = torch.randint(1, 2**bits, (inputs // 32, outputs), generator=generator)
+        scales = torch.rand(inputs // 32, outputs, generator=generator).half() / 2**bits
+        group = torch.arange(inputs) // 32
+        group = group if in_order else group[torch.randperm(inputs, generator=generator)]
+        expected[name] = (scales[group] * (quantised - zeros[group]).half()).T.to(torch.bfloat16)
+        stored = zeros if version == "gptq_v2" else zeros - 1
+        qweight = sum(quantised[place::per] << bits * place for place in range(per))
+        qzeros = sum(stored[:, place::per] << bits * place for place in range(per))
+        parts = {"qweight": qweight.to(torch.int32), "qzeros": qzeros.to(torch.int32), "scales": scales}
+        return {f"{name.removesuffix('weight')}{part}": each for part, each in (parts | {"g_idx": group.int()}).items()}
+
+    said = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": 32,
+        "desc_act": not in_order,
+        "checkpoint_format": version,
+    }
+    directory = written(tmp_path / "model", llama(num_layers=1), said, replace)
+    ours = load_model(open_checkpoint(directory)).state_dict()
+    assert len(expected) == 7 and all(torch.equal(ours[name], each) for name, each in expected.items())
+
+
+@pytest.mark.parametrize("preset", ["NVFP4", "FP8"])
+def test_modelopt_equals_compressed_tensors_of_the_same_numbers(preset: str, tmp_path: Path) -> None:
+    scheme = scheme_of("NVFP4A16" if preset == "NVFP4" else "FP8", None)
+    names = {"weight_packed": "weight", "weight_global_scale": "weight_scale_2"}
+    compressor, expected = BaseCompressor.get_value_from_registry(scheme.format), {}
+
+    def replace(name: str, weight: Tensor) -> dict[str, Tensor]:
+        parts = compressed_parts(weight, scheme)
+        if "weight_global_scale" in parts:  # a power of two has an exact reciprocal
+            parts["weight_global_scale"] = parts["weight_global_scale"].log2().round().exp2()
+        expected[name] = compressor.decompress(parts, scheme)["weight"].to(torch.bfloat16)
+        parts = {part: 1 / each if part == "weight_global_scale" else each for part, each in parts.items()}
+        base = name.removesuffix("weight")
+        parts = {f"{base}{names.get(part, part)}": each for part, each in parts.items()}
+        return parts | {f"{base}input_scale": torch.ones(())}
+
+    directory = written(
+        tmp_path / "model", llama(num_layers=1), {"quant_method": "modelopt", "quant_algo": preset}, replace
+    )
+    ours = load_model(open_checkpoint(directory)).state_dict()
+    assert len(expected) == 7 and all(torch.equal(ours[name], each) for name, each in expected.items())
+
+
+def edited(directory: Path, **said: Any) -> Path:
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = config["quantization_config"] | said
+    path.write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        (
+            {"quant_method": "bitsandbytes"},
+            "by bitsandbytes; where that is installed, make bfloat16 of them: python -c",
+        ),
+        ({"quant_method": "hqq"}, "the method hqq cannot be read; known are fp8, mxfp8, mxfp4, compressed-tensors"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "AWQ's version gemv cannot be read"),
+        ({"quant_method": "gptq", "bits": 3}, "GPTQ with 3 bits cannot be read"),
+        (
+            {"quant_method": "compressed-tensors", "transform_config": {"a": 1}},
+            "rotations .transform_config. cannot be read",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(said: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    directory = edited(fp8(tmp_path / "model", llama(num_layers=1)), **said)
+    with pytest.raises(CheckpointError, match=sentence):
+        open_checkpoint(directory)
+
+
+def test_a_scale_that_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
+    directory = fp8(tmp_path / "model", llama(num_layers=1))
+    file, name = directory / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(file)
+    scale = tensors.pop(f"{name}_scale_inv")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name} is quantised and has no scale"):
+        load_model(open_checkpoint(directory))
+    save_file(tensors | {f"{name}_scale_inv": scale[:3].contiguous()}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"weight {name}: cannot be dequantised"):
+        load_model(open_checkpoint(directory))
+
+
+def test_a_model_is_planned_in_bfloat16_and_says_what_it_came_from(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(compressed(tmp_path / "model", llama(num_layers=1), "W4A16"))
+    model = meta_model(checkpoint.config)
+    assert model.dtype == torch.bfloat16 and not hasattr(model.config, "quantization_config")
+    (note,) = left_aside(checkpoint, model)
+    assert note.startswith("The weights were quantised (compressed-tensors pack-quantized), and were made bfloat16")
+
+
+@pytest.mark.parametrize("form", ["fp8 in blocks, experts", "W4A16 None"])
+def test_a_run_writes_bfloat16_that_loads_without_a_quantiser(
+    form: str, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    directory = FORMS[form][0](tmp_path / "model")
+    groups = {"groups": ["experts"]} if "experts" in form else {}
+    result = secateur.prune(directory, grouped(recipe | {"remove": {"share": 0.15} | groups}), out=tmp_path / "out")
+    assert result.summary.reload_max_abs_difference == 0
+    assert any(note.startswith("The weights were quantised") for note in result.summary.warnings)
+    assert {each.dtype for each in load_file(tmp_path / "out/model.safetensors").values()} == {torch.bfloat16}
+    assert "quantization_config" not in (tmp_path / "out/config.json").read_text()
+    assert "were made bfloat16" in (tmp_path / "out/README.md").read_text()
