@@ -64,6 +64,26 @@ def test_the_same_again_gives_the_same_bytes(pruned: tuple[Any, Path], files: Pa
     assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
 
+def polished(files: Path, out: Path, **polish: Any) -> Any:
+    """Return the run of a text that is nearly all lines, which a model learns by going its own way."""
+    asked = recipe(files)
+    asked["calibration"]["domains"]["lines"]["share"] = 15
+    asked["polish"] |= {"kl_share": 0.01, "learning_rate": 0.02, **polish}
+    return secateur.prune(tiny_llama(), grouped(asked), tokenizer=TOKENIZER, out=out)
+
+
+def test_a_polish_that_leads_away_from_the_dense_model_on_its_answers_is_undone(files: Path, tmp_path: Path) -> None:
+    undone, untrained = polished(files, tmp_path / "undone"), polished(files, tmp_path / "untrained", num_tokens=0)
+    before, training = undone.summary.polish.before, undone.summary.polish.training
+    # The text won more than the answers lost.
+    gain = before["lines"].nats_per_token - training.after["lines"].nats_per_token
+    loss = training.after["chat"].kl - before["chat"].kl
+    assert not training.held and gain > 2 * loss > 0
+    assert any("moved away from the dense one on its answers" in note for note in undone.summary.warnings)
+    for name, weight in untrained.model.state_dict().items():
+        assert torch.equal(undone.model.state_dict()[name], weight)
+
+
 def test_evaluation_leaves_answers_out_and_says_so(pruned: tuple[Any, Path]) -> None:
     blocks, notes = recipe_blocks(pruned[1], TOKENIZER, silent)
     assert list(blocks) == ["lines"] and len(notes) == 1 and "left out (chat)" in notes[0]
