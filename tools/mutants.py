@@ -7,9 +7,12 @@ plus or minus one, `and` for `or`, a `not`, a loop that never runs, a decorator 
 A seed draws a line among all lines of src that an operator can change, then one of its changes.
 Annotations, and what no longer compiles, are not drawn.
 
-Each test file runs once under coverage. The tests that ran the changed line judge it, the quickest
-files first, one thread each, until one fails. The changed code is a copy of src. What is finished
-is kept in `build/mutants` until src or the test file changes, so that a stopped run goes on.
+The test files that import the changed module judge it first, then the others of its room, then the
+rest, until one test fails. A test file runs once under coverage when it is first needed; of its tests
+those judge that ran the changed line, the quickest first, in a fork that has torch and transformers
+imported. The changed code is a copy of src. What is finished is kept in `build/mutants` until src or
+the test file changes, so that a stopped run goes on. `--reach 1` asks the first files alone, `--reach 2`
+the room's, too: what they kill is killed.
 
 `tools/equivalent.yaml` lists the changes that no test can see, with the reason: they are counted
 apart. Everything else that lives is printed. The status is 1 if fewer than `--least` are killed.
@@ -22,10 +25,12 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -43,8 +48,8 @@ SOURCE = ROOT / "src" / "secateur"
 WORK = ROOT / "build" / "mutants"
 EQUIVALENT = Path(__file__).with_name("equivalent.yaml")
 KILLED, SURVIVED, UNCOVERED, BROKEN = "killed", "SURVIVED", "NOT COVERED", "BROKEN"
-# Seconds under coverage of the tests that judge one change at most, and processor time beyond them.
-MAX_SECONDS, MORE_SECONDS = 300.0, 60
+# Seconds under coverage of the tests that judge one change at once, and processor time beyond them.
+MAX_SECONDS, MORE_SECONDS = 120.0, 60
 # Leaves of cosmic-ray's syntax tree that no operator changes.
 UNCHANGED = {"name", "string", "newline", "endmarker", "fstring_start", "fstring_string", "fstring_end"}
 
@@ -196,8 +201,16 @@ class Covered:
     lines: dict[str, dict[int, list[str]]]
 
 
+LOCKS: dict[str, threading.Lock] = defaultdict(threading.Lock)
+
+
 def collect(test_file: str) -> Covered:
     """Run a test file under coverage, unless that was done for the same code."""
+    with LOCKS[test_file]:
+        return _collected(test_file)
+
+
+def _collected(test_file: str) -> Covered:
     folder = WORK / _digest() / test_file.replace("/", "+")
     kept = folder / f"{hashlib.sha256((ROOT / test_file).read_bytes()).hexdigest()[:16]}.json"
     if not kept.exists():
@@ -285,6 +298,16 @@ def _digest() -> str:
 
 
 # ---------------------------------------------------------------------------------------- judging
+
+
+def stages(file: str, test_files: list[str]) -> list[list[str]]:
+    """Return the test files that import a module, the others of its room, and the rest."""
+    parent, _, leaf = ".".join(("secateur", *Path(file).with_suffix("").parts)).rpartition(".")
+    imported = re.compile(rf"\b{parent}\.{leaf}\b|\bfrom {parent} import .*\b{leaf}\b")
+    texts = {test_file: (ROOT / test_file).read_text(encoding="utf-8") for test_file in test_files}
+    first = [test_file for test_file in test_files if imported.search(texts[test_file])]
+    room = [each for each in test_files if each.split("/")[1] == file.split("/")[0] and each not in first]
+    return [first, room, [each for each in test_files if each not in first and each not in room]]
 
 
 def judges(mutant: Mutant, everything: Iterable[Covered]) -> list[str]:
@@ -383,8 +406,10 @@ def load_heavy_packages() -> None:
     """Import what most tests import, secateur excepted: each fork then starts in no time."""
     import beartype  # noqa: F401
     import datasets  # noqa: F401
+    import gguf  # noqa: F401
     import hypothesis.strategies  # noqa: F401
     import jaxtyping  # noqa: F401
+    import matplotlib.figure  # noqa: F401
     import pydantic  # noqa: F401
     import rich  # noqa: F401
     import torch  # noqa: F401
@@ -407,6 +432,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--only", nargs="*", default=[], help="rooms or modules, such as methods/scores.py")
     parser.add_argument("--tests", nargs="*", default=[], help="test files that judge; all of them otherwise")
+    parser.add_argument("--reach", type=int, choices=(1, 2, 3), default=3, help="how far to look for tests that judge")
     parser.add_argument("--least", type=float, default=0.9, help="the share that must be killed")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
@@ -415,23 +441,30 @@ def main() -> None:
     )
     load_heavy_packages()
 
-    with ThreadPoolExecutor(options.processes) as pool:
-        everything = list(pool.map(collect, test_files))
-        mutants = draw(options.count, options.seed, options.only)
-        seconds = {test: taken for covered in everything for test, taken in covered.seconds.items()}
-        results = WORK / _digest() / "results.jsonl"
-        known = _known(results)
+    mutants = draw(options.count, options.seed, options.only)
+    results = WORK / _digest() / "results.jsonl"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    known = _known(results)
 
-        def judged(mutant: Mutant) -> str:
+    def judged(mutant: Mutant) -> str:
+        found = UNCOVERED
+        for files in stages(mutant.file, test_files)[: options.reach]:
+            everything = [collect(file) for file in files]
             tests = judges(mutant, everything)
+            if not tests:
+                continue
             key = hashlib.sha256(json.dumps([asdict(mutant), tests]).encode()).hexdigest()[:16]
-            if key in known:
-                return known[key]
-            found = outcome(mutant, tests, sum(seconds[test] for test in tests))
-            with results.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"key": key, "outcome": found, **asdict(mutant)}) + "\n")
-            return found
+            found = known.get(key)
+            if found is None:
+                seconds = {test: taken for covered in everything for test, taken in covered.seconds.items()}
+                found = outcome(mutant, tests, sum(seconds[test] for test in tests))
+                with results.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps({"key": key, "outcome": found, **asdict(mutant)}) + "\n")
+            if found != SURVIVED:
+                break
+        return found
 
+    with ThreadPoolExecutor(options.processes) as pool:
         reasons, tried, lived = _equivalent(), Counter[str](), Counter[str]()
         for mutant, found in zip(mutants, pool.map(judged, mutants), strict=True):
             reason = reasons.get((mutant.file, mutant.old, mutant.new))

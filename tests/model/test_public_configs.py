@@ -6,6 +6,8 @@ its publisher or the hub states; tied embeddings count once.
 
 import json
 import re
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,47 +26,28 @@ from tests.model.test_families import cut_units, kept_of
 CONFIGS = sorted((Path(__file__).parent / "public_configs").glob("*.json"))
 
 
-def inspected(file: Path, directory: Path, **options) -> tuple[Inspection, dict]:
+@cache
+def inspected(file: Path, check_for: str = "llama.cpp") -> tuple[Inspection, dict]:
     facts = json.loads(file.read_text())
     config = dict(facts["config"])
-    CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(directory)
-    return inspect(directory, parse_recipe(grouped(dict(remove=0.1))), **options), facts
+    with tempfile.TemporaryDirectory() as directory:
+        CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(directory)
+        return inspect(directory, parse_recipe(grouped(dict(remove=0.1))), check_for=check_for), facts
 
 
 def named(name: str) -> Path:
     return next(file for file in CONFIGS if file.stem == name)
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_inspect_counts_the_known_number_of_parameters(file: Path, tmp_path: Path) -> None:
-    found, facts = inspected(file, tmp_path)
-    assert found.size.num_params == pytest.approx(facts["num_params"], rel=0.005)
-    model_type = facts["config"]["model_type"]
-    assert found.family == model_type
-    known = {group for name, (row, _) in FAMILIES.items() if row == model_type for group in GROUPS[name]}
-    assert {group.name for group in found.possible} | set(found.impossible) >= known - {"ffn"}
-    assert all(0 < group.num_params < found.size.num_params for group in found.possible)
-    assert found.remove_reached == pytest.approx(0.1, abs=0.03)  # an eighth of the experts in Mixtral
-
-
-def test_there_are_enough_of_them_from_small_to_large() -> None:
-    sizes = [json.loads(file.read_text())["num_params"] for file in CONFIGS]
-    assert len(sizes) >= 20 and min(sizes) < 0.13e9 and max(sizes) > 670e9
-
-
-def test_of_a_model_with_experts_these_go_unless_told_otherwise(tmp_path: Path) -> None:
-    found, _ = inspected(named("deepseek-v3"), tmp_path)
-    assert [group.name for group in found.groups] == ["experts"]
-    assert {group.name: group.num_layers for group in found.possible} == {"ffn": 3, "experts": 58}
-    assert set(found.impossible) == {"kv_heads", "query_heads", "shared", "expert_ffn"}
-
-
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", "mixtral-8x7b"])
-def test_what_was_run_of_vllm_is_said(name: str, tmp_path: Path) -> None:
-    found, _ = inspected(named(name), tmp_path, check_for="vllm")
-    assert isinstance(found.serving, Serving) and found.serving.problems == ()
-    said = found.serving.cautions[0]
-    assert ("vLLM 0.32.0 ran pruned" if name.startswith(("llama", "qwen2")) else "vLLM was not run with") in said
+def smallest_of_each_type() -> list[Any]:
+    """Return all configs, those slow that are not the smallest of their model type."""
+    facts = {file: json.loads(file.read_text()) for file in CONFIGS}
+    by_size = sorted(CONFIGS, key=lambda file: facts[file]["num_params"], reverse=True)
+    smallest = {facts[file]["config"]["model_type"]: file for file in by_size}
+    return [
+        pytest.param(file, id=file.stem, marks=() if file in smallest.values() else pytest.mark.slow)
+        for file in CONFIGS
+    ]
 
 
 # By model type; the rest of the public configs hold what llama.cpp takes for granted.
@@ -75,13 +58,40 @@ NOT_IN_LLAMA_CPP = {
 }
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_what_llama_cpp_takes_for_granted(file: Path, tmp_path: Path) -> None:
-    found, facts = inspected(file, tmp_path, check_for="llama.cpp")
+@pytest.mark.parametrize("file", smallest_of_each_type())
+def test_inspect_knows_the_parameters_the_groups_and_what_llama_cpp_takes(file: Path) -> None:
+    found, facts = inspected(file)
+    assert found.size.num_params == pytest.approx(facts["num_params"], rel=0.005)
+    model_type = facts["config"]["model_type"]
+    assert found.family == model_type
+    known = {group for name, (row, _) in FAMILIES.items() if row == model_type for group in GROUPS[name]}
+    assert {group.name for group in found.possible} | set(found.impossible) >= known - {"ffn"}
+    assert all(0 < group.num_params < found.size.num_params for group in found.possible)
+    assert found.remove_reached == pytest.approx(0.1, abs=0.03)  # an eighth of the experts in Mixtral
     assert isinstance(found.serving, Serving)
-    problem = NOT_IN_LLAMA_CPP.get(facts["config"]["model_type"])
+    problem = NOT_IN_LLAMA_CPP.get(model_type)
     assert [text for text in found.serving.problems if not problem or problem not in text] == []
     assert bool(found.serving.problems) == bool(problem)
+
+
+def test_there_are_enough_of_them_from_small_to_large() -> None:
+    sizes = [json.loads(file.read_text())["num_params"] for file in CONFIGS]
+    assert len(sizes) >= 20 and min(sizes) < 0.13e9 and max(sizes) > 670e9
+
+
+def test_of_a_model_with_experts_these_go_unless_told_otherwise() -> None:
+    found, _ = inspected(named("deepseek-v3"))
+    assert [group.name for group in found.groups] == ["experts"]
+    assert {group.name: group.num_layers for group in found.possible} == {"ffn": 3, "experts": 58}
+    assert set(found.impossible) == {"kv_heads", "query_heads", "shared", "expert_ffn"}
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen2.5-0.5b", "mixtral-8x7b"])
+def test_what_was_run_of_vllm_is_said(name: str) -> None:
+    found, _ = inspected(named(name), check_for="vllm")
+    assert isinstance(found.serving, Serving) and found.serving.problems == ()
+    said = found.serving.cautions[0]
+    assert ("vLLM 0.32.0 ran pruned" if name.startswith(("llama", "qwen2")) else "vLLM was not run with") in said
 
 
 @pytest.mark.parametrize(
@@ -93,7 +103,7 @@ def test_what_llama_cpp_takes_for_granted(file: Path, tmp_path: Path) -> None:
             {"groups": ("kv_heads",), "remove": 0.05},
             "needs query heads \\* head_dim to be the hidden size",
         ),
-        ("qwen2.5-7b", {"protected_layers": (0,)}, None),
+        ("qwen2.5-0.5b", {"protected_layers": (0,)}, None),
         ("gemma-2-2b", {"protected_layers": (0,)}, "different widths, which llama.cpp runs of the families"),
         ("qwen3-8b", {"protected_layers": (0,)}, "openelm takes tie_word_embeddings to be True"),
         ("qwen3-0.6b", {"protected_layers": (0,)}, None),
