@@ -7,7 +7,6 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import random
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from models import tiny_llama, tiny_qwen2
 from recipes import grouped
 from skips import pytest_terminal_summary  # noqa: F401  # a hook
 from tiny_tokenizer import tiny_tokenizer
-from warm import WarmProcesses
+from warm import WarmProcesses, fresh
 
 from secateur.model.config import quiet_transformers
 
@@ -66,11 +65,10 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProcesses]:
     processes.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def fresh_processes() -> Iterator[None]:
     """For tests of the proof itself: each process starts from nothing, as in a user's run."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("secateur.formats.save.subprocess", subprocess)
+    with fresh():
         yield
 
 

@@ -32,19 +32,20 @@ from secateur.stream.offload import LayersOnDevice, fetch, offload
 from tests.model.test_vocabulary import NUM_PADDING, made
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "heads": {"groups": ["ffn", "kv_heads"]},
-    "curve": {"budget": "curve"},
+    # Every measurement and every sum that a run can ask for.
+    "curves in rounds": {
+        "groups": ["ffn", "kv_heads"],
+        "budget": "curve",
+        "rounds": 2,
+        "domain_weighting": "minimax",
+        "damping_factors": [1, 10],
+    },
     "flap": {"score": "flap", "compensate": "bias"},
-    "minimax": {"domain_weighting": "minimax"},
-    "rounds": {"rounds": 2, "damping_factors": [1, 10]},
     "depth": {"depth": 1, "remove": 0.35},
     "on disk": {"memory_budget": "0.1MB"},
 }
-
-
 # Those that are run with all of the model on the device, too.
-WHOLE = "defaults", "curve", "depth"
+WHOLE = "curves in rounds", "depth"
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +110,7 @@ def test_tokens_go_on_a_device_as_on_the_cpu(by_layers, recipe, tmp_path, monkey
     assert found.summary.dense_losses == expected.summary.dense_losses
 
 
-@pytest.mark.parametrize("name", ["defaults", "heads", "curve", "minimax", "depth"])
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_device_without_float64_has_its_solves_done_on_the_cpu(name, checkpoints, recipe, made_by_cpu, monkeypatch):
     asked = {**recipe, **RECIPES[name]}
     if name not in made_by_cpu:

@@ -7,8 +7,12 @@ the tests' own process. In such forks results are proved; tests of the proof its
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 SERVER = """
 import json, os, runpy, signal, sys, traceback
@@ -107,3 +111,11 @@ class WarmProcesses:
         line = self.server.stdout.readline()
         assert line, "the process that is forked has ended"
         return int(line)
+
+
+@contextmanager
+def fresh() -> Iterator[None]:
+    """Within the context each proof has a process of its own."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("secateur.formats.save.subprocess", subprocess)
+        yield

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from texts import learning_text
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from warm import fresh
 
 import secateur
 from secateur.cli import app, main
@@ -31,7 +32,7 @@ from secateur.pruning.resolve import resolve
 from secateur.recipe import Recipe
 from secateur.recipe_file import parse_recipe
 
-pytestmark = pytest.mark.usefixtures("fresh_processes", "judging")
+pytestmark = pytest.mark.usefixtures("judging")
 
 NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
 
@@ -85,7 +86,8 @@ def happy(checkpoints, recipe, tmp_path_factory) -> Run:
     """One plain run with everything on; the tests below look at what it left."""
     place = tmp_path_factory.mktemp("happy")
     file = write_recipe(place / "mine.yaml", recipe)
-    return run_prune(checkpoints["llama"], place / "smaller", "--recipe", file)
+    with fresh():
+        return run_prune(checkpoints["llama"], place / "smaller", "--recipe", file)
 
 
 def test_prune_ends_well_and_prints_one_table(happy, checkpoints):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -374,28 +373,6 @@ def test_installed_text_is_shuffled_by_seed_and_has_several_documents(kind: str)
 
     assert first(0) == first(0) != first(1)
     assert len(set(first(0))) == 5
-
-
-def test_docstrings_stand_under_their_qualified_names() -> None:
-    found = documents("mine", Domain(installed="mathematics"), TOKENIZER, 0)
-    name, _, text = next(found).partition("\n\n")
-    assert name.startswith(("sympy.", "mpmath.")) and len(text) >= 200
-
-
-def test_dialogue_lines_name_their_speaker() -> None:
-    pytest.importorskip("chitchat_dataset", reason="the dialogue text is an optional package")
-    lines = next(documents("mine", Domain(installed="dialogue"), TOKENIZER, 0)).splitlines()
-    assert {line[:3] for line in lines} >= {"A: ", "B: "}
-
-
-def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(name: str) -> None:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr("importlib.metadata.distribution", nothing)
-    for kind, packages in {"dialogue": "chitchat-dataset", "mathematics": "sympy", "science": "networkx"}.items():
-        with pytest.raises(CalibrationError, match=f"'{kind}': it comes from .*{packages}.*install"):
-            documents("mine", Domain(installed=kind), TOKENIZER, 0).__next__()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("package", ["datasets", "pyarrow"])

@@ -253,7 +253,7 @@ def test_accuracies_of_one_draw_have_the_error_over_questions_and_of_several_the
     assert row == ("ours", "20%", "0.450 ± 0.071", "0.600 ± 0.141", "0.300 ± 0.000")
 
 
-def test_a_page_fits_and_names_what_its_plot_leaves_out(tmp_path: Path) -> None:
+def test_a_page_fits_and_names_what_its_plot_leaves_out(tmp_path: Path, drawn: None) -> None:
     names = {"dense": (0.0, 2.0), "ours": (0.2, 2.5), "a method with quite a long name": (0.2, 2.6), "lost": (0.2, 6.0)}
     cells = [
         FoundCell(name, ratio, 0, ratio, 1.0, dict.fromkeys((f"domain {n}" for n in range(7)), nats), {})

@@ -14,6 +14,7 @@ from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers import Tokenizer as BackendTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from warm import fresh
 
 import secateur
 from secateur.errors import CheckpointError
@@ -22,8 +23,6 @@ from secateur.formats.reload_child import runs_own_code
 from secateur.formats.save import OWN_CODE, Verification, save_checkpoint, verify_reload
 from secateur.model.checkpoint import check_in_memory, load_tokenizer, open_checkpoint
 from secateur.model.config import quiet_transformers
-
-pytestmark = pytest.mark.usefixtures("fresh_processes")
 
 CODE = """
 import os
@@ -98,7 +97,8 @@ def results(place, marker, recipe) -> dict[str, secateur.Result]:
         assert marker.exists(), "the trap works: who trusts it runs it"
         marker.unlink()
         asked = grouped({**recipe, "protected_layers": [0], "remove": 0.1, "evaluate": False})
-        found[source] = secateur.prune(place / source, asked, out=place / f"{source}-out")
+        with fresh():
+            found[source] = secateur.prune(place / source, asked, out=place / f"{source}-out")
         assert not marker.exists()
     return found
 
@@ -181,7 +181,7 @@ def test_a_word_called_auto_map_stays_in_the_vocabulary(tmp_path):
     assert load_tokenizer(open_checkpoint(tmp_path / "out")).get_vocab()["auto_map"] == size
 
 
-def test_the_proof_trusts_its_own_file_alone(results, marker, tmp_path):
+def test_the_proof_trusts_its_own_file_alone(results, marker, fresh_processes, tmp_path):
     out, logits = copy_of(results["hub"], tmp_path)
     # A tokenizer that names code: the model's own file is run, and this is not.
     edit(out / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil/code--evil.EvilTokenizer"]})

@@ -169,6 +169,17 @@ def test_the_last_step_stays_where_it_is_the_nearest() -> None:
         uniform_plan((channels,), alone, 397 / 400, 8)
 
 
+def test_out_of_reach_and_less_than_half_a_step_say_what_is_possible_and_that_works() -> None:
+    smollm = tuple(group_of(layer, "ffn", 1536) for layer in range(30))
+    prices = prices_of(smollm, {"ffn": 3 * 576}, 134_515_008)
+    with pytest.raises(RecipeError, match=r"134,515,008 .*at most 0\.567 with 64 units"):
+        uniform_plan(smollm, prices, 0.9, 64)
+    assert set(uniform_plan(smollm, prices, 0.567, 64).num_keep.values()) == {64}
+    with pytest.raises(RecipeError, match=r"nothing would go; .*at least 0\.0124"):
+        uniform_plan(smollm, prices, 0.001, 64)
+    assert uniform_plan(smollm, prices, 0.0124, 64).removed_share > 0
+
+
 def test_64_levels_are_not_too_many() -> None:
     assert len(level_grid(64 * 64, 64)) == 64 and len(level_grid(65 * 64, 64)) == 33
 

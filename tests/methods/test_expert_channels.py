@@ -10,12 +10,11 @@ from recipes import grouped
 import secateur
 from secateur.errors import RecipeError
 from secateur.methods import expert_channels
-from secateur.methods.expert_channels import _observe, _shrunk, prune_expert_channels
-from secateur.methods.expert_refit import FEW_TOKENS_PER_CHANNEL, channel_inputs
+from secateur.methods.expert_channels import _observe, prune_expert_channels
+from secateur.methods.expert_refit import channel_inputs
 from secateur.methods.scores import SCORES, Score, wanda
 from secateur.methods.select import Task
 from secateur.model.bind import bind, decoder_layers
-from secateur.model.group import original_units
 from secateur.pruning.group_step import method_of
 from secateur.recipe_file import parse_recipe
 from secateur.stream.walk import Walk, make_batches
@@ -73,26 +72,6 @@ def test_all_channels_kept_change_nothing() -> None:
 
 
 @torch.no_grad()
-def test_an_expert_with_few_tokens_borrows_from_all_tokens() -> None:
-    model = tiny_family("mixtral")
-    arch = bind(model)
-    group = arch.select(CHANNELS)[0]
-    module = decoder_layers(model, arch)[0].get_submodule(group.experts.module)
-    walk = Walk(model, arch, make_batches("a", tiny_ids(batch=4), held_out=False))
-    channels = group.experts.stacks
-    seen = _observe(walk, group, "tokens", {"a": 1.0}, seed=0)
-    assert int(seen.num_tokens_E.sum()) == 2 * 4 * 16  # two experts for each of 64 tokens
-    expert = int(seen.num_tokens_E.argmin())
-    own, count = seen.grams[expert].full(), int(seen.num_tokens_E[expert])
-    everyone_TF = channel_inputs(module, channels, expert, torch.cat(list(seen.samples.values())))
-    everyone, share = everyone_TF.T @ everyone_TF, 112 / (112 + count)
-    expected = (1 - share) * own / own.trace() + share * everyone / everyone.trace()
-    torch.testing.assert_close(_shrunk(module, channels, expert, seen).full(), expected, atol=1e-6, rtol=1e-4)
-    seen.num_tokens_E[expert] = FEW_TOKENS_PER_CHANNEL * 112
-    torch.testing.assert_close(_shrunk(module, channels, expert, seen).full(), own)
-
-
-@torch.no_grad()
 def test_the_sample_is_of_every_domain_by_its_share(monkeypatch) -> None:
     monkeypatch.setattr(expert_channels, "NUM_SAMPLED", 40)
     model, shares = tiny_family("mixtral"), {"a": 0.5, "b": 0.3, "c": 0.2}
@@ -125,13 +104,6 @@ def expert_inputs(model, arch, group, batches) -> list[torch.Tensor]:
     with module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0])):
         list(Walk(model, arch, batches).run(group.layer))
     return calls
-
-
-def test_units_are_followed_back_through_rounds() -> None:
-    first = original_units(torch.arange(5), torch.tensor([0, 2, 4]))
-    assert original_units(first, torch.tensor([1, 2])).tolist() == [2, 4]
-    each = original_units(torch.arange(5), torch.tensor([[0, 2, 4], [1, 2, 3]]))
-    assert original_units(each, torch.tensor([[1, 2], [0, 2]])).tolist() == [[2, 4], [1, 3]]
 
 
 def test_a_score_of_channels_and_heads_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

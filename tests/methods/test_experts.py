@@ -9,7 +9,6 @@ from recipes import grouped
 import secateur
 from secateur.errors import RecipeError
 from secateur.methods.experts import _steps, keep_experts, observe_routing
-from secateur.methods.scores import ExpertInputs, Routing, scored
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import Experts, Stacks
 from secateur.recipe_file import parse_recipe
@@ -64,26 +63,6 @@ def test_the_observer_sees_what_brute_force_computes(name: str) -> None:
         assert float(found.energy_E[expert]) == pytest.approx(float((weight_T * norms_T).square().sum()), rel=1e-4)
 
 
-def test_scores_are_their_formulae() -> None:
-    routing = {
-        "a": Routing(*torch.tensor([[4.0, 1, 0, 3], [8, 1, 0, 3], [16, 1, 0, 3]]).double()),
-        "b": Routing(*torch.tensor([[1.0, 5, 0, 2], [10, 100, 0, 10], [100, 2500, 0, 150]]).double()),
-    }
-    pooled = scored("reap", ExpertInputs(routing, SHARES, "tokens", 0))
-    torch.testing.assert_close(pooled, torch.tensor([18 / 5, 101 / 6, 0, 13 / 5]))
-    by_domain = scored("reap", ExpertInputs(routing, SHARES, "energy", 0))
-    a, b = 0.5 / 12, 0.5 / 120
-    expected = [(8 * a + 10 * b) / (4 * a + b), (a + 100 * b) / (a + 5 * b), 0, (3 * a + 10 * b) / (3 * a + 2 * b)]
-    torch.testing.assert_close(by_domain, torch.tensor(expected))
-    energy = scored("obs", ExpertInputs(routing, SHARES, "energy", 0))
-    torch.testing.assert_close(
-        energy, torch.tensor([8 / 20 + 50 / 2750, 0.5 / 20 + 1250 / 2750, 0, 1.5 / 20 + 75 / 2750])
-    )
-    pooled = scored("obs", ExpertInputs(routing, SHARES, "tokens", 0))
-    torch.testing.assert_close(pooled, torch.tensor([116.0, 2501, 0, 153]))
-    assert not torch.equal(scored("random", ExpertInputs(routing, SHARES, "energy", 1)), by_domain)
-
-
 def test_steps_end_where_asked_and_take_from_every_group() -> None:
     assert _steps(16, 8, 1) == [14, 12, 10, 8]
     assert _steps(6, 4, 1) == [5, 4]
@@ -95,22 +74,6 @@ def test_groups_of_experts_keep_as_many_each() -> None:
     assert keep_experts(scores, 4, ONE_GROUP).tolist() == [0, 1, 2, 5]
     two = Experts("mlp.experts", "mlp.gate", (), (), 2, (), STACKS)
     assert keep_experts(scores, 4, two).tolist() == [0, 1, 4, 5]
-
-
-@pytest.mark.parametrize(("name", "counts"), [("mixtral", {2, 3, 4, 5, 6}), ("deepseek_v3", {6, 9})])
-def test_as_many_stay_as_the_router_needs(name: str, counts: set[int]) -> None:
-    group = bind(tiny_family(name)).select(("experts",))[0]
-    assert {n for n in range(group.num_units + 1) if group.allows(n)} == counts
-
-
-def test_a_run_cuts_every_layer_alike_and_logs_each_domains_share_of_choices_left() -> None:
-    model = tiny_family("mixtral")
-    keeps, lines = prune_tiny(model, random_calibration(), groups=("experts",), remove=0.3)
-    assert {len(keep) for keep in keeps.values()} == {4}
-    assert model.config.num_local_experts == 4
-    for line in lines:
-        assert set(line["routed_share_kept"]) == {"d0", "d1"}
-        assert all(0.3 < share < 1 for share in line["routed_share_kept"].values())
 
 
 def test_more_than_the_router_can_spare_is_refused() -> None:

@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 from models import tiny_ids, tiny_llama, tiny_qwen2
 from random_readers import Reader, readers
 
+from secateur.errors import NumericsError
 from secateur.facts import Method
 from secateur.methods.scores import SCORES, ScoreInputs
 from secateur.methods.select import Task, greedy_obs, log_line, select, unit_scores, units_at_once
 from secateur.model.bind import bind
 from secateur.model.group import Axis, Group, Linears, cut
-from secateur.pruning.round_plan import layer_seed
-from secateur.stream.statistics import Statistics, damped_gram, domain_weight
+from secateur.stream.statistics import Statistics, damped_gram, domain_weight, inverse_of
 from secateur.stream.walk import Walk, make_batches
-from tests.model.test_exactness import prune_tiny, random_calibration
 
 # Scores and weights are float32 sums over outputs; damping 1e-3 and pivots in float64 lose little more.
 SCORE = 1e-4
@@ -249,8 +248,9 @@ def test_a_groups_line_has_its_counts_and_the_quartiles_of_its_scores() -> None:
     assert log_line(group, 2, 2, {}, torch.zeros(0))["score_quantiles"] == []
 
 
-def test_layers_and_rounds_have_seeds_of_their_own() -> None:
-    seeds = {layer_seed(seed, number, layer) for seed in range(3) for number in range(4) for layer in range(5)}
-    assert len(seeds) == 3 * 4 * 5
-    keeps, _ = prune_tiny(tiny_llama(), random_calibration(), score="random", compensate="none")
-    assert len({tuple(keep.tolist()) for keep in keeps.values()}) == 3
+def test_a_matrix_that_rounding_made_indefinite_is_refused() -> None:
+    x_TF = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    for damping in (1e-12, 1e-15):
+        with pytest.raises(NumericsError, match=r"obs: a damped Gram matrix has no inverse; raise repair.damping or"):
+            inverse_of(damped_gram(gram_of(x_TF), damping))
+    assert torch.isfinite(inverse_of(damped_gram(gram_of(x_TF), 1e-3))).all()

@@ -23,7 +23,7 @@ from secateur.model.group import (
     rows_of,
     unit_columns,
 )
-from secateur.model.per_layer import record_widths, split_widths
+from secateur.model.per_layer import record_widths
 from tests.families import tiny_family
 
 SEGMENTS = st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any).map(tuple)
@@ -165,12 +165,6 @@ def test_groups_are_those_named_and_whole_families_say_why_not():
         bind(tiny_family("falcon-new")).select(("ffn", *bind(tiny_family("falcon-new")).omits))
 
 
-def test_the_most_frequent_width_is_the_config_s_and_the_larger_one_wins_a_tie():
-    widths = [{"ffn": 8, "heads": 2}, {"ffn": 8, "heads": 1}, {"ffn": 4}, {"ffn": 2, "heads": 1}]
-    assert split_widths(widths) == ({"ffn": 8, "heads": 1}, {0: {"heads": 2}, 2: {"ffn": 4}, 3: {"ffn": 2}})
-    assert split_widths([{"a": 1}, {"a": 3}, {"a": 2}]) == ({"a": 3}, {0: {"a": 1}, 2: {"a": 2}})
-
-
 def test_a_config_that_named_code_of_its_own_names_none_once_widths_differ():
     model = tiny_llama()
     model.config.auto_map = {"AutoModelForCausalLM": "theirs.Model"}
@@ -200,20 +194,6 @@ def test_the_config_says_what_the_tensors_are(name):
         assert model(tiny_ids(), use_cache=False).logits.isfinite().all()
     reader = linear(decoder_layers(model, arch)[0], arch.select(("ffn",))[0].reader.module)
     assert reader.in_features == 40
-
-
-def test_widths_that_are_equal_again_give_the_plain_config():
-    model = tiny_llama()
-    arch, stock = bind(model), type(model)
-    groups = arch.select(("ffn",))
-    cut(model.model.layers[0], groups[0], torch.arange(40), 112)
-    record_widths(model, arch)
-    assert type(model) is not stock and type(model.config).__name__.startswith("PerLayer")
-    for group in groups[1:]:
-        cut(model.model.layers[group.layer], group, torch.arange(40), 112)
-    record_widths(model, arch)
-    assert type(model) is stock and type(model.config).__name__ == "LlamaConfig"
-    assert not model.config.is_heterogeneous and model.config.intermediate_size == 40
 
 
 def test_a_transposed_linear_is_saved_and_loaded_as_it_was():

@@ -20,7 +20,7 @@ from secateur.model.per_layer import record_widths
 from secateur.pruning.inspect import inspect
 from secateur.recipe_file import parse_recipe
 from secateur.report.records import Inspection, Serving
-from tests.families import FAMILIES, GROUPS, tiny_family
+from tests.families import FAMILIES, GROUPS, KINDS, tiny_family
 from tests.model.test_families import cut_units, kept_of
 
 CONFIGS = sorted((Path(__file__).parent / "public_configs").glob("*.json"))
@@ -39,15 +39,13 @@ def named(name: str) -> Path:
     return next(file for file in CONFIGS if file.stem == name)
 
 
-def smallest_of_each_type() -> list[Any]:
-    """Return all configs, those slow that are not the smallest of their model type."""
+def smallest_of_each_kind() -> list[Any]:
+    """Return all configs, those slow that are not the smallest of their model type, or of a type like another."""
     facts = {file: json.loads(file.read_text()) for file in CONFIGS}
     by_size = sorted(CONFIGS, key=lambda file: facts[file]["num_params"], reverse=True)
     smallest = {facts[file]["config"]["model_type"]: file for file in by_size}
-    return [
-        pytest.param(file, id=file.stem, marks=() if file in smallest.values() else pytest.mark.slow)
-        for file in CONFIGS
-    ]
+    quick = {smallest.get(FAMILIES[name][0]) for name in (*KINDS, "llama", "exaone4", "phimoe")}
+    return [pytest.param(file, id=file.stem, marks=() if file in quick else pytest.mark.slow) for file in CONFIGS]
 
 
 # By model type; the rest of the public configs hold what llama.cpp takes for granted.
@@ -58,7 +56,7 @@ NOT_IN_LLAMA_CPP = {
 }
 
 
-@pytest.mark.parametrize("file", smallest_of_each_type())
+@pytest.mark.parametrize("file", smallest_of_each_kind())
 def test_inspect_knows_the_parameters_the_groups_and_what_llama_cpp_takes(file: Path) -> None:
     found, facts = inspected(file)
     assert found.size.num_params == pytest.approx(facts["num_params"], rel=0.005)

@@ -14,7 +14,7 @@ from secateur.recovery.loss import (
     loss_in_forward,
     teacher_in_forward,
 )
-from tests.families import FAMILIES, tiny_family
+from tests.families import FAMILIES, row, tiny_family
 from tests.models import tiny_ids
 
 NUM_POSITIONS, WIDTH, NUM_WORDS = HEAD_POSITIONS + 2 * CACHED_POSITIONS + 7, 11, 23
@@ -39,13 +39,14 @@ def plain_loss(logits: Tensor, next_P: Tensor, teacher: Tensor, s: float):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("share", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("share", [1.0, 0.7, 0.0, None])
 def test_value_and_gradients_are_those_of_the_formula(share, bias):
     dense, dense_head = states(0), linear(0, is_trained=False)
     ours, theirs = states(1).requires_grad_(), states(1).requires_grad_()
     head, same = linear(1, bias=bias), linear(1, bias=bias)
-    loss = distillation_loss(ours, head, NEXT, (dense, dense_head), kl_share=share)
-    expected = plain_loss(same(theirs), NEXT, dense_head(dense), share)
+    teacher = None if share is None else (dense, dense_head)  # without a teacher its share says nothing
+    loss = distillation_loss(ours, head, NEXT, teacher, kl_share=0.7 if share is None else share)
+    expected = plain_loss(same(theirs), NEXT, dense_head(dense), share or 0.0)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     (3 * loss).backward()
     (3 * expected).backward()
@@ -92,7 +93,7 @@ def test_logits_are_never_there_for_more_positions_than_a_slice_has():
 
 
 @pytest.mark.parametrize("in_shards", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [row(name) for name in FAMILIES])
 def test_a_model_inside_returns_the_loss_of_its_logits(name, in_shards):
     """Also where the family scales or caps what the head gives, and where head and embedding are one."""
     ids_BT = tiny_ids(length=9)

@@ -5,15 +5,13 @@ import torch
 from models import tiny_ids, tiny_llama
 
 from secateur.facts import Batch
-from secateur.methods.compensate import least_squares
 from secateur.model.bind import bind
-from secateur.stream.measure import FLOOR, _at_least, measure, minimax_weights, removal_damage
-from secateur.stream.statistics import Statistics, damped_gram, inverse_of, keep_highest, pool, removal_errors
+from secateur.stream.measure import measure, minimax_weights, removal_damage
+from secateur.stream.statistics import Statistics, pool
 from secateur.stream.walk import Walk, make_batches
 
 NUM_COLUMNS, NUM_KEEP, DAMPING = 24, 15, 1e-3
 COLUMNS = torch.arange(NUM_COLUMNS)[:, None]
-PAIRS = torch.arange(NUM_COLUMNS).view(2, -1).T  # unit i owns columns i and i + half
 READER = torch.randn(10, NUM_COLUMNS, generator=torch.Generator().manual_seed(1))
 
 
@@ -50,13 +48,6 @@ def damage(by_domain: dict[str, Statistics], weights: dict[str, float]) -> torch
     return removal_damage(by_domain, gram, READER, COLUMNS, NUM_KEEP, DAMPING)
 
 
-@pytest.mark.parametrize("ranks", [(24,), (3, 24), (3, 5, 24), (2, 3, 4, 20, 24)])
-def test_weights_sum_to_one_within_their_bounds(ranks: tuple[int, ...]) -> None:
-    _, weights = weigh(domains(*ranks))
-    assert sum(weights.values()) == pytest.approx(1, abs=1e-12)
-    assert all(FLOOR / len(ranks) <= weight <= 1 for weight in weights.values())
-
-
 def test_minimax_raises_the_worst_domain_and_lowers_its_error() -> None:
     by_domain = domains(3, 4, 24)
     before = damage(by_domain, equal(by_domain))
@@ -70,60 +61,11 @@ def test_minimax_raises_the_worst_domain_and_lowers_its_error() -> None:
     torch.testing.assert_close(pooled.gram.full(), expected)
 
 
-def test_equal_domains_get_equal_weights() -> None:
-    x_TF = inputs(0)
-    _, weights = weigh({name: statistics(x_TF) for name in "abc"})
-    assert list(weights.values()) == pytest.approx([1 / 3] * 3, abs=1e-9)
-
-
-def test_shares_are_where_it_begins() -> None:
-    x_TF = inputs(0)
-    _, weights = weigh({name: statistics(x_TF) for name in "ab"}, a=0.7, b=0.3)
-    assert weights == pytest.approx({"a": 0.7, "b": 0.3}, abs=1e-9)
-
-
-def test_the_same_again_and_the_domains_untouched() -> None:
-    by_domain = domains(3, 5, 24)
-    grams = {name: each.gram.full() for name, each in by_domain.items()}
-    first, again = weigh(by_domain), weigh(by_domain)
-    assert first[1] == again[1] and torch.equal(first[0].gram.full(), again[0].gram.full())
-    assert all(torch.equal(each.gram.full(), grams[name]) for name, each in by_domain.items())
-
-
 def test_a_silent_domain_has_no_error_and_no_say() -> None:
     by_domain = domains(5, 24) | {"silent": statistics(torch.zeros(300, NUM_COLUMNS))}
     pooled, weights = weigh(by_domain)
     assert weights["silent"] < min(weights["d1"], 1 / 3) and sum(weights.values()) == pytest.approx(1)
     assert damage(by_domain, weights)[2] == 0 and torch.isfinite(pooled.gram.full()).all()
-
-
-def test_nothing_but_silence_keeps_the_shares() -> None:
-    _, weights = weigh({name: statistics(torch.zeros(30, NUM_COLUMNS)) for name in "ab"}, a=0.6, b=0.4)
-    assert weights == pytest.approx({"a": 0.6, "b": 0.4})
-
-
-@pytest.mark.parametrize("columns_UW", [COLUMNS, PAIRS], ids=["narrow", "wide"])
-def test_damage_is_the_error_of_the_refitted_cut(columns_UW: torch.Tensor) -> None:
-    x_TF = {"a": inputs(0, 12), "b": inputs(1, 20)}
-    by_domain = {name: statistics(each) for name, each in x_TF.items()}
-    gram = pool(by_domain, equal(by_domain)).gram
-    assert gram is not None
-    num_keep = len(columns_UW) // 2
-    scores = removal_errors(READER, inverse_of(damped_gram(gram, DAMPING)), columns_UW)
-    keep = columns_UW[keep_highest(scores, num_keep)].flatten().sort().values
-    refitted = least_squares(READER, gram, keep, DAMPING).weight_HS
-    expected = [
-        float((x @ READER.T - x[:, keep] @ refitted.T).square().sum() / (x @ READER.T).square().sum())
-        for x in x_TF.values()
-    ]
-    found = removal_damage(by_domain, gram, READER, columns_UW, num_keep, DAMPING)
-    assert found.tolist() == pytest.approx(expected, rel=1e-3)
-
-
-def test_weights_inside_the_bounds_keep_their_ratios() -> None:
-    found = _at_least(torch.tensor([1e-9, 2.0, 3.0, 5.0], dtype=torch.float64), 0.1)
-    assert found.tolist() == pytest.approx([0.1, 0.18, 0.27, 0.45])
-    assert float(found.sum()) == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize("weighting", ["tokens", "energy", "minimax"])

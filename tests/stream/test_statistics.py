@@ -177,6 +177,35 @@ def test_sums_over_batches_are_in_float64() -> None:
     assert float(found.sum_F) == 4096 + 10 * (64 + 1 / 16)
 
 
+@pytest.mark.parametrize("dtype", BOTH)
+def test_the_order_of_batches_and_who_sums_them_does_not_show_in_a_bit(dtype: torch.dtype) -> None:
+    example = Drawn(4, 400, 33, (), dtype)
+    parts = [part.split(16) for part in (example.x_TF, example.other(NUM_OUTPUTS), example.other(NUM_OUTPUTS, 2))]
+    pieces = list(zip(*parts, strict=True))
+
+    def gathered(chosen: list[tuple[torch.Tensor, ...]]) -> Statistics:
+        found = Statistics.empty(33, CPU, gram=True, drift_size=NUM_OUTPUTS)
+        for piece in chosen:
+            found.update(*piece)
+        return found
+
+    forth, back, *ranks = (gathered(each) for each in (pieces, pieces[::-1], *(pieces[rank::3] for rank in range(3))))
+    ranks[0].merge(ranks[1])
+    ranks[0].merge(ranks[2])
+    for other in (back, ranks[0]):
+        assert forth.gram is not None and other.gram is not None
+        assert torch.equal(forth.gram.full(torch.float64), other.gram.full(torch.float64))
+        for name in ("sum_F", "sum_squares_F", "energy"):
+            assert torch.equal(getattr(forth, name), getattr(other, name)), name
+
+
+def test_precision_setting_is_restored() -> None:
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(RuntimeError), product.exact_product_precision(torch.bfloat16):
+        raise RuntimeError
+    assert torch.get_float32_matmul_precision() == before
+
+
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 16, 37])
 def test_half_of_a_gram_is_stored_and_the_whole_returned(size: int) -> None:
     x_TF = Drawn(size, 3, size).x_TF
@@ -189,13 +218,14 @@ def test_half_of_a_gram_is_stored_and_the_whole_returned(size: int) -> None:
     assert gram.full(torch.float64).dtype == torch.float64 and gram.full().dtype == torch.float32
 
 
-def test_a_part_of_a_gram_may_lie_left_of_the_diagonal_and_right_of_it() -> None:
-    x_TF = Drawn(0, 9, 20).x_TF
-    gram = Gram(20, CPU)
-    gram.add_product(x_TF)
-    whole, rows, columns = gram.full(torch.float64), torch.tensor([0, 3, 11, 19]), torch.tensor([2, 3, 4, 12, 18])
-    assert torch.equal(gram.part(rows, columns, torch.float64), whole[rows][:, columns])
-    assert torch.equal(gram.part(columns, rows, torch.float64), whole[columns][:, rows])
+@pytest.mark.parametrize("size", [1, 5, 20, 33])
+def test_a_part_of_a_gram_may_lie_left_of_the_diagonal_and_right_of_it(size: int) -> None:
+    gram, generator = Gram(size, CPU), torch.Generator().manual_seed(size)
+    gram.add_product(Drawn(0, 9, size).x_TF)
+    whole = gram.full(torch.float64)
+    for _ in range(8):
+        rows, columns = (torch.rand(size, generator=generator).lt(0.5).nonzero().flatten() for _ in range(2))
+        assert torch.equal(gram.part(rows, columns, torch.float64), whole[rows][:, columns])
     assert torch.equal(whole, whole.T) or float((whole - whole.T).abs().max()) < 1e-4 * float(whole.abs().max())
 
 
