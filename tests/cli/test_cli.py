@@ -262,7 +262,7 @@ def test_tied_qwen2_with_few_tokens_says_so(checkpoints, recipe, tmp_path):
 
 def test_a_real_process_with_its_options(checkpoints, recipe, texts, tmp_path):
     """`python -m secateur`, relative paths, options over the recipe, an earlier result replaced."""
-    file = write_recipe(tmp_path / "r.yaml", recipe, seed=1)
+    file = write_recipe(tmp_path / "r.yaml", recipe, seed=1, evaluate=False)
     old_result(tmp_path / "out")
     options = ["--domain", f"mine={texts['prose']}", "--seed", "7", "--remove", "0.3", "--overwrite", "--quiet"]
     arguments = ["prune", str(checkpoints["llama-tied"]), "out", "--recipe", "r.yaml", *options]
