@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from models import tiny_llama
 from transformers import AutoModelForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from secateur.formats.save import save_checkpoint
 from secateur.model.kept_tokens import KeptTokens, keep_tokens
-from secateur.model.vocabulary import _bytes_by_symbol, read_vocabulary, trimmed_tokenizer
+from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer
 from tests.model.test_vocabulary import NUM_PADDING, PROSE, made, some_kept
 
 
 def bytes_of(tokenizer: Any, ids_T: torch.Tensor) -> bytes:
     """Return the bytes that the tokens spell, whole characters or not; special tokens spell their names."""
     added, found = tokenizer.get_added_vocab(), b""
-    symbols = _bytes_by_symbol() if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder) else None
+    alphabet = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+    symbols = alphabet if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder) else None
     for piece in tokenizer.convert_ids_to_tokens(ids_T.tolist()):
         if piece not in added and symbols is not None:
             found += bytes(symbols[symbol] for symbol in piece)

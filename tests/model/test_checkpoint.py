@@ -18,14 +18,14 @@ from secateur.errors import ArchError, CheckpointError
 from secateur.model.checkpoint import (
     check_rows,
     check_weights,
-    left_aside,
     load_model,
     load_tokenizer,
     meta_model,
+    notes_on,
     open_checkpoint,
 )
 from secateur.model.config import quiet_transformers
-from secateur.model.tensors import read_tensors
+from secateur.model.tensors import read_tensor, stored_tensors
 from tests.families import tiny_family
 
 
@@ -283,7 +283,7 @@ def test_bytes_that_are_not_of_one_tensor_are_refused_as_safetensors_does(places
 def test_a_tensor_of_no_bytes_shares_none(directory):
     file = directory / "model.safetensors"
     write_layout(file, (0, 16), (16, 32), (16, 16), num_bytes=32)
-    assert {name: tuple(tensor.shape) for name, tensor in read_tensors(directory).items()} == {
+    assert {name: tuple(read_tensor(each).shape) for name, each in stored_tensors(directory).items()} == {
         name: tuple(tensor.shape) for name, tensor in load_file(file).items()
     }
 
@@ -458,11 +458,11 @@ def test_heads_that_transformers_leaves_aside_are_told_by_name_and_size(tmp_path
     model = tiny_family("qwen3_5")
     directory = save(tmp_path / "model", model)
     checkpoint = open_checkpoint(directory)
-    assert left_aside(checkpoint, meta_model(checkpoint.config)) == ()
+    assert notes_on(checkpoint, meta_model(checkpoint.config)) == ()
     tensors = load_file(directory / "model.safetensors")
     extra = {"mtp.fc.weight": torch.ones(48, 96), "mtp.norm.weight": torch.ones(48)}
     save_file(tensors | extra, directory / "model.safetensors", {"format": "pt"})
     checkpoint = open_checkpoint(directory)
-    (note,) = left_aside(checkpoint, meta_model(checkpoint.config))
+    (note,) = notes_on(checkpoint, meta_model(checkpoint.config))
     assert note.startswith("2 tensors of 4,656 parameters (mtp.fc.weight to mtp.norm.weight) are no part of the model")
     check_weights(checkpoint, meta_model(checkpoint.config))

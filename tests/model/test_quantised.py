@@ -18,7 +18,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
 import secateur
 from secateur.errors import CheckpointError
-from secateur.model.checkpoint import left_aside, load_model, meta_model, open_checkpoint
+from secateur.model.checkpoint import load_model, meta_model, notes_on, open_checkpoint
 from secateur.model.config import quiet_transformers
 from tests.families import tiny_family
 
@@ -313,7 +313,7 @@ def test_a_model_is_planned_in_bfloat16_and_says_what_it_came_from(tmp_path: Pat
     checkpoint = open_checkpoint(compressed(tmp_path / "model", llama(num_layers=1), "W4A16"))
     model = meta_model(checkpoint.config)
     assert model.dtype == torch.bfloat16 and not hasattr(model.config, "quantization_config")
-    (note,) = left_aside(checkpoint, model)
+    (note,) = notes_on(checkpoint, model)
     assert note.startswith("The weights were quantised (compressed-tensors pack-quantized), and were made bfloat16")
 
 

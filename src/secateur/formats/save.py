@@ -29,6 +29,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from secateur.errors import CheckpointError
 from secateur.files import disk_errors, lies_in, parse_size
+from secateur.formats.aside import carry_aside
 from secateur.model import modeling_per_layer
 from secateur.model.checkpoint import Checkpoint, load_model, load_tokenizer
 from secateur.model.config import quiet_transformers
@@ -78,6 +79,7 @@ def save_checkpoint(
         if carry_from is not None and (carry_from / "config.json").is_file():
             patterns = [*([] if kept else _FILES_BY_TOKEN), *_SIDE_FILES]
             left = tuple(_carry(carry_from, directory, patterns))
+            left += carry_aside(model, carry_from, directory, kept)
         if kept:
             kept.write(directory)
         _clean_configs(model, directory)

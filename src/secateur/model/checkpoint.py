@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -46,8 +45,8 @@ from secateur.model.config import (
 )
 from secateur.model.modeling_per_layer import PerLayerModel, is_per_layer, per_layer_class
 from secateur.model.modules import CausalLM, linears_for_conv
-from secateur.model.quantised import dequantised, note_on, take_quantisation
-from secateur.model.tensors import mapped_tensors, read_json, read_tensors, stored_tensors
+from secateur.model.quantised import deferred_tensors, note_on, take_quantisation
+from secateur.model.tensors import mapped_tensors, read_json, stored_tensors
 
 # For modules that need nothing else from transformers.
 Tokenizer = PreTrainedTokenizerBase
@@ -147,20 +146,26 @@ def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
 
 
 def left_aside(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str, ...]:
-    """Return notes on how weights were quantised, and on what transformers leaves aside, such as MTP heads."""
+    """Return the names of stored tensors that transformers leaves aside on load, such as MTP heads."""
     patterns = model._keys_to_ignore_on_load_unexpected or ()
-    notes = () if checkpoint.quantised is None else (note_on(checkpoint.quantised),)
     if checkpoint.gguf_file or not patterns or not any(checkpoint.directory.glob("*.safetensors")):
+        return ()
+    names = sorted(stored_tensors(checkpoint.directory))
+    return tuple(name for name in names if re.search("|".join(patterns), name) and not name.endswith("inv_freq"))
+
+
+def notes_on(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str, ...]:
+    """Return notes for people on how weights were quantised, and on the tensors that are left aside."""
+    notes = () if checkpoint.quantised is None else (note_on(checkpoint.quantised),)
+    if not (aside := left_aside(checkpoint, model)):
         return notes
     stored = stored_tensors(checkpoint.directory)
-    aside = [name for name in stored if re.search("|".join(patterns), name) and not name.endswith("inv_freq")]
-    if not aside:
-        return notes
     size = sum(math.prod(stored[name].shape) for name in aside)
     return (
         *notes,
-        f"{len(aside)} tensors of {size:,} parameters ({min(aside)} to {max(aside)}) are no part of the model that "
-        "transformers runs, such as heads that predict several tokens; a result is without them.",
+        f"{len(aside)} tensors of {size:,} parameters ({aside[0]} to {aside[-1]}) are no part of the model that "
+        "transformers runs, such as heads that predict several tokens; a result has them unchanged if nothing that "
+        "they read has another shape, else it is without them.",
     )
 
 
@@ -222,11 +227,9 @@ def _load_safetensors(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     skeleton = planned_model(checkpoint)
     check_weights(checkpoint, skeleton)
-    read: Any = mapped_tensors if mapped else read_tensors
-    if checkpoint.quantised is not None:
-        read = partial(dequantised, said=checkpoint.quantised)
-    weights = read(checkpoint.directory)
-    # One after the other: else all are dequantised before the first is in its place.
+    directory, quantised = checkpoint.directory, checkpoint.quantised
+    weights = mapped_tensors(directory) if mapped and not quantised else deferred_tensors(directory, quantised)
+    # One after the other: else all are read before the first is in its place.
     with patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}):
         loaded: Any = type(skeleton).from_pretrained(
             None, config=checkpoint.config, state_dict=weights, output_loading_info=True, **{"dtype": "auto", **options}

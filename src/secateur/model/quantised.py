@@ -94,21 +94,21 @@ def note_on(said: dict[str, Any]) -> str:
     )
 
 
-def dequantised(directory: Path, said: dict[str, Any]) -> dict[str, Deferred]:
+def deferred_tensors(directory: Path, said: dict[str, Any] | None) -> dict[str, Deferred]:
     """Return the model's tensors by name; each is read, and dequantised to bfloat16, when it is sliced.
 
     Raises CheckpointError for weights without scales; slicing, for parts that do not fit each other.
     """
-    suffixes, compute = FORMS[said["quant_method"]]
+    suffixes, compute = FORMS[said["quant_method"]] if said else ({}, None)
     stored = stored_tensors(directory)
     weights: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-    for name in (name for name in stored if not _OF_ACTIVATIONS.fullmatch(name)):
+    for name in (name for name in stored if not (said and _OF_ACTIVATIONS.fullmatch(name))):
         owner, part = _owner(name, suffixes, stored)
         weights[owner][part] = stored[name]
     tensors: dict[str, Deferred] = {}
     for name, parts in weights.items():
         alone = parts["weight"] if parts.keys() == {"weight"} else None
-        if alone is not None and alone.dtype.itemsize == 1 and alone.dtype is not torch.bool:
+        if said and alone is not None and alone.dtype.itemsize == 1 and alone.dtype is not torch.bool:
             raise CheckpointError(f"{directory}: {name} is quantised and has no scale; copy the checkpoint again.")
         tensors[name] = Deferred(
             partial(read_tensor, alone) if alone else partial(_computed, compute, name, parts, said)

@@ -66,11 +66,6 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
     return tensor
 
 
-def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor by name, each in its own memory."""
-    return {name: read_tensor(stored) for name, stored in stored_tensors(directory).items()}
-
-
 def mapped_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """Return every tensor by name as a view of its mapped file; writing to one copies its pages.
 

@@ -16,8 +16,9 @@ from typing import Any
 from jinja2 import Environment
 from jinja2.exceptions import TemplateSyntaxError
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
+from tokenizers import models
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from secateur.errors import CheckpointError
 from secateur.model.checkpoint import Tokenizer
@@ -163,24 +164,13 @@ def _texts(parsed: dict[str, Any], ids: dict[str, int]) -> dict[int, str]:
     added = {token["content"] for token in parsed["added_tokens"]}
     if not is_byte_level(parsed):
         return {index: text if text in added else text.replace(SPACE, " ") for text, index in ids.items()}
-    byte_of = _bytes_by_symbol()
+    byte_of = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
     return {
         index: text
         if text in added or not byte_of.keys() >= set(text)
         else bytes(byte_of[symbol] for symbol in text).decode(errors="replace")
         for text, index in ids.items()
     }
-
-
-def _bytes_by_symbol() -> dict[str, int]:
-    """Return the byte that each symbol of byte-level BPE stands for.
-
-    Printable bytes of Latin-1 stand for themselves; the others, in order, for U+0100 and on.
-    """
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    found = {symbol: ord(symbol) for symbol in alphabet if ord(symbol) < 256}
-    others = sorted(set(range(256)) - set(found.values()))
-    return found | {chr(256 + position): byte for position, byte in enumerate(others)}
 
 
 def _byte_names(values: Iterable[int]) -> list[str]:

@@ -17,7 +17,7 @@ from secateur.methods import vocabulary as methods
 from secateur.methods.budget import Plan, align_of, largest_remove, least_keep
 from secateur.methods.prices import token_prices
 from secateur.model.bind import Arch, head_width, text_config
-from secateur.model.checkpoint import left_aside, meta_model
+from secateur.model.checkpoint import meta_model, notes_on
 from secateur.model.modeling_per_layer import is_per_layer
 from secateur.model.vocabulary import read_vocabulary, with_parts
 from secateur.pruning.cost import disk_bytes, memory_for, params_after, with_polish_that_fits
@@ -217,7 +217,7 @@ def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
 
 
 def _inspection(opened: Opened, check_for: str | None, progress: Progress) -> Inspected:
-    aside = () if opened.checkpoint is None else left_aside(opened.checkpoint, opened.model)
+    aside = () if opened.checkpoint is None else notes_on(opened.checkpoint, opened.model)
     services = Services(progress=progress)
     opened = with_seconds(checked(opened), services)
     recipe = opened.recipe

@@ -26,9 +26,9 @@ from secateur.model.checkpoint import (
     check_finite,
     check_in_memory,
     check_weights,
-    left_aside,
     load_model,
     load_tokenizer,
+    notes_on,
     open_checkpoint,
     planned_model,
     restore_buffers,
@@ -200,7 +200,7 @@ def loaded(opened: Opened, *, on_disk: bool) -> tuple[Opened, tuple[str, ...]]:
     # Weights for a device need not pass through the host's memory.
     mapped = (on_disk or opened.device.type != "cpu") and checkpoint.gguf_file is None
     model = load_model(checkpoint, mapped=mapped)
-    aside = left_aside(checkpoint, model)
+    aside = notes_on(checkpoint, model)
     return replace(opened, model=model, size=Size.of(model), on_disk=on_disk), aside
 
 

@@ -1,0 +1,81 @@
+"""Tensors that transformers leaves aside on load: carried where they fit, told where not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recipes import grouped
+from safetensors.torch import load_file, save_file
+from tiny_tokenizer import tiny_tokenizer
+from torch import Tensor
+
+import secateur
+from secateur.formats.save import save_checkpoint
+from secateur.model.checkpoint import load
+from secateur.model.config import quiet_transformers
+from secateur.model.kept_tokens import KeptTokens, keep_tokens
+from tests.families import tiny_family
+
+WIDTH, FFN = 48, 112
+
+
+def saved(directory: Path, aside: dict[str, Tensor], vocab_size: int = 320) -> Path:
+    model = tiny_family("qwen3_5")
+    model.resize_token_embeddings(vocab_size)
+    with quiet_transformers():
+        model.save_pretrained(directory)
+        tiny_tokenizer().save_pretrained(directory)
+    file = directory / "model.safetensors"
+    save_file(load_file(file) | aside, file, {"format": "pt"})
+    return directory
+
+
+def head(*names: str) -> dict[str, Tensor]:
+    """Return a head for a further token; `names`: parts of its layer, as wide as the FFN of the tiny model."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"mtp.fc.weight": (WIDTH, 2 * WIDTH), "mtp.norm.weight": (WIDTH,)}
+    shapes |= {f"mtp.layers.0.mlp.{name}.weight": (FFN, WIDTH) for name in names}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_a_head_that_reads_hidden_states_alone_is_carried(recipe: dict[str, Any], tmp_path: Path) -> None:
+    source = saved(tmp_path / "model", head())
+    result = secateur.prune(source, grouped(recipe | {"remove": 0.15}), out=tmp_path / "out")
+    assert result.summary.reload_max_abs_difference == 0
+    carried = load_file(tmp_path / "out/model-aside.safetensors")
+    assert carried.keys() == head().keys() and all(torch.equal(carried[name], each) for name, each in head().items())
+    assert not secateur.verify(tmp_path / "out").mismatches
+    again = secateur.prune(tmp_path / "out", grouped(recipe | {"remove": 0.15}), out=tmp_path / "again")
+    assert again.summary.reload_max_abs_difference == 0
+    assert load_file(tmp_path / "again/model-aside.safetensors").keys() == head().keys()
+
+
+def test_a_head_whose_layer_is_no_longer_like_the_others_is_left_out_and_told(recipe, tmp_path: Path) -> None:
+    source = saved(tmp_path / "model", head("gate_proj"))
+    shapes = {name: each.shape for name, each in load_file(source / "model.safetensors").items()}
+    assert {shape for name, shape in shapes.items() if name.endswith(".mlp.gate_proj.weight")} == {(FFN, WIDTH)}
+    secateur.prune(source, grouped(recipe | {"remove": 0.15}), out=tmp_path / "out")
+    assert not (tmp_path / "out/model-aside.safetensors").exists()
+    log = (tmp_path / "out/run.jsonl").read_text()
+    assert "3 tensors that transformers leaves aside (mtp.fc.weight, ...) were left out: mlp.gate_proj.weight of" in log
+
+
+@pytest.mark.parametrize("shards", ["5GB", "40KB"])
+def test_its_rows_by_token_are_trimmed_as_the_models(shards: str, tmp_path: Path) -> None:
+    rows = {"mtp.embed_tokens.weight": torch.randn(320, WIDTH)}
+    source = saved(tmp_path / "model", head() | rows)
+    model, kept = load(source), KeptTokens(tuple(range(0, 320, 2)), 320)
+    model.generation_config = None
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config.get_text_config(), key, None)
+    keep_tokens(model, kept)
+    (tmp_path / "out").mkdir()
+    tokenizer = tiny_tokenizer()
+    assert (
+        save_checkpoint(model, tokenizer, tmp_path / "out", max_shard_size=shards, carry_from=source, kept=kept) == ()
+    )
+    carried = load_file(tmp_path / "out/model-aside.safetensors")
+    assert torch.equal(carried["mtp.embed_tokens.weight"], rows["mtp.embed_tokens.weight"][::2])
+    again = load(tmp_path / "out")
+    assert all(torch.equal(each, again.state_dict()[name]) for name, each in model.state_dict().items())
