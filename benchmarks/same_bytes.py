@@ -60,7 +60,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2",
         {"remove": {"share": 0.2, "groups": MIXED, "protected_layers": [-1]}, "choose": {"budget": "curve"}},
     ),
-    "rounds": ("llama", {"remove": {"share": 0.3}, "choose": {"rounds": 3}, "calibration": {"rotate": True}}),
+    "rounds": ("llama", {"remove": {"share": 0.3}, "choose": {"rounds": 3}}),
     "depth": ("llama-deep", {"remove": {"share": 0.3, "depth": 2}}),
     "named-layers": ("llama-deep", {"remove": {"share": 0.3, "layers": [1, 4]}}),
     "heads": ("qwen2", {"remove": {"share": 0.1, "groups": ["kv_heads"]}}),

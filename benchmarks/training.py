@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.methods.prices import prefill_flops_per_token
 from secateur.model.bind import bind, head_of
 from secateur.model.checkpoint import load
 from secateur.recipe import PolishSettings
 from secateur.recovery.attention import attention_in_training
-from secateur.recovery.cost import forward_flops
 from secateur.recovery.loss import distillation_loss, loss_in_forward, states_of
 from secateur.recovery.pair import blocks_per_step
 from secateur.recovery.weights import autocasts, prepare_weights
@@ -73,7 +73,9 @@ def main() -> None:
     arch, num_tokens = bind(model), ids_BT.numel()
     head = copy.deepcopy(head_of(model, arch))  # in the model's dtype, as a judge has it
     states_PD = torch.cat([final_states(model, arch, ids_1T) for ids_1T in ids_BT.split(1)])
-    layers, whole = forward_flops(model, options.length)
+    at_each = 2 * model.get_output_embeddings().weight.numel()  # FLOPs per token of the head
+    layers = prefill_flops_per_token(model, options.length) - at_each / options.length
+    whole = layers + at_each
     prepare_weights(model, settings.train, float_all=not autocasts(model.dtype, on_cpu=True))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4, fused=True)

@@ -15,7 +15,6 @@ import pytest
 import typed  # noqa: F401  # before anything of the package
 import yaml
 from hypothesis import HealthCheck, Phase, settings
-from matplotlib.figure import Figure
 from models import tiny_llama, tiny_qwen2
 from recipes import grouped
 from skips import pytest_terminal_summary  # noqa: F401  # a hook
@@ -31,7 +30,6 @@ settings.register_profile("same", derandomize=True, deadline=None, database=None
 settings.register_profile("first", settings.get_profile("same"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("same")
 
-SAVEFIG = Figure.savefig
 WORDS = "the pruned channels of a layer are read by one linear map and written by two others".split()
 CODE = "def keep(units):", "    return sorted(units)", "for layer in layers:", "    cut(layer)", "import torch"
 
@@ -69,22 +67,6 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProcesses]:
 def fresh_processes() -> Iterator[None]:
     """For tests of the proof itself: each process starts from nothing, as in a user's run."""
     with fresh():
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def blank_pictures() -> Iterator[None]:
-    """Pages are whole but for their plots, whose drawing takes a third of a tiny run."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Figure, "savefig", lambda _, stream, **__: stream.write(b"<svg/>"))
-        yield
-
-
-@pytest.fixture(scope="module")
-def drawn(blank_pictures: None) -> Iterator[None]:
-    """For tests of the plots: they are drawn."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Figure, "savefig", SAVEFIG)
         yield
 
 

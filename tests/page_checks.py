@@ -1,8 +1,5 @@
 """What a page's HTML is asked in tests: is it well-formed, what does it hold, would it load anything."""
 
-import base64
-import re
-from html import unescape
 from html.parser import HTMLParser
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -19,7 +16,6 @@ class PageChecks(HTMLParser):
         self.loads: list[str] = []
         self.tags: list[str] = []
         self.ids: dict[str, str] = {}
-        self.svgs: list[dict[str, str | None]] = []
         self.texts: dict[str, str] = {}  # id -> text directly within
         self._ids_open: list[str] = []
         self.feed(html)
@@ -51,12 +47,4 @@ class PageChecks(HTMLParser):
             if identity in self.ids:
                 self.problems.append(f"id twice: {identity}")
             self.ids[identity] = tag
-        if tag == "svg":
-            self.svgs.append(attributes)
         self.loads += [value or "" for key, value in attributes.items() if key in LOADING and value != "data:,"]
-
-
-def pictures(html: str) -> list[tuple[str, str]]:
-    """The page's pictures: what is said of each, and its SVG."""
-    found = re.findall(r'<img alt="([^"]*)" src="data:image/svg\+xml;base64,([^"]*)">', html)
-    return [(unescape(said), base64.b64decode(data).decode()) for said, data in found]

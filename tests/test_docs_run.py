@@ -79,7 +79,6 @@ NOT_RUN = {
     "compare": "minutes",
     "cuda:1": "a GPU",
     "demo": "minutes",
-    "--speedup": "channels that take time",
     "--importance": "llama-cpp-python",
     "general": "a hub",
     "vllm": "vLLM",  # tests/formats/test_vllm.py runs it

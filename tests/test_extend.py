@@ -9,7 +9,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy
 import pytest
@@ -26,11 +26,9 @@ from warm import WarmProcesses
 from secateur import PluginError, RecipeError, Score, plugins
 from secateur.data.sources import SOURCES
 from secateur.formats import gguf as export
-from secateur.formats import runtimes
-from secateur.methods.prices import PRICES
 from secateur.methods.scores import SCORES, ScoreInputs, find_score, scored
 from secateur.model.config import quiet_transformers
-from secateur.recipe import SCORE_NAMES, SOURCE_NAMES, TargetName
+from secateur.recipe import SCORE_NAMES, SOURCE_NAMES
 from secateur.recipe_file import dump_recipe, parse_recipe
 from secateur.stream.statistics import Statistics
 
@@ -75,7 +73,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def helium(site: Path) -> Path:
-    """A tiny model of a type that the package has facts of."""
+    """A tiny model."""
     sizes = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "head_dim": 12, "vocab_size": 320, "max_position_embeddings": 256}
     config = HeliumConfig(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
@@ -132,12 +130,7 @@ def test_the_package_of_the_page_prunes_and_exports(
     assert refused.returncode == 2 and "format npz has nothing that checks it" in refused.stderr
 
 
-def test_without_the_package_its_names_are_unknown(site: Path, warm: Any, helium: Path, tmp_path: Path) -> None:
-    unknown = "helium is not in vLLM's registry"
-    for where, is_known in ((tmp_path, False), (site, True)):
-        shown = secateur_from(where, warm, "inspect", helium, "--check-for", "vllm", "--json")
-        assert shown.returncode == 0, shown.stderr
-        assert (unknown in shown.stdout) != is_known
+def test_without_the_package_its_names_are_unknown(helium: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"unknown choose.score 'loudest'; allowed: random, .* give one of these"):
         parse_recipe(grouped({"score": "loudest"}))
     with pytest.raises(RecipeError, match=r"unknown key 'calibration\.domains\.notes\.sqlite'"):
@@ -150,9 +143,7 @@ def test_without_the_package_its_names_are_unknown(site: Path, warm: Any, helium
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Install a package into this process: `installed(name, files, entry_points)`."""
 
-    def forget() -> None:
-        plugins._entry_points.cache_clear()
-        runtimes.runtimes.cache_clear()
+    forget = plugins._entry_points.cache_clear
 
     def install(name: str, files: dict[str, str], entry_points: dict[str, dict[str, str]]) -> None:
         lay_out(tmp_path / name, name, files, entry_points)
@@ -194,7 +185,6 @@ def test_names_are_checked_without_an_import(installed: Installed) -> None:
         ("scores", "mine", "package bad, score 'mine': must be a secateur.Score, got int; see docs/extend.md"),
         ("sources", "mine", "package bad, source 'mine': must be a function of a value and a random order, got int"),
         ("exporters", "mine", "package bad, exporter 'mine': must be a secateur.Exporter, got int"),
-        ("families", "mine", "package bad, families 'mine': must be a package with .* in it, got int"),
     ],
 )
 def test_an_entry_point_that_is_wrong_is_one_sentence(
@@ -206,8 +196,6 @@ def test_an_entry_point_that_is_wrong_is_one_sentence(
             find_score(name)
         elif group == "exporters":
             export.export(tmp_path, tmp_path / "out", format=name)
-        elif group == "families":
-            runtimes.runtimes()
         else:
             domain = {"mine": 1} if name == "mine" else {"installed": "code"}
             calibration = parse_recipe(
@@ -221,26 +209,6 @@ def test_two_packages_with_one_name(installed: Installed) -> None:
         installed(name, {}, {"secateur.scores": {"mine": f"{name}:mine"}})
     with pytest.raises(PluginError, match=r"score 'mine': (one|two) has one of that name too; uninstall one"):
         find_score("mine")
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("new", "llama: {}\n", "families 'more': model type 'llama' is known already; leave it out"),
-        ("new", "new: {ggfu: {}}\n", "package twin, families 'more': a YAML file is wrong .ValidationError.*ggfu"),
-        (
-            "new",
-            "new: {vllm: {}}\n",
-            "package twin, families 'more': a YAML file is wrong .ValidationError.*reads_head",
-        ),
-        ("new", "new: [", "package twin, families 'more': a YAML file is wrong .ParserError"),
-    ],
-)
-def test_a_family_that_is_there_or_wrong(file: str, text: str, message: str, installed: Installed) -> None:
-    package = f"families_{abs(hash(message))}"  # each its own, since Python keeps what it imported
-    installed("twin", {f"{package}/{file}.yaml": text}, {"secateur.families": {"more": package}})
-    with pytest.raises(PluginError, match=message):
-        runtimes.runtimes()
 
 
 def test_a_score_of_the_wrong_shape_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +225,6 @@ def test_a_score_of_the_wrong_shape_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 def test_names_that_the_recipe_repeats_are_those_of_the_tables() -> None:
     assert tuple(SCORES) == SCORE_NAMES
     assert tuple(SOURCES) == SOURCE_NAMES
-    assert tuple(PRICES) == get_args(TargetName)
 
 
 def test_what_to_export_is_said_once(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from tiny_tokenizer import tiny_tokenizer
 
-from secateur.data.chat import MAX_PRODUCT, chat_text
+from secateur.data.chat import chat_text
 from secateur.errors import MAX_SENTENCE, CalibrationError, CheckpointError, RecipeError
-from secateur.files import MAX_LEVELS, MAX_YAML_VALUES, json_of, yaml_of
+from secateur.files import MAX_LEVELS, json_of, yaml_of
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.model.config import directory_config
 from secateur.recipe_file import as_recipe
@@ -23,12 +23,6 @@ DEEP = {"lists": "[" * 100_000, "objects": '{"a": ' * 100_000, "closed": "[" * 2
 
 def nested(levels: int, text: str = "[]") -> str:
     return "[" * (levels - 1) + text + "]" * (levels - 1)
-
-
-def bomb(first: str, join: str) -> str:
-    """Return YAML of ten lines that stands for a billion values."""
-    lines = [first, *(f"a{n}: &a{n} {join % ', '.join([f'*a{n - 1}'] * 9)}" for n in range(1, 10))]
-    return "\n".join(lines)
 
 
 @pytest.mark.parametrize("read", [json_of, yaml_of])
@@ -53,34 +47,10 @@ def test_no_depth_of_yaml_exhausts_the_stack():
             yaml_of(text)
 
 
-def test_aliases_add_up_their_levels():
-    """Each is shallow, and their sum is not."""
-    lines = [f"a0: &a0 {nested(40)}", *(f"a{n}: &a{n} {nested(40, f'[*a{n - 1}]')}" for n in (1, 2))]
-    assert yaml_of("\n".join(lines[:2]))["a1"]
-    with pytest.raises(ValueError, match="it nests more than 100 levels"):
-        yaml_of("\n".join(lines))
-
-
-@pytest.mark.parametrize(
-    "text", [bomb("a0: &a0 [x, x]", "[%s]"), bomb("a0: &a0 {x: 1}", "{<<: [%s]}")], ids=["lists", "merges"]
-)
-def test_aliases_of_aliases_are_refused_before_they_are_built(text):
-    with pytest.raises(ValueError, match=f"it holds more than {MAX_YAML_VALUES:,} values, with aliases written out"):
+@pytest.mark.parametrize("text", ["a: &a [x, y]\nb: [*a, *a]", "a: &a [1, *a]", "a: &a {x: 1}\nb: {<<: *a}"])
+def test_an_alias_is_refused_before_anything_is_built(text):
+    with pytest.raises(ValueError, match=r"it has an alias, \*name; write the value out"):
         yaml_of(text)
-
-
-def test_aliases_are_values_as_often_as_they_stand_for_them():
-    text = "a: &a [x, y]\nb: [*a, *a]\nc: &c 7\nd: *c\n"
-    assert yaml_of(text) == {"a": ["x", "y"], "b": [["x", "y"]] * 2, "c": 7, "d": 7}
-    rows = "a: &a [" + "x, " * 999 + "x]\nb: ["
-    assert len(yaml_of(rows + "*a, " * 97 + "*a]")["b"]) == 98
-    with pytest.raises(ValueError, match="with aliases written out"):
-        yaml_of(rows + "*a, " * 99 + "*a]")
-
-
-def test_an_alias_may_not_stand_for_itself():
-    with pytest.raises(ValueError, match=r"the alias \*a stands before the end of its anchor"):
-        yaml_of("a: &a [1, *a]")
 
 
 TAGS = ["!!timestamp x", "!!bool maybe", "!!int abc", "!!int ''", "0x_", "2001-99-99", "9" * 5000, "[", "*b", "\x00"]
@@ -198,13 +168,7 @@ def test_sizes_that_nothing_can_be_built_from(changes, said, model):
 
 TEMPLATES = {
     "{% for i in range(10**9) %}x{% endfor %}": "Range too big",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "more than 100,000 steps",
-    "{{ lipsum(n=1000000) }}": "more than 100,000 steps",
-    "{{ 10 ** (10 ** 10) }}": f"** would give more than {MAX_PRODUCT:,} characters or bits",
-    "{{ 'x' * 10 ** 12 }}": f"* would give more than {MAX_PRODUCT:,}",
-    "{{ 10 ** 12 * [1] }}": f"* would give more than {MAX_PRODUCT:,}",
-    "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}": "* would give",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "maximum recursion depth|more than 100,000 steps",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "maximum recursion depth",
     "{{ 1 / 0 }}": "division by zero",
     "{{ messages[0][1e999] }}": "name 'inf' is not defined",
     "{{ [].pop() }}": "not safely callable|immutable|SecurityError|pop",
@@ -213,19 +177,12 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=range(len(TEMPLATES)))
-def test_hostile_chat_templates(template, monkeypatch):
-    monkeypatch.setattr("secateur.data.chat.MAX_STEPS", 100_000)
+def test_hostile_chat_templates(template):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(CalibrationError, match="row 1: the tokenizer's chat template refuses it") as raised:
         chat_text(CHAT, tokenizer, "row 1")
     assert any(part in str(raised.value) for part in TEMPLATES[template].split("|")), str(raised.value)
-
-
-def test_ordinary_products_stay_what_they_are():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ 2 ** 100 }} {{ 3 * 4 }} {{ 'ab' * 3 }} {{ 2 * [1] }} {{ 1.5 * 2 }} {{ 2 ** 0.5 }}"
-    assert chat_text(CHAT, tokenizer, "") == f"{2**100} 12 ababab [1, 1] 3.0 {2**0.5}"
 
 
 def test_yaml_of_ordinary_text_is_that_of_pyyaml():

@@ -30,9 +30,9 @@ def shown(checkpoints, recipe, texts, tmp_path_factory) -> dict[str, Any]:
     pruned = secateur.prune(dense, keys, out=out)
     sizes = {"prompt_tokens": 16, "new_tokens": 4, "repeats": 2}
     verdicts = [{HOSTILE: Verdict(kl, 0.1, 3.0 + kl, 0.9, 100)} for kl in (0.0, 0.5, 0.25)]
-    training = TrainingRecord(100, 1.0, 1.0, verdicts[2], held=True)
+    training = TrainingRecord(100, 1.0, verdicts[2], held=True)
     figures = {"seed": 0, "content_hash": "0", "sequence_length": 32, "num_held_out_tokens": 64, "seconds": {}}
-    figures |= {"judge_flops": 1.0, "peak_bytes": 1, "reload_max_abs_difference": 0.0, "versions": {}}
+    figures |= {"peak_bytes": 1, "reload_max_abs_difference": 0.0, "versions": {}}
     parts = {"dense": verdicts[0], "before": verdicts[1], "training": training, "notes": (HOSTILE,)}
     grid = [("dense", 0.0, 2.0), ("ours", 0.2, 2.25), (HOSTILE, 0.2, 2.5)]
     cells = [FoundCell(name, gone, 0, gone, 1.0, {"a": nats, "b": nats}, {}) for name, gone, nats in grid]

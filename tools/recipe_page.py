@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from secateur.cli.recipe import OPTIONS, documented, plain_value
-from secateur.recipe import SCORE_NAMES, Domain, Recipe, RecoverySettings, TaskSettings
+from secateur.recipe import SCORE_NAMES, Domain, Recipe, RecoverySettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
 START, END = "<!-- tables: python tools/recipe_page.py -->\n", "<!-- end of tables -->\n"
@@ -20,7 +20,6 @@ START, END = "<!-- tables: python tools/recipe_page.py -->\n", "<!-- end of tabl
 WITHIN = {
     "calibration.domains.NAME": Domain,
     "recover": RecoverySettings,
-    "recover.evaluation": TaskSettings,
 }
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 NAMES = {

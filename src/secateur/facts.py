@@ -179,19 +179,6 @@ class Divergence:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """How much of the recipe's `target` was removed.
-
-    `share_gone`: of what the dense model has. `total`: that amount as text. For `latency` both are
-    predicted from prices, not measured.
-    """
-
-    target: str
-    total: str
-    share_gone: float
-
-
-@dataclass(frozen=True, slots=True)
 class Workload:
     """What a run does: `batch` prompts of `prompt_tokens`, then `new_tokens` (>= 2) for each."""
 
@@ -292,7 +279,6 @@ class TrainingRecord:
 
     num_tokens: int
     seconds: float
-    flops: float
     after: Verdicts
     held: bool
 

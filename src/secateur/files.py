@@ -32,9 +32,8 @@ _DISK_ERRORS = {
 # What numpy says, without a number, if not all bytes find place.
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|Not enough free space to write")
 
-# No file that we read nests ten levels or holds a thousand values of YAML. Python's stack ends near
-# a thousand levels, and a dozen aliases of aliases can stand for billions of values.
-MAX_LEVELS, MAX_YAML_VALUES = 100, 100_000
+# No file that we read nests ten levels. Python's stack ends near a thousand.
+MAX_LEVELS = 100
 _TOO_DEEP = f"it nests more than {MAX_LEVELS} levels"
 
 
@@ -51,13 +50,12 @@ def json_of(text: str | bytes) -> Any:
 def yaml_of(text: str) -> Any:
     """Return the value of YAML.
 
-    Raises ValueError if it is none, gives a key twice, nests too deeply or, with aliases written
-    out, is too long.
+    Raises ValueError if it is none, gives a key twice, has an alias or nests too deeply.
     """
     try:
-        _check_aliases(text)
-        _check_keys(text)
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
     except (yaml.YAMLError, LookupError, AttributeError, TypeError) as error:  # the others: for wrong tags
         raise ValueError(" ".join(str(error).split())) from None
     _check_levels(value)
@@ -73,41 +71,21 @@ def _check_levels(value: Any) -> None:
         raise ValueError(_TOO_DEEP)
 
 
-def _check_aliases(text: str) -> None:
-    """Raise ValueError before anything is built: an alias counts as all values that it stands for."""
-    num_values: dict[str | None, int] = {}  # by anchor
-    open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # anchor, values so far
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            open_nodes.append((event.anchor, 1))
-        elif isinstance(event, yaml.NodeEvent | yaml.CollectionEndEvent):
-            anchor, found = open_nodes.pop() if isinstance(event, yaml.CollectionEndEvent) else (event.anchor, 1)
-            if isinstance(event, yaml.AliasEvent):
-                if anchor not in num_values:
-                    raise ValueError(f"the alias *{anchor} stands before the end of its anchor")
-                found = num_values[anchor]
-            num_values[anchor] = found
-            open_nodes[-1] = (open_nodes[-1][0], open_nodes[-1][1] + found)
-        if len(open_nodes) > MAX_LEVELS + 1:
-            raise ValueError(_TOO_DEEP)
-        if open_nodes[-1][1] > MAX_YAML_VALUES:
-            raise ValueError(f"it holds more than {MAX_YAML_VALUES:,} values, with aliases written out")
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases, a dozen of which can stand for billions of values, and keys that YAML would take twice."""
 
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("it has an alias, *name; write the value out")
+        return super().compose_node(parent, index)
 
-def _check_keys(text: str) -> None:
-    """Raise ValueError for a key that a mapping has twice: YAML itself takes the last one."""
-    inside = [yaml.compose(text, Loader=yaml.SafeLoader)]
-    while inside:
-        node = inside.pop()
-        if isinstance(node, yaml.MappingNode):
-            seen = set[str]()
-            for key, value in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                    raise ValueError(f"line {key.start_mark.line + 1} gives the key {key.value} a second time")
-                seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
-                inside.append(value)
-        elif isinstance(node, yaml.SequenceNode):
-            inside += node.value
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ValueError(f"line {key.start_mark.line + 1} gives the key {key.value} a second time")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return super().construct_mapping(node, deep)
 
 
 @contextmanager

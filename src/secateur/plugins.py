@@ -1,4 +1,4 @@
-"""What other packages add by entry points: scores, families, calibration sources, exporters.
+"""What other packages add by entry points: scores, calibration sources, exporters.
 
 In: a group of entry points, and what is built in. Out: names, or the objects, which imports their
 package. Installing a package is enough: docs/extend.md. And where general text comes from.
@@ -16,7 +16,6 @@ import yaml
 from secateur.errors import PluginError, RecipeError, advice
 
 SCORE_GROUP = "secateur.scores"
-FAMILY_GROUP = "secateur.families"
 SOURCE_GROUP = "secateur.sources"
 EXPORTER_GROUP = "secateur.exporters"
 
@@ -69,7 +68,7 @@ def plugin_names(group: str) -> tuple[str, ...]:
 
 def plugin_packages() -> dict[str, str]:
     """Return the packages that register anything, with versions. Imports nothing."""
-    groups = (SCORE_GROUP, FAMILY_GROUP, SOURCE_GROUP, EXPORTER_GROUP)
+    groups = (SCORE_GROUP, SOURCE_GROUP, EXPORTER_GROUP)
     found = (point.dist for group in groups for point in _entry_points(group))
     return dict(sorted((each.name, each.version) for each in found if each is not None))
 
@@ -130,7 +129,7 @@ def where(point: EntryPoint) -> str:
 
 
 def _what(group: str) -> str:
-    return {FAMILY_GROUP: "families"}.get(group, group.removeprefix("secateur.").removesuffix("s"))
+    return group.removeprefix("secateur.").removesuffix("s")
 
 
 def _package(point: EntryPoint) -> str:

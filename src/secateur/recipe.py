@@ -34,17 +34,6 @@ class Strict(BaseModel):
         __init__.__pydantic_base_init__ = True  # a recipe as a whole is validated without it
 
 
-class TaskSettings(Strict):
-    """lm-evaluation-harness tasks for the dense, the pruned and the recovered model.
-
-    tasks: their names. limit: questions per task. None: all. batch_size: requests at a time.
-    """
-
-    tasks: tuple[str, ...] = ()
-    limit: Count | None = None
-    batch_size: Count = 1
-
-
 class Training(Strict):
     """End-to-end training, until the model predicts more like the dense one.
 
@@ -54,11 +43,9 @@ class Training(Strict):
     blocks_per_device: per forward pass. kl_share: the part of the loss that is KL to the dense
     model's predictions; the rest is cross-entropy. 0: no teacher. train: all weights but embedding
     and head (`layers`), all weights (`full`), or low-rank additions that are merged at the end
-    (`lora`, needs secateur[recover]). lora_rank: of these. attention: transformers' implementation
-    of it; flash_attention_* need a GPU and their package. None: the model's own.
-    gradient_checkpointing: computes activations again in place of storing them. evaluations: number
-    of held-out evaluations; the weights of the least loss stay. patience: stop after so many
-    without a fall. report_to: as in transformers' Trainer.
+    (`lora`, needs secateur[recover]). lora_rank: of these. gradient_checkpointing: computes
+    activations again in place of storing them. evaluations: number of held-out evaluations; the
+    weights of the least loss stay. patience: stop after so many without a fall.
     """
 
     learning_rate: Positive | None = None
@@ -67,18 +54,16 @@ class Training(Strict):
     kl_share: Share = 0.5
     train: Literal["layers", "full", "lora"] = "layers"
     lora_rank: Count = 16
-    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
     gradient_checkpointing: bool = False
     evaluations: Count = 4
     patience: Count = 2
-    report_to: tuple[str, ...] = ()
 
 
 class PolishSettings(Training):
     """Training as the last step of a prune. `polish: false` is short for `{num_tokens: 0}`.
 
     num_tokens: of all domains together. None for as many as the calibration has, and for none
-    unless `repair.compensate` is `least_squares`, more than tokens may go, and `recover` is not given.
+    unless `repair.compensate` is `least_squares` and more than tokens may go.
     """
 
     num_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -89,19 +74,17 @@ class RecoverySettings(Training):
     """Training after pruning. num_tokens: of all domains together.
 
     held_out_blocks: per domain, for judging. train_dense: also train the dense model, on the same
-    text by cross-entropy, to compare with. evaluation: tasks before and after, for the record alone.
+    text by cross-entropy, to compare with.
     """
 
     num_tokens: Count = 300_000
     held_out_blocks: Count = 8
     train_dense: bool = False
-    evaluation: TaskSettings = TaskSettings()
 
 
 InstalledDomain = Literal["web", "encyclopedia", "dialogue", "multilingual", "code", "mathematics", "science"]
 WeightingName = Literal["tokens", "energy", "minimax"]
 BudgetName = Literal["uniform", "curve"]
-TargetName = Literal["parameters", "kv_bytes", "latency"]
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 VOCABULARY = "vocabulary"
 # The built-in names of `scores.SCORES`, which imports torch. Packages add others, see `plugins`.
@@ -177,16 +160,15 @@ class Calibration(Strict):
 
     num_tokens: of all domains, without the held-out tenth, which comes on top. None: 16 per
     channel, at least 51,200. sequence_length: tokens per block. None: 512, or the model's
-    positions if fewer. rotate: every round measures on `num_tokens` fresh ones; the held-out text
-    stays the same. answers: the share of the tokens, in calibration and polish, that are answers of the
-    dense model: of the domains that have them, else of one named `answers`. None: half where the
-    domains are the default ones and the model has a chat template, else as the domains say.
+    positions if fewer. answers: the share of the tokens, in calibration and polish, that are
+    answers of the dense model: of the domains that have them, else of one named `answers`. None:
+    half where the domains are the default ones and the model has a chat template, else as the
+    domains say.
     """
 
     domains: dict[str, Domain] = Field(default_factory=default_domains, validate_default=True, min_length=1)
     num_tokens: Annotated[int, Field(gt=0)] | None = None
     sequence_length: Annotated[int, Field(ge=8)] | None = None
-    rotate: bool = False
     answers: Share | None = None
 
     @field_validator("domains", mode="before")
@@ -198,24 +180,21 @@ class Calibration(Strict):
 class Remove(Strict):
     """What to remove. `remove: 0.2` is short for `remove: {share: 0.2}`.
 
-    share: of all that the dense model has of `target`; met within one aligned unit per layer. to:
-    in its place, what may stay: parameters, as 0.4B, or the bytes of weights, as 250MB. fit: the
-    memory that weights may take, as 8GB. context: tokens whose KV cache must fit in it too. type:
-    of a GGUF file that these bytes are, as q4_k_m. None: the model's own dtype. speedup: times
-    faster that a token is decoded: target latency, share 1 - 1/speedup. target: parameters (all,
-    tied weights once); kv_bytes, of cache per token, which needs group `kv_heads`; latency, seconds
-    per decoded token, batch 1, measured on this machine. groups: the kinds of units to remove:
-    `ffn`, `shared`, `experts` or `expert_ffn`, and `kv_heads` (with their query heads) or
-    `query_heads` (one of every KV head). None: FFN channels (`ffn`), or `experts` if the model has
-    some. depth: number of whole layers to remove first, those that change predictions least; part
-    of `share`. None: as many as spare the widths the worst. layers: remove these and measure none;
-    `depth` is their number. protected_layers: stay whole. Negative layer numbers count from the
-    end. min_keep: the least share of a group that stays. align: widths are multiples of it. None:
-    256 if the dense ones are and 8 times 256 stays, which k-quants need; else 64, or 128 from 4096
-    channels on. vocabulary: the number of tokens that stay, a multiple of 64, or `auto`: as many as
-    make tokens and units cost the least together; what goes is part of `share`. Group `vocabulary`
-    is short for `auto`. With `groups: []` tokens go alone. keep_text: files whose every token
-    stays. keep_scripts: as [latin, cyrillic], scripts whose tokens stay.
+    share: of all parameters of the dense model, tied weights once; met within one aligned unit per
+    layer. to: in its place, what may stay: parameters, as 0.4B, or the bytes of weights, as 250MB.
+    fit: the memory that weights may take, as 8GB. context: tokens whose KV cache must fit in it
+    too. type: of a GGUF file that these bytes are, as q4_k_m. None: the model's own dtype. groups:
+    the kinds of units to remove: `ffn`, `shared`, `experts` or `expert_ffn`, and `kv_heads` (with
+    their query heads) or `query_heads` (one of every KV head). None: FFN channels (`ffn`), or
+    `experts` if the model has some. depth: number of whole layers to remove first, those that
+    change predictions least; part of `share`. None: as many as spare the widths the worst. layers:
+    remove these and measure none; `depth` is their number. protected_layers: stay whole. Negative
+    layer numbers count from the end. min_keep: the least share of a group that stays. align: widths
+    are multiples of it. None: 256 if the dense ones are and 8 times 256 stays, which k-quants need;
+    else 64, or 128 from 4096 channels on. vocabulary: the number of tokens that stay, a multiple of
+    64, or `auto`: as many as make tokens and units cost the least together; what goes is part of
+    `share`. Group `vocabulary` is short for `auto`. With `groups: []` tokens go alone. keep_text:
+    files whose every token stays. keep_scripts: as [latin, cyrillic], scripts whose tokens stay.
     """
 
     share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
@@ -223,8 +202,6 @@ class Remove(Strict):
     fit: str | None = None
     context: Count | None = None
     type: str | None = None
-    speedup: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
-    target: TargetName = "parameters"
     groups: tuple[str, ...] | None = None
     depth: Annotated[int, Field(ge=0)] | None = None
     layers: tuple[int, ...] = ()
@@ -251,7 +228,7 @@ class Remove(Strict):
 
     @model_validator(mode="after")
     def _one_size_and_something_goes(self) -> "Remove":
-        sizes = ("share", "to", "fit", "speedup")
+        sizes = ("share", "to", "fit")
         given = [name for name in sizes if name in self.model_fields_set and getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} each say how much goes; give one of them")
@@ -259,8 +236,6 @@ class Remove(Strict):
             raise ValueError("context is the cache that must fit beside the weights; give fit too, such as fit: 8GB")
         if self.type is not None and self.fit is None and (self.to is None or not is_size(self.to)):
             raise ValueError("type is of the bytes that may stay; give to in bytes or fit too, such as to: 250MB")
-        if given not in ([], ["share"]) and self.target != "parameters":
-            raise ValueError(f"{given[0]} has a target of its own; with target {self.target} give a share")
         if self.vocabulary is None and self.groups == ():
             raise ValueError("groups is empty and vocabulary is not given, so nothing would go; name a group")
         if self.vocabulary is None and (self.keep_text or self.keep_scripts):
@@ -274,17 +249,15 @@ class Choose(Strict):
     score: which units of a layer stay. obs_batch: reader columns that score `obs` removes between
     two updates. None: a 48th of the reader's columns, at least 32. budget: how many units each
     layer keeps. `uniform`: the same share of every group; `curve`: least predicted KL, from
-    measured error curves and slopes. widths: `per_layer` if layers may differ. None: as `budget`
-    needs. probe_blocks: blocks per domain on which budget `curve` measures KL. domain_weighting:
-    how domains count in a statistic. `energy`: divided by their output energy, times their share;
-    `tokens`: as they are; `minimax`: so that the worst domain's error falls. rounds: equal steps to
-    the share; each measures and plans anew.
+    measured error curves and slopes. probe_blocks: blocks per domain on which budget `curve`
+    measures KL. domain_weighting: how domains count in a statistic. `energy`: divided by their
+    output energy, times their share; `tokens`: as they are; `minimax`: so that the worst domain's
+    error falls. rounds: equal steps to the share; each measures and plans anew.
     """
 
     score: str = "obs"
     obs_batch: Count | None = None
     budget: BudgetName = "uniform"
-    widths: Literal["uniform", "per_layer"] | None = None
     probe_blocks: Count = 1
     domain_weighting: WeightingName = "energy"
     rounds: Count = 1

@@ -166,25 +166,6 @@ def test_a_mistake_of_a_template_is_no_refusal(tmp_path: Path) -> None:
         told([{"text": "x"}, {"messages": SAID}], tmp_path, "{{ messages[0].x.y }}")
 
 
-@pytest.mark.parametrize(
-    ("largest", "larger"),
-    [
-        ("'ab' * 50", "'ab' * 51"),
-        ("50 * 'ab'", "51 * 'ab'"),
-        ("[1] * 100", "[1] * 101"),
-        ("8 ** 25", "8 ** 26"),  # 8 has four bits
-        ("(2 ** 49) * (2 ** 49)", "(2 ** 49) * (2 ** 50)"),  # 50 bits each
-        ("'ab' * 1", "'a' * 8 ** 25"),
-    ],
-)
-def test_a_template_repeats_and_multiplies_up_to_a_limit(largest, larger, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("secateur.data.chat.MAX_PRODUCT", 100)
-    (text,), _ = told([{"messages": SAID}], tmp_path, f"{{{{ {largest} }}}}")
-    assert text == str(eval(largest))
-    with pytest.raises(CalibrationError, match=r"refuses it .* would give more than 100 characters or bits"):
-        told([{"messages": SAID}], tmp_path, f"{{{{ {larger} }}}}")
-
-
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no role": ({"messages": [{"content": "x"}]}, "messages must be a list of objects with role and content"),
     "no list": ({"messages": "[{'role': 'user'}]"}, "messages must be a list of objects"),

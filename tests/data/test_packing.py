@@ -177,15 +177,12 @@ def test_a_rest_that_did_not_fit_is_the_documents_next_turn() -> None:
     ]
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
-def test_too_little_text_says_what_there_is_and_what_it_needs(rounds: int) -> None:
+def test_too_little_text_says_what_there_is_and_what_it_needs() -> None:
     with pytest.raises(CalibrationError) as caught:
-        amounts = {"num_judged_tokens": 3 * LENGTH, "num_rounds": rounds}
-        split_of([[9], [4]], Amounts(num_tokens=2 * LENGTH // rounds, **amounts))
+        split_of([[9], [4]], Amounts(num_tokens=2 * LENGTH, num_judged_tokens=3 * LENGTH))
     said = str(caught.value)
     # Held out: 8; then 4 of the second, an end token, the one left of the first.
     assert said.startswith("domain 'mine': 14 tokens of text after packing, but 1 held-out and 2 calibration blocks")
-    assert ("(2 rounds of fresh ones, as calibration.rotate asks)" in said) == (rounds == 2)
     assert "need 24;" in said
 
 
@@ -278,9 +275,9 @@ def put(path: Path, num_lines: int = 4000, size: int = 24) -> Domain:
     return Domain(files=(str(path),))
 
 
-def build(num_tokens: int, seed: int = 0, *, rounds: int = 1, **domains: Domain) -> LearningText:
+def build(num_tokens: int, seed: int = 0, **domains: Domain) -> LearningText:
     calibration = Calibration(domains=domains, sequence_length=LENGTH)
-    return learning_text(calibration, num_tokens, TOKENIZER, seed, num_rounds=rounds)
+    return learning_text(calibration, num_tokens, TOKENIZER, seed)
 
 
 @pytest.fixture(scope="module")
@@ -292,21 +289,20 @@ def domain(tmp_path_factory: pytest.TempPathFactory) -> Domain:
 @given(
     shares=st.lists(st.sampled_from([0.01, 0.3, 1.0, 7.0]), min_size=1, max_size=4),
     num_tokens=st.integers(1, 120).map(lambda blocks: LENGTH * blocks + 3),
-    rounds=st.sampled_from([1, 3]),
 )
-def test_blocks_follow_the_shares(tmp_path_factory: Any, shares: list[float], num_tokens: int, rounds: int) -> None:
+def test_blocks_follow_the_shares(tmp_path_factory: Any, shares: list[float], num_tokens: int) -> None:
     place = tmp_path_factory.mktemp("text")
     domains = {
         f"d{number}": put(place / f"{number}.jsonl").model_copy(update={"share": share})
         for number, share in enumerate(shares)
     }
-    found = build(num_tokens, rounds=rounds, **domains)
-    assert found.num_rounds == rounds and found.sequence_length == LENGTH
+    found = build(num_tokens, **domains)
+    assert found.sequence_length == LENGTH
     for (name, asked), blocks in zip(domains.items(), found.domains, strict=True):
         share = asked.share / sum(shares)
         own = max(1, round(share * num_tokens / LENGTH))
         assert (blocks.name, blocks.share) == (name, pytest.approx(share))
-        assert len(blocks.calibration) == own * found.num_rounds
+        assert len(blocks.calibration) == own
         assert len(blocks.held_out) == math.ceil(own / 9)
 
 
@@ -391,25 +387,13 @@ def test_the_line_that_a_long_text_begins_at_depends_on_seed_and_domain(tmp_path
     assert len(set(found)) == 3
 
 
-def test_rounds_have_blocks_of_their_own_in_the_order_of_the_text(domain: Domain, tmp_path: Path) -> None:
-    found = build(10 * LENGTH, rounds=3, a=domain, b=put(tmp_path / "b.jsonl"))
-    whole = {each.name: each for each in found.domains}
-    for number in range(3):
-        part = found.of_round(number)
-        assert part.num_rounds == 1 and part.num_tokens == found.num_tokens // 3
-        for each in part.domains:
-            own = whole[each.name].calibration.ids_NT[5 * number : 5 * (number + 1)]
-            assert torch.equal(each.calibration.ids_NT, own)
-            assert torch.equal(each.held_out.ids_NT, whole[each.name].held_out.ids_NT)
-
-
 def test_numbers_of_tokens_count_every_domain(domain: Domain) -> None:
     found = build(36 * LENGTH, a=domain, b=domain.model_copy(update={"share": 3.0}))
     assert found.num_tokens == 36 * LENGTH and found.num_held_out_tokens == (1 + 3) * LENGTH
 
 
-def test_progress_counts_the_blocks_of_all_rounds(domain: Domain) -> None:
+def test_progress_counts_the_blocks_of_all_domains(domain: Domain) -> None:
     seen: list[tuple[str, int, int]] = []
     calibration = Calibration(domains={"a": domain, "b": domain}, sequence_length=LENGTH)
-    learning_text(calibration, 20 * LENGTH, TOKENIZER, 0, lambda *step: seen.append(step), num_rounds=3)
-    assert seen == [("calibration", done, 2 * (3 * 10 + 2)) for done in (0, 32, 64)]
+    learning_text(calibration, 20 * LENGTH, TOKENIZER, 0, lambda *step: seen.append(step))
+    assert seen == [("calibration", done, 2 * (10 + 2)) for done in (0, 12, 24)]

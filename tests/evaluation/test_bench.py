@@ -22,7 +22,7 @@ from secateur.evaluation.bench import (
     transformers_runner,
 )
 from secateur.facts import Workload
-from secateur.formats.save import have_llama_cpp, save_checkpoint
+from secateur.formats.save import save_checkpoint
 from secateur.methods.prices import kv_cache_bytes_per_token
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.identity import lineage
@@ -186,7 +186,6 @@ def test_workloads_that_cannot_run(pair, change, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"engine": "llamacpp"}, "did you mean 'llama.cpp'"),
         ({"device": "gpu0"}, "torch finds no 'gpu0' here"),
         ({"device": "mps"}, "torch finds no 'mps' here"),
         ({"device": "cuda:99"}, "torch finds no 'cuda:99' here"),
@@ -210,12 +209,6 @@ def test_without_a_device_it_takes_the_one_that_all_commands_take(pair, monkeypa
     assert outcome.status == 0 and json.loads(outcome.stdout)["settings"]["device"] == "cpu" and asked == [None]
 
 
-@pytest.mark.skipif(have_llama_cpp(), reason="llama-cpp-python is installed")
-def test_llama_cpp_missing_is_one_sentence(pair):
-    with pytest.raises(CheckpointError, match=r"needs llama-cpp-python; run: pip install \"secateur\[llama-cpp\]\""):
-        bench(pair[0], engine="llama.cpp")
-
-
 def test_no_model_and_no_dense_model(pair, tmp_path):
     for arguments in ((tmp_path,), (pair[0], "--against", tmp_path)):
         outcome = run_cli("bench", *arguments)
@@ -229,11 +222,3 @@ def test_compiled(pair):
     result = bench(*pair, **asdict(SMALL), compiled=True)
     assert result.settings.compiled and result.decode is not None
     torch.compiler.reset()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not have_llama_cpp(), reason="needs llama-cpp-python")
-def test_llama_cpp_engine(pair):
-    result = bench(*pair, prompt_tokens=32, new_tokens=8, repeats=2, engine="llama.cpp")
-    assert result.pruned.dtype == "float16" and result.pruned.peak_bytes is None
-    assert result.decode is not None and result.decode.measured.lowest > 0

@@ -11,6 +11,7 @@ from tiny_tokenizer import tiny_tokenizer
 from secateur.data.blocks import Blocks
 from secateur.evaluation import compare as module
 from secateur.evaluation.study import Comparison, Evaluation, Study
+from secateur.pruning import prune as steps
 
 NUM_BLOCKS = 2
 
@@ -36,16 +37,17 @@ def seen(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
         evaluation=Evaluation(num_blocks=NUM_BLOCKS),
         train_dense=True,
     )
-    prune, losses, depends = module.prune_in_place, module.domain_losses, module._depends_on
-    learn = module.learn
+    prune, losses, depends = steps.prune_in_place, module.losses_of_dense_tokens, module._depends_on
+    learn = steps.learn
 
     def spy_prune(run: Any) -> Any:
         found["texts"].append(run.text)
         return prune(run)
 
     def spy_losses(model: Any, arch: Any, blocks: dict[str, Blocks], *more: Any) -> Any:
-        ids = {name: part.ids_NT for name, part in blocks.items()}
-        found["judged"].append((sum(p.numel() for p in model.parameters()), ids))
+        if blocks:  # the other kinds of text, of which there are none
+            ids = {name: part.ids_NT for name, part in blocks.items()}
+            found["judged"].append((sum(p.numel() for p in model.parameters()), ids))
         return losses(model, arch, blocks, *more)
 
     def spy_learn(*arguments: Any, **more: Any) -> Any:
@@ -57,9 +59,9 @@ def seen(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
         return found["depends"][-1][1]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module, "prune_in_place", spy_prune)
-        patched.setattr(module, "domain_losses", spy_losses)
-        patched.setattr(module, "learn", spy_learn)
+        patched.setattr(steps, "prune_in_place", spy_prune)
+        patched.setattr(module, "losses_of_dense_tokens", spy_losses)
+        patched.setattr(steps, "learn", spy_learn)
         patched.setattr(module, "_depends_on", spy_depends)
         progress = lambda *where: found["progress"].append(where) if where[0] == "cells" else None  # noqa: E731
         found["result"] = module.compare(study, place / "out", progress=progress)
@@ -120,18 +122,19 @@ def test_the_dense_model_learns_the_same_text_by_cross_entropy_alone(seen):
 
 def test_a_cell_is_its_own_and_depends_on_all_that_could_change_it(seen):
     dense, *cells, _ = seen["depends"]
-    assert dense[0][2] == {} and all(arguments[2]["remove"]["share"] == 0.2 for arguments, _ in cells)
-    (shared, seed, recipe, blocks), first = cells[0]
-    assert first == module._depends_on(shared, seed, recipe, blocks)
+    assert dense[1]["recipe"] is None
+    assert all(found["recipe"]["remove"]["share"] == 0.2 for _, found in cells)
+    (shared, cell, blocks), first = cells[0]
+    assert first == module._depends_on(shared, cell, blocks)
     other_model = module.replace(shared, dense=module.replace(shared.dense, fingerprint="other"))
     more_blocks = shared.study.model_copy(update={"evaluation": Evaluation(num_blocks=3)})
     changes = [
-        (other_model, seed, recipe, blocks),
-        (module.replace(shared, study=more_blocks), seed, recipe, blocks),
-        (shared, seed + 1, recipe, blocks),
-        (shared, seed, recipe | {"seed": 9}, blocks),
-        (shared, seed, recipe, blocks._replace(content_hash="other")),
-        (shared, seed, recipe, blocks._replace(others={"poems": Blocks.of(blocks.held_out["code"].ids_NT + 2)})),
+        (other_model, cell, blocks),
+        (module.replace(shared, study=more_blocks), cell, blocks),
+        (shared, module.replace(cell, seed=cell.seed + 1), blocks),
+        (shared, module.replace(cell, recipe=cell.recipe.model_copy(update={"seed": 9})), blocks),
+        (shared, cell, blocks._replace(content_hash="other")),
+        (shared, cell, blocks._replace(others={"poems": Blocks.of(blocks.held_out["code"].ids_NT + 2)})),
     ]
     found = [module._depends_on(*arguments) for arguments in changes]
     assert all(each != first for each in found) and len({str(each) for each in found}) == len(changes)

@@ -1,5 +1,6 @@
 """Studies: parsing, the grid, resuming, and what is written."""
 
+import io
 import json
 import math
 import os
@@ -14,19 +15,13 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from secateur.errors import RecipeError
-from secateur.evaluation.compare import compare, foresee
-from secateur.evaluation.study import Comparison, FoundCell, Study, cells, load_study, shipped_studies
-from secateur.evaluation.study_page import (
-    _over_dense_table,
-    _task_table,
-    foreseen_table,
-    save_comparison,
-    verdict,
-)
+from secateur.evaluation.compare import compare
+from secateur.evaluation.study import Comparison, FoundCell, cells, load_study, shipped_studies
+from secateur.evaluation.study_tables import comparison_table, over_dense_table, save_comparison, task_table, verdict
 from tests.models import tiny_llama
-from tests.page_checks import pictures
 from tests.tiny_tokenizer import tiny_tokenizer
 
 TEXTS = {"left": "the quick brown fox jumps over the lazy dog {}\n", "right": "0123 + {} = 4567;\n"}
@@ -82,7 +77,7 @@ def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path:
     found = compare(study, out).cells
     assert len(found) == 2 * (1 + 2 * 3)
     files = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
-    texts = {name: (out / name).read_text() for name in ("table.md", "report.html", "results.json", "study.yaml")}
+    texts = {name: (out / name).read_text() for name in ("table.md", "results.json", "study.yaml")}
     assert len(files) == len(found)
     assert compare(study, out).cells == found
     assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == files
@@ -92,7 +87,7 @@ def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path:
     assert by_method["ours", 0.2, 0].num_tokens == {"left": 512, "right": 512}
     assert by_method["dense", 0.0, 0].perplexity < by_method["wanda", 0.2, 0].perplexity
     assert abs(by_method["ours", 0.2, 1].remove_reached - 0.2) < 0.05
-    assert "left alone" in texts["table.md"] and texts["report.html"].count("<img") == 2
+    assert "left alone" in texts["table.md"]
     gains = [
         math.log(by_method["wanda", 0.2, seed].perplexity / by_method["dense", 0.0, seed].perplexity) for seed in (0, 1)
     ]
@@ -104,10 +99,9 @@ def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path:
     assert "| dense |" not in after.split("##")[0]
     save_comparison(study, Comparison.from_json(texts["results.json"], "results.json"), out)
     assert {name: (out / name).read_text() for name in texts} == texts
-    over = [by_method["wanda", 0.2, seed].perplexity / by_method["left alone", 0.2, seed].perplexity for seed in (0, 1)]
+    perplexities = [by_method["wanda", 0.2, seed].perplexity for seed in (0, 1)]
     row = next(line for line in texts["table.md"].splitlines() if line.startswith("| wanda | 20% |"))
-    assert f" | {sum(over) / 2:.3f} ({min(over):.3f} to {max(over):.3f}) | " in row
-    assert "over left alone, draw by draw" in texts["table.md"]
+    assert f" | {statistics.mean(perplexities):.2f} ± {statistics.stdev(perplexities):.2f} | " in row
 
 
 def test_a_changed_recipe_is_run_anew_and_the_rest_is_kept(grid: dict[str, Any], tmp_path: Path) -> None:
@@ -190,13 +184,6 @@ def test_mistakes_surface_before_the_first_cell(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_matplotlib_no_cell_is_run(grid: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(RecipeError, match=r"needs matplotlib; run pip install 'secateur\[report\]'\.$"):
-        compare(write(grid, tmp_path), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_unknown_study_and_missing_small_form(grid: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean 'paper'"):
         load_study("papr", small=False)
@@ -205,16 +192,13 @@ def test_unknown_study_and_missing_small_form(grid: dict[str, Any], tmp_path: Pa
         load_study(write(grid, tmp_path), small=True)
 
 
-def test_a_dry_run_says_what_would_run_and_writes_nothing(grid: dict[str, Any], tmp_path: Path) -> None:
-    study = load_study(write(grid, tmp_path), small=False)
-    foreseen = foresee(study)
-    assert [(each.method, each.ratio) for each in foreseen] == [
-        (cell.method, cell.ratio) for cell in cells(study) if cell.seed == study.seeds[0]
-    ]
-    assert all(each.num_draws == len(study.seeds) for each in foreseen)
-    table = foreseen_table(study.question, foreseen)
-    assert len(table.rows) == len(foreseen) + 1 and table.rows[-1][0] == "all"
-    assert not (tmp_path / "cells").exists() and not (tmp_path / "out").exists()
+def test_the_table_of_the_terminal_fits() -> None:
+    cells = [*found("dense", 10.0, 11.0), *found("a method with a rather long name", 20.0, 21.0)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(comparison_table(Comparison(tuple(cells), {})))
+    shown = console.export_text()
+    assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
+    assert "By geometric-mean perplexity" in " ".join(shown.split())
 
 
 def found(method: str, *perplexities: float) -> list[FoundCell]:
@@ -234,7 +218,7 @@ def test_of_one_draw_the_error_is_over_documents() -> None:
     # Documents differ by a nat or two, the differences of the same document by 0.1.
     dense = cell("dense", 0.0, [2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
     ours = cell("ours", 0.2, [2.4, 3.5, 4.6], [1.0, 2.3, 3.0])
-    table = _over_dense_table([dense, ours])
+    table = over_dense_table([dense, ours])
     left, right = 0.1 / 3**0.5, 0.1
     mean = (left**2 + right**2) ** 0.5 / 2
     cells = (f"+0.300 ± {mean:.3f}", f"+0.500 ± {left:.3f}", f"+0.100 ± {right:.3f}")
@@ -247,26 +231,10 @@ def test_accuracies_of_one_draw_have_the_error_over_questions_and_of_several_the
         tasks = {"first": of_first, "second": {"acc,none": second, "acc_stderr,none": 0.04}}
         return FoundCell("ours", 0.2, seed, 0.2, 1.0, {"prose": 1.0}, tasks)
 
-    (row,) = _task_table([cell(0, 0.5, 0.3)]).rows
+    (row,) = task_table([cell(0, 0.5, 0.3)]).rows
     assert row == ("ours", "20%", "0.400 ± 0.025", "0.500 ± 0.030", "0.300 ± 0.040")
-    (row,) = _task_table([cell(0, 0.5, 0.3), cell(1, 0.7, 0.3)]).rows
+    (row,) = task_table([cell(0, 0.5, 0.3), cell(1, 0.7, 0.3)]).rows
     assert row == ("ours", "20%", "0.450 ± 0.071", "0.600 ± 0.141", "0.300 ± 0.000")
-
-
-def test_a_page_fits_and_names_what_its_plot_leaves_out(tmp_path: Path, drawn: None) -> None:
-    names = {"dense": (0.0, 2.0), "ours": (0.2, 2.5), "a method with quite a long name": (0.2, 2.6), "lost": (0.2, 6.0)}
-    cells = [
-        FoundCell(name, ratio, 0, ratio, 1.0, dict.fromkeys((f"domain {n}" for n in range(7)), nats), {})
-        for name, (ratio, nats) in names.items()
-    ]
-    study = Study(question="Which?", model="m", ratios=(0.2,), seeds=(0,), methods={name: {} for name in names})
-    save_comparison(study, Comparison(tuple(cells), {}), tmp_path)
-    html = (tmp_path / "report.html").read_text()
-    assert "Not in the plot, 4 times the best perplexity or more: lost at 20%." in html
-    lines = [line for _, plot in pictures(html) for line in re.findall("<text[^>]*>([^<]*)</text>", plot)]
-    assert "a method with" in lines and "quite a long name" in lines and "lost" not in lines and "dense" in lines
-    headers = [re.findall("<th scope=.col.>([^<]*)", table) for table in html.split("<table")[1:]]
-    assert all(len(header) <= 10 for header in headers) and [f"domain {n}" for n in range(7)] == headers[-1][2:]
 
 
 def test_a_verdict_says_no_more_than_its_draws_carry() -> None:

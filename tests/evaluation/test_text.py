@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from secateur.errors import CalibrationError, NumericsError, RecipeError
 from secateur.evaluation import text
 from secateur.evaluation.text import measure_quality, named_blocks, recipe_blocks, wikitext_blocks
-from secateur.facts import Loss, Outcome, Size
+from secateur.facts import Loss, Size
 from secateur.log import silent
 from secateur.model.bind import bind
 from secateur.recipe import Domain
@@ -42,8 +42,7 @@ def result_of(directory: Path, recipe: dict[str, Any], judged_hash: str | None, 
 def summary_with(text: CalibrationFacts) -> Summary:
     """Return a result whose calibration is this; the rest says nothing."""
     size, loss = Size(100, 400), {"prose": Loss(3.0, 0.1, 100)}
-    outcome = Outcome("parameters", "100 parameters", 0.2)
-    facts = ("model", "llama", "", 0.2, 0.2, outcome, size, size, (3, 3), {"ffn": (112, 64, 72)}, text)
+    facts = ("model", "llama", "", 0.2, 0.2, size, size, (3, 3), {"ffn": (112, 64, 72)}, text)
     return Summary(*facts, loss, loss, 0, {"prune": 1.0}, 1000, 0.0, None, None, (), {"torch": "2"})
 
 
@@ -159,17 +158,6 @@ def test_rows_without_text_are_refused(tmp_path):
     (tmp_path / "rows.raw").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(CalibrationError, match="give a text file in UTF-8"):
         wikitext_blocks(str(tmp_path / "rows.raw"), 8, TOKENIZER, Positions(256))
-
-
-def test_rounds_of_fresh_text_are_drawn_as_the_run_drew_them(recipe, tmp_path):
-    """With `rotate` every round takes blocks of its own, which moves what is held out."""
-    calibration = {**recipe["calibration"], "rotate": True, "num_tokens": 640}
-    asked = parse_recipe(grouped({**recipe, "calibration": calibration, "rounds": 3}))
-    drawn = split_text(asked.calibration, 640, TOKENIZER, 0, silent, num_rounds=3).judged
-    out = result_of(tmp_path / "out", recipe, drawn.content_hash, calibration=calibration, rounds=3)
-    blocks, notes = recipe_blocks(out, TOKENIZER, silent)
-    assert all(torch.equal(blocks[name].ids_NT, judged.ids_NT) for name, judged in drawn.blocks.items())
-    assert all("have parts of" in note for note in notes)
 
 
 def test_a_mean_that_is_infinite_is_refused_too(monkeypatch):

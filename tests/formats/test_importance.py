@@ -46,7 +46,7 @@ def result(tmp_path_factory) -> Path:
         texts = [json.dumps({"text": f"{number} {words * 60}"}) for number in range(400)]
         (place / f"{name}.jsonl").write_text("\n".join(texts))
         domains[name] = {"files": [str(place / f"{name}.jsonl")]}
-    recipe = {"calibration": {"domains": domains, "sequence_length": LENGTH, "rotate": True}}
+    recipe = {"calibration": {"domains": domains, "sequence_length": LENGTH}}
     (place / "model" / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     return place / "model"
 

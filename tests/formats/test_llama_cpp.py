@@ -12,8 +12,8 @@ import torch
 from recipes import grouped
 
 from secateur.formats.gguf import export
+from secateur.formats.runtimes import gguf_specs
 from secateur.formats.save import have_llama_cpp, open_llama_cpp, save_checkpoint
-from secateur.formats.serving import gguf_specs
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.checkpoint import load_model, open_checkpoint
 from secateur.model.per_layer import record_widths
@@ -22,7 +22,7 @@ from tests.families import tiny_family
 from tests.model.test_families import cut_units, kept_of
 from tests.models import tiny_ids
 
-GGUF_FAMILIES = gguf_specs(per_layer=False)
+GGUF_FAMILIES = gguf_specs()
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 YARN |= {"mscale": 0.7, "mscale_all_dim": 0.7}
@@ -90,7 +90,9 @@ def pruned_per_layer(name: str, place: Path) -> Path:
 
 
 PRUNED = [pytest.param(pruned, name, id=name) for name in GGUF_FAMILIES]
-PRUNED += [pytest.param(pruned_per_layer, name, id=f"{name}-per-layer") for name in gguf_specs(per_layer=True)]
+PRUNED += [
+    pytest.param(pruned_per_layer, name, id=f"{name}-per-layer") for name, row in GGUF_FAMILIES.items() if row.per_layer
+]
 
 
 def known_keys(row: str) -> set[str]:

@@ -24,6 +24,7 @@ from secateur.methods.budget import (
     level_grid,
     levels_of,
     nearest_count,
+    params_gone,
     plan_of,
     round_down,
     round_plans,
@@ -37,12 +38,12 @@ AXIS = Linears((Axis("writer", (1,)),), Axis("reader", (1,)))
 SHARE = st.floats(0.001, 0.999)
 
 
-def group_of(layer: int, name: str, num_units: int, **limits) -> Group:
-    return Group(layer, name, "channels" if name == "ffn" else "heads", "unit", num_units, 0, AXIS, **limits)
+def group_of(layer: int, name: str, num_units: int, params: int = 1, **limits) -> Group:
+    return Group(layer, name, "channels" if name == "ffn" else "heads", "unit", num_units, params, AXIS, **limits)
 
 
-def prices_of(groups: tuple[Group, ...], per_unit: dict[str, int], total: int) -> Prices:
-    return Prices({(g.layer, g.name): per_unit[g.name] for g in groups}, (), total, "parameters")
+def prices_of(total: int) -> Prices:
+    return Prices((), total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Case:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         return tuple(
-            group_of(layer, name, count, **self.demand if name == "heads" else {})
+            group_of(layer, name, count, self.per_unit[name], **self.demand if name == "heads" else {})
             for layer in range(self.num_layers)
             for name, count in self.num_units.items()
         )
@@ -67,7 +68,7 @@ class Case:
     @cached_property
     def prices(self) -> Prices:
         inside = sum(group.num_units * self.per_unit[group.name] for group in self.groups)
-        return prices_of(self.groups, self.per_unit, inside + int(self.rest * inside))
+        return prices_of(inside + int(self.rest * inside))
 
     def step(self, group: Group) -> int:
         return self.align if group.name == "ffn" else 1
@@ -109,18 +110,18 @@ def test_uniform_takes_the_nearest_count_of_what_is_still_missing(case: Case, re
         return
     left, missing = list(groups), Fraction(remove) * prices.total
     dearest_first = sorted(
-        {g.name for g in groups}, key=lambda n: -max(case.step(g) * prices.of(g) for g in groups if g.name == n)
+        {g.name for g in groups}, key=lambda n: -max(case.step(g) * g.params_per_unit for g in groups if g.name == n)
     )
-    if len(dearest_first) == 2 and len({case.step(g) * prices.of(g) for g in groups}) == 1:
+    if len(dearest_first) == 2 and len({case.step(g) * g.params_per_unit for g in groups}) == 1:
         dearest_first = sorted(dearest_first)
     for name in dearest_first:
-        share = 1 - missing / sum(group.num_units * prices.of(group) for group in left)
+        share = 1 - missing / sum(group.num_units * group.params_per_unit for group in left)
         for group in (group for group in left if group.name == name):
             count = plan.num_keep[case.key(group)]
             assert is_nearest(count, group.num_units * share, case, group), (name, count)
-            missing -= (group.num_units - count) * prices.of(group)
+            missing -= (group.num_units - count) * group.params_per_unit
         left = [group for group in left if group.name != name]
-    gone = sum((group.num_units - plan.num_keep[case.key(group)]) * prices.of(group) for group in groups)
+    gone = sum((group.num_units - plan.num_keep[case.key(group)]) * group.params_per_unit for group in groups)
     assert (plan.cost_before, plan.cost_after) == (prices.total, prices.total - gone) and gone > 0
     assert plan.removed_share == pytest.approx(gone / prices.total, rel=1e-12)
 
@@ -133,7 +134,7 @@ def test_uniform_of_one_kind_is_the_nearest_of_all_equal_widths(case: Case, remo
     widths = [*range(case.step(first), first.num_units, case.step(first)), first.num_units]
 
     def distance(width: int) -> Fraction:
-        gone = len(case.groups) * (first.num_units - width) * case.prices.of(first)
+        gone = len(case.groups) * (first.num_units - width) * first.params_per_unit
         return abs(gone - Fraction(remove) * case.prices.total)
 
     best = min(distance(width) for width in widths)
@@ -141,29 +142,29 @@ def test_uniform_of_one_kind_is_the_nearest_of_all_equal_widths(case: Case, remo
         (width,) = set(uniform_plan(case.groups, case.prices, remove, case.align).num_keep.values())
     except RecipeError as error:
         # Nothing goes where all units are the nearest; out of reach is what needs less than half a step.
-        needed = Fraction(remove) * case.prices.total / (len(case.groups) * case.prices.of(first))
+        needed = Fraction(remove) * case.prices.total / (len(case.groups) * first.params_per_unit)
         left, half = first.num_units - needed, Fraction(case.step(first), 2)
         assert left < half if "out of reach" in str(error) else distance(first.num_units) <= best
         return
     # A width of all units is rounded like a multiple, though it need not be one.
-    assert distance(width) <= best + len(case.groups) * case.prices.of(first) * (first.num_units % case.step(first)) + 1
+    assert distance(width) <= best + len(case.groups) * first.params_per_unit * (first.num_units % case.step(first)) + 1
 
 
 def test_a_tie_of_dearest_steps_goes_by_name_and_heads_come_before_channels() -> None:
-    groups = tuple(group_of(0, name, units) for name, units in (("ffn", 100), ("heads", 10)))
-    plan = uniform_plan(groups, prices_of(groups, {"ffn": 1, "heads": 10}, 1000), 0.053, 1)
+    groups = (group_of(0, "ffn", 100), group_of(0, "heads", 10, 10))
+    plan = uniform_plan(groups, prices_of(1000), 0.053, 1)
     # 53 of 200: 26.5% of ten heads are 3, and 23 channels make up for the rest.
     assert plan.num_keep == {(0, "heads"): 7, (0, "ffn"): 77}
-    even = uniform_plan(groups, prices_of(groups, {"ffn": 10, "heads": 10}, 1100), 0.1, 1)
+    even = uniform_plan((group_of(0, "ffn", 100, 10), groups[1]), prices_of(1100), 0.1, 1)
     assert even.num_keep == {(0, "ffn"): 90, (0, "heads"): 9}
 
 
 def test_the_last_step_stays_where_it_is_the_nearest() -> None:
-    channels, heads = group_of(0, "ffn", 400), group_of(0, "heads", 4)
-    both = prices_of((heads, channels), {"heads": 10, "ffn": 1}, 440)
+    channels, heads = group_of(0, "ffn", 400), group_of(0, "heads", 4, 10)
+    both = prices_of(440)
     # A tenth of four heads is nearer to none, but one must stay and channels make up for it.
     assert uniform_plan((heads, channels), both, 0.9, 1).num_keep == {(0, "heads"): 1, (0, "ffn"): 34}
-    alone = prices_of((channels,), {"ffn": 1}, 400)
+    alone = prices_of(400)
     assert uniform_plan((channels,), alone, 394 / 400, 8).num_keep == {(0, "ffn"): 8}
     with pytest.raises(RecipeError, match="out of reach"):
         uniform_plan((channels,), alone, 397 / 400, 8)
@@ -246,21 +247,21 @@ def test_rounds_are_on_the_way_and_never_past_the_target(case: Case, shares: lis
             count, width = found.num_keep[case.key(group)], group.num_units - (group.num_units - goal) * Fraction(share)
             assert count >= goal
             assert count == goal or is_nearest(count, width, case, group)
-        gone = sum((g.num_units - found.num_keep[case.key(g)]) * case.prices.of(g) for g in groups)
+        gone = sum((g.num_units - found.num_keep[case.key(g)]) * g.params_per_unit for g in groups)
         assert found.cost_after == case.prices.total - gone
 
 
 def test_a_round_stops_at_a_target_that_is_no_multiple() -> None:
     groups = (group_of(0, "ffn", 100),)
     plan = Plan({(0, "ffn"): 41}, 100, 41)
-    rounds = round_plans(groups, prices_of(groups, {"ffn": 1}, 100), plan, [0.5, 0.98, 1.0], 8)
+    rounds = round_plans(groups, prices_of(100), plan, [0.5, 0.98, 1.0], 8)
     assert [each.num_keep[0, "ffn"] for each in rounds] == [72, 41, 41]
 
 
 def test_what_a_share_removes_is_not_one_more_by_rounding() -> None:
     assert 114 / 323 * 323 > 114
-    assert prices_of((), {}, 323).to_remove(114 / 323) == 114
-    assert [prices_of((), {}, 10).to_remove(share) for share in (0.1, 0.11, 0.2, 1.0)] == [1, 2, 2, 10]
+    assert prices_of(323).to_remove(114 / 323) == 114
+    assert [prices_of(10).to_remove(share) for share in (0.1, 0.11, 0.2, 1.0)] == [1, 2, 2, 10]
 
 
 def test_shares_of_rounds() -> None:
@@ -295,7 +296,7 @@ class Brute:
         for group, profile in zip(case.groups, self.profiles, strict=True):
             enough = [level for level in profile.levels if level >= least.get(case.key(group), 0)]
             self.levels.append(enough or [profile.levels[0]])
-        self.prices, self.keys = [case.prices.of(group) for group in case.groups], [case.key(g) for g in case.groups]
+        self.prices, self.keys = [group.params_per_unit for group in case.groups], [case.key(g) for g in case.groups]
 
     def losses(self, weights: dict[str, float]) -> list[list[float]]:
         return [[sum(weights[d] * p.slopes[d] for d in weights) * e for e in p.errors] for p in self.profiles]
@@ -372,21 +373,18 @@ def test_a_limited_curve_keeps_its_limits_and_promises_no_more_than_brute_force(
 
 
 def test_prices_count_what_goes_and_what_layers_leave() -> None:
-    groups = (group_of(0, "ffn", 10), group_of(1, "ffn", 10), group_of(0, "heads", 4))
-    per_unit = {(0, "ffn"): 3, (1, "ffn"): 5, (0, "heads"): 7}
-    prices = Prices(per_unit, (100, 50, 30), 500, "FLOPs", 10)
-    assert prices.gone(groups, {(0, "ffn"): 4, (1, "ffn"): 12, (0, "heads"): 3}) == 6 * 3 + 7  # no group grows
+    groups = (group_of(0, "ffn", 10, 3), group_of(1, "ffn", 10, 5), group_of(0, "heads", 4, 7))
+    prices = Prices((100, 50, 30), 500)
+    assert params_gone(groups, {(0, "ffn"): 4, (1, "ffn"): 12, (0, "heads"): 3}) == 6 * 3 + 7  # no group grows
     assert prices.of_all_but((0, 2)) == 50 and prices.of_all_but(()) == 180
-    left = prices.with_only((0, 2))
-    assert (left.total, left.unit) == (450, "FLOPs that the layers left")
-    assert left.per_unit == {(0, "ffn"): 3, (0, "heads"): 7}  # layer 2 has no unit
-    assert prices.numbered((1, 2)).per_unit == {(0, "ffn"): 5} and prices.numbered((1, 2)).total == 500
-    assert prices.with_only((0, 1, 2)) == prices
-    assert prices.total_text == "50 FLOPs" and dataclasses.replace(prices, unit_size=1).text(12345) == "12,345 FLOPs"
+    assert prices.with_only((0, 2)).total_text == "450 parameters that the layers left"
+    assert prices.with_only((0, 1, 2)) == prices and Prices((), 12345).total_text == "12,345 parameters"
+    fewer = dataclasses.replace(prices, tokens=20).with_only((0, 2))
+    assert (fewer.total, fewer.tokens, fewer.what) == (430, 0, " that the layers and tokens left")
     assert largest_remove(groups, prices, {(0, "ffn"): 1, (1, "ffn"): 1, (0, "heads"): 1}) == (27 + 45 + 21) / 500
     # The smallest step: eight channels of layer 0 cost 24, a head 7; of all layers at once 64 and 7.
-    assert least_step(groups, prices, 8, alike=False) == 7 and least_step(groups, prices, 1, alike=False) == 3
-    assert least_step(groups[:2], prices, 8, alike=True) == 8 * 3 + 8 * 5
+    assert least_step(groups, 8, alike=False) == 7 and least_step(groups, 1, alike=False) == 3
+    assert least_step(groups[:2], 8, alike=True) == 8 * 3 + 8 * 5
 
 
 def test_wide_models_get_a_coarser_alignment() -> None:
@@ -420,7 +418,7 @@ def test_more_steps_than_a_table_holds_are_rounded_up() -> None:
 def test_all_that_can_go_may_be_asked() -> None:
     (group,) = groups = (group_of(0, "ffn", 4),)
     profiles = {(0, "ffn"): GroupProfile((4, 2, 1), (0.0, 0.1, 0.2), {"a": 1.0})}
-    assert curve_plan(groups, profiles, prices_of(groups, {"ffn": 1}, 8), 3 / 8).num_keep == {(group.layer, "ffn"): 1}
+    assert curve_plan(groups, profiles, prices_of(8), 3 / 8).num_keep == {(group.layer, "ffn"): 1}
 
 
 def test_a_common_factor_of_all_removals_keeps_the_table_small_and_exact() -> None:

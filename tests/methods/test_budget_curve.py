@@ -18,8 +18,8 @@ def group_of(layer: int, name: str, num_units: int, params_per_unit: int, width:
     return Group(layer, name, kind, "unit", num_units, params_per_unit, Linears((axis,), axis))
 
 
-def prices_of(groups: tuple[Group, ...]) -> Prices:
-    return Prices({(g.layer, g.name): g.params_per_unit for g in groups}, (), NUM_PARAMS, "parameters")
+def prices_of() -> Prices:
+    return Prices((), NUM_PARAMS)
 
 
 def random_case(num_layers: int, seed: int) -> tuple[tuple[Group, ...], dict[tuple[int, str], GroupProfile]]:
@@ -46,8 +46,7 @@ def ends_of(groups, profiles, remove: float) -> dict[str, dict[str, float]]:
     """Return the predicted rises of the plan that serves one domain alone, by that domain."""
     others = {"prose": 0.0, "code": 0.0}
     plans = {
-        name: curve_plan(groups, profiles, prices_of(groups), remove, domain_weights=others | {name: 1.0})
-        for name in others
+        name: curve_plan(groups, profiles, prices_of(), remove, domain_weights=others | {name: 1.0}) for name in others
     }
     return {name: predicted_rise(profiles, plan.num_keep) for name, plan in plans.items()}
 
@@ -55,12 +54,12 @@ def ends_of(groups, profiles, remove: float) -> dict[str, dict[str, float]]:
 @pytest.mark.parametrize("seed", range(2))
 def test_a_limited_domain_keeps_within_its_limit_at_least_cost_to_the_average(seed: int) -> None:
     groups, profiles = random_case(12, seed)
-    free = curve_plan(groups, profiles, prices_of(groups), 0.15)
+    free = curve_plan(groups, profiles, prices_of(), 0.15)
     ends = ends_of(groups, profiles, 0.15)
     highest = predicted_rise(profiles, free.num_keep)["prose"]
-    assert curve_plan(groups, profiles, prices_of(groups), 0.15, max_rise={"prose": highest}) == free
+    assert curve_plan(groups, profiles, prices_of(), 0.15, max_rise={"prose": highest}) == free
     limit = (highest + ends["prose"]["prose"]) / 2
-    limited = curve_plan(groups, profiles, prices_of(groups), 0.15, max_rise={"prose": limit})
+    limited = curve_plan(groups, profiles, prices_of(), 0.15, max_rise={"prose": limit})
     assert predicted_rise(profiles, limited.num_keep)["prose"] <= limit < highest
     assert limited.removed_share >= 0.15
     assert weighted_rise(profiles, free) < weighted_rise(profiles, limited) < sum(ends["prose"].values()) / 2
@@ -72,11 +71,9 @@ def test_two_limited_domains_keep_within_their_limits(seed: int, share: float) -
     groups, profiles = random_case(12, seed)
     # What some weights reach can be kept within, though equal weights do not.
     weights = {"prose": share, "code": 1 - share}
-    reached = predicted_rise(
-        profiles, curve_plan(groups, profiles, prices_of(groups), 0.15, domain_weights=weights).num_keep
-    )
+    reached = predicted_rise(profiles, curve_plan(groups, profiles, prices_of(), 0.15, domain_weights=weights).num_keep)
     limits = {name: 1.005 * rise for name, rise in reached.items()}
-    free = predicted_rise(profiles, curve_plan(groups, profiles, prices_of(groups), 0.15).num_keep)
+    free = predicted_rise(profiles, curve_plan(groups, profiles, prices_of(), 0.15).num_keep)
     assert any(free[name] > limits[name] for name in limits)
-    plan = curve_plan(groups, profiles, prices_of(groups), 0.15, max_rise=limits)
+    plan = curve_plan(groups, profiles, prices_of(), 0.15, max_rise=limits)
     assert all(rise <= limits[name] for name, rise in predicted_rise(profiles, plan.num_keep).items())

@@ -9,15 +9,12 @@ from secateur.errors import RecipeError
 from secateur.facts import Workload
 from secateur.methods.prices import (
     DEFAULT_SEQUENCE_LENGTH,
-    Seconds,
     decode_bytes_per_token,
     kv_cache_bytes_per_token,
     least_costs,
     prefill_flops_per_token,
-    prices_of,
     sequence_length,
 )
-from secateur.model.bind import bind
 
 # Width 48, FFN 112, 4 heads of 12 with 2 for keys and values, vocabulary 320, 3 layers, float32.
 LINEARS = 3 * (48 * 48 + 2 * 24 * 48 + 48 * 48 + 3 * 112 * 48)
@@ -70,16 +67,6 @@ def test_the_meta_device_is_enough():
     with torch.device("meta"):
         shape = type(tiny_llama())(tiny_llama().config)
     assert least_costs(shape, Workload()) == least_costs(tiny_llama(), Workload())
-
-
-def test_a_unit_that_takes_no_time_costs_a_picosecond():
-    """A price of 0 would let a budget count units for nothing."""
-    model = tiny_llama()
-    arch = bind(model)
-    measured = Seconds(total=1e-9, per_layer=2.6e-12, per_unit={"ffn": 1e-15, "kv_heads": 1.4e-12})
-    found = prices_of("latency", arch, arch.select(("ffn", "kv_heads")), model, measured)
-    assert found.per_unit[0, "ffn"] == 1 and found.per_unit[2, "kv_heads"] == 1
-    assert (found.total, found.per_layer) == (1000, (3, 3, 3))
 
 
 def test_a_block_is_as_long_as_the_model_allows():

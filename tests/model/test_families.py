@@ -15,8 +15,8 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from secateur.errors import ArchError
+from secateur.methods.budget import params_gone
 from secateur.methods.experts import keep_experts
-from secateur.methods.prices import parameter_prices
 from secateur.model.bind import EXPERT_CHANNELS, EXPERTS, bind, decoder_layers, head_of
 from secateur.model.group import OF_EXPERTS, Group, add_zero_biases, linear, rows_of
 from secateur.model.per_layer import record_widths
@@ -118,8 +118,6 @@ def test_cut_saved_and_reloaded_by_stock_transformers_equals_mask(name: str, gro
     arch, dense_size = bind(model), num_params(model)
     bind(masked)
     groups = arch.select((group_name,))
-    prices = parameter_prices(arch, groups, model)
-    assert prices.total == dense_size
     kept = {}
     for group in groups:
         keep = kept_of(group, 0.6 if group.width == 1 else 0.5)
@@ -128,7 +126,7 @@ def test_cut_saved_and_reloaded_by_stock_transformers_equals_mask(name: str, gro
         mask_units(decoder_layers(masked, arch)[group.layer], group, keep)
         cut_units(decoder_layers(model, arch)[group.layer], group, keep)
     record_widths(model, arch)
-    assert num_params(model) == dense_size - prices.gone(groups, kept)
+    assert num_params(model) == dense_size - params_gone(groups, kept)
     expected = logits_of(masked, ids_BT)
     assert not torch.allclose(expected, logits_of(tiny_family(name), ids_BT), atol=1e-3)
     # Sums are split otherwise once there are fewer terms, how is up to the processor.
@@ -221,7 +219,7 @@ def test_rounds_of_measuring_and_compensating_run(name: str, groups: tuple[str, 
     arch = bind(dense)
     chosen = arch.select(groups)
     counts = {(group.layer, group.name): keeps[group.layer, group.name].shape[-1] for group in chosen}
-    assert num_params(model) == dense_size - parameter_prices(arch, chosen, dense).gone(chosen, counts)
+    assert num_params(model) == dense_size - params_gone(chosen, counts)
     for group in chosen:
         mine = [line for line in lines if (line["layer"], line["group"]) == (group.layer, group.name)]
         assert [line["round"] for line in mine] == list(range(1, rounds + 1))

@@ -17,9 +17,8 @@ from transformers import CONFIG_MAPPING
 
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.per_layer import record_widths
-from secateur.pruning.inspect import inspect
+from secateur.pruning.inspect import Inspected, inspect
 from secateur.recipe_file import parse_recipe
-from secateur.report.records import Inspection, Serving
 from tests.families import FAMILIES, GROUPS, KINDS, tiny_family
 from tests.model.test_families import cut_units, kept_of
 
@@ -27,12 +26,12 @@ CONFIGS = sorted((Path(__file__).parent / "public_configs").glob("*.json"))
 
 
 @cache
-def inspected(file: Path, check_for: str = "llama.cpp") -> tuple[Inspection, dict]:
+def inspected(file: Path) -> tuple[Inspected, dict]:
     facts = json.loads(file.read_text())
     config = dict(facts["config"])
     with tempfile.TemporaryDirectory() as directory:
         CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(directory)
-        return inspect(directory, parse_recipe(grouped(dict(remove=0.1))), check_for=check_for), facts
+        return inspect(directory, parse_recipe(grouped(dict(remove=0.1)))), facts
 
 
 def named(name: str) -> Path:
@@ -66,10 +65,9 @@ def test_inspect_knows_the_parameters_the_groups_and_what_llama_cpp_takes(file: 
     assert {group.name for group in found.possible} | set(found.impossible) >= known - {"ffn"}
     assert all(0 < group.num_params < found.size.num_params for group in found.possible)
     assert found.remove_reached == pytest.approx(0.1, abs=0.03)  # an eighth of the experts in Mixtral
-    assert isinstance(found.serving, Serving)
-    problem = NOT_IN_LLAMA_CPP.get(model_type)
-    assert [text for text in found.serving.problems if not problem or problem not in text] == []
-    assert bool(found.serving.problems) == bool(problem)
+    problem = NOT_IN_LLAMA_CPP.get(model_type, "without the tokenizer")
+    assert found.files_problem is not None and problem in found.files_problem
+    assert bool(found.files) == (problem == "without the tokenizer")
 
 
 def test_there_are_enough_of_them_from_small_to_large() -> None:
@@ -82,14 +80,6 @@ def test_of_a_model_with_experts_these_go_unless_told_otherwise() -> None:
     assert [group.name for group in found.groups] == ["experts"]
     assert {group.name: group.num_layers for group in found.possible} == {"ffn": 3, "experts": 58}
     assert set(found.impossible) == {"kv_heads", "query_heads", "shared", "expert_ffn"}
-
-
-@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen2.5-0.5b", "mixtral-8x7b"])
-def test_what_was_run_of_vllm_is_said(name: str) -> None:
-    found, _ = inspected(named(name), check_for="vllm")
-    assert isinstance(found.serving, Serving) and found.serving.problems == ()
-    said = found.serving.cautions[0]
-    assert ("vLLM 0.32.0 ran pruned" if name.startswith(("llama", "qwen2")) else "vLLM was not run with") in said
 
 
 @pytest.mark.parametrize(
@@ -112,34 +102,17 @@ def test_what_llama_cpp_runs_once_a_recipe_has_cut(
 ) -> None:
     config = json.loads(named(name).read_text())["config"]
     CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(tmp_path)
-    found = inspect(tmp_path, parse_recipe(grouped(dict(**{"remove": 0.1} | recipe))), check_for="llama.cpp").serving
-    assert isinstance(found, Serving)
-    assert not found.problems if problem is None else re.search(problem, found.problems[0])
+    found = inspect(tmp_path, parse_recipe(grouped(dict(**{"remove": 0.1} | recipe))))
+    assert found.files_problem is not None
+    assert re.search(problem or "without the tokenizer", found.files_problem) and bool(found.files) == (not problem)
 
 
-@pytest.mark.parametrize(("name", "asks"), [("qwen2.5-7b", True), ("llama-3.2-1b", False)])
-def test_vllm_needs_its_backend_where_its_own_class_takes_heads_to_fill_the_width(
-    name: str, asks: bool, tmp_path: Path
-) -> None:
-    config = json.loads(named(name).read_text())["config"]
-    CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(tmp_path)
-    recipe = parse_recipe(grouped({"groups": ("kv_heads",), "remove": 0.05}))
-    found = inspect(tmp_path, recipe, check_for="vllm").serving
-    assert isinstance(found, Serving) and not found.problems
-    assert ("--model-impl transformers" in " ".join(found.cautions)) == asks
-
-
-@pytest.mark.parametrize("server", ["vllm", "llama.cpp"])
-def test_layers_that_differ_already_are_told_from_what_a_run_would_do(server: str, tmp_path: Path) -> None:
+def test_layers_that_differ_already_are_told_from_what_a_run_would_do(tmp_path: Path) -> None:
     model = tiny_family("llama")
     arch = bind(model)
     for group in (found for found in arch.select(("kv_heads", "ffn")) if found.layer == 1):
         cut_units(decoder_layers(model, arch)[1], group, kept_of(group, 0.5))
     record_widths(model, arch)
     model.save_pretrained(tmp_path)
-    found = inspect(tmp_path, parse_recipe(grouped(dict(remove=0.05, align=8))), check_for=server).serving
-    assert isinstance(found, Serving)
-    assert not found.problems
-    differ = re.findall(r"(\w+) \(\d+ to \d+\)", " ".join(found.cautions))
-    assert differ == (["num_attention_heads", "num_key_value_heads", "intermediate_size"] if server == "vllm" else [])
-    assert ("--model-impl transformers --trust-remote-code" in " ".join(found.cautions)) == (server == "vllm")
+    found = inspect(tmp_path, parse_recipe(grouped(dict(remove=0.05, align=8))))
+    assert found.files and found.files_problem is not None and "without the tokenizer" in found.files_problem

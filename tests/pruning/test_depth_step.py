@@ -94,7 +94,7 @@ def test_layers_alone_saved_and_reloaded_equal_skipping_them(factory, small, tmp
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits_of(reloaded), logits_of(model), atol=1e-6, rtol=0)
     assert torch.equal(logits_of(reloaded), logits_of(result.model))
-    assert result.layers == (0, 2, 4, 5) and result.recipe.choose.widths == "uniform"
+    assert result.layers == (0, 2, 4, 5)
     assert {len(keep) for keep in result.keeps.values()} == {112} and lines_of(tmp_path / "out", "group") == []
     assert num_params(reloaded) == num_params(model) - 2 * num_params(model.model.layers[0])
 
@@ -140,10 +140,10 @@ def test_every_layer_is_logged_with_its_kl_and_patch(factory, small, tmp_path, m
     lines = lines_of(tmp_path / "out", "layer")
     assert [line["layer"] for line in lines] == [0, 2, 3]
     assert sorted(line["chosen"] for line in lines) == [1, 2, 3]
-    batches = first_blocks(runs[0].batches(1), 2)
+    batches = first_blocks(runs[0].batches(), 2)
     assert sum(len(batch.ids_BT) for batch in batches) == 4
     run = dataclasses.replace(runs[0], model=model, arch=bind(model))
-    readers = _narrow_readers(run, run.batches(1))
+    readers = _narrow_readers(run, run.batches())
     # Nothing is left to the widths here.
     assert readers == {}
     expected = choose_layers(model, run.arch, batches, 3)
@@ -230,7 +230,7 @@ def test_the_dense_stream_is_that_of_the_model_without_the_layers(small, monkeyp
     assert run.arch.num_layers == 5 and not torch.equal(
         patched, dense(tiny_llama, (1,)).model.layers[0].mlp.down_proj.weight
     )
-    walk = Walk(model, run.arch, run.batches(1))
+    walk = Walk(model, run.arch, run.batches())
     for index in range(5):
         walk.advance(index)
     assert len(seen) == 2
@@ -315,7 +315,6 @@ def test_layers_go_by_themselves_where_widths_alone_would_be_ruin(small, tmp_pat
         {"preset": "fast"},
         {"preset": "paper"},
         {"rounds": 2},
-        {"target": "kv_bytes", "groups": ["kv_heads"], "remove": 0.5},
         {"groups": ["kv_heads"], "remove": heads / 2 / num_params(model)},
     ):
         assert depth_of(0.85, **changes) == 0

@@ -68,7 +68,6 @@ def test_a_curve_result_loads_both_ways_and_says_so(factory, small, tmp_path):
         model.model.layers[1].mlp.down_proj.weight *= 0.01  # a layer that hardly matters
     settings = {**small, "budget": "curve", "remove": 0.2}
     result = secateur.prune(model, grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "out")
-    assert result.recipe.choose.widths == "per_layer"
     found = widths(result)
     assert found[1, "ffn"] < min(found[0, "ffn"], found[2, "ffn"])
     assert result.summary.widths["ffn"] == (112, min(found.values()), max(found.values()))
@@ -107,8 +106,6 @@ def test_a_protected_domain_is_planned_for(small):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": "curve", "widths": "uniform"}, "choose.widths: uniform cannot be met with budget curve"),
-        ({"protected_layers": [0], "widths": "uniform"}, "choose.widths: uniform cannot be met with protected_layers"),
         ({"protected_layers": [3]}, "remove.protected_layers: there is no layer 3; use 0 to 2, or -3 to -1"),
         ({"protected_layers": [0, 1, 2]}, "remove.protected_layers: no layer is left"),
         ({"budget": "curve", "min_keep": 0.9, "remove": 0.2}, "remove: 0.2 of all .* at most 0.0"),
@@ -235,7 +232,7 @@ def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
             assert {key: ran[group][key] for key in keys} == keys, preset
         plain = Recipe().model_dump(mode="json")
         left = {key for key, value in plain["choose"].items() if ran["choose"][key] != value}
-        assert left <= set(said.get("choose", {})) | {"widths"}
+        assert left <= set(said.get("choose", {}))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +250,7 @@ def test_a_size_is_met_within_one_step_from_the_shape_alone(kv_heads, hidden, ff
     text = {"domains": {"mine": {"files": ["mine.txt"]}}}
     started = opened(model, parse_recipe(grouped({"depth": 0, "calibration": text, **asked})))
     found = resolve(checked(started))
-    left = params_after(started, found)
+    left = params_after(found)
     cache = 2 * layers * kv_heads * (hidden // heads) * model.dtype.itemsize * asked.get("context", 0)
     stays = {"0.4B": 4e8, "6B": 6e9}.get(asked.get("to"))
     if stays is None:
@@ -326,6 +323,6 @@ def test_the_least_size_that_is_named_is_one_that_a_cut_leaves(small):
         asking(1000)
     least = int(re.search(r"leave ([\d,]+) parameters", str(caught.value))[1].replace(",", ""))
     started = asking(least)
-    assert params_after(started, resolve(started)) == least
+    assert params_after(resolve(started)) == least
     with pytest.raises(secateur.SecateurError, match=rf"remove\.to: {least - 1} is less than a cut can leave"):
         asking(least - 1)

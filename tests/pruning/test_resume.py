@@ -44,11 +44,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    """Neither reload nor report, which other tests are about."""
+    """No reload, which other tests are about."""
     proof = Verification(0.0, 0.0, "")
     with (
         patch("secateur.pruning.result.verify_reload", lambda *_: proof),
-        patch("secateur.report.report.missing_plots", lambda: ("no plots",)),
     ):
         yield
 
@@ -373,14 +372,3 @@ def test_a_run_killed_just_before_its_end_has_finished(checkpoints, recipe, tmp_
     with pytest.raises(secateur.SecateurError, match="already exists"):
         secateur.prune(checkpoints["llama"], grouped(wanted), out=out, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_pruning_before_a_recovery_goes_on_too(checkpoints, recipe, tmp_path):
-    model, heard = checkpoints["llama"], list[str]()
-    wanted = {**asked("defaults", model, recipe), "recover": {"num_tokens": 1024}}
-    begun(model, wanted, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == [".out.pruned"]
-    with pytest.raises(Stopped), patch("secateur.api.recover", side_effect=Stopped):
-        secateur.prune(model, grouped(wanted), out=tmp_path / "out", resume=True, tell=heard.append)
-    assert len(heard) == 2 and heard[0].endswith("goes on from the 2 steps that an earlier run has finished.")
-    assert list(tmp_path.iterdir()) == []

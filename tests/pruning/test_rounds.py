@@ -175,14 +175,13 @@ def test_losses_are_watched_where_the_recipe_asks_for_them(asked, is_watched):
     assert set(found) == ({"d0", "d1"} if is_watched else set())
 
 
-def test_batches_are_the_rounds_own_and_say_which_text_was_held_out():
+def test_batches_say_which_text_was_held_out():
     text = random_calibration(blocks=4)
     found = run_of(tiny_llama(), text, rounds=2)
-    for batches in (found.batches(1), found.batches(2)):  # not rotated: both the same
-        for domain in text.domains:
-            for held_out, blocks in ((False, domain.calibration.ids_NT), (True, domain.held_out.ids_NT)):
-                mine = [batch for batch in batches if (batch.domain, batch.held_out) == (domain.name, held_out)]
-                assert torch.equal(torch.cat([batch.ids_BT for batch in mine]), blocks)
+    for domain in text.domains:
+        for held_out, blocks in ((False, domain.calibration.ids_NT), (True, domain.held_out.ids_NT)):
+            mine = [batch for batch in found.batches() if (batch.domain, batch.held_out) == (domain.name, held_out)]
+            assert torch.equal(torch.cat([batch.ids_BT for batch in mine]), blocks)
     assert found.shares == {"d0": 0.5, "d1": 0.5}
     assert {name: blocks.ids_NT.data_ptr() for name, blocks in found.held_out.items()} == {
         domain.name: domain.held_out.ids_NT.data_ptr() for domain in text.domains
@@ -202,7 +201,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch, text: LearningText, **short: Any) ->
     seen: list[Any] = []
     monkeypatch.setattr(loop, "narrow_readers", lambda *arguments: seen.append(arguments) or [{}])
     found = run_of(tiny_llama(num_layers=6), text, depth=2, remove=0.45, **short)
-    loop._narrow_readers(found, found.batches(1))
+    loop._narrow_readers(found, found.batches())
     ((_, _, batches, (shares,), damping, *_),) = seen
     return batches, shares, damping
 
@@ -264,15 +263,6 @@ def test_a_fold_that_is_stored_is_repeated_bit_for_bit(tmp_path):
         folded.append(model.model.layers[1].mlp.down_proj.weight)
     assert services.store.num_found == 1 and torch.equal(*folded)
     assert not torch.equal(folded[0], tiny_llama(num_layers=6).model.layers[1].mlp.down_proj.weight)
-
-
-def test_rotated_text_is_fresh_in_every_round():
-    whole = random_calibration()
-    found = run_of(tiny_llama(), text=replace(whole, num_rounds=2), rounds=2)
-    for number in (1, 2):
-        fresh = [batch.ids_BT for batch in found.batches(number) if not batch.held_out]
-        expected = [domain.calibration.ids_NT.chunk(2)[number - 1] for domain in whole.domains]
-        assert torch.equal(torch.cat(fresh), torch.cat(expected))
 
 
 def test_after_a_trim_a_protected_domain_may_rise_as_much_in_fewer_nats_per_token():

@@ -24,7 +24,7 @@ from secateur.methods.prices import token_prices
 from secateur.methods.vocabulary import PieceNats
 from secateur.model.kept_tokens import KeptTokens, Trim, kept_tokens_of
 from secateur.pruning import trim as trimming
-from secateur.pruning.cost import polish_bytes
+from secateur.pruning.cost import params_after, polish_bytes
 from secateur.pruning.resolve import Resolved, resolve
 from secateur.pruning.run import too_dear
 from secateur.pruning.text import run_text
@@ -40,10 +40,9 @@ TEST_WITH_PROOF = "test_tokens_and_channels_together_reach_the_share"
 
 @pytest.fixture(autouse=True)
 def quick(request, monkeypatch) -> None:
-    """Neither reload nor report, but in one test."""
+    """No reload, but in one test."""
     if request.node.originalname != TEST_WITH_PROOF:
         monkeypatch.setattr("secateur.pruning.result.verify_reload", lambda *_: Verification(0.0, 0.0, ""))
-        monkeypatch.setattr("secateur.report.report.missing_plots", lambda: ("no plots",))
 
 
 CHILD = Path(__file__).parents[1].joinpath("ranks_child.py")
@@ -88,7 +87,6 @@ def test_tokens_and_channels_together_reach_the_share(dense, asked, tmp_path):
     # Half a step of all three layers: 4 channels of 144 parameters each.
     assert abs(num_params(before) - num_params(after) - 0.3 * num_params(before)) <= 3 * 4 * 144
     assert found.summary.remove_reached == 1 - num_params(after) / num_params(before)
-    assert found.summary.outcome.share_gone == pytest.approx(found.summary.remove_reached, rel=1e-12)
     assert torch.equal(
         after.get_input_embeddings().weight, before.get_input_embeddings().weight[torch.tensor(kept.dense_ids)]
     )
@@ -263,7 +261,7 @@ def test_auto_takes_what_a_share_asks_if_nothing_else_goes(tied, asked):
     ready = replace(opened(model, recipe), tokenizer=tokenizer)
     trim = plan_trim(ready, Services(), run_text(ready, silent).learning).trim
     assert trim is not None
-    gone, price = trim.kept.num_dense - len(trim.kept.dense_ids), token_prices("parameters", model, 1)
+    gone, price = trim.kept.num_dense - len(trim.kept.dense_ids), token_prices(model, 1)
     assert len(trim.kept.dense_ids) % 64 == 0 and gone * price <= 0.1 * num_params(model) < (gone + 64) * price
 
 
@@ -275,6 +273,11 @@ def planned(model: Any, tokenizer: Any, short: dict[str, Any]) -> Resolved:
         return resolve(plan_trim(asking, Services(), run_text(asking, silent).learning))
 
 
+def share_gone(found: Resolved) -> float:
+    """Return the share of all parameters that the last plan takes."""
+    return 1 - params_after(found) / found.prices.total
+
+
 @pytest.fixture
 def any_growth(monkeypatch):
     """Let text grow as it likes: tiny models give enough only with most of their tokens."""
@@ -284,11 +287,11 @@ def any_growth(monkeypatch):
 @pytest.mark.parametrize(("budget", "alone"), [("uniform", True), ("curve", False)])
 def test_auto_takes_tokens_alone_where_a_few_too_many_are_within_half_a_step(budget, alone, tied, asked, any_growth):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
-    gone, price = model.config.vocab_size - 448, token_prices("parameters", model, 1)
+    gone, price = model.config.vocab_size - 448, token_prices(model, 1)
     share = (gone - 20) * price / num_params(model)  # 20 tokens are 960 parameters; a uniform step is 3,456
     found = planned(model, tokenizer, {**asked, "remove": share, "budget": budget})
     assert (found.recipe.remove.vocabulary == 448, found.removals[-1] == 0) == (alone, alone)
-    assert found.outcome(found.plans[-1].num_keep).share_gone >= share
+    assert share_gone(found) >= share
 
 
 def test_auto_reckons_with_the_steps_of_the_widths_that_tokens_leave(asked):
@@ -297,7 +300,7 @@ def test_auto_reckons_with_the_steps_of_the_widths_that_tokens_leave(asked):
     model = tiny_llama(num_layers=1, vocab_size=len(tokenizer) + NUM_PADDING, intermediate_size=2304)
     found = planned(model, tokenizer, {**asked, "remove": 0.1, "align": None})
     assert found.align == 256 and found.removals[-1] > 0
-    assert found.outcome(found.plans[-1].num_keep).share_gone >= 0.1
+    assert share_gone(found) >= 0.1
 
 
 @pytest.mark.parametrize("layers", [{"depth": 1}, {"removed_layers": [0]}, {"depth": 1, "groups": []}])
@@ -333,10 +336,10 @@ def test_auto_counts_no_channels_of_protected_layers(tied, asked, any_growth):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     # 384 tokens would stay if the channels of the protected layer could go too.
     found = planned(model, tokenizer, {**asked, "remove": 0.35, "protected_layers": [0]})
-    assert found.outcome(found.plans[-1].num_keep).share_gone >= 0.35 and found.recipe.remove.vocabulary == 320
+    assert share_gone(found) >= 0.35 and found.recipe.remove.vocabulary == 320
     # More than these channels and all tokens that may go: a whole layer goes too.
     deep = planned(model, tokenizer, {**asked, "remove": 0.5, "protected_layers": [0]})
-    assert deep.layers == (0, 1) and deep.outcome(deep.plans[-1].num_keep).share_gone >= 0.5
+    assert deep.layers == (0, 1) and share_gone(deep) >= 0.5
 
 
 def test_a_model_in_memory_loses_its_tokens_in_place(tied, asked):
@@ -370,7 +373,6 @@ def test_what_a_file_needs_stays(tied, asked, tmp_path):
         ({"vocabulary": 450}, r"450 of .* cannot stay; give a multiple of 64 \(such as 448 or 512\)"),
         ({"vocabulary": 448, "remove": 0.01}, r"remove\.vocabulary: the tokens that go are 0\.\d+ of all"),
         ({"vocabulary": "auto", "groups": ["kv_heads"]}, "auto weighs tokens against FFN channels"),
-        ({"target": "kv_bytes", "groups": ["kv_heads"]}, "tokens have no price in target kv_bytes"),
         ({"keep_scripts": ["latin"]}, "448 of .* from 704"),  # 320 without it
         ({"keep_scripts": ["klingon"]}, "no token of the model has a letter of klingon"),
         ({"keep_text": ["missing.txt"]}, r"remove\.keep_text: missing\.txt: there is no such file"),

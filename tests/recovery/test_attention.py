@@ -7,12 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from secateur.errors import RecipeError
-from secateur.model.modeling_per_layer import per_layer_class
 from secateur.recovery import attention
-from secateur.recovery.attention import BLOCK, CausalInBlocks, attention_in_training, causal_attention, switched
-from tests.families import tiny_family
-from tests.models import tiny_ids, tiny_llama
+from secateur.recovery.attention import BLOCK, CausalInBlocks, attention_in_training, causal_attention
 
 ATTENTION = nn.functional.scaled_dot_product_attention
 
@@ -115,43 +111,3 @@ def test_what_is_not_plainly_causal_is_left_to_torch(calls, asked):
         found = ATTENTION(query, key, value, **asked)
     assert not calls
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-def implementations(model) -> set[str]:
-    return {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")}
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3_multimodal"])
-def test_inside_the_model_has_the_attention_of_that_name(name, monkeypatch):
-    model, calls = tiny_family(name), []
-    before = implementations(model)
-    assert "sdpa" in before
-    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", lambda *_, **__: calls.append(1))
-    with switched(model, "eager"), torch.no_grad():
-        assert implementations(model) == {"eager"}
-        model(tiny_ids(), use_cache=False)
-    assert not calls and implementations(model) == before
-
-
-def test_layers_of_their_own_width_switch_too():
-    config = tiny_llama().config
-    config.per_layer_config = {1: {"intermediate_size": 64}}
-    model = per_layer_class(type(tiny_llama()))(config)
-    with switched(model, "eager"):
-        assert implementations(model) == {"eager"}
-    assert implementations(model) == {"sdpa"}
-
-
-def test_a_name_that_cannot_be_used_here_is_one_sentence_and_changes_nothing():
-    model = tiny_llama()
-    what = "^polish.attention: flash_attention_2 cannot be used for this model here .*; name another or leave it out.$"
-    with pytest.raises(RecipeError, match=what), switched(model, "flash_attention_2", "polish.attention"):
-        pass
-    assert implementations(model) == {"sdpa"}
-
-
-def test_a_model_whose_attention_cannot_be_switched_is_an_error_too(monkeypatch):
-    model = tiny_llama()
-    monkeypatch.setattr(type(model), "set_attn_implementation", lambda *_: None)  # transformers warns and goes on
-    with pytest.raises(RecipeError, match=r"\(it stays at sdpa\)"), switched(model, "eager"):
-        pass

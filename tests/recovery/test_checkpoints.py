@@ -27,12 +27,11 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    """Neither reload nor report, which other tests are about."""
+    """No reload, which other tests are about."""
     proof = Verification(0.0, 0.0, "")
     with (
         patch("secateur.pruning.result.verify_reload", lambda *_: proof),
         patch("secateur.recovery.result.verify_reload", lambda *_: proof),
-        patch("secateur.report.report.missing_plots", lambda: ("no plots",)),
     ):
         yield
 

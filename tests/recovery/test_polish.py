@@ -15,7 +15,6 @@ from texts import learning_text, split_text
 from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import kl_div
 from transformers import AutoConfig
-from transformers.models.llama.modeling_llama import LlamaModel
 
 import secateur
 from secateur.facts import mean_kl, mean_nats
@@ -141,24 +140,6 @@ def test_what_the_dense_model_leaves_teaches_as_the_model_itself(asked):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_attention_that_the_recipe_names_is_used_on_both_sides(asked, monkeypatch):
-    """By the dense model's states and the training's steps; what judges before and after has the model's own."""
-    seen: list[tuple[str, bool]] = []
-    real = LlamaModel.forward
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append((self.config._attn_implementation, self.training))
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(LlamaModel, "forward", forward)
-    polished = {**asked, "polish": {**TRAINING, "num_tokens": 256, "attention": "eager"}}
-    lesson_of(polished, tiny_llama())
-    assert seen[0] == ("sdpa", False) and seen[-1] == ("eager", False)
-    seen.clear()
-    secateur.prune(tiny_llama(), grouped(polished), tokenizer=tiny_tokenizer())
-    assert {name for name, trains in seen if trains} == {"eager"} and seen[-1] == ("sdpa", False)
-
-
 def test_its_text_is_that_of_the_calibration_in_another_order(asked):
     lesson, recipe = lesson_of(asked, tiny_llama())
     text = learning_text(recipe.calibration, 1280, tiny_tokenizer(), recipe.seed)
@@ -264,13 +245,12 @@ def test_only_least_squares_is_followed_by_it_unless_it_is_asked_for(asked):
     assert tokens() == 1280
     assert tokens(compensate="none") == tokens(polish=False) == 0
     assert tokens(compensate="none", polish={"num_tokens": 64}) == 64
-    assert tokens(recover={"num_tokens": 64}) == 0 and tokens(recover={}, polish={"num_tokens": 64}) == 64
 
 
-def test_a_run_that_recovers_trains_once(checkpoints, asked, tmp_path):
-    wanted = {**asked, "polish": "default", "recover": {"num_tokens": 128, "batch_tokens": 64, "held_out_blocks": 1}}
-    found = secateur.prune(checkpoints["llama"], grouped(wanted), out=tmp_path / "out")
-    assert found.summary.polish is None and (tmp_path / "out" / "recovery.json").exists()
+def test_a_prune_recovers_nothing(checkpoints, asked, tmp_path):
+    with pytest.raises(secateur.RecipeError, match="recover: is what secateur recover reads"):
+        secateur.prune(checkpoints["llama"], grouped({**asked, "recover": {"num_tokens": 128}}), out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_memory_is_that_of_its_parts(asked):
@@ -278,7 +258,7 @@ def test_the_memory_is_that_of_its_parts(asked):
     resolved = resolve(opened)
     settings, config = polish_settings(resolved.recipe), opened.model.config
     assert settings is not None
-    left, words = params_after(opened, resolved), 2 * opened.model.lm_head.weight.numel()
+    left, words = params_after(resolved), 2 * opened.model.lm_head.weight.numel()
     training = 4 * left + 12 * (left - words)  # float32 weights; gradients and moments of what trains
     at_once = 2 * 32  # tokens of a forward pass
     stream, ffn = (config.num_hidden_layers * n for n in (10 * config.hidden_size, 4 * config.intermediate_size))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import tiny_ids, tiny_llama
+from models import tiny_ids
 from recipes import grouped
 from run_cli import run_cli
 from safetensors.torch import load_file
@@ -25,7 +25,7 @@ from secateur.recipe import RecoverySettings
 from secateur.recovery import pair as recovery_pair
 from secateur.recovery import train as trainer_module
 from secateur.recovery.judge import objective
-from secateur.recovery.open import dry_run, open_job, prepare
+from secateur.recovery.open import open_job, prepare
 from secateur.recovery.pair import check_training
 from secateur.recovery.train import Work, train_guarded
 from secateur.report.measured import RecoveryRecord
@@ -72,7 +72,7 @@ def test_training_lowers_the_held_out_kl(recovered):
     assert mean_kl(record.before) > mean_kl(record.after) > 0
     assert record.training.held and record.after == record.training.after
     assert 0 < record.training.num_tokens <= 2048
-    assert record.training.flops > 0 and record.training.seconds > 0 and record.peak_bytes > 0
+    assert record.training.seconds > 0 and record.peak_bytes > 0
 
 
 def test_the_directory_is_complete_and_loads_in_stock_transformers(recovered, pruned):
@@ -249,13 +249,7 @@ def test_low_rank_additions_that_do_not_help_leave_the_weights(pruned, checkpoin
 def test_lora_without_peft_says_what_to_install(checkpoints, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(secateur.RecipeError, match=r"^polish.train: lora needs .* pip install 'secateur\[recover\]'"):
-        check_training(RecoverySettings(train="lora"), "polish", tiny_llama())
-
-
-def test_a_tracker_that_is_not_there_is_an_error_before_anything_runs(pruned, checkpoints, tmp_path):
-    with pytest.raises(secateur.RecipeError, match=r"^recover.report_to: 'nonsense' is no installed tracker"):
-        secateur.recover(pruned, checkpoints["llama"], training_with(report_to=["nonsense"]), out=tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+        check_training(RecoverySettings(train="lora"), "polish")
 
 
 def test_gradient_checkpointing_changes_nothing_and_cross_entropy_needs_no_teacher(pruned, checkpoints, tmp_path):
@@ -300,35 +294,16 @@ def test_without_a_rate_the_size_of_the_weights_gives_it(checkpoints, pruned, re
         assert highest == pytest.approx(rate, rel=1e-6)
 
 
-def test_prune_with_recover_in_the_recipe_is_prune_and_then_recover(recovered, pruned, checkpoints, recipe, tmp_path):
-    result = secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.3, **CHANGES}), out=tmp_path / "out")
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()
-    assert list(tmp_path.iterdir()) == [tmp_path / "out"] and result.out == tmp_path / "out"
-    assert torch.equal(result.model.lm_head.weight, load_file(tmp_path / "out" / WEIGHTS)["lm_head.weight"])
-    assert str(tmp_path) not in (tmp_path / "out" / "recovery.json").read_text()
-
-
 def test_the_command_line_end_to_end(pruned, checkpoints, texts, tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(training_with(learning_rate=3e-4)), encoding="utf-8")
     options = ["--tokens", "2048", "--recipe", file, "--domain", f"prose={texts['prose']}"]
     arguments = ["recover", pruned, "--teacher", checkpoints["llama"], *options]
-    dry = run_cli(*arguments, "--dry-run")
-    assert dry.status == 0 and "2,048 tokens" in dry.stdout and "peak memory" in dry.stdout and "FLOPs" in dry.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
     done = run_cli(*arguments, "--out", tmp_path / "out")
     assert done.status == 0, done.stderr
     assert re.search(r"step \d+ of 16: loss [\d.]+, [\d,]+ tokens/s, held-out KL [\d.]+ \(prose [\d.]+\)", done.stderr)
     assert "with 2,048 tokens" in " ".join(done.stdout.split())
     assert list(record_of(tmp_path / "out").before) == ["prose"]
-
-
-def test_dry_run_foretells_tokens_operations_and_memory(recovered, pruned, checkpoints):
-    cost = dry_run(pruned, checkpoints["llama"], CHANGES)
-    record = record_of(recovered)
-    assert cost.num_tokens == record.training.num_tokens
-    assert cost.flops == {"training": record.training.flops, "judge": record.judge_flops}
-    assert cost.num_held_out_tokens == record.num_held_out_tokens and cost.peak_bytes > 0
 
 
 def test_the_dense_model_after_the_same_cross_entropy_stands_beside(pruned, checkpoints, texts, tmp_path):
@@ -344,9 +319,6 @@ def test_the_dense_model_after_the_same_cross_entropy_stands_beside(pruned, chec
     assert 0 < honest < 1 and f"({honest:.1%} against the dense model after the same training)" in record.headline
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "dense, trained alike" in page
-    plain = dry_run(pruned, checkpoints["llama"], training_with(kl_share=0.5))
-    cost = dry_run(pruned, checkpoints["llama"], changes)
-    assert cost.flops.pop("train_dense") > 0 and cost.flops == plain.flops and cost.peak_bytes > plain.peak_bytes
 
 
 def damaged(checkpoints: dict[str, Path], place: Path, name: str = "llama", **config: Any) -> Path:
@@ -390,15 +362,6 @@ def test_what_the_recipe_has_wrong_is_one_sentence(pruned, checkpoints, tmp_path
     with pytest.raises(secateur.SecateurError, match=sentence) as caught:
         recover(pruned, checkpoints["llama"], changes, out=tmp_path / "out")
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
-
-
-def test_a_model_in_memory_or_nowhere_to_write_is_refused(checkpoints, recipe, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
-    with pytest.raises(secateur.RecipeError, match="needs the dense model as a directory"):
-        secateur.prune(model, grouped({**recipe, **CHANGES}), out=tmp_path / "out")
-    with pytest.raises(secateur.RecipeError, match="say where the result goes"):
-        secateur.prune(checkpoints["llama"], grouped({**recipe, **CHANGES}))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_without_a_recipe_needs_domains(checkpoints, tmp_path):

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from models import tiny_llama
 from recipes import grouped
 from texts import split_text
@@ -12,7 +11,6 @@ from tiny_tokenizer import tiny_tokenizer
 from secateur.errors import CalibrationError, RecipeError
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import parse_recipe
-from secateur.recovery.cost import forward_flops, predict_flops
 from secateur.recovery.pair import RecoveryText, blocks_per_step, recovery_text, shared_out
 
 TOKENIZER, LENGTH = tiny_tokenizer(), 32
@@ -65,21 +63,6 @@ def test_what_judged_the_pruning_is_left_alone_and_what_guarded_it_guards(asked,
 def test_too_few_tokens_for_a_step_is_an_error(asked):
     with pytest.raises(RecipeError, match=r"recover\.num_tokens: 256 leave less than one step of 64 blocks"):
         drawn(asked, num_tokens=256, batch_tokens=2048)
-
-
-def test_operations_by_hand():
-    model = tiny_llama(num_layers=2)
-    linears = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear))
-    layers = 2 * linears + 4 * (2 * 4 * 12) * (LENGTH + 1) / 2  # two layers of four heads of 12 channels
-    whole = layers + 2 * model.lm_head.weight.numel()
-    both = forward_flops(model, LENGTH), forward_flops(model, LENGTH)
-    flops = predict_flops(*both, settings(), 200, 10)
-    assert flops["training"] == pytest.approx((200 * whole, 200 * (2 * whole + layers)))
-    assert flops["judge"] == pytest.approx((10 * whole, 10 * 6 * whole))
-    full = predict_flops(*both, settings(train="full"), 200, 10)
-    assert full["training"] == pytest.approx((200 * whole, 200 * 3 * whole))
-    alone = settings(train="lora", kl_share=0.0, gradient_checkpointing=True)
-    assert predict_flops(*both, alone, 200, 10)["training"] == pytest.approx((0, 600 * whole))
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,18 @@
 """Recovery of a model whose vocabulary was trimmed: the teacher's predictions are the dense ones of the kept tokens."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from secateur import api, recover
-from secateur.evaluation import parts
-from secateur.evaluation.tasks import LoadedTasks
+from secateur import recover
 from secateur.facts import mean_kl
 from secateur.model.kept_tokens import kept_tokens_of
 from secateur.recovery.judge import Judge
 from secateur.recovery.loss import states_of
-from secateur.recovery.open import _fingerprint, dry_run, open_job
+from secateur.recovery.open import _fingerprint, open_job
 from secateur.recovery.pair import open_pair, recovery_text
 from secateur.report.measured import RecoveryRecord
 from tests.trims import TrimmedPair, prose_file, trimmed_pair
@@ -97,25 +93,3 @@ def test_a_run_on_other_tokens_does_not_go_on(changes, tmp_path):
     assert fingerprint() == before
     replace(pair.kept, dense_ids=(*pair.kept.dense_ids[:-1], third)).write(pair.pruned)
     assert fingerprint() != before
-
-
-def test_a_dry_run_counts_the_teacher_s_kept_tokens(pair, changes):
-    cost = dry_run(pair.pruned, pair.dense, changes)
-    same = dry_run(pair.pruned, pair.pruned, changes)
-    assert cost.flops == same.flops and cost.peak_bytes == same.peak_bytes
-
-
-def test_each_model_s_tasks_are_asked_in_its_own_tokens(pair, changes, tmp_path, monkeypatch):
-    asked = {}
-
-    def task_parts(store: Any, subject: Any, tokenizer: Any, *_: Any) -> dict[str, Any]:
-        asked[subject.which] = tokenizer.get_vocab()
-        return {"results": {}, "sources": {}, "lm_eval_version": "0", "item_scores": {}}
-
-    monkeypatch.setattr(api, "load_tasks", lambda *_: LoadedTasks({}, {}, {}, ()))
-    monkeypatch.setattr(parts, "task_parts", task_parts)
-    training = TRAINING | {"num_tokens": 256, "evaluation": {"tasks": ["mine"]}}
-    record = api.recover(pair.pruned, pair.dense, changes | {"recover": training}, out=tmp_path / "out")
-    own = pair.tokenizer.get_vocab()
-    assert asked == {"dense": pair.dense_tokenizer.get_vocab(), "pruned": own, "recovered": own}
-    assert json.loads((Path(tmp_path) / "out" / "recovery.json").read_text())["tasks"] is not None and record

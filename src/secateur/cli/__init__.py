@@ -10,11 +10,11 @@ from typing import Any
 
 import typer
 
-from secateur.cli import export, measure, prune, push, recipe, recover, trim
+from secateur.cli import export, measure, prune, recipe
 from secateur.cli.common import STOPPED_BY, app, last_word, launched, stoppable
 from secateur.errors import SecateurError
 
-__all__ = ["app", "export", "main", "measure", "prune", "push", "recipe", "recover", "trim"]
+__all__ = ["app", "export", "main", "measure", "prune", "recipe"]
 
 
 def main() -> None:

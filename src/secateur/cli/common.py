@@ -299,10 +299,6 @@ Fit = Annotated[
 Context = Annotated[
     int | None, typer.Option("--context", metavar="TOKENS", min=1, help="With --fit: the cache of so many tokens too.")
 ]
-SpeedUp = Annotated[
-    float | None,
-    typer.Option("--speedup", metavar="X", help="Times faster a token is decoded here, as 1.5; instead of --remove."),
-]
 Align = Annotated[int | None, typer.Option(help="Widths are multiples of this.")]
 Rounds = Annotated[int | None, typer.Option(help="Steps to the share; each measures again.")]
 KeepText = Annotated[

@@ -1,7 +1,5 @@
 """The commands that measure: `evaluate`, `bench` and `compare`."""
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,7 +80,6 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Runs of each model, in turns.")] = 5,
     device: common.Device = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
-    engine: Annotated[str, typer.Option(help="transformers, or llama.cpp, which gets both as GGUF.")] = "transformers",
     other_dense: common.OtherDense = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
@@ -99,7 +96,7 @@ def bench(
         "repeats": repeats,
     }
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
-        options: dict[str, Any] = {"device": device, "compiled": compiled, "engine": engine, "progress": progress}
+        options: dict[str, Any] = {"device": device, "compiled": compiled, "progress": progress}
         options |= {"other_dense": other_dense}
         result = secateur.bench(model, against, **workload, **options)
     if as_json:
@@ -117,38 +114,24 @@ def compare(
     study: Annotated[
         str, typer.Argument(help="A study's YAML file, or a shipped one: methods, paper, tokens, vocabulary.")
     ],
-    out: Annotated[Path, typer.Argument(help="The directory for cells, table and page; finished cells stay.")],
-    model: Annotated[list[str] | None, typer.Option(help="Replaces the study's model; again for several.")] = None,
+    out: Annotated[Path, typer.Argument(help="The directory for cells and tables; finished cells stay.")],
+    model: Annotated[str | None, typer.Option(help="Replaces the study's model.")] = None,
     small: Annotated[bool, typer.Option("--small", help="The study's short form.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and how long; run nothing.")] = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
     """Run a grid of methods, shares and seeds; after an interruption it continues."""
-    from secateur.evaluation.compare import foresee
-    from secateur.evaluation.study import load_study
-    from secateur.evaluation.study_page import by_question, foreseen_table, overview, verdict
+    from secateur.evaluation.study_tables import comparison_table
     from secateur.ranks import is_first
-    from secateur.report.rows import terminal
 
-    parsed = load_study(study, small=small, model=model)
-    if dry_run:
-        foreseen = foresee(parsed)
-        if as_json:
-            print(json.dumps([dataclasses.asdict(each) for each in foreseen], indent=2))
-        else:
-            parts = by_question(parsed.question, foreseen)
-            common.CONSOLE.print(terminal(foreseen_table(*part) for part in parts))
-        return
     shown = is_first() and not (quiet or as_json)
     tell = common.teller(enabled=shown)
     with common.progress_bar(enabled=shown) as progress:
-        found = list(secateur.compare(parsed, out, progress=progress, tell=tell).cells)
+        comparison = secateur.compare(study, out, model=model, small=small, progress=progress, tell=tell)
     if not is_first():
         return
     if as_json:
-        print(json.dumps([dataclasses.asdict(cell) for cell in found], indent=2))
+        print(comparison.to_json(), end="")
         return
-    common.CONSOLE.print(terminal(overview(parsed.question, found)))
-    common.CONSOLE.print(verdict(found))
-    common.CONSOLE.print(f"Written to {out}: report.html, table.md, results.json.", soft_wrap=True)
+    common.CONSOLE.print(comparison_table(comparison))
+    common.CONSOLE.print(f"Written to {out}: table.md, results.json.", soft_wrap=True)

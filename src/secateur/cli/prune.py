@@ -1,4 +1,4 @@
-"""The commands `prune`, `inspect`, `demo`, `report` and `verify`."""
+"""The commands that make a model, `prune`, `trim`, `demo`, `recover`, and those that look at one without measuring."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,9 +29,6 @@ def report(
     print(write_report(directories[0], other_dense=other_dense))
 
 
-Server = Annotated[
-    str | None, typer.Option("--check-for", help="Also say what keeps vllm or llama.cpp from running the result.")
-]
 Polish = Annotated[
     int | None, typer.Option(min=0, metavar="TOKENS", help="Tokens to train on at the end; 0 for no training.")
 ]
@@ -52,7 +49,6 @@ def prune(
     fit: common.Fit = None,
     context: common.Context = None,
     type_name: common.Type = None,
-    speedup: common.SpeedUp = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     domain: common.Domains = None,
@@ -82,11 +78,11 @@ def prune(
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
     size = {"share": remove, "to": to, "fit": fit, "context": context, "type": type_name}
-    goes = _removal(groups, **size, speedup=speedup, align=align)
+    goes = _removal(groups, **size, align=align)
     goes |= {"vocabulary": vocabulary, **common.kept(keep_text, keep_script)}
     said = {"remove": goes, "choose": {"budget": budget, "rounds": rounds}, "polish": {"num_tokens": polish}}
     said |= {"seed": seed, "machine": {"memory_budget": memory_budget, "device": device}}
-    parsed = _recipe(recipe, preset, said, domain, sets, answers)
+    parsed = parse_recipe(_keys(recipe, preset, said, domain, sets, answers), "command line")
     prune_and_tell(
         model, out, parsed, like=like, resume=resume, overwrite=overwrite, force=force, quiet=quiet, as_json=as_json
     )
@@ -100,7 +96,6 @@ def inspect(
     fit: common.Fit = None,
     context: common.Context = None,
     type_name: common.Type = None,
-    speedup: common.SpeedUp = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     polish: Polish = None,
@@ -110,7 +105,6 @@ def inspect(
     rounds: common.Rounds = None,
     memory_budget: common.MemoryBudget = None,
     sets: common.Sets = None,
-    server: Server = None,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
@@ -118,12 +112,12 @@ def inspect(
     from secateur.report.rows import inspection_table, terminal
 
     size = {"share": remove, "to": to, "fit": fit, "context": context, "type": type_name}
-    goes = _removal(groups, **size, speedup=speedup, align=align)
+    goes = _removal(groups, **size, align=align)
     said = {"remove": goes, "choose": {"budget": budget, "rounds": rounds}}
     said |= {"polish": {"num_tokens": polish}, "machine": {"memory_budget": memory_budget}}
-    asked = _recipe(recipe, preset, said, None, sets)
+    asked = parse_recipe(_keys(recipe, preset, said, None, sets), "command line")
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
-        found = secateur.inspect(model, asked, check_for=server, progress=progress)
+        found = secateur.inspect(model, asked, progress=progress)
     if as_json:
         print(found.to_json(), end="")
     else:
@@ -197,15 +191,15 @@ def _removal(groups: str | None, **size: Any) -> dict[str, Any]:
     return {**size, "groups": groups and [name.strip() for name in groups.split(",")]}
 
 
-def _recipe(
+def _keys(
     file: Path | None,
     preset: str | None,
     said: dict[str, Any],
     domains: list[str] | None,
     sets: list[str] | None,
     answers: str | None = None,
-) -> Recipe:
-    """Return the recipe of the file over the preset, under the options `said`, `domains`, `answers` and `sets`."""
+) -> dict[str, Any]:
+    """Return the keys of the file over the preset, under the options `said`, `domains`, `answers` and `sets`."""
     data = {} if file is None else load_recipe(file)
     parse_recipe(data, f"recipe {file}")  # or errors in options would name the file
     if preset is not None:
@@ -214,8 +208,7 @@ def _recipe(
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data
         data["calibration"] = {**data.get("calibration", {}), "domains": common.parse_domains(domains)}
-    data = common.with_answers(data, answers, domains)
-    return parse_recipe(common.with_sets(data, sets), "command line")
+    return common.with_sets(common.with_answers(data, answers, domains), sets)
 
 
 def _without_none(said: dict[str, Any]) -> dict[str, Any]:
@@ -252,3 +245,70 @@ def verify(
             common.CONSOLE.print(text, soft_wrap=True)
     if found.mismatches:
         raise typer.Exit(1)
+
+
+@common.app.command(
+    epilog="Example: secateur trim Qwen/Qwen2.5-0.5B smaller --vocabulary 65536 --domain chat=chat.jsonl "
+    "--keep-script latin,cyrillic"
+)
+def trim(
+    model: common.Model,
+    out: common.Out,
+    vocabulary: Annotated[
+        int, typer.Option(min=1, metavar="N", help="How many tokens stay, a multiple of 64; see secateur inspect.")
+    ],
+    domain: common.Domains = None,
+    keep_text: common.KeepText = None,
+    keep_script: common.KeepScript = None,
+    seed: common.Seed = None,
+    overwrite: common.Overwrite = False,
+    force: common.Force = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+) -> None:
+    """Keep the N tokens of MODEL that its domains need most, and write the smaller checkpoint to OUT.
+
+    Every text still reads back as it was, in more tokens. Held-out text judges what that costs, domain by domain.
+    """
+    remove = {"groups": [], "vocabulary": vocabulary, **common.kept(keep_text, keep_script)}
+    data: dict[str, Any] = {"remove": remove}
+    data |= {} if seed is None else {"seed": seed}
+    data |= {"calibration": {"domains": common.parse_domains(domain)}} if domain else {}
+    recipe = parse_recipe(data, "command line")
+    prune_and_tell(model, out, recipe, resume=False, overwrite=overwrite, force=force, quiet=quiet, as_json=as_json)
+
+
+@common.app.command(
+    epilog="Example: secateur recover smaller --teacher Qwen/Qwen2.5-0.5B --tokens 1000000 --out recovered"
+)
+def recover(
+    pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="A result of prune.")],
+    teacher: Annotated[str, typer.Option(metavar="DENSE", help="The dense model that PRUNED came from.")],
+    out: Annotated[Path, typer.Option(help="The directory to write; it appears complete or not at all.")],
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, all domains together.")] = None,
+    recipe: common.RecipeFile = None,
+    domain: common.Domains = None,
+    answers: common.Answers = None,
+    sets: common.Sets = None,
+    other_dense: common.OtherDense = False,
+    overwrite: common.Overwrite = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+) -> None:
+    """Train PRUNED on its recipe's domains, to win back quality; resumes by itself."""
+    changes = _keys(recipe, None, {"recover": {"num_tokens": tokens}}, domain, sets, answers)
+    # Imported here so that --help and option errors do not wait for torch.
+    from secateur.report.rows_measured import recovery_table
+
+    shown = not (quiet or as_json)
+    with common.progress_bar(enabled=shown) as progress:
+        options: dict[str, Any] = {"command": common.command_line(out), "progress": progress}
+        options |= {"tell": common.teller(enabled=shown), "overwrite": overwrite, "other_dense": other_dense}
+        record = secateur.recover(pruned, teacher, changes, out=out, **options)
+    if record is None:  # another rank writes and prints
+        return
+    if as_json:
+        print(record.to_json(), end="")
+        return
+    common.CONSOLE.print(recovery_table(record))
+    common.CONSOLE.print(f"Written to {out}.", soft_wrap=True)

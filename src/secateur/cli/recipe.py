@@ -23,7 +23,6 @@ WIDTH = 100
 OPTIONS = {
     "remove.share": "--remove", "remove.to": "--to",
     "remove.fit": "--fit", "remove.context": "--context", "remove.type": "--type",
-    "remove.speedup": "--speedup",
     "remove.groups": "--groups", "remove.align": "--align",
     "remove.vocabulary": "--vocabulary", "remove.keep_text": "--keep-text", "remove.keep_scripts": "--keep-script",
     "choose.budget": "--budget", "choose.rounds": "--rounds", "calibration.domains": "--domain",

@@ -9,7 +9,7 @@ Letters: N blocks of a domain, T tokens of a block.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -95,7 +95,7 @@ def blocks_of(text: Text) -> list[Block]:
 class LearningDomain:
     """One domain's text to learn by. `share`: of the calibration tokens; shares sum to 1.
 
-    `blocks`: the first `num_calibration` are for calibration, those of all rounds; a training begins at
+    `blocks`: the first `num_calibration` are for calibration; a training begins at
     the first, too, and may go on behind them. Of answers it has others: the same twice are worse.
     `held_out`: what guards the run, from other documents.
     """
@@ -126,13 +126,11 @@ def num_blocks_of(share: float, num_tokens: int, length: int) -> int:
 class LearningText:
     """All that a run may learn by: calibration, training and guard. What judges it is not in here.
 
-    `num_rounds`: over how many rounds the calibration blocks rotate; 1 without rotation. `notes`:
-    sentences for people on what was left out or shared.
+    `notes`: sentences for people on what was left out or shared.
     """
 
     domains: tuple[LearningDomain, ...]
     sequence_length: int
-    num_rounds: int = 1
     notes: tuple[str, ...] = ()
 
     @property
@@ -160,20 +158,6 @@ class LearningText:
         """Return each domain's first blocks of a training, by its share of `num_tokens`."""
         length = self.sequence_length
         return {each.name: each.training(num_blocks_of(each.share, num_tokens, length)) for each in self.domains}
-
-    def of_round(self, index: int) -> "LearningText":
-        """Return what round `index` (from 0) measures on: its own blocks, if the text rotates.
-
-        With N blocks per round it has blocks [index * N, (index + 1) * N) of each domain.
-        """
-        if self.num_rounds == 1:
-            return self
-        domains: list[LearningDomain] = []
-        for domain in self.domains:
-            size = domain.num_calibration // self.num_rounds
-            blocks = domain.blocks[index * size : (index + 1) * size]
-            domains.append(replace(domain, blocks=blocks, num_calibration=size))
-        return replace(self, domains=tuple(domains), num_rounds=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,10 +46,9 @@ def judging_tokens(evaluate: bool) -> int:
 
 @runtime_checkable
 class CalibrationText(Protocol):
-    """The text asked for. `rotate`: each round gets its own blocks."""
+    """The text asked for."""
 
     sequence_length: int | None
-    rotate: bool
 
     @property
     def domains(self) -> Mapping[str, DomainText]:
@@ -371,16 +370,14 @@ class Split(NamedTuple):
 class Amounts:
     """How much text each part has.
 
-    A domain gets max(1, round(share x num_tokens / length)) calibration blocks for each of
-    `num_rounds`, as many training blocks by `num_training_tokens`, a ninth of the calibration blocks of
-    a round, rounded up, but not fewer than `least_held_out`, as held-out ones, and `num_judged_tokens`
-    in whole blocks to judge by.
+    A domain gets max(1, round(share x num_tokens / length)) calibration blocks, as many training blocks
+    by `num_training_tokens`, a ninth of the calibration blocks, rounded up, but not fewer than
+    `least_held_out`, as held-out ones, and `num_judged_tokens` in whole blocks to judge by.
     """
 
     num_tokens: int
     num_training_tokens: int = 0
     num_judged_tokens: int = 0
-    num_rounds: int = 1
     least_held_out: int = 0
 
     def of(self, share: float, length: int, *, fresh: bool = False) -> _Sizes:
@@ -388,10 +385,9 @@ class Amounts:
         num_blocks = num_blocks_of(share, self.num_tokens, length)
         held_out = max(self.least_held_out, math.ceil(num_blocks / CALIBRATION_BLOCKS_PER_HELD_OUT))
         judged = math.ceil(self.num_judged_tokens / length)
-        calibration, training = self.num_rounds * num_blocks, num_blocks_of(share, self.num_training_tokens, length)
-        training = training if self.num_training_tokens else 0
-        learning = calibration + training if fresh else max(calibration, training)
-        return _Sizes(share, judged, held_out, calibration, learning)
+        training = num_blocks_of(share, self.num_training_tokens, length) if self.num_training_tokens else 0
+        learning = num_blocks + training if fresh else max(num_blocks, training)
+        return _Sizes(share, judged, held_out, num_blocks, learning)
 
 
 class TextPool:
@@ -438,9 +434,7 @@ class TextPool:
         domains = self._drawn({name: sizes[name] for name in read}, tokenizer, allotted)
         while short := next((domain for domain in domains.values() if not domain.is_whole), None):
             if must_judge or not short.sizes.judged:
-                fresh = f" ({amounts.num_rounds} rounds of fresh ones, as calibration.rotate asks)"
-                what = f"calibration blocks{fresh if amounts.num_rounds > 1 else ''}"
-                raise short.too_short(short.sizes.calibration, what, "calibration.num_tokens")
+                raise short.too_short(short.sizes.calibration, "calibration blocks", "calibration.num_tokens")
             sizes[short.name] = replace(short.sizes, judged=0)
             domains = self._drawn({name: sizes[name] for name in read}, tokenizer, allotted)
         for domain in domains.values():
@@ -448,7 +442,7 @@ class TextPool:
                 raise domain.too_short(domain.sizes.learning, "training blocks", key)
         text = tuple(_learning(name, size, domains.get(name), self.length) for name, size in sizes.items())
         notes = (*self.notes, *_shared(domains, HELD_OUT, (LEARNING,), GUARD_SHARES))
-        learning = LearningText(text, self.length, amounts.num_rounds, notes)
+        learning = LearningText(text, self.length, notes)
         allotted = {name: Allotted(*domain.allotted) for name, domain in domains.items()}
         judged = _judged(text, domains, amounts, self.length)
         return Split(Learning(learning, domains), judged, allotted, self.notes)

@@ -8,10 +8,8 @@ import json
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from secateur.errors import RecipeError, advice
+from secateur.errors import RecipeError
 from secateur.evaluation.text import greedy
 from secateur.facts import Size, Workload
 from secateur.files import staged_file
-from secateur.formats.gguf import check_exportable, export_gguf
-from secateur.formats.save import open_llama_cpp, require_llama_cpp
 from secateur.log import Progress, silent, versions
 from secateur.methods.prices import kv_cache_bytes_per_token, least_costs
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
@@ -37,21 +33,9 @@ from secateur.report.measured import BenchResult, BenchSettings, ModelFigures, R
 from secateur.result_directory import BENCH_FILE
 from secateur.stream.device import now
 
-ENGINES = ("transformers", "llama.cpp")
-GGUF_TYPE, GGUF_DTYPE = "f16", torch.float16  # what llama.cpp runs, its cache too
 # Returns the seconds from the start to each new token; the first follows the whole prompt.
 Runner = Callable[[], list[float]]
 PROFILED_TOKENS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Contender:
-    """A model ready to run. `shape`: the model, or one on the meta device, for its sizes."""
-
-    name: str
-    shape: PreTrainedModel
-    runner: Runner
-    peak_bytes: int | None = None
 
 
 def bench(
@@ -64,7 +48,6 @@ def bench(
     repeats: int = 5,
     device: str | None = None,
     compiled: bool = False,
-    engine: str = "transformers",
     other_dense: bool = False,
     progress: Progress = silent,
 ) -> BenchResult:
@@ -74,16 +57,15 @@ def bench(
     nothing is. `against`: the dense model; `other_dense`: it is meant to be another one than the
     result was pruned from. `batch`: prompts at a time, of `prompt_tokens` each,
     followed by `new_tokens` each. `repeats`: runs of each model. `device`: as in a recipe.
-    `compiled`: use torch.compile. `engine`: transformers, or llama.cpp, which gets both models as
-    GGUF. `progress`: called with (stage, done, total).
+    `compiled`: use torch.compile. `progress`: called with (stage, done, total).
 
     Returns the figures of each model, and the speed-up beside the ideal.
 
     Raises a SecateurError for what a user can correct: RecipeError for options, CheckpointError for
-    models and for a missing llama.cpp.
+    models.
     """
-    used = device_called("cpu" if device is None and engine == "llama.cpp" else device)
-    workload, settings = Workload(batch, prompt_tokens, new_tokens, repeats), BenchSettings(engine, str(used), compiled)
+    workload = Workload(batch, prompt_tokens, new_tokens, repeats)
+    settings = BenchSettings(str(device_called(device)), compiled)
     _check_settings(settings, workload)
     checkpoints = [open_checkpoint(reference) for reference in (model, against) if reference is not None]
     notes, dense_fingerprint = (), None
@@ -91,7 +73,7 @@ def bench(
         notes = check_dense(checkpoints[0], checkpoints[1], "--against", other=other_dense)
         dense_fingerprint = identity(checkpoints[1])
     for checkpoint in checkpoints:
-        _check_model(checkpoint, workload, settings)
+        _check_model(checkpoint, workload)
     result = _bench(checkpoints, workload, settings, progress)
     result = replace(result, notes=(*notes, *result.notes), dense_fingerprint=dense_fingerprint)
     if is_result(Path(model)):
@@ -103,63 +85,58 @@ def bench(
 def _bench(
     checkpoints: list[Checkpoint], workload: Workload, settings: BenchSettings, progress: Progress
 ) -> BenchResult:
-    with ExitStack() as stack:
-        contenders = list[_Contender]()
-        for done, checkpoint in enumerate(checkpoints):
-            progress("load", done, len(checkpoints))
-            if settings.engine == "transformers":
-                contenders.append(_prepare_transformers(checkpoint, workload, settings))
-                continue
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="secateur-bench-")))
-            contenders.append(_prepare_gguf(checkpoint, workload, place / "model.gguf"))
-        progress("load", len(checkpoints), len(checkpoints))
-        runs = take_turns([contender.runner for contender in contenders], workload.repeats, progress, "bench")
-    figures = [_figures(contender, run, workload) for contender, run in zip(contenders, runs, strict=True)]
+    models, peaks = list[PreTrainedModel](), list[int]()
+    for done, checkpoint in enumerate(checkpoints):
+        progress("load", done, len(checkpoints))
+        models.append(_prepared(checkpoint, workload, settings))
+        peaks.append(peak_model_bytes(models[-1], workload, compiled=settings.compiled))
+    progress("load", len(checkpoints), len(checkpoints))
+    runners = [transformers_runner(model, workload, compiled=settings.compiled) for model in models]
+    runs = take_turns(runners, workload.repeats, progress, "bench")
+
+    figures = [
+        ModelFigures(
+            model=name_of(checkpoint),
+            dtype=str(model.dtype).removeprefix("torch."),
+            size=Size.of(model),
+            costs=least_costs(model, workload),
+            speed=speed(of_model, workload),
+            peak_bytes=peak,
+        )
+        for checkpoint, model, of_model, peak in zip(checkpoints, models, runs, peaks, strict=True)
+    ]
     pruned, dense = figures[0], figures[1] if len(figures) == 2 else None
     prefill = decode = None
+    notes = _notes(checkpoints)
     if dense is not None:
         flops = dense.costs.prefill_flops_per_token / pruned.costs.prefill_flops_per_token
         num_bytes = dense.costs.decode_bytes_per_token / pruned.costs.decode_bytes_per_token
         prefill = _speed_up(*(prefill_rates(run, workload) for run in runs), ideal=flops)
         decode = _speed_up(*(decode_rates(run, workload) for run in runs), ideal=num_bytes)
-    notes = tuple(_notes(checkpoints))
-    if dense is not None and workload.repeats == 1:
-        notes = (*notes, "one repeat has no range, so the speed-ups may be chance; repeat the runs to know.")
+        if workload.repeats == 1:
+            notes += ("one repeat has no range, so the speed-ups may be chance; repeat the runs to know.",)
     return BenchResult(settings, torch.get_num_threads(), workload, pruned, dense, prefill, decode, versions(), notes)
 
 
-def _notes(checkpoints: list[Checkpoint]) -> Iterator[str]:
+def _notes(checkpoints: list[Checkpoint]) -> tuple[str, ...]:
     kept = [kept_tokens_of(checkpoint.directory) for checkpoint in checkpoints]
-    if len(kept) == 2 and kept[0] != kept[1]:
-        sizes = " and ".join(f"{each.config.get_text_config().vocab_size:,}" for each in reversed(checkpoints))
-        yield (
-            f"the vocabularies differ ({sizes} tokens): tokens/s count each model's own tokens, of which the same text "
-            "is more where the vocabulary was trimmed."
-        )
+    if len(kept) < 2 or kept[0] == kept[1]:
+        return ()
+    sizes = " and ".join(f"{each.config.get_text_config().vocab_size:,}" for each in reversed(checkpoints))
+    return (
+        f"the vocabularies differ ({sizes} tokens): tokens/s count each model's own tokens, of which the same text "
+        "is more where the vocabulary was trimmed.",
+    )
 
 
-def _prepare_transformers(checkpoint: Checkpoint, workload: Workload, settings: BenchSettings) -> _Contender:
+def _prepared(checkpoint: Checkpoint, workload: Workload, settings: BenchSettings) -> PreTrainedModel:
+    """Return the model on the device, compiled if asked for, and run once then."""
     model = load_model(checkpoint)
     torch.nn.Module.to(model, torch.device(settings.device))
     if settings.compiled:
         model.compile()
         transformers_runner(model, workload, compiled=True)()  # or the compiler's memory counts
-    peak = peak_model_bytes(model, workload, compiled=settings.compiled)
-    runner = transformers_runner(model, workload, compiled=settings.compiled)
-    return _Contender(name_of(checkpoint), model, runner, peak)
-
-
-def _prepare_gguf(checkpoint: Checkpoint, workload: Workload, file: Path) -> _Contender:
-    export_gguf(checkpoint, file, GGUF_TYPE)
-    shape = meta_model(checkpoint.config)
-    torch.nn.Module.to(shape, GGUF_DTYPE)
-    return _Contender(name_of(checkpoint), shape, llama_cpp_runner(file, workload))
-
-
-def _figures(contender: _Contender, runs: list[list[float]], workload: Workload) -> ModelFigures:
-    shape, dtype = contender.shape, str(contender.shape.dtype).removeprefix("torch.")
-    costs, measured = least_costs(shape, workload), speed(runs, workload)
-    return ModelFigures(contender.name, dtype, Size.of(shape), costs, measured, contender.peak_bytes)
+    return model
 
 
 def _speed_up(pruned: list[float], dense: list[float], *, ideal: float) -> SpeedUp:
@@ -172,21 +149,12 @@ def _check_settings(settings: BenchSettings, workload: Workload) -> None:
         value = getattr(workload, field)
         if value < least:
             raise RecipeError(f"bench {field}: must be at least {least}, got {value}.")
-    if settings.engine not in ENGINES:
-        raise RecipeError(
-            f"bench engine: unknown engine '{settings.engine}'; allowed: {', '.join(ENGINES)}; "
-            f"{advice(settings.engine, ENGINES)}"
-        )
     device = torch.device(settings.device)
     if device.type not in ("cpu", "cuda"):
         raise RecipeError(f"bench device: must be cpu or cuda, got '{settings.device}'.")
-    if settings.engine == "llama.cpp":
-        require_llama_cpp("bench --engine llama.cpp")
-        if (workload.batch, device.type, settings.compiled) != (1, "cpu", False):
-            raise RecipeError("bench engine: llama.cpp runs here with batch 1, on the cpu, and not compiled by torch.")
 
 
-def _check_model(checkpoint: Checkpoint, workload: Workload, settings: BenchSettings) -> None:
+def _check_model(checkpoint: Checkpoint, workload: Workload) -> None:
     shape = meta_model(checkpoint.config)
     check_weights(checkpoint, shape)
     longest = checkpoint.config.get_text_config().max_position_embeddings
@@ -196,8 +164,6 @@ def _check_model(checkpoint: Checkpoint, workload: Workload, settings: BenchSett
             f"bench: {workload.prompt_tokens} prompt and {workload.new_tokens} new tokens make {asked}, more than the "
             f"{longest} that {checkpoint.reference} can attend to; ask for fewer."
         )
-    if settings.engine == "llama.cpp":
-        check_exportable(checkpoint, GGUF_TYPE)
 
 
 def take_turns(runners: list[Runner], repeats: int, progress: Progress, stage: str) -> list[list[list[float]]]:
@@ -311,21 +277,3 @@ def _cpu_bytes(runner: Runner) -> int:
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_bytes())["traceEvents"]
     return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
-
-
-def llama_cpp_runner(file: Path, workload: Workload) -> Runner:
-    """Load the file and return a runner of greedy generation with the same prompt."""
-    assert workload.batch == 1
-    model = open_llama_cpp(file, workload.prompt_tokens + workload.new_tokens, all_logits=False)
-    ids = prompt_ids(workload, model.n_vocab())
-
-    def run() -> list[float]:
-        model.reset()
-        start, times, pending = time.perf_counter(), list[float](), ids
-        for _ in range(workload.new_tokens):
-            model.eval(pending)
-            pending = [model.sample(temp=0.0)]
-            times.append(time.perf_counter() - start)
-        return times
-
-    return run

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,25 +25,17 @@ from secateur.model.bind import Arch, bind, head_of
 from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_model, open_checkpoint
 from secateur.model.kept_tokens import KeptTokens, keep_tokens
 from secateur.ranks import device_called, from_first, in_turns, own_part, size, spread
-from secateur.recovery.pair import Candidates
-from secateur.recovery.train import Work
 from secateur.report.measured import (
     Differences,
     Measured,
     TaskChange,
-    TaskScore,
-    TaskScores,
     change,
     task_metrics,
-    task_scores,
 )
 from secateur.store import Store
 from secateur.stream import losses
 from secateur.stream.device import on_device
 from secateur.stream.own_answers import ANSWER_TOKENS, AnswerSheet, OwnAnswers, ask, judge, judging_prompts
-
-# What a conversation may have, by which the batch's size follows.
-SPEAKER_TOKENS = 512
 
 Part = dict[str, Any]
 # What a conversation may have; how many are asked at a time follows from it.
@@ -321,34 +312,6 @@ def task_parts(
     results = dict(zip(names, in_turns(result_of, names), strict=True))
     item_scores = {name: result["item_scores"] for name, result in results.items()}
     return {**merge(list(results.values()), loaded), "sources": loaded.sources, "item_scores": item_scores}
-
-
-def recovered_scores(
-    tasks: LoadedTasks, options: TaskOptions, work: Work, candidates: Candidates, recovered: Path
-) -> TaskScores:
-    """Return the scores of the dense, the pruned and the recovered model, loaded in turn."""
-    folder = work.directory / "tasks"
-    folder.mkdir(exist_ok=True)
-    store, found = Store(folder, tell=work.tell), dict[str, dict[str, Any]]()
-    references = {"dense": candidates.teacher.reference, "pruned": candidates.pruned.reference, "recovered": recovered}
-    for which, reference in references.items():
-        subject, tokenizer = open_subject(which, reference), candidates.tokenizer
-        if which == "dense" and candidates.trim is not None:
-            tokenizer = candidates.trim.dense_tokenizer
-        found[which] = task_parts(store, subject, tokenizer, tasks, options, work.progress)
-        subject.forget()
-    gains = task_changes(found["pruned"], found["recovered"])
-    return TaskScores(
-        **{which: task_scores(each["results"]) for which, each in found.items()},
-        gains={
-            task: {metric: TaskScore(gain.difference, gain.standard_error) for metric, gain in by_metric.items()}
-            for task, by_metric in gains.items()
-        },
-        sources=tasks.sources,
-        limit=options.limit,
-        lm_eval_version=found["recovered"]["lm_eval_version"],
-        notes=tasks.notes,
-    )
 
 
 def _num_blocks(text: Mapping[str, Text]) -> int:

@@ -1,18 +1,19 @@
-"""A study: a grid of methods, shares and seeds from a YAML file, and its cells. Its page: `study_page`."""
+"""A study: a grid of methods, shares and seeds from a YAML file, and its cells. Its tables: `study_tables`."""
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError
 
-from secateur.errors import RecipeError, advice, one_of, shown
+from secateur.errors import RecipeError, advice, one_of
 from secateur.facts import Loss, Record
 from secateur.recipe import Domain, Recipe, Strict
+from secateur.recipe_errors import sentence
 from secateur.recipe_file import load_recipe, merged, parse_recipe
 from secateur.report.measured import Change, change
 
@@ -49,12 +50,11 @@ class Evaluation(Strict):
 class Study(Strict):
     """A grid. `question`: what it answers, in one sentence. `small`: keys for a short run.
 
-    `model`: one, or a list of several, each of which runs the whole grid in tokens of its own.
     `train_dense`: a row of the dense model after the recipe's polish, by cross-entropy alone.
     """
 
     question: str
-    model: str | tuple[str, ...]
+    model: str
     ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)]
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     methods: Annotated[dict[str, Method], Field(min_length=1)]
@@ -63,52 +63,24 @@ class Study(Strict):
     train_dense: bool = False
     small: dict[str, Any] = Field(default={})
 
-    @field_validator("model", mode="before")
-    @classmethod
-    def _different_models(cls, value: Any) -> Any:
-        names = value if isinstance(value, list | tuple) else [value]
-        if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-            raise ValueError("must be a model, or a list of different ones")
-        return names[0] if len(names) == 1 else names
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """All models, as the user wrote them."""
-        return (self.model,) if isinstance(self.model, str) else self.model
-
-    @property
-    def by_name(self) -> dict[str, str]:
-        """The models by their names in tables: a path's last part, if no other has the same."""
-        short = [(Path(model).name or model) if Path(model).exists() else model for model in self.models]
-        return dict(zip(short if len(set(short)) == len(short) else self.models, self.models, strict=True))
-
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run of the grid."""
+    """One run of the grid; with ratio 0 the dense model's, whose recipe has the domains that judge."""
 
     method: str
     ratio: float
     seed: int
     recipe: Recipe
 
-
-@dataclass(frozen=True, slots=True)
-class Foreseen:
-    """A method at a share before it runs.
-
-    `disk_bytes`: the most that a draw puts into temporary files; no model is kept.
-    """
-
-    method: str
-    ratio: float
-    num_draws: int
-    disk_bytes: int
-    model: str
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the dense model as it is."""
+        return (self.method, self.ratio) == (DENSE, 0.0)
 
 
-def load_study(reference: str, *, small: bool, model: str | Sequence[str] | None = None) -> Study:
-    """Return a shipped study or the one in a file; `model`, one or several, replaces the study's own.
+def load_study(reference: str, *, small: bool, model: str | None = None) -> Study:
+    """Return a shipped study or the one in a file; `model` replaces the study's own.
 
     Raises RecipeError for an unknown study (naming the shipped ones) and for a wrong key.
     """
@@ -124,28 +96,25 @@ def load_study(reference: str, *, small: bool, model: str | Sequence[str] | None
     try:
         study = Study.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            hint = advice(str(first["loc"][-1]), Study.model_fields, one_of(Study.model_fields))
-            raise RecipeError(f"study {reference}: unknown key '{key}'; {hint}") from None
-        message = first["msg"].removeprefix("Value error, ").lower()
-        raise RecipeError(f"study {reference}: {key}: {message}, got {shown(first.get('input'))}.") from None
+        raise RecipeError(f"study {reference}: {sentence(error, Study)}") from None
     list(cells(study))  # every recipe is valid before the first run
     return study
 
 
 def cells(study: Study) -> Iterator[Cell]:
-    """Yield the cells of one model seed by seed, so that an interrupted study has whole repetitions."""
+    """Yield the cells seed by seed, so that an interrupted study has whole repetitions.
+
+    The dense model's come first and last: as it is, and trained by cross-entropy, since it has nothing
+    to be distilled from: what the text alone teaches.
+    """
     for seed in study.seeds:
+        dense = parse_recipe({**study.recipe, "seed": seed}, "study recipe")
+        yield Cell(DENSE, 0.0, seed, dense)
         for ratio in study.ratios:
             for name, method in study.methods.items():
                 yield Cell(name, ratio, seed, _recipe(study, name, method, ratio, seed))
-
-
-def study_recipe(study: Study, seed: int) -> Recipe:
-    """Return what all cells of a seed share; its domains are those they are judged on."""
-    return parse_recipe({**study.recipe, "seed": seed}, "study recipe")
+        if study.train_dense:
+            yield Cell(TRAINED_DENSE, 0.0, seed, dense.filled(polish={"kl_share": 0.0}, remove={"vocabulary": None}))
 
 
 def shipped_studies() -> list[str]:
@@ -187,7 +156,7 @@ class FoundCell:
     """A finished cell of a study. `tasks`: the harness's numbers. `seconds`: of pruning alone.
 
     All nats are per token of the dense tokenizer. `others`: on text of kinds that no run saw.
-    `document_nats`, `document_tokens`: sums over each document, by domain. `model`: its name in tables.
+    `document_nats`, `document_tokens`: sums over each document, by domain.
     """
 
     method: str
@@ -201,7 +170,6 @@ class FoundCell:
     others: dict[str, float] = field(default_factory=dict)
     document_nats: dict[str, list[float]] = field(default_factory=dict)
     document_tokens: dict[str, list[int]] = field(default_factory=dict)
-    model: str = ""
 
     def over(self, dense: "FoundCell") -> dict[str, Change]:
         """Return nats per token over those of the dense model on the same draw, by domain."""
@@ -226,7 +194,7 @@ class FoundCell:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Comparison(Record):
-    """`results.json`: all cells of a study's grid, in each seed model by model, the dense one first."""
+    """`results.json`: all cells of a study's grid, in each seed the dense model first."""
 
     cells: tuple[FoundCell, ...]
     versions: dict[str, str]

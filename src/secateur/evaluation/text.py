@@ -16,19 +16,21 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from secateur.data.blocks import Block, Blocks, JudgedText, LearningText, Text, blocks_of
 from secateur.data.overlap import ngram_overlap
 from secateur.data.pool import MOST_COUNTED, TextPool
+from secateur.data.retokenised import retokenised
 from secateur.data.rows import read_rows
 from secateur.errors import CalibrationError, RecipeError
-from secateur.facts import NGRAM_TOKENS
+from secateur.facts import NGRAM_TOKENS, Loss
 from secateur.formats.run_text import run_text_again, text_facts
 from secateur.log import Progress
 from secateur.model.bind import Arch
+from secateur.model.kept_tokens import Trim
 from secateur.model.token_bytes import num_bytes
 from secateur.ranks import spread
 from secateur.recipe import Calibration, Domain
 from secateur.recipe_file import RECIPE_FILE, load_recipe, parse_recipe
 from secateur.report.measured import Quality
 from secateur.result_directory import RESULT_FILE
-from secateur.stream.losses import Sums, block_losses, loss_of, sums_of
+from secateur.stream.losses import Sums, block_losses, domain_losses, loss_of, predicted_tokens, sums_of
 
 HUB = "hub"
 DEFAULT_BLOCK_LENGTH = 2048
@@ -195,6 +197,20 @@ def measure_quality(
         document_nats=tuple(loss.document_nats),
         document_tokens=tuple(loss.document_tokens),
     )
+
+
+def losses_of_dense_tokens(
+    model: nn.Module, arch: Arch, text: Mapping[str, Blocks], trim: Trim | None, progress: Progress
+) -> dict[str, Loss]:
+    """Return the losses on text of the dense tokenizer, by domain, in nats per its tokens.
+
+    `trim`: what the model lacks of the dense vocabulary; None if it has all.
+    """
+    if not text or trim is None:
+        return domain_losses(model, arch, text, progress) if text else {}
+    counts = {name: predicted_tokens(blocks) for name, blocks in text.items()}
+    own = retokenised(text, trim.dense_tokenizer, trim.tokenizer)
+    return domain_losses(model, arch, own, progress, num_tokens=counts)
 
 
 def _changes(directory: Path, judged: JudgedText) -> tuple[str, ...]:

@@ -57,7 +57,6 @@ def run_text_again(
         num_tokens=calibration.num_tokens,
         num_training_tokens=num_training_tokens,
         num_judged_tokens=judging_tokens(recipe.output.evaluate),
-        num_rounds=recipe.choose.rounds if calibration.rotate else 1,
         least_held_out=least_held_out,
     )
     allotted = {} if facts is None else {name: Allotted(*numbers) for name, numbers in facts.allotted.items()}

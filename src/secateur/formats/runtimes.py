@@ -1,30 +1,24 @@
-"""What other programs compute for a model type: YAML files in `families/` or in an installed package.
+"""What llama.cpp computes for a model type: YAML files in `families/`.
 
-A file maps model types to `gguf`, what llama.cpp computes, and `vllm`, whose class vLLM has. What a
-model consists of is no fact of these files: `model.structure` finds it in the modules.
+What a model consists of is no fact of these files: `model.structure` finds it in the modules.
 """
 
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from secateur.errors import PluginError
-from secateur.plugins import FAMILY_GROUP, load, plugins, where
 
-
-class _Facts(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class GgufSpec(_Facts):
+class GgufSpec(BaseModel):
     """What llama.cpp computes for an architecture. `takes`, `same`, `at_most`: what it assumes.
 
     A key that the config lacks counts as None; a dot leads into a mapping. Not handled: images;
     experts in some layers only, unless in all but the first few.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     architecture: str
     takes: dict[str, Any] = {}  # config key -> its value
@@ -52,49 +46,12 @@ class GgufSpec(_Facts):
     per_layer: "GgufSpec | None" = None
 
 
-class VllmSpec(_Facts):
-    """A model type whose class is in vLLM's model registry."""
-
-    reads_head_dim: bool  # head_dim comes from the config, not from hidden_size / heads
-    ran: bool = False  # a pruned model of the type was run: tests/formats/test_vllm.py
-
-
-class Runtimes(_Facts):
-    """What is known of one model type; None where the program does not know it."""
-
-    gguf: GgufSpec | None = None
-    vllm: VllmSpec | None = None
-
-
-_FILE = TypeAdapter(dict[str, Runtimes])
+_FILE = TypeAdapter(dict[str, dict[Literal["gguf"], GgufSpec]])
 
 
 @cache
-def runtimes() -> dict[str, Runtimes]:
-    """Return what is known, by model type.
-
-    Raises PluginError if a package's model type is there already, or its file is wrong.
-    """
-    known = _read("secateur.formats.families")
-    for point in plugins(FAMILY_GROUP, ()).values():
-        package = load(point, lambda found: hasattr(found, "__path__"), "a package with *.yaml files in it")
-        try:
-            added = _read(package.__name__)
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise PluginError(f"{where(point)}: a YAML file is wrong ({reason}); see docs/extend.md.") from error
-        if taken := sorted(known.keys() & added.keys()):
-            raise PluginError(f"{where(point)}: model type '{taken[0]}' is known already; leave it out.")
-        known |= added
-    return known
-
-
-def runtimes_of(model_type: str) -> Runtimes:
-    """Return what is known of a model type."""
-    return runtimes().get(model_type, Runtimes())
-
-
-def _read(package: str) -> dict[str, Runtimes]:
-    files = sorted(resources.files(package).iterdir(), key=lambda file: file.name)
+def gguf_specs() -> dict[str, GgufSpec]:
+    """Return what is known, by model type."""
+    files = sorted(resources.files("secateur.formats.families").iterdir(), key=lambda file: file.name)
     texts = [file.read_text(encoding="utf-8") for file in files if file.name.endswith(".yaml")]
-    return {key: row for text in texts for key, row in _FILE.validate_python(yaml.safe_load(text)).items()}
+    return {key: row["gguf"] for text in texts for key, row in _FILE.validate_python(yaml.safe_load(text)).items()}

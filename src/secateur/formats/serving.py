@@ -1,66 +1,19 @@
-"""What vLLM and llama.cpp need to run a result.
+"""What llama.cpp needs to run a result.
 
 In: a checkpoint or its config. Out: a sentence with the problem, or llama.cpp's facts of the family
 and the widths by layer.
 """
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from secateur.errors import ArchError, RecipeError, advice
-from secateur.formats.runtimes import GgufSpec, runtimes, runtimes_of
+from secateur.errors import ArchError
+from secateur.formats.runtimes import GgufSpec, gguf_specs
 from secateur.model.bind import head_width
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.modeling_per_layer import is_per_layer
-
-VLLM, LLAMA_CPP = "vllm", "llama.cpp"
-SERVERS = (VLLM, LLAMA_CPP)
-VLLM_RUN = "0.32.0"  # the release that tests/formats/test_vllm.py was run with
-QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
-
-
-def check_server(server: str) -> None:
-    """Raise RecipeError for an unknown server."""
-    if server not in SERVERS:
-        raise RecipeError(
-            f"--check-for: unknown server '{server}'; allowed: {', '.join(SERVERS)}; {advice(server, SERVERS)}"
-        )
-
-
-def vllm_cautions(
-    family: str, widths: Mapping[str, frozenset[int]], *, heads_follow_hidden_size: bool = True
-) -> tuple[str, ...]:
-    """Return what was run of vLLM, and the options that it needs for the model.
-
-    `widths`: by config key, the values of all layers. `heads_follow_hidden_size`: whether head_dim
-    is hidden_size / heads, as it is until heads are cut.
-    """
-    known = runtimes_of(family).vllm
-    if known and known.ran:
-        cautions = [f"vLLM {VLLM_RUN} ran pruned {family} models on a CPU; this one was not run"]
-    else:
-        cautions = [f"vLLM was not run with the family {family}"]
-    if uneven := [f"{key} ({min(each)} to {max(each)})" for key, each in widths.items() if len(each) > 1]:
-        cautions.append(
-            f"differs by layer: {', '.join(uneven)}; give vLLM --model-impl transformers --trust-remote-code"
-        )
-    elif known is None:
-        cautions.append(f"{family} is not in vLLM's registry; give vLLM --model-impl transformers")
-    elif not heads_follow_hidden_size and not known.reads_head_dim:
-        cautions.append(
-            f"heads were cut, and vLLM's own {family} was not found to read head_dim from the config; give vLLM "
-            "--model-impl transformers"
-        )
-    return tuple(cautions)
-
-
-def gguf_specs(*, per_layer: bool) -> dict[str, GgufSpec]:
-    """Return llama.cpp's facts by model type. `per_layer`: if layers differ in width."""
-    rows = {key: row.gguf for key, row in runtimes().items() if row.gguf}
-    return {key: row.per_layer for key, row in rows.items() if row.per_layer} if per_layer else rows
 
 
 def rotary(config: PreTrainedConfig) -> dict[str, Any]:
@@ -109,33 +62,10 @@ def gguf_family(checkpoint: Checkpoint) -> GgufSpec:
     return gguf_family_of(checkpoint.config, checkpoint.reference)
 
 
-def gguf_family_of(config: PreTrainedConfig, reference: str) -> GgufSpec:
+def gguf_family_of(config: Any, reference: str) -> GgufSpec:
     """Return llama.cpp's facts of a config's family. Raises as `gguf_family`, naming `reference`."""
-    return _family(config, reference, per_layer=is_per_layer(config))
-
-
-def gguf_problem(config: Any, widths: Mapping[str, frozenset[int]], num_head_channels: int) -> str | None:
-    """Return why a model of this config with these widths, by config key, cannot be GGUF, or None.
-
-    `num_head_channels`: of one attention head; cutting heads does not change it.
-    """
-    planned, per_layer = copy.deepcopy(config), any(len(values) > 1 for values in widths.values())
-    if not per_layer:
-        sizes: Any = planned.get_text_config()
-        num_heads = sizes.num_attention_heads
-        for key, (width,) in widths.items():
-            setattr(sizes, key, width)
-        if sizes.num_attention_heads != num_heads:
-            sizes.head_dim = num_head_channels
-    try:
-        _family(planned, "the result", per_layer=per_layer)
-    except ArchError as error:
-        return str(error)
-    return None
-
-
-def _family(config: Any, reference: str, *, per_layer: bool) -> GgufSpec:
-    uniform, uneven = gguf_specs(per_layer=False), gguf_specs(per_layer=True)
+    uniform, per_layer = gguf_specs(), is_per_layer(config)
+    uneven = {key: row.per_layer for key, row in uniform.items() if row.per_layer}
     if config.model_type not in uniform:
         raise ArchError(
             f"{reference}: GGUF export knows the families {', '.join(sorted(uniform))}, "
@@ -144,7 +74,7 @@ def _family(config: Any, reference: str, *, per_layer: bool) -> GgufSpec:
     if per_layer and config.model_type not in uneven:
         raise ArchError(
             f"{reference}: its layers have different widths, which llama.cpp runs of the families "
-            f"{', '.join(sorted(uneven))}, not '{config.model_type}'; prune with widths: uniform."
+            f"{', '.join(sorted(uneven))}, not '{config.model_type}'; prune with budget uniform."
         )
     family = (uneven if per_layer else uniform)[config.model_type]
     where = f"{reference}: llama.cpp's {family.architecture}"

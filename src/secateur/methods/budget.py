@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from secateur.errors import RecipeError
@@ -18,37 +18,20 @@ MAX_LEVELS = 64
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """The cost of one unit of each group, and of the whole dense model, in the target's unit.
+    """What a removal is counted in: parameters of the whole dense model, tied ones once, and of each layer.
 
-    Whole numbers, so that sums are exact in any order. `per_layer`: the cost of whole layers.
-    `tokens`: the cost of the tokens that go; it is in the total.
-    `unit`, `unit_size`: for messages, the unit's name and how many of the numbers make one.
+    `tokens`: those of the tokens that go; they are in the total. `what`: in messages, what has gone before.
     """
 
-    per_unit: Mapping[GroupKey, int]
     per_layer: tuple[int, ...]
     total: int
-    unit: str
-    unit_size: int = 1
     tokens: int = 0
+    what: str = ""
 
     @property
     def total_text(self) -> str:
         """The total for people, as `134,515,008 parameters`."""
-        return self.text(self.total)
-
-    def text(self, amount: int) -> str:
-        """Return an amount for people."""
-        number = f"{amount:,}" if self.unit_size == 1 else f"{amount / self.unit_size:.3g}"
-        return f"{number} {self.unit}"
-
-    def of(self, group: Group) -> int:
-        """Return the price of one of the group's units."""
-        return self.per_unit[group.layer, group.name]
-
-    def gone(self, groups: tuple[Group, ...], num_keep: Mapping[GroupKey, int]) -> int:
-        """Return the cost that goes if each group keeps that many of its full width."""
-        return sum((g.num_units - min(num_keep[g.layer, g.name], g.num_units)) * self.of(g) for g in groups)
+        return f"{self.total:,} parameters{self.what}"
 
     def to_remove(self, share: float) -> int:
         """Return the least cost c with c / total >= `share`; the rounded product may be one too many."""
@@ -59,18 +42,17 @@ class Prices:
         """Return the cost of all layers but these."""
         return sum(price for index, price in enumerate(self.per_layer) if index not in layers)
 
-    def with_only(self, layers: Sequence[int]) -> "Prices":
-        """Return the same prices for the model that these layers and the tokens left make."""
+    def with_only(self, layers: Collection[int]) -> "Prices":
+        """Return what is counted of the model that these layers and the tokens left make."""
         gone = self.of_all_but(layers)
         what = " and ".join(["layers"] * bool(gone) + ["tokens"] * bool(self.tokens))
-        unit = f"{self.unit} that the {what} left" if what else self.unit
-        return dataclasses.replace(self.numbered(layers), total=self.total - gone - self.tokens, unit=unit, tokens=0)
+        what = f" that the {what} left" if what else self.what
+        return dataclasses.replace(self, total=self.total - gone - self.tokens, tokens=0, what=what)
 
-    def numbered(self, layers: Sequence[int]) -> "Prices":
-        """Return the same prices, units named by the numbers that these layers have once they alone are left."""
-        place = {layer: number for number, layer in enumerate(layers)}
-        per_unit = {(place[at], name): price for (at, name), price in self.per_unit.items() if at in place}
-        return dataclasses.replace(self, per_unit=per_unit)
+
+def params_gone(groups: tuple[Group, ...], num_keep: Mapping[GroupKey, int]) -> int:
+    """Return the parameters that go if each group keeps that many of its full width."""
+    return sum((g.num_units - min(num_keep[g.layer, g.name], g.num_units)) * g.params_per_unit for g in groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +84,11 @@ def align_of(group: Group, align: int) -> int:
     return align if group.kind in ALIGNED else 1
 
 
-def least_step(groups: tuple[Group, ...], prices: Prices, align: int, *, alike: bool) -> int:
+def least_step(groups: tuple[Group, ...], align: int, *, alike: bool) -> int:
     """Return the cost of the smallest step: one group's, or `alike` that of all of its kind."""
     kinds: dict[str, list[int]] = {}
     for group in groups:
-        kinds.setdefault(group.name, []).append(align_of(group, align) * prices.of(group))
+        kinds.setdefault(group.name, []).append(align_of(group, align) * group.params_per_unit)
     return min(sum(steps) if alike else min(steps) for steps in kinds.values())
 
 
@@ -119,19 +101,19 @@ def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align
     possible `remove` if the groups do not hold enough, or with the smallest if not even one step
     would go.
     """
-    steps = {group.name: align_of(group, align) * prices.of(group) for group in groups}
+    steps = {group.name: align_of(group, align) * group.params_per_unit for group in groups}
     names = sorted(steps, key=lambda name: (-steps[name], name))
     num_keep: dict[GroupKey, int] = {}
     missing = remove * prices.total
     for position, name in enumerate(names):
         left = [group for group in groups if group.name in names[position:]]
-        keep_share = 1 - missing / sum(group.num_units * prices.of(group) for group in left)
+        keep_share = 1 - missing / sum(group.num_units * group.params_per_unit for group in left)
         members = tuple(group for group in left if group.name == name)
         is_last = position == len(names) - 1
         for group in members:
             step, width = align_of(group, align), group.num_units * keep_share
             num_keep[group.layer, name] = 0 if is_last and width < step / 2 else nearest_count(group, width, step)
-        missing -= prices.gone(members, num_keep)
+        missing -= params_gone(members, num_keep)
     largest = largest_remove(groups, prices, least_keep(groups, align, 0.0))
     if any(num_keep[group.layer, group.name] < align_of(group, align) for group in groups):
         left_in = " and ".join(f"{align_of(g, align)} {g.unit}s" for g in {g.name: g for g in groups}.values())
@@ -153,12 +135,12 @@ def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align
 
 def plan_of(groups: tuple[Group, ...], prices: Prices, num_keep: dict[GroupKey, int]) -> Plan:
     """Return the plan that keeps these counts."""
-    return Plan(num_keep, prices.total, prices.total - prices.gone(groups, num_keep))
+    return Plan(num_keep, prices.total, prices.total - params_gone(groups, num_keep))
 
 
 def largest_remove(groups: tuple[Group, ...], prices: Prices, least: Mapping[GroupKey, int]) -> float:
     """Return the share of the model's cost that goes if every group keeps its least."""
-    return prices.gone(groups, least) / prices.total
+    return params_gone(groups, least) / prices.total
 
 
 def least_keep(groups: tuple[Group, ...], align: int, min_keep: float) -> dict[GroupKey, int]:

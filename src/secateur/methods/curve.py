@@ -117,7 +117,7 @@ def curve_plan(
     needed. Raises RecipeError with the largest possible `remove` if the groups or `max_rise` do not
     allow it.
     """
-    problem = _problem(groups, profiles, prices, min_keep or {})
+    problem = _problem(groups, profiles, min_keep or {})
     largest = sum(max(options) for options in problem.removals) / prices.total
     if remove > largest:
         raise RecipeError(
@@ -156,16 +156,14 @@ class _Problem:
         return {key: profile.levels[option] for (key, profile), option in pairs}
 
 
-def _problem(
-    groups: tuple[Group, ...], profiles: Profiles, prices: Prices, min_keep: Mapping[GroupKey, int]
-) -> _Problem:
+def _problem(groups: tuple[Group, ...], profiles: Profiles, min_keep: Mapping[GroupKey, int]) -> _Problem:
     allowed, removals = dict[GroupKey, GroupProfile](), []
     for group in groups:
         key = (group.layer, group.name)
         profile = profiles[key]
         count = max(1, sum(level >= min_keep.get(key, 0) for level in profile.levels))
         allowed[key] = dataclasses.replace(profile, levels=profile.levels[:count], errors=profile.errors[:count])
-        removals.append([(group.num_units - level) * prices.of(group) for level in allowed[key].levels])
+        removals.append([(group.num_units - level) * group.params_per_unit for level in allowed[key].levels])
     return _Problem(allowed, removals)
 
 

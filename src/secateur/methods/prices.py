@@ -1,7 +1,5 @@
-"""The cost of one unit in each target, and the least costs of a model."""
+"""What layers and tokens take of a model's parameters, and the least costs of a model."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -10,7 +8,6 @@ from secateur.errors import RecipeError
 from secateur.facts import Costs, Workload
 from secateur.methods.budget import Prices
 from secateur.model.bind import Arch
-from secateur.model.group import Group
 
 
 def least_costs(model: Any, workload: Workload) -> Costs:
@@ -80,29 +77,6 @@ def _num_kv_heads(config: Any) -> int:
 
 
 DEFAULT_SEQUENCE_LENGTH = 512
-# The group whose units are in the cache, by its name in every family's spec.
-CACHED_GROUP = "kv_heads"
-PICOSECONDS, PICOSECONDS_PER_MS = 1e12, 10**9
-
-
-@dataclass(frozen=True, slots=True)
-class Seconds:
-    """Seconds per decoded token: of the dense model, of one layer, of one unit by group name."""
-
-    total: float
-    per_layer: float
-    per_unit: dict[str, float]
-
-
-def prices_of(target: str, arch: Arch, groups: tuple[Group, ...], model: Any, seconds: Seconds | None = None) -> Prices:
-    """Return the dense model's cost of `target`, and that of a unit of each of these groups.
-
-    parameters: weights and biases; the total counts tied ones once.
-    kv_bytes: per token of context, see `kv_cache_bytes_per_token`.
-    latency: the measured `seconds`, in picoseconds per decoded token.
-    Raises RecipeError if a group has no price.
-    """
-    return PRICES[target](arch, groups, model, seconds)
 
 
 def sequence_length(asked: int | None, config: Any) -> int:
@@ -117,62 +91,13 @@ def sequence_length(asked: int | None, config: Any) -> int:
     return length
 
 
-def token_prices(target: str, model: Any, num_tokens: int) -> int:
-    """Return what tokens cost: their rows of embedding and head.
-
-    Raises RecipeError for a target in which tokens have no price.
-    """
+def token_prices(model: Any, num_tokens: int) -> int:
+    """Return the parameters of tokens: their rows of embedding and head."""
     embedding, head = model.get_input_embeddings(), _head(model)
-    if target != "parameters":
-        raise RecipeError(
-            f"remove.vocabulary: tokens have no price in target {target}; use parameters, or leave it out."
-        )
     own = 0 if head.weight is embedding.weight else head.in_features
     return num_tokens * (embedding.embedding_dim + own + (head.bias is not None))
 
 
-def parameter_prices(arch: Arch, groups: tuple[Group, ...], model: nn.Module) -> Prices:
-    """Return prices in parameters."""
-    per_unit = {(group.layer, group.name): group.params_per_unit for group in groups}
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return Prices(per_unit, arch.params_per_layer, total, "parameters")
-
-
-def kv_byte_prices(arch: Arch, groups: tuple[Group, ...], model: Any) -> Prices:
-    """Return prices in bytes of KV cache per token. Raises RecipeError for a group not cached."""
-    for group in groups:
-        if group.name != CACHED_GROUP:
-            raise RecipeError(
-                f"remove.groups: {group.name} has nothing in the KV cache, so target kv_bytes cannot be met by it; "
-                f"use groups: [{CACHED_GROUP}] alone."
-            )
-    # The writers make queries, keys and values; the reader has as many inputs as there are queries.
-    bytes_of = {
-        g.layer: (sum(sum(axis.segments) for axis in g.writers) - g.width) * model.dtype.itemsize for g in groups
-    }
-    units_of = {group.layer: group.num_units for group in groups}
-    per_unit = {(layer, CACHED_GROUP): price for layer, price in bytes_of.items()}
-    per_layer = tuple(bytes_of.get(layer, 0) * units_of.get(layer, 0) for layer in range(arch.num_layers))
-    return Prices(per_unit, per_layer, kv_cache_bytes_per_token(model), "bytes of KV cache per token")
-
-
-def _latency_prices(measured: Seconds | None, arch: Arch, groups: tuple[Group, ...]) -> Prices:
-    if measured is None:
-        raise RecipeError(
-            "remove.target: latency plans with seconds that prune and inspect measure; use another target here."
-        )
-
-    def whole(seconds: float) -> int:
-        return max(1, round(seconds * PICOSECONDS))
-
-    per_unit = {(g.layer, g.name): whole(measured.per_unit[g.name]) for g in groups}
-    per_layer = (whole(measured.per_layer),) * arch.num_layers
-    return Prices(per_unit, per_layer, whole(measured.total), "ms per decoded token", PICOSECONDS_PER_MS)
-
-
-# By the recipe's `target`. `recipe.TargetName` repeats the names.
-PRICES: dict[str, Callable[[Arch, tuple[Group, ...], Any, Seconds | None], Prices]] = {
-    "parameters": lambda arch, groups, model, _: parameter_prices(arch, groups, model),
-    "kv_bytes": lambda arch, groups, model, _: kv_byte_prices(arch, groups, model),
-    "latency": lambda arch, groups, model, seconds: _latency_prices(seconds, arch, groups),
-}
+def prices_of(arch: Arch, model: nn.Module) -> Prices:
+    """Return the parameters of each layer and of the whole model."""
+    return Prices(arch.params_per_layer, sum(parameter.numel() for parameter in model.parameters()))

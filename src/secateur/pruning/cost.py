@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from secateur.errors import RecipeError
 from secateur.files import parse_size
-from secateur.methods.prices import parameter_prices, token_prices
+from secateur.methods.budget import params_gone
 from secateur.methods.scores import needs_gram
 from secateur.methods.select import units_at_once
 from secateur.model.bind import decoder_layers, text_config
@@ -202,17 +202,9 @@ def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:
     return max(needs, default=0)
 
 
-def params_after(opened: Opened, resolved: Resolved) -> int:
+def params_after(resolved: Resolved) -> int:
     """Return the parameters that the last plan leaves."""
-    dense = opened.arch.select(resolved.recipe.remove.group_names)
-    prices = parameter_prices(opened.arch, dense, opened.model).with_only(resolved.layers)
-    return round(prices.total - _params_of_tokens(opened) - prices.gone(resolved.groups, resolved.plans[-1].num_keep))
-
-
-def _params_of_tokens(opened: Opened) -> int:
-    """Return the parameters of the tokens that go."""
-    num_gone = 0 if opened.trim is None else opened.trim.kept.num_dense - len(opened.trim.kept.dense_ids)
-    return round(token_prices("parameters", opened.model, num_gone))
+    return resolved.prices_left.total - params_gone(resolved.groups, resolved.plans[-1].num_keep)
 
 
 def polish_bytes(opened: Opened, resolved: Resolved) -> int:
@@ -220,8 +212,8 @@ def polish_bytes(opened: Opened, resolved: Resolved) -> int:
     settings, model = polish_settings(resolved.recipe), opened.model
     if settings is None:
         return 0
-    hidden_size, num_params = text_config(model).hidden_size, params_after(opened, resolved)
-    gone = opened.size.num_params - num_params - (0 if settings.train == "full" else _params_of_tokens(opened))
+    hidden_size, num_params = text_config(model).hidden_size, params_after(resolved)
+    gone = opened.size.num_params - num_params - (0 if settings.train == "full" else resolved.prices.tokens)
     trained, on_cpu = max(0, num_trained(model, settings) - gone), opened.device.type != "cuda"
     numbers = trained if autocasts(model.dtype, on_cpu=on_cpu) else num_params  # the rest has no copy
     numbers += (settings.num_tokens + text_config(model).vocab_size) * hidden_size

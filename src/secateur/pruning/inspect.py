@@ -11,24 +11,21 @@ from typing import Any, cast
 from secateur.data.pool import Amounts, TextPool
 from secateur.errors import CheckpointError, RecipeError, SecateurError
 from secateur.formats.gguf import gguf_bytes, metadata_bytes
-from secateur.formats.serving import KV_HEADS, QUERY_HEADS, VLLM, check_server, gguf_problem, vllm_cautions
 from secateur.log import Progress, silent
 from secateur.methods import vocabulary as methods
 from secateur.methods.budget import Plan, align_of, largest_remove, least_keep
 from secateur.methods.prices import token_prices
-from secateur.model.bind import Arch, head_width, text_config
+from secateur.model.bind import Arch
 from secateur.model.checkpoint import meta_model, notes_on
-from secateur.model.modeling_per_layer import is_per_layer
 from secateur.model.vocabulary import read_vocabulary, with_parts
 from secateur.pruning.cost import disk_bytes, memory_for, params_after, with_polish_that_fits
 from secateur.pruning.group_step import model_left
-from secateur.pruning.latency import with_seconds
 from secateur.pruning.open import Opened, open_model, tokenizer_of
-from secateur.pruning.resolve import NEAR, SHARES, Resolved, checked, resolve
+from secateur.pruning.resolve import Resolved, checked, nearest_run, resolve
 from secateur.pruning.trim import trim_to
 from secateur.recipe import Recipe
 from secateur.recipe_file import as_recipe
-from secateur.report.records import GroupFacts, InspectedVocabulary, Inspection, Possible, Serving
+from secateur.report.records import GroupFacts, InspectedVocabulary, Inspection, Possible
 from secateur.store import Services
 
 
@@ -40,41 +37,6 @@ def possible_groups(arch: Arch) -> tuple[Possible, ...]:
         num_params = sum(group.num_units * group.params_per_unit for group in members)
         found.append(Possible(name, members[0].unit, len(members), members[0].num_units, num_params))
     return tuple(found)
-
-
-def serving_after(server: str, arch: Arch, model: Any, plan: Plan) -> Serving:
-    """Return whether a server could load the model once it has the widths of `plan`.
-
-    Raises RecipeError for an unknown server.
-    """
-    check_server(server)
-    config: Any = text_config(model)
-    layers = config.per_layer_config if is_per_layer(config) else [config] * arch.num_layers
-    found = [_widths_after(arch, index, sizes, plan) for index, sizes in enumerate(layers)]
-    widths = {key: frozenset(each[key] for each in found if key in each) for each in found for key in each}
-    follows = widths[QUERY_HEADS] == {config.hidden_size // head_width(config)}
-    if server == VLLM:
-        return Serving(server, (), vllm_cautions(arch.family, widths, heads_follow_hidden_size=follows))
-    problem = gguf_problem(model.config, widths, head_width(config))
-    caution = "llama.cpp was not run; secateur export writes the file"
-    return Serving(server, (problem,) if problem else (), (caution,))
-
-
-def _widths_after(arch: Arch, index: int, sizes: Any, plan: Plan) -> dict[str, int]:
-    """Return a layer's widths by config key. `sizes`: the layer's config before the run."""
-    widths = {key: getattr(sizes, key) for key in (QUERY_HEADS, KV_HEADS) if hasattr(sizes, key)}
-    for group in (group for group in arch.groups if group.layer == index):
-        kept = plan.num_keep.get((index, group.name), group.num_units)
-        if group.name == "query_heads":
-            if kept < group.num_units:
-                widths[QUERY_HEADS] = kept * widths[KV_HEADS]
-        elif group.name == "kv_heads":
-            if kept < group.num_units:
-                queries = widths[QUERY_HEADS] // widths[KV_HEADS]
-                widths |= {QUERY_HEADS: kept * queries, KV_HEADS: kept}
-        else:
-            widths[group.config_key] = round(kept / group.per_key)
-    return widths
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -122,7 +84,7 @@ def inspected_vocabulary(opened: Opened, resolved: Resolved, progress: Progress)
     num_rows: int = embedding.num_embeddings
 
     def params(num_tokens: int) -> int:
-        return token_prices("parameters", opened.model, num_tokens)
+        return token_prices(opened.model, num_tokens)
 
     try:
         tokenizer = tokenizer_of(opened)
@@ -166,24 +128,21 @@ def inspect(
     model: str | Path,
     recipe: Recipe | dict[str, Any] | Path | str | None = None,
     *,
-    check_for: str | None = None,
     progress: Progress = silent,
 ) -> Inspected:
     """Say what a model consists of, and what a run would leave and cost, without its weights.
 
     `model`: a local directory, a hub id, a `.gguf` file or `smollm2-135m`. `recipe`: as in `prune`.
-    `check_for`: `vllm` or `llama.cpp`, to list what keeps it from running the result.
     `progress`: called with (stage, done, total).
 
     Returns groups, widths before and after, bytes, memory and disk, how much of the model
     its vocabulary is, how many of its tokens the domains' text has, and how large GGUF files will be.
-    Target `latency` times a few layers.
 
     Raises what `prune` raises before it reads weights: RecipeError, CheckpointError or ArchError. But a
     share that cannot be is a note, and the nearest one that can is shown.
     """
     opened = open_model(model, as_recipe(recipe), weights=False)
-    return _inspection(opened, check_for, progress)
+    return _inspection(opened, progress)
 
 
 def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
@@ -191,42 +150,28 @@ def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
 
     Raises RecipeError if no share can be.
     """
-    asked = opened.recipe.remove.share
-
-    def at(share: float) -> Resolved:
-        return resolve(replace(opened, recipe=opened.recipe.filled(remove={"share": share})))
-
     try:
-        return at(asked), ()
+        return resolve(opened), ()
     except RecipeError as error:
-        refused = error
-    for share in sorted(SHARES, key=lambda share: abs(share - asked)):
-        try:
-            found, possible, impossible = at(share), share, asked
-        except RecipeError:
-            continue
-        while abs(impossible - possible) > NEAR:
-            middle = round((possible + impossible) / 2, 6)
-            try:
-                found, possible = at(middle), middle
-            except RecipeError:
-                impossible = middle
-        note = f"a run would be refused ({str(refused).removesuffix('.')}); shown is remove: {possible:.4f}."
-        return found, (note,)
-    raise refused
+        found, refused = nearest_run(opened, opened.recipe.remove.share), error
+    if found is None:
+        raise refused
+    share = found.recipe.remove.share
+    note = f"a run would be refused ({str(refused).removesuffix('.')}); shown is remove: {share:.4f}."
+    return found, (note,)
 
 
-def _inspection(opened: Opened, check_for: str | None, progress: Progress) -> Inspected:
+def _inspection(opened: Opened, progress: Progress) -> Inspected:
     aside = () if opened.checkpoint is None else notes_on(opened.checkpoint, opened.model)
     services = Services(progress=progress)
-    opened = with_seconds(checked(opened), services)
+    opened = checked(opened)
     recipe = opened.recipe
     opened, measured_later = _trimmed(opened, services)
     resolved, refused = _resolved(opened)
     resolved, arch, size = with_polish_that_fits(opened, resolved), opened.arch, opened.size
     memory = memory_for(opened, resolved)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
-    num_params = params_after(opened, resolved)
+    num_params = params_after(resolved)
     least = least_keep(resolved.groups, resolved.align, recipe.remove.min_keep)
     taken = (resolved.prices.of_all_but(resolved.layers) + resolved.prices.tokens) / resolved.prices.total
     files, files_problem = gguf_files(opened, resolved)
@@ -241,9 +186,7 @@ def _inspection(opened: Opened, check_for: str | None, progress: Progress) -> In
         groups=tuple(_facts(name, resolved, plan) for name in recipe.remove.group_names if name in cut),
         remove_asked=recipe.remove.share,
         remove_reached=1 - num_params / size.num_params,
-        outcome=resolved.outcome(plan.num_keep),
-        seconds_per_token=opened.seconds,
-        largest_remove=taken + largest_remove(resolved.groups, resolved.prices.numbered(resolved.layers), least),
+        largest_remove=taken + largest_remove(resolved.groups, resolved.prices, least),
         align=resolved.align,
         num_params_after=num_params,
         num_bytes_after=num_params * bytes_per_param,
@@ -255,7 +198,6 @@ def _inspection(opened: Opened, check_for: str | None, progress: Progress) -> In
         warnings=(*refused, *measured_later, *resolved.warnings, *aside),
         possible=possible_groups(arch),
         impossible=arch.omits,
-        serving=None if check_for is None else serving_after(check_for, arch, opened.model, plan),
         vocabulary=inspected_vocabulary(opened, resolved, progress),
         files=files,
         files_problem=files_problem,

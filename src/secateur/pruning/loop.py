@@ -40,7 +40,7 @@ def remove_depth(run: Run) -> Run:
     if not resolved.depth:
         return run
     dense_losses = run.dense_losses or watched_losses(run, "dense")
-    batches = run.batches(1)
+    batches = run.batches()
     named = removed_layers(resolved.recipe, dense)
     costs = {} if named else _chosen(run, batches)
     gone, order = sorted(named or costs), list(costs)
@@ -131,7 +131,7 @@ def prune_in_place(run: Run) -> Keeps:
         for number in range(1, len(run.resolved.plans) + 1):
             # No width left to remove in this round: skip it.
             if run.resolved.removals[number - 1] > 0:
-                batches = run.batches(number)
+                batches = run.batches()
                 plan = plan_round(run, number, batches, watch.allowed_rise())
                 # A round that the store has whole needs no stream.
                 stored = all(run.services.store.has(_step_name(number, group)) for group in run.resolved.groups)

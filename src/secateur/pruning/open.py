@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Ancestor, Size
 from secateur.log import RunLog, versions
-from secateur.methods.prices import Seconds
 from secateur.model.bind import Arch, bind, decoder_layers
 from secateur.model.checkpoint import (
     CausalLM,
@@ -76,7 +75,6 @@ class Opened:
     `model`: the one in memory, or the checkpoint's, on the meta device until `loaded`. `size`: as
     stored. `device`: where the run computes. `tokenizer`: the one handed over, if any. `trim`: what
     goes of the vocabulary, decided before the weights are cut. `like`: the result that it is cut by.
-    `seconds`: per decoded token, if the recipe's target is `latency`.
     `on_disk`: whether its weights, once loaded, stay in their files.
     """
 
@@ -89,7 +87,6 @@ class Opened:
     tokenizer: Tokenizer | None = None
     trim: Trim | None = None
     like: Like | None = None
-    seconds: Seconds | None = None
     on_disk: bool | None = None
 
     @property
@@ -244,7 +241,7 @@ def store_for(
 
 
 def inputs_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what the result depends on before a weight is read: no text, no measured prices."""
+    """Return what the result depends on before a weight is read: no text."""
     return {
         "recipe": recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
         "model config": json.loads(checkpoint.config.to_json_string(use_diff=False)),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, silent
@@ -17,7 +17,6 @@ from secateur.model.checkpoint import Tokenizer, eval_mode
 from secateur.model.modules import CausalLM
 from secateur.pruning import own_answers
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
-from secateur.pruning.latency import with_seconds
 from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import (
     Opened,
@@ -45,6 +44,7 @@ from secateur.pruning.trim import plan_trim
 from secateur.ranks import from_first, is_first, staging_if_any
 from secateur.recipe import Recipe
 from secateur.recovery.polish import learn, polish
+from secateur.report.measured import PolishRecord
 from secateur.report.records import Summary
 from secateur.store import Services
 from secateur.stream.device import keeping_freed, peak_bytes, peak_bytes_on
@@ -85,43 +85,35 @@ def prune_run(
         if directory is not None:
             log.append_to(directory)
         services = Services(progress=progress, log=log, store=store, scratch=directory, tell=tell)
-        opened, run, drawn, placement = _prepared(opened, services)
-        with eval_mode(run.model):
-            result = _pruned(opened, run, drawn, placement, directory, command, finish, force=force)
+        ready = prepared(opened, services)
+        with eval_mode(ready.run.model):
+            result = _pruned(ready, directory, command, finish, force=force)
     return replace(result, out=None if out is None else Path(out))
 
 
-def _pruned(
-    opened: Opened,
-    run: Run,
-    drawn: Drawn,
-    placement: Placement,
-    directory: Path | None,
-    command: str,
-    finish: Finish,
-    *,
-    force: bool,
-) -> Result:
-    """Return the result of a run whose model is still dense, and write it to the directory."""
+class Prepared(NamedTuple):
+    """A run whose model is still dense, with its weights. `opened`: with its tokenizer, and the trim of it."""
+
+    opened: Opened
+    run: Run
+    drawn: Drawn
+    placement: Placement
+
+
+def _pruned(ready: Prepared, directory: Path | None, command: str, finish: Finish, *, force: bool) -> Result:
+    """Return the result of a run, and write it to the directory."""
+    opened, run, drawn, placement = ready
     services, judge = run.services, RunJudge(drawn.judged, opened.trim)
     measured: dict[str, Any] = {"calibration": calibration_facts(drawn), "lineage": opened.lineage}
     measured["dense_losses"] = judge.losses(run, "dense")
     sheet = own_answers.asked(opened, run, placement)
-    if opened.trim is not None:
-        run = without_tokens(run, opened.trim, force=force)
-    recipe = run.resolved.recipe
-    lesson = learn(run.model, run.arch, run.text, recipe, services)
-    run, checkpoint, keeps = _cut(opened, run, placement, directory)
-    if lesson is not None:
-        with placement.on_host():
-            measured["polish"] = polish(run.model, lesson, recipe.seed, services, opened.device)
-        lesson = None
-    measured |= {"peak_bytes": peak_bytes(), "pruned_losses": judge.losses(run, "pruned")}
+    run, keeps, polished = shaped(ready, directory, force=force)
+    measured |= {"polish": polished, "peak_bytes": peak_bytes(), "pruned_losses": judge.losses(run, "pruned")}
     measured["own_answers"] = own_answers.judged(opened, run, sheet)
     services.store.note_found()
     measured |= {"device_peak_bytes": peak_bytes_on(opened.device)}
     placement.offload()
-    proof = None if checkpoint is None else save_and_prove(run, checkpoint, keeps)
+    proof = None if directory is None else save_and_prove(run, _checkpoint(opened, run, directory), keeps)
     summary = summary_of(opened, run, keeps, proof, command=command, **measured)
     if directory is not None:
         services.log.write({"event": "seconds", **summary.seconds})
@@ -129,21 +121,38 @@ def _pruned(
     return Result(run.model, tokenizer_of(opened), run.resolved.recipe, keeps, run.resolved.layers, summary)
 
 
-def _cut(
-    opened: Opened, run: Run, placement: Placement, directory: Path | None
-) -> tuple[Run, PrunedCheckpoint | None, Keeps]:
-    """Remove layers, then prune all rounds; return the run then, the checkpoint and the keeps."""
-    checkpoint = None
-    with run.services.log.time("prune"):
-        run = remove_depth(run)
-        recipe = run.resolved.recipe
-        if directory is not None:
-            facts = (directory, opened.directory, run.resolved.layers, opened.trim)
-            checkpoint = PrunedCheckpoint(run.model, tokenizer_of(opened), recipe, *facts)
-            if recipe.output.keep_rounds:
-                run = replace(run, after_round=partial(_save_round, placement, checkpoint))
-        keeps = prune_in_place(run)
-    return run, checkpoint, keeps
+def shaped(
+    ready: Prepared, directory: Path | None = None, *, force: bool = False, cut: bool = True
+) -> tuple[Run, Keeps, PolishRecord | None]:
+    """Take tokens, layers and units from the model, in place, and polish it. Return the run then, and what stays.
+
+    `directory`: where rounds are kept. `force`: a trim may cost more than was foretold. Without `cut`
+    the dense model is polished, by what the recipe would polish the pruned one by.
+    """
+    opened, run, _, placement = ready
+    services, keeps, polished = run.services, Keeps(), None
+    if opened.trim is not None:
+        run = without_tokens(run, opened.trim, force=force)
+    recipe = run.resolved.recipe
+    lesson = learn(run.model, run.arch, run.text, recipe, services)
+
+    # Whole layers go first, then units, round by round.
+    if cut:
+        with services.log.time("prune"):
+            run = remove_depth(run)
+            if directory is not None and recipe.output.keep_rounds:
+                run = replace(run, after_round=partial(_save_round, placement, _checkpoint(opened, run, directory)))
+            keeps = prune_in_place(run)
+
+    if lesson is not None:
+        with placement.on_host():
+            polished = polish(run.model, lesson, recipe.seed, services, opened.device)
+    return run, keeps, polished
+
+
+def _checkpoint(opened: Opened, run: Run, directory: Path) -> PrunedCheckpoint:
+    facts = (directory, opened.directory, run.resolved.layers, opened.trim)
+    return PrunedCheckpoint(run.model, tokenizer_of(opened), run.resolved.recipe, *facts)
 
 
 def _save_round(placement: Placement, checkpoint: PrunedCheckpoint, number: int, keeps: Keeps) -> None:
@@ -151,13 +160,15 @@ def _save_round(placement: Placement, checkpoint: PrunedCheckpoint, number: int,
         checkpoint.save(keeps, number)
 
 
-def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Drawn, Placement]:
-    """Return what was opened with weights and tokenizer, the run, its text, and its placement on the device.
+def prepared(opened: Opened, services: Services, *, num_judged_blocks: int | None = None) -> Prepared:
+    """Return a run up to where its model is loaded, and in place on the device.
+
+    `num_judged_blocks`: of each domain, to judge by; None: as the recipe says.
 
     Raises a SecateurError for what the recipe, the memory or the text does not allow.
     """
-    opened = with_seconds(replace(opened, tokenizer=tokenizer_of(opened)), services)
-    text = run_text(opened, services.progress)
+    opened = replace(opened, tokenizer=tokenizer_of(opened))
+    text = run_text(opened, services.progress, num_judged_blocks=num_judged_blocks)
     if opened.recipe.remove.vocabulary is not None:
         opened = plan_trim(opened, services, text.learning)
     resolved, log = with_polish_that_fits(opened, resolve(opened)), services.log
@@ -195,7 +206,7 @@ def _prepared(opened: Opened, services: Services) -> tuple[Opened, Run, Drawn, P
         weights_on_disk=plan.weights_on_disk,
         kept={} if opened.like is None else opened.like.keeps,
     )
-    return opened, run, drawn, placement
+    return Prepared(opened, run, drawn, placement)
 
 
 def _without_answers(opened: Opened, resolved: Resolved) -> Resolved:

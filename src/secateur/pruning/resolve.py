@@ -1,14 +1,13 @@
 """From a recipe and an architecture to plain numbers and plans; errors that need no weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.facts import Outcome
 from secateur.files import is_size, parse_count, parse_size
 from secateur.formats.gguf import check_type, gguf_bytes, metadata_bytes
 from secateur.methods.budget import (
@@ -20,6 +19,7 @@ from secateur.methods.budget import (
     least_keep,
     least_step,
     levels_of,
+    params_gone,
     plan_of,
     round_down,
     round_plans,
@@ -43,7 +43,6 @@ from secateur.pruning.resolve_parts import (
     technical_alone,
     text_for,
     too_deep,
-    widths_of,
 )
 from secateur.recipe import Recipe
 from secateur.recovery.pair import check_training
@@ -54,7 +53,7 @@ class Resolved:
     """A run in plain numbers. `recipe`: as saved, with every model-dependent `None` filled.
 
     `align` to `damping`: the recipe's keys of these names. `arch`, `prices`: the dense model's.
-    `removals`: the share of the target's total that is gone after each round.
+    `removals`: the share of all parameters that is gone after each round.
     `plans`: one per round, the last is the target; budgets other than `uniform` depart from them.
     `groups`: those that lose units, so none of protected layers.
     `layers`: those that stay, by their dense numbers; the last ones go as long as none is measured.
@@ -83,12 +82,6 @@ class Resolved:
         """The prices of the model that `layers` make; plans count in these."""
         return self.prices.with_only(self.layers)
 
-    def outcome(self, num_keep: Mapping[GroupKey, int]) -> Outcome:
-        """Return how much of the target is gone if only these units and `layers` are left."""
-        left = self.prices_left
-        share = 1 - (left.total - left.gone(self.groups, num_keep)) / self.prices.total
-        return Outcome(self.recipe.remove.target, self.prices.total_text, share)
-
     def with_layers(self, layers: tuple[int, ...]) -> "Resolved":
         """Return the run with these layers. Raises RecipeError if widths cannot give the rest."""
         recipe, prices = self.recipe, self.prices
@@ -98,11 +91,11 @@ class Resolved:
             return replace(self, layers=layers, groups=groups, plans=(plan,), removals=(plan.removed_share,))
         remove = 0.0
         if groups:
-            step = least_step(groups, prices.numbered(layers), self.align, alike=recipe.choose.budget == "uniform")
+            step = least_step(groups, self.align, alike=recipe.choose.budget == "uniform")
             gone = prices.tokens + prices.of_all_but(layers)
             remove = share_for_widths(recipe, self.depth, prices, gone, step)
         rounds = recipe.choose.rounds if remove > 0 else 1
-        recipe = recipe.filled(choose={"widths": widths_of(recipe, cuts=remove > 0), "rounds": rounds})
+        recipe = recipe.filled(choose={"rounds": rounds})
         shares = round_shares(rounds)
         removals = tuple(remove * share for share in shares)
         moved = replace(self, recipe=recipe, layers=layers, groups=groups, removals=removals)
@@ -110,7 +103,7 @@ class Resolved:
 
 
 def checked(opened: Opened) -> Opened:
-    """Return `opened`, the recipe's `groups` filled in (what holds most of such a model) and a `speedup` as a share.
+    """Return `opened`, the recipe's `groups` filled in: what holds most of such a model.
 
     Raises ArchError or RecipeError for what this model cannot do.
     """
@@ -118,9 +111,6 @@ def checked(opened: Opened) -> Opened:
         has_experts = any(group.name == EXPERTS for group in opened.arch.groups)
         groups = (EXPERTS,) if has_experts else ("ffn",)
         opened = replace(opened, recipe=opened.recipe.filled(remove={"groups": groups}))
-    if times := opened.recipe.remove.speedup:
-        faster = {"speedup": None, "target": "latency", "share": 1 - 1 / times}
-        opened = replace(opened, recipe=opened.recipe.filled(remove=faster))
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
     parse_size("output.max_shard_size", recipe.output.max_shard_size)
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
@@ -137,8 +127,6 @@ def checked(opened: Opened) -> Opened:
             f"saved with; use budget uniform without protected_layers."
         )
     sequence_length(recipe.calibration.sequence_length, config)
-    if recipe.remove.vocabulary is not None:
-        token_prices(recipe.remove.target, opened.model, 1)
     if recipe.remove.vocabulary == "auto" and recipe.remove.groups and "ffn" not in recipe.remove.groups:
         raise RecipeError(
             f"remove.vocabulary: auto weighs tokens against FFN channels, which groups {list(recipe.remove.groups)} do "
@@ -180,18 +168,18 @@ def _with_share(opened: Opened, groups: tuple[Group, ...]) -> Opened:
         )
     step, align = 0, remove.align
     if groups and recipe.choose.budget == "uniform":
-        prices = recipe_prices(opened)
+        prices = prices_of(opened.arch, opened.model)
         align = align_for(recipe.filled(remove={"share": 1 - stays / size.num_params}), groups, prices)
-        step = least_step(groups, prices, align, alike=True)
+        step = least_step(groups, align, alike=True)
     share = (size.num_params - stays + step / 2) / size.num_params
     found = replace(opened, recipe=_of_share(recipe, min(share, 0.9999), align))
     if remove.vocabulary is None:  # otherwise it is not known yet what the tokens take
         try:
             resolve(found)
         except RecipeError:
-            if (most := _at_most(found)) is None or most.recipe.remove.share > found.recipe.remove.share:
+            if (most := nearest_run(found, 1.0)) is None or most.recipe.remove.share > found.recipe.remove.share:
                 raise
-            left = most.prices_left.total - most.prices_left.gone(most.groups, most.plans[-1].num_keep)
+            left = most.prices_left.total - params_gone(most.groups, most.plans[-1].num_keep)
             if left <= stays:  # half a step beyond the last one
                 return replace(found, recipe=_of_share(recipe, most.recipe.remove.share, align))
             num_bytes = left * size.num_bytes // size.num_params
@@ -212,27 +200,36 @@ def _too_small(asked: str, least: str) -> RecipeError:
     )
 
 
-# Shares between which the largest that can be is looked for, and how near the answer comes to it.
+# Shares among which one that can be is looked for, and how near the answer comes to the best.
 SHARES, NEAR = tuple(number / 50 for number in range(1, 50)), 1e-4
 
 
-def _at_most(opened: Opened) -> Resolved | None:
-    """Return the run with the largest share that can be; None if none can."""
+def nearest_run(opened: Opened, share: float, fits: Callable[[Resolved], bool] = lambda run: True) -> Resolved | None:
+    """Return the run of the share nearest to `share` that can be and `fits`; None if there is none.
 
-    def at(share: float) -> Resolved | None:
+    What can be is a range of shares. Of the tried ones the nearest lies within a step of its end.
+    """
+
+    def at(tried: float) -> Resolved | None:
         try:
-            return resolve(replace(opened, recipe=opened.recipe.filled(remove={"share": share})))
+            run = resolve(replace(opened, recipe=opened.recipe.filled(remove={"share": tried})))
         except RecipeError:
             return None
+        return run if fits(run) else None
 
-    low = next((share for share in reversed(SHARES) if at(share)), None)
-    if low is None:
+    shares = sorted(SHARES, key=lambda tried: abs(tried - share))
+    found = next(((tried, run) for tried in shares if (run := at(tried)) is not None), None)
+    if found is None:
         return None
-    high = low + SHARES[0]
-    while high - low > NEAR:
-        middle = (low + high) / 2
-        low, high = (middle, high) if at(middle) else (low, middle)
-    return at(low)
+    near, run = found
+    far = near + min(max(share - near, -SHARES[0]), SHARES[0])
+    while abs(far - near) > NEAR:
+        middle = (near + far) / 2
+        if (tried := at(middle)) is None:
+            far = middle
+        else:
+            near, run = middle, tried
+    return run
 
 
 def _with_type(opened: Opened, groups: tuple[Group, ...], asked: str, num_bytes: int) -> Opened:
@@ -268,31 +265,15 @@ def _with_type(opened: Opened, groups: tuple[Group, ...], asked: str, num_bytes:
             f"remove.{asked} leaves {max(num_bytes, 0):,} bytes, and the dense model takes {dense:,} in {type_name}; "
             f"give a smaller size that is above 0."
         )
-    prices = recipe_prices(opened)
+    prices = prices_of(opened.arch, opened.model)
     own = align_for(recipe.filled(remove={"share": 1 - num_bytes / dense}), groups, prices)
-    found: list[Resolved] = []
-    least = dense
-    for align in sorted({own, math.lcm(own, ALIGN_BLOCKS)}):
-        if (run := _at_most(replace(opened, recipe=_of_share(recipe, 0.5, align)))) is None:
-            continue
-        least = min(least, of(run))
-        low, high = 0.0, run.recipe.remove.share
-        if of(run) > num_bytes:
-            continue
-        while high - low > NEAR:
-            middle = (low + high) / 2
-            try:
-                tried = resolve(replace(opened, recipe=_of_share(recipe, middle, align)))
-            except RecipeError:  # less than a step
-                low = middle
-                continue
-            fits = of(tried) <= num_bytes
-            run = tried if fits else run
-            low, high = (low, middle) if fits else (middle, high)
-        found.append(run)
-    if not found:
+    aligned = [replace(opened, recipe=_of_share(recipe, 0.5, align)) for align in {own, math.lcm(own, ALIGN_BLOCKS)}]
+    runs = [run for each in aligned if (run := nearest_run(each, 0.0, lambda run: of(run) <= num_bytes)) is not None]
+    if not runs:
+        runs = (nearest_run(each, 1.0) for each in aligned)
+        least = min((of(run) for run in runs if run is not None), default=dense)
         raise _too_small(asked, f"{least:,} bytes in {type_name}")
-    best = min(found, key=lambda run: run.recipe.remove.share).recipe.remove
+    best = min(runs, key=lambda run: run.recipe.remove.share).recipe.remove
     return replace(opened, recipe=_of_share(recipe, best.share, best.align))
 
 
@@ -301,25 +282,19 @@ def align_for(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, gone: i
 
     `gone`: what layers and tokens take of the share.
     """
-    units = sum(group.num_units * prices.of(group) for group in groups)
+    units = sum(group.num_units * group.params_per_unit for group in groups)
     asked = recipe.remove.share * prices.total - gone
     return recipe.remove.align or default_align(groups, 1 - asked / units if units else 0.0)
-
-
-def recipe_prices(opened: Opened) -> Prices:
-    """Return the model's prices by the recipe's target and groups. Raises as `prices_of`."""
-    remove, arch = opened.recipe.remove, opened.arch
-    return prices_of(remove.target, arch, arch.select(remove.group_names), opened.model, opened.seconds)
 
 
 def resolve(opened: Opened) -> Resolved:
     """Fill what depends on the model and make plans. Raises RecipeError for what is unreachable."""
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
-    prices = recipe_prices(opened)
+    prices = prices_of(opened.arch, opened.model)
     if opened.trim is not None:
         kept = opened.trim.kept
         num_gone = kept.num_dense - len(kept.dense_ids)
-        tokens = token_prices(recipe.remove.target, opened.model, num_gone)
+        tokens = token_prices(opened.model, num_gone)
         prices = replace(prices, tokens=tokens)
         recipe = recipe.filled(remove={"vocabulary": len(kept.dense_ids)})
     depth = depth_of(recipe, arch, config, prices)
@@ -331,14 +306,14 @@ def resolve(opened: Opened) -> Resolved:
     text, widest = text_for(recipe, fitted, config)
     damping, warnings = damping_for(recipe, text["num_tokens"], widest)
     left = prices.with_only(layers)
-    remove = {"align": align_for(recipe, groups, prices.numbered(layers), prices.total - left.total), "depth": depth}
+    remove = {"align": align_for(recipe, groups, prices, prices.total - left.total), "depth": depth}
     repair: dict[str, Any] = {"damping": damping, "target_mix": target_mix_of(recipe, arch)}
     recipe = recipe.filled(remove=remove, repair=repair, calibration=text)
     if recipe.polish.num_tokens is None:
-        trains = bool(groups or depth) and recipe.repair.compensate == "least_squares" and recipe.recover is None
+        trains = bool(groups or depth) and recipe.repair.compensate == "least_squares"
         recipe = recipe.filled(polish={"num_tokens": text["num_tokens"] if trains else 0})
     if recipe.polish.num_tokens:
-        check_training(recipe.polish, "polish", opened.model)
+        check_training(recipe.polish, "polish")
     facts: dict[str, Any] = {"recipe": recipe, "arch": arch, "prices": prices, "layers": layers, "warnings": warnings}
     facts["kept"] = opened.like and opened.like.num_keep
     resolved = Resolved(**facts, **remove, **repair, **text).with_layers(layers)

@@ -92,20 +92,19 @@ def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
     The first units are cheap to remove and the last ones ruin the model. With f the share of the
     recipe's units that would go if widths gave all, round(LAYERS_PER_UNIT * (f - UNITS_ALONE)) of
     all layers go, or none. Measured on SmolLM2-135M (LOG, 2026-11-25): 0 of 30 layers at 30% of all
-    parameters, 4 at 40%, 8 at 50%. 0 too if the recipe has rounds, counts something other than
-    parameters or cuts no FFN, and if layers differ.
+    parameters, 4 at 40%, 8 at 50%. 0 too if the recipe has rounds or cuts no FFN, and if layers differ.
     """
     if recipe.remove.depth is not None or recipe.remove.layers:
         return len(recipe.remove.layers) if recipe.remove.depth is None else recipe.remove.depth
     groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
     choose, differ = recipe.choose, getattr(config, "is_heterogeneous", False)
-    plain = recipe.remove.target == "parameters" and choose.rounds == 1 and "ffn" in recipe.remove.group_names
+    plain = choose.rounds == 1 and "ffn" in recipe.remove.group_names
     alike = len(set(arch.params_per_layer)) == 1 and not any(group.kind in OF_EXPERTS for group in groups)
     if not plain or not alike or not groups or differ:
         return 0
     asked, units = (
         recipe.remove.share * prices.total - prices.tokens,
-        sum(group.num_units * prices.of(group) for group in groups),
+        sum(group.num_units * group.params_per_unit for group in groups),
     )
     wanted = round(LAYERS_PER_UNIT * (asked / units - UNITS_ALONE) * arch.num_layers)
     free = arch.num_layers - len(protected_layers(recipe, arch))
@@ -129,10 +128,10 @@ def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Grou
 def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
     """Raise RecipeError for what experts do not support, or what only experts support."""
     have_experts = any(group.kind in OF_EXPERTS for group in groups)
-    if have_experts and (recipe.choose.budget != "uniform" or recipe.remove.target != "parameters"):
+    if have_experts and recipe.choose.budget != "uniform":
         raise RecipeError(
-            f"remove.groups: experts and their channels can only go with budget: uniform and target: parameters, "
-            f"got {recipe.choose.budget} and {recipe.remove.target}; change these or leave experts out."
+            f"remove.groups: experts and their channels can only go with budget: uniform, got {recipe.choose.budget}; "
+            "change it or leave experts out."
         )
     units = find_score(recipe.choose.score).units
     if have_experts and units == "channels and heads":
@@ -176,7 +175,7 @@ def share_for_widths(recipe: Recipe, depth: int, prices: Prices, num_gone: int, 
             math.ceil(1e4 * num_gone / prices.total) / 1e4,
         )
         raise RecipeError(
-            f"remove.depth: {depth} layers of {prices.text(per_layer)} each make it {num_gone / prices.total:.3f} of "
+            f"remove.depth: {depth} layers of {per_layer:,} parameters each make it {num_gone / prices.total:.3f} of "
             f"all {prices.total_text}, more than remove: {recipe.remove.share:g}; use depth {most} at most, "
             f"or remove at least {least:.4f}."
         )
@@ -240,20 +239,6 @@ def damping_for(recipe: Recipe, num_tokens: int, widest: int) -> tuple[float, tu
         f"(want {needed:,}), so damping rises from {recipe.repair.damping:g} to {raised:g}."
     )
     return raised, (warning,)
-
-
-def widths_of(recipe: Recipe, *, cuts: bool) -> str:
-    """Return the recipe's `widths`, filled. Raises RecipeError if they do not fit the rest."""
-    reasons = [f"budget {recipe.choose.budget}"] * (recipe.choose.budget != "uniform")
-    reasons += ["protected_layers"] * bool(recipe.remove.protected_layers)
-    if not cuts or not reasons:
-        return recipe.choose.widths or "uniform"
-    if recipe.choose.widths == "uniform":
-        raise RecipeError(
-            f"choose.widths: uniform cannot be met with {reasons[0]}, which gives layers widths of their own; "
-            f"leave it out, or use budget uniform without protected_layers."
-        )
-    return "per_layer"
 
 
 def check_least(recipe: Recipe, groups: tuple[Group, ...], plan: Plan, remove: float, prices: Prices) -> None:

@@ -90,8 +90,6 @@ def opened_like(opened: Opened, directory: Path) -> Opened:
     _check_shape(opened, other, summary, directory)
     gone = [layer for layer in range(summary.num_layers[0]) if layer not in layers]
     remove: dict[str, Any] = {"layers": tuple(gone), "depth": len(gone)}
-    if opened.recipe.remove.target == "latency":  # which would be measured only to say how much went
-        remove["target"] = "parameters"
     recipe = opened.recipe.filled(remove=remove, choose={"rounds": 1})
     groups = {(each.layer, each.name): each for each in groups_of(recipe, opened.arch, layers)}
     if groups.keys() != keeps.keys() or not all(_are_of(keeps[key], group) for key, group in groups.items()):
@@ -134,7 +132,7 @@ def _check_shape(opened: Opened, other: Opened, summary: Summary, directory: Pat
     rows = [embeddings[0].num_embeddings, embeddings[1].num_embeddings if tokens is None else tokens.num_dense]
     facts = zip((opened.size, summary.dense_size), models, rows, strict=True)
     # Siblings may have more tokens than were there when none of these went.
-    own, dense = (size.num_params - token_prices("parameters", model, count) for size, model, count in facts)
+    own, dense = (size.num_params - token_prices(model, count) for size, model, count in facts)
     units = {group.name: group.num_units for group in reversed(opened.arch.groups)}
     found = [
         ("family", opened.arch.family, summary.family),
@@ -244,7 +242,6 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
         family=run.arch.family,
         remove_asked=recipe.remove.share if recipe.remove.group_names else reached,  # tokens alone: their number
         remove_reached=reached,
-        outcome=run.resolved.outcome({key: keep.shape[-1] for key, keep in keeps.items()}),
         dense_size=opened.size,
         pruned_size=pruned_size,
         num_layers=(opened.arch.num_layers, len(run.resolved.layers)),
@@ -297,7 +294,7 @@ def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> str:
         members = [group for group in resolved.groups if group.name == name]
         before = sum(group.num_units for group in members) / len(members)
         after = sum(kept[group.layer, name] for group in members) / len(members)
-        parts += [f"{name} {before:,.0f} -> {after:,.0f}" + " on average" * (recipe.choose.widths == "per_layer")]
+        parts += [f"{name} {before:,.0f} -> {after:,.0f}" + " on average" * (recipe.choose.budget != "uniform")]
     if opened.trim is not None:
         parts += [f"tokens {opened.trim.kept.num_dense:,} -> {len(opened.trim.kept.dense_ids):,}"]
     text = f"{resolved.num_tokens:,} tokens of {', '.join(recipe.calibration.domains)}"

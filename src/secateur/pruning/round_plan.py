@@ -45,10 +45,10 @@ def _planned(run: Run, number: int, batches: list[Batch], max_rise: dict[str, fl
 
 def _profile_settings(run: Run, number: int) -> ProfileSettings:
     """Return the settings; slopes are measured at the width of an equal share for all groups."""
-    recipe, groups, prices = run.resolved.recipe, run.resolved.groups, run.resolved.prices_left
+    recipe, groups = run.resolved.recipe, run.resolved.groups
     layers = decoder_layers(run.model, run.arch)
-    now = sum(g.parts.num_units_left(layers[g.layer]) * prices.of(g) for g in groups)
-    then = sum(run.resolved.plans[number - 1].num_keep[g.layer, g.name] * prices.of(g) for g in groups)
+    now = sum(g.parts.num_units_left(layers[g.layer]) * g.params_per_unit for g in groups)
+    then = sum(run.resolved.plans[number - 1].num_keep[g.layer, g.name] * g.params_per_unit for g in groups)
     return ProfileSettings(
         weighting=_weighting(recipe),
         shares=run.shares,

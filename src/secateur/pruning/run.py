@@ -60,11 +60,11 @@ class Run:
         """Each domain's held-out blocks, domains x blocks x tokens."""
         return self.text.held_out
 
-    def batches(self, number: int) -> list[Batch]:
-        """Return this rank's part of the batches of round `number` (from 1), held-out text too."""
+    def batches(self) -> list[Batch]:
+        """Return this rank's part of the batches of a round, held-out text too."""
         device: torch.device = next(self.model.parameters()).device
         batches: list[Batch] = []
-        for domain in self.text.of_round(number - 1).domains:
+        for domain in self.text.domains:
             for blocks, held_out in ((domain.calibration.to(device), False), (domain.held_out.to(device), True)):
                 batches += make_batches(domain.name, blocks.ids_NT, held_out=held_out, counted_NT=blocks.counted_NT)
         # Whole batches, so that every hidden state equals that of one process bit for bit.

@@ -86,7 +86,6 @@ class RunText:
             num_tokens=recipe.calibration.num_tokens,
             num_training_tokens=num_training_tokens,
             num_judged_tokens=self.num_judged_tokens,
-            num_rounds=recipe.choose.rounds if recipe.calibration.rotate else 1,
         )
         allotted = {} if self._before is None else self._before.allotted
         return self.pool.split(

@@ -20,14 +20,14 @@ from secateur.data.rows import read_rows
 from secateur.errors import CheckpointError, RecipeError
 from secateur.methods import vocabulary as methods
 from secateur.methods.budget import least_step
-from secateur.methods.prices import token_prices
+from secateur.methods.prices import prices_of, token_prices
 from secateur.methods.vocabulary import PieceNats
 from secateur.model.checkpoint import Tokenizer, eval_mode, load_tokenizer
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
 from secateur.pruning.cost import memory_for
 from secateur.pruning.open import Like, Opened, loaded, onload, tokenizer_of
-from secateur.pruning.resolve import align_for, recipe_prices, resolve
+from secateur.pruning.resolve import align_for, resolve
 from secateur.pruning.resolve_parts import groups_of, layers_to_expect, text_for
 from secateur.ranks import from_first, is_first, own_part
 from secateur.store import Services
@@ -164,21 +164,20 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     """Return how many tokens go with `auto`, and what a further token of text then costs, in nats."""
     opened, num_rows = dense.opened, dense.vocabulary.num_rows
     remove, arch = opened.recipe.remove, opened.arch
-    prices = recipe_prices(opened)
+    prices = prices_of(opened.arch, opened.model)
     layers = layers_to_expect(opened.recipe, arch, opened.model.config)
     asked = max(0.0, remove.share * prices.total - prices.of_all_but(layers))
-    prices = prices.numbered(layers)
-    per_token = token_prices(remove.target, opened.model, 1)
+    per_token = token_prices(opened.model, 1)
     if not remove.group_names or not asked:
         return int(methods.sizes_within(removal, num_rows, int(asked // per_token))[-1]), pieces.token
     # One count more than the share holds, if `resolve` takes it: the least with which no channel need go.
     counts_N = methods.sizes_within(removal, num_rows, int(asked // per_token) + methods.ALIGN_TOKENS)
     groups, uniform = groups_of(opened.recipe, arch, layers), opened.recipe.choose.budget == "uniform"
-    least = least_step(groups, prices, align_for(opened.recipe, groups, prices, int(asked)), alike=uniform)
+    least = least_step(groups, align_for(opened.recipe, groups, prices, int(asked)), alike=uniform)
     if per_token * int(counts_N[-1]) - asked > least / 2:
         counts_N = counts_N[:-1]
     ffns = tuple(group for group in groups if group.name == "ffn")
-    channels = sum(group.num_units * prices.of(group) for group in ffns)
+    channels = sum(group.num_units * group.params_per_unit for group in ffns)
     if is_first():
         dense.services.tell(
             f"{opened.name}: first measures how many of its {num_rows:,} tokens go, about 1.4 passes over the "
@@ -187,7 +186,7 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     nats, law = _measured(dense, hand, removal, pieces, min(MOST_CHANNELS, asked / channels))
     # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
     aligns = [align_for(opened.recipe, ffns, prices, int(per_token * num_gone)) for num_gone in counts_N.tolist()]
-    steps = {align: least_step(ffns, prices, align, alike=True) for align in set(aligns)}
+    steps = {align: least_step(ffns, align, alike=True) for align in set(aligns)}
     step_N = torch.tensor([steps[align] for align in aligns], dtype=torch.float64)
     rest_N = ((asked - per_token * counts_N) / step_N).ceil() * step_N / channels
     cost_N = torch.where(rest_N > 1 - remove.min_keep, torch.inf, law(rest_N))

@@ -1,53 +1,19 @@
-"""Attention in training: which implementation of transformers', and one for processors by products of blocks.
+"""Attention in training on processors, by products of blocks.
 
 torch's kernel for processors goes over small tiles one head at a time. Here the query heads of a KV
 head are one product, and no block is computed that lies behind the diagonal. On one core of an AMD
 EPYC that is half of the kernel's time (LOG, 2026-11-28, late).
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
-
-from secateur.errors import RecipeError
-from secateur.model.config import one_line
 
 BLOCK = 64  # queries at a time: with more, more products lie behind the diagonal
-
-
-@contextmanager
-def switched(model: PreTrainedModel, name: str | None, key: str = "attention") -> Iterator[None]:
-    """Inside, the model's attention is transformers' implementation of this name; None: as it was.
-
-    Raises RecipeError, naming the recipe's `key`, if the model or this machine has none of that name.
-    """
-    if name is None:
-        yield
-        return
-    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
-    before = {id(each): (each, each._attn_implementation) for each in configs}  # the whole model's first
-    try:
-        _switch(model, name, key)
-        yield
-    finally:
-        for config, old in before.values():
-            config._attn_implementation = old
-
-
-def _switch(model: Any, name: str, key: str) -> None:
-    try:
-        model.set_attn_implementation(name)
-        reason = f"it stays at {model.config._attn_implementation}"
-    except (ImportError, ValueError) as error:
-        reason = one_line(error).removesuffix(".")
-    if model.config._attn_implementation != name:
-        raise RecipeError(f"{key}: {name} cannot be used for this model here ({reason}); name another or leave it out.")
 
 
 def attention_in_training(recomputed: bool) -> AbstractContextManager[Any]:

@@ -1,6 +1,6 @@
-"""The start of a recovery: both models opened, the recipe completed, the text drawn, the cost told.
+"""The start of a recovery: both models opened, the recipe completed, the text drawn.
 
-In: references of both models, changes to the recipe. Out: a `Work` to train, or a `Cost`.
+In: references of both models, changes to the recipe. Out: a `Work` to train.
 """
 
 import hashlib
@@ -18,11 +18,10 @@ from secateur.model.checkpoint import weight_digests
 from secateur.ranks import launched_size
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
-from secateur.recovery.cost import cost_of
+from secateur.recovery.cost import scratch_bytes
 from secateur.recovery.judge import Judge
 from secateur.recovery.pair import Candidates, RecoveryText, check_training, open_pair, recovery_text, shared_out
 from secateur.recovery.train import Work
-from secateur.report.measured import Cost
 from secateur.report.records import RECIPE_FILE
 
 
@@ -64,7 +63,7 @@ def open_job(
     length = sequence_length(recipe.calibration.sequence_length, candidates.pruned_shape.config.get_text_config())
     calibration = recipe.calibration.model_copy(update={"sequence_length": length})
     asked, num_ranks = recipe.recover or RecoverySettings(), launched_size()
-    check_training(asked, "recover", candidates.pruned_shape)
+    check_training(asked, "recover")
     settings = shared_out(asked, length, num_ranks)
     if num_ranks > 1 and settings.batch_tokens != asked.batch_tokens:
         note = (
@@ -96,8 +95,7 @@ def prepare(
         scratch.mkdir(parents=True, exist_ok=True)
     for line in _left_behind(scratch, out):
         tell(line)
-    cost = cost_of(candidates, settings, text)
-    check_free_space(scratch, cost.scratch_bytes)
+    check_free_space(scratch, scratch_bytes(candidates, settings))
     log = RunLog()
     for note in candidates.notes:
         log.write({"event": "note", "text": note})
@@ -108,9 +106,18 @@ def prepare(
         log.write({"event": "note", "text": sentence})
     with log.time("judge"):
         judge = Judge(dense, candidates.teacher_arch, text.held_out, progress)
-    pruned = candidates.load_pruned()
-    flops = cost.flops["training"]
-    return Work(pruned, dense, text, judge, settings, recipe.seed, flops, scratch, log, progress, tell)
+    return Work(
+        pruned=candidates.load_pruned(),
+        teacher=dense,
+        text=text,
+        judge=judge,
+        settings=settings,
+        seed=recipe.seed,
+        directory=scratch,
+        log=log,
+        progress=progress,
+        tell=tell,
+    )
 
 
 def _left_behind(scratch: Path, out: Path) -> Iterator[str]:
@@ -127,24 +134,5 @@ def _fingerprint(candidates: Candidates, recipe: Recipe, text: RecoveryText) -> 
     """Return a short hash of what the trained weights depend on: recipe, text, both models, tokens."""
     digests = [weight_digests(checkpoint) for checkpoint in (candidates.pruned, candidates.teacher)]
     kept = candidates.trim and candidates.trim.kept.dense_ids
-    inputs = [recipe.model_dump(mode="json", exclude={"recover": {"evaluation"}}), text.content_hash, *digests, kept]
+    inputs = [recipe.model_dump(mode="json"), text.content_hash, *digests, kept]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
-
-
-def dry_run(
-    pruned: str | Path,
-    teacher: str | Path,
-    changes: dict[str, Any] | None = None,
-    progress: Progress = silent,
-    *,
-    other_dense: bool = False,
-) -> Cost:
-    """Return what `recover` would cost.
-
-    Loads the dense model, which may write text, and writes nothing. Raises what `recover` raises before its first step.
-    """
-    candidates, recipe, settings = open_job(pruned, teacher, changes, other_dense=other_dense)
-    dense = candidates.load_teacher()
-    directory = candidates.pruned.directory
-    text = recovery_text(directory, recipe, settings, candidates.tokenizer, dense, progress)
-    return cost_of(candidates, settings, text)

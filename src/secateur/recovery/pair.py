@@ -14,7 +14,6 @@ from typing import NamedTuple
 from jaxtyping import Bool, Int64
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from secateur.data.answers import with_answers
 from secateur.data.blocks import Blocks
@@ -35,7 +34,6 @@ from secateur.model.identity import check_dense
 from secateur.model.kept_tokens import Trim, keep_tokens, trim_between
 from secateur.recipe import Recipe, RecoverySettings, Training
 from secateur.recovery.answers import answers_of
-from secateur.recovery.attention import switched
 from secateur.store import Store
 
 KEEP_FILE = "keep.json"
@@ -223,17 +221,10 @@ def shared_out(
     return settings.model_copy(update={"batch_tokens": per_rank * num_ranks * length, "blocks_per_device": at_once})
 
 
-def check_training(settings: Training, key: str, model: PreTrainedModel) -> None:
-    """Raise RecipeError, naming the recipe's `key`, if what training this model needs is missing."""
-    with switched(model, settings.attention, f"{key}.attention"):
-        pass
+def check_training(settings: Training, key: str) -> None:
+    """Raise RecipeError, naming the recipe's `key`, if what training needs is missing."""
     if settings.train == "lora" and importlib.util.find_spec("peft") is None:
         raise RecipeError(f"{key}.train: lora needs the package peft; run pip install 'secateur[recover]'.")
-    there = get_available_reporting_integrations() if settings.report_to else []
-    for name in settings.report_to:
-        if name not in ("all", "none", *there):
-            found = ", ".join(sorted(there)) or "none of them is installed"
-            raise RecipeError(f"{key}.report_to: {name!r} is no installed tracker that transformers knows ({found}).")
 
 
 def whole_steps(blocks: Sequence[Block], settings: RecoverySettings, length: int, key: str) -> Sequence[Block]:

@@ -21,8 +21,7 @@ from secateur.model.bind import Arch
 from secateur.model.modules import CausalLM
 from secateur.ranks import from_first, size
 from secateur.recipe import Recipe, RecoverySettings
-from secateur.recovery.attention import attention_in_training, switched
-from secateur.recovery.cost import Forward, forward_flops, predict_flops
+from secateur.recovery.attention import attention_in_training
 from secateur.recovery.judge import Judge
 from secateur.recovery.pair import RecoveryText, blocks_of, shared_out, whole_steps
 from secateur.recovery.train import Work, train_guarded
@@ -35,16 +34,12 @@ STAGE, FOLDER = "polish", "polish"
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What the dense model leaves for the training. `states`: what its head reads, by block of text.
-
-    `forward`: the dense model's FLOPs per token.
-    """
+    """What the dense model leaves for the training. `states`: what its head reads, by block of text."""
 
     text: RecoveryText
     judge: Judge
     states: tuple[Tensor, ...]
     settings: RecoverySettings
-    forward: Forward
 
 
 def polish_settings(recipe: Recipe) -> RecoverySettings | None:
@@ -73,15 +68,13 @@ def learn(
     settings = shared_out(settings, text.sequence_length, size(), len(blocks))
     blocks = list(whole_steps(blocks, settings, text.sequence_length, STAGE))
     lesson = RecoveryText(tuple(blocks), text.held_out, text.sequence_length, text.content_hash)
-    forward = forward_flops(dense, text.sequence_length)
     with services.log.time(STAGE):
         judge = Judge(dense, arch, text.held_out, progress)
         judge.own_head()  # the model's own is trained, or cut
-        attention = attention_in_training(settings.gradient_checkpointing)
-        with switched(dense, settings.attention), attention:  # an uncut model has nothing to learn, to the bit
+        with attention_in_training(settings.gradient_checkpointing):  # an uncut model has nothing to learn, to the bit
             ids = [block.ids_T for block in blocks]
             states = tuple(head_inputs(dense, arch, ids, progress, "ask the dense model"))
-    return Lesson(lesson, judge, states, settings, forward)
+    return Lesson(lesson, judge, states, settings)
 
 
 def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, device: torch.device) -> PolishRecord:
@@ -91,8 +84,6 @@ def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, devic
     an interrupted training goes on from its last checkpoint.
     """
     settings, text = lesson.settings, lesson.text
-    counts = text.num_tokens, text.num_held_out_tokens
-    flops = predict_flops(forward_flops(model, text.sequence_length), lesson.forward, settings, *counts)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     with _folder(services, settings) as place, services.log.time(STAGE):
         work = Work(
@@ -102,7 +93,6 @@ def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, devic
             judge=lesson.judge,
             settings=settings,
             seed=seed,
-            flops=sum(flops["training"]),
             directory=place,
             log=services.log,
             progress=services.progress,
@@ -116,7 +106,7 @@ def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, devic
     for parameter in frozen:
         parameter.requires_grad_(False)
     return PolishRecord(
-        settings=settings.model_dump(mode="json", exclude={"evaluation"}),
+        settings=settings.model_dump(mode="json"),
         num_held_out_tokens=text.num_held_out_tokens,
         dense=lesson.judge.dense(),
         before=before,

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,15 @@ import torch
 from secateur.facts import Verdicts
 from secateur.log import Progress, silent
 from secateur.ranks import alone
-from secateur.recipe import TaskSettings
 from secateur.recovery.cost import TRAIN_DENSE, without_teacher
 from secateur.recovery.open import changes_of, open_job, prepare
 from secateur.recovery.pair import Candidates
 from secateur.recovery.result import Finish, write_result
 from secateur.recovery.train import Work, train_guarded
 from secateur.recovery.weights import wants_shards
-from secateur.report.measured import RecoveryRecord, TaskScores
+from secateur.report.measured import RecoveryRecord
 from secateur.result_directory import check_replaceable, restore, staging
 from secateur.stream.device import keeping_freed
-
-# Asks the dense, the pruned and the recovered model (a directory) the same tasks.
-Scorer = Callable[[Work, Candidates, Path], TaskScores]
 
 
 @keeping_freed()
@@ -41,17 +36,13 @@ def recover(
     overwrite: bool = False,
     other_dense: bool = False,
     command: str = "",
-    name: str | None = None,
-    scorer: Callable[[TaskSettings], Scorer | None] = lambda asked: None,
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
 ) -> RecoveryRecord | None:
-    """Recover. `scorer`: returns what asks tasks, None if none are asked.
-
-    `finish`: writes what people read. The rest: see `api.recover`."""
+    """Recover. `finish`: writes what people read. The rest: see `api.recover`."""
     wants_shards()  # checks the launcher before anything is read
     job = open_job(pruned, teacher, changes_of(recipe, tokens), other_dense=other_dense)
-    score, candidates = scorer(job.settings.evaluation), job.candidates
+    candidates = job.candidates
     path, is_main = Path(out), int(os.environ.get("RANK", "0")) == 0
     had_processes = _has_processes()
     if not is_main:
@@ -69,10 +60,9 @@ def recover(
                 trained_dense = _trained_dense(work, candidates)
             _let_others_go(had_processes)
             if directory is not None:
-                scores = None if score is None else partial(score, work, candidates)
-                with alone():  # the others ask no tasks
+                with alone():  # the others have gone
                     judged = before, training, trained_dense
-                    record = write_result(work, job, judged, scores, directory, name, command, finish)
+                    record = write_result(work, job, judged, directory, command, finish)
     if is_main:
         shutil.rmtree(work.directory)
     return record

@@ -1,4 +1,4 @@
-"""What a recovery writes: checkpoint, proof by reload, task scores, recovery.json.
+"""What a recovery writes: checkpoint, proof by reload, recovery.json.
 
 In: a `Work` whose model is trained. Out: a complete directory and its `RecoveryRecord`.
 """
@@ -18,10 +18,9 @@ from secateur.log import LOG_FILE, versions
 from secateur.model.checkpoint import TOKENS_FILE
 from secateur.model.identity import name_of
 from secateur.recipe_file import dump_recipe, load_recipe, parse_recipe
-from secateur.recovery.cost import cost_of
 from secateur.recovery.open import Job
-from secateur.recovery.train import TRAINER_FOLDER, Work
-from secateur.report.measured import RECOVERY_FILE, RecoveryRecord, TaskScores
+from secateur.recovery.train import Work
+from secateur.report.measured import RECOVERY_FILE, RecoveryRecord
 from secateur.report.records import RECIPE_FILE
 from secateur.result_directory import BENCH_FILE, RESULT_FILE
 from secateur.stream.device import peak_bytes
@@ -37,28 +36,24 @@ def write_result(
     work: Work,
     job: Job,
     judged: tuple[Verdicts, TrainingRecord, Verdicts | None],
-    score: Callable[[Path], TaskScores] | None,
     directory: Path,
-    name: str | None,
     command: str,
     finish: Finish,
 ) -> RecoveryRecord:
     """Write everything that belongs to the result into `directory` and return its record.
 
     `judged`: before the training, the training, and the trained dense model, None if there is none.
-    `score`: asks the tasks. `name`: what to call the pruned model, its reference by default.
-    `finish`: writes what people read.
+    `finish`: writes
+    what people read.
     """
     before, training, trained_dense = judged
     with work.log.time("save"):
         _save(work, job, directory)
     with work.log.time("verify"):
         proof = _verify(work, directory)
-    with work.log.time("tasks"):
-        scores = None if score is None else score(directory)
     pruned, teacher = job.candidates.pruned, job.candidates.teacher
     record = RecoveryRecord(
-        name or name_of(pruned),
+        name_of(pruned),
         name_of(teacher),
         command,
         calibration=without_places(job.recipe.calibration.model_dump(mode="json", exclude_none=True)),
@@ -71,12 +66,10 @@ def write_result(
         before=before,
         training=training,
         seconds={stage: round(seconds, 2) for stage, seconds in work.log.seconds.items()},
-        judge_flops=cost_of(job.candidates, work.settings, work.text).flops["judge"],
         peak_bytes=peak_bytes(),
         reload_max_abs_difference=proof.max_abs_difference,
         notes=tuple(line["text"] for line in work.log.lines if line["event"] == "note"),
         versions=versions(),
-        tasks=scores,
         trained_dense=trained_dense,
     )
     _write_record(record, work, job.candidates.pruned.directory, directory)
@@ -113,11 +106,8 @@ def _verify(work: Work, directory: Path) -> Verification:
 
 
 def _write_record(record: RecoveryRecord, work: Work, source: Path, directory: Path) -> None:
-    """Write recovery.json, continue the run log, copy the training's curves."""
+    """Write recovery.json, and continue the run log."""
     (directory / RECOVERY_FILE).write_text(record.to_json(), encoding="utf-8")
     earlier = (source / LOG_FILE).read_text(encoding="utf-8") if has_own(source, LOG_FILE) else ""
     added = "".join(json.dumps(line) + "\n" for line in work.log.lines)
     (directory / LOG_FILE).write_text(earlier + added, encoding="utf-8")
-    curves = work.directory / TRAINER_FOLDER / "runs"  # tensorboard's files, with report_to
-    if curves.is_dir():
-        shutil.copytree(curves, directory / "runs")

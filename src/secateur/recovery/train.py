@@ -34,7 +34,7 @@ from secateur.model.bind import bind
 from secateur.model.config import quiet_transformers
 from secateur.ranks import alone, from_first
 from secateur.recipe import RecoverySettings
-from secateur.recovery.attention import attention_in_training, switched
+from secateur.recovery.attention import attention_in_training
 from secateur.recovery.checkpoints import Checkpoints
 from secateur.recovery.judge import Judge, objective, share_for, unless_diverged
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
@@ -184,7 +184,7 @@ class Work:
 
     `teacher`: the dense model. `states`: in its place, what its head reads for each block of text.
     `before`: the verdicts before the training, which `train_guarded` fills in.
-    With `kl_share: 0` neither is used. `flops`: of training on all text. `name`: recover or polish.
+    With `kl_share: 0` neither is used. `name`: recover or polish.
     """
 
     pruned: PreTrainedModel
@@ -193,7 +193,6 @@ class Work:
     judge: Judge
     settings: RecoverySettings
     seed: int
-    flops: float
     directory: Path
     log: RunLog
     progress: Progress
@@ -239,7 +238,7 @@ def judged(work: Work) -> Verdicts:
 
 
 def _train(work: Work) -> dict[str, Any]:
-    """Train, or load what an interrupted run had trained; return tokens, seconds and FLOPs."""
+    """Train, or load what an interrupted run had trained; return tokens and seconds."""
     folder = work.directory / TRAINED_FOLDER
     store = Store(folder, label=work.name, tell=work.tell)
     make_lasting(folder)
@@ -255,8 +254,7 @@ def _train(work: Work) -> dict[str, Any]:
     num_tokens = recover_logits(work)
     release_freed()  # the optimizer's states
     seconds = round(time.perf_counter() - start, 2)
-    share = num_tokens / work.text.num_tokens  # less than one after an early stop
-    cost = {"num_tokens": num_tokens, "seconds": seconds, "flops": work.flops * share}
+    cost = {"num_tokens": num_tokens, "seconds": seconds}
     lines = [line for line in work.log.lines if line["event"] in (f"{work.name}_step", f"{work.name}_kl")]
     with alone():
         store.save("trained", dict(work.pruned.named_parameters()), {"cost": cost, "lines": lines})
@@ -286,10 +284,8 @@ def recover_logits(work: Work) -> int:
     model = handed_over(work.pruned) if wants_shards() else work.pruned
     with ExitStack() as inside:
         inside.enter_context(quiet_transformers())
-        inside.enter_context(switched(model, settings.attention))
         inside.enter_context(loss_in_forward(model, bind(model), settings.kl_share, in_shards=wants_shards()))
         if work.teacher is not None:
-            inside.enter_context(switched(work.teacher, settings.attention))
             inside.enter_context(teacher_in_forward(work.teacher, bind(work.teacher), in_shards=wants_shards()))
         trained = _to_train(settings, model)  # after binding, which knows no wrapped linears
         checkpoints = Checkpoints(work.directory / TRAINER_FOLDER, work.name, work.tell)
@@ -382,7 +378,7 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: 
         load_best_model_at_end=True,
         metric_for_best_model="eval_objective",
         greater_is_better=False,
-        report_to=list(settings.report_to) or "none",
+        report_to="none",
         remove_unused_columns=False,
         train_sampling_strategy="sequential",
         use_cpu=on_cpu,

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 
 from secateur.files import without_places
 from secateur.recipe import Domain, Recipe
-from secateur.report.measured import Evaluation, RecoveryRecord, Scores
+from secateur.report.measured import RecoveryRecord
 from secateur.report.records import Summary
 from secateur.report.rows import (
     caveats,
@@ -32,18 +32,10 @@ NUM_WORST = 3  # domains named as those that suffered most
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
-def card_data(
-    summary: Summary,
-    recipe: Recipe | None,
-    *,
-    recovery: RecoveryRecord | None = None,
-    evaluation: Evaluation | None = None,
-    base_model: str | None = None,
-    name: str | None = None,
-) -> ModelCardData:
+def card_data(summary: Summary, recipe: Recipe | None, *, base_model: str | None = None) -> ModelCardData:
     """Return the hub's metadata. `base_model`: a hub id, by default the one that is known.
 
-    `name`: of the model, in `model-index`. What is not known is left out; `unknown` says why.
+    What is not known is left out; `unknown` says why.
     """
     lineage, domains = summary.lineage, {} if recipe is None else dict(recipe.calibration.domains)
     base_model = base_model or next((each.hub_id for each in reversed(lineage) if each.hub_id), None)
@@ -57,8 +49,6 @@ def card_data(
         said["language"] = list(lineage[-1].languages)
     if datasets := [without_places(each.dataset) for each in domains.values() if each.dataset]:
         said["datasets"] = sorted(set(datasets))
-    if results := list(_results(summary, domains, recovery, evaluation)):
-        said |= {"eval_results": results, "model_name": name or f"{summary.model}-pruned"}
     tag = "image-text-to-text" if summary.loaded_by == "AutoModelForImageTextToText" else "text-generation"
     return ModelCardData(library_name="transformers", pipeline_tag=tag, **said)
 
@@ -71,28 +61,6 @@ def unknown(data: ModelCardData, summary: Summary) -> Iterator[str]:
         yield "the hub id of the dense model is not known; give it with secateur push --base-model OWNER/NAME."
     if data.language is None and summary.vocabulary is not None:
         yield "the vocabulary was trimmed, so the card does not repeat the languages of the dense model."
-
-
-def _results(
-    summary: Summary, domains: dict[str, Domain], recovery: RecoveryRecord | None, evaluation: Evaluation | None
-) -> Iterator[EvalResult]:
-    """Yield the perplexity on each domain's held-out text, and the scores of tasks, of the written weights."""
-    losses = {domain: loss.perplexity for domain, loss in summary.pruned_losses.items()}
-    scores: Scores = {} if evaluation is None else evaluation.pruned.scores
-    if recovery is not None:
-        losses = {domain: judged.perplexity for domain, judged in recovery.after.items()}
-        scores = scores or (recovery.tasks.recovered if recovery.tasks else {})
-    task: Any = {"task_type": "text-generation", "task_name": "Text Generation"}
-    for domain, perplexity in losses.items():
-        dataset = domains[domain].dataset if domain in domains else None
-        of_text = {"dataset_type": dataset or domain, "dataset_name": f"{domain}, held out", "dataset_config": domain}
-        where: Any = task | of_text
-        yield EvalResult(**where, metric_type="perplexity", metric_value=round(perplexity, 3))
-    for name, by_metric in scores.items():
-        where: Any = task | {"dataset_type": name, "dataset_name": name}
-        for metric, score in by_metric.items():
-            value = round(score.value, 4)
-            yield EvalResult(**where, metric_type=metric.split(",")[0], metric_name=metric, metric_value=value)
 
 
 def with_metadata(card: str, data: ModelCardData) -> str:

@@ -15,7 +15,6 @@ from secateur.facts import (
     Size,
     Trained,
     TrainingRecord,
-    Verdict,
     Verdicts,
     Workload,
     mean_kl,
@@ -123,12 +122,6 @@ def plus_minus(error: float | None) -> str:
     if error is None:
         return " ± -"
     return f" ± {error:.3f}" if round(error, 3) else ""
-
-
-def spread_of(figure: Change | Quality | Verdict) -> tuple[float, float]:
-    """Return the two sides of a figure's bar in a plot; of no length if its error is unknown."""
-    error = figure.standard_error or 0.0
-    return error, error
 
 
 def change(dense: Loss | Quality, pruned: Loss | Quality) -> Change:
@@ -250,23 +243,22 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """How a bench runs. llama.cpp runs one prompt at a time, in f16, on the CPU."""
+    """Where and how a bench runs."""
 
-    engine: str = "transformers"
     device: str = "cpu"
     compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFigures:
-    """A model's figures. `peak_bytes`: weights and the most that a run allocates, if known."""
+    """A model's figures. `peak_bytes`: weights and the most that a run allocates."""
 
     model: str
     dtype: str
     size: Size
     costs: Costs
     speed: Speed
-    peak_bytes: int | None
+    peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,30 +313,12 @@ class PolishRecord(Trained):
     training: TrainingRecord
 
 
-@dataclass(frozen=True, slots=True)
-class TaskScores:
-    """By task and metric: each model's score, and recovered minus pruned on the same questions.
-
-    `sources`: by task, where rows not from the hub came from. `limit`: questions per task.
-    """
-
-    dense: Scores
-    pruned: Scores
-    recovered: Scores
-    gains: Scores
-    sources: dict[str, str]
-    limit: int | None
-    lm_eval_version: str
-    notes: tuple[str, ...]
-
-
 @dataclass(frozen=True, slots=True, repr=False)
 class RecoveryRecord(Trained, Record):
     """`recovery.json`. `before`: the pruned model as it came; every KL is to the dense model.
 
     `calibration`, `settings`: the domains and the recipe's part on recovery that were used.
-    `num_held_out_tokens`: for judging only, never trained on. `seconds`: of this process. `tasks`:
-    scores of the written model, None without tasks.
+    `num_held_out_tokens`: for judging only, never trained on. `seconds`: of this process.
     """
 
     pruned: str
@@ -360,12 +334,10 @@ class RecoveryRecord(Trained, Record):
     before: Verdicts
     training: TrainingRecord
     seconds: dict[str, float]
-    judge_flops: float
     peak_bytes: int
     reload_max_abs_difference: float
     notes: tuple[str, ...]
     versions: dict[str, str]
-    tasks: TaskScores | None = None
     trained_dense: Verdicts | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -376,14 +348,3 @@ class RecoveryRecord(Trained, Record):
         won = won_back(self.dense, self.before, self.after)
         derived = {"means": means, "share_won_back": None if math.isnan(won) else won}
         return {**dataclasses.asdict(self), **derived, "num_tokens": self.training.num_tokens}
-
-
-@dataclass(frozen=True, slots=True)
-class Cost(Record):
-    """What a recovery would take. `flops`: of `training` and of `judge`."""
-
-    num_tokens: int
-    num_held_out_tokens: int
-    flops: dict[str, float]
-    peak_bytes: int
-    scratch_bytes: int

@@ -1,49 +1,34 @@
-"""A self-contained HTML page. In: sentences, tables and pictures. Out: HTML.
-
-All text is escaped here, and only here; pictures are elements that are inserted as they are.
-"""
+"""A self-contained HTML page. In: sentences and tables. Out: HTML, in which all text is escaped here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-# A wider table does not fit beside a plot.
-MAX_PAIR_COLUMNS = 8
-
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of text. `numbers`: right-aligned. `folded`: closed until the reader opens it."""
+    """Rows of text. `numbers`: right-aligned. `folded`: closed until the reader opens it.
+
+    `bars`: for each row the lengths, from 0 to 1, of bars that the page draws behind it.
+    """
 
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     numbers: bool = True
     folded: bool = False
+    bars: Sequence[Sequence[float]] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """`name`: the id in the page. `plots`: image elements. `code`: preformatted text.
-
-    `stacked`: plots stand above the tables, which are wider than half a page.
-    """
+    """`name`: the id in the page. `code`: preformatted text."""
 
     name: str
     title: str
     text: Sequence[str] = ()
-    plots: Sequence[str] = ()
     tables: Sequence[Table] = ()
     code: str = ""
-    stacked: bool = False
-
-    @property
-    def shape(self) -> str:
-        """Layout: `pair` side by side, `stack` for wide tables, `alone` for one kind only."""
-        if not (self.plots and self.tables):
-            return "alone"
-        is_narrow = all(len(table.header) <= MAX_PAIR_COLUMNS for table in self.tables)
-        return "pair" if is_narrow and not self.stacked else "stack"
 
 
 @dataclass(frozen=True, slots=True)

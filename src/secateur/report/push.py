@@ -32,8 +32,8 @@ from secateur.report.rows_measured import bench_card
 from secateur.result_directory import LATER_FILES, RESULT_FILE, read_digests, write_summary
 
 CARD = "README.md"
-# Rounds and a trainer's curves stay here.
-NOT_SENT = ("rounds", "runs")
+# Rounds stay here.
+NOT_SENT = "rounds"
 # Of an earlier upload: its index or a file of its weights could be loaded in place of the new ones.
 STALE = ["*.safetensors", "*.safetensors.index.json"]
 
@@ -86,8 +86,8 @@ def push(
         raise CheckpointError(f"{directory}: its {RESULT_FILE} is damaged; prune again, or push another result.")
     if not dry_run:
         _check_access()
-    summary, recipe, given = files.summary, files.recipe, {"base_model": base_model, "name": repo.split("/")[1]}
-    data = card_data(summary, recipe, recovery=files.recovery, evaluation=files.evaluation, **given)
+    summary = files.summary
+    data = card_data(summary, files.recipe, base_model=base_model)
     notes = tuple(unknown(data, summary))
     with tempfile.TemporaryDirectory(prefix="secateur-push-") as scratch:
         stage = Path(scratch)
@@ -132,7 +132,7 @@ def _stage(directory: Path, stage: Path, digests: dict[str, str]) -> None:
     """
     later = [name for name in LATER_FILES if (directory / name).is_file()]
     for name in (*digests, *later):
-        if name.split("/")[0] in NOT_SENT:
+        if name.split("/")[0] == NOT_SENT:
             continue
         if not (directory / name).is_file() or not lies_in(directory, directory / name):
             raise CheckpointError(

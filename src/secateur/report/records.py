@@ -10,14 +10,12 @@ from secateur.facts import (
     Ancestor,
     Kind,
     Loss,
-    Outcome,
     Record,
     Size,
     geometric_mean_perplexity,
     parse_json,
 )
 from secateur.log import LOG_FILE
-from secateur.methods.prices import Seconds
 from secateur.recipe import Recipe
 from secateur.recipe_file import RECIPE_FILE, load_recipe, parse_recipe
 from secateur.report.measured import (
@@ -75,15 +73,6 @@ class Possible:
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
-    """A check's findings. `problems` keep the server from loading; `cautions` are unsettled."""
-
-    server: str
-    problems: tuple[str, ...]
-    cautions: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class GroupFacts:
     """A kind of group over the unprotected layers that stay. `num_keep`: mean units after a run."""
 
@@ -117,11 +106,9 @@ class InspectedVocabulary:
 class Inspection(Record):
     """A model's structure and the outcome of a recipe's `remove`.
 
-    `remove_asked`, `largest_remove`: shares of what the recipe's target counts, see `outcome`;
-    `remove_reached`: of all parameters. `seconds_per_token`: measured for target `latency`.
-    `possible`, `impossible`: groups that the family has, and those it cannot have, with the reason.
-    `operations`, `seconds`: of the run without the choice of layers. `disk_bytes`: the most
-    written.
+    `remove_asked`, `remove_reached`, `largest_remove`: shares of all parameters. `possible`,
+    `impossible`: groups that the family has, and those it cannot have, with the reason.
+    `disk_bytes`: the most written.
     """
 
     model: str
@@ -133,8 +120,6 @@ class Inspection(Record):
     groups: tuple[GroupFacts, ...]
     remove_asked: float
     remove_reached: float
-    outcome: Outcome
-    seconds_per_token: Seconds | None
     largest_remove: float
     align: int
     num_params_after: int
@@ -147,7 +132,6 @@ class Inspection(Record):
     warnings: tuple[str, ...]
     possible: tuple[Possible, ...]
     impossible: dict[str, str]
-    serving: Serving | None
     vocabulary: InspectedVocabulary
 
     def plain(self) -> dict[str, Any]:
@@ -200,8 +184,7 @@ class Summary(Record):
     """Everything that a run reports in numbers. `like`: the result whose units went here too.
 
     `loaded_by`: the class of transformers that reloaded it; None, as the figures of that reload, if nothing was saved.
-
-    `remove_asked`: a share of what the recipe's target counts, see `outcome`; `remove_reached`: of all.
+    `remove_asked`, `remove_reached`: shares of all parameters.
     """
 
     model: str
@@ -209,7 +192,6 @@ class Summary(Record):
     command: str
     remove_asked: float
     remove_reached: float
-    outcome: Outcome
     dense_size: Size
     pruned_size: Size
     num_layers: tuple[int, int]  # before, after

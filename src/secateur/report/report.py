@@ -1,11 +1,9 @@
 """What people read of a result: `report.html`, one page that needs no network, and the card. In: its directory."""
 
-import dataclasses
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import CheckpointError
 from secateur.facts import geometric_mean_perplexity
 from secateur.files import check_file, staged_file
 from secateur.log import human_bytes
@@ -31,16 +29,8 @@ SECTIONS: tuple[Callable[[ResultFiles], Section | None], ...] = (
 )
 
 
-def missing_plots() -> tuple[str, ...]:
-    """Return why no report can be made here, or nothing."""
-    if importlib.util.find_spec("matplotlib") is not None:
-        return ()
-    return (f"no {PAGE_FILE}: its plots need matplotlib; run pip install 'secateur[report]', then secateur report.",)
-
-
 def write_pages(directory: Path, summary: Summary, recipe: Recipe) -> Summary:
     """Write card, `result.json` and page of a finished run; return the summary as it was written."""
-    summary = dataclasses.replace(summary, warnings=(*summary.warnings, *missing_plots()))
     (directory / CARD_FILE).write_text(model_card(summary, recipe), encoding="utf-8")
     return _complete(directory, summary)
 
@@ -51,17 +41,16 @@ def write_recovered_pages(directory: Path, record: RecoveryRecord) -> None:
     text = recovered_card(path.read_text(encoding="utf-8") if path.is_file() else None, record)
     if is_result:
         recipe = parse_recipe(load_recipe(directory / RECIPE_FILE), "recipe")
-        text = with_metadata(text, card_data(read_summary(directory), recipe, recovery=record))
+        text = with_metadata(text, card_data(read_summary(directory), recipe))
     path.write_text(text, encoding="utf-8")
     if is_result:
         _complete(directory, read_summary(directory))
 
 
 def _complete(directory: Path, summary: Summary) -> Summary:
-    """Write `result.json` with all digests, and the page if it can be made; return the summary."""
+    """Write `result.json` with all digests, and the page; return the summary."""
     summary = write_summary(directory, summary)
-    if not missing_plots():
-        write_report(directory, other_dense=True)  # its tables name the model
+    write_report(directory, other_dense=True)  # its tables name the model
     return summary
 
 
@@ -69,10 +58,8 @@ def write_report(directory: Path, *, other_dense: bool = False) -> Path:
     """Write `report.html` into a result directory; return its path.
 
     `other_dense`: it may show figures against another model than the one that was pruned. Raises
-    RecipeError without matplotlib, CheckpointError for files that cannot be read or written.
+    CheckpointError for files that cannot be read or written.
     """
-    for reason in missing_plots():
-        raise RecipeError(reason)
     files, path = read_result(directory), directory / PAGE_FILE
     if not other_dense:
         _check_dense(directory, files)

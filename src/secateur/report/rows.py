@@ -84,11 +84,7 @@ def quality_and_size(summary: Summary, caption: str = "") -> Table:
 def headline(summary: Summary) -> str:
     """Say how much was removed, of what, and what was asked."""
     parameters = f"{summary.remove_reached:.1%} of all {summary.dense_size.num_params:,} parameters"
-    asked = f"asked {summary.remove_asked:.1%}"
-    if summary.outcome.target == "parameters":
-        return f"{parameters} removed ({asked}; tied weights counted once)"
-    reached = f"{summary.outcome.share_gone:.1%} of all {summary.outcome.total}"
-    return f"{reached} removed ({asked}), with {parameters} (tied weights counted once)"
+    return f"{parameters} removed (asked {summary.remove_asked:.1%}; tied weights counted once)"
 
 
 def verdict(summary: Summary, speed_ups: Mapping[str, Ratio] | None = None) -> str:
@@ -244,16 +240,12 @@ def inspected_groups(inspection: Inspection) -> Table:
 
 
 def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
-    size, memory, outcome = inspection.size, inspection.memory, inspection.outcome
-    whole = "total parameters (tied weights once)" if outcome.target == "parameters" else f"all {outcome.total}"
+    size, memory = inspection.size, inspection.memory
     yield (
         "removing",
-        f"asked {inspection.remove_asked:.1%}, reached {outcome.share_gone:.1%} of {whole}, widths in multiples "
-        f"of {inspection.align}; at most {inspection.largest_remove:.1%}",
+        f"asked {inspection.remove_asked:.1%}, reached {inspection.remove_reached:.1%} of total parameters (tied "
+        f"weights once), widths in multiples of {inspection.align}; at most {inspection.largest_remove:.1%}",
     )
-    if per_token := inspection.seconds_per_token:
-        units = ", ".join(f"{name} {seconds * 1e9:.3g} ns" for name, seconds in per_token.per_unit.items())
-        yield "measured", f"a token {per_token.total * 1e3:.3g} ms, a layer {per_token.per_layer * 1e3:.3g} ms, {units}"
     if len(set(inspection.num_layers)) > 1:
         each = f"each of {inspection.params_per_layer:,} parameters"
         yield "layers", "{} -> {}, {}; a run measures which".format(*inspection.num_layers, each)
@@ -272,19 +264,15 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
     )
     yield "disk", f"at most {human_bytes(inspection.disk_bytes)} while it runs"
     yield "vocabulary", vocabulary_cell(inspection)
-    yield from _groups_and_server(inspection)
+    yield from _possible_groups(inspection)
     for warning in inspection.warnings:
         yield "note", warning
 
 
-def _groups_and_server(inspection: Inspection) -> Iterator[tuple[str, str]]:
+def _possible_groups(inspection: Inspection) -> Iterator[tuple[str, str]]:
     shown = {group.name for group in inspection.groups}
     for group in (group for group in inspection.possible if group.name not in shown):
         size = f"{group.num_units:,} {group.unit}s in each of {group.num_layers} layers"
         yield "could also go", f"{group.name}: {size}, {group.num_params:,} parameters"
     for name, reason in inspection.impossible.items():
         yield "cannot go", f"{name}: {reason}"
-    if inspection.serving is not None:
-        serving = inspection.serving
-        yield "serving", f"{serving.server}: {'; '.join(serving.problems) or 'nothing stands against the result'}"
-        yield "", "; ".join(serving.cautions)

@@ -9,7 +9,6 @@ from secateur.report.answers import answer_rows
 from secateur.report.measured import (
     BenchResult,
     Change,
-    Cost,
     Evaluation,
     ModelFigures,
     Quality,
@@ -148,7 +147,7 @@ _ROWS: dict[str, Callable[[ModelFigures], str]] = {
     "first token, s": lambda each: _spread(each.speed.first_token_seconds, each.speed.first_token_range, 3),
     "parameters": lambda each: f"{each.size.num_params:,}",
     "weights": lambda each: human_bytes(each.size.num_bytes),
-    "peak memory": lambda each: "not measured" if each.peak_bytes is None else human_bytes(each.peak_bytes),
+    "peak memory": lambda each: human_bytes(each.peak_bytes),
     "cache per token": lambda each: human_bytes(each.costs.kv_cache_bytes_per_token),
     "read per new token": lambda each: human_bytes(each.costs.decode_bytes_per_token),
     "GFLOP per prompt token": lambda each: f"{each.costs.prefill_flops_per_token / 1e9:.4g}",
@@ -169,12 +168,12 @@ def _run(result: BenchResult) -> str:
     settings = result.settings
     many = "s" if result.num_threads > 1 else ""
     threads = f", {result.num_threads} thread{many}" if settings.device == "cpu" else ""
-    return f"{settings.engine} on {settings.device}{threads}{', torch.compile' if settings.compiled else ''}"
+    return f"transformers on {settings.device}{threads}{', torch.compile' if settings.compiled else ''}"
 
 
 def recovery_table(record: RecoveryRecord) -> Tables:
     """Return what `secateur recover` ends with."""
-    return terminal([verdict_table(record, recovery_headline(record)), recovery_task_table(record)], cost_rows(record))
+    return terminal([verdict_table(record, recovery_headline(record))], cost_rows(record))
 
 
 def recovery_headline(record: RecoveryRecord) -> str:
@@ -201,59 +200,27 @@ def _kl_cell(verdict: Verdict) -> str:
     return f"{verdict.kl:.3f}{plus_minus(verdict.standard_error)}"
 
 
-def recovery_task_table(record: RecoveryRecord) -> Table:
-    """Return every model's scores by task and metric, and the gain; no rows without tasks."""
-    rows, found = [], record.tasks
-    for task, metric in [(task, metric) for task, of in found.recovered.items() for metric in of] if found else ():
-        assert found is not None
-        scores = [of[task][metric].text() for of in (found.dense, found.pruned, found.recovered)]
-        rows.append((task_label(task, metric), *scores, found.gains[task][metric].text("+")))
-    header = ("task", "dense", "pruned", "recovered", "gain")
-    return Table("score ± standard error; gain: recovered minus pruned", header, rows)
-
-
 def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
-    """Yield what the recovery took (tokens, seconds, operations, memory), reload and notes."""
+    """Yield what the recovery took (tokens, seconds, memory), reload and notes."""
     ours = record.training
     rate = ours.num_tokens / ours.seconds if ours.seconds else 0.0
-    took = f"{ours.seconds:,.1f} s, {rate:,.0f} tokens/s, {ours.flops:.3g} FLOPs"
+    took = f"{ours.seconds:,.1f} s, {rate:,.0f} tokens/s"
     yield "training", f"{ours.num_tokens:,} tokens, {took}"
-    held_out = f"{record.num_held_out_tokens:,} held-out tokens, never trained on"
-    yield "judged on", f"{held_out}; {record.judge_flops:.3g} FLOPs"
+    yield "judged on", f"{record.num_held_out_tokens:,} held-out tokens, never trained on"
     yield "peak memory", f"{human_bytes(record.peak_bytes)} resident, interpreter included"
-    if record.tasks is not None:
-        sources = ", ".join(sorted(set(record.tasks.sources.values()))) or "the hub"
-        asked = f"at most {record.tasks.limit:,} questions each" if record.tasks.limit else "all questions"
-        yield "tasks", f"lm-evaluation-harness {record.tasks.lm_eval_version}, rows from {sources}, {asked}"
-        yield "±", "one standard error, of a gain over the same questions; higher is better, but for perplexity"
-        yield from (("note", note) for note in record.tasks.notes)
     yield "reload", f"in a fresh process: largest logit difference {record.reload_max_abs_difference:g}"
     for note in record.notes:
         yield "note", note
 
 
-def cost_table(cost: Cost) -> Tables:
-    """Return what `--dry-run` shows."""
-    rows = []
-    for part, flops in cost.flops.items():
-        tokens = f"{cost.num_tokens:,} tokens, " if part == "training" else ""
-        rows.append((part, f"{tokens}{flops:.3g} FLOPs"))
-    rows.append(("total", f"{sum(cost.flops.values()):.3g} FLOPs"))
-    rows.append(("held out", f"{cost.num_held_out_tokens:,} tokens, never trained on"))
-    rows.append(("peak memory", f"about {human_bytes(cost.peak_bytes)} beyond the interpreter"))
-    rows.append(("scratch on disk", f"{human_bytes(cost.scratch_bytes)} of checkpoints until the end"))
-    return terminal([], rows)
-
-
 def recovery_card(record: RecoveryRecord) -> str:
     """Return the model card's section on the recovery, in Markdown."""
-    tasks = recovery_task_table(record)
     about = (
         f"{recovery_headline(record)}. The table shows held-out nats per token and KL to the dense model; figures "
         "elsewhere on this card are of the model before recovery."
     )
     lines = ["## Recovery", "", escaped(about), "", *markdown(verdict_table(record)), ""]
-    lines += [*([*markdown(tasks), ""] if tasks.rows else []), f"- teacher: {escaped(record.teacher)}"]
+    lines += [f"- teacher: {escaped(record.teacher)}"]
     lines += [f"- command: {code(record.command)}"] if record.command else []
     lines += [f"- {label}: {escaped(text)}" for label, text in cost_rows(record)]
     return "\n".join(lines) + "\n"

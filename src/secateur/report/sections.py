@@ -8,9 +8,8 @@ from secateur.recipe_file import dump_recipe
 from secateur.report import rows_measured
 from secateur.report.answers import answer_tables
 from secateur.report.card import source_text
-from secateur.report.measured import BenchResult, Ratio, spread_of
+from secateur.report.measured import BenchResult, Ratio, mean_change
 from secateur.report.page import Section, Table
-from secateur.report.plots import Series, Text, dot_plot, width_plot
 from secateur.report.records import GroupStep, RemovedLayer, ResultFiles
 from secateur.report.rows import SIDES, figure_rows, loss_changes, loss_rows, note_rows, overlap_cell
 from secateur.report.vocabulary import of_dense, vocabulary_tables, who_suffers
@@ -21,7 +20,7 @@ SpeedFigures = tuple[str, float, float, Ratio]
 def quality(files: ResultFiles) -> Section | None:
     """Loss by domain, before and after; what training won back; what `secateur evaluate` measured."""
     summary, changes = files.summary, loss_changes(files.summary)
-    text, plots, tables = list[str](), list[str](), list[Table]()
+    text, tables = list[str](), list[Table]()
     if changes:
         unit = f"nats per token{of_dense(summary)}"
         worst = max(changes, key=lambda domain: changes[domain].nats_per_token)
@@ -32,11 +31,10 @@ def quality(files: ResultFiles) -> Section | None:
             f"Held-out text of the calibration's own domains, in {unit}; lower is better. Worst change: "
             f"{changes[worst].text()} on {worst}. ± is {about}."
         )
-        errors = [spread_of(each) for each in changes.values()]
-        series = [Series("pruned", "pruned", [each.nats_per_token for each in changes.values()], errors)]
-        described = Text("Held-out loss by domain, pruned minus dense", "The table has every number.")
-        plots.append(dot_plot(described, list(changes), series, f"{unit}, minus dense", reference=0.0))
-        tables.append(Table(f"{unit.capitalize()} (perplexity)", ("domain", *SIDES), list(loss_rows(summary))))
+        rises = [change.nats_per_token for change in (*changes.values(), mean_change(changes.values()))]
+        bars = [[max(0.0, rise) / max(*rises, 1e-9)] for rise in rises]
+        caption = f"{unit.capitalize()} (perplexity); bars: the difference"
+        tables.append(Table(caption, ("domain", *SIDES), list(loss_rows(summary)), bars=bars))
     if summary.polish is not None:
         trained = _trained("The polish, judged on its held-out text", summary.polish, "polished")
         tables.append(trained)
@@ -46,12 +44,11 @@ def quality(files: ResultFiles) -> Section | None:
             "before recovery, unless measured later."
         )
         tables.append(_trained("The recovery, judged on its held-out text", files.recovery, "recovered"))
-        tables.append(rows_measured.recovery_task_table(files.recovery))
     if files.evaluation is not None:
         text += [f"By secateur evaluate: {note}" for note in files.evaluation.notes]
         tables += [*rows_measured.text_tables(files.evaluation), rows_measured.task_table(files.evaluation)]
     shown = [table for table in tables if table.rows]
-    return Section("quality", "Quality by domain", text, plots, shown) if shown else None
+    return Section("quality", "Quality by domain", text, shown) if shown else None
 
 
 def _trained(caption: str, record: Trained, name: str) -> Table:
@@ -94,33 +91,21 @@ def speed(files: ResultFiles) -> Section:
     if bench is None or bench.dense is None:
         return Section("speed", "Size", tables=(sizes,))
     tables, text = (*rows_measured.bench_tables(bench), sizes), (_how_timed(bench), *bench.notes)
-    return Section("speed", "Speed and memory", text, (_speed_up_plot(bench),), tables)
+    return Section("speed", "Speed and memory", text, tables)
 
 
 def _how_timed(bench: BenchResult) -> str:
     work = bench.workload
     return (
-        f"secateur bench: {bench.settings.engine} on {bench.settings.device}, batch {work.batch}, {work.prompt_tokens} "
-        f"prompt and {work.new_tokens} new tokens, {work.repeats} repeats in turns. Bars reach from the slowest to the "
-        "fastest repeat. Ideal: operations per prompt token and bytes read per decoded token, dense over pruned."
+        f"secateur bench: transformers on {bench.settings.device}, batch {work.batch}, {work.prompt_tokens} "
+        f"prompt and {work.new_tokens} new tokens, {work.repeats} repeats in turns. "
+        "Ideal: operations per prompt token and bytes read per decoded token, dense over pruned."
     )
-
-
-def _speed_up_plot(bench: BenchResult) -> str:
-    ups = bench.speed_ups
-    measured = [up.measured for up in ups.values()]
-    reach = [(each.median - each.lowest, each.highest - each.median) for each in measured]
-    series = [
-        Series("measured", "pruned", [each.median for each in measured], reach),
-        Series("ideal", "ideal", [up.ideal for up in ups.values()]),
-    ]
-    described = Text("Speed-up, measured and ideal", "The table has the numbers.")
-    return dot_plot(described, list(ups), series, "times the dense speed", reference=1.0)
 
 
 def removed(files: ResultFiles) -> Section | None:
     """Which layers, units of every layer, and tokens went."""
-    text, plots, tables = list[str](), list[str](), list[Table]()
+    text, tables = list[str](), list[Table]()
     if files.removed_layers:
         before, after = files.summary.num_layers
         text.append(f"{before} layers → {after}; their table numbers layers as the dense model did.")
@@ -130,18 +115,21 @@ def removed(files: ResultFiles) -> Section | None:
         sums = {group: [sum(column) for column in zip(*units.values(), strict=True)] for group, units in groups.items()}
         shares = ", ".join(f"{kept / before:.1%} of {name}" for name, (before, kept) in sums.items())
         text.append(f"Kept: {shares} units.")
-        plots.append(width_plot(Text("Kept units by layer", "A bar per layer."), groups))
-        rows = []
+        rows, bars = list[tuple[str, ...]](), list[list[float]]()
         # Layers may have different groups: experts in some, an MLP in others.
         for layer in sorted({layer for units in groups.values() for layer in units}):
             cells = ["{:,} → {:,}".format(*units[layer]) if layer in units else "" for units in groups.values()]
             rows.append((f"layer {layer}", *cells))
-        tables.append(Table("Units by layer, before → kept", ("", *groups), rows, folded=True))
+            bars.append(
+                [kept / before for before, kept in (units[layer] for units in groups.values() if layer in units)]
+            )
+        caption = "Units by layer, before → kept; bars: the share that stays"
+        tables.append(Table(caption, ("", *groups), rows, bars=bars))
     if (facts := files.summary.vocabulary) is not None:
         text.append(who_suffers(facts))
         text += [f"Longest words lost: {', '.join(facts.longest_lost)}."] if facts.longest_lost else []
         tables += vocabulary_tables(facts)
-    return Section("removed", "What went where", text, plots, tables) if tables else None
+    return Section("removed", "What went where", text, tables) if tables else None
 
 
 def _layer_table(layers: Sequence[RemovedLayer]) -> Table:
@@ -183,7 +171,7 @@ def text(files: ResultFiles) -> Section:
         overlap = overlap_cell(facts.held_out_overlap[name])
         rows.append((name, *(f"{count:,}" for count in counts), overlap, source_text(domains[name])))
     header = ("domain", "tokens", "guard", "judge", "overlap", "source")
-    return Section("text", "Text", about, (), (Table("Text by domain", header, rows),))
+    return Section("text", "Text", about, (Table("Text by domain", header, rows),))
 
 
 def repeat(files: ResultFiles) -> Section:
