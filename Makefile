@@ -7,8 +7,6 @@ BIN := .venv/bin
 demo: export HF_HUB_OFFLINE = 1
 demo: .venv/demo.installed  ## prune SmolLM2-135M by a fifth and time both, without any network after the install
 	$(BIN)/secateur demo demo-out --overwrite
-	$(BIN)/secateur bench demo-out --against smollm2-135m
-	$(BIN)/secateur report demo-out
 
 # One thread a process (tests/conftest.py), so that two processes do not wait for each other; a file's tests share what
 # they make. Ten gigabytes of memory are enough for eight.

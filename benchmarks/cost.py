@@ -46,7 +46,7 @@ OWN_TARGET = "own target"
 ROWS: dict[str, dict[str, Any]] = {
     OWN_TARGET: {"repair": {"target_mix": 0}},
     "defaults": {},
-    "fast": {"preset": "fast"},
+    "quick": {"preset": "quick"},
     "best": {"preset": "best"},
 }
 SAMPLE_SECONDS = 0.005

@@ -80,7 +80,8 @@ def make_models(model: str, paths: dict[str, Path], num_tokens: int, *, as_gguf:
 
     import secateur
 
-    base = {"preset": "fast", "remove": 0.3, "calibration": {"num_tokens": num_tokens}, "output": {"evaluate": False}}
+    text = {"calibration": {"num_tokens": num_tokens, "answers": 0}, "output": {"evaluate": False}}
+    base = {"preset": "quick", "remove": 0.3, "polish": False, **text}
     if not paths["dense"].exists():
         write_dense(model, paths["dense"])
     for kind, more in (("uniform", {}), ("per-layer", {"choose": {"score": "wanda", "budget": "curve"}})):
@@ -152,8 +153,8 @@ Results in the runtimes that people use. `make runtimes` sets up each one in a v
 of its own, converts the models by the runtime's own tool, runs them and writes this page.
 
 Models: {model}, and results without 30% of all its parameters, with equal widths (`uniform`)
-and with widths by layer (`per-layer`, `budget: curve`). Both are by `preset: fast` on
-{tokens:,} tokens of calibration text: quality is not the subject here. Weights are bfloat16,
+and with widths by layer (`per-layer`, `budget: curve`). Both are by `preset: quick` on
+{tokens:,} tokens of calibration text, not trained: quality is not the subject here. Weights are bfloat16,
 and every runtime gets them as float32. Threads: {threads}. Cores: {cores}, {cpu};
 other programs used them too, so tokens/s are low and noisy.
 

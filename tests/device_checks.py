@@ -37,7 +37,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "groups": ["ffn", "kv_heads"],
         "budget": "curve",
         "rounds": 2,
-        "domain_weighting": "minimax",
         "damping_factors": [1, 10],
     },
     "flap": {"score": "flap", "compensate": "bias"},

@@ -44,8 +44,9 @@ class Training(Strict):
     model's predictions; the rest is cross-entropy. 0: no teacher. train: all weights but embedding
     and head (`layers`), all weights (`full`), or low-rank additions that are merged at the end
     (`lora`, needs secateur[recover]). lora_rank: of these. gradient_checkpointing: computes
-    activations again in place of storing them. evaluations: number of held-out evaluations; the
-    weights of the least loss stay. patience: stop after so many without a fall.
+    activations again in place of storing them. evaluations: number of
+    held-out ones on the way, beside those before and after; the weights of the least loss stay.
+    patience: stop after so many without a fall.
     """
 
     learning_rate: Positive | None = None
@@ -55,7 +56,7 @@ class Training(Strict):
     train: Literal["layers", "full", "lora"] = "layers"
     lora_rank: Count = 16
     gradient_checkpointing: bool = False
-    evaluations: Count = 4
+    evaluations: Annotated[int, Field(ge=0)] = 4
     patience: Count = 2
 
 
@@ -67,7 +68,7 @@ class PolishSettings(Training):
     """
 
     num_tokens: Annotated[int, Field(ge=0)] | None = None
-    evaluations: Count = 2
+    evaluations: Annotated[int, Field(ge=0)] = 0
 
 
 class RecoverySettings(Training):
@@ -83,7 +84,7 @@ class RecoverySettings(Training):
 
 
 InstalledDomain = Literal["web", "encyclopedia", "dialogue", "multilingual", "code", "mathematics", "science"]
-WeightingName = Literal["tokens", "energy", "minimax"]
+WeightingName = Literal["tokens", "energy"]
 BudgetName = Literal["uniform", "curve"]
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 VOCABULARY = "vocabulary"
@@ -251,8 +252,8 @@ class Choose(Strict):
     layer keeps. `uniform`: the same share of every group; `curve`: least predicted KL, from
     measured error curves and slopes. probe_blocks: blocks per domain on which budget `curve`
     measures KL. domain_weighting: how domains count in a statistic. `energy`: divided by their
-    output energy, times their share; `tokens`: as they are; `minimax`: so that the worst domain's
-    error falls. rounds: equal steps to the share; each measures and plans anew.
+    output energy, times their share; `tokens`: as they are. rounds: equal steps to the share; each
+    measures and plans anew.
     """
 
     score: str = "obs"
@@ -307,11 +308,12 @@ class Machine(Strict):
 class Output(Strict):
     """What to measure and write.
 
-    evaluate: held-out loss before and after. keep_rounds: also a checkpoint after each
+    evaluate: held-out loss before and after, on 1,024 tokens of each domain or as many as it says;
+    standard errors tell how far to trust it. keep_rounds: also a checkpoint after each
     round but the last, before the polish. max_shard_size: of the written safetensors files.
     """
 
-    evaluate: bool = True
+    evaluate: bool | Count = True
     keep_rounds: bool = False
     max_shard_size: str = "5GB"
 

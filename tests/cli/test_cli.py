@@ -43,7 +43,7 @@ COMMANDS = {
     "--device --set --like --resume --overwrite --force --quiet --json",
     "trim": "MODEL OUT --vocabulary --domain --keep-text --keep-script --seed --overwrite --force --quiet --json",
     "inspect": "MODEL --remove --to --fit --context --type --recipe --preset --polish --groups "
-    "--budget --align --rounds --memory-budget --set --quiet --json",
+    "--budget --align --rounds --memory-budget --set --vocabulary --quiet --json",
     "recipe": "PRESET",
     "demo": "OUT --overwrite --quiet --json",
     "verify": "RESULT --quiet --json",
@@ -212,7 +212,7 @@ def test_inspect_promises_what_prune_reaches(happy, checkpoints):
     [ffn] = told["groups"]
     assert [ffn["num_units"], ffn["num_keep"]] == result["widths"]["ffn"][:2]
     assert told["num_calibration_tokens"] == sum(result["calibration"]["num_tokens"].values())
-    shown = run_cli(*arguments)
+    shown = run_cli(*arguments, "--vocabulary")
     assert shown.status == 0 and "100,176 -> 79,440" in shown.stdout and "count tokens" in shown.stderr
     vocabulary = told["vocabulary"]
     assert vocabulary["num_tokens"] == 320 and vocabulary["num_params"] == 2 * 320 * 48  # not tied

@@ -312,7 +312,7 @@ def test_layers_go_by_themselves_where_widths_alone_would_be_ruin(small, tmp_pat
     assert [depth_of(units) for units in (0.2, 0.5, 0.58, 0.62, 0.85, 0.95)] == [0, 0, 0, 1, 2, 2]
     for changes in (
         {"depth": 0},
-        {"preset": "fast"},
+        {"preset": "quick"},
         {"preset": "paper"},
         {"rounds": 2},
         {"groups": ["kv_heads"], "remove": heads / 2 / num_params(model)},

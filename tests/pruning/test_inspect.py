@@ -48,7 +48,7 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_share_use_and_what_a_trim_frees(model, recipe, tmp_path):
-    found = secateur.inspect(model, recipe)
+    found = secateur.inspect(model, recipe, vocabulary=True)
     vocabulary, tokenizer = found.vocabulary, bpe_tokenizer(vocab_size=400, corpus=[*CORPUS, *WORDS, *WORDS, *WORDS])
     per_token = WIDTH if json.loads((model / "config.json").read_text())["tie_word_embeddings"] else 2 * WIDTH
     assert (vocabulary.num_tokens, vocabulary.num_params) == (NUM_ROWS, NUM_ROWS * per_token)
@@ -86,22 +86,28 @@ def terminal(found: Any) -> str:
 
 def test_no_more_text_is_looked_at_than_takes_seconds(model, recipe, monkeypatch):
     monkeypatch.setattr(inspecting, "MOST_COUNTED", 20)
-    counted = secateur.inspect(model, recipe).vocabulary.num_counted
+    counted = secateur.inspect(model, recipe, vocabulary=True).vocabulary.num_counted
     assert all(20 <= count <= 20 + 32 * CHARACTERS_PER_TOKEN for count in counted.values())  # whole pieces
 
 
 def test_without_tokenizer_or_text_it_says_why_and_all_else(model, recipe, tmp_path):
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / "config.json").write_bytes((model / "config.json").read_bytes())
-    alone = secateur.inspect(tmp_path / "alone", recipe)
+    alone = secateur.inspect(tmp_path / "alone", recipe, vocabulary=True)
     assert alone.vocabulary.used == {} and alone.vocabulary.smallest is None
     assert "has no tokenizer" in terminal(alone) and "what the domains use is not known" in terminal(alone)
     gone = {"self": {"answers": True}}
-    assert "every domain is of the model's answers" in terminal(
-        secateur.inspect(model, {"calibration": {"domains": gone}})
-    )
+    answered = secateur.inspect(model, {"calibration": {"domains": gone}}, vocabulary=True)
+    assert "every domain is of the model's answers" in terminal(answered)
     missing = {"a": {"files": str(tmp_path / "nowhere.txt")}}
-    assert "nowhere.txt" in terminal(secateur.inspect(model, {"calibration": {"domains": missing}}))
+    assert "nowhere.txt" in terminal(secateur.inspect(model, {"calibration": {"domains": missing}}, vocabulary=True))
+
+
+def test_text_is_read_for_the_vocabulary_alone_when_asked(model, recipe, monkeypatch):
+    monkeypatch.setattr(inspecting, "TextPool", lambda *_: pytest.fail("text was read"))
+    found = secateur.inspect(model, recipe)
+    assert found.vocabulary.num_tokens == NUM_ROWS and found.vocabulary.used == {}
+    assert "of all parameters" in terminal(found) and "domains" not in terminal(found).split("could also go")[0]
 
 
 def test_a_recipe_that_takes_tokens(model, recipe):

@@ -118,15 +118,6 @@ def test_what_cannot_be_is_said_before_anything_runs(changes, message, small):
         secateur.prune(tiny_llama(), grouped({**small, **changes}), tokenizer=TOKENIZER)
 
 
-def test_domain_weights_are_found_per_group_and_logged(small, tmp_path):
-    out = tmp_path / "out"
-    secateur.prune(tiny_qwen2(), grouped({**small, "domain_weighting": "minimax"}), tokenizer=TOKENIZER, out=out)
-    for line in lines_of(out, "group"):
-        weights = line["domain_weights"]
-        assert set(weights) == {"prose", "code"} and sum(weights.values()) == pytest.approx(1)
-        assert min(weights.values()) >= 1 / 6 - 1e-9
-
-
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
 def test_scores_of_other_methods_run_in_rounds(factory, small, tmp_path):
     """Each round scores the units that are left anew, by the score asked for: others choose other units."""
@@ -216,7 +207,7 @@ def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
     assert asked == best.filled(choose={"budget": "uniform"})
     with pytest.raises(secateur.SecateurError, match=r"unknown preset 'bets'; .* did you mean 'best'"):
         parse_recipe(grouped({"preset": "bets"}))
-    for preset in ("fast", "best", "paper"):
+    for preset in ("quick", "best", "paper"):
         # Preset best takes tokens too, of a tokenizer that has some to give.
         tokenizer = bpe_tokenizer() if preset == "best" else TOKENIZER
         model = tiny_llama() if preset == "best" else tiny_qwen2()
@@ -226,6 +217,7 @@ def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
         file = resources.files("secateur") / "presets" / f"{preset}.yaml"
         said, ran = yaml.safe_load(file.read_text(encoding="utf-8")), result.recipe.model_dump(mode="json")
         del said["polish"]  # `grouped` turns it off
+        said.get("calibration", {}).pop("num_tokens", None)  # `small` has its own
         if preset == "best":
             assert said["remove"].pop("vocabulary") == "auto" and ran["remove"]["vocabulary"] in range(256, 321)
         for group, keys in said.items():

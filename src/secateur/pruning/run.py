@@ -21,7 +21,7 @@ from secateur.pruning.resolve import Resolved
 from secateur.ranks import own_part
 from secateur.store import Services
 from secateur.stream.losses import domain_losses, predicted_tokens
-from secateur.stream.walk import make_batches
+from secateur.stream.walk import Walk, make_batches
 
 Keeps = dict[GroupKey, Tensor]
 
@@ -35,7 +35,8 @@ class Run:
     `dense_losses`: held-out nats per token by domain before layers went, if something watches them.
     `dense_tokens`: those predicted of each held-out document in the dense tokenizer, in nats per which
     losses are, if the vocabulary is trimmed. `trimmed`: losses before and behind the trim alone.
-    `kept`: the units that stay, if another result has chosen them.
+    `kept`: the units that stay, if another result has chosen them. `after_dense`: called with the first
+    round's walk when its dense stream has left the last layer.
     """
 
     model: CausalLM
@@ -49,6 +50,7 @@ class Run:
     dense_tokens: dict[str, dict[int, int]] | None = None
     trimmed: dict[str, tuple[Loss, Loss]] = field(default_factory=dict[str, tuple[Loss, Loss]])
     kept: Keeps = field(default_factory=dict[GroupKey, Tensor])
+    after_dense: Callable[[Walk], None] | None = None
 
     @property
     def shares(self) -> dict[str, float]:

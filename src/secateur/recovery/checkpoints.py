@@ -73,7 +73,7 @@ class Checkpoints:
                 ) from None
 
     def _is_intact(self, step: int | None) -> bool:
-        return step is not None and self.store.has_files(self.path(step).name, self.path(step))
+        return step is None or self.store.has_files(self.path(step).name, self.path(step))
 
     def _best(self, step: int) -> int | None:
         """Return the step of the best checkpoint by then: the training ends with its weights."""

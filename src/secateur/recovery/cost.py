@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from secateur.facts import Size
-from secateur.recipe import RecoverySettings
+from secateur.recipe import Recipe, RecoverySettings
 from secateur.recovery.loss import HEAD_POSITIONS
 from secateur.recovery.pair import Candidates, blocks_per_step
 from secateur.recovery.weights import autocasts, words_of
@@ -18,6 +18,11 @@ from secateur.recovery.weights import autocasts, words_of
 # of norms and linears, queries, keys, values), and four in the FFN's, as autograd was seen to store.
 STREAM_WIDTHS, FFN_WIDTHS = 10, 4
 TRAIN_DENSE = "train_dense"
+
+
+def polish_settings(recipe: Recipe) -> RecoverySettings | None:
+    """Return how a resolved recipe trains; None if it does not."""
+    return RecoverySettings(**recipe.polish.model_dump()) if recipe.polish.num_tokens else None
 
 
 def scratch_bytes(candidates: Candidates, settings: RecoverySettings) -> int:

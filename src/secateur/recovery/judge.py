@@ -27,12 +27,17 @@ class Judge:
         arch: Arch,
         text: Mapping[str, Text],
         progress: Progress = silent,
+        *,
+        asked: bool = True,
     ) -> None:
+        """Ask the dense model; unless `asked`, `states` are to be filled before anything is judged."""
         self.text = {domain: blocks_of(each) for domain, each in text.items()}
         self.head = head_of(dense, arch)  # moves with the dense model
-        blocks = [block for each in self.text.values() for block in each]
-        states = head_inputs(dense, arch, blocks, progress, "judge dense")
-        self._states = {domain: list(islice(states, len(each))) for domain, each in self.text.items()}
+        self.states: dict[str, list[Tensor]] = {domain: [] for domain in self.text}
+        if asked:
+            blocks = [block for each in self.text.values() for block in each]
+            states = head_inputs(dense, arch, blocks, progress, "judge dense")
+            self.states = {domain: list(islice(states, len(each))) for domain, each in self.text.items()}
 
     @property
     def answers(self) -> frozenset[str]:
@@ -45,7 +50,7 @@ class Judge:
 
     def dense(self) -> Verdicts:
         """Return the dense model's own verdicts: a KL of zero, and its loss."""
-        return self._verdicts(lambda domain, number, _: self.head(self._states[domain][number].to(self._device())))
+        return self._verdicts(lambda domain, number, _: self.head(self.states[domain][number].to(self._device())))
 
     @torch.no_grad()
     def verdicts(self, logits_of: Callable[[Tensor], Tensor]) -> Verdicts:
@@ -63,7 +68,7 @@ class Judge:
         found: Verdicts = {}
         for domain, blocks in self.text.items():
             divergences, agreements, sums = [], [], list[Sums]()
-            for number, (block, states_PD) in enumerate(zip(blocks, self._states[domain], strict=True)):
+            for number, (block, states_PD) in enumerate(zip(blocks, self.states[domain], strict=True)):
                 logits_PV = logits_of(domain, number, block.ids_T).to(self._device())
                 states_PD = states_PD.to(self._device())
                 divergence_P, agrees_P = compare_tokens(states_PD, self.head, logits_PV, nn.Identity())

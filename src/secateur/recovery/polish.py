@@ -2,7 +2,8 @@
 
 In: the dense model before the cut, for `learn`; the pruned one after it, for `polish`. Out: the
 trained model, in place, and its record. The dense model is asked once, block by block: its head's
-inputs and its head stand for it, so that it need not be in memory beside the pruned one.
+inputs and its head stand for it, so that it need not be in memory beside the pruned one. Where the
+prune's walk carries the dense stream of the same text, that stream answers, and nothing is asked.
 """
 
 import hashlib
@@ -17,34 +18,55 @@ import torch
 from torch import Tensor
 
 from secateur.data.blocks import LearningText
+from secateur.facts import Batch
 from secateur.model.bind import Arch
 from secateur.model.modules import CausalLM
 from secateur.ranks import from_first, size
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recovery.attention import attention_in_training
+from secateur.recovery.cost import polish_settings
 from secateur.recovery.judge import Judge
 from secateur.recovery.pair import RecoveryText, blocks_of, shared_out, whole_steps
 from secateur.recovery.train import Work, train_guarded
 from secateur.report.measured import PolishRecord
 from secateur.store import Services
-from secateur.stream.losses import head_inputs
+from secateur.stream.losses import head_inputs, states_for_head
+from secateur.stream.walk import Walk
 
 STAGE, FOLDER = "polish", "polish"
 
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What the dense model leaves for the training. `states`: what its head reads, by block of text."""
+    """What the dense model leaves for the training. `states`: what its head reads, by block of text.
+
+    `places`: which of these, by domain and number of its calibration block, come from a walk: see
+    `take_states`.
+    """
 
     text: RecoveryText
     judge: Judge
-    states: tuple[Tensor, ...]
+    states: list[Tensor]
     settings: RecoverySettings
+    places: dict[tuple[str, int], int]
 
+    def take_states(self, model: CausalLM, walk: Walk) -> None:
+        """Take what the head reads from the dense stream of a walk, which has left the last layer.
 
-def polish_settings(recipe: Recipe) -> RecoverySettings | None:
-    """Return how a resolved recipe trains; None if it does not."""
-    return RecoverySettings(**recipe.polish.model_dump()) if recipe.polish.num_tokens else None
+        Embedding and last norm are still the dense model's. The stream goes, batch by batch.
+        """
+        for position, batch in enumerate(walk.batches):
+            stream_BTD, walk.dense_BTD[position] = walk.dense_BTD[position], torch.empty(0)
+            for offset, (ids_T, hidden_TD) in enumerate(zip(batch.ids_BT, stream_BTD, strict=True)):
+                place = self.places.get((batch.domain, batch.first_block + offset))
+                if place is None and not batch.held_out:
+                    continue
+                block = Batch(batch.domain, batch.held_out, ids_T[None])
+                states_PD = states_for_head(model, walk.arch, block, hidden_TD[None]).cpu()
+                if batch.held_out:
+                    self.judge.states[batch.domain].append(states_PD)
+                elif place is not None:
+                    self.states[place] = states_PD
 
 
 def learn(
@@ -53,28 +75,48 @@ def learn(
     text: LearningText,
     recipe: Recipe,
     services: Services,
+    *,
+    walked: bool = False,
 ) -> Lesson | None:
     """Ask the dense model for all that the polish needs; None if the recipe asks for no polish.
 
-    `text`: has the blocks to train on; its held-out ones guard. Raises RecipeError for too few tokens
-    to make a step.
+    `text`: has the blocks to train on; its held-out ones guard. `walked`: calibration and held-out text
+    need not be asked for, since `Lesson.take_states` will be called. Raises RecipeError for too few
+    tokens to make a step.
     """
     settings, progress = polish_settings(recipe), services.progress
     if settings is None:
         return None
     assert recipe.calibration.num_tokens is not None, "resolve fills it in"
-    blocks = blocks_of(text.training(settings.num_tokens))
-    random.Random(f"{recipe.seed}:{STAGE}").shuffle(blocks)
-    settings = shared_out(settings, text.sequence_length, size(), len(blocks))
-    blocks = list(whole_steps(blocks, settings, text.sequence_length, STAGE))
+    order = list(zip(blocks_of(text.training(settings.num_tokens)), _numbers(text, settings), strict=True))
+    random.Random(f"{recipe.seed}:{STAGE}").shuffle(order)
+    settings = shared_out(settings, text.sequence_length, size(), len(order))
+    blocks = list(whole_steps([block for block, _ in order], settings, text.sequence_length, STAGE))
+    numbers = [number if walked else None for _, number in order[: len(blocks)]]
+    places = {
+        (block.domain, number): place
+        for place, (block, number) in enumerate(zip(blocks, numbers, strict=True))
+        if number is not None
+    }
     lesson = RecoveryText(tuple(blocks), text.held_out, text.sequence_length, text.content_hash)
     with services.log.time(STAGE):
-        judge = Judge(dense, arch, text.held_out, progress)
+        judge = Judge(dense, arch, text.held_out, progress, asked=not walked)
         judge.own_head()  # the model's own is trained, or cut
         with attention_in_training(settings.gradient_checkpointing):  # an uncut model has nothing to learn, to the bit
-            ids = [block.ids_T for block in blocks]
-            states = tuple(head_inputs(dense, arch, ids, progress, "ask the dense model"))
-    return Lesson(lesson, judge, states, settings)
+            ids = [block.ids_T for block, number in zip(blocks, numbers, strict=True) if number is None]
+            asked = head_inputs(dense, arch, ids, progress, "ask the dense model") if ids else iter(())
+            states = [next(asked) if number is None else torch.empty(0) for number in numbers]
+    return Lesson(lesson, judge, states, settings, places)
+
+
+def _numbers(text: LearningText, settings: RecoverySettings) -> list[int | None]:
+    """Return the number of each training block among its domain's calibration blocks; None if it is none."""
+    numbers: list[int | None] = []
+    for domain, blocks in zip(text.domains, text.training(settings.num_tokens).values(), strict=True):
+        first = 0 if blocks.counted_NT is None else domain.num_calibration  # see `LearningDomain.training`
+        places = range(first, first + len(blocks))
+        numbers += [place if place < domain.num_calibration else None for place in places]
+    return numbers
 
 
 def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, device: torch.device) -> PolishRecord:

@@ -55,6 +55,8 @@ from secateur.stream.device import release_freed
 TRAINER_FOLDER, TRAINED_FOLDER = "trainer", "trained"
 # Adam moves a weight by about the rate, whatever its gradient: what a model bears follows its weights' size.
 POLISH_RATE, RECOVER_RATE = 0.001, 0.0005
+# In so many parts is a training saved that is evaluated before and after it alone.
+SAVED_PARTS = 2
 FASTER_IN_LORA = 10  # low-rank additions are products of two small factors: LOG, 2026-11-29, morning
 
 
@@ -127,8 +129,8 @@ class Listener(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Move the progress; evaluate and save after the last step."""
         self._move(state)
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = True
+        if state.global_step >= state.max_steps:  # without evaluations what is trained is kept by `_train`
+            control.should_evaluate = control.should_save = args.load_best_model_at_end
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the loss of a step."""
@@ -320,7 +322,9 @@ def _trainer(
         ]
     if work.states is not None:
         items = [{**item, "states": states_PD} for item, states_PD in zip(items, work.states, strict=True)]
-    callbacks = [listener, EarlyStoppingCallback(work.settings.patience)]
+    callbacks: list[TrainerCallback] = [listener]
+    if arguments.load_best_model_at_end:
+        callbacks.append(EarlyStoppingCallback(work.settings.patience))
     data: dict[str, Any] = {"data_collator": default_collate, "train_dataset": items, "eval_dataset": items}
     trainer = Distiller(model=trained, args=arguments, callbacks=callbacks, **data)
     trainer.remove_callback(PrinterCallback)
@@ -358,7 +362,7 @@ def _mask_of(block: Block, settings: RecoverySettings) -> dict[str, Any]:
 
 def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: float) -> TrainingArguments:
     settings = work.settings
-    every, on_cpu = -(-num_steps // settings.evaluations), work.on_cpu
+    every, on_cpu = -(-num_steps // (settings.evaluations or SAVED_PARTS)), work.on_cpu
     arguments = TrainingArguments(
         output_dir=str(work.directory / TRAINER_FOLDER),
         per_device_train_batch_size=settings.blocks_per_device,
@@ -371,11 +375,11 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: 
         bf16=autocasts(dtype, on_cpu=on_cpu),
         gradient_checkpointing=settings.gradient_checkpointing,
         logging_steps=1,
-        eval_strategy="steps",
+        eval_strategy="steps" if settings.evaluations else "no",
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        load_best_model_at_end=True,
+        load_best_model_at_end=settings.evaluations > 0,
         metric_for_best_model="eval_objective",
         greater_is_better=False,
         report_to="none",

@@ -90,7 +90,8 @@ class InspectedVocabulary:
     """A model's vocabulary. `num_params`: of all rows of embedding and head, tied ones once.
 
     `used`: by domain, the distinct tokens of `num_counted` tokens of its text. `smallest`: the size
-    at which all of these stay; `params_freed`: by a trim to it. `problem`: why nothing is counted.
+    at which all of these stay; `params_freed`: by a trim to it; both None if no text was to be read.
+    `problem`: why it was not counted all the same.
     """
 
     num_tokens: int

@@ -61,8 +61,10 @@ def vocabulary_cell(inspection: Inspection) -> str:
     """Say what share of the model its tokens are, how many the domains use, and what a trim can free."""
     found, total = inspection.vocabulary, inspection.size.num_params
     said = f"{found.num_tokens:,} tokens, {found.num_params / total:.1%} of all parameters"
-    if found.smallest is None or found.params_freed is None:
+    if found.problem is not None:
         return f"{said}; what the domains use is not known: {found.problem}"
+    if found.smallest is None or found.params_freed is None:
+        return said
     used = ", ".join(f"{name} {count:,}" for name, count in found.used.items())
     num_counted = sum(found.num_counted.values())
     return (

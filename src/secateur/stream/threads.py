@@ -1,0 +1,58 @@
+"""How many threads a run computes with on a processor: as many as are fastest beside what else runs there.
+
+In: something to compute. Out: a number. Products are shared out over threads, so that another number may
+change the last bits of a result; with the same number they are the same.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+# The user's own number, which stands.
+VARIABLE = "OMP_NUM_THREADS"
+# Timed runs of each number, by turns with the others.
+REPEATS = 4
+# Half of the threads may take so much longer before fewer are not tried.
+SLOWER = 1.2
+
+
+def may_choose_threads() -> bool:
+    """Whether there are several threads, and the environment does not say how many."""
+    return torch.get_num_threads() > 1 and VARIABLE not in os.environ
+
+
+def fastest_threads(compute: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> int:
+    """Return with how many threads `compute` takes least: all that torch has, a half, a quarter, ... or one.
+
+    On cores that others use, threads that wait for each other are slower than fewer ones.
+    """
+    most = torch.get_num_threads()
+    chosen, count = most, most // 2
+    with threads_kept():
+        while count >= 1:
+            seconds = dict.fromkeys((chosen, count), 0.0)
+            for number in [*seconds] * REPEATS:
+                torch.set_num_threads(number)
+                compute()  # so that its threads exist
+                start = clock()
+                compute()
+                seconds[number] += clock() - start
+            if seconds[count] > SLOWER * seconds[chosen]:
+                break
+            if seconds[count] < seconds[chosen]:
+                chosen = count
+            count //= 2
+    return chosen
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Give torch the number of threads behind the block that it has before it."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
