@@ -11,9 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from secateur.facts import Batch
 from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, silent
 from secateur.model.checkpoint import Tokenizer, eval_mode
@@ -52,8 +49,7 @@ from secateur.report.records import Summary
 from secateur.store import Services
 from secateur.stream.device import keeping_freed, peak_bytes, peak_bytes_on
 from secateur.stream.offload import Placement
-from secateur.stream.threads import fastest_threads, may_choose_threads, threads_kept
-from secateur.stream.walk import CPU_BATCH_TOKENS, Walk
+from secateur.stream.threads import choose_threads, threads_kept
 
 # Writes card, result.json and page into the run's directory; returns the summary as it was written.
 Finish = Callable[[Path, Summary, Recipe], Summary]
@@ -208,7 +204,8 @@ def prepared(opened: Opened, services: Services, *, num_judged_blocks: int | Non
         resolved = replace(resolved, warnings=resolved.warnings + text_notes + notes + _notes(opened, plan))
         check_same_run(opened.model, resolved.recipe)
         placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
-        _choose_threads(opened, services)
+        if opened.device.type == "cpu" and size() == 1:
+            choose_threads(opened.model, opened.arch, services)
         services.progress("load", 1, 1)
     model = opened.model
     with log.time("calibration"), eval_mode(model):
@@ -225,22 +222,6 @@ def prepared(opened: Opened, services: Services, *, num_judged_blocks: int | Non
         kept={} if opened.like is None else opened.like.keeps,
     )
     return Prepared(opened, run, drawn, placement)
-
-
-def _choose_threads(opened: Opened, services: Services) -> None:
-    """Let torch compute with as many threads as make a layer fastest now; one that goes on has those it began with."""
-    if opened.device.type != "cpu" or size() > 1 or not may_choose_threads():
-        return
-
-    def timed() -> int:
-        ids_1T = torch.zeros(1, CPU_BATCH_TOKENS, dtype=torch.int64)
-        walk = Walk(opened.model, opened.arch, [Batch("", True, ids_1T)])
-        with walk.layer(0):
-            return fastest_threads(partial(walk.through, 0, walk.hidden_BTD[0]))
-
-    count = services.store.value("threads", timed, is_input=True)
-    torch.set_num_threads(count)
-    services.log.write({"event": "threads", "count": count})
 
 
 def _without_answers(opened: Opened, resolved: Resolved) -> Resolved:

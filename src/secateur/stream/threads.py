@@ -8,8 +8,15 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+from torch import nn
+
+from secateur.facts import Batch
+from secateur.model.bind import Arch
+from secateur.store import Services
+from secateur.stream.walk import CPU_BATCH_TOKENS, Walk
 
 # The user's own number, which stands.
 VARIABLE = "OMP_NUM_THREADS"
@@ -19,9 +26,22 @@ REPEATS = 4
 SLOWER = 1.2
 
 
-def may_choose_threads() -> bool:
-    """Whether there are several threads, and the environment does not say how many."""
-    return torch.get_num_threads() > 1 and VARIABLE not in os.environ
+def choose_threads(model: nn.Module, arch: Arch, services: Services) -> None:
+    """Let torch compute with as many threads as make a layer fastest now; a run that goes on has those it began with.
+
+    Nothing changes if the environment says how many.
+    """
+    if VARIABLE in os.environ or torch.get_num_threads() == 1:
+        return
+
+    def timed() -> int:
+        walk = Walk(model, arch, [Batch("", True, torch.zeros(1, CPU_BATCH_TOKENS, dtype=torch.int64))])
+        with walk.layer(0):
+            return fastest_threads(partial(walk.through, 0, walk.hidden_BTD[0]))
+
+    count = services.store.value("threads", timed, is_input=True)
+    torch.set_num_threads(count)
+    services.log.write({"event": "threads", "count": count})
 
 
 def fastest_threads(compute: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> int:
