@@ -62,7 +62,9 @@ def write(grid: dict[str, Any], folder: Path) -> str:
 
 
 def test_a_study_may_let_its_model_answer(grid: dict[str, Any], tmp_path: Path) -> None:
-    grid["recipe"]["calibration"]["domains"]["self"] = {"answers": True}
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"text": f"a{number}"}) + "\n" for number in range(60)))
+    grid["recipe"]["calibration"]["domains"]["self"] = {"files": str(asked), "answers": True}
     changes = {"ratios": [0.1], "seeds": [0], "methods": {"ours": {}, "self alone": {"domains": ["self"]}}}
     dense, ours, alone = compare(write(grid | changes, tmp_path), tmp_path / "out").cells
     assert list(dense.nats_per_token) == list(ours.nats_per_token) == list(alone.nats_per_token) == [*TEXTS, "self"]
