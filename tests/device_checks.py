@@ -39,9 +39,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "rounds": 2,
         "damping_factors": [1, 10],
     },
-    "flap": {"score": "flap", "compensate": "bias"},
+    "flap": {"score": "flap", "compensate": "bias", "evaluate": False},
     "depth": {"depth": 1, "remove": 0.35},
-    "on disk": {"memory_budget": "0.1MB"},
+    "on disk": {"memory_budget": "0.1MB", "evaluate": False},
 }
 # Those that are run with all of the model on the device, too.
 WHOLE = "curves in rounds", "depth"
@@ -95,7 +95,7 @@ def test_tokens_go_on_a_device_as_on_the_cpu(by_layers, recipe, tmp_path, monkey
     tokenizer, _ = made("byte-level")
     tiny_llama(tied=True, vocab_size=len(tokenizer) + NUM_PADDING).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    asked = {**recipe, "remove": 0.3, "vocabulary": "auto"}
+    asked = {**recipe, "remove": 0.3, "vocabulary": "auto", "evaluate": not by_layers}
     expected = secateur.prune(tmp_path, grouped({**asked, "device": "cpu"}))
     if by_layers:
         planned, apart = estimate.memory_for, partial(dataclasses.replace, one_layer_at_a_time=True, budget_bytes=10**6)
@@ -116,7 +116,7 @@ def test_a_device_without_float64_has_its_solves_done_on_the_cpu(name, checkpoin
         made_by_cpu[name] = secateur.prune(checkpoints["llama"], grouped({**asked, "device": "cpu"}))
     expected = made_by_cpu[name]
     monkeypatch.setattr(pretend_device, "LACKING", {torch.float64})
-    found = secateur.prune(checkpoints["llama"], grouped({**asked, "device": "pretend"}))
+    found = secateur.prune(checkpoints["llama"], grouped({**asked, "device": "pretend", "evaluate": False}))
     assert float64_device(torch.device("pretend:0")) == torch.device("cpu")
     assert all(torch.equal(found.keeps[key], keep) for key, keep in expected.keeps.items())
     theirs = expected.model.state_dict()

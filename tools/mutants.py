@@ -301,12 +301,14 @@ def _digest() -> str:
 
 
 def stages(file: str, test_files: list[str]) -> list[list[str]]:
-    """Return the test files that import a module, the others of its room, and the rest."""
+    """Return the test files that import a module, those of its name and its room first, the room's others, the rest."""
     parent, _, leaf = ".".join(("secateur", *Path(file).with_suffix("").parts)).rpartition(".")
     imported = re.compile(rf"\b{parent}\.{leaf}\b|\bfrom {parent} import .*\b{leaf}\b")
     texts = {test_file: (ROOT / test_file).read_text(encoding="utf-8") for test_file in test_files}
+    own_room = {each for each in test_files if each.split("/")[1] == file.split("/")[0]}
     first = [test_file for test_file in test_files if imported.search(texts[test_file])]
-    room = [each for each in test_files if each.split("/")[1] == file.split("/")[0] and each not in first]
+    first.sort(key=lambda each: (leaf.strip("_") not in each, each not in own_room, len(texts[each])))
+    room = sorted(own_room - set(first))
     return [first, room, [each for each in test_files if each not in first and each not in room]]
 
 
@@ -448,7 +450,9 @@ def main() -> None:
 
     def judged(mutant: Mutant) -> str:
         found = UNCOVERED
-        for files in stages(mutant.file, test_files)[: options.reach]:
+        near, room, rest = stages(mutant.file, test_files)
+        # File by file, where the first or second one kills most changes.
+        for files in [*([each] for each in near), *[room, rest][: options.reach - 1]]:
             everything = [collect(file) for file in files]
             tests = judges(mutant, everything)
             if not tests:

@@ -28,7 +28,6 @@ from secateur.evaluation.text import (
     SAMPLE_TOKENS,
     START_TOKENS,
     _changes,
-    measure_quality,
     named_blocks,
     recipe_blocks,
     sample_starts,
@@ -152,20 +151,6 @@ def test_against_itself(copy):
     assert all(change.nats_per_token == 0 for change in found.differences.domains.values())
 
 
-def test_bits_per_byte_by_hand(checkpoints):
-    from secateur.model.bind import bind
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoints["llama"]), tiny_tokenizer()
-    text = "schön, that's it"  # ö takes two bytes and two tokens
-    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    with torch.inference_mode():
-        nats = cross_entropy(model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="sum")
-    found = measure_quality(model, bind(model), tokenizer, "mine", torch.tensor([ids]), lambda: None)
-    # All bytes but the first are predicted; the end of text is predicted too and is no byte.
-    assert (found.num_tokens, found.num_bytes) == (len(ids) - 1, len(text.encode()) - 1)
-    assert found.bits_per_byte == pytest.approx(float(nats) / math.log(2) / found.num_bytes, rel=1e-5)
-
-
 def test_named_domains_give_the_blocks_asked_for(texts):
     domains = {"prose": Domain(files=(str(texts["prose"]),)), "code": Domain(files=(str(texts["code"]),))}
     for num_blocks in (1, 7, 10, 11):
@@ -258,13 +243,6 @@ def test_another_model_in_the_same_place_is_measured_anew(copy):
         model.lm_head.weight.mul_(0.5)
     model.save_pretrained(copy)
     assert evaluate(copy).pruned.domains != before
-
-
-def test_changed_text_is_said(copy, texts):
-    recipe = (copy / "recipe.yaml").read_text()
-    (copy / "recipe.yaml").write_text(recipe.replace("seed: 0", "seed: 1"))
-    (note,) = evaluate(copy).notes
-    assert "may have been calibrated on some of it" in note
 
 
 def test_the_table(copy, checkpoints, rows_file):

@@ -12,10 +12,8 @@ from models import tiny_llama
 from recipes import grouped
 from texts import split_text
 from tiny_tokenizer import tiny_tokenizer
-from torch.nn.functional import cross_entropy
 
 from secateur.errors import CalibrationError, NumericsError, RecipeError
-from secateur.evaluation import text
 from secateur.evaluation.text import measure_quality, named_blocks, recipe_blocks, wikitext_blocks
 from secateur.facts import Loss, Size
 from secateur.log import silent
@@ -87,35 +85,10 @@ def test_a_directory_that_does_not_say_its_text_is_an_error(recipe, tmp_path):
         recipe_blocks(out, TOKENIZER, silent)
 
 
-def test_blocks_of_named_text_differ_and_come_from_all_of_it(texts):
-    found, _ = named_blocks({"prose": Domain(files=(str(texts["prose"]),))}, 11, 24, TOKENIZER, silent)
-    (blocks,) = found.values()
-    assert blocks.ids_NT.shape == (11, 24) and len({tuple(ids) for ids in blocks.ids_NT.tolist()}) == 11
-
-
 def test_named_text_has_as_many_blocks_of_every_domain_whatever_their_shares(texts):
     domains = {name: Domain(files=(str(texts[name]),), share=share) for name, share in (("prose", 3), ("code", 1))}
     found, _ = named_blocks(domains, 16, 24, TOKENIZER, silent)
     assert {name: len(blocks) for name, blocks in found.items()} == {"prose": 16, "code": 16}
-
-
-def test_quality_is_the_mean_over_blocks_with_its_error():
-    model, ids_NT = tiny_llama(), torch.randint(3, 250, (3, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits = model(ids_NT, use_cache=False).logits[:, :-1]
-    each = [float(cross_entropy(row, ids[1:]).double()) for row, ids in zip(logits, ids_NT, strict=True)]
-    done: list[int] = []
-    found = measure_quality(model, bind(model), TOKENIZER, "mine", ids_NT, lambda: done.append(1))
-    mean = sum(each) / 3
-    spread = math.sqrt(sum((value - mean) ** 2 for value in each) / 2 / 3)
-    # Float32 sums of 320 terms in another order.
-    assert found.nats_per_token == pytest.approx(mean, rel=1e-5)
-    assert found.standard_error == pytest.approx(spread, rel=1e-3)
-    assert found.perplexity == pytest.approx(math.exp(mean), rel=1e-4)
-    assert found.document_nats == pytest.approx([19 * nats for nats in each], rel=1e-5) and len(done) == 3
-    assert found.num_tokens == 57
-    assert found.num_bytes == 57  # a token is a byte here; most of these are no whole character
-    assert found.bits_per_byte == pytest.approx(mean / math.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -158,14 +131,6 @@ def test_rows_without_text_are_refused(tmp_path):
     (tmp_path / "rows.raw").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(CalibrationError, match="give a text file in UTF-8"):
         wikitext_blocks(str(tmp_path / "rows.raw"), 8, TOKENIZER, Positions(256))
-
-
-def test_a_mean_that_is_infinite_is_refused_too(monkeypatch):
-    monkeypatch.setattr(text, "block_losses", lambda *_: torch.tensor([1.0, math.inf]))
-    with pytest.raises(NumericsError, match=r"the loss is inf"):
-        measure_quality(
-            tiny_llama(), bind(tiny_llama()), TOKENIZER, "mine", torch.zeros(1, 3, dtype=torch.long), lambda: None
-        )
 
 
 def test_a_model_of_many_positions_is_judged_as_in_the_literature(tmp_path):
