@@ -136,7 +136,7 @@ def test_presets_lie_below_what_is_asked():
     assert smallest == best.filled(remove={"share": 0.5}, repair={"damping": 0.001})
     assert parse_recipe({"preset": "best", "remove": {"vocabulary": None}}).remove.vocabulary is None
     quick = parse_recipe({"preset": "quick", "remove": 0.3})
-    assert (quick.remove.share, quick.remove.depth, quick.choose.score, quick.repair.target_mix) == (0.3, 0, "wanda", 0)
+    assert (quick.remove.share, quick.remove.depth, quick.choose.score, quick.output.evaluate) == (0.3, 0, "wanda", 512)
 
 
 def test_a_domain_is_frozen_and_has_a_share_above_nothing():

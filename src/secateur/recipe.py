@@ -308,8 +308,9 @@ class Machine(Strict):
 class Output(Strict):
     """What to measure and write.
 
-    evaluate: held-out loss before and after, on 1,024 tokens of each domain or as many as it says;
-    standard errors tell how far to trust it. keep_rounds: also a checkpoint after each
+    evaluate: held-out loss before and after, on 1,024 tokens of each domain or as many as it says,
+    and a chat model's own answers to 48 prompts, or a prompt for 21 of these tokens; standard errors
+    tell how far to trust both. keep_rounds: also a checkpoint after each
     round but the last, before the polish. max_shard_size: of the written safetensors files.
     """
 

@@ -41,6 +41,12 @@ def test_the_figures_are_those_of_the_two_saved_models(checkpoints, pruned):
     assert found.nats_lost != 0
 
 
+def test_a_run_that_names_its_tokens_is_asked_the_prompts_that_go_with_them(checkpoints, recipe, pruned):
+    found = secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.2, "evaluate": 32})).summary
+    assert (found.own_answers.num_prompts, pruned.summary.own_answers.num_prompts) == (1, 2)
+    assert set(found.calibration.num_judged_tokens.values()) == {32}
+
+
 def test_result_page_and_card_begin_with_them(pruned):
     found = pruned.summary.own_answers
     kept = json.loads((pruned.out / "result.json").read_text())["own_answers"]

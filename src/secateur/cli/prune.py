@@ -34,9 +34,7 @@ Polish = Annotated[
 ]
 DEMO_MODEL = "smollm2-135m"
 DEMO_RECIPE = {"preset": "quick", "remove": {"share": 0.2}}
-DEMO_REPEATS = 3
-# Minutes on two idle cores, measured: docs/LOG.md.
-DEMO_MINUTES, BEST_MINUTES = 4, 45
+DEMO_WORKLOAD = {"repeats": 3}
 
 
 @common.app.command(
@@ -148,19 +146,18 @@ def demo(
     if tells:
         common.CONSOLE.print(
             f"Prunes {DEMO_MODEL} by a fifth (preset quick), judges and times it beside the dense model, and writes a "
-            f"page: about {DEMO_MINUTES} minutes on two idle cores."
+            "page: about 4 minutes on two idle cores."
         )
     recipe = parse_recipe(DEMO_RECIPE)
     prune_and_tell(DEMO_MODEL, out, recipe, resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json)
     with common.progress_bar(enabled=tells) as progress:
-        speed = secateur.bench(out, DEMO_MODEL, repeats=DEMO_REPEATS, progress=progress)
+        speed = secateur.bench(out, DEMO_MODEL, **DEMO_WORKLOAD, progress=progress)
     page = write_report(out)
     if not as_json:
         common.CONSOLE.print(bench_table(speed))
-        common.CONSOLE.print(f"The page: {page}", soft_wrap=True)
         common.CONSOLE.print(
-            f"The best result: secateur prune {DEMO_MODEL} best --preset best --remove 0.2 (about {BEST_MINUTES} "
-            "minutes)",
+            f"The page: {page}\nThe best result: secateur prune {DEMO_MODEL} best --preset best --remove 0.2, about 45 "
+            "minutes",
             soft_wrap=True,
         )
 

@@ -13,6 +13,9 @@ from secateur.ranks import from_first
 from secateur.stream.offload import Placement
 from secateur.stream.own_answers import AnswerSheet, OwnAnswers, ask, judge, judging_prompts
 
+# A run that names the tokens that judge it is asked a prompt for so many of a domain's: as it is by default.
+TOKENS_PER_PROMPT = 21
+
 
 def asked(opened: Opened, run: Run, placement: Placement) -> AnswerSheet | None:
     """Return what the dense model answers to prompts that no run learns by.
@@ -25,7 +28,9 @@ def asked(opened: Opened, run: Run, placement: Placement) -> AnswerSheet | None:
         return None
     if run.weights_on_disk or placement.one_at_a_time:
         return None
-    prompts = judging_prompts()
+    evaluate, prompts = run.resolved.recipe.output.evaluate, judging_prompts()
+    if evaluate is not True:
+        prompts = prompts[: max(1, evaluate // TOKENS_PER_PROMPT)]
 
     def written() -> dict[str, Any]:
         speaker = _speaker(replace(opened, trim=None), run)

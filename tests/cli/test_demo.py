@@ -1,0 +1,26 @@
+"""`secateur demo`: what it says before and after, and what it leaves, on a tiny model in place of SmolLM2."""
+
+from recipes import grouped
+from run_cli import run_cli
+
+
+def test_it_prunes_times_writes_the_page_and_says_where_to_go(checkpoints, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.cli.prune.DEMO_MODEL", str(checkpoints["llama"]))
+    monkeypatch.setattr("secateur.cli.prune.DEMO_RECIPE", grouped({**recipe, "remove": 0.2}))
+    monkeypatch.setattr("secateur.cli.prune.DEMO_WORKLOAD", {"prompt_tokens": 16, "new_tokens": 2, "repeats": 1})
+    out = tmp_path / "out"
+    run = run_cli("demo", out)
+    assert run.status == 0, run.stderr
+    told = " ".join(run.stdout.split())
+    parts = (
+        "by a fifth",
+        "minutes on two idle cores",
+        "Written to",
+        "prefill",
+        "The page:",
+        "--preset best --remove 0.2",
+    )
+    places = [told.index(part) for part in parts]
+    assert places == sorted(places), "what it will do, size and quality, speed, the page, what is best"
+    assert {"model.safetensors", "result.json", "bench.json", "report.html"} <= {path.name for path in out.iterdir()}
+    assert "tokens/s" in (out / "report.html").read_text()
