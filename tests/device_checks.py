@@ -36,6 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "curves in rounds": {
         "groups": ["ffn", "kv_heads"],
         "budget": "curve",
+        "probe_blocks": 1,
         "rounds": 2,
         "damping_factors": [1, 10],
     },
