@@ -15,7 +15,6 @@ from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, silent
 from secateur.model.checkpoint import Tokenizer, eval_mode
 from secateur.model.modules import CausalLM
-from secateur.pruning import own_answers
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import (
@@ -38,7 +37,7 @@ from secateur.pruning.result import (
     save_and_prove,
     summary_of,
 )
-from secateur.pruning.run import Keeps, Run, RunJudge, without_tokens
+from secateur.pruning.run import Keeps, Run, without_tokens
 from secateur.pruning.text import Drawn, run_text, with_share_of_answers, without_answers
 from secateur.pruning.trim import plan_trim
 from secateur.ranks import from_first, is_first, size, staging_if_any
@@ -48,9 +47,12 @@ from secateur.report.measured import PolishRecord
 from secateur.report.records import Summary
 from secateur.store import Services
 from secateur.stream.device import keeping_freed, peak_bytes, peak_bytes_on
+from secateur.stream.judge import Judge, Judgement, ToJudge
 from secateur.stream.offload import Placement
 from secateur.stream.threads import choose_threads, threads_kept
 
+# A run that names the tokens of a domain that judge it gets a share of prompts and documents, all with so many.
+TOKENS_BESIDE_ALL = 1024
 # Writes card, result.json and page into the run's directory; returns the summary as it was written.
 Finish = Callable[[Path, Summary, Recipe], Summary]
 
@@ -105,13 +107,18 @@ class Prepared(NamedTuple):
 def _pruned(ready: Prepared, directory: Path | None, command: str, finish: Finish, *, force: bool) -> Result:
     """Return the result of a run, and write it to the directory."""
     opened, run, drawn, placement = ready
-    services, judge = run.services, RunJudge(drawn.judged, opened.trim)
+    services, judge = run.services, _judge_of(ready)
     measured: dict[str, Any] = {"calibration": calibration_facts(drawn), "lineage": opened.lineage}
-    measured["dense_losses"] = judge.losses(run, "dense")
-    sheet = own_answers.asked(opened, run, placement)
+    measured |= {"dense_losses": {}, "pruned_losses": {}}
+    # Each token of an answer would move the weights that are not in memory.
+    asks = not (run.weights_on_disk or placement.one_at_a_time)
+    dense = None if judge is None else _judged(run, "dense", partial(judge.dense, asks=asks))
     run, keeps, polished = shaped(ready, directory, force=force)
-    measured |= {"polish": polished, "peak_bytes": peak_bytes(), "pruned_losses": judge.losses(run, "pruned")}
-    measured["own_answers"] = own_answers.judged(opened, run, sheet)
+    measured |= {"polish": polished, "peak_bytes": peak_bytes()}
+    if judge is not None and dense is not None:
+        pruned = _judged(run, "pruned", judge.pruned)
+        measured |= {"dense_losses": dense.domains, "pruned_losses": pruned.domains}
+        measured |= {"other_text": (dense.other, pruned.other), "own_answers": pruned.answers}
     services.store.note_found()
     measured |= {"device_peak_bytes": peak_bytes_on(opened.device)}
     placement.offload()
@@ -121,6 +128,23 @@ def _pruned(ready: Prepared, directory: Path | None, command: str, finish: Finis
         services.log.write({"event": "seconds", **summary.seconds})
         summary = finish(directory, summary, run.resolved.recipe)
     return Result(run.model, tokenizer_of(opened), run.resolved.recipe, keeps, run.resolved.layers, summary)
+
+
+def _judge_of(ready: Prepared) -> Judge | None:
+    """Return what judges the run, None if nothing is to."""
+    opened, run, drawn, _ = ready
+    evaluate = run.resolved.recipe.output.evaluate
+    if not evaluate:
+        return None
+    text, services, config = drawn.judged.blocks, run.services, run.model.config
+    share = 1.0 if evaluate is True else evaluate / TOKENS_BESIDE_ALL
+    return Judge(text, tokenizer_of(opened), config, services.store, services.progress, opened.trim, share)
+
+
+def _judged(run: Run, which: str, judged: Callable[[ToJudge], Judgement]) -> Judgement:
+    """Judge the run's model as it is now."""
+    with run.services.log.time("evaluate"):
+        return judged(ToJudge(which, lambda: (run.model, run.arch), run.text.sequence_length))
 
 
 def shaped(
@@ -183,7 +207,7 @@ def prepared(opened: Opened, services: Services, *, num_judged_blocks: int | Non
     opened = replace(opened, tokenizer=tokenizer_of(opened))
     text = run_text(opened, services.progress, num_judged_blocks=num_judged_blocks)
     if opened.recipe.remove.vocabulary is not None:
-        opened = plan_trim(opened, services, text.learning)
+        opened = plan_trim(opened, services, text)
     resolved, log = with_polish_that_fits(opened, resolve(opened)), services.log
     plan = memory_for(opened, resolved)
     if plan.weights_on_disk or plan.one_layer_at_a_time:

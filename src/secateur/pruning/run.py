@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.data.blocks import Blocks, JudgedText, LearningText, Text
+from secateur.data.blocks import Blocks, LearningText, Text
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.facts import Batch, Loss, standard_error
@@ -89,31 +89,6 @@ def text_losses(
     with run.services.log.time("evaluate"):
         losses = run.services.store.value(f"evaluate {which}", measured)
     return {domain: Loss(**loss) for domain, loss in losses.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class RunJudge:
-    """Judges a run by text that it did not learn by. `trim`: what took tokens out of its vocabulary."""
-
-    text: JudgedText
-    trim: Trim | None = None
-
-    def losses(self, run: Run, which: str) -> dict[str, Loss]:
-        """Return the losses of the model, which is `dense` or `pruned`, and log them; none if not asked for.
-
-        They are nats per token of the dense tokenizer.
-        """
-        if not run.resolved.recipe.output.evaluate:
-            return {}
-        text: Mapping[str, Text] = self.text.blocks
-        num_tokens = None
-        if self.trim is not None:
-            dense = retokenised(text, self.trim.tokenizer, self.trim.dense_tokenizer)
-            text, num_tokens = (dense, None) if which == "dense" else (text, _predicted(dense))
-        losses = text_losses(run, which, text, num_tokens)
-        for domain, loss in losses.items():
-            run.services.log.write({"event": "loss", "model": which, "domain": domain, **dataclasses.asdict(loss)})
-        return losses
 
 
 # A trim that costs a domain more nats per dense token, or in the mean more than so many times what

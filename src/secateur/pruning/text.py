@@ -70,9 +70,7 @@ class RunText:
     def learning(self) -> Learning:
         """Return what a dense model may learn by before it is trimmed, and hold those documents to that."""
         if self._before is None:
-            calibration = self.recipe.calibration
-            read = {name: domain for name, domain in calibration.domains.items() if not domain.answers}
-            self._before = self._split(self.recipe.filled(calibration={"domains": read}), self.opened)
+            self._before = self._split(self.recipe, self.opened)
         return self._before.learning
 
     def drawn(self, opened: Opened, resolved: Resolved) -> Drawn:

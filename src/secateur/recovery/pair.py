@@ -7,7 +7,7 @@ import copy
 import importlib.util
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,13 +59,13 @@ class Candidates:
         """Return the pruned model, its weights mapped from disk."""
         return load_model(self.pruned, mapped=self.pruned.gguf_file is None)
 
-    def load_teacher(self) -> PreTrainedModel:
+    def load_teacher(self, *, whole: bool = False) -> PreTrainedModel:
         """Return the teacher, its weights mapped from disk, with the tokens of the pruned model alone.
 
-        Its predictions are the whole teacher's over these tokens, renormalised.
+        Its predictions are the whole teacher's over these tokens, renormalised. `whole`: with all tokens.
         """
         teacher = load_model(self.teacher, mapped=self.teacher.gguf_file is None)
-        if self.trim is not None:
+        if self.trim is not None and not whole:
             keep_tokens(teacher, self.trim.kept)
         return teacher
 
@@ -136,9 +136,9 @@ def blocks_of(text: Mapping[str, Blocks]) -> list[Block]:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryText:
-    """`blocks`: to train on, in order. `held_out`: by domain. `content_hash`: of all text.
+    """`blocks`: to train on, in order. `held_out`: what guards, by domain. `content_hash`: of both.
 
-    `notes`: sentences on what was left out of it.
+    `judged`: what judged the pruning, without answers. `notes`: sentences on what was left out.
     """
 
     blocks: tuple[Block, ...]
@@ -146,6 +146,7 @@ class RecoveryText:
     sequence_length: int
     content_hash: str
     notes: tuple[str, ...] = ()
+    judged: dict[str, Blocks] = field(default_factory=dict[str, Blocks])
 
     @property
     def num_tokens(self) -> int:
@@ -159,7 +160,7 @@ class RecoveryText:
 
     @property
     def num_held_out_tokens(self) -> int:
-        """Return the tokens to judge by."""
+        """Return the tokens that guard."""
         return sum(blocks.num_tokens for blocks in self.held_out.values())
 
 
@@ -191,6 +192,8 @@ def recovery_text(
         key="recover.num_tokens",
     )
     answers = answers_of(recipe, teacher, bind(teacher), tokenizer, settings.num_tokens, {}, Store(), progress)
+    # Questions of their own judge answers.
+    judged = {name: blocks for name, blocks in split.judged.blocks.items() if not blocks.is_meta}
     text, _ = with_answers(split.learning.text, split.judged, answers)
     blocks = blocks_of(text.training(settings.num_tokens))
     random.Random(f"{recipe.seed}:recover").shuffle(blocks)
@@ -199,7 +202,8 @@ def recovery_text(
         {name: part[: settings.held_out_blocks] for name, part in text.held_out.items()},
         length,
         text.content_hash,
-        text.notes,
+        (*text.notes, *split.judged.notes),
+        judged,
     )
 
 

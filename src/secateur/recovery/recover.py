@@ -4,18 +4,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from secateur.facts import Verdicts
 from secateur.log import Progress, silent
 from secateur.ranks import alone
-from secateur.recovery.cost import TRAIN_DENSE, without_teacher
-from secateur.recovery.open import changes_of, open_job, prepare
-from secateur.recovery.pair import Candidates
+from secateur.recovery.open import changes_of, open_job, prepare, to_judge
 from secateur.recovery.result import Finish, write_result
 from secateur.recovery.train import Work, train_guarded
 from secateur.recovery.weights import wants_shards
@@ -57,28 +53,23 @@ def recover(
         with _told_if_interrupted(work):
             with work.log.time("recover"):
                 before, training = train_guarded(work)
-                trained_dense = _trained_dense(work, candidates)
             _let_others_go(had_processes)
             if directory is not None:
-                with alone():  # the others have gone
-                    judged = before, training, trained_dense
-                    record = write_result(work, job, judged, directory, command, finish)
+                with alone():  # the others ask nothing
+                    _judge_last(work, held=training.held)
+                    record = write_result(work, job, before, training, directory, command, finish)
     if is_main:
         shutil.rmtree(work.directory)
     return record
 
 
-def _trained_dense(work: Work, candidates: Candidates) -> Verdicts | None:
-    """Return the verdicts of the dense model after the same steps of cross-entropy; None if not asked for.
-
-    Training on a domain's text also adapts the dense model to it: what a recovery wins beyond that is repair.
-    """
-    if not work.settings.train_dense:
-        return None
-    settings, place = without_teacher(work.settings), work.directory / TRAIN_DENSE
-    parts = {"settings": settings, "directory": place, "name": TRAIN_DENSE}
-    before, training = train_guarded(replace(work, pruned=candidates.load_teacher(), teacher=None, **parts))
-    return training.after if training.held else before
+def _judge_last(work: Work, *, held: bool) -> None:
+    """Judge the model that is written. `held`: whether the training changed it."""
+    if work.last_judge is None:
+        return
+    with work.log.time("judge"):
+        after = work.last_judge.pruned(to_judge(work, "recovered", work.pruned)) if held else work.judgements["pruned"]
+    work.judgements["recovered"] = after
 
 
 @contextmanager

@@ -51,6 +51,8 @@ from secateur.recovery.weights import (
 )
 from secateur.store import Store
 from secateur.stream.device import release_freed
+from secateur.stream.judge import Judge as LastJudge
+from secateur.stream.judge import Judgement
 
 TRAINER_FOLDER, TRAINED_FOLDER = "trainer", "trained"
 # Adam moves a weight by about the rate, whatever its gradient: what a model bears follows its weights' size.
@@ -187,6 +189,7 @@ class Work:
     `teacher`: the dense model. `states`: in its place, what its head reads for each block of text.
     `before`: the verdicts before the training, which `train_guarded` fills in.
     With `kl_share: 0` neither is used. `name`: recover or polish.
+    `last_judge`: judges what a recovery gives, in its end, and `judgements` has those of the models before that.
     """
 
     pruned: PreTrainedModel
@@ -202,6 +205,8 @@ class Work:
     states: Sequence[Tensor] | None = None
     before: Verdicts | None = None
     name: str = "recover"
+    last_judge: LastJudge | None = None
+    judgements: dict[str, Judgement] = field(default_factory=dict[str, Judgement])
     on_cpu: bool = field(default_factory=lambda: not torch.cuda.is_available())
 
 
