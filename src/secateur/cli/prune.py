@@ -34,7 +34,7 @@ Polish = Annotated[
 ]
 DEMO_MODEL = "smollm2-135m"
 DEMO_RECIPE = {"preset": "quick", "remove": {"share": 0.2}}
-DEMO_WORKLOAD = {"repeats": 3}
+DEMO_WORKLOAD: dict[str, Any] = {"repeats": 3}
 
 
 @common.app.command(
