@@ -35,16 +35,18 @@ Finish = Callable[[Path, RecoveryRecord], None]
 def write_result(
     work: Work,
     job: Job,
-    before: Verdicts,
-    training: TrainingRecord,
+    judged: tuple[Verdicts, TrainingRecord, Verdicts | None],
     directory: Path,
     command: str,
     finish: Finish,
 ) -> RecoveryRecord:
     """Write everything that belongs to the result into `directory` and return its record.
 
-    `before`: the verdicts before the training. `finish`: writes what people read.
+    `judged`: before the training, the training, and the trained dense model, None if there is none.
+    `finish`: writes
+    what people read.
     """
+    before, training, trained_dense = judged
     with work.log.time("save"):
         _save(work, job, directory)
     with work.log.time("verify"):
@@ -68,7 +70,7 @@ def write_result(
         reload_max_abs_difference=proof.max_abs_difference,
         notes=tuple(line["text"] for line in work.log.lines if line["event"] == "note"),
         versions=versions(),
-        judged=work.judgements,
+        trained_dense=trained_dense,
     )
     _write_record(record, work, job.candidates.pruned.directory, directory)
     finish(directory, record)
