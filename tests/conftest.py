@@ -39,9 +39,9 @@ def judged_by_what_guards() -> Iterator[None]:
     """Runs in this process have no text of their own to judge them, and few questions; the command line's have all."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("secateur.data.pool.JUDGED_TOKENS", 0)
-        for user in ("secateur.pruning.own_answers", "secateur.evaluation.parts"):
-            patched.setattr(f"{user}.judging_prompts", lambda: ("Why?", "Two and two?"))
+        patched.setattr("secateur.stream.judge.judging_prompts", lambda: ("Why?", "Two and two?"))
         patched.setattr("secateur.stream.own_answers.ANSWER_TOKENS", 4)
+        patched.setattr("secateur.stream.judge.other_documents", lambda: ("The bridge was closed.", "It rained."))
         yield
 
 

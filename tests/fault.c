@@ -77,7 +77,9 @@ int renameat(int a, const char *from, int b, const char *to) {
     return fate(below(to), 0) ? -1 : REAL(int, renameat, int, const char *, int, const char *)(a, from, b, to);
 }
 int mkdir(const char *path, mode_t mode) {
-    return fate(below(path), 0) ? -1 : REAL(int, mkdir, const char *, mode_t)(path, mode);
+    /* Of what is there already the real call says so, however full the disk: nothing would be written. */
+    int is_new = access(path, F_OK) != 0;
+    return fate(is_new && below(path), 0) ? -1 : REAL(int, mkdir, const char *, mode_t)(path, mode);
 }
 
 static int opened(const char *name, const char *path, int flags, mode_t mode) {

@@ -74,13 +74,11 @@ class PolishSettings(Training):
 class RecoverySettings(Training):
     """Training after pruning. num_tokens: of all domains together.
 
-    held_out_blocks: per domain, for judging. train_dense: also train the dense model, on the same
-    text by cross-entropy, to compare with.
+    held_out_blocks: per domain, to guard.
     """
 
     num_tokens: Count = 300_000
     held_out_blocks: Count = 8
-    train_dense: bool = False
 
 
 InstalledDomain = Literal["web", "encyclopedia", "dialogue", "multilingual", "code", "mathematics", "science"]
@@ -309,8 +307,8 @@ class Output(Strict):
     """What to measure and write.
 
     evaluate: held-out loss before and after, on 1,024 tokens of each domain or as many as it says,
-    and a chat model's own answers to 48 prompts, or a prompt for 21 of these tokens; standard errors
-    tell how far to trust both. keep_rounds: also a checkpoint after each
+    on 23 documents of other sources, and on a chat model's own answers to 48 prompts, of both a share
+    as large as of 1,024 tokens; standard errors tell how far to trust all. keep_rounds: also a checkpoint after each
     round but the last, before the polish. max_shard_size: of the written safetensors files.
     """
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -144,11 +143,13 @@ main()
 """
 
 
-def test_killed_between_the_two_renames_the_old_result_comes_back_and_is_told(prune, out, checkpoints, recipe_file):
+def test_killed_between_the_two_renames_the_old_result_comes_back_and_is_told(
+    prune, out, checkpoints, recipe_file, warm
+):
     before = contents(out)
     command = ("prune", checkpoints["llama"], out, "--recipe", recipe_file, *QUICK)
     arguments = [sys.executable, "-c", KILLED, *map(str, command), "--overwrite"]
-    assert subprocess.run(arguments, capture_output=True, check=False).returncode == 9
+    assert warm.run(arguments, env=dict(os.environ)).returncode == 9
     assert not out.exists()
     outcome = run_cli(*(part for part in command if part != "--quiet"))
     said, sentence = outcome.stderr.splitlines()

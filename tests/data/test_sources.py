@@ -103,12 +103,6 @@ def test_chats_go_through_the_chat_template(tmp_path: Path, suffix: str) -> None
     assert read(path) == read(path, column="messages") == ["[user] hi\n[assistant] hello\n"]
 
 
-def test_a_text_column_goes_before_messages_unless_asked(tmp_path: Path) -> None:
-    path = put_rows(tmp_path / "both.jsonl", [{"text": "plain", "messages": CHAT}])
-    assert read(path) == ["plain"]
-    assert read(path, column="messages") == ["[user] hi\n[assistant] hello\n"]
-
-
 def test_chats_need_a_template_that_takes_them(tmp_path: Path) -> None:
     path = put_rows(tmp_path / "chat.jsonl", [{"messages": CHAT}])
     bare, strict = tiny_tokenizer(), tiny_tokenizer()
@@ -222,10 +216,6 @@ def test_a_connection_that_breaks_while_rows_come_is_one_sentence(monkeypatch: p
         next(found)
 
 
-def test_blank_documents_are_left_out(tmp_path: Path) -> None:
-    assert read(put_rows(tmp_path / "a.jsonl", [{"text": text} for text in ("", "x", " \n\t")])) == ["x"]
-
-
 def test_several_files_are_shuffled_together(tmp_path: Path) -> None:
     files = [put_rows(tmp_path / f"{name}.jsonl", [{"text": f"{name}{at}"} for at in range(20)]) for name in ("a", "b")]
     found = list(documents("mine", Domain(files=tuple(map(str, files))), TOKENIZER, 0))
@@ -325,11 +315,6 @@ def test_a_row_group_that_is_too_large_is_one_sentence(tmp_path: Path, column: l
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), path, use_dictionary=False)
     assert "row group 1: holds 0.0 GB, more than 0.0 GB; write the file with smaller row groups" in sentence(path)
-
-
-def test_messages_need_a_role(tmp_path: Path) -> None:
-    message = sentence(put_rows(tmp_path / "chat.jsonl", [{"messages": [CHAT[0], {"content": "hello"}]}]))
-    assert "line 1: messages must be a list of objects with role and content" in message
 
 
 READ_ALL = """

@@ -22,21 +22,19 @@ from transformers import AutoModelForCausalLM
 
 from secateur.api import prune
 from secateur.data.blocks import JudgedText
+from secateur.data.other_text import other_documents
 from secateur.errors import CheckpointError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.text import (
-    SAMPLE_TOKENS,
-    START_TOKENS,
     _changes,
     named_blocks,
-    recipe_blocks,
-    sample_starts,
     wikitext_blocks,
 )
 from secateur.facts import standard_error
 from secateur.log import silent
 from secateur.recipe import Domain
 from secateur.report.measured import Evaluation
+from secateur.stream import own_answers
 
 ROWS = ["", " = Title = \n", "", *(f" Row number {number} of a short article . \n" for number in range(40)), ""]
 
@@ -99,55 +97,22 @@ def test_against_the_dense_model(copy, checkpoints):
         pairs = [after - before for before, after in zip(dense.document_nats, pruned.document_nats, strict=True)]
         error = standard_error(pairs, dense.document_tokens)
         assert change.standard_error == error and dense.document_tokens == pruned.document_tokens
-        assert found.kl[domain].mean > 0
+        assert found.kl[domain].kl > 0
+    for which, measured in (("dense", found.dense), ("pruned", found.pruned)):
+        number = ("dense", "pruned").index(which)
+        assert measured.other_text.nats_per_token == pytest.approx(written["other_text"][number]["nats_per_token"])
+    assert found.differences.other_text.nats_per_token != 0 and found.pruned.other_text.num_bytes > 20
     text = (copy / "evaluation.json").read_text()
     assert Evaluation.from_json(text, "evaluation.json").to_json() == found.to_json() == text
     keys = ["model", "against", "settings", "notes", "dense", "pruned", "kl", "differences", "versions"]
-    keys += ["dense_fingerprint", "own_answers", "samples"]
-    assert list(json.loads(text)) == keys and list(json.loads(text)["pruned"]) == ["domains"]
-
-
-def greedy(directory: Path, ids: list[int], num_tokens: int) -> list[int]:
-    """Stock transformers without `generate` and without a cache."""
-    model, new = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval(), list[int]()
-    for _ in range(num_tokens):
-        with torch.inference_mode():
-            new.append(int(model(torch.tensor([[*ids, *new]])).logits[0, -1].argmax()))
-    return new
-
-
-def test_both_models_write_on_greedily_after_the_same_start(copy, checkpoints):
-    places = {"dense": checkpoints["llama"], "pruned": copy}
-    settings = json.loads((copy / "generation_config.json").read_text())
-    (copy / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": 9.0, "do_sample": True}))
-    found, tokenizer = evaluate(copy, checkpoints["llama"]), tiny_tokenizer()
-    assert [each.domain for each in found.samples] == ["prose", "code"]
-    built, _ = recipe_blocks(copy, tokenizer, silent)
-    for each in found.samples:
-        assert (
-            each.start == tokenizer.decode(built[each.domain].ids_NT[0][:START_TOKENS], skip_special_tokens=True) != ""
-        )
-        for which, place in places.items():
-            new = greedy(place, tokenizer(each.start)["input_ids"], SAMPLE_TOKENS)
-            if tokenizer.eos_token_id in new:
-                new = new[: new.index(tokenizer.eos_token_id)]
-            assert getattr(each, which) == tokenizer.decode(new, skip_special_tokens=True)
-    assert found.samples[0].dense != found.samples[0].pruned
-    assert evaluate(copy).samples == ()
-
-
-def test_a_start_leaves_out_half_a_character_and_blank_text():
-    tokenizer = tiny_tokenizer()
-    ids = {name: torch.tensor([tokenizer(text)["input_ids"]]) for name, text in {"ö": "schön", "blank": " \n "}.items()}
-    half = tokenizer("schö")["input_ids"][:-1]  # ö takes two tokens
-    assert sample_starts({**ids, "half": torch.tensor([half])}, tokenizer) == {"ö": "schön", "half": "sch"}
+    keys += ["dense_fingerprint", "own_answers"]
+    assert list(json.loads(text)) == keys and list(json.loads(text)["pruned"]) == ["domains", "other_text"]
 
 
 def test_against_itself(copy):
     found = evaluate(copy, copy, other_dense=True)
-    assert all(each.dense == each.pruned for each in found.samples) and found.samples
     assert found.kl is not None and found.differences is not None
-    assert all(part.mean == 0 and part.top1_agreement == 1 for part in found.kl.values())
+    assert all(part.kl == 0 and part.top1_agreement == 1 for part in found.kl.values())
     assert all(change.nats_per_token == 0 for change in found.differences.domains.values())
 
 
@@ -198,7 +163,12 @@ def test_wikitext_of_a_real_model(tmp_path):
     assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path, warm):
+def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path, warm, monkeypatch):
+    # The process that is killed judges by all of the text and all of the questions.
+    monkeypatch.setattr("secateur.stream.judge.other_documents", other_documents)
+    monkeypatch.setattr("secateur.stream.judge.judging_prompts", own_answers.judging_prompts)
+    for module in ("secateur.stream.judge", "secateur.stream.own_answers"):
+        monkeypatch.setattr(f"{module}.ANSWER_TOKENS", 64)
     domains = [f"--domain={name}={file}" for name, file in texts.items()]
     arguments = ["evaluate", copy, "--against", checkpoints["llama"], *domains]
     arguments += ["--num-blocks", "8", "--sequence-length", "32", "--quiet", "--json"]
@@ -219,7 +189,7 @@ def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path, warm):
     parts = [
         {part.name for part in folder.iterdir()} for folder in (copy / "evaluation", tmp_path / "fresh/evaluation")
     ]
-    assert parts[0] == parts[1] and len(parts[0]) == 10  # domains: dense, pruned, KL; samples, answers
+    assert parts[0] == parts[1] and len(parts[0]) == 5  # text and answers of both, KL
 
 
 def test_damaged_parts_are_measured_again(copy):

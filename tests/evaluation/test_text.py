@@ -10,14 +10,13 @@ import torch
 import yaml
 from models import tiny_llama
 from recipes import grouped
-from texts import split_text
+from texts import quality_of, split_text
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.errors import CalibrationError, NumericsError, RecipeError
-from secateur.evaluation.text import measure_quality, named_blocks, recipe_blocks, wikitext_blocks
+from secateur.evaluation.text import named_blocks, recipe_blocks, wikitext_blocks
 from secateur.facts import Loss, Size
 from secateur.log import silent
-from secateur.model.bind import bind
 from secateur.recipe import Domain
 from secateur.recipe_file import parse_recipe
 from secateur.report.records import CalibrationFacts, Summary
@@ -96,8 +95,8 @@ def test_a_loss_that_is_no_number_names_its_domain(value):
     model = tiny_llama()
     with torch.no_grad():
         model.lm_head.weight[5, 0] = value
-    with pytest.raises(NumericsError, match=r"evaluate, domain mine: the loss is (nan|inf)"):
-        measure_quality(model, bind(model), TOKENIZER, "mine", torch.randint(3, 250, (1, 20)), lambda: None)
+    with pytest.raises(NumericsError, match=r"evaluate pruned, domain mine: the loss is (nan|inf)"):
+        quality_of(model, torch.randint(3, 250, (1, 20)), TOKENIZER)
 
 
 @dataclass

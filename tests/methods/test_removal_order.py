@@ -11,6 +11,7 @@ import torch
 from bpe_tokenizer import CORPUS, bpe_tokenizer
 from models import tiny_ids, tiny_llama
 
+from secateur.data.blocks import Block
 from secateur.data.counts import TokenCounts, count_tokens
 from secateur.errors import RecipeError
 from secateur.methods import vocabulary as module
@@ -325,7 +326,8 @@ def test_nats_are_over_the_kept_tokens_alone():
     with torch.no_grad():
         log_p = model(ids_T[None]).logits[0, :-1][:, kept_K].double().log_softmax(-1)
     expected = -sum(float(log_p[n, (kept_K == ids_T[n + 1]).nonzero()[0, 0]]) for n in range(24))
-    assert nats_over(model, bind(model), ids_T, kept_K) == pytest.approx(expected, rel=1e-6)
+    block = Block(ids_T, torch.zeros_like(ids_T))
+    assert nats_over(model, bind(model), block, kept_K) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_further_token_costs_the_nats_that_text_costs_more():
@@ -342,7 +344,9 @@ def test_a_further_token_costs_the_nats_that_text_costs_more():
     found = nats_per_token(model, bind(model), trim, blocks, lambda *each: told.append(each))
     nats, more, kept_K = 0.0, 0, torch.tensor(kept.dense_ids)
     for ids_T in (*blocks[0][:4], *blocks[1]):
-        new_T = torch.tensor(trim.tokenizer(dense_tokenizer.decode(ids_T))["input_ids"])
+        # What the first token spells is context alone.
+        first, rest = (trim.tokenizer(dense_tokenizer.decode(part))["input_ids"] for part in (ids_T[:1], ids_T[1:]))
+        new_T = torch.tensor([*first[-1:], *rest])
         with torch.no_grad():
             before = model(ids_T[None]).logits[0, :-1].double().log_softmax(-1)
             after = model(kept_K[new_T][None]).logits[0, :-1][:, kept_K].double().log_softmax(-1)

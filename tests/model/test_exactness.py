@@ -123,9 +123,13 @@ def test_walk_gives_every_layer_its_own_keyword_arguments() -> None:
     torch.testing.assert_close(logits, logits_of(model, ids_BT), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("factory", FAMILIES)
-def test_keep_all_leaves_every_weight_bit_identical(factory: Factory) -> None:
-    model = factory()
+@pytest.mark.parametrize(
+    ("factory", "dtype"),
+    [pytest.param(*each.values, torch.float32, id=each.id) for each in FAMILIES]
+    + [pytest.param(*each.values, torch.bfloat16, id=f"{each.id}-bfloat16") for each in FAMILIES[:4]],
+)
+def test_keep_all_leaves_every_weight_bit_identical(factory: Factory, dtype: torch.dtype) -> None:
+    model = factory().to(dtype)
     before = copy.deepcopy(model.state_dict())
     settings = {"align": 8, "remove": 0.15, "calibration": {"num_tokens": 4096}, "groups": ["kv_heads", "ffn"]}
     resolved = resolve(opened(model, parse_recipe(grouped(settings))))

@@ -158,7 +158,7 @@ def test_groups_are_those_named_and_whole_families_say_why_not():
     arch = bind(tiny_qwen2())
     assert [(group.layer, group.name) for group in arch.select(("ffn",))] == [(0, "ffn"), (1, "ffn"), (2, "ffn")]
     assert {group.name for group in arch.select(("ffn", "kv_heads"))} == {"ffn", "kv_heads"}
-    assert [arch.is_in_attention(group) for group in arch.groups[:3]] == [
+    assert [group.kind == "heads" for group in arch.groups[:3]] == [
         group.name.endswith("heads") for group in arch.groups[:3]
     ]
     with pytest.raises(ArchError, match=r"remove.groups: a model of type falcon cannot lose .*: "):

@@ -6,13 +6,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    ElectraConfig,
+    ElectraForCausalLM,
+    GitConfig,
+    GitForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from secateur.errors import ArchError
-from secateur.model.bind import bind, decoder_layers
+from secateur.model.bind import bind, decoder_layers, head_of
 from secateur.model.group import linear
 from secateur.model.guesses import mask, remove, some_units
+from secateur.model.modules import Logits
+from secateur.model.structure import places
 from tests.model.test_exactness import logits_of
 from tests.models import randomised, tiny_ids
 
@@ -267,3 +276,35 @@ def test_a_second_reader_of_the_stream_between_layers_is_refused() -> None:
 
     with pytest.raises(ArchError, match="cannot be walked layer by layer: layers pass on more than one hidden state"):
         bind(model_with(Plain, change))
+
+
+def test_a_head_of_several_modules_in_a_row_is_found() -> None:
+    """Electra's prediction layer and its output embedding are beside each other."""
+    sizes = {"hidden_size": 32, "embedding_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = ElectraConfig(**sizes, num_hidden_layers=2, vocab_size=320, is_decoder=True)
+    model = randomised(ElectraForCausalLM(config).eval(), 0)
+    arch, ids = bind(model), tiny_ids()
+    assert arch.head == "generator_predictions+generator_lm_head"
+    with torch.no_grad():
+        states = model.get_submodule(arch.backbone)(ids).last_hidden_state
+        assert torch.allclose(head_of(model, arch)(states), model(ids).logits, atol=1e-5)
+
+
+def test_the_decoder_is_found_beside_a_larger_tower_of_images() -> None:
+    seeing = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    model = GitForCausalLM(GitConfig(vision_config=seeing | {"image_size": 32}, vocab_size=320, **sizes))
+    assert places(model)[1] == "git.encoder.layer"
+
+
+class Loud(LlamaForCausalLM):
+    """Its logits are scaled, then capped."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = torch.tanh(output.logits * self.config.louder / self.config.cap) * self.config.cap
+        return output
+
+
+def test_logits_that_are_scaled_and_capped_are_found() -> None:
+    assert bind(Loud(LlamaConfig(**SIZES, louder=3.0, cap=5.0))).logits == Logits(3.0, 1.0, 5.0)

@@ -5,7 +5,9 @@ import shutil
 from dataclasses import asdict
 
 import pytest
+import torch
 from recipes import grouped
+from torch.nn.functional import cross_entropy
 
 import secateur
 from secateur.data.answers import Speaker
@@ -14,6 +16,7 @@ from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoin
 from secateur.report.records import read_result
 from secateur.report.report import report_page
 from secateur.report.rows import verdict
+from secateur.stream import judge as judge_module
 from secateur.stream.own_answers import ask, judge
 
 PROMPTS = ("Why?", "Two and two?")
@@ -47,11 +50,28 @@ def test_a_run_that_names_its_tokens_is_asked_the_prompts_that_go_with_them(chec
     assert set(found.calibration.num_judged_tokens.values()) == {32}
 
 
+def test_text_of_other_sources_is_the_second_figure_and_of_the_two_saved_models(checkpoints, pruned):
+    texts = judge_module.other_documents()
+    tokens = len(texts[0]) + len(texts[1]) - 2  # the tiny tokenizer's tokens are bytes, the first of each is context
+    for loss, directory in zip(pruned.summary.other_text, (checkpoints["llama"], pruned.out), strict=True):
+        own = speaker(directory)
+        nats = 0.0
+        for text in texts:
+            ids_T = torch.tensor(own.tokenizer(text, add_special_tokens=False)["input_ids"])
+            with torch.no_grad():
+                nats += float(cross_entropy(own.model(ids_T[None]).logits[0, :-1].float(), ids_T[1:], reduction="sum"))
+        assert loss.num_tokens == tokens and len(loss.document_nats) == 2
+        assert loss.nats_per_token == pytest.approx(nats / tokens, rel=1e-5)
+    card = (pruned.out / "README.md").read_text()
+    places = [card.index(row) for row in ("| own answers", "| text of other sources", "| text like what", "| prose")]
+    assert places == sorted(places)
+
+
 def test_result_page_and_card_begin_with_them(pruned):
     found = pruned.summary.own_answers
     kept = json.loads((pruned.out / "result.json").read_text())["own_answers"]
     assert kept == json.loads(json.dumps(asdict(found)))
-    assert "asked 2 questions" in verdict(pruned.summary)
+    assert "on the dense model's own answers" in verdict(pruned.summary)
     files = read_result(pruned.out)
     assert files.summary.own_answers == found
     sections = {section.name for section in report_page(files).sections}
@@ -75,9 +95,10 @@ def test_a_model_without_a_chat_template_is_not_asked(checkpoints, recipe, tmp_p
     config = json.loads((plain / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     (plain / "tokenizer_config.json").write_text(json.dumps(config))
-    assert secateur.prune(plain, grouped({**recipe, "remove": 0.2})).summary.own_answers is None
+    summary = secateur.prune(plain, grouped({**recipe, "remove": 0.2})).summary
+    assert summary.own_answers is None and summary.other_text is not None
 
 
 def test_nothing_is_asked_if_nothing_is_judged(checkpoints, recipe):
     result = secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.2, "evaluate": False}))
-    assert result.summary.own_answers is None
+    assert result.summary.own_answers is None and result.summary.other_text is None

@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
+from secateur.data.sources import documents
 from secateur.facts import Loss
 from secateur.formats.run_text import run_text_again
 from secateur.formats.save import Verification
@@ -29,6 +32,7 @@ from secateur.pruning.resolve import Resolved, resolve
 from secateur.pruning.run import too_dear
 from secateur.pruning.text import run_text
 from secateur.pruning.trim import plan_trim
+from secateur.recipe import Domain
 from secateur.recipe_file import parse_recipe
 from secateur.store import Services
 from tests.model.test_vocabulary import NUM_PADDING, made
@@ -186,6 +190,79 @@ def test_a_trim_that_costs_too_much_is_not_written_but_by_force(changes, untied,
     assert note.endswith("it was written all the same, as --force says.") and (tmp_path / "out").exists()
 
 
+def unigram_model(place: Path, weights: dict[int, float]) -> tuple[Path, Any]:
+    """Save a model with a chat template whose logits are the same everywhere: about 7 times these, else 0."""
+    tokenizer, _ = made("byte-level")
+    tokenizer.chat_template = tiny_tokenizer().chat_template
+    model = tiny_llama(vocab_size=len(tokenizer) + NUM_PADDING)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 50.0
+        model.model.norm.weight[0] = 1.0
+        model.lm_head.weight.zero_()
+        for index, weight in weights.items():
+            model.lm_head.weight[index, 0] = weight
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place, tokenizer
+
+
+def test_tokens_that_answers_alone_have_stay_and_those_of_their_prompts_go(untied, asked, tmp_path):
+    asked = {**asked, "groups": [], "vocabulary": 448}
+    plain = secateur.prune(untied, grouped(asked), out=tmp_path / "plain", force=True)
+    stayed = set(kept_tokens_of(plain.out).dense_ids)
+    tokenizer, vocabulary = made("byte-level")
+    words = [i for i, text in vocabulary.texts.items() if i not in stayed and text.strip().isalpha() and len(text) > 3]
+    said, prompted = words[:8], words[8:40]
+    prompts = [{"prompt": tokenizer.decode([prompted[n % len(prompted)]] * 4)} for n in range(60)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in prompts), encoding="utf-8")
+    chat = {"files": [str(file)], "column": "prompt", "answers": True}
+    domains = {**asked["calibration"]["domains"], "chat": chat}
+    recipe = grouped({**asked, "calibration": {**asked["calibration"], "domains": domains}})
+    model, _ = unigram_model(tmp_path / "model", dict.fromkeys(said, 3.0))
+    found = secateur.prune(model, recipe, out=tmp_path / "out", force=True)
+    kept = set(kept_tokens_of(tmp_path / "out").dense_ids)
+    assert set(said) <= kept and not kept & set(prompted)
+    # What the trim cost these answers is in its verdict: nothing, as all of their tokens stayed.
+    before, after = found.summary.vocabulary.nats["chat"]
+    assert before == pytest.approx(math.log(len(said)), rel=0.05) and after == pytest.approx(before, rel=1e-3)
+
+
+def test_a_trim_that_costs_twice_what_was_foretold_is_refused(asked, tmp_path):
+    """What guards has words that nothing else has, and whose pieces the model hardly expects."""
+    _, vocabulary = made("byte-level")
+    in_two = {index: set(parts) for index, parts in vocabulary.parts.items() if len(set(parts)) == 2}
+    common = [index for index in in_two if vocabulary.texts[index] in (" the", " of")]
+    cheap = set().union(*(in_two[index] for index in common))
+    weights = dict.fromkeys(common, 0.6) | dict.fromkeys(cheap, 0.9)
+    model, tokenizer = unigram_model(tmp_path / "model", weights)
+    file, choose = tmp_path / "text.jsonl", random.Random(0)
+    rows = [choose.choices(common, k=40) for _ in range(60)]
+    calibration = {"domains": {"words": {"files": [str(file)]}}, "num_tokens": 1440, "sequence_length": 32}
+    recipe = grouped({**asked, "groups": [], "vocabulary": 640, "calibration": calibration})
+
+    def write() -> None:
+        texts = [tokenizer.decode(ids) for ids in rows]
+        assert [tokenizer(text)["input_ids"] for text in texts] == rows
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+    # Where all text is alike, the trim costs what was foretold: next to nothing.
+    write()
+    plain = secateur.prune(model, recipe, out=tmp_path / "plain")
+    assert plain.summary.vocabulary.foretold < 0.05 and plain.summary.calibration.allotted == {"words": (0, 4)}
+    kept = set(kept_tokens_of(plain.out).dense_ids)
+    rare = [index for index, parts in in_two.items() if index not in kept and not parts & cheap][:4]
+    model, _ = unigram_model(tmp_path / "knows", weights | dict.fromkeys(rare, 0.6))
+    order = [tokenizer(text)["input_ids"] for text in documents("words", Domain(files=(str(file),)), tokenizer, 0)]
+    for ids, index in zip(order, rare, strict=False):
+        rows[rows.index(ids)][20] = index
+    write()
+    with pytest.raises(secateur.SecateurError, match=r"where the counts foretold 0\.0\d, so nothing") as refused:
+        secateur.prune(model, recipe, out=tmp_path / "out")
+    lost = float(re.search(r"\(words (\d\.\d+)\)", str(refused.value))[1])
+    assert 0.1 < lost < 0.5, "the rule on what a domain may lose is another one"
+
+
 TRIM = Trim(KeptTokens((0, 1), 3), tiny_tokenizer(), tiny_tokenizer())
 
 
@@ -259,7 +336,7 @@ def test_auto_takes_what_a_share_asks_if_nothing_else_goes(tied, asked):
     recipe = parse_recipe(grouped({**asked, "groups": [], "vocabulary": "auto", "remove": 0.1}))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     ready = replace(opened(model, recipe), tokenizer=tokenizer)
-    trim = plan_trim(ready, Services(), run_text(ready, silent).learning).trim
+    trim = plan_trim(ready, Services(), run_text(ready, silent)).trim
     assert trim is not None
     gone, price = trim.kept.num_dense - len(trim.kept.dense_ids), token_prices(model, 1)
     assert len(trim.kept.dense_ids) % 64 == 0 and gone * price <= 0.1 * num_params(model) < (gone + 64) * price
@@ -270,7 +347,7 @@ def planned(model: Any, tokenizer: Any, short: dict[str, Any]) -> Resolved:
     asking = replace(opened(model, parse_recipe(grouped({**short, "vocabulary": "auto"}))), tokenizer=tokenizer)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("secateur.pruning.trim._measured", lambda *_: (1e-9, lambda share_N: share_N.clamp(min=0)))
-        return resolve(plan_trim(asking, Services(), run_text(asking, silent).learning))
+        return resolve(plan_trim(asking, Services(), run_text(asking, silent)))
 
 
 def share_gone(found: Resolved) -> float:
@@ -325,9 +402,9 @@ def test_auto_measures_whatever_else_the_recipe_asks(changes, tied, asked, any_g
     recipe = parse_recipe(grouped({**asked, "remove": 0.5, "vocabulary": "auto", **changes}))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     ready = replace(opened(model, recipe), tokenizer=tokenizer)
-    dense, learning = trimming._read(ready, Services()), run_text(ready, silent).learning
-    removal = trimming._removal(dense, trimming._counts(dense, learning), PieceNats())
-    with trimming._at_hand(dense, learning) as hand:
+    dense, text = trimming._read(ready, Services()), run_text(ready, silent)
+    removal = trimming._removal(dense, trimming._counts(dense, text, {}), PieceNats())
+    with trimming._at_hand(dense, text) as hand:
         nats, law = trimming._measured(dense, hand, removal, PieceNats(), 0.5)
     assert math.isfinite(nats) and float(law(torch.tensor(0.5))) > 0
 
@@ -404,7 +481,7 @@ def test_what_needs_no_text_is_refused_before_any_is_read_and_by_inspect_too(
 ):
     recipe = grouped({**asked, **changes})
     monkeypatch.setattr("secateur.pruning.text.RunText.learning", lambda _: pytest.fail("text was read"))
-    with pytest.raises(secateur.SecateurError, match=r"remove[.:]") as error:
+    with pytest.raises(secateur.SecateurError, match=r"remove\.") as error:
         secateur.prune(tied, recipe, out=tmp_path / "out")
     sentence = str(error.value)
     try:
@@ -426,7 +503,7 @@ def test_tokens_that_go_leave_what_trains_as_large(tied, asked):
     recipe = parse_recipe(grouped({**asked, "polish": {"num_tokens": 640}}))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     ready = replace(opened(model, recipe), tokenizer=tokenizer)
-    ready = plan_trim(ready, Services(), run_text(ready, silent).learning)
+    ready = plan_trim(ready, Services(), run_text(ready, silent))
     resolved, rows = resolve(ready), (len(tokenizer) + NUM_PADDING - 448) * 48
     whole = replace(ready, trim=None)
     for train, each in (("layers", 8), ("full", 20)):  # weights, and those before; gradients and two moments

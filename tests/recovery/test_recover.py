@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur import recover
-from secateur.facts import TrainingRecord, mean_kl, mean_nats, weight_size, won_back
+from secateur.facts import TrainingRecord, mean_kl, mean_nats, weight_size
 from secateur.model.checkpoint import load_model
 from secateur.recipe import RecoverySettings
 from secateur.recovery import pair as recovery_pair
@@ -117,7 +117,7 @@ def test_the_run_log_goes_on_and_the_report_and_the_card_tell_of_it(recovered, p
     assert {"recover_step", "recover_kl", "recover_judged"} <= set(added)
     assert added.count("recover_step") == record_of(recovered).training.num_tokens // 128
     page = (recovered / "report.html").read_text(encoding="utf-8")
-    told = "The recovery, judged on its held-out text"
+    told = "The recovery, on the text that guards it"
     assert told in page and told not in (pruned / "report.html").read_text(encoding="utf-8")
     assert record_of(recovered).headline in html.unescape(page)
     card = (recovered / "README.md").read_text(encoding="utf-8")
@@ -280,14 +280,13 @@ def test_without_a_rate_the_size_of_the_weights_gives_it(checkpoints, pruned, re
     training = {key: value for key, value in TRAINING.items() if key != "learning_rate"}
     asked = grouped({**recipe, "remove": 0.3, "polish": {"num_tokens": 1024, **training}})
     secateur.prune(checkpoints["llama"], asked, out=tmp_path / "polished")
-    for name, more in (("recovered", {"train_dense": True}), ("low_rank", {"train": "lora"})):
+    for name, more in (("recovered", {}), ("low_rank", {"train": "lora"})):
         changes = {"recover": {"num_tokens": 2048, **training, **more}}
         recover(pruned, checkpoints["llama"], changes, out=tmp_path / name)
-    small, large = (weight_size(secateur.load(each)) for each in (pruned, checkpoints["llama"]))
+    small = weight_size(secateur.load(pruned))
     for name, event, rate in (
         ("polished", "polish_step", 0.001 * small),
         ("recovered", "recover_step", 0.0005 * small),
-        ("recovered", "train_dense_step", 0.0005 * large),
         ("low_rank", "recover_step", 0.005 * small),
     ):
         highest = max(line["learning_rate"] for line in events(tmp_path / name) if line["event"] == event)
@@ -304,21 +303,6 @@ def test_the_command_line_end_to_end(pruned, checkpoints, texts, tmp_path):
     assert re.search(r"step \d+ of 16: loss [\d.]+, [\d,]+ tokens/s, held-out KL [\d.]+ \(prose [\d.]+\)", done.stderr)
     assert "with 2,048 tokens" in " ".join(done.stdout.split())
     assert list(record_of(tmp_path / "out").before) == ["prose"]
-
-
-def test_the_dense_model_after_the_same_cross_entropy_stands_beside(pruned, checkpoints, texts, tmp_path):
-    changes = training_with(train_dense=True, kl_share=0.5, learning_rate=1e-3)
-    record = recover(pruned, checkpoints["llama"], changes, out=tmp_path / "out")
-    assert record is not None and record.trained_dense is not None
-    # As if the dense model were the pruned one and had no teacher.
-    used = yaml.safe_load((pruned / "recipe.yaml").read_text(encoding="utf-8"))["calibration"]
-    alone = training_with(kl_share=0.0, learning_rate=1e-3) | {"calibration": used}
-    _, before, own = train(checkpoints["llama"], checkpoints["llama"], alone, tmp_path / "alone")
-    assert own.held and record.trained_dense == own.after and before == record.dense
-    honest = won_back(record.trained_dense, record.before, record.after)
-    assert 0 < honest < 1 and f"({honest:.1%} against the dense model after the same training)" in record.headline
-    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "dense, trained alike" in page
 
 
 def damaged(checkpoints: dict[str, Path], place: Path, name: str = "llama", **config: Any) -> Path:

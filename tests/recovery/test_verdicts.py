@@ -107,7 +107,7 @@ def test_the_head_is_the_familys():
 
 
 def test_rounding_leaves_no_divergence_below_zero(monkeypatch):
-    monkeypatch.setattr(module, "summarise", lambda *_: Divergence(-1e-9, 0.0, 0.0, 1.0, 3))
+    monkeypatch.setattr(module, "summarise", lambda *_: Divergence(-1e-9, 0.0, 1.0, 3))
     dense = tiny_llama()
     found = Judge(dense, bind(dense), TEXT).verdicts(lambda ids_BT: logits_of(dense, ids_BT))
     assert {verdict.kl for verdict in found.values()} == {0.0}

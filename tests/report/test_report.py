@@ -17,10 +17,11 @@ from secateur.api import prune
 from secateur.errors import CheckpointError
 from secateur.facts import Loss
 from secateur.report.card import model_card
-from secateur.report.measured import plus_minus
+from secateur.report.measured import Ratio, plus_minus
 from secateur.report.records import Summary
 from secateur.report.report import write_report
-from secateur.report.rows import caveats, escaped, loss_rows, verdict
+from secateur.report.rows import beside_verdict, caveats, escaped, loss_rows, verdict
+from secateur.stream.own_answers import OwnAnswers
 
 HOSTILE = "<script>alert(1)</script>"
 ODD = "$\\frac$ 日本 & \x07co"
@@ -110,17 +111,44 @@ def test_of_one_document_alone_the_error_is_a_dash(result):
         for losses in (summary.dense_losses, summary.pruned_losses)
     ]
     rows = list(loss_rows(dataclasses.replace(summary, dense_losses=cut[0], pruned_losses=cut[1])))
-    assert len(rows) == 3 and all(row[3].endswith(" ± -") for row in rows)
+    assert len(rows) == 4 and all(row[3].endswith(" ± -") for row in rows[1:])
 
 
 def test_the_page_tells_the_numbers_of_result_json_and_of_the_card(result):
     html, summary = page_of(result), summary_of(result)
-    assert escape(verdict(summary)) in html and escaped(verdict(summary)) in model_card(summary)
+    assert verdict(summary) in unescape(html) and escaped(verdict(summary)) in model_card(summary)
     assert summary.calibration.content_hash in html
     for losses in summary.losses_by_name().values():
         for loss in losses.values():
             assert f"<td>{loss.nats_per_token:.3f} ({loss.perplexity:.2f})</td>" in html
     assert "layer 2</th><td>112 → 64</td>" in html, "rounds are told by what the model had and what it kept at last"
+
+
+def test_the_verdict_is_a_short_headline_and_says_what_was_not_measured(result):
+    summary, losses = summary_of(result), (Loss.of([90.0, 120.0], [30, 40]), Loss.of([120.0, 150.0], [30, 40]))
+    answers = OwnAnswers(48, 3000, 0.75, 1.17, 0.03, 0.8, (0.9, 0.85), (0.02, 0.05), ())
+    chat = dataclasses.replace(summary, own_answers=answers, other_text=losses, remove_reached=0.1973)
+    assert verdict(chat) == "20% smaller; lost 0.42 nats a token on the dense model's own answers (x1.52 perplexity)"
+    ruined = dataclasses.replace(chat, own_answers=dataclasses.replace(answers, nats=1e4))
+    assert "(x1000+ perplexity)" in verdict(ruined)
+    assert len(verdict(dataclasses.replace(chat, own_answers=dataclasses.replace(answers, nats=11.234)))) <= 90
+    assert verdict(dataclasses.replace(chat, own_answers=dataclasses.replace(answers, nats=0.75))) == (
+        "20% smaller; lost nothing on the dense model's own answers (x1.00 perplexity)"
+    )
+    beside = beside_verdict(chat)
+    assert (
+        beside.startswith("Perplexity: x2.36 on text of other sources, x") and "like what it was trained on" in beside
+    )
+    assert beside.endswith("Not measured: tasks, other languages, long text, speed.")
+    ratio = {"decode": Ratio(1.2, 1.1, 1.3)}
+    assert beside_verdict(chat, ratio, asked_tasks=True).endswith(
+        "Decode runs 1.20 (1.10 to 1.30) times as fast. Not measured: other languages, long text."
+    )
+    plain = dataclasses.replace(chat, own_answers=None)
+    assert verdict(plain) == "20% smaller; lost 0.86 nats a token on text of other sources (x2.36 perplexity)"
+    assert "other sources" not in beside_verdict(plain)
+    unknown = dataclasses.replace(plain, other_text=None, dense_losses={}, pruned_losses={})
+    assert verdict(unknown) == "20% smaller; what that cost was not measured"
 
 
 def test_page_and_card_warn_of_overlap(copy):
@@ -156,7 +184,7 @@ def test_a_link_to_the_page_says_what_it_is_of(result):
     head = page_of(result).split("</head>")[0]
     said = dict(re.findall('<meta property="og:([a-z:]+)" content="([^"]*)">', head))
     assert said["title"] == escape(f"{summary_of(result).model}, pruned by secateur")
-    assert said["description"] == escape(verdict(summary_of(result)))
+    assert unescape(said["description"]) == f"{verdict(summary_of(result))}."
 
 
 def test_a_summary_goes_to_json_and_back(result):
@@ -187,13 +215,10 @@ def test_what_bench_and_evaluate_measured_is_told(copy, checkpoints):
     assert "copa, f1</th><td>0.300</td><td>0.300</td>" in html
     assert f"<td>{bench['decode']['ideal']:.2f}x</td>" in html
     kl = evaluation["kl"][HOSTILE]
-    assert f"<td>{kl['mean']:.3f}{plus_minus(kl['standard_error'])}</td>" in html
-    for each in evaluation["samples"]:
-        for which in ("start", "dense", "pruned"):
-            shown = "".join(c if c.isprintable() or c == "\n" else " " for c in each[which]).strip("\n")
-            assert f'<th scope="row">{which}</th><td>{shown}</td>' in unescape(html)
-    evaluation["samples"] = [{"domain": HOSTILE, "start": HOSTILE, "dense": "a\n b\x07\u202e", "pruned": HOSTILE}]
-    (copy / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
+    assert f"<td>{kl['kl']:.3f}{plus_minus(kl['standard_error'])}</td>" in html
+    told = json.loads((copy / "result.json").read_text(encoding="utf-8"))
+    told["own_answers"]["shown"] = [{"prompt": HOSTILE, "dense": HOSTILE, "pruned": "a\n b\x07\u202e"}]
+    (copy / "result.json").write_text(json.dumps(told), encoding="utf-8")
     write_report(copy)
     assert HOSTILE not in page_of(copy) and PageChecks(page_of(copy)).problems == []
     assert "<td>a\n b  </td>" in page_of(copy)
@@ -202,8 +227,8 @@ def test_what_bench_and_evaluate_measured_is_told(copy, checkpoints):
     (copy / "bench.json").write_text(json.dumps(bench), encoding="utf-8")
     write_report(copy)
     html = page_of(copy)
-    assert html.count("not measurably different") == 5  # the verdict, twice for who links to it; key figure, table
-    assert "prefill runs 1.20 (1.10 to 1.30) times as fast and decode speed is not measurably" in html
+    assert html.count("not measurably different") == 3  # beside the verdict; key figure, table
+    assert "Prefill runs 1.20 (1.10 to 1.30) times as fast and decode speed is not measurably" in html
     assert "1.04x" not in html
 
 

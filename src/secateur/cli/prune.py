@@ -177,7 +177,7 @@ def prune_and_tell(
     """Prune, and print the result."""
     # Imported here so that --help and option errors do not wait for torch.
     from secateur.ranks import is_first
-    from secateur.report.rows import summary_table
+    from secateur.report.rows import beside_verdict, summary_table, verdict
 
     shown = is_first() and not (quiet or as_json)
     tell = common.teller(enabled=shown)
@@ -194,6 +194,7 @@ def prune_and_tell(
     for warning in result.summary.warnings:
         common.CONSOLE.print(f"note: {warning}")
     common.CONSOLE.print(summary_table(result.summary))
+    common.CONSOLE.print(f"{verdict(result.summary)}.\n{beside_verdict(result.summary)}")
     needs_secateur = result.summary.has_layers_of_different_widths
     loader = "secateur.load" if needs_secateur else f"{result.summary.loaded_by}.from_pretrained"
     common.CONSOLE.print(f"Written to {out}. Load it with {loader}('{out}').", soft_wrap=True)

@@ -24,6 +24,11 @@ class Block(NamedTuple):
     document_T: Int64[Tensor, " T"]
     counted_T: Bool[Tensor, " T"] | None = None
 
+    @property
+    def mask_T(self) -> Bool[Tensor, " T"]:
+        """Which tokens count."""
+        return torch.ones_like(self.ids_T, dtype=torch.bool) if self.counted_T is None else self.counted_T
+
     def counted(self, values_P: Shaped[Tensor, " P"]) -> Shaped[Tensor, " K"]:
         """Return the values that count, of those of predicted tokens, which are all but the first."""
         return values_P if self.counted_T is None else values_P[self.counted_T[1:].to(values_P.device)]

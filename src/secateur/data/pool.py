@@ -23,7 +23,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from secateur.data.blocks import Blocks, JudgedText, LearningDomain, LearningText, num_blocks_of
-from secateur.data.counts import TokenCounts, count_tokens
+from secateur.data.counts import TokenCounts, count_tokens, counted_documents
 from secateur.data.forms import Note, Notes
 from secateur.data.sources import DomainText, documents
 from secateur.errors import CalibrationError
@@ -329,18 +329,25 @@ class Learning:
     text: LearningText
     _domains: Mapping[str, _Domain]
 
-    def counts(self, num_rows: int, progress: Progress = silent, *, most: int = MOST_COUNTED) -> dict[str, TokenCounts]:
+    def counts(
+        self,
+        num_rows: int,
+        progress: Progress = silent,
+        *,
+        most: int = MOST_COUNTED,
+        answers: Mapping[str, Blocks] = MappingProxyType({}),
+    ) -> dict[str, TokenCounts]:
         """Return each domain's counts of the ids of an embedding of `num_rows`.
 
-        No more of a domain is read once `most` tokens are counted. Answers, which are not
-        written yet, are left out. Raises CalibrationError for unreadable text, or if no domain is left.
+        No more of a domain is read once `most` tokens are counted. `answers`: those that are written, by
+        domain; others are left out. Raises CalibrationError for unreadable text, or if no domain is left.
         """
-        if not self._domains:
+        if not (self._domains or answers):
             raise CalibrationError(
                 "remove.vocabulary: every domain is of the model's answers, so there is no text to count tokens of; "
                 "add a domain of files or installed text."
             )
-        counts: dict[str, TokenCounts] = {}
+        counts = {name: count_tokens(counted_documents(blocks), num_rows) for name, blocks in answers.items()}
         for done, (name, domain) in enumerate(self._domains.items()):
             progress("count tokens", done, len(self._domains))
             counts[name] = count_tokens((ids_T for _, ids_T in domain.all_learning(most)), num_rows)

@@ -44,8 +44,7 @@ def retokenised(text: Mapping[str, Text], source: Tokenizer, target: Tokenizer) 
 
     def retold(block: Block) -> Block:
         pieces = reader.convert_ids_to_tokens(block.ids_T.tolist())
-        counted = [True] * len(pieces) if block.counted_T is None else block.counted_T.tolist()
-        marks = list(zip(block.document_T.tolist(), counted, strict=True))
+        marks = list(zip(block.document_T.tolist(), block.mask_T.tolist(), strict=True))
         first, ids = [(index, marks[0]) for index in splitter.spelt(pieces[:1])], by_mark(pieces, marks)
         if ids[: len(first)] != first:  # a token of the target spells the end of the first one and more
             ids = first + by_mark(pieces[1:], marks[1:])

@@ -4,35 +4,36 @@ In: a model, text and tasks. Out: an `Evaluation`, and `evaluation.json` in a re
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.blocks import Blocks, Text, blocks_of
-from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.evaluation import parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, is_chat, load_tasks
-from secateur.evaluation.text import check_length, named_blocks, recipe_blocks, sample_starts, wikitext_blocks
-from secateur.facts import Divergence
+from secateur.evaluation.text import check_length, named_blocks, recipe_blocks, wikitext_blocks
 from secateur.files import staged_file
 from secateur.log import Progress, silent, versions
 from secateur.model.checkpoint import load_tokenizer
 from secateur.model.identity import check_dense, identity, is_result, name_of
 from secateur.model.kept_tokens import Trim, kept_tokens_of, trim_between
+from secateur.model.token_bytes import num_bytes
 from secateur.ranks import check_same, is_first, joined
 from secateur.recipe import Domain
 from secateur.recipe_file import RECIPE_FILE
-from secateur.report.measured import Evaluation, Measured, Quality, Sample, TaskResults
+from secateur.report.measured import Evaluation, Measured, Quality, TaskResults
 from secateur.result_directory import EVALUATION_FILE, PARTS_FOLDER
 from secateur.store import Store
 from secateur.stream.device import keeping_freed
-from secateur.stream.losses import predicted_tokens
+from secateur.stream.judge import OTHER, Judge, Judgement
 
-_Found = tuple[Measured, dict[str, Any]]
+# Beside the domains, whose names do not end with a space.
+WIKITEXT = "WikiText-2 "
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +55,14 @@ class _Settings:
 class _Text:
     """Everything that a model is asked, in its own tokens.
 
-    `blocks`: by stage ("domains", "wikitext2") and domain. `num_tokens`: of each document, in nats per
-    which losses are; None: the text's own.
+    `domains`: blocks by name.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    blocks: dict[str, dict[str, Text]]
+    domains: dict[str, Blocks]
+    wikitext2: Blocks | None
     tasks: LoadedTasks | None
     notes: tuple[str, ...]
-    num_tokens: dict[str, dict[str, dict[int, int]]] | None = None
 
 
 @joined()
@@ -90,8 +90,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model, and the cost of pruning against a dense one; write evaluation.json.
 
-    `model`: a result of `prune`, or any other model. `against`: the dense model, for differences
-    KL by domain and a sample of text; `other_dense`: it is meant to be another one than `model` was pruned from.
+    `model`: a result of `prune`, or any other model. `against`: the dense model, for differences,
+    KL by domain and its own answers; `other_dense`: it is meant to be another one than `model` was pruned from.
     `domains`: text by name; None: what judged the run, by the model's own
     recipe.yaml. `num_blocks`, `sequence_length`: of `domains`. `wikitext2`: a file with the rows of
     the raw test split, or `hub`. `wikitext2_length`: tokens per block there, at most 2048 by
@@ -133,37 +133,30 @@ def _evaluate(
     if dense is not None:
         of_dense = check_dense(pruned.checkpoint, dense.checkpoint, "--against", other=other_dense)
     trim = None if dense is None else trim_between(pruned.checkpoint, dense.checkpoint, "--against", alone)
-    text = dense_text = _prepare(settings, pruned, progress)
-    domains = cast(dict[str, Blocks], text.blocks["domains"])
+    text = _prepare(settings, pruned, progress)
     models = (each.fingerprint for each in (pruned, dense) if each is not None)
-    check_same({"model": " ".join(models), "text": str([int(blocks.ids_NT.sum()) for blocks in domains.values()])})
-    if trim is not None:
-        text, dense_text = _in_both(text, trim)
-    elif (kept := kept_tokens_of(pruned.checkpoint.directory)) is not None:
-        sizes = f"{kept.num_dense:,} to {len(kept.dense_ids):,} tokens"
-        note = f"the vocabulary was trimmed ({sizes}): losses are nats per token of the model's own tokenizer."
+    check_same({"model": " ".join(models), "text": str([int(part.ids_NT.sum()) for part in text.domains.values()])})
+    if (note := _note_on_tokens(pruned, trim)) is not None:
         text = replace(text, notes=(*text.notes, note))
     store = Store.lasting(directory / PARTS_FOLDER, tell)
-    before = states = kl = changes = sheet = answers = None
+    judged = dict[str, Text](text.domains) | ({} if text.wikitext2 is None else {WIKITEXT: text.wikitext2})
+    judge = Judge(judged, text.tokenizer, pruned.checkpoint.config, store, progress, trim)
+    asks_tasks = partial(_tasks, store, text, settings.task_options, progress)
+    before = kl_of = kl = changes = None
     harness: dict[str, Any] = {}
-    starts = {} if dense is None else sample_starts(text.blocks["domains"], text.tokenizer)
-    written: list[dict[str, str]] = []
     if dense is not None:
-        before, harness = _measure(store, dense, dense_text, settings.task_options, progress)
-        written.append(parts.sample_parts(store, dense, dense_text.tokenizer, starts, progress))
-        sheet = parts.answer_sheet(store, dense, dense_text.tokenizer, progress)
+        scores = judge.dense(dense.to_judge())
+        harness = asks_tasks(dense, judge.dense_tokenizer)
+        before = measured_by(scores, judge.dense_text, judge.dense_tokenizer, harness)
         if trim is not None:
             dense.keep(trim.kept)
-        states = parts.dense_states(store, dense, pruned, domains, progress)
+        kl_of = parts.judge_of_kl(store, dense, pruned, text.domains, progress)
         dense.forget()
-    after, own_harness = _measure(store, pruned, text, settings.task_options, progress)
-    if dense is not None and before is not None:
-        found = parts.kl_parts(store, dense, pruned, states, domains, progress)
-        kl = {domain: Divergence(**part) for domain, part in found.items()}
-        written.append(parts.sample_parts(store, pruned, text.tokenizer, starts, progress))
-        if sheet is not None:
-            tokenizers = (text.tokenizer, dense_text.tokenizer)
-            answers = parts.answer_parts(store, sheet, pruned, *tokenizers, progress)
+    scores = judge.pruned(pruned.to_judge())
+    own_harness = asks_tasks(pruned, text.tokenizer)
+    after = measured_by(scores, judge.text, text.tokenizer, own_harness)
+    if before is not None and kl_of is not None:
+        kl = kl_of()
         tasks = parts.task_changes(harness, own_harness) if text.tasks is not None else None
         changes = parts.differences(before, after, tasks)
     evaluation = Evaluation(
@@ -177,8 +170,7 @@ def _evaluate(
         differences=changes,
         versions=versions(),
         dense_fingerprint=None if dense is None else identity(dense.checkpoint),
-        own_answers=answers,
-        samples=tuple(Sample(name, start, *(each[name] for each in written)) for name, start in starts.items()),
+        own_answers=scores.answers,
     )
     if is_first():
         with staged_file(directory / EVALUATION_FILE, overwrite=True) as staged:
@@ -208,66 +200,73 @@ def _output_directory(out: Path | None, subject: parts.Subject) -> Path:
 def _prepare(settings: _Settings, pruned: parts.Subject, progress: Progress) -> _Text:
     """Return the text in the pruned model's tokens."""
     directory, notes, config = pruned.checkpoint.directory, (), pruned.checkpoint.config
-    tokenizer, blocks = load_tokenizer(pruned.checkpoint), dict[str, dict[str, Any]]({"domains": {}})
+    tokenizer, domains, wikitext2 = load_tokenizer(pruned.checkpoint), dict[str, Blocks](), None
     if settings.wikitext2 is not None:
-        rows_NL = wikitext_blocks(settings.wikitext2, settings.wikitext2_length, tokenizer, config)
-        blocks["wikitext2"] = {"test": rows_NL}
+        wikitext2 = wikitext_blocks(settings.wikitext2, settings.wikitext2_length, tokenizer, config)
     if settings.domains is not None:
         num_blocks, length = settings.num_blocks, settings.sequence_length
-        blocks["domains"], notes = named_blocks(settings.domains, num_blocks, length, tokenizer, progress, directory)
+        domains, notes = named_blocks(settings.domains, num_blocks, length, tokenizer, progress, directory)
         check_length("--sequence-length", length, config.get_text_config())
     elif (directory / RECIPE_FILE).is_file() or not (settings.tasks or settings.wikitext2):
-        blocks["domains"], notes = recipe_blocks(directory, tokenizer, progress)
+        domains, notes = recipe_blocks(directory, tokenizer, progress)
     tasks = None
     if settings.tasks:
         tasks = load_tasks(settings.tasks, settings.task_options, settings.tasks_data)
         written = [name for name, task in tasks.tasks.items() if is_chat(task, tokenizer)]
         chat = (f"asked through the chat template: {', '.join(written)}.",) if written else ()
         notes += (*tasks.notes, *chat)
-    return _Text(tokenizer, blocks, tasks, notes)
+    return _Text(tokenizer, domains, wikitext2, tasks, notes)
 
 
-def _in_both(text: _Text, trim: Trim) -> tuple[_Text, _Text]:
-    """Return the text for the pruned and for the dense model, in nats per token of the dense one's."""
-    blocks = {stage: retokenised(each, trim.tokenizer, trim.dense_tokenizer) for stage, each in text.blocks.items()}
-    counts = {
-        stage: {domain: predicted_tokens(retold) for domain, retold in each.items()} for stage, each in blocks.items()
-    }
-    note = (
-        f"the tokenizers differ ({trim.kept.num_dense:,} and {len(trim.kept.dense_ids):,} tokens): losses are nats per "
-        "token of the dense tokenizer; KL is over the kept tokens on the trimmed text."
-    )
-    own = replace(text, notes=(*text.notes, note), num_tokens=counts)
-    return own, replace(own, tokenizer=trim.dense_tokenizer, blocks=blocks)
+def _note_on_tokens(pruned: parts.Subject, trim: Trim | None) -> str | None:
+    """Return in which tokens the nats are, where the vocabulary was trimmed."""
+    if trim is not None:
+        return (
+            f"the tokenizers differ ({trim.kept.num_dense:,} and {len(trim.kept.dense_ids):,} tokens): losses are nats "
+            "per token of the dense tokenizer; KL is over the kept tokens on the trimmed text."
+        )
+    if (kept := kept_tokens_of(pruned.checkpoint.directory)) is not None:
+        sizes = f"{kept.num_dense:,} to {len(kept.dense_ids):,} tokens"
+        return f"the vocabulary was trimmed ({sizes}): losses are nats per token of the model's own tokenizer."
+    return None
 
 
-def _measure(store: Store, subject: parts.Subject, text: _Text, options: TaskOptions, progress: Progress) -> _Found:
-    """Return what was measured of one model, and all that `task_parts` returned."""
-
-    def qualities(stage: str) -> dict[str, Quality]:
-        blocks, counts = text.blocks.get(stage, {}), None if text.num_tokens is None else text.num_tokens.get(stage)
-        found = parts.quality_parts(store, subject, text.tokenizer, stage, blocks, progress, counts)
-        for part in found.values():
-            for name in ("document_nats", "document_tokens"):
-                part[name] = tuple(part[name])  # a list when read back from JSON
-        return {name: Quality(**part) for name, part in found.items()}
-
-    domains, wikitext2 = qualities("domains"), qualities("wikitext2").get("test")
+def _tasks(
+    store: Store,
+    text: _Text,
+    options: TaskOptions,
+    progress: Progress,
+    subject: parts.Subject,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """Return all that `task_parts` does of one model; empty without tasks."""
     if text.tasks is None:
-        return Measured(domains, wikitext2), {}
-    harness = parts.task_parts(store, subject, text.tokenizer, text.tasks, options, progress)
+        return {}
+    return parts.task_parts(store, subject, tokenizer, text.tasks, options, progress)
+
+
+def measured_by(
+    scores: Judgement, text: Mapping[str, Text], tokenizer: PreTrainedTokenizerBase, harness: dict[str, Any]
+) -> Measured:
+    """Return what was measured of one model."""
+    losses = {**scores.domains, OTHER: scores.other}
+    sizes = {name: num_bytes(tokenizer, [block.ids_T for block in blocks_of(text[name])]) for name in losses}
+    found = {name: Quality.of(loss, sizes[name]) for name, loss in losses.items()}
+    other, wikitext2 = found.pop(OTHER), found.pop(WIKITEXT, None)
+    if not harness:
+        return Measured(found, wikitext2, other_text=other)
     # The parts save the thousands of scores by question; evaluation.json leaves them out.
     more = {key: value for key, value in harness.items() if key != "item_scores"}
     results = TaskResults(more.pop("results"), more.pop("sources"), more.pop("lm_eval_version"), more)
-    return Measured(domains, wikitext2, results), harness
+    return Measured(found, wikitext2, results, other)
 
 
 def _plain(settings: _Settings, text: _Text) -> dict[str, Any]:
     """Return the settings for the file. Names of files only: directories are this machine's."""
     data = dataclasses.asdict(settings)
-    wikitext2 = text.blocks.get("wikitext2")
-    data |= {"domains": list(text.blocks["domains"]), "tasks": list(settings.tasks)}
+    wikitext2 = text.wikitext2
+    data |= {"domains": list(text.domains), "tasks": list(settings.tasks)}
     data["wikitext2"] = None if settings.wikitext2 is None else Path(settings.wikitext2).name
-    data["wikitext2_length"] = None if wikitext2 is None else len(blocks_of(wikitext2["test"])[0].ids_T)
+    data["wikitext2_length"] = None if wikitext2 is None else wikitext2.ids_NT.shape[1]
     data["tasks_data"] = None if settings.tasks_data is None else settings.tasks_data.name
     return data

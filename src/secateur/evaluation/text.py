@@ -1,8 +1,7 @@
 """Evaluation text, by domain and from WikiText-2, and how well a model predicts it."""
 
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from unittest.mock import patch
 import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from secateur.data.blocks import Block, Blocks, JudgedText, LearningText, Text, blocks_of
+from secateur.data.blocks import Blocks, JudgedText, LearningText
 from secateur.data.overlap import ngram_overlap
 from secateur.data.pool import MOST_COUNTED, TextPool
 from secateur.data.retokenised import retokenised
@@ -24,21 +23,16 @@ from secateur.formats.run_text import run_text_again, text_facts
 from secateur.log import Progress
 from secateur.model.bind import Arch
 from secateur.model.kept_tokens import Trim
-from secateur.model.token_bytes import num_bytes
-from secateur.ranks import spread
 from secateur.recipe import Calibration, Domain
 from secateur.recipe_file import RECIPE_FILE, load_recipe, parse_recipe
-from secateur.report.measured import Quality
 from secateur.result_directory import RESULT_FILE
-from secateur.stream.losses import Sums, block_losses, domain_losses, loss_of, predicted_tokens, sums_of
+from secateur.stream.losses import domain_losses, predicted_tokens
 
 HUB = "hub"
 DEFAULT_BLOCK_LENGTH = 2048
 SEED = 0  # for text that no recipe describes
 # The title of an article of WikiText; those of its sections have more signs.
 TITLE = re.compile(r"\s*= [^=]+ =\s*")
-# How much of a text models see before they write on, how much they write, and of how many domains.
-START_TOKENS, SAMPLE_TOKENS, SAMPLED_DOMAINS = 32, 60, 3
 # The share of n-grams from which a reader is told: boilerplate of the same kind has as many.
 TOLD_OVERLAP = 0.02
 # A trim counts in the dense tokenizer, in which text has fewer tokens.
@@ -137,66 +131,14 @@ def _run_learnt(
     return split.learning.text, split.learning.digests(counted)
 
 
-def greedy(model: Any, ids_BT: Tensor, num_tokens: int, *, end: Any = None, **options: Any) -> Tensor:
-    """Return the blocks with `num_tokens` likeliest tokens behind them, or up to a token of `end`.
+def greedy(model: Any, ids_BT: Tensor, num_tokens: int, **options: Any) -> Tensor:
+    """Return the blocks with `num_tokens` likeliest tokens behind them.
 
     The model's own settings (sampling, a repetition penalty, its end of text) take no part.
     """
     asked = {"max_new_tokens": num_tokens, "do_sample": False, "pad_token_id": 0, **options}
-    with patch.object(model, "generation_config", GenerationConfig(eos_token_id=end)):
+    with patch.object(model, "generation_config", GenerationConfig()):
         return model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **asked)
-
-
-@torch.inference_mode()
-def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: str) -> str:
-    """Return what the model writes after `start`, greedily: SAMPLE_TOKENS tokens, or up to its end of text."""
-    ids_1T = tokenizer(start, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
-    own: Any = model.generation_config
-    written_1T = greedy(model, ids_1T, SAMPLE_TOKENS, end=own and own.eos_token_id)
-    return str(tokenizer.decode(written_1T[0, ids_1T.shape[1] :], skip_special_tokens=True))
-
-
-def sample_starts(text: Mapping[str, Text], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return the first words of the first block of some domains; none of a domain that begins blank."""
-    first = {name: blocks_of(each)[0].ids_T[:START_TOKENS] for name, each in list(text.items())[:SAMPLED_DOMAINS]}
-    # A character that the next token would have completed is left out.
-    starts = {name: str(tokenizer.decode(ids_T, skip_special_tokens=True)) for name, ids_T in first.items()}
-    return {name: start.rstrip("\ufffd") for name, start in starts.items() if start.strip("\ufffd \n\t")}
-
-
-def measure_quality(
-    model: nn.Module,
-    arch: Arch,
-    tokenizer: PreTrainedTokenizerBase,
-    domain: str,
-    text: Text,
-    block_done: Callable[[], None],
-    num_tokens: Mapping[int, int] | None = None,
-) -> Quality:
-    """Return the quality on one domain; ranks share the blocks. `block_done`: called per own block.
-
-    `num_tokens`: of each document, in nats per which the quality is, if not the text's own. Raises
-    NumericsError naming the domain if a loss is not finite.
-    """
-
-    def sums(block: Block) -> Sums:
-        found = sums_of(block_losses(model, arch, block.ids_T[None]), block)
-        block_done()
-        return found
-
-    blocks = blocks_of(text)
-    loss = loss_of(spread(sums, blocks), f"evaluate, domain {domain}", num_tokens)
-    in_bytes = num_bytes(tokenizer, [block.ids_T for block in blocks])
-    return Quality(
-        nats_per_token=loss.nats_per_token,
-        standard_error=loss.standard_error,
-        perplexity=loss.perplexity,
-        bits_per_byte=loss.nats_per_token / math.log(2) * loss.num_tokens / in_bytes,
-        num_tokens=loss.num_tokens,
-        num_bytes=in_bytes,
-        document_nats=tuple(loss.document_nats),
-        document_tokens=tuple(loss.document_tokens),
-    )
 
 
 def losses_of_dense_tokens(

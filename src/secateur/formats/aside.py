@@ -58,8 +58,9 @@ def carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | No
 
 
 def _rows(values: Tensor, kept: KeptTokens | None) -> Tensor:
-    by_token = kept is not None and values.ndim == 2 and len(values) == kept.num_dense
-    return values.index_select(0, tensor(kept.dense_ids)) if kept and by_token else values
+    if kept and values.ndim == 2 and len(values) == kept.num_dense:
+        return values.index_select(0, tensor(kept.dense_ids))
+    return values
 
 
 def _changed(aside: dict[str, StoredTensor], before: Shapes, after: Shapes, hidden: set[int]) -> Iterator[str]:

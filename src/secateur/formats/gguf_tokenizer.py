@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import CheckpointError
+from secateur.model.token_bytes import SPACE, byte_piece
 
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how pieces spell a space
 _ESCAPE, _NO_SPLIT = ("Replace", " ", SPACE), ("Split", " ", "MergedWithPrevious")
 
 # SentencePiece: steps of normalizer and pre-tokenizer -> whether text gets a space in front.
@@ -65,11 +65,6 @@ def piece_scores(parsed: dict[str, Any], where: str) -> dict[str, float]:
                 "unknown characters; the tokenizer cannot be exported."
             )
     return {piece: -float(rank) for rank, piece in enumerate(ranked)}
-
-
-def byte_piece(byte: int) -> str:
-    """Return SentencePiece's name of a byte."""
-    return f"<0x{byte:02X}>"
 
 
 def _steps(part: dict[str, Any] | None) -> tuple[tuple[Any, ...], ...]:

@@ -11,14 +11,16 @@ import heapq
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from secateur.data.blocks import Block, Text, blocks_of
 from secateur.data.counts import TokenCounts
+from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.facts import Batch
 from secateur.log import Progress, silent
@@ -116,23 +118,24 @@ class PieceNats:
 
 @torch.inference_mode()
 def piece_nats(
-    model: nn.Module, arch: Arch, vocabulary: Vocabulary, blocks: list[Tensor], progress: Progress = silent
+    model: nn.Module, arch: Arch, vocabulary: Vocabulary, text: Sequence[Text], progress: Progress = silent
 ) -> PieceNats:
     """Return what tokens cost in pieces, by a block of each domain in which some are spelt in theirs.
 
     nats = those of the pieces - those of the token, at the same place of the same text. A domain's
     block is the one with the most characters that would be spelt in bytes. Where there are too few
-    of them, a character counts as a further token.
+    of them, a character counts as a further token. `text`: by domain; tokens that do not count stay whole.
     """
     may_go = vocabulary.parts.keys() - vocabulary.fixed
     in_bytes = {index for index in may_go if vocabulary.bytes.keys() >= set(vocabulary.parts[index])}
     index_V = torch.zeros(vocabulary.num_rows, dtype=torch.bool)
     index_V[list(in_bytes)] = True
     token_nats, further, character_nats = 0.0, 0, list[float]()
-    for done, ids_NT in enumerate(blocks):
-        progress("nats of pieces", done, len(blocks))
-        ids_T = ids_NT[int(index_V[ids_NT].sum(1).argmax())].cpu()
-        spelt = _some_spelt(ids_T.tolist(), vocabulary, may_go, in_bytes)
+    for done, domain in enumerate(text):
+        progress("nats of pieces", done, len(text))
+        block = max(blocks_of(domain), key=lambda block: int((index_V[block.ids_T] & block.mask_T).sum()))
+        ids_T = block.ids_T
+        spelt = _some_spelt(block, vocabulary, may_go, in_bytes)
         new_T = torch.tensor([piece for pieces in spelt for piece in pieces])
         # Nats of the tokens after the first, the only ones that are predicted.
         before = [0.0, *block_losses(model, arch, ids_T[None]).tolist()]
@@ -145,18 +148,18 @@ def piece_nats(
                 character_nats.append(more)
             else:
                 token_nats, further = token_nats + more, further + len(pieces) - 1
-    progress("nats of pieces", len(blocks), len(blocks))
+    progress("nats of pieces", len(text), len(text))
     token = max(1e-3, token_nats / max(1, further))
     if len(character_nats) < FEWEST_CHARACTERS:
         return PieceNats(token, token)
     return PieceNats(token, max(1e-3, sum(character_nats) / len(character_nats)))
 
 
-def _some_spelt(ids: list[int], vocabulary: Vocabulary, may_go: Set[int], in_bytes: Set[int]) -> list[tuple[int, ...]]:
-    """Return the pieces of every token of a text: its parts for some of them, itself for the others."""
+def _some_spelt(block: Block, vocabulary: Vocabulary, may_go: Set[int], in_bytes: Set[int]) -> list[tuple[int, ...]]:
+    """Return the pieces of every token of a text: its parts for some that count, itself for the others."""
     found, tokens, characters = [], 0, 0
-    for position, index in enumerate(ids):
-        if not position or index not in may_go:
+    for position, (index, counts) in enumerate(zip(block.ids_T.tolist(), block.mask_T.tolist(), strict=True)):
+        if not position or not counts or index not in may_go:
             is_spelt = False
         elif index in in_bytes:
             characters += 1
@@ -299,41 +302,43 @@ def sizes_within(removal: Removal, num_rows: int, most_gone: int) -> Int64[Tenso
 
 
 @torch.inference_mode()
-def nats_over(model: nn.Module, arch: Arch, ids_T: Int64[Tensor, " T"], kept_K: Int64[Tensor, " K"]) -> float:
-    """Return the nats of a text's tokens after the first, if the model had the tokens `kept_K` alone.
+def nats_over(model: nn.Module, arch: Arch, block: Block, kept_K: Int64[Tensor, " K"]) -> float:
+    """Return the nats of a block's tokens that count, after the first, if the model had the tokens `kept_K` alone.
 
-    `ids_T` are ids of the model. The softmax is over the kept tokens.
+    The block has ids of the model. The softmax is over the kept tokens.
     """
-    states_PD, head = final_states(model, arch, ids_T[None]), head_of(model, arch)
+    states_PD, head = final_states(model, arch, block.ids_T[None]), head_of(model, arch)
     index = kept_K.to(states_PD.device)
-    targets_P = torch.searchsorted(index, ids_T[1:].to(states_PD.device))
+    targets_P = torch.searchsorted(index, block.ids_T[1:].to(states_PD.device))
     pieces = zip(states_PD.split(HEAD_POSITIONS), targets_P.split(HEAD_POSITIONS), strict=True)
-    sums = (nn.functional.cross_entropy(head(x_SD)[:, index].float(), y_S, reduction="sum") for x_SD, y_S in pieces)
-    return float(sum(sums))
+    nats = [nn.functional.cross_entropy(head(x_SD)[:, index].float(), y_S, reduction="none") for x_SD, y_S in pieces]
+    return float(block.counted(torch.cat(nats)).sum())
 
 
 def nats_per_token(
     model: nn.Module,
     arch: Arch,
     trim: Trim,
-    blocks: list[Tensor],
+    text: Sequence[Text],
     progress: Progress,
     weights_V: Float[Tensor, " V"] | None = None,
 ) -> float:
     """Return the nats that text costs more after the trim, per token that it then has more.
 
-    The first `TOKEN_BLOCKS` blocks of each domain are measured, in both tokenizers' tokens.
+    The first `TOKEN_BLOCKS` blocks of each domain are measured, in both tokenizers' tokens that count.
     `weights_V`: as how many further tokens each dense token counts, see `PieceNats.weights`.
     """
     kept_K, every_V = torch.tensor(trim.kept.dense_ids), torch.arange(trim.kept.num_dense)
     weights_V = torch.ones(trim.kept.num_dense, dtype=torch.float64) if weights_V is None else weights_V
-    asked, nats, more = [ids_T for ids_NT in blocks for ids_T in ids_NT[:TOKEN_BLOCKS]], 0.0, 0.0
-    for done, ids_T in enumerate(asked):
+    asked, nats, more = [block for domain in text for block in blocks_of(domain)[:TOKEN_BLOCKS]], 0.0, 0.0
+    trimmed = retokenised({"": asked}, trim.dense_tokenizer, trim.tokenizer)[""]
+    for done, (block, new) in enumerate(zip(asked, trimmed, strict=True)):
         progress("nats of further tokens", done, len(asked))
-        text = trim.dense_tokenizer.decode(ids_T, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        new_T = kept_K[torch.tensor(trim.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])]
-        nats += nats_over(model, arch, new_T, kept_K) - nats_over(model, arch, ids_T, every_V)
-        more += float(weights_V[new_T].sum() - weights_V[ids_T.cpu()].sum())
+        new = new._replace(ids_T=kept_K[new.ids_T])
+        nats += nats_over(model, arch, new, kept_K) - nats_over(model, arch, block, every_V)
+        more += sum(
+            sign * float(each.counted(weights_V[each.ids_T[1:]]).sum()) for sign, each in ((1, new), (-1, block))
+        )
     progress("nats of further tokens", len(asked), len(asked))
     return max(0.0, nats) / max(1, more)
 

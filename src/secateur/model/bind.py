@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from secateur.errors import ArchError, advice
 from secateur.model.group import Group
 from secateur.model.guesses import EXPERT_CHANNELS, EXPERTS
-from secateur.model.modules import Logits, ScaledHead, linears_for_conv
-from secateur.model.structure import layer_output, structure_of, text_config
+from secateur.model.modules import Logits, ScaledHead, head_at, linears_for_conv
+from secateur.model.structure import layer_output, of_layer, structure_of, text_config
 
 __all__ = ["EXPERTS", "EXPERT_CHANNELS", "Arch", "bind", "decoder_layers", "head_of", "head_width", "text_config"]
 
@@ -48,10 +48,6 @@ class Arch:
         """Return hidden states in the form in which the backbone expects a layer's output."""
         return layer_output(hidden, self.num_outputs)
 
-    def is_in_attention(self, group: Group) -> bool:
-        """Say whether the group's units belong to the attention."""
-        return group.kind == "heads"
-
     def select(self, names: tuple[str, ...]) -> tuple[Group, ...]:
         """Return the groups of these names. Raises ArchError if the model has no such group."""
         known = {group.name for group in self.groups}
@@ -80,7 +76,6 @@ def bind(model: Any) -> Arch:
     structure = structure_of(model)
     linears_for_conv(model.get_submodule(structure.layers))
     layers, config = list(model.get_submodule(structure.layers).children()), text_config(model)
-    configs = getattr(config, "per_layer_config", None) or [config] * len(layers)
     offers = [structure.offers[index] for index in structure.twin_layer]
     return Arch(
         family=model.config.model_type,
@@ -91,7 +86,9 @@ def bind(model: Any) -> Arch:
         middle=structure.middle,
         mlp_adds_directly=all(each.adds_directly for layer in offers for each in layer),
         groups=tuple(
-            each.group(layer, index, configs[index]) for index, layer in enumerate(layers) for each in offers[index]
+            each.group(layer, index, of_layer(config, index))
+            for index, layer in enumerate(layers)
+            for each in offers[index]
         ),
         num_layers=len(layers),
         params_per_layer=tuple(sum(p.numel() for p in layer.parameters()) for layer in layers),
@@ -103,7 +100,7 @@ def bind(model: Any) -> Arch:
 
 def head_of(model: nn.Module, arch: Arch) -> nn.Module:
     """Return what maps the last hidden state to logits: the head and the model's scaling."""
-    head = model.get_submodule(arch.head)
+    head = head_at(model, arch.head)
     return head if arch.logits is None else ScaledHead(head, arch.logits)
 
 

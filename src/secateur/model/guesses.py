@@ -61,7 +61,7 @@ def _of_linears(
     unit: str,
     writers: tuple[Axis, ...],
     reader: Axis,
-    head_dim: int = 0,
+    head_dim: int | None = None,
 ) -> Group:
     num_units = linear(layer, reader.module).in_features // sum(reader.segments)
     params = sum(reader.segments) * linear(layer, reader.module).out_features
@@ -75,7 +75,7 @@ def _of_linears(
     return Group(
         layer=index,
         name=name,
-        kind="heads" if head_dim else "channels",
+        kind="channels" if head_dim is None else "heads",
         unit=unit,
         num_units=num_units,
         params_per_unit=params,
@@ -133,7 +133,8 @@ def experts_in(
         num_units = len(module.get_parameter(stacks.down))
         tensors = {name: attribute_of(layer, name) for name in rows}
         num_groups = getattr(config, "n_group", None) or 1
-        top_k, chosen = _num_chosen(config), getattr(config, "topk_group", None) or 1
+        top_k = next(value for key in KEYS_OF_CHOSEN if isinstance(value := getattr(config, key, None), int))
+        chosen = getattr(config, "topk_group", None) or 1
         held = [*module.parameters(), *(each for each in tensors.values() if isinstance(each, nn.Parameter))]
         return Group(
             layer=index,
@@ -159,10 +160,6 @@ def experts_in(
     return build
 
 
-def _num_chosen(config: Any) -> int:
-    return next(value for key in KEYS_OF_CHOSEN if isinstance(value := getattr(config, key, None), int))
-
-
 def head_guesses(place: str, linears: dict[str, nn.Linear], config: Any) -> Iterator[tuple[str, Build]]:
     """Yield KV heads, and query heads if they can be told from the others."""
     sizes = heads_of(config)
@@ -186,28 +183,23 @@ def head_guesses(place: str, linears: dict[str, nn.Linear], config: Any) -> Iter
             asking = asking[:1]
             own = own[1:]
         if [n for n, size in rows.items() if size == (queries + 2 * keys) * width] == list(rows):
-            yield KV_HEADS, _kv_heads(place, {n: "qkv" for n in rows}, reader)
+            yield KV_HEADS, _heads(place, KV_HEADS, dict.fromkeys(rows, "qkv"), reader)
         elif len(asking) == 1 and len(own) == 2:
-            yield KV_HEADS, _kv_heads(place, {asking[0]: "q"} | dict.fromkeys(own, "k"), reader)
-            yield QUERY_HEADS, _query_heads(place, asking[0], reader)
+            yield KV_HEADS, _heads(place, KV_HEADS, {asking[0]: "q"} | dict.fromkeys(own, "k"), reader)
+            yield QUERY_HEADS, _heads(place, QUERY_HEADS, {asking[0]: "each"}, reader)
 
 
-def _kv_heads(place: str, writers: dict[str, str], reader: str) -> Build:
+def _heads(place: str, name: str, writers: dict[str, str], reader: str) -> Build:
+    """Return what makes the group. `writers`: what each linear makes; `each`: one head of every KV head."""
+
     def build(layer: nn.Module, index: int, config: Any) -> Group:
         queries, keys, width = heads_of(config) or (0, 1, 0)
-        asking = width * (queries // keys)
-        segments = {"q": (asking,), "k": (width,), "qkv": (asking, width, width)}
-        axes = tuple(Axis(joined(place, name), segments[role]) for name, role in writers.items())
-        return _of_linears(layer, index, KV_HEADS, "KV head", axes, Axis(joined(place, reader), (asking,)), width)
-
-    return build
-
-
-def _query_heads(place: str, writer: str, reader: str) -> Build:
-    def build(layer: nn.Module, index: int, config: Any) -> Group:
-        _, keys, width = heads_of(config) or (0, 1, 0)
-        axes = [Axis(joined(place, name), (width,) * keys) for name in (writer, reader)]
-        return _of_linears(layer, index, QUERY_HEADS, "query head per KV head", (axes[0],), axes[1], width)
+        asking = (width * (queries // keys),)
+        segments = {"q": asking, "k": (width,), "qkv": (*asking, width, width), "each": (width,) * keys}
+        axes = tuple(Axis(joined(place, made), segments[role]) for made, role in writers.items())
+        read = segments["each"] if name == QUERY_HEADS else asking
+        unit = "KV head" if name == KV_HEADS else "query head per KV head"
+        return _of_linears(layer, index, name, unit, axes, Axis(joined(place, reader), read), width)
 
     return build
 
@@ -226,7 +218,7 @@ def heads_of(config: Any) -> tuple[int, int, int] | None:
 
 def mask(layer: nn.Module, group: Group, keep: Tensor) -> None:
     """Silence the units that do not stay: their reader columns are zero, or nothing is routed to them."""
-    gone = torch.tensor(sorted(set(range(group.num_units)) - set(keep.flatten().tolist())))
+    gone = torch.tensor(sorted(set(range(group.num_units)) - set(keep.flatten().tolist())), dtype=torch.int64)
     with torch.no_grad():
         if group.kind == "expert_channels":
             stacks = group.experts.stacks

@@ -53,6 +53,12 @@ class Logits:
     cap: float | None
 
 
+def head_at(model: nn.Module, names: str) -> nn.Module:
+    """Return the model's module of that name, or several in a row, whose names are joined by +."""
+    modules = [model.get_submodule(name) for name in names.split("+")]
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+
+
 class ScaledHead(nn.Module):
     """A head followed by what `logits` says."""
 

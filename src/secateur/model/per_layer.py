@@ -29,20 +29,16 @@ def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
     """
     widths: dict[str, Any] = {}
     for group in groups:
-        if not group.head_dim:
+        if group.head_dim is None:
             widths[group.config_key] = round(group.parts.num_units_left(layer) / group.per_key)
         elif group.config_key == KV_HEADS:
             num_heads = linear(layer, group.reader.module).in_features // group.head_dim
-            widths |= {QUERY_HEADS: num_heads, KV_HEADS: _num_kv_heads(layer, group, num_heads)}
+            axis = group.writers[-1]
+            made = linear(layer, axis.module).out_features // group.head_dim
+            num_keys = made if len(axis.segments) == 1 else (made - num_heads) // 2  # fused: queries come first
+            widths |= {QUERY_HEADS: num_heads, KV_HEADS: num_keys}
             widths["head_dim"] = group.head_dim
     return widths
-
-
-def _num_kv_heads(layer: nn.Module, group: Group, num_heads: int) -> int:
-    rows = {axis.segments: linear(layer, axis.module).out_features for axis in group.writers}
-    if len(rows) == 1 and len(group.writers) == 1:
-        return (next(iter(rows.values())) // group.head_dim - num_heads) // 2
-    return rows[(group.head_dim,)] // group.head_dim
 
 
 def split_widths(widths: list[dict[str, Any]]) -> tuple[dict[str, int], dict[int, dict[str, Any]]]:

@@ -44,7 +44,7 @@ from secateur.model.guesses import (
     stack_guesses,
 )
 from secateur.model.modeling_per_layer import PerLayerModel
-from secateur.model.modules import Logits, ScaledHead, linears_for_conv
+from secateur.model.modules import Logits, ScaledHead, head_at, linears_for_conv
 from secateur.model.stacks import channel_inputs, reader_of
 from secateur.model.twin import run, token_ids, twin
 
@@ -139,8 +139,8 @@ def places(model: Any) -> tuple[str, str, str]:
     """Return the names of the backbone, its list of decoder layers and the head.
 
     The backbone is the innermost module that holds both the embedding of tokens and the list; of the
-    lists that lie in no other the one nearest to the embedding, then that with most parameters. Raises
-    ArchError without one.
+    lists that lie in no other the one nearest to the embedding, then the least deep one (towers of images
+    are modules of their own), then that with most parameters. Raises ArchError without one.
     """
     names = {module: name for name, module in model.named_modules()}
     embedding, head = names.get(model.get_input_embeddings()), names.get(model.get_output_embeddings())
@@ -151,7 +151,7 @@ def places(model: Any) -> tuple[str, str, str]:
         missing = "head" if outer and embedding else "list of decoder layers"
         raise ArchError(f"model type '{model.config.model_type}': this {type(model).__name__} has no {missing}.")
     paths = {name: [each.replace(".", "/") for each in (name, embedding)] for name in outer}
-    layers = max(outer, key=lambda name: (len(commonpath(paths[name])), sizes[name]))
+    layers = max(outer, key=lambda name: (len(commonpath(paths[name])), -name.count("."), sizes[name]))
     return commonpath(paths[layers]).replace("/", "."), layers, head
 
 
@@ -232,7 +232,7 @@ class _Finder:
         if order != list(range(len(self.layers))):
             raise self._refused("layers do not run once each, in order")
         outputs = [calls[""].output for calls in self.calls]
-        self.found.num_outputs = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
+        self.found.num_outputs = len(outputs[0]) if isinstance(outputs[0], (tuple, list)) else 0
         entered = self._bypassed()
         for index, calls in enumerate(self.calls):
             if index and not _equal(_tensors(calls[""].args[:1]), _tensors(outputs[index - 1])[:1]):
@@ -267,16 +267,17 @@ class _Finder:
 
     @torch.no_grad()
     def _find_logits(self) -> None:
-        """Find what follows the head, among the config's numbers: x * a, x / a, a tanh(x / a)."""
+        """Find the head, and what follows it, by the config's numbers: x * a, x / a, a tanh(x / a), a tanh(b x / a)."""
         backbone = self.twin.get_submodule(self.names[0])
         states = backbone(token_ids(self.twin), use_cache=False).last_hidden_state
         numbers = [float(value) for value in vars(self.config).values() if type(value) in (int, float) and value]
         forms = [Logits(1.0, 1.0, None)]
         for number in numbers:
             forms += [Logits(number, 1.0, None), Logits(1.0, number, None), Logits(1.0, 1.0, abs(number))]
-        for name in _with_owners(self.names[2]):
+        forms += [Logits(number, 1.0, abs(cap)) for number in numbers for cap in numbers]
+        for name in (self.names[2], self._behind()):
             try:
-                plain = self.twin.get_submodule(name)(states)
+                plain = head_at(self.twin, name)(states)
             except WRONG_GUESS:
                 continue
             for form in forms if isinstance(plain, Tensor) and plain.shape == self.logits.shape else ():
@@ -284,6 +285,18 @@ class _Finder:
                     self.found.head, self.found.logits = name, form if form != forms[0] else None
                     return
         raise self._refused("what follows the head is not known")
+
+    def _behind(self) -> str:
+        """Return the names of the model's own modules that it calls behind the one with the backbone."""
+        called: list[str] = []
+        handles = [
+            child.register_forward_hook(lambda *_, name=name: called.append(name))
+            for name, child in self.twin.named_children()
+        ]
+        run(self.twin)
+        for handle in handles:
+            handle.remove()
+        return "+".join(called[1:])
 
     def _find_middle(self) -> None:
         """Find the attention, and the module that reads the stream behind it, if all layers have them."""
@@ -397,7 +410,7 @@ class _Finder:
             return False
 
     def _head_offers(self, index: int) -> Iterator[Offer]:
-        layer, config = self.layers[index], _of_layer(self.config, index)
+        layer, config = self.layers[index], of_layer(self.config, index)
         for place, module in layer.named_modules():
             linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
             for name, build in head_guesses(place, linears, config):
@@ -438,7 +451,7 @@ class _Finder:
         return [[layer[name] for name in ORDER if name in layer] for layer in kept]
 
     def _group(self, offer: Offer, index: int) -> Group:
-        return offer.group(self.layers[index], index, _of_layer(self.config, index))
+        return offer.group(self.layers[index], index, of_layer(self.config, index))
 
     def _say(self, name: str, offers: dict[int, Offer]) -> dict[int, Offer]:
         """Return the offers whose numbers one key of the config says, by layer; empty if none does."""
@@ -468,7 +481,9 @@ class _Finder:
     def _changes(self, group: Group) -> Iterator[dict[str, Any]]:
         """Yield changes of the config that could give fewer units."""
         values, units = vars(self.config), group.num_units
-        if group.kind == "heads" and (sizes := heads_of(self.config)):
+        if group.kind == "heads":
+            sizes = heads_of(self.config)
+            assert sizes is not None
             queries, keys, width = sizes
             if group.name == KV_HEADS and keys > 1:
                 yield {"num_attention_heads": queries // keys, "num_key_value_heads": 1, "head_dim": width}
@@ -521,7 +536,9 @@ class _Finder:
 
     def _reloads(self, offers: dict[int, Offer], built: Any, config: Any, name: str) -> bool:
         """Say whether the cut twin, loaded into what its config builds, equals the one with silent units."""
-        whole, masked = (copy.deepcopy(self.twin) for _ in range(2))
+        inside = {parameter for layer in self.layers for parameter in layer.parameters()}
+        shared = {id(each): each for each in self.twin.parameters() if each not in inside}  # a tower may be large
+        whole, masked = (copy.deepcopy(self.twin, dict(shared)) for _ in range(2))
         unrouted: list[tuple[Tensor, Tensor]] = []
         for index, offer in offers.items():
             theirs, group = built.get_submodule(self.names[1])[index], self._group(offer, index)
@@ -627,13 +644,8 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(each.shape) for name, each in tensors}
 
 
-def _with_owners(name: str) -> list[str]:
-    """Return the name, and those of the modules that hold it, innermost first; the model itself is none."""
-    parts = name.split(".")
-    return [".".join(parts[:number]) for number in range(len(parts), 0, -1)]
-
-
-def _of_layer(config: Any, index: int) -> Any:
+def of_layer(config: Any, index: int) -> Any:
+    """Return the layer's config, which is the model's if all layers have one."""
     layers = getattr(config, "per_layer_config", None)
     return layers[index] if layers else config
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from secateur.errors import CheckpointError
 from secateur.files import json_of
@@ -67,22 +68,10 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
 
 
 def mapped_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor by name as a view of its mapped file; writing to one copies its pages.
-
-    Tensors that are not aligned to their dtype are read into memory.
-    """
-    files: dict[Path, torch.Tensor] = {}
-    tensors = {}
-    for name, stored in stored_tensors(directory).items():
-        if stored.offset % stored.dtype.itemsize:
-            tensors[name] = read_tensor(stored)
-            continue
-        if stored.file not in files:
-            size = stored.file.stat().st_size
-            files[stored.file] = torch.from_file(str(stored.file), shared=False, size=size, dtype=torch.uint8)
-        piece = files[stored.file][stored.offset : stored.offset + stored.num_bytes]
-        tensors[name] = piece.view(stored.dtype).view(stored.shape)
-    return tensors
+    """Return every tensor by name as a view of its mapped file; writing to one copies its pages."""
+    stored = stored_tensors(directory)
+    files: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in {each.file for each in stored.values()}}
+    return {name: files[each.file].get_tensor(name) for name, each in stored.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

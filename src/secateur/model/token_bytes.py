@@ -19,6 +19,11 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how pieces of SentencePiece spell a spac
 _BY_PIECE = ("ByteLevel", "ByteFallback", "Metaspace", "Replace")
 
 
+def byte_piece(byte: int) -> str:
+    """Return SentencePiece's name of a byte."""
+    return f"<0x{byte:02X}>"
+
+
 def num_bytes(tokenizer: Tokenizer, blocks_NT: Iterable[Tensor]) -> int:
     """Return how many bytes of text the tokens after the first of each block stand for.
 

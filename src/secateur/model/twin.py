@@ -19,8 +19,8 @@ from secateur.model.config import BAD_VALUE, one_line, quiet_transformers
 
 NUM_TOKENS, NUM_BLOCKS = 12, 2
 # A model of fewer parameters is its own twin; a twin has at most so many.
-SMALL, LARGEST = 2_000_000, 60_000_000
-MOST_EXPERTS = 8
+SMALL, LARGEST = 2_000_000, 400_000_000
+MOST_EXPERTS, MOST_LAYERS = 8, 1000
 MOST_TOKENS = 512
 
 _LAYERS = re.compile(r"(num_hidden|num|n|num_decoder|decoder)_layers?|depth|num_blocks")
@@ -41,11 +41,12 @@ def twin(stock: Any, config: Any, num_params: int, num_layers: int) -> PreTraine
     Raises ArchError if no small model runs.
     """
     problem = ""
-    for sizes in _scales(config, num_params):
+    towers = (MOST_LAYERS, num_layers)  # of images and sound: whole, as configs name layers of theirs; else shallow
+    for sizes, depth in ((sizes, depth) for depth in towers for sizes in _scales(config, num_params)):
         try:
             with quiet_transformers(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                small = shrunk(config, num_layers, *sizes) if sizes else copy.deepcopy(config)
+                small = shrunk(config, num_layers, depth, *sizes) if sizes else copy.deepcopy(config)
                 if _num_params(stock, small) > LARGEST:
                     continue
                 built = randomised(stock._from_config(small, dtype=torch.float32).eval())
@@ -57,21 +58,22 @@ def twin(stock: Any, config: Any, num_params: int, num_layers: int) -> PreTraine
     raise ArchError(f"model type '{config.model_type}': no small model of it can be run to try cuts on ({problem}).")
 
 
-def shrunk(config: Any, num_layers: int, by_heads: int, by_width: int) -> Any:
+def shrunk(config: Any, num_layers: int, in_towers: int, by_heads: int, by_width: int) -> Any:
     """Return the config with heads divided by one number, head sizes by the other, widths by both.
 
     Proportions stay, so that what must divide another still does. Lists with an entry for every layer
-    are cut to `num_layers`.
+    are cut to `num_layers`, in configs that are not of the text to `in_towers`.
     """
     config = copy.deepcopy(config)
-    values = vars(config)
+    values, text = vars(config), config.get_text_config(decoder=True)
     depth = next((value for key, value in values.items() if _LAYERS.fullmatch(key) and isinstance(value, int)), 0)
     tops = {key: value for key, value in values.items() if "per_tok" in key or "top_k" in key or "topk" in key}
     most_chosen = max((value for value in tops.values() if isinstance(value, int)), default=1)
     most_chosen = max(most_chosen, 2 * (values.get("n_group") or 1))  # each group of experts is ranked by two
     for key, value in values.items():
         if isinstance(value, PreTrainedConfig):
-            values[key] = shrunk(value, num_layers, by_heads, by_width)
+            holds_text = any(each is text for each in (value, *vars(value).values()))
+            values[key] = shrunk(value, num_layers if holds_text else in_towers, in_towers, by_heads, by_width)
         elif isinstance(value, dict):
             values[key] = {name: _sections(name, part, by_width) for name, part in value.items()}
         elif isinstance(value, (list, tuple)) and len(value) == depth > num_layers:
@@ -130,6 +132,8 @@ def _num_params(stock: Any, config: Any) -> int:
 
 
 def _smaller(key: str, value: int, num_layers: int, by_heads: int, by_width: int, most_chosen: int) -> int:
+    if value < 2:
+        return value
     if _LAYERS.fullmatch(key) or key.endswith("_layers"):
         return min(value, num_layers)
     if "vocab" in key and "size" in key:

@@ -25,7 +25,7 @@ from secateur.model.checkpoint import Tokenizer
 from secateur.model.config import quiet_transformers
 from secateur.model.kept_tokens import KeptTokens, check_weights_by_token, ids_named_by
 from secateur.model.modules import CausalLM
-from secateur.model.token_bytes import SPACE
+from secateur.model.token_bytes import SPACE, byte_piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
     fixed = {index for text, index in pieces.items() if len(text) == 1 and index not in parts}
     # No text that a model learnt from spells these in bytes, as every one of them is a token there.
     fixed |= {index for index, text in texts.items() if len(text) == 1 and (text.isascii() or text.isdecimal())}
-    names = enumerate(_byte_names(range(256))) if rules.get("byte_fallback") else ()
-    byte_tokens = {pieces[name]: byte for byte, name in names if name in pieces}
+    values = range(256) if rules.get("byte_fallback") else ()
+    byte_tokens = {pieces[byte_piece(byte)]: byte for byte in values if byte_piece(byte) in pieces}
     fixed |= byte_tokens.keys()
     fixed |= _told_apart(backend, pieces, parts) | _without_cover(rules, pieces)
     fixed |= _named(tokenizer, backend, parsed) | ids_named_by(model)
@@ -173,11 +173,6 @@ def _texts(parsed: dict[str, Any], ids: dict[str, int]) -> dict[int, str]:
     }
 
 
-def _byte_names(values: Iterable[int]) -> list[str]:
-    """Return how the byte fallback spells bytes."""
-    return [f"<0x{byte:02X}>" for byte in values]
-
-
 def _merged_from(model: dict[str, Any], pieces: dict[str, int]) -> dict[int, tuple[int, ...]]:
     """Return the pair that each token is merged from last.
 
@@ -212,7 +207,7 @@ def _shorter_merges(texts: list[str], merges: dict[str, list[tuple[int, str, str
 
 def _in_bytes(symbol: str, model: dict[str, Any], pieces: dict[str, int]) -> tuple[int, ...] | None:
     """Return the tokens of the character's bytes; None if the byte fallback does not cover it."""
-    names = _byte_names(symbol.encode())
+    names = [byte_piece(byte) for byte in symbol.encode()]
     covered = model.get("byte_fallback") and pieces.keys() >= set(names)
     return tuple(pieces[name] for name in names) if covered else None
 

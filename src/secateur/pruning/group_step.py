@@ -36,7 +36,7 @@ from secateur.stream.walk import Walk
 def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     """Measure, select, compensate and cut one group; return the kept indices and the log line."""
     walk, group, method, layer = task.walk, task.group, task.method, task.layer
-    is_mlp = not walk.arch.is_in_attention(group)
+    is_mlp = group.kind != "heads"
     reader, num_units = linear(layer, group.reader.module), group.parts.num_units_left(layer)
     gram, drift = needs_gram(method.score) or method.compensate == "least_squares", is_mlp and bool(walk.dense_BTD)
     measured = measure(walk, group, method.weighting, task.shares, gram=gram, drift=drift, to_middle=is_mlp)

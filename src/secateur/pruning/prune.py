@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, silent
-from secateur.model.checkpoint import CausalLM, Tokenizer, eval_mode
-from secateur.model.kept_units import Keeps
-from secateur.pruning import own_answers
+from secateur.model.checkpoint import Tokenizer, eval_mode
+from secateur.model.modules import CausalLM
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import (
@@ -30,15 +29,15 @@ from secateur.pruning.open import (
 )
 from secateur.pruning.resolve import Resolved, checked, resolve
 from secateur.pruning.result import (
+    PrunedCheckpoint,
     Result,
     calibration_facts,
     foretold,
     opened_like,
     save_and_prove,
-    save_pruned,
     summary_of,
 )
-from secateur.pruning.run import Run, RunJudge, without_tokens
+from secateur.pruning.run import Keeps, Run, without_tokens
 from secateur.pruning.text import Drawn, run_text, with_share_of_answers, without_answers
 from secateur.pruning.trim import plan_trim
 from secateur.ranks import from_first, is_first, size, staging_if_any
@@ -48,9 +47,12 @@ from secateur.report.measured import PolishRecord
 from secateur.report.records import Summary
 from secateur.store import Services
 from secateur.stream.device import keeping_freed, peak_bytes, peak_bytes_on
+from secateur.stream.judge import Judge, Judgement, ToJudge
 from secateur.stream.offload import Placement
 from secateur.stream.threads import choose_threads, threads_kept
 
+# A run that names the tokens of a domain that judge it gets a share of prompts and documents, all with so many.
+TOKENS_BESIDE_ALL = 1024
 # Writes card, result.json and page into the run's directory; returns the summary as it was written.
 Finish = Callable[[Path, Summary, Recipe], Summary]
 
@@ -105,22 +107,44 @@ class Prepared(NamedTuple):
 def _pruned(ready: Prepared, directory: Path | None, command: str, finish: Finish, *, force: bool) -> Result:
     """Return the result of a run, and write it to the directory."""
     opened, run, drawn, placement = ready
-    services, judge = run.services, RunJudge(drawn.judged, opened.trim)
+    services, judge = run.services, _judge_of(ready)
     measured: dict[str, Any] = {"calibration": calibration_facts(drawn), "lineage": opened.lineage}
-    measured["dense_losses"] = judge.losses(run, "dense")
-    sheet = own_answers.asked(opened, run, placement)
+    measured |= {"dense_losses": {}, "pruned_losses": {}}
+    # Each token of an answer would move the weights that are not in memory.
+    asks = not (run.weights_on_disk or placement.one_at_a_time)
+    dense = None if judge is None else _judged(run, "dense", partial(judge.dense, asks=asks))
     run, keeps, polished = shaped(ready, directory, force=force)
-    measured |= {"polish": polished, "peak_bytes": peak_bytes(), "pruned_losses": judge.losses(run, "pruned")}
-    measured["own_answers"] = own_answers.judged(opened, run, sheet)
+    measured |= {"polish": polished, "peak_bytes": peak_bytes()}
+    if judge is not None and dense is not None:
+        pruned = _judged(run, "pruned", judge.pruned)
+        measured |= {"dense_losses": dense.domains, "pruned_losses": pruned.domains}
+        measured |= {"other_text": (dense.other, pruned.other), "own_answers": pruned.answers}
     services.store.note_found()
     measured |= {"device_peak_bytes": peak_bytes_on(opened.device)}
     placement.offload()
-    proof = None if directory is None else save_and_prove(opened, run, keeps, directory)
+    proof = None if directory is None else save_and_prove(run, _checkpoint(opened, run, directory), keeps)
     summary = summary_of(opened, run, keeps, proof, command=command, **measured)
     if directory is not None:
         services.log.write({"event": "seconds", **summary.seconds})
         summary = finish(directory, summary, run.resolved.recipe)
     return Result(run.model, tokenizer_of(opened), run.resolved.recipe, keeps, run.resolved.layers, summary)
+
+
+def _judge_of(ready: Prepared) -> Judge | None:
+    """Return what judges the run, None if nothing is to."""
+    opened, run, drawn, _ = ready
+    evaluate = run.resolved.recipe.output.evaluate
+    if not evaluate:
+        return None
+    text, services, config = drawn.judged.blocks, run.services, run.model.config
+    share = 1.0 if evaluate is True else evaluate / TOKENS_BESIDE_ALL
+    return Judge(text, tokenizer_of(opened), config, services.store, services.progress, opened.trim, share)
+
+
+def _judged(run: Run, which: str, judged: Callable[[ToJudge], Judgement]) -> Judgement:
+    """Judge the run's model as it is now."""
+    with run.services.log.time("evaluate"):
+        return judged(ToJudge(which, lambda: (run.model, run.arch), run.text.sequence_length))
 
 
 def shaped(
@@ -146,7 +170,7 @@ def shaped(
         with services.log.time("prune"):
             run = remove_depth(run)
             if directory is not None and recipe.output.keep_rounds:
-                run = replace(run, after_round=partial(_save_round, opened, run, placement, directory))
+                run = replace(run, after_round=partial(_save_round, placement, _checkpoint(opened, run, directory)))
             keeps = prune_in_place(run)
 
     if lesson is not None:
@@ -163,9 +187,14 @@ def _walk_has_dense_states(opened: Opened, run: Run) -> bool:
     return whole and walks_once
 
 
-def _save_round(opened: Opened, run: Run, placement: Placement, directory: Path, number: int, keeps: Keeps) -> None:
+def _checkpoint(opened: Opened, run: Run, directory: Path) -> PrunedCheckpoint:
+    facts = (directory, opened.directory, run.resolved.layers, opened.trim)
+    return PrunedCheckpoint(run.model, tokenizer_of(opened), run.resolved.recipe, *facts)
+
+
+def _save_round(placement: Placement, checkpoint: PrunedCheckpoint, number: int, keeps: Keeps) -> None:
     with placement.on_host():
-        save_pruned(opened, run, keeps, directory, number)
+        checkpoint.save(keeps, number)
 
 
 def prepared(opened: Opened, services: Services, *, num_judged_blocks: int | None = None) -> Prepared:
@@ -178,7 +207,7 @@ def prepared(opened: Opened, services: Services, *, num_judged_blocks: int | Non
     opened = replace(opened, tokenizer=tokenizer_of(opened))
     text = run_text(opened, services.progress, num_judged_blocks=num_judged_blocks)
     if opened.recipe.remove.vocabulary is not None:
-        opened = plan_trim(opened, services, text.learning)
+        opened = plan_trim(opened, services, text)
     resolved, log = with_polish_that_fits(opened, resolve(opened)), services.log
     plan = memory_for(opened, resolved)
     if plan.weights_on_disk or plan.one_layer_at_a_time:

@@ -7,20 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from secateur.data.blocks import Blocks, JudgedText, LearningText, Text
+from secateur.data.blocks import Blocks, LearningText, Text
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.facts import Batch, Loss, standard_error
 from secateur.model.bind import Arch
+from secateur.model.group import GroupKey
 from secateur.model.kept_tokens import Trim, keep_tokens
-from secateur.model.kept_units import Keeps
 from secateur.model.modules import CausalLM
 from secateur.pruning.resolve import Resolved
 from secateur.ranks import own_part
 from secateur.store import Services
 from secateur.stream.losses import domain_losses, predicted_tokens
 from secateur.stream.walk import Walk, make_batches
+
+Keeps = dict[GroupKey, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,7 @@ class Run:
     dense_losses: dict[str, float] = field(default_factory=dict[str, float])
     dense_tokens: dict[str, dict[int, int]] | None = None
     trimmed: dict[str, tuple[Loss, Loss]] = field(default_factory=dict[str, tuple[Loss, Loss]])
-    kept: Keeps = field(default_factory=Keeps)
+    kept: Keeps = field(default_factory=dict[GroupKey, Tensor])
     after_dense: Callable[[Walk], None] | None = None
 
     @property
@@ -88,31 +91,6 @@ def text_losses(
     return {domain: Loss(**loss) for domain, loss in losses.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class RunJudge:
-    """Judges a run by text that it did not learn by. `trim`: what took tokens out of its vocabulary."""
-
-    text: JudgedText
-    trim: Trim | None = None
-
-    def losses(self, run: Run, which: str) -> dict[str, Loss]:
-        """Return the losses of the model, which is `dense` or `pruned`, and log them; none if not asked for.
-
-        They are nats per token of the dense tokenizer.
-        """
-        if not run.resolved.recipe.output.evaluate:
-            return {}
-        text: Mapping[str, Text] = self.text.blocks
-        num_tokens = None
-        if self.trim is not None:
-            dense = retokenised(text, self.trim.tokenizer, self.trim.dense_tokenizer)
-            text, num_tokens = (dense, None) if which == "dense" else (text, _predicted(dense))
-        losses = text_losses(run, which, text, num_tokens)
-        for domain, loss in losses.items():
-            run.services.log.write({"event": "loss", "model": which, "domain": domain, **dataclasses.asdict(loss)})
-        return losses
-
-
 # A trim that costs a domain more nats per dense token, or in the mean more than so many times what
 # its counts foretold, is not written; means below the least are not told apart.
 MOST_NATS, MOST_TIMES, LEAST_NATS = 0.5, 2.0, 0.05
@@ -125,8 +103,8 @@ def without_tokens(run: Run, trim: Trim, *, force: bool = False) -> Run:
     """
     held_out = retokenised(run.held_out, trim.tokenizer, trim.dense_tokenizer)
     run = dataclasses.replace(run, dense_tokens=_predicted(held_out))
+    dense_losses = watched_losses(run, "dense", held_out)
     before = text_losses(run, "with all tokens", held_out)
-    dense_losses = {name: loss.nats_per_token for name, loss in before.items()} if _is_watched(run) else {}
     keep_tokens(run.model, trim.kept)
     after = text_losses(run, "without tokens", run.held_out, run.dense_tokens)
     trimmed = {name: (before[name], after[name]) for name in before}
@@ -215,14 +193,17 @@ class LossWatch:
         self.run.services.log.write(line)
 
 
-def watched_losses(run: Run, which: str) -> dict[str, float]:
-    """Return held-out nats per token by domain; none if nothing in the recipe asks for them."""
+def watched_losses(run: Run, which: str, text: Mapping[str, Text] | None = None) -> dict[str, float]:
+    """Return held-out nats per token by domain; none if nothing in the recipe asks for them.
+
+    `text`: the held-out blocks in other tokens.
+    """
     if not _is_watched(run):
         return {}
 
     def measured() -> dict[str, float]:
-        stage = f"held-out loss, {which}"
-        found = domain_losses(run.model, run.arch, run.held_out, run.services.progress, stage, run.dense_tokens)
+        held_out, stage = run.held_out if text is None else text, f"held-out loss, {which}"
+        found = domain_losses(run.model, run.arch, held_out, run.services.progress, stage, run.dense_tokens)
         return {name: loss.nats_per_token for name, loss in found.items()}
 
     return run.services.store.value(f"held-out {which}", measured)

@@ -5,19 +5,19 @@ In: an opened dense model whose recipe has `vocabulary`. Out: the model with its
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from secateur.data.blocks import Blocks
 from secateur.data.counts import TokenCounts
-from secateur.data.pool import Learning
 from secateur.data.rows import read_rows
 from secateur.errors import CheckpointError, RecipeError
+from secateur.facts import Batch
 from secateur.methods import vocabulary as methods
 from secateur.methods.budget import least_step
 from secateur.methods.prices import prices_of, token_prices
@@ -27,7 +27,9 @@ from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
 from secateur.pruning.cost import memory_for
 from secateur.pruning.open import Like, Opened, loaded, onload, tokenizer_of
-from secateur.pruning.resolve import align_for, groups_of, layers_to_expect, resolve, text_for
+from secateur.pruning.resolve import align_for, resolve
+from secateur.pruning.resolve_parts import groups_of, layers_to_expect, text_for
+from secateur.pruning.text import RunText
 from secateur.ranks import from_first, is_first, own_part
 from secateur.store import Services
 from secateur.stream.walk import make_batches
@@ -57,24 +59,24 @@ class _Dense:
         return Trim(kept, self.tokenizer, new)
 
 
-def plan_trim(opened: Opened, services: Services, learning: Callable[[], Learning]) -> Opened:
+def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
     """Return the model with the trim that the recipe's `vocabulary` asks for, and what it is to cost.
 
-    `learning`: the text to count and measure on, which the first rank alone asks for. The model is
-    loaded, to measure what tokens cost in pieces. `auto` measures more, see `_count`;
+    `text`: to count and measure on. The model is loaded, to answer where the text has answers, and to
+    measure what tokens cost in pieces. `auto` measures more, see `_count`;
     with `groups: []` as many go as the share holds. Raises RecipeError for a size that cannot be,
     before any text is read unless the text says what must stay, and what `read_vocabulary` raises.
     """
     size, log, store = opened.recipe.remove.vocabulary, services.log, services.store
-    if opened.like is not None and opened.like.tokens is not None:
-        return replace(opened, trim=_trim_like(opened, opened.like, opened.like.tokens))
+    if opened.like is not None:
+        return replace(opened, trim=_trim_like(opened, opened.like))
     with log.time("vocabulary"):
         dense = _read(opened, services)
         num_rows = dense.vocabulary.num_rows
         if isinstance(size, int):
             resolve(replace(opened, trim=_trim_to(dense, size)))  # so that it fails now, if it does
-        counts = from_first(partial(_counts, dense, learning))
-        with _at_hand(dense, learning) as hand:
+        with _at_hand(dense, text) as hand:
+            counts = from_first(partial(_counts, dense, text, hand.answers))
             nats = PieceNats(**store.value("nats of pieces", lambda: dataclasses.asdict(_nats(dense, hand))))
             removal = from_first(partial(_removal, dense, counts, nats))
             if isinstance(size, int):
@@ -88,14 +90,15 @@ def plan_trim(opened: Opened, services: Services, learning: Callable[[], Learnin
     return replace(hand.opened, recipe=opened.recipe, trim=trim)
 
 
-def _trim_like(opened: Opened, like: Like, tokens: KeptTokens) -> Trim:
-    """Return the trim to the tokens that stayed in another result, which has them in its files.
+def _trim_like(opened: Opened, like: Like) -> Trim:
+    """Return the trim to the tokens that stayed in another result.
 
     Raises CheckpointError if they are not the same tokens here, or if one goes that is needed here.
     """
     tokenizer, there = tokenizer_of(opened), load_tokenizer(like.checkpoint).get_vocab()
-    vocabulary, stay = read_vocabulary(tokenizer, opened.model), set(tokens.dense_ids)
-    new = trimmed_tokenizer(tokenizer, tokens, opened.model.config)
+    assert like.tokens is not None, "its recipe has a vocabulary, and its number of tokens was checked"
+    vocabulary, stay = read_vocabulary(tokenizer, opened.model), set(like.tokens.dense_ids)
+    new = trimmed_tokenizer(tokenizer, like.tokens, opened.model.config)
     lost, differ = sorted(vocabulary.fixed - stay), sorted(new.get_vocab().items() ^ there.items())
     if lost or differ:
         odd = vocabulary.texts.get(lost[0], lost[0]) if lost else differ[0][0]
@@ -103,7 +106,7 @@ def _trim_like(opened: Opened, like: Like, tokens: KeptTokens) -> Trim:
             f"like {like.checkpoint.reference}: token {odd!r} is not the same in the tokenizer of {opened.name}, so "
             "the tokens that stayed there cannot stay here; leave like out to choose them anew."
         )
-    return Trim(tokens, tokenizer, new)
+    return Trim(like.tokens, tokenizer, new)
 
 
 def trim_to(opened: Opened, size: int, services: Services) -> Trim:
@@ -131,8 +134,8 @@ def _read(opened: Opened, services: Services) -> _Dense:
     return _Dense(opened, services, tokenizer, vocabulary, stay)
 
 
-def _counts(dense: _Dense, learning: Callable[[], Learning]) -> dict[str, TokenCounts]:
-    return learning().counts(dense.vocabulary.num_rows, dense.services.progress)
+def _counts(dense: _Dense, text: RunText, answers: dict[str, Blocks]) -> dict[str, TokenCounts]:
+    return text.learning().counts(dense.vocabulary.num_rows, dense.services.progress, answers=answers)
 
 
 def _removal(dense: _Dense, counts: Mapping[str, TokenCounts], nats: PieceNats) -> methods.Removal:
@@ -163,7 +166,7 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     remove, arch = opened.recipe.remove, opened.arch
     prices = prices_of(opened.arch, opened.model)
     layers = layers_to_expect(opened.recipe, arch, opened.model.config)
-    asked = max(0.0, remove.share * prices.total - prices.taken(layers))
+    asked = max(0.0, remove.share * prices.total - prices.of_all_but(layers))
     per_token = token_prices(opened.model, 1)
     if not remove.group_names or not asked:
         return int(methods.sizes_within(removal, num_rows, int(asked // per_token))[-1]), pieces.token
@@ -199,17 +202,22 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
 class _Hand:
     """The dense model with weights, on its device, and text to measure it on.
 
-    `written`: each domain's calibration blocks. `damping`: of fits.
+    `written`: each domain's calibration blocks; `answers`: those of the dense model's answers, of which
+    the answers alone count. `damping`: of fits.
     """
 
     opened: Opened
-    written: list[Tensor]
+    written: dict[str, Blocks]
+    answers: dict[str, Blocks]
     damping: float
 
 
 @contextmanager
-def _at_hand(dense: _Dense, learning: Callable[[], Learning]) -> Iterator[_Hand]:
-    """Load the model and its calibration text; behind it the model is in host memory."""
+def _at_hand(dense: _Dense, text: RunText) -> Iterator[_Hand]:
+    """Load the model and its calibration text; behind it the model is in host memory.
+
+    If not all weights are in memory the model answers nothing, here as in the run.
+    """
     opened, recipe = dense.opened, dense.opened.recipe
     # A recipe that every model can meet: memory depends on its text.
     layers = {"depth": 0, "layers": (), "groups": ("ffn",)}
@@ -217,17 +225,25 @@ def _at_hand(dense: _Dense, learning: Callable[[], Learning]) -> Iterator[_Hand]
     plain = recipe.filled(remove=remove, choose={"rounds": 1})
     resolved = resolve(opened.asking(plain))
     plan = memory_for(opened.asking(plain), resolved)
-    text = from_first(lambda: learning().text)
+    domains = from_first(lambda: text.learning().text).domains
     opened, _ = loaded(opened, on_disk=plan.weights_on_disk)
     placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
-    written = [domain.calibration.ids_NT for domain in text.domains]
+    written = {domain.name: domain.calibration for domain in domains if not domain.blocks.is_meta}
+    answers: dict[str, Blocks] = {}
     with eval_mode(opened.model):
-        yield _Hand(opened, written, resolved.damping)
+        if len(written) < len(domains) and not (plan.weights_on_disk or plan.one_layer_at_a_time):
+            speaker = text.answers(opened, dense.services)
+            for domain in domains:
+                if domain.blocks.is_meta:
+                    blocks = speaker.blocks(domain.name, {"learning": domain.num_calibration})
+                    answers[domain.name] = blocks["learning"]
+        yield _Hand(opened, written | answers, answers, resolved.damping)
     placement.offload()
 
 
 def _nats(dense: _Dense, hand: _Hand) -> PieceNats:
-    arguments = (hand.opened.model, hand.opened.arch, dense.vocabulary, hand.written, dense.services.progress)
+    text = list(hand.written.values())
+    arguments = (hand.opened.model, hand.opened.arch, dense.vocabulary, text, dense.services.progress)
     return from_first(partial(methods.piece_nats, *arguments))
 
 
@@ -239,9 +255,12 @@ def _measured(
     The first with half of the tokens gone that may go, the second up to `most` of the channels.
     """
     model, arch, progress = hand.opened.model, hand.opened.arch, dense.services.progress
-    blocks = {str(number): ids_NT.to(model.device) for number, ids_NT in enumerate(hand.written)}
-    batches = [each for name in blocks for each in own_part(make_batches(name, blocks[name], held_out=False))]
+    batches: list[Batch] = []
+    for name, blocks in hand.written.items():
+        there = blocks.to(model.device)
+        batches += own_part(make_batches(name, there.ids_NT, held_out=False, counted_NT=there.counted_NT))
+    text = list(hand.written.values())
     half, weights_V = dense.trim(removal, len(removal.ids) // 2), pieces.weights(dense.vocabulary)
-    nats = from_first(partial(methods.nats_per_token, model, arch, half, hand.written, progress, weights_V))
+    nats = from_first(partial(methods.nats_per_token, model, arch, half, text, progress, weights_V))
     law = methods.channel_law(model, arch, batches, len(hand.written), most, hand.damping, from_first, progress)
     return nats, law

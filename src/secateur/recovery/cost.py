@@ -17,7 +17,6 @@ from secateur.recovery.weights import autocasts, words_of
 # Numbers that a layer stores per token for backward: float32 ones in hidden sizes (the stream, inputs
 # of norms and linears, queries, keys, values), and four in the FFN's, as autograd was seen to store.
 STREAM_WIDTHS, FFN_WIDTHS = 10, 4
-TRAIN_DENSE = "train_dense"
 
 
 def polish_settings(recipe: Recipe) -> RecoverySettings | None:
@@ -30,14 +29,9 @@ def scratch_bytes(candidates: Candidates, settings: RecoverySettings) -> int:
 
     Checkpoints of weights and two moments: the best, the last, one being written; and the result.
     """
-    trained = [candidates.pruned_shape, *([candidates.teacher_shape] if settings.train_dense else [])]
-    states = max(Size.of(model).num_params + 2 * num_trained(model, settings) for model in trained)
-    return 3 * 4 * states + Size.of(candidates.pruned_shape).num_bytes
-
-
-def without_teacher(settings: RecoverySettings) -> RecoverySettings:
-    """Return settings for the same steps of cross-entropy alone, as the dense model takes them."""
-    return settings.model_copy(update={"kl_share": 0.0})
+    size = Size.of(candidates.pruned_shape)
+    states = size.num_params + 2 * num_trained(candidates.pruned_shape, settings)
+    return 3 * 4 * states + size.num_bytes
 
 
 def num_trained(model: PreTrainedModel, settings: RecoverySettings) -> int:

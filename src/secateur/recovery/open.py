@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from secateur.errors import RecipeError
-from secateur.files import check_free_space, disk_errors
+from secateur.files import check_free_space, disk_errors, make_lasting
 from secateur.log import Progress, RunLog, silent
 from secateur.methods.prices import sequence_length
+from secateur.model.bind import bind
 from secateur.model.checkpoint import weight_digests
+from secateur.model.modules import CausalLM
 from secateur.ranks import launched_size
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
@@ -23,6 +25,11 @@ from secateur.recovery.judge import Judge
 from secateur.recovery.pair import Candidates, RecoveryText, check_training, open_pair, recovery_text, shared_out
 from secateur.recovery.train import Work
 from secateur.report.records import RECIPE_FILE
+from secateur.store import Store
+from secateur.stream.judge import Judge as LastJudge
+from secateur.stream.judge import ToJudge
+
+JUDGED_FOLDER = "judged"
 
 
 class Job(NamedTuple):
@@ -106,7 +113,7 @@ def prepare(
         log.write({"event": "note", "text": sentence})
     with log.time("judge"):
         judge = Judge(dense, candidates.teacher_arch, text.held_out, progress)
-    return Work(
+    work = Work(
         pruned=candidates.load_pruned(),
         teacher=dense,
         text=text,
@@ -118,6 +125,21 @@ def prepare(
         progress=progress,
         tell=tell,
     )
+    if recipe.output.evaluate:
+        make_lasting(scratch / JUDGED_FOLDER)
+        store, config = Store(scratch / JUDGED_FOLDER, label="recover", tell=tell), work.pruned.config
+        last = LastJudge(text.judged, candidates.tokenizer, config, store, progress, candidates.trim)
+        whole = dense if candidates.trim is None else candidates.load_teacher(whole=True)
+        with log.time("judge"):
+            judgements = {"dense": last.dense(to_judge(work, "dense", whole))}
+            judgements["pruned"] = last.pruned(to_judge(work, "pruned", work.pruned))
+        work = replace(work, last_judge=last, judgements=judgements)
+    return work
+
+
+def to_judge(work: Work, which: str, model: CausalLM) -> ToJudge:
+    """Return a model of the recovery for its last judge."""
+    return ToJudge(which, lambda: (model, bind(model)), work.text.sequence_length)
 
 
 def _left_behind(scratch: Path, out: Path) -> Iterator[str]:

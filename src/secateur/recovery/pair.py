@@ -7,7 +7,7 @@ import copy
 import importlib.util
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.data.answers import with_answers
 from secateur.data.blocks import Blocks
 from secateur.errors import CheckpointError, RecipeError
+from secateur.files import json_of
 from secateur.formats.run_text import run_text_again
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, bind
@@ -31,10 +32,11 @@ from secateur.model.checkpoint import (
 )
 from secateur.model.identity import check_dense
 from secateur.model.kept_tokens import Trim, keep_tokens, trim_between
-from secateur.model.kept_units import KEEP_FILE, read_keeps
 from secateur.recipe import Recipe, RecoverySettings, Training
 from secateur.recovery.answers import answers_of
 from secateur.store import Store
+
+KEEP_FILE = "keep.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,13 @@ class Candidates:
         """Return the pruned model, its weights mapped from disk."""
         return load_model(self.pruned, mapped=self.pruned.gguf_file is None)
 
-    def load_teacher(self) -> PreTrainedModel:
+    def load_teacher(self, *, whole: bool = False) -> PreTrainedModel:
         """Return the teacher, its weights mapped from disk, with the tokens of the pruned model alone.
 
-        Its predictions are the whole teacher's over these tokens, renormalised.
+        Its predictions are the whole teacher's over these tokens, renormalised. `whole`: with all tokens.
         """
         teacher = load_model(self.teacher, mapped=self.teacher.gguf_file is None)
-        if self.trim is not None:
+        if self.trim is not None and not whole:
             keep_tokens(teacher, self.trim.kept)
         return teacher
 
@@ -102,13 +104,17 @@ def open_pair(pruned: str | Path, teacher: str | Path, *, other_dense: bool = Fa
 
 def _check_layers(student: Checkpoint, num_layers: int, num_dense: int, teacher: str) -> None:
     """Check that the pruned model has the layers that keep.json names, by default all."""
-    path, layers = student.directory / KEEP_FILE, tuple(range(num_dense))
+    path = student.directory / KEEP_FILE
+    found: list[list[int]] = []
     if path.is_file():
-        layers, _ = read_keeps(student.directory, num_dense)
+        try:
+            entries = json_of(path.read_text(encoding="utf-8"))
+            found = [[int(index) for index in entry["keep"]] for entry in entries if entry["group"] == "layers"]
+        except (OSError, ValueError, TypeError, KeyError):
+            raise CheckpointError(f"{path}: cannot be read; use the file that secateur prune wrote.") from None
+    layers = tuple(found[0]) if found else tuple(range(num_dense))
     if len(layers) != num_layers or max(layers) >= num_dense:
-        says = f"no {KEEP_FILE} says that any went"
-        if layers != tuple(range(num_dense)):
-            says = f"{path} names {len(layers)} that stayed"
+        says = f"{path} names {len(layers)} that stayed" if found else f"no {KEEP_FILE} says that any went"
         raise CheckpointError(
             f"--teacher {teacher}: has {num_dense} layers and {student.reference} {num_layers}, and {says}; give the "
             "model that was pruned."
@@ -130,9 +136,9 @@ def blocks_of(text: Mapping[str, Blocks]) -> list[Block]:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryText:
-    """`blocks`: to train on, in order. `held_out`: by domain. `content_hash`: of all text.
+    """`blocks`: to train on, in order. `held_out`: what guards, by domain. `content_hash`: of both.
 
-    `notes`: sentences on what was left out of it.
+    `judged`: what judged the pruning, without answers. `notes`: sentences on what was left out.
     """
 
     blocks: tuple[Block, ...]
@@ -140,6 +146,7 @@ class RecoveryText:
     sequence_length: int
     content_hash: str
     notes: tuple[str, ...] = ()
+    judged: dict[str, Blocks] = field(default_factory=dict[str, Blocks])
 
     @property
     def num_tokens(self) -> int:
@@ -153,7 +160,7 @@ class RecoveryText:
 
     @property
     def num_held_out_tokens(self) -> int:
-        """Return the tokens to judge by."""
+        """Return the tokens that guard."""
         return sum(blocks.num_tokens for blocks in self.held_out.values())
 
 
@@ -172,6 +179,8 @@ def recovery_text(
     Raises CalibrationError if the domains have too little text, RecipeError if `num_tokens` does
     not fill one step.
     """
+    length = recipe.calibration.sequence_length
+    assert length is not None
     recipe = recipe.filled(calibration={"num_tokens": recipe.calibration.num_tokens or settings.num_tokens})
     split = run_text_again(
         directory,
@@ -182,8 +191,9 @@ def recovery_text(
         least_held_out=settings.held_out_blocks,
         key="recover.num_tokens",
     )
-    length = split.learning.text.sequence_length
-    answers = answers_of(recipe, length, teacher, bind(teacher), tokenizer, settings.num_tokens, {}, Store(), progress)
+    answers = answers_of(recipe, teacher, bind(teacher), tokenizer, settings.num_tokens, {}, Store(), progress)
+    # Questions of their own judge answers.
+    judged = {name: blocks for name, blocks in split.judged.blocks.items() if not blocks.is_meta}
     text, _ = with_answers(split.learning.text, split.judged, answers)
     blocks = blocks_of(text.training(settings.num_tokens))
     random.Random(f"{recipe.seed}:recover").shuffle(blocks)
@@ -192,7 +202,8 @@ def recovery_text(
         {name: part[: settings.held_out_blocks] for name, part in text.held_out.items()},
         length,
         text.content_hash,
-        text.notes,
+        (*text.notes, *split.judged.notes),
+        judged,
     )
 
 

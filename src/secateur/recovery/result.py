@@ -35,18 +35,16 @@ Finish = Callable[[Path, RecoveryRecord], None]
 def write_result(
     work: Work,
     job: Job,
-    judged: tuple[Verdicts, TrainingRecord, Verdicts | None],
+    before: Verdicts,
+    training: TrainingRecord,
     directory: Path,
     command: str,
     finish: Finish,
 ) -> RecoveryRecord:
     """Write everything that belongs to the result into `directory` and return its record.
 
-    `judged`: before the training, the training, and the trained dense model, None if there is none.
-    `finish`: writes
-    what people read.
+    `before`: the verdicts before the training. `finish`: writes what people read.
     """
-    before, training, trained_dense = judged
     with work.log.time("save"):
         _save(work, job, directory)
     with work.log.time("verify"):
@@ -70,7 +68,7 @@ def write_result(
         reload_max_abs_difference=proof.max_abs_difference,
         notes=tuple(line["text"] for line in work.log.lines if line["event"] == "note"),
         versions=versions(),
-        trained_dense=trained_dense,
+        judged=work.judgements,
     )
     _write_record(record, work, job.candidates.pruned.directory, directory)
     finish(directory, record)

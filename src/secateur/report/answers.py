@@ -6,26 +6,17 @@ from secateur.report.page import Table
 from secateur.stream.own_answers import ANSWER_TOKENS, OwnAnswers
 
 
-def answers_sentence(answers: OwnAnswers) -> str:
-    """Say how the answers changed, for a reader who knows no nats."""
-    before, after = answers.ended
-    again, more = answers.repeated
-    return (
-        f"asked {answers.num_prompts} questions that no step of the run had seen, it would choose "
-        f"{answers.same_first:.0%} of the words that the dense model answers itself (at each it loses "
-        f"{answers.nats_lost:.2f} ± {answers.standard_error:.2f} nats); {after:.0%} of its own answers end within "
-        f"{ANSWER_TOKENS} tokens (dense {before:.0%}), and {more:.0%} of what it writes repeats itself (dense "
-        f"{again:.0%})"
-    )
+def lost_cell(answers: OwnAnswers) -> str:
+    """Return the nats lost per token with their error over prompts."""
+    return f"{answers.nats_lost:+.3f} ± {answers.standard_error:.3f}"
 
 
 def answer_rows(answers: OwnAnswers | None) -> Iterator[tuple[str, str, str, str]]:
     """Yield (label, dense, pruned, difference) on the dense model's own answers."""
     if answers is None:
         return
-    lost = f"{answers.nats_lost:+.3f} ± {answers.standard_error:.3f}"
-    yield "own answers, nats/token", f"{answers.dense_nats:.3f}", f"{answers.nats:.3f}", lost
-    yield "their words it would choose", "all", f"{answers.same_first:.1%}", ""
+    yield "own answers, nats/token", f"{answers.dense_nats:.3f}", f"{answers.nats:.3f}", lost_cell(answers)
+    yield "same first choice there", "all", f"{answers.same_first:.1%}", ""
     for label, (before, after) in (("answers that end", answers.ended), ("repeats itself", answers.repeated)):
         yield label, f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points"
 
@@ -35,9 +26,13 @@ def answer_tables(answers: OwnAnswers | None) -> list[Table]:
     if answers is None:
         return []
     return [
-        Table(pair.prompt, (), [("dense", pair.dense), ("pruned", pair.pruned)], numbers=False)
+        Table(pair.prompt, (), [("dense", _printable(pair.dense)), ("pruned", _printable(pair.pruned))], numbers=False)
         for pair in answers.shown
     ]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip("\n")
 
 
 def answer_note(answers: OwnAnswers | None) -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ from secateur.recipe import Domain, Recipe
 from secateur.report.measured import RecoveryRecord
 from secateur.report.records import Summary
 from secateur.report.rows import (
+    beside_verdict,
     caveats,
     code,
     escaped,
@@ -73,7 +74,18 @@ def model_card(summary: Summary, recipe: Recipe | None = None) -> str:
     data = card_data(summary, recipe)
     title = f"# {escaped(summary.model)}, pruned by secateur"
     trimmed = [] if summary.vocabulary is None else [escaped(who_suffers(summary.vocabulary)), ""]
-    lines = ["", title, "", *trimmed, escaped(verdict(summary)), "", *_loading(summary), ""]
+    lines = [
+        "",
+        title,
+        "",
+        *trimmed,
+        f"**{escaped(verdict(summary))}.**",
+        "",
+        escaped(beside_verdict(summary)),
+        "",
+        *_loading(summary),
+        "",
+    ]
     lines += [*markdown(quality_and_size(summary)), "", *_calibrated_on(summary, recipe), "", "## How it was made", ""]
     lines += [f"- command: {code(summary.command)}" if summary.command else "- from Python: `secateur.prune`"]
     lines += [f"- {label}: {escaped(text)}" for label, text in note_rows(summary) if label != "it writes"]

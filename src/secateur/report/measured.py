@@ -9,7 +9,6 @@ from typing import Any
 
 from secateur.facts import (
     Costs,
-    Divergence,
     Loss,
     Record,
     Size,
@@ -17,11 +16,10 @@ from secateur.facts import (
     TrainingRecord,
     Verdicts,
     Workload,
-    mean_kl,
-    mean_nats,
     standard_error,
     won_back,
 )
+from secateur.stream.judge import Judgement
 from secateur.stream.own_answers import OwnAnswers
 
 RECOVERY_FILE = "recovery.json"
@@ -45,6 +43,20 @@ class Quality:
     num_bytes: int
     document_nats: tuple[float, ...]
     document_tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, loss: Loss, num_bytes: int) -> "Quality":
+        """Return the quality of a loss on so many bytes."""
+        return cls(
+            nats_per_token=loss.nats_per_token,
+            standard_error=loss.standard_error,
+            perplexity=loss.perplexity,
+            bits_per_byte=loss.nats_per_token / math.log(2) * loss.num_tokens / num_bytes,
+            num_tokens=loss.num_tokens,
+            num_bytes=num_bytes,
+            document_nats=tuple(loss.document_nats),
+            document_tokens=tuple(loss.document_tokens),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +105,12 @@ def task_scores(results: dict[str, dict[str, Any]]) -> Scores:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What `secateur evaluate` measured on one model."""
+    """What `secateur evaluate` measured on one model. `other_text`: of other sources than any run's."""
 
     domains: dict[str, Quality]
     wikitext2: Quality | None = None
     tasks: TaskResults | None = None
+    other_text: Quality | None = None
 
     @property
     def scores(self) -> Scores:
@@ -153,24 +166,15 @@ class Differences:
     domains: dict[str, Change]
     wikitext2: Change | None = None
     tasks: dict[str, dict[str, TaskChange]] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """How both models go on, greedily, after the first tokens of a domain's text."""
-
-    domain: str
-    start: str
-    dense: str
-    pruned: str
+    other_text: Change | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Evaluation(Record):
     """`evaluation.json`. `pruned`: the evaluated model. `kl`: KL(dense || pruned) by domain.
 
-    `model`, `against`: names of the two. Without `against`: no `dense`, `kl`, `differences` and
-    `samples`. `dense_fingerprint`: see `model.identity`.
+    `model`, `against`: names of the two. Without `against`: no `dense`, `kl` and `differences`.
+    `dense_fingerprint`: see `model.identity`.
     """
 
     model: str
@@ -179,12 +183,11 @@ class Evaluation(Record):
     notes: tuple[str, ...]
     dense: Measured | None = None
     pruned: Measured
-    kl: dict[str, Divergence] | None = None
+    kl: Verdicts | None = None
     differences: Differences | None = None
     versions: dict[str, str]
     dense_fingerprint: str | None = None
     own_answers: OwnAnswers | None = None  # of a chat model, with `against`
-    samples: tuple[Sample, ...] = ()
 
     @property
     def models(self) -> dict[str, Measured]:
@@ -318,7 +321,8 @@ class RecoveryRecord(Trained, Record):
     """`recovery.json`. `before`: the pruned model as it came; every KL is to the dense model.
 
     `calibration`, `settings`: the domains and the recipe's part on recovery that were used.
-    `num_held_out_tokens`: for judging only, never trained on. `seconds`: of this process.
+    `num_held_out_tokens`: to guard alone, never trained on. `seconds`: of this process. `judged`: the
+    dense, the pruned and the recovered model on what judges; the verdicts are on what guards.
     """
 
     pruned: str
@@ -338,13 +342,10 @@ class RecoveryRecord(Trained, Record):
     reload_max_abs_difference: float
     notes: tuple[str, ...]
     versions: dict[str, str]
-    trained_dense: Verdicts | None = None
+    judged: dict[str, Judgement] = field(default_factory=dict[str, Judgement])
 
     def plain(self) -> dict[str, Any]:
-        """Return the fields as a mapping, with means over domains."""
-        named = {"dense": self.dense, "before": self.before, "after": self.after}
-        named |= {} if self.trained_dense is None else {"trained_dense": self.trained_dense}
-        means = {name: {"kl": mean_kl(each), "nats_per_token": mean_nats(each)} for name, each in named.items()}
-        won = won_back(self.dense, self.before, self.after)
-        derived = {"means": means, "share_won_back": None if math.isnan(won) else won}
+        """Return the fields as a mapping, with the share of KL that was won back."""
+        won = won_back(self.before, self.after)
+        derived = {"share_won_back": None if math.isnan(won) else won}
         return {**dataclasses.asdict(self), **derived, "num_tokens": self.training.num_tokens}

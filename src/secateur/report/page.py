@@ -42,13 +42,14 @@ class KeyFigure:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A report: the verdict first, then warnings and key figures, then sections."""
+    """A report: the verdict and what stands beside it, then warnings and key figures, then sections."""
 
     title: str
     verdict: str
     notes: Sequence[str]
     figures: Sequence[KeyFigure]
     sections: Sequence[Section]
+    beside: str = ""
 
 
 def render(page: Page) -> str:

@@ -211,6 +211,7 @@ class Summary(Record):
     device: str = "cpu"
     device_peak_bytes: int | None = None  # allocated there, where torch counts it
     polish: PolishRecord | None = None  # if it was trained; `pruned_losses` are of the model after that
+    other_text: tuple[Loss, Loss] | None = None  # of other sources, dense and pruned, if it was judged
     own_answers: OwnAnswers | None = None  # of a model with a chat template, if it was judged
     vocabulary: VocabularyFacts | None = None  # if it was trimmed; losses are then per dense token
     like: Ancestor | None = None

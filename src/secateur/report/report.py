@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from secateur.errors import CheckpointError
-from secateur.facts import geometric_mean_perplexity
 from secateur.files import check_file, staged_file
 from secateur.log import human_bytes
 from secateur.recipe import Recipe
@@ -14,7 +13,7 @@ from secateur.report.card import card_data, model_card, recovered_card, with_met
 from secateur.report.measured import ALIKE, Evaluation, RecoveryRecord
 from secateur.report.page import KeyFigure, Page, Section, render
 from secateur.report.records import ResultFiles, Summary, read_result, read_summary
-from secateur.report.rows import caveats, verdict
+from secateur.report.rows import OTHER_TEXT, beside_verdict, caveats, verdict
 from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, PAGE_FILE, RESULT_FILE, write_summary
 
 CARD_FILE = "README.md"
@@ -90,9 +89,10 @@ def report_page(files: ResultFiles) -> Page:
     summary = files.summary
     shown = [section for make in SECTIONS if (section := make(files)) is not None]
     rates = sections.speed_figures(files)
-    sentence = verdict(summary, {phase: ratio for phase, _, _, ratio in rates})
+    tasks = files.evaluation is not None and files.evaluation.pruned.tasks is not None
+    beside = beside_verdict(summary, {phase: ratio for phase, _, _, ratio in rates}, asked_tasks=tasks)
     title = f"{summary.model}, pruned by secateur"
-    return Page(title, sentence, caveats(summary), key_figures(summary, rates), shown)
+    return Page(title, f"{verdict(summary)}.", caveats(summary), key_figures(summary, rates), shown, beside)
 
 
 def key_figures(summary: Summary, rates: list[sections.SpeedFigures]) -> list[KeyFigure]:
@@ -103,11 +103,11 @@ def key_figures(summary: Summary, rates: list[sections.SpeedFigures]) -> list[Ke
         KeyFigure("weights", f"from {human_bytes(dense.num_bytes)}", human_bytes(pruned.num_bytes)),
     ]
     if (answers := summary.own_answers) is not None:
-        told = f"of the words of its {answers.num_prompts} old answers it would choose"
-        figures.append(KeyFigure("own answers", told, f"{answers.same_first:.0%}"))
-    if summary.dense_losses:
-        before, after = (geometric_mean_perplexity(losses) for losses in (summary.dense_losses, summary.pruned_losses))
-        figures.append(KeyFigure("perplexity, text like trained on", f"from {before:.2f}", f"{after:.2f}"))
+        error = f"± {answers.standard_error:.2f}, the dense model's to {answers.num_prompts} prompts"
+        figures.append(KeyFigure("nats a token, own answers", error, f"{answers.nats_lost:+.2f}"))
+    if (other := summary.other_text) is not None:
+        before, after = (loss.perplexity for loss in other)
+        figures.append(KeyFigure(f"perplexity, {OTHER_TEXT}", f"from {before:.2f}", f"{after:.2f}"))
     for phase, before, after, ratio in rates:
         spread = f"{ratio.lowest:.2f} to {ratio.highest:.2f} times, {before:,.1f} → {after:,.1f} tokens/s"
         figures.append(KeyFigure(phase, spread, f"{ratio.median:.2f}x" if ratio.is_told else ALIKE))

@@ -9,9 +9,9 @@ from rich.box import HEAVY_HEAD, SIMPLE_HEAD, Box
 from rich.console import Group
 from rich.jupyter import JupyterMixin
 
-from secateur.facts import NGRAM_TOKENS, geometric_mean_perplexity
+from secateur.facts import NGRAM_TOKENS, Loss, geometric_mean_perplexity
 from secateur.log import human_bytes
-from secateur.report.answers import answer_note, answer_rows, answers_sentence
+from secateur.report.answers import answer_note, answer_rows
 from secateur.report.measured import ALIKE, Change, Ratio, change, mean_change
 from secateur.report.page import Table
 from secateur.report.records import Inspection, Summary
@@ -76,9 +76,9 @@ def summary_table(summary: Summary) -> Tables:
 
 def quality_and_size(summary: Summary, caption: str = "") -> Table:
     """Return quality by domain, if measured, sizes and widths: dense, pruned and difference."""
-    first = f"held-out nats/token{of_dense(summary)} (perplexity)" if summary.dense_losses else ""
-    rows = [*answer_rows(summary.own_answers), *loss_rows(summary), *figure_rows(summary)]
-    return Table(caption, (first, *SIDES), rows)
+    first = f"nats/token{of_dense(summary)} (perplexity)" if summary.dense_losses else ""
+    rows = [*answer_rows(summary.own_answers), *other_rows(summary.other_text), *loss_rows(summary)]
+    return Table(caption, (first, *SIDES), [*rows, *figure_rows(summary)])
 
 
 def headline(summary: Summary) -> str:
@@ -87,26 +87,39 @@ def headline(summary: Summary) -> str:
     return f"{parameters} removed (asked {summary.remove_asked:.1%}; tied weights counted once)"
 
 
-def verdict(summary: Summary, speed_ups: Mapping[str, Ratio] | None = None) -> str:
-    """Say in one sentence what pruning removed, by which text, what it cost in quality and gained in speed.
+def verdict(summary: Summary) -> str:
+    """Say in at most 90 characters how much smaller the model is, and what that cost."""
+    smaller = f"{summary.remove_reached:.0%} smaller"
+    if (answers := summary.own_answers) is not None:
+        lost, text = answers.nats_lost, "the dense model's own answers"
+    elif summary.other_text is not None:
+        lost, text = change(*summary.other_text).nats_per_token, OTHER_TEXT
+    else:
+        return f"{smaller}; what that cost was not measured"
+    cost = f"lost {lost:.2f} nats a token" if lost >= 0.005 else "lost nothing"
+    return f"{smaller}; {cost} on {text} ({_times(lost)} perplexity)"
 
-    `speed_ups`: by phase, if `secateur bench` has measured them.
+
+def _times(nats: float) -> str:
+    return f"x{math.exp(nats):.2f}" if nats < LARGEST_RATIO else "x1000+"
+
+
+def beside_verdict(summary: Summary, speed_ups: Mapping[str, Ratio] | None = None, *, asked_tasks: bool = False) -> str:
+    """Say what other text cost, how much faster the model is, and what was not measured.
+
+    `speed_ups`: by phase, if `secateur bench` has measured them. `asked_tasks`: whether `evaluate` has.
     """
-    measured_on = ", ".join(summary.calibration.num_tokens)
-    by_text = f", calibrated on {measured_on}" if measured_on else ""
-    sentence = [f"Pruning removed {summary.remove_reached:.1%} of the parameters{by_text}"]
-    if summary.own_answers is not None:
-        sentence.append(answers_sentence(summary.own_answers))
-    if summary.dense_losses:
-        before, after = (geometric_mean_perplexity(losses) for losses in (summary.dense_losses, summary.pruned_losses))
-        domains = list(summary.dense_losses)
-        where = f"geometric mean of {len(domains)} domains" if len(domains) > 1 else f"domain {domains[0]}"
-        sentence.append(
-            f"on text like what it was trained on, held-out perplexity went from {before:.2f} to {after:.2f} ({where})"
-        )
+    sentences, told = list[str](), list[str]()
+    if summary.own_answers is not None and summary.other_text is not None:
+        told.append(f"{_times(change(*summary.other_text).nats_per_token)} on {OTHER_TEXT}")
+    if changes := loss_changes(summary):
+        told.append(f"{_times(mean_change(changes.values()).nats_per_token)} on text like what it was trained on")
+    if told:
+        sentences.append(f"Perplexity: {', '.join(told)}.")
     if speed_ups:
-        sentence.append(" and ".join(faster(phase, ratio) for phase, ratio in speed_ups.items()))
-    return "; ".join(sentence) + "."
+        sentences.append(f"{' and '.join(faster(*pair) for pair in speed_ups.items()).capitalize()}.")
+    unknown = [*([] if asked_tasks else ["tasks"]), "other languages", "long text", *([] if speed_ups else ["speed"])]
+    return " ".join([*sentences, f"Not measured: {', '.join(unknown)}."])
 
 
 def faster(phase: str, ratio: Ratio) -> str:
@@ -130,16 +143,33 @@ def caveats(summary: Summary) -> list[str]:
     return found
 
 
+OTHER_TEXT = "text of other sources"
+# Nats a token, above which a ratio of perplexities says nothing more.
+LARGEST_RATIO = math.log(1000)
+
+
+def other_rows(losses: tuple[Loss, Loss] | None) -> Iterator[tuple[str, ...]]:
+    """Yield (label, dense, pruned, difference) on text of other sources."""
+    if losses is not None:
+        yield OTHER_TEXT, *map(_nats, losses), change(*losses).text()
+
+
+def _nats(loss: Loss) -> str:
+    return f"{loss.nats_per_token:.3f} ({loss.perplexity:.2f})"
+
+
 def loss_rows(summary: Summary) -> Iterator[tuple[str, ...]]:
-    """Yield (domain, dense, pruned, difference): held-out nats per token and perplexity.
+    """Yield (domain, dense, pruned, difference): nats per token and perplexity on text like what was learnt by.
 
     The difference is over the same documents and has its error; a model's own error would be mostly
     that documents differ, in which both models agree.
     """
     changes = loss_changes(summary)
+    if changes:
+        yield ("text like what it was trained on:", "", "", "")
     for domain, found in changes.items():
         losses = [each[domain] for each in summary.losses_by_name().values()]
-        yield domain, *(f"{loss.nats_per_token:.3f} ({loss.perplexity:.2f})" for loss in losses), found.text()
+        yield domain, *map(_nats, losses), found.text()
     if changes:
         means = [geometric_mean_perplexity(losses) for losses in summary.losses_by_name().values()]
         mean = mean_change(changes.values()).text()
@@ -187,6 +217,13 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
         yield (
             "quality on",
             f"{judged} held-out tokens, seen by no statistic; ± is one standard error over the same documents",
+        )
+    if summary.other_text is not None:
+        loss = summary.other_text[0]
+        yield (
+            "other text",
+            f"{loss.num_tokens:,} tokens of {len(loss.document_nats)} documents of prose that come with secateur, such "
+            "as news, letters, law and stories; no domain holds them",
         )
     yield from answer_note(summary.own_answers)
     if summary.vocabulary is not None:

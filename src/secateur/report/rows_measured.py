@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from secateur.facts import Trained, Verdict, mean_kl, mean_nats
 from secateur.log import human_bytes
-from secateur.report.answers import answer_rows
+from secateur.report.answers import answer_rows, lost_cell
 from secateur.report.measured import (
     BenchResult,
     Change,
@@ -14,10 +14,11 @@ from secateur.report.measured import (
     Quality,
     RecoveryRecord,
     TaskScore,
+    change,
     plus_minus,
 )
 from secateur.report.page import Table
-from secateur.report.rows import Tables, code, escaped, markdown, terminal
+from secateur.report.rows import OTHER_TEXT, Tables, code, escaped, markdown, terminal
 
 Row = tuple[str, ...]
 
@@ -31,7 +32,7 @@ def evaluation_table(evaluation: Evaluation) -> Tables:
 def text_tables(evaluation: Evaluation) -> list[Table]:
     """Return nats per token, bits per byte and KL by domain."""
     columns = (*_models(evaluation), *(["difference"] if evaluation.differences else []))
-    of_kl = ("domain", "mean", "95% of tokens below", "same token first")
+    of_kl = ("domain", "mean", "same token first")
     answers = list(answer_rows(evaluation.own_answers))
     return [
         Table("the dense model's own answers", ("", "dense", "pruned", "difference"), answers),
@@ -75,6 +76,9 @@ def _nats_rows(evaluation: Evaluation) -> Iterator[Row]:
             cells.append(change.text())
         return label, *cells
 
+    others = [each.other_text for each in models if each.other_text is not None]
+    if others:
+        yield row(OTHER_TEXT, others, changes and changes.other_text)
     for domain in evaluation.pruned.domains:
         yield row(domain, [each.domains[domain] for each in models], changes.domains[domain] if changes else None)
     if evaluation.pruned.wikitext2 is not None:
@@ -92,7 +96,7 @@ def _bits_rows(evaluation: Evaluation) -> Iterator[Row]:
 
 def _kl_rows(evaluation: Evaluation) -> Iterator[Row]:
     for domain, kl in (evaluation.kl or {}).items():
-        yield domain, f"{kl.mean:.3f}{plus_minus(kl.standard_error)}", f"{kl.p95:.2f}", f"{kl.top1_agreement:.1%}"
+        yield domain, _kl_cell(kl), f"{kl.top1_agreement:.1%}"
 
 
 def _legend(evaluation: Evaluation) -> Iterator[str]:
@@ -173,20 +177,33 @@ def _run(result: BenchResult) -> str:
 
 def recovery_table(record: RecoveryRecord) -> Tables:
     """Return what `secateur recover` ends with."""
-    return terminal([verdict_table(record, recovery_headline(record))], cost_rows(record))
+    tables = [judged_table(record), verdict_table(record, GUARDED)]
+    return terminal(tables, [("recovery", record.headline), *cost_rows(record)])
 
 
-def recovery_headline(record: RecoveryRecord) -> str:
-    """Say how much of the loss was won back."""
-    return f"{record.pruned}: {record.headline}"
+GUARDED = "On the text that guards the training"
+
+
+def judged_table(record: RecoveryRecord) -> Table:
+    """Return what judges the models: nats per token of the dense one, and how many more the others have."""
+    if not record.judged:
+        return Table("", (), [])
+    dense, *others = record.judged.values()
+    rows: list[Row] = []
+    if answers := [each.answers for each in others if each.answers is not None]:
+        rows.append(("own answers", f"{answers[0].dense_nats:.3f}", *(lost_cell(each) for each in answers)))
+    rows.append(
+        (OTHER_TEXT, f"{dense.other.nats_per_token:.3f}", *(change(dense.other, s.other).text() for s in others))
+    )
+    for name, loss in dense.domains.items():
+        rows.append((name, f"{loss.nats_per_token:.3f}", *(change(loss, s.domains[name]).text() for s in others)))
+    return Table(f"{record.pruned}: nats/token on what judges", ("", *record.judged), rows)
 
 
 def verdict_table(record: Trained, caption: str = "", name: str = "recovered") -> Table:
     """Return nats per token and KL of every model, by domain, and their means."""
     name += "" if record.training.held else " (undone)"
     columns = {"dense": record.dense, "pruned": record.before, name: record.training.after}
-    if record.trained_dense is not None:
-        columns["dense, trained alike"] = record.trained_dense
     rows = [
         (domain, *(f"{of[domain].nats_per_token:.3f}, {_kl_cell(of[domain])}" for of in columns.values()))
         for domain in record.dense
@@ -206,7 +223,7 @@ def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
     rate = ours.num_tokens / ours.seconds if ours.seconds else 0.0
     took = f"{ours.seconds:,.1f} s, {rate:,.0f} tokens/s"
     yield "training", f"{ours.num_tokens:,} tokens, {took}"
-    yield "judged on", f"{record.num_held_out_tokens:,} held-out tokens, never trained on"
+    yield "guarded by", f"{record.num_held_out_tokens:,} held-out tokens, never trained on"
     yield "peak memory", f"{human_bytes(record.peak_bytes)} resident, interpreter included"
     yield "reload", f"in a fresh process: largest logit difference {record.reload_max_abs_difference:g}"
     for note in record.notes:
@@ -215,11 +232,9 @@ def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
 
 def recovery_card(record: RecoveryRecord) -> str:
     """Return the model card's section on the recovery, in Markdown."""
-    about = (
-        f"{recovery_headline(record)}. The table shows held-out nats per token and KL to the dense model; figures "
-        "elsewhere on this card are of the model before recovery."
-    )
-    lines = ["## Recovery", "", escaped(about), "", *markdown(verdict_table(record)), ""]
+    about = f"{record.pruned}: {record.headline}. Figures elsewhere on this card are of the model before recovery."
+    judged = [*markdown(judged_table(record)), "", f"{GUARDED}:", ""] if record.judged else []
+    lines = ["## Recovery", "", escaped(about), "", *judged, *markdown(verdict_table(record)), ""]
     lines += [f"- teacher: {escaped(record.teacher)}"]
     lines += [f"- command: {code(record.command)}"] if record.command else []
     lines += [f"- {label}: {escaped(text)}" for label, text in cost_rows(record)]

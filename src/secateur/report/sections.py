@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from secateur.facts import NGRAM_TOKENS, Trained
 from secateur.recipe_file import dump_recipe
 from secateur.report import rows_measured
-from secateur.report.answers import answer_tables
+from secateur.report.answers import answer_rows, answer_tables
 from secateur.report.card import source_text
 from secateur.report.measured import BenchResult, Ratio, mean_change
 from secateur.report.page import Section, Table
 from secateur.report.records import GroupStep, RemovedLayer, ResultFiles
-from secateur.report.rows import SIDES, figure_rows, loss_changes, loss_rows, note_rows, overlap_cell
+from secateur.report.rows import SIDES, figure_rows, loss_changes, loss_rows, note_rows, other_rows, overlap_cell
 from secateur.report.vocabulary import of_dense, vocabulary_tables, who_suffers
 
 SpeedFigures = tuple[str, float, float, Ratio]
@@ -28,22 +28,25 @@ def quality(files: ResultFiles) -> Section | None:
         if not any(each.standard_error for each in changes.values()):
             about = "unknown, as there is one document alone"
         text.append(
-            f"Held-out text of the calibration's own domains, in {unit}; lower is better. Worst change: "
-            f"{changes[worst].text()} on {worst}. ± is {about}."
+            f"In {unit}; lower is better. Worst change on text like what it was trained on: {changes[worst].text()} "
+            f"on {worst}. ± is {about}."
         )
+        first = [*answer_rows(summary.own_answers), *other_rows(summary.other_text)]
         rises = [change.nats_per_token for change in (*changes.values(), mean_change(changes.values()))]
         bars = [[max(0.0, rise) / max(*rises, 1e-9)] for rise in rises]
         caption = f"{unit.capitalize()} (perplexity); bars: the difference"
-        tables.append(Table(caption, ("domain", *SIDES), list(loss_rows(summary)), bars=bars))
+        rows = [*first, *loss_rows(summary)]
+        tables.append(Table(caption, ("", *SIDES), rows, bars=[*([[]] * (len(first) + 1)), *bars]))
     if summary.polish is not None:
-        trained = _trained("The polish, judged on its held-out text", summary.polish, "polished")
+        trained = _trained("The polish, on the text that guards it", summary.polish, "polished")
         tables.append(trained)
     if files.recovery is not None:
         text.append(
-            f"{rows_measured.recovery_headline(files.recovery)}. Figures elsewhere on this page are of the model "
+            f"{files.recovery.pruned}: {files.recovery.headline}. Figures elsewhere on this page are of the model "
             "before recovery, unless measured later."
         )
-        tables.append(_trained("The recovery, judged on its held-out text", files.recovery, "recovered"))
+        tables.append(rows_measured.judged_table(files.recovery))
+        tables.append(_trained("The recovery, on the text that guards it", files.recovery, "recovered"))
     if files.evaluation is not None:
         text += [f"By secateur evaluate: {note}" for note in files.evaluation.notes]
         tables += [*rows_measured.text_tables(files.evaluation), rows_measured.task_table(files.evaluation)]
@@ -56,20 +59,10 @@ def _trained(caption: str, record: Trained, name: str) -> Table:
 
 
 def samples(files: ResultFiles) -> Section | None:
-    """What both models answer to the same prompts, and write after the same start."""
-    found = () if files.evaluation is None else files.evaluation.samples
+    """What both models answer to the same prompts."""
     tables = answer_tables(files.summary.own_answers)
-    if not (found or tables):
-        return None
-    for sample in found:
-        rows = [(side, _printable(getattr(sample, side))) for side in ("start", *SIDES[:2])]
-        tables.append(Table(sample.domain, (), rows, numbers=False))
-    text = "Both models answer the same prompts, or write on after the same start, always by the likeliest token."
-    return Section("samples", "Samples of both", (text,), tables=tables)
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip("\n")
+    text = "Both models answer the same prompts, always by the likeliest token."
+    return Section("samples", "Answers of both", (text,), tables=tables) if tables else None
 
 
 def speed_figures(files: ResultFiles) -> list[SpeedFigures]:

@@ -2,11 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TypeVar
 
-import numpy
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
@@ -184,14 +182,6 @@ KL_POSITIONS = 64
 CACHED_ROWS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class DenseStates:
-    """The dense model's head, and its last hidden states per domain and block."""
-
-    head: nn.Module
-    states_NPD: dict[str, list[Tensor]]
-
-
 @torch.inference_mode()
 def final_states(model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"]) -> Float[Tensor, "P D"]:
     """Return the head's input at every position that predicts a token of the block; P = T - 1."""
@@ -254,7 +244,6 @@ def summarise(domain: str, text: Text, divergences_NP: list[Tensor], agreements_
     return Divergence(
         mean=float(all_tokens.mean()),
         standard_error=standard_error([total for total, _ in sums], [count for _, count in sums]),
-        p95=float(numpy.quantile(all_tokens.numpy(), 0.95)),
         top1_agreement=float(counted(agreements_NP).mean()),
         num_tokens=all_tokens.numel(),
     )

@@ -8,7 +8,7 @@ P prompts, A tokens of an answer, T tokens of a conversation, D hidden size.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from secateur.errors import NumericsError
 from secateur.log import Progress, silent
 from secateur.model.bind import head_of
 from secateur.model.checkpoint import Tokenizer
+from secateur.ranks import from_first
 from secateur.stream.losses import HEAD_POSITIONS, head_inputs
 
 # Of an answer. More would cost as many steps again, and what differs shows by then.
@@ -105,18 +106,12 @@ def judging_prompts() -> tuple[str, ...]:
     return shipped_prompts("prompts.yaml")
 
 
-Once = Callable[[Callable[[], list[Conversation]]], list[Conversation]]
-"""Calls a function in one process, and gives what it returns to all."""
-
-
-def ask(
-    speaker: Speaker, prompts: Sequence[str], progress: Progress = silent, *, once: Once = lambda write: write()
-) -> AnswerSheet:
+def ask(speaker: Speaker, prompts: Sequence[str], progress: Progress = silent) -> AnswerSheet:
     """Return what the dense model answers to the prompts, and its nats for that.
 
-    `once`: of several ranks, which all call this, one writes. Raises NumericsError if a logit is not finite.
+    All ranks call this, and the first one writes. Raises NumericsError if a logit is not finite.
     """
-    conversations = once(lambda: greedy_answers(speaker, prompts, ANSWER_TOKENS, "ask the dense model", progress))
+    conversations = from_first(lambda: greedy_answers(speaker, prompts, ANSWER_TOKENS, "ask the dense model", progress))
     nats_P, _ = _nats(speaker, conversations, "dense on its answers", progress)
     return AnswerSheet(prompts=tuple(prompts), conversations=tuple(conversations), nats_P=nats_P)
 
@@ -126,8 +121,6 @@ def judge(
     sheet: AnswerSheet,
     dense_tokenizer: Tokenizer,
     progress: Progress = silent,
-    *,
-    once: Once = lambda write: write(),
 ) -> OwnAnswers:
     """Return how the pruned model, `speaker`, stands to the dense one on the sheet's answers.
 
@@ -136,7 +129,7 @@ def judge(
     P / (P - 1) sum_p (n_p - m_p - r a_p)^2 / (sum_p a_p)^2.
 
     `dense_tokenizer`: the sheet's, of which the speaker's may be a trim; nats are then of the same
-    text in the trimmed tokens, per token of the dense tokenizer. `once`: as for `ask`.
+    text in the trimmed tokens, per token of the dense tokenizer.
 
     Raises NumericsError if a logit is not finite.
     """
@@ -154,7 +147,9 @@ def judge(
     num_prompts = len(sheet.prompts)
 
     # What the pruned model answers by itself.
-    written = once(lambda: greedy_answers(speaker, sheet.prompts, ANSWER_TOKENS, "ask the pruned model", progress))
+    written = from_first(
+        lambda: greedy_answers(speaker, sheet.prompts, ANSWER_TOKENS, "ask the pruned model", progress)
+    )
     pairs = list(zip(sheet.prompts, sheet.conversations, written, strict=True))[:NUM_SHOWN]
     return OwnAnswers(
         num_prompts=num_prompts,

@@ -1,0 +1,60 @@
+"""Text of other sources: whole, in blocks of one document, and in no domain that a run has by default."""
+
+import re
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+import yaml
+from models import tiny_llama
+from tiny_tokenizer import tiny_tokenizer
+
+import secateur
+from secateur.data import installed_text
+from secateur.data.installed_text import installed_documents
+from secateur.data.other_text import other_documents, other_text
+from secateur.errors import CalibrationError
+from secateur.plugins import GENERAL_TEXT
+
+KINDS = yaml.safe_load((Path(secateur.__file__).parent / "data" / "other_text.yaml").read_text(encoding="utf-8"))
+DOCUMENTS = [text for kind in KINDS.values() for text in kind]
+
+
+def test_there_are_documents_of_several_kinds():
+    assert len(KINDS) >= 15 and len(DOCUMENTS) >= 20 and sorted(other_documents()) == sorted(DOCUMENTS)
+    assert other_documents()[1] == KINDS[list(KINDS)[1]][0], "kinds by turns"
+    assert len(set(DOCUMENTS)) == len(DOCUMENTS)
+    assert all(160 <= len(text.split()) <= 220 for text in DOCUMENTS)
+
+
+def test_blocks_are_of_one_document_and_hold_all_of_it():
+    tokenizer, config = tiny_tokenizer(), tiny_llama().config
+    blocks = other_text(DOCUMENTS[:3], tokenizer, config)
+    assert all(2 <= len(block.ids_T) <= config.max_position_embeddings for block in blocks)
+    for number, text in enumerate(DOCUMENTS[:3]):
+        own = [block for block in blocks if set(block.document_T.tolist()) == {number}]
+        assert tokenizer.decode(torch.cat([block.ids_T for block in own])) == text
+
+
+def shingles(text: str) -> set[str]:
+    """Return all runs of six words."""
+    words = re.findall(r"\w+", text.lower())
+    return {" ".join(words[start : start + 6]) for start in range(len(words) - 5)}
+
+
+@pytest.mark.parametrize("kind", [*GENERAL_TEXT, "code"])
+def test_no_text_of_the_defaults_holds_it(kind):
+    try:
+        documents = list(installed_documents(kind, Random(0)))
+    except CalibrationError:
+        pytest.skip(f"the package with {kind} is not installed")
+    words = " ".join(" ".join(re.findall(r"\w+", text.lower())) for text in documents)
+    shared = [each for text in DOCUMENTS for each in sorted(shingles(text))[::7] if each in words]
+    assert not shared, shared[:5]
+
+
+@pytest.mark.parametrize("kind", ["code", "mathematics", "science"])
+def test_no_domain_reads_this_package(kind):
+    read = [str(document.args[0]) for document in installed_text._KINDS[kind][0]()]
+    assert not [path for path in read if "secateur" in Path(path).parts]
