@@ -26,6 +26,7 @@ from secateur.pruning import run, trim
 from secateur.pruning.run import Run
 from secateur.recipe import Domain
 from secateur.recovery import polish
+from secateur.stream import judge
 
 DOMAINS, NUM_DOCUMENTS, LENGTH, NUM_JUDGED = ("prose", "code"), 400, 32, 8
 OPTIONS = ["--vocabulary", "auto", "--remove", "0.3", "--seed", "1"]
@@ -102,7 +103,7 @@ def seen(place: Path) -> Seen:
         watch(pool, "documents", lambda name, *_: found.reads.update([name]))
         watch(trim, "make_batches", lambda _, ids_NT, **__: note("price of tokens", "dense", ids_NT))
         watch(run, "make_batches", batches)
-        watch(run, "domain_losses", losses)
+        watch(judge, "domain_losses", losses)
         watch(polish, "whole_steps", lambda blocks, *_: note("polish", "trimmed", [block.ids_T for block in blocks]))
         domains = [f"--domain={name}={place / name}.jsonl" for name in DOMAINS]
         sets = [option for each in SET for option in ("--set", each)]
