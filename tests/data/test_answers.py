@@ -12,7 +12,6 @@ from models import tiny_gemma3, tiny_llama, tiny_mistral
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
-from transformers.cache_utils import DynamicLayer
 
 from secateur.data import answers
 from secateur.data.answers import Answers, Conversation, Speaker, packed, with_answers
@@ -86,9 +85,7 @@ def test_every_token_follows_from_its_own_prompt_and_all_those_before(
 
 
 def test_a_step_copies_its_own_keys_and_values_alone() -> None:
-    plain = DynamicLayer()
-    plain.update(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4))
-    roomy = answers._Roomy(plain)
+    roomy = answers._Roomy(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4))
     states = [torch.full((2, 1, 1, 4), float(step)) for step in range(answers.ROOM)]
     places = {roomy.update(each, -each)[0].untyped_storage().data_ptr() for each in states}
     assert len(places) == 1

@@ -370,10 +370,13 @@ def _continued(
 class _Roomy(DynamicLayer):
     """A layer's keys and values in buffers with room for `ROOM` tokens more: a step copies its own token alone."""
 
-    def __init__(self, layer: DynamicLayer) -> None:
+    keys: Any
+    values: Any
+
+    def __init__(self, keys: Any, values: Any) -> None:
         super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.keys, self.values = layer.keys, layer.values
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
         self._buffers: tuple[Tensor, ...] = ()
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -404,7 +407,7 @@ def _with_room(cache: Any) -> Any:
     """Return the cache with room in each layer that would else be copied whole at every step."""
     for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
-            cache.layers[number] = _Roomy(layer)
+            cache.layers[number] = _Roomy(layer.keys, layer.values)
     return cache
 
 
