@@ -5,6 +5,7 @@ python examples/fine_tune.py smaller tuned chats.jsonl
 
 import sys
 
+import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +19,7 @@ trainer = SFTTrainer(
     processing_class=tokenizer,
     train_dataset=rows,
     peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-    args=SFTConfig(output_dir=f"{out}-training", max_length=512, num_train_epochs=1, learning_rate=2e-4),
+    args=SFTConfig(f"{out}-training", max_length=512, learning_rate=2e-4, bf16=torch.cuda.is_available()),
 )
 trainer.train()
 

@@ -203,7 +203,7 @@ def test_damaged_model(name, model, prune):
         ("--remove 0.2 --to 50K", "share and to each say how much goes; give one of them"),
         ("--context 9", "give fit too, such as fit: 8GB"),
         ("--remove 0.001", "nothing would go; ask for at least 0.0173"),
-        ("--seed -1", "seed: "),
+        ("--set seed=-1", "seed: "),
         ("--domain klingon", "'klingon'; allowed: web, encyclopedia, dialogue, multilingual, code, mathematics"),
         ("--domain =file.txt", "--domain =file.txt: give NAME=FILE"),
         ("--domain code --domain code", "--domain code: given twice"),

@@ -39,11 +39,11 @@ NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
 # The frozen surface: a flag is added here only after it was found that a recipe key would not do.
 COMMANDS = {
     "prune": "MODEL OUT --remove --to --fit --context --type --recipe --preset --domain --answers "
-    "--vocabulary --keep-text --keep-script --polish --groups --budget --align --rounds --seed --memory-budget "
+    "--vocabulary --keep-text --keep-script --polish --groups --budget --memory-budget "
     "--device --set --like --resume --overwrite --force --quiet --json",
     "trim": "MODEL OUT --vocabulary --domain --keep-text --keep-script --seed --overwrite --force --quiet --json",
     "inspect": "MODEL --remove --to --fit --context --type --recipe --preset --polish --groups "
-    "--budget --align --rounds --memory-budget --set --vocabulary --quiet --json",
+    "--budget --memory-budget --set --vocabulary --quiet --json",
     "recipe": "PRESET",
     "demo": "OUT --overwrite --quiet --json",
     "verify": "RESULT --quiet --json",
@@ -261,7 +261,7 @@ def test_a_real_process_with_its_options(checkpoints, recipe, texts, tmp_path):
     """`python -m secateur`, relative paths, options over the recipe, an earlier result replaced."""
     file = write_recipe(tmp_path / "r.yaml", recipe, seed=1, evaluate=False)
     old_result(tmp_path / "out")
-    options = ["--domain", f"mine={texts['prose']}", "--seed", "7", "--remove", "0.3", "--overwrite", "--quiet"]
+    options = ["--domain", f"mine={texts['prose']}", "--set", "seed=7", "--remove", "0.3", "--overwrite", "--quiet"]
     arguments = ["prune", str(checkpoints["llama-tied"]), "out", "--recipe", "r.yaml", *options]
     process = subprocess.run(
         [sys.executable, "-m", "secateur", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False

@@ -114,7 +114,7 @@ def test_a_whole_result_is_replaced_with_all_that_later_commands_wrote(prune, ou
     assert run_cli("evaluate", out, "--against", checkpoints["llama"], "--quiet").status == 0
     assert run_cli("report", out).status == 0
     assert {"bench.json", "evaluation.json", "report.html", "evaluation"} < {path.name for path in out.iterdir()}
-    outcome = prune("--seed", 3)
+    outcome = prune("--set", "seed=3")
     assert outcome.status == 0, outcome.stderr
     assert not (out / "bench.json").exists() and not (out / "evaluation").exists()
     assert "seed: 3" in (out / "recipe.yaml").read_text()

@@ -20,8 +20,9 @@ from tests.families import tiny_family
 
 
 def test_any_key_is_set_over_the_recipe_and_the_options(checkpoints, recipe_file, texts, tmp_path):
-    options = ["--groups", "ffn, kv_heads", "--budget", "curve", "--align", "4", "--rounds", "2", "--remove", "0.1"]
+    options = ["--groups", "ffn, kv_heads", "--budget", "curve", "--remove", "0.1"]
     sets = ["remove.share=0.15", "repair.damping_factors=[1, 10]", "calibration.domains.prose.share=3", "seed=5"]
+    sets += ["remove.align=4", "choose.rounds=2"]
     run = run_cli(
         *("prune", checkpoints["llama"], tmp_path / "out", "--recipe", recipe_file, "--quiet"),
         *options,
@@ -67,7 +68,7 @@ def test_values_of_set_are_yaml():
         ("--set .share=1", "--set .share=1: give KEY=VALUE"),
         ("--set seed=[", "--set seed=[: the value is no YAML"),
         ("--keep-script latin", "command line: remove: keep_text and keep_scripts say which tokens stay"),
-        ("--rounds 0 --set seed=1", "command line: choose.rounds: "),
+        ("--budget none --set seed=1", "command line: unknown choose.budget "),
     ],
 )
 def test_a_mistake_names_the_flag(options, said):
@@ -157,7 +158,7 @@ def test_inspect_still_refuses_what_no_share_can_mend(checkpoints, recipe_file):
 @pytest.mark.parametrize(
     ("command", "ways"),
     [
-        ("prune {} out --remove 0.9", "--align, --set remove.depth=VALUE"),
+        ("prune {} out --remove 0.9", "--set remove.align=VALUE, --set remove.depth=VALUE"),
         ("prune {} out --set calibration.sequence_length=512", "--set calibration.sequence_length=VALUE"),
         ("inspect {} --groups fnn", "--groups"),
     ],

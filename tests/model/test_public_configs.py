@@ -17,8 +17,9 @@ from transformers import CONFIG_MAPPING
 
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.per_layer import record_widths
-from secateur.pruning.inspect import Inspected, inspect
+from secateur.pruning.inspect import inspect
 from secateur.recipe_file import parse_recipe
+from secateur.report.records import Inspection
 from tests.families import FAMILIES, GROUPS, KINDS, tiny_family
 from tests.model.test_families import cut_units, kept_of
 
@@ -26,7 +27,7 @@ CONFIGS = sorted((Path(__file__).parent / "public_configs").glob("*.json"))
 
 
 @cache
-def inspected(file: Path) -> tuple[Inspected, dict]:
+def inspected(file: Path) -> tuple[Inspection, dict]:
     facts = json.loads(file.read_text())
     config = dict(facts["config"])
     with tempfile.TemporaryDirectory() as directory:

@@ -220,7 +220,7 @@ def test_options_on_top_are_those_that_choose_nothing(models, result, texts, tmp
     out, command = tmp_path / "out", ("prune", models["sibling"], tmp_path / "out", "--like", result, "--quiet")
     run = run_cli(*command, "--remove", "0.25")
     assert run.status == 2 and f"remove.share: is 0.3 in the run that like {result} repeats, got 0.25" in run.stderr
-    assert run_cli(*command, "--rounds", "2").stderr.count("choose.rounds: is 1 in the run") == 1
+    assert run_cli(*command, "--set", "choose.rounds=2").stderr.count("choose.rounds: is 1 in the run") == 1
     same = ("--remove", "0.3", "--domain", f"other={texts['code']}", "--set", "repair.damping=0.01", "--json")
     run = run_cli(*command, *same)
     assert run.status == 0, run.stderr

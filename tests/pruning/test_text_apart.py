@@ -29,7 +29,7 @@ from secateur.recovery import polish
 from secateur.stream import judge
 
 DOMAINS, NUM_DOCUMENTS, LENGTH, NUM_JUDGED = ("prose", "code"), 400, 32, 8
-OPTIONS = ["--vocabulary", "auto", "--remove", "0.3", "--seed", "1"]
+OPTIONS = ["--vocabulary", "auto", "--remove", "0.3", "--set", "seed=1"]
 SET = ["calibration.num_tokens=1280", f"calibration.sequence_length={LENGTH}", "polish.num_tokens=2560"]
 LEARNERS = ("counts", "price of tokens", "calibration", "polish", "importance")
 

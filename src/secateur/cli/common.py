@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+import secateur
 from secateur.errors import RecipeError
 from secateur.files import without_places, yaml_of
 from secateur.log import Progress, silent
@@ -299,8 +300,6 @@ Fit = Annotated[
 Context = Annotated[
     int | None, typer.Option("--context", metavar="TOKENS", min=1, help="With --fit: the cache of so many tokens too.")
 ]
-Align = Annotated[int | None, typer.Option(help="Widths are multiples of this.")]
-Rounds = Annotated[int | None, typer.Option(help="Steps to the share; each measures again.")]
 KeepText = Annotated[
     list[Path] | None,
     typer.Option("--keep-text", metavar="FILE", help="Keep every token that this text needs; repeatable."),
@@ -334,9 +333,28 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def teller(*, enabled: bool) -> Callable[[str], None]:
-    """Return `tell`, or a listener that prints nothing."""
-    return tell if enabled else lambda text: None
+@contextmanager
+def listeners(*, quiet: bool, as_json: bool) -> Iterator[dict[str, Any]]:
+    """Yield `progress` and `tell` for a command that ranks may share: those of other ranks print nothing."""
+    from secateur.ranks import is_first
+
+    enabled = is_first() and not (quiet or as_json)
+    with progress_bar(enabled=enabled) as progress:
+        yield {"progress": progress, "tell": tell if enabled else lambda text: None}
+
+
+def show(record: Any, written: str = "", *, as_json: bool) -> None:
+    """Print what a command found as JSON, or as tables and where it was `written`. Other ranks print nothing."""
+    from secateur.ranks import is_first
+
+    if record is None or not is_first():
+        return
+    if as_json:
+        print(record.to_json(), end="")
+        return
+    CONSOLE.print(secateur.table(record))
+    if written:
+        CONSOLE.print(f"Written to {written}.", soft_wrap=True)
 
 
 def command_line(out: Path) -> str:

@@ -47,27 +47,14 @@ def evaluate(
         asked = {"calibration": {"domains": common.parse_domains(domain)}}
         domains = parse_recipe(asked, "--domain").calibration.domains
     names = common.task_names(tasks, tasks_data)
-
-    # Imported here so that --help and option errors do not wait for torch.
-    from secateur.ranks import is_first
-    from secateur.report.rows_measured import evaluation_table
-
-    shown = is_first() and not (quiet or as_json)
-    tell = common.teller(enabled=shown)
-    with common.progress_bar(enabled=shown) as progress:
+    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
         text: dict[str, Any] = {"domains": domains, "num_blocks": num_blocks, "sequence_length": sequence_length}
         text |= {"wikitext2": wikitext2, "wikitext2_length": wikitext2_length}
         asked: dict[str, Any] = {"tasks": names, "limit": limit, "num_fewshot": num_fewshot}
         asked |= {"batch_size": batch_size, "run_code": run_code, "tasks_data": tasks_data}
         asked |= {"device": device, "other_dense": other_dense, "out": out}
-        result = secateur.evaluate(model, against, **text, **asked, progress=progress, tell=tell)
-    if not is_first():
-        return
-    if as_json:
-        print(result.to_json(), end="")
-        return
-    common.CONSOLE.print(evaluation_table(result))
-    common.CONSOLE.print(f"Written to {(out or Path(model)) / 'evaluation.json'}.", soft_wrap=True)
+        result = secateur.evaluate(model, against, **text, **asked, **listeners)
+    common.show(result, f"{(out or Path(model)) / 'evaluation.json'}", as_json=as_json)
 
 
 @common.app.command(epilog="Example: secateur bench smaller --against Qwen/Qwen2.5-0.5B --prompt-tokens 512")
@@ -86,7 +73,6 @@ def bench(
 ) -> None:
     """Time MODEL, in turns with DENSE, and compare the speed-up with the ideal for its size."""
     from secateur.model.identity import is_result
-    from secateur.report.rows_measured import bench_table
     from secateur.result_directory import BENCH_FILE
 
     workload = {
@@ -99,14 +85,7 @@ def bench(
         options: dict[str, Any] = {"device": device, "compiled": compiled, "progress": progress}
         options |= {"other_dense": other_dense}
         result = secateur.bench(model, against, **workload, **options)
-    if as_json:
-        print(result.to_json(), end="")
-        return
-    common.CONSOLE.print(bench_table(result))
-    for note in result.notes:
-        common.CONSOLE.print(f"note: {note}", soft_wrap=True)
-    if is_result(Path(model)):
-        common.CONSOLE.print(f"Written to {Path(model, BENCH_FILE)}.", soft_wrap=True)
+    common.show(result, f"{Path(model, BENCH_FILE)}" if is_result(Path(model)) else "", as_json=as_json)
 
 
 @common.app.command(epilog="Example: secateur compare paper out --small --model smollm2-135m")
@@ -121,17 +100,6 @@ def compare(
     as_json: common.Json = False,
 ) -> None:
     """Run a grid of methods, shares and seeds; after an interruption it continues."""
-    from secateur.evaluation.study_tables import comparison_table
-    from secateur.ranks import is_first
-
-    shown = is_first() and not (quiet or as_json)
-    tell = common.teller(enabled=shown)
-    with common.progress_bar(enabled=shown) as progress:
-        comparison = secateur.compare(study, out, model=model, small=small, progress=progress, tell=tell)
-    if not is_first():
-        return
-    if as_json:
-        print(comparison.to_json(), end="")
-        return
-    common.CONSOLE.print(comparison_table(comparison))
-    common.CONSOLE.print(f"Written to {out}: table.md, results.json.", soft_wrap=True)
+    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
+        comparison = secateur.compare(study, out, model=model, small=small, **listeners)
+    common.show(comparison, f"{out}: table.md, results.json", as_json=as_json)

@@ -61,9 +61,6 @@ def prune(
     polish: Polish = None,
     groups: common.GroupNames = None,
     budget: common.Budget = None,
-    align: common.Align = None,
-    rounds: common.Rounds = None,
-    seed: common.Seed = None,
     memory_budget: common.MemoryBudget = None,
     device: common.Device = None,
     sets: common.Sets = None,
@@ -78,10 +75,10 @@ def prune(
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
     size = {"share": remove, "to": to, "fit": fit, "context": context, "type": type_name}
-    goes = _removal(groups, **size, align=align)
+    goes = _removal(groups, **size)
     goes |= {"vocabulary": vocabulary, **common.kept(keep_text, keep_script)}
-    said = {"remove": goes, "choose": {"budget": budget, "rounds": rounds}, "polish": {"num_tokens": polish}}
-    said |= {"seed": seed, "machine": {"memory_budget": memory_budget, "device": device}}
+    said = {"remove": goes, "choose": {"budget": budget}, "polish": {"num_tokens": polish}}
+    said |= {"machine": {"memory_budget": memory_budget, "device": device}}
     parsed = parse_recipe(_keys(recipe, preset, said, domain, sets, answers), "command line")
     prune_and_tell(
         model, out, parsed, like=like, resume=resume, overwrite=overwrite, force=force, quiet=quiet, as_json=as_json
@@ -101,8 +98,6 @@ def inspect(
     polish: Polish = None,
     groups: common.GroupNames = None,
     budget: common.Budget = None,
-    align: common.Align = None,
-    rounds: common.Rounds = None,
     memory_budget: common.MemoryBudget = None,
     sets: common.Sets = None,
     vocabulary: Annotated[
@@ -112,20 +107,14 @@ def inspect(
     as_json: common.Json = False,
 ) -> None:
     """Say what MODEL consists of, and what a run would leave or could remove, without its weights."""
-    from secateur.report.rows import inspection_table, terminal
-
     size = {"share": remove, "to": to, "fit": fit, "context": context, "type": type_name}
-    goes = _removal(groups, **size, align=align)
-    said = {"remove": goes, "choose": {"budget": budget, "rounds": rounds}}
+    goes = _removal(groups, **size)
+    said = {"remove": goes, "choose": {"budget": budget}}
     said |= {"polish": {"num_tokens": polish}, "machine": {"memory_budget": memory_budget}}
     asked = parse_recipe(_keys(recipe, preset, said, None, sets), "command line")
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
         found = secateur.inspect(model, asked, vocabulary=vocabulary, progress=progress)
-    if as_json:
-        print(found.to_json(), end="")
-    else:
-        common.CONSOLE.print(inspection_table(found))
-        common.CONSOLE.print(terminal([], [("GGUF files", _files(found.files, found.files_problem))]))
+    common.show(found, as_json=as_json)
 
 
 @common.app.command(epilog="Example: secateur demo smaller")
@@ -175,36 +164,12 @@ def prune_and_tell(
     as_json: bool,
 ) -> None:
     """Prune, and print the result."""
-    # Imported here so that --help and option errors do not wait for torch.
-    from secateur.ranks import is_first
-    from secateur.report.rows import beside_verdict, summary_table, verdict
-
-    shown = is_first() and not (quiet or as_json)
-    tell = common.teller(enabled=shown)
-    with common.progress_bar(enabled=shown) as progress:
-        options: dict[str, Any] = {"like": like, "overwrite": overwrite, "resume": resume, "progress": progress}
-        options["force"] = force
-        options["command"] = common.command_line(out)
-        result = secateur.prune(model, recipe, out=out, tell=tell, **options)
-    if not is_first():
-        return
-    if as_json:
-        print(result.summary.to_json(), end="")
-        return
-    for warning in result.summary.warnings:
-        common.CONSOLE.print(f"note: {warning}")
-    common.CONSOLE.print(summary_table(result.summary))
-    common.CONSOLE.print(f"{verdict(result.summary)}.\n{beside_verdict(result.summary)}")
-    needs_secateur = result.summary.has_layers_of_different_widths
-    loader = "secateur.load" if needs_secateur else f"{result.summary.loaded_by}.from_pretrained"
-    common.CONSOLE.print(f"Written to {out}. Load it with {loader}('{out}').", soft_wrap=True)
-
-
-def _files(files: dict[str, tuple[int, int]], problem: str | None) -> str:
-    from secateur.log import human_bytes
-
-    sizes = ", ".join(f"{kind} {' -> '.join(map(human_bytes, pair))}" for kind, pair in files.items())
-    return "; ".join(text for text in (sizes, problem) if text)
+    options: dict[str, Any] = {"like": like, "resume": resume, "overwrite": overwrite, "force": force}
+    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
+        made = secateur.prune(model, recipe, out=out, command=common.command_line(out), **options, **listeners)
+    summary = made.summary
+    loader = "secateur.load" if summary.has_layers_of_different_widths else f"{summary.loaded_by}.from_pretrained"
+    common.show(summary, f"{out}. Load it with {loader}('{out}')", as_json=as_json)
 
 
 def _removal(groups: str | None, **size: Any) -> dict[str, Any]:
@@ -318,18 +283,7 @@ def recover(
 ) -> None:
     """Train PRUNED on its recipe's domains, to win back quality; resumes by itself."""
     changes = _keys(recipe, None, {"recover": {"num_tokens": tokens}}, domain, sets, answers)
-    # Imported here so that --help and option errors do not wait for torch.
-    from secateur.report.rows_measured import recovery_table
-
-    shown = not (quiet or as_json)
-    with common.progress_bar(enabled=shown) as progress:
-        options: dict[str, Any] = {"command": common.command_line(out), "progress": progress}
-        options |= {"tell": common.teller(enabled=shown), "overwrite": overwrite, "other_dense": other_dense}
-        record = secateur.recover(pruned, teacher, changes, out=out, **options)
-    if record is None:  # another rank writes and prints
-        return
-    if as_json:
-        print(record.to_json(), end="")
-        return
-    common.CONSOLE.print(recovery_table(record))
-    common.CONSOLE.print(f"Written to {out}.", soft_wrap=True)
+    options: dict[str, Any] = {"command": common.command_line(out), "overwrite": overwrite, "other_dense": other_dense}
+    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
+        record = secateur.recover(pruned, teacher, changes, out=out, **options, **listeners)
+    common.show(record, str(out), as_json=as_json)

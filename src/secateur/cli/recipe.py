@@ -23,9 +23,9 @@ WIDTH = 100
 OPTIONS = {
     "remove.share": "--remove", "remove.to": "--to",
     "remove.fit": "--fit", "remove.context": "--context", "remove.type": "--type",
-    "remove.groups": "--groups", "remove.align": "--align",
+    "remove.groups": "--groups",
     "remove.vocabulary": "--vocabulary", "remove.keep_text": "--keep-text", "remove.keep_scripts": "--keep-script",
-    "choose.budget": "--budget", "choose.rounds": "--rounds", "calibration.domains": "--domain",
+    "choose.budget": "--budget", "calibration.domains": "--domain",
     "machine.device": "--device", "machine.memory_budget": "--memory-budget", "recover.num_tokens": "--tokens",
     "polish.num_tokens": "--polish",
 }  # fmt: skip

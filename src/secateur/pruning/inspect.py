@@ -3,7 +3,8 @@
 In: a model reference and a recipe. Out: an `Inspection`. The model stays on the meta device.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, cast
@@ -13,10 +14,10 @@ from secateur.errors import CheckpointError, RecipeError, SecateurError
 from secateur.formats.gguf import gguf_bytes, metadata_bytes
 from secateur.log import Progress, silent
 from secateur.methods import vocabulary as methods
-from secateur.methods.budget import Plan, align_of, largest_remove, least_keep
+from secateur.methods.budget import align_of, largest_remove, least_keep
 from secateur.methods.prices import token_prices
-from secateur.model.bind import Arch
 from secateur.model.checkpoint import meta_model, notes_on
+from secateur.model.group import Group
 from secateur.model.vocabulary import read_vocabulary, with_parts
 from secateur.pruning.cost import disk_bytes, memory_for, params_after, with_polish_that_fits
 from secateur.pruning.group_step import model_left
@@ -25,31 +26,8 @@ from secateur.pruning.resolve import Resolved, checked, nearest_run, resolve
 from secateur.pruning.trim import trim_to
 from secateur.recipe import Recipe
 from secateur.recipe_file import as_recipe
-from secateur.report.records import GroupFacts, InspectedVocabulary, Inspection, Possible
+from secateur.report.records import GroupFacts, InspectedVocabulary, Inspection
 from secateur.store import Services
-
-
-def possible_groups(arch: Arch) -> tuple[Possible, ...]:
-    """Return every group that the family can prune. Some share tensors, see `Arch.select`."""
-    found = []
-    for name in dict.fromkeys(group.name for group in arch.groups):
-        members = [group for group in arch.groups if group.name == name]
-        num_params = sum(group.num_units * group.params_per_unit for group in members)
-        found.append(Possible(name, members[0].unit, len(members), members[0].num_units, num_params))
-    return tuple(found)
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Inspected(Inspection):
-    """An inspection with `files`: bytes of a GGUF file by type, of the dense model and of the result.
-
-    By the widths that `uniform` gives; where a run measures widths they are rounded, and the bytes are
-    near. `files_problem`: why there are none, or what they leave out.
-    """
-
-    files: dict[str, tuple[int, int]]
-    files_problem: str | None
-
 
 FILE_TYPES = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
 
@@ -134,7 +112,7 @@ def inspect(
     *,
     vocabulary: bool = False,
     progress: Progress = silent,
-) -> Inspected:
+) -> Inspection:
     """Say what a model consists of, and what a run would leave and cost, without its weights.
 
     `model`: a local directory, a hub id, a `.gguf` file or `smollm2-135m`. `recipe`: as in `prune`.
@@ -167,7 +145,7 @@ def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
     return found, (note,)
 
 
-def _inspection(opened: Opened, progress: Progress, *, vocabulary: bool) -> Inspected:
+def _inspection(opened: Opened, progress: Progress, *, vocabulary: bool) -> Inspection:
     aside = () if opened.checkpoint is None else notes_on(opened.checkpoint, opened.model)
     services = Services(progress=progress)
     opened = checked(opened)
@@ -182,14 +160,14 @@ def _inspection(opened: Opened, progress: Progress, *, vocabulary: bool) -> Insp
     taken = (resolved.prices.of_all_but(resolved.layers) + resolved.prices.tokens) / resolved.prices.total
     files, files_problem = gguf_files(opened, resolved)
     cut = {group.name for group in resolved.groups}  # not those that protected layers alone have
-    return Inspected(
+    return Inspection(
         model=opened.name,
         family=arch.family,
         dtype=str(opened.model.dtype).removeprefix("torch."),
         size=size,
         num_layers=(arch.num_layers, len(resolved.layers)),
         params_per_layer=arch.params_per_layer[0],
-        groups=tuple(_facts(name, resolved, plan) for name in recipe.remove.group_names if name in cut),
+        groups=tuple(_facts(name, resolved.groups, plan.num_keep) for name in recipe.remove.group_names if name in cut),
         remove_asked=recipe.remove.share,
         remove_reached=1 - num_params / size.num_params,
         largest_remove=taken + largest_remove(resolved.groups, resolved.prices, least),
@@ -202,7 +180,7 @@ def _inspection(opened: Opened, progress: Progress, *, vocabulary: bool) -> Insp
         disk_bytes=disk_bytes(opened, resolved, memory),
         device=str(opened.device),
         warnings=(*refused, *measured_later, *resolved.warnings, *aside),
-        possible=possible_groups(arch),
+        possible=tuple(_facts(name, arch.groups, {}) for name in dict.fromkeys(group.name for group in arch.groups)),
         impossible=arch.omits,
         vocabulary=inspected_vocabulary(opened, resolved, progress, counted=vocabulary),
         files=files,
@@ -210,8 +188,10 @@ def _inspection(opened: Opened, progress: Progress, *, vocabulary: bool) -> Insp
     )
 
 
-def _facts(name: str, resolved: Resolved, plan: Plan) -> GroupFacts:
-    members = [group for group in resolved.groups if group.name == name]
-    num_keep, first = round(mean(plan.num_keep[group.layer, name] for group in members)), members[0]
-    per_unit, num_params = first.params_per_unit, sum(group.num_units * group.params_per_unit for group in members)
-    return GroupFacts(first.name, first.unit, len(members), first.num_units, num_keep, per_unit, num_params)
+def _facts(name: str, groups: Iterable[Group], num_keep: Mapping[tuple[int, str], int]) -> GroupFacts:
+    """Return what the groups of this name are together. One that `num_keep` does not have keeps all."""
+    members = [group for group in groups if group.name == name]
+    kept = round(mean(num_keep.get((group.layer, name), group.num_units) for group in members))
+    num_params = sum(group.num_units * group.params_per_unit for group in members)
+    first = members[0]
+    return GroupFacts(name, first.unit, len(members), first.num_units, kept, first.params_per_unit, num_params)

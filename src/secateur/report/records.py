@@ -62,19 +62,8 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Possible:
-    """A group of the family. `num_units`: in the first layer. `num_params`: in all layers."""
-
-    name: str
-    unit: str
-    num_layers: int
-    num_units: int
-    num_params: int
-
-
-@dataclass(frozen=True, slots=True)
 class GroupFacts:
-    """A kind of group over the unprotected layers that stay. `num_keep`: mean units after a run."""
+    """A kind of group over some layers. `num_units`: in the first one. `num_keep`: mean units after a run."""
 
     name: str
     unit: str
@@ -107,9 +96,11 @@ class InspectedVocabulary:
 class Inspection(Record):
     """A model's structure and the outcome of a recipe's `remove`.
 
-    `remove_asked`, `remove_reached`, `largest_remove`: shares of all parameters. `possible`,
-    `impossible`: groups that the family has, and those it cannot have, with the reason.
-    `disk_bytes`: the most written.
+    `remove_asked`, `remove_reached`, `largest_remove`: shares of all parameters. `groups`: over the
+    unprotected layers that stay. `possible`, `impossible`: groups that the family has, and those it
+    cannot have, with the reason. `disk_bytes`: the most written. `files`: bytes of a GGUF file by type,
+    of the dense model and of the result, by the widths that `uniform` gives; where a run measures widths
+    they are rounded, and the bytes are near. `files_problem`: why there are none, or what they leave out.
     """
 
     model: str
@@ -131,9 +122,11 @@ class Inspection(Record):
     disk_bytes: int
     device: str
     warnings: tuple[str, ...]
-    possible: tuple[Possible, ...]
+    possible: tuple[GroupFacts, ...]
     impossible: dict[str, str]
     vocabulary: InspectedVocabulary
+    files: dict[str, tuple[int, int]]
+    files_problem: str | None
 
     def plain(self) -> dict[str, Any]:
         """Return the fields as a mapping, with the memory's peak."""

@@ -8,6 +8,7 @@ from rich import table as rich_table
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD, Box
 from rich.console import Group
 from rich.jupyter import JupyterMixin
+from rich.text import Text
 
 from secateur.facts import NGRAM_TOKENS, Loss, geometric_mean_perplexity
 from secateur.log import human_bytes
@@ -26,8 +27,14 @@ class Tables(Group, JupyterMixin):
     """Tables and notes, which rich draws in a terminal and in a notebook."""
 
 
-def terminal(tables: Iterable[Table], notes: Iterable[tuple[str, ...]] = (), box: Box = HEAVY_HEAD) -> Tables:
-    """Return the tables that have rows, and the notes below them."""
+def terminal(
+    tables: Iterable[Table],
+    notes: Iterable[tuple[str, ...]] = (),
+    box: Box = HEAVY_HEAD,
+    *,
+    warnings: Iterable[str] = (),
+) -> Tables:
+    """Return warnings, the tables that have rows, and the notes below them."""
     shown = []
     for table in (table for table in tables if table.rows):
         title = {"title": table.caption or None, "title_justify": "left", "title_style": "bold"}
@@ -40,7 +47,7 @@ def terminal(tables: Iterable[Table], notes: Iterable[tuple[str, ...]] = (), box
     grid = rich_table.Table.grid(padding=(0, 2))
     for note in notes:
         grid.add_row(*note)
-    return Tables(*shown, grid)
+    return Tables(*(Text(f"note: {warning}") for warning in warnings), *shown, grid)
 
 
 # What Markdown or HTML would read as more than text: an underscore inside a word is text, a mark of
@@ -69,9 +76,10 @@ def markdown(table: Table) -> list[str]:
 
 
 def summary_table(summary: Summary) -> Tables:
-    """Return the table that a run ends with: quality by domain and size, dense and pruned."""
+    """Return what a run ends with: quality by domain and size, dense and pruned, and the verdict."""
     caption = f"{summary.model}: {headline(summary)}"
-    return terminal([quality_and_size(summary, caption)], note_rows(summary))
+    shown = terminal([quality_and_size(summary, caption)], note_rows(summary), warnings=summary.warnings)
+    return Tables(shown, Text(f"{verdict(summary)}.\n{beside_verdict(summary)}"))
 
 
 def quality_and_size(summary: Summary, caption: str = "") -> Table:
@@ -304,6 +312,8 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield from _possible_groups(inspection)
     for warning in inspection.warnings:
         yield "note", warning
+    sizes = ", ".join(f"{kind} {' -> '.join(map(human_bytes, pair))}" for kind, pair in inspection.files.items())
+    yield "GGUF files", "; ".join(text for text in (sizes, inspection.files_problem) if text)
 
 
 def _possible_groups(inspection: Inspection) -> Iterator[tuple[str, str]]:

@@ -112,7 +112,7 @@ def _legend(evaluation: Evaluation) -> Iterator[str]:
 
 def bench_table(result: BenchResult) -> Tables:
     """Return each model's figures, the speed-up and the ideal, and how the run was made."""
-    return terminal(bench_tables(result), _notes(result))
+    return terminal(bench_tables(result), _notes(result), warnings=result.notes)
 
 
 def bench_tables(result: BenchResult) -> list[Table]:
