@@ -129,7 +129,6 @@ def demo(
     As `secateur prune smollm2-135m OUT --preset quick --remove 0.2`, then `bench` and `report`.
     """
     from secateur.report.report import write_report
-    from secateur.report.rows_measured import bench_table
 
     tells = not (quiet or as_json)
     if tells:
@@ -143,7 +142,7 @@ def demo(
         speed = secateur.bench(out, DEMO_MODEL, **DEMO_WORKLOAD, progress=progress)
     page = write_report(out)
     if not as_json:
-        common.CONSOLE.print(bench_table(speed))
+        common.CONSOLE.print(secateur.table(speed))
         common.CONSOLE.print(
             f"The page: {page}\nThe best result: secateur prune {DEMO_MODEL} best --preset best --remove 0.2, about 45 "
             "minutes",
