@@ -100,8 +100,8 @@ class Speaker:
         """Return the tokens that end an answer: the model's, the tokenizer's and the template's."""
         own = getattr(self.model.generation_config, "eos_token_id", None)
         own = own if isinstance(own, list | tuple) else [own]
-        said = {*own, self.tokenizer.eos_token_id, _first_added(closing_of_turn(self.tokenizer), self.tokenizer)}
-        return frozenset(each for each in said if isinstance(each, int))
+        closing = _first_added(closing_of_turn(self.tokenizer), self.tokenizer)
+        return frozenset(each for each in (*own, self.tokenizer.eos_token_id, closing) if isinstance(each, int))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,23 +125,24 @@ class Answers:
         `told`: what gives a conversation in another tokenizer's tokens. Raises CalibrationError for too
         few prompts or answers, or if no prompt leaves room for one; NumericsError if a logit is not finite.
         """
-        asked = {part: self._asked(domain, part) for part in num_blocks}
+        asked: dict[Part, list[list[int]]] = {part: self._asked(domain, part) for part in num_blocks}
         stage, num_tokens = f"answers, {domain}", sum(num_blocks.values()) * self.speaker.length
         self.progress(stage, 0, num_tokens)
         while True:
             found = {part: self._filled(domain, part, number, told) for part, number in num_blocks.items()}
-            blocks = {part: each for part, each in found.items() if each is not None}
+            blocks: dict[Part, Blocks] = {part: each for part, each in found.items() if each is not None}
             if len(blocks) == len(num_blocks):
                 self.progress(stage, num_tokens, num_tokens)
                 return blocks
-            missing = {part: number for part, number in num_blocks.items() if part not in blocks}
+            missing: dict[Part, int] = {part: number for part, number in num_blocks.items() if part not in blocks}
             done = sum(_num_tokens(self._so_far(domain, part)) for part in num_blocks)
             self._write_on(domain, missing, asked, _Counter(self.progress, stage, done, num_tokens))
 
     def _filled(self, domain: str, part: Part, num_blocks: int, told: Told | None) -> Blocks | None:
         """Return the part's blocks; None if what is written does not fill them."""
         own = _once(self._so_far(domain, part))
-        filler = self.speaker.tokenizer.eos_token_id or 0
+        end = self.speaker.tokenizer.eos_token_id
+        filler = end if isinstance(end, int) else 0
         return _filled(list(own if told is None else map(told, own)), num_blocks, self.speaker.length, filler)
 
     def _so_far(self, domain: str, part: Part) -> list[Conversation]:

@@ -71,7 +71,7 @@ def suffixes(path: Path) -> tuple[str, str]:
 
 
 @contextmanager
-def _opened(path: Path, where: str) -> Iterator[IO[bytes]]:
+def _opened(path: Path, where: str) -> Iterator[IO[bytes] | gzip.GzipFile]:
     """Open a file, decompressed. Raises CalibrationError, also for what is found while reading."""
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
