@@ -13,8 +13,9 @@ from secateur.errors import MAX_SENTENCE, CalibrationError, CheckpointError, Rec
 from secateur.files import MAX_LEVELS, json_of, yaml_of
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.model.config import directory_config
+from secateur.model.kept_units import KEEP_FILE
 from secateur.recipe_file import as_recipe
-from secateur.recovery.pair import KEEP_FILE, _check_layers
+from secateur.recovery.pair import _check_layers
 from secateur.report.records import Summary
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -138,7 +139,7 @@ def test_a_damaged_list_of_layers(text, model):
     (model / KEEP_FILE).write_text(text)
     if text == "{}":
         return _check_layers(checkpoint, 3, 3, "dense")  # names no layers, so all stayed
-    with pytest.raises(CheckpointError, match=r"keep.json: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"keep.json: does not name units"):
         _check_layers(checkpoint, 3, 3, "dense")
 
 

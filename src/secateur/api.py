@@ -19,6 +19,7 @@ from secateur.ranks import is_first, joined
 from secateur.recipe import Recipe
 from secateur.recipe_file import as_recipe
 from secateur.recovery import recover as recovery
+from secateur.recovery.weights import wants_shards
 from secateur.report.measured import BenchResult, Evaluation, RecoveryRecord
 from secateur.report.push import push
 from secateur.report.records import Inspection, Summary
@@ -116,19 +117,21 @@ def recover(
     Raises a SecateurError, one sentence, for everything that a user can correct: RecipeError for
     the recipe and for missing packages, CheckpointError for models that do not fit each other.
     """
-    return recovery.recover(
-        pruned,
-        teacher,
-        recipe,
-        out=out,
-        finish=write_recovered_pages,
-        tokens=tokens,
-        overwrite=overwrite,
-        other_dense=other_dense,
-        command=command,
-        progress=progress,
-        tell=tell,
-    )
+    wants_shards()  # a launcher's mistake is told before the ranks wait for each other
+    with joined():
+        return recovery.recover(
+            pruned,
+            teacher,
+            recipe,
+            out=out,
+            finish=write_recovered_pages,
+            tokens=tokens,
+            overwrite=overwrite,
+            other_dense=other_dense,
+            command=command,
+            progress=progress,
+            tell=tell,
+        )
 
 
 _TABLES: dict[type, Callable[[Any], Tables]] = {

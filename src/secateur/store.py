@@ -272,10 +272,9 @@ class Store:
     def _remove_damaged(self, stem: str) -> None:
         """Tell of a step that counts as never done from now on."""
         self.tell(f"{self.label}: {stem}, finished by an earlier run, is damaged on disk, so it is done again.")
-        path = self._path(stem)
-        assert path is not None
-        for damaged in (path, path.with_name(f"{stem}.safetensors")):
-            damaged.unlink(missing_ok=True)
+        if (path := self._path(stem)) is not None:
+            path.unlink(missing_ok=True)
+            path.with_name(f"{stem}.safetensors").unlink(missing_ok=True)
 
     def _write(self, stem: str, record: Record, tensors: Mapping[str, Tensor] | None = None) -> None:
         path = self._path(stem)

@@ -184,7 +184,7 @@ def test_damaged_model(name, model, prune):
         ("--remove nan", "above 0 and below 1, got NaN"),
         (
             "--remove 0.9",
-            "remove: 0.9 of all 100,176 parameters is out of reach; the recipe's groups allow at most 0.4",
+            "remove: 0.9 of all 100,176 parameters is out of reach; the recipe's groups allow at most 0.6",
         ),
         ("--to 0.4X", "remove.to: must be parameters, such as 0.4B or 400M, or bytes, such as 250MB, got"),
         ("--to 1M", "remove.to: 1M leaves 1,000,000 parameters, and the model has 100,176"),

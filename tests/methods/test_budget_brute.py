@@ -18,7 +18,6 @@ from secateur.methods.budget import (
     Plan,
     Prices,
     default_align,
-    largest_remove,
     least_keep,
     least_step,
     level_grid,
@@ -171,9 +170,9 @@ def test_the_last_step_stays_where_it_is_the_nearest() -> None:
 
 
 def test_out_of_reach_and_less_than_half_a_step_say_what_is_possible_and_that_works() -> None:
-    smollm = tuple(group_of(layer, "ffn", 1536) for layer in range(30))
-    prices = prices_of(smollm, {"ffn": 3 * 576}, 134_515_008)
-    with pytest.raises(RecipeError, match=r"134,515,008 .*at most 0\.567 with 64 units"):
+    smollm = tuple(group_of(layer, "ffn", 1536, 3 * 576) for layer in range(30))
+    prices = prices_of(134_515_008)
+    with pytest.raises(RecipeError, match=r"134,515,008 .*at most 0\.567 with each"):
         uniform_plan(smollm, prices, 0.9, 64)
     assert set(uniform_plan(smollm, prices, 0.567, 64).num_keep.values()) == {64}
     with pytest.raises(RecipeError, match=r"nothing would go; .*at least 0\.0124"):
@@ -376,12 +375,12 @@ def test_prices_count_what_goes_and_what_layers_leave() -> None:
     groups = (group_of(0, "ffn", 10, 3), group_of(1, "ffn", 10, 5), group_of(0, "heads", 4, 7))
     prices = Prices((100, 50, 30), 500)
     assert params_gone(groups, {(0, "ffn"): 4, (1, "ffn"): 12, (0, "heads"): 3}) == 6 * 3 + 7  # no group grows
-    assert prices.of_all_but((0, 2)) == 50 and prices.of_all_but(()) == 180
+    assert prices.taken((0, 2)) == 50 and prices.taken(()) == 180
     assert prices.with_only((0, 2)).total_text == "450 parameters that the layers left"
     assert prices.with_only((0, 1, 2)) == prices and Prices((), 12345).total_text == "12,345 parameters"
     fewer = dataclasses.replace(prices, tokens=20).with_only((0, 2))
     assert (fewer.total, fewer.tokens, fewer.what) == (430, 0, " that the layers and tokens left")
-    assert largest_remove(groups, prices, {(0, "ffn"): 1, (1, "ffn"): 1, (0, "heads"): 1}) == (27 + 45 + 21) / 500
+    assert params_gone(groups, {(0, "ffn"): 1, (1, "ffn"): 1, (0, "heads"): 1}) == 27 + 45 + 21
     # The smallest step: eight channels of layer 0 cost 24, a head 7; of all layers at once 64 and 7.
     assert least_step(groups, 8, alike=False) == 7 and least_step(groups, 1, alike=False) == 3
     assert least_step(groups[:2], 8, alike=True) == 8 * 3 + 8 * 5

@@ -17,12 +17,12 @@ from secateur.errors import CheckpointError
 from secateur.methods.compensate import Guard, Repair
 from secateur.model.bind import decoder_layers
 from secateur.model.group import add_zero_biases
+from secateur.model.kept_units import read_keeps, write_keeps
 from secateur.pruning import group_step, result
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
-from secateur.pruning.result import PrunedCheckpoint, calibration_facts, group_widths, summary_of
+from secateur.pruning.result import calibration_facts, group_widths, summary_of
 from secateur.pruning.run import Run
 from secateur.pruning.text import Drawn
-from secateur.recipe import Recipe
 from secateur.stream.walk import Walk
 from tests.families import tiny_family
 from tests.models import opened
@@ -141,24 +141,18 @@ def test_facts_of_the_text_count_what_was_measured_on_and_what_was_held_out():
     assert facts.held_out_overlap == {"d0": 0.0, "d1": 0.0}
 
 
-def test_a_round_s_checkpoint_has_a_place_of_its_own_and_the_last_one_none(tmp_path):
-    recipe = Recipe().filled(choose={"rounds": 2}, remove={"depth": 1})
-    saved = PrunedCheckpoint(tiny_llama(), tiny_tokenizer(), recipe, tmp_path / "out", None, (0, 2))
+def test_keep_json_names_layers_if_some_went_and_then_units(tmp_path):
     keeps = {(0, "ffn"): torch.tensor([1, 5]), (1, "ffn"): torch.tensor([[0], [2]])}
-    saved.save(keeps, 2)
-    assert not (tmp_path / "out").exists()
-    saved.save(keeps, 1)
-    (tmp_path / "out").joinpath("rounds", "1", "model.safetensors").stat()
-    saved.save(keeps)
-    text = (tmp_path / "out" / "keep.json").read_text()
+    write_keeps(tmp_path, (0, 2), keeps)
     layers = '{"group": "layers", "keep": [0, 2]}'
     first, second = ('{"layer": 0, "group": "ffn", "keep": [1, 5]}', '{"layer": 1, "group": "ffn", "keep": [[0], [2]]}')
-    assert text == f"[{layers}, {first}, {second}]\n"
-    with pytest.raises(FileExistsError):
-        saved.save(keeps, 1)
-    plain = PrunedCheckpoint(tiny_llama(), tiny_tokenizer(), Recipe(), tmp_path / "plain", None, (0, 1, 2))
-    plain.save({(0, "ffn"): torch.tensor([1])})
-    assert (tmp_path / "plain" / "keep.json").read_text() == '[{"layer": 0, "group": "ffn", "keep": [1]}]\n'
+    assert (tmp_path / "keep.json").read_text() == f"[{layers}, {first}, {second}]\n"
+    stayed, found = read_keeps(tmp_path, 3)
+    assert stayed == (0, 2) and found.keys() == keeps.keys()
+    assert all(torch.equal(found[key], keep) for key, keep in keeps.items())
+    write_keeps(tmp_path, (), {(0, "ffn"): torch.tensor([1])})
+    assert (tmp_path / "keep.json").read_text() == '[{"layer": 0, "group": "ffn", "keep": [1]}]\n'
+    assert read_keeps(tmp_path, 3)[0] == (0, 1, 2)
 
 
 def test_a_result_that_does_not_reload_is_not_there(recipe, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import pytest
@@ -203,11 +204,27 @@ def test_min_keep_is_rounded_up_in_what_is_possible():
     assert f"at most {math.floor(1000 * largest) / 1000:.3f} " in str(caught.value)
 
 
+@pytest.mark.parametrize("budget", ["uniform", "curve"])
+def test_the_largest_share_that_is_named_can_be_with_the_layers_that_then_go(budget):
+    """More to remove lets more layers go by default: each share has its own limit, and theirs is named."""
+    asked = {"align": 16, "budget": budget, "calibration": {"sequence_length": 32}}
+    model = wide(1536, num_layers=30)
+    with pytest.raises(RecipeError, match=r"out of reach") as caught:
+        resolved(model, remove=0.998, **asked)
+    named = re.search(r"at most (0\.\d+) with", str(caught.value))
+    assert named is not None
+    largest = float(named[1])
+    found = resolved(model, remove=largest, **asked)
+    assert 0 < found.depth < 29 and abs(found.largest - largest) < 0.002
+    with pytest.raises(RecipeError, match=r"out of reach"):
+        resolved(model, remove=largest + 0.01, **asked)
+
+
 def test_min_keep_is_checked_against_the_plan():
     plan = kept(resolved(remove=0.2).plans[-1])
     (width,) = set(plan.values())
     assert kept(resolved(remove=0.2, min_keep=width / WIDTH).plans[-1]) == plan
-    with pytest.raises(RecipeError, match=rf"leaves {width / WIDTH:.3f} of ffn"):
+    with pytest.raises(RecipeError, match=r"out of reach.* lower min_keep"):
         resolved(remove=0.2, min_keep=width / WIDTH + 1e-6)
 
 

@@ -155,7 +155,6 @@ def test_statistics_are_those_of_the_rows_that_count() -> None:
     )
     assert found.pooled.mass == len(calibration) == int(predicts.sum())
     gram = found.pooled.gram
-    assert gram is not None
     torch.testing.assert_close(gram.full(torch.float64), calibration.T @ calibration, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.held_out_TF["a"].double(), held_out, rtol=1e-5, atol=1e-6)
 

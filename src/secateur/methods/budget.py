@@ -38,16 +38,16 @@ class Prices:
         cost = math.ceil(share * self.total)
         return cost - 1 if (cost - 1) / self.total >= share else cost
 
-    def of_all_but(self, layers: Collection[int]) -> int:
-        """Return the cost of all layers but these."""
-        return sum(price for index, price in enumerate(self.per_layer) if index not in layers)
+    def taken(self, layers: Collection[int]) -> int:
+        """Return the parameters of the tokens that go and of all layers but these."""
+        return self.tokens + sum(price for index, price in enumerate(self.per_layer) if index not in layers)
 
     def with_only(self, layers: Collection[int]) -> "Prices":
         """Return what is counted of the model that these layers and the tokens left make."""
-        gone = self.of_all_but(layers)
-        what = " and ".join(["layers"] * bool(gone) + ["tokens"] * bool(self.tokens))
+        taken = self.taken(layers)
+        what = " and ".join(["layers"] * (taken > self.tokens) + ["tokens"] * bool(self.tokens))
         what = f" that the {what} left" if what else self.what
-        return dataclasses.replace(self, total=self.total - gone - self.tokens, tokens=0, what=what)
+        return dataclasses.replace(self, total=self.total - taken, tokens=0, what=what)
 
 
 def params_gone(groups: tuple[Group, ...], num_keep: Mapping[GroupKey, int]) -> int:
@@ -92,14 +92,14 @@ def least_step(groups: tuple[Group, ...], align: int, *, alike: bool) -> int:
     return min(sum(steps) if alike else min(steps) for steps in kinds.values())
 
 
-def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align: int) -> Plan:
+def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align: int, min_keep: float = 0.0) -> Plan:
     """Keep the same share of every group, so that `remove` of the whole model's cost goes.
 
     The share taken is remove * total / sum(units * price), rounded to the nearest step. Groups with
     large steps (heads) come first and those with small steps make up for their rounding, so the
     target is met within half a step of the last kind per group. Raises RecipeError with the largest
-    possible `remove` if the groups do not hold enough, or with the smallest if not even one step
-    would go.
+    possible `remove` if less than a step or `min_keep` of a group would stay, or with the smallest if
+    not even one step would go.
     """
     steps = {group.name: align_of(group, align) * group.params_per_unit for group in groups}
     names = sorted(steps, key=lambda name: (-steps[name], name))
@@ -114,14 +114,9 @@ def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align
             step, width = align_of(group, align), group.num_units * keep_share
             num_keep[group.layer, name] = 0 if is_last and width < step / 2 else nearest_count(group, width, step)
         missing -= params_gone(members, num_keep)
-    largest = largest_remove(groups, prices, least_keep(groups, align, 0.0))
-    if any(num_keep[group.layer, group.name] < align_of(group, align) for group in groups):
-        left_in = " and ".join(f"{align_of(g, align)} {g.unit}s" for g in {g.name: g for g in groups}.values())
-        raise RecipeError(
-            f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at "
-            f"most {round_down(largest)} with {left_in} (align) left in each; ask for less, lower align, "
-            f"or remove more whole layers (depth)."
-        )
+    least = least_keep(groups, align, min_keep)
+    if any(num_keep[key] < count for key, count in least.items()):
+        raise out_of_reach(remove, prices, params_gone(groups, least) / prices.total)
     plan = plan_of(groups, prices, num_keep)
     if plan.cost_after == prices.total:
         step = sum(steps[names[-1]] for group in groups if group.name == names[-1])
@@ -133,14 +128,18 @@ def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align
     return plan
 
 
+def out_of_reach(remove: float, prices: Prices, largest: float) -> RecipeError:
+    """Return the error for more than the groups hold. `largest`: the most that can go, as a share."""
+    return RecipeError(
+        f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at most "
+        f"{round_down(largest)} with each at its smallest width; ask for less, lower min_keep or align, or remove more "
+        f"whole layers (depth)."
+    )
+
+
 def plan_of(groups: tuple[Group, ...], prices: Prices, num_keep: dict[GroupKey, int]) -> Plan:
     """Return the plan that keeps these counts."""
     return Plan(num_keep, prices.total, prices.total - params_gone(groups, num_keep))
-
-
-def largest_remove(groups: tuple[Group, ...], prices: Prices, least: Mapping[GroupKey, int]) -> float:
-    """Return the share of the model's cost that goes if every group keeps its least."""
-    return params_gone(groups, least) / prices.total
 
 
 def least_keep(groups: tuple[Group, ...], align: int, min_keep: float) -> dict[GroupKey, int]:

@@ -181,7 +181,6 @@ def _least_squares(
     """Fit with each damping of the grid; return the one with the least held-out error."""
     mix = method.target_mix if measured.pooled.cross_FH is not None else 0.0
     gram, best, best_error = measured.pooled.gram, Repair(), torch.inf
-    assert gram is not None
     for factor in method.damping_factors:
         damping, cross_FH = method.damping * factor, measured.pooled.cross_FH
         fit = decide(partial(least_squares, weight_HF, gram, columns, damping, cross_FH, mix))

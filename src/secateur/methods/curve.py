@@ -9,7 +9,7 @@ import numpy
 from numpy.typing import NDArray
 
 from secateur.errors import RecipeError
-from secateur.methods.budget import Plan, Prices, plan_of, round_down
+from secateur.methods.budget import Plan, Prices, out_of_reach, plan_of
 from secateur.model.group import Group, GroupKey
 
 MAX_STEPS = 50_000
@@ -120,10 +120,7 @@ def curve_plan(
     problem = _problem(groups, profiles, min_keep or {})
     largest = sum(max(options) for options in problem.removals) / prices.total
     if remove > largest:
-        raise RecipeError(
-            f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at most "
-            f"{round_down(largest)} with each at its smallest width; ask for less or lower min_keep."
-        )
+        raise out_of_reach(remove, prices, largest)
     domains = sorted({domain for profile in profiles.values() for domain in profile.slopes})
     given = domain_weights or dict.fromkeys(domains, 1.0)
     weights = {domain: given[domain] / sum(given.values()) for domain in domains}

@@ -167,7 +167,6 @@ class _Refit:
 def _profile_group(
     group: Group, reader: nn.Linear, statistics: Statistics, probe: Probe, settings: ProfileSettings, decide: Decide
 ) -> GroupProfile:
-    assert statistics.gram is not None
     levels = levels_of(group, reader.in_features // group.width, settings.align)
     removed_U, errors = decide(lambda: _error_curve(group, reader, statistics, levels, settings))
     refit = _Refit(group, reader, statistics.gram, removed_U, settings.damping, decide)
@@ -187,7 +186,6 @@ def _error_curve(
     group: Group, reader: nn.Linear, statistics: Statistics, levels: tuple[int, ...], settings: ProfileSettings
 ) -> tuple[Int64[Tensor, " U"], tuple[float, ...]]:
     """Return the units in order of removal, and each level's error over the output energy."""
-    assert statistics.gram is not None
     num_removed = [levels[0] - level for level in levels]
     # Every level must fall on the end of a batch.
     batch = math.gcd(units_at_once(settings.obs_batch, reader.in_features, group.width), *num_removed)

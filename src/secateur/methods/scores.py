@@ -153,7 +153,6 @@ def obs(inputs: ScoreInputs) -> Float[Tensor, " U"]:
 
     On the damped Gram matrix. Exact for one removal. Source: Hassibi and Stork, 1993, eq. 5.
     """
-    assert inputs.statistics.gram is not None
     inverse = inverse_of(damped_gram(inputs.statistics.gram, inputs.damping))
     scores_U = removal_errors(inputs.reader_HF.to(inverse.device), inverse, inputs.columns_UW.to(inverse.device))
     return scores_U.float().to(inputs.device)

@@ -135,7 +135,6 @@ def select(task: Task, pooled: Statistics) -> Selection:
     if task.keep is not None:
         return Selection(task.keep.to(reader.weight.device), reader.weight.new_zeros(0))
     if method.score == "obs":
-        assert pooled.gram is not None
         hessian = damped_gram(pooled.gram, method.damping)
         columns_UW = unit_columns(group.reader.segments, num_units, reader.weight.device)
         batch = units_at_once(method.obs_batch, reader.in_features, group.width)

@@ -127,7 +127,7 @@ class Group:
     """One layer's group. `params_per_unit` counts weights and biases of writers and reader.
 
     `parts`: the modules that hold the units; `kind` decides the type.
-    `config_key`: the config key of the number of units. `head_dim`: only for heads.
+    `config_key`: the config key of the number of units. `head_dim`: 0 but for heads.
     `per_key`: units to one of that key. `counts`: attributes of modules, dotted from the layer, that hold
     the number of units times a factor.
     `local_config`: the module that needs its own config after a cut.
@@ -147,7 +147,7 @@ class Group:
     divides: tuple[int, int] | None = None
     config_key: str = ""
     per_key: float = 1.0
-    head_dim: int | None = None
+    head_dim: int = 0
     local_config: str | None = None
     at_least: int = 0
     multiple_of: int = 1
@@ -265,9 +265,8 @@ def cut(
 
 
 def add_zero_biases(layer: nn.Module, group: Group) -> None:
-    """Give every linear of the group's bias switch that has no bias a bias of zeros."""
-    assert group.bias_switch is not None
-    for name in group.bias_switch.modules:
+    """Give every linear of the group's bias switch, if it has one, that has no bias a bias of zeros."""
+    for name in group.bias_switch.modules if group.bias_switch else ():
         module = linear(layer, name)
         if module.bias is None:
             zeros = module.weight.new_zeros(module.out_features)
@@ -276,7 +275,6 @@ def add_zero_biases(layer: nn.Module, group: Group) -> None:
 
 def _set_local_config(module: Any, group: Group, reader: nn.Linear) -> None:
     """Give the module its own config, with its current head counts."""
-    assert group.head_dim is not None
     module.config = copy.copy(module.config)
     setattr(module.config, group.config_key, reader.in_features // group.width)
     module.config.num_attention_heads = reader.in_features // group.head_dim

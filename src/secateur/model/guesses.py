@@ -61,7 +61,7 @@ def _of_linears(
     unit: str,
     writers: tuple[Axis, ...],
     reader: Axis,
-    head_dim: int | None = None,
+    head_dim: int = 0,
 ) -> Group:
     num_units = linear(layer, reader.module).in_features // sum(reader.segments)
     params = sum(reader.segments) * linear(layer, reader.module).out_features
@@ -75,7 +75,7 @@ def _of_linears(
     return Group(
         layer=index,
         name=name,
-        kind="channels" if head_dim is None else "heads",
+        kind="heads" if head_dim else "channels",
         unit=unit,
         num_units=num_units,
         params_per_unit=params,

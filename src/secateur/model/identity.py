@@ -46,7 +46,8 @@ def lineage(checkpoint: Checkpoint, num_params: int) -> tuple[Ancestor, ...]:
 
     Raises CheckpointError if the checkpoint is a result whose `result.json` is damaged.
     """
-    hub_id, said = _hub_id(checkpoint), _gguf_card(checkpoint) if checkpoint.gguf_file else _card(checkpoint.directory)
+    hub_id, folder, file = _hub_id(checkpoint), checkpoint.directory, checkpoint.gguf_file
+    said = _card(folder) if file is None else _gguf_card(folder / file)
     own = Ancestor(hub_id or _name(checkpoint), identity(checkpoint), num_params, hub_id, **_licence(said, checkpoint))
     return (*(ancestors(checkpoint) or ()), own)
 
@@ -165,12 +166,11 @@ def _card(directory: Path) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _gguf_card(checkpoint: Checkpoint) -> dict[str, Any]:
+def _gguf_card(file: Path) -> dict[str, Any]:
     import gguf
 
-    assert checkpoint.gguf_file is not None
     try:
-        fields: Mapping[str, Any] = gguf.GGUFReader(checkpoint.directory / checkpoint.gguf_file).fields
+        fields: Mapping[str, Any] = gguf.GGUFReader(file).fields
         keys = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
         keys |= {"language": "languages"}
         return {key: fields[f"general.{name}"].contents() for key, name in keys.items() if f"general.{name}" in fields}

@@ -29,7 +29,7 @@ def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
     """
     widths: dict[str, Any] = {}
     for group in groups:
-        if group.head_dim is None:
+        if not group.head_dim:
             widths[group.config_key] = round(group.parts.num_units_left(layer) / group.per_key)
         elif group.config_key == KV_HEADS:
             num_heads = linear(layer, group.reader.module).in_features // group.head_dim

@@ -481,9 +481,7 @@ class _Finder:
     def _changes(self, group: Group) -> Iterator[dict[str, Any]]:
         """Yield changes of the config that could give fewer units."""
         values, units = vars(self.config), group.num_units
-        if group.kind == "heads":
-            sizes = heads_of(self.config)
-            assert sizes is not None
+        if group.kind == "heads" and (sizes := heads_of(self.config)):
             queries, keys, width = sizes
             if group.name == KV_HEADS and keys > 1:
                 yield {"num_attention_heads": queries // keys, "num_key_value_heads": 1, "head_dim": width}

@@ -10,8 +10,7 @@ from secateur.methods.scores import needs_gram
 from secateur.methods.select import units_at_once
 from secateur.model.bind import decoder_layers, text_config
 from secateur.pruning.open import Opened, computes_in_float32
-from secateur.pruning.resolve import Resolved
-from secateur.pruning.resolve_parts import NARROW_TOKENS_PER_INPUT
+from secateur.pruning.resolve import NARROW_TOKENS_PER_INPUT, Resolved
 from secateur.recovery.cost import num_trained, polish_settings, training_bytes
 from secateur.recovery.weights import autocasts
 from secateur.report.records import MemoryEstimate
@@ -37,8 +36,43 @@ class MemoryPlan:
 
 
 def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
-    """Return how the run fits the memory. Raises RecipeError with the least that can work."""
-    return _on_cpu(opened, resolved) if opened.device.type == "cpu" else _on_device(opened, resolved)
+    """Return how the run fits the memory. Raises RecipeError with the least that can work.
+
+    On a processor weights are in memory if they fit the recipe's `memory_budget`, else on disk. A device
+    has all of them, or two layers at a time, by the recipe's `device_budget` or else by its free memory,
+    which may be unknown; the host's memory holds weights alone, as far as they fit `memory_budget`.
+    """
+    size, per_layer = opened.size, opened.arch.params_per_layer
+    on_cpu, in_float32 = opened.device.type == "cpu", computes_in_float32(opened)
+    stored = size.num_bytes // size.num_params
+    outside, two_layers = size.num_params - sum(per_layer), 2 * max(per_layer)
+    if on_cpu and in_float32:  # stored weights, and what computes: what is in no layer, and two layers
+        weights = size.num_bytes + 4 * (outside + two_layers) - outside * stored
+        return MemoryPlan(estimate_memory(opened, resolved, weights, 4), False, in_float32=True)
+
+    item = 4 if in_float32 else stored
+    whole = estimate_memory(opened, resolved, 4 * size.num_params if in_float32 else size.num_bytes, item)
+    host = _allowed(opened, "memory_budget")
+    budget = host if on_cpu else _there(opened)
+    needed = whole.peak if on_cpu else size.num_bytes
+    on_disk = host is not None and needed > host
+    if on_disk and not _can_map(opened):
+        raise RecipeError(
+            f"machine.memory_budget: {resolved.recipe.machine.memory_budget} is less than the {needed / 1e9:.2f} GB "
+            f"that are needed with this model's weights in memory; only safetensors weights, not quantised and given "
+            f"by their path, can stay on disk."
+        )
+    if budget is None or whole.peak <= budget:
+        return MemoryPlan(whole, on_disk, in_float32, budget, in_float32)
+
+    if on_cpu:  # a cut layer is in memory until it is written
+        least = estimate_memory(opened, resolved, 0, item)
+        least = replace(least, solve=max(least.solve, max(per_layer) * item))
+    else:  # the running layer, the prefetched one, and what is in no layer
+        least = estimate_memory(opened, resolved, min(size.num_params, outside + two_layers) * item, item)
+    if least.peak > budget:
+        raise _too_little(least, budget, on_cpu=on_cpu)
+    return MemoryPlan(least, on_disk, not on_cpu, budget, in_float32)
 
 
 def _can_map(opened: Opened) -> bool:
@@ -47,82 +81,30 @@ def _can_map(opened: Opened) -> bool:
     return files is not None and files.gguf_file is None and files.quantised is None
 
 
-def _on_cpu(opened: Opened, resolved: Resolved) -> MemoryPlan:
-    """Return how the run keeps `memory_budget`: weights in memory if they fit, else on disk."""
-    size, per_layer = opened.size, opened.arch.params_per_layer
-    bytes_per_param = size.num_bytes // size.num_params
-    if computes_in_float32(opened):  # also what is in no layer, and two layers
-        outside = size.num_params - sum(per_layer)
-        weights = size.num_bytes + 4 * (outside + 2 * max(per_layer)) - outside * bytes_per_param
-        return MemoryPlan(estimate_memory(opened, resolved, weights, 4), False, in_float32=True)
-    whole = estimate_memory(opened, resolved, size.num_bytes, bytes_per_param)
-    text = resolved.recipe.machine.memory_budget
-    if text is None or whole.peak <= parse_size("machine.memory_budget", text):
-        return MemoryPlan(whole, False)
-    if not _can_map(opened):
-        raise RecipeError(
-            f"machine.memory_budget: {text} is less than the {whole.peak / 1e9:.2f} GB that the run needs with this "
-            f"model's weights in memory; only safetensors weights, not quantised and given by their path, can stay on "
-            f"disk."
-        )
-    streamed = estimate_memory(opened, resolved, 0, bytes_per_param)
-    # A cut layer is in memory until it is written.
-    streamed = replace(streamed, solve=max(streamed.solve, max(per_layer) * bytes_per_param))
-    if streamed.peak > parse_size("machine.memory_budget", text):
-        parts, remedy = _explained(streamed)
-        raise RecipeError(
-            f"machine.memory_budget: {text} cannot work; with all weights on disk the run still needs "
-            f"{streamed.peak / 1e9:.2f} GB ({parts}); allow that, or {remedy}."
-        )
-    return MemoryPlan(streamed, True)
+def _allowed(opened: Opened, key: str) -> int | None:
+    """Return the bytes that a key of the recipe's `machine` allows; None: as many as there are."""
+    text = getattr(opened.recipe.machine, key)
+    return None if text is None else parse_size(f"machine.{key}", text)
 
 
-def _on_device(opened: Opened, resolved: Resolved) -> MemoryPlan:
-    """Return how a run fits its device: all weights there, or layer by layer.
+def _there(opened: Opened) -> int | None:
+    """Return the bytes that the run's device allows, by the recipe or by what is free; None: unknown."""
+    budget = _allowed(opened, "memory_budget" if opened.device.type == "cpu" else "device_budget")
+    return free_bytes(opened.device) if budget is None and opened.checkpoint is not None else budget
 
-    The recipe's `device_budget` comes before the free memory, which may be unknown. The host's
-    memory holds only weights, and not even those if they exceed the recipe's `memory_budget`.
-    """
-    recipe, size, per_layer = resolved.recipe, opened.size, opened.arch.params_per_layer
-    in_float32 = computes_in_float32(opened)
-    bytes_per_param, text = 4 if in_float32 else size.num_bytes // size.num_params, recipe.machine.device_budget
-    free = None if opened.checkpoint is None else free_bytes(opened.device)
-    budget = free if text is None else parse_size("machine.device_budget", text)
-    whole = estimate_memory(opened, resolved, size.num_params * bytes_per_param, bytes_per_param)
-    host = (
-        None
-        if recipe.machine.memory_budget is None
-        else parse_size("machine.memory_budget", recipe.machine.memory_budget)
+
+def _too_little(least: MemoryEstimate, budget: int, *, on_cpu: bool) -> RecipeError:
+    """Return the error for a budget in which nothing works."""
+    named = {"weights": least.weights, "hidden states": least.hidden_states, "statistics": least.statistics}
+    named["solve"], remedy = least.solve, "lower calibration.num_tokens"
+    if least.is_of_layer_choice:
+        named, remedy = {"choice of layers": least.layer_choice}, "name them in remove.layers or give depth: 0"
+    parts = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in named.items())
+    key, how = ("memory_budget", "all weights on disk") if on_cpu else ("device_budget", "two layers at a time there")
+    return RecipeError(
+        f"machine.{key}: {budget / 1e9:.2f} GB cannot work; with {how} the run still needs {least.peak / 1e9:.2f} GB "
+        f"({parts}); allow that, or {remedy}."
     )
-    on_disk = host is not None and size.num_bytes > host
-    if on_disk and not _can_map(opened):
-        raise RecipeError(
-            f"machine.memory_budget: {recipe.machine.memory_budget} is less than the {size.num_bytes / 1e9:.2f} GB of "
-            f"this model's weights, and only safetensors weights, not quantised and given by their path, can stay on "
-            f"disk."
-        )
-    if budget is None or whole.peak <= budget:
-        return MemoryPlan(whole, on_disk, in_float32, budget, in_float32)
-    # Onloaded: the running layer, the prefetched one, and what is in no layer.
-    apart = sum(per_layer) - 2 * max(per_layer)
-    weights = (size.num_params - max(apart, 0)) * bytes_per_param
-    by_layers = estimate_memory(opened, resolved, weights, bytes_per_param)
-    if by_layers.peak > budget:
-        parts, remedy = _explained(by_layers)
-        raise RecipeError(
-            f"machine.device_budget: {budget / 1e9:.2f} GB of the device cannot work; with two layers there at a time "
-            f"the run still needs {by_layers.peak / 1e9:.2f} GB (weights {by_layers.weights / 1e9:.2f}, {parts}); "
-            f"free that much, {remedy}, or give device: cpu."
-        )
-    return MemoryPlan(by_layers, on_disk, True, budget, in_float32)
-
-
-def _explained(estimate: MemoryEstimate) -> tuple[str, str]:
-    """Return the parts of the peak, and what lowers it, for a message."""
-    if estimate.is_of_layer_choice:
-        return f"choice of layers {estimate.layer_choice / 1e9:.2f}", "name them in remove.layers or give depth: 0"
-    named = {"hidden states": estimate.hidden_states, "statistics": estimate.statistics, "solve": estimate.solve}
-    return ", ".join(f"{name} {part / 1e9:.2f}" for name, part in named.items()), "lower calibration.num_tokens"
 
 
 def estimate_memory(opened: Opened, resolved: Resolved, weight_bytes: int, bytes_per_param: int) -> MemoryEstimate:
@@ -230,10 +212,7 @@ def with_polish_that_fits(opened: Opened, resolved: Resolved) -> Resolved:
 
     The memory is the device's, or the recipe's `memory_budget`. A warning says what was changed.
     """
-    recipe = resolved.recipe
-    key = "memory_budget" if opened.device.type == "cpu" else "device_budget"
-    free, text = None if opened.checkpoint is None else free_bytes(opened.device), getattr(recipe.machine, key)
-    budget = free if text is None else parse_size(f"machine.{key}", text)
+    recipe, budget = resolved.recipe, _there(opened)
     needed = least = polish_bytes(opened, resolved)
     if budget is None or needed <= budget:
         return resolved

@@ -14,7 +14,7 @@ from secateur.errors import CheckpointError, RecipeError, SecateurError
 from secateur.formats.gguf import gguf_bytes, metadata_bytes
 from secateur.log import Progress, silent
 from secateur.methods import vocabulary as methods
-from secateur.methods.budget import align_of, largest_remove, least_keep
+from secateur.methods.budget import align_of
 from secateur.methods.prices import token_prices
 from secateur.model.checkpoint import meta_model, notes_on
 from secateur.model.group import Group
@@ -22,7 +22,7 @@ from secateur.model.vocabulary import read_vocabulary, with_parts
 from secateur.pruning.cost import disk_bytes, memory_for, params_after, with_polish_that_fits
 from secateur.pruning.group_step import model_left
 from secateur.pruning.open import Opened, open_model, tokenizer_of
-from secateur.pruning.resolve import Resolved, checked, nearest_run, resolve
+from secateur.pruning.resolve import Resolved, checked, nearest, resolve
 from secateur.pruning.trim import trim_to
 from secateur.recipe import Recipe
 from secateur.recipe_file import as_recipe
@@ -132,17 +132,16 @@ def inspect(
 def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
     """Return the run, or that of the nearest share that can be, with a note that says why.
 
-    Raises RecipeError if no share can be.
+    Raises RecipeError if that share cannot mend it.
     """
     try:
         return resolve(opened), ()
-    except RecipeError as error:
-        found, refused = nearest_run(opened, opened.recipe.remove.share), error
-    if found is None:
-        raise refused
-    share = found.recipe.remove.share
-    note = f"a run would be refused ({str(refused).removesuffix('.')}); shown is remove: {share:.4f}."
-    return found, (note,)
+    except RecipeError as refused:
+        possible = nearest(opened)
+        if possible.recipe == opened.recipe:
+            raise
+        share, why = possible.recipe.remove.share, str(refused).removesuffix(".")
+        return resolve(possible), (f"a run would be refused ({why}); shown is remove: {share:g}.",)
 
 
 def _inspection(opened: Opened, progress: Progress, *, vocabulary: bool) -> Inspection:
@@ -156,8 +155,6 @@ def _inspection(opened: Opened, progress: Progress, *, vocabulary: bool) -> Insp
     memory = memory_for(opened, resolved)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
     num_params = params_after(resolved)
-    least = least_keep(resolved.groups, resolved.align, recipe.remove.min_keep)
-    taken = (resolved.prices.of_all_but(resolved.layers) + resolved.prices.tokens) / resolved.prices.total
     files, files_problem = gguf_files(opened, resolved)
     cut = {group.name for group in resolved.groups}  # not those that protected layers alone have
     return Inspection(
@@ -170,7 +167,7 @@ def _inspection(opened: Opened, progress: Progress, *, vocabulary: bool) -> Insp
         groups=tuple(_facts(name, resolved.groups, plan.num_keep) for name in recipe.remove.group_names if name in cut),
         remove_asked=recipe.remove.share,
         remove_reached=1 - num_params / size.num_params,
-        largest_remove=taken + largest_remove(resolved.groups, resolved.prices, least),
+        largest_remove=resolved.largest,
         align=resolved.align,
         num_params_after=num_params,
         num_bytes_after=num_params * bytes_per_param,

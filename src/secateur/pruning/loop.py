@@ -15,11 +15,12 @@ from secateur.methods.depth import choose_layers, fold_patch, narrow_readers, re
 from secateur.methods.profile import first_blocks
 from secateur.model.bind import Arch, decoder_layers
 from secateur.model.group import Group, add_zero_biases, linear, original_units
+from secateur.model.kept_units import Keeps
 from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
-from secateur.pruning.resolve_parts import NARROW_TOKENS_PER_INPUT, protected_layers, removed_layers
+from secateur.pruning.resolve import NARROW_TOKENS_PER_INPUT, protected_layers, removed_layers
 from secateur.pruning.round_plan import layer_seed, plan_round
-from secateur.pruning.run import Keeps, LossWatch, Run, watched_losses
+from secateur.pruning.run import LossWatch, Run, watched_losses
 from secateur.ranks import from_first
 from secateur.stream.device import peak_bytes, release_freed
 from secateur.stream.offload import LayersOnDisk, embeddings_on_disk, offload
@@ -217,7 +218,6 @@ def _advance_dense(walk: Walk, index: int, groups: list[Group], dense_layers: La
 def _update_config(run: Run) -> None:
     """Derive the config from the tensors, never from the intent."""
     if run.resolved.recipe.repair.compensate == "bias":
-        for group in run.resolved.groups:
-            assert group.bias_switch is not None
-            setattr(run.model.config, group.bias_switch.config_key, True)
+        for key in {group.bias_switch.config_key for group in run.resolved.groups if group.bias_switch}:
+            setattr(run.model.config, key, True)
     record_widths(run.model, run.arch)

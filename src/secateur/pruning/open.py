@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Ancestor, Size
@@ -36,6 +36,7 @@ from secateur.model.checkpoint import (
 from secateur.model.group import GroupKey
 from secateur.model.identity import in_memory, lineage, name_of
 from secateur.model.kept_tokens import KeptTokens, Trim
+from secateur.model.kept_units import Keeps
 from secateur.ranks import check_same, device_called, is_first, size
 from secateur.recipe import Recipe
 from secateur.recipe_file import dump_recipe
@@ -59,7 +60,7 @@ class Like:
     checkpoint: Checkpoint
     result: Ancestor
     digest: str
-    keeps: dict[GroupKey, Tensor]
+    keeps: Keeps
     tokens: KeptTokens | None
 
     @property

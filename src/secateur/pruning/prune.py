@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, silent
-from secateur.model.checkpoint import Tokenizer, eval_mode
-from secateur.model.modules import CausalLM
+from secateur.model.checkpoint import CausalLM, Tokenizer, eval_mode
+from secateur.model.kept_units import Keeps
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import (
@@ -29,15 +29,15 @@ from secateur.pruning.open import (
 )
 from secateur.pruning.resolve import Resolved, checked, resolve
 from secateur.pruning.result import (
-    PrunedCheckpoint,
     Result,
     calibration_facts,
     foretold,
     opened_like,
     save_and_prove,
+    save_pruned,
     summary_of,
 )
-from secateur.pruning.run import Keeps, Run, without_tokens
+from secateur.pruning.run import Run, without_tokens
 from secateur.pruning.text import Drawn, run_text, with_share_of_answers, without_answers
 from secateur.pruning.trim import plan_trim
 from secateur.ranks import from_first, is_first, size, staging_if_any
@@ -122,7 +122,7 @@ def _pruned(ready: Prepared, directory: Path | None, command: str, finish: Finis
     services.store.note_found()
     measured |= {"device_peak_bytes": peak_bytes_on(opened.device)}
     placement.offload()
-    proof = None if directory is None else save_and_prove(run, _checkpoint(opened, run, directory), keeps)
+    proof = None if directory is None else save_and_prove(opened, run, keeps, directory)
     summary = summary_of(opened, run, keeps, proof, command=command, **measured)
     if directory is not None:
         services.log.write({"event": "seconds", **summary.seconds})
@@ -170,7 +170,7 @@ def shaped(
         with services.log.time("prune"):
             run = remove_depth(run)
             if directory is not None and recipe.output.keep_rounds:
-                run = replace(run, after_round=partial(_save_round, placement, _checkpoint(opened, run, directory)))
+                run = replace(run, after_round=partial(_save_round, opened, run, placement, directory))
             keeps = prune_in_place(run)
 
     if lesson is not None:
@@ -187,14 +187,9 @@ def _walk_has_dense_states(opened: Opened, run: Run) -> bool:
     return whole and walks_once
 
 
-def _checkpoint(opened: Opened, run: Run, directory: Path) -> PrunedCheckpoint:
-    facts = (directory, opened.directory, run.resolved.layers, opened.trim)
-    return PrunedCheckpoint(run.model, tokenizer_of(opened), run.resolved.recipe, *facts)
-
-
-def _save_round(placement: Placement, checkpoint: PrunedCheckpoint, number: int, keeps: Keeps) -> None:
+def _save_round(opened: Opened, run: Run, placement: Placement, directory: Path, number: int, keeps: Keeps) -> None:
     with placement.on_host():
-        checkpoint.save(keeps, number)
+        save_pruned(opened, run, keeps, directory, number)
 
 
 def prepared(opened: Opened, services: Services, *, num_judged_blocks: int | None = None) -> Prepared:

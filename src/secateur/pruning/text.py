@@ -12,8 +12,7 @@ from secateur.data.pool import Allotted, Amounts, Learning, Split, TextPool, jud
 from secateur.errors import RecipeError
 from secateur.log import Progress
 from secateur.pruning.open import Opened, tokenizer_of
-from secateur.pruning.resolve import Resolved
-from secateur.pruning.resolve_parts import text_for
+from secateur.pruning.resolve import Resolved, text_for
 from secateur.recipe import Domain, Recipe
 from secateur.recovery.answers import answers_of
 from secateur.store import Services
@@ -44,13 +43,14 @@ class Drawn(NamedTuple):
 class RunText:
     """A run's documents, read once. Ranks share what the first one draws, which alone may ask.
 
-    `recipe`: with its text filled in. `num_judged_tokens`: of each domain. `must_judge`: a text that
-    is too short for these is an error.
+    `recipe`: with its text filled in. `num_tokens`: of all domains. `num_judged_tokens`: of each.
+    `must_judge`: a text that is too short for these is an error.
     """
 
     opened: Opened
     recipe: Recipe
     pool: TextPool
+    num_tokens: int
     num_judged_tokens: int
     must_judge: bool
     _before: Split | None = field(default=None, init=False)
@@ -61,27 +61,34 @@ class RunText:
 
         `dense`: with weights where it computes.
         """
-        calibration, tokenizer = self.recipe.calibration, tokenizer_of(replace(dense, trim=None))
-        assert calibration.num_tokens is not None
-        num_tokens = 3 * calibration.num_tokens + (self.recipe.polish.num_tokens or 0)
-        asked = (self.recipe, dense.model, dense.arch, tokenizer, num_tokens, self._written)
-        return answers_of(*asked, services.store, services.progress)
+        tokenizer = tokenizer_of(replace(dense, trim=None))
+        num_tokens = 3 * self.num_tokens + (self.recipe.polish.num_tokens or 0)
+        return answers_of(
+            self.recipe,
+            self.pool.length,
+            dense.model,
+            dense.arch,
+            tokenizer,
+            num_tokens,
+            self._written,
+            services.store,
+            services.progress,
+        )
 
     def learning(self) -> Learning:
         """Return what a dense model may learn by before it is trimmed, and hold those documents to that."""
         if self._before is None:
-            self._before = self._split(self.recipe, self.opened)
+            self._before = self._split(self.recipe, self.opened, self.num_tokens)
         return self._before.learning
 
     def drawn(self, opened: Opened, resolved: Resolved) -> Drawn:
         """Return the text of the run, in the tokens that stay."""
-        split = self._split(resolved.recipe, opened, resolved.recipe.polish.num_tokens or 0)
+        split = self._split(resolved.recipe, opened, resolved.num_tokens, resolved.recipe.polish.num_tokens or 0)
         return Drawn(split.learning.text, split.judged, split.allotted)
 
-    def _split(self, recipe: Recipe, opened: Opened, num_training_tokens: int = 0) -> Split:
-        assert recipe.calibration.num_tokens is not None
+    def _split(self, recipe: Recipe, opened: Opened, num_tokens: int, num_training_tokens: int = 0) -> Split:
         amounts = Amounts(
-            num_tokens=recipe.calibration.num_tokens,
+            num_tokens=num_tokens,
             num_training_tokens=num_training_tokens,
             num_judged_tokens=self.num_judged_tokens,
         )
@@ -100,9 +107,9 @@ def run_text(opened: Opened, progress: Progress, *, num_judged_blocks: int | Non
     calibration, _ = text_for(recipe, opened.arch.select(recipe.remove.group_names), opened.model.config)
     recipe = recipe.filled(calibration=calibration)
     pool = TextPool(recipe.calibration, tokenizer_of(opened), recipe.seed, progress)
-    if num_judged_blocks is not None:
-        return RunText(opened, recipe, pool, num_judged_blocks * pool.length, must_judge=True)
-    return RunText(opened, recipe, pool, judging_tokens(recipe.output.evaluate), must_judge=False)
+    must_judge = num_judged_blocks is not None
+    judged = num_judged_blocks * pool.length if must_judge else judging_tokens(recipe.output.evaluate)
+    return RunText(opened, recipe, pool, calibration["num_tokens"], judged, must_judge)
 
 
 def with_share_of_answers(opened: Opened) -> Opened:

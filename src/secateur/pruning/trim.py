@@ -27,8 +27,7 @@ from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
 from secateur.pruning.cost import memory_for
 from secateur.pruning.open import Like, Opened, loaded, onload, tokenizer_of
-from secateur.pruning.resolve import align_for, resolve
-from secateur.pruning.resolve_parts import groups_of, layers_to_expect, text_for
+from secateur.pruning.resolve import align_for, groups_of, layers_to_expect, resolve, text_for
 from secateur.pruning.text import RunText
 from secateur.ranks import from_first, is_first, own_part
 from secateur.store import Services
@@ -68,8 +67,8 @@ def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
     before any text is read unless the text says what must stay, and what `read_vocabulary` raises.
     """
     size, log, store = opened.recipe.remove.vocabulary, services.log, services.store
-    if opened.like is not None:
-        return replace(opened, trim=_trim_like(opened, opened.like))
+    if opened.like is not None and opened.like.tokens is not None:
+        return replace(opened, trim=_trim_like(opened, opened.like, opened.like.tokens))
     with log.time("vocabulary"):
         dense = _read(opened, services)
         num_rows = dense.vocabulary.num_rows
@@ -90,15 +89,14 @@ def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
     return replace(hand.opened, recipe=opened.recipe, trim=trim)
 
 
-def _trim_like(opened: Opened, like: Like) -> Trim:
-    """Return the trim to the tokens that stayed in another result.
+def _trim_like(opened: Opened, like: Like, tokens: KeptTokens) -> Trim:
+    """Return the trim to the tokens that stayed in another result, which has them in its files.
 
     Raises CheckpointError if they are not the same tokens here, or if one goes that is needed here.
     """
     tokenizer, there = tokenizer_of(opened), load_tokenizer(like.checkpoint).get_vocab()
-    assert like.tokens is not None, "its recipe has a vocabulary, and its number of tokens was checked"
-    vocabulary, stay = read_vocabulary(tokenizer, opened.model), set(like.tokens.dense_ids)
-    new = trimmed_tokenizer(tokenizer, like.tokens, opened.model.config)
+    vocabulary, stay = read_vocabulary(tokenizer, opened.model), set(tokens.dense_ids)
+    new = trimmed_tokenizer(tokenizer, tokens, opened.model.config)
     lost, differ = sorted(vocabulary.fixed - stay), sorted(new.get_vocab().items() ^ there.items())
     if lost or differ:
         odd = vocabulary.texts.get(lost[0], lost[0]) if lost else differ[0][0]
@@ -106,7 +104,7 @@ def _trim_like(opened: Opened, like: Like) -> Trim:
             f"like {like.checkpoint.reference}: token {odd!r} is not the same in the tokenizer of {opened.name}, so "
             "the tokens that stayed there cannot stay here; leave like out to choose them anew."
         )
-    return Trim(like.tokens, tokenizer, new)
+    return Trim(tokens, tokenizer, new)
 
 
 def trim_to(opened: Opened, size: int, services: Services) -> Trim:
@@ -166,7 +164,7 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     remove, arch = opened.recipe.remove, opened.arch
     prices = prices_of(opened.arch, opened.model)
     layers = layers_to_expect(opened.recipe, arch, opened.model.config)
-    asked = max(0.0, remove.share * prices.total - prices.of_all_but(layers))
+    asked = max(0.0, remove.share * prices.total - prices.taken(layers))
     per_token = token_prices(opened.model, 1)
     if not remove.group_names or not asked:
         return int(methods.sizes_within(removal, num_rows, int(asked // per_token))[-1]), pieces.token

@@ -25,6 +25,7 @@ PROMPTS_PER_BLOCK = 10
 
 def answers_of(
     recipe: Recipe,
+    length: int,
     model: CausalLM,
     arch: Arch,
     tokenizer: Tokenizer,
@@ -35,11 +36,9 @@ def answers_of(
 ) -> Answers:
     """Return what the dense model answers in the domains that have answers. All ranks call it together.
 
-    `num_tokens`: of the whole text. `written`: what an earlier one has written. Raises
+    `length`: of a block. `num_tokens`: of the whole text. `written`: what an earlier one has written. Raises
     CalibrationError for prompts that are unreadable.
     """
-    length = recipe.calibration.sequence_length
-    assert length is not None, "resolve fills it in"
     prompts: dict[str, list[str]] = {}
     for name, domain in recipe.calibration.domains.items():
         if domain.answers:

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.data.answers import with_answers
 from secateur.data.blocks import Blocks
 from secateur.errors import CheckpointError, RecipeError
-from secateur.files import json_of
 from secateur.formats.run_text import run_text_again
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, bind
@@ -32,11 +31,10 @@ from secateur.model.checkpoint import (
 )
 from secateur.model.identity import check_dense
 from secateur.model.kept_tokens import Trim, keep_tokens, trim_between
+from secateur.model.kept_units import KEEP_FILE, read_keeps
 from secateur.recipe import Recipe, RecoverySettings, Training
 from secateur.recovery.answers import answers_of
 from secateur.store import Store
-
-KEEP_FILE = "keep.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +102,13 @@ def open_pair(pruned: str | Path, teacher: str | Path, *, other_dense: bool = Fa
 
 def _check_layers(student: Checkpoint, num_layers: int, num_dense: int, teacher: str) -> None:
     """Check that the pruned model has the layers that keep.json names, by default all."""
-    path = student.directory / KEEP_FILE
-    found: list[list[int]] = []
+    path, layers = student.directory / KEEP_FILE, tuple(range(num_dense))
     if path.is_file():
-        try:
-            entries = json_of(path.read_text(encoding="utf-8"))
-            found = [[int(index) for index in entry["keep"]] for entry in entries if entry["group"] == "layers"]
-        except (OSError, ValueError, TypeError, KeyError):
-            raise CheckpointError(f"{path}: cannot be read; use the file that secateur prune wrote.") from None
-    layers = tuple(found[0]) if found else tuple(range(num_dense))
+        layers, _ = read_keeps(student.directory, num_dense)
     if len(layers) != num_layers or max(layers) >= num_dense:
-        says = f"{path} names {len(layers)} that stayed" if found else f"no {KEEP_FILE} says that any went"
+        says = f"no {KEEP_FILE} says that any went"
+        if layers != tuple(range(num_dense)):
+            says = f"{path} names {len(layers)} that stayed"
         raise CheckpointError(
             f"--teacher {teacher}: has {num_dense} layers and {student.reference} {num_layers}, and {says}; give the "
             "model that was pruned."
@@ -179,8 +173,6 @@ def recovery_text(
     Raises CalibrationError if the domains have too little text, RecipeError if `num_tokens` does
     not fill one step.
     """
-    length = recipe.calibration.sequence_length
-    assert length is not None
     recipe = recipe.filled(calibration={"num_tokens": recipe.calibration.num_tokens or settings.num_tokens})
     split = run_text_again(
         directory,
@@ -191,7 +183,8 @@ def recovery_text(
         least_held_out=settings.held_out_blocks,
         key="recover.num_tokens",
     )
-    answers = answers_of(recipe, teacher, bind(teacher), tokenizer, settings.num_tokens, {}, Store(), progress)
+    length = split.learning.text.sequence_length
+    answers = answers_of(recipe, length, teacher, bind(teacher), tokenizer, settings.num_tokens, {}, Store(), progress)
     # Questions of their own judge answers.
     judged = {name: blocks for name, blocks in split.judged.blocks.items() if not blocks.is_meta}
     text, _ = with_answers(split.learning.text, split.judged, answers)

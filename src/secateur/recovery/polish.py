@@ -87,7 +87,6 @@ def learn(
     settings, progress = polish_settings(recipe), services.progress
     if settings is None:
         return None
-    assert recipe.calibration.num_tokens is not None, "resolve fills it in"
     order = list(zip(blocks_of(text.training(settings.num_tokens)), _numbers(text, settings), strict=True))
     random.Random(f"{recipe.seed}:{STAGE}").shuffle(order)
     settings = shared_out(settings, text.sequence_length, size(), len(order))

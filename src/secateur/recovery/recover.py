@@ -1,22 +1,18 @@
 """A recovery: a pruned checkpoint and its dense model in, a better checkpoint out."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from secateur.log import Progress, silent
-from secateur.ranks import alone
+from secateur.ranks import alone, is_first, meet, staging_if_any
 from secateur.recovery.open import changes_of, open_job, prepare, to_judge
 from secateur.recovery.result import Finish, write_result
 from secateur.recovery.train import Work, train_guarded
-from secateur.recovery.weights import wants_shards
 from secateur.report.measured import RecoveryRecord
-from secateur.result_directory import check_replaceable, restore, staging
+from secateur.result_directory import check_replaceable, restore
 from secateur.stream.device import keeping_freed
 
 
@@ -36,29 +32,25 @@ def recover(
     tell: Callable[[str], None] = lambda text: None,
 ) -> RecoveryRecord | None:
     """Recover. `finish`: writes what people read. The rest: see `api.recover`."""
-    wants_shards()  # checks the launcher before anything is read
     job = open_job(pruned, teacher, changes_of(recipe, tokens), other_dense=other_dense)
-    candidates = job.candidates
-    path, is_main = Path(out), int(os.environ.get("RANK", "0")) == 0
-    had_processes = _has_processes()
-    if not is_main:
-        progress, tell = silent, lambda text: None
-    record = None
-    if is_main:
+    candidates, path = job.candidates, Path(out)
+    if is_first():
         restore(path, tell)
+    else:
+        progress, tell = silent, lambda text: None
     check_replaceable(path, overwrite=overwrite, protected=candidates.teacher.directory)
-    target = staging(path, overwrite=overwrite, protected=candidates.pruned.directory) if is_main else nullcontext()
-    with target as directory:
+    record = None
+    with staging_if_any(path, overwrite=overwrite, protected=candidates.pruned.directory, tell=tell) as directory:
         work = prepare(job, path, progress, tell)
         with _told_if_interrupted(work):
             with work.log.time("recover"):
                 before, training = train_guarded(work)
-            _let_others_go(had_processes)
+            meet("trained")  # nobody reads any more what is removed in the end
             if directory is not None:
                 with alone():  # the others ask nothing
                     _judge_last(work, held=training.held)
                     record = write_result(work, job, before, training, directory, command, finish)
-    if is_main:
+    if is_first():
         shutil.rmtree(work.directory)
     return record
 
@@ -85,15 +77,3 @@ def _told_if_interrupted(work: Work) -> Iterator[None]:
             work.tell(
                 f"{place}: keeps what is finished; the same command goes on from there, or delete it to start anew."
             )
-
-
-def _let_others_go(had_processes: bool) -> None:
-    """Wait until every process has trained; the first one does the rest alone."""
-    if _has_processes():
-        torch.distributed.barrier()  # nobody reads what is removed in the end
-        if not had_processes:  # the Trainer made the group for this run
-            torch.distributed.destroy_process_group()
-
-
-def _has_processes() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -6,7 +6,7 @@ runs it, with our loss and our held-out text; FSDP shards both models.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +99,7 @@ class Distiller(Trainer):
 
 @dataclass
 class Listener(TrainerCallback):
-    """Logs losses and held-out KL, moves the progress, and asks for a last evaluation at the end.
+    """Moves the progress, tells of evaluations, and asks for a last one at the end.
 
     `name`: of the training, as in `Work`. `checkpoints`: gets the digests of what the Trainer saves.
     `tell`: gets a line of text at every evaluation.
@@ -108,7 +108,6 @@ class Listener(TrainerCallback):
     name: str
     checkpoints: Checkpoints
     tokens_per_step: int
-    log: Callable[[dict[str, Any]], None]
     progress: Progress
     tell: Callable[[str], None]
     started: float = 0.0
@@ -116,14 +115,8 @@ class Listener(TrainerCallback):
     loss: float = float("nan")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock; log what an interrupted run had logged until its last checkpoint."""
+        """Start the clock."""
         self.started, self.first_step = time.perf_counter(), state.global_step
-        for logs in state.log_history:
-            step = int(logs["step"])
-            if "loss" in logs:
-                self._log_step(step, logs, {})
-            elif "eval_kl" in logs:
-                self._log_kl({"step": step, "tokens": step * self.tokens_per_step}, logs)
         if state.best_global_step is not None:  # the directory may have been moved
             state.best_model_checkpoint = str(self.checkpoints.path(state.best_global_step))
         self._move(state)
@@ -135,24 +128,20 @@ class Listener(TrainerCallback):
             control.should_evaluate = control.should_save = args.load_best_model_at_end
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log the loss of a step."""
-        logs = kwargs["logs"]
-        if "loss" in logs:
-            self.loss = logs["loss"]
-            place = self._place(state)
-            self._log_step(place["step"], logs, {"tokens_per_second": place["tokens_per_second"]})
+        """Keep the loss of a step for `on_evaluate`."""
+        self.loss = kwargs["logs"].get("loss", self.loss)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log the held-out KL and tell how far the training is."""
+        """Tell the held-out KL and how far the training is; stop one that has diverged."""
         metrics = kwargs["metrics"]
         control.should_training_stop |= math.isinf(metrics["eval_kl"])
-        place = self._place(state)
-        by_domain = self._log_kl(place, metrics)
-        left = (state.max_steps - state.global_step) * self.tokens_per_step / max(place["tokens_per_second"], 1e-9)
-        domains = ", ".join(f"{domain} {kl:.3f}" for domain, kl in by_domain.items()) or "diverged"
+        num_tokens = (state.global_step - self.first_step) * self.tokens_per_step
+        rate = num_tokens / (time.perf_counter() - self.started)
+        left = (state.max_steps - state.global_step) * self.tokens_per_step / max(rate, 1e-9)
+        domains = ", ".join(f"{domain} {kl:.3f}" for domain, kl in _by_domain(metrics).items()) or "diverged"
         self.tell(
-            f"step {state.global_step} of {state.max_steps}: loss {self.loss:.3f}, {place['tokens_per_second']:,.0f} "
-            f"tokens/s, held-out KL {metrics['eval_kl']:.4f} ({domains}), {left / 60:,.1f} min left"
+            f"step {state.global_step} of {state.max_steps}: loss {self.loss:.3f}, {rate:,.0f} tokens/s, held-out KL "
+            f"{metrics['eval_kl']:.4f} ({domains}), {left / 60:,.1f} min left"
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -161,25 +150,25 @@ class Listener(TrainerCallback):
         if state.is_world_process_zero:
             self.checkpoints.finish(state.global_step)
 
-    def _log_kl(self, place: dict[str, Any], metrics: dict[str, float]) -> dict[str, float]:
-        """Log the held-out KL and return it by domain."""
-        by_domain = {name.removeprefix("eval_kl_"): kl for name, kl in metrics.items() if name.startswith("eval_kl_")}
-        self.log({"event": f"{self.name}_kl", **place, "kl": by_domain})
-        return by_domain
-
-    def _log_step(self, step: int, logs: dict[str, Any], rate: dict[str, float]) -> None:
-        place = {"step": step, "tokens": step * self.tokens_per_step, **rate}
-        line = {"loss": logs["loss"], "learning_rate": logs["learning_rate"]}
-        self.log({"event": f"{self.name}_step", **place, **line})
-
     def _move(self, state: TrainerState) -> None:
         self.progress(self.name, state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step)
 
-    def _place(self, state: TrainerState) -> dict[str, Any]:
-        num_steps = state.global_step - self.first_step
-        rate = num_steps * self.tokens_per_step / (time.perf_counter() - self.started)
-        num_tokens = state.global_step * self.tokens_per_step
-        return {"step": state.global_step, "tokens": num_tokens, "tokens_per_second": round(rate, 1)}
+
+def _by_domain(metrics: dict[str, float]) -> dict[str, float]:
+    """Return the held-out KL by domain."""
+    return {name.removeprefix("eval_kl_"): kl for name, kl in metrics.items() if name.startswith("eval_kl_")}
+
+
+def log_lines(name: str, history: list[dict[str, float]], tokens_per_step: int) -> Iterator[dict[str, Any]]:
+    """Yield the run log's line of every step and evaluation. `history`: of the Trainer, an interrupted run's first."""
+    for logs in history:
+        step = int(logs["step"])
+        place = {"step": step, "tokens": step * tokens_per_step}
+        if "loss" in logs:
+            line = {"loss": logs["loss"], "learning_rate": logs["learning_rate"]}
+            yield {"event": f"{name}_step", **place, **line}
+        elif "eval_kl" in logs:
+            yield {"event": f"{name}_kl", **place, "kl": _by_domain(logs)}
 
 
 @dataclass
@@ -302,6 +291,8 @@ def recover_logits(work: Work) -> int:
         with checkpoints.errors_told(), attention_in_training(bool(trainer.args.gradient_checkpointing)):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         _take_back(work, trained, trainer, dtypes)
+    for line in log_lines(work.name, trainer.state.log_history, size * length):
+        work.log.write(line)
     if use_cache is not None:
         work.pruned.config.use_cache = use_cache  # the Trainer turned it off
     work.pruned.requires_grad_(False)
@@ -319,7 +310,7 @@ def _trainer(
     work: Work, trained: nn.Module, arguments: TrainingArguments, checkpoints: Checkpoints, *, tokens_per_step: int
 ) -> Distiller:
     tell = work.tell if work.name == "recover" else lambda text: None  # within a prune the progress says enough
-    listener = Listener(work.name, checkpoints, tokens_per_step, work.log.write, work.progress, tell)
+    listener = Listener(work.name, checkpoints, tokens_per_step, work.progress, tell)
     items = [{"input_ids": ids_T} for _, ids_T, _ in work.text.blocks]
     if work.text.is_masked:
         items = [

@@ -128,16 +128,23 @@ Key = TypeVar("Key")
 class Statistics:
     """Weighted sums over tokens: `mass` = sum w, `sum_F` = sum w x, `energy` = sum w |y|^2.
 
-    `gram` = sum w x x'; None if a score needs moments only. `sum_squares_F` = sum w x^2, its
-    diagonal. `cross_FH` = sum w x r', with r the drift for the reader to compensate, if any.
+    `any_gram` = sum w x x', `gram` where it is there; None if a score needs moments only.
+    `sum_squares_F` = sum w x^2, its diagonal. `cross_FH` = sum w x r', with r the drift for the
+    reader to compensate, if any.
     """
 
     mass: float
     sum_F: Tensor
     sum_squares_F: Tensor
     energy: Tensor
-    gram: Gram | None
+    any_gram: Gram | None
     cross_FH: Tensor | None = None
+
+    @property
+    def gram(self) -> Gram:
+        """The Gram matrix, of statistics that have one."""
+        assert self.any_gram is not None, "summed for moments only"
+        return self.any_gram
 
     @classmethod
     def empty(
@@ -160,7 +167,7 @@ class Statistics:
         self.mass += len(x_TF)
         self.sum_F += x_TF.sum(dim=0, dtype=torch.float32)
         self.energy += torch.linalg.vector_norm(y_TH, dtype=torch.float32).square()
-        if self.gram is None:
+        if self.any_gram is None:
             self.sum_squares_F += x_TF.float().square().sum(dim=0)
         else:
             self.gram.add_product(x_TF)
@@ -176,7 +183,7 @@ class Statistics:
     @property
     def sums(self) -> list[Tensor]:
         """All sums but the mass."""
-        blocks = [] if self.gram is None else self.gram.blocks
+        blocks = [] if self.any_gram is None else self.any_gram.blocks
         cross = [] if self.cross_FH is None else [self.cross_FH]
         return [self.sum_F, self.sum_squares_F, self.energy, *blocks, *cross]
 
