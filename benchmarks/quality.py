@@ -76,6 +76,7 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "curve": ({"choose": CURVE, "remove": {"align": 32}}, HYBRID),
     **{f"depth-{depth}": ({"choose": CURVE, "remove": {"align": 32, "depth": depth}}, HYBRID) for depth in (1, 2, 3)},
     "curve-kv": ({"choose": CURVE, "remove": {"align": 32, "groups": ["ffn", "kv_heads"]}}, HYBRID),
+    "minimax": ({"choose": {"domain_weighting": "minimax"}}, HYBRID),
 }
 
 

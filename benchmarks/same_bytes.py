@@ -71,6 +71,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "reap": ("qwen2-moe", {"remove": {"share": 0.2, "groups": ["experts"]}, "choose": {"score": "reap"}}),
     "flap-bias": ("llama", {"remove": {"share": 0.2}, "choose": {"score": "flap"}, "repair": {"compensate": "bias"}}),
     "wanda-none": ("llama", {"remove": {"share": 0.2}, "choose": {"score": "wanda"}, "repair": {"compensate": "none"}}),
+    "minimax": ("qwen2", {"remove": {"share": 0.2}, "choose": {"domain_weighting": "minimax"}}),
     "dampings": ("llama", {"remove": {"share": 0.2}, "repair": {"damping_factors": [0.1, 1.0, 10.0]}}),
     "no-drift": ("llama", {"remove": {"share": 0.2}, "repair": {"target_mix": 0.0}}),
     "memory-budget": ("llama", {"remove": {"share": 0.2}, "machine": {"memory_budget": "100MB"}}),

@@ -38,6 +38,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "budget": "curve",
         "probe_blocks": 1,
         "rounds": 2,
+        "domain_weighting": "minimax",
         "damping_factors": [1, 10],
     },
     "flap": {"score": "flap", "compensate": "bias", "evaluate": False},

@@ -75,6 +75,35 @@ def _error(change_HF: Tensor, matrix_FF: Tensor) -> Tensor:
     return torch.einsum("hi,ij,hj->", change_HF, matrix_FF, change_HF)
 
 
+def cut_damage(
+    domains: list[Sums], hessian_FF: Tensor, weight_HF: Tensor, columns_UW: Tensor, num_keep: int
+) -> tuple[Tensor, Tensor]:
+    """Return each domain's output error over its energy when the units of lowest score go at once.
+
+    Also the same with all terms positive, by which rounding errors are bounded.
+    """
+    scores = removal_scores(weight_HF, hessian_FF, columns_UW)
+    lowest = sorted(range(len(scores)), key=lambda unit: (float(scores[unit]), -unit))[: len(scores) - num_keep]
+    change = change_by_refit(weight_HF, hessian_FF, columns_UW[lowest].flatten().tolist())
+    pairs = [(_error(change, each.gram_FF), _error(change.abs(), each.gram_FF.abs())) for each in domains]
+    errors = [
+        [float(part) / each.energy if each.energy > 0 else 0.0 for part in pair]
+        for pair, each in zip(pairs, domains, strict=True)
+    ]
+    return torch.tensor(errors, dtype=torch.float64)[:, 0], torch.tensor(errors, dtype=torch.float64)[:, 1]
+
+
+def scaled_into(weights_D: Tensor, floor: float) -> Tensor:
+    """Return clip(c w, floor, 1) with sum 1: fix what falls below the floor, scale the rest, repeat."""
+    fixed = torch.zeros(len(weights_D), dtype=torch.bool)
+    while True:
+        rest = 1 - floor * int(fixed.sum())
+        scaled = torch.where(fixed, floor, weights_D * (rest / weights_D[~fixed].sum()))
+        if not bool((scaled < floor)[~fixed].any()):
+            return scaled
+        fixed |= scaled < floor
+
+
 def mean_error(values: list[float]) -> float | None:
     """Return s / sqrt(n) with s^2 = sum (v - mean)^2 / (n - 1); None for one value."""
     count = len(values)

@@ -82,7 +82,7 @@ class RecoverySettings(Training):
 
 
 InstalledDomain = Literal["web", "encyclopedia", "dialogue", "multilingual", "code", "mathematics", "science"]
-WeightingName = Literal["tokens", "energy"]
+WeightingName = Literal["tokens", "energy", "minimax"]
 BudgetName = Literal["uniform", "curve"]
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 VOCABULARY = "vocabulary"
@@ -250,8 +250,8 @@ class Choose(Strict):
     layer keeps. `uniform`: the same share of every group; `curve`: least predicted KL, from
     measured error curves and slopes. probe_blocks: blocks per domain on which budget `curve`
     measures KL. domain_weighting: how domains count in a statistic. `energy`: divided by their
-    output energy, times their share; `tokens`: as they are. rounds: equal steps to the share; each
-    measures and plans anew.
+    output energy, times their share; `tokens`: as they are; `minimax`: so that the worst domain's
+    error falls. rounds: equal steps to the share; each measures and plans anew.
     """
 
     score: str = "obs"

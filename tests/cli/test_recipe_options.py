@@ -158,7 +158,10 @@ def test_inspect_still_refuses_what_no_share_can_mend(checkpoints, recipe_file):
 @pytest.mark.parametrize(
     ("command", "ways"),
     [
-        ("prune {} out --remove 0.9", "--set remove.min_keep=VALUE, --set remove.align=VALUE, --set remove.depth=VALUE"),
+        (
+            "prune {} out --remove 0.9",
+            "--set remove.min_keep=VALUE, --set remove.align=VALUE, --set remove.depth=VALUE",
+        ),
         ("prune {} out --set calibration.sequence_length=512", "--set calibration.sequence_length=VALUE"),
         ("inspect {} --groups fnn", "--groups"),
     ],

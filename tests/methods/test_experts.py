@@ -81,6 +81,16 @@ def test_more_than_the_router_can_spare_is_refused() -> None:
         prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("experts",), remove=0.8)
 
 
+@pytest.mark.parametrize("group", ["experts", "expert_ffn"])
+def test_minimax_is_refused_since_it_looks_at_one_reader(group: str) -> None:
+    model = tiny_family("mixtral")
+    recipe = parse_recipe(grouped({"groups": [group], "domain_weighting": "minimax"}))
+    with pytest.raises(
+        RecipeError, match=r"choose.domain_weighting: minimax looks at one reader's cut.*use energy or tokens"
+    ):
+        opened(model, recipe)
+
+
 def test_scores_of_experts_are_of_nothing_else() -> None:
     keeps, _ = prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("experts",), remove=0.3, score="reap")
     assert {len(keep) for keep in keeps.values()} == {4}

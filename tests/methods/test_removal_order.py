@@ -225,6 +225,7 @@ def test_use_weighs_domains_by_their_shares_or_takes_the_largest():
     }
     shares = {"a": 1.0, "b": 3.0, "unread": 5.0}
     assert token_use(counts, shares).tolist() == pytest.approx([0.1875, 0.25, 0.5625])
+    assert token_use(counts, shares, minimax=True).tolist() == pytest.approx([0.75, 0.25, 0.75])
     assert token_use(counts, shares, damped=True).tolist() == pytest.approx([0.1] * 3)  # 1/4 / 4 + 3/4 * 2 / 40
 
 

@@ -23,6 +23,7 @@ from secateur.pruning.group_step import outcome_of, prune_group, redo_group
 from secateur.pruning.result import calibration_facts, group_widths, summary_of
 from secateur.pruning.run import Run
 from secateur.pruning.text import Drawn
+from secateur.stream.statistics import pool
 from secateur.stream.walk import Walk
 from tests.families import tiny_family
 from tests.models import opened
@@ -100,6 +101,40 @@ def test_no_more_is_measured_than_the_step_needs(asked, number, expected, monkey
     run = run_of(tiny_llama(), **asked)
     step(run, number, num_keep=64 if run.resolved.groups[number].name == "ffn" else 1)
     assert seen == [expected]
+
+
+def test_domains_count_by_the_weights_found_for_this_reader(monkeypatch):
+    """All weight on one domain: units are chosen as that domain alone would choose them."""
+    chosen: list[Any] = []
+    original = group_step.select
+
+    def spy(task: Any, pooled: Any) -> Any:
+        chosen.append(pooled)
+        return original(task, pooled)
+
+    measured: list[Any] = []
+    original_measure = group_step.measure
+
+    def keep_measured(*arguments: Any, **named: Any) -> Any:
+        measured.append(original_measure(*arguments, **named))
+        return measured[-1]
+
+    monkeypatch.setattr(group_step, "select", spy)
+    monkeypatch.setattr(group_step, "measure", keep_measured)
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        group_step, "minimax_weights", lambda *arguments: asked.append(arguments) or {"d0": 1.0, "d1": 0.0}
+    )
+    run = run_of(tiny_llama(), domain_weighting="minimax", damping=0.01)
+    _, line, _ = step(run)
+    assert line["domain_weights"] == {"d0": 1.0, "d1": 0.0}
+    expected = pool(measured[0].by_domain, {"d0": 1.0, "d1": 0.0})
+    torch.testing.assert_close(chosen[0].gram.full(), expected.gram.full(), rtol=0, atol=0)
+    ((by_domain, shares, weight, columns, num_keep, damping),) = asked
+    assert set(by_domain) == {"d0", "d1"} and shares == run.shares and (num_keep, damping) == (64, 0.01)
+    assert weight.shape == (48, 112) and columns.tolist() == [[unit] for unit in range(112)]
+    whole = run_of(tiny_llama(), domain_weighting="minimax")
+    assert "domain_weights" not in step(whole, num_keep=112)[1] and len(asked) == 1
 
 
 def test_widths_are_the_least_and_the_most_of_a_kind_and_dense_where_nothing_was_cut():

@@ -118,6 +118,15 @@ def test_what_cannot_be_is_said_before_anything_runs(changes, message, small):
         secateur.prune(tiny_llama(), grouped({**small, **changes}), tokenizer=TOKENIZER)
 
 
+def test_domain_weights_are_found_per_group_and_logged(small, tmp_path):
+    out = tmp_path / "out"
+    secateur.prune(tiny_qwen2(), grouped({**small, "domain_weighting": "minimax"}), tokenizer=TOKENIZER, out=out)
+    for line in lines_of(out, "group"):
+        weights = line["domain_weights"]
+        assert set(weights) == {"prose", "code"} and sum(weights.values()) == pytest.approx(1)
+        assert min(weights.values()) >= 1 / 6 - 1e-9
+
+
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
 def test_scores_of_other_methods_run_in_rounds(factory, small, tmp_path):
     """Each round scores the units that are left anew, by the score asked for: others choose other units."""

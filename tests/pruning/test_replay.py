@@ -30,6 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "heads": {"groups": ["ffn", "kv_heads"], "remove": 0.35},
     "curve": {"budget": "curve"},
     "depth": {"depth": 1, "remove": 0.35},
+    "minimax": {"domain_weighting": "minimax"},
     "bias": {"compensate": "bias"},
     "protected": {"protected_layers": [0]},
     "experts": {"groups": ["experts"], "align": 1},

@@ -241,6 +241,11 @@ def test_min_keep_is_checked_against_the_plan():
             {"groups": ["experts"], "budget": "curve"},
             "remove.groups: experts and their",
         ),
+        (
+            lambda: tiny_family("mixtral"),
+            {"groups": ["experts"], "domain_weighting": "minimax"},
+            "choose.domain_weighting: minimax looks at one reader's cut",
+        ),
         (tiny_llama, {"score": "reap"}, "choose.score: reap is of whole experts, groups has ffn too"),
     ],
 )

@@ -113,7 +113,7 @@ def group_of(model: nn.Module, layer: int, name: str) -> Group:
     return group
 
 
-@pytest.mark.parametrize("weighting", ["tokens", "energy"])
+@pytest.mark.parametrize("weighting", ["tokens", "energy", "minimax"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_sum_is_that_of_the_model_in_float64(name: str, weighting: str) -> None:
     model, group, batches = MODELS[name][0](), None, batches_of()
@@ -129,6 +129,9 @@ def test_every_sum_is_that_of_the_model_in_float64(name: str, weighting: str) ->
     assert list(found.energy) == list(SHARES)
     for domain, sums in own.items():
         assert found.energy[domain] == pytest.approx(sums.energy, rel=2 * TOLERANCE)
+        if weighting == "minimax":
+            assert_statistics(found.by_domain[domain], sums)
+    assert set(found.by_domain) == (set(SHARES) if weighting == "minimax" else set())
     assert_held_out(found.held_out_TF, seen.x_TF)
 
 

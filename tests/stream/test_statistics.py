@@ -5,18 +5,21 @@ from unittest import mock
 import pytest
 import torch
 from degenerate import Drawn, drawn
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import (
     FLOAT32_STEP,
     Sums,
+    cut_damage,
     domain_factor,
     domain_sums,
     removal_scores,
+    scaled_into,
     weighted,
 )
 
 from secateur.stream import statistics as product
+from secateur.stream.measure import _at_least, minimax_weights, removal_damage
 from secateur.stream.statistics import Gram, Statistics, damped_gram, domain_weight, inverse_of, keep_highest, pool
 from secateur.stream.statistics import removal_errors as product_errors
 
@@ -120,7 +123,7 @@ def test_merging_without_a_weight_is_one_pass_over_both() -> None:
 @FEW
 @given(energy=st.sampled_from([0.0, 1e-30, 0.5, 3e8]), share=st.floats(0, 1))
 def test_domain_weights_are_those_of_the_formula(energy: float, share: float) -> None:
-    for weighting in ("tokens", "energy"):
+    for weighting in ("tokens", "energy", "minimax"):
         assert domain_weight(weighting, share, energy) == domain_factor(weighting, share, energy)
 
 
@@ -226,7 +229,7 @@ def test_a_part_of_a_gram_may_lie_left_of_the_diagonal_and_right_of_it(size: int
     assert torch.equal(whole, whole.T) or float((whole - whole.T).abs().max()) < 1e-4 * float(whole.abs().max())
 
 
-# OBS scores
+# OBS scores, damage and minimax
 
 narrow_or_wide = st.sampled_from([1, 2, 3])
 
@@ -265,6 +268,76 @@ def test_removal_errors_are_those_of_an_outright_refit(example: Drawn, width: in
     root = hessian.diagonal().sqrt()
     lost = float(torch.linalg.cond(hessian / root / root[:, None])) * 2.0**-52 + 10 * FLOAT32_STEP
     torch.testing.assert_close(found.double(), expected, rtol=12 * lost, atol=12 * lost * float(expected.max()))
+
+
+@FEW
+@given(
+    examples=st.lists(drawn(channels=(12, 12), special=("dead", "constant")), min_size=1, max_size=3, unique=True),
+    width=narrow_or_wide,
+    silent=st.booleans(),
+)
+def test_damage_is_that_of_cutting_and_refitting_outright(examples: list[Drawn], width: int, silent: bool) -> None:
+    domains, sums, reader = damaged_domains(examples, silent=silent)
+    columns_UW = torch.arange(12).view(width, -1).T
+    pooled = pool(domains, dict.fromkeys(domains, 1 / len(domains))).gram
+    assert pooled is not None
+    num_keep = len(columns_UW) // 2
+    hessian = damped_gram(pooled, 1e-2)
+    scores = removal_scores(reader, hessian, columns_UW).sort().values
+    # Otherwise rounding may decide which unit goes.
+    assume(float(scores[-num_keep] - scores[-num_keep - 1]) > 1e-3 * float(scores.max()))
+    found = removal_damage(domains, pooled, reader, columns_UW, num_keep, 1e-2)
+    expected, sizes = cut_damage(sums, hessian, reader, columns_UW, num_keep)
+    assert_near(found, expected, sizes, 2 * 12)  # two products over the inputs
+
+
+def damaged_domains(examples: list[Drawn], *, silent: bool = False):
+    """Return domains by name, their sums with the product's Gram, and a reader."""
+    reader = Drawn(77, 4, 12).x_TF
+    domains, sums = {}, []
+    for number, example in enumerate(examples):
+        x_TF = (0.0 if silent and number == 0 else 10.0**number) * example.x_TF
+        domains[str(number)] = sums_of(x_TF, x_TF @ reader.T, example.other(4))
+        gram = domains[str(number)].gram
+        assert gram is not None
+        own = domain_sums(x_TF, x_TF.double() @ reader.double().T)
+        sums.append(Sums(own.mass, own.inputs_F, own.squares_F, own.energy, gram.full(torch.float64)))
+    return domains, sums, reader
+
+
+@FEW
+@given(weights=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=6), part=st.sampled_from([0.01, 1 / 3, 0.9]))
+def test_the_nearest_weights_above_a_floor(weights: list[float], part: float) -> None:
+    weights_D, floor = torch.tensor(weights, dtype=torch.float64), part / len(weights)
+    found = _at_least(weights_D, floor)
+    torch.testing.assert_close(found, scaled_into(weights_D, floor), rtol=1e-9, atol=1e-12)
+
+
+# The last step is the best, or the one before.
+@pytest.mark.parametrize(("seed", "best"), [(1, 4), (28, 3)])
+def test_minimax_takes_the_best_of_five_steps(seed: int, best: int) -> None:
+    shares = {"0": 0.2, "1": 0.3, "2": 0.5}
+    examples = [Drawn(seed, 4, 12), Drawn(seed + 100, 30, 12), Drawn(seed + 200, 7, 12, ("dead",))]
+    domains, sums, reader = damaged_domains(examples)
+    columns_UW, weights_D, tried = torch.arange(12)[:, None], torch.tensor(list(shares.values())).double(), []
+    weights_D = scaled_into(weights_D, 1 / 9)
+    for _ in range(5):
+        pooled = pool(domains, dict(zip(shares, weights_D.tolist(), strict=True))).gram
+        assert pooled is not None
+        errors_D, _ = cut_damage(sums, damped_gram(pooled, 1e-2), reader, columns_UW, 6)
+        tried.append((float(errors_D.max()), weights_D))
+        weights_D = scaled_into(weights_D * (0.5 * errors_D / errors_D.mean()).exp(), 1 / 9)
+    assert [worst for worst, _ in tried].index(min(worst for worst, _ in tried)) == best
+    expected = min(tried, key=lambda each: each[0])[1]
+    found = minimax_weights(domains, shares, reader, columns_UW, 6, 1e-2)
+    assert list(found.values()) == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_where_nothing_goes_the_shares_stay() -> None:
+    domains, _, reader = damaged_domains([Drawn(1, 4, 12), Drawn(2, 30, 12)])
+    columns_UW = torch.arange(12)[:, None]
+    found = minimax_weights(domains, {"0": 0.2, "1": 0.8}, reader, columns_UW, len(columns_UW), 1e-2)
+    assert found == pytest.approx({"0": 0.2, "1": 0.8})
 
 
 @FEW

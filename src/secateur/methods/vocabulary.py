@@ -52,17 +52,17 @@ NARROW_TOKENS_PER_INPUT, NARROW_OVERSTATES = 4, 1.5
 
 
 def token_use(
-    counts: Mapping[str, TokenCounts], shares: Mapping[str, float], *, damped: bool = False
+    counts: Mapping[str, TokenCounts], shares: Mapping[str, float], *, minimax: bool = False, damped: bool = False
 ) -> Float[Tensor, " V"]:
     """Return how often a token is used, per token of text.
 
-    use = sum_d share_d counts_d / total_d over the counted domains. `damped`: documents count as the
-    square root of their occurrences.
+    use = sum_d share_d counts_d / total_d over the counted domains; with `minimax` the largest of
+    counts_d / total_d. `damped`: documents count as the square root of their occurrences.
     """
     used = [(each.damped_V if damped else each.tokens_V.double()) / each.tokens_V.sum() for each in counts.values()]
     used_DV = torch.stack(used)
     shares_D = used_DV.new_tensor([shares[name] for name in counts])
-    return shares_D @ used_DV / shares_D.sum()
+    return used_DV.amax(0) if minimax else shares_D @ used_DV / shares_D.sum()
 
 
 def with_prior(use_V: Float[Tensor, " V"], ids: list[int], share: float = PRIOR_SHARE) -> Float[Tensor, " V"]:
@@ -191,6 +191,7 @@ def removal_by_counts(
     stay: Iterable[int] = (),
     *,
     nats: PieceNats,
+    minimax: bool = False,
 ) -> Removal:
     """Return the order in which tokens go by the counts of each domain's text, and what text then costs.
 
@@ -202,7 +203,7 @@ def removal_by_counts(
     written = written_scripts(scripts, counts)
     characters = {index for index, text in vocabulary.texts.items() if len(text) == 1 and scripts[index] & written}
     may_go = {index: scripts[index] for index in vocabulary.texts.keys() - vocabulary.fixed}
-    plain, damped = (token_use(counts, shares, damped=each) for each in (False, True))
+    plain, damped = (token_use(counts, shares, minimax=minimax, damped=each) for each in (False, True))
     return removal_order(
         vocabulary,
         with_prior_by_script(plain, may_go, written),

@@ -15,7 +15,7 @@ from secateur.recovery.cost import num_trained, polish_settings, training_bytes
 from secateur.recovery.weights import autocasts
 from secateur.report.records import MemoryEstimate
 from secateur.stream.device import free_bytes
-from secateur.stream.statistics import NUM_BLOCKS, PRODUCT_ROWS
+from secateur.stream.statistics import BY_DOMAIN, NUM_BLOCKS, PRODUCT_ROWS
 from secateur.stream.walk import DEVICE_BATCH_TOKENS
 
 HELD_OUT_FACTOR = 10 / 9  # held-out blocks come on top of the calibration tokens, one for every nine
@@ -112,9 +112,10 @@ def estimate_memory(opened: Opened, resolved: Resolved, weight_bytes: int, bytes
 
     hidden_states: tokens x hidden size, twice with a dense stream. statistics: Gram matrices as
     lower triangles, pooled in float32, and the current domain's in float64 with the product being
-    added, the drift's, and the held-out inputs. solve: the pooled ones and the larger of two: for
-    `greedy_obs` the float64 square, a batch's rows four times and the reader in float32; for least
-    squares `_fit_bytes` and the reader in float32.
+    added (all domains' in float32 if they get weights), the drift's, and the held-out inputs.
+    solve: the pooled ones and the larger of two: for `greedy_obs` the float64 square, a batch's
+    rows four times and the reader in float32; for least squares `_fit_bytes` and the reader in
+    float32.
     """
     recipe, hidden_size = resolved.recipe, text_config(opened.model).hidden_size
     num_tokens = round(resolved.num_tokens * HELD_OUT_FACTOR)
@@ -124,14 +125,15 @@ def estimate_memory(opened: Opened, resolved: Resolved, weight_bytes: int, bytes
     has_drift = bool(resolved.target_mix)
     sums = 4 * (_triangle(square) + has_drift * reader)
     held_out = (num_tokens - resolved.num_tokens) * (widest + has_drift * hidden_size) * bytes_per_param
+    num_domains = len(recipe.calibration.domains) if recipe.choose.domain_weighting in BY_DOMAIN else 0
     at_once = units_at_once(recipe.choose.obs_batch, widest, 1)
     obs = 8 * square + 4 * 8 * widest * at_once + 4 * reader if needs_gram(recipe.choose.score) else 0
     fit = _fit_bytes(resolved, hidden_size) + 4 * reader if recipe.repair.compensate == "least_squares" else 0
     return MemoryEstimate(
         weights=weight_bytes,
         hidden_states=(1 + has_drift) * num_tokens * hidden_size * bytes_per_param,
-        statistics=3 * sums + _product_bytes(widest) + held_out,
-        solve=sums + held_out + max(obs, fit),
+        statistics=(1 + num_domains + 2) * sums + _product_bytes(widest) + held_out,
+        solve=max(1, num_domains) * sums + held_out + max(obs, fit),
         layer_choice=_layer_choice_bytes(opened, resolved, bytes_per_param),
         polish=polish_bytes(opened, resolved),
     )

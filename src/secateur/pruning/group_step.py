@@ -22,13 +22,14 @@ from secateur.methods.scores import needs_gram
 from secateur.methods.select import Task, log_line, select
 from secateur.model.bind import bind, decoder_layers, text_config
 from secateur.model.checkpoint import CausalLM, meta_model
-from secateur.model.group import Group, GroupKey, Kind, cut, linear, rows_of
+from secateur.model.group import Group, GroupKey, Kind, cut, linear, rows_of, unit_columns
 from secateur.model.per_layer import record_widths
 from secateur.model.stacks import cut_expert_channels, cut_experts
 from secateur.ranks import from_first
 from secateur.recipe import Recipe
 from secateur.stream.device import release_freed
-from secateur.stream.measure import measure
+from secateur.stream.measure import measure, minimax_weights
+from secateur.stream.statistics import Measurement, pool
 from secateur.stream.walk import Walk
 
 
@@ -40,6 +41,10 @@ def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     reader, num_units = linear(layer, group.reader.module), group.parts.num_units_left(layer)
     gram, drift = needs_gram(method.score) or method.compensate == "least_squares", is_mlp and bool(walk.dense_BTD)
     measured = measure(walk, group, method.weighting, task.shares, gram=gram, drift=drift, to_middle=is_mlp)
+    weights: dict[str, float] = {}
+    if measured.by_domain and task.num_keep < num_units:
+        weights = task.decide(lambda: _weights(task, measured, reader))
+        measured = dataclasses.replace(measured, pooled=pool(measured.by_domain, weights), by_domain={})
     selection = task.decide(lambda: select(task, measured.pooled))
     columns = rows_of(selection.keep, group.reader.segments, num_units)
     repaired = repair(reader, measured, columns, method, task.decide)
@@ -47,12 +52,19 @@ def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     line = log_line(group, len(selection.keep), num_units, measured.energy, selection.scores)
     if repaired.guard is not None:
         line |= dataclasses.asdict(repaired.guard) | {"damping": repaired.damping, "condition": repaired.condition}
-    return selection.keep, line
+    return selection.keep, line | ({"domain_weights": weights} if weights else {})
 
 
 def cut_channels(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> None:
     """Keep only these units of the group."""
     cut(layer, group, keep, group.parts.num_units_left(layer))
+
+
+def _weights(task: Task, measured: Measurement, reader: nn.Linear) -> dict[str, float]:
+    """Return the domains' weights if they depend on what a cut does to them."""
+    segments, num_units = task.group.reader.segments, reader.in_features // task.group.width
+    columns_UW, damping = unit_columns(segments, num_units, reader.weight.device), task.method.damping
+    return minimax_weights(measured.by_domain, task.shares, reader.weight.float(), columns_UW, task.num_keep, damping)
 
 
 @torch.no_grad()

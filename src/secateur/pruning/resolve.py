@@ -40,6 +40,7 @@ from secateur.pruning.group_step import model_left
 from secateur.pruning.open import Opened, tokenizer_of
 from secateur.recipe import Recipe
 from secateur.recovery.pair import check_training
+from secateur.stream.statistics import BY_DOMAIN
 
 # Layers go for the share of units beyond UNITS_ALONE: LAYERS_PER_UNIT times that share of layers.
 UNITS_ALONE, LAYERS_PER_UNIT = 0.5, 0.8
@@ -503,6 +504,11 @@ def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Grou
 def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
     """Raise RecipeError for what experts do not support, or what only experts support."""
     have_experts = any(group.kind in OF_EXPERTS for group in groups)
+    if have_experts and recipe.choose.domain_weighting in BY_DOMAIN:
+        raise RecipeError(
+            f"choose.domain_weighting: {recipe.choose.domain_weighting} looks at one reader's cut, which experts and "
+            f"their channels do not have; use energy or tokens, or leave experts out of groups."
+        )
     if have_experts and recipe.choose.budget != "uniform":
         raise RecipeError(
             f"remove.groups: experts and their channels can only go with budget: uniform, got {recipe.choose.budget}; "

@@ -10,6 +10,7 @@ from secateur.methods.profile import ProfileSettings, profile
 from secateur.model.bind import decoder_layers
 from secateur.pruning.run import Run
 from secateur.ranks import from_first
+from secateur.stream.statistics import BY_DOMAIN
 
 
 def plan_round(run: Run, number: int, batches: list[Batch], max_rise: dict[str, float]) -> Plan:
@@ -48,7 +49,8 @@ def _profile_settings(run: Run, number: int) -> ProfileSettings:
     now = sum(g.parts.num_units_left(layers[g.layer]) * g.params_per_unit for g in groups)
     then = sum(run.resolved.plans[number - 1].num_keep[g.layer, g.name] * g.params_per_unit for g in groups)
     return ProfileSettings(
-        weighting=recipe.choose.domain_weighting,
+        # Weights by domain act through the slopes.
+        weighting="energy" if recipe.choose.domain_weighting in BY_DOMAIN else recipe.choose.domain_weighting,
         shares=run.shares,
         damping=run.resolved.damping,
         obs_batch=recipe.choose.obs_batch,

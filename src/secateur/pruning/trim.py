@@ -140,7 +140,8 @@ def _removal(dense: _Dense, counts: Mapping[str, TokenCounts], nats: PieceNats) 
     """Put the tokens in the order in which they go."""
     recipe = dense.opened.recipe
     shares = {name: domain.share for name, domain in recipe.calibration.domains.items()}
-    return methods.removal_by_counts(dense.vocabulary, counts, shares, dense.stay, nats=nats)
+    minimax = recipe.choose.domain_weighting == "minimax"
+    return methods.removal_by_counts(dense.vocabulary, counts, shares, dense.stay, nats=nats, minimax=minimax)
 
 
 def _ids_in(files: tuple[str, ...], tokenizer: Tokenizer) -> set[int]:

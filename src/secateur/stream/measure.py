@@ -1,16 +1,122 @@
-"""Measure one group: run its layer over all batches and collect the reader's input statistics."""
+"""Measure one group: run its layer over all batches and collect the reader's input statistics.
+
+Also computes the domain weights that depend on a cut's effect on each domain (`minimax`).
+"""
 
 from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
 from secateur.facts import Batch
 from secateur.model.group import Group, linear
-from secateur.stream.statistics import InOrder, Measurement, Statistics, domain_weight
+from secateur.stream.statistics import (
+    BY_DOMAIN,
+    Gram,
+    InOrder,
+    Measurement,
+    Statistics,
+    damped_gram,
+    domain_weight,
+    inverse_of,
+    keep_highest,
+    pool,
+    removal_errors,
+)
 from secateur.stream.walk import Walk
+
+NUM_STEPS = 5
+STEP_SIZE = 0.5
+# A domain's least weight, as a share of an equal one.
+FLOOR = 1 / 3
+# Enough for the scale of the weights to be exact in float64.
+NUM_HALVINGS = 100
+
+
+def minimax_weights(
+    by_domain: dict[str, Statistics],
+    shares: dict[str, float],
+    reader_HF: Float[Tensor, "H F"],
+    columns_UW: Int64[Tensor, "U w"],
+    num_keep: int,
+    damping: float,
+) -> dict[str, float]:
+    """Return the weights q, which sum to 1, for pooling the statistics: H = sum_d q_d G_d / e_d.
+
+    Exponentiated gradient from the shares: q_d *= exp(STEP_SIZE * err_d / mean err), projected to 1
+    / (3 D) <= q_d <= 1, with err_d = `removal_damage` under H. The weights with the lowest error of
+    the worst domain win, the earlier on a tie. `reader_HF` is in float32.
+
+    Source: multiplicative weights for a minimax game, as in group DRO, arXiv 1911.08731, alg. 1.
+    """
+    floor = FLOOR / len(by_domain)
+    weights_D = _at_least(torch.tensor([shares[name] for name in by_domain], dtype=torch.float64), floor)
+    tried: list[tuple[float, dict[str, float]]] = []
+    for _ in range(NUM_STEPS):
+        named = dict(zip(by_domain, weights_D.tolist(), strict=True))
+        gram = pool(by_domain, named).gram
+        assert gram is not None
+        errors_D = removal_damage(by_domain, gram, reader_HF, columns_UW, num_keep, damping)
+        tried.append((float(errors_D.max()), named))
+        relative_D = errors_D / errors_D.mean().clamp_min(1e-30)
+        weights_D = _at_least(weights_D * (STEP_SIZE * relative_D).exp(), floor)
+    return min(tried, key=lambda each: each[0])[1]
+
+
+def removal_damage(
+    by_domain: dict[str, Statistics],
+    pooled: Gram,
+    reader_HF: Float[Tensor, "H F"],
+    columns_UW: Int64[Tensor, "U w"],
+    num_keep: int,
+    damping: float,
+) -> Float[Tensor, " D"]:
+    """Return each domain's output error over its output energy if the lowest OBS units went now.
+
+    With H the damped pooled matrix and C the columns of those units, refitting changes the reader
+    by Delta = W_C ([H^-1]_CC)^-1 [H^-1]_C,: and the error is tr(Delta G_d Delta') / e_d, 0 if e_d =
+    0.
+
+    Source: Hassibi and Stork 1993, in the block form of OBC, arXiv 2208.11580, eq. 7.
+    """
+    inverse, device = inverse_of(damped_gram(pooled, damping)), reader_HF.device
+    reader_HF, columns_UW = reader_HF.to(inverse.device), columns_UW.to(inverse.device)
+    stays = torch.zeros(len(columns_UW), dtype=torch.bool, device=inverse.device)
+    stays[keep_highest(removal_errors(reader_HF, inverse, columns_UW), num_keep)] = True
+    gone = columns_UW[~stays].flatten()
+    rows_CF = inverse[gone]
+    del inverse
+    change_HF = (reader_HF[:, gone].to(rows_CF) @ torch.linalg.solve(rows_CF[:, gone], rows_CF)).float().to(device)
+    errors = []
+    for statistics in by_domain.values():
+        assert statistics.gram is not None
+        energy = float(statistics.energy)
+        errors.append(_output_energy(change_HF, statistics.gram) / energy if energy > 0 else 0.0)
+    return torch.tensor(errors, dtype=torch.float64)
+
+
+def _output_energy(map_HF: Float[Tensor, "H F"], gram: Gram) -> float:
+    """Return tr(M G M') from the stored triangle; left of the diagonal blocks counts twice."""
+    total = 0.0
+    for start, stop, block in zip(gram.starts, gram.stops, gram.blocks, strict=True):
+        product = (map_HF[:, start:stop] @ block.to(map_HF.dtype)).mul_(map_HF[:, :stop])
+        total += 2 * float(product[:, :start].sum()) + float(product[:, start:].sum())
+    return total
+
+
+def _at_least(weights_D: Float[Tensor, " D"], floor: float) -> Float[Tensor, " D"]:
+    """Return clip(c * weights, floor, 1) with c such that the sum is 1: the nearest by KL."""
+    low, high = 0.0, 1 / float(weights_D.min())
+    for _ in range(NUM_HALVINGS):
+        middle = (low + high) / 2
+        if float((middle * weights_D).clamp(floor, 1).sum()) < 1:
+            low = middle
+        else:
+            high = middle
+    return (high * weights_D).clamp(floor, 1)
 
 
 class _Gatherer:
@@ -20,13 +126,14 @@ class _Gatherer:
         self, group: Group, reader: nn.Linear, weighting: str, shares: dict[str, float], gram: bool, drift: bool
     ) -> None:
         self.group, self.reader, self.weighting, self.shares = group, reader, weighting, shares
-        sizes: Any = {"gram": gram, "drift_size": reader.out_features if drift else 0}
+        sizes: Any = {"gram": gram or weighting in BY_DOMAIN, "drift_size": reader.out_features if drift else 0}
         self.empty = partial(Statistics.empty, reader.in_features, reader.weight.device, **sizes)
         self.pooled, self.current = self.empty(dtype=torch.float32), self.empty()
         self.domains = InOrder(shares)
         self.energy: dict[str, float] = {}
         self.held_out: dict[str, list[Tensor]] = {}
         self.held_out_drift: dict[str, list[Tensor]] = {}
+        self.by_domain: dict[str, Statistics] = {}
 
     def add(self, batch: Batch, x: Tensor, y: Tensor, drift: Tensor | None) -> None:
         """Add the tokens of a batch that count: their statistics, or their inputs if it is held out."""
@@ -54,6 +161,9 @@ class _Gatherer:
             raise NumericsError(f"{where}: the input holds NaN or infinite numbers; {advice}.")
         self.energy[domain] = float(self.current.energy)
         self.pooled.merge(self.current, domain_weight(self.weighting, self.shares[domain], self.energy[domain]))
+        if self.weighting in BY_DOMAIN:
+            self.by_domain[domain] = self.empty(dtype=torch.float32)
+            self.by_domain[domain].merge(self.current)
         self.current.clear()
 
     def finish(self) -> Measurement:
@@ -62,7 +172,7 @@ class _Gatherer:
         # Concatenate one domain at a time to bound peak memory.
         both = self.held_out, self.held_out_drift
         held_out, drift = ({name: torch.cat(pieces.pop(name)) for name in list(pieces)} for pieces in both)
-        return Measurement(self.pooled, self.energy, held_out, drift)
+        return Measurement(self.pooled, self.energy, held_out, drift, self.by_domain)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -123,6 +123,9 @@ def exact_product_precision(dtype: torch.dtype) -> Iterator[None]:
 T = TypeVar("T")
 Key = TypeVar("Key")
 
+# Weightings that need each domain's own statistics.
+BY_DOMAIN = frozenset({"minimax"})
+
 
 @dataclass(slots=True)
 class Statistics:
@@ -229,11 +232,23 @@ def domain_weight(weighting: str, share: float, energy: float) -> float:
     """Return the factor of one domain's sums in the pooled ones.
 
     `tokens`: 1. `energy`: share_d / e_d with the output energy e_d = sum |y|^2, so that a loud
-    domain does not dominate; 0 if e_d = 0.
+    domain does not dominate; 0 if e_d = 0. `minimax`: like `energy`, to start `minimax_weights`
+    from.
     """
     if weighting == "tokens":
         return 1.0
     return share / energy if energy > 0 else 0.0
+
+
+def pool(by_domain: dict[str, Statistics], weights: dict[str, float]) -> Statistics:
+    """Return sum_d q_d S_d / e_d as new statistics; q: the weights, e_d: the output energies."""
+    first = next(iter(by_domain.values()))
+    drift = 0 if first.cross_FH is None else first.cross_FH.shape[1]
+    size, device, gram = len(first.sum_F), first.sum_F.device, first.gram is not None
+    pooled = Statistics.empty(size, device, gram=gram, drift_size=drift, dtype=torch.float32)
+    for name, statistics in by_domain.items():
+        pooled.merge(statistics, domain_weight("energy", weights[name], float(statistics.energy)))
+    return pooled
 
 
 @runtime_checkable
@@ -286,13 +301,14 @@ class Measurement:
     """`pooled`: statistics weighted over domains. `energy`: sum |y|^2 by domain.
 
     `held_out_TF`: this rank's reader inputs by domain; `held_out_drift_TH`: if asked, the drift of
-    the same tokens.
+    the same tokens. `by_domain`: each domain's own statistics, if the weighting is in `BY_DOMAIN`.
     """
 
     pooled: Statistics
     energy: dict[str, float]
     held_out_TF: dict[str, Tensor]
     held_out_drift_TH: dict[str, Tensor]
+    by_domain: dict[str, Statistics] = field(default_factory=dict)
 
 
 def damped_gram(gram: Gram, damping: float) -> Float[Tensor, "F F"]:
