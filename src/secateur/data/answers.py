@@ -129,7 +129,9 @@ class Answers:
         stage, num_tokens = f"answers, {domain}", sum(num_blocks.values()) * self.speaker.length
         self.progress(stage, 0, num_tokens)
         while True:
-            found = {part: self._filled(domain, part, number, told) for part, number in num_blocks.items()}
+            found: dict[Part, Blocks | None] = {
+                part: self._filled(domain, part, number, told) for part, number in num_blocks.items()
+            }
             blocks: dict[Part, Blocks] = {part: each for part, each in found.items() if each is not None}
             if len(blocks) == len(num_blocks):
                 self.progress(stage, num_tokens, num_tokens)

@@ -20,7 +20,9 @@ class TextFacts:
     """What `result.json` says of a run's text: see `CalibrationFacts`."""
 
     judged_hash: str = ""
-    allotted: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    allotted: Mapping[str, tuple[int | None, int | None]] = field(
+        default_factory=dict[str, tuple[int | None, int | None]]
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,12 +202,12 @@ bos_index eos_index pad_index unk_index mask_index
 def _change(config: Any, new: Callable[[int], Any]) -> None:
     """Replace every token id in the config, and in the configs inside it, by `new` of it."""
     for key, value in list(vars(config).items()):
-        if hasattr(value, "to_dict") and not isinstance(value, type):
+        if not isinstance(value, type) and hasattr(value, "to_dict"):
             _change(value, new)
         elif key.endswith(_ENDINGS) or key in _KEYS:
             if key == "sequence_bias" and isinstance(value, list):
                 setattr(config, key, [[_changed(ids, new), bias] for ids, bias in value])
-            elif key == "forced_decoder_ids" and value is not None:
+            elif key == "forced_decoder_ids" and isinstance(value, list):
                 setattr(config, key, [[position, _changed(index, new)] for position, index in value])
             elif value is not None:
                 setattr(config, key, _changed(value, new))

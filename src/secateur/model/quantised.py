@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ def deferred_tensors(directory: Path, said: dict[str, Any] | None) -> dict[str, 
         if said and alone is not None and alone.dtype.itemsize == 1 and alone.dtype is not torch.bool:
             raise CheckpointError(f"{directory}: {name} is quantised and has no scale; copy the checkpoint again.")
         tensors[name] = Deferred(
-            partial(read_tensor, alone) if alone else partial(_computed, compute, name, parts, said)
+            partial(read_tensor, alone) if alone else partial(_computed, compute, name, parts, said or {})
         )
     return tensors
 
@@ -145,8 +145,11 @@ def _fp8(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
         # transformers takes the size of blocks from the number of scales, which is wrong if the last is smaller
         whole = [number * block if number == -(-size // block) else size for block, number, size in blocks]
     bytes_of_whole = pad(weight.view(torch.uint8), (0, whole[1] - sizes[1], 0, whole[0] - sizes[0]))
-    given = {"weight": bytes_of_whole.view(weight.dtype), "weight_scale_inv": scale}
-    product = Fp8Dequantize(None).convert(given)["weight"]
+    given: dict[str, Tensor | list[Tensor]] = {
+        "weight": bytes_of_whole.view(weight.dtype),
+        "weight_scale_inv": scale,
+    }
+    product = cast(Tensor, Fp8Dequantize(None).convert(given)["weight"])
     return product[..., : sizes[0], : sizes[1]] if whole != list(sizes) else product
 
 
@@ -158,11 +161,14 @@ def _mxfp4(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
 
 def _compressed(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
     """Return the weight by the scheme whose targets name its module, else by that of all linears."""
-    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
     from compressed_tensors.utils.match import match_name
 
     config = QuantizationConfig.model_validate(said)
-    module, schemes = name.removesuffix(".weight"), list(config.config_groups.values())
+    module, schemes = (
+        name.removesuffix(".weight"),
+        cast("list[QuantizationScheme]", list(config.config_groups.values())),
+    )
     named = [each for each in schemes if any(match_name(module, target) for target in each.targets)]
     general = [each for each in schemes if not any(target.startswith("re:") for target in each.targets)]
     (scheme,) = (named or general)[:1]
@@ -175,7 +181,8 @@ def _decompressed(parts: Parts, scheme: Any, form: str) -> Tensor:
 
     if form in ("mixed-precision", "dense"):
         form = infer_module_format(nn.Linear, scheme).value
-    return BaseCompressor.get_value_from_registry(form).decompress(parts, scheme)["weight"]
+    compressor: Any = BaseCompressor.get_value_from_registry(form)
+    return compressor.decompress(parts, scheme)["weight"]
 
 
 def _modelopt(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:

@@ -54,7 +54,7 @@ ORDER = (KV_HEADS, QUERY_HEADS, SHARED, FFN, EXPERTS, EXPERT_CHANNELS)
 MOST_PER_KEY = 4
 # What torch and transformers raise where a guess makes shapes that do not fit.
 WRONG_GUESS = (*BAD_VALUE, NotImplementedError)
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+CLOSE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,8 @@ class _Finder:
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             index, name = names[module]
-            self.calls[index].setdefault(name, Call(*given[module].pop(), tree_map(_cloned, output)))
+            args, kwargs = given[module].pop()
+            self.calls[index].setdefault(name, Call(args=args, kwargs=kwargs, output=tree_map(_cloned, output)))
 
         handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in names]
         handles += [module.register_forward_hook(after, with_kwargs=True) for module in names]
@@ -669,4 +670,4 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _near(one: list[Tensor], other: list[Tensor]) -> bool:
     pairs = list(zip(one, other, strict=False))
-    return all(a.shape == b.shape and torch.allclose(a.float(), b.float(), **CLOSE) for a, b in pairs)
+    return all(a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=CLOSE, rtol=CLOSE) for a, b in pairs)

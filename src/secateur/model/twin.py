@@ -8,7 +8,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def randomised(model: PreTrainedModel) -> PreTrainedModel:
 
 def token_ids(model: PreTrainedModel) -> Tensor:
     """Return random tokens that no special meaning is likely to have."""
-    size = model.get_input_embeddings().weight.shape[0]
+    size = len(cast(Tensor, model.get_input_embeddings().weight))
     return torch.randint(
         min(20, size // 2), size - 1, (NUM_BLOCKS, NUM_TOKENS), generator=torch.Generator().manual_seed(0)
     )
