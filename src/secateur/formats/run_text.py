@@ -20,9 +20,7 @@ class TextFacts:
     """What `result.json` says of a run's text: see `CalibrationFacts`."""
 
     judged_hash: str = ""
-    allotted: Mapping[str, tuple[int | None, int | None]] = field(
-        default_factory=dict[str, tuple[int | None, int | None]]
-    )
+    allotted: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict[str, tuple[int | None, ...]])
 
 
 @dataclass(frozen=True, slots=True)

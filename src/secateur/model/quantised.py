@@ -161,14 +161,12 @@ def _mxfp4(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
 
 def _compressed(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
     """Return the weight by the scheme whose targets name its module, else by that of all linears."""
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+    from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils.match import match_name
 
     config = QuantizationConfig.model_validate(said)
-    module, schemes = (
-        name.removesuffix(".weight"),
-        cast("list[QuantizationScheme]", list(config.config_groups.values())),
-    )
+    module = name.removesuffix(".weight")
+    schemes: list[Any] = list(config.config_groups.values())
     named = [each for each in schemes if any(match_name(module, target) for target in each.targets)]
     general = [each for each in schemes if not any(target.startswith("re:") for target in each.targets)]
     (scheme,) = (named or general)[:1]

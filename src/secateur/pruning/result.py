@@ -46,7 +46,7 @@ def calibration_facts(drawn: Drawn) -> CalibrationFacts:
         ),
         num_judged_tokens={name: blocks.num_tokens for name, blocks in judged.items()},
         judged_hash=drawn.judged.content_hash,
-        allotted={name: (each.judged, each.held_out) for name, each in drawn.allotted.items()},
+        allotted={name: tuple(each) for name, each in drawn.allotted.items()},
     )
 
 

@@ -151,7 +151,7 @@ class CalibrationFacts:
     held_out_overlap: dict[str, float | None]
     num_judged_tokens: dict[str, int]
     judged_hash: str = ""
-    allotted: dict[str, tuple[int | None, int | None]] = field(default_factory=dict[str, tuple[int | None, int | None]])
+    allotted: dict[str, tuple[int | None, ...]] = field(default_factory=dict[str, tuple[int | None, ...]])
 
 
 @dataclass(frozen=True, slots=True)
