@@ -224,7 +224,7 @@ def test_a_score_of_the_wrong_shape_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_names_that_the_recipe_repeats_are_those_of_the_tables() -> None:
     assert tuple(SCORES) == SCORE_NAMES
-    assert tuple(SOURCES) == SOURCE_NAMES
+    assert tuple(SOURCES) == (*SOURCE_NAMES, "answers")  # without a source, the prompts that come with secateur
 
 
 def test_what_to_export_is_said_once(tmp_path: Path) -> None:

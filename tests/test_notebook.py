@@ -73,7 +73,7 @@ def test_the_tables_stand_on_their_own_and_are_escaped(kind, shown):
 
 def test_the_tables_say_what_matters(shown):
     assert f"{shown['summary'].remove_reached:.1%} of all" in drawn(shown["prune"]) == drawn(shown["summary"])
-    assert "50.0% of the lost log-perplexity" in drawn(shown["recover"])
+    assert "50.0% won back" in drawn(shown["recover"])
     assert "ours has the lowest (9.49)" in re.sub(r"\s+", " ", drawn(shown["compare"]))
 
 

@@ -80,11 +80,6 @@ def test_a_short_model_context_gives_no_warning(
     assert not caplog.records
 
 
-def test_without_rotation_every_round_has_all_blocks(tmp_path: Path) -> None:
-    found = build(20 * LENGTH, a=letters(tmp_path / "a.jsonl", 40, 50))
-    assert found.num_tokens == 20 * LENGTH and found.of_round(2) is found
-
-
 def test_the_default_domains_work_out_of_the_box() -> None:
     count = len(Calibration().domains)
     found = learning_text(Calibration(sequence_length=LENGTH), count * 9 * LENGTH, TOKENIZER, 0)

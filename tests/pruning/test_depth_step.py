@@ -268,7 +268,7 @@ def test_inspect_table_card_and_report_say_what_happens(alone, recipe, tmp_path)
     assert "| layers | 6 | 4 |" in (tmp_path / "out" / "README.md").read_text()
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Removed layers" in page and "6 layers → 4" in page and "layer 1</th><td>" in page
-    assert ("Kept units by layer" in page) == (not alone)
+    assert ("Units by layer, before → kept" in page) == (not alone)
 
 
 def test_what_cannot_be_removed_is_said_before_anything_runs(small):

@@ -125,14 +125,14 @@ def test_the_card_says_it_in_its_first_line_and_the_terminal_in_its_rows():
     assert re.search(r"vocabulary +│ +1,024 tokens +│ +512 tokens", said)
     assert "a +10.0%, b +0.7% more tokens" in said
     assert re.search(r"tokens that stay: cjk 1 of 20, latin 400 of 900 *\n", said)  # thai has too few to name
-    assert "held-out nats/token of the dense tokenizer (perplexity)" in said
+    assert "nats/token of the dense tokenizer (perplexity)" in said
     alone = "a +0.250, b -0.010 nats per token of the dense tokenizer; 0.125 were foretold"
     assert alone in said and alone in html.unescape(model_card(trimmed(facts)))
     assert "foretold" not in terminal(trimmed(dataclasses.replace(facts, foretold=None)))
     cells = re.sub(r"\s*<[^>]*>\s*", " ", page_of(facts))
     assert re.search(r"Nats per dense token .* a +2\.500 +2\.750 +\+0\.250 .*b +2\.000 +1\.990", cells)
     plain = terminal(trimmed(None))
-    assert "vocabulary" not in plain and "held-out nats/token (perplexity)" in plain
+    assert "vocabulary" not in plain and "nats/token (perplexity)" in plain
     assert "vocabulary" not in model_card(trimmed(None))
 
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from secateur.data.blocks import Blocks
 from secateur.errors import NumericsError
-from secateur.evaluation.text import measure_quality
 from secateur.facts import standard_error
 from secateur.model.bind import bind
-from secateur.report.measured import Change, change, mean_change
+from secateur.model.token_bytes import num_bytes as text_bytes
+from secateur.report.measured import Change, Quality, change, mean_change
 from secateur.stream import losses as product
 from secateur.stream.losses import (
     block_losses,
@@ -106,8 +106,6 @@ def test_a_loss_that_is_no_number_names_the_domain() -> None:
     blocks = {"prose": tiny_ids(batch=2, length=20)}
     with pytest.raises(NumericsError, match=r"^judge, domain prose: the loss is nan.*\.$"):
         domain_losses(model, bind(model), blocks, stage="judge")
-    with pytest.raises(NumericsError, match=r"^evaluate, domain prose: the loss is nan.*\.$"):
-        measure_quality(model, bind(model), tiny_tokenizer(), "prose", blocks["prose"] % 256, lambda: None)
 
 
 def test_losses_of_blocks_of_other_lengths_per_token_of_another_tokenizer() -> None:
@@ -201,11 +199,11 @@ def test_bits_per_byte_over_several_blocks() -> None:
     texts = "one token for each byte.", "schöne Wörter, 2 mal a", "the end of text follows."
     ids_NT = torch.tensor([tokenizer(text)["input_ids"][:24] for text in texts])
     ids_NT[2, 5] = tokenizer.eos_token_id  # predicted, but no byte of text
-    done: list[None] = []
-    found = measure_quality(model, bind(model), tokenizer, "mine", ids_NT, lambda: done.append(None))
+    losses = domain_losses(model, bind(model), {"mine": ids_NT}, stage="evaluate")
+    found = Quality.of(losses["mine"], text_bytes(tokenizer, list(ids_NT)))
     nats = [each.tolist() for each in reference_nats(model, ids_NT)]
     num_bytes = 3 * 23 - 1
-    assert (found.num_tokens, found.num_bytes, len(done)) == (3 * 23, num_bytes, 3)
+    assert (found.num_tokens, found.num_bytes) == (3 * 23, num_bytes)
     everything = [value for block in nats for value in block]
     assert found.bits_per_byte == pytest.approx(bits_per_byte(everything, num_bytes), rel=TOLERANCE)
     means = [sum(block) / len(block) for block in nats]

@@ -30,6 +30,8 @@ def carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | No
     Returns a sentence if they do not fit: a part of a layer that they have too, or a size that the
     config says, is another one than in the source.
     """
+    if not model._keys_to_ignore_on_load_unexpected:
+        return ()
     checkpoint = open_checkpoint(source, weights=False)
     if not (names := left_aside(checkpoint, model)):
         return ()

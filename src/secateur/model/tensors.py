@@ -145,7 +145,7 @@ def _check_layout(file: Path, data_start: int, tensors: dict[str, StoredTensor])
         end, before = tensor.offset + tensor.num_bytes, name
 
 
-def _stored(file: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
+def _stored(file: Path, data_start: int, entry: Any) -> StoredTensor:
     dtype = _DTYPES.get(entry["dtype"])
     if dtype is None:
         allowed = ", ".join(_DTYPES)
