@@ -9,7 +9,7 @@ safetensors directory to a finished output, evaluation included. It is sampled r
 what interpreter and libraries hold after a tiny random model was pruned.
 
     python benchmarks/cost.py [--model smollm2-135m] [--num-tokens 18432] [--repeats 3]
-                              [--rows quick default best]
+                              [--rows quick defaults best]
 """
 
 import argparse
