@@ -117,6 +117,13 @@ class Resolved:
         left = self.prices_left
         return 1 - (left.total - params_gone(self.groups, self.least_keep)) / self.prices.total
 
+    @property
+    def reaches(self) -> bool:
+        """Whether the widths can give the share; equal ones are the nearest to it."""
+        room = self.step / 2 if self.is_uniform else 0
+        asked, most = self.recipe.remove.share * self.prices.total, self.largest * self.prices.total + room
+        return not self.groups or bool(self.kept) or asked <= most
+
     def with_layers(self, layers: tuple[int, ...]) -> "Resolved":
         """Return the run with these layers. Raises RecipeError if widths cannot give the rest."""
         recipe = self.recipe
@@ -270,6 +277,8 @@ def _of_file(opened: Opened, type_name: str, asked: str, num_bytes: int) -> Open
         )
 
     def bytes_left(planned: Opened) -> int:
+        if not _unplanned(planned).reaches:  # one step of these widths is more than a small model has
+            return dense
         run = resolve(planned)
         return gguf_bytes(model_left(config, run.layers, run.plans[-1].num_keep), type_name, metadata, opened.name)
 
@@ -312,9 +321,7 @@ def resolve(opened: Opened) -> Resolved:
     """Fill what depends on the model and make plans. Raises RecipeError for what is unreachable."""
     run = _unplanned(opened)
     recipe, prices = run.recipe, run.prices
-    room = run.step / 2 if run.is_uniform else 0  # equal widths are the nearest to the share
-    is_free = run.groups and not run.kept
-    if is_free and recipe.remove.share * prices.total > run.largest * prices.total + room:
+    if not run.reaches:
         raise out_of_reach(recipe.remove.share, prices, min(run.largest, nearest(opened).recipe.remove.share))
     if recipe.polish.num_tokens:
         check_training(recipe.polish, "polish")
