@@ -256,7 +256,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON ins
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; the options here override it.")]
 Preset = Annotated[
     str | None,
-    typer.Option(help="Start from fast, default, best, smallest or paper; --recipe and options override it."),
+    typer.Option(help="Start from quick, default, best, smallest or paper; --recipe and options override it."),
 ]
 Remove = Annotated[float | None, typer.Option(help="Share of all parameters to remove; tied weights count once.")]
 Answers = Annotated[
